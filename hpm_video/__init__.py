@@ -1,0 +1,3 @@
+"""Hard Patches Mining for masked video and image modelling."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,276 @@
+"""Clips of videos: a position -> a sample of pixels, always the same one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hpm_video.data.decode import (
+    DecodeError,
+    DecoderChoice,
+    VideoReader,
+    choose_decoder,
+    open_video,
+)
+from hpm_video.data.manifest import Manifest
+from hpm_video.data.sampling import Indices, middle_indices, train_indices
+from hpm_video.data.transforms import Box, centre_box, crop_and_resize, multi_scale_box
+from hpm_video.randomness import generator, key_of
+
+
+class TooManyBadFiles(Exception):  # noqa: N818 - it says what is wrong
+    """More files do not decode than the data allows."""
+
+
+@dataclass(frozen=True)
+class ClipSpec:
+    """What a clip is: its frames, and its pixels."""
+
+    num_frames: int
+    frame_stride: int
+    max_frame_stride: int | None
+    """Where given, each training clip draws its stride from frame_stride to this."""
+    frame_size: tuple[int, int]
+    """Height and width."""
+    repeats: int
+    """Training clips taken from each decoded video (R)."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A file that did not decode."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The clips of one video."""
+
+    clips: Tensor
+    """(R, C, T, H, W) uint8"""
+    keys: tuple[int, ...]
+    label: int
+    file: str
+    failures: tuple[Failure, ...] = ()
+    """Files that were to be drawn before this one."""
+
+
+@dataclass(frozen=True)
+class ClipBatch:
+    """Clips of several videos, those of one video next to each other (B = videos x R)."""
+
+    clips: Tensor
+    """(B, C, T, H, W) uint8"""
+    keys: Tensor
+    """(B,) int64, what every further random draw for a clip derives from."""
+    labels: Tensor
+    """(B,) int64, -1 where a video has none."""
+    files: tuple[str, ...]
+    """Path of each clip's video (B)."""
+    failures: tuple[Failure, ...]
+    """Files that did not decode and were passed over."""
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> "ClipBatch":
+        """The batch with its tensors on a device."""
+        return replace(
+            self,
+            clips=self.clips.to(device, non_blocking=non_blocking),
+            keys=self.keys.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> "ClipBatch":
+        """The batch in memory that a GPU can fetch from while the host goes on."""
+        return replace(
+            self,
+            clips=self.clips.pin_memory(),
+            keys=self.keys.pin_memory(),
+            labels=self.labels.pin_memory(),
+        )
+
+
+def collate(samples: Sequence[Sample]) -> ClipBatch:
+    """Samples of several videos -> one batch."""
+    return ClipBatch(
+        clips=torch.cat([sample.clips for sample in samples]),
+        keys=torch.tensor([key for sample in samples for key in sample.keys]),
+        labels=torch.tensor([sample.label for sample in samples for _ in sample.keys]),
+        files=tuple(sample.file for sample in samples for _ in sample.keys),
+        failures=tuple(failure for sample in samples for failure in sample.failures),
+    )
+
+
+def tolerated(num_files: int, max_bad_share: float) -> int:
+    """How many of ``num_files`` may fail to decode: one at least, unless the share is 0."""
+    if max_bad_share == 0:
+        return 0
+    return max(1, int(num_files * max_bad_share + 1e-6))  # 100 * .29 is 28.999...
+
+
+def too_many(failures: Sequence[Failure], num_files: int, max_bad_share: float) -> TooManyBadFiles:
+    """The error for that many failures. It names the first few."""
+    allowed = tolerated(num_files, max_bad_share)
+    first = "\n".join(f"  {failure.path}: {failure.reason}" for failure in failures[:3])
+    return TooManyBadFiles(
+        f"{len(failures)} of {num_files} files do not decode, and data.max_bad_share "
+        f"{max_bad_share:g} allows {allowed}. The first:\n{first}\n"
+        "If all fail alike, look at the path (data.root) and the disk; otherwise take them out of "
+        "the manifest, encode them anew, or raise data.max_bad_share"
+    )
+
+
+class VideoClips(Dataset[Sample]):
+    """Training clips: an endless stream of samples, where an epoch shows each file once.
+
+    Position p is entry p mod n of the order of epoch p // n, n being the number of files. What
+    is drawn for a clip (stride, start, crop) depends on seed, epoch, file and repeat alone.
+
+    A file that does not decode is recorded, and the next file in the order of its epoch (after
+    the last, the first) takes its place. That file has its own turn in the epoch too, so the
+    draws for a replacement depend on the file it stands in for as well, and differ.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        spec: ClipSpec,
+        *,
+        decoder: DecoderChoice,
+        seed: int,
+        max_bad_share: float,
+    ) -> None:
+        self.manifest = manifest
+        self.spec = spec
+        self.max_bad_share = max_bad_share
+        self._decoder = choose_decoder(decoder)
+        self._seed = seed
+        self._order: tuple[int, NDArray[np.int64]] = (-1, np.arange(0))
+
+    def __len__(self) -> int:
+        """Samples of one epoch."""
+        return len(self.manifest)
+
+    def __getitem__(self, position: int) -> Sample:
+        """The sample at a position of the stream.
+
+        Raises:
+            TooManyBadFiles: more files in a row do not decode than may fail in all.
+        """
+        epoch, slot = divmod(position, len(self))
+        order = self._epoch_order(epoch)
+        failures: dict[str, Failure] = {}
+        for offset in range(len(self)):
+            index = int(order[(slot + offset) % len(self)])
+            path = self.manifest.files[index]
+            if path in failures:
+                continue
+            instead_of = (int(order[slot]),) if offset else ()
+            try:
+                sample = self._sample(index, epoch, instead_of)
+            except DecodeError as error:
+                failures[path] = Failure(path, error.reason)
+                if len(failures) > tolerated(len(self), self.max_bad_share):
+                    break
+            else:
+                return replace(sample, failures=tuple(failures.values()))
+        raise too_many(list(failures.values()), len(self), self.max_bad_share)
+
+    def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
+        if self._order[0] != epoch:
+            self._order = (epoch, generator("order", self._seed, epoch).permutation(len(self)))
+        return self._order[1]
+
+    def _sample(self, index: int, epoch: int, instead_of: tuple[int, ...]) -> Sample:
+        keys = [
+            (self._seed, epoch, index, repeat, *instead_of) for repeat in range(self.spec.repeats)
+        ]
+        draws = [generator("clip", *key) for key in keys]
+        with open_video(self.manifest.files[index], self._decoder) as video:
+            num_frames = _num_frames(self.manifest, index, video)
+            clips = [self._draw_indices(num_frames, draw) for draw in draws]
+            frames, places = _read(video, clips)
+        height, width = frames.shape[1:3]
+        boxes = [multi_scale_box(height, width, self.spec.frame_size, draw) for draw in draws]
+        return Sample(
+            _cut(frames, places, boxes, self.spec.frame_size),
+            keys=tuple(key_of(*key) for key in keys),
+            label=self.manifest.labels[index],
+            file=self.manifest.files[index],
+        )
+
+    def _draw_indices(self, num_video_frames: int, draw: np.random.Generator) -> Indices:
+        spec = self.spec
+        longest = spec.max_frame_stride or spec.frame_stride
+        stride = int(draw.integers(spec.frame_stride, longest, endpoint=True))
+        return train_indices(num_video_frames, spec.num_frames, stride, draw.random())
+
+
+class HeldOutClips(Dataset[Sample]):
+    """One clip of each file, from the middle of its frames and of its time: nothing is drawn.
+
+    A file that does not decode is an error, never replaced.
+    """
+
+    def __init__(
+        self, manifest: Manifest, spec: ClipSpec, *, decoder: DecoderChoice, seed: int
+    ) -> None:
+        self.manifest = manifest
+        self.spec = spec
+        self._decoder = choose_decoder(decoder)
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The clip of a file.
+
+        Raises:
+            DecodeError: the file does not decode.
+        """
+        spec = self.spec
+        path = self.manifest.files[index]  # an IndexError ends a loop over the samples
+        with open_video(path, self._decoder) as video:
+            num_frames = _num_frames(self.manifest, index, video)
+            clip = middle_indices(num_frames, spec.num_frames, spec.frame_stride)
+            frames, places = _read(video, [clip])
+        height, width = frames.shape[1:3]
+        box = centre_box(height, width, spec.frame_size)
+        return Sample(
+            _cut(frames, places, [box], spec.frame_size),
+            keys=(key_of(self._seed, "held out", index),),
+            label=self.manifest.labels[index],
+            file=path,
+        )
+
+
+def _num_frames(manifest: Manifest, index: int, video: VideoReader) -> int:
+    """Of frames that a container promises, the manifest may know how many there are."""
+    stated = manifest.num_frames[index]
+    return min(stated, video.num_frames) if stated > 0 else video.num_frames
+
+
+def _read(video: VideoReader, clips: list[Indices]) -> tuple[NDArray[np.uint8], list[Indices]]:
+    """The frames of several clips, and where in them each clip finds its own."""
+    distinct = np.unique(np.concatenate(clips))
+    return video.read(distinct), [np.searchsorted(distinct, clip) for clip in clips]
+
+
+def _cut(
+    frames: NDArray[np.uint8],
+    places: list[Indices],
+    boxes: list[Box],
+    frame_size: tuple[int, int],
+) -> Tensor:
+    """(K, H, W, C) frames and a box for each clip -> (R, C, T, h, w) uint8"""
+    clips = [
+        crop_and_resize(frames[place], box, frame_size)
+        for place, box in zip(places, boxes, strict=True)
+    ]
+    return torch.stack(clips)

@@ -1,0 +1,114 @@
+"""Batches of clips, decoded by worker processes."""
+
+import csv
+import os
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from hpm_video.data.dataset import (
+    ClipBatch,
+    Failure,
+    HeldOutClips,
+    VideoClips,
+    collate,
+    tolerated,
+    too_many,
+)
+
+MAX_WORKERS = 16
+STALL_SECONDS = 900
+"""A batch that takes longer ends the run: a native decoder that hangs would wait for ever."""
+
+
+def default_workers() -> int:
+    """Processes that decode: one per core that may be used but one, at most 16."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return min(max(cores - 1, 0), MAX_WORKERS)
+
+
+def training_batches(
+    dataset: VideoClips, positions: Sequence[int], *, batch_size: int, workers: int, pin: bool
+) -> Iterator[ClipBatch]:
+    """Batches of the samples at ``positions`` of the endless stream, in that order.
+
+    The range of a whole run makes one iterator: workers live as long as it does, and go on from
+    one epoch to the next without a pause. ``batch_size`` counts videos.
+    """
+    return _batches(dataset, positions, batch_size, workers, pin)
+
+
+def held_out_batches(
+    dataset: HeldOutClips, *, batch_size: int, workers: int
+) -> Iterator[ClipBatch]:
+    """Batches of all held-out clips, in the order of the manifest."""
+    return _batches(dataset, range(len(dataset)), batch_size, workers, pin=False)
+
+
+def _batches(
+    dataset: VideoClips | HeldOutClips,
+    positions: Sequence[int],
+    batch_size: int,
+    workers: int,
+    pin: bool,
+) -> Iterator[ClipBatch]:
+    loader: DataLoader[ClipBatch] = DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_size,
+        sampler=positions,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin,
+        timeout=STALL_SECONDS if workers else 0,
+        worker_init_fn=_init_worker,
+        generator=torch.Generator(),  # otherwise making an iterator draws from the global one
+    )
+    return iter(loader)
+
+
+def _init_worker(_worker: int) -> None:
+    """Leave Ctrl-C to the parent, which then ends its workers. (torch sets them to one thread.)"""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class BadFiles:
+    """The files of a run that did not decode: each once, in a CSV file of the run directory."""
+
+    def __init__(self, path: Path, *, num_files: int, max_bad_share: float) -> None:
+        self._path = path
+        self._num_files = num_files
+        self._max_bad_share = max_bad_share
+        self._failures: dict[str, Failure] = {}
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.reader(file) if len(row) == 2][1:]
+            self._failures = {name: Failure(name, reason) for name, reason in rows}
+
+    def __len__(self) -> int:
+        return len(self._failures)
+
+    def note(self, failures: Iterable[Failure]) -> None:
+        """Write down the failures of a batch.
+
+        Raises:
+            TooManyBadFiles: there are now more bad files than the data allows.
+        """
+        new = {failure.path: failure for failure in failures if failure.path not in self._failures}
+        if not new:
+            return
+        self._append(list(new.values()))
+        self._failures |= new
+        if len(self) > tolerated(self._num_files, self._max_bad_share):
+            raise too_many([*self._failures.values()], self._num_files, self._max_bad_share)
+
+    def _append(self, failures: list[Failure]) -> None:
+        header = [] if self._path.exists() else [("path", "reason")]
+        with self._path.open("a", newline="", encoding="utf-8") as file:
+            rows = [(failure.path, failure.reason) for failure in failures]
+            csv.writer(file).writerows([*header, *rows])

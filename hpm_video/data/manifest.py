@@ -1,0 +1,272 @@
+"""Which videos there are, and what is known of each: reading and writing lists of videos."""
+
+import csv
+import io
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+UNLABELLED = -1
+NOT_STATED = -1
+VIDEO_SUFFIXES = (
+    *(".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
+    *(".mts", ".ogv", ".ts", ".webm", ".wmv"),
+)
+
+_EXPECTED = (
+    "Expected is a CSV file whose first line names its columns: path, and where wanted label, "
+    "label_name and num_frames; or a list without such a line, of 'video label', 'video 0 -1' "
+    "(unlabelled), 'video num_frames label' or 'video' alone, where the video's name ends in one "
+    f"of {' '.join(VIDEO_SUFFIXES)}"
+)
+_SEPARATOR = r"(?:[ \t]*,[ \t]*|[ \t]+)"
+_LIST_LINE = re.compile(
+    rf"(?P<path>.*(?:{'|'.join(re.escape(suffix) for suffix in VIDEO_SUFFIXES)}))"
+    rf"(?P<numbers>(?:{_SEPARATOR}-?\d+)*)",
+    re.IGNORECASE,
+)
+_INTEGER = r"-?\d{1,15}(?:\.0+)?"  # pandas writes 3.0 where another row of the column is empty
+
+
+class ManifestError(ValueError):
+    """A manifest that cannot be used. The message names the file, the line and the remedy."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Video files and what is known of each of them."""
+
+    files: tuple[str, ...]
+    """Absolute paths."""
+    labels: tuple[int, ...]
+    """Class of each file, -1 where it has none."""
+    num_frames: tuple[int, ...]
+    """Frames that each file is known to have, -1 where the manifest does not say."""
+    label_names: tuple[str, ...] | None = None
+    """Name of each class, where the manifest names classes."""
+
+    def __post_init__(self) -> None:
+        if not len(self.files) == len(self.labels) == len(self.num_frames):
+            raise ValueError(
+                f"a manifest needs as many labels and frame counts as files, got "
+                f"{len(self.files)} files, {len(self.labels)} labels and "
+                f"{len(self.num_frames)} frame counts"
+            )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
+    """Read a list of videos, or find the videos of a folder.
+
+    What it reads:
+
+    - A CSV file whose first line names its columns: ``path`` and, each optional, ``label``,
+      ``label_name`` and ``num_frames``. An empty cell says nothing; other columns are ignored.
+    - A list without such a line, as VideoMAE and its descendants use, its columns separated by
+      spaces, tabs or commas. The numbers at the end of a line are split off, so a path may hold
+      spaces. One number is the label. Of two, ``0 -1`` marks an unlabelled video, as in VideoMAE
+      V2's lists for pre-training, and ``num_frames label`` says both, as VideoMAE has it. Other
+      pairs (such as V2's ``folder start_index total_frames``) and longer rows are errors, for
+      nothing tells which number means what; so are folders of frames.
+    - A folder of class folders, where each video lies in a folder directly below: the classes are
+      the sorted names of those folders.
+    - Any other folder: all videos in it, however deep, unlabelled.
+
+    Relative paths start from ``root``, by default from the manifest's own folder. Whether a
+    listed video exists is not looked at here.
+
+    Raises:
+        ManifestError: it cannot be read, or holds no video.
+    """
+    source = Path(path).absolute()
+    if source.is_dir():
+        return _read_folder(source)
+    text = _read_text(source)
+    first_line = next(csv.reader(text.splitlines()[:1]), [])
+    named = "path" in [cell.strip() for cell in first_line]
+    table = _read_table(source, text) if named else _read_list(source, text)
+    if table.empty:
+        raise ManifestError(f"{source} lists no videos. {_EXPECTED}")
+    return _checked(source, table, Path(root).absolute() if root else source.parent)
+
+
+def write_manifest(table: pd.DataFrame, path: Path | str) -> None:
+    """Write a table with at least a column ``path``. What lies at ``path`` is always whole."""
+    if "path" not in table.columns:
+        raise ManifestError(f"a manifest needs a column path, got {list(table.columns)}")
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        table.to_csv(beside, index=False)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _read_text(source: Path) -> str:
+    try:
+        return source.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise ManifestError(
+            f"there is no manifest or folder {source}; a relative path starts from the working "
+            f"directory, {Path.cwd()}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{source} is not text in UTF-8. {_EXPECTED}") from error
+    except OSError as error:
+        raise ManifestError(f"{source} cannot be read: {error.strerror}") from error
+
+
+def _bad_line(source: Path, line: object, row: str, why: str) -> ManifestError:
+    return ManifestError(f"{source}, line {line}: {why}, got {row!r}. {_EXPECTED}")
+
+
+def _read_table(source: Path, text: str) -> pd.DataFrame:
+    """Text of a CSV file -> its cells as strings, each row under its line number."""
+    lines, rows = [], []
+    reader = csv.reader(io.StringIO(text, newline=""))
+    header = [cell.strip() for cell in next(reader)]
+    if repeated := sorted({name for name in header if header.count(name) > 1}):
+        raise _bad_line(source, 1, ",".join(header), f"columns {repeated} appear more than once")
+    for row in reader:
+        if not row:
+            continue
+        if len(row) != len(header):
+            why = f"need {len(header)} columns as in the first line ({','.join(header)})"
+            raise _bad_line(source, reader.line_num, ",".join(row), why)
+        lines.append(reader.line_num)
+        rows.append(row)
+    return pd.DataFrame(rows, columns=header, index=lines, dtype=str)
+
+
+def _read_list(source: Path, text: str) -> pd.DataFrame:
+    """Text of a list without a header -> the columns of our own format, as strings."""
+    lines, rows = [], []
+    columns = None
+    for line, row in enumerate(text.splitlines(), start=1):
+        if not row.strip():
+            continue
+        path, numbers = _split_row(source, line, row.strip())
+        columns = len(numbers) if columns is None else columns
+        if len(numbers) != columns:
+            why = f"need {1 + columns} columns as in the lines before"
+            raise _bad_line(source, line, row, why)
+        label, num_frames = _meaning(source, line, row, numbers)
+        lines.append(line)
+        rows.append((path, label, num_frames))
+    return pd.DataFrame(rows, columns=["path", "label", "num_frames"], index=lines, dtype=str)
+
+
+def _split_row(source: Path, line: int, row: str) -> tuple[str, list[str]]:
+    match = _LIST_LINE.fullmatch(row)
+    if not match:
+        why = "need the path of a video and then whole numbers (folders of frames are not read)"
+        raise _bad_line(source, line, row, why)
+    return match["path"], re.findall(r"-?\d+", match["numbers"])
+
+
+def _meaning(source: Path, line: int, row: str, numbers: list[str]) -> tuple[str, str]:
+    """Numbers behind a path -> label and number of frames, where they say so."""
+    match numbers:
+        case []:
+            return "", ""
+        case [label]:
+            return label, ""
+        case ["0", "-1"]:
+            return "", ""
+        case [num_frames, label] if int(num_frames) > 0 and int(label) >= 0:
+            return label, num_frames
+        case _:
+            why = (
+                "cannot tell what these numbers mean. Write a CSV file with named columns, or "
+                "'video 0 -1' where there is no label"
+            )
+            raise _bad_line(source, line, row, why)
+
+
+def _checked(source: Path, table: pd.DataFrame, root: Path) -> Manifest:
+    if (empty := table["path"].str.strip() == "").any():
+        line = table.index[empty][0]
+        raise _bad_line(source, line, ",".join(table.loc[line]), "the path is empty")
+    labels = _integers(source, table, "label", smallest=0, absent=UNLABELLED)
+    return Manifest(
+        files=tuple(str(root / path) for path in table["path"]),
+        labels=tuple(labels.tolist()),
+        num_frames=tuple(
+            _integers(source, table, "num_frames", smallest=1, absent=NOT_STATED).tolist()
+        ),
+        label_names=_label_names(source, table, labels),
+    )
+
+
+def _integers(
+    source: Path, table: pd.DataFrame, column: str, *, smallest: int, absent: int
+) -> "pd.Series[int]":
+    """A column as numbers, ``absent`` where a cell is empty or the column is not there."""
+    if column not in table:
+        return pd.Series(absent, index=table.index, dtype="int64")
+    cells = table[column].str.strip().replace("", str(absent))
+    valid = cells.str.fullmatch(_INTEGER)
+    numbers = cells.where(valid, "-9").astype("float64").astype("int64")
+    wrong = (numbers < smallest) & (numbers != absent)
+    if wrong.any():
+        line = table.index[wrong][0]
+        why = f"{column} must be a whole number of at least {smallest}, or {absent} for none"
+        raise _bad_line(source, line, ",".join(table.loc[line]), why)
+    return numbers
+
+
+def _label_names(
+    source: Path, table: pd.DataFrame, labels: "pd.Series[int]"
+) -> tuple[str, ...] | None:
+    if "label_name" not in table:
+        return None
+    if "label" not in table:
+        raise ManifestError(
+            f"{source} has a column label_name but no column label. Add the number of each class: "
+            "numbers made up here would differ from one manifest to the next"
+        )
+    named = pd.DataFrame({"label": labels, "name": table["label_name"]})
+    named = named[(named["label"] >= 0) & (named["name"] != "")].drop_duplicates()
+    if (twice := named["label"].duplicated()).any():
+        line = named.index[twice][0]
+        row = ",".join(table.loc[line])
+        raise _bad_line(source, line, row, "this label had another label_name in a line before")
+    names = dict(zip(named["label"], named["name"], strict=True))
+    return tuple(names.get(label, str(label)) for label in range(int(labels.max()) + 1))
+
+
+def _read_folder(folder: Path) -> Manifest:
+    videos = sorted(_videos_below(folder))
+    if not videos:
+        raise ManifestError(
+            f"there are no videos in {folder}; looked, in its folders too, for names that end in "
+            f"one of {' '.join(VIDEO_SUFFIXES)}"
+        )
+    nothing = (-1,) * len(videos)
+    files = tuple(str(folder / video) for video in videos)
+    if any(len(video.parts) != 2 for video in videos):
+        return Manifest(files, labels=nothing, num_frames=nothing)
+    names = tuple(sorted({video.parts[0] for video in videos}))
+    labels = {name: label for label, name in enumerate(names)}
+    return Manifest(files, tuple(labels[video.parts[0]] for video in videos), nothing, names)
+
+
+def _videos_below(folder: Path) -> Iterator[Path]:
+    """Paths from ``folder`` on. Links to folders are followed, but not in circles."""
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        if (real := Path(place).resolve()) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            if name.lower().endswith(VIDEO_SUFFIXES) and not name.startswith("."):
+                yield (Path(place) / name).relative_to(folder)

@@ -1,0 +1,76 @@
+"""From frames of a video to the pixels of a clip: crops and resizing."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+SCALES = (1.0, 0.875, 0.75, 0.66)
+"""Sides of a multi-scale crop, as shares of those of the largest crop."""
+SCALE_PAIRS = tuple(
+    (height, width)
+    for i, height in enumerate(SCALES)
+    for j, width in enumerate(SCALES)
+    if abs(i - j) <= 1
+)
+"""Of height and width: at most one step apart, so that the crop is hardly distorted."""
+OFFSETS = (
+    *((0, 0), (0, 4), (4, 0), (4, 4)),  # corners
+    *((0, 2), (2, 0), (2, 2), (2, 4), (4, 2)),  # middles of the sides, and of the frame
+    *((1, 1), (1, 3), (3, 1), (3, 3)),  # halfway from the middle to the corners
+)
+"""Places of a multi-scale crop: quarters of the free way from the top and from the left."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of a frame, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def centre_box(height: int, width: int, frame_size: tuple[int, int]) -> Box:
+    """The largest box in the middle of a frame that has the shape of ``frame_size``."""
+    box_height, box_width = _largest(height, width, frame_size)
+    return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
+
+
+def multi_scale_box(
+    height: int, width: int, frame_size: tuple[int, int], generator: np.random.Generator
+) -> Box:
+    """One of four heights, of the widths next to it, and of 13 places in the frame, at random.
+
+    The scales refer to the largest box of the shape of ``frame_size`` in the frame: for a square
+    ``frame_size``, to the short side of the frame.
+    """
+    largest_height, largest_width = _largest(height, width, frame_size)
+    scale_height, scale_width = SCALE_PAIRS[generator.integers(len(SCALE_PAIRS))]
+    down, right = OFFSETS[generator.integers(len(OFFSETS))]
+    box_height = max(1, int(largest_height * scale_height))
+    box_width = max(1, int(largest_width * scale_width))
+    return Box(
+        (height - box_height) * down // 4, (width - box_width) * right // 4, box_height, box_width
+    )
+
+
+def crop_and_resize(frames: NDArray[np.uint8], box: Box, frame_size: tuple[int, int]) -> Tensor:
+    """Cut out a box and resize it (bilinear, antialiased): (T, H, W, C) -> (C, T, h, w) uint8"""
+    rows = slice(box.top, box.top + box.height)
+    columns = slice(box.left, box.left + box.width)
+    pixels = torch.from_numpy(frames[:, rows, columns]).permute(0, 3, 1, 2)
+    resized = functional.interpolate(pixels, frame_size, mode="bilinear", antialias=True)
+    return resized.transpose(0, 1).contiguous()
+
+
+def _largest(height: int, width: int, frame_size: tuple[int, int]) -> tuple[int, int]:
+    """Sides of the largest box in a frame that has the shape of ``frame_size``."""
+    rows, columns = frame_size
+    if width * rows > height * columns:
+        return height, max(1, round(height * columns / rows))
+    return max(1, round(width * rows / columns)), width

@@ -1,0 +1,131 @@
+"""The plain vision transformer that encoder and decoders are made of."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hpm_video.randomness import uniform
+
+LAYER_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class TransformerSize:
+    """Width, number of blocks and heads of a transformer."""
+
+    dim: int
+    depth: int
+    num_heads: int
+
+    def __post_init__(self) -> None:
+        if min(self.dim, self.depth, self.num_heads) < 1 or self.dim % (2 * self.num_heads):
+            raise ValueError(
+                f"a transformer needs a positive depth and an even number of values per head, got "
+                f"dim {self.dim}, depth {self.depth}, num_heads {self.num_heads}"
+            )
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with biases on queries and values.
+
+    A bias on the keys would shift all scores of a query alike, which the softmax ignores.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)"""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        q, k, v = rearrange(
+            F.linear(tokens, self.qkv.weight, bias),
+            "b n (qkv h d) -> qkv b h n d",
+            qkv=3,
+            h=self.num_heads,
+        )
+        heads = F.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.proj(rearrange(heads, "b h n d -> b n (h d)"))
+        return out
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, dim: int, num_heads: int, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, tokens: Tensor, draws: Tensor | None = None) -> Tensor:
+        """(B, N, D), (B, 2) uniform draws or none -> (B, N, D)"""
+        tokens = tokens + self._maybe_drop(self.attn(self.norm1(tokens)), draws, branch=0)
+        return tokens + self._maybe_drop(self.mlp(self.norm2(tokens)), draws, branch=1)
+
+    def _maybe_drop(self, residual: Tensor, draws: Tensor | None, branch: int) -> Tensor:
+        if draws is None or self.drop_path == 0:
+            return residual
+        kept = (draws[:, branch, None, None] >= self.drop_path).to(residual.dtype)
+        return residual * kept / (1 - self.drop_path)
+
+
+class Transformer(nn.Module):
+    """Blocks, then a norm.
+
+    Stochastic depth (Huang et al., 2016) drops residual branches of single samples, with a chance
+    that rises linearly over the blocks to ``drop_path``. Its draws are an argument, so that they
+    can depend on the sample alone.
+    """
+
+    def __init__(
+        self, size: TransformerSize, *, drop_path: float = 0.0, checkpoint_activations: bool = False
+    ) -> None:
+        super().__init__()
+        rates = [drop_path * i / max(size.depth - 1, 1) for i in range(size.depth)]
+        self.blocks = nn.ModuleList(Block(size.dim, size.num_heads, rate) for rate in rates)
+        self.norm = nn.LayerNorm(size.dim, eps=LAYER_NORM_EPS)
+        self.drop_path = drop_path
+        self.checkpoint_activations = checkpoint_activations
+
+    def draws(self, keys: Tensor | None) -> Tensor | None:
+        """The draws of samples with these keys, if they are needed: (B,) -> (B, 2 depth)"""
+        if keys is None or self.drop_path == 0:
+            return None
+        return uniform(keys, 2 * len(self.blocks), "drop path")
+
+    def forward(self, tokens: Tensor, draws: Tensor | None = None) -> Tensor:
+        """(B, N, D), (B, 2 depth) uniform draws or none: then nothing is dropped -> (B, N, D)"""
+        out: Tensor = self.norm(self.run_blocks(tokens, draws))
+        return out
+
+    def run_blocks(self, tokens: Tensor, draws: Tensor | None = None) -> Tensor:
+        """All but the norm: (B, N, D) -> (B, N, D)"""
+        for i, block in enumerate(self.blocks):
+            of_block = None if draws is None else draws[:, 2 * i : 2 * i + 2]
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                # Nothing random happens inside a block, so there is no generator to restore.
+                tokens = checkpoint(
+                    block, tokens, of_block, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                tokens = block(tokens, of_block)
+        return tokens
+
+
+def init_linear(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for linear layers; for use with ``Module.apply``."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

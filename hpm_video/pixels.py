@@ -1,0 +1,27 @@
+"""From 8-bit pixels, as they travel, to what models see. It runs where the pixels are."""
+
+import torch
+from torch import Tensor
+
+
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """0..255 -> 0..1: (...) uint8 -> (...) float32"""
+    return pixels.to(torch.float32) / 255
+
+
+def normalise(
+    pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...], *, channel_axis: int = 1
+) -> Tensor:
+    """Pixels in [0, 1] less their ``mean``, divided by ``std``: (..., C, ...) uint8 -> float32
+
+    ``mean`` and ``std`` have a value for each channel.
+    """
+    shape = [1] * pixels.ndim
+    shape[channel_axis] = len(mean)
+    centre = _on_device(mean, pixels.device).view(shape)
+    return (to_unit_range(pixels) - centre) / _on_device(std, pixels.device).view(shape)
+
+
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Filled in where it is needed: copying it would make the host wait for the device."""
+    return torch.stack([torch.full((), value, device=device) for value in values])

@@ -1,0 +1,173 @@
+"""The state of a run on disk: complete or absent, and readable without this package.
+
+A checkpoint is a folder ``update-00001600`` of
+    model.safetensors, teacher.safetensors   weights, as any safetensors reader takes them
+    optimizer.pt                             what resuming needs beside them
+    state.json                               the next update, held-out measures, what wrote it
+    config.yaml                              the experiment, so that the folder speaks for itself
+It is written under another name and renamed once it is on the disk.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+PREFIX = "update-"
+UNFINISHED = ".writing-"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read or used. The message says why and what to do."""
+
+
+def save_checkpoint(
+    folder: Path,
+    modules: Mapping[str, nn.Module],
+    *,
+    optimizer: dict[str, Any],
+    state: dict[str, Any],
+    config: Path,
+) -> None:
+    """Write one checkpoint, whole or not at all, with a copy of the file ``config``.
+
+    Raises:
+        CheckpointError: the weights are not finite, or the disk does not take them. What was
+            there before is untouched.
+    """
+    tensors = {name: _on_host(module.state_dict()) for name, module in modules.items()}
+    for name, weights in tensors.items():
+        broken = [key for key, value in weights.items() if not value.isfinite().all()]
+        if broken:
+            raise CheckpointError(
+                f"{name} has weights that are not finite, {broken[0]} for one; it is not saved"
+            )
+    writing = folder.parent / f"{UNFINISHED}{folder.name}"
+    shutil.rmtree(writing, ignore_errors=True)
+    try:
+        writing.mkdir(parents=True)
+        for name, weights in tensors.items():
+            save_file(weights, writing / f"{name}.safetensors")
+        torch.save(optimizer, writing / "optimizer.pt")
+        (writing / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+        shutil.copyfile(config, writing / "config.yaml")
+        _flush(writing)
+        writing.rename(folder)
+        _flush(folder.parent, recursive=False)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise CheckpointError(
+            f"cannot write the checkpoint {folder}: {error}. Earlier checkpoints are untouched: "
+            f"make room and start the same command again"
+        ) from error
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if (path / "state.json").is_file())
+
+
+def checkpoint_path(folder: Path, update: int) -> Path:
+    """Where the state before ``update`` is saved."""
+    return folder / f"{PREFIX}{update:08d}"
+
+
+def remove_superseded(folder: Path, keep_last: int, keep_also: Iterable[Path]) -> None:
+    """Delete all but the newest ``keep_last`` checkpoints, those marked to keep, and the given."""
+    kept = set(keep_also)
+    for path in checkpoints_in(folder)[:-keep_last]:
+        if path not in kept and not read_state(path).get("keep", False):
+            shutil.rmtree(path)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what an interrupted save left behind."""
+    for path in folder.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(path)
+
+
+def point_to(link: Path, target: Path) -> None:
+    """Make ``link`` a symbolic link to its neighbour ``target``, at once."""
+    fresh = link.with_name(f"{UNFINISHED}{link.name}")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(target.name)
+    fresh.replace(link)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The ``state.json`` of a checkpoint."""
+    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+    return state
+
+
+def read_optimizer(checkpoint: Path) -> dict[str, Any]:
+    """The optimizer's state, on the CPU; tensors and numbers only, never code."""
+    path = checkpoint / "optimizer.pt"
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def read_weights(path: Path, name: str = "model") -> dict[str, Tensor]:
+    """Weights of a checkpoint folder, or of a .safetensors file.
+
+    Raises:
+        CheckpointError: there is no such file, or it is not one of safetensors.
+    """
+    file = path / f"{name}.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file} does not exist; give a checkpoint folder of a run (it holds "
+            f"model.safetensors) or a .safetensors file"
+        )
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error
+
+
+def load_weights(
+    module: nn.Module, weights: Mapping[str, Tensor], source: Path, *, may_lack: tuple[str, ...] = ()
+) -> list[str]:
+    """Put ``weights`` into ``module``. -> the parameters they lack, which keep what they had.
+
+    Raises:
+        CheckpointError: a parameter is missing whose name does not begin with one of
+            ``may_lack``, one is left over, or shapes differ. Every such name is given.
+    """
+    own = module.state_dict()
+    missing = [name for name in own if name not in weights]
+    wrong = [f"missing {name}" for name in missing if not name.startswith(may_lack or "\0")]
+    wrong += [f"left over {name}" for name in weights if name not in own]
+    wrong += [
+        f"{name} has shape {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"the weights of {source} do not fit the model of this config:\n  "
+            + "\n  ".join(wrong)
+        )
+    module.load_state_dict(dict(weights), strict=False)
+    return missing
+
+
+def _on_host(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+
+
+def _flush(path: Path, *, recursive: bool = True) -> None:
+    """Wait until files and their names are on the disk."""
+    for item in [*(path.iterdir() if recursive else ()), path]:
+        descriptor = os.open(item, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

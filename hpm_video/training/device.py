@@ -1,0 +1,70 @@
+"""Which device a run uses, and in which precision."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+Precision = Literal["fp32", "bf16"]
+AUTOCAST: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; ``auto`` is an accelerator where there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"engine.device={name} cannot be used here ({reason}); take auto, or cpu"
+        ) from error
+    return torch.device(name)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def time_updates(
+    update: Callable[[], None], device: torch.device, *, warmup: int = 2, repeats: int = 5
+) -> float:
+    """Median seconds of one call of ``update``."""
+    seconds = []
+    for i in range(warmup + repeats):
+        synchronise(device)
+        began = time.perf_counter()
+        update()
+        synchronise(device)
+        if i >= warmup:
+            seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def choose_precision(
+    device: torch.device, make_update: Callable[[Precision], Callable[[], None]]
+) -> Precision:
+    """bf16 where a GPU is made for it; on other devices only if whole updates measure faster.
+
+    Large matrix products are faster in bf16 on many CPUs, and yet a small model's update, with all
+    its conversions, may be slower.
+    """
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type == "mps":
+        return "fp32"
+    seconds = {name: time_updates(make_update(name), device) for name in AUTOCAST}
+    return "bf16" if seconds["bf16"] < 0.9 * seconds["fp32"] else "fp32"

@@ -1,0 +1,42 @@
+"""Being asked to stop: by a scheduler (SIGTERM) or at the keyboard (Ctrl-C)."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
+"""75 is EX_TEMPFAIL of sysexits.h: the state is saved, start the same command again."""
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the run obeyed
+    """The run was asked to stop and has saved its state."""
+
+    def __init__(self, number: signal.Signals, update: int) -> None:
+        super().__init__(f"stopped by {number.name} before update {update}")
+        self.exit_code = EXIT_CODES[number]
+
+
+class StopRequest:
+    """Remembers the first signal that asked for a stop."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None:  # asked twice: do not wait for the next update
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = signal.Signals(number)
+
+
+@contextmanager
+def listen_for_stop() -> Iterator[StopRequest]:
+    """Turn SIGTERM and SIGINT into a request that the loop reads between two updates."""
+    request = StopRequest()
+    before = {number: signal.signal(number, request._note) for number in EXIT_CODES}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,184 @@
+"""What a run says while it trains: a progress bar, lines of JSON, TensorBoard."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hpm_video.training.objective import Losses
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss is no longer a number."""
+
+
+class Meter:
+    """Losses, speed and waiting between two lines of metrics. Nothing here waits for the device.
+
+    Sums stay on the device until :meth:`read`, which is where it is waited for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self._files: dict[int, list[str]] = {}
+        self._restart()
+
+    def _restart(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._batches = 0
+        self._clips = 0
+        self._waited = 0.0
+        self._paused = 0.0
+        self._began = time.perf_counter()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent in here is time spent waiting for data."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in here is not training: validation, pictures, saving."""
+        began = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - began
+
+    def add(self, update: int, losses: Losses, files: Sequence[str]) -> None:
+        """Take the losses of one micro-batch."""
+        for name, value in {"loss": losses.total, **losses.parts}.items():
+            value = value.detach()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        bad = ~losses.total.detach().isfinite() & (self._first_bad < 0)
+        self._first_bad = torch.where(bad, update, self._first_bad)
+        self._files.setdefault(update, []).extend(files)
+        self._batches += 1
+        self._clips += len(files)
+
+    def check(self) -> None:
+        """Make sure that every loss so far was a number.
+
+        Raises:
+            NonFiniteLossError: one was not. It names the update and the files of its batch.
+        """
+        update = int(self._first_bad)
+        files = self._files.get(update, [])
+        self._files = {}
+        if update >= 0:
+            raise NonFiniteLossError(
+                f"the loss of update {update} is not a finite number. The files of its batch:\n  "
+                + "\n  ".join(dict.fromkeys(files))
+            )
+
+    def read(self) -> dict[str, float]:
+        """Means since the last reading, clips per second, and the share of time spent waiting."""
+        self.check()
+        means = {name: float(value) / self._batches for name, value in self._sums.items()}
+        seconds = max(time.perf_counter() - self._began - self._paused, 1e-9)
+        speed = {"clips_per_second": self._clips / seconds, "data_wait": self._waited / seconds}
+        self._restart()
+        return means | speed
+
+
+class MetricsLog:
+    """The metrics of a run, in ``metrics.jsonl`` and for TensorBoard."""
+
+    def __init__(self, run_dir: Path, *, first_update: int, tensorboard: bool) -> None:
+        """Go on before ``first_update``; what an interrupted run wrote beyond it is dropped."""
+        self.path = run_dir / "metrics.jsonl"
+        self._drop_from(first_update)
+        self._writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = str(run_dir / "tensorboard")
+            self._writer = SummaryWriter(folder, purge_step=first_update)  # type: ignore[no-untyped-call]
+
+    def write(self, kind: str, update: int, epoch: float, values: dict[str, float]) -> None:
+        """Add one line. ``update`` counts the updates that were made."""
+        line = {"kind": kind, "update": update, "epoch": round(epoch, 4), **values}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{kind}/{name}", value, update)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Flush what TensorBoard has not written yet."""
+        if self._writer is not None:
+            self._writer.close()  # type: ignore[no-untyped-call]
+
+    def _drop_from(self, first_update: int) -> None:
+        if not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                if json.loads(line)["update"] <= first_update:
+                    kept.append(line)
+            except json.JSONDecodeError:  # the last line, cut short
+                break
+        fresh = self.path.with_suffix(".writing")
+        fresh.write_text("".join(f"{line}\n" for line in kept))
+        fresh.replace(self.path)
+
+
+class ProgressBar:
+    """How far the run is. On a terminal a bar; elsewhere a line now and then."""
+
+    SECONDS_BETWEEN_LINES = 20.0
+
+    def __init__(self, first_update: int, num_updates: int) -> None:
+        self._bar = tqdm(
+            total=num_updates,
+            initial=first_update,
+            unit="update",
+            dynamic_ncols=True,
+            smoothing=0.05,
+            disable=not sys.stderr.isatty(),
+            bar_format="{percentage:3.0f}% |{bar:12}| {n}/{total} [{remaining} left{postfix}]",
+        )
+        self._first, self._total = first_update, num_updates
+        self._began = self._last_line = time.monotonic()
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def advance(self) -> None:
+        """One update is done."""
+        self._bar.update()
+
+    def show(self, done: int, values: dict[str, float]) -> None:
+        """Tell the newest values after ``done`` updates."""
+        text = (
+            f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, "
+            f"{values['clips_per_second']:.0f} clips/s, waiting {values['data_wait']:.0%}"
+        )
+        self._bar.set_postfix_str(text, refresh=False)
+        now = time.monotonic()
+        if self._bar.disable and (
+            now - self._last_line > self.SECONDS_BETWEEN_LINES or done == self._total
+        ):
+            left = (now - self._began) / max(done - self._first, 1) * (self._total - done)
+            log.info("%d/%d updates, %s, %s left", done, self._total, text, _clock(left))
+            self._last_line = now
+
+
+def _clock(seconds: float) -> str:
+    return str(tqdm.format_interval(seconds))

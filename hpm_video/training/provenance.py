@@ -1,0 +1,67 @@
+"""Where a run came from: what must be equal for it to be repeated bit by bit, and the rest."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hpm_video
+from hpm_video.data.decode import decoder_versions
+
+Facts = dict[str, Any]
+DECIDES_BITS = ("torch", "device", "cpu_capability", "threads", "precision")
+"""Facts on which the last bits of a result depend."""
+
+
+def gather_facts(device: torch.device, precision: str) -> Facts:
+    """What this process runs with."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {
+        "hpm_video": hpm_video.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "decoders": decoder_versions(),
+        "device": f"{device.type} {name or platform.machine()}",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "command": " ".join(sys.argv),
+        "host": platform.node(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def record_start(run_dir: Path, facts: Facts, first_update: int) -> None:
+    """Add a line to ``starts.jsonl`` of the run directory: one for each time it was started."""
+    with (run_dir / "starts.jsonl").open("a") as file:
+        file.write(json.dumps({"first_update": first_update, **facts}) + "\n")
+
+
+def bit_differences(before: Facts, now: Facts) -> list[str]:
+    """Facts that differ and decide the last bits, as ``name: before -> now``."""
+    return [
+        f"{name}: {before.get(name)} -> {now.get(name)}"
+        for name in DECIDES_BITS
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that the package runs from, ``+`` where it was changed."""
+    folder = Path(hpm_video.__file__).parent
+    quiet = {"cwd": folder, "capture_output": True, "text": True, "env": {**os.environ, "LC_ALL": "C"}}
+    try:
+        if subprocess.run(["git", "ls-files", "--error-unmatch", "__init__.py"], **quiet).returncode:  # type: ignore[call-overload]  # noqa: S607
+            return None
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **quiet).stdout.strip()  # type: ignore[call-overload]  # noqa: S607
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], **quiet).stdout  # type: ignore[call-overload]  # noqa: S607
+    except OSError:  # no git
+        return None
+    return f"{commit}{'+' if changed else ''}" or None

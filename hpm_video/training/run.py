@@ -1,0 +1,149 @@
+"""A run and its directory: what is logged, measured, drawn and saved, and when."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hpm_video.data.loader import BadFiles
+from hpm_video.progress import Progress, Timeline
+from hpm_video.training.checkpoint import (
+    checkpoint_path,
+    point_to,
+    read_state,
+    remove_superseded,
+    save_checkpoint,
+)
+from hpm_video.training.engine import Engine
+from hpm_video.training.interruption import Interrupted, StopRequest
+from hpm_video.training.metrics import Meter, MetricsLog, ProgressBar
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """How often a run does what is not training."""
+
+    log_updates: int
+    save_updates: int
+    keep_last: int
+    keep_every_epochs: float | None
+    validate_every_epochs: float
+    picture_every_epochs: float
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What a run looks at now and then; none: it is not looked at."""
+
+    validate: Callable[[], dict[str, float]] | None = None
+    """-> held-out measures."""
+    score: str = ""
+    """The measure of which less is better: it decides the best checkpoint."""
+    describe: Callable[[dict[str, float]], str] = str
+    draw: Callable[[int], None] | None = None
+    """Draws pictures after so many updates."""
+
+
+@dataclass
+class Run:
+    """The state of a run that is not the model's."""
+
+    folder: Path
+    timeline: Timeline
+    cadence: Cadence
+    engine: Engine
+    modules: dict[str, nn.Module]
+    """What checkpoints hold, by name."""
+    facts: dict[str, Any]
+    """What the run runs with, stored with every checkpoint."""
+    meter: Meter
+    metrics: MetricsLog
+    bar: ProgressBar
+    bad_files: BadFiles
+    stop: StopRequest
+    watch: Watch
+    best: dict[str, Any] = field(default_factory=dict)
+    """Update and score of the best checkpoint so far."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints are."""
+        return self.folder / "checkpoints"
+
+    def after_update(self, progress: Progress, settings: dict[str, float]) -> None:
+        """Log, measure, draw, save and stop, where it is time to.
+
+        Raises:
+            NonFiniteLossError, CheckpointError, Interrupted: see ``fit``.
+        """
+        update, done = progress.update, progress.update + 1
+        last = done == self.timeline.num_updates
+        self.bar.advance()
+        if done % self.cadence.log_updates == 0 or last:
+            values = self.meter.read() | settings
+            self.metrics.write("train", done, self.timeline.at(done).exact_epoch, values)
+            self.bar.show(done, values)
+        with self.meter.paused():
+            keep = self._due(update, self.cadence.keep_every_epochs)
+            improved = False
+            if last or self._due(update, self.cadence.validate_every_epochs):
+                improved = self._validate(done)
+            if self.watch.draw and (last or self._due(update, self.cadence.picture_every_epochs)):
+                self.watch.draw(done)
+            stop = self.stop.received
+            if last or keep or improved or stop or done % self.cadence.save_updates == 0:
+                self.save(done, keep=keep)
+        if stop and not last:
+            raise Interrupted(stop, done)
+
+    def save(self, done: int, *, keep: bool = False) -> None:
+        """Save the state after ``done`` updates, if it is not saved yet.
+
+        Raises:
+            NonFiniteLossError: a loss since the last look at them was not a number: nothing is
+                saved.
+            CheckpointError: it cannot be written.
+        """
+        self.meter.check()
+        folder = checkpoint_path(self.checkpoints, done)
+        if not folder.exists():
+            state = {"update": done, "keep": keep, "best": self.best, "facts": self.facts}
+            save_checkpoint(
+                folder,
+                self.modules,
+                optimizer=self.engine.optimizer_state(),
+                state=state,
+                config=self.folder / "config.yaml",
+            )
+        point_to(self.checkpoints / "last", folder)
+        best = checkpoint_path(self.checkpoints, self.best.get("update", done))
+        if self.best and best.exists():
+            point_to(self.checkpoints / "best", best)
+        remove_superseded(self.checkpoints, self.cadence.keep_last, [best])
+
+    def restore_best(self, checkpoint: Path) -> None:
+        """Take up what the checkpoint knew of the best one."""
+        self.best = read_state(checkpoint)["best"]
+
+    def _due(self, update: int, every_epochs: float | None) -> bool:
+        return every_epochs is not None and self.timeline.passes(update, every_epochs)
+
+    def _validate(self, done: int) -> bool:
+        """Measure on held-out clips. -> whether this is the best so far"""
+        if self.watch.validate is None:
+            return False
+        self.meter.check()
+        measures = self.watch.validate()
+        epoch = self.timeline.at(done).exact_epoch
+        self.metrics.write("held_out", done, epoch, measures)
+        log.info("epoch %.1f, %s", epoch, self.watch.describe(measures))
+        score = measures[self.watch.score]
+        improved = not self.best or score < self.best["score"]
+        if improved:
+            self.best = {"update": done, "score": score, "measure": self.watch.score}
+        return improved

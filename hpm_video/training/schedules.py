@@ -1,0 +1,28 @@
+"""The learning rate over a run."""
+
+import math
+from dataclasses import dataclass
+
+from hpm_video.progress import Progress
+
+
+@dataclass(frozen=True)
+class WarmupCosine:
+    """Linear warm-up from 0, then half a cosine; set per update, at the fractional epoch."""
+
+    peak: float
+    final: float
+    warmup_epochs: float
+
+    def at(self, progress: Progress) -> float:
+        """The learning rate of the update that follows ``progress``."""
+        epoch, epochs = progress.exact_epoch, progress.epochs
+        if epoch < self.warmup_epochs:
+            return self.peak * epoch / self.warmup_epochs
+        done = min((epoch - self.warmup_epochs) / max(epochs - self.warmup_epochs, 1e-9), 1.0)
+        return self.final + (self.peak - self.final) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def scaled_lr(base_lr: float, batch_size: int) -> float:
+    """The linear scaling rule: ``base_lr`` is for 256 videos per update (Goyal et al., 2017)."""
+    return base_lr * batch_size / 256

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Format, lint, types and tests; stops at the first that fails. With arguments: pytest alone,
+# with them (./run_tests.sh tests/test_masking.py -k tube).
+set -euo pipefail
+
+root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck source=tools/environment.sh
+source "$root/tools/environment.sh"
+prepare_environment tests
+cd -- "$root"
+
+step() {
+  printf '\n== %s\n' "$1" >&2
+  shift
+  "$@" || {
+    local code=$?
+    printf '== failed, with code %d\n' "$code" >&2
+    exit "$code"
+  }
+}
+
+# Not `python -m pytest`, which would make the folder `datasets` importable.
+run_pytest() {
+  "$python" -c 'import sys; del sys.path[0]; import pytest; sys.exit(pytest.main())' "$@"
+}
+
+if (($#)); then
+  step "pytest $*" run_pytest "$@"
+  exit
+fi
+step "ruff format --check" "$python" -m ruff format --check .
+step "ruff check" "$python" -m ruff check .
+step "mypy" "$python" -m mypy
+step "pytest" run_pytest
+printf '\n== everything passed\n' >&2

@@ -1,0 +1,217 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from hpm_video.data import loader
+from hpm_video.data.dataset import ClipSpec, Failure, HeldOutClips, TooManyBadFiles, VideoClips
+from hpm_video.data.decode import DecodeError, available_decoders
+from hpm_video.data.loader import BadFiles, default_workers, held_out_batches, training_batches
+from hpm_video.data.manifest import Manifest, read_manifest
+
+SPEC = ClipSpec(num_frames=4, frame_stride=2, max_frame_stride=3, frame_size=(24, 32), repeats=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, write_painted):
+    folder = tmp_path_factory.mktemp("videos")
+    for number in range(5):
+        write_painted(folder / f"{number}.mp4", frames=20, size=(48, 64))
+    return folder
+
+
+def clips_of(manifest, decoder="auto", max_bad_share=0.5):
+    return VideoClips(manifest, SPEC, decoder=decoder, seed=3, max_bad_share=max_bad_share)
+
+
+def batches_of(folder, positions=range(2, 15), workers=0, **options):
+    clips = clips_of(read_manifest(folder), **options)
+    return list(training_batches(clips, positions, batch_size=3, workers=workers, pin=False))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+@pytest.mark.parametrize("decoder", available_decoders())
+def test_samples_do_not_depend_on_the_number_of_workers(folder, decoder):
+    alone = batches_of(folder, decoder=decoder)  # decodes here first, then in forks of here
+    assert [len(batch.clips) for batch in alone] == [6, 6, 6, 6, 2]
+    for workers in (1, 3):
+        for expected, batch in zip(
+            alone, batches_of(folder, workers=workers, decoder=decoder), strict=True
+        ):
+            assert torch.equal(batch.clips, expected.clips)
+            assert torch.equal(batch.keys, expected.keys)
+            assert torch.equal(batch.labels, expected.labels)
+            assert batch.files == expected.files
+
+
+def test_a_stream_shows_each_file_once_per_epoch_and_can_start_anywhere(folder):
+    whole = batches_of(folder, range(15))
+    files = [file for batch in whole for file in batch.files[::2]]
+    for epoch in range(3):
+        assert len(set(files[5 * epoch : 5 * epoch + 5])) == 5
+    resumed = batches_of(folder, range(6, 15))
+    assert [b.keys.tolist() for b in resumed] == [b.keys.tolist() for b in whole[2:]]
+    assert all(torch.equal(a.clips, b.clips) for a, b in zip(resumed, whole[2:], strict=True))
+
+
+def test_held_out_batches_hold_the_middle_frames_of_each_file(folder, numbers_of):
+    manifest = read_manifest(folder)
+    spec = ClipSpec(4, 2, None, (48, 64), 1)
+    clips = HeldOutClips(manifest, spec, decoder="auto", seed=3)
+    for workers in (0, 2):
+        batches = list(held_out_batches(clips, batch_size=2, workers=workers))
+        assert [file for batch in batches for file in batch.files] == list(manifest.files)
+        for clip in torch.cat([batch.clips for batch in batches]):
+            assert numbers_of(clip.permute(1, 2, 3, 0).numpy()) == [6, 8, 10, 12]
+
+
+def test_the_global_generator_is_left_alone(folder):
+    before = torch.get_rng_state()
+    batches_of(folder, workers=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_files_come_through_with_their_reasons(folder, bad_videos, workers):
+    bad = [str(bad_videos[kind]) for kind in ("missing", "empty", "text", "audio")]
+    files = (*read_manifest(folder).files, *bad)
+    clips = clips_of(Manifest(files, (-1,) * 9, (-1,) * 9))
+    batches = training_batches(clips, range(9), batch_size=3, workers=workers, pin=False)
+    reasons = {failure.path: failure.reason for b in batches for failure in b.failures}
+    assert sorted(reasons) == sorted(bad)
+    assert reasons[bad[0]] == "there is no such file"
+    assert reasons[bad[1]] == "the file is empty"
+
+
+def test_errors_of_workers_keep_their_kind_and_message(bad_videos):
+    bad = Manifest((str(bad_videos["empty"]),), (-1,), (-1,))
+    with pytest.raises(TooManyBadFiles, match=r"1 of 1 files do not decode(.|\n)*empty\.mp4"):
+        next(training_batches(clips_of(bad), range(1), batch_size=1, workers=1, pin=False))
+    held_out = HeldOutClips(bad, SPEC, decoder="auto", seed=0)
+    with pytest.raises(DecodeError, match=r"empty\.mp4: the file is empty"):
+        next(held_out_batches(held_out, batch_size=1, workers=1))
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 0), (2, 1), (8, 7), (17, 16), (64, 16)])
+def test_the_default_number_of_workers(monkeypatch, cores, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    assert default_workers() == workers
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert default_workers() == workers
+
+
+def test_a_stalled_decoder_ends_the_run(folder, monkeypatch):
+    class Stalled(VideoClips):
+        def __getitem__(self, position):
+            time.sleep(30)
+
+    monkeypatch.setattr(loader, "STALL_SECONDS", 0.5)
+    clips = Stalled(read_manifest(folder), SPEC, decoder="auto", seed=0, max_bad_share=0)
+    with pytest.raises(RuntimeError, match="timed out"):
+        next(training_batches(clips, range(4), batch_size=1, workers=1, pin=False))
+
+
+RUN = """
+    import sys
+    from hpm_video.data.dataset import ClipSpec, VideoClips
+    from hpm_video.data.loader import training_batches
+    from hpm_video.data.manifest import read_manifest
+    from torch.multiprocessing import active_children
+
+    spec = ClipSpec(4, 2, 3, (24, 32), 2)
+    clips = VideoClips(
+        read_manifest(sys.argv[1]), spec, decoder="auto", seed=0, max_bad_share=0
+    )
+    batches = training_batches(clips, range(10**9), batch_size=2, workers=2, pin=False)
+    next(batches)
+    sys.stdout.write(" ".join(str(child.pid) for child in active_children()) + "\\n")
+    sys.stdout.flush()
+    try:
+        while True:
+            next(batches)
+    except KeyboardInterrupt:
+        next(batches)  # the workers live: what was begun can be ended in order
+        del batches
+        sys.stdout.write("stopped in order\\n")
+"""
+
+
+@pytest.fixture
+def running(folder):
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(RUN), str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def alive(pid):
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+def test_workers_end_when_the_parent_is_killed(running):
+    workers = [int(pid) for pid in running.stdout.readline().split()]
+    assert len(workers) == 2
+    assert all(map(alive, workers))
+    running.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, workers))
+
+
+def test_ctrl_c_reaches_the_parent_alone(running):
+    assert len(running.stdout.readline().split()) == 2
+    os.killpg(running.pid, signal.SIGINT)
+    out, errors = running.communicate(timeout=20)
+    assert out == "stopped in order\n"
+    assert "Traceback" not in errors
+    assert running.returncode == 0
+
+
+def failure(number):
+    return Failure(f"/v/a, {number}.mp4", f"no. {number}: 'broken', \"twice\"")
+
+
+def test_bad_files_are_written_once_and_read_back(tmp_path):
+    path = tmp_path / "bad_files.csv"
+    bad = BadFiles(path, num_files=10, max_bad_share=0.3)
+    bad.note([])
+    assert not path.exists()
+    bad.note([failure(1), failure(1)])
+    assert path.read_text().splitlines()[0] == "path,reason"
+    bad.note([failure(1), failure(2)])
+    assert len(path.read_text().splitlines()) == 3
+    resumed = BadFiles(path, num_files=10, max_bad_share=0.3)
+    assert len(resumed) == 2
+    resumed.note([failure(2), failure(3)])
+    with pytest.raises(TooManyBadFiles, match=r"4 of 10 .* 0\.3 allows 3") as caught:
+        resumed.note([failure(4)])
+    assert failure(1).reason in str(caught.value)
+    assert len(path.read_text().splitlines()) == 5, "also the last one is on record"
+
+
+@pytest.mark.parametrize(("share", "allowed"), [(0.01, 1), (0.0, 0)])
+def test_one_bad_file_is_tolerated_unless_none_is(tmp_path, share, allowed):
+    bad = BadFiles(tmp_path / "bad_files.csv", num_files=10, max_bad_share=share)
+    for number in range(allowed):
+        bad.note([failure(number)])
+    with pytest.raises(TooManyBadFiles):
+        bad.note([failure(99)])

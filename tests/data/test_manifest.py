@@ -1,0 +1,183 @@
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from hpm_video.data.manifest import Manifest, ManifestError, read_manifest, write_manifest
+
+
+def listed(folder: Path, text: str, name: str = "list.csv", **options) -> Manifest:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return read_manifest(path, **options)
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_a_table_with_all_columns(tmp_path):
+    text = (
+        "label,path,extra,num_frames,label_name\n"
+        "1,a b.mp4,x,30,run\n"
+        '0,"c, d.mp4",y,,walk fast\n'
+        "\n"
+        ",/abs/e.webm,z,7,\n"
+    )
+    assert listed(tmp_path, text) == Manifest(
+        (f"{tmp_path}/a b.mp4", f"{tmp_path}/c, d.mp4", "/abs/e.webm"),
+        (1, 0, -1),
+        (30, -1, 7),
+        ("walk fast", "run"),
+    )
+
+
+def test_a_table_of_paths_alone_any_suffix(tmp_path):
+    manifest = listed(tmp_path, "\ufeffpath\r\nclips/a\r\nb.dat\r\n", root="/videos")
+    assert manifest == Manifest(("/videos/clips/a", "/videos/b.dat"), (-1, -1), (-1, -1))
+    assert len(manifest) == 2
+
+
+def test_labels_without_a_name_are_named_by_their_number(tmp_path):
+    assert listed(tmp_path, "path,label,label_name\na,3,jump\nb,1,\n").label_names == (
+        *("0", "1", "2"),
+        "jump",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "labels", "num_frames"),
+    [
+        ("x y/a.mp4 3\nb 7.MP4\t0\n", (3, 0), (-1, -1)),
+        ("x y/a.mp4  3\n\nb 7.MP4 0", (3, 0), (-1, -1)),
+        ("x y/a.mp4,3\nb 7.MP4, 0\n", (3, 0), (-1, -1)),
+        ("x y/a.mp4 0 -1\nb 7.MP4 0 -1\n", (-1, -1), (-1, -1)),
+        ("x y/a.mp4 300 2\nb 7.MP4 1 0\n", (2, 0), (300, 1)),
+        ("x y/a.mp4\nb 7.MP4\n", (-1, -1), (-1, -1)),
+        ("x y/a.mp4 -1\nb 7.MP4 5\n", (-1, 5), (-1, -1)),
+    ],
+)
+def test_lists_of_videomae_and_its_descendants(tmp_path, text, labels, num_frames):
+    files = (f"{tmp_path}/x y/a.mp4", f"{tmp_path}/b 7.MP4")
+    assert listed(tmp_path, text, "train.txt") == Manifest(files, labels, num_frames)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "reason"),
+    [
+        ("path,label\na,0\nb,one\n", 3, "label must be a whole number"),
+        ("path,label\na,-2\n", 2, "label must be a whole number"),
+        ("path,label\na,1.5\n", 2, "label must be a whole number"),
+        ("path,num_frames\na,0\n", 2, "num_frames must be a whole number of at least 1"),
+        ("path,label\na,0\n\nb\n", 4, "need 2 columns as in the first line"),
+        ("path,label\na,0,1\n", 2, "need 2 columns as in the first line"),
+        ("path,label\na,0\n ,1\n", 3, "the path is empty"),
+        ("path,label,path\na,0,b\n", 1, "appear more than once"),
+        ("path,label,label_name\na,0,run\nb,0,walk\n", 3, "another label_name"),
+        ("a.mp4 1\nb.mp4 one\n", 2, "need the path of a video and then whole numbers"),
+        ("a.mp4 1\nframes/b 30 1\n", 2, "folders of frames are not read"),
+        ("video,label\na.mp4,1\n", 1, "need the path of a video"),
+        ("a.mp4 1\nb.mp4 0 -1\n", 2, "need 2 columns as in the lines before"),
+        ("a.mp4 0 300\n", 1, "cannot tell what these numbers mean"),
+        ("a.mp4 5 -1\n", 1, "cannot tell what these numbers mean"),
+        ("a.mp4 0 30 1\n", 1, "cannot tell what these numbers mean"),
+    ],
+)
+def test_a_malformed_row_names_the_line_the_row_and_the_remedy(tmp_path, text, line, reason):
+    with pytest.raises(ManifestError) as caught:
+        listed(tmp_path, text)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}/list.csv, line {line}: ")
+    assert reason in message
+    assert repr(text.split("\n")[line - 1]) in message
+    assert "Expected is a CSV file whose first line names its columns" in message
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "path,label\n"])
+def test_a_manifest_without_videos(tmp_path, text):
+    with pytest.raises(ManifestError, match=r"list\.csv lists no videos"):
+        listed(tmp_path, text)
+
+
+def test_names_without_labels(tmp_path):
+    with pytest.raises(ManifestError, match="no column label"):
+        listed(tmp_path, "path,label_name\na,run\n")
+
+
+def test_what_cannot_be_read(tmp_path):
+    with pytest.raises(ManifestError, match=r"there is no manifest or folder .*nowhere\.csv"):
+        read_manifest(tmp_path / "nowhere.csv")
+    (tmp_path / "video.mp4").write_bytes(b"\x00\xff\xfe\x80")
+    with pytest.raises(ManifestError, match="not text in UTF-8"):
+        read_manifest(tmp_path / "video.mp4")
+
+
+def test_a_folder_of_classes(tmp_path):
+    touch(tmp_path, "walk/2.mp4", "run/b c.avi", "walk/1.WEBM", "walk/notes.txt", ".git/x.mp4")
+    assert read_manifest(tmp_path) == Manifest(
+        tuple(f"{tmp_path}/{name}" for name in ("run/b c.avi", "walk/1.WEBM", "walk/2.mp4")),
+        (0, 1, 1),
+        (-1, -1, -1),
+        ("run", "walk"),
+    )
+
+
+@pytest.mark.parametrize("other", ["c.mp4", "run/deep/c.mp4"])
+def test_any_other_folder_is_unlabelled(tmp_path, other):
+    touch(tmp_path, "run/a.mp4", "walk/b.mp4", "walk/._b.mp4", other)
+    manifest = read_manifest(tmp_path)
+    assert sorted(manifest.files) == sorted(
+        f"{tmp_path}/{name}" for name in ("run/a.mp4", "walk/b.mp4", other)
+    )
+    assert manifest.labels == (-1, -1, -1)
+    assert manifest.label_names is None
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    touch(tmp_path, "disk/a.mp4", "disk/b.mp4")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/run").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/again").symlink_to(tmp_path / "disk")
+    manifest = read_manifest(tmp_path / "data")
+    assert manifest.files == (f"{tmp_path}/data/run/a.mp4", f"{tmp_path}/data/run/b.mp4")
+    assert manifest.label_names == ("run",)
+
+
+def test_a_folder_without_videos(tmp_path):
+    touch(tmp_path, "readme.txt")
+    with pytest.raises(ManifestError, match="there are no videos in"):
+        read_manifest(tmp_path)
+
+
+def test_a_written_manifest_is_read_back(tmp_path):
+    table = pd.DataFrame({"path": ["a b.mp4", 'c,"d".mp4'], "label": [1.0, None]})
+    write_manifest(table, tmp_path / "out.csv")
+    manifest = read_manifest(tmp_path / "out.csv", root="/v")
+    assert manifest == Manifest(("/v/a b.mp4", '/v/c,"d".mp4'), (1, -1), (-1, -1))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
+
+
+def test_a_failed_write_leaves_the_old_manifest(tmp_path, monkeypatch):
+    write_manifest(pd.DataFrame({"path": ["a"]}), tmp_path / "out.csv")
+
+    def fail(self, path, **_):
+        path.write_text("pa")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_manifest(pd.DataFrame({"path": ["b"]}), tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_text() == "path\na\n"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_table_without_paths_is_not_written(tmp_path):
+    with pytest.raises(ManifestError, match="needs a column path"):
+        write_manifest(pd.DataFrame({"video": ["a"]}), tmp_path / "out.csv")
+
+
+def test_columns_of_a_manifest_are_equally_long():
+    with pytest.raises(ValueError, match="2 files, 1 labels"):
+        Manifest(("a", "b"), (0,), (-1, -1))

@@ -1,0 +1,113 @@
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from hpm_video.data.transforms import (
+    OFFSETS,
+    SCALE_PAIRS,
+    Box,
+    centre_box,
+    crop_and_resize,
+    multi_scale_box,
+)
+from hpm_video.randomness import generator
+
+sides = st.integers(8, 500)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "frame_size", "expected"),
+    [
+        (240, 320, (224, 224), Box(0, 40, 240, 240)),
+        (320, 240, (224, 224), Box(40, 0, 240, 240)),
+        (240, 320, (48, 64), Box(0, 0, 240, 320)),
+        (240, 320, (64, 128), Box(40, 0, 160, 320)),
+        (240, 320, (64, 32), Box(0, 100, 240, 120)),
+        (63, 97, (32, 32), Box(0, 17, 63, 63)),
+    ],
+)
+def test_the_centre_box(height, width, frame_size, expected):
+    assert centre_box(height, width, frame_size) == expected
+
+
+@given(height=sides, width=sides, frame_size=st.tuples(sides, sides), seed=st.integers(0, 999))
+def test_boxes_lie_inside_the_frame(height, width, frame_size, seed):
+    for box in (
+        centre_box(height, width, frame_size),
+        multi_scale_box(height, width, frame_size, generator(seed)),
+    ):
+        assert box.top >= 0
+        assert box.left >= 0
+        assert 1 <= box.height <= height - box.top
+        assert 1 <= box.width <= width - box.left
+
+
+def test_scales_are_at_most_one_step_apart():
+    steps = [1.0, 0.875, 0.75, 0.66]
+    expected = [
+        (a, b) for a, b in product(steps, steps) if abs(steps.index(a) - steps.index(b)) < 2
+    ]
+    assert list(SCALE_PAIRS) == expected
+    assert len(SCALE_PAIRS) == 10
+
+
+def test_there_are_13_places_symmetric_in_the_frame():
+    assert len(set(OFFSETS)) == 13
+    assert {(4 - down, right) for down, right in OFFSETS} == set(OFFSETS)
+    assert {(right, down) for down, right in OFFSETS} == set(OFFSETS)
+
+
+def test_every_crop_of_a_frame_is_drawn_and_no_other():
+    drawn = {multi_scale_box(400, 600, (224, 224), generator("draw", i)) for i in range(2500)}
+    sizes = {(int(400 * a), int(400 * b)) for a, b in SCALE_PAIRS}
+    assert {(box.height, box.width) for box in drawn} == sizes
+    expected = {
+        Box((400 - h) * down // 4, (600 - w) * right // 4, h, w)
+        for (h, w), (down, right) in product(sizes, OFFSETS)
+    }
+    assert drawn == expected
+
+
+def test_a_rectangular_target_scales_the_largest_box_of_its_shape():
+    sizes = {
+        (box.height, box.width)
+        for box in (multi_scale_box(240, 320, (64, 128), generator(i)) for i in range(300))
+    }
+    assert max(sizes) == (160, 320)
+    assert {(160, 320), (140, 280), (120, 240), (105, 211)} <= sizes
+    assert all(0.85 < height * 2 / width < 1.18 for height, width in sizes)
+
+
+@pytest.mark.parametrize(
+    ("box", "frame_size"),
+    [
+        (Box(0, 0, 120, 160), (48, 48)),
+        (Box(5, 9, 66, 75), (48, 48)),
+        (Box(3, 1, 40, 30), (64, 96)),
+        (Box(119, 159, 1, 1), (8, 8)),
+    ],
+)
+def test_resizing_agrees_with_pillow(box, frame_size):
+    frames = np.random.default_rng(0).integers(0, 256, (2, 120, 160, 3), dtype=np.uint8)
+    clip = crop_and_resize(frames, box, frame_size)
+    assert clip.shape == (3, 2, *frame_size)
+    assert clip.dtype == torch.uint8
+    assert clip.is_contiguous()
+    corners = (box.left, box.top, box.left + box.width, box.top + box.height)
+    for frame, resized in zip(frames, clip.transpose(0, 1), strict=True):
+        expected = (
+            Image.fromarray(frame).crop(corners).resize(frame_size[::-1], Image.Resampling.BILINEAR)
+        )
+        difference = np.asarray(expected).astype(int) - resized.permute(1, 2, 0).numpy()
+        assert np.abs(difference).max() <= 1
+
+
+def test_a_crop_of_the_right_size_keeps_its_pixels():
+    frames = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
+    clip = crop_and_resize(frames, Box(2, 5, 10, 12), (10, 12))
+    assert np.array_equal(clip.permute(1, 2, 3, 0).numpy(), frames[:, 2:12, 5:17])

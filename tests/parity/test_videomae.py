@@ -1,0 +1,106 @@
+"""Our autoencoder against the independent VideoMAE in transformers, weight for weight."""
+
+import pytest
+import torch
+from einops import rearrange
+
+from hpm_video.losses import reconstruction_errors
+from hpm_video.masking import TokenMask, choose_masked, units_to_tokens
+from hpm_video.models.masked_autoencoder import MaskedAutoencoder
+from hpm_video.models.vit import Transformer, TransformerSize
+from hpm_video.pixels import normalise
+from hpm_video.targets import patchify, standardise
+from hpm_video.token_grid import TokenGrid
+
+videomae = pytest.importorskip("transformers.models.videomae")
+
+CLIP, PATCH = (4, 32, 32), (2, 16, 16)
+ENCODER, DECODER = TransformerSize(48, 2, 4), TransformerSize(24, 2, 2)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.fixture
+def theirs():
+    config = videomae.VideoMAEConfig(
+        image_size=32,
+        num_frames=4,
+        hidden_size=ENCODER.dim,
+        num_hidden_layers=ENCODER.depth,
+        num_attention_heads=ENCODER.num_heads,
+        intermediate_size=4 * ENCODER.dim,
+        decoder_hidden_size=DECODER.dim,
+        decoder_num_hidden_layers=DECODER.depth,
+        decoder_num_attention_heads=DECODER.num_heads,
+        decoder_intermediate_size=4 * DECODER.dim,
+        layer_norm_eps=1e-6,  # theirs defaults to 1e-12
+        use_mean_pooling=False,
+    )
+    torch.manual_seed(0)
+    model = videomae.VideoMAEForPreTraining(config).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.2)
+    model.decoder.norm.eps = 1e-6  # theirs is fixed at 1e-5
+    return model
+
+
+@torch.no_grad()
+def copy_transformer(ours: Transformer, layers, norm):
+    for block, layer in zip(ours.blocks, layers, strict=True):
+        qkv = layer.attention.attention
+        block.attn.qkv.weight.copy_(torch.cat([qkv.query.weight, qkv.key.weight, qkv.value.weight]))
+        assert qkv.key.bias is None
+        block.attn.q_bias.copy_(qkv.query.bias)
+        block.attn.v_bias.copy_(qkv.value.bias)
+        block.attn.proj.load_state_dict(layer.attention.output.dense.state_dict())
+        block.mlp[0].load_state_dict(layer.intermediate.dense.state_dict())
+        block.mlp[2].load_state_dict(layer.output.dense.state_dict())
+        block.norm1.load_state_dict(layer.layernorm_before.state_dict())
+        block.norm2.load_state_dict(layer.layernorm_after.state_dict())
+    ours.norm.load_state_dict(norm.state_dict())
+
+
+@torch.no_grad()
+def copy_weights(theirs) -> MaskedAutoencoder:
+    grid = TokenGrid.of_clip(CLIP, PATCH)
+    ours = MaskedAutoencoder(grid, PATCH, ENCODER, DECODER).eval()
+    trunk = theirs.videomae
+    projection = trunk.embeddings.patch_embeddings.projection
+    weight = rearrange(projection.weight, "d c pt ph pw -> d (pt ph pw c)")
+    ours.patch_embed.load_state_dict({"weight": weight, "bias": projection.bias})
+    copy_transformer(ours.encoder, trunk.encoder.layer, trunk.layernorm)
+    decoder = ours.pixel_decoder
+    copy_transformer(decoder.transformer, theirs.decoder.decoder_layers, theirs.decoder.norm)
+    decoder.head.load_state_dict(theirs.decoder.head.state_dict())
+    ours.to_decoder.load_state_dict(theirs.encoder_to_decoder.state_dict())
+    ours.mask_token.copy_(theirs.mask_token.flatten())
+    return ours
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_same_pixels_and_same_loss_for_the_hidden_tokens(theirs, per_channel):
+    theirs.config.norm_pix_loss = per_channel
+    ours = copy_weights(theirs)
+    pixels = torch.randint(256, (2, 3, *CLIP), dtype=torch.uint8)
+    clips = normalise(pixels, MEAN, STD)
+    units = choose_masked(None, torch.rand(2, ours.grid.tokens_per_frame), 3, num_hardest=0)
+    masked = units_to_tokens(units, ours.grid, "tube")
+    mask = TokenMask.from_masked(masked, num_masked=3 * ours.grid.time)
+
+    expected = theirs(clips.transpose(1, 2), bool_masked_pos=masked)
+    predicted = ours(clips, mask).pixels
+    torch.testing.assert_close(predicted, expected.logits, rtol=1e-5, atol=1e-5)
+
+    # Without the standardisation theirs predicts pixels in [0, 1]; ours has no such target.
+    patches = mask.take_masked(patchify(pixels.float() / 255, PATCH))
+    target = standardise(patches, "per_channel" if per_channel else "raw", channels=3)
+    loss = reconstruction_errors(predicted, target).mean()
+    torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=1e-5)
+
+
+def test_same_number_of_parameters(theirs):
+    ours = MaskedAutoencoder(
+        TokenGrid.of_clip(CLIP, PATCH), PATCH, ENCODER, DECODER, predictor=False
+    )
+    count = sum(p.numel() for p in theirs.parameters())
+    assert sum(p.numel() for p in ours.parameters()) == count

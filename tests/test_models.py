@@ -1,0 +1,155 @@
+from functools import partial
+
+import pytest
+import torch
+
+from hpm_video.masking import TokenMask, choose_masked
+from hpm_video.models.masked_autoencoder import MaskedAutoencoder
+from hpm_video.models.pos_embed import sinusoid
+from hpm_video.models.vit import Transformer, TransformerSize
+from hpm_video.token_grid import TokenGrid
+
+SMALL = TransformerSize(32, 2, 4)
+SIZES = {  # METHOD: parameters of VideoMAE's pre-training model in millions
+    "S": (TransformerSize(384, 12, 6), TransformerSize(192, 4, 3), 24.03),
+    "B": (TransformerSize(768, 12, 12), TransformerSize(384, 4, 6), 94.21),
+    "L": (TransformerSize(1024, 24, 16), TransformerSize(512, 12, 8), 343.00),
+    "H": (TransformerSize(1280, 32, 16), TransformerSize(640, 12, 8), 692.49),
+}
+
+
+def make(clip=(4, 32, 32), patch=(2, 8, 8), seed=0, **options):
+    torch.manual_seed(seed)
+    return MaskedAutoencoder(TokenGrid.of_clip(clip, patch), patch, SMALL, SMALL, **options)
+
+
+def random_mask(model, batch=2, ratio=0.75):
+    count = int(model.grid.num_tokens * ratio)
+    priority = torch.rand(batch, model.grid.num_tokens)
+    return TokenMask.from_masked(choose_masked(None, priority, count, 0), count)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_number_of_parameters_is_videomaes(name):
+    encoder, decoder, millions = SIZES[name]
+    grid = TokenGrid.of_clip((16, 224, 224), (2, 16, 16))
+    with torch.device("meta"):
+        plain = MaskedAutoencoder(grid, (2, 16, 16), encoder, decoder, predictor=False)
+        mining = MaskedAutoencoder(grid, (2, 16, 16), encoder, decoder)
+    count = sum(p.numel() for p in plain.parameters())
+    assert round(count / 1e6, 2) == millions
+    predictor = sum(p.numel() for p in mining.difficulty_decoder.parameters())
+    assert sum(p.numel() for p in mining.parameters()) == count + predictor
+
+
+@pytest.mark.parametrize(
+    ("clip", "patch", "channels"),
+    [
+        ((4, 32, 32), (2, 8, 8), 3),
+        ((6, 24, 40), (3, 8, 8), 3),  # rectangular
+        ((1, 32, 48), (1, 16, 16), 3),  # an image
+        ((2, 16, 16), (2, 4, 4), 1),
+        ((2, 16, 16), (1, 8, 8), 5),
+    ],
+)
+def test_any_shape_that_patches_divide(clip, patch, channels):
+    model = make(clip, patch, channels=channels)
+    mask = random_mask(model)
+    prediction = model(torch.rand(2, channels, *clip), mask)
+    num_masked = mask.masked_ids.shape[1]
+    assert prediction.pixels.shape == (2, num_masked, channels * patch[0] * patch[1] * patch[2])
+    assert prediction.difficulty.shape == (2, num_masked)
+    assert model.score_all(torch.rand(2, channels, *clip)).shape == (2, model.grid.num_tokens)
+
+
+def test_hidden_pixels_are_not_seen():
+    model = make().eval()
+    mask = random_mask(model, batch=1)
+    clips = torch.rand(1, 3, 4, 32, 32)
+    hidden = mask.masked.view(1, 1, 2, 4, 4).repeat_interleave(2, 2)
+    hidden = hidden.repeat_interleave(8, 3).repeat_interleave(8, 4)
+    changed = torch.where(hidden, torch.rand_like(clips), clips)
+    assert torch.equal(model(clips, mask).pixels, model(changed, mask).pixels)
+    assert not torch.equal(model(clips, mask).pixels, model(clips + 1, mask).pixels)
+
+
+def test_scores_for_all_tokens_do_not_run_the_reconstructor():
+    model = make()
+    model.pixel_decoder.register_forward_hook(lambda *_: pytest.fail("reconstructor ran"))
+    model.score_all(torch.rand(1, 3, 4, 32, 32))
+
+
+def test_model_without_predictor_says_so():
+    model = make(predictor=False)
+    assert model(torch.rand(2, 3, 4, 32, 32), random_mask(model)).difficulty is None
+    with pytest.raises(ValueError, match="no loss predictor"):
+        model.score_all(torch.rand(2, 3, 4, 32, 32))
+
+
+def test_first_scores_are_nearly_equal():
+    scores = make().score_all(torch.rand(2, 3, 4, 32, 32))
+    assert scores.std() < 0.1
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    clips, keys = torch.rand(2, 3, 4, 32, 32), torch.tensor([5, 6])
+    gradients = []
+    for recompute in (False, True):
+        model = make(checkpoint_activations=recompute, drop_path=0.5)
+        torch.manual_seed(1)
+        prediction = model(clips, random_mask(model), keys)
+        (prediction.pixels.sum() + prediction.difficulty.sum()).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, again, rtol=0, atol=0)
+
+
+def test_stochastic_depth_depends_on_the_sample_alone():
+    transformer = Transformer(SMALL, drop_path=0.6)
+    tokens, keys = torch.rand(6, 5, 32), torch.arange(6)
+    together = transformer(tokens, transformer.draws(keys))
+    alone = transformer(tokens[3:4], transformer.draws(keys[3:4]))
+    torch.testing.assert_close(together[3:4], alone)
+    assert transformer.draws(None) is None
+
+
+def test_stochastic_depth_keeps_the_mean_and_rises_over_the_blocks():
+    transformer = Transformer(TransformerSize(8, 3, 2), drop_path=0.4)
+    assert [block.drop_path for block in transformer.blocks] == pytest.approx([0, 0.2, 0.4])
+    block = transformer.blocks[2]
+    residual = torch.ones(4000, 1, 1)
+    dropped = block._maybe_drop(residual, torch.rand(4000, 2), branch=0)
+    assert dropped.mean().item() == pytest.approx(1, abs=0.07)
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.6])
+
+
+def test_block_equals_timms():
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    ours = Transformer(SMALL).blocks[0]
+    theirs = timm.Block(32, 4, qkv_bias=True, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6))
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    state = ours.state_dict()
+    q, v = state.pop("attn.q_bias"), state.pop("attn.v_bias")
+    state["attn.qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
+    renamed = {k.replace("mlp.0", "mlp.fc1").replace("mlp.2", "mlp.fc2"): state[k] for k in state}
+    theirs.load_state_dict(renamed)
+    tokens = torch.randn(2, 7, 32)
+    torch.testing.assert_close(ours(tokens), theirs(tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_positions_are_interleaved_sine_and_cosine():
+    table = sinusoid(1568, 8)
+    assert table[0].tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
+    angle = torch.tensor(37 / 10000 ** (2 / 8), dtype=torch.float64)
+    torch.testing.assert_close(table[37, 2:4], torch.stack([angle.sin(), angle.cos()]).float())
+
+
+def test_positions_are_in_no_checkpoint():
+    assert not [name for name in make().state_dict() if "pos" in name]
+
+
+@pytest.mark.parametrize("size", [(30, 2, 4), (32, 0, 4), (12, 1, 4)])
+def test_impossible_transformer_names_the_numbers(size):
+    with pytest.raises(ValueError, match=f"got dim {size[0]}, depth {size[1]}"):
+        TransformerSize(*size)

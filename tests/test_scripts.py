@@ -1,0 +1,235 @@
+"""The shell scripts: what they start, and what they say. No environment is made here."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = (
+    "run_pretrain.sh",
+    "run_tests.sh",
+    "requirements.txt",
+    "pyproject.toml",
+    "tests/requirements.txt",
+    "tools/environment.sh",
+)
+
+# Stands for Python: says yes to the checks (-c) and writes down what else it is started with.
+RECORDER = """#!/usr/bin/env bash
+if [[ $1 == -c ]]; then exit 0; fi
+printf '%s\\n' "$PWD" "$@" -- >>"$RECORD"
+if [[ $1 == tools/* ]]; then exit "${EXIT_CODE:-0}"; fi
+"""
+
+
+class Clone:
+    """A copy of the scripts, in a folder whose name holds spaces."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "a clone"
+        self.elsewhere = folder / "else where"
+        self.elsewhere.mkdir()
+        for name in FILES:
+            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, self.root / name)
+        self.write("configs/pretrain/demo.yaml", "data: {train: datasets/demo/train.csv}")
+        self.write("configs/pretrain/other.yaml", "data: {train: datasets/k400/train.csv}")
+        (self.root / "datasets" / "demo").mkdir(parents=True)
+        self.python = folder / "my python"
+        self.python.write_text(RECORDER)
+        self.python.chmod(0o755)
+        self.record = folder / "record"
+
+    def write(self, name: str, text: str) -> None:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def run(
+        self,
+        script: str,
+        *arguments: str,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(self.root / script), *arguments],
+            cwd=cwd or self.elsewhere,
+            env={
+                **os.environ,
+                "HPM_PYTHON": str(self.python),
+                "RECORD": str(self.record),
+                **(env or {}),
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+
+    def starts(self) -> list[list[str]]:
+        """What Python was started with, each as [folder, argument, ...]."""
+        starts: list[list[str]] = [[]]
+        for line in self.record.read_text().splitlines():
+            if line == "--":
+                starts.append([])
+            else:
+                starts[-1].append(line)
+        return starts[:-1]
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Clone:
+    return Clone(tmp_path)
+
+
+PREPARE = ["datasets/demo/prepare.py"]
+DEMO = "configs/pretrain/demo.yaml"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "starts"),
+    [
+        ([], [PREPARE, ["tools/pretrain.py", DEMO]]),
+        (
+            ["recipe.epochs=2", "output_dir=runs/my run"],
+            [PREPARE, ["tools/pretrain.py", DEMO, "recipe.epochs=2", "output_dir=runs/my run"]],
+        ),
+        ([DEMO, "seed=1"], [PREPARE, ["tools/pretrain.py", DEMO, "seed=1"]]),
+        (
+            ["configs/pretrain/other.yaml"],
+            [["tools/pretrain.py", "configs/pretrain/other.yaml"]],
+        ),
+    ],
+)
+def test_arguments_reach_python_in_the_root(
+    clone: Clone, arguments: Sequence[str], starts: list[list[str]]
+) -> None:
+    result = clone.run("run_pretrain.sh", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert clone.starts() == [[str(clone.root), *start] for start in starts]
+
+
+def test_config_is_looked_up_from_the_callers_folder_first(clone: Clone) -> None:
+    mine = clone.elsewhere / "configs" / "pretrain" / "other.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("seed: 1")
+    assert clone.run("run_pretrain.sh", "configs/pretrain/other.yaml").returncode == 0
+    assert clone.starts() == [[str(clone.root), "tools/pretrain.py", str(mine)]]
+
+
+def test_demo_data_is_made_once(clone: Clone) -> None:
+    for split in ("train", "validation"):
+        clone.write(f"datasets/demo/{split}.csv", "path,label\n")
+    assert clone.run("run_pretrain.sh").returncode == 0
+    assert [start[1] for start in clone.starts()] == ["tools/pretrain.py"]
+
+
+def test_exit_code_is_pythons(clone: Clone) -> None:
+    assert clone.run("run_pretrain.sh", env={"EXIT_CODE": "75"}).returncode == 75
+
+
+def test_help(clone: Clone) -> None:
+    result = clone.run("run_pretrain.sh", "--help", env={"HPM_PYTHON": "/nowhere"})
+    assert result.returncode == 0
+    assert "./run_pretrain.sh CONFIG [section.key=value ...]" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("configs/none.yaml", "no configuration configs/none.yaml"), ("--fast", "unknown option")],
+)
+def test_mistaken_argument(clone: Clone, argument: str, message: str) -> None:
+    result = clone.run("run_pretrain.sh", argument)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not clone.record.exists()
+
+
+def test_given_python_without_the_modules(clone: Clone) -> None:
+    clone.python.write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" -I -S "$@"\n')
+    result = clone.run("run_pretrain.sh")
+    assert result.returncode == 1
+    assert "torch: ModuleNotFoundError: No module named 'torch'" in result.stderr
+    assert f"'{clone.python}' -m pip install -r '{clone.root}/requirements.txt'" in result.stderr
+
+
+def test_given_python_that_is_none(clone: Clone) -> None:
+    result = clone.run("run_pretrain.sh", env={"HPM_PYTHON": "/no/such python"})
+    assert result.returncode == 1
+    assert "HPM_PYTHON=/no/such python is no program" in result.stderr
+
+
+def test_given_python_that_is_too_old(clone: Clone) -> None:
+    clone.python.write_text("#!/usr/bin/env bash\nexit 1\n")
+    result = clone.run("run_pretrain.sh")
+    assert result.returncode == 1
+    assert "is not Python 3.10 to 3.13" in result.stderr
+
+
+def test_without_any_python(clone: Clone, tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "env", "dirname", "basename", "cat", "cksum", "grep"):
+        found = shutil.which(name)
+        assert found is not None
+        (tools / name).symlink_to(found)
+    result = clone.run("run_pretrain.sh", env={"HPM_PYTHON": "", "PATH": str(tools)})
+    assert result.returncode == 1
+    assert "no Python 3.10 to 3.13 found" in result.stderr
+
+    # As Debian's python3 is without python3-venv.
+    (tools / "python3").write_text(
+        f"#!{tools}/bash\n"
+        "[[ $2 != *ensurepip* ]] || exit 1\nif [[ $2 == *print* ]]; then echo 3.11; fi\n"
+    )
+    (tools / "python3").chmod(0o755)
+    result = clone.run("run_pretrain.sh", env={"HPM_PYTHON": "", "PATH": str(tools)})
+    assert result.returncode == 1
+    assert "sudo apt-get install python3.11-venv" in result.stderr
+    assert not (clone.root / ".venv").exists()
+
+
+def test_package_is_found_from_anywhere_and_the_datasets_folder_is_not(clone: Clone) -> None:
+    clone.write("hpm_video/__init__.py", "")
+    clone.python.write_text(
+        f'#!/usr/bin/env bash\nif [[ $1 == -c ]]; then exit 0; fi\nexec "{sys.executable}" "$@"\n'
+    )
+    clone.write(
+        "tools/pretrain.py",
+        "import sys\nimport hpm_video\nprint(hpm_video.__file__)\nprint(*sys.path, sep='\\n')\n",
+    )
+    result = clone.run("run_pretrain.sh", "configs/pretrain/other.yaml")
+    assert result.returncode == 0, result.stderr
+    package, *search = map(Path, result.stdout.splitlines())
+    assert package.resolve() == clone.root / "hpm_video" / "__init__.py"
+    assert clone.root not in search
+
+
+def test_signals_reach_python(clone: Clone) -> None:
+    clone.python.write_text('#!/usr/bin/env bash\n[[ $1 == -c ]] || echo "$$"\n')
+    started = subprocess.Popen(
+        [str(clone.root / "run_pretrain.sh"), "configs/pretrain/other.yaml"],
+        env={**os.environ, "HPM_PYTHON": str(clone.python)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    output, _ = started.communicate(timeout=60)
+    assert int(output) == started.pid
+
+
+def test_failing_step_of_the_tests_ends_them(clone: Clone) -> None:
+    recorder = RECORDER.replace(
+        "if [[ $1 == tools",
+        "if [[ $2 == ruff && $3 == check ]]; then exit 3; fi\nif [[ $1 == tools",
+    )
+    clone.python.write_text(recorder)
+    result = clone.run("run_tests.sh")
+    assert result.returncode == 3
+    assert [start[2:4] for start in clone.starts()] == [["ruff", "format"], ["ruff", "check"]]
+    assert "== failed, with code 3" in result.stderr

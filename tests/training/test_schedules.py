@@ -1,0 +1,96 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpm_video.models.masked_autoencoder import MaskedAutoencoder
+from hpm_video.models.vit import TransformerSize
+from hpm_video.progress import Progress, Timeline
+from hpm_video.token_grid import TokenGrid
+from hpm_video.training.optim import parameter_groups
+from hpm_video.training.schedules import WarmupCosine, scaled_lr
+from hpm_video.training.teacher import MomentumSchedule, follow, make_teacher
+
+
+def at(epoch, epochs=800, update=0):
+    return Progress(update, epoch, epochs)
+
+
+def test_learning_rate_warms_up_from_0_and_falls_to_the_last():
+    schedule = WarmupCosine(peak=1.2e-3, final=8e-5, warmup_epochs=40)
+    assert schedule.at(at(0)) == 0
+    assert schedule.at(at(20)) == pytest.approx(6e-4)
+    assert schedule.at(at(40)) == pytest.approx(1.2e-3)
+    assert schedule.at(at(420)) == pytest.approx((1.2e-3 + 8e-5) / 2)
+    assert schedule.at(at(800)) == pytest.approx(8e-5)
+    quarter = 8e-5 + (1.2e-3 - 8e-5) * (1 + math.cos(math.pi / 4)) / 2
+    assert schedule.at(at(230)) == pytest.approx(quarter)
+
+
+def test_no_warmup_and_nothing_but_warmup():
+    assert WarmupCosine(1.0, 0.0, 0).at(at(0, 4)) == 1
+    assert WarmupCosine(1.0, 0.0, 4).at(at(3, 4)) == 0.75
+
+
+def test_learning_rate_scales_with_the_batch():
+    assert scaled_lr(1.5e-4, 2048) == pytest.approx(1.2e-3)
+
+
+def test_momentum_of_the_paper():
+    momentum = MomentumSchedule("paper", 0.999, 0.9999)
+    assert momentum.at(at(0)) == 0.999
+    assert momentum.at(at(50.7)) == pytest.approx(0.999 + 0.0009 * 50 / 100)
+    assert momentum.at(at(100)) == pytest.approx(0.9999)
+    assert momentum.at(at(700)) == pytest.approx(0.9999)
+
+
+def test_momentum_that_warms_up():
+    momentum = MomentumSchedule("warmup", 0.0, 0.996)
+    assert [momentum.at(at(0, update=n)) for n in (0, 8, 10_000)] == [0.1, 0.5, 0.996]
+
+
+def test_teacher_follows_in_steps_that_bf16_would_lose():
+    student = torch.nn.Linear(2, 2)
+    teacher = make_teacher(student)
+    before = teacher.weight.clone()
+    torch.nn.init.constant_(student.weight, 1.0)
+    follow(teacher, student, 0.9999)
+    torch.testing.assert_close(teacher.weight, before + 1e-4 * (1 - before), rtol=1e-6, atol=0)
+    assert not torch.equal(teacher.weight, before)
+    assert teacher.weight.dtype == torch.float32
+
+
+def test_vectors_do_not_decay():
+    size = TransformerSize(16, 1, 2)
+    model = MaskedAutoencoder(TokenGrid(1, 2, 2), (1, 4, 4), size, size)
+    decayed, kept = parameter_groups(model, 0.05)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.05
+    assert kept["weight_decay"] == 0
+    assert {names[id(p)].rsplit(".")[-1] for p in decayed["params"]} == {"weight"}
+    not_decayed = {names[id(p)] for p in kept["params"]}
+    assert "mask_token" in not_decayed
+    assert "encoder.norm.weight" in not_decayed
+    assert len(names) == len(decayed["params"]) + len(kept["params"])
+
+
+@given(
+    videos=st.integers(1, 50),
+    batch=st.integers(1, 60),
+    epochs=st.integers(1, 9),
+    every=st.floats(0.3, 4),
+)
+def test_timeline_counts_videos(videos, batch, epochs, every):
+    if videos * epochs < batch:
+        with pytest.raises(ValueError, match=f"do not fill one batch of {batch}"):
+            Timeline(videos, batch, epochs)
+        return
+    timeline = Timeline(videos, batch, epochs)
+    updates = range(timeline.num_updates)
+    assert (len(updates) + 1) * batch > videos * epochs >= len(updates) * batch
+    assert [timeline.at(u).epoch for u in updates] == [u * batch // videos for u in updates]
+    completed = sum(timeline.passes(update, every) for update in updates)
+    total = int(timeline.at(len(updates)).exact_epoch / every)
+    assert completed == total or batch > videos * every  # a batch may complete several at once

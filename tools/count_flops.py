@@ -1,0 +1,55 @@
+"""What an update costs, from the shapes: python tools/count_flops.py CONFIG [section.key=value ...]."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hpm_video.config import ConfigError, PretrainConfig, load_config
+from hpm_video.masking import TokenMask
+from hpm_video.pretrain import build_objective, build_student
+
+
+def main() -> int:
+    """Count the multiplications of one clip on a device without memory, and print them."""
+    parser = argparse.ArgumentParser(description="Count the multiply-adds of one clip's update.")
+    parser.add_argument("config", type=Path, nargs="+")
+    parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value")
+    arguments = parser.parse_args()
+    print(f"{'config':24}{'student':>10}{'teacher':>10}   GMAC per clip and update")
+    for path in arguments.config:
+        try:
+            config = load_config(PretrainConfig, path, arguments.set)
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        student, teacher = count(config)
+        print(f"{path.stem:24}{student:10.1f}{teacher:10.1f}")
+    return 0
+
+
+def count(config: PretrainConfig) -> tuple[float, float]:
+    """Multiply-adds in thousands of millions: forward and backward of the student, the teacher."""
+    with torch.device("meta"):
+        model = build_student(config)
+        objective = build_objective(config, model if config.mining.predictor != "none" else None)
+        masks = objective.masks
+        clip = torch.empty(1, config.model.channels, *config.data.clip_size)
+        num_masked = masks.num_masked * masks.grid.num_tokens // masks.num_units
+        mask = TokenMask.from_masked(torch.ones(1, masks.grid.num_tokens).bool(), num_masked)
+        with FlopCounterMode(display=False) as student:
+            prediction = model(clip, mask)
+            total = prediction.pixels.sum()
+            if prediction.difficulty is not None:
+                total = total + prediction.difficulty.sum()
+            total.backward()  # type: ignore[no-untyped-call]
+        with FlopCounterMode(display=False) as teacher, torch.no_grad():
+            if masks.strategy.picks:
+                model.score_all(clip)
+    return student.get_total_flops() / 2e9, teacher.get_total_flops() / 2e9
+
+
+if __name__ == "__main__":
+    sys.exit(main())

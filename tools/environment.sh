@@ -1,0 +1,196 @@
+# shellcheck shell=bash
+# The Python environment of this repository. To be sourced:
+#
+#   source tools/environment.sh
+#   prepare_environment          # what the package needs
+#   prepare_environment tests    # and what its tests need
+#   "$python" ...
+#
+# It is .venv at the root of the repository, or the one that HPM_PYTHON names.
+
+repository="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+environment="$repository/.venv"
+python=""
+
+say() { printf '[environment] %s\n' "$*" >&2; }
+
+fail() {
+  printf '[environment] error: %s\n' "$1" >&2
+  shift
+  if (($#)); then printf '  %s\n' "$@" >&2; fi
+  exit 1
+}
+
+prepare_environment() {
+  export PYTHONUNBUFFERED=1
+  if [[ -n ${HPM_PYTHON:-} ]]; then
+    use_given_environment "${1:-}"
+    return
+  fi
+  unset PYTHONPATH PYTHONHOME
+  python="$environment/bin/python"
+  if is_complete "${1:-}"; then return; fi
+  make_environment "${1:-}"
+}
+
+# --- An environment that the user already has ---------------------------------------------------
+
+use_given_environment() {
+  python="$(command -v -- "$HPM_PYTHON" || true)"
+  if [[ -z $python || -d $python ]]; then
+    fail "HPM_PYTHON=$HPM_PYTHON is no program" \
+      "Name a Python interpreter, for instance HPM_PYTHON=\$(command -v python3)," \
+      "or leave HPM_PYTHON out: then an environment is made in .venv."
+  fi
+  if [[ $python != /* ]]; then python="$PWD/$python"; fi
+  is_supported "$python" || fail "HPM_PYTHON=$HPM_PYTHON is not Python 3.10 to 3.13"
+  local modules=(torch torchvision timm einops numpy pandas omegaconf safetensors matplotlib PIL
+    tensorboard tqdm av)
+  if [[ $1 == tests ]]; then modules+=(pytest pytest_timeout hypothesis transformers ruff mypy); fi
+  local missing
+  missing="$("$python" -c "$import_check" "${modules[@]}")" ||
+    fail "the environment of HPM_PYTHON=$HPM_PYTHON could not be checked"
+  if [[ -n $missing ]]; then
+    local command="'$python' -m pip install -r '$repository/requirements.txt'"
+    if [[ $1 == tests ]]; then command+=" -r '$repository/tests/requirements.txt'"; fi
+    fail "the environment of HPM_PYTHON=$HPM_PYTHON lacks modules, or they do not import:" \
+      "${missing//$'\n'/$'\n'  }" "This installs them:" "$command" \
+      "(where deepspeed, which is optional, does not build: leave out its line)"
+  fi
+  # Nothing is installed there, so the package is found through a folder that holds it alone;
+  # with the whole repository, `datasets` would shadow the library of that name.
+  local folder="$repository/build/import"
+  mkdir -p -- "$folder"
+  ln -sfn -- ../../hpm_video "$folder/hpm_video"
+  export PYTHONPATH="$folder${PYTHONPATH:+:$PYTHONPATH}"
+}
+
+# Prints a line for each module that does not import.
+import_check='
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else str()}")
+'
+
+is_supported() {
+  "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+}
+
+# --- The environment of the repository ----------------------------------------------------------
+
+# What an environment was made from. It depends on the place too: an editable install names it.
+fingerprint() {
+  (cd -- "$repository" && pwd && cat -- "$@") | cksum
+}
+
+is_complete() {
+  has_stamp package requirements.txt pyproject.toml || return 1
+  if [[ $1 == tests ]]; then has_stamp tests tests/requirements.txt || return 1; fi
+  is_supported "$python"
+}
+
+has_stamp() {
+  local stamp="$environment/complete-$1"
+  [[ -f $stamp && "$(<"$stamp")" == "$(fingerprint "${@:2}")" ]]
+}
+
+write_stamp() {
+  local stamp="$environment/complete-$1"
+  fingerprint "${@:2}" >"$stamp.new"
+  mv -f -- "$stamp.new" "$stamp"
+}
+
+make_environment() {
+  trap 'say "interrupted; the next start goes on from here"; exit 130' INT
+  trap 'exit 143' TERM
+  local base
+  base="$(find_python)"
+  lock "$base"
+  if ! is_complete "$1"; then # another start may have made it while this one waited
+    if ! is_supported "$python" || ! "$python" -c 'import pip' 2>/dev/null; then
+      say "making .venv with $("$base" --version) ($base)"
+      "$base" -m venv --clear "$environment" || fail "could not make $environment"
+    fi
+    if ! has_stamp package requirements.txt pyproject.toml; then install_package; fi
+    if [[ $1 == tests ]] && ! has_stamp tests tests/requirements.txt; then
+      say "installing what the tests need (about a minute)"
+      pip_install -r "$repository/tests/requirements.txt" ||
+        fail "could not install tests/requirements.txt" "Start again to go on from here."
+      write_stamp tests tests/requirements.txt
+    fi
+    say "done in $SECONDS s: $environment"
+  fi
+  exec 9>&-
+  trap - INT TERM
+}
+
+# The newest supported Python that can make environments.
+find_python() {
+  local name path incapable=""
+  for name in python3.13 python3.12 python3.11 python3.10 python3 python; do
+    path="$(command -v "$name")" || continue
+    is_supported "$path" || continue
+    if "$path" -c 'import venv, ensurepip' 2>/dev/null; then
+      printf '%s\n' "$path"
+      return
+    fi
+    incapable="${incapable:-$name}"
+  done
+  if [[ -n $incapable ]]; then
+    local version
+    version="$("$incapable" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+    fail "Python $version is here, but not its modules venv and ensurepip" \
+      "On Debian and Ubuntu: sudo apt-get install python$version-venv" \
+      "Or name a Python whose environment has everything: HPM_PYTHON=/path/to/python $0"
+  fi
+  fail "no Python 3.10 to 3.13 found (looked for python3.13 to python3.10, python3, python)" \
+    "Install one, or name one that has everything: HPM_PYTHON=/path/to/python $0"
+}
+
+# Holds descriptor 9 locked until it is closed, by this shell and all that it started. (By Python
+# and not by the program flock, which macOS does not have.)
+lock() {
+  exec 9<>"$repository/requirements.txt"
+  if "$1" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null; then
+    return
+  fi
+  say "another start is making the environment; waiting for it"
+  "$1" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' 2>/dev/null ||
+    say "warning: this file system has no locks; start only one at a time until .venv is made"
+}
+
+pip_install() {
+  local options=(--disable-pip-version-check --no-input)
+  if [[ ! -t 2 ]]; then options+=(--quiet); fi
+  "$python" -m pip install "${options[@]}" "$@" >&2
+}
+
+install_package() {
+  rm -f -- "$environment/complete-package"
+  local remedy="Start again to go on from here: what is installed or downloaded already is kept."
+  say "installing requirements.txt into .venv, once: 5 GB with torch for GPUs;"
+  say "a few minutes with a fast network, half an hour with a slow one"
+  pip_install --upgrade pip "setuptools>=77,<82" wheel ninja packaging py-cpuinfo ||
+    fail "could not install pip and setuptools" "$remedy"
+  grep -v '^deepspeed' "$repository/requirements.txt" >"$environment/requirements.txt"
+  pip_install -r "$environment/requirements.txt" ||
+    fail "could not install requirements.txt" "$remedy"
+  install_deepspeed
+  pip_install --no-deps --no-build-isolation -e "$repository" ||
+    fail "could not install the package itself" "$remedy"
+  write_stamp package requirements.txt pyproject.toml
+}
+
+# After torch, which its set-up imports. It is optional: the default engine is plain torch.
+install_deepspeed() {
+  local requirement
+  requirement="$(grep '^deepspeed' "$repository/requirements.txt")"
+  say "building deepspeed (under a minute)"
+  if ! pip_install --no-build-isolation "$requirement"; then
+    say "warning: deepspeed did not build; everything but engine.name=deepspeed works without"
+    say "to try again: '$python' -m pip install --no-build-isolation '$requirement'"
+  fi
+}
