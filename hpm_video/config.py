@@ -13,6 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hpm_video.data.decode import DecoderChoice
 from hpm_video.losses import PredictorObjective
 from hpm_video.masking import (
     STRATEGIES,
@@ -29,7 +30,6 @@ from hpm_video.token_grid import Size3, TokenGrid
 from hpm_video.training.teacher import MomentumKind
 
 Config = TypeVar("Config")
-Decoder = Literal["auto", "decord", "pyav"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -91,7 +91,7 @@ class DataConfig:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Of each channel, pixels being in [0, 1]. The default is ImageNet's."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    decoder: Decoder = unrelated(default="auto")
+    decoder: DecoderChoice = unrelated(default="auto")
     workers: int | None = unrelated(default=None)
     """Processes that decode; by default one per core but one, at most 16."""
     max_bad_share: float = unrelated(default=0.01)
@@ -301,7 +301,9 @@ class PretrainConfig:
             )
         micro = self.micro_batch
         if self.recipe.batch_size % micro:
-            fitting = [n for n in range(1, self.recipe.batch_size + 1) if not self.recipe.batch_size % n]
+            fitting = [
+                n for n in range(1, self.recipe.batch_size + 1) if not self.recipe.batch_size % n
+            ]
             nearest = min(fitting, key=lambda n: abs(n - micro))
             raise ConfigError(
                 f"engine.micro_batch must divide recipe.batch_size ({self.recipe.batch_size}), "
@@ -333,7 +335,9 @@ def load_config(schema: type[Config], path: Path, overrides: list[str]) -> Confi
             type or breaks a rule of the schema.
     """
     if not path.is_file():
-        raise ConfigError(f"there is no config file {path}; see configs/README.md for those shipped")
+        raise ConfigError(
+            f"there is no config file {path}; see configs/README.md for those shipped"
+        )
     odd = [override for override in overrides if "=" not in override]
     if odd:
         raise ConfigError(f"an override must look like section.key=value, got {odd[0]!r}")

@@ -26,9 +26,7 @@ TRIVIAL = "ranking_by_"
 
 
 @torch.no_grad()
-def measure(
-    objective: HardPatchesMining, engine: Engine, batches: Iterable[ClipBatch]
-) -> Measures:
+def measure(objective: HardPatchesMining, engine: Engine, batches: Iterable[ClipBatch]) -> Measures:
     """Measures over all clips of ``batches``, under one random mask of each.
 
     ``relative_error``: reconstruction error divided by that of predicting the mean of each patch

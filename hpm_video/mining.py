@@ -36,6 +36,7 @@ from hpm_video.token_grid import Size3
 from hpm_video.training.objective import Losses, Model
 from hpm_video.training.teacher import MomentumSchedule, follow
 
+
 @dataclass(frozen=True)
 class TargetRule:
     """How pixels become the target of the reconstruction."""

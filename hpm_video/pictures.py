@@ -121,18 +121,14 @@ def study_clips(
     Raises:
         ValueError: there is no mask to measure with, or the hard fraction is none.
     """
+    rule, targets = objective.masks, objective.targets
+    fraction = rule.strategy.last_fraction if hard_fraction is None else hard_fraction
     if num_masks < 1:
         raise ValueError(f"the true error needs at least 1 random mask, got {num_masks}")
-    rule, targets = objective.masks, objective.targets
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"the hard fraction must lie in [0, 1], got {fraction}")
     clips = normalise(batch.clips, targets.mean, targets.std)
-    priority = uniform(batch.keys, rule.num_units, "picture")
-    difficulty, num_picked = None, 0
-    if objective.teacher is not None:
-        fraction = rule.strategy.last_fraction if hard_fraction is None else hard_fraction
-        difficulty = objective.teacher.score_all(clips).float()
-        num_picked = int(rule.num_masked * fraction)
-    mask = rule.draw(difficulty, priority, num_picked)
-    picked = replace(rule, num_masked=num_picked).draw(difficulty, priority, num_picked)
+    difficulty, mask, picked = _propose(objective, clips, batch.keys, fraction)
     reconstruction = reconstruct(
         student(clips, mask).pixels,
         batch.clips,
@@ -151,7 +147,7 @@ def study_clips(
             true_error=true_errors[i].cpu().numpy(),
             difficulty=None if difficulty is None else difficulty[i].cpu().numpy(),
             masked=mask.masked[i].cpu().numpy(),
-            picked=picked.masked[i].cpu().numpy(),
+            picked=picked[i].cpu().numpy(),
             reconstruction=_to_frames(reconstruction[i]),
             pick=rule.strategy.pick,
             num_masks=num_masks,
@@ -202,6 +198,27 @@ def statistics_from_visible(
     weights = torch.cdist(places[mask.masked_ids], places[mask.visible_ids]) ** -4
     weights = weights / weights.sum(dim=-1, keepdim=True)
     return PatchStatistics(weights @ visible.mean, weights @ visible.scale)
+
+
+class _Proposal(NamedTuple):
+    difficulty: Tensor | None
+    mask: TokenMask
+    picked: Tensor
+    """(B, N) bool, which tokens are hidden for their difficulty."""
+
+
+def _propose(
+    objective: HardPatchesMining, clips: Tensor, keys: Tensor, fraction: float
+) -> _Proposal:
+    """A mask of which the teacher, where there is one, picks a ``fraction``."""
+    rule = objective.masks
+    difficulty, num_picked = None, 0
+    if objective.teacher is not None:
+        difficulty = objective.teacher.score_all(clips).float()
+        num_picked = int(rule.num_masked * fraction)
+    priority = uniform(keys, rule.num_units, "picture")
+    picked = replace(rule, num_masked=num_picked).draw(difficulty, priority, num_picked)
+    return _Proposal(difficulty, rule.draw(difficulty, priority, num_picked), picked.masked)
 
 
 def _mean_errors(
@@ -383,7 +400,7 @@ def draw_sheet(studies: Study | Sequence[Study]) -> Image.Image:
         lines[-1].append(study)
         free -= columns
     body = stack([_draw_line(line, style) for line in lines], 2 * style.margin)
-    width = max(body.width, 40 * style.text)
+    width = max(body.width, 44 * style.text)
     parts = [_draw_caption(studies, width, style), body, _draw_footer(studies, width, style)]
     return pad(stack(parts, style.margin), style.margin)
 

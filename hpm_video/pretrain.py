@@ -67,9 +67,7 @@ def build_student(config: PretrainConfig) -> MaskedAutoencoder:
         )
 
 
-def build_objective(
-    config: PretrainConfig, teacher: MaskedAutoencoder | None
-) -> HardPatchesMining:
+def build_objective(config: PretrainConfig, teacher: MaskedAutoencoder | None) -> HardPatchesMining:
     """Hard patches mining as a config wants it; without a teacher, a plain masked autoencoder."""
     masking, mining = config.masking, config.mining
     grid = TokenGrid.of_clip(config.data.clip_size, config.model.patch_size)
@@ -249,9 +247,7 @@ def _engine(
 ) -> TorchEngine:
     return TorchEngine(
         student,
-        make_adamw(
-            student, weight_decay=config.recipe.weight_decay, betas=config.recipe.betas
-        ),
+        make_adamw(student, weight_decay=config.recipe.weight_decay, betas=config.recipe.betas),
         device=device,
         accumulate=config.recipe.batch_size // config.micro_batch,
         clip_grad=config.recipe.clip_grad,
@@ -273,8 +269,8 @@ def make_update(
         torch.randint(256, shape, dtype=torch.uint8, device=device),
         keys=torch.arange(clips, device=device),
         labels=torch.full((clips,), -1, device=device),
-        files=["random pixels"] * clips,
-        failures=[],
+        files=("random pixels",) * clips,
+        failures=(),
     )
     progress = Progress(1, config.recipe.epochs - 0.5, config.recipe.epochs)
 

@@ -57,14 +57,18 @@ def patch_statistics(patches: Tensor, kind: TargetKind, channels: int) -> PatchS
     sqrt(var) + 1e-6 over the pixels of each channel, as in VideoMAE. ``raw``: 0 and 1.
     """
     if kind == "raw":
-        return PatchStatistics(torch.zeros_like(patches[..., :1]), torch.ones_like(patches[..., :1]))
+        return PatchStatistics(
+            torch.zeros_like(patches[..., :1]), torch.ones_like(patches[..., :1])
+        )
     if kind == "joint":
         variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
         return PatchStatistics(mean, (variance + 1e-6).sqrt())
     pixels = rearrange(patches, "b n (p c) -> b n p c", c=channels)
     variance, mean = torch.var_mean(pixels, dim=2)
     repeats = pixels.shape[2]
-    return PatchStatistics(mean.repeat(1, 1, repeats), (variance.sqrt() + 1e-6).repeat(1, 1, repeats))
+    return PatchStatistics(
+        mean.repeat(1, 1, repeats), (variance.sqrt() + 1e-6).repeat(1, 1, repeats)
+    )
 
 
 def standardise(patches: Tensor, kind: TargetKind, channels: int) -> Tensor:

@@ -18,7 +18,7 @@ from hpm_video.data.decode import open_video
 from hpm_video.data.encode import write_video
 
 RECIPE = Path(__file__).parents[1] / "datasets" / "demo" / "prepare.py"
-COUNTS = {"train": 4, "validation": 2}
+COUNTS = {"train": 3, "validation": 1}
 HEIGHT, WIDTH = 160, 240
 
 

@@ -172,7 +172,9 @@ def test_keyed_draws_are_uniform_independent_and_repeatable():
     assert (histogram - 0.05).abs().max() < 0.003
     correlation = torch.corrcoef(draws.T) - torch.eye(50)
     assert correlation.abs().max() < 0.1
-    neighbours = [torch.corrcoef(torch.stack(pair))[0, 1] for pair in itertools.pairwise(draws[:200])]
+    neighbours = [
+        torch.corrcoef(torch.stack(pair))[0, 1] for pair in itertools.pairwise(draws[:200])
+    ]
     assert abs(sum(neighbours) / len(neighbours)) < 0.05
 
 

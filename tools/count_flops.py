@@ -1,4 +1,4 @@
-"""What an update costs, from the shapes: python tools/count_flops.py CONFIG [section.key=value ...]."""
+"""What an update costs, from the shapes: python tools/count_flops.py CONFIG ..."""
 
 import argparse
 import sys
@@ -44,7 +44,7 @@ def count(config: PretrainConfig) -> tuple[float, float]:
             total = prediction.pixels.sum()
             if prediction.difficulty is not None:
                 total = total + prediction.difficulty.sum()
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()
         with FlopCounterMode(display=False) as teacher, torch.no_grad():
             if masks.strategy.picks:
                 model.score_all(clip)

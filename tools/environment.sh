@@ -44,7 +44,7 @@ use_given_environment() {
   fi
   if [[ $python != /* ]]; then python="$PWD/$python"; fi
   is_supported "$python" || fail "HPM_PYTHON=$HPM_PYTHON is not Python 3.10 to 3.13"
-  local modules=(torch torchvision timm einops numpy pandas omegaconf safetensors matplotlib PIL
+  local modules=(torch torchvision timm einops numpy pandas omegaconf yaml safetensors matplotlib PIL
     tensorboard tqdm av)
   if [[ $1 == tests ]]; then modules+=(pytest pytest_timeout hypothesis transformers ruff mypy); fi
   local missing
@@ -105,7 +105,6 @@ write_stamp() {
 
 make_environment() {
   trap 'say "interrupted; the next start goes on from here"; exit 130' INT
-  trap 'exit 143' TERM
   local base
   base="$(find_python)"
   lock "$base"
@@ -124,7 +123,7 @@ make_environment() {
     say "done in $SECONDS s: $environment"
   fi
   exec 9>&-
-  trap - INT TERM
+  trap - INT
 }
 
 # The newest supported Python that can make environments.

@@ -55,11 +55,11 @@ def main() -> int:
     except EXPECTED as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 2
-    tell_results(run_dir, config)
+    tell_results(run_dir)
     return 0
 
 
-def tell_results(run_dir: Path, config: PretrainConfig) -> None:
+def tell_results(run_dir: Path) -> None:
     """Where everything is, and what to do next."""
     best = run_dir / "checkpoints" / "best"
     checkpoint = best if best.exists() else run_dir / "checkpoints" / "last"

@@ -6,6 +6,7 @@ teacher predicts, a mask drawn from it, and the reconstruction.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,9 +26,9 @@ EXPECTED = (CheckpointError, DecodeError, DecoderError, OSError, ValueError)
 ANIMATIONS = {"gif": (".gif",), "mp4": (".mp4",), "both": (".gif", ".mp4"), "none": ()}
 
 
-def main() -> int:
+def main(command_line: Sequence[str] | None = None) -> int:
     """Draw, and say what was written."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(command_line)
     try:
         written = show_masks(arguments)
     except EXPECTED as error:
@@ -38,7 +39,7 @@ def main() -> int:
     return 0
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Draw what is hard in a video, and what is hidden")
     parser.add_argument("checkpoint", type=Path, help="checkpoint folder of a pre-training run")
@@ -65,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--fps", type=float, default=6, help="of the animation")
     parser.add_argument("--decoder", choices=("auto", "pyav", "decord"), default="auto")
     parser.add_argument("--device", default="auto")
-    return parser.parse_args()
+    return parser.parse_args(command_line)
 
 
 def show_masks(arguments: argparse.Namespace) -> list[Path]:

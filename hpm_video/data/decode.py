@@ -189,13 +189,11 @@ class _PyavReader(VideoReader):
     """Seeks to the key frame before the first frame that is wanted, and decodes from there on."""
 
     def __init__(self, path: str) -> None:
-        import av
+        from av.video.reformatter import VideoReformatter
 
         self.path = path
-        # Converting colours in threads is the default since 17.0 and takes longer than without.
-        self._convert: dict[str, Any] = (
-            {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
-        )
+        # One for all frames: making one takes longer than converting a small frame.
+        self._reformatter = VideoReformatter()
         self._open()
         try:
             self._index()
@@ -276,8 +274,12 @@ class _PyavReader(VideoReader):
         )
 
     def _pixels(self, frame: "av.VideoFrame") -> Frames:
-        """Upright: cameras of telephones note how they were held. -> (H, W, 3)"""
-        pixels = frame.to_ndarray(format="rgb24", **self._convert)
+        """Upright: cameras of telephones note how they were held. -> (H, W, 3)
+
+        In one thread, since the loader's workers take the cores.
+        """
+        converted = self._reformatter.reformat(frame, format="rgb24", threads=1)
+        pixels = converted.to_ndarray()
         return np.rot90(pixels, round(frame.rotation / 90)).astype(np.uint8, copy=False)
 
     def close(self) -> None:

@@ -45,7 +45,7 @@ def _encode(
     count = 0
     with av.open(str(path), "w", format="mp4") as container:
         # One thread: with several, rate control and so the bytes depend on their number.
-        options = {"crf": str(crf), "preset": "fast", "threads": "1"}
+        options = {"crf": str(crf), "preset": "veryfast", "threads": "1"}
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width = first.shape[:2]
         stream.pix_fmt = "yuv420p"

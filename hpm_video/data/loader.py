@@ -1,6 +1,7 @@
 """Batches of clips, decoded by worker processes."""
 
 import csv
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
@@ -73,8 +74,18 @@ def _batches(
 
 
 def _init_worker(_worker: int) -> None:
-    """Leave Ctrl-C to the parent, which then ends its workers. (torch sets them to one thread.)"""
+    """Leave Ctrl-C and SIGTERM to the parent: it saves, and then ends its workers.
+
+    Terminals and schedulers signal all processes of a job. (torch sets workers to one thread.)
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """Kill the workers that are still there: one may hang in native code for ever."""
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 class BadFiles:

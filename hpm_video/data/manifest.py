@@ -5,7 +5,7 @@ import io
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -59,6 +59,17 @@ class Manifest:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def spread(self, count: int) -> "Manifest":
+        """At most ``count`` of the files, evenly over a list that may be sorted by class."""
+        taken = min(count, len(self))
+        places = [i * len(self) // taken for i in range(taken)]
+        return replace(
+            self,
+            files=tuple(self.files[i] for i in places),
+            labels=tuple(self.labels[i] for i in places),
+            num_frames=tuple(self.num_frames[i] for i in places),
+        )
 
 
 def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:

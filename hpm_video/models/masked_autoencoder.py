@@ -46,7 +46,7 @@ class MaskedAutoencoder(nn.Module):
     of the same size, which reads the same embedded sequence and shares no weight after it.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is a size or a switch of the architecture
         self,
         grid: TokenGrid,
         patch_size: Size3,

@@ -133,7 +133,11 @@ def read_weights(path: Path, name: str = "model") -> dict[str, Tensor]:
 
 
 def load_weights(
-    module: nn.Module, weights: Mapping[str, Tensor], source: Path, *, may_lack: tuple[str, ...] = ()
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: Path,
+    *,
+    may_lack: tuple[str, ...] = (),
 ) -> list[str]:
     """Put ``weights`` into ``module``. -> the parameters they lack, which keep what they had.
 
@@ -152,8 +156,7 @@ def load_weights(
     ]
     if wrong:
         raise CheckpointError(
-            f"the weights of {source} do not fit the model of this config:\n  "
-            + "\n  ".join(wrong)
+            f"the weights of {source} do not fit the model of this config:\n  " + "\n  ".join(wrong)
         )
     module.load_state_dict(dict(weights), strict=False)
     return missing

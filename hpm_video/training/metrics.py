@@ -103,7 +103,7 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
 
             folder = str(run_dir / "tensorboard")
-            self._writer = SummaryWriter(folder, purge_step=first_update)  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(folder, purge_step=first_update)
 
     def write(self, kind: str, update: int, epoch: float, values: dict[str, float]) -> None:
         """Add one line. ``update`` counts the updates that were made."""
@@ -112,23 +112,25 @@ class MetricsLog:
             file.write(json.dumps(line) + "\n")
         if self._writer is not None:
             for name, value in values.items():
-                self._writer.add_scalar(f"{kind}/{name}", value, update)  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(f"{kind}/{name}", value, update)
 
-    def close(self) -> None:
-        """Flush what TensorBoard has not written yet."""
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         if self._writer is not None:
-            self._writer.close()  # type: ignore[no-untyped-call]
+            self._writer.close()
 
     def _drop_from(self, first_update: int) -> None:
         if not self.path.is_file():
             return
-        kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                if json.loads(line)["update"] <= first_update:
-                    kept.append(line)
-            except json.JSONDecodeError:  # the last line, cut short
-                break
+        whole = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in whole if json.loads(line)["update"] <= first_update]
         fresh = self.path.with_suffix(".writing")
         fresh.write_text("".join(f"{line}\n" for line in kept))
         fresh.replace(self.path)
@@ -156,7 +158,10 @@ class ProgressBar:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         self._bar.close()
 

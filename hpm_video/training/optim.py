@@ -8,7 +8,8 @@ from torch import nn
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight matrices, which decay, and vectors, which do not: biases, norms, the mask token."""
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (vectors if parameter.ndim <= 1 else matrices).append(parameter)

@@ -56,9 +56,16 @@ def bit_differences(before: Facts, now: Facts) -> list[str]:
 def _commit() -> str | None:
     """The commit of the checkout that the package runs from, ``+`` where it was changed."""
     folder = Path(hpm_video.__file__).parent
-    quiet = {"cwd": folder, "capture_output": True, "text": True, "env": {**os.environ, "LC_ALL": "C"}}
+    quiet = {
+        "cwd": folder,
+        "capture_output": True,
+        "text": True,
+        "env": {**os.environ, "LC_ALL": "C"},
+    }
     try:
-        if subprocess.run(["git", "ls-files", "--error-unmatch", "__init__.py"], **quiet).returncode:  # type: ignore[call-overload]  # noqa: S607
+        if subprocess.run(
+            ["git", "ls-files", "--error-unmatch", "__init__.py"], **quiet
+        ).returncode:  # type: ignore[call-overload]  # noqa: S607
             return None
         commit = subprocess.run(["git", "rev-parse", "HEAD"], **quiet).stdout.strip()  # type: ignore[call-overload]  # noqa: S607
         changed = subprocess.run(["git", "status", "--porcelain", "-uno"], **quiet).stdout  # type: ignore[call-overload]  # noqa: S607

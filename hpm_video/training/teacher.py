@@ -45,5 +45,5 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
     Both are float32: in bfloat16 a step of 1e-4 would be rounded away.
     """
-    average = get_ema_multi_avg_fn(momentum)
+    average = get_ema_multi_avg_fn(momentum)  # type: ignore[no-untyped-call]
     average(list(teacher.parameters()), list(student.parameters()), 0)

@@ -1,0 +1,102 @@
+"""Small real videos, and runs over them as a user starts them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hpm_video.data.encode import write_video
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+model:
+  encoder: {{dim: 16, depth: 1, num_heads: 2}}
+  decoder: {{dim: 16, depth: 1, num_heads: 2}}
+  patch_size: [2, 8, 8]
+data:
+  train: {train}
+  validation: {validation}
+  num_frames: 4
+  frame_stride: 1
+  max_frame_stride: 2
+  frame_size: [32, 32]
+  workers: 0
+masking: {{ratio: 0.75}}
+mining: {{momentum: warmup, last_momentum: 0.9}}
+recipe: {{epochs: 4, batch_size: 4, base_lr: 0.1, min_lr: 0, warmup_epochs: 1}}
+engine: {{precision: fp32, threads: 1, device: cpu}}
+logging: {{every_updates: 1, validate_every_epochs: 2, picture_every_epochs: 4, tensorboard: false}}
+checkpoint: {{every_updates: 5}}
+"""
+
+
+def moving_texture(seed: int, num_frames: int = 12, size: int = 40) -> np.ndarray:
+    """A smooth random texture that slides: (K, H, W, 3) uint8"""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (8, 8, 3))
+    big = np.kron(coarse, np.ones((16, 16, 1)))
+    start, step = rng.integers(0, 40, 2), rng.integers(0, 4, 2)
+    corners = [start + step * frame for frame in range(num_frames)]
+    return np.stack([big[y : y + size, x : x + size] for y, x in corners]).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory) -> Path:
+    """Folder of a folder ``train`` with 14 videos and a folder ``validation`` with 4."""
+    folder = tmp_path_factory.mktemp("videos with spaces")
+    for split, seeds in {"train": range(14), "validation": range(100, 104)}.items():
+        (folder / split).mkdir()
+        for seed in seeds:
+            write_video(folder / split / f"texture {seed}.mp4", moving_texture(seed))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def config_file(videos, tmp_path_factory) -> Path:
+    """14 updates of 4 videos; checkpoints after 5 and 10, in the middle of epochs."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(CONFIG.format(train=videos / "train", validation=videos / "validation"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def pretrain(config_file):
+    """Start ``tools/pretrain.py`` in a process of its own."""
+
+    def start(output_dir, *overrides) -> subprocess.Popen:
+        command = [sys.executable, "tools/pretrain.py", str(config_file)]
+        environment = os.environ | {"PYTHONPATH": str(only_the_package(output_dir.parent))}
+        return subprocess.Popen(
+            [*command, f"output_dir={output_dir}", *overrides],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    return start
+
+
+def only_the_package(folder: Path) -> Path:
+    """A folder from which ``hpm_video`` imports, and not the folder ``datasets`` beside it."""
+    place = folder / "import"
+    place.mkdir(exist_ok=True)
+    link = place / "hpm_video"
+    if not link.exists():
+        link.symlink_to(ROOT / "hpm_video")
+    return place
+
+
+@pytest.fixture(scope="session")
+def finished_run(pretrain, tmp_path_factory) -> Path:
+    """The directory of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    process = pretrain(folder)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    (folder.parent / "output.txt").write_text(output)
+    return folder
