@@ -24,6 +24,7 @@ from hpm_video.masking import (
     StrategyName,
     count_masked,
 )
+from hpm_video.models.pos_embed import Positions
 from hpm_video.models.vit import TransformerSize
 from hpm_video.targets import TargetKind
 from hpm_video.token_grid import Size3, TokenGrid
@@ -58,6 +59,8 @@ class ModelConfig:
     patch_size: Size3 = (2, 16, 16)
     """Frames, height and width of a patch."""
     channels: int = 3
+    positions: Positions = "sequence"
+    """Fixed position codes: VideoMAE's over the ``sequence``, or MAE's in ``space_time``."""
     drop_path: float = 0.0
     """Chance of dropping a residual branch of the encoder's last block; it rises from 0."""
     checkpoint_activations: bool = unrelated(default=False)
@@ -65,6 +68,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, channels=self.channels)
+        if self.positions == "space_time" and (self.encoder.dim % 4 or self.decoder.dim % 4):
+            raise ConfigError(
+                f"model.positions=space_time needs widths that 4 divides, got encoder "
+                f"{self.encoder.dim} and decoder {self.decoder.dim}"
+            )
         if not 0 <= self.drop_path < 1:
             raise ConfigError(f"model.drop_path must lie in [0, 1), got {self.drop_path}")
 
@@ -258,25 +266,50 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """Everything that a pre-training run depends on."""
+class RunConfig:
+    """What every training run has, whatever it trains."""
 
     output_dir: str = unrelated(default="")
     """Run directory. A run that was interrupted goes on from there."""
     seed: int = 0
     init_weights: str | None = None
-    """Checkpoint or .safetensors file to start from: a masked autoencoder's (the loss predictor
-    starts fresh, the teacher as a copy of the student) or an HPM run's."""
-    model: ModelConfig = field(default_factory=ModelConfig)
+    """Checkpoint folder or .safetensors file to start from."""
     data: DataConfig = field(default_factory=DataConfig)
-    masking: MaskingConfig = field(default_factory=MaskingConfig)
-    mining: MiningConfig = field(default_factory=MiningConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     engine: EngineConfig = unrelated(default=EngineConfig())
     logging: LoggingConfig = unrelated(default=LoggingConfig())
     checkpoint: CheckpointConfig = unrelated(default=CheckpointConfig())
 
     def __post_init__(self) -> None:
+        micro, batch = self.micro_batch, self.recipe.batch_size
+        if batch % micro:
+            fitting = [n for n in range(1, batch + 1) if batch % n == 0]
+            nearest = min(fitting, key=lambda n: abs(n - micro))
+            raise ConfigError(
+                f"engine.micro_batch must divide recipe.batch_size ({batch}), got {micro}; the "
+                f"nearest that does is {nearest}"
+            )
+
+    @property
+    def micro_batch(self) -> int:
+        """Videos per forward pass."""
+        return self.engine.micro_batch or self.recipe.batch_size
+
+
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """Everything that a pre-training run depends on.
+
+    It may start from the weights of a masked autoencoder (the loss predictor starts fresh, the
+    teacher as a copy of the student) or of an earlier run of this kind.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    mining: MiningConfig = field(default_factory=MiningConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         try:
             grid = TokenGrid.of_clip(self.data.clip_size, self.model.patch_size)
         except ValueError as error:
@@ -299,16 +332,6 @@ class PretrainConfig:
                 f"difficulty, but mining.predictor is none; take masking.strategy=random, or a "
                 f"predictor (relative, absolute)"
             )
-        micro = self.micro_batch
-        if self.recipe.batch_size % micro:
-            fitting = [
-                n for n in range(1, self.recipe.batch_size + 1) if not self.recipe.batch_size % n
-            ]
-            nearest = min(fitting, key=lambda n: abs(n - micro))
-            raise ConfigError(
-                f"engine.micro_batch must divide recipe.batch_size ({self.recipe.batch_size}), "
-                f"got {micro}; the nearest that does is {nearest}"
-            )
 
     @property
     def strategy(self) -> MaskStrategy:
@@ -320,11 +343,6 @@ class PretrainConfig:
             first_fraction=preset.first_fraction if first is None else first,
             last_fraction=preset.last_fraction if last is None else last,
         )
-
-    @property
-    def micro_batch(self) -> int:
-        """Videos per forward pass."""
-        return self.engine.micro_batch or self.recipe.batch_size
 
 
 def load_config(schema: type[Config], path: Path, overrides: list[str]) -> Config:

@@ -15,7 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from numpy.typing import NDArray
 
-from hpm_video.pictures import written_beside
+from hpm_video.whole_files import written_beside
 
 Values = NDArray[np.float64]
 

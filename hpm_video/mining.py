@@ -62,6 +62,14 @@ class TargetRule:
             pixels = normalise(pixels, self.mean, self.std, channel_axis=-1)
         return rearrange(pixels, "b n p c -> b n (p c)")
 
+    def to_pixels(self, patches: Tensor) -> Tensor:
+        """Undo :meth:`patches`: (B, M, P) -> (B, M, P) uint8"""
+        pixels = rearrange(patches, "b m (p c) -> b m p c", c=len(self.mean))
+        if self.kind != "per_channel":
+            pixels = pixels * pixels.new_tensor(self.std) + pixels.new_tensor(self.mean)
+        pixels = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
+        return rearrange(pixels, "b m p c -> b m (p c)")
+
     def statistics(self, patches: Tensor) -> PatchStatistics:
         """Mean and scale that make targets of patches: (B, N, P) -> 2 x (B, N, .)"""
         return patch_statistics(patches, self.kind, len(self.mean))

@@ -1,266 +1,47 @@
 """What the paper's Figure 2 draws, for video: where a clip is hard, and what is hidden of it.
 
-A :class:`Study` holds everything about one clip; it is measured once and drawn as a sheet (PNG)
-or as an animation (GIF, MP4).
+A study of a clip is drawn as a sheet (PNG) or as an animation (GIF, MP4).
 """
 
 import math
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import matplotlib
 import numpy as np
-import torch
-from einops import rearrange, repeat
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from PIL import Image, ImageFont
 
 from hpm_video.data.dataset import ClipBatch
-from hpm_video.losses import count_ordered_pairs, reconstruction_errors
-from hpm_video.masking import Pick, TokenMask
-from hpm_video.mining import HardPatchesMining, TargetRule
-from hpm_video.pixels import normalise
-from hpm_video.randomness import uniform
-from hpm_video.targets import PatchStatistics, TargetKind, patchify, unpatchify
-from hpm_video.token_grid import Size3, TokenGrid
+from hpm_video.mining import HardPatchesMining
+from hpm_video.study import Frames, Scores, Study, study_clips
 from hpm_video.training.engine import Engine
-from hpm_video.training.objective import Model
+from hpm_video.typesetting import (
+    PAPER,
+    Colour,
+    beside,
+    draw_text,
+    flow,
+    font_of,
+    pad,
+    shorten,
+    stack,
+)
+from hpm_video.whole_files import written_beside
 
-Frames = NDArray[np.uint8]
-"""(T, H, W, 3)"""
-Scores = NDArray[np.float32]
-"""(N,)"""
-Flags = NDArray[np.bool_]
-"""(N,)"""
-Colour = tuple[int, int, int]
 Value = TypeVar("Value", bound=np.generic)
-StatisticsSource = Literal["none", "input", "visible"]
-"""Where mean and contrast of a reconstructed patch come from: raw pixels need none; the hidden
-patch itself; or the visible patches around it, which gives nothing away."""
 
 MAX_COLUMNS = 8
 SMALLEST_CELL = 150
 """Frames narrower than this are enlarged by a whole factor."""
-PAPER: Colour = (255, 255, 255)
-INK: Colour = (28, 28, 32)
 FAINT_INK: Colour = (96, 96, 104)
 HIDDEN: Colour = (196, 198, 203)
 PICKED: Colour = (214, 116, 82)
 UNKNOWN: Colour = (226, 228, 232)
 """Of tokens whose error is not known, because no mask hid them."""
 COLOUR_MAP = "inferno"
-
-
-@dataclass(frozen=True, eq=False)
-class Study:
-    """One clip: how hard its tokens are, how hard they seem, what is hidden and what is made up."""
-
-    name: str
-    grid: TokenGrid
-    patch_size: Size3
-    frames: Frames
-    true_error: Scores
-    """Mean over the masks in which the token was hidden; NaN where it never was."""
-    difficulty: Scores | None
-    """The teacher's scores, seeing the whole clip; none without a predictor."""
-    masked: Flags
-    picked: Flags
-    """Which of the hidden tokens are hidden for their difficulty."""
-    reconstruction: Frames
-    """Made from that mask; visible patches are the input's."""
-    pick: Pick
-    num_masks: int
-    """Random masks that the true error is averaged over."""
-    target: TargetKind
-    statistics: StatisticsSource
-
-    @property
-    def ranking_accuracy(self) -> float | None:
-        """Share of pairs of tokens that the teacher puts in the order of their true error."""
-        if self.difficulty is None:
-            return None
-        known = ~np.isnan(self.true_error)
-        scores, errors = (
-            torch.from_numpy(values[known])[None] for values in (self.difficulty, self.true_error)
-        )
-        pairs = count_ordered_pairs(scores, errors)
-        return float(pairs.correct / pairs.total) if pairs.total else None
-
-
-# Measuring -------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def study_clips(
-    objective: HardPatchesMining,
-    student: Model,
-    batch: ClipBatch,
-    *,
-    num_masks: int = 10,
-    hard_fraction: float | None = None,
-    ground_truth_statistics: bool = True,
-) -> list[Study]:
-    """Study each clip of a batch. Draws are keyed by the clip, so a picture can be made again.
-
-    Args:
-        objective: what was trained, with its teacher.
-        student: the model, or an engine that runs it.
-        batch: clips, where the models are.
-        num_masks: random masks that the true error is averaged over.
-        hard_fraction: share of the hidden units that is picked by difficulty; by default as at
-            the end of training. Without a teacher masks are random.
-        ground_truth_statistics: give each reconstructed patch the mean and the contrast of the
-            hidden one; otherwise of the visible patches around it.
-
-    Raises:
-        ValueError: there is no mask to measure with, or the hard fraction is none.
-    """
-    rule, targets = objective.masks, objective.targets
-    fraction = rule.strategy.last_fraction if hard_fraction is None else hard_fraction
-    if num_masks < 1:
-        raise ValueError(f"the true error needs at least 1 random mask, got {num_masks}")
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"the hard fraction must lie in [0, 1], got {fraction}")
-    clips = normalise(batch.clips, targets.mean, targets.std)
-    difficulty, mask, picked = _propose(objective, clips, batch.keys, fraction)
-    reconstruction = reconstruct(
-        student(clips, mask).pixels,
-        batch.clips,
-        mask,
-        targets,
-        ground_truth_statistics=ground_truth_statistics,
-    )
-    true_errors = _mean_errors(objective, student, batch, num_masks)
-    source: StatisticsSource = "input" if ground_truth_statistics else "visible"
-    return [
-        Study(
-            name=Path(batch.files[i]).stem,
-            grid=rule.grid,
-            patch_size=targets.patch_size,
-            frames=_to_frames(batch.clips[i]),
-            true_error=true_errors[i].cpu().numpy(),
-            difficulty=None if difficulty is None else difficulty[i].cpu().numpy(),
-            masked=mask.masked[i].cpu().numpy(),
-            picked=picked[i].cpu().numpy(),
-            reconstruction=_to_frames(reconstruction[i]),
-            pick=rule.strategy.pick,
-            num_masks=num_masks,
-            target=targets.kind,
-            statistics="none" if targets.kind == "raw" else source,
-        )
-        for i in range(len(batch.clips))
-    ]
-
-
-def reconstruct(
-    predicted: Tensor,
-    clips: Tensor,
-    mask: TokenMask,
-    targets: TargetRule,
-    *,
-    ground_truth_statistics: bool,
-) -> Tensor:
-    """Fill the hidden patches of clips with what was predicted for them.
-
-    (B, M, P) predicted targets, (B, C, T, H, W) uint8 -> (B, C, T, H, W) uint8
-    """
-    grid = TokenGrid.of_clip((clips.shape[2], clips.shape[3], clips.shape[4]), targets.patch_size)
-    patches = targets.patches(clips)
-    if ground_truth_statistics:
-        statistics = targets.statistics(mask.take_masked(patches))
-    else:
-        visible = targets.statistics(mask.take_visible(patches))
-        with torch.autocast(clips.device.type, enabled=False):
-            statistics = statistics_from_visible(visible, mask, grid)
-    hidden = predicted.float() * statistics.scale + statistics.mean
-    visible_pixels = mask.take_visible(patchify(clips, targets.patch_size))
-    filled = mask.merge(visible_pixels, _to_uint8(hidden, targets))
-    return unpatchify(filled, targets.patch_size, grid)
-
-
-def statistics_from_visible(
-    visible: PatchStatistics, mask: TokenMask, grid: TokenGrid
-) -> PatchStatistics:
-    """Estimate the statistics of hidden patches: 2 x (B, V, .) of the visible -> 2 x (B, M, .)
-
-    A mean weighted by distance ** -4 in steps of the grid: with a power of at most 3, the many
-    patches far away would outweigh the few near ones.
-    """
-    sizes = (grid.time, grid.height, grid.width)
-    axes = [torch.arange(size, device=mask.masked.device) for size in sizes]
-    places = torch.cartesian_prod(*axes).float()
-    weights = torch.cdist(places[mask.masked_ids], places[mask.visible_ids]) ** -4
-    weights = weights / weights.sum(dim=-1, keepdim=True)
-    return PatchStatistics(weights @ visible.mean, weights @ visible.scale)
-
-
-class _Proposal(NamedTuple):
-    difficulty: Tensor | None
-    mask: TokenMask
-    picked: Tensor
-    """(B, N) bool, which tokens are hidden for their difficulty."""
-
-
-def _propose(
-    objective: HardPatchesMining, clips: Tensor, keys: Tensor, fraction: float
-) -> _Proposal:
-    """A mask of which the teacher, where there is one, picks a ``fraction``."""
-    rule = objective.masks
-    difficulty, num_picked = None, 0
-    if objective.teacher is not None:
-        difficulty = objective.teacher.score_all(clips).float()
-        num_picked = int(rule.num_masked * fraction)
-    priority = uniform(keys, rule.num_units, "picture")
-    picked = replace(rule, num_masked=num_picked).draw(difficulty, priority, num_picked)
-    return _Proposal(difficulty, rule.draw(difficulty, priority, num_picked), picked.masked)
-
-
-def _mean_errors(
-    objective: HardPatchesMining, student: Model, batch: ClipBatch, num_masks: int
-) -> Tensor:
-    """(B, N) error of each token, averaged over the masks that hide it; NaN where none does.
-
-    ``HardPatchesMining.examine`` would ask the teacher again for every mask.
-    """
-    rule, targets = objective.masks, objective.targets
-    clips = normalise(batch.clips, targets.mean, targets.std)
-    shape = (len(clips), rule.grid.num_tokens)
-    total = torch.zeros(shape, device=clips.device)
-    count = torch.zeros(shape, device=clips.device)
-    for index in range(num_masks):
-        priority = uniform(batch.keys, rule.num_units, f"picture {index}")
-        mask = rule.draw(None, priority, num_picked=0)
-        predicted = student(clips, mask).pixels
-        errors = reconstruction_errors(predicted, targets.of(batch.clips, mask))
-        total.scatter_add_(1, mask.masked_ids, errors)
-        count += mask.masked
-    return total / count
-
-
-def _to_uint8(patches: Tensor, targets: TargetRule) -> Tensor:
-    """Undo ``TargetRule.patches``: (B, M, P) -> (B, M, P) uint8"""
-    pixels = rearrange(patches, "b m (p c) -> b m p c", c=len(targets.mean))
-    if targets.kind != "per_channel":
-        pixels = pixels * pixels.new_tensor(targets.std) + pixels.new_tensor(targets.mean)
-    pixels = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
-    return rearrange(pixels, "b m p c -> b m (p c)")
-
-
-def _to_frames(clip: Tensor) -> Frames:
-    """(C, T, H, W) uint8 -> (T, H, W, 3); other than three channels are averaged to grey"""
-    if len(clip) != 3:
-        clip = repeat(clip.float().mean(dim=0).round().to(torch.uint8), "t h w -> c t h w", c=3)
-    frames: Frames = rearrange(clip, "c t h w -> t h w c").cpu().numpy()
-    return frames
-
-
-# Panels ----------------------------------------------------------------------------------------
 
 
 class Panel(NamedTuple):
@@ -343,9 +124,6 @@ def _origin_of_mask(study: Study) -> str:
     return "drawn from the prediction" if study.picked.any() else "random"
 
 
-# Drawing ---------------------------------------------------------------------------------------
-
-
 class Style(NamedTuple):
     """Measures of a picture, in pixels."""
 
@@ -366,17 +144,17 @@ class Style(NamedTuple):
     @property
     def bold(self) -> ImageFont.FreeTypeFont:
         """Of titles."""
-        return _font("DejaVuSans-Bold.ttf", self.text)
+        return font_of("DejaVuSans-Bold.ttf", self.text)
 
     @property
     def regular(self) -> ImageFont.FreeTypeFont:
         """Of facts."""
-        return _font("DejaVuSans.ttf", self.text)
+        return font_of("DejaVuSans.ttf", self.text)
 
     @property
     def small(self) -> ImageFont.FreeTypeFont:
         """Of labels and notes."""
-        return _font("DejaVuSans.ttf", self.text - 2)
+        return font_of("DejaVuSans.ttf", self.text - 2)
 
     def enlarge(self, frame: NDArray[np.uint8]) -> Image.Image:
         """Make each pixel a square: (H, W, 3) -> an image as large as a cell"""
@@ -528,114 +306,6 @@ def _footnotes(studies: Sequence[Study]) -> list[str]:
             "true error; guessing gives 0.50."
         )
     return notes
-
-
-# Setting type and images -----------------------------------------------------------------------
-
-
-@lru_cache(maxsize=16)
-def _font(file: str, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", file), size)
-
-
-def draw_text(
-    text: str,
-    font: ImageFont.FreeTypeFont,
-    colour: Colour = INK,
-    *,
-    width: int | None = None,
-) -> Image.Image:
-    """Text on white: wrapped to ``width``, which the image then has, or as wide as it comes."""
-    lines = text.split("\n")
-    if width is None:
-        width = math.ceil(max(font.getlength(line) for line in lines))
-    else:
-        lines = [part for line in lines for part in _wrap(line, width, font)]
-    leading = sum(font.getmetrics())
-    image = Image.new("RGB", (max(width, 1), leading * len(lines)), PAPER)
-    for index, line in enumerate(lines):
-        ImageDraw.Draw(image).text((0, index * leading), line, font=font, fill=colour)
-    return image
-
-
-def shorten(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
-    """Cut text that is wider than ``width``, and show that it was cut."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"{text}…") > width:
-        text = text[:-1]
-    return f"{text}…"
-
-
-def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """Break text between words into lines of at most ``width``."""
-    if not text:
-        return []
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
-
-
-def stack(images: Sequence[Image.Image], gap: int) -> Image.Image:
-    """One below the other, at the left edge."""
-    images = [image for image in images if image.height]
-    height = sum(image.height for image in images) + gap * (len(images) - 1)
-    canvas = Image.new("RGB", (max(image.width for image in images), height), PAPER)
-    top = 0
-    for image in images:
-        canvas.paste(image, (0, top))
-        top += image.height + gap
-    return canvas
-
-
-def beside(images: Sequence[Image.Image], gap: int) -> Image.Image:
-    """One beside the other, at the upper edge."""
-    width = sum(image.width for image in images) + gap * (len(images) - 1)
-    canvas = Image.new("RGB", (width, max(image.height for image in images)), PAPER)
-    left = 0
-    for image in images:
-        canvas.paste(image, (left, 0))
-        left += image.width + gap
-    return canvas
-
-
-def flow(images: Sequence[Image.Image], width: int, gap: int) -> Image.Image:
-    """One beside the other as long as ``width`` holds them, then on the next line."""
-    lines: list[list[Image.Image]] = [[]]
-    for image in images:
-        used = sum(other.width + gap for other in lines[-1])
-        if lines[-1] and used + image.width > width:
-            lines.append([])
-        lines[-1].append(image)
-    return stack([beside(line, gap) for line in lines], gap // 3)
-
-
-def pad(image: Image.Image, margin: int) -> Image.Image:
-    """A white margin, and even sides, as H.264 wants them."""
-    width, height = (side + 2 * margin + side % 2 for side in image.size)
-    canvas = Image.new("RGB", (width, height), PAPER)
-    canvas.paste(image, (margin, margin))
-    return canvas
-
-
-# Writing ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """A file to write beside ``path``, renamed at the end: what lies there is always whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside_path = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        yield beside_path
-        beside_path.replace(path)
-    finally:
-        beside_path.unlink(missing_ok=True)
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:

@@ -1,3 +1,4 @@
+import math
 from functools import partial
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 
 from hpm_video.masking import TokenMask, choose_masked
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.models.pos_embed import sinusoid
+from hpm_video.models.pos_embed import position_table, sinusoid
 from hpm_video.models.vit import Transformer, TransformerSize
 from hpm_video.token_grid import TokenGrid
 
@@ -153,3 +154,26 @@ def test_positions_are_in_no_checkpoint():
 def test_impossible_transformer_names_the_numbers(size):
     with pytest.raises(ValueError, match=f"got dim {size[0]}, depth {size[1]}"):
         TransformerSize(*size)
+
+
+def test_space_time_positions_of_an_image_are_maes():
+    """MAE's table from its definition: per position, sines and cosines of column, then of row."""
+    grid, dim = TokenGrid(1, 3, 5), 16
+    rates = [10000 ** (-i / 4) for i in range(4)]
+    for row in range(3):
+        for column in range(5):
+            expected = [
+                f(x * r) for x in (column, row) for f in (math.sin, math.cos) for r in rates
+            ]
+            code = position_table(grid, dim, "space_time")[row * 5 + column]
+            assert code.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_space_time_positions_add_a_code_of_time_that_begins_at_zero():
+    image, video = (position_table(TokenGrid(t, 3, 5), 16, "space_time") for t in (1, 4))
+    assert torch.equal(video[:15], image)
+    steps = video.view(4, 15, 16) - image
+    torch.testing.assert_close(steps, steps[:, :1].expand(4, 15, 16))  # the same at every place
+    assert steps[1:].abs().amax(dim=-1).min() > 0.5
+    with pytest.raises(ValueError, match="a width that 4 divides, got 6"):
+        position_table(TokenGrid(1, 2, 2), 6, "space_time")

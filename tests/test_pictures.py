@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hpm_video import pictures
+from hpm_video import pictures, study
 from hpm_video.config import (
     DataConfig,
     MaskingConfig,
@@ -26,20 +26,17 @@ from hpm_video.mining import HardPatchesMining, TargetRule
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder, Prediction
 from hpm_video.models.vit import TransformerSize
 from hpm_video.pictures import (
-    Study,
     draw_animation,
     draw_sheet,
     make_panels,
-    reconstruct,
     save_animation,
     save_sheet,
-    statistics_from_visible,
-    study_clips,
     to_ranks,
     write_pictures,
 )
 from hpm_video.pretrain import build_student
 from hpm_video.randomness import uniform
+from hpm_video.study import Study, reconstruct, statistics_from_visible, study_clips
 from hpm_video.targets import TargetKind
 from hpm_video.token_grid import Size3, TokenGrid
 from hpm_video.training.engine import TorchEngine
@@ -312,7 +309,7 @@ def test_an_error_that_is_not_known_is_not_drawn_as_one() -> None:
 
 
 def test_a_clip_of_one_channel_is_drawn_in_grey() -> None:
-    frames = pictures._to_frames(make_batch(channels=1).clips[0])
+    frames = study._to_frames(make_batch(channels=1).clips[0])
     assert frames.shape == (*VIDEO, 3)
     assert (frames[..., :1] == frames).all()
 

@@ -128,12 +128,8 @@ def test_accumulation_and_micro_batches_compute_the_same(pretrain, finished_run,
             torch.testing.assert_close(tensor, theirs[key], rtol=1e-3, atol=1e-4)
 
 
-def test_another_config_in_the_same_directory_is_refused_with_what_differs(
-    pretrain, finished_run
-):
-    output = finish(
-        pretrain(finished_run, "recipe.base_lr=0.2", "logging.every_updates=7"), code=2
-    )
+def test_another_config_in_the_same_directory_is_refused_with_what_differs(pretrain, finished_run):
+    output = finish(pretrain(finished_run, "recipe.base_lr=0.2", "logging.every_updates=7"), code=2)
     assert "recipe.base_lr: 0.1 -> 0.2" in output
     assert "logging" not in output
 
@@ -150,7 +146,9 @@ def test_a_loss_that_is_no_number_names_update_and_files_and_keeps_the_last_good
 ):
     run = tmp_path / "run"
     output = finish(
-        pretrain(run, "recipe.base_lr=1e12", "checkpoint.every_updates=1", "recipe.warmup_epochs=0"),
+        pretrain(
+            run, "recipe.base_lr=1e12", "checkpoint.every_updates=1", "recipe.warmup_epochs=0"
+        ),
         code=2,
     )
     assert "is not a finite number" in output
@@ -189,16 +187,16 @@ def test_weights_that_do_not_fit_name_every_tensor(pretrain, finished_run, tmp_p
     weights = finished_run / "checkpoints" / "last" / "model.safetensors"
     output = finish(
         pretrain(
-            tmp_path / "run", f"init_weights={weights}", "model.encoder={dim: 16, depth: 2, num_heads: 2}"
+            tmp_path / "run",
+            f"init_weights={weights}",
+            "model.encoder={dim: 16, depth: 2, num_heads: 2}",
         ),
         code=2,
     )
     assert "missing encoder.blocks.1.norm1.weight" in output
 
 
-def test_bad_files_are_named_counted_and_end_the_run_above_the_share(
-    pretrain, videos, tmp_path
-):
+def test_bad_files_are_named_counted_and_end_the_run_above_the_share(pretrain, videos, tmp_path):
     folder = tmp_path / "train"
     folder.mkdir()
     for path in (videos / "train").iterdir():

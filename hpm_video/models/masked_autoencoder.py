@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hpm_video.masking import TokenMask
-from hpm_video.models.pos_embed import sinusoid
+from hpm_video.models.pos_embed import Positions, position_table
 from hpm_video.models.vit import Transformer, TransformerSize, init_linear
 from hpm_video.targets import patchify
 from hpm_video.token_grid import Size3, TokenGrid
@@ -55,6 +55,7 @@ class MaskedAutoencoder(nn.Module):
         *,
         channels: int = 3,
         predictor: bool = True,
+        positions: Positions = "sequence",
         drop_path: float = 0.0,
         checkpoint_activations: bool = False,
     ) -> None:
@@ -74,7 +75,7 @@ class MaskedAutoencoder(nn.Module):
         self.encoder_pos: Tensor
         self.decoder_pos: Tensor
         for name, dim in ("encoder_pos", encoder.dim), ("decoder_pos", decoder.dim):
-            self.register_buffer(name, sinusoid(grid.num_tokens, dim), persistent=False)
+            self.register_buffer(name, position_table(grid, dim, positions), persistent=False)
         self._init_weights(values)
 
     def forward(self, clips: Tensor, mask: TokenMask, keys: Tensor | None = None) -> Prediction:

@@ -10,6 +10,7 @@ It is written under another name and renamed once it is on the disk.
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -108,9 +109,20 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_optimizer(checkpoint: Path) -> dict[str, Any]:
-    """The optimizer's state, on the CPU; tensors and numbers only, never code."""
+    """The optimizer's state, on the CPU; tensors and numbers only, never code.
+
+    Raises:
+        CheckpointError: the file is not there, not whole, or holds something else.
+    """
     path = checkpoint / "optimizer.pt"
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"cannot take up the optimizer's state of {path}: {reason}. Delete this checkpoint to "
+            f"go on from the one before"
+        ) from error
     return state
 
 

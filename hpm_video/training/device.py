@@ -66,5 +66,8 @@ def choose_precision(
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type == "mps":
         return "fp32"
-    seconds = {name: time_updates(make_update(name), device) for name in AUTOCAST}
-    return "bf16" if seconds["bf16"] < 0.9 * seconds["fp32"] else "fp32"
+    full = time_updates(make_update("fp32"), device, warmup=1, repeats=3)
+    half = make_update("bf16")
+    if time_updates(half, device, warmup=1, repeats=1) > 1.5 * full:
+        return "fp32"  # without instructions for it bf16 is many times slower
+    return "bf16" if time_updates(half, device, warmup=0, repeats=3) < 0.9 * full else "fp32"

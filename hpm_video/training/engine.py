@@ -6,6 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from hpm_video.training.device import Precision
+
 
 class Engine(Protocol):
     """Runs a model's forward pass, backward pass and optimizer step.
@@ -49,6 +51,11 @@ class TorchEngine:
         self._clip_grad = clip_grad
         self._autocast = autocast
         self._micro_steps = 0
+
+    @property
+    def precision(self) -> Precision:
+        """What activations are computed in."""
+        return "fp32" if self._autocast is None else "bf16"
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ from hpm_video.progress import Progress, Timeline
 from hpm_video.training.checkpoint import (
     checkpoint_path,
     point_to,
-    read_state,
     remove_superseded,
     save_checkpoint,
 )
@@ -125,10 +124,6 @@ class Run:
         if self.best and best.exists():
             point_to(self.checkpoints / "best", best)
         remove_superseded(self.checkpoints, self.cadence.keep_last, [best])
-
-    def restore_best(self, checkpoint: Path) -> None:
-        """Take up what the checkpoint knew of the best one."""
-        self.best = read_state(checkpoint)["best"]
 
     def _due(self, update: int, every_epochs: float | None) -> bool:
         return every_epochs is not None and self.timeline.passes(update, every_epochs)

@@ -1,0 +1,268 @@
+"""What every training run needs around its model: data, a directory, an engine, a loop."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from hpm_video.config import (
+    ConfigError,
+    DataConfig,
+    RunConfig,
+    load_config,
+    result_differences,
+    save_config,
+)
+from hpm_video.curves import plot_curves
+from hpm_video.data.dataset import ClipBatch, ClipSpec, VideoClips
+from hpm_video.data.loader import BadFiles, default_workers, end_workers, training_batches
+from hpm_video.data.manifest import Manifest, read_manifest
+from hpm_video.progress import Timeline
+from hpm_video.training.checkpoint import (
+    checkpoints_in,
+    read_optimizer,
+    read_state,
+    remove_unfinished,
+)
+from hpm_video.training.device import AUTOCAST, Precision
+from hpm_video.training.engine import TorchEngine
+from hpm_video.training.interruption import listen_for_stop
+from hpm_video.training.loop import fit
+from hpm_video.training.metrics import Meter, MetricsLog, ProgressBar
+from hpm_video.training.objective import Objective
+from hpm_video.training.optim import make_adamw
+from hpm_video.training.provenance import bit_differences, gather_facts, record_start
+from hpm_video.training.run import Cadence, Run, Watch
+from hpm_video.training.schedules import WarmupCosine, scaled_lr
+
+log = logging.getLogger(__name__)
+Config = TypeVar("Config", bound=RunConfig)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The videos of a run, and how long it is."""
+
+    train: Manifest
+    validation: Manifest | None
+    timeline: Timeline
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The directory of a run, and where the run stands."""
+
+    path: Path
+    newest: Path | None
+    """The newest complete checkpoint."""
+
+    @property
+    def update(self) -> int:
+        """The next update."""
+        return 0 if self.newest is None else int(read_state(self.newest)["update"])
+
+    @property
+    def precision(self) -> Precision | None:
+        """The precision that the run began with."""
+        if self.newest is None:
+            return None
+        precision: Precision = read_state(self.newest)["facts"]["precision"]
+        return precision
+
+
+def open_data(config: RunConfig) -> RunData:
+    """Read the manifests.
+
+    Raises:
+        ConfigError: no data is named, or it does not fill a batch.
+        ManifestError: a manifest cannot be used.
+    """
+    data, recipe = config.data, config.recipe
+    if not data.train:
+        raise ConfigError(
+            "data.train is not set; give a manifest or a folder of videos: data.train=PATH"
+        )
+    train = read_manifest(data.train, data.root)
+    validation = None if data.validation is None else read_manifest(data.validation, data.root)
+    try:
+        timeline = Timeline(len(train), recipe.batch_size, recipe.epochs)
+    except ValueError as error:
+        raise ConfigError(f"recipe: {error}") from error
+    return RunData(train, validation, timeline)
+
+
+def claim_directory(schema: type[Config], config: Config) -> RunDirectory:
+    """Make the run directory, or make sure that it holds a run of the same config.
+
+    Raises:
+        ConfigError: it holds a run of another config, or something else.
+    """
+    if not config.output_dir:
+        raise ConfigError("output_dir is not set; give the run a directory: output_dir=runs/NAME")
+    folder = Path(config.output_dir)
+    path = folder / "config.yaml"
+    if path.is_file():
+        differences = result_differences(load_config(schema, path, []), config)
+        if differences:
+            raise ConfigError(
+                f"{folder} holds a run of another config:\n  "
+                + "\n  ".join(differences)
+                + "\nTake another output_dir, or the values of before to go on with that run."
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise ConfigError(
+            f"{folder} is not empty and holds no run (no config.yaml); take another output_dir"
+        )
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    save_config(config, path)
+    remove_unfinished(checkpoints)
+    return RunDirectory(folder, next(reversed(checkpoints_in(checkpoints)), None))
+
+
+def make_engine(
+    config: RunConfig, model: nn.Module, device: torch.device, precision: Precision
+) -> TorchEngine:
+    """The engine that updates ``model``, which is on ``device``."""
+    recipe = config.recipe
+    return TorchEngine(
+        model,
+        make_adamw(model, weight_decay=recipe.weight_decay, betas=recipe.betas),
+        device=device,
+        accumulate=recipe.batch_size // config.micro_batch,
+        clip_grad=recipe.clip_grad,
+        autocast=AUTOCAST[precision],
+    )
+
+
+def train(
+    config: RunConfig,
+    data: RunData,
+    directory: RunDirectory,
+    *,
+    engine: TorchEngine,
+    objective: Objective,
+    watch: Watch,
+) -> None:
+    """Train from where the directory stands to the end. Raises what ``fit`` raises."""
+    start, newest = directory.update, directory.newest
+    facts = gather_facts(engine.device, engine.precision)
+    _announce(config, data, engine, start)
+    if newest is not None:
+        engine.load_optimizer_state(read_optimizer(newest))
+        for difference in bit_differences(read_state(newest)["facts"], facts):
+            log.warning("the last bits may differ from an unbroken run's: %s", difference)
+    record_start(directory.path, facts, start)
+    logging_ = config.logging
+    try:
+        with (
+            listen_for_stop() as stop,
+            ProgressBar(start, data.timeline.num_updates) as bar,
+            MetricsLog(
+                directory.path, first_update=start, tensorboard=logging_.tensorboard
+            ) as metrics,
+        ):
+            run = Run(
+                directory.path,
+                data.timeline,
+                _cadence(config),
+                engine,
+                {"model": engine.model, **objective.companions},
+                facts,
+                Meter(engine.device),
+                metrics,
+                bar,
+                BadFiles(
+                    directory.path / "bad_files.csv",
+                    num_files=len(data.train),
+                    max_bad_share=config.data.max_bad_share,
+                ),
+                stop,
+                watch,
+                best={} if newest is None else read_state(newest)["best"],
+            )
+            batches = _training_stream(config, data, start, engine.device)
+            fit(engine, objective, batches, _schedule(config), run, start=start)
+            del batches
+    finally:
+        end_workers()
+    plot_curves(directory.path / "metrics.jsonl", directory.path / "curves.png")
+
+
+def clip_spec(data: DataConfig) -> ClipSpec:
+    """What the clips of a run are."""
+    return ClipSpec(
+        num_frames=data.num_frames,
+        frame_stride=data.frame_stride,
+        max_frame_stride=data.max_frame_stride,
+        frame_size=data.frame_size,
+        repeats=data.repeats,
+    )
+
+
+def num_workers(data: DataConfig) -> int:
+    """Processes that decode."""
+    return default_workers() if data.workers is None else data.workers
+
+
+def _training_stream(
+    config: RunConfig, data: RunData, start: int, device: torch.device
+) -> Iterator[ClipBatch]:
+    """The micro-batches from update ``start`` to the last."""
+    dataset = VideoClips(
+        data.train,
+        clip_spec(config.data),
+        decoder=config.data.decoder,
+        seed=config.seed,
+        max_bad_share=config.data.max_bad_share,
+    )
+    videos = config.recipe.batch_size
+    positions: Sequence[int] = range(start * videos, data.timeline.num_updates * videos)
+    return training_batches(
+        dataset,
+        positions,
+        batch_size=config.micro_batch,
+        workers=num_workers(config.data),
+        pin=device.type == "cuda",
+    )
+
+
+def _schedule(config: RunConfig) -> WarmupCosine:
+    recipe = config.recipe
+    return WarmupCosine(
+        peak=scaled_lr(recipe.base_lr, recipe.batch_size),
+        final=scaled_lr(recipe.min_lr, recipe.batch_size),
+        warmup_epochs=recipe.warmup_epochs,
+    )
+
+
+def _cadence(config: RunConfig) -> Cadence:
+    return Cadence(
+        log_updates=config.logging.every_updates,
+        save_updates=config.checkpoint.every_updates,
+        keep_last=config.checkpoint.keep_last,
+        keep_every_epochs=config.checkpoint.keep_every_epochs,
+        validate_every_epochs=config.logging.validate_every_epochs,
+        picture_every_epochs=config.logging.picture_every_epochs,
+    )
+
+
+def _announce(config: RunConfig, data: RunData, engine: TorchEngine, start: int) -> None:
+    held_out = f"{len(data.validation)} held out" if data.validation else "none held out"
+    parameters = sum(p.numel() for p in engine.model.parameters()) / 1e6
+    log.info(
+        f"{len(data.train)} videos to train on, {held_out}; {parameters:.1f} M parameters on "
+        f"{engine.device.type} in {engine.precision}"
+    )
+    recipe = config.recipe
+    log.info(
+        f"{recipe.epochs} epochs = {data.timeline.num_updates} updates of {recipe.batch_size} "
+        f"videos in {engine.accumulate} forward pass(es), {config.data.repeats} clip(s) of each; "
+        f"peak learning rate {_schedule(config).peak:.2e}"
+    )
+    if start:
+        log.info(f"going on at update {start} of {data.timeline.num_updates}")

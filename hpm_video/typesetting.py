@@ -1,0 +1,104 @@
+"""Text and images put together to pictures, on white paper."""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import matplotlib
+from PIL import Image, ImageDraw, ImageFont
+
+Colour = tuple[int, int, int]
+PAPER: Colour = (255, 255, 255)
+INK: Colour = (28, 28, 32)
+
+
+@lru_cache(maxsize=16)
+def font_of(file: str, size: int) -> ImageFont.FreeTypeFont:
+    """A font that matplotlib ships."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", file), size)
+
+
+def draw_text(
+    text: str,
+    font: ImageFont.FreeTypeFont,
+    colour: Colour = INK,
+    *,
+    width: int | None = None,
+) -> Image.Image:
+    """Text on white: wrapped to ``width``, which the image then has, or as wide as it comes."""
+    lines = text.split("\n")
+    if width is None:
+        width = math.ceil(max(font.getlength(line) for line in lines))
+    else:
+        lines = [part for line in lines for part in _wrap(line, width, font)]
+    leading = sum(font.getmetrics())
+    image = Image.new("RGB", (max(width, 1), leading * len(lines)), PAPER)
+    for index, line in enumerate(lines):
+        ImageDraw.Draw(image).text((0, index * leading), line, font=font, fill=colour)
+    return image
+
+
+def shorten(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    """Cut text that is wider than ``width``, and show that it was cut."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"
+
+
+def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
+    """Break text between words into lines of at most ``width``."""
+    if not text:
+        return []
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def stack(images: Sequence[Image.Image], gap: int) -> Image.Image:
+    """One below the other, at the left edge."""
+    images = [image for image in images if image.height]
+    height = sum(image.height for image in images) + gap * (len(images) - 1)
+    canvas = Image.new("RGB", (max(image.width for image in images), height), PAPER)
+    top = 0
+    for image in images:
+        canvas.paste(image, (0, top))
+        top += image.height + gap
+    return canvas
+
+
+def beside(images: Sequence[Image.Image], gap: int) -> Image.Image:
+    """One beside the other, at the upper edge."""
+    width = sum(image.width for image in images) + gap * (len(images) - 1)
+    canvas = Image.new("RGB", (width, max(image.height for image in images)), PAPER)
+    left = 0
+    for image in images:
+        canvas.paste(image, (left, 0))
+        left += image.width + gap
+    return canvas
+
+
+def flow(images: Sequence[Image.Image], width: int, gap: int) -> Image.Image:
+    """One beside the other as long as ``width`` holds them, then on the next line."""
+    lines: list[list[Image.Image]] = [[]]
+    for image in images:
+        used = sum(other.width + gap for other in lines[-1])
+        if lines[-1] and used + image.width > width:
+            lines.append([])
+        lines[-1].append(image)
+    return stack([beside(line, gap) for line in lines], gap // 3)
+
+
+def pad(image: Image.Image, margin: int) -> Image.Image:
+    """A white margin, and even sides, as H.264 wants them."""
+    width, height = (side + 2 * margin + side % 2 for side in image.size)
+    canvas = Image.new("RGB", (width, height), PAPER)
+    canvas.paste(image, (margin, margin))
+    return canvas

@@ -1,0 +1,156 @@
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hpm_video.training.checkpoint import (
+    CheckpointError,
+    checkpoint_path,
+    checkpoints_in,
+    load_weights,
+    point_to,
+    read_optimizer,
+    read_weights,
+    remove_superseded,
+    remove_unfinished,
+    save_checkpoint,
+)
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("seed: 0\n")
+    return path
+
+
+def save(folder, update, config, module=None, **state):
+    save_checkpoint(
+        checkpoint_path(folder, update),
+        {"model": module or nn.Linear(3, 2)},
+        optimizer={"state": {0: {"step": torch.tensor(1.0)}}},
+        state={"update": update, **state},
+        config=config,
+    )
+
+
+def test_a_checkpoint_is_read_back(tmp_path, config):
+    module = nn.Linear(3, 2)
+    save(tmp_path, 7, config, module)
+    (checkpoint,) = checkpoints_in(tmp_path)
+    assert checkpoint.name == "update-00000007"
+    assert torch.equal(read_weights(checkpoint)["weight"], module.weight)
+    assert read_optimizer(checkpoint)["state"][0]["step"] == 1
+    assert (checkpoint / "config.yaml").read_text() == "seed: 0\n"
+
+
+def test_what_was_not_finished_is_never_picked_up(tmp_path, config):
+    save(tmp_path, 7, config)
+    (tmp_path / ".writing-update-00000009").mkdir()
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["update-00000007"]
+    remove_unfinished(tmp_path)
+    assert not list(tmp_path.glob(".writing*"))
+
+
+def test_newest_marked_and_best_survive(tmp_path, config):
+    for update in range(6):
+        save(tmp_path, update, config, keep=update == 1)
+    remove_superseded(tmp_path, 2, [checkpoint_path(tmp_path, 2)])
+    assert [int(path.name[-1]) for path in checkpoints_in(tmp_path)] == [1, 2, 4, 5]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, config):
+    module = nn.Linear(3, 2)
+    nn.init.constant_(module.bias, float("nan"))
+    with pytest.raises(CheckpointError, match="not finite, bias"):
+        save(tmp_path, 1, config, module)
+    assert checkpoints_in(tmp_path) == []
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, config):
+    save(tmp_path, 1, config)
+    before = (checkpoint_path(tmp_path, 1) / "model.safetensors").read_bytes()
+    code = f"""
+import resource
+from pathlib import Path
+import torch
+from hpm_video.training.checkpoint import CheckpointError, checkpoint_path, save_checkpoint
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+folder = Path({str(tmp_path)!r})
+for big in ("model", "optimizer"):
+    module = torch.nn.Linear(300, 300) if big == "model" else torch.nn.Linear(1, 1)
+    optimizer = {{"state": torch.zeros(100_000 if big == "optimizer" else 1)}}
+    try:
+        save_checkpoint(checkpoint_path(folder, 2), {{"model": module}}, optimizer=optimizer,
+                        state={{"update": 2}}, config=folder / "config.yaml")
+    except CheckpointError as error:
+        print(error)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert run.stdout.count("cannot write the checkpoint") == 2, run.stdout
+    assert "Earlier checkpoints are untouched" in run.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "update-00000001"]
+    assert (checkpoint_path(tmp_path, 1) / "model.safetensors").read_bytes() == before
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, config):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "pwned",))
+
+    save(tmp_path, 1, config)
+    (checkpoint,) = checkpoints_in(tmp_path)
+    (checkpoint / "optimizer.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
+    with pytest.raises(CheckpointError, match="cannot take up the optimizer's state"):
+        read_optimizer(checkpoint)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_weights_fit_or_every_difference_is_named(tmp_path):
+    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    weights = {
+        "0.weight": torch.zeros(2, 3),
+        "0.bias": torch.zeros(5),
+        "9.weight": torch.zeros(1),
+    }
+    with pytest.raises(CheckpointError) as error:
+        load_weights(module, weights, tmp_path)
+    for words in (
+        "missing 1.weight",
+        "missing 1.bias",
+        "left over 9.weight",
+        "0.bias has shape (5,)",
+    ):
+        assert words in str(error.value)
+    del weights["9.weight"]
+    weights["0.bias"] = torch.zeros(2)
+    assert load_weights(module, weights, tmp_path, may_lack=("1.",)) == ["1.weight", "1.bias"]
+    assert not module[0].weight.any()
+
+
+def test_weights_that_are_not_there_or_cut_short(tmp_path):
+    with pytest.raises(CheckpointError, match="none.safetensors does not exist"):
+        read_weights(tmp_path / "none.safetensors")
+    path = tmp_path / "cut.safetensors"
+    save_file({"a": torch.zeros(100)}, path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        read_weights(path)
+
+
+def test_a_name_points_elsewhere_at_once(tmp_path, config):
+    for update in (1, 2):
+        save(tmp_path, update, config)
+        point_to(tmp_path / "last", checkpoint_path(tmp_path, update))
+    assert json.loads((tmp_path / "last" / "state.json").read_text())["update"] == 2
+    assert load_file(tmp_path / "last" / "model.safetensors")
