@@ -1,7 +1,8 @@
 """What every training run needs around its model: data, a directory, an engine, a loop."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -185,9 +186,8 @@ def train(
                 watch,
                 best={} if newest is None else read_state(newest)["best"],
             )
-            batches = _training_stream(config, data, start, engine.device)
-            fit(engine, objective, batches, _schedule(config), run, start=start)
-            del batches
+            with closing(_training_stream(config, data, start, engine.device)) as batches:
+                fit(engine, objective, batches, _schedule(config), run, start=start)
     finally:
         end_workers()
     plot_curves(directory.path / "metrics.jsonl", directory.path / "curves.png")
@@ -211,7 +211,7 @@ def num_workers(data: DataConfig) -> int:
 
 def _training_stream(
     config: RunConfig, data: RunData, start: int, device: torch.device
-) -> Iterator[ClipBatch]:
+) -> Generator[ClipBatch, None, None]:
     """The micro-batches from update ``start`` to the last."""
     dataset = VideoClips(
         data.train,

@@ -76,6 +76,7 @@ def pretrain(config_file):
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
     return start

@@ -1,6 +1,7 @@
 """Runs in processes of their own: what they leave, and what becomes of them when disturbed."""
 
 import json
+import os
 import signal
 import time
 
@@ -102,13 +103,15 @@ def test_killed_and_started_again_ends_with_the_same_bits(
     assert_same_state(run, finished_run)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 def test_sigterm_saves_at_the_next_update_and_says_so_with_its_exit_code(
-    pretrain, finished_run, tmp_path
+    pretrain, finished_run, tmp_path, workers
 ):
+    """All processes of a job get the signal, as a scheduler sends it."""
     run = tmp_path / "run"
-    process = pretrain(run)
+    process = pretrain(run, f"data.workers={workers}")
     wait_for_update(process, run, 3)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     output = finish(process, code=75)
     at = read_state(checkpoints_in(run / "checkpoints")[-1])["update"]
     assert f"stopped by SIGTERM before update {at}" in output

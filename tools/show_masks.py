@@ -18,8 +18,8 @@ from hpm_video.data.sampling import middle_indices, train_indices
 from hpm_video.data.transforms import centre_box, crop_and_resize
 from hpm_video.pictures import draw_animation, draw_sheet, save_animation, save_sheet
 from hpm_video.pretrain import load_run
-from hpm_video.study import study_clips
 from hpm_video.randomness import key_of
+from hpm_video.study import study_clips
 from hpm_video.training.checkpoint import CheckpointError, read_weights
 from hpm_video.training.device import choose_device
 

@@ -4,7 +4,7 @@ import csv
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -36,18 +36,19 @@ def default_workers() -> int:
 
 def training_batches(
     dataset: VideoClips, positions: Sequence[int], *, batch_size: int, workers: int, pin: bool
-) -> Iterator[ClipBatch]:
+) -> Generator[ClipBatch, None, None]:
     """Batches of the samples at ``positions`` of the endless stream, in that order.
 
     The range of a whole run makes one iterator: workers live as long as it does, and go on from
-    one epoch to the next without a pause. ``batch_size`` counts videos.
+    one epoch to the next without a pause. ``batch_size`` counts videos. Closing the generator ends
+    the workers.
     """
     return _batches(dataset, positions, batch_size, workers, pin)
 
 
 def held_out_batches(
     dataset: HeldOutClips, *, batch_size: int, workers: int
-) -> Iterator[ClipBatch]:
+) -> Generator[ClipBatch, None, None]:
     """Batches of all held-out clips, in the order of the manifest."""
     return _batches(dataset, range(len(dataset)), batch_size, workers, pin=False)
 
@@ -58,7 +59,7 @@ def _batches(
     batch_size: int,
     workers: int,
     pin: bool,
-) -> Iterator[ClipBatch]:
+) -> Generator[ClipBatch, None, None]:
     loader: DataLoader[ClipBatch] = DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_size,
@@ -70,7 +71,7 @@ def _batches(
         worker_init_fn=_init_worker,
         generator=torch.Generator(),  # otherwise making an iterator draws from the global one
     )
-    return iter(loader)
+    yield from loader
 
 
 def _init_worker(_worker: int) -> None:
