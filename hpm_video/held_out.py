@@ -14,52 +14,67 @@ from torch import Tensor
 
 from hpm_video.data.dataset import ClipBatch
 from hpm_video.losses import count_ordered_pairs
-from hpm_video.mining import HardPatchesMining
+from hpm_video.mining import HardPatchesMining, average_errors
 from hpm_video.pixels import to_unit_range
 from hpm_video.targets import patchify
 from hpm_video.token_grid import Size3
 from hpm_video.training.engine import Engine
 
 Measures = dict[str, float]
+NUM_MASKS = 10
+"""Random masks of each clip, as many as the paper averages true errors over in its Figure 2."""
 TRIVIAL = "ranking_by_"
 """Prefix of the measures of rankers that need no model."""
 
 
 @torch.no_grad()
 def measure(objective: HardPatchesMining, engine: Engine, batches: Iterable[ClipBatch]) -> Measures:
-    """Measures over all clips of ``batches``, under one random mask of each.
+    """Measures over all clips of ``batches``, under ``NUM_MASKS`` random masks of each.
 
     ``relative_error``: reconstruction error divided by that of predicting the mean of each patch
-    and channel. ``student_ranking``, ``teacher_ranking``: share of the pairs of hidden tokens of a
-    clip that are scored in the order of the student's errors; the student sees the visible tokens,
-    the teacher the whole clip. ``ranking_by_...``: the same for the trivial rankers.
+    and channel. The rankings are shares of pairs of tokens of a clip that are scored in the order
+    of their error. ``student_ranking``: hidden tokens, scored by the student that sees the visible
+    ones, by their error under the same mask. ``teacher_ranking``: all tokens, scored by the
+    teacher that sees the whole clip, by their error averaged over the masks, since it cannot know
+    the mask. ``ranking_by_...``: the trivial rankers, measured as the teacher is.
     """
-    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=engine.device))
+    counts = _Counts(engine.device)
     for cpu_batch in batches:
         batch = cpu_batch.to(engine.device)
         with engine.autocast():
-            seen = objective.examine(engine, batch)
-        sums["error"] += seen.errors.sum()
-        sums["mean_error"] += seen.mean_errors.sum()
-        rankers = {
-            f"{TRIVIAL}{name}": seen.mask.take_masked(scores.unsqueeze(-1)).squeeze(-1)
-            for name, scores in trivial_difficulties(
-                batch.clips, objective.targets.patch_size
-            ).items()
+            examinations = [
+                objective.examine(engine, batch, f"held out {i}") for i in range(NUM_MASKS)
+            ]
+            teacher = objective.difficulty(batch)
+        for seen in examinations:
+            counts.add("relative_error", seen.errors.sum(), seen.mean_errors.sum())
+            if seen.prediction.difficulty is not None:
+                counts.add_pairs("student_ranking", seen.prediction.difficulty, seen.errors)
+        errors = average_errors(examinations)
+        if teacher is not None:
+            counts.add_pairs("teacher_ranking", teacher, errors)
+        for name, scores in trivial_difficulties(batch.clips, objective.targets.patch_size).items():
+            counts.add_pairs(f"{TRIVIAL}{name}", scores, errors)
+    return counts.ratios()
+
+
+class _Counts:
+    """Sums over batches, kept on the device, of which ratios are wanted."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, device=device))
+
+    def add(self, name: str, part: Tensor, whole: Tensor) -> None:
+        self._sums[name] += torch.stack([part.float(), whole.float()])
+
+    def add_pairs(self, name: str, scores: Tensor, errors: Tensor) -> None:
+        self.add(name, *count_ordered_pairs(scores, errors))
+
+    def ratios(self) -> Measures:
+        pairs = {name: sums.tolist() for name, sums in self._sums.items()}
+        return {
+            name: part / whole if whole else float("nan") for name, (part, whole) in pairs.items()
         }
-        if seen.prediction.difficulty is not None and seen.teacher_difficulty is not None:
-            rankers["student_ranking"] = seen.prediction.difficulty
-            teacher = seen.mask.take_masked(seen.teacher_difficulty.unsqueeze(-1))
-            rankers["teacher_ranking"] = teacher.squeeze(-1)
-        for name, scores in rankers.items():
-            counts = count_ordered_pairs(scores, seen.errors)
-            sums[f"{name} correct"] += counts.correct
-            sums[f"{name} total"] += counts.total
-    measures = {"relative_error": _ratio(sums["error"], sums["mean_error"])}
-    names = [key.removesuffix(" total") for key in sums if key.endswith(" total")]
-    for name in names:
-        measures[name] = _ratio(sums[f"{name} correct"], sums[f"{name} total"])
-    return dict(sorted(measures.items(), key=lambda item: item[0].startswith(TRIVIAL)))
 
 
 def trivial_difficulties(clips: Tensor, patch_size: Size3) -> dict[str, Tensor]:
@@ -97,7 +112,3 @@ def describe(measures: Measures) -> str:
         f"{text}; ranking: student {measures['student_ranking']:.3f}, teacher "
         f"{measures['teacher_ranking']:.3f} (trivial: {trivial})"
     )
-
-
-def _ratio(part: Tensor, whole: Tensor) -> float:
-    return float(part) / float(whole) if float(whole) else float("nan")

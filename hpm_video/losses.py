@@ -56,7 +56,8 @@ def regression_loss(scores: Tensor, errors: Tensor) -> Tensor:
 def count_ordered_pairs(scores: Tensor, errors: Tensor) -> PairCounts:
     """How many pairs of tokens of a clip are scored in the order of their errors.
 
-    (B, M), (B, M) -> (), (). The ranking accuracy is correct / total; guessing gives 0.5.
+    (B, M), (B, M) -> (), (). The ranking accuracy is correct / total; guessing gives 0.5. A token
+    whose error is NaN is in no pair.
     """
     errors, order = errors.float().sort(dim=1, descending=True)
     scores = scores.float().gather(1, order)

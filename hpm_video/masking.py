@@ -185,4 +185,8 @@ def units_to_tokens(masked: Tensor, grid: TokenGrid, unit: MaskUnit) -> Tensor:
 
 
 def _take(tokens: Tensor, ids: Tensor) -> Tensor:
-    return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+    """Rows of each clip: (B, N, D), (B, K) -> (B, K, D). Whole rows are copied, not values."""
+    batch, num_tokens, dim = tokens.shape
+    first = torch.arange(batch, device=ids.device).unsqueeze(1) * num_tokens
+    rows = tokens.reshape(-1, dim).index_select(0, (ids + first).flatten())
+    return rows.view(batch, -1, dim)

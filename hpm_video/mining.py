@@ -5,6 +5,7 @@ teacher (moving average) --difficulty--> mask --> student --> pixels, difficulty
                       reconstruction + ranking loss <-+-> the student's own errors
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -80,16 +81,14 @@ class TargetRule:
 
 
 class Examination(NamedTuple):
-    """Everything that held-out measures and pictures need to know of one batch."""
+    """What the student makes of a batch under one random mask."""
 
     mask: TokenMask
     prediction: Prediction
     errors: Tensor
-    """(B, M) the student's reconstruction errors."""
+    """(B, M) reconstruction errors."""
     mean_errors: Tensor
-    """(B, M) errors of predicting each patch's mean."""
-    teacher_difficulty: Tensor | None
-    """(B, N) the teacher's scores, seeing the whole clip; none without a predictor."""
+    """(B, M) errors of predicting the mean of each patch and channel."""
 
 
 class HardPatchesMining:
@@ -168,8 +167,8 @@ class HardPatchesMining:
         follow(self.teacher, student, self._momentum.at(progress))
 
     @torch.no_grad()
-    def examine(self, student: Model, batch: ClipBatch, purpose: str = "held out") -> Examination:
-        """What student and teacher say of a batch under a random mask, keyed by ``purpose``."""
+    def examine(self, student: Model, batch: ClipBatch, purpose: str) -> Examination:
+        """Reconstruct a batch under a random mask, which depends on its keys and ``purpose``."""
         clips = normalise(batch.clips, self.targets.mean, self.targets.std)
         priority = uniform(batch.keys, self.masks.num_units, purpose)
         mask = self.masks.draw(None, priority, num_picked=0)
@@ -180,5 +179,26 @@ class HardPatchesMining:
             prediction,
             errors=reconstruction_errors(prediction.pixels, target),
             mean_errors=patch_mean_errors(target, len(self.targets.mean)),
-            teacher_difficulty=None if self.teacher is None else self.teacher.score_all(clips),
         )
+
+    @torch.no_grad()
+    def difficulty(self, batch: ClipBatch) -> Tensor | None:
+        """The teacher's scores, seeing the whole clip: (B, N); none without a predictor."""
+        if self.teacher is None:
+            return None
+        clips = normalise(batch.clips, self.targets.mean, self.targets.std)
+        return self.teacher.score_all(clips).float()
+
+
+def average_errors(examinations: Sequence[Examination]) -> Tensor:
+    """Error of each token, averaged over the masks that hide it: -> (B, N), NaN where none does.
+
+    What is hard in a clip whatever else is hidden: the true error of the paper's Figure 2, and
+    what a teacher that sees the whole clip can predict.
+    """
+    total = torch.zeros_like(examinations[0].mask.masked, dtype=torch.float32)
+    count = torch.zeros_like(total)
+    for seen in examinations:
+        total.scatter_add_(1, seen.mask.masked_ids, seen.errors)
+        count += seen.mask.masked
+    return total / count

@@ -37,8 +37,10 @@ from hpm_video.training.teacher import MomentumSchedule, make_teacher
 
 log = logging.getLogger(__name__)
 
-PICTURED_CLIPS = 3
+PICTURED_CLIPS = 4
 """Held-out clips that are drawn during training."""
+TIMED_CLIPS = 8
+"""At most so many clips make the updates that are timed to choose a precision."""
 
 
 def build_student(config: PretrainConfig) -> MaskedAutoencoder:
@@ -183,7 +185,7 @@ def _choose_precision(
         return config.engine.precision
     if directory.precision is not None:
         return directory.precision
-    clips = min(config.micro_batch * config.data.repeats, 8)
+    clips = min(config.micro_batch * config.data.repeats, TIMED_CLIPS)
     return choose_precision(device, lambda name: make_update(config, device, name, clips))
 
 
@@ -206,12 +208,19 @@ def _watch(
     )
     batch_size = min(len(clips), max(config.micro_batch, 8), 32)
 
+    pictured = HeldOutClips(
+        data.validation.spread(PICTURED_CLIPS),
+        clip_spec(config.data),
+        decoder=config.data.decoder,
+        seed=config.seed,
+    )
+
     def validate() -> Measures:
         batches = held_out_batches(clips, batch_size=batch_size, workers=num_workers(config.data))
         return measure(objective, engine, batches)
 
     def draw(done: int) -> None:
-        shown = collate([clips[i] for i in range(min(len(clips), PICTURED_CLIPS))])
+        shown = collate([pictured[i] for i in range(len(pictured))])
         write_pictures(run_dir / "pictures", f"update-{done:08d}", objective, engine, shown)
         plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpm_video.data.dataset import ClipBatch
-from hpm_video.losses import count_ordered_pairs, reconstruction_errors
+from hpm_video.losses import count_ordered_pairs
 from hpm_video.masking import Pick, TokenMask
-from hpm_video.mining import HardPatchesMining, TargetRule
+from hpm_video.mining import HardPatchesMining, TargetRule, average_errors
 from hpm_video.pixels import normalise
 from hpm_video.randomness import uniform
 from hpm_video.targets import PatchStatistics, TargetKind, patchify, unpatchify
@@ -107,7 +107,8 @@ def study_clips(
         targets,
         ground_truth_statistics=ground_truth_statistics,
     )
-    true_errors = _mean_errors(objective, student, batch, num_masks)
+    examinations = [objective.examine(student, batch, f"picture {i}") for i in range(num_masks)]
+    true_errors = average_errors(examinations)
     source: StatisticsSource = "input" if ground_truth_statistics else "visible"
     return [
         Study(
@@ -190,28 +191,6 @@ def _propose(
     priority = uniform(keys, rule.num_units, "picture")
     picked = replace(rule, num_masked=num_picked).draw(difficulty, priority, num_picked)
     return _Proposal(difficulty, rule.draw(difficulty, priority, num_picked), picked.masked)
-
-
-def _mean_errors(
-    objective: HardPatchesMining, student: Model, batch: ClipBatch, num_masks: int
-) -> Tensor:
-    """(B, N) error of each token, averaged over the masks that hide it; NaN where none does.
-
-    ``HardPatchesMining.examine`` would ask the teacher again for every mask.
-    """
-    rule, targets = objective.masks, objective.targets
-    clips = normalise(batch.clips, targets.mean, targets.std)
-    shape = (len(clips), rule.grid.num_tokens)
-    total = torch.zeros(shape, device=clips.device)
-    count = torch.zeros(shape, device=clips.device)
-    for index in range(num_masks):
-        priority = uniform(batch.keys, rule.num_units, f"picture {index}")
-        mask = rule.draw(None, priority, num_picked=0)
-        predicted = student(clips, mask).pixels
-        errors = reconstruction_errors(predicted, targets.of(batch.clips, mask))
-        total.scatter_add_(1, mask.masked_ids, errors)
-        count += mask.masked
-    return total / count
 
 
 def _to_frames(clip: Tensor) -> Frames:

@@ -63,9 +63,10 @@ def patch_statistics(patches: Tensor, kind: TargetKind, channels: int) -> PatchS
     if kind == "joint":
         variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
         return PatchStatistics(mean, (variance + 1e-6).sqrt())
-    pixels = rearrange(patches, "b n (p c) -> b n p c", c=channels)
-    variance, mean = torch.var_mean(pixels, dim=2)
-    repeats = pixels.shape[2]
+    # Channel by channel, since reducing over the last axis is several times faster on a CPU.
+    pixels = rearrange(patches, "b n (p c) -> b n c p", c=channels).contiguous()
+    variance, mean = torch.var_mean(pixels, dim=-1)
+    repeats = pixels.shape[-1]
     return PatchStatistics(
         mean.repeat(1, 1, repeats), (variance.sqrt() + 1e-6).repeat(1, 1, repeats)
     )

@@ -26,10 +26,10 @@ data:
   workers: 0
 masking: {{ratio: 0.75}}
 mining: {{momentum: warmup, last_momentum: 0.9}}
-recipe: {{epochs: 4, batch_size: 4, base_lr: 0.1, min_lr: 0, warmup_epochs: 1}}
+recipe: {{epochs: 8, batch_size: 4, base_lr: 0.1, min_lr: 0, warmup_epochs: 1}}
 engine: {{precision: fp32, threads: 1, device: cpu}}
-logging: {{every_updates: 1, validate_every_epochs: 2, picture_every_epochs: 4, tensorboard: false}}
-checkpoint: {{every_updates: 5}}
+logging: {{every_updates: 1, validate_every_epochs: 4, picture_every_epochs: 8, tensorboard: false}}
+checkpoint: {{every_updates: 5, keep_last: 1, keep_every_epochs: 4}}
 """
 
 
@@ -56,7 +56,7 @@ def videos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def config_file(videos, tmp_path_factory) -> Path:
-    """14 updates of 4 videos; checkpoints after 5 and 10, in the middle of epochs."""
+    """28 updates of 4 videos. Checkpoints after 5, 10, 15 ... in the middle of epochs, 14 and 28."""
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     path.write_text(CONFIG.format(train=videos / "train", validation=videos / "validation"))
     return path
@@ -67,7 +67,8 @@ def pretrain(config_file):
     """Start ``tools/pretrain.py`` in a process of its own."""
 
     def start(output_dir, *overrides) -> subprocess.Popen:
-        command = [sys.executable, "tools/pretrain.py", str(config_file)]
+        # Politely, so that a test that watches a run is not left behind by it.
+        command = ["nice", sys.executable, "tools/pretrain.py", str(config_file)]
         environment = os.environ | {"PYTHONPATH": str(only_the_package(output_dir.parent))}
         return subprocess.Popen(
             [*command, f"output_dir={output_dir}", *overrides],

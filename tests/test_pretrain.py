@@ -3,7 +3,10 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,12 +52,12 @@ def assert_same_state(run, reference):
 def test_a_run_leaves_everything(finished_run):
     names = {path.name for path in finished_run.iterdir()}
     assert names >= {"checkpoints", "config.yaml", "metrics.jsonl", "curves.png", "pictures"}
-    assert [line["update"] for line in lines_of(finished_run)] == list(range(1, 15))
+    assert [line["update"] for line in lines_of(finished_run)] == list(range(1, 29))
     assert {"loss", "reconstruction", "prediction", "lr", "clips_per_second", "data_wait"} <= set(
         lines_of(finished_run)[0]
     )
     measures = lines_of(finished_run, "held_out")
-    assert [line["update"] for line in measures] == [7, 14]
+    assert [line["update"] for line in measures] == [14, 28]
     assert {"relative_error", "student_ranking", "teacher_ranking", "ranking_by_variance"} <= set(
         measures[-1]
     )
@@ -66,14 +69,14 @@ def test_a_run_leaves_everything(finished_run):
     assert str(finished_run / "curves.png") in output
 
 
-def test_last_and_best_are_kept_and_named(finished_run):
+def test_last_best_and_every_fourth_epoch_are_kept(finished_run):
     folder = finished_run / "checkpoints"
     scores = {line["update"]: line["relative_error"] for line in lines_of(finished_run, "held_out")}
     best = min(scores, key=scores.__getitem__)
     assert (folder / "best").resolve().name == f"update-{best:08d}"
-    assert (folder / "last").resolve().name == "update-00000014"
+    assert (folder / "last").resolve().name == "update-00000028"
     kept = {path.name for path in checkpoints_in(folder)}
-    assert kept == {"update-00000010", "update-00000014", f"update-{best:08d}"}
+    assert kept == {"update-00000014", "update-00000028", f"update-{best:08d}"}
     assert read_state(folder / "last")["best"]["update"] == best
 
 
@@ -92,14 +95,14 @@ def test_killed_and_started_again_ends_with_the_same_bits(
 ):
     run = tmp_path / "run"
     process = pretrain(run, f"data.workers={workers}")
-    wait_for_update(process, run, 7)  # two updates after a checkpoint, inside an epoch
+    wait_for_update(process, run, 7)  # two updates after a checkpoint in the middle of an epoch
     process.kill()
     process.communicate()
     at = read_state(checkpoints_in(run / "checkpoints")[-1])["update"]
-    assert 0 < at < 14
+    assert 5 <= at < 28
     output = finish(pretrain(run, f"data.workers={workers}"))
-    assert f"going on at update {at} of 14" in output
-    assert [line["update"] for line in lines_of(run)] == list(range(1, 15))
+    assert f"going on at update {at} of 28" in output
+    assert [line["update"] for line in lines_of(run)] == list(range(1, 29))
     assert_same_state(run, finished_run)
 
 
@@ -215,3 +218,22 @@ def test_bad_files_are_named_counted_and_end_the_run_above_the_share(pretrain, v
     output = finish(pretrain(tmp_path / "strict", f"data.train={folder}"), code=2)
     assert "2 of 16 files do not decode" in output
     assert "data.max_bad_share" in output
+
+
+def test_the_shell_script_runs_it_from_anywhere(config_file, tmp_path):
+    """The command of the README, with an environment that is there already."""
+    script = Path(__file__).parent.parent / "run_pretrain.sh"
+    run = tmp_path / "run"
+    output = subprocess.run(
+        [script, config_file.name, f"output_dir={run}", "logging.tensorboard=true"],
+        cwd=config_file.parent,
+        env=os.environ | {"HPM_PYTHON": sys.executable},
+        text=True,
+        capture_output=True,
+        timeout=200,
+    )
+    assert output.returncode == 0, output.stdout + output.stderr
+    assert list((run / "tensorboard").iterdir())
+    assert (run / "curves.png").is_file()
+    assert "held out: error" in output.stdout
+    assert f"{run / 'checkpoints' / 'best'}" in output.stdout

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from hpm_video.config import ConfigError, PretrainConfig, load_config
-from hpm_video.pretrain import make_update
+from hpm_video.pretrain import TIMED_CLIPS, make_update
 from hpm_video.training.device import (
     AUTOCAST,
     Precision,
@@ -26,8 +26,6 @@ from hpm_video.training.device import (
 
 TURNS = 3
 """Times that each precision is measured; in between, the other one is."""
-CLIPS_OF_A_RUN = 8
-"""With so many clips a run compares the two on a CPU, or with fewer where its batch is smaller."""
 
 
 @dataclass
@@ -53,7 +51,7 @@ def main() -> int:
         device = choose_device(config.engine.device)
         clips = arguments.clips
         if clips is None:
-            clips = min(config.micro_batch * config.data.repeats, CLIPS_OF_A_RUN)
+            clips = min(config.micro_batch * config.data.repeats, TIMED_CLIPS)
         if min(clips, arguments.repeats) < 1:
             raise ConfigError("--clips and --repeats must be at least 1")
     except (ConfigError, ValueError) as error:

@@ -2,6 +2,8 @@
 
 import argparse
 import logging
+import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from hpm_video.config import ConfigError, PretrainConfig, load_config
 from hpm_video.data.dataset import TooManyBadFiles
 from hpm_video.data.decode import DecodeError, DecoderError
-from hpm_video.data.manifest import ManifestError
+from hpm_video.data.manifest import ManifestError, read_manifest
 from hpm_video.pretrain import pretrain
 from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.training.interruption import Interrupted
@@ -28,6 +30,7 @@ EXPECTED = (
 )
 EXIT_CODES = """exit codes:
   0    the run is complete
+  1    a fault of this program
   2    a wrong input: the message says which, and what to do
   75   stopped by SIGTERM, the state is saved: start the same command again
   130  stopped by Ctrl-C, the state is saved: start the same command again
@@ -55,11 +58,11 @@ def main() -> int:
     except EXPECTED as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 2
-    tell_results(run_dir)
+    tell_results(run_dir, config)
     return 0
 
 
-def tell_results(run_dir: Path) -> None:
+def tell_results(run_dir: Path, config: PretrainConfig) -> None:
     """Where everything is, and what to do next."""
     best = run_dir / "checkpoints" / "best"
     checkpoint = best if best.exists() else run_dir / "checkpoints" / "last"
@@ -76,8 +79,26 @@ def tell_results(run_dir: Path) -> None:
     for name, path in rows.items():
         if path.exists():
             print(f"  {name:18}{path}")
-    print("\nNext, see what it finds hard in a video of yours:")
-    print(f"  python tools/show_masks.py {checkpoint} VIDEO")
+    print("\nNext, see what it finds hard in a video:")
+    print(f"  {interpreter()} tools/show_masks.py {checkpoint} {example_video(config)}")
+
+
+def interpreter() -> str:
+    """How to start this Python again, as short as it goes."""
+    program = Path(sys.executable)
+    if program.is_relative_to(Path.cwd()):
+        program = program.relative_to(Path.cwd())
+    path = os.environ.get("PYTHONPATH")
+    return f"PYTHONPATH={shlex.quote(path)} {program}" if path else str(program)
+
+
+def example_video(config: PretrainConfig) -> str:
+    """A held-out video, or a word for one."""
+    if config.data.validation is None:
+        return "VIDEO"
+    path = Path(read_manifest(config.data.validation, config.data.root).files[0])
+    inside = path.is_relative_to(Path.cwd())
+    return shlex.quote(str(path.relative_to(Path.cwd()) if inside else path))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import importlib
 import os
 import tempfile
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -235,9 +236,22 @@ class _PyavReader(VideoReader):
         if not self._ordered:
             self._reopen()
             return self._take(enumerate(self._container.decode(self._stream)), indices)
-        times = [self._times[index] for index in indices]
-        found = self._frames_from([key for key in self._keys if (key.pts or 0) <= times[0]])
-        return self._take(((frame.pts, frame) for frame in found), times)
+        parts = []
+        for times in self._runs([self._times[index] for index in indices]):
+            found = self._frames_from([key for key in self._keys if (key.pts or 0) <= times[0]])
+            parts.append(self._take(((frame.pts, frame) for frame in found), times))
+        return np.concatenate(parts)
+
+    def _runs(self, times: list[int]) -> Iterator[list[int]]:
+        """Cut ascending times where more than a whole group of pictures lies between two."""
+        starts = [key.pts or 0 for key in self._keys]
+        run = times[:1]
+        for time in times[1:]:
+            if bisect_right(starts, time) - bisect_right(starts, run[-1]) > 1:
+                yield run
+                run = []
+            run.append(time)
+        yield run
 
     def _frames_from(self, keys: list[_Packet]) -> Iterator["av.VideoFrame"]:
         """Frames from the last of ``keys`` on, from the first frame where that cannot be found."""
@@ -270,7 +284,7 @@ class _PyavReader(VideoReader):
                     return np.stack(taken)
         raise DecodeError(
             f"only {len(taken)} of {len(wanted)} frames came out of the decoder. Encode the video "
-            "anew, with tools/transcode.py"
+            "anew, for example with ffmpeg"
         )
 
     def _pixels(self, frame: "av.VideoFrame") -> Frames:
