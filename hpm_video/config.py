@@ -116,6 +116,8 @@ class DataConfig:
             )
         if self.workers is not None:
             _at_least(0, workers=self.workers)
+        if min(self.std, default=1) <= 0:
+            raise ConfigError(f"data.std must be positive, got {self.std}")
         if not 0 <= self.max_bad_share <= 1:
             raise ConfigError(f"data.max_bad_share must lie in [0, 1], got {self.max_bad_share}")
 
@@ -204,6 +206,11 @@ class RecipeConfig:
             raise ConfigError(
                 f"need 0 <= recipe.min_lr <= recipe.base_lr, got {self.min_lr} and {self.base_lr}"
             )
+        if self.weight_decay < 0 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(
+                f"need recipe.weight_decay >= 0 and recipe.betas in [0, 1), got "
+                f"{self.weight_decay} and {self.betas}"
+            )
         if self.clip_grad is not None and self.clip_grad <= 0:
             raise ConfigError(
                 f"recipe.clip_grad must be positive, or null for no clipping, got {self.clip_grad}"
@@ -240,7 +247,7 @@ class LoggingConfig:
     validate_every_epochs: float = 20
     """Epochs between two measurements on held-out clips (one more at the end)."""
     validation_clips: int = 512
-    """Held-out clips that are measured, from the first of the manifest."""
+    """At most so many held-out clips are measured, evenly over the manifest."""
     picture_every_epochs: float = 100
     """Epochs between two picture sheets (one more at the end)."""
     tensorboard: bool = True
@@ -263,6 +270,11 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, every_updates=self.every_updates, keep_last=self.keep_last)
+        if self.keep_every_epochs is not None and self.keep_every_epochs <= 0:
+            raise ConfigError(
+                f"checkpoint.keep_every_epochs must be positive, or null for none, got "
+                f"{self.keep_every_epochs}"
+            )
 
 
 @dataclass(frozen=True)
@@ -321,6 +333,11 @@ class PretrainConfig(RunConfig):
             count_masked(units, self.masking.ratio, self.masking.count_rule)
         except ValueError as error:
             raise ConfigError(f"masking.ratio: {error}") from error
+        if self.model.channels != 3:
+            raise ConfigError(
+                f"model.channels must be 3, since videos are decoded to RGB, got "
+                f"{self.model.channels}; with other clips use MaskedAutoencoder from Python"
+            )
         if self.model.channels != len(self.data.mean) or len(self.data.mean) != len(self.data.std):
             raise ConfigError(
                 f"data.mean and data.std need a value for each of the {self.model.channels} "

@@ -1,8 +1,10 @@
 """What every training run needs around its model: data, a directory, an engine, a loop."""
 
+import fcntl
+import hashlib
 import logging
-from collections.abc import Generator, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -18,13 +20,13 @@ from hpm_video.config import (
     result_differences,
     save_config,
 )
-from hpm_video.curves import plot_curves
 from hpm_video.data.dataset import ClipBatch, ClipSpec, VideoClips
 from hpm_video.data.loader import BadFiles, default_workers, end_workers, training_batches
 from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.progress import Timeline
 from hpm_video.training.checkpoint import (
     checkpoints_in,
+    point_to_newest_and_best,
     read_optimizer,
     read_state,
     remove_unfinished,
@@ -39,9 +41,12 @@ from hpm_video.training.optim import make_adamw
 from hpm_video.training.provenance import bit_differences, gather_facts, record_start
 from hpm_video.training.run import Cadence, Run, Watch
 from hpm_video.training.schedules import WarmupCosine, scaled_lr
+from hpm_video.whole_files import written_beside
 
 log = logging.getLogger(__name__)
 Config = TypeVar("Config", bound=RunConfig)
+RUN_FILES = {".lock", "checkpoints", "config.yaml"}
+"""What a run that was killed at its very start may have left."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,23 @@ class RunData:
     validation: Manifest | None
     timeline: Timeline
 
+    @property
+    def fingerprint(self) -> str:
+        """What the order of the training files depends on: how many they are, and their names."""
+        names = "\n".join(Path(file).name for file in self.train.files)
+        return f"{len(self.train)} files, {hashlib.sha256(names.encode()).hexdigest()[:16]}"
+
 
 @dataclass(frozen=True)
 class RunDirectory:
     """The directory of a run, and where the run stands."""
 
     path: Path
-    newest: Path | None
-    """The newest complete checkpoint."""
+
+    @property
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        return next(reversed(checkpoints_in(self.path / "checkpoints")), None)
 
     @property
     def update(self) -> int:
@@ -87,8 +101,11 @@ def open_data(config: RunConfig) -> RunData:
         raise ConfigError(
             "data.train is not set; give a manifest or a folder of videos: data.train=PATH"
         )
-    train = read_manifest(data.train, data.root)
-    validation = None if data.validation is None else read_manifest(data.validation, data.root)
+    root = None if data.root is None else Path(data.root).expanduser()
+    train = read_manifest(Path(data.train).expanduser(), root)
+    validation = None
+    if data.validation is not None:
+        validation = read_manifest(Path(data.validation).expanduser(), root)
     try:
         timeline = Timeline(len(train), recipe.batch_size, recipe.epochs)
     except ValueError as error:
@@ -96,33 +113,64 @@ def open_data(config: RunConfig) -> RunData:
     return RunData(train, validation, timeline)
 
 
-def claim_directory(schema: type[Config], config: Config) -> RunDirectory:
-    """Make the run directory, or make sure that it holds a run of the same config.
+def look_into_directory(schema: type[Config], config: Config, data: RunData) -> RunDirectory:
+    """Find out where a run stands, and make sure that it is a run of the same config and data.
 
     Raises:
-        ConfigError: it holds a run of another config, or something else.
+        ConfigError: the directory holds a run of another config or data, or something else.
+        CheckpointError: the newest checkpoint cannot be read.
     """
     if not config.output_dir:
         raise ConfigError("output_dir is not set; give the run a directory: output_dir=runs/NAME")
-    folder = Path(config.output_dir)
+    folder = Path(config.output_dir).expanduser()
     path = folder / "config.yaml"
-    if path.is_file():
-        differences = result_differences(load_config(schema, path, []), config)
-        if differences:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir={folder} is a file; name a folder")
+    directory = RunDirectory(folder)
+    if directory.newest is None:
+        foreign = [item.name for item in folder.glob("*") if item.name not in RUN_FILES]
+        if foreign and not path.is_file():
             raise ConfigError(
-                f"{folder} holds a run of another config:\n  "
-                + "\n  ".join(differences)
-                + "\nTake another output_dir, or the values of before to go on with that run."
+                f"{folder} holds no run, but other files ({foreign[0]}); take another output_dir"
             )
-    elif folder.exists() and any(folder.iterdir()):
+        return directory
+    differences = result_differences(
+        load_config(schema, directory.newest / "config.yaml", []), config
+    )
+    before = read_state(directory.newest)["data"]
+    if not differences and before != data.fingerprint:
+        differences = [f"the files of data.train: {before} -> {data.fingerprint}"]
+    if differences:
         raise ConfigError(
-            f"{folder} is not empty and holds no run (no config.yaml); take another output_dir"
+            f"{folder} holds a run of another config:\n  "
+            + "\n  ".join(differences)
+            + "\nTake another output_dir, or the values of before to go on with that run."
         )
-    checkpoints = folder / "checkpoints"
+    return directory
+
+
+@contextmanager
+def claim(directory: RunDirectory, config: RunConfig) -> Iterator[None]:
+    """Make the directory this process's own, mend what a killed one left, write the config.
+
+    Raises:
+        ConfigError: another process trains there.
+    """
+    checkpoints = directory.path / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    save_config(config, path)
-    remove_unfinished(checkpoints)
-    return RunDirectory(folder, next(reversed(checkpoints_in(checkpoints)), None))
+    with (directory.path / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"another process trains in {directory.path}; wait for it, or take another "
+                f"output_dir"
+            ) from error
+        remove_unfinished(checkpoints)
+        point_to_newest_and_best(checkpoints)
+        with written_beside(directory.path / "config.yaml") as path:
+            save_config(config, path)
+        yield
 
 
 def make_engine(
@@ -151,7 +199,7 @@ def train(
 ) -> None:
     """Train from where the directory stands to the end. Raises what ``fit`` raises."""
     start, newest = directory.update, directory.newest
-    facts = gather_facts(engine.device, engine.precision)
+    facts = gather_facts(engine.device, engine.precision, engine.accumulate)
     _announce(config, data, engine, start)
     if newest is not None:
         engine.load_optimizer_state(read_optimizer(newest))
@@ -185,12 +233,12 @@ def train(
                 stop,
                 watch,
                 best={} if newest is None else read_state(newest)["best"],
+                data=data.fingerprint,
             )
             with closing(_training_stream(config, data, start, engine.device)) as batches:
                 fit(engine, objective, batches, _schedule(config), run, start=start)
     finally:
         end_workers()
-    plot_curves(directory.path / "metrics.jsonl", directory.path / "curves.png")
 
 
 def clip_spec(data: DataConfig) -> ClipSpec:

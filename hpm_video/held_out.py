@@ -24,7 +24,9 @@ Measures = dict[str, float]
 NUM_MASKS = 10
 """Random masks of each clip, as many as the paper averages true errors over in its Figure 2."""
 TRIVIAL = "ranking_by_"
-"""Prefix of the measures of rankers that need no model."""
+"""Prefix of the measures of rankers that need no model, measured as the teacher is."""
+TRIVIAL_FOR_STUDENT = "student_ranking_by_"
+"""The same, measured as the student is."""
 
 
 @torch.no_grad()
@@ -36,7 +38,8 @@ def measure(objective: HardPatchesMining, engine: Engine, batches: Iterable[Clip
     of their error. ``student_ranking``: hidden tokens, scored by the student that sees the visible
     ones, by their error under the same mask. ``teacher_ranking``: all tokens, scored by the
     teacher that sees the whole clip, by their error averaged over the masks, since it cannot know
-    the mask. ``ranking_by_...``: the trivial rankers, measured as the teacher is.
+    the mask. ``ranking_by_...`` and ``student_ranking_by_...``: the trivial rankers, measured as
+    the teacher and as the student.
     """
     counts = _Counts(engine.device)
     for cpu_batch in batches:
@@ -48,13 +51,17 @@ def measure(objective: HardPatchesMining, engine: Engine, batches: Iterable[Clip
             teacher = objective.difficulty(batch)
         for seen in examinations:
             counts.add("relative_error", seen.errors.sum(), seen.mean_errors.sum())
-            if seen.prediction.difficulty is not None:
-                counts.add_pairs("student_ranking", seen.prediction.difficulty, seen.errors)
+            if seen.difficulty is not None:
+                counts.add_pairs("student_ranking", seen.difficulty, seen.errors)
         errors = average_errors(examinations)
         if teacher is not None:
             counts.add_pairs("teacher_ranking", teacher, errors)
-        for name, scores in trivial_difficulties(batch.clips, objective.targets.patch_size).items():
+        trivial = trivial_difficulties(batch.clips, objective.targets.patch_size)
+        for name, scores in trivial.items():
             counts.add_pairs(f"{TRIVIAL}{name}", scores, errors)
+            for seen in examinations:
+                hidden = seen.mask.take_masked(scores.unsqueeze(-1)).squeeze(-1)
+                counts.add_pairs(f"{TRIVIAL_FOR_STUDENT}{name}", hidden, seen.errors)
     return counts.ratios()
 
 
@@ -99,16 +106,15 @@ def trivial_difficulties(clips: Tensor, patch_size: Size3) -> dict[str, Tensor]:
 
 
 def describe(measures: Measures) -> str:
-    """The measures in one paragraph, for the terminal."""
-    text = f"held out: error {measures['relative_error']:.3f} of the patch mean's"
-    if "student_ranking" not in measures:
-        return text
-    trivial = ", ".join(
-        f"{name.removeprefix(TRIVIAL)} {value:.3f}"
-        for name, value in measures.items()
-        if name.startswith(TRIVIAL)
-    )
-    return (
-        f"{text}; ranking: student {measures['student_ranking']:.3f}, teacher "
-        f"{measures['teacher_ranking']:.3f} (trivial: {trivial})"
-    )
+    """The measures in a few lines, for the terminal."""
+    lines = [f"held out: error {measures['relative_error']:.3f} of the patch mean's"]
+    for who, prefix in ("student", TRIVIAL_FOR_STUDENT), ("teacher", TRIVIAL):
+        if f"{who}_ranking" in measures:
+            trivial = ", ".join(
+                f"{name.removeprefix(prefix)} {value:.3f}"
+                for name, value in measures.items()
+                if name.startswith(prefix)
+            )
+            own = measures[f"{who}_ranking"]
+            lines.append(f"  ranking by the {who} {own:.3f} (trivial: {trivial})")
+    return "\n".join(lines)

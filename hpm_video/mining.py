@@ -84,7 +84,8 @@ class Examination(NamedTuple):
     """What the student makes of a batch under one random mask."""
 
     mask: TokenMask
-    prediction: Prediction
+    difficulty: Tensor | None
+    """(B, M) what the student predicts of them; none without a predictor."""
     errors: Tensor
     """(B, M) reconstruction errors."""
     mean_errors: Tensor
@@ -176,7 +177,7 @@ class HardPatchesMining:
         target = self.targets.of(batch.clips, mask)
         return Examination(
             mask,
-            prediction,
+            prediction.difficulty,
             errors=reconstruction_errors(prediction.pixels, target),
             mean_errors=patch_mean_errors(target, len(self.targets.mean)),
         )

@@ -14,8 +14,9 @@ from hpm_video.data.loader import held_out_batches
 from hpm_video.experiment import (
     RunData,
     RunDirectory,
-    claim_directory,
+    claim,
     clip_spec,
+    look_into_directory,
     make_engine,
     num_workers,
     open_data,
@@ -112,15 +113,18 @@ def pretrain(config: PretrainConfig) -> Path:
     device = choose_device(config.engine.device)
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
-    directory = claim_directory(PretrainConfig, config)
-    if directory.update == data.timeline.num_updates:
-        log.info("%s is complete: %d updates were made", directory.path, directory.update)
-        return directory.path
+    directory = look_into_directory(PretrainConfig, config, data)
     student, teacher = _make_models(config, directory.newest, device)
     objective = build_objective(config, teacher)
-    engine = make_engine(config, student, device, _choose_precision(config, directory, device))
-    watch = _watch(config, data, objective, engine, directory.path)
-    train(config, data, directory, engine=engine, objective=objective, watch=watch)
+    with claim(directory, config):
+        if directory.update == data.timeline.num_updates:
+            log.info("%s is complete: %d updates were made", directory.path, directory.update)
+        else:
+            precision = _choose_precision(config, directory, device)
+            engine = make_engine(config, student, device, precision)
+            watch = _watch(config, data, objective, engine, directory.path)
+            train(config, data, directory, engine=engine, objective=objective, watch=watch)
+        plot_curves(directory.path / "metrics.jsonl", directory.path / "curves.png")
     return directory.path
 
 
@@ -159,7 +163,7 @@ def _make_models(
 ) -> tuple[MaskedAutoencoder, MaskedAutoencoder | None]:
     """Student and teacher where the run stands: at a checkpoint, at given weights, or fresh."""
     student = build_student(config)
-    given = Path(config.init_weights) if config.init_weights else None
+    given = Path(config.init_weights).expanduser() if config.init_weights else None
     source = newest or given
     if source is not None:
         fresh = () if newest else ("difficulty_decoder.",)
@@ -171,7 +175,8 @@ def _make_models(
     teacher = None
     if config.mining.predictor != "none":
         teacher = make_teacher(student)
-        if source is not None and (source / "teacher.safetensors").is_file():
+        if newest or (given and (given / "teacher.safetensors").is_file()):
+            assert source is not None
             load_weights(teacher, read_weights(source, "teacher"), source)
         teacher.to(device)
     return student.to(device), teacher
@@ -207,6 +212,8 @@ def _watch(
         seed=config.seed,
     )
     batch_size = min(len(clips), max(config.micro_batch, 8), 32)
+    for _ in held_out_batches(clips, batch_size=batch_size, workers=num_workers(config.data)):
+        pass  # a file that does not decode stops the run here, not at its first validation
 
     pictured = HeldOutClips(
         data.validation.spread(PICTURED_CLIPS),

@@ -74,8 +74,10 @@ def patch_statistics(patches: Tensor, kind: TargetKind, channels: int) -> PatchS
 
 def standardise(patches: Tensor, kind: TargetKind, channels: int) -> Tensor:
     """Patches as targets of ``kind``: (B, N, P) -> (B, N, P)"""
+    if kind == "raw":
+        return patches
     mean, scale = patch_statistics(patches, kind, channels)
-    return (patches - mean) / scale
+    return (patches - mean).div_(scale)
 
 
 def patch_mean_errors(target: Tensor, channels: int) -> Tensor:

@@ -5,10 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
 from hpm_video.data.encode import write_video
+
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -31,6 +35,41 @@ engine: {{precision: fp32, threads: 1, device: cpu}}
 logging: {{every_updates: 1, validate_every_epochs: 4, picture_every_epochs: 8, tensorboard: false}}
 checkpoint: {{every_updates: 5, keep_last: 1, keep_every_epochs: 4}}
 """
+
+
+DISTURBED = """
+import os, signal, sys
+from hpm_video.training import checkpoint, run
+
+def interrupt():
+    os.killpg(os.getpgrp(), signal.{signal})
+
+def at_update(self, progress, settings, original=run.Run.after_update):
+    if progress.update == 6 and {place!r} == "update":
+        interrupt()
+    original(self, progress, settings)
+
+def on_the_third_call(original, calls=[0]):
+    def call(*args, **options):
+        calls[0] += 1
+        if calls[0] == 3:
+            interrupt()
+        return original(*args, **options)
+    return call
+
+run.Run.after_update = at_update
+if {place!r} == "writing":
+    checkpoint.torch.save = on_the_third_call(checkpoint.torch.save)
+if {place!r} == "renamed":
+    run.point_to_newest_and_best = on_the_third_call(run.point_to_newest_and_best)
+if {place!r} == "linking":
+    checkpoint.Path.symlink_to = on_the_third_call(checkpoint.Path.symlink_to)
+sys.argv = {argv!r}
+sys.path.insert(0, "tools")
+import pretrain
+sys.exit(pretrain.main())
+"""
+"""A run that gets a signal at a certain place, all processes of it."""
 
 
 def moving_texture(seed: int, num_frames: int = 12, size: int = 40) -> np.ndarray:
@@ -56,7 +95,7 @@ def videos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def config_file(videos, tmp_path_factory) -> Path:
-    """28 updates of 4 videos. Checkpoints after 5, 10, 15 ... in the middle of epochs, 14 and 28."""
+    """28 updates of 4 videos. Checkpoints in the middle of epochs (5, 10 ...), and at 14 and 28."""
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     path.write_text(CONFIG.format(train=videos / "train", validation=videos / "validation"))
     return path
@@ -66,12 +105,13 @@ def config_file(videos, tmp_path_factory) -> Path:
 def pretrain(config_file):
     """Start ``tools/pretrain.py`` in a process of its own."""
 
-    def start(output_dir, *overrides) -> subprocess.Popen:
-        # Politely, so that a test that watches a run is not left behind by it.
-        command = ["nice", sys.executable, "tools/pretrain.py", str(config_file)]
+    def start(output_dir, *overrides, place=None, number="SIGKILL") -> subprocess.Popen:
+        arguments = ["tools/pretrain.py", str(config_file), f"output_dir={output_dir}", *overrides]
+        if place is not None:
+            arguments = ["-c", DISTURBED.format(place=place, signal=number, argv=arguments)]
         environment = os.environ | {"PYTHONPATH": str(only_the_package(output_dir.parent))}
         return subprocess.Popen(
-            [*command, f"output_dir={output_dir}", *overrides],
+            [sys.executable, *arguments],
             cwd=ROOT,
             env=environment,
             text=True,

@@ -1,11 +1,12 @@
 """Runs in processes of their own: what they leave, and what becomes of them when disturbed."""
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -29,24 +30,18 @@ def lines_of(run_dir, kind="train"):
     return [line for line in parsed if line["kind"] == kind]
 
 
-def wait_for_update(process, run_dir, update):
-    deadline = time.monotonic() + 100
-    while not any(line["update"] >= update for line in lines_of(run_dir)):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def assert_same_state(run, reference):
     ours, theirs = (checkpoints_in(folder / "checkpoints")[-1] for folder in (run, reference))
     assert ours.name == theirs.name
     for name in ("model", "teacher"):
         expected = load_file(theirs / f"{name}.safetensors")
+        assert expected.keys() == load_file(ours / f"{name}.safetensors").keys()
         for key, tensor in load_file(ours / f"{name}.safetensors").items():
             assert torch.equal(tensor, expected[key]), f"{name} {key}"
     expected = read_optimizer(theirs)["state"]
     for index, values in read_optimizer(ours)["state"].items():
-        assert torch.equal(values["exp_avg_sq"], expected[index]["exp_avg_sq"])
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(values[name], expected[index][name])
 
 
 def test_a_run_leaves_everything(finished_run):
@@ -89,21 +84,43 @@ def test_a_checkpoint_speaks_for_itself(finished_run):
     assert not torch.equal(objective.teacher.mask_token, student.mask_token)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("place", "workers", "at"),
+    [
+        ("update", 0, 5),  # in the middle of an epoch
+        ("update", 2, 5),
+        ("writing", 0, 10),  # the third checkpoint, after update 14, half written
+        ("renamed", 0, 14),  # the third checkpoint, not named yet
+        ("linking", 0, 14),
+    ],
+)
 def test_killed_and_started_again_ends_with_the_same_bits(
-    pretrain, finished_run, tmp_path, workers
+    pretrain, finished_run, tmp_path, place, workers, at
 ):
     run = tmp_path / "run"
-    process = pretrain(run, f"data.workers={workers}")
-    wait_for_update(process, run, 7)  # two updates after a checkpoint in the middle of an epoch
-    process.kill()
-    process.communicate()
-    at = read_state(checkpoints_in(run / "checkpoints")[-1])["update"]
-    assert 5 <= at < 28
+    process = pretrain(run, f"data.workers={workers}", place=place)
+    finish(process, code=-signal.SIGKILL)
+    assert read_state(checkpoints_in(run / "checkpoints")[-1])["update"] == at
     output = finish(pretrain(run, f"data.workers={workers}"))
     assert f"going on at update {at} of 28" in output
+    assert "may differ" not in output
     assert [line["update"] for line in lines_of(run)] == list(range(1, 29))
     assert_same_state(run, finished_run)
+    assert not list((run / "checkpoints").glob(".writing*"))
+
+
+def test_killed_at_the_very_end_names_its_checkpoints_at_the_next_start(
+    pretrain, finished_run, tmp_path
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run, symlinks=True)
+    for name in ("last", "best"):
+        (run / "checkpoints" / name).unlink()
+    (run / "curves.png").unlink()
+    assert "is complete" in finish(pretrain(run))
+    assert (run / "checkpoints" / "last").resolve().name == "update-00000028"
+    assert (run / "checkpoints" / "best").exists()
+    assert (run / "curves.png").is_file()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -112,15 +129,43 @@ def test_sigterm_saves_at_the_next_update_and_says_so_with_its_exit_code(
 ):
     """All processes of a job get the signal, as a scheduler sends it."""
     run = tmp_path / "run"
-    process = pretrain(run, f"data.workers={workers}")
-    wait_for_update(process, run, 3)
-    os.killpg(process.pid, signal.SIGTERM)
-    output = finish(process, code=75)
-    at = read_state(checkpoints_in(run / "checkpoints")[-1])["update"]
-    assert f"stopped by SIGTERM before update {at}" in output
+    output = finish(
+        pretrain(run, f"data.workers={workers}", place="update", number="SIGTERM"), code=75
+    )
+    assert read_state(checkpoints_in(run / "checkpoints")[-1])["update"] == 7
+    assert "stopped by SIGTERM before update 7" in output
     assert "Traceback" not in output
     finish(pretrain(run))
     assert_same_state(run, finished_run)
+
+
+def test_a_run_that_never_began_does_not_bind(pretrain, tmp_path):
+    run = tmp_path / "run"
+    output = finish(pretrain(run, "init_weights=nothing.safetensors"), code=2)
+    assert "nothing.safetensors does not exist" in output
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").touch()  # as if killed while writing it
+    finish(pretrain(run, "recipe.epochs=1", "data.validation=null"))
+
+
+def test_other_videos_under_the_same_name_are_noticed(pretrain, videos, tmp_path):
+    folder = tmp_path / "train"
+    shutil.copytree(videos / "train", folder)
+    run = tmp_path / "run"
+    options = (f"data.train={folder}", "data.validation=null")
+    finish(pretrain(run, *options, place="update", number="SIGTERM"), code=75)
+    shutil.copy(folder / "texture 1.mp4", folder / "texture 99.mp4")
+    output = finish(pretrain(run, *options), code=2)
+    assert "the files of data.train: 14 files" in output
+
+
+def test_two_processes_do_not_train_in_one_directory(pretrain, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        output = finish(pretrain(run), code=2)
+    assert "another process trains in" in output
 
 
 def test_accumulation_and_micro_batches_compute_the_same(pretrain, finished_run, tmp_path):
@@ -158,8 +203,11 @@ def test_a_loss_that_is_no_number_names_update_and_files_and_keeps_the_last_good
         code=2,
     )
     assert "is not a finite number" in output
+    assert "of update " in output
     assert str(videos / "train" / "texture ") in output
-    for checkpoint in checkpoints_in(run / "checkpoints"):
+    saved = checkpoints_in(run / "checkpoints")
+    assert saved
+    for checkpoint in saved:
         for tensor in load_file(checkpoint / "model.safetensors").values():
             assert tensor.isfinite().all()
 
@@ -215,7 +263,9 @@ def test_bad_files_are_named_counted_and_end_the_run_above_the_share(pretrain, v
     assert rows[0] == "path,reason"
     assert {row.split(",")[0].rsplit("/")[-1] for row in rows[1:]} == {"empty.mp4", "text.mp4"}
 
-    output = finish(pretrain(tmp_path / "strict", f"data.train={folder}"), code=2)
+    strict = (f"data.train={folder}", "data.workers=1")
+    output = finish(pretrain(tmp_path / "strict", *strict), code=2)
+    assert "Traceback" not in output
     assert "2 of 16 files do not decode" in output
     assert "data.max_bad_share" in output
 

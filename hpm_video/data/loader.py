@@ -8,17 +8,20 @@ from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from hpm_video.data.dataset import (
     ClipBatch,
     Failure,
     HeldOutClips,
+    Sample,
+    TooManyBadFiles,
     VideoClips,
     collate,
     tolerated,
     too_many,
 )
+from hpm_video.data.decode import DecodeError
 
 MAX_WORKERS = 16
 STALL_SECONDS = 900
@@ -60,18 +63,44 @@ def _batches(
     workers: int,
     pin: bool,
 ) -> Generator[ClipBatch, None, None]:
-    loader: DataLoader[ClipBatch] = DataLoader(
-        dataset,  # type: ignore[arg-type]
+    loader: DataLoader[ClipBatch | Exception] = DataLoader(
+        _Reporting(dataset),  # type: ignore[arg-type]
         batch_size,
         sampler=positions,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=_collate_or_report,
         pin_memory=pin,
         timeout=STALL_SECONDS if workers else 0,
         worker_init_fn=_init_worker,
         generator=torch.Generator(),  # otherwise making an iterator draws from the global one
     )
-    yield from loader
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+
+
+class _Reporting(Dataset[Sample | Exception]):
+    """Hands over errors as they are: torch would wrap them in the text of a traceback."""
+
+    def __init__(self, dataset: VideoClips | HeldOutClips) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Sample | Exception:
+        try:
+            return self._dataset[index]
+        except (DecodeError, TooManyBadFiles) as error:
+            return error
+
+
+def _collate_or_report(samples: Sequence[Sample | Exception]) -> ClipBatch | Exception:
+    for sample in samples:
+        if isinstance(sample, Exception):
+            return sample
+    return collate([sample for sample in samples if isinstance(sample, Sample)])
 
 
 def _init_worker(_worker: int) -> None:
@@ -85,8 +114,12 @@ def _init_worker(_worker: int) -> None:
 
 def end_workers() -> None:
     """Kill the workers that are still there: one may hang in native code for ever."""
-    for child in multiprocessing.active_children():
+    children = multiprocessing.active_children()
+    if children:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for a fault
+    for child in children:
         child.kill()
+        child.join()
 
 
 class BadFiles:

@@ -82,9 +82,10 @@ def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
     - A list without such a line, as VideoMAE and its descendants use, its columns separated by
       spaces, tabs or commas. The numbers at the end of a line are split off, so a path may hold
       spaces. One number is the label. Of two, ``0 -1`` marks an unlabelled video, as in VideoMAE
-      V2's lists for pre-training, and ``num_frames label`` says both, as VideoMAE has it. Other
-      pairs (such as V2's ``folder start_index total_frames``) and longer rows are errors, for
-      nothing tells which number means what; so are folders of frames.
+      V2's lists for pre-training, and ``num_frames label`` says both, as VideoMAE has it. Three
+      are ``start num_frames label``, where the start must be 0 and a count of -1 is not stated.
+      Other pairs (such as V2's ``folder start_index total_frames``) are errors, for nothing tells
+      which number means what; so are folders of frames.
     - A folder of class folders, where each video lies in a folder directly below: the classes are
       the sorted names of those folders.
     - Any other folder: all videos in it, however deep, unlabelled.
@@ -192,6 +193,10 @@ def _meaning(source: Path, line: int, row: str, numbers: list[str]) -> tuple[str
         case ["0", "-1"]:
             return "", ""
         case [num_frames, label] if int(num_frames) > 0 and int(label) >= 0:
+            return label, num_frames
+        case ["0", "-1", label]:
+            return label, ""
+        case ["0", num_frames, label] if int(num_frames) > 0:
             return label, num_frames
         case _:
             why = (

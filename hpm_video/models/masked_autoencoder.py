@@ -25,8 +25,17 @@ class Prediction(NamedTuple):
 class Decoder(nn.Module):
     """A transformer over the embedded tokens of a clip, and a linear head."""
 
-    def __init__(self, size: TransformerSize, out: int, *, checkpoint_activations: bool) -> None:
+    def __init__(
+        self,
+        size: TransformerSize,
+        out: int,
+        *,
+        checkpoint_activations: bool,
+        exact_head: bool = False,
+    ) -> None:
+        """``exact_head`` keeps the head out of mixed precision."""
         super().__init__()
+        self.exact_head = exact_head
         self.transformer = Transformer(size, checkpoint_activations=checkpoint_activations)
         self.head = nn.Linear(size.dim, out)
 
@@ -35,7 +44,13 @@ class Decoder(nn.Module):
         tokens = self.transformer.run_blocks(tokens)
         if mask is not None:
             tokens = mask.take_masked(tokens)
-        out: Tensor = self.head(self.transformer.norm(tokens))
+        tokens = self.transformer.norm(tokens)
+        out: Tensor
+        if self.exact_head:
+            with torch.autocast(tokens.device.type, enabled=False):
+                out = self.head(tokens.float())
+        else:
+            out = self.head(tokens)
         return out
 
 
@@ -70,7 +85,10 @@ class MaskedAutoencoder(nn.Module):
         self.to_decoder = nn.Linear(encoder.dim, decoder.dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(decoder.dim))
         self.pixel_decoder = Decoder(decoder, values, **keep)
-        self.difficulty_decoder = Decoder(decoder, 1, **keep) if predictor else None
+        # Only the order of scores counts, and bf16 would make many of them equal.
+        self.difficulty_decoder = (
+            Decoder(decoder, 1, exact_head=True, **keep) if predictor else None
+        )
 
         self.encoder_pos: Tensor
         self.decoder_pos: Tensor

@@ -85,13 +85,20 @@ def remove_superseded(folder: Path, keep_last: int, keep_also: Iterable[Path]) -
     kept = set(keep_also)
     for path in checkpoints_in(folder)[:-keep_last]:
         if path not in kept and not read_state(path).get("keep", False):
-            shutil.rmtree(path)
+            leaving = path.with_name(
+                f"{UNFINISHED}{path.name}"
+            )  # half deleted, it is no checkpoint
+            path.rename(leaving)
+            shutil.rmtree(leaving)
 
 
 def remove_unfinished(folder: Path) -> None:
     """Delete what an interrupted save left behind."""
     for path in folder.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(path)
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
 
 
 def point_to(link: Path, target: Path) -> None:
@@ -103,9 +110,30 @@ def point_to(link: Path, target: Path) -> None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The ``state.json`` of a checkpoint."""
-    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+    """The ``state.json`` of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint} is not a whole checkpoint ({error}). Delete it to go on from the "
+            f"one before"
+        ) from error
     return state
+
+
+def point_to_newest_and_best(folder: Path) -> None:
+    """Make ``last`` and ``best`` say what the newest checkpoint knows."""
+    saved = checkpoints_in(folder)
+    if not saved:
+        return
+    point_to(folder / "last", saved[-1])
+    best = read_state(saved[-1]).get("best", {})
+    if best and checkpoint_path(folder, best["update"]).exists():
+        point_to(folder / "best", checkpoint_path(folder, best["update"]))
 
 
 def read_optimizer(checkpoint: Path) -> dict[str, Any]:

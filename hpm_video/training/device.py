@@ -11,11 +11,15 @@ Precision = Literal["fp32", "bf16"]
 AUTOCAST: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 
 
+class DeviceError(ValueError):
+    """A device that is not here."""
+
+
 def choose_device(name: str) -> torch.device:
     """The device of that name; ``auto`` is an accelerator where there is one, else the CPU.
 
     Raises:
-        ValueError: there is no such device here.
+        DeviceError: there is no such device here.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -25,7 +29,7 @@ def choose_device(name: str) -> torch.device:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise DeviceError(
             f"engine.device={name} cannot be used here ({reason}); take auto, or cpu"
         ) from error
     return torch.device(name)

@@ -19,6 +19,8 @@ class Engine(Protocol):
     device: torch.device
     model: nn.Module
     accumulate: int
+    gradient_norm: Tensor
+    """() of the last update, before it was clipped."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]: ...
@@ -51,6 +53,7 @@ class TorchEngine:
         self._clip_grad = clip_grad
         self._autocast = autocast
         self._micro_steps = 0
+        self.gradient_norm = torch.zeros((), device=device)
 
     @property
     def precision(self) -> Precision:
@@ -80,8 +83,12 @@ class TorchEngine:
         self._micro_steps += 1
         if self._micro_steps % self.accumulate:
             return False
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.gradient_norm = nn.utils.get_total_norm(gradients)
         if self._clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_grad)
+            nn.utils.clip_grads_with_norm_(
+                self.model.parameters(), self._clip_grad, self.gradient_norm
+            )
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return True

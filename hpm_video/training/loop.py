@@ -44,5 +44,6 @@ def fit(
             engine.backward(losses.total)
             engine.step()
             run.meter.add(update, losses, batch.files)
+        run.meter.add_update(update, engine.gradient_norm)
         objective.after_update(engine.model, progress)
         run.after_update(progress, {"lr": lr, **objective.settings(progress)})

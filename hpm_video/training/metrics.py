@@ -35,6 +35,8 @@ class Meter:
 
     def _restart(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._norms = torch.zeros((), device=self._first_bad.device)
+        self._updates = 0
         self._batches = 0
         self._clips = 0
         self._waited = 0.0
@@ -60,11 +62,21 @@ class Meter:
         for name, value in {"loss": losses.total, **losses.parts}.items():
             value = value.detach()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        bad = ~losses.total.detach().isfinite() & (self._first_bad < 0)
-        self._first_bad = torch.where(bad, update, self._first_bad)
+        self._look_at(losses.total, update)
         self._files.setdefault(update, []).extend(files)
         self._batches += 1
         self._clips += len(files)
+
+    def add_update(self, update: int, gradient_norm: Tensor) -> None:
+        """Take the norm of the gradient of an update."""
+        self._look_at(gradient_norm, update)
+        self._norms = self._norms + gradient_norm
+        self._updates += 1
+
+    def _look_at(self, value: Tensor, update: int) -> None:
+        """Remember the first update in which a value was not finite."""
+        bad = ~value.detach().isfinite() & (self._first_bad < 0)
+        self._first_bad = torch.where(bad, update, self._first_bad)
 
     def check(self) -> None:
         """Make sure that every loss so far was a number.
@@ -77,7 +89,9 @@ class Meter:
         self._files = {}
         if update >= 0:
             raise NonFiniteLossError(
-                f"the loss of update {update} is not a finite number. The files of its batch:\n  "
+                f"the loss or the gradient of update {update} is not a finite number; the last "
+                f"checkpoint is from before. Try a lower recipe.base_lr, recipe.clip_grad, or "
+                f"engine.precision=fp32. The files of its batch:\n  "
                 + "\n  ".join(dict.fromkeys(files))
             )
 
@@ -85,6 +99,8 @@ class Meter:
         """Means since the last reading, clips per second, and the share of time spent waiting."""
         self.check()
         means = {name: float(value) / self._batches for name, value in self._sums.items()}
+        if self._updates:
+            means["gradient_norm"] = float(self._norms) / self._updates
         seconds = max(time.perf_counter() - self._began - self._paused, 1e-9)
         speed = {"clips_per_second": self._clips / seconds, "data_wait": self._waited / seconds}
         self._restart()
@@ -103,7 +119,7 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
 
             folder = str(run_dir / "tensorboard")
-            self._writer = SummaryWriter(folder, purge_step=first_update)
+            self._writer = SummaryWriter(folder, purge_step=first_update + 1)
 
     def write(self, kind: str, update: int, epoch: float, values: dict[str, float]) -> None:
         """Add one line. ``update`` counts the updates that were made."""
@@ -113,6 +129,11 @@ class MetricsLog:
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(f"{kind}/{name}", value, update)
+
+    def flush(self) -> None:
+        """Make sure that what TensorBoard has so far outlives the process."""
+        if self._writer is not None:
+            self._writer.flush()
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -3,23 +3,28 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import hpm_video
 from hpm_video.data.decode import decoder_versions
 
 Facts = dict[str, Any]
-DECIDES_BITS = ("torch", "device", "cpu_capability", "threads", "precision")
+DECIDES_BITS = (
+    *("torch", "numpy", "decoders", "device", "cpu_capability", "threads"),
+    *("precision", "accumulate"),
+)
 """Facts on which the last bits of a result depend."""
 
 
-def gather_facts(device: torch.device, precision: str) -> Facts:
+def gather_facts(device: torch.device, precision: str, accumulate: int) -> Facts:
     """What this process runs with."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
@@ -27,12 +32,14 @@ def gather_facts(device: torch.device, precision: str) -> Facts:
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "numpy": np.__version__,
         "decoders": decoder_versions(),
         "device": f"{device.type} {name or platform.machine()}",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "precision": precision,
-        "command": " ".join(sys.argv),
+        "accumulate": accumulate,
+        "command": shlex.join(sys.argv),
         "host": platform.node(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

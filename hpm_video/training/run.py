@@ -12,7 +12,7 @@ from hpm_video.data.loader import BadFiles
 from hpm_video.progress import Progress, Timeline
 from hpm_video.training.checkpoint import (
     checkpoint_path,
-    point_to,
+    point_to_newest_and_best,
     remove_superseded,
     save_checkpoint,
 )
@@ -66,6 +66,8 @@ class Run:
     bad_files: BadFiles
     stop: StopRequest
     watch: Watch
+    data: str
+    """What the order of the data depends on, stored with every checkpoint."""
     best: dict[str, Any] = field(default_factory=dict)
     """Update and score of the best checkpoint so far."""
 
@@ -92,11 +94,11 @@ class Run:
             improved = False
             if last or self._due(update, self.cadence.validate_every_epochs):
                 improved = self._validate(done)
-            if self.watch.draw and (last or self._due(update, self.cadence.picture_every_epochs)):
-                self.watch.draw(done)
             stop = self.stop.received
             if last or keep or improved or stop or done % self.cadence.save_updates == 0:
                 self.save(done, keep=keep)
+            if self.watch.draw and (last or self._due(update, self.cadence.picture_every_epochs)):
+                self.watch.draw(done)
         if stop and not last:
             raise Interrupted(stop, done)
 
@@ -112,6 +114,7 @@ class Run:
         folder = checkpoint_path(self.checkpoints, done)
         if not folder.exists():
             state = {"update": done, "keep": keep, "best": self.best, "facts": self.facts}
+            state["data"] = self.data
             save_checkpoint(
                 folder,
                 self.modules,
@@ -119,10 +122,9 @@ class Run:
                 state=state,
                 config=self.folder / "config.yaml",
             )
-        point_to(self.checkpoints / "last", folder)
+        self.metrics.flush()
+        point_to_newest_and_best(self.checkpoints)
         best = checkpoint_path(self.checkpoints, self.best.get("update", done))
-        if self.best and best.exists():
-            point_to(self.checkpoints / "best", best)
         remove_superseded(self.checkpoints, self.cadence.keep_last, [best])
 
     def _due(self, update: int, every_epochs: float | None) -> bool:

@@ -82,7 +82,7 @@ def test_lists_of_videomae_and_its_descendants(tmp_path, text, labels, num_frame
         ("a.mp4 1\nb.mp4 0 -1\n", 2, "need 2 columns as in the lines before"),
         ("a.mp4 0 300\n", 1, "cannot tell what these numbers mean"),
         ("a.mp4 5 -1\n", 1, "cannot tell what these numbers mean"),
-        ("a.mp4 0 30 1\n", 1, "cannot tell what these numbers mean"),
+        ("a.mp4 7 30 1\n", 1, "cannot tell what these numbers mean"),
     ],
 )
 def test_a_malformed_row_names_the_line_the_row_and_the_remedy(tmp_path, text, line, reason):

@@ -3,6 +3,7 @@ import torch
 
 from hpm_video.training import device
 from hpm_video.training.device import choose_device, choose_precision, time_updates
+from hpm_video.training.engine import TorchEngine
 
 
 @pytest.mark.parametrize(
@@ -32,3 +33,16 @@ def test_a_device_that_is_not_here_is_named():
     with pytest.raises(ValueError, match="engine.device=warp cannot be used here"):
         choose_device("warp")
     assert choose_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("largest", [None, 0.5, 100.0])
+def test_gradients_are_clipped_at_the_norm_and_their_norm_is_told(largest):
+    model = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    engine = TorchEngine(model, optimizer, device=torch.device("cpu"), clip_grad=largest)
+    engine.backward(engine(torch.tensor([[3.0, 4.0]])).sum())
+    assert engine.step()
+    assert engine.gradient_norm.item() == pytest.approx(5)
+    expected = 0.5 if largest == 0.5 else 5.0
+    assert model.weight.norm().item() == pytest.approx(expected, rel=1e-4)
