@@ -34,7 +34,7 @@ def test_every_shipped_config_loads_round_trips_and_builds(path, tmp_path):
     with torch.device("meta"):
         student = build_student(config)
         build_objective(config, student if config.mining.predictor != "none" else None)
-    assert student.grid.num_tokens == (144 if path == DEMO else 1568)
+    assert student.grid.num_tokens == (108 if path == DEMO else 1568)
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)

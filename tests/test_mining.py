@@ -157,8 +157,8 @@ def test_masks_depend_on_the_keys_of_the_clips_alone():
     _, objective, engine = make()
     batch = random_batch((4, 32, 32))
     part = dataclasses.replace(batch, clips=batch.clips[2:3], keys=batch.keys[2:3])
-    whole_mask = objective.examine(engine, batch).mask.masked
-    assert torch.equal(objective.examine(engine, part).mask.masked, whole_mask[2:3])
+    whole_mask = objective.examine(engine, batch, "one").mask.masked
+    assert torch.equal(objective.examine(engine, part, "one").mask.masked, whole_mask[2:3])
     assert not torch.equal(objective.examine(engine, batch, "other").mask.masked, whole_mask)
 
 
