@@ -88,7 +88,7 @@ def test_misspelt_key_is_an_error_that_knows_better():
     ("override", "words"),
     [
         ("masking.ratio=1.5", "masking.ratio must lie between 0 and 1, got 1.5"),
-        ("masking.ratio=0.999", "hides 144 of 144"),
+        ("masking.ratio=0.999", "hides 108 of 108"),
         ("masking.strategy=hard", "hard"),
         ("masking.first_fraction=2", r"must lie in \[0, 1\], got 2"),
         ("mining.predictor=none", "masking.strategy=random"),

@@ -177,3 +177,19 @@ def test_space_time_positions_add_a_code_of_time_that_begins_at_zero():
     assert steps[1:].abs().amax(dim=-1).min() > 0.5
     with pytest.raises(ValueError, match="a width that 4 divides, got 6"):
         position_table(TokenGrid(1, 2, 2), 6, "space_time")
+
+
+def test_scores_are_not_rounded_by_mixed_precision():
+    model = make()
+    mask, clips = random_mask(model), torch.rand(2, 3, 4, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        prediction = model(clips, mask)
+        scores = model.score_all(clips)
+    for values in (prediction.difficulty, scores):
+        assert values.dtype == torch.float32
+        assert not torch.equal(values, values.bfloat16().float())
+    head = model.difficulty_decoder.head
+    tokens = torch.rand(2, 5, 32)
+    expected = torch.nn.functional.linear(tokens, head.weight, head.bias)
+    ours = (tokens.unsqueeze(-2) * head.weight).sum(-1) + head.bias
+    torch.testing.assert_close(ours, expected)
