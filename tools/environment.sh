@@ -44,7 +44,7 @@ use_given_environment() {
   fi
   if [[ $python != /* ]]; then python="$PWD/$python"; fi
   is_supported "$python" || fail "HPM_PYTHON=$HPM_PYTHON is not Python 3.10 to 3.13"
-  local modules=(torch torchvision timm einops numpy pandas omegaconf yaml safetensors matplotlib PIL
+  local modules=(torch einops numpy pandas omegaconf yaml safetensors matplotlib PIL
     tensorboard tqdm av)
   if [[ $1 == tests ]]; then modules+=(pytest pytest_timeout hypothesis transformers ruff mypy); fi
   local missing
@@ -189,7 +189,7 @@ install_deepspeed() {
   requirement="$(grep '^deepspeed' "$repository/requirements.txt")"
   say "building deepspeed (under a minute)"
   if ! pip_install --no-build-isolation "$requirement"; then
-    say "warning: deepspeed did not build; everything but engine.name=deepspeed works without"
+    say "warning: deepspeed did not build; nothing needs it yet"
     say "to try again: '$python' -m pip install --no-build-isolation '$requirement'"
   fi
 }

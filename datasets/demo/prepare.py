@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from hpm_video.data import manifest
 from hpm_video.data.decode import open_video
 from hpm_video.data.encode import write_video
 from hpm_video.randomness import generator
@@ -394,7 +395,7 @@ def _write_in_worker(clip: Clip) -> None:
 
 
 def write_manifest(path: Path, clips: Iterable[Clip]) -> None:
-    """Written beside and renamed."""
+    """What a clip is, a row each."""
     table = pd.DataFrame(
         {
             "path": clip.path,
@@ -404,9 +405,7 @@ def write_manifest(path: Path, clips: Iterable[Clip]) -> None:
         }
         for clip in clips
     )
-    beside = path.with_name(f".{path.name}.part")
-    table.to_csv(beside, index=False)
-    beside.replace(path)
+    manifest.write_manifest(table, path)
 
 
 def _cores() -> int:

@@ -1,6 +1,5 @@
 """Writing a video file: H.264 in MP4, the same bytes for the same frames."""
 
-import os
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any
 import av
 import numpy as np
 from numpy.typing import NDArray
+
+from hpm_video.whole_files import written_beside
 
 
 def write_video(
@@ -25,14 +26,8 @@ def write_video(
     number of frames from one key frame to the next, which a decoder that seeks has to go through.
     The file is written beside ``path`` and renamed, so what lies at ``path`` is always whole.
     """
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        count = _encode(beside, iter(frames), fps=fps, crf=crf, gop=gop)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return count
+    with written_beside(Path(path)) as beside:
+        return _encode(beside, iter(frames), fps=fps, crf=crf, gop=gop)
 
 
 def _encode(

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from hpm_video.whole_files import written_beside
+
 UNLABELLED = -1
 NOT_STATED = -1
 VIDEO_SUFFIXES = (
@@ -112,13 +114,8 @@ def write_manifest(table: pd.DataFrame, path: Path | str) -> None:
     """Write a table with at least a column ``path``. What lies at ``path`` is always whole."""
     if "path" not in table.columns:
         raise ManifestError(f"a manifest needs a column path, got {list(table.columns)}")
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with written_beside(Path(path)) as beside:
         table.to_csv(beside, index=False)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _read_text(source: Path) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hpm_video.training.objective import Losses
+from hpm_video.whole_files import written_beside
 
 log = logging.getLogger(__name__)
 
@@ -152,9 +153,8 @@ class MetricsLog:
             return
         whole = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in whole if json.loads(line)["update"] <= first_update]
-        fresh = self.path.with_suffix(".writing")
-        fresh.write_text("".join(f"{line}\n" for line in kept))
-        fresh.replace(self.path)
+        with written_beside(self.path) as beside:
+            beside.write_text("".join(f"{line}\n" for line in kept))
 
 
 class ProgressBar:
