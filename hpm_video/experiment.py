@@ -210,9 +210,9 @@ def train(
     try:
         with (
             listen_for_stop() as stop,
-            ProgressBar(start, data.timeline.num_updates) as bar,
-            MetricsLog(
-                directory.path, first_update=start, tensorboard=logging_.tensorboard
+            closing(ProgressBar(start, data.timeline.num_updates)) as bar,
+            closing(
+                MetricsLog(directory.path, first_update=start, tensorboard=logging_.tensorboard)
             ) as metrics,
         ):
             run = Run(

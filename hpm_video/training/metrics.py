@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -136,15 +135,8 @@ class MetricsLog:
         if self._writer is not None:
             self._writer.flush()
 
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Write what TensorBoard has not written yet."""
         if self._writer is not None:
             self._writer.close()
 
@@ -175,15 +167,8 @@ class ProgressBar:
         self._first, self._total = first_update, num_updates
         self._began = self._last_line = time.monotonic()
 
-    def __enter__(self) -> "ProgressBar":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Leave the terminal as it is."""
         self._bar.close()
 
     def advance(self) -> None:
