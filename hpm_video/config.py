@@ -5,6 +5,7 @@ logging); the others do, and a run that has begun refuses to go on with another 
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -13,7 +14,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hpm_video.data.augment import check_rand_augment
 from hpm_video.data.decode import DecoderChoice
+from hpm_video.data.sampling import Sampling
 from hpm_video.losses import PredictorObjective
 from hpm_video.masking import (
     STRATEGIES,
@@ -24,6 +27,7 @@ from hpm_video.masking import (
     StrategyName,
     count_masked,
 )
+from hpm_video.models.classifier import Pooling
 from hpm_video.models.pos_embed import Positions
 from hpm_video.models.vit import TransformerSize
 from hpm_video.targets import TargetKind
@@ -43,6 +47,12 @@ def unrelated(default: Any) -> Any:
     return field(default=default, metadata={"changes_result": False})
 
 
+def _a_chance(section: str, **values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ConfigError(f"{section}.{name} must lie in [0, 1), got {value}")
+
+
 def _at_least(least: int, **values: int) -> None:
     for name, value in values.items():
         if value < least:
@@ -50,12 +60,10 @@ def _at_least(least: int, **values: int) -> None:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The masked autoencoder: an encoder and decoders of one size."""
+class EncoderConfig:
+    """The encoder, which pre-training and fine-tuning share."""
 
     encoder: TransformerSize = field(default_factory=lambda: TransformerSize(768, 12, 12))
-    decoder: TransformerSize = field(default_factory=lambda: TransformerSize(384, 4, 6))
-    """Of the reconstructor and, where there is one, of the loss predictor."""
     patch_size: Size3 = (2, 16, 16)
     """Frames, height and width of a patch."""
     channels: int = 3
@@ -68,13 +76,59 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, channels=self.channels)
-        if self.positions == "space_time" and (self.encoder.dim % 4 or self.decoder.dim % 4):
+        self._check_positions(self.encoder)
+        _a_chance("model", drop_path=self.drop_path)
+
+    def _check_positions(self, size: TransformerSize) -> None:
+        if self.positions == "space_time" and size.dim % 4:
             raise ConfigError(
-                f"model.positions=space_time needs widths that 4 divides, got encoder "
-                f"{self.encoder.dim} and decoder {self.decoder.dim}"
+                f"model.positions=space_time needs widths that 4 divides, got {size.dim}"
             )
-        if not 0 <= self.drop_path < 1:
-            raise ConfigError(f"model.drop_path must lie in [0, 1), got {self.drop_path}")
+
+
+@dataclass(frozen=True)
+class ModelConfig(EncoderConfig):
+    """The masked autoencoder: an encoder and decoders of one size."""
+
+    decoder: TransformerSize = field(default_factory=lambda: TransformerSize(384, 4, 6))
+    """Of the reconstructor and, where there is one, of the loss predictor."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_positions(self.decoder)
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(EncoderConfig):
+    """The classifier: an encoder and a head."""
+
+    drop_path: float = 0.1
+    num_classes: int | None = None
+    """By default as many as the training manifest has."""
+    pretrained_grid: Size3 | None = None
+    """Tokens along time, height and width in pre-training, in which positions are given. By
+    default those of ``init_weights``, and without these the clip's own."""
+    pooling: Pooling = "mean_norm"
+    """``mean_norm`` for fine-tuning, ``batch_norm`` for a linear probe, ``attentive``."""
+    frozen: bool = False
+    """Whether the encoder stays as it is, so that only pooling and head learn."""
+    head_dropout: float = 0.0
+    head_init_scale: float = 0.001
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _a_chance("model", head_dropout=self.head_dropout)
+        if self.num_classes is not None:
+            _at_least(2, num_classes=self.num_classes)
+        if self.pretrained_grid is not None and min(self.pretrained_grid) < 1:
+            raise ConfigError(
+                f"model.pretrained_grid must be three positive numbers, got {self.pretrained_grid}"
+            )
+        if self.frozen and self.pooling == "mean_norm":
+            raise ConfigError(
+                "model.frozen=true keeps the encoder's own norm, which model.pooling=mean_norm "
+                "leaves out; take model.pooling=batch_norm (linear probe) or attentive"
+            )
 
 
 @dataclass(frozen=True)
@@ -94,8 +148,18 @@ class DataConfig:
     """Where given, each training clip draws its stride from frame_stride to this."""
     frame_size: tuple[int, int] = (224, 224)
     """Height and width of a clip in pixels."""
+    sampling: Sampling = "dense"
+    """``dense``: frames at the stride. ``segments``: one frame of each of num_frames equal parts
+    of the video; the stride then plays no part."""
     repeats: int = 1
-    """Clips taken from each decoded video. A batch counts videos."""
+    """Clips taken from each decoded video: in pre-training of frames of their own, in fine-tuning
+    augmented copies of the same frames. A batch counts videos."""
+    flip: bool = False
+    """Whether a mirrored video keeps its meaning: then half of the training clips are mirrored.
+    Never where labels depend on direction, as those of Something-Something do."""
+    label_names: str | None = None
+    """Text file with the name of class i in line i; by default names are taken from the manifest's
+    column ``label_name``."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Of each channel, pixels being in [0, 1]. The default is ImageNet's."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -113,6 +177,11 @@ class DataConfig:
             raise ConfigError(
                 f"data.max_frame_stride must be at least data.frame_stride "
                 f"({self.frame_stride}), got {self.max_frame_stride}"
+            )
+        if self.sampling == "segments" and self.max_frame_stride is not None:
+            raise ConfigError(
+                f"data.sampling=segments takes no stride, but data.max_frame_stride is "
+                f"{self.max_frame_stride}; leave it out"
             )
         if self.workers is not None:
             _at_least(0, workers=self.workers)
@@ -218,6 +287,138 @@ class RecipeConfig:
 
 
 @dataclass(frozen=True)
+class FinetuneRecipe(RecipeConfig):
+    """The optimiser of a classifier. The defaults are VideoMAE's."""
+
+    epochs: int = 100
+    batch_size: int = 512
+    base_lr: float = 1e-3
+    min_lr: float = 1e-6
+    warmup_epochs: float = 5
+    betas: tuple[float, float] = (0.9, 0.999)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """``sgd``: its momentum is the first of ``betas``."""
+    layer_decay: float = 1.0
+    """Each layer's learning rate, as a share of that of the layer above it."""
+    average_momentum: float | None = None
+    """Where given, a moving average of the weights is kept, with this share of the old value."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"recipe.layer_decay must lie in (0, 1], got {self.layer_decay}")
+        if self.average_momentum is not None:
+            _a_chance("recipe", average_momentum=self.average_momentum)
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """Random changes of training clips for a classifier; each is drawn once for all frames."""
+
+    area: tuple[float, float] = (0.08, 1.0)
+    """Of a random crop, as a share of the frame."""
+    ratio: tuple[float, float] = (0.75, 1.3333)
+    """Width of a crop divided by its height."""
+    rand_augment: str | None = "rand-m7-n4-mstd0.5-inc1"
+    """RandAugment in timm's notation, or none."""
+    erasing: float = 0.25
+    """Chance that a random box is erased."""
+    mixup: float = 0.8
+    """Parameter of the beta distribution of the shares that clips are mixed in; 0: no mixup."""
+    cutmix: float = 1.0
+    """The same for the area of boxes put into other clips; 0: no CutMix."""
+    mix_probability: float = 1.0
+    """Chance that a batch is mixed at all."""
+    cutmix_probability: float = 0.5
+    """Chance of CutMix where both are on; otherwise mixup."""
+    label_smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("area", "ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high or (name == "area" and high > 1):
+                raise ConfigError(
+                    f"augmentation.{name} must be two rising positive numbers"
+                    f"{', at most 1' if name == 'area' else ''}, got {(low, high)}"
+                )
+        for name in ("erasing", "mix_probability", "cutmix_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(
+                    f"augmentation.{name} must lie in [0, 1], got {getattr(self, name)}"
+                )
+        if min(self.mixup, self.cutmix) < 0:
+            raise ConfigError(
+                f"augmentation.mixup and cutmix must be at least 0, got {self.mixup} and "
+                f"{self.cutmix}"
+            )
+        _a_chance("augmentation", label_smoothing=self.label_smoothing)
+        if self.rand_augment is not None:
+            try:
+                check_rand_augment(self.rand_augment)
+            except ValueError as error:
+                raise ConfigError(f"augmentation.rand_augment: {error}") from error
+
+    @property
+    def mixes(self) -> bool:
+        """Whether clips of a batch are mixed."""
+        return max(self.mixup, self.cutmix) > 0 and self.mix_probability > 0
+
+
+@dataclass(frozen=True)
+class TestConfig:
+    """How a fine-tuned classifier is tested."""
+
+    manifest: str | None = None
+    """Manifest of the videos to test on; by default ``data.validation``."""
+    clips: int = 5
+    """Clips of each video, spread over it."""
+    crops: int = 3
+    """Crops of each clip, along its longer side."""
+    checkpoint: Literal["last", "best"] = "last"
+    """``best`` is best on ``data.validation``: no fair choice where that is tested on as well."""
+    weights: Literal["model", "average"] = "model"
+    """``average``: their moving average, see ``recipe.average_momentum``. Held-out measures during
+    training are taken of the same."""
+    clips_per_pass: int = 32
+    """Clips of one forward pass."""
+    exclude_bad_files: bool = False
+    """Count videos that do not decode as wrong, instead of stopping with a list of them."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, clips=self.clips, crops=self.crops, clips_per_pass=self.clips_per_pass)
+
+
+@dataclass(frozen=True)
+class KnnConfig:
+    """Nearest neighbours of frozen features during pre-training: does it help recognition yet?"""
+
+    train: str | None = None
+    """Labelled manifest or folder that neighbours are looked up in; none: nothing is measured."""
+    validation: str | None = None
+    """Labelled manifest or folder of the videos to classify."""
+    every_epochs: float = 20
+    """Epochs between two measurements (one more at the end)."""
+    videos: int = 2000
+    """At most so many videos of each manifest, evenly over it."""
+    k: int = 20
+    """Neighbours that vote."""
+    temperature: float = 0.07
+
+    def __post_init__(self) -> None:
+        _at_least(1, videos=self.videos, k=self.k)
+        if (self.train is None) != (self.validation is None):
+            raise ConfigError(
+                "knn.train and knn.validation belong together: give both, or neither, got "
+                f"{self.train} and {self.validation}"
+            )
+        if min(self.every_epochs, self.temperature) <= 0:
+            raise ConfigError(
+                f"knn.every_epochs and knn.temperature must be positive, got {self.every_epochs} "
+                f"and {self.temperature}"
+            )
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """How updates are computed. ``torch`` is one process of plain torch."""
 
@@ -319,30 +520,16 @@ class PretrainConfig(RunConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     mining: MiningConfig = field(default_factory=MiningConfig)
+    knn: KnnConfig = unrelated(default=KnnConfig())
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        try:
-            grid = TokenGrid.of_clip(self.data.clip_size, self.model.patch_size)
-        except ValueError as error:
-            raise ConfigError(
-                f"data.num_frames, data.frame_size and model.patch_size do not fit: {error}"
-            ) from error
+        grid = _grid_of(self.data, self.model)
         units = grid.num_tokens if self.masking.unit == "token" else grid.tokens_per_frame
         try:
             count_masked(units, self.masking.ratio, self.masking.count_rule)
         except ValueError as error:
             raise ConfigError(f"masking.ratio: {error}") from error
-        if self.model.channels != 3:
-            raise ConfigError(
-                f"model.channels must be 3, since videos are decoded to RGB, got "
-                f"{self.model.channels}; with other clips use MaskedAutoencoder from Python"
-            )
-        if self.model.channels != len(self.data.mean) or len(self.data.mean) != len(self.data.std):
-            raise ConfigError(
-                f"data.mean and data.std need a value for each of the {self.model.channels} "
-                f"channels (model.channels), got {len(self.data.mean)} and {len(self.data.std)}"
-            )
         if self.strategy.picks and self.mining.predictor == "none":
             raise ConfigError(
                 f"masking.strategy={self.masking.strategy} picks patches by their predicted "
@@ -360,6 +547,68 @@ class PretrainConfig(RunConfig):
             first_fraction=preset.first_fraction if first is None else first,
             last_fraction=preset.last_fraction if last is None else last,
         )
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(RunConfig):
+    """Everything that a fine-tuning run depends on, or a probe that is trained.
+
+    It may start from the encoder of a pre-training run, or from a classifier.
+    """
+
+    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    recipe: FinetuneRecipe = field(default_factory=FinetuneRecipe)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    init_from: Literal["student", "teacher"] = "student"
+    """Whose encoder of a pre-training run ``init_weights`` takes."""
+    test: TestConfig = unrelated(default=TestConfig())
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _grid_of(self.data, self.model)
+        clips = self.micro_batch * self.data.repeats
+        if self.augmentation.mixes and clips % 2:
+            raise ConfigError(
+                f"mixing pairs the clips of a forward pass, so their number must be even, got "
+                f"{clips} ({self.micro_batch} videos, data.repeats={self.data.repeats}); take an "
+                f"even engine.micro_batch, or augmentation.mixup=0 augmentation.cutmix=0"
+            )
+        if self.test.weights == "average" and self.recipe.average_momentum is None:
+            raise ConfigError(
+                "test.weights=average needs an average: set recipe.average_momentum, for example "
+                "0.9999"
+            )
+        if self.recipe.average_momentum is not None and self.model.pooling == "batch_norm":
+            raise ConfigError(
+                "recipe.average_momentum averages weights, not the statistics of "
+                "model.pooling=batch_norm; leave one of them out"
+            )
+        if self.test.checkpoint == "best" and self.data.validation is None:
+            raise ConfigError("test.checkpoint=best needs data.validation to tell which is best")
+
+
+def _grid_of(data: DataConfig, model: EncoderConfig) -> TokenGrid:
+    """The grid of tokens of a clip.
+
+    Raises:
+        ConfigError: there is none, or the channels do not fit.
+    """
+    if model.channels != 3:
+        raise ConfigError(
+            f"model.channels must be 3, since videos are decoded to RGB, got {model.channels}; "
+            f"with other clips use the models from Python"
+        )
+    if model.channels != len(data.mean) or len(data.mean) != len(data.std):
+        raise ConfigError(
+            f"data.mean and data.std need a value for each of the {model.channels} channels "
+            f"(model.channels), got {len(data.mean)} and {len(data.std)}"
+        )
+    try:
+        return TokenGrid.of_clip(data.clip_size, model.patch_size)
+    except ValueError as error:
+        raise ConfigError(
+            f"data.num_frames, data.frame_size and model.patch_size do not fit: {error}"
+        ) from error
 
 
 def load_config(schema: type[Config], path: Path, overrides: list[str]) -> Config:
@@ -388,6 +637,22 @@ def load_config(schema: type[Config], path: Path, overrides: list[str]) -> Confi
         raise ConfigError(f"cannot use {path} {' '.join(overrides)}: {reason}") from error
     assert isinstance(config, schema)
     return config
+
+
+def load_any_config(path: Path) -> PretrainConfig | FinetuneConfig:
+    """The config of a run, of whichever kind it is.
+
+    Raises:
+        ConfigError: there is no such file, or it is not such a config.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            f"{path.parent} is no checkpoint folder (it has no {path.name}); give one of a run, "
+            f"such as RUN/checkpoints/last"
+        )
+    if re.search(r"^masking:", path.read_text(encoding="utf-8"), re.MULTILINE):
+        return load_config(PretrainConfig, path, [])
+    return load_config(FinetuneConfig, path, [])
 
 
 def save_config(config: object, path: Path) -> None:

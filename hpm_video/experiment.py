@@ -3,9 +3,9 @@
 import fcntl
 import hashlib
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,10 +20,18 @@ from hpm_video.config import (
     result_differences,
     save_config,
 )
-from hpm_video.data.dataset import ClipBatch, ClipSpec, VideoClips
-from hpm_video.data.loader import BadFiles, default_workers, end_workers, training_batches
+from hpm_video.data.dataset import ClipBatch, HeldOutClips, Repeats, VideoClips
+from hpm_video.data.loader import (
+    BadFiles,
+    default_workers,
+    end_workers,
+    held_out_batches,
+    training_batches,
+)
 from hpm_video.data.manifest import Manifest, read_manifest
-from hpm_video.progress import Timeline
+from hpm_video.data.transforms import ClipTransform
+from hpm_video.features import clip_spec
+from hpm_video.progress import Progress, Timeline
 from hpm_video.training.checkpoint import (
     checkpoints_in,
     point_to_newest_and_best,
@@ -31,13 +39,12 @@ from hpm_video.training.checkpoint import (
     read_state,
     remove_unfinished,
 )
-from hpm_video.training.device import AUTOCAST, Precision
+from hpm_video.training.device import AUTOCAST, Precision, choose_precision
 from hpm_video.training.engine import TorchEngine
 from hpm_video.training.interruption import listen_for_stop
 from hpm_video.training.loop import fit
 from hpm_video.training.metrics import Meter, MetricsLog, ProgressBar
 from hpm_video.training.objective import Objective
-from hpm_video.training.optim import make_adamw
 from hpm_video.training.provenance import bit_differences, gather_facts, record_start
 from hpm_video.training.run import Cadence, Run, Watch
 from hpm_video.training.schedules import WarmupCosine, scaled_lr
@@ -45,8 +52,10 @@ from hpm_video.whole_files import written_beside
 
 log = logging.getLogger(__name__)
 Config = TypeVar("Config", bound=RunConfig)
-RUN_FILES = {".lock", "checkpoints", "config.yaml"}
+RUN_FILES = {".lock", "checkpoints", "config.yaml", "labels.txt"}
 """What a run that was killed at its very start may have left."""
+TIMED_CLIPS = 8
+"""At most so many clips make the updates that are timed to choose a precision."""
 
 
 @dataclass(frozen=True)
@@ -101,16 +110,23 @@ def open_data(config: RunConfig) -> RunData:
         raise ConfigError(
             "data.train is not set; give a manifest or a folder of videos: data.train=PATH"
         )
-    root = None if data.root is None else Path(data.root).expanduser()
-    train = read_manifest(Path(data.train).expanduser(), root)
-    validation = None
-    if data.validation is not None:
-        validation = read_manifest(Path(data.validation).expanduser(), root)
+    train = open_manifest(data, data.train)
+    validation = None if data.validation is None else open_manifest(data, data.validation)
     try:
         timeline = Timeline(len(train), recipe.batch_size, recipe.epochs)
     except ValueError as error:
         raise ConfigError(f"recipe: {error}") from error
     return RunData(train, validation, timeline)
+
+
+def open_manifest(data: DataConfig, path: str) -> Manifest:
+    """Read one of the manifests of a config, or the videos of a folder.
+
+    Raises:
+        ManifestError: it cannot be used.
+    """
+    root = None if data.root is None else Path(data.root).expanduser()
+    return read_manifest(Path(path).expanduser(), root)
 
 
 def look_into_directory(schema: type[Config], config: Config, data: RunData) -> RunDirectory:
@@ -174,13 +190,17 @@ def claim(directory: RunDirectory, config: RunConfig) -> Iterator[None]:
 
 
 def make_engine(
-    config: RunConfig, model: nn.Module, device: torch.device, precision: Precision
+    config: RunConfig,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    precision: Precision,
 ) -> TorchEngine:
     """The engine that updates ``model``, which is on ``device``."""
     recipe = config.recipe
     return TorchEngine(
         model,
-        make_adamw(model, weight_decay=recipe.weight_decay, betas=recipe.betas),
+        optimizer,
         device=device,
         accumulate=recipe.batch_size // config.micro_batch,
         clip_grad=recipe.clip_grad,
@@ -195,9 +215,10 @@ def train(
     *,
     engine: TorchEngine,
     objective: Objective,
+    clips: VideoClips,
     watch: Watch,
 ) -> None:
-    """Train from where the directory stands to the end. Raises what ``fit`` raises."""
+    """Train on ``clips`` from where the directory stands to the end. Raises what ``fit`` raises."""
     start, newest = directory.update, directory.newest
     facts = gather_facts(engine.device, engine.precision, engine.accumulate)
     _announce(config, data, engine, start)
@@ -235,21 +256,83 @@ def train(
                 best={} if newest is None else read_state(newest)["best"],
                 data=data.fingerprint,
             )
-            with closing(_training_stream(config, data, start, engine.device)) as batches:
+            with closing(_training_stream(config, data, clips, start, engine.device)) as batches:
                 fit(engine, objective, batches, _schedule(config), run, start=start)
     finally:
         end_workers()
 
 
-def clip_spec(data: DataConfig) -> ClipSpec:
-    """What the clips of a run are."""
-    return ClipSpec(
-        num_frames=data.num_frames,
-        frame_stride=data.frame_stride,
-        max_frame_stride=data.max_frame_stride,
-        frame_size=data.frame_size,
-        repeats=data.repeats,
+def settle_precision(
+    config: RunConfig,
+    directory: RunDirectory,
+    device: torch.device,
+    make_update: Callable[[torch.device, Precision, int], Callable[[], None]],
+) -> Precision:
+    """As the config says, as the run began, or as this device makes faster updates."""
+    if config.engine.precision != "auto":
+        return config.engine.precision
+    if directory.precision is not None:
+        return directory.precision
+    clips = min(config.micro_batch * config.data.repeats, TIMED_CLIPS)
+    return choose_precision(device, lambda name: make_update(device, name, clips))
+
+
+def in_one_pass(config: Config) -> Config:
+    """The config of updates that are not summed up over several forward passes."""
+    return replace(config, engine=replace(config.engine, micro_batch=None))
+
+
+def timed_update(
+    config: RunConfig, engine: TorchEngine, objective: Objective, clips: int
+) -> Callable[[], None]:
+    """A whole update on so many random clips: forward, backward, step, what follows it.
+
+    The engine must be one of :func:`in_one_pass`.
+    """
+    batch = ClipBatch(
+        torch.randint(256, (clips, 3, *config.data.clip_size), dtype=torch.uint8),
+        keys=torch.arange(clips),
+        labels=torch.zeros(clips, dtype=torch.int64),
+        files=("random pixels",) * clips,
+        failures=(),
+    ).to(engine.device)
+    progress = Progress(1, config.recipe.epochs - 0.5, config.recipe.epochs)
+
+    def update() -> None:
+        for group in engine.param_groups:
+            group["lr"] = 1e-6
+        with engine.autocast():
+            losses = objective.losses(engine, batch, progress)
+        engine.backward(losses.total)
+        engine.step()
+        objective.after_update(engine.model, progress)
+
+    return update
+
+
+def training_clips(
+    config: RunConfig, data: RunData, transform: ClipTransform, *, same_frames: bool
+) -> VideoClips:
+    """The training clips of a run; ``same_frames``: whether repeats show the same frames."""
+    return VideoClips(
+        data.train,
+        clip_spec(config.data),
+        transform,
+        repeats=Repeats(config.data.repeats, same_frames),
+        decoder=config.data.decoder,
+        seed=config.seed,
+        max_bad_share=config.data.max_bad_share,
     )
+
+
+def check_decoding(clips: HeldOutClips, *, batch_size: int, workers: int) -> None:
+    """Decode held-out clips once, so that a bad file stops a run before it begins.
+
+    Raises:
+        DecodeError: a file does not decode.
+    """
+    for _ in held_out_batches(clips, batch_size=batch_size, workers=workers):
+        pass
 
 
 def num_workers(data: DataConfig) -> int:
@@ -258,20 +341,13 @@ def num_workers(data: DataConfig) -> int:
 
 
 def _training_stream(
-    config: RunConfig, data: RunData, start: int, device: torch.device
+    config: RunConfig, data: RunData, clips: VideoClips, start: int, device: torch.device
 ) -> Generator[ClipBatch, None, None]:
     """The micro-batches from update ``start`` to the last."""
-    dataset = VideoClips(
-        data.train,
-        clip_spec(config.data),
-        decoder=config.data.decoder,
-        seed=config.seed,
-        max_bad_share=config.data.max_bad_share,
-    )
     videos = config.recipe.batch_size
     positions: Sequence[int] = range(start * videos, data.timeline.num_updates * videos)
     return training_batches(
-        dataset,
+        clips,
         positions,
         batch_size=config.micro_batch,
         workers=num_workers(config.data),

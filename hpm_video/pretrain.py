@@ -3,36 +3,43 @@
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from hpm_video.config import PretrainConfig, load_config
 from hpm_video.curves import plot_curves
-from hpm_video.data.dataset import ClipBatch, HeldOutClips, collate
+from hpm_video.data.dataset import HeldOutClips, collate
 from hpm_video.data.loader import held_out_batches
+from hpm_video.data.transforms import MultiScaleCrop
 from hpm_video.experiment import (
     RunData,
-    RunDirectory,
+    check_decoding,
     claim,
-    clip_spec,
+    in_one_pass,
     look_into_directory,
     make_engine,
     num_workers,
     open_data,
+    settle_precision,
+    timed_update,
     train,
+    training_clips,
 )
+from hpm_video.features import clip_spec
 from hpm_video.held_out import Measures, describe, measure
 from hpm_video.masking import MaskRule, count_masked
 from hpm_video.mining import HardPatchesMining, TargetRule
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.pictures import write_pictures
-from hpm_video.progress import Progress
 from hpm_video.randomness import key_of
 from hpm_video.token_grid import TokenGrid
 from hpm_video.training.checkpoint import load_weights, read_weights
-from hpm_video.training.device import Precision, choose_device, choose_precision
+from hpm_video.training.device import Precision, choose_device
 from hpm_video.training.engine import TorchEngine
+from hpm_video.training.optim import make_adamw, parameter_groups
 from hpm_video.training.run import Watch
 from hpm_video.training.teacher import MomentumSchedule, make_teacher
 
@@ -40,8 +47,6 @@ log = logging.getLogger(__name__)
 
 PICTURED_CLIPS = 4
 """Held-out clips that are drawn during training."""
-TIMED_CLIPS = 8
-"""At most so many clips make the updates that are timed to choose a precision."""
 
 
 def build_student(config: PretrainConfig) -> MaskedAutoencoder:
@@ -120,10 +125,19 @@ def pretrain(config: PretrainConfig) -> Path:
         if directory.update == data.timeline.num_updates:
             log.info("%s is complete: %d updates were made", directory.path, directory.update)
         else:
-            precision = _choose_precision(config, directory, device)
-            engine = make_engine(config, student, device, precision)
-            watch = _watch(config, data, objective, engine, directory.path)
-            train(config, data, directory, engine=engine, objective=objective, watch=watch)
+            precision = settle_precision(config, directory, device, partial(make_update, config))
+            engine = make_engine(config, student, _optimizer(config, student), device, precision)
+            train(
+                config,
+                data,
+                directory,
+                engine=engine,
+                objective=objective,
+                clips=training_clips(
+                    config, data, MultiScaleCrop(config.data.flip), same_frames=False
+                ),
+                watch=_watch(config, data, objective, engine, directory.path),
+            )
         plot_curves(directory.path / "metrics.jsonl", directory.path / "curves.png")
     return directory.path
 
@@ -132,30 +146,16 @@ def make_update(
     config: PretrainConfig, device: torch.device, precision: Precision, clips: int
 ) -> Callable[[], None]:
     """A whole update on random clips, for timing: forward, backward, step, teacher."""
-    student, teacher = _make_models(replace(config, init_weights=None), None, device)
+    config = in_one_pass(replace(config, init_weights=None))
+    student, teacher = _make_models(config, None, device)
     objective = build_objective(config, teacher)
-    one_pass = replace(config, engine=replace(config.engine, micro_batch=None))
-    engine = make_engine(one_pass, student, device, precision)
-    shape = (clips, config.model.channels, *config.data.clip_size)
-    batch = ClipBatch(
-        torch.randint(256, shape, dtype=torch.uint8, device=device),
-        keys=torch.arange(clips, device=device),
-        labels=torch.full((clips,), -1, device=device),
-        files=("random pixels",) * clips,
-        failures=(),
-    )
-    progress = Progress(1, config.recipe.epochs - 0.5, config.recipe.epochs)
+    engine = make_engine(config, student, _optimizer(config, student), device, precision)
+    return timed_update(config, engine, objective, clips)
 
-    def update() -> None:
-        for group in engine.param_groups:
-            group["lr"] = 1e-6
-        with engine.autocast():
-            losses = objective.losses(engine, batch, progress)
-        engine.backward(losses.total)
-        engine.step()
-        objective.after_update(student, progress)
 
-    return update
+def _optimizer(config: PretrainConfig, student: nn.Module) -> torch.optim.Optimizer:
+    groups = parameter_groups(student, config.recipe.weight_decay)
+    return make_adamw(groups, betas=config.recipe.betas)
 
 
 def _make_models(
@@ -182,18 +182,6 @@ def _make_models(
     return student.to(device), teacher
 
 
-def _choose_precision(
-    config: PretrainConfig, directory: RunDirectory, device: torch.device
-) -> Precision:
-    """As the config says, as the run began, or as this device is faster."""
-    if config.engine.precision != "auto":
-        return config.engine.precision
-    if directory.precision is not None:
-        return directory.precision
-    clips = min(config.micro_batch * config.data.repeats, TIMED_CLIPS)
-    return choose_precision(device, lambda name: make_update(config, device, name, clips))
-
-
 def _watch(
     config: PretrainConfig,
     data: RunData,
@@ -212,8 +200,7 @@ def _watch(
         seed=config.seed,
     )
     batch_size = min(len(clips), max(config.micro_batch, 8), 32)
-    for _ in held_out_batches(clips, batch_size=batch_size, workers=num_workers(config.data)):
-        pass  # a file that does not decode stops the run here, not at its first validation
+    check_decoding(clips, batch_size=batch_size, workers=num_workers(config.data))
 
     pictured = HeldOutClips(
         data.validation.spread(PICTURED_CLIPS),

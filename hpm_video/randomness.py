@@ -6,7 +6,9 @@ interruptions before it.
 """
 
 import hashlib
-from collections.abc import Hashable
+import random
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -22,6 +24,26 @@ def key_of(*parts: Hashable) -> int:
 def generator(*parts: Hashable) -> np.random.Generator:
     """A generator of its own for the draws that ``parts`` identify."""
     return np.random.Generator(np.random.Philox(key=key_of(*parts) % 2**64))
+
+
+@contextmanager
+def global_generators(key: int) -> Iterator[None]:
+    """Inside, the global generators of Python, numpy and torch (CPU) depend on ``key`` alone.
+
+    For libraries that draw from them. Afterwards all three go on as if nothing had been drawn.
+    The generators are those of the process, so no other thread may draw meanwhile.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    # A seed for each: Python's and numpy's are the same algorithm and would draw the same.
+    random.seed(key_of("python", key))
+    np.random.seed(key_of("numpy", key) % 2**32)  # noqa: NPY002
+    torch.default_generator.manual_seed(key_of("torch", key))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
 
 
 def uniform(keys: Tensor, count: int, purpose: str) -> Tensor:

@@ -17,9 +17,18 @@ MAY_IMPORT = {
     "pandas": {"data/manifest.py"},
     "argparse": set(),
     "transformers": set(),
-    "torchvision": set(),
+    "torchvision": {"data/augment.py"},
+    "timm": {"data/augment.py", "mixing.py"},
 }
-SEES_A_CONFIG = {"config.py", "experiment.py", "pretrain.py"}
+SEES_A_CONFIG = {
+    "config.py",
+    "console.py",
+    "experiment.py",
+    "features.py",
+    "finetune.py",
+    "pretrain.py",
+    "recognition.py",
+}
 PURE = ("token_grid", "randomness", "masking", "targets", "losses", "pixels", "progress", "models")
 LONGEST_FUNCTION = 60
 

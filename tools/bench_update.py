@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from hpm_video.config import ConfigError, PretrainConfig, load_config
-from hpm_video.pretrain import TIMED_CLIPS, make_update
+from hpm_video.experiment import TIMED_CLIPS
+from hpm_video.pretrain import make_update
 from hpm_video.training.device import (
     AUTOCAST,
     Precision,

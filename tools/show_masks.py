@@ -14,7 +14,7 @@ import torch
 from hpm_video.config import DataConfig
 from hpm_video.data.dataset import ClipBatch
 from hpm_video.data.decode import DecodeError, DecoderError, open_video
-from hpm_video.data.sampling import middle_indices, train_indices
+from hpm_video.data.sampling import train_indices, view_indices
 from hpm_video.data.transforms import centre_box, crop_and_resize
 from hpm_video.pictures import draw_animation, draw_sheet, save_animation, save_sheet
 from hpm_video.pretrain import load_run
@@ -134,7 +134,7 @@ def read_clip(arguments: argparse.Namespace, data: DataConfig) -> ClipBatch:
     start = arguments.start
     with open_video(str(arguments.video), arguments.decoder) as video:
         if start is None:
-            indices = middle_indices(video.num_frames, data.num_frames, stride)
+            (indices,) = view_indices(video.num_frames, data.num_frames, stride, num_views=1)
         elif 0 <= start < video.num_frames:
             rest = video.num_frames - start
             indices = start + train_indices(rest, data.num_frames, stride, start_draw=0.0)

@@ -17,8 +17,15 @@ from hpm_video.data.decode import (
     open_video,
 )
 from hpm_video.data.manifest import Manifest
-from hpm_video.data.sampling import Indices, middle_indices, train_indices
-from hpm_video.data.transforms import Box, centre_box, crop_and_resize, multi_scale_box
+from hpm_video.data.sampling import (
+    Indices,
+    Sampling,
+    train_indices,
+    train_segments,
+    view_indices,
+    view_segments,
+)
+from hpm_video.data.transforms import ClipTransform, crop_and_resize, view_boxes
 from hpm_video.randomness import generator, key_of
 
 
@@ -36,8 +43,56 @@ class ClipSpec:
     """Where given, each training clip draws its stride from frame_stride to this."""
     frame_size: tuple[int, int]
     """Height and width."""
-    repeats: int
-    """Training clips taken from each decoded video (R)."""
+    sampling: Sampling = "dense"
+    """With ``segments``, no stride plays a part."""
+
+    def draw_indices(self, num_video_frames: int, draw: np.random.Generator) -> Indices:
+        """The frames of a training clip: -> (T,)"""
+        if self.sampling == "segments":
+            return train_segments(num_video_frames, draw.random(self.num_frames).tolist())
+        longest = self.max_frame_stride or self.frame_stride
+        stride = int(draw.integers(self.frame_stride, longest, endpoint=True))
+        return train_indices(num_video_frames, self.num_frames, stride, draw.random())
+
+    def spread_indices(self, num_video_frames: int, num_clips: int) -> Indices:
+        """The frames of clips that are spread over a video: -> (num_clips, T)"""
+        if self.sampling == "segments":
+            return view_segments(num_video_frames, self.num_frames, num_clips)
+        return view_indices(num_video_frames, self.num_frames, self.frame_stride, num_clips)
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Training clips that are taken from each decoded video (R)."""
+
+    count: int
+    same_frames: bool
+    """The copies show the same frames, and differ in crop and augmentation alone (repeated
+    augmentation); otherwise each takes frames of its own."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """What is looked at of a held-out video: so many clips, and so many crops of each."""
+
+    clips: int
+    crops: int
+
+    def __post_init__(self) -> None:
+        if min(self.clips, self.crops) < 1:
+            raise ValueError(
+                f"a video needs at least 1 x 1 view (clips x crops), got {self.clips} x "
+                f"{self.crops}"
+            )
+
+    @property
+    def count(self) -> int:
+        """Views of each video (R)."""
+        return self.clips * self.crops
+
+
+MIDDLE = Views(1, 1)
+"""One clip in the middle of the video's time and of its frames."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +197,9 @@ class VideoClips(Dataset[Sample]):
         self,
         manifest: Manifest,
         spec: ClipSpec,
+        transform: ClipTransform,
         *,
+        repeats: Repeats,
         decoder: DecoderChoice,
         seed: int,
         max_bad_share: float,
@@ -150,6 +207,8 @@ class VideoClips(Dataset[Sample]):
         self.manifest = manifest
         self.spec = spec
         self.max_bad_share = max_bad_share
+        self._transform = transform
+        self._repeats = repeats
         self._decoder = choose_decoder(decoder)
         self._seed = seed
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.arange(0))
@@ -190,66 +249,90 @@ class VideoClips(Dataset[Sample]):
 
     def _sample(self, index: int, epoch: int, instead_of: tuple[int, ...]) -> Sample:
         keys = [
-            (self._seed, epoch, index, repeat, *instead_of) for repeat in range(self.spec.repeats)
+            (self._seed, epoch, index, repeat, *instead_of) for repeat in range(self._repeats.count)
         ]
         draws = [generator("clip", *key) for key in keys]
         with open_video(self.manifest.files[index], self._decoder) as video:
             num_frames = _num_frames(self.manifest, index, video)
-            clips = [self._draw_indices(num_frames, draw) for draw in draws]
+            clips = [self.spec.draw_indices(num_frames, draw) for draw in draws]
+            if self._repeats.same_frames:
+                clips = clips[:1] * len(clips)
             frames, places = _read(video, clips)
-        height, width = frames.shape[1:3]
-        boxes = [multi_scale_box(height, width, self.spec.frame_size, draw) for draw in draws]
         return Sample(
-            _cut(frames, places, boxes, self.spec.frame_size),
+            torch.stack(
+                [
+                    self._transform(frames[place], self.spec.frame_size, draw)
+                    for place, draw in zip(places, draws, strict=True)
+                ]
+            ),
             keys=tuple(key_of(*key) for key in keys),
             label=self.manifest.labels[index],
             file=self.manifest.files[index],
         )
 
-    def _draw_indices(self, num_video_frames: int, draw: np.random.Generator) -> Indices:
-        spec = self.spec
-        longest = spec.max_frame_stride or spec.frame_stride
-        stride = int(draw.integers(spec.frame_stride, longest, endpoint=True))
-        return train_indices(num_video_frames, spec.num_frames, stride, draw.random())
-
 
 class HeldOutClips(Dataset[Sample]):
-    """One clip of each file, from the middle of its frames and of its time: nothing is drawn.
+    """The same views of each file every time: nothing is drawn, and each file is decoded once.
 
-    A file that does not decode is an error, never replaced.
+    A view is a clip and a crop of it; those of one clip are next to each other. A file that does
+    not decode is never replaced: it is an error, or with ``report_failures`` a sample without
+    views that says why.
     """
 
     def __init__(
-        self, manifest: Manifest, spec: ClipSpec, *, decoder: DecoderChoice, seed: int
+        self,
+        manifest: Manifest,
+        spec: ClipSpec,
+        *,
+        views: Views = MIDDLE,
+        decoder: DecoderChoice,
+        seed: int,
+        report_failures: bool = False,
     ) -> None:
         self.manifest = manifest
         self.spec = spec
+        self.views = views
         self._decoder = choose_decoder(decoder)
         self._seed = seed
+        self._report_failures = report_failures
 
     def __len__(self) -> int:
         return len(self.manifest)
 
     def __getitem__(self, index: int) -> Sample:
-        """The clip of a file.
+        """The views of a file.
 
         Raises:
-            DecodeError: the file does not decode.
+            DecodeError: the file does not decode, and failures are not reported.
         """
-        spec = self.spec
         path = self.manifest.files[index]  # an IndexError ends a loop over the samples
-        with open_video(path, self._decoder) as video:
-            num_frames = _num_frames(self.manifest, index, video)
-            clip = middle_indices(num_frames, spec.num_frames, spec.frame_stride)
-            frames, places = _read(video, [clip])
-        height, width = frames.shape[1:3]
-        box = centre_box(height, width, spec.frame_size)
+        failures: tuple[Failure, ...] = ()
+        try:
+            clips = self._views(index)
+        except DecodeError as error:
+            if not self._report_failures:
+                raise
+            clips = torch.empty(0, 3, self.spec.num_frames, *self.spec.frame_size).byte()
+            failures = (Failure(path, error.reason),)
         return Sample(
-            _cut(frames, places, [box], spec.frame_size),
-            keys=(key_of(self._seed, "held out", index),),
+            clips,
+            keys=(key_of(self._seed, "held out", index),) * len(clips),
             label=self.manifest.labels[index],
             file=path,
+            failures=failures,
         )
+
+    def _views(self, index: int) -> Tensor:
+        """-> (R, C, T, h, w) uint8"""
+        spec = self.spec
+        with open_video(self.manifest.files[index], self._decoder) as video:
+            num_frames = _num_frames(self.manifest, index, video)
+            clips = spec.spread_indices(num_frames, self.views.clips)
+            frames, places = _read(video, list(clips))
+        boxes = view_boxes(frames.shape[1], frames.shape[2], spec.frame_size, self.views.crops)
+        # Cropped and resized once per frame and box, however many clips it belongs to.
+        crops = [crop_and_resize(frames, box, spec.frame_size) for box in boxes]
+        return torch.stack([crop[:, place] for place in places for crop in crops])
 
 
 def _num_frames(manifest: Manifest, index: int, video: VideoReader) -> int:
@@ -262,17 +345,3 @@ def _read(video: VideoReader, clips: list[Indices]) -> tuple[NDArray[np.uint8], 
     """The frames of several clips, and where in them each clip finds its own."""
     distinct = np.unique(np.concatenate(clips))
     return video.read(distinct), [np.searchsorted(distinct, clip) for clip in clips]
-
-
-def _cut(
-    frames: NDArray[np.uint8],
-    places: list[Indices],
-    boxes: list[Box],
-    frame_size: tuple[int, int],
-) -> Tensor:
-    """(K, H, W, C) frames and a box for each clip -> (R, C, T, h, w) uint8"""
-    clips = [
-        crop_and_resize(frames[place], box, frame_size)
-        for place, box in zip(places, boxes, strict=True)
-    ]
-    return torch.stack(clips)

@@ -50,10 +50,18 @@ def training_batches(
 
 
 def held_out_batches(
-    dataset: HeldOutClips, *, batch_size: int, workers: int
+    dataset: HeldOutClips,
+    *,
+    batch_size: int,
+    workers: int,
+    positions: Sequence[int] | None = None,
 ) -> Generator[ClipBatch, None, None]:
-    """Batches of all held-out clips, in the order of the manifest."""
-    return _batches(dataset, range(len(dataset)), batch_size, workers, pin=False)
+    """Batches of the held-out clips at ``positions``, by default of all, in that order.
+
+    ``batch_size`` counts videos.
+    """
+    chosen = range(len(dataset)) if positions is None else positions
+    return _batches(dataset, chosen, batch_size, workers, pin=False)
 
 
 def _batches(

@@ -1,34 +1,72 @@
 """Which frames of a video make a clip: arithmetic on frame counts.
 
-A clip spans ``num_frames * stride`` frames. In a video shorter than that it starts at the first
-frame, and the last frame that the stride reaches repeats.
+A dense clip takes frames at a stride and spans ``num_frames * stride`` of them. In a video shorter
+than that it starts at the first frame, and the last frame that the stride reaches repeats. A clip
+of segments spans the whole video: it takes one frame of each of ``num_frames`` equal parts.
 """
+
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
+Sampling = Literal["dense", "segments"]
+"""``dense``: frames at a stride (Kinetics). ``segments``: one frame of each of as many equal parts
+of the video as the clip has frames (Something-Something V2)."""
 
 
 def train_indices(
     num_video_frames: int, num_frames: int, stride: int, start_draw: float
 ) -> Indices:
-    """A clip at a random place; ``start_draw`` in [0, 1) chooses among those: -> (num_frames,)"""
+    """A dense clip at a random place, which ``start_draw`` in [0, 1) chooses: -> (num_frames,)"""
     starts = num_video_frames - num_frames * stride + 1
-    return _indices(num_video_frames, num_frames, stride, start=int(start_draw * max(starts, 1)))
+    return _dense(num_video_frames, num_frames, stride, start=int(start_draw * max(starts, 1)))
 
 
-def middle_indices(num_video_frames: int, num_frames: int, stride: int) -> Indices:
-    """The clip in the middle of the video: -> (num_frames,)"""
-    spare = num_video_frames - num_frames * stride
-    return _indices(num_video_frames, num_frames, stride, start=max(spare, 0) // 2)
+def train_segments(num_video_frames: int, frame_draws: Sequence[float]) -> Indices:
+    """One frame of each segment; a draw in [0, 1) chooses which: (num_frames,) -> (num_frames,)"""
+    _check(num_video_frames, len(frame_draws), stride=1)
+    places = np.arange(len(frame_draws)) + np.asarray(frame_draws, dtype=np.float64)
+    indices = np.floor(num_video_frames * places / len(frame_draws)).astype(np.int64)
+    return np.minimum(indices, num_video_frames - 1)  # a draw just below 1 may be rounded up
 
 
-def _indices(num_video_frames: int, num_frames: int, stride: int, *, start: int) -> Indices:
+def view_indices(num_video_frames: int, num_frames: int, stride: int, num_views: int) -> Indices:
+    """Dense clips that start evenly spread over the video: -> (num_views, num_frames)
+
+    The first starts with the video and the last ends with it; a single one is in the middle.
+    """
+    spare = max(num_video_frames - num_frames * stride, 0)
+    if num_views == 1:
+        starts = [spare // 2]
+    else:
+        starts = [view * spare // (num_views - 1) for view in range(num_views)]
+    return np.stack([_dense(num_video_frames, num_frames, stride, start=at) for at in starts])
+
+
+def view_segments(num_video_frames: int, num_frames: int, num_views: int) -> Indices:
+    """Clips of segments, each a share of a segment later: -> (num_views, num_frames)
+
+    View k of n takes the frames floor(L / T (x + k / n)), x = 0 .. T - 1, of a video of L frames,
+    T of which make a clip.
+    """
+    _check(num_video_frames, num_frames, stride=1)
+    places = np.arange(num_frames) * num_views + np.arange(num_views)[:, None]
+    indices: Indices = num_video_frames * places // (num_frames * num_views)
+    return indices
+
+
+def _dense(num_video_frames: int, num_frames: int, stride: int, *, start: int) -> Indices:
+    _check(num_video_frames, num_frames, stride)
+    last_reached = (num_video_frames - 1 - start) // stride
+    return start + stride * np.minimum(np.arange(num_frames, dtype=np.int64), last_reached)
+
+
+def _check(num_video_frames: int, num_frames: int, stride: int) -> None:
     if min(num_video_frames, num_frames, stride) < 1:
         raise ValueError(
             f"a clip needs at least one frame of the video, one frame and a stride of 1, got "
             f"{num_video_frames}, {num_frames} and {stride}"
         )
-    last_reached = (num_video_frames - 1 - start) // stride
-    return start + stride * np.minimum(np.arange(num_frames, dtype=np.int64), last_reached)

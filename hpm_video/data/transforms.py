@@ -1,6 +1,7 @@
 """From frames of a video to the pixels of a clip: crops and resizing."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -35,10 +36,47 @@ class Box:
     width: int
 
 
+class ClipTransform(Protocol):
+    """How the frames of a training clip become its pixels. Draws come from ``draw`` alone."""
+
+    def __call__(
+        self, frames: NDArray[np.uint8], frame_size: tuple[int, int], draw: np.random.Generator
+    ) -> Tensor:
+        """(T, H, W, C) uint8 -> (C, T, h, w) uint8"""
+
+
+@dataclass(frozen=True)
+class MultiScaleCrop:
+    """A multi-scale crop, the same in all frames: the augmentation of pre-training."""
+
+    flip: bool
+    """Whether half of the clips are mirrored."""
+
+    def __call__(
+        self, frames: NDArray[np.uint8], frame_size: tuple[int, int], draw: np.random.Generator
+    ) -> Tensor:
+        """(T, H, W, C) uint8 -> (C, T, h, w) uint8"""
+        box = multi_scale_box(frames.shape[1], frames.shape[2], frame_size, draw)
+        clip = crop_and_resize(frames, box, frame_size)
+        return clip.flip(-1) if self.flip and draw.random() < 0.5 else clip
+
+
 def centre_box(height: int, width: int, frame_size: tuple[int, int]) -> Box:
     """The largest box in the middle of a frame that has the shape of ``frame_size``."""
     box_height, box_width = _largest(height, width, frame_size)
     return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
+
+
+def view_boxes(height: int, width: int, frame_size: tuple[int, int], count: int) -> list[Box]:
+    """Boxes as large as :func:`centre_box`, evenly spread along the free axis; one: the centre."""
+    if count == 1:
+        return [centre_box(height, width, frame_size)]
+    box_height, box_width = _largest(height, width, frame_size)
+    down, right = height - box_height, width - box_width
+    return [
+        Box(down * i // (count - 1), right * i // (count - 1), box_height, box_width)
+        for i in range(count)
+    ]
 
 
 def multi_scale_box(

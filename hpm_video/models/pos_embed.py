@@ -1,4 +1,9 @@
-"""Fixed position codes. They are computed, never learned and never in a checkpoint."""
+"""Fixed position codes. They are computed, never learned and never in a checkpoint.
+
+A model may see clips of another size than the one that it was pre-trained on. Its tokens then take
+their codes at fractional coordinates of the grid of pre-training: the centre of a token stays at
+the same share of the clip along every axis, and the codes' own functions are evaluated there.
+"""
 
 from typing import Literal
 
@@ -12,25 +17,34 @@ Positions = Literal["sequence", "space_time"]
 of column and row, as in MAE, plus one of time; nearby tokens then look alike along every axis."""
 
 
-def position_table(grid: TokenGrid, dim: int, kind: Positions) -> Tensor:
-    """The fixed code of every token of a grid: -> (N, D)"""
-    return sinusoid(grid.num_tokens, dim) if kind == "sequence" else space_time(grid, dim)
+def position_table(
+    grid: TokenGrid, dim: int, kind: Positions, source: TokenGrid | None = None
+) -> Tensor:
+    """The fixed code of every token of a grid: -> (N, D)
+
+    ``source`` is the grid of pre-training, in which tokens are placed; by default their own.
+    """
+    codes = {"sequence": sequence, "space_time": space_time}[kind]
+    return codes(grid, dim, source or grid)
 
 
-def sinusoid(num_positions: int, dim: int) -> Tensor:
+def sequence(grid: TokenGrid, dim: int, source: TokenGrid) -> Tensor:
     """One-dimensional code over the flattened token index, as in VideoMAE: -> (N, D)
 
-    Column j holds the angle position / 10000^(2 floor(j / 2) / D): its sine where j is even, its
-    cosine where j is odd.
+    Column j holds the angle index / 10000^(2 floor(j / 2) / D): its sine where j is even, its
+    cosine where j is odd. The index of a token is (t H + h) W + w, with the height H and the width
+    W of ``source`` and coordinates t, h, w in it, which may be fractions.
     """
-    position = torch.arange(num_positions, dtype=torch.float64).unsqueeze(1)
-    angle = position / 10000 ** (2 * (torch.arange(dim) // 2) / dim)
+    time, height, width = _coordinates(grid, source)
+    rows = time.view(-1, 1, 1) * source.height + height.view(-1, 1)
+    index = (rows * source.width + width).reshape(-1, 1)
+    angle = index / 10000 ** (2 * (torch.arange(dim) // 2) / dim)
     angle[:, 0::2] = angle[:, 0::2].sin()
     angle[:, 1::2] = angle[:, 1::2].cos()
     return angle.float()
 
 
-def space_time(grid: TokenGrid, dim: int) -> Tensor:
+def space_time(grid: TokenGrid, dim: int, source: TokenGrid) -> Tensor:
     """Two-dimensional code of MAE plus a code of time that is 0 in the first time step: -> (N, D)
 
     The first half of the columns encodes the width coordinate, the second half the height; each
@@ -42,16 +56,29 @@ def space_time(grid: TokenGrid, dim: int) -> Tensor:
     """
     if dim % 4:
         raise ValueError(f"positions of kind space_time need a width that 4 divides, got {dim}")
-    time = _sines_and_cosines(grid.time, dim)
-    height, width = (_sines_and_cosines(n, dim // 2) for n in (grid.height, grid.width))
-    across = width.expand(grid.height, -1, -1)
-    down = height.unsqueeze(1).expand(-1, grid.width, -1)
+    time, height, width = _coordinates(grid, source)
+    across = _sines_and_cosines(width, dim // 2).expand(grid.height, -1, -1)
+    down = _sines_and_cosines(height, dim // 2).unsqueeze(1).expand(-1, grid.width, -1)
     space = torch.cat([across, down], dim=-1).flatten(0, 1)
-    return ((time - time[:1]).unsqueeze(1) + space).flatten(0, 1).float()
+    since_start = _sines_and_cosines(time, dim) - _sines_and_cosines(torch.zeros(1), dim)
+    return (since_start.unsqueeze(1) + space).flatten(0, 1).float()
 
 
-def _sines_and_cosines(length: int, dim: int) -> Tensor:
-    """-> (length, dim) float64"""
+def _coordinates(grid: TokenGrid, source: TokenGrid) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the tokens of ``grid`` along each axis of ``source``, in its tokens: -> 3 x (length,)"""
+    time, height, width = (
+        (torch.arange(length, dtype=torch.float64) + 0.5) * of_source / length - 0.5
+        for length, of_source in (
+            (grid.time, source.time),
+            (grid.height, source.height),
+            (grid.width, source.width),
+        )
+    )
+    return time, height, width
+
+
+def _sines_and_cosines(coordinate: Tensor, dim: int) -> Tensor:
+    """(length,) -> (length, dim) float64"""
     rate = 10000 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
-    angle = torch.arange(length, dtype=torch.float64).unsqueeze(1) * rate
+    angle = coordinate.double().unsqueeze(1) * rate
     return torch.cat([angle.sin(), angle.cos()], dim=1)

@@ -81,7 +81,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks, then a norm.
+    """Blocks, then a norm (``final_norm=False``: none).
 
     Stochastic depth (Huang et al., 2016) drops residual branches of single samples, with a chance
     that rises linearly over the blocks to ``drop_path``. Its draws are an argument, so that they
@@ -89,12 +89,17 @@ class Transformer(nn.Module):
     """
 
     def __init__(
-        self, size: TransformerSize, *, drop_path: float = 0.0, checkpoint_activations: bool = False
+        self,
+        size: TransformerSize,
+        *,
+        drop_path: float = 0.0,
+        checkpoint_activations: bool = False,
+        final_norm: bool = True,
     ) -> None:
         super().__init__()
         rates = [drop_path * i / max(size.depth - 1, 1) for i in range(size.depth)]
         self.blocks = nn.ModuleList(Block(size.dim, size.num_heads, rate) for rate in rates)
-        self.norm = nn.LayerNorm(size.dim, eps=LAYER_NORM_EPS)
+        self.norm = nn.LayerNorm(size.dim, eps=LAYER_NORM_EPS) if final_norm else nn.Identity()
         self.drop_path = drop_path
         self.checkpoint_activations = checkpoint_activations
 

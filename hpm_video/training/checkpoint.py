@@ -1,10 +1,12 @@
 """The state of a run on disk: complete or absent, and readable without this package.
 
 A checkpoint is a folder ``update-00001600`` of
-    model.safetensors, teacher.safetensors   weights, as any safetensors reader takes them
+    model.safetensors, teacher.safetensors   weights, as any safetensors reader takes them (of a
+                                             classifier: model and, if kept, average)
     optimizer.pt                             what resuming needs beside them
     state.json                               the next update, held-out measures, what wrote it
     config.yaml                              the experiment, so that the folder speaks for itself
+    labels.txt                               of a classifier: the name of class i in line i
 It is written under another name and renamed once it is on the disk.
 """
 
@@ -35,9 +37,9 @@ def save_checkpoint(
     *,
     optimizer: dict[str, Any],
     state: dict[str, Any],
-    config: Path,
+    attached: Iterable[Path],
 ) -> None:
-    """Write one checkpoint, whole or not at all, with a copy of the file ``config``.
+    """Write one checkpoint, whole or not at all, with copies of the files ``attached``.
 
     Raises:
         CheckpointError: the weights are not finite, or the disk does not take them. What was
@@ -58,7 +60,8 @@ def save_checkpoint(
             save_file(weights, writing / f"{name}.safetensors")
         torch.save(optimizer, writing / "optimizer.pt")
         (writing / "state.json").write_text(json.dumps(state, indent=1) + "\n")
-        shutil.copyfile(config, writing / "config.yaml")
+        for path in attached:
+            shutil.copyfile(path, writing / path.name)
         _flush(writing)
         writing.rename(folder)
         _flush(folder.parent, recursive=False)
@@ -178,17 +181,23 @@ def load_weights(
     source: Path,
     *,
     may_lack: tuple[str, ...] = (),
+    may_leave: tuple[str, ...] = (),
 ) -> list[str]:
     """Put ``weights`` into ``module``. -> the parameters they lack, which keep what they had.
 
     Raises:
         CheckpointError: a parameter is missing whose name does not begin with one of
-            ``may_lack``, one is left over, or shapes differ. Every such name is given.
+            ``may_lack``, one is left over whose name does not begin with one of ``may_leave``, or
+            shapes differ. Every such name is given.
     """
     own = module.state_dict()
     missing = [name for name in own if name not in weights]
-    wrong = [f"missing {name}" for name in missing if not name.startswith(may_lack or "\0")]
-    wrong += [f"left over {name}" for name in weights if name not in own]
+    wrong = [f"missing {name}" for name in missing if not name.startswith(may_lack)]
+    wrong += [
+        f"left over {name}"
+        for name in weights
+        if name not in own and not name.startswith(may_leave)
+    ]
     wrong += [
         f"{name} has shape {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}"
         for name in own
@@ -198,7 +207,7 @@ def load_weights(
         raise CheckpointError(
             f"the weights of {source} do not fit the model of this config:\n  " + "\n  ".join(wrong)
         )
-    module.load_state_dict(dict(weights), strict=False)
+    module.load_state_dict({name: weights[name] for name in own if name in weights}, strict=False)
     return missing
 
 

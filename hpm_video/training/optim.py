@@ -1,30 +1,51 @@
-"""AdamW and which parameters it decays."""
+"""Optimizers, and which parameters they decay and how fast they train them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight matrices, which decay, and vectors, which do not: biases, norms, the mask token."""
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for parameter in model.parameters():
+def parameter_groups(
+    model: nn.Module, weight_decay: float, lr_scale: Callable[[str], float] | None = None
+) -> list[dict[str, Any]]:
+    """Groups of parameters of one weight decay and one share of the learning rate (``lr_scale``).
+
+    Weight matrices decay; vectors do not: biases, norms, the mask token. Parameters that do not
+    learn are in no group. ``lr_scale`` gives the share by the name of a parameter; without it, all
+    learn alike.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (vectors if parameter.ndim <= 1 else matrices).append(parameter)
+            scale = 1.0 if lr_scale is None else lr_scale(name)
+            groups.setdefault((parameter.ndim > 1, scale), []).append(parameter)
     return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": groups[key], "weight_decay": weight_decay if key[0] else 0.0, "lr_scale": key[1]}
+        for key in sorted(groups, reverse=True)
     ]
 
 
-def make_adamw(
-    model: nn.Module, *, weight_decay: float, betas: tuple[float, float]
-) -> torch.optim.AdamW:
+def layer_decay_of(
+    layer_of: Callable[[str], int], num_layers: int, decay: float
+) -> Callable[[str], float]:
+    """Share of the learning rate by depth: decay^(num_layers - 1 - layer), 1 for the last layer.
+
+    VideoMAE and BEiT fine-tune so: the patch embedding is layer 0, block k layer k + 1, norm and
+    head the last.
+    """
+    return lambda name: decay ** (num_layers - 1 - layer_of(name))
+
+
+def make_adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float]) -> torch.optim.AdamW:
     """AdamW with eps 1e-8; its learning rate is set before every update.
 
     The fused form updates all parameters in one call, which is what counts for small models.
     """
-    groups = parameter_groups(model, weight_decay)
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
+
+
+def make_sgd(groups: list[dict[str, Any]], *, momentum: float) -> torch.optim.SGD:
+    """Stochastic gradient descent with momentum; its learning rate is set before every update."""
+    return torch.optim.SGD(groups, lr=0.0, momentum=momentum)

@@ -21,6 +21,8 @@ from hpm_video.training.interruption import Interrupted, StopRequest
 from hpm_video.training.metrics import Meter, MetricsLog, ProgressBar
 
 log = logging.getLogger(__name__)
+ATTACHED = ("config.yaml", "labels.txt")
+"""Files of the run directory of which each checkpoint holds a copy, so that it stands alone."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Watch:
     validate: Callable[[], dict[str, float]] | None = None
     """-> held-out measures."""
     score: str = ""
-    """The measure of which less is better: it decides the best checkpoint."""
+    """The measure that decides the best checkpoint."""
+    more_is_better: bool = False
     describe: Callable[[dict[str, float]], str] = str
     draw: Callable[[int], None] | None = None
     """Draws pictures after so many updates."""
@@ -120,7 +123,7 @@ class Run:
                 self.modules,
                 optimizer=self.engine.optimizer_state(),
                 state=state,
-                config=self.folder / "config.yaml",
+                attached=[path for path in map(self.folder.joinpath, ATTACHED) if path.exists()],
             )
         self.metrics.flush()
         point_to_newest_and_best(self.checkpoints)
@@ -140,7 +143,8 @@ class Run:
         self.metrics.write("held_out", done, epoch, measures)
         log.info("epoch %.1f, %s", epoch, self.watch.describe(measures))
         score = measures[self.watch.score]
-        improved = not self.best or score < self.best["score"]
+        sign = -1 if self.watch.more_is_better else 1
+        improved = not self.best or sign * score < sign * self.best["score"]
         if improved:
             self.best = {"update": done, "score": score, "measure": self.watch.score}
         return improved

@@ -1,0 +1,140 @@
+"""Turn HMDB51 as it is published into manifests: three splits, each for training and testing.
+
+    python datasets/hmdb51/prepare.py --videos hmdb51_org --lists testTrainMulti_7030_splits
+
+writes train_split1.csv, test_split1.csv ... test_split3.csv and labels.txt beside this script.
+See README.md there.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpm_video.data.manifest import ManifestError
+from hpm_video.data.recipes import (
+    Classes,
+    Clip,
+    RecipeError,
+    Split,
+    Videos,
+    check_once,
+    class_key,
+    match,
+    read_text,
+    report,
+    write,
+)
+
+NUMBERS = (1, 2, 3)
+UNUSED, TRAIN, TEST = "0", "1", "2"
+_LIST = re.compile(r"(?P<name>.+)_test_split(?P<number>[123])\.txt")
+_LINE = re.compile(r"(?P<name>\S.*?)\s+(?P<use>[012])")  # names hold all sorts of characters
+
+
+def read_classes(lists: Path) -> Classes:
+    """The classes that have lists, sorted by name, once it is sure that no list is missing."""
+    matches = [_LIST.fullmatch(path.name) for path in lists.glob("*.txt")]
+    names = sorted({found["name"] for found in matches if found})
+    if not names:
+        raise RecipeError(
+            f"there are no lists such as brush_hair_test_split1.txt in {lists.absolute()}. Name "
+            "the folder testTrainMulti_7030_splits, which test_train_splits.rar holds, by --lists"
+        )
+    for name in names:
+        for number in NUMBERS:
+            if not list_of(lists, name, number).is_file():
+                raise RecipeError(
+                    f"there is no list {list_of(lists, name, number)}, though the class {name!r} "
+                    "has others. Extract test_train_splits.rar again"
+                )
+    return Classes(names, str(lists))
+
+
+def list_of(lists: Path, name: str, number: int) -> Path:
+    """The list of a class in a split."""
+    return lists / f"{name}_test_split{number}.txt"
+
+
+def read_split(lists: Path, classes: Classes, number: int) -> dict[str, list[Clip]]:
+    """The clips of a split by their use."""
+    clips: dict[str, list[Clip]] = {UNUSED: [], TRAIN: [], TEST: []}
+    for label, name in enumerate(classes.names):
+        path = list_of(lists, name, number)
+        for line, row in enumerate(read_text(path, "the list").splitlines(), start=1):
+            if not row.strip():
+                continue
+            place = f"{path}, line {line}"
+            found = _LINE.fullmatch(row.strip())
+            if not found:
+                raise RecipeError(
+                    f"{place}: need the name of a video and then 0 (unused), 1 (training) or "
+                    f"2 (testing), got {row!r}. Extract test_train_splits.rar again"
+                )
+            key = f"{class_key(name)}/{Path(found['name']).stem}"
+            clips[found["use"]].append(Clip(place, f"{name}/{found['name']}", (key,), label))
+    check_once([clip for several in clips.values() for clip in several])
+    return clips
+
+
+def prepare(
+    videos_folder: Path, lists: Path, output: Path, suffix: str | None
+) -> tuple[str, list[Split]]:
+    """Write everything. Returns the report and the splits."""
+    classes = read_classes(lists)
+    videos = Videos(
+        videos_folder,
+        lambda path: f"{class_key(path.parent.name)}/{path.stem}",
+        suffix=suffix,
+    )
+    classes.folders(videos)  # each class has one
+    expected = (
+        f"Looked in {videos.folder} for <class>/<name of the video>, with any suffix of a video. "
+        "Extract hmdb51_org.rar, then the archive of each class, and name that folder by --videos"
+    )
+    splits = []
+    for number in NUMBERS:
+        clips = read_split(lists, classes, number)
+        for clip in clips[UNUSED]:
+            videos.find(clip)  # it is listed, though not used
+        for use, name in ((TRAIN, "train"), (TEST, "test")):
+            splits.append(match(f"{name}_split{number}", clips[use], videos.find, expected))
+    write(output, classes.names, splits)
+    return report(output, classes.names, splits, [videos]), splits
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument(
+        "--videos", type=Path, required=True, metavar="DIR", help="folder of the class folders"
+    )
+    parser.add_argument(
+        "--lists",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder testTrainMulti_7030_splits",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(__file__).resolve().parent,
+        metavar="DIR",
+        help="where manifests and labels.txt go, by default beside this script",
+    )
+    parser.add_argument("--suffix", metavar=".AVI", help="take only videos with this suffix")
+    parser.add_argument("--strict", action="store_true", help="exit with 2 if a video is missing")
+    options = parser.parse_args(arguments)
+    try:
+        text, splits = prepare(options.videos, options.lists, options.output, options.suffix)
+    except (RecipeError, ManifestError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    return 2 if options.strict and any(split.missing for split in splits) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

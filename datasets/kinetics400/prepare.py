@@ -1,0 +1,351 @@
+"""Turn Kinetics-400, -600 or -700, as it is downloaded, into manifests.
+
+    python datasets/kinetics400/prepare.py \
+        --train k400/train --train-csv k400/annotations/train.csv \
+        --validation k400/val --validation-csv k400/annotations/val.csv
+
+writes train.csv, validation.csv and labels.txt beside this script, and test.csv for --test.
+A folder may hold a folder for each class, or all videos directly; without its CSV it must have
+the class folders. See README.md there.
+"""
+
+import argparse
+import csv
+import io
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpm_video.data.manifest import UNLABELLED, ManifestError
+from hpm_video.data.recipes import (
+    Classes,
+    Clip,
+    RecipeError,
+    Split,
+    Videos,
+    check_once,
+    class_key,
+    match,
+    read_text,
+    report,
+    write,
+)
+
+SPLITS = ("train", "validation", "test")
+COLUMNS = ("youtube_id", "time_start", "time_end")
+SPLIT_WORDS = {
+    "train": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validate": "validation",
+    "validation": "validation",
+    "test": "test",
+}
+EXPECTED_COLUMNS = (
+    "Expected are the columns label,youtube_id,time_start,time_end,split, where a test CSV may be "
+    "without label, split may be absent and others may follow"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a release's CSV."""
+
+    place: str
+    class_name: str | None
+    youtube_id: str
+    start: int
+    end: int
+
+    @property
+    def file_name(self) -> str:
+        """As download scripts name the clip's file, apart from the suffix."""
+        return f"{self.youtube_id}_{self.start:06}_{self.end:06}"
+
+
+def read_rows(path: Path, split: str) -> list[Row]:
+    """The lines of a CSV, which must be of that split and, but for a test, labelled."""
+    reader = csv.reader(io.StringIO(read_text(path, "the CSV"), newline=""))
+    header = [cell.strip() for cell in next(reader, [])]
+    needed = COLUMNS if split == "test" else ("label", *COLUMNS)
+    if absent := [name for name in needed if header.count(name) != 1]:
+        raise RecipeError(
+            f"{path}, line 1: need each of the columns {','.join(needed)} once; missing or "
+            f"repeated: {','.join(absent)}; got {','.join(header)!r}. {EXPECTED_COLUMNS}"
+        )
+    rows = []
+    for cells in reader:
+        if not cells:
+            continue
+        place = f"{path}, line {reader.line_num}"
+        if len(cells) != len(header):
+            raise RecipeError(
+                f"{place}: need {len(header)} columns as in the first line, got "
+                f"{','.join(cells)!r}. A name with a comma is put into quotes"
+            )
+        named = dict(zip(header, (cell.strip() for cell in cells), strict=True))
+        rows.append(_read_row(place, named, split))
+    return rows
+
+
+def _read_row(place: str, cells: dict[str, str], split: str) -> Row:
+    class_name = cells.get("label") or None
+    if not cells["youtube_id"] or (class_name is None and split != "test"):
+        empty = "label" if cells["youtube_id"] else "youtube_id"
+        raise RecipeError(f"{place}: {empty} is empty. {EXPECTED_COLUMNS}")
+    split_of_row = SPLIT_WORDS.get(cells.get("split", "").lower(), split)
+    if split_of_row != split:
+        raise RecipeError(
+            f"{place}: this clip is of the {split_of_row} split, in what was given as "
+            f"--{split}-csv. Give each split the CSV of its own"
+        )
+    try:
+        start, end = (int(float(cells[name])) for name in ("time_start", "time_end"))
+    except (ValueError, OverflowError) as error:
+        raise RecipeError(
+            f"{place}: time_start and time_end must be numbers of seconds, got "
+            f"{cells['time_start']!r} and {cells['time_end']!r}. {EXPECTED_COLUMNS}"
+        ) from error
+    return Row(place, class_name, cells["youtube_id"], start, end)
+
+
+def read_names(path: Path) -> list[str]:
+    """Names of classes, one a line."""
+    names = [name.strip() for name in read_text(path, "the list of classes").splitlines()]
+    while names and not names[-1]:
+        names.pop()
+    if not names or "" in names:
+        line = names.index("") + 1 if names else 1
+        raise RecipeError(f"{path}, line {line}: need the name of a class, got an empty line")
+    return names
+
+
+def find_classes(
+    labels: Path | None, train_csv: Path | None, rows: Sequence[Row], train: Videos | None
+) -> Classes:
+    """The numbering, the same for all splits: from a list, the training CSV, or its folders.
+
+    ``rows`` are those of the training CSV.
+    """
+    if labels:
+        return Classes(read_names(labels), str(labels))
+    if train_csv:
+        names = {row.class_name for row in rows if row.class_name}
+        return Classes(sorted(names), str(train_csv))
+    if train is None:
+        raise RecipeError(
+            "the numbers of the classes come from the training split: give --train-csv (without "
+            "--train the CSV serves for that alone), or --labels with the labels.txt written then"
+        )
+    parents = {file.parent for file in train.files} - {train.folder}
+    return Classes(sorted({folder.name for folder in parents}), str(train.folder))
+
+
+def clips_of_rows(rows: Sequence[Row], classes: Classes, count: Mapping[str, int]) -> list[Clip]:
+    """The clips of a CSV. A file may be named by the id alone where that says which clip it is.
+
+    ``count`` says how many clips there are of an id.
+    """
+    clips = []
+    for row in rows:
+        name = row.class_name
+        label = UNLABELLED if name is None else classes.label(name, row.place)
+        alone = (row.youtube_id,) if count[row.youtube_id] == 1 else ()
+        shown = row.file_name if name is None else f"{name}/{row.file_name}"
+        clips.append(Clip(row.place, shown, (row.file_name, *alone), label))
+    check_once(clips)
+    return clips
+
+
+def clips_of_folders(videos: Videos, classes: Classes) -> list[Clip]:
+    """The clips of a folder of class folders, which no CSV lists."""
+    folders = classes.folders(videos)
+    clips = {}
+    for file in videos.files:
+        if file.parent not in folders:
+            raise RecipeError(
+                f"{file} lies in no folder named like one of the {len(classes.names)} classes of "
+                f"{classes.source}. Without a CSV the class of a video is the folder that it lies "
+                "in: name the folder of the class folders, or give the CSV of this split"
+            )
+        key = folder_key(file)
+        clips[key] = Clip(
+            str(file.parent), f"{file.parent.name}/{file.name}", (key,), folders[file.parent]
+        )
+    return list(clips.values())
+
+
+def stem(file: Path) -> str:
+    """The name alone."""
+    return file.stem
+
+
+def folder_key(file: Path) -> str:
+    """Class folder and name."""
+    return f"{class_key(file.parent.name)}/{file.stem}"
+
+
+def check_folders(split: Split, videos: Videos, classes: Classes) -> None:
+    """Where there are class folders, they must say what the CSV says."""
+    folders = classes.folders(videos)
+    wrong = [
+        (clip, file)
+        for clip, file in split.found
+        if clip.label not in (UNLABELLED, folders.get(file.parent, clip.label))
+    ]
+    if wrong:
+        clip, file = wrong[0]
+        raise RecipeError(
+            f"{len(wrong)} videos of {split.name} lie in the folder of another class than the CSV "
+            f"says: {file} is of class {classes.names[clip.label]!r} in {clip.place}. Give the "
+            "CSV of the release that the folders were made from, or no CSV where they are right"
+        )
+
+
+class Replacements:
+    """Videos that take the place of corrupt ones: all of them, if they have a file here."""
+
+    def __init__(self, folders: Sequence[Path], suffix: str | None) -> None:
+        self._shelves = [Videos(folder, stem, suffix=suffix) for folder in folders]
+        self.used = 0
+
+    def find(self, clip: Clip, videos: Videos) -> Path | None:
+        """The file of a clip: a replacement, otherwise one of ``videos``."""
+        usual = videos.find(clip)
+        for shelf in self._shelves:
+            if file := shelf.find(clip):
+                self.used += 1
+                return file
+        return usual
+
+
+def match_csv(
+    name: str,
+    rows: Sequence[Row],
+    videos: Videos,
+    classes: Classes,
+    count: Mapping[str, int],
+    replacements: Replacements,
+) -> tuple[Split, list[str]]:
+    """A split with a CSV, and what else is to be reported."""
+    expected = (
+        f"Looked in {videos.folder} and its folders for <youtube_id>_<time_start>_<time_end>, the "
+        "times in 6 digits, or <youtube_id>, with any suffix of a video. Name the folder of this "
+        f"split by --{name}, and give the CSV of the same release"
+    )
+    clips = clips_of_rows(rows, classes, count)
+    split = match(name, clips, lambda clip: replacements.find(clip, videos), expected)
+    check_folders(split, videos, classes)
+    ids = dict.fromkeys(row.youtube_id for row in rows)
+    vague = [one for one in ids if count[one] > 1 and one in videos]
+    notes = [f"{name}: replacements taken: {replacements.used}"] if replacements.used else []
+    if vague:
+        notes.append(
+            f"{name}: videos named by a YouTube id alone, of which the lists have several clips, "
+            f"left out: {len(vague)}, such as {vague[0]}"
+        )
+    return split, notes
+
+
+def prepare(options: argparse.Namespace) -> tuple[str, list[Split]]:
+    """Write everything. Returns the report and the splits."""
+    folders: dict[str, Path | None] = {name: getattr(options, name) for name in SPLITS}
+    lists: dict[str, Path | None] = {name: getattr(options, f"{name}_csv") for name in SPLITS}
+    check_options(folders, lists, options)
+    rows = {name: read_rows(path, name) for name, path in lists.items() if path}
+    shelves: dict[tuple[Path, bool], Videos] = {}  # splits may share a folder
+    videos: dict[str, Videos] = {}
+    for name, folder in folders.items():
+        if folder:
+            place = (folder.resolve(), name in rows)
+            if place not in shelves:
+                key = stem if name in rows else folder_key
+                shelves[place] = Videos(folder, key, suffix=options.suffix)
+            videos[name] = shelves[place]
+    classes = find_classes(
+        options.labels, lists["train"], rows.get("train", []), videos.get("train")
+    )
+    splits, notes = [], []
+    for name, shelf in videos.items():
+        if name in rows:
+            replacements = Replacements(options.replacements, options.suffix)
+            count = Counter(
+                row.youtube_id
+                for other in rows
+                if videos.get(other) is shelf
+                for row in rows[other]
+            )
+            split, more = match_csv(name, rows[name], shelf, classes, count, replacements)
+            notes += more
+        else:
+            split = match(name, clips_of_folders(shelf, classes), shelf.find, "")
+            notes.append(f"{name}: without a CSV, so what is missing is not known")
+        splits.append(split)
+    write(options.output, classes.names, splits)
+    return report(options.output, classes.names, splits, shelves.values(), notes), splits
+
+
+def check_options(
+    folders: dict[str, Path | None],
+    lists: dict[str, Path | None],
+    options: argparse.Namespace,
+) -> None:
+    """Options that contradict one another."""
+    if not any(folders.values()):
+        raise RecipeError("name the folder of at least one split: --train, --validation or --test")
+    for name, path in lists.items():
+        if path and not folders[name] and name != "train":
+            raise RecipeError(f"--{name}-csv needs --{name}, the folder of its videos")
+        if options.replacements and folders[name] and not path:
+            raise RecipeError(f"--replacements needs --{name}-csv: it says which clips there are")
+        if path and path.resolve() in {(options.output / f"{one}.csv").resolve() for one in SPLITS}:
+            raise RecipeError(
+                f"{path} is where a manifest goes, which would overwrite the CSV of the release. "
+                "Move the CSV to another folder, or name another one by --output"
+            )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    for name in SPLITS:
+        parser.add_argument(f"--{name}", type=Path, metavar="DIR", help=f"videos of {name}")
+        parser.add_argument(f"--{name}-csv", type=Path, metavar="FILE", help=f"CSV of {name}")
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="names of the classes, one a line in the order of their numbers; by default those of "
+        "the training CSV, or of the training class folders, sorted",
+    )
+    parser.add_argument(
+        "--replacements",
+        type=Path,
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="videos that take the place of those of the same name; may be given several times",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(__file__).resolve().parent,
+        metavar="DIR",
+        help="where manifests and labels.txt go, by default beside this script",
+    )
+    parser.add_argument("--suffix", metavar=".MP4", help="take only videos with this suffix")
+    parser.add_argument("--strict", action="store_true", help="exit with 2 if a video is missing")
+    options = parser.parse_args(arguments)
+    try:
+        text, splits = prepare(options)
+    except (RecipeError, ManifestError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    return 2 if options.strict and any(split.missing for split in splits) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

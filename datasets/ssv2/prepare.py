@@ -1,0 +1,184 @@
+"""Turn Something-Something V2 as it is published into manifests.
+
+    python datasets/ssv2/prepare.py --videos 20bn-something-something-v2 --lists labels
+
+writes train.csv, validation.csv, test.csv (unlabelled) and labels.txt beside this script.
+See README.md there.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hpm_video.data.manifest import UNLABELLED, ManifestError
+from hpm_video.data.recipes import (
+    Clip,
+    RecipeError,
+    Split,
+    Videos,
+    check_once,
+    match,
+    read_text,
+    report,
+    write,
+)
+
+SPLITS = ("train", "validation", "test")
+OLD_NAME = "something-something-v2-"  # that the files' names began with before 2022
+
+
+def find_list(lists: Path, name: str) -> Path | None:
+    """A list under the name of either release."""
+    paths = (lists / f"{name}.json", lists / f"{OLD_NAME}{name}.json")
+    there = [path for path in paths if path.is_file()]
+    if len(there) > 1:
+        raise RecipeError(
+            f"{there[0]} and {there[1]} are of two releases. Keep one: all lists of one release"
+        )
+    return there[0] if there else None
+
+
+def read_json(path: Path) -> Any:
+    """What a file holds."""
+    try:
+        return json.loads(read_text(path, "the list"))
+    except json.JSONDecodeError as error:
+        raise RecipeError(
+            f"{path}, line {error.lineno}: not JSON ({error.msg}). Download it again"
+        ) from error
+
+
+def read_classes(path: Path) -> list[str]:
+    """Names of the classes in the order of their numbers."""
+    content = read_json(path)
+    if not isinstance(content, dict) or not content:
+        raise RecipeError(f'{path}: need {{"name of a class": "number", ...}}. Download it again')
+    numbers = {str(number): name for name, number in content.items()}
+    order = [str(number) for number in range(len(content))]
+    if wrong := sorted(set(numbers) ^ set(order)):
+        raise RecipeError(
+            f"{path}: need each of the numbers 0 to {len(content) - 1} once for {len(content)} "
+            f"classes; in excess or missing: {', '.join(wrong)}. Download it again"
+        )
+    return [numbers[number] for number in order]
+
+
+def read_list(path: Path, labels: dict[str, int] | None, source: Path) -> list[Clip]:
+    """The clips of a list, with the class that their template names, if ``labels`` is given.
+
+    A template is the name of a class with brackets around what stands for an object:
+    "Holding [something] next to [something]".
+    """
+    content = read_json(path)
+    if not isinstance(content, list):
+        raise RecipeError(f'{path}: need a list, [{{"id": ...}}, ...]. Download it again')
+    clips = []
+    for number, entry in enumerate(content, start=1):
+        place = f"{path}, entry {number}"
+        if not isinstance(entry, dict) or "id" not in entry:
+            raise RecipeError(f'{place}: need {{"id": ...}}, got {entry!r}. Download it again')
+        label = UNLABELLED if labels is None else _label(entry, place, labels, source)
+        clips.append(Clip(place, str(entry["id"]), (str(entry["id"]),), label))
+    check_once(clips)
+    return clips
+
+
+def _label(entry: dict[str, Any], place: str, labels: dict[str, int], source: Path) -> int:
+    template = entry.get("template")
+    if not isinstance(template, str):
+        raise RecipeError(
+            f"{place} (id {entry['id']}): need a template, got {entry!r}. Only the test list has "
+            "none: is this one of another split?"
+        )
+    name = template.replace("[", "").replace("]", "")
+    if name not in labels:
+        raise RecipeError(
+            f"{place} (id {entry['id']}): the class {name!r} is not in {source}. All lists must "
+            "be of one release"
+        )
+    return labels[name]
+
+
+def prepare(
+    videos_folder: Path,
+    lists: Path,
+    output: Path,
+    wanted: Sequence[str] | None,
+    suffix: str | None,
+) -> tuple[str, list[Split]]:
+    """Write everything. Returns the report and the splits."""
+    source = find_list(lists, "labels")
+    paths = {name: find_list(lists, name) for name in wanted or SPLITS}
+    there = {name: path for name, path in paths.items() if path}
+    if not source or not there or (wanted and len(there) < len(paths)):
+        raise RecipeError(
+            f"need labels.json and {', '.join(f'{name}.json' for name in paths)} in "
+            f"{lists.absolute()} (or the older names, {OLD_NAME}labels.json ...), "
+            f"got {sorted(path.name for path in lists.glob('*.json'))}. Name the folder of the "
+            "labels' download by --lists"
+        )
+    names = read_classes(source)
+    labels = {name: label for label, name in enumerate(names)}
+    videos = Videos(videos_folder, lambda path: path.stem, suffix=suffix)
+    expected = (
+        f"Looked in {videos.folder} and its folders for <id>.webm, or another suffix of a video. "
+        "Extract the download and name the folder 20bn-something-something-v2 by --videos"
+    )
+    splits = []
+    for name, path in there.items():
+        clips = read_list(path, None if name == "test" else labels, source)
+        splits.append(match(name, clips, videos.find, expected))
+    write(output, names, splits)
+    notes = [f"{name}: there is no list of it" for name in paths if name not in there]
+    return report(output, names, splits, [videos], notes), splits
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument(
+        "--videos",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder 20bn-something-something-v2 of the videos",
+    )
+    parser.add_argument(
+        "--lists",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of labels.json, train.json, validation.json and test.json",
+    )
+    parser.add_argument(
+        "--splits",
+        nargs="+",
+        choices=SPLITS,
+        help="by default those that have a list",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(__file__).resolve().parent,
+        metavar="DIR",
+        help="where manifests and labels.txt go, by default beside this script",
+    )
+    parser.add_argument("--suffix", metavar=".WEBM", help="take only videos with this suffix")
+    parser.add_argument("--strict", action="store_true", help="exit with 2 if a video is missing")
+    options = parser.parse_args(arguments)
+    try:
+        text, splits = prepare(
+            options.videos, options.lists, options.output, options.splits, options.suffix
+        )
+    except (RecipeError, ManifestError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    return 2 if options.strict and any(split.missing for split in splits) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""Random changes of training clips for a classifier. The parts are those of torchvision and timm.
+
+Both draw from the global generators of a process, so each part runs with generators of its own.
+They are imported when a clip is first changed: it takes seconds, and pre-training needs neither.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from hpm_video.data.transforms import Box, crop_and_resize
+from hpm_video.randomness import global_generators
+
+NUMBER = r"\d+(\.\d+)?"
+SECTIONS = {
+    "m": r"\d{1,2}",
+    "n": r"[1-9]",
+    "p": r"0(\.\d+)?|1(\.0+)?",
+    "mstd": NUMBER,
+    "mmax": r"[1-9]\d?",
+    "inc": r"[01]",
+    "t": r"weights|3aw?",
+}
+"""What may follow ``rand`` in timm's string, and the values of each."""
+SECTION = re.compile(
+    "|".join(f"(?P<{name}>{name}({value}))" for name, value in SECTIONS.items()), re.ASCII
+)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of a clip for training a classifier: one draw for all its frames."""
+
+    area: tuple[float, float]
+    """Of the box that is cut out: its least and its largest share of the frame."""
+    ratio: tuple[float, float]
+    """Width / height of the box, in pixels of the frame. The box is then stretched to the size of
+    the clip, whatever the shape of that."""
+    flip: bool
+    """Half of the clips are mirrored. Not for labels that tell left from right."""
+    rand_augment: str | None
+    """timm's string for RandAugment."""
+    erasing: float
+    """Chance that a box of the clip becomes noise."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    """After normalisation with these the noise is standard normal, but for what 8 bits clip."""
+
+    def __post_init__(self) -> None:
+        if self.rand_augment is not None:
+            check_rand_augment(self.rand_augment)
+
+    def __call__(
+        self, frames: NDArray[np.uint8], frame_size: tuple[int, int], draw: np.random.Generator
+    ) -> Tensor:
+        """Cut out a box, mirror, change, erase: (T, H, W, C) -> (C, T, h, w) uint8
+
+        RandAugment applies the same operations with the same strengths to all frames. Those that
+        look at the pixels (AutoContrast, Equalize, Contrast) look at those of each frame.
+        """
+        crop_key, change_key, erase_key = (int(key) for key in draw.integers(2**63, size=3))
+        mirrored = draw.random() < 0.5
+        height, width = frames.shape[1:3]
+        box = random_box(height, width, self.area, self.ratio, crop_key)
+        clip = crop_and_resize(frames, box, frame_size)
+        if self.flip and mirrored:
+            clip = clip.flip(-1)
+        if self.rand_augment is not None:
+            clip = _change(
+                clip, _rand_augment(self.rand_augment, frame_size, self.mean), change_key
+            )
+        if self.erasing > 0:
+            clip = _erase(clip, self.erasing, self.mean, self.std, erase_key)
+        return clip
+
+
+def check_rand_augment(config: str) -> None:
+    """Refuse a string that timm does not read as RandAugment, or of which it would skip a part.
+
+    Raises:
+        ValueError: the first word is not ``rand``, or a section is unknown or given twice.
+    """
+    first, *sections = config.split("-")
+    matches = [SECTION.fullmatch(section) for section in sections]
+    names = [match.lastgroup for match in matches if match is not None]
+    if first != "rand" or len(names) < len(sections) or len(set(names)) < len(names):
+        raise ValueError(
+            f"RandAugment is timm's string of 'rand' and any of -m7 (strength), -n4 (operations), "
+            f"-mstd0.5 (spread of the strength), -mmax10, -p0.5, -inc1 and -tweights, each once, "
+            f"got '{config}'; take 'rand-m7-n4-mstd0.5-inc1', or null for no RandAugment"
+        )
+
+
+def random_box(
+    height: int, width: int, area: tuple[float, float], ratio: tuple[float, float], key: int
+) -> Box:
+    """A box of random area, shape and place, as torchvision draws it."""
+    from torchvision.transforms import RandomResizedCrop  # type: ignore[import-untyped]
+
+    stand_in = torch.empty((1, height, width), device="meta")
+    with global_generators(key):
+        return Box(*RandomResizedCrop.get_params(stand_in, list(area), list(ratio)))
+
+
+@lru_cache
+def _rand_augment(
+    config: str, frame_size: tuple[int, int], mean: tuple[float, ...]
+) -> Callable[[Image.Image], Image.Image]:
+    """RandAugment as timm sets it up for images of that size."""
+    from timm.data.auto_augment import rand_augment_transform
+
+    settings = {
+        "translate_const": int(min(frame_size) * 0.45),
+        "img_mean": tuple(min(255, round(255 * value)) for value in mean),
+        "interpolation": Image.Resampling.BICUBIC,
+    }
+    rand_augment = rand_augment_transform(config, settings)
+    for operation in rand_augment.ops:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = partial(_posterize, operation.aug_fn)
+    transform: Callable[[Image.Image], Image.Image] = rand_augment
+    return transform
+
+
+def _posterize(
+    keep: Callable[..., Image.Image], image: Image.Image, bits: int, **settings: object
+) -> Image.Image:
+    """At its full strength timm keeps no bits: black, but an error of Pillow 13."""
+    return keep(image, bits, **settings) if bits > 0 else Image.new(image.mode, image.size)
+
+
+def _change(clip: Tensor, transform: Callable[[Image.Image], Image.Image], key: int) -> Tensor:
+    """Each frame under the same key: (C, T, h, w) uint8 -> the same"""
+    changed = []
+    for frame in clip.permute(1, 2, 3, 0).contiguous().numpy():
+        with global_generators(key):
+            changed.append(np.asarray(transform(Image.fromarray(frame))))
+    return torch.from_numpy(np.stack(changed)).permute(3, 0, 1, 2).contiguous()
+
+
+def _erase(
+    clip: Tensor, chance: float, mean: tuple[float, ...], std: tuple[float, ...], key: int
+) -> Tensor:
+    """The same box of all frames becomes noise, each pixel its own: (C, T, h, w) uint8 -> the same
+
+    timm writes into frames that are not a number, so what is one afterwards is erased.
+    """
+    from timm.data.random_erasing import RandomErasing
+
+    planes = torch.full(clip.shape, torch.nan).flatten(0, 1)
+    with global_generators(key):
+        erase = RandomErasing(chance, mode="pixel", device="cpu")  # type: ignore[no-untyped-call]
+        erase(planes)
+    erased = ~planes[0].isnan()
+    noise = planes.view(clip.shape)[:, :, erased]
+    pixels = 255 * (noise * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1))
+    result = clip.clone()
+    result[:, :, erased] = pixels.round().clamp(0, 255).to(torch.uint8)
+    return result

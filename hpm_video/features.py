@@ -1,0 +1,222 @@
+"""Features of clips: a trained encoder that is put to use, whatever it was trained for."""
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hpm_video.config import (
+    ConfigError,
+    DataConfig,
+    EncoderConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    load_any_config,
+)
+from hpm_video.data.dataset import ClipSpec, HeldOutClips, Views
+from hpm_video.data.decode import DecoderChoice
+from hpm_video.data.loader import held_out_batches
+from hpm_video.data.manifest import Manifest
+from hpm_video.evaluation import collect, score_videos
+from hpm_video.models.classifier import ClipEncoder, EncoderShape
+from hpm_video.pixels import normalise
+from hpm_video.token_grid import Size3, TokenGrid
+from hpm_video.training.checkpoint import load_weights, read_weights
+from hpm_video.training.device import AUTOCAST, Precision
+from hpm_video.training.distributed import Processes
+
+WeightsOf = Literal["student", "teacher", "model", "average"]
+"""Of a checkpoint: student or teacher of pre-training, a classifier or the average of its
+weights."""
+FILE_OF: dict[WeightsOf, str] = {"student": "model"}
+OF_DECODERS = ("mask_token", "to_decoder.", "pixel_decoder.", "difficulty_decoder.")
+"""Weights of a masked autoencoder that are not its encoder's."""
+BATCH_CLIPS = 64
+"""At most so many clips are held by a batch, unless one video has more views."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the videos of a manifest are read."""
+
+    decoder: DecoderChoice = "auto"
+    workers: int = 0
+    exclude_bad_files: bool = False
+    """Otherwise a file that does not decode is an error."""
+
+
+@dataclass(frozen=True)
+class ClipChoice:
+    """Which clips an encoder is to see; where nothing is said, those that it was trained on."""
+
+    num_frames: int | None = None
+    frame_stride: int | None = None
+    frame_size: tuple[int, int] | None = None
+
+    def of(self, data: DataConfig) -> DataConfig:
+        """The data of a config with these clips."""
+        return replace(
+            data,
+            num_frames=self.num_frames or data.num_frames,
+            frame_stride=self.frame_stride or data.frame_stride,
+            max_frame_stride=None,
+            frame_size=self.frame_size or data.frame_size,
+        )
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """An encoder, ready for clips."""
+
+    model: ClipEncoder
+    """On ``device``."""
+    spec: ClipSpec
+    """The clips that it takes."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    device: torch.device
+    precision: Precision
+    clips_per_pass: int = 32
+
+    def tokens(self, clips: Tensor) -> Tensor:
+        """Of the last layer: (B, C, T, H, W) uint8 on any device -> (B, N, D) float32"""
+        return self._in_passes(self.model.encode, clips)
+
+    def pooled(self, clips: Tensor) -> Tensor:
+        """One vector for each clip: (B, C, T, H, W) uint8 on any device -> (B, D) float32
+
+        The mean over tokens, or of a classifier what its head sees.
+        """
+        return self._in_passes(lambda part: self.model.pool(self.model.encode(part)), clips)
+
+    def of_videos(
+        self, manifest: Manifest, views: Views, reading: Reading, processes: Processes
+    ) -> NDArray[np.float64]:
+        """Mean over the views of each video: -> (videos, D), NaN for one that does not decode
+
+        Raises:
+            BadTestFilesError: videos do not decode, and are not to be excluded.
+        """
+        return self._over_videos(self.pooled, manifest, views, reading, processes)
+
+    def _over_videos(
+        self,
+        values: Callable[[Tensor], Tensor],
+        manifest: Manifest,
+        views: Views,
+        reading: Reading,
+        processes: Processes,
+    ) -> NDArray[np.float64]:
+        """Values of clips, averaged over the views of each video: -> (videos, values)"""
+        clips = HeldOutClips(
+            manifest, self.spec, views=views, decoder=reading.decoder, seed=0, report_failures=True
+        )
+        places = processes.share(len(manifest))
+        with closing(
+            held_out_batches(
+                clips,
+                batch_size=max(1, min(len(places), BATCH_CLIPS // views.count)),
+                workers=reading.workers,
+                positions=places,
+            )
+        ) as batches:
+            found, failures = score_videos(
+                values,
+                batches,
+                manifest,
+                places,
+                num_views=views.count,
+                exclude_bad_files=reading.exclude_bad_files,
+            )
+        return collect(
+            manifest,
+            processes.gather(found),
+            processes.gather(failures),
+            exclude_bad_files=reading.exclude_bad_files,
+        )
+
+    @torch.no_grad()
+    def _in_passes(self, values: Callable[[Tensor], Tensor], clips: Tensor) -> Tensor:
+        """Values of normalised clips, in evaluation mode, a few clips at a time."""
+        was_training = self.model.training
+        self.model.eval()
+        dtype = AUTOCAST[self.precision]
+        outputs = []
+        for part in torch.split(clips, self.clips_per_pass):
+            pixels = part.to(self.device, non_blocking=True)
+            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                outputs.append(values(normalise(pixels, self.mean, self.std)).float())
+        self.model.train(was_training)
+        return torch.cat(outputs)
+
+
+def load_extractor(
+    checkpoint: Path,
+    device: torch.device,
+    precision: Precision,
+    *,
+    weights: WeightsOf = "student",
+    clips: ClipChoice = ClipChoice(),  # noqa: B008 - it is frozen
+) -> Extractor:
+    """The encoder out of a checkpoint folder of a pre-training run, with its final norm.
+
+    Clips of another size than in pre-training get their positions in its grid.
+
+    Raises:
+        ConfigError, CheckpointError: the folder is no whole checkpoint of such a run.
+    """
+    config = load_any_config(checkpoint / "config.yaml")
+    if not isinstance(config, PretrainConfig):
+        raise ConfigError(f"{checkpoint} is of a classifier, not of pre-training")
+    data = clips.of(config.data)
+    model = ClipEncoder(encoder_shape(config.model, data, source_grid_of(config)))
+    stored = read_weights(checkpoint, FILE_OF.get(weights, weights))
+    load_weights(model, stored, checkpoint, may_leave=OF_DECODERS)
+    return Extractor(
+        model.to(device).eval(), clip_spec(data), data.mean, data.std, device, precision
+    )
+
+
+def source_grid_of(config: PretrainConfig | FinetuneConfig) -> Size3:
+    """Tokens along time, height and width of the pre-training that a run is or began with."""
+    if isinstance(config, FinetuneConfig) and config.model.pretrained_grid is not None:
+        return config.model.pretrained_grid
+    grid = TokenGrid.of_clip(config.data.clip_size, config.model.patch_size)
+    return (grid.time, grid.height, grid.width)
+
+
+def encoder_shape(model: EncoderConfig, data: DataConfig, source: Size3 | None) -> EncoderShape:
+    """What the encoder of a config is.
+
+    Raises:
+        ConfigError: the patches do not fit the clips.
+    """
+    try:
+        grid = TokenGrid.of_clip(data.clip_size, model.patch_size)
+    except ValueError as error:
+        raise ConfigError(f"these clips do not fit the model: {error}") from error
+    return EncoderShape(
+        grid,
+        model.patch_size,
+        model.encoder,
+        model.positions,
+        None if source is None else TokenGrid(*source),
+        model.channels,
+    )
+
+
+def clip_spec(data: DataConfig) -> ClipSpec:
+    """What the clips of a config are."""
+    return ClipSpec(
+        num_frames=data.num_frames,
+        frame_stride=data.frame_stride,
+        max_frame_stride=data.max_frame_stride,
+        frame_size=data.frame_size,
+        sampling=data.sampling,
+    )

@@ -1,0 +1,438 @@
+"""Fine-tuning for action recognition: from a config to an assembled run, and its test."""
+
+import json
+import logging
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hpm_video.classification import Classification
+from hpm_video.config import (
+    ConfigError,
+    EncoderConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    load_any_config,
+)
+from hpm_video.curves import plot_curves
+from hpm_video.data.augment import Augmentation
+from hpm_video.data.dataset import MIDDLE, HeldOutClips, Views
+from hpm_video.data.loader import end_workers, held_out_batches
+from hpm_video.data.manifest import Manifest
+from hpm_video.evaluation import (
+    Scores,
+    collect,
+    describe,
+    score_videos,
+    summarise,
+    write_results,
+)
+from hpm_video.experiment import (
+    RunData,
+    RunDirectory,
+    check_decoding,
+    claim,
+    in_one_pass,
+    look_into_directory,
+    make_engine,
+    num_workers,
+    open_data,
+    open_manifest,
+    settle_precision,
+    timed_update,
+    train,
+    training_clips,
+)
+from hpm_video.features import OF_DECODERS, Reading, clip_spec, source_grid_of
+from hpm_video.mixing import Mixing
+from hpm_video.models.classifier import VideoClassifier
+from hpm_video.recognition import (
+    build_classifier,
+    check_labels,
+    load_recogniser,
+    read_label_names,
+    recogniser_of,
+)
+from hpm_video.training.checkpoint import load_weights, read_state, read_weights
+from hpm_video.training.device import Precision, choose_device
+from hpm_video.training.distributed import Processes
+from hpm_video.training.engine import TorchEngine
+from hpm_video.training.optim import layer_decay_of, make_adamw, make_sgd, parameter_groups
+from hpm_video.training.run import Watch
+from hpm_video.training.teacher import make_teacher
+from hpm_video.whole_files import written_beside
+
+log = logging.getLogger(__name__)
+
+
+def finetune(config: FinetuneConfig) -> Path:
+    """Fine-tune as ``config`` says, or go on where its run directory stands. -> that directory
+
+    Raises:
+        ConfigError: the config cannot be run, or the directory holds a run of another one.
+        ManifestError: the data cannot be read.
+        CheckpointError: weights cannot be read, or do not fit.
+        And what ``fit`` raises.
+    """
+    data = open_data(config)
+    label_names = find_label_names(config, data)
+    config = resolve(config, len(label_names))
+    device = choose_device(config.engine.device)
+    if config.engine.threads is not None:
+        torch.set_num_threads(config.engine.threads)
+    directory = look_into_directory(FinetuneConfig, config, data)
+    _check_same_names(directory, label_names)
+    classifier, average = _make_models(config, directory.newest, device)
+    objective = build_objective(config, average)
+    with claim(directory, config):
+        with written_beside(directory.path / "labels.txt") as path:
+            path.write_text("".join(f"{name}\n" for name in label_names), encoding="utf-8")
+        if directory.update == data.timeline.num_updates:
+            log.info("%s is complete: %d updates were made", directory.path, directory.update)
+        else:
+            precision = settle_precision(config, directory, device, partial(make_update, config))
+            optimizer = make_optimizer(config, classifier)
+            engine = make_engine(config, classifier, optimizer, device, precision)
+            train(
+                config,
+                data,
+                directory,
+                engine=engine,
+                objective=objective,
+                clips=training_clips(config, data, augmentation(config), same_frames=True),
+                watch=_watch(config, data, objective, engine, directory.path),
+            )
+        plot_curves(directory.path / "metrics.jsonl", directory.path / "curves.png")
+    return directory.path
+
+
+def test(config: FinetuneConfig, run_dir: Path) -> dict[str, Any] | None:
+    """Test a finished run as its config says. -> the result, none without a manifest to test on
+
+    It is written to ``test/`` in the run directory. A test of the same checkpoint in the same way
+    is not repeated.
+
+    Raises:
+        BadTestFilesError: videos do not decode.
+        ConfigError, ManifestError, CheckpointError: the test cannot be run.
+    """
+    how = config.test
+    source = how.manifest or config.data.validation
+    if source is None:
+        log.info("no data.validation and no test.manifest: nothing is tested")
+        return None
+    link = run_dir / "checkpoints" / how.checkpoint
+    checkpoint = link.resolve()
+    device = choose_device(config.engine.device)
+    precision: Precision = read_state(checkpoint)["facts"]["precision"]
+    what = {
+        "checkpoint": str(run_dir / "checkpoints" / checkpoint.name),
+        "chosen_as": how.checkpoint,
+        "weights": how.weights,
+        "update": read_state(checkpoint)["update"],
+        "manifest": source,
+        "clips": how.clips,
+        "crops": how.crops,
+        "precision": precision,
+        "exclude_bad_files": how.exclude_bad_files,
+    }
+    folder = run_dir / "test"
+    if (folder / "result.json").is_file():
+        before: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        if before["test"] == what:
+            return before
+    _, recogniser = load_recogniser(checkpoint, device, precision, weights=how.weights)
+    log.info(
+        "testing the %s checkpoint (%s of update %d) with %d x %d views of each video",
+        *(how.checkpoint, how.weights, what["update"], how.clips, how.crops),
+    )
+    reading = Reading(config.data.decoder, num_workers(config.data), how.exclude_bad_files)
+    try:
+        scores = recogniser.score(
+            open_manifest(config.data, source), Views(how.clips, how.crops), reading, Processes()
+        )
+    finally:
+        end_workers()
+    result = {"test": what, **summarise(scores, recogniser.label_names)}
+    write_results(folder, scores, result, recogniser.label_names)
+    return result
+
+
+# --- From a config to its parts -----------------------------------------------------------------
+
+
+def find_label_names(config: FinetuneConfig, data: RunData) -> tuple[str, ...]:
+    """The name of each class: of the file in the config, of the manifest, or else its number.
+
+    Raises:
+        ConfigError: they do not fit the labels or the number of classes of the config.
+    """
+    count = config.model.num_classes
+    if config.data.label_names is not None:
+        names = read_label_names(Path(config.data.label_names).expanduser())
+    elif data.train.label_names is not None:
+        names = data.train.label_names
+    else:
+        names = tuple(str(label) for label in range(max(data.train.labels, default=-1) + 1))
+    if count is not None and config.data.label_names is None and len(names) < count:
+        names += tuple(str(label) for label in range(len(names), count))
+    if count is not None and len(names) != count:
+        raise ConfigError(
+            f"model.num_classes is {count}, but there are names for {len(names)} classes; take "
+            f"model.num_classes={len(names)}, or other data.label_names"
+        )
+    if len(names) < 2:
+        raise ConfigError(
+            f"a classifier needs two classes at least, and {config.data.train} has {len(names)}; "
+            f"give a manifest with a column label, or a folder of class folders"
+        )
+    check_labels(data.train, len(names), "the videos of data.train")
+    if data.validation is not None:
+        check_labels(data.validation, len(names), "the videos of data.validation")
+        _check_same_classes(data.validation, names)
+    return names
+
+
+def _check_same_classes(validation: Manifest, names: tuple[str, ...]) -> None:
+    theirs = validation.label_names or ()
+    for label, (own, other) in enumerate(zip(names, theirs, strict=False)):
+        if own != other and other != str(label) != own:
+            raise ConfigError(
+                f"class {label} is {own!r} in data.train and {other!r} in data.validation; both "
+                f"must number the classes alike"
+            )
+
+
+def _check_same_names(directory: RunDirectory, label_names: tuple[str, ...]) -> None:
+    if directory.newest is not None:
+        before = read_label_names(directory.newest / "labels.txt")
+        if before != label_names:
+            raise ConfigError(
+                f"{directory.path} holds a run with other classes ({len(before)}, now "
+                f"{len(label_names)}); take another output_dir"
+            )
+
+
+def resolve(config: FinetuneConfig, num_classes: int) -> FinetuneConfig:
+    """The config with what it left open: the number of classes, and the grid of pre-training.
+
+    Raises:
+        ConfigError: the encoder of ``init_weights`` is of another shape.
+    """
+    model = replace(config.model, num_classes=num_classes)
+    source = config_beside(config.init_weights)
+    if source is not None:
+        _check_same_encoder(config, source)
+        if model.pretrained_grid is None:
+            model = replace(model, pretrained_grid=source_grid_of(source))
+    return replace(config, model=model)
+
+
+def config_beside(init_weights: str | None) -> PretrainConfig | FinetuneConfig | None:
+    """The config of the run that weights come from; none where they are no checkpoint of a run."""
+    if init_weights is None:
+        return None
+    path = Path(init_weights).expanduser() / "config.yaml"
+    return load_any_config(path) if path.is_file() else None
+
+
+def _check_same_encoder(config: FinetuneConfig, source: PretrainConfig | FinetuneConfig) -> None:
+    theirs: EncoderConfig = source.model
+    different = [
+        f"model.{name}: {getattr(theirs, name)} there, {getattr(config.model, name)} here"
+        for name in ("encoder", "patch_size", "positions")
+        if getattr(theirs, name) != getattr(config.model, name)
+    ]
+    if different:
+        raise ConfigError(
+            f"the encoder of init_weights={config.init_weights} is another one:\n  "
+            + "\n  ".join(different)
+            + "\nTake its values."
+        )
+    if (source.data.mean, source.data.std) != (config.data.mean, config.data.std):
+        log.warning(
+            "init_weights=%s was trained with data.mean=%s data.std=%s, this run has %s and %s",
+            *(config.init_weights, source.data.mean, source.data.std),
+            *(config.data.mean, config.data.std),
+        )
+
+
+def build_objective(config: FinetuneConfig, average: VideoClassifier | None) -> Classification:
+    """Classification as a config wants it."""
+    how = config.augmentation
+    assert config.model.num_classes is not None
+    mixing = None
+    if how.mixes:
+        mixing = Mixing(
+            config.model.num_classes,
+            mixup=how.mixup,
+            cutmix=how.cutmix,
+            probability=how.mix_probability,
+            switch_probability=how.cutmix_probability,
+            label_smoothing=how.label_smoothing,
+        )
+    return Classification(
+        mean=config.data.mean,
+        std=config.data.std,
+        label_smoothing=how.label_smoothing,
+        mixing=mixing,
+        average=average,
+        average_momentum=config.recipe.average_momentum or 0.0,
+        seed=config.seed,
+    )
+
+
+def augmentation(config: FinetuneConfig) -> Augmentation:
+    """The random changes of training clips."""
+    how = config.augmentation
+    return Augmentation(
+        area=how.area,
+        ratio=how.ratio,
+        flip=config.data.flip,
+        rand_augment=how.rand_augment,
+        erasing=how.erasing,
+        mean=config.data.mean,
+        std=config.data.std,
+    )
+
+
+def make_optimizer(config: FinetuneConfig, model: VideoClassifier) -> torch.optim.Optimizer:
+    """The optimizer of a config, each layer at its share of the learning rate."""
+    recipe = config.recipe
+    scale = layer_decay_of(model.layer_of, model.num_layers, recipe.layer_decay)
+    groups = parameter_groups(model, recipe.weight_decay, scale)
+    if recipe.optimizer == "sgd":
+        return make_sgd(groups, momentum=recipe.betas[0])
+    return make_adamw(groups, betas=recipe.betas)
+
+
+def make_update(
+    config: FinetuneConfig, device: torch.device, precision: Precision, clips: int
+) -> Callable[[], None]:
+    """A whole update on random clips, for timing. ``config`` is a resolved one."""
+    config = in_one_pass(replace(config, init_weights=None))
+    model, average = _make_models(config, None, device)
+    engine = make_engine(config, model, make_optimizer(config, model), device, precision)
+    return timed_update(config, engine, build_objective(config, average), clips + clips % 2)
+
+
+def _make_models(
+    config: FinetuneConfig, newest: Path | None, device: torch.device
+) -> tuple[VideoClassifier, VideoClassifier | None]:
+    """The classifier and its average where the run stands: at a checkpoint, or at the start."""
+    assert config.model.num_classes is not None
+    model = build_classifier(config, config.model.num_classes)
+    if newest is not None:
+        load_weights(model, read_weights(newest), newest)
+    elif config.init_weights is not None:
+        load_pretrained(model, Path(config.init_weights).expanduser(), config)
+    else:
+        log.info("no init_weights: the model starts from scratch")
+    average = None
+    if config.recipe.average_momentum is not None:
+        average = make_teacher(model)
+        if newest is not None:
+            load_weights(average, read_weights(newest, "average"), newest)
+        average.to(device)
+    return model.to(device), average
+
+
+def load_pretrained(model: VideoClassifier, source: Path, config: FinetuneConfig) -> None:
+    """Put the encoder of a masked autoencoder, or a classifier, into ``model``.
+
+    A head for another number of classes is left out, and starts fresh as a missing one does.
+
+    Raises:
+        CheckpointError: the weights do not fit; every key left over or missing is named.
+    """
+    name = "model" if config.init_from == "student" else "teacher"
+    weights = read_weights(source, name)
+    own = model.state_dict()
+    if "head.weight" in weights and weights["head.weight"].shape != own["head.weight"].shape:
+        weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
+    norm = ("encoder.norm.",) if config.model.pooling == "mean_norm" else ()
+    fresh = load_weights(
+        model,
+        weights,
+        source,
+        may_lack=("pooling.", "head."),
+        may_leave=(*OF_DECODERS, "pooling.", *norm),
+    )
+    left = sorted({key.split(".")[0] for key in weights if key not in own and "norm" not in key})
+    log.info("start from the %s's weights of %s", config.init_from, source)
+    log.info("  start fresh: %s", ", ".join(fresh) or "none")
+    log.info("  left out: %s", ", ".join([*left, *norm]) or "none")
+
+
+# --- What a run looks at ------------------------------------------------------------------------
+
+
+def _watch(
+    config: FinetuneConfig,
+    data: RunData,
+    objective: Classification,
+    engine: TorchEngine,
+    run_dir: Path,
+) -> Watch:
+    """Accuracy on held-out videos, one view of each, where there is a validation manifest."""
+    if data.validation is None:
+        log.info("no data.validation: nothing is measured on held-out videos")
+        return Watch()
+    manifest = data.validation.spread(config.logging.validation_clips)
+    clips = HeldOutClips(
+        manifest, clip_spec(config.data), decoder=config.data.decoder, seed=config.seed
+    )
+    batch_size, workers = min(len(clips), 32), num_workers(config.data)
+    check_decoding(clips, batch_size=batch_size, workers=workers)
+    model = objective.average if config.test.weights == "average" else engine.model
+    assert isinstance(model, VideoClassifier)
+    names = [str(label) for label in range(model.head.out_features)]
+    recogniser = recogniser_of(config, model, names, engine.device, engine.precision)
+
+    def validate() -> dict[str, float]:
+        with closing(held_out_batches(clips, batch_size=batch_size, workers=workers)) as batches:
+            found, _ = score_videos(
+                recogniser.probabilities,
+                batches,
+                manifest,
+                range(len(manifest)),
+                num_views=MIDDLE.count,
+                exclude_bad_files=False,
+            )
+        scores = Scores(manifest, collect(manifest, found, [], exclude_bad_files=False))
+        result = summarise(scores, names)
+        of_label = np.take_along_axis(scores.probabilities, scores.labels[:, None], axis=1)
+        return {
+            "top1": result["top1"],
+            "top5": result["top5"],
+            "cross_entropy": float(-np.log(np.maximum(of_label, 1e-12)).mean()),
+        }
+
+    def draw(_done: int) -> None:
+        plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
+
+    return Watch(
+        validate, score="top1", more_is_better=True, describe=_describe_held_out, draw=draw
+    )
+
+
+def _describe_held_out(measures: dict[str, float]) -> str:
+    return (
+        f"held out: top-1 {measures['top1']:.3f}, top-5 {measures['top5']:.3f}, cross-entropy "
+        f"{measures['cross_entropy']:.3f}"
+    )
+
+
+def describe_test(result: dict[str, Any]) -> str:
+    """The result of :func:`test` in some lines, for the terminal."""
+    how = result["test"]
+    return (
+        f"the {how['chosen_as']} checkpoint ({how['weights']} of update {how['update']}), "
+        f"{how['clips']} x {how['crops']} views of each video:\n{describe(result)}"
+    )

@@ -1,0 +1,152 @@
+"""A trained classifier that is put to use: probabilities of clips, tests on videos."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hpm_video.config import ConfigError, FinetuneConfig, load_config
+from hpm_video.data.dataset import Views
+from hpm_video.data.manifest import Manifest
+from hpm_video.evaluation import Scores
+from hpm_video.features import (
+    ClipChoice,
+    Extractor,
+    Reading,
+    WeightsOf,
+    clip_spec,
+    encoder_shape,
+    source_grid_of,
+)
+from hpm_video.models.classifier import VideoClassifier
+from hpm_video.randomness import key_of
+from hpm_video.training.checkpoint import CheckpointError, load_weights, read_weights
+from hpm_video.training.device import Precision
+from hpm_video.training.distributed import Processes
+
+
+@dataclass(frozen=True)
+class Recogniser(Extractor):
+    """A classifier, ready for clips."""
+
+    label_names: tuple[str, ...] = ()
+
+    def probabilities(self, clips: Tensor) -> Tensor:
+        """Softmax over the classes: (B, C, T, H, W) uint8 on any device -> (B, classes) float32"""
+        return self._in_passes(self.model, clips).softmax(dim=-1)
+
+    def score(
+        self, manifest: Manifest, views: Views, reading: Reading, processes: Processes
+    ) -> Scores:
+        """What it says of every video of a manifest, each scored once by one of the processes.
+
+        Raises:
+            BadTestFilesError: videos do not decode, and are not to be excluded.
+            ConfigError: a video has no label, or one that the classifier does not know.
+        """
+        check_labels(manifest, len(self.label_names), "the videos of the test")
+        return Scores(
+            manifest,
+            self._over_videos(self.probabilities, manifest, views, reading, processes),
+        )
+
+
+def build_classifier(config: FinetuneConfig, num_classes: int) -> VideoClassifier:
+    """The model of a config, its weights drawn from the seed."""
+    model = config.model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key_of(config.seed, "weights"))
+        return VideoClassifier(
+            encoder_shape(model, config.data, model.pretrained_grid),
+            num_classes,
+            pooling=model.pooling,
+            frozen=model.frozen,
+            head_dropout=model.head_dropout,
+            head_init_scale=model.head_init_scale,
+            drop_path=model.drop_path,
+            checkpoint_activations=model.checkpoint_activations,
+        )
+
+
+def load_recogniser(
+    checkpoint: Path,
+    device: torch.device,
+    precision: Precision,
+    *,
+    weights: WeightsOf = "model",
+    clips: ClipChoice = ClipChoice(),  # noqa: B008 - it is frozen
+) -> tuple[FinetuneConfig, Recogniser]:
+    """A classifier and its config out of a checkpoint folder of a fine-tuning run.
+
+    Raises:
+        ConfigError, CheckpointError: the folder is not a whole checkpoint of such a run.
+    """
+    if not (checkpoint / "labels.txt").is_file():
+        raise CheckpointError(
+            f"{checkpoint} is no checkpoint of a classifier (it has no labels.txt); give one of a "
+            f"fine-tuning run, such as RUN/checkpoints/last"
+        )
+    config = load_config(FinetuneConfig, checkpoint / "config.yaml", [])
+    config = replace(
+        config,
+        data=clips.of(config.data),
+        model=replace(config.model, pretrained_grid=source_grid_of(config)),
+    )
+    names = read_label_names(checkpoint / "labels.txt")
+    model = build_classifier(config, len(names))
+    load_weights(model, read_weights(checkpoint, weights), checkpoint)
+    return config, recogniser_of(config, model.to(device).eval(), names, device, precision)
+
+
+def recogniser_of(
+    config: FinetuneConfig,
+    model: VideoClassifier,
+    label_names: Sequence[str],
+    device: torch.device,
+    precision: Precision,
+) -> Recogniser:
+    """A model, which is on ``device``, with what the config says of its clips."""
+    return Recogniser(
+        model,
+        clip_spec(config.data),
+        config.data.mean,
+        config.data.std,
+        device,
+        precision,
+        config.test.clips_per_pass,
+        tuple(label_names),
+    )
+
+
+def read_label_names(path: Path) -> tuple[str, ...]:
+    """The name of class i in line i.
+
+    Raises:
+        ConfigError: there is no such file, or it is not such a list.
+    """
+    try:
+        names = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the names of the classes: {error}") from error
+    while names and not names[-1].strip():
+        names.pop()
+    if not names or not all(name.strip() for name in names):
+        raise ConfigError(f"{path} must have the name of class i in line i, and no empty line")
+    return tuple(name.strip() for name in names)
+
+
+def check_labels(manifest: Manifest, num_classes: int, what: str) -> None:
+    """Make sure that every video has a class.
+
+    Raises:
+        ConfigError: one has none, or one beyond ``num_classes``.
+    """
+    for file, label in zip(manifest.files, manifest.labels, strict=True):
+        if not 0 <= label < num_classes:
+            has = "no label" if label < 0 else f"label {label}"
+            raise ConfigError(
+                f"{what} need labels from 0 to {num_classes - 1}, but {file} has {has}; give a "
+                f"manifest with a column label, or a folder of class folders"
+            )

@@ -1,0 +1,171 @@
+"""Does pre-training pay? python tools/compare_pretraining.py CONFIG [section.key=value ...].
+
+Trains a classifier from the weights of the config and from scratch, on the same videos with the
+same schedule, at several learning rates and seeds and with several numbers of labels, and tests
+each. Either start is then judged at the learning rate that is best for it on average over seeds.
+A comparison that was interrupted goes on where it stopped.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+
+from hpm_video.config import ConfigError, FinetuneConfig, load_config
+from hpm_video.console import run
+from hpm_video.data.manifest import Manifest, write_manifest
+from hpm_video.experiment import open_manifest
+from hpm_video.finetune import finetune, test
+from hpm_video.randomness import generator
+from hpm_video.whole_files import written_beside
+
+STARTS = ("pretrained", "scratch")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of the comparison, and what it reached."""
+
+    start: str
+    labels: int
+    """Videos of each class; 0: all that there are."""
+    base_lr: float
+    seed: int
+    top1: float = float("nan")
+
+    @property
+    def name(self) -> str:
+        """Of its run directory."""
+        return f"{self.start}-{self.labels or 'all'}-lr{self.base_lr:g}-seed{self.seed}"
+
+
+def main(command_line: Sequence[str] | None = None) -> int:
+    """Run what was not run yet, and print the comparison."""
+    arguments = parse_arguments(command_line)
+    return run(lambda: compare(arguments))
+
+
+def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, help="a file of configs/finetune or configs/probe")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--labels", type=int, nargs="+", default=[0], help="of each class; 0: all")
+    parser.add_argument("--base-lrs", type=float, nargs="+", help="default: 1/2, 1, 2 x config's")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--updates", type=int, help="of each run; default: the config's epochs")
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS)
+    return parser.parse_intermixed_args(command_line)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Run all trials, then print and write the comparison.
+
+    Raises:
+        ConfigError: the config has no weights to start from, or no videos to test on.
+        And what ``finetune`` and ``test`` raise.
+    """
+    config = load_config(FinetuneConfig, arguments.config, arguments.overrides)
+    if config.init_weights is None or (config.test.manifest or config.data.validation) is None:
+        raise ConfigError(
+            "a comparison needs init_weights, and videos to test on: data.validation or "
+            "test.manifest"
+        )
+    base_lrs = arguments.base_lrs or [config.recipe.base_lr * share for share in (0.5, 1, 2)]
+    trials = [
+        run_trial(config, Trial(start, labels, base_lr, seed), arguments.output, arguments.updates)
+        for seed in arguments.seeds
+        for labels in arguments.labels
+        for base_lr in base_lrs
+        for start in arguments.starts
+    ]
+    print(f"\n{table(trials)}")
+    with written_beside(arguments.output / "comparison.json") as path:
+        path.write_text(json.dumps([asdict(trial) for trial in trials], indent=1) + "\n")
+    print(f"\nwrote {arguments.output / 'comparison.json'}")
+
+
+def run_trial(config: FinetuneConfig, trial: Trial, output: Path, updates: int | None) -> Trial:
+    """Train and test, or look up what was found before. -> the trial with its accuracy"""
+    manifest = open_manifest(config.data, config.data.train)
+    train = config.data.train
+    if trial.labels:
+        train = str(output / f"train-{trial.labels}-seed{trial.seed}.csv")
+        manifest = few_labels(manifest, trial.labels, trial.seed, Path(train))
+    recipe = replace(config.recipe, base_lr=trial.base_lr)
+    if updates is not None:
+        epochs = -(-updates * recipe.batch_size // len(manifest))
+        warmup = config.recipe.warmup_epochs / config.recipe.epochs * epochs
+        recipe = replace(recipe, epochs=epochs, warmup_epochs=warmup)
+    own = replace(
+        config,
+        output_dir=str(output / trial.name),
+        seed=trial.seed,
+        init_weights=config.init_weights if trial.start == "pretrained" else None,
+        data=replace(config.data, train=train),
+        recipe=recipe,
+    )
+    print(f"\n== {trial.name}", flush=True)
+    result = test(own, finetune(own))
+    assert result is not None
+    print(f"top-1 {result['top1']:.3f}", flush=True)
+    return replace(trial, top1=result["top1"])
+
+
+def few_labels(manifest: Manifest, count: int, seed: int, path: Path) -> Manifest:
+    """Write a manifest of ``count`` videos of each class, the same ones for the same seed.
+
+    Raises:
+        ConfigError: a class has fewer.
+    """
+    chosen: list[int] = []
+    for label in sorted(set(manifest.labels)):
+        places = [i for i, other in enumerate(manifest.labels) if other == label]
+        if len(places) < count:
+            raise ConfigError(f"class {label} has {len(places)} videos, not {count} (--labels)")
+        order = generator("few labels", seed, label).permutation(len(places))
+        chosen += sorted(places[i] for i in order[:count])
+    names = manifest.label_names or [str(label) for label in range(max(manifest.labels) + 1)]
+    rows = {
+        "path": [manifest.files[i] for i in chosen],
+        "label": [manifest.labels[i] for i in chosen],
+        "label_name": [names[manifest.labels[i]] for i in chosen],
+    }
+    write_manifest(pd.DataFrame(rows), path)
+    return replace(
+        manifest,
+        files=tuple(manifest.files[i] for i in chosen),
+        labels=tuple(manifest.labels[i] for i in chosen),
+        num_frames=tuple(manifest.num_frames[i] for i in chosen),
+    )
+
+
+def table(trials: Sequence[Trial]) -> str:
+    """Mean over seeds at each learning rate, and each start at the best of its own."""
+    lines = ["labels of each class | start      | base_lr | top-1 of each seed | mean"]
+    for labels in dict.fromkeys(trial.labels for trial in trials):
+        for start in dict.fromkeys(trial.start for trial in trials):
+            rows: dict[float, list[float]] = {}
+            for trial in trials:
+                if (trial.labels, trial.start) == (labels, start):
+                    rows.setdefault(trial.base_lr, []).append(trial.top1)
+            best = max(rows, key=lambda lr: statistics.mean(rows[lr]))
+            lines += [
+                f"{labels or 'all':>20} | {start:10} | {lr:7.2g} | "
+                f"{' '.join(f'{top1:.3f}' for top1 in found):18} | {statistics.mean(found):.3f}"
+                f"{'  <- best' if lr == best else ''}"
+                for lr, found in rows.items()
+            ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

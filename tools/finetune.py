@@ -1,0 +1,65 @@
+"""Fine-tune for action recognition: python tools/finetune.py CONFIG [section.key=value ...]."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hpm_video.config import FinetuneConfig, load_config
+from hpm_video.console import EXIT_CODES, interpreter, run, shortest
+from hpm_video.data.manifest import read_manifest
+from hpm_video.finetune import describe_test, finetune, test
+
+
+def main(command_line: Sequence[str] | None = None) -> int:
+    """Fine-tune, test, and tell what came of it."""
+    parser = argparse.ArgumentParser(
+        description="Fine-tune a pre-trained encoder for classification, then test it.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", type=Path, help="a file of configs/finetune or configs/probe")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_args(command_line)
+
+    def command() -> None:
+        config = load_config(FinetuneConfig, arguments.config, arguments.overrides)
+        run_dir = finetune(config)
+        result = test(config, run_dir)
+        tell_results(run_dir, config, result)
+
+    return run(command)
+
+
+def tell_results(run_dir: Path, config: FinetuneConfig, result: dict[str, Any] | None) -> None:
+    """The accuracies, where everything is, and what to do next."""
+    if result is not None:
+        print(f"\nTested {describe_test(result)}")
+    checkpoint = run_dir / "checkpoints" / config.test.checkpoint
+    rows = {
+        "checkpoint": checkpoint,
+        "config": run_dir / "config.yaml",
+        "metrics": run_dir / "metrics.jsonl",
+        "curves": run_dir / "curves.png",
+        "result": run_dir / "test" / "result.json",
+        "of each video": run_dir / "test" / "predictions.csv",
+        "confusion matrix": run_dir / "test" / "confusion.png",
+        "files not decoded": run_dir / "bad_files.csv",
+    }
+    print("\nDone. The run left:")
+    for name, path in rows.items():
+        if path.exists():
+            print(f"  {name:18}{path}")
+    print("\nNext, let it name the action in a video:")
+    print(f"  {interpreter()} tools/predict.py {checkpoint} {example_video(config)}")
+
+
+def example_video(config: FinetuneConfig) -> str:
+    """A held-out video, or a word for one."""
+    source = config.test.manifest or config.data.validation
+    return shortest(read_manifest(source, config.data.root).files[0]) if source else "VIDEO"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
