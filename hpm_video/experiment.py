@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from torch import nn
 from hpm_video.config import (
     ConfigError,
     DataConfig,
+    PretrainConfig,
     RunConfig,
     load_config,
     result_differences,
@@ -365,6 +367,7 @@ def _schedule(config: RunConfig) -> WarmupCosine:
 
 
 def _cadence(config: RunConfig) -> Cadence:
+    probe = config.knn.every_epochs if isinstance(config, PretrainConfig) else math.inf
     return Cadence(
         log_updates=config.logging.every_updates,
         save_updates=config.checkpoint.every_updates,
@@ -372,6 +375,7 @@ def _cadence(config: RunConfig) -> Cadence:
         keep_every_epochs=config.checkpoint.keep_every_epochs,
         validate_every_epochs=config.logging.validate_every_epochs,
         picture_every_epochs=config.logging.picture_every_epochs,
+        probe_every_epochs=probe,
     )
 
 

@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from hpm_video.curves import plot_curves
 from hpm_video.data.augment import Augmentation
 from hpm_video.data.dataset import MIDDLE, HeldOutClips, Views
 from hpm_video.data.loader import end_workers, held_out_batches
-from hpm_video.data.manifest import Manifest
 from hpm_video.evaluation import (
     Scores,
     collect,
@@ -50,15 +49,10 @@ from hpm_video.experiment import (
     training_clips,
 )
 from hpm_video.features import OF_DECODERS, Reading, clip_spec, source_grid_of
+from hpm_video.labels import check_labels, check_same_names, read_label_names, with_numbers
 from hpm_video.mixing import Mixing
 from hpm_video.models.classifier import VideoClassifier
-from hpm_video.recognition import (
-    build_classifier,
-    check_labels,
-    load_recogniser,
-    read_label_names,
-    recogniser_of,
-)
+from hpm_video.recognition import build_classifier, load_recogniser, recogniser_of
 from hpm_video.training.checkpoint import load_weights, read_state, read_weights
 from hpm_video.training.device import Precision, choose_device
 from hpm_video.training.distributed import Processes
@@ -171,17 +165,15 @@ def find_label_names(config: FinetuneConfig, data: RunData) -> tuple[str, ...]:
     """The name of each class: of the file in the config, of the manifest, or else its number.
 
     Raises:
-        ConfigError: they do not fit the labels or the number of classes of the config.
+        ConfigError: they do not fit the number of classes of the config.
+        ManifestError: a video has no label or one beyond them, or the manifests disagree.
     """
     count = config.model.num_classes
     if config.data.label_names is not None:
         names = read_label_names(Path(config.data.label_names).expanduser())
-    elif data.train.label_names is not None:
-        names = data.train.label_names
     else:
-        names = tuple(str(label) for label in range(max(data.train.labels, default=-1) + 1))
-    if count is not None and config.data.label_names is None and len(names) < count:
-        names += tuple(str(label) for label in range(len(names), count))
+        used = max(data.train.labels, default=-1) + 1
+        names = with_numbers(data.train.label_names or (), count or used)
     if count is not None and len(names) != count:
         raise ConfigError(
             f"model.num_classes is {count}, but there are names for {len(names)} classes; take "
@@ -195,18 +187,8 @@ def find_label_names(config: FinetuneConfig, data: RunData) -> tuple[str, ...]:
     check_labels(data.train, len(names), "the videos of data.train")
     if data.validation is not None:
         check_labels(data.validation, len(names), "the videos of data.validation")
-        _check_same_classes(data.validation, names)
+        check_same_names(names, data.validation)
     return names
-
-
-def _check_same_classes(validation: Manifest, names: tuple[str, ...]) -> None:
-    theirs = validation.label_names or ()
-    for label, (own, other) in enumerate(zip(names, theirs, strict=False)):
-        if own != other and other != str(label) != own:
-            raise ConfigError(
-                f"class {label} is {own!r} in data.train and {other!r} in data.validation; both "
-                f"must number the classes alike"
-            )
 
 
 def _check_same_names(directory: RunDirectory, label_names: tuple[str, ...]) -> None:
@@ -232,6 +214,31 @@ def resolve(config: FinetuneConfig, num_classes: int) -> FinetuneConfig:
         if model.pretrained_grid is None:
             model = replace(model, pretrained_grid=source_grid_of(source))
     return replace(config, model=model)
+
+
+def for_checkpoint(
+    config: FinetuneConfig, checkpoint: Path, weights: Literal["student", "teacher"]
+) -> FinetuneConfig:
+    """The config for the encoder of a pre-training run, and for clips as it was trained on.
+
+    Raises:
+        ConfigError: ``checkpoint`` is no folder of a run's checkpoint.
+    """
+    source = load_any_config(checkpoint / "config.yaml")
+    return replace(
+        config,
+        init_weights=str(checkpoint),
+        init_from=weights,
+        model=replace(
+            config.model,
+            encoder=source.model.encoder,
+            patch_size=source.model.patch_size,
+            positions=source.model.positions,
+        ),
+        data=replace(
+            source.data, max_frame_stride=None, repeats=config.data.repeats, flip=config.data.flip
+        ),
+    )
 
 
 def config_beside(init_weights: str | None) -> PretrainConfig | FinetuneConfig | None:
@@ -356,7 +363,9 @@ def load_pretrained(model: VideoClassifier, source: Path, config: FinetuneConfig
     own = model.state_dict()
     if "head.weight" in weights and weights["head.weight"].shape != own["head.weight"].shape:
         weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
-    norm = ("encoder.norm.",) if config.model.pooling == "mean_norm" else ()
+    norm = (
+        ("encoder.norm.weight", "encoder.norm.bias") if config.model.pooling == "mean_norm" else ()
+    )
     fresh = load_weights(
         model,
         weights,
@@ -367,7 +376,9 @@ def load_pretrained(model: VideoClassifier, source: Path, config: FinetuneConfig
     left = sorted({key.split(".")[0] for key in weights if key not in own and "norm" not in key})
     log.info("start from the %s's weights of %s", config.init_from, source)
     log.info("  start fresh: %s", ", ".join(fresh) or "none")
-    log.info("  left out: %s", ", ".join([*left, *norm]) or "none")
+    log.info(
+        "  left out: %s", ", ".join([*left, *(key for key in norm if key in weights)]) or "none"
+    )
 
 
 # --- What a run looks at ------------------------------------------------------------------------

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hpm_video.config import PretrainConfig, load_config
+from hpm_video.config import ConfigError, PretrainConfig, load_config
 from hpm_video.curves import plot_curves
-from hpm_video.data.dataset import HeldOutClips, collate
+from hpm_video.data.dataset import MIDDLE, HeldOutClips, collate
 from hpm_video.data.loader import held_out_batches
 from hpm_video.data.transforms import MultiScaleCrop
+from hpm_video.evaluation import summarise
 from hpm_video.experiment import (
     RunData,
     check_decoding,
@@ -23,21 +24,26 @@ from hpm_video.experiment import (
     make_engine,
     num_workers,
     open_data,
+    open_manifest,
     settle_precision,
     timed_update,
     train,
     training_clips,
 )
-from hpm_video.features import clip_spec
+from hpm_video.features import Extractor, Reading, clip_spec, encoder_shape
 from hpm_video.held_out import Measures, describe, measure
+from hpm_video.labels import names_of_both
 from hpm_video.masking import MaskRule, count_masked
 from hpm_video.mining import HardPatchesMining, TargetRule
+from hpm_video.models.classifier import ClipEncoder
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.pictures import write_pictures
+from hpm_video.probing import FeatureTable, nearest_neighbours
 from hpm_video.randomness import key_of
 from hpm_video.token_grid import TokenGrid
 from hpm_video.training.checkpoint import load_weights, read_weights
 from hpm_video.training.device import Precision, choose_device
+from hpm_video.training.distributed import Processes
 from hpm_video.training.engine import TorchEngine
 from hpm_video.training.optim import make_adamw, parameter_groups
 from hpm_video.training.run import Watch
@@ -189,10 +195,11 @@ def _watch(
     engine: TorchEngine,
     run_dir: Path,
 ) -> Watch:
-    """Held-out measures and pictures, where there is a validation manifest."""
+    """Held-out measures, pictures and nearest neighbours, where there are videos for them."""
+    probe = _neighbour_probe(config, engine) if config.knn.train is not None else None
     if data.validation is None:
         log.info("no data.validation: nothing is measured or drawn on held-out clips")
-        return Watch()
+        return Watch(probe=probe)
     clips = HeldOutClips(
         data.validation.spread(config.logging.validation_clips),
         clip_spec(config.data),
@@ -218,4 +225,46 @@ def _watch(
         write_pictures(run_dir / "pictures", f"update-{done:08d}", objective, engine, shown)
         plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
 
-    return Watch(validate, score="relative_error", describe=describe, draw=draw)
+    return Watch(validate, score="relative_error", describe=describe, draw=draw, probe=probe)
+
+
+def _neighbour_probe(config: PretrainConfig, engine: TorchEngine) -> Callable[[], dict[str, float]]:
+    """Nearest neighbours of the student's frozen features, on one clip of each video.
+
+    Raises:
+        ConfigError, ManifestError: the manifests of ``config.knn`` cannot be used.
+    """
+    how = config.knn
+    assert how.train is not None
+    assert how.validation is not None
+    manifests = [
+        open_manifest(config.data, path).spread(how.videos) for path in (how.train, how.validation)
+    ]
+    names = names_of_both(*manifests)
+    if how.k > len(manifests[0]):
+        raise ConfigError(
+            f"knn.k must be at most the number of videos of knn.train, {len(manifests[0])}, got "
+            f"{how.k}"
+        )
+    encoder = ClipEncoder(encoder_shape(config.model, config.data, None))
+    encoder.patch_embed = engine.model.get_submodule("patch_embed")  # type: ignore[assignment]
+    encoder.encoder = engine.model.get_submodule("encoder")  # type: ignore[assignment]
+    extractor = Extractor(
+        encoder.to(engine.device),
+        clip_spec(config.data),
+        config.data.mean,
+        config.data.std,
+        engine.device,
+        engine.precision,
+    )
+    reading = Reading(config.data.decoder, num_workers(config.data))
+
+    def probe() -> dict[str, float]:
+        train, held_out = (
+            FeatureTable(manifest, extractor.of_videos(manifest, MIDDLE, reading, Processes()))
+            for manifest in manifests
+        )
+        scores = nearest_neighbours(train, held_out, len(names), [how.k], how.temperature)[how.k]
+        return {"knn_top1": summarise(scores, names)["top1"]}
+
+    return probe

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hpm_video.config import ConfigError, FinetuneConfig, load_config
+from hpm_video.config import FinetuneConfig, load_config
 from hpm_video.data.dataset import Views
 from hpm_video.data.manifest import Manifest
 from hpm_video.evaluation import Scores
@@ -20,6 +20,7 @@ from hpm_video.features import (
     encoder_shape,
     source_grid_of,
 )
+from hpm_video.labels import check_labels, read_label_names
 from hpm_video.models.classifier import VideoClassifier
 from hpm_video.randomness import key_of
 from hpm_video.training.checkpoint import CheckpointError, load_weights, read_weights
@@ -44,7 +45,7 @@ class Recogniser(Extractor):
 
         Raises:
             BadTestFilesError: videos do not decode, and are not to be excluded.
-            ConfigError: a video has no label, or one that the classifier does not know.
+            ManifestError: a video has no label, or one that the classifier does not know.
         """
         check_labels(manifest, len(self.label_names), "the videos of the test")
         return Scores(
@@ -118,35 +119,3 @@ def recogniser_of(
         config.test.clips_per_pass,
         tuple(label_names),
     )
-
-
-def read_label_names(path: Path) -> tuple[str, ...]:
-    """The name of class i in line i.
-
-    Raises:
-        ConfigError: there is no such file, or it is not such a list.
-    """
-    try:
-        names = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the names of the classes: {error}") from error
-    while names and not names[-1].strip():
-        names.pop()
-    if not names or not all(name.strip() for name in names):
-        raise ConfigError(f"{path} must have the name of class i in line i, and no empty line")
-    return tuple(name.strip() for name in names)
-
-
-def check_labels(manifest: Manifest, num_classes: int, what: str) -> None:
-    """Make sure that every video has a class.
-
-    Raises:
-        ConfigError: one has none, or one beyond ``num_classes``.
-    """
-    for file, label in zip(manifest.files, manifest.labels, strict=True):
-        if not 0 <= label < num_classes:
-            has = "no label" if label < 0 else f"label {label}"
-            raise ConfigError(
-                f"{what} need labels from 0 to {num_classes - 1}, but {file} has {has}; give a "
-                f"manifest with a column label, or a folder of class folders"
-            )

@@ -58,6 +58,13 @@ def time_updates(
     return statistics.median(seconds)
 
 
+def inference_precision(device: torch.device) -> Precision:
+    """bf16 on a GPU that is made for it, otherwise fp32."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return "fp32"
+
+
 def choose_precision(
     device: torch.device, make_update: Callable[[Precision], Callable[[], None]]
 ) -> Precision:
@@ -66,10 +73,8 @@ def choose_precision(
     Large matrix products are faster in bf16 on many CPUs, and yet a small model's update, with all
     its conversions, may be slower.
     """
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type == "mps":
-        return "fp32"
+    if device.type in ("cuda", "mps"):
+        return inference_precision(device)
     full = time_updates(make_update("fp32"), device, warmup=1, repeats=3)
     half = make_update("bf16")
     if time_updates(half, device, warmup=1, repeats=1) > 1.5 * full:

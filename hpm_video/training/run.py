@@ -1,6 +1,7 @@
 """A run and its directory: what is logged, measured, drawn and saved, and when."""
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ class Cadence:
     keep_every_epochs: float | None
     validate_every_epochs: float
     picture_every_epochs: float
+    probe_every_epochs: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Watch:
     describe: Callable[[dict[str, float]], str] = str
     draw: Callable[[int], None] | None = None
     """Draws pictures after so many updates."""
+    probe: Callable[[], dict[str, float]] | None = None
+    """-> how well frozen features serve a task."""
 
 
 @dataclass
@@ -97,6 +101,8 @@ class Run:
             improved = False
             if last or self._due(update, self.cadence.validate_every_epochs):
                 improved = self._validate(done)
+            if self.watch.probe and (last or self._due(update, self.cadence.probe_every_epochs)):
+                self._probe(done, self.watch.probe)
             stop = self.stop.received
             if last or keep or improved or stop or done % self.cadence.save_updates == 0:
                 self.save(done, keep=keep)
@@ -132,6 +138,14 @@ class Run:
 
     def _due(self, update: int, every_epochs: float | None) -> bool:
         return every_epochs is not None and self.timeline.passes(update, every_epochs)
+
+    def _probe(self, done: int, probe: Callable[[], dict[str, float]]) -> None:
+        self.meter.check()
+        measures = probe()
+        epoch = self.timeline.at(done).exact_epoch
+        self.metrics.write("probe", done, epoch, measures)
+        told = ", ".join(f"{name} {value:.3f}" for name, value in measures.items())
+        log.info("epoch %.1f, frozen features: %s", epoch, told)
 
     def _validate(self, done: int) -> bool:
         """Measure on held-out clips. -> whether this is the best so far"""

@@ -6,16 +6,26 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from hpm_video.data import loader
-from hpm_video.data.dataset import ClipSpec, Failure, HeldOutClips, TooManyBadFiles, VideoClips
+from hpm_video.data.dataset import (
+    ClipSpec,
+    Failure,
+    HeldOutClips,
+    Repeats,
+    TooManyBadFiles,
+    VideoClips,
+    Views,
+)
 from hpm_video.data.decode import DecodeError, available_decoders
 from hpm_video.data.loader import BadFiles, default_workers, held_out_batches, training_batches
 from hpm_video.data.manifest import Manifest, read_manifest
+from hpm_video.data.transforms import MultiScaleCrop
 
-SPEC = ClipSpec(num_frames=4, frame_stride=2, max_frame_stride=3, frame_size=(24, 32), repeats=2)
+SPEC = ClipSpec(num_frames=4, frame_stride=2, max_frame_stride=3, frame_size=(24, 32))
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +36,16 @@ def folder(tmp_path_factory, write_painted):
     return folder
 
 
-def clips_of(manifest, decoder="auto", max_bad_share=0.5):
-    return VideoClips(manifest, SPEC, decoder=decoder, seed=3, max_bad_share=max_bad_share)
+def clips_of(manifest, decoder="auto", max_bad_share=0.5, kind=VideoClips):
+    return kind(
+        manifest,
+        SPEC,
+        MultiScaleCrop(flip=True),
+        repeats=Repeats(2, same_frames=False),
+        decoder=decoder,
+        seed=3,
+        max_bad_share=max_bad_share,
+    )
 
 
 def batches_of(folder, positions=range(2, 15), workers=0, **options):
@@ -62,13 +80,39 @@ def test_a_stream_shows_each_file_once_per_epoch_and_can_start_anywhere(folder):
 
 def test_held_out_batches_hold_the_middle_frames_of_each_file(folder, numbers_of):
     manifest = read_manifest(folder)
-    spec = ClipSpec(4, 2, None, (48, 64), 1)
+    spec = ClipSpec(4, 2, None, (48, 64))
     clips = HeldOutClips(manifest, spec, decoder="auto", seed=3)
     for workers in (0, 2):
         batches = list(held_out_batches(clips, batch_size=2, workers=workers))
         assert [file for batch in batches for file in batch.files] == list(manifest.files)
         for clip in torch.cat([batch.clips for batch in batches]):
             assert numbers_of(clip.permute(1, 2, 3, 0).numpy()) == [6, 8, 10, 12]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_held_out_batches_of_views_at_chosen_places_with_a_bad_file(
+    folder, bad_videos, numbers_of, workers
+):
+    files = (*read_manifest(folder).files, str(bad_videos["empty"]))
+    clips = HeldOutClips(
+        Manifest(files, tuple(range(6)), (-1,) * 6),
+        ClipSpec(4, 2, None, (48, 48)),
+        views=Views(2, 3),
+        decoder="auto",
+        seed=3,
+        report_failures=True,
+    )
+    places = [5, 3, 1]
+    first, second = held_out_batches(clips, batch_size=2, workers=workers, positions=places)
+    assert first.failures == (Failure(files[5], "the file is empty"),)
+    assert second.failures == ()
+    assert (first.files, second.files) == ((files[3],) * 6, (files[1],) * 6)
+    assert (first.labels.tolist(), second.labels.tolist()) == ([3] * 6, [1] * 6)
+    left_crops = first.clips[::3].permute(0, 2, 3, 4, 1).numpy()
+    assert [numbers_of(np.pad(clip, ((0, 0), (0, 0), (0, 16), (0, 0)))) for clip in left_crops] == [
+        [0, 2, 4, 6],
+        [12, 14, 16, 18],
+    ]
 
 
 def test_the_global_generator_is_left_alone(folder):
@@ -113,7 +157,7 @@ def test_a_stalled_decoder_ends_the_run(folder, monkeypatch):
             time.sleep(30)
 
     monkeypatch.setattr(loader, "STALL_SECONDS", 0.5)
-    clips = Stalled(read_manifest(folder), SPEC, decoder="auto", seed=0, max_bad_share=0)
+    clips = clips_of(read_manifest(folder), kind=Stalled)
     with pytest.raises(RuntimeError, match="timed out"):
         next(training_batches(clips, range(4), batch_size=1, workers=1, pin=False))
 
@@ -121,14 +165,20 @@ def test_a_stalled_decoder_ends_the_run(folder, monkeypatch):
 RUN = """
     import signal
     import sys
-    from hpm_video.data.dataset import ClipSpec, VideoClips
+    from hpm_video.data.dataset import ClipSpec, Repeats, VideoClips
     from hpm_video.data.loader import training_batches
     from hpm_video.data.manifest import read_manifest
+    from hpm_video.data.transforms import MultiScaleCrop
     from torch.multiprocessing import active_children
 
-    spec = ClipSpec(4, 2, 3, (24, 32), 2)
     clips = VideoClips(
-        read_manifest(sys.argv[1]), spec, decoder="auto", seed=0, max_bad_share=0
+        read_manifest(sys.argv[1]),
+        ClipSpec(4, 2, 3, (24, 32)),
+        MultiScaleCrop(flip=False),
+        repeats=Repeats(2, same_frames=False),
+        decoder="auto",
+        seed=0,
+        max_bad_share=0,
     )
     batches = training_batches(clips, range(10**9), batch_size=2, workers=2, pin=False)
     stop = []

@@ -11,9 +11,11 @@ from hpm_video.data.transforms import (
     OFFSETS,
     SCALE_PAIRS,
     Box,
+    MultiScaleCrop,
     centre_box,
     crop_and_resize,
     multi_scale_box,
+    view_boxes,
 )
 from hpm_video.randomness import generator
 
@@ -33,6 +35,50 @@ sides = st.integers(8, 500)
 )
 def test_the_centre_box(height, width, frame_size, expected):
     assert centre_box(height, width, frame_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "frame_size", "count", "expected"),
+    [
+        (240, 320, (224, 224), 3, [Box(0, left, 240, 240) for left in (0, 40, 80)]),
+        (320, 240, (224, 224), 3, [Box(top, 0, 240, 240) for top in (0, 40, 80)]),
+        (240, 240, (224, 224), 3, [Box(0, 0, 240, 240)] * 3),
+        (240, 320, (64, 128), 3, [Box(top, 0, 160, 320) for top in (0, 40, 80)]),
+        (240, 320, (64, 32), 3, [Box(0, left, 240, 120) for left in (0, 100, 200)]),
+        (240, 320, (48, 64), 3, [Box(0, 0, 240, 320)] * 3),
+        (63, 97, (32, 32), 3, [Box(0, left, 63, 63) for left in (0, 17, 34)]),
+        (63, 96, (32, 32), 3, [Box(0, left, 63, 63) for left in (0, 16, 33)]),
+        (240, 320, (224, 224), 2, [Box(0, 0, 240, 240), Box(0, 80, 240, 240)]),
+        (240, 320, (224, 224), 5, [Box(0, left, 240, 240) for left in (0, 20, 40, 60, 80)]),
+        (240, 320, (224, 224), 1, [Box(0, 40, 240, 240)]),
+    ],
+)
+def test_the_boxes_of_views(height, width, frame_size, count, expected):
+    assert view_boxes(height, width, frame_size, count) == expected
+
+
+@given(height=sides, width=sides, frame_size=st.tuples(sides, sides), count=st.integers(1, 6))
+def test_boxes_of_views_touch_both_ends_and_are_as_large_as_the_central_one(
+    height, width, frame_size, count
+):
+    boxes = view_boxes(height, width, frame_size, count)
+    centre = centre_box(height, width, frame_size)
+    assert len(boxes) == count
+    assert {(box.height, box.width) for box in boxes} == {(centre.height, centre.width)}
+    if count == 1:
+        assert boxes == [centre]
+    else:
+        first, last = boxes[0], boxes[-1]
+        assert (first.top, first.left) == (0, 0)
+        assert (last.top + last.height, last.left + last.width) == (height, width)
+    if count % 2:
+        middle = boxes[count // 2]
+        assert (middle.top, middle.left) == (centre.top, centre.left)
+    for name in ("top", "left"):
+        places = [getattr(box, name) for box in boxes]
+        gaps = set(np.diff(places).tolist())
+        assert all(gap >= 0 for gap in gaps)
+        assert max(gaps, default=0) - min(gaps, default=0) <= 1
 
 
 @given(height=sides, width=sides, frame_size=st.tuples(sides, sides), seed=st.integers(0, 999))
@@ -111,3 +157,19 @@ def test_a_crop_of_the_right_size_keeps_its_pixels():
     frames = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
     clip = crop_and_resize(frames, Box(2, 5, 10, 12), (10, 12))
     assert np.array_equal(clip.permute(1, 2, 3, 0).numpy(), frames[:, 2:12, 5:17])
+
+
+def test_a_multi_scale_crop_is_its_box_mirrored_in_about_half_of_the_clips_if_wanted():
+    frames = np.random.default_rng(0).integers(0, 256, (2, 40, 60, 3), dtype=np.uint8)
+    flips = 0
+    for seed in range(200):
+        box = multi_scale_box(40, 60, (16, 24), generator("clip", seed))
+        expected = crop_and_resize(frames, box, (16, 24))
+        plain = MultiScaleCrop(flip=False)(frames, (16, 24), generator("clip", seed))
+        assert torch.equal(plain, expected)
+        clip = MultiScaleCrop(flip=True)(frames, (16, 24), generator("clip", seed))
+        assert clip.shape == (3, 2, 16, 24)
+        mirrored = torch.equal(clip, torch.from_numpy(expected.numpy()[..., ::-1].copy()))
+        assert mirrored or torch.equal(clip, expected)
+        flips += mirrored
+    assert 75 < flips < 125

@@ -1,0 +1,70 @@
+"""Classes of videos: their numbers and names, and whether two manifests agree on them."""
+
+from pathlib import Path
+
+from hpm_video.data.manifest import Manifest, ManifestError
+
+
+def read_label_names(path: Path) -> tuple[str, ...]:
+    """The name of class i in line i.
+
+    Raises:
+        ManifestError: there is no such file, or it is not such a list.
+    """
+    try:
+        names = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError(f"cannot read the names of the classes: {error}") from error
+    while names and not names[-1].strip():
+        names.pop()
+    if not names or not all(name.strip() for name in names):
+        raise ManifestError(f"{path} must have the name of class i in line i, and no empty line")
+    return tuple(name.strip() for name in names)
+
+
+def check_labels(manifest: Manifest, num_classes: int, what: str) -> None:
+    """Make sure that every video has a class.
+
+    Raises:
+        ManifestError: one has none, or one beyond ``num_classes``.
+    """
+    for file, label in zip(manifest.files, manifest.labels, strict=True):
+        if not 0 <= label < num_classes:
+            has = "no label" if label < 0 else f"label {label}"
+            raise ManifestError(
+                f"{what} need labels from 0 to {num_classes - 1}, but {file} has {has}; give a "
+                f"manifest with a column label, or a folder of class folders"
+            )
+
+
+def names_of_both(train: Manifest, held_out: Manifest) -> tuple[str, ...]:
+    """The names of the classes of two manifests that must number them alike.
+
+    Raises:
+        ManifestError: a video has no label, or they do not.
+    """
+    count = max(*train.labels, *held_out.labels) + 1
+    names = with_numbers(train.label_names or (), count)
+    check_labels(train, len(names), "the training videos")
+    check_labels(held_out, len(names), "the held-out videos")
+    check_same_names(names, held_out)
+    return names
+
+
+def with_numbers(names: tuple[str, ...], count: int) -> tuple[str, ...]:
+    """Names of at least ``count`` classes: those without one are called by their number."""
+    return names + tuple(str(label) for label in range(len(names), count))
+
+
+def check_same_names(names: tuple[str, ...], held_out: Manifest) -> None:
+    """Make sure that a manifest numbers the classes as ``names`` does.
+
+    Raises:
+        ManifestError: a class has another name.
+    """
+    for label, (own, other) in enumerate(zip(names, held_out.label_names or (), strict=False)):
+        if own != other and str(label) not in (own, other):
+            raise ManifestError(
+                f"class {label} is {own!r} for training and {other!r} in the held-out manifest; "
+                f"both must number the classes alike"
+            )

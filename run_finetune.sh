@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+Fine-tune a pre-trained encoder for action recognition, then test it.
+
+  ./run_finetune.sh                                    a demo of some minutes, CPU or GPU
+  ./run_finetune.sh section.key=value ...              the demo with other settings
+  ./run_finetune.sh CONFIG [section.key=value ...]     a configuration of yours or of configs/
+
+The demo starts from the weights of ./run_pretrain.sh and runs that first where they are missing.
+The first start makes a Python environment in .venv and cuts the demo's clips.
+HPM_PYTHON=/path/to/python ./run_finetune.sh uses an environment that you have and installs nothing.
+
+CONFIG is looked up from the current folder, then from the root of the repository.
+Paths inside a configuration or an override start from the root of the repository.
+TEXT
+}
+
+root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck source=tools/launch.sh
+source "$root/tools/launch.sh"
+choose_config configs/finetune/demo.yaml "$@"
+prepare_environment
+cd -- "$root"
+make_demo_data
+
+# The weights that the demo's configuration starts from, unless others are given.
+if grep -q '^init_weights: runs/demo/' "$config" && [[ "${overrides[*]-}" != *init_weights=* ]] &&
+  [[ ! -e runs/demo/checkpoints/last ]]; then
+  printf 'runs/demo/checkpoints/last is missing: pre-training the demo first\n'
+  "$python" tools/pretrain.py configs/pretrain/demo.yaml
+fi
+
+exec "$python" tools/finetune.py "$config" ${overrides[@]+"${overrides[@]}"}

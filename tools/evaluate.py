@@ -1,0 +1,145 @@
+"""Test a classifier: python tools/evaluate.py CHECKPOINT MANIFEST.
+
+Over several processes, each of which tests a share of the videos:
+    torchrun --nproc-per-node 4 tools/evaluate.py CHECKPOINT MANIFEST
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hpm_video.config import ConfigError, DataConfig
+from hpm_video.console import EXIT_CODES, run
+from hpm_video.data.dataset import Views
+from hpm_video.data.loader import default_workers, end_workers
+from hpm_video.evaluation import describe, summarise, write_results
+from hpm_video.experiment import open_manifest
+from hpm_video.features import ClipChoice, Reading
+from hpm_video.recognition import load_recogniser
+from hpm_video.training.checkpoint import read_state
+from hpm_video.training.device import choose_device, inference_precision
+from hpm_video.training.distributed import joined_processes
+
+
+def main(command_line: Sequence[str] | None = None) -> int:
+    """Test, and print and write the result."""
+    arguments = parse_arguments(command_line)
+    return run(lambda: evaluate(arguments))
+
+
+def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", type=Path, help="checkpoint folder of a fine-tuning run")
+    parser.add_argument("manifest", help="manifest or folder of class folders")
+    parser.add_argument("--root", help="of relative paths in the manifest")
+    parser.add_argument("--views", type=views, help="clips x crops of each video, such as 5x3")
+    parser.add_argument("--weights", choices=("model", "average"), help="default: the config's")
+    parser.add_argument("--num-frames", type=int, help="default: as in training")
+    parser.add_argument("--frame-stride", type=int)
+    parser.add_argument("--frame-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument(
+        "--exclude-bad-files",
+        action="store_true",
+        help="count videos that do not decode as wrong, instead of stopping with a list of them",
+    )
+    parser.add_argument("--output", type=Path, help="default: evaluations/NAME in the run's folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result there")
+    parser.add_argument("--workers", type=int, default=default_workers())
+    parser.add_argument("--decoder", choices=("auto", "pyav", "decord"), default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on GPUs")
+    return parser.parse_args(command_line)
+
+
+def views(text: str) -> Views:
+    """``5x3`` -> 5 clips x 3 crops
+
+    Raises:
+        argparse.ArgumentTypeError: it is written in another way, or one of them is 0.
+    """
+    try:
+        clips, crops = (int(part) for part in text.split("x"))
+        return Views(clips, crops)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"views are clips x crops, at least 1x1, such as 5x3; got {text!r}"
+        ) from error
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Test the checkpoint. The first process writes and prints.
+
+    Raises:
+        ConfigError, CheckpointError, ManifestError, DeviceError: the test cannot be run.
+        BadTestFilesError: videos do not decode.
+    """
+    output = folder_of(arguments)
+    with joined_processes() as processes:
+        device = choose_device(arguments.device)
+        size = arguments.frame_size
+        config, recogniser = load_recogniser(
+            arguments.checkpoint,
+            device,
+            arguments.precision or inference_precision(device),
+            weights=arguments.weights or "model",
+            clips=ClipChoice(
+                arguments.num_frames, arguments.frame_stride, tuple(size) if size else None
+            ),
+        )
+        chosen = arguments.views or Views(config.test.clips, config.test.crops)
+        manifest = open_manifest(DataConfig(root=arguments.root), arguments.manifest)
+        if processes.is_first:
+            logging.getLogger().info(
+                f"{len(manifest)} videos, {chosen.clips} x {chosen.crops} views of each, on "
+                f"{device.type} in {recogniser.precision}"
+            )
+        reading = Reading(arguments.decoder, arguments.workers, arguments.exclude_bad_files)
+        try:
+            scores = recogniser.score(manifest, chosen, reading, processes)
+        finally:
+            end_workers()
+        if not processes.is_first:
+            return
+    what: dict[str, Any] = {
+        "checkpoint": str(arguments.checkpoint.resolve()),
+        "weights": arguments.weights or "model",
+        "update": read_state(arguments.checkpoint)["update"],
+        "manifest": str(Path(arguments.manifest).absolute()),
+        "clips": chosen.clips,
+        "crops": chosen.crops,
+        "num_frames": recogniser.spec.num_frames,
+        "frame_size": list(recogniser.spec.frame_size),
+        "precision": recogniser.precision,
+        "exclude_bad_files": arguments.exclude_bad_files,
+    }
+    result = {"test": what, **summarise(scores, recogniser.label_names)}
+    write_results(output, scores, result, recogniser.label_names)
+    print(
+        f"\n{describe(result)}\n\nwrote result.json, predictions.csv and confusion.png to {output}"
+    )
+
+
+def folder_of(arguments: argparse.Namespace) -> Path:
+    """Where the result goes.
+
+    Raises:
+        ConfigError: a result is there already.
+    """
+    checkpoint: Path = arguments.checkpoint.resolve()
+    name = f"{checkpoint.name}-{Path(arguments.manifest).stem}"
+    output: Path = arguments.output or checkpoint.parent.parent / "evaluations" / name
+    if (output / "result.json").exists() and not arguments.overwrite:
+        raise ConfigError(f"{output} holds a result already; take another --output, or --overwrite")
+    return output
+
+
+if __name__ == "__main__":
+    sys.exit(main())

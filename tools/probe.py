@@ -1,0 +1,162 @@
+"""How good are frozen features? python tools/probe.py CHECKPOINT --train LIST --validation LIST.
+
+knn        votes of the nearest training videos by cosine similarity (10, 20, 100, 200 of them)
+logistic   logistic regression on cached features, solved to the optimum: seconds
+linear     the linear probe of the papers: SGD with augmentation, see configs/probe/linear.yaml
+attentive  a learned query attends over the tokens, see configs/probe/attentive.yaml
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hpm_video.config import DataConfig, FinetuneConfig, load_config
+from hpm_video.console import EXIT_CODES, run
+from hpm_video.data.dataset import MIDDLE
+from hpm_video.data.loader import default_workers, end_workers
+from hpm_video.data.manifest import Manifest
+from hpm_video.evaluation import summarise
+from hpm_video.experiment import open_manifest
+from hpm_video.features import ClipChoice, Extractor, Reading, load_extractor
+from hpm_video.finetune import describe_test, finetune, for_checkpoint, test
+from hpm_video.labels import names_of_both
+from hpm_video.probing import FeatureTable, logistic_regression, nearest_neighbours
+from hpm_video.training.device import choose_device, inference_precision
+from hpm_video.training.distributed import Processes
+from hpm_video.whole_files import written_beside
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHED = ("knn", "logistic")
+TRAINED = ("linear", "attentive")
+
+
+def main(command_line: Sequence[str] | None = None) -> int:
+    """Probe, and print what came of it."""
+    arguments = parse_arguments(command_line)
+    return run(lambda: probe(arguments))
+
+
+def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", type=Path, help="folder of a pre-training run's checkpoint")
+    parser.add_argument("--train", required=True, help="labelled manifest or folder of classes")
+    parser.add_argument("--validation", required=True, help="the same, to be tested on")
+    parser.add_argument("--root", help="of relative paths in the manifests")
+    parser.add_argument("--probes", nargs="+", choices=CACHED + TRAINED, default=list(CACHED))
+    parser.add_argument("--weights", choices=("student", "teacher"), default="student")
+    parser.add_argument("--num-frames", type=int, help="default: as in pre-training")
+    parser.add_argument("--frame-stride", type=int)
+    parser.add_argument("--frame-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--output", type=Path, help="default: probes/ in the run's directory")
+    parser.add_argument("--workers", type=int, default=default_workers())
+    parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="section.key=value",
+        help="overrides for the probes that are trained, such as recipe.batch_size=64",
+    )
+    return parser.parse_args(command_line)
+
+
+def probe(arguments: argparse.Namespace) -> None:
+    """Run the probes, print a line for each, and write ``probe.json``.
+
+    Raises:
+        ConfigError, CheckpointError, ManifestError, BadTestFilesError: it cannot be done.
+    """
+    run_dir = arguments.checkpoint.resolve().parent.parent
+    output = arguments.output or run_dir / "probes"
+    size = arguments.frame_size
+    clips = ClipChoice(arguments.num_frames, arguments.frame_stride, tuple(size) if size else None)
+    results: dict[str, Any] = {}
+    cached = [kind for kind in arguments.probes if kind in CACHED]
+    if cached:
+        results |= probe_cached(arguments, clips, cached)
+    for kind in arguments.probes:
+        if kind in TRAINED:
+            results[kind] = probe_trained(arguments, clips, kind, output / kind)
+    print(f"\n{'probe':28} top-1   top-5   (chance {results[next(iter(results))]['chance']:.3f})")
+    for name, result in results.items():
+        print(f"{name:28} {result['top1']:.3f}   {result['top5']:.3f}")
+    told = {"checkpoint": str(arguments.checkpoint.resolve()), "weights": arguments.weights}
+    with written_beside(output / "probe.json") as path:
+        path.write_text(json.dumps({**told, "probes": results}, indent=1) + "\n")
+    print(f"\nwrote {output / 'probe.json'}")
+
+
+def probe_cached(
+    arguments: argparse.Namespace, clips: ClipChoice, kinds: Sequence[str]
+) -> dict[str, Any]:
+    """Nearest neighbours and logistic regression on one vector of each video."""
+    device = choose_device(arguments.device)
+    extractor = load_extractor(
+        arguments.checkpoint,
+        device,
+        inference_precision(device),
+        weights=arguments.weights,
+        clips=clips,
+    )
+    data = DataConfig(train=arguments.train, root=arguments.root)
+    manifests = [open_manifest(data, path) for path in (arguments.train, arguments.validation)]
+    names = names_of_both(*manifests)
+    train, validation = (table_of(extractor, manifest, arguments) for manifest in manifests)
+    results = {}
+    if "knn" in kinds:
+        for k, scores in nearest_neighbours(train, validation, len(names)).items():
+            results[f"{k} nearest neighbours"] = summarise(scores, names)
+    if "logistic" in kinds:
+        penalty, scores = logistic_regression(train, validation, len(names))
+        results["logistic regression"] = {"penalty": penalty, **summarise(scores, names)}
+    return results
+
+
+def table_of(
+    extractor: Extractor, manifest: Manifest, arguments: argparse.Namespace
+) -> FeatureTable:
+    """One vector of each video: of the clip in its middle."""
+    try:
+        features = extractor.of_videos(
+            manifest, MIDDLE, Reading(workers=arguments.workers), Processes()
+        )
+    finally:
+        end_workers()
+    return FeatureTable(manifest, features)
+
+
+def probe_trained(
+    arguments: argparse.Namespace, clips: ClipChoice, kind: str, output: Path
+) -> dict[str, Any]:
+    """Train a head on the frozen encoder, by the loop of fine-tuning."""
+    config = load_config(FinetuneConfig, ROOT / "configs" / "probe" / f"{kind}.yaml", arguments.set)
+    config = for_checkpoint(config, arguments.checkpoint, arguments.weights)
+    config = replace(
+        config,
+        output_dir=str(output),
+        data=replace(
+            clips.of(config.data),
+            train=arguments.train,
+            validation=arguments.validation,
+            root=arguments.root,
+            workers=arguments.workers,
+        ),
+        engine=replace(config.engine, device=arguments.device),
+    )
+    result = test(config, finetune(config))
+    assert result is not None
+    print(f"\n{kind} probe: {describe_test(result)}")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())
