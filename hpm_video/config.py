@@ -6,6 +6,7 @@ logging); the others do, and a run that has begun refuses to go on with another 
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -573,6 +574,11 @@ class FinetuneConfig(RunConfig):
                 f"{clips} ({self.micro_batch} videos, data.repeats={self.data.repeats}); take an "
                 f"even engine.micro_batch, or augmentation.mixup=0 augmentation.cutmix=0"
             )
+        if self.model.pooling == "batch_norm" and clips < 2:
+            raise ConfigError(
+                "model.pooling=batch_norm standardises over the clips of a forward pass, and needs "
+                "two at least; take a larger engine.micro_batch"
+            )
         if self.test.weights == "average" and self.recipe.average_momentum is None:
             raise ConfigError(
                 "test.weights=average needs an average: set recipe.average_momentum, for example "
@@ -611,7 +617,7 @@ def _grid_of(data: DataConfig, model: EncoderConfig) -> TokenGrid:
         ) from error
 
 
-def load_config(schema: type[Config], path: Path, overrides: list[str]) -> Config:
+def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> Config:
     """Schema defaults, then the YAML file, then ``section.key=value`` overrides.
 
     Raises:
@@ -626,10 +632,14 @@ def load_config(schema: type[Config], path: Path, overrides: list[str]) -> Confi
     if odd:
         raise ConfigError(f"an override must look like section.key=value, got {odd[0]!r}")
     try:
-        layers = OmegaConf.merge(
-            OmegaConf.structured(schema), OmegaConf.load(path), OmegaConf.from_dotlist(overrides)
-        )
-        config = OmegaConf.to_object(layers)
+        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        open_keys = sorted(OmegaConf.missing_keys(given))
+        if open_keys:
+            raise ConfigError(
+                f"{path} leaves {open_keys[0]} to you: give {open_keys[0]}=VALUE, or "
+                f"{open_keys[0]}=null for none"
+            )
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
     except ConfigError:
         raise
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
@@ -639,20 +649,20 @@ def load_config(schema: type[Config], path: Path, overrides: list[str]) -> Confi
     return config
 
 
-def load_any_config(path: Path) -> PretrainConfig | FinetuneConfig:
-    """The config of a run, of whichever kind it is.
+def load_any_config(path: Path, overrides: Sequence[str] = ()) -> PretrainConfig | FinetuneConfig:
+    """The config of a run, of whichever kind it is: that of pre-training has a section masking.
 
     Raises:
         ConfigError: there is no such file, or it is not such a config.
     """
     if not path.is_file():
         raise ConfigError(
-            f"{path.parent} is no checkpoint folder (it has no {path.name}); give one of a run, "
-            f"such as RUN/checkpoints/last"
+            f"there is no {path}; give a config, or a checkpoint folder of a run, such as "
+            f"RUN/checkpoints/last"
         )
     if re.search(r"^masking:", path.read_text(encoding="utf-8"), re.MULTILINE):
-        return load_config(PretrainConfig, path, [])
-    return load_config(FinetuneConfig, path, [])
+        return load_config(PretrainConfig, path, overrides)
+    return load_config(FinetuneConfig, path, overrides)
 
 
 def save_config(config: object, path: Path) -> None:

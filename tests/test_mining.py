@@ -14,7 +14,7 @@ from hpm_video.progress import Progress
 from hpm_video.token_grid import TokenGrid
 from hpm_video.training.engine import TorchEngine
 from hpm_video.training.metrics import Meter
-from hpm_video.training.optim import make_adamw
+from hpm_video.training.optim import make_adamw, parameter_groups
 from hpm_video.training.teacher import MomentumSchedule, make_teacher
 
 SHAPES = {"video": ((4, 32, 32), (2, 8, 8)), "image": ((1, 48, 32), (1, 8, 8))}
@@ -64,7 +64,7 @@ def make(
         teacher=teacher,
         momentum=MomentumSchedule("warmup", 0.0, 0.99),
     )
-    optimizer = make_adamw(student, weight_decay=0.05, betas=(0.9, 0.95))
+    optimizer = make_adamw(parameter_groups(student, 0.05), betas=(0.9, 0.95))
     return student, objective, TorchEngine(student, optimizer, device=CPU)
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpm_video.config import ConfigError, PretrainConfig, load_config
+from hpm_video.config import ConfigError, FinetuneConfig, PretrainConfig, load_any_config
 from hpm_video.masking import TokenMask
 from hpm_video.pretrain import build_objective, build_student
+from hpm_video.recognition import build_classifier
 
 
 def main() -> int:
@@ -21,11 +22,13 @@ def main() -> int:
     print(f"{'config':24}{'student':>10}{'teacher':>10}   GMAC per clip and update")
     for path in arguments.config:
         try:
-            config = load_config(PretrainConfig, path, arguments.set)
+            config = load_any_config(path, arguments.set)
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        student, teacher = count(config)
+        student, teacher = (
+            count(config) if isinstance(config, PretrainConfig) else (count_classifier(config), 0.0)
+        )
         print(f"{path.stem:24}{student:10.1f}{teacher:10.1f}")
     return 0
 
@@ -49,6 +52,17 @@ def count(config: PretrainConfig) -> tuple[float, float]:
             if masks.strategy.picks:
                 model.score_all(clip)
     return student.get_total_flops() / 2e9, teacher.get_total_flops() / 2e9
+
+
+def count_classifier(config: FinetuneConfig) -> float:
+    """Multiply-adds in thousands of millions: forward and backward of one clip."""
+    with torch.device("meta"):
+        model = build_classifier(config, config.model.num_classes or 2)
+        clips = torch.empty(2, config.model.channels, *config.data.clip_size)  # for a batch norm
+        with FlopCounterMode(display=False) as counter:
+            model(clips).sum().backward()
+    flops: int = counter.get_total_flops()
+    return flops / len(clips) / 2e9
 
 
 if __name__ == "__main__":

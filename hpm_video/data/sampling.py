@@ -70,3 +70,16 @@ def _check(num_video_frames: int, num_frames: int, stride: int) -> None:
             f"a clip needs at least one frame of the video, one frame and a stride of 1, got "
             f"{num_video_frames}, {num_frames} and {stride}"
         )
+
+
+def window_indices(num_video_frames: int, num_frames: int, stride: int, every: int) -> Indices:
+    """Dense clips of a window that slides over the video: -> (windows, num_frames)
+
+    They start at 0, ``every``, 2 ``every`` ... as long as they fit. Where the last of these does
+    not end with the video, one more does.
+    """
+    if every < 1:
+        raise ValueError(f"windows need at least one frame from one to the next, got {every}")
+    spare = max(num_video_frames - num_frames * stride, 0)
+    starts = [*range(0, spare, every), spare]
+    return np.stack([_dense(num_video_frames, num_frames, stride, start=at) for at in starts])

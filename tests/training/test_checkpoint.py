@@ -38,7 +38,7 @@ def save(folder, update, config, module=None, **state):
         {"model": module or nn.Linear(3, 2)},
         optimizer={"state": {0: {"step": torch.tensor(1.0)}}},
         state={"update": update, **state},
-        config=config,
+        attached=[config],
     )
 
 
@@ -90,7 +90,7 @@ for big in ("model", "optimizer"):
     optimizer = {{"state": torch.zeros(100_000 if big == "optimizer" else 1)}}
     try:
         save_checkpoint(checkpoint_path(folder, 2), {{"model": module}}, optimizer=optimizer,
-                        state={{"update": 2}}, config=folder / "config.yaml")
+                        state={{"update": 2}}, attached=[folder / "config.yaml"])
     except CheckpointError as error:
         print(error)
 """
