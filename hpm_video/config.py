@@ -28,7 +28,7 @@ from hpm_video.masking import (
     StrategyName,
     count_masked,
 )
-from hpm_video.models.classifier import Pooling
+from hpm_video.models.classifier import Init, Pooling
 from hpm_video.models.pos_embed import Positions
 from hpm_video.models.vit import TransformerSize
 from hpm_video.targets import TargetKind
@@ -113,6 +113,8 @@ class ClassifierConfig(EncoderConfig):
     """``mean_norm`` for fine-tuning, ``batch_norm`` for a linear probe, ``attentive``."""
     frozen: bool = False
     """Whether the encoder stays as it is, so that only pooling and head learn."""
+    init: Init = "truncated_normal"
+    """How what does not come from ``init_weights`` starts; ``xavier`` for narrow models."""
     head_dropout: float = 0.0
     head_init_scale: float = 0.001
 
@@ -158,7 +160,7 @@ class DataConfig:
     flip: bool = False
     """Whether a mirrored video keeps its meaning: then half of the training clips are mirrored.
     Never where labels depend on direction, as those of Something-Something do."""
-    label_names: str | None = None
+    label_names: str | None = unrelated(default=None)
     """Text file with the name of class i in line i; by default names are taken from the manifest's
     column ``label_name``."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -174,6 +176,7 @@ class DataConfig:
         _at_least(
             1, num_frames=self.num_frames, frame_stride=self.frame_stride, repeats=self.repeats
         )
+        _at_least(1, height=self.frame_size[0], width=self.frame_size[1])
         if self.max_frame_stride is not None and self.max_frame_stride < self.frame_stride:
             raise ConfigError(
                 f"data.max_frame_stride must be at least data.frame_stride "

@@ -1,5 +1,6 @@
-"""How a program of ``tools/`` ends: one message for a wrong input, and an exit code."""
+"""What the programs of ``tools/`` share: kinds of arguments, and how they end."""
 
+import argparse
 import logging
 import os
 import shlex
@@ -11,7 +12,7 @@ import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from hpm_video.config import ConfigError
-from hpm_video.data.dataset import TooManyBadFiles
+from hpm_video.data.dataset import TooManyBadFiles, Views
 from hpm_video.data.decode import DecodeError, DecoderError
 from hpm_video.data.manifest import ManifestError
 from hpm_video.evaluation import BadTestFilesError
@@ -55,7 +56,8 @@ def run(command: Callable[[], None]) -> int:
         sys.stdout.write("\nstopped\n")
         return 130
     except torch.OutOfMemoryError as error:
-        sys.stderr.write(f"\nerror: {error}\nTake fewer clips per pass (engine.micro_batch).\n")
+        remedy = "engine.micro_batch, test.clips_per_pass or --clips-per-pass"
+        sys.stderr.write(f"\nerror: {error}\nTake fewer clips per pass: {remedy}.\n")
         return WRONG_INPUT
     except EXPECTED as error:
         sys.stderr.write(f"\nerror: {error}\n")
@@ -78,3 +80,26 @@ def shortest(path: Path | str) -> str:
     return shlex.quote(
         str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
     )
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    """An argument that is a whole number from 0 on."""
+    return 0 if text == "0" else positive(text)
+
+
+def parse_views(text: str) -> Views:
+    """An argument such as ``5x3``: 5 clips of each video, and 3 crops of each clip."""
+    clips, _, crops = text.partition("x")
+    try:
+        return Views(positive(clips), positive(crops))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"views are clips x crops, at least 1x1, such as 5x3; got {text!r}"
+        ) from None

@@ -22,16 +22,16 @@ MANY_CLASSES = 30
 
 
 class BadTestFilesError(Exception):
-    """Videos of a test do not decode. The message lists them all."""
+    """Videos of which features or a test are wanted do not decode. The message lists them all."""
 
     def __init__(self, failures: Sequence[Failure], num_files: int) -> None:
         self.failures = tuple(failures)
         listed = "\n".join(f"  {failure.path}: {failure.reason}" for failure in failures)
         super().__init__(
-            f"{len(failures)} of {num_files} videos of the test do not decode:\n{listed}\n"
-            "Repair them, or leave them out knowingly (test.exclude_bad_files=true in a config, "
-            "--exclude-bad-files for tools/evaluate.py): they then count as wrong, and the result "
-            "says how many they are"
+            f"{len(failures)} of {num_files} videos do not decode:\n{listed}\nRepair them, or take "
+            "them out of the manifest. A test can leave them out knowingly "
+            "(test.exclude_bad_files=true, tools/evaluate.py --exclude-bad-files): they then count "
+            "as wrong, and the result says how many they are"
         )
 
 

@@ -63,10 +63,10 @@ class ClipChoice:
         """The data of a config with these clips."""
         return replace(
             data,
-            num_frames=self.num_frames or data.num_frames,
-            frame_stride=self.frame_stride or data.frame_stride,
+            num_frames=data.num_frames if self.num_frames is None else self.num_frames,
+            frame_stride=data.frame_stride if self.frame_stride is None else self.frame_stride,
             max_frame_stride=None,
-            frame_size=self.frame_size or data.frame_size,
+            frame_size=data.frame_size if self.frame_size is None else self.frame_size,
         )
 
 

@@ -45,20 +45,13 @@ def nearest_neighbours(
 ) -> dict[int, Scores]:
     """Classify by votes of the nearest training videos: -> scores for each number of neighbours
 
-    Numbers beyond that of the training videos are left out.
-
     Raises:
-        ValueError: all of them are.
+        ValueError: there are fewer training videos than neighbours.
     """
     bank, labels = train.tensors()
-    fitting = [k for k in neighbours if k <= len(bank)]
-    if not fitting:
-        raise ValueError(
-            f"k must be at most the number of training videos, {len(bank)}, got {list(neighbours)}"
-        )
     queries, _ = test.tensors()
     found = knn_probabilities(
-        queries, bank, labels, k=fitting, num_classes=num_classes, temperature=temperature
+        queries, bank, labels, k=neighbours, num_classes=num_classes, temperature=temperature
     )
     return {k: _scores(test, probabilities) for k, probabilities in found.items()}
 

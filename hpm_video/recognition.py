@@ -68,6 +68,7 @@ def build_classifier(config: FinetuneConfig, num_classes: int) -> VideoClassifie
             head_init_scale=model.head_init_scale,
             drop_path=model.drop_path,
             checkpoint_activations=model.checkpoint_activations,
+            init=model.init,
         )
 
 

@@ -37,6 +37,38 @@ checkpoint: {{every_updates: 5, keep_last: 1, keep_every_epochs: 4}}
 """
 
 
+FINETUNE_CONFIG = """
+init_weights: {init_weights}
+model:
+  encoder: {{dim: 16, depth: 1, num_heads: 2}}
+  patch_size: [2, 8, 8]
+  drop_path: 0.2
+  head_dropout: 0.2
+  init: xavier
+data:
+  train: {train}
+  validation: {validation}
+  num_frames: 4
+  frame_stride: 2
+  frame_size: [32, 32]
+  repeats: 2
+  workers: 0
+recipe:
+  epochs: 20
+  batch_size: 6
+  base_lr: 0.4
+  warmup_epochs: 2
+  layer_decay: 0.9
+  average_momentum: 0.8
+augmentation: {{area: [0.5, 1.0], rand_augment: rand-m3-n1, mix_probability: 0.5, mixup: 0.2}}
+engine: {{precision: fp32, threads: 1, device: cpu}}
+logging: {{every_updates: 1, validate_every_epochs: 10, tensorboard: false}}
+checkpoint: {{every_updates: 5, keep_last: 1}}
+test: {{clips: 2, crops: 2, weights: average}}
+"""
+"""30 updates of 6 videos, each twice, of 9 videos in all."""
+
+
 DISTURBED = """
 import os, signal, sys
 from hpm_video.training import checkpoint, run
@@ -66,8 +98,8 @@ if {place!r} == "linking":
     checkpoint.Path.symlink_to = on_the_third_call(checkpoint.Path.symlink_to)
 sys.argv = {argv!r}
 sys.path.insert(0, "tools")
-import pretrain
-sys.exit(pretrain.main())
+import {tool}
+sys.exit({tool}.main())
 """
 """A run that gets a signal at a certain place, all processes of it."""
 
@@ -94,6 +126,34 @@ def videos(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def labelled_videos(tmp_path_factory) -> Path:
+    """Folders ``train`` with 9 and ``validation`` with 6 videos, in class folders by their tint."""
+    folder = tmp_path_factory.mktemp("labelled")
+    for split, seeds in {"train": range(3), "validation": range(100, 102)}.items():
+        for channel, name in enumerate(("red", "green", "blue")):
+            (folder / split / name).mkdir(parents=True)
+            for seed in seeds:
+                frames = moving_texture(seed) // 2
+                frames[..., channel] += 120
+                write_video(folder / split / name / f"{seed}.mp4", frames)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finetune_config(labelled_videos, finished_run, tmp_path_factory) -> Path:
+    """Fine-tuning from the finished pre-training run."""
+    path = tmp_path_factory.mktemp("finetune config") / "tiny.yaml"
+    path.write_text(
+        FINETUNE_CONFIG.format(
+            init_weights=finished_run / "checkpoints" / "last",
+            train=labelled_videos / "train",
+            validation=labelled_videos / "validation",
+        )
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
 def config_file(videos, tmp_path_factory) -> Path:
     """28 updates of 4 videos. Checkpoints in the middle of epochs (5, 10 ...), and at 14 and 28."""
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
@@ -106,21 +166,29 @@ def pretrain(config_file):
     """Start ``tools/pretrain.py`` in a process of its own."""
 
     def start(output_dir, *overrides, place=None, number="SIGKILL") -> subprocess.Popen:
-        arguments = ["tools/pretrain.py", str(config_file), f"output_dir={output_dir}", *overrides]
-        if place is not None:
-            arguments = ["-c", DISTURBED.format(place=place, signal=number, argv=arguments)]
-        environment = os.environ | {"PYTHONPATH": str(only_the_package(output_dir.parent))}
-        return subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        return start_tool("pretrain", config_file, output_dir, overrides, place, number)
 
     return start
+
+
+def start_tool(
+    tool, config, output_dir, overrides=(), place=None, number="SIGKILL"
+) -> subprocess.Popen:
+    """A run in a process of its own. At ``place`` it gets the signal ``number``."""
+    arguments = [f"tools/{tool}.py", str(config), f"output_dir={output_dir}", *overrides]
+    if place is not None:
+        code = DISTURBED.format(place=place, signal=number, argv=arguments, tool=tool)
+        arguments = ["-c", code]
+    environment = os.environ | {"PYTHONPATH": str(only_the_package(output_dir.parent))}
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def only_the_package(folder: Path) -> Path:
@@ -142,3 +210,51 @@ def finished_run(pretrain, tmp_path_factory) -> Path:
     assert process.returncode == 0, output
     (folder.parent / "output.txt").write_text(output)
     return folder
+
+
+@pytest.fixture(scope="session")
+def finetuned_run(finetune_config, tmp_path_factory) -> Path:
+    """The directory of a fine-tuning run, started as a user starts it; its output lies beside."""
+    folder = tmp_path_factory.mktemp("finetuned") / "run"
+    script = subprocess.run(
+        [str(ROOT / "run_finetune.sh"), str(finetune_config), f"output_dir={folder}"],
+        cwd=folder.parent,
+        env=os.environ | {"HPM_PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert script.returncode == 0, script.stdout + script.stderr
+    (folder.parent / "output.txt").write_text(script.stdout)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finetune(finetune_config):
+    """Start ``tools/finetune.py`` in a process of its own."""
+
+    def start(output_dir, *overrides, place=None, number="SIGKILL") -> subprocess.Popen:
+        return start_tool("finetune", finetune_config, output_dir, overrides, place, number)
+
+    return start
+
+
+@pytest.fixture
+def run_tool(tmp_path):
+    """Run a program of ``tools/`` to its end. -> exit code and output"""
+
+    def run(name, *arguments, launcher=()) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, *launcher, f"tools/{name}.py", *map(str, arguments)],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(only_the_package(tmp_path))},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        return done.returncode, done.stdout
+
+    return run

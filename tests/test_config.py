@@ -6,16 +6,37 @@ import torch
 
 from hpm_video.config import (
     ConfigError,
+    FinetuneConfig,
     PretrainConfig,
+    load_any_config,
     load_config,
     result_differences,
     save_config,
 )
+from hpm_video.finetune import augmentation, make_optimizer
+from hpm_video.finetune import build_objective as build_classification
 from hpm_video.pretrain import build_objective, build_student, make_update
+from hpm_video.recognition import build_classifier
 
 ROOT = Path(__file__).parent.parent
 ALL = sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))
 DEMO = ROOT / "configs" / "pretrain" / "demo.yaml"
+CLASSIFIERS = sorted(
+    path for folder in ("finetune", "probe") for path in (ROOT / "configs" / folder).glob("*.yaml")
+)
+FINETUNE_DEMO = ROOT / "configs" / "finetune" / "demo.yaml"
+FINETUNE_RECIPES = {  # METHOD: classes -> epochs, batch, copies, peak learning rate, layer decay
+    "k400_s": (400, 150, 384, 2, 7.5e-4, 0.75),
+    "k400_b": (400, 75, 384, 2, 7.5e-4, 0.75),
+    "k400_b800": (400, 100, 512, 1, 2e-3, 0.75),
+    "k400_l": (400, 35, 128, 2, 1e-3, 0.75),
+    "k400_h": (400, 50, 512, 2, 2e-3, 0.75),
+    "ssv2_s": (174, 40, 384, 2, 1.5e-3, 0.7),
+    "ssv2_b": (174, 30, 384, 2, 7.5e-4, 0.75),
+    "ssv2_b800": (174, 50, 512, 1, 1e-3, 0.75),
+    "ucf101_b": (101, 100, 128, 2, 2.5e-4, 0.7),
+    "hmdb51_b": (51, 100, 128, 2, 2.5e-4, 0.7),
+}
 RECIPES = {  # METHOD, section 3: data and size -> epochs, batch, peak learning rate, decoder depth
     "k400_s": (1600, 1024, 6e-4, 4),
     "k400_b": (800, 2048, 1.2e-3, 4),
@@ -107,6 +128,214 @@ def test_misspelt_key_is_an_error_that_knows_better():
 def test_a_value_that_cannot_be_run_is_named_with_its_rule(override, words):
     with pytest.raises(ConfigError, match=words):
         load_config(PretrainConfig, DEMO, [override])
+
+
+# --- Fine-tuning and probes ---------------------------------------------------------------------
+
+
+def load_classifier(path, overrides=()):
+    """A config of a classifier; where the pre-trained weights are left open, from scratch."""
+    open_weights = ["init_weights=null"] if "init_weights: ???" in path.read_text() else []
+    return load_config(FinetuneConfig, path, [*open_weights, *overrides])
+
+
+def name_of(path):
+    return f"{path.parent.name}/{path.stem}"
+
+
+@pytest.mark.parametrize("path", CLASSIFIERS, ids=name_of)
+def test_every_config_of_a_classifier_loads_round_trips_and_builds(path, tmp_path):
+    config = load_classifier(path)
+    save_config(config, tmp_path / "used.yaml")
+    assert load_config(FinetuneConfig, tmp_path / "used.yaml", []) == config
+    assert load_any_config(tmp_path / "used.yaml") == config
+    classes = config.model.num_classes or 8
+    with torch.device("meta"):
+        model = build_classifier(config, classes)
+        make_optimizer(config, model)
+    assert model.head.out_features == classes
+    assert model.frozen == (path.parent.name == "probe")
+    build_classification(replace(config, model=replace(config.model, num_classes=classes)), None)
+    augmentation(config)
+
+
+@pytest.mark.parametrize("path", CLASSIFIERS, ids=name_of)
+def test_every_config_of_a_classifier_is_short_and_says_how_to_run_it(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 45
+    assert any(line.startswith("# Run: ") for line in lines)
+
+
+@pytest.mark.parametrize("name", FINETUNE_RECIPES)
+def test_recipes_of_fine_tuning_are_videomaes(name):
+    config = load_classifier(FINETUNE_DEMO.with_name(f"{name}.yaml"))
+    recipe, model, how = config.recipe, config.model, config.augmentation
+    peak = pytest.approx(recipe.base_lr * recipe.batch_size / 256)
+    found = (model.num_classes, recipe.epochs, recipe.batch_size, config.data.repeats)
+    assert (*found, peak, recipe.layer_decay) == FINETUNE_RECIPES[name]
+    assert (recipe.optimizer, recipe.betas, recipe.weight_decay) == ("adamw", (0.9, 0.999), 0.05)
+    assert recipe.warmup_epochs == 5
+    strong = name in ("k400_h", "ucf101_b", "hmdb51_b")
+    regularised = (model.drop_path, model.head_dropout, recipe.min_lr)
+    assert regularised == ((0.2, 0.5, 1e-5) if strong else (0.1, 0.0, 1e-6))
+    assert (model.pooling, model.init) == ("mean_norm", "truncated_normal")
+    of_directions = name.startswith("ssv2")
+    assert config.data.sampling == ("segments" if of_directions else "dense")
+    assert config.data.flip != of_directions
+    assert (config.data.num_frames, config.data.frame_size) == (16, (224, 224))
+    assert (config.test.clips, config.test.crops) == ((2, 3) if of_directions else (5, 3))
+    assert (how.mixup, how.cutmix, how.mix_probability, how.erasing) == (0.8, 1.0, 1.0, 0.25)
+    assert (how.rand_augment, how.label_smoothing) == ("rand-m7-n4-mstd0.5-inc1", 0.1)
+
+
+def test_every_config_of_fine_tuning_is_in_the_table():
+    names = {path.stem for path in CLASSIFIERS if path.parent.name == "finetune"}
+    assert names == {*FINETUNE_RECIPES, "demo"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        # the clips of a video
+        (["data.sampling=segments", "data.max_frame_stride=9"], "takes no stride.*is 9; leave"),
+        (["data.sampling=sparse"], "sparse"),
+        (["data.repeats=0"], "repeats must be at least 1, got 0"),
+        (["data.frame_size=[50,48]"], "height .* got 50 .* 48 and 56"),
+        # the model
+        (["model.num_classes=1"], "num_classes must be at least 2, got 1"),
+        (["model.pretrained_grid=[0,6,6]"], r"pretrained_grid must be three positive .* \(0, 6, 6"),
+        (["model.pretrained_grid=[4,6]"], "pretrained_grid"),
+        (["model.frozen=true"], "pooling=mean_norm leaves out; take model.pooling=batch_norm"),
+        (["model.pooling=max"], "max"),
+        (["model.init=zero"], "zero"),
+        (["model.head_dropout=1"], r"model.head_dropout must lie in \[0, 1\), got 1"),
+        (["model.drop_path=-0.1"], r"model.drop_path must lie in \[0, 1\), got -0.1"),
+        (["model.encoder={dim: 30, depth: 1, num_heads: 3}"], "widths that 4 divides, got 30"),
+        (["model.channels=4"], "channels must be 3, .* got 4"),
+        (
+            ["model.pooling=batch_norm", "engine.micro_batch=1"],
+            "needs two at least; take a larger engine.micro_batch",
+        ),
+        # the recipe
+        (["recipe.layer_decay=0"], r"layer_decay must lie in \(0, 1\], got 0"),
+        (["recipe.layer_decay=1.1"], r"layer_decay must lie in \(0, 1\], got 1.1"),
+        (["recipe.average_momentum=1"], r"average_momentum must lie in \[0, 1\), got 1"),
+        (["recipe.optimizer=lion"], "lion"),
+        (
+            ["recipe.average_momentum=0.9", "model.pooling=batch_norm"],
+            "not the statistics of model.pooling=batch_norm; leave one of them out",
+        ),
+        (["engine.micro_batch=3"], "nearest that does is 2|nearest that does is 4"),
+        (["init_from=pupil"], "pupil"),
+        # the augmentation
+        (["augmentation.area=[0,1]"], r"area must be two rising positive .* got \(0"),
+        (["augmentation.area=[0.9,0.5]"], r"area must be two rising .* \(0.9, 0.5\)"),
+        (["augmentation.area=[0.5,1.5]"], r"at most 1, got \(0.5, 1.5\)"),
+        (["augmentation.ratio=[2,1]"], r"ratio must be two rising .* \(2"),
+        (["augmentation.erasing=1.5"], r"erasing must lie in \[0, 1\], got 1.5"),
+        (["augmentation.mix_probability=-1"], r"mix_probability must lie in \[0, 1\], got -1"),
+        (["augmentation.cutmix_probability=2"], r"cutmix_probability must lie in .* got 2"),
+        (["augmentation.mixup=-1"], "mixup and cutmix must be at least 0, got -1.0 and 0.0"),
+        (["augmentation.label_smoothing=1"], r"label_smoothing must lie in \[0, 1\), got 1"),
+        (["augmentation.rand_augment=strong"], "augmentation.rand_augment: .*strong"),
+        (
+            ["augmentation.mixup=0.8", "engine.micro_batch=1"],
+            r"must be even, got 1 \(1 videos, data.repeats=1\); take an even engine.micro_batch, "
+            "or augmentation.mixup=0 augmentation.cutmix=0",
+        ),
+        (
+            ["augmentation.cutmix=1", "recipe.batch_size=9", "data.repeats=3"],
+            r"must be even, got 27 \(9 videos, data.repeats=3\)",
+        ),
+        # the test
+        (["test.clips=0"], "clips must be at least 1, got 0"),
+        (["test.crops=0"], "crops must be at least 1, got 0"),
+        (["test.clips_per_pass=0"], "clips_per_pass must be at least 1, got 0"),
+        (["test.checkpoint=worst"], "worst"),
+        (["test.weights=average"], "needs an average: set recipe.average_momentum"),
+        (
+            ["test.checkpoint=best", "data.validation=null"],
+            "test.checkpoint=best needs data.validation",
+        ),
+    ],
+)
+def test_a_value_that_no_classifier_can_be_run_with_is_named_with_its_rule(overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        load_classifier(FINETUNE_DEMO, overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["augmentation.mixup=0.8", "engine.micro_batch=1", "data.repeats=2"],
+        ["augmentation.mixup=0.8", "augmentation.mix_probability=0", "engine.micro_batch=1"],
+        ["model.pooling=batch_norm", "engine.micro_batch=1", "data.repeats=2"],
+        ["model.pooling=attentive", "model.frozen=true", "recipe.average_momentum=0.9"],
+        ["test.weights=average", "recipe.average_momentum=0.9"],
+        ["data.sampling=segments", "data.frame_stride=6"],
+        ["recipe.layer_decay=1", "recipe.optimizer=sgd"],
+        ["model.pretrained_grid=[1,1,1]"],
+    ],
+)
+def test_what_a_rule_lets_through(overrides):
+    load_classifier(FINETUNE_DEMO, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["knn.train=a.csv"], "give both, or neither, got a.csv and None"),
+        (["knn.validation=a.csv"], "give both, or neither, got None and a.csv"),
+        (["knn.k=0"], "k must be at least 1, got 0"),
+        (["knn.videos=0"], "videos must be at least 1, got 0"),
+        (["knn.every_epochs=0"], "must be positive, got 0"),
+        (["knn.temperature=0"], "must be positive, got .* and 0"),
+    ],
+)
+def test_nearest_neighbours_that_cannot_be_are_refused(overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config(PretrainConfig, DEMO, overrides)
+
+
+def test_neighbours_change_no_result_of_pretraining():
+    old = load_config(PretrainConfig, DEMO, [])
+    new = load_config(PretrainConfig, DEMO, ["knn.train=a", "knn.validation=b", "knn.k=3"])
+    assert result_differences(old, new) == []
+
+
+def test_how_a_classifier_is_tested_changes_no_result_of_training():
+    old = load_classifier(FINETUNE_DEMO)
+    new = load_classifier(
+        FINETUNE_DEMO, ["test.clips=9", "test.manifest=x", "augmentation.erasing=0.5"]
+    )
+    assert result_differences(old, new) == ["augmentation.erasing: 0.0 -> 0.5"]
+
+
+def test_a_value_that_is_left_to_the_user_must_be_given():
+    path = FINETUNE_DEMO.with_name("k400_b.yaml")
+    with pytest.raises(
+        ConfigError, match="leaves init_weights to you: give init_weights=VALUE, or"
+    ):
+        load_config(FinetuneConfig, path, [])
+    assert load_config(FinetuneConfig, path, ["init_weights=X"]).init_weights == "X"
+    assert load_config(FinetuneConfig, path, ["init_weights=null"]).init_weights is None
+
+
+def test_the_kind_of_a_config_is_told_from_the_file(tmp_path):
+    for schema, shipped in ((PretrainConfig, DEMO), (FinetuneConfig, FINETUNE_DEMO)):
+        config = load_config(schema, shipped, [])
+        assert load_any_config(shipped) == config
+        save_config(config, tmp_path / "config.yaml")
+        assert load_any_config(tmp_path / "config.yaml") == config
+        changed = load_any_config(tmp_path / "config.yaml", ["seed=5"])
+        assert changed == replace(config, seed=5)
+    with pytest.raises(
+        ConfigError, match=r"there is no .*none/config.yaml; give .*checkpoints/last"
+    ):
+        load_any_config(tmp_path / "none" / "config.yaml")
+    (tmp_path / "config.yaml").write_text("colour: blue\n")
+    with pytest.raises(ConfigError, match="colour"):
+        load_any_config(tmp_path / "config.yaml")
 
 
 def test_missing_file_and_broken_yaml(tmp_path):

@@ -1,12 +1,13 @@
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from hpm_video.masking import TokenMask, choose_masked
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.models.pos_embed import position_table, sinusoid
+from hpm_video.models.pos_embed import position_table
 from hpm_video.models.vit import Transformer, TransformerSize
 from hpm_video.token_grid import TokenGrid
 
@@ -140,10 +141,92 @@ def test_block_equals_timms():
 
 
 def test_positions_are_interleaved_sine_and_cosine():
-    table = sinusoid(1568, 8)
+    table = position_table(TokenGrid(8, 14, 14), 8, "sequence")
+    assert table.shape == (1568, 8)
+    assert table.dtype == torch.float32
     assert table[0].tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
     angle = torch.tensor(37 / 10000 ** (2 / 8), dtype=torch.float64)
     torch.testing.assert_close(table[37, 2:4], torch.stack([angle.sin(), angle.cos()]).float())
+
+
+def coordinates(grid, source):
+    """Where the tokens' centres lie in a grid of pre-training, its own tokens' at whole numbers."""
+    lengths = zip(
+        (grid.time, grid.height, grid.width),
+        (source.time, source.height, source.width),
+        strict=True,
+    )
+    return [[(i + 0.5) / n * m - 0.5 for i in range(n)] for n, m in lengths]
+
+
+def sequence_code(index, dim):
+    return [
+        (math.cos if j % 2 else math.sin)(index / 10000 ** (2 * (j // 2) / dim)) for j in range(dim)
+    ]
+
+
+def half_and_half(x, dim):
+    rates = [10000 ** (-i / (dim // 2)) for i in range(dim // 2)]
+    return [f(x * rate) for f in (math.sin, math.cos) for rate in rates]
+
+
+PRETRAINED = TokenGrid(8, 14, 14)
+RESIZED = [
+    TokenGrid(16, 14, 14),
+    TokenGrid(8, 20, 20),
+    TokenGrid(4, 14, 14),
+    TokenGrid(8, 7, 28),
+    TokenGrid(1, 3, 5),
+]
+
+
+@pytest.mark.parametrize("kind", ["sequence", "space_time"])
+@pytest.mark.parametrize("grid", [PRETRAINED, TokenGrid(3, 5, 7), TokenGrid(1, 6, 4)])
+def test_positions_in_the_grid_of_pretraining_are_the_plain_ones_to_the_bit(kind, grid):
+    placed = position_table(grid, 24, kind, TokenGrid(grid.time, grid.height, grid.width))
+    assert torch.equal(placed, position_table(grid, 24, kind))
+
+
+def test_plain_positions_are_those_of_whole_indices():
+    expected = [sequence_code(index, 16) for index in range(1568)]
+    table = position_table(PRETRAINED, 16, "sequence")
+    # The rates are float32, which makes an index of a thousand inexact by 1e-4.
+    np.testing.assert_allclose(table, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("grid", RESIZED)
+def test_sequence_positions_in_another_grid_are_at_fractional_indices(grid):
+    times, rows, columns = coordinates(grid, PRETRAINED)
+    expected = [
+        sequence_code((14 * t + h) * 14 + w, 16) for t in times for h in rows for w in columns
+    ]
+    table = position_table(grid, 16, "sequence", PRETRAINED)
+    assert table.shape == (grid.num_tokens, 16)
+    np.testing.assert_allclose(table, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("grid", RESIZED)
+def test_space_time_positions_in_another_grid_are_at_fractional_coordinates(grid):
+    times, rows, columns = coordinates(grid, PRETRAINED)
+    at_start = np.array(half_and_half(0.0, 16))
+    expected = [
+        np.array(half_and_half(w, 8) + half_and_half(h, 8)) + half_and_half(t, 16) - at_start
+        for t in times
+        for h in rows
+        for w in columns
+    ]
+    table = position_table(grid, 16, "space_time", PRETRAINED)
+    np.testing.assert_allclose(table, expected, rtol=0, atol=1e-6)
+
+
+def test_centres_keep_their_place_when_time_doubles():
+    """Two tokens of a clip of twice the frames lie a quarter of a token around one of before."""
+    times, rows, columns = coordinates(TokenGrid(16, 14, 14), PRETRAINED)
+    assert times[:4] == [-0.25, 0.25, 0.75, 1.25]
+    assert rows == columns == list(range(14))
+    table = position_table(TokenGrid(16, 14, 14), 16, "sequence", PRETRAINED)
+    np.testing.assert_allclose(table[0], sequence_code(-49, 16), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(table[196], sequence_code(49, 16), rtol=0, atol=1e-5)
 
 
 def test_positions_are_in_no_checkpoint():

@@ -393,7 +393,7 @@ def show_masks() -> ModuleType:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     config = PretrainConfig(
-        model=ModelConfig(TINY, TINY, PATCH),
+        model=ModelConfig(encoder=TINY, decoder=TINY, patch_size=PATCH),
         data=DataConfig(num_frames=4, frame_stride=2, frame_size=(16, 24)),
         masking=MaskingConfig(ratio=0.75),
     )

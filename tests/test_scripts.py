@@ -11,12 +11,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = (
+    "run_finetune.sh",
     "run_pretrain.sh",
     "run_tests.sh",
     "requirements.txt",
     "pyproject.toml",
     "tests/requirements.txt",
     "tools/environment.sh",
+    "tools/launch.sh",
 )
 
 # Stands for Python: says yes to the checks (-c) and writes down what else it is started with.
@@ -39,6 +41,11 @@ class Clone:
             shutil.copy(ROOT / name, self.root / name)
         self.write("configs/pretrain/demo.yaml", "data: {train: datasets/demo/train.csv}")
         self.write("configs/pretrain/other.yaml", "data: {train: datasets/k400/train.csv}")
+        self.write(
+            "configs/finetune/demo.yaml",
+            "init_weights: runs/demo/checkpoints/last\ndata: {train: datasets/demo/train.csv}",
+        )
+        self.write("configs/finetune/other.yaml", "data: {train: datasets/k400/train.csv}")
         (self.root / "datasets" / "demo").mkdir(parents=True)
         self.python = folder / "my python"
         self.python.write_text(RECORDER)
@@ -130,6 +137,51 @@ def test_demo_data_is_made_once(clone: Clone) -> None:
     assert [start[1] for start in clone.starts()] == ["tools/pretrain.py"]
 
 
+FINETUNE = "configs/finetune/demo.yaml"
+PRETRAIN_FIRST = ["tools/pretrain.py", DEMO]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "starts"),
+    [
+        ([], [PREPARE, PRETRAIN_FIRST, ["tools/finetune.py", FINETUNE]]),
+        (
+            ["recipe.epochs=2", "output_dir=runs/my run"],
+            [
+                PREPARE,
+                PRETRAIN_FIRST,
+                ["tools/finetune.py", FINETUNE, "recipe.epochs=2", "output_dir=runs/my run"],
+            ],
+        ),
+        (
+            ["init_weights=null"],
+            [PREPARE, ["tools/finetune.py", FINETUNE, "init_weights=null"]],
+        ),
+        (
+            ["configs/finetune/other.yaml", "init_weights=w"],
+            [["tools/finetune.py", "configs/finetune/other.yaml", "init_weights=w"]],
+        ),
+    ],
+)
+def test_finetuning_makes_what_the_demo_starts_from(
+    clone: Clone, arguments: Sequence[str], starts: list[list[str]]
+) -> None:
+    result = clone.run("run_finetune.sh", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert clone.starts() == [[str(clone.root), *start] for start in starts]
+
+
+def test_finetuning_takes_the_weights_that_are_there(clone: Clone) -> None:
+    (clone.root / "runs" / "demo" / "checkpoints" / "last").mkdir(parents=True)
+    assert clone.run("run_finetune.sh").returncode == 0
+    assert [start[1] for start in clone.starts()] == [PREPARE[0], "tools/finetune.py"]
+
+
+def test_a_pretraining_that_was_stopped_stops_the_fine_tuning(clone: Clone) -> None:
+    assert clone.run("run_finetune.sh", env={"EXIT_CODE": "130"}).returncode == 130
+    assert [start[1] for start in clone.starts()] == [PREPARE[0], "tools/pretrain.py"]
+
+
 def test_exit_code_is_pythons(clone: Clone) -> None:
     assert clone.run("run_pretrain.sh", env={"EXIT_CODE": "75"}).returncode == 75
 
@@ -140,12 +192,13 @@ def test_help(clone: Clone) -> None:
     assert "./run_pretrain.sh CONFIG [section.key=value ...]" in result.stdout
 
 
+@pytest.mark.parametrize("script", ["run_pretrain.sh", "run_finetune.sh"])
 @pytest.mark.parametrize(
     ("argument", "message"),
     [("configs/none.yaml", "no configuration configs/none.yaml"), ("--fast", "unknown option")],
 )
-def test_mistaken_argument(clone: Clone, argument: str, message: str) -> None:
-    result = clone.run("run_pretrain.sh", argument)
+def test_mistaken_argument(clone: Clone, script: str, argument: str, message: str) -> None:
+    result = clone.run(script, argument)
     assert result.returncode == 2
     assert message in result.stderr
     assert not clone.record.exists()

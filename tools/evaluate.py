@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hpm_video.config import ConfigError, DataConfig
-from hpm_video.console import EXIT_CODES, run
+from hpm_video.console import EXIT_CODES, not_negative, parse_views, positive, run
 from hpm_video.data.dataset import Views
 from hpm_video.data.loader import default_workers, end_workers
 from hpm_video.evaluation import describe, summarise, write_results
@@ -40,11 +40,13 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, help="checkpoint folder of a fine-tuning run")
     parser.add_argument("manifest", help="manifest or folder of class folders")
     parser.add_argument("--root", help="of relative paths in the manifest")
-    parser.add_argument("--views", type=views, help="clips x crops of each video, such as 5x3")
+    parser.add_argument(
+        "--views", type=parse_views, help="clips x crops of each video, such as 5x3"
+    )
     parser.add_argument("--weights", choices=("model", "average"), help="default: the config's")
-    parser.add_argument("--num-frames", type=int, help="default: as in training")
-    parser.add_argument("--frame-stride", type=int)
-    parser.add_argument("--frame-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--num-frames", type=positive, help="default: as in training")
+    parser.add_argument("--frame-stride", type=positive)
+    parser.add_argument("--frame-size", type=positive, nargs=2, metavar=("HEIGHT", "WIDTH"))
     parser.add_argument(
         "--exclude-bad-files",
         action="store_true",
@@ -52,26 +54,11 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="default: evaluations/NAME in the run's folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result there")
-    parser.add_argument("--workers", type=int, default=default_workers())
+    parser.add_argument("--workers", type=not_negative, default=default_workers())
     parser.add_argument("--decoder", choices=("auto", "pyav", "decord"), default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on GPUs")
     return parser.parse_args(command_line)
-
-
-def views(text: str) -> Views:
-    """``5x3`` -> 5 clips x 3 crops
-
-    Raises:
-        argparse.ArgumentTypeError: it is written in another way, or one of them is 0.
-    """
-    try:
-        clips, crops = (int(part) for part in text.split("x"))
-        return Views(clips, crops)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"views are clips x crops, at least 1x1, such as 5x3; got {text!r}"
-        ) from error
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

@@ -52,7 +52,7 @@ def tell_results(run_dir: Path, config: FinetuneConfig, result: dict[str, Any] |
         if path.exists():
             print(f"  {name:18}{path}")
     print("\nNext, let it name the action in a video:")
-    print(f"  {interpreter()} tools/predict.py {checkpoint} {example_video(config)}")
+    print(f"  {interpreter()} tools/predict.py {shortest(checkpoint)} {example_video(config)}")
 
 
 def example_video(config: FinetuneConfig) -> str:

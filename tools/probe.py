@@ -1,6 +1,6 @@
 """How good are frozen features? python tools/probe.py CHECKPOINT --train LIST --validation LIST.
 
-knn        votes of the nearest training videos by cosine similarity (10, 20, 100, 200 of them)
+knn        votes of the nearest training videos by cosine similarity
 logistic   logistic regression on cached features, solved to the optimum: seconds
 linear     the linear probe of the papers: SGD with augmentation, see configs/probe/linear.yaml
 attentive  a learned query attends over the tokens, see configs/probe/attentive.yaml
@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hpm_video.config import DataConfig, FinetuneConfig, load_config
-from hpm_video.console import EXIT_CODES, run
+from hpm_video.config import ConfigError, DataConfig, FinetuneConfig, load_config
+from hpm_video.console import EXIT_CODES, not_negative, positive, run
 from hpm_video.data.dataset import MIDDLE
 from hpm_video.data.loader import default_workers, end_workers
 from hpm_video.data.manifest import Manifest
@@ -24,6 +24,7 @@ from hpm_video.experiment import open_manifest
 from hpm_video.features import ClipChoice, Extractor, Reading, load_extractor
 from hpm_video.finetune import describe_test, finetune, for_checkpoint, test
 from hpm_video.labels import names_of_both
+from hpm_video.nearest import NEIGHBOURS
 from hpm_video.probing import FeatureTable, logistic_regression, nearest_neighbours
 from hpm_video.training.device import choose_device, inference_precision
 from hpm_video.training.distributed import Processes
@@ -52,12 +53,13 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--validation", required=True, help="the same, to be tested on")
     parser.add_argument("--root", help="of relative paths in the manifests")
     parser.add_argument("--probes", nargs="+", choices=CACHED + TRAINED, default=list(CACHED))
+    parser.add_argument("--neighbours", type=positive, nargs="+", default=list(NEIGHBOURS))
     parser.add_argument("--weights", choices=("student", "teacher"), default="student")
-    parser.add_argument("--num-frames", type=int, help="default: as in pre-training")
-    parser.add_argument("--frame-stride", type=int)
-    parser.add_argument("--frame-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--num-frames", type=positive, help="default: as in pre-training")
+    parser.add_argument("--frame-stride", type=positive)
+    parser.add_argument("--frame-size", type=positive, nargs=2, metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--output", type=Path, help="default: probes/ in the run's directory")
-    parser.add_argument("--workers", type=int, default=default_workers())
+    parser.add_argument("--workers", type=not_negative, default=default_workers())
     parser.add_argument("--device", default="auto")
     parser.add_argument(
         "--set",
@@ -110,10 +112,16 @@ def probe_cached(
     data = DataConfig(train=arguments.train, root=arguments.root)
     manifests = [open_manifest(data, path) for path in (arguments.train, arguments.validation)]
     names = names_of_both(*manifests)
+    if "knn" in kinds and max(arguments.neighbours) > len(manifests[0]):
+        raise ConfigError(
+            f"--neighbours must be at most the number of training videos, {len(manifests[0])}, "
+            f"got {max(arguments.neighbours)}"
+        )
     train, validation = (table_of(extractor, manifest, arguments) for manifest in manifests)
     results = {}
     if "knn" in kinds:
-        for k, scores in nearest_neighbours(train, validation, len(names)).items():
+        found = nearest_neighbours(train, validation, len(names), arguments.neighbours)
+        for k, scores in found.items():
             results[f"{k} nearest neighbours"] = summarise(scores, names)
     if "logistic" in kinds:
         penalty, scores = logistic_regression(train, validation, len(names))

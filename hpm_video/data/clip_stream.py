@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from hpm_video.data.dataset import ClipSpec, Failure, Views
+from hpm_video.data.dataset import ClipSpec, Failure, Views, known_frames
 from hpm_video.data.decode import (
     DecodeError,
     DecoderChoice,
@@ -18,7 +18,7 @@ from hpm_video.data.decode import (
     choose_decoder,
     open_video,
 )
-from hpm_video.data.loader import STALL_SECONDS, _init_worker
+from hpm_video.data.loader import STALL_SECONDS, init_worker
 from hpm_video.data.manifest import Manifest
 from hpm_video.data.sampling import Indices, window_indices
 from hpm_video.data.transforms import crop_and_resize, view_boxes
@@ -26,7 +26,24 @@ from hpm_video.data.transforms import crop_and_resize, view_boxes
 FIRST_RUN = 32
 """Frames that are read at first, before it is known how large they are."""
 RUN_BYTES = 2**27
-"""Frames that are read at once later on: about 20 of 1080p, 500 of 240p."""
+"""Of the frames that are read at once later on: about 20 of 1080p, 500 of 240p."""
+MOST_LISTED = 100
+"""Videos that an error names."""
+
+
+class BadVideosError(DecodeError):
+    """Some of many videos do not decode; the others were dealt with. The message names them."""
+
+    def __init__(self, failures: Sequence[Failure], num_files: int, rest: str) -> None:
+        super().__init__(f"{len(failures)} of {num_files} videos cannot be decoded")
+        self.failures = tuple(failures)
+        self._rest = rest
+
+    def __str__(self) -> str:
+        rows = [f"  {bad.path}: {bad.reason}" for bad in self.failures[:MOST_LISTED]]
+        if len(self.failures) > MOST_LISTED:
+            rows.append(f"  and {len(self.failures) - MOST_LISTED} more")
+        return "\n".join([f"{self.reason}:", *rows, self._rest])
 
 
 @dataclass(frozen=True)
@@ -96,16 +113,18 @@ class ClipStream(IterableDataset[Part]):
         worker = get_worker_info()
         own = self._places if worker is None else self._places[worker.id :: worker.num_workers]
         for place in own:
-            try:
-                yield from self._parts(place)
-            except DecodeError as error:
-                failure = Failure(self._manifest.files[place], error.reason)
-                yield Part(place, failure=failure)
+            yield from self._parts_or_failure(place)
+
+    def _parts_or_failure(self, place: int) -> Iterator[Part]:
+        try:
+            yield from self._parts(place)
+        except DecodeError as error:
+            yield Part(place, failure=Failure(self._manifest.files[place], error.reason))
 
     def _parts(self, place: int) -> Iterator[Part]:
-        stated, crops = self._manifest.num_frames[place], self._chosen.crops
+        crops = self._chosen.crops
         with open_video(self._manifest.files[place], self._decoder) as video:
-            num_frames = min(stated, video.num_frames) if stated > 0 else video.num_frames
+            num_frames = known_frames(self._manifest, place, video)
             table = clips_of(self._chosen, self._spec, num_frames)
             clips = self._clips(video, table)
             for first in range(0, len(table), self._clips_per_part):
@@ -151,7 +170,7 @@ def stream_parts(clips: ClipStream, *, workers: int) -> Generator[Part, None, No
         batch_size=None,
         num_workers=workers,
         timeout=STALL_SECONDS if workers else 0,
-        worker_init_fn=_init_worker,
+        worker_init_fn=init_worker,
         generator=torch.Generator(),  # otherwise making an iterator draws from the global one
         in_order=False,  # a long video does not hold up the others
     )

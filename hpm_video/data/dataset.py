@@ -253,7 +253,7 @@ class VideoClips(Dataset[Sample]):
         ]
         draws = [generator("clip", *key) for key in keys]
         with open_video(self.manifest.files[index], self._decoder) as video:
-            num_frames = _num_frames(self.manifest, index, video)
+            num_frames = known_frames(self.manifest, index, video)
             clips = [self.spec.draw_indices(num_frames, draw) for draw in draws]
             if self._repeats.same_frames:
                 clips = clips[:1] * len(clips)
@@ -326,7 +326,7 @@ class HeldOutClips(Dataset[Sample]):
         """-> (R, C, T, h, w) uint8"""
         spec = self.spec
         with open_video(self.manifest.files[index], self._decoder) as video:
-            num_frames = _num_frames(self.manifest, index, video)
+            num_frames = known_frames(self.manifest, index, video)
             clips = spec.spread_indices(num_frames, self.views.clips)
             frames, places = _read(video, list(clips))
         boxes = view_boxes(frames.shape[1], frames.shape[2], spec.frame_size, self.views.crops)
@@ -335,7 +335,7 @@ class HeldOutClips(Dataset[Sample]):
         return torch.stack([crop[:, place] for place in places for crop in crops])
 
 
-def _num_frames(manifest: Manifest, index: int, video: VideoReader) -> int:
+def known_frames(manifest: Manifest, index: int, video: VideoReader) -> int:
     """Of frames that a container promises, the manifest may know how many there are."""
     stated = manifest.num_frames[index]
     return min(stated, video.num_frames) if stated > 0 else video.num_frames

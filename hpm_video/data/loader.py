@@ -79,7 +79,7 @@ def _batches(
         collate_fn=_collate_or_report,
         pin_memory=pin,
         timeout=STALL_SECONDS if workers else 0,
-        worker_init_fn=_init_worker,
+        worker_init_fn=init_worker,
         generator=torch.Generator(),  # otherwise making an iterator draws from the global one
     )
     for batch in loader:
@@ -111,7 +111,7 @@ def _collate_or_report(samples: Sequence[Sample | Exception]) -> ClipBatch | Exc
     return collate([sample for sample in samples if isinstance(sample, Sample)])
 
 
-def _init_worker(_worker: int) -> None:
+def init_worker(_worker: int) -> None:
     """Leave Ctrl-C and SIGTERM to the parent: it saves, and then ends its workers.
 
     Terminals and schedulers signal all processes of a job. (torch sets workers to one thread.)

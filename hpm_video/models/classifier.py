@@ -1,6 +1,7 @@
 """Encoders of whole clips, with a head for classification or without one."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from hpm_video.models.attentive import AttentivePooling
 from hpm_video.models.pos_embed import Positions, position_table
-from hpm_video.models.vit import LAYER_NORM_EPS, Transformer, TransformerSize
+from hpm_video.models.vit import LAYER_NORM_EPS, Transformer, TransformerSize, init_linear
 from hpm_video.randomness import uniform
 from hpm_video.targets import patchify
 from hpm_video.token_grid import Size3, TokenGrid
@@ -19,6 +20,11 @@ Pooling = Literal["mean_norm", "batch_norm", "attentive"]
 fine-tuning; there is none before it. ``batch_norm``: the mean of normed tokens, each value
 standardised over the batch, for a linear probe. ``attentive``: a query that learns which of the
 normed tokens to look at."""
+
+
+Init = Literal["truncated_normal", "xavier"]
+"""How linear layers start: ``truncated_normal`` with deviation 0.02, as VideoMAE's fine-tuning has,
+or ``xavier``-uniform, as pre-training has. Narrow models trained from scratch need the latter."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class ClipEncoder(nn.Module):
         drop_path: float = 0.0,
         checkpoint_activations: bool = False,
         final_norm: bool = True,
+        init: Init = "truncated_normal",
     ) -> None:
         super().__init__()
         self.shape = shape
@@ -58,7 +65,7 @@ class ClipEncoder(nn.Module):
         self.encoder_pos: Tensor
         table = position_table(shape.grid, dim, shape.positions, shape.source_grid)
         self.register_buffer("encoder_pos", table, persistent=False)
-        self.encoder.apply(_init_linear)
+        self.encoder.apply(INITS[init])
 
     def encode(self, clips: Tensor, keys: Tensor | None = None) -> Tensor:
         """Tokens of normalised clips: (B, C, T, H, W), (B,) keys -> (B, N, D)
@@ -105,6 +112,7 @@ class VideoClassifier(ClipEncoder):
         head_init_scale: float = 0.001,
         drop_path: float = 0.0,
         checkpoint_activations: bool = False,
+        init: Init = "truncated_normal",
     ) -> None:
         """``frozen``: the encoder stays as it is, only what follows it learns."""
         super().__init__(
@@ -112,13 +120,15 @@ class VideoClassifier(ClipEncoder):
             drop_path=drop_path,
             checkpoint_activations=checkpoint_activations,
             final_norm=pooling != "mean_norm",
+            init=init,
         )
         dim = shape.size.dim
         self.pooling = _make_pooling(pooling, shape.size)
+        self.pooling.apply(INITS[init])
         self.head = nn.Linear(dim, num_classes)
         self.head_dropout = head_dropout
         self.frozen = frozen
-        _init_linear(self.head)
+        INITS[init](self.head)
         with torch.no_grad():
             for parameter in self.head.parameters():
                 parameter.mul_(head_init_scale)
@@ -177,15 +187,18 @@ class MeanBatchNorm(nn.Module):
 
 def _make_pooling(pooling: Pooling, size: TransformerSize) -> nn.Module:
     if pooling == "attentive":
-        module = AttentivePooling(size.dim, size.num_heads)
-        module.apply(_init_linear)
-        return module
+        return AttentivePooling(size.dim, size.num_heads)
     return MeanNorm(size.dim) if pooling == "mean_norm" else MeanBatchNorm(size.dim)
 
 
-def _init_linear(module: nn.Module) -> None:
-    """Truncated normal weights and zero biases for linear layers, as VideoMAE's fine-tuning has."""
+def _init_truncated_normal(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+INITS: dict[Init, Callable[[nn.Module], None]] = {
+    "truncated_normal": _init_truncated_normal,
+    "xavier": init_linear,
+}

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from einops import rearrange
 
 from hpm_video.losses import reconstruction_errors
 from hpm_video.masking import TokenMask, choose_masked, units_to_tokens
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.models.vit import Transformer, TransformerSize
+from hpm_video.models.vit import TransformerSize
 from hpm_video.pixels import normalise
 from hpm_video.targets import patchify, standardise
 from hpm_video.token_grid import TokenGrid
@@ -43,44 +42,31 @@ def theirs():
     return model
 
 
-@torch.no_grad()
-def copy_transformer(ours: Transformer, layers, norm):
-    for block, layer in zip(ours.blocks, layers, strict=True):
-        qkv = layer.attention.attention
-        block.attn.qkv.weight.copy_(torch.cat([qkv.query.weight, qkv.key.weight, qkv.value.weight]))
-        assert qkv.key.bias is None
-        block.attn.q_bias.copy_(qkv.query.bias)
-        block.attn.v_bias.copy_(qkv.value.bias)
-        block.attn.proj.load_state_dict(layer.attention.output.dense.state_dict())
-        block.mlp[0].load_state_dict(layer.intermediate.dense.state_dict())
-        block.mlp[2].load_state_dict(layer.output.dense.state_dict())
-        block.norm1.load_state_dict(layer.layernorm_before.state_dict())
-        block.norm2.load_state_dict(layer.layernorm_after.state_dict())
-    ours.norm.load_state_dict(norm.state_dict())
-
-
-@torch.no_grad()
-def copy_weights(theirs) -> MaskedAutoencoder:
+@pytest.fixture
+def ours(theirs, copy_blocks, copy_patch_embed) -> MaskedAutoencoder:
+    """With their weights."""
     grid = TokenGrid.of_clip(CLIP, PATCH)
-    ours = MaskedAutoencoder(grid, PATCH, ENCODER, DECODER).eval()
-    trunk = theirs.videomae
-    projection = trunk.embeddings.patch_embeddings.projection
-    weight = rearrange(projection.weight, "d c pt ph pw -> d (pt ph pw c)")
-    ours.patch_embed.load_state_dict({"weight": weight, "bias": projection.bias})
-    copy_transformer(ours.encoder, trunk.encoder.layer, trunk.layernorm)
-    decoder = ours.pixel_decoder
-    copy_transformer(decoder.transformer, theirs.decoder.decoder_layers, theirs.decoder.norm)
-    decoder.head.load_state_dict(theirs.decoder.head.state_dict())
-    ours.to_decoder.load_state_dict(theirs.encoder_to_decoder.state_dict())
-    ours.mask_token.copy_(theirs.mask_token.flatten())
-    return ours
+    model = MaskedAutoencoder(grid, PATCH, ENCODER, DECODER).eval()
+    trunk, decoder = theirs.videomae, theirs.decoder
+    copy_patch_embed(model.patch_embed, trunk.embeddings.patch_embeddings.projection)
+    copy_blocks(model.encoder, trunk.encoder.layer)
+    copy_blocks(model.pixel_decoder.transformer, decoder.decoder_layers)
+    pairs = [
+        (model.encoder.norm, trunk.layernorm),
+        (model.pixel_decoder.transformer.norm, decoder.norm),
+        (model.pixel_decoder.head, decoder.head),
+        (model.to_decoder, theirs.encoder_to_decoder),
+    ]
+    for own, other in pairs:
+        own.load_state_dict(other.state_dict())
+    model.mask_token.data.copy_(theirs.mask_token.data.flatten())
+    return model
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("per_channel", [True, False])
-def test_same_pixels_and_same_loss_for_the_hidden_tokens(theirs, per_channel):
+def test_same_pixels_and_same_loss_for_the_hidden_tokens(theirs, ours, per_channel):
     theirs.config.norm_pix_loss = per_channel
-    ours = copy_weights(theirs)
     pixels = torch.randint(256, (2, 3, *CLIP), dtype=torch.uint8)
     clips = normalise(pixels, MEAN, STD)
     units = choose_masked(None, torch.rand(2, ours.grid.tokens_per_frame), 3, num_hardest=0)

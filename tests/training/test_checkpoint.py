@@ -52,6 +52,21 @@ def test_a_checkpoint_is_read_back(tmp_path, config):
     assert (checkpoint / "config.yaml").read_text() == "seed: 0\n"
 
 
+def test_attached_files_are_copied_and_one_that_is_not_there_leaves_nothing(tmp_path, config):
+    names = tmp_path / "labels.txt"
+    names.write_text("a\nb\n")
+    folder = tmp_path / "checkpoints"
+    options = {"optimizer": {}, "state": {"update": 1}}
+    save_checkpoint(folder / "update-00000001", {}, attached=[config, names], **options)
+    (checkpoint,) = checkpoints_in(folder)
+    assert (checkpoint / "labels.txt").read_text() == "a\nb\n"
+    assert (checkpoint / "config.yaml").read_text() == "seed: 0\n"
+    names.unlink()
+    with pytest.raises(CheckpointError, match=r"cannot write the checkpoint .*labels.txt"):
+        save_checkpoint(folder / "update-00000002", {}, attached=[config, names], **options)
+    assert [path.name for path in folder.iterdir()] == ["update-00000001"]
+
+
 def test_what_was_not_finished_is_never_picked_up(tmp_path, config):
     save(tmp_path, 7, config)
     (tmp_path / ".writing-update-00000009").mkdir()
@@ -136,6 +151,18 @@ def test_weights_fit_or_every_difference_is_named(tmp_path):
     weights["0.bias"] = torch.zeros(2)
     assert load_weights(module, weights, tmp_path, may_lack=("1.",)) == ["1.weight", "1.bias"]
     assert not module[0].weight.any()
+
+
+def test_only_names_that_begin_as_told_may_be_missing_or_left(tmp_path):
+    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    weights = {"0.weight": torch.ones(2, 3), "0.bias": torch.ones(2), "head.bias": torch.ones(1)}
+    fresh = load_weights(module, weights, tmp_path, may_lack=("1.",), may_leave=("head.",))
+    assert fresh == ["1.weight", "1.bias"]
+    assert (module[0].weight == 1).all()
+    with pytest.raises(CheckpointError, match=r"missing 1.bias$"):
+        load_weights(module, weights, tmp_path, may_lack=("1.w",), may_leave=("head.",))
+    with pytest.raises(CheckpointError, match=r"left over head.bias$"):
+        load_weights(module, weights, tmp_path, may_lack=("1.",), may_leave=("bias",))
 
 
 def test_weights_that_are_not_there_or_cut_short(tmp_path):

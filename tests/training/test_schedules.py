@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.models.vit import TransformerSize
 from hpm_video.progress import Progress, Timeline
 from hpm_video.token_grid import TokenGrid
-from hpm_video.training.optim import parameter_groups
+from hpm_video.training.loop import fit
+from hpm_video.training.metrics import Meter
+from hpm_video.training.optim import layer_decay_of, make_adamw, make_sgd, parameter_groups
 from hpm_video.training.schedules import WarmupCosine, scaled_lr
 from hpm_video.training.teacher import MomentumSchedule, follow, make_teacher
 
@@ -94,3 +97,54 @@ def test_timeline_counts_videos(videos, batch, epochs, every):
     completed = sum(timeline.passes(update, every) for update in updates)
     total = int(timeline.at(len(updates)).exact_epoch / every)
     assert completed == total or batch > videos * every  # a batch may complete several at once
+
+
+def test_the_loop_gives_each_group_its_share_of_the_learning_rate():
+    groups = [{"lr_scale": 0.25}, {"lr_scale": 1.0}, {}]
+    engine = SimpleNamespace(
+        accumulate=0, model=None, param_groups=groups, gradient_norm=torch.zeros(())
+    )
+    objective = SimpleNamespace(settings=lambda _: {"more": 1.0}, after_update=lambda *_: None)
+    seen, logged = [], []
+
+    def after_update(progress, settings):
+        seen.append([group["lr"] for group in groups])
+        logged.append(settings)
+
+    timeline = Timeline(8, 2, 2)
+    meter = Meter(torch.device("cpu"))
+    run = SimpleNamespace(timeline=timeline, meter=meter, after_update=after_update)
+    schedule = WarmupCosine(peak=1.0, final=0.1, warmup_epochs=1)
+    fit(engine, objective, iter(()), schedule, run, start=3)
+    expected = [schedule.at(timeline.at(update)) for update in range(3, 8)]
+    assert expected[0] == 0.75
+    assert seen == [[0.25 * lr, lr, lr] for lr in expected]
+    assert logged == [{"lr": lr, "more": 1.0} for lr in expected]
+
+
+def test_layer_decay_falls_from_the_head_to_the_patches():
+    scale = layer_decay_of({"patches": 0, "first": 1, "last": 2, "head": 3}.__getitem__, 4, 0.5)
+    assert [scale(name) for name in ("patches", "first", "last", "head")] == [0.125, 0.25, 0.5, 1]
+
+
+def test_parameters_that_do_not_learn_are_in_no_group():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[0].requires_grad_(requires_grad=False)
+    groups = parameter_groups(model, 0.05)
+    assert {id(p) for group in groups for p in group["params"]} == {
+        id(p) for p in model[1].parameters()
+    }
+    assert all(group["lr_scale"] == 1 for group in groups)
+
+
+def test_optimizers_start_at_rest_with_the_settings_of_their_groups():
+    groups = parameter_groups(torch.nn.Linear(2, 2), 0.05, {"weight": 0.5, "bias": 0.25}.get)
+    adamw = make_adamw(groups, betas=(0.9, 0.95))
+    sgd = make_sgd(groups, momentum=0.9)
+    for optimizer in (adamw, sgd):
+        assert [(g["lr"], g["weight_decay"], g["lr_scale"]) for g in optimizer.param_groups] == [
+            (0, 0.05, 0.5),
+            (0, 0, 0.25),
+        ]
+    assert (adamw.defaults["betas"], adamw.defaults["eps"]) == ((0.9, 0.95), 1e-8)
+    assert (sgd.defaults["momentum"], sgd.defaults["nesterov"]) == (0.9, False)

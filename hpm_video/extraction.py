@@ -1,0 +1,192 @@
+"""Features of many videos, written into a folder."""
+
+import hashlib
+import logging
+import sys
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from hpm_video.data.clip_stream import ClipStream, Part, Windows, stream_parts
+from hpm_video.data.dataset import Failure, Views
+from hpm_video.data.decode import DecoderChoice
+from hpm_video.data.loader import BadFiles, end_workers
+from hpm_video.feature_folder import DType, FeatureFolder, Form, GrowingFile
+from hpm_video.features import FILE_OF, Extractor, WeightsOf
+from hpm_video.training.checkpoint import CheckpointError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is wanted of each video."""
+
+    views: Views | Windows
+    tokens: bool = False
+    """Every token of the last layer, instead of one vector for each view."""
+    dtype: DType = "float32"
+
+    def form(self, extractor: Extractor) -> Form:
+        """What the file of a video then holds."""
+        shape = extractor.model.shape
+        of_view = (shape.grid.num_tokens, shape.size.dim) if self.tokens else (shape.size.dim,)
+        return Form(of_view, self.dtype, windows=isinstance(self.views, Windows))
+
+
+def describe(
+    extractor: Extractor, checkpoint: Path, weights: WeightsOf, wanted: Wanted
+) -> dict[str, Any]:
+    """Everything that decides about features, for the settings of a folder."""
+    spec, views = extractor.spec, wanted.views
+    return {
+        "checkpoint": str(checkpoint.resolve()),
+        "weights": weights,
+        "weights_sha256": _digest(checkpoint / f"{FILE_OF.get(weights, weights)}.safetensors"),
+        **(
+            {"window_stride": views.every}
+            if isinstance(views, Windows)
+            else {"clips": views.clips, "crops": views.crops}
+        ),
+        "features": "tokens" if wanted.tokens else "pooled",
+        "dtype": wanted.dtype,
+        "view_shape": list(wanted.form(extractor).view_shape),
+        "num_frames": spec.num_frames,
+        "frame_stride": spec.frame_stride,
+        "frame_size": list(spec.frame_size),
+        "sampling": spec.sampling,
+        "mean": list(extractor.mean),
+        "std": list(extractor.std),
+        "device": extractor.device.type,
+        "precision": extractor.precision,
+    }
+
+
+def _digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def extract(
+    extractor: Extractor,
+    wanted: Wanted,
+    folder: FeatureFolder,
+    *,
+    decoder: DecoderChoice = "auto",
+    workers: int = 0,
+) -> list[Failure]:
+    """Compute what ``folder``, which was claimed, lacks. -> the videos that do not decode
+
+    The clips of a forward pass are of one video, so that the last bit of its features does not
+    depend on which other videos are computed.
+    """
+    places = folder.missing()
+    clips = ClipStream(
+        *(folder.manifest, places, extractor.spec, wanted.views),
+        decoder=decoder,
+        clips_per_part=extractor.clips_per_pass,
+    )
+    bad = BadFiles(folder.bad_files, num_files=len(folder.manifest), max_bad_share=1.0)
+    failures: list[Failure] = []
+    try:
+        with (
+            closing(_Bar(len(places))) as bar,
+            closing(_Writer(extractor, wanted, folder)) as writer,
+            closing(stream_parts(clips, workers=min(workers, len(places)))) as parts,
+        ):
+            for part in parts:
+                if part.failure is not None:
+                    failures.append(part.failure)
+                    bad.note([part.failure])
+                bar.advance(len(part.clips), is_last=writer.take(part))
+    finally:
+        end_workers()
+    folder.write_index()
+    return sorted(failures, key=lambda failure: failure.path)
+
+
+class _Writer:
+    """Turns parts of videos into files of features."""
+
+    def __init__(self, extractor: Extractor, wanted: Wanted, folder: FeatureFolder) -> None:
+        self._values = extractor.tokens if wanted.tokens else extractor.pooled
+        self._dtype = wanted.dtype
+        self._folder = folder
+        self._growing: dict[int, GrowingFile] = {}
+
+    def take(self, part: Part) -> bool:
+        """Write the features of a part. -> whether it is the last of its video"""
+        place = part.place
+        if part.failure is not None:
+            if place in self._growing:
+                self._growing.pop(place).give_up()
+            return True
+        features = self._features(part)
+        if place not in self._growing:
+            self._growing[place] = self._folder.begin(place, part.num_views)
+        growing = self._growing[place]
+        growing.add(features, part.starts)
+        if growing.views < part.num_views:
+            return False
+        self._folder.finish(place, growing, part.num_frames)
+        del self._growing[place]
+        return True
+
+    def _features(self, part: Part) -> NDArray[np.floating[Any]]:
+        values: Tensor = self._values(part.clips).cpu()
+        features: NDArray[np.floating[Any]] = values.to(getattr(torch, self._dtype)).numpy()
+        if not np.isfinite(features).all():
+            raise CheckpointError(
+                f"features of {self._folder.manifest.files[part.place]} reach "
+                f"{values.abs().max():g}, and {self._dtype} ends at {np.finfo(self._dtype).max}; "
+                f"take --dtype float32 and --precision fp32"
+            )
+        return features
+
+    def close(self) -> None:
+        """Throw away what is not whole."""
+        for growing in self._growing.values():
+            growing.give_up()
+
+
+class _Bar:
+    """How many videos are done. On a terminal a bar; elsewhere a line now and then."""
+
+    SECONDS_BETWEEN_LINES = 20.0
+
+    def __init__(self, videos: int) -> None:
+        self._bar = tqdm(
+            total=videos,
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty() or not videos,
+            bar_format="{percentage:3.0f}% |{bar:12}| {n}/{total} [{remaining} left{postfix}]",
+        )
+        self._videos = self._views = 0
+        self._began = self._last_line = time.monotonic()
+
+    def advance(self, views: int, *, is_last: bool) -> None:
+        """So many views are done, and maybe with them their video."""
+        self._views += views
+        self._videos += is_last
+        now = time.monotonic()
+        speed = f"{self._views / max(now - self._began, 1e-9):.0f} clips/s"
+        self._bar.set_postfix_str(speed, refresh=False)
+        self._bar.update(int(is_last))
+        if self._bar.disable and now - self._last_line > self.SECONDS_BETWEEN_LINES:
+            log.info("%d/%d videos, %s", self._videos, self._bar.total, speed)
+            self._last_line = now
+
+    def close(self) -> None:
+        """Leave the terminal as it is."""
+        self._bar.close()

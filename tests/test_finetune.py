@@ -1,0 +1,276 @@
+"""Fine-tuning, testing and probing, in processes of their own, on real small videos."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hpm_video.data.manifest import read_manifest
+from hpm_video.training.checkpoint import checkpoints_in, read_optimizer, read_state
+
+pytestmark = pytest.mark.slow
+
+
+def finish(process, code=0):
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == code, output
+    return output
+
+
+def result_of(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def rows_of(folder):
+    with (folder / "predictions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def lines_of(run_dir, kind):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def test_the_script_fine_tunes_and_tests(finetuned_run):
+    result = result_of(finetuned_run / "test")
+    assert result["top1"] >= 5 / 6, "three tints are easy"
+    assert result["chance"] == pytest.approx(1 / 3)
+    assert result["videos"] == 6
+    assert result["excluded"] == 0
+    how = result["test"]
+    assert (how["checkpoint"].rsplit("/")[-1], how["chosen_as"]) == ("update-00000030", "last")
+    assert (how["weights"], how["clips"], how["crops"]) == ("average", 2, 2)
+    losses = [line["loss"] for line in lines_of(finetuned_run, "train")]
+    assert len(losses) == 30
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    held_out = lines_of(finetuned_run, "held_out")
+    assert [line["update"] for line in held_out] == [15, 30]
+    assert {"top1", "top5", "cross_entropy"} <= set(held_out[-1])
+
+
+def test_predictions_are_those_of_every_video_once(finetuned_run, labelled_videos):
+    rows = rows_of(finetuned_run / "test")
+    manifest = read_manifest(labelled_videos / "validation")
+    assert [row["path"] for row in rows] == list(manifest.files)
+    assert [int(row["label"]) for row in rows] == list(manifest.labels)
+    for row in rows:
+        shares = [float(row[f"probability of {name}"]) for name in ("blue", "green", "red")]
+        assert sum(shares) == pytest.approx(1, abs=1e-4)
+        assert int(row["prediction"]) == int(np.argmax(shares))
+        assert row["prediction_name"] == ("blue", "green", "red")[int(row["prediction"])]
+        assert int(row["correct"]) == (row["prediction"] == row["label"])
+    correct = sum(int(row["correct"]) for row in rows)
+    assert result_of(finetuned_run / "test")["top1"] == pytest.approx(correct / 6)
+
+
+def test_what_the_script_says(finetuned_run):
+    output = (finetuned_run.parent / "output.txt").read_text()
+    for said in (
+        "start from the student's weights of",
+        "start fresh: pooling.norm.weight, pooling.norm.bias, head.weight, head.bias",
+        "the last checkpoint (average of update 30), 2 x 2 views of each video",
+        "top-1 ",
+        "(chance 0.333) on 6 videos",
+        "green ",
+        str(finetuned_run / "test" / "result.json"),
+        str(finetuned_run / "test" / "predictions.csv"),
+        str(finetuned_run / "test" / "confusion.png"),
+        "tools/predict.py",
+    ):
+        assert said in output, said
+    assert (finetuned_run / "test" / "confusion.png").read_bytes()[:4] == b"\x89PNG"
+    assert (finetuned_run / "curves.png").exists()
+
+
+def test_a_checkpoint_stands_alone(finetuned_run):
+    checkpoint = finetuned_run / "checkpoints" / "last"
+    assert {path.name for path in checkpoint.iterdir()} == {
+        *("model.safetensors", "average.safetensors", "optimizer.pt"),
+        *("state.json", "config.yaml", "labels.txt"),
+    }
+    assert (checkpoint / "labels.txt").read_text() == "blue\ngreen\nred\n"
+    model, average = (
+        load_file(checkpoint / f"{name}.safetensors") for name in ("model", "average")
+    )
+    assert model.keys() == average.keys()
+    assert not torch.equal(model["head.weight"], average["head.weight"])
+
+
+def test_the_best_is_the_highest_accuracy(finetuned_run):
+    scores = {line["update"]: line["top1"] for line in lines_of(finetuned_run, "held_out")}
+    best = max(scores, key=scores.__getitem__)
+    assert (finetuned_run / "checkpoints" / "best").resolve().name == f"update-{best:08d}"
+
+
+def test_a_second_start_neither_trains_nor_tests_again(finetuned_run, finetune):
+    before = (finetuned_run / "test" / "result.json").stat().st_mtime_ns
+    output = finish(finetune(finetuned_run))
+    assert "is complete: 30 updates were made" in output
+    assert "testing the" not in output
+    assert "top-1 " in output
+    assert (finetuned_run / "test" / "result.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM"])
+def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(
+    finetune, finetuned_run, tmp_path, number
+):
+    run = tmp_path / "run"
+    finish(finetune(run, place="update", number=number), {"SIGKILL": -9, "SIGTERM": 75}[number])
+    finish(finetune(run))
+    ours, theirs = (checkpoints_in(folder / "checkpoints")[-1] for folder in (run, finetuned_run))
+    for name in ("model", "average"):
+        expected = load_file(theirs / f"{name}.safetensors")
+        for key, tensor in load_file(ours / f"{name}.safetensors").items():
+            assert torch.equal(tensor, expected[key]), f"{name} {key}"
+    groups = [read_optimizer(folder)["param_groups"] for folder in (ours, theirs)]
+    assert groups[0] == groups[1]
+    assert len({group["lr_scale"] for group in groups[0]}) == 3  # patch embedding, block, head
+    assert result_of(run / "test")["top1"] == result_of(finetuned_run / "test")["top1"]
+    assert read_state(ours)["best"] == read_state(theirs)["best"]
+
+
+def test_other_classes_or_another_config_are_refused(finetuned_run, finetune, tmp_path):
+    output = finish(finetune(finetuned_run, "recipe.layer_decay=0.5"), code=2)
+    assert "recipe.layer_decay: 0.9 -> 0.5" in output
+    names = tmp_path / "names.txt"
+    names.write_text("blue\ngreen\nred\nyellow\n")
+    output = finish(finetune(finetuned_run, f"data.label_names={names}"), code=2)
+    assert "other classes (3, now 4)" in output or "model.num_classes: 3 -> 4" in output
+    names.write_text("red\ngreen\nblue\n")
+    output = finish(finetune(finetuned_run, f"data.label_names={names}"), code=2)
+    assert "class 0 is 'red' for training and 'blue' in the held-out manifest" in output
+
+
+def test_an_encoder_of_another_size_is_refused_before_anything_is_written(finetune, tmp_path):
+    run = tmp_path / "run"
+    output = finish(finetune(run, "model.encoder.dim=32", "model.patch_size=[1,8,8]"), code=2)
+    assert "model.encoder: TransformerSize(dim=16, depth=1, num_heads=2) there" in output
+    assert "model.patch_size: (2, 8, 8) there, (1, 8, 8) here" in output
+    assert not run.exists()
+
+
+def test_evaluate_says_what_the_run_said_over_any_number_of_processes(
+    finetuned_run, labelled_videos, run_tool, tmp_path
+):
+    checkpoint = finetuned_run / "checkpoints" / "last"
+    arguments = [checkpoint, labelled_videos / "validation", "--weights", "average"]
+    arguments += ["--views", "2x2", "--device", "cpu", "--workers", "0"]
+    results = []
+    for name, launcher in {
+        "one": (),
+        "two": ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        "four": ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"),
+    }.items():
+        output = tmp_path / name
+        code, said = run_tool("evaluate", *arguments, "--output", output, launcher=launcher)
+        assert code == 0, said
+        assert said.count("top-1 ") == 1, "only the first process reports"
+        results.append((result_of(output), rows_of(output)))
+    expected = result_of(finetuned_run / "test")
+    for result, rows in results:
+        assert {key: result[key] for key in expected if key != "test"} == {
+            key: expected[key] for key in expected if key != "test"
+        }
+        assert rows == rows_of(finetuned_run / "test")
+    code, said = run_tool("evaluate", *arguments, "--output", tmp_path / "one")
+    assert code == 2
+    assert "holds a result already; take another --output, or --overwrite" in said
+
+
+def test_bad_videos_stop_a_test_with_their_list_or_count_as_wrong(
+    finetuned_run, labelled_videos, run_tool, tmp_path
+):
+    videos = tmp_path / "videos"
+    shutil.copytree(labelled_videos / "validation", videos)
+    (videos / "red" / "a.mp4").write_text("no video")
+    (videos / "blue" / "z.mp4").write_bytes(b"")
+    checkpoint = finetuned_run / "checkpoints" / "last"
+    output = tmp_path / "output"
+    options = ["--weights", "average", "--views", "1x1", "--device", "cpu", "--output", output]
+    code, said = run_tool("evaluate", checkpoint, videos, *options)
+    assert code == 2
+    assert "2 of 8 videos of the test do not decode" in said
+    assert f"{videos}/red/a.mp4: " in said
+    assert f"{videos}/blue/z.mp4: the file is empty" in said
+    assert not output.exists()
+
+    code, said = run_tool("evaluate", checkpoint, videos, *options, "--exclude-bad-files")
+    assert code == 0, said
+    assert "2 of them do not decode: excluded, and counted as wrong" in said
+    result = result_of(output)
+    assert (result["videos"], result["excluded"]) == (8, 2)
+    assert result["top1"] <= 6 / 8
+    of_bad = [row for row in rows_of(output) if Path(row["path"]).name in ("a.mp4", "z.mp4")]
+    assert [(row["prediction"], row["correct"]) for row in of_bad] == [("", "0"), ("", "0")]
+    assert sorted(result["excluded_files"]) == sorted(row["path"] for row in of_bad)
+
+
+def test_probes_of_a_pretrained_encoder(finished_run, labelled_videos, run_tool, tmp_path):
+    arguments = ["probe", finished_run / "checkpoints" / "last", "--device", "cpu"]
+    arguments += ["--train", labelled_videos / "train", "--workers", "0"]
+    arguments += ["--validation", labelled_videos / "validation"]
+    code, said = run_tool(*arguments, "--probes", "knn", "--output", tmp_path / "none")
+    assert code == 2
+    assert "--neighbours must be at most the number of training videos, 9, got 200" in said
+
+    output = tmp_path / "probes"
+    code, said = run_tool(
+        *arguments,
+        *("--probes", "knn", "logistic", "linear", "attentive", "--neighbours", "3", "5"),
+        *("--output", output, "--set", "recipe.batch_size=6", "recipe.epochs=12"),
+        *("recipe.warmup_epochs=1", "engine.micro_batch=6", "engine.threads=1", "test.clips=1"),
+        *("recipe.base_lr=1", "logging.tensorboard=false"),
+    )
+    assert code == 0, said
+    found = json.loads((output / "probe.json").read_text())["probes"]
+    names = ["3 nearest neighbours", "5 nearest neighbours", "logistic regression"]
+    assert list(found) == [*names, "linear", "attentive"]
+    assert all(result["videos"] == 6 for result in found.values())
+    assert max(result["top1"] for result in found.values()) > 0.5
+    for name, result in found.items():
+        assert f"{name:28} {result['top1']:.3f}" in said
+    kept = load_file(finished_run / "checkpoints/last/model.safetensors")
+    for kind in ("linear", "attentive"):
+        probed = load_file(output / kind / "checkpoints/last/model.safetensors")
+        for key, tensor in probed.items():
+            assert not key.startswith(("encoder.", "patch_embed.")) or torch.equal(
+                tensor, kept[key]
+            )
+
+
+def test_nearest_neighbours_during_pretraining(pretrain, labelled_videos, tmp_path):
+    run = tmp_path / "run"
+    output = finish(
+        pretrain(
+            run,
+            f"knn.train={labelled_videos / 'train'}",
+            f"knn.validation={labelled_videos / 'validation'}",
+            *("knn.every_epochs=4", "knn.k=3", "recipe.epochs=6"),
+        )
+    )
+    probes = lines_of(run, "probe")
+    assert [line["update"] for line in probes] == [14, 21]
+    assert all(0 <= line["knn_top1"] <= 1 for line in probes)
+    assert "frozen features: knn_top1 " in output
+
+
+def test_looking_at_neighbours_changes_nothing(pretrain, labelled_videos, tmp_path):
+    runs = []
+    for name, knn in {
+        "without": (),
+        "with": (
+            f"knn.train={labelled_videos / 'train'}",
+            f"knn.validation={labelled_videos / 'validation'}",
+            *("knn.every_epochs=1", "knn.k=3"),
+        ),
+    }.items():
+        runs.append(tmp_path / name)
+        finish(pretrain(runs[-1], "recipe.epochs=2", "recipe.warmup_epochs=1", *knn))
+    weights = [load_file(run / "checkpoints/last/model.safetensors") for run in runs]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])

@@ -1,0 +1,261 @@
+"""Write features of videos: python tools/extract_features.py CHECKPOINT SOURCE OUTPUT.
+
+OUTPUT gets a file for each video, features/NAME.npy of (views, D), with --tokens (views, N, D);
+index.csv says which file is of which video. Sliding windows have their first frames in starts/.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+import hpm_video
+from hpm_video.config import PretrainConfig, load_any_config
+from hpm_video.console import not_negative, positive, run, shortest
+from hpm_video.data.clip_stream import BadVideosError, Windows
+from hpm_video.data.dataset import Failure, Views
+from hpm_video.data.decode import choose_decoder
+from hpm_video.data.loader import default_workers
+from hpm_video.data.manifest import Manifest, read_manifest
+from hpm_video.extraction import Wanted, describe, extract
+from hpm_video.feature_folder import FeatureFolder
+from hpm_video.features import FILE_OF, ClipChoice, Extractor, WeightsOf, load_extractor
+from hpm_video.recognition import load_recogniser
+from hpm_video.training.checkpoint import CheckpointError, read_state
+from hpm_video.training.device import choose_device, inference_precision
+
+PRETRAINED: tuple[WeightsOf, ...] = ("student", "teacher")
+CLASSIFIER: tuple[WeightsOf, ...] = ("model", "average")
+EXIT_CODES = """exit codes:
+  0    the features of every video are there
+  1    a fault of this program
+  2    a wrong input, or some videos do not decode: they are listed, the others have features
+  130  stopped by Ctrl-C: start the same command again
+"""
+
+
+def main(command_line: Sequence[str] | None = None) -> int:
+    """Extract, and say what was written."""
+    arguments = parse_arguments(command_line)
+    return run(lambda: write_features(arguments))
+
+
+def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="checkpoint folder of a run, pre-training or fine-tuning")
+    add("source", type=Path, help="manifest or folder of videos")
+    add("output", type=Path, help="folder to write to; a second start goes on in it")
+    add("--root", type=Path, help="where paths in the manifest start; default: its own folder")
+    add(
+        "--weights",
+        choices=(*PRETRAINED, *CLASSIFIER),
+        help="student (default) or teacher of pre-training, model (default) or average of a "
+        "classifier, whose features are what its head sees",
+    )
+    add("--clips", type=positive, metavar="N", help="clips spread over each video (default 1)")
+    add("--crops", type=positive, metavar="M", help="crops of each clip (default 1)")
+    add(
+        "--window-stride",
+        type=positive,
+        metavar="FRAMES",
+        help="instead of --clips: a clip every FRAMES frames, over the whole video",
+    )
+    add("--tokens", action="store_true", help="every token of the last layer, not one vector")
+    add("--dtype", choices=("float32", "float16"), default="float32")
+    add("--num-frames", type=positive, metavar="T", help="of a clip; default: as it was trained")
+    add("--frame-stride", type=positive, metavar="FRAMES", help="default: as it was trained")
+    add("--frame-size", type=positive, nargs=2, metavar=("H", "W"), help="likewise")
+    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    add(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="auto (default): bf16 on a GPU that is made for it, otherwise fp32",
+    )
+    add("--clips-per-pass", type=positive, metavar="N", help="fewer take less memory (default 32)")
+    add("--decoder", choices=("auto", "pyav", "decord"), default="auto")
+    add("--workers", type=not_negative, metavar="N", help="processes that decode")
+    arguments = parser.parse_args(command_line)
+    if arguments.window_stride and (arguments.clips or arguments.crops):
+        parser.error("--window-stride looks at every video in windows: leave out --clips, --crops")
+    return arguments
+
+
+def write_features(arguments: argparse.Namespace) -> None:
+    """Extract what is asked for, and tell.
+
+    Raises:
+        BadVideosError: some videos do not decode; the others were dealt with.
+        CheckpointError, ConfigError, ManifestError, DeviceError, OSError: a wrong input.
+    """
+    choose_decoder(arguments.decoder)
+    manifest = read_manifest(arguments.source, arguments.root)
+    extractor, weights = open_encoder(arguments)
+    wanted = Wanted(
+        Windows(arguments.window_stride)
+        if arguments.window_stride
+        else Views(arguments.clips or 1, arguments.crops or 1),
+        arguments.tokens,
+        arguments.dtype,
+    )
+    source = arguments.source.absolute()
+    base = (arguments.root or (source if source.is_dir() else source.parent)).absolute()
+    folder = FeatureFolder(arguments.output, manifest, base, wanted.form(extractor))
+    folder.claim(
+        {
+            "hpm_video": hpm_video.__version__,
+            "update": read_state(arguments.checkpoint)["update"],
+            **describe(extractor, arguments.checkpoint, weights, wanted),
+            "source": str(source),
+            "root": str(base),
+            "decoder": arguments.decoder,
+        }
+    )
+    before = len(folder)
+    print(announce(extractor, weights, wanted, folder))
+    workers = default_workers() if arguments.workers is None else arguments.workers
+    failures = extract(extractor, wanted, folder, decoder=arguments.decoder, workers=workers)
+    tell(folder, manifest, before, failures)
+    if failures:
+        raise BadVideosError(
+            failures,
+            len(set(manifest.files)),
+            f"They are listed in {folder.bad_files}, and the same command tries them again",
+        )
+
+
+def open_encoder(arguments: argparse.Namespace) -> tuple[Extractor, WeightsOf]:
+    """The encoder of a checkpoint of either kind, and which of its weights.
+
+    Raises:
+        CheckpointError, ConfigError, DeviceError: it cannot be used in this way.
+    """
+    checkpoint = arguments.checkpoint
+    config = load_any_config(checkpoint / "config.yaml")
+    pretrained = isinstance(config, PretrainConfig)
+    weights = choose_weights(checkpoint, PRETRAINED if pretrained else CLASSIFIER, arguments)
+    if config.data.sampling == "segments":
+        check_segments(arguments)
+    size = arguments.frame_size
+    clips = ClipChoice(
+        arguments.num_frames, arguments.frame_stride, None if size is None else (size[0], size[1])
+    )
+    device = choose_device(arguments.device)
+    precision = (
+        inference_precision(device) if arguments.precision == "auto" else arguments.precision
+    )
+    extractor = (
+        load_extractor(checkpoint, device, precision, weights=weights, clips=clips)
+        if pretrained
+        else load_recogniser(checkpoint, device, precision, weights=weights, clips=clips)[1]
+    )
+    if arguments.clips_per_pass is not None:
+        extractor = replace(extractor, clips_per_pass=arguments.clips_per_pass)
+    return extractor, weights
+
+
+def choose_weights(
+    checkpoint: Path, known: tuple[WeightsOf, ...], arguments: argparse.Namespace
+) -> WeightsOf:
+    """Those asked for, or the first of those that a checkpoint of this kind may have.
+
+    Raises:
+        CheckpointError: it does not have them.
+    """
+    weights: WeightsOf = arguments.weights or known[0]
+    there = [
+        name for name in known if (checkpoint / f"{FILE_OF.get(name, name)}.safetensors").is_file()
+    ]
+    if there and weights not in there:
+        raise CheckpointError(
+            f"{checkpoint} is of {'pre-training' if known == PRETRAINED else 'a classifier'} and "
+            f"has no weights of {weights!r}; take --weights {' or '.join(there)}"
+        )
+    return weights
+
+
+def check_segments(arguments: argparse.Namespace) -> None:
+    """Of an encoder whose clips span the whole video: make sure that a stride has a meaning.
+
+    Raises:
+        CheckpointError: it has none, or windows need one.
+    """
+    if arguments.window_stride and not arguments.frame_stride:
+        raise CheckpointError(
+            f"{arguments.checkpoint} was trained on clips that span the whole video "
+            f"(data.sampling=segments), so its windows have no frame stride; give --frame-stride"
+        )
+    if arguments.frame_stride and not arguments.window_stride:
+        raise CheckpointError(
+            f"{arguments.checkpoint} was trained on clips that span the whole video "
+            f"(data.sampling=segments), where --frame-stride plays no part; leave it out"
+        )
+
+
+def announce(
+    extractor: Extractor, weights: WeightsOf, wanted: Wanted, folder: FeatureFolder
+) -> str:
+    """What is about to be done."""
+    missing, there = len(folder.missing()), len(folder)
+    if not missing:
+        return f"all {videos(there)} there already"
+    spec, views = extractor.spec, wanted.views
+    height, width = spec.frame_size
+    stride = f"at stride {spec.frame_stride}"
+    if isinstance(views, Windows):
+        which = f"a clip every {views.every} frames"
+    else:
+        which = f"{views.clips} x {views.crops} view{'s' if views.count > 1 else ''}"
+        stride = stride if spec.sampling == "dense" else "spread over the video"
+    return (
+        f"{videos(missing)}{f' ({there} more there already)' if there else ''}, {which} of each: "
+        f"{spec.num_frames} frames of {height} x {width} {stride}; {weights}, "
+        f"{extractor.device.type}, {extractor.precision}"
+    )
+
+
+def videos(count: int) -> str:
+    """A number of them, in words."""
+    return f"{count} video{'' if count == 1 else 's'}"
+
+
+def tell(
+    folder: FeatureFolder, manifest: Manifest, before: int, failures: Sequence[Failure]
+) -> None:
+    """What was written, and how to load it."""
+    form = folder.form
+    print(
+        f"\nDone: features of {videos(len(folder))}, {len(folder) - before} of them new"
+        + (f"; without {len(failures)} that cannot be decoded" if failures else "")
+    )
+    of_view = ", ".join(map(str, form.view_shape))
+    rows = {
+        "features": f"{folder.path / 'features'}  (views, {of_view}) {form.dtype} for each video",
+        "first frames": f"{folder.path / 'starts'}  (views,) int64" if form.windows else "",
+        "index": f"{folder.path / 'index.csv'}",
+        "settings": f"{folder.path / 'settings.json'}",
+        "not decoded": f"{folder.bad_files}" if failures else "",
+    }
+    for name, what in rows.items():
+        if what:
+            print(f"  {name:14}{what}")
+    bad = {failure.path for failure in failures}
+    video = next((file for file in manifest.files if file not in bad), None)
+    if video is None:
+        return
+    path = folder.features_of(video)
+    print(f"\nTo load those of {shortest(video)}:")
+    print(f"  features = np.load({str(path)!r})  # {np.load(path, mmap_mode='r').shape}")
+    if form.windows:
+        print(f"  starts = np.load({str(folder.starts_of(video))!r})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
