@@ -369,7 +369,7 @@ class AugmentationConfig:
 
 
 @dataclass(frozen=True)
-class TestConfig:
+class EvaluationConfig:
     """How a fine-tuned classifier is tested."""
 
     manifest: str | None = None
@@ -565,7 +565,7 @@ class FinetuneConfig(RunConfig):
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     init_from: Literal["student", "teacher"] = "student"
     """Whose encoder of a pre-training run ``init_weights`` takes."""
-    test: TestConfig = unrelated(default=TestConfig())
+    test: EvaluationConfig = unrelated(default=EvaluationConfig())
 
     def __post_init__(self) -> None:
         super().__post_init__()

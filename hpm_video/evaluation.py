@@ -15,6 +15,7 @@ from torch import Tensor
 from hpm_video.confusion import draw_confusion
 from hpm_video.data.dataset import ClipBatch, Failure
 from hpm_video.data.manifest import Manifest
+from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.whole_files import written_beside
 
 MANY_CLASSES = 30
@@ -119,6 +120,7 @@ def collect(
 
     Raises:
         BadTestFilesError: videos do not decode, and are not to be excluded.
+        CheckpointError: a value is not finite.
         RuntimeError: a video was looked at twice or never, which would be a fault of this program.
     """
     if failures and not (exclude_bad_files and found):
@@ -126,6 +128,12 @@ def collect(
     table = np.full((len(manifest), len(found[0].mean)), np.nan)
     seen = np.zeros(len(manifest), dtype=np.int64)
     for place, mean in found:
+        if not np.isfinite(mean).all():
+            raise CheckpointError(
+                f"what the model says of {manifest.files[place]} is not finite: its "
+                f"weights have diverged, or bf16 does not hold them. Take an earlier checkpoint, or "
+                f"fp32"
+            )
         table[place] = mean
         seen[place] += 1
     bad = {failure.path for failure in failures}
@@ -155,7 +163,7 @@ def summarise(scores: Scores, label_names: Sequence[str]) -> dict[str, Any]:
     there = counts > 0
     return {
         "top1": float((ranks == 0).mean()),
-        "top5": float((ranks < 5).mean()),
+        "top5": float((ranks < min(5, num_classes)).mean()),
         "chance": 1 / num_classes,
         "largest_class": float(counts.max() / counts.sum()),
         "mean_class_top1": float((correct[there] / counts[there]).mean()),

@@ -1,6 +1,5 @@
 """Features of many videos, written into a folder."""
 
-import hashlib
 import logging
 import sys
 import time
@@ -21,7 +20,7 @@ from hpm_video.data.decode import DecoderChoice
 from hpm_video.data.loader import BadFiles, end_workers
 from hpm_video.feature_folder import DType, FeatureFolder, Form, GrowingFile
 from hpm_video.features import FILE_OF, Extractor, WeightsOf
-from hpm_video.training.checkpoint import CheckpointError
+from hpm_video.training.checkpoint import CheckpointError, weights_digest
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ def describe(
     return {
         "checkpoint": str(checkpoint.resolve()),
         "weights": weights,
-        "weights_sha256": _digest(checkpoint / f"{FILE_OF.get(weights, weights)}.safetensors"),
+        "weights_sha256": weights_digest(checkpoint, FILE_OF.get(weights, weights)),
         **(
             {"window_stride": views.every}
             if isinstance(views, Windows)
@@ -68,14 +67,6 @@ def describe(
         "device": extractor.device.type,
         "precision": extractor.precision,
     }
-
-
-def _digest(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            found.update(block)
-    return found.hexdigest()
 
 
 def extract(

@@ -53,7 +53,12 @@ from hpm_video.labels import check_labels, check_same_names, read_label_names, w
 from hpm_video.mixing import Mixing
 from hpm_video.models.classifier import VideoClassifier
 from hpm_video.recognition import build_classifier, load_recogniser, recogniser_of
-from hpm_video.training.checkpoint import load_weights, read_state, read_weights
+from hpm_video.training.checkpoint import (
+    load_weights,
+    read_state,
+    read_weights,
+    weights_digest,
+)
 from hpm_video.training.device import Precision, choose_device
 from hpm_video.training.distributed import Processes
 from hpm_video.training.engine import TorchEngine
@@ -76,7 +81,7 @@ def finetune(config: FinetuneConfig) -> Path:
     """
     data = open_data(config)
     label_names = find_label_names(config, data)
-    config = resolve(config, len(label_names))
+    config = resolve(config, len(label_names), RunDirectory(Path(config.output_dir).expanduser()))
     device = choose_device(config.engine.device)
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
@@ -106,7 +111,7 @@ def finetune(config: FinetuneConfig) -> Path:
     return directory.path
 
 
-def test(config: FinetuneConfig, run_dir: Path) -> dict[str, Any] | None:
+def evaluate_run(config: FinetuneConfig, run_dir: Path) -> dict[str, Any] | None:
     """Test a finished run as its config says. -> the result, none without a manifest to test on
 
     It is written to ``test/`` in the run directory. A test of the same checkpoint in the same way
@@ -125,12 +130,15 @@ def test(config: FinetuneConfig, run_dir: Path) -> dict[str, Any] | None:
     checkpoint = link.resolve()
     device = choose_device(config.engine.device)
     precision: Precision = read_state(checkpoint)["facts"]["precision"]
+    manifest = open_manifest(config.data, source)
     what = {
         "checkpoint": str(run_dir / "checkpoints" / checkpoint.name),
         "chosen_as": how.checkpoint,
         "weights": how.weights,
         "update": read_state(checkpoint)["update"],
+        "weights_sha256": weights_digest(checkpoint, how.weights),
         "manifest": source,
+        "videos_sha256": manifest.digest,
         "clips": how.clips,
         "crops": how.crops,
         "precision": precision,
@@ -148,9 +156,7 @@ def test(config: FinetuneConfig, run_dir: Path) -> dict[str, Any] | None:
     )
     reading = Reading(config.data.decoder, num_workers(config.data), how.exclude_bad_files)
     try:
-        scores = recogniser.score(
-            open_manifest(config.data, source), Views(how.clips, how.crops), reading, Processes()
-        )
+        scores = recogniser.score(manifest, Views(how.clips, how.crops), reading, Processes())
     finally:
         end_workers()
     result = {"test": what, **summarise(scores, recogniser.label_names)}
@@ -201,13 +207,21 @@ def _check_same_names(directory: RunDirectory, label_names: tuple[str, ...]) -> 
             )
 
 
-def resolve(config: FinetuneConfig, num_classes: int) -> FinetuneConfig:
+def resolve(
+    config: FinetuneConfig, num_classes: int, directory: RunDirectory | None = None
+) -> FinetuneConfig:
     """The config with what it left open: the number of classes, and the grid of pre-training.
+
+    A run that goes on in ``directory`` knows that grid, though its ``init_weights`` may be gone.
 
     Raises:
         ConfigError: the encoder of ``init_weights`` is of another shape.
     """
     model = replace(config.model, num_classes=num_classes)
+    if directory is not None and directory.newest is not None and model.pretrained_grid is None:
+        before = load_any_config(directory.newest / "config.yaml")
+        if isinstance(before, FinetuneConfig):
+            model = replace(model, pretrained_grid=before.model.pretrained_grid)
     source = config_beside(config.init_weights)
     if source is not None:
         _check_same_encoder(config, source)
@@ -440,8 +454,8 @@ def _describe_held_out(measures: dict[str, float]) -> str:
     )
 
 
-def describe_test(result: dict[str, Any]) -> str:
-    """The result of :func:`test` in some lines, for the terminal."""
+def describe_evaluation(result: dict[str, Any]) -> str:
+    """The result of :func:`evaluate_run` in some lines, for the terminal."""
     how = result["test"]
     return (
         f"the {how['chosen_as']} checkpoint ({how['weights']} of update {how['update']}), "

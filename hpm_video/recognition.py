@@ -20,7 +20,7 @@ from hpm_video.features import (
     encoder_shape,
     source_grid_of,
 )
-from hpm_video.labels import check_labels, read_label_names
+from hpm_video.labels import check_labels, check_same_names, read_label_names
 from hpm_video.models.classifier import VideoClassifier
 from hpm_video.randomness import key_of
 from hpm_video.training.checkpoint import CheckpointError, load_weights, read_weights
@@ -48,6 +48,7 @@ class Recogniser(Extractor):
             ManifestError: a video has no label, or one that the classifier does not know.
         """
         check_labels(manifest, len(self.label_names), "the videos of the test")
+        check_same_names(self.label_names, manifest)
         return Scores(
             manifest,
             self._over_videos(self.probabilities, manifest, views, reading, processes),

@@ -20,7 +20,7 @@ from hpm_video.config import ConfigError, FinetuneConfig, load_config
 from hpm_video.console import run
 from hpm_video.data.manifest import Manifest, write_manifest
 from hpm_video.experiment import open_manifest
-from hpm_video.finetune import finetune, test
+from hpm_video.finetune import evaluate_run, finetune
 from hpm_video.randomness import generator
 from hpm_video.whole_files import written_beside
 
@@ -71,7 +71,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
     Raises:
         ConfigError: the config has no weights to start from, or no videos to test on.
-        And what ``finetune`` and ``test`` raise.
+        And what ``finetune`` and ``evaluate_run`` raise.
     """
     config = load_config(FinetuneConfig, arguments.config, arguments.overrides)
     if config.init_weights is None or (config.test.manifest or config.data.validation) is None:
@@ -114,7 +114,7 @@ def run_trial(config: FinetuneConfig, trial: Trial, output: Path, updates: int |
         recipe=recipe,
     )
     print(f"\n== {trial.name}", flush=True)
-    result = test(own, finetune(own))
+    result = evaluate_run(own, finetune(own))
     assert result is not None
     print(f"top-1 {result['top1']:.3f}", flush=True)
     return replace(trial, top1=result["top1"])

@@ -9,7 +9,7 @@ from typing import Any
 from hpm_video.config import FinetuneConfig, load_config
 from hpm_video.console import EXIT_CODES, interpreter, run, shortest
 from hpm_video.data.manifest import read_manifest
-from hpm_video.finetune import describe_test, finetune, test
+from hpm_video.finetune import describe_evaluation, evaluate_run, finetune
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
     def command() -> None:
         config = load_config(FinetuneConfig, arguments.config, arguments.overrides)
         run_dir = finetune(config)
-        result = test(config, run_dir)
+        result = evaluate_run(config, run_dir)
         tell_results(run_dir, config, result)
 
     return run(command)
@@ -35,7 +35,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
 def tell_results(run_dir: Path, config: FinetuneConfig, result: dict[str, Any] | None) -> None:
     """The accuracies, where everything is, and what to do next."""
     if result is not None:
-        print(f"\nTested {describe_test(result)}")
+        print(f"\nTested {describe_evaluation(result)}")
     checkpoint = run_dir / "checkpoints" / config.test.checkpoint
     rows = {
         "checkpoint": checkpoint,

@@ -22,7 +22,7 @@ from hpm_video.data.manifest import Manifest
 from hpm_video.evaluation import summarise
 from hpm_video.experiment import open_manifest
 from hpm_video.features import ClipChoice, Extractor, Reading, load_extractor
-from hpm_video.finetune import describe_test, finetune, for_checkpoint, test
+from hpm_video.finetune import describe_evaluation, evaluate_run, finetune, for_checkpoint
 from hpm_video.labels import names_of_both
 from hpm_video.nearest import NEIGHBOURS
 from hpm_video.probing import FeatureTable, logistic_regression, nearest_neighbours
@@ -160,9 +160,9 @@ def probe_trained(
         ),
         engine=replace(config.engine, device=arguments.device),
     )
-    result = test(config, finetune(config))
+    result = evaluate_run(config, finetune(config))
     assert result is not None
-    print(f"\n{kind} probe: {describe_test(result)}")
+    print(f"\n{kind} probe: {describe_evaluation(result)}")
     return result
 
 

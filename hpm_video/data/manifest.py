@@ -1,6 +1,7 @@
 """Which videos there are, and what is known of each: reading and writing lists of videos."""
 
 import csv
+import hashlib
 import io
 import os
 import re
@@ -61,6 +62,12 @@ class Manifest:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the files' paths and labels, in hexadecimal."""
+        rows = zip(self.files, self.labels, strict=True)
+        return hashlib.sha256(repr(list(rows)).encode()).hexdigest()
 
     def spread(self, count: int) -> "Manifest":
         """At most ``count`` of the files, evenly over a list that may be sorted by class."""
@@ -245,7 +252,9 @@ def _label_names(
             f"{source} has a column label_name but no column label. Add the number of each class: "
             "numbers made up here would differ from one manifest to the next"
         )
-    named = pd.DataFrame({"label": labels, "name": table["label_name"]})
+    # On one line and without spaces around it, as a list of names can hold it.
+    one_line = table["label_name"].str.split().str.join(" ")
+    named = pd.DataFrame({"label": labels, "name": one_line})
     named = named[(named["label"] >= 0) & (named["name"] != "")].drop_duplicates()
     if (twice := named["label"].duplicated()).any():
         line = named.index[twice][0]

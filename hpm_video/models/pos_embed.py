@@ -38,7 +38,7 @@ def sequence(grid: TokenGrid, dim: int, source: TokenGrid) -> Tensor:
     time, height, width = _coordinates(grid, source)
     rows = time.view(-1, 1, 1) * source.height + height.view(-1, 1)
     index = (rows * source.width + width).reshape(-1, 1)
-    angle = index / 10000 ** (2 * (torch.arange(dim) // 2) / dim)
+    angle = index / 10000 ** (2 * (torch.arange(dim, dtype=torch.float64) // 2) / dim)
     angle[:, 0::2] = angle[:, 0::2].sin()
     angle[:, 1::2] = angle[:, 1::2].cos()
     return angle.float()

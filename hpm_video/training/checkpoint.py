@@ -10,6 +10,7 @@ A checkpoint is a folder ``update-00001600`` of
 It is written under another name and renamed once it is on the disk.
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -173,6 +174,16 @@ def read_weights(path: Path, name: str = "model") -> dict[str, Tensor]:
         return load_file(file)
     except SafetensorError as error:
         raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error
+
+
+def weights_digest(path: Path, name: str = "model") -> str:
+    """SHA-256 of the file of weights, in hexadecimal: equal where the weights are."""
+    file = path / f"{name}.safetensors" if path.is_dir() else path
+    found = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def load_weights(
