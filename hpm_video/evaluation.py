@@ -130,9 +130,8 @@ def collect(
     for place, mean in found:
         if not np.isfinite(mean).all():
             raise CheckpointError(
-                f"what the model says of {manifest.files[place]} is not finite: its "
-                f"weights have diverged, or bf16 does not hold them. Take an earlier checkpoint, or "
-                f"fp32"
+                f"what the model says of {manifest.files[place]} is not finite: its weights have "
+                f"diverged, or bf16 does not hold them. Take an earlier checkpoint, or fp32"
             )
         table[place] = mean
         seen[place] += 1

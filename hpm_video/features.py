@@ -26,14 +26,15 @@ from hpm_video.data.manifest import Manifest
 from hpm_video.evaluation import collect, score_videos
 from hpm_video.models.classifier import ClipEncoder, EncoderShape
 from hpm_video.pixels import normalise
+from hpm_video.randomness import key_of
 from hpm_video.token_grid import Size3, TokenGrid
 from hpm_video.training.checkpoint import load_weights, read_weights
 from hpm_video.training.device import AUTOCAST, Precision
 from hpm_video.training.distributed import Processes
 
-WeightsOf = Literal["student", "teacher", "model", "average"]
-"""Of a checkpoint: student or teacher of pre-training, a classifier or the average of its
-weights."""
+WeightsOf = Literal["student", "teacher", "model", "average", "untrained"]
+"""Of a checkpoint: student or teacher of pre-training, a classifier or the average of its weights;
+or those that pre-training began with, to compare with."""
 FILE_OF: dict[WeightsOf, str] = {"student": "model"}
 OF_DECODERS = ("mask_token", "to_decoder.", "pixel_decoder.", "difficulty_decoder.")
 """Weights of a masked autoencoder that are not its encoder's."""
@@ -175,9 +176,14 @@ def load_extractor(
     if not isinstance(config, PretrainConfig):
         raise ConfigError(f"{checkpoint} is of a classifier, not of pre-training")
     data = clips.of(config.data)
-    model = ClipEncoder(encoder_shape(config.model, data, source_grid_of(config)))
-    stored = read_weights(checkpoint, FILE_OF.get(weights, weights))
-    load_weights(model, stored, checkpoint, may_leave=OF_DECODERS)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key_of(config.seed, "weights"))
+        model = ClipEncoder(
+            encoder_shape(config.model, data, source_grid_of(config)), init="xavier"
+        )
+    if weights != "untrained":
+        stored = read_weights(checkpoint, FILE_OF.get(weights, weights))
+        load_weights(model, stored, checkpoint, may_leave=OF_DECODERS)
     return Extractor(
         model.to(device).eval(), clip_spec(data), data.mean, data.std, device, precision
     )

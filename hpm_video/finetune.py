@@ -231,7 +231,7 @@ def resolve(
 
 
 def for_checkpoint(
-    config: FinetuneConfig, checkpoint: Path, weights: Literal["student", "teacher"]
+    config: FinetuneConfig, checkpoint: Path, weights: Literal["student", "teacher", "untrained"]
 ) -> FinetuneConfig:
     """The config for the encoder of a pre-training run, and for clips as it was trained on.
 
@@ -241,10 +241,12 @@ def for_checkpoint(
     source = load_any_config(checkpoint / "config.yaml")
     return replace(
         config,
-        init_weights=str(checkpoint),
-        init_from=weights,
+        init_weights=None if weights == "untrained" else str(checkpoint),
+        init_from="teacher" if weights == "teacher" else "student",
         model=replace(
             config.model,
+            init="xavier",
+            pretrained_grid=source_grid_of(source),
             encoder=source.model.encoder,
             patch_size=source.model.patch_size,
             positions=source.model.positions,

@@ -54,7 +54,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--root", help="of relative paths in the manifests")
     parser.add_argument("--probes", nargs="+", choices=CACHED + TRAINED, default=list(CACHED))
     parser.add_argument("--neighbours", type=positive, nargs="+", default=list(NEIGHBOURS))
-    parser.add_argument("--weights", choices=("student", "teacher"), default="student")
+    parser.add_argument("--weights", choices=("student", "teacher", "untrained"), default="student")
     parser.add_argument("--num-frames", type=positive, help="default: as in pre-training")
     parser.add_argument("--frame-stride", type=positive)
     parser.add_argument("--frame-size", type=positive, nargs=2, metavar=("HEIGHT", "WIDTH"))
