@@ -244,6 +244,72 @@ def test_probes_of_a_pretrained_encoder(finished_run, labelled_videos, run_tool,
             )
 
 
+def test_an_untrained_encoder_to_compare_with(finished_run, labelled_videos, run_tool, tmp_path):
+    arguments = ["probe", finished_run / "checkpoints" / "last", "--device", "cpu"]
+    arguments += ["--train", labelled_videos / "train", "--workers", "0", "--neighbours", "3"]
+    arguments += ["--validation", labelled_videos / "validation"]
+    found = {}
+    for weights in ("student", "untrained"):
+        code, said = run_tool(*arguments, "--weights", weights, "--output", tmp_path / weights)
+        assert code == 0, said
+        found[weights] = json.loads((tmp_path / weights / "probe.json").read_text())
+        assert found[weights]["weights"] == weights
+    student, untrained = (found[name]["probes"]["logistic regression"] for name in found)
+    assert student["penalty"] != untrained["penalty"] or student != untrained
+
+
+def test_a_comparison_of_starts(finetune_config, run_tool, tmp_path):
+    output = tmp_path / "comparison"
+    arguments = ["compare_pretraining", finetune_config, "--output", output, "--updates", "3"]
+    arguments += ["--labels", "2", "--base-lrs", "0.1", "0.2", "--seeds", "0"]
+    code, said = run_tool(*arguments)
+    assert code == 0, said
+    trials = json.loads((output / "comparison.json").read_text())
+    assert [(trial["start"], trial["base_lr"]) for trial in trials] == [
+        *(("pretrained", 0.1), ("scratch", 0.1)),
+        *(("pretrained", 0.2), ("scratch", 0.2)),
+    ]
+    for trial in trials:
+        run = output / f"{trial['start']}-2-lr{trial['base_lr']:g}-seed0"
+        assert result_of(run / "test")["top1"] == trial["top1"]
+        assert "6 videos to train on" in said
+    assert len(read_manifest(output / "train-2-seed0.csv")) == 6
+    assert said.count("<- best") == 2
+    assert said.count("start from the student's weights") == 2
+    assert said.count("the model starts from scratch") == 2
+    again = run_tool(*arguments)[1]
+    assert again.count("is complete: 3 updates were made") == 4
+    assert again.splitlines()[-8:] == said.splitlines()[-8:]
+
+
+def test_a_run_goes_on_where_its_first_weights_are_gone(
+    finetune, finetuned_run, finished_run, tmp_path
+):
+    run, source = tmp_path / "run", tmp_path / "source"
+    shutil.copytree((finished_run / "checkpoints" / "last").resolve(), source)
+    options = [f"init_weights={source}", "data.num_frames=6"]  # positions are resized
+    finish(finetune(run, *options, place="update", number="SIGTERM"), code=75)
+    shutil.rmtree(source)
+    output = finish(finetune(run, *options))
+    assert "going on at update" in output
+    stored = (run / "checkpoints" / "last" / "config.yaml").read_text()
+    assert "pretrained_grid:\n  - 2\n  - 4\n  - 4\n" in stored
+
+
+def test_another_manifest_under_the_same_name_is_tested_anew(
+    finetuned_run, finetune, labelled_videos, tmp_path
+):
+    run, videos = tmp_path / "run", tmp_path / "videos"
+    shutil.copytree(finetuned_run, run, symlinks=True)
+    shutil.copytree(labelled_videos / "validation", videos)
+    finish(finetune(run, f"test.manifest={videos}"))
+    assert result_of(run / "test")["videos"] == 6
+    (videos / "red" / "100.mp4").unlink()
+    output = finish(finetune(run, f"test.manifest={videos}"))
+    assert "testing the last checkpoint" in output
+    assert result_of(run / "test")["videos"] == 5
+
+
 def test_nearest_neighbours_during_pretraining(pretrain, labelled_videos, tmp_path):
     run = tmp_path / "run"
     output = finish(

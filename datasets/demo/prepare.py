@@ -151,8 +151,8 @@ def draw_window(random: np.random.Generator, label: int, height: int, width: int
     theirs. So a frame taken at a random time looks alike under every label.
     """
     shift = random.uniform(0.3, 0.6, size=2)  # in windows
-    zoom = random.uniform(1.35, 1.7)
-    turn = np.deg2rad(random.uniform(20, 40))
+    zoom = random.uniform(1.6, 2.2)
+    turn = np.deg2rad(random.uniform(40, 70))
     rest = random.uniform(-0.5, 0.5, size=4)
     turn *= random.choice([-1, 1])
     along_x, along_y, larger, clockwise = _course(LABELS[label], rest)
