@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "av": {"data/decode.py", "data/encode.py"},
     "omegaconf": {"config.py"},
     "pandas": {"data/manifest.py"},
-    "argparse": {"console.py"},
+    "argparse": {"console.py", "data/recipes.py"},
     "transformers": set(),
     "torchvision": {"data/augment.py"},
     "timm": {"data/augment.py", "mixing.py"},

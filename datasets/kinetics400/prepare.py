@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpm_video.data.manifest import UNLABELLED, ManifestError
+from hpm_video.data.manifest import UNLABELLED
 from hpm_video.data.recipes import (
     Classes,
     Clip,
@@ -30,6 +30,7 @@ from hpm_video.data.recipes import (
     match,
     read_text,
     report,
+    run_recipe,
     write,
 )
 
@@ -328,23 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=[],
         help="videos that take the place of those of the same name; may be given several times",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path(__file__).resolve().parent,
-        metavar="DIR",
-        help="where manifests and labels.txt go, by default beside this script",
-    )
-    parser.add_argument("--suffix", metavar=".MP4", help="take only videos with this suffix")
-    parser.add_argument("--strict", action="store_true", help="exit with 2 if a video is missing")
-    options = parser.parse_args(arguments)
-    try:
-        text, splits = prepare(options)
-    except (RecipeError, ManifestError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(text)
-    return 2 if options.strict and any(split.missing for split in splits) else 0
+    return run_recipe(parser, arguments, prepare, beside=__file__)
 
 
 if __name__ == "__main__":

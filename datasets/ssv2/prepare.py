@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hpm_video.data.manifest import UNLABELLED, ManifestError
+from hpm_video.data.manifest import UNLABELLED
 from hpm_video.data.recipes import (
     Clip,
     RecipeError,
@@ -23,6 +23,7 @@ from hpm_video.data.recipes import (
     match,
     read_text,
     report,
+    run_recipe,
     write,
 )
 
@@ -159,25 +160,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=SPLITS,
         help="by default those that have a list",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path(__file__).resolve().parent,
-        metavar="DIR",
-        help="where manifests and labels.txt go, by default beside this script",
+    return run_recipe(
+        parser,
+        arguments,
+        lambda chosen: prepare(
+            chosen.videos, chosen.lists, chosen.output, chosen.splits, chosen.suffix
+        ),
+        beside=__file__,
     )
-    parser.add_argument("--suffix", metavar=".WEBM", help="take only videos with this suffix")
-    parser.add_argument("--strict", action="store_true", help="exit with 2 if a video is missing")
-    options = parser.parse_args(arguments)
-    try:
-        text, splits = prepare(
-            options.videos, options.lists, options.output, options.splits, options.suffix
-        )
-    except (RecipeError, ManifestError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(text)
-    return 2 if options.strict and any(split.missing for split in splits) else 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpm_video.data.manifest import ManifestError
 from hpm_video.data.recipes import (
     Classes,
     Clip,
@@ -23,6 +22,7 @@ from hpm_video.data.recipes import (
     match,
     read_text,
     report,
+    run_recipe,
     write,
 )
 
@@ -109,23 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--lists", type=Path, required=True, metavar="DIR", help="folder ucfTrainTestlist"
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path(__file__).resolve().parent,
-        metavar="DIR",
-        help="where manifests and labels.txt go, by default beside this script",
+    return run_recipe(
+        parser,
+        arguments,
+        lambda chosen: prepare(chosen.videos, chosen.lists, chosen.output, chosen.suffix),
+        beside=__file__,
     )
-    parser.add_argument("--suffix", metavar=".AVI", help="take only videos with this suffix")
-    parser.add_argument("--strict", action="store_true", help="exit with 2 if a video is missing")
-    options = parser.parse_args(arguments)
-    try:
-        text, splits = prepare(options.videos, options.lists, options.output, options.suffix)
-    except (RecipeError, ManifestError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(text)
-    return 2 if options.strict and any(split.missing for split in splits) else 0
 
 
 if __name__ == "__main__":

@@ -3,14 +3,16 @@
 What a data set's own lists look like is the business of ``datasets/<name>/prepare.py``.
 """
 
+import argparse
 import csv
 import io
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpm_video.data.manifest import UNLABELLED, VIDEO_SUFFIXES, read_manifest
+from hpm_video.data.manifest import UNLABELLED, VIDEO_SUFFIXES, ManifestError, read_manifest
 from hpm_video.whole_files import written_beside
 
 COLUMNS = ("path", "label", "label_name")
@@ -294,3 +296,34 @@ def _some(names: Sequence[str]) -> str:
     """The first few, and how many more."""
     more = len(names) - NAMED_IN_REPORT
     return ", ".join(names[:NAMED_IN_REPORT]) + (f" and {more} more" if more > 0 else "")
+
+
+def run_recipe(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    prepare: Callable[[argparse.Namespace], tuple[str, list[Split]]],
+    *,
+    beside: str,
+) -> int:
+    """Run a script ``prepare.py`` with the options that all of them have. -> its exit code
+
+    ``prepare`` writes everything and returns the report and the splits. Manifests go beside the
+    script, the file ``beside``, unless ``--output`` names another folder.
+    """
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(beside).resolve().parent,
+        metavar="DIR",
+        help="where manifests and labels.txt go, by default beside this script",
+    )
+    parser.add_argument("--suffix", metavar=".MP4", help="take only videos with this suffix")
+    parser.add_argument("--strict", action="store_true", help="exit with 2 if a video is missing")
+    options = parser.parse_args(arguments)
+    try:
+        report, splits = prepare(options)
+    except (RecipeError, ManifestError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    sys.stdout.write(f"{report}\n")
+    return 2 if options.strict and any(split.missing for split in splits) else 0
