@@ -18,7 +18,7 @@ from hpm_video.config import (
     DataConfig,
     PretrainConfig,
     RunConfig,
-    load_config,
+    load_any_config,
     result_differences,
     save_config,
 )
@@ -152,9 +152,13 @@ def look_into_directory(schema: type[Config], config: Config, data: RunData) -> 
                 f"{folder} holds no run, but other files ({foreign[0]}); take another output_dir"
             )
         return directory
-    differences = result_differences(
-        load_config(schema, directory.newest / "config.yaml", []), config
-    )
+    stored = load_any_config(directory.newest / "config.yaml")
+    if not isinstance(stored, schema):
+        raise ConfigError(
+            f"{folder} holds a run of another kind ({type(stored).__name__}, this is a "
+            f"{schema.__name__}); take another output_dir"
+        )
+    differences = result_differences(stored, config)
     before = read_state(directory.newest)["data"]
     if not differences and before != data.fingerprint:
         differences = [f"the files of data.train: {before} -> {data.fingerprint}"]

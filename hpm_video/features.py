@@ -174,7 +174,10 @@ def load_extractor(
     """
     config = load_any_config(checkpoint / "config.yaml")
     if not isinstance(config, PretrainConfig):
-        raise ConfigError(f"{checkpoint} is of a classifier, not of pre-training")
+        raise ConfigError(
+            f"{checkpoint} is of a classifier, not of pre-training; give a checkpoint of "
+            f"./run_pretrain.sh, such as runs/demo/checkpoints/last"
+        )
     data = clips.of(config.data)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key_of(config.seed, "weights"))
