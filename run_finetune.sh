@@ -26,11 +26,12 @@ prepare_environment
 cd -- "$root"
 make_demo_data
 
-# The weights that the demo's configuration starts from, unless others are given.
-if grep -q '^init_weights: runs/demo/' "$config" && [[ "${overrides[*]-}" != *init_weights=* ]] &&
-  [[ ! -e runs/demo/checkpoints/last ]]; then
-  printf 'runs/demo/checkpoints/last is missing: pre-training the demo first\n'
+# The weights that the demo's configuration starts from, unless others are given. A run that was
+# interrupted goes on, and one that is complete says so.
+if grep -q '^init_weights: runs/demo/' "$config" && [[ "${overrides[*]-}" != *init_weights=* ]]; then
+  printf '== pre-training of the demo\n'
   "$python" tools/pretrain.py configs/pretrain/demo.yaml
+  printf '\n== fine-tuning\n'
 fi
 
 exec "$python" tools/finetune.py "$config" ${overrides[@]+"${overrides[@]}"}

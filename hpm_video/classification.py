@@ -1,5 +1,7 @@
 """Classification of clips: the objective of fine-tuning and of probes that are trained."""
 
+from pathlib import Path
+
 import torch.nn.functional as F
 from torch import nn
 
@@ -53,8 +55,9 @@ class Classification:
                 logits.float(), batch.labels, label_smoothing=self._label_smoothing
             )
         else:
-            # The files tell one micro-batch of an update from another.
-            key = key_of(self._seed, "mixing", progress.update, batch.files)
+            # The files' names tell one micro-batch of an update from another, wherever they lie.
+            names = tuple(Path(file).name for file in batch.files)
+            key = key_of(self._seed, "mixing", progress.update, names)
             clips, targets = self._mixing(clips, batch.labels, key)
             logits = student(clips, keys=batch.keys)
             loss = F.cross_entropy(logits.float(), targets)

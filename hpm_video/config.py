@@ -563,19 +563,20 @@ class FinetuneConfig(RunConfig):
     model: ClassifierConfig = field(default_factory=ClassifierConfig)
     recipe: FinetuneRecipe = field(default_factory=FinetuneRecipe)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    init_from: Literal["student", "teacher"] = "student"
-    """Whose encoder of a pre-training run ``init_weights`` takes."""
+    init_from: Literal["student", "teacher", "average"] = "student"
+    """Whose weights of ``init_weights`` are taken: of pre-training the student's or the teacher's;
+    of a classifier its own (also called ``student``) or their ``average``."""
     test: EvaluationConfig = unrelated(default=EvaluationConfig())
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _grid_of(self.data, self.model)
         clips = self.micro_batch * self.data.repeats
-        if self.augmentation.mixes and clips % 2:
+        if self.augmentation.mixes and self.micro_batch % 2:
             raise ConfigError(
-                f"mixing pairs the clips of a forward pass, so their number must be even, got "
-                f"{clips} ({self.micro_batch} videos, data.repeats={self.data.repeats}); take an "
-                f"even engine.micro_batch, or augmentation.mixup=0 augmentation.cutmix=0"
+                f"mixing pairs the videos of a forward pass, so their number must be even, got "
+                f"{self.micro_batch}; take an even engine.micro_batch (or recipe.batch_size), or "
+                f"augmentation.mixup=0 augmentation.cutmix=0"
             )
         if self.model.pooling == "batch_norm" and clips < 2:
             raise ConfigError(

@@ -16,6 +16,7 @@ from hpm_video.data.dataset import TooManyBadFiles, Views
 from hpm_video.data.decode import DecodeError, DecoderError
 from hpm_video.data.manifest import ManifestError
 from hpm_video.evaluation import BadTestFilesError
+from hpm_video.logistic import NotConvergedError
 from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.training.device import DeviceError
 from hpm_video.training.interruption import Interrupted
@@ -31,6 +32,7 @@ EXPECTED = (
     DeviceError,
     ManifestError,
     NonFiniteLossError,
+    NotConvergedError,
     OSError,
     TooManyBadFiles,
 )
@@ -40,6 +42,7 @@ EXIT_CODES = """exit codes:
   2    a wrong input: the message says which, and what to do
   75   stopped by SIGTERM, the state is saved: start the same command again
   130  stopped by Ctrl-C, the state is saved: start the same command again
+torchrun turns any but 0 into 1.
 """
 
 
@@ -60,7 +63,8 @@ def run(command: Callable[[], None]) -> int:
         sys.stderr.write(f"\nerror: {error}\nTake fewer clips per pass: {remedy}.\n")
         return WRONG_INPUT
     except EXPECTED as error:
-        sys.stderr.write(f"\nerror: {error}\n")
+        if os.environ.get("RANK", "0") == "0":  # of several processes one tells
+            sys.stderr.write(f"\nerror: {error}\n")
         return WRONG_INPUT
     return 0
 

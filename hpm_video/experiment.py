@@ -22,7 +22,7 @@ from hpm_video.config import (
     result_differences,
     save_config,
 )
-from hpm_video.data.dataset import ClipBatch, HeldOutClips, Repeats, VideoClips
+from hpm_video.data.dataset import ClipBatch, Failure, HeldOutClips, Repeats, VideoClips
 from hpm_video.data.loader import (
     BadFiles,
     default_workers,
@@ -54,7 +54,7 @@ from hpm_video.whole_files import written_beside
 
 log = logging.getLogger(__name__)
 Config = TypeVar("Config", bound=RunConfig)
-RUN_FILES = {".lock", "checkpoints", "config.yaml", "labels.txt"}
+RUN_FILES = {".lock", "checkpoints", "config.yaml", "labels.txt", "init_weights.sha256"}
 """What a run that was killed at its very start may have left."""
 TIMED_CLIPS = 8
 """At most so many clips make the updates that are timed to choose a precision."""
@@ -331,14 +331,14 @@ def training_clips(
     )
 
 
-def check_decoding(clips: HeldOutClips, *, batch_size: int, workers: int) -> None:
-    """Decode held-out clips once, so that a bad file stops a run before it begins.
+def find_failures(clips: HeldOutClips, *, batch_size: int, workers: int) -> list[Failure]:
+    """Decode held-out clips once, so that a bad file can stop a run before it begins.
 
     Raises:
-        DecodeError: a file does not decode.
+        DecodeError: a file does not decode, and ``clips`` do not report that.
     """
-    for _ in held_out_batches(clips, batch_size=batch_size, workers=workers):
-        pass
+    batches = held_out_batches(clips, batch_size=batch_size, workers=workers)
+    return [failure for batch in batches for failure in batch.failures]
 
 
 def num_workers(data: DataConfig) -> int:

@@ -61,7 +61,16 @@ class ClipChoice:
     frame_size: tuple[int, int] | None = None
 
     def of(self, data: DataConfig) -> DataConfig:
-        """The data of a config with these clips."""
+        """The data of a config with these clips.
+
+        Raises:
+            ConfigError: a stride is given for clips of segments, which have none.
+        """
+        if self.frame_stride is not None and data.sampling == "segments":
+            raise ConfigError(
+                "a frame stride plays no part in clips that span the whole video "
+                "(data.sampling=segments); leave it out"
+            )
         return replace(
             data,
             num_frames=data.num_frames if self.num_frames is None else self.num_frames,

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hpm_video.classification import Classification
 from hpm_video.config import (
@@ -25,6 +26,7 @@ from hpm_video.data.augment import Augmentation
 from hpm_video.data.dataset import MIDDLE, HeldOutClips, Views
 from hpm_video.data.loader import end_workers, held_out_batches
 from hpm_video.evaluation import (
+    BadTestFilesError,
     Scores,
     collect,
     describe,
@@ -35,8 +37,8 @@ from hpm_video.evaluation import (
 from hpm_video.experiment import (
     RunData,
     RunDirectory,
-    check_decoding,
     claim,
+    find_failures,
     in_one_pass,
     look_into_directory,
     make_engine,
@@ -52,7 +54,12 @@ from hpm_video.features import OF_DECODERS, Reading, clip_spec, source_grid_of
 from hpm_video.labels import check_labels, check_same_names, read_label_names, with_numbers
 from hpm_video.mixing import Mixing
 from hpm_video.models.classifier import VideoClassifier
-from hpm_video.recognition import build_classifier, load_recogniser, recogniser_of
+from hpm_video.recognition import (
+    build_classifier,
+    describe_test,
+    load_recogniser,
+    recogniser_of,
+)
 from hpm_video.training.checkpoint import (
     load_weights,
     read_state,
@@ -68,6 +75,9 @@ from hpm_video.training.teacher import make_teacher
 from hpm_video.whole_files import written_beside
 
 log = logging.getLogger(__name__)
+
+START = "init_weights.sha256"
+"""File of the run directory that tells the weights it began with."""
 
 
 def finetune(config: FinetuneConfig) -> Path:
@@ -87,11 +97,14 @@ def finetune(config: FinetuneConfig) -> Path:
         torch.set_num_threads(config.engine.threads)
     directory = look_into_directory(FinetuneConfig, config, data)
     _check_same_names(directory, label_names)
-    classifier, average = _make_models(config, directory.newest, device)
+    start = _check_same_start(config, directory)
+    classifier, average = _make_models(config, directory.newest, device, label_names)
     objective = build_objective(config, average)
     with claim(directory, config):
         with written_beside(directory.path / "labels.txt") as path:
             path.write_text("".join(f"{name}\n" for name in label_names), encoding="utf-8")
+        with written_beside(directory.path / START) as path:
+            path.write_text(f"{start}\n")
         if directory.update == data.timeline.num_updates:
             log.info("%s is complete: %d updates were made", directory.path, directory.update)
         else:
@@ -114,8 +127,8 @@ def finetune(config: FinetuneConfig) -> Path:
 def evaluate_run(config: FinetuneConfig, run_dir: Path) -> dict[str, Any] | None:
     """Test a finished run as its config says. -> the result, none without a manifest to test on
 
-    It is written to ``test/`` in the run directory. A test of the same checkpoint in the same way
-    is not repeated.
+    It is written to a folder in ``test/`` that is named by what is tested and how. The same test
+    of the same weights and videos is not repeated.
 
     Raises:
         BadTestFilesError: videos do not decode.
@@ -126,42 +139,43 @@ def evaluate_run(config: FinetuneConfig, run_dir: Path) -> dict[str, Any] | None
     if source is None:
         log.info("no data.validation and no test.manifest: nothing is tested")
         return None
-    link = run_dir / "checkpoints" / how.checkpoint
-    checkpoint = link.resolve()
-    device = choose_device(config.engine.device)
+    checkpoint = (run_dir / "checkpoints" / how.checkpoint).resolve()
     precision: Precision = read_state(checkpoint)["facts"]["precision"]
-    manifest = open_manifest(config.data, source)
+    manifest, views = open_manifest(config.data, source), Views(how.clips, how.crops)
+    device = choose_device(config.engine.device)
+    stored, recogniser = load_recogniser(checkpoint, device, precision, weights=how.weights)
     what = {
         "checkpoint": str(run_dir / "checkpoints" / checkpoint.name),
         "chosen_as": how.checkpoint,
-        "weights": how.weights,
-        "update": read_state(checkpoint)["update"],
-        "weights_sha256": weights_digest(checkpoint, how.weights),
         "manifest": source,
-        "videos_sha256": manifest.digest,
-        "clips": how.clips,
-        "crops": how.crops,
-        "precision": precision,
         "exclude_bad_files": how.exclude_bad_files,
+        **describe_test(checkpoint, stored, recogniser, manifest, views),
     }
-    folder = run_dir / "test"
-    if (folder / "result.json").is_file():
-        before: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    folder = run_dir / "test" / name_of_test(config, source)
+    path = folder / "result.json"
+    if path.is_file():
+        before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if before["test"] == what:
             return before
-    _, recogniser = load_recogniser(checkpoint, device, precision, weights=how.weights)
+        path.unlink()  # of other weights or videos: what lies there is not to be mixed
     log.info(
         "testing the %s checkpoint (%s of update %d) with %d x %d views of each video",
         *(how.checkpoint, how.weights, what["update"], how.clips, how.crops),
     )
     reading = Reading(config.data.decoder, num_workers(config.data), how.exclude_bad_files)
     try:
-        scores = recogniser.score(manifest, Views(how.clips, how.crops), reading, Processes())
+        scores = recogniser.score(manifest, views, reading, Processes())
     finally:
         end_workers()
-    result = {"test": what, **summarise(scores, recogniser.label_names)}
+    result = {"folder": str(folder), "test": what, **summarise(scores, recogniser.label_names)}
     write_results(folder, scores, result, recogniser.label_names)
     return result
+
+
+def name_of_test(config: FinetuneConfig, source: str) -> str:
+    """Of the folder of a test: checkpoint, weights, views and videos."""
+    how = config.test
+    return f"{how.checkpoint}-{how.weights}-{how.clips}x{how.crops}-{Path(source).stem}"
 
 
 # --- From a config to its parts -----------------------------------------------------------------
@@ -177,6 +191,7 @@ def find_label_names(config: FinetuneConfig, data: RunData) -> tuple[str, ...]:
     count = config.model.num_classes
     if config.data.label_names is not None:
         names = read_label_names(Path(config.data.label_names).expanduser())
+        check_same_names(names, data.train)
     else:
         used = max(data.train.labels, default=-1) + 1
         names = with_numbers(data.train.label_names or (), count or used)
@@ -191,6 +206,9 @@ def find_label_names(config: FinetuneConfig, data: RunData) -> tuple[str, ...]:
             f"give a manifest with a column label, or a folder of class folders"
         )
     check_labels(data.train, len(names), "the videos of data.train")
+    without = [name for label, name in enumerate(names) if label not in set(data.train.labels)]
+    if without:
+        log.warning("no training video of %d classes: %s", len(without), ", ".join(without[:10]))
     if data.validation is not None:
         check_labels(data.validation, len(names), "the videos of data.validation")
         check_same_names(names, data.validation)
@@ -205,6 +223,33 @@ def _check_same_names(directory: RunDirectory, label_names: tuple[str, ...]) -> 
                 f"{directory.path} holds a run with other classes ({len(before)}, now "
                 f"{len(label_names)}); take another output_dir"
             )
+
+
+def _check_same_start(config: FinetuneConfig, directory: RunDirectory) -> str:
+    """The SHA-256 of the weights that a run begins with, as it was when the run began.
+
+    Raises:
+        ConfigError: other weights lie there now.
+    """
+    path = directory.path / START
+    before = path.read_text().strip() if directory.newest and path.is_file() else None
+    now = "scratch"
+    if config.init_weights is not None:
+        source = Path(config.init_weights).expanduser()
+        if before is not None and not source.exists():
+            return before  # a run that goes on does not need them
+        now = weights_digest(source, weights_file(config))
+    if before is not None and before != now:
+        raise ConfigError(
+            f"{directory.path} began with other weights than init_weights={config.init_weights} "
+            f"holds now; take another output_dir, or delete this run to begin anew"
+        )
+    return now
+
+
+def weights_file(config: FinetuneConfig) -> str:
+    """Name of the file in the checkpoint ``init_weights`` that a run begins with."""
+    return "model" if config.init_from == "student" else config.init_from
 
 
 def resolve(
@@ -227,6 +272,12 @@ def resolve(
         _check_same_encoder(config, source)
         if model.pretrained_grid is None:
             model = replace(model, pretrained_grid=source_grid_of(source))
+    elif config.init_weights is not None and model.pretrained_grid is None:
+        log.warning(
+            "nothing beside init_weights=%s says which clips it was trained on: positions are "
+            "those of this run's clips; else give model.pretrained_grid=[TIME,HEIGHT,WIDTH]",
+            config.init_weights,
+        )
     return replace(config, model=model)
 
 
@@ -261,7 +312,8 @@ def config_beside(init_weights: str | None) -> PretrainConfig | FinetuneConfig |
     """The config of the run that weights come from; none where they are no checkpoint of a run."""
     if init_weights is None:
         return None
-    path = Path(init_weights).expanduser() / "config.yaml"
+    source = Path(init_weights).expanduser()
+    path = (source if source.is_dir() else source.parent) / "config.yaml"
     return load_any_config(path) if path.is_file() else None
 
 
@@ -346,7 +398,10 @@ def make_update(
 
 
 def _make_models(
-    config: FinetuneConfig, newest: Path | None, device: torch.device
+    config: FinetuneConfig,
+    newest: Path | None,
+    device: torch.device,
+    label_names: Sequence[str] = (),
 ) -> tuple[VideoClassifier, VideoClassifier | None]:
     """The classifier and its average where the run stands: at a checkpoint, or at the start."""
     assert config.model.num_classes is not None
@@ -354,7 +409,7 @@ def _make_models(
     if newest is not None:
         load_weights(model, read_weights(newest), newest)
     elif config.init_weights is not None:
-        load_pretrained(model, Path(config.init_weights).expanduser(), config)
+        load_pretrained(model, Path(config.init_weights).expanduser(), config, label_names)
     else:
         log.info("no init_weights: the model starts from scratch")
     average = None
@@ -366,22 +421,23 @@ def _make_models(
     return model.to(device), average
 
 
-def load_pretrained(model: VideoClassifier, source: Path, config: FinetuneConfig) -> None:
+def load_pretrained(
+    model: VideoClassifier, source: Path, config: FinetuneConfig, label_names: Sequence[str]
+) -> None:
     """Put the encoder of a masked autoencoder, or a classifier, into ``model``.
 
-    A head for another number of classes is left out, and starts fresh as a missing one does.
+    The head of a classifier is taken if its classes are the same; otherwise, as where there is
+    none, it starts fresh.
 
     Raises:
         CheckpointError: the weights do not fit; every key left over or missing is named.
     """
-    name = "model" if config.init_from == "student" else "teacher"
-    weights = read_weights(source, name)
+    stored = read_weights(source, weights_file(config))
     own = model.state_dict()
-    if "head.weight" in weights and weights["head.weight"].shape != own["head.weight"].shape:
-        weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
-    norm = (
-        ("encoder.norm.weight", "encoder.norm.bias") if config.model.pooling == "mean_norm" else ()
-    )
+    weights = dict(stored)
+    if not _has_these_classes(source, stored, own, label_names):
+        weights = {key: value for key, value in stored.items() if not key.startswith("head.")}
+    norm = ("encoder.norm.",) if config.model.pooling == "mean_norm" else ()
     fresh = load_weights(
         model,
         weights,
@@ -389,12 +445,25 @@ def load_pretrained(model: VideoClassifier, source: Path, config: FinetuneConfig
         may_lack=("pooling.", "head."),
         may_leave=(*OF_DECODERS, "pooling.", *norm),
     )
-    left = sorted({key.split(".")[0] for key in weights if key not in own and "norm" not in key})
-    log.info("start from the %s's weights of %s", config.init_from, source)
+    whose = "" if config.init_from == "student" else f"the {config.init_from}'s "
+    log.info("start from %sweights of %s", whose, source)
     log.info("  start fresh: %s", ", ".join(fresh) or "none")
-    log.info(
-        "  left out: %s", ", ".join([*left, *(key for key in norm if key in weights)]) or "none"
+    left = dict.fromkeys(
+        key if key.startswith(("encoder.", "pooling.", "head.")) else key.split(".")[0]
+        for key in stored
+        if key not in weights or key not in own
     )
+    log.info("  left out: %s", ", ".join(left) or "none")
+
+
+def _has_these_classes(
+    source: Path, stored: Mapping[str, Tensor], own: Mapping[str, Tensor], names: Sequence[str]
+) -> bool:
+    """Whether weights have a head, and one for these classes as far as that can be known."""
+    if "head.weight" not in stored or stored["head.weight"].shape != own["head.weight"].shape:
+        return False
+    listed = source / "labels.txt"
+    return not listed.is_file() or read_label_names(listed) == tuple(names)
 
 
 # --- What a run looks at ------------------------------------------------------------------------
@@ -412,11 +481,18 @@ def _watch(
         log.info("no data.validation: nothing is measured on held-out videos")
         return Watch()
     manifest = data.validation.spread(config.logging.validation_clips)
+    exclude = config.test.exclude_bad_files
     clips = HeldOutClips(
-        manifest, clip_spec(config.data), decoder=config.data.decoder, seed=config.seed
+        manifest,
+        clip_spec(config.data),
+        decoder=config.data.decoder,
+        seed=config.seed,
+        report_failures=True,
     )
     batch_size, workers = min(len(clips), 32), num_workers(config.data)
-    check_decoding(clips, batch_size=batch_size, workers=workers)
+    failures = find_failures(clips, batch_size=batch_size, workers=workers)
+    if failures and not exclude:
+        raise BadTestFilesError(failures, len(manifest))
     model = objective.average if config.test.weights == "average" else engine.model
     assert isinstance(model, VideoClassifier)
     names = [str(label) for label in range(model.head.out_features)]
@@ -424,21 +500,21 @@ def _watch(
 
     def validate() -> dict[str, float]:
         with closing(held_out_batches(clips, batch_size=batch_size, workers=workers)) as batches:
-            found, _ = score_videos(
+            found, failures = score_videos(
                 recogniser.probabilities,
                 batches,
                 manifest,
                 range(len(manifest)),
                 num_views=MIDDLE.count,
-                exclude_bad_files=False,
+                exclude_bad_files=exclude,
             )
-        scores = Scores(manifest, collect(manifest, found, [], exclude_bad_files=False))
+        scores = Scores(manifest, collect(manifest, found, failures, exclude_bad_files=exclude))
         result = summarise(scores, names)
         of_label = np.take_along_axis(scores.probabilities, scores.labels[:, None], axis=1)
         return {
             "top1": result["top1"],
             "top5": result["top5"],
-            "cross_entropy": float(-np.log(np.maximum(of_label, 1e-12)).mean()),
+            "cross_entropy": float(-np.nanmean(np.log(np.maximum(of_label, 1e-12)))),
         }
 
     def draw(_done: int) -> None:

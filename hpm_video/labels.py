@@ -12,7 +12,7 @@ def read_label_names(path: Path) -> tuple[str, ...]:
         ManifestError: there is no such file, or it is not such a list.
     """
     try:
-        names = path.read_text(encoding="utf-8").splitlines()
+        names = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"cannot read the names of the classes: {error}") from error
     while names and not names[-1].strip():
@@ -44,6 +44,11 @@ def names_of_both(train: Manifest, held_out: Manifest) -> tuple[str, ...]:
         ManifestError: a video has no label, or they do not.
     """
     count = max(*train.labels, *held_out.labels) + 1
+    if len(set(train.labels)) < 2:
+        raise ManifestError(
+            "the training videos are all of one class, or have no labels; two classes at least "
+            "are needed"
+        )
     names = with_numbers(train.label_names or (), count)
     check_labels(train, len(names), "the training videos")
     check_labels(held_out, len(names), "the held-out videos")

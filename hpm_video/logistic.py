@@ -20,9 +20,15 @@ ENOUGH = 1e-4
 """A gradient that is accepted after the last step: with nearly collinear features and hardly any
 penalty the minimum is so flat that rounding keeps the tolerance out of reach."""
 MAX_STEPS = 3000
+FOLDS = 3
+"""Parts of the samples, each of which is held out once to choose a penalty."""
 SCALE = 2.0**30
 """Of the objective while it is minimised: PyTorch's L-BFGS learns no curvature from a step whose
 product with the change of the gradient is below 1e-10, as the last ones would be."""
+
+
+class NotConvergedError(RuntimeError):
+    """The minimum was not reached."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ def fit_logistic(
     Raises:
         ValueError: shapes that do not fit, labels that are no class, features that are not finite,
             or a penalty that is not positive.
-        RuntimeError: the minimum was not reached.
+        NotConvergedError: the minimum was not reached.
     """
     _check_samples(features, labels, num_classes)
     _check_penalty(penalty)
@@ -89,7 +95,7 @@ def choose_penalty(
     penalties: Sequence[float],
     *,
     num_classes: int,
-    folds: int = 3,
+    folds: int = FOLDS,
     seed: int = 0,
 ) -> float:
     """The penalty with the highest accuracy on left-out training samples, of equals the largest.
@@ -169,7 +175,7 @@ def _minimise(
     objective()
     steepest = max(float(p.grad.abs().max()) / SCALE for p in parameters if p.grad is not None)
     if not steepest <= max(tolerance, ENOUGH):
-        raise RuntimeError(
+        raise NotConvergedError(
             f"the gradient of a logistic regression must fall to {ENOUGH:g}, got {steepest:.3g} "
             f"after {MAX_STEPS} steps with penalty {penalty:g}; raise the penalty or the tolerance"
         )

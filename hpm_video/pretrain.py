@@ -17,8 +17,8 @@ from hpm_video.data.transforms import MultiScaleCrop
 from hpm_video.evaluation import summarise
 from hpm_video.experiment import (
     RunData,
-    check_decoding,
     claim,
+    find_failures,
     in_one_pass,
     look_into_directory,
     make_engine,
@@ -207,7 +207,7 @@ def _watch(
         seed=config.seed,
     )
     batch_size = min(len(clips), max(config.micro_batch, 8), 32)
-    check_decoding(clips, batch_size=batch_size, workers=num_workers(config.data))
+    find_failures(clips, batch_size=batch_size, workers=num_workers(config.data))
 
     pictured = HeldOutClips(
         data.validation.spread(PICTURED_CLIPS),
@@ -258,6 +258,11 @@ def _neighbour_probe(config: PretrainConfig, engine: TorchEngine) -> Callable[[]
         engine.precision,
     )
     reading = Reading(config.data.decoder, num_workers(config.data))
+    for manifest in manifests:
+        clips = HeldOutClips(
+            manifest, extractor.spec, decoder=config.data.decoder, seed=config.seed
+        )
+        find_failures(clips, batch_size=min(len(clips), 32), workers=reading.workers)
 
     def probe() -> dict[str, float]:
         train, held_out = (

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,9 +24,17 @@ from hpm_video.features import (
 from hpm_video.labels import check_labels, check_same_names, read_label_names
 from hpm_video.models.classifier import VideoClassifier
 from hpm_video.randomness import key_of
-from hpm_video.training.checkpoint import CheckpointError, load_weights, read_weights
+from hpm_video.training.checkpoint import (
+    CheckpointError,
+    load_weights,
+    read_state,
+    read_weights,
+    weights_digest,
+)
 from hpm_video.training.device import Precision
 from hpm_video.training.distributed import Processes
+
+CLASSIFIER = ("model", "average")
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,30 @@ class Recogniser(Extractor):
         )
 
 
+def describe_test(
+    checkpoint: Path,
+    config: FinetuneConfig,
+    recogniser: Recogniser,
+    manifest: Manifest,
+    views: Views,
+) -> dict[str, Any]:
+    """Everything that decides about the result of a test. ``config`` names the weights."""
+    spec, weights = recogniser.spec, config.test.weights
+    return {
+        "update": read_state(checkpoint)["update"],
+        "weights": weights,
+        "weights_sha256": weights_digest(checkpoint, weights),
+        "videos_sha256": manifest.digest,
+        "clips": views.clips,
+        "crops": views.crops,
+        "num_frames": spec.num_frames,
+        "sampling": spec.sampling,
+        "frame_stride": spec.frame_stride,
+        "frame_size": list(spec.frame_size),
+        "precision": recogniser.precision,
+    }
+
+
 def build_classifier(config: FinetuneConfig, num_classes: int) -> VideoClassifier:
     """The model of a config, its weights drawn from the seed."""
     model = config.model
@@ -78,29 +111,48 @@ def load_recogniser(
     device: torch.device,
     precision: Precision,
     *,
-    weights: WeightsOf = "model",
+    weights: WeightsOf | None = None,
     clips: ClipChoice = ClipChoice(),  # noqa: B008 - it is frozen
 ) -> tuple[FinetuneConfig, Recogniser]:
     """A classifier and its config out of a checkpoint folder of a fine-tuning run.
+
+    The weights are by default those that the config tests (``test.weights``), and are named in the
+    config that is returned.
 
     Raises:
         ConfigError, CheckpointError: the folder is not a whole checkpoint of such a run.
     """
     if not (checkpoint / "labels.txt").is_file():
         raise CheckpointError(
-            f"{checkpoint} is no checkpoint of a classifier (it has no labels.txt); give one of a "
-            f"fine-tuning run, such as RUN/checkpoints/last"
+            f"{checkpoint} is no checkpoint of a classifier (it has no labels.txt). Where it is of "
+            f"pre-training, train a classifier on it first:\n"
+            f"  ./run_finetune.sh CONFIG init_weights={checkpoint}\n"
+            f"(see configs/README.md), and give RUN/checkpoints/last of that run"
         )
     config = load_config(FinetuneConfig, checkpoint / "config.yaml", [])
+    chosen = config.test.weights if weights is None else _of_classifier(weights)
+    if not (checkpoint / f"{chosen}.safetensors").is_file():
+        there = [name for name in CLASSIFIER if (checkpoint / f"{name}.safetensors").is_file()]
+        raise CheckpointError(
+            f"{checkpoint} has no weights of {chosen!r}; take --weights {' or '.join(there)}"
+        )
     config = replace(
         config,
+        test=replace(config.test, weights=chosen),
         data=clips.of(config.data),
         model=replace(config.model, pretrained_grid=source_grid_of(config)),
     )
     names = read_label_names(checkpoint / "labels.txt")
     model = build_classifier(config, len(names))
-    load_weights(model, read_weights(checkpoint, weights), checkpoint)
+    load_weights(model, read_weights(checkpoint, chosen), checkpoint)
     return config, recogniser_of(config, model.to(device).eval(), names, device, precision)
+
+
+def _of_classifier(weights: WeightsOf) -> Literal["model", "average"]:
+    """The same name, if a classifier may have such weights."""
+    if weights == "model" or weights == "average":
+        return weights
+    raise CheckpointError(f"a classifier has no weights of {weights!r}; take model or average")
 
 
 def recogniser_of(

@@ -171,12 +171,6 @@ def test_finetuning_makes_what_the_demo_starts_from(
     assert clone.starts() == [[str(clone.root), *start] for start in starts]
 
 
-def test_finetuning_takes_the_weights_that_are_there(clone: Clone) -> None:
-    (clone.root / "runs" / "demo" / "checkpoints" / "last").mkdir(parents=True)
-    assert clone.run("run_finetune.sh").returncode == 0
-    assert [start[1] for start in clone.starts()] == [PREPARE[0], "tools/finetune.py"]
-
-
 def test_a_pretraining_that_was_stopped_stops_the_fine_tuning(clone: Clone) -> None:
     assert clone.run("run_finetune.sh", env={"EXIT_CODE": "130"}).returncode == 130
     assert [start[1] for start in clone.starts()] == [PREPARE[0], "tools/pretrain.py"]

@@ -18,8 +18,7 @@ from hpm_video.data.loader import default_workers, end_workers
 from hpm_video.evaluation import describe, summarise, write_results
 from hpm_video.experiment import open_manifest
 from hpm_video.features import ClipChoice, Reading
-from hpm_video.recognition import load_recogniser
-from hpm_video.training.checkpoint import read_state
+from hpm_video.recognition import describe_test, load_recogniser
 from hpm_video.training.device import choose_device, inference_precision
 from hpm_video.training.distributed import joined_processes
 
@@ -76,7 +75,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             arguments.checkpoint,
             device,
             arguments.precision or inference_precision(device),
-            weights=arguments.weights or "model",
+            weights=arguments.weights,
             clips=ClipChoice(
                 arguments.num_frames, arguments.frame_stride, tuple(size) if size else None
             ),
@@ -97,15 +96,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
             return
     what: dict[str, Any] = {
         "checkpoint": str(arguments.checkpoint.resolve()),
-        "weights": arguments.weights or "model",
-        "update": read_state(arguments.checkpoint)["update"],
         "manifest": str(Path(arguments.manifest).absolute()),
-        "clips": chosen.clips,
-        "crops": chosen.crops,
-        "num_frames": recogniser.spec.num_frames,
-        "frame_size": list(recogniser.spec.frame_size),
-        "precision": recogniser.precision,
         "exclude_bad_files": arguments.exclude_bad_files,
+        **describe_test(arguments.checkpoint, config, recogniser, manifest, chosen),
     }
     result = {"test": what, **summarise(scores, recogniser.label_names)}
     write_results(output, scores, result, recogniser.label_names)

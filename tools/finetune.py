@@ -8,7 +8,7 @@ from typing import Any
 
 from hpm_video.config import FinetuneConfig, load_config
 from hpm_video.console import EXIT_CODES, interpreter, run, shortest
-from hpm_video.data.manifest import read_manifest
+from hpm_video.experiment import open_manifest
 from hpm_video.finetune import describe_evaluation, evaluate_run, finetune
 
 
@@ -42,11 +42,15 @@ def tell_results(run_dir: Path, config: FinetuneConfig, result: dict[str, Any] |
         "config": run_dir / "config.yaml",
         "metrics": run_dir / "metrics.jsonl",
         "curves": run_dir / "curves.png",
-        "result": run_dir / "test" / "result.json",
-        "of each video": run_dir / "test" / "predictions.csv",
-        "confusion matrix": run_dir / "test" / "confusion.png",
         "files not decoded": run_dir / "bad_files.csv",
     }
+    if result is not None:
+        folder = Path(result["folder"])
+        rows |= {
+            "result": folder / "result.json",
+            "of each video": folder / "predictions.csv",
+            "confusion matrix": folder / "confusion.png",
+        }
     print("\nDone. The run left:")
     for name, path in rows.items():
         if path.exists():
@@ -58,7 +62,7 @@ def tell_results(run_dir: Path, config: FinetuneConfig, result: dict[str, Any] |
 def example_video(config: FinetuneConfig) -> str:
     """A held-out video, or a word for one."""
     source = config.test.manifest or config.data.validation
-    return shortest(read_manifest(source, config.data.root).files[0]) if source else "VIDEO"
+    return shortest(open_manifest(config.data, source).files[0]) if source else "VIDEO"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hpm_video.config import FinetuneConfig, PretrainConfig, load_any_config
+from hpm_video.config import FinetuneConfig
 from hpm_video.console import not_negative, parse_views, positive, run
 from hpm_video.data.clip_stream import BadVideosError
 from hpm_video.data.dataset import Failure, Views
@@ -17,7 +17,7 @@ from hpm_video.data.loader import default_workers
 from hpm_video.data.manifest import NOT_STATED, UNLABELLED, Manifest, read_manifest
 from hpm_video.prediction import Prediction, predict
 from hpm_video.recognition import Recogniser, load_recogniser
-from hpm_video.training.checkpoint import CheckpointError, read_state
+from hpm_video.training.checkpoint import read_state
 from hpm_video.training.device import choose_device, inference_precision
 from hpm_video.whole_files import written_beside
 
@@ -53,7 +53,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         metavar="CLIPSxCROPS",
         help="views of each video that are averaged over, such as 5x3; default: the config's test",
     )
-    add("--weights", choices=("model", "average"), default="model")
+    add("--weights", choices=("model", "average"), help="default: those that the run tested")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     add(
         "--precision",
@@ -78,7 +78,7 @@ def name_actions(arguments: argparse.Namespace) -> None:
     manifest = find_videos(arguments.videos)
     config, recogniser = open_classifier(arguments)
     views = arguments.views or Views(config.test.clips, config.test.crops)
-    print(describe(arguments, recogniser, views, len(manifest)))
+    print(describe(arguments, config, recogniser, views, len(manifest)))
     workers = default_workers() if arguments.workers is None else arguments.workers
     if arguments.top == 1:
         print()
@@ -98,7 +98,7 @@ def name_actions(arguments: argparse.Namespace) -> None:
         what = {
             "checkpoint": str(arguments.checkpoint.resolve()),
             "update": read_state(arguments.checkpoint)["update"],
-            "weights": arguments.weights,
+            "weights": config.test.weights,
             "precision": recogniser.precision,
             "clips": views.clips,
             "crops": views.crops,
@@ -156,35 +156,26 @@ def open_classifier(arguments: argparse.Namespace) -> tuple[FinetuneConfig, Reco
     Raises:
         CheckpointError, ConfigError, DeviceError: it cannot be used here.
     """
-    checkpoint = arguments.checkpoint
-    config = load_any_config(checkpoint / "config.yaml")
-    if isinstance(config, PretrainConfig):
-        raise CheckpointError(
-            f"{checkpoint} is of pre-training, which knows no classes. Train a classifier on it "
-            f"first:\n  ./run_finetune.sh CONFIG init_weights={checkpoint}\n(see "
-            f"configs/README.md), and give a checkpoint of that run"
-        )
-    if arguments.weights == "average" and config.recipe.average_momentum is None:
-        raise CheckpointError(
-            f"{checkpoint} keeps no average of its weights (its recipe.average_momentum is null); "
-            f"take --weights model"
-        )
     device = choose_device(arguments.device)
     precision = (
         inference_precision(device) if arguments.precision == "auto" else arguments.precision
     )
-    return load_recogniser(checkpoint, device, precision, weights=arguments.weights)
+    return load_recogniser(arguments.checkpoint, device, precision, weights=arguments.weights)
 
 
 def describe(
-    arguments: argparse.Namespace, recogniser: Recogniser, views: Views, num_videos: int
+    arguments: argparse.Namespace,
+    config: FinetuneConfig,
+    recogniser: Recogniser,
+    views: Views,
+    num_videos: int,
 ) -> str:
     """What is about to be done."""
     update = read_state(arguments.checkpoint)["update"]
     return (
         f"{num_videos} video{'s' if num_videos > 1 else ''}, {views.clips} x {views.crops} "
         f"view{'s' if views.count > 1 else ''} of each; {len(recogniser.label_names)} classes, "
-        f"{arguments.weights} of update {update}; {recogniser.device.type}, {recogniser.precision}"
+        f"{config.test.weights} of update {update}; {recogniser.device.type}, {recogniser.precision}"
     )
 
 

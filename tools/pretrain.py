@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hpm_video.config import PretrainConfig, load_config
 from hpm_video.console import EXIT_CODES, interpreter, run, shortest
-from hpm_video.data.manifest import read_manifest
+from hpm_video.experiment import open_manifest
 from hpm_video.pretrain import pretrain
 
 
@@ -54,7 +54,7 @@ def example_video(config: PretrainConfig) -> str:
     """A held-out video, or a word for one."""
     if config.data.validation is None:
         return "VIDEO"
-    return shortest(read_manifest(config.data.validation, config.data.root).files[0])
+    return shortest(open_manifest(config.data, config.data.validation).files[0])
 
 
 if __name__ == "__main__":

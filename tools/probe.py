@@ -24,6 +24,7 @@ from hpm_video.experiment import open_manifest
 from hpm_video.features import ClipChoice, Extractor, Reading, load_extractor
 from hpm_video.finetune import describe_evaluation, evaluate_run, finetune, for_checkpoint
 from hpm_video.labels import names_of_both
+from hpm_video.logistic import FOLDS
 from hpm_video.nearest import NEIGHBOURS
 from hpm_video.probing import FeatureTable, logistic_regression, nearest_neighbours
 from hpm_video.training.device import choose_device, inference_precision
@@ -58,7 +59,9 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-frames", type=positive, help="default: as in pre-training")
     parser.add_argument("--frame-stride", type=positive)
     parser.add_argument("--frame-size", type=positive, nargs=2, metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--output", type=Path, help="default: probes/ in the run's directory")
+    parser.add_argument(
+        "--output", type=Path, help="default: probes/WEIGHTS in the run's directory"
+    )
     parser.add_argument("--workers", type=not_negative, default=default_workers())
     parser.add_argument("--device", default="auto")
     parser.add_argument(
@@ -78,9 +81,11 @@ def probe(arguments: argparse.Namespace) -> None:
         ConfigError, CheckpointError, ManifestError, BadTestFilesError: it cannot be done.
     """
     run_dir = arguments.checkpoint.resolve().parent.parent
-    output = arguments.output or run_dir / "probes"
     size = arguments.frame_size
     clips = ClipChoice(arguments.num_frames, arguments.frame_stride, tuple(size) if size else None)
+    settings = settings_of(arguments)
+    output = arguments.output or run_dir / "probes" / arguments.weights
+    check_earlier(output, settings)
     results: dict[str, Any] = {}
     cached = [kind for kind in arguments.probes if kind in CACHED]
     if cached:
@@ -91,10 +96,36 @@ def probe(arguments: argparse.Namespace) -> None:
     print(f"\n{'probe':28} top-1   top-5   (chance {results[next(iter(results))]['chance']:.3f})")
     for name, result in results.items():
         print(f"{name:28} {result['top1']:.3f}   {result['top5']:.3f}")
-    told = {"checkpoint": str(arguments.checkpoint.resolve()), "weights": arguments.weights}
     with written_beside(output / "probe.json") as path:
-        path.write_text(json.dumps({**told, "probes": results}, indent=1) + "\n")
+        path.write_text(json.dumps({"settings": settings, "probes": results}, indent=1) + "\n")
     print(f"\nwrote {output / 'probe.json'}")
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What decides about the results."""
+    data = ("weights", "train", "validation", "root", "num_frames", "frame_stride", "frame_size")
+    named = (*data, "probes", "neighbours", "set")
+    return {
+        "checkpoint": str(arguments.checkpoint.resolve()),
+        **{name: getattr(arguments, name) for name in named},
+    }
+
+
+def check_earlier(output: Path, settings: dict[str, Any]) -> None:
+    """Make sure that no result of something else is overwritten.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    path = output / "probe.json"
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        differing = [name for name in settings if before.get(name) != settings[name]]
+        if differing:
+            raise ConfigError(
+                f"{path} holds the result of another probe (other {', '.join(differing)}); take "
+                f"another --output, or delete it"
+            )
 
 
 def probe_cached(
@@ -116,6 +147,11 @@ def probe_cached(
         raise ConfigError(
             f"--neighbours must be at most the number of training videos, {len(manifests[0])}, "
             f"got {max(arguments.neighbours)}"
+        )
+    if "logistic" in kinds and len(manifests[0]) < FOLDS:
+        raise ConfigError(
+            f"logistic regression is cross-validated in {FOLDS} parts and needs as many training "
+            f"videos, got {len(manifests[0])}; leave it out: --probes knn"
         )
     train, validation = (table_of(extractor, manifest, arguments) for manifest in manifests)
     results = {}

@@ -92,7 +92,8 @@ class Views:
 
 
 MIDDLE = Views(1, 1)
-"""One clip in the middle of the video's time and of its frames."""
+"""One clip: of dense ones that in the middle of the video, of segments the first frame of each;
+and the middle of its frames."""
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,16 @@ STALL_SECONDS = 900
 
 
 def default_workers() -> int:
-    """Processes that decode: one per core that may be used but one, at most 16."""
+    """Processes that decode: one per core that may be used but one, at most 16.
+
+    Where torchrun started several processes on this machine, they share the cores.
+    """
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    return min(max(cores - 1, 0), MAX_WORKERS)
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(max(share - 1, 0), MAX_WORKERS)
 
 
 def training_batches(

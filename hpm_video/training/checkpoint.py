@@ -164,21 +164,30 @@ def read_weights(path: Path, name: str = "model") -> dict[str, Tensor]:
     Raises:
         CheckpointError: there is no such file, or it is not one of safetensors.
     """
-    file = path / f"{name}.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise CheckpointError(
-            f"{file} does not exist; give a checkpoint folder of a run (it holds "
-            f"model.safetensors) or a .safetensors file"
-        )
+    file = _file_of(path, name)
     try:
         return load_file(file)
     except SafetensorError as error:
         raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error
 
 
-def weights_digest(path: Path, name: str = "model") -> str:
-    """SHA-256 of the file of weights, in hexadecimal: equal where the weights are."""
+def _file_of(path: Path, name: str) -> Path:
     file = path / f"{name}.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file} does not exist; give a checkpoint folder of a run (it holds "
+            f"model.safetensors) or a .safetensors file"
+        )
+    return file
+
+
+def weights_digest(path: Path, name: str = "model") -> str:
+    """SHA-256 of the file of weights, in hexadecimal: equal where the weights are.
+
+    Raises:
+        CheckpointError: there is no such file.
+    """
+    file = _file_of(path, name)
     found = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(2**20):
