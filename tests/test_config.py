@@ -240,19 +240,22 @@ def test_every_config_of_fine_tuning_is_in_the_table():
         (["augmentation.rand_augment=strong"], "augmentation.rand_augment: .*strong"),
         (
             ["augmentation.mixup=0.8", "engine.micro_batch=1"],
-            r"must be even, got 1 \(1 videos, data.repeats=1\); take an even engine.micro_batch, "
-            "or augmentation.mixup=0 augmentation.cutmix=0",
+            r"must be even, got 1; take an even engine.micro_batch \(or recipe.batch_size\), or "
+            "augmentation.mixup=0 augmentation.cutmix=0",
         ),
         (
-            ["augmentation.cutmix=1", "recipe.batch_size=9", "data.repeats=3"],
-            r"must be even, got 27 \(9 videos, data.repeats=3\)",
+            ["augmentation.cutmix=1", "recipe.batch_size=9", "data.repeats=2"],
+            "must be even, got 9",
         ),
         # the test
         (["test.clips=0"], "clips must be at least 1, got 0"),
         (["test.crops=0"], "crops must be at least 1, got 0"),
         (["test.clips_per_pass=0"], "clips_per_pass must be at least 1, got 0"),
         (["test.checkpoint=worst"], "worst"),
-        (["test.weights=average"], "needs an average: set recipe.average_momentum"),
+        (
+            ["test.weights=average", "recipe.average_momentum=null"],
+            "needs an average: set recipe.average_momentum",
+        ),
         (
             ["test.checkpoint=best", "data.validation=null"],
             "test.checkpoint=best needs data.validation",
@@ -267,9 +270,12 @@ def test_a_value_that_no_classifier_can_be_run_with_is_named_with_its_rule(overr
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["augmentation.mixup=0.8", "engine.micro_batch=1", "data.repeats=2"],
+        ["augmentation.mixup=0.8", "engine.micro_batch=2", "data.repeats=3"],
         ["augmentation.mixup=0.8", "augmentation.mix_probability=0", "engine.micro_batch=1"],
-        ["model.pooling=batch_norm", "engine.micro_batch=1", "data.repeats=2"],
+        [
+            *("model.pooling=batch_norm", "engine.micro_batch=1", "data.repeats=2"),
+            *("recipe.average_momentum=null", "test.weights=model"),
+        ],
         ["model.pooling=attentive", "model.frozen=true", "recipe.average_momentum=0.9"],
         ["test.weights=average", "recipe.average_momentum=0.9"],
         ["data.sampling=segments", "data.frame_stride=6"],

@@ -84,6 +84,9 @@ def classified(load, tmp_path_factory):
     return save(tmp_path_factory.mktemp("classified"), config, model=model)
 
 
+NAMES = ("a", "b", "c", "d", "e")
+
+
 # --- Weights ------------------------------------------------------------------------------------
 
 
@@ -96,7 +99,7 @@ def test_the_encoder_of_an_autoencoder_arrives_exactly(
     model = build_classifier(config, 3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with caplog.at_level(logging.INFO):
-        load_pretrained(model, pretrained, config)
+        load_pretrained(model, pretrained, config, NAMES)
     stored = read_weights(pretrained, file)
     fresh = set()
     for name, value in model.state_dict().items():
@@ -107,7 +110,8 @@ def test_the_encoder_of_an_autoencoder_arrives_exactly(
             assert torch.equal(value, stored[name])
     assert ("encoder.norm.weight" in model.state_dict()) == (pooling != "mean_norm")
     start, told_fresh, left_out = caplog.messages
-    assert start == f"start from the {init_from}'s weights of {pretrained}"
+    whose = "" if init_from == "student" else "the teacher's "
+    assert start == f"start from {whose}weights of {pretrained}"
     assert set(told_fresh.removeprefix("  start fresh: ").split(", ")) == fresh
     left = set(left_out.removeprefix("  left out: ").split(", "))
     norm = {"encoder.norm.weight", "encoder.norm.bias"} if pooling == "mean_norm" else set()
@@ -118,9 +122,9 @@ def test_the_encoder_of_an_autoencoder_arrives_exactly(
 def test_weights_may_be_a_file_of_their_own(load, pretrained, tmp_path):
     config = load(FinetuneConfig)
     model, of_folder = build_classifier(config, 3), build_classifier(config, 3)
-    load_pretrained(of_folder, pretrained, config)
+    load_pretrained(of_folder, pretrained, config, NAMES)
     save_file(read_weights(pretrained), tmp_path / "exported.safetensors")
-    load_pretrained(model, tmp_path / "exported.safetensors", config)
+    load_pretrained(model, tmp_path / "exported.safetensors", config, NAMES)
     for name, value in of_folder.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
 
@@ -128,7 +132,7 @@ def test_weights_may_be_a_file_of_their_own(load, pretrained, tmp_path):
 def test_clips_of_another_size_take_the_same_weights(load, pretrained):
     config = load(FinetuneConfig, "data.num_frames=8", "data.frame_size=[48,48]")
     model = build_classifier(config, 3)
-    load_pretrained(model, pretrained, config)
+    load_pretrained(model, pretrained, config, NAMES)
     stored = read_weights(pretrained)
     assert torch.equal(model.patch_embed.weight, stored["patch_embed.weight"])
 
@@ -137,7 +141,7 @@ def test_a_classifier_is_taken_with_its_head(load, classified, caplog):
     config = load(FinetuneConfig)
     model = build_classifier(config, 5)
     with caplog.at_level(logging.INFO):
-        load_pretrained(model, classified, config)
+        load_pretrained(model, classified, config, NAMES)
     stored = read_weights(classified)
     assert set(stored) == set(model.state_dict())
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
@@ -149,7 +153,7 @@ def test_a_head_for_another_number_of_classes_starts_fresh(load, classified, cap
     model = build_classifier(config, 4)
     before = model.head.weight.clone()
     with caplog.at_level(logging.INFO):
-        load_pretrained(model, classified, config)
+        load_pretrained(model, classified, config, NAMES)
     assert torch.equal(model.head.weight, before)
     stored = read_weights(classified)
     assert torch.equal(model.pooling.norm.weight, stored["pooling.norm.weight"])
@@ -159,7 +163,7 @@ def test_a_head_for_another_number_of_classes_starts_fresh(load, classified, cap
 def test_a_classifier_without_a_final_norm_is_no_frozen_encoder(load, classified):
     config = load(FinetuneConfig, "model.pooling=attentive", "model.frozen=true")
     with pytest.raises(CheckpointError) as caught:
-        load_pretrained(build_classifier(config, 5), classified, config)
+        load_pretrained(build_classifier(config, 5), classified, config, NAMES)
     named = {line.strip() for line in str(caught.value).splitlines()[1:]}
     assert named == {"missing encoder.norm.weight", "missing encoder.norm.bias"}
 
@@ -175,7 +179,7 @@ def test_every_key_that_does_not_fit_is_named(load, pretrained, tmp_path):
     model = build_classifier(config, 3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(CheckpointError) as caught:
-        load_pretrained(model, tmp_path / "odd.safetensors", config)
+        load_pretrained(model, tmp_path / "odd.safetensors", config, NAMES)
     named = {line.strip() for line in str(caught.value).splitlines()[1:]}
     second = [name for name in before if name.startswith("encoder.blocks.1.")]
     assert named == {
@@ -192,7 +196,7 @@ def test_every_key_that_does_not_fit_is_named(load, pretrained, tmp_path):
 def test_a_teacher_that_is_not_there(load, classified):
     config = load(FinetuneConfig, "init_from=teacher")
     with pytest.raises(CheckpointError, match="teacher.safetensors does not exist"):
-        load_pretrained(build_classifier(config, 5), classified, config)
+        load_pretrained(build_classifier(config, 5), classified, config, NAMES)
 
 
 # --- What a config leaves open ------------------------------------------------------------------
@@ -206,7 +210,7 @@ def test_the_grid_of_pretraining_is_taken_from_beside_the_weights(load, pretrain
     assert grid(f"init_weights={pretrained}", "data.num_frames=8") == (2, 4, 3)
     assert grid(f"init_weights={classified}") == (8, 14, 14), "that which it began with itself"
     assert grid(f"init_weights={pretrained}", "model.pretrained_grid=[1,2,2]") == (1, 2, 2)
-    assert grid(f"init_weights={pretrained / 'model.safetensors'}") is None
+    assert grid(f"init_weights={pretrained / 'model.safetensors'}") == (2, 4, 3)
     assert grid("data.num_frames=8") is None
 
 
@@ -266,11 +270,13 @@ def test_names_come_from_the_manifest_or_are_numbers(load):
     assert names_of(five, manifest_of(0, 1)) == ("0", "1", "2", "3", "4")
 
 
-def test_names_of_a_file_replace_those_of_the_manifest(load, tmp_path):
+def test_names_of_a_file_are_held_against_the_manifest(load, tmp_path):
     path = tmp_path / "names.txt"
     path.write_text("run, fast\njump\nstand\n")
     config = load(FinetuneConfig, f"data.label_names={path}")
-    train = manifest_of(0, 1, names=("a", "b"))
+    with pytest.raises(ManifestError, match="class 0 is 'run, fast' .* 'a' in"):
+        names_of(config, manifest_of(0, 1, names=("a", "b")))
+    train = manifest_of(0, 1, names=("run, fast", "jump"))
     assert names_of(config, train) == ("run, fast", "jump", "stand")
     assert names_of(config, train, manifest_of(2)) == ("run, fast", "jump", "stand")
     for count in (2, 4):

@@ -199,7 +199,7 @@ def test_a_checkpoint_of_pretraining_is_refused_with_the_remedy(main, validation
     )
     assert main(checkpoint, validation[0]) == 2
     error = capsys.readouterr().err
-    assert "is of pre-training, which knows no classes" in error
+    assert "no checkpoint of a classifier (it has no labels.txt)" in error
     assert f"./run_finetune.sh CONFIG init_weights={checkpoint}" in error
 
 
@@ -221,7 +221,7 @@ def test_wrong_inputs_are_told_before_anything_is_computed(
 ):
     (tmp_path / "empty").mkdir()
     wrong = {
-        "config.yaml": (tmp_path, validation[0]),
+        "it has no labels.txt": (tmp_path, validation[0]),
         "there are no videos in": (classifier, validation[0], tmp_path / "empty"),
         "is a folder; give a file in it": (classifier, validation[0], "--json", tmp_path),
         "cannot be used here": (classifier, validation[0], "--device", "quantum"),

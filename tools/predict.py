@@ -175,7 +175,8 @@ def describe(
     return (
         f"{num_videos} video{'s' if num_videos > 1 else ''}, {views.clips} x {views.crops} "
         f"view{'s' if views.count > 1 else ''} of each; {len(recogniser.label_names)} classes, "
-        f"{config.test.weights} of update {update}; {recogniser.device.type}, {recogniser.precision}"
+        f"{config.test.weights} of update {update}; {recogniser.device.type}, "
+        f"{recogniser.precision}"
     )
 
 
