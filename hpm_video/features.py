@@ -61,16 +61,7 @@ class ClipChoice:
     frame_size: tuple[int, int] | None = None
 
     def of(self, data: DataConfig) -> DataConfig:
-        """The data of a config with these clips.
-
-        Raises:
-            ConfigError: a stride is given for clips of segments, which have none.
-        """
-        if self.frame_stride is not None and data.sampling == "segments":
-            raise ConfigError(
-                "a frame stride plays no part in clips that span the whole video "
-                "(data.sampling=segments); leave it out"
-            )
+        """The data of a config with these clips."""
         return replace(
             data,
             num_frames=data.num_frames if self.num_frames is None else self.num_frames,
@@ -93,6 +84,18 @@ class Extractor:
     device: torch.device
     precision: Precision
     clips_per_pass: int = 32
+
+    def check_stride(self, given: int | None) -> None:
+        """Make sure that a stride that was given plays a part.
+
+        Raises:
+            ConfigError: the clips are of segments, and have none.
+        """
+        if given is not None and self.spec.sampling == "segments":
+            raise ConfigError(
+                f"a frame stride ({given}) plays no part in clips that span the whole video "
+                f"(data.sampling=segments); leave it out"
+            )
 
     def tokens(self, clips: Tensor) -> Tensor:
         """Of the last layer: (B, C, T, H, W) uint8 on any device -> (B, N, D) float32"""

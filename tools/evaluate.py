@@ -80,6 +80,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
                 arguments.num_frames, arguments.frame_stride, tuple(size) if size else None
             ),
         )
+        recogniser.check_stride(arguments.frame_stride)
         chosen = arguments.views or Views(config.test.clips, config.test.crops)
         manifest = open_manifest(DataConfig(root=arguments.root), arguments.manifest)
         if processes.is_first:

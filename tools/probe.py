@@ -140,6 +140,7 @@ def probe_cached(
         weights=arguments.weights,
         clips=clips,
     )
+    extractor.check_stride(arguments.frame_stride)
     data = DataConfig(train=arguments.train, root=arguments.root)
     manifests = [open_manifest(data, path) for path in (arguments.train, arguments.validation)]
     names = names_of_both(*manifests)
