@@ -23,7 +23,7 @@ def finish(process, code=0):
     return output
 
 
-def tested(run):
+def folder_tested(run):
     """The folder of the only test of a run."""
     (folder,) = (run / "test").iterdir()
     return folder
@@ -44,7 +44,7 @@ def lines_of(run_dir, kind):
 
 
 def test_the_script_fine_tunes_and_tests(finetuned_run):
-    result = result_of(tested(finetuned_run))
+    result = result_of(folder_tested(finetuned_run))
     assert result["top1"] >= 5 / 6, "three tints are easy"
     assert result["chance"] == pytest.approx(1 / 3)
     assert result["videos"] == 6
@@ -61,7 +61,7 @@ def test_the_script_fine_tunes_and_tests(finetuned_run):
 
 
 def test_predictions_are_those_of_every_video_once(finetuned_run, labelled_videos):
-    rows = rows_of(tested(finetuned_run))
+    rows = rows_of(folder_tested(finetuned_run))
     manifest = read_manifest(labelled_videos / "validation")
     assert [row["path"] for row in rows] == list(manifest.files)
     assert [int(row["label"]) for row in rows] == list(manifest.labels)
@@ -72,7 +72,7 @@ def test_predictions_are_those_of_every_video_once(finetuned_run, labelled_video
         assert row["prediction_name"] == ("blue", "green", "red")[int(row["prediction"])]
         assert int(row["correct"]) == (row["prediction"] == row["label"])
     correct = sum(int(row["correct"]) for row in rows)
-    assert result_of(tested(finetuned_run))["top1"] == pytest.approx(correct / 6)
+    assert result_of(folder_tested(finetuned_run))["top1"] == pytest.approx(correct / 6)
 
 
 def test_what_the_script_says(finetuned_run):
@@ -84,13 +84,13 @@ def test_what_the_script_says(finetuned_run):
         "top-1 ",
         "(chance 0.333) on 6 videos",
         "green ",
-        str(tested(finetuned_run) / "result.json"),
-        str(tested(finetuned_run) / "predictions.csv"),
-        str(tested(finetuned_run) / "confusion.png"),
+        str(folder_tested(finetuned_run) / "result.json"),
+        str(folder_tested(finetuned_run) / "predictions.csv"),
+        str(folder_tested(finetuned_run) / "confusion.png"),
         "tools/predict.py",
     ):
         assert said in output, said
-    assert (tested(finetuned_run) / "confusion.png").read_bytes()[:4] == b"\x89PNG"
+    assert (folder_tested(finetuned_run) / "confusion.png").read_bytes()[:4] == b"\x89PNG"
     assert (finetuned_run / "curves.png").exists()
 
 
@@ -115,12 +115,12 @@ def test_the_best_is_the_highest_accuracy(finetuned_run):
 
 
 def test_a_second_start_neither_trains_nor_tests_again(finetuned_run, finetune):
-    before = (tested(finetuned_run) / "result.json").stat().st_mtime_ns
+    before = (folder_tested(finetuned_run) / "result.json").stat().st_mtime_ns
     output = finish(finetune(finetuned_run))
     assert "is complete: 30 updates were made" in output
     assert "testing the" not in output
     assert "top-1 " in output
-    assert (tested(finetuned_run) / "result.json").stat().st_mtime_ns == before
+    assert (folder_tested(finetuned_run) / "result.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM"])
@@ -138,7 +138,7 @@ def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(
     groups = [read_optimizer(folder)["param_groups"] for folder in (ours, theirs)]
     assert groups[0] == groups[1]
     assert len({group["lr_scale"] for group in groups[0]}) == 3  # patch embedding, block, head
-    assert result_of(tested(run))["top1"] == result_of(tested(finetuned_run))["top1"]
+    assert result_of(folder_tested(run))["top1"] == result_of(folder_tested(finetuned_run))["top1"]
     assert read_state(ours)["best"] == read_state(theirs)["best"]
 
 
@@ -179,12 +179,12 @@ def test_evaluate_says_what_the_run_said_over_any_number_of_processes(
         assert code == 0, said
         assert said.count("top-1 ") == 1, "only the first process reports"
         results.append((result_of(output), rows_of(output)))
-    expected = result_of(tested(finetuned_run))
+    expected = result_of(folder_tested(finetuned_run))
     for result, rows in results:
         assert {key: result[key] for key in expected if key not in ("test", "folder")} == {
             key: expected[key] for key in expected if key not in ("test", "folder")
         }
-        assert rows == rows_of(tested(finetuned_run))
+        assert rows == rows_of(folder_tested(finetuned_run))
     code, said = run_tool("evaluate", *arguments, "--output", tmp_path / "one")
     assert code == 2
     assert "holds a result already; take another --output, or --overwrite" in said
@@ -230,7 +230,7 @@ def test_bad_held_out_videos_stop_a_run_before_it_begins_or_are_excluded(
     assert not (run / "metrics.jsonl").exists()
     options = [f"data.validation={videos}", "test.exclude_bad_files=true", "recipe.epochs=2"]
     finish(finetune(run, *options))
-    assert result_of(tested(run))["excluded"] == 2
+    assert result_of(folder_tested(run))["excluded"] == 2
     held_out = lines_of(run, "held_out")[-1]
     assert held_out["top1"] <= 6 / 8
     assert np.isfinite(held_out["cross_entropy"])
@@ -260,7 +260,7 @@ def test_a_classifier_may_start_another_and_keeps_its_head_for_the_same_classes(
     options += [f"data.{split}={tmp_path / split}" for split in ("train", "validation")]
     output = finish(finetune(tmp_path / "other", *options))
     assert "start fresh: head.weight, head.bias" in output
-    assert "left out: head.weight, head.bias" in output
+    assert "left out: head.bias, head.weight" in output
 
 
 def test_probes_of_a_pretrained_encoder(finished_run, labelled_videos, run_tool, tmp_path):
@@ -324,7 +324,7 @@ def test_a_comparison_of_starts(finetune_config, run_tool, tmp_path):
     ]
     for trial in trials:
         run = output / f"{trial['start']}-2-lr{trial['base_lr']:g}-seed0"
-        assert result_of(tested(run))["top1"] == trial["top1"]
+        assert result_of(folder_tested(run))["top1"] == trial["top1"]
         assert "6 videos to train on" in said
     assert len(read_manifest(output / "train-2-seed0.csv")) == 6
     assert said.count("<- best") == 2
@@ -357,11 +357,11 @@ def test_another_manifest_under_the_same_name_is_tested_anew(
     shutil.copytree(labelled_videos / "validation", videos)
     shutil.rmtree(run / "test")
     finish(finetune(run, f"test.manifest={videos}"))
-    assert result_of(tested(run))["videos"] == 6
+    assert result_of(folder_tested(run))["videos"] == 6
     (videos / "red" / "100.mp4").unlink()
     output = finish(finetune(run, f"test.manifest={videos}"))
     assert "testing the last checkpoint" in output
-    assert result_of(tested(run))["videos"] == 5
+    assert result_of(folder_tested(run))["videos"] == 5
 
 
 def test_nearest_neighbours_during_pretraining(pretrain, labelled_videos, tmp_path):
