@@ -1,19 +1,26 @@
 """The recipes of the data sets, on small trees of exactly the layouts that people download.
 
-The scripts open no video, so the videos here are empty files.
+The scripts open no video or image, so those here are empty files; but for CIFAR-10, whose archives
+they turn into images.
 """
 
 import importlib.util
+import io
 import json
 import os
+import pickle
+import struct
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from hpm_video.data.manifest import read_manifest
 
@@ -93,7 +100,9 @@ def refused(outcome: Outcome, *parts: str) -> None:
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("name", ["kinetics400", "ssv2", "ucf101", "hmdb51"])
+@pytest.mark.parametrize(
+    "name", ["kinetics400", "ssv2", "ucf101", "hmdb51", "imagenet1k", "cifar10"]
+)
 def test_as_a_user_starts_it(name: str) -> None:
     """In a process of its own, from the root, without loading torch."""
     place = Path("import")
@@ -104,7 +113,10 @@ def test_as_a_user_starts_it(name: str) -> None:
         "ssv2": ssv2_arguments,
         "ucf101": ucf_arguments,
         "hmdb51": hmdb_arguments,
+        "imagenet1k": imagenet_arguments,
+        "cifar10": lambda: [cifar_archive(cifar_files("binary"))],
     }[name]()
+    kind = "image" if name in ("imagenet1k", "cifar10") else "video"
     absolute = [str(Path(a).absolute()) if Path(a).exists() else a for a in arguments]
     code = (
         "import runpy, sys; del sys.path[0]; sys.argv = sys.argv[1:]\n"
@@ -125,11 +137,11 @@ def test_as_a_user_starts_it(name: str) -> None:
     names = Path("out/labels.txt").read_text().splitlines()
     assert len(names) >= 2
     manifests = sorted(Path("out").glob("*.csv"))
-    assert len(manifests) == {"kinetics400": 2, "ssv2": 3}.get(name, 6)
+    assert len(manifests) == {"ssv2": 3, "ucf101": 6, "hmdb51": 6}.get(name, 2)
     for path in manifests:
         manifest = read_manifest(path)
         assert all(Path(file).is_file() for file in manifest.files)
-        assert f"{path.stem}: {len(manifest)} videos listed, {len(manifest)} found, 0 missing" in (
+        assert f"{path.stem}: {len(manifest)} {kind}s listed, {len(manifest)} found, 0 missing" in (
             done.stdout
         )
         for label, file_name in enumerate(manifest.label_names or ()):
@@ -728,3 +740,371 @@ def test_hmdb_what_does_not_fit_is_refused(run: Run) -> None:
         "<class>/<name of the video>",
         "hmdb51_org.rar",
     )
+
+
+# --- ImageNet-1k ----------------------------------------------------------------------------------
+
+WNIDS = ("n01440764", "n01443537", "n15075141")
+NAMES = "n01440764 tench, Tinca tinca\nn01443537 goldfish\nn15075141 toilet tissue\n"
+# As in the development kit, whose order is not the sorted one.
+MAP = "n15075141 1 toilet_tissue\nn01440764 2 tench\nn01443537 3 goldfish\n"
+VALIDATION = {f"ILSVRC2012_val_0000000{i}": label for i, label in enumerate((2, 0, 1, 2), start=1)}
+FLAT = {f"in/val/{name}.JPEG": label for name, label in VALIDATION.items()}
+GROUND_TRUTH = "1\n2\n3\n1\n"
+
+
+def imagenet_arguments() -> list[str]:
+    """Class folders."""
+    touch(*(f"in/train/{wnid}/{wnid}_{i}.JPEG" for wnid in WNIDS for i in (7, 10026)))
+    touch(*(f"in/val/{WNIDS[label]}/{name}.JPEG" for name, label in VALIDATION.items()))
+    return ["--train", "in/train", "--validation", "in/val"]
+
+
+def flat_arguments() -> list[str]:
+    imagenet_arguments()
+    for name, label in VALIDATION.items():
+        Path(f"in/val/{WNIDS[label]}/{name}.JPEG").rename(f"in/val/{name}.JPEG")
+    return ["--train", "in/train", "--validation", "in/val"]
+
+
+def test_imagenet_class_folders(run: Run) -> None:
+    outcome = run("imagenet1k", *imagenet_arguments(), "--strict")
+    assert outcome.code == 0, outcome.err
+    assert Path("out/labels.txt").read_text().split() == list(WNIDS)
+    assert listed("out/train.csv") == {
+        f"in/train/{wnid}/{wnid}_{i}.JPEG": label
+        for label, wnid in enumerate(WNIDS)
+        for i in (7, 10026)
+    }
+    assert listed("out/validation.csv") == {
+        f"in/val/{WNIDS[label]}/{name}.JPEG": label for name, label in VALIDATION.items()
+    }
+    assert read_manifest("out/train.csv").label_names == WNIDS
+    assert "train: 6 images listed, 6 found, 0 missing" in outcome.out
+    assert "classes without any image: none" in outcome.out
+    assert "3 classes, not the 1000 of ImageNet-1k" in outcome.out
+    assert "video" not in outcome.out.replace(str(Path.cwd()), "")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "more"),
+    [
+        ("val.txt", "".join(f"{name}.JPEG {i}\n" for name, i in VALIDATION.items()), []),
+        ("val.txt", "".join(f"val/{n}.JPEG\t{WNIDS[i]}\n" for n, i in VALIDATION.items()), []),
+        (
+            "LOC_val_solution.csv",
+            "ImageId,PredictionString\n"
+            + "".join(f"{n},{WNIDS[i]} 85 1 499 272 n99999999 3\n" for n, i in VALIDATION.items()),
+            [],
+        ),
+        ("synset_labels.txt", "".join(f"{WNIDS[i]}\n" for i in VALIDATION.values()), []),
+        ("ILSVRC2012_validation_ground_truth.txt", GROUND_TRUTH, [MAP]),
+        ("ground_truth.txt", GROUND_TRUTH, ["2 n01440764 tench\n1 n15075141 x\n3 n01443537\n"]),
+        ("ground_truth.txt", GROUND_TRUTH, ["n15075141 toilet tissue\nn01440764\nn01443537\n"]),
+    ],
+)
+def test_imagenet_a_flat_validation_folder(
+    run: Run, name: str, content: str, more: list[str]
+) -> None:
+    arguments = [*flat_arguments(), "--validation-labels", text(name, content)]
+    if more:
+        refused(run("imagenet1k", *arguments), name, "development kit", "--ids")
+        arguments += ["--ids", text("map.txt", more[0])]
+    outcome = run("imagenet1k", *arguments, "--names", text("LOC_synset_mapping.txt", NAMES))
+    assert outcome.code == 0, outcome.err
+    assert listed("out/validation.csv") == FLAT
+    assert Path("out/labels.txt").read_text() == NAMES
+    assert read_manifest("out/train.csv").label_names == tuple(NAMES.splitlines())
+    Path("in/val/ILSVRC2012_val_00000002.JPEG").unlink()
+    outcome = run("imagenet1k", *arguments, "--strict", "--names", "out/labels.txt")
+    assert outcome.code == 2
+    assert "validation: 4 images listed, 3 found, 1 missing" in outcome.out
+    assert Path("out/missing_validation.txt").read_text().startswith("ILSVRC2012_val_00000002")
+
+
+def test_imagenet_lists_of_training_images(run: Run) -> None:
+    arguments = imagenet_arguments()
+    rows = [(f"{wnid}/{wnid}_7.JPEG", label) for label, wnid in enumerate(WNIDS)]
+    text("train.txt", "".join(f"{path} {label}\n" for path, label in rows))
+    outcome = run("imagenet1k", *arguments, "--train-labels", "train.txt")
+    assert outcome.code == 0, outcome.err
+    assert listed("out/train.csv") == {f"in/train/{path}": label for path, label in rows}
+    assert "none of these lists: 3 of 6 images" in outcome.out
+    solution = "".join(f"{Path(path).stem},{WNIDS[label]} 1 2 3 4\n" for path, label in rows)
+    text("LOC_train_solution.csv", "ImageId,PredictionString\n" + solution)
+    outcome = run("imagenet1k", *arguments, "--train-labels", "LOC_train_solution.csv")
+    assert outcome.code == 0, outcome.err
+    assert listed("out/train.csv") == {f"in/train/{path}": label for path, label in rows}
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "parts"),
+    [
+        (
+            "--validation-labels",
+            "ILSVRC2012_val_00000001.JPEG 3\n",
+            ("line 1", "label 3", "0 to 2"),
+        ),
+        ("--validation-labels", "a\nb\n", ("line 1", "need '<image>.JPEG <number or wnid")),
+        ("--validation-labels", "\n", ("is empty",)),
+        (
+            "--validation-labels",
+            "a.JPEG n00000001\n",
+            ("line 1", "'n00000001'", "the 3 classes of"),
+        ),
+        ("--validation-labels", "a.JPEG 0\n", ("none of the 1 images of validation", "in/val")),
+        ("--validation-labels", "a.JPEG 0\nb/a.JPEG 1\n", ("line 2", "listed already in")),
+        (
+            "--validation-labels",
+            "ImageId,PredictionString\nILSVRC2012_val_00000001,\n",
+            ("line 2", "begins with a wnid"),
+        ),
+        ("--train-labels", "1\n2\n", ("names no images",)),
+        (
+            "--train-labels",
+            "n01440764/n01440764_7.JPEG 1\nn01443537/a.JPEG 1\n",
+            ("line 1", "says class 1", "n01440764, which is 0", "sorted"),
+        ),
+        ("--names", "tench\n", ("line 1", "LOC_synset_mapping.txt", "'tench'")),
+        ("--names", "n01440764 a\nn01440764 b\n", ("line 2", "each wnid once")),
+        ("--ids", NAMES, ("sorted order without numbers", "map_clsloc.txt")),
+        ("--ids", MAP + "n00000004 3 x\n", ("line 4", "ID 3", "already")),
+        ("--ids", MAP + "n00000004 5 x\n", ("each ID from 1 to 4",)),
+        ("--ids", "one two\n", ("line 1", "'n02119789 1 kit_fox'")),
+    ],
+)
+def test_imagenet_what_does_not_fit_names_file_and_line(
+    run: Run, option: str, content: str, parts: tuple[str, ...]
+) -> None:
+    arguments = [*flat_arguments(), option, text("list.txt", content)]
+    if option != "--validation-labels":
+        arguments += ["--validation-labels", text("val.txt", f"{next(iter(VALIDATION))}.JPEG 2\n")]
+    refused(run("imagenet1k", *arguments), *parts)
+
+
+def test_imagenet_what_cannot_be_known_is_refused(run: Run) -> None:
+    arguments = flat_arguments()
+    refused(run("imagenet1k", *arguments), "in no folder named by a wnid", "--validation-labels")
+    refused(run("imagenet1k"), "--train or --validation")
+    refused(run("imagenet1k", *arguments, "--ids", text("meta.mat", "x")), "meta.mat", "README.md")
+    val = text("val.txt", f"{next(iter(VALIDATION))}.JPEG 2\n")
+    flat = ["--validation", "in/val", "--validation-labels", val]
+    refused(run("imagenet1k", *flat), "the numbers of the classes come from", "--names")
+    refused(run("imagenet1k", "--train", "in/train", *flat[2:]), "needs --validation")
+    outcome = run("imagenet1k", *flat, "--names", text("names.txt", NAMES))
+    assert outcome.code == 0, outcome.err
+    assert listed("out/validation.csv") == {"in/val/ILSVRC2012_val_00000001.JPEG": 2}
+
+
+def test_imagenet_class_folders_must_say_what_a_list_says(run: Run) -> None:
+    arguments = imagenet_arguments()
+    val = text("val.txt", f"{next(iter(VALIDATION))}.JPEG 1\n")
+    refused(
+        run("imagenet1k", *arguments, "--validation-labels", val),
+        *("val.txt, line 1", "class 1, n01443537", "in/val/n15075141", "--validation-labels"),
+    )
+
+
+def test_imagenet_videos_in_the_place_of_images(run: Run) -> None:
+    arguments = imagenet_arguments()
+    touch("in/train/n01440764/a.mp4")
+    refused(run("imagenet1k", *arguments), "1 videos and 6 images")
+    touch("clips/n01440764/a.mp4")
+    refused(run("imagenet1k", "--train", "clips"), "there are no images in", "such as a.mp4")
+    refused(run("imagenet1k", *arguments[2:], "--suffix", ".mp4"), "--suffix must be one of .bmp")
+    refused(run("imagenet1k", "--train", "nowhere"), "Name the folder of the images")
+
+
+# --- CIFAR-10 -------------------------------------------------------------------------------------
+
+CIFAR_NAMES = ["airplane", "automobile", "bird"]
+BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+
+
+def cifar_batch(name: str) -> tuple[np.ndarray, list[int]]:
+    """(N, 3072) and the labels of two or three images."""
+    seed = BATCHES.index(name)
+    count = 2 + seed % 2
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, 3072), np.uint8)
+    return pixels, [(seed + i) % 3 for i in range(count)]
+
+
+def pickled_by_python_2(pixels: np.ndarray, labels: list[int]) -> bytes:
+    """As cPickle wrote the published files: an array, and text that is bytes."""
+
+    def string(value: bytes) -> bytes:
+        return b"U" + bytes([len(value)]) + value
+
+    kind = b"cnumpy\ndtype\n(" + string(b"u1") + b"K\0K\x01tR(K\x03" + string(b"|") + b"NNN"
+    kind += 2 * b"J\xff\xff\xff\xff" + b"K\0tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\0t" + string(b"b") + b"tR"
+    array += b"(K\x01(K" + bytes([len(pixels)]) + b"M\x00\x0ct" + kind + b"\x89"
+    array += b"T" + struct.pack("<i", pixels.size) + pixels.tobytes() + b"tb"
+    numbers = b"](" + b"".join(b"K" + bytes([label]) for label in labels) + b"e"
+    return b"\x80\x02}(" + string(b"data") + array + string(b"labels") + numbers + b"u."
+
+
+def cifar_files(version: str) -> dict[str, bytes]:
+    files = {}
+    for name in BATCHES:
+        pixels, labels = cifar_batch(name)
+        rows = np.concatenate([np.array(labels, np.uint8)[:, None], pixels], axis=1)
+        files |= {
+            "binary": {f"{name}.bin": rows.tobytes()},
+            "python 2": {name: pickled_by_python_2(pixels, labels)},
+            "python 3": {name: pickle.dumps({b"data": pixels, b"labels": labels}, 2)},
+            "new": {name: pickle.dumps({"data": pixels, "labels": labels})},
+        }[version]
+    if version == "binary":
+        return files | {"batches.meta.txt": "\n".join([*CIFAR_NAMES, ""]).encode()}
+    return files | {"batches.meta": pickle.dumps({b"label_names": CIFAR_NAMES}, 2)}
+
+
+def cifar_archive(files: dict[str, bytes], path: str = "cifar.tar.gz") -> str:
+    with tarfile.open(path, "w:gz") as archive:
+        for name, data in reversed(files.items()):
+            member = tarfile.TarInfo(f"cifar-10-batches-xy/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def check_cifar() -> None:
+    assert Path("out/labels.txt").read_text().split() == CIFAR_NAMES
+    for manifest, folder, names in (
+        ("train", "train", BATCHES[:5]),
+        ("validation", "test", BATCHES[5:]),
+    ):
+        batches = [cifar_batch(name) for name in names]
+        read = read_manifest(f"out/{manifest}.csv")
+        assert read.labels == tuple(label for _, labels in batches for label in labels)
+        for i, (file, row) in enumerate(
+            zip(read.files, np.concatenate([pixels for pixels, _ in batches]), strict=True)
+        ):
+            place = f"out/{folder}/{CIFAR_NAMES[read.labels[i]]}/{i:05}.png"
+            assert file == str(Path(place).absolute())
+            picture = np.array(Image.open(file))
+            assert np.array_equal(picture, row.reshape(3, 32, 32).transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("version", ["python 2", "python 3", "new", "binary"])
+@pytest.mark.parametrize("form", ["archive", "folder", "folder above"])
+def test_cifar_as_published(run: Run, version: str, form: str) -> None:
+    files = cifar_files(version)
+    folder = Path("root/cifar-10-batches-" + ("bin" if version == "binary" else "py"))
+    folder.mkdir(parents=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    source = {"archive": "", "folder": str(folder), "folder above": "root"}[form]
+    outcome = run("cifar10", source or cifar_archive(files))
+    assert outcome.code == 0, outcome.err
+    check_cifar()
+    assert "train: 12 images listed, 12 found, 0 missing" in outcome.out
+    assert "validation: 3 images listed" in outcome.out
+    assert not list(Path("out").rglob("*.part*"))
+
+
+def test_cifar_class_folders(run: Run) -> None:
+    for split in ("train", "test"):
+        touch(*(f"c/{split}/{name}/0001.jpg" for name in CIFAR_NAMES), f"c/{split}/bird/2.png")
+    outcome = run("cifar10", "c")
+    assert outcome.code == 0, outcome.err
+    assert listed("out/validation.csv") == {
+        "c/test/airplane/0001.jpg": 0,
+        "c/test/automobile/0001.jpg": 1,
+        "c/test/bird/0001.jpg": 2,
+        "c/test/bird/2.png": 2,
+    }
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        *("labels.txt", "train.csv", "validation.csv")
+    ]
+    touch("c/test/cat/1.png")
+    assert "in no folder named like one of the 3 classes" in run("cifar10", "c").err
+
+
+def test_cifar_goes_on_and_overwrites_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = cifar_archive(cifar_files("binary"))
+    write = Image.Image.save
+
+    def fail(self: Image.Image, path: Path, form: str) -> None:
+        if "00003" in str(path):
+            raise OSError("no space left")
+        write(self, path, form)
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    outcome = run("cifar10", source)
+    assert outcome == (2, "", "error: no space left\n")
+    assert not list(Path("out").glob("*.csv"))
+    there = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.png")}
+    assert len(there) == 3
+    monkeypatch.setattr(Image.Image, "save", write)
+    assert run("cifar10", source).code == 0
+    check_cifar()
+    assert {path: path.stat().st_mtime_ns for path in there} == there
+    other = sorted(there)[0]
+    for content in (Path(sorted(there)[1]).read_bytes(), b"my own"):
+        other.write_bytes(content)
+        outcome = run("cifar10", source)
+        assert outcome.code == 2
+        assert f"{other.absolute()} is there and is another picture" in outcome.err
+        assert other.read_bytes() == content
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, ("harmed",)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("data_batch_2", pickle.dumps(Harmful(), 2), ("data_batch_2", "posix.mkdir", "refused")),
+        ("batches.meta", pickle.dumps({b"label_names": Harmful()}), ("meta", "posix.mkdir")),
+        ("data_batch_1", b"cbuiltins\neval\n(U\x011tR.", ("data_batch_1", "builtins.eval")),
+        ("data_batch_1", b"\x80\x02c_codecs\nencode\n(U\x01aU\x04zliptR.", ("refused", "encoded")),
+        ("data_batch_1", b"", ("data_batch_1", "EOFError", "Download it again")),
+        ("data_batch_1", pickle.dumps([1]), ("holds a list",)),
+        ("data_batch_1", pickle.dumps({"data": np.zeros((1, 3072), np.uint8)}), ("3072",)),
+        (
+            "data_batch_1",
+            pickle.dumps({"data": np.zeros((1, 3071), np.uint8), "labels": [0]}),
+            ("data_batch_1", "(N, 3072)"),
+        ),
+        (
+            "test_batch",
+            pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [3]}),
+            ("test_batch", "label 3 is none of 0 to 2"),
+        ),
+        ("data_batch_5", None, ("holds no file data_batch_5",)),
+        ("batches.meta", pickle.dumps({b"label_names": ["../a"]}), ("names of the classes",)),
+    ],
+)
+def test_cifar_a_broken_or_harmful_archive_is_refused(
+    run: Run, name: str, content: bytes | None, parts: tuple[str, ...]
+) -> None:
+    files = cifar_files("python 3")
+    if content is None:
+        del files[name]
+    else:
+        files[name] = content
+    outcome = run("cifar10", cifar_archive(files))
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+    for part in parts:
+        assert part in outcome.err
+    assert not Path("harmed").exists()
+    assert not list(Path.cwd().glob("out/*.csv"))
+
+
+def test_cifar_what_is_none_of_it(run: Run) -> None:
+    files = cifar_files("binary")
+    files["data_batch_1.bin"] += b"x"
+    refused(run("cifar10", cifar_archive(files)), "data_batch_1.bin", "3073 bytes", "6147")
+    data = Path(cifar_archive(cifar_files("binary"))).read_bytes()
+    Path("cut.tar.gz").write_bytes(data[: len(data) // 2])
+    refused(run("cifar10", "cut.tar.gz"), "cut.tar.gz cannot be read", "Download it again")
+    text("a.zip", "no archive")
+    refused(run("cifar10", "a.zip"), "a.zip cannot be read")
+    touch("c/train/bird/1.png")
+    refused(run("cifar10", "c"), "none of what is published", "cifar-10-python.tar.gz")
+    refused(run("cifar10", "nowhere"), "nowhere is none of what is published")

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.nn import functional
 
 from hpm_video.data.decode import open_video
 from hpm_video.data.encode import write_video
+from hpm_video.data.manifest import read_manifest
 
 RECIPE = Path(__file__).parents[1] / "datasets" / "demo" / "prepare.py"
 COUNTS = {"train": 3, "validation": 1}
@@ -49,14 +51,18 @@ def made(demo: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(demo, tmp_path_factory.mktemp("demo"))
 
 
-def make(demo: ModuleType, folder: Path, workers: int = 0) -> Path:
+def make(
+    demo: ModuleType, folder: Path, parts: tuple[str, ...] = ("clips", "frames"), workers: int = 0
+) -> Path:
     footage = []
-    for seed, name in enumerate(("one.mp4", "two.mp4")):
+    for seed, name in enumerate(("one.mp4", "two_pristine.mp4")):
         write_video(folder / name, [texture(seed)] * 70, crf=4)
         digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
         footage.append(demo.Footage(name, digest, train=((0, 29),), validation=((40, 69),)))
     demo.check_footage(folder, footage)
-    demo.make(folder, folder / "out", footage=footage, per_label=COUNTS, workers=workers)
+    demo.make(
+        folder, folder / "out", footage=footage, per_label=COUNTS, parts=parts, workers=workers
+    )
     return folder / "out"
 
 
@@ -79,10 +85,50 @@ def test_clips_are_of_one_size_and_labels_balanced(
 def test_same_bytes_again(demo: ModuleType, made: Path, tmp_path: Path) -> None:
     again = make(demo, tmp_path)
     files = sorted(path.relative_to(made) for path in made.rglob("*.*"))
-    assert len(files) == 8 * sum(COUNTS.values()) + 2
+    assert len(files) == 8 * sum(COUNTS.values()) * 4 + 4
     assert [
         path for path in files if (made / path).read_bytes() != (again / path).read_bytes()
     ] == []
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_images_are_frames_of_the_clips_and_labelled_by_their_footage(
+    demo: ModuleType, made: Path, split: str
+) -> None:
+    table = pd.read_csv(made / f"{split}_images.csv")
+    clips = demo.plan(
+        split, COUNTS[split], [demo.Footage(n, "", ((0, 9),), ((0, 9),)) for n in "ab"]
+    )
+    assert list(table.columns) == ["path", "label", "label_name"]
+    assert list(table.path[:3]) == [f"frames/{split}/still_000_{one}.jpg" for one in (10, 30, 50)]
+    assert list(table.label) == [" ab".index(clip.footage) - 1 for clip in clips for _ in range(3)]
+    assert [("one", "two")[label] for label in table.label] == list(table.label_name)
+    manifest = read_manifest(made / f"{split}_images.csv")
+    assert len(manifest) == 3 * 8 * COUNTS[split]
+    for clip, row in zip(clips[::4], table[::12].itertuples(), strict=True):
+        with open_video(str(made / clip.path)) as video, open_video(str(made / row.path)) as image:
+            assert image.num_frames == 1
+            others = video.read([10, 50]).astype(float)
+            distances = np.abs(others - image.read([0])).mean(axis=(1, 2, 3))
+            assert distances[0] < 10
+            assert clip.label == 0 or distances[0] < distances[1]
+
+
+def test_what_is_missing_alone_is_made(demo: ModuleType, made: Path, tmp_path: Path) -> None:
+    """As of an earlier version, which wrote no frames."""
+    out = tmp_path / "out"
+    shutil.copytree(made / "clips", out / "clips")
+    for name in ("train.csv", "validation.csv"):
+        shutil.copy(made / name, out / name)
+    assert demo.missing_parts(out) == ("frames",)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.*")}
+    assert make(demo, tmp_path, parts=("frames",)) == out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert demo.missing_parts(out) == ()
+    (out / "validation.csv").unlink()
+    assert demo.missing_parts(out) == ("clips",)
+    for path in made.rglob("*.jpg"):
+        assert (out / path.relative_to(made)).read_bytes() == path.read_bytes()
 
 
 def shift(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float]:
@@ -169,6 +215,10 @@ def test_splits_take_different_stretches_in_balance(demo: ModuleType) -> None:
         shares = pd.Series([clip.footage for clip in clips]).value_counts(normalize=True)
         assert len(shares) == 3
         assert shares.between(0.29, 0.36).all()
+        images = [path for clip in clips for path in clip.images.values()]
+        assert len(set(images)) == {"train": 1440, "validation": 480}[split]
+        names = demo.frame_table(clips, demo.FOOTAGE).label_name
+        assert sorted(set(names)) == ["bigbuckbunny", "bikes", "carphone"]
     assert not frames["train"] & frames["validation"]
 
 
@@ -184,7 +234,8 @@ def test_interrupted_making_leaves_no_manifest(
 
     monkeypatch.setattr(demo, "write_video", write)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "train.csv").write_text("old")
+    for name in ("train.csv", "validation_images.csv"):
+        (tmp_path / "out" / name).write_text("old")
     with pytest.raises(KeyboardInterrupt):
         make(demo, tmp_path)
     assert not list((tmp_path / "out").glob("*.csv"))

@@ -137,6 +137,26 @@ def test_demo_data_is_made_once(clone: Clone) -> None:
     assert [start[1] for start in clone.starts()] == ["tools/pretrain.py"]
 
 
+@pytest.mark.parametrize(
+    ("there", "starts"),
+    [
+        (["train", "validation"], [*PREPARE, "tools/pretrain.py"]),
+        (["train_images"], [*PREPARE, "tools/pretrain.py"]),
+        (["train_images", "validation_images"], ["tools/pretrain.py"]),
+    ],
+)
+def test_demo_data_is_made_where_what_the_config_names_is_missing(
+    clone: Clone, there: Sequence[str], starts: list[str]
+) -> None:
+    """Clips of an earlier version have no images beside them."""
+    data = "data:\n  train: datasets/demo/train_images.csv\n"
+    clone.write(DEMO, data + "  validation: datasets/demo/validation_images.csv")
+    for name in there:
+        clone.write(f"datasets/demo/{name}.csv", "path,label\n")
+    assert clone.run("run_pretrain.sh").returncode == 0
+    assert [start[1] for start in clone.starts()] == starts
+
+
 FINETUNE = "configs/finetune/demo.yaml"
 PRETRAIN_FIRST = ["tools/pretrain.py", DEMO]
 

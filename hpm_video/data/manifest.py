@@ -1,11 +1,14 @@
-"""Which videos there are, and what is known of each: reading and writing lists of videos."""
+"""Which videos or images there are, and what is known of each: reading and writing lists of them.
+
+An image is a video of one frame.
+"""
 
 import csv
 import hashlib
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,18 +23,26 @@ VIDEO_SUFFIXES = (
     *(".mts", ".ogv", ".ts", ".webm", ".wmv"),
 )
 
+IMAGE_SUFFIXES = (
+    *(".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
+    *(".tif", ".tiff", ".webp"),
+)
+
+_MEDIA_SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
+_SUFFIXES = f"one of {' '.join(VIDEO_SUFFIXES)} (videos) or {' '.join(IMAGE_SUFFIXES)} (images)"
 _EXPECTED = (
     "Expected is a CSV file whose first line names its columns: path, and where wanted label, "
-    "label_name and num_frames; or a list without such a line, of 'video label', 'video 0 -1' "
-    "(unlabelled), 'video num_frames label' or 'video' alone, where the video's name ends in one "
-    f"of {' '.join(VIDEO_SUFFIXES)}"
+    "label_name and num_frames; or a list without such a line, of 'file label', 'file 0 -1' "
+    "(unlabelled), 'file num_frames label' or 'file' alone, where the name of the file ends in "
+    f"{_SUFFIXES}"
 )
 _SEPARATOR = r"(?:[ \t]*,[ \t]*|[ \t]+)"
 _LIST_LINE = re.compile(
-    rf"(?P<path>.*(?:{'|'.join(re.escape(suffix) for suffix in VIDEO_SUFFIXES)}))"
+    rf"(?P<path>.*(?:{'|'.join(re.escape(suffix) for suffix in _MEDIA_SUFFIXES)}))"
     rf"(?P<numbers>(?:{_SEPARATOR}-?\d+)*)",
     re.IGNORECASE,
 )
+_UNTIDY = re.compile(r"/\.?(?:/|$)|^\./|^\.$")  # what pathlib leaves out of a path
 _INTEGER = r"-?\d{1,15}(?:\.0+)?"  # pandas writes 3.0 where another row of the column is empty
 
 
@@ -41,7 +52,7 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """Video files and what is known of each of them."""
+    """Video or image files, and what is known of each of them."""
 
     files: tuple[str, ...]
     """Absolute paths."""
@@ -82,7 +93,7 @@ class Manifest:
 
 
 def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
-    """Read a list of videos, or find the videos of a folder.
+    """Read a list of videos or images, or find those of a folder.
 
     What it reads:
 
@@ -90,20 +101,21 @@ def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
       ``label_name`` and ``num_frames``. An empty cell says nothing; other columns are ignored.
     - A list without such a line, as VideoMAE and its descendants use, its columns separated by
       spaces, tabs or commas. The numbers at the end of a line are split off, so a path may hold
-      spaces. One number is the label. Of two, ``0 -1`` marks an unlabelled video, as in VideoMAE
+      spaces. One number is the label, as in the usual lists of ImageNet, ``train.txt`` and
+      ``val.txt``. Of two, ``0 -1`` marks an unlabelled video, as in VideoMAE
       V2's lists for pre-training, and ``num_frames label`` says both, as VideoMAE has it. Three
       are ``start num_frames label``, where the start must be 0 and a count of -1 is not stated.
       Other pairs (such as V2's ``folder start_index total_frames``) are errors, for nothing tells
       which number means what; so are folders of frames.
-    - A folder of class folders, where each video lies in a folder directly below: the classes are
+    - A folder of class folders, where each file lies in a folder directly below: the classes are
       the sorted names of those folders.
-    - Any other folder: all videos in it, however deep, unlabelled.
+    - Any other folder: all videos in it, or all images, however deep, unlabelled.
 
     Relative paths start from ``root``, by default from the manifest's own folder. Whether a
-    listed video exists is not looked at here.
+    listed file exists is not looked at here.
 
     Raises:
-        ManifestError: it cannot be read, or holds no video.
+        ManifestError: it cannot be read or holds nothing, or a folder holds videos and images.
     """
     source = Path(path).absolute()
     if source.is_dir():
@@ -113,7 +125,7 @@ def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
     named = "path" in [cell.strip() for cell in first_line]
     table = _read_table(source, text) if named else _read_list(source, text)
     if table.empty:
-        raise ManifestError(f"{source} lists no videos. {_EXPECTED}")
+        raise ManifestError(f"{source} lists no videos or images. {_EXPECTED}")
     return _checked(source, table, Path(root).absolute() if root else source.parent)
 
 
@@ -182,9 +194,12 @@ def _read_list(source: Path, text: str) -> pd.DataFrame:
 def _split_row(source: Path, line: int, row: str) -> tuple[str, list[str]]:
     match = _LIST_LINE.fullmatch(row)
     if not match:
-        why = "need the path of a video and then whole numbers (folders of frames are not read)"
+        why = (
+            "need the path of a video or an image and then whole numbers (folders of frames are "
+            "not read)"
+        )
         raise _bad_line(source, line, row, why)
-    return match["path"], re.findall(r"-?\d+", match["numbers"])
+    return match["path"], match["numbers"].replace(",", " ").split()
 
 
 def _meaning(source: Path, line: int, row: str, numbers: list[str]) -> tuple[str, str]:
@@ -205,7 +220,7 @@ def _meaning(source: Path, line: int, row: str, numbers: list[str]) -> tuple[str
         case _:
             why = (
                 "cannot tell what these numbers mean. Write a CSV file with named columns, or "
-                "'video 0 -1' where there is no label"
+                "'file 0 -1' where there is no label"
             )
             raise _bad_line(source, line, row, why)
 
@@ -216,7 +231,7 @@ def _checked(source: Path, table: pd.DataFrame, root: Path) -> Manifest:
         raise _bad_line(source, line, ",".join(table.loc[line]), "the path is empty")
     labels = _integers(source, table, "label", smallest=0, absent=UNLABELLED)
     return Manifest(
-        files=tuple(str(root / path) for path in table["path"]),
+        files=_files(root, table["path"].tolist()),
         labels=tuple(labels.tolist()),
         num_frames=tuple(
             _integers(source, table, "num_frames", smallest=1, absent=NOT_STATED).tolist()
@@ -264,23 +279,40 @@ def _label_names(
     return tuple(names.get(label, str(label)) for label in range(int(labels.max()) + 1))
 
 
+def _files(root: Path, paths: Iterable[str]) -> tuple[str, ...]:
+    """Paths from ``root`` on, as pathlib spells them, which alone would take most of the time."""
+    start = str(root).rstrip("/") + "/"
+    return tuple(
+        str(root / path) if path[0] == "/" or _UNTIDY.search(path) else start + path
+        for path in paths
+    )
+
+
 def _read_folder(folder: Path) -> Manifest:
-    videos = sorted(_videos_below(folder))
-    if not videos:
+    found = sorted(_files_below(folder), key=lambda name: name.split("/"))
+    if not found:
         raise ManifestError(
-            f"there are no videos in {folder}; looked, in its folders too, for names that end in "
-            f"one of {' '.join(VIDEO_SUFFIXES)}"
+            f"there are no videos in {folder}, and no images; looked, in its folders too, for "
+            f"names that end in {_SUFFIXES}"
         )
-    nothing = (-1,) * len(videos)
-    files = tuple(str(folder / video) for video in videos)
-    if any(len(video.parts) != 2 for video in videos):
+    images = sum(name.lower().endswith(IMAGE_SUFFIXES) for name in found)
+    if 0 < images < len(found):
+        raise ManifestError(
+            f"{folder} holds both, {len(found) - images} videos and {images} images, and nothing "
+            "tells which of them are meant. Move one kind to another folder, or write a manifest "
+            "of the files that are meant"
+        )
+    nothing = (-1,) * len(found)
+    files = _files(folder, found)
+    if any(name.count("/") != 1 for name in found):
         return Manifest(files, labels=nothing, num_frames=nothing)
-    names = tuple(sorted({video.parts[0] for video in videos}))
+    classes = [name.partition("/")[0] for name in found]
+    names = tuple(sorted(set(classes)))
     labels = {name: label for label, name in enumerate(names)}
-    return Manifest(files, tuple(labels[video.parts[0]] for video in videos), nothing, names)
+    return Manifest(files, tuple(labels[name] for name in classes), nothing, names)
 
 
-def _videos_below(folder: Path) -> Iterator[Path]:
+def _files_below(folder: Path) -> Iterator[str]:
     """Paths from ``folder`` on. Links to folders are followed, but not in circles."""
     seen = set()
     for place, folders, files in os.walk(folder, followlinks=True):
@@ -289,6 +321,7 @@ def _videos_below(folder: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        start = "" if Path(place) == folder else f"{Path(place).relative_to(folder)}/"
         for name in files:
-            if name.lower().endswith(VIDEO_SUFFIXES) and not name.startswith("."):
-                yield (Path(place) / name).relative_to(folder)
+            if name.lower().endswith(_MEDIA_SUFFIXES) and name[0] != ".":
+                yield start + name

@@ -1,4 +1,4 @@
-"""From a published data set, its lists and its folder of videos, to manifests and a report.
+"""From a published data set, its lists and its folder of files, to manifests and a report.
 
 What a data set's own lists look like is the business of ``datasets/<name>/prepare.py``.
 """
@@ -11,12 +11,22 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from hpm_video.data.manifest import UNLABELLED, VIDEO_SUFFIXES, ManifestError, read_manifest
+from hpm_video.data.manifest import (
+    IMAGE_SUFFIXES,
+    UNLABELLED,
+    VIDEO_SUFFIXES,
+    ManifestError,
+    read_manifest,
+)
 from hpm_video.whole_files import written_beside
 
 COLUMNS = ("path", "label", "label_name")
 NAMED_IN_REPORT = 5
+
+Kind = Literal["video", "image"]
+"""What the files of a data set are, as errors and reports call one of them."""
 
 
 class RecipeError(ValueError):
@@ -43,6 +53,7 @@ class Split:
     name: str
     found: tuple[tuple[Clip, Path], ...]
     missing: tuple[Clip, ...]
+    kind: Kind = "video"
 
 
 class Classes:
@@ -83,7 +94,7 @@ class Classes:
         return label
 
     def folders(self, videos: "Videos") -> dict[Path, int]:
-        """Those folders that directly hold videos and are named like a class."""
+        """Those folders that directly hold files and are named like a class."""
         labels: dict[Path, int] = {}
         owners: dict[int, Path] = {}
         for folder in sorted({file.parent for file in videos.files} - {videos.folder}):
@@ -93,29 +104,41 @@ class Classes:
             if (other := owners.setdefault(label, folder)) != folder:
                 raise RecipeError(
                     f"the folders {other} and {folder} are both of class {self.names[label]!r}. "
-                    "A class has one folder: put their videos into one"
+                    f"A class has one folder: put their {videos.kind}s into one"
                 )
             labels[folder] = label
         return labels
 
 
 class Videos:
-    """The videos below a folder, by keys, which also knows which of them were asked for."""
+    """The videos or images below a folder, by keys, and which of them were asked for."""
 
     def __init__(
-        self, folder: Path, key: Callable[[Path], str], *, suffix: str | None = None
+        self,
+        folder: Path,
+        key: Callable[[Path], str],
+        *,
+        suffix: str | None = None,
+        kind: Kind = "video",
     ) -> None:
         self.folder = folder.absolute()
+        self.kind = kind
+        suffixes = IMAGE_SUFFIXES if kind == "image" else VIDEO_SUFFIXES
         if not self.folder.is_dir():
-            raise RecipeError(f"there is no folder {self.folder}. Name the folder of the videos")
-        if suffix is not None and suffix.lower() not in VIDEO_SUFFIXES:
-            raise RecipeError(f"--suffix must be one of {' '.join(VIDEO_SUFFIXES)}, got {suffix!r}")
+            raise RecipeError(f"there is no folder {self.folder}. Name the folder of the {kind}s")
+        if suffix is not None and suffix.lower() not in suffixes:
+            raise RecipeError(f"--suffix must be one of {' '.join(suffixes)}, got {suffix!r}")
         every = (Path(file) for file in read_manifest(self.folder).files)
         self.files = tuple(
             file for file in every if suffix is None or file.suffix.lower() == suffix.lower()
         )
         if not self.files:
-            raise RecipeError(f"there are no videos {suffix} in {self.folder}. Leave out --suffix")
+            raise RecipeError(f"there are no {kind}s {suffix} in {self.folder}. Leave out --suffix")
+        if not self.files[0].name.lower().endswith(suffixes):
+            raise RecipeError(
+                f"there are no {kind}s in {self.folder}, but files of another kind, such as "
+                f"{self.files[0].name}. Name the folder of the {kind}s"
+            )
         self._by_key: dict[str, list[Path]] = defaultdict(list)
         for file in self.files:
             self._by_key[key(file)].append(file)
@@ -130,8 +153,8 @@ class Videos:
         if len(files) > 1:
             raise RecipeError(
                 f"{clip.place}: there are {len(files)} files for {clip.name}: {files[0]} and "
-                f"{files[1]}. A clip has one file: move the others away, or take files of one "
-                "kind alone, as with --suffix .mp4"
+                f"{files[1]}. There must be one: move the others away, or take files of one "
+                f"kind alone, as with --suffix {files[0].suffix}"
             )
         self._asked.update(files)
         return files[0] if files else None
@@ -163,12 +186,16 @@ def check_once(clips: Iterable[Clip]) -> None:
         if (earlier := places.setdefault(clip.keys[0], clip.place)) != clip.place:
             raise RecipeError(
                 f"{clip.place}: {clip.name} is listed already in {earlier}. "
-                "A clip has one line: remove one of them"
+                "It must have one line: remove one of them"
             )
 
 
 def match(
-    name: str, clips: Sequence[Clip], find: Callable[[Clip], Path | None], expected: str
+    name: str,
+    clips: Sequence[Clip],
+    find: Callable[[Clip], Path | None],
+    expected: str,
+    kind: Kind = "video",
 ) -> Split:
     """The file of each clip. ``expected`` says in errors where files should be, and their names.
 
@@ -178,20 +205,20 @@ def match(
     files = [find(clip) for clip in clips]
     found = tuple((clip, file) for clip, file in zip(clips, files, strict=True) if file)
     if not clips:
-        raise RecipeError(f"the list of {name} holds no videos. Download it again")
+        raise RecipeError(f"the list of {name} holds no {kind}s. Download it again")
     if not found:
         raise RecipeError(
-            f"none of the {len(clips)} videos of {name} was found, such as {clips[0].name} "
+            f"none of the {len(clips)} {kind}s of {name} was found, such as {clips[0].name} "
             f"({clips[0].place}). {expected}"
         )
     missing = tuple(clip for clip, file in zip(clips, files, strict=True) if not file)
-    return Split(name, found, missing)
+    return Split(name, found, missing, kind)
 
 
 def write(output: Path, names: Sequence[str], splits: Sequence[Split]) -> None:
     """Write ``labels.txt``, and of each split its manifest and a list of what is missing.
 
-    Paths are relative where a video lies below ``output``, otherwise absolute.
+    Paths are relative where a file lies below ``output``, otherwise absolute.
 
     Raises:
         RecipeError: a manifest there, not written anew now, has other numbers for the classes;
@@ -252,7 +279,7 @@ def manifest_of(output: Path, split: Split) -> Path:
 
 
 def missing_list(output: Path, split: Split) -> Path:
-    """Where the list of a split's missing videos goes."""
+    """Where the list of a split's missing files goes."""
     return output / f"missing_{split.name}.txt"
 
 
@@ -269,8 +296,8 @@ def report(
     for split in splits:
         listed, missing = len(split.found) + len(split.missing), len(split.missing)
         lines.append(
-            f"{split.name}: {listed} videos listed, {len(split.found)} found, {missing} missing: "
-            f"{manifest_of(output, split)}"
+            f"{split.name}: {listed} {split.kind}s listed, {len(split.found)} found, {missing} "
+            f"missing: {manifest_of(output, split)}"
         )
         if missing:
             some = _some([clip.name for clip in split.missing])
@@ -280,13 +307,13 @@ def report(
             lines.append("  without labels")
             continue
         empty = [name for label, name in enumerate(names) if label not in labels]
-        lines.append(f"  classes without any video: {_some(empty) if empty else 'none'}")
+        lines.append(f"  classes without any {split.kind}: {_some(empty) if empty else 'none'}")
     for shelf in videos:
         unlisted = shelf.unlisted()
         some = f": {_some([str(file.relative_to(shelf.folder)) for file in unlisted])}"
         lines.append(
-            f"on disk, but in none of these lists: {len(unlisted)} of {len(shelf.files)} videos in "
-            f"{shelf.folder}{some if unlisted else ''}"
+            f"on disk, but in none of these lists: {len(unlisted)} of {len(shelf.files)} "
+            f"{shelf.kind}s in {shelf.folder}{some if unlisted else ''}"
         )
     text = "\n".join([*lines, *notes])
     return text.encode("utf-8", "backslashreplace").decode("utf-8")  # names that are not text
@@ -304,6 +331,7 @@ def run_recipe(
     prepare: Callable[[argparse.Namespace], tuple[str, list[Split]]],
     *,
     beside: str,
+    kind: Kind = "video",
 ) -> int:
     """Run a script ``prepare.py`` with the options that all of them have. -> its exit code
 
@@ -317,8 +345,9 @@ def run_recipe(
         metavar="DIR",
         help="where manifests and labels.txt go, by default beside this script",
     )
-    parser.add_argument("--suffix", metavar=".MP4", help="take only videos with this suffix")
-    parser.add_argument("--strict", action="store_true", help="exit with 2 if a video is missing")
+    example = ".JPEG" if kind == "image" else ".MP4"
+    parser.add_argument("--suffix", metavar=example, help=f"take only {kind}s with this suffix")
+    parser.add_argument("--strict", action="store_true", help=f"exit with 2 if a {kind} is missing")
     options = parser.parse_args(arguments)
     try:
         report, splits = prepare(options)

@@ -64,6 +64,28 @@ def test_lists_of_videomae_and_its_descendants(tmp_path, text, labels, num_frame
     assert listed(tmp_path, text, "train.txt") == Manifest(files, labels, num_frames)
 
 
+def test_lists_of_imagenet(tmp_path):
+    text = "n01440764/n01440764_10026.JPEG 0\nn15075141/n15075141_9993.JPEG 999\n"
+    train = listed(tmp_path, text, "train.txt", root="/imagenet/train")
+    assert train.files == (
+        "/imagenet/train/n01440764/n01440764_10026.JPEG",
+        "/imagenet/train/n15075141/n15075141_9993.JPEG",
+    )
+    assert train.labels == (0, 999)
+    names = ("a b.jpg", "c.png", "d.mp4.tiff", "e.webp", "f.bmp", "g.jpg.mp4")
+    mixed = listed(tmp_path, "".join(f"{name} 3\n" for name in names), "val.txt")
+    assert mixed.files == tuple(f"{tmp_path}/{name}" for name in names)
+    assert mixed.labels == (3,) * 6
+
+
+def test_paths_are_spelled_as_pathlib_does(tmp_path):
+    paths = ["./a.mp4", "b//c.mp4", "d/./e.mp4", "../f.mp4", ".g/h.mp4", "/i/j.mp4", "//k.mp4"]
+    paths += ["/l//m.mp4", "n/.o.mp4", "p/../q.mp4", "r..mp4"]
+    for root in (tmp_path, Path("/")):
+        manifest = listed(tmp_path, "".join(f"{path}\n" for path in paths), root=root)
+        assert manifest.files == tuple(str(root / path) for path in paths)
+
+
 @pytest.mark.parametrize(
     ("text", "line", "reason"),
     [
@@ -76,7 +98,7 @@ def test_lists_of_videomae_and_its_descendants(tmp_path, text, labels, num_frame
         ("path,label\na,0\n ,1\n", 3, "the path is empty"),
         ("path,label,path\na,0,b\n", 1, "appear more than once"),
         ("path,label,label_name\na,0,run\nb,0,walk\n", 3, "another label_name"),
-        ("a.mp4 1\nb.mp4 one\n", 2, "need the path of a video and then whole numbers"),
+        ("a.mp4 1\nb.mp4 one\n", 2, "need the path of a video or an image and then whole numbers"),
         ("a.mp4 1\nframes/b 30 1\n", 2, "folders of frames are not read"),
         ("video,label\na.mp4,1\n", 1, "need the path of a video"),
         ("a.mp4 1\nb.mp4 0 -1\n", 2, "need 2 columns as in the lines before"),
@@ -149,6 +171,33 @@ def test_a_folder_without_videos(tmp_path):
     touch(tmp_path, "readme.txt")
     with pytest.raises(ManifestError, match="there are no videos in"):
         read_manifest(tmp_path)
+
+
+def test_a_folder_of_classes_of_images(tmp_path):
+    touch(tmp_path, "n2/b.JPEG", "n1/a.png", "n1/.hidden.png", "n10/c.jpg", "n1/notes.txt")
+    assert read_manifest(tmp_path) == Manifest(
+        tuple(f"{tmp_path}/{name}" for name in ("n1/a.png", "n10/c.jpg", "n2/b.JPEG")),
+        (0, 1, 2),
+        (-1, -1, -1),
+        ("n1", "n10", "n2"),
+    )
+    touch(tmp_path, "n2/deep/d.webp")
+    assert read_manifest(tmp_path).labels == (-1,) * 4
+
+
+def test_files_of_a_folder_are_sorted_folder_by_folder(tmp_path):
+    names = ["a/z.jpg", "a b/c.jpg", "a-b/c.jpg", "a/b/c.jpg", "b.jpg"]
+    touch(tmp_path, *names)
+    expected = sorted(tmp_path / name for name in names)
+    assert read_manifest(tmp_path).files == tuple(str(path) for path in expected)
+
+
+def test_a_folder_of_videos_and_images(tmp_path):
+    touch(tmp_path, "run/a.mp4", "run/a.jpg", "walk/b.avi", "walk/c.avi")
+    with pytest.raises(ManifestError, match=r"3 videos and 1 images.*or write a manifest"):
+        read_manifest(tmp_path)
+    (tmp_path / "run/a.jpg").unlink()
+    assert read_manifest(tmp_path).labels == (0, 1, 1)
 
 
 def test_a_written_manifest_is_read_back(tmp_path):
