@@ -18,6 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 from hpm_video.data.augment import check_rand_augment
 from hpm_video.data.decode import DecoderChoice
 from hpm_video.data.sampling import Sampling
+from hpm_video.data.transforms import Interpolation
+from hpm_video.feature_model import DEFAULT_MODELS, FeatureKind
 from hpm_video.losses import PredictorObjective
 from hpm_video.masking import (
     STRATEGIES,
@@ -28,15 +30,18 @@ from hpm_video.masking import (
     StrategyName,
     count_masked,
 )
-from hpm_video.models.classifier import Init, Pooling
+from hpm_video.models.classifier import Pooling
+from hpm_video.models.encoder import Init
 from hpm_video.models.pos_embed import Positions
-from hpm_video.models.vit import TransformerSize
+from hpm_video.models.vit import Conventions, TransformerSize
 from hpm_video.targets import TargetKind
 from hpm_video.token_grid import Size3, TokenGrid
 from hpm_video.training.teacher import MomentumKind
 
 Config = TypeVar("Config")
 Precision = Literal["auto", "fp32", "bf16"]
+Target = Literal["raw", "joint", "per_channel", "ema", "dino", "clip"]
+Crop = Literal["multi_scale", "random_resized"]
 
 
 class ConfigError(ValueError):
@@ -70,6 +75,10 @@ class EncoderConfig:
     channels: int = 3
     positions: Positions = "sequence"
     """Fixed position codes: VideoMAE's over the ``sequence``, or MAE's in ``space_time``."""
+    class_token: bool = False
+    """Whether a learned token for the whole clip goes through encoder and decoders."""
+    conventions: Conventions = "videomae"
+    """Whose biases and initial weights: ``videomae``, or ``mae`` as the official image models."""
     drop_path: float = 0.0
     """Chance of dropping a residual branch of the encoder's last block; it rises from 0."""
     checkpoint_activations: bool = unrelated(default=False)
@@ -132,11 +141,16 @@ class ClassifierConfig(EncoderConfig):
                 "model.frozen=true keeps the encoder's own norm, which model.pooling=mean_norm "
                 "leaves out; take model.pooling=batch_norm (linear probe) or attentive"
             )
+        if self.pooling == "class_token" and not self.class_token:
+            raise ConfigError(
+                "model.pooling=class_token needs model.class_token=true, which pre-training must "
+                "have had; or take mean_norm, batch_norm or attentive"
+            )
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which videos, and which frames and pixels of them."""
+    """Which videos or images, and which frames and pixels of them. An image is one frame."""
 
     train: str = ""
     """Manifest (CSV or list) or folder of the videos to train on."""
@@ -151,6 +165,11 @@ class DataConfig:
     """Where given, each training clip draws its stride from frame_stride to this."""
     frame_size: tuple[int, int] = (224, 224)
     """Height and width of a clip in pixels."""
+    interpolation: Interpolation = "bilinear"
+    """How frames are resized."""
+    held_out_short_side: int | None = None
+    """Where given, held-out frames are resized so that their shorter side has so many pixels, and
+    crops are cut out of them (ImageNet: 256, then 224). By default a crop is as large as fits."""
     sampling: Sampling = "dense"
     """``dense``: frames at the stride. ``segments``: one frame of each of num_frames equal parts
     of the video; the stride then plays no part."""
@@ -177,6 +196,12 @@ class DataConfig:
             1, num_frames=self.num_frames, frame_stride=self.frame_stride, repeats=self.repeats
         )
         _at_least(1, height=self.frame_size[0], width=self.frame_size[1])
+        short = self.held_out_short_side
+        if short is not None and short < max(self.frame_size):
+            raise ConfigError(
+                f"data.held_out_short_side must be at least data.frame_size ({self.frame_size}), "
+                f"got {short}"
+            )
         if self.max_frame_stride is not None and self.max_frame_stride < self.frame_stride:
             raise ConfigError(
                 f"data.max_frame_stride must be at least data.frame_stride "
@@ -198,6 +223,29 @@ class DataConfig:
     def clip_size(self) -> Size3:
         """Frames, height and width of a clip."""
         return (self.num_frames, *self.frame_size)
+
+    def plain(self) -> "DataConfig":
+        """The same without what is pre-training's alone."""
+        names = [item.name for item in dataclasses.fields(DataConfig)]
+        return DataConfig(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True)
+class PretrainDataConfig(DataConfig):
+    """The data of pre-training, and how its clips are cropped at random."""
+
+    crop: Crop = "multi_scale"
+    """``multi_scale``: one of a few boxes (VideoMAE). ``random_resized``: of any area (MAE)."""
+    crop_area: tuple[float, float] = (0.2, 1.0)
+    """Of a ``random_resized`` crop, as a share of the frame; its shape is 3:4 to 4:3."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = self.crop_area
+        if not 0 < low <= high <= 1:
+            raise ConfigError(
+                f"data.crop_area must be two rising numbers in (0, 1], got {self.crop_area}"
+            )
 
 
 @dataclass(frozen=True)
@@ -226,13 +274,28 @@ class MaskingConfig:
             if value is not None and not 0 <= value <= 1:
                 raise ConfigError(f"masking.{name} must lie in [0, 1], got {value}")
 
+    @property
+    def mask_strategy(self) -> MaskStrategy:
+        """The preset of ``strategy`` with what replaces parts of it."""
+        preset, first, last = STRATEGIES[self.strategy], self.first_fraction, self.last_fraction
+        return MaskStrategy(
+            pick=self.pick or preset.pick,
+            first_fraction=preset.first_fraction if first is None else first,
+            last_fraction=preset.last_fraction if last is None else last,
+        )
+
 
 @dataclass(frozen=True)
 class MiningConfig:
     """What is predicted, and how the teacher follows."""
 
-    target: TargetKind = "per_channel"
-    """Pixels: ``raw``, standardised ``joint``-ly (MAE) or ``per_channel`` (VideoMAE)."""
+    target: Target = "per_channel"
+    """Pixels: ``raw``, standardised ``joint``-ly (MAE) or ``per_channel`` (VideoMAE). Features: of
+    the teacher's encoder (``ema``), or of a ``dino`` or ``clip`` model for images."""
+    feature_model: str | None = None
+    """timm's name of the ``dino`` or ``clip`` model; by default ViT-B/16."""
+    feature_weights: str | None = None
+    """File of its weights, which is never downloaded."""
     predictor: PredictorObjective = "relative"
     """Ranking of errors, regression on errors, or no loss predictor: a masked autoencoder."""
     predictor_weight: float = 1.0
@@ -249,6 +312,37 @@ class MiningConfig:
                 raise ConfigError(f"mining.{name} must lie in [0, 1), got {getattr(self, name)}")
         if self.predictor_weight < 0:
             raise ConfigError(f"mining.predictor_weight must be >= 0, got {self.predictor_weight}")
+        if self.feature_kind and self.feature_weights is None:
+            raise ConfigError(
+                f"mining.target={self.target} needs the weights of {self.feature_name}: give "
+                f"mining.feature_weights=FILE"
+            )
+        if not self.feature_kind and (self.feature_model or self.feature_weights):
+            raise ConfigError(
+                f"mining.feature_model and feature_weights go with mining.target=dino or clip, and "
+                f"it is {self.target}; leave them out"
+            )
+
+    @property
+    def feature_kind(self) -> FeatureKind | None:
+        """The kind of model whose features are the target, where it is another model's."""
+        return self.target if self.target == "dino" or self.target == "clip" else None
+
+    @property
+    def feature_name(self) -> str:
+        """Name that timm has for that model."""
+        kind = self.feature_kind
+        return self.feature_model or ("" if kind is None else DEFAULT_MODELS[kind])
+
+    @property
+    def pixel_kind(self) -> TargetKind | None:
+        """How pixels are standardised, where they are the target."""
+        return None if self.target in ("ema", "dino", "clip") else self.target  # type: ignore[return-value]
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether anything is asked of a teacher."""
+        return self.predictor != "none" or self.target == "ema"
 
 
 @dataclass(frozen=True)
@@ -512,6 +606,30 @@ class RunConfig:
         """Videos per forward pass."""
         return self.engine.micro_batch or self.recipe.batch_size
 
+    @property
+    def sources(self) -> dict[str, DataConfig]:
+        """Where training clips come from, by name; the main source, ``data``, is ``""``."""
+        return {"": self.data}
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the sources: how often an update takes its batch from each."""
+        return (1.0,)
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """A further source of training clips in a run that mixes several, such as images."""
+
+    weight: float = 1.0
+    """How often an update takes its batch from here; the main source, ``data``, has 1."""
+    data: PretrainDataConfig = field(default_factory=PretrainDataConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise ConfigError(f"the weight of a source in mix must be positive, got {self.weight}")
+
 
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
@@ -521,36 +639,55 @@ class PretrainConfig(RunConfig):
     teacher as a copy of the student) or of an earlier run of this kind.
     """
 
+    data: PretrainDataConfig = field(default_factory=PretrainDataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     mining: MiningConfig = field(default_factory=MiningConfig)
+    mix: dict[str, SourceConfig] = field(default_factory=dict)
+    """Further sources of clips, by name. Each update takes its batch from one of them. An epoch is
+    then as long as it takes to see ``data`` once."""
     knn: KnnConfig = unrelated(default=KnnConfig())
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        grid = _grid_of(self.data, self.model)
-        units = grid.num_tokens if self.masking.unit == "token" else grid.tokens_per_frame
+        self._check_source("", self.data, self.masking)
+        for name, source in self.mix.items():
+            self._check_source(f"mix.{name}.", source.data, source.masking)
+
+    def _check_source(self, at: str, data: DataConfig, masking: MaskingConfig) -> None:
+        grid = _grid_of(data, self.model, at)
+        units = grid.num_tokens if masking.unit == "token" else grid.tokens_per_frame
         try:
-            count_masked(units, self.masking.ratio, self.masking.count_rule)
+            count_masked(units, masking.ratio, masking.count_rule)
         except ValueError as error:
-            raise ConfigError(f"masking.ratio: {error}") from error
-        if self.strategy.picks and self.mining.predictor == "none":
+            raise ConfigError(f"{at}masking.ratio: {error}") from error
+        if masking.mask_strategy.picks and self.mining.predictor == "none":
             raise ConfigError(
-                f"masking.strategy={self.masking.strategy} picks patches by their predicted "
-                f"difficulty, but mining.predictor is none; take masking.strategy=random, or a "
-                f"predictor (relative, absolute)"
+                f"{at}masking.strategy={masking.strategy} picks patches by their predicted "
+                f"difficulty, but mining.predictor is none; take {at}masking.strategy=random, "
+                f"or a predictor (relative, absolute)"
             )
+        for name in ("mean", "std"):
+            if getattr(data, name) != getattr(self.data, name):
+                raise ConfigError(
+                    f"{at}data.{name} must be data.{name}, {getattr(self.data, name)}, got "
+                    f"{getattr(data, name)}"
+                )
 
     @property
-    def strategy(self) -> MaskStrategy:
-        """The preset of ``masking.strategy`` with what replaces parts of it."""
-        preset, masking = STRATEGIES[self.masking.strategy], self.masking
-        first, last = masking.first_fraction, masking.last_fraction
-        return MaskStrategy(
-            pick=masking.pick or preset.pick,
-            first_fraction=preset.first_fraction if first is None else first,
-            last_fraction=preset.last_fraction if last is None else last,
-        )
+    def sources(self) -> dict[str, DataConfig]:
+        """Where training clips come from, by name; the main source, ``data``, is ``""``."""
+        return {"": self.data, **{name: source.data for name, source in self.mix.items()}}
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the sources: how often an update takes its batch from each."""
+        return (1.0, *(source.weight for source in self.mix.values()))
+
+    @property
+    def maskings(self) -> dict[str, MaskingConfig]:
+        """How the clips of each source are masked."""
+        return {"": self.masking, **{name: source.masking for name, source in self.mix.items()}}
 
 
 @dataclass(frozen=True)
@@ -597,7 +734,7 @@ class FinetuneConfig(RunConfig):
             raise ConfigError("test.checkpoint=best needs data.validation to tell which is best")
 
 
-def _grid_of(data: DataConfig, model: EncoderConfig) -> TokenGrid:
+def _grid_of(data: DataConfig, model: EncoderConfig, at: str = "") -> TokenGrid:
     """The grid of tokens of a clip.
 
     Raises:
@@ -610,14 +747,14 @@ def _grid_of(data: DataConfig, model: EncoderConfig) -> TokenGrid:
         )
     if model.channels != len(data.mean) or len(data.mean) != len(data.std):
         raise ConfigError(
-            f"data.mean and data.std need a value for each of the {model.channels} channels "
-            f"(model.channels), got {len(data.mean)} and {len(data.std)}"
+            f"{at}data.mean and {at}data.std need a value for each of the {model.channels} "
+            f"channels (model.channels), got {len(data.mean)} and {len(data.std)}"
         )
     try:
         return TokenGrid.of_clip(data.clip_size, model.patch_size)
     except ValueError as error:
         raise ConfigError(
-            f"data.num_frames, data.frame_size and model.patch_size do not fit: {error}"
+            f"{at}data.num_frames, {at}data.frame_size and model.patch_size do not fit: {error}"
         ) from error
 
 
@@ -686,6 +823,9 @@ def result_differences(old: object, new: object, prefix: str = "") -> list[str]:
             continue
         if dataclasses.is_dataclass(before) and dataclasses.is_dataclass(after):
             found += result_differences(before, after, f"{prefix}{item.name}.")
+        elif isinstance(before, dict) and isinstance(after, dict) and [*before] == [*after]:
+            for name, value in before.items():
+                found += result_differences(value, after[name], f"{prefix}{item.name}.{name}.")
         else:
             found.append(f"{prefix}{item.name}: {before} -> {after}")
     return found

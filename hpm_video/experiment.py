@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from hpm_video.data.loader import (
     training_batches,
 )
 from hpm_video.data.manifest import Manifest, read_manifest
+from hpm_video.data.mixture import MixedClips, Places, deal_out
 from hpm_video.data.transforms import ClipTransform
 from hpm_video.features import clip_spec
 from hpm_video.progress import Progress, Timeline
@@ -61,18 +62,46 @@ TIMED_CLIPS = 8
 
 
 @dataclass(frozen=True)
-class RunData:
-    """The videos of a run, and how long it is."""
+class SourceData:
+    """The videos of one source."""
 
     train: Manifest
     validation: Manifest | None
-    timeline: Timeline
 
     @property
     def fingerprint(self) -> str:
         """What the order of the training files depends on: how many they are, and their names."""
         names = "\n".join(Path(file).name for file in self.train.files)
         return f"{len(self.train)} files, {hashlib.sha256(names.encode()).hexdigest()[:16]}"
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The videos of a run, and how long it is."""
+
+    sources: dict[str, SourceData]
+    """By name; the main source is ``""`` and comes first."""
+    timeline: Timeline
+
+    @property
+    def train(self) -> Manifest:
+        """Training videos of the main source."""
+        return self.sources[""].train
+
+    @property
+    def validation(self) -> Manifest | None:
+        """Held-out videos of the main source."""
+        return self.sources[""].validation
+
+    @property
+    def num_files(self) -> int:
+        """Training files of all sources."""
+        return sum(len(source.train) for source in self.sources.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """What the order of the training files depends on."""
+        return "; ".join(source.fingerprint for source in self.sources.values())
 
 
 @dataclass(frozen=True)
@@ -107,18 +136,22 @@ def open_data(config: RunConfig) -> RunData:
         ConfigError: no data is named, or it does not fill a batch.
         ManifestError: a manifest cannot be used.
     """
-    data, recipe = config.data, config.recipe
-    if not data.train:
-        raise ConfigError(
-            "data.train is not set; give a manifest or a folder of videos: data.train=PATH"
-        )
-    train = open_manifest(data, data.train)
-    validation = None if data.validation is None else open_manifest(data, data.validation)
+    recipe, sources = config.recipe, {}
+    for name, data in config.sources.items():
+        if not data.train:
+            key = f"mix.{name}.data.train" if name else "data.train"
+            raise ConfigError(
+                f"{key} is not set; give a manifest, or a folder of videos or images: {key}=PATH"
+            )
+        train = open_manifest(data, data.train)
+        validation = None if data.validation is None else open_manifest(data, data.validation)
+        sources[name] = SourceData(train, validation)
+    share = config.weights[0] / sum(config.weights)
     try:
-        timeline = Timeline(len(train), recipe.batch_size, recipe.epochs)
+        timeline = Timeline(round(len(sources[""].train) / share), recipe.batch_size, recipe.epochs)
     except ValueError as error:
         raise ConfigError(f"recipe: {error}") from error
-    return RunData(train, validation, timeline)
+    return RunData(sources, timeline)
 
 
 def open_manifest(data: DataConfig, path: str) -> Manifest:
@@ -221,7 +254,7 @@ def train(
     *,
     engine: TorchEngine,
     objective: Objective,
-    clips: VideoClips,
+    clips: MixedClips,
     watch: Watch,
 ) -> None:
     """Train on ``clips`` from where the directory stands to the end. Raises what ``fit`` raises."""
@@ -254,7 +287,7 @@ def train(
                 bar,
                 BadFiles(
                     directory.path / "bad_files.csv",
-                    num_files=len(data.train),
+                    num_files=data.num_files,
                     max_bad_share=config.data.max_bad_share,
                 ),
                 stop,
@@ -317,17 +350,30 @@ def timed_update(
 
 
 def training_clips(
-    config: RunConfig, data: RunData, transform: ClipTransform, *, same_frames: bool
-) -> VideoClips:
-    """The training clips of a run; ``same_frames``: whether repeats show the same frames."""
-    return VideoClips(
-        data.train,
-        clip_spec(config.data),
-        transform,
-        repeats=Repeats(config.data.repeats, same_frames),
-        decoder=config.data.decoder,
-        seed=config.seed,
-        max_bad_share=config.data.max_bad_share,
+    config: RunConfig,
+    data: RunData,
+    transforms: Mapping[str, ClipTransform],
+    *,
+    same_frames: bool,
+) -> MixedClips:
+    """The training clips of a run; ``same_frames``: whether repeats show the same frames.
+
+    ``transforms``: by the name of the source.
+    """
+    return MixedClips(
+        [
+            VideoClips(
+                data.sources[name].train,
+                clip_spec(source),
+                transforms[name],
+                repeats=Repeats(source.repeats, same_frames),
+                decoder=source.decoder,
+                seed=config.seed,
+                max_bad_share=source.max_bad_share,
+                source=name,
+            )
+            for name, source in config.sources.items()
+        ]
     )
 
 
@@ -347,14 +393,13 @@ def num_workers(data: DataConfig) -> int:
 
 
 def _training_stream(
-    config: RunConfig, data: RunData, clips: VideoClips, start: int, device: torch.device
+    config: RunConfig, data: RunData, clips: MixedClips, start: int, device: torch.device
 ) -> Generator[ClipBatch, None, None]:
     """The micro-batches from update ``start`` to the last."""
-    videos = config.recipe.batch_size
-    positions: Sequence[int] = range(start * videos, data.timeline.num_updates * videos)
+    sources = deal_out(config.weights, data.timeline.num_updates)
     return training_batches(
         clips,
-        positions,
+        Places(sources, config.recipe.batch_size, start),
         batch_size=config.micro_batch,
         workers=num_workers(config.data),
         pin=device.type == "cuda",
@@ -384,12 +429,11 @@ def _cadence(config: RunConfig) -> Cadence:
 
 
 def _announce(config: RunConfig, data: RunData, engine: TorchEngine, start: int) -> None:
-    held_out = f"{len(data.validation)} held out" if data.validation else "none held out"
+    for name, source in data.sources.items():
+        held_out = f"{len(source.validation)} held out" if source.validation else "none held out"
+        log.info(f"{name or 'data'}: {len(source.train)} files to train on, {held_out}")
     parameters = sum(p.numel() for p in engine.model.parameters()) / 1e6
-    log.info(
-        f"{len(data.train)} videos to train on, {held_out}; {parameters:.1f} M parameters on "
-        f"{engine.device.type} in {engine.precision}"
-    )
+    log.info(f"{parameters:.1f} M parameters on {engine.device.type} in {engine.precision}")
     recipe = config.recipe
     log.info(
         f"{recipe.epochs} epochs = {data.timeline.num_updates} updates of {recipe.batch_size} "

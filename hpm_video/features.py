@@ -1,6 +1,6 @@
 """Features of clips: a trained encoder that is put to use, whatever it was trained for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from hpm_video.data.decode import DecoderChoice
 from hpm_video.data.loader import held_out_batches
 from hpm_video.data.manifest import Manifest
 from hpm_video.evaluation import collect, score_videos
-from hpm_video.models.classifier import ClipEncoder, EncoderShape
+from hpm_video.models.encoder import ClipEncoder, EncoderShape
 from hpm_video.pixels import normalise
 from hpm_video.randomness import key_of
 from hpm_video.token_grid import Size3, TokenGrid
@@ -36,7 +36,7 @@ WeightsOf = Literal["student", "teacher", "model", "average", "untrained"]
 """Of a checkpoint: student or teacher of pre-training, a classifier or the average of its weights;
 or those that pre-training began with, to compare with."""
 FILE_OF: dict[WeightsOf, str] = {"student": "model"}
-OF_DECODERS = ("mask_token", "to_decoder.", "pixel_decoder.", "difficulty_decoder.")
+OF_DECODERS = ("mask_token", "to_decoder.", "reconstructor.", "difficulty_decoder.")
 """Weights of a masked autoencoder that are not its encoder's."""
 BATCH_CLIPS = 64
 """At most so many clips are held by a batch, unless one video has more views."""
@@ -68,7 +68,14 @@ class ClipChoice:
             frame_stride=data.frame_stride if self.frame_stride is None else self.frame_stride,
             max_frame_stride=None,
             frame_size=data.frame_size if self.frame_size is None else self.frame_size,
+            held_out_short_side=self._short_side(data.held_out_short_side, data.frame_size),
         )
+
+    def _short_side(self, usual: int | None, usual_size: tuple[int, int]) -> int | None:
+        """In the same proportion to another frame size."""
+        if usual is None or self.frame_size is None:
+            return usual
+        return round(usual * max(self.frame_size) / max(usual_size))
 
 
 @dataclass(frozen=True)
@@ -98,13 +105,16 @@ class Extractor:
             )
 
     def tokens(self, clips: Tensor) -> Tensor:
-        """Of the last layer: (B, C, T, H, W) uint8 on any device -> (B, N, D) float32"""
-        return self._in_passes(self.model.encode, clips)
+        """Of the last layer: (B, C, T, H, W) uint8 on any device -> (B, N, D) float32
+
+        Without the class token.
+        """
+        return self._in_passes(lambda part: self.model.of_clip(self.model.encode(part)), clips)
 
     def pooled(self, clips: Tensor) -> Tensor:
         """One vector for each clip: (B, C, T, H, W) uint8 on any device -> (B, D) float32
 
-        The mean over tokens, or of a classifier what its head sees.
+        The class token, where there is none the mean, or of a classifier what its head sees.
         """
         return self._in_passes(lambda part: self.model.pool(self.model.encode(part)), clips)
 
@@ -212,14 +222,21 @@ def source_grid_of(config: PretrainConfig | FinetuneConfig) -> Size3:
     return (grid.time, grid.height, grid.width)
 
 
-def encoder_shape(model: EncoderConfig, data: DataConfig, source: Size3 | None) -> EncoderShape:
-    """What the encoder of a config is.
+def encoder_shape(
+    model: EncoderConfig,
+    data: DataConfig,
+    source: Size3 | None,
+    others: Iterable[DataConfig] = (),
+) -> EncoderShape:
+    """What the encoder of a config is; ``others``: further clips that it takes.
 
     Raises:
         ConfigError: the patches do not fit the clips.
     """
     try:
-        grid = TokenGrid.of_clip(data.clip_size, model.patch_size)
+        grid, *other_grids = (
+            TokenGrid.of_clip(each.clip_size, model.patch_size) for each in (data, *others)
+        )
     except ValueError as error:
         raise ConfigError(f"these clips do not fit the model: {error}") from error
     return EncoderShape(
@@ -229,6 +246,9 @@ def encoder_shape(model: EncoderConfig, data: DataConfig, source: Size3 | None) 
         model.positions,
         None if source is None else TokenGrid(*source),
         model.channels,
+        model.class_token,
+        model.conventions,
+        tuple(other_grids),
     )
 
 
@@ -240,4 +260,6 @@ def clip_spec(data: DataConfig) -> ClipSpec:
         max_frame_stride=data.max_frame_stride,
         frame_size=data.frame_size,
         sampling=data.sampling,
+        interpolation=data.interpolation,
+        short_side=data.held_out_short_side,
     )

@@ -53,7 +53,7 @@ from hpm_video.experiment import (
 from hpm_video.features import OF_DECODERS, Reading, clip_spec, source_grid_of
 from hpm_video.labels import check_labels, check_same_names, read_label_names, with_numbers
 from hpm_video.mixing import Mixing
-from hpm_video.models.classifier import VideoClassifier
+from hpm_video.models.classifier import ClipClassifier
 from hpm_video.recognition import (
     build_classifier,
     describe_test,
@@ -76,6 +76,8 @@ from hpm_video.whole_files import written_beside
 
 log = logging.getLogger(__name__)
 
+SAME_ENCODER = ("encoder", "patch_size", "positions", "class_token", "conventions")
+"""Of a model's config, what a classifier must have as its weights."""
 START = "init_weights.sha256"
 """File of the run directory that tells the weights it began with."""
 
@@ -117,7 +119,7 @@ def finetune(config: FinetuneConfig) -> Path:
                 directory,
                 engine=engine,
                 objective=objective,
-                clips=training_clips(config, data, augmentation(config), same_frames=True),
+                clips=training_clips(config, data, {"": augmentation(config)}, same_frames=True),
                 watch=_watch(config, data, objective, engine, directory.path),
             )
         plot_curves(directory.path / "metrics.jsonl", directory.path / "curves.png")
@@ -298,12 +300,13 @@ def for_checkpoint(
             config.model,
             init="xavier",
             pretrained_grid=source_grid_of(source),
-            encoder=source.model.encoder,
-            patch_size=source.model.patch_size,
-            positions=source.model.positions,
+            **{name: getattr(source.model, name) for name in SAME_ENCODER},
         ),
         data=replace(
-            source.data, max_frame_stride=None, repeats=config.data.repeats, flip=config.data.flip
+            source.data.plain(),
+            max_frame_stride=None,
+            repeats=config.data.repeats,
+            flip=config.data.flip,
         ),
     )
 
@@ -321,7 +324,7 @@ def _check_same_encoder(config: FinetuneConfig, source: PretrainConfig | Finetun
     theirs: EncoderConfig = source.model
     different = [
         f"model.{name}: {getattr(theirs, name)} there, {getattr(config.model, name)} here"
-        for name in ("encoder", "patch_size", "positions")
+        for name in SAME_ENCODER
         if getattr(theirs, name) != getattr(config.model, name)
     ]
     if different:
@@ -338,7 +341,7 @@ def _check_same_encoder(config: FinetuneConfig, source: PretrainConfig | Finetun
         )
 
 
-def build_objective(config: FinetuneConfig, average: VideoClassifier | None) -> Classification:
+def build_objective(config: FinetuneConfig, average: ClipClassifier | None) -> Classification:
     """Classification as a config wants it."""
     how = config.augmentation
     assert config.model.num_classes is not None
@@ -374,10 +377,11 @@ def augmentation(config: FinetuneConfig) -> Augmentation:
         erasing=how.erasing,
         mean=config.data.mean,
         std=config.data.std,
+        interpolation=config.data.interpolation,
     )
 
 
-def make_optimizer(config: FinetuneConfig, model: VideoClassifier) -> torch.optim.Optimizer:
+def make_optimizer(config: FinetuneConfig, model: ClipClassifier) -> torch.optim.Optimizer:
     """The optimizer of a config, each layer at its share of the learning rate."""
     recipe = config.recipe
     scale = layer_decay_of(model.layer_of, model.num_layers, recipe.layer_decay)
@@ -402,7 +406,7 @@ def _make_models(
     newest: Path | None,
     device: torch.device,
     label_names: Sequence[str] = (),
-) -> tuple[VideoClassifier, VideoClassifier | None]:
+) -> tuple[ClipClassifier, ClipClassifier | None]:
     """The classifier and its average where the run stands: at a checkpoint, or at the start."""
     assert config.model.num_classes is not None
     model = build_classifier(config, config.model.num_classes)
@@ -422,7 +426,7 @@ def _make_models(
 
 
 def load_pretrained(
-    model: VideoClassifier, source: Path, config: FinetuneConfig, label_names: Sequence[str]
+    model: ClipClassifier, source: Path, config: FinetuneConfig, label_names: Sequence[str]
 ) -> None:
     """Put the encoder of a masked autoencoder, or a classifier, into ``model``.
 
@@ -494,7 +498,7 @@ def _watch(
     if failures and not exclude:
         raise BadTestFilesError(failures, len(manifest))
     model = objective.average if config.test.weights == "average" else engine.model
-    assert isinstance(model, VideoClassifier)
+    assert isinstance(model, ClipClassifier)
     names = [str(label) for label in range(model.head.out_features)]
     recogniser = recogniser_of(config, model, names, engine.device, engine.precision)
 

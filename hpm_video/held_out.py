@@ -33,30 +33,30 @@ TRIVIAL_FOR_STUDENT = "student_ranking_by_"
 def measure(objective: HardPatchesMining, engine: Engine, batches: Iterable[ClipBatch]) -> Measures:
     """Measures over all clips of ``batches``, under ``NUM_MASKS`` random masks of each.
 
-    ``relative_error``: reconstruction error divided by that of predicting the mean of each patch
-    and channel. The rankings are shares of pairs of tokens of a clip that are scored in the order
-    of their error. ``student_ranking``: hidden tokens, scored by the student that sees the visible
-    ones, by their error under the same mask. ``teacher_ranking``: all tokens, scored by the
-    teacher that sees the whole clip, by their error averaged over the masks, since it cannot know
-    the mask. ``ranking_by_...`` and ``student_ranking_by_...``: the trivial rankers, measured as
-    the teacher and as the student.
+    ``relative_error``: reconstruction error divided by that of the simplest good answer; where the
+    target is pixels, the mean of each patch and channel. The rankings are shares of pairs of tokens
+    of a clip that are scored in the order of their error. ``student_ranking``: hidden tokens,
+    scored by the student that sees the visible ones, by their error under the same mask.
+    ``teacher_ranking``: all tokens, scored by the teacher that sees the whole clip, by their error
+    averaged over the masks, since it cannot know the mask. ``ranking_by_...`` and
+    ``student_ranking_by_...``: the trivial rankers, measured as the teacher and as the student.
     """
     counts = _Counts(engine.device)
     for cpu_batch in batches:
         batch = cpu_batch.to(engine.device)
         with engine.autocast():
-            examinations = [
-                objective.examine(engine, batch, f"held out {i}") for i in range(NUM_MASKS)
-            ]
+            examinations = objective.examine(
+                engine, batch, (f"held out {i}" for i in range(NUM_MASKS))
+            )
             teacher = objective.difficulty(batch)
         for seen in examinations:
-            counts.add("relative_error", seen.errors.sum(), seen.mean_errors.sum())
+            counts.add("relative_error", seen.errors.sum(), seen.yardstick_errors.sum())
             if seen.difficulty is not None:
                 counts.add_pairs("student_ranking", seen.difficulty, seen.errors)
         errors = average_errors(examinations)
         if teacher is not None:
             counts.add_pairs("teacher_ranking", teacher, errors)
-        trivial = trivial_difficulties(batch.clips, objective.targets.patch_size)
+        trivial = trivial_difficulties(batch.clips, objective.target.patch_size)
         for name, scores in trivial.items():
             counts.add_pairs(f"{TRIVIAL}{name}", scores, errors)
             for seen in examinations:
@@ -89,25 +89,22 @@ def trivial_difficulties(clips: Tensor, patch_size: Size3) -> dict[str, Tensor]:
 
     ``variance`` of the pixels of a patch around the mean of their channel, and ``motion``, the
     mean absolute difference to the frame before (of the first frame: to the second); and both
-    turned round, as ``flatness`` and ``stillness``.
+    turned round, as ``flatness`` and ``stillness``. Without a second frame there is no motion.
     """
     pixels = to_unit_range(clips)
     patches = rearrange(patchify(pixels, patch_size), "b n (p c) -> b n p c", c=clips.shape[1])
     variance = patches.var(dim=2, correction=0).mean(dim=-1)
-    second = min(1, clips.shape[2] - 1)
-    before = torch.cat([pixels[:, :, second : second + 1], pixels[:, :, :-1]], dim=2)
-    motion = reduce(patchify((pixels - before).abs(), patch_size), "b n p -> b n", "mean")
-    return {
-        "variance": variance,
-        "flatness": -variance,
-        "motion": motion,
-        "stillness": -motion,
-    }
+    scores = {"variance": variance, "flatness": -variance}
+    if clips.shape[2] > 1:
+        before = torch.cat([pixels[:, :, 1:2], pixels[:, :, :-1]], dim=2)
+        motion = reduce(patchify((pixels - before).abs(), patch_size), "b n p -> b n", "mean")
+        scores |= {"motion": motion, "stillness": -motion}
+    return scores
 
 
-def describe(measures: Measures) -> str:
-    """The measures in a few lines, for the terminal."""
-    lines = [f"held out: error {measures['relative_error']:.3f} of the patch mean's"]
+def describe(measures: Measures, yardstick: str = "the patch mean") -> str:
+    """The measures in a few lines, for the terminal; ``yardstick``: see ``Target``."""
+    lines = [f"held out: error {measures['relative_error']:.3f} of {yardstick}'s"]
     for who, prefix in ("student", TRIVIAL_FOR_STUDENT), ("teacher", TRIVIAL):
         if f"{who}_ranking" in measures:
             trivial = ", ".join(

@@ -29,6 +29,15 @@ def reconstruction_errors(predicted: Tensor, target: Tensor) -> Tensor:
     return (predicted.float() - target.float()).square().mean(dim=-1)
 
 
+def direction_errors(predicted: Tensor, target: Tensor) -> Tensor:
+    """Squared distance of unit vectors, 2 - 2 cos: (B, M, P), (B, M, P) -> (B, M) float32
+
+    The loss of feature targets: both sides are L2-normalised.
+    """
+    difference = F.normalize(predicted.float(), dim=-1) - F.normalize(target.float(), dim=-1)
+    return difference.square().sum(dim=-1)
+
+
 def ranking_loss(scores: Tensor, errors: Tensor) -> Tensor:
     """How badly ``scores`` order the tokens of each clip by ``errors``: (B, M), (B, M) -> ()
 

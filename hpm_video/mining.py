@@ -1,83 +1,26 @@
 """Hard patches mining: the teacher says where it is hard, the student is asked there.
 
-teacher (moving average) --difficulty--> mask --> student --> pixels, difficulty
+teacher (moving average) --difficulty--> mask --> student --> content, difficulty
                                                      |
                       reconstruction + ranking loss <-+-> the student's own errors
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from hpm_video.data.dataset import ClipBatch
-from hpm_video.losses import (
-    PredictorObjective,
-    ranking_loss,
-    reconstruction_errors,
-    regression_loss,
-)
+from hpm_video.losses import PredictorObjective, ranking_loss, regression_loss
 from hpm_video.masking import MaskRule, TokenMask
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder, Prediction
-from hpm_video.pixels import normalise, to_unit_range
+from hpm_video.pixels import normalise
 from hpm_video.progress import Progress
 from hpm_video.randomness import uniform
-from hpm_video.targets import (
-    PatchStatistics,
-    TargetKind,
-    patch_mean_errors,
-    patch_statistics,
-    patchify,
-    standardise,
-)
-from hpm_video.token_grid import Size3
+from hpm_video.reconstruction import Target
 from hpm_video.training.objective import Losses, Model
 from hpm_video.training.teacher import MomentumSchedule, follow
-
-
-@dataclass(frozen=True)
-class TargetRule:
-    """How pixels become the target of the reconstruction."""
-
-    kind: TargetKind
-    patch_size: Size3
-    mean: tuple[float, ...]
-    """Of each channel, pixels being in [0, 1]."""
-    std: tuple[float, ...]
-
-    def patches(self, clips: Tensor, mask: TokenMask | None = None) -> Tensor:
-        """Patches that targets are made of: (B, C, T, H, W) uint8 -> (B, N or M, P) float32
-
-        Of the hidden tokens where a mask is given, of all of them otherwise.
-        """
-        patches = patchify(clips, self.patch_size)
-        if mask is not None:
-            patches = mask.take_masked(patches)
-        pixels = rearrange(patches, "b n (p c) -> b n p c", c=len(self.mean))
-        if self.kind == "per_channel":
-            pixels = to_unit_range(pixels)
-        else:
-            pixels = normalise(pixels, self.mean, self.std, channel_axis=-1)
-        return rearrange(pixels, "b n p c -> b n (p c)")
-
-    def to_pixels(self, patches: Tensor) -> Tensor:
-        """Undo :meth:`patches`: (B, M, P) -> (B, M, P) uint8"""
-        pixels = rearrange(patches, "b m (p c) -> b m p c", c=len(self.mean))
-        if self.kind != "per_channel":
-            pixels = pixels * pixels.new_tensor(self.std) + pixels.new_tensor(self.mean)
-        pixels = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
-        return rearrange(pixels, "b m p c -> b m (p c)")
-
-    def statistics(self, patches: Tensor) -> PatchStatistics:
-        """Mean and scale that make targets of patches: (B, N, P) -> 2 x (B, N, .)"""
-        return patch_statistics(patches, self.kind, len(self.mean))
-
-    def of(self, clips: Tensor, mask: TokenMask) -> Tensor:
-        """Targets of the hidden tokens: (B, C, T, H, W) uint8 -> (B, M, P)"""
-        return standardise(self.patches(clips, mask), self.kind, len(self.mean))
 
 
 class Examination(NamedTuple):
@@ -88,39 +31,39 @@ class Examination(NamedTuple):
     """(B, M) what the student predicts of them; none without a predictor."""
     errors: Tensor
     """(B, M) reconstruction errors."""
-    mean_errors: Tensor
-    """(B, M) errors of predicting the mean of each patch and channel."""
+    yardstick_errors: Tensor
+    """(B, M) errors of the simplest good answer, see :class:`Target`."""
 
 
 class HardPatchesMining:
-    """The objective of pre-training. Without a teacher it trains a plain masked autoencoder."""
+    """The objective of pre-training. Without a predictor it trains a plain masked autoencoder."""
 
     def __init__(
         self,
-        masks: MaskRule,
-        targets: TargetRule,
+        masks: Mapping[str, MaskRule],
+        target: Target,
         *,
         predictor: PredictorObjective,
         predictor_weight: float,
         teacher: MaskedAutoencoder | None,
         momentum: MomentumSchedule,
     ) -> None:
-        """Take the rules of the method.
+        """Take the rules of the method; ``masks``: by the name of the source of a batch.
 
         Raises:
             ValueError: masks are to be picked by difficulty, but nothing predicts it.
         """
-        if masks.strategy.picks and predictor == "none":
+        if any(rule.strategy.picks for rule in masks.values()) and predictor == "none":
             raise ValueError(
                 "a mask strategy that picks by difficulty needs a loss predictor: take "
                 "masking.strategy=random, or mining.predictor=relative or absolute"
             )
-        if (teacher is None) != (predictor == "none"):
+        if (teacher is not None) != needs_teacher(predictor, target):
             raise ValueError(f"predictor {predictor!r} with teacher {type(teacher).__name__}")
         self.masks = masks
-        self.targets = targets
+        self.target = target
         self.teacher = teacher
-        self._predictor = predictor
+        self.predictor = predictor
         self._predictor_weight = predictor_weight
         self._momentum = momentum
 
@@ -131,35 +74,33 @@ class HardPatchesMining:
 
     def settings(self, progress: Progress) -> dict[str, float]:
         """What the schedules say at ``progress``, for the log."""
-        settings = {"hard_fraction": self.masks.strategy.fraction(progress.epoch, progress.epochs)}
+        settings = {
+            named(source, "hard_fraction"): rule.strategy.fraction(progress.epoch, progress.epochs)
+            for source, rule in self.masks.items()
+        }
         if self.teacher is not None:
             settings["momentum"] = self._momentum.at(progress)
         return settings
 
     def losses(self, student: Model, batch: ClipBatch, progress: Progress) -> Losses:
         """The losses of the student on one batch: L_rec + L_pred."""
-        clips = normalise(batch.clips, self.targets.mean, self.targets.std)
-        num_picked = self.masks.num_picked(progress.epoch, progress.epochs)
-        mask = self._propose(clips, batch.keys, num_picked)
+        rule = self.masks[batch.source]
+        clips = self.normalised(batch)
+        num_picked = rule.num_picked(progress.epoch, progress.epochs)
+        sight = self.ask_teacher(clips, difficulty=num_picked > 0)
+        priority = uniform(batch.keys, rule.num_units, "mask")
+        mask = rule.draw(sight.difficulty, priority, num_picked)
         prediction: Prediction = student(clips, mask, keys=batch.keys)
-        errors = reconstruction_errors(prediction.pixels, self.targets.of(batch.clips, mask))
-        reconstruction = errors.mean()
-        parts = {"reconstruction": reconstruction}
-        total = reconstruction
+        target = self.target.of(batch.clips, mask, self._features(batch, sight))
+        errors = self.target.errors(prediction.content, target)
+        total = errors.mean()
+        parts = {named(batch.source, "reconstruction"): total}
         if prediction.difficulty is not None:
-            loss = {"relative": ranking_loss, "absolute": regression_loss}[self._predictor]
-            parts["prediction"] = loss(prediction.difficulty, errors.detach())
-            total = total + self._predictor_weight * parts["prediction"]
+            loss = {"relative": ranking_loss, "absolute": regression_loss}[self.predictor]
+            ranked = loss(prediction.difficulty, errors.detach())
+            parts[named(batch.source, "prediction")] = ranked
+            total = total + self._predictor_weight * ranked
         return Losses(total, parts)
-
-    def _propose(self, clips: Tensor, keys: Tensor, num_picked: int) -> TokenMask:
-        """The mask of a batch. The teacher is asked only where something is picked."""
-        difficulty = None
-        if num_picked and self.teacher is not None:
-            with torch.no_grad():
-                difficulty = self.teacher.score_all(clips)
-        priority = uniform(keys, self.masks.num_units, "mask")
-        return self.masks.draw(difficulty, priority, num_picked)
 
     def after_update(self, student: nn.Module, progress: Progress) -> None:
         """Let the teacher follow the student: once per update, in float32."""
@@ -167,28 +108,74 @@ class HardPatchesMining:
             return
         follow(self.teacher, student, self._momentum.at(progress))
 
-    @torch.no_grad()
-    def examine(self, student: Model, batch: ClipBatch, purpose: str) -> Examination:
-        """Reconstruct a batch under a random mask, which depends on its keys and ``purpose``."""
-        clips = normalise(batch.clips, self.targets.mean, self.targets.std)
-        priority = uniform(batch.keys, self.masks.num_units, purpose)
-        mask = self.masks.draw(None, priority, num_picked=0)
-        prediction: Prediction = student(clips, mask)
-        target = self.targets.of(batch.clips, mask)
-        return Examination(
-            mask,
-            prediction.difficulty,
-            errors=reconstruction_errors(prediction.pixels, target),
-            mean_errors=patch_mean_errors(target, len(self.targets.mean)),
-        )
+    def normalised(self, batch: ClipBatch) -> Tensor:
+        """The clips of a batch as models see them: -> (B, C, T, H, W) float32"""
+        return normalise(batch.clips, self.target.mean, self.target.std)
 
     @torch.no_grad()
+    def ask_teacher(self, clips: Tensor, *, difficulty: bool) -> "Sight":
+        """What is needed of the teacher, which sees the whole of normalised clips, encoded once."""
+        if self.teacher is None or not (difficulty or self.target.of_teacher):
+            return Sight(None, None)
+        encoded = self.teacher.encode(clips)
+        scores = None
+        if difficulty and self.predictor != "none":
+            scores = self.teacher.score(encoded, self.teacher.shape.grid_of(clips)).float()
+        return Sight(scores, self.teacher.of_clip(encoded) if self.target.of_teacher else None)
+
+    def _features(self, batch: ClipBatch, sight: "Sight") -> Tensor | None:
+        """Of all tokens, where the target is made of features: -> (B, N, P)"""
+        return sight.encoded if self.target.of_teacher else self.target.features(batch.clips)
+
+    @torch.no_grad()
+    def examine(
+        self, student: Model, batch: ClipBatch, purposes: Iterable[str]
+    ) -> list[Examination]:
+        """Reconstruct a batch under random masks, each of which depends on its keys and a purpose.
+
+        -> an examination for each of ``purposes``
+        """
+        rule = self.masks[batch.source]
+        clips = self.normalised(batch)
+        features = self._features(batch, self.ask_teacher(clips, difficulty=False))
+        found = []
+        for purpose in purposes:
+            priority = uniform(batch.keys, rule.num_units, purpose)
+            mask = rule.draw(None, priority, num_picked=0)
+            prediction: Prediction = student(clips, mask)
+            target = self.target.of(batch.clips, mask, features)
+            found.append(
+                Examination(
+                    mask,
+                    prediction.difficulty,
+                    errors=self.target.errors(prediction.content, target),
+                    yardstick_errors=self.target.yardstick_errors(target),
+                )
+            )
+        return found
+
     def difficulty(self, batch: ClipBatch) -> Tensor | None:
         """The teacher's scores, seeing the whole clip: (B, N); none without a predictor."""
-        if self.teacher is None:
-            return None
-        clips = normalise(batch.clips, self.targets.mean, self.targets.std)
-        return self.teacher.score_all(clips).float()
+        return self.ask_teacher(self.normalised(batch), difficulty=True).difficulty
+
+
+class Sight(NamedTuple):
+    """What the teacher makes of whole clips, as far as it was asked."""
+
+    difficulty: Tensor | None
+    """(B, N) float32"""
+    encoded: Tensor | None
+    """(B, N, D) tokens of its encoder."""
+
+
+def needs_teacher(predictor: PredictorObjective, target: Target) -> bool:
+    """Whether anything is asked of a teacher."""
+    return predictor != "none" or target.of_teacher
+
+
+def named(source: str, quantity: str) -> str:
+    """What the log calls a quantity of one of the sources of batches; ``""`` is the main one."""
+    return f"{source}/{quantity}" if source else quantity
 
 
 def average_errors(examinations: Sequence[Examination]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the paper's Figure 2 draws, for video: where a clip is hard, and what is hidden of it.
+"""What the paper's Figure 2 draws, for clips too: where one is hard, and what is hidden of it.
 
 A study of a clip is drawn as a sheet (PNG) or as an animation (GIF, MP4).
 """
@@ -64,8 +64,9 @@ def make_panels(study: Study) -> list[Panel]:
         Panel("Input", "", study.frames),
         Panel("True error", _over_masks(study), _heat_map(study.true_error, study)),
         Panel("Mask", _origin_of_mask(study), _draw_mask(study)),
-        Panel("Reconstruction", source, study.reconstruction),
     ]
+    if study.reconstruction is not None:
+        panels.append(Panel("Reconstruction", source, study.reconstruction))
     if difficulty is not None:
         note = "by the teacher, which sees the whole clip"
         panels.insert(2, Panel("Predicted difficulty", note, _heat_map(difficulty, study)))
@@ -225,15 +226,17 @@ def _draw_line(studies: list[Study], style: Style) -> Image.Image:
 def _draw_block(study: Study, style: Style) -> Image.Image:
     """Name, frame numbers and views of one study."""
     shown = _shown_frames(study)
-    labels = [
-        draw_text(f"frame {time + 1}", style.small, FAINT_INK, width=style.cell[0])
-        for time in shown
-    ]
     rows = [
         beside([style.enlarge(panel.frames[time]) for time in shown], style.gap)
         for panel in make_panels(study)
     ]
     name = _draw_name(study, rows[0].width, style)
+    if study.grid.time == 1:
+        return stack([name, *rows], style.gap)
+    labels = [
+        draw_text(f"frame {time + 1}", style.small, FAINT_INK, width=style.cell[0])
+        for time in shown
+    ]
     return stack([name, beside(labels, style.gap), *rows], style.gap)
 
 
@@ -290,13 +293,14 @@ def _draw_colour_bar(style: Style) -> Image.Image:
 
 def _footnotes(studies: Sequence[Study]) -> list[str]:
     errors = np.concatenate([study.true_error for study in studies])
-    target = {
-        "raw": "normalised pixels",
-        "joint": "pixels standardised within each patch",
-        "per_channel": "pixels standardised within each patch and channel",
+    measure = {
+        "raw": "mean squared error of normalised pixels",
+        "joint": "mean squared error of pixels standardised within each patch",
+        "per_channel": "mean squared error of pixels standardised within each patch and channel",
+        None: "2 - 2 cos of predicted and true features",
     }[studies[0].target]
     notes = [
-        f"Error: mean squared error of {target}, here {np.nanmin(errors):.2g} to "
+        f"Error: {measure}, here {np.nanmin(errors):.2g} to "
         f"{np.nanmax(errors):.2g}. Colours are ranks among the patches of a clip, because "
         "difficulty is predicted as an order, without a unit."
     ]

@@ -1,19 +1,20 @@
 """Pre-training: from a config to an assembled run."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypedDict
 
 import torch
-from torch import nn
 
-from hpm_video.config import ConfigError, PretrainConfig, load_config
+from hpm_video.config import ConfigError, PretrainConfig, PretrainDataConfig, load_config
 from hpm_video.curves import plot_curves
+from hpm_video.data.augment import Augmentation
 from hpm_video.data.dataset import MIDDLE, HeldOutClips, collate
 from hpm_video.data.loader import held_out_batches
-from hpm_video.data.transforms import MultiScaleCrop
+from hpm_video.data.transforms import ClipTransform, MultiScaleCrop
 from hpm_video.evaluation import summarise
 from hpm_video.experiment import (
     RunData,
@@ -30,16 +31,18 @@ from hpm_video.experiment import (
     train,
     training_clips,
 )
+from hpm_video.feature_model import feature_width, load_feature_model
 from hpm_video.features import Extractor, Reading, clip_spec, encoder_shape
 from hpm_video.held_out import Measures, describe, measure
 from hpm_video.labels import names_of_both
 from hpm_video.masking import MaskRule, count_masked
-from hpm_video.mining import HardPatchesMining, TargetRule
-from hpm_video.models.classifier import ClipEncoder
+from hpm_video.mining import HardPatchesMining, named
+from hpm_video.models.encoder import ClipEncoder
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.pictures import write_pictures
 from hpm_video.probing import FeatureTable, nearest_neighbours
 from hpm_video.randomness import key_of
+from hpm_video.reconstruction import FeatureTarget, PixelTarget, Target
 from hpm_video.token_grid import TokenGrid
 from hpm_video.training.checkpoint import load_weights, read_weights
 from hpm_video.training.device import Precision, choose_device
@@ -57,38 +60,101 @@ PICTURED_CLIPS = 4
 
 def build_student(config: PretrainConfig) -> MaskedAutoencoder:
     """The model of a config, its weights drawn from the seed."""
+    others = [source.data for source in config.mix.values()]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key_of(config.seed, "weights"))
         return MaskedAutoencoder(
-            TokenGrid.of_clip(config.data.clip_size, config.model.patch_size),
-            config.model.patch_size,
-            config.model.encoder,
+            encoder_shape(config.model, config.data, None, others),
             config.model.decoder,
-            channels=config.model.channels,
             predictor=config.mining.predictor != "none",
-            positions=config.model.positions,
+            target_width=_target_width(config),
             drop_path=config.model.drop_path,
             checkpoint_activations=config.model.checkpoint_activations,
         )
 
 
-def build_objective(config: PretrainConfig, teacher: MaskedAutoencoder | None) -> HardPatchesMining:
+def _target_width(config: PretrainConfig) -> int | None:
+    """Values that are predicted of each token; none: those of its patch."""
+    mining = config.mining
+    if mining.feature_kind is not None:
+        return feature_width(mining.feature_kind, mining.feature_name)
+    return config.model.encoder.dim if mining.target == "ema" else None
+
+
+def build_target(config: PretrainConfig, device: torch.device) -> Target:
+    """What is to be reconstructed.
+
+    Raises:
+        CheckpointError, ConfigError: the weights of a feature model cannot be used.
+    """
+    mining, patch_size = config.mining, config.model.patch_size
+    look = (patch_size, config.data.mean, config.data.std)
+    if mining.pixel_kind is not None:
+        return PixelTarget(*look, mining.pixel_kind)
+    if mining.feature_kind is None:
+        return FeatureTarget(*look, None)
+    assert mining.feature_weights is not None
+    sizes = {source.frame_size for source in config.sources.values()}
+    if len(sizes) > 1:
+        raise ConfigError(
+            f"mining.target={mining.target} sees frames of one size, and those of the sources "
+            f"differ: {sorted(sizes)}; give all of them one data.frame_size"
+        )
+    try:
+        model = load_feature_model(
+            mining.feature_kind,
+            mining.feature_name,
+            Path(mining.feature_weights).expanduser(),
+            frame_size=config.data.frame_size,
+            patch_size=patch_size,
+        )
+    except ValueError as error:
+        raise ConfigError(f"mining.feature_model: {error}") from error
+    return FeatureTarget(*look, model.to(device))
+
+
+def build_objective(
+    config: PretrainConfig, teacher: MaskedAutoencoder | None, target: Target
+) -> HardPatchesMining:
     """Hard patches mining as a config wants it; without a teacher, a plain masked autoencoder."""
-    masking, mining = config.masking, config.mining
-    grid = TokenGrid.of_clip(config.data.clip_size, config.model.patch_size)
-    units = grid.num_tokens if masking.unit == "token" else grid.tokens_per_frame
+    mining = config.mining
     return HardPatchesMining(
-        MaskRule(
-            grid,
-            masking.unit,
-            count_masked(units, masking.ratio, masking.count_rule),
-            config.strategy,
-        ),
-        TargetRule(mining.target, config.model.patch_size, config.data.mean, config.data.std),
+        {name: mask_rule(config, name) for name in config.sources},
+        target,
         predictor=mining.predictor,
         predictor_weight=mining.predictor_weight,
         teacher=teacher,
         momentum=MomentumSchedule(mining.momentum, mining.first_momentum, mining.last_momentum),
+    )
+
+
+def mask_rule(config: PretrainConfig, source: str) -> MaskRule:
+    """How the clips of a source are masked."""
+    masking = config.maskings[source]
+    grid = TokenGrid.of_clip(config.sources[source].clip_size, config.model.patch_size)
+    units = grid.num_tokens if masking.unit == "token" else grid.tokens_per_frame
+    num_masked = count_masked(units, masking.ratio, masking.count_rule)
+    return MaskRule(grid, masking.unit, num_masked, masking.mask_strategy)
+
+
+def crops_of(config: PretrainConfig) -> dict[str, ClipTransform]:
+    """How training clips of each source are cropped."""
+    mixed = {name: source.data for name, source in config.mix.items()}
+    return {name: _crop_of(data) for name, data in {"": config.data, **mixed}.items()}
+
+
+def _crop_of(data: PretrainDataConfig) -> ClipTransform:
+    if data.crop == "multi_scale":
+        return MultiScaleCrop(data.flip, data.interpolation)
+    return Augmentation(
+        area=data.crop_area,
+        ratio=(3 / 4, 4 / 3),
+        flip=data.flip,
+        rand_augment=None,
+        erasing=0.0,
+        mean=data.mean,
+        std=data.std,
+        interpolation=data.interpolation,
     )
 
 
@@ -104,11 +170,12 @@ def load_run(
     student = build_student(config)
     load_weights(student, read_weights(checkpoint), checkpoint)
     teacher = None
-    if config.mining.predictor != "none":
+    if config.mining.has_teacher:
         teacher = make_teacher(student)
         load_weights(teacher, read_weights(checkpoint, "teacher"), checkpoint)
         teacher.to(device)
-    return config, student.to(device).eval(), build_objective(config, teacher)
+    target = build_target(config, device)
+    return config, student.to(device).eval(), build_objective(config, teacher, target)
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -126,7 +193,7 @@ def pretrain(config: PretrainConfig) -> Path:
         torch.set_num_threads(config.engine.threads)
     directory = look_into_directory(PretrainConfig, config, data)
     student, teacher = _make_models(config, directory.newest, device)
-    objective = build_objective(config, teacher)
+    objective = build_objective(config, teacher, build_target(config, device))
     with claim(directory, config):
         if directory.update == data.timeline.num_updates:
             log.info("%s is complete: %d updates were made", directory.path, directory.update)
@@ -139,9 +206,7 @@ def pretrain(config: PretrainConfig) -> Path:
                 directory,
                 engine=engine,
                 objective=objective,
-                clips=training_clips(
-                    config, data, MultiScaleCrop(config.data.flip), same_frames=False
-                ),
+                clips=training_clips(config, data, crops_of(config), same_frames=False),
                 watch=_watch(config, data, objective, engine, directory.path),
             )
         plot_curves(directory.path / "metrics.jsonl", directory.path / "curves.png")
@@ -154,13 +219,14 @@ def make_update(
     """A whole update on random clips, for timing: forward, backward, step, teacher."""
     config = in_one_pass(replace(config, init_weights=None))
     student, teacher = _make_models(config, None, device)
-    objective = build_objective(config, teacher)
+    objective = build_objective(config, teacher, build_target(config, device))
     engine = make_engine(config, student, _optimizer(config, student), device, precision)
     return timed_update(config, engine, objective, clips)
 
 
-def _optimizer(config: PretrainConfig, student: nn.Module) -> torch.optim.Optimizer:
-    groups = parameter_groups(student, config.recipe.weight_decay)
+def _optimizer(config: PretrainConfig, student: MaskedAutoencoder) -> torch.optim.Optimizer:
+    decay = config.recipe.weight_decay
+    groups = parameter_groups(student, decay, also_decayed=student.decayed_tokens)
     return make_adamw(groups, betas=config.recipe.betas)
 
 
@@ -179,7 +245,7 @@ def _make_models(
         if lacking:
             log.info("which lack a loss predictor: its %d tensors start fresh", len(lacking))
     teacher = None
-    if config.mining.predictor != "none":
+    if config.mining.has_teacher:
         teacher = make_teacher(student)
         if newest or (given and (given / "teacher.safetensors").is_file()):
             assert source is not None
@@ -197,35 +263,82 @@ def _watch(
 ) -> Watch:
     """Held-out measures, pictures and nearest neighbours, where there are videos for them."""
     probe = _neighbour_probe(config, engine) if config.knn.train is not None else None
-    if data.validation is None:
-        log.info("no data.validation: nothing is measured or drawn on held-out clips")
+    measured, pictured = {}, {}
+    for name, source in data.sources.items():
+        if source.validation is None:
+            key = f"mix.{name}.data.validation" if name else "data.validation"
+            log.info("no %s: nothing is measured or drawn on held-out clips of it", key)
+            continue
+        measured[name] = _held_out(config, data, name, config.logging.validation_clips)
+        pictured[name] = _held_out(config, data, name, PICTURED_CLIPS)
+        find_failures(measured[name], **_reading(config, measured[name]))
+    if not measured:
         return Watch(probe=probe)
-    clips = HeldOutClips(
-        data.validation.spread(config.logging.validation_clips),
-        clip_spec(config.data),
-        decoder=config.data.decoder,
-        seed=config.seed,
-    )
-    batch_size = min(len(clips), max(config.micro_batch, 8), 32)
-    find_failures(clips, batch_size=batch_size, workers=num_workers(config.data))
-
-    pictured = HeldOutClips(
-        data.validation.spread(PICTURED_CLIPS),
-        clip_spec(config.data),
-        decoder=config.data.decoder,
-        seed=config.seed,
-    )
 
     def validate() -> Measures:
-        batches = held_out_batches(clips, batch_size=batch_size, workers=num_workers(config.data))
-        return measure(objective, engine, batches)
+        found: Measures = {}
+        for name, clips in measured.items():
+            batches = held_out_batches(clips, **_reading(config, clips))
+            measures = measure(objective, engine, batches)
+            found |= {named(name, measure): value for measure, value in measures.items()}
+        return found
 
     def draw(done: int) -> None:
-        shown = collate([pictured[i] for i in range(len(pictured))])
-        write_pictures(run_dir / "pictures", f"update-{done:08d}", objective, engine, shown)
+        for name, clips in pictured.items():
+            shown = collate([clips[i] for i in range(len(clips))])
+            folder = run_dir / "pictures" / name
+            write_pictures(folder, f"update-{done:08d}", objective, engine, shown)
         plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
 
-    return Watch(validate, score="relative_error", describe=describe, draw=draw, probe=probe)
+    return Watch(
+        validate,
+        score=named(next(iter(measured)), "relative_error"),
+        describe=partial(describe_sources, tuple(measured), objective.target.yardstick),
+        draw=draw,
+        probe=probe,
+    )
+
+
+class _Reading(TypedDict):
+    batch_size: int
+    workers: int
+
+
+def _reading(config: PretrainConfig, clips: HeldOutClips) -> _Reading:
+    """How held-out clips are read."""
+    return {
+        "batch_size": min(len(clips), max(config.micro_batch, 8), 32),
+        "workers": num_workers(config.data),
+    }
+
+
+def _held_out(config: PretrainConfig, data: RunData, source: str, count: int) -> HeldOutClips:
+    """Some held-out clips of a source."""
+    how, manifest = config.sources[source], data.sources[source].validation
+    assert manifest is not None
+    return HeldOutClips(
+        manifest.spread(count),
+        clip_spec(how),
+        decoder=how.decoder,
+        seed=config.seed,
+        source=source,
+    )
+
+
+def describe_sources(sources: Sequence[str], yardstick: str, measures: Measures) -> str:
+    """The measures of each source in a few lines, for the terminal."""
+    told = []
+    for source in sources:
+        own = {name: measures[named(source, name)] for name in names_of(source, measures)}
+        told.append(f"{source}, {describe(own, yardstick)}" if source else describe(own, yardstick))
+    return "\n".join(told)
+
+
+def names_of(source: str, measures: Measures) -> list[str]:
+    """The measures of one source, by the names that those of the main one have."""
+    if not source:
+        return [name for name in measures if "/" not in name]
+    return [name.split("/", 1)[1] for name in measures if name.startswith(f"{source}/")]
 
 
 def _neighbour_probe(config: PretrainConfig, engine: TorchEngine) -> Callable[[], dict[str, float]]:
@@ -246,11 +359,9 @@ def _neighbour_probe(config: PretrainConfig, engine: TorchEngine) -> Callable[[]
             f"knn.k must be at most the number of videos of knn.train, {len(manifests[0])}, got "
             f"{how.k}"
         )
-    encoder = ClipEncoder(encoder_shape(config.model, config.data, None))
-    encoder.patch_embed = engine.model.get_submodule("patch_embed")  # type: ignore[assignment]
-    encoder.encoder = engine.model.get_submodule("encoder")  # type: ignore[assignment]
+    assert isinstance(engine.model, ClipEncoder)
     extractor = Extractor(
-        encoder.to(engine.device),
+        engine.model,
         clip_spec(config.data),
         config.data.mean,
         config.data.std,

@@ -22,7 +22,7 @@ from hpm_video.features import (
     source_grid_of,
 )
 from hpm_video.labels import check_labels, check_same_names, read_label_names
-from hpm_video.models.classifier import VideoClassifier
+from hpm_video.models.classifier import ClipClassifier
 from hpm_video.randomness import key_of
 from hpm_video.training.checkpoint import (
     CheckpointError,
@@ -88,12 +88,12 @@ def describe_test(
     }
 
 
-def build_classifier(config: FinetuneConfig, num_classes: int) -> VideoClassifier:
+def build_classifier(config: FinetuneConfig, num_classes: int) -> ClipClassifier:
     """The model of a config, its weights drawn from the seed."""
     model = config.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key_of(config.seed, "weights"))
-        return VideoClassifier(
+        return ClipClassifier(
             encoder_shape(model, config.data, model.pretrained_grid),
             num_classes,
             pooling=model.pooling,
@@ -157,7 +157,7 @@ def _of_classifier(weights: WeightsOf) -> Literal["model", "average"]:
 
 def recogniser_of(
     config: FinetuneConfig,
-    model: VideoClassifier,
+    model: ClipClassifier,
     label_names: Sequence[str],
     device: torch.device,
     precision: Precision,

@@ -13,9 +13,9 @@ from torch import Tensor
 from hpm_video.data.dataset import ClipBatch
 from hpm_video.losses import count_ordered_pairs
 from hpm_video.masking import Pick, TokenMask
-from hpm_video.mining import HardPatchesMining, TargetRule, average_errors
-from hpm_video.pixels import normalise
+from hpm_video.mining import HardPatchesMining, average_errors
 from hpm_video.randomness import uniform
+from hpm_video.reconstruction import PixelTarget
 from hpm_video.targets import PatchStatistics, TargetKind, patchify, unpatchify
 from hpm_video.token_grid import Size3, TokenGrid
 from hpm_video.training.objective import Model
@@ -46,12 +46,13 @@ class Study:
     masked: Flags
     picked: Flags
     """Which of the hidden tokens are hidden for their difficulty."""
-    reconstruction: Frames
-    """Made from that mask; visible patches are the input's."""
+    reconstruction: Frames | None
+    """Made from that mask; visible patches are the input's. None where features are predicted."""
     pick: Pick
     num_masks: int
     """Random masks that the true error is averaged over."""
-    target: TargetKind
+    target: TargetKind | None
+    """None where features are predicted, not pixels."""
     statistics: StatisticsSource
 
     @property
@@ -92,39 +93,38 @@ def study_clips(
     Raises:
         ValueError: there is no mask to measure with, or the hard fraction is none.
     """
-    rule, targets = objective.masks, objective.targets
+    rule, target = objective.masks[batch.source], objective.target
     fraction = rule.strategy.last_fraction if hard_fraction is None else hard_fraction
     if num_masks < 1:
         raise ValueError(f"the true error needs at least 1 random mask, got {num_masks}")
     if not 0 <= fraction <= 1:
         raise ValueError(f"the hard fraction must lie in [0, 1], got {fraction}")
-    clips = normalise(batch.clips, targets.mean, targets.std)
-    difficulty, mask, picked = _propose(objective, clips, batch.keys, fraction)
-    reconstruction = reconstruct(
-        student(clips, mask).pixels,
-        batch.clips,
-        mask,
-        targets,
-        ground_truth_statistics=ground_truth_statistics,
-    )
-    examinations = [objective.examine(student, batch, f"picture {i}") for i in range(num_masks)]
+    difficulty, mask, picked = _propose(objective, batch, fraction)
+    pixels = target if isinstance(target, PixelTarget) else None
+    filled = None
+    if pixels is not None:
+        predicted = student(objective.normalised(batch), mask).content
+        filled = reconstruct(
+            predicted, batch.clips, mask, pixels, ground_truth_statistics=ground_truth_statistics
+        )
+    examinations = objective.examine(student, batch, (f"picture {i}" for i in range(num_masks)))
     true_errors = average_errors(examinations)
     source: StatisticsSource = "input" if ground_truth_statistics else "visible"
     return [
         Study(
             name=Path(batch.files[i]).stem,
             grid=rule.grid,
-            patch_size=targets.patch_size,
+            patch_size=target.patch_size,
             frames=_to_frames(batch.clips[i]),
             true_error=true_errors[i].cpu().numpy(),
             difficulty=None if difficulty is None else difficulty[i].cpu().numpy(),
             masked=mask.masked[i].cpu().numpy(),
             picked=picked[i].cpu().numpy(),
-            reconstruction=_to_frames(reconstruction[i]),
+            reconstruction=None if filled is None else _to_frames(filled[i]),
             pick=rule.strategy.pick,
             num_masks=num_masks,
-            target=targets.kind,
-            statistics="none" if targets.kind == "raw" else source,
+            target=None if pixels is None else pixels.kind,
+            statistics="none" if pixels is None or pixels.kind == "raw" else source,
         )
         for i in range(len(batch.clips))
     ]
@@ -134,7 +134,7 @@ def reconstruct(
     predicted: Tensor,
     clips: Tensor,
     mask: TokenMask,
-    targets: TargetRule,
+    target: PixelTarget,
     *,
     ground_truth_statistics: bool,
 ) -> Tensor:
@@ -142,18 +142,18 @@ def reconstruct(
 
     (B, M, P) predicted targets, (B, C, T, H, W) uint8 -> (B, C, T, H, W) uint8
     """
-    grid = TokenGrid.of_clip((clips.shape[2], clips.shape[3], clips.shape[4]), targets.patch_size)
-    patches = targets.patches(clips)
+    grid = TokenGrid.of_clip((clips.shape[2], clips.shape[3], clips.shape[4]), target.patch_size)
+    patches = target.patches(clips)
     if ground_truth_statistics:
-        statistics = targets.statistics(mask.take_masked(patches))
+        statistics = target.statistics(mask.take_masked(patches))
     else:
-        visible = targets.statistics(mask.take_visible(patches))
+        visible = target.statistics(mask.take_visible(patches))
         with torch.autocast(clips.device.type, enabled=False):
             statistics = statistics_from_visible(visible, mask, grid)
     hidden = predicted.float() * statistics.scale + statistics.mean
-    visible_pixels = mask.take_visible(patchify(clips, targets.patch_size))
-    filled = mask.merge(visible_pixels, targets.to_pixels(hidden))
-    return unpatchify(filled, targets.patch_size, grid)
+    visible_pixels = mask.take_visible(patchify(clips, target.patch_size))
+    filled = mask.merge(visible_pixels, target.to_pixels(hidden))
+    return unpatchify(filled, target.patch_size, grid)
 
 
 def statistics_from_visible(
@@ -179,16 +179,12 @@ class _Proposal(NamedTuple):
     """(B, N) bool, which tokens are hidden for their difficulty."""
 
 
-def _propose(
-    objective: HardPatchesMining, clips: Tensor, keys: Tensor, fraction: float
-) -> _Proposal:
-    """A mask of which the teacher, where there is one, picks a ``fraction``."""
-    rule = objective.masks
-    difficulty, num_picked = None, 0
-    if objective.teacher is not None:
-        difficulty = objective.teacher.score_all(clips).float()
-        num_picked = int(rule.num_masked * fraction)
-    priority = uniform(keys, rule.num_units, "picture")
+def _propose(objective: HardPatchesMining, batch: ClipBatch, fraction: float) -> _Proposal:
+    """A mask of which the teacher, where it predicts difficulty, picks a ``fraction``."""
+    rule = objective.masks[batch.source]
+    difficulty = objective.difficulty(batch)
+    num_picked = 0 if difficulty is None else int(rule.num_masked * fraction)
+    priority = uniform(batch.keys, rule.num_units, "picture")
     picked = replace(rule, num_masked=num_picked).draw(difficulty, priority, num_picked)
     return _Proposal(difficulty, rule.draw(difficulty, priority, num_picked), picked.masked)
 

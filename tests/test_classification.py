@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from hpm_video.classification import Classification
 from hpm_video.data.dataset import ClipBatch
 from hpm_video.mixing import Mixing
-from hpm_video.models.classifier import EncoderShape, VideoClassifier
+from hpm_video.models.classifier import ClipClassifier
+from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.vit import TransformerSize
 from hpm_video.pixels import normalise
 from hpm_video.progress import Progress
@@ -26,7 +27,7 @@ def make_model(seed=0, **options):
     torch.manual_seed(seed)
     size = TransformerSize(16, 2, 2)
     shape = EncoderShape(TokenGrid.of_clip(CLIP, PATCH), PATCH, size, "sequence")
-    return VideoClassifier(shape, CLASSES, head_init_scale=1.0, **options)
+    return ClipClassifier(shape, CLASSES, head_init_scale=1.0, **options)
 
 
 def batch_of(size=4, files=None):

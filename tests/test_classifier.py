@@ -1,10 +1,12 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from hpm_video.models.classifier import ClipEncoder, EncoderShape, MeanBatchNorm, VideoClassifier
+from hpm_video.models.classifier import BatchNorm, ClipClassifier
+from hpm_video.models.encoder import ClipEncoder, EncoderShape
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.models.pos_embed import position_table
 from hpm_video.models.vit import TransformerSize
@@ -25,7 +27,7 @@ SIZES = {
 
 def make(seed=0, shape=SHAPE, **options):
     torch.manual_seed(seed)
-    return VideoClassifier(shape, CLASSES, **({"head_init_scale": 1.0} | options))
+    return ClipClassifier(shape, CLASSES, **({"head_init_scale": 1.0} | options))
 
 
 def clips_of(batch=4, clip=CLIP, seed=1):
@@ -79,7 +81,7 @@ def test_number_of_parameters_is_that_of_a_plain_transformer(name):
     size, width = SIZES[name], SIZES[name].dim
     grid = TokenGrid.of_clip((16, 224, 224), (2, 16, 16))
     with torch.device("meta"):
-        model = VideoClassifier(EncoderShape(grid, (2, 16, 16), size, "sequence"), 400)
+        model = ClipClassifier(EncoderShape(grid, (2, 16, 16), size, "sequence"), 400)
     patches = (2 * 16 * 16 * 3 + 1) * width
     attention = 4 * width**2 + 3 * width  # no bias on the keys
     mlp = 8 * width**2 + 5 * width
@@ -196,7 +198,7 @@ def test_statistics_of_the_batch_in_training_and_running_ones_otherwise():
 
 
 def test_batch_norm_standardises_each_value_without_weights_of_its_own():
-    pooling = MeanBatchNorm(32)
+    pooling = BatchNorm(32, slice(None))
     assert not list(pooling.parameters())
     tokens = 5 + 3 * torch.randn(64, 6, 32)
     pooled = pooling(tokens)
@@ -205,6 +207,53 @@ def test_batch_norm_standardises_each_value_without_weights_of_its_own():
         pooled.std(dim=0, correction=0), torch.ones(32), rtol=1e-4, atol=1e-4
     )
     assert pooling(tokens.bfloat16()).dtype == torch.float32
+
+
+# --- The class token ----------------------------------------------------------------------------
+
+WITH_TOKEN = replace(SHAPE, class_token=True)
+
+
+@pytest.mark.parametrize("pooling", [*POOLINGS, "class_token"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_every_pooling_goes_with_a_class_token(pooling, frozen):
+    model = make(shape=WITH_TOKEN, pooling=pooling, frozen=frozen)
+    model(clips_of(), keys_of()).square().sum().backward()
+    assert (model.class_token.grad is None) == frozen
+    if not frozen:
+        assert model.class_token.grad.abs().sum() > 0
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert ("class_token" in learning) != frozen
+    assert model.layer_of("class_token") == 0
+
+
+def test_what_each_pooling_takes_of_class_token_and_others():
+    tokens = torch.randn(6, 1 + 8, 32)
+    other_token = torch.cat([torch.randn(6, 1, 32), tokens[:, 1:]], dim=1)
+    other_rest = torch.cat([tokens[:, :1], torch.randn(6, 8, 32)], dim=1)
+    for pooling, of_token, of_rest in (
+        ("class_token", True, False),
+        ("batch_norm", True, False),
+        ("mean_norm", False, True),
+        ("attentive", True, True),
+    ):
+        model = make(shape=WITH_TOKEN, pooling=pooling).eval()
+        pooled = model.pool(tokens)
+        assert torch.equal(model.pool(other_token), pooled) != of_token
+        assert torch.equal(model.pool(other_rest), pooled) != of_rest
+
+
+def test_the_class_token_itself_is_what_the_head_sees():
+    model = make(shape=WITH_TOKEN, pooling="class_token")
+    expected = model.head(model.encode(clips_of())[:, 0])
+    assert torch.equal(model(clips_of()), expected)
+    assert isinstance(model.encoder.norm, nn.LayerNorm)
+    assert not list(model.pooling.parameters())
+
+
+def test_pooling_by_class_token_needs_one():
+    with pytest.raises(ValueError, match="needs an encoder with a class token; take mean_norm"):
+        make(pooling="class_token")
 
 
 # --- The optimizer's groups ---------------------------------------------------------------------
@@ -287,7 +336,7 @@ def test_only_what_follows_a_frozen_encoder_learns(pooling, learning, make_optim
 
 def test_an_encoder_gives_the_tokens_of_the_autoencoder_it_came_from():
     torch.manual_seed(3)
-    source = MaskedAutoencoder(GRID, PATCH, SIZE, TransformerSize(16, 1, 2))
+    source = MaskedAutoencoder(SHAPE, TransformerSize(16, 1, 2))
     for parameter in source.parameters():
         nn.init.normal_(parameter, std=0.2)
     encoder = ClipEncoder(SHAPE)
@@ -306,9 +355,9 @@ def test_positions_are_placed_in_the_grid_of_pretraining(positions):
     source = TokenGrid(1, 3, 3)
     encoder = ClipEncoder(EncoderShape(GRID, PATCH, SIZE, positions, source))
     table = position_table(GRID, SIZE.dim, positions, source)
-    assert torch.equal(encoder.encoder_pos, table)
+    assert torch.equal(encoder.encoder_positions(GRID), table)
     assert not torch.equal(table, position_table(GRID, SIZE.dim, positions))
-    assert "encoder_pos" not in encoder.state_dict()
+    assert not [name for name in encoder.state_dict() if "positions" in name]
 
 
 def test_recomputed_activations_give_the_same_gradients():

@@ -13,10 +13,22 @@ from hpm_video.config import (
     result_differences,
     save_config,
 )
+from hpm_video.data.augment import Augmentation
+from hpm_video.data.transforms import MultiScaleCrop
+from hpm_video.feature_model import DEFAULT_MODELS
+from hpm_video.features import clip_spec
 from hpm_video.finetune import augmentation, make_optimizer
 from hpm_video.finetune import build_objective as build_classification
-from hpm_video.pretrain import build_objective, build_student, make_update
+from hpm_video.models.vit import TransformerSize
+from hpm_video.pretrain import (
+    build_objective,
+    build_student,
+    build_target,
+    crops_of,
+    make_update,
+)
 from hpm_video.recognition import build_classifier
+from hpm_video.token_grid import TokenGrid
 
 ROOT = Path(__file__).parent.parent
 ALL = sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))
@@ -45,6 +57,19 @@ RECIPES = {  # METHOD, section 3: data and size -> epochs, batch, peak learning 
     "ssv2_s": (2400, 1024, 6e-4, 4),
     "ssv2_b": (800, 2048, 1.2e-3, 4),
 }
+IMAGE_RECIPES = {  # the official ones: epochs, encoder width, whether by difficulty
+    "in1k_mae_b": (200, 768, False),
+    "in1k_hpm_b": (200, 768, True),
+    "in1k_hpm_b800": (800, 768, True),
+    "in1k_hpm_l": (800, 1024, True),
+    "in1k_hpm_h": (800, 1280, True),
+}
+IMAGE_FINETUNE_RECIPES = {  # epochs, batch, peak learning rate
+    "in1k_b": (100, 384, 7.5e-4),
+    "in1k_l": (50, 512, 1e-3),
+}
+TOKENS = {"demo": 108, "demo_mixed": 108, "demo_images": 64, "in1k": 196, "in1k_hpm_h": 256}
+"""Of a clip, by the name of a config or the data it begins with; 1568 otherwise."""
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
@@ -54,8 +79,11 @@ def test_every_shipped_config_loads_round_trips_and_builds(path, tmp_path):
     assert load_config(PretrainConfig, tmp_path / "used.yaml", []) == config
     with torch.device("meta"):
         student = build_student(config)
-        build_objective(config, student if config.mining.predictor != "none" else None)
-    assert student.grid.num_tokens == (108 if path == DEMO else 1568)
+        target = build_target(config, torch.device("meta"))
+        build_objective(config, student if config.mining.has_teacher else None, target)
+    data = path.stem.split("_")[0]
+    expected = TOKENS.get(path.stem, TOKENS.get(data, 1568))
+    assert student.shape.grid.num_tokens == expected
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
@@ -86,7 +114,40 @@ def test_recipes_are_those_of_the_papers(name, kind):
     assert masking == expected[kind]
 
 
-FAMILIES = ["demo", "k400_hpm_s", "k400_videomae_s", "ssv2_hpm_s", "ssv2_videomae_s"]
+@pytest.mark.parametrize("name", IMAGE_RECIPES)
+def test_recipes_for_images_are_the_official_ones(name):
+    config = load_config(PretrainConfig, DEMO.with_name(f"{name}.yaml"), [])
+    recipe, model, data = config.recipe, config.model, config.data
+    epochs, width, by_difficulty = IMAGE_RECIPES[name]
+    assert (recipe.epochs, model.encoder.dim) == (epochs, width)
+    assert recipe.base_lr * recipe.batch_size / 256 == pytest.approx(1.2e-3)
+    assert model.decoder == TransformerSize(512, 8, 16)
+    assert (model.positions, model.class_token, model.conventions) == ("space_time", True, "mae")
+    assert (data.num_frames, data.frame_size, data.flip) == (1, (224, 224), True)
+    assert (data.crop, data.crop_area, data.interpolation) == (
+        "random_resized",
+        (0.2, 1.0),
+        "bicubic",
+    )
+    assert data.held_out_short_side == 256
+    assert (config.masking.ratio, config.mining.target) == (0.75, "raw")
+    strategy, predictor = ("easy_to_hard", "relative") if by_difficulty else ("random", "none")
+    assert (config.masking.strategy, config.mining.predictor) == (strategy, predictor)
+
+
+def test_every_config_for_images_is_in_the_table():
+    assert {path.stem for path in ALL if path.stem.startswith("in1k")} == set(IMAGE_RECIPES)
+
+
+FAMILIES = [
+    "demo",
+    "demo_images",
+    "in1k_hpm_b",
+    "k400_hpm_s",
+    "k400_videomae_s",
+    "ssv2_hpm_s",
+    "ssv2_videomae_s",
+]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -121,6 +182,22 @@ def test_misspelt_key_is_an_error_that_knows_better():
         ("recipe.warmup_epochs=99", "warmup_epochs must lie in"),
         ("recipe.min_lr=1", "min_lr <= recipe.base_lr"),
         ("model.encoder.num_heads=5", "got dim 96, depth 3, num_heads 5"),
+        ("model.conventions=beit", "beit"),
+        ("data.crop=centre", "centre"),
+        ("data.crop_area=[0,1]", r"crop_area must be two rising numbers in \(0, 1\], got \(0"),
+        ("data.crop_area=[0.5,0.2]", r"crop_area must be two rising .* \(0.5, 0.2\)"),
+        ("data.interpolation=nearest", "nearest"),
+        ("data.held_out_short_side=47", r"at least data.frame_size \(\(48, 48\)\), got 47"),
+        ("mining.target=dino", "needs the weights of vit_base_patch16_224.dino: give mining.feat"),
+        ("mining.feature_weights=a.pth", "go with mining.target=dino or clip, and it is per_ch"),
+        ("mining.feature_model=vit", "go with mining.target=dino or clip"),
+        ("mining.target=pixels", "pixels"),
+        ("mix.images.weight=0", "weight of a source in mix must be positive, got 0"),
+        ("mix.images.data.num_frames=1", "mix.images.data.num_frames, .* got 1 with patch 2"),
+        ("mix.images.data.mean=[0,0,0]", r"mix.images.data.mean must be data.mean, .*got \(0"),
+        ("mix.images.data.std=[1,1]", "mix.images.data.std need a value for each of the 3"),
+        ("mix.images.masking.ratio=0.999999", "mix.images.masking.ratio: .* hides 6272 of 6272"),
+        ("mix.images.knn.k=3", "knn"),
         ("logging.every_updates=0", "every_updates must be at least 1, got 0"),
         ("seed", "section.key=value, got 'seed'"),
     ],
@@ -128,6 +205,114 @@ def test_misspelt_key_is_an_error_that_knows_better():
 def test_a_value_that_cannot_be_run_is_named_with_its_rule(override, words):
     with pytest.raises(ConfigError, match=words):
         load_config(PretrainConfig, DEMO, [override])
+
+
+def test_a_source_that_picks_needs_a_predictor_too():
+    plain = ["mining.predictor=none", "masking.strategy=random"]
+    with pytest.raises(ConfigError, match="take mix.images.masking.strategy=random"):
+        load_config(PretrainConfig, DEMO, [*plain, "mix.images.masking.strategy=hardest"])
+    load_config(PretrainConfig, DEMO, [*plain, "mix.images.masking.strategy=random"])
+
+
+MIXED = [
+    *("mix.images.weight=0.5", "mix.images.data.num_frames=2", "mix.images.data.train=i.csv"),
+    *("mix.images.data.frame_size=[64,64]", "mix.images.masking.ratio=0.5"),
+    *("mix.images.data.crop=random_resized", "mix.clips.data.train=c.csv"),
+]
+
+
+def test_sources_of_a_mixture_in_order_the_main_one_first(tmp_path):
+    config = load_config(PretrainConfig, DEMO, MIXED)
+    assert [*config.sources] == [*config.maskings] == ["", "images", "clips"]
+    assert config.weights == (1, 0.5, 1)
+    assert config.sources[""] == config.data
+    assert config.sources["images"].frame_size == (64, 64)
+    assert (config.maskings["images"].ratio, config.maskings["clips"].ratio) == (0.5, 0.9)
+    save_config(config, tmp_path / "used.yaml")
+    assert load_config(PretrainConfig, tmp_path / "used.yaml", []) == config
+    plain = load_config(PretrainConfig, DEMO, [])
+    assert (plain.sources, plain.weights) == ({"": plain.data}, (1,))
+
+
+def test_a_mixture_is_built_with_a_grid_a_mask_and_a_crop_for_each_source():
+    config = load_config(PretrainConfig, DEMO, MIXED)
+    with torch.device("meta"):
+        student = build_student(config)
+    assert student.shape.grid == TokenGrid(3, 6, 6)
+    assert student.shape.other_grids == (TokenGrid(1, 8, 8), TokenGrid(8, 28, 28))
+    target = build_target(config, torch.device("cpu"))
+    masks = build_objective(config, student, target).masks
+    assert {name: rule.grid for name, rule in masks.items()} == {
+        "": student.shape.grid,
+        "images": TokenGrid(1, 8, 8),
+        "clips": TokenGrid(8, 28, 28),
+    }
+    assert masks["images"].num_masked == 32
+    crops = crops_of(config)
+    assert (type(crops[""]), type(crops["clips"])) == (MultiScaleCrop, MultiScaleCrop)
+    assert isinstance(crops["images"], Augmentation)
+    assert crops["images"].area == config.mix["images"].data.crop_area
+
+
+def test_a_random_resized_crop_changes_nothing_but_the_place():
+    overrides = ["data.crop=random_resized", "data.crop_area=[0.3,0.6]", "data.flip=true"]
+    crop = crops_of(load_config(PretrainConfig, DEMO, [*overrides, "data.interpolation=bicubic"]))[
+        ""
+    ]
+    assert (crop.area, crop.ratio, crop.flip) == ((0.3, 0.6), (3 / 4, 4 / 3), True)
+    assert (crop.rand_augment, crop.erasing, crop.interpolation) == (None, 0, "bicubic")
+
+
+def test_what_differs_in_a_source_is_named():
+    old = load_config(PretrainConfig, DEMO, MIXED)
+    new = load_config(
+        PretrainConfig,
+        DEMO,
+        [*MIXED, "mix.images.weight=0.75", "mix.images.data.workers=3", "mix.clips.data.flip=true"],
+    )
+    assert result_differences(old, new) == [
+        "mix.images.weight: 0.5 -> 0.75",
+        "mix.clips.data.flip: False -> True",
+    ]
+    (difference,) = result_differences(load_config(PretrainConfig, DEMO, []), old)
+    assert difference.startswith("mix: {} -> {'images': SourceConfig(weight=0.5")
+
+
+@pytest.mark.parametrize(
+    ("target", "predictor", "needs_one", "pixels"),
+    [
+        ("raw", "relative", True, "raw"),
+        ("joint", "none", False, "joint"),
+        ("ema", "none", True, None),
+        ("ema", "absolute", True, None),
+    ],
+)
+def test_which_targets_need_a_teacher(target, predictor, needs_one, pixels):
+    overrides = [f"mining.target={target}", f"mining.predictor={predictor}"]
+    config = load_config(PretrainConfig, DEMO, [*overrides, "masking.strategy=random"])
+    assert config.mining.has_teacher == needs_one
+    assert config.mining.pixel_kind == pixels
+    assert config.mining.feature_kind is None
+
+
+def test_a_feature_model_is_named_by_its_kind_unless_told():
+    given = ["mining.feature_weights=w.pth"]
+    for kind in ("dino", "clip"):
+        mining = load_config(PretrainConfig, DEMO, [f"mining.target={kind}", *given]).mining
+        assert (mining.feature_kind, mining.feature_name) == (kind, DEFAULT_MODELS[kind])
+        assert (mining.pixel_kind, mining.has_teacher) == (None, True)
+    named = ["mining.target=dino", "mining.feature_model=vit_small_patch8_224.dino", *given]
+    name = load_config(PretrainConfig, DEMO, named).mining.feature_name
+    assert name == "vit_small_patch8_224.dino"
+
+
+def test_the_short_side_of_held_out_frames_may_be_that_of_the_crop():
+    for side in (48, 60):
+        config = load_config(PretrainConfig, DEMO, [f"data.held_out_short_side={side}"])
+        assert clip_spec(config.data).short_side == side
+    wide = ["data.frame_size=[32,48]", "data.held_out_short_side=40"]
+    with pytest.raises(ConfigError, match=r"\(\(32, 48\)\), got 40"):
+        load_config(PretrainConfig, DEMO, wide)
 
 
 # --- Fine-tuning and probes ---------------------------------------------------------------------
@@ -190,7 +375,22 @@ def test_recipes_of_fine_tuning_are_videomaes(name):
 
 def test_every_config_of_fine_tuning_is_in_the_table():
     names = {path.stem for path in CLASSIFIERS if path.parent.name == "finetune"}
-    assert names == {*FINETUNE_RECIPES, "demo"}
+    assert names == {*FINETUNE_RECIPES, *IMAGE_FINETUNE_RECIPES, "demo"}
+
+
+@pytest.mark.parametrize("name", IMAGE_FINETUNE_RECIPES)
+def test_fine_tuning_on_images_sees_them_as_the_official_one_does(name):
+    config = load_classifier(FINETUNE_DEMO.with_name(f"{name}.yaml"))
+    recipe, model, data = config.recipe, config.model, config.data
+    peak = pytest.approx(recipe.base_lr * recipe.batch_size / 256)
+    assert (recipe.epochs, recipe.batch_size, peak) == IMAGE_FINETUNE_RECIPES[name]
+    assert (model.num_classes, model.pooling, model.class_token) == (1000, "mean_norm", True)
+    assert (model.positions, model.conventions) == ("space_time", "mae")
+    assert (recipe.layer_decay, recipe.weight_decay) == (0.8, 0.05)
+    assert (data.num_frames, data.frame_size, data.held_out_short_side) == (1, (224, 224), 256)
+    assert (data.interpolation, data.flip) == ("bicubic", True)
+    assert config.augmentation.rand_augment == "rand-m9-mstd0.5-inc1"
+    assert (config.test.clips, config.test.crops) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +408,9 @@ def test_every_config_of_fine_tuning_is_in_the_table():
         (["model.frozen=true"], "pooling=mean_norm leaves out; take model.pooling=batch_norm"),
         (["model.pooling=max"], "max"),
         (["model.init=zero"], "zero"),
+        (["model.pooling=class_token"], "needs model.class_token=true, which pre-training must"),
+        (["data.held_out_short_side=47"], r"at least data.frame_size .*got 47"),
+        (["data.crop=random_resized"], "crop"),
         (["model.head_dropout=1"], r"model.head_dropout must lie in \[0, 1\), got 1"),
         (["model.drop_path=-0.1"], r"model.drop_path must lie in \[0, 1\), got -0.1"),
         (["model.encoder={dim: 30, depth: 1, num_heads: 3}"], "widths that 4 divides, got 30"),
@@ -281,6 +484,8 @@ def test_a_value_that_no_classifier_can_be_run_with_is_named_with_its_rule(overr
         ["data.sampling=segments", "data.frame_stride=6"],
         ["recipe.layer_decay=1", "recipe.optimizer=sgd"],
         ["model.pretrained_grid=[1,1,1]"],
+        ["model.pooling=class_token", "model.class_token=true", "model.frozen=true"],
+        ["data.held_out_short_side=64", "data.interpolation=bicubic"],
     ],
 )
 def test_what_a_rule_lets_through(overrides):
@@ -360,7 +565,7 @@ def test_numbers_are_read_as_numbers(tmp_path):
 
 def test_parts_of_a_strategy_can_be_replaced():
     overrides = ["masking.pick=easiest", "masking.last_fraction=0.25"]
-    strategy = load_config(PretrainConfig, DEMO, overrides).strategy
+    strategy = load_config(PretrainConfig, DEMO, overrides).masking.mask_strategy
     assert (strategy.pick, strategy.first_fraction, strategy.last_fraction) == ("easiest", 0, 0.25)
 
 

@@ -13,7 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpm_video.config import FinetuneConfig, PretrainConfig, load_config, save_config
+from hpm_video.config import (
+    FinetuneConfig,
+    PretrainConfig,
+    PretrainDataConfig,
+    load_config,
+    save_config,
+)
 from hpm_video.data import clip_stream
 from hpm_video.data.clip_stream import BadVideosError, ClipStream, Windows, stream_parts
 from hpm_video.data.dataset import ClipSpec, Failure, HeldOutClips, Views
@@ -24,6 +30,7 @@ from hpm_video.data.sampling import window_indices
 from hpm_video.data.transforms import centre_box, crop_and_resize
 from hpm_video.feature_folder import FeatureFolder, Form, file_names
 from hpm_video.features import ClipChoice, Extractor, load_extractor
+from hpm_video.pixels import normalise
 from hpm_video.pretrain import build_student
 from hpm_video.recognition import build_classifier, load_recogniser
 from hpm_video.training.checkpoint import save_checkpoint
@@ -285,6 +292,33 @@ def test_views_and_tokens(main, pretrained, source, tmp_path):
         assert tokens.shape == (6, TOKENS, DIM)
         pooled = np.load(tmp_path / "pooled" / row["file"])
         assert np.allclose(tokens.mean(axis=1), pooled, atol=1e-6)
+
+
+def test_tokens_are_those_of_the_clip_and_the_class_token_stands_for_it(tmp_path):
+    overrides = ["model.class_token=true", "model.conventions=mae"]
+    checkpoint = save(
+        tmp_path,
+        PretrainConfig,
+        AUTOENCODER,
+        lambda config: {"model": build_student(config)},
+        overrides=overrides,
+    )
+    extractor = load_extractor(checkpoint, CPU, "fp32")
+    clips = torch.randint(256, (3, 3, 4, 32, 32), dtype=torch.uint8)
+    pixels = normalise(clips, extractor.mean, extractor.std)
+    encoded = extractor.model.encode(pixels)
+    assert encoded.shape == (3, 1 + TOKENS, DIM)
+    torch.testing.assert_close(extractor.tokens(clips), encoded[:, 1:])
+    torch.testing.assert_close(extractor.pooled(clips), encoded[:, 0])
+
+
+def test_held_out_crops_of_another_size_keep_their_share_of_the_frame():
+    data = PretrainDataConfig(num_frames=2, frame_size=(224, 224), held_out_short_side=256)
+    clips = ClipChoice(frame_size=(112, 112)).of(data)
+    assert (clips.held_out_short_side, clips.frame_size) == (128, (112, 112))
+    assert ClipChoice(num_frames=4).of(data).held_out_short_side == 256
+    plain = PretrainDataConfig(num_frames=2, frame_size=(224, 224))
+    assert ClipChoice(frame_size=(112, 112)).of(plain).held_out_short_side is None
 
 
 @pytest.mark.parametrize("tokens", [False, True])

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from hpm_video.config import ConfigError, FinetuneConfig, PretrainConfig, load_config, save_config
 from hpm_video.data.manifest import Manifest, ManifestError
-from hpm_video.experiment import RunData
+from hpm_video.experiment import RunData, SourceData
 from hpm_video.finetune import (
     augmentation,
     build_objective,
@@ -18,7 +18,7 @@ from hpm_video.finetune import (
     make_optimizer,
     resolve,
 )
-from hpm_video.pretrain import build_student
+from hpm_video.pretrain import _optimizer, build_student
 from hpm_video.progress import Timeline
 from hpm_video.recognition import build_classifier
 from hpm_video.training.checkpoint import CheckpointError, read_weights, save_checkpoint
@@ -115,8 +115,26 @@ def test_the_encoder_of_an_autoencoder_arrives_exactly(
     assert set(told_fresh.removeprefix("  start fresh: ").split(", ")) == fresh
     left = set(left_out.removeprefix("  left out: ").split(", "))
     norm = {"encoder.norm.weight", "encoder.norm.bias"} if pooling == "mean_norm" else set()
-    decoders = {"mask_token", "to_decoder", "pixel_decoder", "difficulty_decoder"}
+    decoders = {"mask_token", "to_decoder", "reconstructor", "difficulty_decoder"}
     assert left == norm | decoders
+
+
+@pytest.mark.parametrize("pooling", ["mean_norm", "batch_norm", "attentive", "class_token"])
+def test_an_encoder_with_a_class_token_arrives_with_it(load, tmp_path, pooling, caplog):
+    like_mae = ("model.class_token=true", "model.conventions=mae")
+    source = load(PretrainConfig, *like_mae)
+    student = randomise(build_student(source), 4)
+    place = save(tmp_path / "pretrained", source, model=student)
+    overrides = (f"init_weights={place}", f"model.pooling={pooling}", *like_mae)
+    config = resolve(load(FinetuneConfig, *overrides), 3)
+    model = build_classifier(config, 3)
+    with caplog.at_level(logging.INFO):
+        load_pretrained(model, place, config, NAMES)
+    stored, own = read_weights(place), model.state_dict()
+    arrived = {name for name in own if not name.startswith(("head.", "pooling."))}
+    assert {"class_token", "encoder.blocks.1.attn.k_bias"} <= arrived
+    assert all(torch.equal(own[name], stored[name]) for name in arrived)
+    assert "class_token" not in caplog.messages[1] + caplog.messages[2]
 
 
 def test_weights_may_be_a_file_of_their_own(load, pretrained, tmp_path):
@@ -226,6 +244,8 @@ def test_the_number_of_classes_is_filled_in_and_nothing_else(load):
     [
         ("model.patch_size=[2,4,4]", r"model.patch_size: \(2, 8, 8\) there, \(2, 4, 4\) here"),
         ("model.positions=space_time", "model.positions: sequence there, space_time here"),
+        ("model.class_token=true", "model.class_token: False there, True here"),
+        ("model.conventions=mae", "model.conventions: videomae there, mae here"),
         ("model.encoder.depth=3", "model.encoder: .*depth=2.* there, .*depth=3.* here"),
     ],
 )
@@ -258,7 +278,8 @@ def manifest_of(*labels, names=None):
 
 
 def names_of(config, train, validation=None):
-    return find_label_names(config, RunData(train, validation, Timeline(len(train), 1, 1)))
+    data = RunData({"": SourceData(train, validation)}, Timeline(len(train), 1, 1))
+    return find_label_names(config, data)
 
 
 def test_names_come_from_the_manifest_or_are_numbers(load):
@@ -358,3 +379,36 @@ def test_the_optimizer_is_the_configs(load):
     assert isinstance(sgd, torch.optim.SGD)
     assert sgd.defaults["momentum"] == 0.7
     assert {group["lr_scale"] for group in sgd.param_groups} == {1}
+
+
+def decays(groups, model):
+    """The weight decay of every parameter, by name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+
+
+@pytest.mark.parametrize(("conventions", "of_tokens"), [("mae", 0.05), ("videomae", 0)])
+def test_tokens_decay_in_pretraining_by_the_conventions_of_mae_alone(load, conventions, of_tokens):
+    overrides = ("model.class_token=true", f"model.conventions={conventions}")
+    config = load(PretrainConfig, *overrides)
+    student = build_student(config)
+    found = decays(_optimizer(config, student).param_groups, student)
+    assert found.keys() == dict(student.named_parameters()).keys()
+    assert found["class_token"] == found["mask_token"] == of_tokens
+    assert found["patch_embed.weight"] == 0.05
+    others = [p for p in found if p.endswith(("bias", "norm.weight", "norm1.weight"))]
+    assert {found[name] for name in others} == {0}
+
+    config = load(FinetuneConfig, *overrides, "model.pooling=class_token")
+    model = build_classifier(config, 3)
+    optimizer = make_optimizer(config, model)
+    assert decays(optimizer.param_groups, model)["class_token"] == 0
+
+
+def test_the_class_token_learns_as_the_patch_embedding_does(load):
+    overrides = ("model.class_token=true", "recipe.layer_decay=0.5")
+    config = load(FinetuneConfig, *overrides)
+    model = build_classifier(config, 3)
+    groups = make_optimizer(config, model).param_groups
+    share = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert share[id(model.class_token)] == share[id(model.patch_embed.weight)] == 0.5**3

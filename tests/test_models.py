@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hpm_video.masking import TokenMask, choose_masked
+from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.models.pos_embed import position_table
 from hpm_video.models.vit import Transformer, TransformerSize
@@ -20,24 +21,29 @@ SIZES = {  # METHOD: parameters of VideoMAE's pre-training model in millions
 }
 
 
-def make(clip=(4, 32, 32), patch=(2, 8, 8), seed=0, **options):
+def shape_of(clip=(4, 32, 32), patch=(2, 8, 8), size=SMALL, positions="sequence", **options):
+    return EncoderShape(TokenGrid.of_clip(clip, patch), patch, size, positions, **options)
+
+
+def make(shape=None, seed=0, **options):
     torch.manual_seed(seed)
-    return MaskedAutoencoder(TokenGrid.of_clip(clip, patch), patch, SMALL, SMALL, **options)
+    return MaskedAutoencoder(shape or shape_of(), SMALL, **options)
 
 
 def random_mask(model, batch=2, ratio=0.75):
-    count = int(model.grid.num_tokens * ratio)
-    priority = torch.rand(batch, model.grid.num_tokens)
+    num_tokens = model.shape.grid.num_tokens
+    count = int(num_tokens * ratio)
+    priority = torch.rand(batch, num_tokens)
     return TokenMask.from_masked(choose_masked(None, priority, count, 0), count)
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_number_of_parameters_is_videomaes(name):
     encoder, decoder, millions = SIZES[name]
-    grid = TokenGrid.of_clip((16, 224, 224), (2, 16, 16))
+    shape = shape_of((16, 224, 224), (2, 16, 16), encoder)
     with torch.device("meta"):
-        plain = MaskedAutoencoder(grid, (2, 16, 16), encoder, decoder, predictor=False)
-        mining = MaskedAutoencoder(grid, (2, 16, 16), encoder, decoder)
+        plain = MaskedAutoencoder(shape, decoder, predictor=False)
+        mining = MaskedAutoencoder(shape, decoder)
     count = sum(p.numel() for p in plain.parameters())
     assert round(count / 1e6, 2) == millions
     predictor = sum(p.numel() for p in mining.difficulty_decoder.parameters())
@@ -55,13 +61,13 @@ def test_number_of_parameters_is_videomaes(name):
     ],
 )
 def test_any_shape_that_patches_divide(clip, patch, channels):
-    model = make(clip, patch, channels=channels)
+    model = make(shape_of(clip, patch, channels=channels))
     mask = random_mask(model)
     prediction = model(torch.rand(2, channels, *clip), mask)
     num_masked = mask.masked_ids.shape[1]
-    assert prediction.pixels.shape == (2, num_masked, channels * patch[0] * patch[1] * patch[2])
+    assert prediction.content.shape == (2, num_masked, channels * patch[0] * patch[1] * patch[2])
     assert prediction.difficulty.shape == (2, num_masked)
-    assert model.score_all(torch.rand(2, channels, *clip)).shape == (2, model.grid.num_tokens)
+    assert model.score_all(torch.rand(2, channels, *clip)).shape == (2, model.shape.grid.num_tokens)
 
 
 def test_hidden_pixels_are_not_seen():
@@ -71,13 +77,13 @@ def test_hidden_pixels_are_not_seen():
     hidden = mask.masked.view(1, 1, 2, 4, 4).repeat_interleave(2, 2)
     hidden = hidden.repeat_interleave(8, 3).repeat_interleave(8, 4)
     changed = torch.where(hidden, torch.rand_like(clips), clips)
-    assert torch.equal(model(clips, mask).pixels, model(changed, mask).pixels)
-    assert not torch.equal(model(clips, mask).pixels, model(clips + 1, mask).pixels)
+    assert torch.equal(model(clips, mask).content, model(changed, mask).content)
+    assert not torch.equal(model(clips, mask).content, model(clips + 1, mask).content)
 
 
 def test_scores_for_all_tokens_do_not_run_the_reconstructor():
     model = make()
-    model.pixel_decoder.register_forward_hook(lambda *_: pytest.fail("reconstructor ran"))
+    model.reconstructor.register_forward_hook(lambda *_: pytest.fail("reconstructor ran"))
     model.score_all(torch.rand(1, 3, 4, 32, 32))
 
 
@@ -100,7 +106,7 @@ def test_recomputed_activations_give_the_same_gradients():
         model = make(checkpoint_activations=recompute, drop_path=0.5)
         torch.manual_seed(1)
         prediction = model(clips, random_mask(model), keys)
-        (prediction.pixels.sum() + prediction.difficulty.sum()).backward()
+        (prediction.content.sum() + prediction.difficulty.sum()).backward()
         gradients.append([p.grad for p in model.parameters()])
     for plain, again in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, again, rtol=0, atol=0)
@@ -276,3 +282,171 @@ def test_scores_are_not_rounded_by_mixed_precision():
     expected = torch.nn.functional.linear(tokens, head.weight, head.bias)
     ours = (tokens.unsqueeze(-2) * head.weight).sum(-1) + head.bias
     torch.testing.assert_close(ours, expected)
+
+
+# --- The class token ----------------------------------------------------------------------------
+
+
+def seen_by(module):
+    """A list that gets what a module is given, call by call."""
+    seen = []
+    module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    return seen
+
+
+CLIPS = (2, 3, 4, 32, 32)
+
+
+@pytest.mark.parametrize("conventions", ["videomae", "mae"])
+@pytest.mark.parametrize("positions", ["sequence", "space_time"])
+def test_a_class_token_changes_no_shape_of_what_is_said_of_the_clip(conventions, positions):
+    shape = shape_of(class_token=True, conventions=conventions, positions=positions)
+    model, clips = make(shape), torch.rand(CLIPS)
+    mask = random_mask(model)
+    prediction = model(clips, mask)
+    assert prediction.content.shape == (2, 24, 3 * 2 * 8 * 8)
+    assert prediction.difficulty.shape == (2, 24)
+    assert model.score_all(clips).shape == (2, 32)
+    for tokens, count in ((model.encode(clips), 32), (model.encode(clips, mask=mask), 8)):
+        assert tokens.shape == (2, 1 + count, 32)
+        assert torch.equal(model.of_clip(tokens), tokens[:, 1:])
+        assert torch.equal(model.pool(tokens), tokens[:, 0])
+
+
+def test_without_a_class_token_the_mean_stands_for_the_clip():
+    model = make()
+    tokens = model.encode(torch.rand(CLIPS))
+    assert model.class_token is None
+    assert torch.equal(model.of_clip(tokens), tokens)
+    torch.testing.assert_close(model.pool(tokens), tokens.mean(dim=1))
+
+
+def test_the_class_token_goes_first_and_has_no_position():
+    model, clips = make(shape_of(class_token=True)), torch.rand(CLIPS)
+    mask = random_mask(model)
+    in_encoder = seen_by(model.encoder.blocks[0])
+    in_decoders = [
+        seen_by(decoder.transformer.blocks[0])
+        for decoder in (model.reconstructor, model.difficulty_decoder)
+    ]
+    model(clips, mask)
+    assert in_encoder[0].shape == (2, 1 + 8, 32)
+    assert torch.equal(in_encoder[0][:, 0], model.class_token.expand(2, -1))
+    embedded = model.to_decoder(model.encode(clips, mask=mask))
+    for (sequence,) in in_decoders:
+        assert sequence.shape == (2, 1 + 32, 32)
+        torch.testing.assert_close(sequence[:, 0], embedded[:, 0])
+        codes = sequence[:, 1:] - model.decoder_positions(model.shape.grid)
+        torch.testing.assert_close(mask.take_visible(codes), embedded[:, 1:], rtol=1e-4, atol=1e-5)
+        hidden = model.mask_token.expand(2, 24, -1)
+        torch.testing.assert_close(mask.take_masked(codes), hidden, rtol=1e-4, atol=1e-5)
+
+
+def test_the_class_token_learns_from_both_decoders_and_tells_of_the_clip():
+    model, clips = make(shape_of(class_token=True)), torch.rand(CLIPS)
+    prediction = model(clips, random_mask(model))
+    for part in prediction:
+        (gradient,) = torch.autograd.grad(part.square().sum(), model.class_token, retain_graph=True)
+        assert gradient.abs().sum() > 0
+    pooled = model.pool(model.encode(clips))
+    assert not torch.allclose(pooled[0], pooled[1])
+
+
+def test_nothing_else_starts_otherwise_for_a_class_token():
+    plain, with_token = make().state_dict(), make(shape_of(class_token=True)).state_dict()
+    assert set(with_token) - set(plain) == {"class_token"}
+    before_it = [name for name in plain if name.startswith(("encoder.", "patch_embed."))]
+    assert all(torch.equal(plain[name], with_token[name]) for name in before_it)
+
+
+# --- Conventions --------------------------------------------------------------------------------
+
+
+def test_what_the_conventions_of_mae_add():
+    with torch.device("meta"):
+        videomae, mae = (
+            make(shape_of(class_token=True, conventions=name)) for name in ("videomae", "mae")
+        )
+    added = set(mae.state_dict()) - set(videomae.state_dict())
+    blocks = [name.removesuffix("q_bias") for name in mae.state_dict() if name.endswith("q_bias")]
+    assert len(blocks) == 6
+    assert added == {"to_decoder.bias", *(f"{block}k_bias" for block in blocks)}
+    assert set(videomae.state_dict()) < set(mae.state_dict())
+    assert mae.decayed_tokens == ("class_token", "mask_token")
+    assert videomae.decayed_tokens == ()
+
+
+def test_initial_weights_of_mae():
+    size = TransformerSize(256, 1, 4)
+    model = MaskedAutoencoder(
+        shape_of(size=size, class_token=True, conventions="mae"), TransformerSize(512, 1, 4)
+    )
+    for token in (model.class_token, model.mask_token):
+        assert token.std().item() == pytest.approx(0.02, rel=0.2)
+    for module in (model.patch_embed, model.to_decoder, model.encoder.blocks[0].mlp[0]):
+        rows, columns = module.weight.shape
+        limit = math.sqrt(6 / (rows + columns))
+        assert 0.98 * limit < module.weight.abs().max() <= limit
+    assert not model.to_decoder.bias.any()
+    assert not model.encoder.blocks[0].attn.k_bias.any()
+
+
+def test_the_bias_of_the_keys_is_that_and_nothing_else():
+    """The softmax ignores it, which it would not if it were added to anything else."""
+    attention = Transformer(SMALL, conventions="mae").blocks[0].attn
+    tokens = torch.rand(2, 5, 32)
+    before = attention(tokens)
+    torch.nn.init.normal_(attention.k_bias)
+    torch.testing.assert_close(attention(tokens), before, rtol=1e-4, atol=1e-5)
+    torch.nn.init.normal_(attention.q_bias)
+    assert not torch.allclose(attention(tokens), before, atol=1e-3)
+
+
+# --- Clips of several grids ---------------------------------------------------------------------
+
+LONG, SHORT, WIDE = TokenGrid(3, 4, 4), TokenGrid(1, 4, 4), TokenGrid(1, 2, 6)
+
+
+def mixed_shape(positions="sequence"):
+    return shape_of((6, 32, 32), positions=positions, other_grids=(SHORT, WIDE))
+
+
+@pytest.mark.parametrize("positions", ["sequence", "space_time"])
+@pytest.mark.parametrize(
+    ("clip", "grid"), [((6, 32, 32), LONG), ((2, 32, 32), SHORT), ((2, 16, 48), WIDE)]
+)
+def test_clips_of_several_grids_go_through_one_model(positions, clip, grid):
+    model, clips = make(mixed_shape(positions)), torch.rand(2, 3, *clip)
+    num_masked = grid.num_tokens * 3 // 4
+    priority = torch.rand(2, grid.num_tokens)
+    mask = TokenMask.from_masked(choose_masked(None, priority, num_masked, 0), num_masked)
+    prediction = model(clips, mask)
+    assert prediction.content.shape == (2, num_masked, 3 * 2 * 8 * 8)
+    assert prediction.difficulty.shape == (2, num_masked)
+    assert model.score_all(clips).shape == (2, grid.num_tokens)
+    assert model.encode(clips).shape == (2, grid.num_tokens, 32)
+
+
+@pytest.mark.parametrize("positions", ["sequence", "space_time"])
+def test_one_time_step_lies_in_the_middle_of_the_clips_of_the_main_grid(positions):
+    model = make(mixed_shape(positions))
+    for codes in (model.encoder_positions, model.decoder_positions):
+        middle_step = codes(LONG)[16:32]
+        assert torch.equal(codes(SHORT), middle_step)
+        assert torch.equal(codes(WIDE), position_table(WIDE, 32, positions, LONG))
+
+
+@pytest.mark.parametrize("positions", ["sequence", "space_time"])
+def test_other_grids_change_nothing_for_the_main_one(positions):
+    mixed = make(mixed_shape(positions))
+    alone = make(shape_of((6, 32, 32), positions=positions))
+    assert mixed.state_dict().keys() == alone.state_dict().keys()
+    clips = torch.rand(2, 3, 6, 32, 32)
+    assert torch.equal(mixed.score_all(clips), alone.score_all(clips))
+
+
+def test_a_clip_of_another_grid_is_refused():
+    model = make(mixed_shape())
+    message = r"made for clips of 3x4x4 or 1x4x4 or 1x2x6 tokens \(time .* got 2x4x4"
+    with pytest.raises(ValueError, match=message):
+        model.encode(torch.rand(1, 3, 4, 32, 32))

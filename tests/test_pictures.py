@@ -2,6 +2,7 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import av
 import numpy as np
@@ -10,19 +11,22 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import Linear
 
 from hpm_video import pictures, study
 from hpm_video.config import (
-    DataConfig,
     MaskingConfig,
     ModelConfig,
     PretrainConfig,
+    PretrainDataConfig,
+    SourceConfig,
     save_config,
 )
 from hpm_video.data.dataset import ClipBatch
 from hpm_video.data.encode import write_video
 from hpm_video.masking import STRATEGIES, MaskRule, StrategyName, TokenMask, count_masked
-from hpm_video.mining import HardPatchesMining, TargetRule
+from hpm_video.mining import HardPatchesMining
+from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder, Prediction
 from hpm_video.models.vit import TransformerSize
 from hpm_video.pictures import (
@@ -36,8 +40,9 @@ from hpm_video.pictures import (
 )
 from hpm_video.pretrain import build_student
 from hpm_video.randomness import uniform
+from hpm_video.reconstruction import FeatureTarget, PixelTarget
 from hpm_video.study import Study, reconstruct, statistics_from_visible, study_clips
-from hpm_video.targets import TargetKind
+from hpm_video.targets import TargetKind, patchify
 from hpm_video.token_grid import Size3, TokenGrid
 from hpm_video.training.engine import TorchEngine
 from hpm_video.training.teacher import MomentumSchedule
@@ -72,11 +77,15 @@ def make_objective(
     grid = TokenGrid.of_clip(size, patch)
     torch.manual_seed(0)
     student, teacher = (
-        MaskedAutoencoder(grid, patch, TINY, TINY, predictor=predictor).eval() for _ in range(2)
+        MaskedAutoencoder(
+            EncoderShape(grid, patch, TINY, "sequence"), TINY, predictor=predictor
+        ).eval()
+        for _ in range(2)
     )
+    num_masked = count_masked(grid.num_tokens, 0.75, "hpm")
     objective = HardPatchesMining(
-        MaskRule(grid, "token", count_masked(grid.num_tokens, 0.75, "hpm"), STRATEGIES[strategy]),
-        TargetRule(kind, patch, MEAN, STD),
+        {"": MaskRule(grid, "token", num_masked, STRATEGIES[strategy])},
+        PixelTarget(patch, MEAN, STD, kind),
         predictor="relative" if predictor else "none",
         predictor_weight=1.0,
         teacher=teacher if predictor else None,
@@ -91,7 +100,8 @@ def make_study(size: Size3 = VIDEO, patch: Size3 = PATCH, num_masks: int = 3) ->
 
 
 def draw_mask(objective: HardPatchesMining, batch: ClipBatch) -> TokenMask:
-    return objective.masks.draw(None, uniform(batch.keys, objective.masks.num_units, "test"), 0)
+    rule = objective.masks[batch.source]
+    return rule.draw(None, uniform(batch.keys, rule.num_units, "test"), 0)
 
 
 def pixels_of(flags: np.ndarray, study: Study) -> np.ndarray:
@@ -117,7 +127,7 @@ def test_a_student_that_is_right_reconstructs_the_input_without_error(kind: Targ
     batch = make_batch()
 
     def know_all(clips: Tensor, mask: TokenMask) -> Prediction:
-        return Prediction(objective.targets.of(batch.clips, mask), None)
+        return Prediction(objective.target.of(batch.clips, mask), None)
 
     (study,) = study_clips(objective, know_all, batch, num_masks=4)
     np.testing.assert_array_equal(study.reconstruction, study.frames)
@@ -136,7 +146,7 @@ def test_hidden_pixels_give_nothing_away_without_ground_truth() -> None:
     for ground_truth, same in (False, True), (True, False):
         first, second = (
             reconstruct(
-                predicted, clips, mask, objective.targets, ground_truth_statistics=ground_truth
+                predicted, clips, mask, objective.target, ground_truth_statistics=ground_truth
             )
             for clips in (batch.clips, changed)
         )
@@ -147,14 +157,14 @@ def test_statistics_are_estimated_from_the_nearest() -> None:
     objective, _ = make_objective()
     batch = make_batch()
     mask = draw_mask(objective, batch)
-    patches = objective.targets.patches(torch.full_like(batch.clips, 99))
-    visible = objective.targets.statistics(mask.take_visible(patches))
-    estimated = statistics_from_visible(visible, mask, objective.masks.grid)
+    patches = objective.target.patches(torch.full_like(batch.clips, 99))
+    visible = objective.target.statistics(mask.take_visible(patches))
+    estimated = statistics_from_visible(visible, mask, objective.masks[""].grid)
     torch.testing.assert_close(
         estimated.mean, torch.full_like(estimated.mean, 99 / 255), rtol=1e-5, atol=0
     )
     ramp = visible._replace(mean=mask.visible_ids[..., None].float())
-    near = statistics_from_visible(ramp, mask, objective.masks.grid).mean
+    near = statistics_from_visible(ramp, mask, objective.masks[""].grid).mean
     assert near.min() >= mask.visible_ids.min()
     assert near.max() <= mask.visible_ids.max()
 
@@ -163,9 +173,9 @@ def test_the_error_is_averaged_over_the_masks_that_hide_a_token() -> None:
     objective, student = make_objective()
     batch = make_batch()
     (study,) = study_clips(objective, student, batch, num_masks=3)
-    errors = np.full((3, objective.masks.grid.num_tokens), np.nan)
-    for index in range(3):
-        seen = objective.examine(student, batch, purpose=f"picture {index}")
+    errors = np.full((3, objective.masks[""].grid.num_tokens), np.nan)
+    purposes = [f"picture {index}" for index in range(3)]
+    for index, seen in enumerate(objective.examine(student, batch, purposes)):
         errors[index, seen.mask.masked_ids[0]] = seen.errors[0]
     known = ~np.isnan(errors).all(axis=0)
     np.testing.assert_array_equal(np.isnan(study.true_error), ~known)
@@ -308,6 +318,50 @@ def test_an_error_that_is_not_known_is_not_drawn_as_one() -> None:
     assert not (errors[~unknown] == pictures.UNKNOWN).all(axis=-1).any()
 
 
+def test_an_image_has_no_numbers_of_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
+    original = pictures.draw_text
+
+    def noted(text: str, *arguments: Any, **options: Any) -> Image.Image:
+        texts.append(text)
+        return original(text, *arguments, **options)
+
+    monkeypatch.setattr(pictures, "draw_text", noted)
+    draw_sheet(make_study((1, 16, 16), (1, 8, 8)))
+    assert not [text for text in texts if text.startswith("frame ")]
+    draw_sheet(make_study((4, 16, 16)))
+    assert [text for text in texts if text.startswith("frame ")]
+
+
+def test_where_features_are_predicted_nothing_is_reconstructed() -> None:
+    objective, student = make_objective()
+    features = Linear(3 * 2 * 8 * 8, 3 * 2 * 8 * 8).requires_grad_(requires_grad=False)
+
+    def see(clips: Tensor) -> Tensor:
+        return features(patchify(clips.float(), PATCH))
+
+    objective.target = FeatureTarget(PATCH, MEAN, STD, see)
+    studies = study_clips(objective, student, make_batch(clips=2), num_masks=3)
+    for one in studies:
+        titles = [panel.title for panel in make_panels(one)]
+        assert titles == ["Input", "True error", "Predicted difficulty", "Mask"]
+        assert np.nanmax(one.true_error) <= 4
+    assert any("2 - 2 cos" in note for note in pictures._footnotes(studies))
+    assert draw_sheet(studies).size[0] > 0
+    assert len(draw_animation(studies[0])) == VIDEO[0]
+
+
+def test_clips_of_a_source_are_studied_by_its_own_rule() -> None:
+    objective, student = make_objective()
+    rule = objective.masks[""]
+    fewer = dataclasses.replace(rule, num_masked=2, strategy=STRATEGIES["easiest"])
+    objective.masks = {"": rule, "images": fewer}
+    batch = dataclasses.replace(make_batch(), source="images")
+    (study,) = study_clips(objective, student, batch, num_masks=2)
+    assert study.masked.sum() == study.picked.sum() == 2
+    assert study.pick == "easiest"
+
+
 def test_a_clip_of_one_channel_is_drawn_in_grey() -> None:
     frames = study._to_frames(make_batch(channels=1).clips[0])
     assert frames.shape == (*VIDEO, 3)
@@ -390,19 +444,24 @@ def show_masks() -> ModuleType:
     return module
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
+def save_tiny(folder: Path, **parts: Any) -> Path:
+    """A checkpoint of a run that made no update."""
     config = PretrainConfig(
         model=ModelConfig(encoder=TINY, decoder=TINY, patch_size=PATCH),
-        data=DataConfig(num_frames=4, frame_stride=2, frame_size=(16, 24)),
+        data=PretrainDataConfig(num_frames=4, frame_stride=2, frame_size=(16, 24)),
         masking=MaskingConfig(ratio=0.75),
+        **parts,
     )
-    folder = tmp_path / "checkpoint"
     folder.mkdir()
     save_config(config, folder / "config.yaml")
     for name in "model", "teacher":
         save_file(build_student(config).state_dict(), folder / f"{name}.safetensors")
     return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return save_tiny(tmp_path / "checkpoint")
 
 
 @pytest.fixture
@@ -426,6 +485,25 @@ def test_the_tool_writes_what_it_says(
     assert show_masks.main([str(checkpoint), str(video), *options]) == 0
     names.append("a video-without-ground-truth.png")
     assert sorted(path.name for path in output.iterdir()) == sorted(names)
+
+
+def test_the_tool_draws_an_image_as_its_source_is_masked(
+    show_masks: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = SourceConfig(
+        data=PretrainDataConfig(num_frames=2, frame_size=(16, 16)),
+        masking=MaskingConfig(ratio=0.5),
+    )
+    folder = save_tiny(tmp_path / "mixed", mix={"images": images})
+    pixels = np.random.default_rng(0).integers(256, size=(20, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a picture.png")
+    arguments = [str(folder), str(tmp_path / "a picture.png"), "--output", str(tmp_path)]
+    options = ["--masks", "2", "--animation", "none", "--device", "cpu"]
+    assert show_masks.main([*arguments, *options, "--source", "images"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == f"wrote {tmp_path / 'a picture.png'}"
+    assert show_masks.main([*arguments, *options, "--source", "pictures"]) == 2
+    assert "--source must be one of ['', 'images']" in only_line(capsys)
 
 
 @pytest.mark.parametrize(
@@ -463,7 +541,7 @@ def test_the_tool_says_what_is_wrong_with_a_file(
     weights = load_file(checkpoint / "model.safetensors")
     encoder = {name: value for name, value in weights.items() if name.startswith("encoder.")}
     decoder = {name: value for name, value in weights.items() if name not in encoder}
-    for part, message in (encoder, "without its pixel_decoder"), (decoder, "missing encoder."):
+    for part, message in (encoder, "without its reconstructor"), (decoder, "missing encoder."):
         save_file(part, checkpoint / "model.safetensors")
         assert show_masks.main([str(checkpoint), str(video)]) == 2
         assert message in only_line(capsys)

@@ -341,7 +341,7 @@ def test_a_checkpoint_is_loaded_as_it_was_saved(checkpoint, config):
 def test_other_clips_get_their_positions_in_the_grid_of_training(checkpoint, clips, grid):
     config, recogniser = load_recogniser(checkpoint, CPU, "fp32", clips=clips)
     table = position_table(grid, 16, "sequence", TokenGrid(2, 4, 3))
-    assert torch.equal(recogniser.model.encoder_pos, table)
+    assert torch.equal(recogniser.model.encoder_positions(grid), table)
     assert recogniser.spec.max_frame_stride is None
     assert recogniser.spec.frame_size == config.data.frame_size == (clips.frame_size or (32, 24))
     size = (recogniser.spec.num_frames, *recogniser.spec.frame_size)

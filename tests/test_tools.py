@@ -1,5 +1,6 @@
 """The measuring tools, started as a user starts them, at tiny sizes."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from hpm_video.config import PretrainConfig, load_config
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -95,6 +98,47 @@ def test_a_misspelt_key_is_one_line(tool):
     assert error.startswith("error: ")
     assert "recipe.epoch" in error
     assert error.count("\n") == 1
+
+
+@pytest.fixture
+def count_flops():
+    path = ROOT / "tools" / "count_flops.py"
+    specification = importlib.util.spec_from_file_location("count_flops_tool", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_multiply_adds_of_several_sources_are_averaged_by_their_weights(count_flops, write_config):
+    path = write_config("tiny", **TINY, **HPM)
+    mixed = load_config(
+        PretrainConfig,
+        path,
+        [
+            *("mix.images.weight=0.25", "mix.images.masking.ratio=0.5"),
+            *("mix.images.data.num_frames=2", "mix.images.data.frame_size=[32,32]"),
+        ],
+    )
+    images = ["data.num_frames=2", "data.frame_size=[32,32]", "masking.ratio=0.5"]
+    clips, of_images = (load_config(PretrainConfig, path, extra) for extra in ([], images))
+    expected = [
+        0.8 * of_clip + 0.2 * of_image
+        for of_clip, of_image in zip(
+            count_flops.count(clips), count_flops.count(of_images), strict=True
+        )
+    ]
+    assert count_flops.count(mixed) == pytest.approx(expected)
+    assert count_flops.count(of_images)[0] > 1.1 * count_flops.count(clips)[0]
+
+
+def test_a_teacher_that_is_the_target_is_counted_without_its_decoder(count_flops, write_config):
+    path = write_config("tiny", **TINY, **HPM)
+    scores = count_flops.count(load_config(PretrainConfig, path, []))[1]
+    features = ["masking.strategy=random", "mining.predictor=none", "mining.target=ema"]
+    encodes = count_flops.count(load_config(PretrainConfig, path, features))[1]
+    pixels = [*features[:2], "mining.target=raw"]
+    assert count_flops.count(load_config(PretrainConfig, path, pixels))[1] == 0
+    assert 0 < encodes < scores
 
 
 def test_multiply_adds_are_those_of_the_shapes(tool, write_config):

@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hpm_video.config import ConfigError, FinetuneConfig, PretrainConfig, load_any_config
 from hpm_video.masking import TokenMask
-from hpm_video.pretrain import build_objective, build_student
+from hpm_video.models.masked_autoencoder import MaskedAutoencoder
+from hpm_video.pretrain import build_student, mask_rule
 from hpm_video.recognition import build_classifier
 
 
@@ -29,28 +30,51 @@ def main() -> int:
         student, teacher = (
             count(config) if isinstance(config, PretrainConfig) else (count_classifier(config), 0.0)
         )
-        print(f"{path.stem:24}{student:10.1f}{teacher:10.1f}")
+        print(f"{path.stem:24}{shown(student):>10}{shown(teacher):>10}")
     return 0
 
 
+def shown(cost: float) -> str:
+    """With two decimals where it is small."""
+    return f"{cost:.1f}" if cost >= 10 or not cost else f"{cost:.2f}"
+
+
 def count(config: PretrainConfig) -> tuple[float, float]:
-    """Multiply-adds in thousands of millions: forward and backward of the student, the teacher."""
+    """Multiply-adds in thousands of millions: forward and backward of the student, the teacher.
+
+    Of a clip of each source, averaged by their weights. A model whose features are the target is
+    not counted.
+    """
     with torch.device("meta"):
         model = build_student(config)
-        objective = build_objective(config, model if config.mining.predictor != "none" else None)
-        masks = objective.masks
-        clip = torch.empty(1, config.model.channels, *config.data.clip_size)
-        num_masked = masks.num_masked * masks.grid.num_tokens // masks.num_units
-        mask = TokenMask.from_masked(torch.ones(1, masks.grid.num_tokens).bool(), num_masked)
-        with FlopCounterMode(display=False) as student:
-            prediction = model(clip, mask)
-            total = prediction.pixels.sum()
-            if prediction.difficulty is not None:
-                total = total + prediction.difficulty.sum()
-            total.backward()
-        with FlopCounterMode(display=False) as teacher, torch.no_grad():
-            if masks.strategy.picks:
-                model.score_all(clip)
+        costs = [count_source(config, model, source) for source in config.sources]
+    shares = [weight / sum(config.weights) for weight in config.weights]
+    student, teacher = (
+        sum(share * cost for share, cost in zip(shares, part, strict=True))
+        for part in zip(*costs, strict=True)
+    )
+    return student, teacher
+
+
+def count_source(
+    config: PretrainConfig, model: MaskedAutoencoder, source: str
+) -> tuple[float, float]:
+    """The same of a clip of one source."""
+    rule = mask_rule(config, source)
+    clip = torch.empty(1, config.model.channels, *config.sources[source].clip_size)
+    num_masked = rule.num_masked * rule.grid.num_tokens // rule.num_units
+    mask = TokenMask.from_masked(torch.ones(1, rule.grid.num_tokens).bool(), num_masked)
+    with FlopCounterMode(display=False) as student:
+        prediction = model(clip, mask)
+        total = prediction.content.sum()
+        if prediction.difficulty is not None:
+            total = total + prediction.difficulty.sum()
+        total.backward()
+    with FlopCounterMode(display=False) as teacher, torch.no_grad():
+        if rule.strategy.picks:
+            model.score_all(clip)
+        elif config.mining.target == "ema":
+            model.encode(clip)
     return student.get_total_flops() / 2e9, teacher.get_total_flops() / 2e9
 
 

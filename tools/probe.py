@@ -2,7 +2,8 @@
 
 knn        votes of the nearest training videos by cosine similarity
 logistic   logistic regression on cached features, solved to the optimum: seconds
-linear     the linear probe of the papers: SGD with augmentation, see configs/probe/linear.yaml
+linear     the linear probe of the papers: SGD with augmentation, see configs/probe/linear.yaml;
+           of images: linear_images
 attentive  a learned query attends over the tokens, see configs/probe/attentive.yaml
 """
 
@@ -33,7 +34,7 @@ from hpm_video.whole_files import written_beside
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHED = ("knn", "logistic")
-TRAINED = ("linear", "attentive")
+TRAINED = ("linear", "linear_images", "attentive")
 
 
 def main(command_line: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
-"""Draw where a video is hard: python tools/show_masks.py CHECKPOINT VIDEO.
+"""Draw where a video or an image is hard: python tools/show_masks.py CHECKPOINT FILE.
 
-The paper's Figure 2, for video: input, true error averaged over random masks, difficulty that the
-teacher predicts, a mask drawn from it, and the reconstruction.
+The paper's Figure 2, for video too: input, true error averaged over random masks, difficulty that
+the teacher predicts, a mask drawn from it, and the reconstruction.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from hpm_video.config import DataConfig
 from hpm_video.data.dataset import ClipBatch
 from hpm_video.data.decode import DecodeError, DecoderError, open_video
 from hpm_video.data.sampling import train_indices, view_indices
-from hpm_video.data.transforms import centre_box, crop_and_resize
+from hpm_video.features import clip_spec
 from hpm_video.pictures import draw_animation, draw_sheet, save_animation, save_sheet
 from hpm_video.pretrain import load_run
 from hpm_video.randomness import key_of
@@ -42,9 +42,12 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
 def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="Draw what is hard in a video, and what is hidden")
+    parser = argparse.ArgumentParser(description="Draw what is hard, and what is hidden")
     parser.add_argument("checkpoint", type=Path, help="checkpoint folder of a pre-training run")
-    parser.add_argument("video", type=Path)
+    parser.add_argument("video", type=Path, help="a video or an image")
+    parser.add_argument(
+        "--source", default="", help="of the run, where it mixes several; default: the main one"
+    )
     parser.add_argument("--output", type=Path, default=Path("pictures"), help="folder to write to")
     parser.add_argument("--start", type=int, help="first frame, from 0; default: a middle clip")
     parser.add_argument(
@@ -85,7 +88,12 @@ def show_masks(arguments: argparse.Namespace) -> list[Path]:
     device = choose_device(arguments.device)
     check_checkpoint(arguments.checkpoint)
     config, student, objective = load_run(arguments.checkpoint, device)
-    batch = read_clip(arguments, config.data)
+    if arguments.source not in config.sources:
+        raise ValueError(
+            f'--source must be one of {[*config.sources]} ("" is the main one), got '
+            f"{arguments.source!r}"
+        )
+    batch = read_clip(arguments, config.sources[arguments.source])
     (study,) = study_clips(
         objective,
         student,
@@ -98,7 +106,7 @@ def show_masks(arguments: argparse.Namespace) -> list[Path]:
     path = arguments.output / f"{arguments.video.stem}{ending}.png"
     save_sheet(draw_sheet(study), path)
     written = [path]
-    if ANIMATIONS[arguments.animation]:
+    if ANIMATIONS[arguments.animation] and len(study.frames) > 1:
         frames = draw_animation(study)
         for suffix in ANIMATIONS[arguments.animation]:
             written.append(path.with_name(f"{arguments.video.stem}{ending}{suffix}"))
@@ -117,9 +125,9 @@ def check_checkpoint(checkpoint: Path) -> None:
             f"{checkpoint} is not a checkpoint folder (it has no config.yaml); give one of a "
             "pre-training run, such as RUN/checkpoints/last"
         )
-    if not any(name.startswith("pixel_decoder.") for name in read_weights(checkpoint)):
+    if not any(name.startswith("reconstructor.") for name in read_weights(checkpoint)):
         raise CheckpointError(
-            f"{checkpoint} holds an encoder without its pixel_decoder, so it cannot reconstruct; "
+            f"{checkpoint} holds an encoder without its reconstructor, so it cannot reconstruct; "
             "give a checkpoint of pre-training"
         )
 
@@ -141,14 +149,14 @@ def read_clip(arguments: argparse.Namespace, data: DataConfig) -> ClipBatch:
         else:
             raise ValueError(f"--start must lie in 0..{video.num_frames - 1}, got {start}")
         frames = video.read(indices)
-    box = centre_box(frames.shape[1], frames.shape[2], data.frame_size)
-    clip = crop_and_resize(frames, box, data.frame_size)
+    (clip,) = clip_spec(data).crops(frames, 1)
     return ClipBatch(
         clips=clip[None],
         keys=torch.tensor([key_of("show masks", arguments.video.name)]),
         labels=torch.tensor([-1]),
         files=(str(arguments.video),),
         failures=(),
+        source=arguments.source,
     )
 
 

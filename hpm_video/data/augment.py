@@ -1,4 +1,4 @@
-"""Random changes of training clips for a classifier. The parts are those of torchvision and timm.
+"""Random changes of training clips. The parts are those of torchvision and timm.
 
 Both draw from the global generators of a process, so each part runs with generators of its own.
 They are imported when a clip is first changed: it takes seconds, and pre-training needs neither.
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from hpm_video.data.transforms import Box, crop_and_resize
+from hpm_video.data.transforms import Box, Interpolation, crop_and_resize
 from hpm_video.randomness import global_generators
 
 NUMBER = r"\d+(\.\d+)?"
@@ -52,6 +52,7 @@ class Augmentation:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     """After normalisation with these the noise is standard normal, but for what 8 bits clip."""
+    interpolation: Interpolation = "bilinear"
 
     def __post_init__(self) -> None:
         if self.rand_augment is not None:
@@ -69,7 +70,7 @@ class Augmentation:
         mirrored = draw.random() < 0.5
         height, width = frames.shape[1:3]
         box = random_box(height, width, self.area, self.ratio, crop_key)
-        clip = crop_and_resize(frames, box, frame_size)
+        clip = crop_and_resize(frames, box, frame_size, self.interpolation)
         if self.flip and mirrored:
             clip = clip.flip(-1)
         if self.rand_augment is not None:

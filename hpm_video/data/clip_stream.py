@@ -10,18 +10,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from hpm_video.data.dataset import ClipSpec, Failure, Views, known_frames
+from hpm_video.data.dataset import ClipSpec, Failure, Views, known_frames, settle_decoder
 from hpm_video.data.decode import (
     DecodeError,
     DecoderChoice,
     VideoReader,
-    choose_decoder,
     open_video,
 )
 from hpm_video.data.loader import STALL_SECONDS, init_worker
 from hpm_video.data.manifest import Manifest
 from hpm_video.data.sampling import Indices, window_indices
-from hpm_video.data.transforms import crop_and_resize, view_boxes
 
 FIRST_RUN = 32
 """Frames that are read at first, before it is known how large they are."""
@@ -106,7 +104,7 @@ class ClipStream(IterableDataset[Part]):
         self._places = places
         self._spec = spec
         self._chosen = chosen
-        self._decoder = choose_decoder(decoder)
+        self._decoder = settle_decoder(decoder, manifest)
         self._clips_per_part = max(1, clips_per_part // chosen.crops)
 
     def __iter__(self) -> Iterator[Part]:
@@ -149,11 +147,10 @@ class ClipStream(IterableDataset[Part]):
 
     def _frames(self, video: VideoReader, wanted: Indices) -> Iterator[tuple[int, Tensor]]:
         """Each wanted frame and its crops: (crops, C, h, w) uint8"""
-        size, run, at = self._spec.frame_size, FIRST_RUN, 0
+        run, at = FIRST_RUN, 0
         while at < len(wanted):
             frames = video.read(wanted[at : at + run])
-            boxes = view_boxes(frames.shape[1], frames.shape[2], size, self._chosen.crops)
-            crops = torch.stack([crop_and_resize(frames, box, size) for box in boxes])
+            crops = torch.stack(self._spec.crops(frames, self._chosen.crops))
             indices = wanted[at : at + run].tolist()
             at, run = at + run, max(1, RUN_BYTES // frames[0].nbytes)
             del frames  # while the crops are used

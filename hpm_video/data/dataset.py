@@ -1,4 +1,7 @@
-"""Clips of videos: a position -> a sample of pixels, always the same one."""
+"""Clips of videos: a position -> a sample of pixels, always the same one.
+
+An image is a video of one frame.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +17,7 @@ from hpm_video.data.decode import (
     DecoderChoice,
     VideoReader,
     choose_decoder,
+    is_image,
     open_video,
 )
 from hpm_video.data.manifest import Manifest
@@ -25,7 +29,7 @@ from hpm_video.data.sampling import (
     view_indices,
     view_segments,
 )
-from hpm_video.data.transforms import ClipTransform, crop_and_resize, view_boxes
+from hpm_video.data.transforms import ClipTransform, Interpolation, held_out_crops
 from hpm_video.randomness import generator, key_of
 
 
@@ -45,6 +49,20 @@ class ClipSpec:
     """Height and width."""
     sampling: Sampling = "dense"
     """With ``segments``, no stride plays a part."""
+    interpolation: Interpolation = "bilinear"
+    """Of held-out clips, as their crops; training clips have a transform of their own."""
+    short_side: int | None = None
+    """Where given, held-out frames are resized to it, and crops are cut out as they are."""
+
+    def crops(self, frames: NDArray[np.uint8], count: int) -> list[Tensor]:
+        """Held-out crops of frames: (T, H, W, C) -> count x (C, T, h, w) uint8"""
+        return held_out_crops(
+            frames,
+            self.frame_size,
+            count,
+            short_side=self.short_side,
+            interpolation=self.interpolation,
+        )
 
     def draw_indices(self, num_video_frames: int, draw: np.random.Generator) -> Indices:
         """The frames of a training clip: -> (T,)"""
@@ -115,6 +133,8 @@ class Sample:
     file: str
     failures: tuple[Failure, ...] = ()
     """Files that were to be drawn before this one."""
+    source: str = ""
+    """Name of the source of data that the video is of, where a run has several."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +151,8 @@ class ClipBatch:
     """Path of each clip's video (B)."""
     failures: tuple[Failure, ...]
     """Files that did not decode and were passed over."""
+    source: str = ""
+    """Name of the source of data that all of them are of, where a run has several."""
 
     def to(self, device: torch.device | str) -> "ClipBatch":
         """The batch with its tensors on a device; the host goes on where memory is pinned."""
@@ -153,13 +175,15 @@ class ClipBatch:
 
 
 def collate(samples: Sequence[Sample]) -> ClipBatch:
-    """Samples of several videos -> one batch."""
+    """Samples of several videos of one source -> one batch."""
+    (source,) = {sample.source for sample in samples}
     return ClipBatch(
         clips=torch.cat([sample.clips for sample in samples]),
         keys=torch.tensor([key for sample in samples for key in sample.keys]),
         labels=torch.tensor([sample.label for sample in samples for _ in sample.keys]),
         files=tuple(sample.file for sample in samples for _ in sample.keys),
         failures=tuple(failure for sample in samples for failure in sample.failures),
+        source=source,
     )
 
 
@@ -194,7 +218,7 @@ class VideoClips(Dataset[Sample]):
     draws for a replacement depend on the file it stands in for as well, and differ.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - which clips, what of them, and how they are read
         self,
         manifest: Manifest,
         spec: ClipSpec,
@@ -204,14 +228,16 @@ class VideoClips(Dataset[Sample]):
         decoder: DecoderChoice,
         seed: int,
         max_bad_share: float,
+        source: str = "",
     ) -> None:
         self.manifest = manifest
         self.spec = spec
         self.max_bad_share = max_bad_share
         self._transform = transform
         self._repeats = repeats
-        self._decoder = choose_decoder(decoder)
+        self._decoder = settle_decoder(decoder, manifest)
         self._seed = seed
+        self._source = source
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.arange(0))
 
     def __len__(self) -> int:
@@ -245,12 +271,19 @@ class VideoClips(Dataset[Sample]):
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
         if self._order[0] != epoch:
-            self._order = (epoch, generator("order", self._seed, epoch).permutation(len(self)))
+            draw = generator("order", self._seed, *self._own, epoch)
+            self._order = (epoch, draw.permutation(len(self)))
         return self._order[1]
+
+    @property
+    def _own(self) -> tuple[str, ...]:
+        """What tells the draws of one source from those of another."""
+        return (self._source,) if self._source else ()
 
     def _sample(self, index: int, epoch: int, instead_of: tuple[int, ...]) -> Sample:
         keys = [
-            (self._seed, epoch, index, repeat, *instead_of) for repeat in range(self._repeats.count)
+            (self._seed, *self._own, epoch, index, repeat, *instead_of)
+            for repeat in range(self._repeats.count)
         ]
         draws = [generator("clip", *key) for key in keys]
         with open_video(self.manifest.files[index], self._decoder) as video:
@@ -269,6 +302,7 @@ class VideoClips(Dataset[Sample]):
             keys=tuple(key_of(*key) for key in keys),
             label=self.manifest.labels[index],
             file=self.manifest.files[index],
+            source=self._source,
         )
 
 
@@ -289,13 +323,15 @@ class HeldOutClips(Dataset[Sample]):
         decoder: DecoderChoice,
         seed: int,
         report_failures: bool = False,
+        source: str = "",
     ) -> None:
         self.manifest = manifest
         self.spec = spec
         self.views = views
-        self._decoder = choose_decoder(decoder)
+        self._decoder = settle_decoder(decoder, manifest)
         self._seed = seed
         self._report_failures = report_failures
+        self._source = source
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -321,6 +357,7 @@ class HeldOutClips(Dataset[Sample]):
             label=self.manifest.labels[index],
             file=path,
             failures=failures,
+            source=self._source,
         )
 
     def _views(self, index: int) -> Tensor:
@@ -330,10 +367,18 @@ class HeldOutClips(Dataset[Sample]):
             num_frames = known_frames(self.manifest, index, video)
             clips = spec.spread_indices(num_frames, self.views.clips)
             frames, places = _read(video, list(clips))
-        boxes = view_boxes(frames.shape[1], frames.shape[2], spec.frame_size, self.views.crops)
         # Cropped and resized once per frame and box, however many clips it belongs to.
-        crops = [crop_and_resize(frames, box, spec.frame_size) for box in boxes]
+        crops = spec.crops(frames, self.views.crops)
         return torch.stack([crop[:, place] for place in places for crop in crops])
+
+
+def settle_decoder(decoder: DecoderChoice, manifest: Manifest) -> DecoderChoice:
+    """The decoder of the videos of a manifest; of images alone none is needed.
+
+    Raises:
+        DecoderError: there are videos, and the decoder is not there.
+    """
+    return decoder if all(map(is_image, manifest.files)) else choose_decoder(decoder)
 
 
 def known_frames(manifest: Manifest, index: int, video: VideoReader) -> int:

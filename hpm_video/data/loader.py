@@ -16,12 +16,12 @@ from hpm_video.data.dataset import (
     HeldOutClips,
     Sample,
     TooManyBadFiles,
-    VideoClips,
     collate,
     tolerated,
     too_many,
 )
 from hpm_video.data.decode import DecodeError
+from hpm_video.data.mixture import MixedClips, Place
 
 MAX_WORKERS = 16
 STALL_SECONDS = 900
@@ -42,15 +42,15 @@ def default_workers() -> int:
 
 
 def training_batches(
-    dataset: VideoClips, positions: Sequence[int], *, batch_size: int, workers: int, pin: bool
+    dataset: MixedClips, places: Sequence[Place], *, batch_size: int, workers: int, pin: bool
 ) -> Generator[ClipBatch, None, None]:
-    """Batches of the samples at ``positions`` of the endless stream, in that order.
+    """Batches of the samples at ``places`` of the endless streams, in that order.
 
-    The range of a whole run makes one iterator: workers live as long as it does, and go on from
+    Those of a whole run make one iterator: workers live as long as it does, and go on from
     one epoch to the next without a pause. ``batch_size`` counts videos. Closing the generator ends
     the workers.
     """
-    return _batches(dataset, positions, batch_size, workers, pin)
+    return _batches(dataset, places, batch_size, workers, pin)
 
 
 def held_out_batches(
@@ -69,8 +69,8 @@ def held_out_batches(
 
 
 def _batches(
-    dataset: VideoClips | HeldOutClips,
-    positions: Sequence[int],
+    dataset: MixedClips | HeldOutClips,
+    positions: Sequence[Place] | Sequence[int],
     batch_size: int,
     workers: int,
     pin: bool,
@@ -95,11 +95,12 @@ def _batches(
 class _Reporting(Dataset[Sample | Exception]):
     """Hands over errors as they are: torch would wrap them in the text of a traceback."""
 
-    def __init__(self, dataset: VideoClips | HeldOutClips) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: MixedClips | HeldOutClips) -> None:
+        self._dataset: Dataset[Sample] = dataset
+        self._length = len(dataset)
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return self._length
 
     def __getitem__(self, index: int) -> Sample | Exception:
         try:

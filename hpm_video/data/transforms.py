@@ -1,7 +1,7 @@
 """From frames of a video to the pixels of a clip: crops and resizing."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+Interpolation = Literal["bilinear", "bicubic"]
+"""How pixels are resized; antialiased, and what bicubic takes beyond 0..255 is cut off."""
 SCALES = (1.0, 0.875, 0.75, 0.66)
 """Sides of a multi-scale crop, as shares of those of the largest crop."""
 SCALE_PAIRS = tuple(
@@ -51,13 +53,14 @@ class MultiScaleCrop:
 
     flip: bool
     """Whether half of the clips are mirrored."""
+    interpolation: Interpolation = "bilinear"
 
     def __call__(
         self, frames: NDArray[np.uint8], frame_size: tuple[int, int], draw: np.random.Generator
     ) -> Tensor:
         """(T, H, W, C) uint8 -> (C, T, h, w) uint8"""
         box = multi_scale_box(frames.shape[1], frames.shape[2], frame_size, draw)
-        clip = crop_and_resize(frames, box, frame_size)
+        clip = crop_and_resize(frames, box, frame_size, self.interpolation)
         return clip.flip(-1) if self.flip and draw.random() < 0.5 else clip
 
 
@@ -71,11 +74,34 @@ def view_boxes(height: int, width: int, frame_size: tuple[int, int], count: int)
     """Boxes as large as :func:`centre_box`, evenly spread along the free axis; one: the centre."""
     if count == 1:
         return [centre_box(height, width, frame_size)]
-    box_height, box_width = _largest(height, width, frame_size)
-    down, right = height - box_height, width - box_width
+    return _spread(height, width, _largest(height, width, frame_size), count)
+
+
+def held_out_crops(
+    frames: NDArray[np.uint8],
+    frame_size: tuple[int, int],
+    count: int,
+    *,
+    short_side: int | None,
+    interpolation: Interpolation,
+) -> list[Tensor]:
+    """Crops of frames, evenly spread along the free axis: (T, H, W, C) -> count x (C, T, h, w)
+
+    Each is the largest box of the shape of ``frame_size``, resized to it. With ``short_side``, the
+    frames are first resized so that their shorter side has that many pixels, and the crops are cut
+    out of them as they are (ImageNet's customary 256 and 224).
+    """
+    height, width = frames.shape[1:3]
+    if short_side is None:
+        boxes = view_boxes(height, width, frame_size, count)
+        return [crop_and_resize(frames, box, frame_size, interpolation) for box in boxes]
+    scaled = _with_short_side(height, width, short_side)
+    resized = crop_and_resize(frames, Box(0, 0, height, width), scaled, interpolation)
+    middle = [_middle(*scaled, frame_size)]
+    boxes = middle if count == 1 else _spread(*scaled, frame_size, count)
     return [
-        Box(down * i // (count - 1), right * i // (count - 1), box_height, box_width)
-        for i in range(count)
+        resized[:, :, box.top : box.top + box.height, box.left : box.left + box.width]
+        for box in boxes
     ]
 
 
@@ -97,12 +123,17 @@ def multi_scale_box(
     )
 
 
-def crop_and_resize(frames: NDArray[np.uint8], box: Box, frame_size: tuple[int, int]) -> Tensor:
-    """Cut out a box and resize it (bilinear, antialiased): (T, H, W, C) -> (C, T, h, w) uint8"""
+def crop_and_resize(
+    frames: NDArray[np.uint8],
+    box: Box,
+    frame_size: tuple[int, int],
+    interpolation: Interpolation = "bilinear",
+) -> Tensor:
+    """Cut out a box and resize it, antialiased: (T, H, W, C) -> (C, T, h, w) uint8"""
     rows = slice(box.top, box.top + box.height)
     columns = slice(box.left, box.left + box.width)
     pixels = torch.from_numpy(frames[:, rows, columns]).permute(0, 3, 1, 2)
-    resized = functional.interpolate(pixels, frame_size, mode="bilinear", antialias=True)
+    resized = functional.interpolate(pixels, frame_size, mode=interpolation, antialias=True)
     return resized.transpose(0, 1).contiguous()
 
 
@@ -112,3 +143,21 @@ def _largest(height: int, width: int, frame_size: tuple[int, int]) -> tuple[int,
     if width * rows > height * columns:
         return height, max(1, round(height * columns / rows))
     return max(1, round(width * rows / columns)), width
+
+
+def _spread(height: int, width: int, size: tuple[int, int], count: int) -> list[Box]:
+    """Boxes of that height and width from one end of the free axis to the other."""
+    down, right = height - size[0], width - size[1]
+    return [Box(down * i // (count - 1), right * i // (count - 1), *size) for i in range(count)]
+
+
+def _middle(height: int, width: int, size: tuple[int, int]) -> Box:
+    """Rounded as torchvision's CenterCrop does."""
+    return Box(round((height - size[0]) / 2), round((width - size[1]) / 2), *size)
+
+
+def _with_short_side(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """Height and width of the same shape, rounded as torchvision's Resize does."""
+    if height < width:
+        return short_side, int(short_side * width / height)
+    return int(short_side * height / width), short_side

@@ -7,17 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from hpm_video.masking import TokenMask
-from hpm_video.models.pos_embed import Positions, position_table
-from hpm_video.models.vit import Transformer, TransformerSize, init_linear
-from hpm_video.targets import patchify
-from hpm_video.token_grid import Size3, TokenGrid
+from hpm_video.models.encoder import ClipEncoder, EncoderShape
+from hpm_video.models.vit import Conventions, Transformer, TransformerSize, init_linear
+from hpm_video.token_grid import TokenGrid
 
 
 class Prediction(NamedTuple):
     """What the model says about the hidden tokens."""
 
-    pixels: Tensor
-    """(B, M, P) reconstructed patches."""
+    content: Tensor
+    """(B, M, P) what each token shows: values of its patch, or whatever the target is made of."""
     difficulty: Tensor | None
     """(B, M) predicted reconstruction error, on a scale of its own; none without a predictor."""
 
@@ -30,18 +29,24 @@ class Decoder(nn.Module):
         size: TransformerSize,
         out: int,
         *,
+        conventions: Conventions,
         checkpoint_activations: bool,
         exact_head: bool = False,
     ) -> None:
         """``exact_head`` keeps the head out of mixed precision."""
         super().__init__()
         self.exact_head = exact_head
-        self.transformer = Transformer(size, checkpoint_activations=checkpoint_activations)
+        self.transformer = Transformer(
+            size, checkpoint_activations=checkpoint_activations, conventions=conventions
+        )
         self.head = nn.Linear(size.dim, out)
 
-    def forward(self, tokens: Tensor, mask: TokenMask | None) -> Tensor:
-        """(B, N, D) -> (B, M, out) for the hidden tokens, or (B, N, out) where there is no mask"""
-        tokens = self.transformer.run_blocks(tokens)
+    def forward(self, tokens: Tensor, num_prefix: int, mask: TokenMask | None) -> Tensor:
+        """Of the hidden tokens, or of all N of the clip where there is no mask.
+
+        (B, num_prefix + N, D) -> (B, M or N, out)
+        """
+        tokens = self.transformer.run_blocks(tokens)[:, num_prefix:]
         if mask is not None:
             tokens = mask.take_masked(tokens)
         tokens = self.transformer.norm(tokens)
@@ -54,65 +59,63 @@ class Decoder(nn.Module):
         return out
 
 
-class MaskedAutoencoder(nn.Module):
+class MaskedAutoencoder(ClipEncoder):
     """Encodes the visible tokens and predicts the hidden ones.
 
-    VideoMAE's asymmetric encoder and decoder; hard patches mining adds a loss predictor, a decoder
-    of the same size, which reads the same embedded sequence and shares no weight after it.
+    The asymmetric encoder and decoder of MAE and VideoMAE; hard patches mining adds a loss
+    predictor, a decoder of the same size, which reads the same embedded sequence and shares no
+    weight after it.
     """
 
-    def __init__(  # noqa: PLR0913 - each is a size or a switch of the architecture
+    def __init__(
         self,
-        grid: TokenGrid,
-        patch_size: Size3,
-        encoder: TransformerSize,
+        shape: EncoderShape,
         decoder: TransformerSize,
         *,
-        channels: int = 3,
         predictor: bool = True,
-        positions: Positions = "sequence",
+        target_width: int | None = None,
         drop_path: float = 0.0,
         checkpoint_activations: bool = False,
     ) -> None:
-        super().__init__()
-        self.grid = grid
-        self.patch_size = patch_size
-        self.channels = channels
-        values = channels * math.prod(patch_size)
+        """``target_width``: values that are predicted of each token, by default its patch's."""
         keep = {"checkpoint_activations": checkpoint_activations}
-        self.patch_embed = nn.Linear(values, encoder.dim)
-        self.encoder = Transformer(encoder, drop_path=drop_path, **keep)
-        self.to_decoder = nn.Linear(encoder.dim, decoder.dim, bias=False)
+        super().__init__(shape, drop_path=drop_path, init=None, **keep)
+        of_mae = shape.conventions == "mae"
+        self.to_decoder = nn.Linear(shape.size.dim, decoder.dim, bias=of_mae)
         self.mask_token = nn.Parameter(torch.zeros(decoder.dim))
-        self.pixel_decoder = Decoder(decoder, values, **keep)
-        # Only the order of scores counts, and bf16 would make many of them equal.
-        self.difficulty_decoder = (
-            Decoder(decoder, 1, exact_head=True, **keep) if predictor else None
+        self.reconstructor = Decoder(
+            decoder, target_width or shape.values, conventions=shape.conventions, **keep
         )
+        self.difficulty_decoder = None
+        if predictor:
+            # Only the order of scores counts, and bf16 would make many of them equal.
+            self.difficulty_decoder = Decoder(
+                decoder, 1, conventions=shape.conventions, exact_head=True, **keep
+            )
+        self.decoder_positions = shape.fixed_positions(decoder.dim)
+        self._init_weights()
 
-        self.encoder_pos: Tensor
-        self.decoder_pos: Tensor
-        for name, dim in ("encoder_pos", encoder.dim), ("decoder_pos", decoder.dim):
-            self.register_buffer(name, position_table(grid, dim, positions), persistent=False)
-        self._init_weights(values)
+    @property
+    def decayed_tokens(self) -> tuple[str, ...]:
+        """Names of the vectors that pre-training decays as if they were matrices."""
+        return ("class_token", "mask_token") if self.shape.conventions == "mae" else ()
 
     def forward(self, clips: Tensor, mask: TokenMask, keys: Tensor | None = None) -> Prediction:
         """Predictions for the hidden tokens of normalised clips.
 
-        (B, C, T, H, W), a mask, (B,) keys of the clips -> (B, M, P) pixels, (B, M) difficulty
+        (B, C, T, H, W), a mask, (B,) keys of the clips -> (B, M, P) content, (B, M) difficulty
 
         The keys decide which residual branches stochastic depth drops; without them, none.
         """
-        patches = patchify(clips, self.patch_size)
-        positions = self.encoder_pos[mask.visible_ids]
-        tokens = self.patch_embed(mask.take_visible(patches)) + positions
-        visible = self.to_decoder(self.encoder(tokens, self.encoder.draws(keys)))
+        visible = self.to_decoder(self.encode(clips, keys, mask))
         hidden = self.mask_token.to(visible.dtype).expand(*mask.masked_ids.shape, -1)
-        sequence = mask.merge(visible, hidden) + self.decoder_pos
-        pixels = self.pixel_decoder(sequence, mask)
+        tokens = mask.merge(self.of_clip(visible), hidden)
+        sequence = self._placed(visible, tokens, self.shape.grid_of(clips))
+        prefix = self.shape.num_prefix
+        content = self.reconstructor(sequence, prefix, mask)
         if self.difficulty_decoder is None:
-            return Prediction(pixels, None)
-        return Prediction(pixels, self.difficulty_decoder(sequence, mask).squeeze(-1))
+            return Prediction(content, None)
+        return Prediction(content, self.difficulty_decoder(sequence, prefix, mask).squeeze(-1))
 
     def score_all(self, clips: Tensor) -> Tensor:
         """Difficulty of every token, seeing all of them: (B, C, T, H, W) -> (B, N)
@@ -122,22 +125,44 @@ class MaskedAutoencoder(nn.Module):
         Raises:
             ValueError: the model has no loss predictor.
         """
+        return self.score(self.encode(clips), self.shape.grid_of(clips))
+
+    def score(self, encoded: Tensor, grid: TokenGrid) -> Tensor:
+        """Difficulty of every token, of which all are encoded: (B, ., D) -> (B, N)
+
+        Raises:
+            ValueError: the model has no loss predictor.
+        """
         if self.difficulty_decoder is None:
             raise ValueError("this model has no loss predictor, so it cannot score tokens")
-        tokens = self.patch_embed(patchify(clips, self.patch_size)) + self.encoder_pos
-        sequence = self.to_decoder(self.encoder(tokens)) + self.decoder_pos
-        scores: Tensor = self.difficulty_decoder(sequence, None).squeeze(-1)
+        tokens = self.to_decoder(encoded)
+        sequence = self._placed(tokens, self.of_clip(tokens), grid)
+        scores: Tensor = self.difficulty_decoder(sequence, self.shape.num_prefix, None).squeeze(-1)
         return scores
 
-    def _init_weights(self, values: int) -> None:
-        """Initial weights of VideoMAE; patch_embed and to_decoder keep PyTorch's own."""
-        self.encoder.apply(init_linear)
-        self.pixel_decoder.apply(init_linear)
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
+    def _placed(self, embedded: Tensor, tokens: Tensor, grid: TokenGrid) -> Tensor:
+        """Tokens of the whole clip at their positions, behind the class token of ``embedded``."""
+        sequence: Tensor = tokens + self.decoder_positions(grid)
+        prefix = self.shape.num_prefix
+        if prefix:
+            first = embedded[:, :prefix].to(sequence.dtype)
+            sequence = torch.cat([first, sequence], dim=1)
+        return sequence
+
+    def _init_weights(self) -> None:
+        """Initial weights by the conventions. VideoMAE's to_decoder keeps PyTorch's own."""
+        self.init_encoder("xavier")
+        self.reconstructor.apply(init_linear)
+        if self.shape.conventions == "mae":
+            init_linear(self.to_decoder)
+            nn.init.normal_(self.mask_token, std=0.02)
+        else:
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
         if self.difficulty_decoder is not None:
             self.difficulty_decoder.apply(init_linear)
             head = self.difficulty_decoder.head
             # The official head has P outputs, xavier-uniform, and averages them: this is what it
             # folds to. Scores start nearly equal.
+            values = self.shape.values
             deviation = math.sqrt(2 / (head.in_features + values)) / math.sqrt(values)
             nn.init.normal_(head.weight, std=deviation)

@@ -5,16 +5,47 @@ their codes at fractional coordinates of the grid of pre-training: the centre of
 the same share of the clip along every axis, and the codes' own functions are evaluated there.
 """
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpm_video.token_grid import TokenGrid
 
 Positions = Literal["sequence", "space_time"]
 """``sequence``: one sinusoid over the flattened token index, as in VideoMAE. ``space_time``: codes
 of column and row, as in MAE, plus one of time; nearby tokens then look alike along every axis."""
+
+
+class FixedPositions(nn.Module):
+    """The codes of the tokens of a few grids, all of them placed in one grid, ``source``."""
+
+    def __init__(
+        self, grids: Iterable[TokenGrid], dim: int, kind: Positions, source: TokenGrid
+    ) -> None:
+        super().__init__()
+        for grid in grids:
+            table = position_table(grid, dim, kind, source)
+            self.register_buffer(self._name(grid), table, persistent=False)
+
+    def forward(self, grid: TokenGrid) -> Tensor:
+        """-> (N, D)
+
+        Raises:
+            ValueError: the grid is none of those.
+        """
+        tables = dict(self.named_buffers())
+        if self._name(grid) not in tables:
+            raise ValueError(
+                f"this model was made for clips of {' or '.join(tables)} tokens (time x height x "
+                f"width), got {self._name(grid)}"
+            )
+        return tables[self._name(grid)]
+
+    @staticmethod
+    def _name(grid: TokenGrid) -> str:
+        return f"{grid.time}x{grid.height}x{grid.width}"
 
 
 def position_table(

@@ -1,6 +1,7 @@
 """The plain vision transformer that encoder and decoders are made of."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,10 @@ from torch.utils.checkpoint import checkpoint
 from hpm_video.randomness import uniform
 
 LAYER_NORM_EPS = 1e-6
+Conventions = Literal["videomae", "mae"]
+"""What models of the two papers differ in beside their sizes. ``mae``: attention has a bias on keys
+too, the layer from encoder to decoders has a bias, patch embedding and tokens start as there
+(xavier-uniform, normal of deviation 0.02), and pre-training decays the tokens."""
 
 
 @dataclass(frozen=True)
@@ -30,22 +35,24 @@ class TransformerSize:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with biases on queries and values.
+    """Multi-head self-attention with biases on queries and values, in MAE also on keys.
 
-    A bias on the keys would shift all scores of a query alike, which the softmax ignores.
+    A bias on the keys shifts all scores of a query alike, which the softmax ignores.
     """
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, conventions: Conventions = "videomae") -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.k_bias = nn.Parameter(torch.zeros(dim)) if conventions == "mae" else None
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)"""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        k_bias = torch.zeros_like(self.q_bias) if self.k_bias is None else self.k_bias
+        bias = torch.cat([self.q_bias, k_bias, self.v_bias])
         q, k, v = rearrange(
             F.linear(tokens, self.qkv.weight, bias),
             "b n (qkv h d) -> qkv b h n d",
@@ -60,11 +67,17 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, dim: int, num_heads: int, drop_path: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        drop_path: float = 0.0,
+        conventions: Conventions = "videomae",
+    ) -> None:
         super().__init__()
         self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.attn = Attention(dim, num_heads)
+        self.attn = Attention(dim, num_heads, conventions)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
@@ -95,10 +108,13 @@ class Transformer(nn.Module):
         drop_path: float = 0.0,
         checkpoint_activations: bool = False,
         final_norm: bool = True,
+        conventions: Conventions = "videomae",
     ) -> None:
         super().__init__()
         rates = [drop_path * i / max(size.depth - 1, 1) for i in range(size.depth)]
-        self.blocks = nn.ModuleList(Block(size.dim, size.num_heads, rate) for rate in rates)
+        self.blocks = nn.ModuleList(
+            Block(size.dim, size.num_heads, rate, conventions) for rate in rates
+        )
         self.norm = nn.LayerNorm(size.dim, eps=LAYER_NORM_EPS) if final_norm else nn.Identity()
         self.drop_path = drop_path
         self.checkpoint_activations = checkpoint_activations

@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,9 +36,9 @@ class Meter:
 
     def _restart(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._counts: Counter[str] = Counter()  # not every batch has every loss
         self._norms = torch.zeros((), device=self._first_bad.device)
         self._updates = 0
-        self._batches = 0
         self._clips = 0
         self._waited = 0.0
         self._paused = 0.0
@@ -62,9 +63,9 @@ class Meter:
         for name, value in {"loss": losses.total, **losses.parts}.items():
             value = value.detach()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] += 1
         self._look_at(losses.total, update)
         self._files.setdefault(update, []).extend(files)
-        self._batches += 1
         self._clips += len(files)
 
     def add_update(self, update: int, gradient_norm: Tensor) -> None:
@@ -98,7 +99,7 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Means since the last reading, clips per second, and the share of time spent waiting."""
         self.check()
-        means = {name: float(value) / self._batches for name, value in self._sums.items()}
+        means = {name: float(value) / self._counts[name] for name, value in self._sums.items()}
         if self._updates:
             means["gradient_norm"] = float(self._norms) / self._updates
         seconds = max(time.perf_counter() - self._began - self._paused, 1e-9)

@@ -1,6 +1,6 @@
 """Optimizers, and which parameters they decay and how fast they train them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -8,19 +8,23 @@ from torch import nn
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, lr_scale: Callable[[str], float] | None = None
+    model: nn.Module,
+    weight_decay: float,
+    lr_scale: Callable[[str], float] | None = None,
+    also_decayed: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Groups of parameters of one weight decay and one share of the learning rate (``lr_scale``).
 
-    Weight matrices decay; vectors do not: biases, norms, the mask token. Parameters that do not
-    learn are in no group. ``lr_scale`` gives the share by the name of a parameter; without it, all
-    learn alike.
+    Weight matrices decay; vectors do not: biases, norms, tokens, but for those whose names are in
+    ``also_decayed``. Parameters that do not learn are in no group. ``lr_scale`` gives the share by
+    the name of a parameter; without it, all learn alike.
     """
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             scale = 1.0 if lr_scale is None else lr_scale(name)
-            groups.setdefault((parameter.ndim > 1, scale), []).append(parameter)
+            decayed = parameter.ndim > 1 or name in also_decayed
+            groups.setdefault((decayed, scale), []).append(parameter)
     return [
         {"params": groups[key], "weight_decay": weight_decay if key[0] else 0.0, "lr_scale": key[1]}
         for key in sorted(groups, reverse=True)

@@ -20,7 +20,12 @@ from hpm_video.data.dataset import (
 )
 from hpm_video.data.decode import DecodeError
 from hpm_video.data.manifest import Manifest
-from hpm_video.data.transforms import MultiScaleCrop, crop_and_resize, view_boxes
+from hpm_video.data.transforms import (
+    MultiScaleCrop,
+    crop_and_resize,
+    held_out_crops,
+    view_boxes,
+)
 from hpm_video.randomness import key_of
 
 SPEC = ClipSpec(num_frames=4, frame_stride=2, max_frame_stride=None, frame_size=(8, 12))
@@ -360,6 +365,19 @@ def test_views_are_in_order_the_crops_of_a_clip_beside_each_other(
         crop_and_resize(whole.read(indices), box, (16, 16)) for indices in of_clips for box in boxes
     ]
     assert torch.equal(sample.clips, torch.stack(expected))
+
+
+@pytest.mark.parametrize("short_side", [None, 14])
+def test_views_are_cropped_as_the_spec_says(monkeypatch, short_side):
+    monkeypatch.setattr(GreyVideo, "size", (20, 40))
+    spec = replace(SPEC, frame_size=(12, 12), short_side=short_side, interpolation="bicubic")
+    (sample,) = held_out("wide7", spec=spec, clips=2, crops=3)
+    frames = GreyVideo("/v/wide7", "auto").read([0, 2, 4, 6])
+    options = {"short_side": short_side, "interpolation": "bicubic"}
+    expected = held_out_crops(frames, (12, 12), 3, **options)
+    assert torch.equal(sample.clips[:3], torch.stack(expected))
+    other = {"short_side": None if short_side else 14, "interpolation": "bicubic"}
+    assert not torch.equal(sample.clips[1], held_out_crops(frames, (12, 12), 3, **other)[1])
 
 
 def test_a_video_has_at_least_one_view():

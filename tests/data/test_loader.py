@@ -23,6 +23,7 @@ from hpm_video.data.dataset import (
 from hpm_video.data.decode import DecodeError, available_decoders
 from hpm_video.data.loader import BadFiles, default_workers, held_out_batches, training_batches
 from hpm_video.data.manifest import Manifest, read_manifest
+from hpm_video.data.mixture import MixedClips, Place
 from hpm_video.data.transforms import MultiScaleCrop
 
 SPEC = ClipSpec(num_frames=4, frame_stride=2, max_frame_stride=3, frame_size=(24, 32))
@@ -37,7 +38,7 @@ def folder(tmp_path_factory, write_painted):
 
 
 def clips_of(manifest, decoder="auto", max_bad_share=0.5, kind=VideoClips):
-    return kind(
+    stream = kind(
         manifest,
         SPEC,
         MultiScaleCrop(flip=True),
@@ -46,11 +47,17 @@ def clips_of(manifest, decoder="auto", max_bad_share=0.5, kind=VideoClips):
         seed=3,
         max_bad_share=max_bad_share,
     )
+    return MixedClips([stream])
+
+
+def places(positions):
+    return [Place(0, position) for position in positions]
 
 
 def batches_of(folder, positions=range(2, 15), workers=0, **options):
     clips = clips_of(read_manifest(folder), **options)
-    return list(training_batches(clips, positions, batch_size=3, workers=workers, pin=False))
+    chosen = places(positions)
+    return list(training_batches(clips, chosen, batch_size=3, workers=workers, pin=False))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
@@ -102,8 +109,8 @@ def test_held_out_batches_of_views_at_chosen_places_with_a_bad_file(
         seed=3,
         report_failures=True,
     )
-    places = [5, 3, 1]
-    first, second = held_out_batches(clips, batch_size=2, workers=workers, positions=places)
+    chosen = [5, 3, 1]
+    first, second = held_out_batches(clips, batch_size=2, workers=workers, positions=chosen)
     assert first.failures == (Failure(files[5], "the file is empty"),)
     assert second.failures == ()
     assert (first.files, second.files) == ((files[3],) * 6, (files[1],) * 6)
@@ -126,7 +133,7 @@ def test_bad_files_come_through_with_their_reasons(folder, bad_videos, workers):
     bad = [str(bad_videos[kind]) for kind in ("missing", "empty", "text", "audio")]
     files = (*read_manifest(folder).files, *bad)
     clips = clips_of(Manifest(files, (-1,) * 9, (-1,) * 9))
-    batches = training_batches(clips, range(9), batch_size=3, workers=workers, pin=False)
+    batches = training_batches(clips, places(range(9)), batch_size=3, workers=workers, pin=False)
     reasons = {failure.path: failure.reason for b in batches for failure in b.failures}
     assert sorted(reasons) == sorted(bad)
     assert reasons[bad[0]] == "there is no such file"
@@ -136,7 +143,7 @@ def test_bad_files_come_through_with_their_reasons(folder, bad_videos, workers):
 def test_errors_of_workers_keep_their_kind_and_message(bad_videos):
     bad = Manifest((str(bad_videos["empty"]),), (-1,), (-1,))
     with pytest.raises(TooManyBadFiles, match=r"1 of 1 files do not decode(.|\n)*empty\.mp4"):
-        next(training_batches(clips_of(bad), range(1), batch_size=1, workers=1, pin=False))
+        next(training_batches(clips_of(bad), places([0]), batch_size=1, workers=1, pin=False))
     held_out = HeldOutClips(bad, SPEC, decoder="auto", seed=0)
     with pytest.raises(DecodeError, match=r"empty\.mp4: the file is empty"):
         next(held_out_batches(held_out, batch_size=1, workers=1))
@@ -159,7 +166,7 @@ def test_a_stalled_decoder_ends_the_run(folder, monkeypatch):
     monkeypatch.setattr(loader, "STALL_SECONDS", 0.5)
     clips = clips_of(read_manifest(folder), kind=Stalled)
     with pytest.raises(RuntimeError, match="timed out"):
-        next(training_batches(clips, range(4), batch_size=1, workers=1, pin=False))
+        next(training_batches(clips, places(range(4)), batch_size=1, workers=1, pin=False))
 
 
 RUN = """
@@ -168,6 +175,7 @@ RUN = """
     from hpm_video.data.dataset import ClipSpec, Repeats, VideoClips
     from hpm_video.data.loader import training_batches
     from hpm_video.data.manifest import read_manifest
+    from hpm_video.data.mixture import MixedClips, Places, deal_out
     from hpm_video.data.transforms import MultiScaleCrop
     from torch.multiprocessing import active_children
 
@@ -180,7 +188,8 @@ RUN = """
         seed=0,
         max_bad_share=0,
     )
-    batches = training_batches(clips, range(10**9), batch_size=2, workers=2, pin=False)
+    places = Places(deal_out([1], 10**6), batch_size=2)
+    batches = training_batches(MixedClips([clips]), places, batch_size=2, workers=2, pin=False)
     stop = []
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     next(batches)

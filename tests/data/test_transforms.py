@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 from hpm_video.data.transforms import (
     OFFSETS,
@@ -14,6 +15,7 @@ from hpm_video.data.transforms import (
     MultiScaleCrop,
     centre_box,
     crop_and_resize,
+    held_out_crops,
     multi_scale_box,
     view_boxes,
 )
@@ -173,3 +175,90 @@ def test_a_multi_scale_crop_is_its_box_mirrored_in_about_half_of_the_clips_if_wa
         assert mirrored or torch.equal(clip, expected)
         flips += mirrored
     assert 75 < flips < 125
+
+
+# --- Held-out crops -----------------------------------------------------------------------------
+
+
+def noise(height, width, frames=2):
+    shape = (frames, height, width, 3)
+    return np.random.default_rng(height * width).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    ("size", "short_side", "frame_size"),
+    [
+        ((37, 53), 24, (20, 20)),
+        ((53, 37), 24, (20, 20)),
+        ((41, 41), 25, (24, 24)),  # odd margins
+        ((40, 75), 31, (20, 20)),
+        ((19, 30), 29, (28, 28)),  # enlarged
+        ((37, 53), 32, (20, 32)),  # a rectangle
+        ((53, 37), 33, (20, 32)),
+        ((37, 53), 24, (24, 24)),
+        ((50, 1), 8, (8, 8)),
+        ((1, 9), 8, (7, 8)),
+    ],
+)
+def test_a_held_out_crop_by_the_short_side_is_torchvisions(
+    interpolation, size, short_side, frame_size
+):
+    frames = noise(*size)
+    (crop,) = held_out_crops(
+        frames, frame_size, 1, short_side=short_side, interpolation=interpolation
+    )
+    assert crop.shape == (3, 2, *frame_size)
+    assert crop.dtype == torch.uint8
+    resize = Resize(short_side, InterpolationMode(interpolation), antialias=True)
+    for frame, ours in zip(frames, crop.permute(1, 2, 3, 0).numpy(), strict=True):
+        # Of an image: of a tensor, torchvision resizes in float32 and cuts off beyond 0..255 only
+        # at the end; Pillow, and we, after each axis.
+        image = CenterCrop(frame_size)(resize(Image.fromarray(frame)))
+        assert np.abs(np.asarray(image).astype(int) - ours).max() <= 1
+    if interpolation == "bilinear":
+        tensors = CenterCrop(frame_size)(resize(torch.from_numpy(frames).permute(0, 3, 1, 2)))
+        assert (tensors.transpose(0, 1).int() - crop.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(37, 53), (53, 37)])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_without_a_short_side_crops_are_resized_boxes(interpolation, size, count):
+    frames = noise(*size)
+    crops = held_out_crops(frames, (20, 28), count, short_side=None, interpolation=interpolation)
+    boxes = view_boxes(*size, (20, 28), count)
+    expected = [crop_and_resize(frames, box, (20, 28), interpolation) for box in boxes]
+    assert all(torch.equal(crop, one) for crop, one in zip(crops, expected, strict=True))
+
+
+@pytest.mark.parametrize(("size", "axis"), [((37, 80), -1), ((80, 37), -2)])
+def test_crops_by_the_short_side_are_spread_from_end_to_end(size, axis):
+    frames = noise(*size)
+    whole = crop_and_resize(frames, Box(0, 0, *size), (24, 51) if axis == -1 else (51, 24))
+    options = {"short_side": 24, "interpolation": "bilinear"}
+    crops = held_out_crops(frames, (24, 24), 4, **options)
+    for crop, start in zip(crops, (0, 9, 18, 27), strict=True):
+        assert torch.equal(crop, whole.narrow(axis, start, 24))
+    inside = held_out_crops(frames, (20, 20), 3, **options)
+    assert torch.equal(inside[0], whole[..., :20, :20])
+    assert torch.equal(inside[2], whole[..., -20:, -20:])
+
+
+def test_bicubic_pixels_stay_in_their_range():
+    frames = np.zeros((1, 20, 20, 3), np.uint8)
+    frames[:, :, 10:] = 255
+    clip = crop_and_resize(frames, Box(0, 0, 20, 20), (41, 41), "bicubic")
+    dark, light = clip[..., :18], clip[..., -18:]
+    assert dark.max() < 30, "nothing below 0 comes out on top"
+    assert light.min() > 225
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_multi_scale_crop_is_resized_as_told(interpolation):
+    frames = noise(40, 60)
+    box = multi_scale_box(40, 60, (16, 24), generator("clip", 1))
+    clip = MultiScaleCrop(flip=False, interpolation=interpolation)(
+        frames, (16, 24), generator("clip", 1)
+    )
+    assert torch.equal(clip, crop_and_resize(frames, box, (16, 24), interpolation))

@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from hpm_video.models.classifier import EncoderShape, VideoClassifier
+from hpm_video.models.classifier import ClipClassifier
+from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.vit import TransformerSize
 from hpm_video.pixels import normalise
 from hpm_video.token_grid import TokenGrid
@@ -39,7 +40,7 @@ def theirs():
 
 @pytest.fixture
 def ours(theirs, copy_blocks, copy_patch_embed):
-    model = VideoClassifier(SHAPE, CLASSES).eval()
+    model = ClipClassifier(SHAPE, CLASSES).eval()
     trunk = theirs.videomae
     copy_patch_embed(model.patch_embed, trunk.embeddings.patch_embeddings.projection)
     copy_blocks(model.encoder, trunk.encoder.layer)
@@ -104,7 +105,7 @@ def settings(model, groups):
 def test_layer_decay_is_timms(decay):
     timm = pytest.importorskip("timm.models.vision_transformer")
     optim = pytest.importorskip("timm.optim")
-    model = VideoClassifier(SHAPE, CLASSES)
+    model = ClipClassifier(SHAPE, CLASSES)
     peer = timm.VisionTransformer(
         img_size=32,
         patch_size=16,

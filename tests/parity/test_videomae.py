@@ -5,6 +5,7 @@ import torch
 
 from hpm_video.losses import reconstruction_errors
 from hpm_video.masking import TokenMask, choose_masked, units_to_tokens
+from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.models.vit import TransformerSize
 from hpm_video.pixels import normalise
@@ -15,6 +16,8 @@ videomae = pytest.importorskip("transformers.models.videomae")
 
 CLIP, PATCH = (4, 32, 32), (2, 16, 16)
 ENCODER, DECODER = TransformerSize(48, 2, 4), TransformerSize(24, 2, 2)
+GRID = TokenGrid.of_clip(CLIP, PATCH)
+SHAPE = EncoderShape(GRID, PATCH, ENCODER, "sequence")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -45,16 +48,15 @@ def theirs():
 @pytest.fixture
 def ours(theirs, copy_blocks, copy_patch_embed) -> MaskedAutoencoder:
     """With their weights."""
-    grid = TokenGrid.of_clip(CLIP, PATCH)
-    model = MaskedAutoencoder(grid, PATCH, ENCODER, DECODER).eval()
+    model = MaskedAutoencoder(SHAPE, DECODER).eval()
     trunk, decoder = theirs.videomae, theirs.decoder
     copy_patch_embed(model.patch_embed, trunk.embeddings.patch_embeddings.projection)
     copy_blocks(model.encoder, trunk.encoder.layer)
-    copy_blocks(model.pixel_decoder.transformer, decoder.decoder_layers)
+    copy_blocks(model.reconstructor.transformer, decoder.decoder_layers)
     pairs = [
         (model.encoder.norm, trunk.layernorm),
-        (model.pixel_decoder.transformer.norm, decoder.norm),
-        (model.pixel_decoder.head, decoder.head),
+        (model.reconstructor.transformer.norm, decoder.norm),
+        (model.reconstructor.head, decoder.head),
         (model.to_decoder, theirs.encoder_to_decoder),
     ]
     for own, other in pairs:
@@ -69,12 +71,12 @@ def test_same_pixels_and_same_loss_for_the_hidden_tokens(theirs, ours, per_chann
     theirs.config.norm_pix_loss = per_channel
     pixels = torch.randint(256, (2, 3, *CLIP), dtype=torch.uint8)
     clips = normalise(pixels, MEAN, STD)
-    units = choose_masked(None, torch.rand(2, ours.grid.tokens_per_frame), 3, num_hardest=0)
-    masked = units_to_tokens(units, ours.grid, "tube")
-    mask = TokenMask.from_masked(masked, num_masked=3 * ours.grid.time)
+    units = choose_masked(None, torch.rand(2, GRID.tokens_per_frame), 3, num_hardest=0)
+    masked = units_to_tokens(units, GRID, "tube")
+    mask = TokenMask.from_masked(masked, num_masked=3 * GRID.time)
 
     expected = theirs(clips.transpose(1, 2), bool_masked_pos=masked)
-    predicted = ours(clips, mask).pixels
+    predicted = ours(clips, mask).content
     torch.testing.assert_close(predicted, expected.logits, rtol=1e-5, atol=1e-5)
 
     # Without the standardisation theirs predicts pixels in [0, 1]; ours has no such target.
@@ -85,8 +87,6 @@ def test_same_pixels_and_same_loss_for_the_hidden_tokens(theirs, ours, per_chann
 
 
 def test_same_number_of_parameters(theirs):
-    ours = MaskedAutoencoder(
-        TokenGrid.of_clip(CLIP, PATCH), PATCH, ENCODER, DECODER, predictor=False
-    )
+    ours = MaskedAutoencoder(SHAPE, DECODER, predictor=False)
     count = sum(p.numel() for p in theirs.parameters())
     assert sum(p.numel() for p in ours.parameters()) == count

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.models.vit import TransformerSize
 from hpm_video.progress import Progress, Timeline
@@ -67,7 +68,8 @@ def test_teacher_follows_in_steps_that_bf16_would_lose():
 
 def test_vectors_do_not_decay():
     size = TransformerSize(16, 1, 2)
-    model = MaskedAutoencoder(TokenGrid(1, 2, 2), (1, 4, 4), size, size)
+    shape = EncoderShape(TokenGrid(1, 2, 2), (1, 4, 4), size, "sequence")
+    model = MaskedAutoencoder(shape, size)
     decayed, kept = parameter_groups(model, 0.05)
     names = {id(p): name for name, p in model.named_parameters()}
     assert decayed["weight_decay"] == 0.05

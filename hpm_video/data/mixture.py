@@ -1,0 +1,85 @@
+"""Several sources of training clips in one run: which of them each update takes its batch from.
+
+The batches of a run are dealt out by weight, as evenly as can be: each goes to the source that is
+furthest behind its share. So a run can go on anywhere, and each source is a stream of its own,
+whose samples do not depend on the others.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from hpm_video.data.dataset import Sample, VideoClips
+
+
+class Place(NamedTuple):
+    """A sample of a run."""
+
+    source: int
+    position: int
+    """In the endless stream of that source."""
+
+
+class MixedClips(Dataset[Sample]):
+    """The streams of several sources as one dataset, by :class:`Place`."""
+
+    def __init__(self, streams: Sequence[VideoClips]) -> None:
+        self.streams = tuple(streams)
+
+    def __len__(self) -> int:
+        """Samples of one epoch of all sources."""
+        return sum(len(stream) for stream in self.streams)
+
+    def __getitem__(self, place: Place) -> Sample:
+        """The sample at a place. Raises what that stream does."""
+        return self.streams[place.source][place.position]
+
+
+class Places(Sequence[Place]):
+    """The samples of the updates from ``start`` to the last, in order."""
+
+    def __init__(self, sources: NDArray[np.int64], batch_size: int, start: int = 0) -> None:
+        """``sources``: of every update of the run, see :func:`deal_out`."""
+        self._sources = sources
+        self._batch_size = batch_size
+        self._start = start
+        self._turn = np.zeros(len(sources), np.int64)
+        """How many updates before this one had the same source."""
+        for source in range(int(sources.max(initial=-1)) + 1):
+            its_own = sources == source
+            self._turn[its_own] = np.arange(its_own.sum())
+
+    def __len__(self) -> int:
+        return (len(self._sources) - self._start) * self._batch_size
+
+    def __getitem__(self, index: int) -> Place:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        update, sample = divmod(index, self._batch_size)
+        update += self._start
+        turn = int(self._turn[update])
+        return Place(int(self._sources[update]), turn * self._batch_size + sample)
+
+
+def deal_out(weights: Sequence[float], num_updates: int) -> NDArray[np.int64]:
+    """The source of every update: -> (num_updates,)
+
+    After n updates a source has had its share of n, within one update for two sources.
+
+    Raises:
+        ValueError: a weight is not positive.
+    """
+    if not weights or min(weights) <= 0:
+        raise ValueError(f"weights of sources must be positive, got {list(weights)}")
+    shares = [weight / sum(weights) for weight in weights]
+    behind = [0.0] * len(shares)
+    sources = np.zeros(num_updates, np.int64)
+    for update in range(num_updates if len(shares) > 1 else 0):
+        behind = [lag + share for lag, share in zip(behind, shares, strict=True)]
+        chosen = behind.index(max(behind))
+        behind[chosen] -= 1
+        sources[update] = chosen
+    return sources

@@ -1,0 +1,151 @@
+"""The encoder that pre-training, fine-tuning and probes share: tokens of clips, seen or masked."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from hpm_video.masking import TokenMask
+from hpm_video.models.pos_embed import FixedPositions, Positions
+from hpm_video.models.vit import Conventions, Transformer, TransformerSize, init_linear
+from hpm_video.targets import patchify
+from hpm_video.token_grid import Size3, TokenGrid
+
+Init = Literal["truncated_normal", "xavier"]
+"""How linear layers start: ``truncated_normal`` with deviation 0.02, as VideoMAE's fine-tuning has,
+or ``xavier``-uniform, as pre-training has. Narrow models trained from scratch need the latter."""
+
+
+@dataclass(frozen=True)
+class EncoderShape:
+    """What an encoder is, apart from its weights."""
+
+    grid: TokenGrid
+    patch_size: Size3
+    size: TransformerSize
+    positions: Positions
+    source_grid: TokenGrid | None = None
+    """Grid of pre-training, in which tokens have their positions; by default ``grid``."""
+    channels: int = 3
+    class_token: bool = False
+    """Whether a learned token that stands for the whole clip goes first."""
+    conventions: Conventions = "videomae"
+    other_grids: tuple[TokenGrid, ...] = ()
+    """Of further kinds of clips that it takes, whose tokens have their positions alike."""
+
+    @property
+    def values(self) -> int:
+        """Values of a patch (P)."""
+        return self.channels * math.prod(self.patch_size)
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before those of the clip: the class token, or none."""
+        return int(self.class_token)
+
+    def fixed_positions(self, dim: int) -> FixedPositions:
+        """Positions of all its clips at a width."""
+        grids = dict.fromkeys((self.grid, *self.other_grids))
+        return FixedPositions(grids, dim, self.positions, self.source_grid or self.grid)
+
+    def grid_of(self, clips: Tensor) -> TokenGrid:
+        """(B, C, T, H, W) -> the grid of their tokens"""
+        return TokenGrid.of_clip((clips.shape[2], clips.shape[3], clips.shape[4]), self.patch_size)
+
+
+class ClipEncoder(nn.Module):
+    """Tokens of clips through a transformer.
+
+    A class token, where there is one, has no position (MAE gives it the code 0).
+    """
+
+    def __init__(
+        self,
+        shape: EncoderShape,
+        *,
+        drop_path: float = 0.0,
+        checkpoint_activations: bool = False,
+        final_norm: bool = True,
+        init: Init | None = "truncated_normal",
+    ) -> None:
+        """``init``: none where a class that builds on this one calls :meth:`init_encoder`."""
+        super().__init__()
+        self.shape = shape
+        dim = shape.size.dim
+        self.patch_embed = nn.Linear(shape.values, dim)
+        self.class_token = nn.Parameter(torch.zeros(dim)) if shape.class_token else None
+        self.encoder = Transformer(
+            shape.size,
+            drop_path=drop_path,
+            checkpoint_activations=checkpoint_activations,
+            final_norm=final_norm,
+            conventions=shape.conventions,
+        )
+        self.encoder_positions = shape.fixed_positions(dim)
+        if init is not None:
+            self.init_encoder(init)
+
+    def init_encoder(self, init: Init) -> None:
+        """Draw initial weights. VideoMAE's patch embedding keeps PyTorch's own."""
+        self.encoder.apply(INITS[init])
+        if self.shape.conventions == "mae":
+            nn.init.xavier_uniform_(self.patch_embed.weight)
+        if self.class_token is not None:
+            nn.init.normal_(self.class_token, std=0.02)
+
+    def encode(
+        self, clips: Tensor, keys: Tensor | None = None, mask: TokenMask | None = None
+    ) -> Tensor:
+        """Tokens of normalised clips, of the visible ones where a mask is given.
+
+        (B, C, T, H, W), (B,) keys -> (B, N or V, D), or one more where a class token goes first
+
+        The keys decide which residual branches stochastic depth drops; without them, none.
+        """
+        patches = patchify(clips, self.shape.patch_size)
+        positions = self.encoder_positions(self.shape.grid_of(clips))
+        if mask is not None:
+            patches, positions = mask.take_visible(patches), positions[mask.visible_ids]
+        tokens = self.patch_embed(patches) + positions
+        if self.class_token is not None:
+            first = self.class_token.to(tokens.dtype).expand(len(tokens), 1, -1)
+            tokens = torch.cat([first, tokens], dim=1)
+        out: Tensor = self.encoder(tokens, self.encoder.draws(keys))
+        return out
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """One vector for each clip: the class token, or else the mean: (B, ., D) -> (B, D)"""
+        return tokens.mean(dim=1) if self.class_token is None else tokens[:, 0]
+
+    def of_clip(self, tokens: Tensor) -> Tensor:
+        """All but the class token: (B, ., D) -> (B, N or V, D)"""
+        return tokens[:, self.shape.num_prefix :]
+
+    @property
+    def num_layers(self) -> int:
+        """Of :meth:`layer_of`, and one: the patch embedding, the blocks and what follows them."""
+        return len(self.encoder.blocks) + 2
+
+    def layer_of(self, name: str) -> int:
+        """Depth of a parameter: 0 the embedding, k + 1 block k, and above all, the rest."""
+        if name.startswith(("patch_embed.", "class_token")):
+            return 0
+        if name.startswith("encoder.blocks."):
+            return int(name.split(".")[2]) + 1
+        return self.num_layers - 1
+
+
+def _init_truncated_normal(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+INITS: dict[Init, Callable[[nn.Module], None]] = {
+    "truncated_normal": _init_truncated_normal,
+    "xavier": init_linear,
+}
