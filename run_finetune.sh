@@ -3,7 +3,7 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-Fine-tune a pre-trained encoder for action recognition, then test it.
+Fine-tune a pre-trained encoder for action or image recognition, then test it.
 
   ./run_finetune.sh                                    a demo of some minutes, CPU or GPU
   ./run_finetune.sh section.key=value ...              the demo with other settings
@@ -26,11 +26,12 @@ prepare_environment
 cd -- "$root"
 make_demo_data
 
-# The weights that the demo's configuration starts from, unless others are given. A run that was
+# The weights that a demo's configuration starts from, unless others are given. A run that was
 # interrupted goes on, and one that is complete says so.
-if grep -q '^init_weights: runs/demo/' "$config" && [[ "${overrides[*]-}" != *init_weights=* ]]; then
+demo="$(sed -n 's|^init_weights: runs/\(demo[a-z_]*\)/.*|\1|p' "$config")"
+if [[ -n $demo && "${overrides[*]-}" != *init_weights=* ]]; then
   printf '== pre-training of the demo\n'
-  "$python" tools/pretrain.py configs/pretrain/demo.yaml
+  "$python" tools/pretrain.py "configs/pretrain/$demo.yaml"
   printf '\n== fine-tuning\n'
 fi
 

@@ -652,11 +652,15 @@ class PretrainConfig(RunConfig):
         super().__post_init__()
         self._check_source("", self.data, self.masking)
         for name, source in self.mix.items():
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+                raise ConfigError(
+                    f"a source in mix needs a name of letters, digits, _ and -, got {name!r}"
+                )
             self._check_source(f"mix.{name}.", source.data, source.masking)
 
     def _check_source(self, at: str, data: DataConfig, masking: MaskingConfig) -> None:
         grid = _grid_of(data, self.model, at)
-        units = grid.num_tokens if masking.unit == "token" else grid.tokens_per_frame
+        units = grid.num_tokens if masking.unit == "token" else grid.tokens_per_step
         try:
             count_masked(units, masking.ratio, masking.count_rule)
         except ValueError as error:

@@ -68,7 +68,7 @@ class MaskRule:
     @property
     def num_units(self) -> int:
         """Units of a clip (U)."""
-        return self.grid.num_tokens if self.unit == "token" else self.grid.tokens_per_frame
+        return self.grid.num_tokens if self.unit == "token" else self.grid.tokens_per_step
 
     def num_picked(self, epoch: int, epochs: int) -> int:
         """How many units are hidden for their difficulty in ``epoch``, counted from 0."""

@@ -115,11 +115,12 @@ class HardPatchesMining:
     @torch.no_grad()
     def ask_teacher(self, clips: Tensor, *, difficulty: bool) -> "Sight":
         """What is needed of the teacher, which sees the whole of normalised clips, encoded once."""
+        difficulty = difficulty and self.predictor != "none"
         if self.teacher is None or not (difficulty or self.target.of_teacher):
             return Sight(None, None)
         encoded = self.teacher.encode(clips)
         scores = None
-        if difficulty and self.predictor != "none":
+        if difficulty:
             scores = self.teacher.score(encoded, self.teacher.shape.grid_of(clips)).float()
         return Sight(scores, self.teacher.of_clip(encoded) if self.target.of_teacher else None)
 

@@ -132,7 +132,7 @@ def mask_rule(config: PretrainConfig, source: str) -> MaskRule:
     """How the clips of a source are masked."""
     masking = config.maskings[source]
     grid = TokenGrid.of_clip(config.sources[source].clip_size, config.model.patch_size)
-    units = grid.num_tokens if masking.unit == "token" else grid.tokens_per_frame
+    units = grid.num_tokens if masking.unit == "token" else grid.tokens_per_step
     num_masked = count_masked(units, masking.ratio, masking.count_rule)
     return MaskRule(grid, masking.unit, num_masked, masking.mask_strategy)
 

@@ -123,7 +123,7 @@ class FeatureTarget(Target):
     model: Callable[[Tensor], Tensor] | None
     """(B, C, T, H, W) uint8 -> (B, N, P); none: the teacher's own encoder (the paper's EMA)."""
 
-    yardstick = "the clip's mean feature"
+    yardstick = "the mean direction"
 
     @property
     def of_teacher(self) -> bool:  # type: ignore[override]
@@ -154,6 +154,6 @@ class FeatureTarget(Target):
 
     @override
     def yardstick_errors(self, target: Tensor) -> Tensor:
-        """Error of predicting the mean direction of the clip's features: (B, M, P) -> (B, M)"""
+        """Error of predicting the mean direction of the clip's targets: (B, M, P) -> (B, M)"""
         mean = F.normalize(target.float(), dim=-1).mean(dim=1, keepdim=True)
         return direction_errors(mean.expand_as(target), target)

@@ -40,11 +40,11 @@ class TokenGrid:
         return cls(*(size // patch for size, patch in zip(clip_size, patch_size, strict=True)))
 
     @property
-    def tokens_per_frame(self) -> int:
+    def tokens_per_step(self) -> int:
         """Positions of one time step."""
         return self.height * self.width
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the whole clip (N)."""
-        return self.time * self.tokens_per_frame
+        return self.time * self.tokens_per_step

@@ -42,7 +42,7 @@ CORE = (
 SAID_IN_THE_CORE = {
     "videomae",  # the name of a paper, whose rule or convention it is
     "hpm_video",  # the name of the package
-    "tokens_per_frame",  # of TokenGrid: tokens of one time step, of which an image has one
+    "tokens_per_step",  # of TokenGrid: tokens of one time step, of which an image has one
 }
 DECIDED_BY_TIME = {
     # One of the rankers that a predictor is held against looks at motion, and of one time step

@@ -68,7 +68,10 @@ IMAGE_FINETUNE_RECIPES = {  # epochs, batch, peak learning rate
     "in1k_b": (100, 384, 7.5e-4),
     "in1k_l": (50, 512, 1e-3),
 }
-TOKENS = {"demo": 108, "demo_mixed": 108, "demo_images": 64, "in1k": 196, "in1k_hpm_h": 256}
+TOKENS = {
+    **{"demo": 108, "demo_mixed": 108, "demo_images": 64},
+    **{"cifar10": 64, "in1k": 196, "in1k_hpm_h": 256},
+}
 """Of a clip, by the name of a config or the data it begins with; 1568 otherwise."""
 
 
@@ -375,7 +378,8 @@ def test_recipes_of_fine_tuning_are_videomaes(name):
 
 def test_every_config_of_fine_tuning_is_in_the_table():
     names = {path.stem for path in CLASSIFIERS if path.parent.name == "finetune"}
-    assert names == {*FINETUNE_RECIPES, *IMAGE_FINETUNE_RECIPES, "demo"}
+    of_our_own = {"demo", "demo_images", "cifar10"}
+    assert names == {*FINETUNE_RECIPES, *IMAGE_FINETUNE_RECIPES, *of_our_own}
 
 
 @pytest.mark.parametrize("name", IMAGE_FINETUNE_RECIPES)

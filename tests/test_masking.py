@@ -125,7 +125,7 @@ def test_merge_undoes_take(grid, data):
 
 @given(grid=grids)
 def test_tube_hides_a_position_at_every_time(grid):
-    units = torch.rand(2, grid.tokens_per_frame) < 0.5
+    units = torch.rand(2, grid.tokens_per_step) < 0.5
     masked = units_to_tokens(units, grid, "tube").unflatten(1, (grid.time, -1))
     assert torch.equal(masked, units.unsqueeze(1).expand_as(masked))
 

@@ -248,7 +248,7 @@ def make_mixed(unit="token", predictor="relative", target="pixels", class_token=
         name: MaskRule(
             grid,
             unit,
-            (grid.num_tokens if unit == "token" else grid.tokens_per_frame) * 3 // 4,
+            (grid.num_tokens if unit == "token" else grid.tokens_per_step) * 3 // 4,
             strategy,
         )
         for name, grid in {"": LONG, "images": SHORT}.items()

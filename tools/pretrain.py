@@ -46,7 +46,7 @@ def tell_results(run_dir: Path, config: PretrainConfig) -> None:
     for name, path in rows.items():
         if path.exists():
             print(f"  {name:18}{path}")
-    print("\nNext, see what it finds hard in a video:")
+    print("\nNext, see what it finds hard:")
     print(f"  {interpreter()} tools/show_masks.py {checkpoint} {example_video(config)}")
 
 

@@ -1,7 +1,8 @@
 """Random changes of training clips. The parts are those of torchvision and timm.
 
 Both draw from the global generators of a process, so each part runs with generators of its own.
-They are imported when a clip is first changed: it takes seconds, and pre-training needs neither.
+They are imported when a clip is first changed: it takes seconds, and pre-training on videos needs
+neither.
 """
 
 import re
@@ -36,7 +37,7 @@ SECTION = re.compile(
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of a clip for training a classifier: one draw for all its frames."""
+    """Random changes of a clip: one draw for all its frames."""
 
     area: tuple[float, float]
     """Of the box that is cut out: its least and its largest share of the frame."""

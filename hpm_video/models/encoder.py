@@ -105,8 +105,8 @@ class ClipEncoder(nn.Module):
 
         The keys decide which residual branches stochastic depth drops; without them, none.
         """
-        patches = patchify(clips, self.shape.patch_size)
         positions = self.encoder_positions(self.shape.grid_of(clips))
+        patches = patchify(clips, self.shape.patch_size)
         if mask is not None:
             patches, positions = mask.take_visible(patches), positions[mask.visible_ids]
         tokens = self.patch_embed(patches) + positions

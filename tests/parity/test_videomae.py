@@ -71,7 +71,7 @@ def test_same_pixels_and_same_loss_for_the_hidden_tokens(theirs, ours, per_chann
     theirs.config.norm_pix_loss = per_channel
     pixels = torch.randint(256, (2, 3, *CLIP), dtype=torch.uint8)
     clips = normalise(pixels, MEAN, STD)
-    units = choose_masked(None, torch.rand(2, GRID.tokens_per_frame), 3, num_hardest=0)
+    units = choose_masked(None, torch.rand(2, GRID.tokens_per_step), 3, num_hardest=0)
     masked = units_to_tokens(units, GRID, "tube")
     mask = TokenMask.from_masked(masked, num_masked=3 * GRID.time)
 
