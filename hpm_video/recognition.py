@@ -84,6 +84,8 @@ def describe_test(
         "sampling": spec.sampling,
         "frame_stride": spec.frame_stride,
         "frame_size": list(spec.frame_size),
+        "short_side": spec.short_side,
+        "interpolation": spec.interpolation,
         "precision": recogniser.precision,
     }
 
