@@ -5,6 +5,7 @@ logging); the others do, and a run that has begun refuses to go on with another 
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -119,7 +120,8 @@ class ClassifierConfig(EncoderConfig):
     """Tokens along time, height and width in pre-training, in which positions are given. By
     default those of ``init_weights``, and without these the clip's own."""
     pooling: Pooling = "mean_norm"
-    """``mean_norm`` for fine-tuning, ``batch_norm`` for a linear probe, ``attentive``."""
+    """``mean_norm`` or ``class_token`` for fine-tuning, ``batch_norm`` for a linear probe,
+    ``attentive``."""
     frozen: bool = False
     """Whether the encoder stays as it is, so that only pooling and head learn."""
     init: Init = "truncated_normal"
@@ -294,8 +296,8 @@ class MiningConfig:
     the teacher's encoder (``ema``), or of a ``dino`` or ``clip`` model for images."""
     feature_model: str | None = None
     """timm's name of the ``dino`` or ``clip`` model; by default ViT-B/16."""
-    feature_weights: str | None = None
-    """File of its weights, which is never downloaded."""
+    feature_weights: str | None = unrelated(default=None)
+    """File of its weights, which is never downloaded. A run that goes on needs the same weights."""
     predictor: PredictorObjective = "relative"
     """Ranking of errors, regression on errors, or no loss predictor: a masked autoencoder."""
     predictor_weight: float = 1.0
@@ -491,7 +493,8 @@ class KnnConfig:
     """Nearest neighbours of frozen features during pre-training: does it help recognition yet?"""
 
     train: str | None = None
-    """Labelled manifest or folder that neighbours are looked up in; none: nothing is measured."""
+    """Labelled manifest or folder that neighbours are looked up in; none: nothing is measured.
+    Clips are taken as those of ``data``, the main source."""
     validation: str | None = None
     """Labelled manifest or folder of the videos to classify."""
     every_epochs: float = 20
@@ -627,8 +630,11 @@ class SourceConfig:
     masking: MaskingConfig = field(default_factory=MaskingConfig)
 
     def __post_init__(self) -> None:
-        if self.weight <= 0:
-            raise ConfigError(f"the weight of a source in mix must be positive, got {self.weight}")
+        if not 0 < self.weight < math.inf:
+            raise ConfigError(
+                f"mix.NAME.weight must be positive and finite, got {self.weight}; mix.NAME=null "
+                f"leaves a source out"
+            )
 
 
 @dataclass(frozen=True)
@@ -670,6 +676,19 @@ class PretrainConfig(RunConfig):
                 f"{at}masking.strategy={masking.strategy} picks patches by their predicted "
                 f"difficulty, but mining.predictor is none; take {at}masking.strategy=random, "
                 f"or a predictor (relative, absolute)"
+            )
+        usual = DataConfig()
+        for name in ("workers", "max_bad_share", "label_names") if at else ():
+            if getattr(data, name) != getattr(usual, name):
+                raise ConfigError(
+                    f"{at}data.{name} plays no part, one value holds for all sources: give "
+                    f"data.{name}"
+                )
+        if self.mining.feature_kind and data.frame_size != self.data.frame_size:
+            raise ConfigError(
+                f"mining.target={self.mining.target} sees frames of one size, so "
+                f"{at}data.frame_size must be data.frame_size, {self.data.frame_size}, got "
+                f"{data.frame_size}"
             )
         for name in ("mean", "std"):
             if getattr(data, name) != getattr(self.data, name):
@@ -776,8 +795,13 @@ def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> C
     odd = [override for override in overrides if "=" not in override]
     if odd:
         raise ConfigError(f"an override must look like section.key=value, got {odd[0]!r}")
+    left_out = [override for override in overrides if _LEFT_OUT.fullmatch(override)]
+    overrides = [override for override in overrides if override not in left_out]
     try:
-        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        file = OmegaConf.load(path)
+        for override in left_out:
+            _leave_out(file, override.split("=")[0].split("."))
+        given = OmegaConf.merge(file, OmegaConf.from_dotlist(overrides))
         open_keys = sorted(OmegaConf.missing_keys(given))
         if open_keys:
             raise ConfigError(
@@ -787,11 +811,22 @@ def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> C
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
     except ConfigError:
         raise
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
         reason = str(error).strip().replace("\n", "; ")
         raise ConfigError(f"cannot use {path} {' '.join(overrides)}: {reason}") from error
     assert isinstance(config, schema)
     return config
+
+
+_LEFT_OUT = re.compile(r"mix(\.[A-Za-z0-9_-]+)?=(null|\{\})")
+
+
+def _leave_out(config: Any, keys: Sequence[str]) -> None:
+    """Take a further source out of a config, or all of them."""
+    *above, last = keys
+    for key in above:
+        config = config.get(key, {})
+    config.pop(last, None)
 
 
 def load_any_config(path: Path, overrides: Sequence[str] = ()) -> PretrainConfig | FinetuneConfig:
@@ -827,7 +862,11 @@ def result_differences(old: object, new: object, prefix: str = "") -> list[str]:
             continue
         if dataclasses.is_dataclass(before) and dataclasses.is_dataclass(after):
             found += result_differences(before, after, f"{prefix}{item.name}.")
-        elif isinstance(before, dict) and isinstance(after, dict) and [*before] == [*after]:
+        elif isinstance(before, dict) and isinstance(after, dict):
+            if [*before] != [*after]:
+                names = (", ".join(each) or "nothing" for each in (before, after))
+                found.append(f"{prefix}{item.name}: {' -> '.join(names)}")
+                continue
             for name, value in before.items():
                 found += result_differences(value, after[name], f"{prefix}{item.name}.{name}.")
         else:

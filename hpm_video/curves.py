@@ -54,21 +54,21 @@ class Panel:
 PANELS = (
     Panel(
         "Loss in training",
-        ("loss", "reconstruction", "prediction", "classification"),
+        (*("loss", "reconstruction", "prediction", "classification"), "*/reconstruction"),
         noisy=True,
     ),
     Panel(
-        "Held-out error, relative to the patch mean's",
-        ("relative_error",),
-        marks=(Mark(1.0, "patch mean"),),
+        "Held-out error, relative to the simplest good answer's",
+        ("relative_error", "*/relative_error"),
+        marks=(Mark(1.0, "simplest"),),
     ),
     Panel(
         "Ranking accuracy on held-out clips",
-        ("student_ranking", "teacher_ranking"),
+        ("student_ranking", "teacher_ranking", "*/student_ranking", "*/teacher_ranking"),
         context=("ranking_by_*",),
         marks=(Mark(0.5, "chance"),),
     ),
-    Panel("Accuracy on held-out clips", ("top1", "top5"), from_zero=True),
+    Panel("Accuracy on held-out clips", ("top1", "top5", "knn_top1"), from_zero=True),
     Panel("Learning rate", ("lr",), from_zero=True),
     Panel("Share of the hidden patches picked as hard", ("hard_fraction",), from_zero=True),
     Panel("Speed in clips per second", ("clips_per_second",), from_zero=True, noisy=True),

@@ -55,7 +55,10 @@ from hpm_video.whole_files import written_beside
 
 log = logging.getLogger(__name__)
 Config = TypeVar("Config", bound=RunConfig)
-RUN_FILES = {".lock", "checkpoints", "config.yaml", "labels.txt", "init_weights.sha256"}
+RUN_FILES = {
+    *(".lock", "checkpoints", "config.yaml", "labels.txt"),
+    *("init_weights.sha256", "feature_weights.sha256"),
+}
 """What a run that was killed at its very start may have left."""
 TIMED_CLIPS = 8
 """At most so many clips make the updates that are timed to choose a precision."""
@@ -101,7 +104,10 @@ class RunData:
     @property
     def fingerprint(self) -> str:
         """What the order of the training files depends on."""
-        return "; ".join(source.fingerprint for source in self.sources.values())
+        return "; ".join(
+            f"{key_of_source(name)}data.train: {source.fingerprint}"
+            for name, source in self.sources.items()
+        )
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,7 @@ def open_data(config: RunConfig) -> RunData:
     recipe, sources = config.recipe, {}
     for name, data in config.sources.items():
         if not data.train:
-            key = f"mix.{name}.data.train" if name else "data.train"
+            key = f"{key_of_source(name)}data.train"
             raise ConfigError(
                 f"{key} is not set; give a manifest, or a folder of videos or images: {key}=PATH"
             )
@@ -152,6 +158,11 @@ def open_data(config: RunConfig) -> RunData:
     except ValueError as error:
         raise ConfigError(f"recipe: {error}") from error
     return RunData(sources, timeline)
+
+
+def key_of_source(name: str) -> str:
+    """What the keys of a source begin with in a config."""
+    return f"mix.{name}." if name else ""
 
 
 def open_manifest(data: DataConfig, path: str) -> Manifest:
@@ -194,7 +205,11 @@ def look_into_directory(schema: type[Config], config: Config, data: RunData) -> 
     differences = result_differences(stored, config)
     before = read_state(directory.newest)["data"]
     if not differences and before != data.fingerprint:
-        differences = [f"the files of data.train: {before} -> {data.fingerprint}"]
+        differences = [
+            f"the files of {then} -> {now}"
+            for then, now in zip(before.split("; "), data.fingerprint.split("; "), strict=True)
+            if then != now
+        ]
     if differences:
         raise ConfigError(
             f"{folder} holds a run of another config:\n  "
@@ -369,7 +384,7 @@ def training_clips(
                 repeats=Repeats(source.repeats, same_frames),
                 decoder=source.decoder,
                 seed=config.seed,
-                max_bad_share=source.max_bad_share,
+                max_bad_share=config.data.max_bad_share,
                 source=name,
             )
             for name, source in config.sources.items()
@@ -431,13 +446,17 @@ def _cadence(config: RunConfig) -> Cadence:
 def _announce(config: RunConfig, data: RunData, engine: TorchEngine, start: int) -> None:
     for name, source in data.sources.items():
         held_out = f"{len(source.validation)} held out" if source.validation else "none held out"
-        log.info(f"{name or 'data'}: {len(source.train)} files to train on, {held_out}")
+        repeats = config.sources[name].repeats
+        log.info(
+            f"{name or 'data'}: {len(source.train)} files to train on, {repeats} clip(s) of each; "
+            f"{held_out}"
+        )
     parameters = sum(p.numel() for p in engine.model.parameters()) / 1e6
     log.info(f"{parameters:.1f} M parameters on {engine.device.type} in {engine.precision}")
     recipe = config.recipe
     log.info(
         f"{recipe.epochs} epochs = {data.timeline.num_updates} updates of {recipe.batch_size} "
-        f"videos in {engine.accumulate} forward pass(es), {config.data.repeats} clip(s) of each; "
+        f"files in {engine.accumulate} forward pass(es); "
         f"peak learning rate {_schedule(config).peak:.2e}"
     )
     if start:

@@ -215,11 +215,21 @@ def load_extractor(
 
 
 def source_grid_of(config: PretrainConfig | FinetuneConfig) -> Size3:
-    """Tokens along time, height and width of the pre-training that a run is or began with."""
+    """The grid that tokens have their positions in: of the pre-training a run is or began with.
+
+    Tokens along time, height and width; of several kinds of clips the most along each axis, so that
+    no two tokens of a clip are closer than they are in a grid of their own.
+    """
     if isinstance(config, FinetuneConfig) and config.model.pretrained_grid is not None:
         return config.model.pretrained_grid
-    grid = TokenGrid.of_clip(config.data.clip_size, config.model.patch_size)
-    return (grid.time, grid.height, grid.width)
+    grids = [
+        TokenGrid.of_clip(data.clip_size, config.model.patch_size)
+        for data in config.sources.values()
+    ]
+    time, height, width = (
+        max(axis) for axis in zip(*((g.time, g.height, g.width) for g in grids), strict=True)
+    )
+    return (time, height, width)
 
 
 def encoder_shape(

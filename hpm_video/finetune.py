@@ -292,10 +292,13 @@ def for_checkpoint(
         ConfigError: ``checkpoint`` is no folder of a run's checkpoint.
     """
     source = load_any_config(checkpoint / "config.yaml")
+    # Clips of one time step are not spread over anything.
+    test = replace(config.test, clips=1) if source_grid_of(source)[0] == 1 else config.test
     return replace(
         config,
         init_weights=None if weights == "untrained" else str(checkpoint),
         init_from="teacher" if weights == "teacher" else "student",
+        test=test,
         model=replace(
             config.model,
             init="xavier",

@@ -89,7 +89,7 @@ def trivial_difficulties(clips: Tensor, patch_size: Size3) -> dict[str, Tensor]:
 
     ``variance`` of the pixels of a patch around the mean of their channel, and ``motion``, the
     mean absolute difference to the frame before (of the first frame: to the second); and both
-    turned round, as ``flatness`` and ``stillness``. Without a second frame there is no motion.
+    turned round, as ``flatness`` and ``stillness``. Where all frames are alike there is no motion.
     """
     pixels = to_unit_range(clips)
     patches = rearrange(patchify(pixels, patch_size), "b n (p c) -> b n p c", c=clips.shape[1])
@@ -98,7 +98,8 @@ def trivial_difficulties(clips: Tensor, patch_size: Size3) -> dict[str, Tensor]:
     if clips.shape[2] > 1:
         before = torch.cat([pixels[:, :, 1:2], pixels[:, :, :-1]], dim=2)
         motion = reduce(patchify((pixels - before).abs(), patch_size), "b n p -> b n", "mean")
-        scores |= {"motion": motion, "stillness": -motion}
+        if motion.any():
+            scores |= {"motion": motion, "stillness": -motion}
     return scores
 
 

@@ -18,6 +18,7 @@ from hpm_video.data.transforms import ClipTransform, MultiScaleCrop
 from hpm_video.evaluation import summarise
 from hpm_video.experiment import (
     RunData,
+    RunDirectory,
     claim,
     find_failures,
     in_one_pass,
@@ -32,7 +33,7 @@ from hpm_video.experiment import (
     training_clips,
 )
 from hpm_video.feature_model import feature_width, load_feature_model
-from hpm_video.features import Extractor, Reading, clip_spec, encoder_shape
+from hpm_video.features import Extractor, Reading, clip_spec, encoder_shape, source_grid_of
 from hpm_video.held_out import Measures, describe, measure
 from hpm_video.labels import names_of_both
 from hpm_video.masking import MaskRule, count_masked
@@ -44,16 +45,19 @@ from hpm_video.probing import FeatureTable, nearest_neighbours
 from hpm_video.randomness import key_of
 from hpm_video.reconstruction import FeatureTarget, PixelTarget, Target
 from hpm_video.token_grid import TokenGrid
-from hpm_video.training.checkpoint import load_weights, read_weights
+from hpm_video.training.checkpoint import load_weights, read_weights, weights_digest
 from hpm_video.training.device import Precision, choose_device
 from hpm_video.training.distributed import Processes
 from hpm_video.training.engine import TorchEngine
 from hpm_video.training.optim import make_adamw, parameter_groups
 from hpm_video.training.run import Watch
 from hpm_video.training.teacher import MomentumSchedule, make_teacher
+from hpm_video.whole_files import written_beside
 
 log = logging.getLogger(__name__)
 
+FEATURES = "feature_weights.sha256"
+"""File of the run directory that tells the weights of the model whose features are the target."""
 PICTURED_CLIPS = 4
 """Held-out clips that are drawn during training."""
 
@@ -64,7 +68,7 @@ def build_student(config: PretrainConfig) -> MaskedAutoencoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key_of(config.seed, "weights"))
         return MaskedAutoencoder(
-            encoder_shape(config.model, config.data, None, others),
+            encoder_shape(config.model, config.data, source_grid_of(config), others),
             config.model.decoder,
             predictor=config.mining.predictor != "none",
             target_width=_target_width(config),
@@ -77,7 +81,10 @@ def _target_width(config: PretrainConfig) -> int | None:
     """Values that are predicted of each token; none: those of its patch."""
     mining = config.mining
     if mining.feature_kind is not None:
-        return feature_width(mining.feature_kind, mining.feature_name)
+        try:
+            return feature_width(mining.feature_kind, mining.feature_name)
+        except ValueError as error:
+            raise ConfigError(f"mining.feature_model: {error}") from error
     return config.model.encoder.dim if mining.target == "ema" else None
 
 
@@ -94,12 +101,6 @@ def build_target(config: PretrainConfig, device: torch.device) -> Target:
     if mining.feature_kind is None:
         return FeatureTarget(*look, None)
     assert mining.feature_weights is not None
-    sizes = {source.frame_size for source in config.sources.values()}
-    if len(sizes) > 1:
-        raise ConfigError(
-            f"mining.target={mining.target} sees frames of one size, and those of the sources "
-            f"differ: {sorted(sizes)}; give all of them one data.frame_size"
-        )
     try:
         model = load_feature_model(
             mining.feature_kind,
@@ -159,14 +160,16 @@ def _crop_of(data: PretrainDataConfig) -> ClipTransform:
 
 
 def load_run(
-    checkpoint: Path, device: torch.device
+    checkpoint: Path, device: torch.device, overrides: Sequence[str] = ()
 ) -> tuple[PretrainConfig, MaskedAutoencoder, HardPatchesMining]:
     """What a checkpoint folder holds: its config, the student, the objective with the teacher.
+
+    ``overrides`` of the config: such as where the weights of a feature model are now.
 
     Raises:
         ConfigError, CheckpointError: the folder is not a whole checkpoint of a pre-training run.
     """
-    config = load_config(PretrainConfig, checkpoint / "config.yaml", [])
+    config = load_config(PretrainConfig, checkpoint / "config.yaml", overrides)
     student = build_student(config)
     load_weights(student, read_weights(checkpoint), checkpoint)
     teacher = None
@@ -192,12 +195,18 @@ def pretrain(config: PretrainConfig) -> Path:
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
     directory = look_into_directory(PretrainConfig, config, data)
-    student, teacher = _make_models(config, directory.newest, device)
-    objective = build_objective(config, teacher, build_target(config, device))
+    complete = directory.update == data.timeline.num_updates
+    if not complete:
+        features = _check_same_features(config, directory)
+        student, teacher = _make_models(config, directory.newest, device)
+        objective = build_objective(config, teacher, build_target(config, device))
     with claim(directory, config):
-        if directory.update == data.timeline.num_updates:
+        if complete:
             log.info("%s is complete: %d updates were made", directory.path, directory.update)
         else:
+            if features is not None:
+                with written_beside(directory.path / FEATURES) as path:
+                    path.write_text(f"{features}\n")
             precision = settle_precision(config, directory, device, partial(make_update, config))
             engine = make_engine(config, student, _optimizer(config, student), device, precision)
             train(
@@ -211,6 +220,26 @@ def pretrain(config: PretrainConfig) -> Path:
             )
         plot_curves(directory.path / "metrics.jsonl", directory.path / "curves.png")
     return directory.path
+
+
+def _check_same_features(config: PretrainConfig, directory: RunDirectory) -> str | None:
+    """The SHA-256 of the weights of the feature model, as it was when the run began.
+
+    Raises:
+        ConfigError: other weights lie there now.
+    """
+    given = config.mining.feature_weights
+    if given is None:
+        return None
+    now = weights_digest(Path(given).expanduser())
+    path = directory.path / FEATURES
+    before = path.read_text().strip() if directory.newest and path.is_file() else now
+    if before != now:
+        raise ConfigError(
+            f"{directory.path} began with other weights than mining.feature_weights={given} holds "
+            f"now; take another output_dir, or give the weights of before"
+        )
+    return now
 
 
 def make_update(

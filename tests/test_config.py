@@ -136,6 +136,10 @@ def test_recipes_for_images_are_the_official_ones(name):
     assert (config.masking.ratio, config.mining.target) == (0.75, "raw")
     strategy, predictor = ("easy_to_hard", "relative") if by_difficulty else ("random", "none")
     assert (config.masking.strategy, config.mining.predictor) == (strategy, predictor)
+    assert (recipe.clip_grad, recipe.min_lr, recipe.warmup_epochs) == (5.0, 0.0, 40)
+    assert (recipe.betas, recipe.weight_decay) == ((0.9, 0.95), 0.05)
+    assert (config.masking.count_rule, config.mining.momentum) == ("hpm", "paper")
+    assert (config.mining.first_momentum, config.mining.last_momentum) == (0.999, 0.9999)
 
 
 def test_every_config_for_images_is_in_the_table():
@@ -195,7 +199,11 @@ def test_misspelt_key_is_an_error_that_knows_better():
         ("mining.feature_weights=a.pth", "go with mining.target=dino or clip, and it is per_ch"),
         ("mining.feature_model=vit", "go with mining.target=dino or clip"),
         ("mining.target=pixels", "pixels"),
-        ("mix.images.weight=0", "weight of a source in mix must be positive, got 0"),
+        ("mix.images.weight=0", "weight must be positive and finite, got 0"),
+        ("mix.images.weight=.inf", "weight must be positive and finite, got inf"),
+        ("mix.images.data.workers=3", "mix.images.data.workers plays no part"),
+        ("mix.images.data.max_bad_share=0.5", "mix.images.data.max_bad_share plays no part"),
+        ("mix=[1]", "cannot use"),
         ("mix.images.data.num_frames=1", "mix.images.data.num_frames, .* got 1 with patch 2"),
         ("mix.images.data.mean=[0,0,0]", r"mix.images.data.mean must be data.mean, .*got \(0"),
         ("mix.images.data.std=[1,1]", "mix.images.data.std need a value for each of the 3"),
@@ -271,14 +279,42 @@ def test_what_differs_in_a_source_is_named():
     new = load_config(
         PretrainConfig,
         DEMO,
-        [*MIXED, "mix.images.weight=0.75", "mix.images.data.workers=3", "mix.clips.data.flip=true"],
+        [*MIXED, "mix.images.weight=0.75", "mix.clips.data.flip=true"],
     )
     assert result_differences(old, new) == [
         "mix.images.weight: 0.5 -> 0.75",
         "mix.clips.data.flip: False -> True",
     ]
-    (difference,) = result_differences(load_config(PretrainConfig, DEMO, []), old)
-    assert difference.startswith("mix: {} -> {'images': SourceConfig(weight=0.5")
+    assert result_differences(load_config(PretrainConfig, DEMO, []), old) == [
+        "mix: nothing -> images, clips"
+    ]
+
+
+@pytest.mark.parametrize(("override", "left"), [("mix={}", ()), ("mix.images=null", ())])
+def test_a_source_can_be_left_out(override, left):
+    path = DEMO.with_name("demo_mixed.yaml")
+    assert [*load_config(PretrainConfig, path, []).mix] == ["images"]
+    assert (*load_config(PretrainConfig, path, [override]).mix,) == left
+
+
+@pytest.mark.parametrize("positions", ["sequence", "space_time"])
+@pytest.mark.parametrize(
+    ("main", "other"), [((2, 64, 64), (6, 48, 48)), ((6, 48, 48), (2, 64, 64))]
+)
+def test_no_two_tokens_of_a_source_stand_at_one_place(positions, main, other):
+    sizes = [
+        f"{at}data.{name}"
+        for at, (frames, *pixels) in {"": main, "mix.other.": other}.items()
+        for name in (f"num_frames={frames}", f"frame_size=[{pixels[0]},{pixels[1]}]")
+    ]
+    overrides = [f"model.positions={positions}", "mix.other.masking.ratio=0.5", *sizes]
+    student = build_student(load_config(PretrainConfig, DEMO, overrides))
+    alone = student.shape.fixed_positions(96)
+    for grid in (student.shape.grid, *student.shape.other_grids):
+        codes = alone(grid)
+        apart = torch.cdist(codes, codes) + 9 * torch.eye(len(codes))
+        assert apart.min() > 0.05
+    assert student.shape.source_grid == TokenGrid(3, 8, 8), "the most along each axis"
 
 
 @pytest.mark.parametrize(
@@ -393,7 +429,11 @@ def test_fine_tuning_on_images_sees_them_as_the_official_one_does(name):
     assert (recipe.layer_decay, recipe.weight_decay) == (0.8, 0.05)
     assert (data.num_frames, data.frame_size, data.held_out_short_side) == (1, (224, 224), 256)
     assert (data.interpolation, data.flip) == ("bicubic", True)
-    assert config.augmentation.rand_augment == "rand-m9-mstd0.5-inc1"
+    how = config.augmentation
+    assert how.rand_augment == "rand-m9-mstd0.5-inc1"
+    assert (how.mixup, how.cutmix, how.erasing, how.label_smoothing) == (0.8, 1.0, 0.25, 0.1)
+    assert (model.drop_path, recipe.warmup_epochs, recipe.betas) == (0.1, 5, (0.9, 0.999))
+    assert recipe.min_lr * recipe.batch_size / 256 == pytest.approx(1e-6, rel=1e-3)
     assert (config.test.clips, config.test.crops) == (1, 1)
 
 

@@ -1,15 +1,17 @@
 """Whole runs on images, and on images and videos together, on real small files."""
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hpm_video.config import ConfigError, FinetuneConfig, PretrainConfig, load_config
 from hpm_video.finetune import evaluate_run, finetune
@@ -18,6 +20,7 @@ from hpm_video.pretrain import pretrain as run_pretraining
 from hpm_video.training.checkpoint import CheckpointError
 
 pytestmark = pytest.mark.slow
+TINY = "test_vit.r160_in1k"  # 64 wide, patches of 16, images of 160
 TINTS = ("red", "green", "blue")
 COMMON = """
 engine: {precision: fp32, threads: 1, device: cpu}
@@ -184,6 +187,30 @@ def test_a_file_that_is_no_weights_stops_a_run_before_it_begins(images, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_other_weights_of_a_feature_model_are_refused_and_moved_ones_taken(images, tmp_path):
+    files = [tmp_path / f"{name}.safetensors" for name in ("one", "other")]
+    for seed, file in enumerate(files):
+        torch.manual_seed(seed)
+        save_file(timm.create_model(TINY, num_classes=0).state_dict(), file)
+    options = ["mining.target=dino", f"mining.feature_model={TINY}", "recipe.epochs=2"]
+    options += ["data.frame_size=[160,160]", "data.held_out_short_side=null"]
+    options += ["model.patch_size=[1,16,16]", "checkpoint.every_updates=2"]
+
+    def start(file: Path, *more: str) -> Path:
+        given = f"mining.feature_weights={file}"
+        return run_pretraining(load_images_config(tmp_path, images, *options, given, *more))
+
+    run = start(files[0])
+    newest = (run / "checkpoints" / "last").resolve()
+    shutil.rmtree(newest)  # so that there is something left to do
+    with pytest.raises(ConfigError, match="began with other weights than mining.feature_weights"):
+        start(files[1])
+    files[0].rename(moved := tmp_path / "moved.safetensors")
+    assert (start(moved) / "checkpoints" / "last").resolve() == newest
+    moved.unlink()
+    start(moved)  # it is complete, and needs them no more
+
+
 @pytest.fixture(scope="module")
 def mix(images) -> list[str]:
     """Overrides that mix images into the tiny run on videos: every third update."""
@@ -193,7 +220,6 @@ def mix(images) -> list[str]:
         "data.validation": images / "validation",
         "data.num_frames": 2,
         "data.frame_size": "[24,40]",
-        "data.workers": 0,
         "masking.ratio": 0.5,
     }
     named = [f"mix.images.{name}={value}" for name, value in values.items()]
@@ -262,4 +288,4 @@ def test_a_mixed_checkpoint_is_fine_tuned_on_either(
     result = evaluate_run(config, finetune(config))
     assert result["top1"] >= 4 / 6, "three tints are easy"
     used = load_config(FinetuneConfig, tmp_path / "run" / "config.yaml", [])
-    assert used.model.pretrained_grid == (2, 4, 4), "that of the videos, where both have positions"
+    assert used.model.pretrained_grid == (2, 4, 5), "the most along each axis"

@@ -8,7 +8,6 @@ import torch
 import hpm_video
 from hpm_video.data.dataset import ClipBatch
 from hpm_video.held_out import measure, trivial_difficulties
-from hpm_video.losses import count_ordered_pairs
 from hpm_video.masking import STRATEGIES, MaskRule
 from hpm_video.mining import HardPatchesMining, named
 from hpm_video.models.encoder import EncoderShape
@@ -213,8 +212,7 @@ def test_trivial_rankers_see_what_their_names_say():
     assert scores["motion"].argmax().item() == 7
     assert torch.equal(scores["flatness"], -scores["variance"])
     still = trivial_difficulties(clips[:, :, :2], (2, 8, 8))
-    assert not still["motion"].any()  # no motion, so no order
-    assert count_ordered_pairs(still["motion"], torch.rand(1, 4)) == (3, 6)
+    assert set(still) == {"variance", "flatness"}, "no motion, so no order"
     image = trivial_difficulties(clips[:, :, :1], (1, 8, 8))
     assert set(image) == {"variance", "flatness"}
 

@@ -501,7 +501,7 @@ def test_the_tool_draws_an_image_as_its_source_is_masked(
     options = ["--masks", "2", "--animation", "none", "--device", "cpu"]
     assert show_masks.main([*arguments, *options, "--source", "images"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
-    assert line == f"wrote {tmp_path / 'a picture.png'}"
+    assert line == f"wrote {tmp_path / 'a picture-images.png'}"
     assert show_masks.main([*arguments, *options, "--source", "pictures"]) == 2
     assert "--source must be one of ['', 'images']" in only_line(capsys)
 

@@ -48,6 +48,11 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--source", default="", help="of the run, where it mixes several; default: the main one"
     )
+    parser.add_argument(
+        "--feature-weights",
+        type=Path,
+        help="of the model whose features were the target; default: as in the run",
+    )
     parser.add_argument("--output", type=Path, default=Path("pictures"), help="folder to write to")
     parser.add_argument("--start", type=int, help="first frame, from 0; default: a middle clip")
     parser.add_argument(
@@ -87,7 +92,9 @@ def show_masks(arguments: argparse.Namespace) -> list[Path]:
         raise ValueError(f"--fps must be positive, got {arguments.fps:g}")
     device = choose_device(arguments.device)
     check_checkpoint(arguments.checkpoint)
-    config, student, objective = load_run(arguments.checkpoint, device)
+    moved = arguments.feature_weights
+    overrides = [] if moved is None else [f"mining.feature_weights={moved}"]
+    config, student, objective = load_run(arguments.checkpoint, device, overrides)
     if arguments.source not in config.sources:
         raise ValueError(
             f'--source must be one of {[*config.sources]} ("" is the main one), got '
@@ -102,11 +109,12 @@ def show_masks(arguments: argparse.Namespace) -> list[Path]:
         hard_fraction=arguments.hard_fraction,
         ground_truth_statistics=not arguments.without_ground_truth,
     )
-    ending = "-without-ground-truth" if arguments.without_ground_truth else ""
+    ending = f"-{arguments.source}" if arguments.source else ""
+    ending += "-without-ground-truth" if arguments.without_ground_truth else ""
     path = arguments.output / f"{arguments.video.stem}{ending}.png"
     save_sheet(draw_sheet(study), path)
     written = [path]
-    if ANIMATIONS[arguments.animation] and len(study.frames) > 1:
+    if ANIMATIONS[arguments.animation] and study.grid.time > 1:
         frames = draw_animation(study)
         for suffix in ANIMATIONS[arguments.animation]:
             written.append(path.with_name(f"{arguments.video.stem}{ending}{suffix}"))

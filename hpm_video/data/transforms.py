@@ -1,6 +1,6 @@
 """From frames of a video to the pixels of a clip: crops and resizing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch.nn import functional
 
 Interpolation = Literal["bilinear", "bicubic"]
 """How pixels are resized; antialiased, and what bicubic takes beyond 0..255 is cut off."""
+LONGEST = 16
 SCALES = (1.0, 0.875, 0.75, 0.66)
 """Sides of a multi-scale crop, as shares of those of the largest crop."""
 SCALE_PAIRS = tuple(
@@ -89,16 +90,23 @@ def held_out_crops(
 
     Each is the largest box of the shape of ``frame_size``, resized to it. With ``short_side``, the
     frames are first resized so that their shorter side has that many pixels, and the crops are cut
-    out of them as they are (ImageNet's customary 256 and 224).
+    out of them as they are (ImageNet's customary 256 and 224); of frames more than ``LONGEST``
+    times as long as short, out of the middle of that length.
     """
+    if short_side is not None:
+        frames = _not_too_long(frames)
     height, width = frames.shape[1:3]
     if short_side is None:
         boxes = view_boxes(height, width, frame_size, count)
         return [crop_and_resize(frames, box, frame_size, interpolation) for box in boxes]
     scaled = _with_short_side(height, width, short_side)
     resized = crop_and_resize(frames, Box(0, 0, height, width), scaled, interpolation)
-    middle = [_middle(*scaled, frame_size)]
-    boxes = middle if count == 1 else _spread(*scaled, frame_size, count)
+    middle = _middle(*scaled, frame_size)
+    boxes = [middle] if count == 1 else _spread(*scaled, frame_size, count)
+    if height < width:  # along the longer side alone
+        boxes = [replace(box, top=middle.top) for box in boxes]
+    else:
+        boxes = [replace(box, left=middle.left) for box in boxes]
     return [
         resized[:, :, box.top : box.top + box.height, box.left : box.left + box.width]
         for box in boxes
@@ -154,6 +162,16 @@ def _spread(height: int, width: int, size: tuple[int, int], count: int) -> list[
 def _middle(height: int, width: int, size: tuple[int, int]) -> Box:
     """Rounded as torchvision's CenterCrop does."""
     return Box(round((height - size[0]) / 2), round((width - size[1]) / 2), *size)
+
+
+def _not_too_long(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The middle of frames of an extreme shape, which would be huge once their short side is not.
+
+    (T, H, W, C) -> (T, h, w, C)
+    """
+    height, width = frames.shape[1:3]
+    box = _middle(height, width, (min(height, LONGEST * width), min(width, LONGEST * height)))
+    return frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
 
 
 def _with_short_side(height: int, width: int, short_side: int) -> tuple[int, int]:

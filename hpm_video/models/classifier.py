@@ -14,8 +14,8 @@ Pooling = Literal["mean_norm", "class_token", "batch_norm", "attentive"]
 """How the tokens of a clip become one vector. ``mean_norm``: their mean, then a layer norm, for
 fine-tuning; there is none before it. ``class_token``: that token, normed. ``batch_norm``: the
 normed class token, or without one the mean of normed tokens, each value standardised over the
-batch, for a linear probe. ``attentive``: a query that learns which of the normed tokens to look at.
-Means leave a class token out."""
+batch, for a linear probe. ``attentive``: a query that learns which of the normed tokens to look at,
+a class token among them. Means leave it out."""
 
 
 class ClipClassifier(ClipEncoder):

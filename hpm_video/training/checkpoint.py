@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -166,7 +167,9 @@ def read_weights(path: Path, name: str = "model") -> dict[str, Tensor]:
     """
     file = _file_of(path, name)
     try:
-        return load_file(file)
+        stored = load_file(file)
+        # Its name before features could be reconstructed too.
+        return {re.sub("^pixel_decoder", "reconstructor", name): stored[name] for name in stored}
     except SafetensorError as error:
         raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
+from hpm_video.data import transforms
 from hpm_video.data.transforms import (
     OFFSETS,
     SCALE_PAIRS,
@@ -241,8 +242,25 @@ def test_crops_by_the_short_side_are_spread_from_end_to_end(size, axis):
     for crop, start in zip(crops, (0, 9, 18, 27), strict=True):
         assert torch.equal(crop, whole.narrow(axis, start, 24))
     inside = held_out_crops(frames, (20, 20), 3, **options)
-    assert torch.equal(inside[0], whole[..., :20, :20])
-    assert torch.equal(inside[2], whole[..., -20:, -20:])
+    middle = whole.narrow(-2 if axis == -1 else -1, 2, 20)  # of the shorter side
+    assert torch.equal(inside[0], middle.narrow(axis, 0, 20))
+    assert torch.equal(inside[2], middle.narrow(axis, 31, 20))
+
+
+@pytest.mark.parametrize("size", [(1, 4000), (4000, 1), (3, 200)])
+def test_frames_of_an_extreme_shape_do_not_become_huge(size, monkeypatch):
+    seen = []
+    resize = transforms.functional.interpolate
+
+    def look(pixels, shape, **options):
+        seen.append(shape)
+        return resize(pixels, shape, **options)
+
+    monkeypatch.setattr(transforms.functional, "interpolate", look)
+    options = {"short_side": 256, "interpolation": "bicubic"}
+    (crop,) = held_out_crops(noise(*size), (224, 224), 1, **options)
+    assert crop.shape[-2:] == (224, 224)
+    assert max(max(shape) for shape in seen) <= 256 * transforms.LONGEST
 
 
 def test_bicubic_pixels_stay_in_their_range():

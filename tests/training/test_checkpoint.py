@@ -175,6 +175,11 @@ def test_weights_that_are_not_there_or_cut_short(tmp_path):
         read_weights(path)
 
 
+def test_weights_of_before_the_reconstructor_had_its_name_are_read(tmp_path):
+    save_file({"pixel_decoder.head.bias": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert [*read_weights(tmp_path)] == ["reconstructor.head.bias"]
+
+
 def test_a_name_points_elsewhere_at_once(tmp_path, config):
     for update in (1, 2):
         save(tmp_path, update, config)
