@@ -29,7 +29,7 @@ make_demo_data
 # The weights that a demo's configuration starts from, unless others are given. A run that was
 # interrupted goes on, and one that is complete says so.
 demo="$(sed -n 's|^init_weights: runs/\(demo[a-z_]*\)/.*|\1|p' "$config")"
-if [[ -n $demo && "${overrides[*]-}" != *init_weights=* ]]; then
+if [[ -n $demo && -f configs/pretrain/$demo.yaml && "${overrides[*]-}" != *init_weights=* ]]; then
   printf '== pre-training of the demo\n'
   "$python" tools/pretrain.py "configs/pretrain/$demo.yaml"
   printf '\n== fine-tuning\n'

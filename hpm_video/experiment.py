@@ -97,17 +97,9 @@ class RunData:
         return self.sources[""].validation
 
     @property
-    def num_files(self) -> int:
-        """Training files of all sources."""
-        return sum(len(source.train) for source in self.sources.values())
-
-    @property
     def fingerprint(self) -> str:
         """What the order of the training files depends on."""
-        return "; ".join(
-            f"{key_of_source(name)}data.train: {source.fingerprint}"
-            for name, source in self.sources.items()
-        )
+        return "; ".join(source.fingerprint for source in self.sources.values())
 
 
 @dataclass(frozen=True)
@@ -206,9 +198,9 @@ def look_into_directory(schema: type[Config], config: Config, data: RunData) -> 
     before = read_state(directory.newest)["data"]
     if not differences and before != data.fingerprint:
         differences = [
-            f"the files of {then} -> {now}"
-            for then, now in zip(before.split("; "), data.fingerprint.split("; "), strict=True)
-            if then != now
+            f"the files of {key_of_source(name)}data.train: {then} -> {source.fingerprint}"
+            for (name, source), then in zip(data.sources.items(), before.split("; "), strict=False)
+            if then != source.fingerprint
         ]
     if differences:
         raise ConfigError(
@@ -300,11 +292,14 @@ def train(
                 Meter(engine.device),
                 metrics,
                 bar,
-                BadFiles(
-                    directory.path / "bad_files.csv",
-                    num_files=data.num_files,
-                    max_bad_share=config.data.max_bad_share,
-                ),
+                {
+                    name: BadFiles(
+                        directory.path / (f"bad_files_{name}.csv" if name else "bad_files.csv"),
+                        num_files=len(source.train),
+                        max_bad_share=config.data.max_bad_share,
+                    )
+                    for name, source in data.sources.items()
+                },
                 stop,
                 watch,
                 best={} if newest is None else read_state(newest)["best"],

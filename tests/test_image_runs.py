@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hpm_video.config import ConfigError, FinetuneConfig, PretrainConfig, load_config
+from hpm_video.data.dataset import TooManyBadFiles
 from hpm_video.finetune import evaluate_run, finetune
 from hpm_video.pretrain import load_run
 from hpm_video.pretrain import pretrain as run_pretraining
@@ -144,6 +145,10 @@ def test_a_class_token_that_pretraining_had_not_is_refused(image_run, images, tm
 def test_tools_take_images(image_run, images, run_tool, tmp_path):
     checkpoint = image_run / "checkpoints" / "last"
     one = images / "validation" / "red" / "1.JPEG"
+    png = images / "validation" / "red" / "0.png"
+    code, said = run_tool("show_masks", checkpoint, png, "--output", png.parent)
+    assert code == 2
+    assert "would overwrite" in said
     code, said = run_tool("show_masks", checkpoint, one, "--output", tmp_path / "pictures")
     assert (code, [path.name for path in (tmp_path / "pictures").iterdir()]) == (0, ["1.png"]), said
     few = ("recipe.epochs=2", "recipe.warmup_epochs=1", "recipe.batch_size=6")
@@ -264,6 +269,33 @@ def test_a_mixed_run_that_was_killed_ends_with_the_same_bits(pretrain, mix, mixe
             for folder in (run, mixed_run)
         )
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+
+
+def test_bad_files_are_counted_for_each_source(mix, config_file, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index in range(24):
+        picture(index, 0).save(folder / f"{index:02d}.png")
+        if index % 8 == 0:
+            (folder / f"{index:02d}.png").write_bytes(b"no picture")
+    overrides = [*mix, f"mix.images.data.train={folder}", "mix.images.data.validation=null"]
+    overrides += [f"output_dir={tmp_path / 'run'}", "data.max_bad_share=0.09"]
+    with pytest.raises(TooManyBadFiles, match="3 of 24 files do not decode"):
+        run_pretraining(load_config(PretrainConfig, config_file, overrides))
+    assert len((tmp_path / "run" / "bad_files_images.csv").read_text().splitlines()) == 4
+    assert not (tmp_path / "run" / "bad_files.csv").exists()
+
+
+def test_files_of_another_source_are_named(mixed_run, mix, config_file, images):
+    renamed = images / "train" / "red" / "0.png"
+    moved = renamed.rename(renamed.with_name("other.png"))
+    try:
+        with pytest.raises(ConfigError, match=r"the files of mix\.images\.data\.train: 12 files"):
+            run_pretraining(
+                load_config(PretrainConfig, config_file, [*mix, f"output_dir={mixed_run}"])
+            )
+    finally:
+        moved.rename(renamed)
 
 
 def test_other_images_of_a_mixed_run_are_refused(pretrain, mix, mixed_run, images):

@@ -16,8 +16,7 @@ import hpm_video
 from hpm_video.config import PretrainConfig, load_any_config
 from hpm_video.console import not_negative, positive, run, shortest
 from hpm_video.data.clip_stream import BadVideosError, Windows
-from hpm_video.data.dataset import Failure, Views
-from hpm_video.data.decode import choose_decoder
+from hpm_video.data.dataset import Failure, Views, settle_decoder
 from hpm_video.data.loader import default_workers
 from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.extraction import Wanted, describe, extract
@@ -95,8 +94,8 @@ def write_features(arguments: argparse.Namespace) -> None:
         BadVideosError: some videos do not decode; the others were dealt with.
         CheckpointError, ConfigError, ManifestError, DeviceError, OSError: a wrong input.
     """
-    choose_decoder(arguments.decoder)
     manifest = read_manifest(arguments.source, arguments.root)
+    settle_decoder(arguments.decoder, manifest)
     extractor, weights = open_encoder(arguments)
     wanted = Wanted(
         Windows(arguments.window_stride)

@@ -11,8 +11,7 @@ from typing import Any
 from hpm_video.config import FinetuneConfig
 from hpm_video.console import not_negative, parse_views, positive, run
 from hpm_video.data.clip_stream import BadVideosError
-from hpm_video.data.dataset import Failure, Views
-from hpm_video.data.decode import choose_decoder
+from hpm_video.data.dataset import Failure, Views, settle_decoder
 from hpm_video.data.loader import default_workers
 from hpm_video.data.manifest import NOT_STATED, UNLABELLED, Manifest, read_manifest
 from hpm_video.prediction import Prediction, predict
@@ -74,8 +73,8 @@ def name_actions(arguments: argparse.Namespace) -> None:
         CheckpointError, ConfigError, ManifestError, DeviceError, OSError: a wrong input.
     """
     check_json(arguments.json)
-    choose_decoder(arguments.decoder)
     manifest = find_videos(arguments.videos)
+    settle_decoder(arguments.decoder, manifest)
     config, recogniser = open_classifier(arguments)
     views = arguments.views or Views(config.test.clips, config.test.crops)
     print(describe(arguments, config, recogniser, views, len(manifest)))

@@ -112,6 +112,8 @@ def show_masks(arguments: argparse.Namespace) -> list[Path]:
     ending = f"-{arguments.source}" if arguments.source else ""
     ending += "-without-ground-truth" if arguments.without_ground_truth else ""
     path = arguments.output / f"{arguments.video.stem}{ending}.png"
+    if path.exists() and path.samefile(arguments.video):
+        raise ValueError(f"the sheet would overwrite {path} itself; name another folder: --output")
     save_sheet(draw_sheet(study), path)
     written = [path]
     if ANIMATIONS[arguments.animation] and study.grid.time > 1:

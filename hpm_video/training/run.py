@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,8 @@ class Run:
     meter: Meter
     metrics: MetricsLog
     bar: ProgressBar
-    bad_files: BadFiles
+    bad_files: Mapping[str, BadFiles]
+    """By the name of the source of a batch."""
     stop: StopRequest
     watch: Watch
     data: str
