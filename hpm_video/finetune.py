@@ -271,7 +271,7 @@ def resolve(
             model = replace(model, pretrained_grid=before.model.pretrained_grid)
     source = config_beside(config.init_weights)
     if source is not None:
-        _check_same_encoder(config, source)
+        check_same_encoder(config, source)
         if model.pretrained_grid is None:
             model = replace(model, pretrained_grid=source_grid_of(source))
     elif config.init_weights is not None and model.pretrained_grid is None:
@@ -323,7 +323,12 @@ def config_beside(init_weights: str | None) -> PretrainConfig | FinetuneConfig |
     return load_any_config(path) if path.is_file() else None
 
 
-def _check_same_encoder(config: FinetuneConfig, source: PretrainConfig | FinetuneConfig) -> None:
+def check_same_encoder(config: FinetuneConfig, source: PretrainConfig | FinetuneConfig) -> None:
+    """Make sure that the encoder of ``source`` is that of ``config``.
+
+    Raises:
+        ConfigError: it is another one. Every difference is named.
+    """
     theirs: EncoderConfig = source.model
     different = [
         f"model.{name}: {getattr(theirs, name)} there, {getattr(config.model, name)} here"

@@ -398,6 +398,24 @@ def test_kinetics_nothing_found_says_what_was_looked_for(run: Run) -> None:
     refused(run("kinetics400", "--train", "flat"), "flat/aaaaaaaaaaa", "give the CSV")
 
 
+def test_kinetics_thumbnails_beside_the_videos_are_left_out(run: Run) -> None:
+    arguments = kinetics_arguments()
+    assert "left out" not in run("kinetics400", *arguments).out
+    before = listed("out/train.csv")
+    thumbnail = "k/train/zumba/zzzzzzzzzz1_000010_000020.jpg"
+    touch(thumbnail, "k/train/zumba/other.webp")
+    for chosen in ((), ("--suffix", ".mp4")):
+        outcome = run("kinetics400", *arguments, *chosen)
+        assert outcome.code == 0, outcome.err
+        assert outcome.out.count("left out: ") == 1
+        assert f"\nleft out: 2 images in {Path('k/train').absolute()}\n" in outcome.out
+        kept = [file for file in before if not chosen or file.lower().endswith(".mp4")]
+        assert listed("out/train.csv") == {file: before[file] for file in kept}
+    alone = run("kinetics400", "--train", "k/train", output="alone")  # class folders
+    assert alone.code == 0, alone.err
+    assert thumbnail not in listed("alone/train.csv")
+
+
 def test_kinetics_what_lies_there_is_not_spoiled(run: Run) -> None:
     touch("a/run/1.mp4", "a/walk/2.mp4", "b/jump/3.mp4", "b/run/4.mp4")
     assert run("kinetics400", "--train", "a").code == 0
@@ -907,12 +925,64 @@ def test_imagenet_class_folders_must_say_what_a_list_says(run: Run) -> None:
 
 def test_imagenet_videos_in_the_place_of_images(run: Run) -> None:
     arguments = imagenet_arguments()
-    touch("in/train/n01440764/a.mp4")
-    refused(run("imagenet1k", *arguments), "1 videos and 6 images")
     touch("clips/n01440764/a.mp4")
     refused(run("imagenet1k", "--train", "clips"), "there are no images in", "such as a.mp4")
     refused(run("imagenet1k", *arguments[2:], "--suffix", ".mp4"), "--suffix must be one of .bmp")
     refused(run("imagenet1k", "--train", "nowhere"), "Name the folder of the images")
+    touch("in/train/n01440764/a.mp4")
+    outcome = run("imagenet1k", *arguments)
+    assert outcome.code == 0, outcome.err
+    assert f"left out: 1 videos in {Path('in/train').absolute()}\n" in outcome.out
+    assert len(listed("out/train.csv")) == 6
+
+
+def test_imagenet_names_that_repeat_between_classes(run: Run) -> None:
+    """As in ImageNet-Sketch."""
+    files = [f"in/{wnid}/sketch_{i}.JPEG" for wnid in WNIDS for i in (0, 1)]
+    touch(*files, f"in/{WNIDS[0]}/sketch_0.png")
+    outcome = run("imagenet1k", "--train", "in")
+    assert outcome.code == 0, outcome.err
+    expected = {file: WNIDS.index(Path(file).parent.name) for file in files}
+    assert listed("out/train.csv") == expected | {f"in/{WNIDS[0]}/sketch_0.png": 0}
+    rows = text("list.txt", f"{WNIDS[0]}/sketch_0.JPEG 0\n")  # of a list the name alone counts
+    twice = run("imagenet1k", "--train", "in", "--train-labels", rows)
+    assert twice.code == 2
+    assert "there are 4 files for sketch_0.JPEG" in twice.err
+
+
+@pytest.mark.parametrize("named_first", [False, True])
+def test_imagenet_one_split_after_the_other(run: Run, named_first: bool) -> None:
+    """Names may come with either: the wnids say whether the numbers are the same."""
+    train, validation = imagenet_arguments()[:2], imagenet_arguments()[2:]
+    names = ["--names", text("LOC_synset_mapping.txt", NAMES)]
+    alone = ["--names", text("wnids.txt", "\n".join(WNIDS))]
+    assert run("imagenet1k", *train, *(names if named_first else [])).code == 0
+    before = Path("out/labels.txt").read_text()
+    outcome = run("imagenet1k", *validation, *(alone if named_first else names))
+    assert outcome.code == 0, outcome.err
+    assert Path("out/labels.txt").read_text() == before
+    assert "labels.txt has the same wnids already" in outcome.out
+    shown = read_manifest("out/validation.csv").label_names
+    assert shown == read_manifest("out/train.csv").label_names == tuple(before.splitlines())
+    outcome = run("imagenet1k", *train, *validation, *names)
+    assert Path("out/labels.txt").read_text() == NAMES
+    assert "already" not in outcome.out
+    fewer = text("fewer.txt", NAMES + "n99999999 more\n")
+    outcome = run("imagenet1k", *validation, "--names", fewer)
+    assert outcome.code == 2
+    assert "train.csv has the numbers of" in outcome.err
+
+
+def test_imagenet_archives_must_be_unpacked(run: Run) -> None:
+    touch("in/train/n01440764.tar", "in/train/n01443537.tar")
+    refused(
+        run("imagenet1k", "--train", "in"),
+        *("no images in", "2 archives", "Unpack them first", str(Path("in/train").absolute())),
+        'for f in *.tar; do mkdir "${f%.tar}" && tar -xf "$f" -C "${f%.tar}" && rm "$f"; done',
+    )
+    loop = load("imagenet1k").Videos.__init__.__globals__["UNPACK"]
+    for name in ("imagenet1k", "cifar10"):
+        assert f"    {loop}\n" in (ROOT / "datasets" / name / "README.md").read_text()
 
 
 # --- CIFAR-10 -------------------------------------------------------------------------------------
@@ -1096,6 +1166,67 @@ def test_cifar_a_broken_or_harmful_archive_is_refused(
     assert not list(Path.cwd().glob("out/*.csv"))
 
 
+def reduced(module: bytes, name: bytes, arguments: bytes) -> bytes:
+    """Opcodes that call something."""
+    return b"c" + module + b"\n" + name + b"\n" + arguments + b"R"
+
+
+OBJECTS = reduced(b"numpy", b"dtype", b"(X\x01\x00\x00\x00O\x89\x88t")
+POINTERS = b"c_codecs\nencode\n(X\x40\x00\x00\x00" + b"A" * 64 + b"X\x06\x00\x00\x00latin1tR"
+U1 = reduced(b"numpy", b"dtype", b"(X\x02\x00\x00\x00u1\x89\x88t")
+EMPTY = reduced(b"numpy.core.multiarray", b"_reconstruct", b"(cnumpy\nndarray\n(K\0tU\x01bt")
+
+
+@pytest.mark.parametrize(
+    ("opcodes", "part"),
+    [
+        # A segmentation fault, where NumPy takes 64 letters for 8 pointers.
+        (reduced(b"numpy", b"ndarray", b"((K\x04t" + OBJECTS + POINTERS + b"t"), "kind 'O'"),
+        (reduced(b"numpy", b"ndarray", b"((K\x04t" + U1 + POINTERS + b"t"), "numpy.ndarray"),
+        (b"cnumpy\nndarray\n(K\x04t\x85\x81", "calls numpy.ndarray"),
+        (reduced(b"numpy.core.multiarray", b"_reconstruct", b"(c_codecs\nencode\nt"), "array of"),
+        (EMPTY + b"(K\x01(K\x20t" + U1 + b"\x89" + POINTERS + b"tb", "(32,) with 64 bytes"),
+        (EMPTY + b"(K\x01(K\xf8K\xf8t" + U1 + b"\x89" + POINTERS + b"tb", "with 64 bytes"),
+        (
+            EMPTY + b"(K\x01(J\xff\xff\xff\xffJ\xc0\xff\xff\xfft" + U1 + b"\x89" + POINTERS + b"tb",
+            "64 b",
+        ),
+        (EMPTY + b"(K\x02(K\x40t" + U1 + b"\x89" + POINTERS + b"tb", "8-bit numbers"),
+        (EMPTY + b"(K\x01(K\x40tN\x89" + POINTERS + b"tb", "8-bit numbers"),
+        (EMPTY + b"(K\x01(K\x40t" + U1 + b"\x89]tb", "8-bit numbers"),
+        (U1 + b"(K\x03U\x01|NU\x01aNtb", "with fields"),
+    ],
+)
+def test_cifar_no_pickle_calls_numpy(opcodes: bytes, part: str) -> None:
+    """In a process of its own, which a pickle might take down."""
+    Path("meta").write_bytes(b"\x80\x02}X\x0b\0\0\0label_names" + opcodes + b"s.")
+    code = (
+        "import runpy, sys; from pathlib import Path\n"
+        "script = runpy.run_path(sys.argv[1])\n"
+        "try: print(script['unpickle'](Path('meta').read_bytes(), 'meta'))\n"
+        "except script['RecipeError'] as error: print('refused:', error)"
+    )
+    script = ROOT / "datasets/cifar10/prepare.py"
+    Path("hpm_video").symlink_to(ROOT / "hpm_video")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(script)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("refused: meta is refused: it ")
+    assert part in done.stdout
+
+
+def test_cifar_arrays_in_either_order(run: Run) -> None:
+    files = cifar_files("python 3")
+    for name in BATCHES:
+        pixels, labels = cifar_batch(name)
+        content = {b"data": np.asfortranarray(pixels), b"labels": labels}
+        files[name] = pickle.dumps(content, 2)
+    outcome = run("cifar10", cifar_archive(files))
+    assert outcome.code == 0, outcome.err
+    check_cifar()
+
+
 def test_cifar_what_is_none_of_it(run: Run) -> None:
     files = cifar_files("binary")
     files["data_batch_1.bin"] += b"x"
@@ -1104,7 +1235,16 @@ def test_cifar_what_is_none_of_it(run: Run) -> None:
     Path("cut.tar.gz").write_bytes(data[: len(data) // 2])
     refused(run("cifar10", "cut.tar.gz"), "cut.tar.gz cannot be read", "Download it again")
     text("a.zip", "no archive")
-    refused(run("cifar10", "a.zip"), "a.zip cannot be read")
+    refused(
+        run("cifar10", "a.zip"),
+        *("a.zip cannot be read", "cifar-10-python.tar.gz or cifar-10-binary.tar.gz", "unpacked"),
+    )
+    touch("t/train/bird.tar", "t/test/bird.tar")
+    refused(run("cifar10", "t"), "no images in", "1 archives", "for f in *.tar; do")
+    for name in ("bird.tar", "cifar-10-python.tar.gz"):
+        touch(f"tars {name}/{name}")
+        outcome = run("cifar10", f"tars {name}")
+        refused(outcome, f"such as tars {name}/{name}. Name the archive itself", "for f in *.tar")
     touch("c/train/bird/1.png")
     refused(run("cifar10", "c"), "none of what is published", "cifar-10-python.tar.gz")
     refused(run("cifar10", "nowhere"), "nowhere is none of what is published")

@@ -10,7 +10,9 @@ See README.md there.
 
 import argparse
 import io
+import math
 import pickle
+import re
 import sys
 import tarfile
 import zlib
@@ -24,11 +26,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hpm_video.data.recipes import (
+    UNPACK,
     Classes,
     Clip,
     RecipeError,
     Split,
     Videos,
+    folder_and_name,
     match,
     report,
     run_recipe,
@@ -42,25 +46,77 @@ BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "validation": ["te
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE
 
+PUBLISHED = "cifar-10-python.tar.gz or cifar-10-binary.tar.gz"
+
 Batch = tuple[NDArray[np.uint8], list[int]]
 """Images (N, H, W, 3) and their labels."""
 Read = Callable[[str], bytes]
 """Name of a file of the archive -> its content."""
 
+_TAR = re.compile(r"\.(?:tar(?:\.\w+)?|tgz)$")
+
 
 # --- The archives --------------------------------------------------------------------------------
 
 
+class _Bytes:
+    """Stands for NumPy's type of 8-bit numbers while a pickle is read."""
+
+    def __new__(cls, code: object = None, *_: object) -> "_Bytes":
+        if code not in ("u1", b"u1", "|u1", b"|u1"):
+            raise RecipeError(f"it wants numbers of the kind {code!r}, not those of 8 bits, 'u1'")
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        """Byte order, fields and the like, of which 8-bit numbers have none."""
+        if not isinstance(state, tuple) or len(state) < 5 or state[2:5] != (None, None, None):
+            raise RecipeError("it wants numbers with fields, not those of 8 bits, 'u1'")
+
+
+class _Array:
+    """Stands for an array while a pickle is read.
+
+    NumPy's own would be called with whatever the pickle says, and can be made to crash.
+    """
+
+    pixels: NDArray[np.uint8] | None = None
+
+    def __new__(cls, *arguments: object) -> "_Array":
+        if arguments:
+            raise RecipeError("it calls numpy.ndarray, which no file of CIFAR-10 needs")
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        """Takes version, shape, type, whether columns come first, and the bytes."""
+        match state:
+            case (1, tuple(shape), _Bytes(), bool(by_columns), bytes(data)):
+                pass
+            case _:
+                raise RecipeError("it holds an array that is not one of 8-bit numbers")
+        if not all(type(side) is int and side >= 0 for side in shape) or (
+            math.prod(shape) != len(data)
+        ):
+            raise RecipeError(f"it holds an array of the shape {shape} with {len(data)} bytes")
+        flat = np.frombuffer(data, np.uint8)
+        self.pixels = flat.reshape(shape, order="F" if by_columns else "C")
+
+
+def _empty_array(kind: object, *_: object) -> _Array:
+    """In the place of NumPy's ``_reconstruct``."""
+    if kind is not _Array:
+        raise RecipeError("it wants an array of another kind than numpy.ndarray")
+    return _Array()
+
+
 class _OnlyArrays(pickle.Unpickler):
-    """Makes arrays and what Python has built in, and nothing else: a pickle can call anything."""
+    """Makes stand-ins for arrays and what Python has built in: a pickle can call anything."""
 
     def find_class(self, module: str, name: str) -> Any:
-        made_by = np.zeros(0).__reduce__()[0]
         allowed: dict[tuple[str, str], Any] = {
-            ("numpy", "ndarray"): np.ndarray,
-            ("numpy", "dtype"): np.dtype,
-            ("numpy.core.multiarray", "_reconstruct"): made_by,
-            ("numpy._core.multiarray", "_reconstruct"): made_by,
+            ("numpy", "ndarray"): _Array,
+            ("numpy", "dtype"): _Bytes,
+            ("numpy.core.multiarray", "_reconstruct"): _empty_array,
+            ("numpy._core.multiarray", "_reconstruct"): _empty_array,
             ("_codecs", "encode"): _latin_1,  # bytes, as Python 3 writes them for Python 2
         }
         if (module, name) not in allowed:
@@ -70,8 +126,8 @@ class _OnlyArrays(pickle.Unpickler):
         return allowed[module, name]
 
 
-def _latin_1(text: str, encoding: str) -> bytes:
-    if encoding not in ("latin1", "latin-1"):
+def _latin_1(text: object, encoding: object) -> bytes:
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
         raise RecipeError(f"it wants text encoded as {encoding}, which no file of CIFAR-10 needs")
     return text.encode("latin-1")
 
@@ -93,7 +149,12 @@ def unpickle(data: bytes, place: str) -> dict[bytes, Any]:
         ) from error
     if not isinstance(content, dict):
         raise RecipeError(f"{place} holds a {type(content).__name__}, not a dictionary")
-    return {name.encode() if isinstance(name, str) else name: content[name] for name in content}
+    return {
+        name.encode() if isinstance(name, str) else name: (
+            value.pixels if isinstance(value, _Array) else value
+        )
+        for name, value in content.items()
+    }
 
 
 def python_batch(data: bytes, place: str) -> Batch:
@@ -134,7 +195,14 @@ def _pictures(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def tar_reader(path: Path) -> Iterator[Read]:
     """Reads from an archive, whatever the folder within; nothing is extracted."""
     with _as_recipe_error(path):
-        archive = tarfile.open(path)  # noqa: SIM115 - closed below
+        try:
+            archive = tarfile.open(path)  # noqa: SIM115 - closed below
+        except tarfile.ReadError as error:
+            raise RecipeError(
+                f"{path} cannot be read: it is no tar archive, or a broken one. Name "
+                f"{PUBLISHED}, downloaded again where it is one of these; any other archive is "
+                "unpacked first, and its folder named"
+            ) from error
     with archive:
         with _as_recipe_error(path):
             members = {Path(one.name).name: one for one in archive.getmembers() if one.isfile()}
@@ -183,6 +251,12 @@ def open_archive(source: Path) -> AbstractContextManager[Read] | None:
             return folder_reader(place)
     if all((source / folder).is_dir() for folder in SPLITS.values()):
         return None
+    if archives := sorted(file for file in source.glob("*") if _TAR.search(file.name)):
+        raise RecipeError(
+            f"{source} holds no images, but {len(archives)} archives, such as {archives[0]}. Name "
+            f"the archive itself where it is {PUBLISHED}; unpack others first, into train/<class>/ "
+            f"and test/<class>/. In a folder of .tar files: {UNPACK}"
+        )
     raise RecipeError(
         f"{source} is none of what is published: name cifar-10-python.tar.gz, "
         "cifar-10-binary.tar.gz, the folder cifar-10-batches-py or cifar-10-batches-bin, or a "
@@ -200,7 +274,8 @@ def read_archive(read: Read, source: Path) -> tuple[list[str], dict[str, Iterato
         names = meta.decode("utf-8", "replace").split()
     else:
         listed = unpickle(meta, f"{source}: batches.meta").get(b"label_names", [])
-        names = [name.decode() if isinstance(name, bytes) else str(name) for name in listed]
+        shown = listed if isinstance(listed, list) else []
+        names = [name.decode() if isinstance(name, bytes) else str(name) for name in shown]
     if not names or any("/" in name or name.startswith(".") for name in names):
         raise RecipeError(f"{source}: need the names of the classes, got {names}")
 
@@ -267,14 +342,9 @@ def split_of_folders(name: str, images: Videos, classes: Classes) -> Split:
                 f"{file} lies in no folder named like one of the {len(classes.names)} classes of "
                 f"{classes.source}. Training and test images must have the same classes"
             )
-        shown = f"{file.parent.name}/{file.name}"
-        clips.append(Clip(str(file.parent), shown, (_key(file),), folders[file.parent]))
+        shown = folder_and_name(file)
+        clips.append(Clip(str(file.parent), shown, (shown,), folders[file.parent]))
     return match(name, clips, images.find, "", "image")
-
-
-def _key(file: Path) -> str:
-    """Class folder and name."""
-    return f"{file.parent.name}/{file.name}"
 
 
 def prepare(options: argparse.Namespace) -> tuple[str, list[Split]]:
@@ -283,7 +353,7 @@ def prepare(options: argparse.Namespace) -> tuple[str, list[Split]]:
     archive = open_archive(source)
     if archive is None:
         images = {
-            name: Videos(source / folder, _key, suffix=options.suffix, kind="image")
+            name: Videos(source / folder, folder_and_name, suffix=options.suffix, kind="image")
             for name, folder in SPLITS.items()
         }
         there = {file.parent.name for file in images["train"].files}

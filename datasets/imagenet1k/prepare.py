@@ -13,7 +13,7 @@ import csv
 import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from hpm_video.data.recipes import (
     Split,
     Videos,
     check_once,
+    folder_and_name,
     match,
     read_text,
     report,
@@ -241,6 +242,11 @@ def clips_of_rows(rows: Sequence[Row], wnids: Wnids) -> list[Clip]:
     return clips
 
 
+def stem(file: Path) -> str:
+    """The name alone, as lists have it."""
+    return file.stem
+
+
 def clips_of_folders(images: Videos, wnids: Wnids, name: str) -> list[Clip]:
     """The images of a folder of class folders."""
     clips = []
@@ -252,8 +258,8 @@ def clips_of_folders(images: Videos, wnids: Wnids, name: str) -> list[Clip]:
                 f"--{name}-labels; README.md lists the files that say the classes"
             )
         label = wnids.label(file.parent.name, str(file.parent))
-        shown = f"{file.parent.name}/{file.name}"
-        clips.append(Clip(str(file.parent), shown, (file.stem,), label))
+        shown = folder_and_name(file)
+        clips.append(Clip(str(file.parent), shown, (shown,), label))
     return clips
 
 
@@ -267,6 +273,20 @@ def check_folders(split: Split, wnids: Wnids) -> None:
                 f"but lies in the folder {file.parent}. Leave out --{split.name}-labels where the "
                 "folders are right"
             )
+
+
+def standing_labels(output: Path, wnids: Wnids, written: Iterable[str]) -> list[str] | None:
+    """The lines of a ``labels.txt`` that must stay, if it has the same wnids.
+
+    It must where a manifest of a split stays that is not ``written`` now.
+    """
+    stays = [name for name in SPLITS if name not in written and (output / f"{name}.csv").is_file()]
+    standing = output / "labels.txt"
+    if stays and standing.is_file():
+        lines = read_text(standing, "the list of classes").splitlines()
+        if [line.partition(" ")[0] for line in lines] == list(wnids.order):
+            return lines
+    return None
 
 
 def prepare(options: argparse.Namespace) -> tuple[str, list[Split]]:
@@ -285,7 +305,12 @@ def prepare(options: argparse.Namespace) -> tuple[str, list[Split]]:
         if path
     }
     images = {
-        name: Videos(folder, lambda file: file.stem, suffix=options.suffix, kind="image")
+        name: Videos(
+            folder,
+            stem if name in rows else folder_and_name,
+            suffix=options.suffix,
+            kind="image",
+        )
         for name, folder in folders.items()
         if folder
     }
@@ -305,6 +330,13 @@ def prepare(options: argparse.Namespace) -> tuple[str, list[Split]]:
             f"{len(wnids)} classes, not the {NUM_CLASSES} of ImageNet-1k: their numbers are others"
         )
     labels = [f"{wnid} {(names or {}).get(wnid, '')}".strip() for wnid in wnids.order]
+    standing = standing_labels(options.output, wnids, images)
+    if standing not in (None, labels):
+        labels = standing or labels
+        notes.append(
+            "labels.txt has the same wnids already and stays as it is, with the names in it, for "
+            "another manifest there is of it. To change the names prepare all splits at once"
+        )
     write(options.output, labels, splits)
     return report(options.output, labels, splits, images.values(), notes), splits
 

@@ -13,8 +13,11 @@ import contextlib
 import importlib
 import io
 import os
+import re
+import struct
 import tempfile
 import warnings
+import zlib
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -354,8 +357,7 @@ class _ImageReader(VideoReader):
         self.path = path
         self.num_frames = 1
         data = Path(path).read_bytes()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged metadata, and of pictures that are large
+        with _pillow():
             self._image = _open_image(data)
             count = 1 if self._image.format == "MPO" else getattr(self._image, "n_frames", 1)
         if count != 1:
@@ -369,15 +371,33 @@ class _ImageReader(VideoReader):
                 "Save it with 8 or 16 bits"
             )
 
-    def _decode(self, indices: list[int]) -> Frames:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    def _decode(self, indices: list[int]) -> Frames:  # noqa: ARG002 - there is one frame
+        with _pillow():
             self._image.load()
-            pixels = _rgb(_upright(self._image))
-        return np.stack([pixels for _ in indices])
+            return _rgb(_upright(self._image))[None]
 
     def close(self) -> None:
         self._image.close()
+
+
+@contextlib.contextmanager
+def _pillow() -> Iterator[None]:
+    """Silence where Pillow warns, of damaged metadata and of large pictures; its errors plain."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Image.DecompressionBombError as error:
+        pixels, limit, *_ = [*re.findall(r"\d+", str(error)), "too many", "limit"]
+        raise DecodeError(
+            f"it has {pixels} pixels, more than Pillow's limit, {limit}. Shrink it"
+        ) from error
+    except (OSError, SyntaxError, EOFError, struct.error, zlib.error) as error:
+        if "not available" in str(error):  # a codec that this Pillow was built without
+            raise
+        raise DecodeError(f"it is cut off or damaged: {error}; download it again") from error
 
 
 def _open_image(data: bytes) -> "Image.Image":
@@ -388,10 +408,14 @@ def _open_image(data: bytes) -> "Image.Image":
         image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
     except UnidentifiedImageError as error:
         raise DecodeError(
-            f"it is no image of the formats {', '.join(_IMAGE_FORMATS)}, or it is cut off"
+            f"it is no image of the formats {', '.join(_IMAGE_FORMATS)}, or it is cut off or "
+            "damaged; download it again, or save it in one of them"
         ) from error
     if image.format in ("JPEG", "MPO") and not _has_end(data):
-        raise DecodeError("it is cut off: the mark of its end is missing")
+        raise DecodeError(
+            "it is cut off: the mark of its end is missing. Download it again or, where it looks "
+            "whole, open it and save it again"
+        )
     if image.format == "PNG":
         image.verify()  # the sums, at which decoding does not look; it ends with the file
         image = Image.open(io.BytesIO(data), formats=("PNG",))

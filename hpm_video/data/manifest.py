@@ -289,7 +289,7 @@ def _files(root: Path, paths: Iterable[str]) -> tuple[str, ...]:
 
 
 def _read_folder(folder: Path) -> Manifest:
-    found = sorted(_files_below(folder), key=lambda name: name.split("/"))
+    found = files_below(folder)
     if not found:
         raise ManifestError(
             f"there are no videos in {folder}, and no images; looked, in its folders too, for "
@@ -312,7 +312,12 @@ def _read_folder(folder: Path) -> Manifest:
     return Manifest(files, tuple(labels[name] for name in classes), nothing, names)
 
 
-def _files_below(folder: Path) -> Iterator[str]:
+def files_below(folder: Path) -> list[str]:
+    """All videos and images, however deep: paths from ``folder`` on, sorted folder by folder."""
+    return sorted(_walk(folder), key=lambda name: name.split("/"))
+
+
+def _walk(folder: Path) -> Iterator[str]:
     """Paths from ``folder`` on. Links to folders are followed, but not in circles."""
     seen = set()
     for place, folders, files in os.walk(folder, followlinks=True):

@@ -18,12 +18,14 @@ from hpm_video.data.manifest import (
     UNLABELLED,
     VIDEO_SUFFIXES,
     ManifestError,
-    read_manifest,
+    files_below,
 )
 from hpm_video.whole_files import written_beside
 
 COLUMNS = ("path", "label", "label_name")
 NAMED_IN_REPORT = 5
+UNPACK = 'for f in *.tar; do mkdir "${f%.tar}" && tar -xf "$f" -C "${f%.tar}" && rm "$f"; done'
+"""A command that turns each archive of a folder into a folder."""
 
 Kind = Literal["video", "image"]
 """What the files of a data set are, as errors and reports call one of them."""
@@ -111,7 +113,10 @@ class Classes:
 
 
 class Videos:
-    """The videos or images below a folder, by keys, and which of them were asked for."""
+    """The videos or images below a folder, by keys, and which of them were asked for.
+
+    Files of the other kind, such as the thumbnail of a video, are counted and left out.
+    """
 
     def __init__(
         self,
@@ -128,17 +133,15 @@ class Videos:
             raise RecipeError(f"there is no folder {self.folder}. Name the folder of the {kind}s")
         if suffix is not None and suffix.lower() not in suffixes:
             raise RecipeError(f"--suffix must be one of {' '.join(suffixes)}, got {suffix!r}")
-        every = (Path(file) for file in read_manifest(self.folder).files)
-        self.files = tuple(
-            file for file in every if suffix is None or file.suffix.lower() == suffix.lower()
-        )
+        every = files_below(self.folder)
+        own = [name for name in every if name.lower().endswith(suffixes)]
+        if not own:
+            raise _nothing(self.folder, kind, every)
+        self.other_kind = len(every) - len(own)
+        wanted = suffixes if suffix is None else suffix.lower()
+        self.files = tuple(self.folder / name for name in own if name.lower().endswith(wanted))
         if not self.files:
             raise RecipeError(f"there are no {kind}s {suffix} in {self.folder}. Leave out --suffix")
-        if not self.files[0].name.lower().endswith(suffixes):
-            raise RecipeError(
-                f"there are no {kind}s in {self.folder}, but files of another kind, such as "
-                f"{self.files[0].name}. Name the folder of the {kind}s"
-            )
         self._by_key: dict[str, list[Path]] = defaultdict(list)
         for file in self.files:
             self._by_key[key(file)].append(file)
@@ -162,6 +165,30 @@ class Videos:
     def unlisted(self) -> list[Path]:
         """Files that nobody asked for."""
         return [file for file in self.files if file not in self._asked]
+
+
+def _nothing(folder: Path, kind: Kind, others: Sequence[str]) -> RecipeError:
+    """A folder without files of a kind: whether it holds archives, or ``others``, or nothing."""
+    if archives := sorted(folder.rglob("*.tar")):
+        return RecipeError(
+            f"there are no {kind}s in {folder}, but {len(archives)} archives, such as "
+            f"{archives[0]}. Unpack them first, in the folder {archives[0].parent}: {UNPACK}"
+        )
+    if others:
+        return RecipeError(
+            f"there are no {kind}s in {folder}, but files of another kind, such as "
+            f"{Path(others[0]).name}. Name the folder of the {kind}s"
+        )
+    suffixes = IMAGE_SUFFIXES if kind == "image" else VIDEO_SUFFIXES
+    return RecipeError(
+        f"there are no {kind}s in {folder}; looked, in its folders too, for names that end in one "
+        f"of {' '.join(suffixes)}. Name the folder of the {kind}s"
+    )
+
+
+def folder_and_name(file: Path) -> str:
+    """A key that tells files of one name in several class folders apart."""
+    return f"{file.parent.name}/{file.name}"
 
 
 def class_key(name: str) -> str:
@@ -315,6 +342,9 @@ def report(
             f"on disk, but in none of these lists: {len(unlisted)} of {len(shelf.files)} "
             f"{shelf.kind}s in {shelf.folder}{some if unlisted else ''}"
         )
+        if shelf.other_kind:
+            other = "image" if shelf.kind == "video" else "video"
+            lines.append(f"left out: {shelf.other_kind} {other}s in {shelf.folder}")
     text = "\n".join([*lines, *notes])
     return text.encode("utf-8", "backslashreplace").decode("utf-8")  # names that are not text
 

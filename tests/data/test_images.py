@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from hpm_video.data import decode
 from hpm_video.data.decode import DecodeError, is_image, open_video
 
 HEIGHT, WIDTH = 17, 26
@@ -255,8 +256,51 @@ def test_a_file_that_is_cut_off(tmp_path, format_, options, share):
     path.write_bytes(data)
     read(path)
     path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(DecodeError, match=r"cannot decode .*a\.jpg: ."):
+    with pytest.raises(DecodeError, match=r"cannot decode .*a\.jpg: it is .*cut off") as caught:
         read(path)
+    assert "ownload it again" in caught.value.reason
+
+
+def test_a_jpeg_without_its_end_says_what_to_do(tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(whole("JPEG")[:-2])
+    with pytest.raises(DecodeError, match=r"end is missing\. Download it again .* save it again"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "reason"),
+    [
+        (b"IHDR", r"it is no image of .*, or it is cut off or damaged; download it again"),
+        (b"IDAT", r"it is cut off or damaged: .*; download it again"),
+    ],
+)
+def test_a_png_with_a_wrong_checksum(tmp_path, chunk, reason):
+    data = bytearray(whole("PNG"))
+    behind = data.index(chunk) - 4
+    size = int.from_bytes(data[behind : behind + 4], "big")
+    data[behind + 8 + size] ^= 1
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(DecodeError, match=reason):
+        read(tmp_path / "a.png")
+
+
+def test_a_codec_that_pillow_lacks_is_no_damage(tmp_path, monkeypatch):
+    path = saved(tmp_path / "a.png", colours())
+
+    def load(_: Image.Image) -> None:
+        raise OSError("decoder jpeg_2000 not available")
+
+    monkeypatch.setattr(Image.Image, "load", load)
+    with open_video(str(path)) as video, pytest.raises(DecodeError) as caught:
+        video.read([0])
+    assert caught.value.reason == "OSError: decoder jpeg_2000 not available"
+
+
+def test_pixels_are_not_copied(tmp_path, monkeypatch):
+    pixels = colours()
+    monkeypatch.setattr(decode, "_rgb", lambda _: pixels)
+    assert np.shares_memory(read(saved(tmp_path / "a.png", pixels)), pixels)
 
 
 @pytest.mark.parametrize("format_", ["JPEG", "PNG"])
@@ -275,7 +319,7 @@ def test_a_file_whose_end_is_zeros(tmp_path, format_):
         (b"", "the file is empty"),
         (b"I am no image\n" * 50, "it is no image of the formats JPEG, PNG, BMP"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n" * 9, "it is no image"),
-        (png(20000, 20000, (b"IDAT", zlib.compress(bytes(99)))), "bomb"),
+        (png(20000, 20000, (b"IDAT", zlib.compress(bytes(99)))), "400000000 pixels"),
         (png(4, 4, (b"IDAT", zlib.compress(bytes(6))), (b"IEND", b"")), "truncated"),
     ],
 )
@@ -301,8 +345,11 @@ def test_a_large_picture_is_read_without_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", HEIGHT * WIDTH - 1)
     assert np.array_equal(read(path), colours())
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", HEIGHT * WIDTH // 2 - 1)
-    with pytest.raises(DecodeError, match="bomb"):
+    limit = HEIGHT * WIDTH // 2 * 2 - 2
+    reason = f"it has {HEIGHT * WIDTH} pixels, more than Pillow's limit, {limit}. Shrink it"
+    with pytest.raises(DecodeError) as caught:
         read(path)
+    assert caught.value.reason == reason
 
 
 @pytest.mark.parametrize("format_", ["PNG", "WEBP", "TIFF", "GIF"])

@@ -3,7 +3,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from hpm_video.data.manifest import Manifest, ManifestError, read_manifest, write_manifest
+from hpm_video.data.manifest import (
+    Manifest,
+    ManifestError,
+    files_below,
+    read_manifest,
+    write_manifest,
+)
 
 
 def listed(folder: Path, text: str, name: str = "list.csv", **options) -> Manifest:
@@ -196,6 +202,7 @@ def test_a_folder_of_videos_and_images(tmp_path):
     touch(tmp_path, "run/a.mp4", "run/a.jpg", "walk/b.avi", "walk/c.avi")
     with pytest.raises(ManifestError, match=r"3 videos and 1 images.*or write a manifest"):
         read_manifest(tmp_path)
+    assert files_below(tmp_path) == ["run/a.jpg", "run/a.mp4", "walk/b.avi", "walk/c.avi"]
     (tmp_path / "run/a.jpg").unlink()
     assert read_manifest(tmp_path).labels == (0, 1, 1)
 
