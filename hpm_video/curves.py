@@ -58,7 +58,7 @@ PANELS = (
         noisy=True,
     ),
     Panel(
-        "Held-out error, relative to the simplest good answer's",
+        "Held-out error, 1 = simplest good answer",
         ("relative_error", "*/relative_error"),
         marks=(Mark(1.0, "simplest"),),
     ),
