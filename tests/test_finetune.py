@@ -325,7 +325,7 @@ def test_a_comparison_of_starts(finetune_config, run_tool, tmp_path):
     for trial in trials:
         run = output / f"{trial['start']}-2-lr{trial['base_lr']:g}-seed0"
         assert result_of(folder_tested(run))["top1"] == trial["top1"]
-        assert "6 videos to train on" in said
+        assert "6 files to train on" in said
     assert len(read_manifest(output / "train-2-seed0.csv")) == 6
     assert said.count("<- best") == 2
     assert said.count("start from weights of") == 2
