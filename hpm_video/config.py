@@ -4,6 +4,7 @@ A field marked with :func:`unrelated` does not change what a run computes (paths
 logging); the others do, and a run that has begun refuses to go on with another value.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -632,8 +633,8 @@ class SourceConfig:
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
             raise ConfigError(
-                f"mix.NAME.weight must be positive and finite, got {self.weight}; mix.NAME=null "
-                f"leaves a source out"
+                f"weight must be positive and finite, got {self.weight}; mix.NAME=null leaves a "
+                f"source out"
             )
 
 
@@ -808,6 +809,7 @@ def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> C
                 f"{path} leaves {open_keys[0]} to you: give {open_keys[0]}=VALUE, or "
                 f"{open_keys[0]}=null for none"
             )
+        _check_sources_alone(given)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
     except ConfigError:
         raise
@@ -816,6 +818,26 @@ def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> C
         raise ConfigError(f"cannot use {path} {' '.join(overrides)}: {reason}") from error
     assert isinstance(config, schema)
     return config
+
+
+def _check_sources_alone(given: Any) -> None:
+    """Make sure of each further source by itself, so that an error says which it is of.
+
+    Raises:
+        ConfigError: a value of one breaks a rule of the schema.
+    """
+    mix: Any = given.get("mix") if OmegaConf.is_dict(given) else None
+    for name, values in mix.items() if OmegaConf.is_dict(mix) else ():
+        with contextlib.suppress(OmegaConfBaseException):  # which names the key by itself, later
+            source = OmegaConf.merge(OmegaConf.structured(SourceConfig), values)
+            _check_source_alone(str(name), source)
+
+
+def _check_source_alone(name: str, source: Any) -> None:
+    try:
+        OmegaConf.to_object(source)
+    except ConfigError as error:
+        raise ConfigError(f"mix.{name}: {error}") from error
 
 
 _LEFT_OUT = re.compile(r"mix(\.[A-Za-z0-9_-]+)?=(null|\{\})")
