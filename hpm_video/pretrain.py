@@ -22,6 +22,7 @@ from hpm_video.experiment import (
     claim,
     find_failures,
     in_one_pass,
+    key_of_source,
     look_into_directory,
     make_engine,
     num_workers,
@@ -295,8 +296,7 @@ def _watch(
     measured, pictured = {}, {}
     for name, source in data.sources.items():
         if source.validation is None:
-            key = f"mix.{name}.data.validation" if name else "data.validation"
-            log.info("no %s: nothing is measured or drawn on held-out clips of it", key)
+            log.info("no %sdata.validation: none of its clips are measured", key_of_source(name))
             continue
         measured[name] = _held_out(config, data, name, config.logging.validation_clips)
         pictured[name] = _held_out(config, data, name, PICTURED_CLIPS)
@@ -309,7 +309,7 @@ def _watch(
         for name, clips in measured.items():
             batches = held_out_batches(clips, **_reading(config, clips))
             measures = measure(objective, engine, batches)
-            found |= {named(name, measure): value for measure, value in measures.items()}
+            found |= {named(name, what): value for what, value in measures.items()}
         return found
 
     def draw(done: int) -> None:

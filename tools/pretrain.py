@@ -40,7 +40,7 @@ def tell_results(run_dir: Path, config: PretrainConfig) -> None:
         "TensorBoard": run_dir / "tensorboard",
         "curves": run_dir / "curves.png",
         "pictures": run_dir / "pictures",
-        "files not decoded": run_dir / "bad_files.csv",
+        **{path.stem: path for path in sorted(run_dir.glob("bad_files*.csv"))},
     }
     print("\nDone. The run left:")
     for name, path in rows.items():
