@@ -34,6 +34,7 @@ from hpm_video.pixels import normalise
 from hpm_video.pretrain import build_student
 from hpm_video.recognition import build_classifier, load_recogniser
 from hpm_video.training.checkpoint import save_checkpoint
+from hpm_video.training.optim import OptimizerState
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -77,7 +78,11 @@ def save(folder, schema, text, build, *, names=(), update=7, overrides=()):
         attached.append(folder / "labels.txt")
     checkpoint = folder / f"update-{update:08d}"
     save_checkpoint(
-        checkpoint, build(config), optimizer={}, state={"update": update}, attached=attached
+        checkpoint,
+        build(config),
+        optimizer=OptimizerState(0, {}),
+        state={"update": update},
+        attached=attached,
     )
     return checkpoint
 

@@ -22,6 +22,7 @@ from hpm_video.pretrain import _optimizer, build_student
 from hpm_video.progress import Timeline
 from hpm_video.recognition import build_classifier
 from hpm_video.training.checkpoint import CheckpointError, read_weights, save_checkpoint
+from hpm_video.training.optim import OptimizerState
 
 MODEL = "encoder: {dim: 16, depth: 2, num_heads: 2}, patch_size: [2, 8, 8]"
 DATA = "data: {train: LIST, num_frames: 4, frame_size: [32, 24]}"
@@ -63,7 +64,11 @@ def save(folder, config, **modules):
     save_config(config, folder / "config.yaml")
     place = folder / "update-00000001"
     save_checkpoint(
-        place, modules, optimizer={}, state={"update": 1}, attached=[folder / "config.yaml"]
+        place,
+        modules,
+        optimizer=OptimizerState(0, {}),
+        state={"update": 1},
+        attached=[folder / "config.yaml"],
     )
     return place
 

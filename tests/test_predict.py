@@ -17,6 +17,7 @@ from hpm_video.data.transforms import crop_and_resize, view_boxes
 from hpm_video.pretrain import build_student
 from hpm_video.recognition import build_classifier, load_recogniser
 from hpm_video.training.checkpoint import save_checkpoint
+from hpm_video.training.optim import OptimizerState
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("still", "moves left", "moves right")
@@ -63,8 +64,11 @@ def classifier(tmp_path_factory) -> Path:
     (folder / "labels.txt").write_text("".join(f"{name}\n" for name in NAMES))
     save_checkpoint(
         folder / "update-00000007",
-        {"model": with_random_head(config, 1), "average": with_random_head(config, 2)},
-        optimizer={},
+        {
+            "model": with_random_head(config, 1).state_dict(),
+            "average": with_random_head(config, 2).state_dict(),
+        },
+        optimizer=OptimizerState(0, {}),
         state={"update": 7},
         attached=[folder / "config.yaml", folder / "labels.txt"],
     )
@@ -192,8 +196,8 @@ def test_a_checkpoint_of_pretraining_is_refused_with_the_remedy(main, validation
     checkpoint = tmp_path / "update-00000003"
     save_checkpoint(
         checkpoint,
-        {"model": build_student(config)},
-        optimizer={},
+        {"model": build_student(config).state_dict()},
+        optimizer=OptimizerState(0, {}),
         state={"update": 3},
         attached=[tmp_path / "config.yaml"],
     )

@@ -23,6 +23,7 @@ from hpm_video.pixels import normalise
 from hpm_video.recognition import build_classifier, load_recogniser, recogniser_of
 from hpm_video.token_grid import TokenGrid
 from hpm_video.training.checkpoint import CheckpointError, save_checkpoint
+from hpm_video.training.optim import OptimizerState
 from hpm_video.training.distributed import Processes, joined_processes
 
 ROOT = Path(__file__).parent.parent
@@ -62,8 +63,11 @@ def checkpoint(config, tmp_path_factory) -> Path:
     (folder / "labels.txt").write_text("".join(f"{name}\n" for name in NAMES))
     save_checkpoint(
         folder / "update-00000001",
-        {"model": with_random_weights(config, 1), "average": with_random_weights(config, 2)},
-        optimizer={},
+        {
+            "model": with_random_weights(config, 1).state_dict(),
+            "average": with_random_weights(config, 2).state_dict(),
+        },
+        optimizer=OptimizerState(0, {}),
         state={"update": 1, "facts": {"precision": "fp32"}},
         attached=[folder / "config.yaml", folder / "labels.txt"],
     )

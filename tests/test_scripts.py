@@ -20,6 +20,11 @@ FILES = (
     "tools/environment.sh",
     "tools/launch.sh",
 )
+# What says how many processes to start.
+PROCESSES = {
+    *("GPUS", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "HOSTFILE"),
+    "CUDA_VISIBLE_DEVICES",
+}
 
 # Stands for Python: says yes to the checks (-c) and writes down what else it is started with.
 RECORDER = """#!/usr/bin/env bash
@@ -68,7 +73,7 @@ class Clone:
             [str(self.root / script), *arguments],
             cwd=cwd or self.elsewhere,
             env={
-                **os.environ,
+                **{name: value for name, value in os.environ.items() if name not in PROCESSES},
                 "HPM_PYTHON": str(self.python),
                 "RECORD": str(self.record),
                 **(env or {}),
@@ -196,6 +201,143 @@ def test_a_pretraining_that_was_stopped_stops_the_fine_tuning(clone: Clone) -> N
     assert [start[1] for start in clone.starts()] == [PREPARE[0], "tools/pretrain.py"]
 
 
+OTHER = ["tools/pretrain.py", "configs/pretrain/other.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("env", "launcher"),
+    [
+        ({"GPUS": "1"}, []),
+        ({"GPUS": "3"}, ["tools/launch.py", "--processes", "3"]),
+        (
+            {"GPUS": "3", "MASTER_PORT": "29600"},
+            ["tools/launch.py", "--processes", "3", "--master-port", "29600"],
+        ),
+        (
+            {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"},
+            [
+                *("tools/launch.py", "--processes", "1", "--nodes", "2", "--node-rank", "1"),
+                *("--master-addr", "node0"),
+            ],
+        ),
+    ],
+)
+def test_processes_are_started_by_the_launcher(
+    clone: Clone, env: Mapping[str, str], launcher: list[str]
+) -> None:
+    result = clone.run("run_pretrain.sh", *OTHER[1:], "seed=1", env=env)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert clone.starts() == [[str(clone.root), *launcher, *OTHER, "seed=1"]]
+
+
+def test_both_steps_of_the_finetuning_demo_are_launched(clone: Clone) -> None:
+    assert clone.run("run_finetune.sh", "init_weights=w", env={"GPUS": "2"}).returncode == 0
+    assert clone.run("run_finetune.sh", env={"GPUS": "2"}).returncode == 0
+    launcher = ["tools/launch.py", "--processes", "2"]
+    programs = [start[1:] for start in clone.starts() if start[1:] != PREPARE]
+    assert programs == [
+        [*launcher, "tools/finetune.py", FINETUNE, "init_weights=w"],
+        [*launcher, *PRETRAIN_FIRST],
+        [*launcher, "tools/finetune.py", FINETUNE],
+    ]
+
+
+def test_hosts_are_started_by_the_other_launcher(clone: Clone) -> None:
+    hosts = clone.elsewhere / "my hosts"
+    hosts.write_text("# two\nnode0 slots=3\n\nnode1  slots=8 # more")
+    env = {"HOSTFILE": "my hosts"}  # as seen from where the script is started
+    assert clone.run("run_pretrain.sh", *OTHER[1:], env=env).returncode == 0
+    assert clone.run("run_pretrain.sh", *OTHER[1:], "--dry-run", env=env).returncode == 0
+    assert [start[1:] for start in clone.starts()] == [
+        ["tools/launch_hosts.py", str(hosts), *OTHER],
+        [*OTHER, "--dry-run", "--processes", "11"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("env", "processes"), [({}, "1"), ({"GPUS": "8"}, "8"), ({"GPUS": "8", "NNODES": "8"}, "64")]
+)
+def test_dry_run_is_one_process_anywhere(
+    clone: Clone, env: Mapping[str, str], processes: str
+) -> None:
+    """Without the machines that the run itself needs."""
+    for_both = ["--dry-run", "--processes", processes]
+    arguments = ["--dry-run", *OTHER[1:], "seed=1"]
+    assert clone.run("run_pretrain.sh", *arguments, env=env).returncode == 0
+    assert clone.run("run_finetune.sh", "seed=1", "--dry-run", env=env).returncode == 0
+    assert [start[1:] for start in clone.starts()] == [
+        [*OTHER, "seed=1", *for_both],
+        PREPARE,
+        ["tools/finetune.py", FINETUNE, "seed=1", *for_both],
+    ]
+
+
+NODE = {"MASTER_ADDR": "a", "NODE_RANK": "0"}
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"GPUS": "0"}, "GPUS=0 must be a whole number of at least 1"),
+        ({"GPUS": "two"}, "GPUS=two must be a whole number"),
+        ({"GPUS": "2.5"}, "GPUS=2.5 must be a whole number"),
+        ({"GPUS": "all"}, "GPUS=all must be a whole number"),
+        ({"NNODES": "-1"}, "NNODES=-1 must be a whole number"),
+        ({"NNODES": "2", "NODE_RANK": "0"}, "NNODES=2 needs MASTER_ADDR"),
+        ({"NNODES": "2", "MASTER_ADDR": "a"}, "NNODES=2 needs NODE_RANK in 0 to 1, got ''"),
+        ({**NODE, "NNODES": "2", "NODE_RANK": "2"}, "needs NODE_RANK in 0 to 1, got '2'"),
+        ({**NODE, "NNODES": "2", "MASTER_PORT": "http"}, "MASTER_PORT=http must be in 1 to 65535"),
+        ({"GPUS": "2", "HOSTFILE": "h"}, "GPUS=2 and HOSTFILE=h are both given"),
+        ({"NNODES": "2", "HOSTFILE": "h"}, "NNODES=2 and HOSTFILE=h are both given"),
+        ({"HOSTFILE": "h"}, "HOSTFILE=h is no file"),
+        ({"HOSTFILE": "bad"}, "HOSTFILE=bad: 'node0' is no host"),
+        ({"HOSTFILE": "empty"}, "HOSTFILE=empty names no host"),
+    ],
+)
+@pytest.mark.parametrize("script", ["run_pretrain.sh", "run_finetune.sh"])
+def test_mistaken_processes(
+    clone: Clone, script: str, env: Mapping[str, str], message: str
+) -> None:
+    (clone.elsewhere / "bad").write_text("node0\n")
+    (clone.elsewhere / "empty").write_text("# none\n")
+    result = clone.run(script, env=env)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not clone.record.exists()
+
+
+@pytest.mark.parametrize(
+    ("env", "code", "message"),
+    [
+        ({}, 0, "4 GPUs are here and one is used; GPUS=4 ./run_pretrain.sh ... uses all\n"),
+        ({"CUDA_VISIBLE_DEVICES": "0,3"}, 0, "2 GPUs are here and one is used"),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, 0, ""),
+        ({"CUDA_VISIBLE_DEVICES": "", "GPUS": "9"}, 0, ""),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, 0, ""),
+        ({"GPUS": "1"}, 0, ""),
+        ({"GPUS": "4"}, 0, ""),
+        ({"GPUS": "5"}, 2, "error: GPUS=5, and this machine has 4\n"),
+        ({"GPUS": "2", "CUDA_VISIBLE_DEVICES": "1"}, 2, "error: GPUS=2, and this machine has 1\n"),
+    ],
+)
+def test_gpus_are_counted(
+    clone: Clone, tmp_path: Path, env: Mapping[str, str], code: int, message: str
+) -> None:
+    """nvidia-smi is stood in for: no such machine is at hand."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text(
+        '#!/bin/sh\nfor n in 0 1 2 3; do echo "GPU $n: NVIDIA H200 (UUID: GPU-$n)"; done\n'
+    )
+    (tools / "nvidia-smi").chmod(0o755)
+    path = f"{tools}:{os.environ['PATH']}"
+    result = clone.run("run_pretrain.sh", *OTHER[1:], env={**env, "PATH": path})
+    assert result.returncode == code
+    assert result.stderr.startswith(message)
+    assert bool(result.stderr) == bool(message)
+    assert clone.record.exists() == (code == 0)
+
+
 def test_exit_code_is_pythons(clone: Clone) -> None:
     assert clone.run("run_pretrain.sh", env={"EXIT_CODE": "75"}).returncode == 75
 
@@ -211,8 +353,11 @@ def test_help(clone: Clone) -> None:
     ("argument", "message"),
     [("configs/none.yaml", "no configuration configs/none.yaml"), ("--fast", "unknown option")],
 )
-def test_mistaken_argument(clone: Clone, script: str, argument: str, message: str) -> None:
-    result = clone.run(script, argument)
+@pytest.mark.parametrize("others", [[], ["--dry-run"]])
+def test_mistaken_argument(
+    clone: Clone, script: str, argument: str, message: str, others: Sequence[str]
+) -> None:
+    result = clone.run(script, *others, argument)
     assert result.returncode == 2
     assert message in result.stderr
     assert not clone.record.exists()

@@ -2,31 +2,67 @@
 # What the launch scripts share. To be sourced by one that defines `root` and `usage`:
 #
 #   source "$root/tools/launch.sh"
-#   choose_config DEFAULT "$@"   # sets config and overrides, or ends the script
+#   choose_config DEFAULT "$@"   # sets config, overrides and dry_run, or ends the script
+#   choose_processes             # from GPUS, NNODES and HOSTFILE: sets processes and launcher, or
+#                                # ends the script
 #   prepare_environment          # sets python, see tools/environment.sh
 #   make_demo_data               # where the configuration names what is missing of it
+#   start PROGRAM ARGUMENT ...   # in that many processes
+#   finish PROGRAM ARGUMENT ...  # the same, in place of the script
 
 # shellcheck source=tools/environment.sh
 source "$root/tools/environment.sh"
 
 config=""
 overrides=()
+dry_run=""
+processes=1 # of the whole job
+launcher=() # the program and its options that start several processes
+
+processes_usage() {
+  cat <<'TEXT'
+Several processes, each on a GPU of its own, or on the CPU where there are no GPUs:
+
+  GPUS=8 ./run_...              on this machine
+  GPUS=8 NNODES=2 NODE_RANK=0 MASTER_ADDR=NODE0 ./run_...
+                                the same line on each of two machines, with its own NODE_RANK;
+                                MASTER_PORT is 29500 unless given
+  HOSTFILE=FILE ./run_...       by DeepSpeed's launcher, on the machines of FILE, each of which
+                                is a line such as "node0 slots=8"
+  sbatch tools/slurm/...        by slurm, see the comments there
+
+When SIGTERM or Ctrl-C asks them to stop they have HPM_GRACE seconds to save, 300 unless given.
+TEXT
+}
+
+# Ends the script for a wrong input: refuse MESSAGE [REMEDY]
+refuse() {
+  printf 'error: %s\n' "$1" >&2
+  if (($# > 1)); then printf '  %s\n' "${@:2}" >&2; fi
+  exit 2
+}
 
 # The configuration that the first argument names, unless that is an override.
 choose_config() {
   config="$1"
   shift
-  case "${1:-}" in
-    -h | --help)
-      usage
-      exit 0
-      ;;
-    -*)
-      printf 'error: unknown option %s\n\n' "$1" >&2
-      usage >&2
-      exit 2
-      ;;
-  esac
+  local argument arguments=()
+  for argument in "$@"; do
+    case "$argument" in
+      -h | --help)
+        usage
+        exit 0
+        ;;
+      --dry-run) dry_run=yes ;;
+      -*)
+        printf 'error: unknown option %s\n\n' "$argument" >&2
+        usage >&2
+        exit 2
+        ;;
+      *) arguments+=("$argument") ;;
+    esac
+  done
+  set -- ${arguments[@]+"${arguments[@]}"}
   local override='^[A-Za-z_][A-Za-z0-9_.]*='
   if (($#)) && { [[ ! $1 =~ $override ]] || [[ -f $1 ]]; }; then
     config="$1"
@@ -34,12 +70,122 @@ choose_config() {
     if [[ -f $config ]]; then
       config="$(cd -- "$(dirname -- "$config")" && pwd)/$(basename -- "$config")"
     elif [[ ! -f $root/$config ]]; then
-      printf 'error: no configuration %s, neither in %s nor in %s\n' "$config" "$PWD" "$root" >&2
-      exit 2
+      refuse "no configuration $config, neither in $PWD nor in $root"
     fi
   fi
   overrides=("$@")
 }
+
+# --- How many processes -------------------------------------------------------------------------
+
+choose_processes() {
+  if [[ -n ${HOSTFILE:-} ]]; then
+    choose_hosts
+    return
+  fi
+  local gpus="${GPUS:-1}" nodes="${NNODES:-1}"
+  check_count GPUS "$gpus" "It is the number of processes on this machine, one per GPU: GPUS=8."
+  check_count NNODES "$nodes" "It is the number of machines: NNODES=2."
+  processes=$((gpus * nodes))
+  if [[ -n $dry_run ]]; then return; fi
+  local options=()
+  if ((nodes > 1)); then
+    check_node "$nodes"
+    options=(--nodes "$nodes" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR")
+  fi
+  if [[ -n ${MASTER_PORT:-} ]]; then
+    if [[ ! $MASTER_PORT =~ ^[1-9][0-9]{0,4}$ ]] || ((MASTER_PORT > 65535)); then
+      refuse "MASTER_PORT=$MASTER_PORT must be in 1 to 65535" "It is a free port of MASTER_ADDR's machine."
+    fi
+    options+=(--master-port "$MASTER_PORT")
+  fi
+  check_gpus "$gpus"
+  if ((processes > 1)); then
+    launcher=(tools/launch.py --processes "$gpus" ${options[@]+"${options[@]}"})
+  fi
+}
+
+# check_count NAME VALUE REMEDY
+check_count() {
+  if [[ ! $2 =~ ^[1-9][0-9]{0,5}$ ]]; then
+    refuse "$1=$2 must be a whole number of at least 1" "$3"
+  fi
+}
+
+# check_node NODES: where this machine is among them.
+check_node() {
+  if [[ -z ${MASTER_ADDR:-} ]]; then
+    refuse "NNODES=$1 needs MASTER_ADDR" "It is the name or the address of the machine of NODE_RANK=0."
+  fi
+  if [[ ! ${NODE_RANK:-} =~ ^[0-9]{1,6}$ ]] || ((10#$NODE_RANK >= $1)); then
+    refuse "NNODES=$1 needs NODE_RANK in 0 to $(($1 - 1)), got '${NODE_RANK:-}'" \
+      "It tells the machines apart; 0 is the one that MASTER_ADDR names."
+  fi
+}
+
+# check_gpus WANTED: by nvidia-smi, which takes a moment where torch takes seconds.
+check_gpus() {
+  local there
+  there="$(count_gpus)"
+  if ((there > 0 && $1 > there)); then
+    refuse "GPUS=$1, and this machine has $there" \
+      "Take GPUS=$there, or other machines too with NNODES or HOSTFILE."
+  elif ((there > 1)) && [[ -z ${GPUS:-} ]]; then
+    printf '%d GPUs are here and one is used; GPUS=%d ./%s ... uses all\n' \
+      "$there" "$there" "$(basename -- "$0")" >&2
+  fi
+}
+
+# Those that nvidia-smi lists and CUDA_VISIBLE_DEVICES leaves; 0 where there is no nvidia-smi.
+count_gpus() {
+  local there visible
+  there="$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true)"
+  if [[ -n ${CUDA_VISIBLE_DEVICES+given} ]]; then
+    IFS=', ' read -ra visible <<<"${CUDA_VISIBLE_DEVICES/#-1*/}"
+    if ((${#visible[@]} < there)); then there="${#visible[@]}"; fi
+  fi
+  printf '%s\n' "$there"
+}
+
+choose_hosts() {
+  local name
+  for name in GPUS NNODES NODE_RANK; do
+    if [[ -n ${!name:-} ]]; then
+      refuse "$name=${!name} and HOSTFILE=$HOSTFILE are both given" \
+        "HOSTFILE says on which machines how many processes start: leave $name out."
+    fi
+  done
+  if [[ ! -f $HOSTFILE ]]; then
+    refuse "HOSTFILE=$HOSTFILE is no file" "Write one with a line such as 'node0 slots=8' per machine."
+  fi
+  local line host='^[[:space:]]*[^[:space:]#]+[[:space:]]+slots=([1-9][0-9]{0,5})[[:space:]]*(#.*)?$'
+  processes=0
+  while IFS= read -r line || [[ -n $line ]]; do
+    if [[ $line =~ ^[[:space:]]*(#.*)?$ ]]; then continue; fi
+    if [[ ! $line =~ $host ]]; then
+      refuse "HOSTFILE=$HOSTFILE: '$line' is no host" "A line is a name and its processes: node0 slots=8"
+    fi
+    processes=$((processes + BASH_REMATCH[1]))
+  done <"$HOSTFILE"
+  if ((processes == 0)); then
+    refuse "HOSTFILE=$HOSTFILE names no host" "Write a line such as 'node0 slots=8' per machine."
+  fi
+  HOSTFILE="$(cd -- "$(dirname -- "$HOSTFILE")" && pwd)/$(basename -- "$HOSTFILE")"
+  launcher=(tools/launch_hosts.py "$HOSTFILE")
+}
+
+# PROGRAM ARGUMENT ... in as many processes as were chosen.
+start() {
+  "$python" ${launcher[@]+"${launcher[@]}"} "$@"
+}
+
+# The same as the script's last step; for a dry run, one process that is told their number.
+finish() {
+  if [[ -n $dry_run ]]; then exec "$python" "$@" --dry-run --processes "$processes"; fi
+  exec "$python" ${launcher[@]+"${launcher[@]}"} "$@"
+}
+
+# --- The demo's data ----------------------------------------------------------------------------
 
 # prepare.py writes the manifests last: where they are, the clips or the frames are complete.
 make_demo_data() {

@@ -3,7 +3,7 @@
 A checkpoint is a folder ``update-00001600`` of
     model.safetensors, teacher.safetensors   weights, as any safetensors reader takes them (of a
                                              classifier: model and, if kept, average)
-    optimizer.pt                             what resuming needs beside them
+    optimizer.safetensors                    what resuming needs beside them, by parameter
     state.json                               the next update, held-out measures, what wrote it
     config.yaml                              the experiment, so that the folder speaks for itself
     labels.txt                               of a classifier: the name of class i in line i
@@ -13,20 +13,21 @@ It is written under another name and renamed once it is on the disk.
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hpm_video.training.optim import OptimizerState, Tensors
+
 PREFIX = "update-"
 UNFINISHED = ".writing-"
+OPTIMIZER = "optimizer.safetensors"
 
 
 class CheckpointError(RuntimeError):
@@ -35,21 +36,22 @@ class CheckpointError(RuntimeError):
 
 def save_checkpoint(
     folder: Path,
-    modules: Mapping[str, nn.Module],
+    weights: Mapping[str, Mapping[str, Tensor]],
     *,
-    optimizer: dict[str, Any],
+    optimizer: OptimizerState,
     state: dict[str, Any],
     attached: Iterable[Path],
 ) -> None:
     """Write one checkpoint, whole or not at all, with copies of the files ``attached``.
 
+    ``weights``: of each module, by its name.
+
     Raises:
         CheckpointError: the weights are not finite, or the disk does not take them. What was
             there before is untouched.
     """
-    tensors = {name: _on_host(module.state_dict()) for name, module in modules.items()}
-    for name, weights in tensors.items():
-        broken = [key for key, value in weights.items() if not value.isfinite().all()]
+    for name, values in weights.items():
+        broken = [key for key, value in values.items() if not value.isfinite().all()]
         if broken:
             raise CheckpointError(
                 f"{name} has weights that are not finite, {broken[0]} for one; it is not saved"
@@ -58,9 +60,9 @@ def save_checkpoint(
     shutil.rmtree(writing, ignore_errors=True)
     try:
         writing.mkdir(parents=True)
-        for name, weights in tensors.items():
-            save_file(weights, writing / f"{name}.safetensors")
-        torch.save(optimizer, writing / "optimizer.pt")
+        for name, values in weights.items():
+            save_file(_on_host(values), writing / f"{name}.safetensors")
+        _write_optimizer(optimizer, writing / OPTIMIZER)
         (writing / "state.json").write_text(json.dumps(state, indent=1) + "\n")
         for path in attached:
             shutil.copyfile(path, writing / path.name)
@@ -141,22 +143,35 @@ def point_to_newest_and_best(folder: Path) -> None:
         point_to(folder / "best", checkpoint_path(folder, best["update"]))
 
 
-def read_optimizer(checkpoint: Path) -> dict[str, Any]:
-    """The optimizer's state, on the CPU; tensors and numbers only, never code.
+def _write_optimizer(state: OptimizerState, path: Path) -> None:
+    tensors = {
+        f"{kind}.{name}": value
+        for kind, of_parameters in state.moments.items()
+        for name, value in of_parameters.items()
+    }
+    save_file(_on_host(tensors), path, metadata={"step": str(state.step)})
+
+
+def read_optimizer(checkpoint: Path) -> OptimizerState:
+    """The optimizer's state, on the CPU, whatever engine wrote it.
 
     Raises:
-        CheckpointError: the file is not there, not whole, or holds something else.
+        CheckpointError: the file is not there, or not whole.
     """
-    path = checkpoint / "optimizer.pt"
+    path = checkpoint / OPTIMIZER
+    moments: dict[str, Tensors] = {}
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        with safe_open(path, framework="pt") as stored:
+            for key in stored.keys():  # noqa: SIM118 - it is no mapping
+                kind, name = key.split(".", 1)
+                moments.setdefault(kind, {})[name] = stored.get_tensor(key)
+            return OptimizerState(int(stored.metadata()["step"]), moments)
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(
             f"cannot take up the optimizer's state of {path}: {reason}. Delete this checkpoint to "
             f"go on from the one before"
         ) from error
-    return state
 
 
 def read_weights(path: Path, name: str = "model") -> dict[str, Tensor]:

@@ -1,19 +1,55 @@
 """How a loss becomes an update. The only thing the training loop knows about devices."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from hpm_video.training.device import Precision
+from hpm_video.training.device import AUTOCAST, Precision
+from hpm_video.training.distributed import Processes
+from hpm_video.training.optim import OptimizerState, Tensors, put_state, state_of
+
+
+class Viewer(Protocol):
+    """A model that is looked at: only its forward pass, of any number of clips."""
+
+    device: torch.device
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of training."""
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """The model's forward pass."""
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """A viewer of a model that this process has all weights of."""
+
+    model: nn.Module
+    device: torch.device
+    precision: Precision
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of training."""
+        return autocast(self.device, self.precision)
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """The model's forward pass."""
+        return self.model(*inputs, **options)
 
 
 class Engine(Protocol):
     """Runs a model's forward pass, backward pass and optimizer step.
 
     One call of ``backward`` and one of ``step`` per micro-batch; ``step`` returns True when it
-    updated the weights, which is every ``accumulate`` calls.
+    updated the weights, which is every ``accumulate`` calls. The loss of an update is the mean over
+    its micro-batches and over all processes. What returns whole weights or states is called by all
+    processes; the first gets them.
     """
 
     device: torch.device
@@ -21,19 +57,59 @@ class Engine(Protocol):
     accumulate: int
     gradient_norm: Tensor
     """() of the last update, before it was clipped."""
+    precision: Precision
+    """What activations are computed in."""
+    processes: Processes
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]: ...
-    def autocast(self) -> AbstractContextManager[Any]: ...
-    def __call__(self, *inputs: Any, **options: Any) -> Any: ...
-    def backward(self, loss: Tensor) -> None: ...
-    def step(self) -> bool: ...
-    def optimizer_state(self) -> dict[str, Any]: ...
-    def load_optimizer_state(self, state: dict[str, Any]) -> None: ...
+    def name(self) -> str:
+        """For the log."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's, whose ``lr`` the loop sets."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Mixed precision, for everything that a batch is put through. Weights stay float32."""
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """The model's forward pass."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch, as its share of the update."""
+
+    def step(self) -> bool:
+        """Update the weights once the last micro-batch of an update is done."""
+
+    def hold(self, module: nn.Module) -> None:
+        """Place a module that follows the model, as the model's weights are placed."""
+
+    def whole(self, module: nn.Module) -> AbstractContextManager[nn.Module]:
+        """``module``, or a copy of it, that any process can call alone."""
+
+    def weights(self, module: nn.Module) -> Tensors:
+        """All weights of a module in the host's memory; none on other processes than the first."""
+
+    def optimizer_state(self) -> OptimizerState:
+        """What resuming needs beside the weights; no moments on others than the first process."""
+
+    def load_optimizer_state(self, state: OptimizerState) -> None:
+        """Go on where :meth:`optimizer_state` was taken, by any engine."""
+
+
+def batch_statistics(model: nn.Module) -> list[Tensor]:
+    """Running averages of batch norms, which each process takes of its own clips."""
+    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    return [
+        value
+        for norm in norms
+        for value in (norm.running_mean, norm.running_var)
+        if value is not None
+    ]
 
 
 class TorchEngine:
-    """Plain torch: one process, one device. The default, and the reference for any other."""
+    """Plain torch, in any number of processes. The default, and the reference for any other."""
 
     def __init__(
         self,
@@ -43,22 +119,26 @@ class TorchEngine:
         device: torch.device,
         accumulate: int = 1,
         clip_grad: float | None = None,
-        autocast: torch.dtype | None = None,
+        precision: Precision = "fp32",
+        processes: Processes = Processes(),  # noqa: B008 - it is frozen
     ) -> None:
         """Take a model that is on ``device`` already, and the optimizer of its parameters."""
         self.model = model
         self.device = device
         self.accumulate = accumulate
+        self.precision: Precision = precision
+        self.processes = processes
+        self.gradient_norm = torch.zeros((), device=device)
+        self._runner = processes.replicate(model)
+        self._statistics = batch_statistics(model)
         self._optimizer = optimizer
         self._clip_grad = clip_grad
-        self._autocast = autocast
         self._micro_steps = 0
-        self.gradient_norm = torch.zeros((), device=device)
 
     @property
-    def precision(self) -> Precision:
-        """What activations are computed in."""
-        return "fp32" if self._autocast is None else "bf16"
+    def name(self) -> str:
+        """For the log."""
+        return "plain torch" if self.processes.count == 1 else "plain torch, DDP"
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -67,12 +147,17 @@ class TorchEngine:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Mixed precision, for everything that a batch is put through. Weights stay float32."""
-        enabled = self._autocast is not None
-        return torch.autocast(self.device.type, self._autocast, enabled=enabled)
+        return autocast(self.device, self.precision)
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         """The model's forward pass."""
-        return self.model(*inputs, **options)
+        is_last = (self._micro_steps + 1) % self.accumulate == 0
+        # Gradients are averaged over the processes once per update, with its last micro-batch.
+        kept: AbstractContextManager[Any] = nullcontext()
+        if isinstance(self._runner, nn.parallel.DistributedDataParallel) and not is_last:
+            kept = self._runner.no_sync()
+        with kept:
+            return self._runner(*inputs, **options)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch, as its share of the update."""
@@ -91,12 +176,35 @@ class TorchEngine:
             )
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        self.processes.average_(self._statistics)
         return True
 
-    def optimizer_state(self) -> dict[str, Any]:
-        """What resuming needs beside the weights."""
-        return self._optimizer.state_dict()
+    def hold(self, module: nn.Module) -> None:
+        """Nothing to do: all processes have all weights."""
 
-    def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`optimizer_state` was taken."""
-        self._optimizer.load_state_dict(state)
+    @contextmanager
+    def whole(self, module: nn.Module) -> Iterator[nn.Module]:
+        """The module itself."""
+        yield module
+
+    def weights(self, module: nn.Module) -> Tensors:
+        """All weights of a module in the host's memory; none on other processes than the first."""
+        if not self.processes.is_first:
+            return {}
+        return {name: value.detach().cpu() for name, value in module.state_dict().items()}
+
+    def optimizer_state(self) -> OptimizerState:
+        """What resuming needs beside the weights; no moments on others than the first process."""
+        if not self.processes.is_first:
+            return OptimizerState(0, {})
+        return state_of(self._optimizer, self.model)
+
+    def load_optimizer_state(self, state: OptimizerState) -> None:
+        """Go on where :meth:`optimizer_state` was taken, by any engine."""
+        put_state(state, self._optimizer, self.model)
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """Computes in ``precision`` what gains by it."""
+    dtype = AUTOCAST[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)

@@ -1,10 +1,13 @@
 """Optimizers, and which parameters they decay and how fast they train them."""
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+Tensors = dict[str, Tensor]
 
 
 def parameter_groups(
@@ -53,3 +56,43 @@ def make_adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float]) -> t
 def make_sgd(groups: list[dict[str, Any]], *, momentum: float) -> torch.optim.SGD:
     """Stochastic gradient descent with momentum; its learning rate is set before every update."""
     return torch.optim.SGD(groups, lr=0.0, momentum=momentum)
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """What resuming needs beside the weights, whatever engine it is of."""
+
+    step: int
+    """Updates that were made; 0 of an optimizer that does not count."""
+    moments: dict[str, Tensors]
+    """Kind (``exp_avg``, ``exp_avg_sq``, ``momentum_buffer``) -> name of a parameter -> value."""
+
+
+def state_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> OptimizerState:
+    """The state of an optimizer of whole parameters, in the host's memory."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    step, moments = 0, dict[str, Tensors]()
+    for parameter, values in optimizer.state.items():
+        for kind, value in values.items():
+            if kind == "step":
+                step = int(value)
+            elif value is not None:
+                moments.setdefault(kind, {})[names[parameter]] = value.detach().cpu()
+    return OptimizerState(step, moments)
+
+
+def put_state(state: OptimizerState, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Put a state into an optimizer of whole parameters."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order = [names[p] for group in optimizer.param_groups for p in group["params"]]
+    values: dict[int, dict[str, Any]] = {}
+    for place, name in enumerate(order):
+        its_own: dict[str, Any] = {
+            kind: of[name] for kind, of in state.moments.items() if name in of
+        }
+        if its_own and state.step:
+            its_own["step"] = torch.tensor(float(state.step))
+        if its_own:
+            values[place] = its_own
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": values, "param_groups": groups})

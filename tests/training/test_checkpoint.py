@@ -21,6 +21,7 @@ from hpm_video.training.checkpoint import (
     remove_unfinished,
     save_checkpoint,
 )
+from hpm_video.training.optim import OptimizerState
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -35,8 +36,8 @@ def config(tmp_path):
 def save(folder, update, config, module=None, **state):
     save_checkpoint(
         checkpoint_path(folder, update),
-        {"model": module or nn.Linear(3, 2)},
-        optimizer={"state": {0: {"step": torch.tensor(1.0)}}},
+        {"model": (module or nn.Linear(3, 2)).state_dict()},
+        optimizer=OptimizerState(1, {"exp_avg": {"weight": torch.ones(2, 3)}}),
         state={"update": update, **state},
         attached=[config],
     )
@@ -48,7 +49,9 @@ def test_a_checkpoint_is_read_back(tmp_path, config):
     (checkpoint,) = checkpoints_in(tmp_path)
     assert checkpoint.name == "update-00000007"
     assert torch.equal(read_weights(checkpoint)["weight"], module.weight)
-    assert read_optimizer(checkpoint)["state"][0]["step"] == 1
+    optimizer = read_optimizer(checkpoint)
+    assert optimizer.step == 1
+    assert torch.equal(optimizer.moments["exp_avg"]["weight"], torch.ones(2, 3))
     assert (checkpoint / "config.yaml").read_text() == "seed: 0\n"
 
 
@@ -56,7 +59,7 @@ def test_attached_files_are_copied_and_one_that_is_not_there_leaves_nothing(tmp_
     names = tmp_path / "labels.txt"
     names.write_text("a\nb\n")
     folder = tmp_path / "checkpoints"
-    options = {"optimizer": {}, "state": {"update": 1}}
+    options = {"optimizer": OptimizerState(0, {}), "state": {"update": 1}}
     save_checkpoint(folder / "update-00000001", {}, attached=[config, names], **options)
     (checkpoint,) = checkpoints_in(folder)
     assert (checkpoint / "labels.txt").read_text() == "a\nb\n"
@@ -98,13 +101,16 @@ import resource
 from pathlib import Path
 import torch
 from hpm_video.training.checkpoint import CheckpointError, checkpoint_path, save_checkpoint
+from hpm_video.training.optim import OptimizerState
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 folder = Path({str(tmp_path)!r})
 for big in ("model", "optimizer"):
     module = torch.nn.Linear(300, 300) if big == "model" else torch.nn.Linear(1, 1)
-    optimizer = {{"state": torch.zeros(100_000 if big == "optimizer" else 1)}}
+    moment = torch.zeros(100_000 if big == "optimizer" else 1)
+    optimizer = OptimizerState(1, {{"exp_avg": {{"weight": moment}}}})
+    weights = {{"model": module.state_dict()}}
     try:
-        save_checkpoint(checkpoint_path(folder, 2), {{"model": module}}, optimizer=optimizer,
+        save_checkpoint(checkpoint_path(folder, 2), weights, optimizer=optimizer,
                         state={{"update": 2}}, attached=[folder / "config.yaml"])
     except CheckpointError as error:
         print(error)
@@ -125,7 +131,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, config):
 
     save(tmp_path, 1, config)
     (checkpoint,) = checkpoints_in(tmp_path)
-    (checkpoint / "optimizer.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
+    (checkpoint / "optimizer.safetensors").write_bytes(pickle.dumps(Evil(), protocol=2))
     with pytest.raises(CheckpointError, match="cannot take up the optimizer's state"):
         read_optimizer(checkpoint)
     assert not (tmp_path / "pwned").exists()

@@ -1,0 +1,278 @@
+"""DeepSpeed's ZeRO as an engine: optimizer, gradients and weights spread over processes.
+
+Stage 0 spreads nothing, 1 the optimizer's moments, 2 the gradients as well, 3 the weights as well
+(Rajbhandari et al., "ZeRO", SC 2020). What an update computes is what :class:`TorchEngine` does.
+The only user of deepspeed.
+"""
+
+import copy
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpm_video.training.deepspeed_settings import DeepSpeedChoice, settings_of
+from hpm_video.training.device import Precision
+from hpm_video.training.distributed import Processes
+from hpm_video.training.engine import autocast, batch_statistics
+from hpm_video.training.optim import OptimizerState, Tensors, put_state, state_of
+
+
+class DeepSpeedEngine:
+    """ZeRO of any stage, in float32 or with autocast to bfloat16. Weights stay float32."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        choice: DeepSpeedChoice,
+        *,
+        device: torch.device,
+        micro_batch: int,
+        accumulate: int = 1,
+        clip_grad: float | None = None,
+        precision: Precision = "fp32",
+        processes: Processes = Processes(),  # noqa: B008 - it is frozen
+    ) -> None:
+        """Take a model that is on ``device`` already, and the optimizer of its parameters.
+
+        Raises:
+            DeepSpeedError: deepspeed is not installed, or does not take these settings.
+        """
+        self.model = model
+        self.device = device
+        self.accumulate = accumulate
+        self.precision: Precision = precision
+        self.processes = processes
+        self.gradient_norm = torch.zeros((), device=device)
+        self.stage = choice.stage
+        self._settings = settings_of(
+            choice,
+            micro_batch=micro_batch,
+            accumulate=accumulate,
+            processes=processes.count,
+            clip_grad=clip_grad,
+            precision=precision,
+        )
+        self._deepspeed = import_deepspeed()
+        self._statistics = batch_statistics(model)
+        self._skeleton = _skeleton_of(model) if self.stage == 3 else None
+        self._deepspeed.init_distributed(dist_init_required=False)
+        self._engine, *_ = self._deepspeed.initialize(
+            model=model, optimizer=optimizer, config=self._settings
+        )
+
+    @property
+    def name(self) -> str:
+        """For the log."""
+        return f"DeepSpeed, ZeRO stage {self.stage}"
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's, whose ``lr`` the loop sets."""
+        groups: list[dict[str, Any]] = self._engine.optimizer.param_groups
+        return groups
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Mixed precision, for everything that a batch is put through. Weights stay float32."""
+        return autocast(self.device, self.precision)
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """The model's forward pass."""
+        return self._engine(*inputs, **options)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch, as its share of the update."""
+        self._engine.backward(loss)
+
+    def step(self) -> bool:
+        """Update the weights once the last micro-batch of an update is done."""
+        is_last = bool(self._engine.is_gradient_accumulation_boundary())
+        if is_last and self.stage == 0:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            self.gradient_norm = nn.utils.get_total_norm(gradients)
+        self._engine.step()
+        if not is_last:
+            return False
+        if self.stage > 0:
+            norm = self._engine.get_global_grad_norm()
+            if self._engine.optimizer.overflow:  # it has left the weights as they are
+                norm = float("nan")
+            self.gradient_norm = torch.as_tensor(norm, device=self.device, dtype=torch.float32)
+        self.processes.average_(self._statistics)
+        return True
+
+    def hold(self, module: nn.Module) -> None:
+        """Spread the weights of a module that follows the model as the model's are."""
+        if self.stage == 3:
+            self._deepspeed.zero.Init(
+                module=module, config_dict_or_path=self._settings, dtype=torch.float32
+            )
+
+    @contextmanager
+    def whole(self, module: nn.Module) -> Iterator[nn.Module]:
+        """``module`` with all its weights; of the model, where they are spread, a copy."""
+        if self.stage < 3:
+            yield module
+        elif module is self.model:
+            assert self._skeleton is not None
+            with _filled(self._skeleton, self._whole_weights(module), module) as plain:
+                yield plain.to(self.device)
+        else:
+            with self._deepspeed.zero.GatheredParameters(list(module.parameters())):
+                yield module
+
+    def weights(self, module: nn.Module) -> Tensors:
+        """All weights of a module in the host's memory; none on other processes than the first.
+
+        Of spread weights one parameter at a time is whole on a device.
+        """
+        if self.stage < 3:
+            whole = ((name, value) for name, value in module.state_dict().items())
+        else:
+            whole = self._whole_weights(module)
+        return self._on_first(whole)
+
+    def optimizer_state(self) -> OptimizerState:
+        """What resuming needs beside the weights; no moments on others than the first process."""
+        if self.stage == 0:
+            return state_of(self._engine.optimizer, self.model)
+        self._link_moments()
+        states = list(self._engine.optimizer.optimizer.state.values())
+        step = int(states[0].get("step", 0)) if states else 0
+        moments = {
+            kind: self._on_first(self._whole_moments(kind))
+            for kind, value in (states[0].items() if states else ())
+            if kind != "step" and value is not None
+        }
+        return OptimizerState(step, moments)
+
+    def load_optimizer_state(self, state: OptimizerState) -> None:
+        """Go on where :meth:`optimizer_state` was taken, by any engine."""
+        if self.stage == 0:
+            put_state(state, self._engine.optimizer, self.model)
+            return
+        zero = self._engine.optimizer
+        for flat in _flat_parts(zero, self.stage):
+            values: dict[str, Any] = {kind: torch.zeros_like(flat) for kind in state.moments}
+            if state.step:
+                values["step"] = torch.tensor(float(state.step), device=flat.device)
+            zero.optimizer.state[flat] = values
+        self._link_moments()
+        for kind, of_parameters in state.moments.items():
+            for name, parameter in self.model.named_parameters():
+                if name in of_parameters:
+                    self._put_moment(parameter, of_parameters[name].to(self.device), kind)
+
+    def _link_moments(self) -> None:
+        """Let parameters know their moments. DeepSpeed does that once, after the first group."""
+        if self.stage < 3:
+            zero = self._engine.optimizer
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def _put_moment(self, parameter: nn.Parameter, value: Tensor, kind: str) -> None:
+        tools = self._deepspeed.utils
+        if self.stage < 3:
+            tools.safe_set_full_optimizer_state(parameter, value, kind)
+            return
+        length = tools.safe_get_local_optimizer_state(parameter, kind).numel()
+        padded = F.pad(value.flatten(), (0, length * self.processes.count - value.numel()))
+        own = padded[length * self.processes.rank :][:length]
+        tools.safe_set_local_optimizer_state(parameter, own, kind)
+
+    def _whole_weights(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Of spread parameters, one after the other; all processes must take all of them."""
+        parameters = dict(module.named_parameters())
+        for name, value in module.state_dict().items():
+            if name in parameters:
+                yield name, self._join(parameters[name].ds_tensor, parameters[name])
+            else:
+                yield name, value
+
+    def _whole_moments(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        tools = self._deepspeed.utils
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if self.stage < 3:
+                yield name, tools.safe_get_full_optimizer_state(parameter, kind)
+            else:
+                own = tools.safe_get_local_optimizer_state(parameter, kind)
+                yield name, self._join(own, parameter)
+
+    def _join(self, shard: Tensor, parameter: nn.Parameter) -> Tensor:
+        whole = self.processes.gather_shards(shard.detach())
+        return whole[: parameter.ds_numel].view(parameter.ds_shape)
+
+    def _on_first(self, values: Iterator[tuple[str, Tensor]]) -> Tensors:
+        kept = {}
+        for name, value in values:
+            if self.processes.is_first:
+                kept[name] = value.detach().cpu()
+        return kept
+
+
+class DeepSpeedError(RuntimeError):
+    """DeepSpeed cannot be used. The message says why and what to do."""
+
+
+def import_deepspeed() -> Any:
+    """The library, which says nothing but warnings.
+
+    Raises:
+        DeepSpeedError: it is not installed, or does not import.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+    except Exception as error:
+        raise DeepSpeedError(
+            f"engine.name=deepspeed needs the package deepspeed, which does not import here "
+            f"({error}). Install it after torch: pip install --no-build-isolation "
+            f"deepspeed==0.19.8; or take engine.name=torch, which computes the same"
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # It would be compiled at the start of the first run on a CPU, and gloo does the same.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _flat_parts(zero: Any, stage: int) -> list[Tensor]:
+    """The flat tensors that DeepSpeed's inner optimizer updates on this process."""
+    name = "single_partition_of_fp32_groups" if stage < 3 else "fp32_partitioned_groups_flat"
+    parts: list[Tensor] = getattr(zero, name)
+    return parts
+
+
+def _skeleton_of(model: nn.Module) -> nn.Module:
+    """A copy without weights."""
+    parameters = {
+        id(p): nn.Parameter(p.data.new_empty(0), p.requires_grad) for p in model.parameters()
+    }
+    return copy.deepcopy(model, memo=dict(parameters))
+
+
+@contextmanager
+def _filled(
+    skeleton: nn.Module, weights: Iterator[tuple[str, Tensor]], model: nn.Module
+) -> Iterator[nn.Module]:
+    """The skeleton with weights, and with what else the model has in its buffers."""
+    places: Mapping[str, Tensor] = {
+        **dict(skeleton.named_buffers()),
+        **dict(skeleton.named_parameters()),
+    }
+    for name, value in weights:
+        places[name].data = value
+    skeleton.train(model.training)
+    try:
+        yield skeleton
+    finally:
+        for parameter in skeleton.parameters():
+            parameter.data = parameter.data.new_empty(0)

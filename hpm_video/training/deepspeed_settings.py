@@ -1,0 +1,133 @@
+"""What DeepSpeed is told: a run's own settings, and those of the user's file."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hpm_video.training.device import Precision
+
+Stage = Literal[0, 1, 2, 3]
+Settings = dict[str, Any]
+
+
+class DeepSpeedSettingsError(ValueError):
+    """Settings that contradict the run. The message names both values and the remedy."""
+
+
+@dataclass(frozen=True)
+class DeepSpeedChoice:
+    """How DeepSpeed is to spread a run."""
+
+    stage: Stage = 1
+    offload_optimizer: bool = False
+    """Keep moments and update weights in the host's memory."""
+    offload_parameters: bool = False
+    """Keep weights there too, between their uses."""
+    own: Settings = field(default_factory=dict)
+    """Of the user's file."""
+
+
+def read_settings(path: Path) -> Settings:
+    """A DeepSpeed configuration of the user's.
+
+    Raises:
+        DeepSpeedSettingsError: the file is not there, or no JSON object.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DeepSpeedSettingsError(f"cannot read engine.deepspeed={path}: {error}") from error
+    if not isinstance(settings, dict):
+        raise DeepSpeedSettingsError(f"engine.deepspeed={path} must hold a JSON object")
+    return settings
+
+
+def settings_of(
+    choice: DeepSpeedChoice,
+    *,
+    micro_batch: int,
+    accumulate: int,
+    processes: int,
+    clip_grad: float | None,
+    precision: Precision,
+) -> Settings:
+    """The configuration that DeepSpeed gets.
+
+    Raises:
+        DeepSpeedSettingsError: the user's file says otherwise than the run.
+    """
+    spread: Settings = {
+        "stage": choice.stage,
+        "offload_optimizer": {"device": "cpu" if choice.offload_optimizer else "none"},
+        "offload_param": {"device": "cpu" if choice.offload_parameters else "none"},
+    }
+    autocast: Settings = {"enabled": precision == "bf16"}
+    if precision == "bf16":
+        autocast["dtype"] = "bfloat16"
+    decided: Settings = {
+        "train_batch_size": micro_batch * accumulate * processes,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulate,
+        # DeepSpeed clips at 1 where this is not said.
+        "gradient_clipping": clip_grad or 0.0,
+        "zero_optimization": spread,
+        "torch_autocast": autocast,
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": False},
+    }
+    usual: Settings = {
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,  # SGD
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    for section in ("optimizer", "scheduler"):
+        if section in choice.own:
+            raise DeepSpeedSettingsError(
+                f"engine.deepspeed has a section {section!r}, but that is part of the recipe; "
+                f"leave it out and set recipe.* of the config"
+            )
+    return _merged(decided, _merged_over(usual, choice.own))
+
+
+REMEDIES = {
+    "train_batch_size": "recipe.batch_size",
+    "train_micro_batch_size_per_gpu": "engine.micro_batch",
+    "gradient_accumulation_steps": "engine.micro_batch and the number of processes",
+    "gradient_clipping": "recipe.clip_grad",
+    "zero_optimization.stage": "engine.zero_stage",
+    "zero_optimization.offload_optimizer.device": "engine.offload",
+    "zero_optimization.offload_param.device": "engine.offload",
+    "torch_autocast": "engine.precision",
+    "fp16": "engine.precision",
+    "bf16": "engine.precision",
+}
+"""Where the run says what a user's file may not contradict."""
+
+
+def _merged(decided: Settings, own: Settings, at: str = "") -> Settings:
+    """``own`` with everything that is decided.
+
+    Raises:
+        DeepSpeedSettingsError: ``own`` has another value for it.
+    """
+    merged = dict(own)
+    for key, value in decided.items():
+        there = own.get(key, "auto")
+        if isinstance(value, dict) and isinstance(there, Mapping):
+            merged[key] = _merged(value, dict(there), f"{at}{key}.")
+        elif there in ("auto", value):
+            merged[key] = value
+        else:
+            name = f"{at}{key}"
+            remedy = REMEDIES.get(name) or REMEDIES[name.split(".")[0]]
+            raise DeepSpeedSettingsError(
+                f"engine.deepspeed says {name}={there!r}, and the run {value!r}; leave it out of "
+                f'the file (or write "auto"), and set {remedy}'
+            )
+    return merged
+
+
+def _merged_over(usual: Settings, own: Settings) -> Settings:
+    return {**usual, **own}

@@ -1,0 +1,174 @@
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpm_video.training.plan import (
+    BatchPlan,
+    PlanError,
+    fits_in_memory,
+    largest_fitting,
+    micro_batches,
+    plan_batches,
+)
+
+
+@pytest.mark.parametrize(
+    ("batch", "processes", "micro", "share", "accumulate"),
+    [
+        (1024, 1, None, 1024, 1),
+        (1024, 8, None, 128, 1),
+        (1024, 64, 8, 16, 2),
+        (2048, 64, 32, 32, 1),
+        (512, 512, 1, 1, 1),
+        (6, 1, 2, 6, 3),
+    ],
+)
+def test_a_plan_spreads_the_batch(batch, processes, micro, share, accumulate):
+    plan = plan_batches(batch, processes, micro)
+    assert (plan.share, plan.accumulate) == (share, accumulate)
+    assert plan == BatchPlan(batch, processes, micro or share)
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 3), st.data())
+def test_every_video_is_in_one_pass(processes, passes, multiple, data):
+    batch = processes * passes * multiple
+    possible = micro_batches(batch, processes, multiple)
+    assert possible == sorted(set(possible))
+    micro = data.draw(st.sampled_from([None, *possible]))
+    plan = plan_batches(batch, processes, micro, multiple=multiple)
+    assert plan.micro_batch * plan.accumulate * plan.processes == batch
+    assert plan.micro_batch % multiple == 0
+
+
+@given(st.integers(1, 200), st.integers(1, 40), st.integers(1, 40), st.integers(1, 3))
+def test_a_plan_comes_out_even_or_is_refused(batch, processes, micro, multiple):
+    even = batch % (processes * micro) == 0 and micro % multiple == 0
+    try:
+        plan = plan_batches(batch, processes, micro, multiple=multiple)
+    except PlanError:
+        assert not even
+    else:
+        assert even
+        assert plan.micro_batch * plan.accumulate * plan.processes == batch
+
+
+def remedies(message: str, key: str) -> list[int]:
+    """The values that a message says to take."""
+    found = re.search(rf"; take .*?{re.escape(key)}=(\d+)(?: or (\d+))?", message)
+    return [] if found is None else [int(value) for value in found.groups() if value]
+
+
+@given(st.integers(1, 200), st.integers(1, 40), st.integers(1, 40), st.integers(1, 3))
+def test_what_a_refusal_says_to_take_is_taken(batch, processes, micro, multiple):
+    try:
+        plan_batches(batch, processes, micro, multiple=multiple)
+    except PlanError as error:
+        message = str(error)
+    else:
+        return
+    batches = remedies(message, "recipe.batch_size")
+    micros = remedies(message, "engine.micro_batch")
+    assert batches or micros
+    for value in batches:
+        plan_batches(value, processes, None, multiple=multiple)
+    for value in remedies(message, "processes"):
+        plan_batches(batch, value, None, multiple=multiple)
+    for value in micros:
+        plan_batches(batch, processes, value, multiple=multiple)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "multiple", "said"),
+    [
+        (
+            (1024, 6, None),
+            1,
+            "processes=6 (GPUS x NNODES), got 1024; take recipe.batch_size=1020 or 1026, or "
+            "processes=4 or 8",
+        ),
+        ((4, 8, None), 1, "got 4; take recipe.batch_size=8, or processes=4"),
+        (
+            (24, 8, None),
+            2,
+            "each share being a multiple of 2 (videos are paired), got 24; take "
+            "recipe.batch_size=16 or 32, or processes=6 or 12",
+        ),
+        ((3, 1, None), 2, "got 3; take recipe.batch_size=2 or 4"),
+        (
+            (1024, 8, 48),
+            1,
+            "the 128 videos of each process (recipe.batch_size=1024 over processes=8), got 48; "
+            "take engine.micro_batch=32 or 64",
+        ),
+        (
+            (12, 1, 3),
+            2,
+            "being a multiple of 2 (videos are paired), got 3; take engine.micro_batch=2 or 4",
+        ),
+        ((12, 1, 0), 1, "got 0; take engine.micro_batch=1"),
+        ((12, 1, 24), 1, "got 24; take engine.micro_batch=12"),
+        ((0, 1, None), 1, "recipe.batch_size must be at least 1, got 0"),
+        ((8, 0, None), 1, "processes (GPUS x NNODES) must be at least 1, got 0"),
+    ],
+)
+def test_a_refusal_names_value_rule_and_remedy(arguments, multiple, said):
+    with pytest.raises(PlanError) as refusal:
+        plan_batches(*arguments, multiple=multiple)
+    assert said in str(refusal.value)
+
+
+@given(st.sets(st.integers(1, 4096), min_size=1, max_size=40), st.integers(1, 5000))
+def test_the_largest_that_fits_is_found_in_few_trials(sizes, limit):
+    sizes, tried = sorted(sizes), []
+
+    def fits(size):
+        tried.append(size)
+        return size <= limit
+
+    if sizes[0] > limit:
+        with pytest.raises(PlanError, match=f"engine.micro_batch={sizes[0]} does not fit"):
+            largest_fitting(sizes, fits)
+        assert tried == sizes[:1]
+    else:
+        assert largest_fitting(sizes, fits) == max(size for size in sizes if size <= limit)
+        assert len(tried) == len(set(tried)) <= 1 + (len(sizes) - 1).bit_length()
+
+
+def test_nothing_to_try_is_refused():
+    with pytest.raises(PlanError, match="no size to try"):
+        largest_fitting([], lambda size: True)
+
+
+def test_running_out_of_memory_is_survived_and_what_it_left_is_freed():
+    limit, held = 24, []
+
+    class Held:
+        def __init__(self):
+            held.append(self)
+
+        def __del__(self):
+            held_now.discard(id(self))
+
+    held_now = set()
+
+    def run(size):
+        activations = Held()
+        held_now.add(id(activations))
+        held.clear()
+        if size > limit:
+            raise torch.OutOfMemoryError(f"no memory for {size}")
+
+    sizes = micro_batches(1024, 4)
+    assert largest_fitting(sizes, lambda size: fits_in_memory(lambda: run(size))) == 16
+    assert not held_now
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    def fail():
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        fits_in_memory(fail)

@@ -1,0 +1,342 @@
+"""Start a program in several processes, which form one job.
+
+    python tools/launch.py --processes 4 tools/evaluate.py CHECKPOINT LIST
+
+On several machines, the same line on each of them, with its own --node-rank:
+    python tools/launch.py --processes 8 --nodes 2 --node-rank 0 --master-addr NODE0 PROGRAM ...
+
+The processes find each other by the variables that torchrun sets, and torchrun starts the same
+programs. This says less and tells more: nothing is printed while all goes well, the exit code
+is the program's, and the process that brought the job down is named.
+"""
+
+import argparse
+import ctypes
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+WRONG_INPUT = 2
+STOPPED = (75, 130)
+"""How a program ends that was asked to stop and has saved its state."""
+POLL = 0.05
+SETTLE = 10.0
+"""Seconds in which the others may end by themselves when a process ends with an error: often all
+found the same one, and the first is about to print it."""
+ENDING = 10.0
+"""Seconds from SIGTERM to SIGKILL for the others of a job that cannot go on."""
+FAULTS = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
+"""What no broken connection to another process causes; SIGABRT may be one."""
+EPILOG = f"""exit codes:
+  that of the program where its processes end by themselves, such as 0, 2, or 75 and 130 for a
+  stop with the state saved. 1 where one is killed by a signal, or does not end when asked to.
+
+how a job ends:
+  SIGTERM, Ctrl-C     passed on once; the processes have HPM_GRACE seconds (300) to save and end
+  Ctrl-C again        ends them at once
+  an error of one     the others have {SETTLE:.0f} s to end by themselves, then SIGTERM
+  one is killed       the others get SIGTERM at once
+                      {ENDING:.0f} s after such a SIGTERM those that are left are killed
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """How many processes there are, and where they meet."""
+
+    processes: int
+    nodes: int = 1
+    node_rank: int = 0
+    address: str = "127.0.0.1"
+    port: int = 29500
+
+    @property
+    def count(self) -> int:
+        """Processes on all machines together."""
+        return self.processes * self.nodes
+
+    def environment(self, local_rank: int) -> dict[str, str]:
+        """What tells a process of this machine which of the job it is."""
+        own = {
+            "RANK": self.node_rank * self.processes + local_rank,
+            "LOCAL_RANK": local_rank,
+            "WORLD_SIZE": self.count,
+            "LOCAL_WORLD_SIZE": self.processes,
+            "GROUP_RANK": self.node_rank,
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": self.port,
+        }
+        threads = {"OMP_NUM_THREADS": str(threads_per_process(self.processes))}
+        return {**threads, **os.environ, **{name: str(value) for name, value in own.items()}}
+
+
+@dataclass
+class Worker:
+    """A process of this machine."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    sent: set[int] = field(default_factory=set)
+
+    def send(self, number: int) -> None:
+        """Signal the process; with SIGKILL, also those that it started."""
+        if self.process.poll() is None:
+            self.sent.add(number)
+            with suppress(ProcessLookupError):
+                if number == signal.SIGKILL:
+                    os.killpg(self.process.pid, number)
+                else:
+                    self.process.send_signal(number)
+
+    @property
+    def code(self) -> int:
+        """The exit code, or minus the signal that killed it."""
+        assert self.process.returncode is not None
+        return self.process.returncode
+
+    @property
+    def obeyed(self) -> bool:
+        """Whether it ended well, saved its state, or died of what this launcher sent."""
+        return self.code in (0, *STOPPED) or -self.code in self.sent
+
+
+class Requests:
+    """The signals that this launcher was sent."""
+
+    def __init__(self) -> None:
+        self.first: signal.Signals | None = None
+        self.insists = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.insists = self.first is not None and number == signal.SIGINT
+        if self.first is None:  # a terminal that closes asks as a scheduler does
+            self.first = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+
+
+def main(command_line: Sequence[str] | None = None) -> int:
+    """Start the processes and wait for them. -> the exit code, see ``EPILOG``"""
+    arguments = parse_arguments(command_line)
+    try:
+        grace = read_grace()
+        program = read_program(arguments.program)
+        job = read_job(arguments)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return WRONG_INPUT
+    requests = Requests()
+    with closing(socket.socket()) as place:
+        if job.nodes == 1 and arguments.master_port is None:
+            job = Job(job.processes, port=reserve_port(place))
+        workers = start(job, [sys.executable, "-u", program, *arguments.arguments])
+        ended = watch(workers, requests, grace)
+    return conclude(job, ended, requests)
+
+
+def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, required=True, help="on this machine")
+    parser.add_argument("--nodes", type=int, default=1, help="machines, each with as many")
+    parser.add_argument("--node-rank", type=int, help="which machine this is, from 0 on")
+    parser.add_argument("--master-addr", help="name or address of machine 0")
+    parser.add_argument("--master-port", type=int, help="free on machine 0; 29500, or any on one")
+    parser.add_argument("program", help="a Python file")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the program")
+    return parser.parse_args(command_line)
+
+
+def read_grace() -> float:
+    """How many seconds the processes have to save and end when they are asked to stop.
+
+    Raises:
+        ValueError: HPM_GRACE is none.
+    """
+    text = os.environ.get("HPM_GRACE", "300")
+    if not text.isdecimal():
+        raise ValueError(f"HPM_GRACE={text} must be a whole number of seconds, such as 300")
+    return float(text)
+
+
+def read_program(path: str) -> str:
+    """The program to start.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"no program {path} in {Path.cwd()}; name a Python file")
+    return path
+
+
+def read_job(arguments: argparse.Namespace) -> Job:
+    """The job that the options describe.
+
+    Raises:
+        ValueError: they describe none.
+    """
+    for name in ("processes", "nodes"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} {getattr(arguments, name)} must be at least 1")
+    port = 29500 if arguments.master_port is None else arguments.master_port
+    if not 0 < port < 2**16:
+        raise ValueError(f"--master-port {port} must be in 1 to 65535")
+    if arguments.nodes == 1:
+        return Job(arguments.processes, port=port)
+    if arguments.node_rank is None or arguments.master_addr is None:
+        raise ValueError(
+            f"--nodes {arguments.nodes} needs --node-rank, 0 on the first machine, "
+            "and --master-addr, the first machine's name or address"
+        )
+    if not 0 <= arguments.node_rank < arguments.nodes:
+        raise ValueError(
+            f"--node-rank {arguments.node_rank} must be in 0 to {arguments.nodes - 1}: "
+            f"there are --nodes {arguments.nodes}"
+        )
+    return Job(
+        arguments.processes, arguments.nodes, arguments.node_rank, arguments.master_addr, port
+    )
+
+
+def threads_per_process(processes: int) -> int:
+    """The share of each process in the cores that may be used."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return max(1, cores // processes)
+
+
+def reserve_port(place: socket.socket) -> int:
+    """A port that no other job of this machine is given while ``place`` is open.
+
+    It does not listen, so the first process, which does, may take the same port.
+    """
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    place.bind(("127.0.0.1", 0))
+    port: int = place.getsockname()[1]
+    return port
+
+
+def start(job: Job, command: Sequence[str]) -> list[Worker]:
+    """The processes of this machine, each a session of its own, where no Ctrl-C reaches it."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def follow_launcher() -> None:
+        if libc is not None:
+            libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: stop when the launcher is killed
+
+    workers = []
+    for local_rank in range(job.processes):
+        environment = job.environment(local_rank)
+        process = subprocess.Popen(
+            command, env=environment, start_new_session=True, preexec_fn=follow_launcher
+        )
+        workers.append(Worker(int(environment["RANK"]), process))
+    return workers
+
+
+def watch(workers: Sequence[Worker], requests: Requests, grace: float) -> list[Worker]:
+    """Wait until all have ended, and see to it that they do. -> in the order in which they did"""
+    ended: list[Worker] = []
+    passed_on = False
+    ask_at = kill_at = math.inf
+    while alive := [worker for worker in workers if worker not in ended]:
+        time.sleep(POLL)
+        now = time.monotonic()
+        if requests.first is not None and not passed_on:
+            passed_on = True
+            sys.stderr.write(f"\n{requests.first.name}: the processes save and end\n")
+            send_all(alive, requests.first)
+            kill_at = min(kill_at, now + grace)
+        for worker in sorted(collect(alive), key=severity):
+            ended.append(worker)
+            patience = patience_after(worker, grace)
+            ask_at = min(ask_at, now + patience)
+            kill_at = min(kill_at, now + patience + ENDING)
+        if now >= ask_at:
+            ask_at = math.inf
+            send_all(alive, signal.SIGTERM)
+        if now >= kill_at or requests.insists:
+            send_all(alive, signal.SIGKILL)
+    return ended
+
+
+def send_all(workers: Sequence[Worker], number: int) -> None:
+    """Signal those that still run."""
+    for worker in workers:
+        worker.send(number)
+
+
+def collect(alive: Sequence[Worker]) -> list[Worker]:
+    """Those that have ended since."""
+    return [worker for worker in alive if worker.process.poll() is not None]
+
+
+def severity(worker: Worker) -> tuple[bool, bool, int]:
+    """Of processes that ended at one time, the cause comes first."""
+    return -worker.code not in FAULTS, worker.code < 0, worker.rank
+
+
+def patience_after(worker: Worker, grace: float) -> float:
+    """Seconds that the others may go on after this one has ended."""
+    if worker.code == 0:
+        return math.inf
+    if worker.obeyed:  # the first may still be writing
+        return grace
+    return SETTLE if worker.code > 0 else 0.0
+
+
+def conclude(job: Job, ended: Sequence[Worker], requests: Requests) -> int:
+    """Tell what brought the job down, if anything did. -> the exit code"""
+    failed = [worker for worker in ended if not worker.obeyed]
+    if failed:
+        cause = min(failed, key=lambda worker: -worker.code not in FAULTS)  # the earliest of both
+        told = any(worker.rank == 0 and worker.code == WRONG_INPUT for worker in failed)
+        if cause.code != WRONG_INPUT or not told:  # the first process says what is wrong
+            sys.stderr.write(f"\nerror: {describe(job, cause)}\n")
+        return max(cause.code, 0) or 1
+    killed = [worker for worker in ended if -worker.code == signal.SIGKILL]
+    if killed:
+        ranks = ", ".join(str(worker.rank) for worker in killed)
+        why = "was stopped by a second Ctrl-C" if requests.insists else "did not end in time"
+        sys.stderr.write(
+            f"\nerror: the job {why}; killed: rank {ranks} on {socket.gethostname()}. Start the "
+            "same command again: it goes on from the last checkpoint. HPM_GRACE=SECONDS gives "
+            "more time to save.\n"
+        )
+        return 130 if requests.insists else 1
+    codes = {worker.code for worker in ended}
+    stopped = [code for code in STOPPED if code in codes]
+    died = [128 - code for code in sorted(codes) if code < 0]  # before it could save
+    return [*stopped, *died, 0][0]
+
+
+def describe(job: Job, cause: Worker) -> str:
+    """What happened to the process that brought the job down, and the remedy."""
+    who = f"rank {cause.rank} of {job.count} (pid {cause.process.pid} on {socket.gethostname()})"
+    if cause.code > 0:
+        return f"{who} ended with code {cause.code}, and the job with it"
+    name = signal.Signals(-cause.code).name
+    perhaps = ", for instance by the out-of-memory killer" if name == "SIGKILL" else ""
+    return (
+        f"{who} was killed by {name}{perhaps}; the job is ended. Start the same command again: "
+        "it goes on from the last checkpoint"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
