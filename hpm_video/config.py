@@ -38,6 +38,7 @@ from hpm_video.models.pos_embed import Positions
 from hpm_video.models.vit import Conventions, TransformerSize
 from hpm_video.targets import TargetKind
 from hpm_video.token_grid import Size3, TokenGrid
+from hpm_video.training.plan import PlanError, plan_batches
 from hpm_video.training.teacher import MomentumKind
 
 Config = TypeVar("Config")
@@ -522,15 +523,27 @@ class KnnConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How updates are computed. ``torch`` is one process of plain torch."""
+    """How updates are computed, and by how many processes a part of them.
 
-    name: Literal["torch"] = "torch"
+    ``torch`` is plain torch, of several processes DDP. ``deepspeed`` computes the same with less
+    memory in each process.
+    """
+
+    name: Literal["torch", "deepspeed"] = "torch"
+    zero_stage: int | None = None
+    """What DeepSpeed spreads over the processes: 0 nothing, 1 the optimizer's moments (the
+    default), 2 the gradients as well, 3 the weights, and the teacher's, as well."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What DeepSpeed keeps in the host's memory: the optimizer, or (stage 3) the weights too."""
+    deepspeed: str | None = None
+    """JSON file with further settings of DeepSpeed. What the run decides it may not contradict."""
     device: str = "auto"
     """``cpu``, ``cuda``, ``mps``; ``auto`` takes an accelerator where there is one."""
     precision: Precision = "auto"
     """``auto``: bf16 autocast where the device is made for it. Weights are always fp32."""
     micro_batch: int | None = None
-    """Videos per forward pass; by default the whole batch. It must divide the batch."""
+    """Videos per forward pass of a process; by default on a GPU as many as fit, elsewhere all of
+    its share. The batch must be a multiple of it times the number of processes."""
     threads: int | None = None
     """Threads of the CPU's matrix products; by default torch's choice."""
 
@@ -539,6 +552,31 @@ class EngineConfig:
             _at_least(1, micro_batch=self.micro_batch)
         if self.threads is not None:
             _at_least(1, threads=self.threads)
+        self._check_deepspeed()
+
+    def _check_deepspeed(self) -> None:
+        given = {"zero_stage": self.zero_stage, "deepspeed": self.deepspeed}
+        if self.offload != "none":
+            given["offload"] = self.offload
+        for name, value in given.items():
+            if self.name != "deepspeed" and value is not None:
+                raise ConfigError(
+                    f"engine.{name}={value} is for DeepSpeed, and engine.name is {self.name}; "
+                    f"take engine.name=deepspeed, or leave it out"
+                )
+        if self.zero_stage not in (None, 0, 1, 2, 3):
+            raise ConfigError(f"engine.zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}")
+        needed = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.stage < needed:
+            raise ConfigError(
+                f"engine.offload={self.offload} needs engine.zero_stage={needed} or higher, got "
+                f"{self.stage}"
+            )
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO."""
+        return 1 if self.zero_stage is None else self.zero_stage
 
 
 @dataclass(frozen=True)
@@ -596,19 +634,10 @@ class RunConfig:
     checkpoint: CheckpointConfig = unrelated(default=CheckpointConfig())
 
     def __post_init__(self) -> None:
-        micro, batch = self.micro_batch, self.recipe.batch_size
-        if batch % micro:
-            fitting = [n for n in range(1, batch + 1) if batch % n == 0]
-            nearest = min(fitting, key=lambda n: abs(n - micro))
-            raise ConfigError(
-                f"engine.micro_batch must divide recipe.batch_size ({batch}), got {micro}; the "
-                f"nearest that does is {nearest}"
-            )
-
-    @property
-    def micro_batch(self) -> int:
-        """Videos per forward pass."""
-        return self.engine.micro_batch or self.recipe.batch_size
+        try:
+            plan_batches(self.recipe.batch_size, 1, self.engine.micro_batch)
+        except PlanError as error:
+            raise ConfigError(str(error)) from error
 
     @property
     def sources(self) -> dict[str, DataConfig]:
@@ -732,14 +761,14 @@ class FinetuneConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _grid_of(self.data, self.model)
-        clips = self.micro_batch * self.data.repeats
-        if self.augmentation.mixes and self.micro_batch % 2:
+        micro_batch = self.engine.micro_batch or self.recipe.batch_size
+        if self.augmentation.mixes and micro_batch % 2:
             raise ConfigError(
                 f"mixing pairs the videos of a forward pass, so their number must be even, got "
-                f"{self.micro_batch}; take an even engine.micro_batch (or recipe.batch_size), or "
+                f"{micro_batch}; take an even engine.micro_batch (or recipe.batch_size), or "
                 f"augmentation.mixup=0 augmentation.cutmix=0"
             )
-        if self.model.pooling == "batch_norm" and clips < 2:
+        if self.model.pooling == "batch_norm" and micro_batch * self.data.repeats < 2:
             raise ConfigError(
                 "model.pooling=batch_norm standardises over the clips of a forward pass, and needs "
                 "two at least; take a larger engine.micro_batch"

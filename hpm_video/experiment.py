@@ -4,11 +4,11 @@ import fcntl
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -42,12 +42,23 @@ from hpm_video.training.checkpoint import (
     read_state,
     remove_unfinished,
 )
-from hpm_video.training.device import AUTOCAST, Precision, choose_precision
-from hpm_video.training.engine import TorchEngine
+from hpm_video.training.deepspeed_engine import DeepSpeedEngine
+from hpm_video.training.deepspeed_settings import DeepSpeedChoice, read_settings
+from hpm_video.training.device import Precision, choose_device, choose_precision
+from hpm_video.training.distributed import Processes
+from hpm_video.training.engine import Engine, TorchEngine
 from hpm_video.training.interruption import listen_for_stop
 from hpm_video.training.loop import fit
 from hpm_video.training.metrics import Meter, MetricsLog, ProgressBar
 from hpm_video.training.objective import Objective
+from hpm_video.training.plan import (
+    BatchPlan,
+    PlanError,
+    fits_in_memory,
+    largest_fitting,
+    micro_batches,
+    plan_batches,
+)
 from hpm_video.training.provenance import bit_differences, gather_facts, record_start
 from hpm_video.training.run import Cadence, Run, Watch
 from hpm_video.training.schedules import WarmupCosine, scaled_lr
@@ -62,6 +73,11 @@ RUN_FILES = {
 """What a run that was killed at its very start may have left."""
 TIMED_CLIPS = 8
 """At most so many clips make the updates that are timed to choose a precision."""
+GPU_SHARE = 0.9
+"""Of a GPU's memory, what updates may take where their size is found by trial: the rest is for
+what comes between them, and for what the processes exchange."""
+MakeUpdate = Callable[..., Callable[[], None]]
+"""(device, precision, clips, source="") -> a whole update on random clips, by this process alone"""
 
 
 @dataclass(frozen=True)
@@ -211,13 +227,66 @@ def look_into_directory(schema: type[Config], config: Config, data: RunData) -> 
     return directory
 
 
-@contextmanager
-def claim(directory: RunDirectory, config: RunConfig) -> Iterator[None]:
-    """Make the directory this process's own, mend what a killed one left, write the config.
+@dataclass(frozen=True)
+class Session:
+    """A run in one of its processes."""
+
+    processes: Processes
+    device: torch.device
+    data: RunData
+    directory: RunDirectory
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all updates were made."""
+        return self.directory.update == self.data.timeline.num_updates
+
+
+def open_session(
+    schema: type[Config], config: Config, data: RunData, processes: Processes
+) -> Session:
+    """Choose the device, and see where the run stands. Nothing is written.
 
     Raises:
-        ConfigError: another process trains there.
+        ConfigError: see :func:`look_into_directory`; or the processes do not see the same there,
+            or the batch does not spread over them.
+        CheckpointError: the newest checkpoint cannot be read.
+        DeviceError: there is no such device.
     """
+    plan_for(config, processes)
+    device = choose_device(config.engine.device, processes.count)
+    if config.engine.threads is not None:
+        torch.set_num_threads(config.engine.threads)
+    directory = look_into_directory(schema, config, data)
+    seen = processes.gather([directory.update])
+    if len(set(seen)) > 1:
+        raise ConfigError(
+            f"the processes see different checkpoints in {directory.path} (updates "
+            f"{sorted(set(seen))}); output_dir must be a folder that all machines share"
+        )
+    return Session(processes, device, data, directory)
+
+
+@contextmanager
+def claim(session: Session, config: RunConfig) -> Iterator[None]:
+    """Make the directory this run's own, mend what a killed one left, write the config.
+
+    The first process does it; the others wait until it is done.
+
+    Raises:
+        ConfigError: another run trains there.
+    """
+    if not session.processes.is_first:
+        session.processes.wait()
+        yield
+        return
+    with _locked(session.directory, config):
+        session.processes.wait()
+        yield
+
+
+@contextmanager
+def _locked(directory: RunDirectory, config: RunConfig) -> Iterator[None]:
     checkpoints = directory.path / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     with (directory.path / ".lock").open("w") as lock:
@@ -235,115 +304,204 @@ def claim(directory: RunDirectory, config: RunConfig) -> Iterator[None]:
         yield
 
 
-def make_engine(
+def plan_for(
+    config: RunConfig, processes: Processes, micro_batch: int | None = None, multiple: int = 1
+) -> BatchPlan:
+    """How an update's batch is spread, with the config's micro-batch or another.
+
+    Raises:
+        ConfigError: it does not come out even.
+    """
+    chosen = config.engine.micro_batch if micro_batch is None else micro_batch
+    try:
+        return plan_batches(config.recipe.batch_size, processes.count, chosen, multiple=multiple)
+    except PlanError as error:
+        raise ConfigError(str(error)) from error
+
+
+def settle_plan(
     config: RunConfig,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    session: Session,
+    precision: Precision,
+    make_update: MakeUpdate,
+    multiple: int = 1,
+) -> BatchPlan:
+    """How an update's batch is spread: as the config says, or on a GPU by trial.
+
+    Each process tries whole updates of plain torch on its GPU, and all take what fits everywhere.
+    With ZeRO a little more would fit: it needs less memory for what is no activation.
+
+    Raises:
+        ConfigError: the batch does not come out even, or not even one video fits.
+    """
+    plan = plan_for(config, session.processes, multiple=multiple)
+    if config.engine.micro_batch is not None or session.device.type != "cuda":
+        return plan
+    sizes = micro_batches(plan.batch_size, plan.processes, multiple)
+    torch.cuda.set_per_process_memory_fraction(GPU_SHARE, session.device)
+    try:
+        largest = find_micro_batch(config, session.device, precision, make_update, sizes)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, session.device)
+    return plan_for(config, session.processes, min(session.processes.gather([largest])), multiple)
+
+
+def find_micro_batch(
+    config: RunConfig,
     device: torch.device,
     precision: Precision,
-) -> TorchEngine:
-    """The engine that updates ``model``, which is on ``device``."""
-    recipe = config.recipe
-    return TorchEngine(
-        model,
-        optimizer,
-        device=device,
-        accumulate=recipe.batch_size // config.micro_batch,
-        clip_grad=recipe.clip_grad,
-        autocast=AUTOCAST[precision],
+    make_update: MakeUpdate,
+    sizes: Sequence[int],
+) -> int:
+    """The largest of ``sizes`` of which whole updates fit the device, of every source.
+
+    Raises:
+        ConfigError: not even the smallest does.
+    """
+
+    def two_updates(size: int) -> None:
+        for source, data in config.sources.items():
+            update = make_update(device, precision, size * data.repeats, source=source)
+            update()
+            update()  # with the optimizer's moments, which the first one made
+
+    try:
+        return largest_fitting(sizes, lambda size: fits_in_memory(lambda: two_updates(size)))
+    except PlanError as error:
+        raise ConfigError(str(error)) from error
+
+
+def make_engine(
+    config: RunConfig,
+    session: Session,
+    plan: BatchPlan,
+    precision: Precision,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> Engine:
+    """The engine that updates ``model``, which is on the device of the session.
+
+    Raises:
+        DeepSpeedError: DeepSpeed cannot be used.
+        DeepSpeedSettingsError: the user's settings of it contradict the run.
+    """
+    how = config.engine
+    common: dict[str, Any] = {
+        "device": session.device,
+        "clip_grad": config.recipe.clip_grad,
+        "precision": precision,
+        "processes": session.processes,
+    }
+    if how.name == "torch":
+        return TorchEngine(model, optimizer, accumulate=plan.accumulate, **common)
+    choice = DeepSpeedChoice(
+        stage=how.stage,
+        offload_optimizer=how.offload != "none",
+        offload_parameters=how.offload == "all",
+        own={} if how.deepspeed is None else read_settings(Path(how.deepspeed).expanduser()),
     )
+    return DeepSpeedEngine(model, optimizer, choice, plan, **common)
 
 
 def train(
     config: RunConfig,
-    data: RunData,
-    directory: RunDirectory,
+    session: Session,
+    plan: BatchPlan,
     *,
-    engine: TorchEngine,
+    engine: Engine,
     objective: Objective,
     clips: MixedClips,
     watch: Watch,
 ) -> None:
     """Train on ``clips`` from where the directory stands to the end. Raises what ``fit`` raises."""
-    start, newest = directory.update, directory.newest
-    facts = gather_facts(engine.device, engine.precision, engine.accumulate)
-    _announce(config, data, engine, start)
+    data, directory, processes = session.data, session.directory, session.processes
+    start, newest, is_first = directory.update, directory.newest, processes.is_first
+    facts = gather_facts(engine.device, engine.precision, engine.name, plan)
+    _announce(config, data, engine, plan, start)
     if newest is not None:
         engine.load_optimizer_state(read_optimizer(newest))
         for difference in bit_differences(read_state(newest)["facts"], facts):
             log.warning("the last bits may differ from an unbroken run's: %s", difference)
-    record_start(directory.path, facts, start)
-    logging_ = config.logging
+    if is_first:
+        record_start(directory.path, facts, start)
+    tensorboard = config.logging.tensorboard
     try:
         with (
-            listen_for_stop() as stop,
-            closing(ProgressBar(start, data.timeline.num_updates)) as bar,
+            listen_for_stop(patient=processes.count > 1) as stop,
+            closing(ProgressBar(start, data.timeline.num_updates, silent=not is_first)) as bar,
             closing(
-                MetricsLog(directory.path, first_update=start, tensorboard=logging_.tensorboard)
+                MetricsLog(
+                    directory.path, first_update=start, tensorboard=tensorboard, writes=is_first
+                )
             ) as metrics,
+            closing(_training_stream(config, session, plan, clips, start)) as batches,
         ):
             run = Run(
                 directory.path,
                 data.timeline,
                 _cadence(config),
                 engine,
-                {"model": engine.model, **objective.companions},
+                objective.companions,
                 facts,
-                Meter(engine.device),
+                Meter(engine.device, processes),
                 metrics,
                 bar,
-                {
-                    name: BadFiles(
-                        directory.path / (f"bad_files_{name}.csv" if name else "bad_files.csv"),
-                        num_files=len(source.train),
-                        max_bad_share=config.data.max_bad_share,
-                    )
-                    for name, source in data.sources.items()
-                },
+                _bad_files(config, session),
                 stop,
                 watch,
                 best={} if newest is None else read_state(newest)["best"],
                 data=data.fingerprint,
             )
-            with closing(_training_stream(config, data, clips, start, engine.device)) as batches:
-                fit(engine, objective, batches, _schedule(config), run, start=start)
+            fit(engine, objective, batches, _schedule(config), run, start=start)
     finally:
         end_workers()
 
 
-def settle_precision(
-    config: RunConfig,
-    directory: RunDirectory,
-    device: torch.device,
-    make_update: Callable[[torch.device, Precision, int], Callable[[], None]],
-) -> Precision:
+def _bad_files(config: RunConfig, session: Session) -> dict[str, BadFiles]:
+    """Of each source."""
+    folder = session.directory.path
+    return {
+        name: BadFiles(
+            folder / (f"bad_files_{name}.csv" if name else "bad_files.csv"),
+            num_files=len(source.train),
+            max_bad_share=config.data.max_bad_share,
+            writes=session.processes.is_first,
+        )
+        for name, source in session.data.sources.items()
+    }
+
+
+def settle_precision(config: RunConfig, session: Session, make_update: MakeUpdate) -> Precision:
     """As the config says, as the run began, or as this device makes faster updates."""
     if config.engine.precision != "auto":
         return config.engine.precision
-    if directory.precision is not None:
-        return directory.precision
-    clips = min(config.micro_batch * config.data.repeats, TIMED_CLIPS)
-    return choose_precision(device, lambda name: make_update(device, name, clips))
+    if session.directory.precision is not None:
+        return session.directory.precision
+    share = config.recipe.batch_size // session.processes.count
+    clips = min(share * config.data.repeats, TIMED_CLIPS)
 
+    def measured() -> Precision:
+        return choose_precision(
+            session.device, lambda name: make_update(session.device, name, clips)
+        )
 
-def in_one_pass(config: Config) -> Config:
-    """The config of updates that are not summed up over several forward passes."""
-    return replace(config, engine=replace(config.engine, micro_batch=None))
+    return session.processes.of_first(measured)
 
 
 def timed_update(
-    config: RunConfig, engine: TorchEngine, objective: Objective, clips: int
+    config: RunConfig, engine: Engine, objective: Objective, clips: int, source: str = ""
 ) -> Callable[[], None]:
     """A whole update on so many random clips: forward, backward, step, what follows it.
 
-    The engine must be one of :func:`in_one_pass`.
+    The engine must make an update of every forward pass.
     """
     batch = ClipBatch(
-        torch.randint(256, (clips, 3, *config.data.clip_size), dtype=torch.uint8),
+        torch.randint(256, (clips, 3, *config.sources[source].clip_size), dtype=torch.uint8),
         keys=torch.arange(clips),
         labels=torch.zeros(clips, dtype=torch.int64),
         files=("random pixels",) * clips,
         failures=(),
+        source=source,
     ).to(engine.device)
     progress = Progress(1, config.recipe.epochs - 0.5, config.recipe.epochs)
 
@@ -387,14 +545,19 @@ def training_clips(
     )
 
 
-def find_failures(clips: HeldOutClips, *, batch_size: int, workers: int) -> list[Failure]:
+def find_failures(
+    clips: HeldOutClips, processes: Processes, *, batch_size: int, workers: int
+) -> list[Failure]:
     """Decode held-out clips once, so that a bad file can stop a run before it begins.
+
+    Each process decodes its share, and all get what failed.
 
     Raises:
         DecodeError: a file does not decode, and ``clips`` do not report that.
     """
-    batches = held_out_batches(clips, batch_size=batch_size, workers=workers)
-    return [failure for batch in batches for failure in batch.failures]
+    share = processes.share(len(clips))
+    batches = held_out_batches(clips, batch_size=batch_size, workers=workers, positions=share)
+    return processes.gather([failure for batch in batches for failure in batch.failures])
 
 
 def num_workers(data: DataConfig) -> int:
@@ -403,16 +566,19 @@ def num_workers(data: DataConfig) -> int:
 
 
 def _training_stream(
-    config: RunConfig, data: RunData, clips: MixedClips, start: int, device: torch.device
+    config: RunConfig, session: Session, plan: BatchPlan, clips: MixedClips, start: int
 ) -> Generator[ClipBatch, None, None]:
-    """The micro-batches from update ``start`` to the last."""
-    sources = deal_out(config.weights, data.timeline.num_updates)
+    """This process's micro-batches from update ``start`` to the last."""
+    sources = deal_out(config.weights, session.data.timeline.num_updates)
+    places = Places(
+        sources, plan.batch_size, start, rank=session.processes.rank, processes=plan.processes
+    )
     return training_batches(
         clips,
-        Places(sources, config.recipe.batch_size, start),
-        batch_size=config.micro_batch,
+        places,
+        batch_size=plan.micro_batch,
         workers=num_workers(config.data),
-        pin=device.type == "cuda",
+        pin=session.device.type == "cuda",
     )
 
 
@@ -438,7 +604,9 @@ def _cadence(config: RunConfig) -> Cadence:
     )
 
 
-def _announce(config: RunConfig, data: RunData, engine: TorchEngine, start: int) -> None:
+def _announce(
+    config: RunConfig, data: RunData, engine: Engine, plan: BatchPlan, start: int
+) -> None:
     for name, source in data.sources.items():
         held_out = f"{len(source.validation)} held out" if source.validation else "none held out"
         repeats = config.sources[name].repeats
@@ -446,13 +614,22 @@ def _announce(config: RunConfig, data: RunData, engine: TorchEngine, start: int)
             f"{name or 'data'}: {len(source.train)} files to train on, {repeats} clip(s) of each; "
             f"{held_out}"
         )
-    parameters = sum(p.numel() for p in engine.model.parameters()) / 1e6
-    log.info(f"{parameters:.1f} M parameters on {engine.device.type} in {engine.precision}")
-    recipe = config.recipe
-    log.info(
-        f"{recipe.epochs} epochs = {data.timeline.num_updates} updates of {recipe.batch_size} "
-        f"files in {engine.accumulate} forward pass(es); "
-        f"peak learning rate {_schedule(config).peak:.2e}"
-    )
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters()) / 1e6
+    device = f"{engine.device.type} in {engine.precision}, by {engine.name}"
+    log.info(f"{parameters:.1f} M parameters on {device}")
+    for line in describe_plan(config, data, plan):
+        log.info(line)
     if start:
         log.info(f"going on at update {start} of {data.timeline.num_updates}")
+
+
+def describe_plan(config: RunConfig, data: RunData, plan: BatchPlan) -> list[str]:
+    """How the batch is spread, how many updates there are, and how fast they learn."""
+    timeline, recipe = data.timeline, config.recipe
+    updates = timeline.num_updates
+    return [
+        f"{plan.batch_size} files per update = {plan.micro_batch} per forward pass x "
+        f"{plan.accumulate} pass(es) x {plan.processes} process(es)",
+        f"{recipe.epochs} epochs = {updates} updates, {updates / recipe.epochs:.4g} per epoch; "
+        f"peak learning rate {_schedule(config).peak:.2e}",
+    ]

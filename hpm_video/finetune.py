@@ -37,14 +37,15 @@ from hpm_video.evaluation import (
 from hpm_video.experiment import (
     RunData,
     RunDirectory,
+    Session,
     claim,
     find_failures,
-    in_one_pass,
-    look_into_directory,
     make_engine,
     num_workers,
     open_data,
     open_manifest,
+    open_session,
+    settle_plan,
     settle_precision,
     timed_update,
     train,
@@ -68,7 +69,7 @@ from hpm_video.training.checkpoint import (
 )
 from hpm_video.training.device import Precision, choose_device
 from hpm_video.training.distributed import Processes
-from hpm_video.training.engine import TorchEngine
+from hpm_video.training.engine import Engine, TorchEngine
 from hpm_video.training.optim import layer_decay_of, make_adamw, make_sgd, parameter_groups
 from hpm_video.training.run import Watch
 from hpm_video.training.teacher import make_teacher
@@ -82,7 +83,7 @@ START = "init_weights.sha256"
 """File of the run directory that tells the weights it began with."""
 
 
-def finetune(config: FinetuneConfig) -> Path:
+def finetune(config: FinetuneConfig, processes: Processes = Processes()) -> Path:  # noqa: B008
     """Fine-tune as ``config`` says, or go on where its run directory stands. -> that directory
 
     Raises:
@@ -94,43 +95,69 @@ def finetune(config: FinetuneConfig) -> Path:
     data = open_data(config)
     label_names = find_label_names(config, data)
     config = resolve(config, len(label_names), RunDirectory(Path(config.output_dir).expanduser()))
-    device = choose_device(config.engine.device)
-    if config.engine.threads is not None:
-        torch.set_num_threads(config.engine.threads)
-    directory = look_into_directory(FinetuneConfig, config, data)
+    session = open_session(FinetuneConfig, config, data, processes)
+    directory = session.directory
     _check_same_names(directory, label_names)
     start = _check_same_start(config, directory)
-    classifier, average = _make_models(config, directory.newest, device, label_names)
-    objective = build_objective(config, average)
-    with claim(directory, config):
-        with written_beside(directory.path / "labels.txt") as path:
-            path.write_text("".join(f"{name}\n" for name in label_names), encoding="utf-8")
-        with written_beside(directory.path / START) as path:
-            path.write_text(f"{start}\n")
-        if directory.update == data.timeline.num_updates:
+    models = _make_models(config, directory.newest, session.device, label_names)
+    with claim(session, config):
+        if processes.is_first:
+            with written_beside(directory.path / "labels.txt") as path:
+                path.write_text("".join(f"{name}\n" for name in label_names), encoding="utf-8")
+            with written_beside(directory.path / START) as path:
+                path.write_text(f"{start}\n")
+        if session.is_complete:
             log.info("%s is complete: %d updates were made", directory.path, directory.update)
         else:
-            precision = settle_precision(config, directory, device, partial(make_update, config))
-            optimizer = make_optimizer(config, classifier)
-            engine = make_engine(config, classifier, optimizer, device, precision)
-            train(
-                config,
-                data,
-                directory,
-                engine=engine,
-                objective=objective,
-                clips=training_clips(config, data, {"": augmentation(config)}, same_frames=True),
-                watch=_watch(config, data, objective, engine, directory.path),
-            )
-        plot_curves(directory.path / "metrics.jsonl", directory.path / "curves.png")
+            _train(config, session, models)
+        if processes.is_first:
+            plot_curves(directory.path / "metrics.jsonl", directory.path / "curves.png")
     return directory.path
 
 
-def evaluate_run(config: FinetuneConfig, run_dir: Path) -> dict[str, Any] | None:
+def _train(
+    config: FinetuneConfig,
+    session: Session,
+    models: tuple[ClipClassifier, ClipClassifier | None],
+) -> None:
+    model, average = models
+    maker, multiple = partial(make_update, config), multiple_of(config)
+    precision = settle_precision(config, session, maker)
+    plan = settle_plan(config, session, precision, maker, multiple)
+    engine = make_engine(config, session, plan, precision, model, make_optimizer(config, model))
+    if average is not None:
+        engine.hold(average)
+    objective = build_objective(config, average)
+    train(
+        config,
+        session,
+        plan,
+        engine=engine,
+        objective=objective,
+        clips=training_clips(config, session.data, {"": augmentation(config)}, same_frames=True),
+        watch=_watch(config, session, objective, engine, model.head.out_features),
+    )
+
+
+def multiple_of(config: FinetuneConfig) -> int:
+    """What the videos of a forward pass must be a multiple of.
+
+    Mixing pairs them, and a batch norm needs two clips at least.
+    """
+    needs_two_clips = config.model.pooling == "batch_norm" and config.data.repeats == 1
+    return 2 if config.augmentation.mixes or needs_two_clips else 1
+
+
+def evaluate_run(
+    config: FinetuneConfig,
+    run_dir: Path,
+    processes: Processes = Processes(),  # noqa: B008 - it is frozen
+) -> dict[str, Any] | None:
     """Test a finished run as its config says. -> the result, none without a manifest to test on
 
-    It is written to a folder in ``test/`` that is named by what is tested and how. The same test
-    of the same weights and videos is not repeated.
+    Of several processes each tests a share of the videos. The result is written to a folder in
+    ``test/`` that is named by what is tested and how. The same test of the same weights and videos
+    is not repeated.
 
     Raises:
         BadTestFilesError: videos do not decode.
@@ -144,7 +171,7 @@ def evaluate_run(config: FinetuneConfig, run_dir: Path) -> dict[str, Any] | None
     checkpoint = (run_dir / "checkpoints" / how.checkpoint).resolve()
     precision: Precision = read_state(checkpoint)["facts"]["precision"]
     manifest, views = open_manifest(config.data, source), Views(how.clips, how.crops)
-    device = choose_device(config.engine.device)
+    device = choose_device(config.engine.device, processes.count)
     stored, recogniser = load_recogniser(checkpoint, device, precision, weights=how.weights)
     what = {
         "checkpoint": str(run_dir / "checkpoints" / checkpoint.name),
@@ -155,23 +182,33 @@ def evaluate_run(config: FinetuneConfig, run_dir: Path) -> dict[str, Any] | None
     }
     folder = run_dir / "test" / name_of_test(config, source)
     path = folder / "result.json"
-    if path.is_file():
-        before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if before["test"] == what:
-            return before
-        path.unlink()  # of other weights or videos: what lies there is not to be mixed
+    before = processes.of_first(lambda: _result_before(path, what))
+    if before is not None:
+        return before
     log.info(
         "testing the %s checkpoint (%s of update %d) with %d x %d views of each video",
         *(how.checkpoint, how.weights, what["update"], how.clips, how.crops),
     )
     reading = Reading(config.data.decoder, num_workers(config.data), how.exclude_bad_files)
     try:
-        scores = recogniser.score(manifest, views, reading, Processes())
+        scores = recogniser.score(manifest, views, reading, processes)
     finally:
         end_workers()
     result = {"folder": str(folder), "test": what, **summarise(scores, recogniser.label_names)}
-    write_results(folder, scores, result, recogniser.label_names)
+    if processes.is_first:
+        write_results(folder, scores, result, recogniser.label_names)
     return result
+
+
+def _result_before(path: Path, what: dict[str, Any]) -> dict[str, Any] | None:
+    """The result that was written of the same test. One of another test is removed."""
+    if not path.is_file():
+        return None
+    before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if before["test"] == what:
+        return before
+    path.unlink()  # of other weights or videos: what lies there is not to be mixed
+    return None
 
 
 def name_of_test(config: FinetuneConfig, source: str) -> str:
@@ -400,13 +437,28 @@ def make_optimizer(config: FinetuneConfig, model: ClipClassifier) -> torch.optim
 
 
 def make_update(
-    config: FinetuneConfig, device: torch.device, precision: Precision, clips: int
+    config: FinetuneConfig,
+    device: torch.device,
+    precision: Precision,
+    clips: int,
+    *,
+    source: str = "",
 ) -> Callable[[], None]:
-    """A whole update on random clips, for timing. ``config`` is a resolved one."""
-    config = in_one_pass(replace(config, init_weights=None))
+    """A whole update on random clips by one process, to see how long it takes and what it needs.
+
+    ``config`` is a resolved one.
+    """
+    config = replace(config, init_weights=None)
     model, average = _make_models(config, None, device)
-    engine = make_engine(config, model, make_optimizer(config, model), device, precision)
-    return timed_update(config, engine, build_objective(config, average), clips + clips % 2)
+    engine = TorchEngine(
+        model,
+        make_optimizer(config, model),
+        device=device,
+        clip_grad=config.recipe.clip_grad,
+        precision=precision,
+    )
+    objective = build_objective(config, average)
+    return timed_update(config, engine, objective, clips + clips % 2, source)
 
 
 def _make_models(
@@ -483,16 +535,20 @@ def _has_these_classes(
 
 def _watch(
     config: FinetuneConfig,
-    data: RunData,
+    session: Session,
     objective: Classification,
-    engine: TorchEngine,
-    run_dir: Path,
+    engine: Engine,
+    num_classes: int,
 ) -> Watch:
-    """Accuracy on held-out videos, one view of each, where there is a validation manifest."""
-    if data.validation is None:
+    """Accuracy on held-out videos, one view of each, where there is a validation manifest.
+
+    Of several processes each sees its share of the videos.
+    """
+    processes, run_dir = session.processes, session.directory.path
+    if session.data.validation is None:
         log.info("no data.validation: nothing is measured on held-out videos")
         return Watch()
-    manifest = data.validation.spread(config.logging.validation_clips)
+    manifest = session.data.validation.spread(config.logging.validation_clips)
     exclude = config.test.exclude_bad_files
     clips = HeldOutClips(
         manifest,
@@ -502,24 +558,28 @@ def _watch(
         report_failures=True,
     )
     batch_size, workers = min(len(clips), 32), num_workers(config.data)
-    failures = find_failures(clips, batch_size=batch_size, workers=workers)
+    failures = find_failures(clips, processes, batch_size=batch_size, workers=workers)
     if failures and not exclude:
         raise BadTestFilesError(failures, len(manifest))
-    model = objective.average if config.test.weights == "average" else engine.model
-    assert isinstance(model, ClipClassifier)
-    names = [str(label) for label in range(model.head.out_features)]
-    recogniser = recogniser_of(config, model, names, engine.device, engine.precision)
+    measured = objective.average if config.test.weights == "average" else engine.model
+    assert measured is not None
+    names = [str(label) for label in range(num_classes)]
 
     def validate() -> dict[str, float]:
-        with closing(held_out_batches(clips, batch_size=batch_size, workers=workers)) as batches:
+        share = processes.share(len(manifest))
+        reading = held_out_batches(clips, batch_size=batch_size, workers=workers, positions=share)
+        with engine.whole(measured) as model, closing(reading) as batches:
+            assert isinstance(model, ClipClassifier)
+            recogniser = recogniser_of(config, model, names, engine.device, engine.precision)
             found, failures = score_videos(
                 recogniser.probabilities,
                 batches,
                 manifest,
-                range(len(manifest)),
+                share,
                 num_views=MIDDLE.count,
                 exclude_bad_files=exclude,
             )
+        found, failures = processes.gather(found), processes.gather(failures)
         scores = Scores(manifest, collect(manifest, found, failures, exclude_bad_files=exclude))
         result = summarise(scores, names)
         of_label = np.take_along_axis(scores.probabilities, scores.labels[:, None], axis=1)
@@ -530,7 +590,8 @@ def _watch(
         }
 
     def draw(_done: int) -> None:
-        plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
+        if processes.is_first:
+            plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
 
     return Watch(
         validate, score="top1", more_is_better=True, describe=_describe_held_out, draw=draw

@@ -18,7 +18,8 @@ from hpm_video.mining import HardPatchesMining, average_errors
 from hpm_video.pixels import to_unit_range
 from hpm_video.targets import patchify
 from hpm_video.token_grid import Size3
-from hpm_video.training.engine import Engine
+from hpm_video.training.distributed import Processes
+from hpm_video.training.engine import Viewer
 
 Measures = dict[str, float]
 NUM_MASKS = 10
@@ -30,8 +31,15 @@ TRIVIAL_FOR_STUDENT = "student_ranking_by_"
 
 
 @torch.no_grad()
-def measure(objective: HardPatchesMining, engine: Engine, batches: Iterable[ClipBatch]) -> Measures:
+def measure(
+    objective: HardPatchesMining,
+    student: Viewer,
+    batches: Iterable[ClipBatch],
+    processes: Processes = Processes(),  # noqa: B008 - it is frozen
+) -> Measures:
     """Measures over all clips of ``batches``, under ``NUM_MASKS`` random masks of each.
+
+    Of several processes each has batches of its own, and all get the measures over all of them.
 
     ``relative_error``: reconstruction error divided by that of the simplest good answer; where the
     target is pixels, the mean of each patch and channel. The rankings are shares of pairs of tokens
@@ -41,12 +49,12 @@ def measure(objective: HardPatchesMining, engine: Engine, batches: Iterable[Clip
     averaged over the masks, since it cannot know the mask. ``ranking_by_...`` and
     ``student_ranking_by_...``: the trivial rankers, measured as the teacher and as the student.
     """
-    counts = _Counts(engine.device)
+    counts = _Counts(student.device)
     for cpu_batch in batches:
-        batch = cpu_batch.to(engine.device)
-        with engine.autocast():
+        batch = cpu_batch.to(student.device)
+        with student.autocast():
             examinations = objective.examine(
-                engine, batch, (f"held out {i}" for i in range(NUM_MASKS))
+                student, batch, (f"held out {i}" for i in range(NUM_MASKS))
             )
             teacher = objective.difficulty(batch)
         for seen in examinations:
@@ -62,7 +70,7 @@ def measure(objective: HardPatchesMining, engine: Engine, batches: Iterable[Clip
             for seen in examinations:
                 hidden = seen.mask.take_masked(scores.unsqueeze(-1)).squeeze(-1)
                 counts.add_pairs(f"{TRIVIAL_FOR_STUDENT}{name}", hidden, seen.errors)
-    return counts.ratios()
+    return counts.ratios(processes)
 
 
 class _Counts:
@@ -77,10 +85,14 @@ class _Counts:
     def add_pairs(self, name: str, scores: Tensor, errors: Tensor) -> None:
         self.add(name, *count_ordered_pairs(scores, errors))
 
-    def ratios(self) -> Measures:
-        pairs = {name: sums.tolist() for name, sums in self._sums.items()}
+    def ratios(self, processes: Processes) -> Measures:
+        totals: dict[str, tuple[float, float]] = {}
+        own = [(name, sums.tolist()) for name, sums in self._sums.items()]
+        for name, (part, whole) in processes.gather(own):
+            before = totals.get(name, (0.0, 0.0))
+            totals[name] = (before[0] + part, before[1] + whole)
         return {
-            name: part / whole if whole else float("nan") for name, (part, whole) in pairs.items()
+            name: part / whole if whole else float("nan") for name, (part, whole) in totals.items()
         }
 
 

@@ -5,7 +5,9 @@ teacher (moving average) --difficulty--> mask --> student --> content, difficult
                       reconstruction + ranking loss <-+-> the student's own errors
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -47,8 +49,11 @@ class HardPatchesMining:
         predictor_weight: float,
         teacher: MaskedAutoencoder | None,
         momentum: MomentumSchedule,
+        whole: Callable[[nn.Module], AbstractContextManager[nn.Module]] = nullcontext,
     ) -> None:
         """Take the rules of the method; ``masks``: by the name of the source of a batch.
+
+        ``whole`` makes the teacher callable, where an engine has spread its weights.
 
         Raises:
             ValueError: masks are to be picked by difficulty, but nothing predicts it.
@@ -66,6 +71,13 @@ class HardPatchesMining:
         self.predictor = predictor
         self._predictor_weight = predictor_weight
         self._momentum = momentum
+        self._whole = whole
+
+    def seen_with(self, teacher: MaskedAutoencoder | None) -> "HardPatchesMining":
+        """The same objective for looking, with a teacher whose weights are all here."""
+        seen = copy.copy(self)
+        seen.teacher, seen._whole = teacher, nullcontext
+        return seen
 
     @property
     def companions(self) -> dict[str, nn.Module]:
@@ -118,11 +130,13 @@ class HardPatchesMining:
         difficulty = difficulty and self.predictor != "none"
         if self.teacher is None or not (difficulty or self.target.of_teacher):
             return Sight(None, None)
-        encoded = self.teacher.encode(clips)
-        scores = None
-        if difficulty:
-            scores = self.teacher.score(encoded, self.teacher.shape.grid_of(clips)).float()
-        return Sight(scores, self.teacher.of_clip(encoded) if self.target.of_teacher else None)
+        with self._whole(self.teacher) as teacher:
+            assert isinstance(teacher, MaskedAutoencoder)
+            encoded = teacher.encode(clips)
+            scores = None
+            if difficulty:
+                scores = teacher.score(encoded, teacher.shape.grid_of(clips)).float()
+        return Sight(scores, teacher.of_clip(encoded) if self.target.of_teacher else None)
 
     def _features(self, batch: ClipBatch, sight: "Sight") -> Tensor | None:
         """Of all tokens, where the target is made of features: -> (B, N, P)"""

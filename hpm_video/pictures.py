@@ -17,7 +17,7 @@ from PIL import Image, ImageFont
 from hpm_video.data.dataset import ClipBatch
 from hpm_video.mining import HardPatchesMining
 from hpm_video.study import Frames, Scores, Study, study_clips
-from hpm_video.training.engine import Engine
+from hpm_video.training.engine import Viewer
 from hpm_video.typesetting import (
     PAPER,
     Colour,
@@ -350,11 +350,11 @@ def save_animation(images: Sequence[Image.Image], path: Path, fps: float) -> Non
 
 
 def write_pictures(
-    folder: Path, name: str, objective: HardPatchesMining, engine: Engine, batch: ClipBatch
+    folder: Path, name: str, objective: HardPatchesMining, student: Viewer, batch: ClipBatch
 ) -> Path:
     """Draw the sheet of a batch, say of the first held-out clips, into ``folder``. -> its path"""
-    with engine.autocast():
-        studies = study_clips(objective, engine, batch.to(engine.device))
+    with student.autocast():
+        studies = study_clips(objective, student, batch.to(student.device))
     path = folder / f"{name}.png"
     save_sheet(draw_sheet(studies), path)
     return path

@@ -1,13 +1,15 @@
 """Pre-training: from a config to an assembled run."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
 import torch
+from torch import nn
 
 from hpm_video.config import ConfigError, PretrainConfig, PretrainDataConfig, load_config
 from hpm_video.curves import plot_curves
@@ -17,17 +19,17 @@ from hpm_video.data.loader import held_out_batches
 from hpm_video.data.transforms import ClipTransform, MultiScaleCrop
 from hpm_video.evaluation import summarise
 from hpm_video.experiment import (
-    RunData,
     RunDirectory,
+    Session,
     claim,
     find_failures,
-    in_one_pass,
     key_of_source,
-    look_into_directory,
     make_engine,
     num_workers,
     open_data,
     open_manifest,
+    open_session,
+    settle_plan,
     settle_precision,
     timed_update,
     train,
@@ -47,9 +49,9 @@ from hpm_video.randomness import key_of
 from hpm_video.reconstruction import FeatureTarget, PixelTarget, Target
 from hpm_video.token_grid import TokenGrid
 from hpm_video.training.checkpoint import load_weights, read_weights, weights_digest
-from hpm_video.training.device import Precision, choose_device
+from hpm_video.training.device import Precision
 from hpm_video.training.distributed import Processes
-from hpm_video.training.engine import TorchEngine
+from hpm_video.training.engine import Engine, TorchEngine, WholeModel
 from hpm_video.training.optim import make_adamw, parameter_groups
 from hpm_video.training.run import Watch
 from hpm_video.training.teacher import MomentumSchedule, make_teacher
@@ -116,9 +118,15 @@ def build_target(config: PretrainConfig, device: torch.device) -> Target:
 
 
 def build_objective(
-    config: PretrainConfig, teacher: MaskedAutoencoder | None, target: Target
+    config: PretrainConfig,
+    teacher: MaskedAutoencoder | None,
+    target: Target,
+    whole: Callable[[nn.Module], AbstractContextManager[nn.Module]] = nullcontext,
 ) -> HardPatchesMining:
-    """Hard patches mining as a config wants it; without a teacher, a plain masked autoencoder."""
+    """Hard patches mining as a config wants it; without a teacher, a plain masked autoencoder.
+
+    ``whole``: of the engine that holds the teacher.
+    """
     mining = config.mining
     return HardPatchesMining(
         {name: mask_rule(config, name) for name in config.sources},
@@ -127,6 +135,7 @@ def build_objective(
         predictor_weight=mining.predictor_weight,
         teacher=teacher,
         momentum=MomentumSchedule(mining.momentum, mining.first_momentum, mining.last_momentum),
+        whole=whole,
     )
 
 
@@ -182,7 +191,7 @@ def load_run(
     return config, student.to(device).eval(), build_objective(config, teacher, target)
 
 
-def pretrain(config: PretrainConfig) -> Path:
+def pretrain(config: PretrainConfig, processes: Processes = Processes()) -> Path:  # noqa: B008
     """Pre-train as ``config`` says, or go on where its run directory stands. -> that directory
 
     Raises:
@@ -192,35 +201,48 @@ def pretrain(config: PretrainConfig) -> Path:
         And what ``fit`` raises.
     """
     data = open_data(config)
-    device = choose_device(config.engine.device)
-    if config.engine.threads is not None:
-        torch.set_num_threads(config.engine.threads)
-    directory = look_into_directory(PretrainConfig, config, data)
-    complete = directory.update == data.timeline.num_updates
-    if not complete:
+    session = open_session(PretrainConfig, config, data, processes)
+    directory = session.directory
+    if not session.is_complete:
         features = _check_same_features(config, directory)
-        student, teacher = _make_models(config, directory.newest, device)
-        objective = build_objective(config, teacher, build_target(config, device))
-    with claim(directory, config):
-        if complete:
+        models = _make_models(config, directory.newest, session.device)
+        target = build_target(config, session.device)
+    with claim(session, config):
+        if session.is_complete:
             log.info("%s is complete: %d updates were made", directory.path, directory.update)
         else:
-            if features is not None:
+            if features is not None and processes.is_first:
                 with written_beside(directory.path / FEATURES) as path:
                     path.write_text(f"{features}\n")
-            precision = settle_precision(config, directory, device, partial(make_update, config))
-            engine = make_engine(config, student, _optimizer(config, student), device, precision)
-            train(
-                config,
-                data,
-                directory,
-                engine=engine,
-                objective=objective,
-                clips=training_clips(config, data, crops_of(config), same_frames=False),
-                watch=_watch(config, data, objective, engine, directory.path),
-            )
-        plot_curves(directory.path / "metrics.jsonl", directory.path / "curves.png")
+            _train(config, session, models, target)
+        if processes.is_first:
+            plot_curves(directory.path / "metrics.jsonl", directory.path / "curves.png")
     return directory.path
+
+
+def _train(
+    config: PretrainConfig,
+    session: Session,
+    models: tuple[MaskedAutoencoder, MaskedAutoencoder | None],
+    target: Target,
+) -> None:
+    student, teacher = models
+    maker = partial(make_update, config)
+    precision = settle_precision(config, session, maker)
+    plan = settle_plan(config, session, precision, maker)
+    engine = make_engine(config, session, plan, precision, student, _optimizer(config, student))
+    if teacher is not None:
+        engine.hold(teacher)
+    objective = build_objective(config, teacher, target, engine.whole)
+    train(
+        config,
+        session,
+        plan,
+        engine=engine,
+        objective=objective,
+        clips=training_clips(config, session.data, crops_of(config), same_frames=False),
+        watch=_watch(config, session, objective, engine),
+    )
 
 
 def _check_same_features(config: PretrainConfig, directory: RunDirectory) -> str | None:
@@ -244,14 +266,25 @@ def _check_same_features(config: PretrainConfig, directory: RunDirectory) -> str
 
 
 def make_update(
-    config: PretrainConfig, device: torch.device, precision: Precision, clips: int
+    config: PretrainConfig,
+    device: torch.device,
+    precision: Precision,
+    clips: int,
+    *,
+    source: str = "",
 ) -> Callable[[], None]:
-    """A whole update on random clips, for timing: forward, backward, step, teacher."""
-    config = in_one_pass(replace(config, init_weights=None))
+    """A whole update on random clips by one process, to see how long it takes and what it needs."""
+    config = replace(config, init_weights=None)
     student, teacher = _make_models(config, None, device)
     objective = build_objective(config, teacher, build_target(config, device))
-    engine = make_engine(config, student, _optimizer(config, student), device, precision)
-    return timed_update(config, engine, objective, clips)
+    engine = TorchEngine(
+        student,
+        _optimizer(config, student),
+        device=device,
+        clip_grad=config.recipe.clip_grad,
+        precision=precision,
+    )
+    return timed_update(config, engine, objective, clips, source)
 
 
 def _optimizer(config: PretrainConfig, student: MaskedAutoencoder) -> torch.optim.Optimizer:
@@ -285,39 +318,43 @@ def _make_models(
 
 
 def _watch(
-    config: PretrainConfig,
-    data: RunData,
-    objective: HardPatchesMining,
-    engine: TorchEngine,
-    run_dir: Path,
+    config: PretrainConfig, session: Session, objective: HardPatchesMining, engine: Engine
 ) -> Watch:
-    """Held-out measures, pictures and nearest neighbours, where there are videos for them."""
-    probe = _neighbour_probe(config, engine) if config.knn.train is not None else None
-    measured, pictured = {}, {}
-    for name, source in data.sources.items():
-        if source.validation is None:
-            log.info("no %sdata.validation: none of its clips are measured", key_of_source(name))
-            continue
-        measured[name] = _held_out(config, data, name, config.logging.validation_clips)
-        pictured[name] = _held_out(config, data, name, PICTURED_CLIPS)
-        find_failures(measured[name], **_reading(config, measured[name]))
+    """Held-out measures, pictures and nearest neighbours, where there are videos for them.
+
+    Of several processes each measures its share of the clips, and the first one draws.
+    """
+    processes, run_dir = session.processes, session.directory.path
+    probe = _neighbour_probe(config, session, engine) if config.knn.train is not None else None
+    measured = {
+        name: _held_out(config, session, name, config.logging.validation_clips)
+        for name in _sources_with_validation(session)
+    }
+    pictured = {name: _held_out(config, session, name, PICTURED_CLIPS) for name in measured}
+    for clips in measured.values():
+        find_failures(clips, processes, **_reading(config, clips))
     if not measured:
         return Watch(probe=probe)
 
     def validate() -> Measures:
         found: Measures = {}
-        for name, clips in measured.items():
-            batches = held_out_batches(clips, **_reading(config, clips))
-            measures = measure(objective, engine, batches)
-            found |= {named(name, what): value for what, value in measures.items()}
+        with _looking(objective, engine) as (seen, student):
+            for name, clips in measured.items():
+                share = processes.share(len(clips))
+                reading = _reading(config, clips)
+                with closing(held_out_batches(clips, positions=share, **reading)) as batches:
+                    measures = measure(seen, student, batches, processes)
+                found |= {named(name, what): value for what, value in measures.items()}
         return found
 
     def draw(done: int) -> None:
-        for name, clips in pictured.items():
-            shown = collate([clips[i] for i in range(len(clips))])
-            folder = run_dir / "pictures" / name
-            write_pictures(folder, f"update-{done:08d}", objective, engine, shown)
-        plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
+        with _looking(objective, engine) as (seen, student):
+            for name, clips in pictured.items() if processes.is_first else ():
+                shown = collate([clips[i] for i in range(len(clips))])
+                folder = run_dir / "pictures" / name
+                write_pictures(folder, f"update-{done:08d}", seen, student, shown)
+        if processes.is_first:
+            plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
 
     return Watch(
         validate,
@@ -328,6 +365,32 @@ def _watch(
     )
 
 
+def _sources_with_validation(session: Session) -> list[str]:
+    """Names of the sources that have held-out clips."""
+    there = []
+    for name, source in session.data.sources.items():
+        if source.validation is None:
+            log.info("no %sdata.validation: none of its clips are measured", key_of_source(name))
+        else:
+            there.append(name)
+    return there
+
+
+@contextmanager
+def _looking(
+    objective: HardPatchesMining, engine: Engine
+) -> Iterator[tuple[HardPatchesMining, WholeModel]]:
+    """Objective and student with all weights here, so that a process can look by itself."""
+    with ExitStack() as stack:
+        student = stack.enter_context(engine.whole(engine.model))
+        teacher = objective.teacher
+        if teacher is not None:
+            whole = stack.enter_context(engine.whole(teacher))
+            assert isinstance(whole, MaskedAutoencoder)
+            teacher = whole
+        yield objective.seen_with(teacher), WholeModel(student, engine.device, engine.precision)
+
+
 class _Reading(TypedDict):
     batch_size: int
     workers: int
@@ -336,14 +399,14 @@ class _Reading(TypedDict):
 def _reading(config: PretrainConfig, clips: HeldOutClips) -> _Reading:
     """How held-out clips are read."""
     return {
-        "batch_size": min(len(clips), max(config.micro_batch, 8), 32),
+        "batch_size": min(len(clips), max(config.recipe.batch_size, 8), 32),
         "workers": num_workers(config.data),
     }
 
 
-def _held_out(config: PretrainConfig, data: RunData, source: str, count: int) -> HeldOutClips:
+def _held_out(config: PretrainConfig, session: Session, source: str, count: int) -> HeldOutClips:
     """Some held-out clips of a source."""
-    how, manifest = config.sources[source], data.sources[source].validation
+    how, manifest = config.sources[source], session.data.sources[source].validation
     assert manifest is not None
     return HeldOutClips(
         manifest.spread(count),
@@ -370,7 +433,9 @@ def names_of(source: str, measures: Measures) -> list[str]:
     return [name.split("/", 1)[1] for name in measures if name.startswith(f"{source}/")]
 
 
-def _neighbour_probe(config: PretrainConfig, engine: TorchEngine) -> Callable[[], dict[str, float]]:
+def _neighbour_probe(
+    config: PretrainConfig, session: Session, engine: Engine
+) -> Callable[[], dict[str, float]]:
     """Nearest neighbours of the student's frozen features, on one clip of each video.
 
     Raises:
@@ -388,27 +453,24 @@ def _neighbour_probe(config: PretrainConfig, engine: TorchEngine) -> Callable[[]
             f"knn.k must be at most the number of videos of knn.train, {len(manifests[0])}, got "
             f"{how.k}"
         )
-    assert isinstance(engine.model, ClipEncoder)
-    extractor = Extractor(
-        engine.model,
-        clip_spec(config.data),
-        config.data.mean,
-        config.data.std,
-        engine.device,
-        engine.precision,
-    )
-    reading = Reading(config.data.decoder, num_workers(config.data))
+    reading, spec = Reading(config.data.decoder, num_workers(config.data)), clip_spec(config.data)
     for manifest in manifests:
-        clips = HeldOutClips(
-            manifest, extractor.spec, decoder=config.data.decoder, seed=config.seed
-        )
-        find_failures(clips, batch_size=min(len(clips), 32), workers=reading.workers)
+        clips = HeldOutClips(manifest, spec, decoder=config.data.decoder, seed=config.seed)
+        batch_size = min(len(clips), 32)
+        find_failures(clips, session.processes, batch_size=batch_size, workers=reading.workers)
 
     def probe() -> dict[str, float]:
-        train, held_out = (
-            FeatureTable(manifest, extractor.of_videos(manifest, MIDDLE, reading, Processes()))
-            for manifest in manifests
-        )
+        with engine.whole(engine.model) as student:
+            assert isinstance(student, ClipEncoder)
+            extractor = Extractor(
+                student, spec, config.data.mean, config.data.std, engine.device, engine.precision
+            )
+            train, held_out = (
+                FeatureTable(
+                    manifest, extractor.of_videos(manifest, MIDDLE, reading, session.processes)
+                )
+                for manifest in manifests
+            )
         scores = nearest_neighbours(train, held_out, len(names), [how.k], how.temperature)[how.k]
         return {"knn_top1": summarise(scores, names)["top1"]}
 

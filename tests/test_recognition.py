@@ -23,8 +23,8 @@ from hpm_video.pixels import normalise
 from hpm_video.recognition import build_classifier, load_recogniser, recogniser_of
 from hpm_video.token_grid import TokenGrid
 from hpm_video.training.checkpoint import CheckpointError, save_checkpoint
-from hpm_video.training.optim import OptimizerState
 from hpm_video.training.distributed import Processes, joined_processes
+from hpm_video.training.optim import OptimizerState
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

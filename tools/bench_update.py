@@ -52,7 +52,7 @@ def main() -> int:
         device = choose_device(config.engine.device)
         clips = arguments.clips
         if clips is None:
-            clips = min(config.micro_batch * config.data.repeats, TIMED_CLIPS)
+            clips = min(config.recipe.batch_size * config.data.repeats, TIMED_CLIPS)
         if min(clips, arguments.repeats) < 1:
             raise ConfigError("--clips and --repeats must be at least 1")
     except (ConfigError, ValueError) as error:

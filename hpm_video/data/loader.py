@@ -138,8 +138,12 @@ def end_workers() -> None:
 class BadFiles:
     """The files of a run that did not decode: each once, in a CSV file of the run directory."""
 
-    def __init__(self, path: Path, *, num_files: int, max_bad_share: float) -> None:
+    def __init__(
+        self, path: Path, *, num_files: int, max_bad_share: float, writes: bool = True
+    ) -> None:
+        """``writes``: of several processes that note the same failures, one writes them down."""
         self._path = path
+        self._writes = writes
         self._num_files = num_files
         self._max_bad_share = max_bad_share
         self._failures: dict[str, Failure] = {}
@@ -160,7 +164,8 @@ class BadFiles:
         new = {failure.path: failure for failure in failures if failure.path not in self._failures}
         if not new:
             return
-        self._append(list(new.values()))
+        if self._writes:
+            self._append(list(new.values()))
         self._failures |= new
         if len(self) > tolerated(self._num_files, self._max_bad_share):
             raise too_many([*self._failures.values()], self._num_files, self._max_bad_share)

@@ -39,12 +39,33 @@ class MixedClips(Dataset[Sample]):
 
 
 class Places(Sequence[Place]):
-    """The samples of the updates from ``start`` to the last, in order."""
+    """The samples of the updates from ``start`` to the last, in order.
 
-    def __init__(self, sources: NDArray[np.int64], batch_size: int, start: int = 0) -> None:
-        """``sources``: of every update of the run, see :func:`deal_out`."""
+    Of several processes each has its own stretch of every batch, so that all of them together have
+    the samples that one would have, each once. Nothing is padded: a batch that begins in one pass
+    over the data goes on into the next.
+    """
+
+    def __init__(
+        self,
+        sources: NDArray[np.int64],
+        batch_size: int,
+        start: int = 0,
+        *,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        """``sources``: of every update of the run, see :func:`deal_out`.
+
+        Raises:
+            ValueError: the batch cannot be shared out evenly.
+        """
+        if batch_size % processes:
+            raise ValueError(f"{processes} processes cannot share a batch of {batch_size} evenly")
         self._sources = sources
         self._batch_size = batch_size
+        self._share = batch_size // processes
+        self._first = rank * self._share
         self._start = start
         self._turn = np.zeros(len(sources), np.int64)
         """How many updates before this one had the same source."""
@@ -53,15 +74,15 @@ class Places(Sequence[Place]):
             self._turn[its_own] = np.arange(its_own.sum())
 
     def __len__(self) -> int:
-        return (len(self._sources) - self._start) * self._batch_size
+        return (len(self._sources) - self._start) * self._share
 
     def __getitem__(self, index: int) -> Place:  # type: ignore[override]
         if not 0 <= index < len(self):
             raise IndexError(index)
-        update, sample = divmod(index, self._batch_size)
+        update, sample = divmod(index, self._share)
         update += self._start
-        turn = int(self._turn[update])
-        return Place(int(self._sources[update]), turn * self._batch_size + sample)
+        begin = int(self._turn[update]) * self._batch_size + self._first
+        return Place(int(self._sources[update]), begin + sample)
 
 
 def deal_out(weights: Sequence[float], num_updates: int) -> NDArray[np.int64]:

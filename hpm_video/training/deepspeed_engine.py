@@ -18,23 +18,23 @@ from torch import Tensor, nn
 
 from hpm_video.training.deepspeed_settings import DeepSpeedChoice, settings_of
 from hpm_video.training.device import Precision
-from hpm_video.training.distributed import Processes
+from hpm_video.training.distributed import Processes, make_sure_of_group
 from hpm_video.training.engine import autocast, batch_statistics
 from hpm_video.training.optim import OptimizerState, Tensors, put_state, state_of
+from hpm_video.training.plan import BatchPlan
 
 
 class DeepSpeedEngine:
     """ZeRO of any stage, in float32 or with autocast to bfloat16. Weights stay float32."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - those of TorchEngine, and what DeepSpeed asks for
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         choice: DeepSpeedChoice,
+        plan: BatchPlan,
         *,
         device: torch.device,
-        micro_batch: int,
-        accumulate: int = 1,
         clip_grad: float | None = None,
         precision: Precision = "fp32",
         processes: Processes = Processes(),  # noqa: B008 - it is frozen
@@ -46,22 +46,16 @@ class DeepSpeedEngine:
         """
         self.model = model
         self.device = device
-        self.accumulate = accumulate
+        self.accumulate = plan.accumulate
         self.precision: Precision = precision
         self.processes = processes
         self.gradient_norm = torch.zeros((), device=device)
         self.stage = choice.stage
-        self._settings = settings_of(
-            choice,
-            micro_batch=micro_batch,
-            accumulate=accumulate,
-            processes=processes.count,
-            clip_grad=clip_grad,
-            precision=precision,
-        )
+        self._settings = settings_of(choice, plan, clip_grad=clip_grad, precision=precision)
         self._deepspeed = import_deepspeed()
         self._statistics = batch_statistics(model)
         self._skeleton = _skeleton_of(model) if self.stage == 3 else None
+        make_sure_of_group()
         self._deepspeed.init_distributed(dist_init_required=False)
         self._engine, *_ = self._deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._settings
@@ -133,10 +127,8 @@ class DeepSpeedEngine:
         Of spread weights one parameter at a time is whole on a device.
         """
         if self.stage < 3:
-            whole = ((name, value) for name, value in module.state_dict().items())
-        else:
-            whole = self._whole_weights(module)
-        return self._on_first(whole)
+            return self._on_first(iter(module.state_dict().items()))
+        return self._on_first(self._whole_weights(module))
 
     def optimizer_state(self) -> OptimizerState:
         """What resuming needs beside the weights; no moments on others than the first process."""
@@ -188,7 +180,7 @@ class DeepSpeedEngine:
 
     def _whole_weights(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Of spread parameters, one after the other; all processes must take all of them."""
-        parameters = dict(module.named_parameters())
+        parameters: dict[str, Any] = dict(module.named_parameters())
         for name, value in module.state_dict().items():
             if name in parameters:
                 yield name, self._join(parameters[name].ds_tensor, parameters[name])
@@ -206,7 +198,7 @@ class DeepSpeedEngine:
                 own = tools.safe_get_local_optimizer_state(parameter, kind)
                 yield name, self._join(own, parameter)
 
-    def _join(self, shard: Tensor, parameter: nn.Parameter) -> Tensor:
+    def _join(self, shard: Tensor, parameter: Any) -> Tensor:
         whole = self.processes.gather_shards(shard.detach())
         return whole[: parameter.ds_numel].view(parameter.ds_shape)
 

@@ -4,11 +4,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hpm_video.training.device import Precision
+from hpm_video.training.plan import BatchPlan
 
-Stage = Literal[0, 1, 2, 3]
 Settings = dict[str, Any]
 
 
@@ -20,7 +20,7 @@ class DeepSpeedSettingsError(ValueError):
 class DeepSpeedChoice:
     """How DeepSpeed is to spread a run."""
 
-    stage: Stage = 1
+    stage: int = 1
     offload_optimizer: bool = False
     """Keep moments and update weights in the host's memory."""
     offload_parameters: bool = False
@@ -45,13 +45,7 @@ def read_settings(path: Path) -> Settings:
 
 
 def settings_of(
-    choice: DeepSpeedChoice,
-    *,
-    micro_batch: int,
-    accumulate: int,
-    processes: int,
-    clip_grad: float | None,
-    precision: Precision,
+    choice: DeepSpeedChoice, plan: BatchPlan, *, clip_grad: float | None, precision: Precision
 ) -> Settings:
     """The configuration that DeepSpeed gets.
 
@@ -67,9 +61,9 @@ def settings_of(
     if precision == "bf16":
         autocast["dtype"] = "bfloat16"
     decided: Settings = {
-        "train_batch_size": micro_batch * accumulate * processes,
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulate,
+        "train_batch_size": plan.batch_size,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulate,
         # DeepSpeed clips at 1 where this is not said.
         "gradient_clipping": clip_grad or 0.0,
         "zero_optimization": spread,

@@ -15,12 +15,21 @@ class DeviceError(ValueError):
     """A device that is not here."""
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, processes: int = 1) -> torch.device:
     """The device of that name; ``auto`` is an accelerator where there is one, else the CPU.
 
+    Of several processes each has a GPU of its own, which is the current one.
+
     Raises:
-        DeviceError: there is no such device here.
+        DeviceError: there is no such device here, or all processes would share one.
     """
+    if processes > 1 and name not in ("auto", "cpu"):
+        if name != "cuda":
+            raise DeviceError(
+                f"engine.device={name} cannot be the device of {processes} processes; take auto, "
+                f"which gives each a GPU of its own where there are some, or cpu"
+            )
+        name = "auto" if torch.cuda.is_available() else name
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch._C._distributed_c10d import HashStore
 
 Item = TypeVar("Item")
 PATIENCE = timedelta(hours=6)
@@ -108,6 +109,17 @@ class Processes:
             return True
 
 
+def make_sure_of_group() -> None:
+    """Let a process that is alone be a group of one, for a library that asks for a group."""
+    if not distributed.is_initialized():
+        store = HashStore()
+        distributed.init_process_group(_backend(), store=store, rank=0, world_size=1)
+
+
+def _backend() -> str:
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
 @contextmanager
 def joined_processes() -> Iterator[Processes]:
     """Join the job that a launcher started, if it did; otherwise this process is alone.
@@ -121,7 +133,6 @@ def joined_processes() -> Iterator[Processes]:
     if count == 1:
         yield Processes()
         return
-    backend = "gloo"
     if torch.cuda.is_available():
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
@@ -130,8 +141,7 @@ def joined_processes() -> Iterator[Processes]:
                 f"it finds none left; start as many processes as there are GPUs"
             )
         torch.cuda.set_device(local)
-        backend = "cpu:gloo,cuda:nccl"
-    distributed.init_process_group(backend, timeout=SILENCE)
+    distributed.init_process_group(_backend(), timeout=SILENCE)
     hosts = distributed.new_group(backend="gloo", timeout=PATIENCE)
     yield Processes(distributed.get_rank(), distributed.get_world_size(), hosts)
     # Not where something went wrong: to leave together needs all of them.

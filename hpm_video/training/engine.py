@@ -17,7 +17,9 @@ from hpm_video.training.optim import OptimizerState, Tensors, put_state, state_o
 class Viewer(Protocol):
     """A model that is looked at: only its forward pass, of any number of clips."""
 
-    device: torch.device
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of training."""

@@ -20,10 +20,14 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the run obeyed
 class StopRequest:
     """Remembers the first signal that asked for a stop."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
+        """``patient``: to be asked twice is no reason to give up."""
         self.received: signal.Signals | None = None
+        self._patient = patient
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None and self._patient:
+            return
         if self.received is not None:  # asked twice: do not wait for the next update
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -31,12 +35,17 @@ class StopRequest:
 
 
 @contextmanager
-def listen_for_stop() -> Iterator[StopRequest]:
-    """Turn SIGTERM and SIGINT into a request that the loop reads between two updates."""
-    request = StopRequest()
+def listen_for_stop(*, patient: bool = False) -> Iterator[StopRequest]:
+    """Turn SIGTERM and SIGINT into a request that the loop reads between two updates.
+
+    ``patient``: where a scheduler, a launcher and a terminal may all pass on the same signal.
+    """
+    request = StopRequest(patient=patient)
     before = {number: signal.signal(number, request._note) for number in EXIT_CODES}
     try:
         yield request
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # Who passes it on late must not kill a process that is leaving with its state saved.
+            late = patient and request.received is not None
+            signal.signal(number, signal.SIG_IGN if late else handler)

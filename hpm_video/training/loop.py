@@ -37,7 +37,7 @@ def fit(
         for _ in range(engine.accumulate):
             with run.meter.waiting():
                 batch = next(batches)
-            run.bad_files[batch.source].note(batch.failures)
+            run.note_failures(batch)
             batch = batch.to(engine.device)
             with engine.autocast():
                 losses = objective.losses(engine, batch, progress)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hpm_video.training.distributed import Processes
 from hpm_video.training.objective import Losses
 from hpm_video.whole_files import written_beside
 
@@ -26,10 +27,12 @@ class NonFiniteLossError(RuntimeError):
 class Meter:
     """Losses, speed and waiting between two lines of metrics. Nothing here waits for the device.
 
-    Sums stay on the device until :meth:`read`, which is where it is waited for.
+    Sums stay on the device until :meth:`read`, which is where it is waited for. What is read is of
+    all processes, and all must read it.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, processes: Processes) -> None:
+        self._processes = processes
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._files: dict[int, list[str]] = {}
         self._restart()
@@ -85,10 +88,12 @@ class Meter:
         Raises:
             NonFiniteLossError: one was not. It names the update and the files of its batch.
         """
-        update = int(self._first_bad)
-        files = self._files.get(update, [])
-        self._files = {}
+        own = int(self._first_bad)
+        found = [update for update in self._processes.gather([own]) if update >= 0]
+        update = min(found, default=-1)
+        own_files, self._files = self._files, {}
         if update >= 0:
+            files = self._processes.gather(own_files.get(update, []) if own == update else [])
             raise NonFiniteLossError(
                 f"the loss or the gradient of update {update} is not a finite number; the last "
                 f"checkpoint is from before. Try a lower recipe.base_lr, recipe.clip_grad, or "
@@ -97,13 +102,25 @@ class Meter:
             )
 
     def read(self) -> dict[str, float]:
-        """Means since the last reading, clips per second, and the share of time spent waiting."""
+        """Means since the last reading, clips per second, and the share of time spent waiting.
+
+        Of several processes the waiting of the one that waits longest: the others wait for it.
+        """
         self.check()
-        means = {name: float(value) / self._counts[name] for name, value in self._sums.items()}
+        own = {name: (float(value), self._counts[name]) for name, value in self._sums.items()}
+        everyone = self._processes.gather([own])
+        means = {
+            name: sum(one[name][0] for one in everyone) / sum(one[name][1] for one in everyone)
+            for name in own
+        }
         if self._updates:
             means["gradient_norm"] = float(self._norms) / self._updates
         seconds = max(time.perf_counter() - self._began - self._paused, 1e-9)
-        speed = {"clips_per_second": self._clips / seconds, "data_wait": self._waited / seconds}
+        told = self._processes.gather([(self._clips / seconds, self._waited / seconds)])
+        speed = {
+            "clips_per_second": sum(clips for clips, _ in told),
+            "data_wait": max(waited for _, waited in told),
+        }
         self._restart()
         return means | speed
 
@@ -111,12 +128,19 @@ class Meter:
 class MetricsLog:
     """The metrics of a run, in ``metrics.jsonl`` and for TensorBoard."""
 
-    def __init__(self, run_dir: Path, *, first_update: int, tensorboard: bool) -> None:
-        """Go on before ``first_update``; what an interrupted run wrote beyond it is dropped."""
+    def __init__(
+        self, run_dir: Path, *, first_update: int, tensorboard: bool, writes: bool = True
+    ) -> None:
+        """Go on before ``first_update``; what an interrupted run wrote beyond it is dropped.
+
+        ``writes``: of several processes that measure the same, one writes it down.
+        """
         self.path = run_dir / "metrics.jsonl"
-        self._drop_from(first_update)
         self._writer = None
-        if tensorboard:
+        self._writes = writes
+        if writes:
+            self._drop_from(first_update)
+        if writes and tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             folder = str(run_dir / "tensorboard")
@@ -124,6 +148,8 @@ class MetricsLog:
 
     def write(self, kind: str, update: int, epoch: float, values: dict[str, float]) -> None:
         """Add one line. ``update`` counts the updates that were made."""
+        if not self._writes:
+            return
         line = {"kind": kind, "update": update, "epoch": round(epoch, 4), **values}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -155,14 +181,15 @@ class ProgressBar:
 
     SECONDS_BETWEEN_LINES = 20.0
 
-    def __init__(self, first_update: int, num_updates: int) -> None:
+    def __init__(self, first_update: int, num_updates: int, *, silent: bool = False) -> None:
+        self._silent = silent
         self._bar = tqdm(
             total=num_updates,
             initial=first_update,
             unit="update",
             dynamic_ncols=True,
             smoothing=0.05,
-            disable=not sys.stderr.isatty(),
+            disable=silent or not sys.stderr.isatty(),
             bar_format="{percentage:3.0f}% |{bar:12}| {n}/{total} [{remaining} left{postfix}]",
         )
         self._first, self._total = first_update, num_updates
@@ -178,6 +205,8 @@ class ProgressBar:
 
     def show(self, done: int, values: dict[str, float]) -> None:
         """Tell the newest values after ``done`` updates."""
+        if self._silent:
+            return
         text = (
             f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, "
             f"{values['clips_per_second']:.0f} clips/s, waiting {values['data_wait']:.0%}"

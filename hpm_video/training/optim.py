@@ -70,7 +70,7 @@ class OptimizerState:
 
 def state_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> OptimizerState:
     """The state of an optimizer of whole parameters, in the host's memory."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {value: name for name, value in model.named_parameters()}
     step, moments = 0, dict[str, Tensors]()
     for parameter, values in optimizer.state.items():
         for kind, value in values.items():

@@ -15,16 +15,17 @@ import torch
 
 import hpm_video
 from hpm_video.data.decode import decoder_versions
+from hpm_video.training.plan import BatchPlan
 
 Facts = dict[str, Any]
 DECIDES_BITS = (
     *("torch", "numpy", "decoders", "device", "cpu_capability", "threads"),
-    *("precision", "accumulate"),
+    *("precision", "engine", "processes", "micro_batch", "accumulate"),
 )
 """Facts on which the last bits of a result depend."""
 
 
-def gather_facts(device: torch.device, precision: str, accumulate: int) -> Facts:
+def gather_facts(device: torch.device, precision: str, engine: str, plan: BatchPlan) -> Facts:
     """What this process runs with."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
@@ -38,7 +39,10 @@ def gather_facts(device: torch.device, precision: str, accumulate: int) -> Facts
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "precision": precision,
-        "accumulate": accumulate,
+        "engine": engine,
+        "processes": plan.processes,
+        "micro_batch": plan.micro_batch,
+        "accumulate": plan.accumulate,
         "command": shlex.join(sys.argv),
         "host": platform.node(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from hpm_video.data.dataset import ClipBatch, Failure
 from hpm_video.data.loader import BadFiles
 from hpm_video.progress import Progress, Timeline
 from hpm_video.training.checkpoint import (
@@ -20,6 +22,7 @@ from hpm_video.training.checkpoint import (
 from hpm_video.training.engine import Engine
 from hpm_video.training.interruption import Interrupted, StopRequest
 from hpm_video.training.metrics import Meter, MetricsLog, ProgressBar
+from hpm_video.training.optim import OptimizerState, Tensors
 
 log = logging.getLogger(__name__)
 ATTACHED = ("config.yaml", "labels.txt")
@@ -63,8 +66,8 @@ class Run:
     timeline: Timeline
     cadence: Cadence
     engine: Engine
-    modules: dict[str, nn.Module]
-    """What checkpoints hold, by name."""
+    companions: dict[str, nn.Module]
+    """What checkpoints hold beside the model, by name."""
     facts: dict[str, Any]
     """What the run runs with, stored with every checkpoint."""
     meter: Meter
@@ -78,6 +81,7 @@ class Run:
     """What the order of the data depends on, stored with every checkpoint."""
     best: dict[str, Any] = field(default_factory=dict)
     """Update and score of the best checkpoint so far."""
+    _failures: list[tuple[str, Failure]] = field(default_factory=list)
 
     @property
     def checkpoints(self) -> Path:
@@ -87,13 +91,16 @@ class Run:
     def after_update(self, progress: Progress, settings: dict[str, float]) -> None:
         """Log, measure, draw, save and stop, where it is time to.
 
+        All processes do the same at the same time; the first one writes.
+
         Raises:
-            NonFiniteLossError, CheckpointError, Interrupted: see ``fit``.
+            NonFiniteLossError, TooManyBadFiles, CheckpointError, Interrupted: see ``fit``.
         """
         update, done = progress.update, progress.update + 1
         last = done == self.timeline.num_updates
         self.bar.advance()
         if done % self.cadence.log_updates == 0 or last:
+            self._share_failures()
             values = self.meter.read() | settings
             self.metrics.write("train", done, self.timeline.at(done).exact_epoch, values)
             self.bar.show(done, values)
@@ -104,11 +111,13 @@ class Run:
                 improved = self._validate(done)
             if self.watch.probe and (last or self._due(update, self.cadence.probe_every_epochs)):
                 self._probe(done, self.watch.probe)
-            stop = self.stop.received
+            asked = self.engine.processes.any_before(self.stop.received or 0)
+            stop = signal.Signals(asked) if asked else None
             if last or keep or improved or stop or done % self.cadence.save_updates == 0:
                 self.save(done, keep=keep)
             if self.watch.draw and (last or self._due(update, self.cadence.picture_every_epochs)):
                 self.watch.draw(done)
+                self.engine.processes.wait()
         if stop and not last:
             raise Interrupted(stop, done)
 
@@ -121,21 +130,55 @@ class Run:
             CheckpointError: it cannot be written.
         """
         self.meter.check()
+        processes = self.engine.processes
         folder = checkpoint_path(self.checkpoints, done)
-        if not folder.exists():
-            state = {"update": done, "keep": keep, "best": self.best, "facts": self.facts}
-            state["data"] = self.data
-            save_checkpoint(
-                folder,
-                self.modules,
-                optimizer=self.engine.optimizer_state(),
-                state=state,
-                attached=[path for path in map(self.folder.joinpath, ATTACHED) if path.exists()],
-            )
-        self.metrics.flush()
-        point_to_newest_and_best(self.checkpoints)
-        best = checkpoint_path(self.checkpoints, self.best.get("update", done))
-        remove_superseded(self.checkpoints, self.cadence.keep_last, [best])
+        if not processes.of_first(folder.exists):
+            modules = {"model": self.engine.model, **self.companions}
+            weights = {name: self.engine.weights(module) for name, module in modules.items()}
+            optimizer = self.engine.optimizer_state()
+            if processes.is_first:
+                self._write(folder, weights, optimizer, done, keep=keep)
+        if processes.is_first:
+            self.metrics.flush()
+            point_to_newest_and_best(self.checkpoints)
+            best = checkpoint_path(self.checkpoints, self.best.get("update", done))
+            remove_superseded(self.checkpoints, self.cadence.keep_last, [best])
+        processes.wait()
+
+    def _write(
+        self,
+        folder: Path,
+        weights: dict[str, Tensors],
+        optimizer: OptimizerState,
+        done: int,
+        *,
+        keep: bool,
+    ) -> None:
+        state = {"update": done, "keep": keep, "best": self.best, "facts": self.facts}
+        save_checkpoint(
+            folder,
+            weights,
+            optimizer=optimizer,
+            state={**state, "data": self.data},
+            attached=[path for path in map(self.folder.joinpath, ATTACHED) if path.exists()],
+        )
+
+    def note_failures(self, batch: ClipBatch) -> None:
+        """Remember the files of a batch that did not decode.
+
+        Raises:
+            TooManyBadFiles: there are now more bad files than the data allows.
+        """
+        self._failures += [(batch.source, failure) for failure in batch.failures]
+        if self.engine.processes.count == 1 and batch.failures:
+            self._share_failures()
+
+    def _share_failures(self) -> None:
+        """Write down what failed in any process."""
+        found = self.engine.processes.gather(self._failures)
+        self._failures = []
+        for name, files in self.bad_files.items():
+            files.note([failure for source, failure in found if source == name])
 
     def _due(self, update: int, every_epochs: float | None) -> bool:
         return every_epochs is not None and self.timeline.passes(update, every_epochs)

@@ -1,0 +1,302 @@
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpm_video import finetune, pretrain
+from hpm_video.config import FinetuneConfig, PretrainConfig, load_config
+from hpm_video.pretrain import build_student
+from hpm_video.training.memory import (
+    FP32,
+    MIXED_FP16,
+    ActivationBytes,
+    Buckets,
+    LiveStorages,
+    Sharding,
+    SimulatedMemory,
+    describe_memory,
+    measure_update,
+    simulate_update,
+    training_memory,
+    zero_bytes,
+)
+
+ROOT = Path(__file__).parent.parent.parent
+CONFIGS = ROOT / "configs"
+CPU = torch.device("cpu")
+SMALL = Buckets(reduce=1000, live=4000, prefetch=500)
+
+
+def load_pretraining(name, *overrides):
+    return load_config(PretrainConfig, CONFIGS / "pretrain" / f"{name}.yaml", overrides)
+
+
+def update_of(config, clips, precision="fp32", make=pretrain.make_update):
+    return partial(make, config, CPU, precision, clips)
+
+
+# --- Formulas -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("processes", "gigabytes"),
+    [
+        (1, (120, 120, 120)),
+        (4, (52.5, 41.3, 30)),
+        (16, (35.6, 21.6, 7.5)),
+        (64, (31.4, 16.6, 1.88)),
+    ],
+)
+def test_zero_bytes_are_those_of_the_papers_table(processes, gigabytes):
+    """Table 1 of the ZeRO paper, 7.5 thousand million parameters."""
+    found = [zero_bytes(7_500_000_000, processes, stage, MIXED_FP16) / 1e9 for stage in (1, 2, 3)]
+    assert found == pytest.approx(gigabytes, abs=0.06)
+    assert zero_bytes(7_500_000_000, processes, 0, MIXED_FP16) == 120e9
+
+
+def test_without_zero_all_is_held_in_float32():
+    memory = training_memory(100, 100, Sharding(8, None))
+    assert memory.device.parts == {
+        "weights": 400,
+        "master": 0,
+        "moments": 800,
+        "gradients": 400,
+        "teacher": 400,
+        "buffers": 0,
+    }
+    assert memory.device.total - 400 == zero_bytes(100, 8, 0, FP32)
+    assert memory.host.total == 0
+
+
+PER_PARAMETER = {  # of 8 processes: weights, master, moments, gradients, teacher
+    0: (4, 0, 8, 4, 4),
+    1: (4, 0.5, 1, 4.5, 4),
+    2: (4, 0.5, 1, 1, 4),
+    3: (0.5, 0.5, 1, 1, 0.5),
+}
+
+
+@pytest.mark.parametrize("stage", PER_PARAMETER)
+def test_state_of_each_stage(stage):
+    memory = training_memory(8000, 8000, Sharding(8, stage, buckets=SMALL))
+    *parts, _ = memory.device.parts.values()
+    assert tuple(part / 8000 for part in parts) == PER_PARAMETER[stage]
+
+
+@pytest.mark.parametrize(
+    ("stage", "buffers"),
+    [
+        (0, 4 * 8000),  # all gradients once more
+        (1, 4 * 1000),
+        (2, 4 * 1000),
+        (3, 4 * (1000 + 4000 + 500)),
+    ],
+)
+def test_buffers_of_each_stage(stage, buffers):
+    assert training_memory(8000, 0, Sharding(8, stage, buckets=SMALL)).device.buffers == buffers
+
+
+def test_a_small_model_is_gathered_whole_and_its_bucket_is_as_large_as_any():
+    buffers = training_memory(300, 0, Sharding(8, 3, buckets=SMALL)).device.buffers
+    assert buffers == 4 * (1000 + 300 + 300)
+
+
+@given(
+    st.integers(1, 10**10),
+    st.integers(1, 4096),
+    st.sampled_from([(1, False), (2, False), (3, False), (3, True)]),
+)
+def test_offloading_moves_state_to_the_host_and_loses_none(parameters, processes, how):
+    stage, also_parameters = how
+    kept = training_memory(parameters, parameters, Sharding(processes, stage))
+    moved = training_memory(
+        parameters, parameters, Sharding(processes, stage, True, also_parameters)
+    )
+    for name in ("weights", "master", "moments", "teacher"):
+        on, off = getattr(moved.device, name), getattr(moved.host, name)
+        assert on + off == getattr(kept.device, name)
+    assert not moved.device.master + moved.device.moments
+    assert bool(moved.device.weights) != also_parameters
+    assert moved.device.total < kept.device.total
+
+
+@given(st.integers(10**7, 10**10), st.integers(2, 4096))
+def test_every_further_stage_needs_less(parameters, processes):
+    small = Buckets(reduce=1, live=1, prefetch=0)
+    totals = [
+        training_memory(parameters, parameters, Sharding(processes, stage, buckets=small))
+        for stage in (0, 1, 2, 3)
+    ]
+    sizes = [memory.device.total for memory in totals]
+    assert sizes[0] > sizes[2] > sizes[3]
+    assert sizes[1] > sizes[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((0, None), "processes must be at least 1, got 0"),
+        ((8, 0, True), "got engine.zero_stage=0; take one of those"),
+        ((8, None, True), "ZeRO stages 1 to 3, got engine.zero_stage=None"),
+        ((8, 2, True, True), "ZeRO stage 3, got engine.zero_stage=2; take that"),
+    ],
+)
+def test_sharding_that_does_not_exist_is_refused(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        Sharding(*arguments)
+
+
+def test_table_for_the_terminal():
+    sharding = Sharding(8, 2, offload_optimizer=True, buckets=Buckets(25_000_000, 1, 1))
+    memory = training_memory(100_000_000, 100_000_000, sharding)
+    assert describe_memory(memory, 2.5e9) == "\n".join(
+        [
+            "GB of each process      device      host",
+            "weights                   0.40      0.00",
+            "master                    0.00      0.05",
+            "moments                   0.00      0.10",
+            "gradients                 0.00      0.10",
+            "teacher                   0.40      0.00",
+            "buffers                   0.10      0.05",
+            "activations               2.50      0.00",
+            "together                  3.40      0.30",
+        ]
+    )
+
+
+# --- Storages -----------------------------------------------------------------------------------
+
+
+def test_each_storage_is_counted_once_and_until_it_is_freed():
+    with LiveStorages() as live:
+        kept = torch.zeros(1000)
+        view = kept[10:].view(2, -1)
+        kept += 1
+        assert live.now == 4000
+        other = view * 2
+        assert live.now == 4000 + 3960
+        del other
+        assert (live.now, live.peak) == (4000, 7960)
+        del kept
+        assert live.now == 4000  # the view holds it
+        del view
+        assert live.now == 0
+        assert live.forget_peak() == live.peak == 0
+
+
+def test_a_simulation_holds_no_memory_and_leaves_no_trace():
+    simulated = simulate_update(lambda: partial(torch.zeros, 10**14))
+    assert simulated == SimulatedMemory(0, 4 * 10**14)
+    assert simulated.activations == 4 * 10**14
+    assert torch.zeros(1).tolist() == [0]
+
+
+def test_activations_are_on_the_line_through_two_simulations():
+    measured = {4: SimulatedMemory(100, 100 + 30), 2: SimulatedMemory(100, 100 + 20)}
+    assert ActivationBytes.through(measured) == ActivationBytes(fixed=10, per_clip=5)
+    assert ActivationBytes.through(measured).of(10) == 60
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("model.checkpoint_activations=true",),
+        ("model.drop_path=0.2", "mining.predictor=absolute"),
+        ("mining.target=ema",),
+        ("mining.predictor=none", "masking.strategy=random"),
+    ],
+    ids=" ".join,
+)
+def test_simulated_is_what_tensors_of_a_real_update_hold(precision, overrides):
+    """Whatever the objective: the same operations, so the same bytes."""
+    config = load_pretraining("demo", *overrides)
+    make = update_of(config, 3, precision)
+    assert simulate_update(make) == measure_update(make)
+
+
+def test_simulated_fine_tuning_is_real_fine_tuning():
+    config = load_config(FinetuneConfig, CONFIGS / "finetune" / "demo.yaml", ["init_weights=null"])
+    make = update_of(finetune.resolve(config, 5), 4, "fp32", finetune.make_update)
+    assert simulate_update(make) == measure_update(make)
+
+
+def test_what_is_resident_and_what_gradients_need_is_the_formula():
+    """With one clip the peak is at the end of the backward pass, when all gradients are there."""
+    config = load_pretraining("demo", "model.encoder={dim: 768, depth: 12, num_heads: 12}")
+    with torch.device("meta"):
+        model = build_student(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    state = training_memory(parameters, parameters, Sharding(1, None)).device
+    simulated = simulate_update(update_of(config, 1))
+    positions = sum(4 * table.numel() for table in model.buffers())
+    batch = 3 * 2**20  # and counters of the optimizer
+    resident = state.total - state.gradients
+    assert resident + 2 * positions <= simulated.resident < resident + 2 * positions + batch
+    assert state.gradients <= simulated.activations < 1.1 * state.gradients
+
+
+def test_the_largest_update_is_simulated_with_no_memory_of_its_size():
+    config = load_pretraining("k400_hpm_b")
+    measured = {clips: simulate_update(update_of(config, clips, "bf16")) for clips in (8, 16)}
+    activations = ActivationBytes.through(measured)
+    assert activations.per_clip == pytest.approx(283e6, rel=0.02)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build_student(config).parameters())
+    # What does not depend on the clips: weights in bfloat16, which autocast keeps.
+    assert activations.fixed == pytest.approx(2 * parameters, rel=0.05)
+    saved = replace(config, model=replace(config.model, checkpoint_activations=True))
+    assert simulate_update(update_of(saved, 8, "bf16")).activations < 0.5 * activations.of(8)
+
+
+GROWTH = """
+import resource, sys
+from functools import partial
+from pathlib import Path
+import torch
+from hpm_video.config import PretrainConfig, load_config
+from hpm_video.pretrain import make_update
+
+config = load_config(PretrainConfig, Path(sys.argv[1]), sys.argv[3:])
+update = make_update(config, torch.device("cpu"), "fp32", int(sys.argv[2]))
+update()
+update()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+WIDE = (
+    "model.encoder={dim: 192, depth: 4, num_heads: 3}",
+    "model.decoder={dim: 96, depth: 2, num_heads: 3}",
+    "data.frame_size=[112, 112]",
+    "data.num_frames=16",
+)
+
+
+def test_the_process_grows_by_what_is_simulated_for_each_clip():
+    """A measure that knows nothing of tensors: the most memory that the process ever had."""
+    path = CONFIGS / "pretrain" / "demo.yaml"
+    few, many, peaks = 4, 16, {}
+    for clips in (few, many):
+        done = subprocess.run(
+            [sys.executable, "-c", GROWTH, str(path), str(clips), *WIDE],
+            cwd=ROOT,
+            # Large blocks go back to the system when they are freed, so that the peak is a peak.
+            env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        peaks[clips] = 1024 * int(done.stdout)
+    config = load_pretraining("demo", *WIDE)
+    simulated = {clips: simulate_update(update_of(config, clips)) for clips in peaks}
+    growth = simulated[many].peak - simulated[few].peak
+    assert growth > 200e6
+    assert peaks[many] - peaks[few] == pytest.approx(growth, rel=0.25)
