@@ -18,10 +18,21 @@ from hpm_video.data.manifest import ManifestError
 from hpm_video.evaluation import BadTestFilesError
 from hpm_video.logistic import NotConvergedError
 from hpm_video.training.checkpoint import CheckpointError
+from hpm_video.training.deepspeed_engine import DeepSpeedError
+from hpm_video.training.deepspeed_settings import DeepSpeedSettingsError
 from hpm_video.training.device import DeviceError
+from hpm_video.training.distributed import (
+    Processes,
+    ProcessesError,
+    first_to_say,
+    is_first_process,
+    joined_processes,
+    lost_contact,
+)
 from hpm_video.training.interruption import Interrupted
 from hpm_video.training.metrics import NonFiniteLossError
 
+FAULT = 1
 WRONG_INPUT = 2
 EXPECTED = (
     BadTestFilesError,
@@ -29,11 +40,14 @@ EXPECTED = (
     ConfigError,
     DecodeError,
     DecoderError,
+    DeepSpeedError,
+    DeepSpeedSettingsError,
     DeviceError,
     ManifestError,
     NonFiniteLossError,
     NotConvergedError,
     OSError,
+    ProcessesError,
     TooManyBadFiles,
 )
 EXIT_CODES = """exit codes:
@@ -42,31 +56,57 @@ EXIT_CODES = """exit codes:
   2    a wrong input: the message says which, and what to do
   75   stopped by SIGTERM, the state is saved: start the same command again
   130  stopped by Ctrl-C, the state is saved: start the same command again
-torchrun turns any but 0 into 1.
+Of several processes the job ends with the code of the one that went wrong (torchrun: with 1).
 """
 
 
 def run(command: Callable[[], None]) -> int:
     """Run ``command``, and tell what came of it. -> the exit code, see ``EXIT_CODES``"""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    level = logging.INFO if is_first_process() else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
     try:
         with logging_redirect_tqdm():
             command()
     except Interrupted as stop:
-        sys.stdout.write(f"\n{stop}; the state is saved. Go on with the same command.\n")
+        if is_first_process():
+            sys.stdout.write(f"\n{stop}; the state is saved. Go on with the same command.\n")
         return stop.exit_code
     except KeyboardInterrupt:
         sys.stdout.write("\nstopped\n")
         return 130
     except torch.OutOfMemoryError as error:
         remedy = "engine.micro_batch, test.clips_per_pass or --clips-per-pass"
-        sys.stderr.write(f"\nerror: {error}\nTake fewer clips per pass: {remedy}.\n")
+        _tell(f"\nerror: {error}\nTake fewer clips per pass: {remedy}.\n")
         return WRONG_INPUT
     except EXPECTED as error:
-        if os.environ.get("RANK", "0") == "0":  # of several processes one tells
-            sys.stderr.write(f"\nerror: {error}\n")
+        _tell(f"\nerror: {error}\n")
         return WRONG_INPUT
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        _tell(f"\nlost the connection to another process of this job ({reason})\n")
+        return FAULT
     return 0
+
+
+def run_processes(command: Callable[[Processes], None]) -> int:
+    """Run ``command`` in each of the processes that a launcher started. -> the exit code
+
+    The first one logs. An error that all of them meet is told once; one that a process meets alone
+    is told by that process.
+    """
+
+    def joined() -> None:
+        with joined_processes() as processes:
+            command(processes)
+
+    return run(joined)
+
+
+def _tell(message: str) -> None:
+    if first_to_say(message):
+        sys.stderr.write(message)
 
 
 def interpreter() -> str:

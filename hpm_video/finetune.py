@@ -581,13 +581,7 @@ def _watch(
             )
         found, failures = processes.gather(found), processes.gather(failures)
         scores = Scores(manifest, collect(manifest, found, failures, exclude_bad_files=exclude))
-        result = summarise(scores, names)
-        of_label = np.take_along_axis(scores.probabilities, scores.labels[:, None], axis=1)
-        return {
-            "top1": result["top1"],
-            "top5": result["top5"],
-            "cross_entropy": float(-np.nanmean(np.log(np.maximum(of_label, 1e-12)))),
-        }
+        return _measures_of(scores, names)
 
     def draw(_done: int) -> None:
         if processes.is_first:
@@ -596,6 +590,16 @@ def _watch(
     return Watch(
         validate, score="top1", more_is_better=True, describe=_describe_held_out, draw=draw
     )
+
+
+def _measures_of(scores: Scores, names: Sequence[str]) -> dict[str, float]:
+    result = summarise(scores, names)
+    of_label = np.take_along_axis(scores.probabilities, scores.labels[:, None], axis=1)
+    return {
+        "top1": result["top1"],
+        "top5": result["top5"],
+        "cross_entropy": float(-np.nanmean(np.log(np.maximum(of_label, 1e-12)))),
+    }
 
 
 def _describe_held_out(measures: dict[str, float]) -> str:

@@ -91,7 +91,7 @@ def on_the_third_call(original, calls=[0]):
 
 run.Run.after_update = at_update
 if {place!r} == "writing":
-    checkpoint.torch.save = on_the_third_call(checkpoint.torch.save)
+    checkpoint._write_optimizer = on_the_third_call(checkpoint._write_optimizer)
 if {place!r} == "renamed":
     run.point_to_newest_and_best = on_the_third_call(run.point_to_newest_and_best)
 if {place!r} == "linking":

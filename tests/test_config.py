@@ -184,7 +184,7 @@ def test_misspelt_key_is_an_error_that_knows_better():
         ("data.frame_size=[50,48]", "height .* got 50 .* 48 and 56"),
         ("data.max_frame_stride=0", "at least data.frame_stride"),
         ("data.mean=[0.5]", "each of the 3 channels"),
-        ("engine.micro_batch=3", "nearest that does is 2|nearest that does is 4"),
+        ("engine.micro_batch=3", "must divide .*, got 3; take engine.micro_batch=2 or 4"),
         ("recipe.epochs=many", "many"),
         ("recipe.warmup_epochs=99", "warmup_epochs must lie in"),
         ("recipe.min_lr=1", "min_lr <= recipe.base_lr"),
@@ -475,7 +475,7 @@ def test_fine_tuning_on_images_sees_them_as_the_official_one_does(name):
             ["recipe.average_momentum=0.9", "model.pooling=batch_norm"],
             "not the statistics of model.pooling=batch_norm; leave one of them out",
         ),
-        (["engine.micro_batch=3"], "nearest that does is 2|nearest that does is 4"),
+        (["engine.micro_batch=3"], "must divide .*, got 3; take engine.micro_batch=2 or 4"),
         (["init_from=pupil"], "pupil"),
         # the augmentation
         (["augmentation.area=[0,1]"], r"area must be two rising positive .* got \(0"),

@@ -38,10 +38,13 @@ def assert_same_state(run, reference):
         assert expected.keys() == load_file(ours / f"{name}.safetensors").keys()
         for key, tensor in load_file(ours / f"{name}.safetensors").items():
             assert torch.equal(tensor, expected[key]), f"{name} {key}"
-    expected = read_optimizer(theirs)["state"]
-    for index, values in read_optimizer(ours)["state"].items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            assert torch.equal(values[name], expected[index][name])
+    ours, theirs = read_optimizer(ours), read_optimizer(theirs)
+    assert ours.step == theirs.step > 0
+    assert ours.moments.keys() == theirs.moments.keys() == {"exp_avg", "exp_avg_sq"}
+    for kind, of_parameters in theirs.moments.items():
+        assert ours.moments[kind].keys() == of_parameters.keys()
+        for name, value in of_parameters.items():
+            assert torch.equal(ours.moments[kind][name], value)
 
 
 def test_a_run_leaves_everything(finished_run):

@@ -1,7 +1,7 @@
 """Test a classifier: python tools/evaluate.py CHECKPOINT MANIFEST.
 
 Over several processes, each of which tests a share of the videos:
-    torchrun --nproc-per-node 4 tools/evaluate.py CHECKPOINT MANIFEST
+    python tools/launch.py --processes 4 tools/evaluate.py CHECKPOINT MANIFEST
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hpm_video.config import ConfigError, DataConfig
-from hpm_video.console import EXIT_CODES, not_negative, parse_views, positive, run
+from hpm_video.console import EXIT_CODES, not_negative, parse_views, positive, run_processes
 from hpm_video.data.dataset import Views
 from hpm_video.data.loader import default_workers, end_workers
 from hpm_video.evaluation import describe, summarise, write_results
@@ -20,13 +20,13 @@ from hpm_video.experiment import open_manifest
 from hpm_video.features import ClipChoice, Reading
 from hpm_video.recognition import describe_test, load_recogniser
 from hpm_video.training.device import choose_device, inference_precision
-from hpm_video.training.distributed import joined_processes
+from hpm_video.training.distributed import Processes
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Test, and print and write the result."""
     arguments = parse_arguments(command_line)
-    return run(lambda: evaluate(arguments))
+    return run_processes(lambda processes: evaluate(arguments, processes))
 
 
 def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
@@ -60,7 +60,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(command_line)
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
+def evaluate(arguments: argparse.Namespace, processes: Processes) -> None:
     """Test the checkpoint. The first process writes and prints.
 
     Raises:
@@ -68,33 +68,32 @@ def evaluate(arguments: argparse.Namespace) -> None:
         BadTestFilesError: videos do not decode.
     """
     output = folder_of(arguments)
-    with joined_processes() as processes:
-        device = choose_device(arguments.device)
-        size = arguments.frame_size
-        config, recogniser = load_recogniser(
-            arguments.checkpoint,
-            device,
-            arguments.precision or inference_precision(device),
-            weights=arguments.weights,
-            clips=ClipChoice(
-                arguments.num_frames, arguments.frame_stride, tuple(size) if size else None
-            ),
+    device = choose_device(arguments.device, processes.count)
+    size = arguments.frame_size
+    config, recogniser = load_recogniser(
+        arguments.checkpoint,
+        device,
+        arguments.precision or inference_precision(device),
+        weights=arguments.weights,
+        clips=ClipChoice(
+            arguments.num_frames, arguments.frame_stride, tuple(size) if size else None
+        ),
+    )
+    recogniser.check_stride(arguments.frame_stride)
+    chosen = arguments.views or Views(config.test.clips, config.test.crops)
+    manifest = open_manifest(DataConfig(root=arguments.root), arguments.manifest)
+    if processes.is_first:
+        logging.getLogger().info(
+            f"{len(manifest)} videos, {chosen.clips} x {chosen.crops} views of each, on "
+            f"{device.type} in {recogniser.precision}"
         )
-        recogniser.check_stride(arguments.frame_stride)
-        chosen = arguments.views or Views(config.test.clips, config.test.crops)
-        manifest = open_manifest(DataConfig(root=arguments.root), arguments.manifest)
-        if processes.is_first:
-            logging.getLogger().info(
-                f"{len(manifest)} videos, {chosen.clips} x {chosen.crops} views of each, on "
-                f"{device.type} in {recogniser.precision}"
-            )
-        reading = Reading(arguments.decoder, arguments.workers, arguments.exclude_bad_files)
-        try:
-            scores = recogniser.score(manifest, chosen, reading, processes)
-        finally:
-            end_workers()
-        if not processes.is_first:
-            return
+    reading = Reading(arguments.decoder, arguments.workers, arguments.exclude_bad_files)
+    try:
+        scores = recogniser.score(manifest, chosen, reading, processes)
+    finally:
+        end_workers()
+    if not processes.is_first:
+        return
     what: dict[str, Any] = {
         "checkpoint": str(arguments.checkpoint.resolve()),
         "manifest": str(Path(arguments.manifest).absolute()),

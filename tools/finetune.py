@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from hpm_video.config import FinetuneConfig, load_config
-from hpm_video.console import EXIT_CODES, interpreter, run, shortest
+from hpm_video.console import EXIT_CODES, interpreter, run_processes, shortest
 from hpm_video.experiment import open_manifest
 from hpm_video.finetune import describe_evaluation, evaluate_run, finetune
+from hpm_video.training.distributed import Processes
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
@@ -23,13 +24,14 @@ def main(command_line: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args(command_line)
 
-    def command() -> None:
+    def command(processes: Processes) -> None:
         config = load_config(FinetuneConfig, arguments.config, arguments.overrides)
-        run_dir = finetune(config)
-        result = evaluate_run(config, run_dir)
-        tell_results(run_dir, config, result)
+        run_dir = finetune(config, processes)
+        result = evaluate_run(config, run_dir, processes)
+        if processes.is_first:
+            tell_results(run_dir, config, result)
 
-    return run(command)
+    return run_processes(command)
 
 
 def tell_results(run_dir: Path, config: FinetuneConfig, result: dict[str, Any] | None) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpm_video.config import PretrainConfig, load_config
-from hpm_video.console import EXIT_CODES, interpreter, run, shortest
+from hpm_video.console import EXIT_CODES, interpreter, run_processes, shortest
 from hpm_video.experiment import open_manifest
 from hpm_video.pretrain import pretrain
+from hpm_video.training.distributed import Processes
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
@@ -22,11 +23,13 @@ def main(command_line: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args(command_line)
 
-    def command() -> None:
+    def command(processes: Processes) -> None:
         config = load_config(PretrainConfig, arguments.config, arguments.overrides)
-        tell_results(pretrain(config), config)
+        run_dir = pretrain(config, processes)
+        if processes.is_first:
+            tell_results(run_dir, config)
 
-    return run(command)
+    return run_processes(command)
 
 
 def tell_results(run_dir: Path, config: PretrainConfig) -> None:

@@ -98,15 +98,31 @@ class Processes:
             model, broadcast_buffers=False, gradient_as_bucket_view=True
         )
 
-    def first_to_say(self, message: str) -> bool:
-        """Whether no other process of the job has asked this of the same message."""
-        if self.count == 1:
-            return True
-        try:
-            store = distributed.distributed_c10d._get_default_store()  # noqa: SLF001
-            return bool(store.add(f"said: {message}", 1) == 1)
-        except (RuntimeError, ValueError):  # the process that had the store is gone
-            return True
+
+class ProcessesError(RuntimeError):
+    """Processes that cannot work together. The message says why and what to do."""
+
+
+def is_first_process() -> bool:
+    """Whether this is the process of a job that reports and writes, joined or not yet."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def first_to_say(message: str) -> bool:
+    """Whether no other process of the job has asked this of the same message."""
+    if not distributed.is_initialized():
+        return is_first_process()
+    try:
+        store = distributed.distributed_c10d._get_default_store()  # noqa: SLF001
+        return bool(store.add(f"said: {message}", 1) == 1)
+    except (RuntimeError, ValueError):  # the process that kept the store is gone
+        return True
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether an error is that another process of the job has gone."""
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, distributed.DistError) or any(word in str(error) for word in words)
 
 
 def make_sure_of_group() -> None:
@@ -127,7 +143,7 @@ def joined_processes() -> Iterator[Processes]:
     Where there are GPUs, each process of a machine takes one.
 
     Raises:
-        ValueError: there are more processes on this machine than GPUs.
+        ProcessesError: there are more processes on this machine than GPUs.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
@@ -136,7 +152,7 @@ def joined_processes() -> Iterator[Processes]:
     if torch.cuda.is_available():
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
-            raise ValueError(
+            raise ProcessesError(
                 f"this machine has {torch.cuda.device_count()} GPU(s), and process {local + 1} of "
                 f"it finds none left; start as many processes as there are GPUs"
             )

@@ -163,23 +163,25 @@ def _memory_of_stages_1_and_2(parameters: int, teacher: int, sharding: Sharding)
     """Of ``stage_1_and_2.py``.
 
     A process has all weights, and beside them the master copy of its partition. Stage 1 sums whole
-    gradients, then copies out its partition; stage 2 has the sum of its partition, and a copy of it
-    when a pass ends (``grads_in_partition``) and when the optimizer steps (``flatten``).
+    gradients and reduces them through a bucket, then copies its partition out. Stage 2 has the sum
+    of its partition, and as much again: of the pass that ends (``grads_in_partition``), or for the
+    optimizer (``flatten``).
     """
     per, partition = DEEPSPEED_FP32, parameters / sharding.processes
     whole, own = per.gradients * parameters, per.gradients * partition
     bucket = per.gradients * sharding.buckets.reduce
-    first = sharding.zero_stage == 1
-    kept = StateBytes(weights=per.weights * parameters, teacher=per.weights * teacher)
+    first, offload = sharding.zero_stage == 1, sharding.offload_optimizer
+    device = StateBytes(weights=per.weights * parameters, teacher=per.weights * teacher)
     state = {"master": per.master * partition, "moments": per.moments * partition}
-    if not sharding.offload_optimizer:
-        gradients = whole + own if first else 2 * own
-        device = _with(kept, gradients=gradients, buffers=bucket, **state)
+    if not offload:
+        gradients, buffers = (whole, max(bucket, own)) if first else (2 * own, bucket)
+        device = _with(device, gradients=gradients, buffers=buffers, **state)
         return TrainingMemory(device, StateBytes())
     # On the host: the gradient of the master copy, in stage 2 also the sum over passes, and the
     # buffer through which new weights return.
-    device = _with(kept, gradients=whole if first else 0, buffers=bucket)
-    host = StateBytes(gradients=own if first else 2 * own, buffers=per.weights * partition, **state)
+    device = _with(device, gradients=whole if first else 0, buffers=bucket)
+    gradients = own if first else 2 * own
+    host = StateBytes(gradients=gradients, buffers=per.weights * partition, **state)
     return TrainingMemory(device, host)
 
 
@@ -187,27 +189,31 @@ def _memory_of_stage_3(parameters: int, teacher: int, sharding: Sharding) -> Tra
     """Of ``stage3.py``, with a teacher that is shared out alike.
 
     The master copy is one here too: that the float32 shard could be taken instead is meant there,
-    but a device is compared with its name, and these are never equal.
+    but a device is compared with its name, and these are never equal. In passes
+    weights are gathered and the bucket is copied to be reduced; for the optimizer the gradient of
+    the partition is copied; not all at once.
     """
     per, buckets = DEEPSPEED_FP32, sharding.buckets
     partition = parameters / sharding.processes
-    own = per.gradients * partition
-    gathered = min(parameters, buckets.live) + min(parameters, buckets.prefetch)
-    buffers = per.gradients * buckets.reduce + per.weights * gathered
+    own, bucket = per.gradients * partition, per.gradients * buckets.reduce
+    reduced = per.gradients * min(parameters, buckets.reduce)
+    gathered = per.weights * (min(parameters, buckets.live) + min(parameters, buckets.prefetch))
+    passes = gathered + reduced
     shards = {
         "weights": per.weights * partition,
         "teacher": per.weights * teacher / sharding.processes,
     }
     state = {"master": per.master * partition, "moments": per.moments * partition}
-    device, host = StateBytes(buffers=buffers), StateBytes()
+    device, host = StateBytes(), StateBytes()
     if sharding.offload_parameters:
         host = _with(host, **shards)
     else:
         device = _with(device, **shards)
     if sharding.offload_optimizer:
+        device = _with(device, buffers=bucket + passes)
         host = _with(host, gradients=2 * own, **state)
     else:
-        device = _with(device, gradients=2 * own, **state)
+        device = _with(device, gradients=own, buffers=bucket + max(passes, own), **state)
     return TrainingMemory(device, host)
 
 

@@ -31,7 +31,11 @@ class Meter:
     all processes, and all must read it.
     """
 
-    def __init__(self, device: torch.device, processes: Processes) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        processes: Processes = Processes(),  # noqa: B008 - it is frozen
+    ) -> None:
         self._processes = processes
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._files: dict[int, list[str]] = {}

@@ -77,9 +77,9 @@ def test_without_zero_all_is_held_in_float32():
 
 PER_PARAMETER = {  # of 8 processes: weights, master, moments, gradients, teacher
     0: (4, 0, 8, 4, 4),
-    1: (4, 0.5, 1, 4.5, 4),
+    1: (4, 0.5, 1, 4, 4),
     2: (4, 0.5, 1, 1, 4),
-    3: (0.5, 0.5, 1, 1, 0.5),
+    3: (0.5, 0.5, 1, 0.5, 0.5),
 }
 
 
@@ -96,7 +96,7 @@ def test_state_of_each_stage(stage):
         (0, 4 * 8000),  # all gradients once more
         (1, 4 * 1000),
         (2, 4 * 1000),
-        (3, 4 * (1000 + 4000 + 500)),
+        (3, 4 * (1000 + 1000 + 4000 + 500)),
     ],
 )
 def test_buffers_of_each_stage(stage, buffers):
@@ -105,7 +105,7 @@ def test_buffers_of_each_stage(stage, buffers):
 
 def test_a_small_model_is_gathered_whole_and_its_bucket_is_as_large_as_any():
     buffers = training_memory(300, 0, Sharding(8, 3, buckets=SMALL)).device.buffers
-    assert buffers == 4 * (1000 + 300 + 300)
+    assert buffers == 4 * (1000 + 300 + 300 + 300)
 
 
 @given(
@@ -128,15 +128,15 @@ def test_offloading_moves_state_to_the_host_and_loses_none(parameters, processes
 
 
 @given(st.integers(10**7, 10**10), st.integers(2, 4096))
-def test_every_further_stage_needs_less(parameters, processes):
+def test_with_small_buffers_every_further_stage_needs_less(parameters, processes):
     small = Buckets(reduce=1, live=1, prefetch=0)
-    totals = [
-        training_memory(parameters, parameters, Sharding(processes, stage, buckets=small))
+    sizes = [
+        training_memory(
+            parameters, parameters, Sharding(processes, stage, buckets=small)
+        ).device.total
         for stage in (0, 1, 2, 3)
     ]
-    sizes = [memory.device.total for memory in totals]
-    assert sizes[0] > sizes[2] > sizes[3]
-    assert sizes[1] > sizes[2]
+    assert sizes == sorted(sizes, reverse=True)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_the_largest_update_is_simulated_with_no_memory_of_its_size():
 
 
 GROWTH = """
-import resource, sys
+import sys
 from functools import partial
 from pathlib import Path
 import torch
@@ -269,20 +269,23 @@ config = load_config(PretrainConfig, Path(sys.argv[1]), sys.argv[3:])
 update = make_update(config, torch.device("cpu"), "fp32", int(sys.argv[2]))
 update()
 update()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 WIDE = (
-    "model.encoder={dim: 192, depth: 4, num_heads: 3}",
-    "model.decoder={dim: 96, depth: 2, num_heads: 3}",
+    "model.encoder={dim: 192, depth: 2, num_heads: 3}",
+    "model.decoder={dim: 96, depth: 1, num_heads: 3}",
     "data.frame_size=[112, 112]",
-    "data.num_frames=16",
 )
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="there is no /proc here")
 def test_the_process_grows_by_what_is_simulated_for_each_clip():
-    """A measure that knows nothing of tensors: the most memory that the process ever had."""
+    """A measure that knows nothing of tensors: the most memory that the process ever had.
+
+    Not ``ru_maxrss``, which a process takes over from the one that started it.
+    """
     path = CONFIGS / "pretrain" / "demo.yaml"
-    few, many, peaks = 4, 16, {}
+    few, many, peaks = 2, 10, {}
     for clips in (few, many):
         done = subprocess.run(
             [sys.executable, "-c", GROWTH, str(path), str(clips), *WIDE],
@@ -298,5 +301,5 @@ def test_the_process_grows_by_what_is_simulated_for_each_clip():
     config = load_pretraining("demo", *WIDE)
     simulated = {clips: simulate_update(update_of(config, clips)) for clips in peaks}
     growth = simulated[many].peak - simulated[few].peak
-    assert growth > 200e6
+    assert growth > 100e6
     assert peaks[many] - peaks[few] == pytest.approx(growth, rel=0.25)
