@@ -253,7 +253,7 @@ def open_session(
         CheckpointError: the newest checkpoint cannot be read.
         DeviceError: there is no such device.
     """
-    plan_for(config, processes)
+    plan_for(config, processes.count)
     device = choose_device(config.engine.device, processes.count)
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
@@ -305,7 +305,7 @@ def _locked(directory: RunDirectory, config: RunConfig) -> Iterator[None]:
 
 
 def plan_for(
-    config: RunConfig, processes: Processes, micro_batch: int | None = None, multiple: int = 1
+    config: RunConfig, processes: int, micro_batch: int | None = None, multiple: int = 1
 ) -> BatchPlan:
     """How an update's batch is spread, with the config's micro-batch or another.
 
@@ -314,7 +314,7 @@ def plan_for(
     """
     chosen = config.engine.micro_batch if micro_batch is None else micro_batch
     try:
-        return plan_batches(config.recipe.batch_size, processes.count, chosen, multiple=multiple)
+        return plan_batches(config.recipe.batch_size, processes, chosen, multiple=multiple)
     except PlanError as error:
         raise ConfigError(str(error)) from error
 
@@ -334,7 +334,8 @@ def settle_plan(
     Raises:
         ConfigError: the batch does not come out even, or not even one video fits.
     """
-    plan = plan_for(config, session.processes, multiple=multiple)
+    processes = session.processes
+    plan = plan_for(config, processes.count, multiple=multiple)
     if config.engine.micro_batch is not None or session.device.type != "cuda":
         return plan
     sizes = micro_batches(plan.batch_size, plan.processes, multiple)
@@ -343,7 +344,7 @@ def settle_plan(
         largest = find_micro_batch(config, session.device, precision, make_update, sizes)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, session.device)
-    return plan_for(config, session.processes, min(session.processes.gather([largest])), multiple)
+    return plan_for(config, processes.count, min(processes.gather([largest])), multiple)
 
 
 def find_micro_batch(

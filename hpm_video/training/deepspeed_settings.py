@@ -71,20 +71,30 @@ def settings_of(
         "fp16": {"enabled": False},
         "bf16": {"enabled": False},
     }
-    usual: Settings = {
-        "steps_per_print": None,
-        "zero_allow_untested_optimizer": True,  # SGD
-        "zero_force_ds_cpu_optimizer": False,
-    }
     for section in ("optimizer", "scheduler"):
         if section in choice.own:
             raise DeepSpeedSettingsError(
                 f"engine.deepspeed has a section {section!r}, but that is part of the recipe; "
                 f"leave it out and set recipe.* of the config"
             )
-    return _merged(decided, _merged_over(usual, choice.own))
+    return _merged(decided, _over(USUAL, choice.own))
 
 
+USUAL: Settings = {
+    "steps_per_print": None,
+    "zero_allow_untested_optimizer": True,  # SGD
+    "zero_force_ds_cpu_optimizer": False,
+    "zero_optimization": {
+        # Elements. DeepSpeed's own sizes (500, 50, 1000 and 1000 million) are made for models of
+        # many thousand million parameters: buffers would hold more than all of a ViT-H, and stage 3
+        # would keep its weights gathered from the forward to the backward pass.
+        "reduce_bucket_size": 50_000_000,
+        "stage3_prefetch_bucket_size": 20_000_000,
+        "stage3_max_live_parameters": 60_000_000,
+        "stage3_max_reuse_distance": 60_000_000,
+    },
+}
+"""What the user's file may change."""
 REMEDIES = {
     "train_batch_size": "recipe.batch_size",
     "train_micro_batch_size_per_gpu": "engine.micro_batch",
@@ -123,5 +133,14 @@ def _merged(decided: Settings, own: Settings, at: str = "") -> Settings:
     return merged
 
 
-def _merged_over(usual: Settings, own: Settings) -> Settings:
-    return {**usual, **own}
+def _over(usual: Settings, own: Settings) -> Settings:
+    """``own``, and what it does not say as usual."""
+    return {
+        **usual,
+        **{
+            key: _over(usual[key], value)
+            if isinstance(usual.get(key), dict) and isinstance(value, dict)
+            else value
+            for key, value in own.items()
+        },
+    }

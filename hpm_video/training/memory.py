@@ -186,19 +186,19 @@ def _memory_of_stages_1_and_2(parameters: int, teacher: int, sharding: Sharding)
 
 
 def _memory_of_stage_3(parameters: int, teacher: int, sharding: Sharding) -> TrainingMemory:
-    """Of ``stage3.py``, with a teacher that is shared out alike.
+    """Of ``stage3.py``, with a teacher that is shared out alike, and gathered when it is asked.
 
     The master copy is one here too: that the float32 shard could be taken instead is meant there,
-    but a device is compared with its name, and these are never equal. In passes
-    weights are gathered and the bucket is copied to be reduced; for the optimizer the gradient of
-    the partition is copied; not all at once.
+    but a device is compared with its name, and these are never equal. Not all at once: the teacher
+    is gathered; the student is, and the bucket copied to be reduced; the gradient of the partition
+    is copied for the optimizer.
     """
     per, buckets = DEEPSPEED_FP32, sharding.buckets
     partition = parameters / sharding.processes
     own, bucket = per.gradients * partition, per.gradients * buckets.reduce
     reduced = per.gradients * min(parameters, buckets.reduce)
     gathered = per.weights * (min(parameters, buckets.live) + min(parameters, buckets.prefetch))
-    passes = gathered + reduced
+    passes = max(gathered + reduced, per.weights * teacher)
     shards = {
         "weights": per.weights * partition,
         "teacher": per.weights * teacher / sharding.processes,

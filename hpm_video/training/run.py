@@ -130,6 +130,7 @@ class Run:
             CheckpointError: it cannot be written.
         """
         self.meter.check()
+        self._share_failures()
         processes = self.engine.processes
         folder = checkpoint_path(self.checkpoints, done)
         if not processes.of_first(folder.exists):
