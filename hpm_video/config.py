@@ -530,7 +530,7 @@ class EngineConfig:
     """
 
     name: Literal["torch", "deepspeed"] = "torch"
-    zero_stage: int | None = None
+    zero_stage: Literal[0, 1, 2, 3] | None = None
     """What DeepSpeed spreads over the processes: 0 nothing, 1 the optimizer's moments (the
     default), 2 the gradients as well, 3 the weights, and the teacher's, as well."""
     offload: Literal["none", "optimizer", "all"] = "none"
@@ -555,7 +555,10 @@ class EngineConfig:
         self._check_deepspeed()
 
     def _check_deepspeed(self) -> None:
-        given = {"zero_stage": self.zero_stage, "deepspeed": self.deepspeed}
+        given: dict[str, int | str | None] = {
+            "zero_stage": self.zero_stage,
+            "deepspeed": self.deepspeed,
+        }
         if self.offload != "none":
             given["offload"] = self.offload
         for name, value in given.items():
@@ -564,8 +567,6 @@ class EngineConfig:
                     f"engine.{name}={value} is for DeepSpeed, and engine.name is {self.name}; "
                     f"take engine.name=deepspeed, or leave it out"
                 )
-        if self.zero_stage not in (None, 0, 1, 2, 3):
-            raise ConfigError(f"engine.zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}")
         needed = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
         if self.stage < needed:
             raise ConfigError(
@@ -574,7 +575,7 @@ class EngineConfig:
             )
 
     @property
-    def stage(self) -> int:
+    def stage(self) -> Literal[0, 1, 2, 3]:
         """Of ZeRO."""
         return 1 if self.zero_stage is None else self.zero_stage
 

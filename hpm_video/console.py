@@ -109,6 +109,18 @@ def _tell(message: str) -> None:
         sys.stderr.write(message)
 
 
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    """Options of a program that can tell what it would do."""
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="tell the plan of the batch and the memory that it needs, and do nothing",
+    )
+    parser.add_argument(
+        "--processes", type=positive, default=1, help="that a dry run is told for (GPUS x NNODES)"
+    )
+
+
 def interpreter() -> str:
     """How to start this Python again, as short as it goes."""
     program = Path(sys.executable)

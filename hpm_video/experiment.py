@@ -16,6 +16,7 @@ from torch import nn
 from hpm_video.config import (
     ConfigError,
     DataConfig,
+    EngineConfig,
     PretrainConfig,
     RunConfig,
     load_any_config,
@@ -395,13 +396,21 @@ def make_engine(
     }
     if how.name == "torch":
         return TorchEngine(model, optimizer, accumulate=plan.accumulate, **common)
-    choice = DeepSpeedChoice(
+    return DeepSpeedEngine(model, optimizer, deepspeed_choice(how), plan, **common)
+
+
+def deepspeed_choice(how: EngineConfig) -> DeepSpeedChoice:
+    """What a config wants of DeepSpeed.
+
+    Raises:
+        DeepSpeedSettingsError: the user's file of settings cannot be read.
+    """
+    return DeepSpeedChoice(
         stage=how.stage,
         offload_optimizer=how.offload != "none",
         offload_parameters=how.offload == "all",
         own={} if how.deepspeed is None else read_settings(Path(how.deepspeed).expanduser()),
     )
-    return DeepSpeedEngine(model, optimizer, choice, plan, **common)
 
 
 def train(
@@ -608,13 +617,8 @@ def _cadence(config: RunConfig) -> Cadence:
 def _announce(
     config: RunConfig, data: RunData, engine: Engine, plan: BatchPlan, start: int
 ) -> None:
-    for name, source in data.sources.items():
-        held_out = f"{len(source.validation)} held out" if source.validation else "none held out"
-        repeats = config.sources[name].repeats
-        log.info(
-            f"{name or 'data'}: {len(source.train)} files to train on, {repeats} clip(s) of each; "
-            f"{held_out}"
-        )
+    for line in describe_data(config, data):
+        log.info(line)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters()) / 1e6
     device = f"{engine.device.type} in {engine.precision}, by {engine.name}"
     log.info(f"{parameters:.1f} M parameters on {device}")
@@ -622,6 +626,18 @@ def _announce(
         log.info(line)
     if start:
         log.info(f"going on at update {start} of {data.timeline.num_updates}")
+
+
+def describe_data(config: RunConfig, data: RunData) -> list[str]:
+    """How many files each source has."""
+    told = []
+    for name, source in data.sources.items():
+        held_out = f"{len(source.validation)} held out" if source.validation else "none held out"
+        told.append(
+            f"{name or 'data'}: {len(source.train)} files to train on, "
+            f"{config.sources[name].repeats} clip(s) of each; {held_out}"
+        )
+    return told
 
 
 def describe_plan(config: RunConfig, data: RunData, plan: BatchPlan) -> list[str]:

@@ -100,6 +100,8 @@ def finetune(config: FinetuneConfig, processes: Processes = Processes()) -> Path
     _check_same_names(directory, label_names)
     start = _check_same_start(config, directory)
     models = _make_models(config, directory.newest, session.device, label_names)
+    if directory.newest is None and config.init_weights is None:
+        log.info("no init_weights: the model starts from scratch")
     with claim(session, config):
         if processes.is_first:
             with written_beside(directory.path / "labels.txt") as path:
@@ -474,8 +476,6 @@ def _make_models(
         load_weights(model, read_weights(newest), newest)
     elif config.init_weights is not None:
         load_pretrained(model, Path(config.init_weights).expanduser(), config, label_names)
-    else:
-        log.info("no init_weights: the model starts from scratch")
     average = None
     if config.recipe.average_momentum is not None:
         average = make_teacher(model)

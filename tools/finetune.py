@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hpm_video.config import FinetuneConfig, load_config
-from hpm_video.console import EXIT_CODES, interpreter, run_processes, shortest
+from hpm_video.console import EXIT_CODES, add_dry_run, interpreter, run_processes, shortest
+from hpm_video.dry_run import plan_finetuning
 from hpm_video.experiment import open_manifest
 from hpm_video.finetune import describe_evaluation, evaluate_run, finetune
 from hpm_video.training.distributed import Processes
@@ -22,10 +23,14 @@ def main(command_line: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("config", type=Path, help="a file of configs/finetune or configs/probe")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_args(command_line)
+    add_dry_run(parser)
+    arguments = parser.parse_intermixed_args(command_line)
 
     def command(processes: Processes) -> None:
         config = load_config(FinetuneConfig, arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            print(plan_finetuning(config, arguments.processes))
+            return
         run_dir = finetune(config, processes)
         result = evaluate_run(config, run_dir, processes)
         if processes.is_first:

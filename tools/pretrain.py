@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpm_video.config import PretrainConfig, load_config
-from hpm_video.console import EXIT_CODES, interpreter, run_processes, shortest
+from hpm_video.console import EXIT_CODES, add_dry_run, interpreter, run_processes, shortest
+from hpm_video.dry_run import plan_pretraining
 from hpm_video.experiment import open_manifest
 from hpm_video.pretrain import pretrain
 from hpm_video.training.distributed import Processes
@@ -21,10 +22,14 @@ def main(command_line: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("config", type=Path, help="a file of configs/pretrain")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_args(command_line)
+    add_dry_run(parser)
+    arguments = parser.parse_intermixed_args(command_line)
 
     def command(processes: Processes) -> None:
         config = load_config(PretrainConfig, arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            print(plan_pretraining(config, arguments.processes))
+            return
         run_dir = pretrain(config, processes)
         if processes.is_first:
             tell_results(run_dir, config)

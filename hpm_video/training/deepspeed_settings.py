@@ -4,9 +4,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hpm_video.training.device import Precision
+from hpm_video.training.memory import Buckets
 from hpm_video.training.plan import BatchPlan
 
 Settings = dict[str, Any]
@@ -20,7 +21,7 @@ class DeepSpeedSettingsError(ValueError):
 class DeepSpeedChoice:
     """How DeepSpeed is to spread a run."""
 
-    stage: int = 1
+    stage: Literal[0, 1, 2, 3] = 1
     offload_optimizer: bool = False
     """Keep moments and update weights in the host's memory."""
     offload_parameters: bool = False
@@ -108,6 +109,16 @@ REMEDIES = {
     "bf16": "engine.precision",
 }
 """Where the run says what a user's file may not contradict."""
+
+
+def buckets_of(settings: Settings) -> Buckets:
+    """The sizes of buffers in a whole configuration."""
+    zero = settings["zero_optimization"]
+    return Buckets(
+        reduce=int(zero["reduce_bucket_size"]),
+        live=int(max(zero["stage3_max_live_parameters"], zero["stage3_max_reuse_distance"])),
+        prefetch=int(zero["stage3_prefetch_bucket_size"]),
+    )
 
 
 def _merged(decided: Settings, own: Settings, at: str = "") -> Settings:

@@ -1,0 +1,176 @@
+"""Several small runs one after the other, in each process of a job: job.py CASES FOLDER
+
+CASES is a JSON list. Of each case this process writes what it saw to FOLDER/NAME-rank.json. A case
+is a whole run by hpm_video.pretrain or hpm_video.finetune; nothing of it is replaced, some of it
+is listened to.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import weakref
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from unittest import mock
+
+from torch.profiler import ProfilerActivity, profile
+
+from hpm_video.config import FinetuneConfig, PretrainConfig, load_config
+from hpm_video.data import dataset
+from hpm_video.finetune import finetune
+from hpm_video.pretrain import pretrain
+from hpm_video.training.deepspeed_engine import DeepSpeedEngine
+from hpm_video.training.distributed import joined_processes
+from hpm_video.training.engine import TorchEngine
+from hpm_video.training.interruption import Interrupted
+from hpm_video.training.run import Run
+
+PROGRAMS = {"pretrain": (PretrainConfig, pretrain), "finetune": (FinetuneConfig, finetune)}
+REDUCES = ("c10d::allreduce_", "c10d::reduce_scatter_", "c10d::_reduce_scatter_base_")
+REDUCES += ("c10d::reduce_", "c10d::reduce_scatter_tensor_coalesced_")
+
+
+def replaced(owner, name, make):
+    """``owner.name`` becomes what ``make`` makes of it, for a while."""
+    return mock.patch.object(owner, name, make(getattr(owner, name)))
+
+
+def files_of_batches(seen):
+    """The files of every micro-batch."""
+    seen["files"] = []
+
+    def make(original):
+        def call(self, batch):
+            seen["files"].append(list(batch.files))
+            original(self, batch)
+
+        return call
+
+    return replaced(Run, "note_failures", make)
+
+
+def files_opened(seen):
+    """Every file that is opened, in order, those of held-out clips too."""
+    seen["opened"] = []
+
+    def make(original):
+        def call(path, *rest):
+            seen["opened"].append(path)
+            return original(path, *rest)
+
+        return call
+
+    return replaced(dataset, "open_video", make)
+
+
+@contextmanager
+def reductions(seen):
+    """Of every forward, backward and step: how many values are reduced over the processes."""
+    seen["reduced"] = []
+    running = []
+
+    def begin(original):
+        def call(self, *inputs, **options):
+            running.append(profile(activities=[ProfilerActivity.CPU], record_shapes=True))
+            running[0].start()
+            return original(self, *inputs, **options)
+
+        return call
+
+    def end(original):
+        def call(self):
+            result = original(self)
+            profiler = running.pop()
+            profiler.stop()
+            found = [e for e in profiler.events() if e.name in REDUCES]
+            seen["reduced"].append([[e.name, str(e.input_shapes)] for e in found])
+            return result
+
+        return call
+
+    with ExitStack() as stack:
+        for engine in (TorchEngine, DeepSpeedEngine):
+            stack.enter_context(replaced(engine, "__call__", begin))
+            stack.enter_context(replaced(engine, "step", end))
+        yield
+
+
+def whole_tensors(seen):
+    """Of every parameter or moment that is put together for a checkpoint: its size, and the number
+    of values of others that are still there."""
+    seen["joined"] = []
+    alive = {}
+
+    def make(original):
+        def call(self, shard, parameter):
+            others = sum(alive.values())
+            whole = original(self, shard, parameter)
+            number = len(seen["joined"])
+            alive[number] = whole.numel()
+            weakref.finalize(whole, alive.pop, number)
+            seen["joined"].append([whole.numel(), others])
+            return whole
+
+        return call
+
+    return replaced(DeepSpeedEngine, "_join", make)
+
+
+def stop_after(update):
+    """The last process of the job, and only that one, gets SIGTERM in ``update``."""
+    is_last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
+
+    def make(original):
+        def call(self, progress, settings):
+            if progress.update == update and is_last:
+                os.kill(os.getpid(), signal.SIGTERM)
+            original(self, progress, settings)
+
+        return call
+
+    return replaced(Run, "after_update", make)
+
+
+LISTENERS = {
+    "files": files_of_batches,
+    "opened": files_opened,
+    "reductions": reductions,
+    "wholes": whole_tensors,
+}
+
+
+def run_case(case, processes):
+    schema, program = PROGRAMS[case["program"]]
+    seen = {}
+    with ExitStack() as stack:
+        for name in case["listen"]:
+            stack.enter_context(LISTENERS[name](seen))
+        if case["stop"] is not None:
+            stack.enter_context(stop_after(case["stop"]))
+        began = time.perf_counter()
+        config = load_config(schema, Path(case["config"]), case["overrides"])
+        try:
+            program(config, processes)
+        except Interrupted as stop:
+            seen["interrupted"] = [str(stop), stop.exit_code]
+        seen["seconds"] = time.perf_counter() - began
+    return seen
+
+
+def main(cases, folder):
+    with joined_processes() as processes:
+        if processes.is_first:
+            logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+        for case in json.loads(Path(cases).read_text()):
+            name = case["name"]
+            sys.stderr.write(f"--- {name}, rank {processes.rank}\n")
+            seen = run_case(case, processes)
+            told = Path(folder) / f"{name}-{processes.rank}.json"
+            told.write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

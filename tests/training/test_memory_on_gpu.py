@@ -1,0 +1,52 @@
+"""Simulated memory against a GPU's. Without one this skips, or fails where HPM_REQUIRE_GPU=1."""
+
+import gc
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from hpm_video.config import PretrainConfig, load_config
+from hpm_video.pretrain import make_update
+from hpm_video.training.memory import ActivationBytes, SimulatedMemory, simulate_update
+
+CONFIG = Path(__file__).parent.parent.parent / "configs" / "pretrain" / "k400_hpm_b.yaml"
+REQUIRED = os.environ.get("HPM_REQUIRE_GPU") == "1"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() and not REQUIRED, reason="there is no CUDA device"
+    ),
+]
+
+
+def measured(config, clips, precision) -> SimulatedMemory:
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    update = make_update(config, torch.device("cuda"), precision, clips)
+    update()
+    torch.cuda.synchronize()
+    gc.collect()
+    resident = torch.cuda.memory_allocated() - before
+    torch.cuda.reset_peak_memory_stats()
+    update()
+    torch.cuda.synchronize()
+    return SimulatedMemory(resident, torch.cuda.max_memory_allocated() - before)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_simulated_memory_is_that_of_a_gpu(precision):
+    """Within a tenth: kernels have working space, and attention keeps other statistics."""
+    config = load_config(PretrainConfig, CONFIG, [])
+    real, simulated = {}, {}
+    for clips in (2, 6):
+        make = partial(make_update, config, torch.device("cpu"), precision, clips)
+        simulated[clips] = simulate_update(make)
+        real[clips] = measured(config, clips, precision)
+        assert simulated[clips].resident == pytest.approx(real[clips].resident, rel=0.05)
+        assert simulated[clips].peak == pytest.approx(real[clips].peak, rel=0.1)
+    expected = ActivationBytes.through(simulated).per_clip
+    assert ActivationBytes.through(real).per_clip == pytest.approx(expected, rel=0.1)
