@@ -127,6 +127,7 @@ def lost_contact(error: RuntimeError) -> bool:
 
 def make_sure_of_group() -> None:
     """Let a process that is alone be a group of one, for a library that asks for a group."""
+    os.environ.setdefault("LOCAL_RANK", "0")
     if not distributed.is_initialized():
         store = HashStore()
         distributed.init_process_group(_backend(), store=store, rank=0, world_size=1)

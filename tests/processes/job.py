@@ -18,6 +18,8 @@ from unittest import mock
 
 from torch.profiler import ProfilerActivity, profile
 
+from hpm_video import finetune as finetuning
+from hpm_video import pretrain as pretraining
 from hpm_video.config import FinetuneConfig, PretrainConfig, load_config
 from hpm_video.data import dataset
 from hpm_video.finetune import finetune
@@ -36,6 +38,14 @@ REDUCES += ("c10d::reduce_", "c10d::reduce_scatter_tensor_coalesced_")
 def replaced(owner, name, make):
     """``owner.name`` becomes what ``make`` makes of it, for a while."""
     return mock.patch.object(owner, name, make(getattr(owner, name)))
+
+
+def without_curves():
+    """Curves are drawn slowly, by the first process alone: in a few cases, not in all."""
+    stack = ExitStack()
+    for module in (pretraining, finetuning):
+        stack.enter_context(replaced(module, "plot_curves", lambda _: lambda *paths: None))
+    return stack
 
 
 def files_of_batches(seen):
@@ -146,6 +156,8 @@ def run_case(case, processes):
     schema, program = PROGRAMS[case["program"]]
     seen = {}
     with ExitStack() as stack:
+        if not case["curves"]:
+            stack.enter_context(without_curves())
         for name in case["listen"]:
             stack.enter_context(LISTENERS[name](seen))
         if case["stop"] is not None:
