@@ -24,7 +24,6 @@ from hpm_video.training.memory import (
     Buckets,
     Sharding,
     TrainingMemory,
-    ZeroStage,
     simulate_update,
     training_memory,
 )
@@ -33,7 +32,7 @@ from hpm_video.training.plan import BatchPlan, micro_batches
 ROOT = Path(__file__).parent.parent
 CONFIGS = [ROOT / "configs" / "pretrain" / f"k400_hpm_{size}.yaml" for size in "blh"]
 GPUS = (8, 64, 512)
-STAGES: tuple[ZeroStage | None, ...] = (None, 0, 1, 2, 3)
+STAGES: tuple[int | None, ...] = (None, 0, 1, 2, 3)
 SIMULATED_CLIPS = (8, 16)
 FULL = 0.9
 """Share of a device's memory that is planned with; the rest is for fragments and libraries."""
@@ -73,7 +72,7 @@ class Row:
     """An update on so many GPUs, in one of the stages."""
 
     plan: BatchPlan
-    stage: ZeroStage | None
+    stage: int | None
     memory: TrainingMemory
     activations: float
     computing: float
@@ -154,7 +153,7 @@ def describe_state(gpus: Sequence[int], machine: Machine) -> Iterator[str]:
         yield f"| {name_of(stage)} | " + " | ".join(shown) + " |"
 
 
-def name_of(stage: ZeroStage | None) -> str:
+def name_of(stage: int | None) -> str:
     """As the tables have it."""
     return "DDP" if stage is None else f"ZeRO {stage}"
 
@@ -180,7 +179,7 @@ def look_at(path: Path) -> Model:
     )
 
 
-def row_of(model: Model, gpus: int, stage: ZeroStage | None, machine: Machine) -> Row:
+def row_of(model: Model, gpus: int, stage: int | None, machine: Machine) -> Row:
     """The update with the largest micro-batch that fits; with the smallest where none does."""
     sharding = Sharding(gpus, stage)
     memory = training_memory(model.parameters, model.parameters, sharding)
@@ -202,7 +201,7 @@ def row_of(model: Model, gpus: int, stage: ZeroStage | None, machine: Machine) -
     )
 
 
-def bytes_sent(parameters: int, planned: BatchPlan, stage: ZeroStage | None) -> float:
+def bytes_sent(parameters: int, planned: BatchPlan, stage: int | None) -> float:
     """Bytes that each GPU sends in an update, everything in float32, by ring algorithms.
 
     A reduce-scatter or an all-gather of S bytes sends S (n - 1) / n, an all-reduce twice that.
@@ -260,8 +259,8 @@ def cells(row: Row, machine: Machine) -> str:
     shown = " | ".join(f"{size / 1e9:.1f}" for size in sizes)
     fits = "" if row.needed <= FULL * machine.memory else " (does not fit)"
     return (
-        f"| {row.plan.processes} | {name_of(row.stage)} | {row.plan.accumulate} x {row.plan.micro_batch} "
-        f"| {shown} | {row.needed / 1e9:.1f}{fits} | {row.sent / 1e9:.1f} | {row.computing:.2f} "
+        f"| {row.plan.processes} | {name_of(row.stage)} "
+        f"| {row.plan.accumulate} x {row.plan.micro_batch} | {shown} | {row.needed / 1e9:.1f}{fits} | {row.sent / 1e9:.1f} | {row.computing:.2f} "
         f"| {row.sending:.2f} | {row.computing / row.sending:.1f} |"
     )
 

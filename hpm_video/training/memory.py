@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ZeroStage = Literal[0, 1, 2, 3]
 WHOLE_GRADIENT = 500_000_000
 """Elements that DeepSpeed's stage 0 copies together to reduce them; no setting changes it."""
 
@@ -45,7 +44,7 @@ MIXED_FP16 = BytesPerParameter(weights=2, gradients=2, master=4, moments=8)
 """The paper's example: 2 + 2 + K bytes with K = 12."""
 
 
-def zero_bytes(parameters: int, processes: int, stage: ZeroStage, per: BytesPerParameter) -> float:
+def zero_bytes(parameters: int, processes: int, stage: int, per: BytesPerParameter) -> float:
     """Of the state on each device, by the formulas of table 1 of the ZeRO paper.
 
     Stage 1 shares out the optimizer's states, stage 2 also gradients, stage 3 also weights.
@@ -81,8 +80,8 @@ class Sharding:
     """How the state is spread over processes, and what of it is kept in the memory of the host."""
 
     processes: int
-    zero_stage: ZeroStage | None
-    """None: plain torch, where every process holds everything. Gradients are views of DDP's own
+    zero_stage: int | None
+    """0 to 3; none: plain torch, where every process holds everything. Gradients are views of DDP's own
     buckets (``gradient_as_bucket_view``)."""
     offload_optimizer: bool = False
     offload_parameters: bool = False
@@ -92,6 +91,8 @@ class Sharding:
         stage = self.zero_stage
         if self.processes < 1:
             raise ValueError(f"processes must be at least 1, got {self.processes}")
+        if stage not in (None, 0, 1, 2, 3):
+            raise ValueError(f"engine.zero_stage must be 0, 1, 2 or 3, got {stage}")
         if self.offload_optimizer and stage not in (1, 2, 3):
             raise ValueError(
                 f"the optimizer is offloaded in ZeRO stages 1 to 3, got engine.zero_stage={stage}; "

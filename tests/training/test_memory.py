@@ -143,6 +143,7 @@ def test_with_small_buffers_every_further_stage_needs_less(parameters, processes
     ("arguments", "said"),
     [
         ((0, None), "processes must be at least 1, got 0"),
+        ((8, 4), "engine.zero_stage must be 0, 1, 2 or 3, got 4"),
         ((8, 0, True), "got engine.zero_stage=0; take one of those"),
         ((8, None, True), "ZeRO stages 1 to 3, got engine.zero_stage=None"),
         ((8, 2, True, True), "ZeRO stage 3, got engine.zero_stage=2; take that"),
