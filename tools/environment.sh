@@ -189,7 +189,7 @@ install_deepspeed() {
   requirement="$(grep '^deepspeed' "$repository/requirements.txt")"
   say "building deepspeed (under a minute)"
   if ! pip_install --no-build-isolation "$requirement"; then
-    say "warning: deepspeed did not build; nothing needs it yet"
+    say "warning: deepspeed did not build; engine.name=deepspeed will not work, all else does"
     say "to try again: '$python' -m pip install --no-build-isolation '$requirement'"
   fi
 }

@@ -260,7 +260,8 @@ def cells(row: Row, machine: Machine) -> str:
     fits = "" if row.needed <= FULL * machine.memory else " (does not fit)"
     return (
         f"| {row.plan.processes} | {name_of(row.stage)} "
-        f"| {row.plan.accumulate} x {row.plan.micro_batch} | {shown} | {row.needed / 1e9:.1f}{fits} | {row.sent / 1e9:.1f} | {row.computing:.2f} "
+        f"| {row.plan.accumulate} x {row.plan.micro_batch} | {shown} "
+        f"| {row.needed / 1e9:.1f}{fits} | {row.sent / 1e9:.1f} | {row.computing:.2f} "
         f"| {row.sending:.2f} | {row.computing / row.sending:.1f} |"
     )
 

@@ -81,8 +81,8 @@ class Sharding:
 
     processes: int
     zero_stage: int | None
-    """0 to 3; none: plain torch, where every process holds everything. Gradients are views of DDP's own
-    buckets (``gradient_as_bucket_view``)."""
+    """0 to 3; none: plain torch, where every process holds everything. Gradients are views of
+    DDP's own buckets (``gradient_as_bucket_view``)."""
     offload_optimizer: bool = False
     offload_parameters: bool = False
     buckets: Buckets = DEEPSPEED_BUCKETS
