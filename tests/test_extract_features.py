@@ -77,9 +77,10 @@ def save(folder, schema, text, build, *, names=(), update=7, overrides=()):
         (folder / "labels.txt").write_text("".join(f"{name}\n" for name in names))
         attached.append(folder / "labels.txt")
     checkpoint = folder / f"update-{update:08d}"
+    weights = {name: module.state_dict() for name, module in build(config).items()}
     save_checkpoint(
         checkpoint,
-        build(config),
+        weights,
         optimizer=OptimizerState(0, {}),
         state={"update": update},
         attached=attached,

@@ -63,9 +63,10 @@ def save(folder, config, **modules):
     folder.mkdir(exist_ok=True)
     save_config(config, folder / "config.yaml")
     place = folder / "update-00000001"
+    weights = {name: module.state_dict() for name, module in modules.items()}
     save_checkpoint(
         place,
-        modules,
+        weights,
         optimizer=OptimizerState(0, {}),
         state={"update": 1},
         attached=[folder / "config.yaml"],

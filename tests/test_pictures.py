@@ -422,7 +422,7 @@ def test_training_writes_the_sheet_of_a_batch(tmp_path: Path) -> None:
         student,
         torch.optim.SGD(student.parameters()),
         device=torch.device("cpu"),
-        autocast=torch.bfloat16,
+        precision="bf16",
     )
     path = write_pictures(tmp_path, "update-1", objective, engine, make_batch(clips=2))
     assert path == tmp_path / "update-1.png"

@@ -17,8 +17,8 @@ from count_flops import count  # type: ignore[import-not-found]
 from hpm_video.config import ConfigError, PretrainConfig, load_config
 from hpm_video.console import run
 from hpm_video.pretrain import build_student, make_update
+from hpm_video.training.deepspeed_settings import USUAL, buckets_of
 from hpm_video.training.memory import (
-    DEEPSPEED_BUCKETS,
     FP32,
     ActivationBytes,
     Buckets,
@@ -34,6 +34,8 @@ CONFIGS = [ROOT / "configs" / "pretrain" / f"k400_hpm_{size}.yaml" for size in "
 GPUS = (8, 64, 512)
 STAGES: tuple[int | None, ...] = (None, 0, 1, 2, 3)
 SIMULATED_CLIPS = (8, 16)
+BUCKETS = buckets_of(USUAL)
+"""Sizes of DeepSpeed's buffers, where the user's file does not say otherwise."""
 FULL = 0.9
 """Share of a device's memory that is planned with; the rest is for fragments and libraries."""
 
@@ -181,7 +183,7 @@ def look_at(path: Path) -> Model:
 
 def row_of(model: Model, gpus: int, stage: int | None, machine: Machine) -> Row:
     """The update with the largest micro-batch that fits; with the smallest where none does."""
-    sharding = Sharding(gpus, stage)
+    sharding = Sharding(gpus, stage, buckets=BUCKETS)
     memory = training_memory(model.parameters, model.parameters, sharding)
     free = FULL * machine.memory - memory.device.total
     possible = micro_batches(model.batch_size, gpus)
@@ -206,8 +208,8 @@ def bytes_sent(parameters: int, planned: BatchPlan, stage: int | None) -> float:
 
     A reduce-scatter or an all-gather of S bytes sends S (n - 1) / n, an all-reduce twice that.
     DeepSpeed reduces the gradients of stages 1 and 2 by all-reduce, not by reduce-scatter
-    (``use_multi_rank_bucket_allreduce``), and keeps weights gathered between forward and backward
-    pass of a model that is smaller than ``stage3_max_live_parameters``.
+    (``use_multi_rank_bucket_allreduce``), and keeps a model that is smaller than
+    ``stage3_max_live_parameters`` gathered from its forward to its backward pass.
     """
     once = FP32.weights * parameters * (planned.processes - 1) / planned.processes
     passes = planned.accumulate
@@ -217,7 +219,7 @@ def bytes_sent(parameters: int, planned: BatchPlan, stage: int | None) -> float:
         return (2 + 1) * once
     if stage == 2:
         return (2 * passes + 1) * once
-    gathers = 1 if parameters <= DEEPSPEED_BUCKETS.live else 2
+    gathers = 1 if parameters <= BUCKETS.live else 2
     teacher, reduce_scatter = 1, 1
     return passes * (gathers + teacher + reduce_scatter) * once
 

@@ -26,7 +26,7 @@ from hpm_video.finetune import finetune
 from hpm_video.pretrain import pretrain
 from hpm_video.training.deepspeed_engine import DeepSpeedEngine
 from hpm_video.training.distributed import joined_processes
-from hpm_video.training.engine import TorchEngine
+from hpm_video.training.engine import TorchEngine, batch_statistics
 from hpm_video.training.interruption import Interrupted
 from hpm_video.training.run import Run
 
@@ -129,6 +129,39 @@ def whole_tensors(seen):
     return replaced(DeepSpeedEngine, "_join", make)
 
 
+def settings(seen):
+    """What DeepSpeed makes of its settings."""
+
+    def make(original):
+        def call(self, *inputs, **options):
+            original(self, *inputs, **options)
+            seen["settings"] = {
+                "reduce_bucket_size": self._engine.zero_reduce_bucket_size(),
+                "train_batch_size": self._engine.train_batch_size(),
+                "gradient_clipping": self._engine.gradient_clipping(),
+                "offload_optimizer": str(self._engine.zero_offload_optimizer()),
+            }
+
+        return call
+
+    return replaced(DeepSpeedEngine, "__init__", make)
+
+
+def statistics(seen):
+    """The running averages of batch norms after every update."""
+    seen["statistics"] = []
+
+    def make(original):
+        def call(self, progress, settings):
+            values = [value.tolist() for value in batch_statistics(self.engine.model)]
+            seen["statistics"].append(values)
+            original(self, progress, settings)
+
+        return call
+
+    return replaced(Run, "after_update", make)
+
+
 def stop_after(update):
     """The last process of the job, and only that one, gets SIGTERM in ``update``."""
     is_last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
@@ -149,6 +182,8 @@ LISTENERS = {
     "opened": files_opened,
     "reductions": reductions,
     "wholes": whole_tensors,
+    "settings": settings,
+    "statistics": statistics,
 }
 
 
