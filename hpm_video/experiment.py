@@ -3,7 +3,6 @@
 import fcntl
 import hashlib
 import logging
-import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from hpm_video.config import (
     ConfigError,
     DataConfig,
     EngineConfig,
-    PretrainConfig,
     RunConfig,
     load_any_config,
     result_differences,
@@ -602,7 +600,6 @@ def _schedule(config: RunConfig) -> WarmupCosine:
 
 
 def _cadence(config: RunConfig) -> Cadence:
-    probe = config.knn.every_epochs if isinstance(config, PretrainConfig) else math.inf
     return Cadence(
         log_updates=config.logging.every_updates,
         save_updates=config.checkpoint.every_updates,
@@ -610,7 +607,6 @@ def _cadence(config: RunConfig) -> Cadence:
         keep_every_epochs=config.checkpoint.keep_every_epochs,
         validate_every_epochs=config.logging.validate_every_epochs,
         picture_every_epochs=config.logging.picture_every_epochs,
-        probe_every_epochs=probe,
     )
 
 

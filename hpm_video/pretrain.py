@@ -334,7 +334,7 @@ def _watch(
     for clips in measured.values():
         find_failures(clips, processes, **_reading(config, clips))
     if not measured:
-        return Watch(probe=probe)
+        return Watch(probe=probe, probe_every_epochs=config.knn.every_epochs)
 
     def validate() -> Measures:
         found: Measures = {}
@@ -362,6 +362,7 @@ def _watch(
         describe=partial(describe_sources, tuple(measured), objective.target.yardstick),
         draw=draw,
         probe=probe,
+        probe_every_epochs=config.knn.every_epochs,
     )
 
 

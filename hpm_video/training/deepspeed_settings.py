@@ -85,6 +85,8 @@ USUAL: Settings = {
     "steps_per_print": None,
     "zero_allow_untested_optimizer": True,  # SGD
     "zero_force_ds_cpu_optimizer": False,
+    # Or gradients of matrix products would be averaged in bfloat16, which DDP does not do.
+    "torch_autocast": {"lower_precision_safe_modules": []},
     "zero_optimization": {
         # Elements. DeepSpeed's own sizes (500, 50, 1000 and 1000 million) are made for models of
         # many thousand million parameters: buffers would hold more than all of a ViT-H, and stage 3

@@ -39,7 +39,6 @@ class Cadence:
     keep_every_epochs: float | None
     validate_every_epochs: float
     picture_every_epochs: float
-    probe_every_epochs: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ class Watch:
     """Draws pictures after so many updates."""
     probe: Callable[[], dict[str, float]] | None = None
     """-> how well frozen features serve a task."""
+    probe_every_epochs: float = math.inf
 
 
 @dataclass
@@ -109,7 +109,7 @@ class Run:
             improved = False
             if last or self._due(update, self.cadence.validate_every_epochs):
                 improved = self._validate(done)
-            if self.watch.probe and (last or self._due(update, self.cadence.probe_every_epochs)):
+            if self.watch.probe and (last or self._due(update, self.watch.probe_every_epochs)):
                 self._probe(done, self.watch.probe)
             asked = self.engine.processes.any_before(self.stop.received or 0)
             stop = signal.Signals(asked) if asked else None
