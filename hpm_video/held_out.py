@@ -111,6 +111,7 @@ def trivial_difficulties(clips: Tensor, patch_size: Size3) -> dict[str, Tensor]:
         before = torch.cat([pixels[:, :, 1:2], pixels[:, :, :-1]], dim=2)
         motion = reduce(patchify((pixels - before).abs(), patch_size), "b n p -> b n", "mean")
         if motion.any():
+            motion = motion.masked_fill(~motion.any(dim=1, keepdim=True), float("nan"))
             scores |= {"motion": motion, "stillness": -motion}
     return scores
 

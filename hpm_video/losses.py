@@ -66,9 +66,10 @@ def count_ordered_pairs(scores: Tensor, errors: Tensor) -> PairCounts:
     """How many pairs of tokens of a clip are scored in the order of their errors.
 
     (B, M), (B, M) -> (), (). The ranking accuracy is correct / total; guessing gives 0.5. A token
-    whose error is NaN is in no pair.
+    whose error or score is NaN is in no pair.
     """
-    errors, order = errors.float().sort(dim=1, descending=True)
+    errors = errors.float().masked_fill(scores.isnan(), float("nan"))
+    errors, order = errors.sort(dim=1, descending=True)
     scores = scores.float().gather(1, order)
     correct, total = scores.new_zeros(()), torch.zeros((), dtype=torch.int64, device=scores.device)
     for harder, easier in _blocks(scores.shape[1]):

@@ -207,6 +207,7 @@ class DeepSpeedEngine:
         for name, value in values:
             if self.processes.is_first:
                 kept[name] = value.detach().cpu()
+            del value  # before the next one is put together
         return kept
 
 

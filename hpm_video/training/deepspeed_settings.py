@@ -103,6 +103,7 @@ REMEDIES = {
     "train_micro_batch_size_per_gpu": "engine.micro_batch",
     "gradient_accumulation_steps": "engine.micro_batch and the number of processes",
     "gradient_clipping": "recipe.clip_grad",
+    "zero_optimization": "engine.zero_stage and engine.offload",
     "zero_optimization.stage": "engine.zero_stage",
     "zero_optimization.offload_optimizer.device": "engine.offload",
     "zero_optimization.offload_param.device": "engine.offload",

@@ -31,7 +31,7 @@ knn: {{every_epochs: 2, k: 3}}
 """
 COMMON = """
 engine: {precision: fp32, threads: 1, device: cpu}
-logging: {every_updates: 1, validate_every_epochs: 2, picture_every_epochs: 9, tensorboard: false}
+logging: {every_updates: 1, validate_every_epochs: 9, picture_every_epochs: 9, tensorboard: false}
 checkpoint: {every_updates: 100, keep_last: 1}
 """
 VIDEO = """

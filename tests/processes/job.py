@@ -5,8 +5,10 @@ is a whole run by hpm_video.pretrain or hpm_video.finetune; nothing of it is rep
 is listened to.
 """
 
+import dataclasses
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -31,8 +33,6 @@ from hpm_video.training.interruption import Interrupted
 from hpm_video.training.run import Run
 
 PROGRAMS = {"pretrain": (PretrainConfig, pretrain), "finetune": (FinetuneConfig, finetune)}
-REDUCES = ("c10d::allreduce_", "c10d::reduce_scatter_", "c10d::_reduce_scatter_base_")
-REDUCES += ("c10d::reduce_", "c10d::reduce_scatter_tensor_coalesced_")
 
 
 def replaced(owner, name, make):
@@ -78,14 +78,17 @@ def files_opened(seen):
 
 @contextmanager
 def reductions(seen):
-    """Of every forward, backward and step: how many values are reduced over the processes."""
+    """Of each forward, backward and step of the second update: how many values each reduction
+    over the processes has, as the library that does it (gloo) reports to torch's profiler."""
     seen["reduced"] = []
-    running = []
+    passes, running = [], []
 
     def begin(original):
         def call(self, *inputs, **options):
-            running.append(profile(activities=[ProfilerActivity.CPU], record_shapes=True))
-            running[0].start()
+            passes.append(None)
+            if self.accumulate < len(passes) <= 2 * self.accumulate:
+                running.append(profile(activities=[ProfilerActivity.CPU], record_shapes=True))
+                running[0].start()
             return original(self, *inputs, **options)
 
         return call
@@ -93,10 +96,15 @@ def reductions(seen):
     def end(original):
         def call(self):
             result = original(self)
-            profiler = running.pop()
-            profiler.stop()
-            found = [e for e in profiler.events() if e.name in REDUCES]
-            seen["reduced"].append([[e.name, str(e.input_shapes)] for e in found])
+            if running:
+                running[0].stop()
+                seen["reduced"].append(
+                    [
+                        sum(math.prod(shape) for shape in event.input_shapes)
+                        for event in running.pop().events()
+                        if event.name.startswith("gloo:") and "reduce" in event.name
+                    ]
+                )
             return result
 
         return call
@@ -108,25 +116,36 @@ def reductions(seen):
         yield
 
 
+@contextmanager
 def whole_tensors(seen):
-    """Of every parameter or moment that is put together for a checkpoint: its size, and the number
-    of values of others that are still there."""
+    """Of every parameter or moment that is put together while a checkpoint is saved: its size, and
+    how many values of others are still there."""
     seen["joined"] = []
-    alive = {}
+    alive, saving = {}, []
 
-    def make(original):
+    def join(original):
         def call(self, shard, parameter):
             others = sum(alive.values())
             whole = original(self, shard, parameter)
-            number = len(seen["joined"])
-            alive[number] = whole.numel()
-            weakref.finalize(whole, alive.pop, number)
-            seen["joined"].append([whole.numel(), others])
+            if saving:
+                number = len(seen["joined"])
+                alive[number] = whole.numel()
+                weakref.finalize(whole, alive.pop, number)
+                seen["joined"].append([whole.numel(), others])
             return whole
 
         return call
 
-    return replaced(DeepSpeedEngine, "_join", make)
+    def save(original):
+        def call(self, done, **options):
+            saving.append(done)
+            original(self, done, **options)
+            saving.pop()
+
+        return call
+
+    with replaced(DeepSpeedEngine, "_join", join), replaced(Run, "save", save):
+        yield
 
 
 def settings(seen):
@@ -137,9 +156,16 @@ def settings(seen):
             original(self, *inputs, **options)
             seen["settings"] = {
                 "reduce_bucket_size": self._engine.zero_reduce_bucket_size(),
+                "kept_whole_below": self._engine.zero_param_persistence_threshold(),
                 "train_batch_size": self._engine.train_batch_size(),
                 "gradient_clipping": self._engine.gradient_clipping(),
-                "offload_optimizer": str(self._engine.zero_offload_optimizer()),
+                "offload": [
+                    str(part.device)
+                    for part in (
+                        self._engine.zero_offload_optimizer(),
+                        self._engine.zero_offload_param(),
+                    )
+                ],
             }
 
         return call
@@ -213,6 +239,7 @@ def main(cases, folder):
             logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         for case in json.loads(Path(cases).read_text()):
             name = case["name"]
+            processes = dataclasses.replace(processes, _asked=[])  # as of a job of its own
             sys.stderr.write(f"--- {name}, rank {processes.rank}\n")
             seen = run_case(case, processes)
             told = Path(folder) / f"{name}-{processes.rank}.json"

@@ -1,0 +1,105 @@
+"""What DeepSpeed is told: the run's own settings, and a user's file beside them."""
+
+import json
+
+import pytest
+
+from hpm_video.training.deepspeed_settings import (
+    DeepSpeedChoice,
+    DeepSpeedSettingsError,
+    read_settings,
+    settings_of,
+)
+from hpm_video.training.plan import BatchPlan
+
+PLAN = BatchPlan(batch_size=24, processes=2, micro_batch=4)
+
+
+def settings(own=None, stage=2, clip_grad=0.5, precision="fp32", **choice):
+    chosen = DeepSpeedChoice(stage, own=own or {}, **choice)
+    return settings_of(chosen, PLAN, clip_grad=clip_grad, precision=precision)
+
+
+def test_the_run_decides():
+    found = settings()
+    assert found["train_batch_size"] == 24
+    assert found["train_micro_batch_size_per_gpu"] == 4
+    assert found["gradient_accumulation_steps"] == 3
+    assert found["gradient_clipping"] == 0.5
+    assert found["zero_optimization"]["stage"] == 2
+    assert not found["torch_autocast"]["enabled"]
+    assert settings(clip_grad=None)["gradient_clipping"] == 0.0, "DeepSpeed clips if not told"
+    autocast = settings(precision="bf16")["torch_autocast"]
+    assert (autocast["enabled"], autocast["dtype"]) == (True, "bfloat16")
+    spread = settings(stage=3, offload_optimizer=True, offload_parameters=True)["zero_optimization"]
+    assert spread["offload_optimizer"]["device"] == spread["offload_param"]["device"] == "cpu"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_are_never_converted(precision):
+    found = settings(precision=precision)
+    assert found["fp16"] == found["bf16"] == {"enabled": False}
+
+
+def test_a_file_adds_and_may_leave_open_or_repeat():
+    own = {
+        "zero_optimization": {
+            "stage": 2,
+            "reduce_bucket_size": 100000,
+            "offload_optimizer": {"device": "auto", "pin_memory": True},
+        },
+        "train_batch_size": "auto",
+        "gradient_clipping": 0.5,
+        "fp16": {"enabled": False, "loss_scale": 0},
+        "steps_per_print": 10,
+        "wall_clock_breakdown": True,
+    }
+    before = json.dumps(own)
+    found = settings(own)
+    assert found["zero_optimization"]["reduce_bucket_size"] == 100000
+    assert found["zero_optimization"]["stage"] == 2
+    assert found["zero_optimization"]["offload_optimizer"] == {"device": "none", "pin_memory": True}
+    assert (found["train_batch_size"], found["steps_per_print"]) == (24, 10)
+    assert found["wall_clock_breakdown"] is True
+    assert json.dumps(own) == before
+
+
+@pytest.mark.parametrize(
+    ("own", "name", "remedy"),
+    [
+        ({"gradient_clipping": 1.0}, "gradient_clipping=1.0", "recipe.clip_grad"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled=True", "engine.precision"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled=True", "engine.precision"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled=True", "engine.precision"),
+        ({"train_batch_size": 32}, "train_batch_size=32", "recipe.batch_size"),
+        ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu=8", "micro_batch"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2", "processes"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage=3", "engine.zero_stage"),
+        ({"zero_optimization": 2}, "zero_optimization=2", "engine.zero_stage"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            "zero_optimization.offload_optimizer.device='cpu'",
+            "engine.offload",
+        ),
+    ],
+)
+def test_a_file_that_contradicts_is_refused_by_name(own, name, remedy):
+    with pytest.raises(DeepSpeedSettingsError) as refused:
+        settings(own)
+    assert f"engine.deepspeed says {name}, and the run " in str(refused.value)
+    assert remedy in str(refused.value)
+
+
+@pytest.mark.parametrize("section", ["optimizer", "scheduler"])
+def test_sections_of_the_recipe_are_refused(section):
+    with pytest.raises(DeepSpeedSettingsError, match=f"section '{section}', but that is part of"):
+        settings({section: {"type": "AdamW"}})
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", None])
+def test_a_file_that_is_no_object_is_named(tmp_path, text):
+    path = tmp_path / "settings.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(DeepSpeedSettingsError, match=r"engine\.deepspeed=.*settings\.json"):
+        read_settings(path)

@@ -1,0 +1,230 @@
+"""How a job of two processes ends when it is stopped, killed or given a wrong input, as a user
+starts it; and that it goes on."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from hpm_video.config import PretrainConfig, load_config
+from hpm_video.data.mixture import Place
+from hpm_video.experiment import open_data, training_clips
+from hpm_video.pretrain import crops_of
+from hpm_video.pretrain import pretrain as run_pretraining
+from hpm_video.training.checkpoint import checkpoints_in, read_state
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+LAUNCHED = (str(ROOT / "tools" / "launch.py"), "--processes", "2")
+TERMINATED = 10.0
+"""Seconds after which the launcher kills what SIGTERM does not end: tools/launch.py says so."""
+MARGIN = 5.0
+"""For a busy machine."""
+LONG = ("recipe.epochs=12", "checkpoint.every_updates=2", "logging.picture_every_epochs=99")
+SHIFTS_ALL_SCORES = ("difficulty_decoder.head.bias", "difficulty_decoder.transformer.norm.bias")
+"""Their true gradient is zero, see test_same_results.py."""
+SPREAD = ("engine.name=deepspeed", "engine.zero_stage=3")
+KILLER = """
+import os, pathlib, signal, sys, time
+from hpm_video.training import checkpoint
+
+place = pathlib.Path({place!r})
+(place / ("pid" + os.environ["RANK"])).write_text(str(os.getpid()))
+
+def write(state, path, original=checkpoint._write_optimizer, calls=[]):
+    calls.append(path)
+    original(state, path)
+    if len(calls) == 3:
+        os.kill(int((place / "pid1").read_text()), signal.SIGKILL)
+        time.sleep(600)
+
+checkpoint._write_optimizer = write
+sys.path.insert(0, {tools!r})
+import pretrain
+sys.exit(pretrain.main())
+"""
+"""The first process kills the second in the middle of its third checkpoint, and hangs there."""
+
+
+@pytest.fixture
+def start(process_environment):
+    """Start a program in two processes of a job; what is left of it afterwards is ended."""
+    started = []
+
+    def begin(program, *arguments):
+        started.append(
+            subprocess.Popen(
+                [sys.executable, *LAUNCHED, str(program), *map(str, arguments)],
+                cwd=ROOT,
+                env=process_environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        )
+        return started[-1]
+
+    yield begin
+    for launcher in started:
+        if launcher.poll() is None:
+            launcher.terminate()
+            launcher.communicate(timeout=60)
+
+
+def finish(launcher, code=0, timeout=120):
+    output, _ = launcher.communicate(timeout=timeout)
+    assert launcher.returncode == code, output
+    return output
+
+
+def saved(run):
+    """The update that a run would go on at."""
+    stored = checkpoints_in(run / "checkpoints")
+    return read_state(stored[-1])["update"] if stored else 0
+
+
+def wait_until_saved(run, launcher, update, seconds=90.0):
+    """Wait for a checkpoint of at least so many updates."""
+    end = time.monotonic() + seconds
+    while saved(run) < update:
+        assert launcher.poll() is None, launcher.communicate()[0]
+        assert time.monotonic() < end, f"no checkpoint of update {update} in {run}"
+        time.sleep(0.01)
+
+
+def process_of(launcher, rank):
+    """The number of one of the processes that a launcher started."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    found = [
+        int(child)
+        for child in children
+        if f"\0RANK={rank}\0" in f"\0{Path(f'/proc/{child}/environ').read_text()}"
+    ]
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def unbroken(small_configs, tmp_path_factory):
+    """The newest checkpoint of a run in one process that nothing interrupts."""
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    overrides = [f"output_dir={run}", *LONG]
+    run_pretraining(load_config(PretrainConfig, small_configs["video"], overrides))
+    return checkpoints_in(run / "checkpoints")[-1]
+
+
+def assert_same(run, unbroken):
+    ours = checkpoints_in(run / "checkpoints")[-1]
+    assert ours.name == unbroken.name
+    for name in ("model", "teacher"):
+        found, expected = (load_file(path / f"{name}.safetensors") for path in (ours, unbroken))
+        assert found.keys() == expected.keys()
+        for key in found.keys() - set(SHIFTS_ALL_SCORES):
+            assert (found[key] - expected[key]).abs().max() < 1e-5, f"{name} {key}"
+
+
+def test_stopped_then_one_killed_then_gone_on(start, small_configs, unbroken, tmp_path):
+    run = tmp_path / "run"
+    command = ("tools/pretrain.py", small_configs["video"], f"output_dir={run}", *LONG)
+
+    stopped = start(*command)
+    wait_until_saved(run, stopped, 2)
+    stopped.terminate()
+    output = finish(stopped, code=75)
+    assert f"stopped by SIGTERM before update {saved(run)}; the state is saved" in output
+    assert output.count("stopped by SIGTERM") == 1
+    assert "Traceback" not in output
+
+    at = saved(run)
+    killed = start(*command, *SPREAD)
+    wait_until_saved(run, killed, at + 2)
+    victim, began = process_of(killed, 1), time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    output = finish(killed, code=1)
+    assert time.monotonic() - began < TERMINATED + MARGIN
+    assert f"going on at update {at} of " in output
+    assert f"error: rank 1 of 2 (pid {victim} on " in output
+    assert "was killed by SIGKILL" in output
+    assert "Start the same command again" in output
+
+    at = saved(run)
+    output = finish(start(*command))
+    assert f"going on at update {at} of " in output
+    assert_same(run, unbroken)
+    assert not list((run / "checkpoints").glob(".writing*"))
+
+
+def test_killed_while_the_other_saves(start, small_configs, unbroken, tmp_path):
+    """Half a checkpoint is none: one process goes on from the one before."""
+    run, program = tmp_path / "run", tmp_path / "killer.py"
+    program.write_text(KILLER.format(place=str(tmp_path), tools=str(ROOT / "tools")))
+    arguments = (small_configs["video"], f"output_dir={run}", *LONG)
+    job = start(program, *arguments)
+    wait_until_saved(run, job, 4)
+    began = time.monotonic()
+    output = finish(job, code=1)
+    assert time.monotonic() - began < TERMINATED + MARGIN + MARGIN
+    assert "rank 1 of 2 " in output
+    assert "was killed by SIGKILL" in output
+    assert list((run / "checkpoints").glob(".writing*"))
+    assert saved(run) == 4
+    run_pretraining(load_config(PretrainConfig, arguments[0], list(arguments[1:])))
+    assert not list((run / "checkpoints").glob(".writing*"))
+    assert_same(run, unbroken)
+
+
+@pytest.fixture
+def script(process_environment):
+    """``GPUS=2 ./run_pretrain.sh`` with an environment that is there. -> exit code and output"""
+
+    def run(*arguments):
+        done = subprocess.run(
+            [str(ROOT / "run_pretrain.sh"), *map(str, arguments)],
+            env=process_environment | {"HPM_PYTHON": sys.executable, "GPUS": "2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        return done.returncode, done.stdout
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("recipe.batch_size=5", "take recipe.batch_size=4 or 6"),
+        ("engine.zero_stage=1", "engine.zero_stage=1 is for DeepSpeed"),
+    ],
+)
+def test_a_wrong_input_is_told_once(script, small_configs, tmp_path, override, message):
+    code, output = script(small_configs["video"], f"output_dir={tmp_path / 'run'}", override)
+    assert code == 2, output
+    assert message in output
+    assert output.count("error:") == 1
+    assert "Traceback" not in output
+
+
+def test_a_wrong_file_of_one_process_is_told(script, small_configs, small_data, tmp_path):
+    """A file of the second half of the first batch, which the second process reads."""
+    config, folder = small_configs["video"], tmp_path / "train"
+    shutil.copytree(small_data / "videos" / "train", folder)
+    overrides = [f"data.train={folder}", "data.max_bad_share=0", f"output_dir={tmp_path / 'run'}"]
+    loaded = load_config(PretrainConfig, config, overrides)
+    clips = training_clips(loaded, open_data(loaded), crops_of(loaded), same_frames=False)
+    bad = Path(clips[Place(0, 3)].file)
+    bad.write_bytes(b"")
+    code, output = script(config, *overrides)
+    assert code == 2, output
+    assert "1 of 14 files do not decode" in output
+    assert str(bad) in output
+    assert "Traceback" not in output
