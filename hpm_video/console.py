@@ -5,6 +5,7 @@ import logging
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from hpm_video.training.distributed import (
     ProcessesError,
     first_to_say,
     is_first_process,
+    is_one_of_several,
     joined_processes,
     lost_contact,
 )
@@ -101,7 +103,20 @@ def run_processes(command: Callable[[Processes], None]) -> int:
         with joined_processes() as processes:
             command(processes)
 
-    return run(joined)
+    try:
+        code = run(joined)
+    except Exception:
+        if not is_one_of_several():
+            raise
+        traceback.print_exc()
+        code = FAULT
+    if code in (FAULT, WRONG_INPUT) and is_one_of_several():
+        # To end as usual may wait for the others, who wait for this one.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _tell(message: str) -> None:

@@ -76,7 +76,8 @@ GPU_SHARE = 0.9
 """Of a GPU's memory, what updates may take where their size is found by trial: the rest is for
 what comes between them, and for what the processes exchange."""
 MakeUpdate = Callable[..., Callable[[], None]]
-"""(device, precision, clips, source="") -> a whole update on random clips, by this process alone"""
+"""(device, precision, clips, source="", accumulate=1) -> an update on random clips, or each of
+several forward passes that make one, by this process alone"""
 
 
 @dataclass(frozen=True)
@@ -119,14 +120,16 @@ class RunData:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The directory of a run, and where the run stands."""
+    """The directory of a run, and where the run stood when it was looked at."""
 
     path: Path
+    newest: Path | None
+    """The newest complete checkpoint."""
 
-    @property
-    def newest(self) -> Path | None:
-        """The newest complete checkpoint."""
-        return next(reversed(checkpoints_in(self.path / "checkpoints")), None)
+    @classmethod
+    def at(cls, path: Path) -> "RunDirectory":
+        """Look at a directory."""
+        return cls(path, next(reversed(checkpoints_in(path / "checkpoints")), None))
 
     @property
     def update(self) -> int:
@@ -195,7 +198,7 @@ def look_into_directory(schema: type[Config], config: Config, data: RunData) -> 
     path = folder / "config.yaml"
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir={folder} is a file; name a folder")
-    directory = RunDirectory(folder)
+    directory = RunDirectory.at(folder)
     if directory.newest is None:
         foreign = [item.name for item in folder.glob("*") if item.name not in RUN_FILES]
         if foreign and not path.is_file():
@@ -257,11 +260,12 @@ def open_session(
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
     directory = look_into_directory(schema, config, data)
-    seen = processes.gather([directory.update])
-    if len(set(seen)) > 1:
+    seen = processes.gather([directory])
+    if any(each != seen[0] for each in seen):
+        names = sorted({str(each.newest and each.newest.name) for each in seen})
         raise ConfigError(
-            f"the processes see different checkpoints in {directory.path} (updates "
-            f"{sorted(set(seen))}); output_dir must be a folder that all machines share"
+            f"the processes do not see the same in {directory.path} (newest checkpoints: "
+            f"{', '.join(names)}); output_dir must be a folder that all machines share"
         )
     return Session(processes, device, data, directory)
 
@@ -328,7 +332,7 @@ def settle_plan(
     """How an update's batch is spread: as the config says, or on a GPU by trial.
 
     Each process tries whole updates of plain torch on its GPU, and all take what fits everywhere.
-    With ZeRO a little more would fit: it needs less memory for what is no activation.
+    The weights of the run lie there too meanwhile, which leaves room for what engines keep besides.
 
     Raises:
         ConfigError: the batch does not come out even, or not even one video fits.
@@ -343,6 +347,7 @@ def settle_plan(
         largest = find_micro_batch(config, session.device, precision, make_update, sizes)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, session.device)
+        torch.cuda.reset_accumulated_memory_stats(session.device)
     return plan_for(config, processes.count, min(processes.gather([largest])), multiple)
 
 
@@ -361,9 +366,11 @@ def find_micro_batch(
 
     def two_updates(size: int) -> None:
         for source, data in config.sources.items():
-            update = make_update(device, precision, size * data.repeats, source=source)
-            update()
-            update()  # with the optimizer's moments, which the first one made
+            forward_pass = make_update(
+                device, precision, size * data.repeats, source=source, accumulate=2
+            )
+            for _ in range(4):  # of which the last has gradients and moments beside it
+                forward_pass()
 
     try:
         return largest_fitting(sizes, lambda size: fits_in_memory(lambda: two_updates(size)))
@@ -501,7 +508,7 @@ def timed_update(
 ) -> Callable[[], None]:
     """A whole update on so many random clips: forward, backward, step, what follows it.
 
-    The engine must make an update of every forward pass.
+    Where the engine sums up several forward passes, each call is one.
     """
     batch = ClipBatch(
         torch.randint(256, (clips, 3, *config.sources[source].clip_size), dtype=torch.uint8),

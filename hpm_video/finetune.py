@@ -94,7 +94,9 @@ def finetune(config: FinetuneConfig, processes: Processes = Processes()) -> Path
     """
     data = open_data(config)
     label_names = find_label_names(config, data)
-    config = resolve(config, len(label_names), RunDirectory(Path(config.output_dir).expanduser()))
+    config = resolve(
+        config, len(label_names), RunDirectory.at(Path(config.output_dir).expanduser())
+    )
     session = open_session(FinetuneConfig, config, data, processes)
     directory = session.directory
     _check_same_names(directory, label_names)
@@ -170,7 +172,8 @@ def evaluate_run(
     if source is None:
         log.info("no data.validation and no test.manifest: nothing is tested")
         return None
-    checkpoint = (run_dir / "checkpoints" / how.checkpoint).resolve()
+    # Of one process: a link that was just replaced may be seen late elsewhere.
+    checkpoint = processes.of_first((run_dir / "checkpoints" / how.checkpoint).resolve)
     precision: Precision = read_state(checkpoint)["facts"]["precision"]
     manifest, views = open_manifest(config.data, source), Views(how.clips, how.crops)
     device = choose_device(config.engine.device, processes.count)
@@ -445,6 +448,7 @@ def make_update(
     clips: int,
     *,
     source: str = "",
+    accumulate: int = 1,
 ) -> Callable[[], None]:
     """A whole update on random clips by one process, to see how long it takes and what it needs.
 
@@ -456,6 +460,7 @@ def make_update(
         model,
         make_optimizer(config, model),
         device=device,
+        accumulate=accumulate,
         clip_grad=config.recipe.clip_grad,
         precision=precision,
     )

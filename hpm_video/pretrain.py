@@ -272,6 +272,7 @@ def make_update(
     clips: int,
     *,
     source: str = "",
+    accumulate: int = 1,
 ) -> Callable[[], None]:
     """A whole update on random clips by one process, to see how long it takes and what it needs."""
     config = replace(config, init_weights=None)
@@ -281,6 +282,7 @@ def make_update(
         student,
         _optimizer(config, student),
         device=device,
+        accumulate=accumulate,
         clip_grad=config.recipe.clip_grad,
         precision=precision,
     )

@@ -24,6 +24,7 @@ MAY_IMPORT = {
 SEES_A_CONFIG = {
     "config.py",
     "console.py",
+    "dry_run.py",
     "experiment.py",
     "features.py",
     "finetune.py",

@@ -35,9 +35,9 @@ def config_of(*overrides):
 def out_of_memory_above(largest, config, tried):
     """Real updates, of which those of more than ``largest`` clips find no memory."""
 
-    def make(device, precision, clips, *, source=""):
+    def make(device, precision, clips, **options):
         tried.append(clips)
-        update = make_update(config, device, precision, clips, source=source)
+        update = make_update(config, device, precision, clips, **options)
 
         def fails_where_it_is_too_large():
             if clips > largest:
@@ -71,11 +71,11 @@ def test_every_source_of_a_mix_must_fit():
     config = load_config(PretrainConfig, path, [*TINY, *single])
     seen = []
 
-    def make(device, precision, clips, *, source=""):
-        seen.append(source)
-        if source == name and clips > 2:
+    def make(device, precision, clips, **options):
+        seen.append(options["source"])
+        if options["source"] == name and clips > 2:
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
-        return make_update(config, device, precision, clips, source=source)
+        return make_update(config, device, precision, clips, **options)
 
     assert find_micro_batch(config, CPU, "fp32", make, [1, 2, 4]) == 2
     assert set(seen) == {"", name}

@@ -52,14 +52,25 @@ class DeepSpeedEngine:
         self.gradient_norm = torch.zeros((), device=device)
         self.stage = choice.stage
         self._settings = settings_of(choice, plan, clip_grad=clip_grad, precision=precision)
-        self._deepspeed = import_deepspeed()
+        self._deepspeed = import_deepspeed(device)
         self._statistics = batch_statistics(model)
         self._skeleton = _skeleton_of(model) if self.stage == 3 else None
         make_sure_of_group()
         self._deepspeed.init_distributed(dist_init_required=False)
-        self._engine, *_ = self._deepspeed.initialize(
-            model=model, optimizer=optimizer, config=self._settings
-        )
+        with _linear_layers_by(F.linear):
+            self._engine = self._initialise(optimizer)
+            self._linear = F.linear  # in stage 3 DeepSpeed's own, put there for the whole process
+
+    def _initialise(self, optimizer: torch.optim.Optimizer) -> Any:
+        try:
+            engine, *_ = self._deepspeed.initialize(
+                model=self.model, optimizer=optimizer, config=self._settings
+            )
+        except (AssertionError, ValueError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise DeepSpeedError(f"DeepSpeed does not take these settings: {error}") from error
+        return engine
 
     @property
     def name(self) -> str:
@@ -78,11 +89,13 @@ class DeepSpeedEngine:
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         """The model's forward pass."""
-        return self._engine(*inputs, **options)
+        with _linear_layers_by(self._linear):
+            return self._engine(*inputs, **options)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch, as its share of the update."""
-        self._engine.backward(loss)
+        with _linear_layers_by(self._linear):  # it may compute activations again
+            self._engine.backward(loss)
 
     def step(self) -> bool:
         """Update the weights once the last micro-batch of an update is done."""
@@ -98,15 +111,16 @@ class DeepSpeedEngine:
             if self._engine.optimizer.overflow:  # it has left the weights as they are
                 norm = float("nan")
             self.gradient_norm = torch.as_tensor(norm, device=self.device, dtype=torch.float32)
+        if self.stage == 3:  # blocks that are computed again leave entries there
+            del self._deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK[1:]
         self.processes.average_(self._statistics)
         return True
 
     def hold(self, module: nn.Module) -> None:
         """Spread the weights of a module that follows the model as the model's are."""
         if self.stage == 3:
-            self._deepspeed.zero.Init(
-                module=module, config_dict_or_path=self._settings, dtype=torch.float32
-            )
+            with _linear_layers_by(F.linear):
+                self._deepspeed.zero.Init(module=module, config_dict_or_path=self._settings)
 
     @contextmanager
     def whole(self, module: nn.Module) -> Iterator[nn.Module]:
@@ -215,13 +229,24 @@ class DeepSpeedError(RuntimeError):
     """DeepSpeed cannot be used. The message says why and what to do."""
 
 
-def import_deepspeed() -> Any:
+@contextmanager
+def _linear_layers_by(function: Any) -> Iterator[None]:
+    """Let ``nn.Linear`` compute by ``function``, and afterwards as before."""
+    before = F.linear
+    F.linear = function
+    try:
+        yield
+    finally:
+        F.linear = before
+
+
+def import_deepspeed(device: torch.device) -> Any:
     """The library, which says nothing but warnings.
 
     Raises:
-        DeepSpeedError: it is not installed, or does not import.
+        DeepSpeedError: it is not installed, does not import, or would take another device.
     """
-    if not torch.cuda.is_available():
+    if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         import deepspeed
@@ -232,9 +257,25 @@ def import_deepspeed() -> Any:
             f"deepspeed==0.19.8; or take engine.name=torch, which computes the same"
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    _check_device(device, deepspeed.accelerator.get_accelerator())
     # It would be compiled at the start of the first run on a CPU, and gloo does the same.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _check_device(device: torch.device, accelerator: Any) -> None:
+    """Make sure that DeepSpeed takes the device of the run: it chooses by itself.
+
+    Raises:
+        DeepSpeedError: it takes another one.
+    """
+    kind, number = accelerator.device_name(), int(os.environ.get("LOCAL_RANK", "0"))
+    if device.type != kind or device.index not in (None, number):
+        raise DeepSpeedError(
+            f"DeepSpeed computes on {kind}:{number} here, not on engine.device={device}; take "
+            f"engine.device=auto, and say with CUDA_VISIBLE_DEVICES which GPUs there are (none: "
+            f"CUDA_VISIBLE_DEVICES= )"
+        )
 
 
 def _flat_parts(zero: Any, stage: int) -> list[Tensor]:

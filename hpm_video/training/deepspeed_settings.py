@@ -72,6 +72,7 @@ def settings_of(
         "fp16": {"enabled": False},
         "bf16": {"enabled": False},
     }
+    _refuse_what_is_spread_otherwise(choice.own.get("zero_optimization", {}))
     for section in ("optimizer", "scheduler"):
         if section in choice.own:
             raise DeepSpeedSettingsError(
@@ -112,6 +113,30 @@ REMEDIES = {
     "bf16": "engine.precision",
 }
 """Where the run says what a user's file may not contradict."""
+
+
+NOT_FOLLOWED = (
+    *("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights"),
+    *("zero_quantized_gradients", "mics_shard_size"),
+)
+"""Ways to spread weights in which the teacher could not follow the student shard by shard."""
+
+
+def _refuse_what_is_spread_otherwise(own: Any) -> None:
+    if not isinstance(own, Mapping):
+        return
+    for name in NOT_FOLLOWED:
+        if name in own:
+            raise DeepSpeedSettingsError(
+                f"engine.deepspeed says zero_optimization.{name}, which spreads or rounds weights "
+                f"in a way that a teacher cannot follow; leave it out"
+            )
+    offload = own.get("offload_optimizer")
+    if isinstance(offload, Mapping) and offload.get("ratio", 1) != 1:
+        raise DeepSpeedSettingsError(
+            "engine.deepspeed says zero_optimization.offload_optimizer.ratio, and a part of the "
+            "optimizer's state could not be saved; leave it out"
+        )
 
 
 def buckets_of(settings: Settings) -> Buckets:

@@ -1,15 +1,18 @@
 """Several processes of one job, as torchrun starts them. The only user of torch.distributed."""
 
 import os
+import resource
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch._C._distributed_c10d import HashStore
+
+from hpm_video.training.interruption import Interrupted
 
 Item = TypeVar("Item")
 PATIENCE = timedelta(hours=6)
@@ -31,7 +34,6 @@ class Processes:
     count: int = 1
     _hosts: Any = None
     """The group of all processes for what waits long."""
-    _asked: list[tuple[Any, Tensor]] = field(default_factory=list)
 
     @property
     def is_first(self) -> bool:
@@ -58,30 +60,30 @@ class Processes:
         """What the first process computes, in each of them; the others wait for it."""
         return self.gather([compute()] if self.is_first else [])[0]
 
-    def any_before(self, value: int) -> int:
-        """The largest value that any process gave in its call before; alone, ``value`` itself.
+    def ask(self, value: int) -> Callable[[], int]:
+        """Ask for the largest value that any process gives; the answer is waited for when called.
 
-        One call late, so that nobody waits: all get the same answer in the same call.
+        All processes must ask, and take their answers in the same order.
         """
-        if self.count == 1:
-            return value
         given = torch.tensor(value)
+        if self.count == 1:
+            return lambda: value
         work = distributed.all_reduce(
             given, distributed.ReduceOp.MAX, group=self._hosts, async_op=True
         )
-        self._asked.append((work, given))
-        if len(self._asked) == 1:
-            return 0
-        before, answer = self._asked.pop(0)
-        before.wait()
-        return int(answer)
+
+        def answer() -> int:
+            work.wait()
+            return int(given)
+
+        return answer
 
     def gather_shards(self, shard: Tensor) -> Tensor:
         """The shards of all processes one after the other: (n,) each -> (count n,)"""
         if self.count == 1:
             return shard
         whole = shard.new_empty(self.count * shard.numel())
-        distributed.all_gather(list(whole.chunk(self.count)), shard.contiguous())
+        distributed.all_gather_into_tensor(whole, shard.contiguous())
         return whole
 
     def average_(self, tensors: Iterable[Tensor]) -> None:
@@ -108,6 +110,11 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_one_of_several() -> bool:
+    """Whether a launcher started this process with others, joined or not yet."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def first_to_say(message: str) -> bool:
     """Whether no other process of the job has asked this of the same message."""
     if not distributed.is_initialized():
@@ -121,8 +128,11 @@ def first_to_say(message: str) -> bool:
 
 def lost_contact(error: RuntimeError) -> bool:
     """Whether an error is that another process of the job has gone."""
-    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
-    return isinstance(error, distributed.DistError) or any(word in str(error) for word in words)
+    text = str(error)
+    if "NCCL" in text:  # it may be anything else, such as memory
+        return any(word in text for word in ("remote", "onnection", "abort"))
+    words = ("gloo", "Connection closed by peer", "Connection reset by peer")
+    return any(word in text for word in words)
 
 
 def make_sure_of_group() -> None:
@@ -149,17 +159,41 @@ def joined_processes() -> Iterator[Processes]:
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Processes()
+        _leave()
         return
     if torch.cuda.is_available():
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
             raise ProcessesError(
                 f"this machine has {torch.cuda.device_count()} GPU(s), and process {local + 1} of "
-                f"it finds none left; start as many processes as there are GPUs"
+                f"it finds none left; start as many processes as there are GPUs, or hide them "
+                f"(CUDA_VISIBLE_DEVICES= ) to compute on the CPU"
             )
         torch.cuda.set_device(local)
-    distributed.init_process_group(_backend(), timeout=SILENCE)
-    hosts = distributed.new_group(backend="gloo", timeout=PATIENCE)
-    yield Processes(distributed.get_rank(), distributed.get_world_size(), hosts)
+    # With gloo each process has a connection to each other one.
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, most), most))
+    try:
+        distributed.init_process_group(_backend(), timeout=SILENCE)
+        hosts = distributed.new_group(backend="gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise ProcessesError(
+            f"this process could not join the others at {where} (MASTER_ADDR, MASTER_PORT): "
+            f"{error}\nThe port must be free there, and reached from all machines. If names of "
+            f"machines do not lead to the network between them, GLOO_SOCKET_IFNAME and "
+            f"NCCL_SOCKET_IFNAME name its interface."
+        ) from error
+    try:
+        yield Processes(distributed.get_rank(), distributed.get_world_size(), hosts)
+    except Interrupted:  # all of them are
+        _leave()
+        raise
     # Not where something went wrong: to leave together needs all of them.
-    distributed.destroy_process_group()
+    _leave()
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -177,7 +177,9 @@ class TorchEngine:
                 self.model.parameters(), self._clip_grad, self.gradient_norm
             )
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        # DDP keeps the memory of gradients anyway; others beside it would be made otherwise.
+        is_replicated = isinstance(self._runner, nn.parallel.DistributedDataParallel)
+        self._optimizer.zero_grad(set_to_none=not is_replicated)
         self.processes.average_(self._statistics)
         return True
 

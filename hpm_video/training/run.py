@@ -82,6 +82,7 @@ class Run:
     best: dict[str, Any] = field(default_factory=dict)
     """Update and score of the best checkpoint so far."""
     _failures: list[tuple[str, Failure]] = field(default_factory=list)
+    _answer: Callable[[], int] = int
 
     @property
     def checkpoints(self) -> Path:
@@ -111,8 +112,7 @@ class Run:
                 improved = self._validate(done)
             if self.watch.probe and (last or self._due(update, self.watch.probe_every_epochs)):
                 self._probe(done, self.watch.probe)
-            asked = self.engine.processes.any_before(self.stop.received or 0)
-            stop = signal.Signals(asked) if asked else None
+            stop = self._asked_to_stop()
             if last or keep or improved or stop or done % self.cadence.save_updates == 0:
                 self.save(done, keep=keep)
             if self.watch.draw and (last or self._due(update, self.cadence.picture_every_epochs)):
@@ -180,6 +180,17 @@ class Run:
         self._failures = []
         for name, files in self.bad_files.items():
             files.note([failure for source, failure in found if source == name])
+
+    def _asked_to_stop(self) -> signal.Signals | None:
+        """Whether any process was, as all of them know in the same update.
+
+        Several processes look at what was asked in the update before, so that nobody waits.
+        """
+        answer = self.engine.processes.ask(self.stop.received or 0)
+        if self.engine.processes.count > 1:
+            answer, self._answer = self._answer, answer
+        asked = answer()
+        return signal.Signals(asked) if asked else None
 
     def _due(self, update: int, every_epochs: float | None) -> bool:
         return every_epochs is not None and self.timeline.passes(update, every_epochs)

@@ -139,7 +139,7 @@ def process_environment(tmp_path_factory) -> dict[str, str]:
     """Variables with which ``hpm_video`` imports, and not the folder ``datasets`` beside it."""
     place = tmp_path_factory.mktemp("import")
     (place / "hpm_video").symlink_to(ROOT / "hpm_video")
-    return os.environ | {"PYTHONPATH": str(place)}
+    return os.environ | {"PYTHONPATH": str(place), "CUDA_VISIBLE_DEVICES": ""}
 
 
 @dataclass

@@ -5,7 +5,6 @@ is a whole run by hpm_video.pretrain or hpm_video.finetune; nothing of it is rep
 is listened to.
 """
 
-import dataclasses
 import json
 import logging
 import math
@@ -239,7 +238,6 @@ def main(cases, folder):
             logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         for case in json.loads(Path(cases).read_text()):
             name = case["name"]
-            processes = dataclasses.replace(processes, _asked=[])  # as of a job of its own
             sys.stderr.write(f"--- {name}, rank {processes.rank}\n")
             seen = run_case(case, processes)
             told = Path(folder) / f"{name}-{processes.rank}.json"

@@ -7,8 +7,9 @@
 # It prepares environment and demo data once, and starts one launcher per node. HPM_PYTHON names
 # an environment that is there already, which all nodes must see, like the repository.
 #
-# Exit code 75 means that the run was asked to stop and has saved its state: the job is queued
-# again, and goes on. So it does after the time limit, thanks to --signal. Where slurm itself ends
+# Exit code 75 means that the run was asked to stop and has saved its state, and 143 that the signal
+# found it before or after training: the job is queued again, and goes on. So it does after the time
+# limit, thanks to --signal. Where slurm itself ends
 # a preempted job, --requeue queues it. It is not queued again after success, after an error, or
 # after scancel, which ends this script too. Slurm's KillWait is then what the processes have to
 # save, 30 seconds unless the cluster says otherwise.
@@ -29,7 +30,7 @@ run_job() {
   hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
   start_nodes "$nodes" "${hosts%%$'\n'*}" "$program" "$config" \
     ${overrides[@]+"${overrides[@]}"} || code=$?
-  if ((code == 75)); then
+  if ((code == 75 || code == 143)); then
     printf 'stopped with its state saved; queued again\n'
     scontrol requeue "$SLURM_JOB_ID"
   fi
