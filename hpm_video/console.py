@@ -5,6 +5,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,8 @@ from hpm_video.training.distributed import (
 from hpm_video.training.interruption import Interrupted
 from hpm_video.training.metrics import NonFiniteLossError
 
+SECONDS_TO_ASK = 2.0
+"""In which the first process is still there to be asked by the others what was told already."""
 FAULT = 1
 WRONG_INPUT = 2
 EXPECTED = (
@@ -115,6 +118,8 @@ def run_processes(command: Callable[[Processes], None]) -> int:
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
+        if is_first_process():
+            time.sleep(SECONDS_TO_ASK)
         os._exit(code)
     return code
 
