@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hpm_video.training.optim import OptimizerState, Tensors
+from hpm_video.training.optim import OptimizerState
 
 PREFIX = "update-"
 UNFINISHED = ".writing-"
@@ -153,25 +153,50 @@ def _write_optimizer(state: OptimizerState, path: Path) -> None:
 
 
 def read_optimizer(checkpoint: Path) -> OptimizerState:
-    """The optimizer's state, on the CPU, whatever engine wrote it.
+    """The optimizer's state, whatever engine wrote it.
+
+    Its tensors are read when they are asked for: with many processes on a machine, all of them in
+    each would be many times the size of the model.
 
     Raises:
         CheckpointError: the file is not there, or not whole.
     """
     path = checkpoint / OPTIMIZER
-    moments: dict[str, Tensors] = {}
     try:
-        with safe_open(path, framework="pt") as stored:
-            for key in stored.keys():  # noqa: SIM118 - it is no mapping
-                kind, name = key.split(".", 1)
-                moments.setdefault(kind, {})[name] = stored.get_tensor(key)
-            return OptimizerState(int(stored.metadata()["step"]), moments)
+        stored: Any = safe_open(path, framework="pt")
+        names: dict[str, list[str]] = {}
+        for key in stored.keys():  # noqa: SIM118 - it is no mapping
+            kind, name = key.split(".", 1)
+            names.setdefault(kind, []).append(name)
+        moments = {kind: _Stored(stored, kind, of_kind) for kind, of_kind in names.items()}
+        return OptimizerState(int(stored.metadata()["step"]), moments)
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(
             f"cannot take up the optimizer's state of {path}: {reason}. Delete this checkpoint to "
             f"go on from the one before"
         ) from error
+
+
+class _Stored(Mapping[str, Tensor]):
+    """Tensors of one kind in an open file, by name."""
+
+    def __init__(self, file: Any, kind: str, names: Iterable[str]) -> None:
+        self._file = file
+        self._kind = kind
+        self._names = dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        value: Tensor = self._file.get_tensor(f"{self._kind}.{name}")
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def read_weights(path: Path, name: str = "model") -> dict[str, Tensor]:

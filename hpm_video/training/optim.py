@@ -1,6 +1,6 @@
 """Optimizers, and which parameters they decay and how fast they train them."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ class OptimizerState:
 
     step: int
     """Updates that were made; 0 of an optimizer that does not count."""
-    moments: dict[str, Tensors]
+    moments: Mapping[str, Mapping[str, Tensor]]
     """Kind (``exp_avg``, ``exp_avg_sq``, ``momentum_buffer``) -> name of a parameter -> value."""
 
 

@@ -1,0 +1,69 @@
+"""What processes say to each other, as far as one process can show it; see tests/processes."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+
+from hpm_video.training.distributed import (
+    Processes,
+    ProcessesError,
+    first_to_say,
+    is_first_process,
+    joined_processes,
+    lost_contact,
+)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer",
+        "Connection reset by peer",
+        "NCCL error: remote process exited or there was a network error",
+    ],
+)
+def test_a_process_that_is_gone_is_told_from_other_errors(message):
+    assert lost_contact(RuntimeError(message))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "NCCL error: unhandled cuda error. Last error: Failed to CUDA calloc async 608 bytes",
+        "NCCL error: invalid usage. Last error: Duplicate GPU detected : rank 1 and rank 0",
+        "mat1 and mat2 shapes cannot be multiplied",
+    ],
+)
+def test_other_errors_are_no_lost_contact(message):
+    assert not lost_contact(RuntimeError(message))
+
+
+def test_a_process_alone_has_everything_and_waits_for_nobody():
+    alone = Processes()
+    assert alone.is_first
+    assert alone.gather([1, 2]) == [1, 2]
+    assert alone.of_first(lambda: "x") == "x"
+    assert alone.ask(15)() == 15
+    assert torch.equal(alone.gather_shards(torch.ones(3)), torch.ones(3))
+    model = torch.nn.Linear(1, 1)
+    assert alone.replicate(model) is model
+
+
+def test_before_processes_have_joined_the_first_one_tells(monkeypatch):
+    for rank, tells in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert is_first_process() == first_to_say("anything") == tells
+
+
+def test_a_process_that_finds_no_others_says_where_it_looked(monkeypatch):
+    given = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
+    given |= {"MASTER_ADDR": "there-is-no-such-host.invalid", "MASTER_PORT": "29511"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("hpm_video.training.distributed.SILENCE", timedelta(seconds=2))
+    with (
+        pytest.raises(ProcessesError, match=r"(?s)no-such-host\.invalid:29511 .*GLOO_SOCKET_IFNAME"),
+        joined_processes(),
+    ):
+        pass
