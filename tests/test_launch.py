@@ -46,6 +46,12 @@ sys.exit({signal.SIGTERM: 75, signal.SIGINT: 130}[asked[0]])
 """
 
 
+def with_usual_signals():
+    """Tests that nohup started, or a shell in its background, ignore these signals."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def started():
     """Starts launchers, and leaves none of their processes behind."""
@@ -65,6 +71,7 @@ def started():
                 stderr=subprocess.PIPE,
                 text=True,
                 start_new_session=True,
+                preexec_fn=with_usual_signals,  # noqa: PLW1509 - no threads here
                 cwd=variables.get("CWD"),
             )
         )
