@@ -62,8 +62,6 @@ def test_a_process_that_finds_no_others_says_where_it_looked(monkeypatch):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("hpm_video.training.distributed.SILENCE", timedelta(seconds=2))
-    with (
-        pytest.raises(ProcessesError, match=r"(?s)no-such-host\.invalid:29511 .*GLOO_SOCKET_IFNAME"),
-        joined_processes(),
-    ):
+    told = r"(?s)no-such-host\.invalid:29511 .*GLOO_SOCKET_IFNAME"
+    with pytest.raises(ProcessesError, match=told), joined_processes():
         pass
