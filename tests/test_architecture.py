@@ -16,10 +16,15 @@ MAY_IMPORT = {
     "av": {"data/decode.py", "data/encode.py"},
     "omegaconf": {"config.py"},
     "pandas": {"data/manifest.py"},
-    "argparse": {"console.py", "data/recipes.py"},
-    "transformers": set(),
+    "argparse": {"console.py", "data/recipes.py", "weights/files.py"},
+    "transformers": {"weights/parity.py", "weights/loaded_back.py"},
+    "onnx": {"weights/written.py"},
+    "onnxruntime": {"weights/loaded_back.py"},
     "torchvision": {"data/augment.py"},
-    "timm": {"data/augment.py", "mixing.py", "feature_model.py"},
+    "timm": {
+        *("data/augment.py", "mixing.py", "feature_model.py"),
+        *("weights/parity.py", "weights/loaded_back.py"),
+    },
 }
 SEES_A_CONFIG = {
     "config.py",
@@ -30,6 +35,8 @@ SEES_A_CONFIG = {
     "finetune.py",
     "pretrain.py",
     "recognition.py",
+    "weights/folder.py",
+    "weights/own.py",
 }
 PURE = ("token_grid", "randomness", "masking", "targets", "losses", "pixels", "progress", "models")
 LONGEST_FUNCTION = 60

@@ -46,7 +46,9 @@ use_given_environment() {
   is_supported "$python" || fail "HPM_PYTHON=$HPM_PYTHON is not Python 3.10 to 3.13"
   local modules=(torch einops numpy pandas omegaconf yaml safetensors matplotlib PIL
     tensorboard tqdm av torchvision timm)
-  if [[ $1 == tests ]]; then modules+=(pytest pytest_timeout hypothesis transformers ruff mypy); fi
+  if [[ $1 == tests ]]; then
+    modules+=(pytest pytest_timeout hypothesis transformers onnx onnxscript onnxruntime ruff mypy)
+  fi
   local missing
   missing="$("$python" -c "$import_check" "${modules[@]}")" ||
     fail "the environment of HPM_PYTHON=$HPM_PYTHON could not be checked"

@@ -18,6 +18,7 @@ from hpm_video.prediction import Prediction, predict
 from hpm_video.recognition import Recogniser, load_recogniser
 from hpm_video.training.checkpoint import read_state
 from hpm_video.training.device import choose_device, inference_precision
+from hpm_video.training.single_file import as_folder
 from hpm_video.whole_files import written_beside
 
 EXIT_CODES = """exit codes:
@@ -42,7 +43,12 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, help="checkpoint folder of a fine-tuning run")
+    add(
+        "checkpoint",
+        type=Path,
+        help="checkpoint folder of a fine-tuning run, or one file made of it by "
+        "tools/weights.py export --to file",
+    )
     add("videos", nargs="+", metavar="VIDEO", help="a video, or a folder: all videos in it")
     add("--top", type=positive, default=5, metavar="N", help="classes of each video (default 5)")
     add("--json", type=Path, metavar="FILE", help="write the predictions there too")
@@ -75,9 +81,11 @@ def name_actions(arguments: argparse.Namespace) -> None:
     check_json(arguments.json)
     manifest = find_videos(arguments.videos)
     settle_decoder(arguments.decoder, manifest)
-    config, recogniser = open_classifier(arguments)
+    with as_folder(arguments.checkpoint) as folder:
+        config, recogniser = open_classifier(folder, arguments)
+        update = read_state(folder)["update"]
     views = arguments.views or Views(config.test.clips, config.test.crops)
-    print(describe(arguments, config, recogniser, views, len(manifest)))
+    print(describe(update, config, recogniser, views, len(manifest)))
     workers = default_workers() if arguments.workers is None else arguments.workers
     if arguments.top == 1:
         print()
@@ -96,7 +104,7 @@ def name_actions(arguments: argparse.Namespace) -> None:
     if arguments.json is not None:
         what = {
             "checkpoint": str(arguments.checkpoint.resolve()),
-            "update": read_state(arguments.checkpoint)["update"],
+            "update": update,
             "weights": config.test.weights,
             "precision": recogniser.precision,
             "clips": views.clips,
@@ -149,7 +157,9 @@ def shown(path: str) -> str:
     return str(place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else path)
 
 
-def open_classifier(arguments: argparse.Namespace) -> tuple[FinetuneConfig, Recogniser]:
+def open_classifier(
+    checkpoint: Path, arguments: argparse.Namespace
+) -> tuple[FinetuneConfig, Recogniser]:
     """The classifier and its config.
 
     Raises:
@@ -159,18 +169,17 @@ def open_classifier(arguments: argparse.Namespace) -> tuple[FinetuneConfig, Reco
     precision = (
         inference_precision(device) if arguments.precision == "auto" else arguments.precision
     )
-    return load_recogniser(arguments.checkpoint, device, precision, weights=arguments.weights)
+    return load_recogniser(checkpoint, device, precision, weights=arguments.weights)
 
 
 def describe(
-    arguments: argparse.Namespace,
+    update: int,
     config: FinetuneConfig,
     recogniser: Recogniser,
     views: Views,
     num_videos: int,
 ) -> str:
     """What is about to be done."""
-    update = read_state(arguments.checkpoint)["update"]
     return (
         f"{num_videos} video{'s' if num_videos > 1 else ''}, {views.clips} x {views.crops} "
         f"view{'s' if views.count > 1 else ''} of each; {len(recogniser.label_names)} classes, "

@@ -111,7 +111,7 @@ class ClipEncoder(nn.Module):
             patches, positions = mask.take_visible(patches), positions[mask.visible_ids]
         tokens = self.patch_embed(patches) + positions
         if self.class_token is not None:
-            first = self.class_token.to(tokens.dtype).expand(len(tokens), 1, -1)
+            first = self.class_token.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
             tokens = torch.cat([first, tokens], dim=1)
         out: Tensor = self.encoder(tokens, self.encoder.draws(keys))
         return out

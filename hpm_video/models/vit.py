@@ -25,8 +25,12 @@ class TransformerSize:
     dim: int
     depth: int
     num_heads: int
+    mlp_dim: int | None = None
+    """Width within the MLPs; by default four times ``dim``."""
 
     def __post_init__(self) -> None:
+        if self.mlp_dim is not None and self.mlp_dim < 1:
+            raise ValueError(f"mlp_dim must be at least 1, or null for 4 dim, got {self.mlp_dim}")
         if min(self.dim, self.depth, self.num_heads) < 1 or self.dim % (2 * self.num_heads):
             raise ValueError(
                 f"a transformer needs a positive depth and an even number of values per head, got "
@@ -73,13 +77,15 @@ class Block(nn.Module):
         num_heads: int,
         drop_path: float = 0.0,
         conventions: Conventions = "videomae",
+        mlp_dim: int | None = None,
     ) -> None:
         super().__init__()
+        wide = mlp_dim or 4 * dim
         self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = Attention(dim, num_heads, conventions)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, wide), nn.GELU(), nn.Linear(wide, dim))
 
     def forward(self, tokens: Tensor, draws: Tensor | None = None) -> Tensor:
         """(B, N, D), (B, 2) uniform draws or none -> (B, N, D)"""
@@ -113,7 +119,7 @@ class Transformer(nn.Module):
         super().__init__()
         rates = [drop_path * i / max(size.depth - 1, 1) for i in range(size.depth)]
         self.blocks = nn.ModuleList(
-            Block(size.dim, size.num_heads, rate, conventions) for rate in rates
+            Block(size.dim, size.num_heads, rate, conventions, size.mlp_dim) for rate in rates
         )
         self.norm = nn.LayerNorm(size.dim, eps=LAYER_NORM_EPS) if final_norm else nn.Identity()
         self.drop_path = drop_path

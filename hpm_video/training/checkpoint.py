@@ -28,6 +28,10 @@ from hpm_video.training.optim import OptimizerState
 PREFIX = "update-"
 UNFINISHED = ".writing-"
 OPTIMIZER = "optimizer.safetensors"
+OF_ANOTHER_PROJECT = (
+    "If it is of another project: python tools/weights.py import FILE FOLDER, and then "
+    "init_weights=FOLDER"
+)
 
 
 class CheckpointError(RuntimeError):
@@ -211,7 +215,9 @@ def read_weights(path: Path, name: str = "model") -> dict[str, Tensor]:
         # Its name before features could be reconstructed too.
         return {re.sub("^pixel_decoder", "reconstructor", name): stored[name] for name in stored}
     except SafetensorError as error:
-        raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{file} is not a whole safetensors file: {error}. {OF_ANOTHER_PROJECT}"
+        ) from error
 
 
 def _file_of(path: Path, name: str) -> Path:
@@ -268,7 +274,9 @@ def load_weights(
     ]
     if wrong:
         raise CheckpointError(
-            f"the weights of {source} do not fit the model of this config:\n  " + "\n  ".join(wrong)
+            f"the weights of {source} do not fit the model of this config:\n  "
+            + "\n  ".join(wrong)
+            + ("" if own.keys() & weights.keys() else f"\n{OF_ANOTHER_PROJECT}")
         )
     module.load_state_dict({name: weights[name] for name in own if name in weights}, strict=False)
     return missing

@@ -1,0 +1,81 @@
+"""A whole model in one file of safetensors, with everything that a checkpoint folder says of it.
+
+The metadata of the file holds the texts that lie beside the weights in a folder, by their names:
+config.yaml, state.json and, of a classifier, labels.txt; under ``weights`` the name that the file
+of weights has there; under ``kind`` what it is.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hpm_video.training.checkpoint import CheckpointError
+
+KIND = "hpm_video"
+"""What ``kind`` says first of such a file."""
+TEXTS = ("config.yaml", "state.json", "labels.txt")
+NAMES = ("model", "teacher", "average")
+"""Names of files of weights in a checkpoint folder."""
+
+
+def write_single_file(
+    file: Path, tensors: Mapping[str, Tensor], name: str, kind: str, texts: Mapping[str, str]
+) -> None:
+    """Write one model. ``name``: of its file in a folder; ``kind``: what it is, in words."""
+    odd = [text for text in texts if text not in TEXTS]
+    if odd or name not in NAMES:
+        raise ValueError(
+            f"a single file has the texts {TEXTS} and weights of {NAMES}, got {odd} and {name}"
+        )
+    whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    metadata = {"format": "pt", "kind": f"{KIND} {kind}", "weights": name, **texts}
+    save_file(whole, file, metadata=metadata)
+
+
+def is_single_file(path: Path) -> bool:
+    """Whether it is a file, and not a folder, that may be a whole model."""
+    return path.is_file() and path.suffix == ".safetensors"
+
+
+@contextmanager
+def as_folder(path: Path) -> Iterator[Path]:
+    """A checkpoint folder as it is, or such a folder that stands for a single file, for a while.
+
+    Raises:
+        CheckpointError: it is a file, but none that this package wrote as a whole model.
+    """
+    if not is_single_file(path):
+        yield path
+        return
+    metadata = _metadata_of(path)
+    folder = Path(tempfile.mkdtemp(prefix="hpm-video-"))
+    try:
+        for text in TEXTS:
+            if text in metadata:
+                (folder / text).write_text(metadata[text], encoding="utf-8")
+        (folder / f"{metadata['weights']}.safetensors").symlink_to(path.resolve())
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _metadata_of(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as stored:
+            metadata: dict[str, str] = stored.metadata() or {}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+    told = metadata.get("kind", "").startswith(KIND) and metadata.get("weights") in NAMES
+    if not told or not {"config.yaml", "state.json"} <= metadata.keys():
+        raise CheckpointError(
+            f"{path} holds weights without the config that they need; give the checkpoint folder "
+            f"that it lies in, or make one file of it all:\n"
+            f"  python tools/weights.py export FOLDER FILE.safetensors --to file"
+        )
+    return metadata

@@ -1,0 +1,284 @@
+"""Files of weights, read without running anything that is in them.
+
+A file of safetensors, a file of torch.save in either of its formats, or a folder as transformers
+and timm save a model: config.json, and weights in one file or in several with an index.
+"""
+
+import argparse
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hpm_video.training.checkpoint import CheckpointError
+
+Tensors = dict[str, Tensor]
+
+PICKLED = (".pth", ".pt", ".bin", ".pyth", ".ckpt", ".tar")
+FILES_OF_A_FOLDER = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Of a model that transformers or timm saved; the first that is there is read."""
+NUMBERS_OF_NUMPY = (
+    "numpy.dtype",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtypes.Float64DType",
+    "numpy.dtypes.Float32DType",
+    "numpy.dtypes.Int64DType",
+)
+"""Such as learning rates beside the weights. They are not needed, and an empty object takes their
+place."""
+ALLOWED: tuple[type, ...] = (argparse.Namespace,)
+"""Classes that a pickle may hold beside tensors and plain values. VideoMAE and MAE keep the
+arguments of the run in a Namespace."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is in a file of weights."""
+
+    path: Path
+    entries: dict[str, Tensors]
+    """State dicts by their key in the file; ``""`` where the file is one itself."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Of a folder: config.json."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Of the run that wrote it, where the file holds them."""
+    preprocessor: dict[str, Any] = field(default_factory=dict)
+    """Of a folder: preprocessor_config.json."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """Of a file of safetensors."""
+    epoch: int | None = None
+    beside: tuple[str, ...] = ()
+    """Keys of what else is in the file, such as the optimizer's state."""
+
+
+def read_source(path: Path) -> Source:
+    """Everything that is of use in a file of weights or the folder of a model.
+
+    Raises:
+        CheckpointError: there is none, it is not whole, or it holds objects that are not allowed.
+    """
+    path = path.expanduser()
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} does not exist; give a file of weights or the folder of a model. Nothing is "
+            f"downloaded, so fetch it beforehand"
+        )
+    if path.suffix == ".safetensors":
+        tensors, metadata = _read_safetensors(path)
+        return Source(path, {"": tensors}, metadata=metadata)
+    if path.suffix not in PICKLED:
+        raise CheckpointError(
+            f"weights must be a file of {', '.join(('.safetensors', *PICKLED))}, or a folder with "
+            f"a config.json, got {path}"
+        )
+    return _sort(path, _read_pickle(path))
+
+
+def _read_folder(folder: Path) -> Source:
+    present = [name for name in FILES_OF_A_FOLDER if (folder / name).is_file()]
+    if not present:
+        raise CheckpointError(
+            f"{folder} holds no weights (none of {', '.join(FILES_OF_A_FOLDER)}); give the folder "
+            f"that save_pretrained wrote, or the file of weights itself"
+        )
+    file = folder / present[0]
+    metadata: dict[str, str] = {}
+    if file.suffix == ".json":
+        tensors = _read_shards(file)
+    elif file.suffix == ".safetensors":
+        tensors, metadata = _read_safetensors(file)
+    else:
+        tensors = _only_entry(_sort(file, _read_pickle(file)))
+    return Source(
+        folder,
+        {"": tensors},
+        config=_read_json(folder / "config.json"),
+        preprocessor=_read_json(folder / "preprocessor_config.json"),
+        metadata=metadata,
+    )
+
+
+def _only_entry(source: Source) -> Tensors:
+    if list(source.entries) != [""]:
+        raise CheckpointError(
+            f"{source.path} must be a state dict, as save_pretrained writes it, got a file with "
+            f"{', '.join(source.entries)}; give that file instead of its folder"
+        )
+    return source.entries[""]
+
+
+def _read_shards(index: Path) -> Tensors:
+    """The tensors of several files, which ``index`` names.
+
+    Raises:
+        CheckpointError: a file is missing, lies elsewhere, or lacks a tensor.
+    """
+    where = _read_json(index).get("weight_map")
+    if not isinstance(where, dict):
+        raise CheckpointError(f"{index} must have a table weight_map; fetch the folder anew")
+    tensors: Tensors = {}
+    for name in dict.fromkeys(map(str, where.values())):
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise CheckpointError(
+                f"{index} names the file {name!r}, which is not in its folder; fetch all files"
+            )
+        shard = index.parent / name
+        pickled = shard.suffix != ".safetensors"
+        tensors |= (
+            _only_entry(_sort(shard, _read_pickle(shard)))
+            if pickled
+            else _read_safetensors(shard)[0]
+        )
+    lacking = [key for key in where if key not in tensors]
+    if lacking:
+        raise CheckpointError(
+            f"the files that {index} names lack {', '.join(lacking[:5])}; fetch them anew"
+        )
+    return tensors
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A table in a file, empty where there is no such file.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); fetch it anew") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a table, got {type(content).__name__}")
+    return content
+
+
+def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as stored:
+            names = stored.keys()
+            return {name: stored.get_tensor(name) for name in names}, stored.metadata() or {}
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file: {error}; fetch it anew"
+        ) from error
+
+
+class _SetAside:
+    """Takes the place of an object that is not needed, whatever it is made of."""
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _read_pickle(path: Path) -> object:
+    """What is in a file of torch.save, of either format; no code in it is run.
+
+    Raises:
+        CheckpointError: it holds an object of another class than is allowed, which is named; or
+            it is a program or not whole.
+    """
+    zipped = zipfile.is_zipfile(path)
+    if zipped and _is_program(path):
+        raise CheckpointError(
+            f"{path} is a program (TorchScript), not weights. If you trust it, extract them once: "
+            f'torch.save(torch.jit.load("{path.name}", map_location="cpu").state_dict(), '
+            f'"weights.pth"), and give weights.pth'
+        )
+    stand_ins: list[Any] = [(_SetAside, name) for name in NUMBERS_OF_NUMPY]
+    try:
+        with torch.serialization.safe_globals([*ALLOWED, *stand_ins]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # noqa: BLE001 - of many kinds, where a file is broken
+        raise _refusal(path, error) from error
+
+
+def _refusal(path: Path, error: Exception) -> CheckpointError:
+    found = re.search(r"GLOBAL (\S+)|[Uu]nsupported class (\S+)", str(error))
+    if found:
+        name = (found[1] or found[2]).rstrip(".,")
+        return CheckpointError(
+            f"{path} holds an object of {name}, and only tensors, plain values and "
+            f"{', '.join(f'{kind.__module__}.{kind.__name__}' for kind in ALLOWED)} are read: "
+            f"anything else could run code. If you trust the file, load it where it was made and "
+            f"save the state dict alone with torch.save, or as .safetensors"
+        )
+    # What torch says of a pickle is the advice to run what is in it.
+    unpickling = isinstance(error, pickle.UnpicklingError)
+    reason = "" if unpickling else f": {str(error).partition(chr(10))[0]}"
+    return CheckpointError(
+        f"{path} is not a whole file of torch.save, or cannot be read ({type(error).__name__}"
+        f"{reason}); fetch it anew, or convert it to .safetensors"
+    )
+
+
+def _is_program(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
+
+
+def _sort(path: Path, content: object) -> Source:
+    """What is in a file, by what it is.
+
+    Raises:
+        CheckpointError: there is no state dict.
+    """
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{path} must hold a state dict, got {type(content).__name__}; save the model's "
+            f"state_dict()"
+        )
+    tensors = _tensors_of(content)
+    if tensors is not None:
+        return Source(path, {"": tensors})
+    entries: dict[str, Tensors] = {}
+    for key, value in content.items():
+        found = _tensors_of(value)
+        if found is not None:
+            entries[str(key)] = found
+    if not entries:
+        raise CheckpointError(
+            f"{path} holds no state dict, but {', '.join(map(str, content))}; save the model's "
+            f"state_dict()"
+        )
+    epoch = content.get("epoch")
+    arguments = content.get("args")
+    plain = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+    return Source(
+        path,
+        entries,
+        arguments=dict(plain) if isinstance(plain, Mapping) else {},
+        epoch=epoch if isinstance(epoch, int) else None,
+        beside=tuple(str(key) for key in content if str(key) not in entries),
+    )
+
+
+def _tensors_of(value: object) -> Tensors | None:
+    """A state dict, or none where it is something else."""
+    if not isinstance(value, Mapping) or not value:
+        return None
+    if not all(isinstance(name, str) for name in value):
+        return None
+    if not all(isinstance(item, Tensor) for item in value.values()):
+        return None
+    return dict(value)

@@ -1,0 +1,603 @@
+"""What is exported computes the same where it is for, and comes back as it was."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hpm_video.config import FinetuneConfig, PretrainConfig, load_config, save_config
+from hpm_video.data.transforms import held_out_crops
+from hpm_video.features import load_extractor
+from hpm_video.pixels import normalise
+from hpm_video.pretrain import build_student
+from hpm_video.recognition import build_classifier
+from hpm_video.training.checkpoint import CheckpointError
+from hpm_video.training.single_file import as_folder
+from hpm_video.weights.export import FORMATS, export
+from hpm_video.weights.folder import write_folder
+from hpm_video.weights.forms import FORMS, express
+from hpm_video.weights.imported import import_weights
+from hpm_video.weights.loaded_back import given_for
+from hpm_video.weights.own import load_own
+from hpm_video.weights.parity import compare
+from hpm_video.weights.sizes import Given
+
+NAMES = ("red", "green", "blue")
+CLIPS = """
+model:
+  encoder: {dim: 48, depth: 2, num_heads: 4}
+  decoder: {dim: 24, depth: 1, num_heads: 2}
+  patch_size: [2, 8, 8]
+data: {num_frames: 4, frame_stride: 3, frame_size: [32, 32]}
+recipe: {epochs: 1, batch_size: 2, warmup_epochs: 0, average_momentum: 0.9}
+"""
+IMAGES = """
+model:
+  encoder: {dim: 48, depth: 2, num_heads: 4}
+  decoder: {dim: 24, depth: 1, num_heads: 2}
+  patch_size: [1, 8, 8]
+  positions: space_time
+  class_token: true
+  conventions: mae
+data: {num_frames: 1, frame_stride: 1, frame_size: [32, 32], interpolation: bicubic,
+       held_out_short_side: 37, crop: random_resized}
+masking: {ratio: 0.75}
+mining: {target: joint}
+recipe: {epochs: 1, batch_size: 2, warmup_epochs: 0}
+"""
+OF_PRETRAINING = ("  decoder: {dim: 24, depth: 1, num_heads: 2}\n", ", crop: random_resized")
+OF_CLASSIFIERS = ", average_momentum: 0.9"
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+def of_classifier(text):
+    for line in OF_PRETRAINING:
+        text = text.replace(line, "")
+    lines = [line for line in text.splitlines() if not line.startswith(("masking", "mining"))]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Make a checkpoint folder with large random weights."""
+
+    def make(kind, *overrides, classifier=False):
+        folder = tmp_path / "checkpoint"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        text = {"clips": CLIPS, "images": IMAGES}[kind]
+        text = text if classifier else text.replace(OF_CLASSIFIERS, "")
+        (folder / "config.yaml").write_text(of_classifier(text) if classifier else text)
+        schema = FinetuneConfig if classifier else PretrainConfig
+        config = load_config(schema, folder / "config.yaml", list(overrides))
+        save_config(config, folder / "config.yaml")
+        if classifier:
+            (folder / "labels.txt").write_text("".join(f"{name}\n" for name in NAMES))
+        names = ("model", "average") if classifier else ("model", "teacher")
+        for seed, name in enumerate(names):
+            model = build_classifier(config, len(NAMES)) if classifier else build_student(config)
+            generator = torch.Generator().manual_seed(seed)
+            state = {
+                key: torch.randn(value.shape, generator=generator).mul(0.2).abs()
+                if "running_var" in key
+                else 0.2 * torch.randn(value.shape, generator=generator)
+                for key, value in model.state_dict().items()
+                if value.is_floating_point()
+            }
+            rest = {key: value for key, value in model.state_dict().items() if key not in state}
+            save_file(state | rest, folder / f"{name}.safetensors")
+        (folder / "state.json").write_text(json.dumps({"update": 7}))
+        return folder
+
+    return make
+
+
+CASES = {
+    "clips": ("clips", (), False),
+    "clips raw": ("clips", ("mining.target=raw",), False),
+    "clips classifier": ("clips", (), True),
+    "clips classifier rectangular": ("clips", ("data.frame_size=[16,32]",), True),
+    "images": ("images", (), False),
+    "images wide": ("images", ("model.encoder.mlp_dim=100", "model.decoder.mlp_dim=50"), False),
+    "clips wide": ("clips", ("model.encoder.mlp_dim=100", "model.decoder.mlp_dim=50"), False),
+    "images in sequence": ("images", ("model.positions=sequence",), False),
+    "images without a token": ("images", ("model.class_token=false",), False),
+    "images without a token classifier": ("images", ("model.class_token=false",), True),
+    "images larger than before": ("images", ("model.pretrained_grid=[1,2,3]",), True),
+    "rectangular images": ("images", ("data.frame_size=[32,16]",), True),
+    "rectangular images on token": (
+        "images",
+        ("data.frame_size=[32,16]", "model.pooling=class_token"),
+        True,
+    ),
+    "probe without a token": (
+        "images",
+        ("model.pooling=batch_norm", "model.class_token=false"),
+        True,
+    ),
+    "images without key bias": ("images", ("model.conventions=videomae",), False),
+    "images classifier": ("images", (), True),
+    "images classifier on token": ("images", ("model.pooling=class_token",), True),
+    "images linear probe": ("images", ("model.pooling=batch_norm", "model.frozen=true"), True),
+}
+EXPORTS = [
+    *[(case, to) for case in ("clips", "clips classifier") for to in ("transformers", "videomae")],
+    ("clips classifier rectangular", "transformers"),
+    ("clips classifier rectangular", "videomae"),
+    ("clips raw", "transformers"),
+    *[("images", to) for to in ("transformers", "timm", "mae")],
+    ("images without key bias", "transformers"),
+    ("images without key bias", "mae"),
+    *[("images classifier", to) for to in ("timm", "mae")],
+    *[("images classifier on token", to) for to in ("transformers", "timm", "mae")],
+    *[("images linear probe", to) for to in ("transformers", "timm", "mae")],
+    *[("images wide", to) for to in ("transformers", "timm")],
+    ("clips wide", "transformers"),
+    *[
+        (f"images {what}", "timm")
+        for what in (
+            *("in sequence", "without a token", "without a token classifier"),
+            "larger than before",
+        )
+    ],
+    *[("rectangular images", to) for to in ("timm", "mae")],
+    *[("rectangular images on token", to) for to in ("transformers", "mae")],
+    ("probe without a token", "timm"),
+]
+SAYS = {
+    "transformers": ("tokens", "hidden patches"),
+    "videomae": ("tokens", "hidden patches"),
+    "mae": ("tokens", "hidden patches"),
+    "timm": ("tokens", "features"),
+}
+
+
+def made(checkpoint, case, weights=None):
+    kind, overrides, classifier = CASES[case]
+    return load_own(checkpoint(kind, *overrides, classifier=classifier), weights)
+
+
+def needs(to):
+    if to == "transformers":
+        pytest.importorskip("transformers")
+    if to == "onnx":
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(name)
+
+
+@pytest.mark.parametrize(("case", "to"), EXPORTS)
+def test_exported_models_compute_what_ours_does(checkpoint, tmp_path, case, to):
+    needs(to)
+    own = made(checkpoint, case)
+    out = tmp_path / f"out{FORMATS[to].ending}"
+    exported = export(own, out, to, 1e-5)
+    assert exported.parity.holds
+    assert not exported.parity.not_checked
+    expected = ("logits",) if own.is_classifier else SAYS[to]
+    assert {found.of for found in exported.parity.differences} >= set(expected)
+    assert all(found.largest_value > 0.1 for found in exported.parity.differences)
+    told = json.loads(
+        (
+            out / "parity.json" if out.is_dir() else out.with_name(f"{out.name}.parity.json")
+        ).read_text()
+    )
+    assert told["holds"]
+    assert told["update"] == 7
+    if not own.is_classifier:
+        assert any("difficulty_decoder" in name for name in told["left_out"])
+    assert not list(tmp_path.glob(".writing*"))
+
+
+def folders_of(case, to):
+    """Whether all that it was comes back: folded and filled weights do not."""
+    other = ("images linear probe", "images without key bias", "images wide", "clips wide")
+    return case not in other and to != "timm"
+
+
+@pytest.mark.parametrize(
+    ("case", "to"), [(case, to) for case, to in EXPORTS if folders_of(case, to)]
+)
+def test_what_is_exported_comes_back(checkpoint, tmp_path, case, to):
+    """Export, import, export: the tensors are those that they were, bit for bit."""
+    own = made(checkpoint, case)
+    first, second = (tmp_path / f"{name}{FORMATS[to].ending}" for name in ("first", "second"))
+    export(own, first, to, skip=True)
+    imported = import_weights(first, given_for(own))
+    kept = {name for name in own.tensors if "difficulty_decoder" not in name}
+    assert imported.tensors.keys() == kept
+    for name, value in imported.tensors.items():
+        assert torch.equal(value, own.tensors[name]), name
+    assert not imported.fresh
+    assert not imported.positions_replaced
+    assert imported.facts.clip_size == own.clip_size
+    assert imported.facts.label_names == own.label_names
+    if to in ("transformers", "videomae", "mae") and not own.is_classifier:
+        assert imported.facts.target == own.target
+    write_folder(imported, tmp_path / "imported", compare(imported, skip=True))
+    again = load_own(tmp_path / "imported")
+    assert again.mean == own.mean
+    assert again.tensors.keys() == kept
+    export(again, second, to, skip=True)
+    before, after = (weights_in(path) for path in (first, second))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name
+
+
+def weights_in(path):
+    if path.is_dir():
+        return load_file(path / "model.safetensors")
+    return torch.load(path, weights_only=True)["model"]
+
+
+OFFICIAL = {
+    "videomae": ("videomae", "transformers"),
+    "videomae_classifier": ("videomae", "transformers"),
+    "mae": ("mae", "transformers"),
+    "vit_classifier": ("mae", "timm", "transformers"),
+}
+
+
+@pytest.fixture
+def official(layouts_of, tmp_path):
+    """Files of the official projects."""
+    of = layouts_of
+    encoder, decoder, patch = (48, 2), (24, 1), (2, 8, 8)
+    shapes = {
+        "videomae": of.videomae(encoder, decoder, patch),
+        "videomae_classifier": of.videomae_classifier(encoder, patch, 5),
+        "mae": of.mae(encoder, decoder, 8, 16),
+        "vit_classifier": {**of.vit(encoder, 8, 16), **of.affine("head", 5, 48)},
+    }
+
+    def write(name):
+        state = of.fill(shapes[name])
+        torch.save({"model": state, "epoch": 3}, tmp_path / "official.pth")
+        return state, tmp_path / "official.pth"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("name", "to"), [(name, to) for name, all_ in OFFICIAL.items() for to in all_]
+)
+def test_import_export_import_is_the_identity(official, tmp_path, name, to):
+    state, file = official(name)
+    given = Given(heads=4, decoder_heads=2, num_frames=4, frame_size=(32, 32))
+    imported = import_weights(file, given)
+    write_folder(imported, tmp_path / "folder", compare(imported, skip=True))
+    out = tmp_path / f"out{FORMATS[to].ending}"
+    export(load_own(tmp_path / "folder"), out, to, skip=True)
+    again = import_weights(out, given)
+    assert again.tensors.keys() == imported.tensors.keys()
+    for key, value in imported.tensors.items():
+        assert torch.equal(again.tensors[key], value), key
+    for told in ("clip_size", "cut", "encoder", "decoder", "conventions", "pooling", "label_names"):
+        assert getattr(again.facts, told) == getattr(imported.facts, told)
+    if to in ("mae", "videomae", "timm"):
+        written = weights_in(out)
+        assert written.keys() == state.keys()
+        for key, value in state.items():
+            assert torch.equal(written[key], value), key
+
+
+@pytest.mark.parametrize("case", ["images", "images classifier", "images classifier on token"])
+def test_timm_comes_back(checkpoint, tmp_path, case):
+    own = made(checkpoint, case)
+    export(own, tmp_path / "timm", "timm", skip=True)
+    imported = import_weights(tmp_path / "timm", given_for(own))
+    assert imported.facts.mean == own.mean
+    for name, value in imported.tensors.items():
+        if name not in imported.fresh:
+            assert torch.equal(value, own.tensors[name]), name
+    assert any(name.startswith("reconstructor") for name in imported.fresh) == (case == "images")
+
+
+def test_files_of_mae_and_videomae_say_what_they_are(checkpoint, tmp_path):
+    own = made(checkpoint, "clips raw")
+    export(own, tmp_path / "a.pth", "videomae", skip=True)
+    facts = import_weights(tmp_path / "a.pth").facts
+    assert facts.clip_size == (4, 32, 32)
+    assert facts.frame_stride == 3
+    assert facts.encoder.num_heads == 4
+    assert facts.decoder.num_heads == 2
+    assert facts.target == "raw"
+    assert facts.assumed == ()
+
+
+def test_teacher_and_average(checkpoint, tmp_path):
+    for kind, other in (("clips", "teacher"), ("clips classifier", "average")):
+        first = made(checkpoint, kind)
+        own = made(checkpoint, kind, other)
+        name = next(iter(own.tensors))
+        assert not torch.equal(own.tensors[name], first.tensors[name])
+        out = tmp_path / f"{other}.pth"
+        assert f"({other} at update 7)" in export(own, out, "videomae").lines()[0]
+        assert import_weights(out).tensors.keys() <= own.tensors.keys()
+    with pytest.raises(CheckpointError, match="take --weights model or average"):
+        made(checkpoint, "clips classifier", "teacher")
+
+
+@pytest.mark.parametrize("kind", ["VideoMAEForPreTraining", "VideoMAEForVideoClassification"])
+def test_the_eps_that_no_config_reaches_is_told(checkpoint, tmp_path, kind):
+    pytest.importorskip("transformers")
+    case = "clips" if "Pre" in kind else "clips classifier"
+    exported = export(made(checkpoint, case), tmp_path / "out", "transformers")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["layer_norm_eps"] == 1e-6
+    (note,) = exported.parity.notes
+    assert "eps 1e-05" in note
+    assert "differ by" in note
+    assert ".eps = 1e-06" in note
+    assert note in json.loads((tmp_path / "out" / "parity.json").read_text())["notes"]
+
+
+def test_labels_and_pixels_of_a_classifier_in_transformers(checkpoint, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    own = made(checkpoint, "clips classifier")
+    export(own, tmp_path / "out", "transformers", skip=True)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.id2label == dict(enumerate(NAMES))
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (4, 6, 10, 3))
+    frames = np.kron(coarse, np.ones((1, 8, 8, 1))).astype(np.uint8)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    theirs = processor(list(frames), return_tensors="pt")["pixel_values"].transpose(1, 2)
+    assert_same_pixels(theirs, own, frames)
+    of_video = transformers.AutoVideoProcessor.from_pretrained(tmp_path / "out")
+    assert tuple(of_video.image_mean) == own.mean
+    assert type(of_video).__name__ == "VideoMAEVideoProcessor"
+
+
+def test_pixels_of_images_in_transformers(checkpoint, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    own = made(checkpoint, "images classifier on token")
+    export(own, tmp_path / "out", "transformers", skip=True)
+    rng = np.random.default_rng(0)
+    frames = np.kron(rng.integers(0, 256, (1, 6, 10, 3)), np.ones((1, 8, 8, 1))).astype(np.uint8)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    theirs = processor(frames[0], return_tensors="pt")["pixel_values"].unsqueeze(2)
+    assert_same_pixels(theirs, own, frames)
+
+
+def assert_same_pixels(theirs, own, frames):
+    (crop,) = held_out_crops(
+        frames,
+        own.clip_size[1:],
+        1,
+        short_side=own.short_side,
+        interpolation=own.interpolation,
+    )
+    ours = normalise(crop.unsqueeze(0), own.mean, own.std)
+    assert theirs.shape == ours.shape
+    # Crops of an odd rest are a pixel apart, and rounding differs by one of 256 steps.
+    assert (theirs - ours).abs().median() < 0.02
+
+
+REFUSED = {
+    "a class token": ("clips", ("model.class_token=true",), False, "transformers", "images"),
+    "positions": ("clips", ("model.positions=space_time",), False, "transformers", "sequence"),
+    "positions in a file": ("clips", ("model.positions=space_time",), True, "videomae", "sequence"),
+    "other clips": ("clips", ("model.pretrained_grid=[2,8,8]",), True, "transformers", "size of"),
+    "a bias": ("clips", ("model.conventions=mae",), False, "videomae", "has a bias"),
+    "features": ("clips", ("mining.target=ema",), False, "videomae", "predicts features"),
+    "clips in timm": ("clips", (), True, "timm", "several frames"),
+    "clips in MAE": ("clips", (), False, "mae", "several frames.*\n.*no class token"),
+    "clips of other frames": ("images", ("data.frame_size=[32,16]",), False, "transformers", "squ"),
+    "images of another size": ("images", ("model.pretrained_grid=[1,2,3]",), True, "mae", "size"),
+    "patches": ("images", ("model.patch_size=[1,8,16]",), True, "timm", "patches are not square"),
+    "pooling": ("clips", ("model.pooling=attentive",), True, "transformers", "normed mean"),
+    "pooling in timm": ("images", ("model.pooling=attentive",), True, "timm", "by attention"),
+    "mean in ViT": ("images", (), True, "transformers", "class token.*--to timm"),
+    "pre-training in ONNX": ("clips", (), False, "onnx", "takes classifiers.*fine-tune it"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_expressed_is_refused_with_the_reason(checkpoint, tmp_path, case):
+    kind, overrides, classifier, to, reason = REFUSED[case]
+    own = load_own(checkpoint(kind, *overrides, classifier=classifier))
+    out = tmp_path / f"out{FORMATS[to].ending}"
+    with pytest.raises(CheckpointError, match=rf"(?s)cannot become .*{reason}"):
+        export(own, out, to)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_bias_on_keys_is_left_out_of_videomae(checkpoint, tmp_path):
+    own = load_own(checkpoint("clips", "model.conventions=mae", classifier=True))
+    exported = export(own, tmp_path / "a.pth", "videomae", 1e-5)
+    assert any("k_bias" in name for name in exported.expressed.left_out)
+    assert exported.parity.holds
+
+
+def test_nothing_is_overwritten(checkpoint, tmp_path):
+    own = made(checkpoint, "clips classifier")
+    out = tmp_path / "a.pth"
+    export(own, out, "videomae", skip=True)
+    before = out.read_bytes()
+    with pytest.raises(CheckpointError, match="exists already"):
+        export(own, out, "videomae", skip=True)
+    out.unlink()
+    with pytest.raises(CheckpointError, match=r"a\.pth\.parity\.json exists already"):
+        export(own, out, "videomae", skip=True)
+    out.write_bytes(before)
+    with pytest.raises(CheckpointError, match=r"file that ends in \.pth, got .*b\.bin"):
+        export(own, tmp_path / "b.bin", "videomae", skip=True)
+
+
+@pytest.mark.parametrize(
+    ("case", "to"), [("clips", "videomae"), ("images", "timm"), ("clips", "transformers")]
+)
+def test_a_difference_above_the_tolerance_fails_and_leaves_nothing(
+    checkpoint, tmp_path, monkeypatch, case, to
+):
+    needs(to)
+    own = made(checkpoint, case)
+    wrong = dict(own.tensors)
+    name = "encoder.blocks.0.mlp.0.bias"
+    wrong[name] = wrong[name] + 0.01
+
+    def express_wrongly(own, form):
+        return express(type(own)(**{**vars(own), "tensors": wrong}), form)
+
+    monkeypatch.setattr("hpm_video.weights.export.express", express_wrongly)
+    with pytest.raises(CheckpointError, match="(?s)not kept:.*largest difference.*too much"):
+        export(own, tmp_path / f"out{FORMATS[to].ending}", to)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_tensors_that_transformers_does_not_know_are_told(checkpoint, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    own = made(checkpoint, "clips classifier")
+
+    def express_less(own, form):
+        found = express(own, form)
+        del found.tensors["fc_norm.bias"]
+        return found
+
+    monkeypatch.setattr("hpm_video.weights.export.express", express_less)
+    with pytest.raises(CheckpointError, match=r"missing_keys: \['fc_norm\.bias'\]"):
+        export(own, tmp_path / "out", "transformers")
+
+
+@pytest.mark.parametrize(
+    ("library", "case", "to"),
+    [("transformers", "clips", "transformers"), ("onnxruntime", "clips classifier", "onnx")],
+)
+def test_without_the_library_it_says_that_it_was_not_checked(
+    checkpoint, tmp_path, monkeypatch, library, case, to
+):
+    needs(to)
+    original = sys.modules["importlib.util"].find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == library else original(name)
+    )
+    exported = export(made(checkpoint, case), tmp_path / f"out{FORMATS[to].ending}", to)
+    assert f"{library} is not installed" in exported.parity.not_checked
+    assert any("parity not checked" in line for line in exported.lines())
+
+
+def test_onnx_tells_what_to_install(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match="pip install onnx onnxscript onnxruntime"):
+        export(made(checkpoint, "clips classifier"), tmp_path / "a.onnx", "onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "overrides"),
+    [
+        ("clips", ()),
+        ("clips", ("model.pooling=attentive", "model.positions=space_time")),
+        ("images", ("model.pooling=batch_norm",)),
+    ],
+)
+def test_onnx_of_any_classifier_and_any_number_of_clips(checkpoint, tmp_path, kind, overrides):
+    needs("onnx")
+    import onnx
+
+    own = load_own(checkpoint(kind, *overrides, classifier=True))
+    exported = export(own, tmp_path / "a.onnx", "onnx", 1e-5)
+    told = {found.of for found in exported.parity.differences}
+    assert told == {"logits of 3 clips", "logits of 1 clip"}
+    program = onnx.load(tmp_path / "a.onnx")
+    metadata = {entry.key: entry.value for entry in program.metadata_props}
+    assert json.loads(metadata["labels"]) == list(NAMES)
+    assert json.loads(metadata["clips"])["size"] == [3, *own.clip_size]
+
+
+@pytest.mark.slow
+def test_weights_of_a_large_program_lie_in_a_second_file(checkpoint, tmp_path, monkeypatch):
+    needs("onnx")
+    monkeypatch.setattr("hpm_video.weights.written.LARGEST_ONNX", 0)
+    own = made(checkpoint, "clips classifier")
+    exported = export(own, tmp_path / "a.onnx", "onnx", 1e-5)
+    names = ["a.onnx", "a.onnx.data", "a.onnx.parity.json"]
+    assert [path.name for path in exported.files] == names
+    assert all((tmp_path / name).is_file() for name in names)
+    (tmp_path / "a.onnx").unlink()
+    (tmp_path / "a.onnx.parity.json").unlink()
+    with pytest.raises(CheckpointError, match=r"a\.onnx\.data exists already"):
+        export(own, tmp_path / "a.onnx", "onnx")
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "classifier"),
+    [
+        ("clips", ("mining.target=ema",), False),
+        ("clips", ("model.class_token=true", "model.conventions=mae"), False),
+        ("images", ("model.pooling=attentive",), True),
+        ("images", ("model.pooling=batch_norm",), True),
+    ],
+)
+def test_one_file_takes_every_model_and_comes_back(
+    checkpoint, tmp_path, kind, overrides, classifier
+):
+    folder = checkpoint(kind, *overrides, classifier=classifier)
+    own = load_own(folder)
+    file, again = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    assert export(own, file, "file", 0.0).parity.holds
+    shutil.rmtree(folder)
+    with as_folder(file) as stands_for:
+        back = load_own(stands_for)
+        assert back.tensors.keys() == own.tensors.keys()
+        assert all(torch.equal(back.tensors[name], own.tensors[name]) for name in own.tensors)
+        assert back.texts == own.texts
+        export(back, again, "file", 0.0)
+        if not classifier:
+            load_extractor(stands_for, torch.device("cpu"), "fp32")
+    assert not stands_for.exists()
+    for name, value in load_file(again).items():
+        assert torch.equal(value, own.tensors[name])
+
+
+def test_one_file_of_the_average_is_tested_with_it(checkpoint, tmp_path):
+    own = made(checkpoint, "clips classifier", "average")
+    export(own, tmp_path / "a.safetensors", "file")
+    with as_folder(tmp_path / "a.safetensors") as folder:
+        assert load_own(folder).weights == "average"
+
+
+def test_weights_alone_are_no_single_file(checkpoint, tmp_path):
+    folder = checkpoint("clips", classifier=True)
+    with (
+        pytest.raises(CheckpointError, match="(?s)weights without the config.*--to file"),
+        as_folder(folder / "model.safetensors"),
+    ):
+        pass
+    with as_folder(folder) as same:
+        assert same == folder
+
+
+def test_a_batch_norm_is_folded_exactly(checkpoint):
+    own = made(checkpoint, "images linear probe")
+    assert any("folded" in note for note in express(own, FORMS["timm"]).notes)
+
+
+def test_the_command_line(checkpoint, run_tool, tmp_path, videos):
+    folder = checkpoint("clips", "data.frame_stride=1", classifier=True)
+    file = tmp_path / "model.safetensors"
+    code, output = run_tool("weights", "export", folder, file, "--to", "file")
+    assert code == 0, output
+    assert "parity with this package, from the file alone, logits" in output
+    shutil.move(folder, tmp_path / "elsewhere")
+    video = next((videos / "validation").iterdir())
+    of_file = run_tool("predict", file, video, "--views", "1x1", "--workers", 0)
+    of_folder = run_tool("predict", tmp_path / "elsewhere", video, "--views", "1x1", "--workers", 0)
+    assert of_file[0] == 0, of_file[1]
+    assert of_file == of_folder
+    code, output = run_tool("weights", "export", file, file, "--to", "file")
+    assert code == 2
+    assert "exists already" in output
+    code, output = run_tool("weights", "export", file, tmp_path / "a", "--to", "timm")
+    assert code == 2
+    assert f"{file} cannot become timm's vision transformer" in output
+    assert "Traceback" not in output

@@ -1,0 +1,190 @@
+"""Files of weights of other projects are read, and nothing in them is run."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hpm_video.training.checkpoint import CheckpointError
+from hpm_video.weights.files import read_source
+
+WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "b.bias": torch.ones(2)}
+
+
+def same(found, expected=WEIGHTS):
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[name], expected[name]) for name in expected
+    )
+
+
+@pytest.mark.parametrize("ending", [".pth", ".pt", ".bin"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_state_dict_of_torch_save_in_both_formats(tmp_path, ending, zipped):
+    path = tmp_path / f"weights{ending}"
+    torch.save(WEIGHTS, path, _use_new_zipfile_serialization=zipped)
+    assert same(read_source(path).entries[""])
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_arguments_and_epoch_beside_the_weights(tmp_path, zipped):
+    path = tmp_path / "checkpoint.pth"
+    content = {
+        "model": WEIGHTS,
+        "optimizer": {"state": {0: {"step": 1}}, "param_groups": [{"lr": 1e-3}]},
+        "epoch": 799,
+        "args": argparse.Namespace(num_frames=16, model="videomae", nested=[1, (2.0, None)]),
+    }
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    source = read_source(path)
+    assert same(source.entries["model"])
+    assert list(source.entries) == ["model"]
+    assert source.epoch == 799
+    assert source.arguments == {"num_frames": 16, "model": "videomae", "nested": [1, (2.0, None)]}
+    assert source.beside == ("optimizer", "epoch", "args")
+
+
+def test_several_state_dicts_in_a_file(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    other = {name: value + 1 for name, value in WEIGHTS.items()}
+    content = {"state_dict": WEIGHTS, "ema_state_dict": other, "model": "vit", "scaler": 1.0}
+    torch.save(content, path)
+    source = read_source(path)
+    assert same(source.entries["state_dict"])
+    assert same(source.entries["ema_state_dict"], other)
+    assert source.beside == ("model", "scaler")
+
+
+class Runs:
+    """Something that acts as soon as it is unpickled."""
+
+    def __init__(self, function, *arguments):
+        self.how = (function, arguments)
+
+    def __reduce__(self):
+        return self.how
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("place", ["args", "model", ""])
+def test_a_pickle_that_would_run_code_is_refused_by_name_and_does_not_run(tmp_path, place, zipped):
+    path, touched = tmp_path / "evil.pth", tmp_path / "touched"
+    for attack, name in (
+        (Runs(os.system, f"touch {touched}"), f"{os.name}.system"),
+        (Runs(Path.touch, touched), "pathlib."),
+        (Runs(eval, f"open({str(touched)!r}, 'w')"), "eval"),
+    ):
+        content = {"model": WEIGHTS, place: attack} if place else attack
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(CheckpointError, match="holds an object of .*could run code") as error:
+            read_source(path)
+        assert name in str(error.value) or "getattr" in str(error.value)
+        assert not touched.exists()
+
+
+class Stranger:
+    pass
+
+
+def test_any_other_class_is_refused_by_name(tmp_path):
+    path = tmp_path / "odd.pth"
+    torch.save({"model": WEIGHTS, "args": Stranger()}, path)
+    with pytest.raises(CheckpointError, match=r"holds an object of \S*Stranger"):
+        read_source(path)
+
+
+def test_a_namespace_cannot_smuggle_another_class(tmp_path):
+    path = tmp_path / "odd.pth"
+    torch.save({"model": WEIGHTS, "args": argparse.Namespace(inner=Stranger())}, path)
+    with pytest.raises(CheckpointError, match=r"\S*Stranger"):
+        read_source(path)
+
+
+def test_numbers_of_numpy_are_set_aside(tmp_path):
+    np = pytest.importorskip("numpy")
+    path = tmp_path / "numbers.pth"
+    torch.save({"model": WEIGHTS, "lr": np.float64(1e-3)}, path)
+    assert read_source(path).beside == ("lr",)
+
+
+def test_broken_missing_and_other_files_say_what_to_do(tmp_path):
+    whole, broken = tmp_path / "whole.pth", tmp_path / "broken.pth"
+    torch.save(WEIGHTS, whole)
+    broken.write_bytes(whole.read_bytes()[:-200])
+    with pytest.raises(CheckpointError, match="not a whole file of torch.save"):
+        read_source(broken)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_source(tmp_path / "absent.pth")
+    (tmp_path / "weights.h5").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"must be a file of \.safetensors"):
+        read_source(tmp_path / "weights.h5")
+    torch.save([WEIGHTS], whole)
+    with pytest.raises(CheckpointError, match="must hold a state dict, got list"):
+        read_source(whole)
+    torch.save({"epoch": 3}, whole)
+    with pytest.raises(CheckpointError, match="holds no state dict, but epoch"):
+        read_source(whole)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_program_is_no_file_of_weights(tmp_path):
+    path = tmp_path / "program.pt"
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(path))
+    with pytest.raises(CheckpointError, match="is a program"):
+        read_source(path)
+
+
+def test_safetensors_with_metadata(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file(WEIGHTS, path, metadata={"config": "x: 1"})
+    source = read_source(path)
+    assert same(source.entries[""])
+    assert source.metadata == {"config": "x: 1"}
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        read_source(path)
+
+
+def write_folder(folder, ending="safetensors"):
+    names = [f"model-0000{i}-of-00002.{ending}" for i in (1, 2)]
+    for name, key in zip(names, WEIGHTS, strict=True):
+        one = {key: WEIGHTS[key]}
+        if ending == "safetensors":
+            save_file(one, folder / name)
+        else:
+            torch.save(one, folder / name)
+    index = "model.safetensors" if ending == "safetensors" else "pytorch_model.bin"
+    where = {"weight_map": dict(zip(WEIGHTS, names, strict=True))}
+    (folder / f"{index}.index.json").write_text(json.dumps(where))
+    (folder / "config.json").write_text('{"model_type": "videomae"}')
+    return folder / f"{index}.index.json"
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_folder_with_an_index(tmp_path, ending):
+    write_folder(tmp_path, ending)
+    source = read_source(tmp_path)
+    assert same(source.entries[""])
+    assert source.config == {"model_type": "videomae"}
+
+
+def test_an_index_names_only_files_of_its_folder(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    index = write_folder(folder)
+    save_file(WEIGHTS, tmp_path / "elsewhere.safetensors")
+    index.write_text(json.dumps({"weight_map": {"a.weight": "../elsewhere.safetensors"}}))
+    with pytest.raises(CheckpointError, match="which is not in its folder"):
+        read_source(folder)
+    index.write_text(json.dumps({"weight_map": {"c": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(CheckpointError, match="lack c"):
+        read_source(folder)
+
+
+def test_folder_without_weights(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        read_source(tmp_path)

@@ -1,0 +1,273 @@
+"""Imported weights start training and go through every tool, as those of a run of our own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from hpm_video.config import load_any_config
+from hpm_video.features import ClipChoice, load_extractor
+from hpm_video.models.pos_embed import position_table
+from hpm_video.token_grid import TokenGrid
+from hpm_video.training.checkpoint import CheckpointError
+from hpm_video.weights.families import LICENCES
+from hpm_video.weights.folder import write_folder
+from hpm_video.weights.imported import import_weights
+from hpm_video.weights.inspection import inspect
+from hpm_video.weights.parity import compare
+from hpm_video.weights.sizes import Given
+
+ROOT = Path(__file__).parent.parent.parent
+ENCODER, DECODER, PATCH = (48, 2), (24, 2), (2, 8, 8)
+OPTIONS = ("--heads", 4, "--decoder-heads", 2, "--num-frames", 4, "--frame-size", 32, 32)
+GIVEN = Given(heads=4, decoder_heads=2, num_frames=4, frame_size=(32, 32))
+PRETRAIN = """
+init_weights: {folder}
+model:
+  encoder: {{dim: 48, depth: 2, num_heads: 4}}
+  decoder: {{dim: 24, depth: 2, num_heads: 2}}
+  patch_size: {patch}
+  positions: {positions}
+  class_token: {image}
+  conventions: {conventions}
+data:
+  train: {videos}/train
+  num_frames: {frames}
+  frame_stride: 1
+  frame_size: [32, 32]
+  crop: random_resized
+  workers: 0
+masking: {{ratio: 0.75}}
+mining: {{momentum: warmup, last_momentum: 0.9}}
+recipe: {{epochs: 2, batch_size: 7, base_lr: 0.01, min_lr: 0, warmup_epochs: 1}}
+engine: {{precision: fp32, threads: 1, device: cpu}}
+logging: {{tensorboard: false}}
+"""
+
+
+@pytest.fixture
+def files(layouts_of, tmp_path):
+    """Files of the official projects."""
+    of, fill = layouts_of, layouts_of.fill
+    videomae = fill(of.videomae(ENCODER, DECODER, PATCH))
+    hpm = of.hpm(ENCODER, DECODER, 8, 16)
+    contents = {
+        "videomae": {"model": videomae, "epoch": 799, "optimizer": {"state": {}}},
+        "videomae_classifier": {"module": fill(of.videomae_classifier(ENCODER, PATCH, 3))},
+        "hpm": {
+            "state_dict": {f"module.{k}": v for k, v in fill(hpm).items()},
+            "ema_state_dict": fill(hpm, seed=1),
+            "epoch": 199,
+            "model": "mae_vit_base_patch16",
+        },
+        "mae": {"model": fill(of.mae(ENCODER, DECODER, 8, 16))},
+        "vit": {"model": fill(of.vit(ENCODER, 8, 16))},
+    }
+    paths = {}
+    for name, content in contents.items():
+        paths[name] = tmp_path / f"{name}.pth"
+        torch.save(content, paths[name])
+    return paths
+
+
+def config_for(folder, videos, *, image=False, path=None):
+    text = PRETRAIN.format(
+        folder=folder,
+        videos=videos,
+        patch=[1, 8, 8] if image else list(PATCH),
+        positions="space_time" if image else "sequence",
+        conventions="mae" if image else "videomae",
+        frames=1 if image else 4,
+        image=str(image).lower(),
+    )
+    path.write_text(text)
+    return path
+
+
+def script(name, *arguments, cwd):
+    done = subprocess.run(
+        [str(ROOT / name), *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"HPM_PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ["videomae", "hpm", "mae", "vit"])
+def test_pretraining_begins_with_an_imported_folder(files, videos, run_tool, tmp_path, name):
+    folder = tmp_path / "imported"
+    image = name != "videomae"
+    more = ("--decoder", 24, 2, 2) if name == "vit" else ()
+    code, output = run_tool(
+        "weights", "import", files[name], folder, "--no-parity", *OPTIONS, *more
+    )
+    assert code == 0, output
+    assert "licence: " in output
+    assert "CC-BY-NC 4.0" in output
+    assert f"init_weights={folder}" in output
+    assert (folder / "teacher.safetensors").is_file() == (name == "hpm")
+    config = config_for(folder, videos, image=image, path=tmp_path / "config.yaml")
+    run = tmp_path / "run"
+    told = script(
+        "run_pretrain.sh", config, f"output_dir={run}", "checkpoint.every_updates=1", cwd=tmp_path
+    )
+    assert f"start from the weights of {folder}" in told
+    assert ("lack a loss predictor" in told) == (name != "hpm")
+    assert len(list((run / "checkpoints").glob("update-*"))) >= 1
+    sheet = run_tool(
+        "show_masks", folder, next((videos / "train").iterdir()), "--output", tmp_path / "sheets"
+    )
+    assert sheet[0] == 0, sheet[1]
+    labelled = run_tool(
+        "extract_features", folder, videos / "validation", tmp_path / "features", "--workers", 0
+    )
+    assert labelled[0] == 0, labelled[1]
+
+
+def test_the_folder_tells_everything(files, run_tool, tmp_path):
+    folder = tmp_path / "imported"
+    code, output = run_tool("weights", "import", files["videomae"], folder, *OPTIONS)
+    assert code == 0, output
+    origin = json.loads((folder / "origin.json").read_text())
+    assert origin["family"] == "videomae"
+    assert origin["epoch"] == 799
+    assert origin["left_out"] == {"optimizer": "no weights", "epoch": "no weights"}
+    assert list(origin["sha256"]) == ["videomae.pth"]
+    parity = json.loads((folder / "parity.json").read_text())
+    if parity["not_checked"]:
+        assert "transformers is not installed" in parity["not_checked"]
+    else:
+        assert parity["holds"]
+        assert "VideoMAEForPreTraining" in parity["with_what"]
+        assert "parity with transformers" in output
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["mining"]["predictor"] == "none"
+    assert config["mining"]["target"] == "per_channel"
+
+
+def test_fine_tuning_and_test_of_an_imported_classifier(
+    files, labelled_videos, finetune_config, run_tool, tmp_path
+):
+    folder, labels = tmp_path / "imported", tmp_path / "labels.txt"
+    labels.write_text("blue\ngreen\nred\n")
+    source = files["videomae_classifier"]
+    code, output = run_tool(
+        "weights", "import", source, folder, "--no-parity", *OPTIONS, "--labels", labels
+    )
+    assert code == 0, output
+    assert "head of 3 classes" in output
+    assert (folder / "labels.txt").read_text() == labels.read_text()
+    code, output = run_tool(
+        *("evaluate", folder, labelled_videos / "validation", "--workers", 0, "--views", "1x1"),
+        *("--frame-stride", 1, "--output", tmp_path / "result"),
+    )
+    assert code == 0, output
+    config = yaml.safe_load(finetune_config.read_text())
+    config["init_weights"] = str(folder)
+    config["model"]["encoder"] = {"dim": 48, "depth": 2, "num_heads": 4}
+    config["recipe"] |= {"epochs": 1, "warmup_epochs": 0}
+    path = tmp_path / "finetune.yaml"
+    path.write_text(yaml.safe_dump(config))
+    told = script("run_finetune.sh", path, f"output_dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert "start fresh: none" in told
+
+
+def test_probe_of_an_imported_encoder(files, labelled_videos, run_tool, tmp_path):
+    folder = tmp_path / "imported"
+    imported = import_weights(files["videomae"], GIVEN)
+    write_folder(imported, folder, compare(imported, skip=True))
+    code, output = run_tool(
+        *("probe", folder, "--train", labelled_videos / "train", "--probes", "knn"),
+        *("--validation", labelled_videos / "validation", "--neighbours", 1, "--workers", 0),
+        *("--frame-stride", 1, "--output", tmp_path / "probes"),
+    )
+    assert code == 0, output
+
+
+def test_weights_written_are_those_of_the_file(files, tmp_path):
+    imported = import_weights(files["hpm"], GIVEN)
+    write_folder(imported, tmp_path / "folder", compare(imported, skip=True))
+    for name, expected in (("model", imported.tensors), ("teacher", imported.teacher)):
+        stored = load_file(tmp_path / "folder" / f"{name}.safetensors")
+        assert stored.keys() == expected.keys()
+        assert all(torch.equal(stored[key], expected[key]) for key in stored)
+    with pytest.raises(CheckpointError, match="exists already"):
+        write_folder(imported, tmp_path / "folder", compare(imported, skip=True))
+    imported.tensors["mask_token"] = torch.full((24,), torch.nan)
+    with pytest.raises(CheckpointError, match="not finite, mask_token"):
+        write_folder(imported, tmp_path / "other", compare(imported, skip=True))
+    assert not (tmp_path / "other").exists()
+
+
+def test_positions_at_another_number_of_frames(files, tmp_path):
+    """Fixed codes come from the grid that is told, and other clips are placed in it."""
+    imported = import_weights(files["videomae"], GIVEN)
+    write_folder(imported, tmp_path / "folder", compare(imported, skip=True))
+    config = load_any_config(tmp_path / "folder" / "config.yaml")
+    assert config.data.clip_size == (4, 32, 32)
+    source, grid = TokenGrid(2, 4, 4), TokenGrid(4, 6, 4)
+    longer = load_extractor(
+        tmp_path / "folder",
+        torch.device("cpu"),
+        "fp32",
+        clips=ClipChoice(num_frames=8, frame_size=(48, 32)),
+    )
+    table = longer.model.encoder_positions(grid)
+    assert torch.equal(table, position_table(grid, 48, "sequence", source))
+    assert not torch.equal(table, position_table(grid, 48, "sequence"))
+
+
+def test_inspect(files):
+    said = inspect(files["videomae"], GIVEN)
+    assert said[0] == "videomae: VideoMAE pre-training, first or second version"
+    assert said[1] == (
+        "encoder 48 wide, 2 deep, 4 heads; patches of 2 x 8 x 8; clips of 4 x 32 x 32"
+    )
+    assert said[2] == "decoder 24 wide, 2 deep, 2 heads"
+    assert "epoch 799" in said
+    assert "beside them: epoch, optimizer" in said
+    assert said[-1] == f"licence: {LICENCES['videomae']}"
+    count = sum(p.numel() for p in torch.load(files["videomae"])["model"].values())
+    assert any(f"{count:,} parameters" in line for line in said)
+    assert "head of 3 classes on mean_norm" in inspect(files["videomae_classifier"], GIVEN)
+    said = inspect(files["hpm"], GIVEN)
+    assert "clips of 1 x 32 x 32" in said[1]
+    assert said[2].endswith(", and a loss predictor")
+    assert "all names begin with 'module.'" in "".join(said)
+    assert "beside them: ema_state_dict, epoch, model" in said
+
+
+def test_inspect_our_own(files, finished_run, run_tool, tmp_path):
+    folder = finished_run / "checkpoints" / "last"
+    code, output = run_tool("weights", "inspect", folder)
+    assert code == 0, output
+    assert "ours: pre-training with this package" in output
+    assert "with a loss predictor" in output
+    code, output = run_tool("weights", "import", folder, tmp_path / "x")
+    assert code == 2
+    assert "give its folder as init_weights" in output
+
+
+def test_errors_are_told_without_a_traceback(files, run_tool, tmp_path):
+    code, output = run_tool("weights", "import", tmp_path / "none.pth", tmp_path / "x")
+    assert code == 2
+    assert "does not exist" in output
+    assert "Traceback" not in output
+    (tmp_path / "there").mkdir()
+    code, output = run_tool("weights", "import", files["mae"], tmp_path / "there")
+    assert code == 2
+    assert "exists already" in output
+    code, output = run_tool("weights", "import", files["mae"], tmp_path / "x", "--decoder", 7, 1, 3)
+    assert code == 2
+    assert "--decoder" in output

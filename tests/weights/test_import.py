@@ -1,0 +1,531 @@
+"""Every family is recognised, fits our models to the last tensor, and computes the same."""
+
+import argparse
+import json
+
+import pytest
+import torch
+
+from hpm_video.models.pos_embed import position_table
+from hpm_video.models.vit import TransformerSize
+from hpm_video.token_grid import TokenGrid
+from hpm_video.training.checkpoint import CheckpointError
+from hpm_video.weights import layouts
+from hpm_video.weights.families import LICENCES, recognise
+from hpm_video.weights.files import Source
+from hpm_video.weights.imported import check_fit, describe, import_weights
+from hpm_video.weights.layouts import to_ours, to_theirs
+from hpm_video.weights.parity import compare
+from hpm_video.weights.sizes import Given, cut_of, facts_of
+
+ENCODER, DECODER = (48, 2), (24, 2)
+CLIP_PATCH, PATCH, TOKENS = (2, 8, 8), 8, 16
+GIVEN = Given(heads=4, decoder_heads=2, num_frames=4, frame_size=(32, 32))
+B, B_CLIP_DECODER, B_IMAGE_DECODER = (768, 12), (384, 4), (512, 8)
+
+
+@pytest.fixture
+def official(layouts_of):
+    """Small checkpoints of the official layouts, by family."""
+    of, fill = layouts_of, layouts_of.fill
+    with_qkv_bias = of.videomae_classifier(ENCODER, CLIP_PATCH, 5, of.of_mae)
+    fine_tuned = of.vit(ENCODER, PATCH, TOKENS)
+    for part in ("weight", "bias"):
+        fine_tuned[f"fc_norm.{part}"] = fine_tuned.pop(f"norm.{part}")
+    encoder = {
+        name.removeprefix("encoder."): shape
+        for name, shape in of.videomae(ENCODER, DECODER, CLIP_PATCH).items()
+        if name.startswith("encoder.")
+    }
+    return {
+        "hpm": fill(of.hpm(ENCODER, DECODER, PATCH, TOKENS)),
+        "mae": fill(of.mae(ENCODER, DECODER, PATCH, TOKENS)),
+        "vit": fill(of.vit(ENCODER, PATCH, TOKENS)),
+        "vit_classifier": fill({**fine_tuned, **of.affine("head", 5, 48)}),
+        "vit_classifier on the class token": fill(
+            {**of.vit(ENCODER, PATCH, TOKENS), **of.affine("head", 5, 48)}
+        ),
+        "videomae": fill(of.videomae(ENCODER, DECODER, CLIP_PATCH)),
+        "videomae_classifier": fill(of.videomae_classifier(ENCODER, CLIP_PATCH, 5)),
+        "videomae_classifier with qkv bias": fill(with_qkv_bias),
+        "videomae_encoder": fill(encoder),
+        "mae_st": fill(of.mae_st(ENCODER, DECODER, CLIP_PATCH, (2, TOKENS))),
+    }
+
+
+OFFICIAL = (
+    *("hpm", "mae", "vit", "vit_classifier", "vit_classifier on the class token", "videomae"),
+    *("videomae_classifier", "videomae_classifier with qkv bias", "videomae_encoder", "mae_st"),
+)
+WRAPPED = {
+    "state_dict": lambda state: {"state_dict": state, "model": "a name", "epoch": 3},
+    "model": lambda state: {"model": state, "optimizer": {}, "epoch": 3},
+    "module": lambda state: {"module": state, "global_steps": 7, "epoch": 3},
+    "model_state": lambda state: {"model_state": state, "cfg": "text", "epoch": 3},
+    "": lambda state: state,
+}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(content, name="weights.pth"):
+        path = tmp_path / name
+        torch.save(content, path)
+        return path
+
+    return save
+
+
+def given_for(name, **options):
+    small = dict(vars(GIVEN))
+    if name in ("vit", "videomae_encoder", "mae_st"):
+        small["decoder"] = TransformerSize(24, 2, 2)
+    if name == "mae_st":
+        small["replace_positions"] = True
+    return Given(**(small | options))
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_layout_computes_what_an_independent_implementation_does(official, saved, name):
+    if not name.startswith(("vit", "mae_st")):
+        pytest.importorskip("transformers")
+    path = saved({"model": official[name]})
+    imported = import_weights(path, given_for(name))
+    assert imported.family.name == name.partition(" ")[0]
+    report = compare(imported, 1e-5)
+    if name == "mae_st":
+        assert "no independent implementation" in report.not_checked
+        return
+    assert report.holds
+    assert not report.not_checked
+    expected = {"classifier": {"logits"}, "encoder": {"tokens"}}.get(
+        imported.family.holds, {"tokens", "hidden patches"} | ({"difficulty"} & {name[:3]})
+    )
+    assert {found.of for found in report.differences} >= expected
+    for found in report.differences:
+        assert found.share < 1e-5
+        assert found.largest_value > 0.1 or found.of == "difficulty"
+    if name == "hpm":
+        assert "difficulty" in {found.of for found in report.differences}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+@pytest.mark.parametrize("prefix", ["", "module.", "module.backbone.", "model."])
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_recognised_in_any_wrapper_and_under_any_prefix(official, name, prefix, wrapper):
+    state = {prefix + key: value for key, value in official[name].items()}
+    source = Source("file", {wrapper: state})
+    found = recognise(source)
+    assert found.family.name == name.partition(" ")[0]
+    assert found.prefix == prefix
+    assert found.tensors.keys() == official[name].keys()
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_wrappers_in_a_file(official, saved, wrapper):
+    path = saved(WRAPPED[wrapper](official["videomae"]))
+    imported = import_weights(path, GIVEN)
+    assert imported.family.name == "videomae"
+    assert imported.source.epoch == (3 if wrapper else None)
+
+
+def test_every_tensor_is_used_or_left_out_with_a_reason(official, saved):
+    for name in OFFICIAL:
+        imported = import_weights(saved({"model": official[name]}), given_for(name))
+        rules = imported.family.layout.rules
+        taken = to_theirs(
+            imported.family.layout,
+            {
+                key: value
+                for key, value in imported.tensors.items()
+                if key not in imported.fresh and any(rules)
+            },
+            imported.facts.cut,
+        )
+        explained = taken.keys() | imported.left_out.keys()
+        assert official[name].keys() - explained <= {
+            key for key in official[name] if key.endswith("attn.qkv.bias")
+        }
+        assert all(imported.left_out.values())
+
+
+@pytest.mark.parametrize("name", [name for name in OFFICIAL if name != "mae_st"])
+def test_an_extra_a_missing_and_a_misshapen_tensor_are_named(official, saved, name):
+    state = official[name]
+    last = next(key for key in reversed(state) if key.endswith("proj.bias"))
+    with pytest.raises(CheckpointError, match=r"unknown something\.else \(3,\)"):
+        import_weights(
+            saved({"model": {**state, "something.else": torch.ones(3)}}), given_for(name)
+        )
+    less = {key: value for key, value in state.items() if key != last}
+    with pytest.raises(CheckpointError, match=r"missing \S+attn\.proj\.bias"):
+        import_weights(saved({"model": less}), given_for(name))
+    with pytest.raises(CheckpointError, match=r"attn\.proj\.bias has shape \(7,\)"):
+        import_weights(saved({"model": {**state, last: torch.ones(7)}}), given_for(name))
+
+
+@pytest.mark.parametrize("name", ["hpm", "mae", "videomae", "videomae_classifier"])
+def test_round_trip_is_the_identity(official, saved, name):
+    imported = import_weights(saved({"model": official[name]}), GIVEN)
+    layout, cut = imported.family.layout, imported.facts.cut
+    back = to_theirs(layout, imported.tensors, cut)
+    again = to_ours(layout, back, cut).tensors
+    assert again.keys() == imported.tensors.keys()
+    for key, value in again.items():
+        assert torch.equal(value, imported.tensors[key]), key
+    for key, value in back.items():
+        assert value.shape == official[name][key].shape
+        if "pred_losspred" not in key:
+            assert torch.equal(value, official[name][key]), key
+    tables = {"pos_embed", "decoder_pos_embed"}
+    assert official[name].keys() - back.keys() == tables & official[name].keys()
+
+
+def test_hpm_student_and_teacher(official, layouts_of, saved):
+    teacher = layouts_of.fill(layouts_of.hpm(ENCODER, DECODER, PATCH, TOKENS), seed=1)
+    student = {f"module.{name}": value for name, value in official["hpm"].items()}
+    path = saved({"state_dict": student, "ema_state_dict": teacher, "epoch": 199, "model": "vit"})
+    imported = import_weights(path, GIVEN)
+    assert imported.recognised.prefix == "module."
+    assert imported.teacher.keys() == imported.tensors.keys()
+    head = "decoder_pred_losspred.weight"
+    for found, state in ((imported.tensors, official["hpm"]), (imported.teacher, teacher)):
+        folded = found["difficulty_decoder.head.weight"]
+        torch.testing.assert_close(folded, state[head].mean(dim=0, keepdim=True))
+    assert "ema_state_dict" not in imported.left_out
+    assert imported.left_out["model"] == "no weights"
+    chosen = import_weights(path, given_for("hpm", entry="ema_state_dict"))
+    assert torch.equal(chosen.tensors["mask_token"], imported.teacher["mask_token"])
+    assert chosen.teacher is None
+    assert compare(imported).holds
+    with pytest.raises(CheckpointError, match="no state dict 'ema'"):
+        import_weights(path, given_for("hpm", entry="ema"))
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "parameters"),
+    [
+        ("videomae", 218, 94_210_944),
+        ("videomae_classifier", 162, None),
+        ("hpm", 354, 137_521_920),
+    ],
+)
+def test_official_sizes_of_b(layouts_of, name, count, parameters):
+    of = layouts_of
+    shapes = {
+        "videomae": lambda: of.videomae(B, B_CLIP_DECODER, (2, 16, 16)),
+        "videomae_classifier": lambda: of.videomae_classifier(B, (2, 16, 16), 400),
+        "hpm": lambda: of.hpm(B, B_IMAGE_DECODER, 16, 196),
+    }[name]()
+    assert len(shapes) == count
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    if parameters is not None:
+        assert sum(value.numel() for value in tensors.values()) == parameters
+    source = Source("file", {"model": tensors})
+    family = recognise(source).family
+    cut = cut_of(tensors[family.kernel])
+    renamed = to_ours(family.layout, tensors, cut)
+    facts = facts_of(source, family, renamed.tensors, renamed.tables, Given(), cut)
+    assert check_fit(facts, renamed.tensors, ()) == ()
+    assert (facts.encoder.dim, facts.encoder.depth, facts.encoder.num_heads) == (768, 12, 12)
+    assert facts.clip_size == ((1 if name == "hpm" else 16), 224, 224)
+    if name != "videomae_classifier":
+        assert facts.decoder.num_heads == {"videomae": 6, "hpm": 16}[name]
+    else:
+        assert len(facts.label_names) == 400
+    assert renamed.left_out == {}
+
+
+def test_what_is_assumed_is_told_and_arguments_of_the_run_are_read(official, saved):
+    bare = import_weights(saved({"model": official["videomae"]}), Given(heads=4, decoder_heads=2))
+    assert bare.facts.clip_size == (16, 224, 224)
+    told = "; ".join(bare.facts.assumed)
+    assert "number of frames 16" in told
+    assert "frame stride 4" in told
+    arguments = argparse.Namespace(
+        num_frames=8, input_size=64, sampling_rate=2, normlize_target=False
+    )
+    said = import_weights(
+        saved({"model": official["videomae"], "args": arguments}), Given(heads=4, decoder_heads=2)
+    )
+    assert said.facts.clip_size == (8, 64, 64)
+    assert said.facts.frame_stride == 2
+    assert said.facts.target == "raw"
+    assert said.facts.assumed == ()
+
+
+def test_heads_are_never_guessed(official, saved):
+    with pytest.raises(CheckpointError, match="width 48 is none of the known.*--heads"):
+        import_weights(saved({"model": official["videomae"]}), Given(decoder_heads=2))
+    with pytest.raises(CheckpointError, match="--decoder-heads"):
+        import_weights(saved({"model": official["videomae"]}), Given(heads=4))
+
+
+def test_a_stranger_is_refused_with_what_was_seen(saved):
+    state = {f"layers.{i}.conv.weight": torch.ones(2, 2) for i in range(3)}
+    with pytest.raises(CheckpointError, match=r"no family that is known.*\n  layers\.N\.conv\.wei"):
+        import_weights(saved({"model": state}))
+
+
+def test_two_families_in_one_are_refused(official, saved):
+    state = official["videomae"] | official["videomae_classifier"]
+    with pytest.raises(CheckpointError, match="may be VideoMAE pre-training.* or VideoMAE fine"):
+        import_weights(saved({"model": state}), GIVEN)
+
+
+def test_several_unknown_state_dicts_are_not_chosen_from(official, saved):
+    path = saved({"a": official["mae"], "b": official["mae"]})
+    with pytest.raises(CheckpointError, match="several state dicts: 'a', 'b'"):
+        import_weights(path, GIVEN)
+    assert import_weights(path, given_for("mae", entry="b")).family.name == "mae"
+
+
+def test_learned_positions_are_not_silently_replaced(official, saved):
+    state = dict(official["vit_classifier"])
+    state["pos_embed"] = torch.randn_like(state["pos_embed"])
+    path = saved({"model": state})
+    with pytest.raises(CheckpointError, match="positions were learned.*--replace-positions"):
+        import_weights(path, GIVEN)
+    imported = import_weights(path, given_for("vit", decoder=None, replace_positions=True))
+    assert imported.positions_replaced
+    assert "learned positions" in imported.left_out["pos_embed"]
+    report = compare(imported, 1e-5)
+    assert report.holds
+    assert "not those of the file" in report.notes[0]
+    first = state["pos_embed"][0, 0] + state["cls_token"].flatten()
+    assert torch.equal(imported.tensors["class_token"], first)
+
+
+def test_a_position_of_the_class_token_goes_into_it(official, saved):
+    state = dict(official["vit"])
+    state["pos_embed"] = state["pos_embed"].clone()
+    state["pos_embed"][0, 0] = 0.5
+    imported = import_weights(saved({"model": state}), given_for("vit"))
+    assert not imported.positions_replaced
+    assert compare(imported, 1e-5).holds
+
+
+def test_classifier_for_pretraining_is_an_encoder_with_a_fresh_decoder(official, saved):
+    imported = import_weights(
+        saved({"model": official["videomae_classifier"]}),
+        given_for("videomae_encoder", encoder_only=True),
+    )
+    assert not imported.is_classifier
+    assert imported.left_out["head.weight"] == imported.left_out["pooling.norm.bias"]
+    starts = {name.split(".")[0] for name in imported.fresh}
+    assert starts == {"encoder", "mask_token", "to_decoder", "reconstructor"}
+    assert [name for name in imported.fresh if name.startswith("encoder.")] == [
+        "encoder.norm.weight",
+        "encoder.norm.bias",
+    ]
+    assert compare(imported, 1e-5).holds
+
+
+@pytest.mark.parametrize("name", ["mae", "hpm", "videomae"])
+def test_encoder_of_an_autoencoder_alone(official, saved, name):
+    given = given_for("vit", encoder_only=True)
+    imported = import_weights(saved({"model": official[name]}), given)
+    assert all("encoder.norm" not in name for name in imported.fresh)
+    assert compare(imported, 1e-5).holds
+
+
+def test_a_decoder_is_needed_that_can_be_known(official, saved):
+    with pytest.raises(CheckpointError, match="--decoder WIDTH DEPTH HEADS"):
+        import_weights(saved({"model": official["vit"]}), GIVEN)
+
+
+def test_an_mlp_of_another_width_is_read(official, saved):
+    """VideoMAE V2's ViT-g has 6144 of 1408, which is not four times as wide."""
+    state = dict(official["videomae_classifier"])
+    draw = torch.Generator().manual_seed(1)
+    for i in range(2):
+        for name, shape in {
+            "fc1.weight": (200, 48),
+            "fc1.bias": (200,),
+            "fc2.weight": (48, 200),
+        }.items():
+            state[f"blocks.{i}.mlp.{name}"] = 0.1 * torch.randn(shape, generator=draw)
+    imported = import_weights(saved({"model": state}), GIVEN)
+    assert imported.facts.shape.size.mlp_dim == 200
+    report = compare(imported, 1e-5)
+    assert report.holds
+    assert report.differences
+
+
+def test_a_head_on_something_else_is_refused(official, saved):
+    state = dict(official["videomae_classifier"])
+    for part in ("weight", "bias"):
+        state[f"norm.{part}"] = state.pop(f"fc_norm.{part}")
+    with pytest.raises(CheckpointError, match="looks at something else.*--encoder-only"):
+        import_weights(saved({"model": state}), GIVEN)
+
+
+def test_licences_are_told(official, saved):
+    for name in OFFICIAL:
+        imported = import_weights(saved({"model": official[name]}), given_for(name))
+        assert "CC-BY-NC 4.0" in imported.licence
+        assert f"licence: {LICENCES[imported.family.licence]}" in describe(imported)
+
+
+def test_half_precision(official, saved):
+    state = {name: value.half() for name, value in official["mae"].items()}
+    imported = import_weights(saved({"model": state}), GIVEN)
+    assert {value.dtype for value in imported.tensors.values()} == {torch.float32}
+    assert compare(imported, 1e-3).holds
+
+
+def test_blocks_must_have_no_gap(official, saved):
+    state = {name.replace("blocks.1.", "blocks.2."): v for name, v in official["mae"].items()}
+    with pytest.raises(CheckpointError, match=r"numbered from 0 on without a gap, got \[0, 2\]"):
+        import_weights(saved({"model": state}), GIVEN)
+
+
+def test_an_incomplete_projection_is_named(official, saved):
+    state = dict(official["mae_st"])
+    del state["blocks.1.attn.k.weight"]
+    with pytest.raises(CheckpointError, match=r"missing blocks\.1\.attn\.k\.weight"):
+        import_weights(saved({"model_state": state}), given_for("mae_st"))
+
+
+def test_frame_size_and_positions_must_agree(official, saved):
+    with pytest.raises(CheckpointError, match="16 tokens of a time step.*--frame-size|positions"):
+        import_weights(saved({"model": official["mae"]}), given_for("mae", frame_size=(64, 64)))
+
+
+def test_rectangular_images(layouts_of, saved):
+    state = layouts_of.fill(layouts_of.vit(ENCODER, PATCH, 8) | layouts_of.affine("head", 5, 48))
+    table = position_table(TokenGrid(1, 2, 4), 48, "space_time")
+    state["pos_embed"] = torch.cat([torch.zeros(1, 48), table]).unsqueeze(0)
+    imported = import_weights(saved(state), given_for("mae", frame_size=(16, 32)))
+    assert imported.facts.clip_size == (1, 16, 32)
+    assert compare(imported, 1e-5).holds
+
+
+def small_options(**more):
+    return {
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 192,
+        **more,
+    }
+
+
+DECODER_OPTIONS = {
+    "decoder_hidden_size": 24,
+    "decoder_num_hidden_layers": 2,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 96,
+}
+OF_TRANSFORMERS = {
+    "transformers_videomae": (
+        "VideoMAEForPreTraining",
+        {"num_frames": 4, "use_mean_pooling": False, **DECODER_OPTIONS},
+    ),
+    "transformers_videomae_classifier": (
+        "VideoMAEForVideoClassification",
+        {
+            "num_frames": 4,
+            "use_mean_pooling": True,
+            "id2label": {i: f"class {i}" for i in range(12)},
+        },
+    ),
+    "transformers_videomae_encoder": (
+        "VideoMAEModel",
+        {"num_frames": 4, "use_mean_pooling": False},
+    ),
+    "transformers_vitmae": ("ViTMAEForPreTraining", DECODER_OPTIONS),
+    "transformers_vit_classifier": ("ViTForImageClassification", {"num_labels": 5}),
+    "transformers_vit_encoder": ("ViTModel", {}),
+}
+
+
+@pytest.fixture
+def transformers_folder(tmp_path):
+    transformers = pytest.importorskip("transformers")
+
+    def make(name):
+        kind, options = OF_TRANSFORMERS[name]
+        config = kind.replace("ForPreTraining", "").replace("ForVideoClassification", "")
+        config = config.replace("ForImageClassification", "").replace("Model", "") + "Config"
+        torch.manual_seed(0)
+        settings = getattr(transformers, config)(**small_options(**options))
+        model = getattr(transformers, kind)(settings).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.2)
+            for key, value in (*model.named_parameters(), *model.named_buffers()):
+                if key.endswith(("position_embeddings", "decoder_pos_embed")):
+                    table = position_table(TokenGrid(1, 4, 4), value.shape[-1], "space_time")
+                    value.copy_(torch.cat([table[:1] * 0, table]))
+        model.save_pretrained(tmp_path / name)
+        return model, tmp_path / name
+
+    return make
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", OF_TRANSFORMERS)
+def test_folder_of_transformers(transformers_folder, name):
+    _, folder = transformers_folder(name)
+    imported = import_weights(folder, given_for("vit" if name.endswith("encoder") else "mae"))
+    assert imported.family.name == name
+    report = compare(imported, 1e-5)
+    assert report.holds
+    assert not report.not_checked
+    assert "layer_norm_eps 1e-12" in report.notes[0]
+    assert all(found.largest_value > 0.1 for found in report.differences)
+    if name == "transformers_videomae_classifier":
+        assert imported.facts.label_names == tuple(f"class {i}" for i in range(12))
+        assert imported.facts.clip_size == (4, 32, 32)
+    if name.startswith("transformers_vit_"):
+        mean = imported.facts.mean
+        assert mean == ((0.5,) * 3 if name.endswith("classifier") else (0.485, 0.456, 0.406))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["transformers_videomae", "transformers_vitmae"])
+def test_names_of_models_in_memory_are_read_as_those_of_files(transformers_folder, saved, name):
+    model, folder = transformers_folder(name)
+    from_folder = import_weights(folder, GIVEN)
+    from_model = import_weights(saved(model.state_dict()), GIVEN)
+    assert from_folder.tensors.keys() == from_model.tensors.keys()
+    for key, value in from_folder.tensors.items():
+        assert torch.equal(value, from_model.tensors[key]), key
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_mean_and_deviation_of_the_preprocessor(transformers_folder):
+    _, folder = transformers_folder("transformers_vit_classifier")
+    table = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(table))
+    facts = import_weights(folder, GIVEN).facts
+    assert (facts.mean, facts.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def test_names_of_classes_must_be_as_many_as_the_head_has(official, saved):
+    path = saved({"model": official["videomae_classifier"]})
+    names = ("a", "b", "c", "d", "e")
+    assert import_weights(path, given_for("mae", label_names=names)).facts.label_names == names
+    assert import_weights(path, GIVEN).facts.label_names == ("0", "1", "2", "3", "4")
+    with pytest.raises(CheckpointError, match="5 classes, and there are 2 names"):
+        import_weights(path, given_for("mae", label_names=names[:2]))
+
+
+def test_parity_fails_where_something_is_wrong(official, saved):
+    imported = import_weights(saved({"model": official["videomae_classifier"]}), GIVEN)
+    imported.tensors["encoder.blocks.0.mlp.0.bias"] = torch.ones(192)
+    with pytest.raises(CheckpointError, match="computes something else.*\n.*logits"):
+        compare(imported)
+
+
+def test_layouts_name_each_of_our_tensors_by_one_canonical_rule():
+    for layout in (layouts.HPM, layouts.VIDEOMAE, layouts.TRANSFORMERS_VITMAE):
+        first = {}
+        for rule in layout.rules:
+            for name in rule.ours:
+                first.setdefault(name, rule)
+        theirs = [name for rule in dict.fromkeys(first.values()) for name in rule.theirs]
+        assert len(theirs) == len(set(theirs))

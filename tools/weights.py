@@ -1,0 +1,187 @@
+"""Weights of other projects: python tools/weights.py import SOURCE FOLDER.
+
+import   make a checkpoint folder of a file of HPM, MAE, VideoMAE, VideoMAE V2, mae_st or timm, or
+         of a folder that transformers wrote: for init_weights=FOLDER, and for the other tools
+export   write a checkpoint of a run for others: transformers, timm, MAE, VideoMAE, ONNX, one file
+inspect  tell whose weights a file holds, of what size they are, and their licence
+
+Nothing in a file is run, and nothing is downloaded.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from hpm_video.console import EXIT_CODES, positive, run, shortest
+from hpm_video.labels import read_label_names
+from hpm_video.models.vit import TransformerSize
+from hpm_video.training.checkpoint import CheckpointError
+from hpm_video.training.single_file import as_folder
+from hpm_video.weights.export import FORMATS, export
+from hpm_video.weights.folder import write_folder
+from hpm_video.weights.imported import describe, import_weights
+from hpm_video.weights.inspection import inspect
+from hpm_video.weights.own import load_own
+from hpm_video.weights.parity import TOLERANCE, compare
+from hpm_video.weights.sizes import Given
+
+
+def main(command_line: Sequence[str] | None = None) -> int:
+    """Import, export or inspect, and print what came of it."""
+    arguments = parse_arguments(command_line)
+    return run(lambda: arguments.command(arguments))
+
+
+def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="import | export | inspect")
+    reads = commands.add_parser("import", help="make a checkpoint folder of a file or folder")
+    reads.set_defaults(command=import_file)
+    reads.add_argument("source", type=Path, help="file of weights, or folder of a model")
+    reads.add_argument("folder", type=Path, help="to write; it must not exist")
+    add_given(reads)
+    reads.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help="largest difference from the independent implementation, as a share of the largest "
+        "value (default: %(default)s)",
+    )
+    reads.add_argument("--no-parity", action="store_true", help="do not compare: it takes a while")
+    add_export(commands.add_parser("export", help="write a checkpoint of a run for others"))
+    looks = commands.add_parser("inspect", help="tell what a file or folder holds")
+    looks.set_defaults(command=inspect_file)
+    looks.add_argument("source", type=Path, help="file of weights, or folder of a model or run")
+    add_given(looks)
+    return parser.parse_args(command_line)
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    """What an export is to be."""
+    parser.set_defaults(command=export_checkpoint)
+    kinds = "\n".join(f"  {name:13}{form.says}" for name, form in FORMATS.items())
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"kinds of --to:\n{kinds}\n\n{EXIT_CODES}"
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="checkpoint folder of a run, or one file of --to file")
+    add("out", type=Path, help="file or folder to write; it must not exist")
+    add("--to", choices=tuple(FORMATS), required=True)
+    add(
+        "--weights",
+        choices=("student", "teacher", "model", "average"),
+        help="of pre-training: student (default) or teacher; of a classifier: model or average, "
+        "by default those that the run tested",
+    )
+    add(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help="largest difference between our model and the exported one, loaded back, as a share "
+        "of the largest value (default: %(default)s)",
+    )
+    add("--no-parity", action="store_true", help="do not compare: it takes a while")
+
+
+def add_given(parser: argparse.ArgumentParser) -> None:
+    """What a file may not say of itself."""
+    add = parser.add_argument
+    add("--entry", help="key of the state dict, where a file has several")
+    add(
+        "--encoder-only",
+        action="store_true",
+        help="leave out decoder or head: for pre-training, with a decoder that starts fresh",
+    )
+    add(
+        "--replace-positions",
+        action="store_true",
+        help="put fixed positions in the place of learned ones, which ours has not",
+    )
+    add("--heads", type=positive, help="of the encoder's attention, where its width is unusual")
+    add("--decoder-heads", type=positive)
+    add(
+        "--decoder",
+        type=positive,
+        nargs=3,
+        metavar=("WIDTH", "DEPTH", "HEADS"),
+        help="of a decoder that starts fresh; default: the papers' for such an encoder",
+    )
+    add("--num-frames", type=positive, help="default: what the file says, or else 16")
+    add("--frame-size", type=positive, nargs=2, metavar=("HEIGHT", "WIDTH"))
+    add("--frame-stride", type=positive, help="default: what the file says, or else 4")
+    add("--target", choices=("raw", "joint", "per_channel"), help="that was pre-trained on")
+    add("--labels", type=Path, help="text file with the name of class i in line i")
+
+
+def given_by(arguments: argparse.Namespace) -> Given:
+    """What the command line says of the file."""
+    try:
+        decoder = TransformerSize(*arguments.decoder) if arguments.decoder else None
+    except ValueError as error:
+        raise CheckpointError(f"--decoder: {error}") from error
+    size = arguments.frame_size
+    return Given(
+        entry=arguments.entry,
+        encoder_only=arguments.encoder_only,
+        replace_positions=arguments.replace_positions,
+        heads=arguments.heads,
+        decoder=decoder,
+        decoder_heads=arguments.decoder_heads,
+        num_frames=arguments.num_frames,
+        frame_size=(size[0], size[1]) if size else None,
+        frame_stride=arguments.frame_stride,
+        target=arguments.target,
+        label_names=read_label_names(arguments.labels) if arguments.labels else None,
+    )
+
+
+def import_file(arguments: argparse.Namespace) -> None:
+    """Write a checkpoint folder.
+
+    Raises:
+        CheckpointError: the file cannot be used, or the imported model computes something else.
+        ManifestError: the names of the classes cannot be read.
+    """
+    if arguments.folder.exists():
+        raise CheckpointError(f"{arguments.folder} exists already; give another, or delete it")
+    imported = import_weights(arguments.source, given_by(arguments))
+    print("\n".join(describe(imported)))
+    parity = compare(imported, arguments.tolerance, skip=arguments.no_parity)
+    print("\n".join(parity.lines()))
+    write_folder(imported, arguments.folder, parity)
+    script = "./run_finetune.sh" if imported.is_classifier else "./run_pretrain.sh"
+    folder = shortest(arguments.folder)
+    print(f"wrote {folder}\ntrain on from there: {script} CONFIG init_weights={folder}")
+
+
+def export_checkpoint(arguments: argparse.Namespace) -> None:
+    """Write a checkpoint for others.
+
+    Raises:
+        ConfigError, CheckpointError: it cannot be exported, or computes something else then.
+    """
+    with as_folder(arguments.checkpoint) as folder:
+        own = replace(load_own(folder, arguments.weights), checkpoint=arguments.checkpoint)
+        exported = export(
+            own, arguments.out, arguments.to, arguments.tolerance, skip=arguments.no_parity
+        )
+    print("\n".join(exported.lines()))
+
+
+def inspect_file(arguments: argparse.Namespace) -> None:
+    """Print what a file holds.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of no known family.
+    """
+    print("\n".join(inspect(arguments.source, given_by(arguments))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
