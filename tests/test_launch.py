@@ -547,15 +547,15 @@ def slurm(tmp_path, started):
 
 
 @pytest.mark.parametrize("script", ["pretrain.sbatch", "finetune.sbatch"])
-@pytest.mark.parametrize("code", [0, 2, 75])
+@pytest.mark.parametrize("code", [0, 2, 75, 143])
 def test_slurm_queues_a_stopped_run_again(slurm, tmp_path, script, code):
     text = f"{WHO}print(*sys.argv[1:]) if rank == 0 else 0\nsys.exit({code})"
     status, out, err = finish(slurm(script, text, "configs/mine.yaml", "a=b c"))
     assert status == code, err
     assert "configs/mine.yaml a=b c\n" in out
     requeued = tmp_path / "requeued"
-    assert requeued.exists() == (code == 75)
-    if code == 75:
+    assert requeued.exists() == (code in (75, 143))
+    if code in (75, 143):
         assert requeued.read_text() == f"requeue {20000 + os.getpid()}\n"
 
 

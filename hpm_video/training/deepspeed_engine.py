@@ -147,7 +147,8 @@ class DeepSpeedEngine:
     def optimizer_state(self) -> OptimizerState:
         """What resuming needs beside the weights; no moments on others than the first process."""
         if self.stage == 0:
-            return state_of(self._engine.optimizer, self.model)
+            first = self.processes.is_first
+            return state_of(self._engine.optimizer, self.model) if first else OptimizerState(0, {})
         self._link_moments()
         states = list(self._engine.optimizer.optimizer.state.values())
         step = int(states[0].get("step", 0)) if states else 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from hpm_video.features import OF_DECODERS
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.models.pos_embed import position_table
@@ -17,7 +18,6 @@ from hpm_video.weights.sizes import Given, ModelFacts, cut_of, facts_of, in_floa
 
 SAME_POSITIONS = 1e-3
 """Largest difference of a table of positions that was computed: as far as half precision goes."""
-OF_DECODERS = ("mask_token", "to_decoder.", "reconstructor.", "difficulty_decoder.")
 OF_HEADS = ("head.", "pooling.")
 
 
