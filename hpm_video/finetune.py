@@ -20,6 +20,7 @@ from hpm_video.config import (
     FinetuneConfig,
     PretrainConfig,
     load_any_config,
+    result_differences,
 )
 from hpm_video.curves import plot_curves
 from hpm_video.data.augment import Augmentation
@@ -371,15 +372,14 @@ def check_same_encoder(config: FinetuneConfig, source: PretrainConfig | Finetune
     Raises:
         ConfigError: it is another one. Every difference is named.
     """
-    theirs: EncoderConfig = source.model
-    different = [
-        f"model.{name}: {getattr(theirs, name)} there, {getattr(config.model, name)} here"
-        for name in SAME_ENCODER
-        if getattr(theirs, name) != getattr(config.model, name)
-    ]
+    theirs, ours = (
+        EncoderConfig(**{name: getattr(model, name) for name in SAME_ENCODER})
+        for model in (source.model, config.model)
+    )
+    different = result_differences(theirs, ours, "model.")
     if different:
         raise ConfigError(
-            f"the encoder of init_weights={config.init_weights} is another one:\n  "
+            f"the encoder of init_weights={config.init_weights} is another one (its -> here):\n  "
             + "\n  ".join(different)
             + "\nTake its values."
         )

@@ -194,7 +194,7 @@ def test_a_dry_run_of_fine_tuning_needs_no_weights_yet(labelled_videos, capsys):
 def test_a_dry_run_refuses_what_the_run_would(manifest, capsys):
     code, output = dry_run(
         *(capsys, "pretrain", CONFIGS / "pretrain" / "demo.yaml", f"data.train={manifest}"),
-        *("--processes", 3),
+        *("data.validation=null", "--processes", 3),
     )
     assert code == 2
     assert output.count("recipe.batch_size must spread evenly over processes=3") == 1

@@ -158,8 +158,9 @@ def test_other_classes_or_another_config_are_refused(finetuned_run, finetune, tm
 def test_an_encoder_of_another_size_is_refused_before_anything_is_written(finetune, tmp_path):
     run = tmp_path / "run"
     output = finish(finetune(run, "model.encoder.dim=32", "model.patch_size=[1,8,8]"), code=2)
-    assert "model.encoder: TransformerSize(dim=16, depth=1, num_heads=2) there" in output
-    assert "model.patch_size: (2, 8, 8) there, (1, 8, 8) here" in output
+    assert "is another one (its -> here)" in output
+    assert "  model.encoder.dim: 16 -> 32\n" in output
+    assert "  model.patch_size: (2, 8, 8) -> (1, 8, 8)\n" in output
     assert not run.exists()
 
 
