@@ -77,7 +77,8 @@ class EncoderConfig:
     """Frames, height and width of a patch."""
     channels: int = 3
     positions: Positions = "sequence"
-    """Fixed position codes: VideoMAE's over the ``sequence``, or MAE's in ``space_time``."""
+    """Fixed position codes: VideoMAE's over the ``sequence``, MAE's in ``space_time``, or ``given``
+    with imported weights that have others."""
     class_token: bool = False
     """Whether a learned token for the whole clip goes through encoder and decoders."""
     conventions: Conventions = "videomae"
@@ -93,9 +94,9 @@ class EncoderConfig:
         _a_chance("model", drop_path=self.drop_path)
 
     def _check_positions(self, size: TransformerSize) -> None:
-        if self.positions == "space_time" and size.dim % 4:
+        if self.positions != "sequence" and size.dim % 4:
             raise ConfigError(
-                f"model.positions=space_time needs widths that 4 divides, got {size.dim}"
+                f"model.positions={self.positions} needs widths that 4 divides, got {size.dim}"
             )
 
 
@@ -191,7 +192,12 @@ class DataConfig:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     decoder: DecoderChoice = unrelated(default="auto")
     workers: int | None = unrelated(default=None)
-    """Processes that decode; by default one per core but one, at most 16."""
+    """Processes that decode; by default one per core but one, at least 1 and at most 16. With 0 the
+    run itself decodes, and a file on which a decoder hangs or crashes ends it."""
+    seconds_per_file: float = unrelated(default=60.0)
+    """A file that takes longer to decode is bad, and the process that decodes it is replaced."""
+    memory_per_worker: float = unrelated(default=4.0)
+    """GiB that a process that decodes may take; a file that needs more is bad. On Linux only."""
     max_bad_share: float = unrelated(default=0.01)
     """Share of the manifest's files that may fail to decode before the run stops."""
 
@@ -218,6 +224,11 @@ class DataConfig:
             )
         if self.workers is not None:
             _at_least(0, workers=self.workers)
+        if min(self.seconds_per_file, self.memory_per_worker) <= 0:
+            raise ConfigError(
+                "data.seconds_per_file and data.memory_per_worker must be positive, got "
+                f"{self.seconds_per_file:g} and {self.memory_per_worker:g}"
+            )
         if min(self.std, default=1) <= 0:
             raise ConfigError(f"data.std must be positive, got {self.std}")
         if not 0 <= self.max_bad_share <= 1:

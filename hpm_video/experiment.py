@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ from hpm_video.data.loader import (
 )
 from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.data.mixture import MixedClips, Places, deal_out
+from hpm_video.data.pool import GIB, Limits
 from hpm_video.data.transforms import ClipTransform
 from hpm_video.features import clip_spec
 from hpm_video.progress import Progress, Timeline
@@ -439,7 +440,9 @@ def train(
             log.warning("the last bits may differ from an unbroken run's: %s", difference)
     if is_first:
         record_start(directory.path, facts, start)
-    tensorboard = config.logging.tensorboard
+    tensorboard, bad_files = config.logging.tensorboard, _bad_files(config, session)
+    for name, stream in zip(data.sources, clips.streams, strict=True):
+        stream.bad |= bad_files[name].failures
     try:
         with (
             listen_for_stop(patient=processes.count > 1) as stop,
@@ -461,7 +464,7 @@ def train(
                 Meter(engine.device, processes),
                 metrics,
                 bar,
-                _bad_files(config, session),
+                bad_files,
                 stop,
                 watch,
                 best={} if newest is None else read_state(newest)["best"],
@@ -561,7 +564,7 @@ def training_clips(
 
 
 def find_failures(
-    clips: HeldOutClips, processes: Processes, *, batch_size: int, workers: int
+    clips: HeldOutClips, processes: Processes, *, batch_size: int, workers: int, limits: Limits
 ) -> list[Failure]:
     """Decode held-out clips once, so that a bad file can stop a run before it begins.
 
@@ -571,8 +574,29 @@ def find_failures(
         DecodeError: a file does not decode, and ``clips`` do not report that.
     """
     share = processes.share(len(clips))
-    batches = held_out_batches(clips, batch_size=batch_size, workers=workers, positions=share)
+    batches = held_out_batches(
+        clips, batch_size=batch_size, workers=workers, positions=share, limits=limits
+    )
     return processes.gather([failure for batch in batches for failure in batch.failures])
+
+
+class HowRead(TypedDict):
+    """How held-out clips are read."""
+
+    batch_size: int
+    """Videos."""
+    workers: int
+    limits: Limits
+
+
+def how_read(data: DataConfig, batch_size: int) -> HowRead:
+    """How a config wants held-out clips to be read."""
+    return {"batch_size": batch_size, "workers": num_workers(data), "limits": limits_of(data)}
+
+
+def limits_of(data: DataConfig) -> Limits:
+    """What a process that decodes may take."""
+    return Limits(data.seconds_per_file, int(data.memory_per_worker * GIB))
 
 
 def num_workers(data: DataConfig) -> int:
@@ -593,6 +617,7 @@ def _training_stream(
         places,
         batch_size=plan.micro_batch,
         workers=num_workers(config.data),
+        limits=limits_of(config.data),
         pin=session.device.type == "cuda",
     )
 

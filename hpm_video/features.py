@@ -23,6 +23,7 @@ from hpm_video.data.dataset import ClipSpec, HeldOutClips, Views
 from hpm_video.data.decode import DecoderChoice
 from hpm_video.data.loader import held_out_batches
 from hpm_video.data.manifest import Manifest
+from hpm_video.data.pool import USUAL, Limits
 from hpm_video.evaluation import collect, score_videos
 from hpm_video.models.encoder import ClipEncoder, EncoderShape
 from hpm_video.pixels import normalise
@@ -36,7 +37,10 @@ WeightsOf = Literal["student", "teacher", "model", "average", "untrained"]
 """Of a checkpoint: student or teacher of pre-training, a classifier or the average of its weights;
 or those that pre-training began with, to compare with."""
 FILE_OF: dict[WeightsOf, str] = {"student": "model"}
-OF_DECODERS = ("mask_token", "to_decoder.", "reconstructor.", "difficulty_decoder.")
+OF_DECODERS = (
+    *("mask_token", "to_decoder.", "reconstructor.", "difficulty_decoder."),
+    "decoder_positions.",
+)
 """Weights of a masked autoencoder that are not its encoder's."""
 BATCH_CLIPS = 64
 """At most so many clips are held by a batch, unless one video has more views."""
@@ -50,6 +54,8 @@ class Reading:
     workers: int = 0
     exclude_bad_files: bool = False
     """Otherwise a file that does not decode is an error."""
+    limits: Limits = USUAL
+    """Of a process that decodes."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,7 @@ class Extractor:
                 clips,
                 batch_size=max(1, min(len(places), BATCH_CLIPS // views.count)),
                 workers=reading.workers,
+                limits=reading.limits,
                 positions=places,
             )
         ) as batches:

@@ -41,6 +41,8 @@ from hpm_video.experiment import (
     Session,
     claim,
     find_failures,
+    how_read,
+    limits_of,
     make_engine,
     num_workers,
     open_data,
@@ -195,7 +197,12 @@ def evaluate_run(
         "testing the %s checkpoint (%s of update %d) with %d x %d views of each video",
         *(how.checkpoint, how.weights, what["update"], how.clips, how.crops),
     )
-    reading = Reading(config.data.decoder, num_workers(config.data), how.exclude_bad_files)
+    reading = Reading(
+        config.data.decoder,
+        num_workers(config.data),
+        how.exclude_bad_files,
+        limits_of(config.data),
+    )
     try:
         scores = recogniser.score(manifest, views, reading, processes)
     finally:
@@ -562,8 +569,8 @@ def _watch(
         seed=config.seed,
         report_failures=True,
     )
-    batch_size, workers = min(len(clips), 32), num_workers(config.data)
-    failures = find_failures(clips, processes, batch_size=batch_size, workers=workers)
+    reading = how_read(config.data, min(len(clips), 32))
+    failures = find_failures(clips, processes, **reading)
     if failures and not exclude:
         raise BadTestFilesError(failures, len(manifest))
     measured = objective.average if config.test.weights == "average" else engine.model
@@ -572,8 +579,8 @@ def _watch(
 
     def validate() -> dict[str, float]:
         share = processes.share(len(manifest))
-        reading = held_out_batches(clips, batch_size=batch_size, workers=workers, positions=share)
-        with engine.whole(measured) as model, closing(reading) as batches:
+        read = held_out_batches(clips, positions=share, **reading)
+        with engine.whole(measured) as model, closing(read) as batches:
             assert isinstance(model, ClipClassifier)
             recogniser = recogniser_of(config, model, names, engine.device, engine.precision)
             found, failures = score_videos(

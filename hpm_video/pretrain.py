@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypedDict
 
 import torch
 from torch import nn
@@ -19,11 +18,14 @@ from hpm_video.data.loader import held_out_batches
 from hpm_video.data.transforms import ClipTransform, MultiScaleCrop
 from hpm_video.evaluation import summarise
 from hpm_video.experiment import (
+    HowRead,
     RunDirectory,
     Session,
     claim,
     find_failures,
+    how_read,
     key_of_source,
+    limits_of,
     make_engine,
     num_workers,
     open_data,
@@ -334,7 +336,7 @@ def _watch(
     }
     pictured = {name: _held_out(config, session, name, PICTURED_CLIPS) for name in measured}
     for clips in measured.values():
-        find_failures(clips, processes, **_reading(config, clips))
+        find_failures(clips, processes, **_how_read(config, clips))
     if not measured:
         return Watch(probe=probe, probe_every_epochs=config.knn.every_epochs)
 
@@ -343,7 +345,7 @@ def _watch(
         with _looking(objective, engine) as (seen, student):
             for name, clips in measured.items():
                 share = processes.share(len(clips))
-                reading = _reading(config, clips)
+                reading = _how_read(config, clips)
                 with closing(held_out_batches(clips, positions=share, **reading)) as batches:
                     measures = measure(seen, student, batches, processes)
                 found |= {named(name, what): value for what, value in measures.items()}
@@ -394,17 +396,9 @@ def _looking(
         yield objective.seen_with(teacher), WholeModel(student, engine.device, engine.precision)
 
 
-class _Reading(TypedDict):
-    batch_size: int
-    workers: int
-
-
-def _reading(config: PretrainConfig, clips: HeldOutClips) -> _Reading:
+def _how_read(config: PretrainConfig, clips: HeldOutClips) -> HowRead:
     """How held-out clips are read."""
-    return {
-        "batch_size": min(len(clips), max(config.recipe.batch_size, 8), 32),
-        "workers": num_workers(config.data),
-    }
+    return how_read(config.data, min(len(clips), max(config.recipe.batch_size, 8), 32))
 
 
 def _held_out(config: PretrainConfig, session: Session, source: str, count: int) -> HeldOutClips:
@@ -456,11 +450,11 @@ def _neighbour_probe(
             f"knn.k must be at most the number of videos of knn.train, {len(manifests[0])}, got "
             f"{how.k}"
         )
-    reading, spec = Reading(config.data.decoder, num_workers(config.data)), clip_spec(config.data)
+    spec = clip_spec(config.data)
+    reading = Reading(config.data.decoder, num_workers(config.data), limits=limits_of(config.data))
     for manifest in manifests:
         clips = HeldOutClips(manifest, spec, decoder=config.data.decoder, seed=config.seed)
-        batch_size = min(len(clips), 32)
-        find_failures(clips, session.processes, batch_size=batch_size, workers=reading.workers)
+        find_failures(clips, session.processes, **how_read(config.data, min(len(clips), 32)))
 
     def probe() -> dict[str, float]:
         with engine.whole(engine.model) as student:

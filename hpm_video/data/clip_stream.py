@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hpm_video.data.dataset import ClipSpec, Failure, Views, known_frames, settle_decoder
 from hpm_video.data.decode import (
@@ -17,8 +16,10 @@ from hpm_video.data.decode import (
     VideoReader,
     open_video,
 )
-from hpm_video.data.loader import STALL_SECONDS, init_worker
+from hpm_video.data.loader import JOBS_HELD
 from hpm_video.data.manifest import Manifest
+from hpm_video.data.pool import USUAL, Limits, Lost, Pool
+from hpm_video.data.room import check_room
 from hpm_video.data.sampling import Indices, window_indices
 
 FIRST_RUN = 32
@@ -82,11 +83,10 @@ class Part:
     """The video does not decode after all: nothing follows, and what came before is void."""
 
 
-class ClipStream(IterableDataset[Part]):
+class ClipStream:
     """The views of one video after the other, in parts of at most so many clips.
 
-    A view is a clip and a crop of it; those of one clip are next to each other. Frames are read in
-    runs, once each, and are kept, cropped and resized, for as long as a clip still needs them.
+    A view is a clip and a crop of it; those of one clip are next to each other.
     """
 
     def __init__(  # noqa: PLR0913 - what, of which videos, and how it is read
@@ -99,37 +99,57 @@ class ClipStream(IterableDataset[Part]):
         decoder: DecoderChoice,
         clips_per_part: int,
     ) -> None:
-        """``places``: of the videos in the manifest. They are dealt out to the workers."""
-        self._manifest = manifest
-        self._places = places
-        self._spec = spec
-        self._chosen = chosen
-        self._decoder = settle_decoder(decoder, manifest)
-        self._clips_per_part = max(1, clips_per_part // chosen.crops)
+        """``places``: of the videos in the manifest."""
+        self.manifest = manifest
+        self.places = places
+        self.reader = PartReader(
+            *(spec, chosen, settle_decoder(decoder, manifest)),
+            clips_per_part=max(1, clips_per_part // chosen.crops),
+        )
 
-    def __iter__(self) -> Iterator[Part]:
-        worker = get_worker_info()
-        own = self._places if worker is None else self._places[worker.id :: worker.num_workers]
-        for place in own:
-            yield from self._parts_or_failure(place)
+    def requests(self) -> list[tuple[int, str, int]]:
+        """Place, path and known number of frames of each video."""
+        files, num_frames = self.manifest.files, self.manifest.num_frames
+        return [(place, files[place], num_frames[place]) for place in self.places]
 
-    def _parts_or_failure(self, place: int) -> Iterator[Part]:
+
+@dataclass(frozen=True)
+class PartReader:
+    """Reads the parts of a video, in any process.
+
+    Frames are read in runs, once each, and are kept, cropped and resized, for as long as a clip
+    still needs them.
+    """
+
+    spec: ClipSpec
+    chosen: Views | Windows
+    decoder: DecoderChoice
+    clips_per_part: int
+
+    @property
+    def part_bytes(self) -> int:
+        """Of the arrays in a part, at most."""
+        return self.clips_per_part * self.chosen.crops * (self.spec.clip_bytes + 8)
+
+    def __call__(self, request: tuple[int, str, int]) -> Iterator[Part]:
+        """The parts of a video; a failure ends them."""
+        place, path, stated = request
         try:
-            yield from self._parts(place)
+            yield from self._parts(place, path, stated)
         except DecodeError as error:
-            yield Part(place, failure=Failure(self._manifest.files[place], error.reason))
+            yield Part(place, failure=Failure(path, error.reason))
 
-    def _parts(self, place: int) -> Iterator[Part]:
-        crops = self._chosen.crops
-        with open_video(self._manifest.files[place], self._decoder) as video:
-            num_frames = known_frames(self._manifest, place, video)
-            table = clips_of(self._chosen, self._spec, num_frames)
+    def _parts(self, place: int, path: str, stated: int) -> Iterator[Part]:
+        crops = self.chosen.crops
+        with open_video(path, self.decoder) as video:
+            num_frames = known_frames(stated, video)
+            table = clips_of(self.chosen, self.spec, num_frames)
             clips = self._clips(video, table)
-            for first in range(0, len(table), self._clips_per_part):
+            for first in range(0, len(table), self.clips_per_part):
                 yield Part(
                     place,
-                    torch.cat([*islice(clips, self._clips_per_part)]),
-                    np.repeat(table[first : first + self._clips_per_part, 0], crops),
+                    torch.cat([*islice(clips, self.clips_per_part)]),
+                    np.repeat(table[first : first + self.clips_per_part, 0], crops),
                     num_views=len(table) * crops,
                     num_frames=num_frames,
                 )
@@ -150,25 +170,38 @@ class ClipStream(IterableDataset[Part]):
         run, at = FIRST_RUN, 0
         while at < len(wanted):
             frames = video.read(wanted[at : at + run])
-            crops = torch.stack(self._spec.crops(frames, self._chosen.crops))
+            crops = torch.stack(self.spec.crops(frames, self.chosen.crops))
             indices = wanted[at : at + run].tolist()
             at, run = at + run, max(1, RUN_BYTES // frames[0].nbytes)
             del frames  # while the crops are used
             yield from zip(indices, crops.unbind(dim=2), strict=True)
 
 
-def stream_parts(clips: ClipStream, *, workers: int) -> Generator[Part, None, None]:
-    """The parts of all videos, those of several workers interleaved as they come.
+def stream_parts(
+    clips: ClipStream, *, workers: int, limits: Limits = USUAL
+) -> Generator[Part, None, None]:
+    """The parts of all videos, those of several processes interleaved as they come.
 
-    Closing the generator ends the workers.
+    Closing the generator ends the processes. Without ``workers`` this one decodes, and a file on
+    which it hangs or crashes ends it.
+
+    Raises:
+        RoomError: the machine has no room for the parts.
     """
-    loader: DataLoader[Part] = DataLoader(
-        clips,
-        batch_size=None,
-        num_workers=workers,
-        timeout=STALL_SECONDS if workers else 0,
-        worker_init_fn=init_worker,
-        generator=torch.Generator(),  # otherwise making an iterator draws from the global one
-        in_order=False,  # a long video does not hold up the others
-    )
-    yield from loader
+    if workers == 0:
+        for request in clips.requests():
+            yield from clips.reader(request)
+        return
+    size = clips.reader.part_bytes
+    check_room(workers, shared=JOBS_HELD * workers * size, batches=size)
+    with Pool(clips.reader, workers, limits, result_bytes=size, depth=JOBS_HELD) as pool:
+        for request in clips.requests():
+            pool.submit(request, request)
+        left = len(clips.places)
+        while left:
+            (place, path, _), part, is_last = pool.next()
+            left -= is_last
+            if isinstance(part, Lost):
+                yield Part(place, failure=Failure(path, part.reason))
+            else:
+                yield part

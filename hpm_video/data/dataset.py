@@ -3,7 +3,7 @@
 An image is a video of one frame.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -53,6 +53,11 @@ class ClipSpec:
     """Of held-out clips, as their crops; training clips have a transform of their own."""
     short_side: int | None = None
     """Where given, held-out frames are resized to it, and crops are cut out as they are."""
+
+    @property
+    def clip_bytes(self) -> int:
+        """Of the pixels of a clip."""
+        return 3 * self.num_frames * self.frame_size[0] * self.frame_size[1]
 
     def crops(self, frames: NDArray[np.uint8], count: int) -> list[Tensor]:
         """Held-out crops of frames: (T, H, W, C) -> count x (C, T, h, w) uint8"""
@@ -207,7 +212,64 @@ def too_many(failures: Sequence[Failure], num_files: int, max_bad_share: float) 
     )
 
 
-class VideoClips(Dataset[Sample]):
+@dataclass(frozen=True)
+class Request:
+    """One file, and what is to be taken from it. Small: it goes to the process that decodes."""
+
+    path: str
+    label: int
+    num_frames: int
+    """That the file is known to have, -1 where nobody says."""
+    keys: tuple[tuple[int | str, ...], ...]
+    """Of each clip: what its random draws derive from."""
+
+
+Reader = Callable[[Request], Sample]
+"""Decodes what is asked for, and raises DecodeError. Picklable, and small as well."""
+
+
+class Clips(Dataset[Sample]):
+    """Clips by position: which file each is of, and how it is read, are two things.
+
+    The first is decided here, in the process of the run, which alone has the manifest and knows
+    which files do not decode (:attr:`bad`); the second can be done in any process.
+    """
+
+    reader: Reader
+    bad: dict[str, Failure]
+    """Files that are known not to decode: they are not tried again."""
+    sample_bytes: int
+    """Of the pixels of a sample, at most."""
+
+    def request(self, position: int) -> Request | Sample:
+        """What to read for a position; a sample where nothing has to be read for it.
+
+        Raises:
+            DecodeError, TooManyBadFiles: nothing can be read for it, files being bad.
+        """
+        raise NotImplementedError
+
+    def __getitem__(self, position: int) -> Sample:
+        """The sample at a position, decoded in this process. Raises as :meth:`request` does."""
+        found: tuple[Failure, ...] = ()
+        while not isinstance(asked := self.request(position), Sample):
+            read = read_or_fail(self.reader, asked)
+            if isinstance(read, Sample):
+                return replace(read, failures=found)
+            self.bad[read.path] = read
+            found += (read,)
+        return asked
+
+
+def read_or_fail(reader: Reader, request: Request) -> Sample | Failure:
+    """What is asked for, or why it does not decode."""
+    try:
+        return reader(request)
+    except DecodeError as error:
+        return Failure(request.path, error.reason)
+
+
+class VideoClips(Clips):
     """Training clips: an endless stream of samples, where an epoch shows each file once.
 
     Position p is entry p mod n of the order of epoch p // n, n being the number of files. What
@@ -233,9 +295,12 @@ class VideoClips(Dataset[Sample]):
         self.manifest = manifest
         self.spec = spec
         self.max_bad_share = max_bad_share
-        self._transform = transform
-        self._repeats = repeats
-        self._decoder = settle_decoder(decoder, manifest)
+        self.bad = {}
+        self.sample_bytes = repeats.count * spec.clip_bytes
+        self.reader = DrawnClips(
+            spec, transform, repeats.same_frames, settle_decoder(decoder, manifest), source
+        )
+        self._repeats = repeats.count
         self._seed = seed
         self._source = source
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.arange(0))
@@ -244,30 +309,21 @@ class VideoClips(Dataset[Sample]):
         """Samples of one epoch."""
         return len(self.manifest)
 
-    def __getitem__(self, position: int) -> Sample:
-        """The sample at a position of the stream.
+    def request(self, position: int) -> Request:
+        """The file whose turn it is at a position of the stream, or that which replaces it.
 
         Raises:
-            TooManyBadFiles: more files in a row do not decode than may fail in all.
+            TooManyBadFiles: more files do not decode than may fail in all.
         """
+        if len(self.bad) > tolerated(len(self), self.max_bad_share):
+            raise too_many(list(self.bad.values()), len(self), self.max_bad_share)
         epoch, slot = divmod(position, len(self))
         order = self._epoch_order(epoch)
-        failures: dict[str, Failure] = {}
         for offset in range(len(self)):
             index = int(order[(slot + offset) % len(self)])
-            path = self.manifest.files[index]
-            if path in failures:
-                continue
-            instead_of = (int(order[slot]),) if offset else ()
-            try:
-                sample = self._sample(index, epoch, instead_of)
-            except DecodeError as error:
-                failures[path] = Failure(path, error.reason)
-                if len(failures) > tolerated(len(self), self.max_bad_share):
-                    break
-            else:
-                return replace(sample, failures=tuple(failures.values()))
-        raise too_many(list(failures.values()), len(self), self.max_bad_share)
+            if self.manifest.files[index] not in self.bad:
+                return self._request(index, epoch, (int(order[slot]),) if offset else ())
+        raise too_many(list(self.bad.values()), len(self), self.max_bad_share)
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
         if self._order[0] != epoch:
@@ -280,33 +336,56 @@ class VideoClips(Dataset[Sample]):
         """What tells the draws of one source from those of another."""
         return (self._source,) if self._source else ()
 
-    def _sample(self, index: int, epoch: int, instead_of: tuple[int, ...]) -> Sample:
-        keys = [
-            (self._seed, *self._own, epoch, index, repeat, *instead_of)
-            for repeat in range(self._repeats.count)
-        ]
-        draws = [generator("clip", *key) for key in keys]
-        with open_video(self.manifest.files[index], self._decoder) as video:
-            num_frames = known_frames(self.manifest, index, video)
+    def _request(self, index: int, epoch: int, instead_of: tuple[int, ...]) -> Request:
+        return Request(
+            self.manifest.files[index],
+            self.manifest.labels[index],
+            self.manifest.num_frames[index],
+            keys=tuple(
+                (self._seed, *self._own, epoch, index, repeat, *instead_of)
+                for repeat in range(self._repeats)
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class DrawnClips:
+    """Reads training clips: their frames and crops are drawn by their keys."""
+
+    spec: ClipSpec
+    transform: ClipTransform
+    same_frames: bool
+    decoder: DecoderChoice
+    source: str
+
+    def __call__(self, request: Request) -> Sample:
+        """The clips of a file.
+
+        Raises:
+            DecodeError: it does not decode.
+        """
+        draws = [generator("clip", *key) for key in request.keys]
+        with open_video(request.path, self.decoder) as video:
+            num_frames = known_frames(request.num_frames, video)
             clips = [self.spec.draw_indices(num_frames, draw) for draw in draws]
-            if self._repeats.same_frames:
+            if self.same_frames:
                 clips = clips[:1] * len(clips)
             frames, places = _read(video, clips)
         return Sample(
             torch.stack(
                 [
-                    self._transform(frames[place], self.spec.frame_size, draw)
+                    self.transform(frames[place], self.spec.frame_size, draw)
                     for place, draw in zip(places, draws, strict=True)
                 ]
             ),
-            keys=tuple(key_of(*key) for key in keys),
-            label=self.manifest.labels[index],
-            file=self.manifest.files[index],
-            source=self._source,
+            keys=tuple(key_of(*key) for key in request.keys),
+            label=request.label,
+            file=request.path,
+            source=self.source,
         )
 
 
-class HeldOutClips(Dataset[Sample]):
+class HeldOutClips(Clips):
     """The same views of each file every time: nothing is drawn, and each file is decoded once.
 
     A view is a clip and a crop of it; those of one clip are next to each other. A file that does
@@ -328,7 +407,9 @@ class HeldOutClips(Dataset[Sample]):
         self.manifest = manifest
         self.spec = spec
         self.views = views
-        self._decoder = settle_decoder(decoder, manifest)
+        self.bad = {}
+        self.sample_bytes = views.count * spec.clip_bytes
+        self.reader = SpreadClips(spec, views, settle_decoder(decoder, manifest), source)
         self._seed = seed
         self._report_failures = report_failures
         self._source = source
@@ -336,40 +417,52 @@ class HeldOutClips(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.manifest)
 
-    def __getitem__(self, index: int) -> Sample:
-        """The views of a file.
+    def request(self, position: int) -> Request | Sample:
+        """A file, or where it is known to be bad and failures are reported, what that gives.
 
         Raises:
             DecodeError: the file does not decode, and failures are not reported.
         """
-        path = self.manifest.files[index]  # an IndexError ends a loop over the samples
-        failures: tuple[Failure, ...] = ()
-        try:
-            clips = self._views(index)
-        except DecodeError as error:
-            if not self._report_failures:
-                raise
-            clips = torch.empty(0, 3, self.spec.num_frames, *self.spec.frame_size).byte()
-            failures = (Failure(path, error.reason),)
-        return Sample(
-            clips,
-            keys=(key_of(self._seed, "held out", index),) * len(clips),
-            label=self.manifest.labels[index],
-            file=path,
-            failures=failures,
-            source=self._source,
-        )
+        path = self.manifest.files[position]  # an IndexError ends a loop over the samples
+        label = self.manifest.labels[position]
+        if path not in self.bad:
+            keys = ((self._seed, "held out", position),) * self.views.count
+            return Request(path, label, self.manifest.num_frames[position], keys)
+        if not self._report_failures:
+            raise DecodeError(self.bad[path].reason, path)
+        nothing = torch.empty(0, 3, self.spec.num_frames, *self.spec.frame_size).byte()
+        return Sample(nothing, (), label, path, (self.bad[path],), self._source)
 
-    def _views(self, index: int) -> Tensor:
-        """-> (R, C, T, h, w) uint8"""
-        spec = self.spec
-        with open_video(self.manifest.files[index], self._decoder) as video:
-            num_frames = known_frames(self.manifest, index, video)
-            clips = spec.spread_indices(num_frames, self.views.clips)
-            frames, places = _read(video, list(clips))
+
+@dataclass(frozen=True)
+class SpreadClips:
+    """Reads held-out clips: views that are spread over the file."""
+
+    spec: ClipSpec
+    views: Views
+    decoder: DecoderChoice
+    source: str
+
+    def __call__(self, request: Request) -> Sample:
+        """The views of a file.
+
+        Raises:
+            DecodeError: it does not decode.
+        """
+        with open_video(request.path, self.decoder) as video:
+            num_frames = known_frames(request.num_frames, video)
+            frames, places = _read(
+                video, list(self.spec.spread_indices(num_frames, self.views.clips))
+            )
         # Cropped and resized once per frame and box, however many clips it belongs to.
-        crops = spec.crops(frames, self.views.crops)
-        return torch.stack([crop[:, place] for place in places for crop in crops])
+        crops = self.spec.crops(frames, self.views.crops)
+        return Sample(
+            torch.stack([crop[:, place] for place in places for crop in crops]),
+            keys=tuple(key_of(*key) for key in request.keys),
+            label=request.label,
+            file=request.path,
+            source=self.source,
+        )
 
 
 def settle_decoder(decoder: DecoderChoice, manifest: Manifest) -> DecoderChoice:
@@ -381,9 +474,8 @@ def settle_decoder(decoder: DecoderChoice, manifest: Manifest) -> DecoderChoice:
     return decoder if all(map(is_image, manifest.files)) else choose_decoder(decoder)
 
 
-def known_frames(manifest: Manifest, index: int, video: VideoReader) -> int:
+def known_frames(stated: int, video: VideoReader) -> int:
     """Of frames that a container promises, the manifest may know how many there are."""
-    stated = manifest.num_frames[index]
     return min(stated, video.num_frames) if stated > 0 else video.num_frames
 
 

@@ -1,35 +1,52 @@
-"""Batches of clips, decoded by worker processes."""
+"""Batches of clips, decoded by processes that may be lost and are replaced."""
 
 import csv
 import multiprocessing
 import os
-import signal
-from collections.abc import Generator, Iterable, Sequence
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from hpm_video.data.dataset import (
     ClipBatch,
+    Clips,
     Failure,
     HeldOutClips,
+    Reader,
+    Request,
     Sample,
     TooManyBadFiles,
     collate,
+    read_or_fail,
     tolerated,
     too_many,
 )
 from hpm_video.data.decode import DecodeError
 from hpm_video.data.mixture import MixedClips, Place
+from hpm_video.data.pool import USUAL, Answer, Limits, Lost, Pool
+from hpm_video.data.room import check_room
 
 MAX_WORKERS = 16
-STALL_SECONDS = 900
-"""A batch that takes longer ends the run: a native decoder that hangs would wait for ever."""
+JOB_BYTES = 2**20
+"""Of smaller samples several are read in a job, for each job takes the run some time."""
+JOBS_HELD = 2
+"""That a process has, so that it finds the next one when it is done."""
+READY = 1
+"""Whole batches that wait for the run."""
+
+
+ReadPool = Pool[list[tuple[int, Request]]]
+"""Its jobs are files, and the number of the source that each is of."""
 
 
 def default_workers() -> int:
-    """Processes that decode: one per core that may be used but one, at most 16.
+    """Processes that decode: one per core that may be used but one, at least 1 and at most 16.
 
     Where torchrun started several processes on this machine, they share the cores.
     """
@@ -38,19 +55,28 @@ def default_workers() -> int:
     else:
         cores = os.cpu_count() or 1
     share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(max(share - 1, 0), MAX_WORKERS)
+    return min(max(share - 1, 1), MAX_WORKERS)
 
 
 def training_batches(
-    dataset: MixedClips, places: Sequence[Place], *, batch_size: int, workers: int, pin: bool
+    dataset: MixedClips,
+    places: Sequence[Place],
+    *,
+    batch_size: int,
+    workers: int,
+    pin: bool,
+    limits: Limits = USUAL,
 ) -> Generator[ClipBatch, None, None]:
     """Batches of the samples at ``places`` of the endless streams, in that order.
 
-    Those of a whole run make one iterator: workers live as long as it does, and go on from
-    one epoch to the next without a pause. ``batch_size`` counts videos. Closing the generator ends
-    the workers.
+    Those of a whole run make one iterator: its processes live as long as it does, and go on from
+    one epoch to the next without a pause. Closing it ends them. ``batch_size`` counts videos.
+    Without ``workers`` this process decodes, and a file on which it hangs or crashes ends the run.
+
+    Raises:
+        RoomError: the machine has no room for what is read ahead.
     """
-    return _batches(dataset, places, batch_size, workers, pin)
+    return _batches(dataset.streams, places, batch_size, workers, limits, pin=pin)
 
 
 def held_out_batches(
@@ -59,80 +85,238 @@ def held_out_batches(
     batch_size: int,
     workers: int,
     positions: Sequence[int] | None = None,
+    limits: Limits = USUAL,
 ) -> Generator[ClipBatch, None, None]:
     """Batches of the held-out clips at ``positions``, by default of all, in that order.
 
-    ``batch_size`` counts videos.
+    ``batch_size`` and ``workers`` as of :func:`training_batches`.
+
+    Raises:
+        RoomError: the machine has no room for what is read ahead.
     """
     chosen = range(len(dataset)) if positions is None else positions
-    return _batches(dataset, chosen, batch_size, workers, pin=False)
+    places = [Place(0, position) for position in chosen]
+    return _batches([dataset], places, batch_size, workers, limits, pin=False)
 
 
 def _batches(
-    dataset: MixedClips | HeldOutClips,
-    positions: Sequence[Place] | Sequence[int],
+    streams: Sequence[Clips],
+    places: Sequence[Place],
     batch_size: int,
     workers: int,
+    limits: Limits,
+    *,
     pin: bool,
 ) -> Generator[ClipBatch, None, None]:
-    loader: DataLoader[ClipBatch | Exception] = DataLoader(
-        _Reporting(dataset),  # type: ignore[arg-type]
-        batch_size,
-        sampler=positions,
-        num_workers=workers,
-        collate_fn=_collate_or_report,
-        pin_memory=pin,
-        timeout=STALL_SECONDS if workers else 0,
-        worker_init_fn=init_worker,
-        generator=torch.Generator(),  # otherwise making an iterator draws from the global one
+    if workers == 0 or not places:
+        return _read_here(streams, places, batch_size, pin=pin)
+    sample_bytes = max(stream.sample_bytes for stream in streams)
+    group = max(1, JOB_BYTES // sample_bytes)
+    workers = min(workers, -(-len(places) // group))
+    ahead = 2 + 2 * workers * group // batch_size
+    check_room(
+        workers,
+        shared=JOBS_HELD * workers * group * sample_bytes,
+        batches=(ahead + READY + 2) * batch_size * sample_bytes,
     )
-    for batch in loader:
-        if isinstance(batch, Exception):
-            raise batch
-        yield batch
+    read = _ReadAll(tuple(stream.reader for stream in streams))
+    options = {"result_bytes": group * sample_bytes, "depth": JOBS_HELD}
+    batches = _Batches(streams, places, batch_size, group=group, ahead=ahead)
+    return _in_background(lambda: Pool(read, workers, limits, **options), batches, pin=pin)
 
 
-class _Reporting(Dataset[Sample | Exception]):
-    """Hands over errors as they are: torch would wrap them in the text of a traceback."""
+def _read_here(
+    streams: Sequence[Clips], places: Iterable[Place], batch_size: int, *, pin: bool
+) -> Generator[ClipBatch, None, None]:
+    left = iter(places)
+    while chosen := list(islice(left, batch_size)):
+        batch = collate([streams[place.source][place.position] for place in chosen])
+        yield batch.pin_memory() if pin else batch
 
-    def __init__(self, dataset: MixedClips | HeldOutClips) -> None:
-        self._dataset: Dataset[Sample] = dataset
-        self._length = len(dataset)
 
-    def __len__(self) -> int:
-        return self._length
+@dataclass(frozen=True)
+class _ReadAll:
+    """What a process does: read some files, each by the reader of its source."""
 
-    def __getitem__(self, index: int) -> Sample | Exception:
+    readers: tuple[Reader, ...]
+
+    def __call__(self, jobs: Sequence[tuple[int, Request]]) -> list[Sample | Failure]:
+        return [read_or_fail(self.readers[source], request) for source, request in jobs]
+
+
+@dataclass(eq=False)
+class _Row:
+    """A sample of a batch that is being read."""
+
+    batch: "_Begun"
+    place: Place
+    sample: Sample | None = None
+    request: Request | None = None
+    """What a process was asked to read for it."""
+    failures: tuple[Failure, ...] = ()
+    """Files that were to be it."""
+
+
+class _Begun:
+    """A batch of which not all may have been read."""
+
+    def __init__(self, places: Iterable[Place]) -> None:
+        self.rows = [_Row(self, place) for place in places]
+        self.error: DecodeError | TooManyBadFiles | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        return self.error is not None or all(row.sample is not None for row in self.rows)
+
+    def batch(self) -> ClipBatch:
+        if self.error is not None:
+            raise self.error
+        return collate([row.sample for row in self.rows if row.sample is not None])
+
+
+class _Batches:
+    """Batches in order, of samples that a pool reads in any order."""
+
+    def __init__(
+        self,
+        streams: Sequence[Clips],
+        places: Iterable[Place],
+        batch_size: int,
+        *,
+        group: int,
+        ahead: int,
+    ) -> None:
+        """``group``: samples of a job. ``ahead``: batches that are being read at a time."""
+        self._streams = streams
+        self._places = iter(places)
+        self._batch_size = batch_size
+        self._group = group
+        self._ahead = ahead
+        self._begun: deque[_Begun] = deque()
+
+    def run(self, pool: ReadPool) -> Iterator[ClipBatch]:
+        """Raises what the streams raise, when it is the turn of that batch."""
+        while True:
+            self._begin(pool)
+            if not self._begun:
+                return
+            while not self._begun[0].is_whole:
+                self._take(pool, pool.next())
+            yield self._begun.popleft().batch()
+
+    def _begin(self, pool: ReadPool) -> None:
+        while len(self._begun) < self._ahead:
+            chosen = list(islice(self._places, self._batch_size))
+            if not chosen:
+                return
+            begun = _Begun(chosen)
+            self._begun.append(begun)
+            asked = [row for row in begun.rows if self._asks(row)]
+            for start in range(0, len(asked), self._group):
+                self._submit(pool, asked[start : start + self._group])
+
+    def _asks(self, row: _Row) -> bool:
+        """Whether something has to be read for a row; it knows what, then."""
         try:
-            return self._dataset[index]
+            asked = self._streams[row.place.source].request(row.place.position)
         except (DecodeError, TooManyBadFiles) as error:
-            return error
+            row.batch.error = error
+            return False
+        if isinstance(asked, Sample):
+            row.sample = asked
+            return False
+        row.request = asked
+        return True
+
+    def _submit(self, pool: ReadPool, rows: list[_Row], *, first: bool = False) -> None:
+        jobs = [(row.place.source, row.request) for row in rows if row.request is not None]
+        pool.submit(rows, jobs, first=first)
+
+    def _take(self, pool: ReadPool, answer: Answer) -> None:
+        rows: list[_Row] = answer.tag
+        if not isinstance(answer.result, Lost):
+            for row, result in zip(rows, answer.result, strict=True):
+                self._put(pool, row, result)
+        elif len(rows) == 1:
+            assert rows[0].request is not None
+            failure = Failure(rows[0].request.path, answer.result.reason)
+            self._put(pool, rows[0], failure)
+        else:  # one of them did it: each by itself
+            for row in reversed(rows):
+                self._submit(pool, [row], first=True)
+
+    def _put(self, pool: ReadPool, row: _Row, result: Sample | Failure) -> None:
+        if isinstance(result, Sample):
+            row.sample = replace(result, failures=row.failures)
+            return
+        self._streams[row.place.source].bad[result.path] = result
+        row.failures += (result,)
+        if self._asks(row):
+            self._submit(pool, [row], first=True)
 
 
-def _collate_or_report(samples: Sequence[Sample | Exception]) -> ClipBatch | Exception:
-    for sample in samples:
-        if isinstance(sample, Exception):
-            return sample
-    return collate([sample for sample in samples if isinstance(sample, Sample)])
+class _Handover:
+    """What one thread makes and another takes, until that one wants no more."""
+
+    def __init__(self) -> None:
+        self._things: queue.Queue[ClipBatch | BaseException | None] = queue.Queue(READY)
+        self._wanted = True
+
+    def give(self, thing: ClipBatch | BaseException | None) -> None:
+        """Wait for room, where there is still somebody who takes it."""
+        while self._wanted:
+            try:
+                self._things.put(thing, timeout=0.1)
+            except queue.Full:
+                continue
+            return
+
+    def take(self) -> ClipBatch | None:
+        """The next batch; none after the last. Raises what the other thread gave as an error."""
+        thing = self._things.get()
+        if isinstance(thing, BaseException):
+            raise thing
+        return thing
+
+    def close(self) -> None:
+        self._wanted = False
 
 
-def init_worker(_worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM to the parent: it saves, and then ends its workers.
+def _in_background(
+    begin: Callable[[], ReadPool], batches: _Batches, *, pin: bool
+) -> Generator[ClipBatch, None, None]:
+    """Batches that a thread puts together, while the run is at the one before."""
+    handover = _Handover()
+    # A thread begins on GPU 0: to pin memory there would take some of a GPU of another process.
+    device = torch.cuda.current_device() if pin else None
 
-    Terminals and schedulers signal all processes of a job. (torch sets workers to one thread.)
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    def produce(pool: ReadPool) -> None:
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)
+            for batch in batches.run(pool):
+                handover.give(batch.pin_memory() if pin else batch)
+            handover.give(None)
+        except BaseException as error:  # noqa: BLE001 - the run raises it
+            handover.give(error)
+
+    with begin() as pool:
+        thread = threading.Thread(target=produce, args=(pool,), daemon=True, name="batches")
+        thread.start()
+        try:
+            while (batch := handover.take()) is not None:
+                yield batch
+        finally:
+            handover.close()
+            pool.stop()
+            thread.join()
 
 
 def end_workers() -> None:
-    """Kill the workers that are still there: one may hang in native code for ever."""
-    children = multiprocessing.active_children()
-    if children:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for a fault
-    for child in children:
+    """Kill the processes that are still there: one may hang in native code for ever."""
+    for child in multiprocessing.active_children():
         child.kill()
-        child.join()
+        child.join(timeout=2)
 
 
 class BadFiles:
@@ -146,14 +330,15 @@ class BadFiles:
         self._writes = writes
         self._num_files = num_files
         self._max_bad_share = max_bad_share
-        self._failures: dict[str, Failure] = {}
+        self.failures: dict[str, Failure] = {}
+        """By path."""
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.reader(file) if len(row) == 2][1:]
-            self._failures = {name: Failure(name, reason) for name, reason in rows}
+            self.failures = {name: Failure(name, reason) for name, reason in rows}
 
     def __len__(self) -> int:
-        return len(self._failures)
+        return len(self.failures)
 
     def note(self, failures: Iterable[Failure]) -> None:
         """Write down the failures of a batch.
@@ -161,14 +346,14 @@ class BadFiles:
         Raises:
             TooManyBadFiles: there are now more bad files than the data allows.
         """
-        new = {failure.path: failure for failure in failures if failure.path not in self._failures}
+        new = {failure.path: failure for failure in failures if failure.path not in self.failures}
         if not new:
             return
         if self._writes:
             self._append(list(new.values()))
-        self._failures |= new
+        self.failures |= new
         if len(self) > tolerated(self._num_files, self._max_bad_share):
-            raise too_many([*self._failures.values()], self._num_files, self._max_bad_share)
+            raise too_many([*self.failures.values()], self._num_files, self._max_bad_share)
 
     def _append(self, failures: list[Failure]) -> None:
         header = [] if self._path.exists() else [("path", "reason")]

@@ -1,16 +1,18 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from hpm_video.data import loader
+from hpm_video.data import room
 from hpm_video.data.dataset import (
     ClipSpec,
     Failure,
@@ -24,6 +26,8 @@ from hpm_video.data.decode import DecodeError, available_decoders
 from hpm_video.data.loader import BadFiles, default_workers, held_out_batches, training_batches
 from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.data.mixture import MixedClips, Place
+from hpm_video.data.pool import GIB, Limits
+from hpm_video.data.room import RoomError
 from hpm_video.data.transforms import MultiScaleCrop
 
 SPEC = ClipSpec(num_frames=4, frame_stride=2, max_frame_stride=3, frame_size=(24, 32))
@@ -37,10 +41,10 @@ def folder(tmp_path_factory, write_painted):
     return folder
 
 
-def clips_of(manifest, decoder="auto", max_bad_share=0.5, kind=VideoClips):
-    stream = kind(
+def clips_of(manifest, decoder="auto", max_bad_share=0.5, spec=SPEC):
+    stream = VideoClips(
         manifest,
-        SPEC,
+        spec,
         MultiScaleCrop(flip=True),
         repeats=Repeats(2, same_frames=False),
         decoder=decoder,
@@ -60,10 +64,9 @@ def batches_of(folder, positions=range(2, 15), workers=0, **options):
     return list(training_batches(clips, chosen, batch_size=3, workers=workers, pin=False))
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 @pytest.mark.parametrize("decoder", available_decoders())
 def test_samples_do_not_depend_on_the_number_of_workers(folder, decoder):
-    alone = batches_of(folder, decoder=decoder)  # decodes here first, then in forks of here
+    alone = batches_of(folder, decoder=decoder)
     assert [len(batch.clips) for batch in alone] == [6, 6, 6, 6, 2]
     for workers in (1, 3):
         for expected, batch in zip(
@@ -149,7 +152,7 @@ def test_errors_of_workers_keep_their_kind_and_message(bad_videos):
         next(held_out_batches(held_out, batch_size=1, workers=1))
 
 
-@pytest.mark.parametrize(("cores", "workers"), [(1, 0), (2, 1), (8, 7), (17, 16), (64, 16)])
+@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 1), (8, 7), (17, 16), (64, 16)])
 def test_the_default_number_of_workers(monkeypatch, cores, workers):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     assert default_workers() == workers
@@ -158,15 +161,129 @@ def test_the_default_number_of_workers(monkeypatch, cores, workers):
     assert default_workers() == workers
 
 
-def test_a_stalled_decoder_ends_the_run(folder, monkeypatch):
-    class Stalled(VideoClips):
-        def __getitem__(self, position):
-            time.sleep(30)
+READERS = """
+    import ctypes
+    import os
+    from dataclasses import dataclass
+    from typing import Any
 
-    monkeypatch.setattr(loader, "STALL_SECONDS", 0.5)
-    clips = clips_of(read_manifest(folder), kind=Stalled)
-    with pytest.raises(RuntimeError, match="timed out"):
-        next(training_batches(clips, places(range(4)), batch_size=1, workers=1, pin=False))
+    import numpy as np
+
+    @dataclass(frozen=True)
+    class Hostile:
+        # A decoder that some files take down; they are known by their names.
+
+        reader: Any
+
+        def __call__(self, request):
+            if "hangs" in request.path:
+                ctypes.PyDLL(None).sleep(1000)  # with the interpreter's lock
+            if "crashes" in request.path:
+                os.abort()
+            if "eats" in request.path:
+                eaten = []
+                while True:
+                    eaten.append(np.ones(2**22, np.uint8))
+            return self.reader(request)
+"""
+HOSTILE = {
+    "hangs": "it took longer than 2 s",
+    "crashes": "the process that decoded it ended by SIGABRT",
+    "eats": "it needs more memory than a process that decodes may have",
+}
+LIMITS = Limits(seconds=2.0, memory=GIB // 4)
+
+
+@pytest.fixture(scope="module")
+def hostile_reader(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("module")
+    (folder / "hostile_readers.py").write_text(textwrap.dedent(READERS))
+    sys.path.insert(0, str(folder))
+    import hostile_readers
+
+    yield hostile_readers.Hostile
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture
+def hostile_files(folder, tmp_path):
+    """Good ones, and among them three that look as good."""
+    good = read_manifest(folder).files
+    bad = [str(tmp_path / f"{name}.mp4") for name in HOSTILE]
+    for path in bad:
+        shutil.copy(good[0], path)
+    return good, bad
+
+
+@pytest.mark.parametrize("frame_size", [(24, 32), (224, 224)])
+def test_training_goes_on_over_files_that_take_a_decoder_down(
+    hostile_files, hostile_reader, frame_size
+):
+    good, bad = hostile_files
+    spec = replace(SPEC, frame_size=frame_size)  # small samples share a job, large ones do not
+
+    def stream_of(files):
+        clips = clips_of(Manifest(files, (-1,) * len(files), (-1,) * len(files)), spec=spec)
+        return clips, clips.streams[0]
+
+    files = (bad[0], *good[:3], bad[1], bad[2], *good[3:])
+    clips, stream = stream_of(files)
+    stream.reader = hostile_reader(stream.reader)
+    options = {"batch_size": 4, "workers": 2, "pin": False, "limits": LIMITS}
+    batches = list(training_batches(clips, places(range(24)), **options))
+    reasons = {failure.path: failure.reason for b in batches for failure in b.failures}
+    assert reasons == dict(zip(bad, HOSTILE.values(), strict=True))
+    assert [len(batch.clips) for batch in batches] == [8] * 6
+    # The same as if the three had simply not decoded.
+    expected, stream = stream_of(files)
+    stream.bad = {path: Failure(path, "bad") for path in bad}
+    for batch, other in zip(
+        batches,
+        training_batches(expected, places(range(24)), batch_size=4, workers=0, pin=False),
+        strict=True,
+    ):
+        assert torch.equal(batch.clips, other.clips)
+        assert batch.files == other.files
+
+
+def test_a_test_reports_files_that_take_a_decoder_down(hostile_files, hostile_reader):
+    good, bad = hostile_files
+    files = (*good, *bad)
+    manifest = Manifest(files, tuple(range(8)), (-1,) * 8)
+    options = {"batch_size": 3, "workers": 2, "limits": LIMITS}
+    clips = HeldOutClips(manifest, SPEC, decoder="auto", seed=0, report_failures=True)
+    clips.reader = hostile_reader(clips.reader)
+    batches = list(held_out_batches(clips, **options))
+    assert [file for batch in batches for file in batch.files] == list(good)
+    found = [failure for batch in batches for failure in batch.failures]
+    assert [failure.reason for failure in found] == list(HOSTILE.values())
+    again = list(held_out_batches(clips, **options))  # known by now: no time is lost
+    assert [failure for batch in again for failure in batch.failures] == found
+    strict = HeldOutClips(manifest, SPEC, decoder="auto", seed=0)
+    strict.reader = hostile_reader(strict.reader)
+    with pytest.raises(DecodeError, match=r"hangs\.mp4: it took longer than 2 s"):
+        list(held_out_batches(strict, **options))
+
+
+def test_an_error_comes_when_it_is_the_turn_of_its_batch(folder, bad_videos):
+    files = (*read_manifest(folder).files, str(bad_videos["empty"]))
+    clips = HeldOutClips(Manifest(files, (-1,) * 6, (-1,) * 6), SPEC, decoder="auto", seed=0)
+    batches = held_out_batches(clips, batch_size=2, workers=2)
+    assert [len(next(batches).clips) for _ in range(2)] == [2, 2]
+    with pytest.raises(DecodeError, match="the file is empty"):
+        next(batches)
+
+
+def test_what_is_read_ahead_must_fit(folder, monkeypatch):
+    clips = clips_of(read_manifest(folder))
+    options = {"batch_size": 64, "workers": 8, "pin": False}
+    monkeypatch.setattr(room, "shared_memory_left", lambda: 2**20)
+    with pytest.raises(RoomError, match=r"data.workers=\d need \d+ MiB .*/dev/shm has 1 MiB left"):
+        training_batches(clips, places(range(1000)), **options)
+    monkeypatch.setattr(room, "shared_memory_left", lambda: None)
+    monkeypatch.setattr(room, "memory_left", lambda: 2**20)
+    with pytest.raises(RoomError, match=r"need \d+ MiB of memory .* and 1 MiB are left"):
+        training_batches(clips, places(range(1000)), **options)
 
 
 RUN = """
@@ -177,7 +294,7 @@ RUN = """
     from hpm_video.data.manifest import read_manifest
     from hpm_video.data.mixture import MixedClips, Places, deal_out
     from hpm_video.data.transforms import MultiScaleCrop
-    from torch.multiprocessing import active_children
+    from multiprocessing import active_children
 
     clips = VideoClips(
         read_manifest(sys.argv[1]),

@@ -1,0 +1,146 @@
+"""A process of a pool: it does one job after the other until it is killed or the run is gone.
+
+What it finds goes to the run through a pipe, its arrays through memory that both share.
+"""
+
+import fcntl
+import os
+import pickle
+import signal
+import traceback
+from collections import deque
+from collections.abc import Iterator
+from io import BytesIO
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def serve(
+    connection: Connection,
+    watched: Connection,
+    shared: Any,
+    result_bytes: int,
+    work: Any,
+    memory: int,
+) -> None:
+    """The process: does one job after the other."""
+    # Terminals and schedulers signal all processes of a run; it saves, and then ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _end_with_the_run(watched)
+    torch.set_num_threads(1)
+    _limit_memory(memory)
+    connection.send(("ready",))
+    inbox: deque[Any] = deque()
+    room = memoryview(shared).cast("B")
+    try:
+        while True:
+            _, slot, job = inbox.popleft() if inbox else connection.recv()
+            place = room[slot * result_bytes : (slot + 1) * result_bytes]
+            _do(work, job, connection, place, inbox)
+    except EOFError:  # the run closed the pool
+        return
+
+
+def _do(work: Any, job: Any, connection: Connection, place: memoryview, inbox: deque[Any]) -> None:
+    """One job, of one result or several."""
+    try:
+        done = work(job)
+        if not isinstance(done, Iterator):
+            connection.send(("result", *packed(done, place), False))
+            return
+        result = next(done)
+        for following in done:
+            connection.send(("result", *packed(result, place), True))
+            while (message := connection.recv())[0] != "more":
+                inbox.append(message)
+            result = following
+        connection.send(("result", *packed(result, place), False))
+    except (EOFError, BrokenPipeError):
+        raise EOFError from None
+    except Exception as error:  # noqa: BLE001 - the run is told, whatever it is
+        if not _is_out_of_memory(error):
+            connection.send(("error", traceback.format_exc()))
+            raise EOFError from None
+        connection.send(("lost", "it needs more memory than a process that decodes may have"))
+        os._exit(0)  # what it holds goes with it
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _end_with_the_run(watched: Connection) -> None:
+    """Have the kernel end this process when the other end is closed: the run is gone.
+
+    Nothing is ever sent, so SIGIO means just that; and it ends a process that hangs as well.
+    """
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    number = watched.fileno()
+    fcntl.fcntl(number, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(number, fcntl.F_SETFL, fcntl.fcntl(number, fcntl.F_GETFL) | os.O_ASYNC)
+    if watched.poll():  # it was closed before
+        os._exit(0)
+
+
+def _limit_memory(memory: int) -> None:
+    """Of what only this process has; larger requests fail. Where there is no /proc: no limit."""
+    try:
+        import resource
+
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except (ImportError, OSError):
+        return
+    (now,) = (int(line.split()[1]) for line in status.splitlines() if line.startswith("VmData:"))
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = now * 1024 + memory
+    soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors go as arrays do: their numbers are left out and copied as they are."""
+
+    def reducer_override(self, thing: Any) -> Any:
+        if isinstance(thing, Tensor):
+            return torch.from_numpy, (thing.contiguous().numpy(),)
+        return NotImplemented
+
+
+def packed(result: Any, place: memoryview) -> tuple[bytes, list[int] | None]:
+    """A result without its arrays, and the sizes of those, which are written to ``place``.
+
+    Where they are too large for it, the result with its arrays, and none.
+    """
+    header = BytesIO()
+    buffers: list[pickle.PickleBuffer] = []
+    _Pickler(header, 5, buffer_callback=buffers.append).dump(result)
+    raw = [buffer.raw() for buffer in buffers]
+    sizes = [each.nbytes for each in raw]
+    if sum(sizes) > place.nbytes:
+        whole = BytesIO()
+        _Pickler(whole, 5).dump(result)
+        return whole.getvalue(), None
+    at = 0
+    for each in raw:
+        place[at : at + each.nbytes] = each
+        at += each.nbytes
+    return header.getvalue(), sizes
+
+
+def unpacked(header: bytes, sizes: list[int] | None, place: memoryview) -> Any:
+    """The result, its arrays copied: the place is written to again."""
+    buffers: list[NDArray[np.uint8]] = []
+    at = 0
+    for size in sizes or ():
+        buffers.append(np.frombuffer(place[at : at + size], np.uint8).copy())
+        at += size
+    return pickle.loads(header, buffers=buffers)  # noqa: S301 - of a process of our own

@@ -1,0 +1,227 @@
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hpm_video.data.pool import GIB, Limits, Lost, Pool, PoolError, PoolStopped, over
+
+WORK = """
+    import ctypes
+    import os
+    import time
+
+    import numpy as np
+    import torch
+
+    def work(job):
+        match job:
+            case "hang":  # in native code, with the interpreter's lock
+                ctypes.PyDLL(None).sleep(1000)
+            case "abort":
+                os.abort()
+            case "segfault":
+                ctypes.string_at(0)
+            case "exit":
+                os._exit(3)
+            case "eat":
+                eaten = []
+                while True:
+                    eaten.append(np.ones(2**22, np.uint8))
+            case "eat with torch":
+                return torch.ones(2**40, dtype=torch.uint8)
+            case "bug":
+                raise ZeroDivisionError("a bug")
+            case ("many", count):
+                return ((i, np.full(1000, i, np.uint8)) for i in range(count))
+            case ("hang after", count):
+                return hang_after(count)
+            case ("sleep", seconds):
+                time.sleep(seconds)
+                return os.getpid()
+            case "pid":
+                return os.getpid()
+        return {"tensor": torch.full((5, 200), job), "array": np.arange(job), "job": job}
+
+    def hang_after(count):
+        for i in range(count):
+            time.sleep(0.3)
+            yield i, np.zeros(1, np.uint8)
+        ctypes.PyDLL(None).sleep(1000)
+"""
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Comes from a module, as the work of a pool has to."""
+    folder = tmp_path_factory.mktemp("module")
+    (folder / "work_of_a_pool.py").write_text(textwrap.dedent(WORK))
+    sys.path.insert(0, str(folder))
+    import work_of_a_pool
+
+    yield work_of_a_pool.work
+    sys.path.remove(str(folder))
+
+
+def pool_of(work, workers=2, seconds=20.0, memory=GIB, **options):
+    return Pool(work, workers, Limits(seconds, memory), **options)
+
+
+@pytest.mark.parametrize("result_bytes", [0, 100, 10_000])
+def test_results_come_back_whole(work, result_bytes):
+    jobs = [*range(1, 20), 3000]
+    with pool_of(work, result_bytes=result_bytes) as pool:
+        found = dict(over(pool, jobs))
+    for place, job in enumerate(jobs):
+        assert torch.equal(found[place]["tensor"], torch.full((5, 200), job))
+        assert np.array_equal(found[place]["array"], np.arange(job))
+    found[0]["tensor"].add_(1)  # they can be written to
+
+
+@pytest.mark.parametrize(
+    ("job", "reason"),
+    [
+        ("hang", "it took longer than 1 s"),
+        ("abort", "the process that decoded it ended by SIGABRT"),
+        ("segfault", "the process that decoded it ended by SIGSEGV"),
+        ("exit", "the process that decoded it ended with exit code 3"),
+        ("eat", "it needs more memory than a process that decodes may have"),
+        ("eat with torch", "it needs more memory than a process that decodes may have"),
+    ],
+)
+def test_a_job_that_takes_its_process_down_is_named_and_the_others_are_done(work, job, reason):
+    jobs = [1, 2, job, 3, 4, 5, 6]
+    with pool_of(work, seconds=1.0 if job == "hang" else 20.0, memory=GIB // 4) as pool:
+        found = dict(over(pool, jobs))
+        assert found[2] == Lost(reason)
+        assert [found[place]["job"] for place in (0, 1, 3, 4, 5, 6)] == [1, 2, 3, 4, 5, 6]
+        begun = time.monotonic()
+        pids = {pid for _, pid in over(pool, [("sleep", 0.2)] * 6)}
+        assert len(pids) == 2, "all processes are there again"
+        assert time.monotonic() - begun < 20
+
+
+def test_many_bad_jobs_one_after_another(work):
+    jobs = ["abort", "exit"] * 5 + [7]
+    with pool_of(work) as pool:
+        found = dict(over(pool, jobs))
+    assert [isinstance(found[place], Lost) for place in range(11)] == [True] * 10 + [False]
+
+
+def test_a_job_may_have_many_results_each_with_its_own_time(work):
+    with pool_of(work, seconds=2.0) as pool:
+        pool.submit("a", ("many", 30))
+        pool.submit("b", ("many", 30))
+        pool.submit("c", ("hang after", 10))  # three seconds, and then for ever
+        found = {"a": [], "b": [], "c": []}
+        ended = set()
+        while ended != {"a", "b", "c"}:
+            answer = pool.next()
+            found[answer.tag].append(answer.result)
+            ended |= {answer.tag} if answer.is_last else set()
+    for tag in "ab":
+        assert [number for number, _ in found[tag]] == list(range(30))
+        assert all((array == number).all() for number, array in found[tag])
+    assert [result[0] for result in found["c"][:-1]] == list(range(9))
+    assert found["c"][-1] == Lost("it took longer than 2 s")
+
+
+def test_an_error_of_the_work_ends_the_run_with_its_traceback(work):
+    with pool_of(work) as pool, pytest.raises(PoolError, match=r"ZeroDivisionError: a bug"):
+        list(over(pool, ["bug"]))
+
+
+def test_time_in_which_the_run_stands_still_does_not_count(work, monkeypatch):
+    with pool_of(work, workers=1, seconds=2.0) as pool:
+        list(over(pool, [1]))
+        pool.submit("slow", ("sleep", 1.0))
+        now = time.monotonic
+        jumps = iter([0.0, 1000.0])
+        offset = 0.0
+
+        def jumping():  # the machine sleeps for a while, between two looks at the clock
+            nonlocal offset
+            offset += next(jumps, 0.0)
+            return now() + offset
+
+        monkeypatch.setattr("hpm_video.data.pool.time.monotonic", jumping)
+        assert isinstance(pool.next().result, int)
+
+
+def test_stopped_from_another_thread(work):
+    with pool_of(work, workers=1) as pool:
+        pool.submit(0, ("sleep", 1000))
+        pool.stop()
+        with pytest.raises(PoolStopped):
+            pool.next()
+
+
+def test_nothing_is_left_after_it(work):
+    with pool_of(work) as pool:
+        pids = {pid for _, pid in over(pool, [("sleep", 0.2)] * 4)}
+        pool.submit(0, "hang")
+    assert not any(map(alive, pids))
+    assert not multiprocessing.active_children()
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    return state not in ("Z", "X")
+
+
+RUN = """
+    import os
+    import sys
+
+    sys.path.insert(0, sys.argv[1])
+    from work_of_a_pool import work
+    from hpm_video.data.pool import Limits, Pool, over
+
+    # No guard of __main__: the processes must not run this again.
+    with Pool(work, 3, Limits(100.0, 2**28)) as pool:
+        pids = {pid for _, pid in over(pool, [("sleep", 0.5)] * 6)}
+        for _ in pids:
+            pool.submit(0, "hang")
+        print(*pids, flush=True)
+        print(pool.next())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_processes_that_hang_end_with_the_run(work, number, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(RUN))
+    command = [
+        sys.executable,
+        str(script),
+        str(Path(sys.modules["work_of_a_pool"].__file__).parent),
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as run:
+        pids = [int(word) for word in run.stdout.readline().split()]
+        assert len(pids) == 3
+        assert all(map(alive, pids))
+        time.sleep(0.5)
+        run.send_signal(number)
+        run.wait(timeout=20)
+    deadline = time.monotonic() + 10
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, pids))
+
+
+def test_a_pool_of_nobody_is_refused(work):
+    with pytest.raises(ValueError, match="at least 1 worker of depth 1, got 0 and 2"):
+        Pool(work, 0, Limits())
