@@ -1,11 +1,10 @@
 """Classification of clips: the objective of fine-tuning and of probes that are trained."""
 
-from pathlib import Path
-
 import torch.nn.functional as F
 from torch import nn
 
 from hpm_video.data.dataset import ClipBatch
+from hpm_video.data.sources import base_name
 from hpm_video.mixing import Mixing
 from hpm_video.pixels import normalise
 from hpm_video.progress import Progress
@@ -56,7 +55,7 @@ class Classification:
             )
         else:
             # The files' names tell one micro-batch of an update from another, wherever they lie.
-            names = tuple(Path(file).name for file in batch.files)
+            names = tuple(base_name(file) for file in batch.files)
             key = key_of(self._seed, "mixing", progress.update, names)
             clips, targets = self._mixing(clips, batch.labels, key)
             logits = student(clips, keys=batch.keys)

@@ -17,6 +17,8 @@ from hpm_video.config import ConfigError
 from hpm_video.data.dataset import TooManyBadFiles, Views
 from hpm_video.data.decode import DecodeError, DecoderError
 from hpm_video.data.manifest import ManifestError
+from hpm_video.data.pool import PoolError
+from hpm_video.data.room import RoomError
 from hpm_video.evaluation import BadTestFilesError
 from hpm_video.logistic import NotConvergedError
 from hpm_video.training.checkpoint import CheckpointError
@@ -52,7 +54,9 @@ EXPECTED = (
     NonFiniteLossError,
     NotConvergedError,
     OSError,
+    PoolError,
     ProcessesError,
+    RoomError,
     TooManyBadFiles,
 )
 EXIT_CODES = """exit codes:

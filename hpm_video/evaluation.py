@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from hpm_video.data.dataset import ClipBatch, Failure
 from hpm_video.data.manifest import Manifest
 from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.whole_files import written_beside
+
+log = logging.getLogger(__name__)
 
 MANY_CLASSES = 30
 """From so many on, the terminal shows only the best and the worst."""
@@ -107,6 +110,12 @@ def score_videos(
             place = next(i for i in left if manifest.files[i] not in bad)
             found.append(VideoValues(place, mean))
     return found, failures
+
+
+def tell_left_out(failures: Sequence[Failure]) -> None:
+    """Name the videos that a test left out."""
+    for failure in sorted(failures, key=lambda bad: bad.path):
+        log.warning("left out: %s: %s", failure.path, failure.reason)
 
 
 def collect(

@@ -32,6 +32,7 @@ from hpm_video.data.loader import (
 from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.data.mixture import MixedClips, Places, deal_out
 from hpm_video.data.pool import GIB, Limits
+from hpm_video.data.sources import base_name
 from hpm_video.data.transforms import ClipTransform
 from hpm_video.features import clip_spec
 from hpm_video.progress import Progress, Timeline
@@ -49,7 +50,7 @@ from hpm_video.training.distributed import Processes
 from hpm_video.training.engine import Engine, TorchEngine
 from hpm_video.training.interruption import listen_for_stop
 from hpm_video.training.loop import fit
-from hpm_video.training.metrics import Meter, MetricsLog, ProgressBar
+from hpm_video.training.metrics import Meter, MetricsLog, ProgressBar, WaitingWarning
 from hpm_video.training.objective import Objective
 from hpm_video.training.plan import (
     BatchPlan,
@@ -91,7 +92,7 @@ class SourceData:
     @property
     def fingerprint(self) -> str:
         """What the order of the training files depends on: how many they are, and their names."""
-        names = "\n".join(Path(file).name for file in self.train.files)
+        names = "\n".join(base_name(file) for file in self.train.files)
         return f"{len(self.train)} files, {hashlib.sha256(names.encode()).hexdigest()[:16]}"
 
 
@@ -467,6 +468,7 @@ def train(
                 bad_files,
                 stop,
                 watch,
+                WaitingWarning(directory.path / "config.yaml"),
                 best={} if newest is None else read_state(newest)["best"],
                 data=data.fingerprint,
             )

@@ -1,8 +1,5 @@
 """Features of many videos, written into a folder."""
 
-import logging
-import sys
-import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +9,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from hpm_video.data.clip_stream import ClipStream, Part, Windows, stream_parts
 from hpm_video.data.dataset import Failure, Views
 from hpm_video.data.decode import DecoderChoice
 from hpm_video.data.loader import BadFiles, end_workers
+from hpm_video.data.progress_bar import ProgressBar
 from hpm_video.feature_folder import DType, FeatureFolder, Form, GrowingFile
 from hpm_video.features import FILE_OF, Extractor, WeightsOf
 from hpm_video.training.checkpoint import CheckpointError, weights_digest
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,7 +87,7 @@ def extract(
     failures: list[Failure] = []
     try:
         with (
-            closing(_Bar(len(places))) as bar,
+            closing(ProgressBar(len(places), "videos", "clips/s")) as bar,
             closing(_Writer(extractor, wanted, folder)) as writer,
             closing(stream_parts(clips, workers=min(workers, len(places)))) as parts,
         ):
@@ -149,35 +144,3 @@ class _Writer:
         """Throw away what is not whole."""
         for growing in self._growing.values():
             growing.give_up()
-
-
-class _Bar:
-    """How many videos are done. On a terminal a bar; elsewhere a line now and then."""
-
-    SECONDS_BETWEEN_LINES = 20.0
-
-    def __init__(self, videos: int) -> None:
-        self._bar = tqdm(
-            total=videos,
-            dynamic_ncols=True,
-            disable=not sys.stderr.isatty() or not videos,
-            bar_format="{percentage:3.0f}% |{bar:12}| {n}/{total} [{remaining} left{postfix}]",
-        )
-        self._videos = self._views = 0
-        self._began = self._last_line = time.monotonic()
-
-    def advance(self, views: int, *, is_last: bool) -> None:
-        """So many views are done, and maybe with them their video."""
-        self._views += views
-        self._videos += is_last
-        now = time.monotonic()
-        speed = f"{self._views / max(now - self._began, 1e-9):.0f} clips/s"
-        self._bar.set_postfix_str(speed, refresh=False)
-        self._bar.update(int(is_last))
-        if self._bar.disable and now - self._last_line > self.SECONDS_BETWEEN_LINES:
-            log.info("%d/%d videos, %s", self._videos, self._bar.total, speed)
-            self._last_line = now
-
-    def close(self) -> None:
-        """Leave the terminal as it is."""
-        self._bar.close()

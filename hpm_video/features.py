@@ -24,7 +24,7 @@ from hpm_video.data.decode import DecoderChoice
 from hpm_video.data.loader import held_out_batches
 from hpm_video.data.manifest import Manifest
 from hpm_video.data.pool import USUAL, Limits
-from hpm_video.evaluation import collect, score_videos
+from hpm_video.evaluation import collect, score_videos, tell_left_out
 from hpm_video.models.encoder import ClipEncoder, EncoderShape
 from hpm_video.pixels import normalise
 from hpm_video.randomness import key_of
@@ -164,12 +164,11 @@ class Extractor:
                 num_views=views.count,
                 exclude_bad_files=reading.exclude_bad_files,
             )
-        return collect(
-            manifest,
-            processes.gather(found),
-            processes.gather(failures),
-            exclude_bad_files=reading.exclude_bad_files,
-        )
+        found, failures = processes.gather(found), processes.gather(failures)
+        told = collect(manifest, found, failures, exclude_bad_files=reading.exclude_bad_files)
+        if processes.is_first:
+            tell_left_out(failures)
+        return told
 
     @torch.no_grad()
     def _in_passes(self, values: Callable[[Tensor], Tensor], clips: Tensor) -> Tensor:

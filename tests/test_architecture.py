@@ -12,8 +12,12 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "hpm_video"
 MAY_IMPORT = {
     "deepspeed": {"training/deepspeed_engine.py"},
-    "decord": {"data/decode.py"},
-    "av": {"data/decode.py", "data/encode.py"},
+    "decord": {"data/decode_decord.py"},
+    "torchcodec": {"data/decode_torchcodec.py"},
+    "av": {
+        *("data/decode_pyav.py", "data/crop_pixels.py", "data/encode.py"),
+        *("data/checking.py", "data/video_stream.py"),
+    },
     "omegaconf": {"config.py"},
     "pandas": {"data/manifest.py"},
     "argparse": {"console.py", "data/recipes.py", "weights/files.py"},
@@ -33,6 +37,7 @@ SEES_A_CONFIG = {
     "experiment.py",
     "features.py",
     "finetune.py",
+    "init_weights.py",
     "pretrain.py",
     "recognition.py",
     "weights/folder.py",

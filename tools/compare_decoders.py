@@ -1,7 +1,8 @@
 """Which frames decoders really return: python tools/compare_decoders.py.
 
 Writes short videos whose frames carry their number, reads random frames of them, and counts the
-wrong ones: for decord as it seeks by itself, and for the readers of this package.
+wrong ones: for decord and torchcodec as they seek by themselves, and for the readers of this
+package, which refuse what a decoder gets wrong.
 """
 
 import argparse
@@ -29,6 +30,7 @@ VIDEOS = {  # name -> ending, encoder, its options
     "MPEG-4 with B-frames, avi": (".avi", "mpeg4", {}),
     "H.264, avi": (".avi", "libx264", {}),
     "wmv": (".wmv", "wmv2", {}),
+    "AV1, mp4": (".mp4", "libsvtav1", {"preset": "10"}),
     "H.264, MPEG transport stream": (".ts", "libx264", {}),
 }
 Read = Callable[[str, list[int]], NDArray[np.uint8]]
@@ -40,6 +42,8 @@ def main() -> int:
     parser.add_argument("--reads", type=int, default=12, help="random frames read of each video")
     reads = parser.parse_args().reads
     readers: dict[str, Read] = {name: read_with(name) for name in available_decoders()}
+    if "torchcodec" in readers:
+        readers = {"torchcodec itself": read_with_torchcodec, **readers}
     if "decord" in readers:
         readers = {"decord, seeking": read_with_seeks, **readers}
     print(f"wrong frames of {reads}".ljust(44) + "".join(name.rjust(18) for name in readers))
@@ -63,6 +67,8 @@ def count_wrong(read: Read, path: str, reads: int) -> str:
         frames = [read(path, [index])[0] for index in asked]
     except DecodeError:
         return "refused"
+    except Exception:  # noqa: BLE001 - native libraries raise anything
+        return "an error"
     return str(sum(number_of(frame) != index for frame, index in zip(frames, asked, strict=True)))
 
 
@@ -81,6 +87,15 @@ def read_with_seeks(path: str, indices: list[int]) -> NDArray[np.uint8]:
     import decord
 
     frames: NDArray[np.uint8] = decord.VideoReader(path, num_threads=1).get_batch(indices).asnumpy()
+    return frames
+
+
+def read_with_torchcodec(path: str, indices: list[int]) -> NDArray[np.uint8]:
+    """Torchcodec as its documentation shows it."""
+    from torchcodec.decoders import VideoDecoder  # type: ignore[import-not-found, unused-ignore]
+
+    video = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1)
+    frames: NDArray[np.uint8] = video.get_frames_at(indices).data.numpy()
     return frames
 
 

@@ -9,11 +9,12 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hpm_video.config import ConfigError, DataConfig
 from hpm_video.console import EXIT_CODES, not_negative, parse_views, positive, run_processes
 from hpm_video.data.dataset import Views
+from hpm_video.data.decode import DecoderChoice
 from hpm_video.data.loader import default_workers, end_workers
 from hpm_video.evaluation import describe, summarise, write_results
 from hpm_video.experiment import open_manifest
@@ -54,7 +55,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="default: evaluations/NAME in the run's folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result there")
     parser.add_argument("--workers", type=not_negative, default=default_workers())
-    parser.add_argument("--decoder", choices=("auto", "pyav", "decord"), default="auto")
+    parser.add_argument("--decoder", choices=get_args(DecoderChoice), default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on GPUs")
     return parser.parse_args(command_line)

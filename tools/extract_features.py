@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from hpm_video.config import PretrainConfig, load_any_config
 from hpm_video.console import not_negative, positive, run, shortest
 from hpm_video.data.clip_stream import BadVideosError, Windows
 from hpm_video.data.dataset import Failure, Views, settle_decoder
+from hpm_video.data.decode import DecoderChoice
 from hpm_video.data.loader import default_workers
 from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.extraction import Wanted, describe, extract
@@ -79,7 +81,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         help="auto (default): bf16 on a GPU that is made for it, otherwise fp32",
     )
     add("--clips-per-pass", type=positive, metavar="N", help="fewer take less memory (default 32)")
-    add("--decoder", choices=("auto", "pyav", "decord"), default="auto")
+    add("--decoder", choices=get_args(DecoderChoice), default="auto")
     add("--workers", type=not_negative, metavar="N", help="processes that decode")
     arguments = parser.parse_args(command_line)
     if arguments.window_stride and (arguments.clips or arguments.crops):

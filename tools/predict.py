@@ -6,12 +6,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hpm_video.config import FinetuneConfig
 from hpm_video.console import not_negative, parse_views, positive, run
 from hpm_video.data.clip_stream import BadVideosError
 from hpm_video.data.dataset import Failure, Views, settle_decoder
+from hpm_video.data.decode import DecoderChoice
 from hpm_video.data.loader import default_workers
 from hpm_video.data.manifest import NOT_STATED, UNLABELLED, Manifest, read_manifest
 from hpm_video.prediction import Prediction, predict
@@ -66,7 +67,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         default="auto",
         help="auto (default): bf16 on a GPU that is made for it, otherwise fp32",
     )
-    add("--decoder", choices=("auto", "pyav", "decord"), default="auto")
+    add("--decoder", choices=get_args(DecoderChoice), default="auto")
     add("--workers", type=not_negative, metavar="N", help="processes that decode")
     return parser.parse_args(command_line)
 

@@ -8,12 +8,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from hpm_video.config import DataConfig
 from hpm_video.data.dataset import ClipBatch
-from hpm_video.data.decode import DecodeError, DecoderError, open_video
+from hpm_video.data.decode import DecodeError, DecoderChoice, DecoderError, open_video
 from hpm_video.data.sampling import train_indices, view_indices
 from hpm_video.features import clip_spec
 from hpm_video.pictures import draw_animation, draw_sheet, save_animation, save_sheet
@@ -73,7 +74,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--animation", choices=ANIMATIONS, default="gif")
     parser.add_argument("--fps", type=float, default=6, help="of the animation")
-    parser.add_argument("--decoder", choices=("auto", "pyav", "decord"), default="auto")
+    parser.add_argument("--decoder", choices=get_args(DecoderChoice), default="auto")
     parser.add_argument("--device", default="auto")
     return parser.parse_args(command_line)
 

@@ -5,6 +5,7 @@ They are imported when a clip is first changed: it takes seconds, and pre-traini
 neither.
 """
 
+import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from hpm_video.data.transforms import Box, Interpolation, crop_and_resize
+from hpm_video.data.transforms import Box, ClipTransform, Interpolation, resize
 from hpm_video.randomness import global_generators
 
 NUMBER = r"\d+(\.\d+)?"
@@ -36,7 +37,7 @@ SECTION = re.compile(
 
 
 @dataclass(frozen=True)
-class Augmentation:
+class Augmentation(ClipTransform):
     """Random changes of a clip: one draw for all its frames."""
 
     area: tuple[float, float]
@@ -59,27 +60,54 @@ class Augmentation:
         if self.rand_augment is not None:
             check_rand_augment(self.rand_augment)
 
-    def __call__(
-        self, frames: NDArray[np.uint8], frame_size: tuple[int, int], draw: np.random.Generator
-    ) -> Tensor:
-        """Cut out a box, mirror, change, erase: (T, H, W, C) -> (C, T, h, w) uint8
+    def prepare(self) -> None:
+        """Import timm and torchvision."""
+        importlib.import_module("torchvision.transforms")
+        if self.rand_augment is not None or self.erasing > 0:
+            importlib.import_module("timm.data")
+
+    def draw(
+        self, size: tuple[int, int], frame_size: tuple[int, int], draw: np.random.Generator
+    ) -> "DrawnAugmentation":
+        """A box, whether it is mirrored, and keys of what else is done."""
+        crop_key, change_key, erase_key = (int(key) for key in draw.integers(2**63, size=3))
+        mirrored = draw.random() < 0.5
+        return DrawnAugmentation(
+            self,
+            random_box(*size, self.area, self.ratio, crop_key),
+            frame_size,
+            mirrored=self.flip and mirrored,
+            change_key=change_key,
+            erase_key=erase_key,
+        )
+
+
+@dataclass(frozen=True)
+class DrawnAugmentation:
+    """What is done to one clip, to all its frames alike."""
+
+    how: Augmentation
+    box: Box
+    frame_size: tuple[int, int]
+    mirrored: bool
+    change_key: int
+    erase_key: int
+
+    def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """Resize the box, mirror, change, erase: (T, H, W, C) uint8 -> (C, T, h, w) uint8
 
         RandAugment applies the same operations with the same strengths to all frames. Those that
         look at the pixels (AutoContrast, Equalize, Contrast) look at those of each frame.
         """
-        crop_key, change_key, erase_key = (int(key) for key in draw.integers(2**63, size=3))
-        mirrored = draw.random() < 0.5
-        height, width = frames.shape[1:3]
-        box = random_box(height, width, self.area, self.ratio, crop_key)
-        clip = crop_and_resize(frames, box, frame_size, self.interpolation)
-        if self.flip and mirrored:
+        how = self.how
+        clip = resize(pixels, self.frame_size, how.interpolation)
+        if self.mirrored:
             clip = clip.flip(-1)
-        if self.rand_augment is not None:
-            clip = _change(
-                clip, _rand_augment(self.rand_augment, frame_size, self.mean), change_key
-            )
-        if self.erasing > 0:
-            clip = _erase(clip, self.erasing, self.mean, self.std, erase_key)
+        if how.rand_augment is not None:
+            changes = _rand_augment(how.rand_augment, self.frame_size, how.mean)
+            clip = _change(clip, changes, self.change_key)
+        if how.erasing > 0:
+            clip = _erase(clip, how.erasing, how.mean, how.std, self.erase_key)
         return clip
 
 

@@ -9,7 +9,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hpm_video.data.dataset import ClipSpec, Failure, Views, known_frames, settle_decoder
+from hpm_video.data.dataset import (
+    ClipSpec,
+    Failure,
+    Views,
+    known_frames,
+    prepare_decoder,
+    settle_decoder,
+)
 from hpm_video.data.decode import (
     DecodeError,
     DecoderChoice,
@@ -126,6 +133,10 @@ class PartReader:
     decoder: DecoderChoice
     clips_per_part: int
 
+    def prepare(self) -> None:
+        """Import what takes long to import."""
+        prepare_decoder(self.decoder)
+
     @property
     def part_bytes(self) -> int:
         """Of the arrays in a part, at most."""
@@ -167,9 +178,9 @@ class PartReader:
 
     def _frames(self, video: VideoReader, wanted: Indices) -> Iterator[tuple[int, Tensor]]:
         """Each wanted frame and its crops: (crops, C, h, w) uint8"""
-        run, at = FIRST_RUN, 0
+        run, at, part = FIRST_RUN, 0, self.spec.part(video, self.chosen.crops)
         while at < len(wanted):
-            frames = video.read(wanted[at : at + run])
+            frames = video.read(wanted[at : at + run], part)
             crops = torch.stack(self.spec.crops(frames, self.chosen.crops))
             indices = wanted[at : at + run].tolist()
             at, run = at + run, max(1, RUN_BYTES // frames[0].nbytes)

@@ -3,8 +3,10 @@
 An image is a video of one frame.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from torch.utils.data import Dataset
 from hpm_video.data.decode import (
     DecodeError,
     DecoderChoice,
+    DecoderError,
     VideoReader,
     choose_decoder,
     is_image,
@@ -29,7 +32,16 @@ from hpm_video.data.sampling import (
     view_indices,
     view_segments,
 )
-from hpm_video.data.transforms import ClipTransform, Interpolation, held_out_crops
+from hpm_video.data.transforms import (
+    Box,
+    ClipTransform,
+    Interpolation,
+    around,
+    centre_box,
+    cut,
+    held_out_crops,
+    within,
+)
 from hpm_video.randomness import generator, key_of
 
 
@@ -68,6 +80,12 @@ class ClipSpec:
             short_side=self.short_side,
             interpolation=self.interpolation,
         )
+
+    def part(self, video: VideoReader, crops: int) -> Box | None:
+        """What of the frames so many held-out crops need; none: all of it."""
+        if self.short_side is None and crops == 1:
+            return centre_box(video.height, video.width, self.frame_size)
+        return None
 
     def draw_indices(self, num_video_frames: int, draw: np.random.Generator) -> Indices:
         """The frames of a training clip: -> (T,)"""
@@ -224,8 +242,14 @@ class Request:
     """Of each clip: what its random draws derive from."""
 
 
-Reader = Callable[[Request], Sample]
-"""Decodes what is asked for, and raises DecodeError. Picklable, and small as well."""
+class Reader(Protocol):
+    """Decodes what is asked for. Picklable, and small as well."""
+
+    def prepare(self) -> None:
+        """Import what takes long to import, before the first file is read."""
+
+    def __call__(self, request: Request) -> Sample:
+        """The clips of a file. Raises DecodeError."""
 
 
 class Clips(Dataset[Sample]):
@@ -358,6 +382,11 @@ class DrawnClips:
     decoder: DecoderChoice
     source: str
 
+    def prepare(self) -> None:
+        """Import what takes long to import."""
+        prepare_decoder(self.decoder)
+        self.transform.prepare()
+
     def __call__(self, request: Request) -> Sample:
         """The clips of a file.
 
@@ -370,12 +399,15 @@ class DrawnClips:
             clips = [self.spec.draw_indices(num_frames, draw) for draw in draws]
             if self.same_frames:
                 clips = clips[:1] * len(clips)
-            frames, places = _read(video, clips)
+            size = video.height, video.width
+            drawn = [self.transform.draw(size, self.spec.frame_size, draw) for draw in draws]
+            part = around([each.box for each in drawn])
+            frames, places = _read(video, clips, part)
         return Sample(
             torch.stack(
                 [
-                    self.transform(frames[place], self.spec.frame_size, draw)
-                    for place, draw in zip(places, draws, strict=True)
+                    each(cut(frames, within(each.box, part))[place])
+                    for place, each in zip(places, drawn, strict=True)
                 ]
             ),
             keys=tuple(key_of(*key) for key in request.keys),
@@ -443,6 +475,10 @@ class SpreadClips:
     decoder: DecoderChoice
     source: str
 
+    def prepare(self) -> None:
+        """Import what takes long to import."""
+        prepare_decoder(self.decoder)
+
     def __call__(self, request: Request) -> Sample:
         """The views of a file.
 
@@ -451,9 +487,9 @@ class SpreadClips:
         """
         with open_video(request.path, self.decoder) as video:
             num_frames = known_frames(request.num_frames, video)
-            frames, places = _read(
-                video, list(self.spec.spread_indices(num_frames, self.views.clips))
-            )
+            clips = list(self.spec.spread_indices(num_frames, self.views.clips))
+            part = self.spec.part(video, self.views.crops)
+            frames, places = _read(video, clips, part)
         # Cropped and resized once per frame and box, however many clips it belongs to.
         crops = self.spec.crops(frames, self.views.crops)
         return Sample(
@@ -474,12 +510,20 @@ def settle_decoder(decoder: DecoderChoice, manifest: Manifest) -> DecoderChoice:
     return decoder if all(map(is_image, manifest.files)) else choose_decoder(decoder)
 
 
+def prepare_decoder(decoder: DecoderChoice) -> None:
+    """Import the decoder, so that no file has to wait for it. There may be none, for images."""
+    with suppress(DecoderError):
+        choose_decoder(decoder)
+
+
 def known_frames(stated: int, video: VideoReader) -> int:
     """Of frames that a container promises, the manifest may know how many there are."""
-    return min(stated, video.num_frames) if stated > 0 else video.num_frames
+    return video.frames_stated(stated) if stated > 0 else video.num_frames
 
 
-def _read(video: VideoReader, clips: list[Indices]) -> tuple[NDArray[np.uint8], list[Indices]]:
-    """The frames of several clips, and where in them each clip finds its own."""
+def _read(
+    video: VideoReader, clips: list[Indices], part: Box | None
+) -> tuple[NDArray[np.uint8], list[Indices]]:
+    """A part of the frames of several clips, and where in them each clip finds its own."""
     distinct = np.unique(np.concatenate(clips))
-    return video.read(distinct), [np.searchsorted(distinct, clip) for clip in clips]
+    return video.read(distinct, part), [np.searchsorted(distinct, clip) for clip in clips]

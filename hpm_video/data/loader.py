@@ -1,6 +1,7 @@
 """Batches of clips, decoded by processes that may be lost and are replaced."""
 
 import csv
+import logging
 import multiprocessing
 import os
 import queue
@@ -31,6 +32,8 @@ from hpm_video.data.decode import DecodeError
 from hpm_video.data.mixture import MixedClips, Place
 from hpm_video.data.pool import USUAL, Answer, Limits, Lost, Pool
 from hpm_video.data.room import check_room
+
+log = logging.getLogger(__name__)
 
 MAX_WORKERS = 16
 JOB_BYTES = 2**20
@@ -139,6 +142,10 @@ class _ReadAll:
     """What a process does: read some files, each by the reader of its source."""
 
     readers: tuple[Reader, ...]
+
+    def prepare(self) -> None:
+        for reader in self.readers:
+            reader.prepare()
 
     def __call__(self, jobs: Sequence[tuple[int, Request]]) -> list[Sample | Failure]:
         return [read_or_fail(self.readers[source], request) for source, request in jobs]
@@ -351,6 +358,11 @@ class BadFiles:
             return
         if self._writes:
             self._append(list(new.values()))
+            for number, failure in enumerate(new.values(), start=len(self) + 1):
+                log.warning(
+                    "bad file %d (%s has all): %s: %s",
+                    *(number, self._path.name, failure.path, failure.reason),
+                )
         self.failures |= new
         if len(self) > tolerated(self._num_files, self._max_bad_share):
             raise too_many([*self.failures.values()], self._num_files, self._max_bad_share)

@@ -6,35 +6,36 @@ An image is a video of one frame.
 import csv
 import hashlib
 import io
+import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 
+from hpm_video.data.sources import IMAGE_SUFFIXES, VIDEO_SUFFIXES, TarMember
 from hpm_video.whole_files import written_beside
+
+log = logging.getLogger(__name__)
 
 UNLABELLED = -1
 NOT_STATED = -1
-VIDEO_SUFFIXES = (
-    *(".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
-    *(".mts", ".ogv", ".ts", ".webm", ".wmv"),
-)
-
-IMAGE_SUFFIXES = (
-    *(".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
-    *(".tif", ".tiff", ".webp"),
-)
+Verdict = Literal["fine", "suspicious", "bad"]
+VERDICTS: tuple[Verdict, ...] = ("fine", "suspicious", "bad")
+"""What ``tools/check_videos.py`` says of a file."""
+FORBIDDEN = {"\0": "a null character", "\n": "a line break", "\r": "a line break"}
 
 _MEDIA_SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
 _SUFFIXES = f"one of {' '.join(VIDEO_SUFFIXES)} (videos) or {' '.join(IMAGE_SUFFIXES)} (images)"
 _EXPECTED = (
     "Expected is a CSV file whose first line names its columns: path, and where wanted label, "
-    "label_name and num_frames; or a list without such a line, of 'file label', 'file 0 -1' "
-    "(unlabelled), 'file num_frames label' or 'file' alone, where the name of the file ends in "
-    f"{_SUFFIXES}"
+    "label_name, num_frames and verdict; or a list without such a line, of 'file label', "
+    "'file 0 -1' (unlabelled), 'file num_frames label' or 'file' alone, where the name of the file "
+    f"ends in {_SUFFIXES}"
 )
 _SEPARATOR = r"(?:[ \t]*,[ \t]*|[ \t]+)"
 _LIST_LINE = re.compile(
@@ -42,7 +43,7 @@ _LIST_LINE = re.compile(
     rf"(?P<numbers>(?:{_SEPARATOR}-?\d+)*)",
     re.IGNORECASE,
 )
-_UNTIDY = re.compile(r"/\.?(?:/|$)|^\./|^\.$")  # what pathlib leaves out of a path
+_ODD = ("/.", "//", "::")
 _INTEGER = r"-?\d{1,15}(?:\.0+)?"  # pandas writes 3.0 where another row of the column is empty
 
 
@@ -51,17 +52,44 @@ class ManifestError(ValueError):
 
 
 @dataclass(frozen=True)
+class Listing:
+    """A list of files as it is written: every row and column of it, bad files included."""
+
+    source: Path
+    table: pd.DataFrame
+    """Its cells as strings, each row under the number of its line."""
+    files: tuple[str, ...]
+    """Where the file of each row lies, as :attr:`Manifest.files` has it."""
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def column(self, name: str) -> list[str]:
+        """The cells of a column; empty ones where there is no such column."""
+        if name not in self.table:
+            return [""] * len(self)
+        return [cell.strip() for cell in self.table[name].tolist()]
+
+    def write(self, columns: Mapping[str, Sequence[str]], path: Path) -> None:
+        """Write a manifest with further columns; those that are there already are replaced."""
+        write_manifest(self.table.assign(**columns), path)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Video or image files, and what is known of each of them."""
 
     files: tuple[str, ...]
-    """Absolute paths."""
+    """Where each lies: absolute paths, or places of the other kinds that
+    :mod:`hpm_video.data.sources` knows."""
     labels: tuple[int, ...]
     """Class of each file, -1 where it has none."""
     num_frames: tuple[int, ...]
     """Frames that each file is known to have, -1 where the manifest does not say."""
     label_names: tuple[str, ...] | None = None
     """Name of each class, where the manifest names classes."""
+    left_out: int = 0
+    """Files that the list names besides, and that were found to be bad."""
 
     def __post_init__(self) -> None:
         if not len(self.files) == len(self.labels) == len(self.num_frames):
@@ -84,6 +112,10 @@ class Manifest:
         """At most ``count`` of the files, evenly over a list that may be sorted by class."""
         taken = min(count, len(self))
         places = [i * len(self) // taken for i in range(taken)]
+        return self.of(places)
+
+    def of(self, places: Sequence[int]) -> "Manifest":
+        """Those of the files that stand at ``places``."""
         return replace(
             self,
             files=tuple(self.files[i] for i in places),
@@ -98,7 +130,10 @@ def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
     What it reads:
 
     - A CSV file whose first line names its columns: ``path`` and, each optional, ``label``,
-      ``label_name`` and ``num_frames``. An empty cell says nothing; other columns are ignored.
+      ``label_name``, ``num_frames`` and ``verdict``. An empty cell says nothing; other columns are
+      ignored. Files whose verdict is ``bad`` are left out, which is logged and counted. A path may
+      also be a folder of frames, where it ends in a slash, or a member of a tar, as
+      :mod:`hpm_video.data.sources` has them.
     - A list without such a line, as VideoMAE and its descendants use, its columns separated by
       spaces, tabs or commas. The numbers at the end of a line are split off, so a path may hold
       spaces. One number is the label, as in the usual lists of ImageNet, ``train.txt`` and
@@ -111,11 +146,34 @@ def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
       the sorted names of those folders.
     - Any other folder: all videos in it, or all images, however deep, unlabelled.
 
-    Relative paths start from ``root``, by default from the manifest's own folder. Whether a
-    listed file exists is not looked at here.
+    Relative paths start from ``root``, by default from the manifest's own folder. With ``..`` a
+    path may not climb out of it; where ``root`` is given, absolute paths have to lie in it too.
+    That is a matter of how paths are spelled: links are followed wherever they lead, being the
+    work of whoever owns the disk and not of whoever wrote the manifest. Whether a listed file
+    exists is not looked at here.
 
     Raises:
-        ManifestError: it cannot be read or holds nothing, or a folder holds videos and images.
+        ManifestError: it cannot be read or holds nothing, a path leads out of the root, all files
+            are bad, or a folder holds videos and images.
+    """
+    listing = read_listing(path, root)
+    labels = _integers(listing, "label", smallest=0, absent=UNLABELLED)
+    num_frames = _integers(listing, "num_frames", smallest=1, absent=NOT_STATED)
+    manifest = Manifest(
+        files=listing.files,
+        labels=tuple(labels.tolist()),
+        num_frames=tuple(num_frames.tolist()),
+        label_names=_label_names(listing, labels),
+    )
+    return _without_bad(listing, manifest)
+
+
+def read_listing(path: Path | str, root: Path | str | None = None) -> Listing:
+    """Read what :func:`read_manifest` reads, with all its rows and columns.
+
+    Raises:
+        ManifestError: it cannot be read or holds nothing, a path leads out of the root, or a
+            folder holds videos and images. Labels, numbers and verdicts are not looked at.
     """
     source = Path(path).absolute()
     if source.is_dir():
@@ -126,7 +184,7 @@ def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
     table = _read_table(source, text) if named else _read_list(source, text)
     if table.empty:
         raise ManifestError(f"{source} lists no videos or images. {_EXPECTED}")
-    return _checked(source, table, Path(root).absolute() if root else source.parent)
+    return Listing(source, table, _files(source, table, root))
 
 
 def write_manifest(table: pd.DataFrame, path: Path | str) -> None:
@@ -225,25 +283,35 @@ def _meaning(source: Path, line: int, row: str, numbers: list[str]) -> tuple[str
             raise _bad_line(source, line, row, why)
 
 
-def _checked(source: Path, table: pd.DataFrame, root: Path) -> Manifest:
-    if (empty := table["path"].str.strip() == "").any():
-        line = table.index[empty][0]
-        raise _bad_line(source, line, ",".join(table.loc[line]), "the path is empty")
-    labels = _integers(source, table, "label", smallest=0, absent=UNLABELLED)
-    return Manifest(
-        files=_files(root, table["path"].tolist()),
-        labels=tuple(labels.tolist()),
-        num_frames=tuple(
-            _integers(source, table, "num_frames", smallest=1, absent=NOT_STATED).tolist()
-        ),
-        label_names=_label_names(source, table, labels),
-    )
+def _without_bad(listing: Listing, manifest: Manifest) -> Manifest:
+    if "verdict" not in listing.table:
+        return manifest
+    verdicts = listing.column("verdict")
+    for place, verdict in enumerate(verdicts):
+        if verdict and verdict not in VERDICTS:
+            raise _bad_row(listing, place, f"verdict must be one of {', '.join(VERDICTS)} or empty")
+    kept = [place for place, verdict in enumerate(verdicts) if verdict != "bad"]
+    if not kept:
+        raise ManifestError(
+            f"all {len(manifest)} files of {listing.source} are bad, as its column verdict has it, "
+            "and its column reason may say why. Where they were repaired, check them again: "
+            "tools/check_videos.py"
+        )
+    left_out = len(manifest) - len(kept)
+    if not left_out:
+        return manifest
+    _tell_left_out(listing.source, left_out, len(manifest))
+    return replace(manifest.of(kept), left_out=left_out)
 
 
-def _integers(
-    source: Path, table: pd.DataFrame, column: str, *, smallest: int, absent: int
-) -> "pd.Series[int]":
+@cache  # programs may read a manifest more than once
+def _tell_left_out(source: Path, count: int, of: int) -> None:
+    log.info("%d of %d files of %s are left out: its column verdict says bad", count, of, source)
+
+
+def _integers(listing: Listing, column: str, *, smallest: int, absent: int) -> "pd.Series[int]":
     """A column as numbers, ``absent`` where a cell is empty or the column is not there."""
+    table = listing.table
     if column not in table:
         return pd.Series(absent, index=table.index, dtype="int64")
     cells = table[column].str.strip().replace("", str(absent))
@@ -251,44 +319,100 @@ def _integers(
     numbers = cells.where(valid, "-9").astype("float64").astype("int64")
     wrong = (numbers < smallest) & (numbers != absent)
     if wrong.any():
-        line = table.index[wrong][0]
         why = f"{column} must be a whole number of at least {smallest}, or {absent} for none"
-        raise _bad_line(source, line, ",".join(table.loc[line]), why)
+        raise _bad_row(listing, wrong.tolist().index(True), why)
     return numbers
 
 
-def _label_names(
-    source: Path, table: pd.DataFrame, labels: "pd.Series[int]"
-) -> tuple[str, ...] | None:
+def _bad_row(listing: Listing, place: int, why: str) -> ManifestError:
+    row = ",".join(listing.table.iloc[place])
+    return _bad_line(listing.source, listing.table.index[place], row, why)
+
+
+def _label_names(listing: Listing, labels: "pd.Series[int]") -> tuple[str, ...] | None:
+    table = listing.table
     if "label_name" not in table:
         return None
     if "label" not in table:
         raise ManifestError(
-            f"{source} has a column label_name but no column label. Add the number of each class: "
-            "numbers made up here would differ from one manifest to the next"
+            f"{listing.source} has a column label_name but no column label. Add the number of each "
+            "class: numbers made up here would differ from one manifest to the next"
         )
     # On one line and without spaces around it, as a list of names can hold it.
     one_line = table["label_name"].str.split().str.join(" ")
     named = pd.DataFrame({"label": labels, "name": one_line})
     named = named[(named["label"] >= 0) & (named["name"] != "")].drop_duplicates()
     if (twice := named["label"].duplicated()).any():
-        line = named.index[twice][0]
-        row = ",".join(table.loc[line])
-        raise _bad_line(source, line, row, "this label had another label_name in a line before")
+        place = table.index.get_indexer(named.index[twice])[0]
+        raise _bad_row(listing, place, "this label had another label_name in a line before")
     names = dict(zip(named["label"], named["name"], strict=True))
     return tuple(names.get(label, str(label)) for label in range(int(labels.max()) + 1))
 
 
-def _files(root: Path, paths: Iterable[str]) -> tuple[str, ...]:
-    """Paths from ``root`` on, as pathlib spells them, which alone would take most of the time."""
-    start = str(root).rstrip("/") + "/"
-    return tuple(
-        str(root / path) if path[0] == "/" or _UNTIDY.search(path) else start + path
-        for path in paths
-    )
+def _files(source: Path, table: pd.DataFrame, root: Path | str | None) -> tuple[str, ...]:
+    """Where the files of a table lie."""
+    base = Path(root).absolute() if root else source.parent
+    start = str(base).rstrip("/") + "/"
+    files: list[str] = []
+    try:
+        for path in table["path"].tolist():
+            plain = _is_plain(path)
+            files.append(start + path if plain else _place(path, base, confined=bool(root)))
+    except ValueError as error:
+        row = ",".join(table.iloc[len(files)])
+        raise _bad_line(source, table.index[len(files)], row, str(error)) from None
+    return tuple(files)
 
 
-def _read_folder(folder: Path) -> Manifest:
+def _is_plain(path: str) -> bool:
+    """Whether a path only has to be put behind the root: most of a million do, in little time."""
+    plain_ends = path[:1] not in "./ " and path[-1] != "/"
+    return plain_ends and path.isprintable() and not any(odd in path for odd in _ODD)
+
+
+def _place(path: str, base: Path, *, confined: bool) -> str:
+    """A path from ``base`` on, as pathlib spells it; the slash of a folder of frames stays.
+
+    Raises:
+        ValueError: it is none, or leads out of ``base``.
+    """
+    if not path.strip():
+        raise ValueError("the path is empty")
+    for character, name in FORBIDDEN.items():
+        if character in path:
+            raise ValueError(f"the path must not hold {name}; rename the file")
+    if member := TarMember.parse(path):
+        if _climbs(member.name) or member.name[0] == "/":
+            raise ValueError(
+                "the name of a member must not lead out of its tar file, by .. or a slash in "
+                "front; pack it anew"
+            )
+        return str(replace(member, tar=_place(member.tar, base, confined=confined)))
+    if path[0] != "/" and _climbs(path):
+        raise ValueError(
+            f"a path must not climb out of its root, {base}, by ..; name a root further up "
+            "(data.root, or --root of a tool), and write paths from there on"
+        )
+    place = base / re.sub("^//+", "/", path)
+    if confined and not Path(os.path.normpath(place)).is_relative_to(os.path.normpath(base)):
+        raise ValueError(
+            f"the path lies outside of the root that was given, {base}; give another root "
+            "(data.root, or --root of a tool), or none, where absolute paths are taken as they are"
+        )
+    return f"{place}/" if path.endswith("/") and str(place) != "/" else str(place)
+
+
+def _climbs(path: str) -> bool:
+    """Whether ``..`` leads out of the folder where a relative path starts, at any point of it."""
+    depth = 0
+    for part in path.split("/"):
+        depth += -1 if part == ".." else part not in ("", ".")
+        if depth < 0:
+            return True
+    return False
+
+
+def _read_folder(folder: Path) -> Listing:
     found = files_below(folder)
     if not found:
         raise ManifestError(
@@ -302,14 +426,13 @@ def _read_folder(folder: Path) -> Manifest:
             "tells which of them are meant. Move one kind to another folder, or write a manifest "
             "of the files that are meant"
         )
-    nothing = (-1,) * len(found)
-    files = _files(folder, found)
-    if any(name.count("/") != 1 for name in found):
-        return Manifest(files, labels=nothing, num_frames=nothing)
-    classes = [name.partition("/")[0] for name in found]
-    names = tuple(sorted(set(classes)))
-    labels = {name: label for label, name in enumerate(names)}
-    return Manifest(files, tuple(labels[name] for name in classes), nothing, names)
+    columns = {"path": found}
+    if all(name.count("/") == 1 for name in found):
+        classes = [name.partition("/")[0] for name in found]
+        labels = {name: str(label) for label, name in enumerate(sorted(set(classes)))}
+        columns |= {"label": [labels[name] for name in classes], "label_name": classes}
+    start = str(folder).rstrip("/") + "/"
+    return Listing(folder, pd.DataFrame(columns, dtype=str), tuple(start + name for name in found))
 
 
 def files_below(folder: Path) -> list[str]:

@@ -85,7 +85,8 @@ class Pool(Generic[Job]):
 
     ``work`` must be picklable: a function of a module, or an object of a class of one. It returns
     one result, or an iterator of several. Arrays and CPU tensors in a result come through shared
-    memory.
+    memory. Where it has a method ``prepare``, each process calls that once, and no limit counts the
+    time it takes: for imports.
     """
 
     def __init__(

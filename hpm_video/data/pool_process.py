@@ -36,6 +36,8 @@ def serve(
     _end_with_the_run(watched)
     torch.set_num_threads(1)
     _limit_memory(memory)
+    if hasattr(work, "prepare"):
+        work.prepare()
     connection.send(("ready",))
     inbox: deque[Any] = deque()
     room = memoryview(shared).cast("B")

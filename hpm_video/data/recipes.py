@@ -13,13 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hpm_video.data.manifest import (
-    IMAGE_SUFFIXES,
-    UNLABELLED,
-    VIDEO_SUFFIXES,
-    ManifestError,
-    files_below,
-)
+from hpm_video.data.manifest import UNLABELLED, ManifestError, files_below
+from hpm_video.data.sources import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from hpm_video.whole_files import written_beside
 
 COLUMNS = ("path", "label", "label_name")

@@ -1,5 +1,7 @@
 """From frames of a video to the pixels of a clip: crops and resizing."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -39,30 +41,85 @@ class Box:
     width: int
 
 
-class ClipTransform(Protocol):
-    """How the frames of a training clip become its pixels. Draws come from ``draw`` alone."""
+class DrawnTransform(Protocol):
+    """What is done to one training clip; nothing is left to chance."""
+
+    @property
+    def box(self) -> Box:
+        """The part of the frames that it needs: no other is decoded to colours."""
+
+    def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """That part of the frames: (T, box.height, box.width, C) uint8 -> (C, T, h, w) uint8"""
+
+
+class ClipTransform(ABC):
+    """How the frames of a training clip become its pixels, at random."""
+
+    def prepare(self) -> None:  # noqa: B027 - most have nothing to prepare
+        """Import what takes long to import."""
+
+    @abstractmethod
+    def draw(
+        self, size: tuple[int, int], frame_size: tuple[int, int], draw: np.random.Generator
+    ) -> DrawnTransform:
+        """Decide what is done to frames of ``size``, height and width. All draws are ``draw``'s."""
 
     def __call__(
         self, frames: NDArray[np.uint8], frame_size: tuple[int, int], draw: np.random.Generator
     ) -> Tensor:
-        """(T, H, W, C) uint8 -> (C, T, h, w) uint8"""
+        """Draw and do it: (T, H, W, C) uint8 -> (C, T, h, w) uint8"""
+        height, width = frames.shape[1:3]
+        drawn = self.draw((height, width), frame_size, draw)
+        return drawn(cut(frames, drawn.box))
 
 
 @dataclass(frozen=True)
-class MultiScaleCrop:
+class MultiScaleCrop(ClipTransform):
     """A multi-scale crop, the same in all frames: the augmentation of pre-training."""
 
     flip: bool
     """Whether half of the clips are mirrored."""
     interpolation: Interpolation = "bilinear"
 
-    def __call__(
-        self, frames: NDArray[np.uint8], frame_size: tuple[int, int], draw: np.random.Generator
-    ) -> Tensor:
-        """(T, H, W, C) uint8 -> (C, T, h, w) uint8"""
-        box = multi_scale_box(frames.shape[1], frames.shape[2], frame_size, draw)
-        clip = crop_and_resize(frames, box, frame_size, self.interpolation)
-        return clip.flip(-1) if self.flip and draw.random() < 0.5 else clip
+    def draw(
+        self, size: tuple[int, int], frame_size: tuple[int, int], draw: np.random.Generator
+    ) -> "DrawnCrop":
+        """A box, and whether it is mirrored."""
+        box = multi_scale_box(*size, frame_size, draw)
+        return DrawnCrop(box, frame_size, self.interpolation, self.flip and draw.random() < 0.5)
+
+
+@dataclass(frozen=True)
+class DrawnCrop:
+    """A box that is cut out and resized, and may be mirrored."""
+
+    box: Box
+    frame_size: tuple[int, int]
+    interpolation: Interpolation
+    mirrored: bool
+
+    def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """(T, box.height, box.width, C) uint8 -> (C, T, h, w) uint8"""
+        clip = resize(pixels, self.frame_size, self.interpolation)
+        return clip.flip(-1) if self.mirrored else clip
+
+
+def cut(frames: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
+    """A part of frames, without a copy: (T, H, W, C) -> (T, box.height, box.width, C)"""
+    return frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
+
+
+def within(box: Box, outer: Box) -> Box:
+    """A box as it lies in a larger one."""
+    return replace(box, top=box.top - outer.top, left=box.left - outer.left)
+
+
+def around(boxes: Sequence[Box]) -> Box:
+    """The smallest box that holds all of them."""
+    top, left = min(box.top for box in boxes), min(box.left for box in boxes)
+    bottom = max(box.top + box.height for box in boxes)
+    right = max(box.left + box.width for box in boxes)
+    return Box(top, left, bottom - top, right - left)
 
 
 def centre_box(height: int, width: int, frame_size: tuple[int, int]) -> Box:
@@ -138,9 +195,16 @@ def crop_and_resize(
     interpolation: Interpolation = "bilinear",
 ) -> Tensor:
     """Cut out a box and resize it, antialiased: (T, H, W, C) -> (C, T, h, w) uint8"""
-    rows = slice(box.top, box.top + box.height)
-    columns = slice(box.left, box.left + box.width)
-    pixels = torch.from_numpy(frames[:, rows, columns]).permute(0, 3, 1, 2)
+    return resize(cut(frames, box), frame_size, interpolation)
+
+
+def resize(
+    frames: NDArray[np.uint8],
+    frame_size: tuple[int, int],
+    interpolation: Interpolation = "bilinear",
+) -> Tensor:
+    """Resize frames, antialiased: (T, H, W, C) -> (C, T, h, w) uint8"""
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
     resized = functional.interpolate(pixels, frame_size, mode=interpolation, antialias=True)
     return resized.transpose(0, 1).contiguous()
 
@@ -171,7 +235,7 @@ def _not_too_long(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """
     height, width = frames.shape[1:3]
     box = _middle(height, width, (min(height, LONGEST * width), min(width, LONGEST * height)))
-    return frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
+    return cut(frames, box)
 
 
 def _with_short_side(height: int, width: int, short_side: int) -> tuple[int, int]:

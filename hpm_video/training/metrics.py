@@ -225,5 +225,34 @@ class ProgressBar:
             self._last_line = now
 
 
+class WaitingWarning:
+    """Says once, with the remedy, that a run mostly waits for its data."""
+
+    SHARE = 0.3
+    """Of the time."""
+    LINES = 3
+    """Of metrics in a row, without the first of a run: then workers begin."""
+
+    def __init__(self, config: Path) -> None:
+        """``config``: of the run."""
+        self._config = config
+        self._lines = -1
+        self._in_a_row = 0
+
+    def look(self, data_wait: float) -> None:
+        """Take note of the share of time that went into waiting since the last line."""
+        self._lines += 1
+        if self._lines < 1 or self._in_a_row >= self.LINES:
+            return
+        self._in_a_row = self._in_a_row + 1 if data_wait > self.SHARE else 0
+        if self._in_a_row == self.LINES:
+            log.warning(
+                "%.0f%% of the time goes into waiting for data. What holds it up, and how many "
+                "data.workers would do: python tools/bench_loader.py %s. Often it is decoding: "
+                "tools/transcode.py makes videos small and quick to seek in",
+                *(100 * data_wait, self._config),
+            )
+
+
 def _clock(seconds: float) -> str:
     return str(tqdm.format_interval(seconds))

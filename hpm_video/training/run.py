@@ -21,7 +21,7 @@ from hpm_video.training.checkpoint import (
 )
 from hpm_video.training.engine import Engine
 from hpm_video.training.interruption import Interrupted, StopRequest
-from hpm_video.training.metrics import Meter, MetricsLog, ProgressBar
+from hpm_video.training.metrics import Meter, MetricsLog, ProgressBar, WaitingWarning
 from hpm_video.training.optim import OptimizerState, Tensors
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class Run:
     """By the name of the source of a batch."""
     stop: StopRequest
     watch: Watch
+    waiting: WaitingWarning
     data: str
     """What the order of the data depends on, stored with every checkpoint."""
     best: dict[str, Any] = field(default_factory=dict)
@@ -105,6 +106,7 @@ class Run:
             values = self.meter.read() | settings
             self.metrics.write("train", done, self.timeline.at(done).exact_epoch, values)
             self.bar.show(done, values)
+            self.waiting.look(values["data_wait"])
         with self.meter.paused():
             keep = self._due(update, self.cadence.keep_every_epochs)
             improved = False

@@ -23,6 +23,7 @@ from hpm_video.data.manifest import Manifest
 from hpm_video.data.transforms import (
     MultiScaleCrop,
     crop_and_resize,
+    cut,
     held_out_crops,
     view_boxes,
 )
@@ -56,7 +57,18 @@ class GreyVideo:
     def __exit__(self, *_):
         return None
 
-    def read(self, indices):
+    def frames_stated(self, stated):
+        return min(stated, self.num_frames)
+
+    @property
+    def height(self):
+        return self.size[0]
+
+    @property
+    def width(self):
+        return self.size[1]
+
+    def read(self, indices, box=None):
         self.read_frames.append(list(indices))
         frames = np.empty((len(indices), *self.size, 3), np.uint8)
         frames[...] = np.asarray(indices, np.uint8)[:, None, None, None]
@@ -64,7 +76,7 @@ class GreyVideo:
             frames += 5 * np.arange(self.size[1], dtype=np.uint8)[:, None]
         else:
             frames[:, 0] = self.number
-        return frames
+        return frames if box is None else cut(frames, box)
 
 
 @pytest.fixture(autouse=True)

@@ -17,13 +17,13 @@ from hpm_video.data.decode import (
 )
 
 DECODERS = [
-    "pyav",
     pytest.param(
-        "decord",
+        name,
         marks=pytest.mark.skipif(
-            "decord" not in available_decoders(), reason="decord is not installed"
+            name not in available_decoders(), reason=f"{name} is not there, or does not work here"
         ),
-    ),
+    )
+    for name in ("pyav", "torchcodec", "decord")
 ]
 OPEN_GROUPS = {"x264-params": "open-gop=1:b-adapt=0"}
 UNEVEN = np.cumsum(np.random.default_rng(0).integers(10, 200, 40)).tolist()
@@ -47,6 +47,38 @@ VIDEOS = {
 }
 
 
+SKIPPING = {  # name -> how it is written, whether frames of it are left out
+    "pyramid.mp4": ({"max_b_frames": 5, "options": {"x264-params": "b-pyramid=normal"}}, True),
+    "open.mp4": ({"max_b_frames": 3, "options": OPEN_GROUPS}, True),
+    "interlaced.mp4": ({"options": {"x264-params": "tff=1"}}, True),
+    "refs.mkv": ({"options": {"x264-params": "ref=6:bframes=8:b-adapt=2:weightp=2"}}, True),
+    "mpeg4.mp4": ({"codec": "mpeg4", "max_b_frames": 3}, True),
+    "hevc.mp4": (
+        {"codec": "libx265", "options": {"x265-params": "log-level=none:bframes=4"}},
+        True,
+    ),
+    "hevc_layers.mp4": (
+        {
+            "codec": "libx265",
+            "options": {"x265-params": "log-level=none:bframes=4:temporal-layers=3"},
+        },
+        False,
+    ),
+    "vp9.webm": ({"codec": "libvpx-vp9", "options": {"cpu-used": "8"}}, False),
+    "av1.mp4": ({"codec": "libsvtav1", "options": {"preset": "10"}}, False),
+}
+
+
+@pytest.fixture(scope="module")
+def skipping(tmp_path_factory, write_painted):
+    folder = tmp_path_factory.mktemp("skipping")
+    found = {}
+    for name, (how, skips) in SKIPPING.items():
+        how = {"size": (128, 128), "gop_size": 20} | how
+        found[name] = (write_painted(folder / name, **how), skips)
+    return found
+
+
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory, write_painted):
     folder = tmp_path_factory.mktemp("videos")
@@ -57,6 +89,10 @@ def videos(tmp_path_factory, write_painted):
 @pytest.mark.parametrize("name", VIDEOS)
 def test_each_frame_asked_for_is_the_frame_that_comes(videos, numbers_of, name, decoder):
     draw = np.random.default_rng(1)
+    if decoder == "torchcodec" and name.endswith(".avi"):
+        with pytest.raises(DecodeError, match=r"torchcodec is not known to be exact .* PyAV is"):
+            open_video(str(videos[name]), decoder)
+        return
     with open_video(str(videos[name]), decoder) as video:
         assert video.num_frames == VIDEOS[name].get("frames", 40)
         for _ in range(5):
@@ -69,13 +105,15 @@ def test_each_frame_asked_for_is_the_frame_that_comes(videos, numbers_of, name, 
         assert numbers_of(video.read([last, 0, last, 0, 0])) == [last, 0, last, 0, 0]
 
 
-@pytest.mark.skipif("decord" not in available_decoders(), reason="decord is not installed")
+@pytest.mark.parametrize("decoder", DECODERS[1:])
 @pytest.mark.parametrize("name", VIDEOS)
-def test_decoders_agree_on_every_pixel(videos, name):
+def test_decoders_agree_on_every_pixel(videos, name, decoder):
     """Colours that are stored at half size are enlarged otherwise in frames of odd size."""
+    if decoder == "torchcodec" and name.endswith(".avi"):
+        pytest.skip("torchcodec is kept away from it")
     with (
         open_video(str(videos[name]), "pyav") as video,
-        open_video(str(videos[name]), "decord") as other,
+        open_video(str(videos[name]), decoder) as other,
     ):
         indices = range(0, video.num_frames, 3)
         difference = np.abs(video.read(indices).astype(int) - other.read(indices))
@@ -87,13 +125,13 @@ def test_decoders_agree_on_every_pixel(videos, name):
 
 
 def test_mpeg_transport_streams(tmp_path, write_painted, numbers_of):
-    """decord loses their first frames, and says nothing."""
+    """decord loses their first frames, and says nothing; torchcodec stops in the middle."""
     path = str(write_painted(tmp_path / "stream.ts"))
     with open_video(path, "pyav") as video:
         assert numbers_of(video.read([30, 2, 13])) == [30, 2, 13]
-    if "decord" in available_decoders():
-        with pytest.raises(DecodeError, match=r"decord is not known to be exact .* PyAV is"):
-            open_video(path, "decord")
+    for decoder in set(available_decoders()) - {"pyav"}:
+        with pytest.raises(DecodeError, match=f"{decoder} is not known to be exact .* PyAV is"):
+            open_video(path, decoder)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -166,25 +204,95 @@ def test_frames_that_are_not_there(videos, indices, decoder):
         video.read(indices)
 
 
-def test_pyav_decodes_only_from_the_key_frame_to_the_last_wanted_frame(videos, monkeypatch):
-    decoded = []
+@pytest.fixture
+def counted(videos, monkeypatch):
+    """An open video of 40 frames, of which each 12th is a key frame, and the times decoded."""
     with open_video(str(videos["b_frames.mp4"]), "pyav") as video:
-        take = video._take
+        decoded = []
+        by_time = video._by_time
 
-        def counted(frames, wanted):
-            def passed():
-                for number, frame in frames:
-                    decoded.append(number)
-                    yield number, frame
+        def noted(packets):
+            for time, frame in by_time(packets):
+                decoded.append(video._times.index(time))
+                yield time, frame
 
-            return take(passed(), wanted)
-
-        monkeypatch.setattr(video, "_take", counted)
-        video.read([29, 26, 29])
-        assert 4 <= len(decoded) <= 6  # the key frame is number 24
+        monkeypatch.setattr(video, "_by_time", noted)
+        video.read([39])  # its size is known then
         decoded.clear()
-        video.read([3])
-        assert len(decoded) == 4
+        yield video, decoded
+
+
+def test_pyav_decodes_only_from_the_key_frame_to_the_last_wanted_frame(counted):
+    video, decoded = counted
+    video.read([29, 26, 29])
+    assert decoded[0] == 24  # the key frame
+    assert decoded[-1] == 29
+    decoded.clear()
+    video.read([3])
+    assert {0, 3} <= set(decoded) <= {0, 1, 2, 3}
+    decoded.clear()
+    video.read([1, 38])
+    assert not set(decoded) & {*range(6, 35)}
+
+
+def test_pyav_goes_on_where_it_stopped(counted, numbers_of):
+    video, decoded = counted
+    for number in range(40):
+        assert numbers_of(video.read([number])) == [number]
+    assert sorted(decoded) == [*range(40)]
+    decoded.clear()
+    assert numbers_of(video.read([2, 11])) == [2, 11]
+    assert numbers_of(video.read([14])) == [14]
+    assert numbers_of(video.read([10, 13])) == [10, 13]  # backwards
+    assert numbers_of(video.read([15, 39])) == [15, 39]
+
+
+@pytest.mark.parametrize("name", SKIPPING)
+def test_frames_that_no_other_refers_to_are_not_decoded(skipping, name):
+    """And the others are the same to the last bit."""
+    path, skips = skipping[name]
+    draw = np.random.default_rng(2)
+    with open_video(str(path), "pyav") as video:
+        every = video.read(range(video.num_frames))
+        for _ in range(25):
+            count = int(draw.integers(1, 5))
+            indices = np.sort(draw.choice(video.num_frames, count, replace=False))
+            assert np.array_equal(video.read(indices), every[indices])
+        with open_video(str(path), "pyav") as other:
+            assert np.array_equal(other.read([video.num_frames - 1]), every[-1:])
+            assert bool(other._skipped) is skips
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_frames_that_skipping_loses_are_decoded_with_all_others(counted, numbers_of, goes_on):
+    video, decoded = counted
+    if goes_on:
+        video.read([13])
+    by_time = video._by_time
+
+    def losing(packets):
+        for time, frame in by_time(packets):
+            if not video._skips or video._times.index(time) != 16:
+                yield time, frame
+
+    video._by_time = losing
+    video._frames = losing(video._container.demux(video._stream)) if goes_on else video._frames
+    assert numbers_of(video.read([14, 16, 18])) == [14, 16, 18]
+    assert not video._skipped
+
+
+def test_reading_goes_on_after_damage(tmp_path, write_painted, numbers_of):
+    path = write_painted(tmp_path / "a.mp4")
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    data[packets[20].pos : packets[20].pos + packets[20].size] = b"\xff" * packets[20].size
+    path.write_bytes(data)
+    with open_video(str(path), "pyav") as video:
+        for _ in range(2):
+            with pytest.raises(DecodeError, match="it is damaged: .* Download it again"):
+                video.read(range(40))
+            assert numbers_of(video.read([3, 26, 39])) == [3, 26, 39]
 
 
 def test_a_seek_that_lands_elsewhere_is_noticed(videos, numbers_of, monkeypatch):
@@ -198,19 +306,23 @@ def test_auto_prefers_pyav_and_takes_what_there_is(monkeypatch):
     assert choose_decoder("auto") == "pyav"
     broken = {"pyav": "No module named 'av'"}
     monkeypatch.setattr(decode, "_what_is_wrong", lambda name: broken.get(name, ""))
+    assert choose_decoder("auto") == "torchcodec"
+    broken["torchcodec"] = "RuntimeError: no FFmpeg"
     assert choose_decoder("auto") == "decord"
     assert available_decoders() == ("decord",)
     with pytest.raises(DecoderError, match=r"pyav cannot be used: No module.*pip install av"):
         choose_decoder("pyav")
     broken["decord"] = "OSError: libavcodec"
-    with pytest.raises(DecoderError, match=r"pip install av\. decord cannot be used: OSError"):
+    with pytest.raises(
+        DecoderError, match=r"pip install av\. torchcodec .* decord cannot be used: OSError"
+    ):
         choose_decoder("auto")
 
 
 def test_a_decoder_that_decodes_wrongly_is_not_available(monkeypatch):
     decode._what_is_wrong.cache_clear()
-    black = lambda self, indices: np.zeros((len(indices), 4, 4, 3), np.uint8)  # noqa: E731
-    monkeypatch.setattr(decode._PyavReader, "_decode", black)
+    black = lambda self, indices, box: np.zeros((len(indices), 4, 4, 3), np.uint8)  # noqa: E731
+    monkeypatch.setattr(decode.PyavReader, "_decode", black)
     try:
         with pytest.raises(DecoderError, match="wrong pixels"):
             choose_decoder("pyav")
@@ -224,6 +336,7 @@ def test_versions_name_the_decoders_that_can_be_used():
 
 
 def test_decoders_are_imported_when_they_are_used():
-    code = "import sys, hpm_video.data.loader; print({'av', 'decord'} & set(sys.modules))"
+    code = "import sys, hpm_video.data.loader; "
+    code += "print({'av', 'decord', 'torchcodec'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

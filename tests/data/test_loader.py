@@ -175,6 +175,9 @@ READERS = """
 
         reader: Any
 
+        def prepare(self):
+            self.reader.prepare()
+
         def __call__(self, request):
             if "hangs" in request.path:
                 ctypes.PyDLL(None).sleep(1000)  # with the interpreter's lock

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -7,6 +8,7 @@ from hpm_video.data.manifest import (
     Manifest,
     ManifestError,
     files_below,
+    read_listing,
     read_manifest,
     write_manifest,
 )
@@ -85,11 +87,153 @@ def test_lists_of_imagenet(tmp_path):
 
 
 def test_paths_are_spelled_as_pathlib_does(tmp_path):
-    paths = ["./a.mp4", "b//c.mp4", "d/./e.mp4", "../f.mp4", ".g/h.mp4", "/i/j.mp4", "//k.mp4"]
+    paths = ["./a.mp4", "b//c.mp4", "d/./e.mp4", "f/../f.mp4", ".g/h.mp4", "/i/j.mp4", "/k.mp4"]
     paths += ["/l//m.mp4", "n/.o.mp4", "p/../q.mp4", "r..mp4"]
-    for root in (tmp_path, Path("/")):
-        manifest = listed(tmp_path, "".join(f"{path}\n" for path in paths), root=root)
-        assert manifest.files == tuple(str(root / path) for path in paths)
+    text = "".join(f"{path}\n" for path in paths)
+    assert listed(tmp_path, text).files == tuple(str(tmp_path / path) for path in paths)
+    assert listed(tmp_path, text, root="/").files == tuple(str(Path("/", path)) for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("written", "place"),
+    [
+        ("a/", "{root}/a/"),
+        ("./a//b/", "{root}/a/b/"),
+        ("/c/d//", "/c/d/"),
+        ("//c/d.mp4", "/c/d.mp4"),
+        ("a/./", "{root}/a/"),
+        ("s.tar::a/b.mp4@512+20", "{root}/s.tar::a/b.mp4@512+20"),
+        ("./x//s.tar::./a/../b.mp4@512+20", "{root}/x/s.tar::./a/../b.mp4@512+20"),
+        ("/x/s.TAR::b.mp4@512+20", "/x/s.TAR::b.mp4@512+20"),
+        ("s.tar::b.mp4", "{root}/s.tar::b.mp4"),
+        ("..a/b../...", "{root}/..a/b../..."),
+    ],
+)
+def test_folders_of_frames_and_members_of_tars(tmp_path, written, place):
+    assert listed(tmp_path, f"path\n{written}\n").files == (place.format(root=tmp_path),)
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("../f.mp4", "must not climb out of its root"),
+        ("a/../../f.mp4", "must not climb out of its root"),
+        ("a/./../../{name}/f.mp4", "must not climb out of its root"),
+        ("..", "must not climb out of its root"),
+        ("../frames/", "must not climb out of its root"),
+        ("../s.tar::a.mp4@512+20", "must not climb out of its root"),
+        ("s.tar::../a.mp4@512+20", "must not lead out of its tar file"),
+        ("s.tar::/etc/passwd@512+20", "must not lead out of its tar file"),
+        ("a\0.mp4", "must not hold a null character"),
+        ('"a\nb.mp4"', "must not hold a line break"),
+        ('"a\rb.mp4"', "must not hold a line break"),
+    ],
+)
+@pytest.mark.parametrize("given", [True, False])
+def test_no_path_leads_out_of_the_root(tmp_path, path, reason, given):
+    options = {"root": tmp_path} if given else {}
+    text = f"path,label\nfirst.mp4,1\n{path.format(name=tmp_path.name)},0\n"
+    with pytest.raises(ManifestError, match=reason) as caught:
+        listed(tmp_path, text, **options)
+    assert re.search(r"list\.csv, line [34]: ", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/other/f.mp4",
+        "{root}/../f.mp4",
+        "{root}more/f.mp4",
+        "{root}/../{name}s/",
+        "/other/s.tar::a.mp4@512+20",
+    ],
+)
+def test_absolute_paths_lie_in_a_root_that_is_given(tmp_path, path):
+    path = path.format(root=tmp_path, name=tmp_path.name)
+    text = f"path\n{path}\n"
+    assert listed(tmp_path, text).files == (path,)
+    with pytest.raises(ManifestError, match="line 2: the path lies outside of the root that was"):
+        listed(tmp_path, text, root=tmp_path)
+    with pytest.raises(ManifestError, match="line 1: the path lies outside of the root that was"):
+        listed(tmp_path, "/other/f.mp4 1\n", root=tmp_path)
+    inside = ("a.mp4", f"{tmp_path}/b.mp4", f"{tmp_path}/c/../d/", f"{tmp_path}/s.tar::a@512+9")
+    files = listed(tmp_path, "path\n" + "\n".join(inside) + "\n", root=tmp_path).files
+    assert files == (f"{tmp_path}/a.mp4", *inside[1:])
+
+
+def test_links_are_the_business_of_whoever_owns_the_disk(tmp_path):
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "link").symlink_to(tmp_path)
+    file = f"{tmp_path}/list/link/a.mp4"
+    text = f"path\n{file}\n"
+    assert listed(tmp_path / "list", text, root=tmp_path / "list").files == (file,)
+
+
+def test_bad_files_are_left_out_and_counted(tmp_path, caplog):
+    text = (
+        "path,label,label_name,num_frames,verdict,reason\n"
+        "a.mp4,0,run,30,fine,\n"
+        "b.mp4,2,jump,,bad,empty\n"
+        "c.mp4,1,walk,12, suspicious ,short\n"
+        "d.mp4,0,run,,,\n"
+    )
+    with caplog.at_level("INFO"):
+        manifest = listed(tmp_path, text)
+        assert listed(tmp_path, text) == manifest
+    assert manifest == Manifest(
+        tuple(f"{tmp_path}/{name}.mp4" for name in "acd"),
+        (0, 1, 0),
+        (30, 12, -1),
+        ("run", "walk", "jump"),
+        left_out=1,
+    )
+    assert caplog.messages == [
+        f"1 of 4 files of {tmp_path}/list.csv are left out: its column verdict says bad"
+    ]
+    listing = read_listing(tmp_path / "list.csv")
+    assert len(listing) == 4
+    assert listing.column("verdict") == ["fine", "bad", "suspicious", ""]
+    assert listing.column("nothing") == [""] * 4
+    assert manifest.spread(2).left_out == 1
+
+
+def test_verdicts_that_cannot_be_used(tmp_path):
+    with pytest.raises(ManifestError, match=r"line 3: verdict must be one of fine, suspicious, ba"):
+        listed(tmp_path, "path,verdict\na,fine\nb,Bad\n")
+    with pytest.raises(ManifestError, match=r"all 2 files of .*list\.csv are bad.*check_videos"):
+        listed(tmp_path, "path,verdict\na,bad\nb,bad\n")
+
+
+def test_cells_are_text_and_nothing_else(tmp_path):
+    names = [
+        "=1+1.mp4",
+        "$(touch x).mp4",
+        "`id`.mp4",
+        "%s{0}.mp4",
+        "!!python/object.mp4",
+        "~/a.mp4",
+    ]
+    manifest = listed(tmp_path, "path,=x\n" + "".join(f"{name},=1+1\n" for name in names))
+    assert manifest.files == tuple(f"{tmp_path}/{name}" for name in names)
+    assert [path.name for path in tmp_path.iterdir()] == ["list.csv"]
+
+
+def test_a_listing_is_written_with_further_columns(tmp_path):
+    listed(tmp_path, 'label,path,extra\n1,"a,b.mp4",x\n,c.mp4,\n')
+    listing = read_listing(tmp_path / "list.csv")
+    listing.write({"label": ["7", ""], "verdict": ["fine", "bad"]}, tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_text() == (
+        'label,path,extra,verdict\n7,"a,b.mp4",x,fine\n,c.mp4,,bad\n'
+    )
+
+
+def test_a_folder_as_a_listing(tmp_path):
+    touch(tmp_path, "run/a.mp4", "walk/b.mp4")
+    listing = read_listing(tmp_path)
+    assert listing.files == (f"{tmp_path}/run/a.mp4", f"{tmp_path}/walk/b.mp4")
+    assert listing.column("path") == ["run/a.mp4", "walk/b.mp4"]
+    assert listing.column("label") == ["0", "1"]
+    assert listing.column("label_name") == ["run", "walk"]
 
 
 @pytest.mark.parametrize(

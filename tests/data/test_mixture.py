@@ -12,7 +12,7 @@ from hpm_video.data.dataset import ClipSpec, HeldOutClips, Repeats, VideoClips, 
 from hpm_video.data.loader import training_batches
 from hpm_video.data.manifest import Manifest
 from hpm_video.data.mixture import MixedClips, Place, Places, deal_out
-from hpm_video.data.transforms import MultiScaleCrop
+from hpm_video.data.transforms import MultiScaleCrop, cut
 from hpm_video.experiment import open_data
 from hpm_video.randomness import generator, key_of
 
@@ -95,6 +95,7 @@ class Noise:
     """A file of 20 frames, of which none is like another."""
 
     num_frames = 20
+    height, width = 12, 14
 
     def __init__(self, path, decoder):
         self.path = path
@@ -105,9 +106,10 @@ class Noise:
     def __exit__(self, *_):
         return None
 
-    def read(self, indices):
+    def read(self, indices, box):
         draws = [generator(self.path, int(index)) for index in indices]
-        return np.stack([draw.integers(256, size=(12, 14, 3), dtype=np.uint8) for draw in draws])
+        frames = [draw.integers(256, size=(12, 14, 3), dtype=np.uint8) for draw in draws]
+        return cut(np.stack(frames), box)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,189 @@
+"""Checking all files of a manifest: in parallel, going on after a stop, and a verdict for each."""
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hpm_video.data.checking import Task, bad, check_file, stamp_of
+from hpm_video.data.decode import DecoderChoice
+from hpm_video.data.findings import (
+    OF_THE_MANIFEST,
+    Finding,
+    Journal,
+    Stamp,
+    columns_of,
+    read_findings,
+)
+from hpm_video.data.manifest import Listing, ManifestError, Verdict, read_listing
+from hpm_video.data.pool import GIB, Limits, Lost, Pool, over
+from hpm_video.data.progress_bar import ProgressBar
+
+Work = Callable[[Task], Finding | None]
+"""Looks at a file in a process of its own; it says nothing of one that has not changed."""
+
+_REMEDIES = {
+    "took longer": "where it is only long, check it with more --seconds",
+    "needs more memory": "where it is only large, check it with more --memory",
+}
+_ANYHOW = "leave it out, or get it anew"
+
+
+@dataclass(frozen=True)
+class How:
+    """How files are looked at."""
+
+    workers: int
+    limits: Limits = Limits()
+    decoder: DecoderChoice = "auto"
+    work: Work = check_file
+    """A function of a module."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What came of a check."""
+
+    listing: Listing
+    findings: tuple[Finding, ...]
+    """One for each row."""
+    taken_over: int
+    """Files that had been looked at before and have not changed."""
+
+
+def check_files(
+    files: Sequence[str], how: How, known: Mapping[str, Finding]
+) -> Generator[tuple[str, Finding, bool], None, None]:
+    """Look at files, in whatever order they come: each, what was found, and whether it is new.
+
+    Those that are ``known`` and have not changed are not decoded again.
+    """
+    if not files:
+        return
+    tasks = [
+        Task(file, known[file].stamp if file in known else None, how.decoder) for file in files
+    ]
+    with Pool(how.work, min(how.workers, len(files)), how.limits) as pool:
+        for place, result in over(pool, tasks):
+            file = files[place]
+            if isinstance(result, Lost):
+                yield file, _lost(file, result, how.limits), True
+            elif result is None:
+                yield file, known[file], False
+            else:
+                yield file, result, True
+
+
+def _lost(file: str, lost: Lost, limits: Limits) -> Finding:
+    remedy = next((what for why, what in _REMEDIES.items() if why in lost.reason), _ANYHOW)
+    try:
+        stamp = stamp_of(file)
+    except OSError:
+        stamp = Stamp()
+    return replace(
+        bad(f"{lost.reason}: {remedy}"),
+        bytes=stamp.bytes,
+        modified=stamp.modified,
+        limits=_numbers(limits),
+    )
+
+
+def _numbers(limits: Limits) -> tuple[float, float]:
+    return limits.seconds, limits.memory / GIB
+
+
+def journal_of(out: Path) -> Path:
+    """Where it is noted what is known so far, until ``out`` is whole."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def check_listing(
+    listing: Listing, journal: Journal, known: Mapping[str, Finding], how: How
+) -> Checked:
+    """Look at every file of a manifest, note each, and judge each row.
+
+    ``known``: what is known from elsewhere. What stands in the journal is newer.
+    """
+    noted = {
+        file: finding
+        for file, finding in journal.findings.items()
+        if finding.limits in (None, _numbers(how.limits))
+    }
+    files = list(dict.fromkeys(listing.files))
+    found: dict[str, Finding] = {}
+    num_bad = taken_over = 0
+    with (
+        closing(ProgressBar(len(files), "files")) as bar,
+        closing(check_files(files, how, {**known, **noted})) as findings,
+    ):
+        for file, finding, is_new in findings:
+            found[file] = finding
+            if is_new:
+                journal.note(file, finding)
+            taken_over += not is_new
+            num_bad += finding.verdict == "bad"
+            bar.advance(note=f"{num_bad} bad")
+    return Checked(listing, tuple(judged(listing, found)), taken_over)
+
+
+def known_of(out: Path, root: Path | None) -> dict[str, Finding]:
+    """What an earlier, finished check says of files; those that were bad are looked at again.
+
+    Raises:
+        ManifestError: there is something at ``out`` that no check has written.
+    """
+    if not out.exists():
+        return {}
+    found = read_findings(read_listing(out, root))
+    if not found:
+        raise ManifestError(
+            f"{out} is there, and is no manifest that this program wrote; give another --out"
+        )
+    return {file: finding for file, finding in found.items() if finding.verdict != "bad"}
+
+
+def judged(listing: Listing, found: Mapping[str, Finding]) -> Iterator[Finding]:
+    """The finding of each row, with what is odd about the row and not about the file."""
+    first: dict[str, int] = {}
+    paths, labels, counts = map(listing.column, ("path", "label", "num_frames"))
+    for row, file in enumerate(listing.files):
+        finding = found[file]
+        if finding.verdict == "bad":
+            yield finding
+            continue
+        doubts = []
+        stated = _whole(counts[row])
+        if finding.num_frames and stated and stated != finding.num_frames:
+            doubts.append(
+                f"{OF_THE_MANIFEST}said {stated} frames, there are {finding.num_frames}: corrected"
+            )
+        same = first.setdefault(finding.content, row) if finding.content else row
+        if same != row:
+            differ = f" with label {labels[same]} instead of {labels[row]}"
+            doubts.append(
+                f"{OF_THE_MANIFEST}has the same content as {paths[same]}"
+                f"{differ if labels[same] != labels[row] else ''}: leave one of them out"
+            )
+        verdict: Verdict = "suspicious" if doubts else finding.verdict
+        yield replace(finding, verdict=verdict, reasons=(*finding.reasons, *doubts))
+
+
+def _whole(cell: str) -> int:
+    """A number of frames, 0 where none is stated; pandas writes 3.0 beside empty cells."""
+    try:
+        return max(int(float(cell)), 0)
+    except (ValueError, OverflowError):
+        return 0
+
+
+def write_checked(checked: Checked, out: Path, *, keep_paths: bool) -> None:
+    """Write the manifest with its new columns.
+
+    Without ``keep_paths`` files are named from the folder of ``out`` on where they lie in it, and
+    by their absolute paths elsewhere.
+    """
+    columns = columns_of(checked.findings)
+    if not keep_paths:
+        start = f"{out.parent}/"
+        columns["path"] = [file.removeprefix(start) for file in checked.listing.files]
+    checked.listing.write(columns, out)

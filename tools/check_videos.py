@@ -1,0 +1,164 @@
+"""Check every file of a manifest: python tools/check_videos.py MANIFEST.
+
+Each video, image or folder of frames is decoded wholly, in processes that are given up where a file
+makes them hang, crash or take too much memory. What was found out is written as further columns
+into a new manifest, CHECKED.csv, on which training then leaves out what is bad and never asks for
+frames that do not exist. CHECKED.png shows lengths, sizes and verdicts.
+
+Columns: num_frames (those that can be read, whatever the header says), duration (s), fps, width,
+height (upright), codec, pixel_format, key_frame_distance (frames, at most), rotation (degrees
+clockwise that set it upright), bytes, modified, content (equal where a file lies twice), verdict
+(fine, suspicious or bad) and reason. All other columns stay as they are.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from hpm_video.console import positive, run, shortest
+from hpm_video.data.check_report import plot, save_plot, summary
+from hpm_video.data.checking import check_file
+from hpm_video.data.decode import DecoderChoice, choose_decoder
+from hpm_video.data.findings import Journal
+from hpm_video.data.loader import default_workers
+from hpm_video.data.manifest import Listing, ManifestError, read_listing
+from hpm_video.data.manifest_check import (
+    Checked,
+    How,
+    check_listing,
+    journal_of,
+    known_of,
+    write_checked,
+)
+from hpm_video.data.pool import GIB, Limits
+from hpm_video.data.sources import is_frame_folder, is_image
+from hpm_video.whole_files import written_beside
+
+SOME_ARE_BAD = 3
+EXIT_CODES = """exit codes:
+  0    it is done, and every file can be used (suspicious ones too)
+  1    a fault of this program
+  2    a wrong input: the message says which, and what to do
+  3    it is done, and some files are bad
+  130  stopped by Ctrl-C: start the same command again, and it goes on
+"""
+
+
+def main(command_line: Sequence[str] | None = None) -> int:
+    """Check, and tell what was found."""
+    arguments = parse_arguments(command_line)
+    found: list[Checked] = []
+    code = run(lambda: found.append(check(arguments)))
+    if code == 0 and any(finding.verdict == "bad" for finding in found[0].findings):
+        return SOME_ARE_BAD
+    return code
+
+
+def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("manifest", type=Path, help="manifest, or folder of videos or images")
+    add(
+        "--out",
+        type=Path,
+        metavar="CHECKED.csv",
+        help="default: NAME.checked.csv beside the manifest. Where it is there already, files that "
+        "were found to be usable and have not changed since are not decoded again",
+    )
+    add("--again", action="store_true", help="decode all of them again")
+    add("--root", type=Path, help="where paths in the manifest start; default: its own folder")
+    add("--workers", type=positive, default=default_workers(), metavar="N")
+    add("--seconds", type=amount, default=60.0, help="for a file, at most (default 60)")
+    add("--memory", type=amount, default=4.0, metavar="GIB", help="for a file (default 4)")
+    add("--decoder", choices=get_args(DecoderChoice), default="auto", help="of training")
+    return parser.parse_args(command_line)
+
+
+def amount(text: str) -> float:
+    """An argument that is a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+def check(arguments: argparse.Namespace) -> Checked:
+    """Check a manifest, write what was found, and tell.
+
+    Raises:
+        ManifestError, DecoderError, OSError: a wrong input.
+    """
+    listing = read_listing(arguments.manifest, arguments.root)
+    out = where_to(listing, arguments.out)
+    if not all(is_image(file) or is_frame_folder(file) for file in listing.files):
+        choose_decoder(arguments.decoder)
+    how = How(
+        arguments.workers,
+        Limits(arguments.seconds, round(arguments.memory * GIB)),
+        arguments.decoder,
+        check_file,
+    )
+    known = {} if arguments.again else known_of(out, arguments.root)
+    with Journal(journal_of(out)) as journal:
+        print(announce(listing, len({*known, *journal.findings} & {*listing.files}), how))
+        try:
+            checked = check_listing(listing, journal, known, how)
+        except KeyboardInterrupt:
+            print(f"\nWhat is known so far is kept in {journal.path}: the same command goes on.")
+            raise
+        is_beside = listing.source.is_file() and out.parent == listing.source.parent
+        write_checked(checked, out, keep_paths=is_beside or arguments.root is not None)
+        journal.remove()
+    picture = out.with_suffix(".png")
+    with written_beside(picture) as path:
+        save_plot(plot(checked.findings, f"{listing.source.name}, {len(listing)} files"), path)
+    tell(checked, out, picture)
+    return checked
+
+
+def where_to(listing: Listing, out: Path | None) -> Path:
+    """The path of the manifest that is to be written.
+
+    Raises:
+        ManifestError: it is that which is read, or not a CSV file.
+    """
+    source = listing.source
+    stem = source.name if source.is_dir() else source.stem
+    out = (out or source.with_name(f"{stem}.checked.csv")).absolute()
+    if out.suffix != ".csv":
+        raise ManifestError(f"--out {out} must end in .csv: it is a table with named columns")
+    if out == source or (out.exists() and source.exists() and out.samefile(source)):
+        raise ManifestError(
+            f"--out {out} is the manifest that is read, which stays as it is; give another name"
+        )
+    return out
+
+
+def announce(listing: Listing, known: int, how: How) -> str:
+    """What is about to be done."""
+    before = f", {known} of which were checked before" if known else ""
+    return (
+        f"{len(set(listing.files))} files of {shortest(listing.source)}{before}; {how.workers} "
+        f"processes, at most {how.limits.seconds:g} s and {how.limits.memory / GIB:g} GiB a file"
+    )
+
+
+def tell(checked: Checked, out: Path, picture: Path) -> None:
+    """What was found, and where it stands."""
+    if checked.taken_over:
+        print(f"\n{checked.taken_over} files have not changed and were not decoded again")
+    print(f"\n{summary(checked.listing.files, checked.findings)}")
+    print(f"\nwrote {shortest(out)}\n      {shortest(picture)}")
+    print(f"To train on what can be used: data.train={shortest(out)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

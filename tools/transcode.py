@@ -1,0 +1,357 @@
+"""Make videos small and quick to read: python tools/transcode.py MANIFEST OUT.
+
+OUT gets H.264 files with a short way from key frame to key frame (--to files), folders of JPEG
+images (--to frames), or tar files in the layout of webdataset (--to shards), and a manifest.csv
+to train on: data.train=OUT/manifest.csv. All three give the same samples. A second start goes on.
+"""
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, replace
+from fractions import Fraction
+from pathlib import Path
+
+from tqdm import tqdm
+
+import hpm_video
+from hpm_video.console import positive, run, shortest
+from hpm_video.data.clip_stream import BadVideosError
+from hpm_video.data.dataset import Failure
+from hpm_video.data.loader import default_workers
+from hpm_video.data.manifest import read_listing, read_manifest
+from hpm_video.data.pool import Limits, Pool
+from hpm_video.data.prepared import (
+    Estimate,
+    PreparedFolder,
+    Rows,
+    copied,
+    make,
+    pack,
+    try_out,
+)
+from hpm_video.data.transcoding import Job, Packer, Prober, Recipe, Shard, Transcoder
+
+GB = 1e9
+EXIT_CODES = """exit codes:
+  0    every file is done
+  1    a fault of this program
+  2    a wrong input or a full disk, or some files cannot be read: they are listed in
+       OUT/failed.csv, and the others are done
+  130  stopped by Ctrl-C: start the same command again
+"""
+
+
+def main(command_line: Sequence[str] | None = None) -> int:
+    """Prepare the data, and say what was written."""
+    arguments = parse_arguments(command_line)
+    return run(lambda: prepare(arguments))
+
+
+def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("source", type=Path, metavar="MANIFEST", help="manifest or folder of videos or images")
+    add("output", type=Path, metavar="OUT", help="folder to write to; a second start goes on")
+    add("--root", type=Path, help="where paths in the manifest start; default: its own folder")
+    add("--to", choices=("files", "frames", "shards"), default="files", dest="form")
+    add("--copy", action="store_true", help="with --to shards: pack the files as they are")
+    add(
+        "--short-side",
+        type=even,
+        default=320,
+        metavar="PIXELS",
+        help="of larger frames (default 320); smaller ones keep their size, and odd sides lose "
+        "a pixel",
+    )
+    add(
+        "--fps",
+        type=rate,
+        metavar="N",
+        help="frames a second, chosen by time; default: every frame once, at the average rate",
+    )
+    add("--key-frames", type=positive, default=12, metavar="N", help="at most N apart (default 12)")
+    add("--crf", type=crf, default=20, metavar="N", help="quality of H.264, 0 to 51 (default 20)")
+    add("--quality", type=percent, default=90, metavar="N", help="of JPEG, 1 to 100 (default 90)")
+    add("--shard-size", type=above_zero, default=1.0, metavar="GB", help="(default 1)")
+    add("--workers", type=positive, metavar="N", help="processes; default: one for each core")
+    add(
+        "--seconds",
+        type=above_zero,
+        default=60.0,
+        metavar="LIMIT",
+        help="a file that makes no progress for so long is given up (default 60)",
+    )
+    add("--memory", type=above_zero, default=4.0, metavar="GB", help="of a process (default 4)")
+    add(
+        *("--estimate", "--dry-run"),
+        action="store_true",
+        help="try a few files, tell how long it will take and how large it will be, and stop",
+    )
+    add("--force", action="store_true", help="go on though the disk seems too small")
+    arguments = parser.parse_args(command_line)
+    if arguments.copy and arguments.form != "shards":
+        parser.error("--copy packs files into shards: add --to shards")
+    return arguments
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Estimate, make what is missing, and tell.
+
+    Raises:
+        BadVideosError: some files cannot be read; the others were dealt with.
+        ManifestError, OSError: a wrong input, or a disk that is full.
+    """
+    recipe = recipe_of(arguments)
+    source = arguments.source.absolute()
+    base = (arguments.root or (source if source.is_dir() else source.parent)).absolute()
+    rows = Rows.of(read_manifest(source, arguments.root), read_listing(source, arguments.root))
+    settings = {
+        "hpm_video": hpm_video.__version__,
+        "source": str(source),
+        "root": str(base),
+        **{name: plain(value) for name, value in asdict(recipe).items()},
+    }
+    with PreparedFolder(arguments.output, recipe, rows, base) as folder:
+        if not arguments.estimate or (folder.path / "settings.json").is_file():
+            folder.claim(settings)
+        began, there = time.monotonic(), len(folder)
+        try:
+            finished = work_through(folder, arguments)
+        except KeyboardInterrupt:
+            print(
+                f"\n{len(folder)} of {folder.num_places} files are done; the same command goes on",
+                flush=True,
+            )
+            raise
+        if finished:
+            folder.write_lists()
+            tell(folder, len(folder) - there, time.monotonic() - began)
+
+
+def work_through(folder: PreparedFolder, arguments: argparse.Namespace) -> bool:
+    """Do all that is to do. -> whether it was to be done, and not only told"""
+    places = folder.missing()
+    limits = Limits(arguments.seconds, int(arguments.memory * GB))
+    workers = arguments.workers or default_workers() + 1
+    work = Prober() if folder.recipe.copy else Transcoder(folder.recipe)
+    if places:
+        pool: Pool[Job]
+        with Pool(work, min(workers, len(places)), limits, depth=1) as pool:
+            copies = folder.recipe.copy
+            estimate = copied(places) if copies else try_out(folder, pool, places)
+            announce(folder, estimate, min(workers, len(places)))
+            check_disk(folder, estimate, force=arguments.force or arguments.estimate)
+            if arguments.estimate:
+                return False
+            with closing(Bar(len(places), "files", "frames/s")) as bar:
+                make(folder, pool, places, bar.advance)
+    else:
+        print(f"all {folder.num_places - len(folder.failed)} files are there already")
+    if folder.recipe.form == "shards" and not arguments.estimate:
+        write_shards(folder, workers, limits)
+    return not arguments.estimate
+
+
+def write_shards(folder: PreparedFolder, workers: int, limits: Limits) -> None:
+    """Pack what is done and not packed yet.
+
+    Nothing is decoded, and a large file is copied in one step: it may take longer.
+    """
+    limits = replace(limits, seconds=10 * limits.seconds)
+    shards = folder.unpacked_shards()
+    if not shards:
+        return
+    packers: Pool[Shard]
+    with (
+        Pool(Packer(), min(workers, len(shards)), limits, depth=1) as packers,
+        closing(Bar(len(shards), "shards", "MB/s")) as bar,
+    ):
+        for size in pack(folder, packers, shards):
+            bar.advance(round(size / 1e6), is_last=True)
+
+
+def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    """What is asked for."""
+    return Recipe(
+        form=arguments.form,
+        short_side=arguments.short_side,
+        fps=arguments.fps,
+        key_frames=arguments.key_frames,
+        crf=arguments.crf,
+        quality=arguments.quality,
+        shard_bytes=round(arguments.shard_size * GB),
+        copy=arguments.copy,
+    )
+
+
+def announce(folder: PreparedFolder, estimate: Estimate, workers: int) -> None:
+    """Say what is about to be done, and what to expect."""
+    done = f" ({len(folder)} more are done)" if len(folder) else ""
+    print(f"{estimate.files} files{done}, {size_of(estimate.before)}, on {workers} processes")
+    if folder.recipe.copy:
+        print(f"  packed as they are: {size_of(estimate.after)}")
+    elif estimate.tried:
+        print(
+            f"  estimate from {estimate.tried} of {estimate.files} files: "
+            f"{time_of(estimate.seconds / workers)}, then {size_of(estimate.after)}"
+        )
+    else:
+        print("  no estimate: of the files that were tried none can be read")
+    print(f"  free on that disk: {size_of(free_bytes(folder.path))}", flush=True)
+
+
+def check_disk(folder: PreparedFolder, estimate: Estimate, *, force: bool) -> None:
+    """Refuse what does not fit.
+
+    Raises:
+        OSError: it is larger than what is free.
+    """
+    needed = estimate.after
+    if folder.recipe.form == "shards" and not folder.recipe.copy:
+        needed += min(folder.recipe.shard_bytes, estimate.after)
+    if needed > free_bytes(folder.path) and not force:
+        raise OSError(
+            f"{folder.path} needs about {size_of(needed)}, and {size_of(free_bytes(folder.path))} "
+            "are free there. Take another disk, a smaller --short-side or a higher --crf, or "
+            "--force to begin nevertheless"
+        )
+
+
+def free_bytes(path: Path) -> int:
+    """On the disk of a folder that may have to be made yet."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def tell(folder: PreparedFolder, new: int, seconds: float) -> None:
+    """What was written, and how to train on it.
+
+    Raises:
+        BadVideosError: some files cannot be read.
+    """
+    manifest = folder.path / "manifest.csv"
+    print(f"\nDone: {len(folder)} files, {new} of them new, in {time_of(seconds)}")
+    print(f"  {size_of(folder.bytes_before())} became {size_of(folder.bytes_now())}")
+    odd = {place: made.note for place, made in folder.made.items() if made.note}
+    for place, note in list(odd.items())[:3]:
+        print(f"  {shortest(place)}: {note}")
+    if len(odd) > 3:
+        print(f"  and {len(odd) - 3} more of this kind")
+    print(f"  to train on it: data.train={shortest(manifest)}", flush=True)
+    if folder.failed:
+        raise BadVideosError(
+            [Failure(place, reason) for place, reason in folder.failed.items()],
+            folder.num_places,
+            f"They are listed in {folder.path / 'failed.csv'}, and the same command tries them "
+            "again",
+        )
+
+
+class Bar:
+    """How much is done. On a terminal a bar; elsewhere a line now and then."""
+
+    SECONDS_BETWEEN_LINES = 20.0
+
+    def __init__(self, total: int, things: str, unit: str) -> None:
+        self._bar = tqdm(
+            total=total,
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+            bar_format="{percentage:3.0f}% |{bar:12}| {n}/{total} [{remaining} left{postfix}]",
+        )
+        self._things, self._unit = things, unit
+        self._amount = self._done = 0
+        self._began = self._last_line = time.monotonic()
+
+    def advance(self, amount: int, is_last: bool) -> None:
+        """So much is done, and maybe with it one more."""
+        self._amount += amount
+        self._done += is_last
+        now = time.monotonic()
+        speed = f"{self._amount / max(now - self._began, 1e-9):.0f} {self._unit}"
+        self._bar.set_postfix_str(speed, refresh=False)
+        self._bar.update(int(is_last))
+        if self._bar.disable and now - self._last_line > self.SECONDS_BETWEEN_LINES:
+            print(f"{self._done}/{self._bar.total} {self._things}, {speed}", flush=True)
+            self._last_line = now
+
+    def close(self) -> None:
+        """Leave the terminal as it is."""
+        self._bar.close()
+
+
+def plain(value: object) -> object:
+    """A setting as JSON has it."""
+    return str(value) if isinstance(value, Fraction) else value
+
+
+def size_of(count: int) -> str:
+    """Bytes, in words."""
+    if count < 1e6:
+        return f"{count / 1e3:.0f} kB"
+    return f"{count / GB:.2f} GB" if count >= GB / 10 else f"{count / 1e6:.1f} MB"
+
+
+def time_of(seconds: float) -> str:
+    """A time, in words."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def even(text: str) -> int:
+    """An argument that is an even number from 2 on."""
+    value = positive(text)
+    if value % 2:
+        raise argparse.ArgumentTypeError(
+            f"must be even (colour is stored at half resolution), got {text!r}"
+        )
+    return value
+
+
+def rate(text: str) -> Fraction:
+    """An argument such as 25, 12.5 or 30000/1001."""
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        value = Fraction(0)
+    if not 0 < value <= 1000:
+        raise argparse.ArgumentTypeError(f"must be such as 25, 12.5 or 30000/1001, got {text!r}")
+    return value.limit_denominator(1001)
+
+
+def crf(text: str) -> int:
+    """An argument that is a whole number from 0 to 51."""
+    if not text.isdecimal() or int(text) > 51:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 51, got {text!r}")
+    return int(text)
+
+
+def percent(text: str) -> int:
+    """An argument that is a whole number from 1 to 100."""
+    if not text.isdecimal() or not 1 <= int(text) <= 100:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 100, got {text!r}")
+    return int(text)
+
+
+def above_zero(text: str) -> float:
+    """An argument that is a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
