@@ -6,6 +6,7 @@ package, which refuse what a decoder gets wrong.
 """
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--reads", type=int, default=12, help="random frames read of each video")
     reads = parser.parse_args().reads
+    os.environ.setdefault("SVT_LOG", "1")  # the encoder of AV1 would print a page
     readers: dict[str, Read] = {name: read_with(name) for name in available_decoders()}
     if "torchcodec" in readers:
         readers = {"torchcodec itself": read_with_torchcodec, **readers}
