@@ -6,10 +6,6 @@ takes seconds, and training on pixels needs none of it.
 """
 
 import difflib
-import pickle
-import re
-import zipfile
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +17,8 @@ from torch import Tensor, nn
 from hpm_video.pixels import normalise
 from hpm_video.randomness import global_generators
 from hpm_video.token_grid import Size3, TokenGrid
-from hpm_video.training.checkpoint import CheckpointError, load_weights, read_weights
+from hpm_video.training.checkpoint import CheckpointError, load_weights
+from hpm_video.weights.image_tower import read_image_tower
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -34,33 +31,6 @@ DEFAULT_MODELS: dict[FeatureKind, str] = {
     "dino": "vit_base_patch16_224.dino",
     "clip": "vit_base_patch16_clip_quickgelu_224.openai",  # what OpenAI trained has QuickGELU
 }
-
-PICKLED = (".pth", ".pt", ".bin")
-WRAPPERS = ("teacher", "state_dict", "model")
-SET_ASIDE = (
-    "argparse.Namespace",
-    "numpy.dtype",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "numpy.dtypes.Float64DType",
-)
-"""Types beside the weights in DINO's full checkpoints: arguments, learning rates of numpy."""
-
-_BLOCK = r"transformer\.resblocks\.(\d+)\."
-CLIP_NAMES = (
-    (r"class_embedding", "cls_token"),
-    (r"positional_embedding", "pos_embed"),
-    (r"conv1\.(.+)", r"patch_embed.proj.\1"),
-    (r"ln_pre\.(.+)", r"norm_pre.\1"),
-    (_BLOCK + r"ln_([12])\.(.+)", r"blocks.\1.norm\2.\3"),
-    (_BLOCK + r"attn\.in_proj_(.+)", r"blocks.\1.attn.qkv.\2"),
-    (_BLOCK + r"attn\.out_proj\.(.+)", r"blocks.\1.attn.proj.\2"),
-    (_BLOCK + r"mlp\.c_fc\.(.+)", r"blocks.\1.mlp.fc1.\2"),
-    (_BLOCK + r"mlp\.c_proj\.(.+)", r"blocks.\1.mlp.fc2.\2"),
-    (r"ln_post\.(.+)", r"norm.\1"),
-    (r"proj", "head.weight"),
-)
-"""Names under ``visual.`` in the layout of OpenAI and OpenCLIP, and timm's."""
 
 
 class FeatureModel(nn.Module):
@@ -133,7 +103,7 @@ def load_feature_model(
             f"patches of {_by(patch_size[1:])}"
         )
     TokenGrid.of_clip((patch_size[0], *frame_size), patch_size)
-    found = _select(_read(weights), weights)
+    found = read_image_tower(weights)
     load_weights(model, found, weights, may_leave=("head.",) if kind == "dino" else ())
     if isinstance(model.head, nn.Linear) and model.head.bias.any():
         raise CheckpointError(
@@ -213,116 +183,3 @@ def _names(module: str = "") -> list[str]:
     import timm
 
     return [*timm.list_models(module=module), *timm.list_models(module=module, pretrained=True)]
-
-
-class _SetAside:
-    """Takes the place of an object that is not needed, whatever it is made of."""
-
-    def __init__(self, *args: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-def _read(path: Path) -> object:
-    """What is in a file of weights; code in it is never run.
-
-    Raises:
-        CheckpointError: there is no such file, or it holds something else.
-    """
-    if path.suffix not in (".safetensors", *PICKLED) or not path.is_file():
-        raise CheckpointError(
-            f"weights of a feature model must be a file of {', '.join(('.safetensors', *PICKLED))}"
-            f", got {path}, which is {'another kind' if path.is_file() else 'no file'}; nothing is "
-            f"downloaded, so fetch the weights beforehand"
-        )
-    if path.suffix == ".safetensors":
-        return read_weights(path)
-    try:
-        program = _is_program(path)
-        content = None if program else _unpickle(path)
-    except Exception as error:  # of many kinds, where a file is broken
-        forbidden = re.search(r"GLOBAL (\S+)", str(error))
-        raise CheckpointError(
-            f"{path} must hold tensors alone, but it holds {forbidden[1]}; save the model's "
-            f"state_dict() with torch.save, or as .safetensors"
-            if forbidden
-            else f"{path} is not a whole file of torch.save, or cannot be read "
-            f"({_first_line(error)}); fetch it anew, or convert it to .safetensors"
-        ) from error
-    if program:
-        raise CheckpointError(
-            f"{path} is a program (TorchScript), not weights. If you trust it, extract them once: "
-            f'torch.save(torch.jit.load("{path.name}", map_location="cpu").state_dict(), '
-            f'"weights.pth"), and give weights.pth'
-        )
-    return content
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError):  # torch's advice is to run what is in the file
-        return type(error).__name__
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-
-
-def _is_program(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
-
-
-def _unpickle(path: Path) -> object:
-    stand_ins: list[Any] = [(_SetAside, full_name) for full_name in SET_ASIDE]
-    with torch.serialization.safe_globals(stand_ins):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _select(content: object, source: Path) -> dict[str, Tensor]:
-    """The weights of the image model in what a file holds, by timm's names.
-
-    Raises:
-        CheckpointError: there are none.
-    """
-    for wrapper in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
-    if not isinstance(content, Mapping) or not content:
-        raise CheckpointError(
-            f"{source} must hold a state dict, or one under {' or '.join(map(repr, WRAPPERS))}, "
-            f"got {type(content).__name__}; save the model's state_dict()"
-        )
-    weights = {str(name).removeprefix("module."): value for name, value in content.items()}
-    is_clip = "visual.class_embedding" in weights
-    if is_clip:  # the rest is the text tower
-        weights = {name: value for name, value in weights.items() if name.startswith("visual.")}
-    odd = [name for name, value in weights.items() if not isinstance(value, Tensor)]
-    if odd:
-        raise CheckpointError(
-            f"{source} must hold tensors alone, or a state dict under "
-            f"{' or '.join(map(repr, WRAPPERS))}, got {', '.join(odd)}; save the model's "
-            f"state_dict()"
-        )
-    if is_clip:
-        return _from_clip(weights)
-    return {name.removeprefix("backbone."): value for name, value in weights.items()}
-
-
-def _from_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An image tower in the layout of OpenAI and OpenCLIP in timm's; unknown names stay."""
-    found = {}
-    for name, value in weights.items():
-        for pattern, replacement in CLIP_NAMES:
-            if match := re.fullmatch(r"visual\." + pattern, name):
-                name = match.expand(replacement)
-                break
-        found[name] = value
-    found["cls_token"] = found["cls_token"].view(1, 1, -1)
-    if "pos_embed" in found:
-        found["pos_embed"] = found["pos_embed"].unsqueeze(0)
-    if "head.weight" in found:
-        found["head.weight"] = found["head.weight"].T
-        found["head.bias"] = torch.zeros(len(found["head.weight"]))
-    return found

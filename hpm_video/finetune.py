@@ -16,11 +16,8 @@ from torch import Tensor
 from hpm_video.classification import Classification
 from hpm_video.config import (
     ConfigError,
-    EncoderConfig,
     FinetuneConfig,
-    PretrainConfig,
     load_any_config,
-    result_differences,
 )
 from hpm_video.curves import plot_curves
 from hpm_video.data.augment import Augmentation
@@ -55,6 +52,7 @@ from hpm_video.experiment import (
     training_clips,
 )
 from hpm_video.features import OF_DECODERS, Reading, clip_spec, source_grid_of
+from hpm_video.init_weights import SAME_ENCODER, check_same_model, config_beside
 from hpm_video.labels import check_labels, check_same_names, read_label_names, with_numbers
 from hpm_video.mixing import Mixing
 from hpm_video.models.classifier import ClipClassifier
@@ -80,8 +78,6 @@ from hpm_video.whole_files import written_beside
 
 log = logging.getLogger(__name__)
 
-SAME_ENCODER = ("encoder", "patch_size", "positions", "class_token", "conventions")
-"""Of a model's config, what a classifier must have as its weights."""
 START = "init_weights.sha256"
 """File of the run directory that tells the weights it began with."""
 
@@ -321,7 +317,7 @@ def resolve(
             model = replace(model, pretrained_grid=before.model.pretrained_grid)
     source = config_beside(config.init_weights)
     if source is not None:
-        check_same_encoder(config, source)
+        check_same_model(config, source)
         if model.pretrained_grid is None:
             model = replace(model, pretrained_grid=source_grid_of(source))
     elif config.init_weights is not None and model.pretrained_grid is None:
@@ -362,40 +358,6 @@ def for_checkpoint(
             flip=config.data.flip,
         ),
     )
-
-
-def config_beside(init_weights: str | None) -> PretrainConfig | FinetuneConfig | None:
-    """The config of the run that weights come from; none where they are no checkpoint of a run."""
-    if init_weights is None:
-        return None
-    source = Path(init_weights).expanduser()
-    path = (source if source.is_dir() else source.parent) / "config.yaml"
-    return load_any_config(path) if path.is_file() else None
-
-
-def check_same_encoder(config: FinetuneConfig, source: PretrainConfig | FinetuneConfig) -> None:
-    """Make sure that the encoder of ``source`` is that of ``config``.
-
-    Raises:
-        ConfigError: it is another one. Every difference is named.
-    """
-    theirs, ours = (
-        EncoderConfig(**{name: getattr(model, name) for name in SAME_ENCODER})
-        for model in (source.model, config.model)
-    )
-    different = result_differences(theirs, ours, "model.")
-    if different:
-        raise ConfigError(
-            f"the encoder of init_weights={config.init_weights} is another one (its -> here):\n  "
-            + "\n  ".join(different)
-            + "\nTake its values."
-        )
-    if (source.data.mean, source.data.std) != (config.data.mean, config.data.std):
-        log.warning(
-            "init_weights=%s was trained with data.mean=%s data.std=%s, this run has %s and %s",
-            *(config.init_weights, source.data.mean, source.data.std),
-            *(config.data.mean, config.data.std),
-        )
 
 
 def build_objective(config: FinetuneConfig, average: ClipClassifier | None) -> Classification:

@@ -40,6 +40,7 @@ from hpm_video.experiment import (
 from hpm_video.feature_model import feature_width, load_feature_model
 from hpm_video.features import Extractor, Reading, clip_spec, encoder_shape, source_grid_of
 from hpm_video.held_out import Measures, describe, measure
+from hpm_video.init_weights import check_same_model, config_beside
 from hpm_video.labels import names_of_both
 from hpm_video.masking import MaskRule, count_masked
 from hpm_video.mining import HardPatchesMining, named
@@ -304,6 +305,9 @@ def _make_models(
     student = build_student(config)
     given = Path(config.init_weights).expanduser() if config.init_weights else None
     source = newest or given
+    beside = None if newest else config_beside(config.init_weights)
+    if beside is not None:
+        check_same_model(config, beside)
     if source is not None:
         fresh = () if newest else ("difficulty_decoder.",)
         lacking = load_weights(student, read_weights(source), source, may_lack=fresh)
@@ -314,9 +318,12 @@ def _make_models(
     teacher = None
     if config.mining.has_teacher:
         teacher = make_teacher(student)
-        if newest or (given and (given / "teacher.safetensors").is_file()):
+        stored = newest or (given and (given / "teacher.safetensors").is_file())
+        if stored:
             assert source is not None
             load_weights(teacher, read_weights(source, "teacher"), source)
+        if given and newest is None:
+            log.info("the teacher is %s", "of there too" if stored else "a copy of the student")
         teacher.to(device)
     return student.to(device), teacher
 

@@ -21,13 +21,13 @@ MAY_IMPORT = {
     "omegaconf": {"config.py"},
     "pandas": {"data/manifest.py"},
     "argparse": {"console.py", "data/recipes.py", "weights/files.py"},
-    "transformers": {"weights/parity.py", "weights/loaded_back.py"},
+    "transformers": {"weights/peers.py", "weights/loaded_back.py"},
     "onnx": {"weights/written.py"},
     "onnxruntime": {"weights/loaded_back.py"},
     "torchvision": {"data/augment.py"},
     "timm": {
         *("data/augment.py", "mixing.py", "feature_model.py"),
-        *("weights/parity.py", "weights/loaded_back.py"),
+        *("weights/peers.py", "weights/loaded_back.py"),
     },
 }
 SEES_A_CONFIG = {

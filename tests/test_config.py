@@ -17,8 +17,9 @@ from hpm_video.data.augment import Augmentation
 from hpm_video.data.transforms import MultiScaleCrop
 from hpm_video.feature_model import DEFAULT_MODELS
 from hpm_video.features import clip_spec
-from hpm_video.finetune import augmentation, check_same_encoder, make_optimizer
+from hpm_video.finetune import augmentation, make_optimizer
 from hpm_video.finetune import build_objective as build_classification
+from hpm_video.init_weights import check_same_model
 from hpm_video.models.vit import TransformerSize
 from hpm_video.pretrain import (
     build_objective,
@@ -654,4 +655,4 @@ def test_a_command_of_the_readme_can_be_run(words):
     start = Path(config.init_weights or "")
     if isinstance(config, FinetuneConfig) and start.parts[:1] == ("runs",):
         source = load_any_config(ROOT / "configs" / "pretrain" / f"{start.parts[1]}.yaml")
-        check_same_encoder(config, source)
+        check_same_model(config, source)

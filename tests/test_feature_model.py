@@ -369,7 +369,7 @@ def test_code_in_a_file_is_not_run(tiny, tmp_path):
             return (zipfile.ZipFile, (str(tmp_path / "written"), "w"))
 
     path = saved({"model": tiny.state_dict(), "sly": Sly()}, tmp_path)
-    with pytest.raises(CheckpointError, match="must hold tensors alone, but it holds zipfile"):
+    with pytest.raises(CheckpointError, match="holds an object of zipfile"):
         load_tiny(path)
     assert not (tmp_path / "written").exists()
 
@@ -393,19 +393,19 @@ def test_file_that_breaks_off_is_refused(tiny, tmp_path):
 
 
 def test_weights_must_be_a_file_of_a_known_kind(tmp_path):
-    with pytest.raises(CheckpointError, match=r"got .*absent\.pth, which is no file; nothing is"):
+    with pytest.raises(CheckpointError, match=r"absent\.pth does not exist.* Nothing is"):
         load_tiny(tmp_path / "absent.pth")
     (tmp_path / "weights.npz").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"\.safetensors, \.pth.*which is another kind"):
+    with pytest.raises(CheckpointError, match=r"\.safetensors, \.pth.*got .*weights\.npz"):
         load_tiny(tmp_path / "weights.npz")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (torch.ones(3), "must hold a state dict, .* got Tensor"),
+        (torch.ones(3), "must hold a state dict, got Tensor"),
         ({}, "must hold a state dict"),
-        ({"student": {"a": torch.ones(1)}, "epoch": 3}, "alone, .* got student, epoch; save"),
+        ({"student": {"a": torch.ones(1)}, "epoch": 3}, "alone, .* got 'student'; save"),
     ],
 )
 def test_file_without_a_state_dict_is_refused(content, message, tmp_path):

@@ -242,14 +242,11 @@ def test_mining_starts_from_a_plain_autoencoder_and_from_an_earlier_run(
 
 def test_weights_that_do_not_fit_name_every_tensor(pretrain, finished_run, tmp_path):
     weights = finished_run / "checkpoints" / "last" / "model.safetensors"
-    output = finish(
-        pretrain(
-            tmp_path / "run",
-            f"init_weights={weights}",
-            "model.encoder={dim: 16, depth: 2, num_heads: 2}",
-        ),
-        code=2,
-    )
+    alone = shutil.copy(weights, tmp_path / "alone.safetensors")
+    deeper = "model.encoder={dim: 16, depth: 2, num_heads: 2}"
+    output = finish(pretrain(tmp_path / "run", f"init_weights={weights}", deeper), code=2)
+    assert "model.encoder.depth: 1 -> 2" in output
+    output = finish(pretrain(tmp_path / "run", f"init_weights={alone}", deeper), code=2)
     assert "missing encoder.blocks.1.norm1.weight" in output
 
 

@@ -2,7 +2,8 @@
 
 import   make a checkpoint folder of a file of HPM, MAE, VideoMAE, VideoMAE V2, mae_st or timm, or
          of a folder that transformers wrote: for init_weights=FOLDER, and for the other tools
-export   write a checkpoint of a run for others: transformers, timm, MAE, VideoMAE, ONNX, one file
+export   write a checkpoint of a run for others: transformers, timm, MAE, VideoMAE, HPM, ONNX, or as
+         one file
 inspect  tell whose weights a file holds, of what size they are, and their licence
 
 Nothing in a file is run, and nothing is downloaded.
@@ -20,7 +21,7 @@ from hpm_video.models.vit import TransformerSize
 from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.training.single_file import as_folder
 from hpm_video.weights.export import FORMATS, export
-from hpm_video.weights.folder import write_folder
+from hpm_video.weights.folder import config_of, write_folder
 from hpm_video.weights.imported import describe, import_weights
 from hpm_video.weights.inspection import inspect
 from hpm_video.weights.own import load_own
@@ -98,12 +99,7 @@ def add_given(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave out decoder or head: for pre-training, with a decoder that starts fresh",
     )
-    add(
-        "--replace-positions",
-        action="store_true",
-        help="put fixed positions in the place of learned ones, which ours has not",
-    )
-    add("--heads", type=positive, help="of the encoder's attention, where its width is unusual")
+    add("--heads", type=positive, help="of the encoder's attention; no weights tell it")
     add("--decoder-heads", type=positive)
     add(
         "--decoder",
@@ -129,7 +125,6 @@ def given_by(arguments: argparse.Namespace) -> Given:
     return Given(
         entry=arguments.entry,
         encoder_only=arguments.encoder_only,
-        replace_positions=arguments.replace_positions,
         heads=arguments.heads,
         decoder=decoder,
         decoder_heads=arguments.decoder_heads,
@@ -152,6 +147,7 @@ def import_file(arguments: argparse.Namespace) -> None:
         raise CheckpointError(f"{arguments.folder} exists already; give another, or delete it")
     imported = import_weights(arguments.source, given_by(arguments))
     print("\n".join(describe(imported)))
+    config_of(imported)
     parity = compare(imported, arguments.tolerance, skip=arguments.no_parity)
     print("\n".join(parity.lines()))
     write_folder(imported, arguments.folder, parity)

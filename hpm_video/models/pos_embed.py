@@ -1,30 +1,43 @@
-"""Fixed position codes. They are computed, never learned and never in a checkpoint.
+"""Fixed position codes. They are never learned, and those that are computed in no checkpoint.
 
 A model may see clips of another size than the one that it was pre-trained on. Its tokens then take
 their codes at fractional coordinates of the grid of pre-training: the centre of a token stays at
-the same share of the clip along every axis, and the codes' own functions are evaluated there.
+the same share of the clip along every axis, and the codes' own functions are evaluated there. Codes
+that came with the weights of another project have no such function, and are interpolated there.
 """
 
 from collections.abc import Iterable
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hpm_video.token_grid import TokenGrid
 
-Positions = Literal["sequence", "space_time"]
+Positions = Literal["sequence", "space_time", "given"]
 """``sequence``: one sinusoid over the flattened token index, as in VideoMAE. ``space_time``: codes
-of column and row, as in MAE, plus one of time; nearby tokens then look alike along every axis."""
+of column and row, as in MAE, plus one of time; nearby tokens then look alike along every axis.
+``given``: a table that is kept with the weights, such as one that another project learned; it
+starts as ``space_time`` and stays as it is."""
 
 
 class FixedPositions(nn.Module):
     """The codes of the tokens of a few grids, all of them placed in one grid, ``source``."""
 
+    table: Tensor
+    """(N of source, D) where they are given."""
+
     def __init__(
         self, grids: Iterable[TokenGrid], dim: int, kind: Positions, source: TokenGrid
     ) -> None:
         super().__init__()
+        self.source = source
+        self.given = kind == "given"
+        if self.given:
+            self.register_buffer("table", position_table(source, dim, "space_time"))
+            return
         for grid in grids:
             table = position_table(grid, dim, kind, source)
             self.register_buffer(self._name(grid), table, persistent=False)
@@ -35,6 +48,8 @@ class FixedPositions(nn.Module):
         Raises:
             ValueError: the grid is none of those.
         """
+        if self.given:
+            return resized(self.table, self.source, grid)
         tables = dict(self.named_buffers())
         if self._name(grid) not in tables:
             raise ValueError(
@@ -55,8 +70,27 @@ def position_table(
 
     ``source`` is the grid of pre-training, in which tokens are placed; by default their own.
     """
+    if kind == "given":
+        raise ValueError("positions of kind 'given' are not computed, but kept with the weights")
     codes = {"sequence": sequence, "space_time": space_time}[kind]
     return codes(grid, dim, source or grid)
+
+
+def resized(table: Tensor, source: TokenGrid, grid: TokenGrid) -> Tensor:
+    """The codes of a grid, out of those of another: (N of source, D) -> (N, D)
+
+    Bicubic and antialiased within a time step, as timm does, and linear over time; the centre of a
+    token stays at the same share along every axis.
+    """
+    space, time = (grid.height, grid.width), grid.time
+    if space != (source.height, source.width):
+        steps = rearrange(table, "(t h w) d -> t d h w", t=source.time, h=source.height)
+        steps = F.interpolate(steps, size=space, mode="bicubic", antialias=True)
+        table = rearrange(steps, "t d h w -> (t h w) d")
+    if time != source.time:
+        lines = rearrange(table, "(t n) d -> n d t", t=source.time)
+        table = rearrange(F.interpolate(lines, size=time, mode="linear"), "n d t -> (t n) d")
+    return table
 
 
 def sequence(grid: TokenGrid, dim: int, source: TokenGrid) -> Tensor:

@@ -65,14 +65,14 @@ def save_checkpoint(
     try:
         writing.mkdir(parents=True)
         for name, values in weights.items():
-            save_file(_on_host(values), writing / f"{name}.safetensors")
+            save_file(on_host(values), writing / f"{name}.safetensors")
         _write_optimizer(optimizer, writing / OPTIMIZER)
         (writing / "state.json").write_text(json.dumps(state, indent=1) + "\n")
         for path in attached:
             shutil.copyfile(path, writing / path.name)
-        _flush(writing)
+        flush(writing)
         writing.rename(folder)
-        _flush(folder.parent, recursive=False)
+        flush(folder.parent, recursive=False)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(writing, ignore_errors=True)
         raise CheckpointError(
@@ -153,7 +153,7 @@ def _write_optimizer(state: OptimizerState, path: Path) -> None:
         for kind, of_parameters in state.moments.items()
         for name, value in of_parameters.items()
     }
-    save_file(_on_host(tensors), path, metadata={"step": str(state.step)})
+    save_file(on_host(tensors), path, metadata={"step": str(state.step)})
 
 
 def read_optimizer(checkpoint: Path) -> OptimizerState:
@@ -282,11 +282,12 @@ def load_weights(
     return missing
 
 
-def _on_host(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def on_host(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as ``save_file`` takes them."""
     return {name: value.detach().cpu().contiguous() for name, value in weights.items()}
 
 
-def _flush(path: Path, *, recursive: bool = True) -> None:
+def flush(path: Path, *, recursive: bool = True) -> None:
     """Wait until files and their names are on the disk."""
     for item in [*(path.iterdir() if recursive else ()), path]:
         descriptor = os.open(item, os.O_RDONLY)

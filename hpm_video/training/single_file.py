@@ -1,8 +1,8 @@
 """A whole model in one file of safetensors, with everything that a checkpoint folder says of it.
 
 The metadata of the file holds the texts that lie beside the weights in a folder, by their names:
-config.yaml, state.json and, of a classifier, labels.txt; under ``weights`` the name that the file
-of weights has there; under ``kind`` what it is.
+config.yaml, state.json and, of a classifier, labels.txt, of imported weights origin.json; under
+``weights`` the name that the file of weights has there; under ``kind`` what it is.
 """
 
 import shutil
@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hpm_video.training.checkpoint import CheckpointError
+from hpm_video.training.checkpoint import OF_ANOTHER_PROJECT, CheckpointError
 
 KIND = "hpm_video"
 """What ``kind`` says first of such a file."""
-TEXTS = ("config.yaml", "state.json", "labels.txt")
+TEXTS = ("config.yaml", "state.json", "labels.txt", "origin.json")
 NAMES = ("model", "teacher", "average")
 """Names of files of weights in a checkpoint folder."""
 
@@ -50,6 +50,8 @@ def as_folder(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: it is a file, but none that this package wrote as a whole model.
     """
+    if path.is_file() and not is_single_file(path):
+        raise CheckpointError(f"{path} is no checkpoint of this package. {OF_ANOTHER_PROJECT}")
     if not is_single_file(path):
         yield path
         return

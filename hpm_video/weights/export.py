@@ -2,13 +2,13 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from safetensors import SafetensorError
 
-from hpm_video.training.checkpoint import CheckpointError
+from hpm_video.training.checkpoint import CheckpointError, flush
 from hpm_video.weights.forms import FORMS, ONNX, OWN, Expressed, Form, express, of_transformers
 from hpm_video.weights.loaded_back import (
     check_file,
@@ -22,9 +22,11 @@ from hpm_video.weights.own import OwnModel
 from hpm_video.weights.parity import TOLERANCE, ParityReport
 from hpm_video.weights.written import (
     kind_of,
+    notes_of_hpm,
     notes_of_transformers,
     timm_arguments,
     timm_name,
+    write_hpm,
     write_json,
     write_onnx,
     write_own,
@@ -33,8 +35,9 @@ from hpm_video.weights.written import (
     write_transformers,
 )
 
-To = Literal["transformers", "timm", "mae", "videomae", "onnx", "file"]
+To = Literal["transformers", "timm", "mae", "videomae", "hpm", "onnx", "file"]
 PARITY = "parity.json"
+KEPT = "what was exported computes something else than our model, and is not kept"
 
 
 def _no_notes(_own: OwnModel, _expressed: Expressed) -> list[str]:
@@ -71,6 +74,10 @@ def _load_transformers(_own: OwnModel, expressed: Expressed, folder: Path) -> st
 
 def _load_pickle(_own: OwnModel, _expressed: Expressed, file: Path) -> str:
     return f'torch.load("{file}", weights_only=True)["model"]'
+
+
+def _load_hpm(_own: OwnModel, _expressed: Expressed, file: Path) -> str:
+    return f'torch.load("{file}", weights_only=True)["ema_state_dict"], or ["state_dict"]'
 
 
 def _load_onnx(_own: OwnModel, _expressed: Expressed, file: Path) -> str:
@@ -117,6 +124,15 @@ FORMATS: dict[To, Format] = {
         lambda own, _, file: check_file(own, file),
         _load_pickle,
     ),
+    "hpm": Format(
+        "a file of official HPM, of images: student, teacher and loss predictor",
+        ".pth",
+        lambda _: FORMS["hpm"],
+        write_hpm,
+        lambda own, _, file: check_file(own, file),
+        _load_hpm,
+        lambda own, _: notes_of_hpm(own),
+    ),
     "onnx": Format(
         "a program for onnxruntime, of a classifier",
         ".onnx",
@@ -157,6 +173,7 @@ class Exported:
             *(f"left out: {_parts(names)}: {reason}" for reason, names in reasons.items()),
             *self.notes,
             *self.parity.lines(),
+            f"licence: {self.own.licence}",
             f"wrote {', '.join(map(str, self.files))}",
             f"load it with {self.load}",
         ]
@@ -194,7 +211,7 @@ def export(
         form.write(own, expressed, staged)
         parity = not_checked("it was not asked for")
         if not skip:
-            parity = _judged(form.check(own, expressed, staged), tolerance)
+            parity = form.check(own, expressed, staged).judged(KEPT, tolerance)
         notes = (*expressed.notes, *form.notes(own, expressed))
         load = form.load(own, expressed, out)
         table = parity.as_table() | {
@@ -206,8 +223,12 @@ def export(
             "left_out": expressed.left_out,
             "remarks": notes,
             "load": load,
+            "licence": own.licence,
         }
         write_json(writing / parity_file.relative_to(out.parent), table)
+        for folder in (staged, writing):
+            if folder.is_dir():
+                flush(folder)
         files = _move(writing, out.parent)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
@@ -216,22 +237,6 @@ def export(
     finally:
         shutil.rmtree(writing, ignore_errors=True)
     return Exported(own, expressed, parity, files, load, notes)
-
-
-def _judged(found: ParityReport, tolerance: float) -> ParityReport:
-    """The report, if no difference is above the tolerance.
-
-    Raises:
-        CheckpointError: one is.
-    """
-    report = replace(found, tolerance=tolerance)
-    if not report.holds:
-        raise CheckpointError(
-            "what was exported computes something else than our model, and is not kept:\n  "
-            + "\n  ".join(report.lines())
-            + f"\nmore than {tolerance:g} of the largest value is too much"
-        )
-    return report
 
 
 def _move(writing: Path, folder: Path) -> tuple[Path, ...]:

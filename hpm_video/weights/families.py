@@ -37,6 +37,8 @@ LICENCES = {
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "videomae.", "vit.")
 """That all names of a file may begin with: of wrappers, and of a part that was saved by itself."""
+OF_PARTS = ("backbone.", "encoder.")
+"""Those that the names of a part may begin with beside a head that has none."""
 WRAPPERS = ("state_dict", "model_state", "module", "model", "")
 """Keys of the state dict in a file, the first that is there is taken."""
 TEACHERS = ("ema_state_dict",)
@@ -67,6 +69,12 @@ class Family:
     positions: Positions = "sequence"
     target: TargetKind = "per_channel"
     """Of pre-training, unless the file says otherwise."""
+    peer: str = ""
+    """What such models are in another project: a class of transformers, or timm."""
+    class_token: bool = False
+    """Whether all of them have one."""
+    head_is_told: bool = True
+    """Whether its tensors tell what a head stands on."""
     mean_and_std: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     """Of the pixels, unless the file says otherwise; ImageNet's if none."""
 
@@ -93,6 +101,8 @@ FAMILIES = (
         conventions="mae",
         positions="space_time",
         target="raw",
+        peer="ViTMAEForPreTraining",
+        class_token=True,
     ),
     Family(
         *("mae", "MAE pre-training", "autoencoder", "mae", layouts.MAE, _PATCHES, 4),
@@ -101,6 +111,8 @@ FAMILIES = (
         conventions="mae",
         positions="space_time",
         target="joint",
+        peer="ViTMAEForPreTraining",
+        class_token=True,
     ),
     Family(
         *("vit", "encoder of MAE or timm's ViT", "encoder", "vit", layouts.VIT, _PATCHES, 4),
@@ -109,6 +121,7 @@ FAMILIES = (
         conventions="mae",
         positions="space_time",
         target="joint",
+        peer="timm",
     ),
     Family(
         "vit_classifier",
@@ -119,15 +132,32 @@ FAMILIES = (
         conventions="mae",
         positions="space_time",
         target="joint",
+        peer="timm",
     ),
     Family(
         "mae_st",
         "encoder of Meta's MAE for video",
         *("encoder", "mae_st", layouts.MAE_ST, _PATCHES, 5),
         has=("blocks.0.attn.q.weight",),
+        lacks=("head.weight",),
         conventions="mae",
         positions="space_time",
         target="joint",
+        peer="timm's blocks",
+        class_token=True,
+        mean_and_std=_45,
+    ),
+    Family(
+        "mae_st_classifier",
+        "classifier of clips: Meta's MAE for video, fine-tuned",
+        *("classifier", "mae_st", layouts.MAE_ST_CLASSIFIER, _PATCHES, 5),
+        has=("blocks.0.attn.q.weight", "head.weight"),
+        conventions="mae",
+        positions="space_time",
+        target="joint",
+        peer="timm's blocks",
+        class_token=True,
+        head_is_told=False,
         mean_and_std=_45,
     ),
     Family(
@@ -135,6 +165,7 @@ FAMILIES = (
         "VideoMAE pre-training, first or second version",
         *("autoencoder", "videomae", layouts.VIDEOMAE, f"encoder.{_PATCHES}", 5),
         has=(f"encoder.{_QKV}", "encoder_to_decoder.weight"),
+        peer="VideoMAEForPreTraining",
     ),
     Family(
         "videomae_encoder",
@@ -142,12 +173,14 @@ FAMILIES = (
         *("encoder", "videomae", layouts.VIDEOMAE_FINETUNED, _PATCHES, 5),
         has=(_QKV,),
         lacks=("head.weight",),
+        peer="VideoMAEModel",
     ),
     Family(
         "videomae_classifier",
         "VideoMAE fine-tuned or distilled, first or second version",
         *("classifier", "videomae", layouts.VIDEOMAE_FINETUNED, _PATCHES, 5),
         has=(_QKV, "head.weight"),
+        peer="VideoMAEForVideoClassification",
     ),
     Family(
         "transformers_videomae",
@@ -155,6 +188,7 @@ FAMILIES = (
         *("autoencoder", "transformers_videomae", layouts.TRANSFORMERS_VIDEOMAE),
         *(f"videomae.{_HF}", 5),
         has=("encoder_to_decoder.weight",),
+        peer="VideoMAEForPreTraining",
     ),
     Family(
         "transformers_videomae_classifier",
@@ -162,11 +196,13 @@ FAMILIES = (
         *("classifier", "transformers_videomae", layouts.TRANSFORMERS_VIDEOMAE_CLASSIFIER),
         *(f"videomae.{_HF}", 5),
         has=("classifier.weight",),
+        peer="VideoMAEForVideoClassification",
     ),
     Family(
         "transformers_videomae_encoder",
         "VideoMAEModel of transformers",
         *("encoder", "transformers_videomae", layouts.TRANSFORMERS_VIDEOMAE_ENCODER, _HF, 5),
+        peer="VideoMAEModel",
     ),
     Family(
         "transformers_vitmae",
@@ -176,6 +212,7 @@ FAMILIES = (
         conventions="mae",
         positions="space_time",
         target="raw",
+        peer="ViTMAEForPreTraining",
     ),
     Family(
         "transformers_vit_classifier",
@@ -186,6 +223,7 @@ FAMILIES = (
         conventions="mae",
         positions="space_time",
         mean_and_std=_HALF,
+        peer="ViTForImageClassification",
     ),
     Family(
         "transformers_vit_encoder",
@@ -194,6 +232,7 @@ FAMILIES = (
         conventions="mae",
         positions="space_time",
         target="joint",
+        peer="ViTModel",
     ),
     Family(
         "ours",
@@ -221,8 +260,18 @@ class Recognised:
     entry: str
     """Their key in the file."""
     prefix: str
-    """What all their names began with."""
+    """What their names began with."""
+    with_prefix: int
+    """How many of them began so."""
     teacher: Tensors | None = None
+
+    def told(self) -> list[str]:
+        """The prefix, in a line for the terminal, where there is one."""
+        if not self.prefix:
+            return []
+        count = self.with_prefix
+        who = "all names" if count == len(self.tensors) else f"{count} of {len(self.tensors)} names"
+        return [f"{who} begin with {self.prefix!r}, which is left out"]
 
 
 def recognise(source: Source, entry: str | None = None) -> Recognised:
@@ -233,19 +282,19 @@ def recognise(source: Source, entry: str | None = None) -> Recognised:
             the file is told.
     """
     key = _choose(source, entry)
-    bare, prefix, family = _family_of(source, key)
+    bare, prefix, with_prefix, family = _family_of(source, key)
     teacher = None
     if entry is None and family.holds == "autoencoder":
         for name in TEACHERS:
             if name in source.entries and name != key:
-                of_teacher, _, same = _family_of(source, name)
+                of_teacher, _, _, same = _family_of(source, name)
                 if same is not family:
                     raise CheckpointError(
                         f"{source.path} holds {family.says} under {key!r} and {same.says} under "
                         f"{name!r}; give one of them: --entry {key}"
                     )
                 teacher = of_teacher
-    return Recognised(family, bare, key, prefix, teacher)
+    return Recognised(family, bare, key, prefix, with_prefix, teacher)
 
 
 def _choose(source: Source, entry: str | None) -> str:
@@ -262,24 +311,46 @@ def _choose(source: Source, entry: str | None) -> str:
     raise CheckpointError(f"{source.path} holds several state dicts: {there}; choose with --entry")
 
 
-def _family_of(source: Source, entry: str) -> tuple[Tensors, str, Family]:
-    """-> tensors without their prefix, that prefix, whose they are"""
+def _family_of(source: Source, entry: str) -> tuple[Tensors, str, int, Family]:
+    """-> tensors without their prefix, that prefix, how many names had it, whose they are"""
     tensors, prefix = source.entries[entry], ""
-    while True:
-        fit = [family for family in FAMILIES if family.fits(tensors)]
-        if fit:
-            break
+    while not (fit := _fitting(tensors)):
         found = [each for each in PREFIXES if all(name.startswith(each) for name in tensors)]
         if not found:
-            raise CheckpointError(_unknown(source, entry, tensors))
+            return _with_some_prefixed(source, entry, tensors, prefix)
         prefix += found[0]
-        tensors = {name.removeprefix(found[0]): value for name, value in tensors.items()}
+        tensors = _stripped(tensors, found[0])
+    return tensors, prefix, len(tensors), _the_only(source, fit)
+
+
+def _with_some_prefixed(
+    source: Source, entry: str, tensors: Tensors, before: str
+) -> tuple[Tensors, str, int, Family]:
+    """The same where only a part of a model has a prefix, and a head beside it has none."""
+    for prefix in OF_PARTS:
+        stripped = _stripped(tensors, prefix)
+        fit = _fitting(stripped)
+        if fit and len(stripped) == len(tensors):
+            count = sum(name.startswith(prefix) for name in tensors)
+            return stripped, before + prefix, count, _the_only(source, fit)
+    raise CheckpointError(_unknown(source, entry, tensors))
+
+
+def _fitting(tensors: Tensors) -> list[Family]:
+    return [family for family in FAMILIES if family.fits(tensors)]
+
+
+def _stripped(tensors: Tensors, prefix: str) -> Tensors:
+    return {name.removeprefix(prefix): value for name, value in tensors.items()}
+
+
+def _the_only(source: Source, fit: list[Family]) -> Family:
     if len(fit) > 1:
         raise CheckpointError(
             f"{source.path} may be {' or '.join(family.says for family in fit)}: it has tensors "
             f"of both; save the state dict of one model alone"
         )
-    return tensors, prefix, fit[0]
+    return fit[0]
 
 
 def _unknown(source: Source, entry: str, tensors: Tensors) -> str:

@@ -7,12 +7,16 @@ and timm save a model: config.json, and weights in one file or in several with a
 import argparse
 import json
 import pickle
+import pickletools
 import re
+import tarfile
+import warnings
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +26,8 @@ from hpm_video.training.checkpoint import CheckpointError
 
 Tensors = dict[str, Tensor]
 
+ORIGIN = "origin.json"
+"""File of an imported folder that tells where its weights come from and what was done to them."""
 PICKLED = (".pth", ".pt", ".bin", ".pyth", ".ckpt", ".tar")
 FILES_OF_A_FOLDER = (
     "model.safetensors",
@@ -58,6 +64,8 @@ class Source:
     """Of the run that wrote it, where the file holds them."""
     preprocessor: dict[str, Any] = field(default_factory=dict)
     """Of a folder: preprocessor_config.json."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """Of a folder that an import wrote: origin.json."""
     metadata: dict[str, str] = field(default_factory=dict)
     """Of a file of safetensors."""
     epoch: int | None = None
@@ -68,12 +76,26 @@ class Source:
 def read_source(path: Path) -> Source:
     """Everything that is of use in a file of weights or the folder of a model.
 
+    The file of weights in such a folder stands for it: without its config.json it says too little.
+
     Raises:
         CheckpointError: there is none, it is not whole, or it holds objects that are not allowed.
     """
-    path = path.expanduser()
-    if path.is_dir():
-        return _read_folder(path)
+    source = _read(path.expanduser())
+    for entry, tensors in source.entries.items():
+        odd = [name for name in (entry, *tensors) if not name.isprintable()]
+        if odd:
+            raise CheckpointError(
+                f"{path} has a tensor of the name {odd[0]!r}, with characters that control a "
+                f"terminal; no model has such names"
+            )
+    return source
+
+
+def _read(path: Path) -> Source:
+    in_a_folder = path.name in FILES_OF_A_FOLDER and (path.parent / "config.json").is_file()
+    if path.is_dir() or in_a_folder:
+        return _read_folder(path if path.is_dir() else path.parent)
     if not path.is_file():
         raise CheckpointError(
             f"{path} does not exist; give a file of weights or the folder of a model. Nothing is "
@@ -110,6 +132,7 @@ def _read_folder(folder: Path) -> Source:
         {"": tensors},
         config=_read_json(folder / "config.json"),
         preprocessor=_read_json(folder / "preprocessor_config.json"),
+        origin=_read_json(folder / ORIGIN),
         metadata=metadata,
     )
 
@@ -205,9 +228,16 @@ def _read_pickle(path: Path) -> object:
             f'torch.save(torch.jit.load("{path.name}", map_location="cpu").state_dict(), '
             f'"weights.pth"), and give weights.pth'
         )
+    if not zipped and tarfile.is_tarfile(path):
+        raise CheckpointError(
+            f"{path} is in the first format of torch.save, a tar archive, which cannot be read "
+            f"without running what is in it. If you trust it, load it with the torch that wrote "
+            f"it, and save the state dict anew"
+        )
     stand_ins: list[Any] = [(_SetAside, name) for name in NUMBERS_OF_NUMPY]
     try:
-        with torch.serialization.safe_globals([*ALLOWED, *stand_ins]):
+        with torch.serialization.safe_globals([*ALLOWED, *stand_ins]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of protocols, before it is refused
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # noqa: BLE001 - of many kinds, where a file is broken
         raise _refusal(path, error) from error
@@ -215,21 +245,46 @@ def _read_pickle(path: Path) -> object:
 
 def _refusal(path: Path, error: Exception) -> CheckpointError:
     found = re.search(r"GLOBAL (\S+)|[Uu]nsupported class (\S+)", str(error))
-    if found:
-        name = (found[1] or found[2]).rstrip(".,")
+    stranger = (found[1] or found[2]).rstrip(".,") if found else ""
+    unpickling = isinstance(error, pickle.UnpicklingError)
+    if unpickling and not stranger:
+        stranger = _stranger_in(path)
+    if stranger:
         return CheckpointError(
-            f"{path} holds an object of {name}, and only tensors, plain values and "
+            f"{path} holds an object of {stranger}, and only tensors, plain values and "
             f"{', '.join(f'{kind.__module__}.{kind.__name__}' for kind in ALLOWED)} are read: "
             f"anything else could run code. If you trust the file, load it where it was made and "
             f"save the state dict alone with torch.save, or as .safetensors"
         )
     # What torch says of a pickle is the advice to run what is in it.
-    unpickling = isinstance(error, pickle.UnpicklingError)
-    reason = "" if unpickling else f": {str(error).partition(chr(10))[0]}"
+    advice = unpickling or "weights_only" in str(error)
+    reason = "" if advice else f": {str(error).partition(chr(10))[0]}"
     return CheckpointError(
         f"{path} is not a whole file of torch.save, or cannot be read ({type(error).__name__}"
         f"{reason}); fetch it anew, or convert it to .safetensors"
     )
+
+
+def _stranger_in(path: Path) -> str:
+    """The first class that a pickle of any protocol names; nothing in it is run."""
+    texts: list[str] = []
+    with suppress(Exception), _open_pickle(path) as stream:
+        for code, argument, _ in pickletools.genops(stream):
+            if code.name == "GLOBAL":
+                return str(argument).replace(" ", ".")
+            if code.name == "STACK_GLOBAL" and texts[1:]:
+                return ".".join(texts[-2:])
+            if isinstance(argument, str):
+                texts.append(argument)
+    return ""
+
+
+def _open_pickle(path: Path) -> IO[bytes]:
+    if not zipfile.is_zipfile(path):
+        return path.open("rb")
+    with zipfile.ZipFile(path) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+        return archive.open(name)
 
 
 def _is_program(path: Path) -> bool:
@@ -248,17 +303,24 @@ def _sort(path: Path, content: object) -> Source:
             f"{path} must hold a state dict, got {type(content).__name__}; save the model's "
             f"state_dict()"
         )
-    tensors = _tensors_of(content)
-    if tensors is not None:
-        return Source(path, {"": tensors})
     entries: dict[str, Tensors] = {}
+    beside: list[str] = []
     for key, value in content.items():
         found = _tensors_of(value)
-        if found is not None:
+        if found:
             entries[str(key)] = found
+            beside += [f"{key}.{name}" for name in value if name not in found]
+        else:
+            beside.append(str(key) if str(key).isprintable() else repr(key))
+    bare = _tensors_of(content)
+    if bare and not entries:
+        return Source(
+            path, {"": bare}, beside=tuple(str(key) for key in content if key not in bare)
+        )
     if not entries:
+        kinds = [f"{key} ({type(value).__name__})" for key, value in content.items()]
         raise CheckpointError(
-            f"{path} holds no state dict, but {', '.join(map(str, content))}; save the model's "
+            f"{path} must hold a state dict, got {', '.join(kinds) or 'nothing'}; save the model's "
             f"state_dict()"
         )
     epoch = content.get("epoch")
@@ -269,16 +331,13 @@ def _sort(path: Path, content: object) -> Source:
         entries,
         arguments=dict(plain) if isinstance(plain, Mapping) else {},
         epoch=epoch if isinstance(epoch, int) else None,
-        beside=tuple(str(key) for key in content if str(key) not in entries),
+        beside=tuple(beside),
     )
 
 
-def _tensors_of(value: object) -> Tensors | None:
-    """A state dict, or none where it is something else."""
-    if not isinstance(value, Mapping) or not value:
-        return None
-    if not all(isinstance(name, str) for name in value):
-        return None
-    if not all(isinstance(item, Tensor) for item in value.values()):
-        return None
-    return dict(value)
+def _tensors_of(value: object) -> Tensors:
+    """The tensors of a state dict, which may have a few plain values among them."""
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        return {}
+    tensors = {name: item for name, item in value.items() if isinstance(item, Tensor)}
+    return tensors if 2 * len(tensors) > len(value) else {}

@@ -23,15 +23,13 @@ from hpm_video.config import (
     save_config,
 )
 from hpm_video.randomness import key_of
-from hpm_video.training.checkpoint import CheckpointError
-from hpm_video.weights.files import Tensors
+from hpm_video.training.checkpoint import CheckpointError, flush, on_host
+from hpm_video.weights.files import ORIGIN, Tensors
 from hpm_video.weights.imported import Imported, build_model
 from hpm_video.weights.parity import ParityReport
 from hpm_video.weights.sizes import ModelFacts
 
 MODEL, TEACHER = "model.safetensors", "teacher.safetensors"
-ORIGIN = "origin.json"
-"""File of the folder that tells where the weights come from and what was done to them."""
 PARITY = "parity.json"
 
 
@@ -80,19 +78,16 @@ def _of_encoder(facts: ModelFacts) -> dict[str, Any]:
 
 
 def _of_data(facts: ModelFacts) -> dict[str, Any]:
-    """Clips as the model was trained on; images are cut out of slightly larger ones."""
+    """Clips as the model was trained on."""
     frames, *size = facts.clip_size
-    of_images = {
-        "interpolation": "bicubic",
-        "held_out_short_side": round(max(size) * 256 / 224),
-    }
     return {
         "num_frames": frames,
         "frame_stride": facts.frame_stride,
         "frame_size": tuple(size),
         "mean": facts.mean,
         "std": facts.std,
-        **(of_images if frames == 1 else {}),
+        "interpolation": facts.interpolation,
+        "held_out_short_side": facts.short_side,
     }
 
 
@@ -106,46 +101,49 @@ def whole(imported: Imported) -> Tensors:
     return {name: imported.tensors.get(name, drawn[name]) for name in drawn}
 
 
+def config_of(imported: Imported) -> PretrainConfig | FinetuneConfig:
+    """The config of the folder.
+
+    Raises:
+        ConfigError: this package has no such model.
+    """
+    facts = imported.facts
+    return finetune_config(facts) if imported.is_classifier else pretrain_config(facts)
+
+
 def write_folder(imported: Imported, folder: Path, parity: ParityReport) -> list[Path]:
     """Write what ``init_weights`` and the programs of ``tools/`` read. -> the files
 
     Raises:
-        CheckpointError: the folder exists, weights are not finite, or the disk does not take them.
+        CheckpointError: the folder exists, or the disk does not take them.
         ConfigError: this package has no such model.
     """
     if folder.exists():
         raise CheckpointError(f"{folder} exists already; give another folder, or delete it")
-    weights = {MODEL: whole(imported)}
-    if imported.teacher is not None:
-        weights[TEACHER] = imported.teacher
-    for file, tensors in weights.items():
-        broken = [name for name, value in tensors.items() if not value.isfinite().all()]
-        if broken:
-            raise CheckpointError(
-                f"{imported.source.path} has weights that are not finite, {broken[0]} for one "
-                f"({file}); it is of no use"
-            )
-    facts = imported.facts
-    config = finetune_config(facts) if imported.is_classifier else pretrain_config(facts)
+    config = config_of(imported)
     writing = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(writing, ignore_errors=True)
     try:
         writing.mkdir(parents=True)
-        for file, tensors in weights.items():
-            save_file({name: value.contiguous() for name, value in tensors.items()}, writing / file)
+        save_file(on_host(whole(imported)), writing / MODEL)
+        if imported.teacher is not None:
+            save_file(on_host(imported.teacher), writing / TEACHER)
         save_config(config, writing / "config.yaml")
         _write_json(writing / "state.json", {"update": 0, "imported_from": imported.family.name})
         _write_json(writing / ORIGIN, origin_of(imported))
         _write_json(writing / PARITY, parity.as_table())
         if imported.is_classifier:
-            names = "".join(f"{name}\n" for name in facts.label_names)
+            names = "".join(f"{name}\n" for name in imported.facts.label_names)
             (writing / "labels.txt").write_text(names, encoding="utf-8")
+        flush(writing)
         writing.rename(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(writing, ignore_errors=True)
+        flush(folder.parent, recursive=False)
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot write {folder}: {error}. Make room, and start the same command again"
         ) from error
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
     return sorted(folder.iterdir())
 
 
@@ -163,7 +161,7 @@ def origin_of(imported: Imported) -> dict[str, Any]:
         "assumed": list(imported.facts.assumed),
         "left_out": imported.left_out,
         "start_fresh": list(imported.fresh),
-        "positions_replaced": imported.positions_replaced,
+        "positions": imported.facts.positions,
     }
 
 

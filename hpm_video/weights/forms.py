@@ -63,9 +63,8 @@ class Expressed:
 def _has_positions(own: OwnModel, kind: Positions) -> bool:
     """Whether its tokens have the positions that a model of this kind has of its own clips."""
     shape = own.shape
-    found = position_table(shape.grid, shape.size.dim, shape.positions, shape.source_grid)
     usual = position_table(shape.grid, shape.size.dim, kind)
-    return (found - usual).abs().max().item() <= SAME_POSITIONS
+    return (own.positions("encoder") - usual).abs().max().item() <= SAME_POSITIONS
 
 
 def _is_image(own: OwnModel) -> bool:
@@ -92,9 +91,9 @@ SEQUENCE = Limit(
     "expressed, of clips of the size of pre-training",
 )
 SPACE_TIME = Limit(
-    lambda own: _has_positions(own, "space_time"),
+    lambda own: own.shape.positions == "given" or _has_positions(own, "space_time"),
     "its tokens have other positions than MAE computes: only model.positions=space_time can be "
-    "expressed, of images of the size of pre-training",
+    "expressed, of images of the size of pre-training, or given ones",
 )
 OF_PIXELS = Limit(
     lambda own: own.target in PIXELS,
@@ -127,6 +126,11 @@ CLASSIFIER = Limit(
     "it is of pre-training, and this takes classifiers",
     "fine-tune it first (./run_finetune.sh CONFIG init_weights=CHECKPOINT)",
 )
+PREDICTOR = Limit(
+    lambda own: any(name.startswith("difficulty_decoder.") for name in own.tensors),
+    "it has no loss predictor, or is a classifier, and this is of hard patches mining",
+    "--to mae takes the others",
+)
 POOLS_OF_TIMM = Limit(
     _has_room_for_pooling,
     "it pools its tokens by attention (model.pooling=attentive), which this does not",
@@ -144,6 +148,7 @@ FORMS = {
         "VideoMAE's classifier", layouts.VIDEOMAE_FINETUNED, VIDEOMAE_CLASSIFIER
     ),
     "mae": Form("MAE's pre-training", layouts.MAE, MAE_AUTOENCODER),
+    "hpm": Form("official HPM", layouts.HPM, (*MAE_AUTOENCODER, PREDICTOR)),
     "mae_classifier": Form(
         "MAE's classifier",
         layouts.VIT,
@@ -191,7 +196,9 @@ def of_transformers(own: OwnModel) -> str:
 
 # --- Bringing a model into a form ---------------------------------------------------------------
 
-OF_DECODER = ("mask_token", "to_decoder.", "reconstructor.")
+OF_DECODER = ("mask_token", "to_decoder.", "reconstructor.", "decoder_positions.")
+OF_TABLES = ("encoder_positions.table", "decoder_positions.table")
+"""Given positions, which go where a layout has its tables."""
 NO_PREDICTOR = "the loss predictor is of hard patches mining alone"
 NO_DECODER = "it belongs to the decoder, and this is an encoder"
 NO_KEY_BIAS = "a bias on keys, which this has not; the softmax ignores it, so that nothing changes"
@@ -217,6 +224,7 @@ def express(own: OwnModel, form: Form) -> Expressed:
     named = {name for rule in form.layout.rules for name in rule.ours}
     reasons = {name: _no_place(name, form, named) for name in tensors}
     tensors = {name: value for name, value in tensors.items() if not reasons[name]}
+    tensors = {name: value for name, value in tensors.items() if name not in OF_TABLES}
     filled = _filled(tensors, named)
     if filled:
         tensors |= filled
@@ -242,13 +250,17 @@ def _tables(own: OwnModel, form: Form) -> Tensors:
 
 def _no_place(name: str, form: Form, named: set[str]) -> str:
     """Why a tensor of ours is left out, if it is."""
-    if name.startswith("difficulty_decoder."):
+    if name.startswith("difficulty_decoder.") and not _names_a_predictor(named):
         return NO_PREDICTOR
     if form.encoder_only and name.startswith(OF_DECODER):
         return NO_DECODER
     if name.endswith(".k_bias") and not any(each.endswith(".k_bias") for each in named):
         return NO_KEY_BIAS
     return ""
+
+
+def _names_a_predictor(named: set[str]) -> bool:
+    return any(name.startswith("difficulty_decoder.") for name in named)
 
 
 def _filled(tensors: Tensors, named: set[str]) -> Tensors:
@@ -277,10 +289,7 @@ def fold_batch_norm(tensors: Tensors) -> Tensors:
 
 def _table(table: PositionTable, own: OwnModel) -> Tensor:
     """Positions as a checkpoint keeps them: -> (1, N, D), or one more for a class token"""
-    size = own.shape.size if table.of == "encoder" else own.decoder
-    assert size is not None
-    shape = own.shape
-    codes = position_table(shape.grid, size.dim, shape.positions, shape.source_grid)
-    if shape.class_token:
+    codes = own.positions(table.of)
+    if own.shape.class_token:
         codes = torch.cat([torch.zeros_like(codes[:1]), codes])
     return codes.unsqueeze(0)

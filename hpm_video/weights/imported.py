@@ -1,24 +1,37 @@
 """Weights of other projects as weights of this one."""
 
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from hpm_video.features import OF_DECODERS
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.models.pos_embed import position_table
+from hpm_video.models.vit import TransformerSize
+from hpm_video.token_grid import Size3
 from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights.families import LICENCES, Family, Recognised, recognise
 from hpm_video.weights.files import Source, Tensors, read_source
 from hpm_video.weights.layouts import OF_DECODER, PositionTable, Renamed, to_ours
-from hpm_video.weights.sizes import Given, ModelFacts, cut_of, facts_of, in_float32, parameters_of
+from hpm_video.weights.sizes import (
+    ON_WHAT,
+    Given,
+    ModelFacts,
+    cut_of,
+    facts_of,
+    in_float32,
+    parameters_of,
+)
 
 SAME_POSITIONS = 1e-3
-"""Largest difference of a table of positions that was computed: as far as half precision goes."""
+"""Largest difference of a table of positions that was computed, beside the rounding of the file."""
 OF_HEADS = ("head.", "pooling.")
+OF_TEACHER = "of the teacher: "
 
 
 @dataclass(frozen=True)
@@ -35,8 +48,6 @@ class Imported:
     """Tensors and other parts of the file that are not taken, each with the reason."""
     fresh: tuple[str, ...]
     """Tensors of our model that the file lacks, and that start with drawn weights."""
-    positions_replaced: bool = False
-    """Whether learned positions gave way to computed ones."""
 
     @property
     def family(self) -> Family:
@@ -63,7 +74,7 @@ def import_weights(path: Path, given: Given = Given()) -> Imported:  # noqa: B00
 
     Every tensor of the file is used, or left out with a reason. A classifier keeps its head. An
     encoder becomes a masked autoencoder whose decoder starts fresh; so does a classifier with
-    ``given.encoder_only``.
+    ``given.encoder_only``. Positions that are not those that are computed here are kept.
 
     Raises:
         CheckpointError: the file cannot be read safely, is of no known family, or does not fit:
@@ -76,30 +87,43 @@ def import_weights(path: Path, given: Given = Given()) -> Imported:  # noqa: B00
         raise CheckpointError(
             f"{path} is of this package already ({family.says}): give its folder as init_weights"
         )
-    cut = cut_of(recognised.tensors[family.kernel])
     try:
-        renamed = to_ours(family.layout, in_float32(recognised.tensors), cut)
-        facts = facts_of(source, family, renamed.tensors, renamed.tables, given, cut)
-        student = _settle(renamed, family, facts, given)
-        teacher = None
-        if recognised.teacher is not None and not given.encoder_only:
-            of_teacher = to_ours(family.layout, in_float32(recognised.teacher), cut)
-            teacher = _settle(of_teacher, family, facts, given)
-        may_start_fresh = _may_start_fresh(family, renamed.tensors, given)
-        fresh = check_fit(facts, student.tensors, may_start_fresh)
-        if teacher is not None:
-            check_fit(facts, teacher.tensors, ())
+        return _imported(source, recognised, given)
     except CheckpointError as error:
         raise CheckpointError(f"{path} ({family.says}): {error}") from error
+
+
+def _imported(source: Source, recognised: Recognised, given: Given) -> Imported:
+    family = recognised.family
+    cut = cut_of(recognised.tensors[family.kernel])
+    renamed = to_ours(family.layout, in_float32(recognised.tensors), cut)
+    facts = facts_of(source, family, renamed, given, cut)
+    takes_teacher = recognised.teacher is not None and not given.encoder_only
+    every = [_settle(renamed, recognised.tensors, facts, given)]
+    if takes_teacher:
+        assert recognised.teacher is not None
+        of_teacher = to_ours(family.layout, in_float32(recognised.teacher), cut)
+        every.append(_settle(of_teacher, recognised.teacher, facts, given))
+    if any(each.other_positions for each in every):
+        facts = replace(facts, positions="given")
+    every = [each.with_positions(facts) for each in every]
+    may_start_fresh = _may_start_fresh(family, renamed.tensors, given)
+    fresh = check_fit(facts, renamed, every[0].tensors, may_start_fresh)
+    for each in every[1:]:
+        check_fit(facts, renamed, each.tensors, ())
+    left_out = every[0].left_out | {
+        f"{OF_TEACHER}{name}": reason
+        for each in every[1:]
+        for name, reason in each.left_out.items()
+    }
     return Imported(
         source,
         recognised,
         facts,
-        student.tensors,
-        None if teacher is None else teacher.tensors,
-        student.left_out | _not_weights(source, recognised, used_teacher=teacher is not None),
+        every[0].tensors,
+        every[1].tensors if takes_teacher else None,
+        left_out | _not_weights(source, recognised, used_teacher=takes_teacher),
         fresh,
-        student.replaced,
     )
 
 
@@ -116,7 +140,7 @@ def build_model(facts: ModelFacts) -> MaskedAutoencoder | ClipClassifier:
 
 
 def check_fit(
-    facts: ModelFacts, tensors: Tensors, may_start_fresh: tuple[str, ...]
+    facts: ModelFacts, renamed: Renamed, tensors: Tensors, may_start_fresh: tuple[str, ...]
 ) -> tuple[str, ...]:
     """Make sure that our model takes these weights. -> what they lack, of what they may
 
@@ -124,12 +148,14 @@ def check_fit(
         CheckpointError: some are missing, left over, or of another shape. Each is named.
     """
     with torch.device("meta"):
-        own: dict[str, torch.Tensor] = build_model(facts).state_dict()
+        own: dict[str, Tensor] = build_model(facts).state_dict()
+    theirs = renamed.layout.theirs_of
     missing = [name for name in own if name not in tensors]
-    wrong = [f"missing {name}" for name in missing if not name.startswith(may_start_fresh)]
-    wrong += [f"left over {name}" for name in tensors if name not in own]
+    wrong = [f"missing {theirs(name)}" for name in missing if not name.startswith(may_start_fresh)]
+    wrong += [f"left over {theirs(name)}" for name in tensors if name not in own]
     wrong += [
-        f"{name} has shape {tuple(tensors[name].shape)}, our model's is {tuple(own[name].shape)}"
+        f"{theirs(name)} has shape {tuple(tensors[name].shape)}, our model's is "
+        f"{tuple(own[name].shape)}"
         for name in own
         if name in tensors and tensors[name].shape != own[name].shape
     ]
@@ -139,80 +165,120 @@ def check_fit(
 
 
 @dataclass(frozen=True)
-class _Student:
+class _Settled:
+    """Tensors of one state dict, without those that are not wanted."""
+
     tensors: Tensors
     left_out: dict[str, str]
-    replaced: bool
+    positions: dict[str, "_Positions"]
+    """By the names that ours have."""
+
+    @property
+    def other_positions(self) -> bool:
+        """Whether any are not those that are computed here."""
+        return any(not found.same for found in self.positions.values())
+
+    def with_positions(self, facts: ModelFacts) -> "_Settled":
+        """The same with its own positions, or with the reason why they are left out."""
+        if facts.positions == "given":
+            tables = {name: found.table for name, found in self.positions.items()}
+            return replace(self, tensors=self.tensors | tables)
+        told = {
+            name: f"computed here, with the same numbers (largest difference {found.farthest:.1e})"
+            for found in self.positions.values()
+            for name in found.names
+        }
+        return replace(self, left_out=self.left_out | told)
 
 
-def _settle(renamed: Renamed, family: Family, facts: ModelFacts, given: Given) -> _Student:
-    """Positions checked, and what is not wanted left out."""
-    tensors, left_out, replaced = dict(renamed.tensors), dict(renamed.left_out), False
-    for table in family.layout.tables:
-        if any(name in renamed.tables for name in table.theirs):
-            if table.of == "decoder" and given.encoder_only:
-                left_out[table.theirs[0]] = OF_DECODER
-                continue
-            told, changed = _compare_positions(table, renamed.tables, tensors, facts, given)
-            left_out |= told
-            replaced = replaced or changed
+@dataclass(frozen=True)
+class _Positions:
+    """A table of positions, beside the one that is computed here."""
+
+    names: tuple[str, ...]
+    table: Tensor
+    """(N, D)"""
+    farthest: float
+    """Largest difference."""
+    same: bool
+    """Whether they are the same, as far as the precision of the file goes."""
+
+
+def _settle(renamed: Renamed, stored: Tensors, facts: ModelFacts, given: Given) -> _Settled:
+    """Positions read, and what is not wanted left out. ``stored``: the tensors of the file."""
+    tensors, left_out = dict(renamed.tensors), dict(renamed.left_out)
+    positions = {}
+    for table in renamed.layout.tables:
+        if table.of == "decoder" and given.encoder_only:
+            left_out |= {name: OF_DECODER for name in table.theirs if name in renamed.tables}
+        else:
+            precision = stored.get(table.theirs[0], torch.empty(0)).dtype
+            found = _read_positions(table, renamed.tables, tensors, facts, precision)
+            positions[f"{table.of}_positions.table"] = found
     if given.encoder_only:
         for name in _named(tensors, OF_DECODERS):
-            left_out[name] = OF_DECODER
+            left_out[renamed.layout.theirs_of(name)] = OF_DECODER
             del tensors[name]
     if facts.pooling is None:
         for name in _named(tensors, OF_HEADS):
-            left_out[name] = "it belongs to a head, and only the encoder is taken"
+            left_out[renamed.layout.theirs_of(name)] = OF_A_HEAD
             del tensors[name]
-    return _Student(tensors, left_out, replaced)
+    return _Settled(tensors, left_out, positions)
 
 
-def _compare_positions(
-    table: PositionTable, tables: Tensors, tensors: Tensors, facts: ModelFacts, given: Given
-) -> tuple[dict[str, str], bool]:
-    """Make sure that a table holds what we compute. -> what is said of it, whether it did not
+OF_A_HEAD = "it belongs to a head, and only the encoder is taken"
 
-    What it has for the class token is added to that token, where it is the same.
+
+def _read_positions(
+    table: PositionTable, tables: Tensors, tensors: Tensors, facts: ModelFacts, stored: torch.dtype
+) -> _Positions:
+    """A table as ours would be. What it has for the class token is added to that token.
 
     Raises:
-        CheckpointError: it was learned, and is not to be replaced.
+        CheckpointError: a part is missing, or it is of other tokens.
     """
+    missing = [name for name in table.theirs if name not in tables]
+    if missing:
+        raise CheckpointError(f"missing {', '.join(missing)}")
     theirs, first = _joined(table, tables, facts)
     size = facts.encoder if table.of == "encoder" else facts.decoder
     assert size is not None
     ours = position_table(facts.grid, size.dim, facts.positions)
-    names = [name for name in (*table.theirs, table.first_row) if name in tables]
     if theirs.shape != ours.shape:
         raise CheckpointError(
             f"{table.theirs[0]} is of {tuple(theirs.shape)} tokens and values, our "
             f"{table.of} has {tuple(ours.shape)}"
         )
-    difference = (theirs - ours).abs().max().item()
-    if first is not None and table.of == "encoder" and "class_token" in tensors:
-        tensors["class_token"] = tensors["class_token"] + first
-    elif first is not None:
-        difference = max(difference, first.abs().max().item())
-    if difference <= SAME_POSITIONS:
-        says = f"computed here, with the same numbers (largest difference {difference:.1e})"
-        return dict.fromkeys(map(str, names), says), False
-    if not given.replace_positions:
-        raise CheckpointError(
-            f"{', '.join(map(str, names))}: its positions were learned (up to {difference:.2g} "
-            f"from the fixed ones), and ours are fixed. To begin training from it all the same, "
-            f"with fixed positions in their place, give --replace-positions; what it predicts "
-            f"changes then"
-        )
-    says = f"learned positions, up to {difference:.2g} from the fixed ones that replace them"
-    return dict.fromkeys(map(str, names), says), True
+    if first is not None and first.any():
+        if table.of == "decoder" or "class_token" not in tensors:
+            raise CheckpointError(f"{table.theirs[0]} has a position for a class token of its own")
+        if tensors["class_token"].shape == first.shape:  # another shape is told later
+            tensors["class_token"] = tensors["class_token"] + first
+    # Numbers near 1 are this far apart where they are stored.
+    rounding = torch.finfo(stored).eps if stored.is_floating_point else 0.0
+    farthest = (theirs - ours.to(stored).float()).abs().max().item()
+    names = (*table.theirs, *([table.first_row] if table.first_row in tables else []))
+    return _Positions(
+        tuple(dict.fromkeys(map(str, names))),
+        theirs,
+        farthest,
+        farthest <= SAME_POSITIONS + rounding,
+    )
 
 
 def _joined(
     table: PositionTable, tables: Tensors, facts: ModelFacts
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """-> (N, D), and (D,) what is added to the class token"""
+    odd = [name for name in table.theirs if tables[name].ndim != 3]
+    if odd:
+        shape = tuple(tables[odd[0]].shape)
+        raise CheckpointError(f"{odd[0]} must be a table of three axes, got {shape}")
     parts = [tables[name].float().flatten(0, 1) for name in table.theirs]
     if len(parts) == 2:
         space, time = parts
+        if space.shape[-1] != time.shape[-1]:
+            raise CheckpointError(f"{' and '.join(table.theirs)} must be of the same width")
         both = (time.unsqueeze(1) + space).flatten(0, 1)
         first = tables.get(table.first_row or "")
         return both, None if first is None else first.float().flatten()
@@ -249,6 +315,7 @@ def describe(imported: Imported) -> list[str]:
     facts = imported.facts
     lines = [
         *describe_model(facts, imported.family),
+        *imported.recognised.told(),
         f"licence: {imported.licence}",
         f"{parameters_of(imported.tensors.values()):,} numbers taken"
         + (", and as many of the teacher" if imported.teacher else ""),
@@ -256,8 +323,10 @@ def describe(imported: Imported) -> list[str]:
     if facts.assumed:
         lines.append(f"not in the file, taken as usual: {'; '.join(facts.assumed)}")
     lines += [f"left out: {told}" for told in _grouped(imported.left_out)]
+    if facts.positions == "given":
+        lines.append("its positions are its own: they are kept (model.positions=given)")
     if imported.fresh:
-        lines.append(f"start fresh: {', '.join(_parts(imported.fresh))}")
+        lines.append(f"start fresh: {', '.join(parts_of(imported.fresh))}")
     if not imported.is_classifier:
         if not facts.predictor:
             lines.append("it has no loss predictor: in pre-training that starts fresh")
@@ -268,35 +337,49 @@ def describe(imported: Imported) -> list[str]:
 
 def describe_model(facts: ModelFacts, family: Family) -> list[str]:
     """The kind and the size of a model, in lines for the terminal."""
-    time, height, width = facts.cut.patch_size
-    encoder, decoder = facts.encoder, facts.decoder
     lines = [
         f"{family.name}: {family.says}",
-        f"encoder {encoder.dim} wide, {encoder.depth} deep, {encoder.num_heads} heads; "
-        f"patches of {time} x {height} x {width}; clips of "
-        f"{' x '.join(map(str, facts.clip_size))}",
+        describe_encoder(facts.encoder, facts.cut.patch_size, facts.clip_size),
     ]
     if facts.pooling is not None:
-        lines.append(f"head of {len(facts.label_names)} classes on {facts.pooling}")
-    elif decoder is not None:
-        lines.append(
-            f"decoder {decoder.dim} wide, {decoder.depth} deep, {decoder.num_heads} heads"
-            + (", and a loss predictor" if facts.predictor else "")
-        )
+        on = "" if ON_WHAT in facts.unknown else f" on {facts.pooling}"
+        lines.append(f"head of {len(facts.label_names)} classes{on}")
+    elif facts.decoder is not None:
+        lines.append(describe_decoder(facts.decoder, predictor=facts.predictor))
+    for what in facts.unknown:
+        lines = [line.replace(", 1 heads", "") for line in lines]
+        lines.append(f"{what}: not in the file")
     return lines
+
+
+def describe_encoder(size: TransformerSize, patch_size: Size3, clip_size: Size3) -> str:
+    """A line of an encoder, and of what it takes."""
+    return (
+        f"encoder {_size(size)}; patches of {' x '.join(map(str, patch_size))}; clips of "
+        f"{' x '.join(map(str, clip_size))}"
+    )
+
+
+def describe_decoder(size: TransformerSize, *, predictor: bool) -> str:
+    """A line of a decoder."""
+    return f"decoder {_size(size)}" + (", and a loss predictor" if predictor else "")
+
+
+def _size(size: TransformerSize) -> str:
+    return f"{size.dim} wide, {size.depth} deep, {size.num_heads} heads"
 
 
 def _grouped(left_out: dict[str, str]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for name, reason in left_out.items():
         reasons.setdefault(reason, []).append(name)
-    return [f"{', '.join(_parts(names))}: {reason}" for reason, names in reasons.items()]
+    return [f"{', '.join(parts_of(names))}: {reason}" for reason, names in reasons.items()]
 
 
-def _parts(names: Iterable[str]) -> list[str]:
+def parts_of(names: Iterable[str]) -> list[str]:
     """Names of tensors, those of all blocks as one."""
     kinds: dict[str, int] = {}
     for name in names:
-        beginning = name.partition(".blocks.")[0] + ".blocks" if ".blocks." in name else name
+        beginning = re.sub(r"((^|[._])(blocks\w*|layers?))\.\d+\..*", r"\1", name)
         kinds[beginning] = kinds.get(beginning, 0) + 1
     return [f"{name} ({count} tensors)" if count > 1 else name for name, count in kinds.items()]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from einops import rearrange
+from einops import EinopsError, rearrange
 from torch import Tensor
 
 from hpm_video.token_grid import Size3
@@ -58,7 +58,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class PositionTable:
-    """A table of positions. Ours are computed: it must hold the same numbers, or be replaced."""
+    """A table of positions: that which is computed here too, or another, which the model keeps."""
 
     theirs: tuple[str, ...]
     """Tables that are added up: of all tokens; or of a time step and of the steps."""
@@ -83,6 +83,16 @@ class Layout:
     rules: tuple[Rule, ...]
     tables: tuple[PositionTable, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
+
+    def theirs_of(self, ours: str) -> str:
+        """What a tensor of ours is called there."""
+        for rule in self.rules:
+            for name in rule.ours:
+                pattern = re.escape(name).replace(r"\{\}", r"(\d+)")
+                if match := re.fullmatch(pattern, ours):
+                    block = match[1] if match.groups() else ""
+                    return " or ".join(theirs.format(block) for theirs in rule.theirs)
+        return ours
 
     def under(self, prefix: str) -> "Layout":
         """The same with ``prefix`` before each of their names."""
@@ -155,7 +165,9 @@ WITHOUT_KEYS = Change(
 NO_KEY_BIAS = "a bias on keys shifts all scores of a query alike, which the softmax ignores"
 
 
-def _fold(parts: Parts, _: Cut) -> Parts:
+def _fold(parts: Parts, cut: Cut) -> Parts:
+    if parts[0].shape[:1] != (cut.values,):
+        raise ValueError(f"an output for each value of a patch, {cut.values}, is to be averaged")
     return [parts[0].double().mean(dim=0, keepdim=True).to(parts[0].dtype)]
 
 
@@ -324,12 +336,10 @@ MAE_ST = _layout(
             r"decoder_.+|mask_token|pred_head\..+",
             "its decoder has a class token and positions of its own, which ours has not",
         ),
-        LeftOut(
-            r"head\..+", "its head stands on its learned positions; a new one is to be trained"
-        ),
     ),
 )
 """Meta's masked autoencoder of video. Its decoder cannot be ours."""
+MAE_ST_CLASSIFIER = replace(MAE_ST, rules=(*MAE_ST.rules, *_both("head", "head")))
 
 _CLIP_ENCODER = [
     *_patches("patch_embed.proj", CLIP_KERNEL),
@@ -417,6 +427,7 @@ TRANSFORMERS_VITMAE = replace(
 class Renamed:
     """Tensors by our names, and what became of the others."""
 
+    layout: Layout
     tensors: Tensors
     tables: Tensors
     """Of positions, by their own names."""
@@ -443,24 +454,30 @@ def to_ours(layout: Layout, tensors: Mapping[str, Tensor], cut: Cut) -> Renamed:
                 continue
             ours = [name.format(block) for name in rule.ours]
             wrong += [f"{name} is given twice, by {theirs[0]}" for name in ours if name in found]
-            found |= zip(
-                ours, rule.change.read([tensors[name] for name in theirs], cut), strict=True
-            )
+            try:
+                found |= zip(
+                    ours, rule.change.read([tensors[name] for name in theirs], cut), strict=True
+                )
+            except (EinopsError, RuntimeError, ValueError):
+                wrong += [f"misshapen {name} {tuple(tensors[name].shape)}" for name in theirs]
             used |= dict.fromkeys(theirs, rule.loses)
     names = [name for table in layout.tables for name in (*table.theirs, table.first_row) if name]
     tables = {name: tensors[name] for name in names if name in tensors}
     left_out = {name: f"in part: {reason}" for name, reason in used.items() if reason}
-    for name in tensors:
-        if name in used or name in tables:
-            continue
-        reasons = [left.reason for left in layout.left_out if re.fullmatch(left.pattern, name)]
-        if reasons:
-            left_out[name] = reasons[0]
-        else:
-            wrong.append(f"unknown {name} {tuple(tensors[name].shape)}")
+    rest = {name: _left_out(layout, name) for name in tensors.keys() - used.keys() - tables.keys()}
+    left_out |= {name: rest[name] for name in tensors if rest.get(name)}
+    wrong += [
+        f"unknown {name} {tuple(tensors[name].shape)}" for name in tensors if rest.get(name) == ""
+    ]
     if wrong:
         raise CheckpointError("\n  ".join(["these tensors do not fit the layout:", *wrong]))
-    return Renamed(found, tables, left_out)
+    return Renamed(layout, found, tables, left_out)
+
+
+def _left_out(layout: Layout, name: str) -> str:
+    """Why a tensor has no place here; empty where nothing is known of it."""
+    reasons = [left.reason for left in layout.left_out if re.fullmatch(left.pattern, name)]
+    return reasons[0] if reasons else ""
 
 
 def to_theirs(layout: Layout, tensors: Mapping[str, Tensor], cut: Cut) -> Tensors:

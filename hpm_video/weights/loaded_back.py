@@ -1,85 +1,32 @@
 """Whether what was exported computes what our model does, loaded back by whom it is for."""
 
 import contextlib
-import importlib.util
+import logging
 import pickle
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
-from hpm_video.masking import STRATEGIES, MaskRule, TokenMask, count_masked
-from hpm_video.models.classifier import ClipClassifier
-from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.models.vit import LAYER_NORM_EPS
 from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.training.single_file import as_folder
 from hpm_video.weights.forms import Expressed
 from hpm_video.weights.imported import import_weights
-from hpm_video.weights.own import OwnModel, load_own, random_clips
-from hpm_video.weights.parity import TOLERANCE, Difference, ParityReport
+from hpm_video.weights.own import OwnModel, load_own
+from hpm_video.weights.parity import TOLERANCE, ParityReport, compare
+from hpm_video.weights.peers import SAY, is_installed
 from hpm_video.weights.sizes import Given
+from hpm_video.weights.trial import Difference, Said, Trial, differences, make_trial, said_by
 from hpm_video.weights.written import WEIGHTS, kind_of, timm_arguments, timm_name
 
-Said = dict[str, Tensor]
 
-
-@dataclass(frozen=True)
-class Trial:
-    """Clips, and which of their tokens are hidden from a masked autoencoder."""
-
-    clips: Tensor
-    """(B, C, T, H, W)"""
-    noise: Tensor
-    """(B, N) the lowest stay visible"""
-    mask: TokenMask
-
-
-def make_trial(own: OwnModel, clips: int = 1, seed: int = 0) -> Trial:
+def trial_of(own: OwnModel, clips: int = 1) -> Trial:
     """Clips of noise, and a mask of the share that the model was trained with."""
-    grid = own.shape.grid
-    generator = torch.Generator().manual_seed(seed + 1)
-    noise = torch.rand(clips, grid.num_tokens, generator=generator)
-    rule = MaskRule(
-        grid,
-        "token",
-        count_masked(grid.num_tokens, own.mask_ratio or 0.5, "hpm"),
-        STRATEGIES["random"],
-    )
-    return Trial(random_clips(own, clips, seed), noise, rule.draw(None, noise, num_picked=0))
-
-
-@torch.no_grad()
-def said_by(model: nn.Module, trial: Trial) -> Said:
-    """What a model of ours says of them."""
-    if isinstance(model, ClipClassifier):
-        return {"logits": model(trial.clips)}
-    assert isinstance(model, MaskedAutoencoder)
-    predicted = model(trial.clips, trial.mask)
-    tokens = model.encode(trial.clips)
-    said = {"tokens": tokens, "hidden patches": predicted.content, "features": model.pool(tokens)}
-    return said if predicted.difficulty is None else said | {"difficulty": predicted.difficulty}
-
-
-def differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[Difference, ...]:
-    """Of everything that the exported model says."""
-    return tuple(
-        Difference(
-            name,
-            (ours[name] - value).abs().max().item(),
-            value.abs().max().item(),
-        )
-        for name, value in theirs.items()
-    )
-
-
-def is_installed(library: str) -> bool:
-    """Whether it can be imported."""
-    return importlib.util.find_spec(library) is not None
+    return make_trial(own.shape, own.clip_size, own.mask_ratio or 0.5, clips)
 
 
 def not_checked(reason: str) -> ParityReport:
@@ -91,20 +38,26 @@ def not_checked(reason: str) -> ParityReport:
 
 
 def check_file(own: OwnModel, file: Path) -> ParityReport:
-    """Of a file in the layout of another project: with our importer."""
+    """Of a file in the layout of another project: with our importer, and what that reads further.
+
+    That is with an independent implementation, which reads the file by names of its own.
+    """
     imported = import_weights(file, given_for(own))
-    complete = (
-        f"{imported.left_out} and {imported.fresh}"
-        if imported.fresh or imported.positions_replaced
-        else ""
-    )
-    if complete:
-        raise CheckpointError(f"the exported file is not whole when it is imported: {complete}")
+    if imported.fresh:
+        raise CheckpointError(f"the exported file lacks {', '.join(imported.fresh)}")
     model = imported.build().eval()
     model.load_state_dict(imported.tensors)
-    trial = make_trial(own)
-    name = f"our importer ({imported.family.name})"
-    return ParityReport(name, differences(said_by(own.build(), trial), said_by(model, trial)))
+    trial = trial_of(own)
+    back = differences(said_by(own.build(), trial), said_by(model, trial))
+    other = compare(imported)
+    return replace(
+        other,
+        with_what=f"our importer and {other.with_what or 'nothing else'}",
+        differences=(
+            *(replace(each, of=f"{each.of} read back") for each in back),
+            *other.differences,
+        ),
+    )
 
 
 def given_for(own: OwnModel) -> Given:
@@ -123,7 +76,7 @@ def given_for(own: OwnModel) -> Given:
 
 def check_own(own: OwnModel, file: Path) -> ParityReport:
     """Of one file of our own: read alone, as ``tools/predict.py`` does."""
-    trial = make_trial(own)
+    trial = trial_of(own)
     with as_folder(file) as folder:
         model = load_own(folder, own.weights).build()
     return ParityReport(
@@ -161,17 +114,21 @@ def check_transformers(own: OwnModel, expressed: Expressed, folder: Path) -> Par
     wrong = [f"{key}: {sorted(found[key])}" for key in LOADING if found.get(key)]
     if wrong:
         raise CheckpointError(f"transformers does not take the whole folder: {'; '.join(wrong)}")
-    trial, model = make_trial(own), model.eval()
+    trial, model = trial_of(own), model.eval()
     ours = said_by(own.build(), trial)
-    say = SAY[kind]
+
+    def found_now() -> tuple[Difference, ...]:
+        said = SAY[kind](model, trial)
+        return differences(ours, {name: said[name] for name in said if name in ours})
+
     with torch.no_grad():
-        as_it_is = differences(ours, say(model, trial))
+        as_it_is = found_now()
         name = f"transformers {transformers.__version__}: {kind}"
         if kind not in HARD_CODED:
             return ParityReport(name, as_it_is)
         norm = model.get_submodule(HARD_CODED[kind])
         usual, norm.eps = norm.eps, LAYER_NORM_EPS
-        found_then = differences(ours, say(model, trial))
+        found_then = found_now()
     notes = tuple(
         f"what remains: {kind} has eps {usual:g} in {HARD_CODED[kind]}, which no config reaches; "
         f"as it is loaded, {each.of} differ by {each.largest:.1e} of values up to "
@@ -202,42 +159,6 @@ def _quiet(transformers: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _say_videomae(model: Any, trial: Trial) -> Said:
-    frames = trial.clips.transpose(1, 2)
-    # Its loss, which is not asked for, takes three channels where it normalises.
-    model.config.norm_pix_loss = model.config.norm_pix_loss and model.config.num_channels == 3
-    return {
-        "tokens": model.videomae(frames).last_hidden_state,
-        "hidden patches": model(frames, bool_masked_pos=trial.mask.masked).logits,
-    }
-
-
-def _say_videomae_classifier(model: Any, trial: Trial) -> Said:
-    return {"logits": model(trial.clips.transpose(1, 2)).logits}
-
-
-def _say_vitmae(model: Any, trial: Trial) -> Said:
-    images = trial.clips.squeeze(2)
-    predicted = model(images, noise=trial.noise).logits
-    settings = model.vit.embeddings.config
-    before, settings.mask_ratio = settings.mask_ratio, 0.0
-    in_order = torch.linspace(0, 1, trial.noise.shape[1]).expand(len(images), -1)
-    tokens = model.vit(images, noise=in_order).last_hidden_state
-    settings.mask_ratio = before
-    return {"tokens": tokens, "hidden patches": trial.mask.take_masked(predicted)}
-
-
-def _say_vit(model: Any, trial: Trial) -> Said:
-    return {"logits": model(trial.clips.squeeze(2)).logits}
-
-
-SAY = {
-    "VideoMAEForPreTraining": _say_videomae,
-    "VideoMAEForVideoClassification": _say_videomae_classifier,
-    "ViTMAEForPreTraining": _say_vitmae,
-    "ViTForImageClassification": _say_vit,
-}
-
 # --- timm ---------------------------------------------------------------------------------------
 
 
@@ -252,7 +173,7 @@ def check_timm(own: OwnModel, folder: Path) -> ParityReport:
     """Of a folder of timm: with ``create_model`` and the state dict, and by the folder's name."""
     import timm
 
-    trial = make_trial(own)
+    trial = trial_of(own)
     ours = said_by(own.build(), trial)
     channels = own.shape.channels
     notes: tuple[str, ...] = ()
@@ -264,6 +185,7 @@ def check_timm(own: OwnModel, folder: Path) -> ParityReport:
     )
     by_hand.load_state_dict(load_file(folder / WEIGHTS))
     models: list[Any] = [by_hand]
+    logging.getLogger("timm").setLevel(logging.WARNING)
     try:
         models.append(timm.create_model(f"local-dir:{folder}", pretrained=True, in_chans=channels))
     except pickle.UnpicklingError:
@@ -300,7 +222,7 @@ def check_onnx(own: OwnModel, file: Path) -> ParityReport:
         return not_checked("onnxruntime is not installed (pip install onnxruntime)")
     import onnxruntime  # type: ignore[import-untyped, unused-ignore]
 
-    trial = make_trial(own, clips=2)
+    trial = trial_of(own, clips=2)
     ours = said_by(own.build(), trial)["logits"]
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     whole = torch.cat([trial.clips, trial.clips[:1]])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
+from torch import Tensor
 
 from hpm_video.config import FinetuneConfig, PretrainConfig, load_any_config, save_config
 from hpm_video.data.transforms import Interpolation
@@ -21,7 +21,8 @@ from hpm_video.pretrain import build_student
 from hpm_video.recognition import build_classifier
 from hpm_video.token_grid import Size3
 from hpm_video.training.checkpoint import CheckpointError, load_weights, read_state, read_weights
-from hpm_video.weights.files import Tensors
+from hpm_video.weights.families import LICENCES
+from hpm_video.weights.files import ORIGIN, Tensors
 from hpm_video.weights.layouts import Cut
 
 Target = Literal["raw", "joint", "per_channel", "ema", "dino", "clip"]
@@ -60,8 +61,14 @@ class OwnModel:
     """What lies beside the weights in a checkpoint folder, by the names of the files."""
     make: Callable[[], MaskedAutoencoder | ClipClassifier]
     """The model without its weights."""
+    epochs: int
+    """Of the whole run."""
+    licence: str
+    """What is known of the licence of its weights."""
     further_sources: tuple[str, ...] = ()
     """Of clips, that it was pre-trained on beside those that are told here."""
+    read_teacher: Callable[[], Tensors | None] = lambda: None
+    """The teacher's weights, where there are any beside a student's."""
 
     @property
     def is_classifier(self) -> bool:
@@ -83,6 +90,16 @@ class OwnModel:
         """What it is, in words."""
         what = "classifier" if self.is_classifier else "masked autoencoder"
         return f"{what} ({self.weights} at update {self.update})"
+
+    def positions(self, of: Literal["encoder", "decoder"]) -> Tensor:
+        """Of the tokens of its clips: -> (N, D)"""
+        size = self.shape.size if of == "encoder" else self.decoder
+        assert size is not None
+        codes = self.shape.fixed_positions(size.dim)
+        if codes.given:
+            codes.table.copy_(self.tensors[f"{of}_positions.table"])
+        found: Tensor = codes(self.shape.grid)
+        return found
 
     def build(self) -> MaskedAutoencoder | ClipClassifier:
         """The model with its weights, for use."""
@@ -142,9 +159,12 @@ def _autoencoder(checkpoint: Path, weights: WeightsOf, config: PretrainConfig) -
         data.interpolation,
         data.held_out_short_side,
         read_weights(checkpoint, _file_of(weights)),
-        _texts(config, update, ()),
+        _texts(checkpoint, config, update, ()),
         lambda: build_student(config),
+        config.recipe.epochs,
+        _licence(checkpoint),
         tuple(config.mix),
+        lambda: _teacher(checkpoint),
     )
 
 
@@ -179,13 +199,30 @@ def _classifier(checkpoint: Path, weights: WeightsOf, config: FinetuneConfig) ->
         data.interpolation,
         data.held_out_short_side,
         read_weights(checkpoint, weights),
-        _texts(config, update, names),
+        _texts(checkpoint, config, update, names),
         lambda: build_classifier(config, len(names)),
+        config.recipe.epochs,
+        _licence(checkpoint),
     )
 
 
+def _licence(checkpoint: Path) -> str:
+    """As the import told it that the weights came by, or ours."""
+    file = checkpoint / ORIGIN
+    told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return str(told.get("licence", LICENCES["ours"]))
+
+
+def _teacher(checkpoint: Path) -> Tensors | None:
+    there = (checkpoint / "teacher.safetensors").is_file()
+    return read_weights(checkpoint, "teacher") if there else None
+
+
 def _texts(
-    config: PretrainConfig | FinetuneConfig, update: int, label_names: tuple[str, ...]
+    checkpoint: Path,
+    config: PretrainConfig | FinetuneConfig,
+    update: int,
+    label_names: tuple[str, ...],
 ) -> dict[str, str]:
     """What lies beside the weights in a checkpoint folder, as these weights alone need it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -195,10 +232,6 @@ def _texts(
     found["state.json"] = json.dumps({"update": update}) + "\n"
     if label_names:
         found["labels.txt"] = "".join(f"{name}\n" for name in label_names)
+    if (checkpoint / ORIGIN).is_file():
+        found[ORIGIN] = (checkpoint / ORIGIN).read_text(encoding="utf-8")
     return found
-
-
-def random_clips(own: OwnModel, count: int, seed: int = 0) -> torch.Tensor:
-    """Normalised clips of noise, of the size that the model takes: -> (B, C, T, H, W)"""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, own.shape.channels, *own.clip_size, generator=generator)

@@ -3,11 +3,13 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from hpm_video.data.transforms import Interpolation
 from hpm_video.models.classifier import Pooling
 from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.pos_embed import Positions
@@ -17,7 +19,8 @@ from hpm_video.token_grid import Size3, TokenGrid
 from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights.families import Family
 from hpm_video.weights.files import Source, Tensors
-from hpm_video.weights.layouts import Cut
+from hpm_video.weights.layouts import Cut, Renamed
+from hpm_video.weights.told import Told
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 ENCODER_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
@@ -47,8 +50,6 @@ class Given:
     """Key of the state dict in the file."""
     encoder_only: bool = False
     """Leave out a decoder or a head: what is imported is to be pre-trained."""
-    replace_positions: bool = False
-    """Put computed positions in the place of learned ones, which changes what the model does."""
     heads: int | None = None
     decoder: TransformerSize | None = None
     """Size of a decoder that starts fresh."""
@@ -58,6 +59,8 @@ class Given:
     frame_stride: int | None = None
     target: TargetKind | None = None
     label_names: tuple[str, ...] | None = None
+    looks: bool = False
+    """Only look: what cannot be told is left open instead of refused."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,13 @@ class ModelFacts:
     label_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    interpolation: Interpolation
+    short_side: int | None
+    """Of held-out frames before crops are cut out; none: a crop is as large as fits."""
     assumed: tuple[str, ...] = ()
     """What the file does not say, and was taken as usual."""
+    unknown: tuple[str, ...] = ()
+    """What neither the file nor anything usual says, where that is only looked at."""
 
     @property
     def grid(self) -> TokenGrid:
@@ -107,11 +115,66 @@ def cut_of(kernel: Tensor) -> Cut:
     return Cut((time, height, width), channels)
 
 
-@dataclass
-class _Settled:
+def facts_of(
+    source: Source, family: Family, renamed: Renamed, given: Given, cut: Cut
+) -> ModelFacts:
+    """Everything that is to be known of a model, from its weights by our names and their tables.
+
+    Raises:
+        CheckpointError: something cannot be told from the file and must be given, or is of a kind
+            that our model cannot be.
+    """
+    return _Facts(source, family, renamed, given, cut).all()
+
+
+class _Facts:
     """Values, each from the first source that has it."""
 
-    assumed: list[str] = field(default_factory=list)
+    def __init__(
+        self, source: Source, family: Family, renamed: Renamed, given: Given, cut: Cut
+    ) -> None:
+        self.source, self.family, self.given, self.cut = source, family, given, cut
+        self.renamed, self.tensors, self.tables = renamed, renamed.tensors, renamed.tables
+        self.told = Told(source)
+        self.classifies = family.holds == "classifier" and not given.encoder_only
+        self.assumed: list[str] = []
+        self.unknown: list[str] = []
+
+    def all(self) -> ModelFacts:
+        if self.family.class_token and "class_token" not in self.tensors:
+            raise CheckpointError(f"missing {self.renamed.layout.theirs_of('class_token')}")
+        known = DECODER_HEADS[self.family.conventions]
+        heads = self.given.heads or self.told.whole("num_attention_heads", "num_heads")
+        (dim, *_) = self.shape_of("patch_embed.weight")
+        encoder = self.size_of("encoder", dim, heads, ENCODER_HEADS)
+        decoder: TransformerSize | None = None
+        if not self.classifies:
+            usual = FRESH_DECODERS[self.family.conventions].get(encoder.dim)
+            decoder = self.given.decoder or usual
+        if self.family.holds == "autoencoder" and not self.given.encoder_only:
+            heads = self.given.decoder_heads or self.told.whole("decoder_num_attention_heads")
+            (*_, dim) = self.shape_of("reconstructor.head.weight")
+            decoder = self.size_of("reconstructor.transformer", dim, heads, known)
+        clip_size = self.clip_size()
+        facts = ModelFacts(
+            clip_size,
+            self.frame_stride(clip_size),
+            self.cut,
+            encoder,
+            decoder,
+            self.family.positions,
+            "class_token" in self.tensors,
+            self.family.conventions,
+            any(name.startswith("difficulty_decoder.") for name in self.tensors),
+            self.target(),
+            self.pooling() if self.classifies else None,
+            self.label_names() if self.classifies else (),
+            *IMAGENET,
+            "bilinear",
+            None,
+        )
+        facts = self.with_pixels(facts)
+        return replace(facts, assumed=tuple(self.assumed), unknown=tuple(self.unknown))
 
     def choose(self, name: str, *found: Any, usual: Any) -> Any:
         for value in found:
@@ -120,257 +183,208 @@ class _Settled:
         self.assumed.append(f"{name} {usual}")
         return usual
 
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of one of our tensors.
 
-def facts_of(
-    source: Source,
-    family: Family,
-    tensors: Mapping[str, Tensor],
-    tables: Mapping[str, Tensor],
-    given: Given,
-    cut: Cut,
-) -> ModelFacts:
-    """Everything that is to be known of a model, from its weights by our names and their tables.
+        Raises:
+            CheckpointError: it is missing, or a single number.
+        """
+        theirs = self.renamed.layout.theirs_of(name)
+        if name not in self.tensors:
+            raise CheckpointError(f"missing {theirs}")
+        shape = tuple(self.tensors[name].shape)
+        if not shape:
+            raise CheckpointError(f"{theirs} must have axes, got a single number")
+        return shape
 
-    Raises:
-        CheckpointError: something cannot be told from the file and must be given, or is of a kind
-            that our model cannot be.
-    """
-    settled = _Settled()
-    described = source.arguments | source.config.get("model_config", {}) | source.config
-    classifies = family.holds == "classifier" and not given.encoder_only
-    clip_size = _clip_size(family, described, tables, given, cut, settled)
-    known = DECODER_HEADS[family.conventions]
-    decoder: TransformerSize | None = None
-    if not classifies:
-        decoder = given.decoder or FRESH_DECODERS[family.conventions].get(
-            len(tensors["patch_embed.bias"])
-        )
-    if "reconstructor.head.weight" in tensors:
-        heads = given.decoder_heads or described.get("decoder_num_attention_heads")
-        decoder = size_of(tensors, "reconstructor.transformer", "--decoder-heads", heads, known)
-    mean, std = _mean_and_std(source, family)
-    return ModelFacts(
-        clip_size,
-        _frame_stride(clip_size, described, given, settled),
-        cut,
-        size_of(
-            tensors,
-            "encoder",
-            "--heads",
-            given.heads or described.get("num_attention_heads") or described.get("num_heads"),
-            ENCODER_HEADS,
-        ),
-        decoder,
-        family.positions,
-        "class_token" in tensors,
-        family.conventions,
-        any(name.startswith("difficulty_decoder.") for name in tensors),
-        _target(family, described, given, settled, classifies=classifies),
-        _pooling(source, tensors) if classifies else None,
-        _label_names(source, tensors, given) if classifies else (),
-        mean,
-        std,
-        tuple(settled.assumed),
-    )
+    def size_of(
+        self, part: str, dim: int, heads: int | None, known: Mapping[int, int]
+    ) -> TransformerSize:
+        """Of the transformer ``part``, ``dim`` wide. ``heads``: where they are told.
 
+        Raises:
+            CheckpointError: blocks are missing, or nothing says how many heads it has.
+        """
+        pattern = re.compile(re.escape(part) + r"\.blocks\.(\d+)\.")
+        blocks = sorted({int(match[1]) for name in self.tensors if (match := pattern.match(name))})
+        if not blocks or blocks != list(range(len(blocks))):
+            raise CheckpointError(
+                f"the blocks of the {part} must be numbered from 0 on without a gap, got {blocks}; "
+                f"fetch the whole file"
+            )
+        (wide, *_) = self.shape_of(f"{part}.blocks.0.mlp.0.weight")
+        option = "--heads" if part == "encoder" else "--decoder-heads"
+        what = f"heads of the {part.partition('.')[0]}"
+        if heads is None and dim not in known:
+            if not self.given.looks:
+                raise CheckpointError(
+                    f"weights do not tell the number of heads, and the {part} of width {dim} is "
+                    f"none of the known ({', '.join(map(str, known))}); give {option}"
+                )
+            self.unknown.append(what)
+            heads = 1
+        try:
+            chosen = self.choose(what, heads, usual=known.get(dim))
+            return TransformerSize(dim, len(blocks), chosen, None if wide == 4 * dim else wide)
+        except ValueError as error:
+            raise CheckpointError(f"{option}: {error}") from error
 
-def size_of(
-    tensors: Mapping[str, Tensor],
-    part: str,
-    option: str,
-    heads: int | None,
-    known: Mapping[int, int],
-) -> TransformerSize:
-    """Of the transformer ``part`` among our tensors. ``heads``: where they are known for sure.
+    def clip_size(self) -> Size3:
+        """Frames and pixels that the model was trained on.
 
-    Raises:
-        CheckpointError: blocks are missing, its MLP has another width than ours, or nothing says
-            how many heads it has.
-    """
-    pattern = re.compile(re.escape(part) + r"\.blocks\.(\d+)\.")
-    blocks = sorted({int(match[1]) for name in tensors if (match := pattern.match(name))})
-    if not blocks or blocks != list(range(len(blocks))):
-        raise CheckpointError(
-            f"the blocks of the {part} must be numbered from 0 on without a gap, got {blocks}; "
-            f"fetch the whole file"
-        )
-    first = f"{part}.blocks.0."
-    dim = tensors[f"{first}norm1.weight"].shape[0]
-    wide = tensors[f"{first}mlp.0.weight"].shape[0]
-    if heads is None and dim not in known:
-        raise CheckpointError(
-            f"weights do not tell the number of heads, and the {part} of width {dim} is none of "
-            f"the known ({', '.join(map(str, known))}); give {option}"
-        )
-    try:
-        return TransformerSize(
-            dim,
-            len(blocks),
-            known[dim] if heads is None else int(heads),
-            None if wide == 4 * dim else wide,
-        )
-    except ValueError as error:
-        raise CheckpointError(f"{option}: {error}") from error
+        Raises:
+            CheckpointError: its positions are of other clips than is said.
+        """
+        given = self.given
+        steps, tokens = self._tokens()
+        time, height, width = self.cut.patch_size
+        frames: int | None = steps * time if steps else None
+        if self.family.axes == 4:
+            frames = 1
+        side = math.isqrt(tokens) if tokens else 0
+        square = (side * height, side * width) if tokens and side * side == tokens else None
+        size = given.frame_size or square or self.told.size("input_size", "image_size", "img_size")
+        size = self.choose("frame size", size, usual=(224, 224))
+        frames = frames or given.num_frames or self.told.whole("num_frames")
+        clip_size: Size3 = (self.choose("number of frames", frames, usual=16), *size)
+        try:
+            grid = TokenGrid.of_clip(clip_size, self.cut.patch_size)
+        except ValueError as error:
+            raise CheckpointError(
+                f"these clips do not fit the patches of the model: {error}"
+            ) from error
+        if tokens and grid.tokens_per_step != tokens:
+            raise CheckpointError(
+                f"its positions are of {tokens} tokens of a time step, and frames of {size} have "
+                f"{grid.tokens_per_step}; give the frame size of its training: --frame-size"
+            )
+        return clip_size
 
+    def _tokens(self) -> tuple[int, int]:
+        """-> time steps, tokens of each, as tables of positions have them; 0 where there are none
 
-def _clip_size(
-    family: Family,
-    described: Mapping[str, Any],
-    tables: Mapping[str, Tensor],
-    given: Given,
-    cut: Cut,
-    settled: _Settled,
-) -> Size3:
-    """Frames and pixels that the model was trained on.
+        Raises:
+            CheckpointError: a table is missing, or none.
+        """
+        for table in self.family.layout.tables:
+            if table.of != "encoder":
+                continue
+            rows = []
+            for name in table.theirs:
+                if name not in self.tables:
+                    raise CheckpointError(f"missing {name}")
+                shape = tuple(self.tables[name].shape)
+                if len(shape) != 3:
+                    raise CheckpointError(f"{name} must be a table of three axes, got {shape}")
+                rows.append(shape[1])
+            return (rows[1], rows[0]) if rows[1:] else (0, self._without_first_row(rows[0]))
+        return 0, 0
 
-    Raises:
-        CheckpointError: its positions are of other clips than is said.
-    """
-    steps, tokens = _tokens_of(family, tables, given, cut)
-    time, height, width = cut.patch_size
-    frames: int | None = steps * time if steps else None
-    if family.axes == 4:
-        frames = 1
-    side = math.isqrt(tokens) if tokens else 0
-    square = (side * height, side * width) if tokens and side * side == tokens else None
-    sizes = [described.get(name) for name in ("input_size", "image_size", "img_size")]
-    size = settled.choose(
-        "frame size", given.frame_size, square, *map(_two, sizes), usual=(224, 224)
-    )
-    num_frames = settled.choose(
-        "number of frames", frames, given.num_frames, described.get("num_frames"), usual=16
-    )
-    clip_size: Size3 = (num_frames, *size)
-    try:
-        grid = TokenGrid.of_clip(clip_size, cut.patch_size)
-    except ValueError as error:
-        raise CheckpointError(
-            f"these clips do not fit the patches of the model: {error}"
-        ) from error
-    if tokens and grid.tokens_per_step != tokens:
-        raise CheckpointError(
-            f"its positions are of {tokens} tokens of a time step, and frames of {size} have "
-            f"{grid.tokens_per_step}; give the frame size of its training: --frame-size"
-        )
-    return clip_size
+    def _without_first_row(self, rows: int) -> int:
+        """Rows of a table but that of a class token, where it has one.
 
-
-def _tokens_of(
-    family: Family, tables: Mapping[str, Tensor], given: Given, cut: Cut
-) -> tuple[int, int]:
-    """-> time steps, tokens of each, as tables of positions have them; 0 where there are none"""
-    for table in family.layout.tables:
-        parts = [tables[name] for name in table.theirs if name in tables]
-        if table.of == "encoder" and len(parts) == len(table.theirs):
-            if len(parts) == 2:
-                return parts[1].shape[1], parts[0].shape[1]
-            return 0, _without_first_row(parts[0].shape[1], given, cut)
-    return 0, 0
-
-
-def _without_first_row(rows: int, given: Given, cut: Cut) -> int:
-    """Rows of a table but that of a class token, where it has one.
-
-    It has one if the others fill the frames that are given, or else a square.
-    """
-    for tokens in (rows - 1, rows):
-        if given.frame_size is None:
-            if math.isqrt(tokens) ** 2 == tokens:
+        It has one if the others fill the frames that are given or told, or else a square.
+        """
+        size = self.given.frame_size or self.told.size("input_size", "image_size", "img_size")
+        for tokens in (rows - 1, rows):
+            if size is None and math.isqrt(tokens) ** 2 == tokens:
                 return tokens
-        elif tokens == math.prod(
-            size // patch for size, patch in zip(given.frame_size, cut.patch_size[1:], strict=True)
-        ):
-            return tokens
-    return rows
+            if size is not None and tokens == math.prod(
+                length // patch for length, patch in zip(size, self.cut.patch_size[1:], strict=True)
+            ):
+                return tokens
+        return rows - int("class_token" in self.tensors)
 
+    def frame_stride(self, clip_size: Size3) -> int:
+        if clip_size[0] == 1:
+            return 1
+        told = self.given.frame_stride or self.told.whole("sampling_rate")
+        return int(self.choose("frame stride", told, usual=4))
 
-def _two(size: Any) -> tuple[int, int] | None:
-    """Height and width of what may be given by one number."""
-    if isinstance(size, int):
-        return size, size
-    if isinstance(size, list | tuple) and len(size) == 2:
-        return int(size[0]), int(size[1])
-    return None
-
-
-def _frame_stride(
-    clip_size: Size3, described: Mapping[str, Any], given: Given, settled: _Settled
-) -> int:
-    if clip_size[0] == 1:
-        return 1
-    return int(
-        settled.choose("frame stride", given.frame_stride, described.get("sampling_rate"), usual=4)
-    )
-
-
-def _target(
-    family: Family,
-    described: Mapping[str, Any],
-    given: Given,
-    settled: _Settled,
-    *,
-    classifies: bool,
-) -> TargetKind:
-    if classifies:
-        return family.target
-    standardised: TargetKind = "joint" if family.conventions == "mae" else "per_channel"
-    flags = [described.get(name) for name in ("norm_pix_loss", "normlize_target")]
-    said = [standardised if flag else "raw" for flag in flags if isinstance(flag, bool)]
-    chosen: TargetKind = settled.choose("target", given.target, *said, usual=family.target)
-    return chosen
-
-
-def _pooling(source: Source, tensors: Mapping[str, Tensor]) -> Pooling:
-    """How a classifier pools its tokens, as the norms that it has tell.
-
-    Raises:
-        CheckpointError: in a way that ours cannot.
-    """
-    has = {name: f"{name}.weight" in tensors for name in ("pooling.norm", "encoder.norm")}
-    if has["pooling.norm"] and not has["encoder.norm"]:
-        return "mean_norm"
-    if has["encoder.norm"] and not has["pooling.norm"] and "class_token" in tensors:
-        return "class_token"
-    present = [name for name, there in has.items() if there]
-    raise CheckpointError(
-        f"a head here stands on the normed mean of the tokens (a norm behind the mean alone), or "
-        f"on the class token (a norm before it), and {source.path} has "
-        f"{' and '.join(present) or 'no norm'} and "
-        f"{'a' if 'class_token' in tensors else 'no'} class token: its head looks at something "
-        f"else. Take its encoder alone: --encoder-only"
-    )
-
-
-def _label_names(source: Source, tensors: Mapping[str, Tensor], given: Given) -> tuple[str, ...]:
-    """The names of the classes: given, of the model's config, or their numbers.
-
-    Raises:
-        CheckpointError: there are more or fewer than the head has classes.
-    """
-    count = len(tensors["head.bias"])
-    stored = source.config.get("id2label")
-    names = given.label_names
-    if names is None and isinstance(stored, dict):
-        names = tuple(str(stored[key]) for key in sorted(stored, key=int))
-    if names is not None and len(names) != count:
-        raise CheckpointError(
-            f"the head has {count} classes, and there are {len(names)} names; give a name for "
-            f"each: --labels FILE, with that of class i in line i"
+    def target(self) -> TargetKind:
+        if self.classifies:
+            return self.family.target
+        of_family: TargetKind = "joint" if self.family.conventions == "mae" else "per_channel"
+        flag = self.told.flag("norm_pix_loss", "normlize_target")
+        said = None if flag is None else of_family if flag else "raw"
+        chosen: TargetKind = self.choose(
+            "target", self.given.target, said, usual=self.family.target
         )
-    return names or tuple(map(str, range(count)))
+        return chosen
+
+    def pooling(self) -> Pooling | None:
+        """How a classifier pools its tokens, as the norms that it has and its config tell.
+
+        Raises:
+            CheckpointError: in a way that ours cannot, or it is not told.
+        """
+        behind, before = (
+            any(name.startswith(norm) for name in self.tensors) for norm in ("pooling.", ENCODERS)
+        )
+        first = "class_token" in self.tensors
+        pool = self.told.timm.get("global_pool", self.source.config.get("global_pool"))
+        if not self.family.head_is_told:
+            reason = "the file does not say whether it stands on the mean before or behind its norm"
+        elif behind and not before and pool in (None, "avg"):
+            return "mean_norm"
+        elif before and not behind and first and pool in (None, "token"):
+            if pool is None and not self.source.config:
+                self.assumed.append("head on the class token")
+            return "class_token"
+        else:
+            norms = [name for name, has in (("fc_norm", behind), ("norm", before)) if has]
+            reason = (
+                f"a head here stands on the normed mean of the tokens (a norm behind the mean "
+                f"alone), or on the class token (a norm before it), and this has "
+                f"{' and '.join(norms) or 'no norm'}, {'a' if first else 'no'} class token"
+                + ("" if pool is None else f" and global_pool={pool!r}")
+                + ": its head looks at something else"
+            )
+        if self.given.looks:
+            self.unknown.append(ON_WHAT)
+            return "mean_norm"
+        raise CheckpointError(f"{reason}. Take its encoder alone: --encoder-only")
+
+    def label_names(self) -> tuple[str, ...]:
+        """The names of the classes: given, of the model's config, or their numbers.
+
+        Raises:
+            CheckpointError: there are more or fewer than the head has classes.
+        """
+        (count, *_) = self.shape_of("head.bias")
+        names = self.given.label_names or self.told.label_names()
+        if names is not None and len(names) != count:
+            raise CheckpointError(
+                f"the head has {count} classes, and there are {len(names)} names; give a name for "
+                f"each: --labels FILE, with that of class i in line i"
+            )
+        return names or tuple(map(str, range(count)))
+
+    def with_pixels(self, facts: ModelFacts) -> ModelFacts:
+        """Mean, deviation and size of the frames that it is tested on, as told or usual."""
+        images, size = facts.clip_size[0] == 1, facts.clip_size[1:]
+        told = self.told.pixels(size)
+        mean, std = self.family.mean_and_std or IMAGENET
+        interpolation = self.choose(
+            "interpolation", told.interpolation, usual="bicubic" if images else "bilinear"
+        )
+        short_side = told.short_side
+        if told.otherwise:
+            self.assumed.append(told.otherwise)
+        elif not told.resize and images:
+            short_side = round(max(size) * 256 / 224)
+            self.assumed.append(f"held-out short side {short_side}")
+        if told.mean is None or told.std is None:
+            self.assumed.append(f"mean {mean} and deviation {std} of the pixels")
+        else:
+            mean, std = told.mean, told.std
+        return replace(
+            facts, mean=mean, std=std, interpolation=interpolation, short_side=short_side
+        )
 
 
-def _mean_and_std(source: Source, family: Family) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Of the pixels, as the folder of the model or the family has them."""
-    before = source.preprocessor
-    timm = source.config.get("pretrained_cfg", {})
-    for mean, std in (
-        (before.get("image_mean"), before.get("image_std")),
-        (timm.get("mean"), timm.get("std")),
-    ):
-        if mean and std:
-            return tuple(map(float, mean)), tuple(map(float, std))
-    return family.mean_and_std or IMAGENET
+ENCODERS = "encoder.norm"
+ON_WHAT = "what the head stands on"
 
 
 def parameters_of(tensors: Iterable[Tensor]) -> int:
@@ -379,8 +393,26 @@ def parameters_of(tensors: Iterable[Tensor]) -> int:
 
 
 def in_float32(tensors: Tensors) -> Tensors:
-    """The same in single precision, where they were saved in half."""
-    return {
-        name: value.float() if value.is_floating_point() else value
-        for name, value in tensors.items()
-    }
+    """The same in single precision, each with a place in memory of its own.
+
+    Raises:
+        CheckpointError: one is no plain tensor of real numbers, or one of them is not finite.
+    """
+    found = {}
+    for name, value in tensors.items():
+        dense = value.layout == torch.strided and not value.is_quantized
+        if value.is_meta or not value.numel() or not dense:
+            raise CheckpointError(f"{name} must be a plain tensor with data, got {_kind(value)}")
+        if not value.is_floating_point():
+            raise CheckpointError(
+                f"{name} must hold real floating-point numbers, got {value.dtype}"
+            )
+        found[name] = value.float().clone()
+        if not found[name].isfinite().all():
+            raise CheckpointError(f"{name} has numbers that are not finite; it is of no use")
+    return found
+
+
+def _kind(value: Tensor) -> str:
+    empty = "" if value.numel() else "an empty one of "
+    return f"{empty}{value.dtype} on {value.device}, {value.layout}"

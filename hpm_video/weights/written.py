@@ -4,8 +4,10 @@ import contextlib
 import importlib.util
 import json
 import logging
+import math
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,14 @@ from hpm_video.models.classifier import ClipClassifier, Pooling
 from hpm_video.models.vit import LAYER_NORM_EPS, TransformerSize
 from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.training.single_file import write_single_file
-from hpm_video.weights.forms import Expressed
-from hpm_video.weights.own import OwnModel, random_clips
+from hpm_video.weights.forms import FORMS, Expressed, express
+from hpm_video.weights.own import OwnModel
+from hpm_video.weights.told import RESAMPLE
+from hpm_video.weights.trial import random_clips
 
 WEIGHTS = "model.safetensors"
 LARGEST_ONNX = 1_900_000_000
 """Bytes of weights that a file of ONNX takes; those of larger models lie in a second file."""
-RESAMPLE = {"bilinear": 2, "bicubic": 3}
-"""Numbers that PIL and transformers have for these."""
 OPSET = 18
 TO_INSTALL = ("onnx", "onnxscript", "onnxruntime")
 
@@ -93,7 +95,10 @@ def transformers_config(own: OwnModel, kind: str) -> dict[str, Any]:
         table["mask_ratio"] = own.mask_ratio
     if own.is_classifier:
         table["id2label"] = {str(i): name for i, name in enumerate(own.label_names)}
-        table["label2id"] = {name: i for i, name in enumerate(own.label_names)}
+        names = own.label_names
+        table["label2id"] = {
+            f"{name} ({i})" if name in names[:i] else name: i for i, name in enumerate(names)
+        }
     return table
 
 
@@ -201,7 +206,7 @@ def write_timm(own: OwnModel, expressed: Expressed, folder: Path) -> None:
             "num_classes": len(own.label_names),
             "input_size": [channels, height, width],
             "interpolation": own.interpolation,
-            "crop_pct": max(height, width) / (own.short_side or max(height, width)),
+            "crop_pct": _crop_share(max(height, width), own.short_side),
             "crop_mode": "center",
             "mean": list(own.mean),
             "std": list(own.std),
@@ -214,22 +219,61 @@ def write_timm(own: OwnModel, expressed: Expressed, folder: Path) -> None:
     write_json(folder / "config.json", table)
 
 
+def _crop_share(size: int, short_side: int | None) -> float:
+    """Of a crop in what it is cut out of; timm divides by it and drops what is not whole."""
+    if short_side is None:
+        return 1.0
+    share = size / short_side
+    return share if math.floor(size / share) == short_side else size / (short_side + 0.5)
+
+
 # --- Files of MAE and VideoMAE ------------------------------------------------------------------
 
 
 def write_pickle(own: OwnModel, expressed: Expressed, file: Path) -> None:
     """Write a file of torch.save with the weights under ``model``, of plain values alone."""
+    torch.save({"model": expressed.tensors, "args": _arguments(own)}, file)
+
+
+def write_hpm(own: OwnModel, expressed: Expressed, file: Path) -> None:
+    """Write a file as official HPM does: the student, and the teacher as ``ema_state_dict``."""
+    teacher = own.read_teacher()
+    second = expressed if teacher is None else express(replace(own, tensors=teacher), FORMS["hpm"])
+    content = {
+        "state_dict": {f"module.{name}": value for name, value in expressed.tensors.items()},
+        "ema_state_dict": second.tensors,
+        "model": own.kind,
+        "args": _arguments(own),
+    }
+    torch.save(content, file)
+
+
+def notes_of_hpm(own: OwnModel) -> list[str]:
+    """What was made otherwise, with the same result."""
+    copied = "" if own.read_teacher() is not None else "; it has no teacher: that is a copy"
+    return [
+        f"the one output of the loss predictor is written {own.cut.values} times, as the official "
+        f"model has it, which averages them: the same score but for rounding{copied}"
+    ]
+
+
+def _arguments(own: OwnModel) -> dict[str, Any]:
+    """What such files keep of a run, and what an importer needs to know, by plain values."""
     _, height, width = own.clip_size
     told: dict[str, Any] = {
         "input_size": height if height == width else [height, width],
         "num_frames": own.clip_size[0],
         "sampling_rate": own.frame_stride,
         "num_attention_heads": own.shape.size.num_heads,
+        "image_mean": list(own.mean),
+        "image_std": list(own.std),
+        "interpolation": own.interpolation,
+        "short_side": own.short_side,
     }
     if own.decoder is not None:
         told["decoder_num_attention_heads"] = own.decoder.num_heads
         told["norm_pix_loss"] = own.target != "raw"
-    torch.save({"model": expressed.tensors, "args": told}, file)
+    return told
 
 
 # --- ONNX ---------------------------------------------------------------------------------------
@@ -264,7 +308,7 @@ def write_onnx(own: OwnModel, file: Path) -> None:
     with _quiet():
         program = torch.onnx.export(
             _Logits(model).eval(),
-            (random_clips(own, 2),),
+            (random_clips(own.shape.channels, own.clip_size, 2),),
             input_names=["clips"],
             output_names=["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,13 +19,16 @@ from hpm_video.recognition import build_classifier
 from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.training.single_file import as_folder
 from hpm_video.weights.export import FORMATS, export
+from hpm_video.weights.families import FAMILIES
 from hpm_video.weights.folder import write_folder
 from hpm_video.weights.forms import FORMS, express
 from hpm_video.weights.imported import import_weights
+from hpm_video.weights.inspection import inspect
 from hpm_video.weights.loaded_back import given_for
 from hpm_video.weights.own import load_own
 from hpm_video.weights.parity import compare
 from hpm_video.weights.sizes import Given
+from hpm_video.weights.written import _crop_share
 
 NAMES = ("red", "green", "blue")
 CLIPS = """
@@ -215,7 +219,7 @@ def test_what_is_exported_comes_back(checkpoint, tmp_path, case, to):
     for name, value in imported.tensors.items():
         assert torch.equal(value, own.tensors[name]), name
     assert not imported.fresh
-    assert not imported.positions_replaced
+    assert imported.facts.positions != "given"
     assert imported.facts.clip_size == own.clip_size
     assert imported.facts.label_names == own.label_names
     if to in ("transformers", "videomae", "mae") and not own.is_classifier:
@@ -345,9 +349,7 @@ def test_labels_and_pixels_of_a_classifier_in_transformers(checkpoint, tmp_path)
     export(own, tmp_path / "out", "transformers", skip=True)
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     assert config.id2label == dict(enumerate(NAMES))
-    rng = np.random.default_rng(0)
-    coarse = rng.integers(0, 256, (4, 6, 10, 3))
-    frames = np.kron(coarse, np.ones((1, 8, 8, 1))).astype(np.uint8)
+    frames = smooth_frames(4, 168)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
     theirs = processor(list(frames), return_tensors="pt")["pixel_values"].transpose(1, 2)
     assert_same_pixels(theirs, own, frames)
@@ -360,25 +362,34 @@ def test_pixels_of_images_in_transformers(checkpoint, tmp_path):
     transformers = pytest.importorskip("transformers")
     own = made(checkpoint, "images classifier on token")
     export(own, tmp_path / "out", "transformers", skip=True)
-    rng = np.random.default_rng(0)
-    frames = np.kron(rng.integers(0, 256, (1, 6, 10, 3)), np.ones((1, 8, 8, 1))).astype(np.uint8)
+    frames = smooth_frames(1, 160)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
     theirs = processor(frames[0], return_tensors="pt")["pixel_values"].unsqueeze(2)
     assert_same_pixels(theirs, own, frames)
 
 
+def smooth_frames(count, width):
+    """Waves, whose sampling shows in every pixel: -> (T, 96, width, C) uint8"""
+    t, y, x, c = np.meshgrid(*map(np.arange, (count, 96, width, 3)), indexing="ij")
+    return (127 + 120 * np.sin(0.35 * x + 0.21 * y + t + c)).astype(np.uint8)
+
+
 def assert_same_pixels(theirs, own, frames):
-    (crop,) = held_out_crops(
-        frames,
-        own.clip_size[1:],
-        1,
-        short_side=own.short_side,
-        interpolation=own.interpolation,
-    )
-    ours = normalise(crop.unsqueeze(0), own.mean, own.std)
-    assert theirs.shape == ours.shape
-    # Crops of an odd rest are a pixel apart, and rounding differs by one of 256 steps.
-    assert (theirs - ours).abs().median() < 0.02
+    def ours(short_side, interpolation):
+        (crop,) = held_out_crops(
+            frames, own.clip_size[1:], 1, short_side=short_side, interpolation=interpolation
+        )
+        return normalise(crop.unsqueeze(0), own.mean, own.std)
+
+    expected = ours(own.short_side, own.interpolation)
+    assert theirs.shape == expected.shape
+    # Their rounding is by one of 256 steps another.
+    near = (theirs - expected).abs().mean()
+    assert near < 0.02
+    side = own.short_side or own.clip_size[1]
+    other = "bilinear" if own.interpolation == "bicubic" else "bicubic"
+    for wrong in (ours(side + 2, own.interpolation), ours(own.short_side, other)):
+        assert (theirs - wrong).abs().mean() > 2 * near
 
 
 REFUSED = {
@@ -579,7 +590,104 @@ def test_weights_alone_are_no_single_file(checkpoint, tmp_path):
 
 def test_a_batch_norm_is_folded_exactly(checkpoint):
     own = made(checkpoint, "images linear probe")
-    assert any("folded" in note for note in express(own, FORMS["timm"]).notes)
+    expressed = express(own, FORMS["timm"])
+    assert any("folded" in note for note in expressed.notes)
+    tokens = torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
+    model = own.build()
+    expected = model.head(model.pooling.norm(tokens))
+    weight, bias = expressed.tensors["head.weight"], expressed.tensors["head.bias"]
+    torch.testing.assert_close(tokens @ weight.T + bias, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["student", "teacher"])
+def test_official_hpm_has_student_teacher_and_a_head_of_all_values(checkpoint, tmp_path, weights):
+    pytest.importorskip("transformers")
+    folder = checkpoint("images")
+    own = load_own(folder, weights)
+    exported = export(own, tmp_path / "hpm.pth", "hpm", 1e-5)
+    assert "difficulty" in {found.of for found in exported.parity.differences}
+    assert "of the teacher: difficulty" in {found.of for found in exported.parity.differences}
+    content = torch.load(tmp_path / "hpm.pth", weights_only=True)
+    head = content["state_dict"]["module.decoder_pred_losspred.weight"]
+    assert head.shape == (8 * 8 * 3, 24)
+    assert torch.equal(head, own.tensors["difficulty_decoder.head.weight"].expand_as(head))
+    assert all(name.startswith("module.") for name in content["state_dict"])
+    again = import_weights(tmp_path / "hpm.pth", given_for(own))
+    assert again.facts.predictor
+    for found, expected in (
+        (again.tensors, own.tensors),
+        (again.teacher, load_file(folder / "teacher.safetensors")),
+    ):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
+    (folder / "teacher.safetensors").unlink()
+    if weights == "student":
+        copied = export(load_own(folder), tmp_path / "alone.pth", "hpm", 1e-5)
+        assert "that is a copy" in copied.notes[0]
+
+
+@pytest.mark.parametrize("case", ["images", "clips"])
+def test_a_mistake_in_our_table_of_names_does_not_cancel(checkpoint, tmp_path, monkeypatch, case):
+    """Norms that change places both in writing and in reading show all the same."""
+    pytest.importorskip("transformers")
+    to = {"images": "mae", "clips": "videomae"}[case]
+    form = FORMS[to]
+
+    def swapped(layout):
+        rules = tuple(replace(rule, theirs=tuple(map(swap, rule.theirs))) for rule in layout.rules)
+        return replace(layout, rules=rules)
+
+    def swap(name):
+        return name.replace("norm1", "x").replace("norm2", "norm1").replace("x", "norm2")
+
+    monkeypatch.setitem(FORMS, to, replace(form, layout=swapped(form.layout)))
+    families = tuple(
+        replace(family, layout=swapped(family.layout)) if family.name == to else family
+        for family in FAMILIES
+    )
+    monkeypatch.setattr("hpm_video.weights.families.FAMILIES", families)
+    with pytest.raises(CheckpointError, match="computes something else"):
+        export(made(checkpoint, case), tmp_path / "a.pth", to)
+
+
+def test_given_positions_go_out_and_come_back(checkpoint, tmp_path):
+    own = load_own(checkpoint("images", "model.positions=given", classifier=True))
+    for to in ("timm", "mae"):
+        out = tmp_path / f"{to}{FORMATS[to].ending}"
+        assert export(own, out, to, 1e-5).parity.holds
+        imported = import_weights(out, given_for(own))
+        assert imported.facts.positions == "given"
+        for name, value in own.tensors.items():
+            assert torch.equal(imported.tensors[name], value), name
+    with pytest.raises(CheckpointError, match="other positions than VideoMAE"):
+        export(own, tmp_path / "a.pth", "videomae")
+
+
+def test_names_of_classes_that_are_alike_keep_a_number_each(checkpoint, tmp_path):
+    folder = checkpoint("clips", classifier=True)
+    (folder / "labels.txt").write_text("crane\ndog\ncrane\n")
+    export(load_own(folder), tmp_path / "out", "transformers", skip=True)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["label2id"] == {"crane": 0, "dog": 1, "crane (2)": 2}
+
+
+def test_the_licence_of_imported_weights_goes_along(checkpoint, tmp_path):
+    folder = checkpoint("clips", classifier=True)
+    (folder / "origin.json").write_text(
+        json.dumps({"licence": "of a friend", "source": "x", "family": "mae", "epoch": 3})
+    )
+    exported = export(load_own(folder), tmp_path / "a.safetensors", "file")
+    assert "licence: of a friend" in exported.lines()
+    assert exported.files[1].name == "a.safetensors.parity.json"
+    assert json.loads(exported.files[1].read_text())["licence"] == "of a friend"
+    assert "licence: of a friend" in inspect(tmp_path / "a.safetensors")
+    assert "model, imported from x (mae, epoch 3)" in inspect(folder)
+
+
+@pytest.mark.parametrize("short_side", range(33, 60))
+def test_timm_resizes_to_the_short_side(short_side):
+    assert int(32 / _crop_share(32, short_side)) == short_side
 
 
 def test_the_command_line(checkpoint, run_tool, tmp_path, videos):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from hpm_video.config import load_any_config
+from hpm_video.config import ConfigError, PretrainConfig, load_any_config, load_config
 from hpm_video.features import ClipChoice, load_extractor
-from hpm_video.models.pos_embed import position_table
+from hpm_video.models.pos_embed import position_table, resized
+from hpm_video.models.vit import TransformerSize
+from hpm_video.pretrain import pretrain
 from hpm_video.token_grid import TokenGrid
 from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights.families import LICENCES
@@ -124,6 +127,8 @@ def test_pretraining_begins_with_an_imported_folder(files, videos, run_tool, tmp
     )
     assert f"start from the weights of {folder}" in told
     assert ("lack a loss predictor" in told) == (name != "hpm")
+    assert ("the teacher is of there too" in told) == (name == "hpm")
+    assert ("the teacher is a copy of the student" in told) == (name != "hpm")
     assert len(list((run / "checkpoints").glob("update-*"))) >= 1
     sheet = run_tool(
         "show_masks", folder, next((videos / "train").iterdir()), "--output", tmp_path / "sheets"
@@ -133,6 +138,68 @@ def test_pretraining_begins_with_an_imported_folder(files, videos, run_tool, tmp
         "extract_features", folder, videos / "validation", tmp_path / "features", "--workers", 0
     )
     assert labelled[0] == 0, labelled[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("model.encoder.num_heads=6", "model.encoder.num_heads: 4 -> 6"),
+        ("model.decoder.num_heads=6", "model.decoder.num_heads: 2 -> 6"),
+        ("model.positions=space_time", "model.positions: sequence -> space_time"),
+    ],
+)
+def test_pretraining_of_another_model_than_the_imported_one_is_refused(
+    files, videos, tmp_path, override, told
+):
+    folder = tmp_path / "imported"
+    imported = import_weights(files["videomae"], GIVEN)
+    write_folder(imported, folder, compare(imported, skip=True))
+    path = config_for(folder, videos, path=tmp_path / "config.yaml")
+    config = load_config(PretrainConfig, path, [override, f"output_dir={tmp_path / 'run'}"])
+    with pytest.raises(ConfigError, match=told):
+        pretrain(config)
+
+
+def test_files_of_other_projects_are_to_be_imported_first(files, videos, run_tool, tmp_path):
+    path = config_for(files["videomae"], videos, path=tmp_path / "config.yaml")
+    config = load_config(PretrainConfig, path, [f"output_dir={tmp_path / 'run'}"])
+    with pytest.raises(CheckpointError, match="no file of safetensors.*weights.py import FILE"):
+        pretrain(config)
+    code, output = run_tool("weights", "export", files["mae"], tmp_path / "x", "--to", "timm")
+    assert code == 2
+    assert "weights.py import FILE FOLDER" in output
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 32)])
+def test_fine_tuning_from_learned_positions(
+    files, labelled_videos, finetune_config, tmp_path, size
+):
+    """They come along, and are resized for frames of another size."""
+    content = torch.load(files["vit"])
+    content["model"]["pos_embed"] = torch.randn(1, 17, 48)
+    torch.save(content, files["vit"])
+    imported = import_weights(files["vit"], Given(heads=4, decoder=TransformerSize(24, 2, 2)))
+    folder = tmp_path / "imported"
+    write_folder(imported, folder, compare(imported, 1e-5))
+    extractor = load_extractor(
+        folder, torch.device("cpu"), "fp32", clips=ClipChoice(frame_size=size)
+    )
+    grid = TokenGrid(1, size[0] // 8, 4)
+    table = content["model"]["pos_embed"][0, 1:]
+    found = extractor.model.encoder_positions(grid)
+    assert torch.equal(found, resized(table, TokenGrid(1, 4, 4), grid))
+    config = yaml.safe_load(finetune_config.read_text())
+    config["init_weights"] = str(folder)
+    config["model"] |= {"encoder": {"dim": 48, "depth": 2, "num_heads": 4}, "patch_size": [1, 8, 8]}
+    config["model"] |= {"positions": "given", "class_token": True, "conventions": "mae"}
+    config["data"] |= {"num_frames": 1, "frame_stride": 1, "frame_size": list(size)}
+    config["recipe"] |= {"epochs": 1, "warmup_epochs": 0}
+    config["test"] = {"clips": 1, "crops": 1}
+    path = tmp_path / "finetune.yaml"
+    path.write_text(yaml.safe_dump(config))
+    script("run_finetune.sh", path, f"output_dir={tmp_path / 'run'}", cwd=tmp_path)
+    stored = load_file(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors")
+    assert torch.equal(stored["encoder_positions.table"], table)
 
 
 def test_the_folder_tells_everything(files, run_tool, tmp_path):
@@ -204,10 +271,30 @@ def test_weights_written_are_those_of_the_file(files, tmp_path):
         assert all(torch.equal(stored[key], expected[key]) for key in stored)
     with pytest.raises(CheckpointError, match="exists already"):
         write_folder(imported, tmp_path / "folder", compare(imported, skip=True))
-    imported.tensors["mask_token"] = torch.full((24,), torch.nan)
-    with pytest.raises(CheckpointError, match="not finite, mask_token"):
-        write_folder(imported, tmp_path / "other", compare(imported, skip=True))
-    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt])
+def test_nothing_is_left_of_a_folder_that_is_not_written(files, tmp_path, monkeypatch, error):
+    imported = import_weights(files["mae"], GIVEN)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("hpm_video.weights.folder.flush", fail)
+    expected = error if error is KeyboardInterrupt else CheckpointError
+    with pytest.raises(expected):
+        write_folder(imported, tmp_path / "new" / "folder", compare(imported, skip=True))
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_weights_that_are_not_finite_are_refused(files, tmp_path):
+    content = torch.load(files["hpm"])
+    content["ema_state_dict"]["mask_token"] *= torch.nan
+    torch.save(content, tmp_path / "nan.pth")
+    with pytest.raises(
+        CheckpointError, match=r"nan\.pth .*: mask_token has numbers that are not f"
+    ):
+        import_weights(tmp_path / "nan.pth", GIVEN)
 
 
 def test_positions_at_another_number_of_frames(files, tmp_path):
@@ -244,7 +331,7 @@ def test_inspect(files):
     said = inspect(files["hpm"], GIVEN)
     assert "clips of 1 x 32 x 32" in said[1]
     assert said[2].endswith(", and a loss predictor")
-    assert "all names begin with 'module.'" in "".join(said)
+    assert "all names begin with 'module.', which is left out" in said
     assert "beside them: ema_state_dict, epoch, model" in said
 
 
@@ -253,7 +340,59 @@ def test_inspect_our_own(files, finished_run, run_tool, tmp_path):
     code, output = run_tool("weights", "inspect", folder)
     assert code == 0, output
     assert "ours: pre-training with this package" in output
-    assert "with a loss predictor" in output
+    data, model = (
+        yaml.safe_load((folder / "config.yaml").read_text())[key] for key in ("data", "model")
+    )
+    encoder = model["encoder"]
+    assert f"{encoder['dim']} wide, {encoder['depth']} deep, {encoder['num_heads']} heads" in output
+    assert f"patches of {' x '.join(map(str, model['patch_size']))}" in output
+    clip = [data["num_frames"], *data["frame_size"]]
+    assert f"clips of {' x '.join(map(str, clip))}" in output
+    assert "and a loss predictor" in output
+    update = json.loads((folder / "state.json").read_text())["update"]
+    assert f"student at update {update} of a run of" in output
+    assert "teacher at update" in "".join(inspect(folder / "teacher.safetensors"))
+    single = tmp_path / "one.safetensors"
+    assert run_tool("weights", "export", folder, single, "--to", "file")[0] == 0
+    assert inspect(single)[:6] == inspect(folder)[:6]
+    shutil.copy(folder / "model.safetensors", tmp_path / "alone.safetensors")
+    assert "not in the file, and no config.yaml" in "".join(inspect(tmp_path / "alone.safetensors"))
+
+
+def test_inspect_what_an_import_wrote_and_what_lacks_heads(files, tmp_path):
+    imported = import_weights(files["mae"], GIVEN)
+    write_folder(imported, tmp_path / "folder", compare(imported, skip=True))
+    said = inspect(tmp_path / "folder")
+    assert f"licence: {LICENCES['mae']}" in said
+    assert f"student, imported from {files['mae']} (mae)" in said
+    said = inspect(files["videomae"])
+    assert "heads of the encoder: not in the file" in said
+    assert "48 wide, 2 deep; patches" in said[1]
+    assert "heads" not in said[1]
+
+
+def test_errors_of_a_layout_name_the_file(files, tmp_path):
+    content = torch.load(files["mae"])
+    content["model"]["novelty"] = torch.ones(2)
+    torch.save(content, tmp_path / "odd.pth")
+    for look in (inspect, import_weights):
+        with pytest.raises(CheckpointError, match=r"odd\.pth.*\n  unknown novelty \(2,\)"):
+            look(tmp_path / "odd.pth", GIVEN)
+
+
+def test_a_model_that_no_config_can_have_is_refused_before_it_is_compared(
+    files, run_tool, tmp_path
+):
+    """Of eight tokens none would stay visible."""
+    options = ("--heads", 4, "--decoder-heads", 2, "--num-frames", 4, "--frame-size", 16, 16)
+    code, output = run_tool("weights", "import", files["videomae"], tmp_path / "x", *options)
+    assert code == 2, output
+    assert "masking.ratio" in output
+    assert "parity" not in output
+
+
+def test_import_refuses_our_own(finished_run, run_tool, tmp_path):
+    folder = finished_run / "checkpoints" / "last"
     code, output = run_tool("weights", "import", folder, tmp_path / "x")
     assert code == 2
     assert "give its folder as init_weights" in output

@@ -1,0 +1,312 @@
+"""What lies beside weights is believed where ours can be it, and refused where it cannot."""
+
+import json
+import logging
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from hpm_video.models.pos_embed import position_table
+from hpm_video.token_grid import TokenGrid
+from hpm_video.training.checkpoint import CheckpointError
+from hpm_video.weights.folder import finetune_config
+from hpm_video.weights.imported import import_weights
+from hpm_video.weights.parity import compare
+from hpm_video.weights.sizes import Given
+
+IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+GIVEN = Given(heads=4, decoder_heads=2, num_frames=4, frame_size=(32, 32))
+
+
+def drawn(model):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.fixture
+def of_timm(tmp_path):
+    """A folder of timm, as it saves one."""
+    logging.getLogger("timm").setLevel(logging.WARNING)
+
+    def make(**arguments):
+        arguments = {"img_size": 32, "patch_size": 8, "depth": 2, "num_classes": 5, **arguments}
+        model = drawn(timm.create_model("vit_small_patch16_224", **arguments))
+        folder = tmp_path / "timm"
+        folder.mkdir(exist_ok=True)
+        save_file(model.state_dict(), folder / "model.safetensors")
+        pretrained = {"mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.9}
+        table = {
+            "architecture": "vit_small_patch16_224",
+            "num_classes": 5,
+            "global_pool": arguments.get("global_pool", "token"),
+            "model_args": arguments,
+            "pretrained_cfg": {**pretrained, "interpolation": "bicubic", "crop_mode": "center"},
+        }
+        (folder / "config.json").write_text(json.dumps(table))
+        return model, folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"num_heads": 12},
+        {"global_pool": "avg"},
+        {"global_pool": "avg", "class_token": False},
+        {"no_embed_class": True},
+    ],
+)
+def test_what_timm_says_is_what_is_imported(of_timm, arguments):
+    model, folder = of_timm(**arguments)
+    imported = import_weights(folder)
+    assert imported.facts.encoder.num_heads == arguments.get("num_heads", 6)
+    assert imported.facts.positions == "given"
+    report = compare(imported, 1e-5)
+    assert not any("heads" in note for note in report.notes)
+    ours = imported.build().eval()
+    ours.load_state_dict(imported.tensors)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IMAGE.unsqueeze(2)), model(IMAGE), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"global_pool": "avg", "fc_norm": False}, "global_pool='avg'.*--encoder-only"),
+        ({"global_pool": "max"}, "global_pool='max'"),
+        ({"global_pool": "avgmax"}, "global_pool='avgmax'"),
+        ({"act_layer": "relu"}, "act_layer='relu'"),
+        ({"act_layer": "gelu_tanh"}, "act_layer='gelu_tanh'"),
+        ({"global_pool": "avg", "pool_include_prefix": True}, "pool_include_prefix=True"),
+    ],
+)
+def test_what_ours_cannot_be_of_timm_is_refused(of_timm, arguments, told):
+    with pytest.raises(CheckpointError, match=told):
+        import_weights(of_timm(**arguments)[1])
+
+
+def changed(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_what_a_config_says_and_nobody_knows_is_refused(of_timm):
+    _, folder = of_timm()
+    config = json.loads((folder / "config.json").read_text())
+    changed(folder, model_args=config["model_args"] | {"novelty": 3})
+    with pytest.raises(CheckpointError, match="no model of this package can be: novelty=3"):
+        import_weights(folder)
+
+
+def test_parity_reads_the_config_for_itself(of_timm, monkeypatch):
+    """A mistake in reading a config is no mistake of both models."""
+    _, folder = of_timm(num_heads=12)
+    wrong = import_weights(folder, Given(heads=6))
+    with pytest.raises(CheckpointError, match="computes something else"):
+        compare(wrong)
+    changed(folder, architecture="hf-hub:timm/vit_small_patch16_224")
+    with pytest.raises(CheckpointError, match="must name a vision transformer of timm"):
+        compare(import_weights(folder))
+
+
+def test_pixels_of_timm(of_timm):
+    facts = import_weights(of_timm()[1]).facts
+    assert (facts.mean, facts.std) == ((0.5,) * 3, (0.5,) * 3)
+    assert (facts.interpolation, facts.short_side) == ("bicubic", 35)  # 32 / 0.9, cut to whole
+    data = finetune_config(facts).data
+    assert (data.interpolation, data.held_out_short_side) == ("bicubic", 35)
+    assert facts.assumed == ("heads of the encoder 6",)
+
+
+@pytest.fixture
+def of_transformers(tmp_path):
+    """A classifier of clips as transformers saves it, with what its config is to say instead."""
+    transformers = pytest.importorskip("transformers")
+
+    def make(**values):
+        sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = transformers.VideoMAEConfig(
+            image_size=32,
+            patch_size=8,
+            intermediate_size=192,
+            num_frames=4,
+            num_labels=3,
+            use_mean_pooling=True,
+            **sizes,
+        )
+        folder = tmp_path / "model"
+        drawn(transformers.VideoMAEForVideoClassification(config)).save_pretrained(folder)
+        changed(folder, **values)
+        return folder
+
+    return make
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"hidden_act": "relu"}, "hidden_act='relu'"),
+        ({"qv_bias": False}, "qv_bias=False"),
+        ({"layer_norm_eps": 0.1}, "layer_norm_eps=0.1"),
+        ({"layer_norm_eps": "small"}, "layer_norm_eps='small'"),
+        ({"model_type": "timesformer"}, "model_type='timesformer'"),
+        ({"id2label": {"0": "a", "2": "b", "5": "c"}}, "from 0 on, got 0, 2, 5"),
+        ({"id2label": {"zero": "a", "1": "b", "2": "c"}}, "from 0 on, got zero"),
+        ({"id2label": {"0": "a\nb", "1": "c", "2": "d"}}, r"one line.*got 'a\\nb'"),
+        ({"id2label": {"0": "a", "1": "", "2": "d"}}, "one line.*got ''"),
+        ({"id2label": {"0": "a", "1": "c ", "2": "d"}}, "one line.*got 'c '"),
+        ({"num_frames": "x"}, "num_frames must be a whole number of at least 1, got 'x'"),
+        ({"num_frames": 4.0}, "num_frames must be a whole number"),
+        ({"image_size": [32, "a"]}, "image_size must be a whole number"),
+        ({"num_attention_heads": [3]}, r"num_attention_heads must be .* got \[3\]"),
+    ],
+)
+def test_what_ours_cannot_be_of_transformers_is_refused(of_transformers, values, told):
+    with pytest.raises(CheckpointError, match=told):
+        import_weights(of_transformers(**values))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_file_in_a_folder_stands_for_it(of_transformers):
+    folder = of_transformers()
+    imported = import_weights(folder / "model.safetensors")
+    assert imported.facts.encoder.num_heads == 4
+    assert imported.facts.clip_size == (4, 32, 32)
+    assert imported.source.path == folder
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("before", "short_side", "interpolation"),
+    [
+        ({"size": {"shortest_edge": 36}, "resample": 3}, 36, "bicubic"),
+        ({"size": 36, "resample": 2}, 36, "bilinear"),
+        ({"size": {"height": 32, "width": 32}, "resample": 2}, None, "bilinear"),
+    ],
+)
+def test_preprocessors_of_transformers(of_transformers, before, short_side, interpolation):
+    folder = of_transformers()
+    pixels = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(before | pixels))
+    facts = import_weights(folder).facts
+    assert (facts.mean, facts.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert (facts.short_side, facts.interpolation) == (short_side, interpolation)
+    assert any("squeezed" in told for told in facts.assumed) == (short_side is None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["mae", "hpm"])
+def test_computed_positions_in_half_precision_are_no_learned_ones(
+    layouts_of, tmp_path, dtype, name
+):
+    pytest.importorskip("transformers")
+    shapes = getattr(layouts_of, name)((48, 2), (24, 2), 8, 16)
+    state = {key: value.to(dtype) for key, value in layouts_of.fill(shapes).items()}
+    torch.save({"model": state}, tmp_path / "half.pth")
+    imported = import_weights(tmp_path / "half.pth", GIVEN)
+    assert imported.facts.positions == "space_time"
+    report = compare(imported, 1e-5)
+    assert "single precision" in report.notes[-1]
+
+
+def test_the_teacher_is_compared_and_keeps_its_positions(layouts_of, tmp_path):
+    pytest.importorskip("transformers")
+    shapes = layouts_of.hpm((48, 2), (24, 2), 8, 16)
+    teacher = layouts_of.fill(shapes, seed=1)
+    teacher["pos_embed"] = teacher["pos_embed"] + 0.5
+    teacher["pos_embed"][:, 0] = 0
+    content = {"state_dict": layouts_of.fill(shapes), "ema_state_dict": teacher}
+    torch.save(content, tmp_path / "hpm.pth")
+    imported = import_weights(tmp_path / "hpm.pth", GIVEN)
+    assert imported.facts.positions == "given"
+    tables = [each["encoder_positions.table"] for each in (imported.tensors, imported.teacher)]
+    torch.testing.assert_close(tables[1] - tables[0], torch.full((16, 48), 0.5))
+    told = {found.of for found in compare(imported, 1e-5).differences}
+    assert {"difficulty", "of the teacher: difficulty", "of the teacher: tokens"} <= told
+    imported.teacher["encoder.blocks.0.mlp.0.bias"] += 5
+    with pytest.raises(CheckpointError, match="of the teacher: tokens"):
+        compare(imported)
+
+
+def test_heads_that_are_usual_are_told_and_said_not_to_be_verified(layouts_of, tmp_path):
+    pytest.importorskip("transformers")
+    shapes = layouts_of.videomae_classifier((384, 1), (2, 8, 8), 3)
+    torch.save({"model": layouts_of.fill(shapes)}, tmp_path / "a.pth")
+    imported = import_weights(tmp_path / "a.pth", Given(num_frames=4, frame_size=(32, 32)))
+    assert "heads of the encoder 6" in imported.facts.assumed
+    (note,) = compare(imported).notes
+    assert "not verified: the number of heads (6 of the encoder)" in note
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "encoder."])
+def test_a_part_with_a_prefix_beside_a_head_without(layouts_of, tmp_path, prefix):
+    state = layouts_of.fill(layouts_of.videomae_classifier((48, 2), (2, 8, 8), 3))
+    mixed = {
+        name if name.startswith(("head.", "fc_norm.")) else f"{prefix}{name}": value
+        for name, value in state.items()
+    }
+    torch.save({"model": mixed}, tmp_path / "a.pth")
+    imported = import_weights(tmp_path / "a.pth", GIVEN)
+    assert imported.recognised.tensors.keys() == state.keys()
+    (told,) = imported.recognised.told()
+    assert (
+        told == f"{len(state) - 4} of {len(state)} names begin with {prefix!r}, which is left out"
+    )
+
+
+def test_mae_without_a_class_token_is_refused(layouts_of, tmp_path):
+    state = layouts_of.fill(layouts_of.mae((48, 2), (24, 2), 8, 16))
+    for name in ("cls_token", "pos_embed", "decoder_pos_embed"):
+        del state[name]
+    torch.save({"model": state}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="missing cls_token"):
+        import_weights(tmp_path / "a.pth", GIVEN)
+
+
+def test_a_fine_tuned_mae_st_does_not_lose_its_head_unasked(layouts_of, tmp_path):
+    shapes = layouts_of.mae_st((48, 2), (24, 2), (2, 8, 8), (2, 16))
+    shapes |= layouts_of.affine("head", 400, 48)
+    torch.save({"model_state": layouts_of.fill(shapes)}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="does not say whether it stands.*--encoder-only"):
+        import_weights(tmp_path / "a.pth", GIVEN)
+
+
+def test_tied_tensors_and_values_that_are_no_tensors(layouts_of, tmp_path):
+    state = layouts_of.fill(layouts_of.videomae_classifier((48, 2), (2, 8, 8), 3))
+    state["blocks.0.norm2.weight"] = state["blocks.0.norm1.weight"]
+    torch.save({"model": {**state, "step": 3}}, tmp_path / "a.pth")
+    imported = import_weights(tmp_path / "a.pth", GIVEN)
+    assert imported.left_out == {"model.step": "no weights"}
+    first, second = (imported.tensors[f"encoder.blocks.0.norm{i}.weight"] for i in (1, 2))
+    assert first.data_ptr() != second.data_ptr()
+    torch.save({**state, "epoch": 3}, tmp_path / "b.pth")
+    assert import_weights(tmp_path / "b.pth", GIVEN).left_out == {"epoch": "no weights"}
+    save_file(imported.tensors, tmp_path / "c.safetensors")
+    assert load_file(tmp_path / "c.safetensors").keys() == imported.tensors.keys()
+
+
+def test_given_positions_are_resized_as_timm_does(of_timm):
+    """To frames of another size, bicubic."""
+    model, folder = of_timm(dynamic_img_size=True)
+    imported = import_weights(folder)
+    table = imported.tensors["encoder_positions.table"]
+    shape = type(imported.facts.shape)(
+        **{
+            **vars(imported.facts.shape),
+            "grid": TokenGrid(1, 6, 5),
+            "source_grid": TokenGrid(1, 4, 4),
+        }
+    )
+    codes = shape.fixed_positions(384)
+    torch.testing.assert_close(codes.table, position_table(TokenGrid(1, 4, 4), 384, "space_time"))
+    codes.table.copy_(table)
+    expected = timm.layers.resample_abs_pos_embed(model.pos_embed.detach(), [6, 5])
+    torch.testing.assert_close(codes(TokenGrid(1, 6, 5)), expected[0, 1:])
