@@ -174,6 +174,17 @@ def not_negative(text: str) -> int:
     return 0 if text == "0" else positive(text)
 
 
+def above_zero(text: str) -> float:
+    """An argument that is a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
 def parse_views(text: str) -> Views:
     """An argument such as ``5x3``: 5 clips of each video, and 3 crops of each clip."""
     clips, _, crops = text.partition("x")

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpm_video.data.manifest import Manifest
+from hpm_video.settings_file import check_settings
 from hpm_video.whole_files import written_beside
 
 DType = Literal["float32", "float16"]
@@ -110,7 +111,7 @@ class FeatureFolder:
         Raises:
             FileExistsError: it holds something else.
         """
-        self._check_settings(settings)
+        check_settings(self.path, settings, holds="features", unrelated=UNRELATED)
         self.path.mkdir(parents=True, exist_ok=True)
         with written_beside(self.path / "settings.json") as path:
             path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
@@ -164,32 +165,6 @@ class FeatureFolder:
         if self.form.windows:
             row.append(self.starts_of(video).relative_to(self.path).as_posix())
         return row
-
-    def _check_settings(self, settings: Mapping[str, Any]) -> None:
-        path = self.path / "settings.json"
-        if not path.is_file():
-            if self.path.exists() and any(self.path.iterdir()):
-                raise FileExistsError(
-                    f"{self.path} is not empty, and no folder of features (it has no "
-                    f"settings.json); give a new folder"
-                )
-            return
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise FileExistsError(
-                f"{path} is not whole ({error}); give a new folder, or delete {self.path}"
-            ) from error
-        differ = [
-            f"  {name}: {before.get(name)} -> {settings.get(name)}"
-            for name in {**before, **settings}
-            if name not in UNRELATED and before.get(name) != settings.get(name)
-        ]
-        if differ:
-            raise FileExistsError(
-                f"{self.path} holds features of other settings:\n" + "\n".join(differ) + "\n"
-                "Give a new folder, or the settings of before to go on in this one"
-            )
 
     def _read_index(self) -> dict[str, Entry]:
         path = self.path / "index.csv"

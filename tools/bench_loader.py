@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from hpm_video.config import ConfigError, PretrainConfig, load_any_config
-from hpm_video.console import interpreter
+from hpm_video.console import above_zero, interpreter, positive
 from hpm_video.data.benchmark import (
     IN_THE_RUN,
     IN_WORKERS,
@@ -72,15 +72,21 @@ def parse_arguments() -> argparse.Namespace:
     add("overrides", nargs="*", metavar="section.key=value")
     add("--workers", type=_numbers, metavar="N,N", help="numbers of processes that are tried")
     add("--decoders", metavar="NAME,NAME", help="by default all that load")
-    add("--needs", type=float, metavar="CLIPS", help="per second, of this machine's GPUs together")
-    add("--clips", type=int, default=48, metavar="N", help="videos taken apart into phases (48)")
-    add("--seconds", type=float, default=8.0, metavar="S", help="of each trial (8)")
-    arguments = parser.parse_args()
-    if arguments.seconds <= 0 or arguments.clips < 1:
-        parser.error("--seconds and --clips must be positive")
-    if arguments.needs is not None and arguments.needs <= 0:
-        parser.error("--needs must be positive")
-    return arguments
+    add(
+        "--needs",
+        type=above_zero,
+        metavar="CLIPS",
+        help="per second, of this machine's GPUs together",
+    )
+    add(
+        "--clips",
+        type=positive,
+        default=48,
+        metavar="N",
+        help="videos taken apart into phases (48)",
+    )
+    add("--seconds", type=above_zero, default=8.0, metavar="S", help="of each trial (8)")
+    return parser.parse_args()
 
 
 def bench(arguments: argparse.Namespace) -> int:
@@ -204,10 +210,7 @@ def _usual_workers() -> list[int]:
 
 
 def _numbers(text: str) -> list[int]:
-    numbers = [int(word) for word in text.split(",")]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1 each, got {text}")
-    return numbers
+    return [positive(word) for word in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from hpm_video.console import positive, run, shortest
+from hpm_video.console import above_zero, positive, run, shortest
 from hpm_video.data.check_report import plot, save_plot, summary
 from hpm_video.data.checking import check_file
 from hpm_video.data.decode import DecoderChoice, choose_decoder
@@ -73,21 +73,10 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     add("--again", action="store_true", help="decode all of them again")
     add("--root", type=Path, help="where paths in the manifest start; default: its own folder")
     add("--workers", type=positive, default=default_workers(), metavar="N")
-    add("--seconds", type=amount, default=60.0, help="for a file, at most (default 60)")
-    add("--memory", type=amount, default=4.0, metavar="GIB", help="for a file (default 4)")
+    add("--seconds", type=above_zero, default=60.0, help="for a file, at most (default 60)")
+    add("--memory", type=above_zero, default=4.0, metavar="GIB", help="for a file (default 4)")
     add("--decoder", choices=get_args(DecoderChoice), default="auto", help="of training")
     return parser.parse_args(command_line)
-
-
-def amount(text: str) -> float:
-    """An argument that is a number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value
 
 
 def check(arguments: argparse.Namespace) -> Checked:

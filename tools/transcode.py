@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import hpm_video
-from hpm_video.console import positive, run, shortest
+from hpm_video.console import above_zero, positive, run, shortest
 from hpm_video.data.clip_stream import BadVideosError
 from hpm_video.data.dataset import Failure
 from hpm_video.data.loader import default_workers
@@ -340,17 +340,6 @@ def percent(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 100:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 100, got {text!r}")
     return int(text)
-
-
-def above_zero(text: str) -> float:
-    """An argument that is a number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from hpm_video.data.transcoding import (
     remove,
 )
 from hpm_video.data.video_stream import SIMPLEST
+from hpm_video.settings_file import check_settings
 from hpm_video.whole_files import written_beside
 
 COLUMNS = (
@@ -147,7 +148,7 @@ class PreparedFolder:
             FileExistsError: it holds something else.
             BlockingIOError: another program is at it.
         """
-        self._check_settings(settings)
+        check_settings(self.path, settings, holds="prepared data", unrelated=UNRELATED)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / ".lock").open("wb")
         try:
@@ -361,32 +362,6 @@ class PreparedFolder:
     def _places_of(self, shard: Shard) -> list[str]:
         of_name = {name: place for place, name in self._names.items()}
         return [of_name[sample.key] for sample in shard.samples]
-
-    def _check_settings(self, settings: Mapping[str, Any]) -> None:
-        path = self.path / "settings.json"
-        if not path.is_file():
-            if self.path.exists() and any(self.path.iterdir()):
-                raise FileExistsError(
-                    f"{self.path} is not empty, and no folder of prepared data (it has no "
-                    f"settings.json); give a new folder"
-                )
-            return
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise FileExistsError(
-                f"{path} is not whole ({error}); give a new folder, or delete {self.path}"
-            ) from error
-        differ = [
-            f"  {name}: {before.get(name)} -> {settings.get(name)}"
-            for name in {**before, **settings}
-            if name not in UNRELATED and before.get(name) != settings.get(name)
-        ]
-        if differ:
-            raise FileExistsError(
-                f"{self.path} was made with other settings:\n" + "\n".join(differ) + "\n"
-                "Give a new folder, or the settings of before to go on in this one"
-            )
 
     def _read_journal(self) -> None:
         for record in _records(self._journal):
