@@ -23,7 +23,7 @@ from hpm_video.data.decode import (
     VideoReader,
     open_video,
 )
-from hpm_video.data.loader import JOBS_HELD
+from hpm_video.data.loader import ATTEMPTS, JOBS_HELD
 from hpm_video.data.manifest import Manifest
 from hpm_video.data.pool import USUAL, Limits, Lost, Pool
 from hpm_video.data.room import check_room
@@ -207,7 +207,7 @@ def stream_parts(
     check_room(workers, shared=JOBS_HELD * workers * size, batches=size)
     with Pool(clips.reader, workers, limits, result_bytes=size, depth=JOBS_HELD) as pool:
         for request in clips.requests():
-            pool.submit(request, request)
+            pool.submit(request, request, attempts=ATTEMPTS)
         left = len(clips.places)
         while left:
             (place, path, _), part, is_last = pool.next()

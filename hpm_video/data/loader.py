@@ -31,15 +31,19 @@ from hpm_video.data.dataset import (
 from hpm_video.data.decode import DecodeError
 from hpm_video.data.mixture import MixedClips, Place
 from hpm_video.data.pool import USUAL, Answer, Limits, Lost, Pool
-from hpm_video.data.room import check_room
+from hpm_video.data.room import check_room, cores_of_container
 
 log = logging.getLogger(__name__)
 
 MAX_WORKERS = 16
 JOB_BYTES = 2**20
 """Of smaller samples several are read in a job, for each job takes the run some time."""
+JOB_FILES = 64
+"""But never more than so many."""
 JOBS_HELD = 2
 """That a process has, so that it finds the next one when it is done."""
+ATTEMPTS = 2
+"""At a file that its process did not come back from: the file may have had no part in that."""
 READY = 1
 """Whole batches that wait for the run."""
 
@@ -51,12 +55,14 @@ ReadPool = Pool[list[tuple[int, Request]]]
 def default_workers() -> int:
     """Processes that decode: one per core that may be used but one, at least 1 and at most 16.
 
-    Where torchrun started several processes on this machine, they share the cores.
+    A container may have a share of the cores (docker --cpus). Where torchrun started several
+    processes on this machine, they share the cores.
     """
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
+    cores = min(cores, cores_of_container() or cores)
     share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(max(share - 1, 1), MAX_WORKERS)
 
@@ -114,7 +120,7 @@ def _batches(
     if workers == 0 or not places:
         return _read_here(streams, places, batch_size, pin=pin)
     sample_bytes = max(stream.sample_bytes for stream in streams)
-    group = max(1, JOB_BYTES // sample_bytes)
+    group = min(max(1, JOB_BYTES // sample_bytes), JOB_FILES)
     workers = min(workers, -(-len(places) // group))
     ahead = 2 + 2 * workers * group // batch_size
     check_room(
@@ -237,7 +243,7 @@ class _Batches:
 
     def _submit(self, pool: ReadPool, rows: list[_Row], *, first: bool = False) -> None:
         jobs = [(row.place.source, row.request) for row in rows if row.request is not None]
-        pool.submit(rows, jobs, first=first)
+        pool.submit(rows, jobs, first=first, attempts=ATTEMPTS if len(rows) == 1 else 1)
 
     def _take(self, pool: ReadPool, answer: Answer) -> None:
         rows: list[_Row] = answer.tag
@@ -316,7 +322,7 @@ def _in_background(
         finally:
             handover.close()
             pool.stop()
-            thread.join()
+            thread.join(timeout=5)
 
 
 def end_workers() -> None:
@@ -340,7 +346,7 @@ class BadFiles:
         self.failures: dict[str, Failure] = {}
         """By path."""
         if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
+            with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
                 rows = [row for row in csv.reader(file) if len(row) == 2][1:]
             self.failures = {name: Failure(name, reason) for name, reason in rows}
 
@@ -369,6 +375,6 @@ class BadFiles:
 
     def _append(self, failures: list[Failure]) -> None:
         header = [] if self._path.exists() else [("path", "reason")]
-        with self._path.open("a", newline="", encoding="utf-8") as file:
+        with self._path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = [(failure.path, failure.reason) for failure in failures]
             csv.writer(file).writerows([*header, *rows])

@@ -13,6 +13,7 @@ a module.
 
 import contextlib
 import multiprocessing
+import pickle
 import signal
 import sys
 import threading
@@ -35,6 +36,10 @@ Job = TypeVar("Job")
 PRELOADED = ["hpm_video.data.loader"]
 START_SECONDS = 300
 """For a process to begin: the first of them waits until the server has imported torch."""
+STARTS = 3
+"""Times that a process may fail to start before the run ends."""
+SAFE_BYTES = 2**15
+"""Jobs of so many bytes find room in the buffer of a pipe, also two of them."""
 TICK = 0.25
 """Seconds between two looks at the clock."""
 GIB = 2**30
@@ -108,16 +113,16 @@ class Pool(Generic[Job]):
                 f"a pool needs at least 1 worker of depth 1, got {workers} and {depth}"
             )
         self._limits = limits
-        self._jobs: deque[tuple[Any, Job]] = deque()
+        self._jobs: deque[_Job] = deque()
         self._clock = 0.0
         self._stopped = threading.Event()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        self._workers = [
-            _Worker(context, work, limits, result_bytes, depth) for _ in range(workers)
-        ]
+        self._workers: list[_Worker] = []
         # Before multiprocessing waits, as the interpreter exits, for processes that would not end.
         self._finalizer = Finalize(self, _kill, args=(self._workers,), exitpriority=10)
+        for _ in range(workers):
+            self._workers.append(_Worker(context, work, limits, result_bytes, depth))
 
     def __enter__(self) -> Self:
         return self
@@ -138,12 +143,17 @@ class Pool(Generic[Job]):
         """Have :meth:`next` give up, from another thread. The pool is to be closed after that."""
         self._stopped.set()
 
-    def submit(self, tag: object, job: Job, *, first: bool = False) -> None:
-        """Have a job done, before all that wait with ``first``."""
+    def submit(self, tag: object, job: Job, *, first: bool = False, attempts: int = 1) -> None:
+        """Have a job done, before all that wait with ``first``.
+
+        ``attempts``: how often it may be begun. A process can also be killed by others, and a disk
+        stand still for a while: a second attempt tells that from what a job does by itself.
+        """
+        waiting = _Job(tag, pickle.dumps(job), attempts)
         if first:
-            self._jobs.appendleft((tag, job))
+            self._jobs.appendleft(waiting)
         else:
-            self._jobs.append((tag, job))
+            self._jobs.append(waiting)
         self._feed()
 
     def next(self) -> Answer:
@@ -172,9 +182,9 @@ class Pool(Generic[Job]):
         """Hand out jobs, to the process that has the fewest."""
         while self._jobs:
             worker = min(self._workers, key=lambda each: len(each.held))
-            if not worker.has_room:
+            if not worker.takes(self._jobs[0]):
                 return
-            worker.begin(*self._jobs.popleft(), self._clock)
+            worker.begin(self._jobs.popleft(), self._clock)
 
 
 def over(pool: Pool[Job], jobs: Sequence[Job]) -> Iterator[tuple[int, Any]]:
@@ -187,12 +197,17 @@ def over(pool: Pool[Job], jobs: Sequence[Job]) -> Iterator[tuple[int, Any]]:
 
 
 @dataclass(eq=False)
-class _Held:
-    """A job that a process has."""
+class _Job:
+    """A job, and what becomes of it."""
 
     tag: Any
-    job: Any
-    slot: int
+    data: bytes
+    """It itself, pickled."""
+    attempts: int
+    """How often it may still be begun."""
+    slot: int = 0
+    """Of the shared memory, where it was begun."""
+    has_results: bool = False
 
 
 @dataclass(eq=False)
@@ -204,8 +219,12 @@ class _Worker:
     limits: Limits
     result_bytes: int
     depth: int
-    held: deque[_Held] = field(default_factory=deque)
-    _returned: list[tuple[Any, Any]] = field(default_factory=list)
+    held: deque[_Job] = field(default_factory=deque)
+    process: Any = None
+    connection: Any = None
+    _life: Any = None
+    _returned: list[_Job] = field(default_factory=list)
+    _failed_starts: int = 0
     _since: float | None = None
     """When it began what it is at; not yet known of a process that starts."""
     _ready: bool = False
@@ -216,30 +235,43 @@ class _Worker:
         self._start()
 
     def _start(self) -> None:
-        self.connection, theirs = self.context.Pipe()
-        watched, self._life = self.context.Pipe(duplex=False)
-        self.process = self.context.Process(
-            target=serve,
-            args=(theirs, watched, self._shared, self.result_bytes, self.work, self.limits.memory),
-            daemon=True,
-        )
-        with _no_script():
-            self.process.start()
+        try:
+            self.connection, theirs = self.context.Pipe()
+            watched, self._life = self.context.Pipe(duplex=False)
+            ends = (theirs, watched, self._shared, self.result_bytes, self.work)
+            process = self.context.Process(
+                target=serve, args=(*ends, self.limits.memory), daemon=True
+            )
+            with _no_script():
+                process.start()
+        except OSError as error:
+            raise PoolError(
+                f"a process that decodes cannot be started: {error}. Where that is about open "
+                "files, allow more (ulimit -n); otherwise take fewer with data.workers"
+            ) from error
+        self.process = process
         theirs.close()
         watched.close()
         self._ready, self._since = False, None
 
-    @property
-    def has_room(self) -> bool:
+    def takes(self, job: _Job) -> bool:
+        """Whether it can be given a job now.
+
+        To send a large one waits until the process reads it: which must wait for nothing else then.
+        """
+        if len(job.data) > SAFE_BYTES:
+            return self._ready and not self.held
         return len(self.held) < self.depth
 
-    def begin(self, tag: Any, job: Any, clock: float) -> None:
-        slot = next(i for i in range(self.depth) if all(i != held.slot for held in self.held))
+    def begin(self, job: _Job, clock: float) -> None:
+        """Give it a job."""
+        slots = {held.slot for held in self.held}
+        job.slot = next(slot for slot in range(self.depth) if slot not in slots)
         if not self.held:
             self._since = clock
-        self.held.append(_Held(tag, job, slot))
+        self.held.append(job)
         with contextlib.suppress(OSError):  # where it is gone, that is found when it is listened to
-            self.connection.send(("job", slot, job))
+            self.connection.send(("job", job.slot, job.data))
 
     def is_late(self, clock: float) -> bool:
         if self._since is None or not (self.held or not self._ready):
@@ -254,17 +286,20 @@ class _Worker:
             return self.give_up(None)
         self._since = clock
         if kind == "ready":
-            self._ready = True
+            self._ready, self._failed_starts = True, 0
             return None
         if kind == "error":
             raise PoolError(f"reading data failed unexpectedly:\n{content[0]}")
         if kind == "lost":
+            self.held[0].attempts = 0  # it would be the same again
             return self.give_up(content[0])
         header, sizes, more = content
         job = self.held[0]
         result = unpacked(header, sizes, self._slot(job.slot))
+        job.has_results = True
         if more:
-            self.connection.send(("more",))
+            with contextlib.suppress(OSError):
+                self.connection.send(("more",))
         else:
             self.held.popleft()
         return Answer(job.tag, result, is_last=not more)
@@ -274,25 +309,30 @@ class _Worker:
 
         ``reason``: none where the process ended by itself.
         """
-        was_ready = self._ready
         ended = self._end()
-        if not was_ready:
+        why = reason or f"the process that decoded it ended {ended}"
+        job = self.held.popleft() if self.held and self._ready else None
+        self._returned += self.held
+        self.held.clear()
+        if not self._ready:
+            self._failed_starts += 1
+        if self._failed_starts >= STARTS:
             raise PoolError(
-                "a process that decodes did not start: "
+                f"a process that decodes did not start, {STARTS} times: "
                 f"{reason or f'it ended {ended}'}. What it printed stands above; "
                 "data.workers=0 decodes in the run's own process"
             )
-        job = self.held.popleft() if self.held else None
-        self._returned += [(held.tag, held.job) for held in self.held]
-        self.held.clear()
         self._start()
         if job is None:
             return None
-        why = reason or f"the process that decoded it ended {ended}"
+        job.attempts -= 1
+        if job.attempts > 0 and not job.has_results:
+            self._returned.insert(0, job)
+            return None
         return Answer(job.tag, Lost(why), is_last=True)
 
-    def take_back(self) -> list[tuple[Any, Any]]:
-        """Jobs that a process which ended had not begun."""
+    def take_back(self) -> list[_Job]:
+        """Jobs that a process which ended had not begun, or that may be begun once more."""
         returned, self._returned = self._returned, []
         return returned
 
@@ -306,6 +346,7 @@ class _Worker:
         code = self.process.exitcode
         self.process.kill()
         self.process.join(timeout=2)
+        self.process = None
         if code is None or code >= 0:
             return f"with exit code {code}"
         name = signal.Signals(-code).name
@@ -313,9 +354,12 @@ class _Worker:
         return f"by {name}{hint}"
 
     def kill(self) -> None:
-        self.connection.close()
-        self._life.close()
-        self.process.kill()
+        """End it, whatever it is at, and whatever of it there is."""
+        for thing in (self.connection, self._life):
+            if thing is not None:
+                thing.close()
+        if self.process is not None:
+            self.process.kill()
 
     def _slot(self, slot: int) -> memoryview:
         whole = memoryview(self._shared).cast("B")
@@ -335,6 +379,8 @@ def _no_script() -> Iterator[None]:
 
 def _kill(workers: Sequence[_Worker]) -> None:
     for worker in workers:
-        worker.kill()
+        with contextlib.suppress(OSError):
+            worker.kill()
     for worker in workers:
-        worker.process.join(timeout=2)
+        if worker.process is not None:
+            worker.process.join(timeout=2)

@@ -45,7 +45,7 @@ def serve(
         while True:
             _, slot, job = inbox.popleft() if inbox else connection.recv()
             place = room[slot * result_bytes : (slot + 1) * result_bytes]
-            _do(work, job, connection, place, inbox)
+            _do(work, pickle.loads(job), connection, place, inbox)  # noqa: S301 - of the run itself
     except EOFError:  # the run closed the pool
         return
 

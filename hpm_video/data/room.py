@@ -4,6 +4,9 @@ import os
 from pathlib import Path
 
 MIB = 2**20
+SHARED = Path("/dev/shm")  # noqa: S108 - where Linux has its shared memory
+GROUPS = Path("/sys/fs/cgroup")
+"""Where Linux has its control groups (version 2), which containers and schedulers use."""
 
 
 class RoomError(MemoryError):
@@ -23,23 +26,31 @@ def check_room(workers: int, shared: int, batches: int) -> None:
             system does not tell is not compared.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    there = shared_memory_left()
-    if there is not None and shared * processes > there:
-        raise RoomError(
-            f"{_of(workers, processes)} need {_mib(shared * processes)} of shared memory (two jobs "
-            f"each), and {SHARED} has {_mib(there)} left. Give it more (docker run --shm-size=..., "
-            "mount -o remount,size=...), or take fewer with data.workers, fewer or smaller clips"
-        )
+    # Of several processes some may have taken theirs already: so what is left is compared with
+    # what this one takes, and what all take with all that there is.
+    for needed, there in ((shared, shared_memory_left()), (shared * processes, shared_memory())):
+        if there is not None and needed > there:
+            raise RoomError(
+                f"{_of(workers, processes if needed > shared else 1)} need {_mib(needed)} of "
+                f"shared memory (two jobs each), and {SHARED} has {_mib(there)}. Give it more (docker run "
+                "--shm-size=..., mount -o remount,size=...), or take fewer with data.workers, "
+                "fewer or smaller clips"
+            )
     left = memory_left()
-    if left is not None and (shared + batches) * processes > left:
+    if left is not None and shared + batches > left:
         raise RoomError(
-            f"batches that are read ahead need {_mib((shared + batches) * processes)} of memory "
-            f"({_of(workers, processes)}), and {_mib(left)} are left. Take a smaller micro-batch "
+            f"batches that are read ahead need {_mib(shared + batches)} of memory "
+            f"(data.workers={workers}), and {_mib(left)} are left. Take a smaller micro-batch "
             "(engine.micro_batch), smaller clips or fewer processes with data.workers"
         )
 
 
-SHARED = Path("/dev/shm")  # noqa: S108 - where Linux has its shared memory
+def shared_memory() -> int | None:
+    """Bytes of all there is, free or not; none where there is no such file system."""
+    if not SHARED.is_dir():
+        return None
+    found = os.statvfs(SHARED)
+    return found.f_blocks * found.f_frsize
 
 
 def shared_memory_left() -> int | None:
@@ -50,9 +61,22 @@ def shared_memory_left() -> int | None:
     return found.f_bavail * found.f_frsize
 
 
+def cores_of_container() -> int | None:
+    """Cores whose time the container this runs in may take; none where it has no limit."""
+    limits = []
+    for group in _groups():
+        try:
+            quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
+        except (OSError, ValueError):
+            continue
+        if quota != "max":
+            limits.append(max(1, int(quota) // int(period)))
+    return min(limits, default=None)
+
+
 def memory_left() -> int | None:
     """Bytes that the system, and the container this runs in, can still give; none if unknown."""
-    known = [_of_the_system(), _of_the_container()]
+    known = [_of_the_system(), *map(_of_group, _groups())]
     return min((each for each in known if each is not None), default=None)
 
 
@@ -64,9 +88,19 @@ def _of_the_system() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line), None)
 
 
-def _of_the_container() -> int | None:
-    """By version 2 of control groups. What only caches files does not count."""
-    group = Path("/sys/fs/cgroup")
+def _groups() -> list[Path]:
+    """Folders of the control groups that this process is in: its own, and those around it."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    inner = GROUPS / own
+    return [inner, *(group for group in inner.parents if group.is_relative_to(GROUPS))]
+
+
+def _of_group(group: Path) -> int | None:
+    """Bytes that a control group may still take. What only caches files does not count."""
     try:
         limit = (group / "memory.max").read_text(encoding="ascii").strip()
         used = int((group / "memory.current").read_text(encoding="ascii"))

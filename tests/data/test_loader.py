@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpm_video.data import room
+from hpm_video.data import loader, room
 from hpm_video.data.dataset import (
     ClipSpec,
     Failure,
@@ -154,11 +154,37 @@ def test_errors_of_workers_keep_their_kind_and_message(bad_videos):
 
 @pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 1), (8, 7), (17, 16), (64, 16)])
 def test_the_default_number_of_workers(monkeypatch, cores, workers):
+    monkeypatch.setattr(loader, "cores_of_container", lambda: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     assert default_workers() == workers
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     assert default_workers() == workers
+
+
+@pytest.mark.parametrize(("quota", "workers"), [("max", 15), ("400000", 3), ("50000", 1)])
+def test_a_container_may_have_a_share_of_the_cores(monkeypatch, tmp_path, quota, workers):
+    (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
+    monkeypatch.setattr(room, "_groups", lambda: [tmp_path / "none", tmp_path])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    assert default_workers() == workers
+
+
+def test_memory_that_a_container_may_still_take(monkeypatch, tmp_path):
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 200\n")
+    monkeypatch.setattr(room, "_groups", lambda: [tmp_path])
+    assert room.memory_left() == 500
+
+
+def test_a_bad_file_whose_name_is_no_text_is_noted(tmp_path):
+    bad = BadFiles(tmp_path / "bad_files.csv", num_files=10, max_bad_share=0.5)
+    name = os.fsdecode(b"/v/\xff.mp4")
+    bad.note([Failure(name, "broken")])
+    assert [*BadFiles(tmp_path / "bad_files.csv", num_files=10, max_bad_share=0.5).failures] == [
+        name
+    ]
 
 
 READERS = """
@@ -281,9 +307,14 @@ def test_what_is_read_ahead_must_fit(folder, monkeypatch):
     clips = clips_of(read_manifest(folder))
     options = {"batch_size": 64, "workers": 8, "pin": False}
     monkeypatch.setattr(room, "shared_memory_left", lambda: 2**20)
-    with pytest.raises(RoomError, match=r"data.workers=\d need \d+ MiB .*/dev/shm has 1 MiB left"):
+    with pytest.raises(RoomError, match=r"data.workers=\d need \d+ MiB .*/dev/shm has 1 MiB"):
         training_batches(clips, places(range(1000)), **options)
     monkeypatch.setattr(room, "shared_memory_left", lambda: None)
+    monkeypatch.setattr(room, "shared_memory", lambda: 2**21)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(RoomError, match=r"in each of 4 processes need \d+ MiB .* has 2 MiB"):
+        training_batches(clips, places(range(1000)), **options)
+    monkeypatch.setattr(room, "shared_memory", lambda: None)
     monkeypatch.setattr(room, "memory_left", lambda: 2**20)
     with pytest.raises(RoomError, match=r"need \d+ MiB of memory .* and 1 MiB are left"):
         training_batches(clips, places(range(1000)), **options)

@@ -46,9 +46,13 @@ WORK = """
             case ("sleep", seconds):
                 time.sleep(seconds)
                 return os.getpid()
-            case "pid":
-                return os.getpid()
+            case ("long", text):
+                return text[::-1]
         return {"tensor": torch.full((5, 200), job), "array": np.arange(job), "job": job}
+
+    class EndsAsItIsRead:
+        def __reduce__(self):
+            return os._exit, (7,)
 
     def hang_after(count):
         for i in range(count):
@@ -131,6 +135,62 @@ def test_a_job_may_have_many_results_each_with_its_own_time(work):
         assert all((array == number).all() for number, array in found[tag])
     assert [result[0] for result in found["c"][:-1]] == list(range(9))
     assert found["c"][-1] == Lost("it took longer than 2 s")
+
+
+@pytest.mark.parametrize("length", [10**4, 10**5, 3 * 10**6])
+def test_jobs_and_results_that_a_pipe_does_not_hold(work, length):
+    jobs = [("long", str(i) + "-" * length) for i in range(12)]
+    with pool_of(work) as pool:
+        found = dict(over(pool, jobs))
+    assert [found[place][-len(str(place)) :][::-1] for place in range(12)] == [
+        str(place) for place in range(12)
+    ]
+
+
+def test_a_long_job_behind_one_that_hangs(work):
+    with pool_of(work, workers=1, seconds=1.0) as pool:
+        found = dict(over(pool, ["hang", ("long", "-" * 10**6), 3]))
+    assert found[0] == Lost("it took longer than 1 s")
+    assert len(found[1]) == 10**6
+    assert found[2]["job"] == 3
+
+
+def kill_all():
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_from_outside_is_no_fault_of_its_job(work):
+    with pool_of(work, workers=1) as pool:
+        list(over(pool, [1]))
+        for attempts in (1, 2):
+            pool.submit("sleeps", ("sleep", 1.0), attempts=attempts)
+            time.sleep(0.3)
+            kill_all()
+            result = pool.next().result
+            assert isinstance(result, Lost) == (attempts == 1)
+        pool.submit("crashes", "abort", attempts=2)
+        assert isinstance(pool.next().result, Lost)
+
+
+def test_a_process_that_is_killed_between_two_results(work):
+    with pool_of(work, workers=1) as pool:
+        pool.submit("many", ("many", 5), attempts=2)
+        assert pool.next().result[0] == 0
+        time.sleep(0.3)  # it has told the next one, or waits to be asked for it
+        kill_all()
+        answers = [pool.next()]
+        while not answers[-1].is_last:
+            answers.append(pool.next())
+        assert isinstance(answers[-1].result, Lost), "what began is not begun again"
+
+
+def test_processes_that_do_not_start_end_the_run(work):
+    broken = sys.modules[work.__module__].EndsAsItIsRead()
+    message = r"did not start, 3 times: it ended with exit code 7.*data\.workers=0"
+    with pytest.raises(PoolError, match=message), pool_of(broken, workers=2) as pool:
+        list(over(pool, [1, 2, 3]))
+    assert not multiprocessing.active_children()
 
 
 def test_an_error_of_the_work_ends_the_run_with_its_traceback(work):
