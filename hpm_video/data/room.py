@@ -32,9 +32,9 @@ def check_room(workers: int, shared: int, batches: int) -> None:
         if there is not None and needed > there:
             raise RoomError(
                 f"{_of(workers, processes if needed > shared else 1)} need {_mib(needed)} of "
-                f"shared memory (two jobs each), and {SHARED} has {_mib(there)}. Give it more (docker run "
-                "--shm-size=..., mount -o remount,size=...), or take fewer with data.workers, "
-                "fewer or smaller clips"
+                f"shared memory (two jobs each), and {SHARED} has {_mib(there)}. "
+                "Give it more (docker run --shm-size=..., mount -o remount,size=...), or take "
+                "fewer with data.workers, fewer or smaller clips"
             )
     left = memory_left()
     if left is not None and shared + batches > left:
