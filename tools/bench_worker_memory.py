@@ -13,13 +13,10 @@ from pathlib import Path
 import matplotlib as mpl
 from tqdm import tqdm
 
-from hpm_video.config import ConfigError, load_any_config
-from hpm_video.console import interpreter
-from hpm_video.data.decode import DecoderError
+from hpm_video.config import ConfigError, PretrainConfig, load_any_config
+from hpm_video.console import interpreter, positive, run
 from hpm_video.data.loader import training_batches
-from hpm_video.data.manifest import ManifestError
 from hpm_video.data.mixture import Places, deal_out
-from hpm_video.data.room import RoomError
 from hpm_video.experiment import open_data, training_clips
 from hpm_video.pretrain import crops_of
 
@@ -29,7 +26,7 @@ POINTS = 200
 
 
 def main() -> int:
-    """Read, measure, draw, and print how much was gained over the second half."""
+    """Read, measure, draw, and print how much was gained over the second half. -> exit code"""
     parser = argparse.ArgumentParser(
         prog=f"{interpreter()} tools/bench_worker_memory.py",
         description=__doc__,
@@ -38,28 +35,32 @@ def main() -> int:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="of pre-training")
     parser.add_argument("out", type=Path, metavar="OUT.png")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--samples", type=int, default=10_000, metavar="N", help="videos (10,000)")
-    parser.add_argument("--workers", type=int, default=1, metavar="N")
+    parser.add_argument(
+        "--samples", type=positive, default=10_000, metavar="N", help="videos (10,000)"
+    )
+    parser.add_argument("--workers", type=positive, default=1, metavar="N")
     arguments = parser.parse_args()
-    try:
-        curve = measure(arguments)
-    except (ConfigError, ManifestError, DecoderError, RoomError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run(lambda: bench(arguments))
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """Read, measure, draw and tell. What is raised, ``hpm_video.console.run`` tells."""
+    curve = measure(arguments)
     draw(curve, arguments.out)
     half = [most for samples, most in curve if samples >= arguments.samples / 2]
     print(
         f"{arguments.samples} samples: at most {max(most for _, most in curve) / MIB:.0f} MiB in "
         f"a process, {(half[-1] - half[0]) / MIB:+.1f} MiB over the second half; {arguments.out}"
     )
-    return 0
 
 
 def measure(arguments: argparse.Namespace) -> list[tuple[int, int]]:
     """Samples read so far, and bytes of the process that has most."""
     config = load_any_config(arguments.config, arguments.overrides)
-    clips = training_clips(config, open_data(config), crops_of(config), same_frames=False)  # type: ignore[arg-type]
-    batch_size = min(config.recipe.batch_size, 16)
+    if not isinstance(config, PretrainConfig):
+        raise ConfigError(f"{arguments.config} is not of pre-training")
+    clips = training_clips(config, open_data(config), crops_of(config), same_frames=False)
+    batch_size = min(config.recipe.batch_size, 16, arguments.samples)
     places = Places(deal_out(config.weights, arguments.samples // batch_size), batch_size)
     batches = training_batches(
         clips, places, batch_size=batch_size, workers=arguments.workers, pin=False
