@@ -22,7 +22,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from hpm_video.data import encode, prepared, shards, transcoding
+from hpm_video.data import beat, encode, prepared, shards, transcoding
 from hpm_video.data.dataset import ClipSpec, Repeats, VideoClips
 from hpm_video.data.decode import open_video
 from hpm_video.data.encode import fitted_size, write_video
@@ -642,6 +642,125 @@ def test_what_is_repaired_is_added(start, source, tmp_path):
     assert not (output / "failed.csv").exists()
 
 
+def later(path):
+    """As if it had been written a minute later."""
+    moment = path.stat().st_mtime_ns + 60 * 10**9
+    os.utime(path, ns=(moment, moment))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--to", "files"), ("--to", "frames"), ("--to", "shards"), ("--to", "shards", "--copy")],
+)
+def test_outputs_of_sources_that_changed_are_made_again(start, tmp_path, capsys, options):
+    output = tmp_path / "out"
+    (tmp_path / "list.csv").write_text("path,label\na.mp4,0\nb.mp4,1\n")
+    for name in "ab":
+        write_source(tmp_path / f"{name}.mp4")
+    start(tmp_path / "list.csv", output, *options)
+    before = {row["label"]: read_all(place) for row, place in labelled(output)}
+    write_source(tmp_path / "a.mp4", frames=9)
+    later(tmp_path / "a.mp4")
+    capsys.readouterr()
+    start(tmp_path / "list.csv", output, *options)
+    told = capsys.readouterr().out
+    assert "1 files or their labels have changed" in told
+    assert "Done: 2 files, 1 of them new" in told
+    assert [row["num_frames"] for row in rows_of(output)] == ["9", "20"]
+    after = {row["label"]: read_all(place) for row, place in labelled(output)}
+    assert numbers_of(after["0"]) == list(range(9))
+    assert (after["1"] == before["1"]).all()
+    (tmp_path / "b.mp4").unlink()  # what is made of it stays
+    written = contents(output)
+    start(tmp_path / "list.csv", output, *options)
+    assert "0 of them new" in capsys.readouterr().out
+    assert contents(output) == written
+
+
+def labelled(output):
+    return zip(rows_of(output), read_manifest(output / "manifest.csv").files, strict=True)
+
+
+def test_a_shard_with_a_label_that_changed_is_packed_anew(start, tmp_path, capsys):
+    """Nothing is encoded again, and of a run that was stopped in between nothing is left."""
+    output = tmp_path / "out"
+    (tmp_path / "list.csv").write_text("path,label\na.mp4,0\nb.mp4,1\n")
+    for name in "ab":
+        write_source(tmp_path / f"{name}.mp4")
+    start(tmp_path / "list.csv", output, "--to", "shards")
+    first, journal = output / "shard-000000.tar", (output / "journal.jsonl").read_text()
+    old = first.read_bytes()
+    (tmp_path / "list.csv").write_text("path,label\na.mp4,7\nb.mp4,1\n")
+    for _ in range(2):
+        capsys.readouterr()
+        start(tmp_path / "list.csv", output, "--to", "shards")
+        assert "0 of them new" in capsys.readouterr().out
+        assert [path.name for path in output.glob("*.tar")] == ["shard-000001.tar"]
+        with tarfile.open(output / "shard-000001.tar") as tar:
+            labels = [tar.extractfile(f"{name}.cls").read() for name in "ab"]
+            assert json.load(tar.extractfile("a.json"))["label"] == 7
+        assert labels == [b"7", b"1"]
+        assert [numbers_of(read_all(place)) for _, place in labelled(output)] == [[*range(20)]] * 2
+        # As if it had been killed before it deleted the old one.
+        first.write_bytes(old)
+        with (output / "journal.jsonl").open("r+") as file:
+            now = file.read()
+            file.seek(0)
+            file.write(journal + now)
+
+
+def test_a_shard_of_a_run_that_was_killed_after_a_change_is_not_taken_for_good(start, tmp_path):
+    output = tmp_path / "out"
+    (tmp_path / "list.csv").write_text("path\na.mp4\nb.mp4\n")
+    for name in "ab":
+        write_source(tmp_path / f"{name}.mp4")
+    start(tmp_path / "list.csv", output, "--to", "shards")
+    write_source(tmp_path / "a.mp4", frames=9)
+    later(tmp_path / "a.mp4")
+    recipe = Recipe("shards", 40, None, 5, 12, 90, 10**9, copy=False)
+    settings = json.loads((output / "settings.json").read_text())
+    for changed in (1, 0):
+        with folder_of(tmp_path, ["a.mp4", "b.mp4"], recipe) as folder:
+            folder.claim(settings)
+            assert (folder.changed, len(folder.missing())) == (changed, changed)
+            if changed:  # made, and not packed yet
+                job = folder.job(str(tmp_path / "a.mp4"))
+                folder.note(job.place, [*Transcoder(recipe)(job)][-1])
+    start(tmp_path / "list.csv", output, "--to", "shards")
+    assert [row["num_frames"] for row in rows_of(output)] == ["9", "20"]
+    assert [path.name for path in output.glob("*.tar")] == ["shard-000001.tar"]
+
+
+def test_going_on_with_folders_of_frames_looks_at_no_single_frame(
+    start, tmp_path, monkeypatch, capsys
+):
+    write_source(tmp_path / "a.mp4")
+    (tmp_path / "list.csv").write_text("path\na.mp4\n")
+    arguments = [tmp_path / "list.csv", tmp_path / "out", "--to", "frames"]
+    start(*arguments)
+    monkeypatch.setattr(prepared, "bytes_of", None)
+    start(*arguments)
+    assert "all 1 files are there already" in capsys.readouterr().out
+    monkeypatch.undo()
+    (tmp_path / "out" / "frames" / "a" / "000003.jpg").unlink()
+    start(*arguments)
+    assert "1 of them new" in capsys.readouterr().out
+
+
+def test_memory_is_in_the_same_unit_in_both_programs(tool, tmp_path, monkeypatch):
+    limits = []
+
+    class NoPool:
+        def __init__(self, work, workers, limit, **_):
+            limits.append(limit)
+            raise BlockingIOError
+
+    monkeypatch.setattr(tool, "Pool", NoPool)
+    write_source(tmp_path / "in" / "a.mp4")
+    assert tool.main([str(tmp_path / "in"), str(tmp_path / "out"), "--memory", "2"]) == 2
+    assert limits[0].memory == 2 * 2**30
+
+
 def test_lost_outputs_are_made_again(start, source, tmp_path):
     output = tmp_path / "out"
     start(source, output, code=2)
@@ -861,16 +980,16 @@ def test_an_output_that_is_not_what_it_should_be_is_no_row(tmp_path, monkeypatch
 
 def test_check_finds_another_size(tmp_path):
     write_video(tmp_path / "a.mp4", [painted(i, 32, 48) for i in range(4)], gop=3)
-    beat = transcoding.Beat()
+    clock = beat.Beat()
     good = transcoding.Written(4, (32, 48))
-    assert [*_results(check(str(tmp_path / "a.mp4"), good, Fraction(25), beat))][-1].width == 48
+    assert [*_results(check(str(tmp_path / "a.mp4"), good, Fraction(25), clock))][-1].width == 48
     for wrong, fps, words in [
         (transcoding.Written(5, (32, 48)), 25, "4 frames instead of 5"),
         (transcoding.Written(4, (48, 32)), 25, "frames of"),
         (good, 30, "frames a second"),
     ]:
         with pytest.raises(transcoding.NotTheSameError, match=words):
-            list(check(str(tmp_path / "a.mp4"), wrong, Fraction(fps), beat))
+            list(check(str(tmp_path / "a.mp4"), wrong, Fraction(fps), clock))
 
 
 def _results(generator):
@@ -892,7 +1011,7 @@ def test_a_file_that_is_cut_off_is_told(tmp_path):
 
 
 def test_long_work_says_how_far_it_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(transcoding, "SECONDS_BETWEEN_STEPS", 0.0)
+    monkeypatch.setattr(beat, "SECONDS_BETWEEN_STEPS", 0.0)
     path = write_source(tmp_path / "a.mp4")
     steps = [*Transcoder(RECIPE)(Job(str(path), f"{tmp_path}/b.mp4", f"{tmp_path}/out.mp4"))]
     assert all(isinstance(step, Step) for step in steps[:-1])

@@ -7,13 +7,14 @@ frames that do not exist. CHECKED.png shows lengths, sizes and verdicts.
 
 Columns: num_frames (those that can be read, whatever the header says), duration (s), fps, width,
 height (upright), codec, pixel_format, key_frame_distance (frames, at most), rotation (degrees
-clockwise that set it upright), bytes, modified, content (equal where a file lies twice), verdict
-(fine, suspicious or bad) and reason. All other columns stay as they are.
+clockwise that set it upright), bytes, modified, content (equal where a file lies twice), decoder
+(that num_frames is true of), verdict (fine, suspicious or bad) and reason. All other columns stay
+as they are.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -21,7 +22,7 @@ from hpm_video.console import above_zero, positive, run, shortest
 from hpm_video.data.check_report import plot, save_plot, summary
 from hpm_video.data.checking import check_file
 from hpm_video.data.decode import DecoderChoice, choose_decoder
-from hpm_video.data.findings import Journal
+from hpm_video.data.findings import Finding, Journal
 from hpm_video.data.loader import default_workers
 from hpm_video.data.manifest import Listing, ManifestError, read_listing
 from hpm_video.data.manifest_check import (
@@ -68,12 +69,31 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="CHECKED.csv",
         help="default: NAME.checked.csv beside the manifest. Where it is there already, files that "
-        "were found to be usable and have not changed since are not decoded again",
+        "the same decoder could use and that have not changed since are not decoded again",
     )
-    add("--again", action="store_true", help="decode all of them again")
+    add("--again", action="store_true", help="decode all of them again; stopped, it goes on")
     add("--root", type=Path, help="where paths in the manifest start; default: its own folder")
-    add("--workers", type=positive, default=default_workers(), metavar="N")
-    add("--seconds", type=above_zero, default=60.0, help="for a file, at most (default 60)")
+    add(
+        "--workers",
+        type=positive,
+        default=default_workers(),
+        metavar="N",
+        help="processes (default here: %(default)s)",
+    )
+    add(
+        "--seconds",
+        type=above_zero,
+        default=60.0,
+        metavar="LIMIT",
+        help="a file of which no further frame comes for so long is given up (default 60)",
+    )
+    add(
+        "--seconds-in-all",
+        type=above_zero,
+        default=3600.0,
+        metavar="LIMIT",
+        help="for a file, however well it gets on (default 3600)",
+    )
     add("--memory", type=above_zero, default=4.0, metavar="GIB", help="for a file (default 4)")
     add("--decoder", choices=get_args(DecoderChoice), default="auto", help="of training")
     return parser.parse_args(command_line)
@@ -88,23 +108,29 @@ def check(arguments: argparse.Namespace) -> Checked:
     listing = read_listing(arguments.manifest, arguments.root)
     out = where_to(listing, arguments.out)
     if not all(is_image(file) or is_frame_folder(file) for file in listing.files):
-        choose_decoder(arguments.decoder)
+        arguments.decoder = choose_decoder(arguments.decoder)
     how = How(
         arguments.workers,
         Limits(arguments.seconds, round(arguments.memory * GIB)),
         arguments.decoder,
         check_file,
+        arguments.seconds_in_all,
     )
+    is_beside = listing.source.is_file() and out.parent == listing.source.parent
+    keep_paths = is_beside or arguments.root is not None
+    refuse_unwritable(listing)
     known = {} if arguments.again else known_of(out, arguments.root)
-    with Journal(journal_of(out)) as journal:
-        print(announce(listing, len({*known, *journal.findings} & {*listing.files}), how))
+    with Journal(journal_of(out), again=arguments.again) as journal:
+        if journal.discarded:
+            print(f"--again: {journal.path}, of a check that was stopped, begins anew")
+        before = known | journal.findings
+        print(announce(listing, sum(map(how.takes_over, of_files(listing, before))), how))
         try:
             checked = check_listing(listing, journal, known, how)
         except KeyboardInterrupt:
             print(f"\nWhat is known so far is kept in {journal.path}: the same command goes on.")
             raise
-        is_beside = listing.source.is_file() and out.parent == listing.source.parent
-        write_checked(checked, out, keep_paths=is_beside or arguments.root is not None)
+        write_checked(checked, out, keep_paths=keep_paths)
         journal.remove()
     picture = out.with_suffix(".png")
     with written_beside(picture) as path:
@@ -131,12 +157,33 @@ def where_to(listing: Listing, out: Path | None) -> Path:
     return out
 
 
+def refuse_unwritable(listing: Listing) -> None:
+    """Look whether all paths can be written, before hours of work.
+
+    Raises:
+        ManifestError: one of them is not text in UTF-8.
+    """
+    try:
+        for file in listing.files:
+            file.encode()
+    except UnicodeEncodeError as error:
+        raise ManifestError(
+            f"the path {file!r} is not text in UTF-8, as a manifest is: rename its folders"
+        ) from error
+
+
+def of_files(listing: Listing, findings: Mapping[str, Finding]) -> list[Finding]:
+    """The findings of files of a list, each once."""
+    return [findings[file] for file in {*listing.files} & findings.keys()]
+
+
 def announce(listing: Listing, known: int, how: How) -> str:
     """What is about to be done."""
     before = f", {known} of which were checked before" if known else ""
     return (
         f"{len(set(listing.files))} files of {shortest(listing.source)}{before}; {how.workers} "
-        f"processes, at most {how.limits.seconds:g} s and {how.limits.memory / GIB:g} GiB a file"
+        f"{'process' if how.workers == 1 else 'processes'}; a file may take "
+        f"{how.limits.memory / GIB:g} GiB, and {how.limits.seconds:g} s without a further frame"
     )
 
 

@@ -15,15 +15,13 @@ from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 
-from tqdm import tqdm
-
 import hpm_video
 from hpm_video.console import above_zero, positive, run, shortest
 from hpm_video.data.clip_stream import BadVideosError
 from hpm_video.data.dataset import Failure
-from hpm_video.data.loader import default_workers
+from hpm_video.data.loader import MAX_WORKERS, default_workers
 from hpm_video.data.manifest import read_listing, read_manifest
-from hpm_video.data.pool import Limits, Pool
+from hpm_video.data.pool import GIB, Limits, Pool
 from hpm_video.data.prepared import (
     Estimate,
     PreparedFolder,
@@ -33,6 +31,7 @@ from hpm_video.data.prepared import (
     pack,
     try_out,
 )
+from hpm_video.data.progress_bar import ProgressBar
 from hpm_video.data.transcoding import Job, Packer, Prober, Recipe, Shard, Transcoder
 
 GB = 1e9
@@ -80,7 +79,14 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     add("--crf", type=crf, default=20, metavar="N", help="quality of H.264, 0 to 51 (default 20)")
     add("--quality", type=percent, default=90, metavar="N", help="of JPEG, 1 to 100 (default 90)")
     add("--shard-size", type=above_zero, default=1.0, metavar="GB", help="(default 1)")
-    add("--workers", type=positive, metavar="N", help="processes; default: one for each core")
+    add(
+        "--workers",
+        type=positive,
+        default=default_workers() + 1,
+        metavar="N",
+        help="processes (default here: %(default)s, for the cores that it may use; at most "
+        f"{MAX_WORKERS + 1})",
+    )
     add(
         "--seconds",
         type=above_zero,
@@ -88,7 +94,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         metavar="LIMIT",
         help="a file that makes no progress for so long is given up (default 60)",
     )
-    add("--memory", type=above_zero, default=4.0, metavar="GB", help="of a process (default 4)")
+    add("--memory", type=above_zero, default=4.0, metavar="GIB", help="of a process (default 4)")
     add(
         *("--estimate", "--dry-run"),
         action="store_true",
@@ -121,6 +127,8 @@ def prepare(arguments: argparse.Namespace) -> None:
     with PreparedFolder(arguments.output, recipe, rows, base) as folder:
         if not arguments.estimate or (folder.path / "settings.json").is_file():
             folder.claim(settings)
+        if folder.changed:
+            print(f"{folder.changed} files or their labels have changed: these are done again")
         began, there = time.monotonic(), len(folder)
         try:
             finished = work_through(folder, arguments)
@@ -138,8 +146,8 @@ def prepare(arguments: argparse.Namespace) -> None:
 def work_through(folder: PreparedFolder, arguments: argparse.Namespace) -> bool:
     """Do all that is to do. -> whether it was to be done, and not only told"""
     places = folder.missing()
-    limits = Limits(arguments.seconds, int(arguments.memory * GB))
-    workers = arguments.workers or default_workers() + 1
+    limits = Limits(arguments.seconds, round(arguments.memory * GIB))
+    workers = arguments.workers
     work = Prober() if folder.recipe.copy else Transcoder(folder.recipe)
     if places:
         pool: Pool[Job]
@@ -150,8 +158,8 @@ def work_through(folder: PreparedFolder, arguments: argparse.Namespace) -> bool:
             check_disk(folder, estimate, force=arguments.force or arguments.estimate)
             if arguments.estimate:
                 return False
-            with closing(Bar(len(places), "files", "frames/s")) as bar:
-                make(folder, pool, places, bar.advance)
+            with closing(ProgressBar(len(places), "files", "frames/s")) as bar:
+                make(folder, pool, places, lambda n, last: bar.advance(n, is_last=last))
     else:
         print(f"all {folder.num_places - len(folder.failed)} files are there already")
     if folder.recipe.form == "shards" and not arguments.estimate:
@@ -171,10 +179,10 @@ def write_shards(folder: PreparedFolder, workers: int, limits: Limits) -> None:
     packers: Pool[Shard]
     with (
         Pool(Packer(), min(workers, len(shards)), limits, depth=1) as packers,
-        closing(Bar(len(shards), "shards", "MB/s")) as bar,
+        closing(ProgressBar(len(shards), "shards", "MB/s")) as bar,
     ):
         for size in pack(folder, packers, shards):
-            bar.advance(round(size / 1e6), is_last=True)
+            bar.advance(size / 1e6)
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
@@ -194,7 +202,10 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
 def announce(folder: PreparedFolder, estimate: Estimate, workers: int) -> None:
     """Say what is about to be done, and what to expect."""
     done = f" ({len(folder)} more are done)" if len(folder) else ""
-    print(f"{estimate.files} files{done}, {size_of(estimate.before)}, on {workers} processes")
+    print(
+        f"{estimate.files} files{done}, {size_of(estimate.before)}, on "
+        f"{workers} {'process' if workers == 1 else 'processes'}"
+    )
     if folder.recipe.copy:
         print(f"  packed as they are: {size_of(estimate.after)}")
     elif estimate.tried:
@@ -253,39 +264,6 @@ def tell(folder: PreparedFolder, new: int, seconds: float) -> None:
             f"They are listed in {folder.path / 'failed.csv'}, and the same command tries them "
             "again",
         )
-
-
-class Bar:
-    """How much is done. On a terminal a bar; elsewhere a line now and then."""
-
-    SECONDS_BETWEEN_LINES = 20.0
-
-    def __init__(self, total: int, things: str, unit: str) -> None:
-        self._bar = tqdm(
-            total=total,
-            dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
-            bar_format="{percentage:3.0f}% |{bar:12}| {n}/{total} [{remaining} left{postfix}]",
-        )
-        self._things, self._unit = things, unit
-        self._amount = self._done = 0
-        self._began = self._last_line = time.monotonic()
-
-    def advance(self, amount: int, is_last: bool) -> None:
-        """So much is done, and maybe with it one more."""
-        self._amount += amount
-        self._done += is_last
-        now = time.monotonic()
-        speed = f"{self._amount / max(now - self._began, 1e-9):.0f} {self._unit}"
-        self._bar.set_postfix_str(speed, refresh=False)
-        self._bar.update(int(is_last))
-        if self._bar.disable and now - self._last_line > self.SECONDS_BETWEEN_LINES:
-            print(f"{self._done}/{self._bar.total} {self._things}, {speed}", flush=True)
-            self._last_line = now
-
-    def close(self) -> None:
-        """Leave the terminal as it is."""
-        self._bar.close()
 
 
 def plain(value: object) -> object:

@@ -79,7 +79,7 @@ def _totals(usable: Sequence[Finding]) -> list[str]:
     (width, height), most = sizes.most_common(1)[0]
     kinds = Counter(finding.codec for finding in usable)
     totals = {
-        "usable": f"{len(usable)} files, {hours:.4g} hours, {int(frames.sum())} frames, "
+        "usable": f"{len(usable)} files, {hours:.2f} hours, {int(frames.sum())} frames, "
         f"{_bytes(size)}",
         "frames": f"{int(np.median(frames))} (median), {_range(frames)}",
         "sizes": f"{len(sizes)}; {width} x {height} in {most} files",

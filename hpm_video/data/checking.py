@@ -5,23 +5,28 @@ import hashlib
 import io
 import os
 import re
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hpm_video.data.beat import Beat
 from hpm_video.data.decode import DecoderChoice, open_video
+from hpm_video.data.decode_pyav import UNTIMED, open_container
 from hpm_video.data.findings import BETWEEN_REASONS, Finding, Stamp
 from hpm_video.data.sources import TarMember, frames_in, is_frame_folder, is_image
 from hpm_video.data.video_reader import DecodeError, Size, VideoReader, as_decode_error
 
 if TYPE_CHECKING:
     import av
+
+Result = TypeVar("Result")
 
 SHORTEST = 16
 """Frames of a usual clip."""
@@ -38,10 +43,6 @@ UNEVEN = 0.1
 TICKS = 1.6
 ANEW = "encode it anew with tools/transcode.py"
 
-_NO_ORDER = ("avi", "mpeg")
-"""Containers whose times of presentation the demuxer makes up: their frames are counted."""
-_CONFINED = {"protocol_whitelist": "file"}
-"""A file may not have further ones opened, or addresses."""
 _LESS = (0, 1, 2, 4, 8, 16, 32)
 """Frames that are given up where the last ones before some damage cannot be read."""
 _ENDS = 2**16
@@ -61,12 +62,52 @@ class Task:
     known: Stamp | None = None
     """When it was looked at before. Unless it has changed since, nothing is done."""
     decoder: DecoderChoice = "auto"
+    seconds_in_all: float = 3600.0
+    """After which it is given up although it goes on."""
 
 
-def check_file(task: Task) -> Finding | None:
-    """Decode all of a file. -> what was found out, or none if it has not changed
+@dataclass(frozen=True)
+class Working:
+    """A file that is being decoded, and gets on."""
 
-    Whatever is wrong with the file is part of the finding; only a lack of memory is raised.
+
+WORKING = Working()
+Beats = Generator[Working, None, Result]
+"""Says now and then that it gets on, and at last returns a result."""
+TOO_LONG = (
+    "it took longer than {:g} s in all: where it is only long, check it with more --seconds-in-all"
+)
+
+
+class Watch:
+    """Looks at the clock after every frame."""
+
+    def __init__(self, seconds_in_all: float) -> None:
+        self._beat = Beat()
+        self._seconds = seconds_in_all
+        self._end = time.monotonic() + seconds_in_all
+
+    def look(self) -> Iterator[Working]:
+        """Say that there was a frame, when it is time to.
+
+        Raises:
+            TooLongError: it is enough.
+        """
+        if self._beat.is_due():
+            if time.monotonic() > self._end:
+                raise TooLongError(TOO_LONG.format(self._seconds))
+            yield WORKING
+
+
+class TooLongError(DecodeError):
+    """A file that goes on and on."""
+
+
+def check_file(task: Task) -> Iterator[Working | Finding | None]:
+    """Decode all of a file. -> at last what was found out, or none if it has not changed
+
+    As long as frames come out, it says now and then that it gets on. Whatever is wrong with the
+    file is part of the finding; only a lack of memory is raised.
     """
     try:
         stamp = stamp_of(task.file)
@@ -74,16 +115,21 @@ def check_file(task: Task) -> Finding | None:
         stamp = Stamp()
         missing = isinstance(error, FileNotFoundError)
         why = "there is no such file" if missing else f"{error.strerror}"
-        return None if task.known == stamp else bad(why)
+        yield None if task.known == stamp else bad(why)
+        return
     if task.known == stamp:
-        return None
+        yield None
+        return
     try:
         with as_decode_error(task.file):
-            finding = measure(task.file, task.decoder)
+            watch = Watch(task.seconds_in_all)
+            finding = yield from measure(task.file, task.decoder, watch)
             finding = replace(finding, content=content_of(task.file, stamp))
+    except TooLongError as error:
+        finding = replace(bad(error.reason), limits=(task.seconds_in_all,))
     except DecodeError as error:
         finding = bad(error.reason)
-    return replace(finding, bytes=stamp.bytes, modified=stamp.modified)
+    yield replace(finding, bytes=stamp.bytes, modified=stamp.modified)
 
 
 def bad(*reasons: str) -> Finding:
@@ -134,24 +180,24 @@ def _ends(path: Path, start: int, size: int) -> bytes:
         return first + file.read(min(size, _ENDS))
 
 
-def measure(file: str, decoder: DecoderChoice) -> Finding:
+def measure(file: str, decoder: DecoderChoice, watch: Watch) -> Beats[Finding]:
     """Everything about a file but its bytes.
 
     Raises:
         DecodeError: it does not open, or not one of its frames decodes.
     """
     if is_frame_folder(file) or is_image(file):
-        return _measure_pictures(file)
+        return (yield from _measure_pictures(file, watch))
     with open_video(file, decoder) as reader:
-        return _measure_video(reader, file)
+        return (yield from _measure_video(reader, file, watch))
 
 
-def _measure_pictures(file: str) -> Finding:
+def _measure_pictures(file: str, watch: Watch) -> Beats[Finding]:
     """An image, or a folder of them: read as training reads them."""
     with open_video(file) as reader:
         size = reader.height, reader.width
         count = reader.num_frames
-        sound, why = _sound_pictures(reader)
+        sound, why = yield from _sound_pictures(reader, watch)
     data = frames_in(file)[0].read_bytes() if is_frame_folder(file) else _bytes_of(file)
     picture = picture_facts(data)
     finding = Finding(
@@ -170,14 +216,17 @@ def _measure_pictures(file: str) -> Finding:
     return _judged(finding, doubts, _Soundness(sound, count, why))
 
 
-def _sound_pictures(reader: VideoReader) -> tuple[int, str]:
+def _sound_pictures(reader: VideoReader, watch: Watch) -> Beats[tuple[int, str]]:
     """How many of the frames can be read until one cannot, and why that one cannot."""
     index = 0
     try:
         for start in range(0, reader.num_frames, _RUN):
             index = start
             reader.read(range(start, min(start + _RUN, reader.num_frames)))
+            yield from watch.look()
         return reader.num_frames, ""
+    except TooLongError:
+        raise
     except DecodeError:
         return _sound_one_by_one(reader, index)
 
@@ -318,14 +367,14 @@ class _Soundness:
     why: str
 
 
-def _measure_video(reader: VideoReader, file: str) -> Finding:
-    stream = decode_all(file)
+def _measure_video(reader: VideoReader, file: str, watch: Watch) -> Beats[Finding]:
+    stream = yield from decode_all(file, watch)
     if not stream.frames:
         raise DecodeError(stream.first_error or "it has no frames")
     found = stream.sound()
     # Without times training counts frames as they are counted here.
     sound = min(found.sound, reader.num_frames) if stream.ordered else found.sound
-    sound, why = _readable(reader, sound)
+    sound, why = yield from _readable(reader, sound, watch)
     found = replace(found, sound=sound, why=why or found.why)
     fps = stream.fps()
     height, width = stream.sizes[0]
@@ -349,7 +398,7 @@ def _measure_video(reader: VideoReader, file: str) -> Finding:
     return _judged(finding, doubts, found)
 
 
-def _readable(reader: VideoReader, sound: int) -> tuple[int, str]:
+def _readable(reader: VideoReader, sound: int, watch: Watch) -> Beats[tuple[int, str]]:
     """How many of the frames training can read, and if not all of them, why.
 
     It gets at them by another way than one after the other, and where decoding has to go on to get
@@ -361,7 +410,11 @@ def _readable(reader: VideoReader, sound: int) -> tuple[int, str]:
         if last < 0:
             break
         try:
-            reader.read(sorted({0, last // 2, last}))
+            for index in sorted({0, last // 2, last}):
+                reader.read([index])
+                yield from watch.look()
+        except TooLongError:
+            raise
         except (DecodeError, IndexError) as error:
             why = why or (error.reason if isinstance(error, DecodeError) else str(error))
         else:
@@ -369,33 +422,30 @@ def _readable(reader: VideoReader, sound: int) -> tuple[int, str]:
     return 0, why
 
 
-def decode_all(file: str) -> Stream:
+def decode_all(file: str, watch: Watch) -> Beats[Stream]:
     """Decode every packet of a video that was opened before, going on after errors.
 
     Raises:
-        DecodeError: it has no video stream.
+        DecodeError: it is no video.
+        TooLongError: it goes on and on.
         Exception: whatever PyAV raises where a file does not open.
     """
-    import av
-
     member = TarMember.parse(file)
-    data = io.BytesIO(member.read()) if member else os.path.abspath(file)  # noqa: PTH100
-    with av.open(data, "r", metadata_errors="ignore", options=_CONFINED) as container:
-        if not container.streams.video:
-            raise DecodeError("it has no video stream")
-        video = container.streams.video[0]
-        video.codec_context.thread_count = 1  # each core has a process of its own
+    source = member.read() if member else os.path.abspath(file)  # noqa: PTH100
+    container, video = open_container(source)
+    with container:
         stream = Stream(
             stated=video.frames,
             promised=float((video.duration or 0) * (video.time_base or 0)),
             tick=float(video.time_base or 0),
             rate=float(video.average_rate) if video.average_rate else None,
-            has_times=container.format.name not in _NO_ORDER,
+            has_times=container.format.name not in UNTIMED,
             codec=video.codec_context.name,
             pixel_format=video.codec_context.pix_fmt or "",
         )
         for packet in container.demux(video):
             _take(stream, packet)
+            yield from watch.look()
     return stream
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 FORMATS = "mov,matroska,avi,flv,asf,ogg,mpeg,mpegvideo,mpegts,gif,yuv4mpegpipe"
 """Of FFmpeg: what a video may be, whatever its suffix. Others open further files, or addresses."""
-_NO_ORDER = ("avi", "mpeg")
+UNTIMED = ("avi", "mpeg")
 """Containers whose presentation times are made up by the demuxer, or missing."""
 _NEVER_TURNED = ("avi", "mpeg", "mpegts", "mpegvideo", "flv", "asf", "ogg", "gif", "yuv4mpegpipe")
 """Containers that have no word for how a camera was held."""
@@ -47,6 +47,46 @@ class _Packet(NamedTuple):
 
 class _OtherPackets(Exception):  # noqa: N818 - never seen outside
     """The packets are not those of the header's tables."""
+
+
+def open_container(
+    source: str | bytes,
+) -> "tuple[av.container.InputContainer, av.VideoStream]":
+    """Open the path of a video, or its bytes, and find its first video stream.
+
+    FFmpeg can open nothing else on its behalf, and decodes on one thread: all cores are taken by
+    processes.
+
+    Raises:
+        DecodeError: it is no video, or there is no decoder for it.
+        av.FFmpegError: it cannot be opened.
+    """
+    import av
+
+    in_memory = isinstance(source, bytes)
+    try:
+        container = av.open(
+            open_source(source) if in_memory else source,
+            mode="r",
+            metadata_errors="ignore",
+            options={
+                "protocol_whitelist": "none" if in_memory else "file",
+                "format_whitelist": FORMATS,
+            },
+        )
+    except (av.error.InvalidDataError, av.error.EOFError, av.error.ArgumentError) as error:
+        raise DecodeError(
+            f"it is no video, or it is cut off or damaged: {error.strerror}. Download it again"
+        ) from error
+    if not container.streams.video:
+        container.close()
+        raise DecodeError("it has no video stream")
+    stream = container.streams.video[0]
+    if getattr(stream, "codec_context", None) is None:
+        container.close()
+        raise DecodeError(f"there is no decoder here for its codec. {TRANSCODE}")
+    stream.codec_context.thread_count = 1
+    return container, stream
 
 
 class PyavReader(VideoReader):
@@ -76,33 +116,9 @@ class PyavReader(VideoReader):
             raise
 
     def _open(self) -> None:
-        import av
-
-        in_memory = isinstance(self._source, bytes)
-        try:
-            self._container = av.open(
-                open_source(self._source) if in_memory else self._source,
-                mode="r",
-                metadata_errors="ignore",
-                options={
-                    "protocol_whitelist": "none" if in_memory else "file",
-                    "format_whitelist": FORMATS,
-                },
-            )
-        except (av.error.InvalidDataError, av.error.EOFError, av.error.ArgumentError) as error:
-            raise DecodeError(
-                f"it is no video, or it is cut off or damaged: {error.strerror}. Download it again"
-            ) from error
-        if not self._container.streams.video:
-            self._container.close()
-            raise DecodeError("it has no video stream")
-        self._stream = self._container.streams.video[0]
-        if getattr(self._stream, "codec_context", None) is None:
-            self._container.close()
-            raise DecodeError(f"there is no decoder here for its codec. {TRANSCODE}")
+        self._container, self._stream = open_container(self._source)
         self._is_at_start = True
         self._codec = self._stream.codec_context
-        self._codec.thread_count = 1  # the loader's workers take the cores
 
     # --- Which frames there are ---------------------------------------------------------------
 
@@ -113,7 +129,7 @@ class PyavReader(VideoReader):
         self._stated: dict[int | None, int | None] | None = None
         self._may_skip = False
         self._is_upright = self._container.format.name in _NEVER_TURNED
-        self._ordered = self._container.format.name not in _NO_ORDER
+        self._ordered = self._container.format.name not in UNTIMED
         if self._ordered:
             self._take_index(self._packets_of_header() or self._packets_of_file())
         else:

@@ -54,8 +54,11 @@ class Finding:
     modified: str = ""
     content: str = ""
     """A digest of its size, its beginning and its end: equal where the same file lies twice."""
-    limits: tuple[float, float] | None = None
-    """Where its process was lost: the seconds and the GiB that it had. Not a column."""
+    decoder: str = ""
+    """That tells how many frames training can read; of images ``pillow``."""
+    limits: tuple[float, ...] | None = None
+    """Where it was given up: the seconds without a frame, the GiB and the seconds in all that it
+    had. Not a column."""
 
     @property
     def stamp(self) -> Stamp:
@@ -63,12 +66,13 @@ class Finding:
         return Stamp(self.bytes, self.modified)
 
 
-_TEXT = ("codec", "pixel_format", "modified", "content")
+_TEXT = ("codec", "pixel_format", "modified", "content", "decoder")
 _REAL = {"duration": 3, "fps": 4}
 """Digits behind the point."""
 COLUMNS = (
     *("num_frames", "duration", "fps", "width", "height", "codec", "pixel_format"),
-    *("key_frame_distance", "rotation", "bytes", "modified", "content", "verdict", "reason"),
+    *("key_frame_distance", "rotation", "bytes", "modified", "content", "decoder"),
+    *("verdict", "reason"),
 )
 """In a manifest, behind those that it had."""
 
@@ -96,7 +100,7 @@ def read_findings(listing: Listing) -> dict[str, Finding]:
 
     Rows that say nothing, or something else, are left out.
     """
-    if not set(COLUMNS) <= set(listing.table.columns):
+    if not {*COLUMNS} - {"decoder"} <= {*listing.table.columns}:  # older ones do not have it
         return {}
     found = {}
     for file, *cells in zip(listing.files, *map(listing.column, COLUMNS), strict=True):
@@ -125,14 +129,21 @@ def _from_cells(cells: dict[str, str]) -> Finding:
     return Finding(verdict, reasons, **values)
 
 
+OF_ALL_FILES = json.dumps({"all files": "again"}) + "\n"
+"""The first line of the journal of a check that was to look at all files again."""
+
+
 class Journal:
     """A file beside a manifest in the making: what is known so far, a line of JSON for each file.
 
     It survives a kill, which may cut off its last line at most.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, again: bool = False) -> None:
         """Open the journal, and read what is there.
+
+        ``again``: only what was found by a check that was to look at all files again, and was
+        stopped, counts; the rest is left out. The first line says whose journal it is.
 
         Raises:
             ManifestError: another process writes it.
@@ -142,6 +153,8 @@ class Journal:
         self._file: TextIO = path.open("a+", encoding="utf-8")
         try:
             self._claim()
+            self.discarded = self._discard() if again else 0
+            """Lines of another check that was stopped, and is not gone on with."""
             self.findings = self._read()
         except BaseException:
             self._file.close()
@@ -156,6 +169,16 @@ class Journal:
             ) from error
         except OSError:  # some network disks have no locks
             return
+
+    def _discard(self) -> int:
+        self._file.seek(0)
+        first, *others = [*self._file] or [""]
+        if first == OF_ALL_FILES:
+            return 0
+        self._file.truncate(0)
+        self._file.write(OF_ALL_FILES)
+        self._file.flush()
+        return bool(first) + len(others)
 
     def _read(self) -> dict[str, Finding]:
         self._file.seek(0)

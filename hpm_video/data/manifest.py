@@ -29,6 +29,8 @@ VERDICTS: tuple[Verdict, ...] = ("fine", "suspicious", "bad")
 """What ``tools/check_videos.py`` says of a file."""
 FORBIDDEN = {"\0": "a null character", "\n": "a line break", "\r": "a line break"}
 
+ODD_NAMES_TOLD = 10
+
 _MEDIA_SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
 _SUFFIXES = f"one of {' '.join(VIDEO_SUFFIXES)} (videos) or {' '.join(IMAGE_SUFFIXES)} (images)"
 _EXPECTED = (
@@ -144,7 +146,8 @@ def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
       which number means what; so are folders of frames.
     - A folder of class folders, where each file lies in a folder directly below: the classes are
       the sorted names of those folders.
-    - Any other folder: all videos in it, or all images, however deep, unlabelled.
+    - Any other folder: all videos in it, or all images, however deep, unlabelled. Those whose names
+      no manifest can hold (they are not UTF-8, or hold a line break) are left out, and named.
 
     Relative paths start from ``root``, by default from the manifest's own folder. With ``..`` a
     path may not climb out of it; where ``root`` is given, absolute paths have to lie in it too.
@@ -413,7 +416,12 @@ def _climbs(path: str) -> bool:
 
 
 def _read_folder(folder: Path) -> Listing:
-    found = files_below(folder)
+    if why := _unwritable(str(folder)):
+        raise ManifestError(f"the path of the folder {str(folder)!r} {why}; rename it")
+    every = files_below(folder)
+    found = [name for name in every if not _unwritable(name)]
+    if odd := [name for name in every if _unwritable(name)]:
+        _tell_odd_names(folder, tuple(odd), len(every))
     if not found:
         raise ManifestError(
             f"there are no videos in {folder}, and no images; looked, in its folders too, for "
@@ -433,6 +441,29 @@ def _read_folder(folder: Path) -> Listing:
         columns |= {"label": [labels[name] for name in classes], "label_name": classes}
     start = str(folder).rstrip("/") + "/"
     return Listing(folder, pd.DataFrame(columns, dtype=str), tuple(start + name for name in found))
+
+
+def _unwritable(path: str) -> str:
+    """Why no manifest can hold a path; empty where one can."""
+    for character, name in FORBIDDEN.items():
+        if character in path:
+            return f"holds {name}"
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return "is not text in UTF-8"
+    return ""
+
+
+@cache  # programs may read a folder more than once
+def _tell_odd_names(folder: Path, names: tuple[str, ...], of: int) -> None:
+    told = [f"{name!r} {_unwritable(name)}" for name in names[:ODD_NAMES_TOLD]]
+    log.warning(
+        "%d of %d files in %s are left out, for no manifest can hold their names. Rename them, or "
+        "their folders: %s%s",
+        *(len(names), of, folder, "; ".join(told)),
+        f"; and {len(names) - len(told)} more" if len(names) > len(told) else "",
+    )
 
 
 def files_below(folder: Path) -> list[str]:

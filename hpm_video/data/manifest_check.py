@@ -5,7 +5,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hpm_video.data.checking import Task, bad, check_file, stamp_of
+from hpm_video.data.checking import Task, Working, bad, check_file, stamp_of
 from hpm_video.data.decode import DecoderChoice
 from hpm_video.data.findings import (
     OF_THE_MANIFEST,
@@ -16,14 +16,18 @@ from hpm_video.data.findings import (
     read_findings,
 )
 from hpm_video.data.manifest import Listing, ManifestError, Verdict, read_listing
-from hpm_video.data.pool import GIB, Limits, Lost, Pool, over
+from hpm_video.data.pool import GIB, Limits, Lost, Pool
 from hpm_video.data.progress_bar import ProgressBar
+from hpm_video.data.sources import is_frame_folder, is_image
 
-Work = Callable[[Task], Finding | None]
-"""Looks at a file in a process of its own; it says nothing of one that has not changed."""
+Work = Callable[[Task], Finding | None | Iterator[Working | Finding | None]]
+"""Looks at a file in a process of its own; it says nothing of one that has not changed. Before its
+last result it may say that it gets on."""
 
+PICTURES = "pillow"
+"""What decodes images, whatever the decoder of videos."""
 _REMEDIES = {
-    "took longer": "where it is only long, check it with more --seconds",
+    "no further frame": "where only the disk is slow, check it with more --seconds",
     "needs more memory": "where it is only large, check it with more --memory",
 }
 _ANYHOW = "leave it out, or get it anew"
@@ -38,6 +42,19 @@ class How:
     decoder: DecoderChoice = "auto"
     work: Work = check_file
     """A function of a module."""
+    seconds_in_all: float = 3600.0
+    """For a file, of which the limits count the seconds without a further frame."""
+
+    @property
+    def allowed(self) -> tuple[float, float, float]:
+        """What a file may take: seconds without a further frame, GiB, and seconds in all."""
+        return self.limits.seconds, self.limits.memory / GIB, self.seconds_in_all
+
+    def takes_over(self, finding: Finding) -> bool:
+        """Whether it would find the same, as long as the file has not changed."""
+        return finding.decoder in (self.decoder, PICTURES) and finding.limits in (
+            *(None, self.allowed),
+        )
 
 
 @dataclass(frozen=True)
@@ -56,40 +73,66 @@ def check_files(
 ) -> Generator[tuple[str, Finding, bool], None, None]:
     """Look at files, in whatever order they come: each, what was found, and whether it is new.
 
-    Those that are ``known`` and have not changed are not decoded again.
+    Those that are ``known`` and have not changed are not decoded again. One that takes its process
+    down gets another try at the end, in a fresh process, for it may be that a disk stood still, or
+    that somebody killed the process.
     """
+    known = {file: finding for file, finding in known.items() if how.takes_over(finding)}
+    lost = []
+    for file, result in _looked_at(files, how, known):
+        if isinstance(result, Lost):
+            lost.append(file)
+        else:
+            yield _told(file, result, how, known)
+    for file, result in _looked_at(lost, how, known):
+        yield _told(file, result, how, known)
+
+
+def _looked_at(
+    files: Sequence[str], how: How, known: Mapping[str, Finding]
+) -> Generator[tuple[str, Finding | Lost | None], None, None]:
     if not files:
         return
-    tasks = [
-        Task(file, known[file].stamp if file in known else None, how.decoder) for file in files
-    ]
-    with Pool(how.work, min(how.workers, len(files)), how.limits) as pool:
-        for place, result in over(pool, tasks):
-            file = files[place]
-            if isinstance(result, Lost):
-                yield file, _lost(file, result, how.limits), True
-            elif result is None:
-                yield file, known[file], False
-            else:
-                yield file, result, True
+    left = len(files)
+    with Pool(how.work, min(how.workers, left), how.limits) as pool:
+        for file in files:
+            stamp = known[file].stamp if file in known else None
+            pool.submit(file, Task(file, stamp, how.decoder, how.seconds_in_all))
+        while left:
+            answer = pool.next()
+            if answer.is_last:
+                left -= 1
+                yield answer.tag, answer.result
 
 
-def _lost(file: str, lost: Lost, limits: Limits) -> Finding:
-    remedy = next((what for why, what in _REMEDIES.items() if why in lost.reason), _ANYHOW)
+def _told(
+    file: str, result: Finding | Lost | None, how: How, known: Mapping[str, Finding]
+) -> tuple[str, Finding, bool]:
+    """A file, what was found, and whether it is new."""
+    if result is None:
+        return file, known[file], False
+    finding = _lost(file, result, how) if isinstance(result, Lost) else result
+    if finding.limits is not None:
+        finding = replace(finding, limits=how.allowed)
+    is_picture = is_image(file) or is_frame_folder(file)
+    return file, replace(finding, decoder=PICTURES if is_picture else how.decoder), True
+
+
+def _lost(file: str, lost: Lost, how: How) -> Finding:
+    reason = lost.reason
+    if "took longer" in reason:
+        reason = f"no further frame came in {how.limits.seconds:g} s"
+    remedy = next((what for why, what in _REMEDIES.items() if why in reason), _ANYHOW)
     try:
         stamp = stamp_of(file)
     except OSError:
         stamp = Stamp()
     return replace(
-        bad(f"{lost.reason}: {remedy}"),
+        bad(f"{reason}: {remedy}"),
         bytes=stamp.bytes,
         modified=stamp.modified,
-        limits=_numbers(limits),
+        limits=how.allowed,
     )
-
-
-def _numbers(limits: Limits) -> tuple[float, float]:
-    return limits.seconds, limits.memory / GIB
 
 
 def journal_of(out: Path) -> Path:
@@ -104,17 +147,12 @@ def check_listing(
 
     ``known``: what is known from elsewhere. What stands in the journal is newer.
     """
-    noted = {
-        file: finding
-        for file, finding in journal.findings.items()
-        if finding.limits in (None, _numbers(how.limits))
-    }
     files = list(dict.fromkeys(listing.files))
     found: dict[str, Finding] = {}
     num_bad = taken_over = 0
     with (
         closing(ProgressBar(len(files), "files")) as bar,
-        closing(check_files(files, how, {**known, **noted})) as findings,
+        closing(check_files(files, how, {**known, **journal.findings})) as findings,
     ):
         for file, finding, is_new in findings:
             found[file] = finding

@@ -16,6 +16,7 @@ import contextlib
 import csv
 import fcntl
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,10 +28,11 @@ from typing import IO, Any
 
 from typing_extensions import Self
 
+from hpm_video.data.checking import stamp_of
 from hpm_video.data.manifest import Listing, Manifest
 from hpm_video.data.pool import Lost, Pool
 from hpm_video.data.shards import Packable, Packed, output_names, suffix_of
-from hpm_video.data.sources import is_frame_folder
+from hpm_video.data.sources import TarMember, is_frame_folder
 from hpm_video.data.transcoding import (
     Broken,
     Failed,
@@ -53,7 +55,7 @@ COLUMNS = (
 STALE = {
     *COLUMNS,
     *("duration", "codec", "pixel_format", "rotation", "bytes"),
-    *("modified", "content", "verdict", "reason"),
+    *("modified", "content", "decoder", "verdict", "reason"),
 }
 """Columns that say of a source what is not true of what is made of it."""
 UNRELATED = ("hpm_video",)
@@ -108,6 +110,11 @@ class _State:
     """Of each place why."""
     shards: int = 0
     """One more than the highest number of a shard."""
+    outdated: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Shards that hold something that is no longer true, as the journal has them. What is good in
+    them is packed anew, and then they are deleted."""
+    repacked: dict[str, str] = field(default_factory=dict)
+    """Of each place that is good in an outdated shard, the member that it is there."""
 
 
 class PreparedFolder:
@@ -125,8 +132,11 @@ class PreparedFolder:
             dots=recipe.form != "shards",
             nests=recipe.form != "frames",
         )
+        self._of_name = {name: place for place, name in self._names.items()}
         self._row = {place: row for row, place in reversed([*enumerate(rows.manifest.files)])}
         self._state = _State()
+        self.changed = 0
+        """Files that were done before, and whose source or label has changed since."""
         self._lock: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -251,10 +261,10 @@ class PreparedFolder:
     def note_shard(self, shard: Shard, packed: Sequence[Packed]) -> None:
         """Take in a shard, and delete what it was made of."""
         name = Path(shard.target).name
-        places = self._places_of(shard)
+        places = [self._of_name[sample.key] for sample in shard.samples]
         for place, where in zip(places, packed, strict=True):
             self._state.packed[place] = (name, where)
-        self._append(self._shard_line(name))
+        self._append(self._shard_line(name, places))
         if not self.recipe.copy:
             for place in places:
                 remove(self._output(place))
@@ -276,6 +286,9 @@ class PreparedFolder:
                 writer.writerows(self._state.failed.items())
         if self._parts.is_dir() and len(self._state.packed) == len(self._state.made):
             shutil.rmtree(self._parts)
+        if len(self._state.packed) == len(self._state.made):
+            for name in self._state.outdated:
+                remove(str(self.path / name))
 
     def bytes_before(self) -> int:
         """Of the sources of all outputs."""
@@ -357,20 +370,70 @@ class PreparedFolder:
             info["label_name"] = name
         suffix = suffix_of(place) if self.recipe.copy else self.recipe.suffix(place)
         where = place if self.recipe.copy else self._output(place)
+        where = self._state.repacked.get(place, where)
         return Packable(str(self._names[place]), where, suffix, label, info)
 
-    def _places_of(self, shard: Shard) -> list[str]:
-        of_name = {name: place for place, name in self._names.items()}
-        return [of_name[sample.key] for sample in shard.samples]
-
     def _read_journal(self) -> None:
+        state, shards = self._state, {}
         for record in _records(self._journal):
-            if "shard" in record:
-                self._take_shard(record)
-            else:
+            if "shard" not in record:
                 self._take(record)
-        for place in [place for place in self._state.made if not self._is_there(place)]:
-            del self._state.made[place]
+            elif self._take_shard(record):
+                shards[Path(record["shard"]).name] = record
+        changed = {place for place in state.made if self._has_changed(place)}
+        for place in changed:
+            del state.made[place]
+        changed |= {place for record in shards.values() for place in self._told_otherwise(record)}
+        self.changed = len(changed)
+        for name, record in shards.items():
+            self._set_aside(name, record, changed)
+        for place in [place for place in state.made if not self._is_there(place)]:
+            del state.made[place]
+
+    def _has_changed(self, place: str) -> bool:
+        """Whether a source is another one since. One that is gone may have been deleted."""
+        made = self._state.made[place]
+        try:
+            stamp = stamp_of(place)
+        except OSError:
+            return False
+        noted = made.source_modified or stamp.modified  # older journals lack it
+        return (made.source_bytes, noted) != (stamp.bytes, stamp.modified)
+
+    def _told_otherwise(self, record: Mapping[str, Any]) -> list[str]:
+        """Places whose label in a shard is not that of the manifest."""
+        name = Path(record["shard"]).name
+        return [
+            place
+            for (place, *_), told in zip(record["members"], record.get("labels", ()), strict=False)
+            if self._lies_in(place, name) and told != self._label(place)
+        ]
+
+    def _set_aside(self, name: str, record: Mapping[str, Any], changed: set[str]) -> None:
+        """Have a shard packed anew if it holds what is no longer true.
+
+        That is so as well where some of it was packed anew before, by a run that was stopped.
+        """
+        state = self._state
+        known = [place for place, *_ in record["members"] if place in self._names]
+        here = [place for place in known if self._lies_in(place, name)]
+        is_good = len(here) == len(known) and changed.isdisjoint(known)
+        if is_good and not record.get("outdated"):
+            return
+        good = {}
+        for place in here:
+            _, where = state.packed.pop(place)
+            if place in state.made:
+                good[place] = where
+                state.repacked[place] = str(TarMember(str(self.path / name), *where))
+        members = [[place, *where] for place, where in good.items()]
+        state.outdated[name] = {
+            **{"shard": name, "bytes": record["bytes"]},
+            **{"members": members, "outdated": True},
+        }
+
+    def _lies_in(self, place: str, shard: str) -> bool:
+        return place in self._state.packed and self._state.packed[place][0] == shard
 
     def _take(self, record: Mapping[str, Any]) -> None:
         place = record.get("place", "")
@@ -378,21 +441,30 @@ class PreparedFolder:
             known = {each.name: record[each.name] for each in fields(Made) if each.name in record}
             self._state.made[place] = Made(**known)
 
-    def _take_shard(self, record: Mapping[str, Any]) -> None:
+    def _take_shard(self, record: Mapping[str, Any]) -> bool:
+        """-> whether it is there and whole"""
         name = Path(record["shard"]).name
         path = self.path / name
         if not path.is_file() or path.stat().st_size != record["bytes"]:
-            return
+            return False
         self._state.shards = max(self._state.shards, int(name[6:12]) + 1)
         for place, *where in record["members"]:
             if place in self._names:
                 self._state.packed[place] = (name, Packed(*where))
+        return True
 
     def _is_there(self, place: str) -> bool:
-        """Whether the output of a place, which was found good once, is still there and whole."""
-        if place in self._state.packed:
+        """Whether the output of a place, which was found good once, is still there and whole.
+
+        Of a folder of frames only how many there are is looked at: there may be many millions.
+        """
+        if place in self._state.packed or place in self._state.repacked:
             return True
         try:
+            if not self.recipe.copy and is_frame_folder(self._output(place)):
+                with os.scandir(self._output(place)) as entries:
+                    frames = sum(entry.name.endswith(".jpg") for entry in entries)
+                return frames == self._state.made[place].num_frames
             now = bytes_of(place if self.recipe.copy else self._output(place))
         except OSError:
             return False
@@ -404,22 +476,29 @@ class PreparedFolder:
 
     def _lines(self) -> Iterator[str]:
         yield from map(self._line, self._state.made)
-        yield from map(self._shard_line, sorted({name for name, _ in self._state.packed.values()}))
+        yield from (json.dumps(record) + "\n" for record in self._state.outdated.values())
+        of_shard: dict[str, list[str]] = {}
+        for place, (name, _) in self._state.packed.items():
+            of_shard.setdefault(name, []).append(place)
+        yield from (self._shard_line(name, of_shard[name]) for name in sorted(of_shard))
 
     def _line(self, place: str) -> str:
         record = {"place": place, "name": self._names[place], **asdict(self._state.made[place])}
         return json.dumps(record) + "\n"
 
-    def _shard_line(self, name: str) -> str:
-        members = [
-            [place, *where] for place, (shard, where) in self._state.packed.items() if shard == name
-        ]
-        size = (self.path / name).stat().st_size
-        return json.dumps({"shard": name, "bytes": size, "members": members}) + "\n"
+    def _shard_line(self, name: str, places: Sequence[str]) -> str:
+        record = {
+            "shard": name,
+            "bytes": (self.path / name).stat().st_size,
+            "members": [[place, *self._state.packed[place][1]] for place in places],
+            "labels": [self._label(place) for place in places],
+        }
+        return json.dumps(record) + "\n"
 
-
-def _decimal(number: float) -> str:
-    return f"{number:.4f}".rstrip("0").rstrip(".")
+    def _label(self, place: str) -> list[Any]:
+        """What a shard tells of the class of a place."""
+        row = self._row[place]
+        return [self.rows.manifest.labels[row], self.rows.label_name(row)]
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:

@@ -16,6 +16,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hpm_video.data.beat import Beat
+from hpm_video.data.checking import stamp_of
 from hpm_video.data.decode import choose_decoder, open_video
 from hpm_video.data.shards import Packable, Packed, ShardError, opened, write_shard
 from hpm_video.data.sources import TarMember, frames_in, is_frame_folder, is_image
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 
 
 Form = Literal["files", "frames", "shards"]
-SECONDS_BETWEEN_STEPS = 0.5
 CHECKED_BYTES = 2**25
 """Of the frames that are read at once when an output is checked."""
 LONGEST_STILL = 600
@@ -100,6 +101,8 @@ class Made:
     seconds: float
     """That it took."""
     source_bytes: int = 0
+    source_modified: str = ""
+    """When the source was last written to, before it was read."""
     share: float = 1.0
     """Of the video, in a trial."""
     note: str = ""
@@ -131,21 +134,6 @@ class NotTheSameError(ValueError):
     """An output that does not hold what was to be written."""
 
 
-class Beat:
-    """Says when it is time to say something."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def is_due(self) -> bool:
-        """Whether it is a while since it last was."""
-        now = time.monotonic()
-        if now - self._last < SECONDS_BETWEEN_STEPS:
-            return False
-        self._last = now
-        return True
-
-
 @dataclass(frozen=True)
 class Transcoder:
     """Does jobs by a recipe. -> steps, and at last what came of it"""
@@ -171,6 +159,7 @@ class Transcoder:
 
     def _make(self, job: Job) -> Iterator[Result]:
         began = time.perf_counter()
+        stamp = stamp_of(job.place)
         beat = Beat()
         with contextlib.closing(_opened_source(job)) as source:
             for _ in source.survey():
@@ -191,7 +180,8 @@ class Transcoder:
         yield replace(
             made,
             seconds=time.perf_counter() - began,
-            source_bytes=bytes_of(job.place),
+            source_bytes=stamp.bytes or 0,
+            source_modified=stamp.modified,
             share=share,
             note=note,
         )
@@ -269,6 +259,7 @@ class Prober:
         """Nothing is written."""
         began = time.perf_counter()
         try:
+            stamp = stamp_of(job.place)
             rate, distance = Fraction(0), 1
             if not is_image(job.place):
                 with contextlib.closing(_opened_source(job)) as source:
@@ -281,7 +272,11 @@ class Prober:
                 height, width = video.read([0]).shape[1:3]
                 count = min(job.num_frames or video.num_frames, video.num_frames)
             seconds = time.perf_counter() - began
-            yield Made(count, height, width, float(rate), distance, size, seconds, size)
+            yield Made(
+                *(count, height, width, float(rate), distance, size, seconds),
+                source_bytes=stamp.bytes or 0,
+                source_modified=stamp.modified,
+            )
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - native libraries raise anything

@@ -6,20 +6,16 @@ gets at single frames: frame i is the same one.
 
 from collections.abc import Iterator
 from fractions import Fraction
-from io import BytesIO
 from typing import TYPE_CHECKING, NamedTuple
 
 from hpm_video.data.containers import HEAD, refuse_lists
-from hpm_video.data.decode_pyav import FORMATS
+from hpm_video.data.decode_pyav import UNTIMED, open_container
 from hpm_video.data.sources import TarMember, read_bytes
-from hpm_video.data.video_reader import DecodeError
 
 if TYPE_CHECKING:
     import av
     from av import VideoFrame as VideoFrame
 
-_NO_TIMES = ("avi", "mpeg")
-"""Containers whose times of presentation the demuxer makes up, or does not have."""
 _ODDLY_SLOW, _ODDLY_FAST = Fraction(1, 1000), Fraction(1000)
 USUAL_RATE = Fraction(25)
 """Frames a second, where nobody says."""
@@ -62,26 +58,7 @@ class VideoStream:
         """Frames from one key frame to the next, at most."""
 
     def _open(self) -> None:
-        import av
-
-        in_memory = isinstance(self._file, bytes)
-        self._container = av.open(
-            BytesIO(self._file) if isinstance(self._file, bytes) else self._file,
-            "r",
-            metadata_errors="ignore",
-            options={
-                "protocol_whitelist": "none" if in_memory else "file",
-                "format_whitelist": FORMATS,
-            },
-        )
-        if not self._container.streams.video:
-            self._container.close()
-            raise DecodeError("it has no video stream")
-        self._stream = self._container.streams.video[0]
-        if getattr(self._stream, "codec_context", None) is None:
-            self._container.close()
-            raise DecodeError("there is no decoder for what its video stream says it is")
-        self._stream.codec_context.thread_count = 1  # each core has a process of its own
+        self._container, self._stream = open_container(self._file)
 
     def survey(self) -> Iterator[None]:
         """Find out rate, key frames and number of packets; yields now and then."""
@@ -119,7 +96,7 @@ class VideoStream:
 
     @property
     def _has_times(self) -> bool:
-        return self._container.format.name not in _NO_TIMES
+        return self._container.format.name not in UNTIMED
 
     def frames(self) -> Iterator[Timed]:
         """All frames. Times rise; where the file has none they follow from its rate."""

@@ -381,3 +381,22 @@ def test_a_table_without_paths_is_not_written(tmp_path):
 def test_columns_of_a_manifest_are_equally_long():
     with pytest.raises(ValueError, match="2 files, 1 labels"):
         Manifest(("a", "b"), (0,), (-1, -1))
+
+
+def test_names_that_no_manifest_can_hold_are_left_out_and_named(tmp_path, caplog):
+    touch(tmp_path, "run/a.mp4", "run/b\nc.mp4", "walk/caf\udce9.mp4", "od\rd/d.mp4", "walk/e.mp4")
+    manifest = read_manifest(tmp_path)
+    assert [Path(file).name for file in manifest.files] == ["a.mp4", "e.mp4"]
+    assert manifest.label_names == ("run", "walk")
+    (told,) = caplog.messages
+    assert "3 of 5 files" in told
+    assert "'run/b\\nc.mp4' holds a line break" in told
+    assert "'walk/caf\\udce9.mp4' is not text in UTF-8" in told
+    write_manifest(read_listing(tmp_path).table, tmp_path / "list.csv")
+    assert read_manifest(tmp_path / "list.csv").files == manifest.files
+
+
+def test_a_folder_whose_own_name_no_manifest_can_hold(tmp_path):
+    touch(tmp_path, "caf\udce9/a.mp4")
+    with pytest.raises(ManifestError, match="is not text in UTF-8; rename it"):
+        read_manifest(tmp_path / "caf\udce9")
