@@ -3,6 +3,7 @@
 An image is a video of one frame.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -252,7 +253,7 @@ class Reader(Protocol):
         """The clips of a file. Raises DecodeError."""
 
 
-class Clips(Dataset[Sample]):
+class Clips(Dataset[Sample], ABC):
     """Clips by position: which file each is of, and how it is read, are two things.
 
     The first is decided here, in the process of the run, which alone has the manifest and knows
@@ -265,13 +266,13 @@ class Clips(Dataset[Sample]):
     sample_bytes: int
     """Of the pixels of a sample, at most."""
 
+    @abstractmethod
     def request(self, position: int) -> Request | Sample:
         """What to read for a position; a sample where nothing has to be read for it.
 
         Raises:
             DecodeError, TooManyBadFiles: nothing can be read for it, files being bad.
         """
-        raise NotImplementedError
 
     def __getitem__(self, position: int) -> Sample:
         """The sample at a position, decoded in this process. Raises as :meth:`request` does."""
