@@ -443,6 +443,7 @@ def train(
         record_start(directory.path, facts, start)
     tensorboard, bad_files = config.logging.tensorboard, _bad_files(config, session)
     for name, stream in zip(data.sources, clips.streams, strict=True):
+        bad_files[name].check()
         stream.bad |= bad_files[name].failures
     try:
         with (

@@ -338,17 +338,20 @@ class VideoClips(Clips):
         """The file whose turn it is at a position of the stream, or that which replaces it.
 
         Raises:
-            TooManyBadFiles: more files do not decode than may fail in all.
+            TooManyBadFiles: more files in a row do not decode than may fail in all.
         """
-        if len(self.bad) > tolerated(len(self), self.max_bad_share):
-            raise too_many(list(self.bad.values()), len(self), self.max_bad_share)
         epoch, slot = divmod(position, len(self))
         order = self._epoch_order(epoch)
+        passed: dict[str, Failure] = {}
         for offset in range(len(self)):
             index = int(order[(slot + offset) % len(self)])
-            if self.manifest.files[index] not in self.bad:
+            path = self.manifest.files[index]
+            if path not in self.bad:
                 return self._request(index, epoch, (int(order[slot]),) if offset else ())
-        raise too_many(list(self.bad.values()), len(self), self.max_bad_share)
+            passed[path] = self.bad[path]
+            if len(passed) > tolerated(len(self), self.max_bad_share):
+                break
+        raise too_many([*passed.values()], len(self), self.max_bad_share)
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
         if self._order[0] != epoch:

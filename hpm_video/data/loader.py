@@ -370,6 +370,14 @@ class BadFiles:
                     *(number, self._path.name, failure.path, failure.reason),
                 )
         self.failures |= new
+        self.check()
+
+    def check(self) -> None:
+        """Make sure that there are not too many.
+
+        Raises:
+            TooManyBadFiles: there are more bad files than the data allows.
+        """
         if len(self) > tolerated(self._num_files, self._max_bad_share):
             raise too_many([*self.failures.values()], self._num_files, self._max_bad_share)
 
