@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import pytest
 import torch
 
-from hpm_video.training.metrics import Meter
+from hpm_video.training.metrics import Meter, WaitingWarning
 from hpm_video.training.objective import Losses
 
 
@@ -30,3 +32,18 @@ def test_a_reading_starts_anew():
     means = meter.read()
     assert "images/reconstruction" not in means
     assert (means["loss"], means["reconstruction"]) == (2, 2)
+
+
+def test_a_run_that_waits_for_its_data_says_so_once(caplog):
+    def warnings_of(*shares):
+        caplog.clear()
+        waiting = WaitingWarning(Path("runs/mine/config.yaml"))
+        for share in shares:
+            waiting.look(share)
+        return [record.getMessage() for record in caplog.records]
+
+    assert warnings_of(0.9, 0.1, 0.1, 0.1) == [], "workers begin"
+    assert warnings_of(0.9, 0.5, 0.5, 0.2, 0.5, 0.5) == [], "it goes by"
+    (said,) = warnings_of(0.0, 0.5, 0.5, 0.42, 0.5, 0.5, 0.5, 0.5)
+    assert said.startswith("42% of the time goes into waiting for data.")
+    assert "tools/bench_loader.py runs/mine/config.yaml" in said
