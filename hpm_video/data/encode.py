@@ -9,7 +9,6 @@ from functools import reduce
 from itertools import chain
 from operator import or_
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import av
@@ -123,12 +122,7 @@ class VideoWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._container.close()
 
 

@@ -24,7 +24,7 @@ from ctypes import c_byte
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.util import Finalize
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from typing_extensions import Self
@@ -127,12 +127,7 @@ class Pool(Generic[Job]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
