@@ -241,9 +241,10 @@ def alive(pid):
 
 
 RUN = """
-    import os
+    import signal
     import sys
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     sys.path.insert(0, sys.argv[1])
     from work_of_a_pool import work
     from hpm_video.data.pool import Limits, Pool, over
