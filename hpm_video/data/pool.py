@@ -182,15 +182,6 @@ class Pool(Generic[Job]):
             worker.begin(self._jobs.popleft(), self._clock)
 
 
-def over(pool: Pool[Job], jobs: Sequence[Job]) -> Iterator[tuple[int, Any]]:
-    """Each job's one result, or :class:`Lost`, with its place in ``jobs``, as they come."""
-    for place, job in enumerate(jobs):
-        pool.submit(place, job)
-    for _ in jobs:
-        answer = pool.next()
-        yield answer.tag, answer.result
-
-
 @dataclass(eq=False)
 class _Job:
     """A job, and what becomes of it."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpm_video.data.pool import GIB, Limits, Lost, Pool, PoolError, PoolStopped, over
+from hpm_video.data.pool import GIB, Limits, Lost, Pool, PoolError, PoolStopped
 
 WORK = """
     import ctypes
@@ -72,6 +72,15 @@ def work(tmp_path_factory):
 
     yield work_of_a_pool.work
     sys.path.remove(str(folder))
+
+
+def over(pool, jobs):
+    """Each job's one result, with its place in ``jobs``, as they come."""
+    for place, job in enumerate(jobs):
+        pool.submit(place, job)
+    for _ in jobs:
+        answer = pool.next()
+        yield answer.tag, answer.result
 
 
 def pool_of(work, workers=2, seconds=20.0, memory=GIB, **options):
@@ -247,11 +256,13 @@ RUN = """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     sys.path.insert(0, sys.argv[1])
     from work_of_a_pool import work
-    from hpm_video.data.pool import Limits, Pool, over
+    from hpm_video.data.pool import Limits, Pool
 
     # No guard of __main__: the processes must not run this again.
     with Pool(work, 3, Limits(100.0, 2**28)) as pool:
-        pids = {pid for _, pid in over(pool, [("sleep", 0.5)] * 6)}
+        for _ in range(6):
+            pool.submit(0, ("sleep", 0.5))
+        pids = {pool.next().result for _ in range(6)}
         for _ in pids:
             pool.submit(0, "hang")
         print(*pids, flush=True)
