@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Format, lint, types and tests; stops at the first that fails. With arguments: pytest alone,
-# with them (./run_tests.sh tests/test_masking.py -k tube).
+# Format, lint, types and tests; stops at the first that fails. --quick leaves out the tests marked
+# slow. With other arguments: pytest alone, with them (./run_tests.sh tests/test_masking.py -k tube).
 set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
@@ -24,12 +24,23 @@ run_pytest() {
   "$python" -c 'import sys; del sys.path[0]; import pytest; sys.exit(pytest.main())' "$@"
 }
 
+# One thread in each of the processes that share the cores; a file's tests stay together.
+run_suite() {
+  OMP_NUM_THREADS=1 run_pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+    --durations 20 "$@"
+}
+
+lane=()
+if [[ ${1:-} == --quick ]]; then
+  lane=(-m "not slow")
+  shift
+fi
 if (($#)); then
-  step "pytest $*" run_pytest "$@"
+  step "pytest $*" run_pytest "${lane[@]}" "$@"
   exit
 fi
 step "ruff format --check" "$python" -m ruff format --check .
 step "ruff check" "$python" -m ruff check .
 step "mypy" "$python" -m mypy
-step "pytest" run_pytest
+step "pytest" run_suite "${lane[@]}"
 printf '\n== everything passed\n' >&2

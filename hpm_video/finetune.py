@@ -557,8 +557,8 @@ def _watch(
         scores = Scores(manifest, collect(manifest, found, failures, exclude_bad_files=exclude))
         return _measures_of(scores, names)
 
-    def draw(_done: int) -> None:
-        if processes.is_first:
+    def draw(done: int) -> None:
+        if processes.is_first and done < session.data.timeline.num_updates:  # at the end: later
             plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
 
     return Watch(

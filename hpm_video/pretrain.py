@@ -364,7 +364,7 @@ def _watch(
                 shown = collate([clips[i] for i in range(len(clips))])
                 folder = run_dir / "pictures" / name
                 write_pictures(folder, f"update-{done:08d}", seen, student, shown)
-        if processes.is_first:
+        if processes.is_first and done < session.data.timeline.num_updates:  # at the end: later
             plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
 
     return Watch(

@@ -1,9 +1,13 @@
 """Small real videos, and runs over them as a user starts them."""
 
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
+from tempfile import mkstemp
 
 import hypothesis
 import numpy as np
@@ -171,24 +175,57 @@ def pretrain(config_file):
     return start
 
 
-def start_tool(
-    tool, config, output_dir, overrides=(), place=None, number="SIGKILL"
-) -> subprocess.Popen:
+class Program:
+    """A program of the repository in a process of its own, forked from one that has imported all.
+
+    Importing torch takes longer than most programs of the tests. It has what the tests use of
+    ``subprocess.Popen``; standard output and errors are one text.
+    """
+
+    def __init__(self, arguments, environment, folder: Path) -> None:
+        handle, self._output = mkstemp(".txt", "output ", folder)
+        os.close(handle)
+        values = {
+            "arguments": list(map(str, arguments)),
+            "environment": dict(environment),
+            "output": self._output,
+        }
+        self._process = FORKS.Process(
+            target=runpy.run_path,
+            args=(str(Path(__file__).with_name("program.py")),),
+            kwargs={"init_globals": values, "run_name": "__main__"},
+        )
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    poll = returncode.fget
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(str(self._process), timeout)
+        return Path(self._output).read_text(), None
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["hpm_video.pretrain", "hpm_video.finetune", "hpm_video.weights.imported", "timm"]
+)
+ensure_running()
+
+
+def start_tool(tool, config, output_dir, overrides=(), place=None, number="SIGKILL") -> Program:
     """A run in a process of its own. At ``place`` it gets the signal ``number``."""
     arguments = [f"tools/{tool}.py", str(config), f"output_dir={output_dir}", *overrides]
     if place is not None:
         code = DISTURBED.format(place=place, signal=number, argv=arguments, tool=tool)
         arguments = ["-c", code]
     environment = os.environ | {"PYTHONPATH": str(only_the_package(output_dir.parent))}
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    return Program(arguments, environment, output_dir.parent)
 
 
 def only_the_package(folder: Path) -> Path:
@@ -245,16 +282,22 @@ def run_tool(tmp_path):
     """Run a program of ``tools/`` to its end. -> exit code and output"""
 
     def run(name, *arguments, launcher=()) -> tuple[int, str]:
-        done = subprocess.run(
-            [sys.executable, *launcher, f"tools/{name}.py", *map(str, arguments)],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(only_the_package(tmp_path))},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-            timeout=300,
-        )
-        return done.returncode, done.stdout
+        command = [*launcher, f"tools/{name}.py", *map(str, arguments)]
+        environment = os.environ | {"PYTHONPATH": str(only_the_package(tmp_path))}
+        if launcher:
+            done = subprocess.run(
+                [sys.executable, *command],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+                timeout=300,
+            )
+            return done.returncode, done.stdout
+        program = Program(command, environment, tmp_path)
+        output, _ = program.communicate(timeout=300)
+        return program.returncode, output
 
     return run

@@ -171,11 +171,8 @@ def test_evaluate_says_what_the_run_said_over_any_number_of_processes(
     arguments = [checkpoint, labelled_videos / "validation", "--weights", "average"]
     arguments += ["--views", "2x2", "--device", "cpu", "--workers", "0"]
     results = []
-    for name, launcher in {
-        "one": (),
-        "two": ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        "four": ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"),
-    }.items():
+    by_torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+    for name, launcher in {"one": (), "four": (*by_torchrun, "4")}.items():
         output = tmp_path / name
         code, said = run_tool("evaluate", *arguments, "--output", output, launcher=launcher)
         assert code == 0, said

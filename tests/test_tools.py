@@ -1,10 +1,7 @@
 """The measuring tools, started as a user starts them, at tiny sizes."""
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,24 +26,14 @@ PLAIN = {"strategy": "random", "predictor": "none"}
 HPM = {"strategy": "easy_to_hard", "predictor": "relative"}
 
 
-@pytest.fixture(scope="session")
-def tool(tmp_path_factory):
-    """Start ``tools/NAME.py``. -> its output"""
-    place = tmp_path_factory.mktemp("import")  # the package, and not the folder `datasets`
-    (place / "hpm_video").symlink_to(ROOT / "hpm_video")
+@pytest.fixture
+def tool(run_tool):
+    """Run ``tools/NAME.py``. -> its output"""
 
     def start(name, *arguments, code=0):
-        process = subprocess.run(
-            [sys.executable, f"tools/{name}.py", *map(str, arguments)],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(place)},
-            capture_output=True,
-            text=True,
-            timeout=100,
-            check=False,
-        )
-        assert process.returncode == code, process.stderr
-        return process.stderr if code else process.stdout
+        ended, output = run_tool(name, *arguments)
+        assert ended == code, output
+        return output
 
     return start
 

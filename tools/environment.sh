@@ -47,7 +47,7 @@ use_given_environment() {
   local modules=(torch einops numpy pandas omegaconf yaml safetensors matplotlib PIL
     tensorboard tqdm av torchvision timm)
   if [[ $1 == tests ]]; then
-    modules+=(pytest pytest_timeout hypothesis transformers onnx onnxscript onnxruntime ruff mypy)
+    modules+=(pytest pytest_timeout xdist hypothesis transformers onnx onnxscript onnxruntime ruff mypy)
   fi
   local missing
   missing="$("$python" -c "$import_check" "${modules[@]}")" ||

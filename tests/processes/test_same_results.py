@@ -30,7 +30,17 @@ ENGINES = {
 }
 ENGINES["zero3"] = (*ENGINES["zero3"], f"engine.deepspeed={SPREAD}")
 USUAL = "engine.deepspeed=null"
+IN_BF16 = ("ddp", "zero1", "zero3")
 KINDS = ("video", "images", "classes")
+EQUAL = (  # every engine under every kind of run or with every kind of pass, not all products
+    *(("video", engine, 2) for engine in ENGINES),
+    *(("video", engine, 1) for engine in ("ddp", "zero2", "zero3")),
+    *(("images", engine, 1) for engine in ("ddp", "zero1")),
+    *(("images", engine, 2) for engine in ("zero0", "zero3")),
+    *(("classes", engine, 2) for engine in ("ddp", "zero2")),
+    *(("classes", engine, 1) for engine in ("zero1", "zero3")),
+)
+"""Kind of run, engine, passes per update."""
 NO_TRUE_GRADIENT = ("difficulty_decoder.head.bias", "difficulty_decoder.transformer.norm.bias")
 """They move all scores of a clip alike, and the ranking loss asks for their order alone. Their
 gradient is the rounding of a sum that is zero, which Adam scales up to a step like any other. The
@@ -46,7 +56,6 @@ CHAINS = {  # how many processes, which engine, in which update the last of them
     "a": ("video", [(2, "zero3", 1), (2, "zero1", 4), (1, "ddp", None)]),
     "b": ("video", [(1, "ddp", 1), (2, "zero2", 4), (2, "zero3", None)]),
     "c": ("video", [(2, "zero0", 1), (2, "ddp", 4), (1, "ddp", None)]),
-    "d": ("video", [(1, "ddp", 4), (2, "ddp", None)]),
     "e": ("classes", [(2, "zero3", 1), (2, "zero1", 4), (1, "ddp", None)]),
     "f": ("images", [(1, "ddp", 1), (2, "zero3", 4), (2, "zero2", None)]),
     "g": ("probe", [(2, "zero1", 1), (2, "ddp", None)]),
@@ -119,21 +128,18 @@ def jobs(new_jobs, small_data):
 
 
 def equal_cases(jobs, looks):
-    """Every kind of run by every engine, with and without accumulation; some look while they
-    train."""
+    """Kinds of runs by several engines, with and without accumulation; some look meanwhile."""
     return [
         jobs.case(
             f"{kind}-{engine}-{accumulate}",
             kind,
             micro_batch(accumulate),
-            *overrides,
+            *ENGINES[engine],
             *(looks if (kind, accumulate) == ("video", 2) else ()),
             listen=["files", "opened", "wholes"] if kind == "video" else (),
             curves=(kind, accumulate) == ("video", 2) and engine in ("ddp", "zero3"),
         )
-        for kind in KINDS
-        for engine, overrides in ENGINES.items()
-        for accumulate in (1, 2)
+        for kind, engine, accumulate in EQUAL
     ]
 
 
@@ -155,7 +161,8 @@ def variants(jobs):
         "again-zero3": (*again, *zero3, own["own3"]),
         "ema-zero3": ("mining.target=ema", *zero3, own["own3"]),
     }
-    for name, engine in ENGINES.items():
+    for name in IN_BF16:
+        engine = ENGINES[name]
         overrides[f"bf16-{name}"] = ("engine.precision=bf16", micro_batch(2), *engine)
     listen = {"offload2", "offload3", *OWN}
     return [
@@ -280,9 +287,7 @@ def assert_same(run, reference, tolerance=SAME, **options):
     assert not wrong
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "engine", "accumulate"), EQUAL)
 def test_two_processes_compute_what_one_does(jobs, kind, engine, accumulate):
     name = f"{kind}-{engine}-{accumulate}"
     jobs.seen(name)
@@ -304,7 +309,7 @@ def test_the_updates_that_are_compared_mine_and_clip(jobs):
     assert max((end[name] - start[name]).abs().max() for name in end) > 100 * SAME
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", IN_BF16)
 def test_bf16_is_near(jobs, engine):
     """To one process that takes passes of the same size."""
     jobs.seen(f"bf16-{engine}")
@@ -367,23 +372,22 @@ def test_gradients_are_reduced_once_per_update(jobs, engine):
 def test_processes_share_the_batches_of_one(jobs):
     """And open no file of each other's share, held-out files included."""
     alone = jobs.seen("video")
-    for engine in ENGINES:
-        for accumulate in (1, 2):
-            name = f"video-{engine}-{accumulate}"
-            shares = [jobs.seen(name, rank) for rank in (0, 1)]
-            batches = [joined_passes(share["files"], accumulate) for share in shares]
-            assert [a + b for a, b in zip(*batches, strict=True)] == alone["files"]
-            for share, seen in zip(batches, shares, strict=True):
-                trained = [file for batch in share for file in batch]
-                assert [file for file in seen["opened"] if "/videos/train/" in file] == trained
-            # Of held-out files the first draws all, and otherwise each is read by one process.
-            for folder in ("/labelled/", "/videos/validation/"):
-                once = [{f for f in seen["opened"] if folder in f} for seen in shares]
-                assert once[0] | once[1] == {f for f in alone["opened"] if folder in f} or (
-                    folder == "/labelled/" and accumulate == 1
-                )
-                if folder == "/labelled/":
-                    assert not once[0] & once[1]
+    for _, engine, accumulate in (case for case in EQUAL if case[0] == "video"):
+        name = f"video-{engine}-{accumulate}"
+        shares = [jobs.seen(name, rank) for rank in (0, 1)]
+        batches = [joined_passes(share["files"], accumulate) for share in shares]
+        assert [a + b for a, b in zip(*batches, strict=True)] == alone["files"]
+        for share, seen in zip(batches, shares, strict=True):
+            trained = [file for batch in share for file in batch]
+            assert [file for file in seen["opened"] if "/videos/train/" in file] == trained
+        # Of held-out files the first draws all, and otherwise each is read by one process.
+        for folder in ("/labelled/", "/videos/validation/"):
+            once = [{f for f in seen["opened"] if folder in f} for seen in shares]
+            assert once[0] | once[1] == {f for f in alone["opened"] if folder in f} or (
+                folder == "/labelled/" and accumulate == 1
+            )
+            if folder == "/labelled/":
+                assert not once[0] & once[1]
 
 
 def joined_passes(passes, accumulate):
@@ -453,7 +457,7 @@ def test_checkpoints_are_read_without_this_package_or_torch(jobs):
         check=True,
         timeout=60,
     )
-    assert int(found.stdout) > 5000
+    assert int(found.stdout) > 3000
 
 
 def test_one_parameter_at_a_time_is_whole_while_stage_3_saves(jobs):

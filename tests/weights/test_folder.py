@@ -1,11 +1,7 @@
 """Imported weights start training and go through every tool, as those of a run of our own."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +22,6 @@ from hpm_video.weights.inspection import inspect
 from hpm_video.weights.parity import compare
 from hpm_video.weights.sizes import Given
 
-ROOT = Path(__file__).parent.parent.parent
 ENCODER, DECODER, PATCH = (48, 2), (24, 2), (2, 8, 8)
 OPTIONS = ("--heads", 4, "--decoder-heads", 2, "--num-frames", 4, "--frame-size", 32, 32)
 GIVEN = Given(heads=4, decoder_heads=2, num_frames=4, frame_size=(32, 32))
@@ -93,20 +88,6 @@ def config_for(folder, videos, *, image=False, path=None):
     return path
 
 
-def script(name, *arguments, cwd):
-    done = subprocess.run(
-        [str(ROOT / name), *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"HPM_PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.mark.parametrize("name", ["videomae", "hpm", "mae", "vit"])
 def test_pretraining_begins_with_an_imported_folder(files, videos, run_tool, tmp_path, name):
     folder = tmp_path / "imported"
@@ -122,9 +103,8 @@ def test_pretraining_begins_with_an_imported_folder(files, videos, run_tool, tmp
     assert (folder / "teacher.safetensors").is_file() == (name == "hpm")
     config = config_for(folder, videos, image=image, path=tmp_path / "config.yaml")
     run = tmp_path / "run"
-    told = script(
-        "run_pretrain.sh", config, f"output_dir={run}", "checkpoint.every_updates=1", cwd=tmp_path
-    )
+    code, told = run_tool("pretrain", config, f"output_dir={run}", "checkpoint.every_updates=1")
+    assert code == 0, told
     assert f"start from the weights of {folder}" in told
     assert ("lack a loss predictor" in told) == (name != "hpm")
     assert ("the teacher is of there too" in told) == (name == "hpm")
@@ -172,7 +152,7 @@ def test_files_of_other_projects_are_to_be_imported_first(files, videos, run_too
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 32)])
 def test_fine_tuning_from_learned_positions(
-    files, labelled_videos, finetune_config, tmp_path, size
+    files, labelled_videos, finetune_config, run_tool, tmp_path, size
 ):
     """They come along, and are resized for frames of another size."""
     content = torch.load(files["vit"])
@@ -197,7 +177,8 @@ def test_fine_tuning_from_learned_positions(
     config["test"] = {"clips": 1, "crops": 1}
     path = tmp_path / "finetune.yaml"
     path.write_text(yaml.safe_dump(config))
-    script("run_finetune.sh", path, f"output_dir={tmp_path / 'run'}", cwd=tmp_path)
+    code, output = run_tool("finetune", path, f"output_dir={tmp_path / 'run'}")
+    assert code == 0, output
     stored = load_file(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors")
     assert torch.equal(stored["encoder_positions.table"], table)
 
@@ -246,7 +227,8 @@ def test_fine_tuning_and_test_of_an_imported_classifier(
     config["recipe"] |= {"epochs": 1, "warmup_epochs": 0}
     path = tmp_path / "finetune.yaml"
     path.write_text(yaml.safe_dump(config))
-    told = script("run_finetune.sh", path, f"output_dir={tmp_path / 'run'}", cwd=tmp_path)
+    code, told = run_tool("finetune", path, f"output_dir={tmp_path / 'run'}")
+    assert code == 0, told
     assert "start fresh: none" in told
 
 

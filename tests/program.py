@@ -1,0 +1,29 @@
+"""What a forked process runs to become a program: see ``Program`` in conftest.py.
+
+``arguments``, ``environment`` and ``output`` are set by who starts it.
+"""
+# ruff: noqa: F821, S102
+
+import atexit
+import os
+import runpy
+import sys
+from pathlib import Path
+
+os.setsid()
+os.environ.clear()
+os.environ.update(environment)
+with Path(output).open("wb", buffering=0) as file:
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+sys.argv = arguments
+sys.path[:0] = [place for place in environment.get("PYTHONPATH", "").split(os.pathsep) if place]
+os.chdir(Path(__file__).parent.parent)
+try:
+    if arguments[0] == "-c":
+        exec(arguments[1], {"__name__": "__main__"})
+    else:
+        sys.path.insert(0, str(Path(arguments[0]).parent.resolve()))
+        runpy.run_path(arguments[0], run_name="__main__")
+finally:
+    atexit._run_exitfuncs()  # which processes of multiprocessing leave out
