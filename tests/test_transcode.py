@@ -5,11 +5,13 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -771,6 +773,36 @@ def test_lost_outputs_are_made_again(start, source, tmp_path):
         file.write('{"place": "half a li')
     start(source, output, code=2)
     assert contents(output) == before
+
+
+@pytest.mark.parametrize("form", ["files", "frames", "shards"])
+def test_going_on_needs_no_encoder_that_gives_the_same_bytes(start, tmp_path, capsys, form):
+    """Outputs that a kill left unnoted, or that were lost, are made again as other bytes."""
+    now = replace(RECIPE, form=form, quality=90)
+    before = replace(now, crf=40, quality=20)  # stands for another version of the encoders
+    write_source(tmp_path / "a.mp4")
+    write_source(tmp_path / "b.mp4", frames=9)
+    (tmp_path / "list.csv").write_text("path\na.mp4\nb.mp4\n")
+    start(tmp_path / "list.csv", tmp_path / "out", "--to", form)
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    shutil.rmtree(tmp_path / "out")
+    with folder_of(tmp_path, ["a.mp4", "b.mp4"], now) as folder:
+        folder.claim(settings)
+        jobs = [folder.job(place) for place in folder.missing()]
+        old = [last_of(job, before) for job in jobs]
+        folder.note(jobs[0].place, old[0])  # and the second one is there without a note
+        lost = folder.unpacked_shards()
+        for shard in lost:  # nor is there one of the shard of the first
+            list(transcoding.Packer()(shard))
+    transcoding.remove(jobs[0].target)
+    capsys.readouterr()
+    start(tmp_path / "list.csv", tmp_path / "out", "--to", form)
+    assert "2 files, 2 of them new" in capsys.readouterr().out
+    places = read_manifest(tmp_path / "out" / "manifest.csv").files
+    assert [numbers_of(read_all(place)) for place in places] == [[*range(20)], [*range(9)]]
+    assert all(transcoding.bytes_of(p) > made.bytes for p, made in zip(places, old, strict=True))
+    start(tmp_path / "list.csv", tmp_path / "out", "--to", form)
+    assert "0 of them new" in capsys.readouterr().out
 
 
 def test_other_settings_are_refused_by_name(tool, source, tmp_path, capsys):

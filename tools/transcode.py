@@ -2,7 +2,7 @@
 
 OUT gets H.264 files with a short way from key frame to key frame (--to files), folders of JPEG
 images (--to frames), or tar files in the layout of webdataset (--to shards), and a manifest.csv
-to train on: data.train=OUT/manifest.csv. All three give the same samples. A second start goes on.
+to train on: data.train=OUT/manifest.csv. All three give the same frames. A second start goes on.
 """
 
 import argparse

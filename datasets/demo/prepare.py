@@ -383,7 +383,7 @@ def make(
 ) -> None:
     """Write the files and then their manifests, which so exist only where all files do.
 
-    With 0 workers they are made by this process. They are the same whatever the number.
+    With 0 workers they are made by this process. What they show does not depend on the number.
     """
     for part in parts:
         for split in per_label:

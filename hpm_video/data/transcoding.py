@@ -488,7 +488,7 @@ def _reason(error: Exception) -> str:
 
 
 def _put(beside: str, target: str) -> None:
-    """Rename; a target that is there already is of a run that was killed, and the same."""
+    """Rename; a target that is there already is of a run that was killed, and is replaced."""
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     if is_frame_folder(target):
         shutil.rmtree(target, ignore_errors=True)
