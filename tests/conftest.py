@@ -1,8 +1,10 @@
 """Small real videos, and runs over them as a user starts them."""
 
+import itertools
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import hypothesis
@@ -11,7 +13,9 @@ import pytest
 
 from hpm_video.data.encode import write_video
 
-hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("any machine")
 
 ROOT = Path(__file__).parent.parent
@@ -206,7 +210,7 @@ def finished_run(pretrain, tmp_path_factory) -> Path:
     """The directory of a run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     process = pretrain(folder)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate()
     assert process.returncode == 0, output
     (folder.parent / "output.txt").write_text(output)
     return folder
@@ -223,7 +227,6 @@ def finetuned_run(finetune_config, tmp_path_factory) -> Path:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
     )
     assert script.returncode == 0, script.stdout + script.stderr
     (folder.parent / "output.txt").write_text(script.stdout)
@@ -253,8 +256,39 @@ def run_tool(tmp_path):
             stderr=subprocess.STDOUT,
             text=True,
             check=False,
-            timeout=300,
         )
         return done.returncode, done.stdout
 
     return run
+
+
+class PoolClock:
+    """The clock of the pools in this process. It stands still, and no load of the machine makes a
+    job late, but for ``steps``: what further looks at it add, in seconds."""
+
+    def __init__(self):
+        self.now, self.steps = 0.0, iter(())
+
+    def monotonic(self) -> float:
+        self.now += next(self.steps, 0.0)
+        return self.now
+
+    def run_while_one_hangs(self, folder: Path) -> None:
+        """Processes that hang leave a file PID.hangs there. Of a pool of one process no healthy
+        job is late then."""
+
+        def hanging() -> bool:
+            for mark in folder.glob("*.hangs"):
+                with suppress(ProcessLookupError):
+                    os.kill(int(mark.stem), 0)
+                    return True
+            return False
+
+        self.steps = (float(hanging()) for _ in itertools.count())
+
+
+@pytest.fixture
+def pool_clock(monkeypatch) -> PoolClock:
+    clock = PoolClock()
+    monkeypatch.setattr("hpm_video.data.pool.time", clock)
+    return clock

@@ -626,7 +626,7 @@ def stop(process: subprocess.Popen, number: int, journal: Path, after: int) -> s
     wait_for_lines(journal, after)
     began = time.monotonic()
     os.kill(process.pid, number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate()
     assert time.monotonic() - began < 60
     assert_nobody_left(process.pid)
     assert len(journal.read_text().splitlines()) < 12, "it was too late"
@@ -834,7 +834,7 @@ def test_a_run_over_a_checked_manifest_leaves_out_the_bad(check, videos, pretrai
     run = tmp_path / "run"
     overrides = ("recipe.epochs=2", "recipe.warmup_epochs=0", "logging.validate_every_epochs=1")
     process = pretrain(run, f"data.train={checked}", *overrides)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate()
     assert process.returncode == 0, output
     assert output.count(f"2 of 9 files of {checked} are left out") == 1
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

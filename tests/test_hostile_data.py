@@ -95,7 +95,6 @@ def run(environment, *arguments):
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
-        timeout=300,
     )
     return done.returncode, done.stdout
 

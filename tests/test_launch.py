@@ -81,7 +81,7 @@ def started():
     for launcher in launchers:
         if launcher.poll() is None:
             launcher.terminate()  # which it passes on
-        launcher.communicate(timeout=60)
+        launcher.communicate()
 
 
 def write_program(folder, text):
@@ -90,7 +90,7 @@ def write_program(folder, text):
     return path
 
 
-def finish(launcher, timeout=60):
+def finish(launcher):
     out, err = launcher.communicate(timeout=timeout)
     return launcher.returncode, out, err
 

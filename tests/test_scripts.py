@@ -81,7 +81,6 @@ class Clone:
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
         )
 
     def starts(self) -> list[list[str]]:
@@ -431,7 +430,7 @@ def test_signals_reach_python(clone: Clone) -> None:
         stdout=subprocess.PIPE,
         text=True,
     )
-    output, _ = started.communicate(timeout=60)
+    output, _ = started.communicate()
     assert int(output) == started.pid
 
 

@@ -42,7 +42,6 @@ def tool(tmp_path_factory):
             env=os.environ | {"PYTHONPATH": str(place)},
             capture_output=True,
             text=True,
-            timeout=100,
             check=False,
         )
         assert process.returncode == code, process.stderr

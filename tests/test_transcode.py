@@ -899,7 +899,7 @@ def test_a_stopped_run_goes_on_and_ends_alike(tool, tmp_path, capsys):
         with launch(tmp_path, tmp_path / "list.csv", output, *settings) as process:
             wait_for(lambda seen=done: journal_lines(output) >= seen + 3)
             process.send_signal(number)
-            told, _ = process.communicate(timeout=20)
+            told, _ = process.communicate()
             assert process.returncode == code, told
         wait_for(lambda group=process.pid: not processes_of(group), 10)
         assert done + 3 <= (done := journal_lines(output)) < 12

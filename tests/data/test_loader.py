@@ -392,7 +392,7 @@ def test_workers_end_when_the_parent_is_killed(running):
 def test_ctrl_c_reaches_the_parent_alone(running):
     assert len(running.stdout.readline().split()) == 2
     os.killpg(running.pid, signal.SIGINT)
-    out, errors = running.communicate(timeout=60)
+    out, errors = running.communicate()
     assert out == "stopped in order\n"
     assert "KeyboardInterrupt" not in errors
     assert running.returncode == 0

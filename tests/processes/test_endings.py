@@ -75,10 +75,10 @@ def start(process_environment):
     for launcher in started:
         if launcher.poll() is None:
             launcher.terminate()
-            launcher.communicate(timeout=60)
+            launcher.communicate()
 
 
-def finish(launcher, code=0, timeout=120):
+def finish(launcher, code=0):
     output, _ = launcher.communicate(timeout=timeout)
     assert launcher.returncode == code, output
     return output
@@ -192,7 +192,6 @@ def script(process_environment):
             stderr=subprocess.STDOUT,
             text=True,
             check=False,
-            timeout=120,
         )
         return done.returncode, done.stdout
 

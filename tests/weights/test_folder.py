@@ -101,7 +101,6 @@ def script(name, *arguments, cwd):
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
