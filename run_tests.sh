@@ -31,5 +31,8 @@ fi
 step "ruff format --check" "$python" -m ruff format --check .
 step "ruff check" "$python" -m ruff check .
 step "mypy" "$python" -m mypy
-step "pytest" run_pytest
+step "pytest" run_pytest -m "not gpu"
+# By themselves, for all other tests are kept from seeing a GPU; without one these skip.
+mapfile -t on_gpu < <(grep -rl --include='test_*.py' 'pytest\.mark\.gpu' tests)
+step "pytest -m gpu" run_pytest -m gpu "${on_gpu[@]}"
 printf '\n== everything passed\n' >&2

@@ -18,6 +18,14 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("any machine")
 
+
+def pytest_configure(config):
+    """Tests, and the processes that they start, see a GPU under ``-m gpu`` alone: elsewhere
+    ``device=auto`` is the CPU, as on a machine without one."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 ROOT = Path(__file__).parent.parent
 CONFIG = """
 model:

@@ -1207,9 +1207,7 @@ def test_cifar_no_pickle_calls_numpy(opcodes: bytes, part: str) -> None:
     )
     script = ROOT / "datasets/cifar10/prepare.py"
     Path("hpm_video").symlink_to(ROOT / "hpm_video")
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(script)], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("refused: meta is refused: it ")
     assert part in done.stdout
