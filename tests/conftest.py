@@ -2,9 +2,10 @@
 
 import itertools
 import os
+import socket
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import hypothesis
@@ -124,6 +125,20 @@ def moving_texture(seed: int, num_frames: int = 12, size: int = 40) -> np.ndarra
     start, step = rng.integers(0, 40, 2), rng.integers(0, 4, 2)
     corners = [start + step * frame for frame in range(num_frames)]
     return np.stack([big[y : y + size, x : x + size] for y, x in corners]).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def reserve_port():
+    """Makes ports that nobody else is given before the tests end, as tools/launch.py does."""
+    with ExitStack() as places:
+
+        def reserve() -> int:
+            place = places.enter_context(socket.socket())
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            place.bind(("127.0.0.1", 0))
+            return place.getsockname()[1]
+
+        yield reserve
 
 
 @pytest.fixture(scope="session")

@@ -140,12 +140,6 @@ def wait_for_end(pid):
         time.sleep(0.02)
 
 
-def free_port():
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return place.getsockname()[1]
-
-
 def read_found(folder):
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
@@ -366,9 +360,9 @@ def test_killing_the_launcher_stops_the_processes(tmp_path, started):
 # --- Several machines ---------------------------------------------------------------------------
 
 
-def test_two_nodes_on_one_machine(tmp_path, started):
+def test_two_nodes_on_one_machine(tmp_path, started, reserve_port):
     program = write_program(tmp_path, REDUCE)
-    port = free_port()
+    port = reserve_port()
     jobs = [
         started(
             [
@@ -487,7 +481,7 @@ exit "$worst"
 """
 
 
-def test_hostfile_of_two_machines(tmp_path, started, hostfile):
+def test_hostfile_of_two_machines(tmp_path, started, hostfile, reserve_port):
     """The real launcher of DeepSpeed; the two machines are this one, without its variables."""
     hostfile.write_text("node0 slots=1\nnode1 slots=1\n")
     tools = tmp_path / "bin"
@@ -503,7 +497,7 @@ def test_hostfile_of_two_machines(tmp_path, started, hostfile):
         HPM_MARK="my mark",
         PATH=f"{tools}:{os.environ['PATH']}",
         PYTHONPATH="/my/path",
-        MASTER_PORT=free_port(),
+        MASTER_PORT=reserve_port(),
         CWD=tmp_path,
         HOME=tmp_path / "home",
     )
