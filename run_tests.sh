@@ -30,17 +30,18 @@ run_suite() {
     --durations 20 "$@"
 }
 
-lane=()
-if [[ ${1:-} == --quick ]]; then
-  lane=(-m "not slow")
-  shift
-fi
-if (($#)); then
-  step "pytest $*" run_pytest "${lane[@]}" "$@"
+lane="not gpu"
+if [[ $* == --quick ]]; then
+  lane="not gpu and not slow"
+elif (($#)); then
+  step "pytest $*" run_pytest "$@"
   exit
 fi
 step "ruff format --check" "$python" -m ruff format --check .
 step "ruff check" "$python" -m ruff check .
 step "mypy" "$python" -m mypy
-step "pytest" run_suite "${lane[@]}"
+step "pytest" run_suite -m "$lane"
+# By themselves, for all other tests are kept from seeing a GPU; without one these skip.
+mapfile -t on_gpu < <(grep -rl --include='test_*.py' 'pytest\.mark\.gpu' tests)
+step "pytest -m gpu" run_pytest -m gpu "${on_gpu[@]}"
 printf '\n== everything passed\n' >&2

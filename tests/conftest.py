@@ -1,10 +1,13 @@
 """Small real videos, and runs over them as a user starts them."""
 
+import itertools
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack, suppress
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from tempfile import mkstemp
@@ -15,8 +18,18 @@ import pytest
 
 from hpm_video.data.encode import write_video
 
-hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("any machine")
+
+
+def pytest_configure(config):
+    """Tests, and the processes that they start, see a GPU under ``-m gpu`` alone: elsewhere
+    ``device=auto`` is the CPU, as on a machine without one."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -116,6 +129,20 @@ def moving_texture(seed: int, num_frames: int = 12, size: int = 40) -> np.ndarra
     start, step = rng.integers(0, 40, 2), rng.integers(0, 4, 2)
     corners = [start + step * frame for frame in range(num_frames)]
     return np.stack([big[y : y + size, x : x + size] for y, x in corners]).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def reserve_port():
+    """Makes ports that nobody else is given before the tests end, as tools/launch.py does."""
+    with ExitStack() as places:
+
+        def reserve() -> int:
+            place = places.enter_context(socket.socket())
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            place.bind(("127.0.0.1", 0))
+            return place.getsockname()[1]
+
+        yield reserve
 
 
 @pytest.fixture(scope="session")
@@ -243,7 +270,7 @@ def finished_run(pretrain, tmp_path_factory) -> Path:
     """The directory of a run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     process = pretrain(folder)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate()
     assert process.returncode == 0, output
     (folder.parent / "output.txt").write_text(output)
     return folder
@@ -260,7 +287,6 @@ def finetuned_run(finetune_config, tmp_path_factory) -> Path:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
     )
     assert script.returncode == 0, script.stdout + script.stderr
     (folder.parent / "output.txt").write_text(script.stdout)
@@ -293,11 +319,42 @@ def run_tool(tmp_path):
                 stderr=subprocess.STDOUT,
                 text=True,
                 check=False,
-                timeout=300,
             )
             return done.returncode, done.stdout
         program = Program(command, environment, tmp_path)
-        output, _ = program.communicate(timeout=300)
+        output, _ = program.communicate()
         return program.returncode, output
 
     return run
+
+
+class PoolClock:
+    """The clock of the pools in this process. It stands still, and no load of the machine makes a
+    job late, but for ``steps``: what further looks at it add, in seconds."""
+
+    def __init__(self):
+        self.now, self.steps = 0.0, iter(())
+
+    def monotonic(self) -> float:
+        self.now += next(self.steps, 0.0)
+        return self.now
+
+    def run_while_one_hangs(self, folder: Path) -> None:
+        """Processes that hang leave a file PID.hangs there. Of a pool of one process no healthy
+        job is late then."""
+
+        def hanging() -> bool:
+            for mark in folder.glob("*.hangs"):
+                with suppress(ProcessLookupError):
+                    os.kill(int(mark.stem), 0)
+                    return True
+            return False
+
+        self.steps = (float(hanging()) for _ in itertools.count())
+
+
+@pytest.fixture
+def pool_clock(monkeypatch) -> PoolClock:
+    clock = PoolClock()
+    monkeypatch.setattr("hpm_video.data.pool.time", clock)
+    return clock

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import time
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -32,7 +31,7 @@ from hpm_video.data.mixture import MixedClips, Place
 from hpm_video.data.room import RoomError
 from hpm_video.data.transforms import ClipTransform, MultiScaleCrop
 
-SLEPT = 0.05
+TAKEN = 0.05
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +45,20 @@ def bench_loader():
 
 
 class Slow(ClipTransform):
-    """A crop that takes its time."""
+    """A crop that takes its time, by a clock."""
+
+    def __init__(self, clock):
+        self.clock = clock
 
     def draw(self, size, frame_size, draw):
         drawn = MultiScaleCrop(flip=False).draw(size, frame_size, draw)
+        clock = self.clock
 
         class SlowCrop:
             box = drawn.box
 
             def __call__(self, pixels):
-                time.sleep(SLEPT)
+                clock.now += TAKEN
                 return drawn(pixels)
 
         return SlowCrop()
@@ -81,13 +84,26 @@ def places(count):
     return [Place(0, position) for position in range(count)]
 
 
-def test_time_is_put_down_to_its_phase_and_counted_per_clip(videos):
-    cpu = torch.device("cpu")
+class Clock:
+    """A millisecond passes between two looks at it, and what is added."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        self.now += 1e-3
+        return self.now
+
+    monotonic = perf_counter
+
+
+def test_time_is_put_down_to_its_phase_and_counted_per_clip(videos, monkeypatch):
+    cpu, clock = torch.device("cpu"), Clock()
+    monkeypatch.setattr("hpm_video.data.benchmark.time", clock)
     for count in (1, 2):
         slow = time_phases(
-            clips_of(videos / "train", Slow(), count), places(6), batch_size=4, device=cpu
+            clips_of(videos / "train", Slow(clock), count), places(6), batch_size=4, device=cpu
         )
-        assert slow.augmenting >= SLEPT, "of each clip, and not of each video"
+        assert slow.augmenting == pytest.approx(TAKEN + 1e-3), "of each clip, not of each video"
         assert slow.bottleneck(1) == "augmenting"
         assert slow.copying == 0.0
         assert min(slow.reading, slow.decoding, slow.collating) > 0

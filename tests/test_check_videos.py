@@ -11,7 +11,7 @@ import sys
 import tarfile
 import textwrap
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -48,7 +48,7 @@ from hpm_video.data.findings import (
 )
 from hpm_video.data.manifest import Listing, ManifestError, read_listing, read_manifest
 from hpm_video.data.manifest_check import How, check_files, judged, known_of
-from hpm_video.data.pool import GIB, Limits
+from hpm_video.data.pool import GIB, Limits, Pool
 from hpm_video.data.progress_bar import ProgressBar
 from hpm_video.data.video_reader import DecodeError
 from hpm_video.data.video_stream import VideoStream
@@ -391,7 +391,8 @@ WORK = """
         with Path(task.file).with_name("looked.txt").open("a") as file:
             file.write(kind + "\\n")
         if kind == "hang":
-            ctypes.PyDLL(None).sleep(1000)
+            Path(task.file).with_name(f"{os.getpid()}.hangs").touch()
+            ctypes.PyDLL(None).sleep(10**6)
         if kind == "abort":
             os.abort()
         if kind == "eat":
@@ -403,14 +404,14 @@ WORK = """
             os.kill(os.getpid(), 9)
         if kind == "long":
             return long(task, stamp)
-        if kind.startswith("slow"):
-            time.sleep(0.3)
+        if kind.startswith("waits"):
+            while not Path(task.file).with_suffix(".open").exists():
+                time.sleep(0.01)
         return Finding("fine", num_frames=7, bytes=stamp.bytes, modified=stamp.modified,
                        content=kind)
 
     def long(task, stamp):
         for _ in range(15):
-            time.sleep(0.2)
             yield WORKING
         yield Finding("fine", num_frames=15, bytes=stamp.bytes, modified=stamp.modified)
 """
@@ -433,7 +434,7 @@ def work_folder(tmp_path_factory):
 
 
 def test_a_file_that_hangs_crashes_or_eats_memory_is_bad_and_the_rest_is_checked(
-    work_folder, tmp_path
+    work_folder, tmp_path, pool_clock
 ):
     import work_of_a_check
 
@@ -441,10 +442,9 @@ def test_a_file_that_hangs_crashes_or_eats_memory_is_bad_and_the_rest_is_checked
     for name in names:
         (tmp_path / f"{name}.mp4").write_text(name)
     files = [str(tmp_path / f"{name}.mp4") for name in names]
-    how = How(2, Limits(2.0, GIB // 4), work=work_of_a_check.look)
-    began = time.monotonic()
+    how = How(1, Limits(2.0, GIB // 4), work=work_of_a_check.look)
+    pool_clock.run_while_one_hangs(tmp_path)
     found = {Path(file).stem: finding for file, finding, _ in check_files(files, how, {})}
-    assert time.monotonic() - began < 60
     assert set(found) == set(names)
     told = {name: finding.reasons for name, finding in found.items() if finding.verdict == "bad"}
     assert told == {
@@ -462,9 +462,15 @@ def test_a_file_that_hangs_crashes_or_eats_memory_is_bad_and_the_rest_is_checked
     assert found["hang"].limits == (2.0, 0.25, 3600.0)
 
 
-def test_a_long_file_that_gets_on_is_fine(work_folder, tmp_path):
+def test_a_long_file_that_gets_on_is_fine(work_folder, tmp_path, pool_clock, monkeypatch):
+    """Half a second from one beat to the next, more than a second in all."""
     import work_of_a_check
 
+    def next_beat(pool, original=Pool.next):
+        pool_clock.steps = iter([0.0, 0.5])
+        return original(pool)
+
+    monkeypatch.setattr(Pool, "next", next_beat)
     (tmp_path / "long.mp4").write_text("long")
     how = How(1, Limits(1.0, GIB), work=work_of_a_check.look)
     ((_, finding, is_new),) = check_files([str(tmp_path / "long.mp4")], how, {})
@@ -479,7 +485,7 @@ def test_a_file_whose_process_was_killed_once_is_tried_again_at_the_end(work_fol
     for name in names:
         (tmp_path / f"{name}.mp4").write_text(name)
     files = [str(tmp_path / f"{name}.mp4") for name in names]
-    how = How(1, Limits(20.0, GIB), work=work_of_a_check.look)
+    how = How(1, Limits(memory=GIB), work=work_of_a_check.look)
     found = {Path(file).stem: finding for file, finding, _ in check_files(files, how, {})}
     assert {name: finding.verdict for name, finding in found.items()} == {
         **dict.fromkeys(["once", "a", "b"], "fine"),
@@ -579,17 +585,18 @@ def test_one_odd_name_in_a_folder_does_not_stop_a_check(check, folder, tmp_path,
 
 
 @pytest.fixture
-def slow_check(work_folder, tmp_path):
-    """Start a check of 12 files that take 0.3 s each, in a session of its own."""
+def waiting_check(work_folder, tmp_path):
+    """Start a check of 12 files, each of which is looked at as soon as a file ``.open`` lies
+    beside it, in a session of its own."""
     for i in range(12):
-        (tmp_path / f"slow {i}.mp4").write_text(str(i))
-    names = "".join(f"slow {i}.mp4\n" for i in range(12))
+        (tmp_path / f"waits {i}.mp4").write_text(str(i))
+    names = "".join(f"waits {i}.mp4\n" for i in range(12))
     (tmp_path / "list.csv").write_text(f"path\n{names}")
     (tmp_path / "import").mkdir()
     (tmp_path / "import" / "hpm_video").symlink_to(ROOT / "hpm_video")
 
     def start() -> subprocess.Popen:
-        argv = [str(tmp_path / "list.csv"), "--workers", "2"]
+        argv = [str(tmp_path / "list.csv"), "--workers=2", "--seconds=1e6"]
         return subprocess.Popen(
             [sys.executable, "-c", SCRIPT.format(folder=str(work_folder), argv=argv)],
             cwd=ROOT,
@@ -604,53 +611,51 @@ def slow_check(work_folder, tmp_path):
 
 
 def wait_for_lines(path: Path, count: int) -> None:
-    end = time.monotonic() + 60
-    while not path.exists() or len(path.read_text().splitlines()) < count:
-        assert time.monotonic() < end
+    while not path.exists() or path.read_text().count("\n") < count:
         time.sleep(0.02)
 
 
-def assert_nobody_left(group: int) -> None:
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        try:
+def wait_until_nobody_is_left(group: int) -> None:
+    with suppress(ProcessLookupError):
+        while True:
             os.killpg(group, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.05)
-    raise AssertionError("processes are left")
+            time.sleep(0.05)
 
 
 def stop(process: subprocess.Popen, number: int, journal: Path, after: int) -> str:
-    """Send a signal when so many files are noted. -> what was told"""
+    """Let so many files be looked at, and send a signal when they are noted. -> what was told"""
+    for i in range(after):
+        (journal.parent / f"waits {i}.open").touch()
     wait_for_lines(journal, after)
-    began = time.monotonic()
     os.kill(process.pid, number)
-    output, _ = process.communicate(timeout=60)
-    assert time.monotonic() - began < 60
-    assert_nobody_left(process.pid)
-    assert len(journal.read_text().splitlines()) < 12, "it was too late"
+    output, _ = process.communicate()
+    wait_until_nobody_is_left(process.pid)
     return output
 
 
-def test_a_check_that_was_stopped_goes_on(slow_check, tmp_path, tool, check, monkeypatch, capsys):
+def test_a_check_that_was_stopped_goes_on(
+    waiting_check, tmp_path, tool, check, monkeypatch, capsys
+):
     import work_of_a_check
 
     out = tmp_path / "list.checked.csv"
     journal = tmp_path / "list.checked.csv.partial"
-    killed = slow_check()
-    stop(killed, signal.SIGKILL, journal, after=2)
+    killed = waiting_check()
+    stop(killed, signal.SIGKILL, journal, after=3)
     assert killed.returncode == -signal.SIGKILL
     with journal.open("a") as file:
         file.write('{"file": "half of a li')
-    interrupted = slow_check()
-    output = stop(interrupted, signal.SIGINT, journal, after=6)
+    interrupted = waiting_check()
+    output = stop(interrupted, signal.SIGINT, journal, after=7)
     assert interrupted.returncode == 130, output
     assert f"kept in {journal}: the same command goes on" in output
     assert not out.exists()
 
     lines = [line for line in journal.read_text().splitlines() if line.endswith("}")]
     noted = {json.loads(line)["file"] for line in lines}
+    assert len(noted) == 7
+    for i in range(12):
+        (tmp_path / f"waits {i}.open").touch()
     changed = min(noted)
     Path(changed).write_text("another content")
     (tmp_path / "looked.txt").unlink()
@@ -659,7 +664,7 @@ def test_a_check_that_was_stopped_goes_on(slow_check, tmp_path, tool, check, mon
     output = capsys.readouterr().out
     assert f"{len(noted)} of which were checked before" in output
     assert f"{len(noted) - 1} files have not changed" in output
-    files = {f"{tmp_path}/slow {i}.mp4" for i in range(12)}
+    files = {f"{tmp_path}/waits {i}.mp4" for i in range(12)}
     looked = (tmp_path / "looked.txt").read_text().splitlines()
     assert sorted(looked) == sorted(Path(file).stem for file in files - noted | {changed})
     assert not journal.exists()
@@ -834,7 +839,7 @@ def test_a_run_over_a_checked_manifest_leaves_out_the_bad(check, videos, pretrai
     run = tmp_path / "run"
     overrides = ("recipe.epochs=2", "recipe.warmup_epochs=0", "logging.validate_every_epochs=1")
     process = pretrain(run, f"data.train={checked}", *overrides)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate()
     assert process.returncode == 0, output
     assert output.count(f"2 of 9 files of {checked} are left out") == 1
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

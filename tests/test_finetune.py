@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 def finish(process, code=0):
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate()
     assert process.returncode == code, output
     return output
 

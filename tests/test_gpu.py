@@ -1,4 +1,5 @@
-"""What only an accelerator can show. Without one these skip, or fail where HPM_REQUIRE_GPU=1."""
+"""What only an accelerator can show, under ``-m gpu``, which lets tests see it. Without one these
+skip, or fail where HPM_REQUIRE_GPU=1."""
 
 import os
 from dataclasses import replace
@@ -17,7 +18,7 @@ REQUIRED = os.environ.get("HPM_REQUIRE_GPU") == "1"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available() and not REQUIRED, reason="there is no CUDA device"
+        not torch.cuda.is_available() and not REQUIRED, reason="no CUDA device, or no -m gpu"
     ),
 ]
 
@@ -33,6 +34,7 @@ def test_ranking_loss_is_that_of_the_cpu():
     torch.testing.assert_close(ranking_loss(scores.cuda(), errors.cuda()).cpu(), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_update_does_not_wait_for_the_device(precision):
     config = load_config(PretrainConfig, DEMO, [])

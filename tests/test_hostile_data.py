@@ -48,7 +48,8 @@ class VideoReader:
     def next(self):
         self.at += 1
         if "hangs" in self.path:
-            ctypes.PyDLL(None).sleep(1000)  # with the interpreter's lock
+            open(f"{os.path.dirname(self.path)}/{os.getpid()}.hangs", "w").close()
+            ctypes.PyDLL(None).sleep(10**6)  # with the interpreter's lock
         if "crashes" in self.path:
             os.abort()
         eaten = []
@@ -59,14 +60,32 @@ class VideoReader:
         draw = np.random.default_rng([self.at, *os.path.basename(self.path).encode()])
         return Frame(draw.integers(256, size=(40, 40, 3), dtype=np.uint8))
 '''
+PROGRAM = """
+import os, sys
+from pathlib import Path
+from hpm_video.data import pool
+
+class Clock:  # it runs while the one process that decodes hangs: no load makes other files late
+    now, folder = 0.0, Path(sys.argv[1])
+
+    def monotonic(self):
+        marks = [int(mark.stem) for mark in self.folder.rglob("*.hangs")]
+        self.now += any(os.path.exists(f"/proc/{pid}") for pid in marks)
+        return self.now
+
+pool.time = Clock()
+del sys.argv[:2]
+sys.path.insert(0, "tools")
+sys.exit(__import__(sys.argv[0]).main())
+"""
 REASONS = {
     "crashes": "the process that decoded it ended by SIGABRT",
     "eats": "it needs more memory than a process that decodes may have",
-    "hangs": "it took longer than 6 s",
+    "hangs": "it took longer than 1 s",
 }
 LIMITED = (
-    *("data.decoder=decord", "data.workers=2"),
-    *("data.seconds_per_file=6", "data.memory_per_worker=0.25"),
+    *("data.decoder=decord", "data.workers=1"),
+    *("data.seconds_per_file=1", "data.memory_per_worker=0.25"),
 )
 
 
@@ -86,16 +105,16 @@ def among_hostile(folder, target):
     return {shutil.copy(first, first.with_name(f"{name}.mp4")): name for name in REASONS}
 
 
-def run(environment, *arguments):
+def run(environment, videos, tool, *arguments):
+    """``videos``: the folder in which some hang."""
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
+        [sys.executable, "-c", PROGRAM, *map(str, (videos, tool, *arguments))],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
-        timeout=300,
     )
     return done.returncode, done.stdout
 
@@ -103,7 +122,7 @@ def run(environment, *arguments):
 def test_pretraining_goes_on_and_names_them(environment, config_file, videos, tmp_path):
     hostile = among_hostile(videos / "train", tmp_path / "videos")
     command = (
-        *("tools/pretrain.py", config_file, f"output_dir={tmp_path / 'run'}"),
+        *(tmp_path / "videos", "pretrain", config_file, f"output_dir={tmp_path / 'run'}"),
         *(f"data.train={tmp_path / 'videos'}", "data.max_bad_share=0.5", *LIMITED),
     )
     code, output = run(environment, *command)
@@ -125,7 +144,7 @@ def test_a_test_goes_on_or_names_all_of_them(
 ):
     among_hostile(labelled_videos / "validation", tmp_path / "videos")
     command = (
-        *("tools/finetune.py", finetune_config, f"output_dir={tmp_path / 'run'}"),
+        *(tmp_path / "videos", "finetune", finetune_config, f"output_dir={tmp_path / 'run'}"),
         *(f"data.validation={tmp_path / 'videos'}", "recipe.epochs=1", "recipe.warmup_epochs=0"),
         *(f"test.exclude_bad_files={str(exclude).lower()}", *LIMITED),
     )

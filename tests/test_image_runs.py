@@ -240,7 +240,7 @@ def mixed_run(pretrain, mix, tmp_path_factory) -> Path:
 
 
 def finish(process, code=0) -> str:
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate()
     assert process.returncode == code, output
     return output
 

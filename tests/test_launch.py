@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,6 +15,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "tools" / "launch.py"
+# The launcher with other constants: its patience is none, or has no end.
+LAUNCH_WITH = """
+import sys
+sys.path.insert(0, "tools")
+import launch
+launch.SETTLE, launch.ENDING = map(float, sys.argv[1:3])
+sys.exit(launch.main(sys.argv[3:]))
+"""
+FOREVER = 1e9
 HOSTS = ROOT / "tools" / "launch_hosts.py"
 
 WHO = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
@@ -30,7 +40,8 @@ found |= {"total": total.item(), "arguments": sys.argv[1:], "path": sys.path}
 open(os.environ["FOUND"] + f"/{os.environ['RANK']}.json", "w").write(json.dumps(found))
 distributed.destroy_process_group()
 """
-# Saves for a moment when it is asked to stop, and counts how often it is.
+# Counts how often it is asked to stop. Where there is a HOLD it waits, once it was asked, until
+# there is such a file.
 STOPPABLE = """
 import pathlib
 asked = []
@@ -40,7 +51,9 @@ place = pathlib.Path(os.environ["FOUND"])
 (place / f"ready{rank}").write_text(str(os.getpid()))
 while not asked:
     time.sleep(0.02)
-time.sleep(float(os.environ.get("SAVING", "0.5")))
+(place / f"stopping{rank}").write_text("yes")
+while "HOLD" in os.environ and not pathlib.Path(os.environ["HOLD"]).exists():
+    time.sleep(0.02)
 (place / f"asked{rank}").write_text(str(len(asked)))
 sys.exit({signal.SIGTERM: 75, signal.SIGINT: 130}[asked[0]])
 """
@@ -72,7 +85,7 @@ def started():
                 text=True,
                 start_new_session=True,
                 preexec_fn=with_usual_signals,  # noqa: PLW1509 - no threads here
-                cwd=variables.get("CWD"),
+                cwd=variables.get("CWD", ROOT),
             )
         )
         return launchers[-1]
@@ -81,7 +94,7 @@ def started():
     for launcher in launchers:
         if launcher.poll() is None:
             launcher.terminate()  # which it passes on
-        launcher.communicate(timeout=60)
+        launcher.communicate()
 
 
 def write_program(folder, text):
@@ -90,18 +103,28 @@ def write_program(folder, text):
     return path
 
 
-def finish(launcher, timeout=60):
-    out, err = launcher.communicate(timeout=timeout)
+def finish(launcher):
+    out, err = launcher.communicate()
     return launcher.returncode, out, err
 
 
-def wait_for(path, seconds=30.0):
+def wait_for(path):
     """The content of a file that another process writes."""
-    end = time.monotonic() + seconds
     while not path.exists() or not path.read_text():
-        assert time.monotonic() < end, f"no {path}"
         time.sleep(0.02)
     return path.read_text()
+
+
+def wait_for_looks(launcher):
+    """Until a launcher has looked at its processes and requests again: it sleeps in between."""
+
+    def sleeps():
+        status = Path(f"/proc/{launcher.pid}/status").read_text()
+        return int(re.search(r"^voluntary_ctxt_switches:\s*(\d+)", status, re.M)[1])
+
+    before = sleeps()
+    while sleeps() < before + 3:
+        time.sleep(0.02)
 
 
 def runs(pid):
@@ -112,17 +135,9 @@ def runs(pid):
         return False
 
 
-def wait_for_end(pid, seconds=10.0):
-    end = time.monotonic() + seconds
+def wait_for_end(pid):
     while runs(pid):
-        assert time.monotonic() < end, f"{pid} still runs"
         time.sleep(0.02)
-
-
-def free_port():
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return place.getsockname()[1]
 
 
 def read_found(folder):
@@ -141,7 +156,7 @@ def test_two_jobs_at_once(tmp_path, started):
         command = [sys.executable, LAUNCH, "--processes", 2, program, "a b", name]
         jobs.append(started(command, FOUND=tmp_path / name))
     for name, job in zip(("one", "two"), jobs, strict=True):
-        assert finish(job, 120) == (0, "", "")
+        assert finish(job) == (0, "", "")
         found = read_found(tmp_path / name)
         assert [one["RANK"] for one in found] == [one["LOCAL_RANK"] for one in found] == ["0", "1"]
         threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
@@ -167,14 +182,44 @@ def test_exit_code_is_the_programs(tmp_path, started, code):
     assert (err == "") == (code != 1)  # of a wrong input the program itself tells
 
 
-def test_one_that_fails_ends_the_others_which_may_have_their_say(tmp_path, started):
-    text = f"{WHO}if rank == 1: sys.exit(2)\ntime.sleep(1)\nprint('the message')\ntime.sleep(100)"
-    program = write_program(tmp_path, text)
-    begin = time.monotonic()
-    status, out, err = finish(started([sys.executable, LAUNCH, "--processes", 2, program]))
+# Writes down its number, and can wait until the launcher has noticed the end of another.
+ENDS = f"""{WHO}
+import pathlib
+place = pathlib.Path(os.environ["FOUND"])
+(place / f"new{{rank}}").write_text(str(os.getpid()))
+os.replace(place / f"new{{rank}}", place / f"pid{{rank}}")
+
+def pid_of(other):
+    while not (place / f"pid{{other}}").exists():
+        time.sleep(0.02)
+    return int((place / f"pid{{other}}").read_text())
+
+def wait_for_end_of(other):
+    pid = pid_of(other)
+    while os.path.exists(f"/proc/{{pid}}"):
+        time.sleep(0.02)
+"""
+
+
+def launch_with(settle, ending, processes, program):
+    return [sys.executable, "-c", LAUNCH_WITH, settle, ending, "--processes", processes, program]
+
+
+def test_others_of_one_that_fails_may_have_their_say(tmp_path, started):
+    text = "if rank == 1: sys.exit(2)\nwait_for_end_of(1)\nprint('the message')\nsys.exit(1)"
+    program = write_program(tmp_path, ENDS + text)
+    job = started(launch_with(FOREVER, FOREVER, 2, program), FOUND=tmp_path)
+    status, out, err = finish(job)
     assert (status, out) == (2, "the message\n")
-    assert time.monotonic() - begin < 20
     assert "rank 1 of 2 (pid " in err
+    assert "ended with code 2, and the job with it" in err
+
+
+def test_others_of_one_that_fails_are_ended(tmp_path, started):
+    program = write_program(tmp_path, ENDS + "if rank == 1: sys.exit(2)\nwait_for_end_of(0)")
+    job = started(launch_with(0, FOREVER, 2, program), FOUND=tmp_path)
+    status, _, err = finish(job)
+    assert status == 2
     assert "ended with code 2, and the job with it" in err
 
 
@@ -182,26 +227,21 @@ def test_one_that_fails_ends_the_others_which_may_have_their_say(tmp_path, start
 def test_a_killed_process_is_named_and_ends_the_job(tmp_path, started, number):
     """The first that ends is another, as when a broken connection is noticed early."""
     text = (
-        f"{WHO}import ctypes\nfrom pathlib import Path\nplace = Path(os.environ['FOUND'])\n"
-        "if rank == 1:\n"
-        "    (place / 'pid').write_text(str(os.getpid()))\n"
-        f"    time.sleep(0.5); os.kill(os.getpid(), {int(number)})\n"
-        "if rank == 0: time.sleep(0.3); sys.exit(1)\n"
-        "(place / 'other').write_text(str(os.getpid()))\n"
-        "time.sleep(100)\n"
+        "pid_of(2)\n"
+        "if rank == 0: sys.exit(1)\n"
+        f"if rank == 1: wait_for_end_of(0); os.kill(os.getpid(), {int(number)})\n"
+        "wait_for_end_of(2)\n"
     )
-    program = write_program(tmp_path, text)
-    begin = time.monotonic()
-    job = started([sys.executable, LAUNCH, "--processes", 3, program], FOUND=tmp_path)
+    program = write_program(tmp_path, ENDS + text)
+    job = started(launch_with(FOREVER, FOREVER, 3, program), FOUND=tmp_path)
     status, _, err = finish(job)
     assert status == 1
-    assert time.monotonic() - begin < 8
-    who = f"rank 1 of 3 (pid {wait_for(tmp_path / 'pid')} on {socket.gethostname()})"
+    who = f"rank 1 of 3 (pid {wait_for(tmp_path / 'pid1')} on {socket.gethostname()})"
     assert f"error: {who} was killed by {signal.Signals(number).name}" in err
     assert ("out-of-memory killer" in err) == (number == signal.SIGKILL)
     assert err.count("error:") == 1
     assert "Start the same command again: it goes on from the last checkpoint" in err
-    wait_for_end(int(wait_for(tmp_path / "other")))
+    wait_for_end(int(wait_for(tmp_path / "pid2")))
 
 
 def test_kill_9_of_one_in_the_middle_of_a_collective(tmp_path, started):
@@ -219,15 +259,13 @@ def test_kill_9_of_one_in_the_middle_of_a_collective(tmp_path, started):
 
 
 def test_others_that_do_not_end_are_killed(tmp_path, started):
-    text = (
-        f"{WHO}signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "if rank == 1: os.kill(os.getpid(), 9)\ntime.sleep(100)"
+    text = "if rank == 1: pid_of(0); os.kill(os.getpid(), 9)\nwait_for_end_of(0)"
+    program = write_program(
+        tmp_path, f"import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n{ENDS}{text}"
     )
-    program = write_program(tmp_path, text)
-    begin = time.monotonic()
-    status, _, err = finish(started([sys.executable, LAUNCH, "--processes", 2, program]))
+    job = started(launch_with(FOREVER, 0.1, 2, program), FOUND=tmp_path)
+    status, _, err = finish(job)
     assert status == 1
-    assert time.monotonic() - begin < 20
     assert "rank 1 of 2" in err
 
 
@@ -240,13 +278,17 @@ def test_others_that_do_not_end_are_killed(tmp_path, started):
 def test_a_stop_is_passed_on_once(tmp_path, started, number, code):
     """Also where SIGTERM comes twice."""
     program = write_program(tmp_path, WHO + STOPPABLE)
-    job = started([sys.executable, LAUNCH, "--processes", 2, program], FOUND=tmp_path)
+    hold = tmp_path / "may end"
+    job = started([sys.executable, LAUNCH, "--processes", 2, program], FOUND=tmp_path, HOLD=hold)
     for rank in (0, 1):
         wait_for(tmp_path / f"ready{rank}")
     job.send_signal(number)
+    for rank in (0, 1):
+        wait_for(tmp_path / f"stopping{rank}")
     if number == signal.SIGTERM:
-        time.sleep(0.2)
         job.send_signal(number)
+    wait_for_looks(job)
+    hold.touch()
     status, _, err = finish(job)
     assert (status, err.count("the processes save and end")) == (code, 1)
     assert [(tmp_path / f"asked{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
@@ -255,10 +297,15 @@ def test_a_stop_is_passed_on_once(tmp_path, started, number, code):
 def test_ctrl_c_of_a_terminal_reaches_the_processes_once(tmp_path, started):
     """It goes to the whole process group."""
     program = write_program(tmp_path, WHO + STOPPABLE)
-    job = started([sys.executable, LAUNCH, "--processes", 2, program], FOUND=tmp_path)
+    hold = tmp_path / "may end"
+    job = started([sys.executable, LAUNCH, "--processes", 2, program], FOUND=tmp_path, HOLD=hold)
     for rank in (0, 1):
         wait_for(tmp_path / f"ready{rank}")
     os.killpg(job.pid, signal.SIGINT)
+    for rank in (0, 1):
+        wait_for(tmp_path / f"stopping{rank}")
+    wait_for_looks(job)
+    hold.touch()
     assert finish(job)[0] == 130
     assert [(tmp_path / f"asked{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
 
@@ -266,10 +313,10 @@ def test_ctrl_c_of_a_terminal_reaches_the_processes_once(tmp_path, started):
 def test_a_stop_that_lasts_too_long(tmp_path, started):
     program = write_program(tmp_path, WHO + STOPPABLE)
     command = [sys.executable, LAUNCH, "--processes", 2, program]
-    job = started(command, FOUND=tmp_path, SAVING=100, HPM_GRACE=1)
+    job = started(command, FOUND=tmp_path, HOLD="/never", HPM_GRACE=1)
     pids = [int(wait_for(tmp_path / f"ready{rank}")) for rank in (0, 1)]
     job.terminate()
-    status, _, err = finish(job, 10)
+    status, _, err = finish(job)
     assert status == 1
     assert "did not end in time; killed: rank 0, 1 on" in err
     assert "HPM_GRACE=SECONDS" in err
@@ -279,12 +326,13 @@ def test_a_stop_that_lasts_too_long(tmp_path, started):
 def test_a_second_ctrl_c_ends_them_at_once(tmp_path, started):
     program = write_program(tmp_path, WHO + STOPPABLE)
     command = [sys.executable, LAUNCH, "--processes", 2, program]
-    job = started(command, FOUND=tmp_path, SAVING=100)
+    job = started(command, FOUND=tmp_path, HOLD="/never")
     pids = [int(wait_for(tmp_path / f"ready{rank}")) for rank in (0, 1)]
     job.send_signal(signal.SIGINT)
-    time.sleep(0.2)
+    for rank in (0, 1):
+        wait_for(tmp_path / f"stopping{rank}")
     job.send_signal(signal.SIGINT)
-    status, _, err = finish(job, 10)
+    status, _, err = finish(job)
     assert status == 130
     assert "stopped by a second Ctrl-C" in err
     assert not any(map(runs, pids))
@@ -292,9 +340,9 @@ def test_a_second_ctrl_c_ends_them_at_once(tmp_path, started):
 
 def test_the_first_may_save_while_others_have_ended(tmp_path, started):
     """A stop that did not come through the launcher."""
-    text = f"{WHO}time.sleep(1.5 if rank == 0 else 0)\nprint('saved') if rank == 0 else 0\n"
-    program = write_program(tmp_path, text + "sys.exit(75)")
-    job = started([sys.executable, LAUNCH, "--processes", 2, program])
+    text = "if rank == 0: wait_for_end_of(1); print('saved')\nsys.exit(75)"
+    program = write_program(tmp_path, ENDS + text)
+    job = started([sys.executable, LAUNCH, "--processes", 2, program], FOUND=tmp_path)
     assert finish(job) == (75, "saved\n", "")
 
 
@@ -312,9 +360,9 @@ def test_killing_the_launcher_stops_the_processes(tmp_path, started):
 # --- Several machines ---------------------------------------------------------------------------
 
 
-def test_two_nodes_on_one_machine(tmp_path, started):
+def test_two_nodes_on_one_machine(tmp_path, started, reserve_port):
     program = write_program(tmp_path, REDUCE)
-    port = free_port()
+    port = reserve_port()
     jobs = [
         started(
             [
@@ -325,7 +373,7 @@ def test_two_nodes_on_one_machine(tmp_path, started):
         )
         for rank in (0, 1)
     ]
-    assert [finish(job, 120) for job in jobs] == [(0, "", "")] * 2
+    assert [finish(job) for job in jobs] == [(0, "", "")] * 2
     found = read_found(tmp_path)
     assert [(one["RANK"], one["LOCAL_RANK"], one["total"]) for one in found] == [
         ("0", "0", 3),
@@ -337,7 +385,7 @@ def test_torchrun_starts_the_same_programs(tmp_path, started):
     program = write_program(tmp_path, REDUCE)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     job = started([*command, "--nproc-per-node", 2, program], FOUND=tmp_path)
-    assert finish(job, 120)[0] == 0
+    assert finish(job)[0] == 0
     assert [one["total"] for one in read_found(tmp_path)] == [3, 3]
 
 
@@ -384,7 +432,7 @@ def test_hostfile(tmp_path, started, hostfile):
     program = write_program(tmp_path, REDUCE)
     command = [sys.executable, HOSTS, hostfile, program, "a b", "--dry-run"]
     job = started(command, FOUND=tmp_path, HPM_MARK="mine")
-    status, _, err = finish(job, 120)
+    status, _, err = finish(job)
     assert status == 0, err
     found = read_found(tmp_path)
     assert [(one["RANK"], one["LOCAL_RANK"], one["total"]) for one in found] == [
@@ -401,12 +449,12 @@ def test_how_a_job_of_a_hostfile_ends(tmp_path, started, hostfile, ending, code)
     program = write_program(tmp_path, text)
     job = started([sys.executable, HOSTS, hostfile, program], FOUND=tmp_path)
     if ending != "wrong":
-        pids = [int(wait_for(tmp_path / f"ready{rank}", 60)) for rank in (0, 1)]
+        pids = [int(wait_for(tmp_path / f"ready{rank}")) for rank in (0, 1)]
         if ending == "stop":
             job.terminate()
         else:
             os.kill(pids[1], signal.SIGKILL)
-    status, _, err = finish(job, 60)
+    status, _, err = finish(job)
     assert status == code, err
     assert ("error: a process was killed by SIGKILL" in err) == (ending == "kill")
     if ending == "stop":
@@ -433,7 +481,7 @@ exit "$worst"
 """
 
 
-def test_hostfile_of_two_machines(tmp_path, started, hostfile):
+def test_hostfile_of_two_machines(tmp_path, started, hostfile, reserve_port):
     """The real launcher of DeepSpeed; the two machines are this one, without its variables."""
     hostfile.write_text("node0 slots=1\nnode1 slots=1\n")
     tools = tmp_path / "bin"
@@ -449,11 +497,11 @@ def test_hostfile_of_two_machines(tmp_path, started, hostfile):
         HPM_MARK="my mark",
         PATH=f"{tools}:{os.environ['PATH']}",
         PYTHONPATH="/my/path",
-        MASTER_PORT=free_port(),
+        MASTER_PORT=reserve_port(),
         CWD=tmp_path,
         HOME=tmp_path / "home",
     )
-    status, _, err = finish(job, 120)
+    status, _, err = finish(job)
     assert status == 0, err
     found = read_found(tmp_path)
     assert [(one["RANK"], one["total"]) for one in found] == [("0", 3), ("1", 3)]
@@ -586,7 +634,7 @@ def test_slurm_cancelled_is_not_queued_again(slurm, tmp_path):
 
 def test_slurm_nodes_form_one_job(slurm, tmp_path):
     variables = {"SLURM_JOB_NUM_NODES": 2, "SLURM_GPUS_ON_NODE": 1}
-    status, _, err = finish(slurm("pretrain.sbatch", REDUCE, "configs/mine.yaml", **variables), 120)
+    status, _, err = finish(slurm("pretrain.sbatch", REDUCE, "configs/mine.yaml", **variables))
     assert status == 0, err
     found = read_found(tmp_path)
     assert [(one["RANK"], one["LOCAL_RANK"], one["total"]) for one in found] == [

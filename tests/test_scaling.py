@@ -26,7 +26,6 @@ def start(tmp_path, *arguments):
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
     )
 
 

@@ -839,15 +839,23 @@ def test_two_programs_do_not_write_to_one_folder(tmp_path):
 
 
 HOSTILE = """
-import ctypes, os
+import ctypes, os, time
+from pathlib import Path
 from hpm_video.data.transcoding import Transcoder
+
+class Waiting(Transcoder):
+    def __call__(self, job):
+        while job.cut is None and not Path(job.place).with_suffix(".open").exists():
+            time.sleep(0.01)
+        yield from super().__call__(job)
 
 class Hostile(Transcoder):
     def __call__(self, job):
         name = os.path.basename(job.place)  # the folder is named by the test
         if "hangs" in name:
             open(job.beside, "wb").write(b"half a file")
-            ctypes.PyDLL(None).sleep(1000)  # it holds the lock of the interpreter
+            Path(job.place).with_name(f"{os.getpid()}.hangs").touch()
+            ctypes.PyDLL(None).sleep(10**6)  # it holds the lock of the interpreter
         if "crashes" in name:
             os.abort()
         if "eats" in name:
@@ -856,7 +864,10 @@ class Hostile(Transcoder):
 """
 
 
-def test_a_file_that_hangs_or_crashes_is_listed_and_the_others_are_done(tmp_path, monkeypatch):
+def test_a_file_that_hangs_or_crashes_is_listed_and_the_others_are_done(
+    tmp_path, monkeypatch, pool_clock
+):
+    pool_clock.run_while_one_hangs(tmp_path)
     (tmp_path / "hostile_work.py").write_text(HOSTILE)
     monkeypatch.syspath_prepend(tmp_path)
     work = importlib.import_module("hostile_work").Hostile(RECIPE)
@@ -876,13 +887,24 @@ def test_a_file_that_hangs_or_crashes_is_listed_and_the_others_are_done(tmp_path
     assert not (tmp_path / "out" / ".unfinished").exists()
 
 
+WAITING = """
+import sys
+sys.path.insert(0, "tools")
+import transcode, waiting_work
+transcode.Transcoder = waiting_work.Waiting
+sys.exit(transcode.main(sys.argv[1:]))
+"""
+
+
 def launch(tmp_path, *arguments):
+    """Each file, but those that are tried out, waits for one with the suffix ``.open``."""
     place = tmp_path / "import"  # the package, and not the folder `datasets`
     place.mkdir(exist_ok=True)
     if not (place / "hpm_video").exists():
         (place / "hpm_video").symlink_to(ROOT / "hpm_video")
+        (place / "waiting_work.py").write_text(HOSTILE)
     return subprocess.Popen(
-        [sys.executable, "tools/transcode.py", *map(str, arguments), "--workers", "1"],
+        [sys.executable, "-c", WAITING, *map(str, arguments), "--workers=1", "--seconds=1e6"],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(place)},
         text=True,
@@ -892,10 +914,8 @@ def launch(tmp_path, *arguments):
     )
 
 
-def wait_for(what, seconds=60):
-    end = time.monotonic() + seconds
+def wait_for(what):
     while not what():
-        assert time.monotonic() < end
         time.sleep(0.02)
 
 
@@ -926,15 +946,16 @@ def test_a_stopped_run_goes_on_and_ends_alike(tool, tmp_path, capsys):
     (tmp_path / "list.csv").write_text("path\n" + "\n".join(names) + "\n")
     settings = ["--to", "shards", "--short-side", "100", "--shard-size", "0.0001"]
     output = tmp_path / "out"
-    done = 0
-    for number, code in [(signal.SIGINT, 130), (signal.SIGKILL, -9)]:
+    for done, number, code in [(3, signal.SIGINT, 130), (6, signal.SIGKILL, -9)]:
+        for name in names[:done]:
+            (tmp_path / name).with_suffix(".open").touch()
         with launch(tmp_path, tmp_path / "list.csv", output, *settings) as process:
-            wait_for(lambda seen=done: journal_lines(output) >= seen + 3)
+            wait_for(lambda expected=done: journal_lines(output) >= expected)
             process.send_signal(number)
-            told, _ = process.communicate(timeout=20)
+            told, _ = process.communicate()
             assert process.returncode == code, told
-        wait_for(lambda group=process.pid: not processes_of(group), 10)
-        assert done + 3 <= (done := journal_lines(output)) < 12
+        wait_for(lambda group=process.pid: not processes_of(group))
+        assert journal_lines(output) == done
         if number == signal.SIGINT:
             assert f"{done} of 12 files are done; the same command goes on" in told
     arguments = [str(tmp_path / "list.csv"), "--workers", "1", *settings]

@@ -40,6 +40,8 @@ STARTS = 3
 """Times that a process may fail to start before the run ends."""
 SAFE_BYTES = 2**15
 """Jobs of so many bytes find room in the buffer of a pipe, also two of them."""
+REAPING = 30
+"""For a process that ended by itself to tell how: the server that forked it has to look first."""
 TICK = 0.25
 """Seconds between two looks at the clock."""
 GIB = 2**30
@@ -295,7 +297,7 @@ class _Worker:
 
         ``reason``: none where the process ended by itself.
         """
-        ended = self._end()
+        ended = self._end(by_itself=reason is None)
         why = reason or f"the process that decoded it ended {ended}"
         job = self.held.popleft() if self.held and self._ready else None
         self._returned += self.held
@@ -322,15 +324,16 @@ class _Worker:
         returned, self._returned = self._returned, []
         return returned
 
-    def _end(self) -> str:
+    def _end(self, *, by_itself: bool) -> str:
         """Kill it. -> how it ended"""
         self.connection.close()
         self._life.close()
-        # One that ended by itself may tell how; one in the middle of reading from a dead disk
-        # does not even end when killed: then nobody waits for it.
-        self.process.join(timeout=0.5)
+        if by_itself:
+            self.process.join(timeout=REAPING)
         code = self.process.exitcode
         self.process.kill()
+        # One in the middle of reading from a dead disk does not even end when killed: then nobody
+        # waits for it.
         self.process.join(timeout=2)
         self.process = None
         if code is None or code >= 0:

@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -191,6 +192,7 @@ READERS = """
     import ctypes
     import os
     from dataclasses import dataclass
+    from pathlib import Path
     from typing import Any
 
     import numpy as np
@@ -206,7 +208,8 @@ READERS = """
 
         def __call__(self, request):
             if "hangs" in request.path:
-                ctypes.PyDLL(None).sleep(1000)  # with the interpreter's lock
+                Path(request.path).with_name(f"{os.getpid()}.hangs").touch()
+                ctypes.PyDLL(None).sleep(10**6)  # with the interpreter's lock
             if "crashes" in request.path:
                 os.abort()
             if "eats" in request.path:
@@ -246,8 +249,9 @@ def hostile_files(folder, tmp_path):
 
 @pytest.mark.parametrize("frame_size", [(24, 32), (224, 224)])
 def test_training_goes_on_over_files_that_take_a_decoder_down(
-    hostile_files, hostile_reader, frame_size
+    hostile_files, hostile_reader, frame_size, tmp_path, pool_clock
 ):
+    pool_clock.run_while_one_hangs(tmp_path)
     good, bad = hostile_files
     spec = replace(SPEC, frame_size=frame_size)  # small samples share a job, large ones do not
 
@@ -258,7 +262,7 @@ def test_training_goes_on_over_files_that_take_a_decoder_down(
     files = (bad[0], *good[:3], bad[1], bad[2], *good[3:])
     clips, stream = stream_of(files)
     stream.reader = hostile_reader(stream.reader)
-    options = {"batch_size": 4, "workers": 2, "pin": False, "limits": LIMITS}
+    options = {"batch_size": 4, "workers": 1, "pin": False, "limits": LIMITS}
     batches = list(training_batches(clips, places(range(24)), **options))
     reasons = {failure.path: failure.reason for b in batches for failure in b.failures}
     assert reasons == dict(zip(bad, HOSTILE.values(), strict=True))
@@ -275,11 +279,14 @@ def test_training_goes_on_over_files_that_take_a_decoder_down(
         assert batch.files == other.files
 
 
-def test_a_test_reports_files_that_take_a_decoder_down(hostile_files, hostile_reader):
+def test_a_test_reports_files_that_take_a_decoder_down(
+    hostile_files, hostile_reader, tmp_path, pool_clock
+):
+    pool_clock.run_while_one_hangs(tmp_path)
     good, bad = hostile_files
     files = (*good, *bad)
     manifest = Manifest(files, tuple(range(8)), (-1,) * 8)
-    options = {"batch_size": 3, "workers": 2, "limits": LIMITS}
+    options = {"batch_size": 3, "workers": 1, "limits": LIMITS}
     clips = HeldOutClips(manifest, SPEC, decoder="auto", seed=0, report_failures=True)
     clips.reader = hostile_reader(clips.reader)
     batches = list(held_out_batches(clips, **options))
@@ -383,16 +390,23 @@ def test_workers_end_when_the_parent_is_killed(running):
     assert len(workers) == 2
     assert all(map(alive, workers))
     running.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + 60
-    while any(map(alive, workers)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(map(alive, workers))
+    while any(map(alive, workers)):
+        time.sleep(0.05)
 
 
+def ignores(pid, number):
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"^SigIgn:\s*(\w+)", status, re.M)[1], 16) >> (number - 1) & 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
 def test_ctrl_c_reaches_the_parent_alone(running):
-    assert len(running.stdout.readline().split()) == 2
+    workers = running.stdout.readline().split()
+    assert len(workers) == 2
+    while not all(ignores(pid, signal.SIGTERM) for pid in workers):  # set after that of SIGINT
+        time.sleep(0.01)
     os.killpg(running.pid, signal.SIGINT)
-    out, errors = running.communicate(timeout=60)
+    out, errors = running.communicate()
     assert out == "stopped in order\n"
     assert "KeyboardInterrupt" not in errors
     assert running.returncode == 0

@@ -175,7 +175,6 @@ class Jobs:
             stderr=subprocess.STDOUT,
             text=True,
             check=False,
-            timeout=500,
         )
         self.output += f"\n{done.stdout}\ncode {done.returncode}"
 

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 
@@ -23,10 +25,10 @@ def test_bf16_on_a_cpu_only_where_whole_updates_are_faster(monkeypatch, fp32, bf
 
 
 def test_updates_are_really_run():
-    runs = []
+    runs, began = [], time.perf_counter()
     seconds = time_updates(lambda: runs.append(1), torch.device("cpu"), warmup=2, repeats=3)
     assert len(runs) == 5
-    assert 0 <= seconds < 1
+    assert 0 <= seconds <= time.perf_counter() - began
 
 
 def test_a_device_that_is_not_here_is_named():

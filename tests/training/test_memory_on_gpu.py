@@ -1,4 +1,5 @@
-"""Simulated memory against a GPU's. Without one this skips, or fails where HPM_REQUIRE_GPU=1."""
+"""Simulated memory against a GPU's, under ``-m gpu``. Without one this skips, or fails where
+HPM_REQUIRE_GPU=1."""
 
 import gc
 import os
@@ -17,7 +18,7 @@ REQUIRED = os.environ.get("HPM_REQUIRE_GPU") == "1"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available() and not REQUIRED, reason="there is no CUDA device"
+        not torch.cuda.is_available() and not REQUIRED, reason="no CUDA device, or no -m gpu"
     ),
 ]
 
