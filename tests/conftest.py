@@ -31,6 +31,17 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """What tests print of names that are no text: a worker's reports must be text."""
+    report = yield
+    report.sections = [
+        (title, content.encode("utf-8", "backslashreplace").decode())
+        for title, content in report.sections
+    ]
+    return report
+
+
 ROOT = Path(__file__).parent.parent
 CONFIG = """
 model:
