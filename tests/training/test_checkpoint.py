@@ -75,9 +75,12 @@ def test_attached_files_are_copied_and_one_that_is_not_there_leaves_nothing(tmp_
 def test_what_was_not_finished_is_never_picked_up(tmp_path, config):
     save(tmp_path, 7, config)
     (tmp_path / ".writing-update-00000009").mkdir()
+    checkpoint_path(tmp_path, 8).mkdir()
     assert [path.name for path in checkpoints_in(tmp_path)] == ["update-00000007"]
     mend(tmp_path)
     assert not list(tmp_path.glob(".writing*"))
+    assert not checkpoint_path(tmp_path, 8).exists()
+    assert (tmp_path / "moved-aside-update-00000008").is_dir()
 
 
 def test_newest_marked_and_best_survive(tmp_path, config):
