@@ -834,6 +834,7 @@ def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> C
         raise ConfigError(
             f"there is no config file {path}; see configs/README.md for those shipped"
         )
+    _read_text(path)
     odd = [override for override in overrides if "=" not in override]
     if odd:
         raise ConfigError(f"an override must look like section.key=value, got {odd[0]!r}")
@@ -841,6 +842,9 @@ def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> C
     overrides = [override for override in overrides if override not in left_out]
     try:
         file = OmegaConf.load(path)
+        _refuse_references(file, str(path))
+        for override in overrides:
+            _refuse_references(OmegaConf.from_dotlist([override]), "the command line")
         for override in left_out:
             _leave_out(file, override.split("=")[0].split("."))
         given = OmegaConf.merge(file, OmegaConf.from_dotlist(overrides))
@@ -859,6 +863,43 @@ def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> C
         raise ConfigError(f"cannot use {path} {' '.join(overrides)}: {reason}") from error
     assert isinstance(config, schema)
     return config
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not text in UTF-8: byte {error.start} is {error.object[error.start]:#04x}; "
+            f"save it as UTF-8"
+        ) from error
+
+
+def _refuse_references(config: Any, where: str) -> None:
+    """Make sure that nothing is to be filled in, before anything could be.
+
+    OmegaConf would put in what stands elsewhere, such as in the environment of whoever reads a
+    config of somebody else.
+
+    Raises:
+        ConfigError: a value has a ``${...}``.
+    """
+
+    def look(value: Any, key: str) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                look(inner, f"{key}.{name}" if key else str(name))
+        elif isinstance(value, list):
+            for number, inner in enumerate(value):
+                look(inner, f"{key}[{number}]")
+        elif isinstance(value, str) and "${" in value:
+            raise ConfigError(
+                f"{where} has {key}={value}, but ${{...}} is not filled in, neither from the "
+                f"environment nor from other keys; write the value itself (a shell fills in "
+                f'{key}="$NAME")'
+            )
+
+    look(OmegaConf.to_container(config, resolve=False), "")
 
 
 def _check_sources_alone(given: Any) -> None:
@@ -903,7 +944,7 @@ def load_any_config(path: Path, overrides: Sequence[str] = ()) -> PretrainConfig
             f"there is no {path}; give a config, or a checkpoint folder of a run, such as "
             f"RUN/checkpoints/last"
         )
-    if re.search(r"^masking:", path.read_text(encoding="utf-8"), re.MULTILINE):
+    if re.search(r"^masking:", _read_text(path), re.MULTILINE):
         return load_config(PretrainConfig, path, overrides)
     return load_config(FinetuneConfig, path, overrides)
 

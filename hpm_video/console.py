@@ -35,7 +35,7 @@ from hpm_video.training.distributed import (
     lost_contact,
 )
 from hpm_video.training.interruption import Interrupted
-from hpm_video.training.metrics import NonFiniteLossError
+from hpm_video.training.metrics import MetricsError, NonFiniteLossError
 
 SECONDS_TO_ASK = 2.0
 """In which the first process is still there to be asked by the others what was told already."""
@@ -51,6 +51,7 @@ EXPECTED = (
     DeepSpeedSettingsError,
     DeviceError,
     ManifestError,
+    MetricsError,
     NonFiniteLossError,
     NotConvergedError,
     OSError,

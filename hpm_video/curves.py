@@ -1,6 +1,5 @@
 """The curves of a run, drawn from its metrics: small multiples, one question each."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from numpy.typing import NDArray
 
+from hpm_video.training.metrics import read_lines
 from hpm_video.whole_files import written_beside
 
 Values = NDArray[np.float64]
@@ -125,19 +125,10 @@ def plot_curves(metrics: Path, picture: Path, panels: Sequence[Panel] = PANELS) 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Records in the order of updates; of repeated ones, the last: a run may have gone back.
 
-    A last line that was cut off is left out.
+    Raises:
+        MetricsError: a line is not of metrics.
     """
-    records: dict[tuple[str, int], dict[str, Any]] = {}
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-        if "update" in record:
-            records[record.get("kind", ""), record["update"]] = record
+    records = {(record.get("kind", ""), record["update"]): record for record in read_lines(path)}
     return sorted(records.values(), key=lambda record: int(record["update"]))
 
 

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -37,11 +38,11 @@ from hpm_video.data.transforms import ClipTransform
 from hpm_video.features import clip_spec
 from hpm_video.progress import Progress, Timeline
 from hpm_video.training.checkpoint import (
+    check_name,
     checkpoints_in,
-    point_to_newest_and_best,
+    mend,
     read_optimizer,
     read_state,
-    remove_unfinished,
 )
 from hpm_video.training.deepspeed_engine import DeepSpeedEngine
 from hpm_video.training.deepspeed_settings import DeepSpeedChoice, read_settings
@@ -136,14 +137,14 @@ class RunDirectory:
     @property
     def update(self) -> int:
         """The next update."""
-        return 0 if self.newest is None else int(read_state(self.newest)["update"])
+        return 0 if self.newest is None else int(read_state(self.newest, of_run=True)["update"])
 
     @property
     def precision(self) -> Precision | None:
         """The precision that the run began with."""
         if self.newest is None:
             return None
-        precision: Precision = read_state(self.newest)["facts"]["precision"]
+        precision: Precision = read_state(self.newest, of_run=True)["facts"]["precision"]
         return precision
 
 
@@ -187,27 +188,76 @@ def open_manifest(data: DataConfig, path: str) -> Manifest:
     return read_manifest(Path(path).expanduser(), root)
 
 
-def look_into_directory(schema: type[Config], config: Config, data: RunData) -> RunDirectory:
-    """Find out where a run stands, and make sure that it is a run of the same config and data.
+def check_output_dir(config: RunConfig) -> Path:
+    """The directory of a run, which there may not be yet.
 
     Raises:
-        ConfigError: the directory holds a run of another config or data, or something else.
-        CheckpointError: the newest checkpoint cannot be read.
+        ConfigError: it is not set, or what is there is no run.
     """
     if not config.output_dir:
         raise ConfigError("output_dir is not set; give the run a directory: output_dir=runs/NAME")
     folder = Path(config.output_dir).expanduser()
-    path = folder / "config.yaml"
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir={folder} is a file; name a folder")
+    foreign = [item.name for item in folder.glob("*") if item.name not in RUN_FILES]
+    if (
+        foreign
+        and not (folder / "config.yaml").is_file()
+        and not checkpoints_in(folder / "checkpoints")
+    ):
+        raise ConfigError(
+            f"{folder} holds no run, but other files ({foreign[0]}); take another output_dir"
+        )
+    return folder
+
+
+@contextmanager
+def locked(config: RunConfig, processes: Processes) -> Iterator[None]:
+    """Keep other runs out of the run's directory: what is read there holds as long as this lasts.
+
+    The first process does it, and makes the directory; the others wait until it is done. Of a run
+    that never began nothing is left.
+
+    Raises:
+        ConfigError: there can be no run, or another one trains there.
+    """
+    folder = check_output_dir(config)
+    if not processes.is_first:
+        processes.wait()
+        yield
+        return
+    path, is_new = folder / ".lock", not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                raise BlockingIOError("the file was replaced meanwhile")
+        except OSError as error:
+            raise ConfigError(
+                f"another process trains in {folder}; wait for it, or take another output_dir"
+            ) from error
+        try:
+            processes.wait()
+            yield
+        finally:
+            if is_new and [*folder.iterdir()] == [path]:
+                path.unlink()
+                folder.rmdir()
+
+
+def look_into_directory(schema: type[Config], config: Config, data: RunData) -> RunDirectory:
+    """Find out where a run stands, and make sure that it is a run of the same config and data.
+
+    Raises:
+        ConfigError: the directory holds a run of another config or data.
+        CheckpointError: the newest checkpoint cannot be read.
+    """
+    folder = Path(config.output_dir).expanduser()
     directory = RunDirectory.at(folder)
     if directory.newest is None:
-        foreign = [item.name for item in folder.glob("*") if item.name not in RUN_FILES]
-        if foreign and not path.is_file():
-            raise ConfigError(
-                f"{folder} holds no run, but other files ({foreign[0]}); take another output_dir"
-            )
         return directory
+    check_name(directory.newest)
     stored = load_any_config(directory.newest / "config.yaml")
     if not isinstance(stored, schema):
         raise ConfigError(
@@ -215,7 +265,7 @@ def look_into_directory(schema: type[Config], config: Config, data: RunData) -> 
             f"{schema.__name__}); take another output_dir"
         )
     differences = result_differences(stored, config)
-    before = read_state(directory.newest)["data"]
+    before = read_state(directory.newest, of_run=True)["data"]
     if not differences and before != data.fingerprint:
         differences = [
             f"the files of {key_of_source(name)}data.train: {then} -> {source.fingerprint}"
@@ -249,7 +299,7 @@ class Session:
 def open_session(
     schema: type[Config], config: Config, data: RunData, processes: Processes
 ) -> Session:
-    """Choose the device, and see where the run stands. Nothing is written.
+    """Choose the device, and see where the run stands. Its directory is locked, nothing is written.
 
     Raises:
         ConfigError: see :func:`look_into_directory`; or the processes do not see the same there,
@@ -272,41 +322,21 @@ def open_session(
     return Session(processes, device, data, directory)
 
 
-@contextmanager
-def claim(session: Session, config: RunConfig) -> Iterator[None]:
-    """Make the directory this run's own, mend what a killed one left, write the config.
+def claim(session: Session, config: RunConfig) -> None:
+    """Mend what a killed run left in the directory, and write the config.
 
     The first process does it; the others wait until it is done.
 
     Raises:
-        ConfigError: another run trains there.
+        CheckpointError: a checkpoint there is damaged.
     """
-    if not session.processes.is_first:
-        session.processes.wait()
-        yield
-        return
-    with _locked(session.directory, config):
-        session.processes.wait()
-        yield
-
-
-@contextmanager
-def _locked(directory: RunDirectory, config: RunConfig) -> Iterator[None]:
-    checkpoints = directory.path / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    with (directory.path / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"another process trains in {directory.path}; wait for it, or take another "
-                f"output_dir"
-            ) from error
-        remove_unfinished(checkpoints)
-        point_to_newest_and_best(checkpoints)
-        with written_beside(directory.path / "config.yaml") as path:
+    if session.processes.is_first:
+        checkpoints = session.directory.path / "checkpoints"
+        checkpoints.mkdir(exist_ok=True)
+        mend(checkpoints)
+        with written_beside(session.directory.path / "config.yaml") as path:
             save_config(config, path)
-        yield
+    session.processes.wait()
 
 
 def plan_for(
@@ -437,7 +467,7 @@ def train(
     _announce(config, data, engine, plan, start)
     if newest is not None:
         engine.load_optimizer_state(read_optimizer(newest))
-        for difference in bit_differences(read_state(newest)["facts"], facts):
+        for difference in bit_differences(read_state(newest, of_run=True)["facts"], facts):
             log.warning("the last bits may differ from an unbroken run's: %s", difference)
     if is_first:
         record_start(directory.path, facts, start)
@@ -470,7 +500,7 @@ def train(
                 stop,
                 watch,
                 WaitingWarning(directory.path / "config.yaml"),
-                best={} if newest is None else read_state(newest)["best"],
+                best={} if newest is None else read_state(newest, of_run=True)["best"],
                 data=data.fingerprint,
             )
             fit(engine, objective, batches, _schedule(config), run, start=start)

@@ -40,6 +40,7 @@ from hpm_video.experiment import (
     find_failures,
     how_read,
     limits_of,
+    locked,
     make_engine,
     num_workers,
     open_data,
@@ -93,17 +94,17 @@ def finetune(config: FinetuneConfig, processes: Processes = Processes()) -> Path
     """
     data = open_data(config)
     label_names = find_label_names(config, data)
-    config = resolve(
-        config, len(label_names), RunDirectory.at(Path(config.output_dir).expanduser())
-    )
-    session = open_session(FinetuneConfig, config, data, processes)
-    directory = session.directory
-    _check_same_names(directory, label_names)
-    start = _check_same_start(config, directory)
-    models = _make_models(config, directory.newest, session.device, label_names)
-    if directory.newest is None and config.init_weights is None:
-        log.info("no init_weights: the model starts from scratch")
-    with claim(session, config):
+    with locked(config, processes):
+        before = RunDirectory.at(Path(config.output_dir).expanduser())
+        config = resolve(config, len(label_names), before)
+        session = open_session(FinetuneConfig, config, data, processes)
+        directory = session.directory
+        _check_same_names(directory, label_names)
+        start = _check_same_start(config, directory)
+        models = _make_models(config, directory.newest, session.device, label_names)
+        if directory.newest is None and config.init_weights is None:
+            log.info("no init_weights: the model starts from scratch")
+        claim(session, config)
         if processes.is_first:
             with written_beside(directory.path / "labels.txt") as path:
                 path.write_text("".join(f"{name}\n" for name in label_names), encoding="utf-8")
@@ -173,7 +174,7 @@ def evaluate_run(
         return None
     # Of one process: a link that was just replaced may be seen late elsewhere.
     checkpoint = processes.of_first((run_dir / "checkpoints" / how.checkpoint).resolve)
-    precision: Precision = read_state(checkpoint)["facts"]["precision"]
+    precision: Precision = read_state(checkpoint, of_run=True)["facts"]["precision"]
     manifest, views = open_manifest(config.data, source), Views(how.clips, how.crops)
     device = choose_device(config.engine.device, processes.count)
     stored, recogniser = load_recogniser(checkpoint, device, precision, weights=how.weights)
@@ -213,8 +214,11 @@ def _result_before(path: Path, what: dict[str, Any]) -> dict[str, Any] | None:
     """The result that was written of the same test. One of another test is removed."""
     if not path.is_file():
         return None
-    before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if before["test"] == what:
+    try:
+        before: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # it was not written whole
+        before = None
+    if isinstance(before, dict) and before.get("test") == what:
         return before
     path.unlink()  # of other weights or videos: what lies there is not to be mixed
     return None

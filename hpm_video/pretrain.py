@@ -26,6 +26,7 @@ from hpm_video.experiment import (
     how_read,
     key_of_source,
     limits_of,
+    locked,
     make_engine,
     num_workers,
     open_data,
@@ -204,13 +205,14 @@ def pretrain(config: PretrainConfig, processes: Processes = Processes()) -> Path
         And what ``fit`` raises.
     """
     data = open_data(config)
-    session = open_session(PretrainConfig, config, data, processes)
-    directory = session.directory
-    if not session.is_complete:
-        features = _check_same_features(config, directory)
-        models = _make_models(config, directory.newest, session.device)
-        target = build_target(config, session.device)
-    with claim(session, config):
+    with locked(config, processes):
+        session = open_session(PretrainConfig, config, data, processes)
+        directory = session.directory
+        if not session.is_complete:
+            features = _check_same_features(config, directory)
+            models = _make_models(config, directory.newest, session.device)
+            target = build_target(config, session.device)
+        claim(session, config)
         if session.is_complete:
             log.info("%s is complete: %d updates were made", directory.path, directory.update)
         else:

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -656,3 +657,41 @@ def test_a_command_of_the_readme_can_be_run(words):
     if isinstance(config, FinetuneConfig) and start.parts[:1] == ("runs",):
         source = load_any_config(ROOT / "configs" / "pretrain" / f"{start.parts[1]}.yaml")
         check_same_model(config, source)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "named"),
+    [
+        ("output_dir: ${oc.env:HPM_SECRET}", [], "output_dir=${oc.env:HPM_SECRET}"),
+        ("data: ${oc.env:HPM_SECRET}", ["data.train=a"], "data=${oc.env:HPM_SECRET}"),
+        ("mix: ${oc.env:HPM_SECRET}", [], "mix=${oc.env:HPM_SECRET}"),
+        ("mix: {a: '${oc.env:HPM_SECRET}'}", ["mix.a=null"], "mix.a=${oc.env"),
+        ('seed: "\\x24{oc.env:HPM_SECRET}"', [], "seed=${oc.env"),
+        ("data: {mean: [0, '${oc.decode:${oc.env:HPM_SECRET}}']}", [], "data.mean[1]=${oc.decode"),
+        ("seed: ${recipe.epochs}", [], "seed=${recipe.epochs}"),
+        ("data: {train: 'a/\\${seed}'}", [], "data.train=a/\\${seed}"),
+        ("seed: 0", ["output_dir=a/${oc.env:HPM_SECRET}"], "output_dir=a/${oc.env:HPM_SECRET}"),
+        ("seed: 0", ["data=${oc.env:HPM_SECRET}", "data.train=a"], "data=${oc.env"),
+        ("seed: 0", ["data={train: '${oc.env:HPM_SECRET}'}"], "data.train=${oc.env"),
+    ],
+)
+@pytest.mark.parametrize("load", [partial(load_config, PretrainConfig), load_any_config])
+def test_nothing_is_filled_in_from_the_environment_or_other_keys(
+    load, text, overrides, named, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HPM_SECRET", "hunter2")
+    path = tmp_path / "config.yaml"
+    path.write_text(f"{text}\n")
+    with pytest.raises(ConfigError) as error:
+        load(path, overrides)
+    assert f"has {named}" in str(error.value)
+    assert "write the value itself" in str(error.value)
+    assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize("load", [partial(load_config, PretrainConfig), load_any_config])
+def test_a_config_that_is_not_utf_8_is_named(load, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes("output_dir: Größe\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"config.yaml is not text in UTF-8: byte 14 is 0xf6"):
+        load(path, [])

@@ -77,7 +77,7 @@ def test_a_line_that_was_cut_off_is_left_out_only_at_the_end(tmp_path: Path) -> 
     path.write_text(whole + '{"kind": "tra')
     assert len(read_metrics(path)) == 3
     path.write_text('{"kind": "tra\n' + whole)
-    with pytest.raises(ValueError, match="line 1 is not JSON"):
+    with pytest.raises(ValueError, match="line 1 is .*tra', and must be a JSON object"):
         read_metrics(path)
 
 

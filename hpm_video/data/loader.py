@@ -29,6 +29,7 @@ from hpm_video.data.dataset import (
     too_many,
 )
 from hpm_video.data.decode import DecodeError
+from hpm_video.data.manifest import ManifestError
 from hpm_video.data.mixture import MixedClips, Place
 from hpm_video.data.pool import USUAL, Answer, Limits, Lost, Pool
 from hpm_video.data.room import check_room, cores_of_container
@@ -346,8 +347,13 @@ class BadFiles:
         self.failures: dict[str, Failure] = {}
         """By path."""
         if path.exists():
-            with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-                rows = [row for row in csv.reader(file) if len(row) == 2][1:]
+            try:
+                with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+                    rows = [row for row in csv.reader(file) if len(row) == 2][1:]
+            except csv.Error as error:
+                raise ManifestError(
+                    f"{path} is no list of bad files ({error}); delete it: the run finds them again"
+                ) from error
             self.failures = {name: Failure(name, reason) for name, reason in rows}
 
     def __len__(self) -> int:

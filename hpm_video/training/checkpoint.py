@@ -4,7 +4,8 @@ A checkpoint is a folder ``update-00001600`` of
     model.safetensors, teacher.safetensors   weights, as any safetensors reader takes them (of a
                                              classifier: model and, if kept, average)
     optimizer.safetensors                    what resuming needs beside them, by parameter
-    state.json                               the next update, held-out measures, what wrote it
+    state.json                               the next update, held-out measures, what wrote it, and
+                                             the SHA-256 of each file above
     config.yaml                              the experiment, so that the folder speaks for itself
     labels.txt                               of a classifier: the name of class i in line i
 It is written under another name and renamed once it is on the disk.
@@ -12,10 +13,13 @@ It is written under another name and renamed once it is on the disk.
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,9 @@ from torch import Tensor, nn
 
 from hpm_video.training.optim import OptimizerState
 
-PREFIX = "update-"
+log = logging.getLogger(__name__)
+NAME = re.compile("update-[0-9]{8}")
+"""Of the folder of a checkpoint; its number is the update in its ``state.json``."""
 UNFINISHED = ".writing-"
 OPTIMIZER = "optimizer.safetensors"
 OF_ANOTHER_PROJECT = (
@@ -48,7 +54,7 @@ def save_checkpoint(
 ) -> None:
     """Write one checkpoint, whole or not at all, with copies of the files ``attached``.
 
-    ``weights``: of each module, by its name.
+    ``weights``: of each module, by its name. What stands at ``folder`` is moved aside.
 
     Raises:
         CheckpointError: the weights are not finite, or the disk does not take them. What was
@@ -67,10 +73,13 @@ def save_checkpoint(
         for name, values in weights.items():
             save_file(on_host(values), writing / f"{name}.safetensors")
         _write_optimizer(optimizer, writing / OPTIMIZER)
+        state = {**state, "sha256": checksums_of(writing)}
         (writing / "state.json").write_text(json.dumps(state, indent=1) + "\n")
         for path in attached:
             shutil.copyfile(path, writing / path.name)
         flush(writing)
+        if os.path.lexists(folder):
+            _move_aside(folder)
         writing.rename(folder)
         flush(folder.parent, recursive=False)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -83,12 +92,16 @@ def save_checkpoint(
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob(f"{PREFIX}*") if (path / "state.json").is_file())
+    return [path for path in _named_as_checkpoints(folder) if (path / "state.json").is_file()]
+
+
+def _named_as_checkpoints(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if NAME.fullmatch(path.name))
 
 
 def checkpoint_path(folder: Path, update: int) -> Path:
     """Where the state before ``update`` is saved."""
-    return folder / f"{PREFIX}{update:08d}"
+    return folder / f"update-{update:08d}"
 
 
 def remove_superseded(folder: Path, keep_last: int, keep_also: Iterable[Path]) -> None:
@@ -100,16 +113,60 @@ def remove_superseded(folder: Path, keep_last: int, keep_also: Iterable[Path]) -
                 f"{UNFINISHED}{path.name}"
             )  # half deleted, it is no checkpoint
             path.rename(leaving)
-            shutil.rmtree(leaving)
+            _delete(leaving)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Delete what an interrupted save left behind."""
+def mend(folder: Path) -> None:
+    """Put the checkpoints of a run in order: what interrupted saves left, and what users did.
+
+    What has the name of a checkpoint and is none would stand in the way of one: it is moved aside.
+
+    Raises:
+        CheckpointError: a checkpoint is damaged, or has the name of another.
+    """
     for path in folder.glob(f"{UNFINISHED}*"):
-        if path.is_symlink() or not path.is_dir():
-            path.unlink()
+        _delete(path)
+    for path in _named_as_checkpoints(folder):
+        if (path / "state.json").is_file():
+            check_name(path)
         else:
-            shutil.rmtree(path)
+            _move_aside(path)
+    point_to_newest_and_best(folder)
+
+
+def check_name(checkpoint: Path) -> None:
+    """Make sure that a checkpoint of a run is of the update that it is named by.
+
+    Raises:
+        CheckpointError: it is of another one, or cannot be read.
+    """
+    right = checkpoint_path(checkpoint.parent, read_state(checkpoint)["update"]).name
+    if right != checkpoint.name:
+        raise CheckpointError(
+            f"{checkpoint} says in its state.json that it is {right}, and would be taken for "
+            f"another state of the run; move it out of {checkpoint.parent}"
+        )
+
+
+def _delete(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+def _move_aside(path: Path) -> None:
+    """Rename what stands in the way of a checkpoint or of a name for one."""
+    names = (f"moved-aside-{path.name}{'' if n == 1 else f'-{n}'}" for n in count(1))
+    aside = next(
+        path.with_name(name) for name in names if not os.path.lexists(path.with_name(name))
+    )
+    path.rename(aside)
+    log.warning(
+        "%s stood in the way of a checkpoint of this run; it is now %s, and may be deleted if "
+        "nothing in it is needed",
+        *(path, aside.name),
+    )
 
 
 def point_to(link: Path, target: Path) -> None:
@@ -117,23 +174,90 @@ def point_to(link: Path, target: Path) -> None:
     fresh = link.with_name(f"{UNFINISHED}{link.name}")
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(target.name)
+    if os.path.lexists(link) and not link.is_symlink():  # a copy made without symbolic links
+        _move_aside(link)
     fresh.replace(link)
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The ``state.json`` of a checkpoint.
+def read_state(checkpoint: Path, *, of_run: bool = False) -> dict[str, Any]:
+    """The ``state.json`` of a checkpoint. ``of_run``: it must be one that a run wrote.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it cannot be read, or does not say what it must.
     """
+    path = checkpoint / "state.json"
     try:
-        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+        state: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{checkpoint} is not a whole checkpoint ({error}). Delete it to go on from the "
-            f"one before"
-        ) from error
+        raise _damaged(path, f"cannot be read ({error})") from error
+    if not isinstance(state, dict):
+        raise _damaged(path, f"must hold a JSON object, not {json.dumps(state)[:40]}")
+    needed = {"update": int, **({"facts": dict, "data": str, "best": dict} if of_run else {})}
+    wrong = [name for name, kind in needed.items() if type(state.get(name)) is not kind]
+    if of_run and not wrong:
+        wrong += ["facts.precision"] if "precision" not in state["facts"] else []
+        best = state["best"]
+        wrong += [f"best.{name}" for name in ("update", "score") if best and name not in best]
+    if not isinstance(state.get("sha256", {}), dict):
+        wrong.append("sha256")
+    if wrong:
+        raise _damaged(path, f"does not say {', '.join(wrong)} as a checkpoint must")
     return state
+
+
+def _damaged(file: Path, reason: str) -> CheckpointError:
+    """``file``: of a checkpoint."""
+    folder = file.parent.resolve()
+    return CheckpointError(
+        f"{folder} is not a whole checkpoint: {file.name} {reason}. Copy the folder again if it is "
+        f"a copy, or delete it to let its run go on from the checkpoint before"
+    )
+
+
+def checksums_of(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of tensors, by its name."""
+    return {file.name: sha256_of(file) for file in sorted(folder.glob("*.safetensors"))}
+
+
+def sha256_of(file: Path) -> str:
+    """In hexadecimal."""
+    found = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def _verify(file: Path) -> None:
+    """Make sure that a file of a checkpoint is as it was written; others are taken as they are.
+
+    Of the processes on a machine only the first reads the whole file for that.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    if not (file.parent / "state.json").is_file() or os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    state = read_state(file.parent)
+    written = state.get("sha256", {}).get(file.name)
+    if written is None and "facts" in state and "sha256" not in state:
+        _say_unverified(file.parent.resolve())
+    if written is None:
+        return
+    if not file.is_file():
+        raise _damaged(file, "is missing")
+    now = sha256_of(file)
+    if now != written:
+        raise _damaged(
+            file,
+            f"has the SHA-256 {now}, not {written} as when it was written (if you changed it "
+            f"on purpose, take its line out of state.json)",
+        )
+
+
+@cache
+def _say_unverified(checkpoint: Path) -> None:
+    log.info("%s is of before checksums were kept: its files are taken as they are", checkpoint)
 
 
 def point_to_newest_and_best(folder: Path) -> None:
@@ -166,6 +290,7 @@ def read_optimizer(checkpoint: Path) -> OptimizerState:
         CheckpointError: the file is not there, or not whole.
     """
     path = checkpoint / OPTIMIZER
+    _verify(path)
     try:
         stored: Any = safe_open(path, framework="pt")
         names: dict[str, list[str]] = {}
@@ -175,11 +300,7 @@ def read_optimizer(checkpoint: Path) -> OptimizerState:
         moments = {kind: _Stored(stored, kind, of_kind) for kind, of_kind in names.items()}
         return OptimizerState(int(stored.metadata()["step"]), moments)
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"cannot take up the optimizer's state of {path}: {reason}. Delete this checkpoint to "
-            f"go on from the one before"
-        ) from error
+        raise _damaged(path, f"is not whole ({str(error).splitlines()[0]})") from error
 
 
 class _Stored(Mapping[str, Tensor]):
@@ -207,27 +328,29 @@ def read_weights(path: Path, name: str = "model") -> dict[str, Tensor]:
     """Weights of a checkpoint folder, or of a .safetensors file.
 
     Raises:
-        CheckpointError: there is no such file, or it is not one of safetensors.
+        CheckpointError: there is no such file, it is not one of safetensors, or it is damaged.
     """
-    file = _file_of(path, name)
+    file = path / f"{name}.safetensors" if path.is_dir() else path
+    _verify(file)
+    _check_there(file)
     try:
         stored = load_file(file)
         # Its name before features could be reconstructed too.
         return {re.sub("^pixel_decoder", "reconstructor", name): stored[name] for name in stored}
     except SafetensorError as error:
+        if (file.parent / "state.json").is_file():
+            raise _damaged(file, f"is not whole ({error})") from error
         raise CheckpointError(
             f"{file} is not a whole safetensors file: {error}. {OF_ANOTHER_PROJECT}"
         ) from error
 
 
-def _file_of(path: Path, name: str) -> Path:
-    file = path / f"{name}.safetensors" if path.is_dir() else path
+def _check_there(file: Path) -> None:
     if not file.is_file():
         raise CheckpointError(
             f"{file} does not exist; give a checkpoint folder of a run (it holds "
             f"model.safetensors) or a .safetensors file"
         )
-    return file
 
 
 def weights_digest(path: Path, name: str = "model") -> str:
@@ -236,12 +359,9 @@ def weights_digest(path: Path, name: str = "model") -> str:
     Raises:
         CheckpointError: there is no such file.
     """
-    file = _file_of(path, name)
-    found = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(2**20):
-            found.update(block)
-    return found.hexdigest()
+    file = path / f"{name}.safetensors" if path.is_dir() else path
+    _check_there(file)
+    return sha256_of(file)
 
 
 def load_weights(

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,34 @@ log = logging.getLogger(__name__)
 
 class NonFiniteLossError(RuntimeError):
     """The loss is no longer a number."""
+
+
+class MetricsError(ValueError):
+    """A file of metrics that cannot be read. The message says where, and what to do."""
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``; a last one that was cut off is left out.
+
+    Raises:
+        MetricsError: a line is not of metrics.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    if lines and not lines[-1].endswith("}"):
+        del lines[-1]
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or type(record.get("update")) is not int:
+            raise MetricsError(
+                f"{path}, line {number} is {line[:60]!r}, and must be a JSON object with the "
+                f"number of an update; delete the line, or move the file away to go on without it"
+            )
+        found.append(record)
+    return found
 
 
 class Meter:
@@ -174,10 +203,9 @@ class MetricsLog:
     def _drop_from(self, first_update: int) -> None:
         if not self.path.is_file():
             return
-        whole = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in whole if json.loads(line)["update"] <= first_update]
+        kept = [line for line in read_lines(self.path) if line["update"] <= first_update]
         with written_beside(self.path) as beside:
-            beside.write_text("".join(f"{line}\n" for line in kept))
+            beside.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
 
 
 class ProgressBar:

@@ -124,7 +124,7 @@ class Run:
             raise Interrupted(stop, done)
 
     def save(self, done: int, *, keep: bool = False) -> None:
-        """Save the state after ``done`` updates, if it is not saved yet.
+        """Save the state after ``done`` updates.
 
         Raises:
             NonFiniteLossError: a loss since the last look at them was not a number: nothing is
@@ -134,14 +134,11 @@ class Run:
         self.meter.check()
         self._share_failures()
         processes = self.engine.processes
-        folder = checkpoint_path(self.checkpoints, done)
-        if not processes.of_first(folder.exists):
-            modules = {"model": self.engine.model, **self.companions}
-            weights = {name: self.engine.weights(module) for name, module in modules.items()}
-            optimizer = self.engine.optimizer_state()
-            if processes.is_first:
-                self._write(folder, weights, optimizer, done, keep=keep)
+        modules = {"model": self.engine.model, **self.companions}
+        weights = {name: self.engine.weights(module) for name, module in modules.items()}
+        optimizer = self.engine.optimizer_state()
         if processes.is_first:
+            self._write(weights, optimizer, done, keep=keep)
             self.metrics.flush()
             point_to_newest_and_best(self.checkpoints)
             best = checkpoint_path(self.checkpoints, self.best.get("update", done))
@@ -149,17 +146,11 @@ class Run:
         processes.wait()
 
     def _write(
-        self,
-        folder: Path,
-        weights: dict[str, Tensors],
-        optimizer: OptimizerState,
-        done: int,
-        *,
-        keep: bool,
+        self, weights: dict[str, Tensors], optimizer: OptimizerState, done: int, *, keep: bool
     ) -> None:
         state = {"update": done, "keep": keep, "best": self.best, "facts": self.facts}
         save_checkpoint(
-            folder,
+            checkpoint_path(self.checkpoints, done),
             weights,
             optimizer=optimizer,
             state={**state, "data": self.data},

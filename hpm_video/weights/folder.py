@@ -1,6 +1,5 @@
 """Imported weights as a checkpoint folder, which every program of this package reads."""
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -23,7 +22,13 @@ from hpm_video.config import (
     save_config,
 )
 from hpm_video.randomness import key_of
-from hpm_video.training.checkpoint import CheckpointError, flush, on_host
+from hpm_video.training.checkpoint import (
+    CheckpointError,
+    checksums_of,
+    flush,
+    on_host,
+    sha256_of,
+)
 from hpm_video.weights.files import ORIGIN, Tensors
 from hpm_video.weights.imported import Imported, build_model
 from hpm_video.weights.parity import ParityReport
@@ -129,7 +134,8 @@ def write_folder(imported: Imported, folder: Path, parity: ParityReport) -> list
         if imported.teacher is not None:
             save_file(on_host(imported.teacher), writing / TEACHER)
         save_config(config, writing / "config.yaml")
-        _write_json(writing / "state.json", {"update": 0, "imported_from": imported.family.name})
+        state = {"update": 0, "imported_from": imported.family.name}
+        _write_json(writing / "state.json", {**state, "sha256": checksums_of(writing)})
         _write_json(writing / ORIGIN, origin_of(imported))
         _write_json(writing / PARITY, parity.as_table())
         if imported.is_classifier:
@@ -169,14 +175,7 @@ def _digests(path: Path) -> dict[str, str]:
     """SHA-256 of the file, or of the files of weights of a folder."""
     endings = (".safetensors", ".bin", ".json")
     files = [path] if path.is_file() else [p for p in sorted(path.iterdir()) if p.suffix in endings]
-    found = {}
-    for file in files:
-        digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
-        found[file.name] = digest.hexdigest()
-    return found
+    return {file.name: sha256_of(file) for file in files}
 
 
 def _write_json(path: Path, table: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,12 @@ from hpm_video.training.checkpoint import (
     checkpoint_path,
     checkpoints_in,
     load_weights,
+    mend,
     point_to,
     read_optimizer,
+    read_state,
     read_weights,
     remove_superseded,
-    remove_unfinished,
     save_checkpoint,
 )
 from hpm_video.training.optim import OptimizerState
@@ -73,9 +75,12 @@ def test_attached_files_are_copied_and_one_that_is_not_there_leaves_nothing(tmp_
 def test_what_was_not_finished_is_never_picked_up(tmp_path, config):
     save(tmp_path, 7, config)
     (tmp_path / ".writing-update-00000009").mkdir()
+    checkpoint_path(tmp_path, 8).mkdir()
     assert [path.name for path in checkpoints_in(tmp_path)] == ["update-00000007"]
-    remove_unfinished(tmp_path)
+    mend(tmp_path)
     assert not list(tmp_path.glob(".writing*"))
+    assert not checkpoint_path(tmp_path, 8).exists()
+    assert (tmp_path / "moved-aside-update-00000008").is_dir()
 
 
 def test_newest_marked_and_best_survive(tmp_path, config):
@@ -131,8 +136,9 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, config):
 
     save(tmp_path, 1, config)
     (checkpoint,) = checkpoints_in(tmp_path)
+    (checkpoint / "state.json").unlink()  # with the checksum that it would not have
     (checkpoint / "optimizer.safetensors").write_bytes(pickle.dumps(Evil(), protocol=2))
-    with pytest.raises(CheckpointError, match="cannot take up the optimizer's state"):
+    with pytest.raises(CheckpointError, match="optimizer.safetensors is not whole"):
         read_optimizer(checkpoint)
     assert not (tmp_path / "pwned").exists()
 
@@ -192,3 +198,90 @@ def test_a_name_points_elsewhere_at_once(tmp_path, config):
         point_to(tmp_path / "last", checkpoint_path(tmp_path, update))
     assert json.loads((tmp_path / "last" / "state.json").read_text())["update"] == 2
     assert load_file(tmp_path / "last" / "model.safetensors")
+
+
+def test_what_stands_in_the_way_is_moved_aside_and_kept(tmp_path, config, caplog):
+    obstacle = checkpoint_path(tmp_path, 7)
+    for number, kind in enumerate(("folder", "file", "dangling link", "checkpoint"), start=1):
+        if kind == "folder":
+            obstacle.mkdir()
+            (obstacle / "model.safetensors").write_text("a part")
+        elif kind == "file":
+            obstacle.write_text("mine")
+        elif kind == "dangling link":
+            obstacle.symlink_to("nowhere")
+        save(tmp_path, 7, config, run=number)
+        assert checkpoints_in(tmp_path) == [obstacle]
+        assert read_state(obstacle)["run"] == number
+        assert f"{obstacle} stood in the way" in caplog.messages[-1]
+        if kind != "checkpoint":
+            shutil.rmtree(obstacle)
+    aside = [tmp_path / f"moved-aside-update-00000007{end}" for end in ("", "-2", "-3")]
+    assert (aside[0] / "model.safetensors").read_text() == "a part"
+    assert aside[1].read_text() == "mine"
+    assert aside[2].readlink() == Path("nowhere")
+
+
+def test_a_folder_named_last_or_best_is_moved_aside(tmp_path, config):
+    """As a copy without symbolic links has it."""
+    save(tmp_path, 1, config, best={"update": 1, "score": 0})
+    for name in ("last", "best"):
+        shutil.copytree(checkpoint_path(tmp_path, 1), tmp_path / name)
+    mend(tmp_path)
+    for name in ("last", "best"):
+        assert (tmp_path / name).readlink() == Path("update-00000001")
+        assert read_state(tmp_path / f"moved-aside-{name}")["update"] == 1
+
+
+def test_other_names_are_no_checkpoints_and_stay(tmp_path, config):
+    save(tmp_path, 1, config)
+    for name in ("update-00000001 copy", "update-2", "update-000000003"):
+        shutil.copytree(checkpoint_path(tmp_path, 1), tmp_path / name)
+    (tmp_path / "update-3").touch()
+    before = sorted(tmp_path.iterdir())
+    assert checkpoints_in(tmp_path) == [checkpoint_path(tmp_path, 1)]
+    mend(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "last"])
+
+
+def test_checkpoints_elsewhere_are_unlinked_but_not_deleted(tmp_path, config):
+    save(tmp_path / "other disk", 1, config)
+    kept = checkpoint_path(tmp_path / "other disk", 1)
+    checkpoint_path(tmp_path, 1).symlink_to(kept)
+    save(tmp_path, 2, config)
+    remove_superseded(tmp_path, 1, [])
+    assert checkpoints_in(tmp_path) == [checkpoint_path(tmp_path, 2)]
+    assert (kept / "state.json").is_file()
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_flipped_bit_is_an_error_in_the_first_process_of_a_machine(tmp_path, config, monkeypatch):
+    save(tmp_path, 1, config)
+    (checkpoint,) = checkpoints_in(tmp_path)
+    file = checkpoint / "model.safetensors"
+    flip_a_bit(file)
+    for path in (checkpoint, file):
+        with pytest.raises(CheckpointError, match=r"model.safetensors has the SHA-256 .*delete it"):
+            read_weights(path)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert read_weights(checkpoint)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    file.unlink()
+    with pytest.raises(CheckpointError, match="model.safetensors is missing"):
+        read_weights(checkpoint)
+
+
+def test_a_file_that_was_changed_on_purpose_is_read_without_its_checksum(tmp_path, config):
+    save(tmp_path, 1, config)
+    (checkpoint,) = checkpoints_in(tmp_path)
+    save_file({"weight": torch.ones(1)}, checkpoint / "model.safetensors")
+    state = read_state(checkpoint)
+    del state["sha256"]["model.safetensors"]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    assert read_weights(checkpoint)["weight"] == 1
+    assert read_optimizer(checkpoint).step == 1

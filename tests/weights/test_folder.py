@@ -14,7 +14,7 @@ from hpm_video.models.pos_embed import position_table, resized
 from hpm_video.models.vit import TransformerSize
 from hpm_video.pretrain import pretrain
 from hpm_video.token_grid import TokenGrid
-from hpm_video.training.checkpoint import CheckpointError
+from hpm_video.training.checkpoint import CheckpointError, sha256_of
 from hpm_video.weights.families import LICENCES
 from hpm_video.weights.folder import write_folder
 from hpm_video.weights.imported import import_weights
@@ -192,6 +192,8 @@ def test_the_folder_tells_everything(files, run_tool, tmp_path):
     assert origin["epoch"] == 799
     assert origin["left_out"] == {"optimizer": "no weights", "epoch": "no weights"}
     assert list(origin["sha256"]) == ["videomae.pth"]
+    written = json.loads((folder / "state.json").read_text())["sha256"]
+    assert written == {"model.safetensors": sha256_of(folder / "model.safetensors")}
     parity = json.loads((folder / "parity.json").read_text())
     if parity["not_checked"]:
         assert "transformers is not installed" in parity["not_checked"]
