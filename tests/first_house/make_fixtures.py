@@ -24,6 +24,7 @@ FIXTURES = HERE / "fixtures"
 sys.path[:0] = [str(HERE)]
 
 from conftest import first_names  # noqa: E402
+from test_draws import PARTS, looks  # noqa: E402
 from test_runs import RUNS, STOPPED, later_losses, measure  # noqa: E402
 
 from hpm_video.data.encode import write_video  # noqa: E402
@@ -194,6 +195,18 @@ def make_numbers(run):
     (FIXTURES / "numbers" / f"{run}.json").write_text(json.dumps(told, indent=1) + "\n")
 
 
+def make_draws():
+    with copied():
+        draws = {name: part() for name, part in {**PARTS, "looks": looks}.items()}
+    text = json.dumps(draws, indent=1)
+    (FIXTURES / "draws.json").write_text(on_one_line(text) + "\n")
+
+
+def on_one_line(text):
+    """The innermost lists and objects of JSON."""
+    return re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda found: " ".join(found[0].split()), text)
+
+
 @contextmanager
 def copied():
     """The working directory is a copy for a while."""
@@ -213,6 +226,7 @@ def main():
     Path("numbers").mkdir()
     for run in RUNS:
         make_numbers(run)
+    make_draws()
 
 
 if __name__ == "__main__":
