@@ -25,6 +25,7 @@ sys.path[:0] = [str(HERE)]
 
 from conftest import first_names  # noqa: E402
 from test_draws import PARTS, looks  # noqa: E402
+from test_parameters import ALL, starts, table  # noqa: E402
 from test_runs import RUNS, STOPPED, later_losses, measure  # noqa: E402
 
 from hpm_video.data.encode import write_video  # noqa: E402
@@ -202,6 +203,24 @@ def make_draws():
     (FIXTURES / "draws.json").write_text(on_one_line(text) + "\n")
 
 
+def make_table():
+    """Equal tables of several configs once."""
+    tables, numbers, known = [], {}, {}
+    for path in ALL:
+        beginning = starts(path, first_names, known)
+        rows = {name: row + beginning[name] for name, row in table(path, first_names).items()}
+        if rows not in tables:
+            tables.append(rows)
+        numbers[path] = tables.index(rows)
+    lines = [
+        "{" + ",\n".join(f"{json.dumps(name)}: {json.dumps(rows[name])}" for name in rows) + "}"
+        for rows in tables
+    ]
+    (FIXTURES / "parameters.json").write_text(
+        f'{{"configs": {json.dumps(numbers, indent=1)},\n"tables": [{",".join(lines)}]}}\n'
+    )
+
+
 def on_one_line(text):
     """The innermost lists and objects of JSON."""
     return re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda found: " ".join(found[0].split()), text)
@@ -227,6 +246,7 @@ def main():
     for run in RUNS:
         make_numbers(run)
     make_draws()
+    make_table()
 
 
 if __name__ == "__main__":
