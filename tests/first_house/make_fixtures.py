@@ -205,10 +205,12 @@ def make_draws():
 
 def make_table():
     """Equal tables of several configs once."""
-    tables, numbers, known = [], {}, {}
+    tables, numbers, known, known_starts = [], {}, {}, {}
     for path in ALL:
-        beginning = starts(path, first_names, known)
-        rows = {name: row + beginning[name] for name, row in table(path, first_names).items()}
+        beginning = starts(path, first_names, known_starts)
+        rows = {
+            name: row + beginning[name] for name, row in table(path, first_names, known).items()
+        }
         if rows not in tables:
             tables.append(rows)
         numbers[path] = tables.index(rows)

@@ -279,8 +279,10 @@ def test_draws_are_those_of_the_first_house(part, first_house):
     assert json.loads(json.dumps(PARTS[part]())) == stored[part]
 
 
+@pytest.mark.slow
 def test_a_model_is_looked_at_under_the_masks_of_the_first_house(first_house):
     stored = json.loads(Path("draws.json").read_text())["looks"]
     found = looks()
     assert found.pop("held out") == pytest.approx(stored.pop("held out"), rel=1e-3)
-    assert found == pytest.approx(stored, rel=1e-5)
+    assert found.pop("pictures") == pytest.approx(stored.pop("pictures"), rel=1e-5)
+    assert found == stored
