@@ -1,0 +1,289 @@
+"""Keys of randomness are data: every draw is that of the first house, to the bit.
+
+A purpose is never given here but by the code that draws for it, so that a renamed one is found.
+What a run draws for its clips (``order``, ``clip``, ``mask``, ``drop path``, ``head dropout``,
+``mixing``) is held by test_runs.py as well.
+"""
+
+import json
+import random
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hpm_video.classification import Classification
+from hpm_video.config import FinetuneConfig, PretrainConfig, load_config
+from hpm_video.data.augment import Augmentation
+from hpm_video.data.dataset import (
+    ClipBatch,
+    ClipSpec,
+    DrawnClips,
+    HeldOutClips,
+    Repeats,
+    VideoClips,
+)
+from hpm_video.data.manifest import Manifest, read_manifest
+from hpm_video.data.mixture import Places, deal_out
+from hpm_video.data.sources import base_name, natural_order
+from hpm_video.data.transforms import MultiScaleCrop
+from hpm_video.experiment import key_of_source, open_data
+from hpm_video.held_out import measure
+from hpm_video.logistic import split_in_folds
+from hpm_video.masking import STRATEGIES, MaskRule
+from hpm_video.mining import named
+from hpm_video.mixing import Mixing
+from hpm_video.models.vit import Transformer, TransformerSize
+from hpm_video.pretrain import build_student, crops_of, load_run
+from hpm_video.progress import Progress
+from hpm_video.randomness import generator, global_generators, key_of, uniform
+from hpm_video.recognition import build_classifier
+from hpm_video.study import study_clips
+from hpm_video.token_grid import TokenGrid
+from hpm_video.training.engine import WholeModel
+
+KEYS = torch.tensor([0, 1, -1, 2**62 + 12345])
+LINES = """path,label,label_name
+a.mp4,0,cat
+b/c.mp4,1,a  dog
+frames of d/,0,cat
+shard.tar::e/f.mp4@1536+20480,1,a dog
+"""
+MIXED = """
+data: {train: videos, num_frames: 4, frame_size: [32, 32]}
+model: {patch_size: [1, 8, 8]}
+recipe: {epochs: 2, batch_size: 4, warmup_epochs: 1}
+mix: {images: {weight: 0.5, data: {train: images, num_frames: 1, frame_size: [32, 32]}}}
+"""
+SIZES = {"long": (90, 160), "high": (64, 40)}
+
+
+def generators():
+    """The functions that every draw is made of."""
+    with global_generators(-7):
+        global_draws = [random.random(), np.random.rand(), torch.rand(()).item()]  # noqa: NPY002
+    return {
+        "key_of": [
+            key_of(),
+            key_of("mask"),
+            key_of(0, 3, 5, 1),
+            key_of(0, "images", 3, 5, 1, 7),
+            key_of(0, "mixing", 4, ("a.mp4", "b.mp4")),
+        ],
+        "uniform": uniform(KEYS, 3, "mask").tolist(),
+        "generator": generator("clip", 0, 3, 5).random(3).tolist(),
+        "integers": generator("order", 0, 3).integers(2**63, size=2).tolist(),
+        "global": global_draws,
+    }
+
+
+def orders():
+    """Files and keys of a stream, of the main source and of another."""
+    manifest = Manifest(tuple("abcdefg"), (0,) * 7, (-1,) * 7)
+    spec = ClipSpec(4, 1, 2, (32, 32))
+    found = {}
+    for source in ("", "images"):
+        clips = VideoClips(
+            manifest,
+            spec,
+            MultiScaleCrop(flip=True),
+            repeats=Repeats(2, same_frames=False),
+            decoder="pyav",
+            seed=3,
+            max_bad_share=0.5,
+            source=source,
+        )
+        asked = [clips.request(position) for position in range(21)]
+        clips.bad[asked[-1].path] = None
+        asked.append(clips.request(20))
+        found[source] = ["".join(each.path for each in asked), [each.keys for each in asked[-2:]]]
+    held_out = HeldOutClips(manifest, spec, decoder="pyav", seed=3)
+    return {**found, "held out": held_out.request(5).keys}
+
+
+def clips():
+    """Frames and crops: what a clip's generator is asked for, in its order."""
+    found = {}
+    augmentation = Augmentation(
+        area=(0.2, 1.0),
+        ratio=(0.75, 1.3333),
+        flip=True,
+        rand_augment=None,
+        erasing=0.25,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+    )
+    for key in ((0, 0, 0, 0), (0, "images", 4, 2, 1)):
+        for name, spec in {
+            "stride": ClipSpec(4, 3, None, (32, 32)),
+            "strides": ClipSpec(4, 1, 6, (32, 32)),
+            "segments": ClipSpec(4, 1, None, (32, 32), "segments"),
+        }.items():
+            draw = generator("clip", *key)
+            frames = spec.draw_indices(100, draw).tolist()
+            found[f"{name} {key}"] = [frames, draw.random()]
+        for name, size in SIZES.items():
+            crop = MultiScaleCrop(flip=True).draw(size, (32, 48), generator("clip", *key))
+            found[f"multi-scale {name} {key}"] = [asdict(crop.box), crop.mirrored]
+            drawn = augmentation.draw(size, (32, 48), generator("clip", *key))
+            found[f"augmentation {name} {key}"] = [
+                *(asdict(drawn.box), drawn.mirrored, drawn.change_key, drawn.erase_key),
+            ]
+    drawn = replace(drawn, how=replace(augmentation, erasing=1.0))
+    noise = drawn(np.zeros((2, drawn.box.height, drawn.box.width, 3), np.uint8))
+    found["erased"] = [int((noise > 0).any(0).sum()), int(noise.sum())]
+    return found
+
+
+def decoded():
+    """A clip of images, which any decoder reads alike: frames, crop and keys together."""
+    config = load_config(PretrainConfig, Path("runs/images/config.yaml"), [])
+    manifest = read_manifest(Path("images"))
+    reader = DrawnClips(ClipSpec(1, 1, None, (32, 32)), crops_of(config)[""], False, "pyav", "")
+    stream = VideoClips(
+        manifest,
+        reader.spec,
+        reader.transform,
+        repeats=Repeats(2, same_frames=False),
+        decoder="pyav",
+        seed=0,
+        max_bad_share=0.0,
+    )
+    sample = stream[12]
+    return [Path(sample.file).name, sample.keys, sample.clips.sum(dim=(1, 2, 3, 4)).tolist()]
+
+
+def masks():
+    """Hidden tokens, some of which are the hardest or the easiest."""
+    found = {}
+    for unit, grid in {"token": TokenGrid(2, 3, 4), "tube": TokenGrid(3, 4, 4)}.items():
+        difficulty = torch.arange(grid.num_tokens).mul(7).remainder(11).float().expand(2, -1)
+        for name, strategy in STRATEGIES.items():
+            rule = MaskRule(grid, unit, 9, strategy)
+            num_picked = rule.num_picked(5, 8)
+            priority = uniform(KEYS[:2], rule.num_units, "mask")
+            difficulties = difficulty + torch.arange(grid.num_tokens) / 100
+            mask = rule.draw(difficulties, priority, num_picked)
+            found[f"{unit} {name}"] = [num_picked, mask.masked_ids.tolist()]
+    return found
+
+
+def of_models():
+    """What models and objectives draw by names of their own."""
+    blocks = Transformer(TransformerSize(8, 2, 2), drop_path=0.5)
+    config = load_config(
+        FinetuneConfig,
+        Path("runs/classes/config.yaml"),
+        ["model.drop_path=0", "model.head_dropout=0.5", "model.pooling=attentive"],
+    )
+    classifier = build_classifier(config, 3)
+    seen = []
+    classifier.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0] == 0))
+    classifier(torch.zeros(4, 3, 4, 32, 32), KEYS)
+    student = build_student(load_config(PretrainConfig, Path("runs/video/config.yaml"), []))
+    spread = student.patch_embed.weight.detach().flatten().sort().values[::500]
+    return {
+        "drop path": blocks.draws(KEYS).tolist(),
+        "head dropout": seen[0].nonzero().tolist(),
+        # By size, whatever the layout. Drawn first. Vector instructions decide the last bits.
+        "weights": [round(each, 5) for each in spread.tolist()],
+        "folds": split_in_folds(torch.arange(12) % 3, 4, seed=1).tolist(),
+        "mixing": mixing(),
+    }
+
+
+def mixing():
+    """How much of each label is left after mixup or CutMix, by the update and the files' names."""
+    objective = Classification(
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        label_smoothing=0.0,
+        mixing=Mixing(
+            2, mixup=0.8, cutmix=1.0, probability=1.0, switch_probability=0.5, label_smoothing=0.0
+        ),
+        seed=3,
+    )
+    pixels = torch.zeros(2, 3, 1, 16, 16, dtype=torch.uint8)
+    pixels[1] = 255
+    files = ("/data/a.mp4", "shard.tar::x/b.mp4@512+1")
+    batch = ClipBatch(pixels, KEYS[:2], torch.tensor([0, 1]), files, ())
+    found = []
+
+    def student(clips, keys):
+        found.append(round(clips.mean().item(), 4))
+        found.append(round(clips[0].mean().item(), 4))
+        return torch.zeros(2, 2)
+
+    for update in range(3):
+        objective.losses(student, batch, Progress(update, 0.0, 1))
+    return found
+
+
+def looks():
+    """Masks of a trained model: of held-out measures and of pictures. -> numbers, and masks"""
+    _, student, objective = load_run(Path("runs/video/checkpoints/last"), torch.device("cpu"))
+    stored = load_file("numbers/video.safetensors")["clips"][:4]
+    batch = ClipBatch(stored, KEYS, torch.zeros(4).long(), ("x.mp4",) * 4, ())
+    viewer = WholeModel(student, torch.device("cpu"), "fp32")
+    measures = measure(objective, viewer, [batch])
+    with torch.no_grad():
+        (first, *_) = study_clips(objective, student, batch, num_masks=2, hard_fraction=0.5)
+    return {
+        "held out": measures,
+        "picture": np.flatnonzero(first.masked).tolist(),
+        "pictures": float(np.nanmean(first.true_error)),
+        "measured in pictures": int(np.isfinite(first.true_error).sum()),
+    }
+
+
+def names():
+    """What identifies data: fingerprints, and names of sources and quantities."""
+    Path("list.csv").write_text(LINES)
+    Path("mixed.yaml").write_text(MIXED)
+    manifest = read_manifest(Path("list.csv"))
+    fixed = replace(manifest, files=("/data/a.mp4", "/data/b.tar::c.mp4@512+9", "/f/", "/g.png"))
+    config = load_config(PretrainConfig, Path("mixed.yaml"), [])
+    data = open_data(config)
+    places = [*map(str, read_manifest(Path("labelled")).files)]
+    return {
+        "fingerprint": data.fingerprint,
+        "list": open_data(replace(config, data=replace(config.data, train="list.csv"))).fingerprint,
+        "updates": data.timeline.num_updates,
+        "digest": fixed.digest,
+        "base names": [base_name(file) for file in manifest.files],
+        "labels": [manifest.labels, manifest.label_names],
+        "classes": ["/".join(place.split("/")[-2:]) for place in places],
+        "natural order": sorted(["a10.png", "a9.png", "A1.png"], key=natural_order),
+        "sources": [[*config.sources], key_of_source("images"), named("images", "loss")],
+    }
+
+
+def dealt():
+    """Which source and which of its samples the updates have."""
+    three = deal_out([1.0, 0.5, 0.3], 24)
+    places = Places(deal_out([1.0, 0.5], 6), 4, 2, rank=1, processes=2)
+    return {"sources": three.tolist(), "places": [[*place] for place in places]}
+
+
+PARTS = {
+    part.__name__: part
+    for part in (generators, orders, clips, decoded, masks, of_models, names, dealt)
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_draws_are_those_of_the_first_house(part, first_house):
+    stored = json.loads(Path("draws.json").read_text())
+    assert json.loads(json.dumps(PARTS[part]())) == stored[part]
+
+
+@pytest.mark.slow
+def test_a_model_is_looked_at_under_the_masks_of_the_first_house(first_house):
+    stored = json.loads(Path("draws.json").read_text())["looks"]
+    found = looks()
+    assert found.pop("held out") == pytest.approx(stored.pop("held out"), rel=1e-3)
+    assert found.pop("pictures") == pytest.approx(stored.pop("pictures"), rel=1e-5)
+    assert found == stored

@@ -1,0 +1,149 @@
+"""Of every parameter of every shipped config: shape, weight decay, learning rate, initial spread.
+
+Models are built without memory. Initial deviations are measured on models of the true widths with
+one block in the encoder and one in each decoder, whose weights are drawn from the config's seed:
+all blocks of a transformer start alike.
+"""
+
+import json
+import math
+import re
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from hpm_video.config import FinetuneConfig, PretrainConfig, load_config
+from hpm_video.finetune import make_optimizer
+from hpm_video.pretrain import _optimizer, build_student
+from hpm_video.recognition import build_classifier
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+ALL = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
+CLASSES = 10
+"""Where a config leaves them to the data."""
+
+
+def load(path):
+    if path.startswith("pretrain/"):
+        return load_config(PretrainConfig, CONFIGS / path, [])
+    return load_config(FinetuneConfig, CONFIGS / path, ["init_weights=null"])
+
+
+def build(config):
+    """-> model and optimizer"""
+    if isinstance(config, PretrainConfig):
+        model = build_student(config)
+        return model, _optimizer(config, model)
+    model = build_classifier(config, config.model.num_classes or CLASSES)
+    return model, make_optimizer(config, model)
+
+
+def what_is_built(config):
+    """All of a config that its model depends on, but for how likely it drops branches."""
+    model = replace(config.model, drop_path=0.0)
+    return model, config.data.clip_size, getattr(config, "mining", None)
+
+
+def table(path, first_names, known):
+    """Rows of the first house's names, all blocks of a transformer in one, ``{i}`` in its name.
+
+    -> shape, whether it decays, share of the learning rate (or of each block its own; none for both
+    where it does not learn), number of blocks. ``known``: of models before
+    """
+    config = load(path)
+    how = (config.recipe.weight_decay > 0, getattr(config.recipe, "layer_decay", None))
+    key = str((*what_is_built(config), *how))
+    if key in known:
+        return known[key]
+    with torch.device("meta"):
+        model, optimizer = build(config)
+    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+
+    def spread(key):
+        """A setting of each parameter in the parameter's shape, which renaming may cut and turn."""
+        values = {
+            name: float(group_of[p][key]) if p in group_of else math.nan
+            for name, p in model.named_parameters()
+        }
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        return first_names(
+            {
+                name: torch.tensor(value, dtype=torch.float64).expand(shapes[name])
+                for name, value in values.items()
+            }
+        )
+
+    decays, shares, rows = spread("weight_decay"), spread("lr_scale"), defaultdict(list)
+    for name, of_values in decays.items():
+        decay, share = (each.flatten()[0].item() for each in (of_values, shares[name]))
+        learns = not math.isnan(decay)
+        row = [[*of_values.shape], decay > 0 if learns else None]
+        row.append(float(f"{share:.6g}") if learns else None)
+        rows[re.sub(r"blocks\.\d+\.", "blocks.{i}.", name)].append(row)
+    known[key] = {name: merged(of_blocks) for name, of_blocks in rows.items()}
+    return known[key]
+
+
+def merged(of_blocks):
+    """The rows of all blocks in one: their learning rates may differ."""
+    shapes, decays, shares = zip(*of_blocks, strict=True)
+    assert all(each == (shapes[0], decays[0]) for each in zip(shapes, decays, strict=True))
+    return [shapes[0], decays[0], [*shares] if len(set(shares)) > 1 else shares[0], len(shapes)]
+
+
+def starts(path, first_names, known):
+    """Standard deviation and mean of each parameter of a new model with one block in each
+    transformer, by name with ``{i}`` for the block. ``known``: of models before."""
+    config = load(path)
+    sizes = {"encoder": replace(config.model.encoder, depth=1)}
+    if isinstance(config, PretrainConfig):
+        sizes["decoder"] = replace(config.model.decoder, depth=1)
+    config = replace(config, model=replace(config.model, drop_path=0.0, **sizes))
+    key = str(what_is_built(config))
+    if key not in known:
+        weights = first_names({name: p.detach() for name, p in build(config)[0].named_parameters()})
+        known[key] = {
+            name.replace("blocks.0.", "blocks.{i}."): [
+                float(f"{value.std(correction=0).item():.4g}"),
+                float(f"{value.mean().item():.4g}"),
+            ]
+            for name, value in weights.items()
+        }
+    return known[key]
+
+
+@pytest.fixture(scope="module")
+def stored(fixtures):
+    tables = json.loads((fixtures / "parameters.json").read_text())
+    return {path: tables["tables"][number] for path, number in tables["configs"].items()}
+
+
+def test_every_shipped_config_is_in_the_table(stored):
+    assert [*stored] == ALL
+
+
+@pytest.mark.slow
+def test_shapes_decay_and_learning_rates_are_those_of_the_first_house(stored, first_names):
+    known = {}
+    for path in ALL:
+        expected = {name: row[:4] for name, row in stored[path].items()}
+        assert table(path, first_names, known) == expected, path
+
+
+@pytest.mark.slow
+def test_parameters_start_as_in_the_first_house(stored, first_names):
+    """Of the widths up to ViT-B: L and H, whose rows are kept as well, start by the same rules."""
+    known = {}
+    for path in ALL:
+        if load(path).model.encoder.dim > 768:
+            continue
+        for name, (deviation, mean) in starts(path, first_names, known).items():
+            shape, *_, deviation_before, mean_before = stored[path][name]
+            error = deviation_before / math.sqrt(math.prod(shape))  # of a measured mean
+            # Four times that of a measured deviation; both were rounded to 4 digits.
+            near = pytest.approx(deviation_before, abs=4 * error / math.sqrt(2), rel=1e-3)
+            assert deviation == near, (path, name)
+            assert mean == pytest.approx(mean_before, abs=6 * error + 1e-9), (path, name)

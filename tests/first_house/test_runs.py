@@ -1,0 +1,160 @@
+"""Runs that the first house began go on, and compute what it computed.
+
+The stored numbers are of float32 on a CPU with one thread. Losses, gradients and one step start
+from a stored batch, so that only rounding may differ. Further updates decode the videos again:
+other pixels would be the decoder's doing, and images do not have that excuse.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from hpm_video import experiment
+from hpm_video.config import FinetuneConfig, PretrainConfig, load_config
+from hpm_video.finetune import finetune
+from hpm_video.pretrain import pretrain
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = {"pretrain": (PretrainConfig, pretrain), "finetune": (FinetuneConfig, finetune)}
+RUNS = {"video": "pretrain", "images": "pretrain", "zero3": "pretrain", "classes": "finetune"}
+STOPPED, UPDATES = 20, 40
+PLAIN = ("engine.name=torch", "engine.zero_stage=null", "engine.deepspeed=null")
+ROUNDING = 1e-5
+"""Of a tensor's norm. Sums of n float32 values in another order differ by about sqrt(n) 6e-8 of
+their terms' norm, and a backward pass is a few such sums, of at most 1e4 terms, one behind the
+other: 6e-6 each where terms cancel little."""
+FLOOR = 1e-7
+"""Of the norm of all gradients: what is left where terms cancel."""
+LATER = 1e-4
+"""Of a loss, 20 updates later; an order of sums alone moves them by 1e-5."""
+NO_TRUE_GRADIENT = (
+    "k_bias",
+    "difficulty_decoder.head.bias",
+    "difficulty_decoder.transformer.norm.bias",
+)
+"""Softmax and ranking ignore them. Their gradients are rounding, which Adam scales up to a step of
+at most the learning rate."""
+TIMES = {"kind", "clips_per_second", "data_wait"}
+
+
+class MeasuredError(Exception):
+    """Ends a run after the update that was measured."""
+
+
+def measure(run, batch_of=lambda drawn: drawn):
+    """Go on with a run of the working directory for one update.
+
+    ``batch_of`` its next batch is taken. -> that batch, learning rate, losses and tensors:
+    ``gradient.``, ``stepped.`` and ``average.`` of every parameter
+    """
+    found = []
+
+    def one_update(engine, objective, batches, schedule, run, *, start):
+        progress = run.timeline.at(start)
+        lr = schedule.at(progress)
+        for group in engine.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        drawn = next(batches)
+        losses = objective.losses(engine, batch_of(drawn), progress)
+        engine.backward(losses.total)
+        gradients = {name: p.grad.clone() for name, p in engine.model.named_parameters()}
+        engine.step()
+        objective.after_update(engine.model, progress)
+        (average,) = objective.companions.values()
+        values = {name: value.item() for name, value in losses.parts.items()}
+        values |= {"total": losses.total.item(), "gradient_norm": engine.gradient_norm.item()}
+        parts = {
+            "gradient": gradients,
+            "stepped": dict(engine.model.named_parameters()),
+            "average": dict(average.named_parameters()),
+        }
+        found.extend([drawn, lr, values, parts])
+        raise MeasuredError
+
+    schema, program = PROGRAMS[RUNS[run]]
+    config = load_config(schema, Path("runs", run, "config.yaml"), PLAIN)
+    with mock.patch.object(experiment, "fit", one_update), pytest.raises(MeasuredError):
+        program(config)
+    return found
+
+
+def later_losses(folder):
+    """Everything that ``metrics.jsonl`` says of the further updates, but how long they took."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in row.items() if name not in TIMES}
+        for row in rows
+        if row["kind"] == "train" and row["update"] > STOPPED
+    ]
+
+
+def assert_same_later(run):
+    found = later_losses(Path("runs", run))
+    expected = json.loads(Path("numbers", f"{run}.json").read_text())["later"]
+    assert [row["update"] for row in expected] == [*range(STOPPED + 1, UPDATES + 1)]
+    for now, before in zip(found, expected, strict=True):
+        assert now == pytest.approx(before, rel=LATER), f"update {before['update']}"
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_an_update_is_that_of_the_first_house(run, first_house, first_names):
+    stored = load_file(Path("numbers", f"{run}.safetensors"))
+    told = json.loads(Path("numbers", f"{run}.json").read_text())
+    clips = stored.pop("clips")
+    drawn, lr, losses, parts = measure(run, lambda drawn: replace(drawn, clips=clips))
+
+    # The batch is the same: files, crops and keys. Decoders round pixels in their own ways.
+    assert [Path(file).name for file in drawn.files] == told["files"]
+    assert drawn.keys.tolist() == told["keys"]
+    assert (drawn.clips.float() - clips.float()).abs().mean() < (
+        0 if run == "images" else 0.5
+    ) + 1e-9
+
+    assert lr == pytest.approx(told["lr"], rel=1e-12)
+    assert losses == pytest.approx(told["losses"], rel=ROUNDING)
+    found = {
+        f"{part}.{name}": value.detach()
+        for part, values in parts.items()
+        for name, value in first_names(values).items()
+    }
+    assert found.keys() == stored.keys()
+    for name, value in found.items():
+        allowed = ROUNDING * stored[name].norm()
+        if name.startswith("gradient"):
+            allowed += FLOOR * told["losses"]["gradient_norm"]
+        elif name.endswith(NO_TRUE_GRADIENT):
+            allowed += lr * np.sqrt(value.numel())
+        assert (value - stored[name]).norm() <= allowed, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS)
+def test_the_run_goes_on(run, first_house):
+    schema, program = PROGRAMS[RUNS[run]]
+    program(load_config(schema, Path("runs", run, "config.yaml"), PLAIN))
+    assert_same_later(run)
+
+
+@pytest.mark.slow
+def test_the_run_of_two_processes_under_zero_3_goes_on(first_house, tmp_path):
+    pytest.importorskip("deepspeed")
+    (tmp_path / "hpm_video").symlink_to(ROOT / "hpm_video")
+    launch = [ROOT / "tools" / "launch.py", "--processes", "2", ROOT / "tools" / "pretrain.py"]
+    done = subprocess.run(
+        [sys.executable, *launch, "runs/zero3/config.yaml"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_later("zero3")
