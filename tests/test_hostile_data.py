@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 DECORD = '''
 """It paints frames of its own. Some files take it down; they are known by their names."""

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from hpm_video.pretrain import load_run
 from hpm_video.training.checkpoint import checkpoints_in, read_optimizer, read_state
 
+pytestmark = pytest.mark.slow
+
 
 def finish(process, code=0):
     output, _ = process.communicate()

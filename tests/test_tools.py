@@ -8,6 +8,8 @@ import pytest
 
 from hpm_video.config import PretrainConfig, load_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 CONFIG = """
 model:

@@ -114,6 +114,9 @@ def parse_arguments() -> argparse.Namespace:
 def plan(arguments: argparse.Namespace) -> None:
     """Make the tables of each config."""
     machine = Machine(arguments.flops, arguments.utilisation, arguments.bandwidth, arguments.memory)
+    if arguments.write is not None:  # before anything is worked out
+        for name in ("state", *(path.stem for path in arguments.config)):
+            put_into(arguments.write.read_text(encoding="utf-8"), name, "")
     show("state", describe_state(arguments.gpus, machine), arguments.write)
     for path in arguments.config:
         model = look_at(path)

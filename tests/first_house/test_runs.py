@@ -22,6 +22,8 @@ from hpm_video.config import FinetuneConfig, PretrainConfig, load_config
 from hpm_video.finetune import finetune
 from hpm_video.pretrain import pretrain
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {"pretrain": (PretrainConfig, pretrain), "finetune": (FinetuneConfig, finetune)}
 RUNS = {"video": "pretrain", "images": "pretrain", "zero3": "pretrain", "classes": "finetune"}
@@ -135,7 +137,6 @@ def test_an_update_is_that_of_the_first_house(run, first_house, first_names):
         assert (value - stored[name]).norm() <= allowed, name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_the_run_goes_on(run, first_house):
     schema, program = PROGRAMS[RUNS[run]]
@@ -143,7 +144,6 @@ def test_the_run_goes_on(run, first_house):
     assert_same_later(run)
 
 
-@pytest.mark.slow
 def test_the_run_of_two_processes_under_zero_3_goes_on(first_house, tmp_path):
     pytest.importorskip("deepspeed")
     (tmp_path / "hpm_video").symlink_to(ROOT / "hpm_video")

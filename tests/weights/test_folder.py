@@ -22,6 +22,8 @@ from hpm_video.weights.inspection import inspect
 from hpm_video.weights.parity import compare
 from hpm_video.weights.sizes import Given
 
+pytestmark = pytest.mark.slow
+
 ENCODER, DECODER, PATCH = (48, 2), (24, 2), (2, 8, 8)
 OPTIONS = ("--heads", 4, "--decoder-heads", 2, "--num-frames", 4, "--frame-size", 32, 32)
 GIVEN = Given(heads=4, decoder_heads=2, num_frames=4, frame_size=(32, 32))
