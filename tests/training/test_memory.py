@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpm_video.config.schema import FinetuneConfig, PretrainConfig, load_config
+from hpm_video.config.loading import load_config
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.runs import finetuning as finetune
 from hpm_video.runs import pretraining as pretrain
 from hpm_video.runs.pretraining import build_student
@@ -265,7 +266,8 @@ import sys
 from functools import partial
 from pathlib import Path
 import torch
-from hpm_video.config.schema import PretrainConfig, load_config
+from hpm_video.config.schema import PretrainConfig
+from hpm_video.config.loading import load_config
 from hpm_video.runs.pretraining import make_update
 
 config = load_config(PretrainConfig, Path(sys.argv[1]), sys.argv[3:])
