@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hpm_video.files.weights import CheckpointError, load_weights
 from hpm_video.training.checkpoint import (
-    CheckpointError,
     checkpoint_path,
     checkpoints_in,
-    load_weights,
     mend,
     point_to,
     read_optimizer,
@@ -105,7 +104,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, config):
 import resource
 from pathlib import Path
 import torch
-from hpm_video.training.checkpoint import CheckpointError, checkpoint_path, save_checkpoint
+from hpm_video.training.checkpoint import checkpoint_path, save_checkpoint
+from hpm_video.files.weights import CheckpointError
 from hpm_video.training.optim import OptimizerState
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 folder = Path({str(tmp_path)!r})
