@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Format, lint, types and tests; stops at the first that fails. --quick leaves out the tests marked
-# slow. With other arguments: pytest alone, with them (./run_tests.sh tests/test_masking.py -k tube).
+# slow. With other arguments: pytest alone, with them (./run_tests.sh tests/tokens/test_masking.py -k tube).
 set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
@@ -42,5 +42,5 @@ step "ruff check" "$python" -m ruff check .
 step "mypy" "$python" -m mypy
 step "pytest" run_suite -m "$lane"
 # By themselves, for all other tests are kept from seeing a GPU; without one these skip.
-step "pytest -m gpu" run_pytest -m gpu tests/*gpu.py tests/*/*gpu.py
+step "pytest -m gpu" run_pytest -m gpu tests/*/*gpu.py
 printf '\n== everything passed\n' >&2

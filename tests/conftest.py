@@ -16,7 +16,7 @@ import hypothesis
 import numpy as np
 import pytest
 
-from hpm_video.data.encode import write_video
+from hpm_video.preparation.encode import write_video
 
 hypothesis.settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -47,6 +47,7 @@ def pytest_runtest_makereport():
     return report
 
 
+pytest_plugins = ["painted_videos"]  # of tests/fixtures
 ROOT = Path(__file__).parent.parent
 CONFIG = """
 model:
@@ -256,7 +257,12 @@ class Program:
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["hpm_video.pretrain", "hpm_video.finetune", "hpm_video.weights.imported", "timm"]
+    [
+        "hpm_video.runs.pretraining",
+        "hpm_video.runs.finetuning",
+        "hpm_video.weights.importing",
+        "timm",
+    ]
 )
 ensure_running()
 
@@ -372,5 +378,5 @@ class PoolClock:
 @pytest.fixture
 def pool_clock(monkeypatch) -> PoolClock:
     clock = PoolClock()
-    monkeypatch.setattr("hpm_video.data.pool.time", clock)
+    monkeypatch.setattr("hpm_video.workers.pool.time", clock)
     return clock

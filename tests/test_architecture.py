@@ -12,43 +12,59 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "hpm_video"
 MAY_IMPORT = {
     "deepspeed": {"training/deepspeed_engine.py"},
-    "decord": {"data/decode_decord.py"},
-    "torchcodec": {"data/decode_torchcodec.py"},
+    "decord": {"decoding/decord.py"},
+    "torchcodec": {"decoding/torchcodec.py"},
     "av": {
-        *("data/decode_pyav.py", "data/crop_pixels.py", "data/encode.py"),
-        *("data/checking.py", "data/video_stream.py"),
+        *("decoding/pyav.py", "decoding/crop_pixels.py", "preparation/encode.py"),
+        *("preparation/check.py", "decoding/video_stream.py"),
     },
-    "omegaconf": {"config.py"},
+    "omegaconf": {"config/schema.py"},
     "pandas": {"data/manifest.py"},
-    "argparse": {"console.py", "data/recipes.py", "weights/files.py"},
-    "transformers": {"weights/peers.py", "weights/loaded_back.py"},
-    "onnx": {"weights/written.py"},
-    "onnxruntime": {"weights/loaded_back.py"},
+    "argparse": {"runs/console.py", "preparation/recipes.py", "weights/files.py"},
+    "transformers": {"weights/peers.py", "weights/verify.py"},
+    "onnx": {"weights/writing.py"},
+    "onnxruntime": {"weights/verify.py"},
     "torchvision": {"data/augment.py"},
     "timm": {
-        *("data/augment.py", "mixing.py", "feature_model.py"),
-        *("weights/peers.py", "weights/loaded_back.py"),
+        *("data/augment.py", "recognition/mixing.py", "models/feature_model.py"),
+        *("weights/peers.py", "weights/verify.py"),
     },
 }
 SEES_A_CONFIG = {
-    "config.py",
-    "console.py",
-    "dry_run.py",
-    "experiment.py",
-    "features.py",
-    "finetune.py",
-    "init_weights.py",
-    "pretrain.py",
-    "recognition.py",
+    "config/schema.py",
+    "runs/console.py",
+    "runs/dry_run.py",
+    "runs/run.py",
+    "recognition/inference.py",
+    "runs/finetuning.py",
+    "runs/init_weights.py",
+    "runs/pretraining.py",
+    "recognition/trained_classifier.py",
     "weights/folder.py",
     "weights/own.py",
 }
-PURE = ("token_grid", "randomness", "masking", "targets", "losses", "pixels", "progress", "models")
+PURE = (
+    "tokens/grid",
+    "randomness",
+    "tokens/masking",
+    "tokens/patches",
+    "mining/losses",
+    "tokens/pixels",
+    "training/progress",
+    "models",
+)
 LONGEST_FUNCTION = 60
 CORE = (
-    *("masking", "targets", "losses", "reconstruction", "mining", "held_out"),
-    *("classification", "mixing"),
-    *("training/loop", "training/objective", "training/engine", "training/teacher"),
+    *(
+        "tokens/masking",
+        "tokens/patches",
+        "mining/losses",
+        "mining/targets",
+        "mining/objective",
+        "mining/validation",
+    ),
+    *("recognition/objective", "recognition/mixing"),
+    *("training/loop", "training/objective", "training/engine", "mining/teacher"),
     *("models/encoder", "models/masked_autoencoder", "models/classifier", "models/vit"),
 )
 """What must work alike for images and for video."""
@@ -60,7 +76,7 @@ SAID_IN_THE_CORE = {
 DECIDED_BY_TIME = {
     # One of the rankers that a predictor is held against looks at motion, and of one time step
     # there is none: no ranker then, instead of one that calls all patches equally hard.
-    "held_out": {"clips.shape[2] > 1"},
+    "mining/validation": {"clips.shape[2] > 1"},
 }
 
 
@@ -92,7 +108,7 @@ def test_only_the_assembly_sees_a_config():
     users = {
         path.relative_to(SOURCE).as_posix()
         for path in files()
-        if "hpm_video.config" in imports_of(path)
+        if "hpm_video.config.schema" in imports_of(path)
     }
     assert users <= SEES_A_CONFIG
 
@@ -248,7 +264,7 @@ def test_using_time_is_no_decision(program):
 
 def test_importing_the_package_imports_no_optional_library():
     code = (
-        "import sys, hpm_video.pretrain; "
+        "import sys, hpm_video.runs.pretraining; "
         "print([n for n in ('decord', 'deepspeed', 'transformers', 'timm', 'torchvision') "
         "if n in sys.modules])"
     )

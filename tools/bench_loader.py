@@ -17,9 +17,12 @@ from typing import Any
 
 import torch
 
-from hpm_video.config import PretrainConfig, load_any_config
-from hpm_video.console import above_zero, interpreter, positive, run
-from hpm_video.data.benchmark import (
+from hpm_video.config.schema import PretrainConfig, load_any_config
+from hpm_video.data.clips import Failure, tolerated
+from hpm_video.data.mixture import MixedClips, Places, deal_out
+from hpm_video.decoding.locations import is_image
+from hpm_video.decoding.registry import DecodeError, DecoderError, DecoderName, available_decoders
+from hpm_video.preparation.benchmark import (
     IN_THE_RUN,
     IN_WORKERS,
     Phases,
@@ -31,15 +34,12 @@ from hpm_video.data.benchmark import (
     time_phases,
     try_reading,
 )
-from hpm_video.data.dataset import Failure, tolerated
-from hpm_video.data.decode import DecodeError, DecoderError, DecoderName, available_decoders
-from hpm_video.data.mixture import MixedClips, Places, deal_out
-from hpm_video.data.room import RoomError
-from hpm_video.data.sources import is_image
-from hpm_video.experiment import open_data, training_clips
-from hpm_video.finetune import augmentation
-from hpm_video.pretrain import crops_of
+from hpm_video.runs.console import above_zero, interpreter, positive, run
+from hpm_video.runs.finetuning import augmentation
+from hpm_video.runs.pretraining import crops_of
+from hpm_video.runs.run import open_data, training_clips
 from hpm_video.training.device import choose_device
+from hpm_video.workers.room import RoomError
 
 REMEDIES = {
     "reading": "the disk or the network is slow: copy the data to a local disk, or pack it with "
@@ -114,7 +114,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    """Measure and tell. What is raised, ``hpm_video.console.run`` tells."""
+    """Measure and tell. What is raised, ``hpm_video.runs.console.run`` tells."""
     config = load_any_config(arguments.config, arguments.overrides)
     data = open_data(config)
     if isinstance(config, PretrainConfig):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpm_video.losses import ranking_loss
+from hpm_video.mining.losses import ranking_loss
 from hpm_video.training.device import choose_device, synchronise, time_updates
 
 WARM_UP = (1, 16)

@@ -13,12 +13,12 @@ from pathlib import Path
 import matplotlib as mpl
 from tqdm import tqdm
 
-from hpm_video.config import ConfigError, PretrainConfig, load_any_config
-from hpm_video.console import interpreter, positive, run
+from hpm_video.config.schema import ConfigError, PretrainConfig, load_any_config
 from hpm_video.data.loader import training_batches
 from hpm_video.data.mixture import Places, deal_out
-from hpm_video.experiment import open_data, training_clips
-from hpm_video.pretrain import crops_of
+from hpm_video.runs.console import interpreter, positive, run
+from hpm_video.runs.pretraining import crops_of
+from hpm_video.runs.run import open_data, training_clips
 
 MIB = 2**20
 POINTS = 200
@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    """Read, measure, draw and tell. What is raised, ``hpm_video.console.run`` tells."""
+    """Read, measure, draw and tell. What is raised, ``hpm_video.runs.console.run`` tells."""
     curve = measure(arguments)
     draw(curve, arguments.out)
     half = [most for samples, most in curve if samples >= arguments.samples / 2]

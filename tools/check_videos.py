@@ -18,14 +18,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
-from hpm_video.console import above_zero, positive, run, shortest
-from hpm_video.data.check_report import plot, save_plot, summary
-from hpm_video.data.checking import check_file
-from hpm_video.data.decode import DecoderChoice, choose_decoder
-from hpm_video.data.findings import Finding, Journal
 from hpm_video.data.loader import default_workers
 from hpm_video.data.manifest import Listing, ManifestError, read_listing
-from hpm_video.data.manifest_check import (
+from hpm_video.decoding.locations import is_frame_folder, is_image
+from hpm_video.decoding.registry import DecoderChoice, choose_decoder
+from hpm_video.files.atomic import written_beside
+from hpm_video.preparation.check import check_file
+from hpm_video.preparation.check_manifest import (
     Checked,
     How,
     check_listing,
@@ -33,9 +32,10 @@ from hpm_video.data.manifest_check import (
     known_of,
     write_checked,
 )
-from hpm_video.data.pool import GIB, Limits
-from hpm_video.data.sources import is_frame_folder, is_image
-from hpm_video.whole_files import written_beside
+from hpm_video.preparation.check_report import plot, save_plot, summary
+from hpm_video.preparation.findings import Finding, Journal
+from hpm_video.runs.console import above_zero, positive, run, shortest
+from hpm_video.workers.pool import GIB, Limits
 
 SOME_ARE_BAD = 3
 EXIT_CODES = """exit codes:

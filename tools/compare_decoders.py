@@ -18,7 +18,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from hpm_video.data.decode import DecodeError, available_decoders, open_video
+from hpm_video.decoding.registry import DecodeError, available_decoders, open_video
 from hpm_video.randomness import generator
 
 FRAMES, HEIGHT, WIDTH, BITS = 120, 64, 96, 7

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from hpm_video.config import ConfigError, FinetuneConfig, load_config
-from hpm_video.console import not_negative, positive, run
+from hpm_video.config.schema import ConfigError, FinetuneConfig, load_config
 from hpm_video.data.manifest import Manifest, write_manifest
-from hpm_video.experiment import open_manifest
-from hpm_video.finetune import evaluate_run, finetune
+from hpm_video.files.atomic import written_beside
 from hpm_video.randomness import generator
-from hpm_video.whole_files import written_beside
+from hpm_video.runs.console import not_negative, positive, run
+from hpm_video.runs.finetuning import evaluate_run, finetune
+from hpm_video.runs.run import open_manifest
 
 STARTS = ("pretrained", "scratch")
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpm_video.config import ConfigError, FinetuneConfig, PretrainConfig, load_any_config
-from hpm_video.masking import TokenMask
+from hpm_video.config.schema import ConfigError, FinetuneConfig, PretrainConfig, load_any_config
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.pretrain import build_student, mask_rule
-from hpm_video.recognition import build_classifier
+from hpm_video.recognition.trained_classifier import build_classifier
+from hpm_video.runs.pretraining import build_student, mask_rule
+from hpm_video.tokens.masking import TokenMask
 
 
 def main() -> int:

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from hpm_video.config import ConfigError, DataConfig
-from hpm_video.console import EXIT_CODES, not_negative, parse_views, positive, run_processes
-from hpm_video.data.dataset import Views
-from hpm_video.data.decode import DecoderChoice
+from hpm_video.config.schema import ConfigError, DataConfig
+from hpm_video.data.clips import Views
 from hpm_video.data.loader import default_workers, end_workers
-from hpm_video.evaluation import describe, summarise, write_results
-from hpm_video.experiment import open_manifest
-from hpm_video.features import ClipChoice, Reading
-from hpm_video.recognition import describe_test, load_recogniser
+from hpm_video.decoding.registry import DecoderChoice
+from hpm_video.recognition.inference import ClipChoice, Reading
+from hpm_video.recognition.testing import describe, summarise, write_results
+from hpm_video.recognition.trained_classifier import describe_test, load_recogniser
+from hpm_video.runs.console import EXIT_CODES, not_negative, parse_views, positive, run_processes
+from hpm_video.runs.run import open_manifest
 from hpm_video.training.device import choose_device, inference_precision
 from hpm_video.training.distributed import Processes
 

@@ -14,17 +14,23 @@ from typing import get_args
 import numpy as np
 
 import hpm_video
-from hpm_video.config import PretrainConfig, load_any_config
-from hpm_video.console import not_negative, positive, run, shortest
+from hpm_video.config.schema import PretrainConfig, load_any_config
 from hpm_video.data.clip_stream import BadVideosError, Windows
-from hpm_video.data.dataset import Failure, Views, settle_decoder
-from hpm_video.data.decode import DecoderChoice
+from hpm_video.data.clips import Failure, Views, settle_decoder
 from hpm_video.data.loader import default_workers
 from hpm_video.data.manifest import Manifest, read_manifest
-from hpm_video.extraction import Wanted, describe, extract
-from hpm_video.feature_folder import FeatureFolder
-from hpm_video.features import FILE_OF, ClipChoice, Extractor, WeightsOf, load_extractor
-from hpm_video.recognition import load_recogniser
+from hpm_video.decoding.registry import DecoderChoice
+from hpm_video.recognition.feature_folder import FeatureFolder
+from hpm_video.recognition.features import Wanted, describe, extract
+from hpm_video.recognition.inference import (
+    FILE_OF,
+    ClipChoice,
+    Extractor,
+    WeightsOf,
+    load_extractor,
+)
+from hpm_video.recognition.trained_classifier import load_recogniser
+from hpm_video.runs.console import not_negative, positive, run, shortest
 from hpm_video.training.checkpoint import CheckpointError, read_state
 from hpm_video.training.device import choose_device, inference_precision
 

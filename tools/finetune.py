@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hpm_video.config import FinetuneConfig, load_config
-from hpm_video.console import EXIT_CODES, add_dry_run, interpreter, run_processes, shortest
-from hpm_video.dry_run import plan_finetuning
-from hpm_video.experiment import open_manifest
-from hpm_video.finetune import describe_evaluation, evaluate_run, finetune
+from hpm_video.config.schema import FinetuneConfig, load_config
+from hpm_video.runs.console import EXIT_CODES, add_dry_run, interpreter, run_processes, shortest
+from hpm_video.runs.dry_run import plan_finetuning
+from hpm_video.runs.finetuning import describe_evaluation, evaluate_run, finetune
+from hpm_video.runs.run import open_manifest
 from hpm_video.training.distributed import Processes
 
 

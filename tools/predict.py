@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from hpm_video.config import FinetuneConfig
-from hpm_video.console import not_negative, parse_views, positive, run
+from hpm_video.config.schema import FinetuneConfig
 from hpm_video.data.clip_stream import BadVideosError
-from hpm_video.data.dataset import Failure, Views, settle_decoder
-from hpm_video.data.decode import DecoderChoice
+from hpm_video.data.clips import Failure, Views, settle_decoder
 from hpm_video.data.loader import default_workers
 from hpm_video.data.manifest import NOT_STATED, UNLABELLED, Manifest, read_manifest
-from hpm_video.prediction import Prediction, predict
-from hpm_video.recognition import Recogniser, load_recogniser
+from hpm_video.decoding.registry import DecoderChoice
+from hpm_video.files.atomic import written_beside
+from hpm_video.recognition.prediction import Prediction, predict
+from hpm_video.recognition.trained_classifier import Recogniser, load_recogniser
+from hpm_video.runs.console import not_negative, parse_views, positive, run
 from hpm_video.training.checkpoint import read_state
 from hpm_video.training.device import choose_device, inference_precision
-from hpm_video.training.single_file import as_folder
-from hpm_video.whole_files import written_beside
+from hpm_video.weights.single_file import as_folder
 
 EXIT_CODES = """exit codes:
   0    every video has a prediction

@@ -5,11 +5,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpm_video.config import PretrainConfig, load_config
-from hpm_video.console import EXIT_CODES, add_dry_run, interpreter, run_processes, shortest
-from hpm_video.dry_run import plan_pretraining
-from hpm_video.experiment import open_manifest
-from hpm_video.pretrain import pretrain
+from hpm_video.config.schema import PretrainConfig, load_config
+from hpm_video.runs.console import EXIT_CODES, add_dry_run, interpreter, run_processes, shortest
+from hpm_video.runs.dry_run import plan_pretraining
+from hpm_video.runs.pretraining import pretrain
+from hpm_video.runs.run import open_manifest
 from hpm_video.training.distributed import Processes
 
 

@@ -15,22 +15,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hpm_video.config import ConfigError, DataConfig, FinetuneConfig, load_config
-from hpm_video.console import EXIT_CODES, not_negative, positive, run
-from hpm_video.data.dataset import MIDDLE
+from hpm_video.config.schema import ConfigError, DataConfig, FinetuneConfig, load_config
+from hpm_video.data.clips import MIDDLE
 from hpm_video.data.loader import default_workers, end_workers
 from hpm_video.data.manifest import Manifest
-from hpm_video.evaluation import summarise
-from hpm_video.experiment import open_manifest
-from hpm_video.features import ClipChoice, Extractor, Reading, load_extractor
-from hpm_video.finetune import describe_evaluation, evaluate_run, finetune, for_checkpoint
-from hpm_video.labels import names_of_both
-from hpm_video.logistic import FOLDS
-from hpm_video.nearest import NEIGHBOURS
-from hpm_video.probing import FeatureTable, logistic_regression, nearest_neighbours
+from hpm_video.files.atomic import written_beside
+from hpm_video.recognition.inference import ClipChoice, Extractor, Reading, load_extractor
+from hpm_video.recognition.labels import names_of_both
+from hpm_video.recognition.logistic import FOLDS
+from hpm_video.recognition.nearest import NEIGHBOURS
+from hpm_video.recognition.probes import FeatureTable, logistic_regression, nearest_neighbours
+from hpm_video.recognition.testing import summarise
+from hpm_video.runs.console import EXIT_CODES, not_negative, positive, run
+from hpm_video.runs.finetuning import describe_evaluation, evaluate_run, finetune, for_checkpoint
+from hpm_video.runs.run import open_manifest
 from hpm_video.training.device import choose_device, inference_precision
 from hpm_video.training.distributed import Processes
-from hpm_video.whole_files import written_beside
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHED = ("knn", "logistic")

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from count_flops import count  # type: ignore[import-not-found]
 
-from hpm_video.config import ConfigError, PretrainConfig, load_config
-from hpm_video.console import run
-from hpm_video.pretrain import build_student, make_update
+from hpm_video.config.schema import ConfigError, PretrainConfig, load_config
+from hpm_video.runs.console import run
+from hpm_video.runs.pretraining import build_student, make_update
 from hpm_video.training.deepspeed_settings import USUAL, buckets_of
 from hpm_video.training.memory import (
     FP32,

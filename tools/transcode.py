@@ -16,13 +16,11 @@ from fractions import Fraction
 from pathlib import Path
 
 import hpm_video
-from hpm_video.console import above_zero, positive, run, shortest
 from hpm_video.data.clip_stream import BadVideosError
-from hpm_video.data.dataset import Failure
+from hpm_video.data.clips import Failure
 from hpm_video.data.loader import MAX_WORKERS, default_workers
 from hpm_video.data.manifest import read_listing, read_manifest
-from hpm_video.data.pool import GIB, Limits, Pool
-from hpm_video.data.prepared import (
+from hpm_video.preparation.prepared import (
     Estimate,
     PreparedFolder,
     Rows,
@@ -31,8 +29,10 @@ from hpm_video.data.prepared import (
     pack,
     try_out,
 )
-from hpm_video.data.progress_bar import ProgressBar
-from hpm_video.data.transcoding import Job, Packer, Prober, Recipe, Shard, Transcoder
+from hpm_video.preparation.transcode import Job, Packer, Prober, Recipe, Shard, Transcoder
+from hpm_video.runs.console import above_zero, positive, run, shortest
+from hpm_video.workers.pool import GIB, Limits, Pool
+from hpm_video.workers.progress_bar import ProgressBar
 
 GB = 1e9
 EXIT_CODES = """exit codes:

@@ -15,17 +15,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hpm_video.console import EXIT_CODES, positive, run, shortest
-from hpm_video.labels import read_label_names
 from hpm_video.models.vit import TransformerSize
+from hpm_video.recognition.labels import read_label_names
+from hpm_video.runs.console import EXIT_CODES, positive, run, shortest
 from hpm_video.training.checkpoint import CheckpointError
-from hpm_video.training.single_file import as_folder
-from hpm_video.weights.export import FORMATS, export
+from hpm_video.weights.exporting import FORMATS, export
 from hpm_video.weights.folder import config_of, write_folder
-from hpm_video.weights.imported import describe, import_weights
-from hpm_video.weights.inspection import inspect
+from hpm_video.weights.importing import describe, import_weights
+from hpm_video.weights.inspect import inspect
 from hpm_video.weights.own import load_own
 from hpm_video.weights.parity import TOLERANCE, compare
+from hpm_video.weights.single_file import as_folder
 from hpm_video.weights.sizes import Given
 
 

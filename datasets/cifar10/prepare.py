@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hpm_video.data.recipes import (
+from hpm_video.files.atomic import written_beside
+from hpm_video.preparation.recipes import (
     UNPACK,
     Classes,
     Clip,
@@ -38,7 +39,6 @@ from hpm_video.data.recipes import (
     run_recipe,
     write,
 )
-from hpm_video.whole_files import written_beside
 
 SPLITS = {"train": "train", "validation": "test"}
 """Manifest -> folder of its images."""

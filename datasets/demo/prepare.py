@@ -32,10 +32,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from hpm_video.data import manifest
-from hpm_video.data.decode import open_video
-from hpm_video.data.encode import write_video
+from hpm_video.decoding.registry import open_video
+from hpm_video.files.atomic import written_beside
+from hpm_video.preparation.encode import write_video
 from hpm_video.randomness import generator
-from hpm_video.whole_files import written_beside
 
 Split = Literal["train", "validation"]
 Part = Literal["clips", "frames"]

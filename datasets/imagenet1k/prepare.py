@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpm_video.data.recipes import (
+from hpm_video.preparation.recipes import (
     Clip,
     RecipeError,
     Split,

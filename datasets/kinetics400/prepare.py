@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpm_video.data.manifest import UNLABELLED
-from hpm_video.data.recipes import (
+from hpm_video.preparation.recipes import (
     Classes,
     Clip,
     RecipeError,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hpm_video.data.manifest import UNLABELLED
-from hpm_video.data.recipes import (
+from hpm_video.preparation.recipes import (
     Clip,
     RecipeError,
     Split,

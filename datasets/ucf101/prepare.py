@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpm_video.data.recipes import (
+from hpm_video.preparation.recipes import (
     Classes,
     Clip,
     RecipeError,

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hpm_video.data.dataset import (
+from hpm_video.data.clips import (
     ClipSpec,
     Failure,
     Views,
@@ -17,17 +17,17 @@ from hpm_video.data.dataset import (
     prepare_decoder,
     settle_decoder,
 )
-from hpm_video.data.decode import (
+from hpm_video.data.loader import ATTEMPTS, JOBS_HELD
+from hpm_video.data.manifest import Manifest
+from hpm_video.data.sampling import Indices, window_indices
+from hpm_video.decoding.registry import (
     DecodeError,
     DecoderChoice,
     VideoReader,
     open_video,
 )
-from hpm_video.data.loader import ATTEMPTS, JOBS_HELD
-from hpm_video.data.manifest import Manifest
-from hpm_video.data.pool import USUAL, Limits, Lost, Pool
-from hpm_video.data.room import check_room
-from hpm_video.data.sampling import Indices, window_indices
+from hpm_video.workers.pool import USUAL, Limits, Lost, Pool
+from hpm_video.workers.room import check_room
 
 FIRST_RUN = 32
 """Frames that are read at first, before it is known how large they are."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from hpm_video.data.dataset import (
+from hpm_video.data.clips import (
     ClipBatch,
     Clips,
     Failure,
@@ -28,11 +28,11 @@ from hpm_video.data.dataset import (
     tolerated,
     too_many,
 )
-from hpm_video.data.decode import DecodeError
 from hpm_video.data.manifest import ManifestError
 from hpm_video.data.mixture import MixedClips, Place
-from hpm_video.data.pool import USUAL, Answer, Limits, Lost, Pool
-from hpm_video.data.room import check_room, cores_of_container
+from hpm_video.decoding.registry import DecodeError
+from hpm_video.workers.pool import USUAL, Answer, Limits, Lost, Pool
+from hpm_video.workers.room import check_room, cores_of_container
 
 log = logging.getLogger(__name__)
 

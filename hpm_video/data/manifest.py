@@ -17,8 +17,8 @@ from typing import Literal
 
 import pandas as pd
 
-from hpm_video.data.sources import IMAGE_SUFFIXES, VIDEO_SUFFIXES, TarMember
-from hpm_video.whole_files import written_beside
+from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES, TarMember
+from hpm_video.files.atomic import written_beside
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class Manifest:
 
     files: tuple[str, ...]
     """Where each lies: absolute paths, or places of the other kinds that
-    :mod:`hpm_video.data.sources` knows."""
+    :mod:`hpm_video.decoding.locations` knows."""
     labels: tuple[int, ...]
     """Class of each file, -1 where it has none."""
     num_frames: tuple[int, ...]
@@ -135,7 +135,7 @@ def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
       ``label_name``, ``num_frames`` and ``verdict``. An empty cell says nothing; other columns are
       ignored. Files whose verdict is ``bad`` are left out, which is logged and counted. A path may
       also be a folder of frames, where it ends in a slash, or a member of a tar, as
-      :mod:`hpm_video.data.sources` has them.
+      :mod:`hpm_video.decoding.locations` has them.
     - A list without such a line, as VideoMAE and its descendants use, its columns separated by
       spaces, tabs or commas. The numbers at the end of a line are split off, so a path may hold
       spaces. One number is the label, as in the usual lists of ImageNet, ``train.txt`` and

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from hpm_video.data.dataset import Sample, VideoClips
+from hpm_video.data.clips import Sample, VideoClips
 
 
 class Place(NamedTuple):

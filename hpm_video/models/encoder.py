@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hpm_video.masking import TokenMask
-from hpm_video.models.pos_embed import FixedPositions, Positions
+from hpm_video.models.positions import FixedPositions, Positions
 from hpm_video.models.vit import Conventions, Transformer, TransformerSize, init_linear
-from hpm_video.targets import patchify
-from hpm_video.token_grid import Size3, TokenGrid
+from hpm_video.tokens.grid import Size3, TokenGrid
+from hpm_video.tokens.masking import TokenMask
+from hpm_video.tokens.patches import patchify
 
 Init = Literal["truncated_normal", "xavier"]
 """How linear layers start: ``truncated_normal`` with deviation 0.02, as VideoMAE's fine-tuning has,

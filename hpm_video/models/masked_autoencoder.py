@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hpm_video.masking import TokenMask
 from hpm_video.models.encoder import ClipEncoder, EncoderShape
 from hpm_video.models.vit import Conventions, Transformer, TransformerSize, init_linear
-from hpm_video.token_grid import TokenGrid
+from hpm_video.tokens.grid import TokenGrid
+from hpm_video.tokens.masking import TokenMask
 
 
 class Prediction(NamedTuple):

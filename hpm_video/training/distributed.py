@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch._C._distributed_c10d import HashStore
 
-from hpm_video.training.interruption import Interrupted
+from hpm_video.training.stop import Interrupted
 
 Item = TypeVar("Item")
 PATIENCE = timedelta(hours=6)

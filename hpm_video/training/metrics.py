@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hpm_video.files.atomic import written_beside
 from hpm_video.training.distributed import Processes
 from hpm_video.training.objective import Losses
-from hpm_video.whole_files import written_beside
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from hpm_video.data.dataset import ClipBatch
-from hpm_video.progress import Progress
+from hpm_video.data.clips import ClipBatch
+from hpm_video.training.progress import Progress
 
 Model = Callable[..., Any]
 """A module, or an engine that runs one."""

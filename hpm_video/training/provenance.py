@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import hpm_video
-from hpm_video.data.decode import decoder_versions
+from hpm_video.decoding.registry import decoder_versions
 from hpm_video.training.plan import BatchPlan
 
 Facts = dict[str, Any]

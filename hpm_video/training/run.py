@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from hpm_video.data.dataset import ClipBatch, Failure
+from hpm_video.data.clips import ClipBatch, Failure
 from hpm_video.data.loader import BadFiles
-from hpm_video.progress import Progress, Timeline
 from hpm_video.training.checkpoint import (
     checkpoint_path,
     point_to_newest_and_best,
@@ -20,9 +19,10 @@ from hpm_video.training.checkpoint import (
     save_checkpoint,
 )
 from hpm_video.training.engine import Engine
-from hpm_video.training.interruption import Interrupted, StopRequest
 from hpm_video.training.metrics import Meter, MetricsLog, ProgressBar, WaitingWarning
 from hpm_video.training.optim import OptimizerState, Tensors
+from hpm_video.training.progress import Progress, Timeline
+from hpm_video.training.stop import Interrupted, StopRequest
 
 log = logging.getLogger(__name__)
 ATTACHED = ("config.yaml", "labels.txt")

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from hpm_video.progress import Progress
+from hpm_video.training.progress import Progress
 
 
 @dataclass(frozen=True)

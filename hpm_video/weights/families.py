@@ -7,9 +7,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from hpm_video.models.pos_embed import Positions
+from hpm_video.models.positions import Positions
 from hpm_video.models.vit import Conventions
-from hpm_video.targets import TargetKind
+from hpm_video.tokens.patches import TargetKind
 from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights import layouts
 from hpm_video.weights.files import Source, Tensors

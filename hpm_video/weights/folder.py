@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from hpm_video.config import (
+from hpm_video.config.schema import (
     ClassifierConfig,
     DataConfig,
     EvaluationConfig,
@@ -30,7 +30,7 @@ from hpm_video.training.checkpoint import (
     sha256_of,
 )
 from hpm_video.weights.files import ORIGIN, Tensors
-from hpm_video.weights.imported import Imported, build_model
+from hpm_video.weights.importing import Imported, build_model
 from hpm_video.weights.parity import ParityReport
 from hpm_video.weights.sizes import ModelFacts
 

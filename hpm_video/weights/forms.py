@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hpm_video.models.classifier import Pooling
-from hpm_video.models.pos_embed import Positions, position_table
+from hpm_video.models.positions import Positions, position_table
 from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights import layouts
 from hpm_video.weights.files import Tensors

@@ -9,17 +9,17 @@ from typing import Literal
 
 from torch import Tensor
 
-from hpm_video.config import FinetuneConfig, PretrainConfig, load_any_config, save_config
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig, load_any_config, save_config
 from hpm_video.data.transforms import Interpolation
-from hpm_video.features import WeightsOf, encoder_shape, source_grid_of
-from hpm_video.labels import read_label_names
 from hpm_video.models.classifier import ClipClassifier, Pooling
 from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.models.vit import TransformerSize
-from hpm_video.pretrain import build_student
-from hpm_video.recognition import build_classifier
-from hpm_video.token_grid import Size3
+from hpm_video.recognition.inference import WeightsOf, encoder_shape, source_grid_of
+from hpm_video.recognition.labels import read_label_names
+from hpm_video.recognition.trained_classifier import build_classifier
+from hpm_video.runs.pretraining import build_student
+from hpm_video.tokens.grid import Size3
 from hpm_video.training.checkpoint import CheckpointError, load_weights, read_state, read_weights
 from hpm_video.weights.families import LICENCES
 from hpm_video.weights.files import ORIGIN, Tensors

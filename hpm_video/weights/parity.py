@@ -9,7 +9,7 @@ import torch
 from hpm_video.models.vit import LAYER_NORM_EPS
 from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights.files import Tensors
-from hpm_video.weights.imported import OF_TEACHER, Imported
+from hpm_video.weights.importing import OF_TEACHER, Imported
 from hpm_video.weights.peers import (
     has_square_frames,
     is_installed,

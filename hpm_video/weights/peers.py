@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpm_video.models.classifier import Pooling
-from hpm_video.models.pos_embed import position_table
+from hpm_video.models.positions import position_table
 from hpm_video.models.vit import LAYER_NORM_EPS
 from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights.files import Tensors
-from hpm_video.weights.imported import Imported
+from hpm_video.weights.importing import Imported
 from hpm_video.weights.trial import Said, Trial
 
 Pairs = tuple[tuple[str, str], ...]

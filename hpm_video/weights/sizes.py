@@ -12,15 +12,15 @@ from torch import Tensor
 from hpm_video.data.transforms import Interpolation
 from hpm_video.models.classifier import Pooling
 from hpm_video.models.encoder import EncoderShape
-from hpm_video.models.pos_embed import Positions
+from hpm_video.models.positions import Positions
 from hpm_video.models.vit import Conventions, TransformerSize
-from hpm_video.targets import TargetKind
-from hpm_video.token_grid import Size3, TokenGrid
+from hpm_video.tokens.grid import Size3, TokenGrid
+from hpm_video.tokens.patches import TargetKind
 from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights.families import Family
 from hpm_video.weights.files import Source, Tensors
 from hpm_video.weights.layouts import Cut, Renamed
-from hpm_video.weights.told import Told
+from hpm_video.weights.notes import Told
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 ENCODER_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}

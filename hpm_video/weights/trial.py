@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hpm_video.masking import STRATEGIES, MaskRule, TokenMask, count_masked
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.token_grid import Size3
+from hpm_video.tokens.grid import Size3
+from hpm_video.tokens.masking import STRATEGIES, MaskRule, TokenMask, count_masked
 
 Said = dict[str, Tensor]
 SMALLEST = 1e-6

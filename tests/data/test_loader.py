@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from hpm_video.data import loader, room
-from hpm_video.data.dataset import (
+from hpm_video.data import loader
+from hpm_video.data.clips import (
     ClipSpec,
     Failure,
     HeldOutClips,
@@ -23,13 +23,14 @@ from hpm_video.data.dataset import (
     VideoClips,
     Views,
 )
-from hpm_video.data.decode import DecodeError, available_decoders
 from hpm_video.data.loader import BadFiles, default_workers, held_out_batches, training_batches
 from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.data.mixture import MixedClips, Place
-from hpm_video.data.pool import GIB, Limits
-from hpm_video.data.room import RoomError
 from hpm_video.data.transforms import MultiScaleCrop
+from hpm_video.decoding.registry import DecodeError, available_decoders
+from hpm_video.workers import room
+from hpm_video.workers.pool import GIB, Limits
+from hpm_video.workers.room import RoomError
 
 SPEC = ClipSpec(num_frames=4, frame_stride=2, max_frame_stride=3, frame_size=(24, 32))
 
@@ -330,7 +331,7 @@ def test_what_is_read_ahead_must_fit(folder, monkeypatch):
 RUN = """
     import signal
     import sys
-    from hpm_video.data.dataset import ClipSpec, Repeats, VideoClips
+    from hpm_video.data.clips import ClipSpec, Repeats, VideoClips
     from hpm_video.data.loader import training_batches
     from hpm_video.data.manifest import read_manifest
     from hpm_video.data.mixture import MixedClips, Places, deal_out

@@ -6,15 +6,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpm_video.config import PretrainConfig, load_config
-from hpm_video.data import dataset as dataset_module
-from hpm_video.data.dataset import ClipSpec, HeldOutClips, Repeats, VideoClips, collate
+from hpm_video.config.schema import PretrainConfig, load_config
+from hpm_video.data import clips as dataset_module
+from hpm_video.data.clips import ClipSpec, HeldOutClips, Repeats, VideoClips, collate
 from hpm_video.data.loader import training_batches
 from hpm_video.data.manifest import Manifest
 from hpm_video.data.mixture import MixedClips, Place, Places, deal_out
 from hpm_video.data.transforms import MultiScaleCrop, cut
-from hpm_video.experiment import open_data
 from hpm_video.randomness import generator, key_of
+from hpm_video.runs.run import open_data
 
 weight = st.floats(0.05, 20)
 SEED = 5

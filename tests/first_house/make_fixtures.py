@@ -28,7 +28,7 @@ from test_draws import PARTS, looks  # noqa: E402
 from test_parameters import ALL, starts, table  # noqa: E402
 from test_runs import RUNS, STOPPED, later_losses, measure  # noqa: E402
 
-from hpm_video.data.encode import write_video  # noqa: E402
+from hpm_video.preparation.encode import write_video  # noqa: E402
 
 ENCODER = "encoder: {dim: 16, depth: 2, num_heads: 2, mlp_dim: 32}"
 MODEL = f"""

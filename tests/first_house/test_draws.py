@@ -15,10 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hpm_video.classification import Classification
-from hpm_video.config import FinetuneConfig, PretrainConfig, load_config
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig, load_config
 from hpm_video.data.augment import Augmentation
-from hpm_video.data.dataset import (
+from hpm_video.data.clips import (
     ClipBatch,
     ClipSpec,
     DrawnClips,
@@ -28,22 +27,23 @@ from hpm_video.data.dataset import (
 )
 from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.data.mixture import Places, deal_out
-from hpm_video.data.sources import base_name, natural_order
 from hpm_video.data.transforms import MultiScaleCrop
-from hpm_video.experiment import key_of_source, open_data
-from hpm_video.held_out import measure
-from hpm_video.logistic import split_in_folds
-from hpm_video.masking import STRATEGIES, MaskRule
-from hpm_video.mining import named
-from hpm_video.mixing import Mixing
+from hpm_video.decoding.locations import base_name, natural_order
+from hpm_video.mining.objective import named
+from hpm_video.mining.study import study_clips
+from hpm_video.mining.validation import measure
 from hpm_video.models.vit import Transformer, TransformerSize
-from hpm_video.pretrain import build_student, crops_of, load_run
-from hpm_video.progress import Progress
 from hpm_video.randomness import generator, global_generators, key_of, uniform
-from hpm_video.recognition import build_classifier
-from hpm_video.study import study_clips
-from hpm_video.token_grid import TokenGrid
+from hpm_video.recognition.logistic import split_in_folds
+from hpm_video.recognition.mixing import Mixing
+from hpm_video.recognition.objective import Classification
+from hpm_video.recognition.trained_classifier import build_classifier
+from hpm_video.runs.pretraining import build_student, crops_of, load_run
+from hpm_video.runs.run import key_of_source, open_data
+from hpm_video.tokens.grid import TokenGrid
+from hpm_video.tokens.masking import STRATEGIES, MaskRule
 from hpm_video.training.engine import WholeModel
+from hpm_video.training.progress import Progress
 
 KEYS = torch.tensor([0, 1, -1, 2**62 + 12345])
 LINES = """path,label,label_name

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpm_video.config import FinetuneConfig, PretrainConfig, load_config
-from hpm_video.finetune import make_optimizer
-from hpm_video.pretrain import _optimizer, build_student
-from hpm_video.recognition import build_classifier
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig, load_config
+from hpm_video.recognition.trained_classifier import build_classifier
+from hpm_video.runs.finetuning import make_optimizer
+from hpm_video.runs.pretraining import _optimizer, build_student
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ALL = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from hpm_video import experiment
-from hpm_video.config import FinetuneConfig, PretrainConfig, load_config
-from hpm_video.finetune import finetune
-from hpm_video.pretrain import pretrain
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig, load_config
+from hpm_video.runs import run as experiment
+from hpm_video.runs.finetuning import finetune
+from hpm_video.runs.pretraining import pretrain
 
 pytestmark = pytest.mark.slow
 

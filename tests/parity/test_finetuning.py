@@ -8,8 +8,8 @@ import torch
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.vit import TransformerSize
-from hpm_video.pixels import normalise
-from hpm_video.token_grid import TokenGrid
+from hpm_video.tokens.grid import TokenGrid
+from hpm_video.tokens.pixels import normalise
 from hpm_video.training.optim import layer_decay_of, parameter_groups
 
 CLIP, PATCH, SIZE, CLASSES = (4, 32, 32), (2, 16, 16), TransformerSize(48, 3, 4), 7

@@ -12,7 +12,7 @@ from torch import nn
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.vit import TransformerSize
-from hpm_video.token_grid import TokenGrid
+from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.optim import layer_decay_of, parameter_groups
 
 timm = pytest.importorskip("timm.models.vision_transformer")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpm_video.data.encode import write_video
+from hpm_video.preparation.encode import write_video
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "tools" / "launch.py"

@@ -1,8 +1,8 @@
 """Several small runs one after the other, in each process of a job: job.py CASES FOLDER
 
 CASES is a JSON list. Of each case this process writes what it saw to FOLDER/NAME-rank.json. A case
-is a whole run by hpm_video.pretrain or hpm_video.finetune; nothing of it is replaced, some of it
-is listened to.
+is a whole run by hpm_video.runs.pretraining or hpm_video.runs.finetuning; nothing of it is
+replaced, some of it is listened to.
 """
 
 import json
@@ -19,17 +19,16 @@ from unittest import mock
 
 from torch.profiler import ProfilerActivity, profile
 
-from hpm_video import finetune as finetuning
-from hpm_video import pretrain as pretraining
-from hpm_video.config import FinetuneConfig, PretrainConfig, load_config
-from hpm_video.data import dataset
-from hpm_video.finetune import finetune
-from hpm_video.pretrain import pretrain
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig, load_config
+from hpm_video.data import clips as dataset
+from hpm_video.runs import finetuning, pretraining
+from hpm_video.runs.finetuning import finetune
+from hpm_video.runs.pretraining import pretrain
 from hpm_video.training.deepspeed_engine import DeepSpeedEngine
 from hpm_video.training.distributed import joined_processes
 from hpm_video.training.engine import TorchEngine, batch_statistics
-from hpm_video.training.interruption import Interrupted
 from hpm_video.training.run import Run
+from hpm_video.training.stop import Interrupted
 
 PROGRAMS = {"pretrain": (PretrainConfig, pretrain), "finetune": (FinetuneConfig, finetune)}
 

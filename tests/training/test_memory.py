@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpm_video import finetune, pretrain
-from hpm_video.config import FinetuneConfig, PretrainConfig, load_config
-from hpm_video.pretrain import build_student
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig, load_config
+from hpm_video.runs import finetuning as finetune
+from hpm_video.runs import pretraining as pretrain
+from hpm_video.runs.pretraining import build_student
 from hpm_video.training.memory import (
     FP32,
     MIXED_FP16,
@@ -264,8 +265,8 @@ import sys
 from functools import partial
 from pathlib import Path
 import torch
-from hpm_video.config import PretrainConfig, load_config
-from hpm_video.pretrain import make_update
+from hpm_video.config.schema import PretrainConfig, load_config
+from hpm_video.runs.pretraining import make_update
 
 config = load_config(PretrainConfig, Path(sys.argv[1]), sys.argv[3:])
 update = make_update(config, torch.device("cpu"), "fp32", int(sys.argv[2]))

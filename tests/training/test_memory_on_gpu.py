@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpm_video.config import PretrainConfig, load_config
-from hpm_video.pretrain import make_update
+from hpm_video.config.schema import PretrainConfig, load_config
+from hpm_video.runs.pretraining import make_update
 from hpm_video.training.memory import ActivationBytes, SimulatedMemory, simulate_update
 
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "pretrain" / "k400_hpm_b.yaml"

@@ -6,16 +6,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpm_video.mining.teacher import MomentumSchedule, follow, make_teacher
 from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.models.vit import TransformerSize
-from hpm_video.progress import Progress, Timeline
-from hpm_video.token_grid import TokenGrid
+from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.loop import fit
 from hpm_video.training.metrics import Meter
 from hpm_video.training.optim import layer_decay_of, make_adamw, make_sgd, parameter_groups
+from hpm_video.training.progress import Progress, Timeline
 from hpm_video.training.schedules import WarmupCosine, scaled_lr
-from hpm_video.training.teacher import MomentumSchedule, follow, make_teacher
 
 
 def at(epoch, epochs=800, update=0):

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hpm_video.models.pos_embed import position_table
-from hpm_video.token_grid import TokenGrid
+from hpm_video.models.positions import position_table
+from hpm_video.tokens.grid import TokenGrid
 
 
 def affine(name, out, into):

@@ -10,25 +10,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hpm_video.config import FinetuneConfig, PretrainConfig, load_config, save_config
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig, load_config, save_config
 from hpm_video.data.transforms import held_out_crops
-from hpm_video.features import load_extractor
-from hpm_video.pixels import normalise
-from hpm_video.pretrain import build_student
-from hpm_video.recognition import build_classifier
+from hpm_video.recognition.inference import load_extractor
+from hpm_video.recognition.trained_classifier import build_classifier
+from hpm_video.runs.pretraining import build_student
+from hpm_video.tokens.pixels import normalise
 from hpm_video.training.checkpoint import CheckpointError
-from hpm_video.training.single_file import as_folder
-from hpm_video.weights.export import FORMATS, export
+from hpm_video.weights.exporting import FORMATS, export
 from hpm_video.weights.families import FAMILIES
 from hpm_video.weights.folder import write_folder
 from hpm_video.weights.forms import FORMS, express
-from hpm_video.weights.imported import import_weights
-from hpm_video.weights.inspection import inspect
-from hpm_video.weights.loaded_back import given_for
+from hpm_video.weights.importing import import_weights
+from hpm_video.weights.inspect import inspect
 from hpm_video.weights.own import load_own
 from hpm_video.weights.parity import compare
+from hpm_video.weights.single_file import as_folder
 from hpm_video.weights.sizes import Given
-from hpm_video.weights.written import _crop_share
+from hpm_video.weights.verify import given_for
+from hpm_video.weights.writing import _crop_share
 
 NAMES = ("red", "green", "blue")
 CLIPS = """
@@ -458,7 +458,7 @@ def test_a_difference_above_the_tolerance_fails_and_leaves_nothing(
     def express_wrongly(own, form):
         return express(type(own)(**{**vars(own), "tensors": wrong}), form)
 
-    monkeypatch.setattr("hpm_video.weights.export.express", express_wrongly)
+    monkeypatch.setattr("hpm_video.weights.exporting.express", express_wrongly)
     with pytest.raises(CheckpointError, match="(?s)not kept:.*largest difference.*too much"):
         export(own, tmp_path / f"out{FORMATS[to].ending}", to)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
@@ -473,7 +473,7 @@ def test_tensors_that_transformers_does_not_know_are_told(checkpoint, tmp_path, 
         del found.tensors["fc_norm.bias"]
         return found
 
-    monkeypatch.setattr("hpm_video.weights.export.express", express_less)
+    monkeypatch.setattr("hpm_video.weights.exporting.express", express_less)
     with pytest.raises(CheckpointError, match=r"missing_keys: \['fc_norm\.bias'\]"):
         export(own, tmp_path / "out", "transformers")
 
@@ -528,7 +528,7 @@ def test_onnx_of_any_classifier_and_any_number_of_clips(checkpoint, tmp_path, ki
 @pytest.mark.slow
 def test_weights_of_a_large_program_lie_in_a_second_file(checkpoint, tmp_path, monkeypatch):
     needs("onnx")
-    monkeypatch.setattr("hpm_video.weights.written.LARGEST_ONNX", 0)
+    monkeypatch.setattr("hpm_video.weights.writing.LARGEST_ONNX", 0)
     own = made(checkpoint, "clips classifier")
     exported = export(own, tmp_path / "a.onnx", "onnx", 1e-5)
     names = ["a.onnx", "a.onnx.data", "a.onnx.parity.json"]

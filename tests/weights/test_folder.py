@@ -8,17 +8,17 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from hpm_video.config import ConfigError, PretrainConfig, load_any_config, load_config
-from hpm_video.features import ClipChoice, load_extractor
-from hpm_video.models.pos_embed import position_table, resized
+from hpm_video.config.schema import ConfigError, PretrainConfig, load_any_config, load_config
+from hpm_video.models.positions import position_table, resized
 from hpm_video.models.vit import TransformerSize
-from hpm_video.pretrain import pretrain
-from hpm_video.token_grid import TokenGrid
+from hpm_video.recognition.inference import ClipChoice, load_extractor
+from hpm_video.runs.pretraining import pretrain
+from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.checkpoint import CheckpointError, sha256_of
 from hpm_video.weights.families import LICENCES
 from hpm_video.weights.folder import write_folder
-from hpm_video.weights.imported import import_weights
-from hpm_video.weights.inspection import inspect
+from hpm_video.weights.importing import import_weights
+from hpm_video.weights.inspect import inspect
 from hpm_video.weights.parity import compare
 from hpm_video.weights.sizes import Given
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpm_video.models.pos_embed import position_table
+from hpm_video.models.positions import position_table
 from hpm_video.models.vit import TransformerSize
-from hpm_video.token_grid import TokenGrid
+from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights import layouts
 from hpm_video.weights.families import LICENCES, recognise
 from hpm_video.weights.files import Source
-from hpm_video.weights.imported import check_fit, describe, import_weights
+from hpm_video.weights.importing import check_fit, describe, import_weights
 from hpm_video.weights.layouts import to_ours, to_theirs
 from hpm_video.weights.parity import compare
 from hpm_video.weights.sizes import Given, cut_of, facts_of
@@ -171,7 +171,7 @@ def test_no_tensor_that_lacks_or_is_odd_is_stumbled_over(official, monkeypatch, 
 
     def read(changed):
         monkeypatch.setattr(
-            "hpm_video.weights.imported.read_source", lambda path: Source(path, {"model": changed})
+            "hpm_video.weights.importing.read_source", lambda path: Source(path, {"model": changed})
         )
         return import_weights(Path("file"), given)
 

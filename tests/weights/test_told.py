@@ -8,11 +8,11 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from hpm_video.models.pos_embed import position_table
-from hpm_video.token_grid import TokenGrid
+from hpm_video.models.positions import position_table
+from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights.folder import finetune_config
-from hpm_video.weights.imported import import_weights
+from hpm_video.weights.importing import import_weights
 from hpm_video.weights.parity import compare
 from hpm_video.weights.sizes import Given
 

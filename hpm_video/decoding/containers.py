@@ -1,0 +1,65 @@
+"""What the first bytes of a file say it is: FFmpeg would follow a list of other files anywhere."""
+
+import re
+
+from hpm_video.decoding.reader import DecodeError
+
+MP4 = "MP4 or QuickTime"
+MATROSKA = "Matroska or WebM"
+HEAD = 4096
+"""Bytes of a file that are looked at."""
+
+_LISTS = {
+    "a playlist (HLS)": re.compile(rb"\s*#EXTM3U"),
+    "a list of files to be joined": re.compile(rb"\s*(ffconcat|file\s|# ?ffconcat)"),
+    "a presentation in parts (DASH, IMF, Smooth Streaming)": re.compile(
+        rb"[^\0]{0,4000}<(mpd|compositionplaylist|smoothstreamingmedia)", re.IGNORECASE
+    ),
+    "a description of a network stream (SDP)": re.compile(rb"\s*v=0\r?\n"),
+    "a playlist": re.compile(
+        rb"\s*(\[playlist\]|<asx|\[reference\]|rtsptext|<\?wpl)", re.IGNORECASE
+    ),
+}
+"""Files that name other files or addresses."""
+_CONTAINERS = {
+    MP4: re.compile(rb"(\0...ftyp|....(moov|mdat|wide|free|skip|pnot))", re.DOTALL),
+    MATROSKA: re.compile(rb"\x1a\x45\xdf\xa3"),
+    "AVI": re.compile(rb"RIFF....AVI[ \x19]", re.DOTALL),
+    "FLV": re.compile(rb"FLV\x01"),
+    "ASF": re.compile(rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11"),
+    "Ogg": re.compile(rb"OggS"),
+    "MPEG program stream": re.compile(rb"\0\0\x01[\xba\xb3]"),
+    "MPEG transport stream": re.compile(rb"(\x47.{187}|\x47.{203}|.{4}\x47.{191})\x47", re.DOTALL),
+    "YUV4MPEG": re.compile(rb"YUV4MPEG2 "),
+    "GIF": re.compile(rb"GIF8[79]a"),
+}
+
+
+def refuse_lists(head: bytes) -> None:
+    """Of the first bytes of a file.
+
+    Raises:
+        DecodeError: they are of a file that names others.
+    """
+    for what, pattern in _LISTS.items():
+        if pattern.match(head):
+            raise DecodeError(
+                f"it is {what}, which names other files or addresses: only files that hold their "
+                "frames themselves are read. Save the video that it stands for"
+            )
+
+
+def known_container(head: bytes) -> str:
+    """The name of the container of which the first bytes of a file are.
+
+    Raises:
+        DecodeError: they are of none, or of a file that names others.
+    """
+    refuse_lists(head)
+    for name, pattern in _CONTAINERS.items():
+        if pattern.match(head):
+            return name
+    raise DecodeError(
+        f"its first bytes are those of no known container ({', '.join(_CONTAINERS)}): it is "
+        "damaged, or no video. Download it again"
+    )

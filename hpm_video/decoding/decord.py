@@ -1,0 +1,82 @@
+"""Videos with decord: exact and slow, since here it never seeks."""
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import torch  # noqa: F401 - decord imported before torch can hang a DataLoader (decord#251)
+
+from hpm_video.decoding.containers import MATROSKA, MP4, known_container
+from hpm_video.decoding.mp4_header import is_trimmed
+from hpm_video.decoding.reader import (
+    TRANSCODE,
+    DecodeError,
+    Frames,
+    Size,
+    Stack,
+    VideoReader,
+)
+
+if TYPE_CHECKING:
+    from hpm_video.data.transforms import Box
+
+_EXACT_ON = (MP4, MATROSKA, "AVI", "FLV", "ASF", "YUV4MPEG")
+
+
+class DecordReader(VideoReader):
+    """Decodes from the first frame on, for decord's seeks are not exact. It turns upright."""
+
+    def __init__(self, path: str, source: str | bytes, head: bytes) -> None:
+        super().__init__(path)
+        kind = known_container(head)  # its FFmpeg cannot be told what to leave alone
+        if kind not in _EXACT_ON:
+            raise DecodeError(
+                f"decord is not known to be exact on this container, {kind}, only on "
+                f"{', '.join(_EXACT_ON)}; PyAV is"
+            )
+        if kind == MP4 and is_trimmed(source):
+            raise DecodeError(
+                "its container says that some frames are not to be shown, and decord does not "
+                f"count the others right; PyAV does. {TRANSCODE}"
+            )
+        import decord
+
+        decord.logging.set_level(decord.logging.QUIET)
+        self._open_video = decord.VideoReader
+        self._source = source
+        self._open()
+        self._num_frames = len(self._reader)
+
+    def _open(self) -> None:
+        source = io.BytesIO(self._source) if isinstance(self._source, bytes) else self._source
+        self._reader: Any = self._open_video(source, num_threads=1)
+        self._next = 0
+        self._frame: Frames | None = None
+
+    def _count(self) -> int:
+        return len(self._reader)
+
+    def _measure(self) -> Size:
+        height, width = self._frame_at(0).shape[:2]
+        return height, width
+
+    def _decode(self, indices: list[int], box: "Box | None") -> Frames:
+        stack = Stack(len(indices), self._size, box)
+        for index in indices:
+            stack.add(self._frame_at(index))
+        self._size = stack.size
+        return stack.frames()
+
+    def _frame_at(self, index: int) -> Frames:
+        """-> (H, W, 3)"""
+        if index < self._next - 1:
+            self._open()
+        while self._next <= index:
+            frame = self._reader.next()
+            self._next += 1
+            self._frame = frame.asnumpy() if self._next > index else None
+        if self._frame is None or self._frame.shape[2] != 3:
+            raise DecodeError("decord gets frames as small as these wrong; PyAV does not")
+        return self._frame
+
+    def close(self) -> None:
+        self._reader = None

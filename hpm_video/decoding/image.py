@@ -1,0 +1,196 @@
+"""Images, each a video of one frame, and folders of frames: with Pillow."""
+
+import contextlib
+import io
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hpm_video.decoding.locations import frames_in, read_bytes
+from hpm_video.decoding.reader import DecodeError, Frames, Size, Stack, VideoReader, cut
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from hpm_video.data.transforms import Box
+
+_IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+"""What an image may hold, whatever its suffix: Pillow would also start programs, as for EPS."""
+
+
+class ImageReader(VideoReader):
+    """The one frame of an image."""
+
+    def __init__(self, path: str, data: bytes) -> None:
+        super().__init__(path)
+        self._pixels: Frames | None = None
+        with _pillow():
+            self._image = _open_image(data)
+            count = 1 if self._image.format == "MPO" else getattr(self._image, "n_frames", 1)
+        if count != 1:
+            raise DecodeError(
+                f"it holds {count} pictures, an animation or several pages, and which of them is "
+                "meant cannot be told. Save one of them as an image, or all of them as a video"
+            )
+        if self._image.mode == "F":
+            raise DecodeError(
+                "its pixels are floating point numbers, and nothing says which of them is white. "
+                "Save it with 8 or 16 bits"
+            )
+
+    def _count(self) -> int:
+        return 1
+
+    def _measure(self) -> Size:
+        height, width = self._picture().shape[:2]
+        return height, width
+
+    def _decode(self, indices: list[int], box: "Box | None") -> Frames:  # noqa: ARG002 - it is one
+        return cut(self._picture(), box)[None]
+
+    def _picture(self) -> Frames:
+        """-> (H, W, 3)"""
+        if self._pixels is None:
+            with _pillow():
+                self._image.load()
+                self._pixels = _rgb(_upright(self._image))
+        return self._pixels
+
+    def close(self) -> None:
+        self._image.close()
+
+
+class FrameFolder(VideoReader):
+    """The images of a folder as the frames of a video."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._frames = frames_in(path)
+        if not self._frames:
+            raise DecodeError("there are no images in the folder")
+
+    def _count(self) -> int:
+        return len(self._frames)
+
+    def _measure(self) -> Size:
+        height, width = self._picture(0).shape[:2]
+        return height, width
+
+    def _decode(self, indices: list[int], box: "Box | None") -> Frames:
+        stack = Stack(len(indices), self._size, box)
+        for index in indices:
+            stack.add(self._picture(index))
+        self._size = stack.size
+        return stack.frames()
+
+    def _picture(self, index: int) -> Frames:
+        """-> (H, W, 3)"""
+        file = self._frames[index]
+        try:
+            with ImageReader(str(file), read_bytes(str(file))) as image:
+                picture: Frames = image.read([0])[0]
+                return picture
+        except DecodeError as error:
+            raise DecodeError(f"{file.name}: {error.reason}") from error.__cause__
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+@contextlib.contextmanager
+def _pillow() -> Iterator[None]:
+    """Silence where Pillow warns, of damaged metadata and of large pictures; its errors plain."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Image.DecompressionBombError as error:
+        pixels, limit, *_ = [*re.findall(r"\d+", str(error)), "too many", "limit"]
+        raise DecodeError(
+            f"it has {pixels} pixels, more than Pillow's limit, {limit}. Shrink it"
+        ) from error
+    except (OSError, SyntaxError, EOFError, struct.error, zlib.error) as error:
+        if "not available" in str(error):  # a codec that this Pillow was built without
+            raise
+        raise DecodeError(f"it is cut off or damaged: {error}; download it again") from error
+
+
+def _open_image(data: bytes) -> "Image.Image":
+    """An image of which all is there, as far as its format tells that."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
+    except UnidentifiedImageError as error:
+        raise DecodeError(
+            f"it is no image of the formats {', '.join(_IMAGE_FORMATS)}, or it is cut off or "
+            "damaged; download it again, or save it in one of them"
+        ) from error
+    if image.format in ("JPEG", "MPO") and not _has_end(data):
+        raise DecodeError(
+            "it is cut off: the mark of its end is missing. Download it again or, where it looks "
+            "whole, open it and save it again"
+        )
+    if image.format == "PNG":
+        image.verify()  # the sums, at which decoding does not look; it ends with the file
+        image = Image.open(io.BytesIO(data), formats=("PNG",))
+    return image
+
+
+def _has_end(data: bytes) -> bool:
+    """Whether the end of a JPEG lies behind the start of its pixels.
+
+    Pillow takes zeros there for pixels. (The small picture in EXIF data has an end of its own.)
+    """
+    start_of_pixels, end = 0xDA, b"\xff\xd9"
+    place = 2
+    while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != b"":
+        if data[place + 1] == start_of_pixels:
+            return data.find(end, place) >= 0
+        filling = data[place + 1] == 0xFF
+        place += 1 if filling else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return True  # of another structure: it is for Pillow to refuse it
+
+
+def _upright(image: "Image.Image") -> "Image.Image":
+    """Turned and mirrored as EXIF says, if that can be read: a damaged one is of no account.
+
+    Not by Pillow's ``exif_transpose``, which fails on files of which another entry is damaged.
+    """
+    from PIL import ExifTags
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    orientation = 1
+    with contextlib.suppress(Exception):
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return image.transpose(turns[orientation]) if orientation in turns else image
+
+
+def _rgb(image: "Image.Image") -> Frames:
+    """-> (H, W, 3)"""
+    if not image.mode.startswith("I"):
+        return np.array(image.convert("RGB"))
+    # 16 bits, which Pillow would cut off at 255 instead of scaling them.
+    grey = np.asarray(image).astype(np.int64)
+    if grey.min() < 0 or grey.max() > 65535:
+        raise DecodeError(
+            f"its values go from {grey.min()} to {grey.max()}, not from 0 to 65535 as those of "
+            "16 bits, and nothing says which of them is white. Save it with 8 or 16 bits"
+        )
+    return np.repeat(((grey * 255 + 32767) // 65535).astype(np.uint8)[..., None], 3, axis=-1)

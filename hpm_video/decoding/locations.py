@@ -1,0 +1,163 @@
+"""Where the frames of a video lie: a place in a manifest, and reading a member of a tar.
+
+A place is one string, of which there are three kinds:
+
+- the path of a video file or of an image: ``/data/a.mp4``;
+- a folder of frames: a path that ends in a slash, ``/data/a/``. Its images in the natural order
+  of their names are the frames;
+- a member of a tar file, such as a shard of a data set in the layout of webdataset:
+  ``/data/shard.tar::class/a.mp4@1536+20480``. Behind the tar's path stands the name of the member
+  and where in the tar its bytes lie: how many before it, and how many of it.
+"""
+
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from typing_extensions import Self
+
+from hpm_video.decoding.reader import DecodeError
+
+VIDEO_SUFFIXES = (
+    *(".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
+    *(".mts", ".ogv", ".ts", ".webm", ".wmv"),
+)
+IMAGE_SUFFIXES = (
+    *(".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
+    *(".tif", ".tiff", ".webp"),
+)
+
+_MEMBER = re.compile(
+    r"(?P<tar>.+?\.tar)::(?P<name>.+)@(?P<offset>[0-9]{1,18})\+(?P<size>[0-9]{1,18})",
+    re.DOTALL | re.IGNORECASE,
+)
+_BLOCK = 512
+"""Bytes of a header in a tar."""
+_FILE_KINDS = (b"0", b"\0", b"7")
+"""What a header says of a file, and not of a link or a folder."""
+_CHANGED = "the tar file has changed since its manifest was written. Write the manifest anew"
+
+
+@dataclass(frozen=True)
+class TarMember:
+    """A file within a tar file."""
+
+    tar: str
+    """Path of the tar file. It ends in .tar, and nowhere before that does it hold ``.tar::``."""
+    name: str
+    """Of the member. It may hold any character."""
+    offset: int
+    """Bytes of the tar in front of the member's own."""
+    size: int
+    """The member's own bytes."""
+
+    @classmethod
+    def parse(cls, place: str) -> Self | None:
+        """The member that a place names; none if it is a place of another kind."""
+        match = _MEMBER.fullmatch(place)
+        if not match:
+            return None
+        return cls(match["tar"], match["name"], int(match["offset"]), int(match["size"]))
+
+    def __str__(self) -> str:
+        return f"{self.tar}::{self.name}@{self.offset}+{self.size}"
+
+    def read(self) -> bytes:
+        """The bytes of the member.
+
+        Raises:
+            DecodeError: they do not lie there (any more).
+            FileNotFoundError: there is no such tar file.
+        """
+        with _opened(self.tar) as file:
+            if self.offset < _BLOCK or file.seek(0, 2) < self.offset + self.size:
+                raise DecodeError(f"the tar file has no such bytes: {_CHANGED}", str(self))
+            file.seek(self.offset - _BLOCK)
+            header, data = file.read(_BLOCK), file.read(self.size)
+        if len(data) != self.size or not _announces(header, self.name, self.size):
+            raise DecodeError(f"that file does not start there: {_CHANGED}", str(self))
+        return data
+
+
+def read_bytes(place: str, count: int = -1) -> bytes:
+    """The first bytes of a file or of a member of a tar, by default all.
+
+    Raises:
+        DecodeError: there are none, or they do not lie there (any more).
+        FileNotFoundError: there is no such file.
+    """
+    if member := TarMember.parse(place):
+        data = member.read()
+    else:
+        with _opened(place) as file:
+            data = file.read(count)
+    if not data:
+        raise DecodeError("the file is empty", place)
+    return data
+
+
+def _opened(path: str) -> BinaryIO:
+    kind = os.stat(path).st_mode  # noqa: PTH116 - a path is a string in here
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # to open a pipe may take for ever
+        raise DecodeError("it is no file, but a pipe, a socket or a device", path)
+    return open(path, "rb")  # noqa: PTH123, SIM115 - the caller closes it
+
+
+def base_name(place: str) -> str:
+    """The last part of a place's path, for a member of a tar that of its name in there."""
+    member = TarMember.parse(place)
+    return (member.name if member else place).rstrip("/").rpartition("/")[2]
+
+
+def is_frame_folder(place: str) -> bool:
+    """Whether a place is a folder of frames."""
+    return place.endswith("/")
+
+
+def is_image(place: str) -> bool:
+    """Whether a place is read as an image, a video of one frame: its suffix says so."""
+    return not is_frame_folder(place) and base_name(place).lower().endswith(IMAGE_SUFFIXES)
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """A key to sort names by that takes digits as numbers: ``img_2`` before ``img_10``."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(int(part) if i % 2 else 0, part) for i, part in enumerate(parts)]
+
+
+def frames_in(folder: str) -> list[Path]:
+    """The images of a folder of frames in their order. Hidden ones are left out."""
+    names = [
+        entry.name
+        for entry in Path(folder).iterdir()
+        if entry.name[0] != "." and entry.name.lower().endswith(IMAGE_SUFFIXES)
+    ]
+    return [Path(folder, name) for name in sorted(names, key=natural_order)]
+
+
+def _announces(header: bytes, name: str, size: int) -> bool:
+    """Whether a block of a tar is the header of a file of that name and size.
+
+    Of a name beyond 100 bytes it holds a part, and one that is not ASCII it may spell otherwise:
+    the rest lies in blocks in front of it, and they are not looked at. So would the size of a file
+    beyond 8 GiB in a tar of the kind pax.
+    """
+    checksum = sum(header[:148]) + 8 * ord(" ") + sum(header[156:])
+    plain = name.isascii() and len(name) <= 100
+    return (
+        _number(header[148:156]) == checksum
+        and header[156:157] in _FILE_KINDS
+        and _number(header[124:136]) == size
+        and (not plain or header[:100].rstrip(b"\0") == name.encode())
+    )
+
+
+def _number(field: bytes) -> int:
+    """Octal digits, or, where the first bit is set, the bits themselves; -1 for neither."""
+    if field[:1] == b"\x80":
+        return int.from_bytes(field[1:], "big")
+    digits = field.strip(b" \0")
+    return int(digits, 8) if re.fullmatch(rb"[0-7]+", digits) else -1

@@ -1,0 +1,147 @@
+"""Frames out of videos and images: the only way to read them, with PyAV, torchcodec or decord.
+
+An image is a video of one frame, and needs Pillow alone; so do folders of frames.
+
+Frame i of a video is the i-th in the order of presentation, whatever the decoder. PyAV comes
+first: it is exact on every container tried, and no slower. decord (0.6.0) seeks to wrong frames
+in videos with open groups of pictures (HEVC, MPEG-4 and H.264 in AVI, some MP4) and in ASF, and
+loses the first group of an MPEG transport stream. So here it never seeks, which makes it exact
+and slow, and it is kept away from containers that it was not tried on. torchcodec (0.17) is exact
+where it is let: in AVI it returns wrong frames, and in MPEG transport streams it stops midway.
+tools/compare_decoders.py shows all that.
+
+A file cannot make a decoder open other files or addresses: what is no container of frames, such as
+a playlist, is refused.
+"""
+
+import importlib
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from hpm_video.decoding.containers import HEAD
+from hpm_video.decoding.decord import DecordReader
+from hpm_video.decoding.image import FrameFolder, ImageReader
+from hpm_video.decoding.locations import TarMember, is_frame_folder, is_image, read_bytes
+from hpm_video.decoding.pyav import PyavReader
+from hpm_video.decoding.reader import (
+    DecodeError,
+    DecoderError,
+    Frames,
+    VideoReader,
+    as_decode_error,
+)
+from hpm_video.decoding.torchcodec import TorchcodecReader
+
+__all__ = [
+    "DecodeError",
+    "DecoderChoice",
+    "DecoderError",
+    "DecoderName",
+    "Frames",
+    "VideoReader",
+    "available_decoders",
+    "choose_decoder",
+    "decoder_versions",
+    "is_image",
+    "open_video",
+]
+
+DecoderName = Literal["pyav", "torchcodec", "decord"]
+DecoderChoice = Literal["auto", "pyav", "torchcodec", "decord"]
+
+Reader = type[PyavReader] | type[TorchcodecReader] | type[DecordReader]
+_REMEDY = {
+    "pyav": "install it with: pip install av",
+    "torchcodec": "install it with: pip install torchcodec, and FFmpeg from the system's packages",
+    "decord": "install it with: pip install decord (there are wheels for Linux on x86-64 only)",
+}
+
+
+def open_video(place: str, decoder: DecoderChoice = "auto") -> VideoReader:
+    """Open a video, or an image or a folder of frames, for which ``decoder`` plays no part.
+
+    ``place`` is the path of a file, a folder of frames, or a member of a tar file: see
+    :mod:`hpm_video.decoding.locations`.
+
+    An image comes as 8-bit RGB, turned upright as its EXIF data say. Grey of 16 bits is scaled,
+    transparency dropped (a pixel has the colour that is stored with it), colour profiles are not
+    applied. Of a telephone's several pictures in one file (MPO) it is the first. Animations and
+    files of several pages are refused, and so are pixels in floating point.
+
+    Raises:
+        DecodeError: it is missing, empty, of another kind or broken.
+        DecoderError: the decoder of a video is not there.
+    """
+    if is_frame_folder(place):
+        with as_decode_error(place):
+            return FrameFolder(place)
+    if is_image(place):
+        with as_decode_error(place):
+            return ImageReader(place, read_bytes(place))
+    reader = _READERS[choose_decoder(decoder)]
+    with as_decode_error(place):
+        if TarMember.parse(place):
+            data = read_bytes(place)
+            return reader(place, data, data[:HEAD])
+        return reader(place, os.path.abspath(place), read_bytes(place, HEAD))  # noqa: PTH100
+
+
+def available_decoders() -> tuple[DecoderName, ...]:
+    """The decoders that import and decode, the preferred one first."""
+    return tuple(name for name in _READERS if not _what_is_wrong(name))
+
+
+def choose_decoder(decoder: DecoderChoice) -> DecoderName:
+    """The decoder of that name, or for ``auto`` the best there is.
+
+    Raises:
+        DecoderError: it is not there.
+    """
+    names: list[DecoderName] = [*_READERS] if decoder == "auto" else [decoder]
+    wrong = {}
+    for name in names:
+        wrong[name] = _what_is_wrong(name)
+        if not wrong[name]:
+            return name
+    raise DecoderError(
+        f"no decoder for videos (data.decoder: {decoder}). "
+        + " ".join(f"{name} cannot be used: {why}; {_REMEDY[name]}." for name, why in wrong.items())
+    )
+
+
+def decoder_versions() -> dict[str, str]:
+    """Version of each decoder that can be used."""
+    modules = {"pyav": "av", "torchcodec": "torchcodec", "decord": "decord"}
+    return {
+        name: str(importlib.import_module(modules[name]).__version__)
+        for name in available_decoders()
+    }
+
+
+@cache
+def _what_is_wrong(name: DecoderName) -> str:
+    """Why a decoder cannot be used here, nothing where it can: two grey frames are tried."""
+    luma = (60, 190)
+    frames = [b"FRAME\n" + bytes([y]) * 64 * 64 + bytes([128]) * 2 * 32 * 32 for y in luma]
+    data = b"YUV4MPEG2 W64 H64 F25:1 Ip C420jpeg\n" + b"".join(frames)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "grey.y4m"
+        path.write_bytes(data)
+        try:
+            with _READERS[name](str(path), str(path), data[:HEAD]) as reader:
+                grey = reader.read([0, 1]).mean(axis=(1, 2, 3))
+        except Exception as error:  # noqa: BLE001 - a broken installation raises anything
+            return f"{type(error).__name__}: {error}"
+    dark, bright = grey
+    return "" if dark < 80 < 170 < bright else "it decodes a test video to wrong pixels"
+
+
+_READERS: dict[DecoderName, Reader] = {
+    "pyav": PyavReader,
+    "torchcodec": TorchcodecReader,
+    "decord": DecordReader,
+}
+"""The preferred one first."""

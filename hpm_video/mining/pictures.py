@@ -1,0 +1,369 @@
+"""What the paper's Figure 2 draws, for clips too: where one is hard, and what is hidden of it.
+
+A study of a clip is drawn as a sheet (PNG) or as an animation (GIF, MP4).
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFont
+
+from hpm_video.data.clips import ClipBatch
+from hpm_video.files.atomic import written_beside
+from hpm_video.mining.objective import HardPatchesMining
+from hpm_video.mining.study import Frames, Scores, Study, study_clips
+from hpm_video.mining.typesetting import (
+    PAPER,
+    Colour,
+    beside,
+    draw_text,
+    flow,
+    font_of,
+    pad,
+    shorten,
+    stack,
+)
+from hpm_video.training.engine import Viewer
+
+Value = TypeVar("Value", bound=np.generic)
+
+MAX_COLUMNS = 8
+SMALLEST_CELL = 150
+"""Frames narrower than this are enlarged by a whole factor."""
+FAINT_INK: Colour = (96, 96, 104)
+HIDDEN: Colour = (196, 198, 203)
+PICKED: Colour = (214, 116, 82)
+UNKNOWN: Colour = (226, 228, 232)
+"""Of tokens whose error is not known, because no mask hid them."""
+COLOUR_MAP = "inferno"
+
+
+class Panel(NamedTuple):
+    """One row of a sheet, one column of an animation."""
+
+    title: str
+    note: str
+    frames: Frames
+
+
+def make_panels(study: Study) -> list[Panel]:
+    """The views of a study, each as large as the clip."""
+    difficulty = study.difficulty
+    source = {
+        "none": "raw pixels",
+        "input": "patch mean and contrast taken from the input",
+        "visible": "patch mean and contrast estimated from visible patches",
+    }[study.statistics]
+    panels = [
+        Panel("Input", "", study.frames),
+        Panel("True error", _over_masks(study), _heat_map(study.true_error, study)),
+        Panel("Mask", _origin_of_mask(study), _draw_mask(study)),
+    ]
+    if study.reconstruction is not None:
+        panels.append(Panel("Reconstruction", source, study.reconstruction))
+    if difficulty is not None:
+        note = "by the teacher, which sees the whole clip"
+        panels.insert(2, Panel("Predicted difficulty", note, _heat_map(difficulty, study)))
+    return panels
+
+
+def to_ranks(scores: Scores) -> Scores:
+    """Place of each score among all, from 0 (smallest) to 1: (N,) -> (N,)
+
+    Equal scores share a place, NaN stays. Ranks, because errors and predicted difficulties have
+    different scales, and training fits only the order of one to that of the other.
+    """
+    known = ~np.isnan(scores)
+    _, place, counts = np.unique(scores[known], return_inverse=True, return_counts=True)
+    middle = counts.cumsum() - (counts + 1) / 2
+    ranks = np.full_like(scores, np.nan)
+    ranks[known] = middle[place] / max(known.sum() - 1, 1)
+    return ranks
+
+
+def _heat_map(scores: Scores, study: Study) -> Frames:
+    ranks = to_ranks(scores)
+    colours = _colour_table()[(np.nan_to_num(ranks) * 255).round().astype(int)]
+    colours[np.isnan(ranks)] = UNKNOWN
+    return _spread(colours, study)
+
+
+def _draw_mask(study: Study) -> Frames:
+    colours = np.full((len(study.masked), 3), HIDDEN, dtype=np.uint8)
+    colours[study.picked] = PICKED
+    hidden = _spread(study.masked[:, None], study)
+    return np.where(hidden, _spread(colours, study), study.frames)
+
+
+def _spread(values: NDArray[Value], study: Study) -> NDArray[Value]:
+    """Give every pixel its token's value: (N, K) -> (T, H, W, K)"""
+    grid, patch = study.grid, study.patch_size
+    lattice = values.reshape(grid.time, grid.height, grid.width, -1)
+    for axis in range(3):
+        lattice = lattice.repeat(patch[axis], axis=axis)
+    return lattice
+
+
+@lru_cache(maxsize=1)
+def _colour_table() -> NDArray[np.uint8]:
+    """(256, 3)"""
+    table = matplotlib.colormaps[COLOUR_MAP](np.linspace(0, 1, 256))[:, :3]
+    return (table * 255).round().astype(np.uint8)
+
+
+def _over_masks(study: Study) -> str:
+    return f"mean over {study.num_masks} random mask{'s' if study.num_masks > 1 else ''}"
+
+
+def _origin_of_mask(study: Study) -> str:
+    return "drawn from the prediction" if study.picked.any() else "random"
+
+
+class Style(NamedTuple):
+    """Measures of a picture, in pixels."""
+
+    cell: tuple[int, int]
+    """Width and height of an enlarged frame."""
+    text: int
+    gap: int = 6
+    """Between neighbouring frames."""
+    margin: int = 24
+
+    @classmethod
+    def of(cls, study: Study) -> "Style":
+        """Measures that suit the clip's frames: small ones are enlarged by a whole factor."""
+        height, width = study.frames.shape[1:3]
+        factor = math.ceil(SMALLEST_CELL / width)
+        return cls((width * factor, height * factor), text=15 if width * factor < 200 else 19)
+
+    @property
+    def bold(self) -> ImageFont.FreeTypeFont:
+        """Of titles."""
+        return font_of("DejaVuSans-Bold.ttf", self.text)
+
+    @property
+    def regular(self) -> ImageFont.FreeTypeFont:
+        """Of facts."""
+        return font_of("DejaVuSans.ttf", self.text)
+
+    @property
+    def small(self) -> ImageFont.FreeTypeFont:
+        """Of labels and notes."""
+        return font_of("DejaVuSans.ttf", self.text - 2)
+
+    def enlarge(self, frame: NDArray[np.uint8]) -> Image.Image:
+        """Make each pixel a square: (H, W, 3) -> an image as large as a cell"""
+        return Image.fromarray(frame).resize(self.cell, Image.Resampling.NEAREST)
+
+
+def draw_sheet(studies: Study | Sequence[Study]) -> Image.Image:
+    """Views as rows and time steps as columns, for one clip or several of one model.
+
+    Short clips stand side by side, as long as their columns fit.
+    """
+    studies = [studies] if isinstance(studies, Study) else list(studies)
+    style = Style.of(studies[0])
+    lines: list[list[Study]] = []
+    free = 0
+    for study in studies:
+        columns = len(_shown_frames(study))
+        if columns > free:
+            lines.append([])
+            free = MAX_COLUMNS
+        lines[-1].append(study)
+        free -= columns
+    body = stack([_draw_line(line, style) for line in lines], 2 * style.margin)
+    width = max(body.width, 44 * style.text)
+    parts = [_draw_caption(studies, width, style), body, _draw_footer(studies, width, style)]
+    return pad(stack(parts, style.margin), style.margin)
+
+
+def draw_animation(study: Study) -> list[Image.Image]:
+    """Views side by side, one image per frame of the clip."""
+    style = Style.of(study)
+    panels = make_panels(study)
+    titles = [_draw_title(panel, style.cell[0], style) for panel in panels]
+    gap = 2 * style.gap
+    head = beside(titles, gap)
+    caption = [_draw_caption([study], head.width, style), _draw_name(study, head.width, style)]
+    head = stack([*caption, head], style.margin // 2)
+    footer = _draw_footer([study], head.width, style)
+    images = []
+    for time in range(len(study.frames)):
+        views = beside([style.enlarge(panel.frames[time]) for panel in panels], gap)
+        label = draw_text(f"frame {time + 1} of {len(study.frames)}", style.small, FAINT_INK)
+        body = stack([head, views, label], style.gap)
+        images.append(pad(stack([body, footer], style.margin), style.margin))
+    return images
+
+
+def _shown_frames(study: Study) -> list[int]:
+    """First frames of the time steps that a sheet shows, spread evenly over all."""
+    steps = study.grid.time
+    columns = np.linspace(0, steps - 1, min(steps, MAX_COLUMNS))
+    return [round(column) * study.patch_size[0] for column in columns]
+
+
+def _draw_line(studies: list[Study], style: Style) -> Image.Image:
+    """Studies side by side, with the titles of their rows at the left."""
+    blocks = beside([_draw_block(study, style) for study in studies], 3 * style.gap)
+    width = 14 * style.text
+    titles = [_draw_title(panel, width, style) for panel in make_panels(studies[0])]
+    row = style.cell[1] + style.gap
+    first = blocks.height + style.gap - len(titles) * row
+    column = Image.new("RGB", (width, blocks.height), PAPER)
+    for index, title in enumerate(titles):
+        column.paste(title, (0, first + index * row + (style.cell[1] - title.height) // 2))
+    return beside([column, blocks], style.margin)
+
+
+def _draw_block(study: Study, style: Style) -> Image.Image:
+    """Name, frame numbers and views of one study."""
+    shown = _shown_frames(study)
+    rows = [
+        beside([style.enlarge(panel.frames[time]) for time in shown], style.gap)
+        for panel in make_panels(study)
+    ]
+    name = _draw_name(study, rows[0].width, style)
+    if study.grid.time == 1:
+        return stack([name, *rows], style.gap)
+    labels = [
+        draw_text(f"frame {time + 1}", style.small, FAINT_INK, width=style.cell[0])
+        for time in shown
+    ]
+    return stack([name, beside(labels, style.gap), *rows], style.gap)
+
+
+def _draw_name(study: Study, width: int, style: Style) -> Image.Image:
+    """Name and ranking accuracy of a study."""
+    lines = [draw_text(shorten(study.name, width, style.bold), style.bold, width=width)]
+    if study.ranking_accuracy is not None:
+        lines.append(draw_text(f"ranking {study.ranking_accuracy:.2f}", style.regular, width=width))
+    return stack(lines, 2)
+
+
+def _draw_title(panel: Panel, width: int, style: Style) -> Image.Image:
+    title = draw_text(panel.title, style.bold, width=width)
+    note = draw_text(panel.note, style.small, FAINT_INK, width=width)
+    return stack([title, note], 3)
+
+
+def _draw_caption(studies: Sequence[Study], width: int, style: Style) -> Image.Image:
+    """How much is hidden and why; each fact once."""
+    facts = dict.fromkeys(_describe_mask(study) for study in studies)
+    return draw_text("\n".join(facts), style.regular, width=width)
+
+
+def _describe_mask(study: Study) -> str:
+    masked, picked, total = study.masked.sum(), study.picked.sum(), len(study.masked)
+    words = f"{masked} of {total} patches hidden ({masked / total:.0%})"
+    if not picked:
+        return f"{words}, at random"
+    return f"{words}, {picked} of them because the teacher finds them {study.pick}"
+
+
+def _draw_footer(studies: Sequence[Study], width: int, style: Style) -> Image.Image:
+    """Legend and footnotes."""
+    keys = [_draw_colour_bar(style)]
+    swatches = [(HIDDEN, "hidden at random")]
+    if any(study.picked.any() for study in studies):
+        swatches.append((PICKED, f"hidden for being {studies[0].pick}"))
+    if any(np.isnan(study.true_error).any() for study in studies):
+        swatches.append((UNKNOWN, "error unknown: no random mask hid it"))
+    for colour, words in swatches:
+        square = Image.new("RGB", (style.text, style.text), colour)
+        keys.append(beside([square, draw_text(words, style.small)], style.gap))
+    notes = [draw_text(note, style.small, FAINT_INK, width=width) for note in _footnotes(studies)]
+    return stack([flow(keys, width, style.margin), *notes], style.gap)
+
+
+def _draw_colour_bar(style: Style) -> Image.Image:
+    bar = Image.fromarray(_colour_table()[None]).resize((9 * style.text, style.text))
+    low, high = (
+        draw_text(words, style.small) for words in ("easiest", "hardest patch of the clip")
+    )
+    return beside([low, bar, high], style.gap)
+
+
+def _footnotes(studies: Sequence[Study]) -> list[str]:
+    errors = np.concatenate([study.true_error for study in studies])
+    measure = {
+        "raw": "mean squared error of normalised pixels",
+        "joint": "mean squared error of pixels standardised within each patch",
+        "per_channel": "mean squared error of pixels standardised within each patch and channel",
+        None: "2 - 2 cos of predicted and true features",
+    }[studies[0].target]
+    notes = [
+        f"Error: {measure}, here {np.nanmin(errors):.2g} to "
+        f"{np.nanmax(errors):.2g}. Colours are ranks among the patches of a clip, because "
+        "difficulty is predicted as an order, without a unit."
+    ]
+    if studies[0].difficulty is not None:
+        notes.append(
+            "Ranking: share of pairs of patches that the prediction puts in the order of their "
+            "true error; guessing gives 0.50."
+        )
+    return notes
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Write a sheet as PNG.
+
+    Raises:
+        ValueError: ``path`` has another ending.
+    """
+    _check_ending(path, (".png",))
+    with written_beside(path) as file:
+        sheet.save(file, optimize=True)
+
+
+def save_animation(images: Sequence[Image.Image], path: Path, fps: float) -> None:
+    """Write an animation as GIF or MP4.
+
+    Raises:
+        ValueError: ``path`` has another ending.
+    """
+    _check_ending(path, (".gif", ".mp4"))
+    if path.suffix == ".mp4":
+        from hpm_video.preparation.encode import (
+            write_video,  # only where a video is written: loads av
+        )
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_video(path, (np.asarray(image) for image in images), fps=max(1, round(fps)))
+        return
+    # One palette for all images: with one each, colours that stay would flicker.
+    palette = stack(images, 0).quantize(256, dither=Image.Dither.NONE)
+    first, *others = (image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images)
+    with written_beside(path) as file:
+        first.save(
+            file,
+            save_all=True,
+            append_images=others,
+            duration=max(20, round(100 / fps) * 10),  # in ms; viewers slow down below 20
+            loop=0,
+        )
+
+
+def write_pictures(
+    folder: Path, name: str, objective: HardPatchesMining, student: Viewer, batch: ClipBatch
+) -> Path:
+    """Draw the sheet of a batch, say of the first held-out clips, into ``folder``. -> its path"""
+    with student.autocast():
+        studies = study_clips(objective, student, batch.to(student.device))
+    path = folder / f"{name}.png"
+    save_sheet(draw_sheet(studies), path)
+    return path
+
+
+def _check_ending(path: Path, known: tuple[str, ...]) -> None:
+    if path.suffix not in known:
+        raise ValueError(
+            f"cannot write a picture as {path.name!r}: the name must end in {' or '.join(known)}"
+        )

@@ -1,0 +1,159 @@
+"""What the student reconstructs of hidden tokens: their pixels, or features that a model sees."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from typing_extensions import override
+
+from hpm_video.mining.losses import direction_errors, reconstruction_errors
+from hpm_video.tokens.grid import Size3
+from hpm_video.tokens.masking import TokenMask
+from hpm_video.tokens.patches import (
+    PatchStatistics,
+    TargetKind,
+    patch_mean_errors,
+    patch_statistics,
+    patchify,
+    standardise,
+)
+from hpm_video.tokens.pixels import normalise, to_unit_range
+
+
+@dataclass(frozen=True)
+class Target(ABC):
+    """What is to be said of hidden tokens, and how wrong an answer is."""
+
+    patch_size: Size3
+    mean: tuple[float, ...]
+    """Of each channel of the clips as models see them, pixels being in [0, 1]."""
+    std: tuple[float, ...]
+
+    yardstick = ""
+    """Whose error is the mark to beat."""
+    of_teacher = False
+    """Whether it is made of the tokens that the teacher's encoder gives."""
+
+    @abstractmethod
+    def features(self, clips: Tensor) -> Tensor | None:
+        """What another model makes of all tokens, where one is asked.
+
+        (B, C, T, H, W) uint8 -> (B, N, P)
+        """
+
+    @abstractmethod
+    def of(self, clips: Tensor, mask: TokenMask, features: Tensor | None = None) -> Tensor:
+        """Targets of the hidden tokens: (B, C, T, H, W) uint8, (B, N, P) -> (B, M, P)
+
+        ``features`` of all tokens, where it takes any: the teacher's, or those of :meth:`features`.
+        """
+
+    @abstractmethod
+    def errors(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """Error of each token: (B, M, P), (B, M, P) -> (B, M) float32"""
+
+    @abstractmethod
+    def yardstick_errors(self, target: Tensor) -> Tensor:
+        """Error of the simplest good answer: (B, M, P) -> (B, M)"""
+
+
+@dataclass(frozen=True)
+class PixelTarget(Target):
+    """The pixels of patches, as they are or standardised."""
+
+    kind: TargetKind
+
+    yardstick = "the patch mean"
+
+    def patches(self, clips: Tensor, mask: TokenMask | None = None) -> Tensor:
+        """Patches that targets are made of: (B, C, T, H, W) uint8 -> (B, N or M, P) float32
+
+        Of the hidden tokens where a mask is given, of all of them otherwise.
+        """
+        patches = patchify(clips, self.patch_size)
+        if mask is not None:
+            patches = mask.take_masked(patches)
+        pixels = rearrange(patches, "b n (p c) -> b n p c", c=len(self.mean))
+        if self.kind == "per_channel":
+            pixels = to_unit_range(pixels)
+        else:
+            pixels = normalise(pixels, self.mean, self.std, channel_axis=-1)
+        return rearrange(pixels, "b n p c -> b n (p c)")
+
+    def to_pixels(self, patches: Tensor) -> Tensor:
+        """Undo :meth:`patches`: (B, M, P) -> (B, M, P) uint8"""
+        pixels = rearrange(patches, "b m (p c) -> b m p c", c=len(self.mean))
+        if self.kind != "per_channel":
+            pixels = pixels * pixels.new_tensor(self.std) + pixels.new_tensor(self.mean)
+        pixels = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
+        return rearrange(pixels, "b m p c -> b m (p c)")
+
+    def statistics(self, patches: Tensor) -> PatchStatistics:
+        """Mean and scale that make targets of patches: (B, N, P) -> 2 x (B, N, .)"""
+        return patch_statistics(patches, self.kind, len(self.mean))
+
+    @override
+    def features(self, clips: Tensor) -> Tensor | None:
+        return None
+
+    @override
+    def of(self, clips: Tensor, mask: TokenMask, features: Tensor | None = None) -> Tensor:
+        """Targets of the hidden tokens: (B, C, T, H, W) uint8 -> (B, M, P)"""
+        return standardise(self.patches(clips, mask), self.kind, len(self.mean))
+
+    @override
+    def errors(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """Mean squared error of each token: (B, M, P), (B, M, P) -> (B, M) float32"""
+        return reconstruction_errors(predicted, target)
+
+    @override
+    def yardstick_errors(self, target: Tensor) -> Tensor:
+        """Error of predicting the mean of each patch and channel: (B, M, P) -> (B, M)"""
+        return patch_mean_errors(target, len(self.mean))
+
+
+@dataclass(frozen=True)
+class FeatureTarget(Target):
+    """The direction of what a model makes of each token: an ablation of the paper."""
+
+    model: Callable[[Tensor], Tensor] | None
+    """(B, C, T, H, W) uint8 -> (B, N, P); none: the teacher's own encoder (the paper's EMA)."""
+
+    yardstick = "the mean direction"
+
+    @property
+    def of_teacher(self) -> bool:  # type: ignore[override]
+        """Whether it is made of the tokens that the teacher's encoder gives."""
+        return self.model is None
+
+    @override
+    @torch.no_grad()
+    def features(self, clips: Tensor) -> Tensor | None:
+        """What the model makes of all tokens: (B, C, T, H, W) uint8 -> (B, N, P)"""
+        return None if self.model is None else self.model(clips)
+
+    @override
+    def of(self, clips: Tensor, mask: TokenMask, features: Tensor | None = None) -> Tensor:
+        """Features of the hidden tokens: (B, C, T, H, W) uint8, (B, N, P) -> (B, M, P)
+
+        Raises:
+            ValueError: there are no features.
+        """
+        if features is None:
+            raise ValueError("targets are features, and none were computed for these clips")
+        return mask.take_masked(features.float())
+
+    @override
+    def errors(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """2 - 2 cos of predicted and true features: (B, M, P), (B, M, P) -> (B, M) float32"""
+        return direction_errors(predicted, target)
+
+    @override
+    def yardstick_errors(self, target: Tensor) -> Tensor:
+        """Error of predicting the mean direction of the clip's targets: (B, M, P) -> (B, M)"""
+        mean = F.normalize(target.float(), dim=-1).mean(dim=1, keepdim=True)
+        return direction_errors(mean.expand_as(target), target)

@@ -1,0 +1,131 @@
+"""How well a model reconstructs and ranks on clips that it was not trained on.
+
+A ranking accuracy means nothing alone: where targets are raw pixels, the patches that vary most
+are the hardest, and no network is needed to find them. So student and teacher stand beside
+rankers that look at the patch itself. A predictor has learned something where it beats the best.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor
+
+from hpm_video.data.clips import ClipBatch
+from hpm_video.mining.losses import count_ordered_pairs
+from hpm_video.mining.objective import HardPatchesMining, average_errors
+from hpm_video.tokens.grid import Size3
+from hpm_video.tokens.patches import patchify
+from hpm_video.tokens.pixels import to_unit_range
+from hpm_video.training.distributed import Processes
+from hpm_video.training.engine import Viewer
+
+Measures = dict[str, float]
+NUM_MASKS = 10
+"""Random masks of each clip, as many as the paper averages true errors over in its Figure 2."""
+TRIVIAL = "ranking_by_"
+"""Prefix of the measures of rankers that need no model, measured as the teacher is."""
+TRIVIAL_FOR_STUDENT = "student_ranking_by_"
+"""The same, measured as the student is."""
+
+
+@torch.no_grad()
+def measure(
+    objective: HardPatchesMining,
+    student: Viewer,
+    batches: Iterable[ClipBatch],
+    processes: Processes = Processes(),  # noqa: B008 - it is frozen
+) -> Measures:
+    """Measures over all clips of ``batches``, under ``NUM_MASKS`` random masks of each.
+
+    Of several processes each has batches of its own, and all get the measures over all of them.
+
+    ``relative_error``: reconstruction error divided by that of the simplest good answer; where the
+    target is pixels, the mean of each patch and channel. The rankings are shares of pairs of tokens
+    of a clip that are scored in the order of their error. ``student_ranking``: hidden tokens,
+    scored by the student that sees the visible ones, by their error under the same mask.
+    ``teacher_ranking``: all tokens, scored by the teacher that sees the whole clip, by their error
+    averaged over the masks, since it cannot know the mask. ``ranking_by_...`` and
+    ``student_ranking_by_...``: the trivial rankers, measured as the teacher and as the student.
+    """
+    counts = _Counts(student.device)
+    for cpu_batch in batches:
+        batch = cpu_batch.to(student.device)
+        with student.autocast():
+            examinations = objective.examine(
+                student, batch, (f"held out {i}" for i in range(NUM_MASKS))
+            )
+            teacher = objective.difficulty(batch)
+        for seen in examinations:
+            counts.add("relative_error", seen.errors.sum(), seen.yardstick_errors.sum())
+            if seen.difficulty is not None:
+                counts.add_pairs("student_ranking", seen.difficulty, seen.errors)
+        errors = average_errors(examinations)
+        if teacher is not None:
+            counts.add_pairs("teacher_ranking", teacher, errors)
+        trivial = trivial_difficulties(batch.clips, objective.target.patch_size)
+        for name, scores in trivial.items():
+            counts.add_pairs(f"{TRIVIAL}{name}", scores, errors)
+            for seen in examinations:
+                hidden = seen.mask.take_masked(scores.unsqueeze(-1)).squeeze(-1)
+                counts.add_pairs(f"{TRIVIAL_FOR_STUDENT}{name}", hidden, seen.errors)
+    return counts.ratios(processes)
+
+
+class _Counts:
+    """Sums over batches, kept on the device, of which ratios are wanted."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, device=device))
+
+    def add(self, name: str, part: Tensor, whole: Tensor) -> None:
+        self._sums[name] += torch.stack([part.float(), whole.float()])
+
+    def add_pairs(self, name: str, scores: Tensor, errors: Tensor) -> None:
+        self.add(name, *count_ordered_pairs(scores, errors))
+
+    def ratios(self, processes: Processes) -> Measures:
+        totals: dict[str, tuple[float, float]] = {}
+        own = [(name, sums.tolist()) for name, sums in self._sums.items()]
+        for name, (part, whole) in processes.gather(own):
+            before = totals.get(name, (0.0, 0.0))
+            totals[name] = (before[0] + part, before[1] + whole)
+        return {
+            name: part / whole if whole else float("nan") for name, (part, whole) in totals.items()
+        }
+
+
+def trivial_difficulties(clips: Tensor, patch_size: Size3) -> dict[str, Tensor]:
+    """Scores that need no model: (B, C, T, H, W) uint8 -> (B, N) each
+
+    ``variance`` of the pixels of a patch around the mean of their channel, and ``motion``, the
+    mean absolute difference to the frame before (of the first frame: to the second); and both
+    turned round, as ``flatness`` and ``stillness``. Where all frames are alike there is no motion.
+    """
+    pixels = to_unit_range(clips)
+    patches = rearrange(patchify(pixels, patch_size), "b n (p c) -> b n p c", c=clips.shape[1])
+    variance = patches.var(dim=2, correction=0).mean(dim=-1)
+    scores = {"variance": variance, "flatness": -variance}
+    if clips.shape[2] > 1:
+        before = torch.cat([pixels[:, :, 1:2], pixels[:, :, :-1]], dim=2)
+        motion = reduce(patchify((pixels - before).abs(), patch_size), "b n p -> b n", "mean")
+        if motion.any():
+            motion = motion.masked_fill(~motion.any(dim=1, keepdim=True), float("nan"))
+            scores |= {"motion": motion, "stillness": -motion}
+    return scores
+
+
+def describe(measures: Measures, yardstick: str = "the patch mean") -> str:
+    """The measures in a few lines, for the terminal; ``yardstick``: see ``Target``."""
+    lines = [f"held out: error {measures['relative_error']:.3f} of {yardstick}'s"]
+    for who, prefix in ("student", TRIVIAL_FOR_STUDENT), ("teacher", TRIVIAL):
+        if f"{who}_ranking" in measures:
+            trivial = ", ".join(
+                f"{name.removeprefix(prefix)} {value:.3f}"
+                for name, value in measures.items()
+                if name.startswith(prefix)
+            )
+            own = measures[f"{who}_ranking"]
+            lines.append(f"  ranking by the {who} {own:.3f} (trivial: {trivial})")
+    return "\n".join(lines)

@@ -1,0 +1,185 @@
+"""Frozen image models, whose features of each patch the student predicts instead of its pixels.
+
+The paper's ablation with DINO and CLIP. The models are timm's, by name, and their weights come from
+a file that the user gives: nothing is ever downloaded. timm is imported when a model is made: it
+takes seconds, and training on pixels needs none of it.
+"""
+
+import difflib
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from hpm_video.randomness import global_generators
+from hpm_video.tokens.grid import Size3, TokenGrid
+from hpm_video.tokens.pixels import normalise
+from hpm_video.training.checkpoint import CheckpointError, load_weights
+from hpm_video.weights.image_tower import read_image_tower
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+
+FeatureKind = Literal["dino", "clip"]
+"""Which tokens are the features. ``dino``: those after the final norm. ``clip``: those after the
+final norm and the projection into the space that images share with texts."""
+
+DEFAULT_MODELS: dict[FeatureKind, str] = {
+    "dino": "vit_base_patch16_224.dino",
+    "clip": "vit_base_patch16_clip_quickgelu_224.openai",  # what OpenAI trained has QuickGELU
+}
+
+
+class FeatureModel(nn.Module):
+    """A frozen image model that sees the first frame of each time step of a clip."""
+
+    width: int
+    """D of a feature."""
+
+    def __init__(self, model: "VisionTransformer", time_step: int) -> None:
+        """``model`` has a head where features are projected; ``time_step``: frames of a patch."""
+        super().__init__()
+        settings: Any = model.pretrained_cfg
+        self.width = _width(model)
+        self._time_step = time_step
+        self._mean: tuple[float, ...] = tuple(settings["mean"])
+        self._std: tuple[float, ...] = tuple(settings["std"])
+        self._model = model
+        self.eval().requires_grad_(requires_grad=False)
+
+    @torch.no_grad()
+    def forward(self, clips: Tensor) -> Tensor:
+        """Features of all patches, in grid order: (B, C, T, H, W) uint8 -> (B, N, D) float32
+
+        Pixels are normalised as timm says of the model. Class and register tokens are left out.
+        """
+        frames = clips[:, :, :: self._time_step]
+        images = normalise(rearrange(frames, "b c t h w -> (b t) c h w"), self._mean, self._std)
+        tokens = self._model.forward_features(images)[:, self._model.num_prefix_tokens :]
+        tokens = self._model.head(tokens)
+        features: Tensor = rearrange(tokens, "(b t) n d -> b (t n) d", b=len(clips))
+        return features.float()
+
+
+@cache
+def feature_width(kind: FeatureKind, name: str) -> int:
+    """D of the features of a timm model, known without its weights.
+
+    Raises:
+        ValueError: timm has no such model, or one without features of this kind.
+    """
+    return _width(_make(kind, name, depth=1))
+
+
+def load_feature_model(
+    kind: FeatureKind,
+    name: str,
+    weights: Path,
+    *,
+    frame_size: tuple[int, int],
+    patch_size: Size3,
+) -> FeatureModel:
+    """The timm model ``name`` with the weights of a file, for the clips of a student.
+
+    The file is .safetensors, or .pth, .pt or .bin of tensors: a state dict, or one under
+    "teacher", "state_dict" or "model", in the layout of timm and DINO or in that of OpenAI and
+    OpenCLIP. It must fit the model as timm has it. For frames of another size its positions are
+    then resampled by timm: bicubic, anti-aliased.
+
+    Raises:
+        ValueError: timm has no such model, or one without features of this kind; its patches are
+            not the student's, or do not divide the frames.
+        CheckpointError: the file cannot be read, or its weights do not fit the model.
+    """
+    model = _make(kind, name)
+    own = tuple(model.patch_embed.patch_size)
+    if own != patch_size[1:]:
+        raise ValueError(
+            f"the student's tokens must be the patches of {name!r}, got {_by(patch_size[1:])} "
+            f"pixels and {_by(own)}; give the student patches of {_by(own)}, or take a model with "
+            f"patches of {_by(patch_size[1:])}"
+        )
+    TokenGrid.of_clip((patch_size[0], *frame_size), patch_size)
+    found = read_image_tower(weights)
+    load_weights(model, found, weights, may_leave=("head.",) if kind == "dino" else ())
+    if isinstance(model.head, nn.Linear) and model.head.bias.any():
+        raise CheckpointError(
+            f"head.bias of {weights} must be 0, since CLIP's projection has no bias: this head was "
+            f"trained to classify; give the weights before fine-tuning"
+        )
+    if tuple(model.patch_embed.img_size) != frame_size:
+        model.set_input_size(img_size=frame_size)
+    return FeatureModel(model, time_step=patch_size[0])
+
+
+def _width(model: "VisionTransformer") -> int:
+    return model.head.out_features if isinstance(model.head, nn.Linear) else model.embed_dim
+
+
+def _by(size: tuple[int, ...]) -> str:
+    return " x ".join(map(str, size))
+
+
+def _make(kind: FeatureKind, name: str, **options: int) -> "VisionTransformer":
+    """The model with initial weights. One of DINO gets no head, one of CLIP its projection.
+
+    ``options`` replace sizes that timm has for it.
+
+    Raises:
+        ValueError: as :func:`feature_width`.
+    """
+    import timm
+
+    _require_vision_transformer(kind, name)
+    sizes: dict[str, Any] = options | ({"num_classes": 0} if kind == "dino" else {})
+    with global_generators(0):  # for initial weights, none of which stays
+        model: Any = timm.create_model(name, pretrained=False, **sizes)
+    lacking = _lacking(kind, model)
+    if lacking:
+        raise ValueError(
+            f"{name!r} has no features of kind {kind!r}: {lacking}; take "
+            f"{DEFAULT_MODELS[kind]!r} or another size of it"
+        )
+    made: VisionTransformer = model
+    return made
+
+
+def _lacking(kind: FeatureKind, model: nn.Module) -> str | None:
+    from timm.models.vision_transformer import VisionTransformer
+
+    if not isinstance(model, VisionTransformer):  # a switch of timm's makes others of all names
+        return f"timm makes a {type(model).__name__} of it"
+    if isinstance(model.norm, nn.Identity):
+        return "it norms the mean of its tokens, not the tokens"
+    projects = isinstance(model.head, nn.Linear) and isinstance(model.norm_pre, nn.LayerNorm)
+    if kind == "clip" and not projects:
+        return "CLIP's have a norm before the blocks and a projection behind them"
+    return None
+
+
+def _require_vision_transformer(kind: FeatureKind, name: str) -> None:
+    """Refuse names that are not among timm's own, such as those that make it fetch something."""
+    import timm
+
+    fit = _names(module="vision_transformer")
+    if name in fit:
+        return
+    if name in _names():
+        raise ValueError(
+            f"a feature model must be a plain vision transformer, with a token for each patch, "
+            f"got {name!r}; take {DEFAULT_MODELS[kind]!r}"
+        )
+    close = difflib.get_close_matches(name, fit) or [DEFAULT_MODELS[kind]]
+    raise ValueError(
+        f"timm {timm.__version__} has no model {name!r}; names close to it are {', '.join(close)}"
+    )
+
+
+def _names(module: str = "") -> list[str]:
+    """Names of timm, without and with the tag of the weights."""
+    import timm
+
+    return [*timm.list_models(module=module), *timm.list_models(module=module, pretrained=True)]

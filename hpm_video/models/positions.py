@@ -1,0 +1,149 @@
+"""Fixed position codes. They are never learned, and those that are computed in no checkpoint.
+
+A model may see clips of another size than the one that it was pre-trained on. Its tokens then take
+their codes at fractional coordinates of the grid of pre-training: the centre of a token stays at
+the same share of the clip along every axis, and the codes' own functions are evaluated there. Codes
+that came with the weights of another project have no such function, and are interpolated there.
+"""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hpm_video.tokens.grid import TokenGrid
+
+Positions = Literal["sequence", "space_time", "given"]
+"""``sequence``: one sinusoid over the flattened token index, as in VideoMAE. ``space_time``: codes
+of column and row, as in MAE, plus one of time; nearby tokens then look alike along every axis.
+``given``: a table that is kept with the weights, such as one that another project learned; it
+starts as ``space_time`` and stays as it is."""
+
+
+class FixedPositions(nn.Module):
+    """The codes of the tokens of a few grids, all of them placed in one grid, ``source``."""
+
+    table: Tensor
+    """(N of source, D) where they are given."""
+
+    def __init__(
+        self, grids: Iterable[TokenGrid], dim: int, kind: Positions, source: TokenGrid
+    ) -> None:
+        super().__init__()
+        self.source = source
+        self.given = kind == "given"
+        if self.given:
+            self.register_buffer("table", position_table(source, dim, "space_time"))
+            return
+        for grid in grids:
+            table = position_table(grid, dim, kind, source)
+            self.register_buffer(self._name(grid), table, persistent=False)
+
+    def forward(self, grid: TokenGrid) -> Tensor:
+        """-> (N, D)
+
+        Raises:
+            ValueError: the grid is none of those.
+        """
+        if self.given:
+            return resized(self.table, self.source, grid)
+        tables = dict(self.named_buffers())
+        if self._name(grid) not in tables:
+            raise ValueError(
+                f"this model was made for clips of {' or '.join(tables)} tokens (time x height x "
+                f"width), got {self._name(grid)}"
+            )
+        return tables[self._name(grid)]
+
+    @staticmethod
+    def _name(grid: TokenGrid) -> str:
+        return f"{grid.time}x{grid.height}x{grid.width}"
+
+
+def position_table(
+    grid: TokenGrid, dim: int, kind: Positions, source: TokenGrid | None = None
+) -> Tensor:
+    """The fixed code of every token of a grid: -> (N, D)
+
+    ``source`` is the grid of pre-training, in which tokens are placed; by default their own.
+    """
+    if kind == "given":
+        raise ValueError("positions of kind 'given' are not computed, but kept with the weights")
+    codes = {"sequence": sequence, "space_time": space_time}[kind]
+    return codes(grid, dim, source or grid)
+
+
+def resized(table: Tensor, source: TokenGrid, grid: TokenGrid) -> Tensor:
+    """The codes of a grid, out of those of another: (N of source, D) -> (N, D)
+
+    Bicubic and antialiased within a time step, as timm does, and linear over time; the centre of a
+    token stays at the same share along every axis.
+    """
+    space, time = (grid.height, grid.width), grid.time
+    if space != (source.height, source.width):
+        steps = rearrange(table, "(t h w) d -> t d h w", t=source.time, h=source.height)
+        steps = F.interpolate(steps, size=space, mode="bicubic", antialias=True)
+        table = rearrange(steps, "t d h w -> (t h w) d")
+    if time != source.time:
+        lines = rearrange(table, "(t n) d -> n d t", t=source.time)
+        table = rearrange(F.interpolate(lines, size=time, mode="linear"), "n d t -> (t n) d")
+    return table
+
+
+def sequence(grid: TokenGrid, dim: int, source: TokenGrid) -> Tensor:
+    """One-dimensional code over the flattened token index, as in VideoMAE: -> (N, D)
+
+    Column j holds the angle index / 10000^(2 floor(j / 2) / D): its sine where j is even, its
+    cosine where j is odd. The index of a token is (t H + h) W + w, with the height H and the width
+    W of ``source`` and coordinates t, h, w in it, which may be fractions.
+    """
+    time, height, width = _coordinates(grid, source)
+    rows = time.view(-1, 1, 1) * source.height + height.view(-1, 1)
+    index = (rows * source.width + width).reshape(-1, 1)
+    angle = index / 10000 ** (2 * (torch.arange(dim, dtype=torch.float64) // 2) / dim)
+    angle[:, 0::2] = angle[:, 0::2].sin()
+    angle[:, 1::2] = angle[:, 1::2].cos()
+    return angle.float()
+
+
+def space_time(grid: TokenGrid, dim: int, source: TokenGrid) -> Tensor:
+    """Two-dimensional code of MAE plus a code of time that is 0 in the first time step: -> (N, D)
+
+    The first half of the columns encodes the width coordinate, the second half the height; each
+    half is the sines, then the cosines, of coordinate / 10000^(2 i / half). Time is encoded alike
+    over all columns and its code at 0 subtracted, so that an image has exactly MAE's positions.
+
+    Raises:
+        ValueError: ``dim`` is not a multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"positions of kind space_time need a width that 4 divides, got {dim}")
+    time, height, width = _coordinates(grid, source)
+    across = _sines_and_cosines(width, dim // 2).expand(grid.height, -1, -1)
+    down = _sines_and_cosines(height, dim // 2).unsqueeze(1).expand(-1, grid.width, -1)
+    space = torch.cat([across, down], dim=-1).flatten(0, 1)
+    since_start = _sines_and_cosines(time, dim) - _sines_and_cosines(torch.zeros(1), dim)
+    return (since_start.unsqueeze(1) + space).flatten(0, 1).float()
+
+
+def _coordinates(grid: TokenGrid, source: TokenGrid) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the tokens of ``grid`` along each axis of ``source``, in its tokens: -> 3 x (length,)"""
+    time, height, width = (
+        (torch.arange(length, dtype=torch.float64) + 0.5) * of_source / length - 0.5
+        for length, of_source in (
+            (grid.time, source.time),
+            (grid.height, source.height),
+            (grid.width, source.width),
+        )
+    )
+    return time, height, width
+
+
+def _sines_and_cosines(coordinate: Tensor, dim: int) -> Tensor:
+    """(length,) -> (length, dim) float64"""
+    rate = 10000 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
+    angle = coordinate.double().unsqueeze(1) * rate
+    return torch.cat([angle.sin(), angle.cos()], dim=1)

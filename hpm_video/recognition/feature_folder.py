@@ -1,0 +1,228 @@
+"""Features of many videos on disk: a file for each video, and what lies in them.
+
+A folder of features holds
+    features/NAME.npy   of one video: (views, D), or with tokens (views, N, D)
+    starts/NAME.npy     of windows: (views,) int64, the first frame of each
+    index.csv           of each video its path, file, label, frames and views; it is a manifest too
+    settings.json       what the features are of: a folder never mixes two settings
+    bad_files.csv       videos that do not decode, and why
+Files of features are whole or absent, and those that are there need not be computed again.
+"""
+
+import csv
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpm_video.data.manifest import Manifest
+from hpm_video.files.atomic import written_beside
+from hpm_video.files.settings import check_settings
+
+DType = Literal["float32", "float16"]
+UNRELATED = ("hpm_video", "checkpoint", "device", "decoder")
+"""Settings that are noted, but in which the starts of one folder may differ."""
+LONGEST_NAME = 150
+BETWEEN_FOLDERS = "+"
+UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
+COLUMNS = ("path", "file", "label", "label_name", "num_frames", "views")
+
+
+def file_names(files: Iterable[str], base: Path) -> dict[str, str]:
+    """A name for each video that is fit for a file, and no other video's: -> by path
+
+    It is the path from ``base`` on. Where that does not do (odd characters, too many of them, or
+    another path that differs in capitals alone) a part of the path's digest follows.
+    """
+    paths = {file: _from(base, Path(file)) for file in files}
+    alike = Counter(path.casefold() for path in paths.values())
+    names = {}
+    for file, path in paths.items():
+        name = BETWEEN_FOLDERS.join(UNSAFE.sub("_", part) for part in path.split("/"))
+        same = name.replace(BETWEEN_FOLDERS, "/") == path
+        if not same or len(name) > LONGEST_NAME or alike[path.casefold()] > 1:
+            mark = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:10]
+            name = f"{name[-LONGEST_NAME:]}-{mark}"
+        names[file] = name
+    return names
+
+
+def _from(base: Path, file: Path) -> str:
+    return (file.relative_to(base) if file.is_relative_to(base) else file).as_posix()
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the file of a video holds."""
+
+    view_shape: tuple[int, ...]
+    """(D,), or with tokens (N, D)."""
+    dtype: DType
+    windows: bool
+    """Whether the first frames of the views are written down too."""
+
+
+class Entry(NamedTuple):
+    """What was found out about a video."""
+
+    num_frames: int
+    views: int
+
+
+class FeatureFolder:
+    """A folder with features of the videos of a manifest."""
+
+    def __init__(self, path: Path, manifest: Manifest, base: Path, form: Form) -> None:
+        """``base``: files are named by the paths of videos from there on."""
+        self.path = path
+        self.manifest = manifest
+        self.form = form
+        self._names = file_names(manifest.files, base)
+        self._entries: dict[str, Entry] = {}
+
+    def __len__(self) -> int:
+        """Videos whose features are there."""
+        return len(self._entries)
+
+    @property
+    def bad_files(self) -> Path:
+        """Where it is noted which videos do not decode."""
+        return self.path / "bad_files.csv"
+
+    def features_of(self, video: str) -> Path:
+        """Where the features of a video are, or are to be."""
+        return self.path / "features" / f"{self._names[video]}.npy"
+
+    def starts_of(self, video: str) -> Path:
+        """Where the first frames of its windows are, or are to be."""
+        return self.path / "starts" / f"{self._names[video]}.npy"
+
+    def claim(self, settings: Mapping[str, Any]) -> None:
+        """Make the folder one of these settings, and find out what is there already.
+
+        Raises:
+            FileExistsError: it holds something else.
+        """
+        check_settings(self.path, settings, holds="features", unrelated=UNRELATED)
+        self.path.mkdir(parents=True, exist_ok=True)
+        with written_beside(self.path / "settings.json") as path:
+            path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        for unfinished in self.path.glob("*/.*.part.npy"):
+            unfinished.unlink()
+        self.bad_files.unlink(missing_ok=True)  # they are tried again
+        self._entries = {
+            video: entry
+            for video, entry in self._read_index().items()
+            if video in self._names and self._is_there(video, entry)
+        }
+        self.write_index()  # a kill may have left half a line
+
+    def missing(self) -> list[int]:
+        """Places in the manifest of the videos without features, of each video the first."""
+        first = {video: place for place, video in reversed([*enumerate(self.manifest.files)])}
+        return sorted(place for video, place in first.items() if video not in self._entries)
+
+    def begin(self, place: int, views: int) -> "GrowingFile":
+        """The file of a video, to be filled."""
+        return GrowingFile(self.features_of(self.manifest.files[place]), views, self.form)
+
+    def finish(self, place: int, growing: "GrowingFile", num_frames: int) -> None:
+        """Take in the file of a video, which is full."""
+        video = self.manifest.files[place]
+        if self.form.windows:
+            with written_beside(self.starts_of(video)) as beside:
+                np.save(beside, np.concatenate(growing.starts))
+        growing.finish()
+        self._entries[video] = Entry(num_frames, growing.views)
+        with (self.path / "index.csv").open("a", **_TEXT) as file:
+            csv.writer(file).writerow(self._row(place))
+
+    def write_index(self) -> None:
+        """Write ``index.csv`` in the order of the manifest."""
+        files = enumerate(self.manifest.files)
+        there = [place for place, video in files if video in self._entries]
+        with written_beside(self.path / "index.csv") as path, path.open("w", **_TEXT) as file:
+            writer = csv.writer(file)
+            writer.writerow([*COLUMNS, *(["starts"] if self.form.windows else [])])
+            writer.writerows(self._row(place) for place in there)
+
+    def _row(self, place: int) -> list[object]:
+        video, label = self.manifest.files[place], self.manifest.labels[place]
+        names = self.manifest.label_names or ()
+        row = [
+            *(video, self.features_of(video).relative_to(self.path).as_posix(), label),
+            names[label] if 0 <= label < len(names) else "",
+            *self._entries[video],
+        ]
+        if self.form.windows:
+            row.append(self.starts_of(video).relative_to(self.path).as_posix())
+        return row
+
+    def _read_index(self) -> dict[str, Entry]:
+        path = self.path / "index.csv"
+        if not path.is_file():
+            return {}
+        found = {}
+        with path.open(**_TEXT) as file:
+            for row in csv.DictReader(file):
+                numbers = (row.get("num_frames") or "", row.get("views") or "")
+                if row.get("path") and all(number.isdecimal() for number in numbers):
+                    found[row["path"]] = Entry(int(numbers[0]), int(numbers[1]))
+        return found
+
+    def _is_there(self, video: str, entry: Entry) -> bool:
+        """Whether the files of a video are whole."""
+        shape = (entry.views, *self.form.view_shape)
+        there = _holds(self.features_of(video), shape, self.form.dtype)
+        if self.form.windows:
+            there = there and _holds(self.starts_of(video), (entry.views,), "int64")
+        return there
+
+
+_TEXT: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+
+
+def _holds(path: Path, shape: tuple[int, ...], dtype: str) -> bool:
+    """Whether there is an array of that kind; a file that is cut short does not map."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return False
+    return bool(array.shape == shape and array.dtype == dtype)
+
+
+class GrowingFile:
+    """The features of one video, written part by part. The file is there once it is finished."""
+
+    def __init__(self, path: Path, views: int, form: Form) -> None:
+        self._stack = ExitStack()
+        beside = self._stack.enter_context(written_beside(path))
+        self._file = self._stack.enter_context(beside.open("wb"))
+        shape = (views, *form.view_shape)
+        header = {"descr": np.dtype(form.dtype).str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, header)
+        self.starts: list[NDArray[np.int64]] = []
+        self.views = 0
+
+    def add(self, features: NDArray[np.floating[Any]], starts: NDArray[np.int64]) -> None:
+        """Append the features of some views: (R, ...) and (R,)"""
+        self._file.write(features.tobytes())
+        self.starts.append(starts)
+        self.views += len(features)
+
+    def finish(self) -> None:
+        """Put the file, which is full, in its place."""
+        self._stack.close()
+
+    def give_up(self) -> None:
+        """Leave nothing behind."""
+        stop = InterruptedError()
+        self._stack.__exit__(type(stop), stop, None)

@@ -1,0 +1,68 @@
+"""Classification of clips: the objective of fine-tuning and of probes that are trained."""
+
+import torch.nn.functional as F
+from torch import nn
+
+from hpm_video.data.clips import ClipBatch
+from hpm_video.decoding.locations import base_name
+from hpm_video.mining.teacher import follow
+from hpm_video.randomness import key_of
+from hpm_video.recognition.mixing import Mixing
+from hpm_video.tokens.pixels import normalise
+from hpm_video.training.objective import Losses, Model
+from hpm_video.training.progress import Progress
+
+
+class Classification:
+    """Cross-entropy of a classifier, on clips that may be mixed (mixup, CutMix)."""
+
+    def __init__(
+        self,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        label_smoothing: float,
+        mixing: Mixing | None = None,
+        average: nn.Module | None = None,
+        average_momentum: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """``mixing`` makes its own smoothed targets. ``average`` follows the model's weights."""
+        self.mean = mean
+        self.std = std
+        self.average = average
+        self._label_smoothing = label_smoothing
+        self._mixing = mixing
+        self._average_momentum = average_momentum
+        self._seed = seed
+
+    @property
+    def companions(self) -> dict[str, nn.Module]:
+        """Modules that are saved and restored with the model, by name."""
+        return {} if self.average is None else {"average": self.average}
+
+    def settings(self, progress: Progress) -> dict[str, float]:  # noqa: ARG002
+        """What the schedules say at ``progress``, for the log: nothing changes."""
+        return {}
+
+    def losses(self, student: Model, batch: ClipBatch, progress: Progress) -> Losses:
+        """The loss of the model on one batch."""
+        clips = normalise(batch.clips, self.mean, self.std)
+        if self._mixing is None:
+            logits = student(clips, keys=batch.keys)
+            loss = F.cross_entropy(
+                logits.float(), batch.labels, label_smoothing=self._label_smoothing
+            )
+        else:
+            # The files' names tell one micro-batch of an update from another, wherever they lie.
+            names = tuple(base_name(file) for file in batch.files)
+            key = key_of(self._seed, "mixing", progress.update, names)
+            clips, targets = self._mixing(clips, batch.labels, key)
+            logits = student(clips, keys=batch.keys)
+            loss = F.cross_entropy(logits.float(), targets)
+        return Losses(loss, {"classification": loss})
+
+    def after_update(self, student: nn.Module, progress: Progress) -> None:  # noqa: ARG002
+        """Let the average of the weights follow: once per update, in float32."""
+        if self.average is not None:
+            follow(self.average, student, self._average_momentum)

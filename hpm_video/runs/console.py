@@ -1,0 +1,197 @@
+"""What the programs of ``tools/`` share: kinds of arguments, and how they end."""
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from hpm_video.config.schema import ConfigError
+from hpm_video.data.clips import TooManyBadFiles, Views
+from hpm_video.data.manifest import ManifestError
+from hpm_video.decoding.registry import DecodeError, DecoderError
+from hpm_video.recognition.logistic import NotConvergedError
+from hpm_video.recognition.testing import BadTestFilesError
+from hpm_video.training.checkpoint import CheckpointError
+from hpm_video.training.deepspeed_engine import DeepSpeedError
+from hpm_video.training.deepspeed_settings import DeepSpeedSettingsError
+from hpm_video.training.device import DeviceError
+from hpm_video.training.distributed import (
+    Processes,
+    ProcessesError,
+    first_to_say,
+    is_first_process,
+    is_one_of_several,
+    joined_processes,
+    lost_contact,
+)
+from hpm_video.training.metrics import MetricsError, NonFiniteLossError
+from hpm_video.training.stop import Interrupted
+from hpm_video.workers.pool import PoolError
+from hpm_video.workers.room import RoomError
+
+SECONDS_TO_ASK = 2.0
+"""In which the first process is still there to be asked by the others what was told already."""
+FAULT = 1
+WRONG_INPUT = 2
+EXPECTED = (
+    BadTestFilesError,
+    CheckpointError,
+    ConfigError,
+    DecodeError,
+    DecoderError,
+    DeepSpeedError,
+    DeepSpeedSettingsError,
+    DeviceError,
+    ManifestError,
+    MetricsError,
+    NonFiniteLossError,
+    NotConvergedError,
+    OSError,
+    PoolError,
+    ProcessesError,
+    RoomError,
+    TooManyBadFiles,
+)
+EXIT_CODES = """exit codes:
+  0    it is done
+  1    a fault of this program
+  2    a wrong input: the message says which, and what to do
+  75   stopped by SIGTERM, the state is saved: start the same command again
+  130  stopped by Ctrl-C, the state is saved: start the same command again
+Of several processes the job ends with the code of the one that went wrong (torchrun: with 1).
+"""
+
+
+def run(command: Callable[[], None]) -> int:
+    """Run ``command``, and tell what came of it. -> the exit code, see ``EXIT_CODES``"""
+    level = logging.INFO if is_first_process() else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
+    try:
+        with logging_redirect_tqdm():
+            command()
+    except Interrupted as stop:
+        if is_first_process():
+            sys.stdout.write(f"\n{stop}; the state is saved. Go on with the same command.\n")
+        return stop.exit_code
+    except KeyboardInterrupt:
+        sys.stdout.write("\nstopped\n")
+        return 130
+    except torch.OutOfMemoryError as error:
+        remedy = "engine.micro_batch, test.clips_per_pass or --clips-per-pass"
+        _tell(f"\nerror: {error}\nTake fewer clips per pass: {remedy}.\n")
+        return WRONG_INPUT
+    except EXPECTED as error:
+        _tell(f"\nerror: {error}\n")
+        return WRONG_INPUT
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        _tell(f"\nlost the connection to another process of this job ({reason})\n")
+        return FAULT
+    return 0
+
+
+def run_processes(command: Callable[[Processes], None]) -> int:
+    """Run ``command`` in each of the processes that a launcher started. -> the exit code
+
+    The first one logs. An error that all of them meet is told once; one that a process meets alone
+    is told by that process.
+    """
+
+    def joined() -> None:
+        with joined_processes() as processes:
+            command(processes)
+
+    try:
+        code = run(joined)
+    except Exception:
+        if not is_one_of_several():
+            raise
+        traceback.print_exc()
+        code = FAULT
+    if code in (FAULT, WRONG_INPUT) and is_one_of_several():
+        # To end as usual may wait for the others, who wait for this one.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if is_first_process():
+            time.sleep(SECONDS_TO_ASK)
+        os._exit(code)
+    return code
+
+
+def _tell(message: str) -> None:
+    if first_to_say(message):
+        sys.stderr.write(message)
+
+
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    """Options of a program that can tell what it would do."""
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="tell the plan of the batch and the memory that it needs, and do nothing",
+    )
+    parser.add_argument(
+        "--processes", type=positive, default=1, help="that a dry run is told for (GPUS x NNODES)"
+    )
+
+
+def interpreter() -> str:
+    """How to start this Python again, as short as it goes."""
+    program = Path(sys.executable)
+    if program.is_relative_to(Path.cwd()):
+        program = program.relative_to(Path.cwd())
+    path = os.environ.get("PYTHONPATH")
+    return f"PYTHONPATH={shlex.quote(path)} {program}" if path else str(program)
+
+
+def shortest(path: Path | str) -> str:
+    """A path for a command line: relative to the working directory if it lies in there."""
+    path = Path(path)
+    return shlex.quote(
+        str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    )
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    """An argument that is a whole number from 0 on."""
+    return 0 if text == "0" else positive(text)
+
+
+def above_zero(text: str) -> float:
+    """An argument that is a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+def parse_views(text: str) -> Views:
+    """An argument such as ``5x3``: 5 clips of each video, and 3 crops of each clip."""
+    clips, _, crops = text.partition("x")
+    try:
+        return Views(positive(clips), positive(crops))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"views are clips x crops, at least 1x1, such as 5x3; got {text!r}"
+        ) from None

@@ -1,0 +1,66 @@
+"""Whether the weights that a run begins with are of the model that its config describes."""
+
+import logging
+from pathlib import Path
+
+from hpm_video.config.schema import (
+    ConfigError,
+    EncoderConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    load_any_config,
+    result_differences,
+)
+from hpm_video.training.checkpoint import OF_ANOTHER_PROJECT, CheckpointError
+
+log = logging.getLogger(__name__)
+
+SAME_ENCODER = ("encoder", "patch_size", "channels", "positions", "class_token", "conventions")
+"""Of a model's config, what it must have as its weights."""
+
+
+def config_beside(init_weights: str | None) -> PretrainConfig | FinetuneConfig | None:
+    """The config of the run that weights come from; none where they are no checkpoint of a run.
+
+    Raises:
+        CheckpointError: it is a file of another kind than this package has.
+    """
+    if init_weights is None:
+        return None
+    source = Path(init_weights).expanduser()
+    if source.is_file() and source.suffix != ".safetensors":
+        raise CheckpointError(f"{source} is no file of safetensors. {OF_ANOTHER_PROJECT}")
+    path = (source if source.is_dir() else source.parent) / "config.yaml"
+    return load_any_config(path) if path.is_file() else None
+
+
+def check_same_model(
+    config: PretrainConfig | FinetuneConfig, source: PretrainConfig | FinetuneConfig
+) -> None:
+    """Make sure that the encoder of ``source``, and of pre-training the decoder, is that here.
+
+    Weights alone do not tell how many heads there are, or where the positions are.
+
+    Raises:
+        ConfigError: it is another one. Every difference is named.
+    """
+    theirs, ours = (
+        EncoderConfig(**{name: getattr(model, name) for name in SAME_ENCODER})
+        for model in (source.model, config.model)
+    )
+    different = result_differences(theirs, ours, "model.")
+    if isinstance(config, PretrainConfig) and isinstance(source, PretrainConfig):
+        decoders = source.model.decoder, config.model.decoder
+        different += result_differences(*decoders, "model.decoder.")
+    if different:
+        raise ConfigError(
+            f"the model of init_weights={config.init_weights} is another one (its -> here):\n  "
+            + "\n  ".join(different)
+            + "\nTake its values."
+        )
+    if (source.data.mean, source.data.std) != (config.data.mean, config.data.std):
+        log.warning(
+            "init_weights=%s was trained with data.mean=%s data.std=%s, this run has %s and %s",
+            *(config.init_weights, source.data.mean, source.data.std),
+            *(config.data.mean, config.data.std),
+        )

@@ -1,0 +1,89 @@
+"""What the reconstructor has to predict: the pixels of each patch, as they are or standardised."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from hpm_video.tokens.grid import Size3, TokenGrid
+
+TargetKind = Literal["raw", "joint", "per_channel"]
+"""``raw`` pixels; standardised over all values of the patch at once (MAE); or over the pixels of
+each channel (VideoMAE). The first two are cut from the clip as the model sees it, normalised
+with the mean and the deviation of each channel; the last one from pixels in [0, 1]."""
+
+
+class PatchStatistics(NamedTuple):
+    """What is subtracted from a patch and what it is divided by, each broadcasting to (B, N, P)."""
+
+    mean: Tensor
+    scale: Tensor
+
+
+def patchify(clips: Tensor, patch_size: Size3) -> Tensor:
+    """Cut clips into patches, in grid order: (B, C, T, H, W) -> (B, N, P)
+
+    The values of a patch run over its frames, rows, columns and, fastest, channels.
+    """
+    time, height, width = patch_size
+    return rearrange(
+        clips,
+        "b c (t pt) (h ph) (w pw) -> b (t h w) (pt ph pw c)",
+        pt=time,
+        ph=height,
+        pw=width,
+    )
+
+
+def unpatchify(patches: Tensor, patch_size: Size3, grid: TokenGrid) -> Tensor:
+    """Put patches together again: (B, N, P) -> (B, C, T, H, W)"""
+    time, height, width = patch_size
+    return rearrange(
+        patches,
+        "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)",
+        t=grid.time,
+        h=grid.height,
+        pt=time,
+        ph=height,
+        pw=width,
+    )
+
+
+def patch_statistics(patches: Tensor, kind: TargetKind, channels: int) -> PatchStatistics:
+    """Mean and scale with which patches become targets of ``kind``: (B, N, P) -> 2 x (B, N, .)
+
+    ``joint``: the unbiased deviation sqrt(var + 1e-6) of all P values, as in MAE. ``per_channel``:
+    sqrt(var) + 1e-6 over the pixels of each channel, as in VideoMAE. ``raw``: 0 and 1.
+    """
+    if kind == "raw":
+        return PatchStatistics(
+            torch.zeros_like(patches[..., :1]), torch.ones_like(patches[..., :1])
+        )
+    if kind == "joint":
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        return PatchStatistics(mean, (variance + 1e-6).sqrt())
+    # Channel by channel, since reducing over the last axis is several times faster on a CPU.
+    pixels = rearrange(patches, "b n (p c) -> b n c p", c=channels).contiguous()
+    variance, mean = torch.var_mean(pixels, dim=-1)
+    repeats = pixels.shape[-1]
+    return PatchStatistics(
+        mean.repeat(1, 1, repeats), (variance.sqrt() + 1e-6).repeat(1, 1, repeats)
+    )
+
+
+def standardise(patches: Tensor, kind: TargetKind, channels: int) -> Tensor:
+    """Patches as targets of ``kind``: (B, N, P) -> (B, N, P)"""
+    if kind == "raw":
+        return patches
+    mean, scale = patch_statistics(patches, kind, channels)
+    return (patches - mean).div_(scale)
+
+
+def patch_mean_errors(target: Tensor, channels: int) -> Tensor:
+    """Error of the best constant prediction of each patch and channel: (B, N, P) -> (B, N)
+
+    The mark that a reconstruction has to beat: knowing the mean colour of a patch, no detail.
+    """
+    pixels = rearrange(target, "b n (p c) -> b n p c", c=channels)
+    return pixels.var(dim=2, correction=0).mean(dim=-1)

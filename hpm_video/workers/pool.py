@@ -1,0 +1,375 @@
+"""Processes for work in native code that may hang, crash or take all memory: a pool that goes on.
+
+Decoding a broken or hostile file does all three, and nothing in Python stops it, for a native call
+may hold the interpreter's lock. So each job is done in another process, with a limit of time and
+one of memory. A process that goes beyond is killed and replaced, and its job comes back as
+:class:`Lost`; the jobs behind it are given to others.
+
+The processes are forked from a server that has imported what they need and has done nothing else
+(``forkserver`` of multiprocessing): they take over no thread, no lock and no GPU of a run, so a new
+one can begin at any time. Nor do they import the script that runs: the work of a pool is defined in
+a module.
+"""
+
+import contextlib
+import multiprocessing
+import pickle
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from ctypes import c_byte
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from multiprocessing.util import Finalize
+from types import ModuleType
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from typing_extensions import Self
+
+from hpm_video.workers.process import serve, unpacked
+
+Job = TypeVar("Job")
+
+PRELOADED = ["hpm_video.data.loader"]
+START_SECONDS = 300
+"""For a process to begin: the first of them waits until the server has imported torch."""
+STARTS = 3
+"""Times that a process may fail to start before the run ends."""
+SAFE_BYTES = 2**15
+"""Jobs of so many bytes find room in the buffer of a pipe, also two of them."""
+REAPING = 30
+"""For a process that ended by itself to tell how: the server that forked it has to look first."""
+TICK = 0.25
+"""Seconds between two looks at the clock."""
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a process may take for a job."""
+
+    seconds: float = 60.0
+    """From the beginning of a job, or its last result, to the next result. Time in which the run
+    itself was stopped (Ctrl-Z, a suspended machine) does not count."""
+    memory: int = 4 * GIB
+    """Bytes, beyond those that it begins with. On Linux only."""
+
+
+USUAL = Limits()
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What came of a job instead of a result."""
+
+    reason: str
+
+
+class Answer(NamedTuple):
+    """What came of a job."""
+
+    tag: Any
+    """As it was submitted."""
+    result: Any
+    """A result, or :class:`Lost`."""
+    is_last: bool
+    """Nothing more comes of this job."""
+
+
+class PoolStopped(Exception):  # noqa: N818 - not an error: nobody wants results any more
+    """The pool was stopped while somebody waited for a result."""
+
+
+class PoolError(RuntimeError):
+    """The pool itself does not work, or the work raised what it must not: the run has to end."""
+
+
+class Pool(Generic[Job]):
+    """Processes that do jobs, and are replaced when a job takes them down.
+
+    ``work`` must be picklable: a function of a module, or an object of a class of one. It returns
+    one result, or an iterator of several. Arrays and CPU tensors in a result come through shared
+    memory. Where it has a method ``prepare``, each process calls that once, and no limit counts the
+    time it takes: for imports.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[Job], Any],
+        workers: int,
+        limits: Limits,
+        *,
+        result_bytes: int = 0,
+        depth: int = 2,
+    ) -> None:
+        """``workers``: processes, at least 1.
+
+        ``result_bytes``: of the arrays in a result, at most; larger ones come through a pipe,
+        slowly. ``depth``: jobs that a process holds, those that it has not begun included.
+        """
+        if workers < 1 or depth < 1:
+            raise ValueError(
+                f"a pool needs at least 1 worker of depth 1, got {workers} and {depth}"
+            )
+        self._limits = limits
+        self._jobs: deque[_Job] = deque()
+        self._clock = 0.0
+        self._stopped = threading.Event()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        self._workers: list[_Worker] = []
+        # Before multiprocessing waits, as the interpreter exits, for processes that would not end.
+        self._finalizer = Finalize(self, _kill, args=(self._workers,), exitpriority=10)
+        for _ in range(workers):
+            self._workers.append(_Worker(context, work, limits, result_bytes, depth))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes, whatever they are at."""
+        self._finalizer()
+
+    def stop(self) -> None:
+        """Have :meth:`next` give up, from another thread. The pool is to be closed after that."""
+        self._stopped.set()
+
+    def submit(self, tag: object, job: Job, *, first: bool = False, attempts: int = 1) -> None:
+        """Have a job done, before all that wait with ``first``.
+
+        ``attempts``: how often it may be begun. A process can also be killed by others, and a disk
+        stand still for a while: a second attempt tells that from what a job does by itself.
+        """
+        waiting = _Job(tag, pickle.dumps(job), attempts)
+        if first:
+            self._jobs.appendleft(waiting)
+        else:
+            self._jobs.append(waiting)
+        self._feed()
+
+    def next(self) -> Answer:
+        """Wait for a result of any job that was submitted.
+
+        Raises:
+            PoolError: processes do not start, or the work raised an error.
+            PoolStopped: :meth:`stop` was called.
+        """
+        while not self._stopped.is_set():
+            self._feed()
+            began = time.monotonic()
+            ready = wait([worker.connection for worker in self._workers], timeout=TICK)
+            # While this process stood still the others may have too: that counts as two looks.
+            self._clock += min(time.monotonic() - began, 2 * TICK)
+            for worker in self._workers:
+                answer = worker.receive(self._clock) if worker.connection in ready else None
+                if answer is None and worker.is_late(self._clock):
+                    answer = worker.give_up(f"it took longer than {self._limits.seconds:g} s")
+                self._jobs.extendleft(reversed(worker.take_back()))
+                if answer is not None:
+                    return answer
+        raise PoolStopped
+
+    def _feed(self) -> None:
+        """Hand out jobs, to the process that has the fewest."""
+        while self._jobs:
+            worker = min(self._workers, key=lambda each: len(each.held))
+            if not worker.takes(self._jobs[0]):
+                return
+            worker.begin(self._jobs.popleft(), self._clock)
+
+
+@dataclass(eq=False)
+class _Job:
+    """A job, and what becomes of it."""
+
+    tag: Any
+    data: bytes
+    """It itself, pickled."""
+    attempts: int
+    """How often it may still be begun."""
+    slot: int = 0
+    """Of the shared memory, where it was begun."""
+    has_results: bool = False
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A process, as the pool sees it; a new one takes over where it ends."""
+
+    context: Any
+    work: Any
+    limits: Limits
+    result_bytes: int
+    depth: int
+    held: deque[_Job] = field(default_factory=deque)
+    process: Any = None
+    connection: Any = None
+    _life: Any = None
+    _returned: list[_Job] = field(default_factory=list)
+    _failed_starts: int = 0
+    _since: float | None = None
+    """When it began what it is at; not yet known of a process that starts."""
+    _ready: bool = False
+
+    def __post_init__(self) -> None:
+        # A file without a name: nothing is left of it, however this process ends.
+        self._shared = self.context.RawArray(c_byte, max(self.result_bytes * self.depth, 1))
+        self._start()
+
+    def _start(self) -> None:
+        try:
+            self.connection, theirs = self.context.Pipe()
+            watched, self._life = self.context.Pipe(duplex=False)
+            ends = (theirs, watched, self._shared, self.result_bytes, self.work)
+            process = self.context.Process(
+                target=serve, args=(*ends, self.limits.memory), daemon=True
+            )
+            with _no_script():
+                process.start()
+        except OSError as error:
+            raise PoolError(
+                f"a process that decodes cannot be started: {error}. Where that is about open "
+                "files, allow more (ulimit -n); otherwise take fewer with data.workers"
+            ) from error
+        self.process = process
+        theirs.close()
+        watched.close()
+        self._ready, self._since = False, None
+
+    def takes(self, job: _Job) -> bool:
+        """Whether it can be given a job now.
+
+        To send a large one waits until the process reads it: which must wait for nothing else then.
+        """
+        if len(job.data) > SAFE_BYTES:
+            return self._ready and not self.held
+        return len(self.held) < self.depth
+
+    def begin(self, job: _Job, clock: float) -> None:
+        """Give it a job."""
+        slots = {held.slot for held in self.held}
+        job.slot = next(slot for slot in range(self.depth) if slot not in slots)
+        if not self.held:
+            self._since = clock
+        self.held.append(job)
+        with contextlib.suppress(OSError):  # where it is gone, that is found when it is listened to
+            self.connection.send(("job", job.slot, job.data))
+
+    def is_late(self, clock: float) -> bool:
+        if self._since is None or not (self.held or not self._ready):
+            return False
+        return clock - self._since > (self.limits.seconds if self._ready else START_SECONDS)
+
+    def receive(self, clock: float) -> Answer | None:
+        """What the process says; where it says nothing any more, a new one takes its place."""
+        try:
+            kind, *content = self.connection.recv()
+        except (EOFError, OSError):
+            return self.give_up(None)
+        self._since = clock
+        if kind == "ready":
+            self._ready, self._failed_starts = True, 0
+            return None
+        if kind == "error":
+            raise PoolError(f"reading data failed unexpectedly:\n{content[0]}")
+        if kind == "lost":
+            self.held[0].attempts = 0  # it would be the same again
+            return self.give_up(content[0])
+        header, sizes, more = content
+        job = self.held[0]
+        result = unpacked(header, sizes, self._slot(job.slot))
+        job.has_results = True
+        if more:
+            with contextlib.suppress(OSError):
+                self.connection.send(("more",))
+        else:
+            self.held.popleft()
+        return Answer(job.tag, result, is_last=not more)
+
+    def give_up(self, reason: str | None) -> Answer | None:
+        """Kill the process and start another one. -> what came of its job
+
+        ``reason``: none where the process ended by itself.
+        """
+        ended = self._end(by_itself=reason is None)
+        why = reason or f"the process that decoded it ended {ended}"
+        job = self.held.popleft() if self.held and self._ready else None
+        self._returned += self.held
+        self.held.clear()
+        if not self._ready:
+            self._failed_starts += 1
+        if self._failed_starts >= STARTS:
+            raise PoolError(
+                f"a process that decodes did not start, {STARTS} times: "
+                f"{reason or f'it ended {ended}'}. What it printed stands above; "
+                "data.workers=0 decodes in the run's own process"
+            )
+        self._start()
+        if job is None:
+            return None
+        job.attempts -= 1
+        if job.attempts > 0 and not job.has_results:
+            self._returned.insert(0, job)
+            return None
+        return Answer(job.tag, Lost(why), is_last=True)
+
+    def take_back(self) -> list[_Job]:
+        """Jobs that a process which ended had not begun, or that may be begun once more."""
+        returned, self._returned = self._returned, []
+        return returned
+
+    def _end(self, *, by_itself: bool) -> str:
+        """Kill it. -> how it ended"""
+        self.connection.close()
+        self._life.close()
+        if by_itself:
+            self.process.join(timeout=REAPING)
+        code = self.process.exitcode
+        self.process.kill()
+        # One in the middle of reading from a dead disk does not even end when killed: then nobody
+        # waits for it.
+        self.process.join(timeout=2)
+        self.process = None
+        if code is None or code >= 0:
+            return f"with exit code {code}"
+        name = signal.Signals(-code).name
+        hint = ", as a system does that has no memory left" if name == "SIGKILL" else ""
+        return f"by {name}{hint}"
+
+    def kill(self) -> None:
+        """End it, whatever it is at, and whatever of it there is."""
+        for thing in (self.connection, self._life):
+            if thing is not None:
+                thing.close()
+        if self.process is not None:
+            self.process.kill()
+
+    def _slot(self, slot: int) -> memoryview:
+        whole = memoryview(self._shared).cast("B")
+        return whole[slot * self.result_bytes : (slot + 1) * self.result_bytes]
+
+
+@contextlib.contextmanager
+def _no_script() -> Iterator[None]:
+    """Without this a new process imports the script that runs, and all that the script imports."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
+
+
+def _kill(workers: Sequence[_Worker]) -> None:
+    for worker in workers:
+        with contextlib.suppress(OSError):
+            worker.kill()
+    for worker in workers:
+        if worker.process is not None:
+            worker.process.join(timeout=2)

@@ -1,0 +1,286 @@
+"""Odd videos, damaged ones, and files that are none, under every decoder."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from hpm_video.data.transforms import Box
+from hpm_video.decoding import containers, crop_pixels
+from hpm_video.decoding import pyav as decode_pyav
+from hpm_video.decoding.mp4_header import is_trimmed
+from hpm_video.decoding.reader import as_decode_error
+from hpm_video.decoding.registry import DecodeError, available_decoders, open_video
+
+DECODERS = available_decoders()
+REFUSED = {
+    "pyav": set(),
+    "torchcodec": {"odd_halved.avi", "mpeg4.avi", "stream.ts"},
+    "decord": {
+        *("tiny.mp4", "av1.mp4", "stream.ts", "animation.gif"),
+        *("start_trimmed.mp4", "end_trimmed.mp4", "both_trimmed.mp4"),
+    },
+}
+"""Odd files that a decoder would get wrong, and that its reader leaves alone."""
+TOLERANCE = {"odd_halved.avi": 24, "ten_bit.mp4": 12, "alpha_prores.mov": 1}
+"""Largest difference between two decoders, away from edges, where their colour conversions differ:
+colours at half size in frames of odd size, and 10 bits to 8. Elsewhere none."""
+TRIMMED = {"start_trimmed.mp4", "end_trimmed.mp4", "both_trimmed.mp4"}
+SURVIVE = """
+import json, sys, traceback
+from hpm_video.decoding.registry import DecodeError, open_video
+for path in sys.argv[2:]:
+    try:
+        with open_video(path, sys.argv[1]) as video:
+            found = video.read(sorted({0, video.num_frames // 2, video.num_frames - 1}))
+            size = [video.height, video.width]
+        outcome = "frames" if [*found.shape[1:]] == [*size, 3] else f"{found.shape} {size}"
+    except DecodeError as error:
+        outcome = "refused" if error.path == path and len(error.reason) > 9 else repr(error)
+    except BaseException:
+        outcome = traceback.format_exc()
+    print(json.dumps([path, outcome]), flush=True)
+"""
+
+
+def reference(path: Path) -> np.ndarray:
+    """All frames one after the other, as PyAV's documentation shows it."""
+    with av.open(str(path)) as container:
+        container.streams.video[0].thread_count = 1
+        return np.stack(
+            [
+                np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+                for frame in container.decode(video=0)
+            ]
+        )
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_odd_videos_have_the_same_frames_under_all_decoders(odd_files, decoder):
+    draw = np.random.default_rng(0)
+    for name, path in odd_files.items():
+        if name in REFUSED[decoder]:
+            with pytest.raises(DecodeError):
+                open_video(str(path), decoder).read([0])
+            continue
+        expected = reference(path)
+        with open_video(str(path), decoder) as video:
+            assert video.num_frames == len(expected), name
+            assert (video.height, video.width) == expected.shape[1:3], name
+            order = draw.permutation(len(expected))
+            for indices in (*np.array_split(order, 5), order):
+                if not len(indices):
+                    continue
+                found = video.read(indices).astype(int)
+                apart = np.abs(found[:, None] - expected[None]).mean(axis=(2, 3, 4))
+                assert np.all(apart[range(len(found)), indices] == apart.min(axis=1)), name
+                difference = np.abs(found - expected[indices])[:, 18:]
+                allowed = 0 if decoder == "pyav" else TOLERANCE.get(name, 0)
+                assert difference.max(initial=0) <= allowed, name
+
+
+@pytest.mark.parametrize("worth", [-1, crop_pixels.WORTH])
+def test_a_part_of_a_frame_is_the_same_to_the_last_bit(odd_files, monkeypatch, worth):
+    monkeypatch.setattr(crop_pixels, "WORTH", worth)
+    draw = np.random.default_rng(0)
+    for name, path in odd_files.items():
+        with open_video(str(path), "pyav") as video:
+            count, height, width = video.num_frames, video.height, video.width
+            for _ in range(6):
+                top, left = draw.integers(height), draw.integers(width)
+                rows = draw.integers(1, height - top, endpoint=True)
+                columns = draw.integers(1, width - left, endpoint=True)
+                box = Box(*map(int, (top, left, rows, columns)))
+                indices = draw.integers(0, count, 3)
+                whole = video.read(indices)[:, top : top + rows, left : left + columns]
+                assert np.array_equal(video.read(indices, box), whole), (name, box)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_boxes(odd_files, decoder):
+    with open_video(str(odd_files["turned_90.mp4"]), decoder) as video:
+        assert (video.height, video.width) == (96, 64)
+        found = video.read([20, 3, 20], Box(5, 7, 50, 3))
+        assert np.array_equal(found, video.read([20, 3, 20])[:, 5:55, 7:10])
+        for wrong in (Box(0, 0, 64, 96), Box(-1, 0, 9, 9), Box(0, 0, 0, 9), Box(90, 0, 7, 1)):
+            with pytest.raises(ValueError, match="does not lie in frames of 96 x 64"):
+                video.read([0], wrong)
+
+
+def test_what_a_header_says_is_what_its_packets_say(odd_files, monkeypatch):
+    read = []
+    for name, path in odd_files.items():
+        with open_video(str(path), "pyav") as video:
+            if video._stated:
+                read.append(name)
+                stated = (video._times, video._key_times, video._keys)
+                video._index_anew()
+                assert (video._times, video._key_times, video._keys) == stated, name
+                assert (video.height, video.width) == video._first_size(), name
+    mp4 = {name for name in odd_files if name.endswith((".mp4", ".mov"))}
+    assert set(read) == mp4 - {"fragments.mp4"} - TRIMMED
+    assert {name for name in mp4 if is_trimmed(str(odd_files[name]))} == TRIMMED
+
+
+def test_opening_an_mp4_reads_no_frames(odd_files, monkeypatch):
+    def demux(*_args):
+        raise AssertionError
+
+    monkeypatch.setattr(decode_pyav.PyavReader, "_packets_of_file", demux)
+    with open_video(str(odd_files["plain.mp4"]), "pyav") as video:
+        assert (video.num_frames, video.height, video.width) == (30, 64, 96)
+
+
+@pytest.mark.parametrize("shift", [0, 7, "turn"])
+def test_a_header_that_lies_does_no_harm(odd_files, numbers_of, monkeypatch, shift):
+    read = decode_pyav.read_track
+
+    def lie(*arguments):
+        track = read(*arguments)
+        if shift == "turn":
+            return track._replace(is_upright=False)
+        return track._replace(delays=track.delays * 0 + shift)
+
+    monkeypatch.setattr(decode_pyav, "read_track", lie)
+    with open_video(str(odd_files["plain.mp4"]), "pyav") as video:
+        assert (video.height, video.width) == (64, 96)
+        assert numbers_of(video.read([29, 3, 12], Box(0, 0, 64, 96))) == [29, 3, 12]
+        assert video.num_frames == 30
+
+
+def test_a_header_that_states_more_frames_than_there_are(odd_files, monkeypatch):
+    packets = decode_pyav.PyavReader._packets_of_header
+
+    def more(self):
+        found = packets(self)
+        self._stated[10**6] = 10**6
+        return [*found, found[-1]._replace(pts=10**6, dts=10**6)]
+
+    monkeypatch.setattr(decode_pyav.PyavReader, "_packets_of_header", more)
+    with open_video(str(odd_files["plain.mp4"]), "pyav") as video:
+        assert video.num_frames == 31
+        with pytest.raises(DecodeError, match="only 0 of 1 frames came out"):
+            video.read([30])
+        assert video.read([29]).shape == (1, 64, 96, 3)
+        video._stated = {}.fromkeys(video._stated)
+        with pytest.raises(DecodeError, match="it has 30 frames, and number 30 was asked for"):
+            video.read([30])
+
+
+def test_a_container_that_states_another_size(odd_files, tmp_path):
+    """The frames are what the video is, as long as nobody relied on the statement."""
+    path = tmp_path / "wrong.mp4"
+    path.write_bytes(odd_files["mpeg4.mp4"].read_bytes())
+    with open_video(str(path), "pyav") as video:
+        video._size = (48, 64)
+        with pytest.raises(DecodeError, match="states frames of 64x48, and they are of 96x64. Enc"):
+            video.read([3], Box(0, 0, 9, 9))
+        video._size = (48, 64)
+        assert video.read([3]).shape == (1, 64, 96, 3)
+        assert (video.height, video.width) == (64, 96)
+
+
+@pytest.mark.parametrize("decoder", [name for name in DECODERS if name != "decord"])
+@pytest.mark.parametrize("indices", [[3, 25], [25, 26], range(40)])
+@pytest.mark.parametrize("box", [None, Box(0, 0, 9, 9)])
+def test_frames_that_change_size(hostile_files, decoder, indices, box):
+    """decord scales them to the size of the first, and does not say so."""
+    with (
+        open_video(str(hostile_files["growing.mp4"]), decoder) as video,
+        pytest.raises(DecodeError, match=r"change size, from 64x64 to 96x96\. Encode it anew: too"),
+    ):
+        video.read(indices, box)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_files_that_name_others_are_refused(list_files, decoder):
+    for path in list_files.values():
+        with pytest.raises(DecodeError, match="names other files or addresses: only files that"):
+            open_video(str(path), decoder)
+
+
+def test_ffmpeg_is_told_to_leave_other_files_alone(list_files, monkeypatch):
+    """Whatever the first bytes look like."""
+    monkeypatch.setattr(decode_pyav, "refuse_lists", lambda head: None)
+    monkeypatch.chdir(list_files["concat.mp4"].parent)
+    with av.open("concat.mp4") as container:  # it would follow
+        assert sum(1 for _ in container.decode(video=0)) == 5
+    for path in list_files.values():
+        with pytest.raises(DecodeError, match="it is no video"):
+            open_video(str(path), "pyav")
+    with pytest.raises(DecodeError, match="there is no such file"):
+        open_video(f"concat:{list_files['concat.mp4'].parent / 'real.mp4'}", "pyav")
+
+
+@pytest.mark.parametrize(
+    "name", ["plain.mp4", "stream.ts", "mpeg4.avi", "vp9.webm", "alpha_png.mov", "animation.gif"]
+)
+def test_real_videos_are_known_by_their_first_bytes(odd_files, name):
+    assert containers.known_container(odd_files[name].read_bytes()[: containers.HEAD])
+
+
+@pytest.mark.parametrize(
+    "what", [b"<MPDx", b"\n<SmoothStreamingMedia ", b"<?xml?><compositionPlayl"]
+)
+def test_text_behind_the_first_bytes_of_a_video(what):
+    with pytest.raises(DecodeError, match="names other files|no known container"):
+        containers.known_container(b"1234moov" + what + b"ist")
+
+
+@pytest.mark.parametrize("error", [MemoryError, av.error.MemoryError])
+def test_a_lack_of_memory_says_nothing_about_a_file(error):
+    arguments = () if error is MemoryError else (12, "Cannot allocate memory")
+    with pytest.raises(MemoryError), as_decode_error("a.mp4"):
+        raise error(*arguments)
+
+
+def test_frames_are_counted_only_when_they_must_be(odd_files, monkeypatch, numbers_of):
+    """To count those of AVI files means to decode them all."""
+    counted = []
+    count = decode_pyav.PyavReader._count
+    monkeypatch.setattr(
+        decode_pyav.PyavReader, "_count", lambda self: counted.append(1) or count(self)
+    )
+    with open_video(str(odd_files["mpeg4.avi"]), "pyav") as video:
+        assert numbers_of(video.read([7, 3])) == [7, 3]
+        assert numbers_of(video.read([9])) == [9]
+        assert numbers_of(video.read([2])) == [2]
+        assert video.frames_stated(30) == 30
+        assert not counted
+        with pytest.raises(
+            DecodeError, match="it has 30 frames, and number 30 was asked"
+        ) as caught:
+            video.read([3, 30])
+        assert isinstance(caught.value, IndexError)
+        assert caught.value.path == video.path
+        assert counted == [1]
+        assert numbers_of(video.read([29])) == [29]
+        with pytest.raises(IndexError, match=r"0\.\.29"):
+            video.read([31])
+        assert video.frames_stated(99) == 30
+    with open_video(str(odd_files["plain.mp4"]), "pyav") as video:
+        assert (video.frames_stated(99), video.frames_stated(9)) == (30, 9)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_hostile_files_give_frames_or_an_error_that_names_them(hostile_files, decoder):
+    paths = [str(path) for path in hostile_files.values()]
+    done = subprocess.run(
+        [sys.executable, "-c", SURVIVE, decoder, *paths],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    outcomes = dict(map(json.loads, lines))
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
+    assert [*outcomes] == paths
+    other = {path: what for path, what in outcomes.items() if what not in ("frames", "refused")}
+    assert not other
+    assert {"frames", "refused"} == set(outcomes.values())

@@ -1,0 +1,1247 @@
+"""The recipes of the data sets, on small trees of exactly the layouts that people download.
+
+The scripts open no video or image, so those here are empty files; but for CIFAR-10, whose archives
+they turn into images.
+"""
+
+import importlib.util
+import io
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hpm_video.data.manifest import read_manifest
+
+ROOT = Path(__file__).parents[2]
+HEADER = "label,youtube_id,time_start,time_end,split,is_cc\n"
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+def load(name: str) -> ModuleType:
+    """A script, which is run by path and not a module of the package."""
+    path = ROOT / "datasets" / name / "prepare.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_prepare", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> Run:
+    """The command line of a script, within this process; paths start from ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(name: str, *arguments: str, output: str = "out") -> Outcome:
+        code = load(name).main([*arguments, "--output", output])
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return start
+
+
+@pytest.fixture(autouse=True)
+def at_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def touch(*names: str) -> None:
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+
+
+def text(name: str, content: str) -> str:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text(content, encoding="utf-8")
+    return name
+
+
+def listed(manifest: str) -> dict[str, int]:
+    """File -> label, files from here on where they lie here."""
+    read = read_manifest(manifest)
+    here = Path.cwd()
+    return {
+        str(Path(file).relative_to(here)): label
+        for file, label in zip(read.files, read.labels, strict=True)
+    }
+
+
+def refused(outcome: Outcome, *parts: str) -> None:
+    """One clear error, and nothing written."""
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert outcome.err.startswith("error: ")
+    assert outcome.err.count("\n") == 1
+    for part in parts:
+        assert part in outcome.err
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["kinetics400", "ssv2", "ucf101", "hmdb51", "imagenet1k", "cifar10"]
+)
+def test_as_a_user_starts_it(name: str) -> None:
+    """In a process of its own, from the root, without loading torch."""
+    place = Path("import")
+    place.mkdir()
+    (place / "hpm_video").symlink_to(ROOT / "hpm_video")
+    arguments = {
+        "kinetics400": kinetics_arguments,
+        "ssv2": ssv2_arguments,
+        "ucf101": ucf_arguments,
+        "hmdb51": hmdb_arguments,
+        "imagenet1k": imagenet_arguments,
+        "cifar10": lambda: [cifar_archive(cifar_files("binary"))],
+    }[name]()
+    kind = "image" if name in ("imagenet1k", "cifar10") else "video"
+    absolute = [str(Path(a).absolute()) if Path(a).exists() else a for a in arguments]
+    code = (
+        "import runpy, sys; del sys.path[0]; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    script = f"datasets/{name}/prepare.py"
+    done = subprocess.run(
+        [sys.executable, "-c", code, script, *absolute, "--output", str(Path("out").absolute())],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(place.absolute())},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("False\n")
+    names = Path("out/labels.txt").read_text().splitlines()
+    assert len(names) >= 2
+    manifests = sorted(Path("out").glob("*.csv"))
+    assert len(manifests) == {"ssv2": 3, "ucf101": 6, "hmdb51": 6}.get(name, 2)
+    for path in manifests:
+        manifest = read_manifest(path)
+        assert all(Path(file).is_file() for file in manifest.files)
+        assert f"{path.stem}: {len(manifest)} {kind}s listed, {len(manifest)} found, 0 missing" in (
+            done.stdout
+        )
+        for label, file_name in enumerate(manifest.label_names or ()):
+            assert file_name in (names[label], str(label))
+
+
+# --- Kinetics -------------------------------------------------------------------------------------
+
+
+def kinetics_arguments() -> list[str]:
+    """Class folders, one with underscores, whose order differs from the order in the CSV."""
+    touch(
+        "k/train/zumba/zzzzzzzzzz1_000010_000020.mp4",
+        "k/train/abseiling/-aaaaaaaaa1_000003_000013.mkv",
+        "k/train/abseiling/_aaaaaaaaa2_000100_000110.MP4",
+        "k/train/riding_or_walking_with_horse/rrrrrrrrrr1_000000_000010.webm",
+        "k/val/zumba/zzzzzzzzzz9_000001_000011.mp4",
+        "k/val/riding or walking with horse/rrrrrrrrrr9_000007_000017.mp4",
+    )
+    text(
+        "k/annotations/train.csv",
+        HEADER + "zumba,zzzzzzzzzz1,10,20,train,0\n"
+        "abseiling,-aaaaaaaaa1,3,13,train,1\n"
+        '"riding or walking with horse",rrrrrrrrrr1,0,10,train,0\n'
+        "abseiling,_aaaaaaaaa2,100,110,train,0\n",
+    )
+    text(
+        "k/annotations/val.csv",
+        HEADER + "zumba,zzzzzzzzzz9,1,11,val,0\n"
+        "riding or walking with horse,rrrrrrrrrr9,7,17,val,0\n",
+    )
+    return [
+        *("--train", "k/train", "--train-csv", "k/annotations/train.csv"),
+        *("--validation", "k/val", "--validation-csv", "k/annotations/val.csv"),
+    ]
+
+
+def test_kinetics_class_folders_with_lists(run: Run) -> None:
+    outcome = run("kinetics400", *kinetics_arguments())
+    assert outcome.code == 0, outcome.err
+    assert Path("out/labels.txt").read_text() == "abseiling\nriding or walking with horse\nzumba\n"
+    assert listed("out/train.csv") == {
+        "k/train/zumba/zzzzzzzzzz1_000010_000020.mp4": 2,
+        "k/train/abseiling/-aaaaaaaaa1_000003_000013.mkv": 0,
+        "k/train/riding_or_walking_with_horse/rrrrrrrrrr1_000000_000010.webm": 1,
+        "k/train/abseiling/_aaaaaaaaa2_000100_000110.MP4": 0,
+    }
+    assert listed("out/validation.csv") == {
+        "k/val/zumba/zzzzzzzzzz9_000001_000011.mp4": 2,
+        "k/val/riding or walking with horse/rrrrrrrrrr9_000007_000017.mp4": 1,
+    }
+    assert read_manifest("out/validation.csv").label_names == (
+        *("0", "riding or walking with horse", "zumba"),
+    )
+    assert Path("out/train.csv").read_text().startswith("path,label,label_name\n/")
+    assert "validation: 2 videos listed, 2 found, 0 missing" in outcome.out
+    assert "classes without any video: abseiling\n" in outcome.out
+    assert "classes without any video: none\n" in outcome.out
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        "labels.txt",
+        "train.csv",
+        "validation.csv",
+    ]
+
+
+def test_kinetics_class_folders_without_lists_give_the_same_numbers(run: Run) -> None:
+    kinetics_arguments()
+    outcome = run("kinetics400", "--train", "k/train", "--validation", "k/val")
+    assert outcome.code == 0, outcome.err
+    assert Path("out/labels.txt").read_text() == "abseiling\nriding_or_walking_with_horse\nzumba\n"
+    assert listed("out/train.csv")["k/train/zumba/zzzzzzzzzz1_000010_000020.mp4"] == 2
+    assert listed("out/validation.csv") == {
+        "k/val/zumba/zzzzzzzzzz9_000001_000011.mp4": 2,
+        "k/val/riding or walking with horse/rrrrrrrrrr9_000007_000017.mp4": 1,
+    }
+    assert len(read_manifest("out/train.csv")) == 4
+    assert "train: without a CSV, so what is missing is not known" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("massaging_person-s_head", "massaging person's head"),
+        ("passing_American_football_(in_game)", "passing American football (in game)"),
+        ("Riding Or Walking With Horse", "riding or walking with horse"),
+    ],
+)
+def test_kinetics_folders_are_known_by_letters_and_digits(run: Run, folder: str, name: str) -> None:
+    touch(f"v/{folder}/a.mp4")
+    text("names.txt", f"abseiling\n{name}\n")
+    outcome = run("kinetics400", "--validation", "v", "--labels", "names.txt")
+    assert outcome.code == 0, outcome.err
+    assert listed("out/validation.csv") == {f"v/{folder}/a.mp4": 1}
+    assert read_manifest("out/validation.csv").label_names == ("0", name)
+    assert Path("out/labels.txt").read_text() == Path("names.txt").read_text()
+
+
+def test_kinetics_flat_as_mirrored_with_replacements_and_missing_ones(run: Run) -> None:
+    ids = [f"abcdefghij{i}" for i in range(9)]
+    touch(
+        f"k400/train/{ids[0]}_000010_000020.mp4",
+        f"k400/train/{ids[1]}.mp4",  # the id alone, one clip of it
+        f"k400/train/{ids[2]}.mp4",  # the id alone, two clips of it
+        "k400/train/unknown-one_000000_000010.mp4",
+        f"k400/replacement/deep/{ids[0]}_000010_000020.mp4",
+        f"k400/replacement/deep/{ids[8]}_000001_000011.mp4",  # lost in train
+        "k400/replacement/deep/other-split_000001_000011.mp4",
+    )
+    rows = [f"juggling,{ids[0]},10,20,train,0", f"juggling,{ids[1]},5.0,15.0,train,0"]
+    rows += [f"juggling,{ids[2]},{start},{start + 10},train,0" for start in (0, 50)]
+    rows += [f"bowling,{one},1,11,train,0" for one in ids[3:]]
+    text("train.csv", HEADER + "\n".join(rows) + "\n")
+    arguments = ["--train", "k400/train", "--train-csv", "train.csv"]
+    arguments += ["--replacements", "k400/replacement"]
+    outcome = run("kinetics400", *arguments)
+    assert outcome.code == 0, outcome.err
+    assert listed("out/train.csv") == {
+        f"k400/replacement/deep/{ids[0]}_000010_000020.mp4": 1,
+        f"k400/train/{ids[1]}.mp4": 1,
+        f"k400/replacement/deep/{ids[8]}_000001_000011.mp4": 0,
+    }
+    missing = [f"juggling/{ids[2]}_000000_000010", f"juggling/{ids[2]}_000050_000060"]
+    missing += [f"bowling/{one}_000001_000011" for one in ids[3:8]]
+    assert Path("out/missing_train.txt").read_text().splitlines() == missing
+    assert "train: 10 videos listed, 3 found, 7 missing" in outcome.out
+    assert f"missing: {', '.join(missing[:5])} and 2 more; all in " in outcome.out
+    assert "train: replacements taken: 2\n" in outcome.out
+    assert f"have several clips, left out: 1, such as {ids[2]}\n" in outcome.out
+    assert "on disk, but in none of these lists: 2 of 4 videos" in outcome.out
+    assert "unknown-one_000000_000010.mp4" in outcome.out
+    alone = run("kinetics400", "--train", "k400/train", *arguments[4:], output="other")
+    assert "--replacements needs --train-csv" in alone.err
+    assert run("kinetics400", *arguments, "--strict").code == 2
+    for one in missing:
+        touch(f"k400/train/{one.split('/')[1]}.mp4")
+    assert run("kinetics400", *arguments, "--strict").code == 0
+    assert len(read_manifest("out/train.csv")) == 10
+    assert not Path("out/missing_train.txt").exists()  # it would be of the run before
+
+
+def test_kinetics_test_list_without_labels_and_splits_in_one_folder(run: Run) -> None:
+    # The folder of all videos makes no class of them, whatever its name.
+    touch("zumba/aaaaaaaaaaa_000000_000010.mp4", "zumba/bbbbbbbbbbb.mp4", "zumba/ccccccccccc.mp4")
+    text("tr.csv", HEADER + "dodgeball,aaaaaaaaaaa,0,10,train,0\nzumba,bbbbbbbbbbb,0,10,train,0\n")
+    touch("zumba/aaaaaaaaaaa.mp4")  # there is a better name
+    # The id of a training clip: zumba/bbbbbbbbbbb.mp4 could be either.
+    text(
+        "te.csv",
+        "youtube_id,time_start,time_end,split\nccccccccccc,3,13,test\nbbbbbbbbbbb,90,99,test\n",
+    )
+    arguments = ["--train", "zumba", "--train-csv", "tr.csv"]
+    arguments += ["--test", "zumba", "--test-csv", "te.csv"]
+    outcome = run("kinetics400", *arguments)
+    assert outcome.code == 0, outcome.err
+    assert listed("out/test.csv") == {"zumba/ccccccccccc.mp4": -1}
+    assert listed("out/train.csv") == {"zumba/aaaaaaaaaaa_000000_000010.mp4": 0}
+    assert "  without labels\n" in outcome.out
+    assert "on disk, but in none of these lists: 2 of 4 videos" in outcome.out
+    assert outcome.out.count("on disk") == 1
+
+
+def test_kinetics_validation_alone_takes_numbers_of_the_training_list(run: Run) -> None:
+    kinetics_arguments()
+    arguments = ["--validation", "k/val", "--validation-csv", "k/annotations/val.csv"]
+    refused(run("kinetics400", *arguments), "--train-csv", "--labels")
+    outcome = run("kinetics400", *arguments, "--train-csv", "k/annotations/train.csv")
+    assert outcome.code == 0, outcome.err
+    assert listed("out/validation.csv")["k/val/zumba/zzzzzzzzzz9_000001_000011.mp4"] == 2
+    assert not Path("out/train.csv").exists()
+
+
+def test_kinetics_paths_are_relative_below_the_output(run: Run) -> None:
+    touch("out/videos/a b/x.mp4", "out/videos/c/y, z.mp4")
+    assert run("kinetics400", "--train", "out/videos").code == 0
+    assert Path("out/train.csv").read_text() == (
+        'path,label,label_name\nvideos/a b/x.mp4,0,a b\n"videos/c/y, z.mp4",1,c\n'
+    )
+    assert listed("out/train.csv") == {"out/videos/a b/x.mp4": 0, "out/videos/c/y, z.mp4": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "reason"),
+    [
+        ("label,id,time_start,time_end\nzumba,aaaaaaaaaaa,0,10\n", 1, "repeated: youtube_id;"),
+        ("youtube_id,time_start,time_end\naaaaaaaaaaa,0,10\n", 1, "missing or repeated: label;"),
+        ("", 1, "youtube_id,time_start,time_end"),
+        (HEADER + "zumba,aaaaaaaaaaa,0,10,train\n", 2, "need 6 columns"),
+        (HEADER + "zumba,aaaaaaaaaaa,zero,10,train,0\n", 2, "'zero'"),
+        (HEADER + "\n,aaaaaaaaaaa,0,10,train,0\n", 3, "label is empty"),
+        (HEADER + "zumba,,0,10,train,0\n", 2, "youtube_id is empty"),
+        (HEADER + "zumba,aaaaaaaaaaa,0,10,val,0\n", 2, "of the validation split"),
+        (
+            HEADER + "zumba,aaaaaaaaaaa,0,10,train,0\nbowling,aaaaaaaaaaa,0,10,train,0\n",
+            3,
+            "listed already in list.csv, line 2",
+        ),
+    ],
+)
+def test_kinetics_a_malformed_list_names_file_and_line(
+    run: Run, content: str, line: int, reason: str
+) -> None:
+    touch("train/aaaaaaaaaaa_000000_000010.mp4")
+    text("list.csv", content)
+    outcome = run("kinetics400", "--train", "train", "--train-csv", "list.csv")
+    refused(outcome, f"error: list.csv, line {line}: ", reason)
+
+
+def test_kinetics_what_does_not_fit_is_refused(run: Run) -> None:
+    arguments = kinetics_arguments()
+    text("other.csv", HEADER + "bowling,zzzzzzzzzz9,1,11,val,0\n")
+    unknown = run("kinetics400", *arguments[:6], "--validation-csv", "other.csv")
+    refused(unknown, "other.csv, line 2", "'bowling'", "k/annotations/train.csv")
+
+    touch("k/train/zumba/zzzzzzzzzz1_000010_000020.webm")
+    two = ("2 files for zumba/zzzzzzzzzz1_000010_000020", "000020.mp4", "000020.webm", "--suffix")
+    refused(run("kinetics400", *arguments), "k/annotations/train.csv, line 2", *two)
+    refused(run("kinetics400", "--train", "k/train"), "2 files for zumba/zzzzzzzzzz1", "--suffix")
+    Path("k/train/zumba/zzzzzzzzzz1_000010_000020.webm").unlink()
+
+    touch("k/train/Zumba_/zzzzzzzzzz2_000000_000010.mp4")
+    refused(run("kinetics400", *arguments), "k/train/Zumba_ and ", "both of class 'zumba'")
+    refused(run("kinetics400", "--train", "k/train"), "'Zumba_' and 'zumba'")
+    Path("k/train/Zumba_/zzzzzzzzzz2_000000_000010.mp4").unlink()
+
+    moved = "k/val/abseiling/zzzzzzzzzz9_000001_000011.mp4"
+    touch(moved)
+    Path("k/val/zumba/zzzzzzzzzz9_000001_000011.mp4").unlink()
+    refused(run("kinetics400", *arguments), "another class", moved, "'zumba'", "val.csv, line 2")
+
+
+def test_kinetics_two_spellings_of_a_class_in_a_list_are_refused(run: Run) -> None:
+    touch("v/aaaaaaaaaaa_000000_000010.mp4")
+    rows = "tap_dancing,aaaaaaaaaaa,0,10,train,0\ntap dancing,bbbbbbbbbbb,0,10,train,0\n"
+    outcome = run("kinetics400", "--train", "v", "--train-csv", text("list.csv", HEADER + rows))
+    refused(outcome, "list.csv", "'tap dancing' and 'tap_dancing'")
+
+
+def test_kinetics_nothing_found_says_what_was_looked_for(run: Run) -> None:
+    kinetics_arguments()
+    arguments = ["--train", "k/val", "--train-csv", "k/annotations/train.csv"]
+    refused(
+        run("kinetics400", *arguments),
+        "none of the 4 videos of train was found, such as zumba/zzzzzzzzzz1_000010_000020",
+        "k/annotations/train.csv, line 2",
+        "<youtube_id>_<time_start>_<time_end>",
+        "Name the folder of this split by --train",
+    )
+    refused(run("kinetics400", "--train", "nowhere"), "there is no folder", "nowhere")
+    Path("empty").mkdir()
+    refused(run("kinetics400", "--train", "empty"), "there are no videos in", "empty")
+    refused(run("kinetics400", "--train-csv", "k/annotations/train.csv"), "--train, --validation")
+    refused(run("kinetics400", "--train", "k/train", "--train-csv", "no.csv"), "no.csv")
+    touch("flat/aaaaaaaaaaa_000000_000010.mp4")
+    refused(run("kinetics400", "--train", "flat"), "flat/aaaaaaaaaaa", "give the CSV")
+
+
+def test_kinetics_thumbnails_beside_the_videos_are_left_out(run: Run) -> None:
+    arguments = kinetics_arguments()
+    assert "left out" not in run("kinetics400", *arguments).out
+    before = listed("out/train.csv")
+    thumbnail = "k/train/zumba/zzzzzzzzzz1_000010_000020.jpg"
+    touch(thumbnail, "k/train/zumba/other.webp")
+    for chosen in ((), ("--suffix", ".mp4")):
+        outcome = run("kinetics400", *arguments, *chosen)
+        assert outcome.code == 0, outcome.err
+        assert outcome.out.count("left out: ") == 1
+        assert f"\nleft out: 2 images in {Path('k/train').absolute()}\n" in outcome.out
+        kept = [file for file in before if not chosen or file.lower().endswith(".mp4")]
+        assert listed("out/train.csv") == {file: before[file] for file in kept}
+    alone = run("kinetics400", "--train", "k/train", output="alone")  # class folders
+    assert alone.code == 0, alone.err
+    assert thumbnail not in listed("alone/train.csv")
+
+
+def test_kinetics_what_lies_there_is_not_spoiled(run: Run) -> None:
+    touch("a/run/1.mp4", "a/walk/2.mp4", "b/jump/3.mp4", "b/run/4.mp4")
+    assert run("kinetics400", "--train", "a").code == 0
+    before = {path.name: path.read_text() for path in Path("out").iterdir()}
+    text("other.txt", "jump\nrun\n")
+    outcome = run("kinetics400", "--validation", "b", "--labels", "other.txt")
+    assert outcome.code == 2
+    assert "out/train.csv has the numbers of" in outcome.err
+    assert {path.name: path.read_text() for path in Path("out").iterdir()} == before
+    assert run("kinetics400", "--train", "b").code == 0  # all that there is, anew
+    assert Path("out/labels.txt").read_text() == "jump\nrun\n"
+
+    text("csv/train.csv", HEADER)
+    outcome = run("kinetics400", "--train", "a", "--train-csv", "csv/train.csv", output="csv")
+    assert outcome.code == 2
+    assert "would overwrite the CSV of the release" in outcome.err
+    assert Path("csv/train.csv").read_text() == HEADER
+
+
+def test_a_name_that_is_not_text_is_refused_or_shown_escaped(run: Run) -> None:
+    try:
+        touch("a/run/1.mp4", "a/run/" + os.fsdecode(b"caf\xe9.mp4"), "a/walk/2.mp4")
+    except OSError:
+        pytest.skip("this file system knows no such names")
+    refused(run("kinetics400", "--train", "a"), "not text in UTF-8", "Rename it")
+    Path("a/run/1.mp4").rename("a/run/aaaaaaaaaaa.mp4")
+    text("list.csv", HEADER + "run,aaaaaaaaaaa,0,10,train,0\n")
+    outcome = run("kinetics400", "--train", "a", "--train-csv", "list.csv")
+    assert outcome.code == 0
+    assert "run/caf\\udce9.mp4" in outcome.out
+
+
+# --- Something-Something V2 -----------------------------------------------------------------------
+
+SSV2_LABELS = {
+    "Holding something next to something": "1",
+    "Approaching something with your camera": "0",
+    "Pretending to take something from somewhere": "2",
+}
+
+
+def ssv2_entry(number: int, template: str) -> dict[str, object]:
+    return {
+        "id": str(number),
+        "label": "holding potato next to [vicks] vaporub bottle",
+        "template": template,
+        "placeholders": ["potato", "[vicks] vaporub bottle"],
+    }
+
+
+def ssv2_arguments(prefix: str = "") -> list[str]:
+    train = [
+        ssv2_entry(78687, "Holding [something] next to [something]"),
+        ssv2_entry(42, "Pretending to take [something] from [somewhere]"),
+        ssv2_entry(7, "Approaching [something] with your camera"),
+    ]
+    validation = [ssv2_entry(100, "Holding [something] next to [something]")]
+    text(f"labels/{prefix}labels.json", json.dumps(SSV2_LABELS))
+    text(f"labels/{prefix}train.json", json.dumps(train))
+    text(f"labels/{prefix}validation.json", json.dumps(validation, indent=1))
+    text(f"labels/{prefix}test.json", '[{"id":"1420"},\n{"id":"3"}]')
+    touch(*(f"20bn-something-something-v2/{one}.webm" for one in (78687, 42, 7, 100, 1420, 3)))
+    return ["--videos", "20bn-something-something-v2", "--lists", "labels"]
+
+
+@pytest.mark.parametrize("prefix", ["", "something-something-v2-"])
+def test_ssv2_as_downloaded(run: Run, prefix: str) -> None:
+    arguments = ssv2_arguments(prefix)
+    Path("20bn-something-something-v2/42.webm").unlink()
+    touch("20bn-something-something-v2/999.webm")
+    outcome = run("ssv2", *arguments)
+    assert outcome.code == 0, outcome.err
+    folder = "20bn-something-something-v2"
+    assert Path("out/labels.txt").read_text().splitlines() == sorted(SSV2_LABELS)
+    assert listed("out/train.csv") == {f"{folder}/78687.webm": 1, f"{folder}/7.webm": 0}
+    assert listed("out/validation.csv") == {f"{folder}/100.webm": 1}
+    assert listed("out/test.csv") == {f"{folder}/1420.webm": -1, f"{folder}/3.webm": -1}
+    assert read_manifest("out/train.csv").label_names == (
+        "Approaching something with your camera",
+        "Holding something next to something",
+    )
+    assert Path("out/missing_train.txt").read_text() == "42\n"
+    assert "train: 3 videos listed, 2 found, 1 missing" in outcome.out
+    assert "classes without any video: Pretending to take something from somewhere\n" in outcome.out
+    assert "none of these lists: 1 of 6 videos" in outcome.out
+    assert outcome.out.splitlines()[-1].endswith(": 999.webm")
+    assert run("ssv2", *arguments, "--strict").code == 2
+
+
+def test_ssv2_transcoded_and_only_some_splits(run: Run) -> None:
+    arguments = ssv2_arguments()
+    touch("20bn-something-something-v2/mp4/7.mp4", "20bn-something-something-v2/mp4/78687.MP4")
+    refused(run("ssv2", *arguments), "labels/train.json, entry 1", "2 files for 78687", "--suffix")
+    refused(run("ssv2", *arguments, "--suffix", "mp4"), "--suffix must be one of", "got 'mp4'")
+    refused(run("ssv2", *arguments, "--suffix", ".avi"), "there are no videos .avi", "Leave out")
+    outcome = run("ssv2", *arguments, "--suffix", ".mp4", "--splits", "train")
+    assert outcome.code == 0, outcome.err
+    folder = "20bn-something-something-v2/mp4"
+    assert listed("out/train.csv") == {f"{folder}/78687.MP4": 1, f"{folder}/7.mp4": 0}
+    assert not Path("out/validation.csv").exists()
+    Path("labels/test.json").unlink()
+    outcome = run("ssv2", *arguments, "--suffix", ".webm")
+    assert outcome.code == 0, outcome.err
+    assert "test: there is no list of it" in outcome.out
+    outcome = run("ssv2", *arguments, "--suffix", ".webm", "--splits", "train", "test")
+    assert outcome.code == 2
+    assert "test.json" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        (
+            "train",
+            json.dumps([ssv2_entry(7, "Holding [something]")]),
+            ("train.json, entry 1 (id 7)", "'Holding something'", "labels/labels.json"),
+        ),
+        ("train", '[{"id": "7"}]', ("train.json, entry 1 (id 7)", "need a template")),
+        ("train", '[\n{"id": "7",}\n]', ("train.json, line 2", "not JSON")),
+        ("train", '{"id": "7"}', ("train.json: need a list",)),
+        ("test", '[{"id": "3"}, {"id": "3"}]', ("test.json, entry 2", "test.json, entry 1")),
+        ("test", '[{"ID": "3"}]', ("test.json, entry 1", '"id"')),
+        ("labels", '{"a": "0", "b": "2"}', ("labels.json", "0 to 1", "missing: 1, 2")),
+        ("labels", '{"a": "0", "b": "0"}', ("labels.json", "0 to 1", "missing: 1")),
+        ("labels", '["a"]', ("labels.json", "need")),
+    ],
+)
+def test_ssv2_a_malformed_list_names_file_and_entry(
+    run: Run, name: str, content: str, parts: tuple[str, ...]
+) -> None:
+    arguments = ssv2_arguments()
+    text(f"labels/{name}.json", content)
+    refused(run("ssv2", *arguments), *parts)
+
+
+def test_ssv2_nothing_found(run: Run) -> None:
+    arguments = ssv2_arguments()
+    touch("elsewhere/a.webm")
+    refused(
+        run("ssv2", "--videos", "elsewhere", "--lists", "labels"),
+        "none of the 3 videos of train was found, such as 78687",
+        "<id>.webm",
+        "--videos",
+    )
+    refused(run("ssv2", *arguments[:2], "--lists", "elsewhere"), "labels.json", "--lists")
+    text("labels/something-something-v2-train.json", "[]")
+    refused(run("ssv2", *arguments), "two releases")
+
+
+# --- UCF101 ---------------------------------------------------------------------------------------
+
+
+def ucf_arguments() -> list[str]:
+    """Three groups of two classes, each group the test of one split."""
+    classes = {"ApplyEyeMakeup": "ApplyEyeMakeup", "HandstandPushups": "HandStandPushups"}
+    text("lists/classInd.txt", "1 ApplyEyeMakeup\r\n2 HandstandPushups\r\n")
+    names = {
+        (folder, group): f"{folder}/v_{stem}_g0{group}_c01.avi"
+        for folder, stem in classes.items()
+        for group in (1, 2, 3)
+    }
+    touch(*(f"UCF-101/{name}" for name in names.values()))
+    for split in (1, 2, 3):
+        test = [name for (_, group), name in names.items() if group == split]
+        train = [
+            f"{name} {1 + list(classes).index(folder)}"
+            for (folder, group), name in names.items()
+            if group != split
+        ]
+        text(f"lists/testlist0{split}.txt", "\r\n".join(test) + "\r\n")
+        text(f"lists/trainlist0{split}.txt", "\r\n".join(train) + "\r\n")
+    return ["--videos", "UCF-101", "--lists", "lists"]
+
+
+def test_ucf_three_splits(run: Run) -> None:
+    outcome = run("ucf101", *ucf_arguments(), "--strict")
+    assert outcome.code == 0, outcome.err
+    assert Path("out/labels.txt").read_text() == "ApplyEyeMakeup\nHandstandPushups\n"
+    eyes, hands = "UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup", "UCF-101/HandstandPushups/v_HandStand"
+    for split, others in {1: (2, 3), 2: (1, 3), 3: (1, 2)}.items():
+        assert listed(f"out/test_split{split}.csv") == {
+            f"{eyes}_g0{split}_c01.avi": 0,
+            f"{hands}Pushups_g0{split}_c01.avi": 1,
+        }
+        assert listed(f"out/train_split{split}.csv") == {
+            **{f"{eyes}_g0{group}_c01.avi": 0 for group in others},
+            **{f"{hands}Pushups_g0{group}_c01.avi": 1 for group in others},
+        }
+    assert "none of these lists: 0 of 6 videos" in outcome.out
+    assert read_manifest("out/test_split2.csv").label_names == (
+        *("ApplyEyeMakeup", "HandstandPushups"),
+    )
+
+
+def test_ucf_case_is_of_no_account_and_what_is_missing_is_named(run: Run) -> None:
+    arguments = ucf_arguments()
+    Path("UCF-101/HandstandPushups").rename("UCF-101/HandStandPushups")
+    folder = Path("UCF-101/HandStandPushups")
+    (folder / "v_HandStandPushups_g01_c01.avi").rename(folder / "v_HandstandPushups_g01_c01.mp4")
+    (folder / "v_HandStandPushups_g02_c01.avi").unlink()
+    touch("UCF-101/extra/v_Extra_g01_c01.avi")
+    outcome = run("ucf101", *arguments)
+    assert outcome.code == 0, outcome.err
+    assert listed("out/test_split1.csv") == {
+        "UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi": 0,
+        "UCF-101/HandStandPushups/v_HandstandPushups_g01_c01.mp4": 1,
+    }
+    name = "HandstandPushups/v_HandStandPushups_g02_c01.avi\n"
+    assert Path("out/missing_test_split2.txt").read_text() == name
+    assert Path("out/missing_train_split1.txt").read_text() == name
+    assert not Path("out/missing_test_split1.txt").exists()
+    assert "test_split2: 2 videos listed, 1 found, 1 missing" in outcome.out
+    assert "classes without any video: HandstandPushups\n" in outcome.out
+    assert "none of these lists: 1 of 6 videos" in outcome.out
+    assert run("ucf101", *arguments, "--strict").code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("trainlist01", "ApplyEyeMakeup/v_a.avi 2\n", ("line 1", "says class 2", "is 1 in")),
+        ("trainlist01", "ApplyEyeMakeup/v_a.avi\n", ("line 1", "<number of the class>")),
+        ("trainlist02", "\nWalking/v_a.avi 1\n", ("line 2", "'Walking'", "2 classes")),
+        ("testlist03", "v_ApplyEyeMakeup_g03_c01.avi\n", ("line 1", "<class>/<video>.avi")),
+        (
+            "testlist01",
+            "ApplyEyeMakeup/v_ApplyEyeMakeup_g02_c01.avi\n",
+            ("line 1", "listed already in lists/trainlist01.txt, line 1"),
+        ),
+        ("testlist01", "", ("the list of test_split1 holds no videos",)),
+        ("classInd", "0 ApplyEyeMakeup\n", ("line 1", "need '1 <name of the class>'")),
+        ("classInd", "1 A\n3 B\n", ("line 2", "need '2 <name of the class>'")),
+    ],
+)
+def test_ucf_a_malformed_list_names_file_and_line(
+    run: Run, name: str, content: str, parts: tuple[str, ...]
+) -> None:
+    arguments = ucf_arguments()
+    text(f"lists/{name}.txt", content)
+    where = () if not content else (f"lists/{name}.txt",)
+    refused(run("ucf101", *arguments), *where, *parts)
+
+
+def test_ucf_nothing_found_no_list_and_two_files(run: Run) -> None:
+    arguments = ucf_arguments()
+    touch("elsewhere/a.avi")
+    refused(
+        run("ucf101", "--videos", "elsewhere", "--lists", "lists"),
+        "none of the 4 videos of train_split1 was found",
+        "UCF101.rar",
+    )
+    touch("UCF-101/copy/v_applyeyemakeup_g01_c01.avi")
+    refused(run("ucf101", *arguments), "2 files for ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi")
+    Path("lists/testlist03.txt").unlink()
+    Path("UCF-101/copy/v_applyeyemakeup_g01_c01.avi").unlink()
+    refused(run("ucf101", *arguments), "lists/testlist03.txt cannot be read")
+
+
+# --- HMDB51 ---------------------------------------------------------------------------------------
+
+HMDB_NAMES = {
+    "swing_baseball": ["#20_a&b_[cut]_swing_u_0.avi", "Who's!_that;_np1_0.avi", "x (1)_0.avi"],
+    "brush_hair": ["April_09_brush_hair_u_nm_np1_ba_goo_0.avi", "b_0.avi", "x (1)_0.avi"],
+}
+
+
+def hmdb_arguments() -> list[str]:
+    """Three videos of a class change places from split to split, and one is never used."""
+    for name, videos in HMDB_NAMES.items():
+        videos = [*videos, "never used_0.avi"]
+        touch(*(f"hmdb51_org/{name}/{video}" for video in videos))
+        for split, uses in {1: "1200", 2: "0120", 3: "2010"}.items():
+            lines = [f"{video} {use} \n" for video, use in zip(videos, uses, strict=True)]
+            text(f"lists/{name}_test_split{split}.txt", "".join(lines))
+    return ["--videos", "hmdb51_org", "--lists", "lists"]
+
+
+def test_hmdb_three_splits_and_odd_names(run: Run) -> None:
+    outcome = run("hmdb51", *hmdb_arguments(), "--strict")
+    assert outcome.code == 0, outcome.err
+    assert Path("out/labels.txt").read_text() == "brush_hair\nswing_baseball\n"
+    places = {"train_split1": 0, "test_split1": 1, "train_split2": 1}
+    places |= {"test_split2": 2, "train_split3": 2, "test_split3": 0}
+    for name, place in places.items():
+        assert listed(f"out/{name}.csv") == {
+            f"hmdb51_org/brush_hair/{HMDB_NAMES['brush_hair'][place]}": 0,
+            f"hmdb51_org/swing_baseball/{HMDB_NAMES['swing_baseball'][place]}": 1,
+        }
+    assert "train_split1: 2 videos listed, 2 found, 0 missing" in outcome.out
+    assert "none of these lists: 0 of 8 videos" in outcome.out
+
+
+def test_hmdb_other_spellings_missing_and_unlisted_videos(run: Run) -> None:
+    arguments = hmdb_arguments()
+    Path("hmdb51_org/brush_hair").rename("away")
+    Path("hmdb51_org/Brush Hair").mkdir()
+    Path("away").rename("hmdb51_org/Brush Hair/brush hair")  # unrar into a folder of the class
+    Path("hmdb51_org/swing_baseball/Who's!_that;_np1_0.avi").unlink()
+    touch("hmdb51_org/swing_baseball/b_0.avi")  # listed, but for the other class
+    outcome = run("hmdb51", *arguments)
+    assert outcome.code == 0, outcome.err
+    folder = "hmdb51_org/Brush Hair/brush hair"
+    assert listed("out/test_split1.csv") == {f"{folder}/b_0.avi": 0}
+    assert Path("out/missing_test_split1.txt").read_text() == (
+        "swing_baseball/Who's!_that;_np1_0.avi\n"
+    )
+    assert Path("out/missing_train_split2.txt").exists()
+    assert not Path("out/missing_train_split1.txt").exists()
+    assert "classes without any video: swing_baseball\n" in outcome.out
+    assert "none of these lists: 1 of 8 videos" in outcome.out
+    assert outcome.out.endswith("swing_baseball/b_0.avi\n")
+    assert run("hmdb51", *arguments, "--strict").code == 2
+
+
+def test_hmdb_what_does_not_fit_is_refused(run: Run) -> None:
+    arguments = hmdb_arguments()
+    touch("hmdb51_org/brush hair/c_0.avi")
+    refused(run("hmdb51", *arguments), "both of class 'brush_hair'")
+    Path("hmdb51_org/brush hair/c_0.avi").unlink()
+    touch("hmdb51_org/brush_hair/b_0.mp4")
+    refused(run("hmdb51", *arguments), "2 files for brush_hair/b_0.avi", "--suffix")
+    Path("hmdb51_org/brush_hair/b_0.mp4").unlink()
+    path = Path("lists/brush_hair_test_split2.txt")
+    good = path.read_text()
+    for bad, part in {
+        "b_0.avi 3\n": "0 (unused), 1 (training) or 2 (testing)",
+        "b_0.avi\n": "need the name of a video",
+        good.splitlines()[1] + "\n": f"listed already in {path}, line 2",
+    }.items():
+        path.write_text(good + bad)
+        refused(run("hmdb51", *arguments), f"{path}, line 5", part)
+    path.unlink()
+    refused(run("hmdb51", *arguments), f"there is no list {path}", "'brush_hair'")
+    refused(run("hmdb51", *arguments[:3], "hmdb51_org"), "brush_hair_test_split1.txt", "--lists")
+    path.write_text(good)
+    touch("elsewhere/b_0.avi")
+    refused(
+        run("hmdb51", "--videos", "elsewhere", *arguments[2:]),
+        "none of the 2 videos of train_split1 was found",
+        "<class>/<name of the video>",
+        "hmdb51_org.rar",
+    )
+
+
+# --- ImageNet-1k ----------------------------------------------------------------------------------
+
+WNIDS = ("n01440764", "n01443537", "n15075141")
+NAMES = "n01440764 tench, Tinca tinca\nn01443537 goldfish\nn15075141 toilet tissue\n"
+# As in the development kit, whose order is not the sorted one.
+MAP = "n15075141 1 toilet_tissue\nn01440764 2 tench\nn01443537 3 goldfish\n"
+VALIDATION = {f"ILSVRC2012_val_0000000{i}": label for i, label in enumerate((2, 0, 1, 2), start=1)}
+FLAT = {f"in/val/{name}.JPEG": label for name, label in VALIDATION.items()}
+GROUND_TRUTH = "1\n2\n3\n1\n"
+
+
+def imagenet_arguments() -> list[str]:
+    """Class folders."""
+    touch(*(f"in/train/{wnid}/{wnid}_{i}.JPEG" for wnid in WNIDS for i in (7, 10026)))
+    touch(*(f"in/val/{WNIDS[label]}/{name}.JPEG" for name, label in VALIDATION.items()))
+    return ["--train", "in/train", "--validation", "in/val"]
+
+
+def flat_arguments() -> list[str]:
+    imagenet_arguments()
+    for name, label in VALIDATION.items():
+        Path(f"in/val/{WNIDS[label]}/{name}.JPEG").rename(f"in/val/{name}.JPEG")
+    return ["--train", "in/train", "--validation", "in/val"]
+
+
+def test_imagenet_class_folders(run: Run) -> None:
+    outcome = run("imagenet1k", *imagenet_arguments(), "--strict")
+    assert outcome.code == 0, outcome.err
+    assert Path("out/labels.txt").read_text().split() == list(WNIDS)
+    assert listed("out/train.csv") == {
+        f"in/train/{wnid}/{wnid}_{i}.JPEG": label
+        for label, wnid in enumerate(WNIDS)
+        for i in (7, 10026)
+    }
+    assert listed("out/validation.csv") == {
+        f"in/val/{WNIDS[label]}/{name}.JPEG": label for name, label in VALIDATION.items()
+    }
+    assert read_manifest("out/train.csv").label_names == WNIDS
+    assert "train: 6 images listed, 6 found, 0 missing" in outcome.out
+    assert "classes without any image: none" in outcome.out
+    assert "3 classes, not the 1000 of ImageNet-1k" in outcome.out
+    assert "video" not in outcome.out.replace(str(Path.cwd()), "")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "more"),
+    [
+        ("val.txt", "".join(f"{name}.JPEG {i}\n" for name, i in VALIDATION.items()), []),
+        ("val.txt", "".join(f"val/{n}.JPEG\t{WNIDS[i]}\n" for n, i in VALIDATION.items()), []),
+        (
+            "LOC_val_solution.csv",
+            "ImageId,PredictionString\n"
+            + "".join(f"{n},{WNIDS[i]} 85 1 499 272 n99999999 3\n" for n, i in VALIDATION.items()),
+            [],
+        ),
+        ("synset_labels.txt", "".join(f"{WNIDS[i]}\n" for i in VALIDATION.values()), []),
+        ("ILSVRC2012_validation_ground_truth.txt", GROUND_TRUTH, [MAP]),
+        ("ground_truth.txt", GROUND_TRUTH, ["2 n01440764 tench\n1 n15075141 x\n3 n01443537\n"]),
+        ("ground_truth.txt", GROUND_TRUTH, ["n15075141 toilet tissue\nn01440764\nn01443537\n"]),
+    ],
+)
+def test_imagenet_a_flat_validation_folder(
+    run: Run, name: str, content: str, more: list[str]
+) -> None:
+    arguments = [*flat_arguments(), "--validation-labels", text(name, content)]
+    if more:
+        refused(run("imagenet1k", *arguments), name, "development kit", "--ids")
+        arguments += ["--ids", text("map.txt", more[0])]
+    outcome = run("imagenet1k", *arguments, "--names", text("LOC_synset_mapping.txt", NAMES))
+    assert outcome.code == 0, outcome.err
+    assert listed("out/validation.csv") == FLAT
+    assert Path("out/labels.txt").read_text() == NAMES
+    assert read_manifest("out/train.csv").label_names == tuple(NAMES.splitlines())
+    Path("in/val/ILSVRC2012_val_00000002.JPEG").unlink()
+    outcome = run("imagenet1k", *arguments, "--strict", "--names", "out/labels.txt")
+    assert outcome.code == 2
+    assert "validation: 4 images listed, 3 found, 1 missing" in outcome.out
+    assert Path("out/missing_validation.txt").read_text().startswith("ILSVRC2012_val_00000002")
+
+
+def test_imagenet_lists_of_training_images(run: Run) -> None:
+    arguments = imagenet_arguments()
+    rows = [(f"{wnid}/{wnid}_7.JPEG", label) for label, wnid in enumerate(WNIDS)]
+    text("train.txt", "".join(f"{path} {label}\n" for path, label in rows))
+    outcome = run("imagenet1k", *arguments, "--train-labels", "train.txt")
+    assert outcome.code == 0, outcome.err
+    assert listed("out/train.csv") == {f"in/train/{path}": label for path, label in rows}
+    assert "none of these lists: 3 of 6 images" in outcome.out
+    solution = "".join(f"{Path(path).stem},{WNIDS[label]} 1 2 3 4\n" for path, label in rows)
+    text("LOC_train_solution.csv", "ImageId,PredictionString\n" + solution)
+    outcome = run("imagenet1k", *arguments, "--train-labels", "LOC_train_solution.csv")
+    assert outcome.code == 0, outcome.err
+    assert listed("out/train.csv") == {f"in/train/{path}": label for path, label in rows}
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "parts"),
+    [
+        (
+            "--validation-labels",
+            "ILSVRC2012_val_00000001.JPEG 3\n",
+            ("line 1", "label 3", "0 to 2"),
+        ),
+        ("--validation-labels", "a\nb\n", ("line 1", "need '<image>.JPEG <number or wnid")),
+        ("--validation-labels", "\n", ("is empty",)),
+        (
+            "--validation-labels",
+            "a.JPEG n00000001\n",
+            ("line 1", "'n00000001'", "the 3 classes of"),
+        ),
+        ("--validation-labels", "a.JPEG 0\n", ("none of the 1 images of validation", "in/val")),
+        ("--validation-labels", "a.JPEG 0\nb/a.JPEG 1\n", ("line 2", "listed already in")),
+        (
+            "--validation-labels",
+            "ImageId,PredictionString\nILSVRC2012_val_00000001,\n",
+            ("line 2", "begins with a wnid"),
+        ),
+        ("--train-labels", "1\n2\n", ("names no images",)),
+        (
+            "--train-labels",
+            "n01440764/n01440764_7.JPEG 1\nn01443537/a.JPEG 1\n",
+            ("line 1", "says class 1", "n01440764, which is 0", "sorted"),
+        ),
+        ("--names", "tench\n", ("line 1", "LOC_synset_mapping.txt", "'tench'")),
+        ("--names", "n01440764 a\nn01440764 b\n", ("line 2", "each wnid once")),
+        ("--ids", NAMES, ("sorted order without numbers", "map_clsloc.txt")),
+        ("--ids", MAP + "n00000004 3 x\n", ("line 4", "ID 3", "already")),
+        ("--ids", MAP + "n00000004 5 x\n", ("each ID from 1 to 4",)),
+        ("--ids", "one two\n", ("line 1", "'n02119789 1 kit_fox'")),
+    ],
+)
+def test_imagenet_what_does_not_fit_names_file_and_line(
+    run: Run, option: str, content: str, parts: tuple[str, ...]
+) -> None:
+    arguments = [*flat_arguments(), option, text("list.txt", content)]
+    if option != "--validation-labels":
+        arguments += ["--validation-labels", text("val.txt", f"{next(iter(VALIDATION))}.JPEG 2\n")]
+    refused(run("imagenet1k", *arguments), *parts)
+
+
+def test_imagenet_what_cannot_be_known_is_refused(run: Run) -> None:
+    arguments = flat_arguments()
+    refused(run("imagenet1k", *arguments), "in no folder named by a wnid", "--validation-labels")
+    refused(run("imagenet1k"), "--train or --validation")
+    refused(run("imagenet1k", *arguments, "--ids", text("meta.mat", "x")), "meta.mat", "README.md")
+    val = text("val.txt", f"{next(iter(VALIDATION))}.JPEG 2\n")
+    flat = ["--validation", "in/val", "--validation-labels", val]
+    refused(run("imagenet1k", *flat), "the numbers of the classes come from", "--names")
+    refused(run("imagenet1k", "--train", "in/train", *flat[2:]), "needs --validation")
+    outcome = run("imagenet1k", *flat, "--names", text("names.txt", NAMES))
+    assert outcome.code == 0, outcome.err
+    assert listed("out/validation.csv") == {"in/val/ILSVRC2012_val_00000001.JPEG": 2}
+
+
+def test_imagenet_class_folders_must_say_what_a_list_says(run: Run) -> None:
+    arguments = imagenet_arguments()
+    val = text("val.txt", f"{next(iter(VALIDATION))}.JPEG 1\n")
+    refused(
+        run("imagenet1k", *arguments, "--validation-labels", val),
+        *("val.txt, line 1", "class 1, n01443537", "in/val/n15075141", "--validation-labels"),
+    )
+
+
+def test_imagenet_videos_in_the_place_of_images(run: Run) -> None:
+    arguments = imagenet_arguments()
+    touch("clips/n01440764/a.mp4")
+    refused(run("imagenet1k", "--train", "clips"), "there are no images in", "such as a.mp4")
+    refused(run("imagenet1k", *arguments[2:], "--suffix", ".mp4"), "--suffix must be one of .bmp")
+    refused(run("imagenet1k", "--train", "nowhere"), "Name the folder of the images")
+    touch("in/train/n01440764/a.mp4")
+    outcome = run("imagenet1k", *arguments)
+    assert outcome.code == 0, outcome.err
+    assert f"left out: 1 videos in {Path('in/train').absolute()}\n" in outcome.out
+    assert len(listed("out/train.csv")) == 6
+
+
+def test_imagenet_names_that_repeat_between_classes(run: Run) -> None:
+    """As in ImageNet-Sketch."""
+    files = [f"in/{wnid}/sketch_{i}.JPEG" for wnid in WNIDS for i in (0, 1)]
+    touch(*files, f"in/{WNIDS[0]}/sketch_0.png")
+    outcome = run("imagenet1k", "--train", "in")
+    assert outcome.code == 0, outcome.err
+    expected = {file: WNIDS.index(Path(file).parent.name) for file in files}
+    assert listed("out/train.csv") == expected | {f"in/{WNIDS[0]}/sketch_0.png": 0}
+    rows = text("list.txt", f"{WNIDS[0]}/sketch_0.JPEG 0\n")  # of a list the name alone counts
+    twice = run("imagenet1k", "--train", "in", "--train-labels", rows)
+    assert twice.code == 2
+    assert "there are 4 files for sketch_0.JPEG" in twice.err
+
+
+@pytest.mark.parametrize("named_first", [False, True])
+def test_imagenet_one_split_after_the_other(run: Run, named_first: bool) -> None:
+    """Names may come with either: the wnids say whether the numbers are the same."""
+    train, validation = imagenet_arguments()[:2], imagenet_arguments()[2:]
+    names = ["--names", text("LOC_synset_mapping.txt", NAMES)]
+    alone = ["--names", text("wnids.txt", "\n".join(WNIDS))]
+    assert run("imagenet1k", *train, *(names if named_first else [])).code == 0
+    before = Path("out/labels.txt").read_text()
+    outcome = run("imagenet1k", *validation, *(alone if named_first else names))
+    assert outcome.code == 0, outcome.err
+    assert Path("out/labels.txt").read_text() == before
+    assert "labels.txt has the same wnids already" in outcome.out
+    shown = read_manifest("out/validation.csv").label_names
+    assert shown == read_manifest("out/train.csv").label_names == tuple(before.splitlines())
+    outcome = run("imagenet1k", *train, *validation, *names)
+    assert Path("out/labels.txt").read_text() == NAMES
+    assert "already" not in outcome.out
+    fewer = text("fewer.txt", NAMES + "n99999999 more\n")
+    outcome = run("imagenet1k", *validation, "--names", fewer)
+    assert outcome.code == 2
+    assert "train.csv has the numbers of" in outcome.err
+
+
+def test_imagenet_archives_must_be_unpacked(run: Run) -> None:
+    touch("in/train/n01440764.tar", "in/train/n01443537.tar")
+    refused(
+        run("imagenet1k", "--train", "in"),
+        *("no images in", "2 archives", "Unpack them first", str(Path("in/train").absolute())),
+        'for f in *.tar; do mkdir "${f%.tar}" && tar -xf "$f" -C "${f%.tar}" && rm "$f"; done',
+    )
+    loop = load("imagenet1k").Videos.__init__.__globals__["UNPACK"]
+    for name in ("imagenet1k", "cifar10"):
+        assert f"    {loop}\n" in (ROOT / "datasets" / name / "README.md").read_text()
+
+
+# --- CIFAR-10 -------------------------------------------------------------------------------------
+
+CIFAR_NAMES = ["airplane", "automobile", "bird"]
+BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+
+
+def cifar_batch(name: str) -> tuple[np.ndarray, list[int]]:
+    """(N, 3072) and the labels of two or three images."""
+    seed = BATCHES.index(name)
+    count = 2 + seed % 2
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, 3072), np.uint8)
+    return pixels, [(seed + i) % 3 for i in range(count)]
+
+
+def pickled_by_python_2(pixels: np.ndarray, labels: list[int]) -> bytes:
+    """As cPickle wrote the published files: an array, and text that is bytes."""
+
+    def string(value: bytes) -> bytes:
+        return b"U" + bytes([len(value)]) + value
+
+    kind = b"cnumpy\ndtype\n(" + string(b"u1") + b"K\0K\x01tR(K\x03" + string(b"|") + b"NNN"
+    kind += 2 * b"J\xff\xff\xff\xff" + b"K\0tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\0t" + string(b"b") + b"tR"
+    array += b"(K\x01(K" + bytes([len(pixels)]) + b"M\x00\x0ct" + kind + b"\x89"
+    array += b"T" + struct.pack("<i", pixels.size) + pixels.tobytes() + b"tb"
+    numbers = b"](" + b"".join(b"K" + bytes([label]) for label in labels) + b"e"
+    return b"\x80\x02}(" + string(b"data") + array + string(b"labels") + numbers + b"u."
+
+
+def cifar_files(version: str) -> dict[str, bytes]:
+    files = {}
+    for name in BATCHES:
+        pixels, labels = cifar_batch(name)
+        rows = np.concatenate([np.array(labels, np.uint8)[:, None], pixels], axis=1)
+        files |= {
+            "binary": {f"{name}.bin": rows.tobytes()},
+            "python 2": {name: pickled_by_python_2(pixels, labels)},
+            "python 3": {name: pickle.dumps({b"data": pixels, b"labels": labels}, 2)},
+            "new": {name: pickle.dumps({"data": pixels, "labels": labels})},
+        }[version]
+    if version == "binary":
+        return files | {"batches.meta.txt": "\n".join([*CIFAR_NAMES, ""]).encode()}
+    return files | {"batches.meta": pickle.dumps({b"label_names": CIFAR_NAMES}, 2)}
+
+
+def cifar_archive(files: dict[str, bytes], path: str = "cifar.tar.gz") -> str:
+    with tarfile.open(path, "w:gz") as archive:
+        for name, data in reversed(files.items()):
+            member = tarfile.TarInfo(f"cifar-10-batches-xy/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def check_cifar() -> None:
+    assert Path("out/labels.txt").read_text().split() == CIFAR_NAMES
+    for manifest, folder, names in (
+        ("train", "train", BATCHES[:5]),
+        ("validation", "test", BATCHES[5:]),
+    ):
+        batches = [cifar_batch(name) for name in names]
+        read = read_manifest(f"out/{manifest}.csv")
+        assert read.labels == tuple(label for _, labels in batches for label in labels)
+        for i, (file, row) in enumerate(
+            zip(read.files, np.concatenate([pixels for pixels, _ in batches]), strict=True)
+        ):
+            place = f"out/{folder}/{CIFAR_NAMES[read.labels[i]]}/{i:05}.png"
+            assert file == str(Path(place).absolute())
+            picture = np.array(Image.open(file))
+            assert np.array_equal(picture, row.reshape(3, 32, 32).transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("version", ["python 2", "python 3", "new", "binary"])
+@pytest.mark.parametrize("form", ["archive", "folder", "folder above"])
+def test_cifar_as_published(run: Run, version: str, form: str) -> None:
+    files = cifar_files(version)
+    folder = Path("root/cifar-10-batches-" + ("bin" if version == "binary" else "py"))
+    folder.mkdir(parents=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    source = {"archive": "", "folder": str(folder), "folder above": "root"}[form]
+    outcome = run("cifar10", source or cifar_archive(files))
+    assert outcome.code == 0, outcome.err
+    check_cifar()
+    assert "train: 12 images listed, 12 found, 0 missing" in outcome.out
+    assert "validation: 3 images listed" in outcome.out
+    assert not list(Path("out").rglob("*.part*"))
+
+
+def test_cifar_class_folders(run: Run) -> None:
+    for split in ("train", "test"):
+        touch(*(f"c/{split}/{name}/0001.jpg" for name in CIFAR_NAMES), f"c/{split}/bird/2.png")
+    outcome = run("cifar10", "c")
+    assert outcome.code == 0, outcome.err
+    assert listed("out/validation.csv") == {
+        "c/test/airplane/0001.jpg": 0,
+        "c/test/automobile/0001.jpg": 1,
+        "c/test/bird/0001.jpg": 2,
+        "c/test/bird/2.png": 2,
+    }
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        *("labels.txt", "train.csv", "validation.csv")
+    ]
+    touch("c/test/cat/1.png")
+    assert "in no folder named like one of the 3 classes" in run("cifar10", "c").err
+
+
+def test_cifar_goes_on_and_overwrites_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = cifar_archive(cifar_files("binary"))
+    write = Image.Image.save
+
+    def fail(self: Image.Image, path: Path, form: str) -> None:
+        if "00003" in str(path):
+            raise OSError("no space left")
+        write(self, path, form)
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    outcome = run("cifar10", source)
+    assert outcome == (2, "", "error: no space left\n")
+    assert not list(Path("out").glob("*.csv"))
+    there = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.png")}
+    assert len(there) == 3
+    monkeypatch.setattr(Image.Image, "save", write)
+    assert run("cifar10", source).code == 0
+    check_cifar()
+    assert {path: path.stat().st_mtime_ns for path in there} == there
+    other = sorted(there)[0]
+    for content in (Path(sorted(there)[1]).read_bytes(), b"my own"):
+        other.write_bytes(content)
+        outcome = run("cifar10", source)
+        assert outcome.code == 2
+        assert f"{other.absolute()} is there and is another picture" in outcome.err
+        assert other.read_bytes() == content
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, ("harmed",)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("data_batch_2", pickle.dumps(Harmful(), 2), ("data_batch_2", "posix.mkdir", "refused")),
+        ("batches.meta", pickle.dumps({b"label_names": Harmful()}), ("meta", "posix.mkdir")),
+        ("data_batch_1", b"cbuiltins\neval\n(U\x011tR.", ("data_batch_1", "builtins.eval")),
+        ("data_batch_1", b"\x80\x02c_codecs\nencode\n(U\x01aU\x04zliptR.", ("refused", "encoded")),
+        ("data_batch_1", b"", ("data_batch_1", "EOFError", "Download it again")),
+        ("data_batch_1", pickle.dumps([1]), ("holds a list",)),
+        ("data_batch_1", pickle.dumps({"data": np.zeros((1, 3072), np.uint8)}), ("3072",)),
+        (
+            "data_batch_1",
+            pickle.dumps({"data": np.zeros((1, 3071), np.uint8), "labels": [0]}),
+            ("data_batch_1", "(N, 3072)"),
+        ),
+        (
+            "test_batch",
+            pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [3]}),
+            ("test_batch", "label 3 is none of 0 to 2"),
+        ),
+        ("data_batch_5", None, ("holds no file data_batch_5",)),
+        ("batches.meta", pickle.dumps({b"label_names": ["../a"]}), ("names of the classes",)),
+    ],
+)
+def test_cifar_a_broken_or_harmful_archive_is_refused(
+    run: Run, name: str, content: bytes | None, parts: tuple[str, ...]
+) -> None:
+    files = cifar_files("python 3")
+    if content is None:
+        del files[name]
+    else:
+        files[name] = content
+    outcome = run("cifar10", cifar_archive(files))
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+    for part in parts:
+        assert part in outcome.err
+    assert not Path("harmed").exists()
+    assert not list(Path.cwd().glob("out/*.csv"))
+
+
+def reduced(module: bytes, name: bytes, arguments: bytes) -> bytes:
+    """Opcodes that call something."""
+    return b"c" + module + b"\n" + name + b"\n" + arguments + b"R"
+
+
+OBJECTS = reduced(b"numpy", b"dtype", b"(X\x01\x00\x00\x00O\x89\x88t")
+POINTERS = b"c_codecs\nencode\n(X\x40\x00\x00\x00" + b"A" * 64 + b"X\x06\x00\x00\x00latin1tR"
+U1 = reduced(b"numpy", b"dtype", b"(X\x02\x00\x00\x00u1\x89\x88t")
+EMPTY = reduced(b"numpy.core.multiarray", b"_reconstruct", b"(cnumpy\nndarray\n(K\0tU\x01bt")
+
+
+@pytest.mark.parametrize(
+    ("opcodes", "part"),
+    [
+        # A segmentation fault, where NumPy takes 64 letters for 8 pointers.
+        (reduced(b"numpy", b"ndarray", b"((K\x04t" + OBJECTS + POINTERS + b"t"), "kind 'O'"),
+        (reduced(b"numpy", b"ndarray", b"((K\x04t" + U1 + POINTERS + b"t"), "numpy.ndarray"),
+        (b"cnumpy\nndarray\n(K\x04t\x85\x81", "calls numpy.ndarray"),
+        (reduced(b"numpy.core.multiarray", b"_reconstruct", b"(c_codecs\nencode\nt"), "array of"),
+        (EMPTY + b"(K\x01(K\x20t" + U1 + b"\x89" + POINTERS + b"tb", "(32,) with 64 bytes"),
+        (EMPTY + b"(K\x01(K\xf8K\xf8t" + U1 + b"\x89" + POINTERS + b"tb", "with 64 bytes"),
+        (
+            EMPTY + b"(K\x01(J\xff\xff\xff\xffJ\xc0\xff\xff\xfft" + U1 + b"\x89" + POINTERS + b"tb",
+            "64 b",
+        ),
+        (EMPTY + b"(K\x02(K\x40t" + U1 + b"\x89" + POINTERS + b"tb", "8-bit numbers"),
+        (EMPTY + b"(K\x01(K\x40tN\x89" + POINTERS + b"tb", "8-bit numbers"),
+        (EMPTY + b"(K\x01(K\x40t" + U1 + b"\x89]tb", "8-bit numbers"),
+        (U1 + b"(K\x03U\x01|NU\x01aNtb", "with fields"),
+    ],
+)
+def test_cifar_no_pickle_calls_numpy(opcodes: bytes, part: str) -> None:
+    """In a process of its own, which a pickle might take down."""
+    Path("meta").write_bytes(b"\x80\x02}X\x0b\0\0\0label_names" + opcodes + b"s.")
+    code = (
+        "import runpy, sys; from pathlib import Path\n"
+        "script = runpy.run_path(sys.argv[1])\n"
+        "try: print(script['unpickle'](Path('meta').read_bytes(), 'meta'))\n"
+        "except script['RecipeError'] as error: print('refused:', error)"
+    )
+    script = ROOT / "datasets/cifar10/prepare.py"
+    Path("hpm_video").symlink_to(ROOT / "hpm_video")
+    done = subprocess.run([sys.executable, "-c", code, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("refused: meta is refused: it ")
+    assert part in done.stdout
+
+
+def test_cifar_arrays_in_either_order(run: Run) -> None:
+    files = cifar_files("python 3")
+    for name in BATCHES:
+        pixels, labels = cifar_batch(name)
+        content = {b"data": np.asfortranarray(pixels), b"labels": labels}
+        files[name] = pickle.dumps(content, 2)
+    outcome = run("cifar10", cifar_archive(files))
+    assert outcome.code == 0, outcome.err
+    check_cifar()
+
+
+def test_cifar_what_is_none_of_it(run: Run) -> None:
+    files = cifar_files("binary")
+    files["data_batch_1.bin"] += b"x"
+    refused(run("cifar10", cifar_archive(files)), "data_batch_1.bin", "3073 bytes", "6147")
+    data = Path(cifar_archive(cifar_files("binary"))).read_bytes()
+    Path("cut.tar.gz").write_bytes(data[: len(data) // 2])
+    refused(run("cifar10", "cut.tar.gz"), "cut.tar.gz cannot be read", "Download it again")
+    text("a.zip", "no archive")
+    refused(
+        run("cifar10", "a.zip"),
+        *("a.zip cannot be read", "cifar-10-python.tar.gz or cifar-10-binary.tar.gz", "unpacked"),
+    )
+    touch("t/train/bird.tar", "t/test/bird.tar")
+    refused(run("cifar10", "t"), "no images in", "1 archives", "for f in *.tar; do")
+    for name in ("bird.tar", "cifar-10-python.tar.gz"):
+        touch(f"tars {name}/{name}")
+        outcome = run("cifar10", f"tars {name}")
+        refused(outcome, f"such as tars {name}/{name}. Name the archive itself", "for f in *.tar")
+    touch("c/train/bird/1.png")
+    refused(run("cifar10", "c"), "none of what is published", "cifar-10-python.tar.gz")
+    refused(run("cifar10", "nowhere"), "nowhere is none of what is published")

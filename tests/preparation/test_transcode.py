@@ -1,0 +1,1104 @@
+"""``tools/transcode.py`` on small real videos whose frames carry their number."""
+
+import csv
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import replace
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from PIL import Image
+
+from hpm_video.data.clips import ClipSpec, Repeats, VideoClips
+from hpm_video.data.manifest import read_manifest
+from hpm_video.data.transforms import MultiScaleCrop
+from hpm_video.decoding.locations import TarMember
+from hpm_video.decoding.registry import open_video
+from hpm_video.decoding.video_stream import Timed, VideoStream
+from hpm_video.preparation import encode, prepared, shards
+from hpm_video.preparation import transcode as transcoding
+from hpm_video.preparation.encode import fitted_size, write_video
+from hpm_video.preparation.prepared import PreparedFolder, Rows
+from hpm_video.preparation.shards import Packable, ShardError, output_names, write_shard
+from hpm_video.preparation.transcode import (
+    Broken,
+    Failed,
+    Job,
+    Made,
+    Recipe,
+    Shard,
+    Step,
+    Transcoder,
+    at_rate,
+    check,
+)
+from hpm_video.workers import heartbeat as beat
+from hpm_video.workers.pool import Answer, Limits, Pool
+
+ROOT = Path(__file__).parents[2]
+BITS = 8
+RECIPE = Recipe(
+    "files",
+    short_side=40,
+    fps=None,
+    key_frames=5,
+    crf=12,
+    quality=95,
+    shard_bytes=10**9,
+    copy=False,
+)
+
+
+def painted(number: int, height: int = 64, width: int = 96) -> np.ndarray:
+    """Smooth colours, and in the upper third the number as black and white fields."""
+    y, x = np.mgrid[:height, :width]
+    waves = (np.sin((x + 3 * number) / 17), np.sin((y + x) / 23), np.cos((y - 2 * number) / 19))
+    frame = (128 + 60 * np.stack(waves, axis=-1)).astype(np.uint8)
+    for bit in range(BITS):
+        columns = slice(bit * width // BITS, (bit + 1) * width // BITS)
+        frame[: height // 3, columns] = 255 * (number >> bit & 1)
+    return frame
+
+
+def numbers_of(frames: np.ndarray) -> list[int]:
+    """(K, H, W, 3) -> the number painted into each frame"""
+    _, height, width, _ = frames.shape
+    middles = [(2 * bit + 1) * width // (2 * BITS) for bit in range(BITS)]
+    row = frames[:, height // 6, middles].mean(axis=-1) > 127
+    return (row * 2 ** np.arange(BITS)).sum(axis=1).tolist()
+
+
+def write_source(
+    path, frames=20, size=(64, 96), *, codec="libx264", times=None, audio=False, clock=1000
+):
+    """``times`` are milliseconds; without them 25 frames a second. Key frames are far apart."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        video = container.add_stream(codec, rate=25)
+        video.height, video.width = size
+        video.pix_fmt = "yuv444p" if size[0] % 2 or size[1] % 2 else "yuv420p"
+        video.codec_context.gop_size = 250
+        video.codec_context.time_base = Fraction(1, clock)
+        sound = container.add_stream("aac", rate=8000, layout="mono") if audio else None
+        for number in range(frames):
+            frame = av.VideoFrame.from_ndarray(painted(number, *size), format="rgb24")
+            frame.pts = 40 * number if times is None else times[number]
+            frame.time_base = Fraction(1, 1000)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+        if sound is not None:
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), "fltp", "mono")
+            silence.sample_rate = 8000
+            container.mux(sound.encode(silence))
+            container.mux(sound.encode(None))
+    return path
+
+
+def turn(path: Path) -> None:
+    """Note in an MP4 file that the camera was held turned by a quarter."""
+    data = bytearray(path.read_bytes())
+    header = data.index(b"tkhd")
+    upright = b"".join(n.to_bytes(4, "big") for n in (65536, 0, 0, 0, 65536, 0, 0, 0, 2**30))
+    turned = (0, 65536, 0, 2**32 - 65536, 0, 0, 0, 0, 2**30)
+    place = data.index(upright, header)
+    data[place : place + 36] = b"".join(n.to_bytes(4, "big") for n in turned)
+    path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def tool():
+    path = ROOT / "tools" / "transcode.py"
+    specification = importlib.util.spec_from_file_location("transcode_tool", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def start(tool):
+    def start(*arguments, code=0):
+        small = ["--short-side", "40", "--key-frames", "5", "--crf", "12", "--workers", "1"]
+        assert tool.main([*map(str, arguments), *small]) == code
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A manifest of videos of several kinds, one of them in two rows, one of them bad."""
+    folder = tmp_path_factory.mktemp("source")
+    write_source(folder / "a" / "plain.one.mp4", audio=True)
+    write_source(folder / "a" / "turned.mp4")
+    turn(folder / "a" / "turned.mp4")
+    write_source(folder / "b" / "odd.mkv", size=(35, 33), codec="ffv1")
+    times = [40 * i if i < 10 else 400 + 120 * (i - 10) for i in range(20)]
+    write_source(folder / "b" / "uneven.mkv", times=times)
+    write_source(folder / "b" / "small.mp4", frames=1, size=(16, 24))
+    (folder / "b" / "broken.mp4").write_bytes(b"\0\0\0\x18ftypisom, and no more" * 9)
+    (folder / "list.csv").write_text(
+        "path,label,label_name,num_frames,speaker,codec\n"
+        "a/plain.one.mp4,0,to stand,20,Ann,vp9\n"
+        "a/turned.mp4,0,to stand,,Bob,vp9\n"
+        "b/broken.mp4,1,to go,,Bob,vp9\n"
+        "b/odd.mkv,1,to go,18,Ann,vp9\n"
+        'b/uneven.mkv,,,,"Cyd, née D.",vp9\n'
+        "b/small.mp4,1,to go,,,vp9\n"
+        "a/plain.one.mp4,1,to go,20,Dan,vp9\n"
+    )
+    return folder / "list.csv"
+
+
+def rows_of(output):
+    with (output / "manifest.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def failed_in(output):
+    with (output / "failed.csv").open(newline="") as file:
+        return {Path(row["path"]).name: row["reason"] for row in csv.DictReader(file)}
+
+
+def contents(folder):
+    """Digests of everything in a folder but notes of times."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("journal.jsonl", "settings.json")
+    }
+
+
+def read_all(place):
+    with open_video(str(place)) as video:
+        return video.read(range(video.num_frames))
+
+
+@pytest.fixture(scope="module")
+def outputs(tool, source, tmp_path_factory):
+    """The source in all three forms."""
+    folder = tmp_path_factory.mktemp("outputs")
+    for form in ("files", "frames", "shards"):
+        arguments = [str(source), str(folder / form), "--to", form, "--short-side", "40"]
+        arguments += ["--key-frames", "5", "--crf", "12", "--workers", "1", "--quality", "95"]
+        assert tool.main(arguments) == 2  # one file is broken
+    return folder
+
+
+# --- What is written ----------------------------------------------------------------------------
+
+FILES = {
+    "plain.one": ("a/plain.one", 20, (40, 60), 25.0),
+    "turned": ("a/turned", 20, (60, 40), 25.0),
+    "odd": ("b/odd", 18, (34, 32), 25.0),
+    "uneven": ("b/uneven", 20, (40, 60), 19 / 1.48),
+    "small": ("b/small", 1, (16, 24), 25.0),
+}
+ORDER = ["plain.one", "turned", "odd", "uneven", "small", "plain.one"]
+
+
+@pytest.mark.parametrize("form", ["files", "frames", "shards"])
+def test_manifest_says_what_is_there(outputs, form):
+    rows = rows_of(outputs / form)
+    manifest = read_manifest(outputs / form / "manifest.csv")
+    assert manifest.labels == (0, 0, 1, -1, 1, 1)
+    assert manifest.label_names == ("to stand", "to go")
+    for name, row, place in zip(ORDER, rows, manifest.files, strict=True):
+        path, num_frames, (height, width), fps = FILES[name]
+        assert path.replace(".", "_") in row["path"].replace(".", "_")
+        assert int(row["num_frames"]) == num_frames
+        assert (int(row["height"]), int(row["width"])) == (height, width)
+        assert float(row["fps"]) == pytest.approx(fps, rel=1e-3)
+        with open_video(place) as video:
+            assert video.num_frames == num_frames
+            frames = video.read(range(num_frames))
+            assert frames.shape[1:3] == (height, width)
+        assert 1 <= int(row["key_frame_distance"]) <= (1 if form == "frames" else 5)
+    assert [row["speaker"] for row in rows] == ["Ann", "Bob", "Ann", "Cyd, née D.", "", "Dan"]
+    assert "codec" not in rows[0]  # no longer true
+
+
+@pytest.mark.parametrize("form", ["files", "frames", "shards"])
+def test_frames_are_those_of_the_source_one_to_one(outputs, source, form):
+    before = read_manifest(source)
+    before = {Path(file).stem: file for file in before.files}
+    places = read_manifest(outputs / form / "manifest.csv").files
+    for name, place in zip(ORDER, places, strict=True):
+        frames, originals = read_all(place), read_all(before[name])[: FILES[name][1]]
+        if name != "turned":
+            assert numbers_of(frames) == list(range(len(frames)))
+        height, width = frames.shape[1:3]
+        wanted = np.stack(
+            [np.array(Image.fromarray(f).resize((width, height), 3)) for f in originals]
+        )
+        assert np.abs(frames.astype(int) - wanted).mean() < 6
+
+
+def test_files_have_no_sound_no_rotation_and_even_times(outputs):
+    for path in (outputs / "files" / "videos").rglob("*.mp4"):
+        data = path.read_bytes()
+        assert data.index(b"moov") < data.index(b"mdat")
+        with av.open(str(path)) as container:
+            assert [stream.type for stream in container.streams] == ["video"]
+            video = container.streams.video[0]
+            assert video.codec_context.name == "h264"
+            assert video.codec_context.pix_fmt == "yuv420p"
+            frames = list(container.decode(video))
+            assert {frame.rotation for frame in frames} == {0}
+            times = [frame.pts * frame.time_base for frame in frames]
+        steps = {later - time for time, later in pairwise(times)}
+        assert times[0] == 0
+        assert len(steps) <= 1
+
+
+def test_what_fails_is_listed_and_left_out(outputs):
+    for form in ("files", "frames", "shards"):
+        assert list(failed_in(outputs / form)) == ["broken.mp4"]
+        left = {path.name for path in (outputs / form).iterdir() if path.name[0] == "."}
+        assert left == {".lock"}
+
+
+def test_frame_folders_hold_numbered_jpegs(outputs):
+    folder = outputs / "frames" / "frames" / "b" / "odd"
+    assert sorted(path.name for path in folder.iterdir()) == [f"{i:06d}.jpg" for i in range(18)]
+    row = next(row for row in rows_of(outputs / "frames") if "odd" in row["path"])
+    assert row["path"] == "frames/b/odd/"
+    with Image.open(folder / "000000.jpg") as image:
+        assert (image.format, image.size) == ("JPEG", (32, 34))
+
+
+def test_shards_have_the_layout_of_webdataset(outputs):
+    with tarfile.open(outputs / "shards" / "shard-000000.tar") as tar:
+        members = tar.getmembers()
+        data = {member.name: tar.extractfile(member).read() for member in members}
+    assert [member.name for member in members] == [
+        *("a/plain_one.cls", "a/plain_one.json", "a/plain_one.mp4"),
+        *("a/turned.cls", "a/turned.json", "a/turned.mp4"),
+        *("b/odd.cls", "b/odd.json", "b/odd.mp4"),
+        *("b/uneven.json", "b/uneven.mp4"),
+        *("b/small.cls", "b/small.json", "b/small.mp4"),
+    ]
+    assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in members} == {(0, 0, 0, "", "")}
+    assert data["b/odd.cls"] == b"1"
+    assert json.loads(data["b/odd.json"]) == {
+        **{"label": 1, "label_name": "to go", "num_frames": 18, "source": "b/odd.mkv"}
+    }
+    files = outputs / "files" / "videos"
+    assert data["b/odd.mp4"] == (files / "b" / "odd.mp4").read_bytes()
+    for place in read_manifest(outputs / "shards" / "manifest.csv").files:
+        member = TarMember.parse(place)
+        assert member.read() == data[member.name]
+
+
+def test_colours_keep_their_meaning(tmp_path):
+    """Of full range, of another matrix and of none: red stays red."""
+    red = np.zeros((32, 48, 3), np.uint8)
+    red[:] = 220, 40, 60
+    for name, form, matrix, value_range in [
+        ("rgb", "rgb24", 0, 2),
+        ("hd", "yuv420p", 1, 1),
+        ("full", "yuvj420p", 5, 2),
+    ]:
+        path = tmp_path / f"{name}.mkv"
+        with av.open(str(path), "w") as container:
+            codec = {"rgb": "libx264rgb", "hd": "ffv1", "full": "mjpeg"}[name]
+            video = container.add_stream(codec, rate=25)
+            video.height, video.width, video.pix_fmt = 32, 48, form
+            video.codec_context.color_range = value_range
+            video.codec_context.colorspace = matrix
+            frame = av.VideoFrame.from_ndarray(red, format="rgb24").reformat(
+                format=form, dst_colorspace=matrix or None, dst_color_range=value_range
+            )
+            container.mux(video.encode(frame))
+            container.mux(video.encode(None))
+        target = tmp_path / f"{name}.mp4"
+        job = Job(str(path), str(tmp_path / "beside.mp4"), str(target))
+        assert isinstance([*Transcoder(RECIPE)(job)][-1], Made)
+        before, after = read_all(path)[0].astype(int), read_all(target)[0].astype(int)
+        assert np.abs(after - before).max() <= 6, name
+        assert np.abs(after - red).max() <= 8, name
+
+
+def test_images_stay_images(start, tmp_path):
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        Image.fromarray(painted(number)).save(tmp_path / "in" / f"{number}.png")
+    for form in ("files", "frames", "shards"):
+        start(tmp_path / "in", tmp_path / form, "--to", form)
+        places = read_manifest(tmp_path / form / "manifest.csv").files
+        assert [numbers_of(read_all(place)) for place in places] == [[0], [1], [2]]
+        assert [place.split("@")[0][-4:] for place in places] == [".jpg"] * 3
+        assert [row["fps"] for row in rows_of(tmp_path / form)] == [""] * 3
+
+
+def test_outputs_are_inputs_again(start, outputs, tmp_path):
+    """Folders of frames, and members of tars."""
+    for form in ("frames", "shards"):
+        start(outputs / form / "manifest.csv", tmp_path / form, "--to", "files")
+        before, after = rows_of(outputs / form), rows_of(tmp_path / form)
+        same = ("label", "label_name", "num_frames", "width", "height", "fps", "speaker")
+        assert [[row[name] for name in same] for row in before] == [
+            [row[name] for name in same] for row in after
+        ]
+    assert after[0]["path"] == "videos/shard-000000/a/plain_one.mp4"
+
+
+# --- Which frames -------------------------------------------------------------------------------
+
+
+def stream_of(times):
+    return iter([Timed(Fraction(time), name) for name, time in enumerate(times)])
+
+
+@pytest.mark.parametrize(
+    ("times", "rate", "fps", "wanted"),
+    [
+        ([0, 1, 2, 3], 1, 1, [0, 1, 2, 3]),
+        ([0, 1, 2, 3], 1, 2, [0, 0, 1, 1, 2, 2, 3, 3]),
+        ([0, 1, 2, 3], 1, Fraction(1, 2), [0, 2]),
+        ([5, 6, 7, 8], 1, 1, [0, 1, 2, 3]),  # it begins later
+        ([0, 1, 5, 6], Fraction(1, 2), 1, [0, 1, 1, 1, 1, 2, 3, 3]),  # a still in the middle
+        ([0, Fraction("0.1"), Fraction("0.2"), 1], 3, 1, [0, 3]),
+        ([0, Fraction("0.033"), Fraction("0.067"), Fraction("0.1")], 30, 30, [0, 1, 2, 3]),  # ms
+        ([0], 25, 10, [0]),
+        ([], 25, 10, []),
+    ],
+)
+def test_frames_are_chosen_by_time(times, rate, fps, wanted):
+    assert [*at_rate(stream_of(times), Fraction(fps), Fraction(rate))] == wanted
+
+
+@given(
+    st.lists(st.integers(1, 500), min_size=1, max_size=40),
+    st.fractions(Fraction(1, 2), 90, max_denominator=1001),
+)
+def test_each_output_time_shows_the_last_frame_before_it(gaps, fps):
+    times = [Fraction(sum(gaps[:i]), 1000) for i in range(len(gaps) + 1)]
+    rate = Fraction(len(gaps)) / times[-1]
+    for number, chosen in enumerate(at_rate(stream_of(times), fps, rate)):
+        due = number / fps + Fraction(1, 1000)
+        assert chosen == max(i for i, time in enumerate(times) if time <= due)
+    assert number + 1 == pytest.approx(float((times[-1] + 1 / rate) * fps), abs=1.5)
+
+
+def test_a_frame_shown_for_days_is_refused():
+    with pytest.raises(ValueError, match="shown for 864000 s"):
+        list(at_rate(stream_of([0, 1, 864001]), Fraction(25), Fraction(25)))
+
+
+def test_fps_takes_frames_by_time_also_of_uneven_ones(start, source, tmp_path):
+    (tmp_path / "list.csv").write_text("path\nb/uneven.mkv\n")
+    start(tmp_path / "list.csv", tmp_path / "out", "--fps", "10", "--root", source.parent)
+    frames = read_all(tmp_path / "out" / "videos" / "b" / "uneven.mp4")
+    shown = [40 * i if i < 10 else 400 + 120 * (i - 10) for i in range(20)]
+    due = range(0, shown[-1] + 80, 100)
+    wanted = [max(i for i, time in enumerate(shown) if time <= moment) for moment in due]
+    assert numbers_of(frames) == wanted
+    assert rows_of(tmp_path / "out")[0]["fps"] == "10"
+
+
+def test_stream_and_reader_agree(tmp_path):
+    """Frame i of a stream is frame i of the reader that training uses."""
+    path = write_source(tmp_path / "a.avi", codec="mpeg4", clock=25)
+    stream = VideoStream(str(path))
+    list(stream.survey())
+    assert (stream.rate, stream.num_packets) == (25, 20)
+    frames = [timed.frame.to_ndarray(format="rgb24") for timed in stream.frames()]
+    stream.close()
+    assert numbers_of(np.stack(frames)) == numbers_of(read_all(path)) == [*range(20)]
+
+
+@pytest.mark.parametrize(
+    ("size", "short_side", "fitted"),
+    [
+        ((720, 1280), 320, (320, 568)),
+        ((1280, 720), 320, (568, 320)),
+        ((240, 320), 320, (240, 320)),
+        ((241, 321), 320, (240, 320)),
+        ((1, 7), 320, (2, 6)),
+        ((480, 640), 480, (480, 640)),
+        ((2, 9000), 320, (2, 9000)),
+    ],
+)
+def test_size_is_even_and_never_larger(size, short_side, fitted):
+    assert fitted_size(size, short_side) == fitted
+
+
+# --- The same samples from all forms ------------------------------------------------------------
+
+
+def clips_of(manifest):
+    spec = ClipSpec(num_frames=4, frame_stride=1, max_frame_stride=3, frame_size=(32, 32))
+
+    return VideoClips(
+        read_manifest(manifest),
+        spec,
+        MultiScaleCrop(flip=True),
+        repeats=Repeats(2, same_frames=False),
+        decoder="pyav",
+        seed=3,
+        max_bad_share=0.0,
+    )
+
+
+def test_samples_are_the_same_in_every_form(start, outputs, tmp_path):
+    start(outputs / "files" / "manifest.csv", tmp_path / "copy", "--to", "shards", "--copy")
+    files, frames, packed, copied = (
+        clips_of(folder / "manifest.csv")
+        for folder in (
+            *(outputs / form for form in ("files", "frames", "shards")),
+            tmp_path / "copy",
+        )
+    )
+    for position in range(3 * len(files)):
+        sample = files[position]
+        for same in (packed[position], copied[position]):
+            assert same.clips.equal(sample.clips)
+            assert (same.keys, same.label) == (sample.keys, sample.label)
+        similar = frames[position]
+        assert (similar.keys, similar.label) == (sample.keys, sample.label)
+        difference = (similar.clips.int() - sample.clips.int()).abs().float()
+        assert difference.mean() < 6
+
+
+# --- Names --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("/data/a/b.mp4", "a/b"),
+        ("/data/a/b.MP4", "a/b"),
+        ("/data/a/b.c.webm", "a/b.c"),
+        ("/elsewhere/b.mp4", "elsewhere/b"),
+        ("/data/../../etc/b.mp4", "etc/b"),
+        ("/data/a/../b.mp4", "b"),
+        ("/data/a.mp4/", "a.mp4"),
+        ("/data/s.tar::a/b.mp4@512+9", "s/a/b"),
+        ("/data/s.tar::../../b.mp4@512+9", "s/b"),
+        ("/data/s.tar::/etc/b.mp4@512+9", "s/etc/b"),
+        ("/data/a\nb.mp4", None),
+        ("/data/a\x1b[2Jb.mp4", None),
+        ("/data/a\0.mp4", None),
+    ],
+)
+def test_name_of_an_output(place, name):
+    assert output_names([place], "/data") == {place: name}
+
+
+def test_names_differ_and_the_first_keeps_its_own():
+    places = [f"/d/{name}" for name in ("a.mp4", "a.avi", "A.mkv", "b.mp4", "a.mp4")]
+    names = output_names(places, "/d")
+    assert list(names) == places[:4]
+    assert names[places[0]] == "a"
+    assert names[places[1]].startswith("a-")
+    assert names[places[2]].startswith("A-")
+    assert names.items() <= output_names([*places, "/d/a.wmv"], "/d").items()
+    folders = output_names(["/d/a.mp4", "/d/a/b.mp4", "/d/c/d.mp4", "/d/c.mp4"], "/d", nests=False)
+    assert [name.partition("-")[0] for name in folders.values()] == ["a", "a+b", "c/d", "c"]
+    assert output_names(["/d/v.1/a.b.c.mp4"], "/d", dots=False) == {"/d/v.1/a.b.c.mp4": "v.1/a_b_c"}
+
+
+@given(
+    st.lists(st.text("aAé./\\ \udc80-", max_size=6).map(lambda text: f"/d/{text}.mp4"), max_size=8),
+    st.booleans(),
+    st.booleans(),
+)
+@example(["/d/a.mp4", "/d/" + "é" * 300 + ".mp4", "/d/..mp4", "/d/...mp4"], True, False)
+def test_no_name_leaves_the_folder(places, dots, nests):
+    names = output_names(places, "/d", dots=dots, nests=nests)
+    assert set(names) == set(places)
+    for name in names.values():
+        parts = name.split("/")
+        assert not {"", ".", ".."} & set(parts)
+        assert all(len(part.encode()) < 250 for part in parts)
+        assert dots or "." not in parts[-1]
+    folded = [name.casefold() for name in names.values()]
+    assert len({*folded}) == len(folded)
+    if not nests:
+        assert not any(a.startswith(b + "/") for a in folded for b in folded)
+
+
+def test_a_playlist_does_not_open_other_files(tmp_path):
+    write_source(tmp_path / "secret.mp4")
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile secret.mp4\n")
+    job = Job(str(tmp_path / "list.mp4"), str(tmp_path / "beside.mp4"), str(tmp_path / "out.mp4"))
+    (failed,) = Transcoder(RECIPE)(job)
+    assert isinstance(failed, Failed)
+
+
+# --- Shards -------------------------------------------------------------------------------------
+
+
+def packable(path, key="a/b", **info):
+    return Packable(key, str(path), ".mp4", 3, {"num_frames": 2, **info})
+
+
+def test_shards_are_split_by_size_and_always_the_same(start, source, tmp_path):
+    for name in ("one", "two"):
+        start(source, tmp_path / name, "--to", "shards", "--shard-size", "0.00002", code=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    tars = sorted((tmp_path / "one").glob("*.tar"))
+    assert [tar.name for tar in tars] == [f"shard-{i:06d}.tar" for i in range(len(tars))]
+    assert len(tars) > 2
+    assert all(tar.stat().st_size < 20_000 + 20_480 for tar in tars)  # a tar ends in zeros
+    for place in read_manifest(tmp_path / "one" / "manifest.csv").files:
+        assert TarMember.parse(place).read()
+
+
+def test_long_and_foreign_names_are_readable(tmp_path):
+    video = tmp_path / "v.mp4"
+    video.write_bytes(b"0123456789")
+    keys = ["x" * 140 + "/" + "y" * 140, "Straße/été", "a b/c@d+e::f"]
+    samples = [packable(video, key, source="ü\n\t") for key in keys]
+    packed = [*write_shard(tmp_path / "s.tar", samples)][-1]
+    for key, where in zip(keys, packed, strict=True):
+        member = TarMember.parse(f"{tmp_path}/s.tar::{where.member}@{where.offset}+{where.size}")
+        assert member.name == f"{key}.mp4"
+        assert member.read() == b"0123456789"
+
+
+def test_a_shard_that_reads_back_otherwise_is_refused(tmp_path, monkeypatch):
+    video = tmp_path / "v.mp4"
+    video.write_bytes(b"0123456789")
+    original = shards._read_again
+
+    def damaged(path, sums):
+        data = path.read_bytes()
+        path.write_bytes(data.replace(b"0123456789", b"0123456780"))
+        return original(path, sums)
+
+    monkeypatch.setattr(shards, "_read_again", damaged)
+    with pytest.raises(ShardError, match=r"a/b\.mp4 is not what was written"):
+        list(write_shard(tmp_path / "s.tar", [packable(video)]))
+    shard = Shard(str(tmp_path / "beside.tar"), str(tmp_path / "t.tar"), (packable(video),))
+    (broken,) = transcoding.Packer()(shard)
+    assert isinstance(broken, Broken)
+    assert not list(tmp_path.glob("*t.tar"))
+
+
+def test_copies_are_the_files_as_they_are(start, source, tmp_path):
+    start(source, tmp_path / "out", "--to", "shards", "--copy", code=2)
+    manifest = read_manifest(tmp_path / "out" / "manifest.csv")
+    before = [file for file in read_manifest(source).files if "broken" not in file]
+    for place, file in zip(manifest.files, before, strict=True):
+        assert TarMember.parse(place).read() == Path(file).read_bytes()
+    assert manifest.num_frames == (20, 20, 18, 20, 1, 20)
+    assert TarMember.parse(manifest.files[2]).name == "b/odd.mkv"
+    assert list(failed_in(tmp_path / "out")) == ["broken.mp4"]
+
+
+def test_folders_of_frames_are_not_copied(start, outputs, tmp_path):
+    source = outputs / "frames" / "manifest.csv"
+    start(source, tmp_path / "out", "--to", "shards", "--copy", code=2)
+    assert set(failed_in(tmp_path / "out").values()) == {
+        "a folder of frames cannot be packed as it is; leave out --copy"
+    }
+
+
+# --- Going on -----------------------------------------------------------------------------------
+
+
+def test_a_second_start_does_nothing_again(start, source, tmp_path, capsys):
+    for form in ("files", "frames", "shards"):
+        output = tmp_path / form
+        start(source, output, "--to", form, code=2)
+        before = contents(output)
+        times = {
+            path: path.stat().st_mtime_ns for path in output.rglob("*.[mjt]*") if path.is_file()
+        }
+        start(source, output, "--to", form, code=2)
+        assert "0 of them new" in capsys.readouterr().out
+        assert contents(output) == before
+        times.pop(output / "journal.jsonl")
+        times.pop(output / "settings.json")
+        assert times == {path: path.stat().st_mtime_ns for path in times}
+
+
+def test_what_is_repaired_is_added(start, source, tmp_path):
+    output = tmp_path / "out"
+    (tmp_path / "list.csv").write_text("path\na.mp4\nb.mp4\n")
+    write_source(tmp_path / "a.mp4")
+    start(tmp_path / "list.csv", output, "--to", "shards", code=2)
+    assert failed_in(output) == {"b.mp4": "there is no such file"}
+    first = (output / "shard-000000.tar").read_bytes()
+    write_source(tmp_path / "b.mp4", frames=9)
+    start(tmp_path / "list.csv", output, "--to", "shards")
+    assert (output / "shard-000000.tar").read_bytes() == first
+    assert [row["num_frames"] for row in rows_of(output)] == ["20", "9"]
+    assert [row["path"][:17] for row in rows_of(output)] == [
+        "shard-000000.tar:",
+        "shard-000001.tar:",
+    ]
+    assert not (output / "failed.csv").exists()
+
+
+def later(path):
+    """As if it had been written a minute later."""
+    moment = path.stat().st_mtime_ns + 60 * 10**9
+    os.utime(path, ns=(moment, moment))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--to", "files"), ("--to", "frames"), ("--to", "shards"), ("--to", "shards", "--copy")],
+)
+def test_outputs_of_sources_that_changed_are_made_again(start, tmp_path, capsys, options):
+    output = tmp_path / "out"
+    (tmp_path / "list.csv").write_text("path,label\na.mp4,0\nb.mp4,1\n")
+    for name in "ab":
+        write_source(tmp_path / f"{name}.mp4")
+    start(tmp_path / "list.csv", output, *options)
+    before = {row["label"]: read_all(place) for row, place in labelled(output)}
+    write_source(tmp_path / "a.mp4", frames=9)
+    later(tmp_path / "a.mp4")
+    capsys.readouterr()
+    start(tmp_path / "list.csv", output, *options)
+    told = capsys.readouterr().out
+    assert "1 files or their labels have changed" in told
+    assert "Done: 2 files, 1 of them new" in told
+    assert [row["num_frames"] for row in rows_of(output)] == ["9", "20"]
+    after = {row["label"]: read_all(place) for row, place in labelled(output)}
+    assert numbers_of(after["0"]) == list(range(9))
+    assert (after["1"] == before["1"]).all()
+    (tmp_path / "b.mp4").unlink()  # what is made of it stays
+    written = contents(output)
+    start(tmp_path / "list.csv", output, *options)
+    assert "0 of them new" in capsys.readouterr().out
+    assert contents(output) == written
+
+
+def labelled(output):
+    return zip(rows_of(output), read_manifest(output / "manifest.csv").files, strict=True)
+
+
+def test_a_shard_with_a_label_that_changed_is_packed_anew(start, tmp_path, capsys):
+    """Nothing is encoded again, and of a run that was stopped in between nothing is left."""
+    output = tmp_path / "out"
+    (tmp_path / "list.csv").write_text("path,label\na.mp4,0\nb.mp4,1\n")
+    for name in "ab":
+        write_source(tmp_path / f"{name}.mp4")
+    start(tmp_path / "list.csv", output, "--to", "shards")
+    first, journal = output / "shard-000000.tar", (output / "journal.jsonl").read_text()
+    old = first.read_bytes()
+    (tmp_path / "list.csv").write_text("path,label\na.mp4,7\nb.mp4,1\n")
+    for _ in range(2):
+        capsys.readouterr()
+        start(tmp_path / "list.csv", output, "--to", "shards")
+        assert "0 of them new" in capsys.readouterr().out
+        assert [path.name for path in output.glob("*.tar")] == ["shard-000001.tar"]
+        with tarfile.open(output / "shard-000001.tar") as tar:
+            labels = [tar.extractfile(f"{name}.cls").read() for name in "ab"]
+            assert json.load(tar.extractfile("a.json"))["label"] == 7
+        assert labels == [b"7", b"1"]
+        assert [numbers_of(read_all(place)) for _, place in labelled(output)] == [[*range(20)]] * 2
+        # As if it had been killed before it deleted the old one.
+        first.write_bytes(old)
+        with (output / "journal.jsonl").open("r+") as file:
+            now = file.read()
+            file.seek(0)
+            file.write(journal + now)
+
+
+def test_a_shard_of_a_run_that_was_killed_after_a_change_is_not_taken_for_good(start, tmp_path):
+    output = tmp_path / "out"
+    (tmp_path / "list.csv").write_text("path\na.mp4\nb.mp4\n")
+    for name in "ab":
+        write_source(tmp_path / f"{name}.mp4")
+    start(tmp_path / "list.csv", output, "--to", "shards")
+    write_source(tmp_path / "a.mp4", frames=9)
+    later(tmp_path / "a.mp4")
+    recipe = Recipe("shards", 40, None, 5, 12, 90, 10**9, copy=False)
+    settings = json.loads((output / "settings.json").read_text())
+    for changed in (1, 0):
+        with folder_of(tmp_path, ["a.mp4", "b.mp4"], recipe) as folder:
+            folder.claim(settings)
+            assert (folder.changed, len(folder.missing())) == (changed, changed)
+            if changed:  # made, and not packed yet
+                job = folder.job(str(tmp_path / "a.mp4"))
+                folder.note(job.place, [*Transcoder(recipe)(job)][-1])
+    start(tmp_path / "list.csv", output, "--to", "shards")
+    assert [row["num_frames"] for row in rows_of(output)] == ["9", "20"]
+    assert [path.name for path in output.glob("*.tar")] == ["shard-000001.tar"]
+
+
+def test_going_on_with_folders_of_frames_looks_at_no_single_frame(
+    start, tmp_path, monkeypatch, capsys
+):
+    write_source(tmp_path / "a.mp4")
+    (tmp_path / "list.csv").write_text("path\na.mp4\n")
+    arguments = [tmp_path / "list.csv", tmp_path / "out", "--to", "frames"]
+    start(*arguments)
+    monkeypatch.setattr(prepared, "bytes_of", None)
+    start(*arguments)
+    assert "all 1 files are there already" in capsys.readouterr().out
+    monkeypatch.undo()
+    (tmp_path / "out" / "frames" / "a" / "000003.jpg").unlink()
+    start(*arguments)
+    assert "1 of them new" in capsys.readouterr().out
+
+
+def test_memory_is_in_the_same_unit_in_both_programs(tool, tmp_path, monkeypatch):
+    limits = []
+
+    class NoPool:
+        def __init__(self, work, workers, limit, **_):
+            limits.append(limit)
+            raise BlockingIOError
+
+    monkeypatch.setattr(tool, "Pool", NoPool)
+    write_source(tmp_path / "in" / "a.mp4")
+    assert tool.main([str(tmp_path / "in"), str(tmp_path / "out"), "--memory", "2"]) == 2
+    assert limits[0].memory == 2 * 2**30
+
+
+def test_lost_outputs_are_made_again(start, source, tmp_path):
+    output = tmp_path / "out"
+    start(source, output, code=2)
+    before = contents(output)
+    (output / "videos" / "a" / "turned.mp4").write_bytes(b"cut off")
+    (output / "videos" / "b" / "odd.mp4").unlink()
+    with (output / "journal.jsonl").open("a") as file:
+        file.write('{"place": "half a li')
+    start(source, output, code=2)
+    assert contents(output) == before
+
+
+@pytest.mark.parametrize("form", ["files", "frames", "shards"])
+def test_going_on_needs_no_encoder_that_gives_the_same_bytes(start, tmp_path, capsys, form):
+    """Outputs that a kill left unnoted, or that were lost, are made again as other bytes."""
+    now = replace(RECIPE, form=form, quality=90)
+    before = replace(now, crf=40, quality=20)  # stands for another version of the encoders
+    write_source(tmp_path / "a.mp4")
+    write_source(tmp_path / "b.mp4", frames=9)
+    (tmp_path / "list.csv").write_text("path\na.mp4\nb.mp4\n")
+    start(tmp_path / "list.csv", tmp_path / "out", "--to", form)
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    shutil.rmtree(tmp_path / "out")
+    with folder_of(tmp_path, ["a.mp4", "b.mp4"], now) as folder:
+        folder.claim(settings)
+        jobs = [folder.job(place) for place in folder.missing()]
+        old = [last_of(job, before) for job in jobs]
+        folder.note(jobs[0].place, old[0])  # and the second one is there without a note
+        lost = folder.unpacked_shards()
+        for shard in lost:  # nor is there one of the shard of the first
+            list(transcoding.Packer()(shard))
+    transcoding.remove(jobs[0].target)
+    capsys.readouterr()
+    start(tmp_path / "list.csv", tmp_path / "out", "--to", form)
+    assert "2 files, 2 of them new" in capsys.readouterr().out
+    places = read_manifest(tmp_path / "out" / "manifest.csv").files
+    assert [numbers_of(read_all(place)) for place in places] == [[*range(20)], [*range(9)]]
+    assert all(transcoding.bytes_of(p) > made.bytes for p, made in zip(places, old, strict=True))
+    start(tmp_path / "list.csv", tmp_path / "out", "--to", form)
+    assert "0 of them new" in capsys.readouterr().out
+
+
+def test_other_settings_are_refused_by_name(tool, source, tmp_path, capsys):
+    output = tmp_path / "out"
+    small = [str(source), str(output), "--short-side", "40", "--workers", "1"]
+    assert tool.main(small) == 2
+    before = contents(output)
+    capsys.readouterr()
+    assert tool.main([*small[:-4], "--short-side", "20", "--crf", "30", "--workers", "1"]) == 2
+    told = capsys.readouterr().err
+    assert "  short_side: 40 -> 20" in told
+    assert "  crf: 20 -> 30" in told
+    assert contents(output) == before
+
+
+def test_a_folder_of_something_else_is_left_alone(start, source, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("important")
+    start(source, tmp_path, code=2)
+    assert "not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def folder_of(path, files, recipe=RECIPE):
+    (path / "list.csv").write_text("path\n" + "".join(f"{name}\n" for name in files))
+    manifest = read_manifest(path / "list.csv")
+    return PreparedFolder(path / "out", recipe, Rows(manifest, {}), path)
+
+
+def test_two_programs_do_not_write_to_one_folder(tmp_path):
+    with folder_of(tmp_path, ["a.mp4"]) as first, folder_of(tmp_path, ["a.mp4"]) as second:
+        first.claim({})
+        with pytest.raises(BlockingIOError, match="another program"):
+            second.claim({})
+
+
+HOSTILE = """
+import ctypes, os, time
+from pathlib import Path
+from hpm_video.preparation.transcode import Transcoder
+
+class Waiting(Transcoder):
+    def __call__(self, job):
+        while job.cut is None and not Path(job.place).with_suffix(".open").exists():
+            time.sleep(0.01)
+        yield from super().__call__(job)
+
+class Hostile(Transcoder):
+    def __call__(self, job):
+        name = os.path.basename(job.place)  # the folder is named by the test
+        if "hangs" in name:
+            open(job.beside, "wb").write(b"half a file")
+            Path(job.place).with_name(f"{os.getpid()}.hangs").touch()
+            ctypes.PyDLL(None).sleep(10**6)  # it holds the lock of the interpreter
+        if "crashes" in name:
+            os.abort()
+        if "eats" in name:
+            bytearray(2**40)
+        yield from super().__call__(job)
+"""
+
+
+def test_a_file_that_hangs_or_crashes_is_listed_and_the_others_are_done(
+    tmp_path, monkeypatch, pool_clock
+):
+    pool_clock.run_while_one_hangs(tmp_path)
+    (tmp_path / "hostile_work.py").write_text(HOSTILE)
+    monkeypatch.syspath_prepend(tmp_path)
+    work = importlib.import_module("hostile_work").Hostile(RECIPE)
+    names = [f"{name}.mp4" for name in ("a", "hangs", "crashes", "eats", "b")]
+    for name in names:
+        write_source(tmp_path / name)
+    limits = Limits(seconds=3)
+    with folder_of(tmp_path, names) as folder, Pool(work, 1, limits, depth=1) as pool:
+        folder.claim({})
+        prepared.make(folder, pool, folder.missing(), lambda *_: None)
+        folder.write_lists()
+    failed = failed_in(tmp_path / "out")
+    assert failed["hangs.mp4"] == "it took longer than 3 s"
+    assert "SIGABRT" in failed["crashes.mp4"]
+    assert "memory" in failed["eats.mp4"]
+    assert [row["path"] for row in rows_of(tmp_path / "out")] == ["videos/a.mp4", "videos/b.mp4"]
+    assert not (tmp_path / "out" / ".unfinished").exists()
+
+
+WAITING = """
+import sys
+sys.path.insert(0, "tools")
+import transcode, waiting_work
+transcode.Transcoder = waiting_work.Waiting
+sys.exit(transcode.main(sys.argv[1:]))
+"""
+
+
+def launch(tmp_path, *arguments):
+    """Each file, but those that are tried out, waits for one with the suffix ``.open``."""
+    place = tmp_path / "import"  # the package, and not the folder `datasets`
+    place.mkdir(exist_ok=True)
+    if not (place / "hpm_video").exists():
+        (place / "hpm_video").symlink_to(ROOT / "hpm_video")
+        (place / "waiting_work.py").write_text(HOSTILE)
+    return subprocess.Popen(
+        [sys.executable, "-c", WAITING, *map(str, arguments), "--workers=1", "--seconds=1e6"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(place)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def wait_for(what):
+    while not what():
+        time.sleep(0.02)
+
+
+def journal_lines(output):
+    path = output / "journal.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def processes_of(group):
+    """Those that still run of a session."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == group and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def test_a_stopped_run_goes_on_and_ends_alike(tool, tmp_path, capsys):
+    """By Ctrl-C, then by kill -9, and by nothing."""
+    names = [f"{i}.mp4" for i in range(12)]
+    for i, name in enumerate(names):
+        write_source(tmp_path / name, frames=40 + i, size=(180, 240))
+    (tmp_path / "list.csv").write_text("path\n" + "\n".join(names) + "\n")
+    settings = ["--to", "shards", "--short-side", "100", "--shard-size", "0.0001"]
+    output = tmp_path / "out"
+    for done, number, code in [(3, signal.SIGINT, 130), (6, signal.SIGKILL, -9)]:
+        for name in names[:done]:
+            (tmp_path / name).with_suffix(".open").touch()
+        with launch(tmp_path, tmp_path / "list.csv", output, *settings) as process:
+            wait_for(lambda expected=done: journal_lines(output) >= expected)
+            process.send_signal(number)
+            told, _ = process.communicate()
+            assert process.returncode == code, told
+        wait_for(lambda group=process.pid: not processes_of(group))
+        assert journal_lines(output) == done
+        if number == signal.SIGINT:
+            assert f"{done} of 12 files are done; the same command goes on" in told
+    arguments = [str(tmp_path / "list.csv"), "--workers", "1", *settings]
+    assert tool.main([*arguments, str(output)]) == 0
+    assert f"Done: 12 files, {12 - done} of them new" in capsys.readouterr().out
+    assert tool.main([*arguments, str(tmp_path / "whole")]) == 0
+    assert contents(output) == contents(tmp_path / "whole")
+
+
+# --- Estimates, and what goes wrong -------------------------------------------------------------
+
+
+def test_estimate_tells_and_writes_nothing(start, source, tmp_path, capsys):
+    start(source, tmp_path / "out", "--estimate")
+    told = capsys.readouterr().out
+    assert "6 files, " in told
+    assert "estimate from 1 of 6 files: " in told
+    assert "free on that disk" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_is_too_small_is_refused(tool, start, source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tool, "free_bytes", lambda path: 1000)
+    start(source, tmp_path / "out", code=2)
+    assert "1000" not in capsys.readouterr().out
+    assert not (tmp_path / "out" / "videos").exists()
+    start(source, tmp_path / "out", "--force", code=2)
+    assert len(rows_of(tmp_path / "out")) == 6
+
+
+def last_of(job, recipe=RECIPE):
+    return [*Transcoder(recipe)(job)][-1]
+
+
+@pytest.mark.parametrize("form", ["files", "frames"])
+def test_a_full_disk_ends_the_run(tmp_path, monkeypatch, form):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(encode.VideoWriter, "write", full)
+    monkeypatch.setattr(Image.Image, "save", full)
+    path = write_source(tmp_path / "a.mp4")
+    end = ".mp4" if form == "files" else "/"
+    job = Job(str(path), f"{tmp_path}/beside{end}", f"{tmp_path}/out{end}")
+    assert isinstance(last_of(job), Broken)
+    assert [each.name for each in tmp_path.iterdir()] == ["a.mp4"]
+
+    pool = SimpleNamespace(
+        submit=lambda *_: None,
+        next=lambda: Answer(str(path), Broken("No space left on device"), is_last=True),
+    )
+    with folder_of(tmp_path, ["a.mp4"]) as folder:
+        folder.claim({})
+        with pytest.raises(OSError, match="No space left on device. What is done stays"):
+            prepared.make(folder, pool, folder.missing(), lambda *_: None)
+
+
+def test_an_output_that_is_not_what_it_should_be_is_no_row(tmp_path, monkeypatch):
+    original = encode.VideoWriter.write
+
+    def drops_one(self, frame):
+        if self.count != 3 or hasattr(self, "dropped"):
+            original(self, frame)
+        else:
+            self.dropped = True
+            self.count += 1
+
+    monkeypatch.setattr(encode.VideoWriter, "write", drops_one)
+    path = write_source(tmp_path / "a.mp4")
+    failed = last_of(Job(str(path), f"{tmp_path}/beside.mp4", f"{tmp_path}/out.mp4"))
+    assert isinstance(failed, Failed)
+    assert "instead of" in failed.reason
+    assert [each.name for each in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_check_finds_another_size(tmp_path):
+    write_video(tmp_path / "a.mp4", [painted(i, 32, 48) for i in range(4)], gop=3)
+    clock = beat.Beat()
+    good = transcoding.Written(4, (32, 48))
+    assert [*_results(check(str(tmp_path / "a.mp4"), good, Fraction(25), clock))][-1].width == 48
+    for wrong, fps, words in [
+        (transcoding.Written(5, (32, 48)), 25, "4 frames instead of 5"),
+        (transcoding.Written(4, (48, 32)), 25, "frames of"),
+        (good, 30, "frames a second"),
+    ]:
+        with pytest.raises(transcoding.NotTheSameError, match=words):
+            list(check(str(tmp_path / "a.mp4"), wrong, Fraction(fps), clock))
+
+
+def _results(generator):
+    """Everything that it yields, and what it returns."""
+    yield (yield from generator)
+
+
+def test_a_file_that_is_cut_off_is_told(tmp_path):
+    path = write_source(tmp_path / "a.mp4", frames=60)
+    write_video(path, [painted(i) for i in range(60)], faststart=True)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 2 // 3])
+    made = last_of(Job(str(path), f"{tmp_path}/beside.mp4", f"{tmp_path}/out.mp4"))
+    if isinstance(made, Made):
+        assert 0 < made.num_frames < 60
+        assert "of the 60 frames" in made.note
+    else:
+        assert isinstance(made, Failed)
+
+
+def test_long_work_says_how_far_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(beat, "SECONDS_BETWEEN_STEPS", 0.0)
+    path = write_source(tmp_path / "a.mp4")
+    steps = [*Transcoder(RECIPE)(Job(str(path), f"{tmp_path}/b.mp4", f"{tmp_path}/out.mp4"))]
+    assert all(isinstance(step, Step) for step in steps[:-1])
+    assert len(steps) > 40  # surveyed, encoded and checked
+    assert {*range(1, 21)} <= {step.frames for step in steps[:-1]}
+
+
+def test_write_video_takes_a_fraction_and_puts_the_index_in_front(tmp_path):
+    frames = [painted(i, 32, 48) for i in range(4)]
+    write_video(tmp_path / "a.mp4", frames, fps=Fraction(30000, 1001), faststart=True)
+    data = (tmp_path / "a.mp4").read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.streams.video[0].average_rate == Fraction(30000, 1001)
+    write_video(tmp_path / "b.mp4", frames)
+    data = (tmp_path / "b.mp4").read_bytes()
+    assert data.index(b"mdat") < data.index(b"moov")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--short-side", "41"),
+        ("--fps", "0"),
+        ("--fps", "1/0"),
+        ("--crf", "52"),
+        ("--quality", "0"),
+        ("--shard-size", "inf"),
+        ("--copy",),
+    ],
+)
+def test_wrong_arguments_are_refused(tool, wrong):
+    with pytest.raises(SystemExit) as stop:
+        tool.parse_arguments(["list.csv", "out", *wrong])
+    assert stop.value.code == 2

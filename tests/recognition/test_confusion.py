@@ -1,0 +1,170 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from numpy.typing import NDArray
+from PIL import Image
+
+from hpm_video.recognition import confusion
+from hpm_video.recognition.confusion import (
+    NO_VIDEO,
+    SHARES,
+    Confusion,
+    draw_confusion,
+    most_confused,
+    shares_of,
+)
+
+Counts = NDArray[np.int64]
+Pixels = NDArray[np.int64]
+
+
+def make_counts(classes: int, videos: int = 40) -> Counts:
+    rng = np.random.default_rng(classes)
+    shares = rng.dirichlet(np.full(classes, 0.1), size=classes) * 0.4 + 0.6 * np.eye(classes)
+    return np.array([rng.multinomial(videos, row) for row in shares])
+
+
+def names_of(classes: int) -> list[str]:
+    return [f"class {index}" for index in range(classes)]
+
+
+def draw(path: Path, counts: Counts, names: list[str] | None = None) -> Pixels:
+    draw_confusion(counts, names or names_of(len(counts)), path, title="A test")
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB")).astype(np.int64)
+
+
+def count_of(pixels: Pixels, colour: str | tuple[float, ...]) -> int:
+    """Pixels of about this colour."""
+    return int((np.abs(pixels - 255 * np.array(to_rgb(colour))).max(axis=-1) <= 2).sum())
+
+
+@pytest.mark.parametrize("classes", [1, 8, 30, 31, 60, 61, 700])
+def test_any_number_of_classes_is_drawn_within_its_margin(tmp_path: Path, classes: int) -> None:
+    pixels = draw(tmp_path / "test" / "confusion.png", make_counts(classes))
+    assert [path.name for path in (tmp_path / "test").iterdir()] == ["confusion.png"]
+    height, width, _ = pixels.shape
+    assert width <= 2400
+    assert height <= 1800
+    border = np.ones((height, width), dtype=bool)
+    border[20:-20, 20:-20] = False
+    assert (pixels[border] == 255).all()  # nothing is cut off
+    drawn = (pixels < 250).any(axis=-1)
+    assert drawn.any(axis=1).argmax() < 40
+    assert drawn.any(axis=0).argmax() < 40
+
+
+@pytest.mark.parametrize("classes", [12, 51])
+def test_long_names_are_shortened(tmp_path: Path, classes: int) -> None:
+    long = [
+        f"{'pretending to put something ' * 5}\n{index} $x_{{ {index}" for index in range(classes)
+    ]
+    pixels = draw(tmp_path / "long.png", make_counts(classes), long)
+    assert pixels.shape[1] <= 2400
+    assert (pixels[:, -20:] == 255).all()
+    assert (pixels[:, :20] == 255).all()
+    assert (pixels[-20:] == 255).all()
+
+
+def test_colours_are_shares_of_the_true_class(tmp_path: Path) -> None:
+    cell = confusion.LARGEST_CELL**2
+    pixels = draw(tmp_path / "a.png", np.array([[3, 1], [0, 50]]))
+    for share in 0.75, 0.25, 1.0:
+        assert 0.7 * cell < count_of(pixels, SHARES(share)) < 1.3 * cell
+    flipped = draw(tmp_path / "b.png", np.array([[3, 1], [50, 0]]))
+    top, left = (int(place) for place in np.argwhere(is_full(flipped)).mean(axis=0))
+    expected, right = (int(place) for place in np.argwhere(is_full(pixels)).mean(axis=0))
+    assert left < right
+    assert abs(top - expected) < 20
+
+
+def is_full(pixels: Pixels) -> NDArray[np.bool_]:
+    """Pixels of cells with all videos of a class, without the colour bar."""
+    full = np.abs(pixels - 255 * np.array(to_rgb(SHARES(1.0)))).max(axis=-1) <= 1
+    full[:, full.shape[1] // 2 + 100 :] = False
+    return full
+
+
+@pytest.mark.parametrize("classes", [8, 200])
+def test_rows_without_videos_are_grey(tmp_path: Path, classes: int) -> None:
+    counts = make_counts(classes)
+    before = count_of(draw(tmp_path / "full.png", counts), NO_VIDEO)
+    counts[[1, 4]] = 0
+    after = count_of(draw(tmp_path / "empty.png", counts), NO_VIDEO)
+    assert after - before > 0.3 * 2 * classes * (4 if classes == 200 else confusion.NAMED_CELL) ** 2
+    counts[:] = 0
+    draw(tmp_path / "none.png", counts)
+
+
+def test_more_classes_than_are_named_have_a_list_instead(tmp_path: Path) -> None:
+    few = draw(tmp_path / "few.png", make_counts(30))
+    many = draw(tmp_path / "many.png", make_counts(61))
+    assert few.shape[1] < 1.15 * few.shape[0]
+    assert many.shape[1] > 1.3 * many.shape[0]
+
+
+def test_counts_too_long_for_their_cells_are_left_out(tmp_path: Path) -> None:
+    short, long = (
+        draw(tmp_path / f"{digits}.png", make_counts(16) * 10**digits) for digits in (1, 14)
+    )
+    ink = [count_of(pixels[150:-200, 300:-250], confusion.INK) for pixels in (short, long)]
+    assert ink[1] < 0.1 * ink[0]
+
+
+def test_steps_of_the_colour_map_look_even() -> None:
+    """Lightness (CIE L*) falls evenly from white."""
+    linear = SHARES(np.linspace(0, 1, 11))[:, :3]
+    linear = np.where(linear <= 0.04045, linear / 12.92, ((linear + 0.055) / 1.055) ** 2.4)
+    lightness = 116 * np.cbrt(linear @ [0.2126, 0.7152, 0.0722]) - 16
+    assert lightness[0] == pytest.approx(100, abs=0.01)
+    steps = -np.diff(lightness)
+    assert steps.min() > 0.9 * steps.mean()
+    assert steps.max() < 1.1 * steps.mean()
+
+
+def test_most_confused_pairs_come_first() -> None:
+    counts = np.array([[6, 4, 0], [10, 80, 10], [1, 1, 0]])
+    assert most_confused(counts, ["a", "b", "c"], 4) == [
+        Confusion("c", "a", 0.5, 1),
+        Confusion("c", "b", 0.5, 1),
+        Confusion("a", "b", 0.4, 4),
+        Confusion("b", "a", 0.1, 10),
+    ]
+    assert len(most_confused(counts, ["a", "b", "c"], 100)) == 5  # never a pair without videos
+    assert str(most_confused(counts, ["a", "b", "c"], 3)[2]) == "a → b: 40% (4)"
+    assert counts[0, 0] == 6
+
+
+def test_of_equal_shares_the_pair_of_more_videos_comes_first() -> None:
+    counts = np.array([[1, 1, 0], [0, 8, 8], [0, 0, 0]])
+    assert [pair.true for pair in most_confused(counts, ["a", "b", "c"], 9)] == ["b", "a"]
+    assert most_confused(np.zeros((2, 2), dtype=int), ["a", "b"], 9) == []
+
+
+def test_shares_of_a_row_without_videos_are_unknown() -> None:
+    shares = shares_of(np.array([[3, 1], [0, 0]]))
+    np.testing.assert_array_equal(shares, [[0.75, 0.25], [np.nan, np.nan]])
+
+
+@pytest.mark.parametrize(
+    ("counts", "names", "message"),
+    [
+        (np.zeros((2, 3), dtype=int), 2, r"\(K, K\) with K > 0, got \(2, 3\); count"),
+        (np.zeros(4, dtype=int), 2, r"got \(4,\)"),
+        (np.zeros((0, 0), dtype=int), 0, r"got \(0, 0\)"),
+        (np.full((2, 2), 0.5), 2, "numbers of videos, got float64 from 0.5; .*not shares"),
+        (np.array([[1, -1], [0, 1]]), 2, "got int64 from -1"),
+        (np.zeros((2, 2), dtype=int), 3, "each of the 2 classes, got 3; give the names"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    tmp_path: Path, counts: Counts, names: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw_confusion(counts, names_of(names), tmp_path / "none.png", title="A test")
+    with pytest.raises(ValueError, match=message):
+        most_confused(counts, names_of(names), 3)
+    assert not (tmp_path / "none.png").exists()

@@ -1,0 +1,91 @@
+import pytest
+
+from hpm_video.data.manifest import Manifest, ManifestError, read_manifest
+from hpm_video.recognition.labels import (
+    check_labels,
+    check_same_names,
+    names_of_both,
+    read_label_names,
+    with_numbers,
+)
+
+
+def manifest_of(*labels, names=None):
+    files = tuple(f"/v/{i}.mp4" for i in range(len(labels)))
+    return Manifest(files, labels, (-1,) * len(labels), names)
+
+
+@pytest.mark.parametrize(
+    "text", ["jump\nrun, fast\n", "jump\nrun, fast", "jump  \n\trun, fast\n\n\n"]
+)
+def test_names_are_lines(tmp_path, text):
+    path = tmp_path / "labels.txt"
+    path.write_text(text)
+    assert read_label_names(path) == ("jump", "run, fast")
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "jump\n\nrun\n", "jump\n  \nrun\n"])
+def test_a_line_without_a_name_is_refused(tmp_path, text):
+    path = tmp_path / "labels.txt"
+    path.write_text(text)
+    with pytest.raises(ManifestError, match=r"labels.txt must have the name of class i in line i"):
+        read_label_names(path)
+
+
+def test_a_file_of_names_that_is_none(tmp_path):
+    with pytest.raises(ManifestError, match="cannot read the names of the classes.*none.txt"):
+        read_label_names(tmp_path / "none.txt")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ManifestError, match="cannot read the names of the classes"):
+        read_label_names(tmp_path / "bytes.txt")
+
+
+def test_labels_in_range_pass():
+    check_labels(manifest_of(0, 2, 1), 3, "the videos")
+
+
+@pytest.mark.parametrize(("label", "has"), [(-1, "no label"), (3, "label 3")])
+def test_a_label_out_of_range_is_named_with_its_file(label, has):
+    expected = f"the videos of X need labels from 0 to 2, but /v/1.mp4 has {has}; give"
+    with pytest.raises(ManifestError, match=expected):
+        check_labels(manifest_of(0, label, 2), 3, "the videos of X")
+
+
+def test_classes_without_a_name_are_called_by_their_number():
+    assert with_numbers(("a", "b"), 4) == ("a", "b", "2", "3")
+    assert with_numbers(("a", "b"), 1) == ("a", "b")
+    assert with_numbers((), 2) == ("0", "1")
+
+
+def test_manifests_must_number_the_classes_alike():
+    for names in (None, ("a",), ("a", "b"), ("a", "1"), ("0", "b"), ("a", "b", "c")):
+        check_same_names(("a", "b"), manifest_of(0, 1, names=names))
+    check_same_names(("0", "1"), manifest_of(0, 1, names=("a", "b")))
+    with pytest.raises(ManifestError, match="class 1 is 'b' for training and 'c' in the held-out"):
+        check_same_names(("a", "b"), manifest_of(0, 1, names=("a", "c")))
+    with pytest.raises(ManifestError, match="class 0 is 'a' .* 'b' .* number the classes alike"):
+        check_same_names(("a", "b"), manifest_of(0, 1, names=("b", "a")))
+
+
+def test_names_of_two_manifests():
+    train = manifest_of(0, 1, names=("a", "b"))
+    assert names_of_both(train, manifest_of(1, 0)) == ("a", "b")
+    assert names_of_both(train, manifest_of(1, 3)) == ("a", "b", "2", "3")
+    assert names_of_both(manifest_of(0, 2), manifest_of(1)) == ("0", "1", "2")
+    with pytest.raises(ManifestError, match="the training videos need labels"):
+        names_of_both(manifest_of(0, -1), manifest_of(1))
+    with pytest.raises(ManifestError, match="the held-out videos need labels"):
+        names_of_both(train, manifest_of(1, -1))
+    with pytest.raises(ManifestError, match="number the classes alike"):
+        names_of_both(train, manifest_of(1, 0, names=("b", "a")))
+
+
+def test_names_of_a_manifest_survive_a_file_of_lines(tmp_path):
+    (tmp_path / "list.csv").write_text(
+        "path,label,label_name\n"
+        'a.mp4,0," jump, high "\nb.mp4,1,"two\nlines"\nc.mp4,2,"   "\nd.mp4,3,"sepa\u2028rated"\n'
+    )
+    names = read_manifest(tmp_path / "list.csv").label_names
+    assert names == ("jump, high", "two lines", "2", "sepa rated")
+    (tmp_path / "labels.txt").write_text("".join(f"{name}\n" for name in names))
+    assert read_label_names(tmp_path / "labels.txt") == names

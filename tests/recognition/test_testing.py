@@ -1,0 +1,384 @@
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from hpm_video.data.clips import Failure, Sample, collate
+from hpm_video.data.manifest import Manifest
+from hpm_video.recognition.testing import (
+    BadTestFilesError,
+    Scores,
+    VideoValues,
+    collect,
+    confusion_counts,
+    describe,
+    score_videos,
+    summarise,
+    write_results,
+)
+
+CLASSES = 3
+
+
+def manifest_of(names, labels=None):
+    labels = labels or tuple(i % CLASSES for i in range(len(names)))
+    return Manifest(tuple(f"/v/{name}" for name in names), tuple(labels), (-1,) * len(names))
+
+
+def pixels_of(place, views):
+    """(views, C, T, H, W) of the video at a place, no two views alike"""
+    draw = np.random.default_rng(place)
+    return torch.from_numpy(draw.integers(0, 256, (views, CLASSES, 1, 1, 1), dtype=np.uint8))
+
+
+def probabilities(clips):
+    return (clips.flatten(1) / 40).softmax(dim=1)
+
+
+def sample_of(manifest, place, views):
+    path = manifest.files[place]
+    bad = "bad" in path
+    return Sample(
+        pixels_of(place, 0 if bad else views),
+        keys=(7,) * (0 if bad else views),
+        label=manifest.labels[place],
+        file=path,
+        failures=(Failure(path, "made up"),) if bad else (),
+    )
+
+
+def batches_of(manifest, places, views, batch_size):
+    samples = [sample_of(manifest, place, views) for place in places]
+    for start in range(0, len(samples), batch_size):
+        yield collate(samples[start : start + batch_size])
+
+
+def score(manifest, *, views=2, batch_size=2, processes=1, exclude=True, values=probabilities):
+    """As ``processes`` would, each with its share of the videos."""
+    found, failures = [], []
+    for rank in range(processes):
+        places = range(rank, len(manifest), processes)
+        batches = batches_of(manifest, places, views, batch_size)
+        of_rank = score_videos(
+            values, batches, manifest, places, num_views=views, exclude_bad_files=exclude
+        )
+        found += of_rank[0]
+        failures += of_rank[1]
+    return found, failures
+
+
+def naive(manifest, views):
+    """Video by video, view by view."""
+    rows = []
+    for place, path in enumerate(manifest.files):
+        row = np.zeros(CLASSES)
+        for view in pixels_of(place, views).flatten(1).double().numpy():
+            exponents = np.exp(view / 40)
+            row += exponents / exponents.sum() / views
+        rows.append(np.full(CLASSES, np.nan) if "bad" in path else row)
+    return np.array(rows)
+
+
+GOOD = ("a", "b", "c", "d", "e")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        GOOD,
+        ("bad", *GOOD),
+        ("bad", "bad2", *GOOD),
+        (*GOOD[:2], "bad", *GOOD[2:]),
+        (*GOOD, "bad"),
+        ("a", "bad1", "bad2", "bad3", "bad4", "b"),
+        ("bad", "a", "bad", "b", "c", "bad", "bad"),  # one path, listed again and again
+        ("a", "a", "bad", "a"),
+        ("a",),
+    ],
+)
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 50])
+@pytest.mark.parametrize("views", [1, 6])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_each_video_gets_the_mean_of_its_own_views(names, batch_size, views, processes):
+    manifest = manifest_of(names)
+    found, failures = score(manifest, views=views, batch_size=batch_size, processes=processes)
+    assert [failure.path for failure in sorted(failures, key=lambda bad: bad.path)] == sorted(
+        path for path in manifest.files if "bad" in path
+    )
+    table = collect(manifest, found, failures, exclude_bad_files=True)
+    np.testing.assert_allclose(table, naive(manifest, views), rtol=1e-5)
+    assert table.dtype == np.float64
+
+
+@given(
+    names=st.lists(st.sampled_from(["a", "b", "bad1", "bad2", "c"]), min_size=1, max_size=12),
+    batch_size=st.integers(1, 5),
+    processes=st.integers(1, 4),
+)
+def test_whatever_fails_wherever(names, batch_size, processes):
+    manifest = manifest_of(names)
+    found, failures = score(manifest, batch_size=batch_size, processes=processes)
+    if not found:
+        assert set(names) <= {"bad1", "bad2"}
+        with pytest.raises(BadTestFilesError):
+            collect(manifest, found, failures, exclude_bad_files=True)
+        return
+    table = collect(manifest, found, failures, exclude_bad_files=True)
+    np.testing.assert_allclose(table, naive(manifest, 2), rtol=1e-5)
+
+
+def test_the_mean_is_that_of_probabilities_not_of_scores():
+    manifest = manifest_of(("a",))
+    found, _ = score(manifest, views=4)
+    of_views = probabilities(pixels_of(0, 4)).double().numpy()
+    np.testing.assert_allclose(found[0].mean, of_views.mean(axis=0), rtol=1e-6)
+    assert not np.allclose(found[0].mean, probabilities(pixels_of(0, 4).float().mean(dim=0)[None]))
+
+
+def test_nothing_is_computed_after_the_first_failure_but_all_of_them_are_found():
+    manifest = manifest_of(("a", "b", "bad1", "c", "d", "bad2", "e", "bad1"))
+    calls = []
+
+    def counted(clips):
+        calls.append(len(clips))
+        return probabilities(clips)
+
+    found, failures = score(manifest, batch_size=2, exclude=False, values=counted)
+    assert calls == [4]
+    assert [failure.path for failure in failures] == ["/v/bad1", "/v/bad2", "/v/bad1"]
+    with pytest.raises(BadTestFilesError) as caught:
+        collect(manifest, found, failures, exclude_bad_files=False)
+    message = str(caught.value)
+    assert re.match("3 of 8 videos .*do not decode:\n", message)
+    lines = [line for line in message.splitlines() if line.startswith("  ")]
+    assert lines == ["  /v/bad1: made up", "  /v/bad1: made up", "  /v/bad2: made up"]
+    for remedy in ("test.exclude_bad_files=true", "--exclude-bad-files", "count as wrong"):
+        assert remedy in message
+    assert len(caught.value.failures) == 3
+
+
+def test_nothing_left_to_test_is_an_error_even_where_bad_files_are_excluded():
+    manifest = manifest_of(("bad1", "bad2"))
+    found, failures = score(manifest, exclude=True)
+    assert found == []
+    with pytest.raises(BadTestFilesError, match="2 of 2 videos"):
+        collect(manifest, found, failures, exclude_bad_files=True)
+
+
+def test_a_video_looked_at_twice_or_never_is_noticed():
+    manifest = manifest_of(("a", "b", "c"))
+    found, _ = score(manifest)
+    with pytest.raises(RuntimeError, match="/v/c was looked at 0 times"):
+        collect(manifest, found[:2], [], exclude_bad_files=False)
+    with pytest.raises(RuntimeError, match="/v/a was looked at 2 times"):
+        collect(manifest, [*found, found[0]], [], exclude_bad_files=False)
+    with pytest.raises(RuntimeError, match="/v/b was looked at 1 times"):
+        collect(manifest, found, [Failure("/v/b", "made up")], exclude_bad_files=True)
+
+
+def test_no_gradient_is_kept():
+    weight = torch.ones(CLASSES, requires_grad=True)
+
+    def values(clips):
+        result = (clips.flatten(1) * weight).softmax(dim=1)
+        assert not result.requires_grad
+        return result
+
+    score(manifest_of(("a", "b")), values=values)
+
+
+def test_values_of_any_width_and_precision():
+    found, _ = score(manifest_of(("a",)), values=lambda clips: clips.flatten(1)[:, :1].bfloat16())
+    assert found[0].mean.shape == (1,)
+    assert found[0].mean.dtype == np.float64
+
+
+# --- Accuracies ---------------------------------------------------------------------------------
+
+
+def scores_of(rows, labels):
+    table = np.array([[np.nan] * len(rows[0]) if row is None else row for row in rows], float)
+    return Scores(manifest_of([f"v{i}" for i in range(len(rows))], labels), table)
+
+
+def one_hot(label, classes):
+    return np.eye(classes)[label] * 0.9 + 0.01
+
+
+def test_ranks_count_the_classes_ahead():
+    scores = scores_of([[0.1, 0.6, 0.3]] * 3, (0, 1, 2))
+    assert scores.ranks.tolist() == [2, 0, 1]
+    assert not scores.excluded.any()
+
+
+def test_of_equally_probable_classes_the_first_is_ahead_as_argmax_has_it():
+    rows = [[0.4, 0.4, 0.2], [0.2, 0.4, 0.4], [1 / 3] * 3]
+    for label, expected in ((0, [0, 2, 0]), (1, [1, 0, 1]), (2, [2, 1, 2])):
+        scores = scores_of(rows, (label,) * 3)
+        assert scores.ranks.tolist() == expected
+        predicted = scores.probabilities.argmax(axis=1)
+        assert ((scores.ranks == 0) == (predicted == label)).all()
+
+
+@given(
+    st.integers(2, 8).flatmap(
+        lambda classes: st.lists(
+            st.tuples(
+                st.lists(st.sampled_from([0.1, 0.2, 0.3]), min_size=classes, max_size=classes),
+                st.integers(0, classes - 1),
+            ),
+            min_size=1,
+            max_size=6,
+        )
+    )
+)
+def test_ranks_are_places_in_a_stable_sort(videos):
+    scores = scores_of([row for row, _ in videos], tuple(label for _, label in videos))
+    expected = [
+        sorted(range(len(row)), key=lambda i, row=row: -row[i]).index(label)
+        for row, label in videos
+    ]
+    assert scores.ranks.tolist() == expected
+
+
+def test_a_summary_by_hand():
+    rows = [one_hot(0, 7), one_hot(0, 7), one_hot(1, 7), [0.3, 0.2, 0.15, 0.12, 0.11, 0.1, 0.02]]
+    rows += [rows[-1], one_hot(1, 7)]
+    scores = scores_of(rows, (0, 0, 0, 5, 4, 1))
+    result = summarise(scores, [f"class {i}" for i in range(7)])
+    assert result["top1"] == pytest.approx(3 / 6)
+    assert result["top5"] == pytest.approx(5 / 6), "the last but one is fifth, the one before sixth"
+    assert result["chance"] == pytest.approx(1 / 7)
+    assert result["largest_class"] == pytest.approx(3 / 6)
+    assert result["mean_class_top1"] == pytest.approx((2 / 3 + 1 + 0 + 0) / 4)
+    assert (result["videos"], result["excluded"], result["excluded_files"]) == (6, 0, [])
+    assert result["classes"][0] == {
+        "label": 0,
+        "name": "class 0",
+        "videos": 3,
+        "correct": 2,
+        "top1": pytest.approx(2 / 3),
+    }
+    assert result["classes"][2] == {
+        "label": 2,
+        "name": "class 2",
+        "videos": 0,
+        "correct": 0,
+        "top1": None,
+    }
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_an_excluded_video_is_counted_and_wrong():
+    scores = scores_of([one_hot(0, 7), None, one_hot(1, 7)], (0, 0, 1))
+    assert scores.ranks.tolist() == [0, 7, 0]
+    result = summarise(scores, [str(i) for i in range(7)])
+    assert result["top1"] == pytest.approx(2 / 3)
+    assert result["top5"] == pytest.approx(2 / 3)
+    assert result["mean_class_top1"] == pytest.approx((1 / 2 + 1) / 2)
+    assert (result["videos"], result["excluded"]) == (3, 1)
+    assert result["excluded_files"] == ["/v/v1"]
+    assert confusion_counts(scores).sum() == 2
+    told = describe(result)
+    assert "on 3 videos" in told
+    assert "1 of them do not decode: excluded, and counted as wrong" in told
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 5])
+def test_with_few_classes_all_that_decode_are_among_the_best_five(classes):
+    rows = [one_hot(0, classes), one_hot(1, classes), one_hot(1, classes)]
+    result = summarise(scores_of(rows, (1, 1, 0)), [str(i) for i in range(classes)])
+    assert result["top5"] == 1
+    assert result["top1"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 5, 6])
+def test_an_excluded_video_is_not_among_the_best_five_of_few_classes(classes):
+    rows = [one_hot(0, classes), None, one_hot(1, classes), None]
+    result = summarise(scores_of(rows, (0, 1, 1, 0)), [str(i) for i in range(classes)])
+    assert result["top1"] == result["top5"] == 0.5
+
+
+def test_confusion_counts_true_classes_in_rows():
+    rows = [one_hot(1, 3), one_hot(1, 3), one_hot(0, 3), None]
+    counts = confusion_counts(scores_of(rows, (0, 0, 2, 1)))
+    assert counts.tolist() == [[0, 2, 0], [0, 0, 0], [1, 0, 0]]
+
+
+# --- Files --------------------------------------------------------------------------------------
+
+NAMES = ("jump, high", 'the "moonwalk"', "plain")
+
+
+def test_results_are_read_back(tmp_path):
+    manifest = Manifest(('/v/a, "b".mp4', "/v/gone.mp4", "/v/ü.mp4"), (0, 1, 2), (-1,) * 3)
+    table = np.array([[0.5, 0.25, 0.25], [np.nan] * 3, [0.123456789, 0.6, 0.276543211]])
+    scores = Scores(manifest, table)
+    result = {"test": {"clips": 5}, **summarise(scores, NAMES)}
+    folder = tmp_path / "not there yet" / "test"
+    write_results(folder, scores, result, NAMES)
+    assert {path.name for path in folder.iterdir()} == {
+        "predictions.csv",
+        "confusion.png",
+        "result.json",
+    }
+    with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [
+        *("path", "label", "label_name", "prediction", "prediction_name", "correct"),
+        *(f"probability of {name}" for name in NAMES),
+    ]
+    assert [row["path"] for row in rows] == list(manifest.files)
+    assert [row["label"] for row in rows] == ["0", "1", "2"]
+    assert [row["label_name"] for row in rows] == list(NAMES)
+    assert [row["prediction"] for row in rows] == ["0", "", "1"]
+    assert [row["prediction_name"] for row in rows] == [NAMES[0], "", NAMES[1]]
+    assert [row["correct"] for row in rows] == ["1", "0", "0"]
+    assert [row["probability of plain"] for row in rows] == ["0.25", "", "0.276543"]
+    assert float(rows[2]["probability of jump, high"]) == 0.123457
+    assert json.loads((folder / "result.json").read_text()) == result
+    with Image.open(folder / "confusion.png") as image:
+        assert min(image.size) > 100
+
+
+def test_a_repeated_test_replaces_the_results(tmp_path):
+    for label in (0, 1):
+        scores = scores_of([one_hot(0, 3)], (label,))
+        write_results(tmp_path, scores, summarise(scores, NAMES), NAMES)
+    assert json.loads((tmp_path / "result.json").read_text())["top1"] == 0
+    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 2
+
+
+def test_the_terminal_sees_every_class_or_of_many_the_extremes():
+    few = [one_hot(0, 4)] * 3 + [one_hot(2, 4)]
+    result = summarise(scores_of(few, (0, 0, 1, 2)), [f"class {i}" for i in range(4)])
+    told = describe(result)
+    assert "top-1 0.750, top-5 1.000" in told
+    assert "chance 0.250" in told
+    for line in ("class 0", "class 1", "class 2"):
+        assert line in told
+    assert "class 3" not in told, "it was not tested"
+    assert "(0 of 1)" in told
+    rows = [one_hot(i if i % 2 else 0, 40) for i in range(40)]
+    many = describe(summarise(scores_of(rows, tuple(range(40))), [f"class {i}" for i in range(40)]))
+    assert many.count("\n") == 1 + 5 + 1 + 5
+    assert "the hardest classes:" in many
+    assert "the easiest:" in many
+    hardest, easiest = many.split("the easiest:")
+    assert hardest.count("0.0%") == 5
+    assert easiest.count("100.0%") == 5
+
+
+def test_what_is_found_travels_between_processes():
+    import pickle
+
+    value = VideoValues(3, np.array([0.25, 0.75]))
+    again = pickle.loads(pickle.dumps(value))
+    assert again.place == 3
+    assert again.mean.tolist() == [0.25, 0.75]

@@ -1,0 +1,209 @@
+"""How a batch is spread: found by trial where a GPU's memory ends, and told by a dry run."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from hpm_video.config.schema import ConfigError, FinetuneConfig, PretrainConfig, load_config
+from hpm_video.runs.finetuning import make_update as make_classifier_update
+from hpm_video.runs.finetuning import multiple_of
+from hpm_video.runs.pretraining import make_update
+from hpm_video.runs.run import Session, find_micro_batch, plan_for, settle_plan
+from hpm_video.training.distributed import Processes
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+TINY = (
+    "model.encoder={dim: 16, depth: 1, num_heads: 2}",
+    "model.decoder={dim: 16, depth: 1, num_heads: 2}",
+    "engine.device=cpu",
+    "engine.precision=fp32",
+)
+WIDE = "model.encoder={dim: 768, depth: 2, num_heads: 12}"
+"""As wide as a ViT-B, so that there is something to tell in GB, and simulated in seconds."""
+CPU = torch.device("cpu")
+SIZES = [1, 2, 3, 4, 6, 8, 12, 24]
+
+
+def config_of(*overrides):
+    return load_config(PretrainConfig, CONFIGS / "pretrain" / "demo.yaml", [*TINY, *overrides])
+
+
+def out_of_memory_above(largest, config, tried):
+    """Real updates, of which those of more than ``largest`` clips find no memory."""
+
+    def make(device, precision, clips, **options):
+        tried.append(clips)
+        update = make_update(config, device, precision, clips, **options)
+
+        def fails_where_it_is_too_large():
+            if clips > largest:
+                raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+            update()
+
+        return fails_where_it_is_too_large
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("largest", "expected"), [(1, 1), (2, 2), (5, 4), (12, 12), (23, 12), (100, 24)]
+)
+def test_the_largest_micro_batch_that_fits_is_found(largest, expected):
+    config, tried = config_of("data.repeats=1"), []
+    make = out_of_memory_above(largest, config, tried)
+    assert find_micro_batch(config, CPU, "fp32", make, SIZES) == expected
+    assert len(tried) <= 5
+
+
+def test_repeats_count_as_clips():
+    config = config_of("data.repeats=2")
+    assert find_micro_batch(config, CPU, "fp32", out_of_memory_above(8, config, []), SIZES) == 4
+
+
+def test_every_source_of_a_mix_must_fit():
+    path = CONFIGS / "pretrain" / "demo_mixed.yaml"
+    (name,) = load_config(PretrainConfig, path, []).mix
+    single = ["data.repeats=1", f"mix.{name}.data.repeats=1"]
+    config = load_config(PretrainConfig, path, [*TINY, *single])
+    seen = []
+
+    def make(device, precision, clips, **options):
+        seen.append(options["source"])
+        if options["source"] == name and clips > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        return make_update(config, device, precision, clips, **options)
+
+    assert find_micro_batch(config, CPU, "fp32", make, [1, 2, 4]) == 2
+    assert set(seen) == {"", name}
+
+
+def test_where_nothing_fits_the_remedies_are_named():
+    config = config_of()
+    with pytest.raises(ConfigError, match=r"micro_batch=1 does not fit.*checkpoint_activations"):
+        find_micro_batch(config, CPU, "fp32", out_of_memory_above(0, config, []), SIZES)
+
+
+def test_on_a_cpu_a_process_takes_its_share_in_one_pass_unless_told_otherwise():
+    for overrides, expected in (((), 4), (("engine.micro_batch=2",), 2)):
+        session = Session(Processes(), CPU, None, None)
+        assert settle_plan(config_of(*overrides), session, "fp32", None).micro_batch == expected
+
+
+def test_what_does_not_come_out_even_names_what_does():
+    with pytest.raises(ConfigError, match=r"batch_size=3 or 6, or processes=2 or 4"):
+        plan_for(config_of(), 3)
+    with pytest.raises(ConfigError, match=r"got 4; take engine.micro_batch=2"):
+        plan_for(config_of("engine.micro_batch=4"), 2)
+
+
+def test_mixing_and_batch_norms_need_pairs():
+    path = CONFIGS / "finetune" / "k400_b.yaml"
+    given = ["data.train=x", "init_weights=x", "data.validation=null"]
+    config = load_config(FinetuneConfig, path, given)
+    assert multiple_of(config) == 2
+    with pytest.raises(ConfigError, match=r"multiple of 2"):
+        plan_for(config, 384, multiple=2)
+    without = load_config(
+        FinetuneConfig, path, [*given, "augmentation.mixup=0", "augmentation.cutmix=0"]
+    )
+    assert multiple_of(without) == 1
+    assert plan_for(without, 384).micro_batch == 1
+
+
+def program(name):
+    path = ROOT / "tools" / f"{name}.py"
+    specification = importlib.util.spec_from_file_location(f"{name}_tool", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def dry_run(capsys, tool, *arguments):
+    code = program(tool).main([*map(str, arguments), "--dry-run"])
+    shown = capsys.readouterr()
+    return code, shown.out + shown.err
+
+
+def table_of(output):
+    """Micro-batch -> passes per update, GB."""
+    rows = re.findall(r"^ +(\d+) +(\d+) +([\d.]+)$", output, re.MULTILINE)
+    return {int(size): (int(passes), float(needed)) for size, passes, needed in rows}
+
+
+@pytest.fixture
+def manifest(videos):
+    return videos / "train"
+
+
+def test_a_dry_run_tells_the_plan_and_leaves_nothing(manifest, tmp_path, capsys):
+    overrides = ["recipe.batch_size=64", "recipe.epochs=8", "engine.precision=auto"]
+    code, output = dry_run(
+        *(capsys, "pretrain", CONFIGS / "pretrain" / "k400_hpm_s.yaml"),
+        *(f"data.train={manifest}", "data.validation=null", f"output_dir={tmp_path / 'run'}"),
+        *("recipe.warmup_epochs=1", WIDE, *overrides, "--processes", 8),
+    )
+    assert code == 0, output
+    assert "64 files per update = 8 per forward pass x 1 pass(es) x 8 process(es)" in output
+    assert "activations in bf16" in output
+    table = table_of(output)
+    assert {size: passes for size, (passes, _) in table.items()} == {1: 8, 2: 4, 4: 2, 8: 1}
+    needed = [gigabytes for _, gigabytes in table.values()]
+    assert needed == sorted(needed)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_of_zero_shows_what_is_spread(manifest, capsys):
+    def weights_of(stage):
+        code, output = dry_run(
+            *(capsys, "pretrain", CONFIGS / "pretrain" / "k400_hpm_s.yaml", "engine.micro_batch=8"),
+            *(f"data.train={manifest}", "data.validation=null", "recipe.batch_size=64"),
+            *("recipe.epochs=8", "recipe.warmup_epochs=1", WIDE, "engine.name=deepspeed"),
+            *(f"engine.zero_stage={stage}", "--processes", 8),
+        )
+        assert code == 0, output
+        return {
+            name: float(value)
+            for name, value in re.findall(r"^(\w+) +([\d.]+) +[\d.]+$", output, re.MULTILINE)
+        }
+
+    plain, spread = weights_of(0), weights_of(3)
+    for name in ("weights", "teacher", "moments"):
+        assert spread[name] == pytest.approx(plain[name] / 8, abs=0.011)
+
+
+def test_a_dry_run_of_fine_tuning_needs_no_weights_yet(labelled_videos, capsys):
+    code, output = dry_run(
+        *(capsys, "finetune", CONFIGS / "finetune" / "ssv2_s.yaml", WIDE),
+        *(
+            f"data.train={labelled_videos / 'train'}",
+            "data.validation=null",
+            "init_weights=there/is/none",
+        ),
+        *("model.num_classes=null", "recipe.batch_size=8", "recipe.epochs=8"),
+        *("--processes", 2),
+    )
+    assert code == 0, output
+    assert "8 files per update = 4 per forward pass x 1 pass(es) x 2 process(es)" in output
+    assert set(table_of(output)) == {2, 4}
+
+
+def test_a_dry_run_refuses_what_the_run_would(manifest, capsys):
+    code, output = dry_run(
+        *(capsys, "pretrain", CONFIGS / "pretrain" / "demo.yaml", f"data.train={manifest}"),
+        *("data.validation=null", "--processes", 3),
+    )
+    assert code == 2
+    assert output.count("recipe.batch_size must spread evenly over processes=3") == 1
+
+
+def test_an_update_of_a_classifier_pairs_its_clips(videos):
+    config = load_config(
+        FinetuneConfig,
+        CONFIGS / "finetune" / "demo.yaml",
+        [*(item for item in TINY if "decoder" not in item), "model.num_classes=3"],
+    )
+    make_classifier_update(config, CPU, "fp32", 3)()

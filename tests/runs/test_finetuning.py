@@ -1,0 +1,395 @@
+"""Fine-tuning, testing and probing, in processes of their own, on real small videos."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hpm_video.data.manifest import read_manifest
+from hpm_video.recognition.inference import load_extractor
+from hpm_video.training.checkpoint import checkpoints_in, read_optimizer, read_state
+
+pytestmark = pytest.mark.slow
+
+
+def finish(process, code=0):
+    output, _ = process.communicate()
+    assert process.returncode == code, output
+    return output
+
+
+def folder_tested(run):
+    """The folder of the only test of a run."""
+    (folder,) = (run / "test").iterdir()
+    return folder
+
+
+def result_of(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def rows_of(folder):
+    with (folder / "predictions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def lines_of(run_dir, kind):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def test_the_script_fine_tunes_and_tests(finetuned_run):
+    result = result_of(folder_tested(finetuned_run))
+    assert result["top1"] >= 5 / 6, "three tints are easy"
+    assert result["chance"] == pytest.approx(1 / 3)
+    assert result["videos"] == 6
+    assert result["excluded"] == 0
+    how = result["test"]
+    assert (how["checkpoint"].rsplit("/")[-1], how["chosen_as"]) == ("update-00000030", "last")
+    assert (how["weights"], how["clips"], how["crops"]) == ("average", 2, 2)
+    losses = [line["loss"] for line in lines_of(finetuned_run, "train")]
+    assert len(losses) == 30
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    held_out = lines_of(finetuned_run, "held_out")
+    assert [line["update"] for line in held_out] == [15, 30]
+    assert {"top1", "top5", "cross_entropy"} <= set(held_out[-1])
+
+
+def test_predictions_are_those_of_every_video_once(finetuned_run, labelled_videos):
+    rows = rows_of(folder_tested(finetuned_run))
+    manifest = read_manifest(labelled_videos / "validation")
+    assert [row["path"] for row in rows] == list(manifest.files)
+    assert [int(row["label"]) for row in rows] == list(manifest.labels)
+    for row in rows:
+        shares = [float(row[f"probability of {name}"]) for name in ("blue", "green", "red")]
+        assert sum(shares) == pytest.approx(1, abs=1e-4)
+        assert int(row["prediction"]) == int(np.argmax(shares))
+        assert row["prediction_name"] == ("blue", "green", "red")[int(row["prediction"])]
+        assert int(row["correct"]) == (row["prediction"] == row["label"])
+    correct = sum(int(row["correct"]) for row in rows)
+    assert result_of(folder_tested(finetuned_run))["top1"] == pytest.approx(correct / 6)
+
+
+def test_what_the_script_says(finetuned_run):
+    output = (finetuned_run.parent / "output.txt").read_text()
+    for said in (
+        "start from weights of",
+        "start fresh: pooling.norm.weight, pooling.norm.bias, head.weight, head.bias",
+        "the last checkpoint (average of update 30), 2 x 2 views of each video",
+        "top-1 ",
+        "(chance 0.333) on 6 videos",
+        "green ",
+        str(folder_tested(finetuned_run) / "result.json"),
+        str(folder_tested(finetuned_run) / "predictions.csv"),
+        str(folder_tested(finetuned_run) / "confusion.png"),
+        "tools/predict.py",
+    ):
+        assert said in output, said
+    assert (folder_tested(finetuned_run) / "confusion.png").read_bytes()[:4] == b"\x89PNG"
+    assert (finetuned_run / "curves.png").exists()
+
+
+def test_a_checkpoint_stands_alone(finetuned_run):
+    checkpoint = finetuned_run / "checkpoints" / "last"
+    assert {path.name for path in checkpoint.iterdir()} == {
+        *("model.safetensors", "average.safetensors", "optimizer.safetensors"),
+        *("state.json", "config.yaml", "labels.txt"),
+    }
+    assert (checkpoint / "labels.txt").read_text() == "blue\ngreen\nred\n"
+    model, average = (
+        load_file(checkpoint / f"{name}.safetensors") for name in ("model", "average")
+    )
+    assert model.keys() == average.keys()
+    assert not torch.equal(model["head.weight"], average["head.weight"])
+
+
+def test_the_best_is_the_highest_accuracy(finetuned_run):
+    scores = {line["update"]: line["top1"] for line in lines_of(finetuned_run, "held_out")}
+    best = max(scores, key=scores.__getitem__)
+    assert (finetuned_run / "checkpoints" / "best").resolve().name == f"update-{best:08d}"
+
+
+def test_a_second_start_neither_trains_nor_tests_again(finetuned_run, finetune):
+    before = (folder_tested(finetuned_run) / "result.json").stat().st_mtime_ns
+    output = finish(finetune(finetuned_run))
+    assert "is complete: 30 updates were made" in output
+    assert "testing the" not in output
+    assert "top-1 " in output
+    assert (folder_tested(finetuned_run) / "result.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM"])
+def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(
+    finetune, finetuned_run, tmp_path, number
+):
+    run = tmp_path / "run"
+    finish(finetune(run, place="update", number=number), {"SIGKILL": -9, "SIGTERM": 75}[number])
+    finish(finetune(run))
+    ours, theirs = (checkpoints_in(folder / "checkpoints")[-1] for folder in (run, finetuned_run))
+    for name in ("model", "average"):
+        expected = load_file(theirs / f"{name}.safetensors")
+        for key, tensor in load_file(ours / f"{name}.safetensors").items():
+            assert torch.equal(tensor, expected[key]), f"{name} {key}"
+    ours_state, theirs_state = read_optimizer(ours), read_optimizer(theirs)
+    assert ours_state.step == theirs_state.step > 0
+    for name, value in theirs_state.moments["exp_avg"].items():
+        assert torch.equal(ours_state.moments["exp_avg"][name], value)
+    assert result_of(folder_tested(run))["top1"] == result_of(folder_tested(finetuned_run))["top1"]
+    assert read_state(ours)["best"] == read_state(theirs)["best"]
+
+
+def test_other_classes_or_another_config_are_refused(finetuned_run, finetune, tmp_path):
+    output = finish(finetune(finetuned_run, "recipe.layer_decay=0.5"), code=2)
+    assert "recipe.layer_decay: 0.9 -> 0.5" in output
+    names = tmp_path / "names.txt"
+    names.write_text("blue\ngreen\nred\nyellow\n")
+    output = finish(finetune(finetuned_run, f"data.label_names={names}"), code=2)
+    assert "other classes (3, now 4)" in output or "model.num_classes: 3 -> 4" in output
+    names.write_text("red\ngreen\nblue\n")
+    output = finish(finetune(finetuned_run, f"data.label_names={names}"), code=2)
+    assert "class 0 is 'red' for training and 'blue' in the held-out manifest" in output
+
+
+def test_an_encoder_of_another_size_is_refused_before_anything_is_written(finetune, tmp_path):
+    run = tmp_path / "run"
+    output = finish(finetune(run, "model.encoder.dim=32", "model.patch_size=[1,8,8]"), code=2)
+    assert "is another one (its -> here)" in output
+    assert "  model.encoder.dim: 16 -> 32\n" in output
+    assert "  model.patch_size: (2, 8, 8) -> (1, 8, 8)\n" in output
+    assert not run.exists()
+
+
+def test_evaluate_says_what_the_run_said_over_any_number_of_processes(
+    finetuned_run, labelled_videos, run_tool, tmp_path
+):
+    checkpoint = finetuned_run / "checkpoints" / "last"
+    arguments = [checkpoint, labelled_videos / "validation", "--weights", "average"]
+    arguments += ["--views", "2x2", "--device", "cpu", "--workers", "0"]
+    results = []
+    by_torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+    for name, launcher in {"one": (), "four": (*by_torchrun, "4")}.items():
+        output = tmp_path / name
+        code, said = run_tool("evaluate", *arguments, "--output", output, launcher=launcher)
+        assert code == 0, said
+        assert said.count("top-1 ") == 1, "only the first process reports"
+        results.append((result_of(output), rows_of(output)))
+    expected = result_of(folder_tested(finetuned_run))
+    for result, rows in results:
+        assert {key: result[key] for key in expected if key not in ("test", "folder")} == {
+            key: expected[key] for key in expected if key not in ("test", "folder")
+        }
+        assert rows == rows_of(folder_tested(finetuned_run))
+    code, said = run_tool("evaluate", *arguments, "--output", tmp_path / "one")
+    assert code == 2
+    assert "holds a result already; take another --output, or --overwrite" in said
+
+
+def test_bad_videos_stop_a_test_with_their_list_or_count_as_wrong(
+    finetuned_run, labelled_videos, run_tool, tmp_path
+):
+    videos = tmp_path / "videos"
+    shutil.copytree(labelled_videos / "validation", videos)
+    (videos / "red" / "a.mp4").write_text("no video")
+    (videos / "blue" / "z.mp4").write_bytes(b"")
+    checkpoint = finetuned_run / "checkpoints" / "last"
+    output = tmp_path / "output"
+    options = ["--weights", "average", "--views", "1x1", "--device", "cpu", "--output", output]
+    code, said = run_tool("evaluate", checkpoint, videos, *options)
+    assert code == 2
+    assert "2 of 8 videos do not decode" in said
+    assert f"{videos}/red/a.mp4: " in said
+    assert f"{videos}/blue/z.mp4: the file is empty" in said
+    assert not output.exists()
+
+    code, said = run_tool("evaluate", checkpoint, videos, *options, "--exclude-bad-files")
+    assert code == 0, said
+    assert "2 of them do not decode: excluded, and counted as wrong" in said
+    result = result_of(output)
+    assert (result["videos"], result["excluded"]) == (8, 2)
+    assert result["top1"] <= 6 / 8
+    of_bad = [row for row in rows_of(output) if Path(row["path"]).name in ("a.mp4", "z.mp4")]
+    assert [(row["prediction"], row["correct"]) for row in of_bad] == [("", "0"), ("", "0")]
+    assert sorted(result["excluded_files"]) == sorted(row["path"] for row in of_bad)
+
+
+def test_bad_held_out_videos_stop_a_run_before_it_begins_or_are_excluded(
+    finetune, labelled_videos, tmp_path
+):
+    run, videos = tmp_path / "run", tmp_path / "videos"
+    shutil.copytree(labelled_videos / "validation", videos)
+    (videos / "red" / "a.mp4").write_text("no video")
+    (videos / "blue" / "z.mp4").write_bytes(b"")
+    output = finish(finetune(run, f"data.validation={videos}"), code=2)
+    assert "2 of 8 videos do not decode" in output
+    assert not (run / "metrics.jsonl").exists()
+    options = [f"data.validation={videos}", "test.exclude_bad_files=true", "recipe.epochs=2"]
+    finish(finetune(run, *options))
+    assert result_of(folder_tested(run))["excluded"] == 2
+    held_out = lines_of(run, "held_out")[-1]
+    assert held_out["top1"] <= 6 / 8
+    assert np.isfinite(held_out["cross_entropy"])
+
+
+def test_other_weights_under_the_same_name_are_refused(
+    finetune, finetuned_run, finished_run, tmp_path
+):
+    run, source = tmp_path / "run", tmp_path / "source"
+    shutil.copytree((finished_run / "checkpoints" / "last").resolve(), source)
+    finish(finetune(run, f"init_weights={source}", "recipe.epochs=2"))
+    shutil.copy(source / "teacher.safetensors", source / "model.safetensors")
+    output = finish(finetune(run, f"init_weights={source}", "recipe.epochs=2"), code=2)
+    assert "began with other weights than init_weights=" in output
+
+
+def test_a_classifier_may_start_another_and_keeps_its_head_for_the_same_classes(
+    finetune, finetuned_run, labelled_videos, tmp_path
+):
+    options = [f"init_weights={finetuned_run / 'checkpoints' / 'last'}", "recipe.epochs=2"]
+    output = finish(finetune(tmp_path / "same", *options, "init_from=average"))
+    assert "start from the average's weights of" in output
+    assert "start fresh: none" in output
+    for other in ("train", "validation"):
+        shutil.copytree(labelled_videos / other, tmp_path / other)
+        (tmp_path / other / "red").rename(tmp_path / other / "a red one")
+    options += [f"data.{split}={tmp_path / split}" for split in ("train", "validation")]
+    output = finish(finetune(tmp_path / "other", *options))
+    assert "start fresh: head.weight, head.bias" in output
+    assert "left out: head.bias, head.weight" in output
+
+
+def test_probes_of_a_pretrained_encoder(finished_run, labelled_videos, run_tool, tmp_path):
+    arguments = ["probe", finished_run / "checkpoints" / "last", "--device", "cpu"]
+    arguments += ["--train", labelled_videos / "train", "--workers", "0"]
+    arguments += ["--validation", labelled_videos / "validation"]
+    code, said = run_tool(*arguments, "--probes", "knn", "--output", tmp_path / "none")
+    assert code == 2
+    assert "--neighbours must be at most the number of training videos, 9, got 200" in said
+
+    output = tmp_path / "probes"
+    code, said = run_tool(
+        *arguments,
+        *("--probes", "knn", "logistic", "linear", "attentive", "--neighbours", "3", "5"),
+        *("--output", output, "--set", "recipe.batch_size=6", "recipe.epochs=12"),
+        *("recipe.warmup_epochs=1", "engine.micro_batch=6", "engine.threads=1", "test.clips=1"),
+        *("recipe.base_lr=1", "logging.tensorboard=false"),
+    )
+    assert code == 0, said
+    found = json.loads((output / "probe.json").read_text())["probes"]
+    names = ["3 nearest neighbours", "5 nearest neighbours", "logistic regression"]
+    assert list(found) == [*names, "linear", "attentive"]
+    assert all(result["videos"] == 6 for result in found.values())
+    assert max(result["top1"] for result in found.values()) > 0.5
+    for name, result in found.items():
+        assert f"{name:28} {result['top1']:.3f}" in said
+    kept = load_file(finished_run / "checkpoints/last/model.safetensors")
+    for kind in ("linear", "attentive"):
+        probed = load_file(output / kind / "checkpoints/last/model.safetensors")
+        for key, tensor in probed.items():
+            assert not key.startswith(("encoder.", "patch_embed.")) or torch.equal(
+                tensor, kept[key]
+            )
+
+
+def test_an_untrained_encoder_to_compare_with(finished_run):
+    clips = torch.randint(256, (2, 3, 4, 32, 32), dtype=torch.uint8)
+    checkpoint, device = finished_run / "checkpoints" / "last", torch.device("cpu")
+    features = {}
+    for weights in ("student", "teacher", "untrained"):
+        both = [
+            load_extractor(checkpoint, device, "fp32", weights=weights).pooled(clips)
+            for _ in range(2)
+        ]
+        assert torch.equal(*both)
+        features[weights] = both[0]
+    assert not torch.allclose(features["student"], features["untrained"], atol=1e-3)
+    assert not torch.allclose(features["student"], features["teacher"], atol=1e-3)
+
+
+def test_a_comparison_of_starts(finetune_config, run_tool, tmp_path):
+    output = tmp_path / "comparison"
+    arguments = ["compare_pretraining", finetune_config, "--output", output, "--updates", "3"]
+    arguments += ["--labels", "2", "--base-lrs", "0.1", "0.2", "--seeds", "0"]
+    code, said = run_tool(*arguments)
+    assert code == 0, said
+    trials = json.loads((output / "comparison.json").read_text())
+    assert [(trial["start"], trial["base_lr"]) for trial in trials] == [
+        *(("pretrained", 0.1), ("scratch", 0.1)),
+        *(("pretrained", 0.2), ("scratch", 0.2)),
+    ]
+    for trial in trials:
+        run = output / f"{trial['start']}-2-lr{trial['base_lr']:g}-seed0"
+        assert result_of(folder_tested(run))["top1"] == trial["top1"]
+        assert "6 files to train on" in said
+    assert len(read_manifest(output / "train-2-seed0.csv")) == 6
+    assert said.count("<- best") == 2
+    assert said.count("start from weights of") == 2
+    assert said.count("the model starts from scratch") == 2
+    again = run_tool(*arguments)[1]
+    assert again.count("is complete: 3 updates were made") == 4
+    assert again.splitlines()[-8:] == said.splitlines()[-8:]
+
+
+def test_a_run_goes_on_where_its_first_weights_are_gone(
+    finetune, finetuned_run, finished_run, tmp_path
+):
+    run, source = tmp_path / "run", tmp_path / "source"
+    shutil.copytree((finished_run / "checkpoints" / "last").resolve(), source)
+    options = [f"init_weights={source}", "data.num_frames=6"]  # positions are resized
+    finish(finetune(run, *options, place="update", number="SIGTERM"), code=75)
+    shutil.rmtree(source)
+    output = finish(finetune(run, *options))
+    assert "going on at update" in output
+    stored = (run / "checkpoints" / "last" / "config.yaml").read_text()
+    assert "pretrained_grid:\n  - 2\n  - 4\n  - 4\n" in stored
+
+
+def test_another_manifest_under_the_same_name_is_tested_anew(
+    finetuned_run, finetune, labelled_videos, tmp_path
+):
+    run, videos = tmp_path / "run", tmp_path / "videos"
+    shutil.copytree(finetuned_run, run, symlinks=True)
+    shutil.copytree(labelled_videos / "validation", videos)
+    shutil.rmtree(run / "test")
+    finish(finetune(run, f"test.manifest={videos}"))
+    assert result_of(folder_tested(run))["videos"] == 6
+    (videos / "red" / "100.mp4").unlink()
+    output = finish(finetune(run, f"test.manifest={videos}"))
+    assert "testing the last checkpoint" in output
+    assert result_of(folder_tested(run))["videos"] == 5
+
+
+def test_nearest_neighbours_during_pretraining(pretrain, labelled_videos, tmp_path):
+    run = tmp_path / "run"
+    output = finish(
+        pretrain(
+            run,
+            f"knn.train={labelled_videos / 'train'}",
+            f"knn.validation={labelled_videos / 'validation'}",
+            *("knn.every_epochs=4", "knn.k=3", "recipe.epochs=6"),
+        )
+    )
+    probes = lines_of(run, "probe")
+    assert [line["update"] for line in probes] == [14, 21]
+    assert all(0 <= line["knn_top1"] <= 1 for line in probes)
+    assert "frozen features: knn_top1 " in output
+
+
+def test_looking_at_neighbours_changes_nothing(pretrain, labelled_videos, tmp_path):
+    runs = []
+    for name, knn in {
+        "without": (),
+        "with": (
+            f"knn.train={labelled_videos / 'train'}",
+            f"knn.validation={labelled_videos / 'validation'}",
+            *("knn.every_epochs=1", "knn.k=3"),
+        ),
+    }.items():
+        runs.append(tmp_path / name)
+        finish(pretrain(runs[-1], "recipe.epochs=2", "recipe.warmup_epochs=1", *knn))
+    weights = [load_file(run / "checkpoints/last/model.safetensors") for run in runs]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])

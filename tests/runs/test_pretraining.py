@@ -1,0 +1,290 @@
+"""Runs in processes of their own: what they leave, and what becomes of them when disturbed."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hpm_video.runs.pretraining import load_run
+from hpm_video.training.checkpoint import checkpoints_in, read_optimizer, read_state
+
+pytestmark = pytest.mark.slow
+
+
+def finish(process, code=0):
+    output, _ = process.communicate()
+    assert process.returncode == code, output
+    return output
+
+
+def lines_of(run_dir, kind="train"):
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    parsed = [json.loads(line) for line in lines if line.endswith("}")]
+    return [line for line in parsed if line["kind"] == kind]
+
+
+def assert_same_state(run, reference):
+    ours, theirs = (checkpoints_in(folder / "checkpoints")[-1] for folder in (run, reference))
+    assert ours.name == theirs.name
+    for name in ("model", "teacher"):
+        expected = load_file(theirs / f"{name}.safetensors")
+        assert expected.keys() == load_file(ours / f"{name}.safetensors").keys()
+        for key, tensor in load_file(ours / f"{name}.safetensors").items():
+            assert torch.equal(tensor, expected[key]), f"{name} {key}"
+    ours, theirs = read_optimizer(ours), read_optimizer(theirs)
+    assert ours.step == theirs.step > 0
+    assert ours.moments.keys() == theirs.moments.keys() == {"exp_avg", "exp_avg_sq"}
+    for kind, of_parameters in theirs.moments.items():
+        assert ours.moments[kind].keys() == of_parameters.keys()
+        for name, value in of_parameters.items():
+            assert torch.equal(ours.moments[kind][name], value)
+
+
+def test_a_run_leaves_everything(finished_run):
+    names = {path.name for path in finished_run.iterdir()}
+    assert names >= {"checkpoints", "config.yaml", "metrics.jsonl", "curves.png", "pictures"}
+    assert [line["update"] for line in lines_of(finished_run)] == list(range(1, 29))
+    assert {"loss", "reconstruction", "prediction", "lr", "clips_per_second", "data_wait"} <= set(
+        lines_of(finished_run)[0]
+    )
+    measures = lines_of(finished_run, "held_out")
+    assert [line["update"] for line in measures] == [14, 28]
+    assert {"relative_error", "student_ranking", "teacher_ranking", "ranking_by_variance"} <= set(
+        measures[-1]
+    )
+    assert len(list((finished_run / "pictures").glob("*.png"))) == 1
+    start = json.loads((finished_run / "starts.jsonl").read_text())
+    assert {"hpm_video", "commit", "torch", "decoders", "device", "command"} <= set(start)
+    output = (finished_run.parent / "output.txt").read_text()
+    assert "tools/show_masks.py" in output
+    assert str(finished_run / "curves.png") in output
+
+
+def test_last_best_and_every_fourth_epoch_are_kept(finished_run):
+    folder = finished_run / "checkpoints"
+    scores = {line["update"]: line["relative_error"] for line in lines_of(finished_run, "held_out")}
+    best = min(scores, key=scores.__getitem__)
+    assert (folder / "best").resolve().name == f"update-{best:08d}"
+    assert (folder / "last").resolve().name == "update-00000028"
+    kept = {path.name for path in checkpoints_in(folder)}
+    assert kept == {"update-00000014", "update-00000028", f"update-{best:08d}"}
+    assert read_state(folder / "last")["best"]["update"] == best
+
+
+def test_a_checkpoint_speaks_for_itself(finished_run):
+    checkpoint = finished_run / "checkpoints" / "last"
+    config, student, objective = load_run(checkpoint, torch.device("cpu"))
+    assert config.data.num_frames == 4
+    weights = load_file(checkpoint / "teacher.safetensors")
+    assert torch.equal(objective.teacher.mask_token, weights["mask_token"])
+    assert not torch.equal(objective.teacher.mask_token, student.mask_token)
+
+
+@pytest.mark.parametrize(
+    ("place", "workers", "at"),
+    [
+        ("update", 0, 5),  # in the middle of an epoch
+        ("update", 2, 5),
+        ("writing", 0, 10),  # the third checkpoint, after update 14, half written
+        ("renamed", 0, 14),  # the third checkpoint, not named yet
+        ("linking", 0, 14),
+    ],
+)
+def test_killed_and_started_again_ends_with_the_same_bits(
+    pretrain, finished_run, tmp_path, place, workers, at
+):
+    run = tmp_path / "run"
+    process = pretrain(run, f"data.workers={workers}", place=place)
+    finish(process, code=-signal.SIGKILL)
+    assert read_state(checkpoints_in(run / "checkpoints")[-1])["update"] == at
+    output = finish(pretrain(run, f"data.workers={workers}"))
+    assert f"going on at update {at} of 28" in output
+    assert "may differ" not in output
+    assert [line["update"] for line in lines_of(run)] == list(range(1, 29))
+    assert_same_state(run, finished_run)
+    assert not list((run / "checkpoints").glob(".writing*"))
+
+
+def test_killed_at_the_very_end_names_its_checkpoints_at_the_next_start(
+    pretrain, finished_run, tmp_path
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run, symlinks=True)
+    for name in ("last", "best"):
+        (run / "checkpoints" / name).unlink()
+    (run / "curves.png").unlink()
+    assert "is complete" in finish(pretrain(run))
+    assert (run / "checkpoints" / "last").resolve().name == "update-00000028"
+    assert (run / "checkpoints" / "best").exists()
+    assert (run / "curves.png").is_file()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigterm_saves_at_the_next_update_and_says_so_with_its_exit_code(
+    pretrain, finished_run, tmp_path, workers
+):
+    """All processes of a job get the signal, as a scheduler sends it."""
+    run = tmp_path / "run"
+    output = finish(
+        pretrain(run, f"data.workers={workers}", place="update", number="SIGTERM"), code=75
+    )
+    assert read_state(checkpoints_in(run / "checkpoints")[-1])["update"] == 7
+    assert "stopped by SIGTERM before update 7" in output
+    assert "Traceback" not in output
+    finish(pretrain(run))
+    assert_same_state(run, finished_run)
+
+
+def test_a_run_that_never_began_does_not_bind(pretrain, tmp_path):
+    run = tmp_path / "run"
+    output = finish(pretrain(run, "init_weights=nothing.safetensors"), code=2)
+    assert "nothing.safetensors does not exist" in output
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").touch()  # as if killed while writing it
+    finish(pretrain(run, "recipe.epochs=1", "data.validation=null"))
+
+
+def test_other_videos_under_the_same_name_are_noticed(pretrain, videos, tmp_path):
+    folder = tmp_path / "train"
+    shutil.copytree(videos / "train", folder)
+    run = tmp_path / "run"
+    options = (f"data.train={folder}", "data.validation=null")
+    finish(pretrain(run, *options, place="update", number="SIGTERM"), code=75)
+    shutil.copy(folder / "texture 1.mp4", folder / "texture 99.mp4")
+    output = finish(pretrain(run, *options), code=2)
+    assert "the files of data.train: 14 files" in output
+
+
+def test_two_processes_do_not_train_in_one_directory(pretrain, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        output = finish(pretrain(run), code=2)
+    assert "another process trains in" in output
+
+
+def test_accumulation_and_micro_batches_compute_the_same(pretrain, finished_run, tmp_path):
+    finish(pretrain(tmp_path / "run", "engine.micro_batch=2"))
+    ours, theirs = (
+        load_file(folder / "checkpoints" / "last" / "model.safetensors")
+        for folder in (tmp_path / "run", finished_run)
+    )
+    for key, tensor in ours.items():
+        if key != "difficulty_decoder.head.bias":  # no true gradient: Adam amplifies rounding
+            torch.testing.assert_close(tensor, theirs[key], rtol=1e-3, atol=1e-4)
+
+
+def test_another_config_in_the_same_directory_is_refused_with_what_differs(pretrain, finished_run):
+    output = finish(pretrain(finished_run, "recipe.base_lr=0.2", "logging.every_updates=7"), code=2)
+    assert "recipe.base_lr: 0.1 -> 0.2" in output
+    assert "logging" not in output
+
+
+def test_a_complete_run_is_left_as_it_is(pretrain, finished_run):
+    before = (finished_run / "metrics.jsonl").read_bytes()
+    output = finish(pretrain(finished_run, "logging.every_updates=7", "data.workers=1"))
+    assert "is complete" in output
+    assert (finished_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_loss_that_is_no_number_names_update_and_files_and_keeps_the_last_good(
+    pretrain, videos, tmp_path
+):
+    run = tmp_path / "run"
+    output = finish(
+        pretrain(
+            run, "recipe.base_lr=1e12", "checkpoint.every_updates=1", "recipe.warmup_epochs=0"
+        ),
+        code=2,
+    )
+    assert "is not a finite number" in output
+    assert "of update " in output
+    assert str(videos / "train" / "texture ") in output
+    saved = checkpoints_in(run / "checkpoints")
+    assert saved
+    for checkpoint in saved:
+        for tensor in load_file(checkpoint / "model.safetensors").values():
+            assert tensor.isfinite().all()
+
+
+def test_mining_starts_from_a_plain_autoencoder_and_from_an_earlier_run(
+    pretrain, finished_run, tmp_path
+):
+    plain = tmp_path / "plain"
+    finish(pretrain(plain, "mining.predictor=none", "masking.strategy=random", "recipe.epochs=2"))
+    output = finish(
+        pretrain(
+            tmp_path / "mining",
+            f"init_weights={plain / 'checkpoints' / 'last'}",
+            "recipe.epochs=1",
+            "recipe.warmup_epochs=1",
+        )
+    )
+    assert "tensors start fresh" in output
+    output = finish(
+        pretrain(
+            tmp_path / "again",
+            f"init_weights={finished_run / 'checkpoints' / 'last'}",
+            "recipe.epochs=1",
+        )
+    )
+    assert "start from the weights of" in output
+    assert "fresh" not in output
+
+
+def test_weights_that_do_not_fit_name_every_tensor(pretrain, finished_run, tmp_path):
+    weights = finished_run / "checkpoints" / "last" / "model.safetensors"
+    alone = shutil.copy(weights, tmp_path / "alone.safetensors")
+    deeper = "model.encoder={dim: 16, depth: 2, num_heads: 2}"
+    output = finish(pretrain(tmp_path / "run", f"init_weights={weights}", deeper), code=2)
+    assert "model.encoder.depth: 1 -> 2" in output
+    output = finish(pretrain(tmp_path / "run", f"init_weights={alone}", deeper), code=2)
+    assert "missing encoder.blocks.1.norm1.weight" in output
+
+
+def test_bad_files_are_named_counted_and_end_the_run_above_the_share(pretrain, videos, tmp_path):
+    folder = tmp_path / "train"
+    folder.mkdir()
+    for path in (videos / "train").iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "empty.mp4").touch()
+    (folder / "text.mp4").write_text("this is no video\n")
+    run = tmp_path / "run"
+    finish(pretrain(run, f"data.train={folder}", "data.max_bad_share=0.2", "recipe.epochs=2"))
+    rows = (run / "bad_files.csv").read_text().splitlines()
+    assert rows[0] == "path,reason"
+    assert {row.split(",")[0].rsplit("/")[-1] for row in rows[1:]} == {"empty.mp4", "text.mp4"}
+
+    strict = (f"data.train={folder}", "data.workers=1")
+    output = finish(pretrain(tmp_path / "strict", *strict), code=2)
+    assert "Traceback" not in output
+    assert "2 of 16 files do not decode" in output
+    assert "data.max_bad_share" in output
+
+
+def test_the_shell_script_runs_it_from_anywhere(config_file, tmp_path):
+    """The command of the README, with an environment that is there already."""
+    script = Path(__file__).parents[2] / "run_pretrain.sh"
+    run = tmp_path / "run"
+    output = subprocess.run(
+        [script, config_file.name, f"output_dir={run}", "logging.tensorboard=true"],
+        cwd=config_file.parent,
+        env=os.environ | {"HPM_PYTHON": sys.executable},
+        text=True,
+        capture_output=True,
+    )
+    assert output.returncode == 0, output.stdout + output.stderr
+    assert list((run / "tensorboard").iterdir())
+    assert (run / "curves.png").is_file()
+    assert "held out: error" in output.stdout
+    assert f"{run / 'checkpoints' / 'best'}" in output.stdout

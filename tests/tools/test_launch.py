@@ -1,0 +1,649 @@
+"""The launchers, with real processes: small programs, most of which need no torch."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "tools" / "launch.py"
+# The launcher with other constants: its patience is none, or has no end.
+LAUNCH_WITH = """
+import sys
+sys.path.insert(0, "tools")
+import launch
+launch.SETTLE, launch.ENDING = map(float, sys.argv[1:3])
+sys.exit(launch.main(sys.argv[3:]))
+"""
+FOREVER = 1e9
+HOSTS = ROOT / "tools" / "launch_hosts.py"
+
+WHO = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
+REDUCE = """
+import json, os, sys
+import torch
+from torch import distributed
+distributed.init_process_group("gloo")
+total = torch.tensor([distributed.get_rank() + 1.0])
+distributed.all_reduce(total)
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "HPM_MARK")
+found = {name: os.environ.get(name) for name in names}
+found |= {"total": total.item(), "arguments": sys.argv[1:], "path": sys.path}
+open(os.environ["FOUND"] + f"/{os.environ['RANK']}.json", "w").write(json.dumps(found))
+distributed.destroy_process_group()
+"""
+# Counts how often it is asked to stop. Where there is a HOLD it waits, once it was asked, until
+# there is such a file.
+STOPPABLE = """
+import pathlib
+asked = []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, frame: asked.append(number))
+place = pathlib.Path(os.environ["FOUND"])
+(place / f"ready{rank}").write_text(str(os.getpid()))
+while not asked:
+    time.sleep(0.02)
+(place / f"stopping{rank}").write_text("yes")
+while "HOLD" in os.environ and not pathlib.Path(os.environ["HOLD"]).exists():
+    time.sleep(0.02)
+(place / f"asked{rank}").write_text(str(len(asked)))
+sys.exit({signal.SIGTERM: 75, signal.SIGINT: 130}[asked[0]])
+"""
+
+
+def with_usual_signals():
+    """Tests that nohup started, or a shell in its background, ignore these signals."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.fixture
+def started():
+    """Starts launchers, and leaves none of their processes behind."""
+    launchers = []
+
+    def start(command, **variables):
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("OMP_NUM_THREADS", "PYTHONPATH", "MASTER_ADDR", "MASTER_PORT")
+        }
+        launchers.append(
+            subprocess.Popen(
+                [str(part) for part in command],
+                env=environment | {name: str(value) for name, value in variables.items()},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+                preexec_fn=with_usual_signals,  # noqa: PLW1509 - no threads here
+                cwd=variables.get("CWD", ROOT),
+            )
+        )
+        return launchers[-1]
+
+    yield start
+    for launcher in launchers:
+        if launcher.poll() is None:
+            launcher.terminate()  # which it passes on
+        launcher.communicate()
+
+
+def write_program(folder, text):
+    path = folder / "program.py"
+    path.write_text(text)
+    return path
+
+
+def finish(launcher):
+    out, err = launcher.communicate()
+    return launcher.returncode, out, err
+
+
+def wait_for(path):
+    """The content of a file that another process writes."""
+    while not path.exists() or not path.read_text():
+        time.sleep(0.02)
+    return path.read_text()
+
+
+def wait_for_looks(launcher):
+    """Until a launcher has looked at its processes and requests again: it sleeps in between."""
+
+    def sleeps():
+        status = Path(f"/proc/{launcher.pid}/status").read_text()
+        return int(re.search(r"^voluntary_ctxt_switches:\s*(\d+)", status, re.M)[1])
+
+    before = sleeps()
+    while sleeps() < before + 3:
+        time.sleep(0.02)
+
+
+def runs(pid):
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for_end(pid):
+    while runs(pid):
+        time.sleep(0.02)
+
+
+def read_found(folder):
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+# --- One machine --------------------------------------------------------------------------------
+
+
+def test_two_jobs_at_once(tmp_path, started):
+    """Each is told who it is, and neither meets the other's processes."""
+    program = write_program(tmp_path, REDUCE)
+    jobs = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        command = [sys.executable, LAUNCH, "--processes", 2, program, "a b", name]
+        jobs.append(started(command, FOUND=tmp_path / name))
+    for name, job in zip(("one", "two"), jobs, strict=True):
+        assert finish(job) == (0, "", "")
+        found = read_found(tmp_path / name)
+        assert [one["RANK"] for one in found] == [one["LOCAL_RANK"] for one in found] == ["0", "1"]
+        threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
+        for one in found:
+            assert one["total"] == 3
+            assert one["arguments"] == ["a b", name]
+            assert (one["WORLD_SIZE"], one["LOCAL_WORLD_SIZE"]) == ("2", "2")
+            assert one["OMP_NUM_THREADS"] == threads
+
+
+def test_threads_that_are_given_stay(tmp_path, started):
+    program = write_program(tmp_path, "import os; print(os.environ['OMP_NUM_THREADS'])")
+    job = started([sys.executable, LAUNCH, "--processes", 1, program], OMP_NUM_THREADS=7)
+    assert finish(job) == (0, "7\n", "")
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 75, 130])
+def test_exit_code_is_the_programs(tmp_path, started, code):
+    program = write_program(tmp_path, f"{WHO}sys.exit({code})")
+    status, out, err = finish(started([sys.executable, LAUNCH, "--processes", 2, program]))
+    assert (status, out) == (code, "")
+    assert ("ended with code 1, and the job with it" in err) == (code == 1)
+    assert (err == "") == (code != 1)  # of a wrong input the program itself tells
+
+
+# Writes down its number, and can wait until the launcher has noticed the end of another.
+ENDS = f"""{WHO}
+import pathlib
+place = pathlib.Path(os.environ["FOUND"])
+(place / f"new{{rank}}").write_text(str(os.getpid()))
+os.replace(place / f"new{{rank}}", place / f"pid{{rank}}")
+
+def pid_of(other):
+    while not (place / f"pid{{other}}").exists():
+        time.sleep(0.02)
+    return int((place / f"pid{{other}}").read_text())
+
+def wait_for_end_of(other):
+    pid = pid_of(other)
+    while os.path.exists(f"/proc/{{pid}}"):
+        time.sleep(0.02)
+"""
+
+
+def launch_with(settle, ending, processes, program):
+    return [sys.executable, "-c", LAUNCH_WITH, settle, ending, "--processes", processes, program]
+
+
+def test_others_of_one_that_fails_may_have_their_say(tmp_path, started):
+    text = "if rank == 1: sys.exit(2)\nwait_for_end_of(1)\nprint('the message')\nsys.exit(1)"
+    program = write_program(tmp_path, ENDS + text)
+    job = started(launch_with(FOREVER, FOREVER, 2, program), FOUND=tmp_path)
+    status, out, err = finish(job)
+    assert (status, out) == (2, "the message\n")
+    assert "rank 1 of 2 (pid " in err
+    assert "ended with code 2, and the job with it" in err
+
+
+def test_others_of_one_that_fails_are_ended(tmp_path, started):
+    program = write_program(tmp_path, ENDS + "if rank == 1: sys.exit(2)\nwait_for_end_of(0)")
+    job = started(launch_with(0, FOREVER, 2, program), FOUND=tmp_path)
+    status, _, err = finish(job)
+    assert status == 2
+    assert "ended with code 2, and the job with it" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_killed_process_is_named_and_ends_the_job(tmp_path, started, number):
+    """The first that ends is another, as when a broken connection is noticed early."""
+    text = (
+        "pid_of(2)\n"
+        "if rank == 0: sys.exit(1)\n"
+        f"if rank == 1: wait_for_end_of(0); os.kill(os.getpid(), {int(number)})\n"
+        "wait_for_end_of(2)\n"
+    )
+    program = write_program(tmp_path, ENDS + text)
+    job = started(launch_with(FOREVER, FOREVER, 3, program), FOUND=tmp_path)
+    status, _, err = finish(job)
+    assert status == 1
+    who = f"rank 1 of 3 (pid {wait_for(tmp_path / 'pid1')} on {socket.gethostname()})"
+    assert f"error: {who} was killed by {signal.Signals(number).name}" in err
+    assert ("out-of-memory killer" in err) == (number == signal.SIGKILL)
+    assert err.count("error:") == 1
+    assert "Start the same command again: it goes on from the last checkpoint" in err
+    wait_for_end(int(wait_for(tmp_path / "pid2")))
+
+
+def test_kill_9_of_one_in_the_middle_of_a_collective(tmp_path, started):
+    text = REDUCE.replace("distributed.all_reduce(total)", "", 1).replace(
+        "names =",
+        "if total.item() == 2:\n    os.kill(os.getpid(), 9)\n"
+        "distributed.all_reduce(total)\nnames =",
+    )
+    program = write_program(tmp_path, text)
+    job = started([sys.executable, LAUNCH, "--processes", 2, program], FOUND=tmp_path)
+    status, _, err = finish(job)
+    assert status == 1
+    assert "rank 1 of 2" in err.splitlines()[-1]
+    assert "was killed by SIGKILL" in err.splitlines()[-1]
+
+
+def test_others_that_do_not_end_are_killed(tmp_path, started):
+    text = "if rank == 1: pid_of(0); os.kill(os.getpid(), 9)\nwait_for_end_of(0)"
+    program = write_program(
+        tmp_path, f"import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n{ENDS}{text}"
+    )
+    job = started(launch_with(FOREVER, 0.1, 2, program), FOUND=tmp_path)
+    status, _, err = finish(job)
+    assert status == 1
+    assert "rank 1 of 2" in err
+
+
+# --- Being asked to stop ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75)]
+)
+def test_a_stop_is_passed_on_once(tmp_path, started, number, code):
+    """Also where SIGTERM comes twice."""
+    program = write_program(tmp_path, WHO + STOPPABLE)
+    hold = tmp_path / "may end"
+    job = started([sys.executable, LAUNCH, "--processes", 2, program], FOUND=tmp_path, HOLD=hold)
+    for rank in (0, 1):
+        wait_for(tmp_path / f"ready{rank}")
+    job.send_signal(number)
+    for rank in (0, 1):
+        wait_for(tmp_path / f"stopping{rank}")
+    if number == signal.SIGTERM:
+        job.send_signal(number)
+    wait_for_looks(job)
+    hold.touch()
+    status, _, err = finish(job)
+    assert (status, err.count("the processes save and end")) == (code, 1)
+    assert [(tmp_path / f"asked{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+
+
+def test_ctrl_c_of_a_terminal_reaches_the_processes_once(tmp_path, started):
+    """It goes to the whole process group."""
+    program = write_program(tmp_path, WHO + STOPPABLE)
+    hold = tmp_path / "may end"
+    job = started([sys.executable, LAUNCH, "--processes", 2, program], FOUND=tmp_path, HOLD=hold)
+    for rank in (0, 1):
+        wait_for(tmp_path / f"ready{rank}")
+    os.killpg(job.pid, signal.SIGINT)
+    for rank in (0, 1):
+        wait_for(tmp_path / f"stopping{rank}")
+    wait_for_looks(job)
+    hold.touch()
+    assert finish(job)[0] == 130
+    assert [(tmp_path / f"asked{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+
+
+def test_a_stop_that_lasts_too_long(tmp_path, started):
+    program = write_program(tmp_path, WHO + STOPPABLE)
+    command = [sys.executable, LAUNCH, "--processes", 2, program]
+    job = started(command, FOUND=tmp_path, HOLD="/never", HPM_GRACE=1)
+    pids = [int(wait_for(tmp_path / f"ready{rank}")) for rank in (0, 1)]
+    job.terminate()
+    status, _, err = finish(job)
+    assert status == 1
+    assert "did not end in time; killed: rank 0, 1 on" in err
+    assert "HPM_GRACE=SECONDS" in err
+    assert not any(map(runs, pids))
+
+
+def test_a_second_ctrl_c_ends_them_at_once(tmp_path, started):
+    program = write_program(tmp_path, WHO + STOPPABLE)
+    command = [sys.executable, LAUNCH, "--processes", 2, program]
+    job = started(command, FOUND=tmp_path, HOLD="/never")
+    pids = [int(wait_for(tmp_path / f"ready{rank}")) for rank in (0, 1)]
+    job.send_signal(signal.SIGINT)
+    for rank in (0, 1):
+        wait_for(tmp_path / f"stopping{rank}")
+    job.send_signal(signal.SIGINT)
+    status, _, err = finish(job)
+    assert status == 130
+    assert "stopped by a second Ctrl-C" in err
+    assert not any(map(runs, pids))
+
+
+def test_the_first_may_save_while_others_have_ended(tmp_path, started):
+    """A stop that did not come through the launcher."""
+    text = "if rank == 0: wait_for_end_of(1); print('saved')\nsys.exit(75)"
+    program = write_program(tmp_path, ENDS + text)
+    job = started([sys.executable, LAUNCH, "--processes", 2, program], FOUND=tmp_path)
+    assert finish(job) == (75, "saved\n", "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="by prctl, which Linux has")
+def test_killing_the_launcher_stops_the_processes(tmp_path, started):
+    program = write_program(tmp_path, WHO + STOPPABLE)
+    job = started([sys.executable, LAUNCH, "--processes", 2, program], FOUND=tmp_path)
+    pids = [int(wait_for(tmp_path / f"ready{rank}")) for rank in (0, 1)]
+    job.kill()
+    for pid in pids:
+        wait_for_end(pid)
+    assert (tmp_path / "asked0").read_text() == "1"
+
+
+# --- Several machines ---------------------------------------------------------------------------
+
+
+def test_two_nodes_on_one_machine(tmp_path, started, reserve_port):
+    program = write_program(tmp_path, REDUCE)
+    port = reserve_port()
+    jobs = [
+        started(
+            [
+                *(sys.executable, LAUNCH, "--processes", 1, "--nodes", 2, "--node-rank", rank),
+                *("--master-addr", "127.0.0.1", "--master-port", port, program),
+            ],
+            FOUND=tmp_path,
+        )
+        for rank in (0, 1)
+    ]
+    assert [finish(job) for job in jobs] == [(0, "", "")] * 2
+    found = read_found(tmp_path)
+    assert [(one["RANK"], one["LOCAL_RANK"], one["total"]) for one in found] == [
+        ("0", "0", 3),
+        ("1", "0", 3),
+    ]
+
+
+def test_torchrun_starts_the_same_programs(tmp_path, started):
+    program = write_program(tmp_path, REDUCE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    job = started([*command, "--nproc-per-node", 2, program], FOUND=tmp_path)
+    assert finish(job)[0] == 0
+    assert [one["total"] for one in read_found(tmp_path)] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--processes", "0"], "--processes 0 must be at least 1"),
+        (["--processes", "1", "--nodes", "2"], "needs --node-rank, 0 on the first machine"),
+        (
+            ["--processes", "1", "--nodes", "2", "--node-rank", "2", "--master-addr", "a"],
+            "--node-rank 2 must be in 0 to 1",
+        ),
+        (["--processes", "1", "--master-port", "70000"], "--master-port 70000 must be in 1 to"),
+    ],
+)
+def test_mistaken_options(tmp_path, started, options, message):
+    program = write_program(tmp_path, "print('started')")
+    status, out, err = finish(started([sys.executable, LAUNCH, *options, program]))
+    assert (status, out) == (2, "")
+    assert message in err
+
+
+def test_mistaken_program_and_grace(tmp_path, started):
+    status, _, err = finish(started([sys.executable, LAUNCH, "--processes", 2, "no.py"]))
+    assert (status, "error: no program no.py in" in err) == (2, True)
+    program = write_program(tmp_path, "")
+    job = started([sys.executable, LAUNCH, "--processes", 2, program], HPM_GRACE="long")
+    status, _, err = finish(job)
+    assert (status, "HPM_GRACE=long must be a whole number of seconds" in err) == (2, True)
+
+
+# --- A hostfile, by DeepSpeed's launcher --------------------------------------------------------
+
+
+@pytest.fixture
+def hostfile(tmp_path):
+    pytest.importorskip("deepspeed")
+    path = tmp_path / "my hosts"
+    path.write_text("# this machine\nlocalhost slots=2\n")
+    return path
+
+
+def test_hostfile(tmp_path, started, hostfile):
+    program = write_program(tmp_path, REDUCE)
+    command = [sys.executable, HOSTS, hostfile, program, "a b", "--dry-run"]
+    job = started(command, FOUND=tmp_path, HPM_MARK="mine")
+    status, _, err = finish(job)
+    assert status == 0, err
+    found = read_found(tmp_path)
+    assert [(one["RANK"], one["LOCAL_RANK"], one["total"]) for one in found] == [
+        ("0", "0", 3),
+        ("1", "1", 3),
+    ]
+    assert found[0]["arguments"] == ["a b", "--dry-run"]
+    assert (found[0]["HPM_MARK"], found[0]["LOCAL_WORLD_SIZE"]) == ("mine", "2")
+
+
+@pytest.mark.parametrize(("ending", "code"), [("stop", 75), ("kill", 1), ("wrong", 2)])
+def test_how_a_job_of_a_hostfile_ends(tmp_path, started, hostfile, ending, code):
+    text = f"{WHO}sys.exit(2)" if ending == "wrong" else WHO + STOPPABLE
+    program = write_program(tmp_path, text)
+    job = started([sys.executable, HOSTS, hostfile, program], FOUND=tmp_path)
+    if ending != "wrong":
+        pids = [int(wait_for(tmp_path / f"ready{rank}")) for rank in (0, 1)]
+        if ending == "stop":
+            job.terminate()
+        else:
+            os.kill(pids[1], signal.SIGKILL)
+    status, _, err = finish(job)
+    assert status == code, err
+    assert ("error: a process was killed by SIGKILL" in err) == (ending == "kill")
+    if ending == "stop":
+        assert [(tmp_path / f"asked{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+
+
+# Stand for ssh and for pdsh, which runs one line on every machine with %n for its number.
+SSH = "#!/usr/bin/env bash\necho 127.0.0.1\n"
+PDSH = """#!/usr/bin/env bash
+while [[ $1 == -* ]]; do
+  case "$1" in -w) IFS=, read -ra hosts <<<"$2"; shift 2 ;; -f) shift 2 ;; *) shift ;; esac
+done
+line="$*"
+for number in "${!hosts[@]}"; do
+  env -i PATH="$PATH" HOME="$HOME" FOUND="$FOUND" bash -c "${line//%n/$number}" &
+  started+=("$!")
+done
+worst=0
+for one in "${started[@]}"; do
+  code=0; wait "$one" || code=$?
+  if ((code > worst)); then worst=$code; fi
+done
+exit "$worst"
+"""
+
+
+def test_hostfile_of_two_machines(tmp_path, started, hostfile, reserve_port):
+    """The real launcher of DeepSpeed; the two machines are this one, without its variables."""
+    hostfile.write_text("node0 slots=1\nnode1 slots=1\n")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, text in (("ssh", SSH), ("pdsh", PDSH)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    (tmp_path / ".deepspeed_env").write_text("OMP_NUM_THREADS=5\n")
+    program = write_program(tmp_path, REDUCE)
+    job = started(
+        [sys.executable, HOSTS, hostfile, program, "a b", "size=[2,3]", "name=$HOME(1)"],
+        FOUND=tmp_path,
+        HPM_MARK="my mark",
+        PATH=f"{tools}:{os.environ['PATH']}",
+        PYTHONPATH="/my/path",
+        MASTER_PORT=reserve_port(),
+        CWD=tmp_path,
+        HOME=tmp_path / "home",
+    )
+    status, _, err = finish(job)
+    assert status == 0, err
+    found = read_found(tmp_path)
+    assert [(one["RANK"], one["total"]) for one in found] == [("0", 3), ("1", 3)]
+    for one in found:
+        assert one["arguments"] == ["a b", "size=[2,3]", "name=$HOME(1)"]
+        assert (one["HPM_MARK"], one["OMP_NUM_THREADS"]) == ("my mark", "5")
+        assert "/my/path" in one["path"]
+        assert one["path"].count(str(tmp_path)) == 1  # the program's own folder
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("node0\n", "'node0' is no host; write a line such as 'node0 slots=8'"),
+        ("\n", "names no host"),
+        ("a slots=1\na slots=1\n", "names a twice"),
+        ("a slots=1\nb slots=1\n", "no program pdsh"),
+    ],
+)
+def test_mistaken_hostfile(tmp_path, started, text, message):
+    path = tmp_path / "hosts"
+    path.write_text(text)
+    program = write_program(tmp_path, "print('started')")
+    job = started([sys.executable, HOSTS, path, program], PATH=tmp_path)
+    status, out, err = finish(job)
+    assert (status, out) == (2, "")
+    assert message in err
+
+
+# --- Slurm --------------------------------------------------------------------------------------
+
+# Starts the command once per node, as srun does, and ends with the highest exit code.
+SRUN = """#!/usr/bin/env bash
+printf '%s\\n' "$@" >>"$FOUND/srun"
+while [[ $1 == -* ]]; do
+  if [[ $1 == --ntasks=* ]]; then count="${1#*=}"; fi
+  shift
+done
+for ((node = 0; node < count; node++)); do
+  SLURM_NODEID=$node "$@" &
+  started+=("$!")
+done
+worst=0
+for one in "${started[@]}"; do
+  code=0; wait "$one" || code=$?
+  if ((code > worst)); then worst=$code; fi
+done
+exit "$worst"
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [[ $1 == show ]]; then printf '127.0.0.1\\n127.0.0.2\\n'; else echo "$@" >>"$FOUND/requeued"; fi
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path, started):
+    """Runs a slurm script of a copy of the repository, whose programs are ``text``."""
+    root = tmp_path / "a clone"
+    shutil.copytree(ROOT / "tools", root / "tools")
+    (root / "configs").mkdir()
+    (root / "configs" / "mine.yaml").write_text("seed: 1\n")
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/usr/bin/env bash\nif [[ $1 == -c ]]; then exit 0; fi\nexec "{sys.executable}" "$@"\n'
+    )
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+    for name in ("python", "srun", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+
+    def run(script, text, *arguments, **variables):
+        for name in ("pretrain", "finetune"):
+            (root / "tools" / f"{name}.py").write_text(text)
+        spooled = shutil.copy(root / "tools" / "slurm" / script, tmp_path / "slurm_script")
+        return started(
+            ["bash", spooled, *arguments],
+            HPM_PYTHON=python,
+            FOUND=tmp_path,
+            PATH=f"{tmp_path}:{os.environ['PATH']}",
+            **{
+                "SLURM_SUBMIT_DIR": root,
+                "SLURM_JOB_ID": 20000 + os.getpid(),
+                "SLURM_JOB_NODELIST": "node[0-1]",
+                "SLURM_JOB_NUM_NODES": 1,
+                "SLURM_GPUS_ON_NODE": 2,
+                **variables,
+            },
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("script", ["pretrain.sbatch", "finetune.sbatch"])
+@pytest.mark.parametrize("code", [0, 2, 75, 143])
+def test_slurm_queues_a_stopped_run_again(slurm, tmp_path, script, code):
+    text = f"{WHO}print(*sys.argv[1:]) if rank == 0 else 0\nsys.exit({code})"
+    status, out, err = finish(slurm(script, text, "configs/mine.yaml", "a=b c"))
+    assert status == code, err
+    assert "configs/mine.yaml a=b c\n" in out
+    requeued = tmp_path / "requeued"
+    assert requeued.exists() == (code in (75, 143))
+    if code in (75, 143):
+        assert requeued.read_text() == f"requeue {20000 + os.getpid()}\n"
+
+
+def test_slurm_stops_at_the_time_limit(slurm, tmp_path):
+    """The signal goes to the processes of srun, launchers and workers, and not to the script."""
+    job = slurm("pretrain.sbatch", WHO + STOPPABLE, "configs/mine.yaml", SLURM_CPUS_PER_TASK=3)
+    pids = [int(wait_for(tmp_path / f"ready{rank}")) for rank in (0, 1)]
+    launcher = int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1])
+    for pid in (launcher, *pids):
+        os.kill(pid, signal.SIGTERM)
+    status, _, err = finish(job)
+    assert status == 75, err
+    assert (tmp_path / "requeued").exists()
+    assert "--cpus-per-task=3\n" in (tmp_path / "srun").read_text()
+
+
+def test_slurm_cancelled_is_not_queued_again(slurm, tmp_path):
+    """The script gets SIGTERM too, and ends."""
+    job = slurm("pretrain.sbatch", WHO + STOPPABLE, "configs/mine.yaml")
+    pids = [int(wait_for(tmp_path / f"ready{rank}")) for rank in (0, 1)]
+    for pid in (job.pid, *pids):
+        os.kill(pid, signal.SIGTERM)
+    assert finish(job)[0] == -signal.SIGTERM
+    for pid in pids:
+        wait_for_end(pid)
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_slurm_nodes_form_one_job(slurm, tmp_path):
+    variables = {"SLURM_JOB_NUM_NODES": 2, "SLURM_GPUS_ON_NODE": 1}
+    status, _, err = finish(slurm("pretrain.sbatch", REDUCE, "configs/mine.yaml", **variables))
+    assert status == 0, err
+    found = read_found(tmp_path)
+    assert [(one["RANK"], one["LOCAL_RANK"], one["total"]) for one in found] == [
+        ("0", "0", 3),
+        ("1", "0", 3),
+    ]
+
+
+def test_slurm_from_elsewhere(slurm, tmp_path):
+    status, _, err = finish(slurm("pretrain.sbatch", "", SLURM_SUBMIT_DIR=tmp_path))
+    assert status == 2
+    assert f"{tmp_path} is not the root of the repository" in err

@@ -1,0 +1,160 @@
+"""The measuring tools, started as a user starts them, at tiny sizes."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from hpm_video.config.schema import PretrainConfig, load_config
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+model:
+  encoder: {{dim: {dim}, depth: {depth}, num_heads: 2}}
+  decoder: {{dim: {decoder_dim}, depth: 1, num_heads: 2}}
+  patch_size: [2, 8, 8]
+data: {{num_frames: 4, frame_size: [{side}, {side}]}}
+masking: {{ratio: 0.75, strategy: {strategy}}}
+mining: {{predictor: {predictor}}}
+recipe: {{epochs: 2, batch_size: 4, warmup_epochs: 0}}
+engine: {{device: cpu, threads: 1}}
+"""
+TINY = {"dim": 32, "depth": 2, "decoder_dim": 16, "side": 16}
+WIDE = {"dim": 1024, "depth": 12, "decoder_dim": 512, "side": 64}
+PLAIN = {"strategy": "random", "predictor": "none"}
+HPM = {"strategy": "easy_to_hard", "predictor": "relative"}
+
+
+@pytest.fixture
+def tool(run_tool):
+    """Run ``tools/NAME.py``. -> its output"""
+
+    def start(name, *arguments, code=0):
+        ended, output = run_tool(name, *arguments)
+        assert ended == code, output
+        return output
+
+    return start
+
+
+@pytest.fixture
+def write_config(tmp_path):
+    def write(name, **values):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(CONFIG.format(**values))
+        return path
+
+    return write
+
+
+def row(output, name):
+    """The numbers of the line of ``name``."""
+    (line,) = re.findall(rf"^{re.escape(name)} +(\d.*)$", output, re.M)
+    return [float(number) for number in re.findall(r"\d+\.\d+", line)]
+
+
+def assert_quotient(found, above, below, digits):
+    """``found`` was rounded to so many digits, of two numbers that were printed with one."""
+    least, most = (above - 0.05) / (below + 0.05), (above + 0.05) / max(below - 0.05, 1e-9)
+    half = 0.51 * 10**-digits
+    assert least - half <= found <= most + half
+
+
+def test_blockwise_ranking_loss_is_the_same_and_takes_less_memory(tool):
+    sizes = ("--clips", 8, "--tokens", 600, "--turns", 1, "--repeats", 1, "--device", "cpu")
+    output = tool("bench_ranking_loss", *sizes, "--threads", 1)
+    plain, blockwise, ratio = (row(output, name) for name in ("plain", "blockwise", "ratio"))
+    assert plain[2] == pytest.approx(blockwise[2], rel=1e-5)
+    tensor = 8 * 600 * 600 * 4 / 1e6  # B x M x M in float32; the plain form holds several
+    assert plain[1] > 2 * tensor
+    assert blockwise[1] < 2 * tensor
+    assert ratio[1] > 2
+    assert_quotient(ratio[1], plain[1], blockwise[1], digits=1)
+    assert_quotient(ratio[0], plain[0], blockwise[0], digits=1)
+
+
+def test_updates_are_timed_in_both_precisions(tool, write_config):
+    path = write_config("tiny", **TINY, **HPM)
+    output = tool("bench_update", path, "seed=1", "--clips", 2, "--repeats", 1)
+    assert output.startswith("updates of 2 clip(s), cpu with 1 thread(s)")
+    full, half = row(output, "fp32"), row(output, "bf16")
+    for clips_per_second, milliseconds in (full, half):
+        assert_quotient(clips_per_second, 2000, milliseconds, digits=1)
+    (ratio,) = row(output, "bf16 / fp32")
+    assert_quotient(ratio, full[1], half[1], digits=2)
+    assert re.search(r"^largest size of this process: \d+\.\d\d GB$", output, re.M)
+    assert re.search(r"^engine.precision=auto takes (fp32|bf16) here: ", output, re.M)
+
+
+def test_a_misspelt_key_is_one_line(tool):
+    error = tool("bench_update", "configs/pretrain/demo.yaml", "recipe.epoch=3", code=2)
+    assert error.startswith("error: ")
+    assert "recipe.epoch" in error
+    assert error.count("\n") == 1
+
+
+@pytest.fixture
+def count_flops():
+    path = ROOT / "tools" / "count_flops.py"
+    specification = importlib.util.spec_from_file_location("count_flops_tool", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_multiply_adds_of_several_sources_are_averaged_by_their_weights(count_flops, write_config):
+    path = write_config("tiny", **TINY, **HPM)
+    mixed = load_config(
+        PretrainConfig,
+        path,
+        [
+            *("mix.images.weight=0.25", "mix.images.masking.ratio=0.5"),
+            *("mix.images.data.num_frames=2", "mix.images.data.frame_size=[32,32]"),
+        ],
+    )
+    images = ["data.num_frames=2", "data.frame_size=[32,32]", "masking.ratio=0.5"]
+    clips, of_images = (load_config(PretrainConfig, path, extra) for extra in ([], images))
+    expected = [
+        0.8 * of_clip + 0.2 * of_image
+        for of_clip, of_image in zip(
+            count_flops.count(clips), count_flops.count(of_images), strict=True
+        )
+    ]
+    assert count_flops.count(mixed) == pytest.approx(expected)
+    assert count_flops.count(of_images)[0] > 1.1 * count_flops.count(clips)[0]
+
+
+def test_a_teacher_that_is_the_target_is_counted_without_its_decoder(count_flops, write_config):
+    path = write_config("tiny", **TINY, **HPM)
+    scores = count_flops.count(load_config(PretrainConfig, path, []))[1]
+    features = ["masking.strategy=random", "mining.predictor=none", "mining.target=ema"]
+    encodes = count_flops.count(load_config(PretrainConfig, path, features))[1]
+    pixels = [*features[:2], "mining.target=raw"]
+    assert count_flops.count(load_config(PretrainConfig, path, pixels))[1] == 0
+    assert 0 < encodes < scores
+
+
+def test_multiply_adds_are_those_of_the_shapes(tool, write_config):
+    paths = [write_config("plain", **WIDE, **PLAIN), write_config("hpm", **WIDE, **HPM)]
+    output = tool("count_flops", *paths)
+    tokens, visible, masked, values = 128, 32, 96, 3 * 2 * 8 * 8
+
+    def blocks(num_tokens, dim):
+        products = 3 + 1 + 4 + 4  # queries, keys and values; projection; both layers of the MLP
+        return products * num_tokens * dim**2 + 2 * num_tokens**2 * dim
+
+    embed = visible * values * 1024
+    encoder = 12 * blocks(visible, 1024) + visible * 1024 * 512
+    decoder = blocks(tokens, 512) + masked * 512 * values
+    predictor = blocks(tokens, 512) + masked * 512
+    teacher = tokens * (values + 512) * 1024 + 12 * blocks(tokens, 1024)
+    teacher += blocks(tokens, 512) + tokens * 512
+    # Backward, a product costs two of its size; that of the pixels one, for they get no gradient.
+    plain = 2 * embed + 3 * (encoder + decoder)
+    assert row(output, "plain") == pytest.approx([plain / 1e9, 0], abs=0.051)
+    hpm = plain + 3 * predictor
+    assert row(output, "hpm") == pytest.approx([hpm / 1e9, teacher / 1e9], abs=0.051)
+    assert plain > 10e9

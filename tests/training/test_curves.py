@@ -1,0 +1,106 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hpm_video.training.curves import Panel, collect, plot_curves, read_metrics, smooth, spread
+
+
+def write(path: Path, records: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def make_records(updates: int) -> list[dict[str, object]]:
+    train = {"kind": "train", "loss": 1.5, "reconstruction": 0.9, "prediction": 0.6, "lr": 1e-3}
+    rest = {"hard_fraction": 0.1, "momentum": 0.9, "clips_per_second": 140.0, "data_wait": 0.0}
+    held_out = {"kind": "held_out", "relative_error": 0.9, "student_ranking": 0.6}
+    rankers = {"teacher_ranking": 0.6, "ranking_by_variance": 0.4, "ranking_by_motion": 0.4}
+    return [
+        *({**train, **rest, "update": n, "epoch": n / 10} for n in range(1, updates + 1)),
+        {**held_out, **rankers, "update": updates, "epoch": updates / 10},
+    ]
+
+
+def width_of(path: Path) -> int:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return image.width
+
+
+@pytest.mark.parametrize("updates", [1, 2, 200])
+def test_the_curves_of_a_run_are_drawn(tmp_path: Path, updates: int) -> None:
+    metrics = write(tmp_path / "metrics.jsonl", make_records(updates))
+    plot_curves(metrics, tmp_path / "run" / "curves.png")
+    assert width_of(tmp_path / "run" / "curves.png") > 0
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["curves.png"]
+
+
+def test_keys_that_never_occur_have_no_panel(tmp_path: Path) -> None:
+    one = write(tmp_path / "one.jsonl", [{"kind": "train", "update": 1, "loss": 2.0}])
+    three = write(tmp_path / "three.jsonl", make_records(3))
+    widths = []
+    for metrics in one, three:
+        plot_curves(metrics, metrics.with_suffix(".png"))
+        widths.append(width_of(metrics.with_suffix(".png")))
+    assert widths[1] == 3 * widths[0]
+
+
+def test_another_method_adds_panels(tmp_path: Path) -> None:
+    metrics = write(tmp_path / "m.jsonl", [{"kind": "held_out", "update": 1, "top1": 0.5}])
+    plot_curves(metrics, tmp_path / "accuracy.png")
+    metrics = write(tmp_path / "m.jsonl", [{"kind": "held_out", "update": 1, "other": 0.5}])
+    plot_curves(metrics, tmp_path / "other.png", panels=[Panel("Other", ("oth*",))])
+    with pytest.raises(ValueError, match="nothing to draw.*other"):
+        plot_curves(metrics, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_a_run_that_went_back_shows_what_it_did_last(tmp_path: Path) -> None:
+    records = [{"kind": "train", "update": u, "loss": v} for u, v in [(1, 5), (2, 4), (3, 9)]]
+    records += [{"kind": "held_out", "update": 2, "loss": 7}, {"kind": "train", "update": 2}]
+    read = read_metrics(write(tmp_path / "metrics.jsonl", records))
+    assert [(record["kind"], record["update"]) for record in read] == [
+        ("train", 1),
+        ("train", 2),
+        ("held_out", 2),
+        ("train", 3),
+    ]
+    assert "loss" not in read[1]
+
+
+def test_a_line_that_was_cut_off_is_left_out_only_at_the_end(tmp_path: Path) -> None:
+    path = write(tmp_path / "metrics.jsonl", make_records(2))
+    whole = path.read_text()
+    path.write_text(whole + '{"kind": "tra')
+    assert len(read_metrics(path)) == 3
+    path.write_text('{"kind": "tra\n' + whole)
+    with pytest.raises(ValueError, match="line 1 is .*tra', and must be a JSON object"):
+        read_metrics(path)
+
+
+def test_values_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
+    records: list[dict[str, object]] = [
+        {"kind": "train", "update": 1, "loss": float("nan"), "lr": 0.1},
+        {"kind": "train", "update": 2, "loss": 3.0, "lr": float("inf")},
+    ]
+    path = write(tmp_path / "metrics.jsonl", records)
+    series = collect(read_metrics(path))
+    assert series["loss"].updates.tolist() == [2]
+    assert series["lr"].values.tolist() == [0.1]
+    plot_curves(path, tmp_path / "curves.png")
+
+
+def test_smoothing_keeps_constants_up_to_the_ends() -> None:
+    np.testing.assert_allclose(smooth(np.full(50, 3.0), 7), 3.0)
+    assert len(smooth(np.arange(4.0), 9)) == 4
+
+
+def test_labels_that_would_touch_are_moved_apart() -> None:
+    assert spread([0.1, 0.9], 0.2) == [0.1, 0.9]
+    np.testing.assert_allclose(spread([0.5, 0.5, 0.5], 0.2), [0.3, 0.5, 0.7])
+    places = spread([0.1, 0.45, 0.5, 0.52, 0.6], 0.1)
+    assert (np.diff(places) > 0.1 - 1e-9).all()
+    assert places[0] == 0.1
