@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
+from hpm_video.config.choices import DecoderName
 from hpm_video.config.schema import PretrainConfig, load_any_config
 from hpm_video.data.clips import Failure, tolerated
 from hpm_video.data.mixture import MixedClips, Places, deal_out
 from hpm_video.decoding.locations import is_image
-from hpm_video.decoding.registry import DecodeError, DecoderError, DecoderName, available_decoders
+from hpm_video.decoding.registry import DecodeError, DecoderError, available_decoders
 from hpm_video.preparation.benchmark import (
     IN_THE_RUN,
     IN_WORKERS,

@@ -18,10 +18,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
+from hpm_video.config.choices import DecoderChoice
 from hpm_video.data.loader import default_workers
 from hpm_video.data.manifest import Listing, ManifestError, read_listing
 from hpm_video.decoding.locations import is_frame_folder, is_image
-from hpm_video.decoding.registry import DecoderChoice, choose_decoder
+from hpm_video.decoding.registry import choose_decoder
 from hpm_video.files.atomic import written_beside
 from hpm_video.preparation.check import check_file
 from hpm_video.preparation.check_manifest import (

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.schema import ConfigError, DataConfig
 from hpm_video.data.clips import Views
 from hpm_video.data.loader import default_workers, end_workers
-from hpm_video.decoding.registry import DecoderChoice
 from hpm_video.recognition.inference import ClipChoice, Reading
 from hpm_video.recognition.testing import describe, summarise, write_results
 from hpm_video.recognition.trained_classifier import describe_test, load_recogniser

@@ -14,12 +14,12 @@ from typing import get_args
 import numpy as np
 
 import hpm_video
+from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.schema import PretrainConfig, load_any_config
 from hpm_video.data.clip_stream import BadVideosError, Windows
 from hpm_video.data.clips import Failure, Views, settle_decoder
 from hpm_video.data.loader import default_workers
 from hpm_video.data.manifest import Manifest, read_manifest
-from hpm_video.decoding.registry import DecoderChoice
 from hpm_video.recognition.feature_folder import FeatureFolder
 from hpm_video.recognition.features import Wanted, describe, extract
 from hpm_video.recognition.inference import (

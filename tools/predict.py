@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.schema import FinetuneConfig
 from hpm_video.data.clip_stream import BadVideosError
 from hpm_video.data.clips import Failure, Views, settle_decoder
 from hpm_video.data.loader import default_workers
 from hpm_video.data.manifest import NOT_STATED, UNLABELLED, Manifest, read_manifest
-from hpm_video.decoding.registry import DecoderChoice
 from hpm_video.files.atomic import written_beside
 from hpm_video.recognition.prediction import Prediction, predict
 from hpm_video.recognition.trained_classifier import Recogniser, load_recogniser

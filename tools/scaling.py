@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from count_flops import count  # type: ignore[import-not-found]
 
+from hpm_video.config.batch_plan import BatchPlan, micro_batches
 from hpm_video.config.schema import ConfigError, PretrainConfig, load_config
 from hpm_video.runs.console import run
 from hpm_video.runs.pretraining import build_student, make_update
@@ -27,7 +28,6 @@ from hpm_video.training.memory import (
     simulate_update,
     training_memory,
 )
-from hpm_video.training.plan import BatchPlan, micro_batches
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = [ROOT / "configs" / "pretrain" / f"k400_hpm_{size}.yaml" for size in "blh"]

@@ -12,10 +12,11 @@ from typing import get_args
 
 import torch
 
+from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.schema import DataConfig
 from hpm_video.data.clips import ClipBatch
 from hpm_video.data.sampling import train_indices, view_indices
-from hpm_video.decoding.registry import DecodeError, DecoderChoice, DecoderError, open_video
+from hpm_video.decoding.registry import DecodeError, DecoderError, open_video
 from hpm_video.mining.pictures import draw_animation, draw_sheet, save_animation, save_sheet
 from hpm_video.mining.study import study_clips
 from hpm_video.randomness import key_of

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hpm_video.models.vit import TransformerSize
+from hpm_video.config.choices import TransformerSize
 from hpm_video.recognition.labels import read_label_names
 from hpm_video.runs.console import EXIT_CODES, positive, run, shortest
 from hpm_video.training.checkpoint import CheckpointError

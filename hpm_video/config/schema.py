@@ -17,17 +17,25 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hpm_video.data.augment import check_rand_augment
-from hpm_video.data.sampling import Sampling
-from hpm_video.data.transforms import Interpolation
-from hpm_video.decoding.registry import DecoderChoice
-from hpm_video.mining.losses import PredictorObjective
-from hpm_video.mining.teacher import MomentumKind
-from hpm_video.models.classifier import Pooling
-from hpm_video.models.encoder import Init
-from hpm_video.models.feature_model import DEFAULT_MODELS, FeatureKind
-from hpm_video.models.positions import Positions
-from hpm_video.models.vit import Conventions, TransformerSize
+from hpm_video.config.batch_plan import PlanError, plan_batches
+from hpm_video.config.choices import (
+    DEFAULT_MODELS,
+    Conventions,
+    Crop,
+    DecoderChoice,
+    FeatureKind,
+    Init,
+    Interpolation,
+    MomentumKind,
+    Pooling,
+    Positions,
+    Precision,
+    PredictorObjective,
+    Sampling,
+    Target,
+    TransformerSize,
+    check_rand_augment,
+)
 from hpm_video.tokens.grid import Size3, TokenGrid
 from hpm_video.tokens.masking import (
     STRATEGIES,
@@ -39,12 +47,8 @@ from hpm_video.tokens.masking import (
     count_masked,
 )
 from hpm_video.tokens.patches import TargetKind
-from hpm_video.training.plan import PlanError, plan_batches
 
 Config = TypeVar("Config")
-Precision = Literal["auto", "fp32", "bf16"]
-Target = Literal["raw", "joint", "per_channel", "ema", "dino", "clip"]
-Crop = Literal["multi_scale", "random_resized"]
 
 
 class ConfigError(ValueError):

@@ -6,7 +6,6 @@ neither.
 """
 
 import importlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -17,23 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from hpm_video.data.transforms import Box, ClipTransform, Interpolation, resize
+from hpm_video.config.choices import Interpolation, check_rand_augment
+from hpm_video.data.transforms import Box, ClipTransform, resize
 from hpm_video.randomness import global_generators
-
-NUMBER = r"\d+(\.\d+)?"
-SECTIONS = {
-    "m": r"\d{1,2}",
-    "n": r"[1-9]",
-    "p": r"0(\.\d+)?|1(\.0+)?",
-    "mstd": NUMBER,
-    "mmax": r"[1-9]\d?",
-    "inc": r"[01]",
-    "t": r"weights|3aw?",
-}
-"""What may follow ``rand`` in timm's string, and the values of each."""
-SECTION = re.compile(
-    "|".join(f"(?P<{name}>{name}({value}))" for name, value in SECTIONS.items()), re.ASCII
-)
 
 
 @dataclass(frozen=True)
@@ -109,23 +94,6 @@ class DrawnAugmentation:
         if how.erasing > 0:
             clip = _erase(clip, how.erasing, how.mean, how.std, self.erase_key)
         return clip
-
-
-def check_rand_augment(config: str) -> None:
-    """Refuse a string that timm does not read as RandAugment, or of which it would skip a part.
-
-    Raises:
-        ValueError: the first word is not ``rand``, or a section is unknown or given twice.
-    """
-    first, *sections = config.split("-")
-    matches = [SECTION.fullmatch(section) for section in sections]
-    names = [match.lastgroup for match in matches if match is not None]
-    if first != "rand" or len(names) < len(sections) or len(set(names)) < len(names):
-        raise ValueError(
-            f"RandAugment is timm's string of 'rand' and any of -m7 (strength), -n4 (operations), "
-            f"-mstd0.5 (spread of the strength), -mmax10, -p0.5, -inc1 and -tweights, each once, "
-            f"got '{config}'; take 'rand-m7-n4-mstd0.5-inc1', or null for no RandAugment"
-        )
 
 
 def random_box(

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hpm_video.config.choices import DecoderChoice
 from hpm_video.data.clips import (
     ClipSpec,
     Failure,
@@ -20,12 +21,7 @@ from hpm_video.data.clips import (
 from hpm_video.data.loader import ATTEMPTS, JOBS_HELD
 from hpm_video.data.manifest import Manifest
 from hpm_video.data.sampling import Indices, window_indices
-from hpm_video.decoding.registry import (
-    DecodeError,
-    DecoderChoice,
-    VideoReader,
-    open_video,
-)
+from hpm_video.decoding.registry import DecodeError, VideoReader, open_video
 from hpm_video.workers.pool import USUAL, Limits, Lost, Pool
 from hpm_video.workers.room import check_room
 

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hpm_video.config.choices import DecoderChoice, Interpolation, Sampling
 from hpm_video.data.manifest import Manifest
 from hpm_video.data.sampling import (
     Indices,
-    Sampling,
     train_indices,
     train_segments,
     view_indices,
@@ -27,7 +27,6 @@ from hpm_video.data.sampling import (
 from hpm_video.data.transforms import (
     Box,
     ClipTransform,
-    Interpolation,
     around,
     centre_box,
     cut,
@@ -36,7 +35,6 @@ from hpm_video.data.transforms import (
 )
 from hpm_video.decoding.registry import (
     DecodeError,
-    DecoderChoice,
     DecoderError,
     VideoReader,
     choose_decoder,

@@ -6,15 +6,11 @@ of segments spans the whole video: it takes one frame of each of ``num_frames`` 
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
-Sampling = Literal["dense", "segments"]
-"""``dense``: frames at a stride (Kinetics). ``segments``: one frame of each of as many equal parts
-of the video as the clip has frames (Something-Something V2)."""
 
 
 def train_indices(

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-Interpolation = Literal["bilinear", "bicubic"]
-"""How pixels are resized; antialiased, and what bicubic takes beyond 0..255 is cut off."""
+from hpm_video.config.choices import Interpolation
+
 LONGEST = 16
 SCALES = (1.0, 0.875, 0.75, 0.66)
 """Sides of a multi-scale crop, as shares of those of the largest crop."""

@@ -19,8 +19,8 @@ import os
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
+from hpm_video.config.choices import DecoderChoice, DecoderName
 from hpm_video.decoding.containers import HEAD
 from hpm_video.decoding.decord import DecordReader
 from hpm_video.decoding.image import FrameFolder, ImageReader
@@ -49,8 +49,6 @@ __all__ = [
     "open_video",
 ]
 
-DecoderName = Literal["pyav", "torchcodec", "decord"]
-DecoderChoice = Literal["auto", "pyav", "torchcodec", "decord"]
 
 Reader = type[PyavReader] | type[TorchcodecReader] | type[DecordReader]
 _REMEDY = {

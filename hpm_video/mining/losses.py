@@ -1,14 +1,12 @@
 """What pre-training minimises, and how well a loss predictor ranks."""
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PredictorObjective = Literal["relative", "absolute", "none"]
-"""How predicted errors are held against true ones: by their order, by their value, not at all."""
 ROWS = 128
 """Rows of the matrix of pairs that are held at a time."""
 LARGEST = 1e20

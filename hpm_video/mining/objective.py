@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hpm_video.config.choices import PredictorObjective
 from hpm_video.data.clips import ClipBatch
-from hpm_video.mining.losses import PredictorObjective, ranking_loss, regression_loss
+from hpm_video.mining.losses import ranking_loss, regression_loss
 from hpm_video.mining.targets import Target
 from hpm_video.mining.teacher import MomentumSchedule, follow
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder, Prediction

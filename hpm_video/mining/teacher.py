@@ -2,15 +2,15 @@
 
 import copy
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from hpm_video.config.choices import MomentumKind
 from hpm_video.training.progress import Progress
 
-MomentumKind = Literal["paper", "warmup"]
 Module = TypeVar("Module", bound=nn.Module)
 
 

@@ -1,21 +1,13 @@
 """A classifier of whole clips: an encoder, pooling and a linear head."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
+from hpm_video.config.choices import Init, Pooling
 from hpm_video.models.attentive import AttentivePooling
-from hpm_video.models.encoder import INITS, ClipEncoder, EncoderShape, Init
+from hpm_video.models.encoder import INITS, ClipEncoder, EncoderShape
 from hpm_video.models.vit import LAYER_NORM_EPS
 from hpm_video.randomness import uniform
-
-Pooling = Literal["mean_norm", "class_token", "batch_norm", "attentive"]
-"""How the tokens of a clip become one vector. ``mean_norm``: their mean, then a layer norm, for
-fine-tuning; there is none before it. ``class_token``: that token, normed. ``batch_norm``: the
-normed class token, or without one the mean of normed tokens, each value standardised over the
-batch, for a linear probe. ``attentive``: a query that learns which of the normed tokens to look at,
-a class token among them. Means leave it out."""
 
 
 class ClipClassifier(ClipEncoder):

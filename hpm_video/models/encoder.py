@@ -3,20 +3,16 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from hpm_video.models.positions import FixedPositions, Positions
-from hpm_video.models.vit import Conventions, Transformer, TransformerSize, init_linear
+from hpm_video.config.choices import Conventions, Init, Positions, TransformerSize
+from hpm_video.models.positions import FixedPositions
+from hpm_video.models.vit import Transformer, init_linear
 from hpm_video.tokens.grid import Size3, TokenGrid
 from hpm_video.tokens.masking import TokenMask
 from hpm_video.tokens.patches import patchify
-
-Init = Literal["truncated_normal", "xavier"]
-"""How linear layers start: ``truncated_normal`` with deviation 0.02, as VideoMAE's fine-tuning has,
-or ``xavier``-uniform, as pre-training has. Narrow models trained from scratch need the latter."""
 
 
 @dataclass(frozen=True)

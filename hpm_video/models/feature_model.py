@@ -8,12 +8,13 @@ takes seconds, and training on pixels needs none of it.
 import difflib
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from hpm_video.config.choices import DEFAULT_MODELS, FeatureKind
 from hpm_video.randomness import global_generators
 from hpm_video.tokens.grid import Size3, TokenGrid
 from hpm_video.tokens.pixels import normalise
@@ -22,15 +23,6 @@ from hpm_video.weights.image_tower import read_image_tower
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
-
-FeatureKind = Literal["dino", "clip"]
-"""Which tokens are the features. ``dino``: those after the final norm. ``clip``: those after the
-final norm and the projection into the space that images share with texts."""
-
-DEFAULT_MODELS: dict[FeatureKind, str] = {
-    "dino": "vit_base_patch16_224.dino",
-    "clip": "vit_base_patch16_clip_quickgelu_224.openai",  # what OpenAI trained has QuickGELU
-}
 
 
 class FeatureModel(nn.Module):

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hpm_video.config.choices import Conventions, TransformerSize
 from hpm_video.models.encoder import ClipEncoder, EncoderShape
-from hpm_video.models.vit import Conventions, Transformer, TransformerSize, init_linear
+from hpm_video.models.vit import Transformer, init_linear
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import TokenMask
 

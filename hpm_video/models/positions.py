@@ -7,20 +7,14 @@ that came with the weights of another project have no such function, and are int
 """
 
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hpm_video.config.choices import Positions
 from hpm_video.tokens.grid import TokenGrid
-
-Positions = Literal["sequence", "space_time", "given"]
-"""``sequence``: one sinusoid over the flattened token index, as in VideoMAE. ``space_time``: codes
-of column and row, as in MAE, plus one of time; nearby tokens then look alike along every axis.
-``given``: a table that is kept with the weights, such as one that another project learned; it
-starts as ``space_time`` and stays as it is."""
 
 
 class FixedPositions(nn.Module):

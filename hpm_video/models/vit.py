@@ -1,41 +1,15 @@
 """The plain vision transformer that encoder and decoders are made of."""
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hpm_video.config.choices import Conventions, TransformerSize
 from hpm_video.randomness import uniform
 
 LAYER_NORM_EPS = 1e-6
-Conventions = Literal["videomae", "mae"]
-"""What models of the two papers differ in beside their sizes. ``mae``: attention has a bias on keys
-too, the layer from encoder to decoders has a bias, patch embedding and tokens start as there
-(xavier-uniform, normal of deviation 0.02), and pre-training decays the tokens."""
-
-
-@dataclass(frozen=True)
-class TransformerSize:
-    """Width, number of blocks and heads of a transformer."""
-
-    dim: int
-    depth: int
-    num_heads: int
-    mlp_dim: int | None = None
-    """Width within the MLPs; by default four times ``dim``."""
-
-    def __post_init__(self) -> None:
-        if self.mlp_dim is not None and self.mlp_dim < 1:
-            raise ValueError(f"mlp_dim must be at least 1, or null for 4 dim, got {self.mlp_dim}")
-        if min(self.dim, self.depth, self.num_heads) < 1 or self.dim % (2 * self.num_heads):
-            raise ValueError(
-                f"a transformer needs a positive depth and an even number of values per head, got "
-                f"dim {self.dim}, depth {self.depth}, num_heads {self.num_heads}"
-            )
 
 
 class Attention(nn.Module):

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hpm_video.config.choices import DecoderName
 from hpm_video.data.clips import (
     ClipBatch,
     DrawnClips,
@@ -27,7 +28,7 @@ from hpm_video.data.loader import training_batches
 from hpm_video.data.mixture import MixedClips, Place
 from hpm_video.data.transforms import Box, ClipTransform, DrawnTransform
 from hpm_video.decoding.locations import TarMember, frames_in, is_frame_folder, read_bytes
-from hpm_video.decoding.registry import DecodeError, DecoderName
+from hpm_video.decoding.registry import DecodeError
 from hpm_video.workers.room import memory_left
 
 IN_WORKERS = ("reading", "decoding", "augmenting")

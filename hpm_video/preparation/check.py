@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from hpm_video.config.choices import DecoderChoice
 from hpm_video.decoding.locations import TarMember, frames_in, is_frame_folder, is_image
 from hpm_video.decoding.pyav import UNTIMED, open_container
 from hpm_video.decoding.reader import DecodeError, Size, VideoReader, as_decode_error
-from hpm_video.decoding.registry import DecoderChoice, open_video
+from hpm_video.decoding.registry import open_video
 from hpm_video.preparation.findings import BETWEEN_REASONS, Finding, Stamp
 from hpm_video.workers.heartbeat import Beat
 

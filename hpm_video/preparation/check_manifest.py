@@ -5,9 +5,9 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hpm_video.config.choices import DecoderChoice
 from hpm_video.data.manifest import Listing, ManifestError, Verdict, read_listing
 from hpm_video.decoding.locations import is_frame_folder, is_image
-from hpm_video.decoding.registry import DecoderChoice
 from hpm_video.preparation.check import Task, Working, bad, check_file, stamp_of
 from hpm_video.preparation.findings import (
     OF_THE_MANIFEST,

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.schema import (
     ConfigError,
     DataConfig,
@@ -22,7 +23,6 @@ from hpm_video.config.schema import (
 from hpm_video.data.clips import ClipSpec, HeldOutClips, Views
 from hpm_video.data.loader import held_out_batches
 from hpm_video.data.manifest import Manifest
-from hpm_video.decoding.registry import DecoderChoice
 from hpm_video.models.encoder import ClipEncoder, EncoderShape
 from hpm_video.randomness import key_of
 from hpm_video.recognition.testing import collect, score_videos, tell_left_out

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hpm_video.config.choices import DecoderChoice
 from hpm_video.data.clips import Failure, HeldOutClips, Views
 from hpm_video.data.loader import end_workers, held_out_batches
 from hpm_video.data.manifest import Manifest
-from hpm_video.decoding.registry import DecoderChoice
 from hpm_video.recognition.trained_classifier import Recogniser
 
 

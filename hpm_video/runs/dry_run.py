@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from hpm_video.config.batch_plan import BatchPlan, micro_batches
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from hpm_video.recognition.trained_classifier import build_classifier
 from hpm_video.runs.finetuning import find_label_names, multiple_of, resolve
@@ -29,7 +30,6 @@ from hpm_video.training.memory import (
     simulate_update,
     training_memory,
 )
-from hpm_video.training.plan import BatchPlan, micro_batches
 
 SIMULATED = (8, 16)
 """Files of the two updates through which the line of activations is drawn."""

@@ -13,6 +13,7 @@ from typing import Any, TypedDict, TypeVar
 import torch
 from torch import nn
 
+from hpm_video.config.batch_plan import BatchPlan, PlanError, micro_batches, plan_batches
 from hpm_video.config.schema import (
     ConfigError,
     DataConfig,
@@ -51,14 +52,7 @@ from hpm_video.training.engine import Engine, TorchEngine
 from hpm_video.training.loop import fit
 from hpm_video.training.metrics import Meter, MetricsLog, ProgressBar, WaitingWarning
 from hpm_video.training.objective import Objective
-from hpm_video.training.plan import (
-    BatchPlan,
-    PlanError,
-    fits_in_memory,
-    largest_fitting,
-    micro_batches,
-    plan_batches,
-)
+from hpm_video.training.plan import fits_in_memory, largest_fitting
 from hpm_video.training.progress import Progress, Timeline
 from hpm_video.training.provenance import bit_differences, gather_facts, record_start
 from hpm_video.training.run import Cadence, Run, Watch

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.training.deepspeed_settings import DeepSpeedChoice, settings_of
 from hpm_video.training.device import Precision
 from hpm_video.training.distributed import Processes, make_sure_of_group
 from hpm_video.training.engine import autocast, batch_statistics
 from hpm_video.training.optim import OptimizerState, Tensors, put_state, state_of
-from hpm_video.training.plan import BatchPlan
 
 
 class DeepSpeedEngine:

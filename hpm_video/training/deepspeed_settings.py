@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.training.device import Precision
 from hpm_video.training.memory import Buckets
-from hpm_video.training.plan import BatchPlan
 
 Settings = dict[str, Any]
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 import hpm_video
+from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.decoding.registry import decoder_versions
-from hpm_video.training.plan import BatchPlan
 
 Facts = dict[str, Any]
 DECIDES_BITS = (

@@ -7,8 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from hpm_video.models.positions import Positions
-from hpm_video.models.vit import Conventions
+from hpm_video.config.choices import Conventions, Positions
 from hpm_video.tokens.patches import TargetKind
 from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights import layouts

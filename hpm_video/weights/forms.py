@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hpm_video.models.classifier import Pooling
-from hpm_video.models.positions import Positions, position_table
+from hpm_video.config.choices import Pooling, Positions
+from hpm_video.models.positions import position_table
 from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights import layouts
 from hpm_video.weights.files import Tensors

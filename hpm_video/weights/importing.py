@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hpm_video.config.choices import TransformerSize
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.models.positions import position_table
-from hpm_video.models.vit import TransformerSize
 from hpm_video.recognition.inference import OF_DECODERS
 from hpm_video.tokens.grid import Size3
 from hpm_video.training.checkpoint import CheckpointError

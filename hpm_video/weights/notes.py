@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpm_video.data.transforms import Interpolation
+from hpm_video.config.choices import Interpolation
 from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights.files import Source
 

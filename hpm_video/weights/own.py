@@ -9,12 +9,11 @@ from typing import Literal
 
 from torch import Tensor
 
+from hpm_video.config.choices import Interpolation, Pooling, TransformerSize
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig, load_any_config, save_config
-from hpm_video.data.transforms import Interpolation
-from hpm_video.models.classifier import ClipClassifier, Pooling
+from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.models.vit import TransformerSize
 from hpm_video.recognition.inference import WeightsOf, encoder_shape, source_grid_of
 from hpm_video.recognition.labels import read_label_names
 from hpm_video.recognition.trained_classifier import build_classifier

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpm_video.models.classifier import Pooling
+from hpm_video.config.choices import Pooling
 from hpm_video.models.positions import position_table
 from hpm_video.models.vit import LAYER_NORM_EPS
 from hpm_video.training.checkpoint import CheckpointError

@@ -9,11 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpm_video.data.transforms import Interpolation
-from hpm_video.models.classifier import Pooling
+from hpm_video.config.choices import Conventions, Interpolation, Pooling, Positions, TransformerSize
 from hpm_video.models.encoder import EncoderShape
-from hpm_video.models.positions import Positions
-from hpm_video.models.vit import Conventions, TransformerSize
 from hpm_video.tokens.grid import Size3, TokenGrid
 from hpm_video.tokens.patches import TargetKind
 from hpm_video.training.checkpoint import CheckpointError

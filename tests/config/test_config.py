@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hpm_video.config.choices import DEFAULT_MODELS, TransformerSize
 from hpm_video.config.schema import (
     ConfigError,
     FinetuneConfig,
@@ -16,8 +17,6 @@ from hpm_video.config.schema import (
 )
 from hpm_video.data.augment import Augmentation
 from hpm_video.data.transforms import MultiScaleCrop
-from hpm_video.models.feature_model import DEFAULT_MODELS
-from hpm_video.models.vit import TransformerSize
 from hpm_video.recognition.inference import clip_spec
 from hpm_video.recognition.trained_classifier import build_classifier
 from hpm_video.runs.finetuning import augmentation, make_optimizer

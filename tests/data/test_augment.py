@@ -14,7 +14,8 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms_factory import transforms_imagenet_train
 from torchvision.transforms import RandomResizedCrop
 
-from hpm_video.data.augment import SECTION, Augmentation, check_rand_augment, random_box
+from hpm_video.config.choices import SECTION, check_rand_augment
+from hpm_video.data.augment import Augmentation, random_box
 from hpm_video.data.transforms import Box
 from hpm_video.randomness import global_generators
 from hpm_video.tokens.pixels import normalise

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hpm_video.config.choices import TransformerSize
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig, load_config
 from hpm_video.data.augment import Augmentation
 from hpm_video.data.clips import (
@@ -32,7 +33,7 @@ from hpm_video.decoding.locations import base_name, natural_order
 from hpm_video.mining.objective import named
 from hpm_video.mining.study import study_clips
 from hpm_video.mining.validation import measure
-from hpm_video.models.vit import Transformer, TransformerSize
+from hpm_video.models.vit import Transformer
 from hpm_video.randomness import generator, global_generators, key_of, uniform
 from hpm_video.recognition.logistic import split_in_folds
 from hpm_video.recognition.mixing import Mixing

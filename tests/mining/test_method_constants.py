@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from hpm_video.config.choices import TransformerSize
 from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.models.vit import TransformerSize
 from hpm_video.randomness import uniform
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import STRATEGIES, MaskRule, TokenMask, count_masked

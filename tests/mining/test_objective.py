@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import hpm_video
+from hpm_video.config.choices import TransformerSize
 from hpm_video.data.clips import ClipBatch
 from hpm_video.mining.objective import HardPatchesMining, named
 from hpm_video.mining.targets import FeatureTarget, PixelTarget
@@ -13,7 +14,6 @@ from hpm_video.mining.teacher import MomentumSchedule, make_teacher
 from hpm_video.mining.validation import measure, trivial_difficulties
 from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.models.vit import TransformerSize
 from hpm_video.runs.pretraining import describe_sources, names_of
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import STRATEGIES, MaskRule

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Linear
 
+from hpm_video.config.choices import TransformerSize
 from hpm_video.config.schema import (
     MaskingConfig,
     ModelConfig,
@@ -38,7 +39,6 @@ from hpm_video.mining.targets import FeatureTarget, PixelTarget
 from hpm_video.mining.teacher import MomentumSchedule
 from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder, Prediction
-from hpm_video.models.vit import TransformerSize
 from hpm_video.preparation.encode import write_video
 from hpm_video.randomness import uniform
 from hpm_video.runs.pretraining import build_student

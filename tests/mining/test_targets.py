@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hpm_video.config.choices import TransformerSize
 from hpm_video.config.schema import PretrainConfig, load_config
 from hpm_video.data.clips import ClipBatch
 from hpm_video.mining.objective import HardPatchesMining, needs_teacher
@@ -15,7 +16,6 @@ from hpm_video.mining.teacher import MomentumSchedule, make_teacher
 from hpm_video.mining.validation import measure
 from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.models.vit import TransformerSize
 from hpm_video.runs.pretraining import build_objective, build_student, build_target
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import STRATEGIES, MaskRule, TokenMask

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
+from hpm_video.config.choices import TransformerSize
 from hpm_video.models.classifier import BatchNorm, ClipClassifier
 from hpm_video.models.encoder import ClipEncoder, EncoderShape
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.models.positions import position_table
-from hpm_video.models.vit import TransformerSize
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.optim import layer_decay_of, make_adamw, make_sgd, parameter_groups
 

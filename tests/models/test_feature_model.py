@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from hpm_video.models.feature_model import DEFAULT_MODELS, feature_width, load_feature_model
+from hpm_video.config.choices import DEFAULT_MODELS
+from hpm_video.models.feature_model import feature_width, load_feature_model
 from hpm_video.training.checkpoint import CheckpointError
 
 TINY = "test_vit.r160_in1k"  # 64 wide, patches of 16, frames of 160

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import torch
 
+from hpm_video.config.choices import TransformerSize
 from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.models.positions import position_table
-from hpm_video.models.vit import Transformer, TransformerSize
+from hpm_video.models.vit import Transformer
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import TokenMask, choose_masked
 

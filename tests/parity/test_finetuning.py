@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
+from hpm_video.config.choices import TransformerSize
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.encoder import EncoderShape
-from hpm_video.models.vit import TransformerSize
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.pixels import normalise
 from hpm_video.training.optim import layer_decay_of, parameter_groups

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from hpm_video.config.choices import TransformerSize
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.encoder import EncoderShape
-from hpm_video.models.vit import TransformerSize
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.optim import layer_decay_of, parameter_groups
 

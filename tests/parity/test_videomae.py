@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from hpm_video.config.choices import TransformerSize
 from hpm_video.mining.losses import reconstruction_errors
 from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.models.vit import TransformerSize
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import TokenMask, choose_masked, units_to_tokens
 from hpm_video.tokens.patches import patchify, standardise

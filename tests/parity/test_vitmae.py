@@ -8,10 +8,10 @@ import pytest
 import torch
 from einops import rearrange
 
+from hpm_video.config.choices import TransformerSize
 from hpm_video.mining.targets import PixelTarget
 from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.models.vit import TransformerSize
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import STRATEGIES, MaskRule, count_masked
 from hpm_video.tokens.pixels import normalise

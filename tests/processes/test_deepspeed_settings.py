@@ -4,13 +4,13 @@ import json
 
 import pytest
 
+from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.training.deepspeed_settings import (
     DeepSpeedChoice,
     DeepSpeedSettingsError,
     read_settings,
     settings_of,
 )
-from hpm_video.training.plan import BatchPlan
 
 PLAN = BatchPlan(batch_size=24, processes=2, micro_batch=4)
 

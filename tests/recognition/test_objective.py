@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from hpm_video.config.choices import TransformerSize
 from hpm_video.data.clips import ClipBatch
 from hpm_video.mining.teacher import make_teacher
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.encoder import EncoderShape
-from hpm_video.models.vit import TransformerSize
 from hpm_video.recognition.mixing import Mixing
 from hpm_video.recognition.objective import Classification
 from hpm_video.tokens.grid import TokenGrid

@@ -5,14 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpm_video.training.plan import (
-    BatchPlan,
-    PlanError,
-    fits_in_memory,
-    largest_fitting,
-    micro_batches,
-    plan_batches,
-)
+from hpm_video.config.batch_plan import BatchPlan, PlanError, micro_batches, plan_batches
+from hpm_video.training.plan import fits_in_memory, largest_fitting
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpm_video.config.choices import TransformerSize
 from hpm_video.mining.teacher import MomentumSchedule, follow, make_teacher
 from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.models.vit import TransformerSize
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.loop import fit
 from hpm_video.training.metrics import Meter

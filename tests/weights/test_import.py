@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hpm_video.config.choices import TransformerSize
 from hpm_video.models.positions import position_table
-from hpm_video.models.vit import TransformerSize
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights import layouts

@@ -1,0 +1,129 @@
+"""What a config may choose by name, and the sizes that it names."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Conventions = Literal["videomae", "mae"]
+"""What models of the two papers differ in beside their sizes. ``mae``: attention has a bias on keys
+too, the layer from encoder to decoders has a bias, patch embedding and tokens start as there
+(xavier-uniform, normal of deviation 0.02), and pre-training decays the tokens."""
+
+
+@dataclass(frozen=True)
+class TransformerSize:
+    """Width, number of blocks and heads of a transformer."""
+
+    dim: int
+    depth: int
+    num_heads: int
+    mlp_dim: int | None = None
+    """Width within the MLPs; by default four times ``dim``."""
+
+    def __post_init__(self) -> None:
+        if self.mlp_dim is not None and self.mlp_dim < 1:
+            raise ValueError(f"mlp_dim must be at least 1, or null for 4 dim, got {self.mlp_dim}")
+        if min(self.dim, self.depth, self.num_heads) < 1 or self.dim % (2 * self.num_heads):
+            raise ValueError(
+                f"a transformer needs a positive depth and an even number of values per head, got "
+                f"dim {self.dim}, depth {self.depth}, num_heads {self.num_heads}"
+            )
+
+
+Init = Literal["truncated_normal", "xavier"]
+"""How linear layers start: ``truncated_normal`` with deviation 0.02, as VideoMAE's fine-tuning has,
+or ``xavier``-uniform, as pre-training has. Narrow models trained from scratch need the latter."""
+
+
+Pooling = Literal["mean_norm", "class_token", "batch_norm", "attentive"]
+"""How the tokens of a clip become one vector. ``mean_norm``: their mean, then a layer norm, for
+fine-tuning; there is none before it. ``class_token``: that token, normed. ``batch_norm``: the
+normed class token, or without one the mean of normed tokens, each value standardised over the
+batch, for a linear probe. ``attentive``: a query that learns which of the normed tokens to look at,
+a class token among them. Means leave it out."""
+
+
+Positions = Literal["sequence", "space_time", "given"]
+"""``sequence``: one sinusoid over the flattened token index, as in VideoMAE. ``space_time``: codes
+of column and row, as in MAE, plus one of time; nearby tokens then look alike along every axis.
+``given``: a table that is kept with the weights, such as one that another project learned; it
+starts as ``space_time`` and stays as it is."""
+
+
+FeatureKind = Literal["dino", "clip"]
+"""Which tokens are the features. ``dino``: those after the final norm. ``clip``: those after the
+final norm and the projection into the space that images share with texts."""
+
+
+DEFAULT_MODELS: dict[FeatureKind, str] = {
+    "dino": "vit_base_patch16_224.dino",
+    "clip": "vit_base_patch16_clip_quickgelu_224.openai",  # what OpenAI trained has QuickGELU
+}
+
+
+DecoderName = Literal["pyav", "torchcodec", "decord"]
+
+
+DecoderChoice = Literal["auto", "pyav", "torchcodec", "decord"]
+
+
+Sampling = Literal["dense", "segments"]
+"""``dense``: frames at a stride (Kinetics). ``segments``: one frame of each of as many equal parts
+of the video as the clip has frames (Something-Something V2)."""
+
+
+Interpolation = Literal["bilinear", "bicubic"]
+"""How pixels are resized; antialiased, and what bicubic takes beyond 0..255 is cut off."""
+
+
+PredictorObjective = Literal["relative", "absolute", "none"]
+"""How predicted errors are held against true ones: by their order, by their value, not at all."""
+
+
+MomentumKind = Literal["paper", "warmup"]
+
+
+NUMBER = r"\d+(\.\d+)?"
+
+
+SECTIONS = {
+    "m": r"\d{1,2}",
+    "n": r"[1-9]",
+    "p": r"0(\.\d+)?|1(\.0+)?",
+    "mstd": NUMBER,
+    "mmax": r"[1-9]\d?",
+    "inc": r"[01]",
+    "t": r"weights|3aw?",
+}
+"""What may follow ``rand`` in timm's string, and the values of each."""
+
+
+SECTION = re.compile(
+    "|".join(f"(?P<{name}>{name}({value}))" for name, value in SECTIONS.items()), re.ASCII
+)
+
+
+def check_rand_augment(config: str) -> None:
+    """Refuse a string that timm does not read as RandAugment, or of which it would skip a part.
+
+    Raises:
+        ValueError: the first word is not ``rand``, or a section is unknown or given twice.
+    """
+    first, *sections = config.split("-")
+    matches = [SECTION.fullmatch(section) for section in sections]
+    names = [match.lastgroup for match in matches if match is not None]
+    if first != "rand" or len(names) < len(sections) or len(set(names)) < len(names):
+        raise ValueError(
+            f"RandAugment is timm's string of 'rand' and any of -m7 (strength), -n4 (operations), "
+            f"-mstd0.5 (spread of the strength), -mmax10, -p0.5, -inc1 and -tweights, each once, "
+            f"got '{config}'; take 'rand-m7-n4-mstd0.5-inc1', or null for no RandAugment"
+        )
+
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+Target = Literal["raw", "joint", "per_channel", "ema", "dino", "clip"]
+
+
+Crop = Literal["multi_scale", "random_resized"]
