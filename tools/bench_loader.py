@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from hpm_video.config.choices import DecoderName
-from hpm_video.config.schema import PretrainConfig, load_any_config
+from hpm_video.config.loading import load_any_config
+from hpm_video.config.schema import PretrainConfig
 from hpm_video.data.clips import Failure, tolerated
 from hpm_video.data.mixture import MixedClips, Places, deal_out
 from hpm_video.decoding.locations import is_image

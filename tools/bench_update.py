@@ -14,7 +14,9 @@ from pathlib import Path
 
 import torch
 
-from hpm_video.config.schema import ConfigError, PretrainConfig, load_config
+from hpm_video.config.checks import ConfigError
+from hpm_video.config.loading import load_config
+from hpm_video.config.schema import PretrainConfig
 from hpm_video.runs.pretraining import make_update
 from hpm_video.runs.run import TIMED_CLIPS
 from hpm_video.training.device import (

@@ -13,7 +13,9 @@ from pathlib import Path
 import matplotlib as mpl
 from tqdm import tqdm
 
-from hpm_video.config.schema import ConfigError, PretrainConfig, load_any_config
+from hpm_video.config.checks import ConfigError
+from hpm_video.config.loading import load_any_config
+from hpm_video.config.schema import PretrainConfig
 from hpm_video.data.loader import training_batches
 from hpm_video.data.mixture import Places, deal_out
 from hpm_video.runs.console import interpreter, positive, run

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from hpm_video.config.schema import ConfigError, FinetuneConfig, load_config
+from hpm_video.config.checks import ConfigError
+from hpm_video.config.loading import load_config
+from hpm_video.config.schema import FinetuneConfig
 from hpm_video.data.manifest import Manifest, write_manifest
 from hpm_video.files.atomic import written_beside
 from hpm_video.randomness import generator

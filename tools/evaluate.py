@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from hpm_video.config.checks import ConfigError
 from hpm_video.config.choices import DecoderChoice
-from hpm_video.config.schema import ConfigError, DataConfig
+from hpm_video.config.data import DataConfig
 from hpm_video.data.clips import Views
 from hpm_video.data.loader import default_workers, end_workers
 from hpm_video.recognition.inference import ClipChoice, Reading

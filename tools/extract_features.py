@@ -15,7 +15,8 @@ import numpy as np
 
 import hpm_video
 from hpm_video.config.choices import DecoderChoice
-from hpm_video.config.schema import PretrainConfig, load_any_config
+from hpm_video.config.loading import load_any_config
+from hpm_video.config.schema import PretrainConfig
 from hpm_video.data.clip_stream import BadVideosError, Windows
 from hpm_video.data.clips import Failure, Views, settle_decoder
 from hpm_video.data.loader import default_workers

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hpm_video.config.schema import FinetuneConfig, load_config
+from hpm_video.config.loading import load_config
+from hpm_video.config.schema import FinetuneConfig
 from hpm_video.runs.console import EXIT_CODES, add_dry_run, interpreter, run_processes, shortest
 from hpm_video.runs.dry_run import plan_finetuning
 from hpm_video.runs.finetuning import describe_evaluation, evaluate_run, finetune

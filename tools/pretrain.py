@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpm_video.config.schema import PretrainConfig, load_config
+from hpm_video.config.loading import load_config
+from hpm_video.config.schema import PretrainConfig
 from hpm_video.runs.console import EXIT_CODES, add_dry_run, interpreter, run_processes, shortest
 from hpm_video.runs.dry_run import plan_pretraining
 from hpm_video.runs.pretraining import pretrain

@@ -15,7 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hpm_video.config.schema import ConfigError, DataConfig, FinetuneConfig, load_config
+from hpm_video.config.checks import ConfigError
+from hpm_video.config.data import DataConfig
+from hpm_video.config.loading import load_config
+from hpm_video.config.schema import FinetuneConfig
 from hpm_video.data.clips import MIDDLE
 from hpm_video.data.loader import default_workers, end_workers
 from hpm_video.data.manifest import Manifest

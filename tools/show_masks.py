@@ -13,7 +13,7 @@ from typing import get_args
 import torch
 
 from hpm_video.config.choices import DecoderChoice
-from hpm_video.config.schema import DataConfig
+from hpm_video.config.data import DataConfig
 from hpm_video.data.clips import ClipBatch
 from hpm_video.data.sampling import train_indices, view_indices
 from hpm_video.decoding.registry import DecodeError, DecoderError, open_video

@@ -11,15 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hpm_video.config.checks import ConfigError
 from hpm_video.config.choices import DecoderChoice
-from hpm_video.config.schema import (
-    ConfigError,
-    DataConfig,
-    EncoderConfig,
-    FinetuneConfig,
-    PretrainConfig,
-    load_any_config,
-)
+from hpm_video.config.data import DataConfig
+from hpm_video.config.loading import load_any_config
+from hpm_video.config.model import EncoderConfig
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data.clips import ClipSpec, HeldOutClips, Views
 from hpm_video.data.loader import held_out_batches
 from hpm_video.data.manifest import Manifest

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hpm_video.config.schema import FinetuneConfig, load_config
+from hpm_video.config.loading import load_config
+from hpm_video.config.schema import FinetuneConfig
 from hpm_video.data.clips import Views
 from hpm_video.data.manifest import Manifest
 from hpm_video.models.classifier import ClipClassifier

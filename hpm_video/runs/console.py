@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from hpm_video.config.schema import ConfigError
+from hpm_video.config.checks import ConfigError
 from hpm_video.data.clips import TooManyBadFiles, Views
 from hpm_video.data.manifest import ManifestError
 from hpm_video.decoding.registry import DecodeError, DecoderError

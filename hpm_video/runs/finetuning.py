@@ -13,11 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpm_video.config.schema import (
-    ConfigError,
-    FinetuneConfig,
-    load_any_config,
-)
+from hpm_video.config.checks import ConfigError
+from hpm_video.config.loading import load_any_config
+from hpm_video.config.schema import FinetuneConfig
 from hpm_video.data.augment import Augmentation
 from hpm_video.data.clips import MIDDLE, HeldOutClips, Views
 from hpm_video.data.loader import end_workers, held_out_batches

@@ -10,7 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hpm_video.config.schema import ConfigError, PretrainConfig, PretrainDataConfig, load_config
+from hpm_video.config.checks import ConfigError
+from hpm_video.config.data import PretrainDataConfig
+from hpm_video.config.loading import load_config
+from hpm_video.config.schema import PretrainConfig
 from hpm_video.data.augment import Augmentation
 from hpm_video.data.clips import MIDDLE, HeldOutClips, collate
 from hpm_video.data.loader import held_out_batches

@@ -14,15 +14,11 @@ import torch
 from torch import nn
 
 from hpm_video.config.batch_plan import BatchPlan, PlanError, micro_batches, plan_batches
-from hpm_video.config.schema import (
-    ConfigError,
-    DataConfig,
-    EngineConfig,
-    RunConfig,
-    load_any_config,
-    result_differences,
-    save_config,
-)
+from hpm_video.config.checks import ConfigError
+from hpm_video.config.data import DataConfig
+from hpm_video.config.loading import load_any_config, result_differences, save_config
+from hpm_video.config.schema import RunConfig
+from hpm_video.config.training import EngineConfig
 from hpm_video.data.clips import ClipBatch, Failure, HeldOutClips, Repeats, VideoClips
 from hpm_video.data.loader import (
     BadFiles,

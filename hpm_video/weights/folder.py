@@ -9,18 +9,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from hpm_video.config.schema import (
-    ClassifierConfig,
-    DataConfig,
-    EvaluationConfig,
-    FinetuneConfig,
-    MaskingConfig,
-    MiningConfig,
-    ModelConfig,
-    PretrainConfig,
-    PretrainDataConfig,
-    save_config,
-)
+from hpm_video.config.data import DataConfig, PretrainDataConfig
+from hpm_video.config.loading import save_config
+from hpm_video.config.mining import MaskingConfig, MiningConfig
+from hpm_video.config.model import ClassifierConfig, ModelConfig
+from hpm_video.config.recognition import EvaluationConfig
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.randomness import key_of
 from hpm_video.training.checkpoint import (
     CheckpointError,

@@ -10,7 +10,8 @@ from typing import Literal
 from torch import Tensor
 
 from hpm_video.config.choices import Interpolation, Pooling, TransformerSize
-from hpm_video.config.schema import FinetuneConfig, PretrainConfig, load_any_config, save_config
+from hpm_video.config.loading import load_any_config, save_config
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder

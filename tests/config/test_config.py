@@ -5,16 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from hpm_video.config.checks import ConfigError
 from hpm_video.config.choices import DEFAULT_MODELS, TransformerSize
-from hpm_video.config.schema import (
-    ConfigError,
-    FinetuneConfig,
-    PretrainConfig,
-    load_any_config,
-    load_config,
-    result_differences,
-    save_config,
-)
+from hpm_video.config.loading import load_any_config, load_config, result_differences, save_config
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data.augment import Augmentation
 from hpm_video.data.transforms import MultiScaleCrop
 from hpm_video.recognition.inference import clip_spec

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpm_video.config.schema import PretrainConfig, load_config
+from hpm_video.config.loading import load_config
+from hpm_video.config.schema import PretrainConfig
 from hpm_video.data import clips as dataset_module
 from hpm_video.data.clips import ClipSpec, HeldOutClips, Repeats, VideoClips, collate
 from hpm_video.data.loader import training_batches

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from hpm_video.config.choices import TransformerSize
-from hpm_video.config.schema import FinetuneConfig, PretrainConfig, load_config
+from hpm_video.config.loading import load_config
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data.augment import Augmentation
 from hpm_video.data.clips import (
     ClipBatch,

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpm_video.config.schema import FinetuneConfig, PretrainConfig, load_config
+from hpm_video.config.loading import load_config
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.recognition.trained_classifier import build_classifier
 from hpm_video.runs.finetuning import make_optimizer
 from hpm_video.runs.pretraining import _optimizer, build_student

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from hpm_video.config.schema import FinetuneConfig, PretrainConfig, load_config
+from hpm_video.config.loading import load_config
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.runs import run as experiment
 from hpm_video.runs.finetuning import finetune
 from hpm_video.runs.pretraining import pretrain

@@ -14,14 +14,11 @@ from torch import Tensor
 from torch.nn import Linear
 
 from hpm_video.config.choices import TransformerSize
-from hpm_video.config.schema import (
-    MaskingConfig,
-    ModelConfig,
-    PretrainConfig,
-    PretrainDataConfig,
-    SourceConfig,
-    save_config,
-)
+from hpm_video.config.data import PretrainDataConfig
+from hpm_video.config.loading import save_config
+from hpm_video.config.mining import MaskingConfig
+from hpm_video.config.model import ModelConfig
+from hpm_video.config.schema import PretrainConfig, SourceConfig
 from hpm_video.data.clips import ClipBatch
 from hpm_video.mining import pictures, study
 from hpm_video.mining.objective import HardPatchesMining

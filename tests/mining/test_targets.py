@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from hpm_video.config.choices import TransformerSize
-from hpm_video.config.schema import PretrainConfig, load_config
+from hpm_video.config.loading import load_config
+from hpm_video.config.schema import PretrainConfig
 from hpm_video.data.clips import ClipBatch
 from hpm_video.mining.objective import HardPatchesMining, needs_teacher
 from hpm_video.mining.study import study_clips

@@ -19,7 +19,8 @@ from unittest import mock
 
 from torch.profiler import ProfilerActivity, profile
 
-from hpm_video.config.schema import FinetuneConfig, PretrainConfig, load_config
+from hpm_video.config.loading import load_config
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data import clips as dataset
 from hpm_video.runs import finetuning, pretraining
 from hpm_video.runs.finetuning import finetune

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from hpm_video.config.schema import PretrainConfig, load_config
+from hpm_video.config.loading import load_config
+from hpm_video.config.schema import PretrainConfig
 from hpm_video.data.mixture import Place
 from hpm_video.runs.pretraining import crops_of
 from hpm_video.runs.pretraining import pretrain as run_pretraining

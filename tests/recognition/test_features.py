@@ -13,13 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpm_video.config.schema import (
-    FinetuneConfig,
-    PretrainConfig,
-    PretrainDataConfig,
-    load_config,
-    save_config,
-)
+from hpm_video.config.data import PretrainDataConfig
+from hpm_video.config.loading import load_config, save_config
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data import clip_stream
 from hpm_video.data.clip_stream import BadVideosError, ClipStream, Windows, stream_parts
 from hpm_video.data.clips import ClipSpec, Failure, HeldOutClips, Views

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from hpm_video.config.schema import FinetuneConfig, PretrainConfig, load_config, save_config
+from hpm_video.config.loading import load_config, save_config
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data.sampling import view_indices
 from hpm_video.data.transforms import crop_and_resize, view_boxes
 from hpm_video.decoding.registry import open_video

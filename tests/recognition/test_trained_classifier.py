@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from hpm_video.config.schema import FinetuneConfig, load_config, save_config
+from hpm_video.config.loading import load_config, save_config
+from hpm_video.config.schema import FinetuneConfig
 from hpm_video.data.clips import Views
 from hpm_video.data.manifest import Manifest, ManifestError, write_manifest
 from hpm_video.data.sampling import view_indices

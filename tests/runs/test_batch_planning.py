@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpm_video.config.schema import ConfigError, FinetuneConfig, PretrainConfig, load_config
+from hpm_video.config.checks import ConfigError
+from hpm_video.config.loading import load_config
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.runs.finetuning import make_update as make_classifier_update
 from hpm_video.runs.finetuning import multiple_of
 from hpm_video.runs.pretraining import make_update

@@ -7,13 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hpm_video.config.schema import (
-    ConfigError,
-    FinetuneConfig,
-    PretrainConfig,
-    load_config,
-    save_config,
-)
+from hpm_video.config.checks import ConfigError
+from hpm_video.config.loading import load_config, save_config
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data.manifest import Manifest, ManifestError
 from hpm_video.recognition.trained_classifier import build_classifier
 from hpm_video.runs.finetuning import (

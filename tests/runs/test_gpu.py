@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpm_video.config.schema import PretrainConfig, load_config
+from hpm_video.config.loading import load_config
+from hpm_video.config.schema import PretrainConfig
 from hpm_video.mining.losses import ranking_loss
 from hpm_video.randomness import uniform
 from hpm_video.runs.pretraining import make_update

@@ -6,7 +6,9 @@ import shutil
 
 import pytest
 
-from hpm_video.config.schema import ConfigError, FinetuneConfig, PretrainConfig, load_config
+from hpm_video.config.checks import ConfigError
+from hpm_video.config.loading import load_config
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data.loader import BadFiles
 from hpm_video.data.manifest import ManifestError
 from hpm_video.runs.finetuning import finetune

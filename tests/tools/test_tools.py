@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hpm_video.config.schema import PretrainConfig, load_config
+from hpm_video.config.loading import load_config
+from hpm_video.config.schema import PretrainConfig
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpm_video.config.schema import PretrainConfig, load_config
+from hpm_video.config.loading import load_config
+from hpm_video.config.schema import PretrainConfig
 from hpm_video.runs.pretraining import make_update
 from hpm_video.training.memory import ActivationBytes, SimulatedMemory, simulate_update
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hpm_video.config.schema import FinetuneConfig, PretrainConfig, load_config, save_config
+from hpm_video.config.loading import load_config, save_config
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data.transforms import held_out_crops
 from hpm_video.recognition.inference import load_extractor
 from hpm_video.recognition.trained_classifier import build_classifier

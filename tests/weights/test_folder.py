@@ -8,8 +8,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from hpm_video.config.checks import ConfigError
 from hpm_video.config.choices import TransformerSize
-from hpm_video.config.schema import ConfigError, PretrainConfig, load_any_config, load_config
+from hpm_video.config.loading import load_any_config, load_config
+from hpm_video.config.schema import PretrainConfig
 from hpm_video.models.positions import position_table, resized
 from hpm_video.recognition.inference import ClipChoice, load_extractor
 from hpm_video.runs.pretraining import pretrain

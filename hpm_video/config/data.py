@@ -1,0 +1,177 @@
+"""The sections that describe clips."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from hpm_video.config.checks import ConfigError, a_chance, at_least, unrelated
+from hpm_video.config.choices import (
+    Crop,
+    DecoderChoice,
+    Interpolation,
+    Sampling,
+    check_rand_augment,
+)
+from hpm_video.tokens.grid import Size3
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which videos or images, and which frames and pixels of them. An image is one frame."""
+
+    train: str = ""
+    """Manifest (CSV or list) or folder of the videos to train on."""
+    validation: str | None = None
+    """Manifest or folder of held-out videos; none: nothing is measured on held-out clips."""
+    root: str | None = unrelated(default=None)
+    """Folder that relative paths of the manifests start from; by default the manifest's own."""
+    num_frames: int = 16
+    frame_stride: int = 4
+    """Frames of the video from one frame of the clip to the next."""
+    max_frame_stride: int | None = None
+    """Where given, each training clip draws its stride from frame_stride to this."""
+    frame_size: tuple[int, int] = (224, 224)
+    """Height and width of a clip in pixels."""
+    interpolation: Interpolation = "bilinear"
+    """How frames are resized."""
+    held_out_short_side: int | None = None
+    """Where given, held-out frames are resized so that their shorter side has so many pixels, and
+    crops are cut out of them (ImageNet: 256, then 224). By default a crop is as large as fits."""
+    sampling: Sampling = "dense"
+    """``dense``: frames at the stride. ``segments``: one frame of each of num_frames equal parts
+    of the video; the stride then plays no part."""
+    repeats: int = 1
+    """Clips taken from each decoded video: in pre-training of frames of their own, in fine-tuning
+    augmented copies of the same frames. A batch counts videos."""
+    flip: bool = False
+    """Whether a mirrored video keeps its meaning: then half of the training clips are mirrored.
+    Never where labels depend on direction, as those of Something-Something do."""
+    label_names: str | None = unrelated(default=None)
+    """Text file with the name of class i in line i; by default names are taken from the manifest's
+    column ``label_name``."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Of each channel, pixels being in [0, 1]. The default is ImageNet's."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    decoder: DecoderChoice = unrelated(default="auto")
+    workers: int | None = unrelated(default=None)
+    """Processes that decode; by default one per core but one, at least 1 and at most 16. With 0 the
+    run itself decodes, and a file on which a decoder hangs or crashes ends it."""
+    seconds_per_file: float = unrelated(default=60.0)
+    """A file that takes longer to decode is bad, and the process that decodes it is replaced."""
+    memory_per_worker: float = unrelated(default=4.0)
+    """GiB that a process that decodes may take; a file that needs more is bad. On Linux only."""
+    max_bad_share: float = unrelated(default=0.01)
+    """Share of the manifest's files that may fail to decode before the run stops."""
+
+    def __post_init__(self) -> None:
+        at_least(
+            1, num_frames=self.num_frames, frame_stride=self.frame_stride, repeats=self.repeats
+        )
+        at_least(1, height=self.frame_size[0], width=self.frame_size[1])
+        short = self.held_out_short_side
+        if short is not None and short < max(self.frame_size):
+            raise ConfigError(
+                f"data.held_out_short_side must be at least data.frame_size ({self.frame_size}), "
+                f"got {short}"
+            )
+        if self.max_frame_stride is not None and self.max_frame_stride < self.frame_stride:
+            raise ConfigError(
+                f"data.max_frame_stride must be at least data.frame_stride "
+                f"({self.frame_stride}), got {self.max_frame_stride}"
+            )
+        if self.sampling == "segments" and self.max_frame_stride is not None:
+            raise ConfigError(
+                f"data.sampling=segments takes no stride, but data.max_frame_stride is "
+                f"{self.max_frame_stride}; leave it out"
+            )
+        if self.workers is not None:
+            at_least(0, workers=self.workers)
+        if min(self.seconds_per_file, self.memory_per_worker) <= 0:
+            raise ConfigError(
+                "data.seconds_per_file and data.memory_per_worker must be positive, got "
+                f"{self.seconds_per_file:g} and {self.memory_per_worker:g}"
+            )
+        if min(self.std, default=1) <= 0:
+            raise ConfigError(f"data.std must be positive, got {self.std}")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ConfigError(f"data.max_bad_share must lie in [0, 1], got {self.max_bad_share}")
+
+    @property
+    def clip_size(self) -> Size3:
+        """Frames, height and width of a clip."""
+        return (self.num_frames, *self.frame_size)
+
+    def plain(self) -> "DataConfig":
+        """The same without what is pre-training's alone."""
+        names = [item.name for item in dataclasses.fields(DataConfig)]
+        return DataConfig(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True)
+class PretrainDataConfig(DataConfig):
+    """The data of pre-training, and how its clips are cropped at random."""
+
+    crop: Crop = "multi_scale"
+    """``multi_scale``: one of a few boxes (VideoMAE). ``random_resized``: of any area (MAE)."""
+    crop_area: tuple[float, float] = (0.2, 1.0)
+    """Of a ``random_resized`` crop, as a share of the frame; its shape is 3:4 to 4:3."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = self.crop_area
+        if not 0 < low <= high <= 1:
+            raise ConfigError(
+                f"data.crop_area must be two rising numbers in (0, 1], got {self.crop_area}"
+            )
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """Random changes of training clips for a classifier; each is drawn once for all frames."""
+
+    area: tuple[float, float] = (0.08, 1.0)
+    """Of a random crop, as a share of the frame."""
+    ratio: tuple[float, float] = (0.75, 1.3333)
+    """Width of a crop divided by its height."""
+    rand_augment: str | None = "rand-m7-n4-mstd0.5-inc1"
+    """RandAugment in timm's notation, or none."""
+    erasing: float = 0.25
+    """Chance that a random box is erased."""
+    mixup: float = 0.8
+    """Parameter of the beta distribution of the shares that clips are mixed in; 0: no mixup."""
+    cutmix: float = 1.0
+    """The same for the area of boxes put into other clips; 0: no CutMix."""
+    mix_probability: float = 1.0
+    """Chance that a batch is mixed at all."""
+    cutmix_probability: float = 0.5
+    """Chance of CutMix where both are on; otherwise mixup."""
+    label_smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("area", "ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high or (name == "area" and high > 1):
+                raise ConfigError(
+                    f"augmentation.{name} must be two rising positive numbers"
+                    f"{', at most 1' if name == 'area' else ''}, got {(low, high)}"
+                )
+        for name in ("erasing", "mix_probability", "cutmix_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(
+                    f"augmentation.{name} must lie in [0, 1], got {getattr(self, name)}"
+                )
+        if min(self.mixup, self.cutmix) < 0:
+            raise ConfigError(
+                f"augmentation.mixup and cutmix must be at least 0, got {self.mixup} and "
+                f"{self.cutmix}"
+            )
+        a_chance("augmentation", label_smoothing=self.label_smoothing)
+        if self.rand_augment is not None:
+            try:
+                check_rand_augment(self.rand_augment)
+            except ValueError as error:
+                raise ConfigError(f"augmentation.rand_augment: {error}") from error
+
+    @property
+    def mixes(self) -> bool:
+        """Whether clips of a batch are mixed."""
+        return max(self.mixup, self.cutmix) > 0 and self.mix_probability > 0

@@ -1,0 +1,118 @@
+"""The sections on what is hidden and what is predicted."""
+
+from dataclasses import dataclass
+
+from hpm_video.config.checks import ConfigError, unrelated
+from hpm_video.config.choices import (
+    DEFAULT_MODELS,
+    FeatureKind,
+    MomentumKind,
+    PredictorObjective,
+    Target,
+)
+from hpm_video.tokens.masking import (
+    STRATEGIES,
+    CountRule,
+    MaskStrategy,
+    MaskUnit,
+    Pick,
+    StrategyName,
+)
+from hpm_video.tokens.patches import TargetKind
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """How many tokens are hidden, in what units, and which of them for being hard."""
+
+    unit: MaskUnit = "token"
+    ratio: float = 0.9
+    """Share of the mask units that are hidden."""
+    count_rule: CountRule = "hpm"
+    """Integer rule: ``hpm`` shows int(units (1 - ratio)), ``videomae`` hides int(ratio units)."""
+    strategy: StrategyName = "easy_to_hard"
+    """Preset of the three fields below: random, easy_to_hard, hard_to_easy, hardest, easiest."""
+    pick: Pick | None = None
+    """Where given, replaces the preset's: hide the ``hardest`` or the ``easiest`` units."""
+    first_fraction: float | None = None
+    """Where given, replaces the preset's alpha_0: share of hidden units that are picked, at 0."""
+    last_fraction: float | None = None
+    """Where given, replaces the preset's alpha_T, the share in the last epoch."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise ConfigError(f"masking.ratio must lie between 0 and 1, got {self.ratio}")
+        for name in ("first_fraction", "last_fraction"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"masking.{name} must lie in [0, 1], got {value}")
+
+    @property
+    def mask_strategy(self) -> MaskStrategy:
+        """The preset of ``strategy`` with what replaces parts of it."""
+        preset, first, last = STRATEGIES[self.strategy], self.first_fraction, self.last_fraction
+        return MaskStrategy(
+            pick=self.pick or preset.pick,
+            first_fraction=preset.first_fraction if first is None else first,
+            last_fraction=preset.last_fraction if last is None else last,
+        )
+
+
+@dataclass(frozen=True)
+class MiningConfig:
+    """What is predicted, and how the teacher follows."""
+
+    target: Target = "per_channel"
+    """Pixels: ``raw``, standardised ``joint``-ly (MAE) or ``per_channel`` (VideoMAE). Features: of
+    the teacher's encoder (``ema``), or of a ``dino`` or ``clip`` model for images."""
+    feature_model: str | None = None
+    """timm's name of the ``dino`` or ``clip`` model; by default ViT-B/16."""
+    feature_weights: str | None = unrelated(default=None)
+    """File of its weights, which is never downloaded. A run that goes on needs the same weights."""
+    predictor: PredictorObjective = "relative"
+    """Ranking of errors, regression on errors, or no loss predictor: a masked autoencoder."""
+    predictor_weight: float = 1.0
+    momentum: MomentumKind = "paper"
+    """Teacher's momentum: ``paper`` ramps linearly over 100 epochs, ``warmup`` is
+    min(last_momentum, (1 + n) / (10 + n)) at update n, for runs too short for the paper's."""
+    first_momentum: float = 0.999
+    """Where the paper's ramp begins."""
+    last_momentum: float = 0.9999
+
+    def __post_init__(self) -> None:
+        for name in ("first_momentum", "last_momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"mining.{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.predictor_weight < 0:
+            raise ConfigError(f"mining.predictor_weight must be >= 0, got {self.predictor_weight}")
+        if self.feature_kind and self.feature_weights is None:
+            raise ConfigError(
+                f"mining.target={self.target} needs the weights of {self.feature_name}: give "
+                f"mining.feature_weights=FILE"
+            )
+        if not self.feature_kind and (self.feature_model or self.feature_weights):
+            raise ConfigError(
+                f"mining.feature_model and feature_weights go with mining.target=dino or clip, and "
+                f"it is {self.target}; leave them out"
+            )
+
+    @property
+    def feature_kind(self) -> FeatureKind | None:
+        """The kind of model whose features are the target, where it is another model's."""
+        return self.target if self.target == "dino" or self.target == "clip" else None
+
+    @property
+    def feature_name(self) -> str:
+        """Name that timm has for that model."""
+        kind = self.feature_kind
+        return self.feature_model or ("" if kind is None else DEFAULT_MODELS[kind])
+
+    @property
+    def pixel_kind(self) -> TargetKind | None:
+        """How pixels are standardised, where they are the target."""
+        return None if self.target in ("ema", "dino", "clip") else self.target  # type: ignore[return-value]
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether anything is asked of a teacher."""
+        return self.predictor != "none" or self.target == "ema"
