@@ -31,7 +31,8 @@ from torch import Tensor
 
 from hpm_video.config.choices import DecoderName
 from hpm_video.data.sampling import train_indices, view_indices
-from hpm_video.data.transforms import Box, crop_and_resize, multi_scale_box, view_boxes
+from hpm_video.data.transforms import crop_and_resize, multi_scale_box, view_boxes
+from hpm_video.decoding.reader import Box
 from hpm_video.decoding.registry import Frames, available_decoders, open_video
 from hpm_video.preparation.encode import write_video
 from hpm_video.randomness import generator

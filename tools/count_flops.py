@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
+from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.recognition.trained_classifier import build_classifier
-from hpm_video.runs.pretraining import build_student, mask_rule
+from hpm_video.runs.pretraining import mask_rule
 from hpm_video.tokens.masking import TokenMask
 
 

@@ -21,6 +21,7 @@ from hpm_video.data.clip_stream import BadVideosError, Windows
 from hpm_video.data.clips import Failure, Views, settle_decoder
 from hpm_video.data.loader import default_workers
 from hpm_video.data.manifest import Manifest, read_manifest
+from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition.feature_folder import FeatureFolder
 from hpm_video.recognition.features import Wanted, describe, extract
 from hpm_video.recognition.inference import (
@@ -32,7 +33,7 @@ from hpm_video.recognition.inference import (
 )
 from hpm_video.recognition.trained_classifier import load_recogniser
 from hpm_video.runs.console import not_negative, positive, run, shortest
-from hpm_video.training.checkpoint import CheckpointError, read_state
+from hpm_video.training.checkpoint import read_state
 from hpm_video.training.device import choose_device, inference_precision
 
 PRETRAINED: tuple[WeightsOf, ...] = ("student", "teacher")

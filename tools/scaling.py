@@ -18,8 +18,9 @@ from hpm_video.config.batch_plan import BatchPlan, micro_batches
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
+from hpm_video.models.from_config import build_student
 from hpm_video.runs.console import run
-from hpm_video.runs.pretraining import build_student, make_update
+from hpm_video.runs.pretraining import make_update
 from hpm_video.training.deepspeed_settings import USUAL, buckets_of
 from hpm_video.training.memory import (
     FP32,

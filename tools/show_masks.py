@@ -17,12 +17,13 @@ from hpm_video.config.data import DataConfig
 from hpm_video.data.clips import ClipBatch
 from hpm_video.data.sampling import train_indices, view_indices
 from hpm_video.decoding.registry import DecodeError, DecoderError, open_video
+from hpm_video.files.weights import CheckpointError
 from hpm_video.mining.pictures import draw_animation, draw_sheet, save_animation, save_sheet
 from hpm_video.mining.study import study_clips
 from hpm_video.randomness import key_of
 from hpm_video.recognition.inference import clip_spec
 from hpm_video.runs.pretraining import load_run
-from hpm_video.training.checkpoint import CheckpointError, read_weights
+from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.device import choose_device
 
 EXPECTED = (CheckpointError, DecodeError, DecoderError, OSError, ValueError)

@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from hpm_video.config.choices import TransformerSize
+from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition.labels import read_label_names
 from hpm_video.runs.console import EXIT_CODES, positive, run, shortest
-from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights.exporting import FORMATS, export
 from hpm_video.weights.folder import config_of, write_folder
 from hpm_video.weights.importing import describe, import_weights

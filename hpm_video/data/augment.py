@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from hpm_video.config.choices import Interpolation, check_rand_augment
-from hpm_video.data.transforms import Box, ClipTransform, resize
+from hpm_video.data.transforms import ClipTransform, resize
+from hpm_video.decoding.reader import Box
 from hpm_video.randomness import global_generators
 
 

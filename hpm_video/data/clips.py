@@ -24,15 +24,8 @@ from hpm_video.data.sampling import (
     view_indices,
     view_segments,
 )
-from hpm_video.data.transforms import (
-    Box,
-    ClipTransform,
-    around,
-    centre_box,
-    cut,
-    held_out_crops,
-    within,
-)
+from hpm_video.data.transforms import ClipTransform, around, centre_box, cut, held_out_crops, within
+from hpm_video.decoding.reader import Box
 from hpm_video.decoding.registry import (
     DecodeError,
     DecoderError,

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hpm_video.config.choices import Interpolation
+from hpm_video.decoding.reader import Box
 
 LONGEST = 16
 SCALES = (1.0, 0.875, 0.75, 0.66)
@@ -29,16 +30,6 @@ OFFSETS = (
     *((1, 1), (1, 3), (3, 1), (3, 3)),  # halfway from the middle to the corners
 )
 """Places of a multi-scale crop: quarters of the free way from the top and from the left."""
-
-
-@dataclass(frozen=True)
-class Box:
-    """A part of a frame, in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
 
 
 class DrawnTransform(Protocol):

@@ -17,7 +17,7 @@ from hpm_video.decoding.reader import DecodeError, Frames, Size, Stack, VideoRea
 if TYPE_CHECKING:
     from PIL import Image
 
-    from hpm_video.data.transforms import Box
+    from hpm_video.decoding.reader import Box
 
 _IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 """What an image may hold, whatever its suffix: Pillow would also start programs, as for EPS."""

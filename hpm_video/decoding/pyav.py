@@ -24,7 +24,7 @@ from hpm_video.decoding.reader import (
 if TYPE_CHECKING:
     import av
 
-    from hpm_video.data.transforms import Box
+    from hpm_video.decoding.reader import Box
 
 FORMATS = "mov,matroska,avi,flv,asf,ogg,mpeg,mpegvideo,mpegts,gif,yuv4mpegpipe"
 """Of FFmpeg: what a video may be, whatever its suffix. Others open further files, or addresses."""

@@ -3,14 +3,12 @@
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
-
-if TYPE_CHECKING:
-    from hpm_video.data.transforms import Box
 
 Frames = NDArray[np.uint8]
 """(K, H, W, 3) uint8, RGB."""
@@ -213,3 +211,13 @@ def size_change(before: Size, size: Size) -> SizeChange:
 def by(size: Size) -> str:
     """As users write it, the width first."""
     return f"{size[1]}x{size[0]}"
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of a frame, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int

@@ -14,7 +14,7 @@ from hpm_video.decoding.reader import (
 )
 
 if TYPE_CHECKING:
-    from hpm_video.data.transforms import Box
+    from hpm_video.decoding.reader import Box
 
 
 _EXACT_ON = (MP4, MATROSKA, "FLV", "ASF", "GIF", "YUV4MPEG")

@@ -6,6 +6,7 @@ takes seconds, and training on pixels needs none of it.
 """
 
 import difflib
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hpm_video.config.choices import DEFAULT_MODELS, FeatureKind
+from hpm_video.files.weights import CheckpointError, load_weights
 from hpm_video.randomness import global_generators
 from hpm_video.tokens.grid import Size3, TokenGrid
 from hpm_video.tokens.pixels import normalise
-from hpm_video.training.checkpoint import CheckpointError, load_weights
-from hpm_video.weights.image_tower import read_image_tower
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -69,22 +69,21 @@ def feature_width(kind: FeatureKind, name: str) -> int:
 def load_feature_model(
     kind: FeatureKind,
     name: str,
-    weights: Path,
+    weights: Mapping[str, Tensor],
+    source: Path,
     *,
     frame_size: tuple[int, int],
     patch_size: Size3,
 ) -> FeatureModel:
-    """The timm model ``name`` with the weights of a file, for the clips of a student.
+    """The timm model ``name`` with the weights of the file ``source``, for the clips of a student.
 
-    The file is .safetensors, or .pth, .pt or .bin of tensors: a state dict, or one under
-    "teacher", "state_dict" or "model", in the layout of timm and DINO or in that of OpenAI and
-    OpenCLIP. It must fit the model as timm has it. For frames of another size its positions are
-    then resampled by timm: bicubic, anti-aliased.
+    The weights have timm's names and must fit the model as timm has it. For frames of another size
+    its positions are then resampled by timm: bicubic, anti-aliased.
 
     Raises:
         ValueError: timm has no such model, or one without features of this kind; its patches are
             not the student's, or do not divide the frames.
-        CheckpointError: the file cannot be read, or its weights do not fit the model.
+        CheckpointError: the weights do not fit the model.
     """
     model = _make(kind, name)
     own = tuple(model.patch_embed.patch_size)
@@ -95,11 +94,10 @@ def load_feature_model(
             f"patches of {_by(patch_size[1:])}"
         )
     TokenGrid.of_clip((patch_size[0], *frame_size), patch_size)
-    found = read_image_tower(weights)
-    load_weights(model, found, weights, may_leave=("head.",) if kind == "dino" else ())
+    load_weights(model, weights, source, may_leave=("head.",) if kind == "dino" else ())
     if isinstance(model.head, nn.Linear) and model.head.bias.any():
         raise CheckpointError(
-            f"head.bias of {weights} must be 0, since CLIP's projection has no bias: this head was "
+            f"head.bias of {source} must be 0, since CLIP's projection has no bias: this head was "
             f"trained to classify; give the weights before fine-tuning"
         )
     if tuple(model.patch_embed.img_size) != frame_size:

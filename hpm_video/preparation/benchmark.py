@@ -26,8 +26,9 @@ from hpm_video.data.clips import (
 )
 from hpm_video.data.loader import training_batches
 from hpm_video.data.mixture import MixedClips, Place
-from hpm_video.data.transforms import Box, ClipTransform, DrawnTransform
+from hpm_video.data.transforms import ClipTransform, DrawnTransform
 from hpm_video.decoding.locations import TarMember, frames_in, is_frame_folder, read_bytes
+from hpm_video.decoding.reader import Box
 from hpm_video.decoding.registry import DecodeError
 from hpm_video.workers.room import memory_left
 

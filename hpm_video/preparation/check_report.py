@@ -16,14 +16,16 @@ from numpy.typing import NDArray
 
 from hpm_video.data.manifest import VERDICTS
 from hpm_video.preparation.findings import Finding
-from hpm_video.training.curves import COLOURS, FAINT_INK, INK
 
+INK = "#1c1c20"
+FAINT_INK = "#6e6e78"
+BLUE, ORANGE, GREEN = "#1f5fa8", "#d1602f", "#3c8d5a"
 REASONS_TOLD = 8
 BINS = 40
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 WIDE = 30.0
 """The largest value as a multiple of the smallest from which on an axis is logarithmic."""
-OF_VERDICT = dict(zip(VERDICTS, (COLOURS[2], "#d9a21b", "#b3312c"), strict=True))
+OF_VERDICT = dict(zip(VERDICTS, (GREEN, "#d9a21b", "#b3312c"), strict=True))
 
 
 class Reason(NamedTuple):
@@ -182,16 +184,16 @@ def _draw_histogram(axes: Axes, name: str, values: NDArray[np.float64]) -> None:
         edges = np.linspace(low - spare, high + spare, BINS + 1)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.hist(values, bins=edges.tolist(), color=COLOURS[0])
+    axes.hist(values, bins=edges.tolist(), color=BLUE)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.set_ylabel("files", color=FAINT_INK)
     median = float(np.median(values))
-    axes.axvline(median, color=COLOURS[1], linewidth=1.4)
+    axes.axvline(median, color=ORANGE, linewidth=1.4)
     axes.annotate(
         f"median {median:.4g}",
         (0.98, 1.02),
         xycoords="axes fraction",
         ha="right",
         fontsize=9.5,
-        color=COLOURS[1],
+        color=ORANGE,
     )

@@ -14,9 +14,10 @@ from hpm_video.config.choices import DecoderChoice
 from hpm_video.data.clip_stream import ClipStream, Part, Windows, stream_parts
 from hpm_video.data.clips import Failure, Views
 from hpm_video.data.loader import BadFiles, end_workers
+from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition.feature_folder import DType, FeatureFolder, Form, GrowingFile
 from hpm_video.recognition.inference import FILE_OF, Extractor, WeightsOf
-from hpm_video.training.checkpoint import CheckpointError, weights_digest
+from hpm_video.training.checkpoint import weights_digest
 from hpm_video.workers.progress_bar import ProgressBar
 
 

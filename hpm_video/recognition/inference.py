@@ -1,6 +1,6 @@
 """Features of clips: a trained encoder that is put to use, whatever it was trained for."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,17 +15,17 @@ from hpm_video.config.checks import ConfigError
 from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.data import DataConfig
 from hpm_video.config.loading import load_any_config
-from hpm_video.config.model import EncoderConfig
-from hpm_video.config.schema import FinetuneConfig, PretrainConfig
+from hpm_video.config.schema import PretrainConfig
 from hpm_video.data.clips import ClipSpec, HeldOutClips, Views
 from hpm_video.data.loader import held_out_batches
 from hpm_video.data.manifest import Manifest
-from hpm_video.models.encoder import ClipEncoder, EncoderShape
+from hpm_video.files.weights import load_weights
+from hpm_video.models.encoder import ClipEncoder
+from hpm_video.models.from_config import encoder_shape, source_grid_of
 from hpm_video.randomness import key_of
 from hpm_video.recognition.testing import collect, score_videos, tell_left_out
-from hpm_video.tokens.grid import Size3, TokenGrid
 from hpm_video.tokens.pixels import normalise
-from hpm_video.training.checkpoint import load_weights, read_weights
+from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.device import AUTOCAST, Precision
 from hpm_video.training.distributed import Processes
 from hpm_video.workers.pool import USUAL, Limits
@@ -214,54 +214,6 @@ def load_extractor(
         load_weights(model, stored, checkpoint, may_leave=OF_DECODERS)
     return Extractor(
         model.to(device).eval(), clip_spec(data), data.mean, data.std, device, precision
-    )
-
-
-def source_grid_of(config: PretrainConfig | FinetuneConfig) -> Size3:
-    """The grid that tokens have their positions in: of the pre-training a run is or began with.
-
-    Tokens along time, height and width; of several kinds of clips the most along each axis, so that
-    no two tokens of a clip are closer than they are in a grid of their own.
-    """
-    if isinstance(config, FinetuneConfig) and config.model.pretrained_grid is not None:
-        return config.model.pretrained_grid
-    grids = [
-        TokenGrid.of_clip(data.clip_size, config.model.patch_size)
-        for data in config.sources.values()
-    ]
-    time, height, width = (
-        max(axis) for axis in zip(*((g.time, g.height, g.width) for g in grids), strict=True)
-    )
-    return (time, height, width)
-
-
-def encoder_shape(
-    model: EncoderConfig,
-    data: DataConfig,
-    source: Size3 | None,
-    others: Iterable[DataConfig] = (),
-) -> EncoderShape:
-    """What the encoder of a config is; ``others``: further clips that it takes.
-
-    Raises:
-        ConfigError: the patches do not fit the clips.
-    """
-    try:
-        grid, *other_grids = (
-            TokenGrid.of_clip(each.clip_size, model.patch_size) for each in (data, *others)
-        )
-    except ValueError as error:
-        raise ConfigError(f"these clips do not fit the model: {error}") from error
-    return EncoderShape(
-        grid,
-        model.patch_size,
-        model.encoder,
-        model.positions,
-        None if source is None else TokenGrid(*source),
-        model.channels,
-        model.class_token,
-        model.conventions,
-        tuple(other_grids),
     )
 
 

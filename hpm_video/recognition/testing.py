@@ -16,8 +16,8 @@ from torch import Tensor
 from hpm_video.data.clips import ClipBatch, Failure
 from hpm_video.data.manifest import Manifest
 from hpm_video.files.atomic import written_beside
+from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition.confusion import draw_confusion
-from hpm_video.training.checkpoint import CheckpointError
 
 log = logging.getLogger(__name__)
 

@@ -12,26 +12,13 @@ from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig
 from hpm_video.data.clips import Views
 from hpm_video.data.manifest import Manifest
+from hpm_video.files.weights import CheckpointError, load_weights
 from hpm_video.models.classifier import ClipClassifier
-from hpm_video.randomness import key_of
-from hpm_video.recognition.inference import (
-    ClipChoice,
-    Extractor,
-    Reading,
-    WeightsOf,
-    clip_spec,
-    encoder_shape,
-    source_grid_of,
-)
+from hpm_video.models.from_config import build_classifier, source_grid_of
+from hpm_video.recognition.inference import ClipChoice, Extractor, Reading, WeightsOf, clip_spec
 from hpm_video.recognition.labels import check_labels, check_same_names, read_label_names
 from hpm_video.recognition.testing import Scores
-from hpm_video.training.checkpoint import (
-    CheckpointError,
-    load_weights,
-    read_state,
-    read_weights,
-    weights_digest,
-)
+from hpm_video.training.checkpoint import read_state, read_weights, weights_digest
 from hpm_video.training.device import Precision
 from hpm_video.training.distributed import Processes
 
@@ -89,24 +76,6 @@ def describe_test(
         "interpolation": spec.interpolation,
         "precision": recogniser.precision,
     }
-
-
-def build_classifier(config: FinetuneConfig, num_classes: int) -> ClipClassifier:
-    """The model of a config, its weights drawn from the seed."""
-    model = config.model
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key_of(config.seed, "weights"))
-        return ClipClassifier(
-            encoder_shape(model, config.data, model.pretrained_grid),
-            num_classes,
-            pooling=model.pooling,
-            frozen=model.frozen,
-            head_dropout=model.head_dropout,
-            head_init_scale=model.head_init_scale,
-            drop_path=model.drop_path,
-            checkpoint_activations=model.checkpoint_activations,
-            init=model.init,
-        )
 
 
 def load_recogniser(

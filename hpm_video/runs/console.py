@@ -17,9 +17,9 @@ from hpm_video.config.checks import ConfigError
 from hpm_video.data.clips import TooManyBadFiles, Views
 from hpm_video.data.manifest import ManifestError
 from hpm_video.decoding.registry import DecodeError, DecoderError
+from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition.logistic import NotConvergedError
 from hpm_video.recognition.testing import BadTestFilesError
-from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.training.deepspeed_engine import DeepSpeedError
 from hpm_video.training.deepspeed_settings import DeepSpeedSettingsError
 from hpm_video.training.device import DeviceError

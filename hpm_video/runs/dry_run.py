@@ -7,10 +7,9 @@ from torch import nn
 
 from hpm_video.config.batch_plan import BatchPlan, micro_batches
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig, RunConfig
-from hpm_video.recognition.trained_classifier import build_classifier
+from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.runs.finetuning import find_label_names, multiple_of, resolve
 from hpm_video.runs.finetuning import make_update as make_classifier_update
-from hpm_video.runs.pretraining import build_student
 from hpm_video.runs.pretraining import make_update as make_pretraining_update
 from hpm_video.runs.run import (
     MakeUpdate,

@@ -20,9 +20,11 @@ from hpm_video.data.augment import Augmentation
 from hpm_video.data.clips import MIDDLE, HeldOutClips, Views
 from hpm_video.data.loader import end_workers, held_out_batches
 from hpm_video.files.atomic import written_beside
+from hpm_video.files.weights import load_weights
 from hpm_video.mining.teacher import make_teacher
 from hpm_video.models.classifier import ClipClassifier
-from hpm_video.recognition.inference import OF_DECODERS, Reading, clip_spec, source_grid_of
+from hpm_video.models.from_config import build_classifier, source_grid_of
+from hpm_video.recognition.inference import OF_DECODERS, Reading, clip_spec
 from hpm_video.recognition.labels import (
     check_labels,
     check_same_names,
@@ -40,12 +42,7 @@ from hpm_video.recognition.testing import (
     summarise,
     write_results,
 )
-from hpm_video.recognition.trained_classifier import (
-    build_classifier,
-    describe_test,
-    load_recogniser,
-    recogniser_of,
-)
+from hpm_video.recognition.trained_classifier import describe_test, load_recogniser, recogniser_of
 from hpm_video.runs.init_weights import SAME_ENCODER, check_same_model, config_beside
 from hpm_video.runs.run import (
     RunData,
@@ -67,12 +64,7 @@ from hpm_video.runs.run import (
     train,
     training_clips,
 )
-from hpm_video.training.checkpoint import (
-    load_weights,
-    read_state,
-    read_weights,
-    weights_digest,
-)
+from hpm_video.training.checkpoint import read_state, read_weights, weights_digest
 from hpm_video.training.curves import plot_curves
 from hpm_video.training.device import Precision, choose_device
 from hpm_video.training.distributed import Processes

@@ -7,7 +7,7 @@ from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_any_config, result_differences
 from hpm_video.config.model import EncoderConfig
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
-from hpm_video.training.checkpoint import OF_ANOTHER_PROJECT, CheckpointError
+from hpm_video.files.weights import OF_ANOTHER_PROJECT, CheckpointError
 
 log = logging.getLogger(__name__)
 

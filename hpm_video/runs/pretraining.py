@@ -19,22 +19,17 @@ from hpm_video.data.clips import MIDDLE, HeldOutClips, collate
 from hpm_video.data.loader import held_out_batches
 from hpm_video.data.transforms import ClipTransform, MultiScaleCrop
 from hpm_video.files.atomic import written_beside
+from hpm_video.files.weights import load_weights
 from hpm_video.mining.objective import HardPatchesMining, named
 from hpm_video.mining.pictures import write_pictures
 from hpm_video.mining.targets import FeatureTarget, PixelTarget, Target
 from hpm_video.mining.teacher import MomentumSchedule, make_teacher
 from hpm_video.mining.validation import Measures, describe, measure
 from hpm_video.models.encoder import ClipEncoder
-from hpm_video.models.feature_model import feature_width, load_feature_model
+from hpm_video.models.feature_model import load_feature_model
+from hpm_video.models.from_config import build_student
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.randomness import key_of
-from hpm_video.recognition.inference import (
-    Extractor,
-    Reading,
-    clip_spec,
-    encoder_shape,
-    source_grid_of,
-)
+from hpm_video.recognition.inference import Extractor, Reading, clip_spec
 from hpm_video.recognition.labels import names_of_both
 from hpm_video.recognition.probes import FeatureTable, nearest_neighbours
 from hpm_video.recognition.testing import summarise
@@ -62,13 +57,14 @@ from hpm_video.runs.run import (
 )
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import MaskRule, count_masked
-from hpm_video.training.checkpoint import load_weights, read_weights, weights_digest
+from hpm_video.training.checkpoint import read_weights, weights_digest
 from hpm_video.training.curves import plot_curves
 from hpm_video.training.device import Precision
 from hpm_video.training.distributed import Processes
 from hpm_video.training.engine import Engine, TorchEngine, WholeModel
 from hpm_video.training.optim import make_adamw, parameter_groups
 from hpm_video.training.run import Watch
+from hpm_video.weights.image_tower import read_image_tower
 
 log = logging.getLogger(__name__)
 
@@ -76,32 +72,6 @@ FEATURES = "feature_weights.sha256"
 """File of the run directory that tells the weights of the model whose features are the target."""
 PICTURED_CLIPS = 4
 """Held-out clips that are drawn during training."""
-
-
-def build_student(config: PretrainConfig) -> MaskedAutoencoder:
-    """The model of a config, its weights drawn from the seed."""
-    others = [source.data for source in config.mix.values()]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key_of(config.seed, "weights"))
-        return MaskedAutoencoder(
-            encoder_shape(config.model, config.data, source_grid_of(config), others),
-            config.model.decoder,
-            predictor=config.mining.predictor != "none",
-            target_width=_target_width(config),
-            drop_path=config.model.drop_path,
-            checkpoint_activations=config.model.checkpoint_activations,
-        )
-
-
-def _target_width(config: PretrainConfig) -> int | None:
-    """Values that are predicted of each token; none: those of its patch."""
-    mining = config.mining
-    if mining.feature_kind is not None:
-        try:
-            return feature_width(mining.feature_kind, mining.feature_name)
-        except ValueError as error:
-            raise ConfigError(f"mining.feature_model: {error}") from error
-    return config.model.encoder.dim if mining.target == "ema" else None
 
 
 def build_target(config: PretrainConfig, device: torch.device) -> Target:
@@ -117,11 +87,13 @@ def build_target(config: PretrainConfig, device: torch.device) -> Target:
     if mining.feature_kind is None:
         return FeatureTarget(*look, None)
     assert mining.feature_weights is not None
+    path = Path(mining.feature_weights).expanduser()
     try:
         model = load_feature_model(
             mining.feature_kind,
             mining.feature_name,
-            Path(mining.feature_weights).expanduser(),
+            read_image_tower(path),
+            path,
             frame_size=config.data.frame_size,
             patch_size=patch_size,
         )

@@ -25,8 +25,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from hpm_video.files.weights import OF_ANOTHER_PROJECT, CheckpointError
 from hpm_video.training.optim import OptimizerState
 
 log = logging.getLogger(__name__)
@@ -34,14 +35,6 @@ NAME = re.compile("update-[0-9]{8}")
 """Of the folder of a checkpoint; its number is the update in its ``state.json``."""
 UNFINISHED = ".writing-"
 OPTIMIZER = "optimizer.safetensors"
-OF_ANOTHER_PROJECT = (
-    "If it is of another project: python tools/weights.py import FILE FOLDER, and then "
-    "init_weights=FOLDER"
-)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, read or used. The message says why and what to do."""
 
 
 def save_checkpoint(
@@ -362,44 +355,6 @@ def weights_digest(path: Path, name: str = "model") -> str:
     file = path / f"{name}.safetensors" if path.is_dir() else path
     _check_there(file)
     return sha256_of(file)
-
-
-def load_weights(
-    module: nn.Module,
-    weights: Mapping[str, Tensor],
-    source: Path,
-    *,
-    may_lack: tuple[str, ...] = (),
-    may_leave: tuple[str, ...] = (),
-) -> list[str]:
-    """Put ``weights`` into ``module``. -> the parameters they lack, which keep what they had.
-
-    Raises:
-        CheckpointError: a parameter is missing whose name does not begin with one of
-            ``may_lack``, one is left over whose name does not begin with one of ``may_leave``, or
-            shapes differ. Every such name is given.
-    """
-    own = module.state_dict()
-    missing = [name for name in own if name not in weights]
-    wrong = [f"missing {name}" for name in missing if not name.startswith(may_lack)]
-    wrong += [
-        f"left over {name}"
-        for name in weights
-        if name not in own and not name.startswith(may_leave)
-    ]
-    wrong += [
-        f"{name} has shape {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"the weights of {source} do not fit the model of this config:\n  "
-            + "\n  ".join(wrong)
-            + ("" if own.keys() & weights.keys() else f"\n{OF_ANOTHER_PROJECT}")
-        )
-    module.load_state_dict({name: weights[name] for name in own if name in weights}, strict=False)
-    return missing
 
 
 def on_host(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,8 @@ from typing import Literal
 
 from safetensors import SafetensorError
 
-from hpm_video.training.checkpoint import CheckpointError, flush
+from hpm_video.files.weights import CheckpointError
+from hpm_video.training.checkpoint import flush
 from hpm_video.weights.forms import FORMS, ONNX, OWN, Expressed, Form, express, of_transformers
 from hpm_video.weights.own import OwnModel
 from hpm_video.weights.parity import TOLERANCE, ParityReport

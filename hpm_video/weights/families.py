@@ -8,8 +8,8 @@ from typing import Literal
 from torch import Tensor
 
 from hpm_video.config.choices import Conventions, Positions
+from hpm_video.files.weights import CheckpointError
 from hpm_video.tokens.patches import TargetKind
-from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights import layouts
 from hpm_video.weights.files import Source, Tensors
 from hpm_video.weights.layouts import Layout

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hpm_video.training.checkpoint import CheckpointError
+from hpm_video.files.weights import CheckpointError
 
 Tensors = dict[str, Tensor]
 

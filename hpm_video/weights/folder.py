@@ -15,14 +15,9 @@ from hpm_video.config.mining import MaskingConfig, MiningConfig
 from hpm_video.config.model import ClassifierConfig, ModelConfig
 from hpm_video.config.recognition import EvaluationConfig
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
+from hpm_video.files.weights import CheckpointError
 from hpm_video.randomness import key_of
-from hpm_video.training.checkpoint import (
-    CheckpointError,
-    checksums_of,
-    flush,
-    on_host,
-    sha256_of,
-)
+from hpm_video.training.checkpoint import checksums_of, flush, on_host, sha256_of
 from hpm_video.weights.files import ORIGIN, Tensors
 from hpm_video.weights.importing import Imported, build_model
 from hpm_video.weights.parity import ParityReport

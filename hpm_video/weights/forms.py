@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from hpm_video.config.choices import Pooling, Positions
+from hpm_video.files.weights import CheckpointError
 from hpm_video.models.positions import position_table
-from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights import layouts
 from hpm_video.weights.files import Tensors
 from hpm_video.weights.layouts import Layout, PositionTable, to_theirs

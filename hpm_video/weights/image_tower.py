@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hpm_video.training.checkpoint import CheckpointError
+from hpm_video.files.weights import CheckpointError
 from hpm_video.weights.files import Tensors, read_source
 
 WRAPPERS = ("teacher", "state_dict", "model", "")
@@ -32,7 +32,8 @@ CLIP_NAMES = (
 def read_image_tower(path: Path) -> Tensors:
     """The weights of the image model in a file, in the layout of timm, DINO, OpenAI or OpenCLIP.
 
-    Unknown names stay.
+    The file is .safetensors, or .pth, .pt or .bin of tensors: a state dict, or one under "teacher",
+    "state_dict" or "model". Unknown names stay.
 
     Raises:
         CheckpointError: the file cannot be read safely, or holds none.

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition.inference import WeightsOf
-from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights.families import LICENCES, Recognised, recognise
 from hpm_video.weights.files import ORIGIN, Source, Tensors, read_source
 from hpm_video.weights.importing import describe_decoder, describe_encoder, describe_model

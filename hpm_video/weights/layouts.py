@@ -13,8 +13,8 @@ import torch
 from einops import EinopsError, rearrange
 from torch import Tensor
 
+from hpm_video.files.weights import CheckpointError
 from hpm_video.tokens.grid import Size3
-from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights.files import Tensors
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpm_video.config.choices import Interpolation
-from hpm_video.training.checkpoint import CheckpointError
+from hpm_video.files.weights import CheckpointError
 from hpm_video.weights.files import Source
 
 LARGEST_EPS, SMALLEST_EPS = 1e-5, 1e-12

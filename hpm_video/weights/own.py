@@ -12,15 +12,20 @@ from torch import Tensor
 from hpm_video.config.choices import Interpolation, Pooling, TransformerSize
 from hpm_video.config.loading import load_any_config, save_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
+from hpm_video.files.weights import CheckpointError, load_weights
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.encoder import EncoderShape
+from hpm_video.models.from_config import (
+    build_classifier,
+    build_student,
+    encoder_shape,
+    source_grid_of,
+)
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.recognition.inference import WeightsOf, encoder_shape, source_grid_of
+from hpm_video.recognition.inference import WeightsOf
 from hpm_video.recognition.labels import read_label_names
-from hpm_video.recognition.trained_classifier import build_classifier
-from hpm_video.runs.pretraining import build_student
 from hpm_video.tokens.grid import Size3
-from hpm_video.training.checkpoint import CheckpointError, load_weights, read_state, read_weights
+from hpm_video.training.checkpoint import read_state, read_weights
 from hpm_video.weights.families import LICENCES
 from hpm_video.weights.files import ORIGIN, Tensors
 from hpm_video.weights.layouts import Cut

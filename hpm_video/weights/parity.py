@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from hpm_video.files.weights import CheckpointError
 from hpm_video.models.vit import LAYER_NORM_EPS
-from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights.files import Tensors
 from hpm_video.weights.importing import OF_TEACHER, Imported
 from hpm_video.weights.peers import (

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpm_video.config.choices import Pooling
+from hpm_video.files.weights import CheckpointError
 from hpm_video.models.positions import position_table
 from hpm_video.models.vit import LAYER_NORM_EPS
-from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights.files import Tensors
 from hpm_video.weights.importing import Imported
 from hpm_video.weights.trial import Said, Trial

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hpm_video.training.checkpoint import OF_ANOTHER_PROJECT, CheckpointError
+from hpm_video.files.weights import OF_ANOTHER_PROJECT, CheckpointError
 
 KIND = "hpm_video"
 """What ``kind`` says first of such a file."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from hpm_video.config.choices import Conventions, Interpolation, Pooling, Positions, TransformerSize
+from hpm_video.files.weights import CheckpointError
 from hpm_video.models.encoder import EncoderShape
 from hpm_video.tokens.grid import Size3, TokenGrid
 from hpm_video.tokens.patches import TargetKind
-from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights.families import Family
 from hpm_video.weights.files import Source, Tensors
 from hpm_video.weights.layouts import Cut, Renamed

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from hpm_video.files.weights import CheckpointError
 from hpm_video.models.vit import LAYER_NORM_EPS
-from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights.forms import Expressed
 from hpm_video.weights.importing import import_weights
 from hpm_video.weights.own import OwnModel, load_own

@@ -11,18 +11,12 @@ from hpm_video.config.loading import load_any_config, load_config, result_differ
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data.augment import Augmentation
 from hpm_video.data.transforms import MultiScaleCrop
+from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.recognition.inference import clip_spec
-from hpm_video.recognition.trained_classifier import build_classifier
 from hpm_video.runs.finetuning import augmentation, make_optimizer
 from hpm_video.runs.finetuning import build_objective as build_classification
 from hpm_video.runs.init_weights import check_same_model
-from hpm_video.runs.pretraining import (
-    build_objective,
-    build_student,
-    build_target,
-    crops_of,
-    make_update,
-)
+from hpm_video.runs.pretraining import build_objective, build_target, crops_of, make_update
 from hpm_video.tokens.grid import TokenGrid
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,6 @@ from hpm_video.data import transforms
 from hpm_video.data.transforms import (
     OFFSETS,
     SCALE_PAIRS,
-    Box,
     MultiScaleCrop,
     centre_box,
     crop_and_resize,
@@ -20,6 +19,7 @@ from hpm_video.data.transforms import (
     multi_scale_box,
     view_boxes,
 )
+from hpm_video.decoding.reader import Box
 from hpm_video.randomness import generator
 
 sides = st.integers(8, 500)

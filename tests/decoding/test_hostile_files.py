@@ -10,11 +10,10 @@ import av
 import numpy as np
 import pytest
 
-from hpm_video.data.transforms import Box
 from hpm_video.decoding import containers, crop_pixels
 from hpm_video.decoding import pyav as decode_pyav
 from hpm_video.decoding.mp4_header import is_trimmed
-from hpm_video.decoding.reader import as_decode_error
+from hpm_video.decoding.reader import Box, as_decode_error
 from hpm_video.decoding.registry import DecodeError, available_decoders, open_video
 
 DECODERS = available_decoders()

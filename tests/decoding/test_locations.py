@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpm_video.data.transforms import Box
 from hpm_video.decoding.locations import TarMember, base_name, frames_in, natural_order
+from hpm_video.decoding.reader import Box
 from hpm_video.decoding.registry import DecodeError, available_decoders, is_image, open_video
 
 DECODERS = available_decoders()

@@ -34,13 +34,13 @@ from hpm_video.decoding.locations import base_name, natural_order
 from hpm_video.mining.objective import named
 from hpm_video.mining.study import study_clips
 from hpm_video.mining.validation import measure
+from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.models.vit import Transformer
 from hpm_video.randomness import generator, global_generators, key_of, uniform
 from hpm_video.recognition.logistic import split_in_folds
 from hpm_video.recognition.mixing import Mixing
 from hpm_video.recognition.objective import Classification
-from hpm_video.recognition.trained_classifier import build_classifier
-from hpm_video.runs.pretraining import build_student, crops_of, load_run
+from hpm_video.runs.pretraining import crops_of, load_run
 from hpm_video.runs.run import key_of_source, open_data
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import STRATEGIES, MaskRule

@@ -17,9 +17,9 @@ import torch
 
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
-from hpm_video.recognition.trained_classifier import build_classifier
+from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.runs.finetuning import make_optimizer
-from hpm_video.runs.pretraining import _optimizer, build_student
+from hpm_video.runs.pretraining import _optimizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ALL = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))

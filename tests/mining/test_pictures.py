@@ -35,10 +35,10 @@ from hpm_video.mining.study import Study, reconstruct, statistics_from_visible, 
 from hpm_video.mining.targets import FeatureTarget, PixelTarget
 from hpm_video.mining.teacher import MomentumSchedule
 from hpm_video.models.encoder import EncoderShape
+from hpm_video.models.from_config import build_student
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder, Prediction
 from hpm_video.preparation.encode import write_video
 from hpm_video.randomness import uniform
-from hpm_video.runs.pretraining import build_student
 from hpm_video.tokens.grid import Size3, TokenGrid
 from hpm_video.tokens.masking import STRATEGIES, MaskRule, StrategyName, TokenMask, count_masked
 from hpm_video.tokens.patches import TargetKind, patchify

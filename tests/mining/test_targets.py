@@ -16,8 +16,9 @@ from hpm_video.mining.targets import FeatureTarget, PixelTarget
 from hpm_video.mining.teacher import MomentumSchedule, make_teacher
 from hpm_video.mining.validation import measure
 from hpm_video.models.encoder import EncoderShape
+from hpm_video.models.from_config import build_student
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.runs.pretraining import build_objective, build_student, build_target
+from hpm_video.runs.pretraining import build_objective, build_target
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import STRATEGIES, MaskRule, TokenMask
 from hpm_video.tokens.patches import patchify, standardise

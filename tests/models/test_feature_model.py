@@ -12,8 +12,9 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 from hpm_video.config.choices import DEFAULT_MODELS
+from hpm_video.files.weights import CheckpointError
 from hpm_video.models.feature_model import feature_width, load_feature_model
-from hpm_video.training.checkpoint import CheckpointError
+from hpm_video.weights.image_tower import read_image_tower
 
 TINY = "test_vit.r160_in1k"  # 64 wide, patches of 16, frames of 160
 TINY_GRID = (10, 10)
@@ -69,11 +70,15 @@ def clip_file(clip, tmp_path_factory):
 
 
 def load_tiny(path, frame_size=(160, 160), patch_size=PATCH):
-    return load_feature_model("dino", TINY, path, frame_size=frame_size, patch_size=patch_size)
+    return load_feature_model(
+        "dino", TINY, read_image_tower(path), path, frame_size=frame_size, patch_size=patch_size
+    )
 
 
 def load_clip(path, frame_size=(224, 224)):
-    return load_feature_model("clip", CLIP, path, frame_size=frame_size, patch_size=PATCH)
+    return load_feature_model(
+        "clip", CLIP, read_image_tower(path), path, frame_size=frame_size, patch_size=PATCH
+    )
 
 
 def saved(content, tmp_path, name="weights.pth"):

@@ -23,11 +23,11 @@ from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.data.sampling import window_indices
 from hpm_video.data.transforms import centre_box, crop_and_resize
 from hpm_video.decoding.registry import DecodeError, open_video
+from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.preparation.encode import write_video
 from hpm_video.recognition.feature_folder import FeatureFolder, Form, file_names
 from hpm_video.recognition.inference import ClipChoice, Extractor, load_extractor
-from hpm_video.recognition.trained_classifier import build_classifier, load_recogniser
-from hpm_video.runs.pretraining import build_student
+from hpm_video.recognition.trained_classifier import load_recogniser
 from hpm_video.tokens.pixels import normalise
 from hpm_video.training.checkpoint import save_checkpoint
 from hpm_video.training.optim import OptimizerState

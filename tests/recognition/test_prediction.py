@@ -15,8 +15,8 @@ from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data.sampling import view_indices
 from hpm_video.data.transforms import crop_and_resize, view_boxes
 from hpm_video.decoding.registry import open_video
-from hpm_video.recognition.trained_classifier import build_classifier, load_recogniser
-from hpm_video.runs.pretraining import build_student
+from hpm_video.models.from_config import build_classifier, build_student
+from hpm_video.recognition.trained_classifier import load_recogniser
 from hpm_video.training.checkpoint import save_checkpoint
 from hpm_video.training.optim import OptimizerState
 

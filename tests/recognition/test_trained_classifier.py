@@ -16,17 +16,15 @@ from hpm_video.data.manifest import Manifest, ManifestError, write_manifest
 from hpm_video.data.sampling import view_indices
 from hpm_video.data.transforms import crop_and_resize, view_boxes
 from hpm_video.decoding.registry import open_video
+from hpm_video.files.weights import CheckpointError
+from hpm_video.models.from_config import build_classifier
 from hpm_video.models.positions import position_table
 from hpm_video.recognition.inference import ClipChoice, Reading
 from hpm_video.recognition.testing import BadTestFilesError
-from hpm_video.recognition.trained_classifier import (
-    build_classifier,
-    load_recogniser,
-    recogniser_of,
-)
+from hpm_video.recognition.trained_classifier import load_recogniser, recogniser_of
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.pixels import normalise
-from hpm_video.training.checkpoint import CheckpointError, save_checkpoint
+from hpm_video.training.checkpoint import save_checkpoint
 from hpm_video.training.distributed import Processes, joined_processes
 from hpm_video.training.optim import OptimizerState
 

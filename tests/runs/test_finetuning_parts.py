@@ -11,7 +11,8 @@ from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_config, save_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data.manifest import Manifest, ManifestError
-from hpm_video.recognition.trained_classifier import build_classifier
+from hpm_video.files.weights import CheckpointError
+from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.runs.finetuning import (
     augmentation,
     build_objective,
@@ -20,9 +21,9 @@ from hpm_video.runs.finetuning import (
     make_optimizer,
     resolve,
 )
-from hpm_video.runs.pretraining import _optimizer, build_student
+from hpm_video.runs.pretraining import _optimizer
 from hpm_video.runs.run import RunData, SourceData
-from hpm_video.training.checkpoint import CheckpointError, read_weights, save_checkpoint
+from hpm_video.training.checkpoint import read_weights, save_checkpoint
 from hpm_video.training.optim import OptimizerState
 from hpm_video.training.progress import Timeline
 

@@ -17,10 +17,10 @@ from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data.clips import TooManyBadFiles
+from hpm_video.files.weights import CheckpointError
 from hpm_video.runs.finetuning import evaluate_run, finetune
 from hpm_video.runs.pretraining import load_run
 from hpm_video.runs.pretraining import pretrain as run_pretraining
-from hpm_video.training.checkpoint import CheckpointError
 
 pytestmark = pytest.mark.slow
 TINY = "test_vit.r160_in1k"  # 64 wide, patches of 16, images of 160

@@ -11,9 +11,10 @@ from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data.loader import BadFiles
 from hpm_video.data.manifest import ManifestError
+from hpm_video.files.weights import CheckpointError
 from hpm_video.runs.finetuning import finetune
 from hpm_video.runs.pretraining import load_run, pretrain
-from hpm_video.training.checkpoint import CheckpointError, checkpoints_in, read_state
+from hpm_video.training.checkpoint import checkpoints_in, read_state
 from hpm_video.training.metrics import MetricsError
 
 UPDATES = ["update-00000005", "update-00000007"]

@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hpm_video.files.weights import CheckpointError, load_weights
 from hpm_video.training.checkpoint import (
-    CheckpointError,
     checkpoint_path,
     checkpoints_in,
-    load_weights,
     mend,
     point_to,
     read_optimizer,

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
+from hpm_video.models.from_config import build_student
 from hpm_video.runs import finetuning as finetune
 from hpm_video.runs import pretraining as pretrain
-from hpm_video.runs.pretraining import build_student
 from hpm_video.training.memory import (
     FP32,
     MIXED_FP16,

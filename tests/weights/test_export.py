@@ -13,11 +13,10 @@ from safetensors.torch import load_file, save_file
 from hpm_video.config.loading import load_config, save_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data.transforms import held_out_crops
+from hpm_video.files.weights import CheckpointError
+from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.recognition.inference import load_extractor
-from hpm_video.recognition.trained_classifier import build_classifier
-from hpm_video.runs.pretraining import build_student
 from hpm_video.tokens.pixels import normalise
-from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights.exporting import FORMATS, export
 from hpm_video.weights.families import FAMILIES
 from hpm_video.weights.folder import write_folder

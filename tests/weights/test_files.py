@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hpm_video.training.checkpoint import CheckpointError
+from hpm_video.files.weights import CheckpointError
 from hpm_video.weights.files import read_source
 
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "b.bias": torch.ones(2)}

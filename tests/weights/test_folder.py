@@ -12,11 +12,12 @@ from hpm_video.config.checks import ConfigError
 from hpm_video.config.choices import TransformerSize
 from hpm_video.config.loading import load_any_config, load_config
 from hpm_video.config.schema import PretrainConfig
+from hpm_video.files.weights import CheckpointError
 from hpm_video.models.positions import position_table, resized
 from hpm_video.recognition.inference import ClipChoice, load_extractor
 from hpm_video.runs.pretraining import pretrain
 from hpm_video.tokens.grid import TokenGrid
-from hpm_video.training.checkpoint import CheckpointError, sha256_of
+from hpm_video.training.checkpoint import sha256_of
 from hpm_video.weights.families import LICENCES
 from hpm_video.weights.folder import write_folder
 from hpm_video.weights.importing import import_weights

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hpm_video.config.choices import TransformerSize
+from hpm_video.files.weights import CheckpointError
 from hpm_video.models.positions import position_table
 from hpm_video.tokens.grid import TokenGrid
-from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights import layouts
 from hpm_video.weights.families import LICENCES, recognise
 from hpm_video.weights.files import Source

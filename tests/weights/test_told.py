@@ -8,9 +8,9 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
+from hpm_video.files.weights import CheckpointError
 from hpm_video.models.positions import position_table
 from hpm_video.tokens.grid import TokenGrid
-from hpm_video.training.checkpoint import CheckpointError
 from hpm_video.weights.folder import finetune_config
 from hpm_video.weights.importing import import_weights
 from hpm_video.weights.parity import compare
