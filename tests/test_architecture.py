@@ -15,8 +15,11 @@ MAY_IMPORT = {
     "decord": {"decoding/decord.py"},
     "torchcodec": {"decoding/torchcodec.py"},
     "av": {
-        *("decoding/pyav.py", "decoding/crop_pixels.py", "preparation/encode.py"),
-        *("preparation/check.py", "decoding/video_stream.py"),
+        "decoding/pyav.py",
+        "decoding/crop_pixels.py",
+        "preparation/encode.py",
+        "preparation/check.py",
+        "decoding/video_stream.py",
     },
     "omegaconf": {"config/schema.py"},
     "pandas": {"data/manifest.py"},
@@ -26,8 +29,11 @@ MAY_IMPORT = {
     "onnxruntime": {"weights/verify.py"},
     "torchvision": {"data/augment.py"},
     "timm": {
-        *("data/augment.py", "recognition/mixing.py", "models/feature_model.py"),
-        *("weights/peers.py", "weights/verify.py"),
+        "data/augment.py",
+        "recognition/mixing.py",
+        "models/feature_model.py",
+        "weights/peers.py",
+        "weights/verify.py",
     },
 }
 SEES_A_CONFIG = {
@@ -55,17 +61,22 @@ PURE = (
 )
 LONGEST_FUNCTION = 60
 CORE = (
-    *(
-        "tokens/masking",
-        "tokens/patches",
-        "mining/losses",
-        "mining/targets",
-        "mining/objective",
-        "mining/validation",
-    ),
-    *("recognition/objective", "recognition/mixing"),
-    *("training/loop", "training/objective", "training/engine", "mining/teacher"),
-    *("models/encoder", "models/masked_autoencoder", "models/classifier", "models/vit"),
+    "tokens/masking",
+    "tokens/patches",
+    "mining/losses",
+    "mining/targets",
+    "mining/objective",
+    "mining/validation",
+    "recognition/objective",
+    "recognition/mixing",
+    "training/loop",
+    "training/objective",
+    "training/engine",
+    "mining/teacher",
+    "models/encoder",
+    "models/masked_autoencoder",
+    "models/classifier",
+    "models/vit",
 )
 """What must work alike for images and for video."""
 SAID_IN_THE_CORE = {

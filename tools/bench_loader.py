@@ -179,7 +179,8 @@ class Trials:
         places = self.places()
         self.storage.prepare_all(self.clips, places)
         trial = try_reading(
-            *(self.clips, places),
+            self.clips,
+            places,
             batch_size=self.batch_size,
             workers=workers,
             seconds=self.seconds,
@@ -205,7 +206,8 @@ def measure_phases(
     def measured(decoder: DecoderName | None) -> Phases | DecodeError:
         try:
             return time_phases(
-                *(trials.clips, places),
+                trials.clips,
+                places,
                 batch_size=trials.batch_size,
                 device=device,
                 storage=trials.storage,

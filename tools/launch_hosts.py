@@ -64,9 +64,16 @@ def main(command_line: Sequence[str] | None = None) -> int:
         variables.flush()
         runner = subprocess.Popen(
             [
-                *(sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--no_local_rank"),
-                *("--hostfile", str(arguments.hostfile), *meeting_place(hosts, place)),
-                *(program, *(arguments.arguments if here else map(quoted, arguments.arguments))),
+                sys.executable,
+                "-m",
+                "deepspeed.launcher.runner",
+                "--quiet",
+                "--no_local_rank",
+                "--hostfile",
+                str(arguments.hostfile),
+                *meeting_place(hosts, place),
+                program,
+                *(arguments.arguments if here else map(quoted, arguments.arguments)),
             ],
             env={**environment, "DS_ENV_FILE": variables.name},
             start_new_session=True,

@@ -93,7 +93,9 @@ def name_actions(arguments: argparse.Namespace) -> None:
     predictions: list[Prediction] = []
     failures: list[Failure] = []
     for found in predict(
-        *(recogniser, manifest, views),
+        recogniser,
+        manifest,
+        views,
         decoder=arguments.decoder,
         workers=workers if len(manifest) > 1 else 0,
     ):

@@ -261,8 +261,12 @@ def cells(row: Row, machine: Machine) -> str:
     """A line of the table."""
     device = row.memory.device
     sizes = (
-        *(device.weights, device.master + device.moments, device.gradients),
-        *(device.teacher, device.buffers, row.activations),
+        device.weights,
+        device.master + device.moments,
+        device.gradients,
+        device.teacher,
+        device.buffers,
+        row.activations,
     )
     shown = " | ".join(f"{size / 1e9:.1f}" for size in sizes)
     fits = "" if row.needed <= FULL * machine.memory else " (does not fit)"

@@ -96,7 +96,8 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--memory", type=above_zero, default=4.0, metavar="GIB", help="of a process (default 4)")
     add(
-        *("--estimate", "--dry-run"),
+        "--estimate",
+        "--dry-run",
         action="store_true",
         help="try a few files, tell how long it will take and how large it will be, and stop",
     )

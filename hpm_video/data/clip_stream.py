@@ -106,7 +106,9 @@ class ClipStream:
         self.manifest = manifest
         self.places = places
         self.reader = PartReader(
-            *(spec, chosen, settle_decoder(decoder, manifest)),
+            spec,
+            chosen,
+            settle_decoder(decoder, manifest),
             clips_per_part=max(1, clips_per_part // chosen.crops),
         )
 

@@ -373,7 +373,10 @@ class BadFiles:
             for number, failure in enumerate(new.values(), start=len(self) + 1):
                 log.warning(
                     "bad file %d (%s has all): %s: %s",
-                    *(number, self._path.name, failure.path, failure.reason),
+                    number,
+                    self._path.name,
+                    failure.path,
+                    failure.reason,
                 )
         self.failures |= new
         self.check()

@@ -461,7 +461,10 @@ def _tell_odd_names(folder: Path, names: tuple[str, ...], of: int) -> None:
     log.warning(
         "%d of %d files in %s are left out, for no manifest can hold their names. Rename them, or "
         "their folders: %s%s",
-        *(len(names), of, folder, "; ".join(told)),
+        len(names),
+        of,
+        folder,
+        "; ".join(told),
         f"; and {len(names) - len(told)} more" if len(names) > len(told) else "",
     )
 

@@ -25,9 +25,9 @@ SCALE_PAIRS = tuple(
 )
 """Of height and width: at most one step apart, so that the crop is hardly distorted."""
 OFFSETS = (
-    *((0, 0), (0, 4), (4, 0), (4, 4)),  # corners
-    *((0, 2), (2, 0), (2, 2), (2, 4), (4, 2)),  # middles of the sides, and of the frame
-    *((1, 1), (1, 3), (3, 1), (3, 3)),  # halfway from the middle to the corners
+    ((0, 0), (0, 4), (4, 0), (4, 4))  # corners
+    + ((0, 2), (2, 0), (2, 2), (2, 4), (4, 2))  # middles of the sides, and of the frame
+    + ((1, 1), (1, 3), (3, 1), (3, 3))  # halfway from the middle to the corners
 )
 """Places of a multi-scale crop: quarters of the free way from the top and from the left."""
 

@@ -21,14 +21,25 @@ from typing_extensions import Self
 
 from hpm_video.decoding.reader import DecodeError
 
-VIDEO_SUFFIXES = (
-    *(".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
-    *(".mts", ".ogv", ".ts", ".webm", ".wmv"),
+VIDEO_SUFFIXES = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg") + (
+    ".mts",
+    ".ogv",
+    ".ts",
+    ".webm",
+    ".wmv",
 )
 IMAGE_SUFFIXES = (
-    *(".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
-    *(".tif", ".tiff", ".webp"),
-)
+    ".bmp",
+    ".jfif",
+    ".jpe",
+    ".jpeg",
+    ".jpg",
+    ".pbm",
+    ".pgm",
+    ".png",
+    ".pnm",
+    ".ppm",
+) + (".tif", ".tiff", ".webp")
 
 _MEMBER = re.compile(
     r"(?P<tar>.+?\.tar)::(?P<name>.+)@(?P<offset>[0-9]{1,18})\+(?P<size>[0-9]{1,18})",

@@ -53,7 +53,8 @@ class How:
     def takes_over(self, finding: Finding) -> bool:
         """Whether it would find the same, as long as the file has not changed."""
         return finding.decoder in (self.decoder, PICTURES) and finding.limits in (
-            *(None, self.allowed),
+            None,
+            self.allowed,
         )
 
 

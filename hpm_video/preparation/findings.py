@@ -69,9 +69,21 @@ _TEXT = ("codec", "pixel_format", "modified", "content", "decoder")
 _REAL = {"duration": 3, "fps": 4}
 """Digits behind the point."""
 COLUMNS = (
-    *("num_frames", "duration", "fps", "width", "height", "codec", "pixel_format"),
-    *("key_frame_distance", "rotation", "bytes", "modified", "content", "decoder"),
-    *("verdict", "reason"),
+    "num_frames",
+    "duration",
+    "fps",
+    "width",
+    "height",
+    "codec",
+    "pixel_format",
+    "key_frame_distance",
+    "rotation",
+    "bytes",
+    "modified",
+    "content",
+    "decoder",
+    "verdict",
+    "reason",
 )
 """In a manifest, behind those that it had."""
 

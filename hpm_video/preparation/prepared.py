@@ -49,13 +49,27 @@ from hpm_video.preparation.transcode import (
 from hpm_video.workers.pool import Lost, Pool
 
 COLUMNS = (
-    *("path", "label", "label_name"),
-    *("num_frames", "width", "height", "fps", "key_frame_distance"),
+    "path",
+    "label",
+    "label_name",
+    "num_frames",
+    "width",
+    "height",
+    "fps",
+    "key_frame_distance",
 )
 STALE = {
     *COLUMNS,
-    *("duration", "codec", "pixel_format", "rotation", "bytes"),
-    *("modified", "content", "decoder", "verdict", "reason"),
+    "duration",
+    "codec",
+    "pixel_format",
+    "rotation",
+    "bytes",
+    "modified",
+    "content",
+    "decoder",
+    "verdict",
+    "reason",
 }
 """Columns that say of a source what is not true of what is made of it."""
 UNRELATED = ("hpm_video",)
@@ -338,12 +352,14 @@ class PreparedFolder:
         place, label = self.rows.manifest.files[row], self.rows.manifest.labels[row]
         made = self._state.made[place]
         return [
-            *(self._place_of(place), label if label >= 0 else "", self.rows.label_name(row)),
-            *(made.num_frames, made.width, made.height),
-            *(
-                f"{made.fps:.4f}".rstrip("0").rstrip(".") if made.fps else "",
-                made.key_frame_distance,
-            ),
+            self._place_of(place),
+            label if label >= 0 else "",
+            self.rows.label_name(row),
+            made.num_frames,
+            made.width,
+            made.height,
+            f"{made.fps:.4f}".rstrip("0").rstrip(".") if made.fps else "",
+            made.key_frame_distance,
             *(column[row] for column in self.rows.others.values()),
         ]
 

@@ -196,7 +196,8 @@ class Transcoder:
         resizer = Resizer(size)
         with _writing():
             writer = VideoWriter(
-                *(Path(job.beside), size),
+                Path(job.beside),
+                size,
                 fps=fps,
                 crf=self.recipe.crf,
                 gop=self.recipe.key_frames,
@@ -273,7 +274,13 @@ class Prober:
                 count = min(job.num_frames or video.num_frames, video.num_frames)
             seconds = time.perf_counter() - began
             yield Made(
-                *(count, height, width, float(rate), distance, size, seconds),
+                count,
+                height,
+                width,
+                float(rate),
+                distance,
+                size,
+                seconds,
                 source_bytes=stamp.bytes or 0,
                 source_modified=stamp.modified,
             )

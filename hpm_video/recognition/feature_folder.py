@@ -158,7 +158,9 @@ class FeatureFolder:
         video, label = self.manifest.files[place], self.manifest.labels[place]
         names = self.manifest.label_names or ()
         row = [
-            *(video, self.features_of(video).relative_to(self.path).as_posix(), label),
+            video,
+            self.features_of(video).relative_to(self.path).as_posix(),
+            label,
             names[label] if 0 <= label < len(names) else "",
             *self._entries[video],
         ]

@@ -80,7 +80,10 @@ def extract(
     """
     places = folder.missing()
     clips = ClipStream(
-        *(folder.manifest, places, extractor.spec, wanted.views),
+        folder.manifest,
+        places,
+        extractor.spec,
+        wanted.views,
         decoder=decoder,
         clips_per_part=extractor.clips_per_pass,
     )

@@ -35,7 +35,10 @@ WeightsOf = Literal["student", "teacher", "model", "average", "untrained"]
 or those that pre-training began with, to compare with."""
 FILE_OF: dict[WeightsOf, str] = {"student": "model"}
 OF_DECODERS = (
-    *("mask_token", "to_decoder.", "reconstructor.", "difficulty_decoder."),
+    "mask_token",
+    "to_decoder.",
+    "reconstructor.",
+    "difficulty_decoder.",
     "decoder_positions.",
 )
 """Weights of a masked autoencoder that are not its encoder's."""

@@ -187,7 +187,11 @@ def evaluate_run(
         return before
     log.info(
         "testing the %s checkpoint (%s of update %d) with %d x %d views of each video",
-        *(how.checkpoint, how.weights, what["update"], how.clips, how.crops),
+        how.checkpoint,
+        how.weights,
+        what["update"],
+        how.clips,
+        how.crops,
     )
     reading = Reading(
         config.data.decoder,

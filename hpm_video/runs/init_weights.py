@@ -57,6 +57,9 @@ def check_same_model(
     if (source.data.mean, source.data.std) != (config.data.mean, config.data.std):
         log.warning(
             "init_weights=%s was trained with data.mean=%s data.std=%s, this run has %s and %s",
-            *(config.init_weights, source.data.mean, source.data.std),
-            *(config.data.mean, config.data.std),
+            config.init_weights,
+            source.data.mean,
+            source.data.std,
+            config.data.mean,
+            config.data.std,
         )

@@ -59,8 +59,12 @@ from hpm_video.workers.pool import GIB, Limits
 log = logging.getLogger(__name__)
 Config = TypeVar("Config", bound=RunConfig)
 RUN_FILES = {
-    *(".lock", "checkpoints", "config.yaml", "labels.txt"),
-    *("init_weights.sha256", "feature_weights.sha256"),
+    ".lock",
+    "checkpoints",
+    "config.yaml",
+    "labels.txt",
+    "init_weights.sha256",
+    "feature_weights.sha256",
 }
 """What a run that was killed at its very start may have left."""
 TIMED_CLIPS = 8

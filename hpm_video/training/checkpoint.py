@@ -158,7 +158,8 @@ def _move_aside(path: Path) -> None:
     log.warning(
         "%s stood in the way of a checkpoint of this run; it is now %s, and may be deleted if "
         "nothing in it is needed",
-        *(path, aside.name),
+        path,
+        aside.name,
     )
 
 

@@ -53,7 +53,7 @@ class Panel:
 PANELS = (
     Panel(
         "Loss in training",
-        (*("loss", "reconstruction", "prediction", "classification"), "*/reconstruction"),
+        ("loss", "reconstruction", "prediction", "classification", "*/reconstruction"),
         noisy=True,
     ),
     Panel(

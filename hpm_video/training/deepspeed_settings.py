@@ -116,8 +116,11 @@ REMEDIES = {
 
 
 NOT_FOLLOWED = (
-    *("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights"),
-    *("zero_quantized_gradients", "mics_shard_size"),
+    "zero_hpz_partition_size",
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+    "mics_shard_size",
 )
 """Ways to spread weights in which the teacher could not follow the student shard by shard."""
 

@@ -278,7 +278,8 @@ class WaitingWarning:
                 "%.0f%% of the time goes into waiting for data. What holds it up, and how many "
                 "data.workers would do: python tools/bench_loader.py %s. Often it is decoding: "
                 "tools/transcode.py makes videos small and quick to seek in",
-                *(100 * data_wait, self._config),
+                100 * data_wait,
+                self._config,
             )
 
 

@@ -19,8 +19,17 @@ from hpm_video.decoding.registry import decoder_versions
 
 Facts = dict[str, Any]
 DECIDES_BITS = (
-    *("torch", "numpy", "decoders", "device", "cpu_capability", "threads"),
-    *("precision", "engine", "processes", "micro_batch", "accumulate"),
+    "torch",
+    "numpy",
+    "decoders",
+    "device",
+    "cpu_capability",
+    "threads",
+    "precision",
+    "engine",
+    "processes",
+    "micro_batch",
+    "accumulate",
 )
 """Facts on which the last bits of a result depend."""
 

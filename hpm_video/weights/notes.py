@@ -47,10 +47,27 @@ OF_TIMM: dict[str, tuple[Any, ...]] = {
 }
 """Keys of timm's model_args, and what they must say."""
 READ_OF_TIMM = (
-    *("img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads"),
-    *("mlp_ratio", "class_token", "no_embed_class", "global_pool", "fc_norm"),
-    *("dynamic_img_size", "dynamic_img_pad", "weight_init", "fix_init"),
-    *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"),
+    "img_size",
+    "patch_size",
+    "in_chans",
+    "num_classes",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "class_token",
+    "no_embed_class",
+    "global_pool",
+    "fc_norm",
+    "dynamic_img_size",
+    "dynamic_img_pad",
+    "weight_init",
+    "fix_init",
+    "drop_rate",
+    "pos_drop_rate",
+    "patch_drop_rate",
+    "proj_drop_rate",
+    "attn_drop_rate",
     "drop_path_rate",
 )
 """Further keys: they are read, the weights say the same, or they only matter in training."""

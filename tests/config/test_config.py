@@ -218,9 +218,13 @@ def test_a_source_that_picks_needs_a_predictor_too():
 
 
 MIXED = [
-    *("mix.images.weight=0.5", "mix.images.data.num_frames=2", "mix.images.data.train=i.csv"),
-    *("mix.images.data.frame_size=[64,64]", "mix.images.masking.ratio=0.5"),
-    *("mix.images.data.crop=random_resized", "mix.clips.data.train=c.csv"),
+    "mix.images.weight=0.5",
+    "mix.images.data.num_frames=2",
+    "mix.images.data.train=i.csv",
+    "mix.images.data.frame_size=[64,64]",
+    "mix.images.masking.ratio=0.5",
+    "mix.images.data.crop=random_resized",
+    "mix.clips.data.train=c.csv",
 ]
 
 
@@ -512,8 +516,11 @@ def test_a_value_that_no_classifier_can_be_run_with_is_named_with_its_rule(overr
         ["augmentation.mixup=0.8", "engine.micro_batch=2", "data.repeats=3"],
         ["augmentation.mixup=0.8", "augmentation.mix_probability=0", "engine.micro_batch=1"],
         [
-            *("model.pooling=batch_norm", "engine.micro_batch=1", "data.repeats=2"),
-            *("recipe.average_momentum=null", "test.weights=model"),
+            "model.pooling=batch_norm",
+            "engine.micro_batch=1",
+            "data.repeats=2",
+            "recipe.average_momentum=null",
+            "test.weights=model",
         ],
         ["model.pooling=attentive", "model.frozen=true", "recipe.average_momentum=0.9"],
         ["test.weights=average", "recipe.average_momentum=0.9"],

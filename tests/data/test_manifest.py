@@ -50,7 +50,9 @@ def test_a_table_of_paths_alone_any_suffix(tmp_path):
 
 def test_labels_without_a_name_are_named_by_their_number(tmp_path):
     assert listed(tmp_path, "path,label,label_name\na,3,jump\nb,1,\n").label_names == (
-        *("0", "1", "2"),
+        "0",
+        "1",
+        "2",
         "jump",
     )
 

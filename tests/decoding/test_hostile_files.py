@@ -21,8 +21,13 @@ REFUSED = {
     "pyav": set(),
     "torchcodec": {"odd_halved.avi", "mpeg4.avi", "stream.ts"},
     "decord": {
-        *("tiny.mp4", "av1.mp4", "stream.ts", "animation.gif"),
-        *("start_trimmed.mp4", "end_trimmed.mp4", "both_trimmed.mp4"),
+        "tiny.mp4",
+        "av1.mp4",
+        "stream.ts",
+        "animation.gif",
+        "start_trimmed.mp4",
+        "end_trimmed.mp4",
+        "both_trimmed.mp4",
     },
 }
 """Odd files that a decoder would get wrong, and that its reader leaves alone."""

@@ -172,7 +172,8 @@ def make_numbers(run):
         (folder / "import" / "hpm_video").symlink_to(ROOT / "hpm_video")
         subprocess.run(
             [
-                *(sys.executable, *launcher),
+                sys.executable,
+                *launcher,
                 ROOT / f"tools/{RUNS[run]}.py",
                 f"runs/{run}/config.yaml",
             ],

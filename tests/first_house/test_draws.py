@@ -132,7 +132,10 @@ def clips():
             found[f"multi-scale {name} {key}"] = [asdict(crop.box), crop.mirrored]
             drawn = augmentation.draw(size, (32, 48), generator("clip", *key))
             found[f"augmentation {name} {key}"] = [
-                *(asdict(drawn.box), drawn.mirrored, drawn.change_key, drawn.erase_key),
+                asdict(drawn.box),
+                drawn.mirrored,
+                drawn.change_key,
+                drawn.erase_key,
             ]
     drawn = replace(drawn, how=replace(augmentation, erasing=1.0))
     noise = drawn(np.zeros((2, drawn.box.height, drawn.box.width, 3), np.uint8))

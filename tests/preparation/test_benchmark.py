@@ -112,7 +112,10 @@ def test_time_is_put_down_to_its_phase_and_counted_per_clip(videos, monkeypatch)
 def test_the_bottleneck_depends_on_the_number_of_workers():
     phases = Phases(reading=1, decoding=6, augmenting=2, collating=0.5, copying=1)
     assert [phases.bottleneck(workers) for workers in (1, 5, 7, 100)] == [
-        *("decoding", "decoding", "copying", "copying")
+        "decoding",
+        "decoding",
+        "copying",
+        "copying",
     ]
     assert replace(phases, reading=7).bottleneck(1) == "reading"
 

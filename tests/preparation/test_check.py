@@ -683,7 +683,18 @@ def test_two_checks_do_not_write_one_journal(tmp_path):
 FULL = Finding(
     "suspicious",
     ("one", "two, three"),
-    *(30, 1.2, 25.0, 64, 48, "h264", "yuv420p", 12, 90, 1234, "2026-01-01", "abc"),
+    30,
+    1.2,
+    25.0,
+    64,
+    48,
+    "h264",
+    "yuv420p",
+    12,
+    90,
+    1234,
+    "2026-01-01",
+    "abc",
 )
 
 
@@ -730,11 +741,13 @@ def stream(times, frames, **known) -> Stream:
         (stream([0, 2, 1], [(0, True), (1, True), (2, True)], torn={2}), 2, 3),
         (
             stream([0, 1, 2], [(0, True), (2, True)], first_error="x", errors_at=[1]),
-            *(1, 3),
+            1,
+            3,
         ),
         (
             stream([0, 1, 2, 3], [(i, True) for i in range(3)], first_error="x", errors_at=[2, 2]),
-            *(2, 4),
+            2,
+            4,
         ),
         (stream([None, None], [(0, True), (1, True)]), 2, 2),
         (stream([0, 1, 2], [(9, True), (10, True)], has_times=False), 2, 3),
@@ -848,7 +861,8 @@ def test_a_run_over_a_checked_manifest_leaves_out_the_bad(check, videos, pretrai
     assert len(updates) == 3
     assert not (run / "bad_files.csv").exists()
     assert {finding.num_frames for finding in read_findings(read_listing(checked)).values()} == {
-        *(12, None),
+        12,
+        None,
     }
 
 

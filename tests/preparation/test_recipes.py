@@ -173,8 +173,14 @@ def kinetics_arguments() -> list[str]:
         "riding or walking with horse,rrrrrrrrrr9,7,17,val,0\n",
     )
     return [
-        *("--train", "k/train", "--train-csv", "k/annotations/train.csv"),
-        *("--validation", "k/val", "--validation-csv", "k/annotations/val.csv"),
+        "--train",
+        "k/train",
+        "--train-csv",
+        "k/annotations/train.csv",
+        "--validation",
+        "k/val",
+        "--validation-csv",
+        "k/annotations/val.csv",
     ]
 
 
@@ -193,7 +199,9 @@ def test_kinetics_class_folders_with_lists(run: Run) -> None:
         "k/val/riding or walking with horse/rrrrrrrrrr9_000007_000017.mp4": 1,
     }
     assert read_manifest("out/validation.csv").label_names == (
-        *("0", "riding or walking with horse", "zumba"),
+        "0",
+        "riding or walking with horse",
+        "zumba",
     )
     assert Path("out/train.csv").read_text().startswith("path,label,label_name\n/")
     assert "validation: 2 videos listed, 2 found, 0 missing" in outcome.out
@@ -605,7 +613,8 @@ def test_ucf_three_splits(run: Run) -> None:
         }
     assert "none of these lists: 0 of 6 videos" in outcome.out
     assert read_manifest("out/test_split2.csv").label_names == (
-        *("ApplyEyeMakeup", "HandstandPushups"),
+        "ApplyEyeMakeup",
+        "HandstandPushups",
     )
 
 
@@ -918,7 +927,10 @@ def test_imagenet_class_folders_must_say_what_a_list_says(run: Run) -> None:
     val = text("val.txt", f"{next(iter(VALIDATION))}.JPEG 1\n")
     refused(
         run("imagenet1k", *arguments, "--validation-labels", val),
-        *("val.txt, line 1", "class 1, n01443537", "in/val/n15075141", "--validation-labels"),
+        "val.txt, line 1",
+        "class 1, n01443537",
+        "in/val/n15075141",
+        "--validation-labels",
     )
 
 
@@ -976,7 +988,10 @@ def test_imagenet_archives_must_be_unpacked(run: Run) -> None:
     touch("in/train/n01440764.tar", "in/train/n01443537.tar")
     refused(
         run("imagenet1k", "--train", "in"),
-        *("no images in", "2 archives", "Unpack them first", str(Path("in/train").absolute())),
+        "no images in",
+        "2 archives",
+        "Unpack them first",
+        str(Path("in/train").absolute()),
         'for f in *.tar; do mkdir "${f%.tar}" && tar -xf "$f" -C "${f%.tar}" && rm "$f"; done',
     )
     loop = load("imagenet1k").Videos.__init__.__globals__["UNPACK"]
@@ -1085,7 +1100,9 @@ def test_cifar_class_folders(run: Run) -> None:
         "c/test/bird/2.png": 2,
     }
     assert sorted(path.name for path in Path("out").iterdir()) == [
-        *("labels.txt", "train.csv", "validation.csv")
+        "labels.txt",
+        "train.csv",
+        "validation.csv",
     ]
     touch("c/test/cat/1.png")
     assert "in no folder named like one of the 3 classes" in run("cifar10", "c").err
@@ -1234,7 +1251,9 @@ def test_cifar_what_is_none_of_it(run: Run) -> None:
     text("a.zip", "no archive")
     refused(
         run("cifar10", "a.zip"),
-        *("a.zip cannot be read", "cifar-10-python.tar.gz or cifar-10-binary.tar.gz", "unpacked"),
+        "a.zip cannot be read",
+        "cifar-10-python.tar.gz or cifar-10-binary.tar.gz",
+        "unpacked",
     )
     touch("t/train/bird.tar", "t/test/bird.tar")
     refused(run("cifar10", "t"), "no images in", "1 archives", "for f in *.tar; do")

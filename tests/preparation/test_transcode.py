@@ -285,11 +285,20 @@ def test_shards_have_the_layout_of_webdataset(outputs):
         members = tar.getmembers()
         data = {member.name: tar.extractfile(member).read() for member in members}
     assert [member.name for member in members] == [
-        *("a/plain_one.cls", "a/plain_one.json", "a/plain_one.mp4"),
-        *("a/turned.cls", "a/turned.json", "a/turned.mp4"),
-        *("b/odd.cls", "b/odd.json", "b/odd.mp4"),
-        *("b/uneven.json", "b/uneven.mp4"),
-        *("b/small.cls", "b/small.json", "b/small.mp4"),
+        "a/plain_one.cls",
+        "a/plain_one.json",
+        "a/plain_one.mp4",
+        "a/turned.cls",
+        "a/turned.json",
+        "a/turned.mp4",
+        "b/odd.cls",
+        "b/odd.json",
+        "b/odd.mp4",
+        "b/uneven.json",
+        "b/uneven.mp4",
+        "b/small.cls",
+        "b/small.json",
+        "b/small.mp4",
     ]
     assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in members} == {(0, 0, 0, "", "")}
     assert data["b/odd.cls"] == b"1"

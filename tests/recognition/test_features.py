@@ -487,13 +487,19 @@ def test_other_settings_are_refused_with_what_differs(
         ("dtype: float32 -> float16",): (pretrained, source, output, "--dtype", "float16"),
         ("clips: 1 -> 2",): (pretrained, source, output, "--clips", 2),
         ("clips: 1 -> None", "window_stride: None -> 2"): (
-            *(pretrained, source, output),
-            *("--window-stride", 2),
+            pretrained,
+            source,
+            output,
+            "--window-stride",
+            2,
         ),
         ("features: pooled -> tokens",): (pretrained, source, output, "--tokens"),
         ("weights: student -> teacher", "weights_sha256: "): (
-            *(pretrained, source, output),
-            *("--weights", "teacher"),
+            pretrained,
+            source,
+            output,
+            "--weights",
+            "teacher",
         ),
         ("weights: student -> model", "frame_stride: 1 -> 2"): (classifier, source, output),
         (f"source: {source} -> {source.parent}",): (pretrained, source.parent, output),
@@ -659,7 +665,10 @@ def test_clips_that_span_the_video_have_no_stride(main, source, tmp_path, capsys
         return {"model": build_classifier(config, 2)}
 
     checkpoint = save(
-        *(tmp_path, FinetuneConfig, CLASSIFIER, build),
+        tmp_path,
+        FinetuneConfig,
+        CLASSIFIER,
+        build,
         names=("a", "b"),
         overrides=["data.sampling=segments"],
     )

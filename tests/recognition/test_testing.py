@@ -331,7 +331,12 @@ def test_results_are_read_back(tmp_path):
     with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == [
-        *("path", "label", "label_name", "prediction", "prediction_name", "correct"),
+        "path",
+        "label",
+        "label_name",
+        "prediction",
+        "prediction_name",
+        "correct",
         *(f"probability of {name}" for name in NAMES),
     ]
     assert [row["path"] for row in rows] == list(manifest.files)

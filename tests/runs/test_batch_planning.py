@@ -144,9 +144,17 @@ def manifest(videos):
 def test_a_dry_run_tells_the_plan_and_leaves_nothing(manifest, tmp_path, capsys):
     overrides = ["recipe.batch_size=64", "recipe.epochs=8", "engine.precision=auto"]
     code, output = dry_run(
-        *(capsys, "pretrain", CONFIGS / "pretrain" / "k400_hpm_s.yaml"),
-        *(f"data.train={manifest}", "data.validation=null", f"output_dir={tmp_path / 'run'}"),
-        *("recipe.warmup_epochs=1", WIDE, *overrides, "--processes", 8),
+        capsys,
+        "pretrain",
+        CONFIGS / "pretrain" / "k400_hpm_s.yaml",
+        f"data.train={manifest}",
+        "data.validation=null",
+        f"output_dir={tmp_path / 'run'}",
+        "recipe.warmup_epochs=1",
+        WIDE,
+        *overrides,
+        "--processes",
+        8,
     )
     assert code == 0, output
     assert "64 files per update = 8 per forward pass x 1 pass(es) x 8 process(es)" in output
@@ -161,10 +169,20 @@ def test_a_dry_run_tells_the_plan_and_leaves_nothing(manifest, tmp_path, capsys)
 def test_a_dry_run_of_zero_shows_what_is_spread(manifest, capsys):
     def weights_of(stage):
         code, output = dry_run(
-            *(capsys, "pretrain", CONFIGS / "pretrain" / "k400_hpm_s.yaml", "engine.micro_batch=8"),
-            *(f"data.train={manifest}", "data.validation=null", "recipe.batch_size=64"),
-            *("recipe.epochs=8", "recipe.warmup_epochs=1", WIDE, "engine.name=deepspeed"),
-            *(f"engine.zero_stage={stage}", "--processes", 8),
+            capsys,
+            "pretrain",
+            CONFIGS / "pretrain" / "k400_hpm_s.yaml",
+            "engine.micro_batch=8",
+            f"data.train={manifest}",
+            "data.validation=null",
+            "recipe.batch_size=64",
+            "recipe.epochs=8",
+            "recipe.warmup_epochs=1",
+            WIDE,
+            "engine.name=deepspeed",
+            f"engine.zero_stage={stage}",
+            "--processes",
+            8,
         )
         assert code == 0, output
         return {
@@ -179,14 +197,18 @@ def test_a_dry_run_of_zero_shows_what_is_spread(manifest, capsys):
 
 def test_a_dry_run_of_fine_tuning_needs_no_weights_yet(labelled_videos, capsys):
     code, output = dry_run(
-        *(capsys, "finetune", CONFIGS / "finetune" / "ssv2_s.yaml", WIDE),
-        *(
-            f"data.train={labelled_videos / 'train'}",
-            "data.validation=null",
-            "init_weights=there/is/none",
-        ),
-        *("model.num_classes=null", "recipe.batch_size=8", "recipe.epochs=8"),
-        *("--processes", 2),
+        capsys,
+        "finetune",
+        CONFIGS / "finetune" / "ssv2_s.yaml",
+        WIDE,
+        f"data.train={labelled_videos / 'train'}",
+        "data.validation=null",
+        "init_weights=there/is/none",
+        "model.num_classes=null",
+        "recipe.batch_size=8",
+        "recipe.epochs=8",
+        "--processes",
+        2,
     )
     assert code == 0, output
     assert "8 files per update = 4 per forward pass x 1 pass(es) x 2 process(es)" in output
@@ -195,8 +217,13 @@ def test_a_dry_run_of_fine_tuning_needs_no_weights_yet(labelled_videos, capsys):
 
 def test_a_dry_run_refuses_what_the_run_would(manifest, capsys):
     code, output = dry_run(
-        *(capsys, "pretrain", CONFIGS / "pretrain" / "demo.yaml", f"data.train={manifest}"),
-        *("data.validation=null", "--processes", 3),
+        capsys,
+        "pretrain",
+        CONFIGS / "pretrain" / "demo.yaml",
+        f"data.train={manifest}",
+        "data.validation=null",
+        "--processes",
+        3,
     )
     assert code == 2
     assert output.count("recipe.batch_size must spread evenly over processes=3") == 1

@@ -97,8 +97,12 @@ def test_what_the_script_says(finetuned_run):
 def test_a_checkpoint_stands_alone(finetuned_run):
     checkpoint = finetuned_run / "checkpoints" / "last"
     assert {path.name for path in checkpoint.iterdir()} == {
-        *("model.safetensors", "average.safetensors", "optimizer.safetensors"),
-        *("state.json", "config.yaml", "labels.txt"),
+        "model.safetensors",
+        "average.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "config.yaml",
+        "labels.txt",
     }
     assert (checkpoint / "labels.txt").read_text() == "blue\ngreen\nred\n"
     model, average = (
@@ -273,10 +277,25 @@ def test_probes_of_a_pretrained_encoder(finished_run, labelled_videos, run_tool,
     output = tmp_path / "probes"
     code, said = run_tool(
         *arguments,
-        *("--probes", "knn", "logistic", "linear", "attentive", "--neighbours", "3", "5"),
-        *("--output", output, "--set", "recipe.batch_size=6", "recipe.epochs=12"),
-        *("recipe.warmup_epochs=1", "engine.micro_batch=6", "engine.threads=1", "test.clips=1"),
-        *("recipe.base_lr=1", "logging.tensorboard=false"),
+        "--probes",
+        "knn",
+        "logistic",
+        "linear",
+        "attentive",
+        "--neighbours",
+        "3",
+        "5",
+        "--output",
+        output,
+        "--set",
+        "recipe.batch_size=6",
+        "recipe.epochs=12",
+        "recipe.warmup_epochs=1",
+        "engine.micro_batch=6",
+        "engine.threads=1",
+        "test.clips=1",
+        "recipe.base_lr=1",
+        "logging.tensorboard=false",
     )
     assert code == 0, said
     found = json.loads((output / "probe.json").read_text())["probes"]
@@ -318,8 +337,10 @@ def test_a_comparison_of_starts(finetune_config, run_tool, tmp_path):
     assert code == 0, said
     trials = json.loads((output / "comparison.json").read_text())
     assert [(trial["start"], trial["base_lr"]) for trial in trials] == [
-        *(("pretrained", 0.1), ("scratch", 0.1)),
-        *(("pretrained", 0.2), ("scratch", 0.2)),
+        ("pretrained", 0.1),
+        ("scratch", 0.1),
+        ("pretrained", 0.2),
+        ("scratch", 0.2),
     ]
     for trial in trials:
         run = output / f"{trial['start']}-2-lr{trial['base_lr']:g}-seed0"
@@ -370,7 +391,9 @@ def test_nearest_neighbours_during_pretraining(pretrain, labelled_videos, tmp_pa
             run,
             f"knn.train={labelled_videos / 'train'}",
             f"knn.validation={labelled_videos / 'validation'}",
-            *("knn.every_epochs=4", "knn.k=3", "recipe.epochs=6"),
+            "knn.every_epochs=4",
+            "knn.k=3",
+            "recipe.epochs=6",
         )
     )
     probes = lines_of(run, "probe")
@@ -386,7 +409,8 @@ def test_looking_at_neighbours_changes_nothing(pretrain, labelled_videos, tmp_pa
         "with": (
             f"knn.train={labelled_videos / 'train'}",
             f"knn.validation={labelled_videos / 'validation'}",
-            *("knn.every_epochs=1", "knn.k=3"),
+            "knn.every_epochs=1",
+            "knn.k=3",
         ),
     }.items():
         runs.append(tmp_path / name)

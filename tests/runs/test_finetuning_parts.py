@@ -365,8 +365,11 @@ def test_mixing_is_on_where_the_config_mixes(load):
 def test_the_augmentation_is_the_configs(load):
     config = load(
         FinetuneConfig,
-        *("data.flip=true", "augmentation.area=[0.3,0.6]", "augmentation.ratio=[1,1]"),
-        *("augmentation.erasing=0.5", "augmentation.rand_augment=null"),
+        "data.flip=true",
+        "augmentation.area=[0.3,0.6]",
+        "augmentation.ratio=[1,1]",
+        "augmentation.erasing=0.5",
+        "augmentation.rand_augment=null",
     )
     how = augmentation(config)
     assert (how.area, how.ratio, how.flip) == ((0.3, 0.6), (1.0, 1.0), True)

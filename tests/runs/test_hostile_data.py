@@ -86,8 +86,10 @@ REASONS = {
     "hangs": "it took longer than 1 s",
 }
 LIMITED = (
-    *("data.decoder=decord", "data.workers=1"),
-    *("data.seconds_per_file=1", "data.memory_per_worker=0.25"),
+    "data.decoder=decord",
+    "data.workers=1",
+    "data.seconds_per_file=1",
+    "data.memory_per_worker=0.25",
 )
 
 
@@ -124,8 +126,13 @@ def run(environment, videos, tool, *arguments):
 def test_pretraining_goes_on_and_names_them(environment, config_file, videos, tmp_path):
     hostile = among_hostile(videos / "train", tmp_path / "videos")
     command = (
-        *(tmp_path / "videos", "pretrain", config_file, f"output_dir={tmp_path / 'run'}"),
-        *(f"data.train={tmp_path / 'videos'}", "data.max_bad_share=0.5", *LIMITED),
+        tmp_path / "videos",
+        "pretrain",
+        config_file,
+        f"output_dir={tmp_path / 'run'}",
+        f"data.train={tmp_path / 'videos'}",
+        "data.max_bad_share=0.5",
+        *LIMITED,
     )
     code, output = run(environment, *command)
     assert code == 0, output
@@ -146,9 +153,15 @@ def test_a_test_goes_on_or_names_all_of_them(
 ):
     among_hostile(labelled_videos / "validation", tmp_path / "videos")
     command = (
-        *(tmp_path / "videos", "finetune", finetune_config, f"output_dir={tmp_path / 'run'}"),
-        *(f"data.validation={tmp_path / 'videos'}", "recipe.epochs=1", "recipe.warmup_epochs=0"),
-        *(f"test.exclude_bad_files={str(exclude).lower()}", *LIMITED),
+        tmp_path / "videos",
+        "finetune",
+        finetune_config,
+        f"output_dir={tmp_path / 'run'}",
+        f"data.validation={tmp_path / 'videos'}",
+        "recipe.epochs=1",
+        "recipe.warmup_epochs=0",
+        f"test.exclude_bad_files={str(exclude).lower()}",
+        *LIMITED,
     )
     code, output = run(environment, *command)
     assert code == (0 if exclude else 2), output

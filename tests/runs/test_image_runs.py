@@ -155,10 +155,25 @@ def test_tools_take_images(image_run, images, run_tool, tmp_path):
     assert (code, [path.name for path in (tmp_path / "pictures").iterdir()]) == (0, ["1.png"]), said
     few = ("recipe.epochs=2", "recipe.warmup_epochs=1", "recipe.batch_size=6")
     code, said = run_tool(
-        *("probe", checkpoint, "--train", images / "train"),
-        *("--validation", images / "validation", "--neighbours", 3, "--workers", 0),
-        *("--probes", "knn", "linear_images", "--output", tmp_path / "probe"),
-        *("--set", *few, "engine.micro_batch=6", "engine.threads=1"),
+        "probe",
+        checkpoint,
+        "--train",
+        images / "train",
+        "--validation",
+        images / "validation",
+        "--neighbours",
+        3,
+        "--workers",
+        0,
+        "--probes",
+        "knn",
+        "linear_images",
+        "--output",
+        tmp_path / "probe",
+        "--set",
+        *few,
+        "engine.micro_batch=6",
+        "engine.threads=1",
     )
     assert code == 0, said
     probes = json.loads((tmp_path / "probe" / "probe.json").read_text())["probes"]

@@ -366,8 +366,19 @@ def test_two_nodes_on_one_machine(tmp_path, started, reserve_port):
     jobs = [
         started(
             [
-                *(sys.executable, LAUNCH, "--processes", 1, "--nodes", 2, "--node-rank", rank),
-                *("--master-addr", "127.0.0.1", "--master-port", port, program),
+                sys.executable,
+                LAUNCH,
+                "--processes",
+                1,
+                "--nodes",
+                2,
+                "--node-rank",
+                rank,
+                "--master-addr",
+                "127.0.0.1",
+                "--master-port",
+                port,
+                program,
             ],
             FOUND=tmp_path,
         )

@@ -212,8 +212,15 @@ OTHER = ["tools/pretrain.py", "configs/pretrain/other.yaml"]
         (
             {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"},
             [
-                *("tools/launch.py", "--processes", "1", "--nodes", "2", "--node-rank", "1"),
-                *("--master-addr", "node0"),
+                "tools/launch.py",
+                "--processes",
+                "1",
+                "--nodes",
+                "2",
+                "--node-rank",
+                "1",
+                "--master-addr",
+                "node0",
             ],
         ),
     ],

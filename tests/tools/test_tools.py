@@ -112,8 +112,10 @@ def test_multiply_adds_of_several_sources_are_averaged_by_their_weights(count_fl
         PretrainConfig,
         path,
         [
-            *("mix.images.weight=0.25", "mix.images.masking.ratio=0.5"),
-            *("mix.images.data.num_frames=2", "mix.images.data.frame_size=[32,32]"),
+            "mix.images.weight=0.25",
+            "mix.images.masking.ratio=0.5",
+            "mix.images.data.num_frames=2",
+            "mix.images.data.frame_size=[32,32]",
         ],
     )
     images = ["data.num_frames=2", "data.frame_size=[32,32]", "masking.ratio=0.5"]

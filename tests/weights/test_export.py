@@ -147,7 +147,9 @@ EXPORTS = [
     *[
         (f"images {what}", "timm")
         for what in (
-            *("in sequence", "without a token", "without a token classifier"),
+            "in sequence",
+            "without a token",
+            "without a token classifier",
             "larger than before",
         )
     ],

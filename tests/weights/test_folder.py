@@ -224,8 +224,17 @@ def test_fine_tuning_and_test_of_an_imported_classifier(
     assert "head of 3 classes" in output
     assert (folder / "labels.txt").read_text() == labels.read_text()
     code, output = run_tool(
-        *("evaluate", folder, labelled_videos / "validation", "--workers", 0, "--views", "1x1"),
-        *("--frame-stride", 1, "--output", tmp_path / "result"),
+        "evaluate",
+        folder,
+        labelled_videos / "validation",
+        "--workers",
+        0,
+        "--views",
+        "1x1",
+        "--frame-stride",
+        1,
+        "--output",
+        tmp_path / "result",
     )
     assert code == 0, output
     config = yaml.safe_load(finetune_config.read_text())
@@ -244,9 +253,22 @@ def test_probe_of_an_imported_encoder(files, labelled_videos, run_tool, tmp_path
     imported = import_weights(files["videomae"], GIVEN)
     write_folder(imported, folder, compare(imported, skip=True))
     code, output = run_tool(
-        *("probe", folder, "--train", labelled_videos / "train", "--probes", "knn"),
-        *("--validation", labelled_videos / "validation", "--neighbours", 1, "--workers", 0),
-        *("--frame-stride", 1, "--output", tmp_path / "probes"),
+        "probe",
+        folder,
+        "--train",
+        labelled_videos / "train",
+        "--probes",
+        "knn",
+        "--validation",
+        labelled_videos / "validation",
+        "--neighbours",
+        1,
+        "--workers",
+        0,
+        "--frame-stride",
+        1,
+        "--output",
+        tmp_path / "probes",
     )
     assert code == 0, output
 

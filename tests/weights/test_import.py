@@ -55,8 +55,16 @@ def official(layouts_of):
 
 
 OFFICIAL = (
-    *("hpm", "mae", "vit", "vit_classifier", "vit_classifier on the class token", "videomae"),
-    *("videomae_classifier", "videomae_classifier with qkv bias", "videomae_encoder", "mae_st"),
+    "hpm",
+    "mae",
+    "vit",
+    "vit_classifier",
+    "vit_classifier on the class token",
+    "videomae",
+    "videomae_classifier",
+    "videomae_classifier with qkv bias",
+    "videomae_encoder",
+    "mae_st",
 )
 WRAPPED = {
     "state_dict": lambda state: {"state_dict": state, "model": "a name", "epoch": 3},
