@@ -21,7 +21,7 @@ MAY_IMPORT = {
         "preparation/check.py",
         "decoding/video_stream.py",
     },
-    "omegaconf": {"config/schema.py"},
+    "omegaconf": {"config/loading.py"},
     "pandas": {"data/manifest.py"},
     "argparse": {"runs/console.py", "preparation/recipes.py", "weights/files.py"},
     "transformers": {"weights/peers.py", "weights/verify.py"},
@@ -37,29 +37,40 @@ MAY_IMPORT = {
     },
 }
 SEES_A_CONFIG = {
+    "config/loading.py",
     "config/schema.py",
-    "runs/console.py",
-    "runs/dry_run.py",
-    "runs/run.py",
+    "models/from_config.py",
     "recognition/inference.py",
+    "recognition/trained_classifier.py",
+    "runs/dry_run.py",
     "runs/finetuning.py",
     "runs/init_weights.py",
     "runs/pretraining.py",
-    "recognition/trained_classifier.py",
+    "runs/run.py",
     "weights/folder.py",
     "weights/own.py",
 }
-PURE = (
-    "tokens/grid",
-    "randomness",
-    "tokens/masking",
-    "tokens/patches",
-    "mining/losses",
-    "tokens/pixels",
-    "training/progress",
-    "models",
+NO_SCHEMA = {"choices", "checks", "batch_plan"}
+"""Modules of config/ that everybody may import: they know no section."""
+ORDER = (
+    ("files", "randomness", "tokens"),
+    ("config",),
+    ("models", "workers", "decoding"),
+    ("data",),
+    ("preparation", "training"),
+    ("mining",),
+    ("recognition",),
+    ("weights",),
+    ("runs",),
 )
-LONGEST_FUNCTION = 60
+"""The folders from the bottom: each imports what stands before it, and nothing beside it."""
+PURE = {
+    "tokens": {"tokens"},
+    "models": {"tokens", "randomness", "config", "models", "files"},
+    "training/progress.py": set(),
+    "mining/losses.py": {"config"},
+}
+"""What may be imported there of the package."""
 CORE = (
     "tokens/masking",
     "tokens/patches",
@@ -101,6 +112,8 @@ def imports_of(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
+            if node.module == "hpm_video":
+                names |= {f"hpm_video.{alias.name}" for alias in node.names}
             names.add(node.module)
     return names
 
@@ -124,19 +137,31 @@ def test_only_the_assembly_sees_a_config():
     assert users <= SEES_A_CONFIG
 
 
-@pytest.mark.parametrize("path", files(), ids=lambda path: path.relative_to(SOURCE).as_posix())
-def test_the_core_stands_alone(path):
-    parts = path.relative_to(SOURCE).parts
-    if parts[0].removesuffix(".py") in PURE:
-        own = {name for name in imports_of(path) if name.startswith("hpm_video.")}
-        assert all(name.split(".")[1] in PURE for name in own)
+def own_imports(path: Path) -> set[str]:
+    """The folders of the package that a module imports from, and modules at its root."""
+    return {name.split(".")[1] for name in imports_of(path) if name.startswith("hpm_video.")}
+
+
+@pytest.mark.parametrize("place", PURE)
+def test_the_core_stands_alone(place):
+    found = [SOURCE / place] if place.endswith(".py") else [*(SOURCE / place).glob("*.py")]
+    assert found
+    assert set().union(*map(own_imports, found)) <= PURE[place]
+
+
+def test_every_folder_has_a_place_in_the_order():
+    known = [name for level in ORDER for name in level]
+    assert sorted(known) == sorted(
+        path.stem for path in SOURCE.iterdir() if path.stem[0].isalpha() and path.name != "py.typed"
+    )
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda path: path.relative_to(SOURCE).as_posix())
-def test_no_function_is_long(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < LONGEST_FUNCTION, node.name
+def test_folders_import_downwards_only(path):
+    own = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    level = next((i for i, names in enumerate(ORDER) if own in names), len(ORDER))
+    below = {name for names in ORDER[:level] for name in names}
+    assert own_imports(path) - {own} <= below
 
 
 def test_no_room_without_a_name():
