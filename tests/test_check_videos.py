@@ -611,7 +611,7 @@ def waiting_check(work_folder, tmp_path):
 
 
 def wait_for_lines(path: Path, count: int) -> None:
-    while not path.exists() or path.read_text().count("\n") < count:
+    while not path.exists() or path.read_text().count("}\n") < count:  # whole lines
         time.sleep(0.02)
 
 
