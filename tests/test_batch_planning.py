@@ -14,6 +14,8 @@ from hpm_video.finetune import multiple_of
 from hpm_video.pretrain import make_update
 from hpm_video.training.distributed import Processes
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 TINY = (

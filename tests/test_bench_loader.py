@@ -31,6 +31,8 @@ from hpm_video.data.mixture import MixedClips, Place
 from hpm_video.data.room import RoomError
 from hpm_video.data.transforms import ClipTransform, MultiScaleCrop
 
+pytestmark = pytest.mark.slow
+
 TAKEN = 0.05
 
 

@@ -53,6 +53,8 @@ from hpm_video.data.progress_bar import ProgressBar
 from hpm_video.data.video_reader import DecodeError
 from hpm_video.data.video_stream import VideoStream
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 HEIGHT, WIDTH = 48, 64
 SIZE = f"{WIDTH}x{HEIGHT}"

@@ -19,6 +19,8 @@ from hpm_video.data.decode import open_video
 from hpm_video.data.encode import write_video
 from hpm_video.data.manifest import read_manifest
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Path(__file__).parents[1] / "datasets" / "demo" / "prepare.py"
 COUNTS = {"train": 3, "validation": 1}
 HEIGHT, WIDTH = 160, 240

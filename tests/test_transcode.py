@@ -48,6 +48,8 @@ from hpm_video.data.transcoding import (
 from hpm_video.data.transforms import MultiScaleCrop
 from hpm_video.data.video_stream import Timed, VideoStream
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 BITS = 8
 RECIPE = Recipe(

@@ -16,6 +16,8 @@ from hpm_video.data.mp4_header import is_trimmed
 from hpm_video.data.transforms import Box
 from hpm_video.data.video_reader import as_decode_error
 
+pytestmark = pytest.mark.slow
+
 DECODERS = available_decoders()
 REFUSED = {
     "pyav": set(),

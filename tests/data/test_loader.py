@@ -31,6 +31,8 @@ from hpm_video.data.pool import GIB, Limits
 from hpm_video.data.room import RoomError
 from hpm_video.data.transforms import MultiScaleCrop
 
+pytestmark = pytest.mark.slow
+
 SPEC = ClipSpec(num_frames=4, frame_stride=2, max_frame_stride=3, frame_size=(24, 32))
 
 

@@ -20,6 +20,8 @@ from hpm_video.finetune import make_optimizer
 from hpm_video.pretrain import _optimizer, build_student
 from hpm_video.recognition import build_classifier
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 ALL = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 CLASSES = 10
@@ -125,7 +127,6 @@ def test_every_shipped_config_is_in_the_table(stored):
     assert [*stored] == ALL
 
 
-@pytest.mark.slow
 def test_shapes_decay_and_learning_rates_are_those_of_the_first_house(stored, first_names):
     known = {}
     for path in ALL:
@@ -133,7 +134,6 @@ def test_shapes_decay_and_learning_rates_are_those_of_the_first_house(stored, fi
         assert table(path, first_names, known) == expected, path
 
 
-@pytest.mark.slow
 def test_parameters_start_as_in_the_first_house(stored, first_names):
     """Of the widths up to ViT-B: L and H, whose rows are kept as well, start by the same rules."""
     known = {}
