@@ -24,10 +24,11 @@ run_pytest() {
   "$python" -c 'import sys; del sys.path[0]; import pytest; sys.exit(pytest.main())' "$@"
 }
 
-# One thread in each of the processes that share the cores; a file's tests stay together.
+# One thread in each of the processes that share the cores; a file's tests stay together, and files
+# in the order that tests/conftest.py gives them.
 run_suite() {
   OMP_NUM_THREADS=1 run_pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
-    --durations 20 "$@"
+    --no-loadscope-reorder --durations 20 "$@"
 }
 
 lane="not gpu"

@@ -298,6 +298,7 @@ def test_using_time_is_no_decision(program):
     assert not any(map(looks_at_time, conditions_of(ast.parse(program))))
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_no_optional_library():
     code = (
         "import sys, hpm_video.runs.pretraining; "

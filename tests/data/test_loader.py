@@ -32,6 +32,8 @@ from hpm_video.workers import room
 from hpm_video.workers.pool import GIB, Limits
 from hpm_video.workers.room import RoomError
 
+pytestmark = pytest.mark.slow
+
 SPEC = ClipSpec(num_frames=4, frame_stride=2, max_frame_stride=3, frame_size=(24, 32))
 
 

@@ -16,6 +16,8 @@ from hpm_video.decoding.mp4_header import is_trimmed
 from hpm_video.decoding.reader import Box, as_decode_error
 from hpm_video.decoding.registry import DecodeError, available_decoders, open_video
 
+pytestmark = pytest.mark.slow
+
 DECODERS = available_decoders()
 REFUSED = {
     "pyav": set(),

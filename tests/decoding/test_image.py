@@ -384,6 +384,7 @@ def test_pixels_whose_range_is_unknown(tmp_path, values, reason):
         read(path)
 
 
+@pytest.mark.slow
 def test_images_need_no_decoder_of_videos(tmp_path):
     path = saved(tmp_path / "a.png", colours())
     code = (

@@ -335,6 +335,7 @@ def test_versions_name_the_decoders_that_can_be_used():
     assert tuple(decoder_versions()) == available_decoders()
 
 
+@pytest.mark.slow
 def test_decoders_are_imported_when_they_are_used():
     code = "import sys, hpm_video.data.loader; "
     code += "print({'av', 'decord', 'torchcodec'} & set(sys.modules))"

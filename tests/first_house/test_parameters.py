@@ -21,6 +21,8 @@ from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.runs.finetuning import make_optimizer
 from hpm_video.runs.pretraining import _optimizer
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 ALL = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 CLASSES = 10
@@ -126,7 +128,6 @@ def test_every_shipped_config_is_in_the_table(stored):
     assert [*stored] == ALL
 
 
-@pytest.mark.slow
 def test_shapes_decay_and_learning_rates_are_those_of_the_first_house(stored, first_names):
     known = {}
     for path in ALL:
@@ -134,7 +135,6 @@ def test_shapes_decay_and_learning_rates_are_those_of_the_first_house(stored, fi
         assert table(path, first_names, known) == expected, path
 
 
-@pytest.mark.slow
 def test_parameters_start_as_in_the_first_house(stored, first_names):
     """Of the widths up to ViT-B: L and H, whose rows are kept as well, start by the same rules."""
     known = {}

@@ -31,6 +31,8 @@ from hpm_video.preparation.benchmark import (
 )
 from hpm_video.workers.room import RoomError
 
+pytestmark = pytest.mark.slow
+
 TAKEN = 0.05
 
 

@@ -54,6 +54,8 @@ from hpm_video.workers import progress_bar
 from hpm_video.workers.pool import GIB, Limits, Pool
 from hpm_video.workers.progress_bar import ProgressBar
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 HEIGHT, WIDTH = 48, 64
 SIZE = f"{WIDTH}x{HEIGHT}"
@@ -612,7 +614,7 @@ def waiting_check(work_folder, tmp_path):
 
 
 def wait_for_lines(path: Path, count: int) -> None:
-    while not path.exists() or path.read_text().count("\n") < count:
+    while not path.exists() or path.read_text().count("}\n") < count:  # whole lines
         time.sleep(0.02)
 
 

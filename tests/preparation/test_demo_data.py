@@ -19,6 +19,8 @@ from hpm_video.data.manifest import read_manifest
 from hpm_video.decoding.registry import open_video
 from hpm_video.preparation.encode import write_video
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Path(__file__).parents[2] / "datasets" / "demo" / "prepare.py"
 COUNTS = {"train": 3, "validation": 1}
 HEIGHT, WIDTH = 160, 240

@@ -50,6 +50,8 @@ from hpm_video.preparation.transcode import (
 from hpm_video.workers import heartbeat as beat
 from hpm_video.workers.pool import Answer, Limits, Pool
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 BITS = 8
 RECIPE = Recipe(

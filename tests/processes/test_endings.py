@@ -131,13 +131,16 @@ def unbroken(small_configs, tmp_path_factory):
 
 
 def assert_same(run, unbroken):
+    """Up to the order of sums, which alone moves weights by 1e-5 within 30 of these 42 updates. An
+    update that is lost, made twice or of other clips moves them by up to the learning rate, 1e-3.
+    """
     ours = checkpoints_in(run / "checkpoints")[-1]
     assert ours.name == unbroken.name
     for name in ("model", "teacher"):
         found, expected = (load_file(path / f"{name}.safetensors") for path in (ours, unbroken))
         assert found.keys() == expected.keys()
         for key in found.keys() - set(SHIFTS_ALL_SCORES):
-            assert (found[key] - expected[key]).abs().max() < 1e-5, f"{name} {key}"
+            assert (found[key] - expected[key]).abs().max() < 1e-4, f"{name} {key}"
 
 
 def test_stopped_then_one_killed_then_gone_on(start, small_configs, unbroken, tmp_path):

@@ -32,7 +32,7 @@ ENGINES["zero3"] = (*ENGINES["zero3"], f"engine.deepspeed={SPREAD}")
 USUAL = "engine.deepspeed=null"
 IN_BF16 = ("ddp", "zero1", "zero3")
 KINDS = ("video", "images", "classes")
-EQUAL = (  # every engine under every kind of run or with every kind of pass, not all products
+EQUAL = (  # every engine on videos and on another kind of data or run, not all products
     *(("video", engine, 2) for engine in ENGINES),
     *(("video", engine, 1) for engine in ("ddp", "zero2")),
     *(("images", engine, 1) for engine in ("ddp", "zero1")),

@@ -269,6 +269,7 @@ def start_processes(count, port, *arguments):
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(
     checkpoint, recogniser, manifest, with_bad_files, reserve_port, tmp_path
 ):

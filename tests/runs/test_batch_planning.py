@@ -16,6 +16,8 @@ from hpm_video.runs.pretraining import make_update
 from hpm_video.runs.run import Session, find_micro_batch, plan_for, settle_plan
 from hpm_video.training.distributed import Processes
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 TINY = (

@@ -17,6 +17,8 @@ from hpm_video.runs.pretraining import load_run, pretrain
 from hpm_video.training.checkpoint import checkpoints_in, read_state
 from hpm_video.training.metrics import MetricsError
 
+pytestmark = pytest.mark.slow
+
 UPDATES = ["update-00000005", "update-00000007"]
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "tools" / "launch.py"
 # The launcher with other constants: its patience is none, or has no end.

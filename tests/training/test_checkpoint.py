@@ -97,6 +97,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, config):
     assert checkpoints_in(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, config):
     save(tmp_path, 1, config)
     before = (checkpoint_path(tmp_path, 1) / "model.safetensors").read_bytes()

@@ -56,6 +56,7 @@ def test_before_processes_have_joined_the_first_one_tells(monkeypatch):
         assert is_first_process() == first_to_say("anything") == tells
 
 
+@pytest.mark.slow
 def test_a_process_that_finds_no_others_says_where_it_looked(monkeypatch):
     given = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
     given |= {"MASTER_ADDR": "there-is-no-such-host.invalid", "MASTER_PORT": "29511"}

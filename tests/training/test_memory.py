@@ -30,6 +30,8 @@ from hpm_video.training.memory import (
     zero_bytes,
 )
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = ROOT / "configs"
 CPU = torch.device("cpu")
@@ -247,7 +249,6 @@ def test_what_is_resident_and_what_gradients_need_is_the_formula():
     assert state.gradients <= simulated.activations < 1.1 * state.gradients
 
 
-@pytest.mark.slow
 def test_the_largest_update_is_simulated_with_no_memory_of_its_size():
     config = load_pretraining("k400_hpm_b")
     measured = {clips: simulate_update(update_of(config, clips, "bf16")) for clips in (8, 16)}
@@ -283,7 +284,6 @@ WIDE = (
 )
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="there is no /proc here")
 def test_the_process_grows_by_what_is_simulated_for_each_clip():
     """A measure that knows nothing of tensors: the most memory that the process ever had.

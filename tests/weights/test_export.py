@@ -56,6 +56,7 @@ recipe: {epochs: 1, batch_size: 2, warmup_epochs: 0}
 OF_PRETRAINING = ("  decoder: {dim: 24, depth: 1, num_heads: 2}\n", ", crop: random_resized")
 OF_CLASSIFIERS = ", average_momentum: 0.9"
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]

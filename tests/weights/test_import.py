@@ -19,6 +19,8 @@ from hpm_video.weights.layouts import to_ours, to_theirs
 from hpm_video.weights.parity import compare
 from hpm_video.weights.sizes import Given, cut_of, facts_of
 
+pytestmark = pytest.mark.slow
+
 ENCODER, DECODER = (48, 2), (24, 2)
 CLIP_PATCH, PATCH, TOKENS = (2, 8, 8), 8, 16
 GIVEN = Given(heads=4, decoder_heads=2, num_frames=4, frame_size=(32, 32))

@@ -14,6 +14,8 @@ import torch
 
 from hpm_video.workers.pool import GIB, Limits, Lost, Pool, PoolError, PoolStopped
 
+pytestmark = pytest.mark.slow
+
 WORK = """
     import ctypes
     import os
