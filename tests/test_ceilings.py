@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PHYSICAL_LINES = 33_009
+PHYSICAL_LINES = 33_010
 CODE_LINES = 23_300
 LINES = {
-    ".": 120,
+    ".": 121,
     "datasets": 2025,
     "hpm_video": 73,
     "hpm_video/config": 1273,
@@ -36,7 +36,7 @@ LINES = {
 }
 """Physical lines of each folder; "." is the scripts at the root."""
 MODULES_AT_THE_ROOT = 2
-README_LINES = 570
+README_LINES = 571
 LONGEST_FILE = 400
 LONGER_FILES = {
     "datasets/demo/prepare.py": 516,
