@@ -37,9 +37,9 @@ from hpm_video.preparation.benchmark import (
     try_reading,
 )
 from hpm_video.runs.console import above_zero, interpreter, positive, run
-from hpm_video.runs.finetuning import augmentation
+from hpm_video.runs.data import open_data, training_clips
+from hpm_video.runs.finetuning import Finetuning
 from hpm_video.runs.pretraining import crops_of
-from hpm_video.runs.run import open_data, training_clips
 from hpm_video.training.device import choose_device
 from hpm_video.workers.room import RoomError
 
@@ -122,7 +122,7 @@ def bench(arguments: argparse.Namespace) -> None:
     if isinstance(config, PretrainConfig):
         clips = training_clips(config, data, crops_of(config), same_frames=False)
     else:
-        clips = training_clips(config, data, {"": augmentation(config)}, same_frames=True)
+        clips = training_clips(config, data, Finetuning(config).transforms(), same_frames=True)
     decoders = _decoders(arguments.decoders, clips)
     device = choose_device(config.engine.device)
     past = PastRun.read(arguments.config.parent)

@@ -17,8 +17,8 @@ import torch
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
-from hpm_video.runs.pretraining import make_update
-from hpm_video.runs.run import TIMED_CLIPS
+from hpm_video.runs.autotune import TIMED_CLIPS, trial_update
+from hpm_video.runs.pretraining import Pretraining
 from hpm_video.training.device import (
     AUTOCAST,
     Precision,
@@ -64,7 +64,9 @@ def main() -> int:
         torch.set_num_threads(config.engine.threads)
     found = measure_in_turns(config, device, clips, arguments.repeats)
     print_table(found, device, clips)
-    taken = choose_precision(device, lambda name: make_update(config, device, name, clips))
+    taken = choose_precision(
+        device, lambda name: trial_update(Pretraining(config), device, name, clips)
+    )
     print(f"engine.precision=auto takes {taken} here: {reason(device)}")
     return 0
 
@@ -88,7 +90,7 @@ def measure_in_turns(
         for name, measurement in found.items():
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            update = make_update(config, device, name, clips)
+            update = trial_update(Pretraining(config), device, name, clips)
             measurement.seconds.append(time_updates(update, device, warmup=1, repeats=repeats))
             del update
             gc.collect()  # an optimizer holds itself, and with it the model

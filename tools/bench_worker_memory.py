@@ -19,8 +19,8 @@ from hpm_video.config.schema import PretrainConfig
 from hpm_video.data.loader import training_batches
 from hpm_video.data.mixture import Places, deal_out
 from hpm_video.runs.console import interpreter, positive, run
+from hpm_video.runs.data import open_data, training_clips
 from hpm_video.runs.pretraining import crops_of
-from hpm_video.runs.run import open_data, training_clips
 
 MIB = 2**20
 POINTS = 200

@@ -25,8 +25,9 @@ from hpm_video.data.manifest import Manifest, write_manifest
 from hpm_video.files.atomic import written_beside
 from hpm_video.randomness import generator
 from hpm_video.runs.console import not_negative, positive, run
-from hpm_video.runs.finetuning import evaluate_run, finetune
-from hpm_video.runs.run import open_manifest
+from hpm_video.runs.data import open_manifest
+from hpm_video.runs.evaluation import evaluate_run
+from hpm_video.runs.finetuning import finetune
 
 STARTS = ("pretrained", "scratch")
 

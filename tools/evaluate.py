@@ -20,7 +20,7 @@ from hpm_video.recognition.inference import ClipChoice, Reading
 from hpm_video.recognition.testing import describe, summarise, write_results
 from hpm_video.recognition.trained_classifier import describe_test, load_recogniser
 from hpm_video.runs.console import EXIT_CODES, not_negative, parse_views, positive, run_processes
-from hpm_video.runs.run import open_manifest
+from hpm_video.runs.data import open_manifest
 from hpm_video.training.device import choose_device, inference_precision
 from hpm_video.training.distributed import Processes
 

@@ -30,8 +30,9 @@ from hpm_video.recognition.nearest import NEIGHBOURS
 from hpm_video.recognition.probes import FeatureTable, logistic_regression, nearest_neighbours
 from hpm_video.recognition.testing import summarise
 from hpm_video.runs.console import EXIT_CODES, not_negative, positive, run
-from hpm_video.runs.finetuning import describe_evaluation, evaluate_run, finetune, for_checkpoint
-from hpm_video.runs.run import open_manifest
+from hpm_video.runs.data import open_manifest
+from hpm_video.runs.evaluation import describe_evaluation, evaluate_run
+from hpm_video.runs.finetuning import finetune, for_checkpoint
 from hpm_video.training.device import choose_device, inference_precision
 from hpm_video.training.distributed import Processes
 

@@ -19,8 +19,9 @@ from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.models.from_config import build_student
+from hpm_video.runs.autotune import trial_update
 from hpm_video.runs.console import run
-from hpm_video.runs.pretraining import make_update
+from hpm_video.runs.pretraining import Pretraining
 from hpm_video.training.deepspeed_settings import USUAL, buckets_of
 from hpm_video.training.memory import (
     FP32,
@@ -173,7 +174,9 @@ def look_at(path: Path) -> Model:
         parameters = sum(p.numel() for p in build_student(config).parameters())
     student, teacher = count(config)
     simulated = {
-        clips: simulate_update(partial(make_update, config, torch.device("cpu"), "bf16", clips))
+        clips: simulate_update(
+            partial(trial_update, Pretraining(config), torch.device("cpu"), "bf16", clips)
+        )
         for clips in SIMULATED_CLIPS
     }
     return Model(

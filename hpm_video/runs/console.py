@@ -7,19 +7,21 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from hpm_video.config.checks import ConfigError
+from hpm_video.config.data import DataConfig
 from hpm_video.data.clips import TooManyBadFiles, Views
 from hpm_video.data.manifest import ManifestError
 from hpm_video.decoding.registry import DecodeError, DecoderError
 from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition.logistic import NotConvergedError
 from hpm_video.recognition.testing import BadTestFilesError
+from hpm_video.runs.data import open_manifest
 from hpm_video.training.deepspeed_engine import DeepSpeedError
 from hpm_video.training.deepspeed_settings import DeepSpeedSettingsError
 from hpm_video.training.device import DeviceError
@@ -134,8 +136,20 @@ def _tell(message: str) -> None:
         sys.stderr.write(message)
 
 
-def add_dry_run(parser: argparse.ArgumentParser) -> None:
-    """Options of a program that can tell what it would do."""
+def parse_run(
+    description: str, configs: str, command_line: Sequence[str] | None
+) -> argparse.Namespace:
+    """Read the command line of a program that trains: a config, overrides, a dry run or not.
+
+    ``configs``: where the files of configs are.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", type=Path, help=configs)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -144,6 +158,25 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes", type=positive, default=1, help="that a dry run is told for (GPUS x NNODES)"
     )
+    return parser.parse_intermixed_args(command_line)
+
+
+def list_files(run_dir: Path, checkpoint: Path, others: Mapping[str, Path]) -> str:
+    """What a run left, as far as it is there."""
+    files = {
+        "checkpoint": checkpoint,
+        "config": run_dir / "config.yaml",
+        "metrics": run_dir / "metrics.jsonl",
+        "curves": run_dir / "curves.png",
+        **others,
+    }
+    rows = (f"  {name:18}{path}" for name, path in files.items() if path.exists())
+    return "\n".join(["\nDone. The run left:", *rows])
+
+
+def example_video(data: DataConfig, manifest: str | None) -> str:
+    """The first video of a manifest, or a word for one."""
+    return "VIDEO" if manifest is None else shortest(open_manifest(data, manifest).files[0])
 
 
 def interpreter() -> str:

@@ -1,30 +1,28 @@
-"""Fine-tuning for action recognition: from a config to an assembled run, and its test."""
+"""Fine-tuning for action recognition: from a config to a run."""
 
-import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import FinetuneConfig
 from hpm_video.data.augment import Augmentation
-from hpm_video.data.clips import MIDDLE, HeldOutClips, Views
-from hpm_video.data.loader import end_workers, held_out_batches
-from hpm_video.files.atomic import written_beside
+from hpm_video.data.clips import MIDDLE, HeldOutClips
+from hpm_video.data.loader import held_out_batches
+from hpm_video.data.transforms import ClipTransform
 from hpm_video.files.weights import load_weights
-from hpm_video.mining.teacher import make_teacher
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.from_config import build_classifier, source_grid_of
-from hpm_video.recognition.inference import OF_DECODERS, Reading, clip_spec
+from hpm_video.recognition.inference import OF_DECODERS, clip_spec
 from hpm_video.recognition.labels import (
     check_labels,
     check_same_names,
@@ -37,199 +35,190 @@ from hpm_video.recognition.testing import (
     BadTestFilesError,
     Scores,
     collect,
-    describe,
     score_videos,
     summarise,
-    write_results,
 )
-from hpm_video.recognition.trained_classifier import describe_test, load_recogniser, recogniser_of
+from hpm_video.recognition.trained_classifier import recogniser_of
+from hpm_video.runs.data import RunData, find_failures, how_read, open_data
+from hpm_video.runs.directory import RunDirectory, check_same_weights
 from hpm_video.runs.init_weights import SAME_ENCODER, check_same_model, config_beside
-from hpm_video.runs.run import (
-    RunData,
-    RunDirectory,
-    Session,
-    claim,
-    find_failures,
-    how_read,
-    limits_of,
-    locked,
-    make_engine,
-    num_workers,
-    open_data,
-    open_manifest,
-    open_session,
-    settle_plan,
-    settle_precision,
-    timed_update,
-    train,
-    training_clips,
-)
-from hpm_video.training.checkpoint import read_state, read_weights, weights_digest
-from hpm_video.training.curves import plot_curves
-from hpm_video.training.device import Precision, choose_device
+from hpm_video.runs.run import run
+from hpm_video.runs.task import Gather, Session
+from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.distributed import Processes
-from hpm_video.training.engine import Engine, TorchEngine
-from hpm_video.training.optim import layer_decay_of, make_adamw, make_sgd, parameter_groups
-from hpm_video.training.run import Watch
+from hpm_video.training.engine import Engine
+from hpm_video.training.objective import Objective
+from hpm_video.training.optim import (
+    Tensors,
+    layer_decay_of,
+    make_adamw,
+    make_sgd,
+    parameter_groups,
+)
+from hpm_video.training.run import Evaluation
 
 log = logging.getLogger(__name__)
-
-START = "init_weights.sha256"
-"""File of the run directory that tells the weights it began with."""
 
 
 def finetune(config: FinetuneConfig, processes: Processes = Processes()) -> Path:  # noqa: B008
     """Fine-tune as ``config`` says, or go on where its run directory stands. -> that directory
 
     Raises:
-        ConfigError: the config cannot be run, or the directory holds a run of another one.
-        ManifestError: the data cannot be read.
-        CheckpointError: weights cannot be read, or do not fit.
-        And what ``fit`` raises.
+        What :func:`~hpm_video.runs.run.run` raises.
     """
-    data = open_data(config)
-    label_names = find_label_names(config, data)
-    with locked(config, processes):
-        before = RunDirectory.at(Path(config.output_dir).expanduser())
-        config = resolve(config, len(label_names), before)
-        session = open_session(FinetuneConfig, config, data, processes)
-        directory = session.directory
-        _check_same_names(directory, label_names)
-        start = _check_same_start(config, directory)
-        models = _make_models(config, directory.newest, session.device, label_names)
-        if directory.newest is None and config.init_weights is None:
+    return run(Finetuning(config), processes)
+
+
+class Finetuning:
+    """The task of classification."""
+
+    same_frames = True
+
+    def __init__(self, config: FinetuneConfig) -> None:
+        self.config = config
+        self.ema = None if config.recipe.average_momentum is None else "average"
+
+    @cached_property
+    def data(self) -> RunData:
+        return open_data(self.config)
+
+    @cached_property
+    def label_names(self) -> tuple[str, ...]:
+        """The name of each class."""
+        return find_label_names(self.config, self.data)
+
+    @property
+    def multiple(self) -> int:
+        """Mixing pairs the videos of a forward pass, and a batch norm needs two clips at least."""
+        config = self.config
+        needs_two_clips = config.model.pooling == "batch_norm" and config.data.repeats == 1
+        return 2 if config.augmentation.mixes or needs_two_clips else 1
+
+    def resolve(self, directory: RunDirectory | None = None) -> None:
+        self.config = resolve(self.config, len(self.label_names), directory)
+
+    def notes(self, directory: RunDirectory) -> dict[str, str]:
+        if directory.newest is not None:
+            before = read_label_names(directory.newest / "labels.txt")
+            if before != self.label_names:
+                raise ConfigError(
+                    f"{directory.path} holds a run with other classes ({len(before)}, now "
+                    f"{len(self.label_names)}); take another output_dir"
+                )
+        name, given = "init_weights.sha256", self.config.init_weights
+        file = weights_file(self.config)
+        digest = check_same_weights(directory, name, "init_weights", given, file)
+        labels = "".join(f"{name}\n" for name in self.label_names)
+        return {"labels.txt": labels, name: f"{digest}\n"}
+
+    def model(self) -> ClipClassifier:
+        assert self.config.model.num_classes is not None
+        return build_classifier(self.config, self.config.model.num_classes)
+
+    def initialise(self, model: nn.Module) -> Tensors | None:
+        assert isinstance(model, ClipClassifier)
+        given = self.config.init_weights
+        if given is None:
             log.info("no init_weights: the model starts from scratch")
-        claim(session, config)
-        if processes.is_first:
-            with written_beside(directory.path / "labels.txt") as path:
-                path.write_text("".join(f"{name}\n" for name in label_names), encoding="utf-8")
-            with written_beside(directory.path / START) as path:
-                path.write_text(f"{start}\n")
-        if session.is_complete:
-            log.info("%s is complete: %d updates were made", directory.path, directory.update)
         else:
-            _train(config, session, models)
-        if processes.is_first:
-            plot_curves(directory.path / "metrics.jsonl", directory.path / "curves.png")
-    return directory.path
-
-
-def _train(
-    config: FinetuneConfig,
-    session: Session,
-    models: tuple[ClipClassifier, ClipClassifier | None],
-) -> None:
-    model, average = models
-    maker, multiple = partial(make_update, config), multiple_of(config)
-    precision = settle_precision(config, session, maker)
-    plan = settle_plan(config, session, precision, maker, multiple)
-    engine = make_engine(config, session, plan, precision, model, make_optimizer(config, model))
-    if average is not None:
-        engine.hold(average)
-    objective = build_objective(config, average)
-    train(
-        config,
-        session,
-        plan,
-        engine=engine,
-        objective=objective,
-        clips=training_clips(config, session.data, {"": augmentation(config)}, same_frames=True),
-        watch=_watch(config, session, objective, engine, model.head.out_features),
-    )
-
-
-def multiple_of(config: FinetuneConfig) -> int:
-    """What the videos of a forward pass must be a multiple of.
-
-    Mixing pairs them, and a batch norm needs two clips at least.
-    """
-    needs_two_clips = config.model.pooling == "batch_norm" and config.data.repeats == 1
-    return 2 if config.augmentation.mixes or needs_two_clips else 1
-
-
-def evaluate_run(
-    config: FinetuneConfig,
-    run_dir: Path,
-    processes: Processes = Processes(),  # noqa: B008 - it is frozen
-) -> dict[str, Any] | None:
-    """Test a finished run as its config says. -> the result, none without a manifest to test on
-
-    Of several processes each tests a share of the videos. The result is written to a folder in
-    ``test/`` that is named by what is tested and how. The same test of the same weights and videos
-    is not repeated.
-
-    Raises:
-        BadTestFilesError: videos do not decode.
-        ConfigError, ManifestError, CheckpointError: the test cannot be run.
-    """
-    how = config.test
-    source = how.manifest or config.data.validation
-    if source is None:
-        log.info("no data.validation and no test.manifest: nothing is tested")
+            load_pretrained(model, Path(given).expanduser(), self.config, self.label_names)
         return None
-    # Of one process: a link that was just replaced may be seen late elsewhere.
-    checkpoint = processes.of_first((run_dir / "checkpoints" / how.checkpoint).resolve)
-    precision: Precision = read_state(checkpoint, of_run=True)["facts"]["precision"]
-    manifest, views = open_manifest(config.data, source), Views(how.clips, how.crops)
-    device = choose_device(config.engine.device, processes.count)
-    stored, recogniser = load_recogniser(checkpoint, device, precision, weights=how.weights)
-    what = {
-        "checkpoint": str(run_dir / "checkpoints" / checkpoint.name),
-        "chosen_as": how.checkpoint,
-        "manifest": source,
-        "exclude_bad_files": how.exclude_bad_files,
-        **describe_test(checkpoint, stored, recogniser, manifest, views),
-    }
-    folder = run_dir / "test" / name_of_test(config, source)
-    path = folder / "result.json"
-    before = processes.of_first(lambda: _result_before(path, what))
-    if before is not None:
-        return before
-    log.info(
-        "testing the %s checkpoint (%s of update %d) with %d x %d views of each video",
-        how.checkpoint,
-        how.weights,
-        what["update"],
-        how.clips,
-        how.crops,
-    )
-    reading = Reading(
-        config.data.decoder,
-        num_workers(config.data),
-        how.exclude_bad_files,
-        limits_of(config.data),
-    )
-    try:
-        scores = recogniser.score(manifest, views, reading, processes)
-    finally:
-        end_workers()
-    result = {"folder": str(folder), "test": what, **summarise(scores, recogniser.label_names)}
-    if processes.is_first:
-        write_results(folder, scores, result, recogniser.label_names)
-    return result
 
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        assert isinstance(model, ClipClassifier)
+        recipe = self.config.recipe
+        scale = layer_decay_of(model.layer_of, model.num_layers, recipe.layer_decay)
+        groups = parameter_groups(model, recipe.weight_decay, scale)
+        if recipe.optimizer == "sgd":
+            return make_sgd(groups, momentum=recipe.betas[0])
+        return make_adamw(groups, betas=recipe.betas)
 
-def _result_before(path: Path, what: dict[str, Any]) -> dict[str, Any] | None:
-    """The result that was written of the same test. One of another test is removed."""
-    if not path.is_file():
-        return None
-    try:
-        before: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # it was not written whole
-        before = None
-    if isinstance(before, dict) and before.get("test") == what:
-        return before
-    path.unlink()  # of other weights or videos: what lies there is not to be mixed
-    return None
+    def transforms(self) -> dict[str, ClipTransform]:
+        data, how = self.config.data, self.config.augmentation
+        augmentation = Augmentation(
+            area=how.area,
+            ratio=how.ratio,
+            flip=data.flip,
+            rand_augment=how.rand_augment,
+            erasing=how.erasing,
+            mean=data.mean,
+            std=data.std,
+            interpolation=data.interpolation,
+        )
+        return {"": augmentation}
 
+    def objective(
+        self, ema: nn.Module | None, _device: torch.device, _gather: Gather = nullcontext
+    ) -> Classification:
+        assert ema is None or isinstance(ema, ClipClassifier)
+        config, how = self.config, self.config.augmentation
+        assert config.model.num_classes is not None
+        mixing = None
+        if how.mixes:
+            mixing = Mixing(
+                config.model.num_classes,
+                mixup=how.mixup,
+                cutmix=how.cutmix,
+                probability=how.mix_probability,
+                switch_probability=how.cutmix_probability,
+                label_smoothing=how.label_smoothing,
+            )
+        return Classification(
+            mean=config.data.mean,
+            std=config.data.std,
+            label_smoothing=how.label_smoothing,
+            mixing=mixing,
+            average=ema,
+            average_momentum=config.recipe.average_momentum or 0.0,
+            seed=config.seed,
+        )
 
-def name_of_test(config: FinetuneConfig, source: str) -> str:
-    """Of the folder of a test: checkpoint, weights, views and videos."""
-    how = config.test
-    return f"{how.checkpoint}-{how.weights}-{how.clips}x{how.crops}-{Path(source).stem}"
+    def evaluation(self, session: Session, objective: Objective, engine: Engine) -> Evaluation:
+        """Measure the accuracy on held-out videos, one view of each.
 
+        Of several processes each sees its share of the videos.
+        """
+        assert isinstance(objective, Classification)
+        config, processes = self.config, session.processes
+        if self.data.validation is None:
+            log.info("no data.validation: nothing is measured on held-out videos")
+            return Evaluation()
+        manifest = self.data.validation.spread(config.logging.validation_clips)
+        exclude = config.test.exclude_bad_files
+        clips = HeldOutClips(
+            manifest,
+            clip_spec(config.data),
+            decoder=config.data.decoder,
+            seed=config.seed,
+            report_failures=True,
+        )
+        reading = how_read(config.data, min(len(clips), 32))
+        failures = find_failures(clips, processes, **reading)
+        if failures and not exclude:
+            raise BadTestFilesError(failures, len(manifest))
+        measured = objective.average if config.test.weights == "average" else engine.model
+        assert measured is not None
+        names = [str(label) for label in range(len(self.label_names))]
 
-# --- From a config to its parts -----------------------------------------------------------------
+        def validate() -> dict[str, float]:
+            share = processes.share(len(manifest))
+            read = held_out_batches(clips, positions=share, **reading)
+            with engine.whole(measured) as model, closing(read) as batches:
+                assert isinstance(model, ClipClassifier)
+                recogniser = recogniser_of(config, model, names, engine.device, engine.precision)
+                found, failures = score_videos(
+                    recogniser.probabilities,
+                    batches,
+                    manifest,
+                    share,
+                    num_views=MIDDLE.count,
+                    exclude_bad_files=exclude,
+                )
+            found, failures = processes.gather(found), processes.gather(failures)
+            scores = Scores(manifest, collect(manifest, found, failures, exclude_bad_files=exclude))
+            return _measures_of(scores, names)
+
+        return Evaluation(validate, score="top1", more_is_better=True, describe=_describe_held_out)
 
 
 def find_label_names(config: FinetuneConfig, data: RunData) -> tuple[str, ...]:
@@ -264,38 +253,6 @@ def find_label_names(config: FinetuneConfig, data: RunData) -> tuple[str, ...]:
         check_labels(data.validation, len(names), "the videos of data.validation")
         check_same_names(names, data.validation)
     return names
-
-
-def _check_same_names(directory: RunDirectory, label_names: tuple[str, ...]) -> None:
-    if directory.newest is not None:
-        before = read_label_names(directory.newest / "labels.txt")
-        if before != label_names:
-            raise ConfigError(
-                f"{directory.path} holds a run with other classes ({len(before)}, now "
-                f"{len(label_names)}); take another output_dir"
-            )
-
-
-def _check_same_start(config: FinetuneConfig, directory: RunDirectory) -> str:
-    """The SHA-256 of the weights that a run begins with, as it was when the run began.
-
-    Raises:
-        ConfigError: other weights lie there now.
-    """
-    path = directory.path / START
-    before = path.read_text().strip() if directory.newest and path.is_file() else None
-    now = "scratch"
-    if config.init_weights is not None:
-        source = Path(config.init_weights).expanduser()
-        if before is not None and not source.exists():
-            return before  # a run that goes on does not need them
-        now = weights_digest(source, weights_file(config))
-    if before is not None and before != now:
-        raise ConfigError(
-            f"{directory.path} began with other weights than init_weights={config.init_weights} "
-            f"holds now; take another output_dir, or delete this run to begin anew"
-        )
-    return now
 
 
 def weights_file(config: FinetuneConfig) -> str:
@@ -363,105 +320,6 @@ def for_checkpoint(
     )
 
 
-def build_objective(config: FinetuneConfig, average: ClipClassifier | None) -> Classification:
-    """Classification as a config wants it."""
-    how = config.augmentation
-    assert config.model.num_classes is not None
-    mixing = None
-    if how.mixes:
-        mixing = Mixing(
-            config.model.num_classes,
-            mixup=how.mixup,
-            cutmix=how.cutmix,
-            probability=how.mix_probability,
-            switch_probability=how.cutmix_probability,
-            label_smoothing=how.label_smoothing,
-        )
-    return Classification(
-        mean=config.data.mean,
-        std=config.data.std,
-        label_smoothing=how.label_smoothing,
-        mixing=mixing,
-        average=average,
-        average_momentum=config.recipe.average_momentum or 0.0,
-        seed=config.seed,
-    )
-
-
-def augmentation(config: FinetuneConfig) -> Augmentation:
-    """The random changes of training clips."""
-    how = config.augmentation
-    return Augmentation(
-        area=how.area,
-        ratio=how.ratio,
-        flip=config.data.flip,
-        rand_augment=how.rand_augment,
-        erasing=how.erasing,
-        mean=config.data.mean,
-        std=config.data.std,
-        interpolation=config.data.interpolation,
-    )
-
-
-def make_optimizer(config: FinetuneConfig, model: ClipClassifier) -> torch.optim.Optimizer:
-    """The optimizer of a config, each layer at its share of the learning rate."""
-    recipe = config.recipe
-    scale = layer_decay_of(model.layer_of, model.num_layers, recipe.layer_decay)
-    groups = parameter_groups(model, recipe.weight_decay, scale)
-    if recipe.optimizer == "sgd":
-        return make_sgd(groups, momentum=recipe.betas[0])
-    return make_adamw(groups, betas=recipe.betas)
-
-
-def make_update(
-    config: FinetuneConfig,
-    device: torch.device,
-    precision: Precision,
-    clips: int,
-    *,
-    source: str = "",
-    accumulate: int = 1,
-) -> Callable[[], None]:
-    """A whole update on random clips by one process, to see how long it takes and what it needs.
-
-    ``config`` is a resolved one.
-    """
-    config = replace(config, init_weights=None)
-    model, average = _make_models(config, None, device)
-    engine = TorchEngine(
-        model,
-        make_optimizer(config, model),
-        device=device,
-        accumulate=accumulate,
-        clip_grad=config.recipe.clip_grad,
-        precision=precision,
-    )
-    objective = build_objective(config, average)
-    return timed_update(config, engine, objective, clips + clips % 2, source)
-
-
-def _make_models(
-    config: FinetuneConfig,
-    newest: Path | None,
-    device: torch.device,
-    label_names: Sequence[str] = (),
-) -> tuple[ClipClassifier, ClipClassifier | None]:
-    """The classifier and its average where the run stands: at a checkpoint, or at the start."""
-    assert config.model.num_classes is not None
-    model = build_classifier(config, config.model.num_classes)
-    if newest is not None:
-        load_weights(model, read_weights(newest), newest)
-    elif config.init_weights is not None:
-        load_pretrained(model, Path(config.init_weights).expanduser(), config, label_names)
-    average = None
-    if config.recipe.average_momentum is not None:
-        average = make_teacher(model)
-        if newest is not None:
-            load_weights(average, read_weights(newest, "average"), newest)
-        average.to(device)
-    return model.to(device), average
-
-
 def load_pretrained(
     model: ClipClassifier, source: Path, config: FinetuneConfig, label_names: Sequence[str]
 ) -> None:
@@ -507,68 +365,6 @@ def _has_these_classes(
     return not listed.is_file() or read_label_names(listed) == tuple(names)
 
 
-# --- What a run looks at ------------------------------------------------------------------------
-
-
-def _watch(
-    config: FinetuneConfig,
-    session: Session,
-    objective: Classification,
-    engine: Engine,
-    num_classes: int,
-) -> Watch:
-    """Accuracy on held-out videos, one view of each, where there is a validation manifest.
-
-    Of several processes each sees its share of the videos.
-    """
-    processes, run_dir = session.processes, session.directory.path
-    if session.data.validation is None:
-        log.info("no data.validation: nothing is measured on held-out videos")
-        return Watch()
-    manifest = session.data.validation.spread(config.logging.validation_clips)
-    exclude = config.test.exclude_bad_files
-    clips = HeldOutClips(
-        manifest,
-        clip_spec(config.data),
-        decoder=config.data.decoder,
-        seed=config.seed,
-        report_failures=True,
-    )
-    reading = how_read(config.data, min(len(clips), 32))
-    failures = find_failures(clips, processes, **reading)
-    if failures and not exclude:
-        raise BadTestFilesError(failures, len(manifest))
-    measured = objective.average if config.test.weights == "average" else engine.model
-    assert measured is not None
-    names = [str(label) for label in range(num_classes)]
-
-    def validate() -> dict[str, float]:
-        share = processes.share(len(manifest))
-        read = held_out_batches(clips, positions=share, **reading)
-        with engine.whole(measured) as model, closing(read) as batches:
-            assert isinstance(model, ClipClassifier)
-            recogniser = recogniser_of(config, model, names, engine.device, engine.precision)
-            found, failures = score_videos(
-                recogniser.probabilities,
-                batches,
-                manifest,
-                share,
-                num_views=MIDDLE.count,
-                exclude_bad_files=exclude,
-            )
-        found, failures = processes.gather(found), processes.gather(failures)
-        scores = Scores(manifest, collect(manifest, found, failures, exclude_bad_files=exclude))
-        return _measures_of(scores, names)
-
-    def draw(done: int) -> None:
-        if processes.is_first and done < session.data.timeline.num_updates:  # at the end: later
-            plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
-
-    return Watch(
-        validate, score="top1", more_is_better=True, describe=_describe_held_out, draw=draw
-    )
-
-
 def _measures_of(scores: Scores, names: Sequence[str]) -> dict[str, float]:
     result = summarise(scores, names)
     of_label = np.take_along_axis(scores.probabilities, scores.labels[:, None], axis=1)
@@ -583,13 +379,4 @@ def _describe_held_out(measures: dict[str, float]) -> str:
     return (
         f"held out: top-1 {measures['top1']:.3f}, top-5 {measures['top5']:.3f}, cross-entropy "
         f"{measures['cross_entropy']:.3f}"
-    )
-
-
-def describe_evaluation(result: dict[str, Any]) -> str:
-    """The result of :func:`evaluate_run` in some lines, for the terminal."""
-    how = result["test"]
-    return (
-        f"the {how['chosen_as']} checkpoint ({how['weights']} of update {how['update']}), "
-        f"{how['clips']} x {how['crops']} views of each video:\n{describe(result)}"
     )

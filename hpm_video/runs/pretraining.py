@@ -2,9 +2,8 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from dataclasses import replace
-from functools import partial
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -18,7 +17,6 @@ from hpm_video.data.augment import Augmentation
 from hpm_video.data.clips import MIDDLE, HeldOutClips, collate
 from hpm_video.data.loader import held_out_batches
 from hpm_video.data.transforms import ClipTransform, MultiScaleCrop
-from hpm_video.files.atomic import written_beside
 from hpm_video.files.weights import load_weights
 from hpm_video.mining.objective import HardPatchesMining, named
 from hpm_video.mining.pictures import write_pictures
@@ -33,43 +31,33 @@ from hpm_video.recognition.inference import Extractor, Reading, clip_spec
 from hpm_video.recognition.labels import names_of_both
 from hpm_video.recognition.probes import FeatureTable, nearest_neighbours
 from hpm_video.recognition.testing import summarise
-from hpm_video.runs.init_weights import check_same_model, config_beside
-from hpm_video.runs.run import (
+from hpm_video.runs.data import (
     HowRead,
-    RunDirectory,
-    Session,
-    claim,
+    RunData,
     find_failures,
     how_read,
     key_of_source,
     limits_of,
-    locked,
-    make_engine,
     num_workers,
     open_data,
     open_manifest,
-    open_session,
-    settle_plan,
-    settle_precision,
-    timed_update,
-    train,
-    training_clips,
 )
+from hpm_video.runs.directory import RunDirectory, check_same_weights
+from hpm_video.runs.init_weights import check_same_model, config_beside
+from hpm_video.runs.run import run
+from hpm_video.runs.task import Gather, Session
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import MaskRule, count_masked
-from hpm_video.training.checkpoint import read_weights, weights_digest
-from hpm_video.training.curves import plot_curves
-from hpm_video.training.device import Precision
+from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.distributed import Processes
-from hpm_video.training.engine import Engine, TorchEngine, WholeModel
-from hpm_video.training.optim import make_adamw, parameter_groups
-from hpm_video.training.run import Watch
+from hpm_video.training.engine import Engine, WholeModel
+from hpm_video.training.objective import Objective
+from hpm_video.training.optim import Tensors, make_adamw, parameter_groups
+from hpm_video.training.run import Evaluation
 from hpm_video.weights.image_tower import read_image_tower
 
 log = logging.getLogger(__name__)
 
-FEATURES = "feature_weights.sha256"
-"""File of the run directory that tells the weights of the model whose features are the target."""
 PICTURED_CLIPS = 4
 """Held-out clips that are drawn during training."""
 
@@ -106,7 +94,7 @@ def build_objective(
     config: PretrainConfig,
     teacher: MaskedAutoencoder | None,
     target: Target,
-    whole: Callable[[nn.Module], AbstractContextManager[nn.Module]] = nullcontext,
+    whole: Gather = nullcontext,
 ) -> HardPatchesMining:
     """Hard patches mining as a config wants it; without a teacher, a plain masked autoencoder.
 
@@ -180,195 +168,134 @@ def pretrain(config: PretrainConfig, processes: Processes = Processes()) -> Path
     """Pre-train as ``config`` says, or go on where its run directory stands. -> that directory
 
     Raises:
-        ConfigError: the config cannot be run, or the directory holds a run of another one.
-        ManifestError: the data cannot be read.
-        CheckpointError: weights cannot be read, or do not fit.
-        And what ``fit`` raises.
+        What :func:`~hpm_video.runs.run.run` raises.
     """
-    data = open_data(config)
-    with locked(config, processes):
-        session = open_session(PretrainConfig, config, data, processes)
-        directory = session.directory
-        if not session.is_complete:
-            features = _check_same_features(config, directory)
-            models = _make_models(config, directory.newest, session.device)
-            target = build_target(config, session.device)
-        claim(session, config)
-        if session.is_complete:
-            log.info("%s is complete: %d updates were made", directory.path, directory.update)
-        else:
-            if features is not None and processes.is_first:
-                with written_beside(directory.path / FEATURES) as path:
-                    path.write_text(f"{features}\n")
-            _train(config, session, models, target)
-        if processes.is_first:
-            plot_curves(directory.path / "metrics.jsonl", directory.path / "curves.png")
-    return directory.path
+    return run(Pretraining(config), processes)
 
 
-def _train(
-    config: PretrainConfig,
-    session: Session,
-    models: tuple[MaskedAutoencoder, MaskedAutoencoder | None],
-    target: Target,
-) -> None:
-    student, teacher = models
-    maker = partial(make_update, config)
-    precision = settle_precision(config, session, maker)
-    plan = settle_plan(config, session, precision, maker)
-    engine = make_engine(config, session, plan, precision, student, _optimizer(config, student))
-    if teacher is not None:
-        engine.hold(teacher)
-    objective = build_objective(config, teacher, target, engine.whole)
-    train(
-        config,
-        session,
-        plan,
-        engine=engine,
-        objective=objective,
-        clips=training_clips(config, session.data, crops_of(config), same_frames=False),
-        watch=_watch(config, session, objective, engine),
-    )
+class Pretraining:
+    """The task of hard patches mining; without a loss predictor, of a plain masked autoencoder."""
 
+    multiple = 1
+    same_frames = False
 
-def _check_same_features(config: PretrainConfig, directory: RunDirectory) -> str | None:
-    """The SHA-256 of the weights of the feature model, as it was when the run began.
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config = config
+        self.ema = "teacher" if config.mining.has_teacher else None
 
-    Raises:
-        ConfigError: other weights lie there now.
-    """
-    given = config.mining.feature_weights
-    if given is None:
-        return None
-    now = weights_digest(Path(given).expanduser())
-    path = directory.path / FEATURES
-    before = path.read_text().strip() if directory.newest and path.is_file() else now
-    if before != now:
-        raise ConfigError(
-            f"{directory.path} began with other weights than mining.feature_weights={given} holds "
-            f"now; take another output_dir, or give the weights of before"
+    @cached_property
+    def data(self) -> RunData:
+        return open_data(self.config)
+
+    def resolve(self, directory: RunDirectory | None = None) -> None:
+        """Nothing is left open."""
+
+    def notes(self, directory: RunDirectory) -> dict[str, str]:
+        given = self.config.mining.feature_weights
+        if given is None:
+            return {}
+        name = "feature_weights.sha256"
+        digest = check_same_weights(directory, name, "mining.feature_weights", given)
+        return {name: f"{digest}\n"}
+
+    def model(self) -> MaskedAutoencoder:
+        return build_student(self.config)
+
+    def initialise(self, model: nn.Module) -> Tensors | None:
+        """Put ``init_weights`` into the student, and return the teacher's where they lie beside."""
+        given = self.config.init_weights
+        if given is None:
+            return None
+        source = Path(given).expanduser()
+        beside = config_beside(given)
+        if beside is not None:
+            check_same_model(self.config, beside)
+        lacking = load_weights(
+            model, read_weights(source), source, may_lack=("difficulty_decoder.",)
         )
-    return now
-
-
-def make_update(
-    config: PretrainConfig,
-    device: torch.device,
-    precision: Precision,
-    clips: int,
-    *,
-    source: str = "",
-    accumulate: int = 1,
-) -> Callable[[], None]:
-    """A whole update on random clips by one process, to see how long it takes and what it needs."""
-    config = replace(config, init_weights=None)
-    student, teacher = _make_models(config, None, device)
-    objective = build_objective(config, teacher, build_target(config, device))
-    engine = TorchEngine(
-        student,
-        _optimizer(config, student),
-        device=device,
-        accumulate=accumulate,
-        clip_grad=config.recipe.clip_grad,
-        precision=precision,
-    )
-    return timed_update(config, engine, objective, clips, source)
-
-
-def _optimizer(config: PretrainConfig, student: MaskedAutoencoder) -> torch.optim.Optimizer:
-    decay = config.recipe.weight_decay
-    groups = parameter_groups(student, decay, also_decayed=student.decayed_tokens)
-    return make_adamw(groups, betas=config.recipe.betas)
-
-
-def _make_models(
-    config: PretrainConfig, newest: Path | None, device: torch.device
-) -> tuple[MaskedAutoencoder, MaskedAutoencoder | None]:
-    """Student and teacher where the run stands: at a checkpoint, at given weights, or fresh."""
-    student = build_student(config)
-    given = Path(config.init_weights).expanduser() if config.init_weights else None
-    source = newest or given
-    beside = None if newest else config_beside(config.init_weights)
-    if beside is not None:
-        check_same_model(config, beside)
-    if source is not None:
-        fresh = () if newest else ("difficulty_decoder.",)
-        lacking = load_weights(student, read_weights(source), source, may_lack=fresh)
-        if newest is None:
-            log.info("start from the weights of %s", source)
+        log.info("start from the weights of %s", source)
         if lacking:
             log.info("which lack a loss predictor: its %d tensors start fresh", len(lacking))
-    teacher = None
-    if config.mining.has_teacher:
-        teacher = make_teacher(student)
-        stored = newest or (given and (given / "teacher.safetensors").is_file())
-        if stored:
-            assert source is not None
-            load_weights(teacher, read_weights(source, "teacher"), source)
-        if given and newest is None:
-            log.info("the teacher is %s", "of there too" if stored else "a copy of the student")
-        teacher.to(device)
-    return student.to(device), teacher
+        if self.ema is None:
+            return None
+        stored = (source / "teacher.safetensors").is_file()
+        log.info("the teacher is %s", "of there too" if stored else "a copy of the student")
+        return read_weights(source, "teacher") if stored else None
 
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        assert isinstance(model, MaskedAutoencoder)
+        recipe = self.config.recipe
+        groups = parameter_groups(model, recipe.weight_decay, also_decayed=model.decayed_tokens)
+        return make_adamw(groups, betas=recipe.betas)
 
-def _watch(
-    config: PretrainConfig, session: Session, objective: HardPatchesMining, engine: Engine
-) -> Watch:
-    """Held-out measures, pictures and nearest neighbours, where there are videos for them.
+    def transforms(self) -> dict[str, ClipTransform]:
+        return crops_of(self.config)
 
-    Of several processes each measures its share of the clips, and the first one draws.
-    """
-    processes, run_dir = session.processes, session.directory.path
-    probe = _neighbour_probe(config, session, engine) if config.knn.train is not None else None
-    measured = {
-        name: _held_out(config, session, name, config.logging.validation_clips)
-        for name in _sources_with_validation(session)
-    }
-    pictured = {name: _held_out(config, session, name, PICTURED_CLIPS) for name in measured}
-    for clips in measured.values():
-        find_failures(clips, processes, **_how_read(config, clips))
-    if not measured:
-        return Watch(probe=probe, probe_every_epochs=config.knn.every_epochs)
+    def objective(
+        self, ema: nn.Module | None, device: torch.device, gather: Gather = nullcontext
+    ) -> HardPatchesMining:
+        assert ema is None or isinstance(ema, MaskedAutoencoder)
+        return build_objective(self.config, ema, build_target(self.config, device), gather)
 
-    def validate() -> Measures:
-        found: Measures = {}
-        with _looking(objective, engine) as (seen, student):
-            for name, clips in measured.items():
-                share = processes.share(len(clips))
-                reading = _how_read(config, clips)
-                with closing(held_out_batches(clips, positions=share, **reading)) as batches:
-                    measures = measure(seen, student, batches, processes)
-                found |= {named(name, what): value for what, value in measures.items()}
-        return found
+    def evaluation(self, session: Session, objective: Objective, engine: Engine) -> Evaluation:
+        """Measure held-out clips of each source, draw some of them, and probe frozen features.
 
-    def draw(done: int) -> None:
-        with _looking(objective, engine) as (seen, student):
-            for name, clips in pictured.items() if processes.is_first else ():
-                shown = collate([clips[i] for i in range(len(clips))])
-                folder = run_dir / "pictures" / name
-                write_pictures(folder, f"update-{done:08d}", seen, student, shown)
-        if processes.is_first and done < session.data.timeline.num_updates:  # at the end: later
-            plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
+        Of several processes each measures its share of the clips, and the first one draws.
+        """
+        assert isinstance(objective, HardPatchesMining)
+        config, processes = self.config, session.processes
+        probe = _neighbour_probe(config, processes, engine) if config.knn.train else None
+        measured = {name: self._held_out(name) for name in self._sources_with_validation()}
+        for clips in measured.values():
+            find_failures(clips, processes, **_how_read(config, clips))
+        if not measured:
+            return Evaluation(probe=probe, probe_every_epochs=config.knn.every_epochs)
 
-    return Watch(
-        validate,
-        score=named(next(iter(measured)), "relative_error"),
-        describe=partial(describe_sources, tuple(measured), objective.target.yardstick),
-        draw=draw,
-        probe=probe,
-        probe_every_epochs=config.knn.every_epochs,
-    )
+        def validate() -> Measures:
+            found: Measures = {}
+            with _looking(objective, engine) as (seen, student):
+                for name, clips in measured.items():
+                    share = processes.share(len(clips))
+                    reading = _how_read(config, clips)
+                    with closing(held_out_batches(clips, positions=share, **reading)) as batches:
+                        measures = measure(seen, student, batches, processes)
+                    found |= {named(name, what): value for what, value in measures.items()}
+            return found
 
+        def draw(done: int) -> None:
+            with _looking(objective, engine) as (seen, student):
+                for name in measured if processes.is_first else ():
+                    clips = self._held_out(name, PICTURED_CLIPS)
+                    shown = collate([clips[i] for i in range(len(clips))])
+                    folder = session.directory.path / "pictures" / name
+                    write_pictures(folder, f"update-{done:08d}", seen, student, shown)
 
-def _sources_with_validation(session: Session) -> list[str]:
-    """Names of the sources that have held-out clips."""
-    there = []
-    for name, source in session.data.sources.items():
-        if source.validation is None:
+        return Evaluation(
+            validate,
+            score=named(next(iter(measured)), "relative_error"),
+            describe=partial(describe_sources, tuple(measured), objective.target.yardstick),
+            draw=draw,
+            probe=probe,
+            probe_every_epochs=config.knn.every_epochs,
+        )
+
+    def _sources_with_validation(self) -> list[str]:
+        names = [name for name, data in self.data.sources.items() if data.validation]
+        for name in self.data.sources.keys() - names:
             log.info("no %sdata.validation: none of its clips are measured", key_of_source(name))
-        else:
-            there.append(name)
-    return there
+        return names
+
+    def _held_out(self, source: str, count: int | None = None) -> HeldOutClips:
+        """Some held-out clips of a source."""
+        how, manifest = self.config.sources[source], self.data.sources[source].validation
+        assert manifest is not None
+        return HeldOutClips(
+            manifest.spread(count or self.config.logging.validation_clips),
+            clip_spec(how),
+            decoder=how.decoder,
+            seed=self.config.seed,
+            source=source,
+        )
 
 
 @contextmanager
@@ -391,19 +318,6 @@ def _how_read(config: PretrainConfig, clips: HeldOutClips) -> HowRead:
     return how_read(config.data, min(len(clips), max(config.recipe.batch_size, 8), 32))
 
 
-def _held_out(config: PretrainConfig, session: Session, source: str, count: int) -> HeldOutClips:
-    """Some held-out clips of a source."""
-    how, manifest = config.sources[source], session.data.sources[source].validation
-    assert manifest is not None
-    return HeldOutClips(
-        manifest.spread(count),
-        clip_spec(how),
-        decoder=how.decoder,
-        seed=config.seed,
-        source=source,
-    )
-
-
 def describe_sources(sources: Sequence[str], yardstick: str, measures: Measures) -> str:
     """The measures of each source in a few lines, for the terminal."""
     told = []
@@ -421,7 +335,7 @@ def names_of(source: str, measures: Measures) -> list[str]:
 
 
 def _neighbour_probe(
-    config: PretrainConfig, session: Session, engine: Engine
+    config: PretrainConfig, processes: Processes, engine: Engine
 ) -> Callable[[], dict[str, float]]:
     """Nearest neighbours of the student's frozen features, on one clip of each video.
 
@@ -444,7 +358,7 @@ def _neighbour_probe(
     reading = Reading(config.data.decoder, num_workers(config.data), limits=limits_of(config.data))
     for manifest in manifests:
         clips = HeldOutClips(manifest, spec, decoder=config.data.decoder, seed=config.seed)
-        find_failures(clips, session.processes, **how_read(config.data, min(len(clips), 32)))
+        find_failures(clips, processes, **how_read(config.data, min(len(clips), 32)))
 
     def probe() -> dict[str, float]:
         with engine.whole(engine.model) as student:
@@ -453,9 +367,7 @@ def _neighbour_probe(
                 student, spec, config.data.mean, config.data.std, engine.device, engine.precision
             )
             train, held_out = (
-                FeatureTable(
-                    manifest, extractor.of_videos(manifest, MIDDLE, reading, session.processes)
-                )
+                FeatureTable(manifest, extractor.of_videos(manifest, MIDDLE, reading, processes))
                 for manifest in manifests
             )
         scores = nearest_neighbours(train, held_out, len(names), [how.k], how.temperature)[how.k]

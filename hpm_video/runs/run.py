@@ -1,311 +1,104 @@
-"""What every training run needs around its model: data, a directory, an engine, a loop."""
+"""The one sequence around ``fit``: from a task to a run that is trained to its end."""
 
-import fcntl
-import hashlib
 import logging
-import os
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from hpm_video.config.batch_plan import BatchPlan, PlanError, micro_batches, plan_batches
+from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.checks import ConfigError
-from hpm_video.config.data import DataConfig
-from hpm_video.config.loading import load_any_config, result_differences, save_config
 from hpm_video.config.schema import RunConfig
 from hpm_video.config.training import EngineConfig
-from hpm_video.data.clips import ClipBatch, Failure, HeldOutClips, Repeats, VideoClips
-from hpm_video.data.loader import (
-    BadFiles,
-    default_workers,
-    end_workers,
-    held_out_batches,
-    training_batches,
-)
-from hpm_video.data.manifest import Manifest, read_manifest
+from hpm_video.data.clips import ClipBatch
+from hpm_video.data.loader import BadFiles, end_workers, training_batches
 from hpm_video.data.mixture import MixedClips, Places, deal_out
-from hpm_video.data.transforms import ClipTransform
-from hpm_video.decoding.locations import base_name
-from hpm_video.files.atomic import written_beside
-from hpm_video.recognition.inference import clip_spec
-from hpm_video.training.checkpoint import (
-    check_name,
-    checkpoints_in,
-    mend,
-    read_optimizer,
-    read_state,
+from hpm_video.runs.autotune import choose_plan, plan_for, precision_of
+from hpm_video.runs.data import (
+    RunData,
+    describe_data,
+    limits_of,
+    num_workers,
+    training_clips,
 )
+from hpm_video.runs.directory import RunDirectory, check_same_run, claim, locked
+from hpm_video.runs.task import Session, Task, make_models
+from hpm_video.training.checkpoint import read_optimizer, read_state
+from hpm_video.training.curves import plot_curves
 from hpm_video.training.deepspeed_engine import DeepSpeedEngine
 from hpm_video.training.deepspeed_settings import DeepSpeedChoice, read_settings
-from hpm_video.training.device import Precision, choose_device, choose_precision
+from hpm_video.training.device import Precision, choose_device
 from hpm_video.training.distributed import Processes
 from hpm_video.training.engine import Engine, TorchEngine
 from hpm_video.training.loop import fit
 from hpm_video.training.metrics import Meter, MetricsLog, ProgressBar, WaitingWarning
 from hpm_video.training.objective import Objective
-from hpm_video.training.plan import fits_in_memory, largest_fitting
-from hpm_video.training.progress import Progress, Timeline
 from hpm_video.training.provenance import bit_differences, gather_facts, record_start
-from hpm_video.training.run import Cadence, Run, Watch
+from hpm_video.training.run import Evaluation, Run
 from hpm_video.training.schedules import WarmupCosine, scaled_lr
 from hpm_video.training.stop import listen_for_stop
-from hpm_video.workers.pool import GIB, Limits
 
 log = logging.getLogger(__name__)
-Config = TypeVar("Config", bound=RunConfig)
-RUN_FILES = {
-    ".lock",
-    "checkpoints",
-    "config.yaml",
-    "labels.txt",
-    "init_weights.sha256",
-    "feature_weights.sha256",
-}
-"""What a run that was killed at its very start may have left."""
-TIMED_CLIPS = 8
-"""At most so many clips make the updates that are timed to choose a precision."""
-GPU_SHARE = 0.9
-"""Of a GPU's memory, what updates may take where their size is found by trial: the rest is for
-what comes between them, and for what the processes exchange."""
-MakeUpdate = Callable[..., Callable[[], None]]
-"""(device, precision, clips, source="", accumulate=1) -> an update on random clips, or each of
-several forward passes that make one, by this process alone"""
 
 
-@dataclass(frozen=True)
-class SourceData:
-    """The videos of one source."""
+def run(task: Task, processes: Processes = Processes()) -> Path:  # noqa: B008 - it is frozen
+    """Train as a task says, or go on where its run directory stands. -> that directory
 
-    train: Manifest
-    validation: Manifest | None
-
-    @property
-    def fingerprint(self) -> str:
-        """What the order of the training files depends on: how many they are, and their names."""
-        names = "\n".join(base_name(file) for file in self.train.files)
-        return f"{len(self.train)} files, {hashlib.sha256(names.encode()).hexdigest()[:16]}"
-
-
-@dataclass(frozen=True)
-class RunData:
-    """The videos of a run, and how long it is."""
-
-    sources: dict[str, SourceData]
-    """By name; the main source is ``""`` and comes first."""
-    timeline: Timeline
-
-    @property
-    def train(self) -> Manifest:
-        """Training videos of the main source."""
-        return self.sources[""].train
-
-    @property
-    def validation(self) -> Manifest | None:
-        """Held-out videos of the main source."""
-        return self.sources[""].validation
-
-    @property
-    def fingerprint(self) -> str:
-        """What the order of the training files depends on."""
-        return "; ".join(source.fingerprint for source in self.sources.values())
-
-
-@dataclass(frozen=True)
-class RunDirectory:
-    """The directory of a run, and where the run stood when it was looked at."""
-
-    path: Path
-    newest: Path | None
-    """The newest complete checkpoint."""
-
-    @classmethod
-    def at(cls, path: Path) -> "RunDirectory":
-        """Look at a directory."""
-        return cls(path, next(reversed(checkpoints_in(path / "checkpoints")), None))
-
-    @property
-    def update(self) -> int:
-        """The next update."""
-        return 0 if self.newest is None else int(read_state(self.newest, of_run=True)["update"])
-
-    @property
-    def precision(self) -> Precision | None:
-        """The precision that the run began with."""
-        if self.newest is None:
-            return None
-        precision: Precision = read_state(self.newest, of_run=True)["facts"]["precision"]
-        return precision
-
-
-def open_data(config: RunConfig) -> RunData:
-    """Read the manifests.
+    All that can be found wrong is found before the directory is written to.
 
     Raises:
-        ConfigError: no data is named, or it does not fill a batch.
-        ManifestError: a manifest cannot be used.
+        ConfigError: the config cannot be run, or the directory holds a run of another one.
+        ManifestError: the data cannot be read.
+        CheckpointError: weights cannot be read, or do not fit.
+        DeviceError, DeepSpeedError, DeepSpeedSettingsError: the engine cannot be had.
+        And what ``fit`` raises.
     """
-    recipe, sources = config.recipe, {}
-    for name, data in config.sources.items():
-        if not data.train:
-            key = f"{key_of_source(name)}data.train"
-            raise ConfigError(
-                f"{key} is not set; give a manifest, or a folder of videos or images: {key}=PATH"
-            )
-        train = open_manifest(data, data.train)
-        validation = None if data.validation is None else open_manifest(data, data.validation)
-        sources[name] = SourceData(train, validation)
-    share = config.weights[0] / sum(config.weights)
-    try:
-        timeline = Timeline(round(len(sources[""].train) / share), recipe.batch_size, recipe.epochs)
-    except ValueError as error:
-        raise ConfigError(f"recipe: {error}") from error
-    return RunData(sources, timeline)
-
-
-def key_of_source(name: str) -> str:
-    """What the keys of a source begin with in a config."""
-    return f"mix.{name}." if name else ""
-
-
-def open_manifest(data: DataConfig, path: str) -> Manifest:
-    """Read one of the manifests of a config, or the videos of a folder.
-
-    Raises:
-        ManifestError: it cannot be used.
-    """
-    root = None if data.root is None else Path(data.root).expanduser()
-    return read_manifest(Path(path).expanduser(), root)
-
-
-def check_output_dir(config: RunConfig) -> Path:
-    """The directory of a run, which there may not be yet.
-
-    Raises:
-        ConfigError: it is not set, or what is there is no run.
-    """
-    if not config.output_dir:
-        raise ConfigError("output_dir is not set; give the run a directory: output_dir=runs/NAME")
-    folder = Path(config.output_dir).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output_dir={folder} is a file; name a folder")
-    foreign = [item.name for item in folder.glob("*") if item.name not in RUN_FILES]
-    if (
-        foreign
-        and not (folder / "config.yaml").is_file()
-        and not checkpoints_in(folder / "checkpoints")
-    ):
-        raise ConfigError(
-            f"{folder} holds no run, but other files ({foreign[0]}); take another output_dir"
-        )
-    return folder
-
-
-@contextmanager
-def locked(config: RunConfig, processes: Processes) -> Iterator[None]:
-    """Keep other runs out of the run's directory: what is read there holds as long as this lasts.
-
-    The first process does it, and makes the directory; the others wait until it is done. Of a run
-    that never began nothing is left.
-
-    Raises:
-        ConfigError: there can be no run, or another one trains there.
-    """
-    folder = check_output_dir(config)
-    if not processes.is_first:
+    updates = task.data.timeline.num_updates
+    with locked(task.config, processes):
+        directory = RunDirectory.at(Path(task.config.output_dir).expanduser())
+        task.resolve(directory)
+        session = open_session(task, directory, processes)
+        notes = task.notes(directory)
+        is_complete = directory.update == updates
+        if not is_complete:
+            model, ema = make_models(task, session.device, directory.newest)
+            precision = precision_of(task, session)
+            plan = choose_plan(task, session, precision)
+            engine = make_engine(task, session, plan, precision, model)
+            if ema is not None:
+                engine.hold(ema)
+            objective = task.objective(ema, session.device, engine.whole)
+            evaluation = task.evaluation(session, objective, engine)
+        if processes.is_first:
+            claim(directory, task.config, notes)
         processes.wait()
-        yield
-        return
-    path, is_new = folder / ".lock", not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                raise BlockingIOError("the file was replaced meanwhile")
-        except OSError as error:
-            raise ConfigError(
-                f"another process trains in {folder}; wait for it, or take another output_dir"
-            ) from error
-        try:
-            processes.wait()
-            yield
-        finally:
-            if is_new and [*folder.iterdir()] == [path]:
-                path.unlink()
-                folder.rmdir()
+        if is_complete:
+            log.info("%s is complete: %d updates were made", directory.path, directory.update)
+        else:
+            train(task, session, plan, engine=engine, objective=objective, evaluation=evaluation)
+        if processes.is_first:
+            plot_curves(directory.path / "metrics.jsonl", directory.path / "curves.png")
+    return directory.path
 
 
-def look_into_directory(schema: type[Config], config: Config, data: RunData) -> RunDirectory:
-    """Find out where a run stands, and make sure that it is a run of the same config and data.
+def open_session(task: Task, directory: RunDirectory, processes: Processes) -> Session:
+    """Choose the device, and make sure that a run in the directory can go on here.
 
     Raises:
-        ConfigError: the directory holds a run of another config or data.
-        CheckpointError: the newest checkpoint cannot be read.
-    """
-    folder = Path(config.output_dir).expanduser()
-    directory = RunDirectory.at(folder)
-    if directory.newest is None:
-        return directory
-    check_name(directory.newest)
-    stored = load_any_config(directory.newest / "config.yaml")
-    if not isinstance(stored, schema):
-        raise ConfigError(
-            f"{folder} holds a run of another kind ({type(stored).__name__}, this is a "
-            f"{schema.__name__}); take another output_dir"
-        )
-    differences = result_differences(stored, config)
-    before = read_state(directory.newest, of_run=True)["data"]
-    if not differences and before != data.fingerprint:
-        differences = [
-            f"the files of {key_of_source(name)}data.train: {then} -> {source.fingerprint}"
-            for (name, source), then in zip(data.sources.items(), before.split("; "), strict=False)
-            if then != source.fingerprint
-        ]
-    if differences:
-        raise ConfigError(
-            f"{folder} holds a run of another config:\n  "
-            + "\n  ".join(differences)
-            + "\nTake another output_dir, or the values of before to go on with that run."
-        )
-    return directory
-
-
-@dataclass(frozen=True)
-class Session:
-    """A run in one of its processes."""
-
-    processes: Processes
-    device: torch.device
-    data: RunData
-    directory: RunDirectory
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether all updates were made."""
-        return self.directory.update == self.data.timeline.num_updates
-
-
-def open_session(
-    schema: type[Config], config: Config, data: RunData, processes: Processes
-) -> Session:
-    """Choose the device, and see where the run stands. Its directory is locked, nothing is written.
-
-    Raises:
-        ConfigError: see :func:`look_into_directory`; or the processes do not see the same there,
-            or the batch does not spread over them.
+        ConfigError: it is another run; the processes do not see the same there; or the batch does
+            not spread over them.
         CheckpointError: the newest checkpoint cannot be read.
         DeviceError: there is no such device.
     """
+    config = task.config
     plan_for(config, processes.count)
     device = choose_device(config.engine.device, processes.count)
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
-    directory = look_into_directory(schema, config, data)
+    check_same_run(directory, config, task.data)
     seen = processes.gather([directory])
     if any(each != seen[0] for each in seen):
         names = sorted({str(each.newest and each.newest.name) for each in seen})
@@ -313,104 +106,11 @@ def open_session(
             f"the processes do not see the same in {directory.path} (newest checkpoints: "
             f"{', '.join(names)}); output_dir must be a folder that all machines share"
         )
-    return Session(processes, device, data, directory)
-
-
-def claim(session: Session, config: RunConfig) -> None:
-    """Mend what a killed run left in the directory, and write the config.
-
-    The first process does it; the others wait until it is done.
-
-    Raises:
-        CheckpointError: a checkpoint there is damaged.
-    """
-    if session.processes.is_first:
-        checkpoints = session.directory.path / "checkpoints"
-        checkpoints.mkdir(exist_ok=True)
-        mend(checkpoints)
-        with written_beside(session.directory.path / "config.yaml") as path:
-            save_config(config, path)
-    session.processes.wait()
-
-
-def plan_for(
-    config: RunConfig, processes: int, micro_batch: int | None = None, multiple: int = 1
-) -> BatchPlan:
-    """How an update's batch is spread, with the config's micro-batch or another.
-
-    Raises:
-        ConfigError: it does not come out even.
-    """
-    chosen = config.engine.micro_batch if micro_batch is None else micro_batch
-    try:
-        return plan_batches(config.recipe.batch_size, processes, chosen, multiple=multiple)
-    except PlanError as error:
-        raise ConfigError(str(error)) from error
-
-
-def settle_plan(
-    config: RunConfig,
-    session: Session,
-    precision: Precision,
-    make_update: MakeUpdate,
-    multiple: int = 1,
-) -> BatchPlan:
-    """How an update's batch is spread: as the config says, or on a GPU by trial.
-
-    Each process tries whole updates of plain torch on its GPU, and all take what fits everywhere.
-    The weights of the run lie there too meanwhile, which leaves room for what engines keep besides.
-
-    Raises:
-        ConfigError: the batch does not come out even, or not even one video fits.
-    """
-    processes = session.processes
-    plan = plan_for(config, processes.count, multiple=multiple)
-    if config.engine.micro_batch is not None or session.device.type != "cuda":
-        return plan
-    sizes = micro_batches(plan.batch_size, plan.processes, multiple)
-    torch.cuda.set_per_process_memory_fraction(GPU_SHARE, session.device)
-    try:
-        largest = find_micro_batch(config, session.device, precision, make_update, sizes)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, session.device)
-        torch.cuda.reset_accumulated_memory_stats(session.device)
-    return plan_for(config, processes.count, min(processes.gather([largest])), multiple)
-
-
-def find_micro_batch(
-    config: RunConfig,
-    device: torch.device,
-    precision: Precision,
-    make_update: MakeUpdate,
-    sizes: Sequence[int],
-) -> int:
-    """The largest of ``sizes`` of which whole updates fit the device, of every source.
-
-    Raises:
-        ConfigError: not even the smallest does.
-    """
-
-    def two_updates(size: int) -> None:
-        for source, data in config.sources.items():
-            forward_pass = make_update(
-                device, precision, size * data.repeats, source=source, accumulate=2
-            )
-            for _ in range(4):  # of which the last has gradients and moments beside it
-                forward_pass()
-
-    try:
-        return largest_fitting(sizes, lambda size: fits_in_memory(lambda: two_updates(size)))
-    except PlanError as error:
-        raise ConfigError(str(error)) from error
+    return Session(processes, device, directory)
 
 
 def make_engine(
-    config: RunConfig,
-    session: Session,
-    plan: BatchPlan,
-    precision: Precision,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    task: Task, session: Session, plan: BatchPlan, precision: Precision, model: nn.Module
 ) -> Engine:
     """The engine that updates ``model``, which is on the device of the session.
 
@@ -418,16 +118,16 @@ def make_engine(
         DeepSpeedError: DeepSpeed cannot be used.
         DeepSpeedSettingsError: the user's settings of it contradict the run.
     """
-    how = config.engine
+    config, optimizer = task.config, task.optimizer(model)
     common: dict[str, Any] = {
         "device": session.device,
         "clip_grad": config.recipe.clip_grad,
         "precision": precision,
         "processes": session.processes,
     }
-    if how.name == "torch":
+    if config.engine.name == "torch":
         return TorchEngine(model, optimizer, accumulate=plan.accumulate, **common)
-    return DeepSpeedEngine(model, optimizer, deepspeed_choice(how), plan, **common)
+    return DeepSpeedEngine(model, optimizer, deepspeed_choice(config.engine), plan, **common)
 
 
 def deepspeed_choice(how: EngineConfig) -> DeepSpeedChoice:
@@ -445,17 +145,17 @@ def deepspeed_choice(how: EngineConfig) -> DeepSpeedChoice:
 
 
 def train(
-    config: RunConfig,
+    task: Task,
     session: Session,
     plan: BatchPlan,
     *,
     engine: Engine,
     objective: Objective,
-    clips: MixedClips,
-    watch: Watch,
+    evaluation: Evaluation,
 ) -> None:
-    """Train on ``clips`` from where the directory stands to the end. Raises what ``fit`` raises."""
-    data, directory, processes = session.data, session.directory, session.processes
+    """Train from where the directory stands to the end. Raises what ``fit`` raises."""
+    config, data = task.config, task.data
+    directory, processes = session.directory, session.processes
     start, newest, is_first = directory.update, directory.newest, processes.is_first
     facts = gather_facts(engine.device, engine.precision, engine.name, plan)
     _announce(config, data, engine, plan, start)
@@ -465,10 +165,12 @@ def train(
             log.warning("the last bits may differ from an unbroken run's: %s", difference)
     if is_first:
         record_start(directory.path, facts, start)
-    tensorboard, bad_files = config.logging.tensorboard, _bad_files(config, session)
+    clips = training_clips(config, data, task.transforms(), same_frames=task.same_frames)
+    bad_files = _bad_files(config, data, directory, writes=is_first)
     for name, stream in zip(data.sources, clips.streams, strict=True):
         bad_files[name].check()
         stream.bad |= bad_files[name].failures
+    tensorboard = config.logging.tensorboard
     try:
         with (
             listen_for_stop(patient=processes.count > 1) as stop,
@@ -478,12 +180,13 @@ def train(
                     directory.path, first_update=start, tensorboard=tensorboard, writes=is_first
                 )
             ) as metrics,
-            closing(_training_stream(config, session, plan, clips, start)) as batches,
+            closing(_training_stream(task, session, plan, clips, start)) as batches,
         ):
-            run = Run(
+            state = Run(
                 directory.path,
                 data.timeline,
-                _cadence(config),
+                config.logging,
+                config.checkpoint,
                 engine,
                 objective.companions,
                 facts,
@@ -492,150 +195,37 @@ def train(
                 bar,
                 bad_files,
                 stop,
-                watch,
+                evaluation,
                 WaitingWarning(directory.path / "config.yaml"),
                 best={} if newest is None else read_state(newest, of_run=True)["best"],
                 data=data.fingerprint,
             )
-            fit(engine, objective, batches, _schedule(config), run, start=start)
+            fit(engine, objective, batches, _schedule(config), state, start=start)
     finally:
         end_workers()
 
 
-def _bad_files(config: RunConfig, session: Session) -> dict[str, BadFiles]:
+def _bad_files(
+    config: RunConfig, data: RunData, directory: RunDirectory, *, writes: bool
+) -> dict[str, BadFiles]:
     """Of each source."""
-    folder = session.directory.path
     return {
         name: BadFiles(
-            folder / (f"bad_files_{name}.csv" if name else "bad_files.csv"),
+            directory.path / (f"bad_files_{name}.csv" if name else "bad_files.csv"),
             num_files=len(source.train),
             max_bad_share=config.data.max_bad_share,
-            writes=session.processes.is_first,
+            writes=writes,
         )
-        for name, source in session.data.sources.items()
+        for name, source in data.sources.items()
     }
 
 
-def settle_precision(config: RunConfig, session: Session, make_update: MakeUpdate) -> Precision:
-    """As the config says, as the run began, or as this device makes faster updates."""
-    if config.engine.precision != "auto":
-        return config.engine.precision
-    if session.directory.precision is not None:
-        return session.directory.precision
-    share = config.recipe.batch_size // session.processes.count
-    clips = min(share * config.data.repeats, TIMED_CLIPS)
-
-    def measured() -> Precision:
-        return choose_precision(
-            session.device, lambda name: make_update(session.device, name, clips)
-        )
-
-    return session.processes.of_first(measured)
-
-
-def timed_update(
-    config: RunConfig, engine: Engine, objective: Objective, clips: int, source: str = ""
-) -> Callable[[], None]:
-    """A whole update on so many random clips: forward, backward, step, what follows it.
-
-    Where the engine sums up several forward passes, each call is one.
-    """
-    batch = ClipBatch(
-        torch.randint(256, (clips, 3, *config.sources[source].clip_size), dtype=torch.uint8),
-        keys=torch.arange(clips),
-        labels=torch.zeros(clips, dtype=torch.int64),
-        files=("random pixels",) * clips,
-        failures=(),
-        source=source,
-    ).to(engine.device)
-    progress = Progress(1, config.recipe.epochs - 0.5, config.recipe.epochs)
-
-    def update() -> None:
-        for group in engine.param_groups:
-            group["lr"] = 1e-6
-        with engine.autocast():
-            losses = objective.losses(engine, batch, progress)
-        engine.backward(losses.total)
-        engine.step()
-        objective.after_update(engine.model, progress)
-
-    return update
-
-
-def training_clips(
-    config: RunConfig,
-    data: RunData,
-    transforms: Mapping[str, ClipTransform],
-    *,
-    same_frames: bool,
-) -> MixedClips:
-    """The training clips of a run; ``same_frames``: whether repeats show the same frames.
-
-    ``transforms``: by the name of the source.
-    """
-    return MixedClips(
-        [
-            VideoClips(
-                data.sources[name].train,
-                clip_spec(source),
-                transforms[name],
-                repeats=Repeats(source.repeats, same_frames),
-                decoder=source.decoder,
-                seed=config.seed,
-                max_bad_share=config.data.max_bad_share,
-                source=name,
-            )
-            for name, source in config.sources.items()
-        ]
-    )
-
-
-def find_failures(
-    clips: HeldOutClips, processes: Processes, *, batch_size: int, workers: int, limits: Limits
-) -> list[Failure]:
-    """Decode held-out clips once, so that a bad file can stop a run before it begins.
-
-    Each process decodes its share, and all get what failed.
-
-    Raises:
-        DecodeError: a file does not decode, and ``clips`` do not report that.
-    """
-    share = processes.share(len(clips))
-    batches = held_out_batches(
-        clips, batch_size=batch_size, workers=workers, positions=share, limits=limits
-    )
-    return processes.gather([failure for batch in batches for failure in batch.failures])
-
-
-class HowRead(TypedDict):
-    """How held-out clips are read."""
-
-    batch_size: int
-    """Videos."""
-    workers: int
-    limits: Limits
-
-
-def how_read(data: DataConfig, batch_size: int) -> HowRead:
-    """How a config wants held-out clips to be read."""
-    return {"batch_size": batch_size, "workers": num_workers(data), "limits": limits_of(data)}
-
-
-def limits_of(data: DataConfig) -> Limits:
-    """What a process that decodes may take."""
-    return Limits(data.seconds_per_file, int(data.memory_per_worker * GIB))
-
-
-def num_workers(data: DataConfig) -> int:
-    """Processes that decode."""
-    return default_workers() if data.workers is None else data.workers
-
-
 def _training_stream(
-    config: RunConfig, session: Session, plan: BatchPlan, clips: MixedClips, start: int
+    task: Task, session: Session, plan: BatchPlan, clips: MixedClips, start: int
 ) -> Generator[ClipBatch, None, None]:
     """This process's micro-batches from update ``start`` to the last."""
-    sources = deal_out(config.weights, session.data.timeline.num_updates)
+    config = task.config
+    sources = deal_out(config.weights, task.data.timeline.num_updates)
     places = Places(
         sources, plan.batch_size, start, rank=session.processes.rank, processes=plan.processes
     )
@@ -658,17 +248,6 @@ def _schedule(config: RunConfig) -> WarmupCosine:
     )
 
 
-def _cadence(config: RunConfig) -> Cadence:
-    return Cadence(
-        log_updates=config.logging.every_updates,
-        save_updates=config.checkpoint.every_updates,
-        keep_last=config.checkpoint.keep_last,
-        keep_every_epochs=config.checkpoint.keep_every_epochs,
-        validate_every_epochs=config.logging.validate_every_epochs,
-        picture_every_epochs=config.logging.picture_every_epochs,
-    )
-
-
 def _announce(
     config: RunConfig, data: RunData, engine: Engine, plan: BatchPlan, start: int
 ) -> None:
@@ -681,18 +260,6 @@ def _announce(
         log.info(line)
     if start:
         log.info(f"going on at update {start} of {data.timeline.num_updates}")
-
-
-def describe_data(config: RunConfig, data: RunData) -> list[str]:
-    """How many files each source has."""
-    told = []
-    for name, source in data.sources.items():
-        held_out = f"{len(source.validation)} held out" if source.validation else "none held out"
-        told.append(
-            f"{name or 'data'}: {len(source.train)} files to train on, "
-            f"{config.sources[name].repeats} clip(s) of each; {held_out}"
-        )
-    return told
 
 
 def describe_plan(config: RunConfig, data: RunData, plan: BatchPlan) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from hpm_video.config.training import CheckpointConfig, LoggingConfig
 from hpm_video.data.clips import ClipBatch, Failure
 from hpm_video.data.loader import BadFiles
 from hpm_video.training.checkpoint import (
@@ -18,6 +19,7 @@ from hpm_video.training.checkpoint import (
     remove_superseded,
     save_checkpoint,
 )
+from hpm_video.training.curves import plot_curves
 from hpm_video.training.engine import Engine
 from hpm_video.training.metrics import Meter, MetricsLog, ProgressBar, WaitingWarning
 from hpm_video.training.optim import OptimizerState, Tensors
@@ -30,20 +32,8 @@ ATTACHED = ("config.yaml", "labels.txt")
 
 
 @dataclass(frozen=True)
-class Cadence:
-    """How often a run does what is not training."""
-
-    log_updates: int
-    save_updates: int
-    keep_last: int
-    keep_every_epochs: float | None
-    validate_every_epochs: float
-    picture_every_epochs: float
-
-
-@dataclass(frozen=True)
-class Watch:
-    """What a run looks at now and then; none: it is not looked at."""
+class Evaluation:
+    """What a run measures and draws now and then."""
 
     validate: Callable[[], dict[str, float]] | None = None
     """-> held-out measures."""
@@ -64,7 +54,8 @@ class Run:
 
     folder: Path
     timeline: Timeline
-    cadence: Cadence
+    logging: LoggingConfig
+    saving: CheckpointConfig
     engine: Engine
     companions: dict[str, nn.Module]
     """What checkpoints hold beside the model, by name."""
@@ -76,7 +67,7 @@ class Run:
     bad_files: Mapping[str, BadFiles]
     """By the name of the source of a batch."""
     stop: StopRequest
-    watch: Watch
+    evaluation: Evaluation
     waiting: WaitingWarning
     data: str
     """What the order of the data depends on, stored with every checkpoint."""
@@ -101,25 +92,26 @@ class Run:
         update, done = progress.update, progress.update + 1
         last = done == self.timeline.num_updates
         self.bar.advance()
-        if done % self.cadence.log_updates == 0 or last:
+        if done % self.logging.every_updates == 0 or last:
             self._share_failures()
             values = self.meter.read() | settings
             self.metrics.write("train", done, self.timeline.at(done).exact_epoch, values)
             self.bar.show(done, values)
             self.waiting.look(values["data_wait"])
         with self.meter.paused():
-            keep = self._due(update, self.cadence.keep_every_epochs)
+            keep = self._due(update, self.saving.keep_every_epochs)
             improved = False
-            if last or self._due(update, self.cadence.validate_every_epochs):
+            if last or self._due(update, self.logging.validate_every_epochs):
                 improved = self._validate(done)
-            if self.watch.probe and (last or self._due(update, self.watch.probe_every_epochs)):
-                self._probe(done, self.watch.probe)
+            if self.evaluation.probe and (
+                last or self._due(update, self.evaluation.probe_every_epochs)
+            ):
+                self._probe(done, self.evaluation.probe)
             stop = self._asked_to_stop()
-            if last or keep or improved or stop or done % self.cadence.save_updates == 0:
+            if last or keep or improved or stop or done % self.saving.every_updates == 0:
                 self.save(done, keep=keep)
-            if self.watch.draw and (last or self._due(update, self.cadence.picture_every_epochs)):
-                self.watch.draw(done)
-                self.engine.processes.wait()
+            if last or self._due(update, self.logging.picture_every_epochs):
+                self._draw(done, last=last)
         if stop and not last:
             raise Interrupted(stop, done)
 
@@ -142,7 +134,7 @@ class Run:
             self.metrics.flush()
             point_to_newest_and_best(self.checkpoints)
             best = checkpoint_path(self.checkpoints, self.best.get("update", done))
-            remove_superseded(self.checkpoints, self.cadence.keep_last, [best])
+            remove_superseded(self.checkpoints, self.saving.keep_last, [best])
         processes.wait()
 
     def _write(
@@ -196,18 +188,25 @@ class Run:
         told = ", ".join(f"{name} {value:.3f}" for name, value in measures.items())
         log.info("epoch %.1f, frozen features: %s", epoch, told)
 
+    def _draw(self, done: int, *, last: bool) -> None:
+        if self.evaluation.draw:
+            self.evaluation.draw(done)
+        if self.engine.processes.is_first and not last:  # at the end: once it is complete
+            plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+        self.engine.processes.wait()
+
     def _validate(self, done: int) -> bool:
         """Measure on held-out clips. -> whether this is the best so far"""
-        if self.watch.validate is None:
+        if self.evaluation.validate is None:
             return False
         self.meter.check()
-        measures = self.watch.validate()
+        measures = self.evaluation.validate()
         epoch = self.timeline.at(done).exact_epoch
         self.metrics.write("held_out", done, epoch, measures)
-        log.info("epoch %.1f, %s", epoch, self.watch.describe(measures))
-        score = measures[self.watch.score]
-        sign = -1 if self.watch.more_is_better else 1
+        log.info("epoch %.1f, %s", epoch, self.evaluation.describe(measures))
+        score = measures[self.evaluation.score]
+        sign = -1 if self.evaluation.more_is_better else 1
         improved = not self.best or sign * score < sign * self.best["score"]
         if improved:
-            self.best = {"update": done, "score": score, "measure": self.watch.score}
+            self.best = {"update": done, "score": score, "measure": self.evaluation.score}
         return improved

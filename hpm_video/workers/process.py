@@ -38,15 +38,15 @@ def serve(
     _limit_memory(memory)
     if hasattr(work, "prepare"):
         work.prepare()
-    connection.send(("ready",))
     inbox: deque[Any] = deque()
     room = memoryview(shared).cast("B")
     try:
+        connection.send(("ready",))
         while True:
             _, slot, job = inbox.popleft() if inbox else connection.recv()
             place = room[slot * result_bytes : (slot + 1) * result_bytes]
             _do(work, pickle.loads(job), connection, place, inbox)  # noqa: S301 - of the run itself
-    except EOFError:  # the run closed the pool
+    except (EOFError, BrokenPipeError):  # the run closed the pool
         return
 
 

@@ -13,10 +13,10 @@ from hpm_video.data.augment import Augmentation
 from hpm_video.data.transforms import MultiScaleCrop
 from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.recognition.inference import clip_spec
-from hpm_video.runs.finetuning import augmentation, make_optimizer
-from hpm_video.runs.finetuning import build_objective as build_classification
+from hpm_video.runs.autotune import trial_update
+from hpm_video.runs.finetuning import Finetuning
 from hpm_video.runs.init_weights import check_same_model
-from hpm_video.runs.pretraining import build_objective, build_target, crops_of, make_update
+from hpm_video.runs.pretraining import Pretraining, build_objective, build_target, crops_of
 from hpm_video.tokens.grid import TokenGrid
 
 ROOT = Path(__file__).parents[2]
@@ -154,7 +154,7 @@ def test_one_of_each_family_takes_a_real_update_at_depth_1(name):
         encoder=replace(config.model.encoder, depth=1),
         decoder=replace(config.model.decoder, depth=1),
     )
-    make_update(replace(config, model=model), torch.device("cpu"), "fp32", clips=1)()
+    trial_update(Pretraining(replace(config, model=model)), torch.device("cpu"), "fp32", clips=1)()
 
 
 def test_misspelt_key_is_an_error_that_knows_better():
@@ -372,11 +372,12 @@ def test_every_config_of_a_classifier_loads_round_trips_and_builds(path, tmp_pat
     classes = config.model.num_classes or 8
     with torch.device("meta"):
         model = build_classifier(config, classes)
-        make_optimizer(config, model)
+        Finetuning(config).optimizer(model)
     assert model.head.out_features == classes
     assert model.frozen == (path.parent.name == "probe")
-    build_classification(replace(config, model=replace(config.model, num_classes=classes)), None)
-    augmentation(config)
+    task = Finetuning(replace(config, model=replace(config.model, num_classes=classes)))
+    task.objective(None, torch.device("cpu"))
+    task.transforms()
 
 
 @pytest.mark.parametrize("path", CLASSIFIERS, ids=name_of)

@@ -15,7 +15,7 @@ from hpm_video.data.manifest import Manifest
 from hpm_video.data.mixture import MixedClips, Place, Places, deal_out
 from hpm_video.data.transforms import MultiScaleCrop, cut
 from hpm_video.randomness import generator, key_of
-from hpm_video.runs.run import open_data
+from hpm_video.runs.data import open_data
 
 weight = st.floats(0.05, 20)
 SEED = 5

@@ -40,8 +40,8 @@ from hpm_video.randomness import generator, global_generators, key_of, uniform
 from hpm_video.recognition.logistic import split_in_folds
 from hpm_video.recognition.mixing import Mixing
 from hpm_video.recognition.objective import Classification
+from hpm_video.runs.data import key_of_source, open_data
 from hpm_video.runs.pretraining import crops_of, load_run
-from hpm_video.runs.run import key_of_source, open_data
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import STRATEGIES, MaskRule
 from hpm_video.training.engine import WholeModel

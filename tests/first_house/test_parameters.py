@@ -18,8 +18,8 @@ import torch
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.models.from_config import build_classifier, build_student
-from hpm_video.runs.finetuning import make_optimizer
-from hpm_video.runs.pretraining import _optimizer
+from hpm_video.runs.finetuning import Finetuning
+from hpm_video.runs.pretraining import Pretraining
 
 pytestmark = pytest.mark.slow
 
@@ -39,9 +39,9 @@ def build(config):
     """-> model and optimizer"""
     if isinstance(config, PretrainConfig):
         model = build_student(config)
-        return model, _optimizer(config, model)
+        return model, Pretraining(config).optimizer(model)
     model = build_classifier(config, config.model.num_classes or CLASSES)
-    return model, make_optimizer(config, model)
+    return model, Finetuning(config).optimizer(model)
 
 
 def what_is_built(config):

@@ -22,9 +22,10 @@ from torch.profiler import ProfilerActivity, profile
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data import clips as dataset
-from hpm_video.runs import finetuning, pretraining
+from hpm_video.runs import run as runs
 from hpm_video.runs.finetuning import finetune
 from hpm_video.runs.pretraining import pretrain
+from hpm_video.training import run as training_run
 from hpm_video.training.deepspeed_engine import DeepSpeedEngine
 from hpm_video.training.distributed import joined_processes
 from hpm_video.training.engine import TorchEngine, batch_statistics
@@ -42,7 +43,7 @@ def replaced(owner, name, make):
 def without_curves():
     """Curves are drawn slowly, by the first process alone: in a few cases, not in all."""
     stack = ExitStack()
-    for module in (pretraining, finetuning):
+    for module in (runs, training_run):
         stack.enter_context(replaced(module, "plot_curves", lambda _: lambda *paths: None))
     return stack
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.data.mixture import Place
+from hpm_video.runs.data import open_data, training_clips
 from hpm_video.runs.pretraining import crops_of
 from hpm_video.runs.pretraining import pretrain as run_pretraining
-from hpm_video.runs.run import open_data, training_clips
 from hpm_video.training.checkpoint import checkpoints_in, read_state
 
 pytestmark = pytest.mark.slow

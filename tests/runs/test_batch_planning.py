@@ -1,6 +1,7 @@
 """How a batch is spread: found by trial where a GPU's memory ends, and told by a dry run."""
 
 import importlib.util
+import math
 import re
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import torch
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
-from hpm_video.runs.finetuning import make_update as make_classifier_update
-from hpm_video.runs.finetuning import multiple_of
-from hpm_video.runs.pretraining import make_update
-from hpm_video.runs.run import Session, find_micro_batch, plan_for, settle_plan
+from hpm_video.runs import autotune
+from hpm_video.runs.autotune import choose_plan, find_micro_batch, plan_for, trial_update
+from hpm_video.runs.directory import RunDirectory
+from hpm_video.runs.finetuning import Finetuning
+from hpm_video.runs.pretraining import Pretraining
+from hpm_video.runs.task import Session
 from hpm_video.training.distributed import Processes
 
 pytestmark = pytest.mark.slow
@@ -36,65 +39,66 @@ def config_of(*overrides):
     return load_config(PretrainConfig, CONFIGS / "pretrain" / "demo.yaml", [*TINY, *overrides])
 
 
-def out_of_memory_above(largest, config, tried):
-    """Real updates, of which those of more than ``largest`` clips find no memory."""
+@pytest.fixture
+def tried(monkeypatch):
+    """Real updates, of which those of more clips of a source than its limit find no memory."""
+    clips_tried, limits = [], {}
 
-    def make(device, precision, clips, **options):
-        tried.append(clips)
-        update = make_update(config, device, precision, clips, **options)
+    def make(task, device, precision, clips, *, source, **options):
+        clips_tried.append((source, clips))
+        update = trial_update(task, device, precision, clips, source=source, **options)
 
         def fails_where_it_is_too_large():
-            if clips > largest:
+            if clips > limits.get(source, math.inf):
                 raise torch.OutOfMemoryError("CUDA out of memory (injected)")
             update()
 
         return fails_where_it_is_too_large
 
-    return make
+    monkeypatch.setattr(autotune, "trial_update", make)
+
+    def find(config, sizes, **limited):
+        limits.update({name.strip("_"): limit for name, limit in limited.items()})
+        return find_micro_batch(Pretraining(config), CPU, "fp32", sizes)
+
+    return find, clips_tried
 
 
 @pytest.mark.parametrize(
     ("largest", "expected"), [(1, 1), (2, 2), (5, 4), (12, 12), (23, 12), (100, 24)]
 )
-def test_the_largest_micro_batch_that_fits_is_found(largest, expected):
-    config, tried = config_of("data.repeats=1"), []
-    make = out_of_memory_above(largest, config, tried)
-    assert find_micro_batch(config, CPU, "fp32", make, SIZES) == expected
-    assert len(tried) <= 5
+def test_the_largest_micro_batch_that_fits_is_found(tried, largest, expected):
+    find, clips = tried
+    assert find(config_of("data.repeats=1"), SIZES, _=largest) == expected
+    assert len(clips) <= 5
 
 
-def test_repeats_count_as_clips():
-    config = config_of("data.repeats=2")
-    assert find_micro_batch(config, CPU, "fp32", out_of_memory_above(8, config, []), SIZES) == 4
+def test_repeats_count_as_clips(tried):
+    find, _ = tried
+    assert find(config_of("data.repeats=2"), SIZES, _=8) == 4
 
 
-def test_every_source_of_a_mix_must_fit():
+def test_every_source_of_a_mix_must_fit(tried):
     path = CONFIGS / "pretrain" / "demo_mixed.yaml"
     (name,) = load_config(PretrainConfig, path, []).mix
     single = ["data.repeats=1", f"mix.{name}.data.repeats=1"]
     config = load_config(PretrainConfig, path, [*TINY, *single])
-    seen = []
-
-    def make(device, precision, clips, **options):
-        seen.append(options["source"])
-        if options["source"] == name and clips > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
-        return make_update(config, device, precision, clips, **options)
-
-    assert find_micro_batch(config, CPU, "fp32", make, [1, 2, 4]) == 2
-    assert set(seen) == {"", name}
+    find, clips = tried
+    assert find(config, [1, 2, 4], **{name: 2}) == 2
+    assert {source for source, _ in clips} == {"", name}
 
 
-def test_where_nothing_fits_the_remedies_are_named():
-    config = config_of()
+def test_where_nothing_fits_the_remedies_are_named(tried):
+    find, _ = tried
     with pytest.raises(ConfigError, match=r"micro_batch=1 does not fit.*checkpoint_activations"):
-        find_micro_batch(config, CPU, "fp32", out_of_memory_above(0, config, []), SIZES)
+        find(config_of(), SIZES, _=0)
 
 
 def test_on_a_cpu_a_process_takes_its_share_in_one_pass_unless_told_otherwise():
     for overrides, expected in (((), 4), (("engine.micro_batch=2",), 2)):
-        session = Session(Processes(), CPU, None, None)
-        assert settle_plan(config_of(*overrides), session, "fp32", None).micro_batch == expected
+        task = Pretraining(config_of(*overrides))
+        session = Session(Processes(), CPU, RunDirectory(Path("run"), None))
+        assert choose_plan(task, session, "fp32").micro_batch == expected
 
 
 def test_what_does_not_come_out_even_names_what_does():
@@ -108,13 +112,13 @@ def test_mixing_and_batch_norms_need_pairs():
     path = CONFIGS / "finetune" / "k400_b.yaml"
     given = ["data.train=x", "init_weights=x", "data.validation=null"]
     config = load_config(FinetuneConfig, path, given)
-    assert multiple_of(config) == 2
+    assert Finetuning(config).multiple == 2
     with pytest.raises(ConfigError, match=r"multiple of 2"):
         plan_for(config, 384, multiple=2)
     without = load_config(
         FinetuneConfig, path, [*given, "augmentation.mixup=0", "augmentation.cutmix=0"]
     )
-    assert multiple_of(without) == 1
+    assert Finetuning(without).multiple == 1
     assert plan_for(without, 384).micro_batch == 1
 
 
@@ -237,4 +241,4 @@ def test_an_update_of_a_classifier_pairs_its_clips(videos):
         CONFIGS / "finetune" / "demo.yaml",
         [*(item for item in TINY if "decoder" not in item), "model.num_classes=3"],
     )
-    make_classifier_update(config, CPU, "fp32", 3)()
+    trial_update(Finetuning(config), CPU, "fp32", 3)()

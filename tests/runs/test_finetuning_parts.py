@@ -14,15 +14,13 @@ from hpm_video.data.manifest import Manifest, ManifestError
 from hpm_video.files.weights import CheckpointError
 from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.runs.finetuning import (
-    augmentation,
-    build_objective,
+    Finetuning,
     find_label_names,
     load_pretrained,
-    make_optimizer,
     resolve,
 )
-from hpm_video.runs.pretraining import _optimizer
-from hpm_video.runs.run import RunData, SourceData
+from hpm_video.runs.pretraining import Pretraining
+from hpm_video.runs.data import RunData, SourceData
 from hpm_video.training.checkpoint import read_weights, save_checkpoint
 from hpm_video.training.optim import OptimizerState
 from hpm_video.training.progress import Timeline
@@ -93,6 +91,7 @@ def classified(load, tmp_path_factory):
     return save(tmp_path_factory.mktemp("classified"), config, model=model)
 
 
+CPU = torch.device("cpu")
 NAMES = ("a", "b", "c", "d", "e")
 
 
@@ -353,13 +352,13 @@ def test_manifests_that_number_the_classes_differently_are_refused(load):
 
 def test_mixing_is_on_where_the_config_mixes(load):
     config = resolve(load(FinetuneConfig), 4)
-    assert build_objective(config, None)._mixing is not None
+    assert Finetuning(config).objective(None, CPU)._mixing is not None
     for override in (
         ["augmentation.mixup=0", "augmentation.cutmix=0"],
         ["augmentation.mix_probability=0"],
     ):
         config = resolve(load(FinetuneConfig, *override), 4)
-        assert build_objective(config, None)._mixing is None
+        assert Finetuning(config).objective(None, CPU)._mixing is None
 
 
 def test_the_augmentation_is_the_configs(load):
@@ -371,7 +370,7 @@ def test_the_augmentation_is_the_configs(load):
         "augmentation.erasing=0.5",
         "augmentation.rand_augment=null",
     )
-    how = augmentation(config)
+    how = Finetuning(config).transforms()[""]
     assert (how.area, how.ratio, how.flip) == ((0.3, 0.6), (1.0, 1.0), True)
     assert (how.erasing, how.rand_augment) == (0.5, None)
     assert (how.mean, how.std) == (config.data.mean, config.data.std)
@@ -380,14 +379,13 @@ def test_the_augmentation_is_the_configs(load):
 def test_the_optimizer_is_the_configs(load):
     config = load(FinetuneConfig, "recipe.layer_decay=0.5", "recipe.weight_decay=0.1")
     model = build_classifier(config, 3)
-    adamw = make_optimizer(config, model)
+    adamw = Finetuning(config).optimizer(model)
     assert isinstance(adamw, torch.optim.AdamW)
     assert {group["lr_scale"] for group in adamw.param_groups} == {1, 0.5, 0.25, 0.125}
     assert {group["weight_decay"] for group in adamw.param_groups} == {0, 0.1}
     assert adamw.defaults["betas"] == (0.9, 0.999)
-    sgd = make_optimizer(
-        load(FinetuneConfig, "recipe.optimizer=sgd", "recipe.betas=[0.7,0.9]"), model
-    )
+    config = load(FinetuneConfig, "recipe.optimizer=sgd", "recipe.betas=[0.7,0.9]")
+    sgd = Finetuning(config).optimizer(model)
     assert isinstance(sgd, torch.optim.SGD)
     assert sgd.defaults["momentum"] == 0.7
     assert {group["lr_scale"] for group in sgd.param_groups} == {1}
@@ -404,7 +402,7 @@ def test_tokens_decay_in_pretraining_by_the_conventions_of_mae_alone(load, conve
     overrides = ("model.class_token=true", f"model.conventions={conventions}")
     config = load(PretrainConfig, *overrides)
     student = build_student(config)
-    found = decays(_optimizer(config, student).param_groups, student)
+    found = decays(Pretraining(config).optimizer(student).param_groups, student)
     assert found.keys() == dict(student.named_parameters()).keys()
     assert found["class_token"] == found["mask_token"] == of_tokens
     assert found["patch_embed.weight"] == 0.05
@@ -413,7 +411,7 @@ def test_tokens_decay_in_pretraining_by_the_conventions_of_mae_alone(load, conve
 
     config = load(FinetuneConfig, *overrides, "model.pooling=class_token")
     model = build_classifier(config, 3)
-    optimizer = make_optimizer(config, model)
+    optimizer = Finetuning(config).optimizer(model)
     assert decays(optimizer.param_groups, model)["class_token"] == 0
 
 
@@ -421,6 +419,6 @@ def test_the_class_token_learns_as_the_patch_embedding_does(load):
     overrides = ("model.class_token=true", "recipe.layer_decay=0.5")
     config = load(FinetuneConfig, *overrides)
     model = build_classifier(config, 3)
-    groups = make_optimizer(config, model).param_groups
+    groups = Finetuning(config).optimizer(model).param_groups
     share = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     assert share[id(model.class_token)] == share[id(model.patch_embed.weight)] == 0.5**3

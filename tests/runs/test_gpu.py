@@ -12,7 +12,8 @@ from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.mining.losses import ranking_loss
 from hpm_video.randomness import uniform
-from hpm_video.runs.pretraining import make_update
+from hpm_video.runs.autotune import trial_update
+from hpm_video.runs.pretraining import Pretraining
 
 DEMO = Path(__file__).parents[2] / "configs" / "pretrain" / "demo.yaml"
 REQUIRED = os.environ.get("HPM_REQUIRE_GPU") == "1"
@@ -40,7 +41,7 @@ def test_ranking_loss_is_that_of_the_cpu():
 def test_an_update_does_not_wait_for_the_device(precision):
     config = load_config(PretrainConfig, DEMO, [])
     config = replace(config, model=replace(config.model, drop_path=0.1))
-    update = make_update(config, torch.device("cuda"), precision, clips=4)
+    update = trial_update(Pretraining(config), torch.device("cuda"), precision, clips=4)
     update()  # the first one may set things up
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.models.from_config import build_student
-from hpm_video.runs import finetuning as finetune
-from hpm_video.runs import pretraining as pretrain
+from hpm_video.runs.autotune import trial_update
+from hpm_video.runs.finetuning import Finetuning, resolve
+from hpm_video.runs.pretraining import Pretraining
 from hpm_video.training.memory import (
     FP32,
     MIXED_FP16,
@@ -42,8 +43,8 @@ def load_pretraining(name, *overrides):
     return load_config(PretrainConfig, CONFIGS / "pretrain" / f"{name}.yaml", overrides)
 
 
-def update_of(config, clips, precision="fp32", make=pretrain.make_update):
-    return partial(make, config, CPU, precision, clips)
+def update_of(config, clips, precision="fp32", task=Pretraining):
+    return partial(trial_update, task(config), CPU, precision, clips)
 
 
 # --- Formulas -----------------------------------------------------------------------------------
@@ -230,7 +231,7 @@ def test_simulated_is_what_tensors_of_a_real_update_hold(precision, overrides):
 
 def test_simulated_fine_tuning_is_real_fine_tuning():
     config = load_config(FinetuneConfig, CONFIGS / "finetune" / "demo.yaml", ["init_weights=null"])
-    make = update_of(finetune.resolve(config, 5), 4, "fp32", finetune.make_update)
+    make = update_of(resolve(config, 5), 4, "fp32", Finetuning)
     assert simulate_update(make) == measure_update(make)
 
 
@@ -269,10 +270,11 @@ from pathlib import Path
 import torch
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.config.loading import load_config
-from hpm_video.runs.pretraining import make_update
+from hpm_video.runs.autotune import trial_update
+from hpm_video.runs.pretraining import Pretraining
 
 config = load_config(PretrainConfig, Path(sys.argv[1]), sys.argv[3:])
-update = make_update(config, torch.device("cpu"), "fp32", int(sys.argv[2]))
+update = trial_update(Pretraining(config), torch.device("cpu"), "fp32", int(sys.argv[2]))
 update()
 update()
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))

@@ -11,7 +11,8 @@ import torch
 
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
-from hpm_video.runs.pretraining import make_update
+from hpm_video.runs.autotune import trial_update
+from hpm_video.runs.pretraining import Pretraining
 from hpm_video.training.memory import ActivationBytes, SimulatedMemory, simulate_update
 
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "pretrain" / "k400_hpm_b.yaml"
@@ -28,7 +29,7 @@ def measured(config, clips, precision) -> SimulatedMemory:
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    update = make_update(config, torch.device("cuda"), precision, clips)
+    update = trial_update(Pretraining(config), torch.device("cuda"), precision, clips)
     update()
     torch.cuda.synchronize()
     gc.collect()
@@ -45,7 +46,7 @@ def test_simulated_memory_is_that_of_a_gpu(precision):
     config = load_config(PretrainConfig, CONFIG, [])
     real, simulated = {}, {}
     for clips in (2, 6):
-        make = partial(make_update, config, torch.device("cpu"), precision, clips)
+        make = partial(trial_update, Pretraining(config), torch.device("cpu"), precision, clips)
         simulated[clips] = simulate_update(make)
         real[clips] = measured(config, clips, precision)
         assert simulated[clips].resident == pytest.approx(real[clips].resident, rel=0.05)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hpm_video.workers.pool import GIB, Limits, Lost, Pool, PoolError, PoolStopped
+from hpm_video.workers.process import serve
 
 pytestmark = pytest.mark.slow
 
@@ -355,3 +356,17 @@ def test_processes_that_hang_end_with_the_run(work, number, tmp_path):
 def test_a_pool_of_nobody_is_refused(work):
     with pytest.raises(ValueError, match="at least 1 worker of depth 1, got 0 and 2"):
         Pool(work, 0, Limits())
+
+
+def test_a_process_that_gets_ready_after_the_pool_was_closed_ends_in_silence(capfd):
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    run, watched = context.Pipe()
+    room = context.RawArray("B", 8)
+    ours.close()
+    process = context.Process(target=serve, args=(theirs, watched, room, 8, abs, GIB))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert capfd.readouterr().err == ""
+    run.close()

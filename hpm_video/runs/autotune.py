@@ -1,0 +1,186 @@
+"""What suits a device, found by trial: its precision, and how many videos it takes at once."""
+
+import gc
+from collections.abc import Callable, Sequence
+
+import torch
+
+from hpm_video.config.batch_plan import BatchPlan, PlanError, micro_batches, plan_batches
+from hpm_video.config.checks import ConfigError
+from hpm_video.config.schema import RunConfig
+from hpm_video.data.clips import ClipBatch
+from hpm_video.mining.teacher import make_teacher
+from hpm_video.runs.task import Session, Task
+from hpm_video.training.device import Precision, choose_precision
+from hpm_video.training.engine import TorchEngine
+from hpm_video.training.progress import Progress
+
+TIMED_CLIPS = 8
+"""At most so many clips make the updates that are timed to choose a precision."""
+GPU_SHARE = 0.9
+"""Of a GPU's memory, what updates may take where their size is found by trial: the rest is for
+what comes between them, and for what the processes exchange."""
+
+
+def trial_update(
+    task: Task,
+    device: torch.device,
+    precision: Precision,
+    clips: int,
+    *,
+    source: str = "",
+    accumulate: int = 1,
+) -> Callable[[], None]:
+    """Return a whole update on random clips by one process, to time it and to see its memory.
+
+    A call is forward, backward, step and what follows it; where ``accumulate`` passes make an
+    update, one of them. ``task``: resolved.
+    """
+    config = task.config
+    model = task.model()
+    ema = None if task.ema is None else make_teacher(model).to(device)
+    model = model.to(device)
+    engine = TorchEngine(
+        model,
+        task.optimizer(model),
+        device=device,
+        accumulate=accumulate,
+        clip_grad=config.recipe.clip_grad,
+        precision=precision,
+    )
+    objective = task.objective(ema, device)
+    clips += -clips % task.multiple
+    batch = ClipBatch(
+        torch.randint(256, (clips, 3, *config.sources[source].clip_size), dtype=torch.uint8),
+        keys=torch.arange(clips),
+        labels=torch.zeros(clips, dtype=torch.int64),
+        files=("random pixels",) * clips,
+        failures=(),
+        source=source,
+    ).to(device)
+    progress = Progress(1, config.recipe.epochs - 0.5, config.recipe.epochs)
+
+    def update() -> None:
+        for group in engine.param_groups:
+            group["lr"] = 1e-6
+        with engine.autocast():
+            losses = objective.losses(engine, batch, progress)
+        engine.backward(losses.total)
+        engine.step()
+        objective.after_update(engine.model, progress)
+
+    return update
+
+
+def plan_for(
+    config: RunConfig, processes: int, micro_batch: int | None = None, multiple: int = 1
+) -> BatchPlan:
+    """How an update's batch is spread, with the config's micro-batch or another.
+
+    Raises:
+        ConfigError: it does not come out even.
+    """
+    chosen = config.engine.micro_batch if micro_batch is None else micro_batch
+    try:
+        return plan_batches(config.recipe.batch_size, processes, chosen, multiple=multiple)
+    except PlanError as error:
+        raise ConfigError(str(error)) from error
+
+
+def choose_plan(task: Task, session: Session, precision: Precision) -> BatchPlan:
+    """How an update's batch is spread: as the config says, or on a GPU by trial.
+
+    Each process tries whole updates of plain torch on its GPU, and all take what fits everywhere.
+    The weights of the run lie there too meanwhile, which leaves room for what engines keep besides.
+
+    Raises:
+        ConfigError: the batch does not come out even, or not even one video fits.
+    """
+    config, processes = task.config, session.processes
+    plan = plan_for(config, processes.count, multiple=task.multiple)
+    if config.engine.micro_batch is not None or session.device.type != "cuda":
+        return plan
+    sizes = micro_batches(plan.batch_size, plan.processes, task.multiple)
+    torch.cuda.set_per_process_memory_fraction(GPU_SHARE, session.device)
+    try:
+        largest = find_micro_batch(task, session.device, precision, sizes)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, session.device)
+        torch.cuda.reset_accumulated_memory_stats(session.device)
+    return plan_for(config, processes.count, min(processes.gather([largest])), task.multiple)
+
+
+def find_micro_batch(
+    task: Task, device: torch.device, precision: Precision, sizes: Sequence[int]
+) -> int:
+    """The largest of ascending ``sizes`` of which whole updates fit the device, of every source.
+
+    Raises:
+        ConfigError: not even the smallest does.
+    """
+
+    def two_updates(size: int) -> None:
+        for source, data in task.config.sources.items():
+            forward_pass = trial_update(
+                task, device, precision, size * data.repeats, source=source, accumulate=2
+            )
+            for _ in range(4):  # of which the last has gradients and moments beside it
+                forward_pass()
+
+    return largest_fitting(sizes, lambda size: fits_in_memory(lambda: two_updates(size)))
+
+
+def largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
+    """The largest of ascending ``sizes`` that fits, if every smaller one does where a larger does.
+
+    The smallest is tried first, then the middle of what is left open.
+
+    Raises:
+        ConfigError: not even the smallest fits.
+    """
+    if not fits(sizes[0]):
+        raise ConfigError(
+            f"a forward and backward pass of engine.micro_batch={sizes[0]} does not fit the "
+            f"device, and no smaller one is possible; take model.checkpoint_activations=true, a "
+            f"higher engine.zero_stage, smaller or shorter clips, or more processes"
+        )
+    fitting, open_end = 0, len(sizes)
+    while open_end - fitting > 1:
+        middle = (fitting + open_end) // 2
+        if fits(sizes[middle]):
+            fitting = middle
+        else:
+            open_end = middle
+    return sizes[fitting]
+
+
+def fits_in_memory(run_once: Callable[[], None]) -> bool:
+    """Whether the device has the memory for one run. What the run left is freed."""
+    try:
+        run_once()
+        fits = True
+    except torch.OutOfMemoryError:
+        fits = False
+    # Not in the except clause: there, the traceback still holds the tensors of the run.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return fits
+
+
+def precision_of(task: Task, session: Session) -> Precision:
+    """As the config says, as the run began, or as this device makes faster updates."""
+    config = task.config
+    if config.engine.precision != "auto":
+        return config.engine.precision
+    if session.directory.precision is not None:
+        return session.directory.precision
+    share = config.recipe.batch_size // session.processes.count
+    clips = min(share * config.data.repeats, TIMED_CLIPS)
+
+    def measured() -> Precision:
+        return choose_precision(
+            session.device, lambda name: trial_update(task, session.device, name, clips)
+        )
+
+    return session.processes.of_first(measured)

@@ -1,0 +1,180 @@
+"""The videos of a run, as its config names them."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+from hpm_video.config.checks import ConfigError
+from hpm_video.config.data import DataConfig
+from hpm_video.config.schema import RunConfig
+from hpm_video.data.clips import Failure, HeldOutClips, Repeats, VideoClips
+from hpm_video.data.loader import default_workers, held_out_batches
+from hpm_video.data.manifest import Manifest, read_manifest
+from hpm_video.data.mixture import MixedClips
+from hpm_video.data.transforms import ClipTransform
+from hpm_video.decoding.locations import base_name
+from hpm_video.recognition.inference import clip_spec
+from hpm_video.training.distributed import Processes
+from hpm_video.training.progress import Timeline
+from hpm_video.workers.pool import GIB, Limits
+
+
+@dataclass(frozen=True)
+class SourceData:
+    """The videos of one source."""
+
+    train: Manifest
+    validation: Manifest | None
+
+    @property
+    def fingerprint(self) -> str:
+        """What the order of the training files depends on: how many they are, and their names."""
+        names = "\n".join(base_name(file) for file in self.train.files)
+        return f"{len(self.train)} files, {hashlib.sha256(names.encode()).hexdigest()[:16]}"
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The videos of a run, and how long it is."""
+
+    sources: dict[str, SourceData]
+    """By name; the main source is ``""`` and comes first."""
+    timeline: Timeline
+
+    @property
+    def train(self) -> Manifest:
+        """Training videos of the main source."""
+        return self.sources[""].train
+
+    @property
+    def validation(self) -> Manifest | None:
+        """Held-out videos of the main source."""
+        return self.sources[""].validation
+
+    @property
+    def fingerprint(self) -> str:
+        """What the order of the training files depends on."""
+        return "; ".join(source.fingerprint for source in self.sources.values())
+
+
+def open_data(config: RunConfig) -> RunData:
+    """Read the manifests.
+
+    Raises:
+        ConfigError: no data is named, or it does not fill a batch.
+        ManifestError: a manifest cannot be used.
+    """
+    recipe, sources = config.recipe, {}
+    for name, data in config.sources.items():
+        if not data.train:
+            key = f"{key_of_source(name)}data.train"
+            raise ConfigError(
+                f"{key} is not set; give a manifest, or a folder of videos or images: {key}=PATH"
+            )
+        train = open_manifest(data, data.train)
+        validation = None if data.validation is None else open_manifest(data, data.validation)
+        sources[name] = SourceData(train, validation)
+    share = config.weights[0] / sum(config.weights)
+    try:
+        timeline = Timeline(round(len(sources[""].train) / share), recipe.batch_size, recipe.epochs)
+    except ValueError as error:
+        raise ConfigError(f"recipe: {error}") from error
+    return RunData(sources, timeline)
+
+
+def key_of_source(name: str) -> str:
+    """What the keys of a source begin with in a config."""
+    return f"mix.{name}." if name else ""
+
+
+def open_manifest(data: DataConfig, path: str) -> Manifest:
+    """Read one of the manifests of a config, or the videos of a folder.
+
+    Raises:
+        ManifestError: it cannot be used.
+    """
+    root = None if data.root is None else Path(data.root).expanduser()
+    return read_manifest(Path(path).expanduser(), root)
+
+
+def training_clips(
+    config: RunConfig,
+    data: RunData,
+    transforms: Mapping[str, ClipTransform],
+    *,
+    same_frames: bool,
+) -> MixedClips:
+    """The training clips of a run; ``same_frames``: whether repeats show the same frames.
+
+    ``transforms``: by the name of the source.
+    """
+    return MixedClips(
+        [
+            VideoClips(
+                data.sources[name].train,
+                clip_spec(source),
+                transforms[name],
+                repeats=Repeats(source.repeats, same_frames),
+                decoder=source.decoder,
+                seed=config.seed,
+                max_bad_share=config.data.max_bad_share,
+                source=name,
+            )
+            for name, source in config.sources.items()
+        ]
+    )
+
+
+def find_failures(
+    clips: HeldOutClips, processes: Processes, *, batch_size: int, workers: int, limits: Limits
+) -> list[Failure]:
+    """Decode held-out clips once, so that a bad file can stop a run before it begins.
+
+    Each process decodes its share, and all get what failed.
+
+    Raises:
+        DecodeError: a file does not decode, and ``clips`` do not report that.
+    """
+    share = processes.share(len(clips))
+    batches = held_out_batches(
+        clips, batch_size=batch_size, workers=workers, positions=share, limits=limits
+    )
+    return processes.gather([failure for batch in batches for failure in batch.failures])
+
+
+class HowRead(TypedDict):
+    """How held-out clips are read."""
+
+    batch_size: int
+    """Videos."""
+    workers: int
+    limits: Limits
+
+
+def how_read(data: DataConfig, batch_size: int) -> HowRead:
+    """How a config wants held-out clips to be read."""
+    return {"batch_size": batch_size, "workers": num_workers(data), "limits": limits_of(data)}
+
+
+def limits_of(data: DataConfig) -> Limits:
+    """What a process that decodes may take."""
+    return Limits(data.seconds_per_file, int(data.memory_per_worker * GIB))
+
+
+def num_workers(data: DataConfig) -> int:
+    """Processes that decode."""
+    return default_workers() if data.workers is None else data.workers
+
+
+def describe_data(config: RunConfig, data: RunData) -> list[str]:
+    """How many files each source has."""
+    told = []
+    for name, source in data.sources.items():
+        held_out = f"{len(source.validation)} held out" if source.validation else "none held out"
+        told.append(
+            f"{name or 'data'}: {len(source.train)} files to train on, "
+            f"{config.sources[name].repeats} clip(s) of each; {held_out}"
+        )
+    return told

@@ -1,0 +1,198 @@
+"""The directory of a run: whose it is, where the run stood, and what it may go on with."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpm_video.config.checks import ConfigError
+from hpm_video.config.loading import load_any_config, result_differences, save_config
+from hpm_video.config.schema import RunConfig
+from hpm_video.files.atomic import written_beside
+from hpm_video.runs.data import RunData, key_of_source
+from hpm_video.training.checkpoint import (
+    check_name,
+    checkpoints_in,
+    mend,
+    read_state,
+    weights_digest,
+)
+from hpm_video.training.device import Precision
+from hpm_video.training.distributed import Processes
+
+RUN_FILES = {
+    ".lock",
+    "checkpoints",
+    "config.yaml",
+    "labels.txt",
+    "init_weights.sha256",
+    "feature_weights.sha256",
+}
+"""What a run that was killed at its very start may have left."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The directory of a run, and where the run stood when it was looked at."""
+
+    path: Path
+    newest: Path | None
+    """The newest complete checkpoint."""
+
+    @classmethod
+    def at(cls, path: Path) -> "RunDirectory":
+        """Look at a directory."""
+        return cls(path, next(reversed(checkpoints_in(path / "checkpoints")), None))
+
+    @property
+    def update(self) -> int:
+        """The next update."""
+        return 0 if self.newest is None else int(read_state(self.newest, of_run=True)["update"])
+
+    @property
+    def precision(self) -> Precision | None:
+        """The precision that the run began with."""
+        if self.newest is None:
+            return None
+        precision: Precision = read_state(self.newest, of_run=True)["facts"]["precision"]
+        return precision
+
+
+def check_output_dir(config: RunConfig) -> Path:
+    """The directory of a run, which there may not be yet.
+
+    Raises:
+        ConfigError: it is not set, or what is there is no run.
+    """
+    if not config.output_dir:
+        raise ConfigError("output_dir is not set; give the run a directory: output_dir=runs/NAME")
+    folder = Path(config.output_dir).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir={folder} is a file; name a folder")
+    foreign = [item.name for item in folder.glob("*") if item.name not in RUN_FILES]
+    if (
+        foreign
+        and not (folder / "config.yaml").is_file()
+        and not checkpoints_in(folder / "checkpoints")
+    ):
+        raise ConfigError(
+            f"{folder} holds no run, but other files ({foreign[0]}); take another output_dir"
+        )
+    return folder
+
+
+@contextmanager
+def locked(config: RunConfig, processes: Processes) -> Iterator[None]:
+    """Keep other runs out of the run's directory: what is read there holds as long as this lasts.
+
+    The first process does it, and makes the directory; the others wait until it is done. Of a run
+    that never began nothing is left.
+
+    Raises:
+        ConfigError: there can be no run, or another one trains there.
+    """
+    folder = check_output_dir(config)
+    if not processes.is_first:
+        processes.wait()
+        yield
+        return
+    path, is_new = folder / ".lock", not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                raise BlockingIOError("the file was replaced meanwhile")
+        except OSError as error:
+            raise ConfigError(
+                f"another process trains in {folder}; wait for it, or take another output_dir"
+            ) from error
+        try:
+            processes.wait()
+            yield
+        finally:
+            if is_new and [*folder.iterdir()] == [path]:
+                path.unlink()
+                folder.rmdir()
+
+
+def check_same_run(directory: RunDirectory, config: RunConfig, data: RunData) -> None:
+    """Make sure that the run in ``directory`` is one of the same config and data.
+
+    Raises:
+        ConfigError: it is another one.
+        CheckpointError: its newest checkpoint cannot be read.
+    """
+    if directory.newest is None:
+        return
+    check_name(directory.newest)
+    stored = load_any_config(directory.newest / "config.yaml")
+    if type(stored) is not type(config):
+        raise ConfigError(
+            f"{directory.path} holds a run of another kind ({type(stored).__name__}, this is a "
+            f"{type(config).__name__}); take another output_dir"
+        )
+    differences = result_differences(stored, config)
+    before = read_state(directory.newest, of_run=True)["data"]
+    if not differences and before != data.fingerprint:
+        differences = [
+            f"the files of {key_of_source(name)}data.train: {then} -> {source.fingerprint}"
+            for (name, source), then in zip(data.sources.items(), before.split("; "), strict=False)
+            if then != source.fingerprint
+        ]
+    if differences:
+        raise ConfigError(
+            f"{directory.path} holds a run of another config:\n  "
+            + "\n  ".join(differences)
+            + "\nTake another output_dir, or the values of before to go on with that run."
+        )
+
+
+def check_same_weights(
+    directory: RunDirectory, name: str, key: str, given: str | None, file: str = "model"
+) -> str:
+    """Return the SHA-256 of the weights that a run began with, which its file ``name`` tells.
+
+    ``key``: of the config, which names the weights as ``given``; ``file``: of a checkpoint folder.
+
+    Raises:
+        ConfigError: other weights lie there now.
+        CheckpointError: there are none, and the run has yet to begin.
+    """
+    path = directory.path / name
+    before = path.read_text().strip() if directory.newest and path.is_file() else None
+    now = "scratch"
+    if given is not None:
+        source = Path(given).expanduser()
+        if before is not None and not source.exists():
+            return before  # whether a run that goes on needs them is seen later
+        now = weights_digest(source, file)
+    if before is not None and before != now:
+        raise ConfigError(
+            f"{directory.path} began with other weights than {key}={given} holds now; take another "
+            f"output_dir, give the weights of before, or delete this run to begin anew"
+        )
+    return now
+
+
+def claim(directory: RunDirectory, config: RunConfig, notes: dict[str, str]) -> None:
+    """Mend what a killed run left in the directory, and write the config and ``notes``.
+
+    Args:
+        directory: it is locked, and this is the first process.
+        config: complete, with what its file left open.
+        notes: text of each further file, by its name.
+
+    Raises:
+        CheckpointError: a checkpoint there is damaged.
+    """
+    checkpoints = directory.path / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    mend(checkpoints)
+    with written_beside(directory.path / "config.yaml") as path:
+        save_config(config, path)
+    for name, text in notes.items():
+        with written_beside(directory.path / name) as path:
+            path.write_text(text, encoding="utf-8")

@@ -1,0 +1,110 @@
+"""The test of a finished run: its accuracy on all views of the validation videos."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from hpm_video.config.schema import FinetuneConfig
+from hpm_video.data.clips import Views
+from hpm_video.data.loader import end_workers
+from hpm_video.recognition.inference import Reading
+from hpm_video.recognition.testing import describe, summarise, write_results
+from hpm_video.recognition.trained_classifier import describe_test, load_recogniser
+from hpm_video.runs.data import limits_of, num_workers, open_manifest
+from hpm_video.training.checkpoint import read_state
+from hpm_video.training.device import Precision, choose_device
+from hpm_video.training.distributed import Processes
+
+log = logging.getLogger(__name__)
+
+
+def evaluate_run(
+    config: FinetuneConfig,
+    run_dir: Path,
+    processes: Processes = Processes(),  # noqa: B008 - it is frozen
+) -> dict[str, Any] | None:
+    """Test a finished run as its config says. -> the result, none without a manifest to test on
+
+    Of several processes each tests a share of the videos. The result is written to a folder in
+    ``test/`` that is named by what is tested and how. The same test of the same weights and videos
+    is not repeated.
+
+    Raises:
+        BadTestFilesError: videos do not decode.
+        ConfigError, ManifestError, CheckpointError: the test cannot be run.
+    """
+    how = config.test
+    source = how.manifest or config.data.validation
+    if source is None:
+        log.info("no data.validation and no test.manifest: nothing is tested")
+        return None
+    # Of one process: a link that was just replaced may be seen late elsewhere.
+    checkpoint = processes.of_first((run_dir / "checkpoints" / how.checkpoint).resolve)
+    precision: Precision = read_state(checkpoint, of_run=True)["facts"]["precision"]
+    manifest, views = open_manifest(config.data, source), Views(how.clips, how.crops)
+    device = choose_device(config.engine.device, processes.count)
+    stored, recogniser = load_recogniser(checkpoint, device, precision, weights=how.weights)
+    what = {
+        "checkpoint": str(run_dir / "checkpoints" / checkpoint.name),
+        "chosen_as": how.checkpoint,
+        "manifest": source,
+        "exclude_bad_files": how.exclude_bad_files,
+        **describe_test(checkpoint, stored, recogniser, manifest, views),
+    }
+    folder = run_dir / "test" / name_of_test(config, source)
+    path = folder / "result.json"
+    before = processes.of_first(lambda: _result_before(path, what))
+    if before is not None:
+        return before
+    log.info(
+        "testing the %s checkpoint (%s of update %d) with %d x %d views of each video",
+        how.checkpoint,
+        how.weights,
+        what["update"],
+        how.clips,
+        how.crops,
+    )
+    reading = Reading(
+        config.data.decoder,
+        num_workers(config.data),
+        how.exclude_bad_files,
+        limits_of(config.data),
+    )
+    try:
+        scores = recogniser.score(manifest, views, reading, processes)
+    finally:
+        end_workers()
+    result = {"folder": str(folder), "test": what, **summarise(scores, recogniser.label_names)}
+    if processes.is_first:
+        write_results(folder, scores, result, recogniser.label_names)
+    return result
+
+
+def _result_before(path: Path, what: dict[str, Any]) -> dict[str, Any] | None:
+    """The result that was written of the same test. One of another test is removed."""
+    if not path.is_file():
+        return None
+    try:
+        before: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # it was not written whole
+        before = None
+    if isinstance(before, dict) and before.get("test") == what:
+        return before
+    path.unlink()  # of other weights or videos: what lies there is not to be mixed
+    return None
+
+
+def name_of_test(config: FinetuneConfig, source: str) -> str:
+    """Of the folder of a test: checkpoint, weights, views and videos."""
+    how = config.test
+    return f"{how.checkpoint}-{how.weights}-{how.clips}x{how.crops}-{Path(source).stem}"
+
+
+def describe_evaluation(result: dict[str, Any]) -> str:
+    """The result of :func:`evaluate_run` in some lines, for the terminal."""
+    how = result["test"]
+    return (
+        f"the {how['chosen_as']} checkpoint ({how['weights']} of update {how['update']}), "
+        f"{how['clips']} x {how['crops']} views of each video:\n{describe(result)}"
+    )
