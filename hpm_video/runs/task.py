@@ -101,17 +101,17 @@ def make_models(
 ) -> tuple[nn.Module, nn.Module | None]:
     """Model and moving average of a task where its run stands: at a checkpoint, or at the start."""
     model = task.model()
-    averages = None
     if newest is None:
+        source = Path(task.config.init_weights or "")
         averages = task.initialise(model)
     else:
+        source = newest
         load_weights(model, read_weights(newest), newest)
+        averages = None if task.ema is None else read_weights(newest, task.ema)
     ema = None
     if task.ema is not None:
         ema = make_teacher(model)
-        if newest is not None:
-            averages = read_weights(newest, task.ema)
         if averages is not None:
-            load_weights(ema, averages, newest or Path(str(task.config.init_weights)))
+            load_weights(ema, averages, source)
         ema.to(device)
     return model.to(device), ema
