@@ -13,6 +13,7 @@ from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data.manifest import Manifest, ManifestError
 from hpm_video.files.weights import CheckpointError
 from hpm_video.models.from_config import build_classifier, build_student
+from hpm_video.runs.data import RunData, SourceData
 from hpm_video.runs.finetuning import (
     Finetuning,
     find_label_names,
@@ -20,7 +21,6 @@ from hpm_video.runs.finetuning import (
     resolve,
 )
 from hpm_video.runs.pretraining import Pretraining
-from hpm_video.runs.data import RunData, SourceData
 from hpm_video.training.checkpoint import read_weights, save_checkpoint
 from hpm_video.training.optim import OptimizerState
 from hpm_video.training.progress import Timeline
