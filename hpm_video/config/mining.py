@@ -92,14 +92,14 @@ class MiningConfig:
             )
         if not self.feature_kind and (self.feature_model or self.feature_weights):
             raise ConfigError(
-                f"mining.feature_model and feature_weights go with mining.target=dino or clip, and "
-                f"it is {self.target}; leave them out"
+                f"mining.feature_model and feature_weights go with mining.target="
+                f"{' or '.join(DEFAULT_MODELS)}, and it is {self.target}; leave them out"
             )
 
     @property
     def feature_kind(self) -> FeatureKind | None:
         """The kind of model whose features are the target, where it is another model's."""
-        return self.target if self.target == "dino" or self.target == "clip" else None
+        return self.target if self.target in DEFAULT_MODELS else None
 
     @property
     def feature_name(self) -> str:
@@ -110,7 +110,8 @@ class MiningConfig:
     @property
     def pixel_kind(self) -> TargetKind | None:
         """How pixels are standardised, where they are the target."""
-        return None if self.target in ("ema", "dino", "clip") else self.target  # type: ignore[return-value]
+        others = {"ema", *DEFAULT_MODELS}
+        return None if self.target in others else self.target  # type: ignore[return-value]
 
     @property
     def has_teacher(self) -> bool:

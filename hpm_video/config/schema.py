@@ -23,9 +23,7 @@ from hpm_video.config.training import (
     RecipeConfig,
 )
 from hpm_video.tokens.grid import TokenGrid
-from hpm_video.tokens.masking import (
-    count_masked,
-)
+from hpm_video.tokens.masking import count_masked, grid_of_units
 
 
 @dataclass(frozen=True)
@@ -106,8 +104,8 @@ class PretrainConfig(RunConfig):
 
     def _check_source(self, at: str, data: DataConfig, masking: MaskingConfig) -> None:
         grid = _grid_of(data, self.model, at)
-        units = grid.num_tokens if masking.unit == "token" else grid.tokens_per_step
         try:
+            units = grid_of_units(grid, masking.unit).num_tokens
             count_masked(units, masking.ratio, masking.count_rule)
         except ValueError as error:
             raise ConfigError(f"{at}masking.ratio: {error}") from error

@@ -47,7 +47,7 @@ from hpm_video.runs.init_weights import check_same_model, config_beside
 from hpm_video.runs.run import run
 from hpm_video.runs.task import Gather, Session
 from hpm_video.tokens.grid import TokenGrid
-from hpm_video.tokens.masking import MaskRule, count_masked
+from hpm_video.tokens.masking import MaskRule, count_masked, grid_of_units
 from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.distributed import Processes
 from hpm_video.training.engine import Engine, WholeModel
@@ -116,7 +116,7 @@ def mask_rule(config: PretrainConfig, source: str) -> MaskRule:
     """How the clips of a source are masked."""
     masking = config.maskings[source]
     grid = TokenGrid.of_clip(config.sources[source].clip_size, config.model.patch_size)
-    units = grid.num_tokens if masking.unit == "token" else grid.tokens_per_step
+    units = grid_of_units(grid, masking.unit).num_tokens
     num_masked = count_masked(units, masking.ratio, masking.count_rule)
     return MaskRule(grid, masking.unit, num_masked, masking.mask_strategy)
 

@@ -1,24 +1,41 @@
 """Which tokens of a clip are hidden from the encoder.
 
-A *mask unit* is the set of tokens that are hidden or shown together. With unit ``"token"`` each
+A *mask unit* is a block of tokens that are hidden or shown together. With unit ``"token"`` each
 token is its own unit; with ``"tube"`` a unit is one spatial position through all of time. Masks
 are chosen over units and then spread to tokens, so images (one time step, where a tube is a
 token) and videos share every line below.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from einops import reduce
+from einops import reduce, repeat
 from torch import Tensor
 
-from hpm_video.tokens.grid import TokenGrid
+from hpm_video.tokens.grid import Size3, TokenGrid
 
 MaskUnit = Literal["token", "tube"]
 CountRule = Literal["hpm", "videomae"]
 Pick = Literal["hardest", "easiest"]
 StrategyName = Literal["random", "easy_to_hard", "hard_to_easy", "hardest", "easiest"]
+
+UNITS: dict[MaskUnit, Callable[[TokenGrid], Size3]] = {
+    "token": lambda _: (1, 1, 1),
+    "tube": lambda grid: (grid.time, 1, 1),
+}
+"""Tokens of a unit along time, height and width. A new unit is an entry here and in its Literal."""
+
+
+def grid_of_units(grid: TokenGrid, unit: MaskUnit) -> TokenGrid:
+    """The lattice of the mask units of a clip.
+
+    Raises:
+        ValueError: they do not divide the grid.
+    """
+    size = (grid.time, grid.height, grid.width)
+    return TokenGrid.of_clip(size, UNITS[unit](grid))
 
 
 @dataclass(frozen=True)
@@ -68,7 +85,7 @@ class MaskRule:
     @property
     def num_units(self) -> int:
         """Units of a clip (U)."""
-        return self.grid.num_tokens if self.unit == "token" else self.grid.tokens_per_step
+        return grid_of_units(self.grid, self.unit).num_tokens
 
     def num_picked(self, epoch: int, epochs: int) -> int:
         """How many units are hidden for their difficulty in ``epoch``, counted from 0."""
@@ -174,14 +191,21 @@ def choose_masked(
 
 def tokens_to_units(scores: Tensor, grid: TokenGrid, unit: MaskUnit) -> Tensor:
     """Mean score of the tokens in each unit: (B, N) -> (B, U)"""
-    if unit == "token":
-        return scores
-    return reduce(scores, "b (t position) -> b position", "mean", t=grid.time)
+    return reduce(scores, f"b {_BLOCKS} -> b (t h w)", "mean", **_sizes(grid, unit))
 
 
 def units_to_tokens(masked: Tensor, grid: TokenGrid, unit: MaskUnit) -> Tensor:
     """Spread each unit's mask to its tokens: (B, U) -> (B, N)"""
-    return masked if unit == "token" else masked.repeat(1, grid.time)
+    return repeat(masked, f"b (t h w) -> b {_BLOCKS}", **_sizes(grid, unit))
+
+
+_BLOCKS = "(t t_of_unit h h_of_unit w w_of_unit)"
+
+
+def _sizes(grid: TokenGrid, unit: MaskUnit) -> dict[str, int]:
+    units = grid_of_units(grid, unit)
+    of_unit = zip(("t_of_unit", "h_of_unit", "w_of_unit"), UNITS[unit](grid), strict=True)
+    return {"t": units.time, "h": units.height, "w": units.width, **dict(of_unit)}
 
 
 def _take(tokens: Tensor, ids: Tensor) -> Tensor:
