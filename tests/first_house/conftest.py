@@ -1,6 +1,6 @@
 """What the first house left: tiny data, stopped runs and the numbers that it computed from them.
 
-``make_fixtures.py`` made it all, at the commit that it names.
+A script made it all at commit c18a27b; it is tests/first_house/make_fixtures.py of commit be0a370.
 """
 
 import shutil
