@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from hpm_video.data.manifest import VERDICTS, Listing, Verdict
@@ -63,23 +63,10 @@ class Finding:
 _TEXT = ("codec", "pixel_format", "modified", "content", "decoder")
 _DIGITS = {"duration": 3, "fps": 4}
 """Behind the point, of columns that hold real numbers."""
-COLUMNS = (
-    "num_frames",
-    "duration",
-    "fps",
-    "width",
-    "height",
-    "codec",
-    "pixel_format",
-    "key_frame_distance",
-    "rotation",
-    "bytes",
-    "modified",
-    "content",
-    "decoder",
-    "verdict",
-    "reason",
+_OF_A_FILE = tuple(
+    each.name for each in fields(Finding) if each.name not in ("verdict", "reasons", "limits")
 )
+COLUMNS = (*_OF_A_FILE, "verdict", "reason")
 """In a manifest, behind those that it had."""
 
 
@@ -87,8 +74,7 @@ def columns_of(findings: Sequence[Finding]) -> dict[str, list[str]]:
     """Findings, one for each row, as cells."""
     columns: dict[str, list[str]] = {
         name: [_cell(name, getattr(finding, name)) for finding in findings]
-        for name in COLUMNS
-        if name != "reason"
+        for name in (*_OF_A_FILE, "verdict")
     }
     return columns | {"reason": [BETWEEN_REASONS.join(found.reasons) for found in findings]}
 
@@ -126,7 +112,7 @@ def _from_cells(cells: Mapping[str, str]) -> Finding:
     values: dict[str, Any] = {
         name: cell if name in _TEXT else float(cell) if name in _DIGITS else int(cell)
         for name, cell in cells.items()
-        if cell and name not in ("verdict", "reason")
+        if cell and name in _OF_A_FILE
     }
     if verdict == "suspicious" and not reasons:
         verdict = "fine"

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,13 +73,6 @@ class Form:
     """Whether the first frames of the views are written down too."""
 
 
-class Entry(NamedTuple):
-    """What was found out about a video."""
-
-    num_frames: int
-    views: int
-
-
 class FeatureFolder:
     """A folder with features of the videos of a manifest."""
 
@@ -89,7 +82,8 @@ class FeatureFolder:
         self.manifest = manifest
         self.form = form
         self._names = file_names(manifest.files, base)
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, tuple[int, int]] = {}
+        """Of each video that is done its frames and its views."""
 
     def __len__(self) -> int:
         """Videos whose features are there."""
@@ -127,11 +121,11 @@ class FeatureFolder:
         found = {}
         for record in records:
             with contextlib.suppress(KeyError, TypeError, ValueError):  # half a line
-                found[record["path"]] = Entry(int(record["num_frames"]), int(record["views"]))
+                found[record["path"]] = int(record["num_frames"]), int(record["views"])
         self._entries = {
-            video: entry
-            for video, entry in found.items()
-            if video in self._names and self._is_there(video, entry)
+            video: (num_frames, views)
+            for video, (num_frames, views) in found.items()
+            if video in self._names and self._is_there(video, views)
         }
         self.write_index()
 
@@ -151,8 +145,9 @@ class FeatureFolder:
             with written_beside(self.starts_of(video)) as beside:
                 np.save(beside, np.concatenate(growing.starts))
         growing.finish()
-        self._entries[video] = Entry(num_frames, growing.views)
-        self._journal.append({"path": video, **self._entries[video]._asdict()})
+        self._entries[video] = num_frames, growing.views
+        record = {"path": video, "num_frames": num_frames, "views": growing.views}
+        self._journal.append(record)
 
     def write_index(self) -> None:
         """Write ``index.csv`` in the order of the manifest."""
@@ -175,13 +170,11 @@ class FeatureFolder:
             row.append(self.starts_of(video).relative_to(self.path).as_posix())
         return row
 
-    def _is_there(self, video: str, entry: Entry) -> bool:
+    def _is_there(self, video: str, views: int) -> bool:
         """Whether the files of a video are whole."""
-        shape = (entry.views, *self.form.view_shape)
-        there = _holds(self.features_of(video), shape, self.form.dtype)
-        if self.form.windows:
-            there = there and _holds(self.starts_of(video), (entry.views,), "int64")
-        return there
+        form = self.form
+        there = _holds(self.features_of(video), (views, *form.view_shape), form.dtype)
+        return there and (not form.windows or _holds(self.starts_of(video), (views,), "int64"))
 
 
 def _holds(path: Path, shape: tuple[int, ...], dtype: str) -> bool:

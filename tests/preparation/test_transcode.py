@@ -716,6 +716,34 @@ def test_a_shard_with_a_label_that_changed_is_packed_anew(start, tmp_path, capsy
             file.write(journal + now)
 
 
+def test_a_journal_of_the_first_version_is_read(start, tmp_path, capsys):
+    """Of a run that was stopped after a label had changed, and before it had packed anew."""
+    output, source = tmp_path / "out", write_source(tmp_path / "a.mp4")
+    (tmp_path / "list.csv").write_text("path\na.mp4\n")
+    start(tmp_path / "list.csv", output, "--to", "shards")
+    shard = output / "shard-000000.tar"
+    stamp = stamp_of(str(source))
+    ((row, place),) = labelled(output)
+    member = TarMember.parse(place)
+    (output / "journal.jsonl").write_text(
+        f'{{"place": "{source}", "name": "a", "num_frames": 20, '
+        f'"height": {row["height"]}, "width": {row["width"]}, "fps": 25.0, '
+        f'"key_frame_distance": 5, "bytes": {member.size}, '
+        f'"seconds": 0.1, "source_bytes": {stamp.bytes}, "source_modified": "{stamp.modified}", '
+        '"share": 1.0, "note": ""}\n'
+        f'{{"shard": "{shard.name}", "bytes": {shard.stat().st_size}, "members": [["{source}", '
+        f'"{member.name}", {member.offset}, {member.size}]], "outdated": true}}\n{{"pla'
+    )
+    (output / ".lock").touch()
+    before = member.read()
+    capsys.readouterr()
+    start(tmp_path / "list.csv", output, "--to", "shards")
+    assert "Done: 1 files, 0 of them new" in capsys.readouterr().out
+    assert [path.name for path in output.glob("*.tar")] == ["shard-000001.tar"]
+    ((_, place),) = labelled(output)
+    assert TarMember.parse(place).read() == before
+
+
 def test_a_shard_of_a_run_that_was_killed_after_a_change_is_not_taken_for_good(start, tmp_path):
     output = tmp_path / "out"
     (tmp_path / "list.csv").write_text("path\na.mp4\nb.mp4\n")
