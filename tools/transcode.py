@@ -21,8 +21,8 @@ import hpm_video
 from hpm_video.data.clip_stream import BadVideosError
 from hpm_video.data.loader import MAX_WORKERS, default_workers
 from hpm_video.data.manifest import read_listing, read_manifest
-from hpm_video.preparation.making import Estimate, make, pack, try_out
-from hpm_video.preparation.prepared import PreparedFolder, Rows
+from hpm_video.preparation.prepare import Estimate, make, pack, try_out
+from hpm_video.preparation.prepared_folder import PreparedFolder, Rows
 from hpm_video.preparation.shards import Packer
 from hpm_video.preparation.transcode import Prober, Recipe, Transcoder
 from hpm_video.runs.console import above_zero, positive, run, shortest
@@ -71,20 +71,8 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         help="frames a second, chosen by time; default: every frame once, at the average rate",
     )
     add("--key-frames", type=positive, default=12, metavar="N", help="at most N apart (default 12)")
-    add(
-        "--crf",
-        type=between(0, 51),
-        default=20,
-        metavar="N",
-        help="quality of H.264, 0 to 51 (default 20)",
-    )
-    add(
-        "--quality",
-        type=between(1, 100),
-        default=90,
-        metavar="N",
-        help="of JPEG, 1 to 100 (default 90)",
-    )
+    add("--crf", type=between(0, 51), default=20, metavar="0-51", help="of H.264 (default 20)")
+    add("--quality", type=between(1, 100), default=90, metavar="1-100", help="JPEG (default 90)")
     add("--shard-size", type=above_zero, default=1.0, metavar="GB", help="(default 1)")
     add(
         "--workers",

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hpm_video.files.atomic import written_beside
-from hpm_video.preparation.listed import (
+from hpm_video.preparation.recipes import Prepared, RecipeParser, run_recipe
+from hpm_video.preparation.sources import (
     UNPACK,
     Classes,
     Clip,
@@ -34,7 +35,6 @@ from hpm_video.preparation.listed import (
     folder_and_name,
     match,
 )
-from hpm_video.preparation.recipes import Prepared, RecipeParser, run_recipe
 
 SPLITS = {"train": "train", "validation": "test"}
 """Manifest -> folder of its images."""

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpm_video.preparation.listed import (
+from hpm_video.preparation.recipes import Prepared, RecipeParser, run_recipe
+from hpm_video.preparation.sources import (
     Classes,
     Clip,
     RecipeError,
@@ -23,7 +24,6 @@ from hpm_video.preparation.listed import (
     lines_of,
     match,
 )
-from hpm_video.preparation.recipes import Prepared, RecipeParser, run_recipe
 
 NUMBERS = (1, 2, 3)
 UNUSED, TRAIN, TEST = "0", "1", "2"

@@ -17,7 +17,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpm_video.preparation.listed import (
+from hpm_video.preparation.recipes import Prepared, RecipeParser, run_recipe
+from hpm_video.preparation.sources import (
     Classes,
     Clip,
     RecipeError,
@@ -32,7 +33,6 @@ from hpm_video.preparation.listed import (
     read_text,
     stem,
 )
-from hpm_video.preparation.recipes import Prepared, RecipeParser, run_recipe
 
 SPLITS = ("train", "validation")
 NUM_CLASSES = 1000

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpm_video.data.manifest import UNLABELLED
-from hpm_video.preparation.listed import (
+from hpm_video.preparation.recipes import Prepared, RecipeParser, run_recipe
+from hpm_video.preparation.sources import (
     Classes,
     Clip,
     RecipeError,
@@ -33,7 +34,6 @@ from hpm_video.preparation.listed import (
     read_text,
     stem,
 )
-from hpm_video.preparation.recipes import Prepared, RecipeParser, run_recipe
 
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("youtube_id", "time_start", "time_end")

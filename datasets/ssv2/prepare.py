@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from hpm_video.data.manifest import UNLABELLED
-from hpm_video.preparation.listed import (
+from hpm_video.preparation.recipes import Prepared, RecipeParser, run_recipe
+from hpm_video.preparation.sources import (
     Clip,
     RecipeError,
     Videos,
@@ -23,7 +24,6 @@ from hpm_video.preparation.listed import (
     read_text,
     stem,
 )
-from hpm_video.preparation.recipes import Prepared, RecipeParser, run_recipe
 
 SPLITS = ("train", "validation", "test")
 OLD_NAME = "something-something-v2-"  # that the files' names began with before 2022

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpm_video.preparation.listed import (
+from hpm_video.preparation.recipes import Prepared, RecipeParser, run_recipe
+from hpm_video.preparation.sources import (
     Classes,
     Clip,
     RecipeError,
@@ -21,7 +22,6 @@ from hpm_video.preparation.listed import (
     lines_of,
     match,
 )
-from hpm_video.preparation.recipes import Prepared, RecipeParser, run_recipe
 
 AGAIN = "Extract UCF101TrainTestSplits-RecognitionTask.zip again"
 _CLASS_LINE = re.compile(r"(?P<number>\d+)\s+(?P<name>\S.*)")

@@ -20,7 +20,7 @@ from hpm_video.decoding.reader import DecodeError, Size, VideoReader, as_decode_
 from hpm_video.decoding.registry import open_video
 from hpm_video.preparation.findings import BETWEEN_REASONS, Finding, Stamp
 from hpm_video.preparation.jobs import Step
-from hpm_video.preparation.soundness import Steps, Stream, TooLongError, Watch, decode_all
+from hpm_video.preparation.soundness import Deadline, Steps, Stream, TooLongError, decode_all
 
 SHORTEST = 16
 """Frames of a usual clip."""
@@ -76,7 +76,7 @@ def check_file(task: Task) -> Iterator[Step | Finding | None]:
         return
     try:
         with as_decode_error(task.file):
-            finding = yield from _measure(task.file, task.decoder, Watch(task.seconds_in_all))
+            finding = yield from _measure(task.file, task.decoder, Deadline(task.seconds_in_all))
             finding = replace(finding, content=content_of(task.file, stamp))
     except TooLongError as error:
         finding = replace(bad(error.reason), limits=(task.seconds_in_all,))
@@ -130,19 +130,19 @@ def _ends(path: Path, start: int, size: int) -> bytes:
         return first + file.read(min(size, _ENDS))
 
 
-def _measure(file: str, decoder: DecoderChoice, watch: Watch) -> Steps[Finding]:
+def _measure(file: str, decoder: DecoderChoice, deadline: Deadline) -> Steps[Finding]:
     """Everything about a file but its bytes.
 
     Raises:
         DecodeError: it does not open, or not one of its frames decodes.
     """
     if is_frame_folder(file) or is_image(file):
-        return (yield from _measure_pictures(file, watch))
+        return (yield from _measure_pictures(file, deadline))
     with open_video(file, decoder) as reader:
-        return (yield from _measure_video(reader, file, watch))
+        return (yield from _measure_video(reader, file, deadline))
 
 
-def _measure_pictures(file: str, watch: Watch) -> Steps[Finding]:
+def _measure_pictures(file: str, deadline: Deadline) -> Steps[Finding]:
     """An image, or a folder of them: read as training reads them."""
     with open_video(file) as reader:
         height, width, count = reader.height, reader.width, reader.num_frames
@@ -153,7 +153,7 @@ def _measure_pictures(file: str, watch: Watch) -> Steps[Finding]:
                 sound += 1
             except DecodeError as error:
                 why = error.reason
-            yield from watch.look()
+            yield from deadline.look()
     facts = _picture_facts(read_bytes(str(frames_in(file)[0]) if is_frame_folder(file) else file))
     finding = Finding(
         "fine", num_frames=sound, width=width, height=height, key_frame_distance=1, **facts
@@ -178,14 +178,14 @@ def _picture_facts(data: bytes) -> dict[str, Any]:
     return {"codec": kind, "pixel_format": mode, "rotation": _CLOCKWISE.get(orientation, 0)}
 
 
-def _measure_video(reader: VideoReader, file: str, watch: Watch) -> Steps[Finding]:
-    stream = yield from decode_all(file, watch)
+def _measure_video(reader: VideoReader, file: str, deadline: Deadline) -> Steps[Finding]:
+    stream = yield from decode_all(file, deadline)
     if not stream.frames:
         raise DecodeError(stream.first_error or "it has no frames")
     found = stream.sound()
     # Without times training counts frames as they are counted here.
     sound = min(found.sound, reader.num_frames) if stream.shown else found.sound
-    sound, why = yield from _readable(reader, sound, watch)
+    sound, why = yield from _readable(reader, sound, deadline)
     fps = stream.fps()
     height, width = stream.sizes[0]
     finding = Finding(
@@ -208,7 +208,7 @@ def _measure_video(reader: VideoReader, file: str, watch: Watch) -> Steps[Findin
     return _judged(finding, doubts, found.count, why or found.why)
 
 
-def _readable(reader: VideoReader, sound: int, watch: Watch) -> Steps[tuple[int, str]]:
+def _readable(reader: VideoReader, sound: int, deadline: Deadline) -> Steps[tuple[int, str]]:
     """How many of the frames training can read, and if not all of them, why.
 
     It gets at them by another way than one after the other, and where decoding has to go on to get
@@ -222,7 +222,7 @@ def _readable(reader: VideoReader, sound: int, watch: Watch) -> Steps[tuple[int,
         try:
             for index in sorted({0, last // 2, last}):
                 reader.read([index])
-                yield from watch.look()
+                yield from deadline.look()
         except TooLongError:
             raise
         except (DecodeError, IndexError) as error:

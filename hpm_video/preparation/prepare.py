@@ -10,18 +10,18 @@ from pathlib import Path
 from hpm_video.data.clips import Failure
 from hpm_video.preparation.check import stamp_of
 from hpm_video.preparation.jobs import Broken, Step, answers, remove
-from hpm_video.preparation.prepared import PreparedFolder
+from hpm_video.preparation.prepared_folder import PreparedFolder
 from hpm_video.preparation.shards import Shard
 from hpm_video.preparation.transcode import Job, Made
 from hpm_video.workers.pool import Lost, Pool
 
 TRIED = 8
 """Files that an estimate is made from, at most; of few files a tenth."""
-Told = Callable[[int, bool], None]
-"""Is told of frames that were written, and whether a file is done with them."""
+Advance = Callable[[int, bool], None]
+"""Takes how many frames were written, and whether a file is done with them."""
 
 
-def make(folder: PreparedFolder, pool: Pool[Job], places: Sequence[str], told: Told) -> None:
+def make(folder: PreparedFolder, pool: Pool[Job], places: Sequence[str], advance: Advance) -> None:
     """Have outputs made, and take them in.
 
     Raises:
@@ -29,7 +29,7 @@ def make(folder: PreparedFolder, pool: Pool[Job], places: Sequence[str], told: T
         PoolError: the processes do not work.
     """
     jobs = {place: folder.job(place) for place in places}
-    for place, result in _results(pool, jobs, told):
+    for place, result in _results(pool, jobs, advance):
         if isinstance(result, Made):
             folder.note(place, result)
         else:
@@ -55,7 +55,7 @@ def pack(folder: PreparedFolder, pool: Pool[Shard], shards: Sequence[Shard]) -> 
 
 
 def _results(
-    pool: Pool[Job], jobs: Mapping[str, Job], told: Told
+    pool: Pool[Job], jobs: Mapping[str, Job], advance: Advance
 ) -> Iterator[tuple[str, Made | Failure | Lost]]:
     written = dict.fromkeys(jobs, 0)
     for place, result, is_last in answers(pool, jobs):
@@ -63,7 +63,7 @@ def _results(
             raise OSError(f"{result.reason}. What is done stays; make room, and go on")
         frames = result.frames if isinstance(result, Step) else written[place]
         frames = result.num_frames if isinstance(result, Made) else frames
-        told(max(0, frames - written[place]), is_last)
+        advance(max(0, frames - written[place]), is_last)
         written[place] = max(frames, written[place])
         if is_last:
             yield place, result

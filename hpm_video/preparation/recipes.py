@@ -1,7 +1,7 @@
 """From a published data set, its lists and its folder of files, to manifests and a report.
 
 What a data set's own lists look like is the business of ``datasets/<name>/prepare.py``: it turns
-them into clips, finds the file of each (:mod:`hpm_video.preparation.listed`), and hands both to
+them into clips, finds the file of each (:mod:`hpm_video.preparation.sources`), and hands both to
 :func:`run_recipe`.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from hpm_video.data.manifest import UNLABELLED, ManifestError
 from hpm_video.files.atomic import written_beside
-from hpm_video.preparation.listed import Kind, RecipeError, Split, Videos
+from hpm_video.preparation.sources import Kind, RecipeError, Split, Videos
 
 COLUMNS = ("path", "label", "label_name")
 NAMED_IN_REPORT = 5

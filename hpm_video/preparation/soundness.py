@@ -27,7 +27,7 @@ class TooLongError(DecodeError):
     """A file that goes on and on."""
 
 
-class Watch:
+class Deadline:
     """Looks at the clock after every frame."""
 
     def __init__(self, seconds_in_all: float) -> None:
@@ -147,7 +147,7 @@ class Stream:
         return (len(self.moments) - 1) / self.span() if self.span() else self.rate
 
 
-def decode_all(file: str, watch: Watch) -> Steps[Stream]:
+def decode_all(file: str, deadline: Deadline) -> Steps[Stream]:
     """Decode every packet of a video that was opened before, going on after errors.
 
     Raises:
@@ -170,7 +170,7 @@ def decode_all(file: str, watch: Watch) -> Steps[Stream]:
         )
         for packet in container.demux(video):
             _take(stream, packet)
-            yield from watch.look()
+            yield from deadline.look()
     return stream
 
 

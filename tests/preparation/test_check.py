@@ -51,7 +51,7 @@ from hpm_video.preparation.findings import (
     read_findings,
 )
 from hpm_video.preparation.jobs import Step
-from hpm_video.preparation.soundness import Stream, Watch, decode_all
+from hpm_video.preparation.soundness import Deadline, Stream, decode_all
 from hpm_video.workers import heartbeat as beat
 from hpm_video.workers import progress_bar
 from hpm_video.workers.pool import GIB, Limits, Pool
@@ -519,7 +519,7 @@ def test_nothing_but_known_containers_is_opened(tmp_path):
     """By none of the three that open videos with PyAV: FFmpeg knows some that name other files."""
     path = str(encode(tmp_path / "raw.h264", pictures(20)))
     for opened in (
-        lambda: [*decode_all(path, Watch(60.0))],
+        lambda: [*decode_all(path, Deadline(60.0))],
         lambda: VideoStream(path),
         lambda: open_video(path, "pyav"),
     ):

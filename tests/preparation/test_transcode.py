@@ -31,12 +31,12 @@ from hpm_video.decoding.locations import TarMember
 from hpm_video.decoding.registry import open_video
 from hpm_video.decoding.video_stream import Timed, VideoStream
 from hpm_video.preparation import check as checking
-from hpm_video.preparation import encode, making, shards
+from hpm_video.preparation import encode, prepare, shards
 from hpm_video.preparation import transcode as transcoding
 from hpm_video.preparation.check import stamp_of
 from hpm_video.preparation.encode import fitted_size, write_video
 from hpm_video.preparation.jobs import Broken, Step, WrongOutputError, remove
-from hpm_video.preparation.prepared import PreparedFolder, Rows
+from hpm_video.preparation.prepared_folder import PreparedFolder, Rows
 from hpm_video.preparation.shards import Packable, Packer, Shard, output_names, write_shard
 from hpm_video.preparation.transcode import Job, Made, Recipe, Transcoder, at_rate, check
 from hpm_video.workers import heartbeat as beat
@@ -910,7 +910,7 @@ def test_a_file_that_hangs_or_crashes_is_listed_and_the_others_are_done(
     limits = Limits(seconds=3)
     with folder_of(tmp_path, names) as folder, Pool(work, 1, limits, depth=1) as pool:
         folder.claim({})
-        making.make(folder, pool, folder.missing(), lambda *_: None)
+        prepare.make(folder, pool, folder.missing(), lambda *_: None)
         folder.write_lists()
     failed = failed_in(tmp_path / "out")
     assert failed["hangs.mp4"] == "it took longer than 3 s"
@@ -1043,7 +1043,7 @@ def test_a_full_disk_ends_the_run(tmp_path, monkeypatch, form):
     with folder_of(tmp_path, ["a.mp4"]) as folder:
         folder.claim({})
         with pytest.raises(OSError, match="No space left on device. What is done stays"):
-            making.make(folder, pool, folder.missing(), lambda *_: None)
+            prepare.make(folder, pool, folder.missing(), lambda *_: None)
 
 
 def test_an_output_that_is_not_what_it_should_be_is_no_row(tmp_path, monkeypatch):
