@@ -18,7 +18,7 @@ MAY_IMPORT = {
         "decoding/pyav.py",
         "decoding/crop_pixels.py",
         "preparation/encode.py",
-        "preparation/check.py",
+        "preparation/soundness.py",
         "decoding/video_stream.py",
     },
     "omegaconf": {"config/loading.py"},

@@ -14,7 +14,7 @@ as they are.
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -25,16 +25,9 @@ from hpm_video.decoding.locations import is_frame_folder, is_image
 from hpm_video.decoding.registry import choose_decoder
 from hpm_video.files.atomic import written_beside
 from hpm_video.preparation.check import check_file
-from hpm_video.preparation.check_manifest import (
-    Checked,
-    How,
-    check_listing,
-    journal_of,
-    known_of,
-    write_checked,
-)
-from hpm_video.preparation.check_report import plot, save_plot, summary
-from hpm_video.preparation.findings import Finding, Journal
+from hpm_video.preparation.check_manifest import FindingJournal, How, check_listing, known_of
+from hpm_video.preparation.check_report import plot, summary
+from hpm_video.preparation.findings import columns_of
 from hpm_video.runs.console import above_zero, positive, run, shortest
 from hpm_video.workers.pool import GIB, Limits
 
@@ -51,11 +44,9 @@ EXIT_CODES = """exit codes:
 def main(command_line: Sequence[str] | None = None) -> int:
     """Check, and tell what was found."""
     arguments = parse_arguments(command_line)
-    found: list[Checked] = []
-    code = run(lambda: found.append(check(arguments)))
-    if code == 0 and any(finding.verdict == "bad" for finding in found[0].findings):
-        return SOME_ARE_BAD
-    return code
+    num_bad: list[int] = []
+    code = run(lambda: num_bad.append(check(arguments)))
+    return SOME_ARE_BAD if code == 0 and any(num_bad) else code
 
 
 def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
@@ -100,44 +91,53 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(command_line)
 
 
-def check(arguments: argparse.Namespace) -> Checked:
-    """Check a manifest, write what was found, and tell.
+def check(arguments: argparse.Namespace) -> int:
+    """Check a manifest, write what was found, and tell. -> how many files are bad
 
     Raises:
         ManifestError, DecoderError, OSError: a wrong input.
     """
     listing = read_listing(arguments.manifest, arguments.root)
     out = where_to(listing, arguments.out)
+    refuse_unwritable(listing)
     if not all(is_image(file) or is_frame_folder(file) for file in listing.files):
         arguments.decoder = choose_decoder(arguments.decoder)
-    how = How(
-        arguments.workers,
-        Limits(arguments.seconds, round(arguments.memory * GIB)),
-        arguments.decoder,
-        check_file,
-        arguments.seconds_in_all,
-    )
-    is_beside = listing.source.is_file() and out.parent == listing.source.parent
-    keep_paths = is_beside or arguments.root is not None
-    refuse_unwritable(listing)
+    limits = Limits(arguments.seconds, round(arguments.memory * GIB))
+    how = How(arguments.workers, limits, arguments.decoder, check_file, arguments.seconds_in_all)
     known = {} if arguments.again else known_of(out, arguments.root)
-    with Journal(journal_of(out), again=arguments.again) as journal:
+    with FindingJournal(out.with_name(f"{out.name}.partial"), again=arguments.again) as journal:
         if journal.discarded:
             print(f"--again: {journal.path}, of a check that was stopped, begins anew")
         before = known | journal.findings
-        print(announce(listing, sum(map(how.takes_over, of_files(listing, before))), how))
+        files = {*listing.files}
+        num_known = sum(how.takes_over(before[file]) for file in files & before.keys())
+        print(
+            f"{len(files)} files of {shortest(listing.source)}"
+            f"{f', {num_known} of which were checked before' if num_known else ''}; {how.workers} "
+            f"{'process' if how.workers == 1 else 'processes'}; a file may take "
+            f"{arguments.memory:g} GiB, and {limits.seconds:g} s without a further frame"
+        )
         try:
-            checked = check_listing(listing, journal, known, how)
+            findings, taken_over = check_listing(listing, journal, known, how)
         except KeyboardInterrupt:
             print(f"\nWhat is known so far is kept in {journal.path}: the same command goes on.")
             raise
-        write_checked(checked, out, keep_paths=keep_paths)
+        columns = columns_of(findings)
+        is_beside = listing.source.is_file() and out.parent == listing.source.parent
+        if not is_beside and arguments.root is None:
+            columns["path"] = [file.removeprefix(f"{out.parent}/") for file in listing.files]
+        listing.write(columns, out)
         journal.remove()
     picture = out.with_suffix(".png")
     with written_beside(picture) as path:
-        save_plot(plot(checked.findings, f"{listing.source.name}, {len(listing)} files"), path)
-    tell(checked, out, picture)
-    return checked
+        title = f"{listing.source.name}, {len(listing)} files"
+        plot(findings, title).savefig(path, format="png", dpi=110)
+    if taken_over:
+        print(f"\n{taken_over} files have not changed and were not decoded again")
+    print(f"\n{summary(listing.files, findings)}")
+    print(f"\nwrote {shortest(out)}\n      {shortest(picture)}")
+    print(f"To train on what can be used: data.train={shortest(out)}")
+    return sum(finding.verdict == "bad" for finding in findings)
 
 
 def where_to(listing: Listing, out: Path | None) -> Path:
@@ -171,30 +171,6 @@ def refuse_unwritable(listing: Listing) -> None:
         raise ManifestError(
             f"the path {file!r} is not text in UTF-8, as a manifest is: rename its folders"
         ) from error
-
-
-def of_files(listing: Listing, findings: Mapping[str, Finding]) -> list[Finding]:
-    """The findings of files of a list, each once."""
-    return [findings[file] for file in {*listing.files} & findings.keys()]
-
-
-def announce(listing: Listing, known: int, how: How) -> str:
-    """What is about to be done."""
-    before = f", {known} of which were checked before" if known else ""
-    return (
-        f"{len(set(listing.files))} files of {shortest(listing.source)}{before}; {how.workers} "
-        f"{'process' if how.workers == 1 else 'processes'}; a file may take "
-        f"{how.limits.memory / GIB:g} GiB, and {how.limits.seconds:g} s without a further frame"
-    )
-
-
-def tell(checked: Checked, out: Path, picture: Path) -> None:
-    """What was found, and where it stands."""
-    if checked.taken_over:
-        print(f"\n{checked.taken_over} files have not changed and were not decoded again")
-    print(f"\n{summary(checked.listing.files, checked.findings)}")
-    print(f"\nwrote {shortest(out)}\n      {shortest(picture)}")
-    print(f"To train on what can be used: data.train={shortest(out)}")
 
 
 if __name__ == "__main__":

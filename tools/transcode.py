@@ -9,27 +9,22 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 
+from tqdm import tqdm
+
 import hpm_video
 from hpm_video.data.clip_stream import BadVideosError
-from hpm_video.data.clips import Failure
 from hpm_video.data.loader import MAX_WORKERS, default_workers
 from hpm_video.data.manifest import read_listing, read_manifest
-from hpm_video.preparation.prepared import (
-    Estimate,
-    PreparedFolder,
-    Rows,
-    copied,
-    make,
-    pack,
-    try_out,
-)
-from hpm_video.preparation.transcode import Job, Packer, Prober, Recipe, Shard, Transcoder
+from hpm_video.preparation.prepare import Estimate, make, pack, try_out
+from hpm_video.preparation.prepared_folder import PreparedFolder, Rows
+from hpm_video.preparation.shards import Packer
+from hpm_video.preparation.transcode import Prober, Recipe, Transcoder
 from hpm_video.runs.console import above_zero, positive, run, shortest
 from hpm_video.workers.pool import GIB, Limits, Pool
 from hpm_video.workers.progress_bar import ProgressBar
@@ -76,8 +71,8 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         help="frames a second, chosen by time; default: every frame once, at the average rate",
     )
     add("--key-frames", type=positive, default=12, metavar="N", help="at most N apart (default 12)")
-    add("--crf", type=crf, default=20, metavar="N", help="quality of H.264, 0 to 51 (default 20)")
-    add("--quality", type=percent, default=90, metavar="N", help="of JPEG, 1 to 100 (default 90)")
+    add("--crf", type=between(0, 51), default=20, metavar="0-51", help="of H.264 (default 20)")
+    add("--quality", type=between(1, 100), default=90, metavar="1-100", help="JPEG (default 90)")
     add("--shard-size", type=above_zero, default=1.0, metavar="GB", help="(default 1)")
     add(
         "--workers",
@@ -115,80 +110,7 @@ def prepare(arguments: argparse.Namespace) -> None:
         BadVideosError: some files cannot be read; the others were dealt with.
         ManifestError, OSError: a wrong input, or a disk that is full.
     """
-    recipe = recipe_of(arguments)
-    source = arguments.source.absolute()
-    base = (arguments.root or (source if source.is_dir() else source.parent)).absolute()
-    rows = Rows.of(read_manifest(source, arguments.root), read_listing(source, arguments.root))
-    settings = {
-        "hpm_video": hpm_video.__version__,
-        "source": str(source),
-        "root": str(base),
-        **{name: plain(value) for name, value in asdict(recipe).items()},
-    }
-    with PreparedFolder(arguments.output, recipe, rows, base) as folder:
-        if not arguments.estimate or (folder.path / "settings.json").is_file():
-            folder.claim(settings)
-        if folder.changed:
-            print(f"{folder.changed} files or their labels have changed: these are done again")
-        began, there = time.monotonic(), len(folder)
-        try:
-            finished = work_through(folder, arguments)
-        except KeyboardInterrupt:
-            print(
-                f"\n{len(folder)} of {folder.num_places} files are done; the same command goes on",
-                flush=True,
-            )
-            raise
-        if finished:
-            folder.write_lists()
-            tell(folder, len(folder) - there, time.monotonic() - began)
-
-
-def work_through(folder: PreparedFolder, arguments: argparse.Namespace) -> bool:
-    """Do all that is to do. -> whether it was to be done, and not only told"""
-    places = folder.missing()
-    limits = Limits(arguments.seconds, round(arguments.memory * GIB))
-    workers = arguments.workers
-    work = Prober() if folder.recipe.copy else Transcoder(folder.recipe)
-    if places:
-        pool: Pool[Job]
-        with Pool(work, min(workers, len(places)), limits, depth=1) as pool:
-            copies = folder.recipe.copy
-            estimate = copied(places) if copies else try_out(folder, pool, places)
-            announce(folder, estimate, min(workers, len(places)))
-            check_disk(folder, estimate, force=arguments.force or arguments.estimate)
-            if arguments.estimate:
-                return False
-            with closing(ProgressBar(len(places), "files", "frames/s")) as bar:
-                make(folder, pool, places, lambda n, last: bar.advance(n, is_last=last))
-    else:
-        print(f"all {folder.num_places - len(folder.failed)} files are there already")
-    if folder.recipe.form == "shards" and not arguments.estimate:
-        write_shards(folder, workers, limits)
-    return not arguments.estimate
-
-
-def write_shards(folder: PreparedFolder, workers: int, limits: Limits) -> None:
-    """Pack what is done and not packed yet.
-
-    Nothing is decoded, and a large file is copied in one step: it may take longer.
-    """
-    limits = replace(limits, seconds=10 * limits.seconds)
-    shards = folder.unpacked_shards()
-    if not shards:
-        return
-    packers: Pool[Shard]
-    with (
-        Pool(Packer(), min(workers, len(shards)), limits, depth=1) as packers,
-        closing(ProgressBar(len(shards), "shards", "MB/s")) as bar,
-    ):
-        for size in pack(folder, packers, shards):
-            bar.advance(size / 1e6)
-
-
-def recipe_of(arguments: argparse.Namespace) -> Recipe:
-    """What is asked for."""
-    return Recipe(
+    recipe = Recipe(
         form=arguments.form,
         short_side=arguments.short_side,
         fps=arguments.fps,
@@ -198,6 +120,63 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
         shard_bytes=round(arguments.shard_size * GB),
         copy=arguments.copy,
     )
+    source = arguments.source.absolute()
+    base = (arguments.root or (source if source.is_dir() else source.parent)).absolute()
+    rows = Rows.of(read_manifest(source, arguments.root), read_listing(source, arguments.root))
+    settings = {
+        "hpm_video": hpm_video.__version__,
+        "source": str(source),
+        "root": str(base),
+        **asdict(recipe),
+        "fps": recipe.fps and str(recipe.fps),
+    }
+    with PreparedFolder(arguments.output, recipe, rows, base) as folder:
+        if not arguments.estimate or (folder.path / "settings.json").is_file():
+            folder.claim(settings)
+        if folder.changed:
+            print(f"{folder.changed} files or their labels have changed: these are done again")
+        began, there = time.monotonic(), len(folder)
+        try:
+            work_through(folder, arguments)
+        except KeyboardInterrupt:
+            print(
+                f"\n{len(folder)} of {folder.num_places} files are done; the same command goes on",
+                flush=True,
+            )
+            raise
+        if not arguments.estimate:
+            folder.write_lists()
+            tell(folder, len(folder) - there, time.monotonic() - began)
+
+
+def work_through(folder: PreparedFolder, arguments: argparse.Namespace) -> None:
+    """Do all that is to do, or only tell what that is."""
+    limits = Limits(arguments.seconds, round(arguments.memory * GIB))
+    places = folder.missing()
+    if places:
+        workers = min(arguments.workers, len(places))
+        work = Prober() if folder.recipe.copy else Transcoder(folder.recipe)
+        with Pool(work, workers, limits, depth=1) as pool:
+            estimate = try_out(folder, pool, places)
+            announce(folder, estimate, workers)
+            check_disk(folder, estimate, force=arguments.force or arguments.estimate)
+            if arguments.estimate:
+                return
+            with closing(ProgressBar(len(places), "files", "frames/s")) as bar:
+                make(folder, pool, places, lambda n, last: bar.advance(n, is_last=last))
+    else:
+        print(f"all {folder.num_places - len(folder.failures)} files are there already")
+    if folder.recipe.form != "shards" or arguments.estimate:
+        return
+    if shards := folder.unpacked_shards():
+        # Nothing is decoded, and a large file is copied in one step: it may take longer.
+        limits = replace(limits, seconds=10 * limits.seconds)
+        with (
+            Pool(Packer(), min(arguments.workers, len(shards)), limits, depth=1) as packers,
+            closing(ProgressBar(len(shards), "shards", "MB/s")) as bar,
+        ):
+            for size in pack(folder, packers, shards):
+                bar.advance(size / 1e6)
 
 
 def announce(folder: PreparedFolder, estimate: Estimate, workers: int) -> None:
@@ -212,7 +191,7 @@ def announce(folder: PreparedFolder, estimate: Estimate, workers: int) -> None:
     elif estimate.tried:
         print(
             f"  estimate from {estimate.tried} of {estimate.files} files: "
-            f"{time_of(estimate.seconds / workers)}, then {size_of(estimate.after)}"
+            f"{tqdm.format_interval(estimate.seconds / workers)}, then {size_of(estimate.after)}"
         )
     else:
         print("  no estimate: of the files that were tried none can be read")
@@ -250,40 +229,28 @@ def tell(folder: PreparedFolder, new: int, seconds: float) -> None:
         BadVideosError: some files cannot be read.
     """
     manifest = folder.path / "manifest.csv"
-    print(f"\nDone: {len(folder)} files, {new} of them new, in {time_of(seconds)}")
-    print(f"  {size_of(folder.bytes_before())} became {size_of(folder.bytes_now())}")
+    print(f"\nDone: {len(folder)} files, {new} of them new, in {tqdm.format_interval(seconds)}")
+    before = sum(made.source_bytes for made in folder.made.values())
+    now = sum(made.bytes for made in folder.made.values())
+    print(f"  {size_of(before)} became {size_of(now)}")
     odd = {place: made.note for place, made in folder.made.items() if made.note}
     for place, note in list(odd.items())[:3]:
         print(f"  {shortest(place)}: {note}")
     if len(odd) > 3:
         print(f"  and {len(odd) - 3} more of this kind")
     print(f"  to train on it: data.train={shortest(manifest)}", flush=True)
-    if folder.failed:
+    if folder.failures:
         raise BadVideosError(
-            [Failure(place, reason) for place, reason in folder.failed.items()],
+            [*folder.failures.values()],
             folder.num_places,
             f"They are listed in {folder.path / 'failed.csv'}, and the same command tries them "
             "again",
         )
 
 
-def plain(value: object) -> object:
-    """A setting as JSON has it."""
-    return str(value) if isinstance(value, Fraction) else value
-
-
 def size_of(count: int) -> str:
     """Bytes, in words."""
-    if count < 1e6:
-        return f"{count / 1e3:.0f} kB"
-    return f"{count / GB:.2f} GB" if count >= GB / 10 else f"{count / 1e6:.1f} MB"
-
-
-def time_of(seconds: float) -> str:
-    """A time, in words."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return f"{tqdm.format_sizeof(count)}B"
 
 
 def even(text: str) -> int:
@@ -307,18 +274,17 @@ def rate(text: str) -> Fraction:
     return value.limit_denominator(1001)
 
 
-def crf(text: str) -> int:
-    """An argument that is a whole number from 0 to 51."""
-    if not text.isdecimal() or int(text) > 51:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 51, got {text!r}")
-    return int(text)
+def between(low: int, high: int) -> Callable[[str], int]:
+    """An argument that is a whole number from ``low`` to ``high``."""
 
+    def value(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number from {low} to {high}, got {text!r}"
+            )
+        return int(text)
 
-def percent(text: str) -> int:
-    """An argument that is a whole number from 1 to 100."""
-    if not text.isdecimal() or not 1 <= int(text) <= 100:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 100, got {text!r}")
-    return int(text)
+    return value
 
 
 if __name__ == "__main__":

@@ -12,19 +12,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpm_video.preparation.recipes import (
+from hpm_video.preparation.recipes import Prepared, RecipeParser, run_recipe
+from hpm_video.preparation.sources import (
     Classes,
     Clip,
     RecipeError,
-    Split,
     Videos,
     check_once,
     class_key,
+    folder_key,
+    lines_of,
     match,
-    read_text,
-    report,
-    run_recipe,
-    write,
 )
 
 NUMBERS = (1, 2, 3)
@@ -61,12 +59,8 @@ def read_split(lists: Path, classes: Classes, number: int) -> dict[str, list[Cli
     """The clips of a split by their use."""
     clips: dict[str, list[Clip]] = {UNUSED: [], TRAIN: [], TEST: []}
     for label, name in enumerate(classes.names):
-        path = list_of(lists, name, number)
-        for line, row in enumerate(read_text(path, "the list").splitlines(), start=1):
-            if not row.strip():
-                continue
-            place = f"{path}, line {line}"
-            found = _LINE.fullmatch(row.strip())
+        for place, row in lines_of(list_of(lists, name, number)):
+            found = _LINE.fullmatch(row)
             if not found:
                 raise RecipeError(
                     f"{place}: need the name of a video and then 0 (unused), 1 (training) or "
@@ -78,16 +72,10 @@ def read_split(lists: Path, classes: Classes, number: int) -> dict[str, list[Cli
     return clips
 
 
-def prepare(
-    videos_folder: Path, lists: Path, output: Path, suffix: str | None
-) -> tuple[str, list[Split]]:
-    """Write everything. Returns the report and the splits."""
-    classes = read_classes(lists)
-    videos = Videos(
-        videos_folder,
-        lambda path: f"{class_key(path.parent.name)}/{path.stem}",
-        suffix=suffix,
-    )
+def prepare(options: argparse.Namespace) -> Prepared:
+    """Read the lists, and find the file of each video."""
+    classes = read_classes(options.lists)
+    videos = Videos(options.videos, folder_key, suffix=options.suffix)
     classes.folders(videos)  # each class has one
     expected = (
         f"Looked in {videos.folder} for <class>/<name of the video>, with any suffix of a video. "
@@ -95,34 +83,20 @@ def prepare(
     )
     splits = []
     for number in NUMBERS:
-        clips = read_split(lists, classes, number)
+        clips = read_split(options.lists, classes, number)
         for clip in clips[UNUSED]:
             videos.find(clip)  # it is listed, though not used
         for use, name in ((TRAIN, "train"), (TEST, "test")):
-            splits.append(match(f"{name}_split{number}", clips[use], videos.find, expected))
-    write(output, classes.names, splits)
-    return report(output, classes.names, splits, [videos]), splits
+            splits.append(match(f"{name}_split{number}", clips[use], videos, expected))
+    return Prepared(classes.names, splits, [videos])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument(
-        "--videos", type=Path, required=True, metavar="DIR", help="folder of the class folders"
-    )
-    parser.add_argument(
-        "--lists",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder testTrainMulti_7030_splits",
-    )
-    return run_recipe(
-        parser,
-        arguments,
-        lambda chosen: prepare(chosen.videos, chosen.lists, chosen.output, chosen.suffix),
-        beside=__file__,
-    )
+    parser = RecipeParser(__doc__, __file__)
+    parser.add_path("--videos", "folder of the class folders", required=True)
+    parser.add_path("--lists", "folder testTrainMulti_7030_splits", required=True)
+    return run_recipe(parser.parse_args(arguments), prepare)
 
 
 if __name__ == "__main__":

@@ -17,18 +17,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpm_video.preparation.recipes import (
+from hpm_video.preparation.recipes import Prepared, RecipeParser, run_recipe
+from hpm_video.preparation.sources import (
+    Classes,
     Clip,
     RecipeError,
     Split,
     Videos,
+    check_folders,
     check_once,
+    clips_of_folders,
     folder_and_name,
+    lines_of,
     match,
     read_text,
-    report,
-    run_recipe,
-    write,
+    stem,
 )
 
 SPLITS = ("train", "validation")
@@ -58,32 +61,18 @@ class Row:
         return next((n for n in (path.parent.name, path.name[:9]) if _WNID.fullmatch(n)), None)
 
 
-class Wnids:
+def classes_of(wnids: Iterable[str], source: str) -> Classes:
     """The classes in the order of their numbers, which is that of their sorted wnids."""
-
-    def __init__(self, wnids: set[str], source: str) -> None:
-        self.order = tuple(sorted(wnids))
-        self.source = source
-        self._labels = {wnid: label for label, wnid in enumerate(self.order)}
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def label(self, wnid: str, place: str) -> int:
-        """Number of a class that ``place`` names."""
-        if wnid not in self._labels:
-            raise RecipeError(
-                f"{place}: the class {wnid!r} is not one of the {len(self)} classes of "
-                f"{self.source}. A class is named by its wnid, such as n01440764, and all lists "
-                "and folders must have the same ones"
-            )
-        return self._labels[wnid]
+    remedy = (
+        "A class is named by its wnid, such as n01440764, and all lists and folders must have the "
+        "same ones"
+    )
+    return Classes(sorted(wnids), source, remedy)
 
 
 def rows_of(path: Path) -> list[tuple[str, str]]:
     """The lines that are not empty, each with its place."""
-    lines = read_text(path, "the list").splitlines()
-    rows = [(f"{path}, line {i}", row.strip()) for i, row in enumerate(lines, 1) if row.strip()]
+    rows = lines_of(path)
     if not rows:
         raise RecipeError(f"{path} is empty. Download it again")
     return rows
@@ -197,85 +186,54 @@ def _list_row(place: str, row: str) -> Row:
     return Row(place, found["path"], found["label"])
 
 
-def find_wnids(
+def find_classes(
     names: dict[str, str] | None,
     ids: dict[int, str] | None,
     train: Videos | None,
     rows: Sequence[Row],
-) -> Wnids:
+) -> Classes:
     """All classes, from a list of them, or from the training split: its folders or its list."""
     if names is not None:
-        return Wnids(set(names), "--names")
+        return classes_of(names, "--names")
     if ids is not None:
-        return Wnids(set(ids.values()), "--ids")
+        return classes_of(ids.values(), "--ids")
     said = {row.label if _WNID.fullmatch(row.label) else row.wnid for row in rows}
     if wnids := {wnid for wnid in said if wnid}:
-        return Wnids(wnids, "--train-labels")
+        return classes_of(wnids, "--train-labels")
     if train is None or rows:
         raise RecipeError(
             "the numbers of the classes come from the training split, for a class may be absent "
             "elsewhere: give --train with class folders or wnids in its list, or --names with "
             "LOC_synset_mapping.txt or the labels.txt that was written with the training split"
         )
-    return Wnids({file.parent.name for file in train.files}, str(train.folder))
+    return classes_of({file.parent.name for file in train.files}, str(train.folder))
 
 
-def clips_of_rows(rows: Sequence[Row], wnids: Wnids) -> list[Clip]:
+def clips_of_rows(rows: Sequence[Row], classes: Classes) -> list[Clip]:
     """The images of a list. A number is that of the sorted wnids, from 0."""
     clips = []
+    num_classes = len(classes.names)
     for row in rows:
-        label = wnids.label(row.label, row.place) if _WNID.fullmatch(row.label) else int(row.label)
-        if label >= len(wnids):
+        is_wnid = _WNID.fullmatch(row.label)
+        label = classes.label(row.label, row.place) if is_wnid else int(row.label)
+        if label >= num_classes:
             raise RecipeError(
-                f"{row.place}: the label {label} is none of 0 to {len(wnids) - 1}, the numbers of "
-                f"the {len(wnids)} sorted wnids of {wnids.source}. Lists that count from 1, or in "
-                "the order of the development kit, cannot be told apart: give wnids instead"
+                f"{row.place}: the label {label} is none of 0 to {num_classes - 1}, the numbers of "
+                f"the {num_classes} sorted wnids of {classes.source}. Lists that count from 1, or "
+                "in the order of the development kit, cannot be told apart: give wnids instead"
             )
-        if row.wnid and wnids.label(row.wnid, row.place) != label:
+        if row.wnid and (named := classes.label(row.wnid, row.place)) != label:
             raise RecipeError(
                 f"{row.place}: says class {row.label}, but the path is of {row.wnid}, which is "
-                f"{wnids.label(row.wnid, row.place)} of the sorted wnids. A list of another order "
-                "cannot be used: leave it out where there are class folders"
+                f"{named} of the sorted wnids. A list of another order cannot be used: leave it "
+                "out where there are class folders"
             )
         clips.append(Clip(row.place, Path(row.path).name, (Path(row.path).stem,), label))
     check_once(clips)
     return clips
 
 
-def stem(file: Path) -> str:
-    """The name alone, as lists have it."""
-    return file.stem
-
-
-def clips_of_folders(images: Videos, wnids: Wnids, name: str) -> list[Clip]:
-    """The images of a folder of class folders."""
-    clips = []
-    for file in images.files:
-        if not _WNID.fullmatch(file.parent.name):
-            raise RecipeError(
-                f"{file} lies in no folder named by a wnid such as n01440764, and there is no "
-                f"list of {name}. Name the folder of the class folders, or give "
-                f"--{name}-labels; README.md lists the files that say the classes"
-            )
-        label = wnids.label(file.parent.name, str(file.parent))
-        shown = folder_and_name(file)
-        clips.append(Clip(str(file.parent), shown, (shown,), label))
-    return clips
-
-
-def check_folders(split: Split, wnids: Wnids) -> None:
-    """Where there are class folders, they must say what the list says."""
-    for clip, file in split.found:
-        wnid = file.parent.name
-        if _WNID.fullmatch(wnid) and wnids.label(wnid, str(file.parent)) != clip.label:
-            raise RecipeError(
-                f"{clip.place}: {clip.name} is of class {clip.label}, {wnids.order[clip.label]}, "
-                f"but lies in the folder {file.parent}. Leave out --{split.name}-labels where the "
-                "folders are right"
-            )
-
-
-def standing_labels(output: Path, wnids: Wnids, written: Iterable[str]) -> list[str] | None:
+def standing_labels(output: Path, classes: Classes, written: Iterable[str]) -> list[str] | None:
     """The lines of a ``labels.txt`` that must stay, if it has the same wnids.
 
     It must where a manifest of a split stays that is not ``written`` now.
@@ -284,13 +242,13 @@ def standing_labels(output: Path, wnids: Wnids, written: Iterable[str]) -> list[
     standing = output / "labels.txt"
     if stays and standing.is_file():
         lines = read_text(standing, "the list of classes").splitlines()
-        if [line.partition(" ")[0] for line in lines] == list(wnids.order):
+        if [line.partition(" ")[0] for line in lines] == list(classes.names):
             return lines
     return None
 
 
-def prepare(options: argparse.Namespace) -> tuple[str, list[Split]]:
-    """Write everything. Returns the report and the splits."""
+def prepare(options: argparse.Namespace) -> Prepared:
+    """Read the lists, and find the file of each image."""
     folders: dict[str, Path | None] = {name: getattr(options, name) for name in SPLITS}
     lists: dict[str, Path | None] = {name: getattr(options, f"{name}_labels") for name in SPLITS}
     if not any(folders.values()):
@@ -306,62 +264,67 @@ def prepare(options: argparse.Namespace) -> tuple[str, list[Split]]:
     }
     images = {
         name: Videos(
-            folder,
-            stem if name in rows else folder_and_name,
-            suffix=options.suffix,
-            kind="image",
+            folder, stem if name in rows else folder_and_name, suffix=options.suffix, kind="image"
         )
         for name, folder in folders.items()
         if folder
     }
-    wnids = find_wnids(names, ids, images.get("train"), rows.get("train", []))
+    classes = find_classes(names, ids, images.get("train"), rows.get("train", []))
     splits, notes = [], []
     for name, shelf in images.items():
-        if name in rows:
-            clips = clips_of_rows(rows[name], wnids)
-        else:
-            clips = clips_of_folders(shelf, wnids, name)
+        splits.append(split_of(name, shelf, classes, rows.get(name)))
+        if name not in rows:
             notes.append(f"{name}: without a list, so what is missing is not known")
-        expected = f"Looked in {shelf.folder} and its folders for those names, with any suffix"
-        splits.append(match(name, clips, shelf.find, expected, "image"))
-        check_folders(splits[-1], wnids)
-    if len(wnids) != NUM_CLASSES:
+    if len(classes.names) != NUM_CLASSES:
         notes.append(
-            f"{len(wnids)} classes, not the {NUM_CLASSES} of ImageNet-1k: their numbers are others"
+            f"{len(classes.names)} classes, not the {NUM_CLASSES} of ImageNet-1k: their numbers "
+            "are others"
         )
-    labels = [f"{wnid} {(names or {}).get(wnid, '')}".strip() for wnid in wnids.order]
-    standing = standing_labels(options.output, wnids, images)
+    labels = [f"{wnid} {(names or {}).get(wnid, '')}".strip() for wnid in classes.names]
+    standing = standing_labels(options.output, classes, images)
     if standing not in (None, labels):
         labels = standing or labels
         notes.append(
             "labels.txt has the same wnids already and stays as it is, with the names in it, for "
             "another manifest there is of it. To change the names prepare all splits at once"
         )
-    write(options.output, labels, splits)
-    return report(options.output, labels, splits, images.values(), notes), splits
+    return Prepared(labels, splits, images.values(), notes)
+
+
+def split_of(name: str, images: Videos, classes: Classes, rows: Sequence[Row] | None) -> Split:
+    """The images of a split, by its list or by its class folders."""
+
+    def label_of(folder: Path) -> int | None:
+        wnid = folder.name
+        return classes.label(wnid, str(folder)) if _WNID.fullmatch(wnid) else None
+
+    if rows is not None:
+        clips = clips_of_rows(rows, classes)
+    else:
+        why = (
+            f"named by a wnid such as n01440764, and there is no list of {name}. Name the folder "
+            f"of the class folders, or give --{name}-labels; README.md lists the files that say "
+            "the classes"
+        )
+        clips = clips_of_folders(images, label_of, folder_and_name, why)
+    expected = f"Looked in {images.folder} and its folders for those names, with any suffix"
+    split = match(name, clips, images, expected)
+    remedy = f"Leave out --{name}-labels where the folders are right"
+    check_folders(split, label_of, classes.names, remedy)
+    return split
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = RecipeParser(__doc__, __file__, "image")
     for name in SPLITS:
-        parser.add_argument(f"--{name}", type=Path, metavar="DIR", help=f"images of {name}")
-        parser.add_argument(
-            f"--{name}-labels",
-            type=Path,
-            metavar="FILE",
-            help="their classes, where they do not lie in class folders",
-        )
-    parser.add_argument(
-        "--ids",
-        type=Path,
-        metavar="FILE",
-        help="map_clsloc.txt, or another text that maps the IDs of the development kit to wnids",
-    )
-    parser.add_argument(
-        "--names", type=Path, metavar="FILE", help="LOC_synset_mapping.txt: wnids and names"
-    )
-    return run_recipe(parser, arguments, prepare, beside=__file__, kind="image")
+        parser.add_path(f"--{name}", f"images of {name}")
+        labels = "their classes, where they do not lie in class folders"
+        parser.add_path(f"--{name}-labels", labels, "FILE")
+    ids = "map_clsloc.txt, or another text that maps the IDs of the development kit to wnids"
+    parser.add_path("--ids", ids, "FILE")
+    parser.add_path("--names", "LOC_synset_mapping.txt: wnids and names", "FILE")
+    return run_recipe(parser.parse_args(arguments), prepare)
 
 
 if __name__ == "__main__":

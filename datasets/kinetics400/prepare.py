@@ -19,19 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpm_video.data.manifest import UNLABELLED
-from hpm_video.preparation.recipes import (
+from hpm_video.preparation.recipes import Prepared, RecipeParser, run_recipe
+from hpm_video.preparation.sources import (
     Classes,
     Clip,
     RecipeError,
     Split,
     Videos,
+    check_folders,
     check_once,
-    class_key,
+    clips_of_folders,
+    folder_key,
     match,
     read_text,
-    report,
-    run_recipe,
-    write,
+    stem,
 )
 
 SPLITS = ("train", "validation", "test")
@@ -160,89 +161,34 @@ def clips_of_rows(rows: Sequence[Row], classes: Classes, count: Mapping[str, int
     return clips
 
 
-def clips_of_folders(videos: Videos, classes: Classes) -> list[Clip]:
-    """The clips of a folder of class folders, which no CSV lists."""
-    folders = classes.folders(videos)
-    clips = {}
-    for file in videos.files:
-        if file.parent not in folders:
-            raise RecipeError(
-                f"{file} lies in no folder named like one of the {len(classes.names)} classes of "
-                f"{classes.source}. Without a CSV the class of a video is the folder that it lies "
-                "in: name the folder of the class folders, or give the CSV of this split"
-            )
-        key = folder_key(file)
-        clips[key] = Clip(
-            str(file.parent), f"{file.parent.name}/{file.name}", (key,), folders[file.parent]
-        )
-    return list(clips.values())
-
-
-def stem(file: Path) -> str:
-    """The name alone."""
-    return file.stem
-
-
-def folder_key(file: Path) -> str:
-    """Class folder and name."""
-    return f"{class_key(file.parent.name)}/{file.stem}"
-
-
-def check_folders(split: Split, videos: Videos, classes: Classes) -> None:
-    """Where there are class folders, they must say what the CSV says."""
-    folders = classes.folders(videos)
-    wrong = [
-        (clip, file)
-        for clip, file in split.found
-        if clip.label not in (UNLABELLED, folders.get(file.parent, clip.label))
-    ]
-    if wrong:
-        clip, file = wrong[0]
-        raise RecipeError(
-            f"{len(wrong)} videos of {split.name} lie in the folder of another class than the CSV "
-            f"says: {file} is of class {classes.names[clip.label]!r} in {clip.place}. Give the "
-            "CSV of the release that the folders were made from, or no CSV where they are right"
-        )
-
-
-class Replacements:
-    """Videos that take the place of corrupt ones: all of them, if they have a file here."""
-
-    def __init__(self, folders: Sequence[Path], suffix: str | None) -> None:
-        self._shelves = [Videos(folder, stem, suffix=suffix) for folder in folders]
-        self.used = 0
-
-    def find(self, clip: Clip, videos: Videos) -> Path | None:
-        """The file of a clip: a replacement, otherwise one of ``videos``."""
-        usual = videos.find(clip)
-        for shelf in self._shelves:
-            if file := shelf.find(clip):
-                self.used += 1
-                return file
-        return usual
-
-
 def match_csv(
     name: str,
     rows: Sequence[Row],
     videos: Videos,
-    classes: Classes,
-    count: Mapping[str, int],
-    replacements: Replacements,
+    clips: Sequence[Clip],
+    replacements: Sequence[Videos],
 ) -> tuple[Split, list[str]]:
-    """A split with a CSV, and what else is to be reported."""
+    """A split with a CSV, and what else is to be reported.
+
+    ``replacements``: videos that take the place of corrupt ones, all of them that are there.
+    """
     expected = (
         f"Looked in {videos.folder} and its folders for <youtube_id>_<time_start>_<time_end>, the "
         "times in 6 digits, or <youtube_id>, with any suffix of a video. Name the folder of this "
         f"split by --{name}, and give the CSV of the same release"
     )
-    clips = clips_of_rows(rows, classes, count)
-    split = match(name, clips, lambda clip: replacements.find(clip, videos), expected)
-    check_folders(split, videos, classes)
+
+    def find(clip: Clip) -> Path | None:
+        usual = videos.find(clip)
+        return next((file for shelf in replacements if (file := shelf.find(clip))), usual)
+
+    split = match(name, clips, videos, expected, find)
+    others = {file for shelf in replacements for file in shelf.files}
+    used = sum(file in others for _, file in split.found)
+    notes = [f"{name}: replacements taken: {used}"] if used else []
+    by_id = {row.youtube_id for row, clip in zip(rows, clips, strict=True) if len(clip.keys) > 1}
     ids = dict.fromkeys(row.youtube_id for row in rows)
-    vague = [one for one in ids if count[one] > 1 and one in videos]
-    notes = [f"{name}: replacements taken: {replacements.used}"] if replacements.used else []
-    if vague:
+    if vague := [one for one in ids if one not in by_id and one in videos]:
         notes.append(
             f"{name}: videos named by a YouTube id alone, of which the lists have several clips, "
             f"left out: {len(vague)}, such as {vague[0]}"
@@ -250,8 +196,8 @@ def match_csv(
     return split, notes
 
 
-def prepare(options: argparse.Namespace) -> tuple[str, list[Split]]:
-    """Write everything. Returns the report and the splits."""
+def prepare(options: argparse.Namespace) -> Prepared:
+    """Read the lists, and find the file of each video."""
     folders: dict[str, Path | None] = {name: getattr(options, name) for name in SPLITS}
     lists: dict[str, Path | None] = {name: getattr(options, f"{name}_csv") for name in SPLITS}
     check_options(folders, lists, options)
@@ -268,24 +214,32 @@ def prepare(options: argparse.Namespace) -> tuple[str, list[Split]]:
     classes = find_classes(
         options.labels, lists["train"], rows.get("train", []), videos.get("train")
     )
-    splits, notes = [], []
+    replacements = [Videos(one, stem, suffix=options.suffix) for one in options.replacements]
+    splits: list[Split] = []
+    notes: list[str] = []
     for name, shelf in videos.items():
+        labels = classes.folders(shelf).get
         if name in rows:
-            replacements = Replacements(options.replacements, options.suffix)
-            count = Counter(
-                row.youtube_id
-                for other in rows
-                if videos.get(other) is shelf
-                for row in rows[other]
+            beside = [other for other in rows if videos.get(other) is shelf]
+            count = Counter(row.youtube_id for other in beside for row in rows[other])
+            clips = clips_of_rows(rows[name], classes, count)
+            split, more = match_csv(name, rows[name], shelf, clips, replacements)
+            remedy = (
+                "Give the CSV of the release that the folders were made from, or no CSV where they "
+                "are right"
             )
-            split, more = match_csv(name, rows[name], shelf, classes, count, replacements)
+            check_folders(split, labels, classes.names, remedy)
             notes += more
         else:
-            split = match(name, clips_of_folders(shelf, classes), shelf.find, "")
+            why = (
+                f"named like one of the {len(classes.names)} classes of {classes.source}. Without "
+                "a CSV the class of a video is the folder that it lies in: name the folder of the "
+                "class folders, or give the CSV of this split"
+            )
+            split = match(name, clips_of_folders(shelf, labels, folder_key, why), shelf)
             notes.append(f"{name}: without a CSV, so what is missing is not known")
         splits.append(split)
-    write(options.output, classes.names, splits)
-    return report(options.output, classes.names, splits, shelves.values(), notes), splits
+    return Prepared(classes.names, splits, shelves.values(), notes)
 
 
 def check_options(
@@ -310,26 +264,21 @@ def check_options(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = RecipeParser(__doc__, __file__)
     for name in SPLITS:
-        parser.add_argument(f"--{name}", type=Path, metavar="DIR", help=f"videos of {name}")
-        parser.add_argument(f"--{name}-csv", type=Path, metavar="FILE", help=f"CSV of {name}")
-    parser.add_argument(
+        parser.add_path(f"--{name}", f"videos of {name}")
+        parser.add_path(f"--{name}-csv", f"CSV of {name}", "FILE")
+    parser.add_path(
         "--labels",
-        type=Path,
-        metavar="FILE",
-        help="names of the classes, one a line in the order of their numbers; by default those of "
-        "the training CSV, or of the training class folders, sorted",
+        "names of the classes, one a line in the order of their numbers; by default those of the "
+        "training CSV, or of the training class folders, sorted",
+        "FILE",
     )
-    parser.add_argument(
-        "--replacements",
-        type=Path,
-        metavar="DIR",
-        action="append",
-        default=[],
-        help="videos that take the place of those of the same name; may be given several times",
+    replacements = (
+        "videos that take the place of those of the same name; may be given several times"
     )
-    return run_recipe(parser, arguments, prepare, beside=__file__)
+    parser.add_path("--replacements", replacements, action="append", default=[])
+    return run_recipe(parser.parse_args(arguments), prepare)
 
 
 if __name__ == "__main__":

@@ -14,17 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from hpm_video.data.manifest import UNLABELLED
-from hpm_video.preparation.recipes import (
+from hpm_video.preparation.recipes import Prepared, RecipeParser, run_recipe
+from hpm_video.preparation.sources import (
     Clip,
     RecipeError,
-    Split,
     Videos,
     check_once,
     match,
     read_text,
-    report,
-    run_recipe,
-    write,
+    stem,
 )
 
 SPLITS = ("train", "validation", "test")
@@ -103,14 +101,9 @@ def _label(entry: dict[str, Any], place: str, labels: dict[str, int], source: Pa
     return labels[name]
 
 
-def prepare(
-    videos_folder: Path,
-    lists: Path,
-    output: Path,
-    wanted: Sequence[str] | None,
-    suffix: str | None,
-) -> tuple[str, list[Split]]:
-    """Write everything. Returns the report and the splits."""
+def prepare(options: argparse.Namespace) -> Prepared:
+    """Read the lists, and find the file of each video."""
+    lists, wanted = options.lists, options.splits
     source = find_list(lists, "labels")
     paths = {name: find_list(lists, name) for name in wanted or SPLITS}
     there = {name: path for name, path in paths.items() if path}
@@ -123,7 +116,7 @@ def prepare(
         )
     names = read_classes(source)
     labels = {name: label for label, name in enumerate(names)}
-    videos = Videos(videos_folder, lambda path: path.stem, suffix=suffix)
+    videos = Videos(options.videos, stem, suffix=options.suffix)
     expected = (
         f"Looked in {videos.folder} and its folders for <id>.webm, or another suffix of a video. "
         "Extract the download and name the folder 20bn-something-something-v2 by --videos"
@@ -131,43 +124,21 @@ def prepare(
     splits = []
     for name, path in there.items():
         clips = read_list(path, None if name == "test" else labels, source)
-        splits.append(match(name, clips, videos.find, expected))
-    write(output, names, splits)
+        splits.append(match(name, clips, videos, expected))
     notes = [f"{name}: there is no list of it" for name in paths if name not in there]
-    return report(output, names, splits, [videos], notes), splits
+    return Prepared(names, splits, [videos], notes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument(
-        "--videos",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder 20bn-something-something-v2 of the videos",
-    )
-    parser.add_argument(
-        "--lists",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder of labels.json, train.json, validation.json and test.json",
-    )
-    parser.add_argument(
-        "--splits",
-        nargs="+",
-        choices=SPLITS,
-        help="by default those that have a list",
-    )
-    return run_recipe(
-        parser,
-        arguments,
-        lambda chosen: prepare(
-            chosen.videos, chosen.lists, chosen.output, chosen.splits, chosen.suffix
-        ),
-        beside=__file__,
-    )
+    parser = RecipeParser(__doc__, __file__)
+    videos = "folder 20bn-something-something-v2 of the videos"
+    parser.add_path("--videos", videos, required=True)
+    lists = "folder of labels.json, train.json, validation.json and test.json"
+    parser.add_path("--lists", lists, required=True)
+    by_default = "by default those that have a list"
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, help=by_default)
+    return run_recipe(parser.parse_args(arguments), prepare)
 
 
 if __name__ == "__main__":

@@ -12,21 +12,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpm_video.preparation.recipes import (
+from hpm_video.preparation.recipes import Prepared, RecipeParser, run_recipe
+from hpm_video.preparation.sources import (
     Classes,
     Clip,
     RecipeError,
-    Split,
     Videos,
     check_once,
+    lines_of,
     match,
-    read_text,
-    report,
-    run_recipe,
-    write,
 )
 
-NUMBERS = (1, 2, 3)
+AGAIN = "Extract UCF101TrainTestSplits-RecognitionTask.zip again"
 _CLASS_LINE = re.compile(r"(?P<number>\d+)\s+(?P<name>\S.*)")
 _LINE = re.compile(r"(?P<folder>[^/]+)/(?P<name>[^/]*\.[A-Za-z0-9]+)(?:\s+(?P<number>\d+))?")
 
@@ -39,14 +36,11 @@ def key_of(path: Path) -> str:
 def read_classes(path: Path) -> Classes:
     """The classes of classInd.txt, in its order."""
     names: list[str] = []
-    for line, row in enumerate(read_text(path, "the list of classes").splitlines(), start=1):
-        if not row.strip():
-            continue
-        found = _CLASS_LINE.fullmatch(row.strip())
+    for place, row in lines_of(path, "the list of classes"):
+        found = _CLASS_LINE.fullmatch(row)
         if not found or int(found["number"]) != len(names) + 1:
             raise RecipeError(
-                f"{path}, line {line}: need '{len(names) + 1} <name of the class>', got {row!r}. "
-                "Extract UCF101TrainTestSplits-RecognitionTask.zip again"
+                f"{place}: need '{len(names) + 1} <name of the class>', got {row!r}. {AGAIN}"
             )
         names.append(found["name"])
     return Classes(names, str(path))
@@ -55,19 +49,11 @@ def read_classes(path: Path) -> Classes:
 def read_list(path: Path, classes: Classes, *, numbered: bool) -> list[Clip]:
     """The clips of a list. Where it is ``numbered``, each line ends in 1 for the first class."""
     clips = []
-    for line, row in enumerate(read_text(path, "the list").splitlines(), start=1):
-        if not row.strip():
-            continue
-        place = f"{path}, line {line}"
-        found = _LINE.fullmatch(row.strip())
+    for place, row in lines_of(path):
+        found = _LINE.fullmatch(row)
         if not found or (numbered and not found["number"]):
-            form = (
-                "<class>/<video>.avi <number of the class>" if numbered else "<class>/<video>.avi"
-            )
-            raise RecipeError(
-                f"{place}: need '{form}', got {row!r}. "
-                "Extract UCF101TrainTestSplits-RecognitionTask.zip again"
-            )
+            number = " <number of the class>" if numbered else ""
+            raise RecipeError(f"{place}: need '<class>/<video>.avi{number}', got {row!r}. {AGAIN}")
         label = classes.label(found["folder"], place)
         if found["number"] and int(found["number"]) != label + 1:
             raise RecipeError(
@@ -79,42 +65,30 @@ def read_list(path: Path, classes: Classes, *, numbered: bool) -> list[Clip]:
     return clips
 
 
-def prepare(
-    videos_folder: Path, lists: Path, output: Path, suffix: str | None
-) -> tuple[str, list[Split]]:
-    """Write everything. Returns the report and the splits."""
-    classes = read_classes(lists / "classInd.txt")
-    videos = Videos(videos_folder, key_of, suffix=suffix)
+def prepare(options: argparse.Namespace) -> Prepared:
+    """Read the lists, and find the file of each video."""
+    classes = read_classes(options.lists / "classInd.txt")
+    videos = Videos(options.videos, key_of, suffix=options.suffix)
     expected = (
         f"Looked in {videos.folder} and its folders for that name, whatever its case, with any "
         "suffix of a video. Extract UCF101.rar and name the folder UCF-101 by --videos"
     )
     splits = []
-    for number in NUMBERS:
-        train = read_list(lists / f"trainlist{number:02}.txt", classes, numbered=True)
-        test = read_list(lists / f"testlist{number:02}.txt", classes, numbered=False)
+    for number in (1, 2, 3):
+        train = read_list(options.lists / f"trainlist{number:02}.txt", classes, numbered=True)
+        test = read_list(options.lists / f"testlist{number:02}.txt", classes, numbered=False)
         check_once([*train, *test])
-        splits.append(match(f"train_split{number}", train, videos.find, expected))
-        splits.append(match(f"test_split{number}", test, videos.find, expected))
-    write(output, classes.names, splits)
-    return report(output, classes.names, splits, [videos]), splits
+        splits.append(match(f"train_split{number}", train, videos, expected))
+        splits.append(match(f"test_split{number}", test, videos, expected))
+    return Prepared(classes.names, splits, [videos])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument(
-        "--videos", type=Path, required=True, metavar="DIR", help="folder UCF-101 of the videos"
-    )
-    parser.add_argument(
-        "--lists", type=Path, required=True, metavar="DIR", help="folder ucfTrainTestlist"
-    )
-    return run_recipe(
-        parser,
-        arguments,
-        lambda chosen: prepare(chosen.videos, chosen.lists, chosen.output, chosen.suffix),
-        beside=__file__,
-    )
+    parser = RecipeParser(__doc__, __file__)
+    parser.add_path("--videos", "folder UCF-101 of the videos", required=True)
+    parser.add_path("--lists", "folder ucfTrainTestlist", required=True)
+    return run_recipe(parser.parse_args(arguments), prepare)
 
 
 if __name__ == "__main__":

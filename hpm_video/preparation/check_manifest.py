@@ -1,26 +1,21 @@
 """Checking all files of a manifest: in parallel, going on after a stop, and a verdict for each."""
 
+import contextlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from hpm_video.config.choices import DecoderChoice
 from hpm_video.data.manifest import Listing, ManifestError, Verdict, read_listing
 from hpm_video.decoding.locations import is_frame_folder, is_image
-from hpm_video.preparation.check import Task, Working, bad, check_file, stamp_of
-from hpm_video.preparation.findings import (
-    OF_THE_MANIFEST,
-    Finding,
-    Journal,
-    Stamp,
-    columns_of,
-    read_findings,
-)
+from hpm_video.preparation.check import Task, bad, check_file, stamp_of
+from hpm_video.preparation.findings import OF_THE_MANIFEST, Finding, Stamp, read_findings
+from hpm_video.preparation.jobs import Journal, Step, answers
 from hpm_video.workers.pool import GIB, Limits, Lost, Pool
 from hpm_video.workers.progress_bar import ProgressBar
 
-Work = Callable[[Task], Finding | None | Iterator[Working | Finding | None]]
+Work = Callable[[Task], Finding | None | Iterator[Step | Finding | None]]
 """Looks at a file in a process of its own; it says nothing of one that has not changed. Before its
 last result it may say that it gets on."""
 
@@ -31,6 +26,44 @@ _REMEDIES = {
     "needs more memory": "where it is only large, check it with more --memory",
 }
 _ANYHOW = "leave it out, or get it anew"
+_AGAIN = {"all files": "again"}
+"""The first record of the journal of a check that was to look at all files again."""
+
+
+class FindingJournal(Journal):
+    """The journal of a check: what was found out about each file, beside the manifest to come."""
+
+    def __init__(self, path: Path, *, again: bool = False) -> None:
+        """Open the journal, and read what is there.
+
+        ``again``: only what was found by a check that was to look at all files again, and was
+        stopped, counts; the rest is left out.
+        """
+        super().__init__(path)
+        records = self.read()
+        self.discarded = 0
+        """Records of another check that was stopped, and is not gone on with."""
+        if again and records[:1] != [_AGAIN]:
+            self.discarded = len(records)
+            self.clear()
+            self.append(_AGAIN)
+            records = []
+        self.findings: dict[str, Finding] = {}
+        known = {field.name for field in fields(Finding)}
+        for record in records:
+            with contextlib.suppress(TypeError, KeyError):
+                values = {name: value for name, value in record.items() if name in known}
+                values["reasons"] = tuple(values["reasons"])
+                values["limits"] = tuple(values["limits"]) if values["limits"] else None
+                self.findings[record["file"]] = Finding(**values)
+
+    def note(self, file: str, finding: Finding) -> None:
+        """Append what was found out about a file."""
+        self.append({"file": file} | asdict(finding))
+
+    def remove(self) -> None:
+        """Delete the journal: it is no longer needed."""
+        self.path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -52,21 +85,8 @@ class How:
 
     def takes_over(self, finding: Finding) -> bool:
         """Whether it would find the same, as long as the file has not changed."""
-        return finding.decoder in (self.decoder, PICTURES) and finding.limits in (
-            None,
-            self.allowed,
-        )
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What came of a check."""
-
-    listing: Listing
-    findings: tuple[Finding, ...]
-    """One for each row."""
-    taken_over: int
-    """Files that had been looked at before and have not changed."""
+        same_limits = finding.limits in (None, self.allowed)
+        return finding.decoder in (self.decoder, PICTURES) and same_limits
 
 
 def check_files(
@@ -74,49 +94,27 @@ def check_files(
 ) -> Generator[tuple[str, Finding, bool], None, None]:
     """Look at files, in whatever order they come: each, what was found, and whether it is new.
 
-    Those that are ``known`` and have not changed are not decoded again. One that takes its process
-    down gets another try at the end, in a fresh process, for it may be that a disk stood still, or
-    that somebody killed the process.
+    Those that are ``known`` and have not changed are not decoded again.
     """
     known = {file: finding for file, finding in known.items() if how.takes_over(finding)}
-    lost = []
-    for file, result in _looked_at(files, how, known):
-        if isinstance(result, Lost):
-            lost.append(file)
-        else:
-            yield _told(file, result, how, known)
-    for file, result in _looked_at(lost, how, known):
-        yield _told(file, result, how, known)
-
-
-def _looked_at(
-    files: Sequence[str], how: How, known: Mapping[str, Finding]
-) -> Generator[tuple[str, Finding | Lost | None], None, None]:
-    if not files:
-        return
-    left = len(files)
-    with Pool(how.work, min(how.workers, left), how.limits) as pool:
-        for file in files:
-            stamp = known[file].stamp if file in known else None
-            pool.submit(file, Task(file, stamp, how.decoder, how.seconds_in_all))
-        while left:
-            answer = pool.next()
-            if answer.is_last:
-                left -= 1
-                yield answer.tag, answer.result
-
-
-def _told(
-    file: str, result: Finding | Lost | None, how: How, known: Mapping[str, Finding]
-) -> tuple[str, Finding, bool]:
-    """A file, what was found, and whether it is new."""
-    if result is None:
-        return file, known[file], False
-    finding = _lost(file, result, how) if isinstance(result, Lost) else result
-    if finding.limits is not None:
-        finding = replace(finding, limits=how.allowed)
-    is_picture = is_image(file) or is_frame_folder(file)
-    return file, replace(finding, decoder=PICTURES if is_picture else how.decoder), True
+    tasks = {
+        file: Task(
+            file, known[file].stamp if file in known else None, how.decoder, how.seconds_in_all
+        )
+        for file in files
+    }
+    with Pool(how.work, min(how.workers, len(tasks)), how.limits) as pool:
+        for file, result, is_last in answers(pool, tasks, retry=True):
+            if not is_last:
+                continue
+            if result is None:
+                yield file, known[file], False
+                continue
+            finding = _lost(file, result, how) if isinstance(result, Lost) else result
+            if finding.limits is not None:
+                finding = replace(finding, limits=how.allowed)
+            is_picture = is_image(file) or is_frame_folder(file)
+            yield file, replace(finding, decoder=PICTURES if is_picture else how.decoder), True
 
 
 def _lost(file: str, lost: Lost, how: How) -> Finding:
@@ -124,29 +122,21 @@ def _lost(file: str, lost: Lost, how: How) -> Finding:
     if "took longer" in reason:
         reason = f"no further frame came in {how.limits.seconds:g} s"
     remedy = next((what for why, what in _REMEDIES.items() if why in reason), _ANYHOW)
-    try:
+    stamp = Stamp()
+    with contextlib.suppress(OSError):
         stamp = stamp_of(file)
-    except OSError:
-        stamp = Stamp()
-    return replace(
-        bad(f"{reason}: {remedy}"),
-        bytes=stamp.bytes,
-        modified=stamp.modified,
-        limits=how.allowed,
-    )
-
-
-def journal_of(out: Path) -> Path:
-    """Where it is noted what is known so far, until ``out`` is whole."""
-    return out.with_name(f"{out.name}.partial")
+    finding = bad(f"{reason}: {remedy}")
+    return replace(finding, bytes=stamp.bytes, modified=stamp.modified, limits=how.allowed)
 
 
 def check_listing(
-    listing: Listing, journal: Journal, known: Mapping[str, Finding], how: How
-) -> Checked:
+    listing: Listing, journal: FindingJournal, known: Mapping[str, Finding], how: How
+) -> tuple[list[Finding], int]:
     """Look at every file of a manifest, note each, and judge each row.
 
     ``known``: what is known from elsewhere. What stands in the journal is newer.
+
+    Returns the finding of each row, and how many files were looked at before and have not changed.
     """
     files = list(dict.fromkeys(listing.files))
     found: dict[str, Finding] = {}
@@ -162,7 +152,7 @@ def check_listing(
             taken_over += not is_new
             num_bad += finding.verdict == "bad"
             bar.advance(note=f"{num_bad} bad")
-    return Checked(listing, tuple(judged(listing, found)), taken_over)
+    return list(judged(listing, found)), taken_over
 
 
 def known_of(out: Path, root: Path | None) -> dict[str, Finding]:
@@ -213,16 +203,3 @@ def _whole(cell: str) -> int:
         return max(int(float(cell)), 0)
     except (ValueError, OverflowError):
         return 0
-
-
-def write_checked(checked: Checked, out: Path, *, keep_paths: bool) -> None:
-    """Write the manifest with its new columns.
-
-    Without ``keep_paths`` files are named from the folder of ``out`` on where they lie in it, and
-    by their absolute paths elsewhere.
-    """
-    columns = columns_of(checked.findings)
-    if not keep_paths:
-        start = f"{out.parent}/"
-        columns["path"] = [file.removeprefix(start) for file in checked.listing.files]
-    checked.listing.write(columns, out)

@@ -1,16 +1,11 @@
-"""What was found out about a file, as columns of a manifest and as lines of a journal."""
+"""What was found out about a file, as columns of a manifest."""
 
 import contextlib
-import fcntl
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any, TextIO
+from dataclasses import dataclass, fields
+from typing import Any
 
-from typing_extensions import Self
-
-from hpm_video.data.manifest import VERDICTS, Listing, ManifestError, Verdict
+from hpm_video.data.manifest import VERDICTS, Listing, Verdict
 
 BETWEEN_REASONS = "; "
 OF_THE_MANIFEST = "the manifest "
@@ -66,25 +61,12 @@ class Finding:
 
 
 _TEXT = ("codec", "pixel_format", "modified", "content", "decoder")
-_REAL = {"duration": 3, "fps": 4}
-"""Digits behind the point."""
-COLUMNS = (
-    "num_frames",
-    "duration",
-    "fps",
-    "width",
-    "height",
-    "codec",
-    "pixel_format",
-    "key_frame_distance",
-    "rotation",
-    "bytes",
-    "modified",
-    "content",
-    "decoder",
-    "verdict",
-    "reason",
+_DIGITS = {"duration": 3, "fps": 4}
+"""Behind the point, of columns that hold real numbers."""
+_OF_A_FILE = tuple(
+    each.name for each in fields(Finding) if each.name not in ("verdict", "reasons", "limits")
 )
+COLUMNS = (*_OF_A_FILE, "verdict", "reason")
 """In a manifest, behind those that it had."""
 
 
@@ -92,18 +74,15 @@ def columns_of(findings: Sequence[Finding]) -> dict[str, list[str]]:
     """Findings, one for each row, as cells."""
     columns: dict[str, list[str]] = {
         name: [_cell(name, getattr(finding, name)) for finding in findings]
-        for name in COLUMNS
-        if name != "reason"
+        for name in (*_OF_A_FILE, "verdict")
     }
-    return columns | {
-        "reason": [BETWEEN_REASONS.join(finding.reasons) for finding in findings],
-    }
+    return columns | {"reason": [BETWEEN_REASONS.join(found.reasons) for found in findings]}
 
 
 def _cell(name: str, value: object) -> str:
     if value is None:
         return ""
-    return f"{value:.{_REAL[name]}f}" if isinstance(value, float) else str(value)
+    return f"{value:.{_DIGITS[name]}f}" if isinstance(value, float) else str(value)
 
 
 def read_findings(listing: Listing) -> dict[str, Finding]:
@@ -120,7 +99,7 @@ def read_findings(listing: Listing) -> dict[str, Finding]:
     return found
 
 
-def _from_cells(cells: dict[str, str]) -> Finding:
+def _from_cells(cells: Mapping[str, str]) -> Finding:
     """Raises ValueError where a cell is not as :func:`columns_of` writes it."""
     verdict = next((known for known in VERDICTS if known == cells["verdict"]), None)
     if verdict is None:
@@ -131,93 +110,10 @@ def _from_cells(cells: dict[str, str]) -> Finding:
         if reason and not reason.startswith(OF_THE_MANIFEST)
     )
     values: dict[str, Any] = {
-        name: cell if name in _TEXT else float(cell) if name in _REAL else int(cell)
+        name: cell if name in _TEXT else float(cell) if name in _DIGITS else int(cell)
         for name, cell in cells.items()
-        if cell and name not in ("verdict", "reason")
+        if cell and name in _OF_A_FILE
     }
     if verdict == "suspicious" and not reasons:
         verdict = "fine"
     return Finding(verdict, reasons, **values)
-
-
-OF_ALL_FILES = json.dumps({"all files": "again"}) + "\n"
-"""The first line of the journal of a check that was to look at all files again."""
-
-
-class Journal:
-    """A file beside a manifest in the making: what is known so far, a line of JSON for each file.
-
-    It survives a kill, which may cut off its last line at most.
-    """
-
-    def __init__(self, path: Path, *, again: bool = False) -> None:
-        """Open the journal, and read what is there.
-
-        ``again``: only what was found by a check that was to look at all files again, and was
-        stopped, counts; the rest is left out. The first line says whose journal it is.
-
-        Raises:
-            ManifestError: another process writes it.
-        """
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = path.open("a+", encoding="utf-8")
-        try:
-            self._claim()
-            self.discarded = self._discard() if again else 0
-            """Lines of another check that was stopped, and is not gone on with."""
-            self.findings = self._read()
-        except BaseException:
-            self._file.close()
-            raise
-
-    def _claim(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ManifestError(
-                f"another check writes {self.path}; wait for its end, or give another --out"
-            ) from error
-        except OSError:  # some network disks have no locks
-            return
-
-    def _discard(self) -> int:
-        self._file.seek(0)
-        first, *others = [*self._file] or [""]
-        if first == OF_ALL_FILES:
-            return 0
-        self._file.truncate(0)
-        self._file.write(OF_ALL_FILES)
-        self._file.flush()
-        return bool(first) + len(others)
-
-    def _read(self) -> dict[str, Finding]:
-        self._file.seek(0)
-        text = self._file.read()
-        if text and text[-1] != "\n":
-            self._file.write("\n")
-        known = {field.name for field in fields(Finding)}
-        found = {}
-        for line in text.splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-                record: Mapping[str, Any] = json.loads(line)
-                values = {name: value for name, value in record.items() if name in known}
-                values["reasons"] = tuple(values["reasons"])
-                values["limits"] = tuple(values["limits"]) if values["limits"] else None
-                found[str(record["file"])] = Finding(**values)
-        return found
-
-    def note(self, file: str, finding: Finding) -> None:
-        """Append what was found out about a file."""
-        self._file.write(json.dumps({"file": file} | asdict(finding)) + "\n")
-        self._file.flush()
-
-    def remove(self) -> None:
-        """It is no longer needed."""
-        self.path.unlink(missing_ok=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()

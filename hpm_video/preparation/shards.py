@@ -5,6 +5,7 @@ The files of a sample follow each other in a tar and share a key, the name up to
 ``class/a.mp4``. The same samples give the same bytes.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES, TarMember, is_frame_folder
+from hpm_video.preparation.jobs import Broken, Step, WrongOutputError, reason_of, remove
+from hpm_video.workers.heartbeat import Beat
 
 LONGEST_PART = 150
 """Characters of a part of a name; file systems take 255 bytes."""
@@ -47,8 +50,34 @@ class Packed(NamedTuple):
     size: int
 
 
-class ShardError(RuntimeError):
-    """A shard that does not hold what was written to it."""
+@dataclass(frozen=True)
+class Shard:
+    """Samples that go into one tar file."""
+
+    beside: str
+    """A path to write to first."""
+    target: str
+    samples: tuple[Packable, ...]
+
+
+class Packer:
+    """Writes shards: work for a process."""
+
+    def __call__(self, shard: Shard) -> Iterator[Step | Broken | list[Packed]]:
+        """-> steps, and at last where each sample lies"""
+        beat, packed = Beat(), None
+        try:
+            for packed in write_shard(Path(shard.beside), shard.samples):
+                if packed is None and beat.is_due():
+                    yield Step()
+            Path(shard.beside).replace(shard.target)
+            yield packed or []
+        except MemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the run is told, whatever it is
+            yield Broken(f"{shard.target} cannot be written: {reason_of(error)}")
+        finally:
+            remove(shard.beside)
 
 
 def write_shard(path: Path, samples: Sequence[Packable]) -> Iterator[list[Packed] | None]:
@@ -57,7 +86,7 @@ def write_shard(path: Path, samples: Sequence[Packable]) -> Iterator[list[Packed
     Yields nothing in particular now and then, and at last where each sample's bytes lie.
 
     Raises:
-        ShardError: what is read is not what was written.
+        WrongOutputError: what is read is not what was written.
         OSError: a file cannot be read or written.
     """
     sums: dict[str, str] = {}
@@ -98,11 +127,15 @@ def _read_again(path: Path, sums: Mapping[str, str]) -> Iterator[list[Packed] | 
                 total.update(data)
                 left -= len(data)
             if left or total.hexdigest() != sums[member.name]:
-                raise ShardError(f"{path}: {member.name} is not what was written: a disk error")
+                raise WrongOutputError(
+                    f"{path}: {member.name} is not what was written: a disk error"
+                )
             found[member.name] = Packed(member.name, member.offset_data, member.size)
             yield None
     if found.keys() != sums.keys():
-        raise ShardError(f"{path} lacks {sorted(sums.keys() - found.keys())[:3]}: a disk error")
+        raise WrongOutputError(
+            f"{path} lacks {sorted(sums.keys() - found.keys())[:3]}: a disk error"
+        )
     yield [found[name] for name in sums]
 
 
@@ -121,24 +154,14 @@ def _header(name: str, size: int) -> tarfile.TarInfo:
     return header
 
 
-class opened:  # noqa: N801 - used as a function
-    """The bytes of a place as a file, and how many they are: ``with opened(place) as (f, n)``."""
-
-    def __init__(self, place: str) -> None:
-        member = TarMember.parse(place)
-        if member:
-            data = member.read()
-            self._file: IO[bytes] = io.BytesIO(data)
-            self._size = len(data)
-        else:
-            self._file = Path(place).open("rb")  # noqa: SIM115 - closed on leaving
-            self._size = os.fstat(self._file.fileno()).st_size
-
-    def __enter__(self) -> tuple[IO[bytes], int]:
-        return self._file, self._size
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+@contextlib.contextmanager
+def opened(place: str) -> Iterator[tuple[IO[bytes], int]]:
+    """The bytes of a place as a file, and how many they are."""
+    if member := TarMember.parse(place):
+        yield io.BytesIO(member.read()), member.size
+    else:
+        with Path(place).open("rb") as file:
+            yield file, os.fstat(file.fileno()).st_size
 
 
 def suffix_of(place: str) -> str:

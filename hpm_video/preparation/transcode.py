@@ -6,31 +6,31 @@ and then how far it is, and takes a file for done when what it wrote was opened 
 
 import contextlib
 import errno
-import os
 import shutil
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain
+from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from hpm_video.decoding.locations import TarMember, frames_in, is_frame_folder, is_image
-from hpm_video.decoding.reader import DecodeError, Size, VideoReader
+from hpm_video.data.clips import Failure
+from hpm_video.decoding.locations import is_frame_folder, is_image
+from hpm_video.decoding.reader import Size
 from hpm_video.decoding.registry import choose_decoder, open_video
 from hpm_video.decoding.video_stream import USUAL_RATE, Timed, VideoStream
-from hpm_video.preparation.check import stamp_of
-from hpm_video.preparation.shards import Packable, Packed, ShardError, opened, write_shard
+from hpm_video.preparation.check import Task, bad, check_file, stamp_of
+from hpm_video.preparation.findings import Finding
+from hpm_video.preparation.jobs import Broken, Step, WrongOutputError, reason_of, remove
+from hpm_video.preparation.shards import opened
 from hpm_video.workers.heartbeat import Beat
 
 if TYPE_CHECKING:
     from hpm_video.decoding.video_stream import VideoFrame
 
 
-Form = Literal["files", "frames", "shards"]
-CHECKED_BYTES = 2**25
-"""Of the frames that are read at once when an output is checked."""
 LONGEST_STILL = 600
 """Seconds for which a frame may be shown; longer than that its times are wrong."""
 CLOCK = Fraction(1, 1000)
@@ -42,7 +42,7 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPE
 class Recipe:
     """What videos are turned into."""
 
-    form: Form
+    form: Literal["files", "frames", "shards"]
     short_side: int
     """Pixels, even; of larger frames alone."""
     fps: Fraction | None
@@ -81,13 +81,6 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Step:
-    """Still at it."""
-
-    frames: int
-
-
-@dataclass(frozen=True)
 class Made:
     """What came of a file."""
 
@@ -98,7 +91,7 @@ class Made:
     """0 for an image."""
     key_frame_distance: int
     bytes: int
-    seconds: float
+    seconds: float = 0.0
     """That it took."""
     source_bytes: int = 0
     source_modified: str = ""
@@ -109,102 +102,94 @@ class Made:
     """What is odd about the source."""
 
 
-@dataclass(frozen=True)
-class Failed:
-    """Why nothing came of a file."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Broken:
-    """Why no file can be written any more: a full disk."""
-
-    reason: str
-
-
-Result = Step | Made | Failed | Broken
-
-
 class UnwritableError(OSError):
     """The disk does not take what is written."""
 
 
-class NotTheSameError(ValueError):
-    """An output that does not hold what was to be written."""
+Result = Step | Made | Failure | Broken
 
 
-@dataclass(frozen=True)
-class Transcoder:
-    """Does jobs by a recipe. -> steps, and at last what came of it"""
-
-    recipe: Recipe
+class _Work:
+    """Does jobs. -> steps, and at last what came of it"""
 
     def prepare(self) -> None:
         """Load what jobs need, before their time counts."""
-        _load()
+        import hpm_video.preparation.encode  # noqa: F401 - loads av
+
+        choose_decoder("pyav")  # it decodes a test video
 
     def __call__(self, job: Job) -> Iterator[Result]:
-        """Write an output, and put it into its place when it is found good."""
+        """Make what is wanted of a file."""
+        began = time.perf_counter()
         try:
-            yield from self._make(job)
+            stamp = stamp_of(job.place)
+            made = yield from self.make(job, Beat())
+            yield replace(
+                made,
+                fps=0.0 if is_image(job.place) else made.fps,
+                seconds=time.perf_counter() - began,
+                source_bytes=stamp.bytes or 0,
+                source_modified=stamp.modified,
+            )
         except UnwritableError as error:
             yield Broken(str(error))
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - native libraries raise anything
-            yield Failed(_reason(error))
+            yield Failure(job.place, reason_of(error))
         finally:
             remove(job.beside)
 
-    def _make(self, job: Job) -> Iterator[Result]:
-        began = time.perf_counter()
-        stamp = stamp_of(job.place)
-        beat = Beat()
+    def make(self, job: Job, beat: Beat) -> Generator[Step, None, Made]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Transcoder(_Work):
+    """Writes outputs by a recipe, and puts each into its place when it is found good."""
+
+    recipe: Recipe
+
+    def make(self, job: Job, beat: Beat) -> Generator[Step, None, Made]:
+        """Read, write and check."""
         with contextlib.closing(_opened_source(job)) as source:
-            for _ in source.survey():
-                if beat.is_due():
-                    yield Step(0)
+            yield from _surveyed(source, beat)
             fps = self.recipe.fps or source.rate
-            read = _Read(source.frames(), job)
-            frames = at_rate(read, fps, source.rate) if self.recipe.fps else (t.frame for t in read)
-            write = self._write_video if job.target.endswith(".mp4") else self._write_pictures
-            written = yield from write(frames, fps, job, beat)
-            share = min(1.0, read.count / max(source.num_packets, 1)) if job.cut else 1.0
-            note = _short_of(source) if not job.cut else ""
-        made = yield from check(job.beside, written, fps, beat)
-        if is_image(job.place):
-            made = replace(made, fps=0.0)
+            wanted = _Wanted(source.frames(), job)
+            frames = (
+                at_rate(iter(wanted), fps, source.rate)
+                if self.recipe.fps
+                else (timed.frame for timed in wanted)
+            )
+            written = yield from (
+                self._write_video(frames, fps, job, beat)
+                if job.target.endswith(".mp4")
+                else self._write_pictures(frames, job, beat)
+            )
+            share, note = 1.0, ""
+            if job.cut:
+                share = min(1.0, wanted.count / max(source.num_packets, 1))
+            elif source.num_packets < source.stated_frames:
+                note = (
+                    f"{source.num_packets} of the {source.stated_frames} frames are there that its "
+                    "header announces: it may be cut off"
+                )
+        made = yield from check(job.beside, written, fps)
         with _writing():
             _put(job.beside, job.target)
-        yield replace(
-            made,
-            seconds=time.perf_counter() - began,
-            source_bytes=stamp.bytes or 0,
-            source_modified=stamp.modified,
-            share=share,
-            note=note,
-        )
+        return replace(made, share=share, note=note)
 
     def _write_video(
         self, frames: Iterator["VideoFrame"], fps: Fraction, job: Job, beat: Beat
     ) -> Generator[Step, None, "Written"]:
-        from hpm_video.preparation.encode import Resizer, VideoWriter, fitted_size, upright_size
+        from hpm_video.preparation.encode import Resizer, VideoWriter
 
-        first = _first(frames)
-        size = fitted_size(upright_size(first), self.recipe.short_side)
-        resizer = Resizer(size)
+        frames, size = self._started(frames)
+        resizer, path, gop = Resizer(size), Path(job.beside), self.recipe.key_frames
         with _writing():
-            writer = VideoWriter(
-                Path(job.beside),
-                size,
-                fps=fps,
-                crf=self.recipe.crf,
-                gop=self.recipe.key_frames,
-                faststart=True,
-            )
+            writer = VideoWriter(path, size, fps=fps, crf=self.recipe.crf, gop=gop, faststart=True)
         with writer:
-            for frame in chain([first], frames):
+            for frame in frames:
                 small = resizer.yuv(frame)
                 if not writer.count:
                     writer.describe_colours(small)
@@ -217,20 +202,18 @@ class Transcoder:
         return Written(writer.count, size)
 
     def _write_pictures(
-        self, frames: Iterator["VideoFrame"], fps: Fraction, job: Job, beat: Beat
+        self, frames: Iterator["VideoFrame"], job: Job, beat: Beat
     ) -> Generator[Step, None, "Written"]:
         from PIL import Image
 
-        from hpm_video.preparation.encode import Resizer, fitted_size, upright_size
+        from hpm_video.preparation.encode import Resizer
 
-        del fps
-        first = _first(frames)
-        size = fitted_size(upright_size(first), self.recipe.short_side)
+        frames, size = self._started(frames)
         resizer, count = Resizer(size), 0
         if is_frame_folder(job.beside):
             with _writing():
                 Path(job.beside).mkdir()
-        for count, frame in enumerate(chain([first], frames), start=1):
+        for count, frame in enumerate(frames, start=1):
             name = f"{count - 1:06d}.jpg" if is_frame_folder(job.beside) else ""
             picture = Image.fromarray(resizer.rgb(frame))
             with _writing():
@@ -238,6 +221,15 @@ class Transcoder:
             if beat.is_due():
                 yield Step(count)
         return Written(count, size)
+
+    def _started(self, frames: Iterator["VideoFrame"]) -> tuple[Iterator["VideoFrame"], Size]:
+        """The same frames, and the size that they are to have, which the first one says."""
+        from hpm_video.preparation.encode import fitted_size, upright_size
+
+        first = next(frames, None)
+        if first is None:
+            raise ValueError("it has no frames")
+        return chain([first], frames), fitted_size(upright_size(first), self.recipe.short_side)
 
 
 @dataclass(frozen=True)
@@ -247,77 +239,25 @@ class Written:
     num_frames: int
     size: Size
 
+    def __str__(self) -> str:
+        height, width = self.size
+        return f"{self.num_frames} frames of {width} x {height}"
 
-@dataclass(frozen=True)
-class Prober:
+
+class Prober(_Work):
     """Looks at files that are packed as they are: opens them, and decodes their first frame."""
 
-    def prepare(self) -> None:
-        """Load what jobs need, before their time counts."""
-        _load()
-
-    def __call__(self, job: Job) -> Iterator[Result]:
-        """Nothing is written."""
-        began = time.perf_counter()
-        try:
-            stamp = stamp_of(job.place)
-            rate, distance = Fraction(0), 1
-            if not is_image(job.place):
-                with contextlib.closing(_opened_source(job)) as source:
-                    beat = Beat()
-                    for _ in source.survey():
-                        if beat.is_due():
-                            yield Step(0)
-                    rate, distance = source.rate, source.key_distance
-            with open_video(job.place, "pyav") as video, opened(job.place) as (_, size):
-                height, width = video.read([0]).shape[1:3]
-                count = min(job.num_frames or video.num_frames, video.num_frames)
-            seconds = time.perf_counter() - began
-            yield Made(
-                count,
-                height,
-                width,
-                float(rate),
-                distance,
-                size,
-                seconds,
-                source_bytes=stamp.bytes or 0,
-                source_modified=stamp.modified,
-            )
-        except MemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - native libraries raise anything
-            yield Failed(_reason(error))
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Samples that go into one tar file."""
-
-    beside: str
-    target: str
-    samples: tuple[Packable, ...]
-
-
-@dataclass(frozen=True)
-class Packer:
-    """Writes shards."""
-
-    def __call__(self, shard: Shard) -> Iterator[Step | Broken | list[Packed]]:
-        """-> steps, and at last where each sample lies"""
-        beat, packed = Beat(), None
-        try:
-            for packed in write_shard(Path(shard.beside), shard.samples):
-                if packed is None and beat.is_due():
-                    yield Step(0)
-            Path(shard.beside).replace(shard.target)
-            yield packed or []
-        except MemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - the run is told, whatever it is
-            yield Broken(f"{shard.target} cannot be written: {_reason(error)}")
-        finally:
-            remove(shard.beside)
+    def make(self, job: Job, beat: Beat) -> Generator[Step, None, Made]:
+        """Measure; nothing is written."""
+        rate, distance = Fraction(0), 1
+        if not is_image(job.place):
+            with contextlib.closing(_opened_source(job)) as source:
+                yield from _surveyed(source, beat)
+                rate, distance = source.rate, source.key_distance
+        with open_video(job.place, "pyav") as video, opened(job.place) as (_, size):
+            height, width = video.read([0]).shape[1:3]
+            count = min(job.num_frames or video.num_frames, video.num_frames)
+        return Made(count, height, width, float(rate), distance, size)
 
 
 def at_rate(
@@ -347,55 +287,28 @@ def at_rate(
         due += 1 / fps
 
 
-def check(place: str, written: Written, fps: Fraction, beat: Beat) -> Generator[Step, None, Made]:
-    """Open an output as training does, and decode all of it.
+def check(place: str, written: Written, fps: Fraction) -> Generator[Step, None, Made]:
+    """Decode all of an output, as a check does.
 
     Raises:
-        NotTheSameError: it is not what was to be written.
+        WrongOutputError: it is not what was to be written.
     """
-    distance, size = 1, 0
-    if place.endswith(".mp4"):
-        distance = yield from _check_times(place, written, fps, beat)
-    with open_video(place, "pyav") as video:
-        if video.num_frames != written.num_frames:
-            raise NotTheSameError(
-                f"what was written has {video.num_frames} frames instead of {written.num_frames}"
-            )
-        for shape in _decoded(video, written, distance):
-            if shape != written.size:
-                raise NotTheSameError(
-                    f"what was written has frames of {shape} instead of {written.size}"
-                )
-            if beat.is_due():
-                yield Step(written.num_frames)
-    size = bytes_of(place)
-    height, width = written.size
-    return Made(written.num_frames, height, width, float(fps), distance, size, 0.0)
-
-
-def _check_times(
-    place: str, written: Written, fps: Fraction, beat: Beat
-) -> Generator[Step, None, int]:
-    """-> frames from one key frame to the next, at most"""
-    with contextlib.closing(VideoStream(place)) as stream:
-        for _ in stream.survey():
-            if beat.is_due():
-                yield Step(written.num_frames)
-        if written.num_frames > 1 and abs(stream.rate / fps - 1) > 1e-3:
-            raise NotTheSameError(
-                f"what was written has {float(stream.rate):g} frames a second instead of "
-                f"{float(fps):g}"
-            )
-        return stream.key_distance
-
-
-def _decoded(video: VideoReader, written: Written, distance: int) -> Iterator[Size]:
-    """All frames in turn, several at once. -> their sizes"""
-    height, width = written.size
-    run = max(1, CHECKED_BYTES // (3 * height * width) // distance) * distance
-    for first in range(0, written.num_frames, run):
-        frames = video.read(range(first, min(first + run, written.num_frames)))
-        yield frames.shape[1], frames.shape[2]
+    found = bad("nothing is known of it")
+    for result in check_file(Task(place, decoder="pyav", seconds_in_all=inf)):
+        if isinstance(result, Step):
+            yield result
+        found = result if isinstance(result, Finding) else found
+    if found.num_frames is None or found.verdict == "bad":
+        raise WrongOutputError(f"what was written cannot be read: {'; '.join(found.reasons)}")
+    there = Written(found.num_frames, (found.height or 0, found.width or 0))
+    if there != written:
+        raise WrongOutputError(f"what was written is {there} instead of {written}")
+    if there.num_frames > 1 and found.fps and abs(found.fps / float(fps) - 1) > 1e-3:
+        raise WrongOutputError(
+            f"what was written has {found.fps:g} frames a second instead of {float(fps):g}"
+        )
+    distance, size = found.key_frame_distance or 1, found.bytes or 0
+    return Made(written.num_frames, *written.size, float(fps), distance, size)
 
 
 class _PictureStream:
@@ -421,56 +334,37 @@ class _PictureStream:
         self._video.close()
 
 
+class _Wanted:
+    """The frames of a source that a job wants, counted."""
+
+    def __init__(self, frames: Iterator[Timed], job: Job) -> None:
+        self.count = 0
+        self._frames = frames
+        self._job = job
+
+    def __iter__(self) -> Iterator[Timed]:
+        start, cut = None, self._job.cut
+        while self.count != self._job.num_frames:  # before the next is decoded: it may be damaged
+            timed = next(self._frames, None)
+            if timed is None:
+                return
+            start = timed.time if start is None else start
+            if cut is not None and timed.time - start > cut:
+                return
+            self.count += 1
+            yield timed
+
+
 def _opened_source(job: Job) -> "VideoStream | _PictureStream":
     if is_image(job.place) or is_frame_folder(job.place):
         return _PictureStream(job.place, job.fps)
     return VideoStream(job.place)
 
 
-class _Read:
-    """Frames of a source, counted, as many as a job wants."""
-
-    def __init__(self, frames: Iterator[Timed], job: Job) -> None:
-        self.count = 0
-        self._frames = frames
-        self._job = job
-        self._start: Fraction | None = None
-
-    def __iter__(self) -> "_Read":
-        return self
-
-    def __next__(self) -> Timed:
-        if self.count == self._job.num_frames:
-            raise StopIteration  # before the next is decoded, which may be damaged
-        timed = next(self._frames)
-        self._start = timed.time if self._start is None else self._start
-        if self._job.cut is not None and timed.time - self._start > self._job.cut:
-            raise StopIteration
-        self.count += 1
-        return timed
-
-
-def _load() -> None:
-    import hpm_video.preparation.encode  # noqa: F401 - loads av
-
-    choose_decoder("pyav")  # it decodes a test video
-
-
-def _first(frames: Iterator[Any]) -> "VideoFrame":
-    first: VideoFrame | None = next(frames, None)
-    if first is None:
-        raise ValueError("it has no frames")
-    return first
-
-
-def _short_of(source: "VideoStream | _PictureStream") -> str:
-    """What to say where a file ends before its header says."""
-    if source.num_packets >= source.stated_frames:
-        return ""
-    return (
-        f"{source.num_packets} of the {source.stated_frames} frames are there that its header "
-        f"announces: it may be cut off"
-    )
+def _surveyed(source: "VideoStream | _PictureStream", beat: Beat) -> Iterator[Step]:
+    for _ in source.survey():
+        if beat.is_due():
+            yield Step()
 
 
 @contextlib.contextmanager
@@ -484,40 +378,9 @@ def _writing() -> Iterator[None]:
         raise
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "there is no such file"
-    if isinstance(error, DecodeError):
-        return error.reason
-    said = str(getattr(error, "strerror", None) or error)  # the rest is the path
-    plain = type(error) is ValueError or isinstance(error, NotTheSameError | ShardError)
-    return " ".join((said if plain else f"{type(error).__name__}: {said}").split())[:500]
-
-
 def _put(beside: str, target: str) -> None:
     """Rename; a target that is there already is of a run that was killed, and is replaced."""
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     if is_frame_folder(target):
         shutil.rmtree(target, ignore_errors=True)
     Path(beside).replace(target)
-
-
-def remove(place: str) -> None:
-    """Delete a file or a folder, if it is there."""
-    with contextlib.suppress(FileNotFoundError):
-        if Path(place).is_dir():
-            shutil.rmtree(place)
-        else:
-            Path(place).unlink()
-
-
-def bytes_of(place: str) -> int:
-    """How large a file is, a folder of frames or a member of a tar.
-
-    Raises:
-        OSError: it is not there.
-    """
-    if is_frame_folder(place):
-        return sum(frame.stat().st_size for frame in frames_in(place))
-    member = TarMember.parse(place)
-    return member.size if member else os.stat(place).st_size  # noqa: PTH116 - a place is a string

@@ -5,27 +5,29 @@ A folder of features holds
     starts/NAME.npy     of windows: (views,) int64, the first frame of each
     index.csv           of each video its path, file, label, frames and views; it is a manifest too
     settings.json       what the features are of: a folder never mixes two settings
+    journal.jsonl       what is done, a line each; a second start goes on from there
     bad_files.csv       videos that do not decode, and why
 Files of features are whole or absent, and those that are there need not be computed again.
 """
 
+import contextlib
 import csv
 import hashlib
-import json
 import re
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hpm_video.data.manifest import Manifest
 from hpm_video.files.atomic import written_beside
-from hpm_video.files.settings import check_settings
+from hpm_video.preparation.jobs import TEXT, claim, write_table
 
 DType = Literal["float32", "float16"]
 UNRELATED = ("hpm_video", "checkpoint", "device", "decoder")
@@ -42,7 +44,12 @@ def file_names(files: Iterable[str], base: Path) -> dict[str, str]:
     It is the path from ``base`` on. Where that does not do (odd characters, too many of them, or
     another path that differs in capitals alone) a part of the path's digest follows.
     """
-    paths = {file: _from(base, Path(file)) for file in files}
+    paths = {
+        file: (
+            Path(file).relative_to(base) if Path(file).is_relative_to(base) else Path(file)
+        ).as_posix()
+        for file in files
+    }
     alike = Counter(path.casefold() for path in paths.values())
     names = {}
     for file, path in paths.items():
@@ -53,10 +60,6 @@ def file_names(files: Iterable[str], base: Path) -> dict[str, str]:
             name = f"{name[-LONGEST_NAME:]}-{mark}"
         names[file] = name
     return names
-
-
-def _from(base: Path, file: Path) -> str:
-    return (file.relative_to(base) if file.is_relative_to(base) else file).as_posix()
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,6 @@ class Form:
     """Whether the first frames of the views are written down too."""
 
 
-class Entry(NamedTuple):
-    """What was found out about a video."""
-
-    num_frames: int
-    views: int
-
-
 class FeatureFolder:
     """A folder with features of the videos of a manifest."""
 
@@ -86,7 +82,8 @@ class FeatureFolder:
         self.manifest = manifest
         self.form = form
         self._names = file_names(manifest.files, base)
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, tuple[int, int]] = {}
+        """Of each video that is done its frames and its views."""
 
     def __len__(self) -> int:
         """Videos whose features are there."""
@@ -110,20 +107,27 @@ class FeatureFolder:
 
         Raises:
             FileExistsError: it holds something else.
+            BlockingIOError: another program writes to it.
         """
-        check_settings(self.path, settings, holds="features", unrelated=UNRELATED)
-        self.path.mkdir(parents=True, exist_ok=True)
-        with written_beside(self.path / "settings.json") as path:
-            path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        self._journal = claim(self.path, settings, holds="features", unrelated=UNRELATED)
+        self.close = weakref.finalize(self, self._journal.close)
         for unfinished in self.path.glob("*/.*.part.npy"):
             unfinished.unlink()
         self.bad_files.unlink(missing_ok=True)  # they are tried again
+        records = self._journal.read()
+        if (index := self.path / "index.csv").is_file():  # older versions have no other journal
+            with index.open(**TEXT) as file:
+                records = [*csv.DictReader(file), *records]
+        found = {}
+        for record in records:
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # half a line
+                found[record["path"]] = int(record["num_frames"]), int(record["views"])
         self._entries = {
-            video: entry
-            for video, entry in self._read_index().items()
-            if video in self._names and self._is_there(video, entry)
+            video: (num_frames, views)
+            for video, (num_frames, views) in found.items()
+            if video in self._names and self._is_there(video, views)
         }
-        self.write_index()  # a kill may have left half a line
+        self.write_index()
 
     def missing(self) -> list[int]:
         """Places in the manifest of the videos without features, of each video the first."""
@@ -141,18 +145,16 @@ class FeatureFolder:
             with written_beside(self.starts_of(video)) as beside:
                 np.save(beside, np.concatenate(growing.starts))
         growing.finish()
-        self._entries[video] = Entry(num_frames, growing.views)
-        with (self.path / "index.csv").open("a", **_TEXT) as file:
-            csv.writer(file).writerow(self._row(place))
+        self._entries[video] = num_frames, growing.views
+        record = {"path": video, "num_frames": num_frames, "views": growing.views}
+        self._journal.append(record)
 
     def write_index(self) -> None:
         """Write ``index.csv`` in the order of the manifest."""
         files = enumerate(self.manifest.files)
-        there = [place for place, video in files if video in self._entries]
-        with written_beside(self.path / "index.csv") as path, path.open("w", **_TEXT) as file:
-            writer = csv.writer(file)
-            writer.writerow([*COLUMNS, *(["starts"] if self.form.windows else [])])
-            writer.writerows(self._row(place) for place in there)
+        rows = (self._row(place) for place, video in files if video in self._entries)
+        header = [*COLUMNS, *(["starts"] if self.form.windows else [])]
+        write_table(self.path / "index.csv", header, rows)
 
     def _row(self, place: int) -> list[object]:
         video, label = self.manifest.files[place], self.manifest.labels[place]
@@ -168,28 +170,11 @@ class FeatureFolder:
             row.append(self.starts_of(video).relative_to(self.path).as_posix())
         return row
 
-    def _read_index(self) -> dict[str, Entry]:
-        path = self.path / "index.csv"
-        if not path.is_file():
-            return {}
-        found = {}
-        with path.open(**_TEXT) as file:
-            for row in csv.DictReader(file):
-                numbers = (row.get("num_frames") or "", row.get("views") or "")
-                if row.get("path") and all(number.isdecimal() for number in numbers):
-                    found[row["path"]] = Entry(int(numbers[0]), int(numbers[1]))
-        return found
-
-    def _is_there(self, video: str, entry: Entry) -> bool:
+    def _is_there(self, video: str, views: int) -> bool:
         """Whether the files of a video are whole."""
-        shape = (entry.views, *self.form.view_shape)
-        there = _holds(self.features_of(video), shape, self.form.dtype)
-        if self.form.windows:
-            there = there and _holds(self.starts_of(video), (entry.views,), "int64")
-        return there
-
-
-_TEXT: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+        form = self.form
+        there = _holds(self.features_of(video), (views, *form.view_shape), form.dtype)
+        return there and (not form.windows or _holds(self.starts_of(video), (views,), "int64"))
 
 
 def _holds(path: Path, shape: tuple[int, ...], dtype: str) -> bool:

@@ -102,7 +102,7 @@ def extract(
                 bar.advance(len(part.clips), is_last=writer.take(part))
     finally:
         end_workers()
-    folder.write_index()
+        folder.write_index()
     return sorted(failures, key=lambda failure: failure.path)
 
 

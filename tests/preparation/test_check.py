@@ -22,33 +22,36 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from hpm_video.data.manifest import Listing, ManifestError, read_listing, read_manifest
+from hpm_video.data.manifest import Listing, read_listing, read_manifest
 from hpm_video.decoding.reader import DecodeError
 from hpm_video.decoding.registry import open_video
 from hpm_video.decoding.video_stream import VideoStream
 from hpm_video.preparation.check import (
-    WORKING,
-    Stream,
     Task,
-    Watch,
     check_file,
-    decode_all,
     doubts_of_gaps,
     doubts_of_length,
     doubts_of_size,
     stamp_of,
 )
-from hpm_video.preparation.check_manifest import How, check_files, judged, known_of
+from hpm_video.preparation.check_manifest import (
+    FindingJournal,
+    How,
+    check_files,
+    judged,
+    known_of,
+)
 from hpm_video.preparation.check_report import common_reasons, plot, summary
 from hpm_video.preparation.encode import write_video
 from hpm_video.preparation.findings import (
     COLUMNS,
     Finding,
-    Journal,
     Stamp,
     columns_of,
     read_findings,
 )
+from hpm_video.preparation.jobs import Step
+from hpm_video.preparation.soundness import Deadline, Stream, decode_all
 from hpm_video.workers import heartbeat as beat
 from hpm_video.workers import progress_bar
 from hpm_video.workers.pool import GIB, Limits, Pool
@@ -383,8 +386,9 @@ WORK = """
 
     import numpy as np
 
-    from hpm_video.preparation.check import WORKING, stamp_of
+    from hpm_video.preparation.check import stamp_of
     from hpm_video.preparation.findings import Finding
+    from hpm_video.preparation.jobs import Step
 
     def look(task):
         kind = Path(task.file).stem
@@ -415,7 +419,7 @@ WORK = """
 
     def long(task, stamp):
         for _ in range(15):
-            yield WORKING
+            yield Step()
         yield Finding("fine", num_frames=15, bytes=stamp.bytes, modified=stamp.modified)
 """
 SCRIPT = """
@@ -504,7 +508,7 @@ def test_frames_are_beats_and_a_file_without_an_end_is_given_up(folder, monkeypa
     monkeypatch.setattr(beat, "SECONDS_BETWEEN_STEPS", 0.0)
     results = [*check_file(Task(f"{folder}/{name}"))]
     assert len(results) > (40 if name == "good.mp4" else 2)
-    assert set(results[:-1]) == {WORKING}
+    assert set(results[:-1]) == {Step()}
     finding = found_of(Task(f"{folder}/{name}", seconds_in_all=1e-9))
     assert finding.verdict == "bad"
     assert finding.reasons[0].endswith("where it is only long, check it with more --seconds-in-all")
@@ -515,7 +519,7 @@ def test_nothing_but_known_containers_is_opened(tmp_path):
     """By none of the three that open videos with PyAV: FFmpeg knows some that name other files."""
     path = str(encode(tmp_path / "raw.h264", pictures(20)))
     for opened in (
-        lambda: [*decode_all(path, Watch(60.0))],
+        lambda: [*decode_all(path, Deadline(60.0))],
         lambda: VideoStream(path),
         lambda: open_video(path, "pyav"),
     ):
@@ -533,9 +537,9 @@ def test_only_what_the_same_decoder_found_is_taken_over(check, tool, folder, tmp
     assert list(pd.read_csv(out)["decoder"]) == ["pyav", "pillow"]
     known = known_of(out, None)
     journal = tmp_path / "journal"
-    with Journal(journal) as noted:
+    with FindingJournal(journal) as noted:
         noted.note("/x.mp4", Finding("fine", decoder="pyav"))
-    with Journal(journal) as noted:
+    with FindingJournal(journal) as noted:
         assert noted.findings["/x.mp4"].decoder == "pyav"
     taken = {
         decoder: [
@@ -556,14 +560,14 @@ def test_only_what_the_same_decoder_found_is_taken_over(check, tool, folder, tmp
 
 def test_again_drops_the_journal_of_another_check_and_goes_on_with_its_own(tmp_path):
     path = tmp_path / "journal"
-    with Journal(path) as journal:
+    with FindingJournal(path) as journal:
         journal.note("/a", Finding("fine"))
-    with Journal(path, again=True) as journal:
+    with FindingJournal(path, again=True) as journal:
         assert (journal.findings, journal.discarded) == ({}, 1)
         journal.note("/b", Finding("fine"))
-    with Journal(path, again=True) as journal:
+    with FindingJournal(path, again=True) as journal:
         assert (list(journal.findings), journal.discarded) == (["/b"], 0)
-    with Journal(path) as journal:
+    with FindingJournal(path) as journal:
         assert list(journal.findings) == ["/b"]
 
 
@@ -676,10 +680,10 @@ def test_a_check_that_was_stopped_goes_on(
 
 def test_two_checks_do_not_write_one_journal(tmp_path):
     with (
-        Journal(tmp_path / "a.partial"),
-        pytest.raises(ManifestError, match="another check writes"),
+        FindingJournal(tmp_path / "a.partial"),
+        pytest.raises(BlockingIOError, match="another program writes"),
     ):
-        Journal(tmp_path / "a.partial")
+        FindingJournal(tmp_path / "a.partial")
 
 
 FULL = Finding(
@@ -702,15 +706,15 @@ FULL = Finding(
 
 def test_findings_survive_a_journal_and_a_manifest(tmp_path):
     lost = replace(FULL, verdict="bad", limits=(60.0, 4.0, 3600.0))
-    with Journal(tmp_path / "j") as journal:
+    with FindingJournal(tmp_path / "j") as journal:
         journal.note("/a", FULL)
         journal.note("/é\udce9", lost)
     with (tmp_path / "j").open("a") as file:
         file.write('[1]\n{"file": "/c", "verdict"')
-    with Journal(tmp_path / "j") as journal:
+    with FindingJournal(tmp_path / "j") as journal:
         assert journal.findings == {"/a": FULL, "/é\udce9": lost}
         journal.note("/d", FULL)
-    with Journal(tmp_path / "j") as journal:
+    with FindingJournal(tmp_path / "j") as journal:
         assert journal.findings["/d"] == FULL
         journal.remove()
     assert not list(tmp_path.iterdir())
@@ -831,7 +835,7 @@ def test_reasons_are_counted_by_kind():
         Finding("suspicious", ("12 frames, fewer than a clip of 16: y",)),
     ]
     reasons = common_reasons(["/a", "/b", "/c"], findings)
-    assert [(reason.times, reason.file) for reason in reasons] == [(2, "/b"), (1, "/a"), (1, "/b")]
+    assert [(times, file) for times, _, _, file in reasons] == [(2, "/b"), (1, "/a"), (1, "/b")]
     findings = [replace(finding, num_frames=9) for finding in findings]
     told = summary(["/a", "/b", "/c"], [replace(found, duration=636.8) for found in findings])
     assert "1 bad" in told

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,18 +52,14 @@ def made(demo: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(demo, tmp_path_factory.mktemp("demo"))
 
 
-def make(
-    demo: ModuleType, folder: Path, parts: tuple[str, ...] = ("clips", "frames"), workers: int = 0
-) -> Path:
+def make(demo: ModuleType, folder: Path) -> Path:
     footage = []
     for seed, name in enumerate(("one.mp4", "two_pristine.mp4")):
         write_video(folder / name, [texture(seed)] * 70, crf=4)
         digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
         footage.append(demo.Footage(name, digest, train=((0, 29),), validation=((40, 69),)))
     demo.check_footage(folder, footage)
-    demo.make(
-        folder, folder / "out", footage=footage, per_label=COUNTS, parts=parts, workers=workers
-    )
+    demo.make(folder, folder / "out", footage=footage, per_label=COUNTS)
     return folder / "out"
 
 
@@ -114,23 +109,6 @@ def test_images_are_frames_of_the_clips_and_labelled_by_their_footage(
             distances = np.abs(others - image.read([0])).mean(axis=(1, 2, 3))
             assert distances[0] < 10
             assert clip.label == 0 or distances[0] < distances[1]
-
-
-def test_what_is_missing_alone_is_made(demo: ModuleType, made: Path, tmp_path: Path) -> None:
-    """As of an earlier version, which wrote no frames."""
-    out = tmp_path / "out"
-    shutil.copytree(made / "clips", out / "clips")
-    for name in ("train.csv", "validation.csv"):
-        shutil.copy(made / name, out / name)
-    assert demo.missing_parts(out) == ("frames",)
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.*")}
-    assert make(demo, tmp_path, parts=("frames",)) == out
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert demo.missing_parts(out) == ()
-    (out / "validation.csv").unlink()
-    assert demo.missing_parts(out) == ("clips",)
-    for path in made.rglob("*.jpg"):
-        assert (out / path.relative_to(made)).read_bytes() == path.read_bytes()
 
 
 def read_all(path: Path) -> NDArray[np.uint8]:
@@ -257,7 +235,6 @@ def test_what_an_interrupted_making_left_is_made_anew(
         there = tmp_path / "out" / path.relative_to(made)
         there.parent.mkdir(parents=True, exist_ok=True)
         there.write_bytes(path.read_bytes()[:-100])
-    assert demo.missing_parts(tmp_path / "out") == ("clips", "frames")
     make(demo, tmp_path)
     for path in left:
         before, after = read_all(path), read_all(tmp_path / "out" / path.relative_to(made))

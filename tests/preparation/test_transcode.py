@@ -24,29 +24,21 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from hpm_video.data.clips import ClipSpec, Repeats, VideoClips
+from hpm_video.data.clips import ClipSpec, Failure, Repeats, VideoClips
 from hpm_video.data.manifest import read_manifest
 from hpm_video.data.transforms import MultiScaleCrop
 from hpm_video.decoding.locations import TarMember
 from hpm_video.decoding.registry import open_video
 from hpm_video.decoding.video_stream import Timed, VideoStream
-from hpm_video.preparation import encode, prepared, shards
+from hpm_video.preparation import check as checking
+from hpm_video.preparation import encode, prepare, shards
 from hpm_video.preparation import transcode as transcoding
+from hpm_video.preparation.check import stamp_of
 from hpm_video.preparation.encode import fitted_size, write_video
-from hpm_video.preparation.prepared import PreparedFolder, Rows
-from hpm_video.preparation.shards import Packable, ShardError, output_names, write_shard
-from hpm_video.preparation.transcode import (
-    Broken,
-    Failed,
-    Job,
-    Made,
-    Recipe,
-    Shard,
-    Step,
-    Transcoder,
-    at_rate,
-    check,
-)
+from hpm_video.preparation.jobs import Broken, Step, WrongOutputError, remove
+from hpm_video.preparation.prepared_folder import PreparedFolder, Rows
+from hpm_video.preparation.shards import Packable, Packer, Shard, output_names, write_shard
+from hpm_video.preparation.transcode import Job, Made, Recipe, Transcoder, at_rate, check
 from hpm_video.workers import heartbeat as beat
 from hpm_video.workers.pool import Answer, Limits, Pool
 
@@ -270,7 +262,7 @@ def test_what_fails_is_listed_and_left_out(outputs):
     for form in ("files", "frames", "shards"):
         assert list(failed_in(outputs / form)) == ["broken.mp4"]
         left = {path.name for path in (outputs / form).iterdir() if path.name[0] == "."}
-        assert left == {".lock"}
+        assert not left
 
 
 def test_frame_folders_hold_numbered_jpegs(outputs):
@@ -548,7 +540,7 @@ def test_a_playlist_does_not_open_other_files(tmp_path):
     (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile secret.mp4\n")
     job = Job(str(tmp_path / "list.mp4"), str(tmp_path / "beside.mp4"), str(tmp_path / "out.mp4"))
     (failed,) = Transcoder(RECIPE)(job)
-    assert isinstance(failed, Failed)
+    assert isinstance(failed, Failure)
 
 
 # --- Shards -------------------------------------------------------------------------------------
@@ -593,10 +585,10 @@ def test_a_shard_that_reads_back_otherwise_is_refused(tmp_path, monkeypatch):
         return original(path, sums)
 
     monkeypatch.setattr(shards, "_read_again", damaged)
-    with pytest.raises(ShardError, match=r"a/b\.mp4 is not what was written"):
+    with pytest.raises(WrongOutputError, match=r"a/b\.mp4 is not what was written"):
         list(write_shard(tmp_path / "s.tar", [packable(video)]))
     shard = Shard(str(tmp_path / "beside.tar"), str(tmp_path / "t.tar"), (packable(video),))
-    (broken,) = transcoding.Packer()(shard)
+    (broken,) = Packer()(shard)
     assert isinstance(broken, Broken)
     assert not list(tmp_path.glob("*t.tar"))
 
@@ -724,6 +716,34 @@ def test_a_shard_with_a_label_that_changed_is_packed_anew(start, tmp_path, capsy
             file.write(journal + now)
 
 
+def test_a_journal_of_the_first_version_is_read(start, tmp_path, capsys):
+    """Of a run that was stopped after a label had changed, and before it had packed anew."""
+    output, source = tmp_path / "out", write_source(tmp_path / "a.mp4")
+    (tmp_path / "list.csv").write_text("path\na.mp4\n")
+    start(tmp_path / "list.csv", output, "--to", "shards")
+    shard = output / "shard-000000.tar"
+    stamp = stamp_of(str(source))
+    ((row, place),) = labelled(output)
+    member = TarMember.parse(place)
+    (output / "journal.jsonl").write_text(
+        f'{{"place": "{source}", "name": "a", "num_frames": 20, '
+        f'"height": {row["height"]}, "width": {row["width"]}, "fps": 25.0, '
+        f'"key_frame_distance": 5, "bytes": {member.size}, '
+        f'"seconds": 0.1, "source_bytes": {stamp.bytes}, "source_modified": "{stamp.modified}", '
+        '"share": 1.0, "note": ""}\n'
+        f'{{"shard": "{shard.name}", "bytes": {shard.stat().st_size}, "members": [["{source}", '
+        f'"{member.name}", {member.offset}, {member.size}]], "outdated": true}}\n{{"pla'
+    )
+    (output / ".lock").touch()
+    before = member.read()
+    capsys.readouterr()
+    start(tmp_path / "list.csv", output, "--to", "shards")
+    assert "Done: 1 files, 0 of them new" in capsys.readouterr().out
+    assert [path.name for path in output.glob("*.tar")] == ["shard-000001.tar"]
+    ((_, place),) = labelled(output)
+    assert TarMember.parse(place).read() == before
+
+
 def test_a_shard_of_a_run_that_was_killed_after_a_change_is_not_taken_for_good(start, tmp_path):
     output = tmp_path / "out"
     (tmp_path / "list.csv").write_text("path\na.mp4\nb.mp4\n")
@@ -753,7 +773,7 @@ def test_going_on_with_folders_of_frames_looks_at_no_single_frame(
     (tmp_path / "list.csv").write_text("path\na.mp4\n")
     arguments = [tmp_path / "list.csv", tmp_path / "out", "--to", "frames"]
     start(*arguments)
-    monkeypatch.setattr(prepared, "bytes_of", None)
+    monkeypatch.setattr(checking, "frames_in", None)
     start(*arguments)
     assert "all 1 files are there already" in capsys.readouterr().out
     monkeypatch.undo()
@@ -806,14 +826,14 @@ def test_going_on_needs_no_encoder_that_gives_the_same_bytes(start, tmp_path, ca
         folder.note(jobs[0].place, old[0])  # and the second one is there without a note
         lost = folder.unpacked_shards()
         for shard in lost:  # nor is there one of the shard of the first
-            list(transcoding.Packer()(shard))
-    transcoding.remove(jobs[0].target)
+            list(Packer()(shard))
+    remove(jobs[0].target)
     capsys.readouterr()
     start(tmp_path / "list.csv", tmp_path / "out", "--to", form)
     assert "2 files, 2 of them new" in capsys.readouterr().out
     places = read_manifest(tmp_path / "out" / "manifest.csv").files
     assert [numbers_of(read_all(place)) for place in places] == [[*range(20)], [*range(9)]]
-    assert all(transcoding.bytes_of(p) > made.bytes for p, made in zip(places, old, strict=True))
+    assert all(stamp_of(p).bytes > made.bytes for p, made in zip(places, old, strict=True))
     start(tmp_path / "list.csv", tmp_path / "out", "--to", form)
     assert "0 of them new" in capsys.readouterr().out
 
@@ -890,7 +910,7 @@ def test_a_file_that_hangs_or_crashes_is_listed_and_the_others_are_done(
     limits = Limits(seconds=3)
     with folder_of(tmp_path, names) as folder, Pool(work, 1, limits, depth=1) as pool:
         folder.claim({})
-        prepared.make(folder, pool, folder.missing(), lambda *_: None)
+        prepare.make(folder, pool, folder.missing(), lambda *_: None)
         folder.write_lists()
     failed = failed_in(tmp_path / "out")
     assert failed["hangs.mp4"] == "it took longer than 3 s"
@@ -1023,7 +1043,7 @@ def test_a_full_disk_ends_the_run(tmp_path, monkeypatch, form):
     with folder_of(tmp_path, ["a.mp4"]) as folder:
         folder.claim({})
         with pytest.raises(OSError, match="No space left on device. What is done stays"):
-            prepared.make(folder, pool, folder.missing(), lambda *_: None)
+            prepare.make(folder, pool, folder.missing(), lambda *_: None)
 
 
 def test_an_output_that_is_not_what_it_should_be_is_no_row(tmp_path, monkeypatch):
@@ -1039,23 +1059,22 @@ def test_an_output_that_is_not_what_it_should_be_is_no_row(tmp_path, monkeypatch
     monkeypatch.setattr(encode.VideoWriter, "write", drops_one)
     path = write_source(tmp_path / "a.mp4")
     failed = last_of(Job(str(path), f"{tmp_path}/beside.mp4", f"{tmp_path}/out.mp4"))
-    assert isinstance(failed, Failed)
+    assert isinstance(failed, Failure)
     assert "instead of" in failed.reason
     assert [each.name for each in tmp_path.iterdir()] == ["a.mp4"]
 
 
 def test_check_finds_another_size(tmp_path):
     write_video(tmp_path / "a.mp4", [painted(i, 32, 48) for i in range(4)], gop=3)
-    clock = beat.Beat()
     good = transcoding.Written(4, (32, 48))
-    assert [*_results(check(str(tmp_path / "a.mp4"), good, Fraction(25), clock))][-1].width == 48
+    assert [*_results(check(str(tmp_path / "a.mp4"), good, Fraction(25)))][-1].width == 48
     for wrong, fps, words in [
-        (transcoding.Written(5, (32, 48)), 25, "4 frames instead of 5"),
-        (transcoding.Written(4, (48, 32)), 25, "frames of"),
+        (transcoding.Written(5, (32, 48)), 25, "4 frames of 48 x 32 instead of 5 frames"),
+        (transcoding.Written(4, (48, 32)), 25, "frames of 48 x 32 instead of 4 frames of 32 x 48"),
         (good, 30, "frames a second"),
     ]:
-        with pytest.raises(transcoding.NotTheSameError, match=words):
-            list(check(str(tmp_path / "a.mp4"), wrong, Fraction(fps), clock))
+        with pytest.raises(WrongOutputError, match=words):
+            list(check(str(tmp_path / "a.mp4"), wrong, Fraction(fps)))
 
 
 def _results(generator):
@@ -1073,7 +1092,7 @@ def test_a_file_that_is_cut_off_is_told(tmp_path):
         assert 0 < made.num_frames < 60
         assert "of the 60 frames" in made.note
     else:
-        assert isinstance(made, Failed)
+        assert isinstance(made, Failure)
 
 
 def test_long_work_says_how_far_it_is(tmp_path, monkeypatch):

@@ -411,6 +411,7 @@ def test_after_a_kill_only_what_is_missing_is_computed_to_the_same_bits(
     unfinished.write_bytes(b"half")
     lines = (output / "index.csv").read_text().splitlines(keepends=True)
     (output / "index.csv").write_text("".join([*lines[:4], lines[5], lines[4][:-40]]))
+    (output / "journal.jsonl").unlink()
     times = {path: path.stat().st_mtime_ns for path in (unlisted, kept)}
     capsys.readouterr()
     assert main(*command) == 0
@@ -434,19 +435,39 @@ def test_what_does_not_fit_the_index_is_computed_again(main, pretrained, source,
     assert contents(output) == before
 
 
-def test_half_a_line_of_the_index_does_not_spoil_the_next(tmp_path):
+def test_half_a_line_spoils_nothing_and_an_older_index_counts(tmp_path):
     manifest = Manifest(("/v/a.mp4", "/v/b.mp4"), (0, 1), (-1, -1))
-    folder = FeatureFolder(tmp_path, manifest, Path("/v"), Form((2,), "float32", windows=False))
-    folder.claim({})
-    whole = (tmp_path / "index.csv").read_text()
-    (tmp_path / "index.csv").write_text(whole + "/v/a.mp4,features/a.m")
-    folder.claim({})
-    assert (tmp_path / "index.csv").read_text() == whole
+
+    def claimed():
+        form = Form((2,), "float32", windows=False)
+        folder = FeatureFolder(tmp_path, manifest, Path("/v"), form)
+        folder.claim({})
+        return folder
+
+    folder = claimed()
+    with pytest.raises(BlockingIOError, match="another program writes"):
+        claimed()
+    folder.close()
+    index, journal = tmp_path / "index.csv", tmp_path / "journal.jsonl"
+    header = index.read_text()
+    index.write_text(header + "/v/a.mp4,features/a.m")
+    journal.write_text('{"path": "/v/a.mp4", "num_fr')
+    folder = claimed()
+    assert index.read_text() == header
     growing = folder.begin(1, views=1)
     growing.add(np.ones((1, 2), np.float32), np.zeros(1, np.int64))
     folder.finish(1, growing, num_frames=9)
-    assert (tmp_path / "index.csv").read_text() == whole + "/v/b.mp4,features/b.mp4.npy,1,,9,1\n"
+    folder.close()
+    folder = claimed()
+    row = "/v/b.mp4,features/b.mp4.npy,1,,9,1\n"
+    assert index.read_text() == header + row
     assert folder.missing() == [0]
+    folder.close()
+    journal.unlink()  # older versions have none
+    index.write_text(header + row.replace("\n", "\r\n"), newline="")
+    folder = claimed()
+    assert (folder.missing(), index.read_text()) == ([0], header + row)
+    folder.close()
 
 
 def test_a_stop_in_the_middle_leaves_whole_files_only(

@@ -1,0 +1,209 @@
+"""A long job over many files that can be stopped at any time: started again, it goes on.
+
+A job is the only one that writes to its output, and notes in a journal what is done. In a folder it
+keeps to the settings that it began with. Files are worked on by a pool of processes.
+"""
+
+import contextlib
+import csv
+import fcntl
+import json
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from typing_extensions import Self
+
+from hpm_video.data.clips import Failure
+from hpm_video.decoding.reader import DecodeError
+from hpm_video.files.atomic import written_beside
+from hpm_video.workers.pool import Answer, Lost, Pool
+
+Work = TypeVar("Work")
+
+JOURNAL, SETTINGS = "journal.jsonl", "settings.json"
+TEXT: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+"""How tables are opened; names of files need not be UTF-8."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a process says of a file that it is still working on."""
+
+    frames: int = 0
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Why no file can be written any more: a full disk."""
+
+    reason: str
+
+
+class WrongOutputError(RuntimeError):
+    """An output that does not hold what was to be written."""
+
+
+class Journal:
+    """What is done, a line of JSON each. A kill cuts off the last line at most."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the journal, which belongs to this program until it is closed.
+
+        Raises:
+            BlockingIOError: another program has it.
+        """
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise BlockingIOError(
+                f"another program writes to {path}: wait for its end, or name another output"
+            ) from error
+        except OSError:  # some network disks have no locks
+            pass
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the records of all lines that are whole."""
+        self._file.seek(0)
+        text = self._file.read()
+        if text and text[-1] != "\n":
+            self._file.write("\n")
+        records = []
+        for line in text.splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                records.append(record)
+        return records
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Note something that is done."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._file.truncate(0)
+
+    def close(self) -> None:
+        """Let others write it."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def claim(
+    folder: Path, settings: Mapping[str, Any], *, holds: str, unrelated: Collection[str]
+) -> Journal:
+    """Make a folder the output of a job with these settings. -> its journal
+
+    Args:
+        folder: it need not be there.
+        settings: everything that decides what the folder holds.
+        holds: what that is, for errors.
+        unrelated: settings that are noted, but may differ from one start to the next.
+
+    Raises:
+        FileExistsError: it holds something else, or of other settings. Every difference is named.
+        BlockingIOError: another program writes to it.
+    """
+    path = folder / SETTINGS
+    if path.is_file():
+        _check_settings(path, settings, holds, unrelated)
+    elif folder.exists() and any(entry.name != JOURNAL for entry in folder.iterdir()):
+        raise FileExistsError(
+            f"{folder} is not empty, and no folder of {holds} (it has no {SETTINGS}); give a new "
+            f"folder"
+        )
+    journal = Journal(folder / JOURNAL)
+    with written_beside(path) as beside:
+        beside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    return journal
+
+
+def _check_settings(
+    path: Path, settings: Mapping[str, Any], holds: str, unrelated: Collection[str]
+) -> None:
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FileExistsError(
+            f"{path} is not whole ({error}); give a new folder, or delete {path.parent}"
+        ) from error
+    differ = [
+        f"  {name}: {before.get(name)} -> {settings.get(name)}"
+        for name in {**before, **settings}
+        if name not in unrelated and before.get(name) != settings.get(name)
+    ]
+    if differ:
+        raise FileExistsError(
+            f"{path.parent} holds {holds} of other settings:\n" + "\n".join(differ) + "\n"
+            "Give a new folder, or the settings of before to go on in this one"
+        )
+
+
+def answers(pool: Pool[Work], jobs: Mapping[str, Work], *, retry: bool = False) -> Iterator[Answer]:
+    """Have jobs done in any order, and pass on everything that comes of each, by its name.
+
+    ``retry``: one that takes its process down gets another try when all others are done, for it may
+    be that a disk stood still, or that somebody killed the process.
+    """
+    for name, job in jobs.items():
+        pool.submit(name, job)
+    left, lost = len(jobs), set[str]()
+    while left:
+        answer = pool.next()
+        if retry and isinstance(answer.result, Lost) and answer.tag not in lost:
+            lost.add(answer.tag)
+            pool.submit(answer.tag, jobs[answer.tag])
+            continue
+        left -= answer.is_last
+        yield answer
+
+
+def write_table(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """Write a CSV file, which is whole or not there."""
+    with written_beside(path) as beside, beside.open("w", **TEXT) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def write_failures(path: Path, failures: Sequence[Failure]) -> None:
+    """List the files that failed, and why; where none did there is no list."""
+    if failures:
+        write_table(path, ("path", "reason"), ((bad.path, bad.reason) for bad in failures))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file failed, on one line."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, DecodeError):
+        return error.reason
+    said = str(getattr(error, "strerror", None) or error)  # the rest is the path
+    plain = type(error) is ValueError or isinstance(error, WrongOutputError)
+    return " ".join((said if plain else f"{type(error).__name__}: {said}").split())[:500]
+
+
+def remove(place: str) -> None:
+    """Delete a file or a folder, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        if Path(place).is_dir():
+            shutil.rmtree(place)
+        else:
+            Path(place).unlink()

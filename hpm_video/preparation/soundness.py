@@ -1,0 +1,210 @@
+"""What comes out of a video that is decoded whole, and how much of it is sound."""
+
+import os
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpm_video.decoding.locations import TarMember
+from hpm_video.decoding.pyav import UNTIMED, open_container
+from hpm_video.decoding.reader import DecodeError, Size
+from hpm_video.preparation.jobs import Step
+from hpm_video.workers.heartbeat import Beat
+
+if TYPE_CHECKING:
+    import av
+
+Result = TypeVar("Result")
+Steps = Generator[Step, None, Result]
+"""Says now and then that it gets on, and at last returns a result."""
+
+
+class TooLongError(DecodeError):
+    """A file that goes on and on."""
+
+
+class Deadline:
+    """Looks at the clock after every frame."""
+
+    def __init__(self, seconds_in_all: float) -> None:
+        self._beat = Beat()
+        self._seconds = seconds_in_all
+        self._end = time.monotonic() + seconds_in_all
+
+    def look(self) -> Iterator[Step]:
+        """Say that there was a frame, when it is time to.
+
+        Raises:
+            TooLongError: it is enough.
+        """
+        if self._beat.is_due():
+            if time.monotonic() > self._end:
+                raise TooLongError(
+                    f"it took longer than {self._seconds:g} s in all: where it is only long, check "
+                    "it with more --seconds-in-all"
+                )
+            yield Step()
+
+
+@dataclass(frozen=True)
+class Soundness:
+    """How much of a file decodes."""
+
+    sound: int
+    """Frames until the first that does not."""
+    count: int
+    """Frames that there should be."""
+    why: str
+
+
+@dataclass
+class Stream:
+    """What went through the decoder, packet by packet and frame by frame."""
+
+    stated: int = 0
+    """Frames that the container's header promises, 0 where it says nothing."""
+    promised: float = 0.0
+    """Seconds that it promises."""
+    tick: float = 0.0
+    """Seconds of a unit of time."""
+    rate: float | None = None
+    """Frames per second, as the container has it."""
+    has_times: bool = True
+    packets: int = 0
+    """All of them, those included that are not shown."""
+    times: list[int | None] = field(default_factory=list)
+    """Of the packets that are shown, in the order of decoding."""
+    moments: list[int] = field(default_factory=list)
+    """The same, or where a time of presentation is missing that of decoding; those known."""
+    keys: list[bool] = field(default_factory=list)
+    """Which of these are key frames."""
+    torn: set[int | None] = field(default_factory=set)
+    """Times of packets that the container calls damaged."""
+    frames: list[tuple[int | None, bool]] = field(default_factory=list)
+    """Time of each frame that came out, and whether it is whole and of the size of the first."""
+    first_error: str = ""
+    errors_at: list[int] = field(default_factory=list)
+    """How many frames had come out when a packet did not decode."""
+    sizes: list[Size] = field(default_factory=list)
+    """Upright, those that differ."""
+    codec: str = ""
+    pixel_format: str = ""
+    rotation: int = 0
+
+    @property
+    def shown(self) -> list[int]:
+        """Times of the packets in order of display; empty where times do not tell frames apart."""
+        known = sorted(time for time in self.times if time is not None)
+        told_apart = self.has_times and len(set(known)) == len(self.times)
+        return known if told_apart else []
+
+    def sound(self) -> Soundness:
+        """How many frames decode until one does not, or a packet is met that does not."""
+        if shown := self.shown:
+            whole = {time for time, is_whole in self.frames if is_whole} - self.torn
+            count = len(shown)
+            broken = [i for i, time in enumerate(shown) if time not in whole]
+        else:
+            count = max(len(self.frames), len(self.times))
+            broken = [
+                i
+                for i, (time, is_whole) in enumerate(self.frames)
+                if not is_whole or (self.has_times and time in self.torn)
+            ]
+            broken += [len(self.frames)] if len(self.frames) < count else []
+        first = min([count, *broken[:1], *self.errors_at[:1]])
+        why = f"frame {first} is damaged or does not come out"
+        if self.first_error and first == self.errors_at[0]:
+            why = self.first_error
+        elif len(self.sizes) > 1:
+            told = ", then ".join(f"{width} x {height}" for height, width in self.sizes[:3])
+            why = f"frame {first} is damaged or of another size: {told}"
+        return Soundness(first, count, why)
+
+    def key_distance(self) -> int:
+        """Frames from one key frame to the next, or to the end, at most, in order of display."""
+        keys = self.keys
+        if self.shown:
+            times = [time for time in self.times if time is not None]
+            keys = [is_key for _, is_key in sorted(zip(times, keys, strict=True))]
+        marks = [0, *np.flatnonzero(keys).tolist(), len(keys)]
+        return int(np.diff(marks).max())
+
+    def gaps(self) -> NDArray[np.float64]:
+        """Seconds from one frame to the next; none where times mean nothing."""
+        return np.diff(np.array(self.shown, dtype=np.float64)) * self.tick
+
+    def span(self) -> float:
+        """Seconds from the first frame to the last."""
+        return (max(self.moments) - min(self.moments)) * self.tick if self.moments else 0.0
+
+    def fps(self) -> float | None:
+        """Frames per second, on average."""
+        return (len(self.moments) - 1) / self.span() if self.span() else self.rate
+
+
+def decode_all(file: str, deadline: Deadline) -> Steps[Stream]:
+    """Decode every packet of a video that was opened before, going on after errors.
+
+    Raises:
+        DecodeError: it is no video.
+        TooLongError: it goes on and on.
+        Exception: whatever PyAV raises where a file does not open.
+    """
+    member = TarMember.parse(file)
+    source = member.read() if member else os.path.abspath(file)  # noqa: PTH100
+    container, video = open_container(source)
+    with container:
+        stream = Stream(
+            stated=video.frames,
+            promised=float((video.duration or 0) * (video.time_base or 0)),
+            tick=float(video.time_base or 0),
+            rate=float(video.average_rate) if video.average_rate else None,
+            has_times=container.format.name not in UNTIMED,
+            codec=video.codec_context.name,
+            pixel_format=video.codec_context.pix_fmt or "",
+        )
+        for packet in container.demux(video):
+            _take(stream, packet)
+            yield from deadline.look()
+    return stream
+
+
+def _take(stream: Stream, packet: "av.Packet[av.VideoStream]") -> None:
+    """Decode a packet, and note what comes of it."""
+    if packet.size:
+        stream.packets += 1
+        if not packet.is_discard:
+            stream.times.append(packet.pts)
+            stream.keys.append(bool(packet.is_keyframe))
+            if (moment := packet.dts if packet.pts is None else packet.pts) is not None:
+                stream.moments.append(moment)
+        if packet.is_corrupt:
+            stream.torn.add(packet.pts)
+    elif packet.dts is not None or packet.pts is not None:
+        stream.packets += 1  # a frame that is to be shown again, as AVI has it
+    for frame in _decoded(stream, packet):
+        turns = round(frame.rotation / 90) % 4
+        size = (frame.height, frame.width) if turns % 2 == 0 else (frame.width, frame.height)
+        if size not in stream.sizes:
+            stream.sizes.append(size)
+            stream.rotation = -90 * turns % 360 if len(stream.sizes) == 1 else stream.rotation
+        stream.frames.append((frame.pts, not frame.is_corrupt and size == stream.sizes[0]))
+
+
+def _decoded(stream: Stream, packet: "av.Packet[av.VideoStream]") -> Iterator["av.VideoFrame"]:
+    import av
+
+    try:
+        yield from packet.decode()
+    except MemoryError:
+        raise
+    except (av.FFmpegError, ValueError) as error:
+        if not isinstance(error, EOFError):
+            told = getattr(error, "strerror", None) or str(error)
+            stream.first_error = stream.first_error or f"frame {len(stream.frames)}: {told}"
+            stream.errors_at.append(len(stream.frames))

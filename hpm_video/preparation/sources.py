@@ -1,0 +1,284 @@
+"""The lists and folders of a published data set: its classes, its clips, and the file of each."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from hpm_video.data.manifest import UNLABELLED, files_below
+from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+
+UNPACK = 'for f in *.tar; do mkdir "${f%.tar}" && tar -xf "$f" -C "${f%.tar}" && rm "$f"; done'
+"""A command that turns each archive of a folder into a folder."""
+
+Kind = Literal["video", "image"]
+"""What the files of a data set are, as errors and reports call one of them."""
+
+
+class RecipeError(ValueError):
+    """Manifests cannot be made. The message says what is wrong, where, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """An entry of a data set's list."""
+
+    place: str
+    """File and line."""
+    name: str
+    """What a report calls it."""
+    keys: tuple[str, ...]
+    """What its file may be called, the best first. No two clips of a list share the first."""
+    label: int = UNLABELLED
+
+
+@dataclass(frozen=True)
+class Split:
+    """The clips of a list, each with its file or without one."""
+
+    name: str
+    found: tuple[tuple[Clip, Path], ...]
+    missing: tuple[Clip, ...] = ()
+    kind: Kind = "video"
+
+
+class Classes:
+    """Names of classes, found again by any spelling that keeps the letters and digits.
+
+    So ``riding_or_walking_with_horse`` is "riding or walking with horse", whatever a download
+    has made of spaces, capitals, apostrophes and brackets.
+
+    Raises:
+        RecipeError: two names would be one.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        source: str,
+        remedy: str = "Lists and names of classes must be of one release",
+    ) -> None:
+        self.names = tuple(names)
+        self.source = source
+        self._remedy = remedy
+        self._labels: dict[str, int] = {}
+        for label, name in enumerate(self.names):
+            earlier = self._labels.setdefault(class_key(name), label)
+            if earlier != label:
+                raise RecipeError(
+                    f"{source}: the classes {self.names[earlier]!r} and {name!r} are spelled alike "
+                    "but for case, spaces and punctuation, by which folders are not told apart. "
+                    "Give a class one name"
+                )
+
+    def find(self, name: str) -> int | None:
+        """Number of a class, by any spelling."""
+        return self._labels.get(class_key(name))
+
+    def label(self, name: str, place: str) -> int:
+        """Number of a class that ``place`` names."""
+        label = self.find(name)
+        if label is None:
+            raise RecipeError(
+                f"{place}: the class {name!r} is not one of the {len(self.names)} classes of "
+                f"{self.source}. {self._remedy}"
+            )
+        return label
+
+    def folders(self, videos: "Videos") -> dict[Path, int]:
+        """Those folders that directly hold files and are named like a class."""
+        labels: dict[Path, int] = {}
+        owners: dict[int, Path] = {}
+        for folder in sorted({file.parent for file in videos.files} - {videos.folder}):
+            label = self.find(folder.name)
+            if label is None:
+                continue
+            if (other := owners.setdefault(label, folder)) != folder:
+                raise RecipeError(
+                    f"the folders {other} and {folder} are both of class {self.names[label]!r}. "
+                    f"A class has one folder: put their {videos.kind}s into one"
+                )
+            labels[folder] = label
+        return labels
+
+
+class Videos:
+    """The videos or images below a folder, by keys, and which of them were asked for.
+
+    Files of the other kind, such as the thumbnail of a video, are counted and left out.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        key: Callable[[Path], str],
+        *,
+        suffix: str | None = None,
+        kind: Kind = "video",
+    ) -> None:
+        self.folder = folder.absolute()
+        self.kind = kind
+        suffixes = IMAGE_SUFFIXES if kind == "image" else VIDEO_SUFFIXES
+        if not self.folder.is_dir():
+            raise RecipeError(f"there is no folder {self.folder}. Name the folder of the {kind}s")
+        if suffix is not None and suffix.lower() not in suffixes:
+            raise RecipeError(f"--suffix must be one of {' '.join(suffixes)}, got {suffix!r}")
+        every = files_below(self.folder)
+        own = [name for name in every if name.lower().endswith(suffixes)]
+        if not own:
+            raise _nothing(self.folder, kind, every)
+        self.other_kind = len(every) - len(own)
+        wanted = suffixes if suffix is None else suffix.lower()
+        self.files = tuple(self.folder / name for name in own if name.lower().endswith(wanted))
+        if not self.files:
+            raise RecipeError(f"there are no {kind}s {suffix} in {self.folder}. Leave out --suffix")
+        self._by_key: dict[str, list[Path]] = defaultdict(list)
+        for file in self.files:
+            self._by_key[key(file)].append(file)
+        self._asked: set[Path] = set()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._by_key
+
+    def find(self, clip: Clip) -> Path | None:
+        """The file of a clip, under the first of its keys that any file has."""
+        files = next((self._by_key[key] for key in clip.keys if key in self._by_key), [])
+        if len(files) > 1:
+            raise RecipeError(
+                f"{clip.place}: there are {len(files)} files for {clip.name}: {files[0]} and "
+                f"{files[1]}. There must be one: move the others away, or take files of one "
+                f"kind alone, as with --suffix {files[0].suffix}"
+            )
+        self._asked.update(files)
+        return files[0] if files else None
+
+    def unlisted(self) -> list[Path]:
+        """Files that nobody asked for."""
+        return [file for file in self.files if file not in self._asked]
+
+
+def _nothing(folder: Path, kind: Kind, others: Sequence[str]) -> RecipeError:
+    """A folder without files of a kind: whether it holds archives, or ``others``, or nothing."""
+    if archives := sorted(folder.rglob("*.tar")):
+        return RecipeError(
+            f"there are no {kind}s in {folder}, but {len(archives)} archives, such as "
+            f"{archives[0]}. Unpack them first, in the folder {archives[0].parent}: {UNPACK}"
+        )
+    if others:
+        return RecipeError(
+            f"there are no {kind}s in {folder}, but files of another kind, such as "
+            f"{Path(others[0]).name}. Name the folder of the {kind}s"
+        )
+    suffixes = IMAGE_SUFFIXES if kind == "image" else VIDEO_SUFFIXES
+    return RecipeError(
+        f"there are no {kind}s in {folder}; looked, in its folders too, for names that end in one "
+        f"of {' '.join(suffixes)}. Name the folder of the {kind}s"
+    )
+
+
+def stem(file: Path) -> str:
+    """A key that is the name alone, with any suffix."""
+    return file.stem
+
+
+def folder_and_name(file: Path) -> str:
+    """A key that tells files of one name in several class folders apart."""
+    return f"{file.parent.name}/{file.name}"
+
+
+def folder_key(file: Path) -> str:
+    """The same with any suffix, and any spelling of the class."""
+    return f"{class_key(file.parent.name)}/{file.stem}"
+
+
+def class_key(name: str) -> str:
+    """What all spellings of a class name share: its letters and digits, without case."""
+    return "".join(letter for letter in name.casefold() if letter.isalnum()) or name
+
+
+def read_text(path: Path, what: str) -> str:
+    """A list as text. ``what`` names it in errors."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{what} {path} is not text in UTF-8. Download it again") from error
+    except OSError as error:
+        raise RecipeError(f"{what} {path} cannot be read: {error.strerror}") from error
+
+
+def lines_of(path: Path, what: str = "the list") -> list[tuple[str, str]]:
+    """The lines of a list that are not empty, each with its place."""
+    lines = enumerate(read_text(path, what).splitlines(), start=1)
+    return [(f"{path}, line {number}", row.strip()) for number, row in lines if row.strip()]
+
+
+def check_once(clips: Iterable[Clip]) -> None:
+    """No clip may be listed twice."""
+    places: dict[str, str] = {}
+    for clip in clips:
+        if (earlier := places.setdefault(clip.keys[0], clip.place)) != clip.place:
+            raise RecipeError(
+                f"{clip.place}: {clip.name} is listed already in {earlier}. "
+                "It must have one line: remove one of them"
+            )
+
+
+def clips_of_folders(
+    videos: Videos, label_of: Callable[[Path], int | None], key: Callable[[Path], str], why: str
+) -> list[Clip]:
+    """The clips of class folders, which no list names.
+
+    ``label_of`` says the class of a folder, ``why`` in errors which folders have none, and the
+    remedy.
+    """
+    clips = []
+    for file in videos.files:
+        label = label_of(file.parent)
+        if label is None:
+            raise RecipeError(f"{file} lies in no folder {why}")
+        clips.append(Clip(str(file.parent), folder_and_name(file), (key(file),), label))
+    return clips
+
+
+def check_folders(
+    split: Split, label_of: Callable[[Path], int | None], names: Sequence[str], remedy: str
+) -> None:
+    """Where there are class folders, they must say what the list says."""
+    wrong = [
+        (clip, file)
+        for clip, file in split.found
+        if clip.label != UNLABELLED and label_of(file.parent) not in (None, clip.label)
+    ]
+    if wrong:
+        clip, file = wrong[0]
+        raise RecipeError(
+            f"{len(wrong)} {split.kind}s of {split.name} lie in the folder of another class than "
+            f"their list says: {file} is of class {clip.label}, {names[clip.label]!r}, in "
+            f"{clip.place}. {remedy}"
+        )
+
+
+def match(
+    name: str,
+    clips: Sequence[Clip],
+    videos: Videos,
+    expected: str = "",
+    find: Callable[[Clip], Path | None] | None = None,
+) -> Split:
+    """The file of each clip. ``expected`` says in errors where files should be, and their names.
+
+    Raises:
+        RecipeError: no clip has a file.
+    """
+    files = [(find or videos.find)(clip) for clip in clips]
+    found = tuple((clip, file) for clip, file in zip(clips, files, strict=True) if file)
+    if not clips:
+        raise RecipeError(f"the list of {name} holds no {videos.kind}s. Download it again")
+    if not found:
+        raise RecipeError(
+            f"none of the {len(clips)} {videos.kind}s of {name} was found, such as "
+            f"{clips[0].name} ({clips[0].place}). {expected}"
+        )
+    missing = tuple(clip for clip, file in zip(clips, files, strict=True) if not file)
+    return Split(name, found, missing, videos.kind)
