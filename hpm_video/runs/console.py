@@ -9,11 +9,13 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from hpm_video.config.checks import ConfigError
+from hpm_video.config.choices import DecoderChoice
 from hpm_video.data.clips import TooManyBadFiles, Views
 from hpm_video.data.manifest import ManifestError
 from hpm_video.decoding.registry import DecodeError, DecoderError
@@ -195,3 +197,27 @@ def parse_views(text: str) -> Views:
         raise argparse.ArgumentTypeError(
             f"views are clips x crops, at least 1x1, such as 5x3; got {text!r}"
         ) from None
+
+
+SHARED_OPTIONS: dict[str, dict[str, Any]] = {
+    "device": {"default": "auto", "help": "auto (default), cpu, cuda, cuda:1, mps"},
+    "precision": {
+        "choices": ("auto", "fp32", "bf16"),
+        "default": "auto",
+        "help": "auto (default): bf16 on a GPU that is made for it, otherwise fp32",
+    },
+    "decoder": {"choices": get_args(DecoderChoice), "default": "auto"},
+    "workers": {"type": not_negative, "metavar": "N", "help": "processes that decode"},
+    "views": {
+        "type": parse_views,
+        "metavar": "CLIPSxCROPS",
+        "help": "views of each video that are averaged over, such as 5x3",
+    },
+    "output": {"type": Path},
+}
+
+
+def add_options(parser: argparse.ArgumentParser, *names: str, **changed: dict[str, Any]) -> None:
+    """Add options that programs share. ``changed``: those that differ here, and in what."""
+    for name in (*names, *changed):
+        parser.add_argument(f"--{name}", **SHARED_OPTIONS[name] | changed.get(name, {}))

@@ -276,7 +276,7 @@ class WaitingWarning:
         if self._in_a_row == self.LINES:
             log.warning(
                 "%.0f%% of the time goes into waiting for data. What holds it up, and how many "
-                "data.workers would do: python tools/bench_loader.py %s. Often it is decoding: "
+                "data.workers would do: python tools/bench.py loader %s. Often it is decoding: "
                 "tools/transcode.py makes videos small and quick to seek in",
                 100 * data_wait,
                 self._config,
