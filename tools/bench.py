@@ -8,7 +8,6 @@ import gc
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,7 +25,6 @@ from bench_ways import (  # type: ignore[import-not-found] # beside this file
     measure_loss,
     peak_bytes,
     ways_to_decode,
-    write_footage,
 )
 from torch import Tensor
 from tqdm import tqdm
@@ -73,7 +71,6 @@ from hpm_video.workers.room import RoomError
 
 TURNS = 3
 """Times that each precision is measured."""
-SIZES = {"320x240": (240, 320), "1280x720": (720, 1280)}
 WHY = {
     "cuda": "bf16 where the GPU is made for it",
     "mps": "always on this kind of device",
@@ -149,11 +146,10 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     add("--needs", type=above_zero, metavar="CLIPS", help="per second, of all GPUs here together")
     add("--clips", type=positive, default=48, help="videos taken apart into phases (48)")
     add("--seconds", type=above_zero, default=8.0, metavar="S", help="of each trial (8)")
-    add_options(commands.choices["decoding"], views={"default": Views(5, 3), "help": "5x3"})
+    add_options(commands.choices["decoding"], views={"default": Views(5, 3)})
     add = commands.choices["decoding"].add_argument
+    add("video", metavar="VIDEO")
     add("--decoders", metavar="NAME,NAME", help="by default all that load")
-    add("--footage", type=Path, metavar="VIDEO", help="what the files show; default: moving noise")
-    add("--frames", type=positive, default=300, help="length of the files (300)")
     add("--repeats", type=positive, default=15, help="times that each way is measured (15)")
     add_options(commands.choices["losses"], "device")
     add = commands.choices["losses"].add_argument
@@ -276,29 +272,25 @@ def in_own_process(
 
 
 def decoding(arguments: argparse.Namespace) -> Tables:
-    """Time how files become clips, against the straightforward way.
+    """Time how a video becomes clips, against the straightforward way.
 
-    A training clip and all views of a test, of H.264 files of two sizes at 30 frames a second, with
-    each decoder (see tools/bench_ways.py). One process, one thread; the files are in memory.
+    A training clip and all views of a test, with each decoder (see tools/bench_ways.py). One
+    process, one thread; the file is in memory after the first turn, which does not count.
     """
     torch.set_num_threads(1)
     decoders = choose_decoders(arguments.decoders)
     if "decord" not in available_decoders():
         print("decord is not installed: the straightforward way takes whole frames of PyAV")
 
-    def measure(way: Callable[..., Tensor], path: str, turn: int) -> float:
+    def measure(way: Callable[..., Tensor], turn: int) -> float:
         draw, began = generator("bench decoding", turn), time.perf_counter()
-        way(path, draw)
+        way(arguments.video, draw)
         return time.perf_counter() - began
 
-    with tempfile.TemporaryDirectory() as folder:
-        for name, size in SIZES.items():
-            path = str(Path(folder) / f"{name}.mp4")
-            write_footage(path, size, arguments.frames, arguments.footage)
-            for task, made in ways_to_decode(decoders, arguments.views).items():
-                timed = {way: partial(measure, function, path) for way, function in made.items()}
-                found = in_turns(timed, arguments.repeats + 1)
-                yield f"{task}, {name}", compared({way: taken[1:] for way, taken in found.items()})
+    for task, made in ways_to_decode(decoders, arguments.views).items():
+        timed = {name: partial(measure, way) for name, way in made.items()}
+        found = in_turns(timed, arguments.repeats + 1)
+        yield task, compared({name: taken[1:] for name, taken in found.items()})
 
 
 def choose_decoders(names: str | None, first: Sequence[DecoderChoice] = ()) -> list[DecoderName]:

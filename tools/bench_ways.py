@@ -9,9 +9,8 @@
 """
 
 import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain, cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -28,42 +27,12 @@ from hpm_video.data.transforms import crop_and_resize, multi_scale_box, view_box
 from hpm_video.decoding.reader import Box
 from hpm_video.decoding.registry import Frames, available_decoders, open_video
 from hpm_video.mining.losses import ranking_loss
-from hpm_video.preparation.encode import write_video
-from hpm_video.randomness import generator
 from hpm_video.training.device import choose_device, time_updates
 
 FRAME_SIZE = (224, 224)
 CLIP, STRIDE = 16, 4
-GROUP = 250
-"""Frames from one key frame to the next where a scene does not change: what encoders do unless
-they are told otherwise."""
 Way = Callable[[str, np.random.Generator], Tensor]
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def write_footage(path: str, size: tuple[int, int], count: int, footage: Path | None) -> None:
-    """Write a video of that many frames: ``footage`` to and fro, or noise that moves."""
-    frames = moving_noise(size) if footage is None else to_and_fro(footage, size)
-    write_video(path, islice(frames, count), fps=30, gop=GROUP)
-
-
-def moving_noise(size: tuple[int, int]) -> Iterator[Frames]:
-    """Yield frames of (H, W, 3)."""
-    height, width = size
-    small = generator("noise").integers(0, 256, (height // 8 + 40, width // 8 + 40, 3))
-    big = np.kron(small, np.ones((8, 8, 1))).astype(np.uint8)
-    for number in cycle(range(300)):
-        yield big[number:, number:][:height, :width]
-
-
-def to_and_fro(footage: Path, size: tuple[int, int]) -> Iterator[Frames]:
-    """Yield frames of (H, W, 3)."""
-    with open_video(str(footage)) as video:
-        whole = Box(0, 0, video.height, video.width)
-        there = range(video.num_frames)
-        for number in cycle(chain(there, reversed(there))):
-            resized = crop_and_resize(video.read([number]), whole, size)
-            yield resized[:, 0].permute(1, 2, 0).numpy()
 
 
 def ways_to_decode(decoders: Sequence[DecoderName], views: Views) -> dict[str, dict[str, Way]]:

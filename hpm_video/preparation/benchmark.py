@@ -1,7 +1,6 @@
 """Measure how training clips are read: phase by phase, and by several processes."""
 
 import copy
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
@@ -29,7 +28,7 @@ IN_THE_RUN = ("collating", "copying")
 NUM_PLACES = 4 * 10**6
 """Videos that trials may read one after the other."""
 PREPARED = 2_000
-"""Files that are forgotten or recalled before a trial, at most."""
+"""Files that are read into memory before a trial, at most."""
 SECONDS_TO_PREPARE = 5.0
 WEIGHED = 200
 """Files whose sizes stand for all."""
@@ -54,7 +53,7 @@ class Phases:
     """Seconds per clip of each phase, in one process."""
 
     reading: float
-    """The bytes of the file; for folders of frames that is part of decoding."""
+    """The bytes of the file."""
     decoding: float
     augmenting: float
     collating: float
@@ -112,7 +111,7 @@ class Storage:
         num_bytes = 0.0
         for stream in clips.streams:
             files = stream.manifest.files
-            sizes = [_size(path) for path in files[:: -(-len(files) // WEIGHED)]]
+            sizes = [size_of(path) for path in files[:: -(-len(files) // WEIGHED)]]
             num_bytes += len(files) * sum(sizes) / len(sizes)
         return cls(sum(map(len, clips.streams)), int(num_bytes), memory_left())
 
@@ -121,31 +120,32 @@ class Storage:
         """Whether the system keeps all files in memory once they were read."""
         return self.memory is not None and self.num_bytes < self.memory / 2
 
-    def prepare(self, path: str) -> None:
-        """Put the bytes of a file where training would find them, as far as the system allows."""
-        for name, start, size in _extents(path):
-            # A pipe that stands in for a file must not hold this up.
-            with suppress(OSError), open(name, "rb", opener=_without_waiting) as file:  # noqa: PTH123
-                if self.is_memory:
-                    file.seek(start)
-                    file.read(size or -1)
-                elif hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_DONTNEED)
-
     def __str__(self) -> str:
         plural = "s" * (self.num_files != 1)
         data = f"{self.num_files:,} file{plural} of about {max(1, self.num_bytes / MIB):,.0f} MiB"
         if self.is_memory:
-            return (
-                f"{data} fit into memory: they are read from there, as training reads them after "
-                "its first epoch"
-            )
-        if not hasattr(os, "posix_fadvise"):
-            return f"{data} are read from the disk, or from memory where the system has them"
-        return (
-            f"{data} may not fit into memory: they are read from the disk, as training reads them "
-            "(the system is asked to forget them before)"
-        )
+            return f"{data} fit into memory: read from there, as after the first epoch of training"
+        return f"{data} may not fit into memory: read from the disk, each once, as in training"
+
+
+def size_of(path: str) -> int:
+    """Return the bytes of a place that :func:`read_all` would read."""
+    if member := TarMember.parse(path):
+        return member.size
+    with suppress(OSError):  # it is not there
+        files = frames_in(path) if is_frame_folder(path) else [Path(path)]
+        return sum(file.stat().st_size for file in files)
+    return 0
+
+
+def read_all(path: str) -> int:
+    """Read the bytes of a file, a member of a tar or a folder of frames. -> how many, 0 if none"""
+    try:
+        if is_frame_folder(path):
+            return sum(len(read_bytes(str(frame))) for frame in frames_in(path))
+        return len(read_bytes(path))
+    except (DecodeError, OSError):
+        return 0
 
 
 @dataclass
@@ -205,8 +205,8 @@ class Trials:
     def read(self, trial: "Trial", workers: int) -> None:
         """Have so many processes read, and add what comes of it to ``trial``."""
         places, began = self.places(), time.monotonic()
-        for place in islice(places, PREPARED):
-            self.storage.prepare(self.clips.streams[place.source].request(place.position).path)
+        for place in islice(places, PREPARED if self.storage.is_memory else 0):
+            read_all(self.clips.streams[place.source].request(place.position).path)
             if time.monotonic() > began + SECONDS_TO_PREPARE:
                 break
         places.reached = 0
@@ -293,10 +293,10 @@ def time_phases(
         reader = reader_of(streams[place.source])
         timed = replace(reader, transform=_Timed(reader.transform, augmenting))
         try:
-            storage.prepare(request.path)
-            if not is_frame_folder(request.path):
-                with reading:
-                    read_bytes(request.path)
+            if storage.is_memory:
+                read_all(request.path)
+            with reading:
+                read_all(request.path)
             with whole:
                 samples.append(timed(request))
         except (DecodeError, OSError) as error:
@@ -333,29 +333,6 @@ def _fresh(stream: VideoClips, decoder: DecoderName | None) -> VideoClips:
     if decoder is not None:
         fresh.reader = replace(reader_of(stream), decoder=decoder)
     return fresh
-
-
-def _extents(path: str) -> Iterator[tuple[str, int, int]]:
-    """Yield files, and which bytes of each: from where on, and how many (0: all)."""
-    if is_frame_folder(path):
-        with suppress(OSError):
-            yield from ((str(frame), 0, 0) for frame in frames_in(path))
-    elif member := TarMember.parse(path):
-        yield member.tar, member.offset, member.size
-    else:
-        yield path, 0, 0
-
-
-def _size(path: str) -> int:
-    total = 0
-    for name, _, size in _extents(path):
-        with suppress(OSError):  # it is not there
-            total += size or Path(name).stat().st_size
-    return total
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _in_batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]]:

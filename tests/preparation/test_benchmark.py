@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-import shutil
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -27,6 +26,8 @@ from hpm_video.preparation.benchmark import (
     Storage,
     Trial,
     Trials,
+    read_all,
+    size_of,
     time_phases,
 )
 from hpm_video.workers.room import RoomError
@@ -256,25 +257,22 @@ def test_it_is_told_where_files_are_read_from_and_why(videos):
     small, large = (Storage(3, 100 * MIB, memory) for memory in (201 * MIB, 199 * MIB))
     assert small.is_memory
     assert not large.is_memory
-    assert str(small).startswith("3 files of about 100 MiB fit into memory: they are read from the")
-    assert str(large).startswith("3 files of about 100 MiB may not fit into memory: they are read")
+    assert str(small).startswith("3 files of about 100 MiB fit into memory: read from there")
+    assert str(large).startswith(
+        "3 files of about 100 MiB may not fit into memory: read from the disk"
+    )
     assert not Storage(3, 1, None).is_memory
 
 
-@pytest.mark.parametrize("memory", [0, 2**40])
-def test_files_are_where_training_finds_them(videos, tmp_path, monkeypatch, memory):
-    source = next((videos / "train").iterdir())
-    shutil.copy(source, tmp_path / "a.mp4")
-    asked = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: asked.append(arguments[1:]))
-    clips = clips_of(tmp_path)
-    for place in places(3):
-        Storage(1, 1, memory).prepare(clips.streams[0].request(place.position).path)
-    Storage(1, 1, memory).prepare(f"{tmp_path}/shard.tar::a.mp4@512+100")  # there is none
-    (tmp_path / "shard.tar").write_bytes(bytes(2048))
-    Storage(1, 1, memory).prepare(f"{tmp_path}/shard.tar::a.mp4@512+100")
-    forgotten = [(0, 0, os.POSIX_FADV_DONTNEED)] * 3 + [(512, 100, os.POSIX_FADV_DONTNEED)]
-    assert asked == ([] if memory else forgotten)
+def test_the_bytes_of_every_kind_of_place_are_read(tmp_path):
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for name in ("1.jpg", "2.jpg"):
+        (frames / name).write_bytes(bytes(100))
+    (tmp_path / "a.mp4").write_bytes(bytes(50))
+    for place, count in ((f"{frames}/", 200), (f"{tmp_path}/a.mp4", 50), (f"{tmp_path}/gone", 0)):
+        assert (size_of(place), read_all(place)) == (count, count)
+    assert size_of(f"{tmp_path}/shard.tar::a.mp4@512+100") == 100
 
 
 @pytest.mark.parametrize("memory", [0, 2**40])
