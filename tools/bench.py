@@ -5,6 +5,7 @@ What is compared takes turns, and medians are shown: ratios hold elsewhere, time
 
 import argparse
 import gc
+import inspect
 import json
 import statistics
 import sys
@@ -116,7 +117,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         command = commands.add_parser(
             measure.__name__,
             help=str(measure.__doc__).splitlines()[0],
-            description=measure.__doc__,
+            description=inspect.getdoc(measure),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(measure=measure)

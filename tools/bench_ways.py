@@ -67,7 +67,8 @@ def views_plainly(views: Views, path: str, _: np.random.Generator) -> Tensor:
     for clip in range(views.clips):
 
         def choose(count: int, clip: int = clip) -> NDArray[np.int64]:
-            return view_indices(count, CLIP, STRIDE, views.clips)[clip]
+            indices: NDArray[np.int64] = view_indices(count, CLIP, STRIDE, views.clips)[clip]
+            return indices
 
         for crop in range(views.crops):
             frames = read_plainly(path, choose)
@@ -125,7 +126,7 @@ def measure_loss(
         scores.grad = None
         loss = LOSSES[form](scores, errors)
         torch.autograd.backward(loss)
-        return float(loss)  # waits for the device
+        return float(loss.detach())  # waits for the device
 
     again(*draw_tokens(1, 16, place))  # loads what every call needs
     scores, errors = draw_tokens(clips, tokens, place)

@@ -163,7 +163,7 @@ def table(trials: Sequence[Trial]) -> str:
         for lr, found in rows.items():
             shown = " ".join(f"{top1:.3f}" for top1 in found)
             lines.append(
-                f"{labels or 'all':>20} | {start:10} | {lr:7.2g} | {shown:18} | "
+                f"{labels or 'all':>20} | {start!s:10} | {lr:7.2g} | {shown:18} | "
                 f"{statistics.mean(found):.3f}{'  <- best' if lr == best else ''}"
             )
     return "\n".join(lines)

@@ -152,7 +152,8 @@ def main(command_line: Sequence[str] | None = None) -> int:
     if hosts and not is_here(hosts):
         threads = threads_per_process(max(hosts.values()))
         command = [program, *arguments.arguments]
-        return run_on_hosts(arguments.hostfile, hosts, command, threads, lambda: requests.first)
+        path, asked = arguments.hostfile, lambda: requests.first
+        return int(run_on_hosts(path, hosts, command, threads, asked))
     with closing(socket.socket()) as place:
         if job.nodes == 1 and arguments.master_port is None:
             job = Job(job.processes, port=reserve_port(place))

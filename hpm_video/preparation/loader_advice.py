@@ -49,7 +49,8 @@ def past_speed(run: Path) -> tuple[int, float] | None:
 
     def speed(line: dict[str, Any]) -> float:
         processes = [s["processes"] for s in starts if s["first_update"] < line["update"]][-1]
-        return float(line["clips_per_second"]) / max(1 - line["data_wait"], 1e-3) / int(processes)
+        rate: float = line["clips_per_second"] / max(1 - line["data_wait"], 1e-3) / processes
+        return rate
 
     return starts[-1]["processes"], statistics.median_high(map(speed, trained[-LINES:]))
 
