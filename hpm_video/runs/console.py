@@ -22,8 +22,6 @@ from hpm_video.decoding.registry import DecodeError, DecoderError
 from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition.logistic import NotConvergedError
 from hpm_video.recognition.testing import BadTestFilesError
-from hpm_video.training.deepspeed_engine import DeepSpeedError
-from hpm_video.training.deepspeed_settings import DeepSpeedSettingsError
 from hpm_video.training.device import DeviceError
 from hpm_video.training.distributed import (
     Processes,
@@ -34,6 +32,7 @@ from hpm_video.training.distributed import (
     joined_processes,
     lost_contact,
 )
+from hpm_video.training.engine import EngineError
 from hpm_video.training.metrics import MetricsError, NonFiniteLossError
 from hpm_video.training.stop import Interrupted
 from hpm_video.workers.pool import PoolError
@@ -49,9 +48,8 @@ EXPECTED = (
     ConfigError,
     DecodeError,
     DecoderError,
-    DeepSpeedError,
-    DeepSpeedSettingsError,
     DeviceError,
+    EngineError,
     ManifestError,
     MetricsError,
     NonFiniteLossError,

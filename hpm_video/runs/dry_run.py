@@ -38,7 +38,7 @@ def plan_pretraining(config: PretrainConfig, processes: int) -> str:
     """What ``pretrain`` would do in so many processes.
 
     Raises:
-        ConfigError, ManifestError, DeepSpeedSettingsError: it could not be run.
+        ConfigError, ManifestError, EngineError: it could not be run.
     """
     with torch.device("meta"):
         student = build_student(config)
@@ -51,7 +51,7 @@ def plan_finetuning(config: FinetuneConfig, processes: int) -> str:
     """What ``finetune`` would do in so many processes. The weights to start from may be missing.
 
     Raises:
-        ConfigError, ManifestError, DeepSpeedSettingsError: it could not be run.
+        ConfigError, ManifestError, EngineError: it could not be run.
     """
     data = open_data(config)
     config = resolve(config, len(find_label_names(config, data)))

@@ -69,7 +69,14 @@ from hpm_video.training.curves import plot_curves
 from hpm_video.training.device import Precision, choose_device
 from hpm_video.training.distributed import Processes
 from hpm_video.training.engine import Engine, TorchEngine
-from hpm_video.training.optim import layer_decay_of, make_adamw, make_sgd, parameter_groups
+from hpm_video.training.optim import (
+    EmaUpdate,
+    ema_update_module,
+    layer_decay_of,
+    make_adamw,
+    make_sgd,
+    parameter_groups,
+)
 from hpm_video.training.run import Watch
 
 log = logging.getLogger(__name__)
@@ -126,7 +133,7 @@ def _train(
     engine = make_engine(config, session, plan, precision, model, make_optimizer(config, model))
     if average is not None:
         engine.hold(average)
-    objective = build_objective(config, average)
+    objective = build_objective(config, average, engine.ema_update)
     train(
         config,
         session,
@@ -363,8 +370,12 @@ def for_checkpoint(
     )
 
 
-def build_objective(config: FinetuneConfig, average: ClipClassifier | None) -> Classification:
-    """Classification as a config wants it."""
+def build_objective(
+    config: FinetuneConfig,
+    average: ClipClassifier | None,
+    ema_update: EmaUpdate = ema_update_module,
+) -> Classification:
+    """Classification as a config wants it; ``ema_update``: of the engine that holds the average."""
     how = config.augmentation
     assert config.model.num_classes is not None
     mixing = None
@@ -385,6 +396,7 @@ def build_objective(config: FinetuneConfig, average: ClipClassifier | None) -> C
         average=average,
         average_momentum=config.recipe.average_momentum or 0.0,
         seed=config.seed,
+        ema_update=ema_update,
     )
 
 

@@ -62,7 +62,7 @@ from hpm_video.training.curves import plot_curves
 from hpm_video.training.device import Precision
 from hpm_video.training.distributed import Processes
 from hpm_video.training.engine import Engine, TorchEngine, WholeModel
-from hpm_video.training.optim import make_adamw, parameter_groups
+from hpm_video.training.optim import EmaUpdate, ema_update_module, make_adamw, parameter_groups
 from hpm_video.training.run import Watch
 from hpm_video.weights.image_tower import read_image_tower
 
@@ -107,10 +107,11 @@ def build_objective(
     teacher: MaskedAutoencoder | None,
     target: Target,
     whole: Callable[[nn.Module], AbstractContextManager[nn.Module]] = nullcontext,
+    ema_update: EmaUpdate = ema_update_module,
 ) -> HardPatchesMining:
     """Hard patches mining as a config wants it; without a teacher, a plain masked autoencoder.
 
-    ``whole``: of the engine that holds the teacher.
+    ``whole`` and ``ema_update``: of the engine that holds the teacher.
     """
     mining = config.mining
     return HardPatchesMining(
@@ -121,6 +122,7 @@ def build_objective(
         teacher=teacher,
         momentum=MomentumSchedule(mining.momentum, mining.first_momentum, mining.last_momentum),
         whole=whole,
+        ema_update=ema_update,
     )
 
 
@@ -219,7 +221,7 @@ def _train(
     engine = make_engine(config, session, plan, precision, student, _optimizer(config, student))
     if teacher is not None:
         engine.hold(teacher)
-    objective = build_objective(config, teacher, target, engine.whole)
+    objective = build_objective(config, teacher, target, engine.whole, engine.ema_update)
     train(
         config,
         session,

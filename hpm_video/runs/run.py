@@ -415,8 +415,7 @@ def make_engine(
     """The engine that updates ``model``, which is on the device of the session.
 
     Raises:
-        DeepSpeedError: DeepSpeed cannot be used.
-        DeepSpeedSettingsError: the user's settings of it contradict the run.
+        EngineError: DeepSpeed cannot be used, or the user's settings of it contradict the run.
     """
     how = config.engine
     common: dict[str, Any] = {
@@ -434,7 +433,7 @@ def deepspeed_choice(how: EngineConfig) -> DeepSpeedChoice:
     """What a config wants of DeepSpeed.
 
     Raises:
-        DeepSpeedSettingsError: the user's file of settings cannot be read.
+        EngineError: the user's file of settings cannot be read.
     """
     return DeepSpeedChoice(
         stage=how.stage,
@@ -674,9 +673,8 @@ def _announce(
 ) -> None:
     for line in describe_data(config, data):
         log.info(line)
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters()) / 1e6
     device = f"{engine.device.type} in {engine.precision}, by {engine.name}"
-    log.info(f"{parameters:.1f} M parameters on {device}")
+    log.info(f"{engine.num_parameters / 1e6:.1f} M parameters on {device}")
     for line in describe_plan(config, data, plan):
         log.info(line)
     if start:

@@ -7,10 +7,10 @@ import pytest
 from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.training.deepspeed_settings import (
     DeepSpeedChoice,
-    DeepSpeedSettingsError,
     read_settings,
     settings_of,
 )
+from hpm_video.training.engine import EngineError
 
 PLAN = BatchPlan(batch_size=24, processes=2, micro_batch=4)
 
@@ -84,7 +84,7 @@ def test_a_file_adds_and_may_leave_open_or_repeat():
     ],
 )
 def test_a_file_that_contradicts_is_refused_by_name(own, name, remedy):
-    with pytest.raises(DeepSpeedSettingsError) as refused:
+    with pytest.raises(EngineError) as refused:
         settings(own)
     assert f"engine.deepspeed says {name}, and the run " in str(refused.value)
     assert remedy in str(refused.value)
@@ -92,7 +92,7 @@ def test_a_file_that_contradicts_is_refused_by_name(own, name, remedy):
 
 @pytest.mark.parametrize("section", ["optimizer", "scheduler"])
 def test_sections_of_the_recipe_are_refused(section):
-    with pytest.raises(DeepSpeedSettingsError, match=f"section '{section}', but that is part of"):
+    with pytest.raises(EngineError, match=f"section '{section}', but that is part of"):
         settings({section: {"type": "AdamW"}})
 
 
@@ -101,5 +101,5 @@ def test_a_file_that_is_no_object_is_named(tmp_path, text):
     path = tmp_path / "settings.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(DeepSpeedSettingsError, match=r"engine\.deepspeed=.*settings\.json"):
+    with pytest.raises(EngineError, match=r"engine\.deepspeed=.*settings\.json"):
         read_settings(path)
