@@ -5,6 +5,8 @@ import json
 import pytest
 
 from hpm_video.config.batch_plan import BatchPlan
+from hpm_video.config.checks import ConfigError
+from hpm_video.config.training import EngineConfig
 from hpm_video.training.deepspeed_settings import (
     DeepSpeedChoice,
     read_settings,
@@ -103,3 +105,23 @@ def test_a_file_that_is_no_object_is_named(tmp_path, text):
         path.write_text(text)
     with pytest.raises(EngineError, match=r"engine\.deepspeed=.*settings\.json"):
         read_settings(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"offload": "optimizer"}, "engine.offload=optimizer is for DeepSpeed"),
+        ({"zero_stage": 2}, "engine.zero_stage=2 is for DeepSpeed"),
+        (
+            {"name": "deepspeed", "zero_stage": 0, "offload": "optimizer"},
+            "engine.offload=optimizer needs engine.zero_stage=1 or higher, got 0",
+        ),
+        (
+            {"name": "deepspeed", "zero_stage": 2, "offload": "all"},
+            "engine.offload=all needs engine.zero_stage=3 or higher, got 2",
+        ),
+    ],
+)
+def test_sharding_that_does_not_exist_is_refused_by_the_config(values, message):
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(**values)
