@@ -156,14 +156,16 @@ def few_labels(manifest: Manifest, count: int, seed: int, path: Path) -> Manifes
 def table(trials: Sequence[Trial]) -> str:
     """Mean over seeds at each learning rate, and each start at the best of its own."""
     lines = ["labels of each class | start      | base_lr | top-1 of each seed | mean"]
-    frame = pd.DataFrame(map(asdict, trials))
-    for (labels, start), its_own in frame.groupby(["labels", "start"], sort=False):
-        rows = {lr: [*found] for lr, found in its_own.groupby("base_lr", sort=False).top1}
+    for labels, start in dict.fromkeys((trial.labels, trial.start) for trial in trials):
+        rows: dict[float, list[float]] = {}
+        for trial in trials:
+            if (trial.labels, trial.start) == (labels, start):
+                rows.setdefault(trial.base_lr, []).append(trial.top1)
         best = max(rows, key=lambda lr: statistics.mean(rows[lr]))
         for lr, found in rows.items():
             shown = " ".join(f"{top1:.3f}" for top1 in found)
             lines.append(
-                f"{labels or 'all':>20} | {start!s:10} | {lr:7.2g} | {shown:18} | "
+                f"{labels or 'all':>20} | {start:10} | {lr:7.2g} | {shown:18} | "
                 f"{statistics.mean(found):.3f}{'  <- best' if lr == best else ''}"
             )
     return "\n".join(lines)

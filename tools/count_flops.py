@@ -28,7 +28,7 @@ from hpm_video.training.memory import (
     ActivationBytes,
     Buckets,
     Sharding,
-    TrainingMemory,
+    StateBytes,
     simulate_update,
     training_memory,
 )
@@ -142,26 +142,12 @@ def count_classifier(config: FinetuneConfig) -> float:
 
 
 @dataclass(frozen=True)
-class Model:
-    """What is known of a model from its shapes."""
-
-    parameters: int
-    batch_size: int
-    repeats: int
-    """Clips of each video."""
-    student: float
-    """GMAC of a clip, forward and backward."""
-    teacher: float
-    activations: ActivationBytes
-
-
-@dataclass(frozen=True)
 class Row:
     """An update on so many GPUs, in one of the stages."""
 
     plan: BatchPlan
     stage: int | None
-    memory: TrainingMemory
+    device: StateBytes
     activations: float
     computing: float
     """Seconds."""
@@ -173,7 +159,7 @@ class Row:
     @property
     def needed(self) -> float:
         """Bytes on the device."""
-        return self.memory.device.total + self.activations
+        return self.device.total + self.activations
 
 
 def write_scaling(arguments: argparse.Namespace) -> None:
@@ -186,7 +172,7 @@ def write_scaling(arguments: argparse.Namespace) -> None:
         if name == "state":
             table = "\n".join(describe_state(arguments))
         else:
-            table = "\n".join(describe(look_at(configs[name], arguments.set), arguments))
+            table = "\n".join(describe(configs[name], arguments))
         if arguments.write is None:
             print(f"{table}\n")
         else:
@@ -224,41 +210,67 @@ def describe_state(machine: argparse.Namespace) -> Iterator[str]:
         yield f"| {name_of(stage)} | " + " | ".join(shown) + " |"
 
 
-def look_at(path: Path, overrides: Sequence[str]) -> Model:
-    """Count a config's multiply-adds, parameters and activations. Nothing is allocated."""
-    config = load_config(PretrainConfig, path, overrides)
+def describe(path: Path, machine: argparse.Namespace) -> Iterator[str]:
+    """Yield lines of markdown. Nothing is allocated."""
+    config = load_config(PretrainConfig, path, machine.set)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_student(config).parameters())
+    cpu = torch.device("cpu")
     simulated = {
-        clips: simulate_update(partial(make_update, config, torch.device("cpu"), "bf16", clips))
+        clips: simulate_update(partial(make_update, config, cpu, "bf16", clips))
         for clips in SIMULATED_CLIPS
     }
+    activations = ActivationBytes.through(simulated)
     student, teacher = count(config)
-    return Model(
-        parameters,
-        config.recipe.batch_size,
-        config.data.repeats,
-        student,
-        teacher,
-        ActivationBytes.through(simulated),
+    yield (
+        f"{parameters / 1e6:.0f} M parameters, a batch of {config.recipe.batch_size}; "
+        f"{student:.0f} GMAC per clip for the student and {teacher:.0f} for the "
+        f"teacher; activations of {activations.per_clip / 1e9:.2f} GB per clip and "
+        f"{activations.fixed / 1e9:.2f} GB per pass."
     )
+    yield ""
+    yield (
+        "| GPUs | | passes x videos | weights | optimizer | gradients | teacher | buffers "
+        "| activations | together, GB | sent, GB | computing, s | sending, s | ratio |"
+    )
+    yield "|--:|:--|--:" + "|--:" * 11 + "|"
+    taken = []
+    for number in machine.gpus:
+        if config.recipe.batch_size % number:
+            yield f"| {number} | does not divide the batch of {config.recipe.batch_size} |"
+            continue
+        flops = 2e9 * (student + teacher) * config.recipe.batch_size / number * config.data.repeats
+        rows = [
+            row_of(config, parameters, activations, sharding, machine, flops)
+            for sharding in (Sharding(number, stage, buckets=BUCKETS) for stage in STAGES)
+        ]
+        yield from (line_of(row, FULL * machine.memory) for row in rows)
+        taken.append(recommend(rows, machine.memory))
+    yield ""
+    yield from taken
 
 
-def row_of(model: Model, gpus: int, stage: int | None, machine: argparse.Namespace) -> Row:
+def row_of(
+    config: PretrainConfig,
+    parameters: int,
+    activations: ActivationBytes,
+    sharding: Sharding,
+    machine: argparse.Namespace,
+    flops: float,
+) -> Row:
     """Plan the update with the largest micro-batch that fits, the smallest where none does."""
-    sharding = Sharding(gpus, stage, buckets=BUCKETS)
-    memory = training_memory(model.parameters, model.parameters, sharding)
-    free = FULL * machine.memory - memory.device.total
-    possible = micro_batches(model.batch_size, gpus)
-    fitting = [n for n in possible if model.activations.of(n * model.repeats) <= free]
-    plan = BatchPlan(model.batch_size, gpus, max(fitting, default=possible[0]))
-    flops = 2e9 * (model.student + model.teacher) * plan.share * model.repeats
-    sent = bytes_sent(model.parameters, plan, stage)
+    device = training_memory(parameters, parameters, sharding).device
+    free = FULL * machine.memory - device.total
+    possible = micro_batches(config.recipe.batch_size, sharding.processes)
+    fitting = [n for n in possible if activations.of(n * config.data.repeats) <= free]
+    largest = max(fitting, default=possible[0])
+    plan = BatchPlan(config.recipe.batch_size, sharding.processes, largest)
+    sent = bytes_sent(parameters, plan, sharding.zero_stage)
     return Row(
         plan,
-        stage,
-        memory,
-        model.activations.of(plan.micro_batch * model.repeats),
+        sharding.zero_stage,
+        device,
+        activations.of(largest * config.data.repeats),
         computing=flops / (machine.flops * machine.utilisation),
         sent=sent,
         sending=sent / machine.bandwidth,
@@ -281,36 +293,9 @@ def bytes_sent(parameters: int, plan: BatchPlan, stage: int | None) -> float:
     return times.get(stage or 0, 2) * once
 
 
-def describe(model: Model, machine: argparse.Namespace) -> Iterator[str]:
-    """Yield lines of markdown."""
-    activations = model.activations
-    yield (
-        f"{model.parameters / 1e6:.0f} M parameters, a batch of {model.batch_size}; "
-        f"{model.student:.0f} GMAC per clip for the student and {model.teacher:.0f} for the "
-        f"teacher; activations of {activations.per_clip / 1e9:.2f} GB per clip and "
-        f"{activations.fixed / 1e9:.2f} GB per pass."
-    )
-    yield ""
-    yield (
-        "| GPUs | | passes x videos | weights | optimizer | gradients | teacher | buffers "
-        "| activations | together, GB | sent, GB | computing, s | sending, s | ratio |"
-    )
-    yield "|--:|:--|--:" + "|--:" * 11 + "|"
-    taken = []
-    for number in machine.gpus:
-        if model.batch_size % number:
-            yield f"| {number} | does not divide the batch of {model.batch_size} |"
-            continue
-        rows = [row_of(model, number, stage, machine) for stage in STAGES]
-        yield from (line_of(row, FULL * machine.memory) for row in rows)
-        taken.append(recommend(rows, machine.memory))
-    yield ""
-    yield from taken
-
-
 def line_of(row: Row, free: float) -> str:
     """Write a line of the table."""
-    device = row.memory.device
+    device = row.device
     optimizer = device.master + device.moments
     sizes = (device.weights, optimizer, device.gradients, device.teacher, device.buffers)
     shown = " | ".join(f"{size / 1e9:.1f}" for size in (*sizes, row.activations))

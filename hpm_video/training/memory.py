@@ -219,7 +219,8 @@ def measure_update(make_update: Callable[[], Callable[[], None]]) -> SimulatedMe
 class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes that tensors hold which were made while it was entered.
 
-    Memory inside of an operation is not seen.
+    Memory inside of an operation is not seen. (The MemTracker of torch 2.11 cannot take its place:
+    it fails where a module is frozen, as a teacher is.)
     """
 
     def __init__(self) -> None:
