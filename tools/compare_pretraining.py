@@ -142,37 +142,33 @@ def few_labels(manifest: Manifest, count: int, seed: int, path: Path) -> Manifes
         places = [i for i, other in enumerate(manifest.labels) if other == label]
         order = generator("few labels", seed, label).permutation(len(places))
         chosen += sorted(places[i] for i in order[:count])
-    names = manifest.label_names or [str(label) for label in range(max(manifest.labels) + 1)]
-    rows = {
-        "path": [manifest.files[i] for i in chosen],
-        "label": [manifest.labels[i] for i in chosen],
-        "label_name": [names[manifest.labels[i]] for i in chosen],
-    }
-    write_manifest(pd.DataFrame(rows), path)
-    return replace(
+    few = replace(
         manifest,
         files=tuple(manifest.files[i] for i in chosen),
         labels=tuple(manifest.labels[i] for i in chosen),
         num_frames=tuple(manifest.num_frames[i] for i in chosen),
     )
+    names = manifest.label_names or [str(label) for label in range(max(manifest.labels) + 1)]
+    columns = {"path": few.files, "label": few.labels, "label_name": [names[i] for i in few.labels]}
+    write_manifest(pd.DataFrame(columns), path)
+    return few
 
 
 def table(trials: Sequence[Trial]) -> str:
     """Mean over seeds at each learning rate, and each start at the best of its own."""
     lines = ["labels of each class | start      | base_lr | top-1 of each seed | mean"]
-    for labels in dict.fromkeys(trial.labels for trial in trials):
-        for start in dict.fromkeys(trial.start for trial in trials):
-            rows: dict[float, list[float]] = {}
-            for trial in trials:
-                if (trial.labels, trial.start) == (labels, start):
-                    rows.setdefault(trial.base_lr, []).append(trial.top1)
-            best = max(rows, key=lambda lr: statistics.mean(rows[lr]))
-            lines += [
-                f"{labels or 'all':>20} | {start:10} | {lr:7.2g} | "
-                f"{' '.join(f'{top1:.3f}' for top1 in found):18} | {statistics.mean(found):.3f}"
-                f"{'  <- best' if lr == best else ''}"
-                for lr, found in rows.items()
-            ]
+    for labels, start in dict.fromkeys((trial.labels, trial.start) for trial in trials):
+        rows: dict[float, list[float]] = {}
+        for trial in trials:
+            if (trial.labels, trial.start) == (labels, start):
+                rows.setdefault(trial.base_lr, []).append(trial.top1)
+        best = max(rows, key=lambda lr: statistics.mean(rows[lr]))
+        for lr, found in rows.items():
+            shown = " ".join(f"{top1:.3f}" for top1 in found)
+            lines.append(
+                f"{labels or 'all':>20} | {start:10} | {lr:7.2g} | {shown:18} | "
+                f"{statistics.mean(found):.3f}{'  <- best' if lr == best else ''}"
+            )
     return "\n".join(lines)
 
 

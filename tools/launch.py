@@ -5,6 +5,12 @@
 On several machines, the same line on each of them, with its own --node-rank:
     python tools/launch.py --processes 8 --nodes 2 --node-rank 0 --master-addr NODE0 PROGRAM ...
 
+On the machines of a hostfile, of which each line is a machine and its processes, "node0 slots=8":
+    python tools/launch.py --hostfile FILE PROGRAM ...
+
+That is by DeepSpeed's launcher where there are others than this one, see tools/hostfile.py: it
+gives processes 30 seconds to save and end when they are asked to stop, and ends with 1 then.
+
 The processes find each other by the variables that torchrun sets, and torchrun starts the same
 programs. This says less and tells more: nothing is printed while all goes well, the exit code
 is the program's, and the process that brought the job down is named.
@@ -24,6 +30,8 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+
+from hostfile import is_here, read_hostfile, run_on_hosts  # type: ignore[import-not-found]
 
 WRONG_INPUT = 2
 STOPPED = (75, 130)
@@ -131,11 +139,21 @@ def main(command_line: Sequence[str] | None = None) -> int:
     try:
         grace = read_grace()
         program = read_program(arguments.program)
+        hosts = {} if arguments.hostfile is None else read_hostfile(arguments.hostfile)
+        if hosts:
+            arguments.processes = sum(hosts.values())
+        if hosts and "MASTER_PORT" in os.environ:
+            arguments.master_port = int(os.environ["MASTER_PORT"])
         job = read_job(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return WRONG_INPUT
     requests = Requests()
+    if hosts and not is_here(hosts):
+        threads = threads_per_process(max(hosts.values()))
+        command = [program, *arguments.arguments]
+        path, asked = arguments.hostfile, lambda: requests.first
+        return int(run_on_hosts(path, hosts, command, threads, asked))
     with closing(socket.socket()) as place:
         if job.nodes == 1 and arguments.master_port is None:
             job = Job(job.processes, port=reserve_port(place))
@@ -149,7 +167,9 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--processes", type=int, required=True, help="on this machine")
+    processes = parser.add_mutually_exclusive_group(required=True)
+    processes.add_argument("--processes", type=int, help="on this machine")
+    processes.add_argument("--hostfile", type=Path, help="of DeepSpeed: machines and processes")
     parser.add_argument("--nodes", type=int, default=1, help="machines, each with as many")
     parser.add_argument("--node-rank", type=int, help="which machine this is, from 0 on")
     parser.add_argument("--master-addr", help="name or address of machine 0")

@@ -27,8 +27,8 @@ Several processes, each on a GPU of its own, or on the CPU where there are no GP
   GPUS=8 NNODES=2 NODE_RANK=0 MASTER_ADDR=NODE0 ./run_...
                                 the same line on each of two machines, with its own NODE_RANK;
                                 MASTER_PORT is 29500 unless given
-  HOSTFILE=FILE ./run_...       by DeepSpeed's launcher, on the machines of FILE, each of which
-                                is a line such as "node0 slots=8"
+  HOSTFILE=FILE ./run_...       on the machines of FILE, each of which is a line such as
+                                "node0 slots=8"; by DeepSpeed's launcher on others than this one
   sbatch tools/slurm/...        by slurm, see the comments there
 
 When SIGTERM or Ctrl-C asks them to stop they have HPM_GRACE seconds to save, 300 unless given.
@@ -171,7 +171,7 @@ choose_hosts() {
     refuse "HOSTFILE=$HOSTFILE names no host" "Write a line such as 'node0 slots=8' per machine."
   fi
   HOSTFILE="$(cd -- "$(dirname -- "$HOSTFILE")" && pwd)/$(basename -- "$HOSTFILE")"
-  launcher=(tools/launch_hosts.py "$HOSTFILE")
+  launcher=(tools/launch.py --hostfile "$HOSTFILE")
 }
 
 # PROGRAM ARGUMENT ... in as many processes as were chosen.

@@ -17,12 +17,13 @@ from hpm_video.config.choices import PredictorObjective
 from hpm_video.data.clips import ClipBatch
 from hpm_video.mining.losses import ranking_loss, regression_loss
 from hpm_video.mining.targets import Target
-from hpm_video.mining.teacher import MomentumSchedule, follow
+from hpm_video.mining.teacher import MomentumSchedule
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder, Prediction
 from hpm_video.randomness import uniform
 from hpm_video.tokens.masking import MaskRule, TokenMask
 from hpm_video.tokens.pixels import normalise
 from hpm_video.training.objective import Losses, Model
+from hpm_video.training.optim import EmaUpdate, ema_update_module
 from hpm_video.training.progress import Progress
 
 
@@ -41,7 +42,7 @@ class Examination(NamedTuple):
 class HardPatchesMining:
     """The objective of pre-training. Without a predictor it trains a plain masked autoencoder."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts of the method, and what an engine does for it
         self,
         masks: Mapping[str, MaskRule],
         target: Target,
@@ -51,10 +52,12 @@ class HardPatchesMining:
         teacher: MaskedAutoencoder | None,
         momentum: MomentumSchedule,
         whole: Callable[[nn.Module], AbstractContextManager[nn.Module]] = nullcontext,
+        ema_update: EmaUpdate = ema_update_module,
     ) -> None:
         """Take the rules of the method; ``masks``: by the name of the source of a batch.
 
-        ``whole`` makes the teacher callable, where an engine has spread its weights.
+        ``whole`` makes the teacher callable and ``ema_update`` moves it where an engine has spread
+        its weights.
 
         Raises:
             ValueError: masks are to be picked by difficulty, but nothing predicts it.
@@ -73,6 +76,7 @@ class HardPatchesMining:
         self._predictor_weight = predictor_weight
         self._momentum = momentum
         self._whole = whole
+        self._ema_update = ema_update
 
     def seen_with(self, teacher: MaskedAutoencoder | None) -> "HardPatchesMining":
         """The same objective for looking, with a teacher whose weights are all here."""
@@ -119,7 +123,7 @@ class HardPatchesMining:
         """Let the teacher follow the student: once per update, in float32."""
         if self.teacher is None:
             return
-        follow(self.teacher, student, self._momentum.at(progress))
+        self._ema_update(self.teacher, student, self._momentum.at(progress))
 
     def normalised(self, batch: ClipBatch) -> Tensor:
         """The clips of a batch as models see them: -> (B, C, T, H, W) float32"""

@@ -4,9 +4,7 @@ import copy
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import nn
 
 from hpm_video.config.choices import MomentumKind
 from hpm_video.training.progress import Progress
@@ -37,19 +35,3 @@ class MomentumSchedule:
 def make_teacher(student: Module) -> Module:
     """A frozen copy of the student, which will follow it."""
     return copy.deepcopy(student).requires_grad_(requires_grad=False).eval()
-
-
-@torch.no_grad()
-def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """Move the teacher's weights towards the student's by ``1 - momentum``.
-
-    Both are float32: in bfloat16 a step of 1e-4 would be rounded away. Where the weights of both
-    are spread over processes alike, each process moves its shards.
-    """
-    average = get_ema_multi_avg_fn(momentum)  # type: ignore[no-untyped-call]
-    average(_held_here(teacher), _held_here(student), 0)
-
-
-def _held_here(module: nn.Module) -> list[Tensor]:
-    """What this process holds of each parameter: all of it, or its shard under ZeRO stage 3."""
-    return [getattr(parameter, "ds_tensor", parameter) for parameter in module.parameters()]

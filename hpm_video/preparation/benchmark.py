@@ -1,7 +1,6 @@
-"""What reading training clips costs, phase by phase, and how much of it so many processes do."""
+"""Measure how training clips are read: phase by phase, and by several processes."""
 
 import copy
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
@@ -15,45 +14,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpm_video.config.choices import DecoderName
-from hpm_video.data.clips import (
-    ClipBatch,
-    DrawnClips,
-    Failure,
-    Sample,
-    TooManyBadFiles,
-    VideoClips,
-    collate,
-)
+from hpm_video.data.clips import DrawnClips, Failure, Sample, TooManyBadFiles, VideoClips, collate
 from hpm_video.data.loader import training_batches
-from hpm_video.data.mixture import MixedClips, Place
+from hpm_video.data.mixture import MixedClips, Place, Places, deal_out
 from hpm_video.data.transforms import ClipTransform, DrawnTransform
 from hpm_video.decoding.locations import TarMember, frames_in, is_frame_folder, read_bytes
 from hpm_video.decoding.reader import Box
 from hpm_video.decoding.registry import DecodeError
-from hpm_video.workers.room import memory_left
+from hpm_video.workers.room import RoomError, memory_left
 
 IN_WORKERS = ("reading", "decoding", "augmenting")
 IN_THE_RUN = ("collating", "copying")
+NUM_PLACES = 4 * 10**6
+"""Videos that trials may read one after the other."""
 PREPARED = 2_000
-"""Places of a trial whose files are forgotten or recalled before it, at most."""
+"""Files that are read into memory before a trial, at most."""
 SECONDS_TO_PREPARE = 5.0
-"""That this may take."""
 WEIGHED = 200
-"""Files that tell how large all of them are."""
+"""Files whose sizes stand for all."""
 MIB = 2**20
-
-
-class RefusedFiles(TooManyBadFiles):
-    """A decoder refuses more files than the data allow."""
-
-    def __init__(self, message: str, first: Failure) -> None:
-        super().__init__(message)
-        self.first = first
 
 
 @dataclass
 class Stopwatch:
-    """Seconds that something took, all together."""
+    """Seconds spent inside of ``with``, in total."""
 
     seconds: float = 0.0
 
@@ -66,34 +50,28 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Phases:
-    """Seconds per clip, each phase by itself in one process."""
+    """Seconds per clip of each phase, in one process."""
 
     reading: float
-    """The bytes of the file, from where training has them, see :class:`Storage`; of folders of
-    frames none, it is part of decoding."""
+    """The bytes of the file."""
     decoding: float
-    """From those bytes to the pixels of the frames that are wanted."""
     augmenting: float
     collating: float
-    """Into a batch."""
     copying: float
     """To the device."""
 
     def seconds(self, names: Sequence[str]) -> float:
-        """Of some phases together."""
+        """Sum some phases."""
         return float(sum(getattr(self, name) for name in names))
 
     def bottleneck(self, workers: int) -> str:
-        """The phase that holds up the others, with so many processes that decode."""
-        if self.seconds(IN_THE_RUN) > self.seconds(IN_WORKERS) / workers:
-            return max(IN_THE_RUN, key=lambda name: self.seconds([name]))
-        return max(IN_WORKERS, key=lambda name: self.seconds([name]))
+        """Return the phase that holds up the others when so many processes decode."""
+        in_the_run = self.seconds(IN_THE_RUN) > self.seconds(IN_WORKERS) / workers
+        return max(IN_THE_RUN if in_the_run else IN_WORKERS, key=lambda name: self.seconds([name]))
 
 
 @dataclass(frozen=True)
 class _Timed(ClipTransform):
-    """A transform whose work is timed."""
-
     transform: ClipTransform
     watch: Stopwatch = field(compare=False)
 
@@ -119,66 +97,173 @@ class _TimedDrawn:
 
 @dataclass(frozen=True)
 class Storage:
-    """Where training finds the bytes of its files, so that measurements find them there as well."""
+    """Where training finds the bytes of its files, so that measurements find them there too."""
 
     num_files: int
     num_bytes: int
-    """Of all files, estimated."""
+    """All files together, estimated."""
     memory: int | None
     """Bytes that are left; none if unknown."""
 
+    @classmethod
+    def of(cls, clips: MixedClips) -> "Storage":
+        """Weigh a part of the files."""
+        num_bytes = 0.0
+        for stream in clips.streams:
+            files = stream.manifest.files
+            sizes = [size_of(path) for path in files[:: -(-len(files) // WEIGHED)]]
+            num_bytes += len(files) * sum(sizes) / len(sizes)
+        return cls(sum(map(len, clips.streams)), int(num_bytes), memory_left())
+
     @property
     def is_memory(self) -> bool:
-        """Whether the system keeps all files in memory, once they were read."""
+        """Whether the system keeps all files in memory once they were read."""
         return self.memory is not None and self.num_bytes < self.memory / 2
 
-    def prepare(self, place: str) -> None:
-        """Have the bytes of a place where training would find them, as far as the system does it.
-
-        What cannot be opened is passed over.
-        """
-        for path, start, size in _extents(place):
-            # A pipe that stands in for a file must not hold this up.
-            with suppress(OSError), open(path, "rb", opener=_without_waiting) as file:  # noqa: PTH123
-                if self.is_memory:
-                    file.seek(start)
-                    file.read(size or -1)
-                elif hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_DONTNEED)
-
-    def prepare_all(self, clips: MixedClips, places: Sequence[Place]) -> None:
-        """Prepare the first of those places, as many as can be done at once."""
-        until = time.monotonic() + SECONDS_TO_PREPARE
-        for place in islice(places, PREPARED):
-            self.prepare(clips.streams[place.source].request(place.position).path)
-            if time.monotonic() > until:
-                return
-
     def __str__(self) -> str:
-        files = f"{self.num_files:,} file{'s' * (self.num_files != 1)}"
-        data = f"{files} of about {max(1, self.num_bytes / MIB):,.0f} MiB"
+        plural = "s" * (self.num_files != 1)
+        data = f"{self.num_files:,} file{plural} of about {max(1, self.num_bytes / MIB):,.0f} MiB"
         if self.is_memory:
-            return (
-                f"{data} fit into memory: they are read from there, as training reads them after "
-                "its first epoch"
+            return f"{data} fit into memory: read from there, as after the first epoch of training"
+        return f"{data} may not fit into memory: read from the disk, each once, as in training"
+
+
+def size_of(path: str) -> int:
+    """Return the bytes of a place that :func:`read_all` would read."""
+    if member := TarMember.parse(path):
+        return member.size
+    with suppress(OSError):  # it is not there
+        files = frames_in(path) if is_frame_folder(path) else [Path(path)]
+        return sum(file.stat().st_size for file in files)
+    return 0
+
+
+def read_all(path: str) -> int:
+    """Read the bytes of a file, a member of a tar or a folder of frames. -> how many, 0 if none"""
+    try:
+        if is_frame_folder(path):
+            return sum(len(read_bytes(str(frame))) for frame in frames_in(path))
+        return len(read_bytes(path))
+    except (DecodeError, OSError):
+        return 0
+
+
+@dataclass
+class Trials:
+    """Read the clips of a training run for some seconds, again and again."""
+
+    clips: MixedClips
+    weights: Sequence[float]
+    """Those of the sources."""
+    storage: Storage
+    batch_size: int
+    seconds: float
+    _start: int = field(default=0, init=False)
+    """The batch that comes next."""
+
+    def __post_init__(self) -> None:
+        self._sources = deal_out(self.weights, NUM_PLACES // self.batch_size)
+
+    def places(self) -> "CountedPlaces":
+        """Return what is read next."""
+        return CountedPlaces(self._sources, self.batch_size, self._start)
+
+    def go_on(self, count: int) -> None:
+        """Pass over so many places: what comes from the disk must not be read twice."""
+        if not self.storage.is_memory:
+            self._start += -(-count // self.batch_size)
+            if self._start > 0.9 * len(self._sources):
+                self._start = 0
+
+    def phases(
+        self, count: int, device: torch.device, decoders: Sequence[DecoderName | None]
+    ) -> tuple[Phases, DecoderName | None]:
+        """Take clips apart with the first decoder that decodes any. -> phases, and which it is
+
+        Raises:
+            DecodeError: none does.
+        """
+        places = list(islice(self.places(), count))
+        for decoder in decoders:
+            try:
+                phases = time_phases(
+                    self.clips,
+                    places,
+                    batch_size=self.batch_size,
+                    device=device,
+                    storage=self.storage,
+                    decoder=decoder,
+                )
+            except DecodeError:
+                if decoder == decoders[-1]:
+                    raise
+                continue
+            self.go_on(count)
+            return phases, decoder
+        raise DecodeError("there is no decoder")
+
+    def read(self, trial: "Trial", workers: int) -> None:
+        """Have so many processes read, and add what comes of it to ``trial``."""
+        places, began = self.places(), time.monotonic()
+        for place in islice(places, PREPARED if self.storage.is_memory else 0):
+            read_all(self.clips.streams[place.source].request(place.position).path)
+            if time.monotonic() > began + SECONDS_TO_PREPARE:
+                break
+        places.reached = 0
+        streams = [_fresh(stream, trial.decoder) for stream in self.clips.streams]
+        count = 0
+        try:
+            batches = training_batches(
+                MixedClips(streams), places, batch_size=self.batch_size, workers=workers, pin=False
             )
-        if not hasattr(os, "posix_fadvise"):
-            return f"{data} are read from the disk, or from memory where the system has them"
-        return (
-            f"{data} may not fit into memory: they are read from the disk, as training reads them "
-            "(the system is asked to forget them before)"
-        )
+            with closing(batches):
+                trial.files.update(next(batches).files)
+                began = time.perf_counter()
+                for batch in batches:
+                    trial.files.update(batch.files)
+                    count += len(batch.clips)
+                    if time.perf_counter() > began + self.seconds:
+                        break
+            trial.rates[workers] = count / (time.perf_counter() - began)
+        except RoomError as error:
+            trial.error = error
+        except TooManyBadFiles as error:
+            trial.error = error
+            trial.rates.clear()
+        for stream in streams:
+            trial.refused |= stream.bad
+        self.go_on(places.reached)
 
 
-def storage_of(clips: MixedClips) -> Storage:
-    """Where the files of those clips are read from. A part of them is looked at."""
-    num_bytes = 0.0
-    for stream in clips.streams:
-        files = stream.manifest.files
-        sizes = [_size(place) for place in files[:: -(-len(files) // WEIGHED)]]
-        num_bytes += len(files) * sum(sizes) / len(sizes)
-    count = sum(len(stream) for stream in clips.streams)
-    return Storage(count, int(num_bytes), memory_left())
+class CountedPlaces(Places):
+    """Places that know how far they were looked at."""
+
+    reached = 0
+
+    def __getitem__(self, index: int) -> Place:  # type: ignore[override]
+        place = super().__getitem__(index)
+        self.reached = max(self.reached, index + 1)
+        return place
+
+
+@dataclass
+class Trial:
+    """What came of reading with one decoder."""
+
+    decoder: DecoderName | None
+    """None for images."""
+    rates: dict[int, float] = field(default_factory=dict)
+    """Clips per second by the number of processes that decode."""
+    files: set[str] = field(default_factory=set)
+    """Those that were read."""
+    refused: dict[str, Failure] = field(default_factory=dict)
+    error: TooManyBadFiles | RoomError | None = None
+    """The last reason why there is no rate."""
+
+    @property
+    def refuses_all(self) -> bool:
+        """Whether more files failed than training tolerates."""
+        return isinstance(self.error, TooManyBadFiles)
 
 
 def time_phases(
@@ -192,12 +277,12 @@ def time_phases(
 ) -> Phases:
     """Take the clips at ``places`` apart into phases, in this process. Bad files are left out.
 
-    ``storage``: by default that of the clips. ``decoder``: another one than the clips have.
+    ``storage`` and ``decoder``: by default those of the clips.
 
     Raises:
         DecodeError: none of the files decodes.
     """
-    storage = storage or storage_of(clips)
+    storage = storage or Storage.of(clips)
     streams = [_fresh(stream, decoder) for stream in clips.streams]
     reading, whole, augmenting = Stopwatch(), Stopwatch(), Stopwatch()
     collating, copying = Stopwatch(), Stopwatch()
@@ -208,14 +293,14 @@ def time_phases(
         reader = reader_of(streams[place.source])
         timed = replace(reader, transform=_Timed(reader.transform, augmenting))
         try:
-            storage.prepare(request.path)
-            _read(request.path, reading)
+            if storage.is_memory:
+                read_all(request.path)
+            with reading:
+                read_all(request.path)
             with whole:
-                sample = timed(request)
+                samples.append(timed(request))
         except (DecodeError, OSError) as error:
             failure = error
-            continue
-        samples.append(sample)
     if not samples:
         raise DecodeError(f"none of the first {len(places)} files decodes. The last: {failure}")
     for batch in _in_batches(samples, batch_size):
@@ -235,90 +320,14 @@ def time_phases(
     )
 
 
-@dataclass
-class Trial:
-    """What came of reading for some seconds."""
-
-    rate: float = 0.0
-    """Clips per second, once the processes were at it."""
-    reached: int = 0
-    """Places that were looked at."""
-    read: set[str] = field(default_factory=set)
-    """Files."""
-    refused: dict[str, Failure] = field(default_factory=dict)
-    """By path."""
-
-    def note(self, batch: ClipBatch) -> None:
-        """Take the files of a batch."""
-        self.read.update(batch.files)
-        self.refused |= {failure.path: failure for failure in batch.failures}
-
-
-def try_reading(
-    clips: MixedClips,
-    places: Sequence[Place],
-    *,
-    batch_size: int,
-    workers: int,
-    seconds: float,
-    decoder: DecoderName | None = None,
-) -> Trial:
-    """Have so many processes read for some seconds.
-
-    ``decoder``: another one than the clips have.
-
-    Raises:
-        RefusedFiles: more files do not decode than the data allow.
-        RoomError: the machine has no room for so many processes.
-    """
-    streams = [_fresh(stream, decoder) for stream in clips.streams]
-    looked_at = _LookedAt(places)
-    trial = Trial()
-    batches = training_batches(
-        MixedClips(streams), looked_at, batch_size=batch_size, workers=workers, pin=False
-    )
-    try:
-        with closing(batches):
-            trial.note(next(batches))
-            began = time.perf_counter()
-            count = 0
-            for batch in batches:
-                count += len(batch.clips)
-                trial.note(batch)
-                if time.perf_counter() - began > seconds:
-                    break
-            trial.rate = count / (time.perf_counter() - began)
-    except TooManyBadFiles as error:
-        first = next(failure for stream in streams for failure in stream.bad.values())
-        raise RefusedFiles(str(error), first) from error
-    trial.reached = looked_at.reached
-    return trial
-
-
-class _LookedAt(Sequence[Place]):
-    """Places, and how far they were looked at."""
-
-    def __init__(self, places: Sequence[Place]) -> None:
-        self._places = places
-        self.reached = 0
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, index: int) -> Place:  # type: ignore[override]
-        place = self._places[index]
-        self.reached = max(self.reached, index + 1)
-        return place
-
-
 def reader_of(stream: VideoClips) -> DrawnClips:
-    """What reads its clips."""
+    """Return what reads the clips of a stream."""
     assert isinstance(stream.reader, DrawnClips)
     return stream.reader
 
 
 def _fresh(stream: VideoClips, decoder: DecoderName | None) -> VideoClips:
-    """The stream with another decoder, and without what it knows of files so far."""
+    """Copy a stream, with another decoder and without what it knows of files so far."""
     fresh = copy.copy(stream)
     fresh.bad = {}
     if decoder is not None:
@@ -326,38 +335,8 @@ def _fresh(stream: VideoClips, decoder: DecoderName | None) -> VideoClips:
     return fresh
 
 
-def _read(place: str, watch: Stopwatch) -> None:
-    if not is_frame_folder(place):
-        with watch:
-            read_bytes(place)
-
-
-def _extents(place: str) -> Iterator[tuple[str, int, int]]:
-    """Files of a place, and which bytes of each: from where on, and how many (0: all)."""
-    if is_frame_folder(place):
-        with suppress(OSError):
-            yield from ((str(path), 0, 0) for path in frames_in(place))
-    elif member := TarMember.parse(place):
-        yield member.tar, member.offset, member.size
-    else:
-        yield place, 0, 0
-
-
-def _size(place: str) -> int:
-    """Bytes of a place; none of what is not there."""
-    total = 0
-    for path, _, size in _extents(place):
-        with suppress(OSError):
-            total += size or Path(path).stat().st_size
-    return total
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-
 def _in_batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]]:
-    """Batches of one source each."""
+    """Yield batches of one source each."""
     for _, its_own in groupby(samples, key=lambda sample: sample.source):
         while batch := list(islice(its_own, batch_size)):
             yield batch

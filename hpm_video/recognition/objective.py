@@ -5,18 +5,18 @@ from torch import nn
 
 from hpm_video.data.clips import ClipBatch
 from hpm_video.decoding.locations import base_name
-from hpm_video.mining.teacher import follow
 from hpm_video.randomness import key_of
 from hpm_video.recognition.mixing import Mixing
 from hpm_video.tokens.pixels import normalise
 from hpm_video.training.objective import Losses, Model
+from hpm_video.training.optim import EmaUpdate, ema_update_module
 from hpm_video.training.progress import Progress
 
 
 class Classification:
     """Cross-entropy of a classifier, on clips that may be mixed (mixup, CutMix)."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts of the method, and what an engine does for it
         self,
         *,
         mean: tuple[float, ...],
@@ -26,6 +26,7 @@ class Classification:
         average: nn.Module | None = None,
         average_momentum: float = 0.0,
         seed: int = 0,
+        ema_update: EmaUpdate = ema_update_module,
     ) -> None:
         """``mixing`` makes its own smoothed targets. ``average`` follows the model's weights."""
         self.mean = mean
@@ -35,6 +36,7 @@ class Classification:
         self._mixing = mixing
         self._average_momentum = average_momentum
         self._seed = seed
+        self._ema_update = ema_update
 
     @property
     def companions(self) -> dict[str, nn.Module]:
@@ -65,4 +67,4 @@ class Classification:
     def after_update(self, student: nn.Module, progress: Progress) -> None:  # noqa: ARG002
         """Let the average of the weights follow: once per update, in float32."""
         if self.average is not None:
-            follow(self.average, student, self._average_momentum)
+            self._ema_update(self.average, student, self._average_momentum)

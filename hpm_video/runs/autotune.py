@@ -48,7 +48,7 @@ def trial_update(
         clip_grad=config.recipe.clip_grad,
         precision=precision,
     )
-    objective = task.objective(ema, device)
+    objective = task.objective(ema, device, engine)
     clips += -clips % task.multiple
     batch = ClipBatch(
         torch.randint(256, (clips, 3, *config.sources[source].clip_size), dtype=torch.uint8),

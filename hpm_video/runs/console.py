@@ -9,11 +9,13 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from hpm_video.config.checks import ConfigError
+from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.data import DataConfig
 from hpm_video.data.clips import TooManyBadFiles, Views
 from hpm_video.data.manifest import ManifestError
@@ -22,8 +24,6 @@ from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition.logistic import NotConvergedError
 from hpm_video.recognition.testing import BadTestFilesError
 from hpm_video.runs.data import open_manifest
-from hpm_video.training.deepspeed_engine import DeepSpeedError
-from hpm_video.training.deepspeed_settings import DeepSpeedSettingsError
 from hpm_video.training.device import DeviceError
 from hpm_video.training.distributed import (
     Processes,
@@ -34,6 +34,7 @@ from hpm_video.training.distributed import (
     joined_processes,
     lost_contact,
 )
+from hpm_video.training.engine import EngineError
 from hpm_video.training.metrics import MetricsError, NonFiniteLossError
 from hpm_video.training.stop import Interrupted
 from hpm_video.workers.pool import PoolError
@@ -49,9 +50,8 @@ EXPECTED = (
     ConfigError,
     DecodeError,
     DecoderError,
-    DeepSpeedError,
-    DeepSpeedSettingsError,
     DeviceError,
+    EngineError,
     ManifestError,
     MetricsError,
     NonFiniteLossError,
@@ -228,3 +228,27 @@ def parse_views(text: str) -> Views:
         raise argparse.ArgumentTypeError(
             f"views are clips x crops, at least 1x1, such as 5x3; got {text!r}"
         ) from None
+
+
+SHARED_OPTIONS: dict[str, dict[str, Any]] = {
+    "device": {"default": "auto", "help": "auto (default), cpu, cuda, cuda:1, mps"},
+    "precision": {
+        "choices": ("auto", "fp32", "bf16"),
+        "default": "auto",
+        "help": "auto (default): bf16 on a GPU that is made for it, otherwise fp32",
+    },
+    "decoder": {"choices": get_args(DecoderChoice), "default": "auto"},
+    "workers": {"type": not_negative, "metavar": "N", "help": "processes that decode"},
+    "views": {
+        "type": parse_views,
+        "metavar": "CLIPSxCROPS",
+        "help": "views of each video that are averaged over, such as 5x3",
+    },
+    "output": {"type": Path},
+}
+
+
+def add_options(parser: argparse.ArgumentParser, *names: str, **changed: dict[str, Any]) -> None:
+    """Add options that programs share. ``changed``: those that differ here, and in what."""
+    for name in (*names, *changed):
+        parser.add_argument(f"--{name}", **SHARED_OPTIONS[name] | changed.get(name, {}))

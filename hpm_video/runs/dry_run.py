@@ -29,7 +29,7 @@ def describe_run(task: Task, processes: int) -> str:
     """What ``run`` would do in so many processes. The weights to start from may be missing.
 
     Raises:
-        ConfigError, DeepSpeedSettingsError: it could not be run.
+        ConfigError, EngineError: it could not be run.
     """
     task.resolve()
     config, data = task.config, task.data

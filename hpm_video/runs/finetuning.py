@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -43,13 +43,14 @@ from hpm_video.runs.data import RunData, find_failures, how_read, open_data
 from hpm_video.runs.directory import RunDirectory, check_same_weights
 from hpm_video.runs.init_weights import SAME_ENCODER, check_same_model, config_beside
 from hpm_video.runs.run import run
-from hpm_video.runs.task import Gather, Session
+from hpm_video.runs.task import Session
 from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.distributed import Processes
 from hpm_video.training.engine import Engine
 from hpm_video.training.objective import Objective
 from hpm_video.training.optim import (
     Tensors,
+    ema_update_module,
     layer_decay_of,
     make_adamw,
     make_sgd,
@@ -148,7 +149,7 @@ class Finetuning:
         return {"": augmentation}
 
     def objective(
-        self, ema: nn.Module | None, _device: torch.device, _gather: Gather = nullcontext
+        self, ema: nn.Module | None, _device: torch.device, engine: Engine | None = None
     ) -> Classification:
         assert ema is None or isinstance(ema, ClipClassifier)
         config, how = self.config, self.config.augmentation
@@ -171,6 +172,7 @@ class Finetuning:
             average=ema,
             average_momentum=config.recipe.average_momentum or 0.0,
             seed=config.seed,
+            ema_update=engine.ema_update if engine else ema_update_module,
         )
 
     def evaluation(self, session: Session, objective: Objective, engine: Engine) -> Evaluation:

@@ -45,14 +45,19 @@ from hpm_video.runs.data import (
 from hpm_video.runs.directory import RunDirectory, check_same_weights
 from hpm_video.runs.init_weights import check_same_model, config_beside
 from hpm_video.runs.run import run
-from hpm_video.runs.task import Gather, Session
+from hpm_video.runs.task import Session
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import MaskRule, count_masked, grid_of_units
 from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.distributed import Processes
 from hpm_video.training.engine import Engine, WholeModel
 from hpm_video.training.objective import Objective
-from hpm_video.training.optim import Tensors, make_adamw, parameter_groups
+from hpm_video.training.optim import (
+    Tensors,
+    ema_update_module,
+    make_adamw,
+    parameter_groups,
+)
 from hpm_video.training.run import Evaluation
 from hpm_video.weights.image_tower import read_image_tower
 
@@ -94,11 +99,11 @@ def build_objective(
     config: PretrainConfig,
     teacher: MaskedAutoencoder | None,
     target: Target,
-    whole: Gather = nullcontext,
+    engine: Engine | None = None,
 ) -> HardPatchesMining:
     """Hard patches mining as a config wants it; without a teacher, a plain masked autoencoder.
 
-    ``whole``: of the engine that holds the teacher.
+    ``engine``: it holds the teacher, if any does.
     """
     mining = config.mining
     return HardPatchesMining(
@@ -108,7 +113,8 @@ def build_objective(
         predictor_weight=mining.predictor_weight,
         teacher=teacher,
         momentum=MomentumSchedule(mining.momentum, mining.first_momentum, mining.last_momentum),
-        whole=whole,
+        whole=engine.whole if engine else nullcontext,
+        ema_update=engine.ema_update if engine else ema_update_module,
     )
 
 
@@ -232,10 +238,10 @@ class Pretraining:
         return crops_of(self.config)
 
     def objective(
-        self, ema: nn.Module | None, device: torch.device, gather: Gather = nullcontext
+        self, ema: nn.Module | None, device: torch.device, engine: Engine | None = None
     ) -> HardPatchesMining:
         assert ema is None or isinstance(ema, MaskedAutoencoder)
-        return build_objective(self.config, ema, build_target(self.config, device), gather)
+        return build_objective(self.config, ema, build_target(self.config, device), engine)
 
     def evaluation(self, session: Session, objective: Objective, engine: Engine) -> Evaluation:
         """Measure held-out clips of each source, draw some of them, and probe frozen features.

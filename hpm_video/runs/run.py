@@ -53,7 +53,7 @@ def run(task: Task, processes: Processes = Processes()) -> Path:  # noqa: B008 -
         ConfigError: the config cannot be run, or the directory holds a run of another one.
         ManifestError: the data cannot be read.
         CheckpointError: weights cannot be read, or do not fit.
-        DeviceError, DeepSpeedError, DeepSpeedSettingsError: the engine cannot be had.
+        DeviceError, EngineError: the engine cannot be had.
         And what ``fit`` raises.
     """
     updates = task.data.timeline.num_updates
@@ -70,7 +70,7 @@ def run(task: Task, processes: Processes = Processes()) -> Path:  # noqa: B008 -
             engine = make_engine(task, session, plan, precision, model)
             if ema is not None:
                 engine.hold(ema)
-            objective = task.objective(ema, session.device, engine.whole)
+            objective = task.objective(ema, session.device, engine)
             evaluation = task.evaluation(session, objective, engine)
         if processes.is_first:
             claim(directory, task.config, notes)
@@ -115,8 +115,7 @@ def make_engine(
     """The engine that updates ``model``, which is on the device of the session.
 
     Raises:
-        DeepSpeedError: DeepSpeed cannot be used.
-        DeepSpeedSettingsError: the user's settings of it contradict the run.
+        EngineError: DeepSpeed cannot be used, or the user's settings of it contradict the run.
     """
     config, optimizer = task.config, task.optimizer(model)
     common: dict[str, Any] = {
@@ -134,7 +133,7 @@ def deepspeed_choice(how: EngineConfig) -> DeepSpeedChoice:
     """What a config wants of DeepSpeed.
 
     Raises:
-        DeepSpeedSettingsError: the user's file of settings cannot be read.
+        EngineError: the user's file of settings cannot be read.
     """
     return DeepSpeedChoice(
         stage=how.stage,
@@ -253,9 +252,8 @@ def _announce(
 ) -> None:
     for line in describe_data(config, data):
         log.info(line)
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters()) / 1e6
     device = f"{engine.device.type} in {engine.precision}, by {engine.name}"
-    log.info(f"{parameters:.1f} M parameters on {device}")
+    log.info(f"{engine.num_parameters / 1e6:.1f} M parameters on {device}")
     for line in describe_plan(config, data, plan):
         log.info(line)
     if start:

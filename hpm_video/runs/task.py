@@ -1,7 +1,5 @@
 """What a run trains: the seam between pre-training, fine-tuning and what every run has."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,9 +19,6 @@ from hpm_video.training.engine import Engine
 from hpm_video.training.objective import Objective
 from hpm_video.training.optim import Tensors
 from hpm_video.training.run import Evaluation
-
-Gather = Callable[[nn.Module], AbstractContextManager[nn.Module]]
-"""``whole`` of the engine that holds a module."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +78,9 @@ class Task(Protocol):
         """Return how training clips are cropped and changed, by the name of their source."""
 
     def objective(
-        self, ema: nn.Module | None, device: torch.device, gather: Gather = nullcontext
+        self, ema: nn.Module | None, device: torch.device, engine: Engine | None = None
     ) -> Objective:
-        """Make what is minimised."""
+        """Make what is minimised. ``engine``: it holds ``ema``, if any does."""
 
     def evaluation(self, session: Session, objective: Objective, engine: Engine) -> Evaluation:
         """Return what is measured and drawn during training.

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from hpm_video.files.atomic import written_beside
@@ -18,21 +18,8 @@ from hpm_video.training.metrics import read_lines
 
 Values = NDArray[np.float64]
 
-INK = "#1c1c20"
-FAINT_INK = "#6e6e78"
-COLOURS = ("#1f5fa8", "#d1602f", "#3c8d5a", "#8a5aa8")
-LABEL_HEIGHT = 0.075
-"""Of a line of text, as a share of a panel's height."""
 LONG = 60
 """Points of a curve from which on noise is smoothed, over a twentieth of them."""
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A level to hold curves against."""
-
-    value: float
-    name: str
 
 
 @dataclass(frozen=True)
@@ -44,7 +31,8 @@ class Panel:
     """The panel's subject: where none of them occurs, there is no panel."""
     context: tuple[str, ...] = ()
     """Thin dashed lines to compare with."""
-    marks: tuple[Mark, ...] = ()
+    level: tuple[float, str] | None = None
+    """A value to hold curves against, and its name."""
     from_zero: bool = False
     noisy: bool = False
     """Long curves are drawn pale, and over them their running mean."""
@@ -59,17 +47,17 @@ PANELS = (
     Panel(
         "Held-out error, 1 = simplest good answer",
         ("relative_error", "*/relative_error"),
-        marks=(Mark(1.0, "simplest"),),
+        level=(1.0, "simplest"),
     ),
     Panel(
         "Ranking accuracy on held-out clips",
         ("student_ranking", "teacher_ranking", "*/student_ranking", "*/teacher_ranking"),
         context=("ranking_by_*",),
-        marks=(Mark(0.5, "chance"),),
+        level=(0.5, "chance"),
     ),
     Panel("Accuracy on held-out clips", ("top1", "top5", "knn_top1"), from_zero=True),
     Panel("Learning rate", ("lr",), from_zero=True),
-    Panel("Share of the hidden patches picked as hard", ("hard_fraction",), from_zero=True),
+    Panel("Share of hidden patches picked as hard", ("hard_fraction",), from_zero=True),
     Panel("Speed in clips per second", ("clips_per_second",), from_zero=True, noisy=True),
 )
 
@@ -79,12 +67,6 @@ class Series(NamedTuple):
 
     updates: Values
     values: Values
-
-
-class _Label(NamedTuple):
-    text: str
-    value: float
-    colour: str
 
 
 def plot_curves(metrics: Path, picture: Path, panels: Sequence[Panel] = PANELS) -> None:
@@ -100,30 +82,21 @@ def plot_curves(metrics: Path, picture: Path, panels: Sequence[Panel] = PANELS) 
         raise ValueError(f"{metrics} holds nothing to draw: it has {sorted(series) or 'no values'}")
     columns = 2 if len(shown) in (2, 4) else min(3, len(shown))
     rows = -(-len(shown) // columns)
-    width, height = 5.2 * columns, 3.3 * rows
-    figure = Figure(figsize=(width, height), facecolor="white")
-    # Margins in inches. A layout that measures all texts takes as long as the drawing.
-    figure.subplots_adjust(
-        left=0.8 / width,
-        bottom=0.6 / height,
-        right=1 - 1.4 / width,
-        top=1 - 0.45 / height,
-        wspace=2.2 / (5.2 - 2.2),
-        hspace=1.05 / (3.3 - 1.05),
-    )
+    figure = Figure(figsize=(5.2 * columns, 3.3 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     last = max(record["update"] for record in records)
-    rate = _epochs_per_update(records)
+    epochs = [record["epoch"] for record in records if record.get("epoch")]
     for index, panel in enumerate(shown):
         axes = figure.add_subplot(rows, columns, index + 1)
-        _set_axes(axes, panel, last, rate)
+        axes.set_xlabel(f"update (to epoch {epochs[-1]:.4g})" if epochs else "update")
+        axes.set_xlim(0, max(last, 1))
         _draw_panel(axes, panel, series)
     with written_beside(picture) as file:
         figure.savefig(file, format="png", dpi=110)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records in the order of updates; of repeated ones, the last: a run may have gone back.
+    """Return records in the order of updates; of repeated ones the last: a run may have gone back.
 
     Raises:
         MetricsError: a line is not of metrics.
@@ -133,7 +106,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def collect(records: Sequence[dict[str, Any]]) -> dict[str, Series]:
-    """The finite numbers of each key."""
+    """Collect the finite numbers of each key."""
     points: dict[str, list[tuple[float, float]]] = {}
     for record in records:
         for key, value in record.items():
@@ -151,99 +124,38 @@ def smooth(values: Values, width: int) -> Values:
 
 
 def _matching(patterns: Sequence[str], series: dict[str, Series]) -> list[str]:
-    """Keys that occur, in the order of the patterns."""
+    """Return the keys that occur, in the order of the patterns."""
     return [key for pattern in patterns for key in series if fnmatchcase(key, pattern)]
 
 
-def _epochs_per_update(records: Sequence[dict[str, Any]]) -> float:
-    """0 where records do not say."""
-    for record in reversed(records):
-        if record.get("epoch") and record["update"]:
-            return float(record["epoch"]) / float(record["update"])
-    return 0.0
-
-
-def _set_axes(axes: Axes, panel: Panel, last: float, epochs_per_update: float) -> None:
-    axes.set_title(panel.title, loc="left", fontsize=11.5, fontweight="bold", color=INK, pad=10)
-    axes.set_xlim(0, max(last, 1))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT_INK)
-    axes.tick_params(colors=FAINT_INK, labelsize=9.5)
-    axes.grid(axis="y", color="#e6e6ea", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    epochs = f" (to epoch {last * epochs_per_update:.4g})" if epochs_per_update else ""
-    axes.set_xlabel(f"update{epochs}", color=FAINT_INK)
-
-
 def _draw_panel(axes: Axes, panel: Panel, series: dict[str, Series]) -> None:
-    labels = []
-    for key, colour in zip(_matching(panel.keys, series), COLOURS, strict=False):
+    """Draw the curves of a panel; the legend has their last values."""
+    axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.9")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    keys = _matching(panel.keys, series)
+    for number, key in enumerate([*keys, *_matching(panel.context, series)]):
         updates, values = series[key]
-        if panel.noisy and len(values) > LONG:
-            axes.plot(updates, values, color=colour, linewidth=0.7, alpha=0.35)
+        colour = f"C{number}"
+        style: dict[str, Any] = {
+            "marker": "o" if len(values) < 30 else "",
+            "markersize": 3,
+            "clip_on": False,
+        }
+        if number >= len(keys):
+            style = {"linestyle": "--", "linewidth": 0.9}
+        elif panel.noisy and len(values) > LONG:
+            axes.plot(updates, values, colour, linewidth=0.7, alpha=0.35)
             values = smooth(values, len(values) // 20)
-        axes.plot(
-            updates,
-            values,
-            color=colour,
-            linewidth=1.8,
-            marker="o" if len(values) < 30 else "",
-            markersize=3,
-            clip_on=False,
-        )
-        name = _name(key) if len(panel.keys) > 1 else ""  # the title says it
-        labels.append(_Label(f"{name} {values[-1]:.3g}", values[-1], colour))
-    for key in _matching(panel.context, series):
-        updates, values = series[key]
-        axes.plot(updates, values, color=FAINT_INK, linewidth=0.9, linestyle=(0, (4, 2)))
-        labels.append(_Label(f"{_name(key)} {values[-1]:.3g}", values[-1], FAINT_INK))
-    for mark in panel.marks:
-        axes.axhline(mark.value, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
-        labels.append(_Label(mark.name, mark.value, INK))
+        axes.plot(updates, values, colour, label=f"{_name(key)} {values[-1]:.3g}", **style)
+    if panel.level is not None:
+        axes.axhline(panel.level[0], color="black", linestyle=":", label=panel.level[1])
     if panel.from_zero:
         axes.set_ylim(bottom=0)
-    _write_labels(axes, labels)
-
-
-def _write_labels(axes: Axes, labels: list[_Label]) -> None:
-    """Name the curves at their right ends, moved apart where they would touch."""
-    low, high = axes.get_ylim()
-    ordered = sorted(labels, key=lambda label: label.value)
-    heights = spread([(label.value - low) / (high - low) for label in ordered], LABEL_HEIGHT)
-    for label, height in zip(ordered, heights, strict=True):
-        axes.annotate(
-            label.text.strip(),
-            (1.0, height),
-            xycoords="axes fraction",
-            xytext=(7, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9.5,
-            color=label.colour,
-            annotation_clip=False,
-        )
-
-
-def spread(places: list[float], distance: float) -> list[float]:
-    """Move rising places apart until neighbours keep their distance, each group about its mean."""
-    groups: list[list[float]] = []
-    for place in places:
-        groups.append([place])
-        while len(groups) > 1 and _edge(groups[-2], distance, 1) > _edge(groups[-1], distance, -1):
-            groups[-2:] = [groups[-2] + groups[-1]]
-    return [
-        sum(group) / len(group) + (index - (len(group) - 1) / 2) * distance
-        for group in groups
-        for index in range(len(group))
-    ]
-
-
-def _edge(group: list[float], distance: float, side: int) -> float:
-    return sum(group) / len(group) + side * len(group) * distance / 2
+    axes.legend(fontsize=8.5, frameon=False)
 
 
 def _name(key: str) -> str:
-    """A key in words."""
+    """Put a key in words."""
     return key.removeprefix("ranking_by_").removesuffix("_ranking").replace("_", " ")

@@ -9,22 +9,29 @@ import copy
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.training.deepspeed_settings import DeepSpeedChoice, settings_of
 from hpm_video.training.device import Precision
 from hpm_video.training.distributed import Processes, make_sure_of_group
-from hpm_video.training.engine import autocast, batch_statistics
-from hpm_video.training.optim import OptimizerState, Tensors, put_state, state_of
+from hpm_video.training.engine import Engine, EngineError, on_first
+from hpm_video.training.optim import (
+    OptimizerState,
+    Tensors,
+    ema_update,
+    put_state,
+    state_of,
+)
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(Engine):
     """ZeRO of any stage, in float32 or with autocast to bfloat16. Weights stay float32."""
 
     def __init__(  # noqa: PLR0913 - those of TorchEngine, and what DeepSpeed asks for
@@ -42,18 +49,18 @@ class DeepSpeedEngine:
         """Take a model that is on ``device`` already, and the optimizer of its parameters.
 
         Raises:
-            DeepSpeedError: deepspeed is not installed, or does not take these settings.
+            EngineError: deepspeed is not installed, or does not take these settings.
         """
-        self.model = model
-        self.device = device
-        self.accumulate = plan.accumulate
-        self.precision: Precision = precision
-        self.processes = processes
-        self.gradient_norm = torch.zeros((), device=device)
+        super().__init__(
+            model,
+            device=device,
+            accumulate=plan.accumulate,
+            precision=precision,
+            processes=processes,
+        )
         self.stage = choice.stage
         self._settings = settings_of(choice, plan, clip_grad=clip_grad, precision=precision)
         self._deepspeed = import_deepspeed(device)
-        self._statistics = batch_statistics(model)
         self._skeleton = _skeleton_of(model) if self.stage == 3 else None
         make_sure_of_group()
         self._deepspeed.init_distributed(dist_init_required=False)
@@ -69,36 +76,32 @@ class DeepSpeedEngine:
         except (AssertionError, ValueError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise DeepSpeedError(f"DeepSpeed does not take these settings: {error}") from error
+            raise EngineError(f"DeepSpeed does not take these settings: {error}") from error
         return engine
 
     @property
+    @override
     def name(self) -> str:
-        """For the log."""
         return f"DeepSpeed, ZeRO stage {self.stage}"
 
     @property
+    @override
     def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's, whose ``lr`` the loop sets."""
         groups: list[dict[str, Any]] = self._engine.optimizer.param_groups
         return groups
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision, for everything that a batch is put through. Weights stay float32."""
-        return autocast(self.device, self.precision)
-
+    @override
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        """The model's forward pass."""
         with _linear_layers_by(self._linear):
             return self._engine(*inputs, **options)
 
+    @override
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch, as its share of the update."""
         with _linear_layers_by(self._linear):  # it may compute activations again
             self._engine.backward(loss)
 
+    @override
     def step(self) -> bool:
-        """Update the weights once the last micro-batch of an update is done."""
         is_last = bool(self._engine.is_gradient_accumulation_boundary())
         if is_last and self.stage == 0:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -116,15 +119,15 @@ class DeepSpeedEngine:
         self.processes.average_(self._statistics)
         return True
 
+    @override
     def hold(self, module: nn.Module) -> None:
-        """Spread the weights of a module that follows the model as the model's are."""
         if self.stage == 3:
             with _linear_layers_by(F.linear):
                 self._deepspeed.zero.Init(module=module, config_dict_or_path=self._settings)
 
+    @override
     @contextmanager
     def whole(self, module: nn.Module) -> Iterator[nn.Module]:
-        """``module`` with all its weights; of the model, where they are spread, a copy."""
         if self.stage < 3:
             yield module
         elif module is self.model:
@@ -135,17 +138,23 @@ class DeepSpeedEngine:
             with self._deepspeed.zero.GatheredParameters(list(module.parameters())):
                 yield module
 
-    def weights(self, module: nn.Module) -> Tensors:
-        """All weights of a module in the host's memory; none on other processes than the first.
-
-        Of spread weights one parameter at a time is whole on a device.
-        """
+    @override
+    def ema_update(self, module: nn.Module, model: nn.Module, momentum: float) -> None:
         if self.stage < 3:
-            return self._on_first(iter(module.state_dict().items()))
-        return self._on_first(self._whole_weights(module))
+            super().ema_update(module, model, momentum)
+            return
+        shards: list[Any] = [[*module.parameters()], [*model.parameters()]]
+        average, current = ([parameter.ds_tensor for parameter in held] for held in shards)
+        ema_update(average, current, momentum)
 
+    @override
+    def weights(self, module: nn.Module) -> Tensors:
+        if self.stage < 3:
+            return super().weights(module)
+        return on_first(self.processes, self._whole_weights(module))
+
+    @override
     def optimizer_state(self) -> OptimizerState:
-        """What resuming needs beside the weights; no moments on others than the first process."""
         if self.stage == 0:
             first = self.processes.is_first
             return state_of(self._engine.optimizer, self.model) if first else OptimizerState(0, {})
@@ -153,14 +162,14 @@ class DeepSpeedEngine:
         states = list(self._engine.optimizer.optimizer.state.values())
         step = int(states[0].get("step", 0)) if states else 0
         moments = {
-            kind: self._on_first(self._whole_moments(kind))
+            kind: on_first(self.processes, self._whole_moments(kind))
             for kind, value in (states[0].items() if states else ())
             if kind != "step" and value is not None
         }
         return OptimizerState(step, moments)
 
+    @override
     def load_optimizer_state(self, state: OptimizerState) -> None:
-        """Go on where :meth:`optimizer_state` was taken, by any engine."""
         if self.stage == 0:
             put_state(state, self._engine.optimizer, self.model)
             return
@@ -217,18 +226,6 @@ class DeepSpeedEngine:
         whole = self.processes.gather_shards(shard.detach())
         return whole[: parameter.ds_numel].view(parameter.ds_shape)
 
-    def _on_first(self, values: Iterator[tuple[str, Tensor]]) -> Tensors:
-        kept = {}
-        for name, value in values:
-            if self.processes.is_first:
-                kept[name] = value.detach().cpu()
-            del value  # before the next one is put together
-        return kept
-
-
-class DeepSpeedError(RuntimeError):
-    """DeepSpeed cannot be used. The message says why and what to do."""
-
 
 @contextmanager
 def _linear_layers_by(function: Any) -> Iterator[None]:
@@ -245,14 +242,14 @@ def import_deepspeed(device: torch.device) -> Any:
     """The library, which says nothing but warnings.
 
     Raises:
-        DeepSpeedError: it is not installed, does not import, or would take another device.
+        EngineError: it is not installed, does not import, or would take another device.
     """
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         import deepspeed
     except Exception as error:
-        raise DeepSpeedError(
+        raise EngineError(
             f"engine.name=deepspeed needs the package deepspeed, which does not import here "
             f"({error}). Install it after torch: pip install --no-build-isolation "
             f"deepspeed==0.19.8; or take engine.name=torch, which computes the same"
@@ -268,11 +265,11 @@ def _check_device(device: torch.device, accelerator: Any) -> None:
     """Make sure that DeepSpeed takes the device of the run: it chooses by itself.
 
     Raises:
-        DeepSpeedError: it takes another one.
+        EngineError: it takes another one.
     """
     kind, number = accelerator.device_name(), int(os.environ.get("LOCAL_RANK", "0"))
     if device.type != kind or device.index not in (None, number):
-        raise DeepSpeedError(
+        raise EngineError(
             f"DeepSpeed computes on {kind}:{number} here, not on engine.device={device}; take "
             f"engine.device=auto, and say with CUDA_VISIBLE_DEVICES which GPUs there are (none: "
             f"CUDA_VISIBLE_DEVICES= )"

@@ -8,13 +8,10 @@ from typing import Any, Literal
 
 from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.training.device import Precision
+from hpm_video.training.engine import EngineError
 from hpm_video.training.memory import Buckets
 
 Settings = dict[str, Any]
-
-
-class DeepSpeedSettingsError(ValueError):
-    """Settings that contradict the run. The message names both values and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +31,14 @@ def read_settings(path: Path) -> Settings:
     """A DeepSpeed configuration of the user's.
 
     Raises:
-        DeepSpeedSettingsError: the file is not there, or no JSON object.
+        EngineError: the file is not there, or no JSON object.
     """
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DeepSpeedSettingsError(f"cannot read engine.deepspeed={path}: {error}") from error
+        raise EngineError(f"cannot read engine.deepspeed={path}: {error}") from error
     if not isinstance(settings, dict):
-        raise DeepSpeedSettingsError(f"engine.deepspeed={path} must hold a JSON object")
+        raise EngineError(f"engine.deepspeed={path} must hold a JSON object")
     return settings
 
 
@@ -51,7 +48,7 @@ def settings_of(
     """The configuration that DeepSpeed gets.
 
     Raises:
-        DeepSpeedSettingsError: the user's file says otherwise than the run.
+        EngineError: the user's file says otherwise than the run.
     """
     spread: Settings = {
         "stage": choice.stage,
@@ -75,7 +72,7 @@ def settings_of(
     _refuse_what_is_spread_otherwise(choice.own.get("zero_optimization", {}))
     for section in ("optimizer", "scheduler"):
         if section in choice.own:
-            raise DeepSpeedSettingsError(
+            raise EngineError(
                 f"engine.deepspeed has a section {section!r}, but that is part of the recipe; "
                 f"leave it out and set recipe.* of the config"
             )
@@ -130,13 +127,13 @@ def _refuse_what_is_spread_otherwise(own: Any) -> None:
         return
     for name in NOT_FOLLOWED:
         if name in own:
-            raise DeepSpeedSettingsError(
+            raise EngineError(
                 f"engine.deepspeed says zero_optimization.{name}, which spreads or rounds weights "
                 f"in a way that a teacher cannot follow; leave it out"
             )
     offload = own.get("offload_optimizer")
     if isinstance(offload, Mapping) and offload.get("ratio", 1) != 1:
-        raise DeepSpeedSettingsError(
+        raise EngineError(
             "engine.deepspeed says zero_optimization.offload_optimizer.ratio, and a part of the "
             "optimizer's state could not be saved; leave it out"
         )
@@ -156,7 +153,7 @@ def _merged(decided: Settings, own: Settings, at: str = "") -> Settings:
     """``own`` with everything that is decided.
 
     Raises:
-        DeepSpeedSettingsError: ``own`` has another value for it.
+        EngineError: ``own`` has another value for it.
     """
     merged = dict(own)
     for key, value in decided.items():
@@ -168,7 +165,7 @@ def _merged(decided: Settings, own: Settings, at: str = "") -> Settings:
         else:
             name = f"{at}{key}"
             remedy = REMEDIES.get(name) or REMEDIES[name.split(".")[0]]
-            raise DeepSpeedSettingsError(
+            raise EngineError(
                 f"engine.deepspeed says {name}={there!r}, and the run {value!r}; leave it out of "
                 f'the file (or write "auto"), and set {remedy}'
             )

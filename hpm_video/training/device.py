@@ -53,7 +53,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def time_updates(
-    update: Callable[[], None], device: torch.device, *, warmup: int = 2, repeats: int = 5
+    update: Callable[[], object], device: torch.device, *, warmup: int = 2, repeats: int = 5
 ) -> float:
     """Median seconds of one call of ``update``."""
     seconds = []

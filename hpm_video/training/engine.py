@@ -1,6 +1,7 @@
 """How a loss becomes an update. The only thing the training loop knows about devices."""
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -8,10 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import override
 
 from hpm_video.training.device import AUTOCAST, Precision
 from hpm_video.training.distributed import Processes
-from hpm_video.training.optim import OptimizerState, Tensors, put_state, state_of
+from hpm_video.training.optim import OptimizerState, Tensors, ema_update, put_state, state_of
 
 
 class Viewer(Protocol):
@@ -45,58 +47,10 @@ class WholeModel:
         return self.model(*inputs, **options)
 
 
-class Engine(Protocol):
-    """Runs a model's forward pass, backward pass and optimizer step.
-
-    One call of ``backward`` and one of ``step`` per micro-batch; ``step`` returns True when it
-    updated the weights, which is every ``accumulate`` calls. The loss of an update is the mean over
-    its micro-batches and over all processes. What returns whole weights or states is called by all
-    processes; the first gets them.
-    """
-
-    device: torch.device
-    model: nn.Module
-    accumulate: int
-    gradient_norm: Tensor
-    """() of the last update, before it was clipped."""
-    precision: Precision
-    """What activations are computed in."""
-    processes: Processes
-
-    @property
-    def name(self) -> str:
-        """For the log."""
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's, whose ``lr`` the loop sets."""
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision, for everything that a batch is put through. Weights stay float32."""
-
-    def __call__(self, *inputs: Any, **options: Any) -> Any:
-        """The model's forward pass."""
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch, as its share of the update."""
-
-    def step(self) -> bool:
-        """Update the weights once the last micro-batch of an update is done."""
-
-    def hold(self, module: nn.Module) -> None:
-        """Place a module that follows the model, as the model's weights are placed."""
-
-    def whole(self, module: nn.Module) -> AbstractContextManager[nn.Module]:
-        """``module``, or a copy of it, that any process can call alone."""
-
-    def weights(self, module: nn.Module) -> Tensors:
-        """All weights of a module in the host's memory; none on other processes than the first."""
-
-    def optimizer_state(self) -> OptimizerState:
-        """What resuming needs beside the weights; no moments on others than the first process."""
-
-    def load_optimizer_state(self, state: OptimizerState) -> None:
-        """Go on where :meth:`optimizer_state` was taken, by any engine."""
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """Computes in ``precision`` what gains by it."""
+    dtype = AUTOCAST[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def batch_statistics(model: nn.Module) -> list[Tensor]:
@@ -110,7 +64,105 @@ def batch_statistics(model: nn.Module) -> list[Tensor]:
     ]
 
 
-class TorchEngine:
+class EngineError(RuntimeError):
+    """An engine that cannot be used as asked. The message says why and what to do."""
+
+
+class Engine(ABC):
+    """Runs a model's forward pass, backward pass and optimizer step.
+
+    One call of ``backward`` and one of ``step`` per micro-batch; ``step`` returns True when it
+    updated the weights, which is every ``accumulate`` calls. The loss of an update is the mean over
+    its micro-batches and over all processes. What returns whole weights or states is called by all
+    processes; the first gets them.
+
+    What is not abstract here is that of an engine whose processes all have all weights.
+    """
+
+    gradient_norm: Tensor
+    """() of the last update, before it was clipped."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        device: torch.device,
+        accumulate: int,
+        precision: Precision,
+        processes: Processes,
+    ) -> None:
+        """Take a model that is on ``device`` already. ``precision``: that of activations."""
+        self.model = model
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        self.device = device
+        self.accumulate = accumulate
+        self.precision: Precision = precision
+        self.processes = processes
+        self.gradient_norm = torch.zeros((), device=device)
+        self._statistics = batch_statistics(model)
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """For the log."""
+
+    @property
+    @abstractmethod
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's, whose ``lr`` the loop sets."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Mixed precision, for everything that a batch is put through. Weights stay float32."""
+        return autocast(self.device, self.precision)
+
+    @abstractmethod
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """The model's forward pass."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch, as its share of the update."""
+
+    @abstractmethod
+    def step(self) -> bool:
+        """Update the weights once the last micro-batch of an update is done."""
+
+    def hold(self, module: nn.Module) -> None:  # noqa: B027 - it lies where it must
+        """Place a module that follows the model, as the model's weights are placed."""
+
+    @contextmanager
+    def whole(self, module: nn.Module) -> Iterator[nn.Module]:
+        """Give ``module``, or a copy of it, that any process can call alone."""
+        yield module
+
+    def ema_update(self, module: nn.Module, model: nn.Module, momentum: float) -> None:
+        """Move the weights of a module that is held towards the model's by ``1 - momentum``."""
+        ema_update(module.parameters(), model.parameters(), momentum)
+
+    def weights(self, module: nn.Module) -> Tensors:
+        """All weights of a module in the host's memory; none on other processes than the first."""
+        return on_first(self.processes, module.state_dict().items())
+
+    @abstractmethod
+    def optimizer_state(self) -> OptimizerState:
+        """What resuming needs beside the weights; no moments on others than the first process."""
+
+    @abstractmethod
+    def load_optimizer_state(self, state: OptimizerState) -> None:
+        """Go on where :meth:`optimizer_state` was taken, by any engine."""
+
+
+def on_first(processes: Processes, values: Iterable[tuple[str, Tensor]]) -> Tensors:
+    """Bring tensors into the host's memory one after the other; none on others than the first."""
+    kept = {}
+    for name, value in values:
+        if processes.is_first:
+            kept[name] = value.detach().cpu()
+        del value  # before the next one is put together
+    return kept
+
+
+class TorchEngine(Engine):
     """Plain torch, in any number of processes. The default, and the reference for any other."""
 
     def __init__(
@@ -125,34 +177,26 @@ class TorchEngine:
         processes: Processes = Processes(),  # noqa: B008 - it is frozen
     ) -> None:
         """Take a model that is on ``device`` already, and the optimizer of its parameters."""
-        self.model = model
-        self.device = device
-        self.accumulate = accumulate
-        self.precision: Precision = precision
-        self.processes = processes
-        self.gradient_norm = torch.zeros((), device=device)
+        super().__init__(
+            model, device=device, accumulate=accumulate, precision=precision, processes=processes
+        )
         self._runner = processes.replicate(model)
-        self._statistics = batch_statistics(model)
         self._optimizer = optimizer
         self._clip_grad = clip_grad
         self._micro_steps = 0
 
     @property
+    @override
     def name(self) -> str:
-        """For the log."""
         return "plain torch" if self.processes.count == 1 else "plain torch, DDP"
 
     @property
+    @override
     def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's, whose ``lr`` the loop sets."""
         return self._optimizer.param_groups
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision, for everything that a batch is put through. Weights stay float32."""
-        return autocast(self.device, self.precision)
-
+    @override
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        """The model's forward pass."""
         is_last = (self._micro_steps + 1) % self.accumulate == 0
         # Gradients are averaged over the processes once per update, with its last micro-batch.
         kept: AbstractContextManager[Any] = nullcontext()
@@ -161,12 +205,12 @@ class TorchEngine:
         with kept:
             return self._runner(*inputs, **options)
 
+    @override
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch, as its share of the update."""
         torch.autograd.backward(loss / self.accumulate)
 
+    @override
     def step(self) -> bool:
-        """Update the weights once the last micro-batch of an update is done."""
         self._micro_steps += 1
         if self._micro_steps % self.accumulate:
             return False
@@ -183,32 +227,12 @@ class TorchEngine:
         self.processes.average_(self._statistics)
         return True
 
-    def hold(self, module: nn.Module) -> None:
-        """Nothing to do: all processes have all weights."""
-
-    @contextmanager
-    def whole(self, module: nn.Module) -> Iterator[nn.Module]:
-        """The module itself."""
-        yield module
-
-    def weights(self, module: nn.Module) -> Tensors:
-        """All weights of a module in the host's memory; none on other processes than the first."""
-        if not self.processes.is_first:
-            return {}
-        return {name: value.detach().cpu() for name, value in module.state_dict().items()}
-
+    @override
     def optimizer_state(self) -> OptimizerState:
-        """What resuming needs beside the weights; no moments on others than the first process."""
         if not self.processes.is_first:
             return OptimizerState(0, {})
         return state_of(self._optimizer, self.model)
 
+    @override
     def load_optimizer_state(self, state: OptimizerState) -> None:
-        """Go on where :meth:`optimizer_state` was taken, by any engine."""
         put_state(state, self._optimizer, self.model)
-
-
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """Computes in ``precision`` what gains by it."""
-    dtype = AUTOCAST[precision]
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)

@@ -5,10 +5,10 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -158,8 +158,36 @@ class Meter:
         return means | speed
 
 
+class Tracker(Protocol):
+    """Where metrics go beside ``metrics.jsonl``."""
+
+    def write(self, kind: str, update: int, values: Mapping[str, float]) -> None:
+        """Take the values of one line."""
+
+    def flush(self) -> None:
+        """Make sure that what was written so far outlives the process."""
+
+    def close(self) -> None:
+        """Write what was not written yet."""
+
+
+class TensorBoard:
+    """Metrics as TensorBoard reads them."""
+
+    def __init__(self, folder: Path, first_update: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=first_update + 1)
+        self.flush, self.close = self._writer.flush, self._writer.close
+
+    def write(self, kind: str, update: int, values: Mapping[str, float]) -> None:
+        """Add a point to the curve of each value."""
+        for name, value in values.items():
+            self._writer.add_scalar(f"{kind}/{name}", value, update)
+
+
 class MetricsLog:
-    """The metrics of a run, in ``metrics.jsonl`` and for TensorBoard."""
+    """The metrics of a run, in ``metrics.jsonl`` and for trackers."""
 
     def __init__(
         self, run_dir: Path, *, first_update: int, tensorboard: bool, writes: bool = True
@@ -169,15 +197,14 @@ class MetricsLog:
         ``writes``: of several processes that measure the same, one writes it down.
         """
         self.path = run_dir / "metrics.jsonl"
-        self._writer = None
         self._writes = writes
-        if writes:
-            self._drop_from(first_update)
+        self._trackers: list[Tracker] = []
+        if writes and self.path.is_file():
+            kept = [line for line in read_lines(self.path) if line["update"] <= first_update]
+            with written_beside(self.path) as beside:
+                beside.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
         if writes and tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            folder = str(run_dir / "tensorboard")
-            self._writer = SummaryWriter(folder, purge_step=first_update + 1)
+            self._trackers.append(TensorBoard(run_dir / "tensorboard", first_update))
 
     def write(self, kind: str, update: int, epoch: float, values: dict[str, float]) -> None:
         """Add one line. ``update`` counts the updates that were made."""
@@ -186,26 +213,18 @@ class MetricsLog:
         line = {"kind": kind, "update": update, "epoch": round(epoch, 4), **values}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(f"{kind}/{name}", value, update)
+        for tracker in self._trackers:
+            tracker.write(kind, update, values)
 
     def flush(self) -> None:
-        """Make sure that what TensorBoard has so far outlives the process."""
-        if self._writer is not None:
-            self._writer.flush()
+        """Make sure that what trackers have so far outlives the process."""
+        for tracker in self._trackers:
+            tracker.flush()
 
     def close(self) -> None:
-        """Write what TensorBoard has not written yet."""
-        if self._writer is not None:
-            self._writer.close()
-
-    def _drop_from(self, first_update: int) -> None:
-        if not self.path.is_file():
-            return
-        kept = [line for line in read_lines(self.path) if line["update"] <= first_update]
-        with written_beside(self.path) as beside:
-            beside.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+        """Let trackers write what they have not written yet."""
+        for tracker in self._trackers:
+            tracker.close()
 
 
 class ProgressBar:
@@ -249,7 +268,9 @@ class ProgressBar:
             now - self._last_line > self.SECONDS_BETWEEN_LINES or done == self._total
         ):
             left = (now - self._began) / max(done - self._first, 1) * (self._total - done)
-            log.info("%d/%d updates, %s, %s left", done, self._total, text, _clock(left))
+            log.info(
+                "%d/%d updates, %s, %s left", done, self._total, text, tqdm.format_interval(left)
+            )
             self._last_line = now
 
 
@@ -276,12 +297,8 @@ class WaitingWarning:
         if self._in_a_row == self.LINES:
             log.warning(
                 "%.0f%% of the time goes into waiting for data. What holds it up, and how many "
-                "data.workers would do: python tools/bench_loader.py %s. Often it is decoding: "
+                "data.workers would do: python tools/bench.py loader %s. Often it is decoding: "
                 "tools/transcode.py makes videos small and quick to seek in",
                 100 * data_wait,
                 self._config,
             )
-
-
-def _clock(seconds: float) -> str:
-    return str(tqdm.format_interval(seconds))

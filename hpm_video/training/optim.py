@@ -1,13 +1,15 @@
 """Optimizers, and which parameters they decay and how fast they train them."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 Tensors = dict[str, Tensor]
+EmaUpdate = Callable[[nn.Module, nn.Module, float], None]
 
 
 def parameter_groups(
@@ -56,6 +58,21 @@ def make_adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float]) -> t
 def make_sgd(groups: list[dict[str, Any]], *, momentum: float) -> torch.optim.SGD:
     """Stochastic gradient descent with momentum; its learning rate is set before every update."""
     return torch.optim.SGD(groups, lr=0.0, momentum=momentum)
+
+
+@torch.no_grad()
+def ema_update(average: Iterable[Tensor], current: Iterable[Tensor], momentum: float) -> None:
+    """Move each tensor of ``average`` towards its counterpart by ``1 - momentum``.
+
+    Both are float32: in bfloat16 a step of 1e-4 would be rounded away.
+    """
+    update = get_ema_multi_avg_fn(momentum)  # type: ignore[no-untyped-call]
+    update([*average], [*current], 0)
+
+
+def ema_update_module(average: nn.Module, model: nn.Module, momentum: float) -> None:
+    """Move the weights of one module towards those of another."""
+    ema_update(average.parameters(), model.parameters(), momentum)
 
 
 @dataclass(frozen=True)

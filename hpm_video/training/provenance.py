@@ -74,21 +74,22 @@ def bit_differences(before: Facts, now: Facts) -> list[str]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that the package runs from, ``+`` where it was changed."""
-    folder = Path(hpm_video.__file__).parent
-    quiet = {
-        "cwd": folder,
-        "capture_output": True,
-        "text": True,
-        "env": {**os.environ, "LC_ALL": "C"},
-    }
+    """Return the commit of the checkout that the package runs from, ``+`` where it was changed."""
+
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(
+            ["git", *arguments],  # noqa: S607
+            cwd=Path(hpm_video.__file__).parent,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "LC_ALL": "C"},
+            check=False,
+        )
+        return None if done.returncode else done.stdout.strip()
+
     try:
-        if subprocess.run(
-            ["git", "ls-files", "--error-unmatch", "__init__.py"], **quiet
-        ).returncode:  # type: ignore[call-overload]  # noqa: S607
+        if git("ls-files", "--error-unmatch", "__init__.py") is None:
             return None
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **quiet).stdout.strip()  # type: ignore[call-overload]  # noqa: S607
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], **quiet).stdout  # type: ignore[call-overload]  # noqa: S607
+        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+")
     except OSError:  # no git
         return None
-    return f"{commit}{'+' if changed else ''}" or None

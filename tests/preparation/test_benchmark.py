@@ -1,10 +1,9 @@
 """Not the rates themselves, which are this machine's: that they are told, and what follows."""
 
-import importlib.util
+import csv
 import json
 import os
 import re
-import shutil
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -14,36 +13,28 @@ import numpy as np
 import pytest
 import torch
 
-from hpm_video.data.clips import ClipSpec, Failure, Repeats, VideoClips
+from hpm_video.data.clips import ClipSpec, Failure, Repeats, TooManyBadFiles, VideoClips
 from hpm_video.data.manifest import read_manifest
 from hpm_video.data.mixture import MixedClips, Place
 from hpm_video.data.transforms import ClipTransform, MultiScaleCrop
 from hpm_video.decoding.registry import DecodeError, available_decoders
+from hpm_video.preparation import loader_advice
 from hpm_video.preparation.benchmark import (
     MIB,
+    NUM_PLACES,
     Phases,
-    RefusedFiles,
     Storage,
     Trial,
-    storage_of,
+    Trials,
+    read_all,
+    size_of,
     time_phases,
-    try_reading,
 )
 from hpm_video.workers.room import RoomError
 
 pytestmark = pytest.mark.slow
 
 TAKEN = 0.05
-
-
-@pytest.fixture(scope="module")
-def bench_loader():
-    """The tool as a module."""
-    place = Path(__file__).parents[2] / "tools/bench_loader.py"
-    spec = importlib.util.spec_from_file_location("bench_loader", place)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Slow(ClipTransform):
@@ -122,18 +113,19 @@ def test_the_bottleneck_depends_on_the_number_of_workers():
     assert replace(phases, reading=7).bottleneck(1) == "reading"
 
 
+def trials_of(clips, *, batch_size=4, seconds=0.1, memory=None):
+    storage = Storage(1, 1, memory)
+    return Trials(clips, [1.0], storage, batch_size=batch_size, seconds=seconds)
+
+
 def test_a_rate_is_that_of_the_clips(videos):
-    trial = try_reading(
-        clips_of(videos / "train", count=2),
-        places(4000),
-        batch_size=4,
-        workers=1,
-        seconds=1.0,
-    )
-    assert trial.rate > 1
-    assert 0 < trial.reached <= 4000
-    assert trial.read <= set(map(str, (videos / "train").iterdir()))
+    trial = Trial(available_decoders()[0])
+    trials_of(clips_of(videos / "train", count=2), seconds=1.0).read(trial, 1)
+    assert trial.rates[1] > 1
+    assert trial.files
+    assert trial.files <= set(map(str, (videos / "train").iterdir()))
     assert not trial.refused
+    assert trial.error is None
 
 
 def manifest_of(folder, *files):
@@ -188,14 +180,16 @@ needs_both = pytest.mark.skipif(
 def test_a_trial_leaves_the_clips_as_they_are_and_knows_of_no_other(transport_streams):
     clips = clips_of(transport_streams)
     (stream,) = clips.streams
-    reader = stream.reader
-    options = {"batch_size": 2, "workers": 1, "seconds": 0.1}
-    with pytest.raises(RefusedFiles, match="files do not decode") as caught:
-        try_reading(clips, places(400), **options, decoder="decord")
-    assert Path(caught.value.first.path).parent == transport_streams
+    reader, trials = stream.reader, trials_of(clips, batch_size=2)
+    refusing, reading = Trial("decord", {8: 100.0}), Trial("pyav")
+    trials.read(refusing, 1)
+    assert refusing.refuses_all
+    assert refusing.rates == {}, "what another number of processes reached counts no more"
+    assert {Path(path).parent for path in refusing.refused} == {transport_streams}
     assert stream.reader is reader
     assert stream.bad == {}
-    assert try_reading(clips, places(400), **options, decoder="pyav").rate > 0
+    trials.read(reading, 1)
+    assert reading.rates[1] > 0
 
 
 @needs_both
@@ -205,11 +199,13 @@ def test_a_decoder_that_refuses_the_files_is_told_and_the_others_go_on(
 ):
     arguments = ("--seconds", "0.2", "--workers", "1", "--clips", "3", "--decoders", "decord,pyav")
     data = (f"data.train={transport_streams}", f"data.decoder={configured}")
-    code, output = run_tool("bench_loader", config_file, *data, *arguments)
+    code, output = run_tool("bench", "loader", config_file, *data, *arguments)
     assert code == 0, output
-    assert re.search(r"^one clip, by pyav ", output, re.M), output
-    assert re.search(r"^  decord .*refuses these files, such as .*\.ts: ", output, re.M), output
-    assert re.search(r"^  pyav +[\d.]+$", output, re.M), output
+    assert re.search(r"^one clip, by pyav$", output, re.M), output
+    assert re.search(r"^ *decord +NaN +refuses \d of \d files, such as .*\.ts: ", output, re.M), (
+        output
+    )
+    assert re.search(r"^ *pyav +[\d.]+ ", output, re.M), output
     assert "take data.decoder=pyav data.workers=1" in output
 
 
@@ -219,117 +215,97 @@ def test_where_all_decoders_refuse_the_files_it_is_a_wrong_input(
 ):
     arguments = ("--seconds", "0.2", "--workers", "1", "--clips", "3", "--decoders", "decord")
     code, output = run_tool(
-        "bench_loader", config_file, f"data.train={transport_streams}", *arguments
+        "bench", "loader", config_file, f"data.train={transport_streams}", *arguments
     )
     assert code == 2
     assert "Traceback" not in output
     assert "error: none of the first 3 files decodes" in output
 
 
-class Refusing:
-    """Trials in which a decoder refuses some files, or there is no room."""
+def test_a_decoder_that_refuses_too_many_of_the_files_it_tried_is_not_recommended():
+    def trial(decoder, rates, refused):
+        failures = {f"bad {n}": Failure(f"bad {n}", "no") for n in range(refused)}
+        return Trial(decoder, rates, {str(number) for number in range(20 - refused)}, failures)
 
-    def __init__(self, clips, outcomes):
-        self.clips, self.outcomes = clips, outcomes
-
-    def measure(self, decoder, workers):
-        outcome = self.outcomes[decoder, workers]
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
+    few, many = trial("pyav", {1: 5.0}, 10), trial("decord", {1: 50.0, 2: 60.0}, 11)
+    assert loader_advice.usable_rates([few, many], 0.5) == {("pyav", 1): 5.0}
+    everything = {("decord", 1): 50.0, ("decord", 2): 60.0}
+    assert loader_advice.usable_rates([many], 0.5) == everything, "better than nothing"
 
 
-def test_a_decoder_that_refuses_too_many_of_the_files_it_tried_is_not_recommended(
-    videos, bench_loader, capsys
-):
-    def trial(rate, refused):
-        files = {str(number) for number in range(20 - refused)}
-        return Trial(
-            rate, 20, files, {f"bad {n}": Failure(f"bad {n}", "no") for n in range(refused)}
-        )
+@pytest.mark.parametrize("error", [RoomError("too small"), TooManyBadFiles("too many")])
+def test_where_nothing_could_be_measured_the_reason_is_raised(error):
+    with pytest.raises(type(error), match="too"):
+        loader_advice.usable_rates([Trial("pyav", error=error), Trial("decord", error=error)], 0.5)
 
-    clips = clips_of(videos / "train")  # of which half may be bad
-    trials = Refusing(
-        clips,
-        {
-            ("pyav", 1): trial(5.0, 10),
-            ("pyav", 2): RoomError("too small"),
-            ("decord", 1): trial(50.0, 11),
-            ("decord", 2): trial(60.0, 11),
-        },
-    )
-    assert bench_loader.try_all(trials, ["pyav", "decord"], [1, 2]) == {("pyav", 1): 5.0}
-    output = capsys.readouterr().out
-    assert re.search(r"^  pyav +5.0 +no room  refuses 10 of 20 files, such as bad 0$", output, re.M)
-    assert re.search(r"^  decord +50.0 +60.0  refuses 11 of 20 files", output, re.M)
-    everywhere = Refusing(clips, dict.fromkeys(trials.outcomes, RoomError("too small")))
-    with pytest.raises(RoomError, match="too small"):
-        bench_loader.try_all(everywhere, ["pyav", "decord"], [1, 2])
+
+def test_where_there_is_no_room_for_so_many_the_others_are_measured(videos, monkeypatch):
+    def without_room(*_, workers, **__):
+        raise RoomError(f"no room for {workers}")
+
+    trial = Trial(available_decoders()[0], {1: 5.0})
+    monkeypatch.setattr("hpm_video.preparation.benchmark.training_batches", without_room)
+    trials_of(clips_of(videos / "train")).read(trial, 2)
+    assert (trial.rates, str(trial.error)) == ({1: 5.0}, "no room for 2")
 
 
 def test_it_is_told_where_files_are_read_from_and_why(videos):
-    storage = storage_of(clips_of(videos / "train"))
+    storage = Storage.of(clips_of(videos / "train"))
     files = [*(videos / "train").iterdir()]
     assert storage.num_files == len(files)
     assert storage.num_bytes == sum(file.stat().st_size for file in files)
     small, large = (Storage(3, 100 * MIB, memory) for memory in (201 * MIB, 199 * MIB))
     assert small.is_memory
     assert not large.is_memory
-    assert str(small).startswith("3 files of about 100 MiB fit into memory: they are read from the")
-    assert str(large).startswith("3 files of about 100 MiB may not fit into memory: they are read")
+    assert str(small).startswith("3 files of about 100 MiB fit into memory: read from there")
+    assert str(large).startswith(
+        "3 files of about 100 MiB may not fit into memory: read from the disk"
+    )
     assert not Storage(3, 1, None).is_memory
 
 
-@pytest.mark.parametrize("memory", [0, 2**40])
-def test_files_are_where_training_finds_them(videos, tmp_path, monkeypatch, memory):
-    source = next((videos / "train").iterdir())
-    shutil.copy(source, tmp_path / "a.mp4")
-    asked = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: asked.append(arguments[1:]))
-    clips = clips_of(tmp_path)
-    Storage(1, 1, memory).prepare_all(clips, places(3))
-    Storage(1, 1, memory).prepare(f"{tmp_path}/shard.tar::a.mp4@512+100")  # there is none
-    (tmp_path / "shard.tar").write_bytes(bytes(2048))
-    Storage(1, 1, memory).prepare(f"{tmp_path}/shard.tar::a.mp4@512+100")
-    forgotten = [(0, 0, os.POSIX_FADV_DONTNEED)] * 3 + [(512, 100, os.POSIX_FADV_DONTNEED)]
-    assert asked == ([] if memory else forgotten)
+def test_the_bytes_of_every_kind_of_place_are_read(tmp_path):
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for name in ("1.jpg", "2.jpg"):
+        (frames / name).write_bytes(bytes(100))
+    (tmp_path / "a.mp4").write_bytes(bytes(50))
+    for place, count in ((f"{frames}/", 200), (f"{tmp_path}/a.mp4", 50), (f"{tmp_path}/gone", 0)):
+        assert (size_of(place), read_all(place)) == (count, count)
+    assert size_of(f"{tmp_path}/shard.tar::a.mp4@512+100") == 100
 
 
 @pytest.mark.parametrize("memory", [0, 2**40])
-def test_what_comes_from_the_disk_is_not_read_twice(videos, bench_loader, memory):
-    clips = clips_of(videos / "train")
-    trials = bench_loader.Trials(clips, [1.0], Storage(1, 1, memory), batch_size=4, seconds=0.1)
-    trials.measure("pyav", 1)
+def test_what_comes_from_the_disk_is_not_read_twice(videos, memory):
+    trials = trials_of(clips_of(videos / "train"), memory=memory)
+    trials.read(Trial("pyav"), 1)
     if memory:
         assert trials.places()[0].position == 0
         return
     assert trials.places()[0].position > 0
-    trials.go_on(bench_loader.NUM_PLACES)
+    trials.go_on(NUM_PLACES)
     assert trials.places()[0].position == 0, "it begins anew before places run out"
 
 
-def test_numbers_that_are_tried_come_out_even(bench_loader, monkeypatch):
-    monkeypatch.setattr(bench_loader, "cores", lambda: 48)
-    assert bench_loader._tried(None, 1) == [1, 2, 4, 8, 16, 32, 48]
-    assert bench_loader._tried(None, 8) == [8, 16, 32, 48]
-    assert bench_loader._tried(None, 64) == [64], "one for each, where there are fewer cores"
-    assert bench_loader._tried([3, 9, 17], 8) == [8, 16]
+def test_numbers_that_are_tried_come_out_even(monkeypatch):
+    monkeypatch.setattr(loader_advice, "cores", lambda: 48)
+    assert loader_advice.workers_to_try(None, 1) == [1, 2, 4, 8, 16, 32, 48]
+    assert loader_advice.workers_to_try(None, 8) == [8, 16, 32, 48]
+    assert loader_advice.workers_to_try(None, 64) == [64], "one for each, if there are fewer cores"
+    assert loader_advice.workers_to_try([3, 9, 17], 8) == [8, 16]
 
 
-def test_settings_are_those_of_each_process(bench_loader, capsys):
+def test_settings_are_those_of_each_process():
     phases = Phases(reading=1, decoding=6, augmenting=2, collating=0.5, copying=0.5)
     rates = {("pyav", 8): 40.0, ("pyav", 16): 100.0, ("decord", 32): 101.0}
-    assert bench_loader.recommend(rates, phases, 8) == ("pyav", 16)
-    output = capsys.readouterr().out
-    assert (
-        "take data.decoder=pyav data.workers=2 for each of 8 processes, 16 in all: 100.0 cl"
-        in output
-    )
-    assert "more may come" in output
-    assert "the bottleneck is decoding" in output, "with 2 workers to each process"
-    bench_loader.recommend(rates, phases, 1)
-    output = capsys.readouterr().out
-    assert "data.workers=16: 100.0 clips/s\nthe bottleneck is collating" in output
+    setting = loader_advice.choose_setting(rates)
+    assert setting == ("pyav", 16)
+    told = loader_advice.recommend(setting, 100.0, phases, 8)
+    assert "take data.decoder=pyav data.workers=2 for each of 8 processes, 16 in all: 100" in told
+    assert "more may come" in told
+    assert "the bottleneck is decoding" in told, "with 2 workers to each process"
+    told = loader_advice.recommend(setting, 100.0, phases, 1)
+    assert "data.workers=16: 100.0 clips/s\nthe bottleneck is collating" in told
 
 
 def write_run(folder, starts, lines):
@@ -342,57 +318,48 @@ def write_run(folder, starts, lines):
     (folder / "metrics.jsonl").write_text(text + '{"kind": "validation", "update": 1}\n{"ki')
 
 
-def test_needs_are_those_of_this_machine_alone(bench_loader, tmp_path):
+def test_the_speed_of_a_run_is_that_of_each_process_without_waiting(tmp_path):
     starts = [{"first_update": 0, "processes": 8}, {"first_update": 20, "processes": 16}]
     lines = [(10, 400.0, 0.5), (20, 800.0, 0.0), (30, 800.0, 0.5)]
     write_run(tmp_path / "run", starts, lines)
-    past = bench_loader.PastRun.read(tmp_path / "run")
-    assert past.processes == 16
-    assert past.needs(16) == 1600.0
-    assert past.needs(8) == 800.0, "one of two machines"
-    assert past.told(8).startswith("the run had 16 processes; 8 such train up to 800.0 clips/s")
-    cpu = torch.device("cpu")
-    assert bench_loader.processes_here(cpu, past) == 16
-    assert bench_loader.processes_here(cpu, bench_loader.PastRun()) == 1
+    assert loader_advice.past_speed(tmp_path / "run") == (16, 100.0)
+    assert loader_advice.past_speed(tmp_path) is None
 
 
-def test_needs_of_a_run_that_does_not_tell_its_processes(bench_loader, tmp_path):
-    write_run(tmp_path / "old", [{"first_update": 0}], [(10, 400.0, 0.5)])
-    past = bench_loader.PastRun.read(tmp_path / "old")
-    assert past.needs(4) == 800.0
-    assert past.told(4).startswith("the run trained up to 800.0 clips/s")
-    assert bench_loader.PastRun.read(tmp_path).needs(4) is None
-
-
-def test_one_process_for_each_gpu_but_no_more_than_the_run_had(bench_loader, monkeypatch):
+def test_one_process_for_each_gpu_but_no_more_than_the_run_had(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    gpu = torch.device("cuda")
-    found = [
-        bench_loader.processes_here(gpu, bench_loader.PastRun(count)) for count in (None, 2, 16)
-    ]
-    assert found == [8, 2, 8]
+    for device, expected in (("cuda", [8, 2, 8]), ("cpu", [1, 2, 16])):
+        found = [loader_advice.processes_here(torch.device(device), n) for n in (None, 2, 16)]
+        assert found == expected
 
 
 def test_the_tool_tells_what_several_processes_take(config_file, run_tool):
     arguments = ("--seconds", "0.2", "--workers", "2", "--clips", "3", "--processes", "2")
     decoder = ("--decoders", available_decoders()[0])
-    code, output = run_tool("bench_loader", config_file, *arguments, *decoder)
+    code, output = run_tool("bench", "loader", config_file, *arguments, *decoder)
     assert code == 0, output
-    assert "for 2 processes that train" in output
+    assert "for 2 process(es) that train" in output
     assert re.search(
         r"^take data.decoder=\w+ data.workers=1 for each of 2 processes, 2 in all: ", output, re.M
     )
     assert "fit into memory" in output
 
 
-def test_the_tool_tells_rates_a_recommendation_and_whether_gpus_starve(finished_run, run_tool):
-    arguments = ("--seconds", "0.3", "--workers", "1,2", "--clips", "6")
-    code, output = run_tool("bench_loader", finished_run / "config.yaml", *arguments)
+def test_the_tool_tells_rates_a_recommendation_and_whether_gpus_starve(
+    finished_run, run_tool, tmp_path
+):
+    table = tmp_path / "tables" / "rates.csv"
+    arguments = ("--seconds", "0.3", "--workers", "1,2", "--clips", "6", "--output", table)
+    code, output = run_tool("bench", "loader", finished_run / "config.yaml", *arguments)
     assert code == 0, output
     for phase in ("reading", "decoding", "augmenting", "collating", "copying"):
-        assert re.search(rf"^  {phase}", output, re.MULTILINE), phase
+        assert re.search(rf"^ *{phase} ", output, re.MULTILINE), phase
+    written = [
+        row["phase"] or row["decoder"] for row in csv.DictReader(table.read_text().splitlines())
+    ]
+    assert written == [*Phases.__annotations__, *available_decoders()]
     for decoder in available_decoders():
-        rates = re.search(rf"^  {decoder} +([\d.]+) +([\d.]+)$", output, re.MULTILINE)
+        rates = re.search(rf"^ *{decoder} +([\d.]+) +([\d.]+)$", output, re.MULTILINE)
         assert rates, output
         assert min(map(float, rates.groups())) > 0
     assert re.search(r"^take data.decoder=\w+ data.workers=[12]: [\d.]+ clips/s$", output, re.M)
@@ -409,13 +376,13 @@ def test_the_tool_tells_rates_a_recommendation_and_whether_gpus_starve(finished_
 def test_what_gpus_need_can_be_said(finetuned_run, run_tool, needs, words):
     arguments = ("--seconds", "0.2", "--workers", "1", "--clips", "3", "--needs", needs)
     decoder = ("--decoders", available_decoders()[0])
-    code, output = run_tool("bench_loader", finetuned_run / "config.yaml", *arguments, *decoder)
+    code, output = run_tool("bench", "loader", finetuned_run / "config.yaml", *arguments, *decoder)
     assert code == 0, output
     assert words in output
 
 
 def test_a_decoder_that_is_not_there_is_refused(finished_run, run_tool):
     arguments = ("--clips", "2", "--decoders", "ffmpeg")
-    code, output = run_tool("bench_loader", finished_run / "config.yaml", *arguments)
+    code, output = run_tool("bench", "loader", finished_run / "config.yaml", *arguments)
     assert code == 2
     assert "--decoders: ffmpeg is not there, only " in output

@@ -5,12 +5,14 @@ import json
 import pytest
 
 from hpm_video.config.batch_plan import BatchPlan
+from hpm_video.config.checks import ConfigError
+from hpm_video.config.training import EngineConfig
 from hpm_video.training.deepspeed_settings import (
     DeepSpeedChoice,
-    DeepSpeedSettingsError,
     read_settings,
     settings_of,
 )
+from hpm_video.training.engine import EngineError
 
 PLAN = BatchPlan(batch_size=24, processes=2, micro_batch=4)
 
@@ -84,7 +86,7 @@ def test_a_file_adds_and_may_leave_open_or_repeat():
     ],
 )
 def test_a_file_that_contradicts_is_refused_by_name(own, name, remedy):
-    with pytest.raises(DeepSpeedSettingsError) as refused:
+    with pytest.raises(EngineError) as refused:
         settings(own)
     assert f"engine.deepspeed says {name}, and the run " in str(refused.value)
     assert remedy in str(refused.value)
@@ -92,7 +94,7 @@ def test_a_file_that_contradicts_is_refused_by_name(own, name, remedy):
 
 @pytest.mark.parametrize("section", ["optimizer", "scheduler"])
 def test_sections_of_the_recipe_are_refused(section):
-    with pytest.raises(DeepSpeedSettingsError, match=f"section '{section}', but that is part of"):
+    with pytest.raises(EngineError, match=f"section '{section}', but that is part of"):
         settings({section: {"type": "AdamW"}})
 
 
@@ -101,5 +103,25 @@ def test_a_file_that_is_no_object_is_named(tmp_path, text):
     path = tmp_path / "settings.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(DeepSpeedSettingsError, match=r"engine\.deepspeed=.*settings\.json"):
+    with pytest.raises(EngineError, match=r"engine\.deepspeed=.*settings\.json"):
         read_settings(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"offload": "optimizer"}, "engine.offload=optimizer is for DeepSpeed"),
+        ({"zero_stage": 2}, "engine.zero_stage=2 is for DeepSpeed"),
+        (
+            {"name": "deepspeed", "zero_stage": 0, "offload": "optimizer"},
+            "engine.offload=optimizer needs engine.zero_stage=1 or higher, got 0",
+        ),
+        (
+            {"name": "deepspeed", "zero_stage": 2, "offload": "all"},
+            "engine.offload=all needs engine.zero_stage=3 or higher, got 2",
+        ),
+    ],
+)
+def test_sharding_that_does_not_exist_is_refused_by_the_config(values, message):
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(**values)

@@ -22,7 +22,7 @@ LARGE = pytest.mark.skipif(
 def start(tmp_path, *arguments):
     (tmp_path / "hpm_video").symlink_to(ROOT / "hpm_video")
     return subprocess.run(
-        [sys.executable, "tools/scaling.py", *map(str, arguments)],
+        [sys.executable, "tools/count_flops.py", "--scaling", *map(str, arguments)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,

@@ -247,14 +247,14 @@ def test_both_steps_of_the_finetuning_demo_are_launched(clone: Clone) -> None:
     ]
 
 
-def test_hosts_are_started_by_the_other_launcher(clone: Clone) -> None:
+def test_hosts_are_started_by_the_launcher(clone: Clone) -> None:
     hosts = clone.elsewhere / "my hosts"
     hosts.write_text("# two\nnode0 slots=3\n\nnode1  slots=8 # more")
     env = {"HOSTFILE": "my hosts"}  # as seen from where the script is started
     assert clone.run("run_pretrain.sh", *OTHER[1:], env=env).returncode == 0
     assert clone.run("run_pretrain.sh", *OTHER[1:], "--dry-run", env=env).returncode == 0
     assert [start[1:] for start in clone.starts()] == [
-        ["tools/launch_hosts.py", str(hosts), *OTHER],
+        ["tools/launch.py", "--hostfile", str(hosts), *OTHER],
         [*OTHER, "--dry-run", "--processes", "11"],
     ]
 

@@ -1,6 +1,7 @@
 """The measuring tools, started as a user starts them, at tiny sizes."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
+from hpm_video.decoding.registry import available_decoders
 
 pytestmark = pytest.mark.slow
 
@@ -53,48 +55,69 @@ def write_config(tmp_path):
 
 def row(output, name):
     """The numbers of the line of ``name``."""
-    (line,) = re.findall(rf"^{re.escape(name)} +(\d.*)$", output, re.M)
+    (line,) = re.findall(rf"^ *{re.escape(name)} +(\d.*)$", output, re.M)
     return [float(number) for number in re.findall(r"\d+\.\d+", line)]
 
 
-def assert_quotient(found, above, below, digits):
-    """``found`` was rounded to so many digits, of two numbers that were printed with one."""
-    least, most = (above - 0.05) / (below + 0.05), (above + 0.05) / max(below - 0.05, 1e-9)
-    half = 0.51 * 10**-digits
-    assert least - half <= found <= most + half
+def assert_quotient(found, above, below):
+    """``found`` was rounded to two digits, of two numbers that were rounded so as well."""
+    least, most = (above - 0.005) / (below + 0.005), (above + 0.005) / max(below - 0.005, 1e-9)
+    assert least - 0.006 <= found <= most + 0.006
 
 
-def test_blockwise_ranking_loss_is_the_same_and_takes_less_memory(tool):
+def test_blockwise_ranking_loss_is_the_same_and_takes_less_memory(tool, tmp_path):
     sizes = ("--clips", 8, "--tokens", 600, "--turns", 1, "--repeats", 1, "--device", "cpu")
-    output = tool("bench_ranking_loss", *sizes, "--threads", 1)
-    plain, blockwise, ratio = (row(output, name) for name in ("plain", "blockwise", "ratio"))
-    assert plain[2] == pytest.approx(blockwise[2], rel=1e-5)
+    output = tool("bench", "losses", *sizes, "--threads", 1, "--output", tmp_path / "t.json")
+    plain, blockwise = (row(output, name) for name in ("plain", "blockwise"))
+    (rows,) = json.loads((tmp_path / "t.json").read_text()).values()
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-5)
     tensor = 8 * 600 * 600 * 4 / 1e6  # B x M x M in float32; the plain form holds several
-    assert plain[1] > 2 * tensor
-    assert blockwise[1] < 2 * tensor
-    assert ratio[1] > 2
-    assert_quotient(ratio[1], plain[1], blockwise[1], digits=1)
-    assert_quotient(ratio[0], plain[0], blockwise[0], digits=1)
+    assert plain[2] > 2 * tensor
+    assert blockwise[2] < 2 * tensor
+    assert_quotient(blockwise[1], plain[0], blockwise[0])
 
 
-def test_updates_are_timed_in_both_precisions(tool, write_config):
-    path = write_config("tiny", **TINY, **HPM)
-    output = tool("bench_update", path, "seed=1", "--clips", 2, "--repeats", 1)
-    assert output.startswith("updates of 2 clip(s), cpu with 1 thread(s)")
+def test_updates_are_timed_in_both_precisions(tool, write_config, tmp_path):
+    path, table = write_config("tiny", **TINY, **HPM), tmp_path / "table.json"
+    arguments = ("--clips", 2, "--repeats", 1, "--output", table)
+    output = tool("bench", "update", path, *arguments, "seed=1")
+    assert output.startswith("\nupdates of 2 clip(s), cpu with 1 thread(s)")
     full, half = row(output, "fp32"), row(output, "bf16")
-    for clips_per_second, milliseconds in (full, half):
-        assert_quotient(clips_per_second, 2000, milliseconds, digits=1)
-    (ratio,) = row(output, "bf16 / fp32")
-    assert_quotient(ratio, full[1], half[1], digits=2)
+    for milliseconds, _, clips_per_second in (full, half):
+        assert_quotient(clips_per_second, 2000, milliseconds)
+    assert_quotient(half[1], full[0], half[0])
     assert re.search(r"^largest size of this process: \d+\.\d\d GB$", output, re.M)
     assert re.search(r"^engine.precision=auto takes (fp32|bf16) here: ", output, re.M)
+    (rows,) = json.loads(table.read_text()).values()
+    assert [(line["way"], round(line["ms"], 2)) for line in rows] == [
+        ("fp32", full[0]),
+        ("bf16", half[0]),
+    ]
+
+
+def test_decoding_is_timed_against_the_straightforward_way(tool, videos):
+    video = next((videos / "train").iterdir())
+    output = tool("bench", "decoding", video, "--repeats", 1, "--views", "1x1")
+    assert re.findall(r"^(train|test)$", output, re.M) == ["train", "test"]
+    for way in ("straightforward", *available_decoders()):
+        assert len(re.findall(rf"^ *{way} +[\d.]+ +[\d.]+$", output, re.M)) == 2, output
 
 
 def test_a_misspelt_key_is_one_line(tool):
-    error = tool("bench_update", "configs/pretrain/demo.yaml", "recipe.epoch=3", code=2)
-    assert error.startswith("error: ")
+    error = tool("bench", "update", "configs/pretrain/demo.yaml", "recipe.epoch=3", code=2)
+    assert error.strip().startswith("error: ")
     assert "recipe.epoch" in error
-    assert error.count("\n") == 1
+    assert error.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize("old", ["bench_loader", "compare_decoders"])
+def test_an_old_name_tells_what_to_start(tool, old):
+    error = tool(old, "a config.yaml", "--seconds", 1, code=2)
+    if old == "bench_loader":
+        expected = "tools/bench.py loader 'a config.yaml' --seconds 1\n"
+        assert error == f"error: bench_loader.py has a new name: python {expected}"
+    else:
+        assert error.startswith("error: compare_decoders.py is gone: ")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpm_video.training.curves import Panel, collect, plot_curves, read_metrics, smooth, spread
+from hpm_video.training.curves import Panel, collect, plot_curves, read_metrics, smooth
 
 
 def write(path: Path, records: list[dict[str, object]]) -> Path:
@@ -96,11 +96,3 @@ def test_values_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
 def test_smoothing_keeps_constants_up_to_the_ends() -> None:
     np.testing.assert_allclose(smooth(np.full(50, 3.0), 7), 3.0)
     assert len(smooth(np.arange(4.0), 9)) == 4
-
-
-def test_labels_that_would_touch_are_moved_apart() -> None:
-    assert spread([0.1, 0.9], 0.2) == [0.1, 0.9]
-    np.testing.assert_allclose(spread([0.5, 0.5, 0.5], 0.2), [0.3, 0.5, 0.7])
-    places = spread([0.1, 0.45, 0.5, 0.52, 0.6], 0.1)
-    assert (np.diff(places) > 0.1 - 1e-9).all()
-    assert places[0] == 0.1

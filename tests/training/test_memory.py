@@ -1,7 +1,7 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +17,6 @@ from hpm_video.runs.autotune import trial_update
 from hpm_video.runs.finetuning import Finetuning, resolve
 from hpm_video.runs.pretraining import Pretraining
 from hpm_video.training.memory import (
-    FP32,
-    MIXED_FP16,
     ActivationBytes,
     Buckets,
     LiveStorages,
@@ -28,7 +26,6 @@ from hpm_video.training.memory import (
     measure_update,
     simulate_update,
     training_memory,
-    zero_bytes,
 )
 
 pytestmark = pytest.mark.slow
@@ -50,25 +47,9 @@ def update_of(config, clips, precision="fp32", task=Pretraining):
 # --- Formulas -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("processes", "gigabytes"),
-    [
-        (1, (120, 120, 120)),
-        (4, (52.5, 41.3, 30)),
-        (16, (35.6, 21.6, 7.5)),
-        (64, (31.4, 16.6, 1.88)),
-    ],
-)
-def test_zero_bytes_are_those_of_the_papers_table(processes, gigabytes):
-    """Table 1 of the ZeRO paper, 7.5 thousand million parameters."""
-    found = [zero_bytes(7_500_000_000, processes, stage, MIXED_FP16) / 1e9 for stage in (1, 2, 3)]
-    assert found == pytest.approx(gigabytes, abs=0.06)
-    assert zero_bytes(7_500_000_000, processes, 0, MIXED_FP16) == 120e9
-
-
 def test_without_zero_all_is_held_in_float32():
     memory = training_memory(100, 100, Sharding(8, None))
-    assert memory.device.parts == {
+    assert asdict(memory.device) == {
         "weights": 400,
         "master": 0,
         "moments": 800,
@@ -76,7 +57,7 @@ def test_without_zero_all_is_held_in_float32():
         "teacher": 400,
         "buffers": 0,
     }
-    assert memory.device.total - 400 == zero_bytes(100, 8, 0, FP32)
+    assert memory.device.total == 2000
     assert memory.host.total == 0
 
 
@@ -91,7 +72,7 @@ PER_PARAMETER = {  # of 8 processes: weights, master, moments, gradients, teache
 @pytest.mark.parametrize("stage", PER_PARAMETER)
 def test_state_of_each_stage(stage):
     memory = training_memory(8000, 8000, Sharding(8, stage, buckets=SMALL))
-    *parts, _ = memory.device.parts.values()
+    *parts, _ = asdict(memory.device).values()
     assert tuple(part / 8000 for part in parts) == PER_PARAMETER[stage]
 
 
@@ -142,21 +123,6 @@ def test_with_small_buffers_every_further_stage_needs_less(parameters, processes
         for stage in (0, 1, 2, 3)
     ]
     assert sizes == sorted(sizes, reverse=True)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ((0, None), "processes must be at least 1, got 0"),
-        ((8, 4), "engine.zero_stage must be 0, 1, 2 or 3, got 4"),
-        ((8, 0, True), "got engine.zero_stage=0; take one of those"),
-        ((8, None, True), "ZeRO stages 1 to 3, got engine.zero_stage=None"),
-        ((8, 2, True, True), "ZeRO stage 3, got engine.zero_stage=2; take that"),
-    ],
-)
-def test_sharding_that_does_not_exist_is_refused(arguments, said):
-    with pytest.raises(ValueError, match=said):
-        Sharding(*arguments)
 
 
 def test_table_for_the_terminal():

@@ -46,4 +46,4 @@ def test_a_run_that_waits_for_its_data_says_so_once(caplog):
     assert warnings_of(0.9, 0.5, 0.5, 0.2, 0.5, 0.5) == [], "it goes by"
     (said,) = warnings_of(0.0, 0.5, 0.5, 0.42, 0.5, 0.5, 0.5, 0.5)
     assert said.startswith("42% of the time goes into waiting for data.")
-    assert "tools/bench_loader.py runs/mine/config.yaml" in said
+    assert "tools/bench.py loader runs/mine/config.yaml" in said

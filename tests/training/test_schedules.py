@@ -7,13 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpm_video.config.choices import TransformerSize
-from hpm_video.mining.teacher import MomentumSchedule, follow, make_teacher
+from hpm_video.mining.teacher import MomentumSchedule, make_teacher
 from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.loop import fit
 from hpm_video.training.metrics import Meter
-from hpm_video.training.optim import layer_decay_of, make_adamw, make_sgd, parameter_groups
+from hpm_video.training.optim import (
+    ema_update_module,
+    layer_decay_of,
+    make_adamw,
+    make_sgd,
+    parameter_groups,
+)
 from hpm_video.training.progress import Progress, Timeline
 from hpm_video.training.schedules import WarmupCosine, scaled_lr
 
@@ -60,7 +66,7 @@ def test_teacher_follows_in_steps_that_bf16_would_lose():
     teacher = make_teacher(student)
     before = teacher.weight.clone()
     torch.nn.init.constant_(student.weight, 1.0)
-    follow(teacher, student, 0.9999)
+    ema_update_module(teacher, student, 0.9999)
     torch.testing.assert_close(teacher.weight, before + 1e-4 * (1 - before), rtol=1e-6, atol=0)
     assert not torch.equal(teacher.weight, before)
     assert teacher.weight.dtype == torch.float32

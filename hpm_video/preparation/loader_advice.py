@@ -1,0 +1,141 @@
+"""Say what the speed of reading means: settings to take, and whether GPUs would starve."""
+
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpm_video.config.choices import DecoderName
+from hpm_video.data.clips import tolerated
+from hpm_video.preparation.benchmark import Phases, Trial
+
+REMEDIES = {
+    "reading": "the disk or the network is slow: copy the data to a local disk, or pack it with "
+    "tools/transcode.py --to shards",
+    "decoding": "tools/transcode.py makes videos small and quick to seek in; more data.repeats "
+    "take more clips of each decoded video; more cores decode more",
+    "augmenting": "RandAugment and large crops take their time: transcode to a smaller short side, "
+    "or take more data.workers",
+    "collating": "batches are put together in one thread of the run: more processes (GPUs) with a "
+    "smaller micro-batch each, or smaller clips",
+    "copying": "the way to the GPU is slow: more GPUs with a smaller micro-batch each",
+}
+ENOUGH = 0.95
+"""Share of the best rate: fewer processes that reach so much are preferred."""
+LINES = 20
+"""Lines of a run's metrics that tell its speed."""
+BUSY = 0.5
+"""Share of the one thread that puts batches together in a trial: from here on it may hold up the
+trial, where several processes that train have a thread each."""
+
+Setting = tuple[DecoderName | None, int]
+"""A decoder, none for images, and the number of processes that decode."""
+
+
+def past_speed(run: Path) -> tuple[int, float] | None:
+    """Read what a run tells about its speed; nothing where there is no such run.
+
+    -> its processes when it was started last, on all its machines, and the clips per second that
+    each would have trained if it had never waited for data
+    """
+    starts = _json_lines(run / "starts.jsonl")
+    trained = [line for line in _json_lines(run / "metrics.jsonl") if line["kind"] == "train"]
+    if not starts or not trained:
+        return None
+
+    def speed(line: dict[str, Any]) -> float:
+        processes = [s["processes"] for s in starts if s["first_update"] < line["update"]][-1]
+        rate: float = line["clips_per_second"] / max(1 - line["data_wait"], 1e-3) / processes
+        return rate
+
+    return starts[-1]["processes"], statistics.median_high(map(speed, trained[-LINES:]))
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file that a run may be writing to; nothing where there is no file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def processes_here(device: torch.device, in_the_past: int | None) -> int:
+    """Return how many train on this machine: one for each GPU, but no more than the run had."""
+    if device.type != "cuda":
+        return in_the_past or 1
+    gpus = torch.cuda.device_count()
+    return min(in_the_past or gpus, gpus)
+
+
+def cores() -> int:
+    """Count those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def workers_to_try(given: Sequence[int] | None, processes: int) -> list[int]:
+    """Return numbers of processes that decode, which all that train can share evenly.
+
+    By default 1, 2, 4 ... for each, up to one for every core of the machine.
+    """
+    most = max(1, cores() // processes)
+    usual = [*(2**power for power in range(20) if 2**power < most), most]
+    each = usual if given is None else [max(1, count // processes) for count in given]
+    return sorted({count * processes for count in each})
+
+
+def usable_rates(trials: Sequence[Trial], max_bad_share: float) -> dict[Setting, float]:
+    """Return clips per second, without decoders that refuse too many files, unless all do.
+
+    Raises:
+        TooManyBadFiles: all refuse so many that nothing could be measured.
+        RoomError: the machine has room for none of those numbers of processes.
+    """
+    measured = [trial for trial in trials if trial.rates]
+    if not measured:
+        raise next(trial.error for trial in trials if trial.error)
+    usable = [
+        trial
+        for trial in measured
+        if len(trial.refused) <= tolerated(len(trial.files | trial.refused.keys()), max_bad_share)
+    ]
+    return {
+        (trial.decoder, workers): rate
+        for trial in usable or measured
+        for workers, rate in trial.rates.items()
+    }
+
+
+def choose_setting(rates: dict[Setting, float]) -> Setting:
+    """Return the setting with the fewest processes that is nearly as fast as the best."""
+    best = max(rates.values())
+    enough = [setting for setting, rate in rates.items() if rate >= ENOUGH * best]
+    return min(enough, key=lambda setting: (setting[1], -rates[setting]))
+
+
+def recommend(setting: Setting, rate: float, phases: Phases, processes: int) -> str:
+    """Tell the setting to take, and what holds it up."""
+    decoder, workers = setting
+    each = max(1, workers // processes)
+    named = f"data.decoder={decoder} " if decoder else ""
+    shared = f" for each of {processes} processes, {workers} in all" if processes > 1 else ""
+    lines = [f"take {named}data.workers={each}{shared}: {rate:.1f} clips/s"]
+    if processes > 1 and rate * phases.collating > BUSY:
+        lines.append(
+            "(one thread put these batches together; each of them has its own: more may come)"
+        )
+    phase = phases.bottleneck(each)
+    return "\n".join([*lines, f"the bottleneck is {phase}: {REMEDIES[phase]}"])
+
+
+def verdict(rate: float, needs: float) -> str:
+    """Tell whether GPUs would wait."""
+    if rate >= needs:
+        return f"enough for GPUs that train {needs:.1f} clips/s: {rate / needs:.1f} times as much"
+    return (
+        f"GPUs that could train {needs:.1f} clips/s would starve: they would wait for data "
+        f"{1 - rate / needs:.0%} of the time"
+    )

@@ -1,0 +1,392 @@
+"""Measure speed: python tools/bench.py update|loader|decoding|losses [OPTIONS].
+
+What is compared takes turns, and medians are shown: ratios hold elsewhere, times do not.
+"""
+
+import argparse
+import gc
+import inspect
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from bench_ways import (  # type: ignore[import-not-found] # beside this file
+    LOSSES,
+    measure_loss,
+    peak_bytes,
+    ways_to_decode,
+)
+from torch import Tensor
+from tqdm import tqdm
+
+from hpm_video.config.choices import DecoderChoice, DecoderName
+from hpm_video.config.loading import load_any_config, load_config
+from hpm_video.config.schema import PretrainConfig
+from hpm_video.data.clips import Views
+from hpm_video.decoding.locations import is_image
+from hpm_video.decoding.registry import DecoderError, available_decoders
+from hpm_video.preparation.benchmark import (
+    IN_THE_RUN,
+    IN_WORKERS,
+    Phases,
+    Storage,
+    Trial,
+    Trials,
+    reader_of,
+)
+from hpm_video.preparation.loader_advice import (
+    choose_setting,
+    cores,
+    past_speed,
+    processes_here,
+    recommend,
+    usable_rates,
+    verdict,
+    workers_to_try,
+)
+from hpm_video.randomness import generator
+from hpm_video.runs.autotune import TIMED_CLIPS, trial_update
+from hpm_video.runs.console import above_zero, add_options, positive, run
+from hpm_video.runs.data import open_data, training_clips
+from hpm_video.runs.finetuning import Finetuning
+from hpm_video.runs.pretraining import Pretraining, crops_of
+from hpm_video.training.device import (
+    AUTOCAST,
+    DeviceError,
+    Precision,
+    choose_device,
+    choose_precision,
+    time_updates,
+)
+from hpm_video.workers.room import RoomError
+
+TURNS = 3
+"""Times that each precision is measured."""
+WHY = {
+    "cuda": "bf16 where the GPU is made for it",
+    "mps": "always on this kind of device",
+    "cpu": "on a CPU bf16 only where it measures faster by a tenth (measured anew)",
+}
+Rows = list[dict[str, Any]]
+Tables = Iterator[tuple[str, Rows]]
+"""Titles and rows, in the order in which they are measured."""
+
+
+def main(command_line: Sequence[str] | None = None) -> int:
+    """Measure, print tables, and write them where --output says. -> the exit code"""
+    arguments = parse_arguments(command_line)
+    tables: dict[str, Rows] = {}
+
+    def measure() -> None:
+        for title, rows in arguments.measure(arguments):
+            print(f"\n{title}\n{pd.DataFrame(rows).to_string(index=False, float_format='%.2f')}")
+            tables[title] = rows
+        if arguments.output is not None:
+            write(tables, arguments.output)
+
+    return run(measure)
+
+
+def write(tables: Mapping[str, Rows], path: Path) -> None:
+    """Write tables as JSON by their titles, or as one CSV file with a column of titles."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        path.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+    else:
+        rows = [{"table": title, **row} for title, found in tables.items() for row in found]
+        pd.DataFrame(rows).to_csv(path, index=False)
+
+
+def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for measure in (update, loader, decoding, losses):
+        command = commands.add_parser(
+            measure.__name__,
+            help=str(measure.__doc__).splitlines()[0],
+            description=inspect.getdoc(measure),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(measure=measure)
+        add_options(command, output={"metavar": "FILE.csv|FILE.json", "help": "write tables there"})
+    add = commands.choices["update"].add_argument
+    add("config", type=Path, metavar="CONFIG", help="a file of configs/pretrain")
+    add("overrides", nargs="*", metavar="section.key=value")
+    add("--clips", type=positive, help=f"of an update; default: at most {TIMED_CLIPS}")
+    add("--repeats", type=positive, default=5, help="timed updates of a turn (5)")
+    add = commands.choices["loader"].add_argument
+    add("config", type=Path, metavar="CONFIG", help="RUN/config.yaml tells the run's speed too")
+    add("overrides", nargs="*", metavar="section.key=value")
+    add("--decoders", metavar="NAME,NAME", help="by default all that load")
+    add(
+        "--workers",
+        type=lambda text: [positive(word) for word in text.split(",")],
+        metavar="N,N",
+        help="numbers of processes that decode, of all --processes together, that are tried",
+    )
+    add(
+        "--processes",
+        type=positive,
+        metavar="N",
+        help="that train on this machine, one for each GPU, and share its cores. By default as "
+        "many as there are GPUs, or as the run of CONFIG had if those are fewer",
+    )
+    add("--needs", type=above_zero, metavar="CLIPS", help="per second, of all GPUs here together")
+    add("--clips", type=positive, default=48, help="videos taken apart into phases (48)")
+    add("--seconds", type=above_zero, default=8.0, metavar="S", help="of each trial (8)")
+    add_options(commands.choices["decoding"], views={"default": Views(5, 3)})
+    add = commands.choices["decoding"].add_argument
+    add("video", metavar="VIDEO")
+    add("--decoders", metavar="NAME,NAME", help="by default all that load")
+    add("--repeats", type=positive, default=15, help="times that each way is measured (15)")
+    add_options(commands.choices["losses"], "device")
+    add = commands.choices["losses"].add_argument
+    add("--clips", type=positive, default=32)
+    add("--tokens", type=positive, default=1412, help="hidden tokens of a clip (1412)")
+    add("--turns", type=positive, default=2, help="processes of each form (2)")
+    add("--repeats", type=positive, default=3, help="timed calls of a process (3)")
+    add("--threads", type=positive, help="of the CPU; default: torch's choice")
+    words = sys.argv[1:] if command_line is None else command_line
+    chosen = commands.choices.get(words[0] if words else "")
+    return chosen.parse_intermixed_args(words[1:]) if chosen else parser.parse_args(words)
+
+
+def in_turns(ways: Mapping[str, Callable[[int], Any]], turns: int) -> dict[str, list[Any]]:
+    """Measure each way so many times; in between, the others."""
+    found: dict[str, list[Any]] = {name: [] for name in ways}
+    for turn in range(turns):
+        for name, way in ways.items():
+            found[name].append(way(turn))
+    return found
+
+
+def compared(seconds: Mapping[str, Sequence[float]]) -> Rows:
+    """Make a row of each way: its median time, and how many times faster than the first it is."""
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    first = next(iter(medians.values()))
+    return [
+        {"way": name, "ms": 1000 * median, "times as fast": first / median}
+        for name, median in medians.items()
+    ]
+
+
+# --- Updates ------------------------------------------------------------------------------------
+
+
+def update(arguments: argparse.Namespace) -> Tables:
+    """Time whole updates of pre-training, in fp32 and in bf16 autocast.
+
+    Student forward and backward, optimizer step and teacher, on random pixels; no video is decoded.
+    It takes the last epoch, where a teacher scores if it ever does.
+    """
+    config = load_config(PretrainConfig, arguments.config, arguments.overrides)
+    device = choose_device(config.engine.device)
+    if config.engine.threads is not None:
+        torch.set_num_threads(config.engine.threads)
+    clips = arguments.clips or min(config.recipe.batch_size * config.data.repeats, TIMED_CLIPS)
+
+    def measure(precision: Precision, _turn: int) -> tuple[float, int]:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        made = trial_update(Pretraining(config), device, precision, clips)
+        seconds = time_updates(made, device, warmup=1, repeats=arguments.repeats)
+        del made
+        gc.collect()  # an optimizer holds itself, and with it the model: one is held at a time
+        return seconds, peak_bytes(device)
+
+    found = in_turns({name: partial(measure, name) for name in AUTOCAST}, TURNS)
+    rows = compared({name: [seconds for seconds, _ in turns] for name, turns in found.items()})
+    for row in rows:
+        row["clips/s"] = 1000 * clips / row["ms"]
+        if device.type == "cuda":
+            row["peak memory, GB"] = max(peak for _, peak in found[row["way"]]) / 1e9
+    yield f"updates of {clips} clip(s), {describe(device)}", rows
+    if device.type != "cuda":
+        print(f"largest size of this process: {peak_bytes(device) / 1e9:.2f} GB")
+    taken = choose_precision(
+        device, lambda name: trial_update(Pretraining(config), device, name, clips)
+    )
+    print(f"engine.precision=auto takes {taken} here: {WHY.get(device.type, WHY['cpu'])}")
+
+
+def describe(device: torch.device) -> str:
+    """Name a device and what it computes with."""
+    return f"{device.type} with {torch.get_num_threads()} thread(s)"
+
+
+# --- Losses -------------------------------------------------------------------------------------
+
+
+def losses(arguments: argparse.Namespace) -> Tables:
+    """Time and weigh the ranking loss, forward and backward.
+
+    The package's form, which walks the pairs of tokens in blocks of rows, beside the plain one,
+    which holds B x M x M tensors. Each is measured in processes of its own, so that neither finds
+    memory that the other has already taken.
+    """
+    device = choose_device(arguments.device)
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"memory can be measured on cpu and cuda, not on {device.type}")
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    found = in_turns(
+        {name: partial(in_own_process, name, arguments) for name in LOSSES}, arguments.turns
+    )
+    rows = compared({name: [seconds for seconds, _, _ in turns] for name, turns in found.items()})
+    for row in rows:
+        turns = found[row["way"]]
+        row["peak memory, MB"] = statistics.median(used for _, used, _ in turns) / 1e6
+        row["loss"] = turns[0][2]
+    sizes = f"{arguments.clips} clips x {arguments.tokens} tokens"
+    yield f"ranking loss of {sizes}, {describe(device)}", rows
+
+
+def in_own_process(
+    form: str, arguments: argparse.Namespace, _turn: int
+) -> tuple[float, int, float]:
+    """Measure one form in a process of its own."""
+    options = {name: getattr(arguments, name) for name in ("clips", "tokens", "repeats", "device")}
+    options["threads"] = torch.get_num_threads()
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            found: tuple[float, int, float] = pool.submit(measure_loss, form, **options).result()
+        except BrokenProcessPool as error:
+            raise RoomError(
+                f"the process of the {form} form was killed ({error}); where memory is short, take "
+                "fewer --clips"
+            ) from error
+    return found
+
+
+# --- Decoding -----------------------------------------------------------------------------------
+
+
+def decoding(arguments: argparse.Namespace) -> Tables:
+    """Time how a video becomes clips, against the straightforward way.
+
+    A training clip and all views of a test, with each decoder (see tools/bench_ways.py). One
+    process, one thread; the file is in memory after the first turn, which does not count.
+    """
+    torch.set_num_threads(1)
+    decoders = choose_decoders(arguments.decoders)
+    if "decord" not in available_decoders():
+        print("decord is not installed: the straightforward way takes whole frames of PyAV")
+
+    def measure(way: Callable[..., Tensor], turn: int) -> float:
+        draw, began = generator("bench decoding", turn), time.perf_counter()
+        way(arguments.video, draw)
+        return time.perf_counter() - began
+
+    for task, made in ways_to_decode(decoders, arguments.views).items():
+        timed = {name: partial(measure, way) for name, way in made.items()}
+        found = in_turns(timed, arguments.repeats + 1)
+        yield task, compared({name: taken[1:] for name, taken in found.items()})
+
+
+def choose_decoders(names: str | None, first: Sequence[DecoderChoice] = ()) -> list[DecoderName]:
+    """Return the named decoders, by default all that are there, those of ``first`` first."""
+    there = available_decoders()
+    if names is None:
+        return sorted(there, key=lambda name: name not in first)
+    for word in names.split(","):
+        if word not in there:
+            raise DecoderError(f"--decoders: {word} is not there, only {', '.join(there)}")
+    return [name for word in names.split(",") for name in there if name == word]
+
+
+# --- Loader -------------------------------------------------------------------------------------
+
+
+def loader(arguments: argparse.Namespace) -> Tables:
+    """Tell whether data keep up with the GPUs.
+
+    Takes the reading of training clips apart (reading, decoding, augmenting, collating, copying),
+    tries numbers of processes and decoders, names the bottleneck and recommends settings. CONFIG
+    may be that of a run, RUN/config.yaml: then it is known how many clips per second its GPUs
+    could train.
+    """
+    config = load_any_config(arguments.config, arguments.overrides)
+    data = open_data(config)
+    if isinstance(config, PretrainConfig):
+        clips = training_clips(config, data, crops_of(config), same_frames=False)
+    else:
+        clips = training_clips(config, data, Finetuning(config).transforms(), same_frames=True)
+    if all(is_image(path) for stream in clips.streams for path in stream.manifest.files):
+        decoders: list[DecoderName | None] = [None]
+    else:
+        own = [reader_of(stream).decoder for stream in clips.streams]
+        decoders = [*choose_decoders(arguments.decoders, own)]
+    device = choose_device(config.engine.device)
+    past = past_speed(arguments.config.parent)
+    processes = arguments.processes or processes_here(device, past[0] if past else None)
+    batch_size = min(config.engine.micro_batch or config.recipe.batch_size, 32)
+    trials = Trials(clips, config.weights, Storage.of(clips), batch_size, arguments.seconds)
+    print(f"{cores()} core(s) for {processes} process(es) that train\n{trials.storage}")
+    phases, decoder = trials.phases(arguments.clips, device, decoders)
+    by = f", by {decoder}" if decoder else ""
+    shared = f" ({config.data.repeats} of each video)" if config.data.repeats > 1 else ""
+    yield f"one clip{by}{shared}", rows_of_phases(phases, device)
+    tried = [Trial(decoder) for decoder in decoders]
+    numbers = workers_to_try(arguments.workers, processes)
+    for trial, workers in tqdm([*product(tried, numbers)], "trials", leave=False, disable=None):
+        if not trial.refuses_all:
+            trials.read(trial, workers)
+    yield "clips/s by the number of workers", [row_of(trial, numbers) for trial in tried]
+    rates = usable_rates(tried, max(stream.max_bad_share for stream in clips.streams))
+    taken = choose_setting(rates)
+    print(f"\n{recommend(taken, rates[taken], phases, processes)}")
+    needs = arguments.needs
+    if needs is None and past is not None:
+        needs = past[1] * processes
+        print(
+            f"the run had {past[0]} process(es); {processes} such train up to {needs:.1f} clips/s "
+            "by its log, if they never wait for data"
+        )
+    if needs is not None:
+        print(verdict(rates[taken], needs))
+
+
+def rows_of_phases(phases: Phases, device: torch.device) -> Rows:
+    """Make a row of each phase of a clip."""
+    total = phases.seconds((*IN_WORKERS, *IN_THE_RUN))
+    return [
+        {"phase": name, "where": where, "ms": 1000 * seconds, "share": f"{seconds / total:.0%}"}
+        if name != "copying" or device.type != "cpu"
+        else {"phase": name, "where": "there is no GPU"}
+        for where, names in (("in a worker", IN_WORKERS), ("in the run", IN_THE_RUN))
+        for name in names
+        for seconds in [phases.seconds([name])]
+    ]
+
+
+def row_of(trial: Trial, numbers: Sequence[int]) -> dict[str, Any]:
+    """Make a row of a decoder: its rates, and what it refused."""
+    row: dict[str, Any] = {"decoder": trial.decoder or "images"}
+    row |= {str(workers): trial.rates.get(workers) for workers in numbers}
+    if isinstance(trial.error, RoomError):
+        row["remark"] = "no room for some"
+    if trial.refused:
+        tried = len(trial.files | trial.refused.keys())
+        first = next(iter(trial.refused.values()))
+        row["remark"] = (
+            f"refuses {len(trial.refused)} of {tried} files, such as {first.path}: {first.reason}"
+        )
+    return row
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""The ways that tools/bench.py compares: to make clips of a file, and to compute the ranking loss.
+
+- train: one clip with a random multi-scale crop. The straightforward way reads whole frames, crops
+  and resizes each with Pillow, and stacks them as standardised float32. Here the part that the crop
+  shows is read and resized at once, and stays uint8, since a model standardises on its device.
+- test: several views. The straightforward way opens and decodes the file for each of them. Here it
+  is decoded once, and what views share is shared.
+- the ranking loss as it is defined, and in blocks of rows as the package has it.
+"""
+
+import resource
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from hpm_video.config.choices import DecoderName
+from hpm_video.data.clips import Views
+from hpm_video.data.sampling import train_indices, view_indices
+from hpm_video.data.transforms import crop_and_resize, multi_scale_box, view_boxes
+from hpm_video.decoding.reader import Box
+from hpm_video.decoding.registry import Frames, available_decoders, open_video
+from hpm_video.mining.losses import ranking_loss
+from hpm_video.training.device import choose_device, time_updates
+
+FRAME_SIZE = (224, 224)
+CLIP, STRIDE = 16, 4
+Way = Callable[[str, np.random.Generator], Tensor]
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def ways_to_decode(decoders: Sequence[DecoderName], views: Views) -> dict[str, dict[str, Way]]:
+    """Return the ways to make each, the straightforward one first."""
+    train: dict[str, Way] = {"straightforward": clip_plainly}
+    test: dict[str, Way] = {"straightforward": partial(views_plainly, views)}
+    for name in decoders:
+        train[name] = partial(clip_here, name)
+        test[name] = partial(views_here, name, views)
+    return {"train": train, "test": test}
+
+
+def clip_plainly(path: str, draw: np.random.Generator) -> Tensor:
+    """Make one clip of whole frames: -> (C, T, h, w) float32"""
+    frames = read_plainly(path, lambda count: train_indices(count, CLIP, STRIDE, draw.random()))
+    box = multi_scale_box(frames.shape[1], frames.shape[2], FRAME_SIZE, draw)
+    return with_pillow(frames, box)
+
+
+def clip_here(decoder: DecoderName, path: str, draw: np.random.Generator) -> Tensor:
+    """Make one clip of what is shown: -> (C, T, h, w) uint8"""
+    with open_video(path, decoder) as video:
+        indices = train_indices(video.num_frames, CLIP, STRIDE, draw.random())
+        box = multi_scale_box(video.height, video.width, FRAME_SIZE, draw)
+        frames = video.read(indices, box)
+    return crop_and_resize(frames, Box(0, 0, box.height, box.width), FRAME_SIZE)
+
+
+def views_plainly(views: Views, path: str, _: np.random.Generator) -> Tensor:
+    """Open the file for each view: -> (R, C, T, h, w) float32"""
+    made = []
+    for clip in range(views.clips):
+
+        def choose(count: int, clip: int = clip) -> NDArray[np.int64]:
+            indices: NDArray[np.int64] = view_indices(count, CLIP, STRIDE, views.clips)[clip]
+            return indices
+
+        for crop in range(views.crops):
+            frames = read_plainly(path, choose)
+            boxes = view_boxes(frames.shape[1], frames.shape[2], FRAME_SIZE, views.crops)
+            made.append(with_pillow(frames, boxes[crop]))
+    return torch.stack(made)
+
+
+def views_here(decoder: DecoderName, views: Views, path: str, _: np.random.Generator) -> Tensor:
+    """Decode the file once: -> (R, C, T, h, w) uint8"""
+    with open_video(path, decoder) as video:
+        clips = view_indices(video.num_frames, CLIP, STRIDE, views.clips)
+        distinct = np.unique(clips)
+        frames = video.read(distinct)
+    boxes = view_boxes(frames.shape[1], frames.shape[2], FRAME_SIZE, views.crops)
+    crops = [crop_and_resize(frames, box, FRAME_SIZE) for box in boxes]
+    return torch.stack(
+        [crop[:, np.searchsorted(distinct, clip)] for clip in clips for crop in crops]
+    )
+
+
+def read_plainly(path: str, choose: Callable[[int], NDArray[np.int64]]) -> Frames:
+    """Read whole frames by decord as its documentation shows it, or else by PyAV."""
+    if "decord" in available_decoders():
+        import decord
+
+        reader = decord.VideoReader(path, num_threads=1)
+        frames: Frames = reader.get_batch(choose(len(reader)).tolist()).asnumpy()
+        return frames
+    with open_video(path) as video:
+        return video.read(choose(video.num_frames))
+
+
+def with_pillow(frames: Frames, box: Box) -> Tensor:
+    """Crop, resize and standardise each frame by itself: (T, H, W, C) -> (C, T, h, w) float32"""
+    part = (box.left, box.top, box.left + box.width, box.top + box.height)
+    mean, deviation = torch.tensor(MEAN), torch.tensor(DEVIATION)
+    clip = []
+    for frame in frames:
+        image = Image.fromarray(frame).crop(part)
+        image = image.resize(FRAME_SIZE[::-1], Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        clip.append((pixels - mean[:, None, None]) / deviation[:, None, None])
+    return torch.stack(clip, dim=1)
+
+
+def measure_loss(
+    form: str, *, clips: int, tokens: int, repeats: int, device: str, threads: int
+) -> tuple[float, int, float]:
+    """Go forward and backward. -> seconds, bytes beyond those held before, loss"""
+    torch.set_num_threads(threads)
+    place = choose_device(device)
+
+    def again(scores: Tensor, errors: Tensor) -> float:
+        scores.grad = None
+        loss = LOSSES[form](scores, errors)
+        torch.autograd.backward(loss)
+        return float(loss.detach())  # waits for the device
+
+    again(*draw_tokens(1, 16, place))  # loads what every call needs
+    scores, errors = draw_tokens(clips, tokens, place)
+    if place.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(place)
+    before = peak_bytes(place)
+    loss = again(scores, errors)
+    used = peak_bytes(place) - before
+    seconds = time_updates(lambda: again(scores, errors), place, warmup=0, repeats=repeats)
+    return seconds, used, loss
+
+
+def draw_tokens(clips: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Draw scores and errors of tokens: -> 2 x (B, M), the same on every device"""
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randn(clips, tokens, generator=draw)
+    errors = torch.rand(clips, tokens, generator=draw)
+    return scores.to(device).requires_grad_(), errors.to(device)
+
+
+def plain_ranking_loss(scores: Tensor, errors: Tensor) -> Tensor:
+    """Compute the same loss as it is defined: (B, M), (B, M) -> ()
+
+    -log sigmoid(s_i - s_j), which is softplus(s_j - s_i), averaged over ordered pairs e_i > e_j.
+    """
+    counted = errors[:, :, None] > errors[:, None, :]
+    wrong_by = scores[:, None, :] - scores[:, :, None]
+    return (softplus(wrong_by) * counted).sum() / counted.sum().clamp(min=1)
+
+
+LOSSES = {"plain": plain_ranking_loss, "blockwise": ranking_loss}
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most memory held so far: by tensors on a GPU, by this process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # rusage counts what the process that started this one held as well
+        lines = status.read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

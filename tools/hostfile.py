@@ -1,0 +1,126 @@
+"""Read a hostfile, and start a program on other machines by DeepSpeed's launcher.
+
+DeepSpeed reaches them by pdsh and ssh without a password; repository, environment and data must lie
+at the same paths there. PYTHONPATH, OMP_NUM_THREADS and what starts with HPM_, DS_, NCCL_, GLOO_ or
+TORCH_ reach them; other variables are lines "NAME=VALUE" of .deepspeed_env, here or in the home
+folder. MASTER_ADDR and MASTER_PORT are used where they are given.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+ALSO = ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "PYTHONUNBUFFERED")
+PASSED_ON = ("HPM_", "DS_", "NCCL_", "GLOO_", "TORCH_")
+LINE = re.compile(r"(\S+)\s+slots=([1-9]\d*)\s*(#.*)?")
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Read machines, and the number of processes of each.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no hostfile, or other machines cannot be reached.
+    """
+    hosts: dict[str, int] = {}
+    for line in map(str.strip, path.read_text().splitlines()):
+        if not line or line.startswith("#"):
+            continue
+        found = LINE.fullmatch(line)
+        if found is None:
+            raise ValueError(f"{path}: {line!r} is no host; write a line such as 'node0 slots=8'")
+        if found[1] in hosts:
+            raise ValueError(f"{path} names {found[1]} twice; write one line for each machine")
+        hosts[found[1]] = int(found[2])
+    if not hosts:
+        raise ValueError(f"{path} names no host; write a line such as 'node0 slots=8'")
+    missing = [name for name in ("pdsh", "ssh") if shutil.which(name) is None]
+    if missing and not is_here(hosts):
+        raise ValueError(
+            f"no program {' and '.join(missing)}, by which DeepSpeed reaches {', '.join(hosts)}. "
+            "Install it (Debian: pdsh, openssh-client), or start on each machine with NNODES"
+        )
+    return hosts
+
+
+def is_here(hosts: Mapping[str, int]) -> bool:
+    """Tell whether this machine is the only one."""
+    name = socket.gethostname()
+    return set(hosts) <= {"localhost", "127.0.0.1", name, name.partition(".")[0]}
+
+
+def run_on_hosts(
+    path: Path,
+    hosts: Mapping[str, int],
+    program: Sequence[str],
+    threads: int,
+    asked: Callable[[], signal.Signals | None],
+) -> int:
+    """Start the processes and wait for them. -> the exit code
+
+    ``threads`` of each process; ``asked``: which signal this launcher was sent.
+    """
+    shares = {"OMP_NUM_THREADS": str(threads)}
+    if len(set(hosts.values())) == 1:
+        shares["LOCAL_WORLD_SIZE"] = str(max(hosts.values()))
+    environment = {**shares, **os.environ}
+    # One machine that is not this one would be taken for it without --force_multi.
+    options = ["--quiet", "--no_local_rank", "--force_multi", "--hostfile", str(path)]
+    if address := os.environ.get("MASTER_ADDR"):
+        options += ["--master_addr", address]
+    options += ["--master_port", os.environ.get("MASTER_PORT", "29500")]
+    # For the shell of another machine; DeepSpeed itself quotes arguments with spaces.
+    quoted = [text if " " in text else shlex.quote(text) for text in program[1:]]
+    with tempfile.NamedTemporaryFile("w") as variables:
+        variables.write(variables_of_nodes(environment))
+        variables.flush()
+        runner = subprocess.Popen(
+            [sys.executable, "-m", "deepspeed.launcher.runner", *options, program[0], *quoted],
+            env={**environment, "DS_ENV_FILE": variables.name},
+            start_new_session=True,
+        )
+        return wait(runner, asked)
+
+
+def variables_of_nodes(environment: Mapping[str, str]) -> str:
+    """Write the variables that DeepSpeed sets on other machines, with the user's own lines."""
+    # DeepSpeed adds the root of the repository to PYTHONPATH, where `datasets` shadows a library.
+    lines = [f"PYTHONPATH={environment.get('PYTHONPATH', '')}"]
+    for name, value in environment.items():
+        chosen = name in ALSO or (name.startswith(PASSED_ON) and name != "DS_ENV_FILE")
+        if chosen and "\n" not in value:
+            lines.append(f"{name}={value}")
+    for folder in (Path.home(), Path.cwd()):
+        users = folder / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+        if users.is_file():
+            lines += [line for line in users.read_text().splitlines() if "=" in line]
+    return "\n".join(lines) + "\n"
+
+
+def wait(runner: subprocess.Popen[bytes], asked: Callable[[], signal.Signals | None]) -> int:
+    """Wait for DeepSpeed's launcher, and pass a stop on once. -> the exit code"""
+    passed_on = False
+    while runner.poll() is None:
+        time.sleep(0.05)
+        if not passed_on and (number := asked()) is not None:
+            passed_on = True
+            sys.stderr.write(f"\n{number.name}: the processes save and end, within 30 s\n")
+            runner.send_signal(signal.SIGTERM)
+    code = runner.returncode
+    if code < 0 or code > 192:  # the second is how DeepSpeed exits with minus a signal
+        number = signal.Signals(-code if code < 0 else 256 - code)
+        sys.stderr.write(
+            f"\nerror: a process was killed by {number.name}; the job is ended. "
+            "Start the same command again: it goes on from the last checkpoint\n"
+        )
+        return 1
+    return code
