@@ -4,7 +4,7 @@ Two tasks, on H.264 files of 320x240 and 1280x720 at 30 frames a second, each wi
 
 - train: one clip of 16 frames, 4 apart, 224x224, with a random multi-scale crop. Straightforward:
   decord reads the frames at full size, Pillow crops and resizes each, they become float32,
-  standardised and stacked. Here: the part that the crop shows is read, resized at once, and stays
+  standardised and stacked. Here: the part that the crop shows is resized at once, and stays
   uint8, since a model standardises on its device.
 - test: 5 clips of 16 frames, 3 crops of each. Straightforward: the file is opened and decoded for
   each of the 15 views. Here: it is decoded once, and what clips and crops share is shared.
@@ -31,8 +31,7 @@ from torch import Tensor
 
 from hpm_video.config.choices import DecoderName
 from hpm_video.data.sampling import train_indices, view_indices
-from hpm_video.data.transforms import crop_and_resize, multi_scale_box, view_boxes
-from hpm_video.decoding.reader import Box
+from hpm_video.data.transforms import Box, crop_and_resize, multi_scale_box, view_boxes
 from hpm_video.decoding.registry import Frames, available_decoders, open_video
 from hpm_video.preparation.encode import write_video
 from hpm_video.randomness import generator
@@ -110,9 +109,9 @@ def train_here(path: str, draw: np.random.Generator, *, decoder: DecoderName) ->
     """-> (C, T, h, w) uint8"""
     with open_video(path, decoder) as video:
         indices = train_indices(video.num_frames, CLIP, STRIDE, draw.random())
-        box = multi_scale_box(video.height, video.width, FRAME_SIZE, draw)
-        frames = video.read(indices, box)
-    return crop_and_resize(frames, Box(0, 0, box.height, box.width), FRAME_SIZE)
+        frames = video.read(indices)
+    box = multi_scale_box(frames.shape[1], frames.shape[2], FRAME_SIZE, draw)
+    return crop_and_resize(frames, box, FRAME_SIZE)
 
 
 # --- Test ------------------------------------------------------------------------------------

@@ -20,10 +20,10 @@ import torch
 from hpm_video.config.choices import DecoderName
 from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import PretrainConfig
-from hpm_video.data.clips import Failure, tolerated
 from hpm_video.data.mixture import MixedClips, Places, deal_out
 from hpm_video.decoding.locations import is_image
 from hpm_video.decoding.registry import DecodeError, DecoderError, available_decoders
+from hpm_video.files.failures import Failure, tolerated
 from hpm_video.preparation.benchmark import (
     IN_THE_RUN,
     IN_WORKERS,

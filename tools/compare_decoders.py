@@ -78,7 +78,7 @@ def read_with(decoder: str) -> Read:
     """This package's reader."""
 
     def read(path: str, indices: list[int]) -> NDArray[np.uint8]:
-        with open_video(path, decoder) as video:  # type: ignore[arg-type]
+        with open_video(path, decoder) as video:
             return video.read(indices)
 
     return read

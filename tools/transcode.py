@@ -16,10 +16,9 @@ from fractions import Fraction
 from pathlib import Path
 
 import hpm_video
-from hpm_video.data.clip_stream import BadVideosError
-from hpm_video.data.clips import Failure
 from hpm_video.data.loader import MAX_WORKERS, default_workers
 from hpm_video.data.manifest import read_listing, read_manifest
+from hpm_video.files.failures import BadFilesError, Failure
 from hpm_video.preparation.prepared import (
     Estimate,
     PreparedFolder,
@@ -112,7 +111,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     """Estimate, make what is missing, and tell.
 
     Raises:
-        BadVideosError: some files cannot be read; the others were dealt with.
+        BadFilesError: some files cannot be read; the others were dealt with.
         ManifestError, OSError: a wrong input, or a disk that is full.
     """
     recipe = recipe_of(arguments)
@@ -247,7 +246,7 @@ def tell(folder: PreparedFolder, new: int, seconds: float) -> None:
     """What was written, and how to train on it.
 
     Raises:
-        BadVideosError: some files cannot be read.
+        BadFilesError: some files cannot be read.
     """
     manifest = folder.path / "manifest.csv"
     print(f"\nDone: {len(folder)} files, {new} of them new, in {time_of(seconds)}")
@@ -259,7 +258,7 @@ def tell(folder: PreparedFolder, new: int, seconds: float) -> None:
         print(f"  and {len(odd) - 3} more of this kind")
     print(f"  to train on it: data.train={shortest(manifest)}", flush=True)
     if folder.failed:
-        raise BadVideosError(
+        raise BadFilesError(
             [Failure(place, reason) for place, reason in folder.failed.items()],
             folder.num_places,
             f"They are listed in {folder.path / 'failed.csv'}, and the same command tries them "

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hpm_video.data.manifest import UNLABELLED, ManifestError, files_below
+from hpm_video.data.manifest import UNLABELLED, ManifestError
+from hpm_video.data.places import files_below
 from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from hpm_video.files.atomic import written_beside
 

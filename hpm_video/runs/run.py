@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
@@ -19,20 +19,15 @@ from hpm_video.config.data import DataConfig
 from hpm_video.config.loading import load_any_config, result_differences, save_config
 from hpm_video.config.schema import RunConfig
 from hpm_video.config.training import EngineConfig
-from hpm_video.data.clips import ClipBatch, Failure, HeldOutClips, Repeats, VideoClips
-from hpm_video.data.loader import (
-    BadFiles,
-    default_workers,
-    end_workers,
-    held_out_batches,
-    training_batches,
-)
+from hpm_video.data.batch import ClipBatch
+from hpm_video.data.clips import HeldOutClips, VideoClips
+from hpm_video.data.loader import default_workers, end_workers, held_out_batches, training_batches
 from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.data.mixture import MixedClips, Places, deal_out
 from hpm_video.data.transforms import ClipTransform
 from hpm_video.decoding.locations import base_name
 from hpm_video.files.atomic import written_beside
-from hpm_video.recognition.inference import clip_spec
+from hpm_video.files.failures import BadFiles, Failure
 from hpm_video.training.checkpoint import (
     check_name,
     checkpoints_in,
@@ -540,8 +535,9 @@ def timed_update(
 
     Where the engine sums up several forward passes, each call is one.
     """
+    data = config.sources[source]
     batch = ClipBatch(
-        torch.randint(256, (clips, 3, *config.sources[source].clip_size), dtype=torch.uint8),
+        torch.randint(256, (clips, data.channels, *data.clip_size), dtype=torch.uint8),
         keys=torch.arange(clips),
         labels=torch.zeros(clips, dtype=torch.int64),
         files=("random pixels",) * clips,
@@ -577,12 +573,10 @@ def training_clips(
         [
             VideoClips(
                 data.sources[name].train,
-                clip_spec(source),
+                replace(source, max_bad_share=config.data.max_bad_share),
                 transforms[name],
-                repeats=Repeats(source.repeats, same_frames),
-                decoder=source.decoder,
                 seed=config.seed,
-                max_bad_share=config.data.max_bad_share,
+                same_frames=same_frames,
                 source=name,
             )
             for name, source in config.sources.items()
