@@ -16,7 +16,6 @@ MAY_IMPORT = {
     "torchcodec": {"decoding/torchcodec.py"},
     "av": {
         "decoding/pyav.py",
-        "decoding/crop_pixels.py",
         "preparation/encode.py",
         "preparation/soundness.py",
         "decoding/video_stream.py",

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from hpm_video.config.choices import DecoderChoice, DecoderName
 from hpm_video.config.loading import load_any_config, load_config
 from hpm_video.config.schema import PretrainConfig
-from hpm_video.data.clips import Views
+from hpm_video.data.reading import Views
 from hpm_video.decoding.locations import is_image
 from hpm_video.decoding.registry import DecoderError, available_decoders
 from hpm_video.preparation.benchmark import (

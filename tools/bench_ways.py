@@ -21,10 +21,9 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from hpm_video.config.choices import DecoderName
-from hpm_video.data.clips import Views
+from hpm_video.data.reading import Views
 from hpm_video.data.sampling import train_indices, view_indices
 from hpm_video.data.transforms import crop_and_resize, multi_scale_box, view_boxes
-from hpm_video.decoding.reader import Box
 from hpm_video.decoding.registry import Frames, available_decoders, open_video
 from hpm_video.mining.losses import ranking_loss
 from hpm_video.training.device import choose_device, time_updates
@@ -56,9 +55,9 @@ def clip_here(decoder: DecoderName, path: str, draw: np.random.Generator) -> Ten
     """Make one clip of what is shown: -> (C, T, h, w) uint8"""
     with open_video(path, decoder) as video:
         indices = train_indices(video.num_frames, CLIP, STRIDE, draw.random())
-        box = multi_scale_box(video.height, video.width, FRAME_SIZE, draw)
-        frames = video.read(indices, box)
-    return crop_and_resize(frames, Box(0, 0, box.height, box.width), FRAME_SIZE)
+        frames = video.read(indices)
+    box = multi_scale_box(frames.shape[1], frames.shape[2], FRAME_SIZE, draw)
+    return crop_and_resize(frames, box, FRAME_SIZE)
 
 
 def views_plainly(views: Views, path: str, _: np.random.Generator) -> Tensor:

@@ -16,13 +16,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
-from hpm_video.config.choices import DecoderChoice
 from hpm_video.data.loader import default_workers
 from hpm_video.data.manifest import Listing, ManifestError, read_listing
 from hpm_video.decoding.locations import is_frame_folder, is_image
-from hpm_video.decoding.registry import choose_decoder
+from hpm_video.decoding.registry import choose_decoder, decoder_choices
 from hpm_video.files.atomic import written_beside
 from hpm_video.preparation.check import check_file
 from hpm_video.preparation.check_manifest import FindingJournal, How, check_listing, known_of
@@ -87,7 +85,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         help="for a file, however well it gets on (default 3600)",
     )
     add("--memory", type=above_zero, default=4.0, metavar="GIB", help="for a file (default 4)")
-    add("--decoder", choices=get_args(DecoderChoice), default="auto", help="of training")
+    add("--decoder", choices=decoder_choices(), default="auto", help="of training")
     return parser.parse_args(command_line)
 
 

@@ -9,13 +9,13 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from hpm_video.config.checks import ConfigError
-from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.data import DataConfig
-from hpm_video.data.clips import Views
 from hpm_video.data.loader import default_workers, end_workers
+from hpm_video.data.reading import Views
+from hpm_video.decoding.registry import decoder_choices
 from hpm_video.recognition.inference import ClipChoice, Reading
 from hpm_video.recognition.testing import describe, summarise, write_results
 from hpm_video.recognition.trained_classifier import describe_test, load_recogniser
@@ -56,7 +56,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="default: evaluations/NAME in the run's folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result there")
     parser.add_argument("--workers", type=not_negative, default=default_workers())
-    parser.add_argument("--decoder", choices=get_args(DecoderChoice), default="auto")
+    parser.add_argument("--decoder", choices=decoder_choices(), default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on GPUs")
     return parser.parse_args(command_line)

@@ -9,18 +9,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 
 import hpm_video
-from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import PretrainConfig
-from hpm_video.data.clip_stream import BadVideosError, Windows
-from hpm_video.data.clips import Failure, Views, settle_decoder
+from hpm_video.data.clips import settle_decoder
 from hpm_video.data.loader import default_workers
 from hpm_video.data.manifest import Manifest, read_manifest
+from hpm_video.data.reading import Views
+from hpm_video.decoding.registry import decoder_choices
+from hpm_video.files.failures import BadFilesError, Failure
 from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition.feature_folder import FeatureFolder
 from hpm_video.recognition.features import Wanted, describe, extract
@@ -89,7 +89,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         help="auto (default): bf16 on a GPU that is made for it, otherwise fp32",
     )
     add("--clips-per-pass", type=positive, metavar="N", help="fewer take less memory (default 32)")
-    add("--decoder", choices=get_args(DecoderChoice), default="auto")
+    add("--decoder", choices=decoder_choices(), default="auto")
     add("--workers", type=not_negative, metavar="N", help="processes that decode")
     arguments = parser.parse_args(command_line)
     if arguments.window_stride and (arguments.clips or arguments.crops):
@@ -101,14 +101,14 @@ def write_features(arguments: argparse.Namespace) -> None:
     """Extract what is asked for, and tell.
 
     Raises:
-        BadVideosError: some videos do not decode; the others were dealt with.
+        BadFilesError: some videos do not decode; the others were dealt with.
         CheckpointError, ConfigError, ManifestError, DeviceError, OSError: a wrong input.
     """
     manifest = read_manifest(arguments.source, arguments.root)
     settle_decoder(arguments.decoder, manifest)
     extractor, weights = open_encoder(arguments)
     wanted = Wanted(
-        Windows(arguments.window_stride)
+        Views(every=arguments.window_stride)
         if arguments.window_stride
         else Views(arguments.clips or 1, arguments.crops or 1),
         arguments.tokens,
@@ -133,7 +133,7 @@ def write_features(arguments: argparse.Namespace) -> None:
     failures = extract(extractor, wanted, folder, decoder=arguments.decoder, workers=workers)
     tell(folder, manifest, before, failures)
     if failures:
-        raise BadVideosError(
+        raise BadFilesError(
             failures,
             len(set(manifest.files)),
             f"They are listed in {folder.bad_files}, and the same command tries them again",
@@ -218,7 +218,7 @@ def announce(
     spec, views = extractor.spec, wanted.views
     height, width = spec.frame_size
     stride = f"at stride {spec.frame_stride}"
-    if isinstance(views, Windows):
+    if views.every is not None:
         which = f"a clip every {views.every} frames"
     else:
         which = f"{views.clips} x {views.crops} view{'s' if views.count > 1 else ''}"

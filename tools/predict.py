@@ -6,15 +6,16 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.schema import FinetuneConfig
-from hpm_video.data.clip_stream import BadVideosError
-from hpm_video.data.clips import Failure, Views, settle_decoder
+from hpm_video.data.clips import settle_decoder
 from hpm_video.data.loader import default_workers
 from hpm_video.data.manifest import NOT_STATED, UNLABELLED, Manifest, read_manifest
+from hpm_video.data.reading import Views
+from hpm_video.decoding.registry import decoder_choices
 from hpm_video.files.atomic import written_beside
+from hpm_video.files.failures import BadFilesError, Failure
 from hpm_video.recognition.prediction import Prediction, predict
 from hpm_video.recognition.trained_classifier import Recogniser, load_recogniser
 from hpm_video.runs.console import not_negative, parse_views, positive, run
@@ -67,7 +68,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         default="auto",
         help="auto (default): bf16 on a GPU that is made for it, otherwise fp32",
     )
-    add("--decoder", choices=get_args(DecoderChoice), default="auto")
+    add("--decoder", choices=decoder_choices(), default="auto")
     add("--workers", type=not_negative, metavar="N", help="processes that decode")
     return parser.parse_args(command_line)
 
@@ -76,7 +77,7 @@ def name_actions(arguments: argparse.Namespace) -> None:
     """Print the predictions, one video after the other.
 
     Raises:
-        BadVideosError: some videos do not decode; the others were dealt with.
+        BadFilesError: some videos do not decode; the others were dealt with.
         CheckpointError, ConfigError, ManifestError, DeviceError, OSError: a wrong input.
     """
     check_json(arguments.json)
@@ -116,7 +117,7 @@ def name_actions(arguments: argparse.Namespace) -> None:
         write_json(arguments.json, what, predictions, failures, arguments.top)
         print(f"\nwrote {arguments.json}")
     if failures:
-        raise BadVideosError(failures, len(manifest), "Encode them anew, or leave them out.")
+        raise BadFilesError(failures, len(manifest), "Encode them anew, or leave them out.")
 
 
 def check_json(path: Path | None) -> None:

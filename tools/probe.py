@@ -19,9 +19,9 @@ from hpm_video.config.checks import ConfigError
 from hpm_video.config.data import DataConfig
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig
-from hpm_video.data.clips import MIDDLE
 from hpm_video.data.loader import default_workers, end_workers
 from hpm_video.data.manifest import Manifest
+from hpm_video.data.reading import MIDDLE
 from hpm_video.files.atomic import written_beside
 from hpm_video.recognition.inference import ClipChoice, Extractor, Reading, load_extractor
 from hpm_video.recognition.labels import names_of_both

@@ -8,20 +8,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 import torch
 
-from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.data import DataConfig
-from hpm_video.data.clips import ClipBatch
+from hpm_video.data.batch import ClipBatch
 from hpm_video.data.sampling import train_indices, view_indices
-from hpm_video.decoding.registry import DecodeError, DecoderError, open_video
+from hpm_video.data.transforms import held_out_crops
+from hpm_video.decoding.registry import DecodeError, DecoderError, decoder_choices, open_video
 from hpm_video.files.weights import CheckpointError
 from hpm_video.mining.pictures import draw_animation, draw_sheet, save_animation, save_sheet
 from hpm_video.mining.study import study_clips
 from hpm_video.randomness import key_of
-from hpm_video.recognition.inference import clip_spec
 from hpm_video.runs.pretraining import load_run
 from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.device import choose_device
@@ -76,7 +74,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--animation", choices=ANIMATIONS, default="gif")
     parser.add_argument("--fps", type=float, default=6, help="of the animation")
-    parser.add_argument("--decoder", choices=get_args(DecoderChoice), default="auto")
+    parser.add_argument("--decoder", choices=decoder_choices(), default="auto")
     parser.add_argument("--device", default="auto")
     return parser.parse_args(command_line)
 
@@ -162,7 +160,7 @@ def read_clip(arguments: argparse.Namespace, data: DataConfig) -> ClipBatch:
         else:
             raise ValueError(f"--start must lie in 0..{video.num_frames - 1}, got {start}")
         frames = video.read(indices)
-    (clip,) = clip_spec(data).crops(frames, 1)
+    (clip,) = held_out_crops(frames, data, 1)
     return ClipBatch(
         clips=clip[None],
         keys=torch.tensor([key_of("show masks", arguments.video.name)]),

@@ -18,9 +18,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 import hpm_video
-from hpm_video.data.clip_stream import BadVideosError
 from hpm_video.data.loader import MAX_WORKERS, default_workers
 from hpm_video.data.manifest import read_listing, read_manifest
+from hpm_video.files.failures import BadFilesError
 from hpm_video.preparation.prepare import Estimate, make, pack, try_out
 from hpm_video.preparation.prepared_folder import PreparedFolder, Rows
 from hpm_video.preparation.shards import Packer
@@ -107,7 +107,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     """Estimate, make what is missing, and tell.
 
     Raises:
-        BadVideosError: some files cannot be read; the others were dealt with.
+        BadFilesError: some files cannot be read; the others were dealt with.
         ManifestError, OSError: a wrong input, or a disk that is full.
     """
     recipe = Recipe(
@@ -226,7 +226,7 @@ def tell(folder: PreparedFolder, new: int, seconds: float) -> None:
     """What was written, and how to train on it.
 
     Raises:
-        BadVideosError: some files cannot be read.
+        BadFilesError: some files cannot be read.
     """
     manifest = folder.path / "manifest.csv"
     print(f"\nDone: {len(folder)} files, {new} of them new, in {tqdm.format_interval(seconds)}")
@@ -240,7 +240,7 @@ def tell(folder: PreparedFolder, new: int, seconds: float) -> None:
         print(f"  and {len(odd) - 3} more of this kind")
     print(f"  to train on it: data.train={shortest(manifest)}", flush=True)
     if folder.failures:
-        raise BadVideosError(
+        raise BadFilesError(
             [*folder.failures.values()],
             folder.num_places,
             f"They are listed in {folder.path / 'failed.csv'}, and the same command tries them "

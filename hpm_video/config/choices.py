@@ -61,10 +61,12 @@ DEFAULT_MODELS: dict[FeatureKind, str] = {
 }
 
 
-DecoderName = Literal["pyav", "torchcodec", "decord"]
+DecoderName = str
+"""Of an entry in ``hpm_video.decoding.registry.DECODERS``."""
 
 
-DecoderChoice = Literal["auto", "pyav", "torchcodec", "decord"]
+DecoderChoice = str
+"""A name, or ``auto`` for the first that can be used."""
 
 
 Sampling = Literal["dense", "segments"]

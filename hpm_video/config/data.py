@@ -96,6 +96,11 @@ class DataConfig:
             raise ConfigError(f"data.max_bad_share must lie in [0, 1], got {self.max_bad_share}")
 
     @property
+    def channels(self) -> int:
+        """Of a clip (C)."""
+        return len(self.mean)
+
+    @property
     def clip_size(self) -> Size3:
         """Frames, height and width of a clip."""
         return (self.num_frames, *self.frame_size)

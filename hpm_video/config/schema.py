@@ -94,6 +94,11 @@ class PretrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.mining.feature_kind and self.model.channels != 3:
+            raise ConfigError(
+                f"mining.target={self.mining.target} sees colours, so model.channels must be 3, "
+                f"got {self.model.channels}; take another target"
+            )
         self._check_source("", self.data, self.masking)
         for name, source in self.mix.items():
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
@@ -169,6 +174,11 @@ class FinetuneConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _grid_of(self.data, self.model)
+        if self.augmentation.rand_augment is not None and self.model.channels != 3:
+            raise ConfigError(
+                f"augmentation.rand_augment changes colours, so model.channels must be 3, got "
+                f"{self.model.channels}; take augmentation.rand_augment=null"
+            )
         micro_batch = self.engine.micro_batch or self.recipe.batch_size
         if self.augmentation.mixes and micro_batch % 2:
             raise ConfigError(
@@ -201,11 +211,6 @@ def _grid_of(data: DataConfig, model: EncoderConfig, at: str = "") -> TokenGrid:
     Raises:
         ConfigError: there is none, or the channels do not fit.
     """
-    if model.channels != 3:
-        raise ConfigError(
-            f"model.channels must be 3, since videos are decoded to RGB, got {model.channels}; "
-            f"with other clips use the models from Python"
-        )
     if model.channels != len(data.mean) or len(data.mean) != len(data.std):
         raise ConfigError(
             f"{at}data.mean and {at}data.std need a value for each of the {model.channels} "

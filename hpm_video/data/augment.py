@@ -17,8 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from hpm_video.config.choices import Interpolation, check_rand_augment
-from hpm_video.data.transforms import ClipTransform, resize
-from hpm_video.decoding.reader import Box
+from hpm_video.data.transforms import Box, ClipTransform, DrawnCrop
 from hpm_video.randomness import global_generators
 
 
@@ -59,23 +58,21 @@ class Augmentation(ClipTransform):
         crop_key, change_key, erase_key = (int(key) for key in draw.integers(2**63, size=3))
         mirrored = draw.random() < 0.5
         return DrawnAugmentation(
-            self,
             random_box(*size, self.area, self.ratio, crop_key),
             frame_size,
-            mirrored=self.flip and mirrored,
+            self.interpolation,
+            self.flip and mirrored,
+            self,
             change_key=change_key,
             erase_key=erase_key,
         )
 
 
 @dataclass(frozen=True)
-class DrawnAugmentation:
+class DrawnAugmentation(DrawnCrop):
     """What is done to one clip, to all its frames alike."""
 
     how: Augmentation
-    box: Box
-    frame_size: tuple[int, int]
-    mirrored: bool
     change_key: int
     erase_key: int
 
@@ -86,9 +83,7 @@ class DrawnAugmentation:
         look at the pixels (AutoContrast, Equalize, Contrast) look at those of each frame.
         """
         how = self.how
-        clip = resize(pixels, self.frame_size, how.interpolation)
-        if self.mirrored:
-            clip = clip.flip(-1)
+        clip = super().__call__(pixels)
         if how.rand_augment is not None:
             changes = _rand_augment(how.rand_augment, self.frame_size, how.mean)
             clip = _change(clip, changes, self.change_key)

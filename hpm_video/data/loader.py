@@ -1,40 +1,24 @@
 """Batches of clips, decoded by processes that may be lost and are replaced."""
 
-import csv
-import logging
 import multiprocessing
 import os
 import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import torch
 
-from hpm_video.data.clips import (
-    ClipBatch,
-    Clips,
-    Failure,
-    HeldOutClips,
-    Reader,
-    Request,
-    Sample,
-    TooManyBadFiles,
-    collate,
-    read_or_fail,
-    tolerated,
-    too_many,
-)
-from hpm_video.data.manifest import ManifestError
+from hpm_video.data.batch import ClipBatch, Sample, collate
+from hpm_video.data.clips import Clips, HeldOutClips, Slot
 from hpm_video.data.mixture import MixedClips, Place
-from hpm_video.decoding.registry import DecodeError
-from hpm_video.workers.pool import USUAL, Answer, Limits, Lost, Pool
+from hpm_video.data.reading import ClipReader, Request, read_or_fail
+from hpm_video.files.failures import Failure
+from hpm_video.workers.pool import USUAL, Answer, Limits, Pool
 from hpm_video.workers.room import check_room, cores_of_container
-
-log = logging.getLogger(__name__)
 
 MAX_WORKERS = 16
 JOB_BYTES = 2**20
@@ -51,6 +35,7 @@ READY = 1
 
 ReadPool = Pool[list[tuple[int, Request]]]
 """Its jobs are files, and the number of the source that each is of."""
+_Ready = queue.Queue[ClipBatch | BaseException | None]
 
 
 def default_workers() -> int:
@@ -131,8 +116,11 @@ def _batches(
     )
     read = _ReadAll(tuple(stream.reader for stream in streams))
     options = {"result_bytes": group * sample_bytes, "depth": JOBS_HELD}
-    batches = _Batches(streams, places, batch_size, group=group, ahead=ahead)
-    return _in_background(lambda: Pool(read, workers, limits, **options), batches, pin=pin)
+    return _in_background(
+        lambda: Pool(read, workers, limits, **options),
+        lambda pool: _Batches(pool, streams, group).read(places, batch_size, ahead),
+        pin=pin,
+    )
 
 
 def _read_here(
@@ -148,7 +136,7 @@ def _read_here(
 class _ReadAll:
     """What a process does: read some files, each by the reader of its source."""
 
-    readers: tuple[Reader, ...]
+    readers: tuple[ClipReader, ...]
 
     def prepare(self) -> None:
         for reader in self.readers:
@@ -158,172 +146,101 @@ class _ReadAll:
         return [read_or_fail(self.readers[source], request) for source, request in jobs]
 
 
-@dataclass(eq=False)
-class _Row:
-    """A sample of a batch that is being read."""
-
-    batch: "_Begun"
-    place: Place
-    sample: Sample | None = None
-    request: Request | None = None
-    """What a process was asked to read for it."""
-    failures: tuple[Failure, ...] = ()
-    """Files that were to be it."""
-
-
-class _Begun:
-    """A batch of which not all may have been read."""
-
-    def __init__(self, places: Iterable[Place]) -> None:
-        self.rows = [_Row(self, place) for place in places]
-        self.error: DecodeError | TooManyBadFiles | None = None
-
-    @property
-    def is_whole(self) -> bool:
-        return self.error is not None or all(row.sample is not None for row in self.rows)
-
-    def batch(self) -> ClipBatch:
-        if self.error is not None:
-            raise self.error
-        return collate([row.sample for row in self.rows if row.sample is not None])
-
-
 class _Batches:
     """Batches in order, of samples that a pool reads in any order."""
 
-    def __init__(
-        self,
-        streams: Sequence[Clips],
-        places: Iterable[Place],
-        batch_size: int,
-        *,
-        group: int,
-        ahead: int,
-    ) -> None:
-        """``group``: samples of a job. ``ahead``: batches that are being read at a time."""
+    def __init__(self, pool: ReadPool, streams: Sequence[Clips], group: int) -> None:
+        """``group``: samples of a job."""
+        self._pool = pool
         self._streams = streams
-        self._places = iter(places)
-        self._batch_size = batch_size
         self._group = group
-        self._ahead = ahead
-        self._begun: deque[_Begun] = deque()
 
-    def run(self, pool: ReadPool) -> Iterator[ClipBatch]:
-        """Raises what the streams raise, when it is the turn of that batch."""
+    def read(self, places: Iterable[Place], batch_size: int, ahead: int) -> Iterator[ClipBatch]:
+        """Read so many batches at a time. Raises what the streams raise, at that batch's turn."""
+        left, begun = iter(places), deque[list[Slot]]()
         while True:
-            self._begin(pool)
-            if not self._begun:
+            while len(begun) < ahead and (chosen := list(islice(left, batch_size))):
+                begun.append(self._begin(chosen))
+            if not begun:
                 return
-            while not self._begun[0].is_whole:
-                self._take(pool, pool.next())
-            yield self._begun.popleft().batch()
+            batch = begun.popleft()
+            while not any(slot.error for slot in batch) and any(slot.request for slot in batch):
+                self._take(self._pool.next())
+            for error in filter(None, [slot.error for slot in batch]):
+                raise error
+            yield collate([slot.result() for slot in batch])
 
-    def _begin(self, pool: ReadPool) -> None:
-        while len(self._begun) < self._ahead:
-            chosen = list(islice(self._places, self._batch_size))
-            if not chosen:
+    def _begin(self, places: Sequence[Place]) -> list[Slot]:
+        batch = [Slot(self._streams[place.source], place.position) for place in places]
+        asked = [slot for slot in batch if slot.request is not None]
+        for start in range(0, len(asked), self._group):
+            self._submit(asked[start : start + self._group])
+        return batch
+
+    def _submit(self, slots: Sequence[Slot], *, first: bool = False) -> None:
+        jobs = [(self._streams.index(s.clips), s.request) for s in slots if s.request is not None]
+        attempts = ATTEMPTS if len(jobs) == 1 else 1
+        self._pool.submit(slots, jobs, path=jobs[0][1].path, first=first, attempts=attempts)
+
+    def _take(self, answer: Answer) -> None:
+        slots, results = answer.tag, answer.result
+        if isinstance(results, Failure):
+            if len(slots) > 1:  # one of them did it: each by itself
+                for slot in reversed(slots):
+                    self._submit([slot], first=True)
                 return
-            begun = _Begun(chosen)
-            self._begun.append(begun)
-            asked = [row for row in begun.rows if self._asks(row)]
-            for start in range(0, len(asked), self._group):
-                self._submit(pool, asked[start : start + self._group])
-
-    def _asks(self, row: _Row) -> bool:
-        """Whether something has to be read for a row; it knows what, then."""
-        try:
-            asked = self._streams[row.place.source].request(row.place.position)
-        except (DecodeError, TooManyBadFiles) as error:
-            row.batch.error = error
-            return False
-        if isinstance(asked, Sample):
-            row.sample = asked
-            return False
-        row.request = asked
-        return True
-
-    def _submit(self, pool: ReadPool, rows: list[_Row], *, first: bool = False) -> None:
-        jobs = [(row.place.source, row.request) for row in rows if row.request is not None]
-        pool.submit(rows, jobs, first=first, attempts=ATTEMPTS if len(rows) == 1 else 1)
-
-    def _take(self, pool: ReadPool, answer: Answer) -> None:
-        rows: list[_Row] = answer.tag
-        if not isinstance(answer.result, Lost):
-            for row, result in zip(rows, answer.result, strict=True):
-                self._put(pool, row, result)
-        elif len(rows) == 1:
-            assert rows[0].request is not None
-            failure = Failure(rows[0].request.path, answer.result.reason)
-            self._put(pool, rows[0], failure)
-        else:  # one of them did it: each by itself
-            for row in reversed(rows):
-                self._submit(pool, [row], first=True)
-
-    def _put(self, pool: ReadPool, row: _Row, result: Sample | Failure) -> None:
-        if isinstance(result, Sample):
-            row.sample = replace(result, failures=row.failures)
-            return
-        self._streams[row.place.source].bad[result.path] = result
-        row.failures += (result,)
-        if self._asks(row):
-            self._submit(pool, [row], first=True)
-
-
-class _Handover:
-    """What one thread makes and another takes, until that one wants no more."""
-
-    def __init__(self) -> None:
-        self._things: queue.Queue[ClipBatch | BaseException | None] = queue.Queue(READY)
-        self._wanted = True
-
-    def give(self, thing: ClipBatch | BaseException | None) -> None:
-        """Wait for room, where there is still somebody who takes it."""
-        while self._wanted:
-            try:
-                self._things.put(thing, timeout=0.1)
-            except queue.Full:
-                continue
-            return
-
-    def take(self) -> ClipBatch | None:
-        """The next batch; none after the last. Raises what the other thread gave as an error."""
-        thing = self._things.get()
-        if isinstance(thing, BaseException):
-            raise thing
-        return thing
-
-    def close(self) -> None:
-        self._wanted = False
+            results = [results]
+        for slot, result in zip(slots, results, strict=True):
+            slot.put(result)
+            if slot.request is not None:
+                self._submit([slot], first=True)
 
 
 def _in_background(
-    begin: Callable[[], ReadPool], batches: _Batches, *, pin: bool
+    begin: Callable[[], ReadPool], read: Callable[[ReadPool], Iterator[ClipBatch]], *, pin: bool
 ) -> Generator[ClipBatch, None, None]:
     """Batches that a thread puts together, while the run is at the one before."""
-    handover = _Handover()
+    ready: _Ready = queue.Queue(READY)
+    stopped = threading.Event()
     # A thread begins on GPU 0: to pin memory there would take some of a GPU of another process.
     device = torch.cuda.current_device() if pin else None
-
-    def produce(pool: ReadPool) -> None:
-        try:
-            if device is not None:
-                torch.cuda.set_device(device)
-            for batch in batches.run(pool):
-                handover.give(batch.pin_memory() if pin else batch)
-            handover.give(None)
-        except BaseException as error:  # noqa: BLE001 - the run raises it
-            handover.give(error)
-
     with begin() as pool:
-        thread = threading.Thread(target=produce, args=(pool,), daemon=True, name="batches")
+        options = (lambda: read(pool), ready, stopped, device)
+        thread = threading.Thread(target=_produce, args=options, daemon=True, name="batches")
         thread.start()
         try:
-            while (batch := handover.take()) is not None:
+            while (batch := ready.get()) is not None:
+                if isinstance(batch, BaseException):
+                    raise batch
                 yield batch
         finally:
-            handover.close()
+            stopped.set()
             pool.stop()
             thread.join(timeout=5)
+
+
+def _produce(
+    read: Callable[[], Iterator[ClipBatch]],
+    ready: _Ready,
+    stopped: threading.Event,
+    device: int | None,
+) -> None:
+    """Hand over batches, at last none, or an error; with a device, in pinned memory."""
+
+    def give(thing: ClipBatch | BaseException | None) -> None:
+        while not stopped.is_set():
+            with suppress(queue.Full):
+                ready.put(thing, timeout=0.1)
+                return
+
+    try:
+        if device is not None:
+            torch.cuda.set_device(device)
+        for batch in read():
+            give(batch if device is None else batch.pin_memory())
+        give(None)
+    except BaseException as error:  # noqa: BLE001 - the run raises it
+        give(error)
 
 
 def end_workers() -> None:
@@ -331,67 +248,3 @@ def end_workers() -> None:
     for child in multiprocessing.active_children():
         child.kill()
         child.join(timeout=2)
-
-
-class BadFiles:
-    """The files of a run that did not decode: each once, in a CSV file of the run directory."""
-
-    def __init__(
-        self, path: Path, *, num_files: int, max_bad_share: float, writes: bool = True
-    ) -> None:
-        """``writes``: of several processes that note the same failures, one writes them down."""
-        self._path = path
-        self._writes = writes
-        self._num_files = num_files
-        self._max_bad_share = max_bad_share
-        self.failures: dict[str, Failure] = {}
-        """By path."""
-        if path.exists():
-            try:
-                with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-                    rows = [row for row in csv.reader(file) if len(row) == 2][1:]
-            except csv.Error as error:
-                raise ManifestError(
-                    f"{path} is no list of bad files ({error}); delete it: the run finds them again"
-                ) from error
-            self.failures = {name: Failure(name, reason) for name, reason in rows}
-
-    def __len__(self) -> int:
-        return len(self.failures)
-
-    def note(self, failures: Iterable[Failure]) -> None:
-        """Write down the failures of a batch.
-
-        Raises:
-            TooManyBadFiles: there are now more bad files than the data allows.
-        """
-        new = {failure.path: failure for failure in failures if failure.path not in self.failures}
-        if not new:
-            return
-        if self._writes:
-            self._append(list(new.values()))
-            for number, failure in enumerate(new.values(), start=len(self) + 1):
-                log.warning(
-                    "bad file %d (%s has all): %s: %s",
-                    number,
-                    self._path.name,
-                    failure.path,
-                    failure.reason,
-                )
-        self.failures |= new
-        self.check()
-
-    def check(self) -> None:
-        """Make sure that there are not too many.
-
-        Raises:
-            TooManyBadFiles: there are more bad files than the data allows.
-        """
-        if len(self) > tolerated(self._num_files, self._max_bad_share):
-            raise too_many([*self.failures.values()], self._num_files, self._max_bad_share)
-
-    def _append(self, failures: list[Failure]) -> None:
-        header = [] if self._path.exists() else [("path", "reason")]
-        with self._path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            rows = [(failure.path, failure.reason) for failure in failures]
-            csv.writer(file).writerows([*header, *rows])

@@ -7,9 +7,8 @@ import csv
 import hashlib
 import io
 import logging
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import Literal
 
 import pandas as pd
 
-from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES, TarMember
+from hpm_video.data.places import MEDIA_SUFFIXES, is_plain, listable_files, place_of, unwritable
+from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from hpm_video.files.atomic import written_beside
 
 log = logging.getLogger(__name__)
@@ -27,11 +27,6 @@ NOT_STATED = -1
 Verdict = Literal["fine", "suspicious", "bad"]
 VERDICTS: tuple[Verdict, ...] = ("fine", "suspicious", "bad")
 """What ``tools/check_videos.py`` says of a file."""
-FORBIDDEN = {"\0": "a null character", "\n": "a line break", "\r": "a line break"}
-
-ODD_NAMES_TOLD = 10
-
-_MEDIA_SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
 _SUFFIXES = f"one of {' '.join(VIDEO_SUFFIXES)} (videos) or {' '.join(IMAGE_SUFFIXES)} (images)"
 _EXPECTED = (
     "Expected is a CSV file whose first line names its columns: path, and where wanted label, "
@@ -41,11 +36,10 @@ _EXPECTED = (
 )
 _SEPARATOR = r"(?:[ \t]*,[ \t]*|[ \t]+)"
 _LIST_LINE = re.compile(
-    rf"(?P<path>.*(?:{'|'.join(re.escape(suffix) for suffix in _MEDIA_SUFFIXES)}))"
+    rf"(?P<path>.*(?:{'|'.join(re.escape(suffix) for suffix in MEDIA_SUFFIXES)}))"
     rf"(?P<numbers>(?:{_SEPARATOR}-?\d+)*)",
     re.IGNORECASE,
 )
-_ODD = ("/.", "//", "::")
 _INTEGER = r"-?\d{1,15}(?:\.0+)?"  # pandas writes 3.0 where another row of the column is empty
 
 
@@ -241,26 +235,22 @@ def _read_list(source: Path, text: str) -> pd.DataFrame:
     for line, row in enumerate(text.splitlines(), start=1):
         if not row.strip():
             continue
-        path, numbers = _split_row(source, line, row.strip())
+        match = _LIST_LINE.fullmatch(row.strip())
+        if not match:
+            why = (
+                "need the path of a video or an image and then whole numbers (folders of frames "
+                "are not read)"
+            )
+            raise _bad_line(source, line, row.strip(), why)
+        numbers = match["numbers"].replace(",", " ").split()
         columns = len(numbers) if columns is None else columns
         if len(numbers) != columns:
             why = f"need {1 + columns} columns as in the lines before"
             raise _bad_line(source, line, row, why)
         label, num_frames = _meaning(source, line, row, numbers)
         lines.append(line)
-        rows.append((path, label, num_frames))
+        rows.append((match["path"], label, num_frames))
     return pd.DataFrame(rows, columns=["path", "label", "num_frames"], index=lines, dtype=str)
-
-
-def _split_row(source: Path, line: int, row: str) -> tuple[str, list[str]]:
-    match = _LIST_LINE.fullmatch(row)
-    if not match:
-        why = (
-            "need the path of a video or an image and then whole numbers (folders of frames are "
-            "not read)"
-        )
-        raise _bad_line(source, line, row, why)
-    return match["path"], match["numbers"].replace(",", " ").split()
 
 
 def _meaning(source: Path, line: int, row: str, numbers: list[str]) -> tuple[str, str]:
@@ -359,69 +349,18 @@ def _files(source: Path, table: pd.DataFrame, root: Path | str | None) -> tuple[
     files: list[str] = []
     try:
         for path in table["path"].tolist():
-            plain = _is_plain(path)
-            files.append(start + path if plain else _place(path, base, confined=bool(root)))
+            plain = is_plain(path)
+            files.append(start + path if plain else place_of(path, base, confined=bool(root)))
     except ValueError as error:
         row = ",".join(table.iloc[len(files)])
         raise _bad_line(source, table.index[len(files)], row, str(error)) from None
     return tuple(files)
 
 
-def _is_plain(path: str) -> bool:
-    """Whether a path only has to be put behind the root: most of a million do, in little time."""
-    plain_ends = path[:1] not in "./ " and path[-1] != "/"
-    return plain_ends and path.isprintable() and not any(odd in path for odd in _ODD)
-
-
-def _place(path: str, base: Path, *, confined: bool) -> str:
-    """A path from ``base`` on, as pathlib spells it; the slash of a folder of frames stays.
-
-    Raises:
-        ValueError: it is none, or leads out of ``base``.
-    """
-    if not path.strip():
-        raise ValueError("the path is empty")
-    for character, name in FORBIDDEN.items():
-        if character in path:
-            raise ValueError(f"the path must not hold {name}; rename the file")
-    if member := TarMember.parse(path):
-        if _climbs(member.name) or member.name[0] == "/":
-            raise ValueError(
-                "the name of a member must not lead out of its tar file, by .. or a slash in "
-                "front; pack it anew"
-            )
-        return str(replace(member, tar=_place(member.tar, base, confined=confined)))
-    if path[0] != "/" and _climbs(path):
-        raise ValueError(
-            f"a path must not climb out of its root, {base}, by ..; name a root further up "
-            "(data.root, or --root of a tool), and write paths from there on"
-        )
-    place = base / re.sub("^//+", "/", path)
-    if confined and not Path(os.path.normpath(place)).is_relative_to(os.path.normpath(base)):
-        raise ValueError(
-            f"the path lies outside of the root that was given, {base}; give another root "
-            "(data.root, or --root of a tool), or none, where absolute paths are taken as they are"
-        )
-    return f"{place}/" if path.endswith("/") and str(place) != "/" else str(place)
-
-
-def _climbs(path: str) -> bool:
-    """Whether ``..`` leads out of the folder where a relative path starts, at any point of it."""
-    depth = 0
-    for part in path.split("/"):
-        depth += -1 if part == ".." else part not in ("", ".")
-        if depth < 0:
-            return True
-    return False
-
-
 def _read_folder(folder: Path) -> Listing:
-    if why := _unwritable(str(folder)):
+    if why := unwritable(str(folder)):
         raise ManifestError(f"the path of the folder {str(folder)!r} {why}; rename it")
-    every = files_below(folder)
-    found = [name for name in every if not _unwritable(name)]
-    if odd := [name for name in every if _unwritable(name)]:
-        _tell_odd_names(folder, tuple(odd), len(every))
+    found = listable_files(folder)
     if not found:
         raise ManifestError(
             f"there are no videos in {folder}, and no images; looked, in its folders too, for "
@@ -441,49 +380,3 @@ def _read_folder(folder: Path) -> Listing:
         columns |= {"label": [labels[name] for name in classes], "label_name": classes}
     start = str(folder).rstrip("/") + "/"
     return Listing(folder, pd.DataFrame(columns, dtype=str), tuple(start + name for name in found))
-
-
-def _unwritable(path: str) -> str:
-    """Why no manifest can hold a path; empty where one can."""
-    for character, name in FORBIDDEN.items():
-        if character in path:
-            return f"holds {name}"
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return "is not text in UTF-8"
-    return ""
-
-
-@cache  # programs may read a folder more than once
-def _tell_odd_names(folder: Path, names: tuple[str, ...], of: int) -> None:
-    told = [f"{name!r} {_unwritable(name)}" for name in names[:ODD_NAMES_TOLD]]
-    log.warning(
-        "%d of %d files in %s are left out, for no manifest can hold their names. Rename them, or "
-        "their folders: %s%s",
-        len(names),
-        of,
-        folder,
-        "; ".join(told),
-        f"; and {len(names) - len(told)} more" if len(names) > len(told) else "",
-    )
-
-
-def files_below(folder: Path) -> list[str]:
-    """All videos and images, however deep: paths from ``folder`` on, sorted folder by folder."""
-    return sorted(_walk(folder), key=lambda name: name.split("/"))
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    """Paths from ``folder`` on. Links to folders are followed, but not in circles."""
-    seen = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        if (real := Path(place).resolve()) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        start = "" if Path(place) == folder else f"{Path(place).relative_to(folder)}/"
-        for name in files:
-            if name.lower().endswith(_MEDIA_SUFFIXES) and name[0] != ".":
-                yield start + name

@@ -6,13 +6,13 @@ whose samples do not depend on the others.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
 
-from hpm_video.data.clips import Sample, VideoClips
+from hpm_video.data.clips import VideoClips
 
 
 class Place(NamedTuple):
@@ -23,19 +23,11 @@ class Place(NamedTuple):
     """In the endless stream of that source."""
 
 
-class MixedClips(Dataset[Sample]):
-    """The streams of several sources as one dataset, by :class:`Place`."""
+@dataclass(frozen=True)
+class MixedClips:
+    """The streams of several sources, by the number that :class:`Place` has of them."""
 
-    def __init__(self, streams: Sequence[VideoClips]) -> None:
-        self.streams = tuple(streams)
-
-    def __len__(self) -> int:
-        """Samples of one epoch of all sources."""
-        return sum(len(stream) for stream in self.streams)
-
-    def __getitem__(self, place: Place) -> Sample:
-        """The sample at a place. Raises what that stream does."""
-        return self.streams[place.source][place.position]
+    streams: Sequence[VideoClips]
 
 
 class Places(Sequence[Place]):

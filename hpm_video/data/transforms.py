@@ -1,7 +1,6 @@
 """From frames of a video to the pixels of a clip: crops and resizing."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hpm_video.config.choices import Interpolation
-from hpm_video.decoding.reader import Box
+from hpm_video.config.data import DataConfig
 
 LONGEST = 16
 SCALES = (1.0, 0.875, 0.75, 0.66)
@@ -32,12 +31,22 @@ OFFSETS = (
 """Places of a multi-scale crop: quarters of the free way from the top and from the left."""
 
 
+@dataclass(frozen=True)
+class Box:
+    """A part of a frame, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
 class DrawnTransform(Protocol):
     """What is done to one training clip; nothing is left to chance."""
 
     @property
     def box(self) -> Box:
-        """The part of the frames that it needs: no other is decoded to colours."""
+        """The part of the frames that it needs."""
 
     def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
         """That part of the frames: (T, box.height, box.width, C) uint8 -> (C, T, h, w) uint8"""
@@ -100,19 +109,6 @@ def cut(frames: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
     return frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
 
 
-def within(box: Box, outer: Box) -> Box:
-    """A box as it lies in a larger one."""
-    return replace(box, top=box.top - outer.top, left=box.left - outer.left)
-
-
-def around(boxes: Sequence[Box]) -> Box:
-    """The smallest box that holds all of them."""
-    top, left = min(box.top for box in boxes), min(box.left for box in boxes)
-    bottom = max(box.top + box.height for box in boxes)
-    right = max(box.left + box.width for box in boxes)
-    return Box(top, left, bottom - top, right - left)
-
-
 def centre_box(height: int, width: int, frame_size: tuple[int, int]) -> Box:
     """The largest box in the middle of a frame that has the shape of ``frame_size``."""
     box_height, box_width = _largest(height, width, frame_size)
@@ -126,29 +122,22 @@ def view_boxes(height: int, width: int, frame_size: tuple[int, int], count: int)
     return _spread(height, width, _largest(height, width, frame_size), count)
 
 
-def held_out_crops(
-    frames: NDArray[np.uint8],
-    frame_size: tuple[int, int],
-    count: int,
-    *,
-    short_side: int | None,
-    interpolation: Interpolation,
-) -> list[Tensor]:
+def held_out_crops(frames: NDArray[np.uint8], data: DataConfig, count: int) -> list[Tensor]:
     """Crops of frames, evenly spread along the free axis: (T, H, W, C) -> count x (C, T, h, w)
 
-    Each is the largest box of the shape of ``frame_size``, resized to it. With ``short_side``, the
-    frames are first resized so that their shorter side has that many pixels, and the crops are cut
-    out of them as they are (ImageNet's customary 256 and 224); of frames more than ``LONGEST``
-    times as long as short, out of the middle of that length.
+    Each is the largest box of the shape of ``data.frame_size``, resized to it. With
+    ``data.held_out_short_side``, the frames are first resized so that their shorter side has that
+    many pixels, and the crops are cut out of them as they are (ImageNet's customary 256 and 224);
+    of frames more than ``LONGEST`` times as long as short, out of the middle of that length.
     """
-    if short_side is not None:
-        frames = _not_too_long(frames)
-    height, width = frames.shape[1:3]
-    if short_side is None:
-        boxes = view_boxes(height, width, frame_size, count)
+    frame_size, interpolation = data.frame_size, data.interpolation
+    if data.held_out_short_side is None:
+        boxes = view_boxes(frames.shape[1], frames.shape[2], frame_size, count)
         return [crop_and_resize(frames, box, frame_size, interpolation) for box in boxes]
-    scaled = _with_short_side(height, width, short_side)
-    resized = crop_and_resize(frames, Box(0, 0, height, width), scaled, interpolation)
+    frames = _not_too_long(frames)
+    height, width = frames.shape[1:3]
+    scaled = _with_short_side(height, width, data.held_out_short_side)
+    resized = resize(frames, scaled, interpolation)
     middle = _middle(*scaled, frame_size)
     boxes = [middle] if count == 1 else _spread(*scaled, frame_size, count)
     if height < width:  # along the longer side alone

@@ -1,28 +1,18 @@
 """Videos with decord: exact and slow, since here it never seeks."""
 
 import io
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch  # noqa: F401 - decord imported before torch can hang a DataLoader (decord#251)
 
 from hpm_video.decoding.containers import MATROSKA, MP4, known_container
 from hpm_video.decoding.mp4_header import is_trimmed
-from hpm_video.decoding.reader import (
-    TRANSCODE,
-    DecodeError,
-    Frames,
-    Size,
-    Stack,
-    VideoReader,
-)
-
-if TYPE_CHECKING:
-    from hpm_video.decoding.reader import Box
+from hpm_video.decoding.reader import TRANSCODE, DecodeError, FrameByFrame, Frames
 
 _EXACT_ON = (MP4, MATROSKA, "AVI", "FLV", "ASF", "YUV4MPEG")
 
 
-class DecordReader(VideoReader):
+class DecordReader(FrameByFrame):
     """Decodes from the first frame on, for decord's seeks are not exact. It turns upright."""
 
     def __init__(self, path: str, source: str | bytes, head: bytes) -> None:
@@ -55,19 +45,7 @@ class DecordReader(VideoReader):
     def _count(self) -> int:
         return len(self._reader)
 
-    def _measure(self) -> Size:
-        height, width = self._frame_at(0).shape[:2]
-        return height, width
-
-    def _decode(self, indices: list[int], box: "Box | None") -> Frames:
-        stack = Stack(len(indices), self._size, box)
-        for index in indices:
-            stack.add(self._frame_at(index))
-        self._size = stack.size
-        return stack.frames()
-
     def _frame_at(self, index: int) -> Frames:
-        """-> (H, W, 3)"""
         if index < self._next - 1:
             self._open()
         while self._next <= index:

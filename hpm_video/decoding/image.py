@@ -12,18 +12,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hpm_video.decoding.locations import frames_in, read_bytes
-from hpm_video.decoding.reader import DecodeError, Frames, Size, Stack, VideoReader, cut
+from hpm_video.decoding.reader import DecodeError, FrameByFrame, Frames
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from hpm_video.decoding.reader import Box
 
 _IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 """What an image may hold, whatever its suffix: Pillow would also start programs, as for EPS."""
 
 
-class ImageReader(VideoReader):
+class ImageReader(FrameByFrame):
     """The one frame of an image."""
 
     def __init__(self, path: str, data: bytes) -> None:
@@ -46,15 +44,10 @@ class ImageReader(VideoReader):
     def _count(self) -> int:
         return 1
 
-    def _measure(self) -> Size:
-        height, width = self._picture().shape[:2]
-        return height, width
+    def _decode(self, indices: list[int]) -> Frames:  # noqa: ARG002 - it is one
+        return self._frame_at(0)[None]
 
-    def _decode(self, indices: list[int], box: "Box | None") -> Frames:  # noqa: ARG002 - it is one
-        return cut(self._picture(), box)[None]
-
-    def _picture(self) -> Frames:
-        """-> (H, W, 3)"""
+    def _frame_at(self, index: int) -> Frames:  # noqa: ARG002 - it is one
         if self._pixels is None:
             with _pillow():
                 self._image.load()
@@ -65,7 +58,7 @@ class ImageReader(VideoReader):
         self._image.close()
 
 
-class FrameFolder(VideoReader):
+class FrameFolder(FrameByFrame):
     """The images of a folder as the frames of a video."""
 
     def __init__(self, path: str) -> None:
@@ -77,19 +70,7 @@ class FrameFolder(VideoReader):
     def _count(self) -> int:
         return len(self._frames)
 
-    def _measure(self) -> Size:
-        height, width = self._picture(0).shape[:2]
-        return height, width
-
-    def _decode(self, indices: list[int], box: "Box | None") -> Frames:
-        stack = Stack(len(indices), self._size, box)
-        for index in indices:
-            stack.add(self._picture(index))
-        self._size = stack.size
-        return stack.frames()
-
-    def _picture(self, index: int) -> Frames:
-        """-> (H, W, 3)"""
+    def _frame_at(self, index: int) -> Frames:
         file = self._frames[index]
         try:
             with ImageReader(str(file), read_bytes(str(file))) as image:

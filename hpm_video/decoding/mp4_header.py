@@ -4,12 +4,11 @@ import io
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-_IDENTITY = (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
 _LARGEST = 2**26
 """Bytes of a header: a larger one is not read."""
 _MOST_BOXES = 10_000
@@ -23,28 +22,27 @@ Boxes = dict[bytes, memoryview]
 """What lies in a box, by its kind: of several of a kind, the last."""
 
 
-class Mp4Track(NamedTuple):
-    """Of a file in one piece: those in fragments say it elsewhere."""
-
-    is_upright: bool
-    """Whether nothing is said of turning its frames."""
-    delays: NDArray[np.int64]
-    """From the time of decoding to that of presentation, of each sample: (n,)"""
-
-
 def open_source(source: str | bytes) -> BinaryIO:
     """A path, or the bytes of a file, as a file."""
     return io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
 
 
-def read_track(source: str | bytes, track_id: int) -> Mp4Track | None:
-    """A track; none where the header is of another kind, or damaged."""
+def read_delays(source: str | bytes, track_id: int) -> NDArray[np.int64] | None:
+    """From the time of decoding to that of presentation, of each sample of a track: -> (n,)
+
+    None where the header is of another kind, or damaged. Files in fragments say it elsewhere.
+    """
     with open_source(source) as file:
         header = _find_header(file)
     try:
-        return _track(header, track_id) if header else None
+        for movie, track in _tracks(header or b""):
+            place = 20 if track[b"tkhd"][0] else 12
+            of_id = struct.unpack_from(">I", track[b"tkhd"], place)[0] == track_id
+            if of_id and b"mvex" not in movie:
+                return _delays(_tables(track))
     except _DAMAGED:
-        return None
+        pass
+    return None
 
 
 def is_trimmed(source: str | bytes) -> bool:
@@ -106,16 +104,6 @@ def _tracks(header: bytes) -> Iterator[tuple[Boxes, Boxes]]:
             yield dict(parts), dict(_boxes(content))
 
 
-def _track(header: bytes, track_id: int) -> Mp4Track | None:
-    for movie, track in _tracks(header):
-        place = 20 if track[b"tkhd"][0] else 12
-        if b"mvex" in movie or struct.unpack_from(">I", track[b"tkhd"], place)[0] != track_id:
-            continue
-        matrices = _matrix(movie[b"mvhd"], 36), _matrix(track[b"tkhd"], 40)
-        return Mp4Track(matrices == (_IDENTITY, _IDENTITY), _delays(_tables(track)))
-    return None
-
-
 def _tables(track: Boxes) -> Boxes:
     """What is said of the samples of a track."""
     media = dict(_boxes(track[b"mdia"]))
@@ -157,11 +145,6 @@ def _runs(table: memoryview) -> NDArray[np.int64]:
     if runs[:, 0].min(initial=0) < 0 or runs[:, 0].sum() > _MOST_SAMPLES:
         raise ValueError("more samples than are believed")
     return runs
-
-
-def _matrix(content: memoryview, place: int) -> tuple[int, ...]:
-    """How a picture is turned; ``place`` is that in the short form, with times of 32 bits."""
-    return struct.unpack_from(">9i", content, place + 12 * (content[0] != 0))
 
 
 def _delays(tables: Boxes) -> NDArray[np.int64]:

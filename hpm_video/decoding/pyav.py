@@ -2,36 +2,28 @@
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
 from hpm_video.decoding.containers import refuse_lists
-from hpm_video.decoding.crop_pixels import Part, PixelCropper
-from hpm_video.decoding.mp4_header import open_source, read_track
+from hpm_video.decoding.mp4_header import open_source, read_delays
 from hpm_video.decoding.reader import (
     TRANSCODE,
     DecodeError,
     Frames,
     NoSuchFrame,
-    Size,
-    SizeChange,
     Stack,
     VideoReader,
-    by,
 )
 
 if TYPE_CHECKING:
     import av
 
-    from hpm_video.decoding.reader import Box
-
 FORMATS = "mov,matroska,avi,flv,asf,ogg,mpeg,mpegvideo,mpegts,gif,yuv4mpegpipe"
 """Of FFmpeg: what a video may be, whatever its suffix. Others open further files, or addresses."""
 UNTIMED = ("avi", "mpeg")
 """Containers whose presentation times are made up by the demuxer, or missing."""
-_NEVER_TURNED = ("avi", "mpeg", "mpegts", "mpegvideo", "flv", "asf", "ogg", "gif", "yuv4mpegpipe")
-"""Containers that have no word for how a camera was held."""
 _MARKS_UNUSED = ("h264", "mpeg4")
 """Codecs that mark the frames to which no other one refers. In HEVC such a mark is void where there
 are temporal layers; the decoders of the others do not skip frames at a word."""
@@ -98,10 +90,13 @@ class PyavReader(VideoReader):
     """
 
     def __init__(self, path: str, source: str | bytes, head: bytes) -> None:
+        from av.video.reformatter import VideoReformatter
+
         super().__init__(path)
         refuse_lists(head)
         self._source = source
-        self._cropper = PixelCropper()
+        # One for all frames: making one takes longer than converting a small frame.
+        self._reformatter = VideoReformatter()
         self._frames: Iterator[tuple[int | None, av.VideoFrame]] = iter(())
         self._at: int | None = None
         self._wanted: set[int] = set()
@@ -128,7 +123,6 @@ class PyavReader(VideoReader):
         self._times: list[int] = []
         self._stated: dict[int | None, int | None] | None = None
         self._may_skip = False
-        self._is_upright = self._container.format.name in _NEVER_TURNED
         self._ordered = self._container.format.name not in UNTIMED
         if self._ordered:
             self._take_index(self._packets_of_header() or self._packets_of_file())
@@ -163,13 +157,12 @@ class PyavReader(VideoReader):
             self._stream, "index_entries"
         ):
             return []
-        track = read_track(self._source, self._stream.id)
-        if track is None:
+        delays = read_delays(self._source, self._stream.id)
+        if delays is None:
             return []
         size = self._container.size
-        self._is_upright = track.is_upright
         entries = [*self._stream.index_entries]
-        whole = len(entries) == len(track.delays) and all(
+        whole = len(entries) == len(delays) and all(
             entry.size > 0 and not entry.is_discard and entry.pos + entry.size <= size
             for entry in entries
         )
@@ -177,7 +170,7 @@ class PyavReader(VideoReader):
             return []
         packets = [
             _Packet(entry.timestamp + delay, entry.timestamp, entry.is_keyframe)
-            for entry, delay in zip(entries, track.delays.tolist(), strict=True)
+            for entry, delay in zip(entries, delays.tolist(), strict=True)
         ]
         self._stated = {packet.dts: packet.pts for packet in packets}
         return packets if len(self._stated) == len(packets) else []
@@ -203,50 +196,23 @@ class PyavReader(VideoReader):
             raise DecodeError("it has no frames")
         return count
 
-    def _measure(self) -> Size:
-        if self._is_upright and self._codec.width:
-            return self._codec.height, self._codec.width
-        return self._first_size()
-
-    def _first_size(self) -> Size:
-        """Of the first frame, which is decoded."""
-        first_key = self._keys[:1] if self._key_times[:1] == self._times[:1] else []
-        self._start_at(first_key)
-        try:
-            for _, frame in self._frames:
-                return _upright_size(frame)
-        except _OtherPackets:
-            self._index_anew()
-            return self._first_size()
-        raise DecodeError("it has no frames")
-
     # --- Decoding them ------------------------------------------------------------------------
 
-    def _decode(self, indices: list[int], box: "Box | None") -> Frames:
+    def _decode(self, indices: list[int]) -> Frames:
         import av
 
         try:
-            return self._read(indices, box)
+            return self._read(indices)
         except av.error.InvalidDataError as error:
             raise DecodeError(
                 f"it is damaged: {error.strerror}. Download it again, or encode it anew"
             ) from error
         except _OtherPackets:
             self._index_anew()
-            return self._decode(indices, box)
-        except SizeChange:
-            stated, self._size = self._measured(), self._first_size()
-            if self._size == stated:
-                raise
-            if box is not None:
-                raise DecodeError(
-                    f"its container states frames of {by(stated)}, and they are of "
-                    f"{by(self._size)}. {TRANSCODE}"
-                ) from None
-        return self._read(indices, box)
+            return self._decode(indices)
 
-    def _read(self, indices: list[int], box: "Box | None") -> Frames:
-        stack = Stack(len(indices), self._measured(), box)
+    def _read(self, indices: list[int]) -> Frames:
+        stack = Stack(len(indices), self._size)
         if not self._may_have(indices[-1]):
             raise self._ends_before(indices[-1])
         times = [self._times[index] for index in indices] if self._ordered else indices
@@ -257,7 +223,9 @@ class PyavReader(VideoReader):
                     if indices[-1] >= self.num_frames:
                         raise self._ends_before(indices[-1])
                     break
-        return stack.frames()
+        frames = stack.frames()
+        self._size = stack.size
+        return frames
 
     def _ends_before(self, index: int) -> NoSuchFrame:
         return NoSuchFrame(
@@ -357,21 +325,12 @@ class PyavReader(VideoReader):
 
     def _put(self, frame: "av.VideoFrame", stack: Stack) -> None:
         """Add a frame to the stack, upright: cameras of telephones note how they were held."""
-        height, width = size = _upright_size(frame)
-        room = stack.admit(size)
-        box = stack.box
-        top, left = (box.top, box.left) if box else (0, 0)
-        down, right = slice(top, top + room.shape[0]), slice(left, left + room.shape[1])
-        turns = _quarter_turns(frame)
-        if turns == 0:
-            part = Part(down, right)
-        elif turns == 1:
-            part = Part(right, _from_end(down, height))
-        elif turns == 2:
-            part = Part(_from_end(down, height), _from_end(right, width))
-        else:
-            part = Part(_from_end(right, width), down)
-        room[...] = np.rot90(self._cropper.crop(frame, part), turns)
+        # In one thread, since the loader's workers take the cores.
+        rgb = self._reformatter.reformat(frame, format="rgb24", threads=1)
+        plane = rgb.planes[0]
+        values = np.frombuffer(cast("memoryview", plane), np.uint8).reshape(-1, plane.line_size)
+        pixels = values[: rgb.height, : 3 * rgb.width].reshape(rgb.height, rgb.width, 3)
+        stack.add(np.rot90(pixels, _quarter_turns(frame)))
 
     def close(self) -> None:
         self._frames = iter(())
@@ -381,14 +340,3 @@ class PyavReader(VideoReader):
 def _quarter_turns(frame: "av.VideoFrame") -> int:
     """Against the clock, to set a frame upright."""
     return round(frame.rotation / 90) % 4
-
-
-def _upright_size(frame: "av.VideoFrame") -> Size:
-    if _quarter_turns(frame) % 2:
-        return frame.width, frame.height
-    return frame.height, frame.width
-
-
-def _from_end(part: slice, length: int) -> slice:
-    """The same part counted from the other end."""
-    return slice(length - part.stop, length - part.start)

@@ -3,7 +3,6 @@
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from typing_extensions import Self
 
 Frames = NDArray[np.uint8]
-"""(K, H, W, 3) uint8, RGB."""
+"""(K, H, W, C) uint8: RGB, unless a reader gives other channels."""
 Size = tuple[int, int]
 """Height and width."""
 TRANSCODE = "Encode it anew: tools/transcode.py"
@@ -28,10 +27,6 @@ class DecodeError(Exception):
 
     def __str__(self) -> str:
         return f"cannot decode {self.path}: {self.reason}" if self.path else self.reason
-
-
-class SizeChange(DecodeError):  # noqa: N818 - it says what is wrong
-    """A frame of another size than those before it."""
 
 
 class NoSuchFrame(DecodeError, IndexError):  # noqa: N818 - it says what is wrong
@@ -63,23 +58,18 @@ class VideoReader(ABC):
     @property
     def height(self) -> int:
         """Of the frames, upright."""
-        return self._measured()[0]
+        return self._frame_size()[0]
 
     @property
     def width(self) -> int:
         """Of the frames, upright."""
-        return self._measured()[1]
+        return self._frame_size()[1]
 
-    def read(
-        self, indices: Sequence[int] | NDArray[np.integer[Any]], box: "Box | None" = None
-    ) -> Frames:
-        """Frames in the order asked; each distinct one is decoded once: K indices -> (K, H, W, 3)
-
-        With ``box`` that part of each, the same pixels: -> (K, box.height, box.width, 3)
+    def read(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> Frames:
+        """Frames in the order asked; each distinct one is decoded once: K indices -> (K, H, W, C)
 
         Raises:
             IndexError: the video has no such frame. (A DecodeError too, where nobody knew that.)
-            ValueError: the box does not lie in the frames.
             DecodeError: a frame cannot be decoded, or is not of the size of the others.
         """
         distinct, where = np.unique(np.asarray(indices, dtype=np.int64), return_inverse=True)
@@ -88,10 +78,8 @@ class VideoReader(ABC):
                 f"frame indices must lie in 0..{self.num_frames - 1} for {self.path}, got "
                 f"{list(indices)}"
             )
-        if box is not None:
-            self._check(box)
         with as_decode_error(self.path):
-            frames = self._decode(distinct.tolist(), box)
+            frames = self._decode(distinct.tolist())
         return frames if np.array_equal(where, np.arange(len(frames))) else frames[where]
 
     def frames_stated(self, stated: int) -> int:
@@ -106,28 +94,18 @@ class VideoReader(ABC):
         """Whether frames have to be decoded to know how many there are."""
         return self._num_frames is None and self._counts_by_decoding
 
-    def _measured(self) -> Size:
+    def _frame_size(self) -> Size:
         if self._size is None:
-            with as_decode_error(self.path):
-                self._size = self._measure()
+            height, width = self.read([0]).shape[1:3]
+            self._size = height, width
         return self._size
-
-    def _check(self, box: "Box") -> None:
-        height, width = self._measured()
-        down = 0 <= box.top < box.top + box.height <= height
-        if not (down and 0 <= box.left < box.left + box.width <= width):
-            raise ValueError(f"{box} does not lie in frames of {height} x {width} of {self.path}")
 
     @abstractmethod
     def _count(self) -> int:
         """Find out how many frames there are."""
 
     @abstractmethod
-    def _measure(self) -> Size:
-        """Find out how large the frames are, upright."""
-
-    @abstractmethod
-    def _decode(self, indices: list[int], box: "Box | None") -> Frames:
+    def _decode(self, indices: list[int]) -> Frames:
         """Frames of ascending indices, none twice."""
 
     @abstractmethod
@@ -141,36 +119,45 @@ class VideoReader(ABC):
         self.close()
 
 
+class FrameByFrame(VideoReader):
+    """A video of which one frame after the other is read."""
+
+    @abstractmethod
+    def _frame_at(self, index: int) -> Frames:
+        """A frame, upright: -> (H, W, C)"""
+
+    def _decode(self, indices: list[int]) -> Frames:
+        stack = Stack(len(indices), self._size)
+        for index in indices:
+            stack.add(self._frame_at(index))
+        self._size = stack.size
+        return stack.frames()
+
+
 class Stack:
     """Frames as they come out of a decoder, in one array: they are all of one size."""
 
-    def __init__(self, count: int, size: Size | None, box: "Box | None") -> None:
-        """``size``: of the whole frames, where it is known."""
+    def __init__(self, count: int, size: Size | None) -> None:
+        """``size``: of the frames, where others were read before."""
         self._count = count
-        self.box = box
         self.size = size
         self.filled = 0
         self._frames: Frames | None = None
 
     def add(self, frame: Frames) -> None:
-        """A whole frame, upright: (H, W, 3)"""
-        self.admit((frame.shape[0], frame.shape[1]))[...] = cut(frame, self.box)
-
-    def admit(self, size: Size) -> Frames:
-        """Room for the part that is asked for, of the next frame, which is of that size whole."""
+        """Take the next frame, upright: (H, W, C)"""
+        size = (frame.shape[0], frame.shape[1])
         if self.size is None:
             self.size = size
         if size != self.size:
             raise size_change(self.size, size)
         if self._frames is None:
-            part = (self.box.height, self.box.width) if self.box else size
-            self._frames = np.empty((self._count, *part, 3), dtype=np.uint8)
+            self._frames = np.empty((self._count, *frame.shape), dtype=np.uint8)
+        self._frames[self.filled] = frame
         self.filled += 1
-        room: Frames = self._frames[self.filled - 1]
-        return room
 
     def frames(self) -> Frames:
-        """All of them: (K, H, W, 3)"""
+        """All of them: (K, H, W, C)"""
         if self._frames is None or self.filled < self._count:
             raise DecodeError(
                 f"only {self.filled} of {self._count} frames came out of the decoder. {TRANSCODE}"
@@ -178,11 +165,10 @@ class Stack:
         return self._frames
 
 
-def cut(frame: Frames, box: "Box | None") -> Frames:
-    """The part of a frame that lies in a box, or all of it: (H, W, 3) -> (h, w, 3)"""
-    if box is None:
-        return frame
-    return frame[box.top : box.top + box.height, box.left : box.left + box.width]
+def size_change(before: Size, size: Size) -> DecodeError:
+    """What to say of a frame of another size. (Users write the width first.)"""
+    old, new = f"{before[1]}x{before[0]}", f"{size[1]}x{size[0]}"
+    return DecodeError(f"its frames change size, from {old} to {new}. {TRANSCODE}")
 
 
 @contextlib.contextmanager
@@ -201,23 +187,3 @@ def as_decode_error(path: str) -> Iterator[None]:
         raise DecodeError(why, path) from error
     except Exception as error:  # noqa: BLE001 - native libraries raise anything
         raise DecodeError(f"{type(error).__name__}: {error}"[:500], path) from error
-
-
-def size_change(before: Size, size: Size) -> SizeChange:
-    """What to say of a frame of another size."""
-    return SizeChange(f"its frames change size, from {by(before)} to {by(size)}. {TRANSCODE}")
-
-
-def by(size: Size) -> str:
-    """As users write it, the width first."""
-    return f"{size[1]}x{size[0]}"
-
-
-@dataclass(frozen=True)
-class Box:
-    """A part of a frame, in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int

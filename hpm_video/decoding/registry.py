@@ -17,6 +17,8 @@ a playlist, is refused.
 import importlib
 import os
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -36,26 +38,44 @@ from hpm_video.decoding.reader import (
 from hpm_video.decoding.torchcodec import TorchcodecReader
 
 __all__ = [
+    "DECODERS",
     "DecodeError",
-    "DecoderChoice",
     "DecoderError",
-    "DecoderName",
     "Frames",
     "VideoReader",
     "available_decoders",
+    "check_name",
     "choose_decoder",
+    "decoder_choices",
     "decoder_versions",
     "is_image",
     "open_video",
 ]
 
 
-Reader = type[PyavReader] | type[TorchcodecReader] | type[DecordReader]
-_REMEDY = {
-    "pyav": "install it with: pip install av",
-    "torchcodec": "install it with: pip install torchcodec, and FFmpeg from the system's packages",
-    "decord": "install it with: pip install decord (there are wheels for Linux on x86-64 only)",
+@dataclass(frozen=True)
+class Decoder:
+    """What reads videos."""
+
+    reader: Callable[[str, str | bytes, bytes], VideoReader]
+    """Opens a video: its place, its path or its bytes, and the first of them."""
+    library: str
+    """The module that it needs, which tells its version."""
+    install: str
+
+
+DECODERS: dict[DecoderName, Decoder] = {
+    "pyav": Decoder(PyavReader, "av", "pip install av"),
+    "torchcodec": Decoder(
+        TorchcodecReader,
+        "torchcodec",
+        "pip install torchcodec, and FFmpeg from the system's packages",
+    ),
+    "decord": Decoder(
+        DecordReader, "decord", "pip install decord (there are wheels for Linux on x86-64 only)"
+    ),
 }
+"""The preferred one first. An entry adds a decoder: ``data.decoder`` and ``--decoder`` know it."""
 
 
 def open_video(place: str, decoder: DecoderChoice = "auto") -> VideoReader:
@@ -79,7 +99,7 @@ def open_video(place: str, decoder: DecoderChoice = "auto") -> VideoReader:
     if is_image(place):
         with as_decode_error(place):
             return ImageReader(place, read_bytes(place))
-    reader = _READERS[choose_decoder(decoder)]
+    reader = DECODERS[choose_decoder(decoder)].reader
     with as_decode_error(place):
         if TarMember.parse(place):
             data = read_bytes(place)
@@ -87,9 +107,26 @@ def open_video(place: str, decoder: DecoderChoice = "auto") -> VideoReader:
         return reader(place, os.path.abspath(place), read_bytes(place, HEAD))  # noqa: PTH100
 
 
+def decoder_choices() -> tuple[DecoderChoice, ...]:
+    """What ``data.decoder`` may be."""
+    return ("auto", *DECODERS)
+
+
 def available_decoders() -> tuple[DecoderName, ...]:
     """The decoders that import and decode, the preferred one first."""
-    return tuple(name for name in _READERS if not _what_is_wrong(name))
+    return tuple(name for name in DECODERS if not _what_is_wrong(name))
+
+
+def check_name(decoder: DecoderChoice) -> None:
+    """Make sure that there is such a choice.
+
+    Raises:
+        DecoderError: there is none.
+    """
+    if decoder not in decoder_choices():
+        raise DecoderError(
+            f"data.decoder must be one of {', '.join(decoder_choices())}, got {decoder}"
+        )
 
 
 def choose_decoder(decoder: DecoderChoice) -> DecoderName:
@@ -98,7 +135,8 @@ def choose_decoder(decoder: DecoderChoice) -> DecoderName:
     Raises:
         DecoderError: it is not there.
     """
-    names: list[DecoderName] = [*_READERS] if decoder == "auto" else [decoder]
+    check_name(decoder)
+    names = [*DECODERS] if decoder == "auto" else [decoder]
     wrong = {}
     for name in names:
         wrong[name] = _what_is_wrong(name)
@@ -106,15 +144,17 @@ def choose_decoder(decoder: DecoderChoice) -> DecoderName:
             return name
     raise DecoderError(
         f"no decoder for videos (data.decoder: {decoder}). "
-        + " ".join(f"{name} cannot be used: {why}; {_REMEDY[name]}." for name, why in wrong.items())
+        + " ".join(
+            f"{name} cannot be used: {why}; install it with: {DECODERS[name].install}."
+            for name, why in wrong.items()
+        )
     )
 
 
 def decoder_versions() -> dict[str, str]:
     """Version of each decoder that can be used."""
-    modules = {"pyav": "av", "torchcodec": "torchcodec", "decord": "decord"}
     return {
-        name: str(importlib.import_module(modules[name]).__version__)
+        name: str(importlib.import_module(DECODERS[name].library).__version__)
         for name in available_decoders()
     }
 
@@ -129,17 +169,9 @@ def _what_is_wrong(name: DecoderName) -> str:
         path = Path(folder) / "grey.y4m"
         path.write_bytes(data)
         try:
-            with _READERS[name](str(path), str(path), data[:HEAD]) as reader:
+            with DECODERS[name].reader(str(path), str(path), data[:HEAD]) as reader:
                 grey = reader.read([0, 1]).mean(axis=(1, 2, 3))
         except Exception as error:  # noqa: BLE001 - a broken installation raises anything
             return f"{type(error).__name__}: {error}"
     dark, bright = grey
     return "" if dark < 80 < 170 < bright else "it decodes a test video to wrong pixels"
-
-
-_READERS: dict[DecoderName, Reader] = {
-    "pyav": PyavReader,
-    "torchcodec": TorchcodecReader,
-    "decord": DecordReader,
-}
-"""The preferred one first."""

@@ -1,23 +1,13 @@
 """Videos with torchcodec, which uses the FFmpeg that is installed on the machine."""
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hpm_video.decoding.containers import MATROSKA, MP4, known_container
-from hpm_video.decoding.reader import (
-    DecodeError,
-    Frames,
-    Size,
-    Stack,
-    VideoReader,
-    size_change,
-)
-
-if TYPE_CHECKING:
-    from hpm_video.decoding.reader import Box
-
+from hpm_video.decoding.reader import DecodeError, Frames, VideoReader, size_change
 
 _EXACT_ON = (MP4, MATROSKA, "FLV", "ASF", "GIF", "YUV4MPEG")
+
 _OTHER_SIZE = re.compile(r"tensor of shape (\d+)x(\d+)x3, got \[(\d+), (\d+), 3\]")
 
 
@@ -43,23 +33,15 @@ class TorchcodecReader(VideoReader):
     def _count(self) -> int:
         return len(self._decoder)
 
-    def _measure(self) -> Size:
-        height, width = self._decoder[0].shape[:2]
-        return height, width
-
-    def _decode(self, indices: list[int], box: "Box | None") -> Frames:
-        stack = Stack(len(indices), self._size, box)
+    def _decode(self, indices: list[int]) -> Frames:
         try:
-            frames = self._decoder.get_frames_at(indices).data
+            frames: Frames = self._decoder.get_frames_at(indices).data.numpy()
         except RuntimeError as error:
-            if found := _OTHER_SIZE.search(str(error)):
-                height, width, *before = map(int, found.groups())
+            if sizes := _OTHER_SIZE.search(str(error)):
+                height, width, *before = map(int, sizes.groups())
                 raise size_change((before[0], before[1]), (height, width)) from error
             raise
-        for frame in frames:
-            stack.add(frame.numpy())
-        self._size = stack.size
-        return stack.frames()
+        return frames
 
     def close(self) -> None:
         self._decoder = None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hpm_video.config.choices import PredictorObjective
-from hpm_video.data.clips import ClipBatch
+from hpm_video.data.batch import ClipBatch
 from hpm_video.mining.losses import ranking_loss, regression_loss
 from hpm_video.mining.targets import Target
 from hpm_video.mining.teacher import MomentumSchedule

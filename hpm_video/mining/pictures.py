@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFont
 
-from hpm_video.data.clips import ClipBatch
+from hpm_video.data.batch import ClipBatch
 from hpm_video.files.atomic import written_beside
 from hpm_video.mining.objective import HardPatchesMining
 from hpm_video.mining.study import Frames, Scores, Study, study_clips

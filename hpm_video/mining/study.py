@@ -10,7 +10,7 @@ from einops import rearrange, repeat
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hpm_video.data.clips import ClipBatch
+from hpm_video.data.batch import ClipBatch
 from hpm_video.mining.losses import count_ordered_pairs
 from hpm_video.mining.objective import HardPatchesMining, average_errors
 from hpm_video.mining.targets import PixelTarget

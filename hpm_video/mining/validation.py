@@ -12,7 +12,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from hpm_video.data.clips import ClipBatch
+from hpm_video.data.batch import ClipBatch
 from hpm_video.mining.losses import count_ordered_pairs
 from hpm_video.mining.objective import HardPatchesMining, average_errors
 from hpm_video.tokens.grid import Size3

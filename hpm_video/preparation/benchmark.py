@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpm_video.config.choices import DecoderName
-from hpm_video.data.clips import DrawnClips, Failure, Sample, TooManyBadFiles, VideoClips, collate
+from hpm_video.data.batch import Sample, collate
+from hpm_video.data.clips import VideoClips
 from hpm_video.data.loader import training_batches
 from hpm_video.data.mixture import MixedClips, Place, Places, deal_out
-from hpm_video.data.transforms import ClipTransform, DrawnTransform
+from hpm_video.data.reading import DrawnClips
+from hpm_video.data.transforms import Box, ClipTransform, DrawnTransform
 from hpm_video.decoding.locations import TarMember, frames_in, is_frame_folder, read_bytes
-from hpm_video.decoding.reader import Box
 from hpm_video.decoding.registry import DecodeError
+from hpm_video.files.failures import Failure, TooManyBadFiles
 from hpm_video.workers.room import RoomError, memory_left
 
 IN_WORKERS = ("reading", "decoding", "augmenting")

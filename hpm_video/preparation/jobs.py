@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 
 from typing_extensions import Self
 
-from hpm_video.data.clips import Failure
 from hpm_video.decoding.reader import DecodeError
 from hpm_video.files.atomic import written_beside
+from hpm_video.files.failures import Failure
 from hpm_video.workers.pool import Answer, Lost, Pool
 
 Work = TypeVar("Work")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hpm_video.config.choices import DecoderName
-from hpm_video.data.clips import tolerated
+from hpm_video.files.failures import tolerated
 from hpm_video.preparation.benchmark import Phases, Trial
 
 REMEDIES = {

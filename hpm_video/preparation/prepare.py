@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
-from hpm_video.data.clips import Failure
+from hpm_video.files.failures import Failure
 from hpm_video.preparation.check import stamp_of
 from hpm_video.preparation.jobs import Broken, Step, answers, remove
 from hpm_video.preparation.prepared_folder import PreparedFolder

@@ -22,10 +22,10 @@ from typing import Any
 
 from typing_extensions import Self
 
-from hpm_video.data.clips import Failure
 from hpm_video.data.manifest import Listing, Manifest
 from hpm_video.decoding.locations import TarMember, is_frame_folder
 from hpm_video.decoding.video_stream import SIMPLEST
+from hpm_video.files.failures import Failure
 from hpm_video.preparation.check import stamp_of
 from hpm_video.preparation.findings import COLUMNS as OF_A_CHECK
 from hpm_video.preparation.jobs import Journal, claim, remove, write_failures, write_table

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hpm_video.data.manifest import UNLABELLED, files_below
+from hpm_video.data.manifest import UNLABELLED
+from hpm_video.data.places import files_below
 from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 UNPACK = 'for f in *.tar; do mkdir "${f%.tar}" && tar -xf "$f" -C "${f%.tar}" && rm "$f"; done'

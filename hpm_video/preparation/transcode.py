@@ -16,11 +16,11 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from hpm_video.data.clips import Failure
 from hpm_video.decoding.locations import is_frame_folder, is_image
 from hpm_video.decoding.reader import Size
 from hpm_video.decoding.registry import choose_decoder, open_video
 from hpm_video.decoding.video_stream import USUAL_RATE, Timed, VideoStream
+from hpm_video.files.failures import Failure
 from hpm_video.preparation.check import Task, bad, check_file, stamp_of
 from hpm_video.preparation.findings import Finding
 from hpm_video.preparation.jobs import Broken, Step, WrongOutputError, reason_of, remove

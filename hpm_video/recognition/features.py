@@ -1,7 +1,7 @@
 """Features of many videos, written into a folder."""
 
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpm_video.config.choices import DecoderChoice
-from hpm_video.data.clip_stream import ClipStream, Part, Windows, stream_parts
-from hpm_video.data.clips import Failure, Views
-from hpm_video.data.loader import BadFiles, end_workers
+from hpm_video.data.clip_stream import Part, stream_parts
+from hpm_video.data.loader import end_workers
+from hpm_video.data.reading import Views
+from hpm_video.files.failures import BadFiles, Failure
 from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition.feature_folder import DType, FeatureFolder, Form, GrowingFile
 from hpm_video.recognition.inference import FILE_OF, Extractor, WeightsOf
@@ -25,7 +26,7 @@ from hpm_video.workers.progress_bar import ProgressBar
 class Wanted:
     """What is wanted of each video."""
 
-    views: Views | Windows
+    views: Views
     tokens: bool = False
     """Every token of the last layer, instead of one vector for each view."""
     dtype: DType = "float32"
@@ -34,7 +35,7 @@ class Wanted:
         """What the file of a video then holds."""
         shape = extractor.model.shape
         of_view = (shape.grid.num_tokens, shape.size.dim) if self.tokens else (shape.size.dim,)
-        return Form(of_view, self.dtype, windows=isinstance(self.views, Windows))
+        return Form(of_view, self.dtype, windows=self.views.every is not None)
 
 
 def describe(
@@ -48,7 +49,7 @@ def describe(
         "weights_sha256": weights_digest(checkpoint, FILE_OF.get(weights, weights)),
         **(
             {"window_stride": views.every}
-            if isinstance(views, Windows)
+            if views.every is not None
             else {"clips": views.clips, "crops": views.crops}
         ),
         "features": "tokens" if wanted.tokens else "pooled",
@@ -79,13 +80,13 @@ def extract(
     depend on which other videos are computed.
     """
     places = folder.missing()
-    clips = ClipStream(
+    stream = stream_parts(
         folder.manifest,
         places,
-        extractor.spec,
+        replace(extractor.spec, decoder=decoder),
         wanted.views,
-        decoder=decoder,
         clips_per_part=extractor.clips_per_pass,
+        workers=min(workers, len(places)),
     )
     bad = BadFiles(folder.bad_files, num_files=len(folder.manifest), max_bad_share=1.0)
     failures: list[Failure] = []
@@ -93,13 +94,16 @@ def extract(
         with (
             closing(ProgressBar(len(places), "videos", "clips/s")) as bar,
             closing(_Writer(extractor, wanted, folder)) as writer,
-            closing(stream_parts(clips, workers=min(workers, len(places)))) as parts,
+            closing(stream) as parts,
         ):
-            for part in parts:
-                if part.failure is not None:
-                    failures.append(part.failure)
-                    bad.note([part.failure])
-                bar.advance(len(part.clips), is_last=writer.take(part))
+            for place, part in parts:
+                if isinstance(part, Failure):
+                    failures.append(part)
+                    bad.note([part])
+                    writer.give_up(place)
+                    bar.advance(0)
+                else:
+                    bar.advance(len(part.clips), is_last=writer.take(place, part))
     finally:
         end_workers()
         folder.write_index()
@@ -115,14 +119,14 @@ class _Writer:
         self._folder = folder
         self._growing: dict[int, GrowingFile] = {}
 
-    def take(self, part: Part) -> bool:
+    def give_up(self, place: int) -> None:
+        """Throw away what there is of a video."""
+        if place in self._growing:
+            self._growing.pop(place).give_up()
+
+    def take(self, place: int, part: Part) -> bool:
         """Write the features of a part. -> whether it is the last of its video"""
-        place = part.place
-        if part.failure is not None:
-            if place in self._growing:
-                self._growing.pop(place).give_up()
-            return True
-        features = self._features(part)
+        features = self._features(place, part)
         if place not in self._growing:
             self._growing[place] = self._folder.begin(place, part.num_views)
         growing = self._growing[place]
@@ -133,12 +137,12 @@ class _Writer:
         del self._growing[place]
         return True
 
-    def _features(self, part: Part) -> NDArray[np.floating[Any]]:
+    def _features(self, place: int, part: Part) -> NDArray[np.floating[Any]]:
         values: Tensor = self._values(part.clips).cpu()
         features: NDArray[np.floating[Any]] = values.to(getattr(torch, self._dtype)).numpy()
         if not np.isfinite(features).all():
             raise CheckpointError(
-                f"features of {self._folder.manifest.files[part.place]} reach "
+                f"features of {self._folder.manifest.files[place]} reach "
                 f"{values.abs().max():g}, and {self._dtype} ends at {np.finfo(self._dtype).max}; "
                 f"take --dtype float32 and --precision fp32"
             )

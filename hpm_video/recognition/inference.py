@@ -16,9 +16,10 @@ from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.data import DataConfig
 from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import PretrainConfig
-from hpm_video.data.clips import ClipSpec, HeldOutClips, Views
+from hpm_video.data.clips import HeldOutClips
 from hpm_video.data.loader import held_out_batches
 from hpm_video.data.manifest import Manifest
+from hpm_video.data.reading import Views
 from hpm_video.files.weights import load_weights
 from hpm_video.models.encoder import ClipEncoder
 from hpm_video.models.from_config import encoder_shape, source_grid_of
@@ -90,7 +91,7 @@ class Extractor:
 
     model: ClipEncoder
     """On ``device``."""
-    spec: ClipSpec
+    spec: DataConfig
     """The clips that it takes."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -143,9 +144,8 @@ class Extractor:
         processes: Processes,
     ) -> NDArray[np.float64]:
         """Values of clips, averaged over the views of each video: -> (videos, values)"""
-        clips = HeldOutClips(
-            manifest, self.spec, views=views, decoder=reading.decoder, seed=0, report_failures=True
-        )
+        data = replace(self.spec, decoder=reading.decoder)
+        clips = HeldOutClips(manifest, data, views=views, seed=0, report_failures=True)
         places = processes.share(len(manifest))
         with closing(
             held_out_batches(
@@ -215,19 +215,4 @@ def load_extractor(
     if weights != "untrained":
         stored = read_weights(checkpoint, FILE_OF.get(weights, weights))
         load_weights(model, stored, checkpoint, may_leave=OF_DECODERS)
-    return Extractor(
-        model.to(device).eval(), clip_spec(data), data.mean, data.std, device, precision
-    )
-
-
-def clip_spec(data: DataConfig) -> ClipSpec:
-    """What the clips of a config are."""
-    return ClipSpec(
-        num_frames=data.num_frames,
-        frame_stride=data.frame_stride,
-        max_frame_stride=data.max_frame_stride,
-        frame_size=data.frame_size,
-        sampling=data.sampling,
-        interpolation=data.interpolation,
-        short_side=data.held_out_short_side,
-    )
+    return Extractor(model.to(device).eval(), data, data.mean, data.std, device, precision)

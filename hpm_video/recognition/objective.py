@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import nn
 
-from hpm_video.data.clips import ClipBatch
+from hpm_video.data.batch import ClipBatch
 from hpm_video.decoding.locations import base_name
 from hpm_video.randomness import key_of
 from hpm_video.recognition.mixing import Mixing

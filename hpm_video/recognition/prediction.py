@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hpm_video.config.choices import DecoderChoice
-from hpm_video.data.clips import Failure, HeldOutClips, Views
+from hpm_video.data.clips import HeldOutClips
 from hpm_video.data.loader import end_workers, held_out_batches
 from hpm_video.data.manifest import Manifest
+from hpm_video.data.reading import Views
+from hpm_video.files.failures import Failure
 from hpm_video.recognition.trained_classifier import Recogniser
 
 
@@ -47,9 +49,8 @@ def predict(
     workers: int = 0,
 ) -> Iterator[Prediction | Failure]:
     """What ``recogniser`` says of each video, in order; a failure of one that does not decode."""
-    clips = HeldOutClips(
-        manifest, recogniser.spec, views=views, decoder=decoder, seed=0, report_failures=True
-    )
+    data = replace(recogniser.spec, decoder=decoder)
+    clips = HeldOutClips(manifest, data, views=views, seed=0, report_failures=True)
     try:
         with closing(held_out_batches(clips, batch_size=1, workers=workers)) as batches:
             for path, batch in zip(manifest.files, batches, strict=True):

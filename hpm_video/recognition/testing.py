@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hpm_video.data.clips import ClipBatch, Failure
+from hpm_video.data.batch import ClipBatch
 from hpm_video.data.manifest import Manifest
 from hpm_video.files.atomic import written_beside
+from hpm_video.files.failures import BadFilesError, Failure
 from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition.confusion import draw_confusion
 
@@ -25,17 +26,17 @@ MANY_CLASSES = 30
 """From so many on, the terminal shows only the best and the worst."""
 
 
-class BadTestFilesError(Exception):
+class BadTestFilesError(BadFilesError):
     """Videos of which features or a test are wanted do not decode. The message lists them all."""
 
     def __init__(self, failures: Sequence[Failure], num_files: int) -> None:
-        self.failures = tuple(failures)
-        listed = "\n".join(f"  {failure.path}: {failure.reason}" for failure in failures)
         super().__init__(
-            f"{len(failures)} of {num_files} videos do not decode:\n{listed}\nRepair them, or take "
-            "them out of the manifest. A test can leave them out knowingly "
+            failures,
+            num_files,
+            "Repair them, or take them out of the manifest. A test can leave them out knowingly "
             "(test.exclude_bad_files=true, tools/evaluate.py --exclude-bad-files): they then count "
-            "as wrong, and the result says how many they are"
+            "as wrong, and the result says how many they are",
+            most=None,
         )
 
 
@@ -115,7 +116,7 @@ def score_videos(
 def tell_left_out(failures: Sequence[Failure]) -> None:
     """Name the videos that a test left out."""
     for failure in sorted(failures, key=lambda bad: bad.path):
-        log.warning("left out: %s: %s", failure.path, failure.reason)
+        log.warning("left out: %s", failure)
 
 
 def collect(

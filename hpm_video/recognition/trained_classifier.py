@@ -10,12 +10,12 @@ from torch import Tensor
 
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig
-from hpm_video.data.clips import Views
 from hpm_video.data.manifest import Manifest
+from hpm_video.data.reading import Views
 from hpm_video.files.weights import CheckpointError, load_weights
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.from_config import build_classifier, source_grid_of
-from hpm_video.recognition.inference import ClipChoice, Extractor, Reading, WeightsOf, clip_spec
+from hpm_video.recognition.inference import ClipChoice, Extractor, Reading, WeightsOf
 from hpm_video.recognition.labels import check_labels, check_same_names, read_label_names
 from hpm_video.recognition.testing import Scores
 from hpm_video.training.checkpoint import read_state, read_weights, weights_digest
@@ -72,7 +72,7 @@ def describe_test(
         "sampling": spec.sampling,
         "frame_stride": spec.frame_stride,
         "frame_size": list(spec.frame_size),
-        "short_side": spec.short_side,
+        "short_side": spec.held_out_short_side,
         "interpolation": spec.interpolation,
         "precision": recogniser.precision,
     }
@@ -137,7 +137,7 @@ def recogniser_of(
     """A model, which is on ``device``, with what the config says of its clips."""
     return Recogniser(
         model,
-        clip_spec(config.data),
+        config.data,
         config.data.mean,
         config.data.std,
         device,

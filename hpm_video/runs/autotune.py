@@ -8,7 +8,7 @@ import torch
 from hpm_video.config.batch_plan import BatchPlan, PlanError, micro_batches, plan_batches
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.schema import RunConfig
-from hpm_video.data.clips import ClipBatch
+from hpm_video.data.batch import ClipBatch
 from hpm_video.mining.teacher import make_teacher
 from hpm_video.runs.task import Session, Task
 from hpm_video.training.device import Precision, choose_precision
@@ -50,8 +50,9 @@ def trial_update(
     )
     objective = task.objective(ema, device, engine)
     clips += -clips % task.multiple
+    data = config.sources[source]
     batch = ClipBatch(
-        torch.randint(256, (clips, 3, *config.sources[source].clip_size), dtype=torch.uint8),
+        torch.randint(256, (clips, data.channels, *data.clip_size), dtype=torch.uint8),
         keys=torch.arange(clips),
         labels=torch.zeros(clips, dtype=torch.int64),
         files=("random pixels",) * clips,

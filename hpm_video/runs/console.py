@@ -17,12 +17,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.data import DataConfig
-from hpm_video.data.clips import TooManyBadFiles, Views
 from hpm_video.data.manifest import ManifestError
+from hpm_video.data.reading import Views
 from hpm_video.decoding.registry import DecodeError, DecoderError
+from hpm_video.files.failures import BadFilesError, TooManyBadFiles
 from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition.logistic import NotConvergedError
-from hpm_video.recognition.testing import BadTestFilesError
 from hpm_video.runs.data import open_manifest
 from hpm_video.training.device import DeviceError
 from hpm_video.training.distributed import (
@@ -45,7 +45,7 @@ SECONDS_TO_ASK = 2.0
 FAULT = 1
 WRONG_INPUT = 2
 EXPECTED = (
-    BadTestFilesError,
+    BadFilesError,
     CheckpointError,
     ConfigError,
     DecodeError,

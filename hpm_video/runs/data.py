@@ -2,20 +2,20 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.data import DataConfig
 from hpm_video.config.schema import RunConfig
-from hpm_video.data.clips import Failure, HeldOutClips, Repeats, VideoClips
+from hpm_video.data.clips import HeldOutClips, VideoClips
 from hpm_video.data.loader import default_workers, held_out_batches
 from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.data.mixture import MixedClips
 from hpm_video.data.transforms import ClipTransform
 from hpm_video.decoding.locations import base_name
-from hpm_video.recognition.inference import clip_spec
+from hpm_video.files.failures import Failure
 from hpm_video.training.distributed import Processes
 from hpm_video.training.progress import Timeline
 from hpm_video.workers.pool import GIB, Limits
@@ -114,12 +114,10 @@ def training_clips(
         [
             VideoClips(
                 data.sources[name].train,
-                clip_spec(source),
+                replace(source, max_bad_share=config.data.max_bad_share),
                 transforms[name],
-                repeats=Repeats(source.repeats, same_frames),
-                decoder=source.decoder,
                 seed=config.seed,
-                max_bad_share=config.data.max_bad_share,
+                same_frames=same_frames,
                 source=name,
             )
             for name, source in config.sources.items()

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hpm_video.config.schema import FinetuneConfig
-from hpm_video.data.clips import Views
 from hpm_video.data.loader import end_workers
+from hpm_video.data.reading import Views
 from hpm_video.recognition.inference import Reading
 from hpm_video.recognition.testing import describe, summarise, write_results
 from hpm_video.recognition.trained_classifier import describe_test, load_recogniser

@@ -16,13 +16,14 @@ from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import FinetuneConfig
 from hpm_video.data.augment import Augmentation
-from hpm_video.data.clips import MIDDLE, HeldOutClips
+from hpm_video.data.clips import HeldOutClips
 from hpm_video.data.loader import held_out_batches
+from hpm_video.data.reading import MIDDLE
 from hpm_video.data.transforms import ClipTransform
 from hpm_video.files.weights import load_weights
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.from_config import build_classifier, source_grid_of
-from hpm_video.recognition.inference import OF_DECODERS, clip_spec
+from hpm_video.recognition.inference import OF_DECODERS
 from hpm_video.recognition.labels import (
     check_labels,
     check_same_names,
@@ -187,13 +188,7 @@ class Finetuning:
             return Evaluation()
         manifest = self.data.validation.spread(config.logging.validation_clips)
         exclude = config.test.exclude_bad_files
-        clips = HeldOutClips(
-            manifest,
-            clip_spec(config.data),
-            decoder=config.data.decoder,
-            seed=config.seed,
-            report_failures=True,
-        )
+        clips = HeldOutClips(manifest, config.data, seed=config.seed, report_failures=True)
         reading = how_read(config.data, min(len(clips), 32))
         failures = find_failures(clips, processes, **reading)
         if failures and not exclude:

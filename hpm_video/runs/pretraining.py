@@ -14,8 +14,10 @@ from hpm_video.config.data import PretrainDataConfig
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.data.augment import Augmentation
-from hpm_video.data.clips import MIDDLE, HeldOutClips, collate
+from hpm_video.data.batch import collate
+from hpm_video.data.clips import HeldOutClips
 from hpm_video.data.loader import held_out_batches
+from hpm_video.data.reading import MIDDLE
 from hpm_video.data.transforms import ClipTransform, MultiScaleCrop
 from hpm_video.files.weights import load_weights
 from hpm_video.mining.objective import HardPatchesMining, named
@@ -27,7 +29,7 @@ from hpm_video.models.encoder import ClipEncoder
 from hpm_video.models.feature_model import load_feature_model
 from hpm_video.models.from_config import build_student
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.recognition.inference import Extractor, Reading, clip_spec
+from hpm_video.recognition.inference import Extractor, Reading
 from hpm_video.recognition.labels import names_of_both
 from hpm_video.recognition.probes import FeatureTable, nearest_neighbours
 from hpm_video.recognition.testing import summarise
@@ -297,8 +299,7 @@ class Pretraining:
         assert manifest is not None
         return HeldOutClips(
             manifest.spread(count or self.config.logging.validation_clips),
-            clip_spec(how),
-            decoder=how.decoder,
+            how,
             seed=self.config.seed,
             source=source,
         )
@@ -360,17 +361,21 @@ def _neighbour_probe(
             f"knn.k must be at most the number of videos of knn.train, {len(manifests[0])}, got "
             f"{how.k}"
         )
-    spec = clip_spec(config.data)
     reading = Reading(config.data.decoder, num_workers(config.data), limits=limits_of(config.data))
     for manifest in manifests:
-        clips = HeldOutClips(manifest, spec, decoder=config.data.decoder, seed=config.seed)
+        clips = HeldOutClips(manifest, config.data, seed=config.seed)
         find_failures(clips, processes, **how_read(config.data, min(len(clips), 32)))
 
     def probe() -> dict[str, float]:
         with engine.whole(engine.model) as student:
             assert isinstance(student, ClipEncoder)
             extractor = Extractor(
-                student, spec, config.data.mean, config.data.std, engine.device, engine.precision
+                student,
+                config.data,
+                config.data.mean,
+                config.data.std,
+                engine.device,
+                engine.precision,
             )
             train, held_out = (
                 FeatureTable(manifest, extractor.of_videos(manifest, MIDDLE, reading, processes))

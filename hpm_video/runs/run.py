@@ -13,9 +13,10 @@ from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.schema import RunConfig
 from hpm_video.config.training import EngineConfig
-from hpm_video.data.clips import ClipBatch
-from hpm_video.data.loader import BadFiles, end_workers, training_batches
+from hpm_video.data.batch import ClipBatch
+from hpm_video.data.loader import end_workers, training_batches
 from hpm_video.data.mixture import MixedClips, Places, deal_out
+from hpm_video.files.failures import BadFiles
 from hpm_video.runs.autotune import choose_plan, plan_for, precision_of
 from hpm_video.runs.data import (
     RunData,

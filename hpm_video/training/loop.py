@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from hpm_video.data.clips import ClipBatch
+from hpm_video.data.batch import ClipBatch
 from hpm_video.training.engine import Engine
 from hpm_video.training.objective import Objective
 from hpm_video.training.run import Run

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from hpm_video.config.training import CheckpointConfig, LoggingConfig
-from hpm_video.data.clips import ClipBatch, Failure
-from hpm_video.data.loader import BadFiles
+from hpm_video.data.batch import ClipBatch
+from hpm_video.files.failures import BadFiles, Failure
 from hpm_video.training.checkpoint import (
     checkpoint_path,
     point_to_newest_and_best,

@@ -29,11 +29,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from typing_extensions import Self
 
+from hpm_video.files.failures import Failure
 from hpm_video.workers.process import serve, unpacked
 
 Job = TypeVar("Job")
 
-PRELOADED = ["hpm_video.data.loader"]
 START_SECONDS = 300
 """For a process to begin: the first of them waits until the server has imported torch."""
 STARTS = 3
@@ -61,11 +61,8 @@ class Limits:
 USUAL = Limits()
 
 
-@dataclass(frozen=True)
-class Lost:
-    """What came of a job instead of a result."""
-
-    reason: str
+class Lost(Failure):
+    """What came of a job, or of the file that it is about, whose process was lost."""
 
 
 class Answer(NamedTuple):
@@ -92,8 +89,8 @@ class Pool(Generic[Job]):
 
     ``work`` must be picklable: a function of a module, or an object of a class of one. It returns
     one result, or an iterator of several. Arrays and CPU tensors in a result come through shared
-    memory. Where it has a method ``prepare``, each process calls that once, and no limit counts the
-    time it takes: for imports.
+    memory. Its module is imported once, before processes are forked. Where it has a method
+    ``prepare``, each process calls that once, and no limit counts the time it takes: for imports.
     """
 
     def __init__(
@@ -119,7 +116,7 @@ class Pool(Generic[Job]):
         self._clock = 0.0
         self._stopped = threading.Event()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context.set_forkserver_preload([serve.__module__, work.__module__])
         self._workers: list[_Worker] = []
         # Before multiprocessing waits, as the interpreter exits, for processes that would not end.
         self._finalizer = Finalize(self, _kill, args=(self._workers,), exitpriority=10)
@@ -140,13 +137,16 @@ class Pool(Generic[Job]):
         """Have :meth:`next` give up, from another thread. The pool is to be closed after that."""
         self._stopped.set()
 
-    def submit(self, tag: object, job: Job, *, first: bool = False, attempts: int = 1) -> None:
+    def submit(
+        self, tag: object, job: Job, *, path: str = "", first: bool = False, attempts: int = 1
+    ) -> None:
         """Have a job done, before all that wait with ``first``.
 
-        ``attempts``: how often it may be begun. A process can also be killed by others, and a disk
-        stand still for a while: a second attempt tells that from what a job does by itself.
+        ``path``: of the file that it is about, for its failure. ``attempts``: how often it may be
+        begun. A process can also be killed by others, and a disk stand still for a while: a second
+        attempt tells that from what a job does by itself.
         """
-        waiting = _Job(tag, pickle.dumps(job), attempts)
+        waiting = _Job(tag, pickle.dumps(job), path, attempts)
         if first:
             self._jobs.appendleft(waiting)
         else:
@@ -191,6 +191,7 @@ class _Job:
     tag: Any
     data: bytes
     """It itself, pickled."""
+    path: str
     attempts: int
     """How often it may still be begun."""
     slot: int = 0
@@ -317,7 +318,7 @@ class _Worker:
         if job.attempts > 0 and not job.has_results:
             self._returned.insert(0, job)
             return None
-        return Answer(job.tag, Lost(why), is_last=True)
+        return Answer(job.tag, Lost(job.path, why), is_last=True)
 
     def take_back(self) -> list[_Job]:
         """Jobs that a process which ended had not begun, or that may be begun once more."""

@@ -28,7 +28,8 @@ def check_room(workers: int, shared: int, batches: int) -> None:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # Of several processes some may have taken theirs already: so what is left is compared with
     # what this one takes, and what all take with all that there is.
-    for needed, there in ((shared, shared_memory_left()), (shared * processes, shared_memory())):
+    total, free = shared_memory()
+    for needed, there in ((shared, free), (shared * processes, total)):
         if there is not None and needed > there:
             raise RoomError(
                 f"{_of(workers, processes if needed > shared else 1)} need {_mib(needed)} of "
@@ -45,20 +46,12 @@ def check_room(workers: int, shared: int, batches: int) -> None:
         )
 
 
-def shared_memory() -> int | None:
-    """Bytes of all there is, free or not; none where there is no such file system."""
+def shared_memory() -> tuple[int, int] | tuple[None, None]:
+    """Bytes of all there is, and of what is free; none where there is no such file system."""
     if not SHARED.is_dir():
-        return None
+        return None, None
     found = os.statvfs(SHARED)
-    return found.f_blocks * found.f_frsize
-
-
-def shared_memory_left() -> int | None:
-    """Bytes; none where there is no such file system."""
-    if not SHARED.is_dir():
-        return None
-    found = os.statvfs(SHARED)
-    return found.f_bavail * found.f_frsize
+    return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
 
 
 def cores_of_container() -> int | None:

@@ -12,7 +12,6 @@ from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data.augment import Augmentation
 from hpm_video.data.transforms import MultiScaleCrop
 from hpm_video.models.from_config import build_classifier, build_student
-from hpm_video.recognition.inference import clip_spec
 from hpm_video.runs.autotune import trial_update
 from hpm_video.runs.finetuning import Finetuning
 from hpm_video.runs.init_weights import check_same_model
@@ -344,7 +343,7 @@ def test_a_feature_model_is_named_by_its_kind_unless_told():
 def test_the_short_side_of_held_out_frames_may_be_that_of_the_crop():
     for side in (48, 60):
         config = load_config(PretrainConfig, DEMO, [f"data.held_out_short_side={side}"])
-        assert clip_spec(config.data).short_side == side
+        assert config.data.held_out_short_side == side
     wide = ["data.frame_size=[32,48]", "data.held_out_short_side=40"]
     with pytest.raises(ConfigError, match=r"\(\(32, 48\)\), got 40"):
         load_config(PretrainConfig, DEMO, wide)
@@ -455,7 +454,16 @@ def test_fine_tuning_on_images_sees_them_as_the_official_one_does(name):
         (["model.head_dropout=1"], r"model.head_dropout must lie in \[0, 1\), got 1"),
         (["model.drop_path=-0.1"], r"model.drop_path must lie in \[0, 1\), got -0.1"),
         (["model.encoder={dim: 30, depth: 1, num_heads: 3}"], "widths that 4 divides, got 30"),
-        (["model.channels=4"], "channels must be 3, .* got 4"),
+        (["model.channels=4"], "a value for each of the 4 channels"),
+        (
+            [
+                "model.channels=1",
+                "data.mean=[0.5]",
+                "data.std=[0.5]",
+                "augmentation.rand_augment=rand-m7-n4",
+            ],
+            "rand_augment changes colours, .* got 1; take augmentation.rand_augment=null",
+        ),
         (
             ["model.pooling=batch_norm", "engine.micro_batch=1"],
             "needs two at least; take a larger engine.micro_batch",

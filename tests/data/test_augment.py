@@ -16,7 +16,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from hpm_video.config.choices import SECTION, check_rand_augment
 from hpm_video.data.augment import Augmentation, random_box
-from hpm_video.decoding.reader import Box
+from hpm_video.data.transforms import Box
 from hpm_video.randomness import global_generators
 from hpm_video.tokens.pixels import normalise
 

@@ -6,30 +6,23 @@ import numpy as np
 import pytest
 import torch
 
-from hpm_video.data import clips as dataset_module
-from hpm_video.data.clips import (
-    ClipSpec,
-    Failure,
-    HeldOutClips,
-    Repeats,
-    TooManyBadFiles,
-    VideoClips,
-    Views,
-    collate,
-    tolerated,
-)
+from hpm_video.config.data import DataConfig
+from hpm_video.data import reading
+from hpm_video.data.batch import collate
+from hpm_video.data.clips import HeldOutClips, VideoClips
 from hpm_video.data.manifest import Manifest
+from hpm_video.data.reading import Views
 from hpm_video.data.transforms import (
     MultiScaleCrop,
     crop_and_resize,
-    cut,
     held_out_crops,
     view_boxes,
 )
 from hpm_video.decoding.registry import DecodeError
+from hpm_video.files.failures import Failure, TooManyBadFiles, tolerated
 from hpm_video.randomness import key_of
 
-SPEC = ClipSpec(num_frames=4, frame_stride=2, max_frame_stride=None, frame_size=(8, 12))
+SPEC = DataConfig(num_frames=4, frame_stride=2, frame_size=(8, 12))
 SEED = 7
 
 
@@ -68,7 +61,7 @@ class GreyVideo:
     def width(self):
         return self.size[1]
 
-    def read(self, indices, box=None):
+    def read(self, indices):
         self.read_frames.append(list(indices))
         frames = np.empty((len(indices), *self.size, 3), np.uint8)
         frames[...] = np.asarray(indices, np.uint8)[:, None, None, None]
@@ -76,12 +69,12 @@ class GreyVideo:
             frames += 5 * np.arange(self.size[1], dtype=np.uint8)[:, None]
         else:
             frames[:, 0] = self.number
-        return frames if box is None else cut(frames, box)
+        return frames
 
 
 @pytest.fixture(autouse=True)
 def _grey_videos(monkeypatch):
-    monkeypatch.setattr(dataset_module, "open_video", GreyVideo)
+    monkeypatch.setattr(reading, "open_video", GreyVideo)
     GreyVideo.opened.clear()
     GreyVideo.read_frames.clear()
 
@@ -97,19 +90,15 @@ def training(
     names = names or tuple(str(n) for n in range(6))
     return VideoClips(
         manifest_of(*names, **options),
-        spec,
+        replace(spec, repeats=repeats, max_bad_share=max_bad_share),
         MultiScaleCrop(flip=flip),
-        repeats=Repeats(repeats, same_frames),
-        decoder="auto",
         seed=SEED,
-        max_bad_share=max_bad_share,
+        same_frames=same_frames,
     )
 
 
 def held_out(*names, spec=SPEC, clips=1, crops=1, **options):
-    return HeldOutClips(
-        manifest_of(*names), spec, views=Views(clips, crops), decoder="auto", seed=SEED, **options
-    )
+    return HeldOutClips(manifest_of(*names), spec, views=Views(clips, crops), seed=SEED, **options)
 
 
 def frame_indices(clip):
@@ -306,7 +295,7 @@ def test_how_many_bad_files_are_tolerated(num_files, share, expected):
 
 
 def test_held_out_clips_are_the_middle_of_each_file_in_order():
-    clips = HeldOutClips(manifest_of("0", "1", "2"), SPEC, decoder="auto", seed=SEED)
+    clips = HeldOutClips(manifest_of("0", "1", "2"), SPEC, seed=SEED)
     samples = list(clips)
     assert [sample.file for sample in samples] == ["/v/0", "/v/1", "/v/2"]
     assert [sample.label for sample in samples] == [0, 1, 2]
@@ -386,14 +375,15 @@ def test_views_are_in_order_the_crops_of_a_clip_beside_each_other(
 @pytest.mark.parametrize("short_side", [None, 14])
 def test_views_are_cropped_as_the_spec_says(monkeypatch, short_side):
     monkeypatch.setattr(GreyVideo, "size", (20, 40))
-    spec = replace(SPEC, frame_size=(12, 12), short_side=short_side, interpolation="bicubic")
+    spec = replace(
+        SPEC, frame_size=(12, 12), held_out_short_side=short_side, interpolation="bicubic"
+    )
     (sample,) = held_out("wide7", spec=spec, clips=2, crops=3)
     frames = GreyVideo("/v/wide7", "auto").read([0, 2, 4, 6])
-    options = {"short_side": short_side, "interpolation": "bicubic"}
-    expected = held_out_crops(frames, (12, 12), 3, **options)
+    expected = held_out_crops(frames, spec, 3)
     assert torch.equal(sample.clips[:3], torch.stack(expected))
-    other = {"short_side": None if short_side else 14, "interpolation": "bicubic"}
-    assert not torch.equal(sample.clips[1], held_out_crops(frames, (12, 12), 3, **other)[1])
+    other = replace(spec, held_out_short_side=None if short_side else 14)
+    assert not torch.equal(sample.clips[1], held_out_crops(frames, other, 3)[1])
 
 
 def test_a_video_has_at_least_one_view():
@@ -405,7 +395,7 @@ def test_a_video_has_at_least_one_view():
 
 def test_views_know_of_promised_frames_too():
     manifest = manifest_of("0", num_frames=12)
-    clips = HeldOutClips(manifest, SPEC, views=Views(2, 1), decoder="auto", seed=SEED)
+    clips = HeldOutClips(manifest, SPEC, views=Views(2, 1), seed=SEED)
     assert [frame_indices(clip) for clip in clips[0].clips] == [[0, 2, 4, 6], [4, 6, 8, 10]]
 
 

@@ -13,28 +13,30 @@ import numpy as np
 import pytest
 import torch
 
+from hpm_video.config.data import DataConfig
 from hpm_video.data import loader
-from hpm_video.data.clips import (
-    ClipSpec,
-    Failure,
-    HeldOutClips,
-    Repeats,
-    TooManyBadFiles,
-    VideoClips,
-    Views,
-)
-from hpm_video.data.loader import BadFiles, default_workers, held_out_batches, training_batches
+from hpm_video.data.clips import HeldOutClips, VideoClips
+from hpm_video.data.loader import default_workers, held_out_batches, training_batches
 from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.data.mixture import MixedClips, Place
+from hpm_video.data.reading import Views
 from hpm_video.data.transforms import MultiScaleCrop
 from hpm_video.decoding.registry import DecodeError, available_decoders
+from hpm_video.files.failures import BadFiles, Failure, TooManyBadFiles
 from hpm_video.workers import room
 from hpm_video.workers.pool import GIB, Limits
 from hpm_video.workers.room import RoomError
 
 pytestmark = pytest.mark.slow
 
-SPEC = ClipSpec(num_frames=4, frame_stride=2, max_frame_stride=3, frame_size=(24, 32))
+SPEC = DataConfig(
+    num_frames=4,
+    frame_stride=2,
+    max_frame_stride=3,
+    frame_size=(24, 32),
+    repeats=2,
+    max_bad_share=0.5,
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +47,9 @@ def folder(tmp_path_factory, write_painted):
     return folder
 
 
-def clips_of(manifest, decoder="auto", max_bad_share=0.5, spec=SPEC):
-    stream = VideoClips(
-        manifest,
-        spec,
-        MultiScaleCrop(flip=True),
-        repeats=Repeats(2, same_frames=False),
-        decoder=decoder,
-        seed=3,
-        max_bad_share=max_bad_share,
-    )
-    return MixedClips([stream])
+def clips_of(manifest, decoder="auto", spec=SPEC):
+    data = replace(spec, decoder=decoder)
+    return MixedClips([VideoClips(manifest, data, MultiScaleCrop(flip=True), seed=3)])
 
 
 def places(positions):
@@ -94,8 +88,8 @@ def test_a_stream_shows_each_file_once_per_epoch_and_can_start_anywhere(folder):
 
 def test_held_out_batches_hold_the_middle_frames_of_each_file(folder, numbers_of):
     manifest = read_manifest(folder)
-    spec = ClipSpec(4, 2, None, (48, 64))
-    clips = HeldOutClips(manifest, spec, decoder="auto", seed=3)
+    spec = DataConfig(num_frames=4, frame_stride=2, frame_size=(48, 64))
+    clips = HeldOutClips(manifest, spec, seed=3)
     for workers in (0, 2):
         batches = list(held_out_batches(clips, batch_size=2, workers=workers))
         assert [file for batch in batches for file in batch.files] == list(manifest.files)
@@ -110,9 +104,8 @@ def test_held_out_batches_of_views_at_chosen_places_with_a_bad_file(
     files = (*read_manifest(folder).files, str(bad_videos["empty"]))
     clips = HeldOutClips(
         Manifest(files, tuple(range(6)), (-1,) * 6),
-        ClipSpec(4, 2, None, (48, 48)),
+        DataConfig(num_frames=4, frame_stride=2, frame_size=(48, 48)),
         views=Views(2, 3),
-        decoder="auto",
         seed=3,
         report_failures=True,
     )
@@ -151,7 +144,7 @@ def test_errors_of_workers_keep_their_kind_and_message(bad_videos):
     bad = Manifest((str(bad_videos["empty"]),), (-1,), (-1,))
     with pytest.raises(TooManyBadFiles, match=r"1 of 1 files do not decode(.|\n)*empty\.mp4"):
         next(training_batches(clips_of(bad), places([0]), batch_size=1, workers=1, pin=False))
-    held_out = HeldOutClips(bad, SPEC, decoder="auto", seed=0)
+    held_out = HeldOutClips(bad, SPEC, seed=0)
     with pytest.raises(DecodeError, match=r"empty\.mp4: the file is empty"):
         next(held_out_batches(held_out, batch_size=1, workers=1))
 
@@ -290,7 +283,7 @@ def test_a_test_reports_files_that_take_a_decoder_down(
     files = (*good, *bad)
     manifest = Manifest(files, tuple(range(8)), (-1,) * 8)
     options = {"batch_size": 3, "workers": 1, "limits": LIMITS}
-    clips = HeldOutClips(manifest, SPEC, decoder="auto", seed=0, report_failures=True)
+    clips = HeldOutClips(manifest, SPEC, seed=0, report_failures=True)
     clips.reader = hostile_reader(clips.reader)
     batches = list(held_out_batches(clips, **options))
     assert [file for batch in batches for file in batch.files] == list(good)
@@ -298,7 +291,7 @@ def test_a_test_reports_files_that_take_a_decoder_down(
     assert [failure.reason for failure in found] == list(HOSTILE.values())
     again = list(held_out_batches(clips, **options))  # known by now: no time is lost
     assert [failure for batch in again for failure in batch.failures] == found
-    strict = HeldOutClips(manifest, SPEC, decoder="auto", seed=0)
+    strict = HeldOutClips(manifest, SPEC, seed=0)
     strict.reader = hostile_reader(strict.reader)
     with pytest.raises(DecodeError, match=r"hangs\.mp4: it took longer than 2 s"):
         list(held_out_batches(strict, **options))
@@ -306,7 +299,7 @@ def test_a_test_reports_files_that_take_a_decoder_down(
 
 def test_an_error_comes_when_it_is_the_turn_of_its_batch(folder, bad_videos):
     files = (*read_manifest(folder).files, str(bad_videos["empty"]))
-    clips = HeldOutClips(Manifest(files, (-1,) * 6, (-1,) * 6), SPEC, decoder="auto", seed=0)
+    clips = HeldOutClips(Manifest(files, (-1,) * 6, (-1,) * 6), SPEC, seed=0)
     batches = held_out_batches(clips, batch_size=2, workers=2)
     assert [len(next(batches).clips) for _ in range(2)] == [2, 2]
     with pytest.raises(DecodeError, match="the file is empty"):
@@ -316,15 +309,14 @@ def test_an_error_comes_when_it_is_the_turn_of_its_batch(folder, bad_videos):
 def test_what_is_read_ahead_must_fit(folder, monkeypatch):
     clips = clips_of(read_manifest(folder))
     options = {"batch_size": 64, "workers": 8, "pin": False}
-    monkeypatch.setattr(room, "shared_memory_left", lambda: 2**20)
+    monkeypatch.setattr(room, "shared_memory", lambda: (2**40, 2**20))
     with pytest.raises(RoomError, match=r"data.workers=\d need \d+ MiB .*/dev/shm has 1 MiB"):
         training_batches(clips, places(range(1000)), **options)
-    monkeypatch.setattr(room, "shared_memory_left", lambda: None)
-    monkeypatch.setattr(room, "shared_memory", lambda: 2**21)
+    monkeypatch.setattr(room, "shared_memory", lambda: (2**21, 2**40))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(RoomError, match=r"in each of 4 processes need \d+ MiB .* has 2 MiB"):
         training_batches(clips, places(range(1000)), **options)
-    monkeypatch.setattr(room, "shared_memory", lambda: None)
+    monkeypatch.setattr(room, "shared_memory", lambda: (None, None))
     monkeypatch.setattr(room, "memory_left", lambda: 2**20)
     with pytest.raises(RoomError, match=r"need \d+ MiB of memory .* and 1 MiB are left"):
         training_batches(clips, places(range(1000)), **options)
@@ -333,7 +325,8 @@ def test_what_is_read_ahead_must_fit(folder, monkeypatch):
 RUN = """
     import signal
     import sys
-    from hpm_video.data.clips import ClipSpec, Repeats, VideoClips
+    from hpm_video.config.data import DataConfig
+    from hpm_video.data.clips import VideoClips
     from hpm_video.data.loader import training_batches
     from hpm_video.data.manifest import read_manifest
     from hpm_video.data.mixture import MixedClips, Places, deal_out
@@ -342,12 +335,9 @@ RUN = """
 
     clips = VideoClips(
         read_manifest(sys.argv[1]),
-        ClipSpec(4, 2, 3, (24, 32)),
+        DataConfig(num_frames=4, frame_stride=2, frame_size=(24, 32), repeats=2, max_bad_share=0),
         MultiScaleCrop(flip=False),
-        repeats=Repeats(2, same_frames=False),
-        decoder="auto",
         seed=0,
-        max_bad_share=0,
     )
     places = Places(deal_out([1], 10**6), batch_size=2)
     batches = training_batches(MixedClips([clips]), places, batch_size=2, workers=2, pin=False)

@@ -7,11 +7,11 @@ import pytest
 from hpm_video.data.manifest import (
     Manifest,
     ManifestError,
-    files_below,
     read_listing,
     read_manifest,
     write_manifest,
 )
+from hpm_video.data.places import files_below
 
 
 def listed(folder: Path, text: str, name: str = "list.csv", **options) -> Manifest:

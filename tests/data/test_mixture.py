@@ -6,14 +6,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpm_video.config.data import DataConfig
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
-from hpm_video.data import clips as dataset_module
-from hpm_video.data.clips import ClipSpec, HeldOutClips, Repeats, VideoClips, collate
+from hpm_video.data import reading
+from hpm_video.data.batch import collate
+from hpm_video.data.clips import HeldOutClips, VideoClips
 from hpm_video.data.loader import training_batches
 from hpm_video.data.manifest import Manifest
 from hpm_video.data.mixture import MixedClips, Place, Places, deal_out
-from hpm_video.data.transforms import MultiScaleCrop, cut
+from hpm_video.data.transforms import MultiScaleCrop
 from hpm_video.randomness import generator, key_of
 from hpm_video.runs.data import open_data
 
@@ -107,27 +109,31 @@ class Noise:
     def __exit__(self, *_):
         return None
 
-    def read(self, indices, box):
+    def read(self, indices):
         draws = [generator(self.path, int(index)) for index in indices]
         frames = [draw.integers(256, size=(12, 14, 3), dtype=np.uint8) for draw in draws]
-        return cut(np.stack(frames), box)
+        return np.stack(frames)
 
 
 @pytest.fixture(autouse=True)
 def _noise(monkeypatch):
-    monkeypatch.setattr(dataset_module, "open_video", Noise)
+    monkeypatch.setattr(reading, "open_video", Noise)
 
 
 def stream(source, num_frames=4, count=5, folder="v"):
     files = tuple(f"/{folder}/{number}.mp4" for number in range(count))
     return VideoClips(
         Manifest(files, (-1,) * count, (-1,) * count),
-        ClipSpec(num_frames, 1, 3, (8, 8)),
+        DataConfig(
+            num_frames=num_frames,
+            frame_stride=1,
+            max_frame_stride=3,
+            frame_size=(8, 8),
+            repeats=2,
+            max_bad_share=0,
+        ),
         MultiScaleCrop(flip=True),
-        repeats=Repeats(2, same_frames=False),
-        decoder="auto",
         seed=SEED,
-        max_bad_share=0,
         source=source,
     )
 
@@ -204,8 +210,8 @@ def test_a_mixed_run_goes_on_with_the_same_batches(start):
 
 
 def test_held_out_clips_say_of_which_source_they_are():
-    spec = ClipSpec(1, 1, None, (8, 8))
-    held_out = HeldOutClips(stream("").manifest, spec, decoder="auto", seed=SEED, source="images")
+    data = DataConfig(num_frames=1, frame_size=(8, 8))
+    held_out = HeldOutClips(stream("").manifest, data, seed=SEED, source="images")
     assert collate([held_out[0], held_out[3]]).source == "images"
 
 

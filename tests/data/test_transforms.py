@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
+from hpm_video.config.data import DataConfig
 from hpm_video.data import transforms
 from hpm_video.data.transforms import (
     OFFSETS,
     SCALE_PAIRS,
+    Box,
     MultiScaleCrop,
     centre_box,
     crop_and_resize,
@@ -19,7 +21,6 @@ from hpm_video.data.transforms import (
     multi_scale_box,
     view_boxes,
 )
-from hpm_video.decoding.reader import Box
 from hpm_video.randomness import generator
 
 sides = st.integers(8, 500)
@@ -186,6 +187,13 @@ def noise(height, width, frames=2):
     return np.random.default_rng(height * width).integers(0, 256, shape, dtype=np.uint8)
 
 
+def crops_of(frames, frame_size, count, short_side, interpolation):
+    data = DataConfig(
+        frame_size=frame_size, held_out_short_side=short_side, interpolation=interpolation
+    )
+    return held_out_crops(frames, data, count)
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(
     ("size", "short_side", "frame_size"),
@@ -206,9 +214,7 @@ def test_a_held_out_crop_by_the_short_side_is_torchvisions(
     interpolation, size, short_side, frame_size
 ):
     frames = noise(*size)
-    (crop,) = held_out_crops(
-        frames, frame_size, 1, short_side=short_side, interpolation=interpolation
-    )
+    (crop,) = crops_of(frames, frame_size, 1, short_side, interpolation)
     assert crop.shape == (3, 2, *frame_size)
     assert crop.dtype == torch.uint8
     resize = Resize(short_side, InterpolationMode(interpolation), antialias=True)
@@ -227,7 +233,7 @@ def test_a_held_out_crop_by_the_short_side_is_torchvisions(
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_without_a_short_side_crops_are_resized_boxes(interpolation, size, count):
     frames = noise(*size)
-    crops = held_out_crops(frames, (20, 28), count, short_side=None, interpolation=interpolation)
+    crops = crops_of(frames, (20, 28), count, None, interpolation)
     boxes = view_boxes(*size, (20, 28), count)
     expected = [crop_and_resize(frames, box, (20, 28), interpolation) for box in boxes]
     assert all(torch.equal(crop, one) for crop, one in zip(crops, expected, strict=True))
@@ -237,11 +243,10 @@ def test_without_a_short_side_crops_are_resized_boxes(interpolation, size, count
 def test_crops_by_the_short_side_are_spread_from_end_to_end(size, axis):
     frames = noise(*size)
     whole = crop_and_resize(frames, Box(0, 0, *size), (24, 51) if axis == -1 else (51, 24))
-    options = {"short_side": 24, "interpolation": "bilinear"}
-    crops = held_out_crops(frames, (24, 24), 4, **options)
+    crops = crops_of(frames, (24, 24), 4, 24, "bilinear")
     for crop, start in zip(crops, (0, 9, 18, 27), strict=True):
         assert torch.equal(crop, whole.narrow(axis, start, 24))
-    inside = held_out_crops(frames, (20, 20), 3, **options)
+    inside = crops_of(frames, (20, 20), 3, 24, "bilinear")
     middle = whole.narrow(-2 if axis == -1 else -1, 2, 20)  # of the shorter side
     assert torch.equal(inside[0], middle.narrow(axis, 0, 20))
     assert torch.equal(inside[2], middle.narrow(axis, 31, 20))
@@ -257,8 +262,7 @@ def test_frames_of_an_extreme_shape_do_not_become_huge(size, monkeypatch):
         return resize(pixels, shape, **options)
 
     monkeypatch.setattr(transforms.functional, "interpolate", look)
-    options = {"short_side": 256, "interpolation": "bicubic"}
-    (crop,) = held_out_crops(noise(*size), (224, 224), 1, **options)
+    (crop,) = crops_of(noise(*size), (224, 224), 1, 256, "bicubic")
     assert crop.shape[-2:] == (224, 224)
     assert max(max(shape) for shape in seen) <= 256 * transforms.LONGEST
 

@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from hpm_video.decoding.locations import TarMember, base_name, frames_in, natural_order
-from hpm_video.decoding.reader import Box
 from hpm_video.decoding.registry import DecodeError, available_decoders, is_image, open_video
 
 DECODERS = available_decoders()
@@ -179,7 +178,6 @@ def test_a_folder_of_frames(folder):
         assert video.num_frames == 11
         assert (video.height, video.width) == (6, 8)
         assert video.read([10, 2, 2])[:, 0, 0, 0].tolist() == [100, 20, 20]
-        assert video.read([3], Box(1, 2, 4, 3)).shape == (1, 4, 3, 3)
         with pytest.raises(IndexError, match=r"0\.\.10"):
             video.read([11])
 

@@ -321,7 +321,7 @@ def test_auto_prefers_pyav_and_takes_what_there_is(monkeypatch):
 
 def test_a_decoder_that_decodes_wrongly_is_not_available(monkeypatch):
     decode._what_is_wrong.cache_clear()
-    black = lambda self, indices, box: np.zeros((len(indices), 4, 4, 3), np.uint8)  # noqa: E731
+    black = lambda self, indices: np.zeros((len(indices), 4, 4, 3), np.uint8)  # noqa: E731
     monkeypatch.setattr(decode.PyavReader, "_decode", black)
     try:
         with pytest.raises(DecoderError, match="wrong pixels"):

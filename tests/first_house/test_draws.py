@@ -8,6 +8,7 @@ What a run draws for its clips (``order``, ``clip``, ``mask``, ``drop path``, ``
 import json
 import random
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +17,15 @@ import torch
 from safetensors.torch import load_file
 
 from hpm_video.config.choices import TransformerSize
+from hpm_video.config.data import DataConfig
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data.augment import Augmentation
-from hpm_video.data.clips import (
-    ClipBatch,
-    ClipSpec,
-    DrawnClips,
-    HeldOutClips,
-    Repeats,
-    VideoClips,
-)
+from hpm_video.data.batch import ClipBatch
+from hpm_video.data.clips import HeldOutClips, VideoClips
 from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.data.mixture import Places, deal_out
+from hpm_video.data.reading import draw_frames
 from hpm_video.data.transforms import MultiScaleCrop
 from hpm_video.decoding.locations import base_name, natural_order
 from hpm_video.mining.objective import named
@@ -85,24 +82,29 @@ def generators():
 def orders():
     """Files and keys of a stream, of the main source and of another."""
     manifest = Manifest(tuple("abcdefg"), (0,) * 7, (-1,) * 7)
-    spec = ClipSpec(4, 1, 2, (32, 32))
+    data = DataConfig(
+        num_frames=4,
+        frame_stride=1,
+        max_frame_stride=2,
+        frame_size=(32, 32),
+        repeats=2,
+        decoder="pyav",
+        max_bad_share=0.5,
+    )
     found = {}
     for source in ("", "images"):
         clips = VideoClips(
             manifest,
-            spec,
+            data,
             MultiScaleCrop(flip=True),
-            repeats=Repeats(2, same_frames=False),
-            decoder="pyav",
             seed=3,
-            max_bad_share=0.5,
             source=source,
         )
         asked = [clips.request(position) for position in range(21)]
         clips.bad[asked[-1].path] = None
         asked.append(clips.request(20))
         found[source] = ["".join(each.path for each in asked), [each.keys for each in asked[-2:]]]
-    held_out = HeldOutClips(manifest, spec, decoder="pyav", seed=3)
+    held_out = HeldOutClips(manifest, data, seed=3)
     return {**found, "held out": held_out.request(5).keys}
 
 
@@ -118,14 +120,15 @@ def clips():
         mean=(0.5,) * 3,
         std=(0.5,) * 3,
     )
+    four = partial(DataConfig, num_frames=4, frame_size=(32, 32))
     for key in ((0, 0, 0, 0), (0, "images", 4, 2, 1)):
-        for name, spec in {
-            "stride": ClipSpec(4, 3, None, (32, 32)),
-            "strides": ClipSpec(4, 1, 6, (32, 32)),
-            "segments": ClipSpec(4, 1, None, (32, 32), "segments"),
+        for name, data in {
+            "stride": four(frame_stride=3),
+            "strides": four(frame_stride=1, max_frame_stride=6),
+            "segments": four(frame_stride=1, sampling="segments"),
         }.items():
             draw = generator("clip", *key)
-            frames = spec.draw_indices(100, draw).tolist()
+            frames = draw_frames(data, 100, draw).tolist()
             found[f"{name} {key}"] = [frames, draw.random()]
         for name, size in SIZES.items():
             crop = MultiScaleCrop(flip=True).draw(size, (32, 48), generator("clip", *key))
@@ -147,16 +150,15 @@ def decoded():
     """A clip of images, which any decoder reads alike: frames, crop and keys together."""
     config = load_config(PretrainConfig, Path("runs/images/config.yaml"), [])
     manifest = read_manifest(Path("images"))
-    reader = DrawnClips(ClipSpec(1, 1, None, (32, 32)), crops_of(config)[""], False, "pyav", "")
-    stream = VideoClips(
-        manifest,
-        reader.spec,
-        reader.transform,
-        repeats=Repeats(2, same_frames=False),
+    data = DataConfig(
+        num_frames=1,
+        frame_stride=1,
+        frame_size=(32, 32),
+        repeats=2,
         decoder="pyav",
-        seed=0,
         max_bad_share=0.0,
     )
+    stream = VideoClips(manifest, data, crops_of(config)[""], seed=0)
     sample = stream[12]
     return [Path(sample.file).name, sample.keys, sample.clips.sum(dim=(1, 2, 3, 4)).tolist()]
 

@@ -7,7 +7,7 @@ import torch
 
 import hpm_video
 from hpm_video.config.choices import TransformerSize
-from hpm_video.data.clips import ClipBatch
+from hpm_video.data.batch import ClipBatch
 from hpm_video.mining.objective import HardPatchesMining, named
 from hpm_video.mining.targets import FeatureTarget, PixelTarget
 from hpm_video.mining.teacher import MomentumSchedule, make_teacher

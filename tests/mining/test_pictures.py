@@ -19,7 +19,7 @@ from hpm_video.config.loading import save_config
 from hpm_video.config.mining import MaskingConfig
 from hpm_video.config.model import ModelConfig
 from hpm_video.config.schema import PretrainConfig, SourceConfig
-from hpm_video.data.clips import ClipBatch
+from hpm_video.data.batch import ClipBatch
 from hpm_video.mining import pictures, study
 from hpm_video.mining.objective import HardPatchesMining
 from hpm_video.mining.pictures import (

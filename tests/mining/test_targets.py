@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from hpm_video.config.choices import TransformerSize
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
-from hpm_video.data.clips import ClipBatch
+from hpm_video.data.batch import ClipBatch
 from hpm_video.mining.objective import HardPatchesMining, needs_teacher
 from hpm_video.mining.study import study_clips
 from hpm_video.mining.targets import FeatureTarget, PixelTarget

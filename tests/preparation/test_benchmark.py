@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from hpm_video.data.clips import ClipSpec, Failure, Repeats, TooManyBadFiles, VideoClips
+from hpm_video.config.data import DataConfig
+from hpm_video.data.clips import VideoClips
 from hpm_video.data.manifest import read_manifest
 from hpm_video.data.mixture import MixedClips, Place
 from hpm_video.data.transforms import ClipTransform, MultiScaleCrop
 from hpm_video.decoding.registry import DecodeError, available_decoders
+from hpm_video.files.failures import Failure, TooManyBadFiles
 from hpm_video.preparation import loader_advice
 from hpm_video.preparation.benchmark import (
     MIB,
@@ -63,12 +65,15 @@ CROP = MultiScaleCrop(flip=False)
 def clips_of(folder, transform=CROP, count=1):
     stream = VideoClips(
         read_manifest(folder),
-        ClipSpec(4, 1, None, (16, 16)),
+        DataConfig(
+            num_frames=4,
+            frame_stride=1,
+            frame_size=(16, 16),
+            repeats=count,
+            max_bad_share=0.5,
+        ),
         transform,
-        repeats=Repeats(count, same_frames=False),
-        decoder="auto",
         seed=0,
-        max_bad_share=0.5,
     )
     return MixedClips([stream])
 

@@ -24,12 +24,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from hpm_video.data.clips import ClipSpec, Failure, Repeats, VideoClips
+from hpm_video.config.data import DataConfig
+from hpm_video.data.clips import VideoClips
 from hpm_video.data.manifest import read_manifest
 from hpm_video.data.transforms import MultiScaleCrop
 from hpm_video.decoding.locations import TarMember
 from hpm_video.decoding.registry import open_video
 from hpm_video.decoding.video_stream import Timed, VideoStream
+from hpm_video.files.failures import Failure
 from hpm_video.preparation import check as checking
 from hpm_video.preparation import encode, prepare, shards
 from hpm_video.preparation import transcode as transcoding
@@ -444,17 +446,16 @@ def test_size_is_even_and_never_larger(size, short_side, fitted):
 
 
 def clips_of(manifest):
-    spec = ClipSpec(num_frames=4, frame_stride=1, max_frame_stride=3, frame_size=(32, 32))
-
-    return VideoClips(
-        read_manifest(manifest),
-        spec,
-        MultiScaleCrop(flip=True),
-        repeats=Repeats(2, same_frames=False),
+    data = DataConfig(
+        num_frames=4,
+        frame_stride=1,
+        max_frame_stride=3,
+        frame_size=(32, 32),
+        repeats=2,
         decoder="pyav",
-        seed=3,
         max_bad_share=0.0,
     )
+    return VideoClips(read_manifest(manifest), data, MultiScaleCrop(flip=True), seed=3)
 
 
 def test_samples_are_the_same_in_every_form(start, outputs, tmp_path):

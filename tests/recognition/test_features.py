@@ -13,16 +13,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpm_video.config.data import PretrainDataConfig
+from hpm_video.config.data import DataConfig, PretrainDataConfig
 from hpm_video.config.loading import load_config, save_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data import clip_stream
-from hpm_video.data.clip_stream import BadVideosError, ClipStream, Windows, stream_parts
-from hpm_video.data.clips import ClipSpec, Failure, HeldOutClips, Views
+from hpm_video.data.clip_stream import stream_parts
+from hpm_video.data.clips import HeldOutClips
 from hpm_video.data.manifest import Manifest, read_manifest
+from hpm_video.data.reading import Views
 from hpm_video.data.sampling import window_indices
 from hpm_video.data.transforms import centre_box, crop_and_resize
 from hpm_video.decoding.registry import DecodeError, open_video
+from hpm_video.files.failures import BadFilesError, Failure
 from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.preparation.encode import write_video
 from hpm_video.recognition.feature_folder import FeatureFolder, Form, file_names
@@ -189,10 +191,7 @@ def test_windows_need_a_stride():
 
 def parts_of(manifest, spec, chosen, clips_per_part=3):
     places = range(len(manifest))
-    clips = ClipStream(
-        manifest, places, spec, chosen, decoder="auto", clips_per_part=clips_per_part
-    )
-    return list(stream_parts(clips, workers=0))
+    return list(stream_parts(manifest, places, spec, chosen, clips_per_part=clips_per_part))
 
 
 @pytest.mark.parametrize("sampling", ["dense", "segments"])
@@ -203,11 +202,11 @@ def test_views_are_those_of_a_test_however_few_frames_are_read_at_once(
     monkeypatch.setattr(clip_stream, "FIRST_RUN", first_run)
     monkeypatch.setattr(clip_stream, "RUN_BYTES", run_bytes)
     manifest = read_manifest(videos / "validation").spread(2)
-    spec = ClipSpec(4, 2, None, (24, 16), sampling)
-    expected = HeldOutClips(manifest, spec, views=Views(3, 2), decoder="auto", seed=0)
+    spec = DataConfig(num_frames=4, frame_stride=2, frame_size=(24, 16), sampling=sampling)
+    expected = HeldOutClips(manifest, spec, views=Views(3, 2), seed=0)
     found = parts_of(manifest, spec, Views(3, 2))
     for place in range(2):
-        own = [part for part in found if part.place == place]
+        own = [part for at, part in found if at == place]
         assert [len(part.clips) for part in own] == [2, 2, 2], "whole clips, at most 3 views"
         assert torch.equal(torch.cat([part.clips for part in own]), expected[place].clips)
         assert {(part.num_views, part.num_frames) for part in own} == {(6, 12)}
@@ -232,7 +231,7 @@ class LongVideo:
     def frames_stated(self, stated):
         return min(stated, self.num_frames)
 
-    def read(self, indices, _box):
+    def read(self, indices):
         self.reads.append([*indices])
         if "broken" in self.path and max(indices) >= 800:
             raise DecodeError("broken from here on", self.path)
@@ -247,7 +246,8 @@ def test_a_long_video_is_read_in_runs_and_each_frame_once(monkeypatch):
     monkeypatch.setattr(clip_stream, "RUN_BYTES", 20 * 8 * 8 * 3)
     LongVideo.reads.clear()
     manifest = Manifest(("/long.mp4",), (-1,), (900,))
-    found = parts_of(manifest, ClipSpec(4, 2, None, (8, 8)), Windows(3), clips_per_part=7)
+    data = DataConfig(num_frames=4, frame_stride=2, frame_size=(8, 8))
+    found = [part for _, part in parts_of(manifest, data, Views(every=3), clips_per_part=7)]
     assert [len(run) for run in LongVideo.reads[:-1]] == [5] + [20] * (len(LongVideo.reads) - 2)
     read = [frame for run in LongVideo.reads for frame in run]
     windows = window_indices(900, 4, 2, 3)
@@ -362,9 +362,7 @@ def test_a_video_shorter_than_the_window_is_one_window(main, pretrained, tmp_pat
 def test_of_a_classifier_what_its_head_sees(main, classifier, source, tmp_path):
     assert main(classifier, source, tmp_path / "out", "--clips", 2) == 0
     _, recogniser = load_recogniser(classifier, CPU, "fp32")
-    clips = HeldOutClips(
-        read_manifest(source), recogniser.spec, views=Views(2, 1), decoder="auto", seed=0
-    )
+    clips = HeldOutClips(read_manifest(source), recogniser.spec, views=Views(2, 1), seed=0)
     for row, sample in zip(index_of(tmp_path / "out"), clips, strict=True):
         features = torch.from_numpy(np.load(tmp_path / "out" / row["file"]))
         with torch.no_grad():
@@ -557,7 +555,7 @@ def test_bad_files_are_noted_and_tried_again(main, pretrained, source, tmp_path,
     assert main(pretrained, source, output) == 2
     captured = capsys.readouterr()
     assert "features of 3 videos, 3 of them new; without 2 that cannot be decoded" in captured.out
-    assert "\nerror: 2 of 5 videos cannot be decoded:\n  " in captured.err
+    assert "\nerror: 2 of 5 videos do not decode:\n  " in captured.err
     with (output / "bad_files.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [Path(row["path"]).name for row in rows] == ["v_1.mp4", "v_2.mp4"]
@@ -599,8 +597,8 @@ def test_a_video_that_breaks_in_its_middle_leaves_nothing(
 
 def test_of_very_many_bad_files_a_hundred_are_named():
     failures = [Failure(f"/v/{i}.mp4", "odd") for i in range(120)]
-    lines = str(BadVideosError(failures, 500, "Repair them.")).splitlines()
-    assert lines[0] == "120 of 500 videos cannot be decoded:"
+    lines = str(BadFilesError(failures, 500, "Repair them.")).splitlines()
+    assert lines[0] == "120 of 500 videos do not decode:"
     assert len(lines) == 103
     assert lines[-2:] == ["  and 20 more", "Repair them."]
 

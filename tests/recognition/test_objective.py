@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from hpm_video.config.choices import TransformerSize
-from hpm_video.data.clips import ClipBatch
+from hpm_video.data.batch import ClipBatch
 from hpm_video.mining.teacher import make_teacher
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.encoder import EncoderShape

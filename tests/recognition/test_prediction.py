@@ -185,7 +185,7 @@ def test_videos_that_do_not_decode_are_listed_and_the_others_are_predicted(
     output = capsys.readouterr()
     assert output.out.count("moves left") == 2
     first, *rows, _ = output.err.strip().splitlines()
-    assert first == "error: 2 of 4 videos cannot be decoded:"
+    assert first == "error: 2 of 4 videos do not decode:"
     assert rows[0].startswith(f"  {bad}: ")
     assert rows[1] == f"  {tmp_path / 'nowhere.mp4'}: there is no such file"
 

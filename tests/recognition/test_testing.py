@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from hpm_video.data.clips import Failure, Sample, collate
+from hpm_video.data.batch import Sample, collate
 from hpm_video.data.manifest import Manifest
+from hpm_video.files.failures import Failure
 from hpm_video.recognition.testing import (
     BadTestFilesError,
     Scores,

@@ -11,8 +11,8 @@ import torch
 
 from hpm_video.config.loading import load_config, save_config
 from hpm_video.config.schema import FinetuneConfig
-from hpm_video.data.clips import Views
 from hpm_video.data.manifest import Manifest, ManifestError, write_manifest
+from hpm_video.data.reading import Views
 from hpm_video.data.sampling import view_indices
 from hpm_video.data.transforms import crop_and_resize, view_boxes
 from hpm_video.decoding.registry import open_video
@@ -228,7 +228,7 @@ import json, sys
 from pathlib import Path
 import numpy as np
 import torch
-from hpm_video.data.clips import Views
+from hpm_video.data.reading import Views
 from hpm_video.data.manifest import read_manifest
 from hpm_video.recognition.testing import BadTestFilesError
 from hpm_video.recognition.inference import Reading

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
-from hpm_video.data.clips import TooManyBadFiles
+from hpm_video.files.failures import TooManyBadFiles
 from hpm_video.files.weights import CheckpointError
 from hpm_video.runs.evaluation import evaluate_run
 from hpm_video.runs.finetuning import finetune

@@ -141,7 +141,7 @@ def test_a_job_that_takes_its_process_down_is_named_and_the_others_are_done(
     jobs = [1, 2, job, 3, 4, 5, 6]
     with pool_of(work, memory=GIB // 4) as pool:
         found = dict(over(pool, jobs))
-        assert found[2] == Lost(reason)
+        assert found[2] == Lost("", reason)
         assert [found[place]["job"] for place in (0, 1, 3, 4, 5, 6)] == [1, 2, 3, 4, 5, 6]
         assert len(pids_of(pool, 2, tmp_path)) == 2, "all processes are there again"
 
@@ -151,7 +151,7 @@ def test_a_job_that_hangs_is_named_when_the_others_are_done(work, tmp_path, pool
         answers = over(pool, ["hang", 1, 2, 3, 4])
         assert sorted(place for place, _ in islice(answers, 4)) == [1, 2, 3, 4]
         pool_clock.steps = repeat(0.5)
-        assert next(answers) == (0, Lost("it took longer than 1 s"))
+        assert next(answers) == (0, Lost("", "it took longer than 1 s"))
         pool_clock.steps = iter(())
         assert len(pids_of(pool, 2, tmp_path)) == 2, "both processes are there again"
 
@@ -159,7 +159,7 @@ def test_a_job_that_hangs_is_named_when_the_others_are_done(work, tmp_path, pool
 def test_the_clock_is_that_of_the_machine(work):
     """Only here: a job that does not hang would be late on a machine that is busy enough."""
     with pool_of(work, workers=1, seconds=0.5) as pool:
-        assert dict(over(pool, ["hang"])) == {0: Lost("it took longer than 0.5 s")}
+        assert dict(over(pool, ["hang"])) == {0: Lost("", "it took longer than 0.5 s")}
 
 
 def test_many_bad_jobs_one_after_another(work):
@@ -192,7 +192,7 @@ def test_each_of_many_results_has_its_own_time(work, pool_clock):
             pool_clock.steps = iter([0.0, 0.5])
             assert pool.next().result[0] == number
         pool_clock.steps = repeat(0.5)
-        assert pool.next().result == Lost("it took longer than 1 s")
+        assert pool.next().result == Lost("", "it took longer than 1 s")
 
 
 @pytest.mark.parametrize("length", [10**4, 10**5, 3 * 10**6])
@@ -210,7 +210,7 @@ def test_jobs_behind_one_that_hangs(work, pool_clock):
     with pool_of(work, workers=1, seconds=1.0) as pool:
         answers = over(pool, ["hang", 3, ("long", "-" * 10**6)])
         pool_clock.steps = repeat(0.5)
-        assert next(answers) == (0, Lost("it took longer than 1 s"))
+        assert next(answers) == (0, Lost("", "it took longer than 1 s"))
         pool_clock.steps = iter(())
         found = dict(answers)
     assert found[1]["job"] == 3

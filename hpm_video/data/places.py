@@ -1,0 +1,120 @@
+"""Paths as manifests and folders spell them, and where the files then lie."""
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES, TarMember
+
+log = logging.getLogger(__name__)
+
+MEDIA_SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
+ODD_NAMES_TOLD = 10
+FORBIDDEN = {"\0": "a null character", "\n": "a line break", "\r": "a line break"}
+_ODD = ("/.", "//", "::")
+
+
+def is_plain(path: str) -> bool:
+    """Whether a path only has to be put behind the root: most of a million do, in little time."""
+    plain_ends = path[:1] not in "./ " and path[-1] != "/"
+    return plain_ends and path.isprintable() and not any(odd in path for odd in _ODD)
+
+
+def place_of(path: str, base: Path, *, confined: bool) -> str:
+    """A path from ``base`` on, as pathlib spells it; the slash of a folder of frames stays.
+
+    Raises:
+        ValueError: it is none, or leads out of ``base``.
+    """
+    if not path.strip():
+        raise ValueError("the path is empty")
+    for character, name in FORBIDDEN.items():
+        if character in path:
+            raise ValueError(f"the path must not hold {name}; rename the file")
+    if member := TarMember.parse(path):
+        if climbs(member.name) or member.name[0] == "/":
+            raise ValueError(
+                "the name of a member must not lead out of its tar file, by .. or a slash in "
+                "front; pack it anew"
+            )
+        return str(replace(member, tar=place_of(member.tar, base, confined=confined)))
+    if path[0] != "/" and climbs(path):
+        raise ValueError(
+            f"a path must not climb out of its root, {base}, by ..; name a root further up "
+            "(data.root, or --root of a tool), and write paths from there on"
+        )
+    place = base / re.sub("^//+", "/", path)
+    if confined and not Path(os.path.normpath(place)).is_relative_to(os.path.normpath(base)):
+        raise ValueError(
+            f"the path lies outside of the root that was given, {base}; give another root "
+            "(data.root, or --root of a tool), or none, where absolute paths are taken as they are"
+        )
+    return f"{place}/" if path.endswith("/") and str(place) != "/" else str(place)
+
+
+def climbs(path: str) -> bool:
+    """Whether ``..`` leads out of the folder where a relative path starts, at any point of it."""
+    depth = 0
+    for part in path.split("/"):
+        depth += -1 if part == ".." else part not in ("", ".")
+        if depth < 0:
+            return True
+    return False
+
+
+def unwritable(path: str) -> str:
+    """Why no manifest can hold a path; empty where one can."""
+    for character, name in FORBIDDEN.items():
+        if character in path:
+            return f"holds {name}"
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return "is not text in UTF-8"
+    return ""
+
+
+def listable_files(folder: Path) -> list[str]:
+    """Those of :func:`files_below` that a manifest can name; the others are told of."""
+    every = files_below(folder)
+    if odd := [name for name in every if unwritable(name)]:
+        _tell_odd_names(folder, tuple(odd), len(every))
+    return [name for name in every if not unwritable(name)]
+
+
+@cache  # programs may read a folder more than once
+def _tell_odd_names(folder: Path, names: tuple[str, ...], of: int) -> None:
+    told = [f"{name!r} {unwritable(name)}" for name in names[:ODD_NAMES_TOLD]]
+    log.warning(
+        "%d of %d files in %s are left out, for no manifest can hold their names. Rename them, or "
+        "their folders: %s%s",
+        len(names),
+        of,
+        folder,
+        "; ".join(told),
+        f"; and {len(names) - len(told)} more" if len(names) > len(told) else "",
+    )
+
+
+def files_below(folder: Path) -> list[str]:
+    """All videos and images, however deep: paths from ``folder`` on, sorted folder by folder."""
+    return sorted(_walk(folder), key=lambda name: name.split("/"))
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """Paths from ``folder`` on. Links to folders are followed, but not in circles."""
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        if (real := Path(place).resolve()) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        start = "" if Path(place) == folder else f"{Path(place).relative_to(folder)}/"
+        for name in files:
+            if name.lower().endswith(MEDIA_SUFFIXES) and name[0] != ".":
+                yield start + name

@@ -1,0 +1,134 @@
+"""Files that do not decode: one value, one list of them on disk, and the errors that name them."""
+
+import csv
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+MOST_LISTED = 100
+"""Files that an error names, unless it is asked for all."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A file that does not decode, and why."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class BadFilesError(Exception):
+    """Some of many videos do not decode. The message names them, and says what to do."""
+
+    def __init__(
+        self,
+        failures: Sequence[Failure],
+        num_files: int,
+        remedy: str,
+        *,
+        most: int | None = MOST_LISTED,
+    ) -> None:
+        """``most``: files that are named; none: all of them."""
+        self.failures = tuple(failures)
+        rows = [f"  {failure}" for failure in failures[:most]]
+        if len(rows) < len(failures):
+            rows.append(f"  and {len(failures) - len(rows)} more")
+        first = f"{len(failures)} of {num_files} videos do not decode:"
+        super().__init__("\n".join([first, *rows, remedy]))
+
+
+class TooManyBadFiles(Exception):  # noqa: N818 - it says what is wrong
+    """More files do not decode than the data allows."""
+
+
+def tolerated(num_files: int, max_bad_share: float) -> int:
+    """How many of ``num_files`` may fail to decode: one at least, unless the share is 0."""
+    if max_bad_share == 0:
+        return 0
+    return max(1, int(num_files * max_bad_share + 1e-6))  # 100 * .29 is 28.999...
+
+
+def too_many(failures: Sequence[Failure], num_files: int, max_bad_share: float) -> TooManyBadFiles:
+    """The error for that many failures. It names the first few."""
+    first = "\n".join(f"  {failure}" for failure in failures[:3])
+    return TooManyBadFiles(
+        f"{len(failures)} of {num_files} files do not decode, and data.max_bad_share "
+        f"{max_bad_share:g} allows {tolerated(num_files, max_bad_share)}. The first:\n{first}\n"
+        "If all fail alike, look at the path (data.root) and the disk; otherwise take them out of "
+        "the manifest, encode them anew, or raise data.max_bad_share. Files noted in the run's "
+        "bad_files.csv count: delete it once they are repaired"
+    )
+
+
+def read_failures(path: Path) -> list[Failure]:
+    """Read a list of bad files, CSV with the columns path and reason; none where there is no file.
+
+    Raises:
+        OSError: it cannot be read, or is no such list.
+    """
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            rows = [row for row in csv.reader(file) if len(row) == 2][1:]
+    except csv.Error as error:
+        raise OSError(
+            f"{path} is no list of bad files ({error}); delete it: they are found again"
+        ) from error
+    return [Failure(name, reason) for name, reason in rows]
+
+
+def append_failures(path: Path, failures: Iterable[Failure]) -> None:
+    """Add to a list of bad files, which is begun where there is none."""
+    header = [] if path.exists() else [("path", "reason")]
+    with path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = [(failure.path, failure.reason) for failure in failures]
+        csv.writer(file).writerows([*header, *rows])
+
+
+class BadFiles:
+    """The files of a run that did not decode: each once, in a list on disk."""
+
+    def __init__(
+        self, path: Path, *, num_files: int, max_bad_share: float, writes: bool = True
+    ) -> None:
+        """``writes``: of several processes that note the same failures, one writes them down."""
+        self._path = path
+        self._writes = writes
+        self._num_files = num_files
+        self._max_bad_share = max_bad_share
+        self.failures = {failure.path: failure for failure in read_failures(path)}
+        """By path."""
+
+    def __len__(self) -> int:
+        return len(self.failures)
+
+    def note(self, failures: Iterable[Failure]) -> None:
+        """Write down the failures of a batch.
+
+        Raises:
+            TooManyBadFiles: there are now more bad files than the data allows.
+        """
+        new = {failure.path: failure for failure in failures if failure.path not in self.failures}
+        if new and self._writes:
+            append_failures(self._path, new.values())
+            for number, failure in enumerate(new.values(), start=len(self) + 1):
+                log.warning("bad file %d (%s has all): %s", number, self._path.name, failure)
+        if new:
+            self.failures |= new
+            self.check()
+
+    def check(self) -> None:
+        """Make sure that there are not too many.
+
+        Raises:
+            TooManyBadFiles: there are more bad files than the data allows.
+        """
+        if len(self) > tolerated(self._num_files, self._max_bad_share):
+            raise too_many([*self.failures.values()], self._num_files, self._max_bad_share)
