@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 from contextlib import ExitStack, suppress
-from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from tempfile import mkstemp
 
@@ -210,11 +209,12 @@ def config_file(videos, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pretrain(config_file):
+def pretrain(config_file, start_program):
     """Start ``tools/pretrain.py`` in a process of its own."""
 
-    def start(output_dir, *overrides, place=None, number="SIGKILL") -> subprocess.Popen:
-        return start_tool("pretrain", config_file, output_dir, overrides, place, number)
+    def start(output_dir, *overrides, place=None, number="SIGKILL") -> Program:
+        arguments = ["tools/pretrain.py", config_file, f"output_dir={output_dir}", *overrides]
+        return start_program(*disturbed(arguments, place, number))
 
     return start
 
@@ -264,27 +264,42 @@ FORKS.set_forkserver_preload(
         "timm",
     ]
 )
-ensure_running()
 
 
-def start_tool(tool, config, output_dir, overrides=(), place=None, number="SIGKILL") -> Program:
-    """A run in a process of its own. At ``place`` it gets the signal ``number``."""
-    arguments = [f"tools/{tool}.py", str(config), f"output_dir={output_dir}", *overrides]
-    if place is not None:
-        code = DISTURBED.format(place=place, signal=number, argv=arguments, tool=tool)
-        arguments = ["-c", code]
-    environment = os.environ | {"PYTHONPATH": str(only_the_package(output_dir.parent))}
-    return Program(arguments, environment, output_dir.parent)
+@pytest.fixture(scope="session")
+def start_program(tmp_path_factory):
+    """Start a program of the repository, with the package and not the folder ``datasets``."""
+    place = tmp_path_factory.mktemp("import")
+    (place / "hpm_video").symlink_to(ROOT / "hpm_video")
+
+    def start(*arguments, **variables) -> Program:
+        return Program(arguments, os.environ | {"PYTHONPATH": str(place)} | variables, place)
+
+    return start
 
 
-def only_the_package(folder: Path) -> Path:
-    """A folder from which ``hpm_video`` imports, and not the folder ``datasets`` beside it."""
-    place = folder / "import"
-    place.mkdir(exist_ok=True)
-    link = place / "hpm_video"
-    if not link.exists():
-        link.symlink_to(ROOT / "hpm_video")
-    return place
+@pytest.fixture(scope="session")
+def start_job(start_program, reserve_port):
+    """Start a program in several processes that form a job."""
+
+    def start(processes, *arguments, **variables) -> list[Program]:
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(reserve_port())}
+        shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes)) | variables
+        return [
+            start_program(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+            for rank in range(processes)
+        ]
+
+    return start
+
+
+def disturbed(arguments, place, number):
+    """The arguments of a program of ``tools/`` that gets the signal ``number`` at ``place``."""
+    if place is None:
+        return arguments
+    tool = Path(arguments[0]).stem
+    argv = [str(argument) for argument in arguments]
+    return ["-c", DISTURBED.format(place=place, signal=number, argv=argv, tool=tool)]
 
 
 @pytest.fixture(scope="session")
@@ -316,36 +331,26 @@ def finetuned_run(finetune_config, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finetune(finetune_config):
+def finetune(finetune_config, start_program):
     """Start ``tools/finetune.py`` in a process of its own."""
 
-    def start(output_dir, *overrides, place=None, number="SIGKILL") -> subprocess.Popen:
-        return start_tool("finetune", finetune_config, output_dir, overrides, place, number)
+    def start(output_dir, *overrides, place=None, number="SIGKILL") -> Program:
+        arguments = ["tools/finetune.py", finetune_config, f"output_dir={output_dir}", *overrides]
+        return start_program(*disturbed(arguments, place, number))
 
     return start
 
 
 @pytest.fixture
-def run_tool(tmp_path):
+def run_tool(start_program, start_job):
     """Run a program of ``tools/`` to its end. -> exit code and output"""
 
-    def run(name, *arguments, launcher=()) -> tuple[int, str]:
-        command = [*launcher, f"tools/{name}.py", *map(str, arguments)]
-        environment = os.environ | {"PYTHONPATH": str(only_the_package(tmp_path))}
-        if launcher:
-            done = subprocess.run(
-                [sys.executable, *command],
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                check=False,
-            )
-            return done.returncode, done.stdout
-        program = Program(command, environment, tmp_path)
-        output, _ = program.communicate()
-        return program.returncode, output
+    def run(name, *arguments, processes=1) -> tuple[int, str]:
+        command = [f"tools/{name}.py", *arguments]
+        started = [start_program(*command)] if processes == 1 else start_job(processes, *command)
+        outputs = [program.communicate()[0] for program in started]
+        codes = [program.returncode for program in started]
+        return next(filter(None, codes), 0), "".join(outputs)
 
     return run
 

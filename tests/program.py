@@ -16,7 +16,7 @@ os.environ.update(environment)
 with Path(output).open("wb", buffering=0) as file:
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
-sys.argv = arguments
+sys.argv = ["-c", *arguments[2:]] if arguments[0] == "-c" else arguments
 sys.path[:0] = [place for place in environment.get("PYTHONPATH", "").split(os.pathsep) if place]
 os.chdir(Path(__file__).parent.parent)
 try:
