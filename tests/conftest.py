@@ -1,5 +1,6 @@
 """Small real videos, and runs over them as a user starts them."""
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -33,6 +34,11 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Files of slow tests first, so that the workers end at about the same time."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish():
+    """Modules stay: to look through them for garbage takes a second each time."""
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

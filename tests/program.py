@@ -5,11 +5,13 @@
 # ruff: noqa: F821, S102
 
 import atexit
+import gc
 import os
 import runpy
 import sys
 from pathlib import Path
 
+gc.freeze()  # what the server has imported is never garbage
 os.setsid()
 os.environ.clear()
 os.environ.update(environment)

@@ -120,6 +120,7 @@ def test_pretraining_goes_on_and_names_them(run, config_file, videos, tmp_path):
         f"output_dir={tmp_path / 'run'}",
         f"data.train={tmp_path / 'videos'}",
         "data.max_bad_share=0.5",
+        "recipe.epochs=2",
         *LIMITED,
     )
     assert code == 0, output
@@ -130,7 +131,7 @@ def test_pretraining_goes_on_and_names_them(run, config_file, videos, tmp_path):
     for path in hostile:
         assert Path(path).name in output
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    assert max(line["update"] for line in lines) >= 28
+    assert max(line["update"] for line in lines) >= 7
     (tmp_path / "run" / "checkpoints" / "last").resolve(strict=True)
 
 
