@@ -218,9 +218,10 @@ def config_file(videos, tmp_path_factory) -> Path:
 def pretrain(config_file, start_program):
     """Start ``tools/pretrain.py`` in a process of its own."""
 
-    def start(output_dir, *overrides, place=None, number="SIGKILL") -> Program:
-        arguments = ["tools/pretrain.py", config_file, f"output_dir={output_dir}", *overrides]
-        return start_program(*disturbed(arguments, place, number))
+    def start(run, *overrides, place=None, number="SIGKILL", curves=False) -> Program:
+        arguments = ["tools/pretrain.py", config_file, f"output_dir={run}", *overrides]
+        variables = {} if curves else {"WITHOUT_CURVES": "yes"}
+        return start_program(*disturbed(arguments, place, number), **variables)
 
     return start
 
@@ -312,7 +313,7 @@ def disturbed(arguments, place, number):
 def finished_run(pretrain, tmp_path_factory) -> Path:
     """The directory of a run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    process = pretrain(folder)
+    process = pretrain(folder, curves=True)
     output, _ = process.communicate()
     assert process.returncode == 0, output
     (folder.parent / "output.txt").write_text(output)
@@ -340,9 +341,10 @@ def finetuned_run(finetune_config, tmp_path_factory) -> Path:
 def finetune(finetune_config, start_program):
     """Start ``tools/finetune.py`` in a process of its own."""
 
-    def start(output_dir, *overrides, place=None, number="SIGKILL") -> Program:
-        arguments = ["tools/finetune.py", finetune_config, f"output_dir={output_dir}", *overrides]
-        return start_program(*disturbed(arguments, place, number))
+    def start(run, *overrides, place=None, number="SIGKILL", curves=False) -> Program:
+        arguments = ["tools/finetune.py", finetune_config, f"output_dir={run}", *overrides]
+        variables = {} if curves else {"WITHOUT_CURVES": "yes"}
+        return start_program(*disturbed(arguments, place, number), **variables)
 
     return start
 

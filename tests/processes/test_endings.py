@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 LAUNCHED = (str(ROOT / "tools" / "launch.py"), "--processes", "2")
-LONG = ("recipe.epochs=12", "checkpoint.every_updates=2", "logging.picture_every_epochs=99")
+LONG = ("recipe.epochs=6", "checkpoint.every_updates=2", "logging.picture_every_epochs=99")
 SHIFTS_ALL_SCORES = ("difficulty_decoder.head.bias", "difficulty_decoder.transformer.norm.bias")
 """Their true gradient is zero, see test_same_results.py."""
 SPREAD = ("engine.name=deepspeed", "engine.zero_stage=3")
@@ -114,7 +114,7 @@ def wait_until_saved(run, launcher, update):
     """Wait for a checkpoint of at least so many updates."""
     while saved(run) < update:
         assert launcher.poll() is None, launcher.communicate()[0]
-        time.sleep(0.01)
+        time.sleep(0.1)
 
 
 def process_of(launcher, rank):
@@ -139,7 +139,7 @@ def unbroken(small_configs, tmp_path_factory):
 
 
 def assert_same(run, unbroken):
-    """Up to the order of sums, which alone moves weights by 1e-5 within 30 of these 42 updates. An
+    """Up to the order of sums, which alone moves weights by less than 1e-5 in these 21 updates. An
     update that is lost, made twice or of other clips moves them by up to the learning rate, 1e-3.
     """
     ours = checkpoints_in(run / "checkpoints")[-1]
