@@ -269,6 +269,7 @@ FORKS.set_forkserver_preload(
         "hpm_video.runs.finetuning",
         "hpm_video.weights.importing",
         "timm",
+        "torch._inductor.compile_fx",  # by DeepSpeed
     ]
 )
 
