@@ -8,11 +8,13 @@ import atexit
 import gc
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
 gc.freeze()  # what the server has imported is never garbage
 os.setsid()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background ignores
 os.environ.clear()
 os.environ.update(environment)
 with Path(output).open("wb", buffering=0) as file:
