@@ -217,13 +217,7 @@ def config_file(videos, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def pretrain(config_file, start_program):
     """Start ``tools/pretrain.py`` in a process of its own."""
-
-    def start(run, *overrides, place=None, number="SIGKILL", curves=False) -> Program:
-        arguments = ["tools/pretrain.py", config_file, f"output_dir={run}", *overrides]
-        variables = {} if curves else {"WITHOUT_CURVES": "yes"}
-        return start_program(*disturbed(arguments, place, number), **variables)
-
-    return start
+    return starter_of("pretrain", config_file, start_program)
 
 
 class Program:
@@ -301,13 +295,17 @@ def start_job(start_program, reserve_port):
     return start
 
 
-def disturbed(arguments, place, number):
-    """The arguments of a program of ``tools/`` that gets the signal ``number`` at ``place``."""
-    if place is None:
-        return arguments
-    tool = Path(arguments[0]).stem
-    argv = [str(argument) for argument in arguments]
-    return ["-c", DISTURBED.format(place=place, signal=number, argv=argv, tool=tool)]
+def starter_of(tool, config, start_program):
+    """Starts runs; at ``place`` one gets the signal ``number``."""
+
+    def start(run, *overrides, place=None, number="SIGKILL", curves=False) -> Program:
+        arguments = [f"tools/{tool}.py", str(config), f"output_dir={run}", *overrides]
+        if place is not None:
+            code = DISTURBED.format(place=place, signal=number, argv=arguments, tool=tool)
+            arguments = ["-c", code]
+        return start_program(*arguments, **({} if curves else {"WITHOUT_CURVES": "yes"}))
+
+    return start
 
 
 @pytest.fixture(scope="session")
@@ -341,13 +339,7 @@ def finetuned_run(finetune_config, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def finetune(finetune_config, start_program):
     """Start ``tools/finetune.py`` in a process of its own."""
-
-    def start(run, *overrides, place=None, number="SIGKILL", curves=False) -> Program:
-        arguments = ["tools/finetune.py", finetune_config, f"output_dir={run}", *overrides]
-        variables = {} if curves else {"WITHOUT_CURVES": "yes"}
-        return start_program(*disturbed(arguments, place, number), **variables)
-
-    return start
+    return starter_of("finetune", finetune_config, start_program)
 
 
 @pytest.fixture
