@@ -1,5 +1,6 @@
 """Small real videos, and runs over them as a user starts them."""
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -8,7 +9,6 @@ import socket
 import subprocess
 import sys
 from contextlib import ExitStack, suppress
-from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from tempfile import mkstemp
 
@@ -34,6 +34,11 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Files of slow tests first, so that the workers end at about the same time."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish():
+    """Modules stay: to look through them for garbage takes a second each time."""
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -210,13 +215,9 @@ def config_file(videos, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pretrain(config_file):
+def pretrain(config_file, start_program):
     """Start ``tools/pretrain.py`` in a process of its own."""
-
-    def start(output_dir, *overrides, place=None, number="SIGKILL") -> subprocess.Popen:
-        return start_tool("pretrain", config_file, output_dir, overrides, place, number)
-
-    return start
+    return starter_of("pretrain", config_file, start_program)
 
 
 class Program:
@@ -262,36 +263,56 @@ FORKS.set_forkserver_preload(
         "hpm_video.runs.finetuning",
         "hpm_video.weights.importing",
         "timm",
+        "torch._inductor.compile_fx",  # by DeepSpeed
     ]
 )
-ensure_running()
 
 
-def start_tool(tool, config, output_dir, overrides=(), place=None, number="SIGKILL") -> Program:
-    """A run in a process of its own. At ``place`` it gets the signal ``number``."""
-    arguments = [f"tools/{tool}.py", str(config), f"output_dir={output_dir}", *overrides]
-    if place is not None:
-        code = DISTURBED.format(place=place, signal=number, argv=arguments, tool=tool)
-        arguments = ["-c", code]
-    environment = os.environ | {"PYTHONPATH": str(only_the_package(output_dir.parent))}
-    return Program(arguments, environment, output_dir.parent)
+@pytest.fixture(scope="session")
+def start_program(tmp_path_factory):
+    """Start a program of the repository, with the package and not the folder ``datasets``."""
+    place = tmp_path_factory.mktemp("import")
+    (place / "hpm_video").symlink_to(ROOT / "hpm_video")
+
+    def start(*arguments, **variables) -> Program:
+        return Program(arguments, os.environ | {"PYTHONPATH": str(place)} | variables, place)
+
+    return start
 
 
-def only_the_package(folder: Path) -> Path:
-    """A folder from which ``hpm_video`` imports, and not the folder ``datasets`` beside it."""
-    place = folder / "import"
-    place.mkdir(exist_ok=True)
-    link = place / "hpm_video"
-    if not link.exists():
-        link.symlink_to(ROOT / "hpm_video")
-    return place
+@pytest.fixture(scope="session")
+def start_job(start_program, reserve_port):
+    """Start a program in several processes that form a job."""
+
+    def start(processes, *arguments, **variables) -> list[Program]:
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(reserve_port())}
+        shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes)) | variables
+        return [
+            start_program(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+            for rank in range(processes)
+        ]
+
+    return start
+
+
+def starter_of(tool, config, start_program):
+    """Starts runs; at ``place`` one gets the signal ``number``."""
+
+    def start(run, *overrides, place=None, number="SIGKILL", curves=False) -> Program:
+        arguments = [f"tools/{tool}.py", str(config), f"output_dir={run}", *overrides]
+        if place is not None:
+            code = DISTURBED.format(place=place, signal=number, argv=arguments, tool=tool)
+            arguments = ["-c", code]
+        return start_program(*arguments, **({} if curves else {"WITHOUT_CURVES": "yes"}))
+
+    return start
 
 
 @pytest.fixture(scope="session")
 def finished_run(pretrain, tmp_path_factory) -> Path:
     """The directory of a run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    process = pretrain(folder)
+    process = pretrain(folder, curves=True)
     output, _ = process.communicate()
     assert process.returncode == 0, output
     (folder.parent / "output.txt").write_text(output)
@@ -316,36 +337,21 @@ def finetuned_run(finetune_config, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finetune(finetune_config):
+def finetune(finetune_config, start_program):
     """Start ``tools/finetune.py`` in a process of its own."""
-
-    def start(output_dir, *overrides, place=None, number="SIGKILL") -> subprocess.Popen:
-        return start_tool("finetune", finetune_config, output_dir, overrides, place, number)
-
-    return start
+    return starter_of("finetune", finetune_config, start_program)
 
 
 @pytest.fixture
-def run_tool(tmp_path):
+def run_tool(start_program, start_job):
     """Run a program of ``tools/`` to its end. -> exit code and output"""
 
-    def run(name, *arguments, launcher=()) -> tuple[int, str]:
-        command = [*launcher, f"tools/{name}.py", *map(str, arguments)]
-        environment = os.environ | {"PYTHONPATH": str(only_the_package(tmp_path))}
-        if launcher:
-            done = subprocess.run(
-                [sys.executable, *command],
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                check=False,
-            )
-            return done.returncode, done.stdout
-        program = Program(command, environment, tmp_path)
-        output, _ = program.communicate()
-        return program.returncode, output
+    def run(name, *arguments, processes=1) -> tuple[int, str]:
+        command = [f"tools/{name}.py", *arguments]
+        started = [start_program(*command)] if processes == 1 else start_job(processes, *command)
+        outputs = [program.communicate()[0] for program in started]
+        codes = [program.returncode for program in started]
+        return next(filter(None, codes), 0), "".join(outputs)
 
     return run
 

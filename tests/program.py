@@ -5,20 +5,27 @@
 # ruff: noqa: F821, S102
 
 import atexit
+import gc
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
+gc.freeze()  # what the server has imported is never garbage
 os.setsid()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background ignores
 os.environ.clear()
 os.environ.update(environment)
 with Path(output).open("wb", buffering=0) as file:
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
-sys.argv = arguments
+sys.argv = ["-c", *arguments[2:]] if arguments[0] == "-c" else arguments
 sys.path[:0] = [place for place in environment.get("PYTHONPATH", "").split(os.pathsep) if place]
 os.chdir(Path(__file__).parent.parent)
+if "WITHOUT_CURVES" in environment:  # drawing them takes as long as all updates of a tiny run
+    for name in ("runs.run", "training.run"):
+        sys.modules[f"hpm_video.{name}"].plot_curves = lambda *_: None
 try:
     if arguments[0] == "-c":
         exec(arguments[1], {"__name__": "__main__"})

@@ -23,7 +23,7 @@ from torch.nn.functional import softplus
 from hpm_video.config.choices import DecoderName
 from hpm_video.data.reading import Views
 from hpm_video.data.sampling import train_indices, view_indices
-from hpm_video.data.transforms import crop_and_resize, multi_scale_box, view_boxes
+from hpm_video.data.transforms import Box, crop_and_resize, multi_scale_box, view_boxes
 from hpm_video.decoding.registry import Frames, available_decoders, open_video
 from hpm_video.mining.losses import ranking_loss
 from hpm_video.training.device import choose_device, time_updates

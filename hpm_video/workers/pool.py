@@ -345,11 +345,11 @@ class _Worker:
 
     def kill(self) -> None:
         """End it, whatever it is at, and whatever of it there is."""
+        if self.process is not None:
+            self.process.kill()  # before it finds that nobody listens, and prints a traceback
         for thing in (self.connection, self._life):
             if thing is not None:
                 thing.close()
-        if self.process is not None:
-            self.process.kill()
 
     def _slot(self, slot: int) -> memoryview:
         whole = memoryview(self._shared).cast("B")

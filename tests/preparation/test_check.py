@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import tarfile
 import textwrap
@@ -592,27 +591,17 @@ def test_one_odd_name_in_a_folder_does_not_stop_a_check(check, folder, tmp_path,
 
 
 @pytest.fixture
-def waiting_check(work_folder, tmp_path):
+def waiting_check(work_folder, start_program, tmp_path):
     """Start a check of 12 files, each of which is looked at as soon as a file ``.open`` lies
     beside it, in a session of its own."""
     for i in range(12):
         (tmp_path / f"waits {i}.mp4").write_text(str(i))
     names = "".join(f"waits {i}.mp4\n" for i in range(12))
     (tmp_path / "list.csv").write_text(f"path\n{names}")
-    (tmp_path / "import").mkdir()
-    (tmp_path / "import" / "hpm_video").symlink_to(ROOT / "hpm_video")
 
-    def start() -> subprocess.Popen:
+    def start():
         argv = [str(tmp_path / "list.csv"), "--workers=2", "--seconds=1e6"]
-        return subprocess.Popen(
-            [sys.executable, "-c", SCRIPT.format(folder=str(work_folder), argv=argv)],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(tmp_path / "import")},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        return start_program("-c", SCRIPT.format(folder=str(work_folder), argv=argv))
 
     return start
 
@@ -629,7 +618,7 @@ def wait_until_nobody_is_left(group: int) -> None:
             time.sleep(0.05)
 
 
-def stop(process: subprocess.Popen, number: int, journal: Path, after: int) -> str:
+def stop(process, number: int, journal: Path, after: int) -> str:
     """Let so many files be looked at, and send a signal when they are noted. -> what was told"""
     for i in range(after):
         (journal.parent / f"waits {i}.open").touch()

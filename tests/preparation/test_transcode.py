@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from dataclasses import replace
@@ -930,22 +928,19 @@ sys.exit(transcode.main(sys.argv[1:]))
 """
 
 
-def launch(tmp_path, *arguments):
+@pytest.fixture
+def launch(start_program, tmp_path):
     """Each file, but those that are tried out, waits for one with the suffix ``.open``."""
     place = tmp_path / "import"  # the package, and not the folder `datasets`
-    place.mkdir(exist_ok=True)
-    if not (place / "hpm_video").exists():
-        (place / "hpm_video").symlink_to(ROOT / "hpm_video")
-        (place / "waiting_work.py").write_text(HOSTILE)
-    return subprocess.Popen(
-        [sys.executable, "-c", WAITING, *map(str, arguments), "--workers=1", "--seconds=1e6"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(place)},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    place.mkdir()
+    (place / "hpm_video").symlink_to(ROOT / "hpm_video")
+    (place / "waiting_work.py").write_text(HOSTILE)
+
+    def start(*arguments):
+        command = ("-c", WAITING, *arguments, "--workers=1", "--seconds=1e6")
+        return start_program(*command, PYTHONPATH=str(place))
+
+    return start
 
 
 def wait_for(what):
@@ -972,7 +967,7 @@ def processes_of(group):
     return found
 
 
-def test_a_stopped_run_goes_on_and_ends_alike(tool, tmp_path, capsys):
+def test_a_stopped_run_goes_on_and_ends_alike(launch, tool, tmp_path, capsys):
     """By Ctrl-C, then by kill -9, and by nothing."""
     names = [f"{i}.mp4" for i in range(12)]
     for i, name in enumerate(names):
@@ -983,11 +978,11 @@ def test_a_stopped_run_goes_on_and_ends_alike(tool, tmp_path, capsys):
     for done, number, code in [(3, signal.SIGINT, 130), (6, signal.SIGKILL, -9)]:
         for name in names[:done]:
             (tmp_path / name).with_suffix(".open").touch()
-        with launch(tmp_path, tmp_path / "list.csv", output, *settings) as process:
-            wait_for(lambda expected=done: journal_lines(output) >= expected)
-            process.send_signal(number)
-            told, _ = process.communicate()
-            assert process.returncode == code, told
+        process = launch(tmp_path / "list.csv", output, *settings)
+        wait_for(lambda expected=done: journal_lines(output) >= expected)
+        os.kill(process.pid, number)
+        told, _ = process.communicate()
+        assert process.returncode == code, told
         wait_for(lambda group=process.pid: not processes_of(group))
         assert journal_lines(output) == done
         if number == signal.SIGINT:

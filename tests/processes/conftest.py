@@ -1,9 +1,7 @@
 """Small runs of two processes over gloo and their references of one, in as few starts as can be."""
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +11,6 @@ from PIL import Image
 
 from hpm_video.preparation.encode import write_video
 
-ROOT = Path(__file__).parents[2]
-LAUNCH = ROOT / "tools" / "launch.py"
 JOB = Path(__file__).parent / "job.py"
 PRETRAINING = """
 data:
@@ -134,21 +130,13 @@ def small_configs(small_data, tmp_path_factory) -> dict[str, Path]:
     return {kind: folder / f"{kind}.yaml" for kind in texts}
 
 
-@pytest.fixture(scope="session")
-def process_environment(tmp_path_factory) -> dict[str, str]:
-    """Variables with which ``hpm_video`` imports, and not the folder ``datasets`` beside it."""
-    place = tmp_path_factory.mktemp("import")
-    (place / "hpm_video").symlink_to(ROOT / "hpm_video")
-    return os.environ | {"PYTHONPATH": str(place), "CUDA_VISIBLE_DEVICES": ""}
-
-
 @dataclass
 class Jobs:
     """What the cases of all jobs left."""
 
     folder: Path
     configs: dict[str, Path]
-    environment: dict[str, str]
+    start_job: Callable
     output: str = ""
 
     def case(self, name, kind, *overrides, run=None, listen=(), stop=None, curves=False):
@@ -167,16 +155,9 @@ class Jobs:
         """Run the cases one after the other, in the same processes."""
         path = self.folder / "cases.json"
         path.write_text(json.dumps(cases))
-        launcher = [str(LAUNCH), "--processes", str(processes)] if processes > 1 else []
-        done = subprocess.run(
-            [sys.executable, *launcher, str(JOB), str(path), str(self.folder)],
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        self.output += f"\n{done.stdout}\ncode {done.returncode}"
+        programs = self.start_job(processes, JOB, path, self.folder)
+        for program in programs:
+            self.output += f"\n{program.communicate()[0]}\ncode {program.returncode}"
 
     def run(self, name) -> Path:
         """The directory of a run."""
@@ -190,12 +171,12 @@ class Jobs:
 
 
 @pytest.fixture(scope="session")
-def new_jobs(small_configs, process_environment, tmp_path_factory):
+def new_jobs(small_configs, start_job, tmp_path_factory):
     """Makes an empty :class:`Jobs`."""
 
     def make(name):
         folder = tmp_path_factory.mktemp(name)
         (folder / "runs").mkdir()
-        return Jobs(folder, small_configs, process_environment)
+        return Jobs(folder, small_configs, start_job)
 
     return make

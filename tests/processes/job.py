@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
+from torch import distributed
 from torch.profiler import ProfilerActivity, profile
 
 from hpm_video.config.loading import load_config
@@ -97,6 +98,7 @@ def reductions(seen):
         def call(self):
             result = original(self)
             if running:
+                distributed.barrier()  # gloo tells of a reduction after the engine has its result
                 running[0].stop()
                 seen["reduced"].append(
                     [

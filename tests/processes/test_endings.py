@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 LAUNCHED = (str(ROOT / "tools" / "launch.py"), "--processes", "2")
-LONG = ("recipe.epochs=12", "checkpoint.every_updates=2", "logging.picture_every_epochs=99")
+LONG = ("recipe.epochs=6", "checkpoint.every_updates=2", "logging.picture_every_epochs=99")
 SHIFTS_ALL_SCORES = ("difficulty_decoder.head.bias", "difficulty_decoder.transformer.norm.bias")
 """Their true gradient is zero, see test_same_results.py."""
 SPREAD = ("engine.name=deepspeed", "engine.zero_stage=3")
@@ -58,7 +58,7 @@ def write(state, path, original=checkpoint._write_optimizer, calls=[]):
         time.sleep(10**6)
 
 checkpoint._write_optimizer = write
-sys.path.insert(0, {tools!r})
+sys.path.insert(0, "tools")
 import pretrain
 sys.exit(pretrain.main())
 """
@@ -66,7 +66,15 @@ sys.exit(pretrain.main())
 
 
 @pytest.fixture
-def start(process_environment):
+def environment(tmp_path):
+    """Variables with which ``hpm_video`` imports, and not the folder ``datasets`` beside it."""
+    (tmp_path / "import").mkdir()
+    (tmp_path / "import" / "hpm_video").symlink_to(ROOT / "hpm_video")
+    return os.environ | {"PYTHONPATH": str(tmp_path / "import"), "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture
+def start(environment):
     """Start a program in two processes of a job; what is left of it afterwards is ended."""
     started = []
 
@@ -75,7 +83,7 @@ def start(process_environment):
             subprocess.Popen(
                 [sys.executable, *LAUNCHED, str(program), *map(str, arguments)],
                 cwd=ROOT,
-                env=process_environment | variables,
+                env=environment | variables,
                 text=True,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -106,7 +114,7 @@ def wait_until_saved(run, launcher, update):
     """Wait for a checkpoint of at least so many updates."""
     while saved(run) < update:
         assert launcher.poll() is None, launcher.communicate()[0]
-        time.sleep(0.01)
+        time.sleep(0.1)
 
 
 def process_of(launcher, rank):
@@ -131,7 +139,7 @@ def unbroken(small_configs, tmp_path_factory):
 
 
 def assert_same(run, unbroken):
-    """Up to the order of sums, which alone moves weights by 1e-5 within 30 of these 42 updates. An
+    """Up to the order of sums, which alone moves weights by less than 1e-5 in these 21 updates. An
     update that is lost, made twice or of other clips moves them by up to the learning rate, 1e-3.
     """
     ours = checkpoints_in(run / "checkpoints")[-1]
@@ -167,22 +175,20 @@ def test_stopped_then_one_killed_then_gone_on(start, small_configs, unbroken, tm
     assert "was killed by SIGKILL" in output
     assert "Start the same command again" in output
 
-    at = saved(run)
-    output = finish(start("tools/pretrain.py", *command))
-    assert f"going on at update {at} of " in output
+    run_pretraining(load_config(PretrainConfig, command[0], list(command[1:])))
     assert_same(run, unbroken)
     assert not list((run / "checkpoints").glob(".writing*"))
 
 
-def test_killed_while_the_other_saves(start, small_configs, unbroken, tmp_path):
+def test_killed_while_the_other_saves(start_job, small_configs, unbroken, tmp_path):
     """Half a checkpoint is none: one process goes on from the one before."""
-    run, program = tmp_path / "run", tmp_path / "killer.py"
-    program.write_text(KILLER.format(place=str(tmp_path), tools=str(ROOT / "tools")))
+    run = tmp_path / "run"
     arguments = (small_configs["video"], f"output_dir={run}", *LONG)
-    job = start(program, *arguments)
-    output = finish(job, code=1)
-    assert "rank 1 of 2 " in output
-    assert "was killed by SIGKILL" in output
+    first, second = start_job(2, "-c", KILLER.format(place=str(tmp_path)), *arguments)
+    output, _ = second.communicate()
+    assert second.returncode == -signal.SIGKILL, output
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
     assert list((run / "checkpoints").glob(".writing*"))
     assert saved(run) == 4
     run_pretraining(load_config(PretrainConfig, arguments[0], list(arguments[1:])))
@@ -190,40 +196,23 @@ def test_killed_while_the_other_saves(start, small_configs, unbroken, tmp_path):
     assert_same(run, unbroken)
 
 
-@pytest.fixture
-def script(process_environment):
-    """``GPUS=2 ./run_pretrain.sh`` with an environment that is there. -> exit code and output"""
-
-    def run(*arguments):
-        done = subprocess.run(
-            [str(ROOT / "run_pretrain.sh"), *map(str, arguments)],
-            env=process_environment | {"HPM_PYTHON": sys.executable, "GPUS": "2"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        return done.returncode, done.stdout
-
-    return run
+def test_a_wrong_input_is_told_once(environment, small_configs, tmp_path):
+    arguments = [small_configs["video"], f"output_dir={tmp_path / 'run'}", "recipe.batch_size=5"]
+    done = subprocess.run(
+        [ROOT / "run_pretrain.sh", *arguments],
+        env=environment | {"HPM_PYTHON": sys.executable, "GPUS": "2"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stdout
+    assert "take recipe.batch_size=4 or 6" in done.stdout
+    assert done.stdout.count("error:") == 1
+    assert "Traceback" not in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("recipe.batch_size=5", "take recipe.batch_size=4 or 6"),
-        ("engine.zero_stage=1", "engine.zero_stage=1 is for DeepSpeed"),
-    ],
-)
-def test_a_wrong_input_is_told_once(script, small_configs, tmp_path, override, message):
-    code, output = script(small_configs["video"], f"output_dir={tmp_path / 'run'}", override)
-    assert code == 2, output
-    assert message in output
-    assert output.count("error:") == 1
-    assert "Traceback" not in output
-
-
-def test_a_wrong_file_of_one_process_is_told(script, small_configs, small_data, tmp_path):
+def test_a_wrong_file_of_one_process_is_told(start_job, small_configs, small_data, tmp_path):
     """A file of the second half of the first batch, which the second process reads."""
     config, folder = small_configs["video"], tmp_path / "train"
     shutil.copytree(small_data / "videos" / "train", folder)
@@ -232,8 +221,10 @@ def test_a_wrong_file_of_one_process_is_told(script, small_configs, small_data, 
     clips = training_clips(loaded, open_data(loaded), crops_of(loaded), same_frames=False)
     bad = Path(clips[Place(0, 3)].file)
     bad.write_bytes(b"")
-    code, output = script(config, *overrides)
-    assert code == 2, output
+    first, second = start_job(2, "tools/pretrain.py", config, *overrides)
+    output, _ = second.communicate()
+    assert second.returncode == 2, output
     assert "1 of 14 files do not decode" in output
     assert str(bad) in output
-    assert "Traceback" not in output
+    assert "Traceback" not in first.communicate()[0] + output
+    assert first.returncode in (1, 2), "it lost the other, or was told"

@@ -30,17 +30,20 @@ ENGINES = {
 }
 ENGINES["zero3"] = (*ENGINES["zero3"], f"engine.deepspeed={SPREAD}")
 USUAL = "engine.deepspeed=null"
+REDUCE_ONCE = ("ddp", "zero0", "zero1")
+"""ZeRO 2 and 3 keep no whole gradients to wait with: they reduce in every pass, by design."""
 IN_BF16 = ("ddp", "zero1", "zero3")
 KINDS = ("video", "images", "classes")
-EQUAL = (  # every engine on videos and on another kind of data or run, not all products
+EQUAL = (  # every engine on videos; on other data and runs the chains below try more of them
     *(("video", engine, 2) for engine in ENGINES),
-    *(("video", engine, 1) for engine in ("ddp", "zero2")),
-    *(("images", engine, 1) for engine in ("ddp", "zero1")),
-    ("images", "zero0", 2),
-    *(("classes", engine, 2) for engine in ("ddp", "zero2")),
-    *(("classes", engine, 1) for engine in ("zero1", "zero3")),
+    ("video", "ddp", 1),
+    ("images", "ddp", 1),
+    ("classes", "ddp", 2),
+    ("classes", "zero2", 2),
 )
 """Kind of run, engine, passes per update."""
+LOOKS = ("ddp", "zero3")
+"""Of whole weights, and of such that are spread."""
 NO_TRUE_GRADIENT = ("difficulty_decoder.head.bias", "difficulty_decoder.transformer.norm.bias")
 """They move all scores of a clip alike, and the ranking loss asks for their order alone. Their
 gradient is the rounding of a sum that is zero, which Adam scales up to a step like any other. The
@@ -135,9 +138,9 @@ def equal_cases(jobs, looks):
             kind,
             micro_batch(accumulate),
             *ENGINES[engine],
-            *(looks if (kind, accumulate) == ("video", 2) else ()),
+            *(looks if (kind, accumulate) == ("video", 2) and engine in LOOKS else ()),
             listen=["files", "opened", "wholes"] if kind == "video" else (),
-            curves=(kind, accumulate) == ("video", 2) and engine in ("ddp", "zero3"),
+            curves=(kind, accumulate) == ("video", 2) and engine in LOOKS,
         )
         for kind, engine, accumulate in EQUAL
     ]
@@ -176,9 +179,10 @@ def counted_cases(jobs):
     return [
         jobs.case(f"reduced-{name}", "images", *three, *engine, listen=["reductions"])
         for name, engine in ENGINES.items()
+        if name in REDUCE_ONCE
     ] + [
         jobs.case(f"probe-{name}", "probe", *ENGINES[name], listen=["statistics"])
-        for name in ("ddp", "zero1", "zero3")
+        for name in ("ddp", "zero3")
     ]
 
 
@@ -369,21 +373,16 @@ def test_settings_reach_deepspeed(jobs):
             assert (found["train_batch_size"], found["gradient_clipping"]) == (4, 0.15)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", REDUCE_ONCE)
 def test_gradients_are_reduced_once_per_update(jobs, engine):
-    """Of three passes the last reduces as many values as there are. ZeRO 2 and 3 keep no whole
-    gradients to wait with: they reduce in every pass, by design."""
+    """Of three passes the last reduces as many values as there are."""
     weights = load_file(newest(jobs.run(f"reduced-{engine}")) / "model.safetensors")
     learning = sum(value.numel() for value in weights.values())
     passes = jobs.seen(f"reduced-{engine}")["reduced"]
     assert len(passes) == 3
-    large = [[count for count in counts if count > learning / 10] for counts in passes]
-    if engine in ("zero2", "zero3"):
-        assert [len(counts) for counts in large] == [1, 1, 1]
-    else:
-        assert large == [[], [], [learning]]
-        assert passes[:2] == [[], []]
-    assert sum(count for counts in passes for count in counts if count <= learning / 10) <= 4
+    assert passes[:2] == [[], []]
+    assert [count for count in passes[2] if count > learning / 10] == [learning]
+    assert sum(count for count in passes[2] if count <= learning / 10) <= 4
 
 
 def test_processes_share_the_batches_of_one(jobs):
@@ -398,13 +397,14 @@ def test_processes_share_the_batches_of_one(jobs):
             trained = [file for batch in share for file in batch]
             assert [file for file in seen["opened"] if "/videos/train/" in file] == trained
         # Of held-out files the first draws all, and otherwise each is read by one process.
+        looks = engine in LOOKS and accumulate == 2
         for folder in ("/labelled/", "/videos/validation/"):
             once = [{f for f in seen["opened"] if folder in f} for seen in shares]
-            assert once[0] | once[1] == {f for f in alone["opened"] if folder in f} or (
-                folder == "/labelled/" and accumulate == 1
-            )
+            if looks or folder != "/labelled/":
+                assert once[0] | once[1] == {f for f in alone["opened"] if folder in f}
             if folder == "/labelled/":
                 assert not once[0] & once[1]
+                assert looks == any(once)
 
 
 def joined_passes(passes, accumulate):
@@ -443,7 +443,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_another_engine(jobs,
     assert updates == [*range(1, len(updates) + 1)]
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
 def test_sgd_and_batch_statistics(jobs, engine):
     """Each process standardises by its own clips, as one does that takes two passes; running
     averages are then those of all clips, in every process."""
@@ -484,7 +484,7 @@ def test_one_parameter_at_a_time_is_whole_while_stage_3_saves(jobs):
         assert not jobs.seen("video-zero2-2", rank)["joined"]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", LOOKS)
 def test_looking_is_logged_once_and_the_same(jobs, engine):
     """Held-out measures, neighbours, pictures: by all processes together, told by the first."""
     run = jobs.run(f"video-{engine}-2")
@@ -497,6 +497,5 @@ def test_looking_is_logged_once_and_the_same(jobs, engine):
     assert [path.name for path in (run / "pictures").glob("*.png")] == [
         path.name for path in (jobs.run("video") / "pictures").glob("*.png")
     ]
-    if engine in ("ddp", "zero3"):
-        assert (run / "curves.png").stat().st_size > 1000
+    assert (run / "curves.png").stat().st_size > 1000
     assert len((run / "starts.jsonl").read_text().splitlines()) == 1

@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +25,6 @@ from hpm_video.training.checkpoint import save_checkpoint
 from hpm_video.training.distributed import Processes, joined_processes
 from hpm_video.training.optim import OptimizerState
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 NAMES = ("still", "moves left", "moves right")
 CONFIG = """
@@ -224,7 +220,7 @@ def test_a_manifest_that_numbers_the_classes_otherwise_is_refused(recogniser, ma
 
 
 PROCESS = """
-import json, sys
+import json, sys, warnings
 from pathlib import Path
 import numpy as np
 import torch
@@ -235,6 +231,7 @@ from hpm_video.recognition.inference import Reading
 from hpm_video.recognition.trained_classifier import load_recogniser
 from hpm_video.training.distributed import joined_processes
 
+warnings.simplefilter("error")
 checkpoint, folder = map(Path, sys.argv[1:])
 torch.set_num_threads(1)
 _, recogniser = load_recogniser(checkpoint, torch.device("cpu"), "fp32")
@@ -253,25 +250,9 @@ with joined_processes() as processes:
 """
 
 
-def start_processes(count, port, *arguments):
-    """As torchrun starts them."""
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", PROCESS, *map(str, arguments)],
-            cwd=ROOT,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-
-
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(
-    checkpoint, recogniser, manifest, with_bad_files, reserve_port, tmp_path
+    checkpoint, recogniser, manifest, with_bad_files, start_job, tmp_path
 ):
     import pandas as pd
 
@@ -280,12 +261,8 @@ def test_two_processes_find_what_one_finds(
     for name, listed in manifests.items():
         table = pd.DataFrame({"path": listed.files, "label": listed.labels})
         write_manifest(table, tmp_path / f"{name}.csv")
-    processes = start_processes(2, reserve_port(), checkpoint, tmp_path)
-    try:
-        outputs = [process.communicate()[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    processes = start_job(2, "-c", PROCESS, checkpoint, tmp_path)
+    outputs = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     for rank in (0, 1):
         found = json.loads((tmp_path / f"{rank}.json").read_text())

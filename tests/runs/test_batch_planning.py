@@ -11,6 +11,7 @@ import torch
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
+from hpm_video.models.from_config import build_student
 from hpm_video.runs import autotune
 from hpm_video.runs.autotune import choose_plan, find_micro_batch, plan_for, trial_update
 from hpm_video.runs.directory import RunDirectory
@@ -30,6 +31,7 @@ TINY = (
     "engine.precision=fp32",
 )
 WIDE = "model.encoder={dim: 768, depth: 2, num_heads: 12}"
+SHALLOW = "model.decoder={dim: 192, depth: 1, num_heads: 3}"
 """As wide as a ViT-B, so that there is something to tell in GB, and simulated in seconds."""
 CPU = torch.device("cpu")
 SIZES = [1, 2, 3, 4, 6, 8, 12, 24]
@@ -158,6 +160,7 @@ def test_a_dry_run_tells_the_plan_and_leaves_nothing(manifest, tmp_path, capsys)
         f"output_dir={tmp_path / 'run'}",
         "recipe.warmup_epochs=1",
         WIDE,
+        SHALLOW,
         *overrides,
         "--processes",
         8,
@@ -173,32 +176,19 @@ def test_a_dry_run_tells_the_plan_and_leaves_nothing(manifest, tmp_path, capsys)
 
 
 def test_a_dry_run_of_zero_shows_what_is_spread(manifest, capsys):
-    def weights_of(stage):
-        code, output = dry_run(
-            capsys,
-            "pretrain",
-            CONFIGS / "pretrain" / "k400_hpm_s.yaml",
-            "engine.micro_batch=8",
-            f"data.train={manifest}",
-            "data.validation=null",
-            "recipe.batch_size=64",
-            "recipe.epochs=8",
-            "recipe.warmup_epochs=1",
-            WIDE,
-            "engine.name=deepspeed",
-            f"engine.zero_stage={stage}",
-            "--processes",
-            8,
-        )
-        assert code == 0, output
-        return {
-            name: float(value)
-            for name, value in re.findall(r"^(\w+) +([\d.]+) +[\d.]+$", output, re.MULTILINE)
-        }
-
-    plain, spread = weights_of(0), weights_of(3)
-    for name in ("weights", "teacher", "moments"):
-        assert spread[name] == pytest.approx(plain[name] / 8, abs=0.011)
+    config = CONFIGS / "pretrain" / "k400_hpm_s.yaml"
+    overrides = [WIDE, SHALLOW, f"data.train={manifest}", "data.validation=null"]
+    overrides += ["recipe.batch_size=64", "recipe.epochs=8", "recipe.warmup_epochs=1"]
+    overrides += ["engine.name=deepspeed", "engine.zero_stage=3", "engine.micro_batch=8"]
+    code, output = dry_run(capsys, "pretrain", config, *overrides, "--processes", 8)
+    assert code == 0, output
+    rows = re.findall(r"^(\w+) +([\d.]+) +[\d.]+$", output, re.MULTILINE)
+    spread = {name: float(value) for name, value in rows}
+    with torch.device("meta"):
+        model = build_student(load_config(PretrainConfig, config, overrides))
+    weights = 4 * sum(p.numel() for p in model.parameters()) / 1e9
+    for name, size in {"weights": weights, "teacher": weights, "moments": 2 * weights}.items():
+        assert spread[name] == pytest.approx(size / 8, abs=0.006), "rounded to 0.01 GB"
 
 
 def test_a_dry_run_of_fine_tuning_needs_no_weights_yet(labelled_videos, capsys):

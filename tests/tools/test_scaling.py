@@ -2,8 +2,6 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,18 +17,6 @@ LARGE = pytest.mark.skipif(
 )
 
 
-def start(tmp_path, *arguments):
-    (tmp_path / "hpm_video").symlink_to(ROOT / "hpm_video")
-    return subprocess.run(
-        [sys.executable, "tools/count_flops.py", "--scaling", *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def table_of(name):
     found = re.search(f"<!-- scaling {name} -->\n(.*?)\n<!-- end of {name} -->", text(), re.DOTALL)
     return found[1]
@@ -41,22 +27,22 @@ def text():
 
 
 @pytest.mark.parametrize("size", ["b", *(pytest.param(size, marks=LARGE) for size in "lh")])
-def test_tables_of_the_page_are_what_the_tool_derives(tmp_path, size):
+def test_tables_of_the_page_are_what_the_tool_derives(run_tool, tmp_path, size):
     page = tmp_path / "page.md"
     page.write_text(re.sub(r"(<!-- scaling \w+ -->\n).*?(<!-- end)", r"\1\2", text(), flags=re.S))
     config = f"configs/pretrain/k400_hpm_{size}.yaml"
-    written = start(tmp_path, config, "--write", page)
-    assert written.returncode == 0, written.stderr
+    code, output = run_tool("count_flops", "--scaling", config, "--write", page)
+    assert code == 0, output
     for name in ("state", f"k400_hpm_{size}"):
         assert f"<!-- scaling {name} -->\n{table_of(name)}\n<!-- end" in page.read_text()
 
 
-def test_a_page_without_markers_is_refused(tmp_path):
+def test_a_page_without_markers_is_refused(run_tool, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("nothing\n")
-    refused = start(tmp_path, "--write", page)
-    assert refused.returncode == 2
-    assert "<!-- scaling state -->" in refused.stderr
+    code, output = run_tool("count_flops", "--scaling", "--write", page)
+    assert code == 2
+    assert "<!-- scaling state -->" in output
     assert page.read_text() == "nothing\n"
 
 
