@@ -18,8 +18,6 @@ from hpm_video.data.clips import TooManyBadFiles, Views
 from hpm_video.data.manifest import ManifestError
 from hpm_video.decoding.registry import DecodeError, DecoderError
 from hpm_video.files.weights import CheckpointError
-from hpm_video.recognition.logistic import NotConvergedError
-from hpm_video.recognition.testing import BadTestFilesError
 from hpm_video.training.deepspeed_engine import DeepSpeedError
 from hpm_video.training.deepspeed_settings import DeepSpeedSettingsError
 from hpm_video.training.device import DeviceError
@@ -42,7 +40,6 @@ SECONDS_TO_ASK = 2.0
 FAULT = 1
 WRONG_INPUT = 2
 EXPECTED = (
-    BadTestFilesError,
     CheckpointError,
     ConfigError,
     DecodeError,
@@ -53,7 +50,6 @@ EXPECTED = (
     ManifestError,
     MetricsError,
     NonFiniteLossError,
-    NotConvergedError,
     OSError,
     PoolError,
     ProcessesError,

@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,14 +16,19 @@ from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import FinetuneConfig
 from hpm_video.data.augment import Augmentation
-from hpm_video.data.clips import MIDDLE, HeldOutClips, Views
-from hpm_video.data.loader import end_workers, held_out_batches
+from hpm_video.data.clips import Views
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.weights import load_weights
 from hpm_video.mining.teacher import make_teacher
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.from_config import build_classifier, source_grid_of
-from hpm_video.recognition.inference import OF_DECODERS, Reading, clip_spec
+from hpm_video.recognition.inference import (
+    Inference,
+    Reading,
+    clip_spec,
+    find_failures,
+    over_videos,
+)
 from hpm_video.recognition.labels import (
     check_labels,
     check_same_names,
@@ -34,27 +38,22 @@ from hpm_video.recognition.labels import (
 from hpm_video.recognition.mixing import Mixing
 from hpm_video.recognition.objective import Classification
 from hpm_video.recognition.testing import (
-    BadTestFilesError,
     Scores,
-    collect,
     describe,
+    describe_test,
     score_videos,
     summarise,
     write_results,
 )
-from hpm_video.recognition.trained_classifier import describe_test, load_recogniser, recogniser_of
+from hpm_video.recognition.trained_model import OF_DECODERS, TrainedClassifier, open_trained
 from hpm_video.runs.init_weights import SAME_ENCODER, check_same_model, config_beside
 from hpm_video.runs.run import (
     RunData,
     RunDirectory,
     Session,
     claim,
-    find_failures,
-    how_read,
-    limits_of,
     locked,
     make_engine,
-    num_workers,
     open_data,
     open_manifest,
     open_session,
@@ -159,7 +158,7 @@ def evaluate_run(
     is not repeated.
 
     Raises:
-        BadTestFilesError: videos do not decode.
+        BadVideosError: videos do not decode.
         ConfigError, ManifestError, CheckpointError: the test cannot be run.
     """
     how = config.test
@@ -172,13 +171,14 @@ def evaluate_run(
     precision: Precision = read_state(checkpoint, of_run=True)["facts"]["precision"]
     manifest, views = open_manifest(config.data, source), Views(how.clips, how.crops)
     device = choose_device(config.engine.device, processes.count)
-    stored, recogniser = load_recogniser(checkpoint, device, precision, weights=how.weights)
+    trained = open_trained(checkpoint, TrainedClassifier, how.weights)
+    classifier = Inference.load(trained, device, precision)
     what = {
         "checkpoint": str(run_dir / "checkpoints" / checkpoint.name),
         "chosen_as": how.checkpoint,
         "manifest": source,
         "exclude_bad_files": how.exclude_bad_files,
-        **describe_test(checkpoint, stored, recogniser, manifest, views),
+        **describe_test(trained, classifier, manifest, views),
     }
     folder = run_dir / "test" / name_of_test(config, source)
     path = folder / "result.json"
@@ -193,19 +193,12 @@ def evaluate_run(
         how.clips,
         how.crops,
     )
-    reading = Reading(
-        config.data.decoder,
-        num_workers(config.data),
-        how.exclude_bad_files,
-        limits_of(config.data),
-    )
-    try:
-        scores = recogniser.score(manifest, views, reading, processes)
-    finally:
-        end_workers()
-    result = {"folder": str(folder), "test": what, **summarise(scores, recogniser.label_names)}
+    reading = Reading.of(config.data, exclude_bad_files=how.exclude_bad_files)
+    names = trained.label_names
+    scores = score_videos(classifier, names, manifest, views, reading, processes)
+    result = {"folder": str(folder), "test": what, **summarise(scores, names)}
     if processes.is_first:
-        write_results(folder, scores, result, recogniser.label_names)
+        write_results(folder, scores, result, names)
     return result
 
 
@@ -526,38 +519,20 @@ def _watch(
         log.info("no data.validation: nothing is measured on held-out videos")
         return Watch()
     manifest = session.data.validation.spread(config.logging.validation_clips)
-    exclude = config.test.exclude_bad_files
-    clips = HeldOutClips(
-        manifest,
-        clip_spec(config.data),
-        decoder=config.data.decoder,
-        seed=config.seed,
-        report_failures=True,
-    )
-    reading = how_read(config.data, min(len(clips), 32))
-    failures = find_failures(clips, processes, **reading)
-    if failures and not exclude:
-        raise BadTestFilesError(failures, len(manifest))
+    reading = Reading.of(config.data, exclude_bad_files=config.test.exclude_bad_files)
+    clips = reading.clips(manifest, clip_spec(config.data))
+    find_failures(clips, reading, processes)
     measured = objective.average if config.test.weights == "average" else engine.model
     assert measured is not None
     names = [str(label) for label in range(num_classes)]
 
     def validate() -> dict[str, float]:
-        share = processes.share(len(manifest))
-        read = held_out_batches(clips, positions=share, **reading)
-        with engine.whole(measured) as model, closing(read) as batches:
+        with engine.whole(measured) as model:
             assert isinstance(model, ClipClassifier)
-            recogniser = recogniser_of(config, model, names, engine.device, engine.precision)
-            found, failures = score_videos(
-                recogniser.probabilities,
-                batches,
-                manifest,
-                share,
-                num_views=MIDDLE.count,
-                exclude_bad_files=exclude,
-            )
-        found, failures = processes.gather(found), processes.gather(failures)
-        scores = Scores(manifest, collect(manifest, found, failures, exclude_bad_files=exclude))
+            per_pass = config.test.clips_per_pass
+            classifier = Inference.of(model, config.data, engine.device, engine.precision, per_pass)
+            values = classifier.probabilities
+            scores = Scores(manifest, over_videos(values, clips, reading, processes, per_pass))
         return _measures_of(scores, names)
 
     def draw(done: int) -> None:

@@ -12,11 +12,9 @@ from torch import nn
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.data import PretrainDataConfig
-from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.data.augment import Augmentation
-from hpm_video.data.clips import MIDDLE, HeldOutClips, collate
-from hpm_video.data.loader import held_out_batches
+from hpm_video.data.clips import HeldOutClips, collate
 from hpm_video.data.transforms import ClipTransform, MultiScaleCrop
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.weights import load_weights
@@ -29,23 +27,25 @@ from hpm_video.models.encoder import ClipEncoder
 from hpm_video.models.feature_model import load_feature_model
 from hpm_video.models.from_config import build_student
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.recognition.inference import Extractor, Reading, clip_spec
+from hpm_video.recognition.inference import (
+    CLIPS_PER_PASS,
+    Inference,
+    Reading,
+    clip_spec,
+    find_failures,
+)
 from hpm_video.recognition.labels import names_of_both
 from hpm_video.recognition.probes import FeatureTable, nearest_neighbours
 from hpm_video.recognition.testing import summarise
+from hpm_video.recognition.trained_model import TrainedAutoencoder, open_trained
 from hpm_video.runs.init_weights import check_same_model, config_beside
 from hpm_video.runs.run import (
-    HowRead,
     RunDirectory,
     Session,
     claim,
-    find_failures,
-    how_read,
     key_of_source,
-    limits_of,
     locked,
     make_engine,
-    num_workers,
     open_data,
     open_manifest,
     open_session,
@@ -164,16 +164,14 @@ def load_run(
     Raises:
         ConfigError, CheckpointError: the folder is not a whole checkpoint of a pre-training run.
     """
-    config = load_config(PretrainConfig, checkpoint / "config.yaml", overrides)
-    student = build_student(config)
-    load_weights(student, read_weights(checkpoint), checkpoint)
+    trained = open_trained(checkpoint, TrainedAutoencoder, overrides=overrides)
+    config, student = trained.config, trained.build()
     teacher = None
     if config.mining.has_teacher:
-        teacher = make_teacher(student)
-        load_weights(teacher, read_weights(checkpoint, "teacher"), checkpoint)
+        teacher = replace(trained, weights="teacher").build().requires_grad_(requires_grad=False)
         teacher.to(device)
     target = build_target(config, device)
-    return config, student.to(device).eval(), build_objective(config, teacher, target)
+    return config, student.to(device), build_objective(config, teacher, target)
 
 
 def pretrain(config: PretrainConfig, processes: Processes = Processes()) -> Path:  # noqa: B008
@@ -325,8 +323,9 @@ def _watch(
         for name in _sources_with_validation(session)
     }
     pictured = {name: _held_out(config, session, name, PICTURED_CLIPS) for name in measured}
+    reading = Reading.of(config.data)
     for clips in measured.values():
-        find_failures(clips, processes, **_how_read(config, clips))
+        find_failures(clips, reading, processes)
     if not measured:
         return Watch(probe=probe, probe_every_epochs=config.knn.every_epochs)
 
@@ -335,8 +334,8 @@ def _watch(
         with _looking(objective, engine) as (seen, student):
             for name, clips in measured.items():
                 share = processes.share(len(clips))
-                reading = _how_read(config, clips)
-                with closing(held_out_batches(clips, positions=share, **reading)) as batches:
+                at_most = min(max(config.recipe.batch_size, 8), CLIPS_PER_PASS)
+                with closing(reading.batches(clips, share, at_most)) as batches:
                     measures = measure(seen, student, batches, processes)
                 found |= {named(name, what): value for what, value in measures.items()}
         return found
@@ -384,11 +383,6 @@ def _looking(
             assert isinstance(whole, MaskedAutoencoder)
             teacher = whole
         yield objective.seen_with(teacher), WholeModel(student, engine.device, engine.precision)
-
-
-def _how_read(config: PretrainConfig, clips: HeldOutClips) -> HowRead:
-    """How held-out clips are read."""
-    return how_read(config.data, min(len(clips), max(config.recipe.batch_size, 8), 32))
 
 
 def _held_out(config: PretrainConfig, session: Session, source: str, count: int) -> HeldOutClips:
@@ -440,23 +434,17 @@ def _neighbour_probe(
             f"knn.k must be at most the number of videos of knn.train, {len(manifests[0])}, got "
             f"{how.k}"
         )
-    spec = clip_spec(config.data)
-    reading = Reading(config.data.decoder, num_workers(config.data), limits=limits_of(config.data))
-    for manifest in manifests:
-        clips = HeldOutClips(manifest, spec, decoder=config.data.decoder, seed=config.seed)
-        find_failures(clips, session.processes, **how_read(config.data, min(len(clips), 32)))
+    reading, spec = Reading.of(config.data), clip_spec(config.data)
+    both = [reading.clips(manifest, spec) for manifest in manifests]
+    for clips in both:
+        find_failures(clips, reading, session.processes)
 
     def probe() -> dict[str, float]:
         with engine.whole(engine.model) as student:
             assert isinstance(student, ClipEncoder)
-            extractor = Extractor(
-                student, spec, config.data.mean, config.data.std, engine.device, engine.precision
-            )
+            encoder = Inference.of(student, config.data, engine.device, engine.precision)
             train, held_out = (
-                FeatureTable(
-                    manifest, extractor.of_videos(manifest, MIDDLE, reading, session.processes)
-                )
-                for manifest in manifests
+                FeatureTable.of(encoder, clips, reading, session.processes) for clips in both
             )
         scores = nearest_neighbours(train, held_out, len(names), [how.k], how.temperature)[how.k]
         return {"knn_top1": summarise(scores, names)["top1"]}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,12 +19,10 @@ from hpm_video.config.data import DataConfig
 from hpm_video.config.loading import load_any_config, result_differences, save_config
 from hpm_video.config.schema import RunConfig
 from hpm_video.config.training import EngineConfig
-from hpm_video.data.clips import ClipBatch, Failure, HeldOutClips, Repeats, VideoClips
+from hpm_video.data.clips import ClipBatch, Repeats, VideoClips
 from hpm_video.data.loader import (
     BadFiles,
-    default_workers,
     end_workers,
-    held_out_batches,
     training_batches,
 )
 from hpm_video.data.manifest import Manifest, read_manifest
@@ -32,7 +30,7 @@ from hpm_video.data.mixture import MixedClips, Places, deal_out
 from hpm_video.data.transforms import ClipTransform
 from hpm_video.decoding.locations import base_name
 from hpm_video.files.atomic import written_beside
-from hpm_video.recognition.inference import clip_spec
+from hpm_video.recognition.inference import Reading, clip_spec
 from hpm_video.training.checkpoint import (
     check_name,
     checkpoints_in,
@@ -54,7 +52,6 @@ from hpm_video.training.provenance import bit_differences, gather_facts, record_
 from hpm_video.training.run import Cadence, Run, Watch
 from hpm_video.training.schedules import WarmupCosine, scaled_lr
 from hpm_video.training.stop import listen_for_stop
-from hpm_video.workers.pool import GIB, Limits
 
 log = logging.getLogger(__name__)
 Config = TypeVar("Config", bound=RunConfig)
@@ -590,47 +587,6 @@ def training_clips(
     )
 
 
-def find_failures(
-    clips: HeldOutClips, processes: Processes, *, batch_size: int, workers: int, limits: Limits
-) -> list[Failure]:
-    """Decode held-out clips once, so that a bad file can stop a run before it begins.
-
-    Each process decodes its share, and all get what failed.
-
-    Raises:
-        DecodeError: a file does not decode, and ``clips`` do not report that.
-    """
-    share = processes.share(len(clips))
-    batches = held_out_batches(
-        clips, batch_size=batch_size, workers=workers, positions=share, limits=limits
-    )
-    return processes.gather([failure for batch in batches for failure in batch.failures])
-
-
-class HowRead(TypedDict):
-    """How held-out clips are read."""
-
-    batch_size: int
-    """Videos."""
-    workers: int
-    limits: Limits
-
-
-def how_read(data: DataConfig, batch_size: int) -> HowRead:
-    """How a config wants held-out clips to be read."""
-    return {"batch_size": batch_size, "workers": num_workers(data), "limits": limits_of(data)}
-
-
-def limits_of(data: DataConfig) -> Limits:
-    """What a process that decodes may take."""
-    return Limits(data.seconds_per_file, int(data.memory_per_worker * GIB))
-
-
-def num_workers(data: DataConfig) -> int:
-    """Processes that decode."""
-    return default_workers() if data.workers is None else data.workers
-
-
 def _training_stream(
     config: RunConfig, session: Session, plan: BatchPlan, clips: MixedClips, start: int
 ) -> Generator[ClipBatch, None, None]:
@@ -639,12 +595,13 @@ def _training_stream(
     places = Places(
         sources, plan.batch_size, start, rank=session.processes.rank, processes=plan.processes
     )
+    reading = Reading.of(config.data)
     return training_batches(
         clips,
         places,
         batch_size=plan.micro_batch,
-        workers=num_workers(config.data),
-        limits=limits_of(config.data),
+        workers=reading.workers,
+        limits=reading.limits,
         pin=session.device.type == "cuda",
     )
 

@@ -13,7 +13,7 @@ from hpm_video.files.weights import CheckpointError
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.models.positions import position_table
-from hpm_video.recognition.inference import OF_DECODERS
+from hpm_video.recognition.trained_model import OF_DECODERS
 from hpm_video.tokens.grid import Size3
 from hpm_video.weights.families import LICENCES, Family, Recognised, recognise
 from hpm_video.weights.files import Source, Tensors, read_source

@@ -22,8 +22,8 @@ from hpm_video.models.from_config import (
     source_grid_of,
 )
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.recognition.inference import WeightsOf
 from hpm_video.recognition.labels import read_label_names
+from hpm_video.recognition.trained_model import WeightsOf
 from hpm_video.tokens.grid import Size3
 from hpm_video.training.checkpoint import read_state, read_weights
 from hpm_video.weights.families import LICENCES

@@ -451,6 +451,7 @@ def save_tiny(folder: Path, **parts: Any) -> Path:
     )
     folder.mkdir()
     save_config(config, folder / "config.yaml")
+    (folder / "state.json").write_text('{"update": 0}')
     for name in "model", "teacher":
         save_file(build_student(config).state_dict(), folder / f"{name}.safetensors")
     return folder
@@ -534,7 +535,7 @@ def test_the_tool_says_what_is_wrong_with_a_file(
     assert show_masks.main([str(checkpoint), str(checkpoint / "config.yaml")]) == 2
     assert "cannot decode" in only_line(capsys)
     assert show_masks.main([str(video.parent), str(video)]) == 2
-    assert "is not a checkpoint folder" in only_line(capsys)
+    assert "give a config, or a checkpoint folder of a run" in only_line(capsys)
     weights = load_file(checkpoint / "model.safetensors")
     encoder = {name: value for name, value in weights.items() if name.startswith("encoder.")}
     decoder = {name: value for name, value in weights.items() if name not in encoder}
