@@ -31,8 +31,8 @@ class Wanted:
 
     def form(self, encoder: Inference) -> Form:
         """What the file of a video then holds."""
-        shape = encoder.model.shape
-        of_view = (shape.grid.num_tokens, shape.size.dim) if self.tokens else (shape.size.dim,)
+        tokens, dim = encoder.model.grid.num_tokens, encoder.model.settings.encoder.dim
+        of_view = (tokens, dim) if self.tokens else (dim,)
         return Form(of_view, self.dtype, windows=isinstance(self.views, Windows))
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import torch
 from torch import Tensor
 
 from hpm_video.config.checks import ConfigError
@@ -18,12 +17,11 @@ from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.encoder import ClipEncoder
 from hpm_video.models.from_config import (
     build_classifier,
+    build_encoder,
     build_student,
-    encoder_shape,
     source_grid_of,
 )
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.randomness import key_of
 from hpm_video.recognition.labels import read_label_names
 from hpm_video.training.checkpoint import read_state, read_weights, weights_digest
 
@@ -118,10 +116,7 @@ class TrainedAutoencoder(TrainedModel):
 
     def encoder(self) -> ClipEncoder:
         """Build the encoder with its final norm. Other clips have their positions in its grid."""
-        shape = encoder_shape(self.config.model, self.data, source_grid_of(self.config))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(key_of(self.config.seed, "weights"))
-            model = ClipEncoder(shape, init="xavier")
+        model = build_encoder(self.config, self.data)
         if self.weights != "untrained":
             load_weights(model, self.tensors(), self.path, may_leave=OF_DECODERS)
         return model.eval()

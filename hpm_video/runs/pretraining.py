@@ -168,8 +168,8 @@ def load_run(
     config, student = trained.config, trained.build()
     teacher = None
     if config.mining.has_teacher:
-        teacher = replace(trained, weights="teacher").build().requires_grad_(requires_grad=False)
-        teacher.to(device)
+        of_teacher = open_trained(checkpoint, TrainedAutoencoder, "teacher", overrides=overrides)
+        teacher = of_teacher.build().requires_grad_(requires_grad=False).to(device)
     target = build_target(config, device)
     return config, student.to(device), build_objective(config, teacher, target)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hpm_video.config.choices import TransformerSize
+from hpm_video.config.model import ClassifierConfig, ModelConfig
 from hpm_video.files.weights import CheckpointError
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
@@ -129,14 +130,21 @@ def _imported(source: Source, recognised: Recognised, given: Given) -> Imported:
 
 def build_model(facts: ModelFacts) -> MaskedAutoencoder | ClipClassifier:
     """Our model of this shape, with initial weights."""
+    shape = facts.shape
     if facts.pooling is not None:
-        return ClipClassifier(facts.shape, len(facts.label_names), pooling=facts.pooling)
+        classifier = ClassifierConfig(**shape.settings, pooling=facts.pooling)
+        return ClipClassifier(classifier, len(facts.label_names), shape.grid, shape.source_grid)
     if facts.decoder is None:
         raise CheckpointError(
             f"it has no decoder, and none is known for an encoder of width {facts.encoder.dim}; "
             f"give the size of one that starts fresh: --decoder WIDTH DEPTH HEADS"
         )
-    return MaskedAutoencoder(facts.shape, facts.decoder, predictor=facts.predictor)
+    return MaskedAutoencoder(
+        ModelConfig(**shape.settings, decoder=facts.decoder),
+        shape.grid,
+        source_grid=shape.source_grid,
+        predictor=facts.predictor,
+    )
 
 
 def check_fit(

@@ -14,11 +14,10 @@ from hpm_video.config.loading import load_any_config, save_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.files.weights import CheckpointError, load_weights
 from hpm_video.models.classifier import ClipClassifier
-from hpm_video.models.encoder import EncoderShape
+from hpm_video.models.encoder_shape import EncoderShape, encoder_shape
 from hpm_video.models.from_config import (
     build_classifier,
     build_student,
-    encoder_shape,
     source_grid_of,
 )
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder

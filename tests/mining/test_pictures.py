@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from geometry import Geometry
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,7 +35,6 @@ from hpm_video.mining.pictures import (
 from hpm_video.mining.study import Study, reconstruct, statistics_from_visible, study_clips
 from hpm_video.mining.targets import FeatureTarget, PixelTarget
 from hpm_video.mining.teacher import MomentumSchedule
-from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.from_config import build_student
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder, Prediction
 from hpm_video.preparation.encode import write_video
@@ -74,9 +74,7 @@ def make_objective(
     grid = TokenGrid.of_clip(size, patch)
     torch.manual_seed(0)
     student, teacher = (
-        MaskedAutoencoder(
-            EncoderShape(grid, patch, TINY, "sequence"), TINY, predictor=predictor
-        ).eval()
+        Geometry(grid, patch, TINY, "sequence").autoencoder(TINY, predictor=predictor).eval()
         for _ in range(2)
     )
     num_masked = count_masked(grid.num_tokens, 0.75, "hpm")

@@ -422,6 +422,6 @@ def test_a_classifier_is_what_the_config_says(config):
     assert built.encoder.drop_path == 0.4
     assert built.encoder.checkpoint_activations
     assert built.frozen
-    assert built.shape.source_grid == TokenGrid(1, 2, 2)
+    assert built.source_grid == TokenGrid(1, 2, 2)
     assert built.encoder.blocks[0].mlp[0].weight.abs().max() > 0.2, "Xavier's are wider than 0.02"
     torch.testing.assert_close(built.head.weight, 2 * plain.head.weight)
