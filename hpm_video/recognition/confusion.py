@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -66,7 +66,8 @@ def draw_confusion(counts: Counts, label_names: Sequence[str], path: Path, *, ti
     pairs = most_confused(counts, listed, MOST_LISTED) if classes > MOST_COUNTED else []
     width = max(side + beside + 2.2, 6) + (LIST_WIDTH if pairs else 0)
     figure = Figure((width, side + beside + 1.7), dpi=DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.22, h_pad=0.22)  # type: ignore[union-attr, call-arg]
+    layout: Any = figure.get_layout_engine()
+    layout.set(w_pad=0.22, h_pad=0.22, rect=(0, 0.015, 1, 0.985))
     figure.suptitle(
         title, x=0.22 / width, ha="left", color=INK, fontsize=12, weight="bold", parse_math=False
     )
