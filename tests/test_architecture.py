@@ -23,11 +23,17 @@ MAY_IMPORT = {
     },
     "omegaconf": {"config/loading.py"},
     "pandas": {"data/manifest.py"},
-    "argparse": {"runs/console.py", "preparation/recipes.py", "weights/files.py"},
+    "argparse": {
+        "runs/console.py",
+        "runs/options.py",
+        "preparation/recipes.py",
+        "weights/files.py",
+    },
     "transformers": {"weights/peers.py", "weights/verify.py"},
     "onnx": {"weights/writing.py"},
     "onnxruntime": {"weights/verify.py"},
     "torchvision": {"data/augment.py"},
+    "sklearn": {"recognition/probes.py", "recognition/testing.py"},
     "timm": {
         "data/augment.py",
         "recognition/mixing.py",
@@ -38,8 +44,7 @@ MAY_IMPORT = {
 }
 SEES_A_CONFIG = {
     "models/from_config.py",
-    "recognition/inference.py",
-    "recognition/trained_classifier.py",
+    "recognition/trained_model.py",
     "weights/folder.py",
     "weights/own.py",
 }
@@ -300,8 +305,8 @@ def test_using_time_is_no_decision(program):
 def test_importing_the_package_imports_no_optional_library():
     code = (
         "import sys, hpm_video.runs.pretraining; "
-        "print([n for n in ('decord', 'deepspeed', 'transformers', 'timm', 'torchvision') "
-        "if n in sys.modules])"
+        "print([n for n in ('decord', 'deepspeed', 'transformers', 'timm', 'torchvision', "
+        "'sklearn') if n in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert run.stdout.strip() == "[]", run.stderr

@@ -13,15 +13,25 @@ from typing import Any
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.data import DataConfig
-from hpm_video.data.loader import default_workers, end_workers
 from hpm_video.data.reading import Views
-from hpm_video.decoding.registry import decoder_choices
-from hpm_video.recognition.inference import ClipChoice, Reading
-from hpm_video.recognition.testing import describe, summarise, write_results
-from hpm_video.recognition.trained_classifier import describe_test, load_recogniser
-from hpm_video.runs.console import EXIT_CODES, not_negative, parse_views, positive, run_processes
+from hpm_video.recognition.testing import (
+    describe,
+    describe_test,
+    score_videos,
+    summarise,
+    write_results,
+)
+from hpm_video.recognition.trained_model import TrainedClassifier, open_trained
+from hpm_video.runs.console import EXIT_CODES, parse_views, run_processes
 from hpm_video.runs.data import open_manifest
-from hpm_video.training.device import choose_device, inference_precision
+from hpm_video.runs.options import (
+    add_clip_options,
+    add_machine_options,
+    check_stride,
+    clip_choice,
+    load_inference,
+    reading_of,
+)
 from hpm_video.training.distributed import Processes
 
 
@@ -45,9 +55,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         "--views", type=parse_views, help="clips x crops of each video, such as 5x3"
     )
     parser.add_argument("--weights", choices=("model", "average"), help="default: the config's")
-    parser.add_argument("--num-frames", type=positive, help="default: as in training")
-    parser.add_argument("--frame-stride", type=positive)
-    parser.add_argument("--frame-size", type=positive, nargs=2, metavar=("HEIGHT", "WIDTH"))
+    add_clip_options(parser)
     parser.add_argument(
         "--exclude-bad-files",
         action="store_true",
@@ -55,10 +63,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="default: evaluations/NAME in the run's folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result there")
-    parser.add_argument("--workers", type=not_negative, default=default_workers())
-    parser.add_argument("--decoder", choices=decoder_choices(), default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on GPUs")
+    add_machine_options(parser)
     return parser.parse_args(command_line)
 
 
@@ -67,43 +72,34 @@ def evaluate(arguments: argparse.Namespace, processes: Processes) -> None:
 
     Raises:
         ConfigError, CheckpointError, ManifestError, DeviceError: the test cannot be run.
-        BadTestFilesError: videos do not decode.
+        BadFilesError: videos do not decode.
     """
     output = folder_of(arguments)
-    device = choose_device(arguments.device, processes.count)
-    size = arguments.frame_size
-    config, recogniser = load_recogniser(
-        arguments.checkpoint,
-        device,
-        arguments.precision or inference_precision(device),
-        weights=arguments.weights,
-        clips=ClipChoice(
-            arguments.num_frames, arguments.frame_stride, tuple(size) if size else None
-        ),
+    trained = open_trained(
+        arguments.checkpoint, TrainedClassifier, arguments.weights, clips=clip_choice(arguments)
     )
-    recogniser.check_stride(arguments.frame_stride)
-    chosen = arguments.views or Views(config.test.clips, config.test.crops)
+    check_stride(trained, arguments)
+    classifier = load_inference(trained, arguments, processes.count)
+    test, names = trained.config.test, trained.label_names
+    views = arguments.views or Views(test.clips, test.crops)
     manifest = open_manifest(DataConfig(root=arguments.root), arguments.manifest)
     if processes.is_first:
         logging.getLogger().info(
-            f"{len(manifest)} videos, {chosen.clips} x {chosen.crops} views of each, on "
-            f"{device.type} in {recogniser.precision}"
+            f"{len(manifest)} videos, {views.clips} x {views.crops} views of each, on "
+            f"{classifier.device.type} in {classifier.precision}"
         )
-    reading = Reading(arguments.decoder, arguments.workers, arguments.exclude_bad_files)
-    try:
-        scores = recogniser.score(manifest, chosen, reading, processes)
-    finally:
-        end_workers()
+    reading = reading_of(arguments, exclude_bad_files=arguments.exclude_bad_files)
+    scores = score_videos(classifier, names, manifest, views, reading, processes)
     if not processes.is_first:
         return
     what: dict[str, Any] = {
         "checkpoint": str(arguments.checkpoint.resolve()),
         "manifest": str(Path(arguments.manifest).absolute()),
         "exclude_bad_files": arguments.exclude_bad_files,
-        **describe_test(arguments.checkpoint, config, recogniser, manifest, chosen),
+        **describe_test(trained, classifier, manifest, views),
     }
-    result = {"test": what, **summarise(scores, recogniser.label_names)}
-    write_results(output, scores, result, recogniser.label_names)
+    result = {"test": what, **summarise(scores, names)}
+    write_results(output, scores, result, names)
     print(
         f"\n{describe(result)}\n\nwrote result.json, predictions.csv and confusion.png to {output}"
     )

@@ -13,31 +13,29 @@ from pathlib import Path
 import numpy as np
 
 import hpm_video
-from hpm_video.config.loading import load_any_config
-from hpm_video.config.schema import PretrainConfig
 from hpm_video.data.clips import settle_decoder
-from hpm_video.data.loader import default_workers
 from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.data.reading import Views
-from hpm_video.decoding.registry import decoder_choices
 from hpm_video.files.failures import BadFilesError, Failure
 from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition.feature_folder import FeatureFolder
 from hpm_video.recognition.features import Wanted, describe, extract
-from hpm_video.recognition.inference import (
-    FILE_OF,
-    ClipChoice,
-    Extractor,
-    WeightsOf,
-    load_extractor,
+from hpm_video.recognition.inference import Inference
+from hpm_video.recognition.trained_model import (
+    OF_CLASSIFIER,
+    OF_PRETRAINING,
+    TrainedModel,
+    open_trained,
 )
-from hpm_video.recognition.trained_classifier import load_recogniser
-from hpm_video.runs.console import not_negative, positive, run, shortest
-from hpm_video.training.checkpoint import read_state
-from hpm_video.training.device import choose_device, inference_precision
+from hpm_video.runs.console import positive, run, shortest
+from hpm_video.runs.options import (
+    add_clip_options,
+    add_machine_options,
+    check_stride,
+    clip_choice,
+    load_inference,
+)
 
-PRETRAINED: tuple[WeightsOf, ...] = ("student", "teacher")
-CLASSIFIER: tuple[WeightsOf, ...] = ("model", "average")
 EXIT_CODES = """exit codes:
   0    the features of every video are there
   1    a fault of this program
@@ -64,9 +62,9 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     add("--root", type=Path, help="where paths in the manifest start; default: its own folder")
     add(
         "--weights",
-        choices=(*PRETRAINED, *CLASSIFIER),
-        help="student (default) or teacher of pre-training, model (default) or average of a "
-        "classifier, whose features are what its head sees",
+        choices=(*OF_PRETRAINING, *OF_CLASSIFIER),
+        help="student (default) or teacher of pre-training, model or average of a classifier "
+        "(default: those that it tests), whose features are what its head sees",
     )
     add("--clips", type=positive, metavar="N", help="clips spread over each video (default 1)")
     add("--crops", type=positive, metavar="M", help="crops of each clip (default 1)")
@@ -78,19 +76,9 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--tokens", action="store_true", help="every token of the last layer, not one vector")
     add("--dtype", choices=("float32", "float16"), default="float32")
-    add("--num-frames", type=positive, metavar="T", help="of a clip; default: as it was trained")
-    add("--frame-stride", type=positive, metavar="FRAMES", help="default: as it was trained")
-    add("--frame-size", type=positive, nargs=2, metavar=("H", "W"), help="likewise")
-    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
-    add(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="auto (default): bf16 on a GPU that is made for it, otherwise fp32",
-    )
     add("--clips-per-pass", type=positive, metavar="N", help="fewer take less memory (default 32)")
-    add("--decoder", choices=decoder_choices(), default="auto")
-    add("--workers", type=not_negative, metavar="N", help="processes that decode")
+    add_clip_options(parser)
+    add_machine_options(parser)
     arguments = parser.parse_args(command_line)
     if arguments.window_stride and (arguments.clips or arguments.crops):
         parser.error("--window-stride looks at every video in windows: leave out --clips, --crops")
@@ -106,31 +94,41 @@ def write_features(arguments: argparse.Namespace) -> None:
     """
     manifest = read_manifest(arguments.source, arguments.root)
     settle_decoder(arguments.decoder, manifest)
-    extractor, weights = open_encoder(arguments)
+    trained = open_trained(
+        arguments.checkpoint, TrainedModel, arguments.weights, clips=clip_choice(arguments)
+    )
+    if not arguments.window_stride:
+        check_stride(trained, arguments)
+    elif trained.data.sampling == "segments" and not arguments.frame_stride:
+        raise CheckpointError(
+            f"{arguments.checkpoint} was trained on clips that span the whole video "
+            f"(data.sampling=segments), so its windows have no frame stride; give --frame-stride"
+        )
+    encoder = load_inference(trained, arguments)
+    encoder = replace(encoder, clips_per_pass=arguments.clips_per_pass or encoder.clips_per_pass)
+    views = Views(arguments.clips or 1, arguments.crops or 1)
     wanted = Wanted(
-        Views(every=arguments.window_stride)
-        if arguments.window_stride
-        else Views(arguments.clips or 1, arguments.crops or 1),
+        Views(every=arguments.window_stride) if arguments.window_stride else views,
         arguments.tokens,
         arguments.dtype,
     )
     source = arguments.source.absolute()
     base = (arguments.root or (source if source.is_dir() else source.parent)).absolute()
-    folder = FeatureFolder(arguments.output, manifest, base, wanted.form(extractor))
+    folder = FeatureFolder(arguments.output, manifest, base, wanted.form(encoder))
     folder.claim(
         {
             "hpm_video": hpm_video.__version__,
-            "update": read_state(arguments.checkpoint)["update"],
-            **describe(extractor, arguments.checkpoint, weights, wanted),
+            **describe(trained, encoder, wanted),
             "source": str(source),
             "root": str(base),
             "decoder": arguments.decoder,
         }
     )
     before = len(folder)
-    print(announce(extractor, weights, wanted, folder))
-    workers = default_workers() if arguments.workers is None else arguments.workers
-    failures = extract(extractor, wanted, folder, decoder=arguments.decoder, workers=workers)
+    print(announce(encoder, trained.weights, wanted, folder))
+    failures = extract(
+        encoder, wanted, folder, decoder=arguments.decoder, workers=arguments.workers
+    )
     tell(folder, manifest, before, failures)
     if failures:
         raise BadFilesError(
@@ -140,93 +138,23 @@ def write_features(arguments: argparse.Namespace) -> None:
         )
 
 
-def open_encoder(arguments: argparse.Namespace) -> tuple[Extractor, WeightsOf]:
-    """The encoder of a checkpoint of either kind, and which of its weights.
-
-    Raises:
-        CheckpointError, ConfigError, DeviceError: it cannot be used in this way.
-    """
-    checkpoint = arguments.checkpoint
-    config = load_any_config(checkpoint / "config.yaml")
-    pretrained = isinstance(config, PretrainConfig)
-    weights = choose_weights(checkpoint, PRETRAINED if pretrained else CLASSIFIER, arguments)
-    if config.data.sampling == "segments":
-        check_segments(arguments)
-    size = arguments.frame_size
-    clips = ClipChoice(
-        arguments.num_frames, arguments.frame_stride, None if size is None else (size[0], size[1])
-    )
-    device = choose_device(arguments.device)
-    precision = (
-        inference_precision(device) if arguments.precision == "auto" else arguments.precision
-    )
-    extractor = (
-        load_extractor(checkpoint, device, precision, weights=weights, clips=clips)
-        if pretrained
-        else load_recogniser(checkpoint, device, precision, weights=weights, clips=clips)[1]
-    )
-    if arguments.clips_per_pass is not None:
-        extractor = replace(extractor, clips_per_pass=arguments.clips_per_pass)
-    return extractor, weights
-
-
-def choose_weights(
-    checkpoint: Path, known: tuple[WeightsOf, ...], arguments: argparse.Namespace
-) -> WeightsOf:
-    """Those asked for, or the first of those that a checkpoint of this kind may have.
-
-    Raises:
-        CheckpointError: it does not have them.
-    """
-    weights: WeightsOf = arguments.weights or known[0]
-    there = [
-        name for name in known if (checkpoint / f"{FILE_OF.get(name, name)}.safetensors").is_file()
-    ]
-    if there and weights not in there:
-        raise CheckpointError(
-            f"{checkpoint} is of {'pre-training' if known == PRETRAINED else 'a classifier'} and "
-            f"has no weights of {weights!r}; take --weights {' or '.join(there)}"
-        )
-    return weights
-
-
-def check_segments(arguments: argparse.Namespace) -> None:
-    """Of an encoder whose clips span the whole video: make sure that a stride has a meaning.
-
-    Raises:
-        CheckpointError: it has none, or windows need one.
-    """
-    if arguments.window_stride and not arguments.frame_stride:
-        raise CheckpointError(
-            f"{arguments.checkpoint} was trained on clips that span the whole video "
-            f"(data.sampling=segments), so its windows have no frame stride; give --frame-stride"
-        )
-    if arguments.frame_stride and not arguments.window_stride:
-        raise CheckpointError(
-            f"{arguments.checkpoint} was trained on clips that span the whole video "
-            f"(data.sampling=segments), where --frame-stride plays no part; leave it out"
-        )
-
-
-def announce(
-    extractor: Extractor, weights: WeightsOf, wanted: Wanted, folder: FeatureFolder
-) -> str:
+def announce(encoder: Inference, weights: str, wanted: Wanted, folder: FeatureFolder) -> str:
     """What is about to be done."""
     missing, there = len(folder.missing()), len(folder)
     if not missing:
         return f"all {videos(there)} there already"
-    spec, views = extractor.spec, wanted.views
-    height, width = spec.frame_size
-    stride = f"at stride {spec.frame_stride}"
+    data, views = encoder.data, wanted.views
+    height, width = data.frame_size
+    stride = f"at stride {data.frame_stride}"
     if views.every is not None:
         which = f"a clip every {views.every} frames"
     else:
         which = f"{views.clips} x {views.crops} view{'s' if views.count > 1 else ''}"
-        stride = stride if spec.sampling == "dense" else "spread over the video"
+        stride = stride if data.sampling == "dense" else "spread over the video"
     return (
         f"{videos(missing)}{f' ({there} more there already)' if there else ''}, {which} of each: "
-        f"{spec.num_frames} frames of {height} x {width} {stride}; {weights}, "
-        f"{extractor.device.type}, {extractor.precision}"
+        f"{data.num_frames} frames of {height} x {width} {stride}; {weights}, "
+        f"{encoder.device.type}, {encoder.precision}"
     )
 
 

@@ -5,23 +5,22 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from hpm_video.config.schema import FinetuneConfig
+import numpy as np
+from numpy.typing import NDArray
+
 from hpm_video.data.clips import settle_decoder
-from hpm_video.data.loader import default_workers
 from hpm_video.data.manifest import NOT_STATED, UNLABELLED, Manifest, read_manifest
 from hpm_video.data.reading import Views
-from hpm_video.decoding.registry import decoder_choices
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.failures import BadFilesError, Failure
-from hpm_video.recognition.prediction import Prediction, predict
-from hpm_video.recognition.trained_classifier import Recogniser, load_recogniser
-from hpm_video.runs.console import not_negative, parse_views, positive, run
-from hpm_video.training.checkpoint import read_state
-from hpm_video.training.device import choose_device, inference_precision
-from hpm_video.weights.single_file import as_folder
+from hpm_video.recognition.inference import Inference, each_video
+from hpm_video.recognition.trained_model import TrainedClassifier, open_trained
+from hpm_video.runs.console import parse_views, positive, run
+from hpm_video.runs.options import add_machine_options, load_inference, reading_of
 
 EXIT_CODES = """exit codes:
   0    every video has a prediction
@@ -29,6 +28,14 @@ EXIT_CODES = """exit codes:
   2    a wrong input, or some videos do not decode: they are listed, the others have predictions
   130  stopped by Ctrl-C
 """
+
+
+class Guess(NamedTuple):
+    """A class that a video may be of."""
+
+    label: int
+    name: str
+    probability: float
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
@@ -61,15 +68,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         help="views of each video that are averaged over, such as 5x3; default: the config's test",
     )
     add("--weights", choices=("model", "average"), help="default: those that the run tested")
-    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
-    add(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="auto (default): bf16 on a GPU that is made for it, otherwise fp32",
-    )
-    add("--decoder", choices=decoder_choices(), default="auto")
-    add("--workers", type=not_negative, metavar="N", help="processes that decode")
+    add_machine_options(parser)
     return parser.parse_args(command_line)
 
 
@@ -83,41 +82,46 @@ def name_actions(arguments: argparse.Namespace) -> None:
     check_json(arguments.json)
     manifest = find_videos(arguments.videos)
     settle_decoder(arguments.decoder, manifest)
-    with as_folder(arguments.checkpoint) as folder:
-        config, recogniser = open_classifier(folder, arguments)
-        update = read_state(folder)["update"]
-    views = arguments.views or Views(config.test.clips, config.test.crops)
-    print(describe(update, config, recogniser, views, len(manifest)))
-    workers = default_workers() if arguments.workers is None else arguments.workers
+    trained = open_trained(arguments.checkpoint, TrainedClassifier, arguments.weights)
+    classifier, test = load_inference(trained, arguments), trained.config.test
+    views = arguments.views or Views(test.clips, test.crops)
+    print(describe(trained, classifier, views, len(manifest)))
     if arguments.top == 1:
         print()
-    predictions: list[Prediction] = []
+    reading = reading_of(arguments, exclude_bad_files=True)
+    if len(manifest) == 1:
+        reading = replace(reading, workers=0)
+    clips = reading.clips(manifest, classifier.data, views)
+    found: list[tuple[str, list[Guess]]] = []
     failures: list[Failure] = []
-    for found in predict(
-        recogniser,
-        manifest,
-        views,
-        decoder=arguments.decoder,
-        workers=workers if len(manifest) > 1 else 0,
+    # One video at a time, so that each is printed as soon as it is read.
+    for place, value in each_video(
+        classifier.probabilities, clips, range(len(manifest)), reading, max_clips=1
     ):
-        if isinstance(found, Failure):
-            failures.append(found)
-        else:
-            predictions.append(found)
-            print(block(found, arguments.top), flush=True)
+        if isinstance(value, Failure):
+            failures.append(value)
+            continue
+        found.append((manifest.files[place], best(value, trained.label_names, arguments.top)))
+        print(block(*found[-1]), flush=True)
     if arguments.json is not None:
         what = {
             "checkpoint": str(arguments.checkpoint.resolve()),
-            "update": update,
-            "weights": config.test.weights,
-            "precision": recogniser.precision,
+            "update": trained.update,
+            "weights": trained.weights,
+            "precision": classifier.precision,
             "clips": views.clips,
             "crops": views.crops,
         }
-        write_json(arguments.json, what, predictions, failures, arguments.top)
+        write_json(arguments.json, what, found, failures)
         print(f"\nwrote {arguments.json}")
     if failures:
         raise BadFilesError(failures, len(manifest), "Encode them anew, or leave them out.")
+
+
+def best(probabilities: NDArray[np.float64], names: Sequence[str], count: int) -> list[Guess]:
+    """Return the most probable classes; of equally probable ones, those of lower number first."""
+    order = np.argsort(-probabilities, kind="stable")[:count].tolist()
+    return [Guess(i, names[i], float(probabilities[i])) for i in order]
 
 
 def check_json(path: Path | None) -> None:
@@ -161,60 +165,39 @@ def shown(path: str) -> str:
     return str(place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else path)
 
 
-def open_classifier(
-    checkpoint: Path, arguments: argparse.Namespace
-) -> tuple[FinetuneConfig, Recogniser]:
-    """The classifier and its config.
-
-    Raises:
-        CheckpointError, ConfigError, DeviceError: it cannot be used here.
-    """
-    device = choose_device(arguments.device)
-    precision = (
-        inference_precision(device) if arguments.precision == "auto" else arguments.precision
-    )
-    return load_recogniser(checkpoint, device, precision, weights=arguments.weights)
-
-
 def describe(
-    update: int,
-    config: FinetuneConfig,
-    recogniser: Recogniser,
-    views: Views,
-    num_videos: int,
+    trained: TrainedClassifier, classifier: Inference, views: Views, num_videos: int
 ) -> str:
     """What is about to be done."""
     return (
         f"{num_videos} video{'s' if num_videos > 1 else ''}, {views.clips} x {views.crops} "
-        f"view{'s' if views.count > 1 else ''} of each; {len(recogniser.label_names)} classes, "
-        f"{config.test.weights} of update {update}; {recogniser.device.type}, "
-        f"{recogniser.precision}"
+        f"view{'s' if views.count > 1 else ''} of each; {len(trained.label_names)} classes, "
+        f"{trained.weights} of update {trained.update}; {classifier.device.type}, "
+        f"{classifier.precision}"
     )
 
 
-def block(prediction: Prediction, top: int) -> str:
-    """The most probable classes of a video, below its path; with ``top`` 1 all in one line."""
-    best = prediction.best(top)
-    if top == 1:
-        return f"{best[0].probability:7.1%}  {best[0].name:20}  {prediction.path}"
-    width = max(len(guess.name) for guess in best)
-    rows = [f"  {guess.name:{width}}  {guess.probability:6.1%}" for guess in best]
-    return "\n".join(["", prediction.path, *rows])
+def block(path: str, guesses: Sequence[Guess]) -> str:
+    """The most probable classes of a video, below its path; of one class alone, in one line."""
+    if len(guesses) == 1:
+        return f"{guesses[0].probability:7.1%}  {guesses[0].name:20}  {path}"
+    width = max(len(guess.name) for guess in guesses)
+    rows = [f"  {guess.name:{width}}  {guess.probability:6.1%}" for guess in guesses]
+    return "\n".join(["", path, *rows])
 
 
 def write_json(
     path: Path,
     what: dict[str, Any],
-    predictions: Sequence[Prediction],
+    found: Sequence[tuple[str, list[Guess]]],
     failures: Sequence[Failure],
-    top: int,
 ) -> None:
     """Write the predictions, what made them, and the videos that do not decode."""
     content = {
         **what,
         "videos": [
-            {"path": absolute(found.path), "top": [guess._asdict() for guess in found.best(top)]}
-            for found in predictions
+            {"path": absolute(video), "top": [guess._asdict() for guess in guesses]}
+            for video, guesses in found
         ],
         "bad_files": [{"path": absolute(bad.path), "reason": bad.reason} for bad in failures],
     }

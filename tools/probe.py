@@ -19,22 +19,29 @@ from hpm_video.config.checks import ConfigError
 from hpm_video.config.data import DataConfig
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig
-from hpm_video.data.loader import default_workers, end_workers
-from hpm_video.data.manifest import Manifest
-from hpm_video.data.reading import MIDDLE
 from hpm_video.files.atomic import written_beside
-from hpm_video.recognition.inference import ClipChoice, Extractor, Reading, load_extractor
 from hpm_video.recognition.labels import names_of_both
-from hpm_video.recognition.logistic import FOLDS
-from hpm_video.recognition.nearest import NEIGHBOURS
-from hpm_video.recognition.probes import FeatureTable, logistic_regression, nearest_neighbours
+from hpm_video.recognition.probes import (
+    FOLDS,
+    NEIGHBOURS,
+    FeatureTable,
+    logistic_regression,
+    nearest_neighbours,
+)
 from hpm_video.recognition.testing import summarise
-from hpm_video.runs.console import EXIT_CODES, not_negative, positive, run
+from hpm_video.recognition.trained_model import TrainedAutoencoder, open_trained
+from hpm_video.runs.console import EXIT_CODES, positive, run
 from hpm_video.runs.data import open_manifest
 from hpm_video.runs.evaluation import describe_evaluation, evaluate_run
 from hpm_video.runs.finetuning import finetune, for_checkpoint
-from hpm_video.training.device import choose_device, inference_precision
-from hpm_video.training.distributed import Processes
+from hpm_video.runs.options import (
+    add_clip_options,
+    add_machine_options,
+    check_stride,
+    clip_choice,
+    load_inference,
+    reading_of,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHED = ("knn", "logistic")
@@ -61,14 +68,11 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--probes", nargs="+", choices=CACHED + TRAINED, default=list(CACHED))
     parser.add_argument("--neighbours", type=positive, nargs="+", default=list(NEIGHBOURS))
     parser.add_argument("--weights", choices=("student", "teacher", "untrained"), default="student")
-    parser.add_argument("--num-frames", type=positive, help="default: as in pre-training")
-    parser.add_argument("--frame-stride", type=positive)
-    parser.add_argument("--frame-size", type=positive, nargs=2, metavar=("HEIGHT", "WIDTH"))
     parser.add_argument(
         "--output", type=Path, help="default: probes/WEIGHTS in the run's directory"
     )
-    parser.add_argument("--workers", type=not_negative, default=default_workers())
-    parser.add_argument("--device", default="auto")
+    add_clip_options(parser)
+    add_machine_options(parser)
     parser.add_argument(
         "--set",
         nargs="+",
@@ -83,21 +87,19 @@ def probe(arguments: argparse.Namespace) -> None:
     """Run the probes, print a line for each, and write ``probe.json``.
 
     Raises:
-        ConfigError, CheckpointError, ManifestError, BadTestFilesError: it cannot be done.
+        ConfigError, CheckpointError, ManifestError, BadFilesError: it cannot be done.
     """
     run_dir = arguments.checkpoint.resolve().parent.parent
-    size = arguments.frame_size
-    clips = ClipChoice(arguments.num_frames, arguments.frame_stride, tuple(size) if size else None)
     settings = settings_of(arguments)
     output = arguments.output or run_dir / "probes" / arguments.weights
     check_earlier(output, settings)
     results: dict[str, Any] = {}
     cached = [kind for kind in arguments.probes if kind in CACHED]
     if cached:
-        results |= probe_cached(arguments, clips, cached)
+        results |= probe_cached(arguments, cached)
     for kind in arguments.probes:
         if kind in TRAINED:
-            results[kind] = probe_trained(arguments, clips, kind, output / kind)
+            results[kind] = probe_trained(arguments, kind, output / kind)
     print(f"\n{'probe':28} top-1   top-5   (chance {results[next(iter(results))]['chance']:.3f})")
     for name, result in results.items():
         print(f"{name:28} {result['top1']:.3f}   {result['top5']:.3f}")
@@ -133,19 +135,13 @@ def check_earlier(output: Path, settings: dict[str, Any]) -> None:
             )
 
 
-def probe_cached(
-    arguments: argparse.Namespace, clips: ClipChoice, kinds: Sequence[str]
-) -> dict[str, Any]:
-    """Nearest neighbours and logistic regression on one vector of each video."""
-    device = choose_device(arguments.device)
-    extractor = load_extractor(
-        arguments.checkpoint,
-        device,
-        inference_precision(device),
-        weights=arguments.weights,
-        clips=clips,
+def probe_cached(arguments: argparse.Namespace, kinds: Sequence[str]) -> dict[str, Any]:
+    """Nearest neighbours and logistic regression on the clip in the middle of each video."""
+    trained = open_trained(
+        arguments.checkpoint, TrainedAutoencoder, arguments.weights, clips=clip_choice(arguments)
     )
-    extractor.check_stride(arguments.frame_stride)
+    check_stride(trained, arguments)
+    encoder, reading = load_inference(trained, arguments), reading_of(arguments)
     data = DataConfig(train=arguments.train, root=arguments.root)
     manifests = [open_manifest(data, path) for path in (arguments.train, arguments.validation)]
     names = names_of_both(*manifests)
@@ -159,7 +155,10 @@ def probe_cached(
             f"logistic regression is cross-validated in {FOLDS} parts and needs as many training "
             f"videos, got {len(manifests[0])}; leave it out: --probes knn"
         )
-    train, validation = (table_of(extractor, manifest, arguments) for manifest in manifests)
+    train, validation = (
+        FeatureTable.of(encoder, reading.clips(manifest, encoder.data), reading)
+        for manifest in manifests
+    )
     results = {}
     if "knn" in kinds:
         found = nearest_neighbours(train, validation, len(names), arguments.neighbours)
@@ -171,22 +170,7 @@ def probe_cached(
     return results
 
 
-def table_of(
-    extractor: Extractor, manifest: Manifest, arguments: argparse.Namespace
-) -> FeatureTable:
-    """One vector of each video: of the clip in its middle."""
-    try:
-        features = extractor.of_videos(
-            manifest, MIDDLE, Reading(workers=arguments.workers), Processes()
-        )
-    finally:
-        end_workers()
-    return FeatureTable(manifest, features)
-
-
-def probe_trained(
-    arguments: argparse.Namespace, clips: ClipChoice, kind: str, output: Path
-) -> dict[str, Any]:
+def probe_trained(arguments: argparse.Namespace, kind: str, output: Path) -> dict[str, Any]:
     """Train a head on the frozen encoder, by the loop of fine-tuning."""
     config = load_config(FinetuneConfig, ROOT / "configs" / "probe" / f"{kind}.yaml", arguments.set)
     config = for_checkpoint(config, arguments.checkpoint, arguments.weights)
@@ -194,13 +178,14 @@ def probe_trained(
         config,
         output_dir=str(output),
         data=replace(
-            clips.of(config.data),
+            clip_choice(arguments).of(config.data),
             train=arguments.train,
             validation=arguments.validation,
             root=arguments.root,
             workers=arguments.workers,
+            decoder=arguments.decoder,
         ),
-        engine=replace(config.engine, device=arguments.device),
+        engine=replace(config.engine, device=arguments.device, precision=arguments.precision),
     )
     result = evaluate_run(config, finetune(config))
     assert result is not None

@@ -21,7 +21,6 @@ from hpm_video.mining.pictures import draw_animation, draw_sheet, save_animation
 from hpm_video.mining.study import study_clips
 from hpm_video.randomness import key_of
 from hpm_video.runs.pretraining import load_run
-from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.device import choose_device
 
 EXPECTED = (CheckpointError, DecodeError, DecoderError, OSError, ValueError)
@@ -92,7 +91,6 @@ def show_masks(arguments: argparse.Namespace) -> list[Path]:
     if arguments.fps <= 0:
         raise ValueError(f"--fps must be positive, got {arguments.fps:g}")
     device = choose_device(arguments.device)
-    check_checkpoint(arguments.checkpoint)
     moved = arguments.feature_weights
     overrides = [] if moved is None else [f"mining.feature_weights={moved}"]
     config, student, objective = load_run(arguments.checkpoint, device, overrides)
@@ -123,24 +121,6 @@ def show_masks(arguments: argparse.Namespace) -> list[Path]:
             written.append(path.with_name(f"{arguments.video.stem}{ending}{suffix}"))
             save_animation(frames, written[-1], arguments.fps)
     return written
-
-
-def check_checkpoint(checkpoint: Path) -> None:
-    """Make sure that there is a decoder to draw with.
-
-    Raises:
-        ValueError, CheckpointError: it is not a checkpoint of pre-training.
-    """
-    if not (checkpoint / "config.yaml").is_file():
-        raise ValueError(
-            f"{checkpoint} is not a checkpoint folder (it has no config.yaml); give one of a "
-            "pre-training run, such as RUN/checkpoints/last"
-        )
-    if not any(name.startswith("reconstructor.") for name in read_weights(checkpoint)):
-        raise CheckpointError(
-            f"{checkpoint} holds an encoder without its reconstructor, so it cannot reconstruct; "
-            "give a checkpoint of pre-training"
-        )
 
 
 def read_clip(arguments: argparse.Namespace, data: DataConfig) -> ClipBatch:

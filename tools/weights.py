@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hpm_video.config.choices import TransformerSize
+from hpm_video.files.single_file import as_folder
 from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition.labels import read_label_names
 from hpm_video.runs.console import EXIT_CODES, positive, run, shortest
@@ -25,7 +26,6 @@ from hpm_video.weights.importing import describe, import_weights
 from hpm_video.weights.inspect import inspect
 from hpm_video.weights.own import load_own
 from hpm_video.weights.parity import TOLERANCE, compare
-from hpm_video.weights.single_file import as_folder
 from hpm_video.weights.sizes import Given
 
 

@@ -140,7 +140,7 @@ class HardPatchesMining:
             encoded = teacher.encode(clips)
             scores = None
             if difficulty:
-                scores = teacher.score(encoded, teacher.shape.grid_of(clips)).float()
+                scores = teacher.score(encoded, teacher.grid_of(clips)).float()
         return Sight(scores, teacher.of_clip(encoded) if self.target.of_teacher else None)
 
     def _features(self, batch: ClipBatch, sight: "Sight") -> Tensor | None:

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 import matplotlib
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFont
+from PIL import Image
 
 from hpm_video.data.batch import ClipBatch
 from hpm_video.files.atomic import written_beside
@@ -54,22 +54,23 @@ class Panel(NamedTuple):
 
 def make_panels(study: Study) -> list[Panel]:
     """The views of a study, each as large as the clip."""
-    difficulty = study.difficulty
-    source = {
-        "none": "raw pixels",
-        "input": "patch mean and contrast taken from the input",
-        "visible": "patch mean and contrast estimated from visible patches",
-    }[study.statistics]
+    over = f"mean over {study.num_masks} random mask{'s' if study.num_masks > 1 else ''}"
     panels = [
         Panel("Input", "", study.frames),
-        Panel("True error", _over_masks(study), _heat_map(study.true_error, study)),
-        Panel("Mask", _origin_of_mask(study), _draw_mask(study)),
+        Panel("True error", over, _heat_map(study.true_error, study)),
     ]
-    if study.reconstruction is not None:
-        panels.append(Panel("Reconstruction", source, study.reconstruction))
-    if difficulty is not None:
+    if study.difficulty is not None:
         note = "by the teacher, which sees the whole clip"
-        panels.insert(2, Panel("Predicted difficulty", note, _heat_map(difficulty, study)))
+        panels.append(Panel("Predicted difficulty", note, _heat_map(study.difficulty, study)))
+    origin = "drawn from the prediction" if study.picked.any() else "random"
+    panels.append(Panel("Mask", origin, _draw_mask(study)))
+    if study.reconstruction is not None:
+        source = {
+            "none": "raw pixels",
+            "input": "patch mean and contrast taken from the input",
+            "visible": "patch mean and contrast estimated from visible patches",
+        }[study.statistics]
+        panels.append(Panel("Reconstruction", source, study.reconstruction))
     return panels
 
 
@@ -117,45 +118,21 @@ def _colour_table() -> NDArray[np.uint8]:
     return (table * 255).round().astype(np.uint8)
 
 
-def _over_masks(study: Study) -> str:
-    return f"mean over {study.num_masks} random mask{'s' if study.num_masks > 1 else ''}"
+class Style:
+    """Measures of a picture in pixels, and its fonts. Small frames are enlarged by a factor."""
 
-
-def _origin_of_mask(study: Study) -> str:
-    return "drawn from the prediction" if study.picked.any() else "random"
-
-
-class Style(NamedTuple):
-    """Measures of a picture, in pixels."""
-
-    cell: tuple[int, int]
-    """Width and height of an enlarged frame."""
-    text: int
-    gap: int = 6
+    gap = 6
     """Between neighbouring frames."""
-    margin: int = 24
+    margin = 24
 
-    @classmethod
-    def of(cls, study: Study) -> "Style":
-        """Measures that suit the clip's frames: small ones are enlarged by a whole factor."""
+    def __init__(self, study: Study) -> None:
         height, width = study.frames.shape[1:3]
         factor = math.ceil(SMALLEST_CELL / width)
-        return cls((width * factor, height * factor), text=15 if width * factor < 200 else 19)
-
-    @property
-    def bold(self) -> ImageFont.FreeTypeFont:
-        """Of titles."""
-        return font_of("DejaVuSans-Bold.ttf", self.text)
-
-    @property
-    def regular(self) -> ImageFont.FreeTypeFont:
-        """Of facts."""
-        return font_of("DejaVuSans.ttf", self.text)
-
-    @property
-    def small(self) -> ImageFont.FreeTypeFont:
-        """Of labels and notes."""
-        return font_of("DejaVuSans.ttf", self.text - 2)
+        self.cell = (width * factor, height * factor)
+        self.text = 15 if self.cell[0] < 200 else 19
+        self.bold = font_of("DejaVuSans-Bold.ttf", self.text)
+        self.regular = font_of("DejaVuSans.ttf", self.text)
+        self.small = font_of("DejaVuSans.ttf", self.text - 2)
 
     def enlarge(self, frame: NDArray[np.uint8]) -> Image.Image:
         """Make each pixel a square: (H, W, 3) -> an image as large as a cell"""
@@ -168,7 +145,7 @@ def draw_sheet(studies: Study | Sequence[Study]) -> Image.Image:
     Short clips stand side by side, as long as their columns fit.
     """
     studies = [studies] if isinstance(studies, Study) else list(studies)
-    style = Style.of(studies[0])
+    style = Style(studies[0])
     lines: list[list[Study]] = []
     free = 0
     for study in studies:
@@ -186,7 +163,7 @@ def draw_sheet(studies: Study | Sequence[Study]) -> Image.Image:
 
 def draw_animation(study: Study) -> list[Image.Image]:
     """Views side by side, one image per frame of the clip."""
-    style = Style.of(study)
+    style = Style(study)
     panels = make_panels(study)
     titles = [_draw_title(panel, style.cell[0], style) for panel in panels]
     gap = 2 * style.gap
@@ -256,21 +233,24 @@ def _draw_title(panel: Panel, width: int, style: Style) -> Image.Image:
 
 def _draw_caption(studies: Sequence[Study], width: int, style: Style) -> Image.Image:
     """How much is hidden and why; each fact once."""
-    facts = dict.fromkeys(_describe_mask(study) for study in studies)
-    return draw_text("\n".join(facts), style.regular, width=width)
-
-
-def _describe_mask(study: Study) -> str:
-    masked, picked, total = study.masked.sum(), study.picked.sum(), len(study.masked)
-    words = f"{masked} of {total} patches hidden ({masked / total:.0%})"
-    if not picked:
-        return f"{words}, at random"
-    return f"{words}, {picked} of them because the teacher finds them {study.pick}"
+    facts = []
+    for study in studies:
+        masked, picked, total = study.masked.sum(), study.picked.sum(), len(study.masked)
+        why = f"{picked} of them because the teacher finds them {study.pick}"
+        facts.append(
+            f"{masked} of {total} patches hidden ({masked / total:.0%}), "
+            f"{why if picked else 'at random'}"
+        )
+    return draw_text("\n".join(dict.fromkeys(facts)), style.regular, width=width)
 
 
 def _draw_footer(studies: Sequence[Study], width: int, style: Style) -> Image.Image:
     """Legend and footnotes."""
-    keys = [_draw_colour_bar(style)]
+    bar = Image.fromarray(_colour_table()[None]).resize((9 * style.text, style.text))
+    low, high = (
+        draw_text(words, style.small) for words in ("easiest", "hardest patch of the clip")
+    )
+    keys = [beside([low, bar, high], style.gap)]
     swatches = [(HIDDEN, "hidden at random")]
     if any(study.picked.any() for study in studies):
         swatches.append((PICKED, f"hidden for being {studies[0].pick}"))
@@ -281,14 +261,6 @@ def _draw_footer(studies: Sequence[Study], width: int, style: Style) -> Image.Im
         keys.append(beside([square, draw_text(words, style.small)], style.gap))
     notes = [draw_text(note, style.small, FAINT_INK, width=width) for note in _footnotes(studies)]
     return stack([flow(keys, width, style.margin), *notes], style.gap)
-
-
-def _draw_colour_bar(style: Style) -> Image.Image:
-    bar = Image.fromarray(_colour_table()[None]).resize((9 * style.text, style.text))
-    low, high = (
-        draw_text(words, style.small) for words in ("easiest", "hardest patch of the clip")
-    )
-    return beside([low, bar, high], style.gap)
 
 
 def _footnotes(studies: Sequence[Study]) -> list[str]:

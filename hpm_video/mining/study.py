@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -99,7 +99,12 @@ def study_clips(
         raise ValueError(f"the true error needs at least 1 random mask, got {num_masks}")
     if not 0 <= fraction <= 1:
         raise ValueError(f"the hard fraction must lie in [0, 1], got {fraction}")
-    difficulty, mask, picked = _propose(objective, batch, fraction)
+    # A mask of which the teacher, where it predicts difficulty, picks a fraction.
+    difficulty = objective.difficulty(batch)
+    num_picked = 0 if difficulty is None else int(rule.num_masked * fraction)
+    priority = uniform(batch.keys, rule.num_units, "picture")
+    mask = rule.draw(difficulty, priority, num_picked)
+    picked = replace(rule, num_masked=num_picked).draw(difficulty, priority, num_picked).masked
     pixels = target if isinstance(target, PixelTarget) else None
     filled = None
     if pixels is not None:
@@ -170,23 +175,6 @@ def statistics_from_visible(
     weights = torch.cdist(places[mask.masked_ids], places[mask.visible_ids]) ** -4
     weights = weights / weights.sum(dim=-1, keepdim=True)
     return PatchStatistics(weights @ visible.mean, weights @ visible.scale)
-
-
-class _Proposal(NamedTuple):
-    difficulty: Tensor | None
-    mask: TokenMask
-    picked: Tensor
-    """(B, N) bool, which tokens are hidden for their difficulty."""
-
-
-def _propose(objective: HardPatchesMining, batch: ClipBatch, fraction: float) -> _Proposal:
-    """A mask of which the teacher, where it predicts difficulty, picks a ``fraction``."""
-    rule = objective.masks[batch.source]
-    difficulty = objective.difficulty(batch)
-    num_picked = 0 if difficulty is None else int(rule.num_masked * fraction)
-    priority = uniform(batch.keys, rule.num_units, "picture")
-    picked = replace(rule, num_masked=num_picked).draw(difficulty, priority, num_picked)
-    return _Proposal(difficulty, rule.draw(difficulty, priority, num_picked), picked.masked)
 
 
 def _to_frames(clip: Tensor) -> Frames:

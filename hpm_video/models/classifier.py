@@ -1,13 +1,15 @@
 """A classifier of whole clips: an encoder, pooling and a linear head."""
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from hpm_video.config.choices import Init, Pooling
-from hpm_video.models.attentive import AttentivePooling
-from hpm_video.models.encoder import INITS, ClipEncoder, EncoderShape
-from hpm_video.models.vit import LAYER_NORM_EPS
+from hpm_video.config.model import ClassifierConfig
+from hpm_video.models.encoder import INITS, ClipEncoder
+from hpm_video.models.vit import LAYER_NORM_EPS, init_linear
 from hpm_video.randomness import uniform
+from hpm_video.tokens.grid import TokenGrid
 
 
 class ClipClassifier(ClipEncoder):
@@ -17,38 +19,30 @@ class ClipClassifier(ClipEncoder):
     starts near 0.
     """
 
-    def __init__(  # noqa: PLR0913 - each is a switch of the architecture
+    def __init__(
         self,
-        shape: EncoderShape,
+        settings: ClassifierConfig,
         num_classes: int,
-        *,
-        pooling: Pooling = "mean_norm",
-        frozen: bool = False,
-        head_dropout: float = 0.0,
-        head_init_scale: float = 0.001,
-        drop_path: float = 0.0,
-        checkpoint_activations: bool = False,
-        init: Init = "truncated_normal",
+        grid: TokenGrid,
+        source_grid: TokenGrid | None = None,
     ) -> None:
-        """``frozen``: the encoder stays as it is, only what follows it learns."""
         super().__init__(
-            shape,
-            drop_path=drop_path,
-            checkpoint_activations=checkpoint_activations,
-            final_norm=pooling != "mean_norm",
-            init=init,
+            settings,
+            grid,
+            source_grid=source_grid,
+            final_norm=settings.pooling != "mean_norm",
+            init=settings.init,
         )
-        dim = shape.size.dim
-        self.pooling = _make_pooling(pooling, shape)
-        self.pooling.apply(INITS[init])
-        self.head = nn.Linear(dim, num_classes)
-        self.head_dropout = head_dropout
-        self.frozen = frozen
-        INITS[init](self.head)
+        self.pooling = _make_pooling(settings)
+        self.pooling.apply(INITS[settings.init])
+        self.head = nn.Linear(settings.encoder.dim, num_classes)
+        self.head_dropout = settings.head_dropout
+        self.frozen = settings.frozen
+        INITS[settings.init](self.head)
         with torch.no_grad():
             for parameter in self.head.parameters():
-                parameter.mul_(head_init_scale)
-        if frozen:
+                parameter.mul_(settings.head_init_scale)
+        if self.frozen:
             self.patch_embed.requires_grad_(requires_grad=False)
             self.encoder.requires_grad_(requires_grad=False)
             if self.class_token is not None:
@@ -113,17 +107,51 @@ class FirstToken(nn.Module):
         return tokens[:, 0]
 
 
-def _make_pooling(pooling: Pooling, shape: EncoderShape) -> nn.Module:
-    dim = shape.size.dim
-    if pooling == "mean_norm":
-        return MeanNorm(dim, shape.num_prefix)
-    if pooling == "batch_norm":
-        return BatchNorm(dim, slice(0, 1) if shape.class_token else slice(None))
-    if pooling == "attentive":
-        return AttentivePooling(dim, shape.size.num_heads)
-    if not shape.class_token:
-        raise ValueError(
-            "pooling 'class_token' needs an encoder with a class token; take mean_norm, "
-            "batch_norm or attentive"
+class AttentivePooling(nn.Module):
+    """One learned query attends over the tokens of a clip; then a residual MLP.
+
+    Keys and values have no bias: the softmax ignores one on the keys, and the weights of the
+    values sum to 1, so that a bias on them would add to that of ``proj``.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Parameter(torch.zeros(dim))
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim, bias=False)
+        self.v = nn.Linear(dim, dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.apply(init_linear)
+        nn.init.trunc_normal_(self.query, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) -> (B, D)"""
+        pooled = self.attend(self.norm1(tokens))
+        out: Tensor = pooled + self.mlp(self.norm2(pooled))
+        return out
+
+    def attend(self, tokens: Tensor) -> Tensor:
+        """The attention alone, over tokens that are normed: (B, N, D) -> (B, D)"""
+        query = self.query.expand(tokens.shape[0], 1, -1)
+        q, k, v = (
+            rearrange(values, "b n (h d) -> b h n d", h=self.num_heads)
+            for values in (self.q(query), self.k(tokens), self.v(tokens))
         )
+        heads = F.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.proj(rearrange(heads, "b h 1 d -> b (h d)"))
+        return out
+
+
+def _make_pooling(settings: ClassifierConfig) -> nn.Module:
+    dim, prefix = settings.encoder.dim, int(settings.class_token)
+    if settings.pooling == "mean_norm":
+        return MeanNorm(dim, prefix)
+    if settings.pooling == "batch_norm":
+        return BatchNorm(dim, slice(0, 1) if prefix else slice(None))
+    if settings.pooling == "attentive":
+        return AttentivePooling(dim, settings.encoder.num_heads)
     return FirstToken()

@@ -1,55 +1,18 @@
 """The encoder that pre-training, fine-tuning and probes share: tokens of clips, seen or masked."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from hpm_video.config.choices import Conventions, Init, Positions, TransformerSize
+from hpm_video.config.choices import Init
+from hpm_video.config.model import EncoderConfig
 from hpm_video.models.positions import FixedPositions
 from hpm_video.models.vit import Transformer, init_linear
-from hpm_video.tokens.grid import Size3, TokenGrid
+from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import TokenMask
 from hpm_video.tokens.patches import patchify
-
-
-@dataclass(frozen=True)
-class EncoderShape:
-    """What an encoder is, apart from its weights."""
-
-    grid: TokenGrid
-    patch_size: Size3
-    size: TransformerSize
-    positions: Positions
-    source_grid: TokenGrid | None = None
-    """Grid of pre-training, in which tokens have their positions; by default ``grid``."""
-    channels: int = 3
-    class_token: bool = False
-    """Whether a learned token that stands for the whole clip goes first."""
-    conventions: Conventions = "videomae"
-    other_grids: tuple[TokenGrid, ...] = ()
-    """Of further kinds of clips that it takes, whose tokens have their positions alike."""
-
-    @property
-    def values(self) -> int:
-        """Values of a patch (P)."""
-        return self.channels * math.prod(self.patch_size)
-
-    @property
-    def num_prefix(self) -> int:
-        """Tokens before those of the clip: the class token, or none."""
-        return int(self.class_token)
-
-    def fixed_positions(self, dim: int) -> FixedPositions:
-        """Positions of all its clips at a width."""
-        grids = dict.fromkeys((self.grid, *self.other_grids))
-        return FixedPositions(grids, dim, self.positions, self.source_grid or self.grid)
-
-    def grid_of(self, clips: Tensor) -> TokenGrid:
-        """(B, C, T, H, W) -> the grid of their tokens"""
-        return TokenGrid.of_clip((clips.shape[2], clips.shape[3], clips.shape[4]), self.patch_size)
 
 
 class ClipEncoder(nn.Module):
@@ -60,34 +23,51 @@ class ClipEncoder(nn.Module):
 
     def __init__(
         self,
-        shape: EncoderShape,
+        settings: EncoderConfig,
+        grid: TokenGrid,
         *,
-        drop_path: float = 0.0,
-        checkpoint_activations: bool = False,
+        source_grid: TokenGrid | None = None,
+        other_grids: Iterable[TokenGrid] = (),
         final_norm: bool = True,
         init: Init | None = "truncated_normal",
     ) -> None:
-        """``init``: none where a class that builds on this one calls :meth:`init_encoder`."""
+        """Build the layers, and draw initial weights.
+
+        Args:
+            settings: the model's section of a config.
+            grid: tokens of a clip.
+            source_grid: grid of pre-training, in which tokens have their positions; default: grid.
+            other_grids: of further kinds of clips, whose tokens have their positions alike.
+            final_norm: whether a norm follows the blocks.
+            init: none where a class that builds on this one calls :meth:`init_encoder`.
+        """
         super().__init__()
-        self.shape = shape
-        dim = shape.size.dim
-        self.patch_embed = nn.Linear(shape.values, dim)
-        self.class_token = nn.Parameter(torch.zeros(dim)) if shape.class_token else None
+        self.settings, self.grid, self.source_grid = settings, grid, source_grid or grid
+        self.num_prefix = int(settings.class_token)
+        self.patch_values = settings.channels * math.prod(settings.patch_size)
+        self.grids = tuple(dict.fromkeys((grid, *other_grids)))
+        dim = settings.encoder.dim
+        self.patch_embed = nn.Linear(self.patch_values, dim)
+        self.class_token = nn.Parameter(torch.zeros(dim)) if settings.class_token else None
         self.encoder = Transformer(
-            shape.size,
-            drop_path=drop_path,
-            checkpoint_activations=checkpoint_activations,
+            settings.encoder,
+            drop_path=settings.drop_path,
+            checkpoint_activations=settings.checkpoint_activations,
             final_norm=final_norm,
-            conventions=shape.conventions,
+            conventions=settings.conventions,
         )
-        self.encoder_positions = shape.fixed_positions(dim)
+        self.encoder_positions = self.make_positions(dim)
         if init is not None:
             self.init_encoder(init)
+
+    def make_positions(self, dim: int) -> FixedPositions:
+        """Build the positions of all its clips at a width."""
+        return FixedPositions(self.grids, dim, self.settings.positions, self.source_grid)
 
     def init_encoder(self, init: Init) -> None:
         """Draw initial weights. VideoMAE's patch embedding keeps PyTorch's own."""
         self.encoder.apply(INITS[init])
-        if self.shape.conventions == "mae":
+        if self.settings.conventions == "mae":
             nn.init.xavier_uniform_(self.patch_embed.weight)
         if self.class_token is not None:
             nn.init.normal_(self.class_token, std=0.02)
@@ -101,8 +81,8 @@ class ClipEncoder(nn.Module):
 
         The keys decide which residual branches stochastic depth drops; without them, none.
         """
-        positions = self.encoder_positions(self.shape.grid_of(clips))
-        patches = patchify(clips, self.shape.patch_size)
+        positions = self.encoder_positions(self.grid_of(clips))
+        patches = patchify(clips, self.settings.patch_size)
         if mask is not None:
             patches, positions = mask.take_visible(patches), positions[mask.visible_ids]
         tokens = self.patch_embed(patches) + positions
@@ -112,13 +92,18 @@ class ClipEncoder(nn.Module):
         out: Tensor = self.encoder(tokens, self.encoder.draws(keys))
         return out
 
+    def grid_of(self, clips: Tensor) -> TokenGrid:
+        """(B, C, T, H, W) -> the grid of their tokens"""
+        size = (clips.shape[2], clips.shape[3], clips.shape[4])
+        return TokenGrid.of_clip(size, self.settings.patch_size)
+
     def pool(self, tokens: Tensor) -> Tensor:
         """One vector for each clip: the class token, or else the mean: (B, ., D) -> (B, D)"""
         return tokens.mean(dim=1) if self.class_token is None else tokens[:, 0]
 
     def of_clip(self, tokens: Tensor) -> Tensor:
         """All but the class token: (B, ., D) -> (B, N or V, D)"""
-        return tokens[:, self.shape.num_prefix :]
+        return tokens[:, self.num_prefix :]
 
     @property
     def num_layers(self) -> int:

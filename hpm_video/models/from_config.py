@@ -1,6 +1,7 @@
 """Models as a config describes them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -9,7 +10,7 @@ from hpm_video.config.data import DataConfig
 from hpm_video.config.model import EncoderConfig
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.models.classifier import ClipClassifier
-from hpm_video.models.encoder import EncoderShape
+from hpm_video.models.encoder import ClipEncoder
 from hpm_video.models.feature_model import feature_width
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.randomness import key_of
@@ -34,67 +35,59 @@ def source_grid_of(config: PretrainConfig | FinetuneConfig) -> Size3:
     return (time, height, width)
 
 
-def encoder_shape(
-    model: EncoderConfig,
-    data: DataConfig,
-    source: Size3 | None,
-    others: Iterable[DataConfig] = (),
-) -> EncoderShape:
-    """What the encoder of a config is; ``others``: further clips that it takes.
+def grid_of(model: EncoderConfig, data: DataConfig) -> TokenGrid:
+    """The grid of tokens of a clip.
 
     Raises:
         ConfigError: the patches do not fit the clips.
     """
     try:
-        grid, *other_grids = (
-            TokenGrid.of_clip(each.clip_size, model.patch_size) for each in (data, *others)
-        )
+        return TokenGrid.of_clip(data.clip_size, model.patch_size)
     except ValueError as error:
         raise ConfigError(f"these clips do not fit the model: {error}") from error
-    return EncoderShape(
-        grid,
-        model.patch_size,
-        model.encoder,
-        model.positions,
-        None if source is None else TokenGrid(*source),
-        model.channels,
-        model.class_token,
-        model.conventions,
-        tuple(other_grids),
-    )
 
 
 def build_classifier(config: FinetuneConfig, num_classes: int) -> ClipClassifier:
     """The model of a config, its weights drawn from the seed."""
-    model = config.model
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key_of(config.seed, "weights"))
+    model, source = config.model, config.model.pretrained_grid
+    with initial_weights(config.seed):
         return ClipClassifier(
-            encoder_shape(model, config.data, model.pretrained_grid),
+            model,
             num_classes,
-            pooling=model.pooling,
-            frozen=model.frozen,
-            head_dropout=model.head_dropout,
-            head_init_scale=model.head_init_scale,
-            drop_path=model.drop_path,
-            checkpoint_activations=model.checkpoint_activations,
-            init=model.init,
+            grid_of(model, config.data),
+            None if source is None else TokenGrid(*source),
         )
 
 
 def build_student(config: PretrainConfig) -> MaskedAutoencoder:
     """The model of a config, its weights drawn from the seed."""
-    others = [source.data for source in config.mix.values()]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key_of(config.seed, "weights"))
+    grid, *others = (grid_of(config.model, data) for data in config.sources.values())
+    with initial_weights(config.seed):
         return MaskedAutoencoder(
-            encoder_shape(config.model, config.data, source_grid_of(config), others),
-            config.model.decoder,
+            config.model,
+            grid,
+            source_grid=TokenGrid(*source_grid_of(config)),
+            other_grids=others,
             predictor=config.mining.predictor != "none",
             target_width=_target_width(config),
-            drop_path=config.model.drop_path,
-            checkpoint_activations=config.model.checkpoint_activations,
         )
+
+
+def build_encoder(config: PretrainConfig, data: DataConfig) -> ClipEncoder:
+    """The encoder of pre-training alone, for other clips, its weights drawn from the seed."""
+    source = TokenGrid(*source_grid_of(config))
+    with initial_weights(config.seed):
+        return ClipEncoder(
+            config.model, grid_of(config.model, data), source_grid=source, init="xavier"
+        )
+
+
+@contextmanager
+def initial_weights(seed: int) -> Iterator[None]:
+    """Draw by the seed of a config, and leave torch's own generator as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key_of(seed, "weights"))
+        yield
 
 
 def _target_width(config: PretrainConfig) -> int | None:

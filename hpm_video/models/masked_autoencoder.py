@@ -1,13 +1,15 @@
 """The masked autoencoder with a second decoder that scores how hard each token is."""
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hpm_video.config.choices import Conventions, TransformerSize
-from hpm_video.models.encoder import ClipEncoder, EncoderShape
+from hpm_video.config.model import ModelConfig
+from hpm_video.models.encoder import ClipEncoder
 from hpm_video.models.vit import Transformer, init_linear
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import TokenMask
@@ -70,36 +72,39 @@ class MaskedAutoencoder(ClipEncoder):
 
     def __init__(
         self,
-        shape: EncoderShape,
-        decoder: TransformerSize,
+        settings: ModelConfig,
+        grid: TokenGrid,
         *,
+        source_grid: TokenGrid | None = None,
+        other_grids: Iterable[TokenGrid] = (),
         predictor: bool = True,
         target_width: int | None = None,
-        drop_path: float = 0.0,
-        checkpoint_activations: bool = False,
     ) -> None:
         """``target_width``: values that are predicted of each token, by default its patch's."""
-        keep = {"checkpoint_activations": checkpoint_activations}
-        super().__init__(shape, drop_path=drop_path, init=None, **keep)
-        of_mae = shape.conventions == "mae"
-        self.to_decoder = nn.Linear(shape.size.dim, decoder.dim, bias=of_mae)
+        super().__init__(
+            settings, grid, source_grid=source_grid, other_grids=other_grids, init=None
+        )
+        decoder, conventions = settings.decoder, settings.conventions
+        keep = {"checkpoint_activations": settings.checkpoint_activations}
+        bias = conventions == "mae"
+        self.to_decoder = nn.Linear(settings.encoder.dim, decoder.dim, bias=bias)
         self.mask_token = nn.Parameter(torch.zeros(decoder.dim))
         self.reconstructor = Decoder(
-            decoder, target_width or shape.values, conventions=shape.conventions, **keep
+            decoder, target_width or self.patch_values, conventions=conventions, **keep
         )
         self.difficulty_decoder = None
         if predictor:
             # Only the order of scores counts, and bf16 would make many of them equal.
             self.difficulty_decoder = Decoder(
-                decoder, 1, conventions=shape.conventions, exact_head=True, **keep
+                decoder, 1, conventions=conventions, exact_head=True, **keep
             )
-        self.decoder_positions = shape.fixed_positions(decoder.dim)
+        self.decoder_positions = self.make_positions(decoder.dim)
         self._init_weights()
 
     @property
     def decayed_tokens(self) -> tuple[str, ...]:
         """Names of the vectors that pre-training decays as if they were matrices."""
-        return ("class_token", "mask_token") if self.shape.conventions == "mae" else ()
+        return ("class_token", "mask_token") if self.settings.conventions == "mae" else ()
 
     def forward(self, clips: Tensor, mask: TokenMask, keys: Tensor | None = None) -> Prediction:
         """Predictions for the hidden tokens of normalised clips.
@@ -111,8 +116,8 @@ class MaskedAutoencoder(ClipEncoder):
         visible = self.to_decoder(self.encode(clips, keys, mask))
         hidden = self.mask_token.to(visible.dtype).expand(*mask.masked_ids.shape, -1)
         tokens = mask.merge(self.of_clip(visible), hidden)
-        sequence = self._placed(visible, tokens, self.shape.grid_of(clips))
-        prefix = self.shape.num_prefix
+        sequence = self._placed(visible, tokens, self.grid_of(clips))
+        prefix = self.num_prefix
         content = self.reconstructor(sequence, prefix, mask)
         if self.difficulty_decoder is None:
             return Prediction(content, None)
@@ -126,7 +131,7 @@ class MaskedAutoencoder(ClipEncoder):
         Raises:
             ValueError: the model has no loss predictor.
         """
-        return self.score(self.encode(clips), self.shape.grid_of(clips))
+        return self.score(self.encode(clips), self.grid_of(clips))
 
     def score(self, encoded: Tensor, grid: TokenGrid) -> Tensor:
         """Difficulty of every token, of which all are encoded: (B, ., D) -> (B, N)
@@ -138,13 +143,13 @@ class MaskedAutoencoder(ClipEncoder):
             raise ValueError("this model has no loss predictor, so it cannot score tokens")
         tokens = self.to_decoder(encoded)
         sequence = self._placed(tokens, self.of_clip(tokens), grid)
-        scores: Tensor = self.difficulty_decoder(sequence, self.shape.num_prefix, None).squeeze(-1)
+        scores: Tensor = self.difficulty_decoder(sequence, self.num_prefix, None).squeeze(-1)
         return scores
 
     def _placed(self, embedded: Tensor, tokens: Tensor, grid: TokenGrid) -> Tensor:
         """Tokens of the whole clip at their positions, behind the class token of ``embedded``."""
         sequence: Tensor = tokens + self.decoder_positions(grid)
-        prefix = self.shape.num_prefix
+        prefix = self.num_prefix
         if prefix:
             first = embedded[:, :prefix].to(sequence.dtype)
             sequence = torch.cat([first, sequence], dim=1)
@@ -154,7 +159,7 @@ class MaskedAutoencoder(ClipEncoder):
         """Initial weights by the conventions. VideoMAE's to_decoder keeps PyTorch's own."""
         self.init_encoder("xavier")
         self.reconstructor.apply(init_linear)
-        if self.shape.conventions == "mae":
+        if self.settings.conventions == "mae":
             init_linear(self.to_decoder)
             nn.init.normal_(self.mask_token, std=0.02)
         else:
@@ -164,6 +169,6 @@ class MaskedAutoencoder(ClipEncoder):
             head = self.difficulty_decoder.head
             # The official head has P outputs, xavier-uniform, and averages them: this is what it
             # folds to. Scores start nearly equal.
-            values = self.shape.values
+            values = self.patch_values
             deviation = math.sqrt(2 / (head.in_features + values)) / math.sqrt(values)
             nn.init.normal_(head.weight, std=deviation)

@@ -2,7 +2,6 @@
 
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,8 @@ from hpm_video.data.reading import Views
 from hpm_video.files.failures import BadFiles, Failure
 from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition.feature_folder import DType, FeatureFolder, Form, GrowingFile
-from hpm_video.recognition.inference import FILE_OF, Extractor, WeightsOf
-from hpm_video.training.checkpoint import weights_digest
+from hpm_video.recognition.inference import Inference
+from hpm_video.recognition.trained_model import TrainedModel
 from hpm_video.workers.progress_bar import ProgressBar
 
 
@@ -31,43 +30,42 @@ class Wanted:
     """Every token of the last layer, instead of one vector for each view."""
     dtype: DType = "float32"
 
-    def form(self, extractor: Extractor) -> Form:
+    def form(self, encoder: Inference) -> Form:
         """What the file of a video then holds."""
-        shape = extractor.model.shape
-        of_view = (shape.grid.num_tokens, shape.size.dim) if self.tokens else (shape.size.dim,)
+        tokens, dim = encoder.model.grid.num_tokens, encoder.model.settings.encoder.dim
+        of_view = (tokens, dim) if self.tokens else (dim,)
         return Form(of_view, self.dtype, windows=self.views.every is not None)
 
 
-def describe(
-    extractor: Extractor, checkpoint: Path, weights: WeightsOf, wanted: Wanted
-) -> dict[str, Any]:
+def describe(trained: TrainedModel, encoder: Inference, wanted: Wanted) -> dict[str, Any]:
     """Everything that decides about features, for the settings of a folder."""
-    spec, views = extractor.spec, wanted.views
+    data, views = encoder.data, wanted.views
+    if views.every is not None:
+        chosen: dict[str, Any] = {"window_stride": views.every}
+    else:
+        chosen = {"clips": views.clips, "crops": views.crops}
     return {
-        "checkpoint": str(checkpoint.resolve()),
-        "weights": weights,
-        "weights_sha256": weights_digest(checkpoint, FILE_OF.get(weights, weights)),
-        **(
-            {"window_stride": views.every}
-            if views.every is not None
-            else {"clips": views.clips, "crops": views.crops}
-        ),
+        "update": trained.update,
+        "checkpoint": str(trained.path.resolve()),
+        "weights": trained.weights,
+        "weights_sha256": trained.digest,
+        **chosen,
         "features": "tokens" if wanted.tokens else "pooled",
         "dtype": wanted.dtype,
-        "view_shape": list(wanted.form(extractor).view_shape),
-        "num_frames": spec.num_frames,
-        "frame_stride": spec.frame_stride,
-        "frame_size": list(spec.frame_size),
-        "sampling": spec.sampling,
-        "mean": list(extractor.mean),
-        "std": list(extractor.std),
-        "device": extractor.device.type,
-        "precision": extractor.precision,
+        "view_shape": list(wanted.form(encoder).view_shape),
+        "num_frames": data.num_frames,
+        "frame_stride": data.frame_stride,
+        "frame_size": list(data.frame_size),
+        "sampling": data.sampling,
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "device": encoder.device.type,
+        "precision": encoder.precision,
     }
 
 
 def extract(
-    extractor: Extractor,
+    encoder: Inference,
     wanted: Wanted,
     folder: FeatureFolder,
     *,
@@ -83,9 +81,9 @@ def extract(
     stream = stream_parts(
         folder.manifest,
         places,
-        replace(extractor.spec, decoder=decoder),
+        replace(encoder.data, decoder=decoder),
         wanted.views,
-        clips_per_part=extractor.clips_per_pass,
+        clips_per_part=encoder.clips_per_pass,
         workers=min(workers, len(places)),
     )
     bad = BadFiles(folder.bad_files, num_files=len(folder.manifest), max_bad_share=1.0)
@@ -93,7 +91,7 @@ def extract(
     try:
         with (
             closing(ProgressBar(len(places), "videos", "clips/s")) as bar,
-            closing(_Writer(extractor, wanted, folder)) as writer,
+            closing(_Writer(encoder, wanted, folder)) as writer,
             closing(stream) as parts,
         ):
             for place, part in parts:
@@ -113,8 +111,8 @@ def extract(
 class _Writer:
     """Turns parts of videos into files of features."""
 
-    def __init__(self, extractor: Extractor, wanted: Wanted, folder: FeatureFolder) -> None:
-        self._values = extractor.tokens if wanted.tokens else extractor.pooled
+    def __init__(self, encoder: Inference, wanted: Wanted, folder: FeatureFolder) -> None:
+        self._values = encoder.tokens if wanted.tokens else encoder.pooled
         self._dtype = wanted.dtype
         self._folder = folder
         self._growing: dict[int, GrowingFile] = {}

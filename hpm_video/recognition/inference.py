@@ -1,55 +1,48 @@
-"""Features of clips: a trained encoder that is put to use, whatever it was trained for."""
+"""A trained model put to use, and the one pass over the views of videos."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal
+from itertools import islice
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hpm_video.config.checks import ConfigError
 from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.data import DataConfig
-from hpm_video.config.loading import load_any_config
-from hpm_video.config.schema import PretrainConfig
+from hpm_video.data.batch import ClipBatch
 from hpm_video.data.clips import HeldOutClips
-from hpm_video.data.loader import held_out_batches
+from hpm_video.data.loader import default_workers, held_out_batches
 from hpm_video.data.manifest import Manifest
-from hpm_video.data.reading import Views
-from hpm_video.files.weights import load_weights
+from hpm_video.data.reading import MIDDLE, Views
+from hpm_video.files.failures import BadFilesError, Failure
+from hpm_video.files.weights import CheckpointError
 from hpm_video.models.encoder import ClipEncoder
-from hpm_video.models.from_config import encoder_shape, source_grid_of
-from hpm_video.randomness import key_of
-from hpm_video.recognition.testing import collect, score_videos, tell_left_out
+from hpm_video.recognition.trained_model import TrainedClassifier, TrainedModel
 from hpm_video.tokens.pixels import normalise
-from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.device import AUTOCAST, Precision
 from hpm_video.training.distributed import Processes
-from hpm_video.workers.pool import USUAL, Limits
+from hpm_video.workers.pool import GIB, USUAL, Limits
 
-WeightsOf = Literal["student", "teacher", "model", "average", "untrained"]
-"""Of a checkpoint: student or teacher of pre-training, a classifier or the average of its weights;
-or those that pre-training began with, to compare with."""
-FILE_OF: dict[WeightsOf, str] = {"student": "model"}
-OF_DECODERS = (
-    "mask_token",
-    "to_decoder.",
-    "reconstructor.",
-    "difficulty_decoder.",
-    "decoder_positions.",
+log = logging.getLogger(__name__)
+
+CLIPS_PER_PASS = 32
+REPAIR = (
+    "Repair them, or take them out of the manifest. A test can leave them out knowingly "
+    "(test.exclude_bad_files=true, tools/evaluate.py --exclude-bad-files): they then count as "
+    "wrong, and the result says how many they are"
 )
-"""Weights of a masked autoencoder that are not its encoder's."""
-BATCH_CLIPS = 64
-"""At most so many clips are held by a batch, unless one video has more views."""
+
+Values = Callable[[Tensor], Tensor]
+"""(B, C, T, H, W) uint8 on any device -> (B, values)"""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How the videos of a manifest are read."""
+    """How the videos of a validation manifest are read."""
 
     decoder: DecoderChoice = "auto"
     workers: int = 0
@@ -58,58 +51,156 @@ class Reading:
     limits: Limits = USUAL
     """Of a process that decodes."""
 
+    @classmethod
+    def of(cls, data: DataConfig, *, exclude_bad_files: bool = False) -> "Reading":
+        """As a config says."""
+        workers = default_workers() if data.workers is None else data.workers
+        limits = Limits(data.seconds_per_file, int(data.memory_per_worker * GIB))
+        return cls(data.decoder, workers, exclude_bad_files, limits)
 
-@dataclass(frozen=True)
-class ClipChoice:
-    """Which clips an encoder is to see; where nothing is said, those that it was trained on."""
+    def clips(self, manifest: Manifest, data: DataConfig, views: Views = MIDDLE) -> HeldOutClips:
+        """Return the views of the videos; one that does not decode is reported."""
+        data = replace(data, decoder=self.decoder)
+        return HeldOutClips(manifest, data, views=views, seed=0, report_failures=True)
 
-    num_frames: int | None = None
-    frame_stride: int | None = None
-    frame_size: tuple[int, int] | None = None
-
-    def of(self, data: DataConfig) -> DataConfig:
-        """The data of a config with these clips."""
-        return replace(
-            data,
-            num_frames=data.num_frames if self.num_frames is None else self.num_frames,
-            frame_stride=data.frame_stride if self.frame_stride is None else self.frame_stride,
-            max_frame_stride=None,
-            frame_size=data.frame_size if self.frame_size is None else self.frame_size,
-            held_out_short_side=self._short_side(data.held_out_short_side, data.frame_size),
+    def batches(
+        self, clips: HeldOutClips, positions: Sequence[int], max_clips: int = CLIPS_PER_PASS
+    ) -> Generator[ClipBatch, None, None]:
+        """Read some of ``clips`` in batches of whole videos, of at most ``max_clips`` or one."""
+        return held_out_batches(
+            clips,
+            batch_size=videos_per_batch(clips, positions, max_clips),
+            workers=self.workers,
+            positions=positions,
+            limits=self.limits,
         )
 
-    def _short_side(self, usual: int | None, usual_size: tuple[int, int]) -> int | None:
-        """In the same proportion to another frame size."""
-        if usual is None or self.frame_size is None:
-            return usual
-        return round(usual * max(self.frame_size) / max(usual_size))
+
+def videos_per_batch(clips: HeldOutClips, positions: Sequence[int], max_clips: int) -> int:
+    """Return how many videos a batch holds."""
+    return max(1, min(len(positions), max_clips // clips.views.count))
+
+
+def find_failures(clips: HeldOutClips, reading: Reading, processes: Processes) -> None:
+    """Decode validation clips once, so that a bad file can stop a run before it begins.
+
+    Each process decodes its share, and all learn what failed.
+
+    Raises:
+        BadFilesError: files do not decode, and are not to be excluded.
+        DecodeError: likewise, where ``clips`` do not report failures.
+    """
+    known = set(clips.bad)
+    with closing(reading.batches(clips, processes.share(len(clips)))) as batches:
+        failures = processes.gather([failure for batch in batches for failure in batch.failures])
+    _leave_out(failures, clips, known, processes, allowed=reading.exclude_bad_files)
+
+
+def _leave_out(
+    failures: list[Failure],
+    clips: HeldOutClips,
+    known: set[str],
+    processes: Processes,
+    *,
+    allowed: bool,
+) -> None:
+    """Name the failures that were not known, and let no process try those files again.
+
+    Raises:
+        BadFilesError: there are any, and that is not allowed.
+    """
+    failures.sort(key=lambda bad: bad.path)
+    if failures and not allowed:
+        raise BadFilesError(failures, len(clips), REPAIR)
+    for failure in failures if processes.is_first else ():
+        if failure.path not in known:
+            log.warning("left out: %s: %s", failure.path, failure.reason)
+    clips.bad |= {failure.path: failure for failure in failures}
+
+
+def each_video(
+    values: Values,
+    clips: HeldOutClips,
+    positions: Sequence[int],
+    reading: Reading,
+    max_clips: int = CLIPS_PER_PASS,
+) -> Iterator[tuple[int, NDArray[np.float64] | Failure]]:
+    """Yield the position of each video, and the mean of its views' values or why it failed.
+
+    After the first failure nothing is computed any more, unless bad files are excluded: then only
+    the other failures are wanted.
+    """
+    views, files = clips.views.count, clips.manifest.files
+    left = iter(positions)
+    failed = False
+    with closing(reading.batches(clips, positions, max_clips)) as batches:
+        for batch in batches:
+            failures = {failure.path: failure for failure in batch.failures}
+            failed = failed or bool(failures)
+            wanted = len(batch.clips) > 0 and (reading.exclude_bad_files or not failed)
+            if wanted:
+                with torch.no_grad():
+                    of_views = values(batch.clips).double().cpu().numpy()
+                means = iter(of_views.reshape(-1, views, of_views.shape[1]).mean(axis=1))
+            for position in islice(left, videos_per_batch(clips, positions, max_clips)):
+                if files[position] in failures:
+                    yield position, failures[files[position]]
+                elif wanted:
+                    yield position, next(means)
+
+
+def over_videos(
+    values: Values,
+    clips: HeldOutClips,
+    reading: Reading,
+    processes: Processes,
+    max_clips: int = CLIPS_PER_PASS,
+) -> NDArray[np.float64]:
+    """Values of each video, averaged over its views.
+
+    Each process looks at its share, and all get (videos, values), NaN for a video that failed.
+
+    Raises:
+        BadFilesError: videos do not decode, and are not to be excluded or are all that there are.
+        CheckpointError: a value is not finite.
+    """
+    share, known = processes.share(len(clips)), set(clips.bad)
+    found = processes.gather([*each_video(values, clips, share, reading, max_clips)])
+    failures = [value for _, value in found if isinstance(value, Failure)]
+    means = {place: value for place, value in found if not isinstance(value, Failure)}
+    allowed = reading.exclude_bad_files and len(means) > 0
+    _leave_out(failures, clips, known, processes, allowed=allowed)
+    table = np.full((len(clips), len(next(iter(means.values())))), np.nan)
+    for place, mean in means.items():
+        if not np.isfinite(mean).all():
+            raise CheckpointError(
+                f"what the model says of {clips.manifest.files[place]} is not finite: its weights "
+                f"have diverged, or bf16 does not hold them. Take an earlier checkpoint, or fp32"
+            )
+        table[place] = mean
+    assert len(means) + len(failures) == len(clips)
+    return table
 
 
 @dataclass(frozen=True)
-class Extractor:
-    """An encoder, ready for clips."""
+class Inference:
+    """A model that is ready for clips."""
 
     model: ClipEncoder
     """On ``device``."""
-    spec: DataConfig
-    """The clips that it takes."""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    data: DataConfig
+    """What the clips are that it takes."""
     device: torch.device
     precision: Precision
-    clips_per_pass: int = 32
+    clips_per_pass: int = CLIPS_PER_PASS
 
-    def check_stride(self, given: int | None) -> None:
-        """Make sure that a stride that was given plays a part.
-
-        Raises:
-            ConfigError: the clips are of segments, and have none.
-        """
-        if given is not None and self.spec.sampling == "segments":
-            raise ConfigError(
-                f"a frame stride ({given}) plays no part in clips that span the whole video "
-                f"(data.sampling=segments); leave it out"
-            )
+    @classmethod
+    def load(cls, trained: TrainedModel, device: torch.device, precision: Precision) -> "Inference":
+        """Build a trained model on ``device``."""
+        clips = CLIPS_PER_PASS
+        if isinstance(trained, TrainedClassifier):
+            clips = trained.config.test.clips_per_pass
+        return cls(trained.encoder().to(device), trained.data, device, precision, clips)
 
     def tokens(self, clips: Tensor) -> Tensor:
         """Of the last layer: (B, C, T, H, W) uint8 on any device -> (B, N, D) float32
@@ -125,53 +216,12 @@ class Extractor:
         """
         return self._in_passes(lambda part: self.model.pool(self.model.encode(part)), clips)
 
-    def of_videos(
-        self, manifest: Manifest, views: Views, reading: Reading, processes: Processes
-    ) -> NDArray[np.float64]:
-        """Mean over the views of each video: -> (videos, D), NaN for one that does not decode
-
-        Raises:
-            BadTestFilesError: videos do not decode, and are not to be excluded.
-        """
-        return self._over_videos(self.pooled, manifest, views, reading, processes)
-
-    def _over_videos(
-        self,
-        values: Callable[[Tensor], Tensor],
-        manifest: Manifest,
-        views: Views,
-        reading: Reading,
-        processes: Processes,
-    ) -> NDArray[np.float64]:
-        """Values of clips, averaged over the views of each video: -> (videos, values)"""
-        data = replace(self.spec, decoder=reading.decoder)
-        clips = HeldOutClips(manifest, data, views=views, seed=0, report_failures=True)
-        places = processes.share(len(manifest))
-        with closing(
-            held_out_batches(
-                clips,
-                batch_size=max(1, min(len(places), BATCH_CLIPS // views.count)),
-                workers=reading.workers,
-                limits=reading.limits,
-                positions=places,
-            )
-        ) as batches:
-            found, failures = score_videos(
-                values,
-                batches,
-                manifest,
-                places,
-                num_views=views.count,
-                exclude_bad_files=reading.exclude_bad_files,
-            )
-        found, failures = processes.gather(found), processes.gather(failures)
-        told = collect(manifest, found, failures, exclude_bad_files=reading.exclude_bad_files)
-        if processes.is_first:
-            tell_left_out(failures)
-        return told
+    def probabilities(self, clips: Tensor) -> Tensor:
+        """Softmax of a classifier: (B, C, T, H, W) uint8 on any device -> (B, classes) float32"""
+        return self._in_passes(self.model, clips).softmax(dim=-1)
 
     @torch.no_grad()
-    def _in_passes(self, values: Callable[[Tensor], Tensor], clips: Tensor) -> Tensor:
+    def _in_passes(self, values: Values, clips: Tensor) -> Tensor:
         """Values of normalised clips, in evaluation mode, a few clips at a time."""
         was_training = self.model.training
         self.model.eval()
@@ -180,39 +230,6 @@ class Extractor:
         for part in torch.split(clips, self.clips_per_pass):
             pixels = part.to(self.device, non_blocking=True)
             with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-                outputs.append(values(normalise(pixels, self.mean, self.std)).float())
+                outputs.append(values(normalise(pixels, self.data.mean, self.data.std)).float())
         self.model.train(was_training)
         return torch.cat(outputs)
-
-
-def load_extractor(
-    checkpoint: Path,
-    device: torch.device,
-    precision: Precision,
-    *,
-    weights: WeightsOf = "student",
-    clips: ClipChoice = ClipChoice(),  # noqa: B008 - it is frozen
-) -> Extractor:
-    """The encoder out of a checkpoint folder of a pre-training run, with its final norm.
-
-    Clips of another size than in pre-training get their positions in its grid.
-
-    Raises:
-        ConfigError, CheckpointError: the folder is no whole checkpoint of such a run.
-    """
-    config = load_any_config(checkpoint / "config.yaml")
-    if not isinstance(config, PretrainConfig):
-        raise ConfigError(
-            f"{checkpoint} is of a classifier, not of pre-training; give a checkpoint of "
-            f"./run_pretrain.sh, such as runs/demo/checkpoints/last"
-        )
-    data = clips.of(config.data)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key_of(config.seed, "weights"))
-        model = ClipEncoder(
-            encoder_shape(config.model, data, source_grid_of(config)), init="xavier"
-        )
-    if weights != "untrained":
-        stored = read_weights(checkpoint, FILE_OF.get(weights, weights))
-        load_weights(model, stored, checkpoint, may_leave=OF_DECODERS)
-    return Extractor(model.to(device).eval(), data, data.mean, data.std, device, precision)

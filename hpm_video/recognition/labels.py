@@ -1,5 +1,6 @@
 """Classes of videos: their numbers and names, and whether two manifests agree on them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from hpm_video.data.manifest import Manifest, ManifestError
@@ -61,7 +62,7 @@ def with_numbers(names: tuple[str, ...], count: int) -> tuple[str, ...]:
     return names + tuple(str(label) for label in range(len(names), count))
 
 
-def check_same_names(names: tuple[str, ...], held_out: Manifest) -> None:
+def check_same_names(names: Sequence[str], held_out: Manifest) -> None:
     """Make sure that a manifest numbers the classes as ``names`` does.
 
     Raises:

@@ -1,19 +1,36 @@
-"""Probes of frozen features that need no training loop: nearest neighbours, logistic regression."""
+"""Probes of frozen features that need no training loop: nearest neighbours, logistic regression.
+
+Axes here: Q queries, S labelled samples, D feature width, K classes. scikit-learn is imported where
+it is needed: it takes a second, and training needs none of it.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from hpm_video.data.clips import HeldOutClips
 from hpm_video.data.manifest import Manifest
-from hpm_video.recognition.logistic import choose_penalty, fit_logistic
-from hpm_video.recognition.nearest import NEIGHBOURS, TEMPERATURE, knn_probabilities
+from hpm_video.randomness import generator
+from hpm_video.recognition.inference import Inference, Reading, over_videos
 from hpm_video.recognition.testing import Scores
+from hpm_video.training.distributed import Processes
 
+Array = NDArray[np.floating[Any]]
+Labels = NDArray[np.int64]
+
+NEIGHBOURS = (10, 20, 100, 200)
+"""Numbers of neighbours that are customary."""
+TEMPERATURE = 0.07
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Of logistic regression, to choose from by cross-validation on the training videos."""
+FOLDS = 3
+"""Parts of the samples, each of which is left out once to choose a penalty."""
+TOLERANCE = 1e-8
+"""Largest entry of the objective's gradient at which a fit is finished."""
+MAX_STEPS = 3000
 
 
 @dataclass(frozen=True)
@@ -24,16 +41,44 @@ class FeatureTable:
     features: NDArray[np.float64]
     """(videos, D); NaN for a video that does not decode."""
 
+    @classmethod
+    def of(
+        cls,
+        encoder: Inference,
+        clips: HeldOutClips,
+        reading: Reading,
+        processes: Processes = Processes(),  # noqa: B008 - it is frozen
+    ) -> "FeatureTable":
+        """Compute them: the mean over the views of each video, each by one of the processes.
+
+        Raises:
+            BadFilesError: videos do not decode, and are not to be excluded.
+        """
+        per_pass = encoder.clips_per_pass
+        table = over_videos(encoder.pooled, clips, reading, processes, per_pass)
+        return cls(clips.manifest, table)
+
     @property
     def there(self) -> NDArray[np.bool_]:
         """(videos,) which of them have features."""
         present: NDArray[np.bool_] = ~np.isnan(self.features[:, 0])
         return present
 
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the videos that have features: -> (videos, D) float64, (videos,) labels"""
-        labels = np.asarray(self.manifest.labels)
-        return torch.from_numpy(self.features[self.there]), torch.from_numpy(labels[self.there])
+    @property
+    def known(self) -> Array:
+        """(videos that have features, D)"""
+        return self.features[self.there]
+
+    @property
+    def labels(self) -> Labels:
+        """(videos that have features,)"""
+        return np.asarray(self.manifest.labels)[self.there]
+
+    def scores(self, probabilities: Array) -> Scores:
+        """Put the probabilities of the videos that have features in the manifest's order."""
+        table = np.full((len(self.manifest), probabilities.shape[1]), np.nan)
+        table[self.there] = probabilities
+        return Scores(self.manifest, table)
 
 
 def nearest_neighbours(
@@ -48,12 +93,39 @@ def nearest_neighbours(
     Raises:
         ValueError: there are fewer training videos than neighbours.
     """
-    bank, labels = train.tensors()
-    queries, _ = test.tensors()
     found = knn_probabilities(
-        queries, bank, labels, k=neighbours, num_classes=num_classes, temperature=temperature
+        test.known, train.known, train.labels, neighbours, num_classes, temperature
     )
-    return {k: _scores(test, probabilities) for k, probabilities in found.items()}
+    return {k: test.scores(probabilities) for k, probabilities in found.items()}
+
+
+def knn_probabilities(
+    queries: Array,
+    bank: Array,
+    labels: Labels,
+    neighbours: Sequence[int],
+    num_classes: int,
+    temperature: float = TEMPERATURE,
+) -> dict[int, Array]:
+    """Class shares for each number of neighbours: (Q, D), (S, D), (S,) -> (Q, K) each
+
+    The k samples of the bank that are nearest by cosine similarity vote for their class, each with
+    exp(similarity / temperature); a row of shares sums to 1. The similarities are computed once, in
+    chunks of bounded size. Of samples that are equally near, any may be the last one that votes.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    search = NearestNeighbors(n_neighbors=max(neighbours), metric="cosine").fit(bank)
+    distances, nearest = search.kneighbors(queries)
+    # Against the nearest, so that no weight overflows and not all of them vanish.
+    weights = np.exp((distances[:, :1] - distances) / temperature)
+    rows = np.arange(len(queries))[:, None]
+    found = {}
+    for k in neighbours:
+        shares = np.zeros((len(queries), num_classes))
+        np.add.at(shares, (rows, labels[nearest[:, :k]]), weights[:, :k])
+        found[k] = shares / shares.sum(axis=1, keepdims=True)
+    return found
 
 
 def logistic_regression(
@@ -63,14 +135,82 @@ def logistic_regression(
 
     The penalty on the weights is chosen by cross-validation on the training videos alone.
     """
-    features, labels = train.tensors()
-    penalty = choose_penalty(features, labels, PENALTIES, num_classes=num_classes, seed=seed)
-    classifier = fit_logistic(features, labels, num_classes=num_classes, penalty=penalty)
-    queries, _ = test.tensors()
-    return penalty, _scores(test, classifier.probabilities(queries))
+    penalty = choose_penalty(train.known, train.labels, PENALTIES, seed=seed)
+    (probabilities,) = logistic_probabilities(
+        train.known, train.labels, test.known, [penalty], num_classes
+    )
+    return penalty, test.scores(probabilities)
 
 
-def _scores(test: FeatureTable, probabilities: torch.Tensor) -> Scores:
-    table = np.full((len(test.manifest), probabilities.shape[1]), np.nan)
-    table[test.there] = probabilities.double().numpy()
-    return Scores(test.manifest, table)
+def logistic_probabilities(
+    features: Array,
+    labels: Labels,
+    queries: Array,
+    penalties: Sequence[float],
+    num_classes: int,
+) -> list[Array]:
+    """Probabilities by the best classifier for each penalty: (S, D), (S,), (Q, D) -> (Q, K) each
+
+    It minimises mean cross-entropy + penalty / 2 * sum of squared weights, which is convex: its
+    minimum depends on no learning rate, schedule or start. Features are standardised over the
+    samples, so their scales do not matter; biases are not penalised. A class without samples has
+    probability 0. A fit begins where that for the penalty before ended, which saves steps.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(features)
+    samples, asked = scaler.transform(features), scaler.transform(queries)
+    model = LogisticRegression(tol=TOLERANCE, max_iter=MAX_STEPS, warm_start=True)
+    present = np.unique(labels)
+    # C weighs the sum of cross-entropies against half the squares. Of two classes scikit-learn
+    # learns one row of weights, the difference of ours: half the penalty is the same minimum.
+    unit = (2 if len(present) == 2 else 1) / len(samples)
+    found: list[Array] = []
+    for penalty in penalties:
+        probabilities = np.zeros((len(asked), num_classes))
+        if len(present) == 1:
+            probabilities[:, present] = 1
+        else:
+            model.set_params(C=unit / penalty).fit(samples, labels)
+            probabilities[:, present] = model.predict_proba(asked)
+        found.append(probabilities)
+    return found
+
+
+def choose_penalty(
+    features: Array,
+    labels: Labels,
+    penalties: Sequence[float],
+    *,
+    folds: int = FOLDS,
+    seed: int = 0,
+) -> float:
+    """The penalty with the highest accuracy on left-out training samples, of equals the largest.
+
+    (S, D), (S,) int -> one of ``penalties``
+
+    Each fold of the samples is left out once, and holds an equal share of every class. Rows must
+    be independent of each other: one for each video, not several clips of it.
+    """
+    fold_of = split_in_folds(labels, folds, seed)
+    falling = sorted(set(penalties), reverse=True)
+    correct = dict.fromkeys(falling, 0)
+    for fold in range(folds):
+        kept, left_out = fold_of != fold, fold_of == fold
+        found = logistic_probabilities(
+            features[kept], labels[kept], features[left_out], falling, int(labels.max()) + 1
+        )
+        for penalty, probabilities in zip(falling, found, strict=True):
+            correct[penalty] += int((probabilities.argmax(axis=1) == labels[left_out]).sum())
+    return max(falling, key=lambda penalty: correct[penalty])  # the first of equals
+
+
+def split_in_folds(labels: ArrayLike, folds: int, seed: int) -> Labels:
+    """A fold for each sample, with classes and folds as even as can be: (S,) -> (S,)"""
+    labels = np.asarray(labels)
+    shuffled = generator(seed, "folds").permutation(len(labels))
+    by_class = shuffled[labels[shuffled].argsort(kind="stable")]
+    fold_of = np.empty(len(labels), dtype=np.int64)
+    fold_of[by_class] = np.arange(len(labels)) % folds
+    return fold_of

@@ -2,51 +2,25 @@
 
 import csv
 import json
-import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from hpm_video.data.batch import ClipBatch
 from hpm_video.data.manifest import Manifest
+from hpm_video.data.reading import Views
 from hpm_video.files.atomic import written_beside
-from hpm_video.files.failures import BadFilesError, Failure
-from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition.confusion import draw_confusion
-
-log = logging.getLogger(__name__)
+from hpm_video.recognition.inference import Inference, Reading, over_videos
+from hpm_video.recognition.labels import check_labels, check_same_names
+from hpm_video.recognition.trained_model import TrainedClassifier
+from hpm_video.training.distributed import Processes
 
 MANY_CLASSES = 30
 """From so many on, the terminal shows only the best and the worst."""
-
-
-class BadTestFilesError(BadFilesError):
-    """Videos of which features or a test are wanted do not decode. The message lists them all."""
-
-    def __init__(self, failures: Sequence[Failure], num_files: int) -> None:
-        super().__init__(
-            failures,
-            num_files,
-            "Repair them, or take them out of the manifest. A test can leave them out knowingly "
-            "(test.exclude_bad_files=true, tools/evaluate.py --exclude-bad-files): they then count "
-            "as wrong, and the result says how many they are",
-            most=None,
-        )
-
-
-class VideoValues(NamedTuple):
-    """What a model says of one video."""
-
-    place: int
-    """In the manifest."""
-    mean: NDArray[np.float64]
-    """(values,) over the views."""
 
 
 @dataclass(frozen=True)
@@ -80,77 +54,49 @@ class Scores:
         return gone
 
 
-@torch.no_grad()
 def score_videos(
-    values: Callable[[Tensor], Tensor],
-    batches: Iterable[ClipBatch],
+    classifier: Inference,
+    label_names: Sequence[str],
     manifest: Manifest,
-    places: Iterable[int],
-    *,
-    num_views: int,
-    exclude_bad_files: bool,
-) -> tuple[list[VideoValues], list[Failure]]:
-    """Values of the videos at ``places`` of a manifest, averaged over their views.
-
-    ``values``: (B, C, T, H, W) uint8 on the host -> (B, values). ``batches`` hold those videos in
-    order, ``num_views`` clips of each that decodes, and name those that do not. After the first of
-    these, unless they are excluded, nothing is computed any more: the test fails, and only wants
-    to know of all of them.
-    """
-    found: list[VideoValues] = []
-    failures: list[Failure] = []
-    bad: set[str] = set()
-    left = iter(places)
-    for batch in batches:
-        failures += batch.failures
-        bad |= {failure.path for failure in batch.failures}
-        if not len(batch.clips) or (failures and not exclude_bad_files):
-            continue
-        of_views = values(batch.clips).double().cpu().numpy()
-        for mean in of_views.reshape(-1, num_views, of_views.shape[1]).mean(axis=1):
-            place = next(i for i in left if manifest.files[i] not in bad)
-            found.append(VideoValues(place, mean))
-    return found, failures
-
-
-def tell_left_out(failures: Sequence[Failure]) -> None:
-    """Name the videos that a test left out."""
-    for failure in sorted(failures, key=lambda bad: bad.path):
-        log.warning("left out: %s", failure)
-
-
-def collect(
-    manifest: Manifest,
-    found: Sequence[VideoValues],
-    failures: Sequence[Failure],
-    *,
-    exclude_bad_files: bool,
-) -> NDArray[np.float64]:
-    """The values of all processes put together: -> (videos, values), NaN for excluded videos
+    views: Views,
+    reading: Reading,
+    processes: Processes,
+) -> Scores:
+    """Test a classifier on every video of a manifest, each by one of the processes.
 
     Raises:
-        BadTestFilesError: videos do not decode, and are not to be excluded.
-        CheckpointError: a value is not finite.
-        RuntimeError: a video was looked at twice or never, which would be a fault of this program.
+        BadFilesError: videos do not decode, and are not to be excluded.
+        ManifestError: a video has no label, or one that the classifier does not know.
     """
-    if failures and not (exclude_bad_files and found):
-        raise BadTestFilesError(sorted(failures, key=lambda bad: bad.path), len(manifest))
-    table = np.full((len(manifest), len(found[0].mean)), np.nan)
-    seen = np.zeros(len(manifest), dtype=np.int64)
-    for place, mean in found:
-        if not np.isfinite(mean).all():
-            raise CheckpointError(
-                f"what the model says of {manifest.files[place]} is not finite: its weights have "
-                f"diverged, or bf16 does not hold them. Take an earlier checkpoint, or fp32"
-            )
-        table[place] = mean
-        seen[place] += 1
-    bad = {failure.path for failure in failures}
-    expected = np.array([path not in bad for path in manifest.files], dtype=np.int64)
-    if not np.array_equal(seen, expected):
-        wrong = int(np.flatnonzero(seen != expected)[0])
-        raise RuntimeError(f"{manifest.files[wrong]} was looked at {seen[wrong]} times")
-    return table
+    check_labels(manifest, len(label_names), "the videos of the test")
+    check_same_names(label_names, manifest)
+    clips = reading.clips(manifest, classifier.data, views)
+    per_pass = classifier.clips_per_pass
+    return Scores(
+        manifest, over_videos(classifier.probabilities, clips, reading, processes, per_pass)
+    )
+
+
+def describe_test(
+    trained: TrainedClassifier, classifier: Inference, manifest: Manifest, views: Views
+) -> dict[str, Any]:
+    """Everything that decides about the result of a test."""
+    data = classifier.data
+    return {
+        "update": trained.update,
+        "weights": trained.weights,
+        "weights_sha256": trained.digest,
+        "videos_sha256": manifest.digest,
+        "clips": views.clips,
+        "crops": views.crops,
+        "num_frames": data.num_frames,
+        "sampling": data.sampling,
+        "frame_stride": data.frame_stride,
+        "frame_size": list(data.frame_size),
+        "short_side": data.held_out_short_side,
+        "interpolation": data.interpolation,
+        "precision": classifier.precision,
+    }
 
 
 def summarise(scores: Scores, label_names: Sequence[str]) -> dict[str, Any]:
@@ -223,11 +169,12 @@ def _prediction(
 
 def confusion_counts(scores: Scores) -> NDArray[np.int64]:
     """Videos by true (rows) and predicted class, without those excluded: -> (classes, classes)"""
-    num_classes = scores.probabilities.shape[1]
-    there = ~scores.excluded
-    cells = scores.labels[there] * num_classes + scores.probabilities[there].argmax(axis=1)
-    counts: NDArray[np.int64] = np.bincount(cells, minlength=num_classes**2)
-    return counts.reshape(num_classes, num_classes)
+    from sklearn.metrics import confusion_matrix
+
+    there, classes = ~scores.excluded, np.arange(scores.probabilities.shape[1])
+    predicted = scores.probabilities[there].argmax(axis=1)
+    counts: NDArray[np.int64] = confusion_matrix(scores.labels[there], predicted, labels=classes)
+    return counts
 
 
 def describe(result: dict[str, Any]) -> str:

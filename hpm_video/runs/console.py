@@ -22,7 +22,6 @@ from hpm_video.data.reading import Views
 from hpm_video.decoding.registry import DecodeError, DecoderError
 from hpm_video.files.failures import BadFilesError, TooManyBadFiles
 from hpm_video.files.weights import CheckpointError
-from hpm_video.recognition.logistic import NotConvergedError
 from hpm_video.runs.data import open_manifest
 from hpm_video.training.device import DeviceError
 from hpm_video.training.distributed import (
@@ -55,7 +54,6 @@ EXPECTED = (
     ManifestError,
     MetricsError,
     NonFiniteLossError,
-    NotConvergedError,
     OSError,
     PoolError,
     ProcessesError,

@@ -4,21 +4,16 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.data import DataConfig
 from hpm_video.config.schema import RunConfig
-from hpm_video.data.clips import HeldOutClips, VideoClips
-from hpm_video.data.loader import default_workers, held_out_batches
+from hpm_video.data.clips import VideoClips
 from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.data.mixture import MixedClips
 from hpm_video.data.transforms import ClipTransform
 from hpm_video.decoding.locations import base_name
-from hpm_video.files.failures import Failure
-from hpm_video.training.distributed import Processes
 from hpm_video.training.progress import Timeline
-from hpm_video.workers.pool import GIB, Limits
 
 
 @dataclass(frozen=True)
@@ -123,47 +118,6 @@ def training_clips(
             for name, source in config.sources.items()
         ]
     )
-
-
-def find_failures(
-    clips: HeldOutClips, processes: Processes, *, batch_size: int, workers: int, limits: Limits
-) -> list[Failure]:
-    """Decode held-out clips once, so that a bad file can stop a run before it begins.
-
-    Each process decodes its share, and all get what failed.
-
-    Raises:
-        DecodeError: a file does not decode, and ``clips`` do not report that.
-    """
-    share = processes.share(len(clips))
-    batches = held_out_batches(
-        clips, batch_size=batch_size, workers=workers, positions=share, limits=limits
-    )
-    return processes.gather([failure for batch in batches for failure in batch.failures])
-
-
-class HowRead(TypedDict):
-    """How held-out clips are read."""
-
-    batch_size: int
-    """Videos."""
-    workers: int
-    limits: Limits
-
-
-def how_read(data: DataConfig, batch_size: int) -> HowRead:
-    """How a config wants held-out clips to be read."""
-    return {"batch_size": batch_size, "workers": num_workers(data), "limits": limits_of(data)}
-
-
-def limits_of(data: DataConfig) -> Limits:
-    """What a process that decodes may take."""
-    return Limits(data.seconds_per_file, int(data.memory_per_worker * GIB))
-
-
-def num_workers(data: DataConfig) -> int:
-    """Processes that decode."""
-    return default_workers() if data.workers is None else data.workers
 
 
 def describe_data(config: RunConfig, data: RunData) -> list[str]:

@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from hpm_video.config.schema import FinetuneConfig
-from hpm_video.data.loader import end_workers
 from hpm_video.data.reading import Views
-from hpm_video.recognition.inference import Reading
-from hpm_video.recognition.testing import describe, summarise, write_results
-from hpm_video.recognition.trained_classifier import describe_test, load_recogniser
-from hpm_video.runs.data import limits_of, num_workers, open_manifest
+from hpm_video.recognition.inference import Inference, Reading
+from hpm_video.recognition.testing import (
+    describe,
+    describe_test,
+    score_videos,
+    summarise,
+    write_results,
+)
+from hpm_video.recognition.trained_model import TrainedClassifier, open_trained
+from hpm_video.runs.data import open_manifest
 from hpm_video.training.checkpoint import read_state
 from hpm_video.training.device import Precision, choose_device
 from hpm_video.training.distributed import Processes
@@ -31,7 +36,7 @@ def evaluate_run(
     is not repeated.
 
     Raises:
-        BadTestFilesError: videos do not decode.
+        BadFilesError: videos do not decode.
         ConfigError, ManifestError, CheckpointError: the test cannot be run.
     """
     how = config.test
@@ -44,13 +49,14 @@ def evaluate_run(
     precision: Precision = read_state(checkpoint, of_run=True)["facts"]["precision"]
     manifest, views = open_manifest(config.data, source), Views(how.clips, how.crops)
     device = choose_device(config.engine.device, processes.count)
-    stored, recogniser = load_recogniser(checkpoint, device, precision, weights=how.weights)
+    trained = open_trained(checkpoint, TrainedClassifier, how.weights)
+    classifier = Inference.load(trained, device, precision)
     what = {
         "checkpoint": str(run_dir / "checkpoints" / checkpoint.name),
         "chosen_as": how.checkpoint,
         "manifest": source,
         "exclude_bad_files": how.exclude_bad_files,
-        **describe_test(checkpoint, stored, recogniser, manifest, views),
+        **describe_test(trained, classifier, manifest, views),
     }
     folder = run_dir / "test" / name_of_test(config, source)
     path = folder / "result.json"
@@ -65,19 +71,12 @@ def evaluate_run(
         how.clips,
         how.crops,
     )
-    reading = Reading(
-        config.data.decoder,
-        num_workers(config.data),
-        how.exclude_bad_files,
-        limits_of(config.data),
-    )
-    try:
-        scores = recogniser.score(manifest, views, reading, processes)
-    finally:
-        end_workers()
-    result = {"folder": str(folder), "test": what, **summarise(scores, recogniser.label_names)}
+    reading = Reading.of(config.data, exclude_bad_files=how.exclude_bad_files)
+    names = trained.label_names
+    scores = score_videos(classifier, names, manifest, views, reading, processes)
+    result = {"folder": str(folder), "test": what, **summarise(scores, names)}
     if processes.is_first:
-        write_results(folder, scores, result, recogniser.label_names)
+        write_results(folder, scores, result, names)
     return result
 
 

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +15,11 @@ from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import FinetuneConfig
 from hpm_video.data.augment import Augmentation
-from hpm_video.data.clips import HeldOutClips
-from hpm_video.data.loader import held_out_batches
-from hpm_video.data.reading import MIDDLE
 from hpm_video.data.transforms import ClipTransform
 from hpm_video.files.weights import load_weights
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.from_config import build_classifier, source_grid_of
-from hpm_video.recognition.inference import OF_DECODERS
+from hpm_video.recognition.inference import Inference, Reading, find_failures, over_videos
 from hpm_video.recognition.labels import (
     check_labels,
     check_same_names,
@@ -32,15 +28,9 @@ from hpm_video.recognition.labels import (
 )
 from hpm_video.recognition.mixing import Mixing
 from hpm_video.recognition.objective import Classification
-from hpm_video.recognition.testing import (
-    BadTestFilesError,
-    Scores,
-    collect,
-    score_videos,
-    summarise,
-)
-from hpm_video.recognition.trained_classifier import recogniser_of
-from hpm_video.runs.data import RunData, find_failures, how_read, open_data
+from hpm_video.recognition.testing import Scores, summarise
+from hpm_video.recognition.trained_model import OF_DECODERS
+from hpm_video.runs.data import RunData, open_data
 from hpm_video.runs.directory import RunDirectory, check_same_weights
 from hpm_video.runs.init_weights import SAME_ENCODER, check_same_model, config_beside
 from hpm_video.runs.run import run
@@ -187,32 +177,22 @@ class Finetuning:
             log.info("no data.validation: nothing is measured on held-out videos")
             return Evaluation()
         manifest = self.data.validation.spread(config.logging.validation_clips)
-        exclude = config.test.exclude_bad_files
-        clips = HeldOutClips(manifest, config.data, seed=config.seed, report_failures=True)
-        reading = how_read(config.data, min(len(clips), 32))
-        failures = find_failures(clips, processes, **reading)
-        if failures and not exclude:
-            raise BadTestFilesError(failures, len(manifest))
+        reading = Reading.of(config.data, exclude_bad_files=config.test.exclude_bad_files)
+        clips = reading.clips(manifest, config.data)
+        find_failures(clips, reading, processes)
         measured = objective.average if config.test.weights == "average" else engine.model
         assert measured is not None
         names = [str(label) for label in range(len(self.label_names))]
 
         def validate() -> dict[str, float]:
-            share = processes.share(len(manifest))
-            read = held_out_batches(clips, positions=share, **reading)
-            with engine.whole(measured) as model, closing(read) as batches:
+            with engine.whole(measured) as model:
                 assert isinstance(model, ClipClassifier)
-                recogniser = recogniser_of(config, model, names, engine.device, engine.precision)
-                found, failures = score_videos(
-                    recogniser.probabilities,
-                    batches,
-                    manifest,
-                    share,
-                    num_views=MIDDLE.count,
-                    exclude_bad_files=exclude,
+                per_pass = config.test.clips_per_pass
+                classifier = Inference(
+                    model, config.data, engine.device, engine.precision, per_pass
                 )
-            found, failures = processes.gather(found), processes.gather(failures)
-            scores = Scores(manifest, collect(manifest, found, failures, exclude_bad_files=exclude))
+                values = classifier.probabilities
+                scores = Scores(manifest, over_videos(values, clips, reading, processes, per_pass))
             return _measures_of(scores, names)
 
         return Evaluation(validate, score="top1", more_is_better=True, describe=_describe_held_out)

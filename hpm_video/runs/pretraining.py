@@ -11,36 +11,34 @@ from torch import nn
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.data import PretrainDataConfig
-from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.data.augment import Augmentation
 from hpm_video.data.batch import collate
 from hpm_video.data.clips import HeldOutClips
-from hpm_video.data.loader import held_out_batches
-from hpm_video.data.reading import MIDDLE
 from hpm_video.data.transforms import ClipTransform, MultiScaleCrop
 from hpm_video.files.weights import load_weights
 from hpm_video.mining.objective import HardPatchesMining, named
 from hpm_video.mining.pictures import write_pictures
 from hpm_video.mining.targets import FeatureTarget, PixelTarget, Target
-from hpm_video.mining.teacher import MomentumSchedule, make_teacher
+from hpm_video.mining.teacher import MomentumSchedule
 from hpm_video.mining.validation import Measures, describe, measure
 from hpm_video.models.encoder import ClipEncoder
 from hpm_video.models.feature_model import load_feature_model
 from hpm_video.models.from_config import build_student
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.recognition.inference import Extractor, Reading
+from hpm_video.recognition.inference import (
+    CLIPS_PER_PASS,
+    Inference,
+    Reading,
+    find_failures,
+)
 from hpm_video.recognition.labels import names_of_both
 from hpm_video.recognition.probes import FeatureTable, nearest_neighbours
 from hpm_video.recognition.testing import summarise
+from hpm_video.recognition.trained_model import TrainedAutoencoder, open_trained
 from hpm_video.runs.data import (
-    HowRead,
     RunData,
-    find_failures,
-    how_read,
     key_of_source,
-    limits_of,
-    num_workers,
     open_data,
     open_manifest,
 )
@@ -160,16 +158,13 @@ def load_run(
     Raises:
         ConfigError, CheckpointError: the folder is not a whole checkpoint of a pre-training run.
     """
-    config = load_config(PretrainConfig, checkpoint / "config.yaml", overrides)
-    student = build_student(config)
-    load_weights(student, read_weights(checkpoint), checkpoint)
-    teacher = None
+    trained = open_trained(checkpoint, TrainedAutoencoder, overrides=overrides)
+    config, student, teacher = trained.config, trained.build(), None
     if config.mining.has_teacher:
-        teacher = make_teacher(student)
-        load_weights(teacher, read_weights(checkpoint, "teacher"), checkpoint)
-        teacher.to(device)
+        of_teacher = open_trained(checkpoint, TrainedAutoencoder, "teacher", overrides=overrides)
+        teacher = of_teacher.build().requires_grad_(requires_grad=False).to(device)
     target = build_target(config, device)
-    return config, student.to(device).eval(), build_objective(config, teacher, target)
+    return config, student.to(device), build_objective(config, teacher, target)
 
 
 def pretrain(config: PretrainConfig, processes: Processes = Processes()) -> Path:  # noqa: B008
@@ -254,8 +249,9 @@ class Pretraining:
         config, processes = self.config, session.processes
         probe = _neighbour_probe(config, processes, engine) if config.knn.train else None
         measured = {name: self._held_out(name) for name in self._sources_with_validation()}
+        reading = Reading.of(config.data)
         for clips in measured.values():
-            find_failures(clips, processes, **_how_read(config, clips))
+            find_failures(clips, reading, processes)
         if not measured:
             return Evaluation(probe=probe, probe_every_epochs=config.knn.every_epochs)
 
@@ -264,8 +260,8 @@ class Pretraining:
             with _looking(objective, engine) as (seen, student):
                 for name, clips in measured.items():
                     share = processes.share(len(clips))
-                    reading = _how_read(config, clips)
-                    with closing(held_out_batches(clips, positions=share, **reading)) as batches:
+                    at_most = min(max(config.recipe.batch_size, 8), CLIPS_PER_PASS)
+                    with closing(reading.batches(clips, share, at_most)) as batches:
                         measures = measure(seen, student, batches, processes)
                     found |= {named(name, what): value for what, value in measures.items()}
             return found
@@ -320,11 +316,6 @@ def _looking(
         yield objective.seen_with(teacher), WholeModel(student, engine.device, engine.precision)
 
 
-def _how_read(config: PretrainConfig, clips: HeldOutClips) -> HowRead:
-    """How held-out clips are read."""
-    return how_read(config.data, min(len(clips), max(config.recipe.batch_size, 8), 32))
-
-
 def describe_sources(sources: Sequence[str], yardstick: str, measures: Measures) -> str:
     """The measures of each source in a few lines, for the terminal."""
     told = []
@@ -361,25 +352,17 @@ def _neighbour_probe(
             f"knn.k must be at most the number of videos of knn.train, {len(manifests[0])}, got "
             f"{how.k}"
         )
-    reading = Reading(config.data.decoder, num_workers(config.data), limits=limits_of(config.data))
-    for manifest in manifests:
-        clips = HeldOutClips(manifest, config.data, seed=config.seed)
-        find_failures(clips, processes, **how_read(config.data, min(len(clips), 32)))
+    reading = Reading.of(config.data)
+    both = [reading.clips(manifest, config.data) for manifest in manifests]
+    for clips in both:
+        find_failures(clips, reading, processes)
 
     def probe() -> dict[str, float]:
         with engine.whole(engine.model) as student:
             assert isinstance(student, ClipEncoder)
-            extractor = Extractor(
-                student,
-                config.data,
-                config.data.mean,
-                config.data.std,
-                engine.device,
-                engine.precision,
-            )
+            encoder = Inference(student, config.data, engine.device, engine.precision)
             train, held_out = (
-                FeatureTable(manifest, extractor.of_videos(manifest, MIDDLE, reading, processes))
-                for manifest in manifests
+                FeatureTable.of(encoder, clips, reading, processes) for clips in both
             )
         scores = nearest_neighbours(train, held_out, len(names), [how.k], how.temperature)[how.k]
         return {"knn_top1": summarise(scores, names)["top1"]}

@@ -17,12 +17,11 @@ from hpm_video.data.batch import ClipBatch
 from hpm_video.data.loader import end_workers, training_batches
 from hpm_video.data.mixture import MixedClips, Places, deal_out
 from hpm_video.files.failures import BadFiles
+from hpm_video.recognition.inference import Reading
 from hpm_video.runs.autotune import choose_plan, plan_for, precision_of
 from hpm_video.runs.data import (
     RunData,
     describe_data,
-    limits_of,
-    num_workers,
     training_clips,
 )
 from hpm_video.runs.directory import RunDirectory, check_same_run, claim, locked
@@ -229,12 +228,13 @@ def _training_stream(
     places = Places(
         sources, plan.batch_size, start, rank=session.processes.rank, processes=plan.processes
     )
+    reading = Reading.of(config.data)
     return training_batches(
         clips,
         places,
         batch_size=plan.micro_batch,
-        workers=num_workers(config.data),
-        limits=limits_of(config.data),
+        workers=reading.workers,
+        limits=reading.limits,
         pin=session.device.type == "cuda",
     )
 

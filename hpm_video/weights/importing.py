@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from hpm_video.config.choices import TransformerSize
+from hpm_video.config.model import ClassifierConfig, ModelConfig
 from hpm_video.files.weights import CheckpointError
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.models.positions import position_table
-from hpm_video.recognition.inference import OF_DECODERS
+from hpm_video.recognition.trained_model import OF_DECODERS
 from hpm_video.tokens.grid import Size3
 from hpm_video.weights.families import LICENCES, Family, Recognised, recognise
 from hpm_video.weights.files import Source, Tensors, read_source
@@ -129,14 +130,21 @@ def _imported(source: Source, recognised: Recognised, given: Given) -> Imported:
 
 def build_model(facts: ModelFacts) -> MaskedAutoencoder | ClipClassifier:
     """Our model of this shape, with initial weights."""
+    shape = facts.shape
     if facts.pooling is not None:
-        return ClipClassifier(facts.shape, len(facts.label_names), pooling=facts.pooling)
+        classifier = ClassifierConfig(**shape.settings, pooling=facts.pooling)
+        return ClipClassifier(classifier, len(facts.label_names), shape.grid, shape.source_grid)
     if facts.decoder is None:
         raise CheckpointError(
             f"it has no decoder, and none is known for an encoder of width {facts.encoder.dim}; "
             f"give the size of one that starts fresh: --decoder WIDTH DEPTH HEADS"
         )
-    return MaskedAutoencoder(facts.shape, facts.decoder, predictor=facts.predictor)
+    return MaskedAutoencoder(
+        ModelConfig(**shape.settings, decoder=facts.decoder),
+        shape.grid,
+        source_grid=shape.source_grid,
+        predictor=facts.predictor,
+    )
 
 
 def check_fit(

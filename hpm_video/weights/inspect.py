@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from hpm_video.files.single_file import NAMES, as_folder
 from hpm_video.files.weights import CheckpointError
-from hpm_video.recognition.inference import WeightsOf
+from hpm_video.recognition.trained_model import WeightsOf
 from hpm_video.weights.families import LICENCES, Recognised, recognise
 from hpm_video.weights.files import ORIGIN, Source, Tensors, read_source
 from hpm_video.weights.importing import describe_decoder, describe_encoder, describe_model
 from hpm_video.weights.layouts import to_ours
 from hpm_video.weights.own import OwnModel, load_own
-from hpm_video.weights.single_file import NAMES, as_folder
 from hpm_video.weights.sizes import Given, cut_of, facts_of, parameters_of
 
 

@@ -14,16 +14,15 @@ from hpm_video.config.loading import load_any_config, save_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.files.weights import CheckpointError, load_weights
 from hpm_video.models.classifier import ClipClassifier
-from hpm_video.models.encoder import EncoderShape
+from hpm_video.models.encoder_shape import EncoderShape, encoder_shape
 from hpm_video.models.from_config import (
     build_classifier,
     build_student,
-    encoder_shape,
     source_grid_of,
 )
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.recognition.inference import WeightsOf
 from hpm_video.recognition.labels import read_label_names
+from hpm_video.recognition.trained_model import WeightsOf
 from hpm_video.tokens.grid import Size3
 from hpm_video.training.checkpoint import read_state, read_weights
 from hpm_video.weights.families import LICENCES

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hpm_video.config.choices import Conventions, Interpolation, Pooling, Positions, TransformerSize
 from hpm_video.files.weights import CheckpointError
-from hpm_video.models.encoder import EncoderShape
+from hpm_video.models.encoder_shape import EncoderShape
 from hpm_video.tokens.grid import Size3, TokenGrid
 from hpm_video.tokens.patches import TargetKind
 from hpm_video.weights.families import Family

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hpm_video.models.classifier import ClipClassifier
-from hpm_video.models.encoder import EncoderShape
+from hpm_video.models.encoder_shape import EncoderShape
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.tokens.grid import Size3
 from hpm_video.tokens.masking import STRATEGIES, MaskRule, TokenMask, count_masked

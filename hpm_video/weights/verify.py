@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from hpm_video.files.single_file import as_folder
 from hpm_video.files.weights import CheckpointError
 from hpm_video.models.vit import LAYER_NORM_EPS
 from hpm_video.weights.forms import Expressed
@@ -18,7 +19,6 @@ from hpm_video.weights.importing import import_weights
 from hpm_video.weights.own import OwnModel, load_own
 from hpm_video.weights.parity import TOLERANCE, ParityReport, compare
 from hpm_video.weights.peers import SAY, is_installed
-from hpm_video.weights.single_file import as_folder
 from hpm_video.weights.sizes import Given
 from hpm_video.weights.trial import Difference, Said, Trial, differences, make_trial, said_by
 from hpm_video.weights.writing import WEIGHTS, kind_of, timm_arguments, timm_name

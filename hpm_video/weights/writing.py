@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hpm_video.config.choices import Pooling, TransformerSize
+from hpm_video.files.single_file import write_single_file
 from hpm_video.files.weights import CheckpointError
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.vit import LAYER_NORM_EPS
 from hpm_video.weights.forms import FORMS, Expressed, express
 from hpm_video.weights.notes import RESAMPLE
 from hpm_video.weights.own import OwnModel
-from hpm_video.weights.single_file import write_single_file
 from hpm_video.weights.trial import random_clips
 
 WEIGHTS = "model.safetensors"

@@ -74,7 +74,7 @@ def test_every_shipped_config_loads_round_trips_and_builds(path, tmp_path):
         build_objective(config, student if config.mining.has_teacher else None, target)
     data = path.stem.split("_")[0]
     expected = TOKENS.get(path.stem, TOKENS.get(data, 1568))
-    assert student.shape.grid.num_tokens == expected
+    assert student.grid.num_tokens == expected
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
@@ -244,12 +244,12 @@ def test_a_mixture_is_built_with_a_grid_a_mask_and_a_crop_for_each_source():
     config = load_config(PretrainConfig, DEMO, MIXED)
     with torch.device("meta"):
         student = build_student(config)
-    assert student.shape.grid == TokenGrid(3, 6, 6)
-    assert student.shape.other_grids == (TokenGrid(1, 8, 8), TokenGrid(8, 28, 28))
+    assert student.grid == TokenGrid(3, 6, 6)
+    assert student.grids[1:] == (TokenGrid(1, 8, 8), TokenGrid(8, 28, 28))
     target = build_target(config, torch.device("cpu"))
     masks = build_objective(config, student, target).masks
     assert {name: rule.grid for name, rule in masks.items()} == {
-        "": student.shape.grid,
+        "": student.grid,
         "images": TokenGrid(1, 8, 8),
         "clips": TokenGrid(8, 28, 28),
     }
@@ -304,12 +304,12 @@ def test_no_two_tokens_of_a_source_stand_at_one_place(positions, main, other):
     ]
     overrides = [f"model.positions={positions}", "mix.other.masking.ratio=0.5", *sizes]
     student = build_student(load_config(PretrainConfig, DEMO, overrides))
-    alone = student.shape.fixed_positions(96)
-    for grid in (student.shape.grid, *student.shape.other_grids):
+    alone = student.make_positions(96)
+    for grid in (student.grid, *student.grids):
         codes = alone(grid)
         apart = torch.cdist(codes, codes) + 9 * torch.eye(len(codes))
         assert apart.min() > 0.05
-    assert student.shape.source_grid == TokenGrid(3, 8, 8), "the most along each axis"
+    assert student.source_grid == TokenGrid(3, 8, 8), "the most along each axis"
 
 
 @pytest.mark.parametrize(

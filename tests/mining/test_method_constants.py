@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
+from geometry import Geometry
 from torch import nn
 
 from hpm_video.config.choices import TransformerSize
-from hpm_video.models.encoder import EncoderShape
-from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.randomness import uniform
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import STRATEGIES, MaskRule, TokenMask, count_masked
@@ -30,10 +29,8 @@ def image_rule(unit="token"):
 
 def make(size, side=16, pixels=224, decoder=DECODER, **options):
     grid = TokenGrid.of_clip((1, pixels, pixels), (1, side, side))
-    shape = EncoderShape(
-        grid, (1, side, side), size, "space_time", class_token=True, conventions="mae"
-    )
-    return MaskedAutoencoder(shape, decoder, **options)
+    shape = Geometry(grid, (1, side, side), size, "space_time", class_token=True, conventions="mae")
+    return shape.autoencoder(decoder, **options)
 
 
 def make_shallow(side=16, pixels=32):
@@ -91,9 +88,9 @@ def test_number_of_parameters_is_the_official_one(name):
     model = on_meta(name)
     assert count(model) == ours
     assert all(p.requires_grad for p in model.parameters())
-    positions = (1 + model.shape.grid.num_tokens) * (size.dim + DECODER.dim)
+    positions = (1 + model.grid.num_tokens) * (size.dim + DECODER.dim)
     head, values = model.difficulty_decoder.head, 3 * side * side
-    assert model.shape.values == values
+    assert model.patch_values == values
     assert count(head) == DECODER.dim + 1
     assert ours + positions + (values - 1) * count(head) == official
 

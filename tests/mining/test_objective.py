@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from geometry import Geometry
 
 import hpm_video
 from hpm_video.config.choices import TransformerSize
@@ -12,8 +13,6 @@ from hpm_video.mining.objective import HardPatchesMining, named
 from hpm_video.mining.targets import FeatureTarget, PixelTarget
 from hpm_video.mining.teacher import MomentumSchedule, make_teacher
 from hpm_video.mining.validation import measure, trivial_difficulties
-from hpm_video.models.encoder import EncoderShape
-from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.runs.pretraining import describe_sources, names_of
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import STRATEGIES, MaskRule
@@ -46,15 +45,15 @@ def make_model(kind="video", predictor="relative"):
     torch.manual_seed(0)
     clip_size, patch_size = SHAPES[kind]
     grid = TokenGrid.of_clip(clip_size, patch_size)
-    shape = EncoderShape(grid, patch_size, TransformerSize(32, 2, 4), "sequence")
-    return MaskedAutoencoder(shape, TransformerSize(16, 1, 2), predictor=predictor != "none")
+    shape = Geometry(grid, patch_size, TransformerSize(32, 2, 4), "sequence")
+    return shape.autoencoder(TransformerSize(16, 1, 2), predictor=predictor != "none")
 
 
 def make(
     kind="video", strategy="easy_to_hard", predictor="relative", target="per_channel", teacher=None
 ):
     student = make_model(kind, predictor)
-    grid, patch_size = student.shape.grid, student.shape.patch_size
+    grid, patch_size = student.grid, student.settings.patch_size
     if predictor != "none":
         teacher = teacher or make_teacher(student)
     objective = HardPatchesMining(
@@ -233,12 +232,10 @@ def make_mixed(unit="token", predictor="relative", target="pixels", class_token=
     """One model and one objective for clips of 4 frames and, as ``images``, of one."""
     torch.manual_seed(0)
     size, patch = TransformerSize(32, 2, 4), (1, 8, 8)
-    shape = EncoderShape(
-        LONG, patch, size, "space_time", class_token=class_token, other_grids=(SHORT,)
-    )
+    shape = Geometry(LONG, patch, size, "space_time", class_token=class_token, other_grids=(SHORT,))
     width = size.dim if target == "ema" else None
-    student = MaskedAutoencoder(
-        shape, TransformerSize(16, 1, 2), predictor=predictor != "none", target_width=width
+    student = shape.autoencoder(
+        TransformerSize(16, 1, 2), predictor=predictor != "none", target_width=width
     )
     look = (patch, (0.5,) * 3, (0.25,) * 3)
     strategy = STRATEGIES["random" if predictor == "none" else "easy_to_hard"]

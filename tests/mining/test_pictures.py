@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from geometry import Geometry
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,7 +35,6 @@ from hpm_video.mining.pictures import (
 from hpm_video.mining.study import Study, reconstruct, statistics_from_visible, study_clips
 from hpm_video.mining.targets import FeatureTarget, PixelTarget
 from hpm_video.mining.teacher import MomentumSchedule
-from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.from_config import build_student
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder, Prediction
 from hpm_video.preparation.encode import write_video
@@ -74,9 +74,7 @@ def make_objective(
     grid = TokenGrid.of_clip(size, patch)
     torch.manual_seed(0)
     student, teacher = (
-        MaskedAutoencoder(
-            EncoderShape(grid, patch, TINY, "sequence"), TINY, predictor=predictor
-        ).eval()
+        Geometry(grid, patch, TINY, "sequence").autoencoder(TINY, predictor=predictor).eval()
         for _ in range(2)
     )
     num_masked = count_masked(grid.num_tokens, 0.75, "hpm")
@@ -451,6 +449,7 @@ def save_tiny(folder: Path, **parts: Any) -> Path:
     )
     folder.mkdir()
     save_config(config, folder / "config.yaml")
+    (folder / "state.json").write_text('{"update": 0}')
     for name in "model", "teacher":
         save_file(build_student(config).state_dict(), folder / f"{name}.safetensors")
     return folder
@@ -534,7 +533,7 @@ def test_the_tool_says_what_is_wrong_with_a_file(
     assert show_masks.main([str(checkpoint), str(checkpoint / "config.yaml")]) == 2
     assert "cannot decode" in only_line(capsys)
     assert show_masks.main([str(video.parent), str(video)]) == 2
-    assert "is not a checkpoint folder" in only_line(capsys)
+    assert "give a config, or a checkpoint folder of a run" in only_line(capsys)
     weights = load_file(checkpoint / "model.safetensors")
     encoder = {name: value for name, value in weights.items() if name.startswith("encoder.")}
     decoder = {name: value for name, value in weights.items() if name not in encoder}

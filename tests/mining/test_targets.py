@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from geometry import Geometry
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,9 +16,7 @@ from hpm_video.mining.study import study_clips
 from hpm_video.mining.targets import FeatureTarget, PixelTarget
 from hpm_video.mining.teacher import MomentumSchedule, make_teacher
 from hpm_video.mining.validation import measure
-from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.from_config import build_student
-from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.runs.pretraining import build_objective, build_target
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import STRATEGIES, MaskRule, TokenMask
@@ -70,10 +69,9 @@ def mask_of(clips=4, hidden=24):
 
 def make(target, strategy="random", predictor="none", class_token=False):
     torch.manual_seed(0)
-    shape = EncoderShape(GRID, PATCH, ENCODER, "sequence", class_token=class_token)
+    shape = Geometry(GRID, PATCH, ENCODER, "sequence", class_token=class_token)
     width = None if isinstance(target, PixelTarget) else WIDTH
-    student = MaskedAutoencoder(
-        shape,
+    student = shape.autoencoder(
         TransformerSize(16, 1, 2),
         predictor=predictor != "none",
         target_width=ENCODER.dim if target.of_teacher else width,

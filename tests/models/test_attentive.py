@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpm_video.models.attentive import AttentivePooling
+from hpm_video.models.classifier import AttentivePooling
 
 
 @pytest.fixture
@@ -86,9 +86,3 @@ def test_initial_values():
     for name, parameter in pooling.named_parameters():
         if name.endswith("bias"):
             assert not parameter.any(), name
-
-
-@pytest.mark.parametrize(("dim", "heads"), [(24, 5), (24, 0), (0, 1)])
-def test_heads_that_do_not_divide_are_named(dim, heads):
-    with pytest.raises(ValueError, match=f"got dim {dim} and num_heads {heads}; take"):
-        AttentivePooling(dim, heads)

@@ -3,19 +3,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from geometry import Geometry
 from torch import nn
 
 from hpm_video.config.choices import TransformerSize
-from hpm_video.models.classifier import BatchNorm, ClipClassifier
-from hpm_video.models.encoder import ClipEncoder, EncoderShape
-from hpm_video.models.masked_autoencoder import MaskedAutoencoder
+from hpm_video.models.classifier import BatchNorm
 from hpm_video.models.positions import position_table
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.optim import layer_decay_of, make_adamw, make_sgd, parameter_groups
 
 CLIP, PATCH, SIZE, CLASSES = (4, 32, 32), (2, 16, 16), TransformerSize(32, 3, 4), 5
 GRID = TokenGrid.of_clip(CLIP, PATCH)
-SHAPE = EncoderShape(GRID, PATCH, SIZE, "sequence")
+SHAPE = Geometry(GRID, PATCH, SIZE, "sequence")
 POOLINGS = ["mean_norm", "batch_norm", "attentive"]
 SIZES = {
     "S": TransformerSize(384, 12, 6),
@@ -27,7 +26,7 @@ SIZES = {
 
 def make(seed=0, shape=SHAPE, **options):
     torch.manual_seed(seed)
-    return ClipClassifier(shape, CLASSES, **({"head_init_scale": 1.0} | options))
+    return shape.classifier(CLASSES, **({"head_init_scale": 1.0} | options))
 
 
 def clips_of(batch=4, clip=CLIP, seed=1):
@@ -81,7 +80,7 @@ def test_number_of_parameters_is_that_of_a_plain_transformer(name):
     size, width = SIZES[name], SIZES[name].dim
     grid = TokenGrid.of_clip((16, 224, 224), (2, 16, 16))
     with torch.device("meta"):
-        model = ClipClassifier(EncoderShape(grid, (2, 16, 16), size, "sequence"), 400)
+        model = Geometry(grid, (2, 16, 16), size, "sequence").classifier(400)
     patches = (2 * 16 * 16 * 3 + 1) * width
     attention = 4 * width**2 + 3 * width  # no bias on the keys
     mlp = 8 * width**2 + 5 * width
@@ -115,7 +114,7 @@ def test_a_head_starts_scaled_and_everything_else_the_same():
 
 
 def test_linear_layers_start_as_told():
-    wide = EncoderShape(GRID, PATCH, TransformerSize(128, 2, 4), "sequence")
+    wide = Geometry(GRID, PATCH, TransformerSize(128, 2, 4), "sequence")
     for init, of_width in (
         ("truncated_normal", lambda rows, columns: 0.02),
         ("xavier", lambda rows, columns: math.sqrt(2 / (rows + columns))),
@@ -214,8 +213,13 @@ def test_batch_norm_standardises_each_value_without_weights_of_its_own():
 WITH_TOKEN = replace(SHAPE, class_token=True)
 
 
-@pytest.mark.parametrize("pooling", [*POOLINGS, "class_token"])
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    ("pooling", "frozen"),
+    [
+        *((pooling, False) for pooling in (*POOLINGS, "class_token")),
+        *((pooling, True) for pooling in ("batch_norm", "attentive", "class_token")),
+    ],
+)
 def test_every_pooling_goes_with_a_class_token(pooling, frozen):
     model = make(shape=WITH_TOKEN, pooling=pooling, frozen=frozen)
     model(clips_of(), keys_of()).square().sum().backward()
@@ -252,7 +256,7 @@ def test_the_class_token_itself_is_what_the_head_sees():
 
 
 def test_pooling_by_class_token_needs_one():
-    with pytest.raises(ValueError, match="needs an encoder with a class token; take mean_norm"):
+    with pytest.raises(ValueError, match="needs model.class_token=true.*; or take mean_norm"):
         make(pooling="class_token")
 
 
@@ -277,7 +281,7 @@ def test_layers_count_from_the_patch_embedding_to_the_head(pooling):
 
 def test_block_10_is_not_block_1():
     with torch.device("meta"):
-        model = make(shape=EncoderShape(GRID, PATCH, TransformerSize(8, 12, 2), "sequence"))
+        model = make(shape=Geometry(GRID, PATCH, TransformerSize(8, 12, 2), "sequence"))
     assert model.layer_of("encoder.blocks.1.norm1.weight") == 2
     assert model.layer_of("encoder.blocks.10.norm1.weight") == 11
     assert model.layer_of("head.weight") == 13
@@ -336,10 +340,10 @@ def test_only_what_follows_a_frozen_encoder_learns(pooling, learning, make_optim
 
 def test_an_encoder_gives_the_tokens_of_the_autoencoder_it_came_from():
     torch.manual_seed(3)
-    source = MaskedAutoencoder(SHAPE, TransformerSize(16, 1, 2))
+    source = SHAPE.autoencoder(TransformerSize(16, 1, 2))
     for parameter in source.parameters():
         nn.init.normal_(parameter, std=0.2)
-    encoder = ClipEncoder(SHAPE)
+    encoder = SHAPE.encoder()
     missing, _ = encoder.load_state_dict(source.state_dict(), strict=False)
     assert not missing
     clips = clips_of(2)
@@ -353,7 +357,7 @@ def test_an_encoder_gives_the_tokens_of_the_autoencoder_it_came_from():
 @pytest.mark.parametrize("positions", ["sequence", "space_time"])
 def test_positions_are_placed_in_the_grid_of_pretraining(positions):
     source = TokenGrid(1, 3, 3)
-    encoder = ClipEncoder(EncoderShape(GRID, PATCH, SIZE, positions, source))
+    encoder = Geometry(GRID, PATCH, SIZE, positions, source).encoder()
     table = position_table(GRID, SIZE.dim, positions, source)
     assert torch.equal(encoder.encoder_positions(GRID), table)
     assert not torch.equal(table, position_table(GRID, SIZE.dim, positions))
@@ -375,7 +379,5 @@ def test_recomputed_activations_give_the_same_gradients():
     [((6, 24, 40), (3, 8, 8), 3), ((1, 32, 48), (1, 16, 16), 3), ((2, 16, 16), (1, 8, 8), 5)],
 )
 def test_any_shape_that_patches_divide(clip, patch, channels):
-    shape = EncoderShape(
-        TokenGrid.of_clip(clip, patch), patch, SIZE, "space_time", channels=channels
-    )
+    shape = Geometry(TokenGrid.of_clip(clip, patch), patch, SIZE, "space_time", channels=channels)
     assert make(shape=shape)(torch.rand(2, channels, *clip)).shape == (2, CLASSES)

@@ -4,10 +4,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from geometry import Geometry
 
 from hpm_video.config.choices import TransformerSize
-from hpm_video.models.encoder import EncoderShape
-from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.models.positions import position_table
 from hpm_video.models.vit import Transformer
 from hpm_video.tokens.grid import TokenGrid
@@ -23,16 +22,16 @@ SIZES = {  # METHOD: parameters of VideoMAE's pre-training model in millions
 
 
 def shape_of(clip=(4, 32, 32), patch=(2, 8, 8), size=SMALL, positions="sequence", **options):
-    return EncoderShape(TokenGrid.of_clip(clip, patch), patch, size, positions, **options)
+    return Geometry(TokenGrid.of_clip(clip, patch), patch, size, positions, **options)
 
 
 def make(shape=None, seed=0, **options):
     torch.manual_seed(seed)
-    return MaskedAutoencoder(shape or shape_of(), SMALL, **options)
+    return (shape or shape_of()).autoencoder(SMALL, **options)
 
 
 def random_mask(model, batch=2, ratio=0.75):
-    num_tokens = model.shape.grid.num_tokens
+    num_tokens = model.grid.num_tokens
     count = int(num_tokens * ratio)
     priority = torch.rand(batch, num_tokens)
     return TokenMask.from_masked(choose_masked(None, priority, count, 0), count)
@@ -43,8 +42,8 @@ def test_number_of_parameters_is_videomaes(name):
     encoder, decoder, millions = SIZES[name]
     shape = shape_of((16, 224, 224), (2, 16, 16), encoder)
     with torch.device("meta"):
-        plain = MaskedAutoencoder(shape, decoder, predictor=False)
-        mining = MaskedAutoencoder(shape, decoder)
+        plain = shape.autoencoder(decoder, predictor=False)
+        mining = shape.autoencoder(decoder)
     count = sum(p.numel() for p in plain.parameters())
     assert round(count / 1e6, 2) == millions
     predictor = sum(p.numel() for p in mining.difficulty_decoder.parameters())
@@ -68,7 +67,7 @@ def test_any_shape_that_patches_divide(clip, patch, channels):
     num_masked = mask.masked_ids.shape[1]
     assert prediction.content.shape == (2, num_masked, channels * patch[0] * patch[1] * patch[2])
     assert prediction.difficulty.shape == (2, num_masked)
-    assert model.score_all(torch.rand(2, channels, *clip)).shape == (2, model.shape.grid.num_tokens)
+    assert model.score_all(torch.rand(2, channels, *clip)).shape == (2, model.grid.num_tokens)
 
 
 def test_hidden_pixels_are_not_seen():
@@ -337,7 +336,7 @@ def test_the_class_token_goes_first_and_has_no_position():
     for (sequence,) in in_decoders:
         assert sequence.shape == (2, 1 + 32, 32)
         torch.testing.assert_close(sequence[:, 0], embedded[:, 0])
-        codes = sequence[:, 1:] - model.decoder_positions(model.shape.grid)
+        codes = sequence[:, 1:] - model.decoder_positions(model.grid)
         torch.testing.assert_close(mask.take_visible(codes), embedded[:, 1:], rtol=1e-4, atol=1e-5)
         hidden = model.mask_token.expand(2, 24, -1)
         torch.testing.assert_close(mask.take_masked(codes), hidden, rtol=1e-4, atol=1e-5)
@@ -379,8 +378,8 @@ def test_what_the_conventions_of_mae_add():
 
 def test_initial_weights_of_mae():
     size = TransformerSize(256, 1, 4)
-    model = MaskedAutoencoder(
-        shape_of(size=size, class_token=True, conventions="mae"), TransformerSize(512, 1, 4)
+    model = shape_of(size=size, class_token=True, conventions="mae").autoencoder(
+        TransformerSize(512, 1, 4)
     )
     for token in (model.class_token, model.mask_token):
         assert token.std().item() == pytest.approx(0.02, rel=0.2)

@@ -4,16 +4,15 @@ import re
 
 import pytest
 import torch
+from geometry import Geometry
 
 from hpm_video.config.choices import TransformerSize
-from hpm_video.models.classifier import ClipClassifier
-from hpm_video.models.encoder import EncoderShape
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.pixels import normalise
 from hpm_video.training.optim import layer_decay_of, parameter_groups
 
 CLIP, PATCH, SIZE, CLASSES = (4, 32, 32), (2, 16, 16), TransformerSize(48, 3, 4), 7
-SHAPE = EncoderShape(TokenGrid.of_clip(CLIP, PATCH), PATCH, SIZE, "sequence")
+SHAPE = Geometry(TokenGrid.of_clip(CLIP, PATCH), PATCH, SIZE, "sequence")
 
 
 @pytest.fixture
@@ -40,7 +39,7 @@ def theirs():
 
 @pytest.fixture
 def ours(theirs, copy_blocks, copy_patch_embed):
-    model = ClipClassifier(SHAPE, CLASSES).eval()
+    model = SHAPE.classifier(CLASSES).eval()
     trunk = theirs.videomae
     copy_patch_embed(model.patch_embed, trunk.embeddings.patch_embeddings.projection)
     copy_blocks(model.encoder, trunk.encoder.layer)
@@ -105,7 +104,7 @@ def settings(model, groups):
 def test_layer_decay_is_timms(decay):
     timm = pytest.importorskip("timm.models.vision_transformer")
     optim = pytest.importorskip("timm.optim")
-    model = ClipClassifier(SHAPE, CLASSES)
+    model = SHAPE.classifier(CLASSES)
     peer = timm.VisionTransformer(
         img_size=32,
         patch_size=16,

@@ -7,11 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from geometry import Geometry
 from torch import nn
 
 from hpm_video.config.choices import TransformerSize
-from hpm_video.models.classifier import ClipClassifier
-from hpm_video.models.encoder import EncoderShape
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.optim import layer_decay_of, parameter_groups
 
@@ -84,7 +83,7 @@ def make_theirs(class_token, global_pool):
 
 
 def make_ours(class_token, pooling, **options):
-    shape = EncoderShape(
+    shape = Geometry(
         TokenGrid.of_clip((1, *IMAGE), (1, PATCH, PATCH)),
         (1, PATCH, PATCH),
         SIZE,
@@ -92,14 +91,14 @@ def make_ours(class_token, pooling, **options):
         class_token=class_token,
         conventions="mae",
     )
-    return ClipClassifier(shape, CLASSES, pooling=pooling, **options).eval().double()
+    return shape.classifier(CLASSES, pooling=pooling, **options).eval().double()
 
 
 @torch.no_grad()
 def give_positions(ours, theirs):
     """Ours are fixed, timm's are learned; the class token, where there is one, has none."""
-    table = ours.encoder_positions(ours.shape.grid)
-    theirs.pos_embed.copy_(F.pad(table, (0, 0, ours.shape.num_prefix, 0)))
+    table = ours.encoder_positions(ours.grid)
+    theirs.pos_embed.copy_(F.pad(table, (0, 0, ours.num_prefix, 0)))
 
 
 def make_pair(class_token, global_pool, pooling):

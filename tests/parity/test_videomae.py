@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from geometry import Geometry
 
 from hpm_video.config.choices import TransformerSize
 from hpm_video.mining.losses import reconstruction_errors
-from hpm_video.models.encoder import EncoderShape
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import TokenMask, choose_masked, units_to_tokens
@@ -17,7 +17,7 @@ videomae = pytest.importorskip("transformers.models.videomae")
 CLIP, PATCH = (4, 32, 32), (2, 16, 16)
 ENCODER, DECODER = TransformerSize(48, 2, 4), TransformerSize(24, 2, 2)
 GRID = TokenGrid.of_clip(CLIP, PATCH)
-SHAPE = EncoderShape(GRID, PATCH, ENCODER, "sequence")
+SHAPE = Geometry(GRID, PATCH, ENCODER, "sequence")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -48,7 +48,7 @@ def theirs():
 @pytest.fixture
 def ours(theirs, copy_blocks, copy_patch_embed) -> MaskedAutoencoder:
     """With their weights."""
-    model = MaskedAutoencoder(SHAPE, DECODER).eval()
+    model = SHAPE.autoencoder(DECODER).eval()
     trunk, decoder = theirs.videomae, theirs.decoder
     copy_patch_embed(model.patch_embed, trunk.embeddings.patch_embeddings.projection)
     copy_blocks(model.encoder, trunk.encoder.layer)
@@ -87,6 +87,6 @@ def test_same_pixels_and_same_loss_for_the_hidden_tokens(theirs, ours, per_chann
 
 
 def test_same_number_of_parameters(theirs):
-    ours = MaskedAutoencoder(SHAPE, DECODER, predictor=False)
+    ours = SHAPE.autoencoder(DECODER, predictor=False)
     count = sum(p.numel() for p in theirs.parameters())
     assert sum(p.numel() for p in ours.parameters()) == count

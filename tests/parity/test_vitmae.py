@@ -7,11 +7,10 @@ Both compute in float64, so that a difference is one of meaning: predictions agr
 import pytest
 import torch
 from einops import rearrange
+from geometry import Geometry
 
 from hpm_video.config.choices import TransformerSize
 from hpm_video.mining.targets import PixelTarget
-from hpm_video.models.encoder import EncoderShape
-from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import STRATEGIES, MaskRule, count_masked
 from hpm_video.tokens.pixels import normalise
@@ -101,7 +100,7 @@ def make_theirs(side=SQUARE[0]):
 
 
 def make_ours(grid):
-    shape = EncoderShape(
+    shape = Geometry(
         TokenGrid(1, *grid),
         (1, PATCH, PATCH),
         ENCODER,
@@ -109,7 +108,7 @@ def make_ours(grid):
         class_token=True,
         conventions="mae",
     )
-    return MaskedAutoencoder(shape, DECODER, predictor=False).eval().double()
+    return shape.autoencoder(DECODER, predictor=False).eval().double()
 
 
 @pytest.fixture
@@ -253,7 +252,7 @@ def test_same_gradient_of_every_parameter(theirs, ours, kind):
 @pytest.mark.parametrize("size", [(768, 12, 12, 16), (1024, 24, 16, 16), (1280, 32, 16, 14)])
 def test_same_number_of_parameters_at_the_sizes_of_the_paper(size):
     dim, depth, heads, side = size
-    shape = EncoderShape(
+    shape = Geometry(
         TokenGrid(1, 224 // side, 224 // side),
         (1, side, side),
         TransformerSize(dim, depth, heads),
@@ -269,7 +268,7 @@ def test_same_number_of_parameters_at_the_sizes_of_the_paper(size):
         intermediate_size=4 * dim,
     )
     with torch.device("meta"):
-        model = MaskedAutoencoder(shape, TransformerSize(512, 8, 16), predictor=False)
+        model = shape.autoencoder(TransformerSize(512, 8, 16), predictor=False)
         theirs = vitmae.ViTMAEForPreTraining(config)
     counts = [sum(p.numel() for p in learned(m).values()) for m in (model, theirs)]
     assert counts[0] == counts[1]

@@ -28,8 +28,8 @@ from hpm_video.files.failures import BadFilesError, Failure
 from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.preparation.encode import write_video
 from hpm_video.recognition.feature_folder import FeatureFolder, Form, file_names
-from hpm_video.recognition.inference import ClipChoice, Extractor, load_extractor
-from hpm_video.recognition.trained_classifier import load_recogniser
+from hpm_video.recognition.inference import Inference
+from hpm_video.recognition.trained_model import ClipChoice, TrainedModel, open_trained
 from hpm_video.tokens.pixels import normalise
 from hpm_video.training.checkpoint import save_checkpoint
 from hpm_video.training.optim import OptimizerState
@@ -115,6 +115,10 @@ def source(videos, tmp_path) -> Path:
     rows = [f"part_{i % 2}/v_{i}.mp4,{i % 2},class {i % 2}" for i in range(5)]
     (folder / "list.csv").write_text("path,label,label_name\n" + "\n".join(rows) + "\n")
     return folder / "list.csv"
+
+
+def load(checkpoint, weights=None, clips=ClipChoice()):  # noqa: B008 - it is frozen
+    return Inference.load(open_trained(checkpoint, TrainedModel, weights, clips=clips), CPU, "fp32")
 
 
 def index_of(output):
@@ -264,7 +268,7 @@ def test_a_long_video_is_read_in_runs_and_each_frame_once(monkeypatch):
 def test_by_default_a_vector_for_the_middle_clip(main, pretrained, source, tmp_path, capsys):
     output = tmp_path / "out"
     assert main(pretrained, source, output) == 0
-    extractor = load_extractor(pretrained, CPU, "fp32")
+    encoder = load(pretrained)
     rows = index_of(output)
     assert [list(row.values())[1:] for row in rows] == [
         [f"features/part_{i % 2}+v_{i}.mp4.npy", f"{i % 2}", f"class {i % 2}", "12", "1"]
@@ -274,7 +278,7 @@ def test_by_default_a_vector_for_the_middle_clip(main, pretrained, source, tmp_p
         features = np.load(output / row["file"])
         assert features.dtype == np.float32
         clip = clip_of(row["path"], range(4, 8))
-        assert np.array_equal(features, extractor.pooled(clip[None]).numpy())
+        assert np.array_equal(features, encoder.pooled(clip[None]).numpy())
     settings = json.loads((output / "settings.json").read_text())
     told = {name: settings[name] for name in ("update", "weights", "clips", "crops", "dtype")}
     assert told == {"update": 7, "weights": "student", "clips": 1, "crops": 1, "dtype": "float32"}
@@ -309,13 +313,13 @@ def test_tokens_are_those_of_the_clip_and_the_class_token_stands_for_it(tmp_path
         lambda config: {"model": build_student(config)},
         overrides=overrides,
     )
-    extractor = load_extractor(checkpoint, CPU, "fp32")
+    encoder = load(checkpoint)
     clips = torch.randint(256, (3, 3, 4, 32, 32), dtype=torch.uint8)
-    pixels = normalise(clips, extractor.mean, extractor.std)
-    encoded = extractor.model.encode(pixels)
+    pixels = normalise(clips, encoder.mean, encoder.std)
+    encoded = encoder.model.encode(pixels)
     assert encoded.shape == (3, 1 + TOKENS, DIM)
-    torch.testing.assert_close(extractor.tokens(clips), encoded[:, 1:])
-    torch.testing.assert_close(extractor.pooled(clips), encoded[:, 0])
+    torch.testing.assert_close(encoder.tokens(clips), encoded[:, 1:])
+    torch.testing.assert_close(encoder.pooled(clips), encoded[:, 0])
 
 
 def test_held_out_crops_of_another_size_keep_their_share_of_the_frame():
@@ -332,7 +336,7 @@ def test_windows_are_the_clips_that_they_say(main, pretrained, source, tmp_path,
     output = tmp_path / "out"
     options = ("--window-stride", 3, "--frame-stride", 2, *(["--tokens"] if tokens else []))
     assert main(pretrained, source, output, *options) == 0
-    extractor = load_extractor(pretrained, CPU, "fp32", clips=ClipChoice(frame_stride=2))
+    encoder = load(pretrained, clips=ClipChoice(frame_stride=2))
     for row in index_of(output):
         features = np.load(output / row["file"])
         starts = np.load(output / row["starts"])
@@ -341,7 +345,7 @@ def test_windows_are_the_clips_that_they_say(main, pretrained, source, tmp_path,
         assert features.shape == ((3, TOKENS, DIM) if tokens else (3, DIM))
         for of_window, start in zip(features, starts, strict=True):
             clip = clip_of(row["path"], range(start, start + 8, 2))[None]
-            expected = extractor.tokens(clip) if tokens else extractor.pooled(clip)
+            expected = encoder.tokens(clip) if tokens else encoder.pooled(clip)
             assert np.allclose(of_window, expected[0].numpy(), atol=1e-6)
 
 
@@ -353,33 +357,33 @@ def test_a_video_shorter_than_the_window_is_one_window(main, pretrained, tmp_pat
     assert main(pretrained, tmp_path / "short", tmp_path / "out", *options) == 0
     (row,) = index_of(tmp_path / "out")
     assert np.load(tmp_path / "out" / row["starts"]).tolist() == [0]
-    extractor = load_extractor(pretrained, CPU, "fp32")
+    encoder = load(pretrained)
     clip = clip_of(tmp_path / "short" / "video.mp4", [0, 3, 3, 3])
-    expected = extractor.pooled(clip[None]).numpy()
+    expected = encoder.pooled(clip[None]).numpy()
     assert np.array_equal(np.load(tmp_path / "out" / row["file"]), expected)
 
 
 def test_of_a_classifier_what_its_head_sees(main, classifier, source, tmp_path):
     assert main(classifier, source, tmp_path / "out", "--clips", 2) == 0
-    _, recogniser = load_recogniser(classifier, CPU, "fp32")
-    clips = HeldOutClips(read_manifest(source), recogniser.spec, views=Views(2, 1), seed=0)
+    encoder = load(classifier)
+    clips = HeldOutClips(read_manifest(source), encoder.data, views=Views(2, 1), seed=0)
     for row, sample in zip(index_of(tmp_path / "out"), clips, strict=True):
         features = torch.from_numpy(np.load(tmp_path / "out" / row["file"]))
         with torch.no_grad():
-            found = recogniser.model.head(features).softmax(dim=-1)
-        assert torch.allclose(found, recogniser.probabilities(sample.clips), atol=1e-6)
+            found = encoder.model.head(features).softmax(dim=-1)
+        assert torch.allclose(found, encoder.probabilities(sample.clips), atol=1e-6)
 
 
 def test_teacher_other_clips_and_half_precision(main, pretrained, source, tmp_path):
     options = ("--weights", "teacher", "--num-frames", 6, "--frame-size", 24, 40)
     assert main(pretrained, source, tmp_path / "out", *options, "--dtype", "float16") == 0
     choice = ClipChoice(num_frames=6, frame_size=(24, 40))
-    extractor = load_extractor(pretrained, CPU, "fp32", weights="teacher", clips=choice)
+    encoder = load(pretrained, weights="teacher", clips=choice)
     row = index_of(tmp_path / "out")[0]
     features = np.load(tmp_path / "out" / row["file"])
     assert features.dtype == np.float16
     clip = clip_of(row["path"], range(3, 9), (24, 40))[None]
-    assert np.array_equal(features, extractor.pooled(clip).half().numpy())
+    assert np.array_equal(features, encoder.pooled(clip).half().numpy())
 
 
 def test_workers_and_passes_change_no_bit(main, pretrained, videos, tmp_path):
@@ -479,7 +483,7 @@ def test_a_stop_in_the_middle_leaves_whole_files_only(
     shutil.rmtree(output)
     calls = []
 
-    original = Extractor.pooled
+    original = Inference.pooled
 
     def pooled(self, clips):
         calls.append(len(clips))
@@ -487,7 +491,7 @@ def test_a_stop_in_the_middle_leaves_whole_files_only(
             raise KeyboardInterrupt
         return original(self, clips)
 
-    monkeypatch.setattr(Extractor, "pooled", pooled)
+    monkeypatch.setattr(Inference, "pooled", pooled)
     assert main(*command) == 130
     assert set(calls) == {1}
     assert [path.name for path in (output / "features").iterdir()] == ["part_0+v_0.mp4.npy"]
@@ -554,7 +558,7 @@ def test_bad_files_are_noted_and_tried_again(main, pretrained, source, tmp_path,
     (source.parent / "part_0" / "v_2.mp4").unlink()
     assert main(pretrained, source, output) == 2
     captured = capsys.readouterr()
-    assert "features of 3 videos, 3 of them new; without 2 that cannot be decoded" in captured.out
+    assert "features of 3 videos, 3 of them new; without 2 that do not decode" in captured.out
     assert "\nerror: 2 of 5 videos do not decode:\n  " in captured.err
     with (output / "bad_files.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -2,13 +2,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from geometry import Geometry
 from torch.nn import functional as F
 
 from hpm_video.config.choices import TransformerSize
 from hpm_video.data.batch import ClipBatch
 from hpm_video.mining.teacher import make_teacher
-from hpm_video.models.classifier import ClipClassifier
-from hpm_video.models.encoder import EncoderShape
 from hpm_video.recognition.mixing import Mixing
 from hpm_video.recognition.objective import Classification
 from hpm_video.tokens.grid import TokenGrid
@@ -26,8 +25,8 @@ CPU = torch.device("cpu")
 def make_model(seed=0, **options):
     torch.manual_seed(seed)
     size = TransformerSize(16, 2, 2)
-    shape = EncoderShape(TokenGrid.of_clip(CLIP, PATCH), PATCH, size, "sequence")
-    return ClipClassifier(shape, CLASSES, head_init_scale=1.0, **options)
+    shape = Geometry(TokenGrid.of_clip(CLIP, PATCH), PATCH, size, "sequence")
+    return shape.classifier(CLASSES, head_init_scale=1.0, **options)
 
 
 def batch_of(size=4, files=None):

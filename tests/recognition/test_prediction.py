@@ -16,7 +16,8 @@ from hpm_video.data.sampling import view_indices
 from hpm_video.data.transforms import crop_and_resize, view_boxes
 from hpm_video.decoding.registry import open_video
 from hpm_video.models.from_config import build_classifier, build_student
-from hpm_video.recognition.trained_classifier import load_recogniser
+from hpm_video.recognition.inference import Inference
+from hpm_video.recognition.trained_model import TrainedClassifier, open_trained
 from hpm_video.training.checkpoint import save_checkpoint
 from hpm_video.training.optim import OptimizerState
 
@@ -83,14 +84,15 @@ def validation(videos):
 
 def by_hand(checkpoint, video, clips, crops, weights="model"):
     """Mean of the softmax over the views, one pass for each."""
-    _, recogniser = load_recogniser(checkpoint, torch.device("cpu"), "fp32", weights=weights)
+    trained = open_trained(checkpoint, TrainedClassifier, weights)
+    classifier = Inference.load(trained, torch.device("cpu"), "fp32")
     sums = np.zeros(len(NAMES))
     with open_video(str(video)) as reader:
         for indices in view_indices(reader.num_frames, 4, 1, clips):
             frames = reader.read(indices)
             for box in view_boxes(frames.shape[1], frames.shape[2], (32, 24), crops):
                 clip = crop_and_resize(frames, box, (32, 24))
-                sums += recogniser.probabilities(clip[None])[0].double().numpy()
+                sums += classifier.probabilities(clip[None])[0].double().numpy()
     return sums / (clips * crops)
 
 
@@ -204,7 +206,7 @@ def test_a_checkpoint_of_pretraining_is_refused_with_the_remedy(main, validation
     )
     assert main(checkpoint, validation[0]) == 2
     error = capsys.readouterr().err
-    assert "no checkpoint of a classifier (it has no labels.txt)" in error
+    assert "no checkpoint of a classifier, but of pre-training" in error
     assert f"./run_finetune.sh CONFIG init_weights={checkpoint}" in error
 
 
@@ -226,7 +228,7 @@ def test_wrong_inputs_are_told_before_anything_is_computed(
 ):
     (tmp_path / "empty").mkdir()
     wrong = {
-        "it has no labels.txt": (tmp_path, validation[0]),
+        "give a config, or a checkpoint folder of a run": (tmp_path, validation[0]),
         "there are no videos in": (classifier, validation[0], tmp_path / "empty"),
         "is a folder; give a file in it": (classifier, validation[0], "--json", tmp_path),
         "cannot be used here": (classifier, validation[0], "--device", "quantum"),

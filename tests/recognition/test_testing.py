@@ -1,6 +1,5 @@
 import csv
 import json
-import re
 
 import numpy as np
 import pytest
@@ -11,18 +10,19 @@ from PIL import Image
 
 from hpm_video.data.batch import Sample, collate
 from hpm_video.data.manifest import Manifest
-from hpm_video.files.failures import Failure
+from hpm_video.data.reading import Views
+from hpm_video.files.failures import BadFilesError, Failure
+from hpm_video.files.weights import CheckpointError
+from hpm_video.recognition import inference
+from hpm_video.recognition.inference import each_video, find_failures, over_videos
 from hpm_video.recognition.testing import (
-    BadTestFilesError,
     Scores,
-    VideoValues,
-    collect,
     confusion_counts,
     describe,
-    score_videos,
     summarise,
     write_results,
 )
+from hpm_video.training.distributed import Processes
 
 CLASSES = 3
 
@@ -42,36 +42,58 @@ def probabilities(clips):
     return (clips.flatten(1) / 40).softmax(dim=1)
 
 
-def sample_of(manifest, place, views):
-    path = manifest.files[place]
-    bad = "bad" in path
-    return Sample(
-        pixels_of(place, 0 if bad else views),
-        keys=(7,) * (0 if bad else views),
-        label=manifest.labels[place],
-        file=path,
-        failures=(Failure(path, "made up"),) if bad else (),
-    )
+class MadeUp:
+    """Clips of no files: those with ``bad`` in their names fail."""
+
+    def __init__(self, manifest, views):
+        self.manifest, self.views, self.bad = manifest, Views(views, 1), {}
+
+    def __len__(self):
+        return len(self.manifest)
+
+    def __getitem__(self, place):
+        path = self.manifest.files[place]
+        bad, views = "bad" in path, self.views.count
+        return Sample(
+            pixels_of(place, 0 if bad else views),
+            keys=(7,) * (0 if bad else views),
+            label=self.manifest.labels[place],
+            file=path,
+            failures=(Failure(path, "made up"),) if bad else (),
+        )
 
 
-def batches_of(manifest, places, views, batch_size):
-    samples = [sample_of(manifest, place, views) for place in places]
-    for start in range(0, len(samples), batch_size):
-        yield collate(samples[start : start + batch_size])
+class Reading(inference.Reading):
+    """Reads made up clips, ``batch_size`` videos at a time."""
+
+    def batches(self, clips, positions, max_clips=32):
+        size = inference.videos_per_batch(clips, positions, max_clips)
+        for start in range(0, len(positions), size):
+            yield collate([clips[place] for place in positions[start : start + size]])
 
 
 def score(manifest, *, views=2, batch_size=2, processes=1, exclude=True, values=probabilities):
-    """As ``processes`` would, each with its share of the videos."""
-    found, failures = [], []
-    for rank in range(processes):
-        places = range(rank, len(manifest), processes)
-        batches = batches_of(manifest, places, views, batch_size)
-        of_rank = score_videos(
-            values, batches, manifest, places, num_views=views, exclude_bad_files=exclude
+    """As the first of ``processes`` would, after each has seen its share of the videos."""
+    clips, reading = MadeUp(manifest, views), Reading(exclude_bad_files=exclude)
+    ends = [
+        pair
+        for rank in range(processes)
+        for pair in each_video(
+            values,
+            clips,
+            range(rank, len(manifest), processes),
+            reading,
+            max_clips=batch_size * views,
         )
-        found += of_rank[0]
-        failures += of_rank[1]
-    return found, failures
+    ]
+
+    class Gathered(Processes):
+        """What the other processes found arrives too."""
+
+        def gather(self, items):
+            return ends
+
+    return over_videos(values, clips, reading, Gathered(), batch_size * views)
 
 
 def naive(manifest, views):
@@ -93,7 +115,6 @@ GOOD = ("a", "b", "c", "d", "e")
     "names",
     [
         GOOD,
-        ("bad", *GOOD),
         ("bad", "bad2", *GOOD),
         (*GOOD[:2], "bad", *GOOD[2:]),
         (*GOOD, "bad"),
@@ -103,18 +124,16 @@ GOOD = ("a", "b", "c", "d", "e")
         ("a",),
     ],
 )
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 50])
+@pytest.mark.parametrize("batch_size", [1, 2, 50])
 @pytest.mark.parametrize("views", [1, 6])
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_each_video_gets_the_mean_of_its_own_views(names, batch_size, views, processes):
+@pytest.mark.parametrize("processes", [1, 3])
+def test_each_video_gets_the_mean_of_its_own_views(names, batch_size, views, processes, caplog):
     manifest = manifest_of(names)
-    found, failures = score(manifest, views=views, batch_size=batch_size, processes=processes)
-    assert [failure.path for failure in sorted(failures, key=lambda bad: bad.path)] == sorted(
-        path for path in manifest.files if "bad" in path
-    )
-    table = collect(manifest, found, failures, exclude_bad_files=True)
+    table = score(manifest, views=views, batch_size=batch_size, processes=processes)
     np.testing.assert_allclose(table, naive(manifest, views), rtol=1e-5)
     assert table.dtype == np.float64
+    left_out = sorted(path for path in manifest.files if "bad" in path)
+    assert caplog.messages == [f"left out: {path}: made up" for path in left_out]
 
 
 @given(
@@ -124,22 +143,19 @@ def test_each_video_gets_the_mean_of_its_own_views(names, batch_size, views, pro
 )
 def test_whatever_fails_wherever(names, batch_size, processes):
     manifest = manifest_of(names)
-    found, failures = score(manifest, batch_size=batch_size, processes=processes)
-    if not found:
-        assert set(names) <= {"bad1", "bad2"}
-        with pytest.raises(BadTestFilesError):
-            collect(manifest, found, failures, exclude_bad_files=True)
+    if set(names) <= {"bad1", "bad2"}:
+        with pytest.raises(BadFilesError):
+            score(manifest, batch_size=batch_size, processes=processes)
         return
-    table = collect(manifest, found, failures, exclude_bad_files=True)
+    table = score(manifest, batch_size=batch_size, processes=processes)
     np.testing.assert_allclose(table, naive(manifest, 2), rtol=1e-5)
 
 
 def test_the_mean_is_that_of_probabilities_not_of_scores():
-    manifest = manifest_of(("a",))
-    found, _ = score(manifest, views=4)
+    (found,) = score(manifest_of(("a",)), views=4)
     of_views = probabilities(pixels_of(0, 4)).double().numpy()
-    np.testing.assert_allclose(found[0].mean, of_views.mean(axis=0), rtol=1e-6)
-    assert not np.allclose(found[0].mean, probabilities(pixels_of(0, 4).float().mean(dim=0)[None]))
+    np.testing.assert_allclose(found, of_views.mean(axis=0), rtol=1e-6)
+    assert not np.allclose(found, probabilities(pixels_of(0, 4).float().mean(dim=0)[None]))
 
 
 def test_nothing_is_computed_after_the_first_failure_but_all_of_them_are_found():
@@ -150,13 +166,11 @@ def test_nothing_is_computed_after_the_first_failure_but_all_of_them_are_found()
         calls.append(len(clips))
         return probabilities(clips)
 
-    found, failures = score(manifest, batch_size=2, exclude=False, values=counted)
+    with pytest.raises(BadFilesError) as caught:
+        over_videos(counted, MadeUp(manifest, 2), Reading(), Processes(), max_clips=4)
     assert calls == [4]
-    assert [failure.path for failure in failures] == ["/v/bad1", "/v/bad2", "/v/bad1"]
-    with pytest.raises(BadTestFilesError) as caught:
-        collect(manifest, found, failures, exclude_bad_files=False)
     message = str(caught.value)
-    assert re.match("3 of 8 videos .*do not decode:\n", message)
+    assert message.startswith("3 of 8 videos do not decode:\n")
     lines = [line for line in message.splitlines() if line.startswith("  ")]
     assert lines == ["  /v/bad1: made up", "  /v/bad1: made up", "  /v/bad2: made up"]
     for remedy in ("test.exclude_bad_files=true", "--exclude-bad-files", "count as wrong"):
@@ -165,22 +179,26 @@ def test_nothing_is_computed_after_the_first_failure_but_all_of_them_are_found()
 
 
 def test_nothing_left_to_test_is_an_error_even_where_bad_files_are_excluded():
-    manifest = manifest_of(("bad1", "bad2"))
-    found, failures = score(manifest, exclude=True)
-    assert found == []
-    with pytest.raises(BadTestFilesError, match="2 of 2 videos"):
-        collect(manifest, found, failures, exclude_bad_files=True)
+    with pytest.raises(BadFilesError, match="2 of 2 videos"):
+        score(manifest_of(("bad1", "bad2")), exclude=True)
 
 
-def test_a_video_looked_at_twice_or_never_is_noticed():
-    manifest = manifest_of(("a", "b", "c"))
-    found, _ = score(manifest)
-    with pytest.raises(RuntimeError, match="/v/c was looked at 0 times"):
-        collect(manifest, found[:2], [], exclude_bad_files=False)
-    with pytest.raises(RuntimeError, match="/v/a was looked at 2 times"):
-        collect(manifest, [*found, found[0]], [], exclude_bad_files=False)
-    with pytest.raises(RuntimeError, match="/v/b was looked at 1 times"):
-        collect(manifest, found, [Failure("/v/b", "made up")], exclude_bad_files=True)
+def test_a_bad_file_is_found_before_a_run_and_not_tried_again(caplog):
+    clips = MadeUp(manifest_of(("a", "bad", "b")), 1)
+    with pytest.raises(BadFilesError, match="1 of 3 videos"):
+        find_failures(clips, Reading(), Processes())
+    reading = Reading(exclude_bad_files=True)
+    find_failures(clips, reading, Processes())
+    assert [*clips.bad] == ["/v/bad"]
+    assert caplog.messages == ["left out: /v/bad: made up"]
+    over_videos(probabilities, clips, reading, Processes())
+    assert len(caplog.messages) == 1, "it is told once"
+
+
+def test_values_that_are_not_finite_are_refused():
+    manifest = manifest_of(("a", "b"))
+    with pytest.raises(CheckpointError, match=r"says of /v/a is not finite.* an earlier check"):
+        score(manifest, values=lambda clips: probabilities(clips) * torch.nan)
 
 
 def test_no_gradient_is_kept():
@@ -195,9 +213,9 @@ def test_no_gradient_is_kept():
 
 
 def test_values_of_any_width_and_precision():
-    found, _ = score(manifest_of(("a",)), values=lambda clips: clips.flatten(1)[:, :1].bfloat16())
-    assert found[0].mean.shape == (1,)
-    assert found[0].mean.dtype == np.float64
+    table = score(manifest_of(("a",)), values=lambda clips: clips.flatten(1)[:, :1].bfloat16())
+    assert table.shape == (1, 1)
+    assert table.dtype == np.float64
 
 
 # --- Accuracies ---------------------------------------------------------------------------------
@@ -379,12 +397,3 @@ def test_the_terminal_sees_every_class_or_of_many_the_extremes():
     hardest, easiest = many.split("the easiest:")
     assert hardest.count("0.0%") == 5
     assert easiest.count("100.0%") == 5
-
-
-def test_what_is_found_travels_between_processes():
-    import pickle
-
-    value = VideoValues(3, np.array([0.25, 0.75]))
-    again = pickle.loads(pickle.dumps(value))
-    assert again.place == 3
-    assert again.mean.tolist() == [0.25, 0.75]

@@ -3,13 +3,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from geometry import Geometry
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hpm_video.config.choices import TransformerSize
 from hpm_video.mining.teacher import MomentumSchedule, make_teacher
-from hpm_video.models.encoder import EncoderShape
-from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.loop import fit
 from hpm_video.training.metrics import Meter
@@ -74,8 +73,8 @@ def test_teacher_follows_in_steps_that_bf16_would_lose():
 
 def test_vectors_do_not_decay():
     size = TransformerSize(16, 1, 2)
-    shape = EncoderShape(TokenGrid(1, 2, 2), (1, 4, 4), size, "sequence")
-    model = MaskedAutoencoder(shape, size)
+    shape = Geometry(TokenGrid(1, 2, 2), (1, 4, 4), size, "sequence")
+    model = shape.autoencoder(size)
     decayed, kept = parameter_groups(model, 0.05)
     names = {id(p): name for name, p in model.named_parameters()}
     assert decayed["weight_decay"] == 0.05

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from hpm_video.config.loading import load_config, save_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data.transforms import held_out_crops
+from hpm_video.files.single_file import as_folder
 from hpm_video.files.weights import CheckpointError
 from hpm_video.models.from_config import build_classifier, build_student
-from hpm_video.recognition.inference import load_extractor
+from hpm_video.recognition.trained_model import TrainedModel, open_trained
 from hpm_video.tokens.pixels import normalise
 from hpm_video.weights.exporting import FORMATS, export
 from hpm_video.weights.families import FAMILIES
@@ -25,7 +26,6 @@ from hpm_video.weights.importing import import_weights
 from hpm_video.weights.inspect import inspect
 from hpm_video.weights.own import load_own
 from hpm_video.weights.parity import compare
-from hpm_video.weights.single_file import as_folder
 from hpm_video.weights.sizes import Given
 from hpm_video.weights.verify import given_for
 from hpm_video.weights.writing import _crop_share
@@ -567,7 +567,8 @@ def test_one_file_takes_every_model_and_comes_back(
         assert back.texts == own.texts
         export(back, again, "file", 0.0)
         if not classifier:
-            load_extractor(stands_for, torch.device("cpu"), "fp32")
+            for path in (stands_for, file):
+                open_trained(path, TrainedModel).encoder()
     assert not stands_for.exists()
     for name, value in load_file(again).items():
         assert torch.equal(value, own.tensors[name])

@@ -14,7 +14,7 @@ from hpm_video.config.loading import load_any_config, load_config
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.files.weights import CheckpointError
 from hpm_video.models.positions import position_table, resized
-from hpm_video.recognition.inference import ClipChoice, load_extractor
+from hpm_video.recognition.trained_model import ClipChoice, TrainedModel, open_trained
 from hpm_video.runs.pretraining import pretrain
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.checkpoint import sha256_of
@@ -166,12 +166,10 @@ def test_fine_tuning_from_learned_positions(
     imported = import_weights(files["vit"], Given(heads=4, decoder=TransformerSize(24, 2, 2)))
     folder = tmp_path / "imported"
     write_folder(imported, folder, compare(imported, 1e-5))
-    extractor = load_extractor(
-        folder, torch.device("cpu"), "fp32", clips=ClipChoice(frame_size=size)
-    )
+    encoder = open_trained(folder, TrainedModel, clips=ClipChoice(frame_size=size)).encoder()
     grid = TokenGrid(1, size[0] // 8, 4)
     table = content["model"]["pos_embed"][0, 1:]
-    found = extractor.model.encoder_positions(grid)
+    found = encoder.encoder_positions(grid)
     assert torch.equal(found, resized(table, TokenGrid(1, 4, 4), grid))
     config = yaml.safe_load(finetune_config.read_text())
     config["init_weights"] = str(folder)
@@ -315,13 +313,9 @@ def test_positions_at_another_number_of_frames(files, tmp_path):
     config = load_any_config(tmp_path / "folder" / "config.yaml")
     assert config.data.clip_size == (4, 32, 32)
     source, grid = TokenGrid(2, 4, 4), TokenGrid(4, 6, 4)
-    longer = load_extractor(
-        tmp_path / "folder",
-        torch.device("cpu"),
-        "fp32",
-        clips=ClipChoice(num_frames=8, frame_size=(48, 32)),
-    )
-    table = longer.model.encoder_positions(grid)
+    clips = ClipChoice(num_frames=8, frame_size=(48, 32))
+    longer = open_trained(tmp_path / "folder", TrainedModel, clips=clips).encoder()
+    table = longer.encoder_positions(grid)
     assert torch.equal(table, position_table(grid, 48, "sequence", source))
     assert not torch.equal(table, position_table(grid, 48, "sequence"))
 

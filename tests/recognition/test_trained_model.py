@@ -13,12 +13,18 @@ from hpm_video.data.reading import Views
 from hpm_video.data.sampling import view_indices
 from hpm_video.data.transforms import crop_and_resize, view_boxes
 from hpm_video.decoding.registry import open_video
+from hpm_video.files.failures import BadFilesError
 from hpm_video.files.weights import CheckpointError
 from hpm_video.models.from_config import build_classifier
 from hpm_video.models.positions import position_table
-from hpm_video.recognition.inference import ClipChoice, Reading
-from hpm_video.recognition.testing import BadTestFilesError
-from hpm_video.recognition.trained_classifier import load_recogniser, recogniser_of
+from hpm_video.recognition.inference import Inference, Reading
+from hpm_video.recognition.testing import score_videos
+from hpm_video.recognition.trained_model import (
+    ClipChoice,
+    TrainedAutoencoder,
+    TrainedClassifier,
+    open_trained,
+)
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.pixels import normalise
 from hpm_video.training.checkpoint import save_checkpoint
@@ -72,9 +78,18 @@ def checkpoint(config, tmp_path_factory) -> Path:
     return folder / "update-00000001"
 
 
+def load(path, weights=None, clips=ClipChoice()):  # noqa: B008 - it is frozen
+    trained = open_trained(path, TrainedClassifier, weights, clips=clips)
+    return Inference.load(trained, CPU, "fp32")
+
+
+def score(recogniser, manifest, views, reading=Reading(), processes=Processes()):  # noqa: B008
+    return score_videos(recogniser, NAMES, manifest, views, reading, processes)
+
+
 @pytest.fixture(scope="module")
 def recogniser(checkpoint):
-    return load_recogniser(checkpoint, CPU, "fp32")[1]
+    return load(checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +128,7 @@ def test_it_evaluates_and_leaves_the_model_in_the_mode_it_was_in(config):
     batch_norm = replace(config.model, pooling="batch_norm", frozen=True)
     other = replace(config, model=batch_norm, recipe=replace(config.recipe, average_momentum=None))
     model = build_classifier(other, 3).train()
-    recogniser = recogniser_of(other, model, NAMES, CPU, "fp32")
+    recogniser = Inference.of(model, other.data, CPU, "fp32")
     first = recogniser.probabilities(clips_of())
     assert model.training
     assert model.pooling.norm.num_batches_tracked == 0
@@ -148,7 +163,7 @@ def test_the_head_sees_what_is_pooled(recogniser):
 
 def naive_scores(recogniser, manifest, views):
     """Video by video, view by view, without any batches."""
-    spec, table = recogniser.spec, []
+    spec, table = recogniser.data, []
     for file in manifest.files:
         with open_video(file, "auto") as video:
             clips = view_indices(video.num_frames, spec.num_frames, spec.frame_stride, views.clips)
@@ -165,7 +180,7 @@ def naive_scores(recogniser, manifest, views):
 
 @pytest.mark.parametrize("views", [Views(1, 1), VIEWS, Views(3, 3)])
 def test_scores_of_videos_are_means_over_their_views(recogniser, manifest, views):
-    scores = recogniser.score(manifest, views, Reading(), Processes())
+    scores = score(recogniser, manifest, views)
     assert scores.manifest is manifest
     expected = naive_scores(recogniser, manifest, views)
     np.testing.assert_allclose(scores.probabilities, expected, rtol=1e-4, atol=1e-6)
@@ -174,28 +189,28 @@ def test_scores_of_videos_are_means_over_their_views(recogniser, manifest, views
 
 def test_more_views_than_a_batch_has_clips(recogniser, manifest):
     few = Manifest(manifest.files[:2], (0, 1), (-1, -1))
-    scores = recogniser.score(few, Views(13, 5), Reading(), Processes())
+    scores = score(recogniser, few, Views(13, 5))
     expected = naive_scores(recogniser, few, Views(13, 5))
     np.testing.assert_allclose(scores.probabilities, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_workers_change_nothing(recogniser, with_bad_files):
     alone, with_workers = (
-        recogniser.score(with_bad_files, VIEWS, Reading("auto", workers, True), Processes())
+        score(recogniser, with_bad_files, VIEWS, Reading("auto", workers, True))
         for workers in (0, 2)
     )
     np.testing.assert_array_equal(alone.probabilities, with_workers.probabilities)
 
 
 def test_bad_files_stop_a_test_or_are_excluded(recogniser, manifest, with_bad_files):
-    with pytest.raises(BadTestFilesError, match="3 of 10 videos .*do not decode") as caught:
-        recogniser.score(with_bad_files, VIEWS, Reading(), Processes())
+    with pytest.raises(BadFilesError, match="3 of 10 videos do not decode") as caught:
+        score(recogniser, with_bad_files, VIEWS)
     assert str(caught.value).count("empty.mp4: the file is empty") == 2
     assert "missing.mp4: there is no such file" in str(caught.value)
     reading = Reading(exclude_bad_files=True)
-    scores = recogniser.score(with_bad_files, VIEWS, reading, Processes())
+    scores = score(recogniser, with_bad_files, VIEWS, reading)
     assert np.flatnonzero(scores.excluded).tolist() == [0, 4, 5]
-    whole = recogniser.score(manifest, VIEWS, Reading(), Processes())
+    whole = score(recogniser, manifest, VIEWS)
     np.testing.assert_array_equal(scores.probabilities[~scores.excluded], whole.probabilities)
 
 
@@ -204,7 +219,7 @@ def test_labels_that_the_classifier_does_not_know_are_refused(recogniser, manife
     labels = (*manifest.labels[:3], label, *manifest.labels[4:])
     wrong = replace(manifest, labels=labels)
     with pytest.raises(ManifestError) as caught:
-        recogniser.score(wrong, VIEWS, Reading(), Processes())
+        score(recogniser, wrong, VIEWS)
     message = str(caught.value)
     for part in ("labels from 0 to 2", f"{manifest.files[3]} has {words}", "a column label"):
         assert part in message
@@ -214,9 +229,9 @@ def test_a_manifest_that_numbers_the_classes_otherwise_is_refused(recogniser, ma
     """As that of a folder of class folders does in which some classes have no videos."""
     few = Manifest(manifest.files[:2], (0, 1), (-1, -1), ("moves left", "moves right"))
     with pytest.raises(ManifestError, match="class 0 is 'still' .* and 'moves left'"):
-        recogniser.score(few, VIEWS, Reading(), Processes())
+        score(recogniser, few, VIEWS)
     same = replace(few, label_names=NAMES[:2])
-    assert not recogniser.score(same, Views(1, 1), Reading(), Processes()).excluded.any()
+    assert not score(recogniser, same, Views(1, 1)).excluded.any()
 
 
 PROCESS = """
@@ -226,25 +241,27 @@ import numpy as np
 import torch
 from hpm_video.data.reading import Views
 from hpm_video.data.manifest import read_manifest
-from hpm_video.recognition.testing import BadTestFilesError
-from hpm_video.recognition.inference import Reading
-from hpm_video.recognition.trained_classifier import load_recogniser
+from hpm_video.files.failures import BadFilesError
+from hpm_video.recognition.inference import Inference, Reading
+from hpm_video.recognition.testing import score_videos
+from hpm_video.recognition.trained_model import TrainedClassifier, open_trained
 from hpm_video.training.distributed import joined_processes
 
 warnings.simplefilter("error")
 checkpoint, folder = map(Path, sys.argv[1:])
 torch.set_num_threads(1)
-_, recogniser = load_recogniser(checkpoint, torch.device("cpu"), "fp32")
+trained = open_trained(checkpoint, TrainedClassifier)
+classifier, names = Inference.load(trained, torch.device("cpu"), "fp32"), trained.label_names
 with joined_processes() as processes:
     results = {"rank": processes.rank, "count": processes.count, "first": processes.is_first}
     for name in ("whole", "one", "bad"):
         manifest = read_manifest(folder / f"{name}.csv")
         reading = Reading(exclude_bad_files=name == "bad")
-        scores = recogniser.score(manifest, Views(2, 2), reading, processes)
+        scores = score_videos(classifier, names, manifest, Views(2, 2), reading, processes)
         results[name] = scores.probabilities.tolist()
     try:
-        recogniser.score(manifest, Views(2, 2), Reading(), processes)
-    except BadTestFilesError as error:
+        score_videos(classifier, names, manifest, Views(2, 2), Reading(), processes)
+    except BadFilesError as error:
         results["error"] = str(error)
 (folder / f"{processes.rank}.json").write_text(json.dumps(results))
 """
@@ -269,10 +286,10 @@ def test_two_processes_find_what_one_finds(
         assert (found["rank"], found["count"], found["first"]) == (rank, 2, rank == 0)
         for name, listed in manifests.items():
             reading = Reading(exclude_bad_files=name == "bad")
-            alone = recogniser.score(listed, VIEWS, reading, Processes())
+            alone = score(recogniser, listed, VIEWS, reading)
             np.testing.assert_array_equal(np.array(found[name]), alone.probabilities)
-        with pytest.raises(BadTestFilesError) as caught:
-            recogniser.score(with_bad_files, VIEWS, Reading(), Processes())
+        with pytest.raises(BadFilesError) as caught:
+            score(recogniser, with_bad_files, VIEWS)
         assert found["error"] == str(caught.value)
 
 
@@ -299,14 +316,15 @@ def test_a_process_on_its_own_joins_nobody(monkeypatch):
 
 
 def test_a_checkpoint_is_loaded_as_it_was_saved(checkpoint, config):
-    loaded, recogniser = load_recogniser(checkpoint, CPU, "fp32")
-    assert recogniser.label_names == NAMES
+    trained = open_trained(checkpoint, TrainedClassifier)
+    loaded, recogniser = trained.config, load(checkpoint)
+    assert (trained.label_names, trained.weights, trained.update) == (NAMES, "model", 1)
     assert recogniser.clips_per_pass == 4
     assert not recogniser.model.training
     assert loaded.model.encoder == config.model.encoder
     for name, value in with_random_weights(config, 1).state_dict().items():
         assert torch.equal(recogniser.model.state_dict()[name], value)
-    average = load_recogniser(checkpoint, CPU, "fp32", weights="average")[1].model
+    average = load(checkpoint, "average").model
     for name, value in with_random_weights(config, 2).state_dict().items():
         assert torch.equal(average.state_dict()[name], value)
 
@@ -320,31 +338,35 @@ def test_a_checkpoint_is_loaded_as_it_was_saved(checkpoint, config):
     ],
 )
 def test_other_clips_get_their_positions_in_the_grid_of_training(checkpoint, clips, grid):
-    config, recogniser = load_recogniser(checkpoint, CPU, "fp32", clips=clips)
+    recogniser = load(checkpoint, clips=clips)
     table = position_table(grid, 16, "sequence", TokenGrid(2, 4, 3))
     assert torch.equal(recogniser.model.encoder_positions(grid), table)
-    assert recogniser.spec.max_frame_stride is None
-    assert recogniser.spec.frame_size == config.data.frame_size == (clips.frame_size or (32, 24))
-    size = (recogniser.spec.num_frames, *recogniser.spec.frame_size)
+    assert recogniser.data.max_frame_stride is None
+    assert recogniser.data.frame_size == (clips.frame_size or (32, 24))
+    size = (recogniser.data.num_frames, *recogniser.data.frame_size)
     assert recogniser.probabilities(clips_of(2, size)).shape == (2, 3)
 
 
 def test_clips_that_no_patches_fit_are_refused(checkpoint):
     with pytest.raises(ValueError, match="do not fit: frames .* got 5 with patch 2"):
-        load_recogniser(checkpoint, CPU, "fp32", clips=ClipChoice(num_frames=5))
+        load(checkpoint, clips=ClipChoice(num_frames=5))
 
 
 def test_a_checkpoint_of_something_else_is_named(checkpoint, tmp_path):
-    with pytest.raises(CheckpointError, match=r"no labels.txt(.|\n)*run_finetune.sh"):
-        load_recogniser(tmp_path, CPU, "fp32")
+    with pytest.raises(ValueError, match=r"no .*config.yaml; give .* a checkpoint folder of a run"):
+        load(tmp_path)
     for path in checkpoint.iterdir():
-        if path.name != "average.safetensors":
+        if path.name not in ("average.safetensors", "labels.txt"):
             (tmp_path / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(CheckpointError, match=r"no labels.txt, the name of class i in line i; put"):
+        load(tmp_path)
     with pytest.raises(CheckpointError, match=r"has no weights of .average.; take --weights model"):
-        load_recogniser(tmp_path, CPU, "fp32", weights="average")
+        load(tmp_path, "average")
     (tmp_path / "labels.txt").write_text("one\ntwo\n")
     with pytest.raises(CheckpointError, match=r"head.weight has shape \(3, 16\).* \(2, 16\)"):
-        load_recogniser(tmp_path, CPU, "fp32")
+        load(tmp_path)
+    with pytest.raises(ValueError, match=r"is of a classifier, not of pre-training; give a"):
+        open_trained(checkpoint, TrainedAutoencoder)
 
 
 def test_weights_at_the_start_depend_on_the_seed_alone(config):
@@ -377,6 +399,6 @@ def test_a_classifier_is_what_the_config_says(config):
     assert built.encoder.drop_path == 0.4
     assert built.encoder.checkpoint_activations
     assert built.frozen
-    assert built.shape.source_grid == TokenGrid(1, 2, 2)
+    assert built.source_grid == TokenGrid(1, 2, 2)
     assert built.encoder.blocks[0].mlp[0].weight.abs().max() > 0.2, "Xavier's are wider than 0.02"
     torch.testing.assert_close(built.head.weight, 2 * plain.head.weight)

@@ -1,0 +1,225 @@
+"""The loader of trained models: checkpoint folders of runs, and single files made of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from torch import Tensor
+
+from hpm_video.config.checks import ConfigError
+from hpm_video.config.data import DataConfig
+from hpm_video.config.loading import load_any_config
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig
+from hpm_video.files.single_file import as_folder
+from hpm_video.files.weights import CheckpointError, load_weights
+from hpm_video.models.classifier import ClipClassifier
+from hpm_video.models.encoder import ClipEncoder
+from hpm_video.models.from_config import (
+    build_classifier,
+    build_encoder,
+    build_student,
+    source_grid_of,
+)
+from hpm_video.models.masked_autoencoder import MaskedAutoencoder
+from hpm_video.recognition.labels import read_label_names
+from hpm_video.training.checkpoint import read_state, read_weights, weights_digest
+
+WeightsOf = Literal["student", "teacher", "model", "average", "untrained"]
+"""Student or teacher of pre-training; a classifier (``model``) or the average of its weights; or
+those that pre-training began with, to compare with."""
+OF_PRETRAINING: tuple[WeightsOf, ...] = ("student", "teacher")
+OF_CLASSIFIER: tuple[WeightsOf, ...] = ("model", "average")
+OF_DECODERS = (
+    "mask_token",
+    "to_decoder.",
+    "reconstructor.",
+    "difficulty_decoder.",
+    "decoder_positions.",
+)
+"""Weights of a masked autoencoder that are not its encoder's."""
+
+
+@dataclass(frozen=True)
+class ClipChoice:
+    """Which clips a model is to see; where nothing is said, those that it was trained on."""
+
+    num_frames: int | None = None
+    frame_stride: int | None = None
+    frame_size: tuple[int, int] | None = None
+
+    def of(self, data: DataConfig) -> DataConfig:
+        """Return the data of a config with these clips."""
+        short_side = data.held_out_short_side
+        if short_side is not None and self.frame_size is not None:  # in the same proportion
+            short_side = round(short_side * max(self.frame_size) / max(data.frame_size))
+        return replace(
+            data,
+            num_frames=self.num_frames or data.num_frames,
+            frame_stride=self.frame_stride or data.frame_stride,
+            max_frame_stride=None,
+            frame_size=self.frame_size or data.frame_size,
+            held_out_short_side=short_side,
+        )
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model in a checkpoint folder or a single file. Weights are read when it is built."""
+
+    path: Path
+    weights: WeightsOf
+    update: int
+    data: DataConfig
+    """The clips that the encoder is to see."""
+
+    @property
+    def file(self) -> str:
+        """Name of the file of its weights in a checkpoint folder."""
+        return "model" if self.weights == "student" else self.weights
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file of its weights."""
+        return weights_digest(self.path, self.file)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Read its weights."""
+        return read_weights(self.path, self.file)
+
+    def encoder(self) -> ClipEncoder:
+        """Build what makes features of clips."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TrainedAutoencoder(TrainedModel):
+    """What pre-training made."""
+
+    config: PretrainConfig
+
+    def build(self) -> MaskedAutoencoder:
+        """Build the whole model, for the clips that it was trained on.
+
+        Raises:
+            CheckpointError: the weights do not fit, or are of an encoder alone.
+        """
+        tensors = self.tensors()
+        if not any(name.startswith("reconstructor.") for name in tensors):
+            raise CheckpointError(
+                f"{self.path} holds an encoder without its reconstructor, so it cannot "
+                f"reconstruct; give a checkpoint of pre-training"
+            )
+        model = build_student(self.config)
+        load_weights(model, tensors, self.path)
+        return model.eval()
+
+    def encoder(self) -> ClipEncoder:
+        """Build the encoder with its final norm. Other clips have their positions in its grid."""
+        model = build_encoder(self.config, self.data)
+        if self.weights != "untrained":
+            load_weights(model, self.tensors(), self.path, may_leave=OF_DECODERS)
+        return model.eval()
+
+
+@dataclass(frozen=True)
+class TrainedClassifier(TrainedModel):
+    """What fine-tuning made."""
+
+    config: FinetuneConfig
+    """With the grid of pre-training, the clips and the weights that were asked for."""
+    label_names: tuple[str, ...]
+
+    def build(self) -> ClipClassifier:
+        """Build the classifier."""
+        model = build_classifier(self.config, len(self.label_names))
+        load_weights(model, self.tensors(), self.path)
+        return model.eval()
+
+    def encoder(self) -> ClipClassifier:
+        """Build the classifier, whose encoder goes with its pooling."""
+        return self.build()
+
+
+Trained = TypeVar("Trained", bound=TrainedModel)
+
+
+def open_trained(
+    path: Path,
+    wanted: type[Trained],
+    weights: WeightsOf | None = None,
+    *,
+    clips: ClipChoice = ClipChoice(),  # noqa: B008 - it is frozen
+    overrides: Sequence[str] = (),
+) -> Trained:
+    """Find out what a checkpoint folder or a single file holds.
+
+    Args:
+        path: a checkpoint folder of a run, or a file made of one.
+        wanted: what it must be; ``TrainedModel`` for either kind.
+        weights: by default the student's of pre-training, of a classifier those that its config
+            tests (``test.weights``).
+        clips: other clips than it was trained on.
+        overrides: of its config, such as where the weights of a feature model are now.
+
+    Raises:
+        ConfigError, CheckpointError: it is not a whole checkpoint of that kind, or has no such
+            weights.
+    """
+    with as_folder(path) as folder:
+        config = load_any_config(folder / "config.yaml", overrides)
+        found: TrainedModel
+        if isinstance(config, PretrainConfig):
+            if not issubclass(TrainedAutoencoder, wanted):
+                raise CheckpointError(_TRAIN_A_CLASSIFIER.format(path=path))
+            chosen = _choose(path, folder, "pre-training", weights or "student", OF_PRETRAINING)
+            update = read_state(folder)["update"]
+            found = TrainedAutoencoder(path, chosen, update, clips.of(config.data), config)
+        else:
+            if not issubclass(TrainedClassifier, wanted):
+                raise ConfigError(
+                    f"{path} is of a classifier, not of pre-training; give a checkpoint of "
+                    f"./run_pretrain.sh, such as runs/demo/checkpoints/last"
+                )
+            found = _classifier(path, folder, config, weights, clips)
+    assert isinstance(found, wanted)
+    return found
+
+
+_TRAIN_A_CLASSIFIER = """{path} is no checkpoint of a classifier, but of pre-training; train one:
+  ./run_finetune.sh CONFIG init_weights={path}
+(see configs/README.md), and give RUN/checkpoints/last of that run"""
+
+
+def _classifier(
+    path: Path, folder: Path, config: FinetuneConfig, weights: WeightsOf | None, clips: ClipChoice
+) -> TrainedClassifier:
+    chosen = _choose(path, folder, "a classifier", weights or config.test.weights, OF_CLASSIFIER)
+    if not (folder / "labels.txt").is_file():
+        raise CheckpointError(
+            f"{path} is no checkpoint of a classifier: it has no labels.txt, the name of class i "
+            f"in line i; put that file there"
+        )
+    config = replace(
+        config,
+        test=replace(config.test, weights="average" if chosen == "average" else "model"),
+        data=clips.of(config.data),
+        model=replace(config.model, pretrained_grid=source_grid_of(config)),
+    )
+    names, update = read_label_names(folder / "labels.txt"), read_state(folder)["update"]
+    return TrainedClassifier(path, chosen, update, config.data, config, names)
+
+
+def _choose(
+    path: Path, folder: Path, kind: str, asked: WeightsOf, known: tuple[WeightsOf, ...]
+) -> WeightsOf:
+    if asked == "untrained" and known == OF_PRETRAINING:
+        return asked
+    files = {name: "model" if name == "student" else name for name in known}
+    there = [name for name in known if (folder / f"{files[name]}.safetensors").is_file()]
+    if asked not in known or (there and asked not in there):
+        raise CheckpointError(
+            f"{path} is of {kind} and has no weights of {asked!r}; take --weights "
+            f"{' or '.join(there or known)}"
+        )
+    return asked
