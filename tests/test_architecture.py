@@ -24,16 +24,17 @@ MAY_IMPORT = {
     "omegaconf": {"config/loading.py"},
     "pandas": {"data/manifest.py"},
     "argparse": {"runs/console.py", "preparation/recipes.py", "weights/files.py"},
-    "transformers": {"weights/peers.py", "weights/verify.py"},
+    "transformers": {"weights/peers.py"},
     "onnx": {"weights/writing.py"},
-    "onnxruntime": {"weights/verify.py"},
+    "onnxruntime": {"weights/exporting.py"},
     "torchvision": {"data/augment.py"},
     "timm": {
         "data/augment.py",
         "recognition/mixing.py",
         "models/feature_model.py",
+        "weights/exporting.py",
+        "weights/notes.py",
         "weights/peers.py",
-        "weights/verify.py",
     },
 }
 SEES_A_CONFIG = {
@@ -47,8 +48,9 @@ SEES_A_CONFIG = {
     "runs/init_weights.py",
     "runs/pretraining.py",
     "runs/run.py",
-    "weights/folder.py",
-    "weights/own.py",
+    "weights/geometry.py",
+    "weights/importing.py",
+    "weights/model.py",
 }
 NO_SCHEMA = {"choices", "checks", "batch_plan"}
 """Modules of config/ that everybody may import: they know no section."""
