@@ -97,8 +97,8 @@ def check_own(model: TrainedModel, _: Expressed, file: Path) -> ParityReport:
 def check_transformers(model: TrainedModel, expressed: Expressed, folder: Path) -> ParityReport:
     """Read a folder with ``from_pretrained``."""
     if not is_installed("transformers"):
-        return replace(
-            NOT_ASKED, not_checked="transformers is not installed (pip install transformers)"
+        return ParityReport(
+            "", not_checked="transformers is not installed (pip install transformers)"
         )
     trial = trial_of(model)
     peer = of_transformers(expressed.family.transformers_class, folder)
@@ -130,8 +130,8 @@ def check_timm(model: TrainedModel, _: Expressed, folder: Path) -> ParityReport:
 def check_onnx(model: TrainedModel, _: Expressed, file: Path) -> ParityReport:
     """Run a program of ONNX with onnxruntime, on several clips at once and on one."""
     if not is_installed("onnxruntime"):
-        return replace(
-            NOT_ASKED, not_checked="onnxruntime is not installed (pip install onnxruntime)"
+        return ParityReport(
+            "", not_checked="onnxruntime is not installed (pip install onnxruntime)"
         )
     import onnxruntime  # type: ignore[import-untyped, unused-ignore]
 
@@ -154,10 +154,6 @@ def write_own(model: TrainedModel, _: Expressed, file: Path) -> None:
     write_single_file(file, model.tensors, file_of(model.weights), model.kind, model.texts())
 
 
-def _no_notes(_model: TrainedModel, _expressed: Expressed) -> list[str]:
-    return []
-
-
 @dataclass(frozen=True)
 class Format:
     """A kind of files that models are exported to."""
@@ -169,7 +165,7 @@ class Format:
     """How to load it."""
     write: Callable[[TrainedModel, Expressed, Path], None]
     check: Callable[[TrainedModel, Expressed, Path], ParityReport]
-    notes: Callable[[TrainedModel, Expressed], list[str]] = _no_notes
+    notes: Callable[[TrainedModel, Expressed], list[str]] = lambda _model, _expressed: []
 
 
 FORMATS: dict[To, Format] = {
