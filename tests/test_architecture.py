@@ -29,24 +29,26 @@ MAY_IMPORT = {
         "preparation/recipes.py",
         "weights/files.py",
     },
-    "transformers": {"weights/peers.py", "weights/verify.py"},
+    "transformers": {"weights/peers.py"},
     "onnx": {"weights/writing.py"},
-    "onnxruntime": {"weights/verify.py"},
+    "onnxruntime": {"weights/exporting.py"},
     "torchvision": {"data/augment.py"},
     "sklearn": {"recognition/probes.py", "recognition/testing.py"},
     "timm": {
         "data/augment.py",
         "recognition/mixing.py",
         "models/feature_model.py",
+        "weights/exporting.py",
+        "weights/notes.py",
         "weights/peers.py",
-        "weights/verify.py",
     },
 }
 SEES_A_CONFIG = {
     "models/from_config.py",
     "recognition/trained_model.py",
-    "weights/folder.py",
-    "weights/own.py",
+    "weights/geometry.py",
+    "weights/importing.py",
+    "weights/model.py",
 }
 NO_SCHEMA = {"choices", "checks", "batch_plan"}
 """Modules of config/ that everybody may import: they know no section."""

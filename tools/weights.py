@@ -12,7 +12,6 @@ Nothing in a file is run, and nothing is downloaded.
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from hpm_video.config.choices import TransformerSize
@@ -21,12 +20,12 @@ from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition.labels import read_label_names
 from hpm_video.runs.console import EXIT_CODES, positive, run, shortest
 from hpm_video.weights.exporting import FORMATS, export
-from hpm_video.weights.folder import config_of, write_folder
-from hpm_video.weights.importing import describe, import_weights
+from hpm_video.weights.geometry import Overrides
+from hpm_video.weights.importing import describe, import_weights, write_folder
 from hpm_video.weights.inspect import inspect
-from hpm_video.weights.own import load_own
-from hpm_video.weights.parity import TOLERANCE, compare
-from hpm_video.weights.sizes import Given
+from hpm_video.weights.model import load_model
+from hpm_video.weights.parity import NOT_ASKED, TOLERANCE
+from hpm_video.weights.peers import compare
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
@@ -47,7 +46,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     reads.set_defaults(command=import_file)
     reads.add_argument("source", type=Path, help="file of weights, or folder of a model")
     reads.add_argument("folder", type=Path, help="to write; it must not exist")
-    add_given(reads)
+    add_overrides(reads)
     reads.add_argument(
         "--tolerance",
         type=float,
@@ -60,7 +59,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     looks = commands.add_parser("inspect", help="tell what a file or folder holds")
     looks.set_defaults(command=inspect_file)
     looks.add_argument("source", type=Path, help="file of weights, or folder of a model or run")
-    add_given(looks)
+    add_overrides(looks)
     return parser.parse_args(command_line)
 
 
@@ -90,7 +89,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     add("--no-parity", action="store_true", help="do not compare: it takes a while")
 
 
-def add_given(parser: argparse.ArgumentParser) -> None:
+def add_overrides(parser: argparse.ArgumentParser) -> None:
     """What a file may not say of itself."""
     add = parser.add_argument
     add("--entry", help="key of the state dict, where a file has several")
@@ -115,14 +114,14 @@ def add_given(parser: argparse.ArgumentParser) -> None:
     add("--labels", type=Path, help="text file with the name of class i in line i")
 
 
-def given_by(arguments: argparse.Namespace) -> Given:
+def overrides_by(arguments: argparse.Namespace) -> Overrides:
     """What the command line says of the file."""
     try:
         decoder = TransformerSize(*arguments.decoder) if arguments.decoder else None
     except ValueError as error:
         raise CheckpointError(f"--decoder: {error}") from error
     size = arguments.frame_size
-    return Given(
+    return Overrides(
         entry=arguments.entry,
         encoder_only=arguments.encoder_only,
         heads=arguments.heads,
@@ -145,13 +144,12 @@ def import_file(arguments: argparse.Namespace) -> None:
     """
     if arguments.folder.exists():
         raise CheckpointError(f"{arguments.folder} exists already; give another, or delete it")
-    imported = import_weights(arguments.source, given_by(arguments))
+    imported = import_weights(arguments.source, overrides_by(arguments))
     print("\n".join(describe(imported)))
-    config_of(imported)
-    parity = compare(imported, arguments.tolerance, skip=arguments.no_parity)
+    parity = NOT_ASKED if arguments.no_parity else compare(imported, arguments.tolerance)
     print("\n".join(parity.lines()))
-    write_folder(imported, arguments.folder, parity)
-    script = "./run_finetune.sh" if imported.is_classifier else "./run_pretrain.sh"
+    write_folder(imported, arguments.folder, parity.as_table())
+    script = "./run_finetune.sh" if imported.model.is_classifier else "./run_pretrain.sh"
     folder = shortest(arguments.folder)
     print(f"wrote {folder}\ntrain on from there: {script} CONFIG init_weights={folder}")
 
@@ -163,9 +161,9 @@ def export_checkpoint(arguments: argparse.Namespace) -> None:
         ConfigError, CheckpointError: it cannot be exported, or computes something else then.
     """
     with as_folder(arguments.checkpoint) as folder:
-        own = replace(load_own(folder, arguments.weights), checkpoint=arguments.checkpoint)
+        model = load_model(folder, arguments.weights, called=arguments.checkpoint)
         exported = export(
-            own, arguments.out, arguments.to, arguments.tolerance, skip=arguments.no_parity
+            model, arguments.out, arguments.to, arguments.tolerance, skip=arguments.no_parity
         )
     print("\n".join(exported.lines()))
 
@@ -176,7 +174,7 @@ def inspect_file(arguments: argparse.Namespace) -> None:
     Raises:
         CheckpointError: it cannot be read, or is of no known family.
     """
-    print("\n".join(inspect(arguments.source, given_by(arguments))))
+    print("\n".join(inspect(arguments.source, overrides_by(arguments))))
 
 
 if __name__ == "__main__":

@@ -38,11 +38,6 @@ def write_single_file(
     save_file(whole, file, metadata=metadata)
 
 
-def is_single_file(path: Path) -> bool:
-    """Whether it is a file, and not a folder, that may be a whole model."""
-    return path.is_file() and path.suffix == ".safetensors"
-
-
 @contextmanager
 def as_folder(path: Path) -> Iterator[Path]:
     """A checkpoint folder as it is, or such a folder that stands for a single file, for a while.
@@ -50,11 +45,11 @@ def as_folder(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: it is a file, but none that this package wrote as a whole model.
     """
-    if path.is_file() and not is_single_file(path):
-        raise CheckpointError(f"{path} is no checkpoint of this package. {OF_ANOTHER_PROJECT}")
-    if not is_single_file(path):
+    if not path.is_file():
         yield path
         return
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path} is no checkpoint of this package. {OF_ANOTHER_PROJECT}")
     metadata = _metadata_of(path)
     folder = Path(tempfile.mkdtemp(prefix="hpm-video-"))
     try:

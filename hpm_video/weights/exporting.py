@@ -1,48 +1,157 @@
 """Models of this package for other projects: written, loaded back and compared, or not at all."""
 
+import logging
+import pickle
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
+from hpm_video.files.single_file import as_folder, write_single_file
 from hpm_video.files.weights import CheckpointError
 from hpm_video.training.checkpoint import flush
-from hpm_video.weights.forms import FORMS, ONNX, OWN, Expressed, Form, express, of_transformers
-from hpm_video.weights.own import OwnModel
-from hpm_video.weights.parity import TOLERANCE, ParityReport
-from hpm_video.weights.verify import (
-    check_file,
-    check_onnx,
-    check_own,
-    check_timm,
-    check_transformers,
-    not_checked,
+from hpm_video.weights.express import Expressed, To, express
+from hpm_video.weights.geometry import Overrides
+from hpm_video.weights.importing import import_weights, parts_of, write_json
+from hpm_video.weights.model import TrainedModel, file_of, load_model
+from hpm_video.weights.parity import (
+    NOT_ASKED,
+    TOLERANCE,
+    ParityReport,
+    Peer,
+    compare_with,
+    differences,
+    said_by,
+    trial_of,
 )
+from hpm_video.weights.peers import compare, is_installed, of_timm, of_transformers, said_by_timm
 from hpm_video.weights.writing import (
-    kind_of,
+    WEIGHTS,
     notes_of_hpm,
     notes_of_transformers,
     timm_arguments,
     timm_name,
     write_hpm,
-    write_json,
     write_onnx,
-    write_own,
     write_pickle,
     write_timm,
     write_transformers,
 )
 
-To = Literal["transformers", "timm", "mae", "videomae", "hpm", "onnx", "file"]
 PARITY = "parity.json"
 KEPT = "what was exported computes something else than our model, and is not kept"
+NO_LOCAL_SAFETENSORS = (
+    "timm {} cannot read a folder of safetensors by local-dir, as later versions do: create the "
+    "model and load the state dict"
+)
 
 
-def _no_notes(_own: OwnModel, _expressed: Expressed) -> list[str]:
-    return []
+def check_file(model: TrainedModel, _: Expressed, file: Path) -> ParityReport:
+    """Read a file of another project back with our importer, and compare that with a library's."""
+    imported = import_weights(file, overrides_for(model))
+    if imported.fresh:
+        raise CheckpointError(f"the exported file lacks {', '.join(imported.fresh)}")
+    trial = trial_of(model)
+    back = differences(said_by(model.build(), trial), said_by(imported.model.build(), trial))
+    other = compare(imported)
+    return replace(
+        other,
+        with_what=f"our importer and {other.with_what}",
+        differences=(
+            *(replace(each, of=f"{each.of} read back") for each in back),
+            *other.differences,
+        ),
+    )
+
+
+def overrides_for(model: TrainedModel) -> Overrides:
+    """Return what an importer has to be told of a file that says little of itself."""
+    data = model.config.data
+    return Overrides(
+        heads=model.encoder.num_heads,
+        decoder=model.decoder,
+        decoder_heads=None if model.decoder is None else model.decoder.num_heads,
+        num_frames=data.num_frames,
+        frame_size=data.frame_size,
+        frame_stride=data.frame_stride,
+        target=model.pretraining.mining.pixel_kind if model.pretraining else None,
+        label_names=model.label_names or None,
+    )
+
+
+def check_own(model: TrainedModel, _: Expressed, file: Path) -> ParityReport:
+    """Read one file of our own alone, as ``tools/predict.py`` does."""
+    trial = trial_of(model)
+    with as_folder(file) as folder:
+        back = load_model(folder, model.weights).build()
+    return ParityReport(
+        "this package, from the file alone",
+        differences(said_by(model.build(), trial), said_by(back, trial)),
+    )
+
+
+def check_transformers(model: TrainedModel, expressed: Expressed, folder: Path) -> ParityReport:
+    """Read a folder with ``from_pretrained``."""
+    if not is_installed("transformers"):
+        return ParityReport(
+            "", not_checked="transformers is not installed (pip install transformers)"
+        )
+    trial = trial_of(model)
+    peer = of_transformers(expressed.family.transformers_class, folder)
+    return compare_with(peer, said_by(model.build(), trial), trial)
+
+
+def check_timm(model: TrainedModel, _: Expressed, folder: Path) -> ParityReport:
+    """Read a folder with ``create_model``: with the state dict, and by the folder's name."""
+    import timm
+
+    trial, channels = trial_of(model), model.config.model.channels
+    ours = said_by(model.build(), trial)
+    sizes = {"num_classes": len(model.label_names), "in_chans": channels}
+    arguments = timm_arguments(model) | sizes
+    report = compare_with(
+        of_timm(timm_name(model), arguments, load_file(folder / WEIGHTS)), ours, trial
+    )
+    logging.getLogger("timm").setLevel(logging.WARNING)
+    try:
+        by_name = timm.create_model(f"local-dir:{folder}", pretrained=True, in_chans=channels)
+    except pickle.UnpicklingError:
+        return replace(report, notes=(NO_LOCAL_SAFETENSORS.format(timm.__version__),))
+    peer = Peer(report.with_what, (by_name.eval(),), lambda each: said_by_timm(by_name, each))
+    second = compare_with(peer, ours, trial).differences
+    told = tuple(replace(each, of=f"{each.of} by local-dir") for each in second)
+    return replace(report, differences=report.differences + told)
+
+
+def check_onnx(model: TrainedModel, _: Expressed, file: Path) -> ParityReport:
+    """Run a program of ONNX with onnxruntime, on several clips at once and on one."""
+    if not is_installed("onnxruntime"):
+        return ParityReport(
+            "", not_checked="onnxruntime is not installed (pip install onnxruntime)"
+        )
+    import onnxruntime  # type: ignore[import-untyped, unused-ignore]
+
+    trial = trial_of(model, clips=3)
+    ours = said_by(model.build(), trial)["logits"]
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    of_three, of_one = (
+        torch.from_numpy(session.run(["logits"], {"clips": clips.numpy()})[0])
+        for clips in (trial.clips, trial.clips[:1])
+    )
+    found = differences(
+        {"logits of 3 clips": ours, "logits of 1 clip": ours[:1]},
+        {"logits of 3 clips": of_three, "logits of 1 clip": of_one},
+    )
+    return ParityReport(f"onnxruntime {onnxruntime.__version__}", found)
+
+
+def write_own(model: TrainedModel, _: Expressed, file: Path) -> None:
+    """Write the whole model as one file of safetensors."""
+    write_single_file(file, model.tensors, file_of(model.weights), model.kind, model.texts())
 
 
 @dataclass(frozen=True)
@@ -52,112 +161,88 @@ class Format:
     says: str
     ending: str
     """Of the file; empty where it is a folder."""
-    form: Callable[[OwnModel], Form]
-    write: Callable[[OwnModel, Expressed, Path], None]
-    check: Callable[[OwnModel, Expressed, Path], ParityReport]
-    load: Callable[[OwnModel, Expressed, Path], str]
+    load: str
     """How to load it."""
-    notes: Callable[[OwnModel, Expressed], list[str]] = _no_notes
-
-
-def _load_timm(own: OwnModel, _expressed: Expressed, folder: Path) -> str:
-    arguments = ", ".join(f"{name}={value!r}" for name, value in timm_arguments(own).items())
-    return (
-        f'timm.create_model("local-dir:{folder}", pretrained=True), or timm.create_model('
-        f'"{timm_name(own)}", num_classes={len(own.label_names)}, {arguments}) and '
-        f"load_state_dict of {folder / 'model.safetensors'}"
-    )
-
-
-def _load_transformers(_own: OwnModel, expressed: Expressed, folder: Path) -> str:
-    return f'transformers.{kind_of(expressed)}.from_pretrained("{folder}")'
-
-
-def _load_pickle(_own: OwnModel, _expressed: Expressed, file: Path) -> str:
-    return f'torch.load("{file}", weights_only=True)["model"]'
-
-
-def _load_hpm(_own: OwnModel, _expressed: Expressed, file: Path) -> str:
-    return f'torch.load("{file}", weights_only=True)["ema_state_dict"], or ["state_dict"]'
-
-
-def _load_onnx(_own: OwnModel, _expressed: Expressed, file: Path) -> str:
-    return f'onnxruntime.InferenceSession("{file}").run(["logits"], {{"clips": clips}})'
-
-
-def _load_own(own: OwnModel, _expressed: Expressed, file: Path) -> str:
-    if own.is_classifier:
-        return f"python tools/predict.py {file} VIDEO"
-    return f"init_weights={file}"
+    write: Callable[[TrainedModel, Expressed, Path], None]
+    check: Callable[[TrainedModel, Expressed, Path], ParityReport]
+    notes: Callable[[TrainedModel, Expressed], list[str]] = lambda _model, _expressed: []
 
 
 FORMATS: dict[To, Format] = {
     "transformers": Format(
         "a folder of transformers: VideoMAE, or of images with a class token ViTMAE or ViT",
         "",
-        lambda own: FORMS[of_transformers(own)],
+        'transformers.{kind}.from_pretrained("{out}")',
         write_transformers,
         check_transformers,
-        _load_transformers,
-        lambda own, expressed: notes_of_transformers(own, kind_of(expressed)),
+        notes_of_transformers,
     ),
     "timm": Format(
         "a folder of timm, of images: a classifier, or the encoder alone",
         "",
-        lambda _: FORMS["timm"],
+        'timm.create_model("local-dir:{out}", pretrained=True), or timm.create_model("{timm}", '
+        "num_classes={classes}, {arguments}) and load_state_dict of {out}/model.safetensors",
         write_timm,
-        lambda own, _, folder: check_timm(own, folder),
-        _load_timm,
+        check_timm,
     ),
     "mae": Format(
         "a file with MAE's names, of images: what ViTDet in Detectron2 and MMSegmentation read",
         ".pth",
-        lambda own: FORMS["mae_classifier" if own.is_classifier else "mae"],
+        'torch.load("{out}", weights_only=True)["model"]',
         write_pickle,
-        lambda own, _, file: check_file(own, file),
-        _load_pickle,
+        check_file,
     ),
     "videomae": Format(
         "a file with VideoMAE's names",
         ".pth",
-        lambda own: FORMS["videomae_classifier" if own.is_classifier else "videomae"],
+        'torch.load("{out}", weights_only=True)["model"]',
         write_pickle,
-        lambda own, _, file: check_file(own, file),
-        _load_pickle,
+        check_file,
     ),
     "hpm": Format(
         "a file of official HPM, of images: student, teacher and loss predictor",
         ".pth",
-        lambda _: FORMS["hpm"],
+        'torch.load("{out}", weights_only=True)["ema_state_dict"], or ["state_dict"]',
         write_hpm,
-        lambda own, _, file: check_file(own, file),
-        _load_hpm,
-        lambda own, _: notes_of_hpm(own),
+        check_file,
+        notes_of_hpm,
     ),
     "onnx": Format(
         "a program for onnxruntime, of a classifier",
         ".onnx",
-        lambda _: ONNX,
-        lambda own, _, file: write_onnx(own, file),
-        lambda own, _, file: check_onnx(own, file),
-        _load_onnx,
+        'onnxruntime.InferenceSession("{out}").run(["logits"], {{"clips": clips}})',
+        write_onnx,
+        check_onnx,
     ),
     "file": Format(
         "one file of this package: weights, config and labels",
         ".safetensors",
-        lambda _: OWN,
-        lambda own, _, file: write_own(own, file),
-        lambda own, _, file: check_own(own, file),
-        _load_own,
+        "{use}",
+        write_own,
+        check_own,
     ),
 }
+
+
+def _how_to_load(model: TrainedModel, expressed: Expressed, to: To, out: Path) -> str:
+    arguments = timm_arguments(model)
+    return FORMATS[to].load.format(
+        out=out,
+        kind=expressed.family.transformers_class,
+        timm=timm_name(model),
+        classes=len(model.label_names),
+        arguments=", ".join(f"{name}={value!r}" for name, value in arguments.items()),
+        use=f"python tools/predict.py {out} VIDEO"
+        if model.is_classifier
+        else f"init_weights={out}",
+    )
 
 
 @dataclass(frozen=True)
 class Exported:
     """What came of an export."""
 
-    own: OwnModel
+    model: TrainedModel
     expressed: Expressed
     parity: ParityReport
     files: tuple[Path, ...]
@@ -165,28 +250,23 @@ class Exported:
     notes: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """For the terminal."""
+        """Tell of it in the terminal."""
         reasons: dict[str, list[str]] = {}
         for name, reason in self.expressed.left_out.items():
             reasons.setdefault(reason, []).append(name)
         return [
-            f"{self.own.kind} as {self.expressed.form.name}",
-            *(f"left out: {_parts(names)}: {reason}" for reason, names in reasons.items()),
+            f"{self.model.kind} as {self.expressed.says}",
+            *(f"left out: {', '.join(parts_of(names))}: {why}" for why, names in reasons.items()),
             *self.notes,
             *self.parity.lines(),
-            f"licence: {self.own.licence}",
+            f"licence: {self.model.licence}",
             f"wrote {', '.join(map(str, self.files))}",
             f"load it with {self.load}",
         ]
 
 
-def _parts(names: list[str]) -> str:
-    first = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
-    return f"{first} ({len(names)} tensors)" if len(names) > 1 else names[0]
-
-
 def export(
-    own: OwnModel, out: Path, to: To, tolerance: float = TOLERANCE, *, skip: bool = False
+    model: TrainedModel, out: Path, to: To, tolerance: float = TOLERANCE, *, skip: bool = False
 ) -> Exported:
     """Write a model as another project reads it, load it back there, and compare.
 
@@ -203,28 +283,28 @@ def export(
     for path in (out, parity_file):
         if path.exists() or path.is_symlink():
             raise CheckpointError(f"{path} exists already; give another name, or delete it")
-    expressed = express(own, form.form(own))
+    expressed = express(model, to)
     writing = out.with_name(f".writing-{out.name}")
     shutil.rmtree(writing, ignore_errors=True)
     try:
         writing.mkdir(parents=True)
         staged = writing / out.name
-        form.write(own, expressed, staged)
-        parity = not_checked("it was not asked for")
+        form.write(model, expressed, staged)
+        parity = NOT_ASKED
         if not skip:
-            parity = form.check(own, expressed, staged).judged(KEPT, tolerance)
-        notes = (*expressed.notes, *form.notes(own, expressed))
-        load = form.load(own, expressed, out)
+            parity = form.check(model, expressed, staged).judged(KEPT, tolerance)
+        notes = (*expressed.notes, *form.notes(model, expressed))
+        load = _how_to_load(model, expressed, to, out)
         table = parity.as_table() | {
             "format": to,
-            "form": expressed.form.name,
-            "checkpoint": str(own.checkpoint.absolute()),
-            "weights": own.weights,
-            "update": own.update,
+            "form": expressed.says,
+            "checkpoint": str(model.path.absolute()),
+            "weights": model.weights,
+            "update": model.update,
             "left_out": expressed.left_out,
             "remarks": notes,
             "load": load,
-            "licence": own.licence,
+            "licence": model.licence,
         }
         write_json(writing / parity_file.relative_to(out.parent), table)
         for folder in (staged, writing):
@@ -237,15 +317,11 @@ def export(
         ) from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)
-    return Exported(own, expressed, parity, files, load, notes)
+    return Exported(model, expressed, parity, files, load, notes)
 
 
 def _move(writing: Path, folder: Path) -> tuple[Path, ...]:
-    """Put what was written in its place. -> the files and folders
-
-    Raises:
-        CheckpointError: something is there already.
-    """
+    """Put what was written in its place. -> the files and folders"""
     found = sorted(writing.iterdir())
     taken = [path.name for path in found if (folder / path.name).exists()]
     if taken:

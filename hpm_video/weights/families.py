@@ -1,18 +1,13 @@
-"""Whose weights a file holds: recognised by the names and axes of its tensors, never guessed."""
+"""The kinds of weights that are read and written: their names, what tells them apart, licences."""
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from torch import Tensor
-
-from hpm_video.config.choices import Conventions, Positions
-from hpm_video.files.weights import CheckpointError
+from hpm_video.config.choices import Conventions
+from hpm_video.tokens.grid import Size3
 from hpm_video.tokens.patches import TargetKind
-from hpm_video.weights import layouts
-from hpm_video.weights.files import Source, Tensors
-from hpm_video.weights.layouts import Layout
+from hpm_video.weights.files import Tensors
+from hpm_video.weights.layouts import FIRST, KERNEL, SPACE, TIME, Layout, Pairs, Renamed, read
 
 Holds = Literal["autoencoder", "encoder", "classifier"]
 """What a file holds: encoder and decoder, an encoder alone, or an encoder with a head."""
@@ -21,8 +16,8 @@ NON_COMMERCIAL = "CC-BY-NC 4.0: no commercial use, name the authors"
 LICENCES = {
     "hpm": "HPM's code is Apache-2.0 and derived from MAE, which is CC-BY-NC 4.0; of the weights "
     "its authors say nothing: take them as CC-BY-NC 4.0",
-    "mae": f"MAE's weights are {NON_COMMERCIAL}",
     "mae_st": f"Meta's weights of MAE for video are {NON_COMMERCIAL}",
+    "mae": f"MAE's weights are {NON_COMMERCIAL}",
     "vit": "MAE's encoders and fine-tuned models have these names too, and MAE's weights are "
     f"{NON_COMMERCIAL}; of timm's models each has its own licence, see its card",
     "videomae": f"the weights of VideoMAE and VideoMAE V2 are {NON_COMMERCIAL}",
@@ -32,18 +27,142 @@ LICENCES = {
     f"its weights are {NON_COMMERCIAL}",
     "ours": "that of what it was trained on and began with; this project's code is Apache-2.0",
 }
-"""What is known of the licences of weights, by kind of family."""
+"""What is known of the licences of weights, by how the names of families begin."""
 
-PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "videomae.", "vit.")
-"""That all names of a file may begin with: of wrappers, and of a part that was saved by itself."""
-OF_PARTS = ("backbone.", "encoder.")
-"""Those that the names of a part may begin with beside a head that has none."""
-WRAPPERS = ("state_dict", "model_state", "module", "model", "")
-"""Keys of the state dict in a file, the first that is there is taken."""
-TEACHERS = ("ema_state_dict",)
-"""Key of the teacher beside a student's state dict."""
-SHOWN = 12
-"""Names that are told of a file that is not recognised."""
+# --- Names ----------------------------------------------------------------------------------------
+
+
+def _same(*names: str) -> Pairs:
+    return tuple((name, name) for name in names)
+
+
+def _under(prefix: str, pairs: Pairs) -> Pairs:
+    return tuple((prefix + theirs, timm) for theirs, timm in pairs)
+
+
+ENCODER = _same("patch_embed.proj", "blocks", "norm")
+IMAGES = _same("cls_token", "pos_embed") + ENCODER
+HEAD = _same("fc_norm", "head")
+MAE_DECODER = (
+    *_same("mask_token", "decoder_pos_embed"),
+    ("decoder_embed", "to_decoder"),
+    ("decoder_blocks", "reconstructor.blocks"),
+    ("decoder_norm", "reconstructor.norm"),
+    ("decoder_pred", "reconstructor.head"),
+)
+HPM_PREDICTOR = (
+    ("decoder_blocks_losspred", "difficulty_decoder.blocks"),
+    ("decoder_norm_losspred", "difficulty_decoder.norm"),
+    ("decoder_pred_losspred", "difficulty_decoder.head"),
+)
+VIDEOMAE_DECODER = (
+    ("mask_token", "mask_token"),
+    ("encoder_to_decoder", "to_decoder"),
+    ("decoder.blocks", "reconstructor.blocks"),
+    ("decoder.norm", "reconstructor.norm"),
+    ("decoder.head", "reconstructor.head"),
+)
+TRANSFORMERS_BLOCK = (
+    ("layernorm_before", "norm1"),
+    ("attention.attention.query", "attn.q"),
+    ("attention.attention.key", "attn.k"),
+    ("attention.attention.value", "attn.v"),
+    ("attention.output.dense", "attn.proj"),
+    ("layernorm_after", "norm2"),
+    ("intermediate.dense", "mlp.fc1"),
+    ("output.dense", "mlp.fc2"),
+    # Of models of transformers 5, where they are called otherwise.
+    ("attention.q_proj", "attn.q"),
+    ("attention.k_proj", "attn.k"),
+    ("attention.v_proj", "attn.v"),
+    ("attention.o_proj", "attn.proj"),
+)
+TRANSFORMERS_CLIPS = (
+    ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
+    ("encoder.layer", "blocks"),
+    ("layernorm", "norm"),
+)
+TRANSFORMERS_IMAGES = (
+    ("embeddings.cls_token", "cls_token"),
+    ("embeddings.position_embeddings", "pos_embed"),
+    *TRANSFORMERS_CLIPS,
+    ("layers", "blocks"),
+)
+TRANSFORMERS_VIDEOMAE_DECODER = (
+    ("decoder.decoder_layers", "reconstructor.blocks"),
+    *(pair for pair in VIDEOMAE_DECODER if pair[0] != "decoder.blocks"),
+)
+TRANSFORMERS_VITMAE_DECODER = (
+    ("decoder.mask_token", "mask_token"),
+    ("decoder.decoder_pos_embed", "decoder_pos_embed"),
+    ("decoder.decoder_embed", "to_decoder"),
+    ("decoder.decoder_layers", "reconstructor.blocks"),
+    ("decoder.decoder_encoder.layer", "reconstructor.blocks"),
+    ("decoder.decoder_norm", "reconstructor.norm"),
+    ("decoder.decoder_pred", "reconstructor.head"),
+)
+OURS = Layout(
+    (
+        ("patch_embed", "patch_embed.proj"),
+        ("class_token", "cls_token"),
+        ("encoder.blocks", "blocks"),
+        ("encoder.norm", "norm"),
+        ("pooling.norm", "fc_norm"),
+        *_same("head", "mask_token", "to_decoder", "reconstructor.head", "difficulty_decoder.head"),
+        ("reconstructor.transformer", "reconstructor"),
+        ("difficulty_decoder.transformer", "difficulty_decoder"),
+        ("encoder_positions.table", "pos_embed"),
+        ("decoder_positions.table", "decoder_pos_embed"),
+    ),
+    2,
+    (
+        *((f"attn.{part}_bias", f"attn.{part}.bias") for part in "qkv"),
+        ("mlp.0", "mlp.fc1"),
+        ("mlp.2", "mlp.fc2"),
+    ),
+    split="biases",
+)
+VIT = Layout(IMAGES + HEAD, 4)
+MAE = Layout(IMAGES + MAE_DECODER, 4)
+HPM = Layout(MAE.parts + HPM_PREDICTOR, 4, score_of_values=True)
+MAE_ST = Layout(
+    _same("cls_token", SPACE, TIME, FIRST, "head") + ENCODER,
+    5,
+    split="all",
+    left_out=(
+        (
+            r"decoder_.+|mask_token|pred_head\..+",
+            "its decoder has a class token and positions of its own, which ours has not",
+        ),
+    ),
+)
+
+
+def _videomae(parts: Pairs) -> Layout:
+    inner = (("attn.q_bias", "attn.q.bias"), ("attn.v_bias", "attn.v.bias"))
+    return Layout(parts, 5, inner, split="biases", key_bias=False)
+
+
+def _transformers_videomae(parts: Pairs) -> Layout:
+    of_biases = tuple((f"attention.attention.{part}_bias", f"attn.{part}.bias") for part in "qv")
+    return Layout(parts, 5, of_biases + TRANSFORMERS_BLOCK, split="all", key_bias=False)
+
+
+def _transformers_vit(parts: Pairs) -> Layout:
+    left_out = (
+        (r"(vit\.)?pooler\..+", "our encoder ends with its norm"),
+        (r"(vit\.)?embeddings\.mask_token", "our encoder sees no hidden patches"),
+    )
+    return Layout(parts, 4, TRANSFORMERS_BLOCK, split="all", left_out=left_out)
+
+
+def read_ours(tensors: Tensors, patch_size: Size3) -> Renamed:
+    """Return the tensors of a model of ours by timm's names, with biases of 0 on keys if none."""
+    key_bias = any(name.endswith(".k_bias") for name in tensors)
+    return read(replace(OURS, key_bias=key_bias), tensors, patch_size)
+
+
+# --- Families -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -53,317 +172,147 @@ class Family:
     name: str
     says: str
     """What they are."""
-    holds: Holds
-    licence: str
     layout: Layout
-    kernel: str
-    """Weight of their patch embedding."""
-    axes: int
-    """Of that weight: 4 of images, 5 of clips, 2 of ours."""
-    has: tuple[str, ...] = ()
-    """Further tensors that all of them have."""
-    lacks: tuple[str, ...] = ()
-    """Tensors that none of them has."""
-    conventions: Conventions = "videomae"
-    positions: Positions = "sequence"
-    target: TargetKind = "per_channel"
-    """Of pre-training, unless the file says otherwise."""
-    peer: str = ""
-    """What such models are in another project: a class of transformers, or timm."""
-    class_token: bool = False
-    """Whether all of them have one."""
-    head_is_told: bool = True
-    """Whether its tensors tell what a head stands on."""
-    mean_and_std: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-    """Of the pixels, unless the file says otherwise; ImageNet's if none."""
+    has: tuple[str, ...]
+    """Tensors that all of them have, beside the patch embedding."""
 
-    def fits(self, tensors: Mapping[str, Tensor]) -> bool:
+    @property
+    def kernel(self) -> str:
+        """The weight of the patch embedding."""
+        return self.layout.theirs(KERNEL)
+
+    @property
+    def holds(self) -> Holds:
+        """What of a model it has."""
+        decodes = self.layout.theirs("reconstructor.head") and self.name != "ours_classifier"
+        classifies = self.name.endswith("classifier")
+        return "autoencoder" if decodes else "classifier" if classifies else "encoder"
+
+    @property
+    def licence(self) -> str:
+        """What is known of their licence."""
+        return next(text for kind, text in LICENCES.items() if self.name.startswith(kind))
+
+    @property
+    def transformers_class(self) -> str:
+        """Its class there, where it is of transformers."""
+        return self.says.partition(" ")[0] if self.name.startswith("transformers") else ""
+
+    @property
+    def ours(self) -> bool:
+        """Whether this package wrote it."""
+        return self.layout is OURS
+
+    @property
+    def conventions(self) -> Conventions:
+        """Which paper's models they are."""
+        return "videomae" if "videomae" in self.name or self.ours else "mae"
+
+    @property
+    def needs_class_token(self) -> bool:
+        """Whether all of them have one."""
+        return self.name in ("hpm", "mae", "mae_st", "mae_st_classifier")
+
+    @property
+    def target(self) -> TargetKind:
+        """What pre-training predicts, unless the file says otherwise."""
+        if self.name in ("hpm", "transformers_vitmae"):
+            return "raw"
+        return "joint" if self.conventions == "mae" else "per_channel"
+
+    @property
+    def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return those of the pixels, unless the file says otherwise."""
+        if self.name == "transformers_vit_classifier":
+            return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+        if self.name.startswith("mae_st"):
+            return (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
+        return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def fits(self, tensors: Tensors) -> bool:
         """Whether tensors with these names may be of this family."""
-        return (
-            self.kernel in tensors
-            and tensors[self.kernel].ndim == self.axes
-            and all(name in tensors for name in self.has)
-            and not any(name in tensors for name in self.lacks)
-        )
+        kernel = tensors.get(self.kernel)
+        axes = self.layout.kernel_axes
+        return kernel is not None and kernel.ndim == axes and all(n in tensors for n in self.has)
 
 
-_HF = "embeddings.patch_embeddings.projection.weight"
-_PATCHES = "patch_embed.proj.weight"
-_QKV = "blocks.0.attn.qkv.weight"
-_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-_45 = ((0.45, 0.45, 0.45), (0.225, 0.225, 0.225))
-
-FAMILIES = (
-    Family(
-        *("hpm", "official HPM of images", "autoencoder", "hpm", layouts.HPM, _PATCHES, 4),
-        has=(_QKV, "decoder_pred.weight", "decoder_pred_losspred.weight"),
-        conventions="mae",
-        positions="space_time",
-        target="raw",
-        peer="ViTMAEForPreTraining",
-        class_token=True,
-    ),
-    Family(
-        *("mae", "MAE pre-training", "autoencoder", "mae", layouts.MAE, _PATCHES, 4),
-        has=(_QKV, "decoder_pred.weight"),
-        lacks=("decoder_pred_losspred.weight",),
-        conventions="mae",
-        positions="space_time",
-        target="joint",
-        peer="ViTMAEForPreTraining",
-        class_token=True,
-    ),
-    Family(
-        *("vit", "encoder of MAE or timm's ViT", "encoder", "vit", layouts.VIT, _PATCHES, 4),
-        has=(_QKV,),
-        lacks=("decoder_pred.weight", "head.weight"),
-        conventions="mae",
-        positions="space_time",
-        target="joint",
-        peer="timm",
-    ),
-    Family(
+FUSED, SEPARATE = "blocks.0.attn.qkv.weight", "blocks.0.attn.q.weight"
+SCORES = "decoder_pred_losspred.weight"
+CLIPS_OF_TRANSFORMERS = _under("videomae.", TRANSFORMERS_CLIPS)
+IMAGES_OF_TRANSFORMERS = _under("vit.", TRANSFORMERS_IMAGES)
+CLASSIFIER = (("classifier", "head"),)
+_FAMILIES = (
+    ("hpm", "official HPM of images", HPM, (FUSED, "decoder_pred.weight", SCORES)),
+    ("mae", "MAE pre-training", MAE, (FUSED, "decoder_pred.weight")),
+    ("vit", "encoder of MAE or timm's ViT", VIT, (FUSED,)),
+    (
         "vit_classifier",
         "classifier of images: MAE fine-tuned, or timm's ViT",
-        *("classifier", "vit", layouts.VIT, _PATCHES, 4),
-        has=(_QKV, "head.weight"),
-        lacks=("decoder_pred.weight",),
-        conventions="mae",
-        positions="space_time",
-        target="joint",
-        peer="timm",
+        VIT,
+        (FUSED, "head.weight"),
     ),
-    Family(
-        "mae_st",
-        "encoder of Meta's MAE for video",
-        *("encoder", "mae_st", layouts.MAE_ST, _PATCHES, 5),
-        has=("blocks.0.attn.q.weight",),
-        lacks=("head.weight",),
-        conventions="mae",
-        positions="space_time",
-        target="joint",
-        peer="timm's blocks",
-        class_token=True,
-        mean_and_std=_45,
-    ),
-    Family(
+    ("mae_st", "encoder of Meta's MAE for video", MAE_ST, (SEPARATE,)),
+    (
         "mae_st_classifier",
         "classifier of clips: Meta's MAE for video, fine-tuned",
-        *("classifier", "mae_st", layouts.MAE_ST_CLASSIFIER, _PATCHES, 5),
-        has=("blocks.0.attn.q.weight", "head.weight"),
-        conventions="mae",
-        positions="space_time",
-        target="joint",
-        peer="timm's blocks",
-        class_token=True,
-        head_is_told=False,
-        mean_and_std=_45,
+        MAE_ST,
+        (SEPARATE, "head.weight"),
     ),
-    Family(
+    (
         "videomae",
         "VideoMAE pre-training, first or second version",
-        *("autoencoder", "videomae", layouts.VIDEOMAE, f"encoder.{_PATCHES}", 5),
-        has=(f"encoder.{_QKV}", "encoder_to_decoder.weight"),
-        peer="VideoMAEForPreTraining",
+        _videomae(_under("encoder.", ENCODER) + VIDEOMAE_DECODER),
+        (f"encoder.{FUSED}", "encoder_to_decoder.weight"),
     ),
-    Family(
+    (
         "videomae_encoder",
         "encoder of VideoMAE, first or second version",
-        *("encoder", "videomae", layouts.VIDEOMAE_FINETUNED, _PATCHES, 5),
-        has=(_QKV,),
-        lacks=("head.weight",),
-        peer="VideoMAEModel",
+        _videomae(ENCODER + HEAD),
+        (FUSED,),
     ),
-    Family(
+    (
         "videomae_classifier",
         "VideoMAE fine-tuned or distilled, first or second version",
-        *("classifier", "videomae", layouts.VIDEOMAE_FINETUNED, _PATCHES, 5),
-        has=(_QKV, "head.weight"),
-        peer="VideoMAEForVideoClassification",
+        _videomae(ENCODER + HEAD),
+        (FUSED, "head.weight"),
     ),
-    Family(
+    (
         "transformers_videomae",
         "VideoMAEForPreTraining of transformers",
-        *("autoencoder", "transformers_videomae", layouts.TRANSFORMERS_VIDEOMAE),
-        *(f"videomae.{_HF}", 5),
-        has=("encoder_to_decoder.weight",),
-        peer="VideoMAEForPreTraining",
+        _transformers_videomae(CLIPS_OF_TRANSFORMERS + TRANSFORMERS_VIDEOMAE_DECODER),
+        ("encoder_to_decoder.weight",),
     ),
-    Family(
+    (
         "transformers_videomae_classifier",
         "VideoMAEForVideoClassification of transformers",
-        *("classifier", "transformers_videomae", layouts.TRANSFORMERS_VIDEOMAE_CLASSIFIER),
-        *(f"videomae.{_HF}", 5),
-        has=("classifier.weight",),
-        peer="VideoMAEForVideoClassification",
+        _transformers_videomae(CLIPS_OF_TRANSFORMERS + _same("fc_norm") + CLASSIFIER),
+        ("classifier.weight",),
     ),
-    Family(
+    (
         "transformers_videomae_encoder",
         "VideoMAEModel of transformers",
-        *("encoder", "transformers_videomae", layouts.TRANSFORMERS_VIDEOMAE_ENCODER, _HF, 5),
-        peer="VideoMAEModel",
+        _transformers_videomae(TRANSFORMERS_CLIPS),
+        (),
     ),
-    Family(
+    (
         "transformers_vitmae",
         "ViTMAEForPreTraining of transformers",
-        *("autoencoder", "transformers_vitmae", layouts.TRANSFORMERS_VITMAE, f"vit.{_HF}", 4),
-        has=("decoder.decoder_pred.weight",),
-        conventions="mae",
-        positions="space_time",
-        target="raw",
-        peer="ViTMAEForPreTraining",
+        _transformers_vit(IMAGES_OF_TRANSFORMERS + TRANSFORMERS_VITMAE_DECODER),
+        ("decoder.decoder_pred.weight",),
     ),
-    Family(
+    (
         "transformers_vit_classifier",
         "ViTForImageClassification of transformers",
-        *("classifier", "transformers_vit", layouts.TRANSFORMERS_VIT_CLASSIFIER),
-        *(f"vit.{_HF}", 4),
-        has=("classifier.weight",),
-        conventions="mae",
-        positions="space_time",
-        mean_and_std=_HALF,
-        peer="ViTForImageClassification",
+        _transformers_vit(IMAGES_OF_TRANSFORMERS + CLASSIFIER),
+        ("classifier.weight",),
     ),
-    Family(
+    (
         "transformers_vit_encoder",
         "ViTModel or ViTMAEModel of transformers",
-        *("encoder", "transformers_vit", layouts.TRANSFORMERS_VIT_ENCODER, _HF, 4),
-        conventions="mae",
-        positions="space_time",
-        target="joint",
-        peer="ViTModel",
+        _transformers_vit(TRANSFORMERS_IMAGES),
+        (),
     ),
-    Family(
-        "ours",
-        "pre-training with this package",
-        *("autoencoder", "ours", Layout(()), "patch_embed.weight", 2),
-        has=("to_decoder.weight",),
-    ),
-    Family(
-        "ours_classifier",
-        "classifier of this package",
-        *("classifier", "ours", Layout(()), "patch_embed.weight", 2),
-        has=("head.weight",),
-        lacks=("to_decoder.weight",),
-    ),
+    ("ours", "pre-training with this package", OURS, ("to_decoder.weight",)),
+    ("ours_classifier", "classifier of this package", OURS, ("head.weight",)),
 )
-
-
-@dataclass(frozen=True)
-class Recognised:
-    """The tensors of a file, and whose they are."""
-
-    family: Family
-    tensors: Tensors
-    """By the names of the family, without prefixes."""
-    entry: str
-    """Their key in the file."""
-    prefix: str
-    """What their names began with."""
-    with_prefix: int
-    """How many of them began so."""
-    teacher: Tensors | None = None
-
-    def told(self) -> list[str]:
-        """The prefix, in a line for the terminal, where there is one."""
-        if not self.prefix:
-            return []
-        count = self.with_prefix
-        who = "all names" if count == len(self.tensors) else f"{count} of {len(self.tensors)} names"
-        return [f"{who} begin with {self.prefix!r}, which is left out"]
-
-
-def recognise(source: Source, entry: str | None = None) -> Recognised:
-    """Whose weights a file holds. ``entry``: the key of its state dict, where there are several.
-
-    Raises:
-        CheckpointError: it is of no family that is known, or may be of several. What was seen in
-            the file is told.
-    """
-    key = _choose(source, entry)
-    bare, prefix, with_prefix, family = _family_of(source, key)
-    teacher = None
-    if entry is None and family.holds == "autoencoder":
-        for name in TEACHERS:
-            if name in source.entries and name != key:
-                of_teacher, _, _, same = _family_of(source, name)
-                if same is not family:
-                    raise CheckpointError(
-                        f"{source.path} holds {family.says} under {key!r} and {same.says} under "
-                        f"{name!r}; give one of them: --entry {key}"
-                    )
-                teacher = of_teacher
-    return Recognised(family, bare, key, prefix, with_prefix, teacher)
-
-
-def _choose(source: Source, entry: str | None) -> str:
-    there = ", ".join(repr(name) for name in source.entries)
-    if entry is not None:
-        if entry not in source.entries:
-            raise CheckpointError(f"{source.path} has no state dict {entry!r}, but {there}")
-        return entry
-    known = [name for name in WRAPPERS if name in source.entries]
-    if known:
-        return known[0]
-    if len(source.entries) == 1:
-        return next(iter(source.entries))
-    raise CheckpointError(f"{source.path} holds several state dicts: {there}; choose with --entry")
-
-
-def _family_of(source: Source, entry: str) -> tuple[Tensors, str, int, Family]:
-    """-> tensors without their prefix, that prefix, how many names had it, whose they are"""
-    tensors, prefix = source.entries[entry], ""
-    while not (fit := _fitting(tensors)):
-        found = [each for each in PREFIXES if all(name.startswith(each) for name in tensors)]
-        if not found:
-            return _with_some_prefixed(source, entry, tensors, prefix)
-        prefix += found[0]
-        tensors = _stripped(tensors, found[0])
-    return tensors, prefix, len(tensors), _the_only(source, fit)
-
-
-def _with_some_prefixed(
-    source: Source, entry: str, tensors: Tensors, before: str
-) -> tuple[Tensors, str, int, Family]:
-    """The same where only a part of a model has a prefix, and a head beside it has none."""
-    for prefix in OF_PARTS:
-        stripped = _stripped(tensors, prefix)
-        fit = _fitting(stripped)
-        if fit and len(stripped) == len(tensors):
-            count = sum(name.startswith(prefix) for name in tensors)
-            return stripped, before + prefix, count, _the_only(source, fit)
-    raise CheckpointError(_unknown(source, entry, tensors))
-
-
-def _fitting(tensors: Tensors) -> list[Family]:
-    return [family for family in FAMILIES if family.fits(tensors)]
-
-
-def _stripped(tensors: Tensors, prefix: str) -> Tensors:
-    return {name.removeprefix(prefix): value for name, value in tensors.items()}
-
-
-def _the_only(source: Source, fit: list[Family]) -> Family:
-    if len(fit) > 1:
-        raise CheckpointError(
-            f"{source.path} may be {' or '.join(family.says for family in fit)}: it has tensors "
-            f"of both; save the state dict of one model alone"
-        )
-    return fit[0]
-
-
-def _unknown(source: Source, entry: str, tensors: Tensors) -> str:
-    kinds: dict[str, tuple[int, ...]] = {}
-    for name, value in tensors.items():
-        kinds.setdefault(re.sub(r"\.\d+\.", ".N.", name), tuple(value.shape))
-    shown = [f"{name} {shape}" for name, shape in list(kinds.items())[:SHOWN]]
-    if len(kinds) > SHOWN:
-        shown.append(f"and {len(kinds) - SHOWN} more kinds of names")
-    where = f" under {entry!r}" if entry else ""
-    known = ", ".join(family.name for family in FAMILIES)
-    return (
-        f"{source.path} holds weights{where} of no family that is known ({known}). Its tensors:\n  "
-        + "\n  ".join(shown)
-        + "\nKnown are plain vision transformers alone, without layer scale, relative positions "
-        "or registers."
-    )
+FAMILIES = {row[0]: Family(*row) for row in _FAMILIES}

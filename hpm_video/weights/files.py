@@ -147,11 +147,7 @@ def _only_entry(source: Source) -> Tensors:
 
 
 def _read_shards(index: Path) -> Tensors:
-    """The tensors of several files, which ``index`` names.
-
-    Raises:
-        CheckpointError: a file is missing, lies elsewhere, or lacks a tensor.
-    """
+    """The tensors of several files, which ``index`` names."""
     where = _read_json(index).get("weight_map")
     if not isinstance(where, dict):
         raise CheckpointError(f"{index} must have a table weight_map; fetch the folder anew")
@@ -177,11 +173,7 @@ def _read_shards(index: Path) -> Tensors:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A table in a file, empty where there is no such file.
-
-    Raises:
-        CheckpointError: it holds something else.
-    """
+    """A table in a file, empty where there is no such file."""
     if not path.is_file():
         return {}
     try:
@@ -215,12 +207,7 @@ class _SetAside:
 
 
 def _read_pickle(path: Path) -> object:
-    """What is in a file of torch.save, of either format; no code in it is run.
-
-    Raises:
-        CheckpointError: it holds an object of another class than is allowed, which is named; or
-            it is a program or not whole.
-    """
+    """What is in a file of torch.save, of either format; no code in it is run."""
     zipped = zipfile.is_zipfile(path)
     if zipped and _is_program(path):
         raise CheckpointError(
@@ -293,11 +280,7 @@ def _is_program(path: Path) -> bool:
 
 
 def _sort(path: Path, content: object) -> Source:
-    """What is in a file, by what it is.
-
-    Raises:
-        CheckpointError: there is no state dict.
-    """
+    """What is in a file, by what it is."""
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"{path} must hold a state dict, got {type(content).__name__}; save the model's "

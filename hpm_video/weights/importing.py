@@ -1,37 +1,38 @@
-"""Weights of other projects as weights of this one."""
+"""Weights of other projects as weights of this one, and as a checkpoint folder."""
 
+import json
 import re
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
+from hpm_video.config.checks import ConfigError
 from hpm_video.config.choices import TransformerSize
-from hpm_video.config.model import ClassifierConfig, ModelConfig
+from hpm_video.config.loading import save_config
+from hpm_video.config.schema import FinetuneConfig
 from hpm_video.files.weights import CheckpointError
-from hpm_video.models.classifier import ClipClassifier
-from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.models.positions import position_table
-from hpm_video.recognition.trained_model import OF_DECODERS
-from hpm_video.tokens.grid import Size3
-from hpm_video.weights.families import LICENCES, Family, Recognised, recognise
-from hpm_video.weights.files import Source, Tensors, read_source
-from hpm_video.weights.layouts import OF_DECODER, PositionTable, Renamed, to_ours
-from hpm_video.weights.sizes import (
-    ON_WHAT,
-    Given,
-    ModelFacts,
-    cut_of,
-    facts_of,
-    in_float32,
-    parameters_of,
-)
+from hpm_video.training.checkpoint import checksums_of, flush, on_host, sha256_of
+from hpm_video.weights.families import OURS, Family, read_ours
+from hpm_video.weights.files import ORIGIN, Source, Tensors, read_source
+from hpm_video.weights.geometry import DECODER, HEAD, Inferred, Overrides, infer
+from hpm_video.weights.layouts import TABLES, Renamed, read, write
+from hpm_video.weights.model import TrainedModel
+from hpm_video.weights.recognise import TEACHER, Recognised, recognise
 
 SAME_POSITIONS = 1e-3
 """Largest difference of a table of positions that was computed, beside the rounding of the file."""
-OF_HEADS = ("head.", "pooling.")
+OF_DECODERS = ("mask_token", "to_decoder.", "reconstructor.", "difficulty_decoder.", TABLES[1])
+OF_HEADS = ("head.", "fc_norm.")
+NO_DECODER = "it is the decoder's, and only the encoder is taken"
+NO_HEAD = "it belongs to a head, and only the encoder is taken"
 OF_TEACHER = "of the teacher: "
 
 
@@ -41,353 +42,323 @@ class Imported:
 
     source: Source
     recognised: Recognised
-    facts: ModelFacts
-    tensors: Tensors
-    """Of a :class:`MaskedAutoencoder`, or of a :class:`ClipClassifier` where there is a head."""
+    model: TrainedModel
+    """Its tensors are those of the file alone."""
     teacher: Tensors | None
     left_out: dict[str, str]
     """Tensors and other parts of the file that are not taken, each with the reason."""
     fresh: tuple[str, ...]
     """Tensors of our model that the file lacks, and that start with drawn weights."""
+    assumed: tuple[str, ...]
+    """What the file does not say, and was taken as usual."""
 
     @property
     def family(self) -> Family:
         """Whose weights they are."""
         return self.recognised.family
 
-    @property
-    def licence(self) -> str:
-        """What is known of their licence."""
-        return LICENCES[self.family.licence]
 
-    @property
-    def is_classifier(self) -> bool:
-        """Whether they are of a classifier, otherwise of a masked autoencoder."""
-        return self.facts.pooling is not None
-
-    def build(self) -> MaskedAutoencoder | ClipClassifier:
-        """Our model of this shape, without these weights."""
-        return build_model(self.facts)
-
-
-def import_weights(path: Path, given: Given = Given()) -> Imported:  # noqa: B008 - it is frozen
-    """The weights of a file or folder of another project. See :class:`Imported`.
+def import_weights(path: Path, overrides: Overrides | None = None) -> Imported:
+    """Read the weights of a file or folder of another project. See :class:`Imported`.
 
     Every tensor of the file is used, or left out with a reason. A classifier keeps its head. An
     encoder becomes a masked autoencoder whose decoder starts fresh; so does a classifier with
-    ``given.encoder_only``. Positions that are not those that are computed here are kept.
+    ``encoder_only``. Positions that are not those that are computed here are kept.
 
     Raises:
         CheckpointError: the file cannot be read safely, is of no known family, or does not fit:
             each tensor that is unknown, missing or of another shape is named.
     """
+    overrides = overrides or Overrides()
     source = read_source(path)
-    recognised = recognise(source, given.entry)
+    recognised = recognise(source, overrides.entry)
     family = recognised.family
-    if family.licence == "ours":
+    if family.ours:
         raise CheckpointError(
             f"{path} is of this package already ({family.says}): give its folder as init_weights"
         )
     try:
-        return _imported(source, recognised, given)
-    except CheckpointError as error:
+        return _imported(source, recognised, overrides)
+    except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"{path} ({family.says}): {error}") from error
 
 
-def _imported(source: Source, recognised: Recognised, given: Given) -> Imported:
+def _imported(source: Source, recognised: Recognised, overrides: Overrides) -> Imported:
     family = recognised.family
-    cut = cut_of(recognised.tensors[family.kernel])
-    renamed = to_ours(family.layout, in_float32(recognised.tensors), cut)
-    facts = facts_of(source, family, renamed, given, cut)
-    takes_teacher = recognised.teacher is not None and not given.encoder_only
-    every = [_settle(renamed, recognised.tensors, facts, given)]
-    if takes_teacher:
-        assert recognised.teacher is not None
-        of_teacher = to_ours(family.layout, in_float32(recognised.teacher), cut)
-        every.append(_settle(of_teacher, recognised.teacher, facts, given))
-    if any(each.other_positions for each in every):
-        facts = replace(facts, positions="given")
-    every = [each.with_positions(facts) for each in every]
-    may_start_fresh = _may_start_fresh(family, renamed.tensors, given)
-    fresh = check_fit(facts, renamed, every[0].tensors, may_start_fresh)
-    for each in every[1:]:
-        check_fit(facts, renamed, each.tensors, ())
-    left_out = every[0].left_out | {
-        f"{OF_TEACHER}{name}": reason
-        for each in every[1:]
-        for name, reason in each.left_out.items()
+    every = [recognised.tensors]
+    if recognised.teacher is not None and not overrides.encoder_only:
+        every.append(recognised.teacher)
+    renamed = [read(family.layout, _in_float32(stored)) for stored in every]
+    inferred = infer(source, family, renamed[0], overrides)
+    may_lack: tuple[str, ...] = ()
+    if family.holds == "encoder" or overrides.encoder_only:
+        # A model that norms the mean of its tokens has no norm of the tokens.
+        may_lack = (*OF_DECODERS, *(["norm."] if "fc_norm.weight" in renamed[0].tensors else []))
+    weights: Any = (
+        "model" if family.holds == "classifier" and not overrides.encoder_only else "student"
+    )
+    model = TrainedModel(source.path, inferred.config, {}, inferred.label_names, weights)
+    for each in renamed:
+        _leave_out(each, model, encoder_only=overrides.encoder_only)
+    model = _with_positions(model, renamed, every)
+    student, *others = (
+        _fit(model, each, may_lack if each is renamed[0] else ()) for each in renamed
+    )
+    left_out = renamed[0].left_out | {
+        f"{OF_TEACHER}{name}": why for each in renamed[1:] for name, why in each.left_out.items()
     }
-    return Imported(
-        source,
-        recognised,
-        facts,
-        every[0].tensors,
-        every[1].tensors if takes_teacher else None,
-        left_out | _not_weights(source, recognised, used_teacher=takes_teacher),
-        fresh,
-    )
-
-
-def build_model(facts: ModelFacts) -> MaskedAutoencoder | ClipClassifier:
-    """Our model of this shape, with initial weights."""
-    shape = facts.shape
-    if facts.pooling is not None:
-        classifier = ClassifierConfig(**shape.settings, pooling=facts.pooling)
-        return ClipClassifier(classifier, len(facts.label_names), shape.grid, shape.source_grid)
-    if facts.decoder is None:
-        raise CheckpointError(
-            f"it has no decoder, and none is known for an encoder of width {facts.encoder.dim}; "
-            f"give the size of one that starts fresh: --decoder WIDTH DEPTH HEADS"
-        )
-    return MaskedAutoencoder(
-        ModelConfig(**shape.settings, decoder=facts.decoder),
-        shape.grid,
-        source_grid=shape.source_grid,
-        predictor=facts.predictor,
-    )
-
-
-def check_fit(
-    facts: ModelFacts, renamed: Renamed, tensors: Tensors, may_start_fresh: tuple[str, ...]
-) -> tuple[str, ...]:
-    """Make sure that our model takes these weights. -> what they lack, of what they may
-
-    Raises:
-        CheckpointError: some are missing, left over, or of another shape. Each is named.
-    """
+    left_out |= dict.fromkeys(source.beside, "no weights")
+    for name in source.entries:
+        if name != recognised.entry and not (others and name == TEACHER):
+            left_out[name] = "another state dict; it can be chosen with --entry"
+    model = replace(model, tensors=student)
     with torch.device("meta"):
-        own: dict[str, Tensor] = build_model(facts).state_dict()
-    theirs = renamed.layout.theirs_of
-    missing = [name for name in own if name not in tensors]
-    wrong = [f"missing {theirs(name)}" for name in missing if not name.startswith(may_start_fresh)]
-    wrong += [f"left over {theirs(name)}" for name in tensors if name not in own]
-    wrong += [
-        f"{theirs(name)} has shape {tuple(tensors[name].shape)}, our model's is "
-        f"{tuple(own[name].shape)}"
+        fresh = tuple(name for name in model.make().state_dict() if name not in student)
+    teacher = others[0] if others else None
+    return Imported(source, recognised, model, teacher, left_out, fresh, inferred.assumed)
+
+
+def _in_float32(tensors: Tensors) -> Tensors:
+    """Return the same in single precision, each with a place in memory of its own."""
+    found = {}
+    for name, value in tensors.items():
+        dense = value.layout == torch.strided and not value.is_quantized
+        if value.is_meta or not value.numel() or not dense:
+            empty = "" if value.numel() else "an empty one of "
+            raise CheckpointError(
+                f"{name} must be a plain tensor with data, got {empty}{value.dtype} on "
+                f"{value.device}, {value.layout}"
+            )
+        if not value.is_floating_point():
+            raise CheckpointError(
+                f"{name} must hold real floating-point numbers, got {value.dtype}"
+            )
+        found[name] = value.float().clone()
+        if not found[name].isfinite().all():
+            raise CheckpointError(f"{name} has numbers that are not finite; it is of no use")
+    return found
+
+
+def _leave_out(renamed: Renamed, model: TrainedModel, *, encoder_only: bool) -> None:
+    """Take decoder or head out of the tensors, where they are not wanted."""
+    reasons: dict[tuple[str, ...], str] = {} if model.is_classifier else {OF_HEADS: NO_HEAD}
+    if encoder_only:
+        reasons[OF_DECODERS] = NO_DECODER
+    for beginnings, why in reasons.items():
+        for name in [each for each in renamed.tensors if each.startswith(beginnings)]:
+            del renamed.tensors[name]
+            renamed.left_out.update(dict.fromkeys(renamed.origins[name], why))
+
+
+def _with_positions(
+    model: TrainedModel, renamed: list[Renamed], stored: list[Tensors]
+) -> TrainedModel:
+    """Leave out tables that are computed here. If any is another one, the model keeps them all."""
+    distances: list[tuple[Renamed, str, float]] = []
+    same = True
+    for each, tensors in zip(renamed, stored, strict=True):
+        for table in TABLES:
+            if table not in each.tensors:
+                if each.layout.theirs(table) and "reconstructor.head.weight" in each.tensors:
+                    raise CheckpointError(f"missing {each.named(table)}")
+                continue
+            ours = _cut_table(each, table, model)
+            dtype = tensors[each.origins[table][0]].dtype
+            ours = ours.to(dtype).float()
+            distance = (each.tensors[table] - ours).abs().max().item()
+            # Numbers near 1 are eps apart where they are stored.
+            same = same and distance <= SAME_POSITIONS + torch.finfo(dtype).eps
+            distances.append((each, table, distance))
+    if not same:
+        given: Any = replace(model.config.model, positions="given")
+        return replace(model, config=replace(model.config, model=given))
+    for each, table, distance in distances:
+        del each.tensors[table]
+        why = f"computed here, with the same numbers (largest difference {distance:.1e})"
+        each.left_out.update(dict.fromkeys(each.origins[table], why))
+    return model
+
+
+def _cut_table(renamed: Renamed, table: str, model: TrainedModel) -> Tensor:
+    """Add what a table has for the class token to that token. -> (N, D) as it is computed here"""
+    found, named = renamed.tensors[table], renamed.named(table)
+    if found.ndim != 3:
+        raise CheckpointError(f"{named} must be a table of three axes, got {tuple(found.shape)}")
+    size = model.encoder if table == TABLES[0] else model.decoder
+    assert size is not None
+    ours = position_table(model.grid, size.dim, model.config.model.positions)
+    if model.config.model.class_token and found.shape[1] == len(ours) + 1:
+        first, found = found[:, :1], found[:, 1:]
+        token = renamed.tensors.get("cls_token")
+        if first.any() and (table != TABLES[0] or token is None):
+            raise CheckpointError(f"{named} has a position for a class token of its own")
+        if token is not None and first.any() and token.shape == first.shape:  # or it is told later
+            renamed.tensors["cls_token"] = token + first
+    if found.shape[1:] != ours.shape:
+        raise CheckpointError(
+            f"{named} is of {tuple(found.shape[1:])} tokens and values, our model has "
+            f"{tuple(ours.shape)}"
+        )
+    renamed.tensors[table] = found
+    return ours
+
+
+def _fit(model: TrainedModel, renamed: Renamed, may_lack: tuple[str, ...]) -> Tensors:
+    """Return the tensors by our names, if our model takes them."""
+    tensors, config = renamed.tensors, model.config.model
+    with torch.device("meta"):
+        own = read_ours(model.make().state_dict(), config.patch_size).tensors
+    wrong = [
+        f"missing {renamed.named(name)}"
         for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
+        if name not in tensors and not name.startswith(may_lack)
     ]
+    for name, value in tensors.items():
+        shape, named = tuple(value.shape), renamed.named(name)
+        if name not in own:
+            wrong.append(f"unknown {named} {shape}")
+        elif value.shape != own[name].shape:
+            wrong.append(f"{named} has shape {shape}, our model's is {tuple(own[name].shape)}")
     if wrong:
         raise CheckpointError("\n  ".join(["its tensors are not those of our model:", *wrong]))
-    return tuple(missing)
+    return write(replace(OURS, key_bias=config.conventions == "mae"), tensors)
 
 
-@dataclass(frozen=True)
-class _Settled:
-    """Tensors of one state dict, without those that are not wanted."""
-
-    tensors: Tensors
-    left_out: dict[str, str]
-    positions: dict[str, "_Positions"]
-    """By the names that ours have."""
-
-    @property
-    def other_positions(self) -> bool:
-        """Whether any are not those that are computed here."""
-        return any(not found.same for found in self.positions.values())
-
-    def with_positions(self, facts: ModelFacts) -> "_Settled":
-        """The same with its own positions, or with the reason why they are left out."""
-        if facts.positions == "given":
-            tables = {name: found.table for name, found in self.positions.items()}
-            return replace(self, tensors=self.tensors | tables)
-        told = {
-            name: f"computed here, with the same numbers (largest difference {found.farthest:.1e})"
-            for found in self.positions.values()
-            for name in found.names
-        }
-        return replace(self, left_out=self.left_out | told)
-
-
-@dataclass(frozen=True)
-class _Positions:
-    """A table of positions, beside the one that is computed here."""
-
-    names: tuple[str, ...]
-    table: Tensor
-    """(N, D)"""
-    farthest: float
-    """Largest difference."""
-    same: bool
-    """Whether they are the same, as far as the precision of the file goes."""
-
-
-def _settle(renamed: Renamed, stored: Tensors, facts: ModelFacts, given: Given) -> _Settled:
-    """Positions read, and what is not wanted left out. ``stored``: the tensors of the file."""
-    tensors, left_out = dict(renamed.tensors), dict(renamed.left_out)
-    positions = {}
-    for table in renamed.layout.tables:
-        if table.of == "decoder" and given.encoder_only:
-            left_out |= {name: OF_DECODER for name in table.theirs if name in renamed.tables}
-        else:
-            precision = stored.get(table.theirs[0], torch.empty(0)).dtype
-            found = _read_positions(table, renamed.tables, tensors, facts, precision)
-            positions[f"{table.of}_positions.table"] = found
-    if given.encoder_only:
-        for name in _named(tensors, OF_DECODERS):
-            left_out[renamed.layout.theirs_of(name)] = OF_DECODER
-            del tensors[name]
-    if facts.pooling is None:
-        for name in _named(tensors, OF_HEADS):
-            left_out[renamed.layout.theirs_of(name)] = OF_A_HEAD
-            del tensors[name]
-    return _Settled(tensors, left_out, positions)
-
-
-OF_A_HEAD = "it belongs to a head, and only the encoder is taken"
-
-
-def _read_positions(
-    table: PositionTable, tables: Tensors, tensors: Tensors, facts: ModelFacts, stored: torch.dtype
-) -> _Positions:
-    """A table as ours would be. What it has for the class token is added to that token.
-
-    Raises:
-        CheckpointError: a part is missing, or it is of other tokens.
-    """
-    missing = [name for name in table.theirs if name not in tables]
-    if missing:
-        raise CheckpointError(f"missing {', '.join(missing)}")
-    theirs, first = _joined(table, tables, facts)
-    size = facts.encoder if table.of == "encoder" else facts.decoder
-    assert size is not None
-    ours = position_table(facts.grid, size.dim, facts.positions)
-    if theirs.shape != ours.shape:
-        raise CheckpointError(
-            f"{table.theirs[0]} is of {tuple(theirs.shape)} tokens and values, our "
-            f"{table.of} has {tuple(ours.shape)}"
-        )
-    if first is not None and first.any():
-        if table.of == "decoder" or "class_token" not in tensors:
-            raise CheckpointError(f"{table.theirs[0]} has a position for a class token of its own")
-        if tensors["class_token"].shape == first.shape:  # another shape is told later
-            tensors["class_token"] = tensors["class_token"] + first
-    # Numbers near 1 are this far apart where they are stored.
-    rounding = torch.finfo(stored).eps if stored.is_floating_point else 0.0
-    farthest = (theirs - ours.to(stored).float()).abs().max().item()
-    names = (*table.theirs, *([table.first_row] if table.first_row in tables else []))
-    return _Positions(
-        tuple(dict.fromkeys(map(str, names))),
-        theirs,
-        farthest,
-        farthest <= SAME_POSITIONS + rounding,
-    )
-
-
-def _joined(
-    table: PositionTable, tables: Tensors, facts: ModelFacts
-) -> tuple[Tensor, Tensor | None]:
-    """-> (N, D), and (D,) what is added to the class token"""
-    odd = [name for name in table.theirs if tables[name].ndim != 3]
-    if odd:
-        shape = tuple(tables[odd[0]].shape)
-        raise CheckpointError(f"{odd[0]} must be a table of three axes, got {shape}")
-    parts = [tables[name].float().flatten(0, 1) for name in table.theirs]
-    if len(parts) == 2:
-        space, time = parts
-        if space.shape[-1] != time.shape[-1]:
-            raise CheckpointError(f"{' and '.join(table.theirs)} must be of the same width")
-        both = (time.unsqueeze(1) + space).flatten(0, 1)
-        first = tables.get(table.first_row or "")
-        return both, None if first is None else first.float().flatten()
-    whole = parts[0]
-    if facts.class_token and len(whole) == facts.grid.num_tokens + 1:
-        return whole[1:], whole[0]
-    return whole, None
-
-
-def _named(tensors: Tensors, beginnings: tuple[str, ...]) -> list[str]:
-    return [name for name in tensors if name.startswith(beginnings)]
-
-
-def _may_start_fresh(family: Family, tensors: Tensors, given: Given) -> tuple[str, ...]:
-    """What a file of this family may lack."""
-    if family.holds != "encoder" and not given.encoder_only:
-        return ()
-    # A model that norms the mean of its tokens has no norm of the tokens.
-    norm = ("encoder.norm.",) if "pooling.norm.weight" in tensors else ()
-    return (*OF_DECODERS, *norm)
-
-
-def _not_weights(source: Source, recognised: Recognised, *, used_teacher: bool) -> dict[str, str]:
-    """What else is in the file."""
-    told = dict.fromkeys(source.beside, "no weights")
-    for name in source.entries:
-        if name != recognised.entry and not (used_teacher and name == "ema_state_dict"):
-            told[name] = "another state dict; it can be chosen with --entry"
-    return told
+# --- Words ----------------------------------------------------------------------------------------
 
 
 def describe(imported: Imported) -> list[str]:
-    """What came of an import, in lines for the terminal."""
-    facts = imported.facts
+    """Tell what came of an import, in lines for the terminal."""
+    model, family = imported.model, imported.family
+    count = sum(value.numel() for value in model.tensors.values())
+    reasons: dict[str, list[str]] = {}
+    for name, reason in imported.left_out.items():
+        reasons.setdefault(reason, []).append(name)
     lines = [
-        *describe_model(facts, imported.family),
-        *imported.recognised.told(),
-        f"licence: {imported.licence}",
-        f"{parameters_of(imported.tensors.values()):,} numbers taken"
-        + (", and as many of the teacher" if imported.teacher else ""),
+        *describe_model(Inferred(model.config, model.label_names, imported.assumed, ()), family),
+        *imported.recognised.lines(),
+        f"licence: {family.licence}",
+        f"{count:,} numbers taken" + (", and as many of the teacher" if imported.teacher else ""),
+        *describe_assumed(imported.assumed),
+        *(f"left out: {', '.join(parts_of(names))}: {why}" for why, names in reasons.items()),
     ]
-    if facts.assumed:
-        lines.append(f"not in the file, taken as usual: {'; '.join(facts.assumed)}")
-    lines += [f"left out: {told}" for told in _grouped(imported.left_out)]
-    if facts.positions == "given":
+    if model.config.model.positions == "given":
         lines.append("its positions are its own: they are kept (model.positions=given)")
     if imported.fresh:
         lines.append(f"start fresh: {', '.join(parts_of(imported.fresh))}")
-    if not imported.is_classifier:
-        if not facts.predictor:
+    if model.pretraining is not None:
+        if model.pretraining.mining.predictor == "none":
             lines.append("it has no loss predictor: in pre-training that starts fresh")
         if imported.teacher is None:
             lines.append("it has no teacher: in pre-training that starts as a copy")
     return lines
 
 
-def describe_model(facts: ModelFacts, family: Family) -> list[str]:
-    """The kind and the size of a model, in lines for the terminal."""
-    lines = [
-        f"{family.name}: {family.says}",
-        describe_encoder(facts.encoder, facts.cut.patch_size, facts.clip_size),
-    ]
-    if facts.pooling is not None:
-        on = "" if ON_WHAT in facts.unknown else f" on {facts.pooling}"
-        lines.append(f"head of {len(facts.label_names)} classes{on}")
-    elif facts.decoder is not None:
-        lines.append(describe_decoder(facts.decoder, predictor=facts.predictor))
-    for what in facts.unknown:
+def describe_model(inferred: Inferred, family: Family) -> list[str]:
+    """Tell of what kind and size a model is."""
+    lines = [f"{family.name}: {family.says}", *describe_sizes(inferred)]
+    for what in inferred.unknown:
         lines = [line.replace(", 1 heads", "") for line in lines]
         lines.append(f"{what}: not in the file")
     return lines
 
 
-def describe_encoder(size: TransformerSize, patch_size: Size3, clip_size: Size3) -> str:
-    """A line of an encoder, and of what it takes."""
-    return (
-        f"encoder {_size(size)}; patches of {' x '.join(map(str, patch_size))}; clips of "
-        f"{' x '.join(map(str, clip_size))}"
+def describe_assumed(assumed: Sequence[str]) -> list[str]:
+    """Tell what was taken as usual."""
+    return [f"not in the file, taken as usual: {'; '.join(assumed)}"] if assumed else []
+
+
+def describe_sizes(inferred: Inferred) -> list[str]:
+    """Tell the sizes of encoder, clips, and decoder or head."""
+    config = inferred.config
+    patches, clips = (
+        " x ".join(map(str, size)) for size in (config.model.patch_size, config.data.clip_size)
     )
-
-
-def describe_decoder(size: TransformerSize, *, predictor: bool) -> str:
-    """A line of a decoder."""
-    return f"decoder {_size(size)}" + (", and a loss predictor" if predictor else "")
+    lines = [f"encoder {_size(config.model.encoder)}; patches of {patches}; clips of {clips}"]
+    if isinstance(config, FinetuneConfig):
+        on = "" if HEAD in inferred.unknown else f" on {config.model.pooling}"
+        return [*lines, f"head of {len(inferred.label_names)} classes{on}"]
+    predictor = "" if config.mining.predictor == "none" else ", and a loss predictor"
+    known = DECODER not in inferred.unknown
+    return lines + ([f"decoder {_size(config.model.decoder)}{predictor}"] if known else [])
 
 
 def _size(size: TransformerSize) -> str:
     return f"{size.dim} wide, {size.depth} deep, {size.num_heads} heads"
 
 
-def _grouped(left_out: dict[str, str]) -> list[str]:
-    reasons: dict[str, list[str]] = {}
-    for name, reason in left_out.items():
-        reasons.setdefault(reason, []).append(name)
-    return [f"{', '.join(parts_of(names))}: {reason}" for reason, names in reasons.items()]
-
-
 def parts_of(names: Iterable[str]) -> list[str]:
-    """Names of tensors, those of all blocks as one."""
+    """Return names of tensors, those of all blocks as one."""
     kinds: dict[str, int] = {}
     for name in names:
         beginning = re.sub(r"((^|[._])(blocks\w*|layers?))\.\d+\..*", r"\1", name)
         kinds[beginning] = kinds.get(beginning, 0) + 1
     return [f"{name} ({count} tensors)" if count > 1 else name for name, count in kinds.items()]
+
+
+# --- A checkpoint folder --------------------------------------------------------------------------
+
+
+def write_folder(imported: Imported, folder: Path, parity: dict[str, Any]) -> list[Path]:
+    """Write what ``init_weights`` and the programs of ``tools/`` read. -> the files
+
+    Raises:
+        CheckpointError: the folder exists, or the disk does not take it.
+    """
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists already; give another folder, or delete it")
+    model = imported.model
+    writing = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(writing, ignore_errors=True)
+    try:
+        writing.mkdir(parents=True)
+        tensors = model.tensors
+        if imported.fresh:
+            drawn = model.make().state_dict()
+            tensors = {name: tensors.get(name, drawn[name]) for name in drawn}
+        save_file(on_host(tensors), writing / "model.safetensors")
+        if imported.teacher is not None:
+            save_file(on_host(imported.teacher), writing / "teacher.safetensors")
+        save_config(model.config, writing / "config.yaml")
+        state = {"update": 0, "imported_from": imported.family.name}
+        write_json(writing / "state.json", {**state, "sha256": checksums_of(writing)})
+        write_json(writing / ORIGIN, _origin(imported))
+        write_json(writing / "parity.json", parity)
+        if model.is_classifier:
+            names = "".join(f"{name}\n" for name in model.label_names)
+            (writing / "labels.txt").write_text(names, encoding="utf-8")
+        flush(writing)
+        writing.rename(folder)
+        flush(folder.parent, recursive=False)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write {folder}: {error}. Make room, and start the same command again"
+        ) from error
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+    return sorted(folder.iterdir())
+
+
+def _origin(imported: Imported) -> dict[str, Any]:
+    """Tell where the weights come from, and what was done to them."""
+    path, recognised = imported.source.path, imported.recognised
+    endings = (".safetensors", ".bin", ".json")
+    files = [path] if path.is_file() else [p for p in sorted(path.iterdir()) if p.suffix in endings]
+    return {
+        "family": imported.family.name,
+        "source": str(path.absolute()),
+        "sha256": {file.name: sha256_of(file) for file in files},
+        "state_dict": recognised.entry,
+        "prefix": recognised.prefix,
+        "epoch": imported.source.epoch,
+        "licence": imported.family.licence,
+        "assumed": list(imported.assumed),
+        "left_out": imported.left_out,
+        "start_fresh": list(imported.fresh),
+        "positions": imported.model.config.model.positions,
+    }
+
+
+def write_json(path: Path, table: dict[str, Any]) -> None:
+    """Write a table."""
+    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

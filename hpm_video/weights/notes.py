@@ -4,7 +4,9 @@ Every value is checked before it is used. What a config says that no model of ou
 refused: the weights alone would fit all the same, and compute something else.
 """
 
+import inspect
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +19,6 @@ LARGEST_EPS, SMALLEST_EPS = 1e-5, 1e-12
 """Of layer norms, ours is 1e-6. Beyond these it shows in what a model computes."""
 RESAMPLE: dict[Interpolation, int] = {"bilinear": 2, "bicubic": 3}
 """Numbers that PIL and transformers have for these."""
-
 OF_TRANSFORMERS: dict[str, tuple[Any, ...]] = {
     "model_type": ("videomae", "vit", "vit_mae", None),
     "hidden_act": ("gelu",),
@@ -25,69 +26,34 @@ OF_TRANSFORMERS: dict[str, tuple[Any, ...]] = {
     "qv_bias": (True,),
 }
 """Keys of config.json, where it is of transformers, and what they must say."""
-OF_TIMM: dict[str, tuple[Any, ...]] = {
-    "act_layer": (None, "gelu"),
-    "attn_layer": (None,),
-    "block_fn": (None,),
-    "embed_layer": (None,),
-    "embed_norm_layer": (None,),
-    "final_norm": (True,),
-    "init_values": (None,),
-    "mlp_layer": (None,),
-    "norm_layer": (None,),
-    "pool_include_prefix": (False,),
-    "pos_embed": ("learn",),
-    "pre_norm": (False,),
-    "proj_bias": (True,),
-    "qk_norm": (False,),
-    "qkv_bias": (True,),
-    "reg_tokens": (0,),
-    "scale_attn_norm": (False,),
-    "scale_mlp_norm": (False,),
-}
-"""Keys of timm's model_args, and what they must say."""
-READ_OF_TIMM = (
-    "img_size",
-    "patch_size",
-    "in_chans",
-    "num_classes",
-    "embed_dim",
-    "depth",
-    "num_heads",
-    "mlp_ratio",
-    "class_token",
-    "no_embed_class",
-    "global_pool",
-    "fc_norm",
-    "dynamic_img_size",
-    "dynamic_img_pad",
-    "weight_init",
-    "fix_init",
-    "drop_rate",
-    "pos_drop_rate",
-    "patch_drop_rate",
-    "proj_drop_rate",
-    "attn_drop_rate",
-    "drop_path_rate",
+READ_OF_TIMM = re.compile(
+    r"img_size|patch_size|in_chans|num_classes|embed_dim|depth|num_heads|mlp_ratio|class_token|"
+    r"no_embed_class|global_pool|fc_norm|dynamic_img_(size|pad)|weight_init|fix_init|"
+    r"(pos_|patch_|proj_|attn_)?drop_rate|drop_path_rate"
 )
-"""Further keys: they are read, the weights say the same, or they only matter in training."""
+"""Keys of timm's model_args that may say anything: they are read, the weights say the same, or they
+only matter in training. All others must say what timm takes by default."""
+SQUEEZED = (
+    "frames that are not of this shape were squeezed into it, and here the largest box of the "
+    "shape is cut out"
+)
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """How frames become what a model takes; none where nothing is told."""
+    """How frames become what a model takes; none where nothing is said."""
 
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     interpolation: Interpolation | None = None
     short_side: int | None = None
     resize: bool = False
-    """Whether it is told how frames are resized, if only that they are not cut."""
+    """Whether it is said how frames are resized, if only that they are not cut."""
     otherwise: str = ""
     """What ours does in another way."""
 
 
-class Told:
+class Notes:
     """The values beside the weights of a source, by their names."""
 
     def __init__(self, source: Source) -> None:
@@ -96,18 +62,25 @@ class Told:
         Raises:
             CheckpointError: one does. All such values are named.
         """
-        self.source = source
-        config = source.config
-        nested = [_table(config.get(key)) for key in ("model_config", "model_args")]
-        self._values = source.arguments | nested[0] | nested[1] | config
-        self.timm = nested[1] if self.of_timm else {}
-        wrong = _wrong(OF_TIMM, self.timm) if self.of_timm else []
-        if self.of_timm:
-            known = (*OF_TIMM, *READ_OF_TIMM)
-            wrong += [f"{key}={value!r}" for key, value in self.timm.items() if key not in known]
-        elif "model_config" not in config:
-            wrong = _wrong(OF_TRANSFORMERS, config)
-        eps = config.get("layer_norm_eps", SMALLEST_EPS)
+        self.config, self.preprocessor = source.config, source.preprocessor
+        model_config, model_args = (_table(self.config, k) for k in ("model_config", "model_args"))
+        self._values = source.arguments | model_config | model_args | self.config
+        self.pretrained = _table(self.config, "pretrained_cfg")
+        """What timm says of the pixels."""
+        of_timm = "architecture" in self.config
+        self.pool = (model_args if of_timm else {}).get(
+            "global_pool", self.config.get("global_pool")
+        )
+        wrong: list[str] = []
+        if of_timm:
+            wrong = _unlike_timm(model_args)
+        elif "model_config" not in self.config:
+            wrong = [
+                f"{key}={self.config[key]!r}"
+                for key, values in OF_TRANSFORMERS.items()
+                if self.config.get(key, values[0]) not in values
+            ]
+        eps = self.config.get("layer_norm_eps", SMALLEST_EPS)
         if not isinstance(eps, float) or not SMALLEST_EPS <= eps <= LARGEST_EPS:
             wrong.append(f"layer_norm_eps={eps!r} (ours is 1e-6)")
         if wrong:
@@ -115,30 +88,22 @@ class Told:
                 f"its config.json says what no model of this package can be: {', '.join(wrong)}"
             )
 
-    @property
-    def of_timm(self) -> bool:
-        """Whether there is a config.json of timm."""
-        return "architecture" in self.source.config
-
-    def whole(self, *names: str) -> int | None:
-        """The first of some values that there is, a whole number of at least 1.
+    def whole(self, name: str) -> int | None:
+        """Return a whole number of at least 1, where there is one.
 
         Raises:
             CheckpointError: it is something else.
         """
-        for name in names:
-            value = self._values.get(name)
-            if value is not None:
-                return _whole(name, value)
-        return None
+        value = self._values.get(name)
+        return None if value is None else _whole(name, value)
 
-    def size(self, *names: str) -> tuple[int, int] | None:
-        """The first of some heights and widths that there is; one number stands for both.
+    def size(self) -> tuple[int, int] | None:
+        """Return height and width of frames, where they are said; one number stands for both.
 
         Raises:
-            CheckpointError: it is something else.
+            CheckpointError: they are something else.
         """
-        for name in names:
+        for name in ("input_size", "image_size", "img_size"):
             value = self._values.get(name)
             if value is not None:
                 two = value if isinstance(value, list | tuple) and len(value) == 2 else [value] * 2
@@ -146,50 +111,49 @@ class Told:
         return None
 
     def flag(self, *names: str) -> bool | None:
-        """The first of some switches that there is."""
+        """Return the first of some switches that there is."""
         said = [self._values[name] for name in names if isinstance(self._values.get(name), bool)]
         return said[0] if said else None
 
     def label_names(self) -> tuple[str, ...] | None:
-        """Names of the classes.
+        """Return the names of the classes.
 
         Raises:
             CheckpointError: they are not numbered from 0 on, or are no names of one line each.
         """
-        stored = self.source.config.get("id2label")
-        timm = _table(self.source.config.get("pretrained_cfg")).get("label_names")
-        names = self.source.config.get("label_names", timm)
+        stored = self.config.get("id2label")
+        names = self.config.get("label_names", self.pretrained.get("label_names"))
+        remedy = "--labels FILE, with that of class i in line i"
         if isinstance(stored, dict):
             by_number = {str(key): str(name) for key, name in stored.items()}
             numbers = [str(i) for i in range(len(by_number))]
             if set(by_number) != set(numbers):
                 raise CheckpointError(
                     f"id2label must number the classes from 0 on, got {', '.join(by_number)}; give "
-                    f"the names: --labels FILE, with that of class i in line i"
+                    f"the names: {remedy}"
                 )
             names = [by_number[number] for number in numbers]
         if not isinstance(names, list):
             return None
-        odd = [name for name in map(str, names) if name.strip() != name or not name.isprintable()]
-        if odd or "" in names:
+        names = list(map(str, names))
+        odd = [name for name in names if not name.isprintable() or name.strip() != name or not name]
+        if odd:
             raise CheckpointError(
                 f"names of classes must be text of one line without spaces around it, got "
-                f"{(odd or [''])[0]!r}; give others: --labels FILE, with that of class i in line i"
+                f"{odd[0]!r}; give others: {remedy}"
             )
-        return tuple(map(str, names))
+        return tuple(names)
 
     def pixels(self, size: tuple[int, int]) -> Pixels:
-        """How frames become those of ``size``, as its preprocessor or timm's config says.
+        """Return how frames become those of ``size``, as its preprocessor or timm's config says.
 
         Raises:
             CheckpointError: mean or deviation are no numbers.
         """
-        before = self.source.preprocessor
-        if before:
-            return _pixels_of_transformers(before, size)
-        timm = _table(self.source.config.get("pretrained_cfg"))
-        if timm:
-            return _pixels_of_timm(timm, size)
+        if self.preprocessor:
+            return _pixels_of_transformers(self.preprocessor, size)
+        if self.pretrained:
+            return _pixels_of_timm(self.pretrained, size)
         said = self._values
         return Pixels(
             _numbers("image_mean", said.get("image_mean")),
@@ -200,16 +164,22 @@ class Told:
         )
 
 
-def _table(value: Any) -> dict[str, Any]:
-    return dict(value) if isinstance(value, Mapping) else {}
+def _unlike_timm(arguments: Mapping[str, Any]) -> list[str]:
+    from timm.models.vision_transformer import VisionTransformer
 
-
-def _wrong(must_be: Mapping[str, tuple[Any, ...]], said: Mapping[str, Any]) -> list[str]:
+    usual = inspect.signature(VisionTransformer).parameters
     return [
-        f"{key}={said[key]!r}"
-        for key, values in must_be.items()
-        if key in said and not any(said[key] is each or said[key] == each for each in values)
+        f"{key}={value!r}"
+        for key, value in arguments.items()
+        if not READ_OF_TIMM.fullmatch(key)
+        and (key, value) != ("act_layer", "gelu")
+        and not (key in usual and value == usual[key].default)
     ]
+
+
+def _table(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key)
+    return dict(value) if isinstance(value, Mapping) else {}
 
 
 def _whole(name: str, value: Any) -> int:
@@ -235,44 +205,39 @@ def _interpolation(value: Any) -> Interpolation | None:
 
 
 def _cut(short_side: Any, size: tuple[int, int]) -> int | None:
-    """A shorter side of frames that leaves something to cut off, if it is one."""
+    """Return a shorter side of frames that leaves something to cut off, if it is one."""
     usable = isinstance(short_side, int) and short_side > max(size)
     return short_side if usable else None
 
 
 def _pixels_of_transformers(before: Mapping[str, Any], size: tuple[int, int]) -> Pixels:
     target = before.get("size")
-    short_side = _table(target).get("shortest_edge", target)
-    squeezed = isinstance(short_side, dict)
-    normalised = before.get("do_normalize", True)
+    short_side = _table(before, "size").get("shortest_edge", target)
+    squeezed = isinstance(short_side, dict) and before.get("do_resize", True)
     mean, std = before.get("image_mean"), before.get("image_std")
-    channels = len(mean) if isinstance(mean, list) else 3
+    if not before.get("do_normalize", True):
+        channels = len(mean) if isinstance(mean, list) else 3
+        mean, std = [0.0] * channels, [1.0] * channels
     return Pixels(
-        _numbers("image_mean", mean if normalised else [0.0] * channels),
-        _numbers("image_std", std if normalised else [1.0] * channels),
+        _numbers("image_mean", mean),
+        _numbers("image_std", std),
         _interpolation(before.get("resample")),
         _cut(short_side, size),
         resize=target is not None,
-        otherwise=SQUEEZED if squeezed and before.get("do_resize", True) else "",
+        otherwise=SQUEEZED if squeezed else "",
     )
-
-
-SQUEEZED = (
-    "frames that are not of this shape were squeezed into it, and here the largest box of the "
-    "shape is cut out"
-)
 
 
 def _pixels_of_timm(said: Mapping[str, Any], size: tuple[int, int]) -> Pixels:
     share = said.get("crop_pct")
     if not isinstance(share, int | float) or share <= 0:
         share = None
-    mode = said.get("crop_mode", "center")
+    centred = said.get("crop_mode", "center") == "center"
     return Pixels(
         _numbers("mean", said.get("mean")),
         _numbers("std", said.get("std")),
         _interpolation(said.get("interpolation")),
-        _cut(math.floor(max(size) / share), size) if share and mode == "center" else None,
+        _cut(math.floor(max(size) / share), size) if share and centred else None,
         resize=share is not None,
-        otherwise="" if mode == "center" else SQUEEZED,
+        otherwise="" if centred else SQUEEZED,
     )

@@ -1,27 +1,87 @@
-"""Whether imported weights compute here what they compute in an independent implementation."""
+"""What models say of one clip of noise, and how far apart that is."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from hpm_video.files.weights import CheckpointError
+from hpm_video.models.classifier import ClipClassifier
+from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.models.vit import LAYER_NORM_EPS
-from hpm_video.weights.files import Tensors
-from hpm_video.weights.importing import OF_TEACHER, Imported
-from hpm_video.weights.peers import (
-    has_square_frames,
-    is_installed,
-    is_made_of_a_config,
-    kind_of_peer,
-    peer_of,
-)
-from hpm_video.weights.trial import Difference, differences, make_trial, said_by
+from hpm_video.tokens.masking import STRATEGIES, MaskRule, TokenMask, count_masked
+from hpm_video.weights.model import TrainedModel
 
 TOLERANCE = 1e-4
 """Largest difference in single precision, as a share of the largest value."""
-RATIO = 0.75
+SMALLEST = 1e-6
+"""A largest value that is smaller than this counts as this."""
+Said = dict[str, Tensor]
+
+
+# --- A clip, and what is said of it ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Clips, and which of their tokens are hidden from a masked autoencoder."""
+
+    clips: Tensor
+    """(B, C, T, H, W)"""
+    noise: Tensor
+    """(B, N) the lowest stay visible"""
+    mask: TokenMask
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of what two models say about the same clip."""
+
+    of: str
+    largest: float
+    largest_value: float
+    """Of the other implementation."""
+
+    @property
+    def share(self) -> float:
+        """The difference as a share of the largest value; scores may all be small."""
+        return self.largest / max(SMALLEST, self.largest_value)
+
+
+def trial_of(model: TrainedModel, clips: int = 1) -> Trial:
+    """Return clips of noise, and a mask of the share that a model was trained with."""
+    config, grid = model.config, model.grid
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.rand(clips, grid.num_tokens, generator=generator)
+    ratio = model.pretraining.masking.ratio if model.pretraining else 0.5
+    num_masked = count_masked(grid.num_tokens, ratio, "hpm")
+    rule = MaskRule(grid, "token", num_masked, STRATEGIES["random"])
+    size = (clips, config.model.channels, *config.data.clip_size)
+    frames = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    return Trial(frames, noise, rule.draw(None, noise, num_picked=0))
+
+
+@torch.no_grad()
+def said_by(model: nn.Module, trial: Trial) -> Said:
+    """Return what a model of ours says of them."""
+    if isinstance(model, ClipClassifier):
+        return {"logits": model(trial.clips)}
+    assert isinstance(model, MaskedAutoencoder)
+    predicted = model(trial.clips, trial.mask)
+    tokens = model.encode(trial.clips)
+    said = {"tokens": tokens, "hidden patches": predicted.content, "features": model.pool(tokens)}
+    return said if predicted.difficulty is None else said | {"difficulty": predicted.difficulty}
+
+
+def differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[Difference, ...]:
+    """Return those of everything that both say."""
+    return tuple(
+        Difference(name, (ours[name] - value).abs().max().item(), value.abs().max().item())
+        for name, value in theirs.items()
+        if name in ours
+    )
 
 
 @dataclass(frozen=True)
@@ -42,7 +102,7 @@ class ParityReport:
         return all(found.share <= self.tolerance for found in self.differences)
 
     def lines(self) -> list[str]:
-        """For the terminal."""
+        """Tell of it in the terminal."""
         told = [
             f"parity with {self.with_what}, {found.of}: largest difference {found.largest:.1e} of "
             f"values up to {found.largest_value:.2g}"
@@ -53,11 +113,11 @@ class ParityReport:
         return told + list(self.notes)
 
     def as_table(self) -> dict[str, Any]:
-        """For a file."""
+        """Return it for a file."""
         return {**asdict(self), "holds": self.holds}
 
     def judged(self, what: str, tolerance: float) -> "ParityReport":
-        """The report, if no difference is above the tolerance.
+        """Return the report, if no difference is above the tolerance.
 
         Raises:
             CheckpointError: one is; ``what`` computes something else then.
@@ -72,86 +132,41 @@ class ParityReport:
         return report
 
 
-def compare(
-    imported: Imported, tolerance: float = TOLERANCE, *, skip: bool = False
-) -> ParityReport:
-    """The imported model and an independent one with the same weights, on the same random clip.
-
-    A teacher beside the student is compared too. ``skip``: only say that it was not done.
-
-    Raises:
-        CheckpointError: they differ by more than the tolerance.
-    """
-    reason = "it was not asked for" if skip else _not_comparable(imported)
-    if reason:
-        return ParityReport("", not_checked=reason, tolerance=tolerance)
-    found: list[Difference] = []
-    name = ""
-    for who, ours, theirs in _state_dicts(imported):
-        name, of_one = _compared(imported, ours, theirs)
-        found += [replace(each, of=f"{who}{each.of}") for each in of_one]
-    partly = ""
-    if imported.family.peer == "ViTMAEForPreTraining" and not has_square_frames(imported):
-        partly = "the decoder: transformers has it for square frames only"
-    report = ParityReport(name, tuple(found), not_checked=partly, notes=_notes(imported))
-    return report.judged("the imported model computes something else than the original", tolerance)
+NOT_ASKED = ParityReport("", not_checked="it was not asked for")
 
 
-def _state_dicts(imported: Imported) -> Iterator[tuple[str, Tensors, Tensors]]:
-    """-> whose it is, by our names, by theirs"""
-    yield "", imported.tensors, imported.recognised.tensors
-    if imported.teacher is not None:
-        assert imported.recognised.teacher is not None
-        yield OF_TEACHER, imported.teacher, imported.recognised.teacher
+@dataclass(frozen=True)
+class Peer:
+    """A model of a library."""
+
+    name: str
+    models: tuple[nn.Module, ...]
+    say: Callable[[Trial], Said]
 
 
 @torch.no_grad()
-def _compared(
-    imported: Imported, ours: Tensors, theirs: Tensors
-) -> tuple[str, tuple[Difference, ...]]:
-    """-> the name of the other implementation, differences
+def compare_with(peer: Peer, ours: Said, trial: Trial) -> ParityReport:
+    """Return how far a library's model is from ours, with our eps in all its layer norms.
 
-    A model that is made of a config is compared as it is, and once more with our eps.
+    Of a model that has another eps, the difference as it is loaded is told too.
     """
-    model = imported.build().eval()
-    left = model.load_state_dict(ours, strict=False)
-    assert set(left.missing_keys) <= set(imported.fresh)
-    trial = make_trial(imported.facts.shape, imported.facts.clip_size, RATIO)
-    said = said_by(model, trial)
-    peer = peer_of(imported, theirs)
-    found: tuple[Difference, ...] = ()
-    if is_made_of_a_config(imported):
-        found = differences(said, peer.say(trial))
-    if peer.set_eps(LAYER_NORM_EPS) or not found:
-        exact = differences(said, peer.say(trial))
-        with_eps = f" with eps {LAYER_NORM_EPS:g}" if found else ""
-        found += tuple(replace(each, of=f"{each.of}{with_eps}") for each in exact)
-    return peer.name, found
-
-
-def _notes(imported: Imported) -> tuple[str, ...]:
-    """What a comparison cannot show, and what it left out."""
-    facts, notes = imported.facts, []
-    if not is_made_of_a_config(imported):
-        decoder = (
-            ""
-            if imported.fresh or facts.decoder is None
-            else (f" and {facts.decoder.num_heads} of the decoder")
-        )
-        notes.append(
-            f"not verified: the number of heads ({facts.encoder.num_heads} of the encoder{decoder})"
-            f", which weights do not tell: both models have it as given or usual"
-        )
-    stored = {value.dtype for value in imported.recognised.tensors.values()}
-    if facts.positions != "given" and imported.family.layout.tables and stored != {torch.float32}:
-        notes.append("positions are computed in single precision in both models, not as stored")
-    return tuple(notes)
-
-
-def _not_comparable(imported: Imported) -> str:
-    kind = kind_of_peer(imported)
-    if not kind.startswith("timm") and not is_installed("transformers"):
-        return "transformers is not installed"
-    if kind.startswith("ViTMAE") and not has_square_frames(imported):
-        return "transformers has ViTMAE for square frames only"
-    return ""
+    as_loaded = differences(ours, peer.say(trial))
+    norms = {
+        name: module
+        for model in peer.models
+        for name, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm) and module.eps != LAYER_NORM_EPS
+    }
+    if not norms:
+        return ParityReport(peer.name, as_loaded)
+    usual = " and ".join(sorted({f"{norm.eps:g}" for norm in norms.values()}))
+    where = ", ".join(norms) if len(norms) < 4 else "its layer norms"
+    for norm in norms.values():
+        norm.eps = LAYER_NORM_EPS
+    farthest = max(as_loaded, key=lambda each: each.share)
+    note = (
+        f"{peer.name} has eps {usual} in {where}; as it is loaded, {farthest.of} differ by "
+        f"{farthest.largest:.1e} of values up to {farthest.largest_value:.2g}. For equality set "
+        f"{'model.' if len(norms) < 4 else ''}{where}.eps = {LAYER_NORM_EPS:g}"
+    )
+    return ParityReport(peer.name, differences(ours, peer.say(trial)), notes=(note,))

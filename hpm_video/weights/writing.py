@@ -13,17 +13,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
-from hpm_video.config.choices import Pooling, TransformerSize
-from hpm_video.files.single_file import write_single_file
+from hpm_video.config.choices import TransformerSize
 from hpm_video.files.weights import CheckpointError
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.vit import LAYER_NORM_EPS
-from hpm_video.weights.forms import FORMS, Expressed, express
+from hpm_video.weights.express import Expressed, express
+from hpm_video.weights.importing import write_json
+from hpm_video.weights.model import TrainedModel
 from hpm_video.weights.notes import RESAMPLE
-from hpm_video.weights.own import OwnModel
-from hpm_video.weights.trial import random_clips
 
 WEIGHTS = "model.safetensors"
 LARGEST_ONNX = 1_900_000_000
@@ -31,45 +29,37 @@ LARGEST_ONNX = 1_900_000_000
 OPSET = 18
 TO_INSTALL = ("onnx", "onnxscript", "onnxruntime")
 
-# --- transformers -------------------------------------------------------------------------------
+# --- transformers ---------------------------------------------------------------------------------
 
-MODEL_TYPES = {
-    "VideoMAEForPreTraining": "videomae",
-    "VideoMAEForVideoClassification": "videomae",
-    "ViTMAEForPreTraining": "vit_mae",
-    "ViTForImageClassification": "vit",
-}
-IMAGE_PROCESSORS = {"videomae": "VideoMAEImageProcessor"}
-OTHER_IMAGE_PROCESSOR = "BitImageProcessor"
-"""The one of transformers that resizes the shorter side and cuts out the middle; ViT's own resizes
-to a square."""
+MODEL_TYPES = {"VideoMAE": "videomae", "ViTMAE": "vit_mae", "ViT": "vit"}
+"""By how the names of classes begin."""
 STANDARDISED = {"videomae": "per_channel", "vit_mae": "joint"}
 """What a model of transformers learns to predict with norm_pix_loss."""
 
 
-def write_transformers(own: OwnModel, expressed: Expressed, folder: Path) -> None:
-    """Write a folder that ``from_pretrained`` reads."""
+def write_transformers(model: TrainedModel, expressed: Expressed, folder: Path) -> None:
+    """Write a folder that ``from_pretrained`` reads, by names that all its versions read."""
     folder.mkdir()
+    kind = expressed.family.transformers_class
     save_file(expressed.tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    write_json(folder / "config.json", transformers_config(own, kind_of(expressed)))
-    write_json(folder / "preprocessor_config.json", preprocessor(own, kind_of(expressed)))
+    write_json(folder / "config.json", transformers_config(model, kind))
+    write_json(folder / "preprocessor_config.json", _preprocessor(model, kind))
 
 
-def kind_of(expressed: Expressed) -> str:
-    """Name of the class in transformers."""
-    return expressed.form.name.partition(" ")[0]
+def _model_type(kind: str) -> str:
+    return next(found for begins, found in MODEL_TYPES.items() if kind.startswith(begins))
 
 
-def transformers_config(own: OwnModel, kind: str) -> dict[str, Any]:
-    """``config.json`` of a model of transformers."""
-    model_type, size = MODEL_TYPES[kind], own.shape.size
-    _, height, width = own.clip_size
+def transformers_config(model: TrainedModel, kind: str) -> dict[str, Any]:
+    """Return ``config.json`` of a model of transformers."""
+    config, model_type, size = model.config, _model_type(kind), model.encoder
+    frames, height, width = config.data.clip_size
     table: dict[str, Any] = {
         "architectures": [kind],
         "model_type": model_type,
         "image_size": height if height == width else [height, width],
-        "patch_size": own.shape.patch_size[1],
-        "num_channels": own.shape.channels,
+        "patch_size": config.model.patch_size[1],
+        "num_channels": config.model.channels,
         "hidden_size": size.dim,
         "num_hidden_layers": size.depth,
         "num_attention_heads": size.num_heads,
@@ -81,22 +71,23 @@ def transformers_config(own: OwnModel, kind: str) -> dict[str, Any]:
         "qkv_bias": True,
     }
     if model_type == "videomae":
-        table["num_frames"] = own.clip_size[0]
-        table["tubelet_size"] = own.shape.patch_size[0]
-        table["use_mean_pooling"] = own.is_classifier
-    if own.decoder is not None:
+        table["num_frames"] = frames
+        table["tubelet_size"] = config.model.patch_size[0]
+        table["use_mean_pooling"] = model.is_classifier
+    if model.pretraining is not None:
+        decoder = model.pretraining.model.decoder
         table |= {
-            "decoder_hidden_size": own.decoder.dim,
-            "decoder_num_hidden_layers": own.decoder.depth,
-            "decoder_num_attention_heads": own.decoder.num_heads,
-            "decoder_intermediate_size": _wide(own.decoder),
-            "norm_pix_loss": own.target != "raw",
+            "decoder_hidden_size": decoder.dim,
+            "decoder_num_hidden_layers": decoder.depth,
+            "decoder_num_attention_heads": decoder.num_heads,
+            "decoder_intermediate_size": _wide(decoder),
+            "norm_pix_loss": model.target != "raw",
         }
-    if model_type == "vit_mae":
-        table["mask_ratio"] = own.mask_ratio
-    if own.is_classifier:
-        table["id2label"] = {str(i): name for i, name in enumerate(own.label_names)}
-        names = own.label_names
+        if model_type == "vit_mae":
+            table["mask_ratio"] = model.pretraining.masking.ratio
+    else:
+        names = model.label_names
+        table["id2label"] = {str(i): name for i, name in enumerate(names)}
         table["label2id"] = {
             f"{name} ({i})" if name in names[:i] else name: i for i, name in enumerate(names)
         }
@@ -108,35 +99,40 @@ def _wide(size: TransformerSize) -> int:
     return size.mlp_dim or 4 * size.dim
 
 
-def preprocessor(own: OwnModel, kind: str) -> dict[str, Any]:
-    """``preprocessor_config.json``: frames as the model is tested on, the middle crop alone."""
-    _, height, width = own.clip_size
+def _preprocessor(model: TrainedModel, kind: str) -> dict[str, Any]:
+    """``preprocessor_config.json``: frames as the model is tested on, the middle crop alone.
+
+    Bit's resizes the shorter side and cuts out the middle, where ViT's own resizes to a square.
+    """
+    data = model.config.data
+    height, width = data.frame_size
+    made_by = "VideoMAE" if kind.startswith("VideoMAE") else "Bit"
     return {
-        "image_processor_type": IMAGE_PROCESSORS.get(MODEL_TYPES[kind], OTHER_IMAGE_PROCESSOR),
+        "image_processor_type": f"{made_by}ImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": own.short_side or max(height, width)},
-        "resample": RESAMPLE[own.interpolation],
+        "size": {"shortest_edge": data.held_out_short_side or max(height, width)},
+        "resample": RESAMPLE[data.interpolation],
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(own.mean),
-        "image_std": list(own.std),
+        "image_mean": list(data.mean),
+        "image_std": list(data.std),
     }
 
 
-def notes_of_transformers(own: OwnModel, kind: str) -> list[str]:
-    """What the folder cannot say of the model."""
-    notes = []
-    standardised = STANDARDISED.get(MODEL_TYPES[kind])
-    same = own.target == standardised or (own.target == "raw" and standardised == "joint")
-    if not own.is_classifier and not same:
+def notes_of_transformers(model: TrainedModel, expressed: Expressed) -> list[str]:
+    """Tell what the folder cannot say of the model."""
+    kind, data, notes = expressed.family.transformers_class, model.config.data, []
+    standardised = STANDARDISED.get(_model_type(kind))
+    same = model.target == standardised or (model.target == "raw" and standardised == "joint")
+    if not model.is_classifier and not same:
         notes.append(
-            f"this model learned to predict target {own.target}, and the loss of {kind} compares "
+            f"this model learned to predict target {model.target}, and the loss of {kind} compares "
             f"with another: what it predicts is ours, its loss is not"
         )
-    if own.clip_size[1] != own.clip_size[2] and own.short_side is None:
+    if data.frame_size[0] != data.frame_size[1] and data.held_out_short_side is None:
         notes.append(
             "the preprocessor cuts these rectangular frames out of a larger frame, where ours "
             "takes the largest box of their shape"
@@ -144,7 +140,7 @@ def notes_of_transformers(own: OwnModel, kind: str) -> list[str]:
     return notes
 
 
-# --- timm ---------------------------------------------------------------------------------------
+# --- timm -----------------------------------------------------------------------------------------
 
 TIMM_NAMES = {
     192: "vit_tiny_patch16_224",
@@ -154,69 +150,65 @@ TIMM_NAMES = {
     1280: "vit_huge_patch14_224",
 }
 """Names of timm's models by their width; whatever else they are is given."""
-OTHER_TIMM_NAME = "vit_base_patch16_224"
-TIMM_POOLS: dict[tuple[Pooling | None, bool], tuple[str, bool]] = {
-    ("mean_norm", True): ("avg", True),
-    ("mean_norm", False): ("avg", True),
-    ("class_token", True): ("token", False),
-    ("batch_norm", True): ("token", False),
-    ("batch_norm", False): ("avg", False),
-    (None, True): ("token", False),
-    (None, False): ("avg", False),
-}
-"""By pooling and whether there is a class token: timm's global_pool, and whether its norm stands
-behind the mean."""
 
 
-def timm_name(own: OwnModel) -> str:
-    """Of the model of timm that this is a kind of."""
-    return TIMM_NAMES.get(own.shape.size.dim, OTHER_TIMM_NAME)
+def timm_name(model: TrainedModel) -> str:
+    """Return that of the model of timm that this is a kind of."""
+    return TIMM_NAMES.get(model.encoder.dim, TIMM_NAMES[768])
 
 
-def timm_arguments(own: OwnModel) -> dict[str, Any]:
-    """What ``timm.create_model`` has to be told beside the name."""
-    size, shape = own.shape.size, own.shape
-    pool, norm_behind = TIMM_POOLS[own.pooling, shape.class_token]
+def timm_arguments(model: TrainedModel) -> dict[str, Any]:
+    """Return what ``timm.create_model`` has to be told beside the name.
+
+    Of clips, time steps lie below each other in one image.
+    """
+    size, config = model.encoder, model.config
+    _, patch_height, patch_width = config.model.patch_size
+    height, width = config.data.frame_size
+    means = model.pooling == "mean_norm"
+    on_token = config.model.class_token and not means
     return {
-        "img_size": list(own.clip_size[1:]),
-        "patch_size": shape.patch_size[1],
+        "img_size": [model.grid.time * height, width],
+        "patch_size": patch_height if patch_height == patch_width else [patch_height, patch_width],
         "embed_dim": size.dim,
         "depth": size.depth,
         "num_heads": size.num_heads,
         "mlp_ratio": (_wide(size) + 0.5) / size.dim if size.mlp_dim else 4,  # it is cut to whole
         "qkv_bias": True,
-        "class_token": shape.class_token,
-        "global_pool": pool,
-        "fc_norm": norm_behind,
+        "class_token": config.model.class_token,
+        "global_pool": "token" if on_token else "avg",
+        "fc_norm": means,
     }
 
 
-def write_timm(own: OwnModel, expressed: Expressed, folder: Path) -> None:
-    """Write a folder that timm reads as ``local-dir:FOLDER``."""
+def write_timm(model: TrainedModel, expressed: Expressed, folder: Path) -> None:
+    """Write a folder that timm reads as ``local-dir:FOLDER``.
+
+    Its own writer would add the tag and the licence of the weights that timm has for such a model.
+    """
     folder.mkdir()
     save_file(expressed.tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    _, height, width = own.clip_size
-    arguments, channels = timm_arguments(own), own.shape.channels
+    data, arguments = model.config.data, timm_arguments(model)
     table: dict[str, Any] = {
-        "architecture": timm_name(own),
-        "num_classes": len(own.label_names),
-        "num_features": own.shape.size.dim,
+        "architecture": timm_name(model),
+        "num_classes": len(model.label_names),
+        "num_features": model.encoder.dim,
         "global_pool": arguments["global_pool"],
         "model_args": arguments,
         "pretrained_cfg": {
-            "num_classes": len(own.label_names),
-            "input_size": [channels, height, width],
-            "interpolation": own.interpolation,
-            "crop_pct": _crop_share(max(height, width), own.short_side),
+            "num_classes": len(model.label_names),
+            "input_size": [model.config.model.channels, *data.frame_size],
+            "interpolation": data.interpolation,
+            "crop_pct": _crop_share(max(data.frame_size), data.held_out_short_side),
             "crop_mode": "center",
-            "mean": list(own.mean),
-            "std": list(own.std),
+            "mean": list(data.mean),
+            "std": list(data.std),
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
     }
-    if own.is_classifier:
-        table["label_names"] = list(own.label_names)
+    if model.is_classifier:
+        table["label_names"] = list(model.label_names)
     write_json(folder / "config.json", table)
 
 
@@ -228,63 +220,65 @@ def _crop_share(size: int, short_side: int | None) -> float:
     return share if math.floor(size / share) == short_side else size / (short_side + 0.5)
 
 
-# --- Files of MAE and VideoMAE ------------------------------------------------------------------
+# --- Files of MAE, VideoMAE and HPM ---------------------------------------------------------------
 
 
-def write_pickle(own: OwnModel, expressed: Expressed, file: Path) -> None:
+def write_pickle(model: TrainedModel, expressed: Expressed, file: Path) -> None:
     """Write a file of torch.save with the weights under ``model``, of plain values alone."""
-    torch.save({"model": expressed.tensors, "args": _arguments(own)}, file)
+    torch.save({"model": expressed.tensors, "args": _arguments(model)}, file)
 
 
-def write_hpm(own: OwnModel, expressed: Expressed, file: Path) -> None:
+def write_hpm(model: TrainedModel, expressed: Expressed, file: Path) -> None:
     """Write a file as official HPM does: the student, and the teacher as ``ema_state_dict``."""
-    teacher = own.read_teacher()
-    second = expressed if teacher is None else express(replace(own, tensors=teacher), FORMS["hpm"])
+    teacher = model.teacher
+    second = expressed if teacher is None else express(replace(model, tensors=teacher), "hpm")
     content = {
         "state_dict": {f"module.{name}": value for name, value in expressed.tensors.items()},
         "ema_state_dict": second.tensors,
-        "model": own.kind,
-        "args": _arguments(own),
+        "model": model.kind,
+        "args": _arguments(model),
     }
     torch.save(content, file)
 
 
-def notes_of_hpm(own: OwnModel) -> list[str]:
-    """What was made otherwise, with the same result."""
-    copied = "" if own.read_teacher() is not None else "; it has no teacher: that is a copy"
+def notes_of_hpm(model: TrainedModel, _: Expressed) -> list[str]:
+    """Tell what was made otherwise, with the same result."""
+    copied = "" if model.teacher is not None else "; it has no teacher: that is a copy"
+    values = model.config.model.channels * math.prod(model.config.model.patch_size)
     return [
-        f"the one output of the loss predictor is written {own.cut.values} times, as the official "
+        f"the one output of the loss predictor is written {values} times, as the official "
         f"model has it, which averages them: the same score but for rounding{copied}"
     ]
 
 
-def _arguments(own: OwnModel) -> dict[str, Any]:
+def _arguments(model: TrainedModel) -> dict[str, Any]:
     """What such files keep of a run, and what an importer needs to know, by plain values."""
-    _, height, width = own.clip_size
+    data = model.config.data
+    height, width = data.frame_size
     told: dict[str, Any] = {
         "input_size": height if height == width else [height, width],
-        "num_frames": own.clip_size[0],
-        "sampling_rate": own.frame_stride,
-        "num_attention_heads": own.shape.size.num_heads,
-        "image_mean": list(own.mean),
-        "image_std": list(own.std),
-        "interpolation": own.interpolation,
-        "short_side": own.short_side,
+        "num_frames": data.num_frames,
+        "sampling_rate": data.frame_stride,
+        "num_attention_heads": model.encoder.num_heads,
+        "image_mean": list(data.mean),
+        "image_std": list(data.std),
+        "interpolation": data.interpolation,
+        "short_side": data.held_out_short_side,
     }
-    if own.decoder is not None:
-        told["decoder_num_attention_heads"] = own.decoder.num_heads
-        told["norm_pix_loss"] = own.target != "raw"
+    if model.decoder is not None:
+        told["decoder_num_attention_heads"] = model.decoder.num_heads
+        told["norm_pix_loss"] = model.target != "raw"
     return told
 
 
 # --- ONNX ---------------------------------------------------------------------------------------
 
 
-def check_onnx_libraries() -> None:
-    """Make sure that a program of ONNX can be written.
+def write_onnx(own: TrainedModel, _: Expressed, file: Path) -> None:
+    """Write a classifier as a program for onnxruntime: clips -> logits, of any number of clips.
 
     Raises:
-        CheckpointError: a library for it is missing.
+        CheckpointError: a library is missing.
     """
     missing = [name for name in TO_INSTALL[:2] if importlib.util.find_spec(name) is None]
     if missing:
@@ -292,15 +286,6 @@ def check_onnx_libraries() -> None:
             f"to write ONNX needs {' and '.join(missing)}, which {'are' if missing[1:] else 'is'} "
             f"not installed: pip install {' '.join(TO_INSTALL)}"
         )
-
-
-def write_onnx(own: OwnModel, file: Path) -> None:
-    """Write a classifier as a program for onnxruntime: clips -> logits, of any number of clips.
-
-    Raises:
-        CheckpointError: a library is missing.
-    """
-    check_onnx_libraries()
     import onnx
 
     model = own.build()
@@ -308,11 +293,11 @@ def write_onnx(own: OwnModel, file: Path) -> None:
     size = sum(tensor.nbytes for tensor in own.tensors.values())
     with _quiet():
         program = torch.onnx.export(
-            _Logits(model).eval(),
-            (random_clips(own.shape.channels, own.clip_size, 2),),
+            model,
+            (torch.zeros(2, own.config.model.channels, *own.config.data.clip_size),),
             input_names=["clips"],
             output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            dynamic_shapes={"clips": {0: torch.export.Dim("batch", min=1)}},
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
@@ -333,60 +318,27 @@ def write_onnx(own: OwnModel, file: Path) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what the exporter tells of each of its steps, and of its own future."""
-    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+        logging.disable(logging.NOTSET)
 
 
-def _told_in_onnx(own: OwnModel) -> dict[str, str]:
-    return {
-        "kind": own.kind,
-        "labels": json.dumps(list(own.label_names)),
-        "clips": json.dumps(
-            {
-                "axes": "B C T H W",
-                "size": [own.shape.channels, *own.clip_size],
-                "frame_stride": own.frame_stride,
-                "short_side": own.short_side,
-                "interpolation": own.interpolation,
-                "pixels": "in [0, 1], then less the mean and divided by the deviation",
-                "mean": list(own.mean),
-                "std": list(own.std),
-            }
-        ),
+def _told_in_onnx(own: TrainedModel) -> dict[str, str]:
+    data = own.config.data
+    clips = {
+        "axes": "B C T H W",
+        "size": [own.config.model.channels, *data.clip_size],
+        "frame_stride": data.frame_stride,
+        "short_side": data.held_out_short_side,
+        "interpolation": data.interpolation,
+        "pixels": "in [0, 1], then less the mean and divided by the deviation",
+        "mean": list(data.mean),
+        "std": list(data.std),
     }
-
-
-class _Logits(nn.Module):
-    """A classifier of which nothing but its logits is asked."""
-
-    def __init__(self, classifier: ClipClassifier) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, clips: torch.Tensor) -> torch.Tensor:
-        """(B, C, T, H, W) normalised -> (B, classes)"""
-        logits: torch.Tensor = self.classifier(clips)
-        return logits
-
-
-# --- Our own ------------------------------------------------------------------------------------
-
-
-def write_own(own: OwnModel, file: Path) -> None:
-    """Write the whole model as one file of safetensors."""
-    write_single_file(file, own.tensors, own.file, own.kind, own.texts)
-
-
-def write_json(path: Path, table: dict[str, Any]) -> None:
-    """Write a table."""
-    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    labels = json.dumps(list(own.label_names))
+    return {"kind": own.kind, "labels": labels, "clips": json.dumps(clips)}

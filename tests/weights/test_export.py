@@ -18,16 +18,13 @@ from hpm_video.files.weights import CheckpointError
 from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.recognition.trained_model import TrainedModel, open_trained
 from hpm_video.tokens.pixels import normalise
-from hpm_video.weights.exporting import FORMATS, export
-from hpm_video.weights.families import FAMILIES
-from hpm_video.weights.folder import write_folder
-from hpm_video.weights.forms import FORMS, express
-from hpm_video.weights.importing import import_weights
+from hpm_video.weights.exporting import FORMATS, export, overrides_for
+from hpm_video.weights.express import express
+from hpm_video.weights.geometry import Overrides
+from hpm_video.weights.importing import import_weights, write_folder
 from hpm_video.weights.inspect import inspect
-from hpm_video.weights.own import load_own
-from hpm_video.weights.parity import compare
-from hpm_video.weights.sizes import Given
-from hpm_video.weights.verify import given_for
+from hpm_video.weights.model import load_model
+from hpm_video.weights.parity import NOT_ASKED
 from hpm_video.weights.writing import _crop_share
 
 NAMES = ("red", "green", "blue")
@@ -168,7 +165,7 @@ SAYS = {
 
 def made(checkpoint, case, weights=None):
     kind, overrides, classifier = CASES[case]
-    return load_own(checkpoint(kind, *overrides, classifier=classifier), weights)
+    return load_model(checkpoint(kind, *overrides, classifier=classifier), weights)
 
 
 def needs(to):
@@ -216,20 +213,20 @@ def test_what_is_exported_comes_back(checkpoint, tmp_path, case, to):
     own = made(checkpoint, case)
     first, second = (tmp_path / f"{name}{FORMATS[to].ending}" for name in ("first", "second"))
     export(own, first, to, skip=True)
-    imported = import_weights(first, given_for(own))
+    imported = import_weights(first, overrides_for(own))
     kept = {name for name in own.tensors if "difficulty_decoder" not in name}
-    assert imported.tensors.keys() == kept
-    for name, value in imported.tensors.items():
+    assert imported.model.tensors.keys() == kept
+    for name, value in imported.model.tensors.items():
         assert torch.equal(value, own.tensors[name]), name
     assert not imported.fresh
-    assert imported.facts.positions != "given"
-    assert imported.facts.clip_size == own.clip_size
-    assert imported.facts.label_names == own.label_names
+    assert imported.model.config.model.positions != "given"
+    assert imported.model.config.data.clip_size == own.config.data.clip_size
+    assert imported.model.label_names == own.label_names
     if to in ("transformers", "videomae", "mae") and not own.is_classifier:
-        assert imported.facts.target == own.target
-    write_folder(imported, tmp_path / "imported", compare(imported, skip=True))
-    again = load_own(tmp_path / "imported")
-    assert again.mean == own.mean
+        assert imported.model.target == own.target
+    write_folder(imported, tmp_path / "imported", NOT_ASKED.as_table())
+    again = load_model(tmp_path / "imported")
+    assert again.config.data.mean == own.config.data.mean
     assert again.tensors.keys() == kept
     export(again, second, to, skip=True)
     before, after = (weights_in(path) for path in (first, second))
@@ -277,17 +274,18 @@ def official(layouts_of, tmp_path):
 )
 def test_import_export_import_is_the_identity(official, tmp_path, name, to):
     state, file = official(name)
-    given = Given(heads=4, decoder_heads=2, num_frames=4, frame_size=(32, 32))
+    given = Overrides(heads=4, decoder_heads=2, num_frames=4, frame_size=(32, 32))
     imported = import_weights(file, given)
-    write_folder(imported, tmp_path / "folder", compare(imported, skip=True))
+    write_folder(imported, tmp_path / "folder", NOT_ASKED.as_table())
     out = tmp_path / f"out{FORMATS[to].ending}"
-    export(load_own(tmp_path / "folder"), out, to, skip=True)
+    export(load_model(tmp_path / "folder"), out, to, skip=True)
     again = import_weights(out, given)
-    assert again.tensors.keys() == imported.tensors.keys()
-    for key, value in imported.tensors.items():
-        assert torch.equal(again.tensors[key], value), key
-    for told in ("clip_size", "cut", "encoder", "decoder", "conventions", "pooling", "label_names"):
-        assert getattr(again.facts, told) == getattr(imported.facts, told)
+    assert again.model.tensors.keys() == imported.model.tensors.keys()
+    for key, value in imported.model.tensors.items():
+        assert torch.equal(again.model.tensors[key], value), key
+    assert again.model.config.model == imported.model.config.model
+    assert again.model.config.data.clip_size == imported.model.config.data.clip_size
+    assert again.model.label_names == imported.model.label_names
     if to in ("mae", "videomae", "timm"):
         written = weights_in(out)
         assert written.keys() == state.keys()
@@ -299,9 +297,9 @@ def test_import_export_import_is_the_identity(official, tmp_path, name, to):
 def test_timm_comes_back(checkpoint, tmp_path, case):
     own = made(checkpoint, case)
     export(own, tmp_path / "timm", "timm", skip=True)
-    imported = import_weights(tmp_path / "timm", given_for(own))
-    assert imported.facts.mean == own.mean
-    for name, value in imported.tensors.items():
+    imported = import_weights(tmp_path / "timm", overrides_for(own))
+    assert imported.model.config.data.mean == own.config.data.mean
+    for name, value in imported.model.tensors.items():
         if name not in imported.fresh:
             assert torch.equal(value, own.tensors[name]), name
     assert any(name.startswith("reconstructor") for name in imported.fresh) == (case == "images")
@@ -310,13 +308,14 @@ def test_timm_comes_back(checkpoint, tmp_path, case):
 def test_files_of_mae_and_videomae_say_what_they_are(checkpoint, tmp_path):
     own = made(checkpoint, "clips raw")
     export(own, tmp_path / "a.pth", "videomae", skip=True)
-    facts = import_weights(tmp_path / "a.pth").facts
-    assert facts.clip_size == (4, 32, 32)
-    assert facts.frame_stride == 3
-    assert facts.encoder.num_heads == 4
-    assert facts.decoder.num_heads == 2
-    assert facts.target == "raw"
-    assert facts.assumed == ()
+    imported = import_weights(tmp_path / "a.pth")
+    model = imported.model
+    assert model.config.data.clip_size == (4, 32, 32)
+    assert model.config.data.frame_stride == 3
+    assert model.encoder.num_heads == 4
+    assert model.decoder.num_heads == 2
+    assert model.target == "raw"
+    assert imported.assumed == ()
 
 
 def test_teacher_and_average(checkpoint, tmp_path):
@@ -327,7 +326,7 @@ def test_teacher_and_average(checkpoint, tmp_path):
         assert not torch.equal(own.tensors[name], first.tensors[name])
         out = tmp_path / f"{other}.pth"
         assert f"({other} at update 7)" in export(own, out, "videomae").lines()[0]
-        assert import_weights(out).tensors.keys() <= own.tensors.keys()
+        assert import_weights(out).model.tensors.keys() <= own.tensors.keys()
     with pytest.raises(CheckpointError, match="take --weights model or average"):
         made(checkpoint, "clips classifier", "teacher")
 
@@ -357,7 +356,7 @@ def test_labels_and_pixels_of_a_classifier_in_transformers(checkpoint, tmp_path)
     theirs = processor(list(frames), return_tensors="pt")["pixel_values"].transpose(1, 2)
     assert_same_pixels(theirs, own, frames)
     of_video = transformers.AutoVideoProcessor.from_pretrained(tmp_path / "out")
-    assert tuple(of_video.image_mean) == own.mean
+    assert tuple(of_video.image_mean) == own.config.data.mean
     assert type(of_video).__name__ == "VideoMAEVideoProcessor"
 
 
@@ -380,18 +379,25 @@ def smooth_frames(count, width):
 def assert_same_pixels(theirs, own, frames):
     def ours(short_side, interpolation):
         (crop,) = held_out_crops(
-            frames, own.clip_size[1:], 1, short_side=short_side, interpolation=interpolation
+            frames,
+            own.config.data.clip_size[1:],
+            1,
+            short_side=short_side,
+            interpolation=interpolation,
         )
-        return normalise(crop.unsqueeze(0), own.mean, own.std)
+        return normalise(crop.unsqueeze(0), own.config.data.mean, own.config.data.std)
 
-    expected = ours(own.short_side, own.interpolation)
+    expected = ours(own.config.data.held_out_short_side, own.config.data.interpolation)
     assert theirs.shape == expected.shape
     # Their rounding is by one of 256 steps another.
     near = (theirs - expected).abs().mean()
     assert near < 0.02
-    side = own.short_side or own.clip_size[1]
-    other = "bilinear" if own.interpolation == "bicubic" else "bicubic"
-    for wrong in (ours(side + 2, own.interpolation), ours(own.short_side, other)):
+    side = own.config.data.held_out_short_side or own.config.data.clip_size[1]
+    other = "bilinear" if own.config.data.interpolation == "bicubic" else "bicubic"
+    for wrong in (
+        ours(side + 2, own.config.data.interpolation),
+        ours(own.config.data.held_out_short_side, other),
+    ):
         assert (theirs - wrong).abs().mean() > 2 * near
 
 
@@ -417,7 +423,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_expressed_is_refused_with_the_reason(checkpoint, tmp_path, case):
     kind, overrides, classifier, to, reason = REFUSED[case]
-    own = load_own(checkpoint(kind, *overrides, classifier=classifier))
+    own = load_model(checkpoint(kind, *overrides, classifier=classifier))
     out = tmp_path / f"out{FORMATS[to].ending}"
     with pytest.raises(CheckpointError, match=rf"(?s)cannot become .*{reason}"):
         export(own, out, to)
@@ -425,7 +431,7 @@ def test_what_cannot_be_expressed_is_refused_with_the_reason(checkpoint, tmp_pat
 
 
 def test_a_bias_on_keys_is_left_out_of_videomae(checkpoint, tmp_path):
-    own = load_own(checkpoint("clips", "model.conventions=mae", classifier=True))
+    own = load_model(checkpoint("clips", "model.conventions=mae", classifier=True))
     exported = export(own, tmp_path / "a.pth", "videomae", 1e-5)
     assert any("k_bias" in name for name in exported.expressed.left_out)
     assert exported.parity.holds
@@ -458,8 +464,8 @@ def test_a_difference_above_the_tolerance_fails_and_leaves_nothing(
     name = "encoder.blocks.0.mlp.0.bias"
     wrong[name] = wrong[name] + 0.01
 
-    def express_wrongly(own, form):
-        return express(type(own)(**{**vars(own), "tensors": wrong}), form)
+    def express_wrongly(own, to):
+        return express(replace(own, tensors=wrong), to)
 
     monkeypatch.setattr("hpm_video.weights.exporting.express", express_wrongly)
     with pytest.raises(CheckpointError, match="(?s)not kept:.*largest difference.*too much"):
@@ -471,8 +477,8 @@ def test_tensors_that_transformers_does_not_know_are_told(checkpoint, tmp_path, 
     pytest.importorskip("transformers")
     own = made(checkpoint, "clips classifier")
 
-    def express_less(own, form):
-        found = express(own, form)
+    def express_less(own, to):
+        found = express(own, to)
         del found.tensors["fc_norm.bias"]
         return found
 
@@ -518,14 +524,14 @@ def test_onnx_of_any_classifier_and_any_number_of_clips(checkpoint, tmp_path, ki
     needs("onnx")
     import onnx
 
-    own = load_own(checkpoint(kind, *overrides, classifier=True))
+    own = load_model(checkpoint(kind, *overrides, classifier=True))
     exported = export(own, tmp_path / "a.onnx", "onnx", 1e-5)
     told = {found.of for found in exported.parity.differences}
     assert told == {"logits of 3 clips", "logits of 1 clip"}
     program = onnx.load(tmp_path / "a.onnx")
     metadata = {entry.key: entry.value for entry in program.metadata_props}
     assert json.loads(metadata["labels"]) == list(NAMES)
-    assert json.loads(metadata["clips"])["size"] == [3, *own.clip_size]
+    assert json.loads(metadata["clips"])["size"] == [3, *own.config.data.clip_size]
 
 
 @pytest.mark.slow
@@ -556,15 +562,16 @@ def test_one_file_takes_every_model_and_comes_back(
     checkpoint, tmp_path, kind, overrides, classifier
 ):
     folder = checkpoint(kind, *overrides, classifier=classifier)
-    own = load_own(folder)
+    own = load_model(folder)
+    texts = own.texts()
     file, again = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     assert export(own, file, "file", 0.0).parity.holds
     shutil.rmtree(folder)
     with as_folder(file) as stands_for:
-        back = load_own(stands_for)
+        back = load_model(stands_for)
         assert back.tensors.keys() == own.tensors.keys()
         assert all(torch.equal(back.tensors[name], own.tensors[name]) for name in own.tensors)
-        assert back.texts == own.texts
+        assert back.texts() == texts
         export(back, again, "file", 0.0)
         if not classifier:
             for path in (stands_for, file):
@@ -578,7 +585,7 @@ def test_one_file_of_the_average_is_tested_with_it(checkpoint, tmp_path):
     own = made(checkpoint, "clips classifier", "average")
     export(own, tmp_path / "a.safetensors", "file")
     with as_folder(tmp_path / "a.safetensors") as folder:
-        assert load_own(folder).weights == "average"
+        assert load_model(folder).weights == "average"
 
 
 def test_weights_alone_are_no_single_file(checkpoint, tmp_path):
@@ -594,7 +601,7 @@ def test_weights_alone_are_no_single_file(checkpoint, tmp_path):
 
 def test_a_batch_norm_is_folded_exactly(checkpoint):
     own = made(checkpoint, "images linear probe")
-    expressed = express(own, FORMS["timm"])
+    expressed = express(own, "timm")
     assert any("folded" in note for note in expressed.notes)
     tokens = torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
     model = own.build()
@@ -607,7 +614,7 @@ def test_a_batch_norm_is_folded_exactly(checkpoint):
 def test_official_hpm_has_student_teacher_and_a_head_of_all_values(checkpoint, tmp_path, weights):
     pytest.importorskip("transformers")
     folder = checkpoint("images")
-    own = load_own(folder, weights)
+    own = load_model(folder, weights)
     exported = export(own, tmp_path / "hpm.pth", "hpm", 1e-5)
     assert "difficulty" in {found.of for found in exported.parity.differences}
     assert "of the teacher: difficulty" in {found.of for found in exported.parity.differences}
@@ -616,10 +623,10 @@ def test_official_hpm_has_student_teacher_and_a_head_of_all_values(checkpoint, t
     assert head.shape == (8 * 8 * 3, 24)
     assert torch.equal(head, own.tensors["difficulty_decoder.head.weight"].expand_as(head))
     assert all(name.startswith("module.") for name in content["state_dict"])
-    again = import_weights(tmp_path / "hpm.pth", given_for(own))
-    assert again.facts.predictor
+    again = import_weights(tmp_path / "hpm.pth", overrides_for(own))
+    assert again.model.has_predictor
     for found, expected in (
-        (again.tensors, own.tensors),
+        (again.model.tensors, own.tensors),
         (again.teacher, load_file(folder / "teacher.safetensors")),
     ):
         assert found.keys() == expected.keys()
@@ -627,43 +634,19 @@ def test_official_hpm_has_student_teacher_and_a_head_of_all_values(checkpoint, t
             assert torch.equal(found[name], value), name
     (folder / "teacher.safetensors").unlink()
     if weights == "student":
-        copied = export(load_own(folder), tmp_path / "alone.pth", "hpm", 1e-5)
+        copied = export(load_model(folder), tmp_path / "alone.pth", "hpm", 1e-5)
         assert "that is a copy" in copied.notes[0]
 
 
-@pytest.mark.parametrize("case", ["images", "clips"])
-def test_a_mistake_in_our_table_of_names_does_not_cancel(checkpoint, tmp_path, monkeypatch, case):
-    """Norms that change places both in writing and in reading show all the same."""
-    pytest.importorskip("transformers")
-    to = {"images": "mae", "clips": "videomae"}[case]
-    form = FORMS[to]
-
-    def swapped(layout):
-        rules = tuple(replace(rule, theirs=tuple(map(swap, rule.theirs))) for rule in layout.rules)
-        return replace(layout, rules=rules)
-
-    def swap(name):
-        return name.replace("norm1", "x").replace("norm2", "norm1").replace("x", "norm2")
-
-    monkeypatch.setitem(FORMS, to, replace(form, layout=swapped(form.layout)))
-    families = tuple(
-        replace(family, layout=swapped(family.layout)) if family.name == to else family
-        for family in FAMILIES
-    )
-    monkeypatch.setattr("hpm_video.weights.families.FAMILIES", families)
-    with pytest.raises(CheckpointError, match="computes something else"):
-        export(made(checkpoint, case), tmp_path / "a.pth", to)
-
-
 def test_given_positions_go_out_and_come_back(checkpoint, tmp_path):
-    own = load_own(checkpoint("images", "model.positions=given", classifier=True))
+    own = load_model(checkpoint("images", "model.positions=given", classifier=True))
     for to in ("timm", "mae"):
         out = tmp_path / f"{to}{FORMATS[to].ending}"
         assert export(own, out, to, 1e-5).parity.holds
-        imported = import_weights(out, given_for(own))
-        assert imported.facts.positions == "given"
+        imported = import_weights(out, overrides_for(own))
+        assert imported.model.config.model.positions == "given"
         for name, value in own.tensors.items():
-            assert torch.equal(imported.tensors[name], value), name
+            assert torch.equal(imported.model.tensors[name], value), name
     with pytest.raises(CheckpointError, match="other positions than VideoMAE"):
         export(own, tmp_path / "a.pth", "videomae")
 
@@ -671,7 +654,7 @@ def test_given_positions_go_out_and_come_back(checkpoint, tmp_path):
 def test_names_of_classes_that_are_alike_keep_a_number_each(checkpoint, tmp_path):
     folder = checkpoint("clips", classifier=True)
     (folder / "labels.txt").write_text("crane\ndog\ncrane\n")
-    export(load_own(folder), tmp_path / "out", "transformers", skip=True)
+    export(load_model(folder), tmp_path / "out", "transformers", skip=True)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["label2id"] == {"crane": 0, "dog": 1, "crane (2)": 2}
 
@@ -681,7 +664,7 @@ def test_the_licence_of_imported_weights_goes_along(checkpoint, tmp_path):
     (folder / "origin.json").write_text(
         json.dumps({"licence": "of a friend", "source": "x", "family": "mae", "epoch": 3})
     )
-    exported = export(load_own(folder), tmp_path / "a.safetensors", "file")
+    exported = export(load_model(folder), tmp_path / "a.safetensors", "file")
     assert "licence: of a friend" in exported.lines()
     assert exported.files[1].name == "a.safetensors.parity.json"
     assert json.loads(exported.files[1].read_text())["licence"] == "of a friend"

@@ -19,17 +19,17 @@ from hpm_video.runs.pretraining import pretrain
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.checkpoint import sha256_of
 from hpm_video.weights.families import LICENCES
-from hpm_video.weights.folder import write_folder
-from hpm_video.weights.importing import import_weights
+from hpm_video.weights.geometry import Overrides
+from hpm_video.weights.importing import import_weights, write_folder
 from hpm_video.weights.inspect import inspect
-from hpm_video.weights.parity import compare
-from hpm_video.weights.sizes import Given
+from hpm_video.weights.parity import NOT_ASKED
+from hpm_video.weights.peers import compare
 
 pytestmark = pytest.mark.slow
 
 ENCODER, DECODER, PATCH = (48, 2), (24, 2), (2, 8, 8)
 OPTIONS = ("--heads", 4, "--decoder-heads", 2, "--num-frames", 4, "--frame-size", 32, 32)
-GIVEN = Given(heads=4, decoder_heads=2, num_frames=4, frame_size=(32, 32))
+GIVEN = Overrides(heads=4, decoder_heads=2, num_frames=4, frame_size=(32, 32))
 PRETRAIN = """
 init_weights: {folder}
 model:
@@ -138,7 +138,7 @@ def test_pretraining_of_another_model_than_the_imported_one_is_refused(
 ):
     folder = tmp_path / "imported"
     imported = import_weights(files["videomae"], GIVEN)
-    write_folder(imported, folder, compare(imported, skip=True))
+    write_folder(imported, folder, NOT_ASKED.as_table())
     path = config_for(folder, videos, path=tmp_path / "config.yaml")
     config = load_config(PretrainConfig, path, [override, f"output_dir={tmp_path / 'run'}"])
     with pytest.raises(ConfigError, match=told):
@@ -163,9 +163,9 @@ def test_fine_tuning_from_learned_positions(
     content = torch.load(files["vit"])
     content["model"]["pos_embed"] = torch.randn(1, 17, 48)
     torch.save(content, files["vit"])
-    imported = import_weights(files["vit"], Given(heads=4, decoder=TransformerSize(24, 2, 2)))
+    imported = import_weights(files["vit"], Overrides(heads=4, decoder=TransformerSize(24, 2, 2)))
     folder = tmp_path / "imported"
-    write_folder(imported, folder, compare(imported, 1e-5))
+    write_folder(imported, folder, compare(imported, 1e-5).as_table())
     encoder = open_trained(folder, TrainedModel, clips=ClipChoice(frame_size=size)).encoder()
     grid = TokenGrid(1, size[0] // 8, 4)
     table = content["model"]["pos_embed"][0, 1:]
@@ -249,7 +249,7 @@ def test_fine_tuning_and_test_of_an_imported_classifier(
 def test_probe_of_an_imported_encoder(files, labelled_videos, run_tool, tmp_path):
     folder = tmp_path / "imported"
     imported = import_weights(files["videomae"], GIVEN)
-    write_folder(imported, folder, compare(imported, skip=True))
+    write_folder(imported, folder, NOT_ASKED.as_table())
     code, output = run_tool(
         "probe",
         folder,
@@ -273,13 +273,13 @@ def test_probe_of_an_imported_encoder(files, labelled_videos, run_tool, tmp_path
 
 def test_weights_written_are_those_of_the_file(files, tmp_path):
     imported = import_weights(files["hpm"], GIVEN)
-    write_folder(imported, tmp_path / "folder", compare(imported, skip=True))
-    for name, expected in (("model", imported.tensors), ("teacher", imported.teacher)):
+    write_folder(imported, tmp_path / "folder", NOT_ASKED.as_table())
+    for name, expected in (("model", imported.model.tensors), ("teacher", imported.teacher)):
         stored = load_file(tmp_path / "folder" / f"{name}.safetensors")
         assert stored.keys() == expected.keys()
         assert all(torch.equal(stored[key], expected[key]) for key in stored)
     with pytest.raises(CheckpointError, match="exists already"):
-        write_folder(imported, tmp_path / "folder", compare(imported, skip=True))
+        write_folder(imported, tmp_path / "folder", NOT_ASKED.as_table())
 
 
 @pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt])
@@ -289,10 +289,10 @@ def test_nothing_is_left_of_a_folder_that_is_not_written(files, tmp_path, monkey
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("hpm_video.weights.folder.flush", fail)
+    monkeypatch.setattr("hpm_video.weights.importing.flush", fail)
     expected = error if error is KeyboardInterrupt else CheckpointError
     with pytest.raises(expected):
-        write_folder(imported, tmp_path / "new" / "folder", compare(imported, skip=True))
+        write_folder(imported, tmp_path / "new" / "folder", NOT_ASKED.as_table())
     assert list((tmp_path / "new").iterdir()) == []
 
 
@@ -309,7 +309,7 @@ def test_weights_that_are_not_finite_are_refused(files, tmp_path):
 def test_positions_at_another_number_of_frames(files, tmp_path):
     """Fixed codes come from the grid that is told, and other clips are placed in it."""
     imported = import_weights(files["videomae"], GIVEN)
-    write_folder(imported, tmp_path / "folder", compare(imported, skip=True))
+    write_folder(imported, tmp_path / "folder", NOT_ASKED.as_table())
     config = load_any_config(tmp_path / "folder" / "config.yaml")
     assert config.data.clip_size == (4, 32, 32)
     source, grid = TokenGrid(2, 4, 4), TokenGrid(4, 6, 4)
@@ -366,7 +366,7 @@ def test_inspect_our_own(files, finished_run, run_tool, tmp_path):
 
 def test_inspect_what_an_import_wrote_and_what_lacks_heads(files, tmp_path):
     imported = import_weights(files["mae"], GIVEN)
-    write_folder(imported, tmp_path / "folder", compare(imported, skip=True))
+    write_folder(imported, tmp_path / "folder", NOT_ASKED.as_table())
     said = inspect(tmp_path / "folder")
     assert f"licence: {LICENCES['mae']}" in said
     assert f"student, imported from {files['mae']} (mae)" in said

@@ -9,15 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hpm_video.files.weights import CheckpointError
-from hpm_video.models.positions import position_table
+from hpm_video.models.positions import FixedPositions, position_table
 from hpm_video.tokens.grid import TokenGrid
-from hpm_video.weights.folder import finetune_config
+from hpm_video.weights.geometry import Overrides
 from hpm_video.weights.importing import import_weights
-from hpm_video.weights.parity import compare
-from hpm_video.weights.sizes import Given
+from hpm_video.weights.peers import compare
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
-GIVEN = Given(heads=4, decoder_heads=2, num_frames=4, frame_size=(32, 32))
+GIVEN = Overrides(heads=4, decoder_heads=2, num_frames=4, frame_size=(32, 32))
 
 
 def drawn(model):
@@ -66,12 +65,12 @@ def of_timm(tmp_path):
 def test_what_timm_says_is_what_is_imported(of_timm, arguments):
     model, folder = of_timm(**arguments)
     imported = import_weights(folder)
-    assert imported.facts.encoder.num_heads == arguments.get("num_heads", 6)
-    assert imported.facts.positions == "given"
+    assert imported.model.encoder.num_heads == arguments.get("num_heads", 6)
+    assert imported.model.config.model.positions == "given"
     report = compare(imported, 1e-5)
     assert not any("heads" in note for note in report.notes)
-    ours = imported.build().eval()
-    ours.load_state_dict(imported.tensors)
+    ours = imported.model.build().eval()
+    ours.load_state_dict(imported.model.tensors)
     with torch.no_grad():
         torch.testing.assert_close(ours(IMAGE.unsqueeze(2)), model(IMAGE), rtol=1e-5, atol=1e-5)
 
@@ -108,7 +107,7 @@ def test_what_a_config_says_and_nobody_knows_is_refused(of_timm):
 def test_parity_reads_the_config_for_itself(of_timm, monkeypatch):
     """A mistake in reading a config is no mistake of both models."""
     _, folder = of_timm(num_heads=12)
-    wrong = import_weights(folder, Given(heads=6))
+    wrong = import_weights(folder, Overrides(heads=6))
     with pytest.raises(CheckpointError, match="computes something else"):
         compare(wrong)
     changed(folder, architecture="hf-hub:timm/vit_small_patch16_224")
@@ -117,12 +116,12 @@ def test_parity_reads_the_config_for_itself(of_timm, monkeypatch):
 
 
 def test_pixels_of_timm(of_timm):
-    facts = import_weights(of_timm()[1]).facts
-    assert (facts.mean, facts.std) == ((0.5,) * 3, (0.5,) * 3)
-    assert (facts.interpolation, facts.short_side) == ("bicubic", 35)  # 32 / 0.9, cut to whole
-    data = finetune_config(facts).data
-    assert (data.interpolation, data.held_out_short_side) == ("bicubic", 35)
-    assert facts.assumed == ("heads of the encoder 6",)
+    imported = import_weights(of_timm()[1])
+    data = imported.model.config.data
+    assert (data.mean, data.std) == ((0.5,) * 3, (0.5,) * 3)
+    assert data.interpolation == "bicubic"
+    assert data.held_out_short_side == 35  # 32 / 0.9, cut to whole
+    assert imported.assumed == ("heads of the encoder 6",)
 
 
 @pytest.fixture
@@ -178,8 +177,8 @@ def test_what_ours_cannot_be_of_transformers_is_refused(of_transformers, values,
 def test_the_file_in_a_folder_stands_for_it(of_transformers):
     folder = of_transformers()
     imported = import_weights(folder / "model.safetensors")
-    assert imported.facts.encoder.num_heads == 4
-    assert imported.facts.clip_size == (4, 32, 32)
+    assert imported.model.encoder.num_heads == 4
+    assert imported.model.config.data.clip_size == (4, 32, 32)
     assert imported.source.path == folder
 
 
@@ -196,10 +195,11 @@ def test_preprocessors_of_transformers(of_transformers, before, short_side, inte
     folder = of_transformers()
     pixels = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     (folder / "preprocessor_config.json").write_text(json.dumps(before | pixels))
-    facts = import_weights(folder).facts
-    assert (facts.mean, facts.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert (facts.short_side, facts.interpolation) == (short_side, interpolation)
-    assert any("squeezed" in told for told in facts.assumed) == (short_side is None)
+    imported = import_weights(folder)
+    data = imported.model.config.data
+    assert (data.mean, data.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert (data.held_out_short_side, data.interpolation) == (short_side, interpolation)
+    assert any("squeezed" in told for told in imported.assumed) == (short_side is None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -212,7 +212,7 @@ def test_computed_positions_in_half_precision_are_no_learned_ones(
     state = {key: value.to(dtype) for key, value in layouts_of.fill(shapes).items()}
     torch.save({"model": state}, tmp_path / "half.pth")
     imported = import_weights(tmp_path / "half.pth", GIVEN)
-    assert imported.facts.positions == "space_time"
+    assert imported.model.config.model.positions == "space_time"
     report = compare(imported, 1e-5)
     assert "single precision" in report.notes[-1]
 
@@ -226,8 +226,10 @@ def test_the_teacher_is_compared_and_keeps_its_positions(layouts_of, tmp_path):
     content = {"state_dict": layouts_of.fill(shapes), "ema_state_dict": teacher}
     torch.save(content, tmp_path / "hpm.pth")
     imported = import_weights(tmp_path / "hpm.pth", GIVEN)
-    assert imported.facts.positions == "given"
-    tables = [each["encoder_positions.table"] for each in (imported.tensors, imported.teacher)]
+    assert imported.model.config.model.positions == "given"
+    tables = [
+        each["encoder_positions.table"] for each in (imported.model.tensors, imported.teacher)
+    ]
     torch.testing.assert_close(tables[1] - tables[0], torch.full((16, 48), 0.5))
     told = {found.of for found in compare(imported, 1e-5).differences}
     assert {"difficulty", "of the teacher: difficulty", "of the teacher: tokens"} <= told
@@ -240,8 +242,8 @@ def test_heads_that_are_usual_are_told_and_said_not_to_be_verified(layouts_of, t
     pytest.importorskip("transformers")
     shapes = layouts_of.videomae_classifier((384, 1), (2, 8, 8), 3)
     torch.save({"model": layouts_of.fill(shapes)}, tmp_path / "a.pth")
-    imported = import_weights(tmp_path / "a.pth", Given(num_frames=4, frame_size=(32, 32)))
-    assert "heads of the encoder 6" in imported.facts.assumed
+    imported = import_weights(tmp_path / "a.pth", Overrides(num_frames=4, frame_size=(32, 32)))
+    assert "heads of the encoder 6" in imported.assumed
     (note,) = compare(imported).notes
     assert "not verified: the number of heads (6 of the encoder)" in note
 
@@ -256,7 +258,7 @@ def test_a_part_with_a_prefix_beside_a_head_without(layouts_of, tmp_path, prefix
     torch.save({"model": mixed}, tmp_path / "a.pth")
     imported = import_weights(tmp_path / "a.pth", GIVEN)
     assert imported.recognised.tensors.keys() == state.keys()
-    (told,) = imported.recognised.told()
+    (told,) = imported.recognised.lines()
     assert (
         told == f"{len(state) - 4} of {len(state)} names begin with {prefix!r}, which is left out"
     )
@@ -285,28 +287,22 @@ def test_tied_tensors_and_values_that_are_no_tensors(layouts_of, tmp_path):
     torch.save({"model": {**state, "step": 3}}, tmp_path / "a.pth")
     imported = import_weights(tmp_path / "a.pth", GIVEN)
     assert imported.left_out == {"model.step": "no weights"}
-    first, second = (imported.tensors[f"encoder.blocks.0.norm{i}.weight"] for i in (1, 2))
+    first, second = (imported.model.tensors[f"encoder.blocks.0.norm{i}.weight"] for i in (1, 2))
     assert first.data_ptr() != second.data_ptr()
     torch.save({**state, "epoch": 3}, tmp_path / "b.pth")
     assert import_weights(tmp_path / "b.pth", GIVEN).left_out == {"epoch": "no weights"}
-    save_file(imported.tensors, tmp_path / "c.safetensors")
-    assert load_file(tmp_path / "c.safetensors").keys() == imported.tensors.keys()
+    save_file(imported.model.tensors, tmp_path / "c.safetensors")
+    assert load_file(tmp_path / "c.safetensors").keys() == imported.model.tensors.keys()
 
 
 def test_given_positions_are_resized_as_timm_does(of_timm):
     """To frames of another size, bicubic."""
     model, folder = of_timm(dynamic_img_size=True)
     imported = import_weights(folder)
-    table = imported.tensors["encoder_positions.table"]
-    shape = type(imported.facts.shape)(
-        **{
-            **vars(imported.facts.shape),
-            "grid": TokenGrid(1, 6, 5),
-            "source_grid": TokenGrid(1, 4, 4),
-        }
-    )
-    codes = shape.fixed_positions(384)
-    torch.testing.assert_close(codes.table, position_table(TokenGrid(1, 4, 4), 384, "space_time"))
+    table = imported.model.tensors["encoder_positions.table"]
+    source, grid = TokenGrid(1, 4, 4), TokenGrid(1, 6, 5)
+    codes = FixedPositions([grid], 384, "given", source)
+    torch.testing.assert_close(codes.table, position_table(source, 384, "space_time"))
     codes.table.copy_(table)
     expected = timm.layers.resample_abs_pos_embed(model.pos_embed.detach(), [6, 5])
-    torch.testing.assert_close(codes(TokenGrid(1, 6, 5)), expected[0, 1:])
+    torch.testing.assert_close(codes(grid), expected[0, 1:])

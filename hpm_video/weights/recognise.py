@@ -1,0 +1,131 @@
+"""Whose weights a file holds: recognised by names and axes of its tensors, never guessed."""
+
+import re
+from dataclasses import dataclass, replace
+
+from hpm_video.files.weights import CheckpointError
+from hpm_video.weights.families import FAMILIES, Family
+from hpm_video.weights.files import Source, Tensors
+
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "videomae.", "vit.")
+"""That all names of a file may begin with: of wrappers, and of a part that was saved by itself."""
+OF_PARTS = ("backbone.", "encoder.")
+"""Those that the names of a part may begin with beside a head that has none."""
+WRAPPERS = ("state_dict", "model_state", "module", "model", "")
+"""Keys of the state dict in a file, the first that is there is taken."""
+TEACHER = "ema_state_dict"
+"""Key of the teacher beside a student's state dict."""
+SHOWN = 12
+"""Names that are told of a file that is not recognised."""
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """The tensors of a file, and whose they are."""
+
+    family: Family
+    tensors: Tensors
+    """By the names of the family, without prefixes."""
+    entry: str
+    """Their key in the file."""
+    prefix: str
+    """What their names began with."""
+    with_prefix: int
+    """How many of them began so."""
+    teacher: Tensors | None = None
+
+    def lines(self) -> list[str]:
+        """Tell of the prefix, where there is one."""
+        if not self.prefix:
+            return []
+        count = self.with_prefix
+        who = "all names" if count == len(self.tensors) else f"{count} of {len(self.tensors)} names"
+        return [f"{who} begin with {self.prefix!r}, which is left out"]
+
+
+def recognise(source: Source, entry: str | None = None) -> Recognised:
+    """Tell whose weights a file holds. ``entry``: the key of its state dict, where it has several.
+
+    Raises:
+        CheckpointError: it is of no family that is known, or may be of several. What was seen in
+            the file is told.
+    """
+    chosen = _of_entry(source, _choose(source, entry))
+    if entry is not None or chosen.family.holds != "autoencoder":
+        return chosen
+    if TEACHER not in source.entries or chosen.entry == TEACHER:
+        return chosen
+    teacher = _of_entry(source, TEACHER)
+    if teacher.family is not chosen.family:
+        raise CheckpointError(
+            f"{source.path} holds {chosen.family.says} under {chosen.entry!r} and "
+            f"{teacher.family.says} under {TEACHER!r}; give one of them: --entry {chosen.entry}"
+        )
+    return replace(chosen, teacher=teacher.tensors)
+
+
+def _choose(source: Source, entry: str | None) -> str:
+    there = ", ".join(repr(name) for name in source.entries)
+    if entry is not None:
+        if entry not in source.entries:
+            raise CheckpointError(f"{source.path} has no state dict {entry!r}, but {there}")
+        return entry
+    known = [name for name in WRAPPERS if name in source.entries]
+    if known or len(source.entries) == 1:
+        return [*known, *source.entries][0]
+    raise CheckpointError(f"{source.path} holds several state dicts: {there}; choose with --entry")
+
+
+def _of_entry(source: Source, entry: str) -> Recognised:
+    """Leave out prefixes, of all names or of those of a part beside a head, until a family fits."""
+    tensors, prefix = source.entries[entry], ""
+    while not (fit := _fitting(tensors)):
+        of_all = [each for each in PREFIXES if all(name.startswith(each) for name in tensors)]
+        of_part = [each for each in OF_PARTS if _fitting(_stripped(tensors, each))]
+        if not of_all and not of_part:
+            raise CheckpointError(_unknown(source, entry, tensors))
+        found = (of_all or of_part)[0]
+        prefix += found
+        with_prefix = sum(name.startswith(found) for name in tensors)
+        tensors = _stripped(tensors, found)
+    if len(fit) > 1:
+        raise CheckpointError(
+            f"{source.path} may be {' or '.join(family.says for family in fit)}: it has tensors "
+            f"of both; save the state dict of one model alone"
+        )
+    return Recognised(fit[0], tensors, entry, prefix, with_prefix if prefix else 0)
+
+
+def _fitting(tensors: Tensors) -> list[Family]:
+    """Return the families that it may be of, but for those that ask less than another one."""
+    fit = [family for family in FAMILIES.values() if family.fits(tensors)]
+    return [
+        family
+        for family in fit
+        if not any(
+            set(family.has) < set(other.has) and family.kernel == other.kernel for other in fit
+        )
+    ]
+
+
+def _stripped(tensors: Tensors, prefix: str) -> Tensors:
+    """Leave out a prefix, unless two names would become one."""
+    found = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return found if len(found) == len(tensors) else {}
+
+
+def _unknown(source: Source, entry: str, tensors: Tensors) -> str:
+    kinds: dict[str, tuple[int, ...]] = {}
+    for name, value in tensors.items():
+        kinds.setdefault(re.sub(r"\.\d+\.", ".N.", name), tuple(value.shape))
+    shown = [f"{name} {shape}" for name, shape in list(kinds.items())[:SHOWN]]
+    if len(kinds) > SHOWN:
+        shown.append(f"and {len(kinds) - SHOWN} more kinds of names")
+    where = f" under {entry!r}" if entry else ""
+    return (
+        f"{source.path} holds weights{where} of no family that is known ({', '.join(FAMILIES)}). "
+        f"Its tensors:\n  "
+        + "\n  ".join(shown)
+        + "\nKnown are plain vision transformers alone, without layer scale, relative positions "
+        "or registers."
+    )
