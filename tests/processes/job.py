@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
-from hpm_video.data import clips as dataset
+from hpm_video.data import reading as dataset
 from hpm_video.runs import run as runs
 from hpm_video.runs.finetuning import finetune
 from hpm_video.runs.pretraining import pretrain
