@@ -170,7 +170,7 @@ def tell(
     form = folder.form
     print(
         f"\nDone: features of {videos(len(folder))}, {len(folder) - before} of them new"
-        + (f"; without {len(failures)} that cannot be decoded" if failures else "")
+        + (f"; without {len(failures)} that do not decode" if failures else "")
     )
     of_view = ", ".join(map(str, form.view_shape))
     rows = {

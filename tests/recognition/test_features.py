@@ -315,7 +315,7 @@ def test_tokens_are_those_of_the_clip_and_the_class_token_stands_for_it(tmp_path
     )
     encoder = load(checkpoint)
     clips = torch.randint(256, (3, 3, 4, 32, 32), dtype=torch.uint8)
-    pixels = normalise(clips, encoder.mean, encoder.std)
+    pixels = normalise(clips, encoder.data.mean, encoder.data.std)
     encoded = encoder.model.encode(pixels)
     assert encoded.shape == (3, 1 + TOKENS, DIM)
     torch.testing.assert_close(encoder.tokens(clips), encoded[:, 1:])

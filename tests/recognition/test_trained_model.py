@@ -116,7 +116,7 @@ def clips_of(batch=5, size=(4, 32, 24), seed=0):
 
 def test_probabilities_are_the_softmax_of_the_model_whatever_the_size_of_a_pass(recogniser):
     clips, model = clips_of(), recogniser.model
-    expected = model(normalise(clips, recogniser.mean, recogniser.std)).softmax(dim=1)
+    expected = model(normalise(clips, recogniser.data.mean, recogniser.data.std)).softmax(dim=1)
     for clips_per_pass in (1, 2, 5, 64):
         found = replace(recogniser, clips_per_pass=clips_per_pass).probabilities(clips)
         torch.testing.assert_close(found, expected)
@@ -128,7 +128,7 @@ def test_it_evaluates_and_leaves_the_model_in_the_mode_it_was_in(config):
     batch_norm = replace(config.model, pooling="batch_norm", frozen=True)
     other = replace(config, model=batch_norm, recipe=replace(config.recipe, average_momentum=None))
     model = build_classifier(other, 3).train()
-    recogniser = Inference.of(model, other.data, CPU, "fp32")
+    recogniser = Inference(model, other.data, CPU, "fp32")
     first = recogniser.probabilities(clips_of())
     assert model.training
     assert model.pooling.norm.num_batches_tracked == 0
@@ -171,7 +171,7 @@ def naive_scores(recogniser, manifest, views):
         boxes = view_boxes(*frames[0].shape[1:3], spec.frame_size, views.crops)
         crops = [crop_and_resize(f, box, spec.frame_size) for f in frames for box in boxes]
         logits = [
-            recogniser.model(normalise(crop[None], recogniser.mean, recogniser.std))[0]
+            recogniser.model(normalise(crop[None], recogniser.data.mean, recogniser.data.std))[0]
             for crop in crops
         ]
         table.append(torch.stack([values.softmax(dim=0) for values in logits]).mean(dim=0))

@@ -205,7 +205,7 @@ def test_bad_videos_stop_a_test_with_their_list_or_count_as_wrong(
     options = ["--weights", "average", "--views", "1x1", "--device", "cpu", "--output", output]
     code, said = run_tool("evaluate", checkpoint, videos, *options)
     assert code == 2
-    assert "2 of 8 videos cannot be decoded" in said
+    assert "2 of 8 videos do not decode" in said
     assert f"{videos}/red/a.mp4: " in said
     assert f"{videos}/blue/z.mp4: the file is empty" in said
     assert not output.exists()
@@ -229,7 +229,7 @@ def test_bad_held_out_videos_stop_a_run_before_it_begins_or_are_excluded(
     (videos / "red" / "a.mp4").write_text("no video")
     (videos / "blue" / "z.mp4").write_bytes(b"")
     output = finish(finetune(run, f"data.validation={videos}"), code=2)
-    assert "2 of 8 videos cannot be decoded" in output
+    assert "2 of 8 videos do not decode" in output
     assert not (run / "metrics.jsonl").exists()
     options = [f"data.validation={videos}", "test.exclude_bad_files=true", "recipe.epochs=2"]
     finish(finetune(run, *options))
