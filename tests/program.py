@@ -6,6 +6,7 @@
 
 import atexit
 import gc
+import importlib
 import os
 import runpy
 import signal
@@ -25,7 +26,7 @@ sys.path[:0] = [place for place in environment.get("PYTHONPATH", "").split(os.pa
 os.chdir(Path(__file__).parent.parent)
 if "WITHOUT_CURVES" in environment:  # drawing them takes as long as all updates of a tiny run
     for name in ("runs.run", "training.run"):
-        sys.modules[f"hpm_video.{name}"].plot_curves = lambda *_: None
+        importlib.import_module(f"hpm_video.{name}").plot_curves = lambda *_: None
 try:
     if arguments[0] == "-c":
         exec(arguments[1], {"__name__": "__main__"})

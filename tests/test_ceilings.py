@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PHYSICAL_LINES = 30_495
-CODE_LINES = 21_385
+PHYSICAL_LINES = 29_307
+CODE_LINES = 20_574
 LINES = {
     ".": 121,
     "datasets": 1592,
@@ -21,33 +21,27 @@ LINES = {
     "hpm_video/config": 1284,
     "hpm_video/data": 1991,
     "hpm_video/decoding": 1508,
-    "hpm_video/files": 288,
-    "hpm_video/mining": 1285,
-    "hpm_video/models": 1102,
+    "hpm_video/files": 283,
+    "hpm_video/mining": 1289,
+    "hpm_video/models": 1014,
     "hpm_video/preparation": 3477,
     "hpm_video/recognition": 1642,
     "hpm_video/runs": 2244,
     "hpm_video/tokens": 382,
     "hpm_video/training": 2785,
-    "hpm_video/weights": 4802,
+    "hpm_video/weights": 3704,
     "hpm_video/workers": 708,
-    "tests": 1425,
-    "tools": 3786,
+    "tests": 1426,
+    "tools": 3784,
 }
 """Physical lines of each folder; "." is the scripts at the root."""
 MODULES_AT_THE_ROOT = 2
 README_LINES = 570
 LONGEST_FILE = 400
-LONGER_FILES = {
-    "hpm_video/weights/layouts.py": 517,
-    "hpm_video/weights/peers.py": 471,
-    "hpm_video/weights/sizes.py": 415,
-}
+LONGER_FILES = {}
 """Files that are still longer, and how long they may be."""
 LONGEST_FUNCTION = 60
-STARRED = {
-    "hpm_video/weights/families.py": 20,
-}
+STARRED = {}
 """How often a file still unpacks a tuple or list where it is written: f(*(a, b), c)."""
 
 NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}

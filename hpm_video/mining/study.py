@@ -95,26 +95,23 @@ def study_clips(
     """
     rule, target = objective.masks[batch.source], objective.target
     fraction = rule.strategy.last_fraction if hard_fraction is None else hard_fraction
-    if num_masks < 1:
-        raise ValueError(f"the true error needs at least 1 random mask, got {num_masks}")
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"the hard fraction must lie in [0, 1], got {fraction}")
-    # A mask of which the teacher, where it predicts difficulty, picks a fraction.
+    _check(num_masks, fraction)
     difficulty = objective.difficulty(batch)
     num_picked = 0 if difficulty is None else int(rule.num_masked * fraction)
     priority = uniform(batch.keys, rule.num_units, "picture")
     mask = rule.draw(difficulty, priority, num_picked)
     picked = replace(rule, num_masked=num_picked).draw(difficulty, priority, num_picked).masked
-    pixels = target if isinstance(target, PixelTarget) else None
-    filled = None
+    pixels, filled = (target if isinstance(target, PixelTarget) else None), None
+    source: StatisticsSource = "none"
     if pixels is not None:
+        if pixels.kind != "raw":
+            source = "input" if ground_truth_statistics else "visible"
         predicted = student(objective.normalised(batch), mask).content
         filled = reconstruct(
             predicted, batch.clips, mask, pixels, ground_truth_statistics=ground_truth_statistics
         )
     examinations = objective.examine(student, batch, (f"picture {i}" for i in range(num_masks)))
     true_errors = average_errors(examinations)
-    source: StatisticsSource = "input" if ground_truth_statistics else "visible"
     return [
         Study(
             name=Path(batch.files[i]).stem,
@@ -129,10 +126,17 @@ def study_clips(
             pick=rule.strategy.pick,
             num_masks=num_masks,
             target=None if pixels is None else pixels.kind,
-            statistics="none" if pixels is None or pixels.kind == "raw" else source,
+            statistics=source,
         )
         for i in range(len(batch.clips))
     ]
+
+
+def _check(num_masks: int, fraction: float) -> None:
+    if num_masks < 1:
+        raise ValueError(f"the true error needs at least 1 random mask, got {num_masks}")
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"the hard fraction must lie in [0, 1], got {fraction}")
 
 
 def reconstruct(

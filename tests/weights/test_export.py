@@ -378,13 +378,8 @@ def smooth_frames(count, width):
 
 def assert_same_pixels(theirs, own, frames):
     def ours(short_side, interpolation):
-        (crop,) = held_out_crops(
-            frames,
-            own.config.data.clip_size[1:],
-            1,
-            short_side=short_side,
-            interpolation=interpolation,
-        )
+        data = replace(own.config.data, held_out_short_side=short_side, interpolation=interpolation)
+        (crop,) = held_out_crops(frames, data, 1)
         return normalise(crop.unsqueeze(0), own.config.data.mean, own.config.data.std)
 
     expected = ours(own.config.data.held_out_short_side, own.config.data.interpolation)
