@@ -94,8 +94,7 @@ def study_clips(
         ValueError: there is no mask to measure with, or the hard fraction is none.
     """
     rule, target = objective.masks[batch.source], objective.target
-    fraction = rule.strategy.last_fraction if hard_fraction is None else hard_fraction
-    _check(num_masks, fraction)
+    fraction = _checked(rule.strategy.last_fraction, hard_fraction, num_masks)
     difficulty = objective.difficulty(batch)
     num_picked = 0 if difficulty is None else int(rule.num_masked * fraction)
     priority = uniform(batch.keys, rule.num_units, "picture")
@@ -132,11 +131,13 @@ def study_clips(
     ]
 
 
-def _check(num_masks: int, fraction: float) -> None:
+def _checked(usual: float, hard_fraction: float | None, num_masks: int) -> float:
+    fraction = usual if hard_fraction is None else hard_fraction
     if num_masks < 1:
         raise ValueError(f"the true error needs at least 1 random mask, got {num_masks}")
     if not 0 <= fraction <= 1:
         raise ValueError(f"the hard fraction must lie in [0, 1], got {fraction}")
+    return fraction
 
 
 def reconstruct(
