@@ -8,6 +8,7 @@ import contextlib
 import errno
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -109,7 +110,7 @@ class UnwritableError(OSError):
 Result = Step | Made | Failure | Broken
 
 
-class _Work:
+class _Work(ABC):
     """Does jobs. -> steps, and at last what came of it"""
 
     def prepare(self) -> None:
@@ -140,8 +141,9 @@ class _Work:
         finally:
             remove(job.beside)
 
+    @abstractmethod
     def make(self, job: Job, beat: Beat) -> Generator[Step, None, Made]:
-        raise NotImplementedError
+        """Read, write and check."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,6 @@ class Transcoder(_Work):
     recipe: Recipe
 
     def make(self, job: Job, beat: Beat) -> Generator[Step, None, Made]:
-        """Read, write and check."""
         with contextlib.closing(_opened_source(job)) as source:
             yield from _surveyed(source, beat)
             fps = self.recipe.fps or source.rate
@@ -248,7 +249,6 @@ class Prober(_Work):
     """Looks at files that are packed as they are: opens them, and decodes their first frame."""
 
     def make(self, job: Job, beat: Beat) -> Generator[Step, None, Made]:
-        """Measure; nothing is written."""
         rate, distance = Fraction(0), 1
         if not is_image(job.place):
             with contextlib.closing(_opened_source(job)) as source:

@@ -9,17 +9,16 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from hpm_video.config.checks import ConfigError
-from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.data import DataConfig
 from hpm_video.data.manifest import ManifestError
 from hpm_video.data.reading import Views
-from hpm_video.decoding.registry import DecodeError, DecoderError
+from hpm_video.decoding.registry import DecodeError, DecoderError, decoder_choices
 from hpm_video.files.failures import BadFilesError, TooManyBadFiles
 from hpm_video.files.weights import CheckpointError
 from hpm_video.runs.data import open_manifest
@@ -235,7 +234,7 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
         "default": "auto",
         "help": "auto (default): bf16 on a GPU that is made for it, otherwise fp32",
     },
-    "decoder": {"choices": get_args(DecoderChoice), "default": "auto"},
+    "decoder": {"choices": decoder_choices(), "default": "auto"},
     "workers": {"type": not_negative, "metavar": "N", "help": "processes that decode"},
     "views": {
         "type": parse_views,

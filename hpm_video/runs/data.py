@@ -13,6 +13,7 @@ from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.data.mixture import MixedClips
 from hpm_video.data.transforms import ClipTransform
 from hpm_video.decoding.locations import base_name
+from hpm_video.decoding.registry import check_name
 from hpm_video.training.progress import Timeline
 
 
@@ -59,10 +60,12 @@ def open_data(config: RunConfig) -> RunData:
 
     Raises:
         ConfigError: no data is named, or it does not fill a batch.
+        DecoderError: there is no decoder of that name.
         ManifestError: a manifest cannot be used.
     """
     recipe, sources = config.recipe, {}
     for name, data in config.sources.items():
+        check_name(data.decoder)
         if not data.train:
             key = f"{key_of_source(name)}data.train"
             raise ConfigError(

@@ -4,10 +4,9 @@ import argparse
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.data.loader import default_workers
-from hpm_video.decoding.registry import decoder_choices
 from hpm_video.recognition.inference import Inference, Reading
 from hpm_video.recognition.trained_model import ClipChoice, TrainedModel
-from hpm_video.runs.console import not_negative, positive
+from hpm_video.runs.console import add_options, positive
 from hpm_video.training.device import choose_device, inference_precision
 
 
@@ -40,22 +39,8 @@ def check_stride(trained: TrainedModel, arguments: argparse.Namespace) -> None:
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say where and how is computed."""
-    add = parser.add_argument
-    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
-    add(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="auto (default): bf16 on a GPU that is made for it, otherwise fp32",
-    )
-    add("--decoder", choices=decoder_choices(), default="auto")
-    add(
-        "--workers",
-        type=not_negative,
-        default=default_workers(),
-        metavar="N",
-        help="processes that decode",
-    )
+    workers = {"default": default_workers()}
+    add_options(parser, "device", "precision", "decoder", workers=workers)
 
 
 def load_inference(

@@ -9,6 +9,7 @@ import pytest
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
+from hpm_video.decoding.registry import DecoderError
 from hpm_video.files.failures import BadFiles
 from hpm_video.files.weights import CheckpointError
 from hpm_video.runs.finetuning import finetune
@@ -206,3 +207,12 @@ def test_a_checkpoint_of_before_checksums_goes_on_and_is_told_once(start, run, n
     assert read_state(newest)["sha256"].keys() == {
         f"{name}.safetensors" for name in ("model", "teacher", "optimizer")
     }
+
+
+def test_a_misspelt_decoder_leaves_nothing(config_file, tmp_path):
+    output_dir = tmp_path / "run"
+    overrides = ["data.decoder=pyva", f"output_dir={output_dir}"]
+    config = load_config(PretrainConfig, config_file, overrides)
+    with pytest.raises(DecoderError, match="must be one of auto, .*pyav.*, got pyva"):
+        pretrain(config)
+    assert not output_dir.exists()
