@@ -24,10 +24,11 @@ run_pytest() {
   "$python" -c 'import sys; del sys.path[0]; import pytest; sys.exit(pytest.main())' "$@"
 }
 
-# One thread in each of the processes that share the cores; a file's tests stay together, and files
-# in the order that tests/conftest.py gives them.
+# One thread in each of the processes that share the cores, and one process more than cores, for the
+# tests that wait; a file's tests stay together, and files in the order that tests/conftest.py gives.
 run_suite() {
-  OMP_NUM_THREADS=1 run_pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+  local workers=$(($(getconf _NPROCESSORS_ONLN) + 1))
+  OMP_NUM_THREADS=1 run_pytest --numprocesses "$workers" --maxprocesses 4 --dist loadfile \
     --no-loadscope-reorder --durations 20 "$@"
 }
 
