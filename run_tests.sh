@@ -27,9 +27,8 @@ run_pytest() {
 # One thread in each of the processes that share the cores, and one process more than cores, for the
 # tests that wait; a file's tests stay together, and files in the order that tests/conftest.py gives.
 run_suite() {
-  local workers=$(($(getconf _NPROCESSORS_ONLN) + 1))
-  OMP_NUM_THREADS=1 run_pytest --numprocesses "$workers" --maxprocesses 4 --dist loadfile \
-    --no-loadscope-reorder --durations 20 "$@"
+  OMP_NUM_THREADS=1 run_pytest --numprocesses "$(($(getconf _NPROCESSORS_ONLN) + 1))" \
+    --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 20 "$@"
 }
 
 lane="not gpu"
