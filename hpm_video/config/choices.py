@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Conventions = Literal["videomae", "mae"]
-"""What models of the two papers differ in beside their sizes. ``mae``: attention has a bias on keys
-too, the layer from encoder to decoders has a bias, patch embedding and tokens start as there
-(xavier-uniform, normal of deviation 0.02), and pre-training decays the tokens."""
+"""What models of the two papers differ in beside their sizes. ``mae``: the layer from encoder to
+decoders has a bias, patch embedding and tokens start as there (xavier-uniform, normal of deviation
+0.02), and pre-training decays the tokens."""
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class RunConfig:
     engine: EngineConfig = unrelated(default=EngineConfig())
     logging: LoggingConfig = unrelated(default=LoggingConfig())
     checkpoint: CheckpointConfig = unrelated(default=CheckpointConfig())
+    model: EncoderConfig = field(default_factory=EncoderConfig)
 
     def __post_init__(self) -> None:
         try:

@@ -6,8 +6,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hpm_video.config.model import ClassifierConfig
-from hpm_video.models.encoder import INITS, ClipEncoder
-from hpm_video.models.vit import LAYER_NORM_EPS, init_linear
+from hpm_video.models.encoder import ClipEncoder
+from hpm_video.models.vit import LAYER_NORM_EPS, init_linear, make_mlp
 from hpm_video.randomness import uniform
 from hpm_video.tokens.grid import TokenGrid
 
@@ -33,20 +33,21 @@ class ClipClassifier(ClipEncoder):
             final_norm=settings.pooling != "mean_norm",
             init=settings.init,
         )
-        self.pooling = _make_pooling(settings)
-        self.pooling.apply(INITS[settings.init])
-        self.head = nn.Linear(settings.encoder.dim, num_classes)
+        self.requires_grad_(not settings.frozen)
+        self.frozen, self.pooling = settings.frozen, settings.pooling
+        dim = settings.encoder.dim
+        if self.pooling == "mean_norm":
+            self.fc_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        elif self.pooling == "batch_norm":
+            self.head_norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6)
+        elif self.pooling == "attentive":
+            self.attn_pool = AttentivePooling(dim, settings.encoder.num_heads)
+            init_linear(self.attn_pool, settings.init)
         self.head_dropout = settings.head_dropout
-        self.frozen = settings.frozen
-        INITS[settings.init](self.head)
+        self.head = nn.Linear(dim, num_classes)
+        init_linear(self.head, settings.init)
         with torch.no_grad():
-            for parameter in self.head.parameters():
-                parameter.mul_(settings.head_init_scale)
-        if self.frozen:
-            self.patch_embed.requires_grad_(requires_grad=False)
-            self.encoder.requires_grad_(requires_grad=False)
-            if self.class_token is not None:
-                self.class_token.requires_grad = False
+            self.head.weight.mul_(settings.head_init_scale)
 
     def forward(self, clips: Tensor, keys: Tensor | None = None) -> Tensor:
         """Class scores (logits) of normalised clips: (B, C, T, H, W), (B,) keys -> (B, classes)
@@ -63,48 +64,16 @@ class ClipClassifier(ClipEncoder):
         return logits
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """What the head sees of each clip: (B, N, D) -> (B, D)"""
-        pooled: Tensor = self.pooling(tokens)
+        """What the head sees of each clip: (B, ., D) -> (B, D)"""
+        if self.pooling == "attentive":
+            pooled: Tensor = self.attn_pool(tokens)
+        elif self.pooling == "mean_norm":
+            pooled = self.fc_norm(self.of_clip(tokens).mean(dim=1))
+        elif self.pooling == "batch_norm":
+            pooled = self.head_norm(super().pool(tokens).float())
+        else:
+            pooled = super().pool(tokens)
         return pooled
-
-
-class MeanNorm(nn.Module):
-    """The mean over the tokens behind the first ``num_prefix``, then a layer norm."""
-
-    def __init__(self, dim: int, num_prefix: int) -> None:
-        super().__init__()
-        self.num_prefix = num_prefix
-        self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, num_prefix + N, D) -> (B, D)"""
-        normed: Tensor = self.norm(tokens[:, self.num_prefix :].mean(dim=1))
-        return normed
-
-
-class BatchNorm(nn.Module):
-    """The mean over some tokens, standardised over the batch without weights of its own.
-
-    In training by the batch's own statistics, otherwise by their running average.
-    """
-
-    def __init__(self, dim: int, chosen: slice) -> None:
-        super().__init__()
-        self.chosen = chosen
-        self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, ., D) -> (B, D)"""
-        normed: Tensor = self.norm(tokens[:, self.chosen].mean(dim=1).float())
-        return normed
-
-
-class FirstToken(nn.Module):
-    """The class token as it is."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, 1 + N, D) -> (B, D)"""
-        return tokens[:, 0]
 
 
 class AttentivePooling(nn.Module):
@@ -117,16 +86,16 @@ class AttentivePooling(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.query = nn.Parameter(torch.zeros(dim))
+        self.latent = nn.Parameter(torch.zeros(1, 1, dim))
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim, bias=False)
         self.v = nn.Linear(dim, dim, bias=False)
         self.proj = nn.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        self.apply(init_linear)
-        nn.init.trunc_normal_(self.query, std=0.02)
+        self.mlp = make_mlp(dim, 4 * dim)
+        init_linear(self)
+        nn.init.trunc_normal_(self.latent, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, D) -> (B, D)"""
@@ -136,7 +105,7 @@ class AttentivePooling(nn.Module):
 
     def attend(self, tokens: Tensor) -> Tensor:
         """The attention alone, over tokens that are normed: (B, N, D) -> (B, D)"""
-        query = self.query.expand(tokens.shape[0], 1, -1)
+        query = self.latent.expand(len(tokens), -1, -1)
         q, k, v = (
             rearrange(values, "b n (h d) -> b h n d", h=self.num_heads)
             for values in (self.q(query), self.k(tokens), self.v(tokens))
@@ -144,14 +113,3 @@ class AttentivePooling(nn.Module):
         heads = F.scaled_dot_product_attention(q, k, v)
         out: Tensor = self.proj(rearrange(heads, "b h 1 d -> b (h d)"))
         return out
-
-
-def _make_pooling(settings: ClassifierConfig) -> nn.Module:
-    dim, prefix = settings.encoder.dim, int(settings.class_token)
-    if settings.pooling == "mean_norm":
-        return MeanNorm(dim, prefix)
-    if settings.pooling == "batch_norm":
-        return BatchNorm(dim, slice(0, 1) if prefix else slice(None))
-    if settings.pooling == "attentive":
-        return AttentivePooling(dim, settings.encoder.num_heads)
-    return FirstToken()

@@ -1,22 +1,36 @@
 """The encoder that pre-training, fine-tuning and probes share: tokens of clips, seen or masked."""
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from hpm_video.config.choices import Init
 from hpm_video.config.model import EncoderConfig
-from hpm_video.models.positions import FixedPositions
+from hpm_video.models.positions import position_table, resized
 from hpm_video.models.vit import Transformer, init_linear
-from hpm_video.tokens.grid import TokenGrid
+from hpm_video.tokens.grid import Size3, TokenGrid
 from hpm_video.tokens.masking import TokenMask
 from hpm_video.tokens.patches import patchify
 
 
-class ClipEncoder(nn.Module):
-    """Tokens of clips through a transformer.
+class PatchEmbed(nn.Module):
+    """A convolution from patch to patch, computed on patches that are cut already."""
+
+    def __init__(self, channels: int, patch_size: Size3, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv3d(channels, dim, patch_size, patch_size)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(B, N, P) -> (B, N, D)"""
+        weight = rearrange(self.proj.weight, "d c t h w -> d (t h w c)")
+        return F.linear(patches, weight, self.proj.bias)
+
+
+class ClipEncoder(Transformer):
+    """A transformer over the tokens of clips, at fixed positions.
 
     A class token, where there is one, has no position (MAE gives it the code 0).
     """
@@ -41,36 +55,55 @@ class ClipEncoder(nn.Module):
             final_norm: whether a norm follows the blocks.
             init: none where a class that builds on this one calls :meth:`init_encoder`.
         """
-        super().__init__()
-        self.settings, self.grid, self.source_grid = settings, grid, source_grid or grid
-        self.num_prefix = int(settings.class_token)
-        self.patch_values = settings.channels * math.prod(settings.patch_size)
-        self.grids = tuple(dict.fromkeys((grid, *other_grids)))
         dim = settings.encoder.dim
-        self.patch_embed = nn.Linear(self.patch_values, dim)
-        self.class_token = nn.Parameter(torch.zeros(dim)) if settings.class_token else None
-        self.encoder = Transformer(
+        patch_embed = PatchEmbed(settings.channels, settings.patch_size, dim)  # drawn first
+        super().__init__(
             settings.encoder,
             drop_path=settings.drop_path,
             checkpoint_activations=settings.checkpoint_activations,
             final_norm=final_norm,
-            conventions=settings.conventions,
         )
-        self.encoder_positions = self.make_positions(dim)
+        self.settings, self.grid, self.source_grid = settings, grid, source_grid or grid
+        self.num_prefix = int(settings.class_token)
+        self.grids = tuple(dict.fromkeys((grid, *other_grids)))
+        self.patch_embed = patch_embed
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if settings.class_token else None
+        self.add_positions("pos_embed", dim)
         if init is not None:
             self.init_encoder(init)
 
-    def make_positions(self, dim: int) -> FixedPositions:
-        """Build the positions of all its clips at a width."""
-        return FixedPositions(self.grids, dim, self.settings.positions, self.source_grid)
+    def add_positions(self, name: str, dim: int) -> None:
+        """Keep the positions of all its clips at a width. Only those that are given are saved."""
+        kind, source = self.settings.positions, self.source_grid
+        if kind == "given":
+            self.register_buffer(name, position_table(source, dim, kind).unsqueeze(0))
+            return
+        for grid in self.grids:
+            table = position_table(grid, dim, kind, source)
+            self.register_buffer(f"{name}_{grid}", table, persistent=False)
+
+    def positions(self, name: str, grid: TokenGrid) -> Tensor:
+        """The positions of the tokens of a grid, in encoder or decoders: -> (N, D)
+
+        Raises:
+            ValueError: the model was not made for this grid.
+        """
+        if self.settings.positions == "given":
+            return resized(self.get_buffer(name)[0], self.source_grid, grid)
+        if grid not in self.grids:
+            raise ValueError(
+                f"this model was made for clips of {' or '.join(map(str, self.grids))} tokens "
+                f"(time x height x width), got {grid}"
+            )
+        return self.get_buffer(f"{name}_{grid}")
 
     def init_encoder(self, init: Init) -> None:
         """Draw initial weights. VideoMAE's patch embedding keeps PyTorch's own."""
-        self.encoder.apply(INITS[init])
+        init_linear(self.blocks, init)
         if self.settings.conventions == "mae":
-            nn.init.xavier_uniform_(self.patch_embed.weight)
-        if self.class_token is not None:
-            nn.init.normal_(self.class_token, std=0.02)
+            nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=0.02)
 
     def encode(
         self, clips: Tensor, keys: Tensor | None = None, mask: TokenMask | None = None
@@ -81,15 +114,15 @@ class ClipEncoder(nn.Module):
 
         The keys decide which residual branches stochastic depth drops; without them, none.
         """
-        positions = self.encoder_positions(self.grid_of(clips))
+        positions = self.positions("pos_embed", self.grid_of(clips))
         patches = patchify(clips, self.settings.patch_size)
         if mask is not None:
             patches, positions = mask.take_visible(patches), positions[mask.visible_ids]
         tokens = self.patch_embed(patches) + positions
-        if self.class_token is not None:
-            first = self.class_token.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
+        if self.cls_token is not None:
+            first = self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1)
             tokens = torch.cat([first, tokens], dim=1)
-        out: Tensor = self.encoder(tokens, self.encoder.draws(keys))
+        out: Tensor = self.norm(self.run_blocks(tokens, self.draws(keys)))
         return out
 
     def grid_of(self, clips: Tensor) -> TokenGrid:
@@ -99,7 +132,7 @@ class ClipEncoder(nn.Module):
 
     def pool(self, tokens: Tensor) -> Tensor:
         """One vector for each clip: the class token, or else the mean: (B, ., D) -> (B, D)"""
-        return tokens.mean(dim=1) if self.class_token is None else tokens[:, 0]
+        return tokens.mean(dim=1) if self.cls_token is None else tokens[:, 0]
 
     def of_clip(self, tokens: Tensor) -> Tensor:
         """All but the class token: (B, ., D) -> (B, N or V, D)"""
@@ -108,25 +141,12 @@ class ClipEncoder(nn.Module):
     @property
     def num_layers(self) -> int:
         """Of :meth:`layer_of`, and one: the patch embedding, the blocks and what follows them."""
-        return len(self.encoder.blocks) + 2
+        return len(self.blocks) + 2
 
     def layer_of(self, name: str) -> int:
         """Depth of a parameter: 0 the embedding, k + 1 block k, and above all, the rest."""
-        if name.startswith(("patch_embed.", "class_token")):
+        if name.startswith(("patch_embed.", "cls_token")):
             return 0
-        if name.startswith("encoder.blocks."):
-            return int(name.split(".")[2]) + 1
+        if name.startswith("blocks."):
+            return int(name.split(".")[1]) + 1
         return self.num_layers - 1
-
-
-def _init_truncated_normal(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-INITS: dict[Init, Callable[[nn.Module], None]] = {
-    "truncated_normal": _init_truncated_normal,
-    "xavier": init_linear,
-}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hpm_video.config.choices import Conventions, TransformerSize
+from hpm_video.config.choices import TransformerSize
 from hpm_video.config.model import ModelConfig
 from hpm_video.models.encoder import ClipEncoder
 from hpm_video.models.vit import Transformer, init_linear
@@ -24,7 +24,7 @@ class Prediction(NamedTuple):
     """(B, M) predicted reconstruction error, on a scale of its own; none without a predictor."""
 
 
-class Decoder(nn.Module):
+class Decoder(Transformer):
     """A transformer over the embedded tokens of a clip, and a linear head."""
 
     def __init__(
@@ -32,16 +32,12 @@ class Decoder(nn.Module):
         size: TransformerSize,
         out: int,
         *,
-        conventions: Conventions,
         checkpoint_activations: bool,
         exact_head: bool = False,
     ) -> None:
         """``exact_head`` keeps the head out of mixed precision."""
-        super().__init__()
+        super().__init__(size, checkpoint_activations=checkpoint_activations)
         self.exact_head = exact_head
-        self.transformer = Transformer(
-            size, checkpoint_activations=checkpoint_activations, conventions=conventions
-        )
         self.head = nn.Linear(size.dim, out)
 
     def forward(self, tokens: Tensor, num_prefix: int, mask: TokenMask | None) -> Tensor:
@@ -49,10 +45,10 @@ class Decoder(nn.Module):
 
         (B, num_prefix + N, D) -> (B, M or N, out)
         """
-        tokens = self.transformer.run_blocks(tokens)[:, num_prefix:]
+        tokens = self.run_blocks(tokens)[:, num_prefix:]
         if mask is not None:
             tokens = mask.take_masked(tokens)
-        tokens = self.transformer.norm(tokens)
+        tokens = self.norm(tokens)
         out: Tensor
         if self.exact_head:
             # A product and a sum, which mixed precision leaves alone, instead of a matrix product.
@@ -84,27 +80,26 @@ class MaskedAutoencoder(ClipEncoder):
         super().__init__(
             settings, grid, source_grid=source_grid, other_grids=other_grids, init=None
         )
-        decoder, conventions = settings.decoder, settings.conventions
-        keep = {"checkpoint_activations": settings.checkpoint_activations}
-        bias = conventions == "mae"
-        self.to_decoder = nn.Linear(settings.encoder.dim, decoder.dim, bias=bias)
-        self.mask_token = nn.Parameter(torch.zeros(decoder.dim))
-        self.reconstructor = Decoder(
-            decoder, target_width or self.patch_values, conventions=conventions, **keep
-        )
+        decoder, recompute = settings.decoder, settings.checkpoint_activations
+        self.patch_values = settings.channels * math.prod(settings.patch_size)
+        bias = settings.conventions == "mae"
+        self.decoder_embed = nn.Linear(settings.encoder.dim, decoder.dim, bias=bias)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder.dim))
+        out = target_width or self.patch_values
+        self.reconstructor = Decoder(decoder, out, checkpoint_activations=recompute)
         self.difficulty_decoder = None
         if predictor:
             # Only the order of scores counts, and bf16 would make many of them equal.
             self.difficulty_decoder = Decoder(
-                decoder, 1, conventions=conventions, exact_head=True, **keep
+                decoder, 1, checkpoint_activations=recompute, exact_head=True
             )
-        self.decoder_positions = self.make_positions(decoder.dim)
+        self.add_positions("decoder_pos_embed", decoder.dim)
         self._init_weights()
 
     @property
     def decayed_tokens(self) -> tuple[str, ...]:
-        """Names of the vectors that pre-training decays as if they were matrices."""
-        return ("class_token", "mask_token") if self.settings.conventions == "mae" else ()
+        """Names of the tokens that pre-training decays as if they were matrices."""
+        return ("cls_token", "mask_token") if self.settings.conventions == "mae" else ()
 
     def forward(self, clips: Tensor, mask: TokenMask, keys: Tensor | None = None) -> Prediction:
         """Predictions for the hidden tokens of normalised clips.
@@ -113,7 +108,7 @@ class MaskedAutoencoder(ClipEncoder):
 
         The keys decide which residual branches stochastic depth drops; without them, none.
         """
-        visible = self.to_decoder(self.encode(clips, keys, mask))
+        visible = self.decoder_embed(self.encode(clips, keys, mask))
         hidden = self.mask_token.to(visible.dtype).expand(*mask.masked_ids.shape, -1)
         tokens = mask.merge(self.of_clip(visible), hidden)
         sequence = self._placed(visible, tokens, self.grid_of(clips))
@@ -141,14 +136,14 @@ class MaskedAutoencoder(ClipEncoder):
         """
         if self.difficulty_decoder is None:
             raise ValueError("this model has no loss predictor, so it cannot score tokens")
-        tokens = self.to_decoder(encoded)
+        tokens = self.decoder_embed(encoded)
         sequence = self._placed(tokens, self.of_clip(tokens), grid)
         scores: Tensor = self.difficulty_decoder(sequence, self.num_prefix, None).squeeze(-1)
         return scores
 
     def _placed(self, embedded: Tensor, tokens: Tensor, grid: TokenGrid) -> Tensor:
         """Tokens of the whole clip at their positions, behind the class token of ``embedded``."""
-        sequence: Tensor = tokens + self.decoder_positions(grid)
+        sequence: Tensor = tokens + self.positions("decoder_pos_embed", grid)
         prefix = self.num_prefix
         if prefix:
             first = embedded[:, :prefix].to(sequence.dtype)
@@ -156,16 +151,16 @@ class MaskedAutoencoder(ClipEncoder):
         return sequence
 
     def _init_weights(self) -> None:
-        """Initial weights by the conventions. VideoMAE's to_decoder keeps PyTorch's own."""
+        """Initial weights by the conventions. VideoMAE's decoder_embed keeps PyTorch's own."""
         self.init_encoder("xavier")
-        self.reconstructor.apply(init_linear)
+        init_linear(self.reconstructor)
         if self.settings.conventions == "mae":
-            init_linear(self.to_decoder)
+            init_linear(self.decoder_embed)
             nn.init.normal_(self.mask_token, std=0.02)
         else:
             nn.init.trunc_normal_(self.mask_token, std=0.02)
         if self.difficulty_decoder is not None:
-            self.difficulty_decoder.apply(init_linear)
+            init_linear(self.difficulty_decoder)
             head = self.difficulty_decoder.head
             # The official head has P outputs, xavier-uniform, and averages them: this is what it
             # folds to. Scores start nearly equal.

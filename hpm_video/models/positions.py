@@ -6,55 +6,13 @@ the same share of the clip along every axis, and the codes' own functions are ev
 that came with the weights of another project have no such function, and are interpolated there.
 """
 
-from collections.abc import Iterable
-
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from hpm_video.config.choices import Positions
 from hpm_video.tokens.grid import TokenGrid
-
-
-class FixedPositions(nn.Module):
-    """The codes of the tokens of a few grids, all of them placed in one grid, ``source``."""
-
-    table: Tensor
-    """(N of source, D) where they are given."""
-
-    def __init__(
-        self, grids: Iterable[TokenGrid], dim: int, kind: Positions, source: TokenGrid
-    ) -> None:
-        super().__init__()
-        self.source = source
-        self.given = kind == "given"
-        if self.given:
-            self.register_buffer("table", position_table(source, dim, "space_time"))
-            return
-        for grid in grids:
-            table = position_table(grid, dim, kind, source)
-            self.register_buffer(self._name(grid), table, persistent=False)
-
-    def forward(self, grid: TokenGrid) -> Tensor:
-        """-> (N, D)
-
-        Raises:
-            ValueError: the grid is none of those.
-        """
-        if self.given:
-            return resized(self.table, self.source, grid)
-        tables = dict(self.named_buffers())
-        if self._name(grid) not in tables:
-            raise ValueError(
-                f"this model was made for clips of {' or '.join(tables)} tokens (time x height x "
-                f"width), got {self._name(grid)}"
-            )
-        return tables[self._name(grid)]
-
-    @staticmethod
-    def _name(grid: TokenGrid) -> str:
-        return f"{grid.time}x{grid.height}x{grid.width}"
 
 
 def position_table(
@@ -62,11 +20,10 @@ def position_table(
 ) -> Tensor:
     """The fixed code of every token of a grid: -> (N, D)
 
-    ``source`` is the grid of pre-training, in which tokens are placed; by default their own.
+    ``source`` is the grid of pre-training, in which tokens are placed; by default their own. A
+    table that will be given starts as ``space_time``.
     """
-    if kind == "given":
-        raise ValueError("positions of kind 'given' are not computed, but kept with the weights")
-    codes = {"sequence": sequence, "space_time": space_time}[kind]
+    codes = sequence if kind == "sequence" else space_time
     return codes(grid, dim, source or grid)
 
 

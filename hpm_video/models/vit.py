@@ -1,4 +1,6 @@
-"""The plain vision transformer that encoder and decoders are made of."""
+"""The plain vision transformer that encoder and decoders are; its parameters have timm's names."""
+
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -6,60 +8,53 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hpm_video.config.choices import Conventions, TransformerSize
+from hpm_video.config.choices import Init, TransformerSize
 from hpm_video.randomness import uniform
 
 LAYER_NORM_EPS = 1e-6
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with biases on queries and values, in MAE also on keys.
+    """Multi-head self-attention.
 
-    A bias on the keys shifts all scores of a query alike, which the softmax ignores.
+    The softmax ignores the keys' part of the bias, which shifts all scores of a query alike.
     """
 
-    def __init__(self, dim: int, num_heads: int, conventions: Conventions = "videomae") -> None:
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(dim))
-        self.k_bias = nn.Parameter(torch.zeros(dim)) if conventions == "mae" else None
-        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.qkv.bias = nn.Parameter(torch.zeros(3 * dim))
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)"""
-        k_bias = torch.zeros_like(self.q_bias) if self.k_bias is None else self.k_bias
-        bias = torch.cat([self.q_bias, k_bias, self.v_bias])
         q, k, v = rearrange(
-            F.linear(tokens, self.qkv.weight, bias),
-            "b n (qkv h d) -> qkv b h n d",
-            qkv=3,
-            h=self.num_heads,
+            self.qkv(tokens), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads
         )
         heads = F.scaled_dot_product_attention(q, k, v)
         out: Tensor = self.proj(rearrange(heads, "b h n d -> b n (h d)"))
         return out
 
 
+def make_mlp(dim: int, hidden: int) -> nn.Sequential:
+    """Two linear layers with a GELU in between."""
+    return nn.Sequential(
+        OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim))
+    )
+
+
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        drop_path: float = 0.0,
-        conventions: Conventions = "videomae",
-        mlp_dim: int | None = None,
-    ) -> None:
+    def __init__(self, size: TransformerSize, drop_path: float = 0.0) -> None:
         super().__init__()
-        wide = mlp_dim or 4 * dim
+        dim = size.dim
         self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.attn = Attention(dim, num_heads, conventions)
+        self.attn = Attention(dim, size.num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.mlp = nn.Sequential(nn.Linear(dim, wide), nn.GELU(), nn.Linear(wide, dim))
+        self.mlp = make_mlp(dim, size.mlp_dim or 4 * dim)
 
     def forward(self, tokens: Tensor, draws: Tensor | None = None) -> Tensor:
         """(B, N, D), (B, 2) uniform draws or none -> (B, N, D)"""
@@ -74,7 +69,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks, then a norm (``final_norm=False``: none).
+    """Blocks and the norm behind them (``final_norm=False``: none).
 
     Stochastic depth (Huang et al., 2016) drops residual branches of single samples, with a chance
     that rises linearly over the blocks to ``drop_path``. Its draws are an argument, so that they
@@ -88,13 +83,10 @@ class Transformer(nn.Module):
         drop_path: float = 0.0,
         checkpoint_activations: bool = False,
         final_norm: bool = True,
-        conventions: Conventions = "videomae",
     ) -> None:
         super().__init__()
         rates = [drop_path * i / max(size.depth - 1, 1) for i in range(size.depth)]
-        self.blocks = nn.ModuleList(
-            Block(size.dim, size.num_heads, rate, conventions, size.mlp_dim) for rate in rates
-        )
+        self.blocks = nn.ModuleList(Block(size, rate) for rate in rates)
         self.norm = nn.LayerNorm(size.dim, eps=LAYER_NORM_EPS) if final_norm else nn.Identity()
         self.drop_path = drop_path
         self.checkpoint_activations = checkpoint_activations
@@ -105,13 +97,8 @@ class Transformer(nn.Module):
             return None
         return uniform(keys, 2 * len(self.blocks), "drop path")
 
-    def forward(self, tokens: Tensor, draws: Tensor | None = None) -> Tensor:
-        """(B, N, D), (B, 2 depth) uniform draws or none: then nothing is dropped -> (B, N, D)"""
-        out: Tensor = self.norm(self.run_blocks(tokens, draws))
-        return out
-
     def run_blocks(self, tokens: Tensor, draws: Tensor | None = None) -> Tensor:
-        """All but the norm: (B, N, D) -> (B, N, D)"""
+        """All but the norm: (B, N, D), (B, 2 depth) draws or none to drop nothing -> (B, N, D)"""
         for i, block in enumerate(self.blocks):
             of_block = None if draws is None else draws[:, 2 * i : 2 * i + 2]
             if self.checkpoint_activations and torch.is_grad_enabled():
@@ -124,9 +111,13 @@ class Transformer(nn.Module):
         return tokens
 
 
-def init_linear(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases for linear layers; for use with ``Module.apply``."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+def init_linear(module: nn.Module, init: Init = "xavier") -> None:
+    """Draw the weights of all linear layers in a module, and set their biases to 0."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            if init == "xavier":
+                nn.init.xavier_uniform_(layer.weight)
+            else:
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

@@ -32,12 +32,14 @@ OF_PRETRAINING: tuple[WeightsOf, ...] = ("student", "teacher")
 OF_CLASSIFIER: tuple[WeightsOf, ...] = ("model", "average")
 OF_DECODERS = (
     "mask_token",
-    "to_decoder.",
+    "decoder_embed.",
     "reconstructor.",
     "difficulty_decoder.",
-    "decoder_positions.",
+    "decoder_pos_embed",
 )
 """Weights of a masked autoencoder that are not its encoder's."""
+OF_POOLING = ("fc_norm.", "head_norm.", "attn_pool.")
+"""Those of a classifier between its encoder and its head."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class TrainedModel:
     update: int
     data: DataConfig
     """The clips that the encoder is to see."""
+    config: PretrainConfig | FinetuneConfig
 
     @property
     def file(self) -> str:
@@ -85,7 +88,7 @@ class TrainedModel:
 
     def tensors(self) -> dict[str, Tensor]:
         """Read its weights."""
-        return read_weights(self.path, self.file)
+        return read_weights(self.path, self.config.model.patch_size, self.file)
 
     def encoder(self) -> ClipEncoder:
         """Build what makes features of clips."""

@@ -29,7 +29,7 @@ from hpm_video.recognition.labels import (
 from hpm_video.recognition.mixing import Mixing
 from hpm_video.recognition.objective import Classification
 from hpm_video.recognition.testing import Scores, summarise
-from hpm_video.recognition.trained_model import OF_DECODERS
+from hpm_video.recognition.trained_model import OF_DECODERS, OF_POOLING
 from hpm_video.runs.data import RunData, open_data
 from hpm_video.runs.directory import RunDirectory, check_same_weights
 from hpm_video.runs.init_weights import SAME_ENCODER, check_same_model, config_beside
@@ -308,24 +308,24 @@ def load_pretrained(
     Raises:
         CheckpointError: the weights do not fit; every key left over or missing is named.
     """
-    stored = read_weights(source, weights_file(config))
+    stored = read_weights(source, config.model.patch_size, weights_file(config))
     own = model.state_dict()
     weights = dict(stored)
     if not _has_these_classes(source, stored, own, label_names):
         weights = {key: value for key, value in stored.items() if not key.startswith("head.")}
-    norm = ("encoder.norm.",) if config.model.pooling == "mean_norm" else ()
+    norm = ("norm.",) if config.model.pooling == "mean_norm" else ()
     fresh = load_weights(
         model,
         weights,
         source,
-        may_lack=("pooling.", "head."),
-        may_leave=(*OF_DECODERS, "pooling.", *norm),
+        may_lack=(*OF_POOLING, "head."),
+        may_leave=(*OF_DECODERS, *OF_POOLING, *norm),
     )
     whose = "" if config.init_from == "student" else f"the {config.init_from}'s "
     log.info("start from %sweights of %s", whose, source)
     log.info("  start fresh: %s", ", ".join(fresh) or "none")
     left = dict.fromkeys(
-        key if key.startswith(("encoder.", "pooling.", "head.")) else key.split(".")[0]
+        key.split(".")[0] if key.startswith(OF_DECODERS) else key
         for key in stored
         if key not in weights or key not in own
     )

@@ -213,9 +213,9 @@ class Pretraining:
         beside = config_beside(given)
         if beside is not None:
             check_same_model(self.config, beside)
-        lacking = load_weights(
-            model, read_weights(source), source, may_lack=("difficulty_decoder.",)
-        )
+        patch_size = self.config.model.patch_size
+        weights = read_weights(source, patch_size)
+        lacking = load_weights(model, weights, source, may_lack=("difficulty_decoder.",))
         log.info("start from the weights of %s", source)
         if lacking:
             log.info("which lack a loss predictor: its %d tensors start fresh", len(lacking))
@@ -223,7 +223,7 @@ class Pretraining:
             return None
         stored = (source / "teacher.safetensors").is_file()
         log.info("the teacher is %s", "of there too" if stored else "a copy of the student")
-        return read_weights(source, "teacher") if stored else None
+        return read_weights(source, patch_size, "teacher") if stored else None
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         assert isinstance(model, MaskedAutoencoder)

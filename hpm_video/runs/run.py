@@ -159,7 +159,7 @@ def train(
     facts = gather_facts(engine.device, engine.precision, engine.name, plan)
     _announce(config, data, engine, plan, start)
     if newest is not None:
-        engine.load_optimizer_state(read_optimizer(newest))
+        engine.load_optimizer_state(read_optimizer(newest, config.model.patch_size))
         for difference in bit_differences(read_state(newest, of_run=True)["facts"], facts):
             log.warning("the last bits may differ from an unbroken run's: %s", difference)
     if is_first:

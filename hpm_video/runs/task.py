@@ -100,9 +100,9 @@ def make_models(
         source = Path(task.config.init_weights or "")
         averages = task.initialise(model)
     else:
-        source = newest
-        load_weights(model, read_weights(newest), newest)
-        averages = None if task.ema is None else read_weights(newest, task.ema)
+        source, patch_size = newest, task.config.model.patch_size
+        load_weights(model, read_weights(newest, patch_size), newest)
+        averages = None if task.ema is None else read_weights(newest, patch_size, task.ema)
     ema = None
     if task.ema is not None:
         ema = make_teacher(model)

@@ -39,6 +39,9 @@ class TokenGrid:
                 )
         return cls(*(size // patch for size, patch in zip(clip_size, patch_size, strict=True)))
 
+    def __str__(self) -> str:
+        return f"{self.time}x{self.height}x{self.width}"
+
     @property
     def tokens_per_step(self) -> int:
         """Positions of one time step."""

@@ -17,8 +17,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
+from collections.abc import Iterable, Mapping
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hpm_video.files.first_names import ByCurrentNames
 from hpm_video.files.weights import OF_ANOTHER_PROJECT, CheckpointError
+from hpm_video.tokens.grid import Size3
 from hpm_video.training.optim import OptimizerState
 
 log = logging.getLogger(__name__)
@@ -274,8 +276,8 @@ def _write_optimizer(state: OptimizerState, path: Path) -> None:
     save_file(on_host(tensors), path, metadata={"step": str(state.step)})
 
 
-def read_optimizer(checkpoint: Path) -> OptimizerState:
-    """The optimizer's state, whatever engine wrote it.
+def read_optimizer(checkpoint: Path, patch_size: Size3) -> OptimizerState:
+    """The optimizer's state, whatever engine wrote it, by the names of today.
 
     Its tensors are read when they are asked for: with many processes on a machine, all of them in
     each would be many times the size of the model.
@@ -291,35 +293,24 @@ def read_optimizer(checkpoint: Path) -> OptimizerState:
         for key in stored.keys():  # noqa: SIM118 - it is no mapping
             kind, name = key.split(".", 1)
             names.setdefault(kind, []).append(name)
-        moments = {kind: _Stored(stored, kind, of_kind) for kind, of_kind in names.items()}
+        moments = {
+            kind: ByCurrentNames(of_kind, partial(_read_moment, stored, kind), patch_size)
+            for kind, of_kind in names.items()
+        }
         return OptimizerState(int(stored.metadata()["step"]), moments)
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise _damaged(path, f"is not whole ({str(error).splitlines()[0]})") from error
 
 
-class _Stored(Mapping[str, Tensor]):
-    """Tensors of one kind in an open file, by name."""
-
-    def __init__(self, file: Any, kind: str, names: Iterable[str]) -> None:
-        self._file = file
-        self._kind = kind
-        self._names = dict.fromkeys(names)
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        value: Tensor = self._file.get_tensor(f"{self._kind}.{name}")
-        return value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+def _read_moment(file: Any, kind: str, name: str) -> Tensor:
+    value: Tensor = file.get_tensor(f"{kind}.{name}")
+    return value
 
 
-def read_weights(path: Path, name: str = "model") -> dict[str, Tensor]:
-    """Weights of a checkpoint folder, or of a .safetensors file.
+def read_weights(path: Path, patch_size: Size3, name: str = "model") -> dict[str, Tensor]:
+    """Weights of a checkpoint folder, or of a .safetensors file, by the names of today.
+
+    ``patch_size``: of the model, which tells how the patch embedding of older files lies.
 
     Raises:
         CheckpointError: there is no such file, it is not one of safetensors, or it is damaged.
@@ -329,9 +320,8 @@ def read_weights(path: Path, name: str = "model") -> dict[str, Tensor]:
     _check_there(file)
     try:
         stored = load_file(file)
-        # Its name before features could be reconstructed too.
-        return {re.sub("^pixel_decoder", "reconstructor", name): stored[name] for name in stored}
-    except SafetensorError as error:
+        return dict(ByCurrentNames(stored, stored.__getitem__, patch_size))
+    except (SafetensorError, KeyError) as error:
         if (file.parent / "state.json").is_file():
             raise _damaged(file, f"is not whole ({error})") from error
         raise CheckpointError(

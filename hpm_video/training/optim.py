@@ -10,6 +10,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 Tensors = dict[str, Tensor]
 EmaUpdate = Callable[[nn.Module, nn.Module, float], None]
+TOKENS = ("cls_token", "mask_token", "latent")
+"""Learned tokens, by the last part of their names."""
 
 
 def parameter_groups(
@@ -20,7 +22,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups of parameters of one weight decay and one share of the learning rate (``lr_scale``).
 
-    Weight matrices decay; vectors do not: biases, norms, tokens, but for those whose names are in
+    Weights decay; biases, norms and tokens do not, but for tokens whose names are in
     ``also_decayed``. Parameters that do not learn are in no group. ``lr_scale`` gives the share by
     the name of a parameter; without it, all learn alike.
     """
@@ -28,7 +30,8 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             scale = 1.0 if lr_scale is None else lr_scale(name)
-            decayed = parameter.ndim > 1 or name in also_decayed
+            is_token = name.split(".")[-1] in TOKENS
+            decayed = name in also_decayed or (parameter.ndim > 1 and not is_token)
             groups.setdefault((decayed, scale), []).append(parameter)
     return [
         {"params": groups[key], "weight_decay": weight_decay if key[0] else 0.0, "lr_scale": key[1]}

@@ -13,13 +13,52 @@ from torch import Tensor
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-def first_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+BEGINNINGS = {
+    "patch_embed.proj.": "patch_embed.",
+    "cls_token": "class_token",
+    "pos_embed": "encoder_positions.table",
+    "blocks.": "encoder.blocks.",
+    "norm.": "encoder.norm.",
+    "decoder_embed.": "to_decoder.",
+    "decoder_pos_embed": "decoder_positions.table",
+    "mask_token": "mask_token",
+    "reconstructor.blocks.": "reconstructor.transformer.blocks.",
+    "reconstructor.norm.": "reconstructor.transformer.norm.",
+    "reconstructor.head.": "reconstructor.head.",
+    "difficulty_decoder.blocks.": "difficulty_decoder.transformer.blocks.",
+    "difficulty_decoder.norm.": "difficulty_decoder.transformer.norm.",
+    "difficulty_decoder.head.": "difficulty_decoder.head.",
+    "fc_norm.": "pooling.norm.",
+    "head_norm.": "pooling.norm.",
+    "attn_pool.latent": "pooling.query",
+    "attn_pool.": "pooling.",
+    "head.": "head.",
+}
+"""Of a name of today: what the first house's began with. The first that fits counts."""
+VECTORS = ("cls_token", "mask_token", "attn_pool.latent")
+"""Today they are (1, 1, D)."""
+
+
+def first_names(tensors: dict[str, Tensor], *, key_biases: bool) -> dict[str, Tensor]:
     """Weights, gradients or moments of today's models by the first house's names and shapes.
 
-    The one place to change where parameters are renamed, joined, permuted or reshaped; it is also
-    given expanded scalars and tensors without data. Today nothing has changed.
+    It is also given expanded scalars and tensors without data. ``key_biases``: whether blocks had
+    some there, as with MAE's conventions; VideoMAE's had none.
     """
-    return tensors
+    found = {}
+    for name, value in tensors.items():
+        now, before = next(each for each in BEGINNINGS.items() if name.startswith(each[0]))
+        first = before + name.removeprefix(now)
+        first = first.replace(".mlp.fc1.", ".mlp.0.").replace(".mlp.fc2.", ".mlp.2.")
+        if first.endswith("attn.qkv.bias"):
+            for kind, part in zip("qkv", value.chunk(3), strict=True):
+                if kind != "k" or key_biases:
+                    found[f"{first.removesuffix('qkv.bias')}{kind}_bias"] = part
+        elif name == "patch_embed.proj.weight":
+            found[first] = value.permute(0, 2, 3, 4, 1).flatten(1)
+        else:
+            found[first] = value.flatten() if name in VECTORS else value
+    return found
 
 
 @pytest.fixture(name="first_names")

@@ -191,7 +191,7 @@ def of_models():
     classifier.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0] == 0))
     classifier(torch.zeros(4, 3, 4, 32, 32), KEYS)
     student = build_student(load_config(PretrainConfig, Path("runs/video/config.yaml"), []))
-    spread = student.patch_embed.weight.detach().flatten().sort().values[::500]
+    spread = student.patch_embed.proj.weight.detach().flatten().sort().values[::500]
     return {
         "drop path": blocks.draws(KEYS).tolist(),
         "head dropout": seen[0].nonzero().tolist(),

@@ -59,6 +59,7 @@ def table(path, first_names, known):
     config = load(path)
     how = (config.recipe.weight_decay > 0, getattr(config.recipe, "layer_decay", None))
     key = str((*what_is_built(config), *how))
+    key_biases = config.model.conventions == "mae"
     if key in known:
         return known[key]
     with torch.device("meta"):
@@ -76,7 +77,8 @@ def table(path, first_names, known):
             {
                 name: torch.tensor(value, dtype=torch.float64).expand(shapes[name])
                 for name, value in values.items()
-            }
+            },
+            key_biases=key_biases,
         )
 
     decays, shares, rows = spread("weight_decay"), spread("lr_scale"), defaultdict(list)
@@ -107,7 +109,10 @@ def starts(path, first_names, known):
     config = replace(config, model=replace(config.model, drop_path=0.0, **sizes))
     key = str(what_is_built(config))
     if key not in known:
-        weights = first_names({name: p.detach() for name, p in build(config)[0].named_parameters()})
+        weights = first_names(
+            {name: p.detach() for name, p in build(config)[0].named_parameters()},
+            key_biases=config.model.conventions == "mae",
+        )
         known[key] = {
             name.replace("blocks.0.", "blocks.{i}."): [
                 float(f"{value.std(correction=0).item():.4g}"),

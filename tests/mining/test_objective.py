@@ -113,7 +113,7 @@ def test_loss_is_the_sum_of_its_parts_and_reaches_the_encoder_from_both():
     assert set(losses.parts) == {"reconstruction", "prediction"}
     torch.testing.assert_close(losses.total, sum(losses.parts.values()))
     for part in losses.parts.values():
-        gradient = torch.autograd.grad(part, student.patch_embed.weight, retain_graph=True)[0]
+        gradient = torch.autograd.grad(part, student.patch_embed.proj.weight, retain_graph=True)[0]
         assert gradient.abs().sum() > 0
     pixel_head = student.reconstructor.head.weight
     unused = torch.autograd.grad(losses.parts["prediction"], pixel_head, allow_unused=True)
@@ -135,7 +135,7 @@ def test_loss_is_the_sum_of_its_parts_and_reaches_the_encoder_from_both():
 def test_teacher_runs_only_where_something_is_picked(strategy, epoch, calls):
     _, objective, engine = make(strategy=strategy)
     ran = []
-    objective.teacher.encoder.register_forward_hook(lambda *_: ran.append(1))
+    objective.teacher.norm.register_forward_hook(lambda *_: ran.append(1))
     objective.teacher.reconstructor.register_forward_hook(lambda *_: pytest.fail("ran"))
     objective.losses(engine, random_batch((4, 32, 32)), Progress(0, epoch, 100))
     assert len(ran) == calls
@@ -299,7 +299,7 @@ def test_one_time_step_and_several_run_the_same_lines(options):
     student, objective, engine = make_mixed(**options)
     ran = []
     for batch in (random_batch((4, 32, 32)), images()):
-        before = student.patch_embed.weight.clone()
+        before = student.patch_embed.proj.weight.clone()
 
         def update(batch=batch):
             losses = objective.losses(engine, batch, Progress(3, 9, 10))
@@ -311,7 +311,7 @@ def test_one_time_step_and_several_run_the_same_lines(options):
             objective.examine(engine, batch, ["a"])
 
         ran.append(lines_run(update))
-        assert not torch.equal(student.patch_embed.weight, before)
+        assert not torch.equal(student.patch_embed.proj.weight, before)
     assert ran[0] == ran[1]
     functions = {place[:2] for place in ran[0]}
     assert {("objective", "losses"), ("masking", "draw"), ("encoder", "encode")} <= functions

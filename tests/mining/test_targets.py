@@ -163,7 +163,7 @@ def test_a_feature_model_gets_no_gradient():
     objective.losses(student, batch_of(), Progress(0, 0, 1)).total.backward()
     assert not target_of(model).features(batch_of().clips).requires_grad
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert student.patch_embed.weight.grad.abs().sum() > 0
+    assert student.patch_embed.proj.weight.grad.abs().sum() > 0
 
 
 def test_the_student_learns_the_features_of_one_batch_by_heart():
@@ -214,7 +214,7 @@ def test_a_study_of_features_has_no_reconstruction():
 def encoded_by(teacher):
     """A list that gets what its encoder gives, call by call."""
     seen = []
-    teacher.encoder.register_forward_hook(lambda *call: seen.append(call[-1]))
+    teacher.norm.register_forward_hook(lambda *call: seen.append(call[-1]))
     return seen
 
 
@@ -251,7 +251,7 @@ def test_pixels_need_the_teacher_only_where_it_picks():
 def test_the_target_is_what_the_teachers_encoder_makes_of_the_whole_clip(class_token):
     student, objective, _ = make(target_of(None), class_token=class_token)
     with torch.no_grad():
-        objective.teacher.patch_embed.weight.mul_(2)  # no longer the student's
+        objective.teacher.patch_embed.proj.weight.mul_(2)  # no longer the student's
     batch, asked = batch_of(), []
 
     def knows_all(clips, mask, keys):

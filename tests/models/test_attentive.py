@@ -48,7 +48,7 @@ def test_attention_equals_that_of_pytorch(pooling):
         theirs.in_proj_bias.zero_()
         theirs.in_proj_bias[:24] = pooling.q.bias
         theirs.out_proj.load_state_dict(pooling.proj.state_dict())
-    query = pooling.query.expand(2, 1, -1)
+    query = pooling.latent.expand(2, -1, -1)
     expected, weights = theirs(query, tokens, tokens)
     torch.testing.assert_close(pooling.attend(tokens), expected.squeeze(1), atol=1e-5, rtol=1e-5)
     assert weights.std() > 0.01  # the query does tell tokens apart
@@ -63,7 +63,7 @@ def test_the_whole_is_attention_over_normed_tokens_and_a_residual_mlp(pooling):
     hidden = nn.functional.layer_norm(
         pooled, (24,), pooling.norm2.weight, pooling.norm2.bias, eps=1e-6
     )
-    first, second = pooling.mlp[0], pooling.mlp[2]
+    first, second = pooling.mlp.fc1, pooling.mlp.fc2
     hidden = nn.functional.gelu(hidden @ first.weight.T + first.bias)
     expected = pooled + hidden @ second.weight.T + second.bias
     torch.testing.assert_close(pooling(tokens), expected)
@@ -81,7 +81,7 @@ def test_gradients_reach_every_parameter_from_the_start():
 def test_initial_values():
     torch.manual_seed(0)
     pooling = AttentivePooling(512, 8)
-    assert pooling.query.std().item() == pytest.approx(0.02, rel=0.2)
+    assert pooling.latent.std().item() == pytest.approx(0.02, rel=0.2)
     assert pooling.k.weight.abs().max().item() == pytest.approx((6 / 1024) ** 0.5, rel=1e-3)
     for name, parameter in pooling.named_parameters():
         if name.endswith("bias"):

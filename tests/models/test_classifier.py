@@ -7,7 +7,6 @@ from geometry import Geometry
 from torch import nn
 
 from hpm_video.config.choices import TransformerSize
-from hpm_video.models.classifier import BatchNorm
 from hpm_video.models.positions import position_table
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.optim import layer_decay_of, make_adamw, make_sgd, parameter_groups
@@ -16,6 +15,7 @@ CLIP, PATCH, SIZE, CLASSES = (4, 32, 32), (2, 16, 16), TransformerSize(32, 3, 4)
 GRID = TokenGrid.of_clip(CLIP, PATCH)
 SHAPE = Geometry(GRID, PATCH, SIZE, "sequence")
 POOLINGS = ["mean_norm", "batch_norm", "attentive"]
+OF_ENCODER = ("blocks.", "norm.", "patch_embed.")
 SIZES = {
     "S": TransformerSize(384, 12, 6),
     "B": TransformerSize(768, 12, 12),
@@ -48,10 +48,8 @@ def test_every_pooling_gives_logits_and_gradients_to_what_learns(pooling, frozen
     assert logits.dtype == torch.float32
     nn.functional.cross_entropy(logits, torch.arange(4)).backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
-    of_encoder = {
-        name for name, _ in model.named_parameters() if name.startswith(("encoder.", "patch_embed"))
-    }
     everything = {name for name, _ in model.named_parameters()}
+    of_encoder = {name for name in everything if name.startswith(OF_ENCODER)}
     assert with_gradient == (everything - of_encoder if frozen else everything)
     assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.grad is not None)
 
@@ -59,19 +57,19 @@ def test_every_pooling_gives_logits_and_gradients_to_what_learns(pooling, frozen
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_the_norm_of_the_encoder_is_there_unless_one_follows_the_mean(pooling):
     names = [name for name, _ in make(pooling=pooling).named_parameters()]
-    assert ("encoder.norm.weight" in names) == (pooling != "mean_norm")
-    assert ("pooling.norm.weight" in names) == (pooling == "mean_norm")
+    assert ("norm.weight" in names) == (pooling != "mean_norm")
+    assert ("fc_norm.weight" in names) == (pooling == "mean_norm")
 
 
 def test_pooling_is_the_norm_of_the_mean_of_all_tokens():
     model = make()
-    nn.init.normal_(model.pooling.norm.weight)
-    nn.init.normal_(model.pooling.norm.bias)
+    nn.init.normal_(model.fc_norm.weight)
+    nn.init.normal_(model.fc_norm.bias)
     tokens = torch.randn(3, 8, 32)
     mean = tokens.mean(dim=1)
     centred = mean - mean.mean(dim=1, keepdim=True)
     normed = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
-    expected = normed * model.pooling.norm.weight + model.pooling.norm.bias
+    expected = normed * model.fc_norm.weight + model.fc_norm.bias
     torch.testing.assert_close(model.pool(tokens), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -82,7 +80,7 @@ def test_number_of_parameters_is_that_of_a_plain_transformer(name):
     with torch.device("meta"):
         model = Geometry(grid, (2, 16, 16), size, "sequence").classifier(400)
     patches = (2 * 16 * 16 * 3 + 1) * width
-    attention = 4 * width**2 + 3 * width  # no bias on the keys
+    attention = 4 * width**2 + 4 * width
     mlp = 8 * width**2 + 5 * width
     blocks = size.depth * (attention + mlp + 4 * width)
     count = patches + blocks + 2 * width + 400 * (width + 1)
@@ -123,9 +121,9 @@ def test_linear_layers_start_as_told():
         linear = {
             name: m
             for name, m in model.named_modules()
-            if isinstance(m, nn.Linear) and name not in ("patch_embed", "head")
+            if isinstance(m, nn.Linear) and name != "head"
         }
-        assert any(name.startswith("pooling.") for name in linear)
+        assert any(name.startswith("attn_pool.") for name in linear)
         for module in linear.values():
             deviation = module.weight.std().item()
             assert deviation == pytest.approx(of_width(*module.weight.shape), rel=0.05)
@@ -181,31 +179,31 @@ def test_a_frozen_encoder_drops_nothing():
 def test_statistics_of_the_batch_in_training_and_running_ones_otherwise():
     model = make(pooling="batch_norm", frozen=True)
     clips = clips_of(8)
-    statistics = {name: value.clone() for name, value in model.pooling.state_dict().items()}
+    statistics = {name: value.clone() for name, value in model.head_norm.state_dict().items()}
     model.eval()
     model(clips, keys_of(8))
-    for name, value in model.pooling.state_dict().items():
+    for name, value in model.head_norm.state_dict().items():
         assert torch.equal(value, statistics[name]), "evaluation leaves them alone"
     alone = model(clips[:1])
     torch.testing.assert_close(alone, model(clips)[:1], rtol=1e-4, atol=1e-5)
     model.train()
     model(clips, keys_of(8))
     mean = model.encode(clips).mean(dim=1)
-    updated = model.pooling.norm
+    updated = model.head_norm
     torch.testing.assert_close(updated.running_mean, 0.1 * mean.mean(dim=0), rtol=1e-4, atol=1e-6)
     assert updated.num_batches_tracked == 1
 
 
 def test_batch_norm_standardises_each_value_without_weights_of_its_own():
-    pooling = BatchNorm(32, slice(None))
-    assert not list(pooling.parameters())
+    model = make(pooling="batch_norm")
+    assert not list(model.head_norm.parameters())
     tokens = 5 + 3 * torch.randn(64, 6, 32)
-    pooled = pooling(tokens)
+    pooled = model.pool(tokens)
     torch.testing.assert_close(pooled.mean(dim=0), torch.zeros(32), rtol=0, atol=1e-5)
     torch.testing.assert_close(
         pooled.std(dim=0, correction=0), torch.ones(32), rtol=1e-4, atol=1e-4
     )
-    assert pooling(tokens.bfloat16()).dtype == torch.float32
+    assert model.pool(tokens.bfloat16()).dtype == torch.float32
 
 
 # --- The class token ----------------------------------------------------------------------------
@@ -223,12 +221,12 @@ WITH_TOKEN = replace(SHAPE, class_token=True)
 def test_every_pooling_goes_with_a_class_token(pooling, frozen):
     model = make(shape=WITH_TOKEN, pooling=pooling, frozen=frozen)
     model(clips_of(), keys_of()).square().sum().backward()
-    assert (model.class_token.grad is None) == frozen
+    assert (model.cls_token.grad is None) == frozen
     if not frozen:
-        assert model.class_token.grad.abs().sum() > 0
+        assert model.cls_token.grad.abs().sum() > 0
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert ("class_token" in learning) != frozen
-    assert model.layer_of("class_token") == 0
+    assert ("cls_token" in learning) != frozen
+    assert model.layer_of("cls_token") == 0
 
 
 def test_what_each_pooling_takes_of_class_token_and_others():
@@ -251,8 +249,9 @@ def test_the_class_token_itself_is_what_the_head_sees():
     model = make(shape=WITH_TOKEN, pooling="class_token")
     expected = model.head(model.encode(clips_of())[:, 0])
     assert torch.equal(model(clips_of()), expected)
-    assert isinstance(model.encoder.norm, nn.LayerNorm)
-    assert not list(model.pooling.parameters())
+    assert isinstance(model.norm, nn.LayerNorm)
+    learning = {name.split(".")[0] for name, _ in model.named_parameters()}
+    assert learning == {"patch_embed", "cls_token", "blocks", "norm", "head"}
 
 
 def test_pooling_by_class_token_needs_one():
@@ -267,13 +266,13 @@ def test_pooling_by_class_token_needs_one():
 def test_layers_count_from_the_patch_embedding_to_the_head(pooling):
     model = make(pooling=pooling)
     assert model.num_layers == SIZE.depth + 2
-    assert model.layer_of("patch_embed.weight") == model.layer_of("patch_embed.bias") == 0
+    assert model.layer_of("patch_embed.proj.weight") == model.layer_of("patch_embed.proj.bias") == 0
     for block in range(SIZE.depth):
-        assert model.layer_of(f"encoder.blocks.{block}.attn.q_bias") == block + 1
+        assert model.layer_of(f"blocks.{block}.attn.qkv.bias") == block + 1
     above = [
         name
         for name, _ in model.named_parameters()
-        if name.startswith(("head.", "pooling.", "encoder.norm."))
+        if name.startswith(("head.", "fc_norm.", "attn_pool.", "norm."))
     ]
     assert above
     assert {model.layer_of(name) for name in above} == {SIZE.depth + 1}
@@ -282,8 +281,8 @@ def test_layers_count_from_the_patch_embedding_to_the_head(pooling):
 def test_block_10_is_not_block_1():
     with torch.device("meta"):
         model = make(shape=Geometry(GRID, PATCH, TransformerSize(8, 12, 2), "sequence"))
-    assert model.layer_of("encoder.blocks.1.norm1.weight") == 2
-    assert model.layer_of("encoder.blocks.10.norm1.weight") == 11
+    assert model.layer_of("blocks.1.norm1.weight") == 2
+    assert model.layer_of("blocks.10.norm1.weight") == 11
     assert model.layer_of("head.weight") == 13
 
 
@@ -294,11 +293,11 @@ def test_shares_of_the_learning_rate_and_weight_decay():
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
         group = place[id(parameter)]
-        assert group["weight_decay"] == (0.05 if parameter.ndim > 1 else 0)
+        assert group["weight_decay"] == (0.05 if parameter.ndim in (2, 5) else 0)
         if name.startswith("patch_embed."):
             layer = 0
-        elif name.startswith("encoder.blocks."):
-            layer = 1 + int(name.split(".")[2])
+        elif name.startswith("blocks."):
+            layer = 1 + int(name.split(".")[1])
         else:
             layer = 4
         assert group["lr_scale"] == pytest.approx(0.75 ** (4 - layer))
@@ -314,7 +313,7 @@ def test_without_layer_decay_there_are_two_groups():
 
 
 @pytest.mark.parametrize(
-    ("pooling", "learning"), [("batch_norm", {"head"}), ("attentive", {"head", "pooling"})]
+    ("pooling", "learning"), [("batch_norm", {"head"}), ("attentive", {"head", "attn_pool"})]
 )
 @pytest.mark.parametrize("make_optimizer", [make_adamw, make_sgd])
 def test_only_what_follows_a_frozen_encoder_learns(pooling, learning, make_optimizer):
@@ -348,7 +347,7 @@ def test_an_encoder_gives_the_tokens_of_the_autoencoder_it_came_from():
     assert not missing
     clips = clips_of(2)
     seen = []
-    source.encoder.register_forward_hook(lambda *call: seen.append(call[-1]))
+    source.norm.register_forward_hook(lambda *call: seen.append(call[-1]))
     source.score_all(clips)
     torch.testing.assert_close(encoder.encode(clips), seen[0])
     torch.testing.assert_close(encoder.pool(seen[0]), seen[0].mean(dim=1))
@@ -359,9 +358,9 @@ def test_positions_are_placed_in_the_grid_of_pretraining(positions):
     source = TokenGrid(1, 3, 3)
     encoder = Geometry(GRID, PATCH, SIZE, positions, source).encoder()
     table = position_table(GRID, SIZE.dim, positions, source)
-    assert torch.equal(encoder.encoder_positions(GRID), table)
+    assert torch.equal(encoder.positions("pos_embed", GRID), table)
     assert not torch.equal(table, position_table(GRID, SIZE.dim, positions))
-    assert not [name for name in encoder.state_dict() if "positions" in name]
+    assert not [name for name in encoder.state_dict() if "pos" in name]
 
 
 def test_recomputed_activations_give_the_same_gradients():

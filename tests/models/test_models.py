@@ -11,6 +11,7 @@ from hpm_video.models.positions import position_table
 from hpm_video.models.vit import Transformer
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import TokenMask, choose_masked
+from hpm_video.tokens.patches import patchify
 
 SMALL = TransformerSize(32, 2, 4)
 SIZES = {  # METHOD: parameters of VideoMAE's pre-training model in millions
@@ -45,7 +46,8 @@ def test_number_of_parameters_is_videomaes(name):
         plain = shape.autoencoder(decoder, predictor=False)
         mining = shape.autoencoder(decoder)
     count = sum(p.numel() for p in plain.parameters())
-    assert round(count / 1e6, 2) == millions
+    key_biases = encoder.depth * encoder.dim + decoder.depth * decoder.dim
+    assert round((count - key_biases) / 1e6, 2) == millions, "VideoMAE has no bias on the keys"
     predictor = sum(p.numel() for p in mining.difficulty_decoder.parameters())
     assert sum(p.numel() for p in mining.parameters()) == count + predictor
 
@@ -115,8 +117,8 @@ def test_recomputed_activations_give_the_same_gradients():
 def test_stochastic_depth_depends_on_the_sample_alone():
     transformer = Transformer(SMALL, drop_path=0.6)
     tokens, keys = torch.rand(6, 5, 32), torch.arange(6)
-    together = transformer(tokens, transformer.draws(keys))
-    alone = transformer(tokens[3:4], transformer.draws(keys[3:4]))
+    together = transformer.run_blocks(tokens, transformer.draws(keys))
+    alone = transformer.run_blocks(tokens[3:4], transformer.draws(keys[3:4]))
     torch.testing.assert_close(together[3:4], alone)
     assert transformer.draws(None) is None
 
@@ -137,13 +139,26 @@ def test_block_equals_timms():
     theirs = timm.Block(32, 4, qkv_bias=True, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6))
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    state = ours.state_dict()
-    q, v = state.pop("attn.q_bias"), state.pop("attn.v_bias")
-    state["attn.qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
-    renamed = {k.replace("mlp.0", "mlp.fc1").replace("mlp.2", "mlp.fc2"): state[k] for k in state}
-    theirs.load_state_dict(renamed)
+    theirs.load_state_dict(ours.state_dict())
     tokens = torch.randn(2, 7, 32)
     torch.testing.assert_close(ours(tokens), theirs(tokens), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("patch", "channels"), [((2, 8, 8), 3), ((1, 4, 8), 2)])
+def test_the_patch_embedding_is_a_convolution(patch, channels):
+    model = make(shape_of(patch=patch, channels=channels))
+    clips = torch.rand(2, channels, 4, 32, 32)
+    expected = model.patch_embed.proj(clips).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(model.patch_embed(patchify(clips, patch)), expected)
+
+
+def test_given_positions_are_a_table_that_checkpoints_keep():
+    model = make(shape_of(positions="given", class_token=True))
+    state = model.state_dict()
+    tables = {name: value.shape for name, value in state.items() if "pos" in name}
+    assert tables == {"pos_embed": (1, 32, 32), "decoder_pos_embed": (1, 32, 32)}
+    state["pos_embed"].normal_()
+    assert torch.equal(model.positions("pos_embed", model.grid), state["pos_embed"][0])
 
 
 def test_positions_are_interleaved_sine_and_cosine():
@@ -316,7 +331,7 @@ def test_a_class_token_changes_no_shape_of_what_is_said_of_the_clip(conventions,
 def test_without_a_class_token_the_mean_stands_for_the_clip():
     model = make()
     tokens = model.encode(torch.rand(CLIPS))
-    assert model.class_token is None
+    assert model.cls_token is None
     assert torch.equal(model.of_clip(tokens), tokens)
     torch.testing.assert_close(model.pool(tokens), tokens.mean(dim=1))
 
@@ -324,19 +339,18 @@ def test_without_a_class_token_the_mean_stands_for_the_clip():
 def test_the_class_token_goes_first_and_has_no_position():
     model, clips = make(shape_of(class_token=True)), torch.rand(CLIPS)
     mask = random_mask(model)
-    in_encoder = seen_by(model.encoder.blocks[0])
+    in_encoder = seen_by(model.blocks[0])
     in_decoders = [
-        seen_by(decoder.transformer.blocks[0])
-        for decoder in (model.reconstructor, model.difficulty_decoder)
+        seen_by(decoder.blocks[0]) for decoder in (model.reconstructor, model.difficulty_decoder)
     ]
     model(clips, mask)
     assert in_encoder[0].shape == (2, 1 + 8, 32)
-    assert torch.equal(in_encoder[0][:, 0], model.class_token.expand(2, -1))
-    embedded = model.to_decoder(model.encode(clips, mask=mask))
+    assert torch.equal(in_encoder[0][:, 0], model.cls_token[0].expand(2, -1))
+    embedded = model.decoder_embed(model.encode(clips, mask=mask))
     for (sequence,) in in_decoders:
         assert sequence.shape == (2, 1 + 32, 32)
         torch.testing.assert_close(sequence[:, 0], embedded[:, 0])
-        codes = sequence[:, 1:] - model.decoder_positions(model.grid)
+        codes = sequence[:, 1:] - model.positions("decoder_pos_embed", model.grid)
         torch.testing.assert_close(mask.take_visible(codes), embedded[:, 1:], rtol=1e-4, atol=1e-5)
         hidden = model.mask_token.expand(2, 24, -1)
         torch.testing.assert_close(mask.take_masked(codes), hidden, rtol=1e-4, atol=1e-5)
@@ -346,7 +360,7 @@ def test_the_class_token_learns_from_both_decoders_and_tells_of_the_clip():
     model, clips = make(shape_of(class_token=True)), torch.rand(CLIPS)
     prediction = model(clips, random_mask(model))
     for part in prediction:
-        (gradient,) = torch.autograd.grad(part.square().sum(), model.class_token, retain_graph=True)
+        (gradient,) = torch.autograd.grad(part.square().sum(), model.cls_token, retain_graph=True)
         assert gradient.abs().sum() > 0
     pooled = model.pool(model.encode(clips))
     assert not torch.allclose(pooled[0], pooled[1])
@@ -354,8 +368,8 @@ def test_the_class_token_learns_from_both_decoders_and_tells_of_the_clip():
 
 def test_nothing_else_starts_otherwise_for_a_class_token():
     plain, with_token = make().state_dict(), make(shape_of(class_token=True)).state_dict()
-    assert set(with_token) - set(plain) == {"class_token"}
-    before_it = [name for name in plain if name.startswith(("encoder.", "patch_embed."))]
+    assert set(with_token) - set(plain) == {"cls_token"}
+    before_it = [name for name in plain if name.startswith(("blocks.", "patch_embed."))]
     assert all(torch.equal(plain[name], with_token[name]) for name in before_it)
 
 
@@ -368,11 +382,9 @@ def test_what_the_conventions_of_mae_add():
             make(shape_of(class_token=True, conventions=name)) for name in ("videomae", "mae")
         )
     added = set(mae.state_dict()) - set(videomae.state_dict())
-    blocks = [name.removesuffix("q_bias") for name in mae.state_dict() if name.endswith("q_bias")]
-    assert len(blocks) == 6
-    assert added == {"to_decoder.bias", *(f"{block}k_bias" for block in blocks)}
+    assert added == {"decoder_embed.bias"}
     assert set(videomae.state_dict()) < set(mae.state_dict())
-    assert mae.decayed_tokens == ("class_token", "mask_token")
+    assert mae.decayed_tokens == ("cls_token", "mask_token")
     assert videomae.decayed_tokens == ()
 
 
@@ -381,24 +393,25 @@ def test_initial_weights_of_mae():
     model = shape_of(size=size, class_token=True, conventions="mae").autoencoder(
         TransformerSize(512, 1, 4)
     )
-    for token in (model.class_token, model.mask_token):
+    for token in (model.cls_token, model.mask_token):
         assert token.std().item() == pytest.approx(0.02, rel=0.2)
-    for module in (model.patch_embed, model.to_decoder, model.encoder.blocks[0].mlp[0]):
-        rows, columns = module.weight.shape
+    for module in (model.patch_embed.proj, model.decoder_embed, model.blocks[0].mlp.fc1):
+        rows, columns = module.weight.flatten(1).shape
         limit = math.sqrt(6 / (rows + columns))
         assert 0.98 * limit < module.weight.abs().max() <= limit
-    assert not model.to_decoder.bias.any()
-    assert not model.encoder.blocks[0].attn.k_bias.any()
+    assert not model.decoder_embed.bias.any()
+    assert not model.blocks[0].attn.qkv.bias.any()
 
 
 def test_the_bias_of_the_keys_is_that_and_nothing_else():
     """The softmax ignores it, which it would not if it were added to anything else."""
-    attention = Transformer(SMALL, conventions="mae").blocks[0].attn
+    attention = Transformer(SMALL).blocks[0].attn
+    q_bias, k_bias, _ = attention.qkv.bias.detach().chunk(3)
     tokens = torch.rand(2, 5, 32)
     before = attention(tokens)
-    torch.nn.init.normal_(attention.k_bias)
+    torch.nn.init.normal_(k_bias)
     torch.testing.assert_close(attention(tokens), before, rtol=1e-4, atol=1e-5)
-    torch.nn.init.normal_(attention.q_bias)
+    torch.nn.init.normal_(q_bias)
     assert not torch.allclose(attention(tokens), before, atol=1e-3)
 
 
@@ -430,10 +443,11 @@ def test_clips_of_several_grids_go_through_one_model(positions, clip, grid):
 @pytest.mark.parametrize("positions", ["sequence", "space_time"])
 def test_one_time_step_lies_in_the_middle_of_the_clips_of_the_main_grid(positions):
     model = make(mixed_shape(positions))
-    for codes in (model.encoder_positions, model.decoder_positions):
-        middle_step = codes(LONG)[16:32]
-        assert torch.equal(codes(SHORT), middle_step)
-        assert torch.equal(codes(WIDE), position_table(WIDE, 32, positions, LONG))
+    for name in ("pos_embed", "decoder_pos_embed"):
+        middle_step = model.positions(name, LONG)[16:32]
+        assert torch.equal(model.positions(name, SHORT), middle_step)
+        in_long = position_table(WIDE, 32, positions, LONG)
+        assert torch.equal(model.positions(name, WIDE), in_long)
 
 
 @pytest.mark.parametrize("positions", ["sequence", "space_time"])

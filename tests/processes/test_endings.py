@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 LAUNCHED = (str(ROOT / "tools" / "launch.py"), "--processes", "2")
 LONG = ("recipe.epochs=6", "checkpoint.every_updates=2", "logging.picture_every_epochs=99")
-SHIFTS_ALL_SCORES = ("difficulty_decoder.head.bias", "difficulty_decoder.transformer.norm.bias")
+SHIFTS_ALL_SCORES = ("difficulty_decoder.head.bias", "difficulty_decoder.norm.bias")
 """Their true gradient is zero, see test_same_results.py."""
 SPREAD = ("engine.name=deepspeed", "engine.zero_stage=3")
 WAITER = """

@@ -611,7 +611,7 @@ def test_values_that_half_precision_does_not_hold(main, source, tmp_path, capsys
     def build(config):
         model = build_classifier(config, 2)
         with torch.no_grad():
-            model.pooling.norm.weight.fill_(1e6)
+            model.fc_norm.weight.fill_(1e6)
         return {"model": model}
 
     checkpoint = save(tmp_path, FinetuneConfig, CLASSIFIER, build, names=("a", "b"))

@@ -131,7 +131,7 @@ def test_it_evaluates_and_leaves_the_model_in_the_mode_it_was_in(config):
     recogniser = Inference(model, other.data, CPU, "fp32")
     first = recogniser.probabilities(clips_of())
     assert model.training
-    assert model.pooling.norm.num_batches_tracked == 0
+    assert model.head_norm.num_batches_tracked == 0
     torch.testing.assert_close(recogniser.probabilities(clips_of()[:1]), first[:1])
     model.eval()
     recogniser.probabilities(clips_of())
@@ -340,7 +340,7 @@ def test_a_checkpoint_is_loaded_as_it_was_saved(checkpoint, config):
 def test_other_clips_get_their_positions_in_the_grid_of_training(checkpoint, clips, grid):
     recogniser = load(checkpoint, clips=clips)
     table = position_table(grid, 16, "sequence", TokenGrid(2, 4, 3))
-    assert torch.equal(recogniser.model.encoder_positions(grid), table)
+    assert torch.equal(recogniser.model.positions("pos_embed", grid), table)
     assert recogniser.data.max_frame_stride is None
     assert recogniser.data.frame_size == (clips.frame_size or (32, 24))
     size = (recogniser.data.num_frames, *recogniser.data.frame_size)
@@ -396,9 +396,9 @@ def test_a_classifier_is_what_the_config_says(config):
     plain = build_classifier(replace(config, model=replace(model, head_init_scale=1.0)), 5)
     assert built.head.out_features == 5
     assert built.head_dropout == 0.3
-    assert built.encoder.drop_path == 0.4
-    assert built.encoder.checkpoint_activations
+    assert built.drop_path == 0.4
+    assert built.checkpoint_activations
     assert built.frozen
     assert built.source_grid == TokenGrid(1, 2, 2)
-    assert built.encoder.blocks[0].mlp[0].weight.abs().max() > 0.2, "Xavier's are wider than 0.02"
+    assert built.blocks[0].mlp.fc1.weight.abs().max() > 0.2, "Xavier's are wider than 0.02"
     torch.testing.assert_close(built.head.weight, 2 * plain.head.weight)

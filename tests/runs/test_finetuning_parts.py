@@ -1,11 +1,12 @@
 """What a fine-tuning run is assembled from: classes, the source's weights and its config."""
 
 import logging
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_config, save_config
@@ -21,7 +22,7 @@ from hpm_video.runs.finetuning import (
     resolve,
 )
 from hpm_video.runs.pretraining import Pretraining
-from hpm_video.training.checkpoint import read_weights, save_checkpoint
+from hpm_video.training.checkpoint import save_checkpoint
 from hpm_video.training.optim import OptimizerState
 from hpm_video.training.progress import Timeline
 
@@ -93,6 +94,7 @@ def classified(load, tmp_path_factory):
 
 CPU = torch.device("cpu")
 NAMES = ("a", "b", "c", "d", "e")
+FRESH = ("head.", "fc_norm.", "head_norm.", "attn_pool.")
 
 
 # --- Weights ------------------------------------------------------------------------------------
@@ -108,22 +110,22 @@ def test_the_encoder_of_an_autoencoder_arrives_exactly(
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with caplog.at_level(logging.INFO):
         load_pretrained(model, pretrained, config, NAMES)
-    stored = read_weights(pretrained, file)
+    stored = load_file(pretrained / f"{file}.safetensors")
     fresh = set()
     for name, value in model.state_dict().items():
-        if name.startswith(("head.", "pooling.")):
+        if name.startswith(FRESH):
             assert torch.equal(value, before[name])
             fresh.add(name)
         else:
             assert torch.equal(value, stored[name])
-    assert ("encoder.norm.weight" in model.state_dict()) == (pooling != "mean_norm")
+    assert ("norm.weight" in model.state_dict()) == (pooling != "mean_norm")
     start, told_fresh, left_out = caplog.messages
     whose = "" if init_from == "student" else "the teacher's "
     assert start == f"start from {whose}weights of {pretrained}"
     assert set(told_fresh.removeprefix("  start fresh: ").split(", ")) == fresh
     left = set(left_out.removeprefix("  left out: ").split(", "))
-    norm = {"encoder.norm.weight", "encoder.norm.bias"} if pooling == "mean_norm" else set()
-    decoders = {"mask_token", "to_decoder", "reconstructor", "difficulty_decoder"}
+    norm = {"norm.weight", "norm.bias"} if pooling == "mean_norm" else set()
+    decoders = {"mask_token", "decoder_embed", "reconstructor", "difficulty_decoder"}
     assert left == norm | decoders
 
 
@@ -138,18 +140,18 @@ def test_an_encoder_with_a_class_token_arrives_with_it(load, tmp_path, pooling, 
     model = build_classifier(config, 3)
     with caplog.at_level(logging.INFO):
         load_pretrained(model, place, config, NAMES)
-    stored, own = read_weights(place), model.state_dict()
-    arrived = {name for name in own if not name.startswith(("head.", "pooling."))}
-    assert {"class_token", "encoder.blocks.1.attn.k_bias"} <= arrived
+    stored, own = load_file(place / "model.safetensors"), model.state_dict()
+    arrived = {name for name in own if not name.startswith(FRESH)}
+    assert {"cls_token", "blocks.1.attn.qkv.bias"} <= arrived
     assert all(torch.equal(own[name], stored[name]) for name in arrived)
-    assert "class_token" not in caplog.messages[1] + caplog.messages[2]
+    assert "cls_token" not in caplog.messages[1] + caplog.messages[2]
 
 
 def test_weights_may_be_a_file_of_their_own(load, pretrained, tmp_path):
     config = load(FinetuneConfig)
     model, of_folder = build_classifier(config, 3), build_classifier(config, 3)
     load_pretrained(of_folder, pretrained, config, NAMES)
-    save_file(read_weights(pretrained), tmp_path / "exported.safetensors")
+    shutil.copy(pretrained / "model.safetensors", tmp_path / "exported.safetensors")
     load_pretrained(model, tmp_path / "exported.safetensors", config, NAMES)
     for name, value in of_folder.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
@@ -159,8 +161,8 @@ def test_clips_of_another_size_take_the_same_weights(load, pretrained):
     config = load(FinetuneConfig, "data.num_frames=8", "data.frame_size=[48,48]")
     model = build_classifier(config, 3)
     load_pretrained(model, pretrained, config, NAMES)
-    stored = read_weights(pretrained)
-    assert torch.equal(model.patch_embed.weight, stored["patch_embed.weight"])
+    stored = load_file(pretrained / "model.safetensors")
+    assert torch.equal(model.patch_embed.proj.weight, stored["patch_embed.proj.weight"])
 
 
 def test_a_classifier_is_taken_with_its_head(load, classified, caplog):
@@ -168,7 +170,7 @@ def test_a_classifier_is_taken_with_its_head(load, classified, caplog):
     model = build_classifier(config, 5)
     with caplog.at_level(logging.INFO):
         load_pretrained(model, classified, config, NAMES)
-    stored = read_weights(classified)
+    stored = load_file(classified / "model.safetensors")
     assert set(stored) == set(model.state_dict())
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
     assert caplog.messages[1:] == ["  start fresh: none", "  left out: none"]
@@ -181,8 +183,8 @@ def test_a_head_for_another_number_of_classes_starts_fresh(load, classified, cap
     with caplog.at_level(logging.INFO):
         load_pretrained(model, classified, config, NAMES)
     assert torch.equal(model.head.weight, before)
-    stored = read_weights(classified)
-    assert torch.equal(model.pooling.norm.weight, stored["pooling.norm.weight"])
+    stored = load_file(classified / "model.safetensors")
+    assert torch.equal(model.fc_norm.weight, stored["fc_norm.weight"])
     assert caplog.messages[1] == "  start fresh: head.weight, head.bias"
 
 
@@ -191,15 +193,31 @@ def test_a_classifier_without_a_final_norm_is_no_frozen_encoder(load, classified
     with pytest.raises(CheckpointError) as caught:
         load_pretrained(build_classifier(config, 5), classified, config, NAMES)
     named = {line.strip() for line in str(caught.value).splitlines()[1:]}
-    assert named == {"missing encoder.norm.weight", "missing encoder.norm.bias"}
+    assert named == {"missing norm.weight", "missing norm.bias"}
+
+
+@pytest.mark.parametrize("kind", ["an image model", "another model of videos"])
+def test_weights_with_timms_names_that_are_no_checkpoint_are_to_be_imported(
+    load, pretrained, tmp_path, kind
+):
+    """Most of their names are ours."""
+    weights = load_file(pretrained / "model.safetensors")
+    if kind == "an image model":
+        weights["patch_embed.proj.weight"] = torch.zeros(16, 3, 8, 8)
+    else:
+        weights = {f"encoder.{name}": value for name, value in weights.items()}
+    save_file(weights, tmp_path / "other.safetensors")
+    config = load(FinetuneConfig)
+    with pytest.raises(CheckpointError, match=r"weights.py import FILE FOLDER"):
+        load_pretrained(build_classifier(config, 3), tmp_path / "other.safetensors", config, NAMES)
 
 
 def test_every_key_that_does_not_fit_is_named(load, pretrained, tmp_path):
-    weights = read_weights(pretrained)
+    weights = load_file(pretrained / "model.safetensors")
     weights = {name.replace("blocks.1.", "blocks.7."): value for name, value in weights.items()}
-    weights["patch_embed.bias"] = torch.zeros(9)
+    weights["patch_embed.proj.bias"] = torch.zeros(9)
     weights["cls_token"] = torch.zeros(1, 1, 16)
-    del weights["encoder.blocks.0.attn.q_bias"]
+    del weights["blocks.0.attn.qkv.bias"]
     save_file(weights, tmp_path / "odd.safetensors")
     config = load(FinetuneConfig)
     model = build_classifier(config, 3)
@@ -207,11 +225,11 @@ def test_every_key_that_does_not_fit_is_named(load, pretrained, tmp_path):
     with pytest.raises(CheckpointError) as caught:
         load_pretrained(model, tmp_path / "odd.safetensors", config, NAMES)
     named = {line.strip() for line in str(caught.value).splitlines()[1:]}
-    second = [name for name in before if name.startswith("encoder.blocks.1.")]
+    second = [name for name in before if name.startswith("blocks.1.")]
     assert named == {
-        "patch_embed.bias has shape (9,), the model's (16,)",
+        "patch_embed.proj.bias has shape (9,), the model's (16,)",
         "left over cls_token",
-        "missing encoder.blocks.0.attn.q_bias",
+        "missing blocks.0.attn.qkv.bias",
         *(f"missing {name}" for name in second),
         *(f"left over {name.replace('blocks.1.', 'blocks.7.')}" for name in second),
     }
@@ -404,15 +422,15 @@ def test_tokens_decay_in_pretraining_by_the_conventions_of_mae_alone(load, conve
     student = build_student(config)
     found = decays(Pretraining(config).optimizer(student).param_groups, student)
     assert found.keys() == dict(student.named_parameters()).keys()
-    assert found["class_token"] == found["mask_token"] == of_tokens
-    assert found["patch_embed.weight"] == 0.05
+    assert found["cls_token"] == found["mask_token"] == of_tokens
+    assert found["patch_embed.proj.weight"] == 0.05
     others = [p for p in found if p.endswith(("bias", "norm.weight", "norm1.weight"))]
     assert {found[name] for name in others} == {0}
 
     config = load(FinetuneConfig, *overrides, "model.pooling=class_token")
     model = build_classifier(config, 3)
     optimizer = Finetuning(config).optimizer(model)
-    assert decays(optimizer.param_groups, model)["class_token"] == 0
+    assert decays(optimizer.param_groups, model)["cls_token"] == 0
 
 
 def test_the_class_token_learns_as_the_patch_embedding_does(load):
@@ -421,4 +439,4 @@ def test_the_class_token_learns_as_the_patch_embedding_does(load):
     model = build_classifier(config, 3)
     groups = Finetuning(config).optimizer(model).param_groups
     share = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
-    assert share[id(model.class_token)] == share[id(model.patch_embed.weight)] == 0.5**3
+    assert share[id(model.cls_token)] == share[id(model.patch_embed.proj.weight)] == 0.5**3

@@ -131,8 +131,8 @@ def test_images_are_fine_tuned_and_tested_by_the_same_programs(image_run, images
         result = evaluate_run(config, finetune(config))
         assert result["top1"] >= 5 / 6, "three tints are easy"
         assert (result["videos"], result["test"]["clips"]) == (6, 1)
-        before = load_file(start / "model.safetensors")["class_token"]
-        after = load_file(run / "checkpoints" / "last" / "model.safetensors")["class_token"]
+        before = load_file(start / "model.safetensors")["cls_token"]
+        after = load_file(run / "checkpoints" / "last" / "model.safetensors")["cls_token"]
         assert not torch.equal(before, after)
 
 

@@ -51,11 +51,11 @@ def test_a_page_without_markers_is_refused(run_tool, tmp_path):
     [("DDP", 4, 2), ("ZeRO 0", 4, 2), ("ZeRO 1", 4, 3), ("ZeRO 2", 4, 9), ("ZeRO 3", 4, 16)],
 )
 def test_what_is_sent_is_counted_by_hand_for_the_largest(stage, passes, sent):
-    """ViT-H on 8 GPUs: 751563777 parameters of 4 bytes, of which each sends 7/8."""
+    """ViT-H on 8 GPUs: 751620097 parameters of 4 bytes, of which each sends 7/8."""
     row = next(line for line in table_of("k400_hpm_h").splitlines() if f"| 8 | {stage} |" in line)
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[2] == f"{passes} x 32"
-    assert float(cells[10]) == pytest.approx(sent * 4 * 0.751563777 * 7 / 8, abs=0.05)
+    assert float(cells[10]) == pytest.approx(sent * 4 * 0.751620097 * 7 / 8, abs=0.05)
 
 
 def test_costs_are_those_of_the_page():

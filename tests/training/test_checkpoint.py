@@ -25,6 +25,8 @@ from hpm_video.training.checkpoint import (
 from hpm_video.training.optim import OptimizerState
 
 ROOT = Path(__file__).parent.parent.parent
+PATCH = (1, 1, 1)
+"""It matters to none of these weights."""
 
 
 @pytest.fixture
@@ -49,8 +51,8 @@ def test_a_checkpoint_is_read_back(tmp_path, config):
     save(tmp_path, 7, config, module)
     (checkpoint,) = checkpoints_in(tmp_path)
     assert checkpoint.name == "update-00000007"
-    assert torch.equal(read_weights(checkpoint)["weight"], module.weight)
-    optimizer = read_optimizer(checkpoint)
+    assert torch.equal(read_weights(checkpoint, PATCH)["weight"], module.weight)
+    optimizer = read_optimizer(checkpoint, PATCH)
     assert optimizer.step == 1
     assert torch.equal(optimizer.moments["exp_avg"]["weight"], torch.ones(2, 3))
     assert (checkpoint / "config.yaml").read_text() == "seed: 0\n"
@@ -140,7 +142,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, config):
     (checkpoint / "state.json").unlink()  # with the checksum that it would not have
     (checkpoint / "optimizer.safetensors").write_bytes(pickle.dumps(Evil(), protocol=2))
     with pytest.raises(CheckpointError, match="optimizer.safetensors is not whole"):
-        read_optimizer(checkpoint)
+        read_optimizer(checkpoint, PATCH)
     assert not (tmp_path / "pwned").exists()
 
 
@@ -180,17 +182,12 @@ def test_only_names_that_begin_as_told_may_be_missing_or_left(tmp_path):
 
 def test_weights_that_are_not_there_or_cut_short(tmp_path):
     with pytest.raises(CheckpointError, match="none.safetensors does not exist"):
-        read_weights(tmp_path / "none.safetensors")
+        read_weights(tmp_path / "none.safetensors", PATCH)
     path = tmp_path / "cut.safetensors"
     save_file({"a": torch.zeros(100)}, path)
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
-        read_weights(path)
-
-
-def test_weights_of_before_the_reconstructor_had_its_name_are_read(tmp_path):
-    save_file({"pixel_decoder.head.bias": torch.ones(2)}, tmp_path / "model.safetensors")
-    assert [*read_weights(tmp_path)] == ["reconstructor.head.bias"]
+        read_weights(path, PATCH)
 
 
 def test_a_name_points_elsewhere_at_once(tmp_path, config):
@@ -268,13 +265,13 @@ def test_a_flipped_bit_is_an_error_in_the_first_process_of_a_machine(tmp_path, c
     flip_a_bit(file)
     for path in (checkpoint, file):
         with pytest.raises(CheckpointError, match=r"model.safetensors has the SHA-256 .*delete it"):
-            read_weights(path)
+            read_weights(path, PATCH)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert read_weights(checkpoint)
+    assert read_weights(checkpoint, PATCH)
     monkeypatch.setenv("LOCAL_RANK", "0")
     file.unlink()
     with pytest.raises(CheckpointError, match="model.safetensors is missing"):
-        read_weights(checkpoint)
+        read_weights(checkpoint, PATCH)
 
 
 def test_a_file_that_was_changed_on_purpose_is_read_without_its_checksum(tmp_path, config):
@@ -284,5 +281,5 @@ def test_a_file_that_was_changed_on_purpose_is_read_without_its_checksum(tmp_pat
     state = read_state(checkpoint)
     del state["sha256"]["model.safetensors"]
     (checkpoint / "state.json").write_text(json.dumps(state))
-    assert read_weights(checkpoint)["weight"] == 1
-    assert read_optimizer(checkpoint).step == 1
+    assert read_weights(checkpoint, PATCH)["weight"] == 1
+    assert read_optimizer(checkpoint, PATCH).step == 1

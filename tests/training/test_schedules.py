@@ -82,7 +82,7 @@ def test_vectors_do_not_decay():
     assert {names[id(p)].rsplit(".")[-1] for p in decayed["params"]} == {"weight"}
     not_decayed = {names[id(p)] for p in kept["params"]}
     assert "mask_token" in not_decayed
-    assert "encoder.norm.weight" in not_decayed
+    assert "norm.weight" in not_decayed
     assert len(names) == len(decayed["params"]) + len(kept["params"])
 
 
