@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpm_video.files.errors import ExpectedError
+
 log = logging.getLogger(__name__)
 
 MOST_LISTED = 100
@@ -23,7 +25,7 @@ class Failure:
         return f"{self.path}: {self.reason}"
 
 
-class BadFilesError(Exception):
+class BadFilesError(ExpectedError):
     """Some of many videos do not decode. The message names them, and says what to do."""
 
     def __init__(
@@ -43,7 +45,7 @@ class BadFilesError(Exception):
         super().__init__("\n".join([first, *rows, remedy]))
 
 
-class TooManyBadFiles(Exception):  # noqa: N818 - it says what is wrong
+class TooManyBadFiles(ExpectedError):  # noqa: N818 - it says what is wrong
     """More files do not decode than the data allows."""
 
 

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from hpm_video.config.batch_plan import BatchPlan, PlanError, micro_batches, plan_batches
+from hpm_video.config.batch_plan import BatchPlan, micro_batches, plan_batches
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.schema import RunConfig
 from hpm_video.data.batch import ClipBatch
-from hpm_video.mining.teacher import make_teacher
 from hpm_video.runs.task import Session, Task
 from hpm_video.training.device import Precision, choose_precision
+from hpm_video.training.ema import make_ema
 from hpm_video.training.engine import TorchEngine
 from hpm_video.training.progress import Progress
 
@@ -38,7 +38,7 @@ def trial_update(
     """
     config = task.config
     model = task.model()
-    ema = None if task.ema is None else make_teacher(model).to(device)
+    ema = None if task.ema is None else make_ema(model).to(device)
     model = model.to(device)
     engine = TorchEngine(
         model,
@@ -82,10 +82,7 @@ def plan_for(
         ConfigError: it does not come out even.
     """
     chosen = config.engine.micro_batch if micro_batch is None else micro_batch
-    try:
-        return plan_batches(config.recipe.batch_size, processes, chosen, multiple=multiple)
-    except PlanError as error:
-        raise ConfigError(str(error)) from error
+    return plan_batches(config.recipe.batch_size, processes, chosen, multiple=multiple)
 
 
 def choose_plan(task: Task, session: Session, precision: Precision) -> BatchPlan:

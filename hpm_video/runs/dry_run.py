@@ -9,7 +9,7 @@ from hpm_video.config.batch_plan import BatchPlan, micro_batches
 from hpm_video.config.schema import RunConfig
 from hpm_video.runs.autotune import plan_for, trial_update
 from hpm_video.runs.data import describe_data
-from hpm_video.runs.run import deepspeed_choice, describe_plan
+from hpm_video.runs.run import describe_plan
 from hpm_video.runs.task import Task
 from hpm_video.training.deepspeed_settings import buckets_of, settings_of
 from hpm_video.training.device import Precision
@@ -78,9 +78,7 @@ def _sharding(config: RunConfig, plan: BatchPlan, precision: Precision) -> Shard
     how = config.engine
     if how.name == "torch":
         return Sharding(plan.processes, None)
-    settings = settings_of(
-        deepspeed_choice(how), plan, clip_grad=config.recipe.clip_grad, precision=precision
-    )
+    settings = settings_of(how, plan, clip_grad=config.recipe.clip_grad, precision=precision)
     return Sharding(
         plan.processes,
         how.stage,

@@ -37,14 +37,14 @@ from hpm_video.runs.run import run
 from hpm_video.runs.task import Session
 from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.distributed import Processes
+from hpm_video.training.ema import MomentumSchedule
 from hpm_video.training.engine import Engine
 from hpm_video.training.objective import Objective
 from hpm_video.training.optim import (
+    OPTIMIZERS,
     Tensors,
     ema_update_module,
     layer_decay_of,
-    make_adamw,
-    make_sgd,
     parameter_groups,
 )
 from hpm_video.training.run import Evaluation
@@ -121,9 +121,7 @@ class Finetuning:
         recipe = self.config.recipe
         scale = layer_decay_of(model.layer_of, model.num_layers, recipe.layer_decay)
         groups = parameter_groups(model, recipe.weight_decay, scale)
-        if recipe.optimizer == "sgd":
-            return make_sgd(groups, momentum=recipe.betas[0])
-        return make_adamw(groups, betas=recipe.betas)
+        return OPTIMIZERS[recipe.optimizer](groups, betas=recipe.betas)
 
     def transforms(self) -> dict[str, ClipTransform]:
         data, how = self.config.data, self.config.augmentation
@@ -145,6 +143,7 @@ class Finetuning:
         assert ema is None or isinstance(ema, ClipClassifier)
         config, how = self.config, self.config.augmentation
         assert config.model.num_classes is not None
+        momentum = config.recipe.average_momentum or 0.0
         mixing = None
         if how.mixes:
             mixing = Mixing(
@@ -160,8 +159,8 @@ class Finetuning:
             std=config.data.std,
             label_smoothing=how.label_smoothing,
             mixing=mixing,
-            average=ema,
-            average_momentum=config.recipe.average_momentum or 0.0,
+            ema=ema,
+            momentum=MomentumSchedule("paper", momentum, momentum),
             seed=config.seed,
             ema_update=engine.ema_update if engine else ema_update_module,
         )
@@ -180,7 +179,7 @@ class Finetuning:
         reading = Reading.of(config.data, exclude_bad_files=config.test.exclude_bad_files)
         clips = reading.clips(manifest, config.data)
         find_failures(clips, reading, processes)
-        measured = objective.average if config.test.weights == "average" else engine.model
+        measured = objective.ema if config.test.weights == "average" else engine.model
         assert measured is not None
         names = [str(label) for label in range(len(self.label_names))]
 

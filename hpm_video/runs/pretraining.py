@@ -20,7 +20,6 @@ from hpm_video.files.weights import load_weights
 from hpm_video.mining.objective import HardPatchesMining, named
 from hpm_video.mining.pictures import write_pictures
 from hpm_video.mining.targets import FeatureTarget, PixelTarget, Target
-from hpm_video.mining.teacher import MomentumSchedule
 from hpm_video.mining.validation import Measures, describe, measure
 from hpm_video.models.encoder import ClipEncoder
 from hpm_video.models.feature_model import load_feature_model
@@ -50,7 +49,8 @@ from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import MaskRule, count_masked, grid_of_units
 from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.distributed import Processes
-from hpm_video.training.engine import Engine, WholeModel
+from hpm_video.training.ema import MomentumSchedule
+from hpm_video.training.engine import Engine, Runner
 from hpm_video.training.objective import Objective
 from hpm_video.training.optim import (
     Tensors,
@@ -111,7 +111,7 @@ def build_objective(
         target,
         predictor=mining.predictor,
         predictor_weight=mining.predictor_weight,
-        teacher=teacher,
+        ema=teacher,
         momentum=MomentumSchedule(mining.momentum, mining.first_momentum, mining.last_momentum),
         whole=engine.whole if engine else nullcontext,
         ema_update=engine.ema_update if engine else ema_update_module,
@@ -304,16 +304,16 @@ class Pretraining:
 @contextmanager
 def _looking(
     objective: HardPatchesMining, engine: Engine
-) -> Iterator[tuple[HardPatchesMining, WholeModel]]:
+) -> Iterator[tuple[HardPatchesMining, Runner]]:
     """Objective and student with all weights here, so that a process can look by itself."""
     with ExitStack() as stack:
         student = stack.enter_context(engine.whole(engine.model))
-        teacher = objective.teacher
+        teacher = objective.ema
         if teacher is not None:
             whole = stack.enter_context(engine.whole(teacher))
             assert isinstance(whole, MaskedAutoencoder)
             teacher = whole
-        yield objective.seen_with(teacher), WholeModel(student, engine.device, engine.precision)
+        yield objective.seen_with(teacher), Runner(student, engine.device, engine.precision)
 
 
 def describe_sources(sources: Sequence[str], yardstick: str, measures: Measures) -> str:

@@ -12,7 +12,6 @@ from torch import nn
 from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.schema import RunConfig
-from hpm_video.config.training import EngineConfig
 from hpm_video.data.batch import ClipBatch
 from hpm_video.data.loader import end_workers, training_batches
 from hpm_video.data.mixture import MixedClips, Places, deal_out
@@ -29,17 +28,17 @@ from hpm_video.runs.task import Session, Task, make_models
 from hpm_video.training.checkpoint import read_optimizer, read_state
 from hpm_video.training.curves import plot_curves
 from hpm_video.training.deepspeed_engine import DeepSpeedEngine
-from hpm_video.training.deepspeed_settings import DeepSpeedChoice, read_settings
 from hpm_video.training.device import Precision, choose_device
 from hpm_video.training.distributed import Processes
 from hpm_video.training.engine import Engine, TorchEngine
 from hpm_video.training.loop import fit
-from hpm_video.training.metrics import Meter, MetricsLog, ProgressBar, WaitingWarning
+from hpm_video.training.metrics import Meter, MetricsLog, WaitingWarning
 from hpm_video.training.objective import Objective
 from hpm_video.training.provenance import bit_differences, gather_facts, record_start
 from hpm_video.training.run import Evaluation, Run
 from hpm_video.training.schedules import WarmupCosine, scaled_lr
 from hpm_video.training.stop import listen_for_stop
+from hpm_video.workers.progress_bar import ProgressBar
 
 log = logging.getLogger(__name__)
 
@@ -126,21 +125,7 @@ def make_engine(
     }
     if config.engine.name == "torch":
         return TorchEngine(model, optimizer, accumulate=plan.accumulate, **common)
-    return DeepSpeedEngine(model, optimizer, deepspeed_choice(config.engine), plan, **common)
-
-
-def deepspeed_choice(how: EngineConfig) -> DeepSpeedChoice:
-    """What a config wants of DeepSpeed.
-
-    Raises:
-        EngineError: the user's file of settings cannot be read.
-    """
-    return DeepSpeedChoice(
-        stage=how.stage,
-        offload_optimizer=how.offload != "none",
-        offload_parameters=how.offload == "all",
-        own={} if how.deepspeed is None else read_settings(Path(how.deepspeed).expanduser()),
-    )
+    return DeepSpeedEngine(model, optimizer, config.engine, plan, **common)
 
 
 def train(
@@ -169,15 +154,13 @@ def train(
     for name, stream in zip(data.sources, clips.streams, strict=True):
         bad_files[name].check()
         stream.bad |= bad_files[name].failures
-    tensorboard = config.logging.tensorboard
+    updates = data.timeline.num_updates
     try:
         with (
             listen_for_stop(patient=processes.count > 1) as stop,
-            closing(ProgressBar(start, data.timeline.num_updates, silent=not is_first)) as bar,
+            closing(ProgressBar(updates, "updates", first=start, silent=not is_first)) as bar,
             closing(
-                MetricsLog(
-                    directory.path, first_update=start, tensorboard=tensorboard, writes=is_first
-                )
+                MetricsLog(directory.path, config.logging, first_update=start, writes=is_first)
             ) as metrics,
             closing(_training_stream(task, session, plan, clips, start)) as batches,
         ):

@@ -18,17 +18,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from hpm_video.config.batch_plan import BatchPlan
-from hpm_video.training.deepspeed_settings import DeepSpeedChoice, settings_of
+from hpm_video.config.training import EngineConfig
+from hpm_video.training.deepspeed_settings import settings_of
 from hpm_video.training.device import Precision
 from hpm_video.training.distributed import Processes, make_sure_of_group
 from hpm_video.training.engine import Engine, EngineError, on_first
-from hpm_video.training.optim import (
-    OptimizerState,
-    Tensors,
-    ema_update,
-    put_state,
-    state_of,
-)
+from hpm_video.training.optim import OptimizerState, Tensors, ema_update, put_state, state_of
 
 
 class DeepSpeedEngine(Engine):
@@ -38,7 +33,7 @@ class DeepSpeedEngine(Engine):
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        choice: DeepSpeedChoice,
+        how: EngineConfig,
         plan: BatchPlan,
         *,
         device: torch.device,
@@ -58,31 +53,23 @@ class DeepSpeedEngine(Engine):
             precision=precision,
             processes=processes,
         )
-        self.stage = choice.stage
-        self._settings = settings_of(choice, plan, clip_grad=clip_grad, precision=precision)
+        self.stage = how.stage
+        self.name = f"DeepSpeed, ZeRO stage {self.stage}"
+        self._settings = settings_of(how, plan, clip_grad=clip_grad, precision=precision)
         self._deepspeed = import_deepspeed(device)
         self._skeleton = _skeleton_of(model) if self.stage == 3 else None
         make_sure_of_group()
         self._deepspeed.init_distributed(dist_init_required=False)
         with _linear_layers_by(F.linear):
-            self._engine = self._initialise(optimizer)
-            self._linear = F.linear  # in stage 3 DeepSpeed's own, put there for the whole process
-
-    def _initialise(self, optimizer: torch.optim.Optimizer) -> Any:
-        try:
-            engine, *_ = self._deepspeed.initialize(
-                model=self.model, optimizer=optimizer, config=self._settings
-            )
-        except (AssertionError, ValueError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            try:
+                self._engine: Any = self._deepspeed.initialize(
+                    model=model, optimizer=optimizer, config=self._settings
+                )[0]
+            except torch.OutOfMemoryError:
                 raise
-            raise EngineError(f"DeepSpeed does not take these settings: {error}") from error
-        return engine
-
-    @property
-    @override
-    def name(self) -> str:
-        return f"DeepSpeed, ZeRO stage {self.stage}"
+            except (AssertionError, ValueError, RuntimeError) as error:
+                raise EngineError(f"DeepSpeed does not take these settings: {error}") from error
+            self._linear = F.linear  # in stage 3 DeepSpeed's own, put there for the whole process
 
     @property
     @override
@@ -174,7 +161,12 @@ class DeepSpeedEngine(Engine):
             put_state(state, self._engine.optimizer, self.model)
             return
         zero = self._engine.optimizer
-        for flat in _flat_parts(zero, self.stage):
+        parts = (
+            "single_partition_of_fp32_groups"
+            if self.stage < 3
+            else ("fp32_partitioned_groups_flat")
+        )
+        for flat in getattr(zero, parts):  # what its inner optimizer updates on this process
             values: dict[str, Any] = {kind: torch.zeros_like(flat) for kind in state.moments}
             if state.step:
                 values["step"] = torch.tensor(float(state.step), device=flat.device)
@@ -255,32 +247,17 @@ def import_deepspeed(device: torch.device) -> Any:
             f"deepspeed==0.19.8; or take engine.name=torch, which computes the same"
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    _check_device(device, deepspeed.accelerator.get_accelerator())
-    # It would be compiled at the start of the first run on a CPU, and gloo does the same.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
-def _check_device(device: torch.device, accelerator: Any) -> None:
-    """Make sure that DeepSpeed takes the device of the run: it chooses by itself.
-
-    Raises:
-        EngineError: it takes another one.
-    """
+    accelerator = deepspeed.accelerator.get_accelerator()
     kind, number = accelerator.device_name(), int(os.environ.get("LOCAL_RANK", "0"))
-    if device.type != kind or device.index not in (None, number):
+    if device.type != kind or device.index not in (None, number):  # it chooses by itself
         raise EngineError(
             f"DeepSpeed computes on {kind}:{number} here, not on engine.device={device}; take "
             f"engine.device=auto, and say with CUDA_VISIBLE_DEVICES which GPUs there are (none: "
             f"CUDA_VISIBLE_DEVICES= )"
         )
-
-
-def _flat_parts(zero: Any, stage: int) -> list[Tensor]:
-    """The flat tensors that DeepSpeed's inner optimizer updates on this process."""
-    name = "single_partition_of_fp32_groups" if stage < 3 else "fp32_partitioned_groups_flat"
-    parts: list[Tensor] = getattr(zero, name)
-    return parts
+    # It would be compiled at the start of the first run on a CPU, and gloo does the same.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
 
 
 def _skeleton_of(model: nn.Module) -> nn.Module:

@@ -7,11 +7,13 @@ from typing import Literal
 
 import torch
 
+from hpm_video.files.errors import ExpectedError
+
 Precision = Literal["fp32", "bf16"]
 AUTOCAST: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 
 
-class DeviceError(ValueError):
+class DeviceError(ExpectedError, ValueError):
     """A device that is not here."""
 
 

@@ -21,10 +21,11 @@ from hpm_video.training.checkpoint import (
 )
 from hpm_video.training.curves import plot_curves
 from hpm_video.training.engine import Engine
-from hpm_video.training.metrics import Meter, MetricsLog, ProgressBar, WaitingWarning
+from hpm_video.training.metrics import Meter, MetricsLog, WaitingWarning
 from hpm_video.training.optim import OptimizerState, Tensors
 from hpm_video.training.progress import Progress, Timeline
 from hpm_video.training.stop import Interrupted, StopRequest
+from hpm_video.workers.progress_bar import ProgressBar
 
 log = logging.getLogger(__name__)
 ATTACHED = ("config.yaml", "labels.txt")
@@ -91,12 +92,16 @@ class Run:
         """
         update, done = progress.update, progress.update + 1
         last = done == self.timeline.num_updates
-        self.bar.advance()
+        self.bar.count()
         if done % self.logging.every_updates == 0 or last:
             self._share_failures()
             values = self.meter.read() | settings
             self.metrics.write("train", done, self.timeline.at(done).exact_epoch, values)
-            self.bar.show(done, values)
+            self.bar.show(
+                f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, "
+                f"{values['clips_per_second']:.0f} clips/s, waiting {values['data_wait']:.0%}",
+                at_once=last,
+            )
             self.waiting.look(values["data_wait"])
         with self.meter.paused():
             keep = self._due(update, self.saving.keep_every_epochs)

@@ -29,6 +29,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from typing_extensions import Self
 
+from hpm_video.files.errors import ExpectedError
 from hpm_video.files.failures import Failure
 from hpm_video.workers.process import serve, unpacked
 
@@ -80,7 +81,7 @@ class PoolStopped(Exception):  # noqa: N818 - not an error: nobody wants results
     """The pool was stopped while somebody waited for a result."""
 
 
-class PoolError(RuntimeError):
+class PoolError(ExpectedError, RuntimeError):
     """The pool itself does not work, or the work raised what it must not: the run has to end."""
 
 

@@ -3,13 +3,15 @@
 import os
 from pathlib import Path
 
+from hpm_video.files.errors import ExpectedError
+
 MIB = 2**20
 SHARED = Path("/dev/shm")  # noqa: S108 - where Linux has its shared memory
 GROUPS = Path("/sys/fs/cgroup")
 """Where Linux has its control groups (version 2), which containers and schedulers use."""
 
 
-class RoomError(MemoryError):
+class RoomError(ExpectedError, MemoryError):
     """What would be read ahead does not fit. The message has the numbers and the remedy."""
 
 

@@ -552,7 +552,7 @@ def test_what_a_rule_lets_through(overrides):
         (["knn.k=0"], "k must be at least 1, got 0"),
         (["knn.videos=0"], "videos must be at least 1, got 0"),
         (["knn.every_epochs=0"], "must be positive, got 0"),
-        (["knn.temperature=0"], "must be positive, got .* and 0"),
+        (["knn.temperature=0"], "must be positive, got 0"),
     ],
 )
 def test_nearest_neighbours_that_cannot_be_are_refused(overrides, words):
