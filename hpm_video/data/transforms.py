@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -41,15 +40,20 @@ class Box:
     width: int
 
 
-class DrawnTransform(Protocol):
-    """What is done to one training clip; nothing is left to chance."""
+@dataclass(frozen=True)
+class DrawnCrop:
+    """A box that is cut out and resized, and may be mirrored; nothing is left to chance."""
 
-    @property
-    def box(self) -> Box:
-        """The part of the frames that it needs."""
+    box: Box
+    """The part of the frames that is needed."""
+    frame_size: tuple[int, int]
+    interpolation: Interpolation
+    mirrored: bool
 
     def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """That part of the frames: (T, box.height, box.width, C) uint8 -> (C, T, h, w) uint8"""
+        """(T, box.height, box.width, C) uint8 -> (C, T, h, w) uint8"""
+        clip = resize(pixels, self.frame_size, self.interpolation)
+        return clip.flip(-1) if self.mirrored else clip
 
 
 class ClipTransform(ABC):
@@ -61,7 +65,7 @@ class ClipTransform(ABC):
     @abstractmethod
     def draw(
         self, size: tuple[int, int], frame_size: tuple[int, int], draw: np.random.Generator
-    ) -> DrawnTransform:
+    ) -> DrawnCrop:
         """Decide what is done to frames of ``size``, height and width. All draws are ``draw``'s."""
 
     def __call__(
@@ -83,25 +87,10 @@ class MultiScaleCrop(ClipTransform):
 
     def draw(
         self, size: tuple[int, int], frame_size: tuple[int, int], draw: np.random.Generator
-    ) -> "DrawnCrop":
+    ) -> DrawnCrop:
         """A box, and whether it is mirrored."""
         box = multi_scale_box(*size, frame_size, draw)
         return DrawnCrop(box, frame_size, self.interpolation, self.flip and draw.random() < 0.5)
-
-
-@dataclass(frozen=True)
-class DrawnCrop:
-    """A box that is cut out and resized, and may be mirrored."""
-
-    box: Box
-    frame_size: tuple[int, int]
-    interpolation: Interpolation
-    mirrored: bool
-
-    def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """(T, box.height, box.width, C) uint8 -> (C, T, h, w) uint8"""
-        clip = resize(pixels, self.frame_size, self.interpolation)
-        return clip.flip(-1) if self.mirrored else clip
 
 
 def cut(frames: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:

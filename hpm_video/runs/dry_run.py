@@ -6,16 +6,14 @@ import torch
 from torch import nn
 
 from hpm_video.config.batch_plan import BatchPlan, micro_batches
-from hpm_video.config.schema import RunConfig
 from hpm_video.runs.autotune import plan_for, trial_update
 from hpm_video.runs.data import describe_data
+from hpm_video.runs.engines import sharding_of
 from hpm_video.runs.run import describe_plan
 from hpm_video.runs.task import Task
-from hpm_video.training.deepspeed_settings import buckets_of, settings_of
 from hpm_video.training.device import Precision
 from hpm_video.training.memory import (
     ActivationBytes,
-    Sharding,
     describe_memory,
     simulate_update,
     training_memory,
@@ -39,7 +37,7 @@ def describe_run(task: Task, processes: int) -> str:
     plans = _possible_plans(task, processes)
     precision: Precision = "fp32" if config.engine.precision == "fp32" else "bf16"
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    sharding = _sharding(config, plans[-1], precision)
+    sharding = sharding_of(config, plans[-1], precision)
     still = _count(model) - learning
     memory = training_memory(learning, ema + still, sharding)
     activations = _activations(task, precision)
@@ -72,20 +70,6 @@ def _possible_plans(task: Task, processes: int) -> list[BatchPlan]:
         return [plan]
     sizes = micro_batches(config.recipe.batch_size, processes, multiple)
     return [plan_for(config, processes, size, multiple) for size in sizes]
-
-
-def _sharding(config: RunConfig, plan: BatchPlan, precision: Precision) -> Sharding:
-    how = config.engine
-    if how.name == "torch":
-        return Sharding(plan.processes, None)
-    settings = settings_of(how, plan, clip_grad=config.recipe.clip_grad, precision=precision)
-    return Sharding(
-        plan.processes,
-        how.stage,
-        offload_optimizer=how.offload != "none",
-        offload_parameters=how.offload == "all",
-        buckets=buckets_of(settings),
-    )
 
 
 def _activations(task: Task, precision: Precision) -> ActivationBytes:

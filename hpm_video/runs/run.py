@@ -4,10 +4,8 @@ import logging
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.checks import ConfigError
@@ -24,19 +22,19 @@ from hpm_video.runs.data import (
     training_clips,
 )
 from hpm_video.runs.directory import RunDirectory, check_same_run, claim, locked
+from hpm_video.runs.engines import make_engine
 from hpm_video.runs.task import Session, Task, make_models
 from hpm_video.training.checkpoint import read_optimizer, read_state
 from hpm_video.training.curves import plot_curves
-from hpm_video.training.deepspeed_engine import DeepSpeedEngine
-from hpm_video.training.device import Precision, choose_device
+from hpm_video.training.device import choose_device
 from hpm_video.training.distributed import Processes
-from hpm_video.training.engine import Engine, TorchEngine
+from hpm_video.training.engine import Engine
 from hpm_video.training.loop import fit
 from hpm_video.training.metrics import Meter, MetricsLog, WaitingWarning
 from hpm_video.training.objective import Objective
 from hpm_video.training.provenance import bit_differences, gather_facts, record_start
 from hpm_video.training.run import Evaluation, Run
-from hpm_video.training.schedules import WarmupCosine, scaled_lr
+from hpm_video.training.schedules import schedule_of
 from hpm_video.training.stop import listen_for_stop
 from hpm_video.workers.progress_bar import ProgressBar
 
@@ -108,26 +106,6 @@ def open_session(task: Task, directory: RunDirectory, processes: Processes) -> S
     return Session(processes, device, directory)
 
 
-def make_engine(
-    task: Task, session: Session, plan: BatchPlan, precision: Precision, model: nn.Module
-) -> Engine:
-    """The engine that updates ``model``, which is on the device of the session.
-
-    Raises:
-        EngineError: DeepSpeed cannot be used, or the user's settings of it contradict the run.
-    """
-    config, optimizer = task.config, task.optimizer(model)
-    common: dict[str, Any] = {
-        "device": session.device,
-        "clip_grad": config.recipe.clip_grad,
-        "precision": precision,
-        "processes": session.processes,
-    }
-    if config.engine.name == "torch":
-        return TorchEngine(model, optimizer, accumulate=plan.accumulate, **common)
-    return DeepSpeedEngine(model, optimizer, config.engine, plan, **common)
-
-
 def train(
     task: Task,
     session: Session,
@@ -182,7 +160,7 @@ def train(
                 best={} if newest is None else read_state(newest, of_run=True)["best"],
                 data=data.fingerprint,
             )
-            fit(engine, objective, batches, _schedule(config), state, start=start)
+            fit(engine, objective, batches, schedule_of(config.recipe), state, start=start)
     finally:
         end_workers()
 
@@ -222,15 +200,6 @@ def _training_stream(
     )
 
 
-def _schedule(config: RunConfig) -> WarmupCosine:
-    recipe = config.recipe
-    return WarmupCosine(
-        peak=scaled_lr(recipe.base_lr, recipe.batch_size),
-        final=scaled_lr(recipe.min_lr, recipe.batch_size),
-        warmup_epochs=recipe.warmup_epochs,
-    )
-
-
 def _announce(
     config: RunConfig, data: RunData, engine: Engine, plan: BatchPlan, start: int
 ) -> None:
@@ -252,5 +221,5 @@ def describe_plan(config: RunConfig, data: RunData, plan: BatchPlan) -> list[str
         f"{plan.batch_size} files per update = {plan.micro_batch} per forward pass x "
         f"{plan.accumulate} pass(es) x {plan.processes} process(es)",
         f"{recipe.epochs} epochs = {updates} updates, {updates / recipe.epochs:.4g} per epoch; "
-        f"peak learning rate {_schedule(config).peak:.2e}",
+        f"peak learning rate {schedule_of(config.recipe).peak:.2e}",
     ]
