@@ -152,9 +152,7 @@ def example_video(data: DataConfig, manifest: str | None) -> str:
 
 def interpreter() -> str:
     """How to start this Python again, as short as it goes."""
-    program = Path(sys.executable)
-    if program.is_relative_to(Path.cwd()):
-        program = program.relative_to(Path.cwd())
+    program = shortest(sys.executable)
     path = os.environ.get("PYTHONPATH")
     return f"PYTHONPATH={shlex.quote(path)} {program}" if path else str(program)
 
@@ -162,9 +160,8 @@ def interpreter() -> str:
 def shortest(path: Path | str) -> str:
     """A path for a command line: relative to the working directory if it lies in there."""
     path = Path(path)
-    return shlex.quote(
-        str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-    )
+    is_below = path.is_relative_to(Path.cwd())
+    return shlex.quote(str(path.relative_to(Path.cwd()) if is_below else path))
 
 
 def positive(text: str) -> int:

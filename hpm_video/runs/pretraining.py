@@ -25,22 +25,12 @@ from hpm_video.models.encoder import ClipEncoder
 from hpm_video.models.feature_model import load_feature_model
 from hpm_video.models.from_config import build_student
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.recognition.inference import (
-    CLIPS_PER_PASS,
-    Inference,
-    Reading,
-    find_failures,
-)
+from hpm_video.recognition.inference import CLIPS_PER_PASS, Inference, Reading, find_failures
 from hpm_video.recognition.labels import names_of_both
 from hpm_video.recognition.probes import FeatureTable, nearest_neighbours
 from hpm_video.recognition.testing import summarise
 from hpm_video.recognition.trained_model import TrainedAutoencoder, open_trained
-from hpm_video.runs.data import (
-    RunData,
-    key_of_source,
-    open_data,
-    open_manifest,
-)
+from hpm_video.runs.data import RunData, key_of_source, open_data, open_manifest
 from hpm_video.runs.directory import RunDirectory, check_same_weights
 from hpm_video.runs.init_weights import check_same_model, config_beside
 from hpm_video.runs.run import run
@@ -125,12 +115,6 @@ def mask_rule(config: PretrainConfig, source: str) -> MaskRule:
     units = grid_of_units(grid, masking.unit).num_tokens
     num_masked = count_masked(units, masking.ratio, masking.count_rule)
     return MaskRule(grid, masking.unit, num_masked, masking.mask_strategy)
-
-
-def crops_of(config: PretrainConfig) -> dict[str, ClipTransform]:
-    """How training clips of each source are cropped."""
-    mixed = {name: source.data for name, source in config.mix.items()}
-    return {name: _crop_of(data) for name, data in {"": config.data, **mixed}.items()}
 
 
 def _crop_of(data: PretrainDataConfig) -> ClipTransform:
@@ -232,7 +216,8 @@ class Pretraining:
         return make_adamw(groups, betas=recipe.betas)
 
     def transforms(self) -> dict[str, ClipTransform]:
-        return crops_of(self.config)
+        mixed = {name: source.data for name, source in self.config.mix.items()}
+        return {name: _crop_of(data) for name, data in {"": self.config.data, **mixed}.items()}
 
     def objective(
         self, ema: nn.Module | None, device: torch.device, engine: Engine | None = None

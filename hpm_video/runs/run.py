@@ -16,11 +16,7 @@ from hpm_video.data.mixture import MixedClips, Places, deal_out
 from hpm_video.files.failures import BadFiles
 from hpm_video.recognition.inference import Reading
 from hpm_video.runs.autotune import choose_plan, plan_for, precision_of
-from hpm_video.runs.data import (
-    RunData,
-    describe_data,
-    training_clips,
-)
+from hpm_video.runs.data import RunData, describe_data, training_clips
 from hpm_video.runs.directory import RunDirectory, check_same_run, claim, locked
 from hpm_video.runs.engines import make_engine
 from hpm_video.runs.task import Session, Task, make_models
@@ -82,14 +78,7 @@ def run(task: Task, processes: Processes = Processes()) -> Path:  # noqa: B008 -
 
 
 def open_session(task: Task, directory: RunDirectory, processes: Processes) -> Session:
-    """Choose the device, and make sure that a run in the directory can go on here.
-
-    Raises:
-        ConfigError: it is another run; the processes do not see the same there; or the batch does
-            not spread over them.
-        CheckpointError: the newest checkpoint cannot be read.
-        DeviceError: there is no such device.
-    """
+    """Choose the device, and make sure that a run in the directory can go on here."""
     config = task.config
     plan_for(config, processes.count)
     device = choose_device(config.engine.device, processes.count)
@@ -120,7 +109,12 @@ def train(
     directory, processes = session.directory, session.processes
     start, newest, is_first = directory.update, directory.newest, processes.is_first
     facts = gather_facts(engine.device, engine.precision, engine.name, plan)
-    _announce(config, data, engine, plan, start)
+    size, device = f"{engine.num_parameters / 1e6:.1f} M parameters", engine.device.type
+    on_device = f"{size} on {device} in {engine.precision}, by {engine.name}"
+    for line in [*describe_data(config, data), on_device, *describe_plan(config, data, plan)]:
+        log.info(line)
+    if start:
+        log.info("going on at update %d of %d", start, data.timeline.num_updates)
     if newest is not None:
         engine.load_optimizer_state(read_optimizer(newest))
         for difference in bit_differences(read_state(newest, of_run=True)["facts"], facts):
@@ -128,10 +122,7 @@ def train(
     if is_first:
         record_start(directory.path, facts, start)
     clips = training_clips(config, data, task.transforms(), same_frames=task.same_frames)
-    bad_files = _bad_files(config, data, directory, writes=is_first)
-    for name, stream in zip(data.sources, clips.streams, strict=True):
-        bad_files[name].check()
-        stream.bad |= bad_files[name].failures
+    bad_files = _bad_files(task, directory, clips, writes=is_first)
     updates = data.timeline.num_updates
     try:
         with (
@@ -166,18 +157,20 @@ def train(
 
 
 def _bad_files(
-    config: RunConfig, data: RunData, directory: RunDirectory, *, writes: bool
+    task: Task, directory: RunDirectory, clips: MixedClips, *, writes: bool
 ) -> dict[str, BadFiles]:
-    """Of each source."""
-    return {
-        name: BadFiles(
+    """Of each source, those that failed before included: they are not tried again."""
+    found = {}
+    for (name, source), stream in zip(task.data.sources.items(), clips.streams, strict=True):
+        found[name] = BadFiles(
             directory.path / (f"bad_files_{name}.csv" if name else "bad_files.csv"),
             num_files=len(source.train),
-            max_bad_share=config.data.max_bad_share,
+            max_bad_share=task.config.data.max_bad_share,
             writes=writes,
         )
-        for name, source in data.sources.items()
-    }
+        found[name].check()
+        stream.bad |= found[name].failures
+    return found
 
 
 def _training_stream(
@@ -185,10 +178,8 @@ def _training_stream(
 ) -> Generator[ClipBatch, None, None]:
     """This process's micro-batches from update ``start`` to the last."""
     config = task.config
-    sources = deal_out(config.weights, task.data.timeline.num_updates)
-    places = Places(
-        sources, plan.batch_size, start, rank=session.processes.rank, processes=plan.processes
-    )
+    rank, sources = session.processes.rank, deal_out(config.weights, task.data.timeline.num_updates)
+    places = Places(sources, plan.batch_size, start, rank=rank, processes=plan.processes)
     reading = Reading.of(config.data)
     return training_batches(
         clips,
@@ -198,19 +189,6 @@ def _training_stream(
         limits=reading.limits,
         pin=session.device.type == "cuda",
     )
-
-
-def _announce(
-    config: RunConfig, data: RunData, engine: Engine, plan: BatchPlan, start: int
-) -> None:
-    for line in describe_data(config, data):
-        log.info(line)
-    device = f"{engine.device.type} in {engine.precision}, by {engine.name}"
-    log.info(f"{engine.num_parameters / 1e6:.1f} M parameters on {device}")
-    for line in describe_plan(config, data, plan):
-        log.info(line)
-    if start:
-        log.info(f"going on at update {start} of {data.timeline.num_updates}")
 
 
 def describe_plan(config: RunConfig, data: RunData, plan: BatchPlan) -> list[str]:

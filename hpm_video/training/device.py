@@ -71,9 +71,8 @@ def time_updates(
 
 def inference_precision(device: torch.device) -> Precision:
     """bf16 on a GPU that is made for it, otherwise fp32."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bf16"
-    return "fp32"
+    is_gpu = device.type == "cuda"
+    return "bf16" if is_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def choose_precision(

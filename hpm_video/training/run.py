@@ -22,7 +22,6 @@ from hpm_video.training.checkpoint import (
 from hpm_video.training.curves import plot_curves
 from hpm_video.training.engine import Engine
 from hpm_video.training.metrics import Meter, MetricsLog, WaitingWarning
-from hpm_video.training.optim import OptimizerState, Tensors
 from hpm_video.training.progress import Progress, Timeline
 from hpm_video.training.stop import Interrupted, StopRequest
 from hpm_video.workers.progress_bar import ProgressBar
@@ -135,24 +134,19 @@ class Run:
         weights = {name: self.engine.weights(module) for name, module in modules.items()}
         optimizer = self.engine.optimizer_state()
         if processes.is_first:
-            self._write(weights, optimizer, done, keep=keep)
+            state = {"update": done, "keep": keep, "best": self.best, "facts": self.facts}
+            save_checkpoint(
+                checkpoint_path(self.checkpoints, done),
+                weights,
+                optimizer=optimizer,
+                state={**state, "data": self.data},
+                attached=[path for path in map(self.folder.joinpath, ATTACHED) if path.exists()],
+            )
             self.metrics.flush()
             point_to_newest_and_best(self.checkpoints)
             best = checkpoint_path(self.checkpoints, self.best.get("update", done))
             remove_superseded(self.checkpoints, self.saving.keep_last, [best])
         processes.wait()
-
-    def _write(
-        self, weights: dict[str, Tensors], optimizer: OptimizerState, done: int, *, keep: bool
-    ) -> None:
-        state = {"update": done, "keep": keep, "best": self.best, "facts": self.facts}
-        save_checkpoint(
-            checkpoint_path(self.checkpoints, done),
-            weights,
-            optimizer=optimizer,
-            state={**state, "data": self.data},
-            attached=[path for path in map(self.folder.joinpath, ATTACHED) if path.exists()],
-        )
 
     def note_failures(self, batch: ClipBatch) -> None:
         """Remember the files of a batch that did not decode.

@@ -15,7 +15,7 @@ from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.runs.autotune import trial_update
 from hpm_video.runs.finetuning import Finetuning
 from hpm_video.runs.init_weights import check_same_model
-from hpm_video.runs.pretraining import Pretraining, build_objective, build_target, crops_of
+from hpm_video.runs.pretraining import Pretraining, build_objective, build_target
 from hpm_video.tokens.grid import TokenGrid
 
 ROOT = Path(__file__).parents[2]
@@ -254,7 +254,7 @@ def test_a_mixture_is_built_with_a_grid_a_mask_and_a_crop_for_each_source():
         "clips": TokenGrid(8, 28, 28),
     }
     assert masks["images"].num_masked == 32
-    crops = crops_of(config)
+    crops = Pretraining(config).transforms()
     assert (type(crops[""]), type(crops["clips"])) == (MultiScaleCrop, MultiScaleCrop)
     assert isinstance(crops["images"], Augmentation)
     assert crops["images"].area == config.mix["images"].data.crop_area
@@ -262,9 +262,8 @@ def test_a_mixture_is_built_with_a_grid_a_mask_and_a_crop_for_each_source():
 
 def test_a_random_resized_crop_changes_nothing_but_the_place():
     overrides = ["data.crop=random_resized", "data.crop_area=[0.3,0.6]", "data.flip=true"]
-    crop = crops_of(load_config(PretrainConfig, DEMO, [*overrides, "data.interpolation=bicubic"]))[
-        ""
-    ]
+    config = load_config(PretrainConfig, DEMO, [*overrides, "data.interpolation=bicubic"])
+    crop = Pretraining(config).transforms()[""]
     assert (crop.area, crop.ratio, crop.flip) == ((0.3, 0.6), (3 / 4, 4 / 3), True)
     assert (crop.rand_augment, crop.erasing, crop.interpolation) == (None, 0, "bicubic")
 

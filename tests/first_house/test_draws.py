@@ -38,7 +38,7 @@ from hpm_video.recognition.mixing import Mixing
 from hpm_video.recognition.objective import Classification
 from hpm_video.recognition.probes import split_in_folds
 from hpm_video.runs.data import key_of_source, open_data
-from hpm_video.runs.pretraining import crops_of, load_run
+from hpm_video.runs.pretraining import Pretraining, load_run
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import STRATEGIES, MaskRule
 from hpm_video.training.engine import Runner
@@ -158,7 +158,7 @@ def decoded():
         decoder="pyav",
         max_bad_share=0.0,
     )
-    stream = VideoClips(manifest, data, crops_of(config)[""], seed=0)
+    stream = VideoClips(manifest, data, Pretraining(config).transforms()[""], seed=0)
     sample = stream[12]
     return [Path(sample.file).name, sample.keys, sample.clips.sum(dim=(1, 2, 3, 4)).tolist()]
 
