@@ -1,6 +1,7 @@
 """What suits a device, found by trial: its precision, and how many videos it takes at once."""
 
 import gc
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 import torch
@@ -76,11 +77,7 @@ def trial_update(
 def plan_for(
     config: RunConfig, processes: int, micro_batch: int | None = None, multiple: int = 1
 ) -> BatchPlan:
-    """How an update's batch is spread, with the config's micro-batch or another.
-
-    Raises:
-        ConfigError: it does not come out even.
-    """
+    """How an update's batch is spread, with the config's micro-batch or another."""
     chosen = config.engine.micro_batch if micro_batch is None else micro_batch
     return plan_batches(config.recipe.batch_size, processes, chosen, multiple=multiple)
 
@@ -142,14 +139,7 @@ def largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
             f"device, and no smaller one is possible; take model.checkpoint_activations=true, a "
             f"higher engine.zero_stage, smaller or shorter clips, or more processes"
         )
-    fitting, open_end = 0, len(sizes)
-    while open_end - fitting > 1:
-        middle = (fitting + open_end) // 2
-        if fits(sizes[middle]):
-            fitting = middle
-        else:
-            open_end = middle
-    return sizes[fitting]
+    return sizes[bisect_left(sizes, 1, lo=1, key=lambda size: int(not fits(size))) - 1]
 
 
 def fits_in_memory(run_once: Callable[[], None]) -> bool:
