@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from hpm_video.config.batch_plan import BatchPlan, micro_batches
+from hpm_video.config.batch_plan import micro_batches
 from hpm_video.runs.autotune import plan_for, trial_update
 from hpm_video.runs.data import describe_data
 from hpm_video.runs.engines import sharding_of
@@ -34,7 +34,10 @@ def describe_run(task: Task, processes: int) -> str:
     with torch.device("meta"):
         model = task.model()
     ema = 0 if task.ema is None else _count(model)
-    plans = _possible_plans(task, processes)
+    plans = [plan_for(config, processes, multiple=task.multiple)]
+    if config.engine.micro_batch is None:  # any that is possible
+        sizes = micro_batches(config.recipe.batch_size, processes, task.multiple)
+        plans = [plan_for(config, processes, size, task.multiple) for size in sizes]
     precision: Precision = "fp32" if config.engine.precision == "fp32" else "bf16"
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sharding = sharding_of(config, plans[-1], precision)
@@ -60,16 +63,6 @@ def describe_run(task: Task, processes: int) -> str:
     if config.engine.micro_batch is None:
         lines.append("a run on GPUs finds the largest of these that fits")
     return "\n".join(lines)
-
-
-def _possible_plans(task: Task, processes: int) -> list[BatchPlan]:
-    """With the micro-batch of the config, or with any that is possible."""
-    config, multiple = task.config, task.multiple
-    plan = plan_for(config, processes, multiple=multiple)
-    if config.engine.micro_batch is not None:
-        return [plan]
-    sizes = micro_batches(config.recipe.batch_size, processes, multiple)
-    return [plan_for(config, processes, size, multiple) for size in sizes]
 
 
 def _activations(task: Task, precision: Precision) -> ActivationBytes:

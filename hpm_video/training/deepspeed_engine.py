@@ -8,8 +8,9 @@ The only user of deepspeed.
 import copy
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -57,7 +58,12 @@ class DeepSpeedEngine(Engine):
         self.name = f"DeepSpeed, ZeRO stage {self.stage}"
         self._settings = settings_of(how, plan, clip_grad=clip_grad, precision=precision)
         self._deepspeed = import_deepspeed(device)
-        self._skeleton = _skeleton_of(model) if self.stage == 3 else None
+        if self.stage == 3:  # a copy without weights
+            empty = {
+                id(p): nn.Parameter(p.data.new_empty(0), p.requires_grad)
+                for p in model.parameters()
+            }
+            self._skeleton = copy.deepcopy(model, memo=dict(empty))
         make_sure_of_group()
         self._deepspeed.init_distributed(dist_init_required=False)
         with _linear_layers_by(F.linear):
@@ -118,7 +124,6 @@ class DeepSpeedEngine(Engine):
         if self.stage < 3:
             yield module
         elif module is self.model:
-            assert self._skeleton is not None
             with _filled(self._skeleton, self._whole_weights(module), module) as plain:
                 yield plain.to(self.device)
         else:
@@ -260,23 +265,12 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _skeleton_of(model: nn.Module) -> nn.Module:
-    """A copy without weights."""
-    parameters = {
-        id(p): nn.Parameter(p.data.new_empty(0), p.requires_grad) for p in model.parameters()
-    }
-    return copy.deepcopy(model, memo=dict(parameters))
-
-
 @contextmanager
 def _filled(
     skeleton: nn.Module, weights: Iterator[tuple[str, Tensor]], model: nn.Module
 ) -> Iterator[nn.Module]:
     """The skeleton with weights, and with what else the model has in its buffers."""
-    places: Mapping[str, Tensor] = {
-        **dict(skeleton.named_buffers()),
-        **dict(skeleton.named_parameters()),
-    }
+    places = dict(chain(skeleton.named_buffers(), skeleton.named_parameters()))
     for name, value in weights:
         places[name].data = value
     skeleton.train(model.training)
