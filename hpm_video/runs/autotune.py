@@ -87,9 +87,6 @@ def choose_plan(task: Task, session: Session, precision: Precision) -> BatchPlan
 
     Each process tries whole updates of plain torch on its GPU, and all take what fits everywhere.
     The weights of the run lie there too meanwhile, which leaves room for what engines keep besides.
-
-    Raises:
-        ConfigError: the batch does not come out even, or not even one video fits.
     """
     config, processes = task.config, session.processes
     plan = plan_for(config, processes.count, multiple=task.multiple)
@@ -108,11 +105,7 @@ def choose_plan(task: Task, session: Session, precision: Precision) -> BatchPlan
 def find_micro_batch(
     task: Task, device: torch.device, precision: Precision, sizes: Sequence[int]
 ) -> int:
-    """The largest of ascending ``sizes`` of which whole updates fit the device, of every source.
-
-    Raises:
-        ConfigError: not even the smallest does.
-    """
+    """The largest of ascending ``sizes`` of which whole updates fit the device, of every source."""
 
     def two_updates(size: int) -> None:
         for source, data in task.config.sources.items():

@@ -88,11 +88,7 @@ def key_of_source(name: str) -> str:
 
 
 def open_manifest(data: DataConfig, path: str) -> Manifest:
-    """Read one of the manifests of a config, or the videos of a folder.
-
-    Raises:
-        ManifestError: it cannot be used.
-    """
+    """Read one of the manifests of a config, or the videos of a folder."""
     root = None if data.root is None else Path(data.root).expanduser()
     return read_manifest(Path(path).expanduser(), root)
 

@@ -24,11 +24,7 @@ SIMULATED = (8, 16)
 
 
 def describe_run(task: Task, processes: int) -> str:
-    """What ``run`` would do in so many processes. The weights to start from may be missing.
-
-    Raises:
-        ConfigError, EngineError: it could not be run.
-    """
+    """What ``run`` would do in so many processes. The weights to start from may be missing."""
     task.resolve()
     config, data = task.config, task.data
     with torch.device("meta"):

@@ -15,11 +15,7 @@ from hpm_video.training.memory import Sharding
 def make_engine(
     task: Task, session: Session, plan: BatchPlan, precision: Precision, model: nn.Module
 ) -> Engine:
-    """The engine that updates ``model``, which is on the device of the session.
-
-    Raises:
-        EngineError: DeepSpeed cannot be used, or the user's settings of it contradict the run.
-    """
+    """The engine that updates ``model``, which is on the device of the session."""
     how, optimizer = task.config.engine, task.optimizer(model)
     common = {
         "device": session.device,
@@ -33,11 +29,7 @@ def make_engine(
 
 
 def sharding_of(config: RunConfig, plan: BatchPlan, precision: Precision) -> Sharding:
-    """How that engine spreads what it keeps in memory.
-
-    Raises:
-        EngineError: the user's settings of DeepSpeed contradict the run.
-    """
+    """How that engine spreads what it keeps in memory."""
     how = config.engine
     if how.name == "torch":
         return Sharding(plan.processes, None)

@@ -53,11 +53,7 @@ log = logging.getLogger(__name__)
 
 
 def finetune(config: FinetuneConfig, processes: Processes = Processes()) -> Path:  # noqa: B008
-    """Fine-tune as ``config`` says, or go on where its run directory stands. -> that directory
-
-    Raises:
-        What :func:`~hpm_video.runs.run.run` raises.
-    """
+    """Fine-tune as ``config`` says, or go on where its run directory stands. -> that directory"""
     return run(Finetuning(config), processes)
 
 
@@ -242,9 +238,6 @@ def resolve(
     """The config with what it left open: the number of classes, and the grid of pre-training.
 
     A run that goes on in ``directory`` knows that grid, though its ``init_weights`` may be gone.
-
-    Raises:
-        ConfigError: the encoder of ``init_weights`` is of another shape.
     """
     model = replace(config.model, num_classes=num_classes)
     if directory is not None and directory.newest is not None and model.pretrained_grid is None:
@@ -268,11 +261,7 @@ def resolve(
 def for_checkpoint(
     config: FinetuneConfig, checkpoint: Path, weights: Literal["student", "teacher", "untrained"]
 ) -> FinetuneConfig:
-    """The config for the encoder of a pre-training run, and for clips as it was trained on.
-
-    Raises:
-        ConfigError: ``checkpoint`` is no folder of a run's checkpoint.
-    """
+    """The config for the encoder of a pre-training run, and for clips as it was trained on."""
     source = load_any_config(checkpoint / "config.yaml")
     # Clips of one time step are not spread over anything.
     test = replace(config.test, clips=1) if source_grid_of(source)[0] == 1 else config.test
@@ -303,9 +292,6 @@ def load_pretrained(
 
     The head of a classifier is taken if its classes are the same; otherwise, as where there is
     none, it starts fresh.
-
-    Raises:
-        CheckpointError: the weights do not fit; every key left over or missing is named.
     """
     stored = read_weights(source, weights_file(config))
     own = model.state_dict()

@@ -152,11 +152,7 @@ def load_run(
 
 
 def pretrain(config: PretrainConfig, processes: Processes = Processes()) -> Path:  # noqa: B008
-    """Pre-train as ``config`` says, or go on where its run directory stands. -> that directory
-
-    Raises:
-        What :func:`~hpm_video.runs.run.run` raises.
-    """
+    """Pre-train as ``config`` says, or go on where its run directory stands. -> that directory"""
     return run(Pretraining(config), processes)
 
 

@@ -149,11 +149,7 @@ class Run:
         processes.wait()
 
     def note_failures(self, batch: ClipBatch) -> None:
-        """Remember the files of a batch that did not decode.
-
-        Raises:
-            TooManyBadFiles: there are now more bad files than the data allows.
-        """
+        """Remember the files of a batch that did not decode."""
         self._failures += [(batch.source, failure) for failure in batch.failures]
         if self.engine.processes.count == 1 and batch.failures:
             self._share_failures()
