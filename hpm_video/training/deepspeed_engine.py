@@ -166,12 +166,9 @@ class DeepSpeedEngine(Engine):
             put_state(state, self._engine.optimizer, self.model)
             return
         zero = self._engine.optimizer
-        parts = (
-            "single_partition_of_fp32_groups"
-            if self.stage < 3
-            else ("fp32_partitioned_groups_flat")
-        )
-        for flat in getattr(zero, parts):  # what its inner optimizer updates on this process
+        stages_1_and_2, stage_3 = "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"
+        # What its inner optimizer updates on this process.
+        for flat in getattr(zero, stage_3 if self.stage == 3 else stages_1_and_2):
             values: dict[str, Any] = {kind: torch.zeros_like(flat) for kind in state.moments}
             if state.step:
                 values["step"] = torch.tensor(float(state.step), device=flat.device)

@@ -58,6 +58,8 @@ class Engine(Runner, ABC):
     What is not abstract here is that of an engine whose processes all have all weights.
     """
 
+    name: str
+    """For the log."""
     gradient_norm: Tensor
     """() of the last update, before it was clipped."""
 
@@ -77,9 +79,6 @@ class Engine(Runner, ABC):
         self.processes = processes
         self.gradient_norm = torch.zeros((), device=device)
         self._statistics = batch_statistics(model)
-
-    name: str
-    """For the log."""
 
     @property
     @abstractmethod
