@@ -309,7 +309,7 @@ def test_a_teacher_that_is_missing_or_useless_is_refused(predictor, target, need
             target,
             predictor=predictor,
             predictor_weight=1.0,
-            teacher=None if needed else student,
+            ema=None if needed else student,
             momentum=MomentumSchedule("warmup", 0.0, 0.99),
         )
 
