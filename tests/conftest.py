@@ -13,10 +13,8 @@ from pathlib import Path
 from tempfile import mkstemp
 
 import hypothesis
-import numpy as np
 import pytest
-
-from hpm_video.preparation.encode import write_video
+from tiny_runs import AUTOENCODER, CLASSIFIER, ENGINE, moving_texture, write_all, write_classes
 
 hypothesis.settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -54,11 +52,9 @@ def pytest_runtest_makereport():
 
 pytest_plugins = ["painted_videos"]  # of tests/fixtures
 ROOT = Path(__file__).parent.parent
-CONFIG = """
-model:
-  encoder: {{dim: 16, depth: 1, num_heads: 2}}
-  decoder: {{dim: 16, depth: 1, num_heads: 2}}
-  patch_size: [2, 8, 8]
+CONFIG = (
+    AUTOENCODER
+    + """  patch_size: [2, 8, 8]
 data:
   train: {train}
   validation: {validation}
@@ -70,28 +66,15 @@ data:
 masking: {{ratio: 0.75}}
 mining: {{momentum: warmup, last_momentum: 0.9}}
 recipe: {{epochs: 8, batch_size: 4, base_lr: 0.1, min_lr: 0, warmup_epochs: 1}}
-engine: {{precision: fp32, threads: 1, device: cpu}}
 logging: {{every_updates: 1, validate_every_epochs: 4, picture_every_epochs: 8, tensorboard: false}}
 checkpoint: {{every_updates: 5, keep_last: 1, keep_every_epochs: 4}}
 """
-
-
-FINETUNE_CONFIG = """
+    + ENGINE
+)
+FINETUNE_CONFIG = (
+    CLASSIFIER
+    + """
 init_weights: {init_weights}
-model:
-  encoder: {{dim: 16, depth: 1, num_heads: 2}}
-  patch_size: [2, 8, 8]
-  drop_path: 0.2
-  head_dropout: 0.2
-  init: xavier
-data:
-  train: {train}
-  validation: {validation}
-  num_frames: 4
-  frame_stride: 2
-  frame_size: [32, 32]
-  repeats: 2
-  workers: 0
 recipe:
   epochs: 20
   batch_size: 6
@@ -100,14 +83,13 @@ recipe:
   layer_decay: 0.9
   average_momentum: 0.8
 augmentation: {{area: [0.5, 1.0], rand_augment: rand-m3-n1, mix_probability: 0.5, mixup: 0.2}}
-engine: {{precision: fp32, threads: 1, device: cpu}}
 logging: {{every_updates: 1, validate_every_epochs: 10, tensorboard: false}}
 checkpoint: {{every_updates: 5, keep_last: 1}}
 test: {{clips: 2, crops: 2, weights: average}}
 """
+    + ENGINE
+)
 """30 updates of 6 videos, each twice, of 9 videos in all."""
-
-
 DISTURBED = """
 import os, signal, sys
 from hpm_video.training import checkpoint, run
@@ -143,16 +125,6 @@ sys.exit({tool}.main())
 """A run that gets a signal at a certain place, all processes of it."""
 
 
-def moving_texture(seed: int, num_frames: int = 12, size: int = 40) -> np.ndarray:
-    """A smooth random texture that slides: (K, H, W, 3) uint8"""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (8, 8, 3))
-    big = np.kron(coarse, np.ones((16, 16, 1)))
-    start, step = rng.integers(0, 40, 2), rng.integers(0, 4, 2)
-    corners = [start + step * frame for frame in range(num_frames)]
-    return np.stack([big[y : y + size, x : x + size] for y, x in corners]).astype(np.uint8)
-
-
 @pytest.fixture(scope="session")
 def reserve_port():
     """Makes ports that nobody else is given before the tests end, as tools/launch.py does."""
@@ -171,25 +143,14 @@ def reserve_port():
 def videos(tmp_path_factory) -> Path:
     """Folder of a folder ``train`` with 14 videos and a folder ``validation`` with 4."""
     folder = tmp_path_factory.mktemp("videos with spaces")
-    for split, seeds in {"train": range(14), "validation": range(100, 104)}.items():
-        (folder / split).mkdir()
-        for seed in seeds:
-            write_video(folder / split / f"texture {seed}.mp4", moving_texture(seed))
-    return folder
+    return write_all(folder, moving_texture, "texture {}")
 
 
 @pytest.fixture(scope="session")
 def labelled_videos(tmp_path_factory) -> Path:
     """Folders ``train`` with 9 and ``validation`` with 6 videos, in class folders by their tint."""
     folder = tmp_path_factory.mktemp("labelled")
-    for split, seeds in {"train": range(3), "validation": range(100, 102)}.items():
-        for channel, name in enumerate(("red", "green", "blue")):
-            (folder / split / name).mkdir(parents=True)
-            for seed in seeds:
-                frames = moving_texture(seed) // 2
-                frames[..., channel] += 120
-                write_video(folder / split / name / f"{seed}.mp4", frames)
-    return folder
+    return write_classes(folder, lambda _, seed: moving_texture(seed))
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ MAY_IMPORT = {
         "decoding/video_stream.py",
     },
     "omegaconf": {"config/loading.py"},
-    "pandas": {"data/manifest.py"},
+    "pandas": {"data/manifest.py", "training/curves.py"},
     "argparse": {
         "runs/console.py",
         "runs/options.py",
@@ -83,7 +83,7 @@ CORE = (
     "training/loop",
     "training/objective",
     "training/engine",
-    "mining/teacher",
+    "training/ema",
     "models/encoder",
     "models/masked_autoencoder",
     "models/classifier",

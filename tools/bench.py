@@ -60,7 +60,7 @@ from hpm_video.runs.autotune import TIMED_CLIPS, trial_update
 from hpm_video.runs.console import above_zero, add_options, positive, run
 from hpm_video.runs.data import open_data, training_clips
 from hpm_video.runs.finetuning import Finetuning
-from hpm_video.runs.pretraining import Pretraining, crops_of
+from hpm_video.runs.pretraining import Pretraining
 from hpm_video.training.device import (
     AUTOCAST,
     DeviceError,
@@ -322,7 +322,7 @@ def loader(arguments: argparse.Namespace) -> Tables:
     config = load_any_config(arguments.config, arguments.overrides)
     data = open_data(config)
     if isinstance(config, PretrainConfig):
-        clips = training_clips(config, data, crops_of(config), same_frames=False)
+        clips = training_clips(config, data, Pretraining(config).transforms(), same_frames=False)
     else:
         clips = training_clips(config, data, Finetuning(config).transforms(), same_frames=True)
     if all(is_image(path) for stream in clips.streams for path in stream.manifest.files):

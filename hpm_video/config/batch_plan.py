@@ -7,9 +7,7 @@ it, in passes of ``micro_batch`` videos.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
-class PlanError(ValueError):
-    """A batch that does not come out even, or does not fit."""
+from hpm_video.config.checks import ConfigError
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ def plan_batches(
     ``multiple``: what a forward pass takes a multiple of, such as 2 where mixup pairs videos.
 
     Raises:
-        PlanError: it does not come out even. The message names the nearest values that do.
+        ConfigError: it does not come out even. The message names the nearest values that do.
     """
     possible = micro_batches(batch_size, processes, multiple)
     share = possible[-1]
@@ -49,7 +47,7 @@ def plan_batches(
         return BatchPlan(batch_size, processes, share)
     if micro_batch not in possible:
         near = " or ".join(str(size) for size in _around(micro_batch, possible))
-        raise PlanError(
+        raise ConfigError(
             f"engine.micro_batch must divide the {share} videos of each process "
             f"(recipe.batch_size={batch_size} over processes={processes})"
             f"{_and_be_a(multiple)}, got {micro_batch}; take engine.micro_batch={near}"
@@ -61,12 +59,12 @@ def micro_batches(batch_size: int, processes: int, multiple: int = 1) -> list[in
     """All videos per forward pass that make up a process's share, ascending.
 
     Raises:
-        PlanError: the batch does not spread over the processes.
+        ConfigError: the batch does not spread over the processes.
     """
     given = {"recipe.batch_size": batch_size, "processes (GPUS x NNODES)": processes}
     for name, value in given.items():
         if value < 1:
-            raise PlanError(f"{name} must be at least 1, got {value}; take a positive number")
+            raise ConfigError(f"{name} must be at least 1, got {value}; take a positive number")
     unit = processes * multiple
     if batch_size % unit:
         below = batch_size - batch_size % unit
@@ -75,7 +73,7 @@ def micro_batches(batch_size: int, processes: int, multiple: int = 1) -> list[in
             processes, [n for n in _divisors(batch_size) if batch_size // n % multiple == 0]
         )
         other = f", or processes={' or '.join(map(str, counts))}" if counts else ""
-        raise PlanError(
+        raise ConfigError(
             f"recipe.batch_size must spread evenly over processes={processes} (GPUS x NNODES)"
             f"{_and_be_a(multiple, 'each share ')}, got {batch_size}; take "
             f"recipe.batch_size={' or '.join(map(str, batches))}{other}"

@@ -1,10 +1,13 @@
 """What the sections of a config share: how they refuse a value."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Any
 
+from hpm_video.files.errors import ExpectedError
 
-class ConfigError(ValueError):
+
+class ConfigError(ExpectedError, ValueError):
     """A configuration that cannot be run. The message names the value, the rule and the remedy."""
 
 
@@ -13,15 +16,30 @@ def unrelated(default: Any) -> Any:
     return field(default=default, metadata={"changes_result": False})
 
 
-def a_chance(section: str, **values: float) -> None:
-    """Refuse what does not lie in [0, 1)."""
-    for name, value in values.items():
-        if not 0 <= value < 1:
-            raise ConfigError(f"{section}.{name} must lie in [0, 1), got {value}")
-
-
-def at_least(least: int, **values: int) -> None:
+def at_least(least: int, **values: int | None) -> None:
     """Refuse what is smaller."""
+    _check(f"be at least {least}", lambda value: value >= least, values)
+
+
+def a_chance(section: str, **values: float | None) -> None:
+    """Refuse what does not lie in [0, 1)."""
+    _check("lie in [0, 1)", lambda value: 0 <= value < 1, values, section)
+
+
+def a_share(section: str, **values: float | None) -> None:
+    """Refuse what does not lie in [0, 1]."""
+    _check("lie in [0, 1]", lambda value: 0 <= value <= 1, values, section)
+
+
+def positive(section: str, rule: str = "be positive", **values: float | None) -> None:
+    """Refuse what is not above 0. ``rule``: what the message says."""
+    _check(rule, lambda value: value > 0, values, section)
+
+
+def _check(
+    rule: str, holds: Callable[[Any], bool], values: Mapping[str, Any], section: str = ""
+) -> None:
+    """Refuse a value, where one is given, that breaks a rule."""
     for name, value in values.items():
-        if value < least:
-            raise ConfigError(f"{name} must be at least {least}, got {value}")
+        if value is not None and not holds(value):
+            raise ConfigError(f"{section}{section and '.'}{name} must {rule}, got {value}")

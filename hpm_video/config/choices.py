@@ -33,61 +33,37 @@ class TransformerSize:
 Init = Literal["truncated_normal", "xavier"]
 """How linear layers start: ``truncated_normal`` with deviation 0.02, as VideoMAE's fine-tuning has,
 or ``xavier``-uniform, as pre-training has. Narrow models trained from scratch need the latter."""
-
-
 Pooling = Literal["mean_norm", "class_token", "batch_norm", "attentive"]
 """How the tokens of a clip become one vector. ``mean_norm``: their mean, then a layer norm, for
 fine-tuning; there is none before it. ``class_token``: that token, normed. ``batch_norm``: the
 normed class token, or without one the mean of normed tokens, each value standardised over the
 batch, for a linear probe. ``attentive``: a query that learns which of the normed tokens to look at,
 a class token among them. Means leave it out."""
-
-
 Positions = Literal["sequence", "space_time", "given"]
 """``sequence``: one sinusoid over the flattened token index, as in VideoMAE. ``space_time``: codes
 of column and row, as in MAE, plus one of time; nearby tokens then look alike along every axis.
 ``given``: a table that is kept with the weights, such as one that another project learned; it
 starts as ``space_time`` and stays as it is."""
-
-
 FeatureKind = Literal["dino", "clip"]
 """Which tokens are the features. ``dino``: those after the final norm. ``clip``: those after the
 final norm and the projection into the space that images share with texts."""
-
-
 DEFAULT_MODELS: dict[FeatureKind, str] = {
     "dino": "vit_base_patch16_224.dino",
     "clip": "vit_base_patch16_clip_quickgelu_224.openai",  # what OpenAI trained has QuickGELU
 }
-
-
 DecoderName = str
 """Of an entry in ``hpm_video.decoding.registry.DECODERS``."""
-
-
 DecoderChoice = str
 """A name, or ``auto`` for the first that can be used."""
-
-
 Sampling = Literal["dense", "segments"]
 """``dense``: frames at a stride (Kinetics). ``segments``: one frame of each of as many equal parts
 of the video as the clip has frames (Something-Something V2)."""
-
-
 Interpolation = Literal["bilinear", "bicubic"]
 """How pixels are resized; antialiased, and what bicubic takes beyond 0..255 is cut off."""
-
-
 PredictorObjective = Literal["relative", "absolute", "none"]
 """How predicted errors are held against true ones: by their order, by their value, not at all."""
-
-
 MomentumKind = Literal["paper", "warmup"]
-
-
 NUMBER = r"\d+(\.\d+)?"
-
-
 SECTIONS = {
     "m": r"\d{1,2}",
     "n": r"[1-9]",
@@ -98,8 +74,6 @@ SECTIONS = {
     "t": r"weights|3aw?",
 }
 """What may follow ``rand`` in timm's string, and the values of each."""
-
-
 SECTION = re.compile(
     "|".join(f"(?P<{name}>{name}({value}))" for name, value in SECTIONS.items()), re.ASCII
 )
@@ -123,9 +97,5 @@ def check_rand_augment(config: str) -> None:
 
 
 Precision = Literal["auto", "fp32", "bf16"]
-
-
 Target = Literal["raw", "joint", "per_channel", "ema", "dino", "clip"]
-
-
 Crop = Literal["multi_scale", "random_resized"]

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from hpm_video.config.checks import ConfigError, a_chance, at_least, unrelated
+from hpm_video.config.checks import ConfigError, a_chance, a_share, at_least, positive, unrelated
 from hpm_video.config.choices import (
     Crop,
     DecoderChoice,
@@ -83,17 +83,12 @@ class DataConfig:
                 f"data.sampling=segments takes no stride, but data.max_frame_stride is "
                 f"{self.max_frame_stride}; leave it out"
             )
-        if self.workers is not None:
-            at_least(0, workers=self.workers)
-        if min(self.seconds_per_file, self.memory_per_worker) <= 0:
-            raise ConfigError(
-                "data.seconds_per_file and data.memory_per_worker must be positive, got "
-                f"{self.seconds_per_file:g} and {self.memory_per_worker:g}"
-            )
+        at_least(0, workers=self.workers)
+        limits = {name: getattr(self, name) for name in ("seconds_per_file", "memory_per_worker")}
+        positive("data", **limits)
         if min(self.std, default=1) <= 0:
             raise ConfigError(f"data.std must be positive, got {self.std}")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ConfigError(f"data.max_bad_share must lie in [0, 1], got {self.max_bad_share}")
+        a_share("data", max_bad_share=self.max_bad_share)
 
     @property
     def channels(self) -> int:
@@ -159,11 +154,8 @@ class AugmentationConfig:
                     f"augmentation.{name} must be two rising positive numbers"
                     f"{', at most 1' if name == 'area' else ''}, got {(low, high)}"
                 )
-        for name in ("erasing", "mix_probability", "cutmix_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(
-                    f"augmentation.{name} must lie in [0, 1], got {getattr(self, name)}"
-                )
+        shares = ("erasing", "mix_probability", "cutmix_probability")
+        a_share("augmentation", **{name: getattr(self, name) for name in shares})
         if min(self.mixup, self.cutmix) < 0:
             raise ConfigError(
                 f"augmentation.mixup and cutmix must be at least 0, got {self.mixup} and "

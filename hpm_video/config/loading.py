@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig, SourceConfig
+from hpm_video.files.errors import read_text
 
 Config = TypeVar("Config")
 
@@ -28,7 +29,7 @@ def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> C
         raise ConfigError(
             f"there is no config file {path}; see configs/README.md for those shipped"
         )
-    _read_text(path)
+    read_text(path, ConfigError)
     odd = [override for override in overrides if "=" not in override]
     if odd:
         raise ConfigError(f"an override must look like section.key=value, got {odd[0]!r}")
@@ -57,16 +58,6 @@ def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> C
         raise ConfigError(f"cannot use {path} {' '.join(overrides)}: {reason}") from error
     assert isinstance(config, schema)
     return config
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path} is not text in UTF-8: byte {error.start} is {error.object[error.start]:#04x}; "
-            f"save it as UTF-8"
-        ) from error
 
 
 def _refuse_references(config: Any, where: str) -> None:
@@ -105,15 +96,10 @@ def _check_sources_alone(given: Any) -> None:
     mix: Any = given.get("mix") if OmegaConf.is_dict(given) else None
     for name, values in mix.items() if OmegaConf.is_dict(mix) else ():
         with contextlib.suppress(OmegaConfBaseException):  # which names the key by itself, later
-            source = OmegaConf.merge(OmegaConf.structured(SourceConfig), values)
-            _check_source_alone(str(name), source)
-
-
-def _check_source_alone(name: str, source: Any) -> None:
-    try:
-        OmegaConf.to_object(source)
-    except ConfigError as error:
-        raise ConfigError(f"mix.{name}: {error}") from error
+            try:
+                OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), values))
+            except ConfigError as error:
+                raise ConfigError(f"mix.{name}: {error}") from error
 
 
 _LEFT_OUT = re.compile(r"mix(\.[A-Za-z0-9_-]+)?=(null|\{\})")
@@ -138,7 +124,7 @@ def load_any_config(path: Path, overrides: Sequence[str] = ()) -> PretrainConfig
             f"there is no {path}; give a config, or a checkpoint folder of a run, such as "
             f"RUN/checkpoints/last"
         )
-    if re.search(r"^masking:", _read_text(path), re.MULTILINE):
+    if re.search(r"^masking:", read_text(path, ConfigError), re.MULTILINE):
         return load_config(PretrainConfig, path, overrides)
     return load_config(FinetuneConfig, path, overrides)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hpm_video.config.checks import ConfigError, unrelated
+from hpm_video.config.checks import ConfigError, a_chance, a_share, unrelated
 from hpm_video.config.choices import (
     DEFAULT_MODELS,
     FeatureKind,
@@ -42,10 +42,7 @@ class MaskingConfig:
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
             raise ConfigError(f"masking.ratio must lie between 0 and 1, got {self.ratio}")
-        for name in ("first_fraction", "last_fraction"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ConfigError(f"masking.{name} must lie in [0, 1], got {value}")
+        a_share("masking", first_fraction=self.first_fraction, last_fraction=self.last_fraction)
 
     @property
     def mask_strategy(self) -> MaskStrategy:
@@ -80,9 +77,7 @@ class MiningConfig:
     last_momentum: float = 0.9999
 
     def __post_init__(self) -> None:
-        for name in ("first_momentum", "last_momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"mining.{name} must lie in [0, 1), got {getattr(self, name)}")
+        a_chance("mining", first_momentum=self.first_momentum, last_momentum=self.last_momentum)
         if self.predictor_weight < 0:
             raise ConfigError(f"mining.predictor_weight must be >= 0, got {self.predictor_weight}")
         if self.feature_kind and self.feature_weights is None:

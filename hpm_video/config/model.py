@@ -3,13 +3,7 @@
 from dataclasses import dataclass, field
 
 from hpm_video.config.checks import ConfigError, a_chance, at_least, unrelated
-from hpm_video.config.choices import (
-    Conventions,
-    Init,
-    Pooling,
-    Positions,
-    TransformerSize,
-)
+from hpm_video.config.choices import Conventions, Init, Pooling, Positions, TransformerSize
 from hpm_video.tokens.grid import Size3
 
 
@@ -80,8 +74,7 @@ class ClassifierConfig(EncoderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         a_chance("model", head_dropout=self.head_dropout)
-        if self.num_classes is not None:
-            at_least(2, num_classes=self.num_classes)
+        at_least(2, num_classes=self.num_classes)
         if self.pretrained_grid is not None and min(self.pretrained_grid) < 1:
             raise ConfigError(
                 f"model.pretrained_grid must be three positive numbers, got {self.pretrained_grid}"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from hpm_video.config.checks import ConfigError, at_least
+from hpm_video.config.checks import ConfigError, at_least, positive
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,4 @@ class KnnConfig:
                 "knn.train and knn.validation belong together: give both, or neither, got "
                 f"{self.train} and {self.validation}"
             )
-        if min(self.every_epochs, self.temperature) <= 0:
-            raise ConfigError(
-                f"knn.every_epochs and knn.temperature must be positive, got {self.every_epochs} "
-                f"and {self.temperature}"
-            )
+        positive("knn", every_epochs=self.every_epochs, temperature=self.temperature)

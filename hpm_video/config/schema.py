@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hpm_video.config.batch_plan import PlanError, plan_batches
+from hpm_video.config.batch_plan import plan_batches
 from hpm_video.config.checks import ConfigError, unrelated
 from hpm_video.config.data import AugmentationConfig, DataConfig, PretrainDataConfig
 from hpm_video.config.mining import MaskingConfig, MiningConfig
@@ -43,10 +43,7 @@ class RunConfig:
     model: EncoderConfig = field(default_factory=EncoderConfig)
 
     def __post_init__(self) -> None:
-        try:
-            plan_batches(self.recipe.batch_size, 1, self.engine.micro_batch)
-        except PlanError as error:
-            raise ConfigError(str(error)) from error
+        plan_batches(self.recipe.batch_size, 1, self.engine.micro_batch)
 
     @property
     def sources(self) -> dict[str, DataConfig]:

@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from hpm_video.config.checks import ConfigError, a_chance, at_least
-from hpm_video.config.choices import (
-    Precision,
-)
+from hpm_video.config.checks import ConfigError, a_chance, at_least, positive
+from hpm_video.config.choices import Precision
 
 
 @dataclass(frozen=True)
@@ -42,10 +40,7 @@ class RecipeConfig:
                 f"need recipe.weight_decay >= 0 and recipe.betas in [0, 1), got "
                 f"{self.weight_decay} and {self.betas}"
             )
-        if self.clip_grad is not None and self.clip_grad <= 0:
-            raise ConfigError(
-                f"recipe.clip_grad must be positive, or null for no clipping, got {self.clip_grad}"
-            )
+        positive("recipe", "be positive, or null for no clipping", clip_grad=self.clip_grad)
 
 
 @dataclass(frozen=True)
@@ -69,8 +64,7 @@ class FinetuneRecipe(RecipeConfig):
         super().__post_init__()
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"recipe.layer_decay must lie in (0, 1], got {self.layer_decay}")
-        if self.average_momentum is not None:
-            a_chance("recipe", average_momentum=self.average_momentum)
+        a_chance("recipe", average_momentum=self.average_momentum)
 
 
 @dataclass(frozen=True)
@@ -100,21 +94,10 @@ class EngineConfig:
     """Threads of the CPU's matrix products; by default torch's choice."""
 
     def __post_init__(self) -> None:
-        if self.micro_batch is not None:
-            at_least(1, micro_batch=self.micro_batch)
-        if self.threads is not None:
-            at_least(1, threads=self.threads)
-        self._check_deepspeed()
-
-    def _check_deepspeed(self) -> None:
-        given: dict[str, int | str | None] = {
-            "zero_stage": self.zero_stage,
-            "deepspeed": self.deepspeed,
-        }
-        if self.offload != "none":
-            given["offload"] = self.offload
-        for name, value in given.items():
-            if self.name != "deepspeed" and value is not None:
+        at_least(1, micro_batch=self.micro_batch, threads=self.threads)
+        for name in ("zero_stage", "deepspeed", "offload"):
+            value = getattr(self, name)
+            if self.name != "deepspeed" and value not in (None, "none"):
                 raise ConfigError(
                     f"engine.{name}={value} is for DeepSpeed, and engine.name is {self.name}; "
                     f"take engine.name=deepspeed, or leave it out"
@@ -148,9 +131,8 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         at_least(1, every_updates=self.every_updates, validation_clips=self.validation_clips)
-        for name in ("validate_every_epochs", "picture_every_epochs"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"logging.{name} must be positive, got {getattr(self, name)}")
+        often = ("validate_every_epochs", "picture_every_epochs")
+        positive("logging", **{name: getattr(self, name) for name in often})
 
 
 @dataclass(frozen=True)
@@ -164,8 +146,5 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         at_least(1, every_updates=self.every_updates, keep_last=self.keep_last)
-        if self.keep_every_epochs is not None and self.keep_every_epochs <= 0:
-            raise ConfigError(
-                f"checkpoint.keep_every_epochs must be positive, or null for none, got "
-                f"{self.keep_every_epochs}"
-            )
+        rule = "be positive, or null for none"
+        positive("checkpoint", rule, keep_every_epochs=self.keep_every_epochs)

@@ -66,9 +66,6 @@ def stream_parts(
     those that came before are void. The parts of several processes come interleaved; closing the
     generator ends the processes. Without ``workers`` this one decodes, and a file on which it hangs
     or crashes ends it.
-
-    Raises:
-        RoomError: the machine has no room for the parts.
     """
     decoder = settle_decoder(data.decoder, manifest)
     reader = PartReader(data, views, decoder, max(1, clips_per_part // views.crops))

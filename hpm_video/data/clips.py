@@ -228,10 +228,6 @@ class HeldOutClips(Clips):
 
 
 def settle_decoder(decoder: DecoderChoice, manifest: Manifest) -> DecoderChoice:
-    """The decoder of the videos of a manifest; of images alone none is needed.
-
-    Raises:
-        DecoderError: there is none of that name, or there are videos and it cannot be used.
-    """
+    """The decoder of the videos of a manifest; of images alone none is needed."""
     check_name(decoder)
     return decoder if all(map(is_image, manifest.files)) else choose_decoder(decoder)

@@ -67,9 +67,6 @@ def training_batches(
     Those of a whole run make one iterator: its processes live as long as it does, and go on from
     one epoch to the next without a pause. Closing it ends them. ``batch_size`` counts videos.
     Without ``workers`` this process decodes, and a file on which it hangs or crashes ends the run.
-
-    Raises:
-        RoomError: the machine has no room for what is read ahead.
     """
     return _batches(dataset.streams, places, batch_size, workers, limits, pin=pin)
 
@@ -85,9 +82,6 @@ def held_out_batches(
     """Batches of the held-out clips at ``positions``, by default of all, in that order.
 
     ``batch_size`` and ``workers`` as of :func:`training_batches`.
-
-    Raises:
-        RoomError: the machine has no room for what is read ahead.
     """
     chosen = range(len(dataset)) if positions is None else positions
     places = [Place(0, position) for position in chosen]

@@ -19,6 +19,7 @@ import pandas as pd
 from hpm_video.data.places import MEDIA_SUFFIXES, is_plain, listable_files, place_of, unwritable
 from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from hpm_video.files.atomic import written_beside
+from hpm_video.files.errors import ExpectedError, read_text
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ _LIST_LINE = re.compile(
 _INTEGER = r"-?\d{1,15}(?:\.0+)?"  # pandas writes 3.0 where another row of the column is empty
 
 
-class ManifestError(ValueError):
+class ManifestError(ExpectedError, ValueError):
     """A manifest that cannot be used. The message names the file, the line and the remedy."""
 
 
@@ -175,7 +176,12 @@ def read_listing(path: Path | str, root: Path | str | None = None) -> Listing:
     source = Path(path).absolute()
     if source.is_dir():
         return _read_folder(source)
-    text = _read_text(source)
+    if not source.exists():
+        raise ManifestError(
+            f"there is no manifest or folder {source}; a relative path starts from the working "
+            f"directory, {Path.cwd()}"
+        )
+    text = read_text(source, ManifestError, _EXPECTED)
     first_line = next(csv.reader(text.splitlines()[:1]), [])
     named = "path" in [cell.strip() for cell in first_line]
     table = _read_table(source, text) if named else _read_list(source, text)
@@ -190,20 +196,6 @@ def write_manifest(table: pd.DataFrame, path: Path | str) -> None:
         raise ManifestError(f"a manifest needs a column path, got {list(table.columns)}")
     with written_beside(Path(path)) as beside:
         table.to_csv(beside, index=False)
-
-
-def _read_text(source: Path) -> str:
-    try:
-        return source.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise ManifestError(
-            f"there is no manifest or folder {source}; a relative path starts from the working "
-            f"directory, {Path.cwd()}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"{source} is not text in UTF-8. {_EXPECTED}") from error
-    except OSError as error:
-        raise ManifestError(f"{source} cannot be read: {error.strerror}") from error
 
 
 def _bad_line(source: Path, line: object, row: str, why: str) -> ManifestError:

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from hpm_video.config.choices import Interpolation
 from hpm_video.config.data import DataConfig
 
 LONGEST = 16
+"""Of a frame as long as so many times its width: the rest would make it huge when resized."""
 SCALES = (1.0, 0.875, 0.75, 0.66)
 """Sides of a multi-scale crop, as shares of those of the largest crop."""
 SCALE_PAIRS = tuple(
@@ -41,15 +41,20 @@ class Box:
     width: int
 
 
-class DrawnTransform(Protocol):
-    """What is done to one training clip; nothing is left to chance."""
+@dataclass(frozen=True)
+class DrawnCrop:
+    """A box that is cut out and resized, and may be mirrored; nothing is left to chance."""
 
-    @property
-    def box(self) -> Box:
-        """The part of the frames that it needs."""
+    box: Box
+    """The part of the frames that is needed."""
+    frame_size: tuple[int, int]
+    interpolation: Interpolation
+    mirrored: bool
 
     def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """That part of the frames: (T, box.height, box.width, C) uint8 -> (C, T, h, w) uint8"""
+        """(T, box.height, box.width, C) uint8 -> (C, T, h, w) uint8"""
+        clip = resize(pixels, self.frame_size, self.interpolation)
+        return clip.flip(-1) if self.mirrored else clip
 
 
 class ClipTransform(ABC):
@@ -61,7 +66,7 @@ class ClipTransform(ABC):
     @abstractmethod
     def draw(
         self, size: tuple[int, int], frame_size: tuple[int, int], draw: np.random.Generator
-    ) -> DrawnTransform:
+    ) -> DrawnCrop:
         """Decide what is done to frames of ``size``, height and width. All draws are ``draw``'s."""
 
     def __call__(
@@ -83,25 +88,10 @@ class MultiScaleCrop(ClipTransform):
 
     def draw(
         self, size: tuple[int, int], frame_size: tuple[int, int], draw: np.random.Generator
-    ) -> "DrawnCrop":
+    ) -> DrawnCrop:
         """A box, and whether it is mirrored."""
         box = multi_scale_box(*size, frame_size, draw)
         return DrawnCrop(box, frame_size, self.interpolation, self.flip and draw.random() < 0.5)
-
-
-@dataclass(frozen=True)
-class DrawnCrop:
-    """A box that is cut out and resized, and may be mirrored."""
-
-    box: Box
-    frame_size: tuple[int, int]
-    interpolation: Interpolation
-    mirrored: bool
-
-    def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """(T, box.height, box.width, C) uint8 -> (C, T, h, w) uint8"""
-        clip = resize(pixels, self.frame_size, self.interpolation)
-        return clip.flip(-1) if self.mirrored else clip
 
 
 def cut(frames: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
@@ -134,9 +124,14 @@ def held_out_crops(frames: NDArray[np.uint8], data: DataConfig, count: int) -> l
     if data.held_out_short_side is None:
         boxes = view_boxes(frames.shape[1], frames.shape[2], frame_size, count)
         return [crop_and_resize(frames, box, frame_size, interpolation) for box in boxes]
-    frames = _not_too_long(frames)
     height, width = frames.shape[1:3]
-    scaled = _with_short_side(height, width, data.held_out_short_side)
+    size = (min(height, LONGEST * width), min(width, LONGEST * height))
+    frames = cut(frames, _middle(height, width, size))
+    height, width = size
+    short = data.held_out_short_side  # rounded as torchvision's Resize does
+    scaled = (short, int(short * width / height))
+    if height >= width:
+        scaled = (int(short * height / width), short)
     resized = resize(frames, scaled, interpolation)
     middle = _middle(*scaled, frame_size)
     boxes = [middle] if count == 1 else _spread(*scaled, frame_size, count)
@@ -206,20 +201,3 @@ def _spread(height: int, width: int, size: tuple[int, int], count: int) -> list[
 def _middle(height: int, width: int, size: tuple[int, int]) -> Box:
     """Rounded as torchvision's CenterCrop does."""
     return Box(round((height - size[0]) / 2), round((width - size[1]) / 2), *size)
-
-
-def _not_too_long(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The middle of frames of an extreme shape, which would be huge once their short side is not.
-
-    (T, H, W, C) -> (T, h, w, C)
-    """
-    height, width = frames.shape[1:3]
-    box = _middle(height, width, (min(height, LONGEST * width), min(width, LONGEST * height)))
-    return cut(frames, box)
-
-
-def _with_short_side(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """Height and width of the same shape, rounded as torchvision's Resize does."""
-    if height < width:
-        return short_side, int(short_side * width / height)
-    return int(short_side * height / width), short_side

@@ -1,6 +1,7 @@
 """What the first bytes of a file say it is: FFmpeg would follow a list of other files anywhere."""
 
 import re
+from collections.abc import Sequence
 
 from hpm_video.decoding.reader import DecodeError
 
@@ -49,17 +50,24 @@ def refuse_lists(head: bytes) -> None:
             )
 
 
-def known_container(head: bytes) -> str:
+def exact_container(head: bytes, decoder: str, exact_on: Sequence[str]) -> str:
     """The name of the container of which the first bytes of a file are.
 
+    Of a decoder whose FFmpeg cannot be told what to leave alone.
+
     Raises:
-        DecodeError: they are of none, or of a file that names others.
+        DecodeError: they are of none on which ``decoder`` is exact, or of a file that names others.
     """
     refuse_lists(head)
-    for name, pattern in _CONTAINERS.items():
-        if pattern.match(head):
-            return name
-    raise DecodeError(
-        f"its first bytes are those of no known container ({', '.join(_CONTAINERS)}): it is "
-        "damaged, or no video. Download it again"
-    )
+    name = next((name for name, pattern in _CONTAINERS.items() if pattern.match(head)), None)
+    if name is None:
+        raise DecodeError(
+            f"its first bytes are those of no known container ({', '.join(_CONTAINERS)}): it is "
+            "damaged, or no video. Download it again"
+        )
+    if name not in exact_on:
+        raise DecodeError(
+            f"{decoder} is not known to be exact on this container, {name}, only on "
+            f"{', '.join(exact_on)}; PyAV is"
+        )
+    return name

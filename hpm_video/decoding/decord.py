@@ -5,7 +5,7 @@ from typing import Any
 
 import torch  # noqa: F401 - decord imported before torch can hang a DataLoader (decord#251)
 
-from hpm_video.decoding.containers import MATROSKA, MP4, known_container
+from hpm_video.decoding.containers import MATROSKA, MP4, exact_container
 from hpm_video.decoding.mp4_header import is_trimmed
 from hpm_video.decoding.reader import TRANSCODE, DecodeError, FrameByFrame, Frames
 
@@ -17,12 +17,7 @@ class DecordReader(FrameByFrame):
 
     def __init__(self, path: str, source: str | bytes, head: bytes) -> None:
         super().__init__(path)
-        kind = known_container(head)  # its FFmpeg cannot be told what to leave alone
-        if kind not in _EXACT_ON:
-            raise DecodeError(
-                f"decord is not known to be exact on this container, {kind}, only on "
-                f"{', '.join(_EXACT_ON)}; PyAV is"
-            )
+        kind = exact_container(head, "decord", _EXACT_ON)
         if kind == MP4 and is_trimmed(source):
             raise DecodeError(
                 "its container says that some frames are not to be shown, and decord does not "

@@ -28,18 +28,12 @@ VIDEO_SUFFIXES = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg
     ".webm",
     ".wmv",
 )
-IMAGE_SUFFIXES = (
-    ".bmp",
-    ".jfif",
-    ".jpe",
-    ".jpeg",
-    ".jpg",
-    ".pbm",
-    ".pgm",
-    ".png",
-    ".pnm",
+IMAGE_SUFFIXES = (".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm") + (
     ".ppm",
-) + (".tif", ".tiff", ".webp")
+    ".tif",
+    ".tiff",
+    ".webp",
+)
 
 _MEMBER = re.compile(
     r"(?P<tar>.+?\.tar)::(?P<name>.+)@(?P<offset>[0-9]{1,18})\+(?P<size>[0-9]{1,18})",

@@ -254,7 +254,9 @@ class PyavReader(VideoReader):
     def _take(self, run: list[int], stack: Stack, *, skip: bool) -> bool:
         """Decode the frames of a run. -> whether they all came; otherwise none is taken"""
         before = stack.filled
-        if not self._can_go_on(run[0], run):
+        # Whether the run comes next, or soon, from where decoding stopped.
+        ahead = self._at is not None and self._at < run[0] and not self._is_far(self._at, run[0])
+        if not ahead or not self._skipped.isdisjoint(run):
             self._start_at(self._keys[: bisect_right(self._key_times, run[0])])
         self._wanted, self._last_wanted, self._skips = set(run), run[-1], skip
         for number, frame in self._frames:
@@ -264,11 +266,6 @@ class PyavReader(VideoReader):
                     return True
         stack.filled = before
         return False
-
-    def _can_go_on(self, first: int, run: list[int]) -> bool:
-        """Whether frames come next, or soon, from where decoding stopped."""
-        ahead = self._at is not None and self._at < first and not self._is_far(self._at, first)
-        return ahead and self._skipped.isdisjoint(run)
 
     def _start_at(self, keys: list[_Packet]) -> None:
         """Let frames come from the last of ``keys`` on, or from the first frame."""
@@ -330,13 +327,8 @@ class PyavReader(VideoReader):
         plane = rgb.planes[0]
         values = np.frombuffer(cast("memoryview", plane), np.uint8).reshape(-1, plane.line_size)
         pixels = values[: rgb.height, : 3 * rgb.width].reshape(rgb.height, rgb.width, 3)
-        stack.add(np.rot90(pixels, _quarter_turns(frame)))
+        stack.add(np.rot90(pixels, round(frame.rotation / 90) % 4))
 
     def close(self) -> None:
         self._frames = iter(())
         self._container.close()
-
-
-def _quarter_turns(frame: "av.VideoFrame") -> int:
-    """Against the clock, to set a frame upright."""
-    return round(frame.rotation / 90) % 4

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
+from hpm_video.files.errors import ExpectedError
+
 Frames = NDArray[np.uint8]
 """(K, H, W, C) uint8: RGB, unless a reader gives other channels."""
 Size = tuple[int, int]
@@ -17,7 +19,7 @@ TRANSCODE = "Encode it anew: tools/transcode.py"
 """A remedy."""
 
 
-class DecodeError(Exception):
+class DecodeError(ExpectedError):
     """A video or an image that cannot be decoded. The message names the file and the reason."""
 
     def __init__(self, reason: str, path: str = "") -> None:
@@ -33,7 +35,7 @@ class NoSuchFrame(DecodeError, IndexError):  # noqa: N818 - it says what is wron
     """A video ends before a frame, which was found out only by decoding it."""
 
 
-class DecoderError(RuntimeError):
+class DecoderError(ExpectedError, RuntimeError):
     """No usable decoder. The message says what to install."""
 
 

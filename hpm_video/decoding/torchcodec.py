@@ -3,8 +3,8 @@
 import re
 from typing import Any
 
-from hpm_video.decoding.containers import MATROSKA, MP4, known_container
-from hpm_video.decoding.reader import DecodeError, Frames, VideoReader, size_change
+from hpm_video.decoding.containers import MATROSKA, MP4, exact_container
+from hpm_video.decoding.reader import Frames, VideoReader, size_change
 
 _EXACT_ON = (MP4, MATROSKA, "FLV", "ASF", "GIF", "YUV4MPEG")
 
@@ -16,12 +16,7 @@ class TorchcodecReader(VideoReader):
 
     def __init__(self, path: str, source: str | bytes, head: bytes) -> None:
         super().__init__(path)
-        kind = known_container(head)  # its FFmpeg cannot be told what to leave alone
-        if kind not in _EXACT_ON:
-            raise DecodeError(
-                f"torchcodec is not known to be exact on this container, {kind}, only on "
-                f"{', '.join(_EXACT_ON)}; PyAV is"
-            )
+        exact_container(head, "torchcodec", _EXACT_ON)
         from torchcodec.decoders import (  # type: ignore[import-not-found, unused-ignore]
             VideoDecoder,
         )

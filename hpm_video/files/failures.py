@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpm_video.files.errors import ExpectedError
+
 log = logging.getLogger(__name__)
 
 MOST_LISTED = 100
@@ -23,7 +25,7 @@ class Failure:
         return f"{self.path}: {self.reason}"
 
 
-class BadFilesError(Exception):
+class BadFilesError(ExpectedError):
     """Some of many videos do not decode. The message names them, and says what to do."""
 
     def __init__(
@@ -43,7 +45,7 @@ class BadFilesError(Exception):
         super().__init__("\n".join([first, *rows, remedy]))
 
 
-class TooManyBadFiles(Exception):  # noqa: N818 - it says what is wrong
+class TooManyBadFiles(ExpectedError):  # noqa: N818 - it says what is wrong
     """More files do not decode than the data allows."""
 
 
@@ -84,14 +86,6 @@ def read_failures(path: Path) -> list[Failure]:
     return [Failure(name, reason) for name, reason in rows]
 
 
-def append_failures(path: Path, failures: Iterable[Failure]) -> None:
-    """Add to a list of bad files, which is begun where there is none."""
-    header = [] if path.exists() else [("path", "reason")]
-    with path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        rows = [(failure.path, failure.reason) for failure in failures]
-        csv.writer(file).writerows([*header, *rows])
-
-
 class BadFiles:
     """The files of a run that did not decode: each once, in a list on disk."""
 
@@ -117,7 +111,12 @@ class BadFiles:
         """
         new = {failure.path: failure for failure in failures if failure.path not in self.failures}
         if new and self._writes:
-            append_failures(self._path, new.values())
+            header = [] if self._path.exists() else [("path", "reason")]
+            rows = [(failure.path, failure.reason) for failure in new.values()]
+            with self._path.open(
+                "a", newline="", encoding="utf-8", errors="surrogateescape"
+            ) as file:
+                csv.writer(file).writerows([*header, *rows])
             for number, failure in enumerate(new.values(), start=len(self) + 1):
                 log.warning("bad file %d (%s has all): %s", number, self._path.name, failure)
         if new:

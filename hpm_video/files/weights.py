@@ -5,13 +5,15 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from hpm_video.files.errors import ExpectedError
+
 OF_ANOTHER_PROJECT = (
     "If it is of another project: python tools/weights.py import FILE FOLDER, and then "
     "init_weights=FOLDER"
 )
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ExpectedError, RuntimeError):
     """A checkpoint that cannot be written, read or used. The message says why and what to do."""
 
 

@@ -17,11 +17,11 @@ from hpm_video.config.choices import PredictorObjective
 from hpm_video.data.batch import ClipBatch
 from hpm_video.mining.losses import ranking_loss, regression_loss
 from hpm_video.mining.targets import Target
-from hpm_video.mining.teacher import MomentumSchedule
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder, Prediction
 from hpm_video.randomness import uniform
 from hpm_video.tokens.masking import MaskRule, TokenMask
 from hpm_video.tokens.pixels import normalise
+from hpm_video.training.ema import MomentumSchedule, WithEma
 from hpm_video.training.objective import Losses, Model
 from hpm_video.training.optim import EmaUpdate, ema_update_module
 from hpm_video.training.progress import Progress
@@ -39,8 +39,10 @@ class Examination(NamedTuple):
     """(B, M) errors of the simplest good answer, see :class:`Target`."""
 
 
-class HardPatchesMining:
+class HardPatchesMining(WithEma[MaskedAutoencoder]):
     """The objective of pre-training. Without a predictor it trains a plain masked autoencoder."""
+
+    ema_name = "teacher"
 
     def __init__(  # noqa: PLR0913 - the parts of the method, and what an engine does for it
         self,
@@ -49,15 +51,14 @@ class HardPatchesMining:
         *,
         predictor: PredictorObjective,
         predictor_weight: float,
-        teacher: MaskedAutoencoder | None,
+        ema: MaskedAutoencoder | None,
         momentum: MomentumSchedule,
         whole: Callable[[nn.Module], AbstractContextManager[nn.Module]] = nullcontext,
         ema_update: EmaUpdate = ema_update_module,
     ) -> None:
         """Take the rules of the method; ``masks``: by the name of the source of a batch.
 
-        ``whole`` makes the teacher callable and ``ema_update`` moves it where an engine has spread
-        its weights.
+        ``ema``: the teacher. ``whole`` makes it callable where an engine has spread its weights.
 
         Raises:
             ValueError: masks are to be picked by difficulty, but nothing predicts it.
@@ -67,27 +68,20 @@ class HardPatchesMining:
                 "a mask strategy that picks by difficulty needs a loss predictor: take "
                 "masking.strategy=random, or mining.predictor=relative or absolute"
             )
-        if (teacher is not None) != needs_teacher(predictor, target):
-            raise ValueError(f"predictor {predictor!r} with teacher {type(teacher).__name__}")
+        if (ema is not None) != needs_teacher(predictor, target):
+            raise ValueError(f"predictor {predictor!r} with teacher {type(ema).__name__}")
+        super().__init__(ema, momentum, ema_update)
         self.masks = masks
         self.target = target
-        self.teacher = teacher
         self.predictor = predictor
         self._predictor_weight = predictor_weight
-        self._momentum = momentum
         self._whole = whole
-        self._ema_update = ema_update
 
     def seen_with(self, teacher: MaskedAutoencoder | None) -> "HardPatchesMining":
         """The same objective for looking, with a teacher whose weights are all here."""
         seen = copy.copy(self)
-        seen.teacher, seen._whole = teacher, nullcontext
+        seen.ema, seen._whole = teacher, nullcontext
         return seen
-
-    @property
-    def companions(self) -> dict[str, nn.Module]:
-        """Modules that are saved and restored with the student, by name."""
-        return {} if self.teacher is None else {"teacher": self.teacher}
 
     def settings(self, progress: Progress) -> dict[str, float]:
         """What the schedules say at ``progress``, for the log."""
@@ -95,8 +89,8 @@ class HardPatchesMining:
             named(source, "hard_fraction"): rule.strategy.fraction(progress.epoch, progress.epochs)
             for source, rule in self.masks.items()
         }
-        if self.teacher is not None:
-            settings["momentum"] = self._momentum.at(progress)
+        if self.ema is not None:
+            settings["momentum"] = self.momentum_at(progress)
         return settings
 
     def losses(self, student: Model, batch: ClipBatch, progress: Progress) -> Losses:
@@ -119,12 +113,6 @@ class HardPatchesMining:
             total = total + self._predictor_weight * ranked
         return Losses(total, parts)
 
-    def after_update(self, student: nn.Module, progress: Progress) -> None:
-        """Let the teacher follow the student: once per update, in float32."""
-        if self.teacher is None:
-            return
-        self._ema_update(self.teacher, student, self._momentum.at(progress))
-
     def normalised(self, batch: ClipBatch) -> Tensor:
         """The clips of a batch as models see them: -> (B, C, T, H, W) float32"""
         return normalise(batch.clips, self.target.mean, self.target.std)
@@ -133,9 +121,9 @@ class HardPatchesMining:
     def ask_teacher(self, clips: Tensor, *, difficulty: bool) -> "Sight":
         """What is needed of the teacher, which sees the whole of normalised clips, encoded once."""
         difficulty = difficulty and self.predictor != "none"
-        if self.teacher is None or not (difficulty or self.target.of_teacher):
+        if self.ema is None or not (difficulty or self.target.of_teacher):
             return Sight(None, None)
-        with self._whole(self.teacher) as teacher:
+        with self._whole(self.ema) as teacher:
             assert isinstance(teacher, MaskedAutoencoder)
             encoded = teacher.encode(clips)
             scores = None

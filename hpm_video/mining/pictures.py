@@ -29,7 +29,7 @@ from hpm_video.mining.typesetting import (
     shorten,
     stack,
 )
-from hpm_video.training.engine import Viewer
+from hpm_video.training.engine import Runner
 
 Value = TypeVar("Value", bound=np.generic)
 
@@ -324,7 +324,7 @@ def save_animation(images: Sequence[Image.Image], path: Path, fps: float) -> Non
 
 
 def write_pictures(
-    folder: Path, name: str, objective: HardPatchesMining, student: Viewer, batch: ClipBatch
+    folder: Path, name: str, objective: HardPatchesMining, student: Runner, batch: ClipBatch
 ) -> Path:
     """Draw the sheet of a batch, say of the first held-out clips, into ``folder``. -> its path"""
     with student.autocast():

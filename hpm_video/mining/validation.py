@@ -19,7 +19,7 @@ from hpm_video.tokens.grid import Size3
 from hpm_video.tokens.patches import patchify
 from hpm_video.tokens.pixels import to_unit_range
 from hpm_video.training.distributed import Processes
-from hpm_video.training.engine import Viewer
+from hpm_video.training.engine import Runner
 
 Measures = dict[str, float]
 NUM_MASKS = 10
@@ -33,7 +33,7 @@ TRIVIAL_FOR_STUDENT = "student_ranking_by_"
 @torch.no_grad()
 def measure(
     objective: HardPatchesMining,
-    student: Viewer,
+    student: Runner,
     batches: Iterable[ClipBatch],
     processes: Processes = Processes(),  # noqa: B008 - it is frozen
 ) -> Measures:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpm_video.data.manifest import Manifest, ManifestError
+from hpm_video.files.errors import read_text
 
 
 def read_label_names(path: Path) -> tuple[str, ...]:
@@ -12,10 +13,7 @@ def read_label_names(path: Path) -> tuple[str, ...]:
     Raises:
         ManifestError: there is no such file, or it is not such a list.
     """
-    try:
-        names = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ManifestError(f"cannot read the names of the classes: {error}") from error
+    names = read_text(path, ManifestError).splitlines()
     while names and not names[-1].strip():
         names.pop()
     if not names or not all(name.strip() for name in names):

@@ -8,13 +8,16 @@ from hpm_video.decoding.locations import base_name
 from hpm_video.randomness import key_of
 from hpm_video.recognition.mixing import Mixing
 from hpm_video.tokens.pixels import normalise
+from hpm_video.training.ema import MomentumSchedule, WithEma
 from hpm_video.training.objective import Losses, Model
 from hpm_video.training.optim import EmaUpdate, ema_update_module
 from hpm_video.training.progress import Progress
 
 
-class Classification:
+class Classification(WithEma[nn.Module]):
     """Cross-entropy of a classifier, on clips that may be mixed (mixup, CutMix)."""
+
+    ema_name = "average"
 
     def __init__(  # noqa: PLR0913 - the parts of the method, and what an engine does for it
         self,
@@ -23,25 +26,18 @@ class Classification:
         std: tuple[float, ...],
         label_smoothing: float,
         mixing: Mixing | None = None,
-        average: nn.Module | None = None,
-        average_momentum: float = 0.0,
+        ema: nn.Module | None = None,
+        momentum: MomentumSchedule | None = None,
         seed: int = 0,
         ema_update: EmaUpdate = ema_update_module,
     ) -> None:
-        """``mixing`` makes its own smoothed targets. ``average`` follows the model's weights."""
+        """``mixing`` makes its own smoothed targets."""
+        super().__init__(ema, momentum, ema_update)
         self.mean = mean
         self.std = std
-        self.average = average
         self._label_smoothing = label_smoothing
         self._mixing = mixing
-        self._average_momentum = average_momentum
         self._seed = seed
-        self._ema_update = ema_update
-
-    @property
-    def companions(self) -> dict[str, nn.Module]:
-        """Modules that are saved and restored with the model, by name."""
-        return {} if self.average is None else {"average": self.average}
 
     def settings(self, progress: Progress) -> dict[str, float]:  # noqa: ARG002
         """What the schedules say at ``progress``, for the log: nothing changes."""
@@ -63,8 +59,3 @@ class Classification:
             logits = student(clips, keys=batch.keys)
             loss = F.cross_entropy(logits.float(), targets)
         return Losses(loss, {"classification": loss})
-
-    def after_update(self, student: nn.Module, progress: Progress) -> None:  # noqa: ARG002
-        """Let the average of the weights follow: once per update, in float32."""
-        if self.average is not None:
-            self._ema_update(self.average, student, self._average_momentum)

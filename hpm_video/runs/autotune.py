@@ -1,17 +1,18 @@
 """What suits a device, found by trial: its precision, and how many videos it takes at once."""
 
 import gc
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 import torch
 
-from hpm_video.config.batch_plan import BatchPlan, PlanError, micro_batches, plan_batches
+from hpm_video.config.batch_plan import BatchPlan, micro_batches, plan_batches
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.schema import RunConfig
 from hpm_video.data.batch import ClipBatch
-from hpm_video.mining.teacher import make_teacher
 from hpm_video.runs.task import Session, Task
 from hpm_video.training.device import Precision, choose_precision
+from hpm_video.training.ema import make_ema
 from hpm_video.training.engine import TorchEngine
 from hpm_video.training.progress import Progress
 
@@ -38,7 +39,7 @@ def trial_update(
     """
     config = task.config
     model = task.model()
-    ema = None if task.ema is None else make_teacher(model).to(device)
+    ema = None if task.ema is None else make_ema(model).to(device)
     model = model.to(device)
     engine = TorchEngine(
         model,
@@ -76,16 +77,9 @@ def trial_update(
 def plan_for(
     config: RunConfig, processes: int, micro_batch: int | None = None, multiple: int = 1
 ) -> BatchPlan:
-    """How an update's batch is spread, with the config's micro-batch or another.
-
-    Raises:
-        ConfigError: it does not come out even.
-    """
+    """How an update's batch is spread, with the config's micro-batch or another."""
     chosen = config.engine.micro_batch if micro_batch is None else micro_batch
-    try:
-        return plan_batches(config.recipe.batch_size, processes, chosen, multiple=multiple)
-    except PlanError as error:
-        raise ConfigError(str(error)) from error
+    return plan_batches(config.recipe.batch_size, processes, chosen, multiple=multiple)
 
 
 def choose_plan(task: Task, session: Session, precision: Precision) -> BatchPlan:
@@ -93,9 +87,6 @@ def choose_plan(task: Task, session: Session, precision: Precision) -> BatchPlan
 
     Each process tries whole updates of plain torch on its GPU, and all take what fits everywhere.
     The weights of the run lie there too meanwhile, which leaves room for what engines keep besides.
-
-    Raises:
-        ConfigError: the batch does not come out even, or not even one video fits.
     """
     config, processes = task.config, session.processes
     plan = plan_for(config, processes.count, multiple=task.multiple)
@@ -114,11 +105,7 @@ def choose_plan(task: Task, session: Session, precision: Precision) -> BatchPlan
 def find_micro_batch(
     task: Task, device: torch.device, precision: Precision, sizes: Sequence[int]
 ) -> int:
-    """The largest of ascending ``sizes`` of which whole updates fit the device, of every source.
-
-    Raises:
-        ConfigError: not even the smallest does.
-    """
+    """The largest of ascending ``sizes`` of which whole updates fit the device, of every source."""
 
     def two_updates(size: int) -> None:
         for source, data in task.config.sources.items():
@@ -145,14 +132,7 @@ def largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
             f"device, and no smaller one is possible; take model.checkpoint_activations=true, a "
             f"higher engine.zero_stage, smaller or shorter clips, or more processes"
         )
-    fitting, open_end = 0, len(sizes)
-    while open_end - fitting > 1:
-        middle = (fitting + open_end) // 2
-        if fits(sizes[middle]):
-            fitting = middle
-        else:
-            open_end = middle
-    return sizes[fitting]
+    return sizes[bisect_left(sizes, 1, lo=1, key=lambda size: int(not fits(size))) - 1]
 
 
 def fits_in_memory(run_once: Callable[[], None]) -> bool:

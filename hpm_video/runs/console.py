@@ -14,51 +14,25 @@ from typing import Any
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from hpm_video.config.checks import ConfigError
 from hpm_video.config.data import DataConfig
-from hpm_video.data.manifest import ManifestError
 from hpm_video.data.reading import Views
-from hpm_video.decoding.registry import DecodeError, DecoderError, decoder_choices
-from hpm_video.files.failures import BadFilesError, TooManyBadFiles
-from hpm_video.files.weights import CheckpointError
+from hpm_video.decoding.registry import decoder_choices
+from hpm_video.files.errors import ExpectedError
 from hpm_video.runs.data import open_manifest
-from hpm_video.training.device import DeviceError
 from hpm_video.training.distributed import (
     Processes,
-    ProcessesError,
     first_to_say,
     is_first_process,
     is_one_of_several,
     joined_processes,
     lost_contact,
 )
-from hpm_video.training.engine import EngineError
-from hpm_video.training.metrics import MetricsError, NonFiniteLossError
 from hpm_video.training.stop import Interrupted
-from hpm_video.workers.pool import PoolError
-from hpm_video.workers.room import RoomError
 
 SECONDS_TO_ASK = 2.0
 """In which the first process is still there to be asked by the others what was told already."""
 FAULT = 1
 WRONG_INPUT = 2
-EXPECTED = (
-    BadFilesError,
-    CheckpointError,
-    ConfigError,
-    DecodeError,
-    DecoderError,
-    DeviceError,
-    EngineError,
-    ManifestError,
-    MetricsError,
-    NonFiniteLossError,
-    OSError,
-    PoolError,
-    ProcessesError,
-    RoomError,
-    TooManyBadFiles,
-)
 EXIT_CODES = """exit codes:
   0    it is done
   1    a fault of this program
@@ -87,7 +61,7 @@ def run(command: Callable[[], None]) -> int:
         remedy = "engine.micro_batch, test.clips_per_pass or --clips-per-pass"
         _tell(f"\nerror: {error}\nTake fewer clips per pass: {remedy}.\n")
         return WRONG_INPUT
-    except EXPECTED as error:
+    except (ExpectedError, OSError) as error:
         _tell(f"\nerror: {error}\n")
         return WRONG_INPUT
     except RuntimeError as error:
@@ -178,9 +152,7 @@ def example_video(data: DataConfig, manifest: str | None) -> str:
 
 def interpreter() -> str:
     """How to start this Python again, as short as it goes."""
-    program = Path(sys.executable)
-    if program.is_relative_to(Path.cwd()):
-        program = program.relative_to(Path.cwd())
+    program = shortest(sys.executable)
     path = os.environ.get("PYTHONPATH")
     return f"PYTHONPATH={shlex.quote(path)} {program}" if path else str(program)
 
@@ -188,9 +160,8 @@ def interpreter() -> str:
 def shortest(path: Path | str) -> str:
     """A path for a command line: relative to the working directory if it lies in there."""
     path = Path(path)
-    return shlex.quote(
-        str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-    )
+    is_below = path.is_relative_to(Path.cwd())
+    return shlex.quote(str(path.relative_to(Path.cwd()) if is_below else path))
 
 
 def positive(text: str) -> int:

@@ -88,11 +88,7 @@ def key_of_source(name: str) -> str:
 
 
 def open_manifest(data: DataConfig, path: str) -> Manifest:
-    """Read one of the manifests of a config, or the videos of a folder.
-
-    Raises:
-        ManifestError: it cannot be used.
-    """
+    """Read one of the manifests of a config, or the videos of a folder."""
     root = None if data.root is None else Path(data.root).expanduser()
     return read_manifest(Path(path).expanduser(), root)
 
@@ -125,11 +121,9 @@ def training_clips(
 
 def describe_data(config: RunConfig, data: RunData) -> list[str]:
     """How many files each source has."""
-    told = []
-    for name, source in data.sources.items():
-        held_out = f"{len(source.validation)} held out" if source.validation else "none held out"
-        told.append(
-            f"{name or 'data'}: {len(source.train)} files to train on, "
-            f"{config.sources[name].repeats} clip(s) of each; {held_out}"
-        )
-    return told
+    return [
+        f"{name or 'data'}: {len(source.train)} files to train on, "
+        f"{config.sources[name].repeats} clip(s) of each; "
+        f"{len(source.validation) if source.validation else 'none'} held out"
+        for name, source in data.sources.items()
+    ]

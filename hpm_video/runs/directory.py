@@ -184,9 +184,6 @@ def claim(directory: RunDirectory, config: RunConfig, notes: dict[str, str]) -> 
         directory: it is locked, and this is the first process.
         config: complete, with what its file left open.
         notes: text of each further file, by its name.
-
-    Raises:
-        CheckpointError: a checkpoint there is damaged.
     """
     checkpoints = directory.path / "checkpoints"
     checkpoints.mkdir(exist_ok=True)

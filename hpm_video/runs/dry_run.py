@@ -5,17 +5,15 @@ from functools import partial
 import torch
 from torch import nn
 
-from hpm_video.config.batch_plan import BatchPlan, micro_batches
-from hpm_video.config.schema import RunConfig
+from hpm_video.config.batch_plan import micro_batches
 from hpm_video.runs.autotune import plan_for, trial_update
 from hpm_video.runs.data import describe_data
-from hpm_video.runs.run import deepspeed_choice, describe_plan
+from hpm_video.runs.engines import sharding_of
+from hpm_video.runs.run import describe_plan
 from hpm_video.runs.task import Task
-from hpm_video.training.deepspeed_settings import buckets_of, settings_of
 from hpm_video.training.device import Precision
 from hpm_video.training.memory import (
     ActivationBytes,
-    Sharding,
     describe_memory,
     simulate_update,
     training_memory,
@@ -26,20 +24,19 @@ SIMULATED = (8, 16)
 
 
 def describe_run(task: Task, processes: int) -> str:
-    """What ``run`` would do in so many processes. The weights to start from may be missing.
-
-    Raises:
-        ConfigError, EngineError: it could not be run.
-    """
+    """What ``run`` would do in so many processes. The weights to start from may be missing."""
     task.resolve()
     config, data = task.config, task.data
     with torch.device("meta"):
         model = task.model()
     ema = 0 if task.ema is None else _count(model)
-    plans = _possible_plans(task, processes)
+    plans = [plan_for(config, processes, multiple=task.multiple)]
+    if config.engine.micro_batch is None:  # any that is possible
+        sizes = micro_batches(config.recipe.batch_size, processes, task.multiple)
+        plans = [plan_for(config, processes, size, task.multiple) for size in sizes]
     precision: Precision = "fp32" if config.engine.precision == "fp32" else "bf16"
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    sharding = _sharding(config, plans[-1], precision)
+    sharding = sharding_of(config, plans[-1], precision)
     still = _count(model) - learning
     memory = training_memory(learning, ema + still, sharding)
     activations = _activations(task, precision)
@@ -62,32 +59,6 @@ def describe_run(task: Task, processes: int) -> str:
     if config.engine.micro_batch is None:
         lines.append("a run on GPUs finds the largest of these that fits")
     return "\n".join(lines)
-
-
-def _possible_plans(task: Task, processes: int) -> list[BatchPlan]:
-    """With the micro-batch of the config, or with any that is possible."""
-    config, multiple = task.config, task.multiple
-    plan = plan_for(config, processes, multiple=multiple)
-    if config.engine.micro_batch is not None:
-        return [plan]
-    sizes = micro_batches(config.recipe.batch_size, processes, multiple)
-    return [plan_for(config, processes, size, multiple) for size in sizes]
-
-
-def _sharding(config: RunConfig, plan: BatchPlan, precision: Precision) -> Sharding:
-    how = config.engine
-    if how.name == "torch":
-        return Sharding(plan.processes, None)
-    settings = settings_of(
-        deepspeed_choice(how), plan, clip_grad=config.recipe.clip_grad, precision=precision
-    )
-    return Sharding(
-        plan.processes,
-        how.stage,
-        offload_optimizer=how.offload != "none",
-        offload_parameters=how.offload == "all",
-        buckets=buckets_of(settings),
-    )
 
 
 def _activations(task: Task, precision: Precision) -> ActivationBytes:

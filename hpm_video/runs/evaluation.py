@@ -58,7 +58,8 @@ def evaluate_run(
         "exclude_bad_files": how.exclude_bad_files,
         **describe_test(trained, classifier, manifest, views),
     }
-    folder = run_dir / "test" / name_of_test(config, source)
+    name = f"{how.checkpoint}-{how.weights}-{how.clips}x{how.crops}-{Path(source).stem}"
+    folder = run_dir / "test" / name
     path = folder / "result.json"
     before = processes.of_first(lambda: _result_before(path, what))
     if before is not None:
@@ -92,12 +93,6 @@ def _result_before(path: Path, what: dict[str, Any]) -> dict[str, Any] | None:
         return before
     path.unlink()  # of other weights or videos: what lies there is not to be mixed
     return None
-
-
-def name_of_test(config: FinetuneConfig, source: str) -> str:
-    """Of the folder of a test: checkpoint, weights, views and videos."""
-    how = config.test
-    return f"{how.checkpoint}-{how.weights}-{how.clips}x{how.crops}-{Path(source).stem}"
 
 
 def describe_evaluation(result: dict[str, Any]) -> str:

@@ -37,14 +37,14 @@ from hpm_video.runs.run import run
 from hpm_video.runs.task import Session
 from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.distributed import Processes
+from hpm_video.training.ema import MomentumSchedule
 from hpm_video.training.engine import Engine
 from hpm_video.training.objective import Objective
 from hpm_video.training.optim import (
+    OPTIMIZERS,
     Tensors,
     ema_update_module,
     layer_decay_of,
-    make_adamw,
-    make_sgd,
     parameter_groups,
 )
 from hpm_video.training.run import Evaluation
@@ -53,11 +53,7 @@ log = logging.getLogger(__name__)
 
 
 def finetune(config: FinetuneConfig, processes: Processes = Processes()) -> Path:  # noqa: B008
-    """Fine-tune as ``config`` says, or go on where its run directory stands. -> that directory
-
-    Raises:
-        What :func:`~hpm_video.runs.run.run` raises.
-    """
+    """Fine-tune as ``config`` says, or go on where its run directory stands. -> that directory"""
     return run(Finetuning(config), processes)
 
 
@@ -121,9 +117,7 @@ class Finetuning:
         recipe = self.config.recipe
         scale = layer_decay_of(model.layer_of, model.num_layers, recipe.layer_decay)
         groups = parameter_groups(model, recipe.weight_decay, scale)
-        if recipe.optimizer == "sgd":
-            return make_sgd(groups, momentum=recipe.betas[0])
-        return make_adamw(groups, betas=recipe.betas)
+        return OPTIMIZERS[recipe.optimizer](groups, betas=recipe.betas)
 
     def transforms(self) -> dict[str, ClipTransform]:
         data, how = self.config.data, self.config.augmentation
@@ -145,6 +139,7 @@ class Finetuning:
         assert ema is None or isinstance(ema, ClipClassifier)
         config, how = self.config, self.config.augmentation
         assert config.model.num_classes is not None
+        momentum = config.recipe.average_momentum or 0.0
         mixing = None
         if how.mixes:
             mixing = Mixing(
@@ -160,8 +155,8 @@ class Finetuning:
             std=config.data.std,
             label_smoothing=how.label_smoothing,
             mixing=mixing,
-            average=ema,
-            average_momentum=config.recipe.average_momentum or 0.0,
+            ema=ema,
+            momentum=MomentumSchedule("paper", momentum, momentum),
             seed=config.seed,
             ema_update=engine.ema_update if engine else ema_update_module,
         )
@@ -180,7 +175,7 @@ class Finetuning:
         reading = Reading.of(config.data, exclude_bad_files=config.test.exclude_bad_files)
         clips = reading.clips(manifest, config.data)
         find_failures(clips, reading, processes)
-        measured = objective.average if config.test.weights == "average" else engine.model
+        measured = objective.ema if config.test.weights == "average" else engine.model
         assert measured is not None
         names = [str(label) for label in range(len(self.label_names))]
 
@@ -243,9 +238,6 @@ def resolve(
     """The config with what it left open: the number of classes, and the grid of pre-training.
 
     A run that goes on in ``directory`` knows that grid, though its ``init_weights`` may be gone.
-
-    Raises:
-        ConfigError: the encoder of ``init_weights`` is of another shape.
     """
     model = replace(config.model, num_classes=num_classes)
     if directory is not None and directory.newest is not None and model.pretrained_grid is None:
@@ -269,11 +261,7 @@ def resolve(
 def for_checkpoint(
     config: FinetuneConfig, checkpoint: Path, weights: Literal["student", "teacher", "untrained"]
 ) -> FinetuneConfig:
-    """The config for the encoder of a pre-training run, and for clips as it was trained on.
-
-    Raises:
-        ConfigError: ``checkpoint`` is no folder of a run's checkpoint.
-    """
+    """The config for the encoder of a pre-training run, and for clips as it was trained on."""
     source = load_any_config(checkpoint / "config.yaml")
     # Clips of one time step are not spread over anything.
     test = replace(config.test, clips=1) if source_grid_of(source)[0] == 1 else config.test
@@ -304,9 +292,6 @@ def load_pretrained(
 
     The head of a classifier is taken if its classes are the same; otherwise, as where there is
     none, it starts fresh.
-
-    Raises:
-        CheckpointError: the weights do not fit; every key left over or missing is named.
     """
     stored = read_weights(source, config.model.patch_size, weights_file(config))
     own = model.state_dict()

@@ -46,11 +46,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
 def load_inference(
     trained: TrainedModel, arguments: argparse.Namespace, processes: int = 1
 ) -> Inference:
-    """Build a model where and as the arguments say.
-
-    Raises:
-        CheckpointError, ConfigError, DeviceError: it cannot be used here.
-    """
+    """Build a model where and as the arguments say."""
     device = choose_device(arguments.device, processes)
     precision = arguments.precision
     return Inference.load(

@@ -20,28 +20,17 @@ from hpm_video.files.weights import load_weights
 from hpm_video.mining.objective import HardPatchesMining, named
 from hpm_video.mining.pictures import write_pictures
 from hpm_video.mining.targets import FeatureTarget, PixelTarget, Target
-from hpm_video.mining.teacher import MomentumSchedule
 from hpm_video.mining.validation import Measures, describe, measure
 from hpm_video.models.encoder import ClipEncoder
 from hpm_video.models.feature_model import load_feature_model
 from hpm_video.models.from_config import build_student
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.recognition.inference import (
-    CLIPS_PER_PASS,
-    Inference,
-    Reading,
-    find_failures,
-)
+from hpm_video.recognition.inference import CLIPS_PER_PASS, Inference, Reading, find_failures
 from hpm_video.recognition.labels import names_of_both
 from hpm_video.recognition.probes import FeatureTable, nearest_neighbours
 from hpm_video.recognition.testing import summarise
 from hpm_video.recognition.trained_model import TrainedAutoencoder, open_trained
-from hpm_video.runs.data import (
-    RunData,
-    key_of_source,
-    open_data,
-    open_manifest,
-)
+from hpm_video.runs.data import RunData, key_of_source, open_data, open_manifest
 from hpm_video.runs.directory import RunDirectory, check_same_weights
 from hpm_video.runs.init_weights import check_same_model, config_beside
 from hpm_video.runs.run import run
@@ -50,7 +39,8 @@ from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import MaskRule, count_masked, grid_of_units
 from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.distributed import Processes
-from hpm_video.training.engine import Engine, WholeModel
+from hpm_video.training.ema import MomentumSchedule
+from hpm_video.training.engine import Engine, Runner
 from hpm_video.training.objective import Objective
 from hpm_video.training.optim import (
     Tensors,
@@ -111,7 +101,7 @@ def build_objective(
         target,
         predictor=mining.predictor,
         predictor_weight=mining.predictor_weight,
-        teacher=teacher,
+        ema=teacher,
         momentum=MomentumSchedule(mining.momentum, mining.first_momentum, mining.last_momentum),
         whole=engine.whole if engine else nullcontext,
         ema_update=engine.ema_update if engine else ema_update_module,
@@ -125,12 +115,6 @@ def mask_rule(config: PretrainConfig, source: str) -> MaskRule:
     units = grid_of_units(grid, masking.unit).num_tokens
     num_masked = count_masked(units, masking.ratio, masking.count_rule)
     return MaskRule(grid, masking.unit, num_masked, masking.mask_strategy)
-
-
-def crops_of(config: PretrainConfig) -> dict[str, ClipTransform]:
-    """How training clips of each source are cropped."""
-    mixed = {name: source.data for name, source in config.mix.items()}
-    return {name: _crop_of(data) for name, data in {"": config.data, **mixed}.items()}
 
 
 def _crop_of(data: PretrainDataConfig) -> ClipTransform:
@@ -168,11 +152,7 @@ def load_run(
 
 
 def pretrain(config: PretrainConfig, processes: Processes = Processes()) -> Path:  # noqa: B008
-    """Pre-train as ``config`` says, or go on where its run directory stands. -> that directory
-
-    Raises:
-        What :func:`~hpm_video.runs.run.run` raises.
-    """
+    """Pre-train as ``config`` says, or go on where its run directory stands. -> that directory"""
     return run(Pretraining(config), processes)
 
 
@@ -232,7 +212,8 @@ class Pretraining:
         return make_adamw(groups, betas=recipe.betas)
 
     def transforms(self) -> dict[str, ClipTransform]:
-        return crops_of(self.config)
+        mixed = {name: source.data for name, source in self.config.mix.items()}
+        return {name: _crop_of(data) for name, data in {"": self.config.data, **mixed}.items()}
 
     def objective(
         self, ema: nn.Module | None, device: torch.device, engine: Engine | None = None
@@ -304,16 +285,16 @@ class Pretraining:
 @contextmanager
 def _looking(
     objective: HardPatchesMining, engine: Engine
-) -> Iterator[tuple[HardPatchesMining, WholeModel]]:
+) -> Iterator[tuple[HardPatchesMining, Runner]]:
     """Objective and student with all weights here, so that a process can look by itself."""
     with ExitStack() as stack:
         student = stack.enter_context(engine.whole(engine.model))
-        teacher = objective.teacher
+        teacher = objective.ema
         if teacher is not None:
             whole = stack.enter_context(engine.whole(teacher))
             assert isinstance(whole, MaskedAutoencoder)
             teacher = whole
-        yield objective.seen_with(teacher), WholeModel(student, engine.device, engine.precision)
+        yield objective.seen_with(teacher), Runner(student, engine.device, engine.precision)
 
 
 def describe_sources(sources: Sequence[str], yardstick: str, measures: Measures) -> str:

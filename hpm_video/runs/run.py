@@ -4,42 +4,35 @@ import logging
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.schema import RunConfig
-from hpm_video.config.training import EngineConfig
 from hpm_video.data.batch import ClipBatch
 from hpm_video.data.loader import end_workers, training_batches
 from hpm_video.data.mixture import MixedClips, Places, deal_out
 from hpm_video.files.failures import BadFiles
 from hpm_video.recognition.inference import Reading
 from hpm_video.runs.autotune import choose_plan, plan_for, precision_of
-from hpm_video.runs.data import (
-    RunData,
-    describe_data,
-    training_clips,
-)
+from hpm_video.runs.data import RunData, describe_data, training_clips
 from hpm_video.runs.directory import RunDirectory, check_same_run, claim, locked
+from hpm_video.runs.engines import make_engine
 from hpm_video.runs.task import Session, Task, make_models
 from hpm_video.training.checkpoint import read_optimizer, read_state
 from hpm_video.training.curves import plot_curves
-from hpm_video.training.deepspeed_engine import DeepSpeedEngine
-from hpm_video.training.deepspeed_settings import DeepSpeedChoice, read_settings
-from hpm_video.training.device import Precision, choose_device
+from hpm_video.training.device import choose_device
 from hpm_video.training.distributed import Processes
-from hpm_video.training.engine import Engine, TorchEngine
+from hpm_video.training.engine import Engine
 from hpm_video.training.loop import fit
-from hpm_video.training.metrics import Meter, MetricsLog, ProgressBar, WaitingWarning
+from hpm_video.training.metrics import Meter, MetricsLog, WaitingWarning
 from hpm_video.training.objective import Objective
 from hpm_video.training.provenance import bit_differences, gather_facts, record_start
 from hpm_video.training.run import Evaluation, Run
-from hpm_video.training.schedules import WarmupCosine, scaled_lr
+from hpm_video.training.schedules import schedule_of
 from hpm_video.training.stop import listen_for_stop
+from hpm_video.workers.progress_bar import ProgressBar
 
 log = logging.getLogger(__name__)
 
@@ -85,14 +78,7 @@ def run(task: Task, processes: Processes = Processes()) -> Path:  # noqa: B008 -
 
 
 def open_session(task: Task, directory: RunDirectory, processes: Processes) -> Session:
-    """Choose the device, and make sure that a run in the directory can go on here.
-
-    Raises:
-        ConfigError: it is another run; the processes do not see the same there; or the batch does
-            not spread over them.
-        CheckpointError: the newest checkpoint cannot be read.
-        DeviceError: there is no such device.
-    """
+    """Choose the device, and make sure that a run in the directory can go on here."""
     config = task.config
     plan_for(config, processes.count)
     device = choose_device(config.engine.device, processes.count)
@@ -109,40 +95,6 @@ def open_session(task: Task, directory: RunDirectory, processes: Processes) -> S
     return Session(processes, device, directory)
 
 
-def make_engine(
-    task: Task, session: Session, plan: BatchPlan, precision: Precision, model: nn.Module
-) -> Engine:
-    """The engine that updates ``model``, which is on the device of the session.
-
-    Raises:
-        EngineError: DeepSpeed cannot be used, or the user's settings of it contradict the run.
-    """
-    config, optimizer = task.config, task.optimizer(model)
-    common: dict[str, Any] = {
-        "device": session.device,
-        "clip_grad": config.recipe.clip_grad,
-        "precision": precision,
-        "processes": session.processes,
-    }
-    if config.engine.name == "torch":
-        return TorchEngine(model, optimizer, accumulate=plan.accumulate, **common)
-    return DeepSpeedEngine(model, optimizer, deepspeed_choice(config.engine), plan, **common)
-
-
-def deepspeed_choice(how: EngineConfig) -> DeepSpeedChoice:
-    """What a config wants of DeepSpeed.
-
-    Raises:
-        EngineError: the user's file of settings cannot be read.
-    """
-    return DeepSpeedChoice(
-        stage=how.stage,
-        offload_optimizer=how.offload != "none",
-        offload_parameters=how.offload == "all",
-        own={} if how.deepspeed is None else read_settings(Path(how.deepspeed).expanduser()),
-    )
-
-
 def train(
     task: Task,
     session: Session,
@@ -157,7 +109,12 @@ def train(
     directory, processes = session.directory, session.processes
     start, newest, is_first = directory.update, directory.newest, processes.is_first
     facts = gather_facts(engine.device, engine.precision, engine.name, plan)
-    _announce(config, data, engine, plan, start)
+    size, device = f"{engine.num_parameters / 1e6:.1f} M parameters", engine.device.type
+    on_device = f"{size} on {device} in {engine.precision}, by {engine.name}"
+    for line in [*describe_data(config, data), on_device, *describe_plan(config, data, plan)]:
+        log.info(line)
+    if start:
+        log.info("going on at update %d of %d", start, data.timeline.num_updates)
     if newest is not None:
         engine.load_optimizer_state(read_optimizer(newest, config.model.patch_size))
         for difference in bit_differences(read_state(newest, of_run=True)["facts"], facts):
@@ -165,19 +122,14 @@ def train(
     if is_first:
         record_start(directory.path, facts, start)
     clips = training_clips(config, data, task.transforms(), same_frames=task.same_frames)
-    bad_files = _bad_files(config, data, directory, writes=is_first)
-    for name, stream in zip(data.sources, clips.streams, strict=True):
-        bad_files[name].check()
-        stream.bad |= bad_files[name].failures
-    tensorboard = config.logging.tensorboard
+    bad_files = _bad_files(task, directory, clips, writes=is_first)
+    updates = data.timeline.num_updates
     try:
         with (
             listen_for_stop(patient=processes.count > 1) as stop,
-            closing(ProgressBar(start, data.timeline.num_updates, silent=not is_first)) as bar,
+            closing(ProgressBar(updates, "updates", first=start, silent=not is_first)) as bar,
             closing(
-                MetricsLog(
-                    directory.path, first_update=start, tensorboard=tensorboard, writes=is_first
-                )
+                MetricsLog(directory.path, config.logging, first_update=start, writes=is_first)
             ) as metrics,
             closing(_training_stream(task, session, plan, clips, start)) as batches,
         ):
@@ -199,24 +151,26 @@ def train(
                 best={} if newest is None else read_state(newest, of_run=True)["best"],
                 data=data.fingerprint,
             )
-            fit(engine, objective, batches, _schedule(config), state, start=start)
+            fit(engine, objective, batches, schedule_of(config.recipe), state, start=start)
     finally:
         end_workers()
 
 
 def _bad_files(
-    config: RunConfig, data: RunData, directory: RunDirectory, *, writes: bool
+    task: Task, directory: RunDirectory, clips: MixedClips, *, writes: bool
 ) -> dict[str, BadFiles]:
-    """Of each source."""
-    return {
-        name: BadFiles(
+    """Of each source, those that failed before included: they are not tried again."""
+    found = {}
+    for (name, source), stream in zip(task.data.sources.items(), clips.streams, strict=True):
+        found[name] = BadFiles(
             directory.path / (f"bad_files_{name}.csv" if name else "bad_files.csv"),
             num_files=len(source.train),
-            max_bad_share=config.data.max_bad_share,
+            max_bad_share=task.config.data.max_bad_share,
             writes=writes,
         )
-        for name, source in data.sources.items()
-    }
+        found[name].check()
+        stream.bad |= found[name].failures
+    return found
 
 
 def _training_stream(
@@ -224,10 +178,8 @@ def _training_stream(
 ) -> Generator[ClipBatch, None, None]:
     """This process's micro-batches from update ``start`` to the last."""
     config = task.config
-    sources = deal_out(config.weights, task.data.timeline.num_updates)
-    places = Places(
-        sources, plan.batch_size, start, rank=session.processes.rank, processes=plan.processes
-    )
+    rank, sources = session.processes.rank, deal_out(config.weights, task.data.timeline.num_updates)
+    places = Places(sources, plan.batch_size, start, rank=rank, processes=plan.processes)
     reading = Reading.of(config.data)
     return training_batches(
         clips,
@@ -239,28 +191,6 @@ def _training_stream(
     )
 
 
-def _schedule(config: RunConfig) -> WarmupCosine:
-    recipe = config.recipe
-    return WarmupCosine(
-        peak=scaled_lr(recipe.base_lr, recipe.batch_size),
-        final=scaled_lr(recipe.min_lr, recipe.batch_size),
-        warmup_epochs=recipe.warmup_epochs,
-    )
-
-
-def _announce(
-    config: RunConfig, data: RunData, engine: Engine, plan: BatchPlan, start: int
-) -> None:
-    for line in describe_data(config, data):
-        log.info(line)
-    device = f"{engine.device.type} in {engine.precision}, by {engine.name}"
-    log.info(f"{engine.num_parameters / 1e6:.1f} M parameters on {device}")
-    for line in describe_plan(config, data, plan):
-        log.info(line)
-    if start:
-        log.info(f"going on at update {start} of {data.timeline.num_updates}")
-
-
 def describe_plan(config: RunConfig, data: RunData, plan: BatchPlan) -> list[str]:
     """How the batch is spread, how many updates there are, and how fast they learn."""
     timeline, recipe = data.timeline, config.recipe
@@ -269,5 +199,5 @@ def describe_plan(config: RunConfig, data: RunData, plan: BatchPlan) -> list[str
         f"{plan.batch_size} files per update = {plan.micro_batch} per forward pass x "
         f"{plan.accumulate} pass(es) x {plan.processes} process(es)",
         f"{recipe.epochs} epochs = {updates} updates, {updates / recipe.epochs:.4g} per epoch; "
-        f"peak learning rate {_schedule(config).peak:.2e}",
+        f"peak learning rate {schedule_of(config.recipe).peak:.2e}",
     ]

@@ -10,11 +10,11 @@ from torch import nn
 from hpm_video.config.schema import RunConfig
 from hpm_video.data.transforms import ClipTransform
 from hpm_video.files.weights import load_weights
-from hpm_video.mining.teacher import make_teacher
 from hpm_video.runs.data import RunData
 from hpm_video.runs.directory import RunDirectory
 from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.distributed import Processes
+from hpm_video.training.ema import make_ema
 from hpm_video.training.engine import Engine
 from hpm_video.training.objective import Objective
 from hpm_video.training.optim import Tensors
@@ -105,7 +105,7 @@ def make_models(
         averages = None if task.ema is None else read_weights(newest, patch_size, task.ema)
     ema = None
     if task.ema is not None:
-        ema = make_teacher(model)
+        ema = make_ema(model)
         if averages is not None:
             load_weights(ema, averages, source)
         ema.to(device)

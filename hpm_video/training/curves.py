@@ -4,19 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
 
 from hpm_video.files.atomic import written_beside
 from hpm_video.training.metrics import read_lines
-
-Values = NDArray[np.float64]
 
 LONG = 60
 """Points of a curve from which on noise is smoothed, over a twentieth of them."""
@@ -62,81 +60,57 @@ PANELS = (
 )
 
 
-class Series(NamedTuple):
-    """One key over a run."""
-
-    updates: Values
-    values: Values
-
-
 def plot_curves(metrics: Path, picture: Path, panels: Sequence[Panel] = PANELS) -> None:
     """Draw the metrics of a run (JSON lines) as PNG.
 
     Raises:
+        MetricsError: a line is not of metrics.
         ValueError: the file holds none of the keys that ``panels`` show.
     """
-    records = read_metrics(metrics)
-    series = collect(records)
-    shown = [panel for panel in panels if _matching(panel.keys, series)]
+    table = read_metrics(metrics)
+    shown = [panel for panel in panels if _matching(panel.keys, table)]
     if not shown:
-        raise ValueError(f"{metrics} holds nothing to draw: it has {sorted(series) or 'no values'}")
+        raise ValueError(f"{metrics} holds nothing to draw: it has {[*table] or 'no values'}")
     columns = 2 if len(shown) in (2, 4) else min(3, len(shown))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(5.2 * columns, 3.3 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    last = max(record["update"] for record in records)
-    epochs = [record["epoch"] for record in records if record.get("epoch")]
+    epochs = table["epoch"].dropna().tolist() if "epoch" in table else []
     for index, panel in enumerate(shown):
         axes = figure.add_subplot(rows, columns, index + 1)
         axes.set_xlabel(f"update (to epoch {epochs[-1]:.4g})" if epochs else "update")
-        axes.set_xlim(0, max(last, 1))
-        _draw_panel(axes, panel, series)
+        axes.set_xlim(0, max(table["update"].iloc[-1], 1))
+        _draw_panel(axes, panel, table)
     with written_beside(picture) as file:
         figure.savefig(file, format="png", dpi=110)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return records in the order of updates; of repeated ones the last: a run may have gone back.
+def read_metrics(path: Path) -> pd.DataFrame:
+    """Return finite numbers, a row for each record and a column for each key, in order of updates.
 
-    Raises:
-        MetricsError: a line is not of metrics.
+    Of repeated records the last counts: a run may have gone back.
     """
-    records = {(record.get("kind", ""), record["update"]): record for record in read_lines(path)}
-    return sorted(records.values(), key=lambda record: int(record["update"]))
+    records = {(record.get("kind"), record["update"]): record for record in read_lines(path)}
+    rows = sorted(records.values(), key=lambda record: int(record["update"]))
+    table = pd.DataFrame(rows).apply(pd.to_numeric, errors="coerce")
+    finite: pd.DataFrame = table.replace([np.inf, -np.inf], np.nan)
+    return finite.dropna(axis="columns", how="all")
 
 
-def collect(records: Sequence[dict[str, Any]]) -> dict[str, Series]:
-    """Collect the finite numbers of each key."""
-    points: dict[str, list[tuple[float, float]]] = {}
-    for record in records:
-        for key, value in record.items():
-            if isinstance(value, (int, float)) and np.isfinite(value):
-                points.setdefault(key, []).append((record["update"], value))
-    return {key: Series(*np.array(found, dtype=float).T) for key, found in points.items()}
-
-
-def smooth(values: Values, width: int) -> Values:
-    """Mean over ``width`` neighbours, over fewer at the ends: (K,) -> (K,)"""
-    kernel = np.ones(min(width, len(values)))
-    weight = np.convolve(np.ones(len(values)), kernel, mode="same")
-    smoothed: Values = np.convolve(values, kernel, mode="same") / weight
-    return smoothed
-
-
-def _matching(patterns: Sequence[str], series: dict[str, Series]) -> list[str]:
+def _matching(patterns: Sequence[str], table: pd.DataFrame) -> list[str]:
     """Return the keys that occur, in the order of the patterns."""
-    return [key for pattern in patterns for key in series if fnmatchcase(key, pattern)]
+    return [key for pattern in patterns for key in map(str, table) if fnmatchcase(key, pattern)]
 
 
-def _draw_panel(axes: Axes, panel: Panel, series: dict[str, Series]) -> None:
+def _draw_panel(axes: Axes, panel: Panel, table: pd.DataFrame) -> None:
     """Draw the curves of a panel; the legend has their last values."""
     axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    keys = _matching(panel.keys, series)
-    for number, key in enumerate([*keys, *_matching(panel.context, series)]):
-        updates, values = series[key]
+    keys = _matching(panel.keys, table)
+    for number, key in enumerate([*keys, *_matching(panel.context, table)]):
+        values = table.set_index("update")[key].dropna()
         colour = f"C{number}"
         style: dict[str, Any] = {
             "marker": "o" if len(values) < 30 else "",
@@ -146,16 +120,12 @@ def _draw_panel(axes: Axes, panel: Panel, series: dict[str, Series]) -> None:
         if number >= len(keys):
             style = {"linestyle": "--", "linewidth": 0.9}
         elif panel.noisy and len(values) > LONG:
-            axes.plot(updates, values, colour, linewidth=0.7, alpha=0.35)
-            values = smooth(values, len(values) // 20)
-        axes.plot(updates, values, colour, label=f"{_name(key)} {values[-1]:.3g}", **style)
+            axes.plot(values, colour, linewidth=0.7, alpha=0.35)
+            values = values.rolling(len(values) // 20, center=True, min_periods=1).mean()
+        name = key.removeprefix("ranking_by_").removesuffix("_ranking").replace("_", " ")
+        axes.plot(values, colour, label=f"{name} {values.iloc[-1]:.3g}", **style)
     if panel.level is not None:
         axes.axhline(panel.level[0], color="black", linestyle=":", label=panel.level[1])
     if panel.from_zero:
         axes.set_ylim(bottom=0)
     axes.legend(fontsize=8.5, frameon=False)
-
-
-def _name(key: str) -> str:
-    """Put a key in words."""
-    return key.removeprefix("ranking_by_").removesuffix("_ranking").replace("_", " ")

@@ -8,8 +8,9 @@ The only user of deepspeed.
 import copy
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,17 +19,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from hpm_video.config.batch_plan import BatchPlan
-from hpm_video.training.deepspeed_settings import DeepSpeedChoice, settings_of
+from hpm_video.config.training import EngineConfig
+from hpm_video.training.deepspeed_settings import settings_of
 from hpm_video.training.device import Precision
 from hpm_video.training.distributed import Processes, make_sure_of_group
 from hpm_video.training.engine import Engine, EngineError, on_first
-from hpm_video.training.optim import (
-    OptimizerState,
-    Tensors,
-    ema_update,
-    put_state,
-    state_of,
-)
+from hpm_video.training.optim import OptimizerState, Tensors, ema_update, put_state, state_of
 
 
 class DeepSpeedEngine(Engine):
@@ -38,7 +34,7 @@ class DeepSpeedEngine(Engine):
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        choice: DeepSpeedChoice,
+        how: EngineConfig,
         plan: BatchPlan,
         *,
         device: torch.device,
@@ -58,31 +54,28 @@ class DeepSpeedEngine(Engine):
             precision=precision,
             processes=processes,
         )
-        self.stage = choice.stage
-        self._settings = settings_of(choice, plan, clip_grad=clip_grad, precision=precision)
+        self.stage = how.stage
+        self.name = f"DeepSpeed, ZeRO stage {self.stage}"
+        self._settings = settings_of(how, plan, clip_grad=clip_grad, precision=precision)
         self._deepspeed = import_deepspeed(device)
-        self._skeleton = _skeleton_of(model) if self.stage == 3 else None
+        if self.stage == 3:  # a copy without weights
+            empty = {
+                id(p): nn.Parameter(p.data.new_empty(0), p.requires_grad)
+                for p in model.parameters()
+            }
+            self._skeleton = copy.deepcopy(model, memo=dict(empty))
         make_sure_of_group()
         self._deepspeed.init_distributed(dist_init_required=False)
         with _linear_layers_by(F.linear):
-            self._engine = self._initialise(optimizer)
-            self._linear = F.linear  # in stage 3 DeepSpeed's own, put there for the whole process
-
-    def _initialise(self, optimizer: torch.optim.Optimizer) -> Any:
-        try:
-            engine, *_ = self._deepspeed.initialize(
-                model=self.model, optimizer=optimizer, config=self._settings
-            )
-        except (AssertionError, ValueError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            try:
+                self._engine: Any = self._deepspeed.initialize(
+                    model=model, optimizer=optimizer, config=self._settings
+                )[0]
+            except torch.OutOfMemoryError:
                 raise
-            raise EngineError(f"DeepSpeed does not take these settings: {error}") from error
-        return engine
-
-    @property
-    @override
-    def name(self) -> str:
-        return f"DeepSpeed, ZeRO stage {self.stage}"
+            except (AssertionError, ValueError, RuntimeError) as error:
+                raise EngineError(f"DeepSpeed does not take these settings: {error}") from error
+            self._linear = F.linear  # in stage 3 DeepSpeed's own, put there for the whole process
 
     @property
     @override
@@ -131,7 +124,6 @@ class DeepSpeedEngine(Engine):
         if self.stage < 3:
             yield module
         elif module is self.model:
-            assert self._skeleton is not None
             with _filled(self._skeleton, self._whole_weights(module), module) as plain:
                 yield plain.to(self.device)
         else:
@@ -174,7 +166,9 @@ class DeepSpeedEngine(Engine):
             put_state(state, self._engine.optimizer, self.model)
             return
         zero = self._engine.optimizer
-        for flat in _flat_parts(zero, self.stage):
+        stages_1_and_2, stage_3 = "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"
+        # What its inner optimizer updates on this process.
+        for flat in getattr(zero, stage_3 if self.stage == 3 else stages_1_and_2):
             values: dict[str, Any] = {kind: torch.zeros_like(flat) for kind in state.moments}
             if state.step:
                 values["step"] = torch.tensor(float(state.step), device=flat.device)
@@ -255,40 +249,17 @@ def import_deepspeed(device: torch.device) -> Any:
             f"deepspeed==0.19.8; or take engine.name=torch, which computes the same"
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    _check_device(device, deepspeed.accelerator.get_accelerator())
-    # It would be compiled at the start of the first run on a CPU, and gloo does the same.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
-def _check_device(device: torch.device, accelerator: Any) -> None:
-    """Make sure that DeepSpeed takes the device of the run: it chooses by itself.
-
-    Raises:
-        EngineError: it takes another one.
-    """
+    accelerator = deepspeed.accelerator.get_accelerator()
     kind, number = accelerator.device_name(), int(os.environ.get("LOCAL_RANK", "0"))
-    if device.type != kind or device.index not in (None, number):
+    if device.type != kind or device.index not in (None, number):  # it chooses by itself
         raise EngineError(
             f"DeepSpeed computes on {kind}:{number} here, not on engine.device={device}; take "
             f"engine.device=auto, and say with CUDA_VISIBLE_DEVICES which GPUs there are (none: "
             f"CUDA_VISIBLE_DEVICES= )"
         )
-
-
-def _flat_parts(zero: Any, stage: int) -> list[Tensor]:
-    """The flat tensors that DeepSpeed's inner optimizer updates on this process."""
-    name = "single_partition_of_fp32_groups" if stage < 3 else "fp32_partitioned_groups_flat"
-    parts: list[Tensor] = getattr(zero, name)
-    return parts
-
-
-def _skeleton_of(model: nn.Module) -> nn.Module:
-    """A copy without weights."""
-    parameters = {
-        id(p): nn.Parameter(p.data.new_empty(0), p.requires_grad) for p in model.parameters()
-    }
-    return copy.deepcopy(model, memo=dict(parameters))
+    # It would be compiled at the start of the first run on a CPU, and gloo does the same.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
 
 
 @contextmanager
@@ -296,10 +267,7 @@ def _filled(
     skeleton: nn.Module, weights: Iterator[tuple[str, Tensor]], model: nn.Module
 ) -> Iterator[nn.Module]:
     """The skeleton with weights, and with what else the model has in its buffers."""
-    places: Mapping[str, Tensor] = {
-        **dict(skeleton.named_buffers()),
-        **dict(skeleton.named_parameters()),
-    }
+    places = dict(chain(skeleton.named_buffers(), skeleton.named_parameters()))
     for name, value in weights:
         places[name].data = value
     skeleton.train(model.training)

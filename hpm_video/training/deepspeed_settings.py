@@ -2,83 +2,16 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hpm_video.config.batch_plan import BatchPlan
+from hpm_video.config.training import EngineConfig
 from hpm_video.training.device import Precision
 from hpm_video.training.engine import EngineError
 from hpm_video.training.memory import Buckets
 
 Settings = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class DeepSpeedChoice:
-    """How DeepSpeed is to spread a run."""
-
-    stage: Literal[0, 1, 2, 3] = 1
-    offload_optimizer: bool = False
-    """Keep moments and update weights in the host's memory."""
-    offload_parameters: bool = False
-    """Keep weights there too, between their uses."""
-    own: Settings = field(default_factory=dict)
-    """Of the user's file."""
-
-
-def read_settings(path: Path) -> Settings:
-    """A DeepSpeed configuration of the user's.
-
-    Raises:
-        EngineError: the file is not there, or no JSON object.
-    """
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EngineError(f"cannot read engine.deepspeed={path}: {error}") from error
-    if not isinstance(settings, dict):
-        raise EngineError(f"engine.deepspeed={path} must hold a JSON object")
-    return settings
-
-
-def settings_of(
-    choice: DeepSpeedChoice, plan: BatchPlan, *, clip_grad: float | None, precision: Precision
-) -> Settings:
-    """The configuration that DeepSpeed gets.
-
-    Raises:
-        EngineError: the user's file says otherwise than the run.
-    """
-    spread: Settings = {
-        "stage": choice.stage,
-        "offload_optimizer": {"device": "cpu" if choice.offload_optimizer else "none"},
-        "offload_param": {"device": "cpu" if choice.offload_parameters else "none"},
-    }
-    autocast: Settings = {"enabled": precision == "bf16"}
-    if precision == "bf16":
-        autocast["dtype"] = "bfloat16"
-    decided: Settings = {
-        "train_batch_size": plan.batch_size,
-        "train_micro_batch_size_per_gpu": plan.micro_batch,
-        "gradient_accumulation_steps": plan.accumulate,
-        # DeepSpeed clips at 1 where this is not said.
-        "gradient_clipping": clip_grad or 0.0,
-        "zero_optimization": spread,
-        "torch_autocast": autocast,
-        "fp16": {"enabled": False},
-        "bf16": {"enabled": False},
-    }
-    _refuse_what_is_spread_otherwise(choice.own.get("zero_optimization", {}))
-    for section in ("optimizer", "scheduler"):
-        if section in choice.own:
-            raise EngineError(
-                f"engine.deepspeed has a section {section!r}, but that is part of the recipe; "
-                f"leave it out and set recipe.* of the config"
-            )
-    return _merged(decided, _over(USUAL, choice.own))
-
-
 USUAL: Settings = {
     "steps_per_print": None,
     "zero_allow_untested_optimizer": True,  # SGD
@@ -110,8 +43,6 @@ REMEDIES = {
     "bf16": "engine.precision",
 }
 """Where the run says what a user's file may not contradict."""
-
-
 NOT_FOLLOWED = (
     "zero_hpz_partition_size",
     "zero_quantized_weights",
@@ -122,21 +53,66 @@ NOT_FOLLOWED = (
 """Ways to spread weights in which the teacher could not follow the student shard by shard."""
 
 
-def _refuse_what_is_spread_otherwise(own: Any) -> None:
-    if not isinstance(own, Mapping):
-        return
-    for name in NOT_FOLLOWED:
-        if name in own:
-            raise EngineError(
-                f"engine.deepspeed says zero_optimization.{name}, which spreads or rounds weights "
-                f"in a way that a teacher cannot follow; leave it out"
-            )
-    offload = own.get("offload_optimizer")
+def settings_of(
+    how: EngineConfig, plan: BatchPlan, *, clip_grad: float | None, precision: Precision
+) -> Settings:
+    """The configuration that DeepSpeed gets.
+
+    Raises:
+        EngineError: the user's file cannot be read, or says otherwise than the run.
+    """
+    own = {} if how.deepspeed is None else _read_settings(Path(how.deepspeed).expanduser())
+    autocast: Settings = {"enabled": precision == "bf16"}
+    if precision == "bf16":
+        autocast["dtype"] = "bfloat16"
+    decided: Settings = {
+        "train_batch_size": plan.batch_size,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulate,
+        # DeepSpeed clips at 1 where this is not said.
+        "gradient_clipping": clip_grad or 0.0,
+        "zero_optimization": {
+            "stage": how.stage,
+            "offload_optimizer": {"device": "none" if how.offload == "none" else "cpu"},
+            "offload_param": {"device": "cpu" if how.offload == "all" else "none"},
+        },
+        "torch_autocast": autocast,
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": False},
+    }
+    return _merged(decided, _merged(USUAL, own, own_wins=True))
+
+
+def _read_settings(path: Path) -> Settings:
+    """A DeepSpeed configuration of the user's."""
+    try:
+        own = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EngineError(f"cannot read engine.deepspeed={path}: {error}") from error
+    if not isinstance(own, dict):
+        raise EngineError(f"engine.deepspeed={path} must hold a JSON object")
+    zero = own.get("zero_optimization")
+    zero = zero if isinstance(zero, Mapping) else {}
+    offload = zero.get("offload_optimizer")
+    refused = {
+        name: f"has a section {name!r}, but that is part of the recipe; leave it out and set "
+        f"recipe.* of the config"
+        for name in ("optimizer", "scheduler")
+        if name in own
+    } | {
+        name: f"says zero_optimization.{name}, which spreads or rounds weights in a way that a "
+        f"teacher cannot follow; leave it out"
+        for name in NOT_FOLLOWED
+        if name in zero
+    }
     if isinstance(offload, Mapping) and offload.get("ratio", 1) != 1:
-        raise EngineError(
-            "engine.deepspeed says zero_optimization.offload_optimizer.ratio, and a part of the "
-            "optimizer's state could not be saved; leave it out"
+        refused["ratio"] = (
+            "says zero_optimization.offload_optimizer.ratio, and a part of the optimizer's state "
+            "could not be saved; leave it out"
         )
+    for why in refused.values():
+        raise EngineError(f"engine.deepspeed {why}")
+    return own
 
 
 def buckets_of(settings: Settings) -> Buckets:
@@ -149,20 +125,21 @@ def buckets_of(settings: Settings) -> Buckets:
     )
 
 
-def _merged(decided: Settings, own: Settings, at: str = "") -> Settings:
+def _merged(decided: Settings, own: Settings, at: str = "", *, own_wins: bool = False) -> Settings:
     """``own`` with everything that is decided.
 
     Raises:
-        EngineError: ``own`` has another value for it.
+        EngineError: ``own`` has another value for it, and does not win.
     """
     merged = dict(own)
     for key, value in decided.items():
         there = own.get(key, "auto")
-        if isinstance(value, dict) and isinstance(there, Mapping):
-            merged[key] = _merged(value, dict(there), f"{at}{key}.")
-        elif there in ("auto", value):
+        if isinstance(value, dict) and (isinstance(there, Mapping) or key not in own):
+            inner = dict(own.get(key, {}))
+            merged[key] = _merged(value, inner, f"{at}{key}.", own_wins=own_wins)
+        elif key not in own or there in ("auto", value):
             merged[key] = value
-        else:
+        elif not own_wins:
             name = f"{at}{key}"
             remedy = REMEDIES.get(name) or REMEDIES[name.split(".")[0]]
             raise EngineError(
@@ -170,16 +147,3 @@ def _merged(decided: Settings, own: Settings, at: str = "") -> Settings:
                 f'the file (or write "auto"), and set {remedy}'
             )
     return merged
-
-
-def _over(usual: Settings, own: Settings) -> Settings:
-    """``own``, and what it does not say as usual."""
-    return {
-        **usual,
-        **{
-            key: _over(usual[key], value)
-            if isinstance(usual.get(key), dict) and isinstance(value, dict)
-            else value
-            for key, value in own.items()
-        },
-    }

@@ -7,11 +7,13 @@ from typing import Literal
 
 import torch
 
+from hpm_video.files.errors import ExpectedError
+
 Precision = Literal["fp32", "bf16"]
 AUTOCAST: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 
 
-class DeviceError(ValueError):
+class DeviceError(ExpectedError, ValueError):
     """A device that is not here."""
 
 
@@ -69,9 +71,8 @@ def time_updates(
 
 def inference_precision(device: torch.device) -> Precision:
     """bf16 on a GPU that is made for it, otherwise fp32."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bf16"
-    return "fp32"
+    is_gpu = device.type == "cuda"
+    return "bf16" if is_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def choose_precision(

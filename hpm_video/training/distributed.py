@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch._C._distributed_c10d import HashStore
 
+from hpm_video.files.errors import ExpectedError
 from hpm_video.training.stop import Interrupted
 
 Item = TypeVar("Item")
@@ -65,9 +66,9 @@ class Processes:
 
         All processes must ask, and take their answers in the same order.
         """
-        given = torch.tensor(value)
         if self.count == 1:
             return lambda: value
+        given = torch.tensor(value)
         work = distributed.all_reduce(
             given, distributed.ReduceOp.MAX, group=self._hosts, async_op=True
         )
@@ -101,7 +102,7 @@ class Processes:
         )
 
 
-class ProcessesError(RuntimeError):
+class ProcessesError(ExpectedError, RuntimeError):
     """Processes that cannot work together. The message says why and what to do."""
 
 
@@ -129,9 +130,9 @@ def first_to_say(message: str) -> bool:
 def lost_contact(error: RuntimeError) -> bool:
     """Whether an error is that another process of the job has gone."""
     text = str(error)
-    if "NCCL" in text:  # it may be anything else, such as memory
-        return any(word in text for word in ("remote", "onnection", "abort"))
     words = ("gloo", "Connection closed by peer", "Connection reset by peer")
+    if "NCCL" in text:  # it may be anything else, such as memory
+        words = ("remote", "onnection", "abort")
     return any(word in text for word in words)
 
 
@@ -156,11 +157,16 @@ def joined_processes() -> Iterator[Processes]:
     Raises:
         ProcessesError: there are more processes on this machine than GPUs.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
-        yield Processes()
+    try:
+        yield _join() if is_one_of_several() else Processes()
+    except Interrupted:  # all of them are
         _leave()
-        return
+        raise
+    # Not where something went wrong: to leave together needs all of them.
+    _leave()
+
+
+def _join() -> Processes:
     if torch.cuda.is_available():
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
@@ -185,13 +191,7 @@ def joined_processes() -> Iterator[Processes]:
             f"machines do not lead to the network between them, GLOO_SOCKET_IFNAME and "
             f"NCCL_SOCKET_IFNAME name its interface."
         ) from error
-    try:
-        yield Processes(distributed.get_rank(), distributed.get_world_size(), hosts)
-    except Interrupted:  # all of them are
-        _leave()
-        raise
-    # Not where something went wrong: to leave together needs all of them.
-    _leave()
+    return Processes(distributed.get_rank(), distributed.get_world_size(), hosts)
 
 
 def _leave() -> None:

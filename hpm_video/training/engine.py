@@ -4,71 +4,50 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
+from hpm_video.files.errors import ExpectedError
 from hpm_video.training.device import AUTOCAST, Precision
 from hpm_video.training.distributed import Processes
 from hpm_video.training.optim import OptimizerState, Tensors, ema_update, put_state, state_of
 
 
-class Viewer(Protocol):
-    """A model that is looked at: only its forward pass, of any number of clips."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is."""
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The precision of training."""
-
-    def __call__(self, *inputs: Any, **options: Any) -> Any:
-        """The model's forward pass."""
-
-
-@dataclass(frozen=True)
-class WholeModel:
-    """A viewer of a model that this process has all weights of."""
+@dataclass(eq=False)
+class Runner:
+    """A model that this process has all weights of, for its forward pass."""
 
     model: nn.Module
     device: torch.device
     precision: Precision
+    """Of activations. Weights are float32."""
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The precision of training."""
-        return autocast(self.device, self.precision)
+        """Mixed precision, for everything that a batch is put through."""
+        dtype = AUTOCAST[self.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         """The model's forward pass."""
         return self.model(*inputs, **options)
 
 
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """Computes in ``precision`` what gains by it."""
-    dtype = AUTOCAST[precision]
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
-
-
 def batch_statistics(model: nn.Module) -> list[Tensor]:
     """Running averages of batch norms, which each process takes of its own clips."""
-    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
-    return [
-        value
-        for norm in norms
-        for value in (norm.running_mean, norm.running_var)
-        if value is not None
-    ]
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    both = (value for norm in norms for value in (norm.running_mean, norm.running_var))
+    return [value for value in both if value is not None]
 
 
-class EngineError(RuntimeError):
+class EngineError(ExpectedError, RuntimeError):
     """An engine that cannot be used as asked. The message says why and what to do."""
 
 
-class Engine(ABC):
+class Engine(Runner, ABC):
     """Runs a model's forward pass, backward pass and optimizer step.
 
     One call of ``backward`` and one of ``step`` per micro-batch; ``step`` returns True when it
@@ -79,6 +58,8 @@ class Engine(ABC):
     What is not abstract here is that of an engine whose processes all have all weights.
     """
 
+    name: str
+    """For the log."""
     gradient_norm: Tensor
     """() of the last update, before it was clipped."""
 
@@ -91,33 +72,18 @@ class Engine(ABC):
         precision: Precision,
         processes: Processes,
     ) -> None:
-        """Take a model that is on ``device`` already. ``precision``: that of activations."""
-        self.model = model
+        """Take a model that is on ``device`` already."""
+        super().__init__(model, device, precision)
         self.num_parameters = sum(p.numel() for p in model.parameters())
-        self.device = device
         self.accumulate = accumulate
-        self.precision: Precision = precision
         self.processes = processes
         self.gradient_norm = torch.zeros((), device=device)
         self._statistics = batch_statistics(model)
 
     @property
     @abstractmethod
-    def name(self) -> str:
-        """For the log."""
-
-    @property
-    @abstractmethod
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's, whose ``lr`` the loop sets."""
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision, for everything that a batch is put through. Weights stay float32."""
-        return autocast(self.device, self.precision)
-
-    @abstractmethod
-    def __call__(self, *inputs: Any, **options: Any) -> Any:
-        """The model's forward pass."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -180,15 +146,12 @@ class TorchEngine(Engine):
         super().__init__(
             model, device=device, accumulate=accumulate, precision=precision, processes=processes
         )
+        self.name = "plain torch" if processes.count == 1 else "plain torch, DDP"
         self._runner = processes.replicate(model)
+        self._is_replicated = isinstance(self._runner, nn.parallel.DistributedDataParallel)
         self._optimizer = optimizer
         self._clip_grad = clip_grad
         self._micro_steps = 0
-
-    @property
-    @override
-    def name(self) -> str:
-        return "plain torch" if self.processes.count == 1 else "plain torch, DDP"
 
     @property
     @override
@@ -199,10 +162,8 @@ class TorchEngine(Engine):
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         is_last = (self._micro_steps + 1) % self.accumulate == 0
         # Gradients are averaged over the processes once per update, with its last micro-batch.
-        kept: AbstractContextManager[Any] = nullcontext()
-        if isinstance(self._runner, nn.parallel.DistributedDataParallel) and not is_last:
-            kept = self._runner.no_sync()
-        with kept:
+        apart: Any = nullcontext if is_last or not self._is_replicated else self._runner.no_sync
+        with apart():
             return self._runner(*inputs, **options)
 
     @override
@@ -222,8 +183,7 @@ class TorchEngine(Engine):
             )
         self._optimizer.step()
         # DDP keeps the memory of gradients anyway; others beside it would be made otherwise.
-        is_replicated = isinstance(self._runner, nn.parallel.DistributedDataParallel)
-        self._optimizer.zero_grad(set_to_none=not is_replicated)
+        self._optimizer.zero_grad(set_to_none=not self._is_replicated)
         self.processes.average_(self._statistics)
         return True
 

@@ -6,14 +6,14 @@ from hpm_video.data.batch import ClipBatch
 from hpm_video.training.engine import Engine
 from hpm_video.training.objective import Objective
 from hpm_video.training.run import Run
-from hpm_video.training.schedules import WarmupCosine
+from hpm_video.training.schedules import Schedule
 
 
 def fit(
     engine: Engine,
     objective: Objective,
     batches: Iterator[ClipBatch],
-    schedule: WarmupCosine,
+    schedule: Schedule,
     run: Run,
     *,
     start: int,

@@ -8,10 +8,10 @@ compare the formulas with its tensors.
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, astuple, dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,8 +45,7 @@ class Sharding:
 
     processes: int
     zero_stage: int | None
-    """0 to 3; none: plain torch, where every process holds everything. Gradients are views of
-    DDP's own buckets (``gradient_as_bucket_view``)."""
+    """0 to 3; none: plain torch, where every process holds everything."""
     offload_optimizer: bool = False
     offload_parameters: bool = False
     buckets: Buckets = Buckets()
@@ -69,12 +68,11 @@ class StateBytes:
         return sum(map(float, asdict(self).values()))
 
 
-@dataclass(frozen=True)
-class TrainingMemory:
+class TrainingMemory(NamedTuple):
     """What one process keeps on its device and on the host, apart from activations."""
 
     device: StateBytes
-    host: StateBytes
+    host: StateBytes = StateBytes()
 
 
 def training_memory(parameters: int, teacher: int, sharding: Sharding) -> TrainingMemory:
@@ -87,14 +85,10 @@ def training_memory(parameters: int, teacher: int, sharding: Sharding) -> Traini
         return _memory_of_stage_3(weights, BYTES * teacher, sharding)
     if stage in (1, 2):
         return _memory_of_stages_1_and_2(weights, BYTES * teacher, sharding)
-    device = StateBytes(
-        weights=weights,
-        moments=2 * weights,
-        gradients=weights,
-        teacher=BYTES * teacher,
-        buffers=0 if stage is None else min(weights, BYTES * WHOLE_GRADIENT),
-    )
-    return TrainingMemory(device, host=StateBytes())
+    # DDP's gradients are views of its buckets; DeepSpeed's stage 0 copies them to reduce them.
+    buffers = 0 if stage is None else min(weights, BYTES * WHOLE_GRADIENT)
+    state = {"weights": weights, "moments": 2 * weights, "gradients": weights}
+    return TrainingMemory(StateBytes(**state, teacher=BYTES * teacher, buffers=buffers))
 
 
 def _memory_of_stages_1_and_2(whole: int, teacher: int, sharding: Sharding) -> TrainingMemory:
@@ -111,7 +105,7 @@ def _memory_of_stages_1_and_2(whole: int, teacher: int, sharding: Sharding) -> T
     if not sharding.offload_optimizer:
         gradients, buffers = (whole, max(bucket, own)) if is_first else (2 * own, bucket)
         state = {"master": own, "moments": 2 * own, "gradients": gradients, "buffers": buffers}
-        return TrainingMemory(replace(device, **state), StateBytes())
+        return TrainingMemory(replace(device, **state))
     # On the host: the gradient of the master copy, in stage 2 also the sum over passes, and the
     # buffer through which new weights return.
     return TrainingMemory(
@@ -131,10 +125,7 @@ def _memory_of_stage_3(whole: int, teacher: int, sharding: Sharding) -> Training
     is copied for the optimizer.
     """
     own = whole / sharding.processes
-    bucket, live, prefetch = (
-        BYTES * size
-        for size in (sharding.buckets.reduce, sharding.buckets.live, sharding.buckets.prefetch)
-    )
+    bucket, live, prefetch = (BYTES * size for size in astuple(sharding.buckets))
     passes = max(min(whole, live) + min(whole, prefetch) + min(whole, bucket), teacher)
     shards = StateBytes(weights=own, teacher=teacher / sharding.processes)
     device, host = (StateBytes(), shards) if sharding.offload_parameters else (shards, StateBytes())
@@ -155,9 +146,6 @@ def describe_memory(memory: TrainingMemory, activations: float) -> str:
     lines = [f"{'GB of each process':20}{'device':>10}{'host':>10}"]
     lines += [f"{name:20}{on / 1e9:10.2f}{off / 1e9:10.2f}" for name, on, off in rows]
     return "\n".join(lines)
-
-
-# --- A run without data -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -234,13 +222,7 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = self.now
         return self.now
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],  # noqa: ARG002
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and note what it made."""
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):

@@ -1,31 +1,31 @@
-"""What a run says while it trains: a progress bar, lines of JSON, TensorBoard."""
+"""What a run measures while it trains, and where that goes: lines of JSON, TensorBoard."""
 
 import json
 import logging
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from hpm_video.config.training import LoggingConfig
 from hpm_video.files.atomic import written_beside
+from hpm_video.files.errors import ExpectedError
 from hpm_video.training.distributed import Processes
 from hpm_video.training.objective import Losses
 
 log = logging.getLogger(__name__)
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(ExpectedError, RuntimeError):
     """The loss is no longer a number."""
 
 
-class MetricsError(ValueError):
+class MetricsError(ExpectedError, ValueError):
     """A file of metrics that cannot be read. The message says where, and what to do."""
 
 
@@ -186,11 +186,16 @@ class TensorBoard:
             self._writer.add_scalar(f"{kind}/{name}", value, update)
 
 
+TRACKERS: dict[str, Callable[[Path, int], Tracker]] = {"tensorboard": TensorBoard}
+"""By the key in ``logging`` that turns one on. It is given a folder of the run, and the number of
+updates that were made. An entry, and a field of ``LoggingConfig``, add a tracker."""
+
+
 class MetricsLog:
     """The metrics of a run, in ``metrics.jsonl`` and for trackers."""
 
     def __init__(
-        self, run_dir: Path, *, first_update: int, tensorboard: bool, writes: bool = True
+        self, run_dir: Path, how: LoggingConfig, *, first_update: int, writes: bool = True
     ) -> None:
         """Go on before ``first_update``; what an interrupted run wrote beyond it is dropped.
 
@@ -199,12 +204,16 @@ class MetricsLog:
         self.path = run_dir / "metrics.jsonl"
         self._writes = writes
         self._trackers: list[Tracker] = []
-        if writes and self.path.is_file():
-            kept = [line for line in read_lines(self.path) if line["update"] <= first_update]
-            with written_beside(self.path) as beside:
-                beside.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
-        if writes and tensorboard:
-            self._trackers.append(TensorBoard(run_dir / "tensorboard", first_update))
+        if writes:
+            if self.path.is_file():
+                kept = [line for line in read_lines(self.path) if line["update"] <= first_update]
+                with written_beside(self.path) as beside:
+                    beside.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+            self._trackers = [
+                make(run_dir / name, first_update)
+                for name, make in TRACKERS.items()
+                if getattr(how, name)
+            ]
 
     def write(self, kind: str, update: int, epoch: float, values: dict[str, float]) -> None:
         """Add one line. ``update`` counts the updates that were made."""
@@ -227,53 +236,6 @@ class MetricsLog:
             tracker.close()
 
 
-class ProgressBar:
-    """How far the run is. On a terminal a bar; elsewhere a line now and then."""
-
-    SECONDS_BETWEEN_LINES = 20.0
-
-    def __init__(self, first_update: int, num_updates: int, *, silent: bool = False) -> None:
-        self._silent = silent
-        self._bar = tqdm(
-            total=num_updates,
-            initial=first_update,
-            unit="update",
-            dynamic_ncols=True,
-            smoothing=0.05,
-            disable=silent or not sys.stderr.isatty(),
-            bar_format="{percentage:3.0f}% |{bar:12}| {n}/{total} [{remaining} left{postfix}]",
-        )
-        self._first, self._total = first_update, num_updates
-        self._began = self._last_line = time.monotonic()
-
-    def close(self) -> None:
-        """Leave the terminal as it is."""
-        self._bar.close()
-
-    def advance(self) -> None:
-        """One update is done."""
-        self._bar.update()
-
-    def show(self, done: int, values: dict[str, float]) -> None:
-        """Tell the newest values after ``done`` updates."""
-        if self._silent:
-            return
-        text = (
-            f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, "
-            f"{values['clips_per_second']:.0f} clips/s, waiting {values['data_wait']:.0%}"
-        )
-        self._bar.set_postfix_str(text, refresh=False)
-        now = time.monotonic()
-        if self._bar.disable and (
-            now - self._last_line > self.SECONDS_BETWEEN_LINES or done == self._total
-        ):
-            left = (now - self._began) / max(done - self._first, 1) * (self._total - done)
-            log.info(
-                "%d/%d updates, %s, %s left", done, self._total, text, tqdm.format_interval(left)
-            )
-            self._last_line = now
-
-
 class WaitingWarning:
     """Says once, with the remedy, that a run mostly waits for its data."""
 
@@ -285,13 +247,13 @@ class WaitingWarning:
     def __init__(self, config: Path) -> None:
         """``config``: of the run."""
         self._config = config
-        self._lines = -1
+        self._is_first = True
         self._in_a_row = 0
 
     def look(self, data_wait: float) -> None:
         """Take note of the share of time that went into waiting since the last line."""
-        self._lines += 1
-        if self._lines < 1 or self._in_a_row >= self.LINES:
+        if self._is_first or self._in_a_row == self.LINES:
+            self._is_first = False
             return
         self._in_a_row = self._in_a_row + 1 if data_wait > self.SHARE else 0
         if self._in_a_row == self.LINES:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 Tensors = dict[str, Tensor]
+Groups = list[dict[str, Any]]
 EmaUpdate = Callable[[nn.Module, nn.Module, float], None]
 TOKENS = ("cls_token", "mask_token", "latent")
 """Learned tokens, by the last part of their names."""
@@ -50,7 +51,7 @@ def layer_decay_of(
     return lambda name: decay ** (num_layers - 1 - layer_of(name))
 
 
-def make_adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float]) -> torch.optim.AdamW:
+def make_adamw(groups: Groups, *, betas: tuple[float, float]) -> torch.optim.AdamW:
     """AdamW with eps 1e-8; its learning rate is set before every update.
 
     The fused form updates all parameters in one call, which is what counts for small models.
@@ -58,9 +59,13 @@ def make_adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float]) -> t
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
 
 
-def make_sgd(groups: list[dict[str, Any]], *, momentum: float) -> torch.optim.SGD:
-    """Stochastic gradient descent with momentum; its learning rate is set before every update."""
-    return torch.optim.SGD(groups, lr=0.0, momentum=momentum)
+def make_sgd(groups: Groups, *, betas: tuple[float, float]) -> torch.optim.SGD:
+    """Stochastic gradient descent, whose momentum is the first of ``betas``; likewise."""
+    return torch.optim.SGD(groups, lr=0.0, momentum=betas[0])
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": make_adamw, "sgd": make_sgd}
+"""By ``recipe.optimizer``. An entry, and its name in the type of that field, add an optimizer."""
 
 
 @torch.no_grad()

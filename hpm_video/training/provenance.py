@@ -1,7 +1,6 @@
 """Where a run came from: what must be equal for it to be repeated bit by bit, and the rest."""
 
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -18,20 +17,8 @@ from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.decoding.registry import decoder_versions
 
 Facts = dict[str, Any]
-DECIDES_BITS = (
-    "torch",
-    "numpy",
-    "decoders",
-    "device",
-    "cpu_capability",
-    "threads",
-    "precision",
-    "engine",
-    "processes",
-    "micro_batch",
-    "accumulate",
-)
-"""Facts on which the last bits of a result depend."""
+CHANGE_NO_BIT = ("hpm_video", "commit", "python", "command", "host", "time")
+"""Facts on which the last bits of a result do not depend."""
 
 
 def gather_facts(device: torch.device, precision: str, engine: str, plan: BatchPlan) -> Facts:
@@ -67,29 +54,22 @@ def record_start(run_dir: Path, facts: Facts, first_update: int) -> None:
 def bit_differences(before: Facts, now: Facts) -> list[str]:
     """Facts that differ and decide the last bits, as ``name: before -> now``."""
     return [
-        f"{name}: {before.get(name)} -> {now.get(name)}"
-        for name in DECIDES_BITS
-        if before.get(name) != now.get(name)
+        f"{name}: {before.get(name)} -> {now[name]}"
+        for name in now
+        if name not in CHANGE_NO_BIT and before.get(name) != now[name]
     ]
 
 
 def _commit() -> str | None:
     """Return the commit of the checkout that the package runs from, ``+`` where it was changed."""
 
-    def git(*arguments: str) -> str | None:
-        done = subprocess.run(
-            ["git", *arguments],  # noqa: S607
-            cwd=Path(hpm_video.__file__).parent,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "LC_ALL": "C"},
-            check=False,
-        )
-        return None if done.returncode else done.stdout.strip()
+    def git(*arguments: str) -> str:
+        folder = Path(hpm_video.__file__).parent
+        command = ["git", *arguments]
+        return subprocess.check_output(command, cwd=folder, text=True, stderr=subprocess.DEVNULL)
 
     try:
-        if git("ls-files", "--error-unmatch", "__init__.py") is None:
-            return None
-        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+")
-    except OSError:  # no git
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+").strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
         return None

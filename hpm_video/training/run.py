@@ -21,10 +21,10 @@ from hpm_video.training.checkpoint import (
 )
 from hpm_video.training.curves import plot_curves
 from hpm_video.training.engine import Engine
-from hpm_video.training.metrics import Meter, MetricsLog, ProgressBar, WaitingWarning
-from hpm_video.training.optim import OptimizerState, Tensors
+from hpm_video.training.metrics import Meter, MetricsLog, WaitingWarning
 from hpm_video.training.progress import Progress, Timeline
 from hpm_video.training.stop import Interrupted, StopRequest
+from hpm_video.workers.progress_bar import ProgressBar
 
 log = logging.getLogger(__name__)
 ATTACHED = ("config.yaml", "labels.txt")
@@ -91,12 +91,16 @@ class Run:
         """
         update, done = progress.update, progress.update + 1
         last = done == self.timeline.num_updates
-        self.bar.advance()
+        self.bar.count()
         if done % self.logging.every_updates == 0 or last:
             self._share_failures()
             values = self.meter.read() | settings
             self.metrics.write("train", done, self.timeline.at(done).exact_epoch, values)
-            self.bar.show(done, values)
+            self.bar.show(
+                f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, "
+                f"{values['clips_per_second']:.0f} clips/s, waiting {values['data_wait']:.0%}",
+                at_once=last,
+            )
             self.waiting.look(values["data_wait"])
         with self.meter.paused():
             keep = self._due(update, self.saving.keep_every_epochs)
@@ -130,31 +134,22 @@ class Run:
         weights = {name: self.engine.weights(module) for name, module in modules.items()}
         optimizer = self.engine.optimizer_state()
         if processes.is_first:
-            self._write(weights, optimizer, done, keep=keep)
+            state = {"update": done, "keep": keep, "best": self.best, "facts": self.facts}
+            save_checkpoint(
+                checkpoint_path(self.checkpoints, done),
+                weights,
+                optimizer=optimizer,
+                state={**state, "data": self.data},
+                attached=[path for path in map(self.folder.joinpath, ATTACHED) if path.exists()],
+            )
             self.metrics.flush()
             point_to_newest_and_best(self.checkpoints)
             best = checkpoint_path(self.checkpoints, self.best.get("update", done))
             remove_superseded(self.checkpoints, self.saving.keep_last, [best])
         processes.wait()
 
-    def _write(
-        self, weights: dict[str, Tensors], optimizer: OptimizerState, done: int, *, keep: bool
-    ) -> None:
-        state = {"update": done, "keep": keep, "best": self.best, "facts": self.facts}
-        save_checkpoint(
-            checkpoint_path(self.checkpoints, done),
-            weights,
-            optimizer=optimizer,
-            state={**state, "data": self.data},
-            attached=[path for path in map(self.folder.joinpath, ATTACHED) if path.exists()],
-        )
-
     def note_failures(self, batch: ClipBatch) -> None:
-        """Remember the files of a batch that did not decode.
-
-        Raises:
-            TooManyBadFiles: there are now more bad files than the data allows.
-        """
+        """Remember the files of a batch that did not decode."""
         self._failures += [(batch.source, failure) for failure in batch.failures]
         if self.engine.processes.count == 1 and batch.failures:
             self._share_failures()

@@ -2,8 +2,21 @@
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
+from hpm_video.config.training import RecipeConfig
 from hpm_video.training.progress import Progress
+
+
+class Schedule(Protocol):
+    """The learning rate of every update."""
+
+    @property
+    def peak(self) -> float:
+        """The largest, for the log."""
+
+    def at(self, progress: Progress) -> float:
+        """The learning rate of the update that follows ``progress``."""
 
 
 @dataclass(frozen=True)
@@ -26,3 +39,12 @@ class WarmupCosine:
 def scaled_lr(base_lr: float, batch_size: int) -> float:
     """The linear scaling rule: ``base_lr`` is for 256 videos per update (Goyal et al., 2017)."""
     return base_lr * batch_size / 256
+
+
+def schedule_of(recipe: RecipeConfig) -> Schedule:
+    """The schedule of a recipe. A further one is a class here, chosen by a field of the recipe."""
+    return WarmupCosine(
+        peak=scaled_lr(recipe.base_lr, recipe.batch_size),
+        final=scaled_lr(recipe.min_lr, recipe.batch_size),
+        warmup_epochs=recipe.warmup_epochs,
+    )

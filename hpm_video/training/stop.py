@@ -26,12 +26,10 @@ class StopRequest:
         self._patient = patient
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None and self._patient:
-            return
-        if self.received is not None:  # asked twice: do not wait for the next update
-            signal.signal(number, signal.SIG_DFL)
+        if self.received is not None and not self._patient:
+            signal.signal(number, signal.SIG_DFL)  # asked twice: do not wait for the next update
             signal.raise_signal(number)
-        self.received = signal.Signals(number)
+        self.received = self.received or signal.Signals(number)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from typing_extensions import Self
 
+from hpm_video.files.errors import ExpectedError
 from hpm_video.files.failures import Failure
 from hpm_video.workers.process import serve, unpacked
 
@@ -80,7 +81,7 @@ class PoolStopped(Exception):  # noqa: N818 - not an error: nobody wants results
     """The pool was stopped while somebody waited for a result."""
 
 
-class PoolError(RuntimeError):
+class PoolError(ExpectedError, RuntimeError):
     """The pool itself does not work, or the work raised what it must not: the run has to end."""
 
 
@@ -170,7 +171,8 @@ class Pool(Generic[Job]):
                 answer = worker.receive(self._clock) if worker.connection in ready else None
                 if answer is None and worker.is_late(self._clock):
                     answer = worker.give_up(f"it took longer than {self._limits.seconds:g} s")
-                self._jobs.extendleft(reversed(worker.take_back()))
+                self._jobs.extendleft(reversed(worker.returned))
+                worker.returned = []
                 if answer is not None:
                     return answer
         raise PoolStopped
@@ -212,7 +214,8 @@ class _Worker:
     process: Any = None
     connection: Any = None
     _life: Any = None
-    _returned: list[_Job] = field(default_factory=list)
+    returned: list[_Job] = field(default_factory=list)
+    """Jobs that a process which ended had not begun, or that may be begun once more."""
     _failed_starts: int = 0
     _since: float | None = None
     """When it began what it is at; not yet known of a process that starts."""
@@ -284,7 +287,8 @@ class _Worker:
             return self.give_up(content[0])
         header, sizes, more = content
         job = self.held[0]
-        result = unpacked(header, sizes, self._slot(job.slot))
+        place = memoryview(self._shared).cast("B")[job.slot * self.result_bytes :]
+        result = unpacked(header, sizes, place)
         job.has_results = True
         if more:
             with contextlib.suppress(OSError):
@@ -301,7 +305,7 @@ class _Worker:
         ended = self._end(by_itself=reason is None)
         why = reason or f"the process that decoded it ended {ended}"
         job = self.held.popleft() if self.held and self._ready else None
-        self._returned += self.held
+        self.returned += self.held
         self.held.clear()
         if not self._ready:
             self._failed_starts += 1
@@ -316,14 +320,9 @@ class _Worker:
             return None
         job.attempts -= 1
         if job.attempts > 0 and not job.has_results:
-            self._returned.insert(0, job)
+            self.returned.insert(0, job)
             return None
         return Answer(job.tag, Lost(job.path, why), is_last=True)
-
-    def take_back(self) -> list[_Job]:
-        """Jobs that a process which ended had not begun, or that may be begun once more."""
-        returned, self._returned = self._returned, []
-        return returned
 
     def _end(self, *, by_itself: bool) -> str:
         """Kill it. -> how it ended"""
@@ -350,10 +349,6 @@ class _Worker:
         for thing in (self.connection, self._life):
             if thing is not None:
                 thing.close()
-
-    def _slot(self, slot: int) -> memoryview:
-        whole = memoryview(self._shared).cast("B")
-        return whole[slot * self.result_bytes : (slot + 1) * self.result_bytes]
 
 
 @contextlib.contextmanager

@@ -14,18 +14,25 @@ SECONDS_BETWEEN_LINES = 20.0
 class ProgressBar:
     """How many things are done, how fast that goes, and how long it may still take."""
 
-    def __init__(self, total: int, things: str, unit: str = "") -> None:
-        """``things``: their name in the plural; ``unit``: of the speed, where not of things."""
+    def __init__(
+        self, total: int, things: str, unit: str = "", *, first: int = 0, silent: bool = False
+    ) -> None:
+        """``things``: their name in the plural; ``unit``: of the speed, where not of things.
+
+        ``first``: things that were done before.
+        """
         self._bar = tqdm(
             total=total,
+            initial=first,
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty() or not total,
+            smoothing=0.05,
+            disable=silent or not sys.stderr.isatty() or not total,
             bar_format="{percentage:3.0f}% |{bar:12}| {n}/{total} [{remaining} left{postfix}]",
         )
-        self._total = total
+        self._total, self._first, self._done = total, first, first
         self._things, self._unit = things, unit or f"{things}/s"
+        self._silent = silent
         self._amount = 0.0
-        self._done = 0
         self._began = self._last_line = time.monotonic()
 
     def advance(self, amount: float = 1.0, *, is_last: bool = True, note: str = "") -> None:
@@ -34,17 +41,28 @@ class ProgressBar:
         ``note``: what else is to be told at this point.
         """
         self._amount += amount
-        self._done += is_last
+        passed = max(time.monotonic() - self._began, 1e-9)
+        speed = f"{self._amount / passed:.3g} {self._unit}"
+        self.count(int(is_last))
+        self.show(f"{speed}, {note}" if note else speed)
+
+    def count(self, things: int = 1) -> None:
+        """So many more are done."""
+        self._done += things
+        self._bar.update(things)
+
+    def show(self, text: str, *, at_once: bool = False) -> None:
+        """Tell how it goes: on the bar, or where there is none when it is time, or ``at_once``."""
+        self._bar.set_postfix_str(text, refresh=False)
         now = time.monotonic()
-        passed = max(now - self._began, 1e-9)
-        told = f"{self._amount / passed:.3g} {self._unit}" + (f", {note}" if note else "")
-        self._bar.set_postfix_str(told, refresh=False)
-        self._bar.update(int(is_last))
-        if self._bar.disable and now - self._last_line > SECONDS_BETWEEN_LINES:
-            left = (self._total - self._done) * passed / max(self._done, 1)
-            until = tqdm.format_interval(left) if self._done else "?"
-            log.info("%d/%d %s, %s, %s left", self._done, self._total, self._things, told, until)
-            self._last_line = now
+        is_due = at_once or now - self._last_line > SECONDS_BETWEEN_LINES
+        if self._silent or not self._bar.disable or not is_due:
+            return
+        done = self._done - self._first
+        left = (self._total - self._done) * (now - self._began) / max(done, 1)
+        until = tqdm.format_interval(left) if done else "?"
+        log.info("%d/%d %s, %s, %s left", self._done, self._total, self._things, text, until)
+        self._last_line = now
 
     def close(self) -> None:
         """Leave the terminal as it is."""

@@ -3,13 +3,15 @@
 import os
 from pathlib import Path
 
+from hpm_video.files.errors import ExpectedError
+
 MIB = 2**20
 SHARED = Path("/dev/shm")  # noqa: S108 - where Linux has its shared memory
 GROUPS = Path("/sys/fs/cgroup")
 """Where Linux has its control groups (version 2), which containers and schedulers use."""
 
 
-class RoomError(MemoryError):
+class RoomError(ExpectedError, MemoryError):
     """What would be read ahead does not fit. The message has the numbers and the remedy."""
 
 
@@ -32,8 +34,9 @@ def check_room(workers: int, shared: int, batches: int) -> None:
     for needed, there in ((shared, free), (shared * processes, total)):
         if there is not None and needed > there:
             raise RoomError(
-                f"{_of(workers, processes if needed > shared else 1)} need {_mib(needed)} of "
-                f"shared memory (two jobs each), and {SHARED} has {_mib(there)}. "
+                f"data.workers={workers}"
+                f"{f' in each of {processes} processes' if needed > shared else ''} need "
+                f"{_mib(needed)} of shared memory (two jobs each), and {SHARED} has {_mib(there)}. "
                 "Give it more (docker run --shm-size=..., mount -o remount,size=...), or take "
                 "fewer with data.workers, fewer or smaller clips"
             )
@@ -102,11 +105,6 @@ def _of_group(group: Path) -> int | None:
         return None
     cached = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
     return None if limit == "max" else int(limit) - used + cached
-
-
-def _of(workers: int, processes: int) -> str:
-    each = f" in each of {processes} processes" if processes > 1 else ""
-    return f"data.workers={workers}{each}"
 
 
 def _mib(count: int) -> str:

@@ -16,7 +16,7 @@ from hpm_video.models.positions import position_table
 from hpm_video.runs.autotune import trial_update
 from hpm_video.runs.finetuning import Finetuning
 from hpm_video.runs.init_weights import check_same_model
-from hpm_video.runs.pretraining import Pretraining, build_objective, build_target, crops_of
+from hpm_video.runs.pretraining import Pretraining, build_objective, build_target
 from hpm_video.tokens.grid import TokenGrid
 
 ROOT = Path(__file__).parents[2]
@@ -255,7 +255,7 @@ def test_a_mixture_is_built_with_a_grid_a_mask_and_a_crop_for_each_source():
         "clips": TokenGrid(8, 28, 28),
     }
     assert masks["images"].num_masked == 32
-    crops = crops_of(config)
+    crops = Pretraining(config).transforms()
     assert (type(crops[""]), type(crops["clips"])) == (MultiScaleCrop, MultiScaleCrop)
     assert isinstance(crops["images"], Augmentation)
     assert crops["images"].area == config.mix["images"].data.crop_area
@@ -263,9 +263,8 @@ def test_a_mixture_is_built_with_a_grid_a_mask_and_a_crop_for_each_source():
 
 def test_a_random_resized_crop_changes_nothing_but_the_place():
     overrides = ["data.crop=random_resized", "data.crop_area=[0.3,0.6]", "data.flip=true"]
-    crop = crops_of(load_config(PretrainConfig, DEMO, [*overrides, "data.interpolation=bicubic"]))[
-        ""
-    ]
+    config = load_config(PretrainConfig, DEMO, [*overrides, "data.interpolation=bicubic"])
+    crop = Pretraining(config).transforms()[""]
     assert (crop.area, crop.ratio, crop.flip) == ((0.3, 0.6), (3 / 4, 4 / 3), True)
     assert (crop.rand_augment, crop.erasing, crop.interpolation) == (None, 0, "bicubic")
 
@@ -552,7 +551,7 @@ def test_what_a_rule_lets_through(overrides):
         (["knn.k=0"], "k must be at least 1, got 0"),
         (["knn.videos=0"], "videos must be at least 1, got 0"),
         (["knn.every_epochs=0"], "must be positive, got 0"),
-        (["knn.temperature=0"], "must be positive, got .* and 0"),
+        (["knn.temperature=0"], "must be positive, got 0"),
     ],
 )
 def test_nearest_neighbours_that_cannot_be_are_refused(overrides, words):

@@ -38,10 +38,10 @@ from hpm_video.recognition.mixing import Mixing
 from hpm_video.recognition.objective import Classification
 from hpm_video.recognition.probes import split_in_folds
 from hpm_video.runs.data import key_of_source, open_data
-from hpm_video.runs.pretraining import crops_of, load_run
+from hpm_video.runs.pretraining import Pretraining, load_run
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import STRATEGIES, MaskRule
-from hpm_video.training.engine import WholeModel
+from hpm_video.training.engine import Runner
 from hpm_video.training.progress import Progress
 
 KEYS = torch.tensor([0, 1, -1, 2**62 + 12345])
@@ -158,7 +158,7 @@ def decoded():
         decoder="pyav",
         max_bad_share=0.0,
     )
-    stream = VideoClips(manifest, data, crops_of(config)[""], seed=0)
+    stream = VideoClips(manifest, data, Pretraining(config).transforms()[""], seed=0)
     sample = stream[12]
     return [Path(sample.file).name, sample.keys, sample.clips.sum(dim=(1, 2, 3, 4)).tolist()]
 
@@ -234,7 +234,7 @@ def looks():
     _, student, objective = load_run(Path("runs/video/checkpoints/last"), torch.device("cpu"))
     stored = load_file("numbers/video.safetensors")["clips"][:4]
     batch = ClipBatch(stored, KEYS, torch.zeros(4).long(), ("x.mp4",) * 4, ())
-    viewer = WholeModel(student, torch.device("cpu"), "fp32")
+    viewer = Runner(student, torch.device("cpu"), "fp32")
     measures = measure(objective, viewer, [batch])
     with torch.no_grad():
         (first, *_) = study_clips(objective, student, batch, num_masks=2, hard_fraction=0.5)

@@ -11,11 +11,11 @@ from hpm_video.config.choices import TransformerSize
 from hpm_video.data.batch import ClipBatch
 from hpm_video.mining.objective import HardPatchesMining, named
 from hpm_video.mining.targets import FeatureTarget, PixelTarget
-from hpm_video.mining.teacher import MomentumSchedule, make_teacher
 from hpm_video.mining.validation import measure, trivial_difficulties
 from hpm_video.runs.pretraining import describe_sources, names_of
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import STRATEGIES, MaskRule
+from hpm_video.training.ema import MomentumSchedule, make_ema
 from hpm_video.training.engine import TorchEngine
 from hpm_video.training.metrics import Meter
 from hpm_video.training.optim import make_adamw, parameter_groups
@@ -55,13 +55,13 @@ def make(
     student = make_model(kind, predictor)
     grid, patch_size = student.grid, student.settings.patch_size
     if predictor != "none":
-        teacher = teacher or make_teacher(student)
+        teacher = teacher or make_ema(student)
     objective = HardPatchesMining(
         {"": MaskRule(grid, "token", grid.num_tokens * 3 // 4, STRATEGIES[strategy])},
         PixelTarget(patch_size, (0.5,) * 3, (0.25,) * 3, target),
         predictor=predictor,
         predictor_weight=1.0,
-        teacher=teacher,
+        ema=teacher,
         momentum=MomentumSchedule("warmup", 0.0, 0.99),
     )
     optimizer = make_adamw(parameter_groups(student, 0.05), betas=(0.9, 0.95))
@@ -91,7 +91,7 @@ def test_student_learns_one_batch_by_heart(kind, predictor):
         sum(h.parts["reconstruction"].item() for h in part) for part in (history[:5], history[-5:])
     )
     assert last < 0.95 * first
-    assert not any(p.requires_grad for p in objective.teacher.parameters())
+    assert not any(p.requires_grad for p in objective.ema.parameters())
 
 
 def test_predictor_finds_a_planted_hard_region():
@@ -135,8 +135,8 @@ def test_loss_is_the_sum_of_its_parts_and_reaches_the_encoder_from_both():
 def test_teacher_runs_only_where_something_is_picked(strategy, epoch, calls):
     _, objective, engine = make(strategy=strategy)
     ran = []
-    objective.teacher.norm.register_forward_hook(lambda *_: ran.append(1))
-    objective.teacher.reconstructor.register_forward_hook(lambda *_: pytest.fail("ran"))
+    objective.ema.norm.register_forward_hook(lambda *_: ran.append(1))
+    objective.ema.reconstructor.register_forward_hook(lambda *_: pytest.fail("ran"))
     objective.losses(engine, random_batch((4, 32, 32)), Progress(0, epoch, 100))
     assert len(ran) == calls
 
@@ -144,7 +144,7 @@ def test_teacher_runs_only_where_something_is_picked(strategy, epoch, calls):
 def test_the_hardest_of_the_teacher_are_hidden(monkeypatch):
     _, objective, engine = make(strategy="easy_to_hard")
     scores = torch.rand(4, 32)
-    monkeypatch.setattr(objective.teacher, "score", lambda encoded, grid: scores)
+    monkeypatch.setattr(objective.ema, "score", lambda encoded, grid: scores)
     seen = []
     engine.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
     objective.losses(engine, random_batch((4, 32, 32)), Progress(0, 9.5, 10))
@@ -253,7 +253,7 @@ def make_mixed(unit="token", predictor="relative", target="pixels", class_token=
         FeatureTarget(*look, None) if target == "ema" else PixelTarget(*look, "per_channel"),
         predictor=predictor,
         predictor_weight=1.0,
-        teacher=None if predictor == "none" else make_teacher(student),
+        ema=None if predictor == "none" else make_ema(student),
         momentum=MomentumSchedule("warmup", 0.0, 0.99),
     )
     optimizer = make_adamw(parameter_groups(student, 0.05), betas=(0.9, 0.95))

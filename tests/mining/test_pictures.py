@@ -34,7 +34,6 @@ from hpm_video.mining.pictures import (
 )
 from hpm_video.mining.study import Study, reconstruct, statistics_from_visible, study_clips
 from hpm_video.mining.targets import FeatureTarget, PixelTarget
-from hpm_video.mining.teacher import MomentumSchedule
 from hpm_video.models.from_config import build_student
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder, Prediction
 from hpm_video.preparation.encode import write_video
@@ -42,6 +41,7 @@ from hpm_video.randomness import uniform
 from hpm_video.tokens.grid import Size3, TokenGrid
 from hpm_video.tokens.masking import STRATEGIES, MaskRule, StrategyName, TokenMask, count_masked
 from hpm_video.tokens.patches import TargetKind, patchify
+from hpm_video.training.ema import MomentumSchedule
 from hpm_video.training.engine import TorchEngine
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -83,7 +83,7 @@ def make_objective(
         PixelTarget(patch, MEAN, STD, kind),
         predictor="relative" if predictor else "none",
         predictor_weight=1.0,
-        teacher=teacher if predictor else None,
+        ema=teacher if predictor else None,
         momentum=MomentumSchedule("paper", 0.999, 0.9999),
     )
     return objective, student

@@ -14,13 +14,13 @@ from hpm_video.data.batch import ClipBatch
 from hpm_video.mining.objective import HardPatchesMining, needs_teacher
 from hpm_video.mining.study import study_clips
 from hpm_video.mining.targets import FeatureTarget, PixelTarget
-from hpm_video.mining.teacher import MomentumSchedule, make_teacher
 from hpm_video.mining.validation import measure
 from hpm_video.models.from_config import build_student
 from hpm_video.runs.pretraining import build_objective, build_target
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import STRATEGIES, MaskRule, TokenMask
 from hpm_video.tokens.patches import patchify, standardise
+from hpm_video.training.ema import MomentumSchedule, make_ema
 from hpm_video.training.engine import TorchEngine
 from hpm_video.training.optim import make_adamw, parameter_groups
 from hpm_video.training.progress import Progress
@@ -81,7 +81,7 @@ def make(target, strategy="random", predictor="none", class_token=False):
         target,
         predictor=predictor,
         predictor_weight=1.0,
-        teacher=make_teacher(student) if needs_teacher(predictor, target) else None,
+        ema=make_ema(student) if needs_teacher(predictor, target) else None,
         momentum=MomentumSchedule("warmup", 0.0, 0.99),
     )
     optimizer = make_adamw(parameter_groups(student, 0.05), betas=(0.9, 0.95))
@@ -229,20 +229,20 @@ def encoded_by(teacher):
 )
 def test_the_teacher_encodes_once_per_update_whatever_is_asked_of_it(strategy, predictor, epoch):
     student, objective, _ = make(target_of(None), strategy, predictor)
-    objective.teacher.reconstructor.register_forward_hook(lambda *_: pytest.fail("ran"))
-    seen = encoded_by(objective.teacher)
+    objective.ema.reconstructor.register_forward_hook(lambda *_: pytest.fail("ran"))
+    seen = encoded_by(objective.ema)
     objective.losses(student, batch_of(), Progress(0, epoch, 10)).total.backward()
     assert len(seen) == 1
     assert seen[0].shape == (4, GRID.num_tokens, ENCODER.dim)
     assert not seen[0].requires_grad
-    assert all(parameter.grad is None for parameter in objective.teacher.parameters())
+    assert all(parameter.grad is None for parameter in objective.ema.parameters())
 
 
 def test_pixels_need_the_teacher_only_where_it_picks():
     for strategy, calls in ("random", 0), ("hardest", 1):
         target = PixelTarget(PATCH, MEAN, STD, "raw")
         student, objective, _ = make(target, strategy, "relative")
-        seen = encoded_by(objective.teacher)
+        seen = encoded_by(objective.ema)
         objective.losses(student, batch_of(), Progress(0, 0, 10))
         assert len(seen) == calls
 
@@ -251,11 +251,11 @@ def test_pixels_need_the_teacher_only_where_it_picks():
 def test_the_target_is_what_the_teachers_encoder_makes_of_the_whole_clip(class_token):
     student, objective, _ = make(target_of(None), class_token=class_token)
     with torch.no_grad():
-        objective.teacher.patch_embed.proj.weight.mul_(2)  # no longer the student's
+        objective.ema.patch_embed.proj.weight.mul_(2)  # no longer the student's
     batch, asked = batch_of(), []
 
     def knows_all(clips, mask, keys):
-        tokens = objective.teacher.encode(clips)[:, int(class_token) :]
+        tokens = objective.ema.encode(clips)[:, int(class_token) :]
         asked.append(mask)
         return student(clips, mask)._replace(content=5 * mask.take_masked(tokens))
 
@@ -267,7 +267,7 @@ def test_the_target_is_what_the_teachers_encoder_makes_of_the_whole_clip(class_t
 
 def test_a_held_out_batch_is_encoded_once_for_all_masks():
     student, objective, _ = make(target_of(None), predictor="relative")
-    seen = encoded_by(objective.teacher)
+    seen = encoded_by(objective.ema)
     found = objective.examine(student, batch_of(), ["a", "b", "c"])
     assert len(found) == 3
     assert len(seen) == 1
@@ -287,7 +287,7 @@ def test_a_teacher_is_there_without_a_predictor_where_it_is_the_target():
     with torch.no_grad():
         student.mask_token.fill_(1)
     objective.after_update(student, Progress(0, 0, 1))
-    assert objective.teacher.mask_token.max() > 0.8, "it follows: at first with momentum 0.1"
+    assert objective.ema.mask_token.max() > 0.8, "it follows: at first with momentum 0.1"
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_a_teacher_that_is_missing_or_useless_is_refused(predictor, target, need
             target,
             predictor=predictor,
             predictor_weight=1.0,
-            teacher=None if needed else student,
+            ema=None if needed else student,
             momentum=MomentumSchedule("warmup", 0.0, 0.99),
         )
 
@@ -335,6 +335,6 @@ def test_a_config_says_what_is_reconstructed(tmp_path, target, width, has_teache
     assert student.reconstructor.head.out_features == width
     assert goal.of_teacher == config.mining.has_teacher == has_teacher
     assert (goal.patch_size, goal.mean) == (PATCH, MEAN)
-    teacher = make_teacher(student) if has_teacher else None
+    teacher = make_ema(student) if has_teacher else None
     losses = build_objective(config, teacher, goal).losses(student, batch_of(), Progress(0, 0, 1))
     assert losses.total > 0

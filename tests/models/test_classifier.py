@@ -322,8 +322,7 @@ def test_only_what_follows_a_frozen_encoder_learns(pooling, learning, make_optim
     names = {id(p): name for name, p in model.named_parameters()}
     of_groups = {names[id(p)] for group in groups for p in group["params"]}
     assert of_groups == {name for name in names.values() if name.split(".")[0] in learning}
-    options = {"betas": (0.9, 0.999)} if make_optimizer is make_adamw else {"momentum": 0.9}
-    optimizer = make_optimizer(groups, **options)
+    optimizer = make_optimizer(groups, betas=(0.9, 0.999))
     for group in optimizer.param_groups:
         group["lr"] = 0.1
     before = {name: value.clone() for name, value in model.named_parameters()}

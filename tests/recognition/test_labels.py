@@ -33,10 +33,10 @@ def test_a_line_without_a_name_is_refused(tmp_path, text):
 
 
 def test_a_file_of_names_that_is_none(tmp_path):
-    with pytest.raises(ManifestError, match="cannot read the names of the classes.*none.txt"):
+    with pytest.raises(ManifestError, match="none.txt cannot be read"):
         read_label_names(tmp_path / "none.txt")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ManifestError, match="cannot read the names of the classes"):
+    with pytest.raises(ManifestError, match="is not text in UTF-8"):
         read_label_names(tmp_path / "bytes.txt")
 
 

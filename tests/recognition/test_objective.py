@@ -7,17 +7,18 @@ from torch.nn import functional as F
 
 from hpm_video.config.choices import TransformerSize
 from hpm_video.data.batch import ClipBatch
-from hpm_video.mining.teacher import make_teacher
 from hpm_video.recognition.mixing import Mixing
 from hpm_video.recognition.objective import Classification
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.pixels import normalise
+from hpm_video.training.ema import MomentumSchedule, make_ema
 from hpm_video.training.engine import TorchEngine
 from hpm_video.training.metrics import Meter
 from hpm_video.training.optim import make_adamw, parameter_groups
 from hpm_video.training.progress import Progress
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+MOMENTUM = MomentumSchedule("paper", 0.9, 0.9)
 CLIP, PATCH, CLASSES = (2, 16, 16), (2, 8, 8), 4
 CPU = torch.device("cpu")
 
@@ -134,8 +135,8 @@ def test_the_loss_is_float32_in_mixed_precision():
 
 def test_an_average_follows_the_weights_once_per_update():
     model = make_model()
-    average = make_teacher(model)
-    objective = make(average=average, average_momentum=0.9)
+    average = make_ema(model)
+    objective = make(ema=average, momentum=MOMENTUM)
     assert objective.companions == {"average": average}
     start = [p.clone() for p in model.parameters()]
     with torch.no_grad():
@@ -152,7 +153,7 @@ def test_without_an_average_nothing_follows():
     objective, model = make(), make_model()
     assert objective.companions == {}
     objective.after_update(model, at(0))
-    assert objective.average is None
+    assert objective.ema is None
     assert objective.settings(at(0)) == {}
 
 
@@ -187,8 +188,8 @@ def test_nothing_in_an_update_waits_for_the_device(mixed):
         objective = make(
             0.1,
             mixing=mix and without_generators(mix),
-            average=make_model().requires_grad_(requires_grad=False),
-            average_momentum=0.9,
+            ema=make_model().requires_grad_(requires_grad=False),
+            momentum=MOMENTUM,
         )
         batch = replace(
             batch_of(),

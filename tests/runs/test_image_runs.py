@@ -195,7 +195,7 @@ def test_the_teachers_features_as_target_with_and_without_a_predictor(images, tm
         assert (checkpoint / "teacher.safetensors").is_file()
         _, student, objective = load_run(checkpoint, torch.device("cpu"))
         assert student.reconstructor.head.out_features == 16
-        assert (objective.teacher.difficulty_decoder is None) == (name == "plain")
+        assert (objective.ema.difficulty_decoder is None) == (name == "plain")
         assert list((run / "pictures").glob("*.png")), "a sheet without a reconstruction"
 
 

@@ -85,8 +85,8 @@ def test_a_checkpoint_speaks_for_itself(finished_run):
     config, student, objective = load_run(checkpoint, torch.device("cpu"))
     assert config.data.num_frames == 4
     weights = load_file(checkpoint / "teacher.safetensors")
-    assert torch.equal(objective.teacher.mask_token, weights["mask_token"])
-    assert not torch.equal(objective.teacher.mask_token, student.mask_token)
+    assert torch.equal(objective.ema.mask_token, weights["mask_token"])
+    assert not torch.equal(objective.ema.mask_token, student.mask_token)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpm_video.training.curves import Panel, collect, plot_curves, read_metrics, smooth
+from hpm_video.training.curves import Panel, plot_curves, read_metrics
 
 
 def write(path: Path, records: list[dict[str, object]]) -> Path:
@@ -61,14 +61,9 @@ def test_another_method_adds_panels(tmp_path: Path) -> None:
 def test_a_run_that_went_back_shows_what_it_did_last(tmp_path: Path) -> None:
     records = [{"kind": "train", "update": u, "loss": v} for u, v in [(1, 5), (2, 4), (3, 9)]]
     records += [{"kind": "held_out", "update": 2, "loss": 7}, {"kind": "train", "update": 2}]
-    read = read_metrics(write(tmp_path / "metrics.jsonl", records))
-    assert [(record["kind"], record["update"]) for record in read] == [
-        ("train", 1),
-        ("train", 2),
-        ("held_out", 2),
-        ("train", 3),
-    ]
-    assert "loss" not in read[1]
+    table = read_metrics(write(tmp_path / "metrics.jsonl", records))
+    assert table["update"].tolist() == [1, 2, 2, 3]
+    np.testing.assert_array_equal(table["loss"], [5, np.nan, 7, 9])
 
 
 def test_a_line_that_was_cut_off_is_left_out_only_at_the_end(tmp_path: Path) -> None:
@@ -87,12 +82,7 @@ def test_values_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
         {"kind": "train", "update": 2, "loss": 3.0, "lr": float("inf")},
     ]
     path = write(tmp_path / "metrics.jsonl", records)
-    series = collect(read_metrics(path))
-    assert series["loss"].updates.tolist() == [2]
-    assert series["lr"].values.tolist() == [0.1]
+    table = read_metrics(path)
+    np.testing.assert_array_equal(table["loss"], [np.nan, 3])
+    np.testing.assert_array_equal(table["lr"], [0.1, np.nan])
     plot_curves(path, tmp_path / "curves.png")
-
-
-def test_smoothing_keeps_constants_up_to_the_ends() -> None:
-    np.testing.assert_allclose(smooth(np.full(50, 3.0), 7), 3.0)
-    assert len(smooth(np.arange(4.0), 9)) == 4

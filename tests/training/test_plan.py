@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpm_video.config.batch_plan import BatchPlan, PlanError, micro_batches, plan_batches
+from hpm_video.config.batch_plan import BatchPlan, micro_batches, plan_batches
 from hpm_video.config.checks import ConfigError
 from hpm_video.runs.autotune import fits_in_memory, largest_fitting
 
@@ -43,7 +43,7 @@ def test_a_plan_comes_out_even_or_is_refused(batch, processes, micro, multiple):
     even = batch % (processes * micro) == 0 and micro % multiple == 0
     try:
         plan = plan_batches(batch, processes, micro, multiple=multiple)
-    except PlanError:
+    except ConfigError:
         assert not even
     else:
         assert even
@@ -60,7 +60,7 @@ def remedies(message: str, key: str) -> list[int]:
 def test_what_a_refusal_says_to_take_is_taken(batch, processes, micro, multiple):
     try:
         plan_batches(batch, processes, micro, multiple=multiple)
-    except PlanError as error:
+    except ConfigError as error:
         message = str(error)
     else:
         return
@@ -110,7 +110,7 @@ def test_what_a_refusal_says_to_take_is_taken(batch, processes, micro, multiple)
     ],
 )
 def test_a_refusal_names_value_rule_and_remedy(arguments, multiple, said):
-    with pytest.raises(PlanError) as refusal:
+    with pytest.raises(ConfigError) as refusal:
         plan_batches(*arguments, multiple=multiple)
     assert said in str(refusal.value)
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpm_video.config.choices import TransformerSize
-from hpm_video.mining.teacher import MomentumSchedule, make_teacher
 from hpm_video.tokens.grid import TokenGrid
+from hpm_video.training.ema import MomentumSchedule, make_ema
 from hpm_video.training.loop import fit
 from hpm_video.training.metrics import Meter
 from hpm_video.training.optim import (
@@ -62,7 +62,7 @@ def test_momentum_that_warms_up():
 
 def test_teacher_follows_in_steps_that_bf16_would_lose():
     student = torch.nn.Linear(2, 2)
-    teacher = make_teacher(student)
+    teacher = make_ema(student)
     before = teacher.weight.clone()
     torch.nn.init.constant_(student.weight, 1.0)
     ema_update_module(teacher, student, 0.9999)
@@ -147,7 +147,7 @@ def test_parameters_that_do_not_learn_are_in_no_group():
 def test_optimizers_start_at_rest_with_the_settings_of_their_groups():
     groups = parameter_groups(torch.nn.Linear(2, 2), 0.05, {"weight": 0.5, "bias": 0.25}.get)
     adamw = make_adamw(groups, betas=(0.9, 0.95))
-    sgd = make_sgd(groups, momentum=0.9)
+    sgd = make_sgd(groups, betas=(0.9, 0.999))
     for optimizer in (adamw, sgd):
         assert [(g["lr"], g["weight_decay"], g["lr_scale"]) for g in optimizer.param_groups] == [
             (0, 0.05, 0.5),

@@ -1,0 +1,27 @@
+"""Errors that whoever starts a program can mend, and text that people write."""
+
+from pathlib import Path
+
+
+class ExpectedError(Exception):
+    """What is wrong with an input or the machine. The message has value, rule and remedy.
+
+    A program prints the message alone, and no traceback.
+    """
+
+
+def read_text(path: Path, wrong: type[ExpectedError], hint: str = "save it as UTF-8") -> str:
+    """Read text in UTF-8, with or without a mark of it at the start.
+
+    Raises:
+        wrong: it is not there, or something else. ``hint``: what to do about it.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise wrong(
+            f"{path} is not text in UTF-8: byte {error.start} is {byte:#04x}; {hint}"
+        ) from error
+    except OSError as error:
+        raise wrong(f"{path} cannot be read: {error.strerror}") from error

@@ -1,0 +1,71 @@
+"""The moving average of a model's weights (EMA), in float32: a teacher, or what is tested."""
+
+import copy
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from torch import nn
+
+from hpm_video.config.choices import MomentumKind
+from hpm_video.training.optim import EmaUpdate, ema_update_module
+from hpm_video.training.progress import Progress
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class MomentumSchedule:
+    """How slowly the average follows the model."""
+
+    kind: MomentumKind
+    first: float
+    last: float
+
+    def at(self, progress: Progress) -> float:
+        """The momentum after the update of ``progress``.
+
+        ``paper``: ``first`` + (``last`` - ``first``) epoch / 100 for 100 epochs, then ``last``.
+        ``warmup``: min(``last``, (1 + n) / (10 + n)) at update n, for runs of a few thousand
+        updates, in which a momentum of 0.999 would hardly move.
+        """
+        if self.kind == "warmup":
+            return min(self.last, (1 + progress.update) / (10 + progress.update))
+        return self.first + (self.last - self.first) * min(progress.epoch / 100, 1.0)
+
+
+def make_ema(model: Module) -> Module:
+    """A frozen copy of a model, which will follow it."""
+    return copy.deepcopy(model).requires_grad_(requires_grad=False).eval()
+
+
+class WithEma(Generic[Module]):
+    """An objective that lets a moving average follow its model, if it has one."""
+
+    ema_name: str
+    """What checkpoints call it."""
+
+    def __init__(
+        self,
+        ema: Module | None,
+        momentum: MomentumSchedule | None,
+        ema_update: EmaUpdate = ema_update_module,
+    ) -> None:
+        """``ema_update`` moves it where an engine has spread its weights."""
+        self.ema = ema
+        self._momentum = momentum
+        self._ema_update = ema_update
+
+    @property
+    def companions(self) -> dict[str, nn.Module]:
+        """Modules that are saved and restored with the model, by name."""
+        return {} if self.ema is None else {self.ema_name: self.ema}
+
+    def momentum_at(self, progress: Progress) -> float:
+        """What the schedule says."""
+        assert self._momentum is not None
+        return self._momentum.at(progress)
+
+    def after_update(self, student: nn.Module, progress: Progress) -> None:
+        """Let the average follow: once per update, in float32."""
+        if self.ema is not None:
+            self._ema_update(self.ema, student, self.momentum_at(progress))
