@@ -24,7 +24,7 @@ from hpm_video.config.schema import FinetuneConfig
 from hpm_video.data.manifest import Manifest, write_manifest
 from hpm_video.files.atomic import written_beside
 from hpm_video.randomness import generator
-from hpm_video.runs.console import not_negative, positive, run
+from hpm_video.runs.console import add_options, make_parser, not_negative, positive, run
 from hpm_video.runs.data import open_manifest
 from hpm_video.runs.evaluation import evaluate_run
 from hpm_video.runs.finetuning import finetune
@@ -51,28 +51,18 @@ class Trial:
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Run what was not run yet, and print the comparison."""
-    arguments = parse_arguments(command_line)
+    parser = make_parser(__doc__, None)
+    add = parser.add_argument
+    add("config", type=Path, help="a file of configs/finetune or configs/probe")
+    add("overrides", nargs="*", metavar="section.key=value")
+    add("--labels", type=not_negative, nargs="+", default=[0], help="of each class; 0: all")
+    add("--base-lrs", type=float, nargs="+", help="default: 1/2, 1, 2 x config's")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--updates", type=positive, help="of each run; default: the config's epochs")
+    add("--starts", nargs="+", choices=STARTS, default=STARTS)
+    add_options(parser, output={"required": True, "help": "folder of the runs"})
+    arguments = parser.parse_intermixed_args(command_line)
     return run(lambda: compare(arguments))
-
-
-def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", type=Path, help="a file of configs/finetune or configs/probe")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
-    parser.add_argument(
-        "--labels", type=not_negative, nargs="+", default=[0], help="of each class; 0: all"
-    )
-    parser.add_argument("--base-lrs", type=float, nargs="+", help="default: 1/2, 1, 2 x config's")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--updates", type=positive, help="of each run; default: the config's epochs"
-    )
-    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS)
-    return parser.parse_intermixed_args(command_line)
 
 
 def compare(arguments: argparse.Namespace) -> None:

@@ -21,15 +21,14 @@ from hpm_video.recognition.testing import (
     summarise,
     write_results,
 )
-from hpm_video.recognition.trained_model import TrainedClassifier, open_trained
-from hpm_video.runs.console import EXIT_CODES, parse_views, run_processes
+from hpm_video.recognition.trained_model import TrainedClassifier
+from hpm_video.runs.console import add_options, make_parser, run_processes
 from hpm_video.runs.data import open_manifest
 from hpm_video.runs.options import (
     add_clip_options,
     add_machine_options,
-    check_stride,
-    clip_choice,
-    load_inference,
+    describe_pass,
+    open_inference,
     reading_of,
 )
 from hpm_video.training.distributed import Processes
@@ -37,34 +36,24 @@ from hpm_video.training.distributed import Processes
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Test, and print and write the result."""
-    arguments = parse_arguments(command_line)
-    return run_processes(lambda processes: evaluate(arguments, processes))
-
-
-def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("checkpoint", type=Path, help="checkpoint folder of a fine-tuning run")
-    parser.add_argument("manifest", help="manifest or folder of class folders")
-    parser.add_argument("--root", help="of relative paths in the manifest")
-    parser.add_argument(
-        "--views", type=parse_views, help="clips x crops of each video, such as 5x3"
-    )
-    parser.add_argument("--weights", choices=("model", "average"), help="default: the config's")
-    add_clip_options(parser)
-    parser.add_argument(
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="checkpoint folder of a fine-tuning run")
+    add("manifest", help="manifest or folder of class folders")
+    add("--root", help="of relative paths in the manifest")
+    add("--weights", choices=("model", "average"), help="default: the config's")
+    add(
         "--exclude-bad-files",
         action="store_true",
         help="count videos that do not decode as wrong, instead of stopping with a list of them",
     )
-    parser.add_argument("--output", type=Path, help="default: evaluations/NAME in the run's folder")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result there")
+    add("--overwrite", action="store_true", help="replace an earlier result in --output")
+    output = {"help": "default: evaluations/NAME in the run's folder"}
+    add_options(parser, "views", output=output)
+    add_clip_options(parser)
     add_machine_options(parser)
-    return parser.parse_args(command_line)
+    arguments = parser.parse_args(command_line)
+    return run_processes(lambda processes: evaluate(arguments, processes))
 
 
 def evaluate(arguments: argparse.Namespace, processes: Processes) -> None:
@@ -74,26 +63,23 @@ def evaluate(arguments: argparse.Namespace, processes: Processes) -> None:
         ConfigError, CheckpointError, ManifestError, DeviceError: the test cannot be run.
         BadFilesError: videos do not decode.
     """
-    output = folder_of(arguments)
-    trained = open_trained(
-        arguments.checkpoint, TrainedClassifier, arguments.weights, clips=clip_choice(arguments)
-    )
-    check_stride(trained, arguments)
-    classifier = load_inference(trained, arguments, processes.count)
+    checkpoint: Path = arguments.checkpoint.resolve()
+    name = f"{checkpoint.name}-{Path(arguments.manifest).stem}"
+    output: Path = arguments.output or checkpoint.parent.parent / "evaluations" / name
+    if (output / "result.json").exists() and not arguments.overwrite:
+        raise ConfigError(f"{output} holds a result already; take another --output, or --overwrite")
+    trained, classifier = open_inference(arguments, TrainedClassifier, processes.count)
     test, names = trained.config.test, trained.label_names
     views = arguments.views or Views(test.clips, test.crops)
     manifest = open_manifest(DataConfig(root=arguments.root), arguments.manifest)
     if processes.is_first:
-        logging.getLogger().info(
-            f"{len(manifest)} videos, {views.clips} x {views.crops} views of each, on "
-            f"{classifier.device.type} in {classifier.precision}"
-        )
+        logging.getLogger().info(describe_pass(len(manifest), views, trained, classifier))
     reading = reading_of(arguments, exclude_bad_files=arguments.exclude_bad_files)
     scores = score_videos(classifier, names, manifest, views, reading, processes)
     if not processes.is_first:
         return
     what: dict[str, Any] = {
-        "checkpoint": str(arguments.checkpoint.resolve()),
+        "checkpoint": str(checkpoint),
         "manifest": str(Path(arguments.manifest).absolute()),
         "exclude_bad_files": arguments.exclude_bad_files,
         **describe_test(trained, classifier, manifest, views),
@@ -103,20 +89,6 @@ def evaluate(arguments: argparse.Namespace, processes: Processes) -> None:
     print(
         f"\n{describe(result)}\n\nwrote result.json, predictions.csv and confusion.png to {output}"
     )
-
-
-def folder_of(arguments: argparse.Namespace) -> Path:
-    """Where the result goes.
-
-    Raises:
-        ConfigError: a result is there already.
-    """
-    checkpoint: Path = arguments.checkpoint.resolve()
-    name = f"{checkpoint.name}-{Path(arguments.manifest).stem}"
-    output: Path = arguments.output or checkpoint.parent.parent / "evaluations" / name
-    if (output / "result.json").exists() and not arguments.overwrite:
-        raise ConfigError(f"{output} holds a result already; take another --output, or --overwrite")
-    return output
 
 
 if __name__ == "__main__":

@@ -17,23 +17,19 @@ from hpm_video.data.clips import settle_decoder
 from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.data.reading import Views
 from hpm_video.files.failures import BadFilesError, Failure
-from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition.feature_folder import FeatureFolder
 from hpm_video.recognition.features import Wanted, describe, extract
-from hpm_video.recognition.inference import Inference
 from hpm_video.recognition.trained_model import (
     OF_CLASSIFIER,
     OF_PRETRAINING,
     TrainedModel,
-    open_trained,
 )
-from hpm_video.runs.console import positive, run, shortest
+from hpm_video.runs.console import make_parser, positive, run, shortest
 from hpm_video.runs.options import (
     add_clip_options,
     add_machine_options,
-    check_stride,
-    clip_choice,
-    load_inference,
+    describe_pass,
+    open_inference,
 )
 
 EXIT_CODES = """exit codes:
@@ -46,15 +42,7 @@ EXIT_CODES = """exit codes:
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Extract, and say what was written."""
-    arguments = parse_arguments(command_line)
-    return run(lambda: write_features(arguments))
-
-
-def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, EXIT_CODES)
     add = parser.add_argument
     add("checkpoint", type=Path, help="checkpoint folder of a run, pre-training or fine-tuning")
     add("source", type=Path, help="manifest or folder of videos")
@@ -82,7 +70,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(command_line)
     if arguments.window_stride and (arguments.clips or arguments.crops):
         parser.error("--window-stride looks at every video in windows: leave out --clips, --crops")
-    return arguments
+    return run(lambda: write_features(arguments))
 
 
 def write_features(arguments: argparse.Namespace) -> None:
@@ -94,24 +82,11 @@ def write_features(arguments: argparse.Namespace) -> None:
     """
     manifest = read_manifest(arguments.source, arguments.root)
     settle_decoder(arguments.decoder, manifest)
-    trained = open_trained(
-        arguments.checkpoint, TrainedModel, arguments.weights, clips=clip_choice(arguments)
-    )
-    if not arguments.window_stride:
-        check_stride(trained, arguments)
-    elif trained.data.sampling == "segments" and not arguments.frame_stride:
-        raise CheckpointError(
-            f"{arguments.checkpoint} was trained on clips that span the whole video "
-            f"(data.sampling=segments), so its windows have no frame stride; give --frame-stride"
-        )
-    encoder = load_inference(trained, arguments)
+    every = arguments.window_stride
+    trained, encoder = open_inference(arguments, TrainedModel, windows=every)
     encoder = replace(encoder, clips_per_pass=arguments.clips_per_pass or encoder.clips_per_pass)
     views = Views(arguments.clips or 1, arguments.crops or 1)
-    wanted = Wanted(
-        Views(every=arguments.window_stride) if arguments.window_stride else views,
-        arguments.tokens,
-        arguments.dtype,
-    )
+    wanted = Wanted(Views(every=every) if every else views, arguments.tokens, arguments.dtype)
     source = arguments.source.absolute()
     base = (arguments.root or (source if source.is_dir() else source.parent)).absolute()
     folder = FeatureFolder(arguments.output, manifest, base, wanted.form(encoder))
@@ -124,8 +99,11 @@ def write_features(arguments: argparse.Namespace) -> None:
             "decoder": arguments.decoder,
         }
     )
-    before = len(folder)
-    print(announce(encoder, trained.weights, wanted, folder))
+    before, missing = len(folder), len(folder.missing())
+    if before:
+        print(f"{before} of {before + missing} videos are there already")
+    if missing:
+        print(describe_pass(missing, wanted.views, trained, encoder))
     failures = extract(
         encoder, wanted, folder, decoder=arguments.decoder, workers=arguments.workers
     )
@@ -138,38 +116,13 @@ def write_features(arguments: argparse.Namespace) -> None:
         )
 
 
-def announce(encoder: Inference, weights: str, wanted: Wanted, folder: FeatureFolder) -> str:
-    """What is about to be done."""
-    missing, there = len(folder.missing()), len(folder)
-    if not missing:
-        return f"all {videos(there)} there already"
-    data, views = encoder.data, wanted.views
-    height, width = data.frame_size
-    stride = f"at stride {data.frame_stride}"
-    if views.every is not None:
-        which = f"a clip every {views.every} frames"
-    else:
-        which = f"{views.clips} x {views.crops} view{'s' if views.count > 1 else ''}"
-        stride = stride if data.sampling == "dense" else "spread over the video"
-    return (
-        f"{videos(missing)}{f' ({there} more there already)' if there else ''}, {which} of each: "
-        f"{data.num_frames} frames of {height} x {width} {stride}; {weights}, "
-        f"{encoder.device.type}, {encoder.precision}"
-    )
-
-
-def videos(count: int) -> str:
-    """A number of them, in words."""
-    return f"{count} video{'' if count == 1 else 's'}"
-
-
 def tell(
     folder: FeatureFolder, manifest: Manifest, before: int, failures: Sequence[Failure]
 ) -> None:
-    """What was written, and how to load it."""
+    """Tell what was written, and how to load it."""
     form = folder.form
     print(
-        f"\nDone: features of {videos(len(folder))}, {len(folder) - before} of them new"
+        f"\nDone: features of {len(folder)} videos, {len(folder) - before} of them new"
         + (f"; without {len(failures)} that do not decode" if failures else "")
     )
     of_view = ", ".join(map(str, form.view_shape))

@@ -96,7 +96,7 @@ class Worker:
     sent: set[int] = field(default_factory=set)
 
     def send(self, number: int) -> None:
-        """Signal the process; with SIGKILL, also those that it started."""
+        """Signal the process, if it still runs; with SIGKILL, also those that it started."""
         if self.process.poll() is None:
             self.sent.add(number)
             with suppress(ProcessLookupError):
@@ -112,9 +112,9 @@ class Worker:
         return self.process.returncode
 
     @property
-    def obeyed(self) -> bool:
-        """Whether it ended well, saved its state, or died of what this launcher sent."""
-        return self.code in (0, *STOPPED) or -self.code in self.sent
+    def failed(self) -> bool:
+        """Whether it neither ended well, nor saved its state, nor died of what was sent here."""
+        return self.code not in (0, *STOPPED) and -self.code not in self.sent
 
 
 class Requests:
@@ -136,9 +136,12 @@ class Requests:
 def main(command_line: Sequence[str] | None = None) -> int:
     """Start the processes and wait for them. -> the exit code, see ``EPILOG``"""
     arguments = parse_arguments(command_line)
+    program, grace = arguments.program, os.environ.get("HPM_GRACE", "300")
     try:
-        grace = read_grace()
-        program = read_program(arguments.program)
+        if not grace.isdecimal():
+            raise ValueError(f"HPM_GRACE={grace} must be a whole number of seconds, such as 300")
+        if not Path(program).is_file():
+            raise ValueError(f"no program {program} in {Path.cwd()}; name a Python file")
         hosts = {} if arguments.hostfile is None else read_hostfile(arguments.hostfile)
         if hosts:
             arguments.processes = sum(hosts.values())
@@ -158,7 +161,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
         if job.nodes == 1 and arguments.master_port is None:
             job = Job(job.processes, port=reserve_port(place))
         workers = start(job, [sys.executable, "-u", program, *arguments.arguments])
-        ended = watch(workers, requests, grace)
+        ended = watch(workers, requests, float(grace))
     return conclude(job, ended, requests)
 
 
@@ -177,29 +180,6 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("program", help="a Python file")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the program")
     return parser.parse_args(command_line)
-
-
-def read_grace() -> float:
-    """How many seconds the processes have to save and end when they are asked to stop.
-
-    Raises:
-        ValueError: HPM_GRACE is none.
-    """
-    text = os.environ.get("HPM_GRACE", "300")
-    if not text.isdecimal():
-        raise ValueError(f"HPM_GRACE={text} must be a whole number of seconds, such as 300")
-    return float(text)
-
-
-def read_program(path: str) -> str:
-    """The program to start.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"no program {path} in {Path.cwd()}; name a Python file")
-    return path
 
 
 def read_job(arguments: argparse.Namespace) -> Job:
@@ -282,7 +262,10 @@ def watch(workers: Sequence[Worker], requests: Requests, grace: float) -> list[W
             sys.stderr.write(f"\n{requests.first.name}: the processes save and end\n")
             send_all(alive, requests.first)
             kill_at = min(kill_at, now + grace)
-        for worker in sorted(collect(alive), key=severity):
+        gone = [worker for worker in alive if worker.process.poll() is not None]
+        # Of processes that ended at one time, the cause comes first.
+        gone.sort(key=lambda worker: (-worker.code not in FAULTS, worker.code < 0, worker.rank))
+        for worker in gone:
             ended.append(worker)
             patience = patience_after(worker, grace)
             ask_at = min(ask_at, now + patience)
@@ -301,28 +284,18 @@ def send_all(workers: Sequence[Worker], number: int) -> None:
         worker.send(number)
 
 
-def collect(alive: Sequence[Worker]) -> list[Worker]:
-    """Those that have ended since."""
-    return [worker for worker in alive if worker.process.poll() is not None]
-
-
-def severity(worker: Worker) -> tuple[bool, bool, int]:
-    """Of processes that ended at one time, the cause comes first."""
-    return -worker.code not in FAULTS, worker.code < 0, worker.rank
-
-
 def patience_after(worker: Worker, grace: float) -> float:
     """Seconds that the others may go on after this one has ended."""
     if worker.code == 0:
         return math.inf
-    if worker.obeyed:  # the first may still be writing
+    if not worker.failed:  # the first may still be writing
         return grace
     return SETTLE if worker.code > 0 else 0.0
 
 
 def conclude(job: Job, ended: Sequence[Worker], requests: Requests) -> int:
     """Tell what brought the job down, if anything did. -> the exit code"""
-    failed = [worker for worker in ended if not worker.obeyed]
+    failed = [worker for worker in ended if worker.failed]
     if failed:
         cause = min(failed, key=lambda worker: -worker.code not in FAULTS)  # the earliest of both
         told = any(worker.rank == 0 and worker.code == WRONG_INPUT for worker in failed)

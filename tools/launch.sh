@@ -83,20 +83,25 @@ choose_processes() {
     choose_hosts
     return
   fi
-  local gpus="${GPUS:-1}" nodes="${NNODES:-1}"
-  check_count GPUS "$gpus" "It is the number of processes on this machine, one per GPU: GPUS=8."
-  check_count NNODES "$nodes" "It is the number of machines: NNODES=2."
+  local gpus="${GPUS:-1}" nodes="${NNODES:-1}" count='^[1-9][0-9]{0,5}$' options=()
+  [[ $gpus =~ $count ]] || refuse "GPUS=$gpus must be a whole number of at least 1" \
+    "It is the number of processes on this machine, one per GPU: GPUS=8."
+  [[ $nodes =~ $count ]] || refuse "NNODES=$nodes must be a whole number of at least 1" \
+    "It is the number of machines: NNODES=2."
   processes=$((gpus * nodes))
   if [[ -n $dry_run ]]; then return; fi
-  local options=()
   if ((nodes > 1)); then
-    check_node "$nodes"
+    [[ -n ${MASTER_ADDR:-} ]] || refuse "NNODES=$nodes needs MASTER_ADDR" \
+      "It is the name or the address of the machine of NODE_RANK=0."
+    [[ ${NODE_RANK:-} =~ ^[0-9]{1,6}$ ]] && ((10#$NODE_RANK < nodes)) ||
+      refuse "NNODES=$nodes needs NODE_RANK in 0 to $((nodes - 1)), got '${NODE_RANK:-}'" \
+        "It tells the machines apart; 0 is the one that MASTER_ADDR names."
     options=(--nodes "$nodes" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR")
   fi
   if [[ -n ${MASTER_PORT:-} ]]; then
-    if [[ ! $MASTER_PORT =~ ^[1-9][0-9]{0,4}$ ]] || ((MASTER_PORT > 65535)); then
-      refuse "MASTER_PORT=$MASTER_PORT must be in 1 to 65535" "It is a free port of MASTER_ADDR's machine."
-    fi
+    [[ $MASTER_PORT =~ ^[1-9][0-9]{0,4}$ ]] && ((MASTER_PORT < 65536)) ||
+      refuse "MASTER_PORT=$MASTER_PORT must be in 1 to 65535" \
+        "It is a free port of MASTER_ADDR's machine."
     options+=(--master-port "$MASTER_PORT")
   fi
   check_gpus "$gpus"
@@ -105,28 +110,15 @@ choose_processes() {
   fi
 }
 
-# check_count NAME VALUE REMEDY
-check_count() {
-  if [[ ! $2 =~ ^[1-9][0-9]{0,5}$ ]]; then
-    refuse "$1=$2 must be a whole number of at least 1" "$3"
-  fi
-}
-
-# check_node NODES: where this machine is among them.
-check_node() {
-  if [[ -z ${MASTER_ADDR:-} ]]; then
-    refuse "NNODES=$1 needs MASTER_ADDR" "It is the name or the address of the machine of NODE_RANK=0."
-  fi
-  if [[ ! ${NODE_RANK:-} =~ ^[0-9]{1,6}$ ]] || ((10#$NODE_RANK >= $1)); then
-    refuse "NNODES=$1 needs NODE_RANK in 0 to $(($1 - 1)), got '${NODE_RANK:-}'" \
-      "It tells the machines apart; 0 is the one that MASTER_ADDR names."
-  fi
-}
-
-# check_gpus WANTED: by nvidia-smi, which takes a moment where torch takes seconds.
+# check_gpus WANTED: by nvidia-smi, which takes a moment where torch takes seconds. There are those
+# that CUDA_VISIBLE_DEVICES leaves of them; none where there is no nvidia-smi.
 check_gpus() {
-  local there
-  there="$(count_gpus)"
+  local there visible
+  there="$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true)"
+  if [[ -n ${CUDA_VISIBLE_DEVICES+given} ]]; then
+    IFS=', ' read -ra visible <<<"${CUDA_VISIBLE_DEVICES/#-1*/}"
+    if ((${#visible[@]} < there)); then there="${#visible[@]}"; fi
+  fi
   if ((there > 0 && $1 > there)); then
     refuse "GPUS=$1, and this machine has $there" \
       "Take GPUS=$there, or other machines too with NNODES or HOSTFILE."
@@ -136,40 +128,21 @@ check_gpus() {
   fi
 }
 
-# Those that nvidia-smi lists and CUDA_VISIBLE_DEVICES leaves; 0 where there is no nvidia-smi.
-count_gpus() {
-  local there visible
-  there="$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true)"
-  if [[ -n ${CUDA_VISIBLE_DEVICES+given} ]]; then
-    IFS=', ' read -ra visible <<<"${CUDA_VISIBLE_DEVICES/#-1*/}"
-    if ((${#visible[@]} < there)); then there="${#visible[@]}"; fi
-  fi
-  printf '%s\n' "$there"
-}
-
 choose_hosts() {
-  local name
+  local name line host='^[[:space:]]*[^[:space:]#]+[[:space:]]+slots=([1-9][0-9]{0,5})[[:space:]]*(#.*)?$'
   for name in GPUS NNODES NODE_RANK; do
-    if [[ -n ${!name:-} ]]; then
-      refuse "$name=${!name} and HOSTFILE=$HOSTFILE are both given" \
-        "HOSTFILE says on which machines how many processes start: leave $name out."
-    fi
+    [[ -z ${!name:-} ]] || refuse "$name=${!name} and HOSTFILE=$HOSTFILE are both given" \
+      "HOSTFILE says on which machines how many processes start: leave $name out."
   done
-  if [[ ! -f $HOSTFILE ]]; then
-    refuse "HOSTFILE=$HOSTFILE is no file" "Write one with a line such as 'node0 slots=8' per machine."
-  fi
-  local line host='^[[:space:]]*[^[:space:]#]+[[:space:]]+slots=([1-9][0-9]{0,5})[[:space:]]*(#.*)?$'
+  local form="A line is a name and its processes: node0 slots=8"
+  [[ -f $HOSTFILE ]] || refuse "HOSTFILE=$HOSTFILE is no file" "Write one. $form"
   processes=0
   while IFS= read -r line || [[ -n $line ]]; do
     if [[ $line =~ ^[[:space:]]*(#.*)?$ ]]; then continue; fi
-    if [[ ! $line =~ $host ]]; then
-      refuse "HOSTFILE=$HOSTFILE: '$line' is no host" "A line is a name and its processes: node0 slots=8"
-    fi
+    [[ $line =~ $host ]] || refuse "HOSTFILE=$HOSTFILE: '$line' is no host" "$form"
     processes=$((processes + BASH_REMATCH[1]))
   done <"$HOSTFILE"
-  if ((processes == 0)); then
-    refuse "HOSTFILE=$HOSTFILE names no host" "Write a line such as 'node0 slots=8' per machine."
-  fi
+  ((processes)) || refuse "HOSTFILE=$HOSTFILE names no host" "$form"
   HOSTFILE="$(cd -- "$(dirname -- "$HOSTFILE")" && pwd)/$(basename -- "$HOSTFILE")"
   launcher=(tools/launch.py --hostfile "$HOSTFILE")
 }

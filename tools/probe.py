@@ -29,58 +29,50 @@ from hpm_video.recognition.probes import (
     nearest_neighbours,
 )
 from hpm_video.recognition.testing import summarise
-from hpm_video.recognition.trained_model import TrainedAutoencoder, open_trained
-from hpm_video.runs.console import EXIT_CODES, positive, run
+from hpm_video.recognition.trained_model import TrainedAutoencoder
+from hpm_video.runs.console import add_options, make_parser, positive, run
 from hpm_video.runs.data import open_manifest
 from hpm_video.runs.evaluation import describe_evaluation, evaluate_run
 from hpm_video.runs.finetuning import finetune, for_checkpoint
 from hpm_video.runs.options import (
     add_clip_options,
     add_machine_options,
-    check_stride,
     clip_choice,
-    load_inference,
+    open_inference,
     reading_of,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHED = ("knn", "logistic")
 TRAINED = ("linear", "linear_images", "attentive")
+OF_DATA = ("weights", "train", "validation", "root", "num_frames", "frame_stride", "frame_size")
+SETTINGS = ("checkpoint", *OF_DATA, "probes", "neighbours", "set")
+"""Options that decide about the results."""
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Probe, and print what came of it."""
-    arguments = parse_arguments(command_line)
-    return run(lambda: probe(arguments))
-
-
-def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("checkpoint", type=Path, help="folder of a pre-training run's checkpoint")
-    parser.add_argument("--train", required=True, help="labelled manifest or folder of classes")
-    parser.add_argument("--validation", required=True, help="the same, to be tested on")
-    parser.add_argument("--root", help="of relative paths in the manifests")
-    parser.add_argument("--probes", nargs="+", choices=CACHED + TRAINED, default=list(CACHED))
-    parser.add_argument("--neighbours", type=positive, nargs="+", default=list(NEIGHBOURS))
-    parser.add_argument("--weights", choices=("student", "teacher", "untrained"), default="student")
-    parser.add_argument(
-        "--output", type=Path, help="default: probes/WEIGHTS in the run's directory"
-    )
-    add_clip_options(parser)
-    add_machine_options(parser)
-    parser.add_argument(
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="folder of a pre-training run's checkpoint")
+    add("--train", required=True, help="labelled manifest or folder of classes")
+    add("--validation", required=True, help="the same, to be tested on")
+    add("--root", help="of relative paths in the manifests")
+    add("--probes", nargs="+", choices=CACHED + TRAINED, default=list(CACHED))
+    add("--neighbours", type=positive, nargs="+", default=list(NEIGHBOURS))
+    add("--weights", choices=("student", "teacher", "untrained"), default="student")
+    add(
         "--set",
         nargs="+",
         default=[],
         metavar="section.key=value",
         help="overrides for the probes that are trained, such as recipe.batch_size=64",
     )
-    return parser.parse_args(command_line)
+    add_options(parser, output={"help": "default: probes/WEIGHTS in the run's directory"})
+    add_clip_options(parser)
+    add_machine_options(parser)
+    arguments = parser.parse_args(command_line)
+    return run(lambda: probe(arguments))
 
 
 def probe(arguments: argparse.Namespace) -> None:
@@ -90,9 +82,18 @@ def probe(arguments: argparse.Namespace) -> None:
         ConfigError, CheckpointError, ManifestError, BadFilesError: it cannot be done.
     """
     run_dir = arguments.checkpoint.resolve().parent.parent
-    settings = settings_of(arguments)
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
+    settings["checkpoint"] = str(arguments.checkpoint.resolve())
     output = arguments.output or run_dir / "probes" / arguments.weights
-    check_earlier(output, settings)
+    path = output / "probe.json"
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        differing = [name for name in settings if before.get(name) != settings[name]]
+        if differing:
+            raise ConfigError(
+                f"{path} holds the result of another probe (other {', '.join(differing)}); take "
+                f"another --output, or delete it"
+            )
     results: dict[str, Any] = {}
     cached = [kind for kind in arguments.probes if kind in CACHED]
     if cached:
@@ -103,45 +104,14 @@ def probe(arguments: argparse.Namespace) -> None:
     print(f"\n{'probe':28} top-1   top-5   (chance {results[next(iter(results))]['chance']:.3f})")
     for name, result in results.items():
         print(f"{name:28} {result['top1']:.3f}   {result['top5']:.3f}")
-    with written_beside(output / "probe.json") as path:
-        path.write_text(json.dumps({"settings": settings, "probes": results}, indent=1) + "\n")
-    print(f"\nwrote {output / 'probe.json'}")
-
-
-def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What decides about the results."""
-    data = ("weights", "train", "validation", "root", "num_frames", "frame_stride", "frame_size")
-    named = (*data, "probes", "neighbours", "set")
-    return {
-        "checkpoint": str(arguments.checkpoint.resolve()),
-        **{name: getattr(arguments, name) for name in named},
-    }
-
-
-def check_earlier(output: Path, settings: dict[str, Any]) -> None:
-    """Make sure that no result of something else is overwritten.
-
-    Raises:
-        ConfigError: there is one.
-    """
-    path = output / "probe.json"
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        differing = [name for name in settings if before.get(name) != settings[name]]
-        if differing:
-            raise ConfigError(
-                f"{path} holds the result of another probe (other {', '.join(differing)}); take "
-                f"another --output, or delete it"
-            )
+    with written_beside(path) as beside:
+        beside.write_text(json.dumps({"settings": settings, "probes": results}, indent=1) + "\n")
+    print(f"\nwrote {path}")
 
 
 def probe_cached(arguments: argparse.Namespace, kinds: Sequence[str]) -> dict[str, Any]:
     """Nearest neighbours and logistic regression on the clip in the middle of each video."""
-    trained = open_trained(
-        arguments.checkpoint, TrainedAutoencoder, arguments.weights, clips=clip_choice(arguments)
-    )
-    check_stride(trained, arguments)
-    encoder, reading = load_inference(trained, arguments), reading_of(arguments)
+    (_, encoder), reading = open_inference(arguments, TrainedAutoencoder), reading_of(arguments)
     data = DataConfig(train=arguments.train, root=arguments.root)
     manifests = [open_manifest(data, path) for path in (arguments.train, arguments.validation)]
     names = names_of_both(*manifests)

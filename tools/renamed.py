@@ -10,9 +10,9 @@ NAMES = {
     "bench_ranking_loss": "bench.py losses",
     "bench_update": "bench.py update",
     "launch_hosts": "launch.py --hostfile",
-    "scaling": "count_flops.py --scaling",
 }
 GONE = {
+    "scaling": "docs/scaling.md has its tables, and --dry-run tells the memory of a run",
     "bench_worker_memory": "README.md (Data) has what it measured",
     "compare_decoders": "README.md (Decoders) has what it found, and tests/decoding tests readers",
 }

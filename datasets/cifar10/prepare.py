@@ -9,13 +9,12 @@ See README.md there.
 """
 
 import argparse
-import re
 import sys
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hpm_video.files.atomic import written_beside
-from hpm_video.preparation.recipes import Prepared, RecipeParser, run_recipe
+from hpm_video.preparation.recipes import Prepared, run_recipe
 from hpm_video.preparation.sources import (
     UNPACK,
     Classes,
@@ -31,62 +30,31 @@ from hpm_video.preparation.sources import (
     RecipeError,
     Split,
     Videos,
-    clips_of_folders,
     folder_and_name,
-    match,
+    split_of_folders,
 )
 
+OPTIONS = {
+    "source": {"type": Path, "metavar": "SOURCE", "help": "archive, or a folder; see README.md"}
+}
 SPLITS = {"train": "train", "validation": "test"}
 """Manifest -> folder of its images."""
 BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "validation": ["test_batch"]}
 META, BINARY_META = "batches.meta", "batches.meta.txt"
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE
-PUBLISHED = "cifar-10-python.tar.gz or cifar-10-binary.tar.gz"
+PUBLISHED = (
+    "cifar-10-python.tar.gz, cifar-10-binary.tar.gz, the folder cifar-10-batches-py or "
+    "cifar-10-batches-bin, or a folder that holds train/<class>/ and test/<class>/. Other archives "
+    f"are unpacked first, in a folder of .tar files by: {UNPACK}"
+)
 
 Pictures = tuple[NDArray[np.uint8], Sequence[int]]
 """Images (N, H, W, 3) and their labels."""
 
-_TAR = re.compile(r"\.(?:tar(?:\.\w+)?|tgz)$")
-
-
-# --- What is published ---------------------------------------------------------------------------
-
-
-@contextmanager
-def published_folder(source: Path) -> Iterator[Path | None]:
-    """The folder of the published files; None where ``source`` holds class folders.
-
-    The files of an archive lie there for as long as they are read.
-    """
-    if source.is_file():
-        with tempfile.TemporaryDirectory(prefix="cifar10-") as temporary:
-            unpack(source, Path(temporary))
-            yield Path(temporary)
-        return
-    places = (source, source / "cifar-10-batches-py", source / "cifar-10-batches-bin")
-    for place in places:
-        if (place / META).is_file() or (place / BINARY_META).is_file():
-            yield place
-            return
-    if all((source / folder).is_dir() for folder in SPLITS.values()):
-        yield None
-        return
-    if archives := sorted(file for file in source.glob("*") if _TAR.search(file.name)):
-        raise RecipeError(
-            f"{source} holds no images, but {len(archives)} archives, such as {archives[0]}. Name "
-            f"the archive itself where it is {PUBLISHED}; unpack others first, into train/<class>/ "
-            f"and test/<class>/. In a folder of .tar files: {UNPACK}"
-        )
-    raise RecipeError(
-        f"{source} is none of what is published: name cifar-10-python.tar.gz, "
-        "cifar-10-binary.tar.gz, the folder cifar-10-batches-py or cifar-10-batches-bin, or a "
-        "folder that holds train/<class>/ and test/<class>/"
-    )
-
 
 def unpack(source: Path, folder: Path) -> None:
-    """Take out of an archive what is read of it, whatever the folder within."""
+    """Take the files out of an archive that are read of it, whatever the folder within."""
     batches = [name for several in BATCHES.values() for name in several]
     wanted = {META, BINARY_META, *batches, *(f"{name}.bin" for name in batches)}
     try:
@@ -98,11 +66,8 @@ def unpack(source: Path, folder: Path) -> None:
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(
-            f"{source} cannot be read: {reason}. Download it again where it is {PUBLISHED}; any "
-            "other archive is unpacked first, and its folder named"
+            f"{source} cannot be read: {reason}. Download it again, or name {PUBLISHED}"
         ) from error
-    if not (folder / META).is_file() and not (folder / BINARY_META).is_file():
-        raise RecipeError(f"{source} holds no {META}, as {PUBLISHED} does. Download it again")
 
 
 def read_pickles(folder: Path, source: Path) -> tuple[list[str], dict[str, Pictures]]:
@@ -132,26 +97,17 @@ def read_binary(folder: Path, source: Path) -> tuple[list[str], dict[str, Pictur
     names = (folder / BINARY_META).read_text(encoding="utf-8").split()
     pictures = {}
     for split, batches in BATCHES.items():
-        data = []
-        for name in batches:
-            data.append((folder / f"{name}.bin").read_bytes())
-            if not data[-1] or len(data[-1]) % (1 + PIXELS):
+        data = [(folder / f"{name}.bin").read_bytes() for name in batches]
+        for name, each in zip(batches, data, strict=True):
+            if not each or len(each) % (1 + PIXELS) or max(each[:: 1 + PIXELS]) >= len(names):
                 raise RecipeError(
-                    f"{source}: {name}.bin: need {1 + PIXELS} bytes for each image, got "
-                    f"{len(data[-1])}. Download it again"
+                    f"{source}: {name}.bin: need {1 + PIXELS} bytes for each image, the first a "
+                    f"label of 0 to {len(names) - 1}, got {len(each)} bytes. Download it again"
                 )
         rows = np.frombuffer(b"".join(data), np.uint8).reshape(-1, 1 + PIXELS)
-        if rows[:, 0].max() >= len(names):
-            raise RecipeError(
-                f"{source}: the label {rows[:, 0].max()} of {split} is none of 0 to "
-                f"{len(names) - 1}. Download it again"
-            )
         planes = rows[:, 1:].reshape(-1, 3, SIDE, SIDE)
         pictures[split] = planes.transpose(0, 2, 3, 1), rows[:, 0].tolist()
     return names, pictures
-
-
-# --- Images --------------------------------------------------------------------------------------
 
 
 def write_split(
@@ -168,7 +124,7 @@ def write_split(
 
 
 def write_picture(path: Path, picture: NDArray[np.uint8]) -> None:
-    """A PNG, unless the same picture is there.
+    """Write a PNG, unless the same picture is there.
 
     Raises:
         RecipeError: something else is there.
@@ -197,37 +153,31 @@ def prepare_folders(source: Path, suffix: str | None) -> Prepared:
     }
     there = {file.parent.name for file in images["train"].files}
     classes = Classes(sorted(there), str(images["train"].folder))
-    why = (
-        f"named like one of the {len(classes.names)} classes of {classes.source}. Training and "
-        "test images must have the same classes"
-    )
-    splits = []
-    for name, shelf in images.items():
-        clips = clips_of_folders(shelf, classes.folders(shelf).get, folder_and_name, why)
-        splits.append(match(name, clips, shelf))
+    remedy = "Training and test images must have the same classes"
+    splits = [split_of_folders(name, shelf, classes, remedy) for name, shelf in images.items()]
     return Prepared(classes.names, splits, images.values())
 
 
 def prepare(options: argparse.Namespace) -> Prepared:
     """Write the images of an archive, or find those of class folders."""
     source, output = options.source, options.output.absolute()
-    with published_folder(source) as folder:
-        if folder is None:
-            return prepare_folders(source, options.suffix)
-        read = read_pickles if (folder / META).is_file() else read_binary
-        names, pictures = read(folder, source)
-        return Prepared(
-            names, [write_split(name, pictures[name], names, output, source) for name in SPLITS]
-        )
+    with tempfile.TemporaryDirectory(prefix="cifar10-") as temporary:
+        places = [source, source / "cifar-10-batches-py", source / "cifar-10-batches-bin"]
+        if source.is_file():
+            places = [Path(temporary)]
+            unpack(source, places[0])
+        for folder in places:
+            if (folder / META).is_file() or (folder / BINARY_META).is_file():
+                read = read_pickles if (folder / META).is_file() else read_binary
+                names, pictures = read(folder, source)
+                splits = [write_split(s, pictures[s], names, output, source) for s in SPLITS]
+                return Prepared(names, splits)
+    if all((source / folder).is_dir() for folder in SPLITS.values()):
+        return prepare_folders(source, options.suffix)
+    raise RecipeError(f"{source} is none of what is published: name {PUBLISHED}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = RecipeParser(__doc__, __file__, "image")
-    about = "the archive, or a folder; see README.md"
-    parser.add_argument("source", type=Path, metavar="SOURCE", help=about)
-    return run_recipe(parser.parse_args(arguments), prepare)
-
+main = partial(run_recipe, __doc__, __file__, OPTIONS, prepare, kind="image")
 
 if __name__ == "__main__":
     sys.exit(main())

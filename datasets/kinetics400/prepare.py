@@ -10,132 +10,104 @@ the class folders. See README.md there.
 """
 
 import argparse
-import csv
-import io
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from hpm_video.data.manifest import UNLABELLED
-from hpm_video.preparation.recipes import Prepared, RecipeParser, run_recipe
+from hpm_video.preparation.recipes import FILE, FOLDER, Prepared, run_recipe
 from hpm_video.preparation.sources import (
     Classes,
     Clip,
     RecipeError,
     Split,
     Videos,
+    cells_of,
     check_folders,
-    check_once,
-    clips_of_folders,
     folder_key,
     match,
     read_text,
+    split_of_folders,
     stem,
 )
 
 SPLITS = ("train", "validation", "test")
-COLUMNS = ("youtube_id", "time_start", "time_end")
-SPLIT_WORDS = {
-    "train": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validate": "validation",
-    "validation": "validation",
-    "test": "test",
+SPELLED = {"val": "validation", "valid": "validation", "validate": "validation"}
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{f"--{name}": {"help": f"videos of {name}", **FOLDER} for name in SPLITS},
+    **{f"--{name}-csv": {"help": f"CSV of {name}", **FILE} for name in SPLITS},
+    "--labels": {
+        "help": "names of the classes, one a line in the order of their numbers; by default those "
+        "of the training CSV, or of the training class folders, sorted",
+        **FILE,
+    },
+    "--replacements": {
+        "help": "videos that take the place of those of the same name; may be given several times",
+        "action": "append",
+        "default": [],
+        **FOLDER,
+    },
 }
-EXPECTED_COLUMNS = (
-    "Expected are the columns label,youtube_id,time_start,time_end,split, where a test CSV may be "
-    "without label, split may be absent and others may follow"
+RIGHT_CSV = (
+    "Give the CSV of the release that the folders were made from, or no CSV where they are right"
+)
+RIGHT_FOLDERS = (
+    "Without a CSV the class of a video is the folder that it lies in: name the folder of the "
+    "class folders, or give the CSV of this split"
 )
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A line of a release's CSV."""
 
     place: str
-    class_name: str | None
+    class_name: str
+    """Empty in a test."""
     youtube_id: str
-    start: int
-    end: int
-
-    @property
-    def file_name(self) -> str:
-        """As download scripts name the clip's file, apart from the suffix."""
-        return f"{self.youtube_id}_{self.start:06}_{self.end:06}"
+    file_name: str
+    """As download scripts name the clip's file, apart from the suffix."""
 
 
 def read_rows(path: Path, split: str) -> list[Row]:
     """The lines of a CSV, which must be of that split and, but for a test, labelled."""
-    reader = csv.reader(io.StringIO(read_text(path, "the CSV"), newline=""))
-    header = [cell.strip() for cell in next(reader, [])]
-    needed = COLUMNS if split == "test" else ("label", *COLUMNS)
-    if absent := [name for name in needed if header.count(name) != 1]:
-        raise RecipeError(
-            f"{path}, line 1: need each of the columns {','.join(needed)} once; missing or "
-            f"repeated: {','.join(absent)}; got {','.join(header)!r}. {EXPECTED_COLUMNS}"
-        )
+    columns = ("label", "youtube_id", "time_start", "time_end")[split == "test" :]
     rows = []
-    for cells in reader:
-        if not cells:
-            continue
-        place = f"{path}, line {reader.line_num}"
-        if len(cells) != len(header):
+    for place, cells in cells_of(path, columns):
+        if empty := [name for name in columns if not cells[name]]:
+            raise RecipeError(f"{place}: {empty[0]} is empty. Download the CSV again")
+        given = cells.get("split", "").lower()
+        if (own := SPELLED.get(given, given)) in SPLITS and own != split:
             raise RecipeError(
-                f"{place}: need {len(header)} columns as in the first line, got "
-                f"{','.join(cells)!r}. A name with a comma is put into quotes"
+                f"{place}: this clip is of the {own} split, in what was given as --{split}-csv. "
+                "Give each split the CSV of its own"
             )
-        named = dict(zip(header, (cell.strip() for cell in cells), strict=True))
-        rows.append(_read_row(place, named, split))
+        try:
+            start, end = (int(float(cells[name])) for name in ("time_start", "time_end"))
+        except (ValueError, OverflowError) as error:
+            raise RecipeError(
+                f"{place}: time_start and time_end must be numbers of seconds, got "
+                f"{cells['time_start']!r} and {cells['time_end']!r}. Download the CSV again"
+            ) from error
+        file_name = f"{cells['youtube_id']}_{start:06}_{end:06}"
+        rows.append(Row(place, cells.get("label", ""), cells["youtube_id"], file_name))
     return rows
 
 
-def _read_row(place: str, cells: dict[str, str], split: str) -> Row:
-    class_name = cells.get("label") or None
-    if not cells["youtube_id"] or (class_name is None and split != "test"):
-        empty = "label" if cells["youtube_id"] else "youtube_id"
-        raise RecipeError(f"{place}: {empty} is empty. {EXPECTED_COLUMNS}")
-    split_of_row = SPLIT_WORDS.get(cells.get("split", "").lower(), split)
-    if split_of_row != split:
-        raise RecipeError(
-            f"{place}: this clip is of the {split_of_row} split, in what was given as "
-            f"--{split}-csv. Give each split the CSV of its own"
-        )
-    try:
-        start, end = (int(float(cells[name])) for name in ("time_start", "time_end"))
-    except (ValueError, OverflowError) as error:
-        raise RecipeError(
-            f"{place}: time_start and time_end must be numbers of seconds, got "
-            f"{cells['time_start']!r} and {cells['time_end']!r}. {EXPECTED_COLUMNS}"
-        ) from error
-    return Row(place, class_name, cells["youtube_id"], start, end)
-
-
-def read_names(path: Path) -> list[str]:
-    """Names of classes, one a line."""
-    names = [name.strip() for name in read_text(path, "the list of classes").splitlines()]
-    while names and not names[-1]:
-        names.pop()
-    if not names or "" in names:
-        line = names.index("") + 1 if names else 1
-        raise RecipeError(f"{path}, line {line}: need the name of a class, got an empty line")
-    return names
-
-
-def find_classes(
-    labels: Path | None, train_csv: Path | None, rows: Sequence[Row], train: Videos | None
-) -> Classes:
+def find_classes(options: argparse.Namespace, rows: Iterable[Row], train: Videos | None) -> Classes:
     """The numbering, the same for all splits: from a list, the training CSV, or its folders.
 
     ``rows`` are those of the training CSV.
     """
-    if labels:
-        return Classes(read_names(labels), str(labels))
-    if train_csv:
-        names = {row.class_name for row in rows if row.class_name}
-        return Classes(sorted(names), str(train_csv))
+    if options.labels:
+        names = [name.strip() for name in read_text(options.labels).rstrip().splitlines()]
+        if not all(names) or not names:
+            raise RecipeError(f"{options.labels}: need the name of a class in every line")
+        return Classes(names, str(options.labels))
+    if options.train_csv:
+        return Classes(sorted({row.class_name for row in rows}), str(options.train_csv))
     if train is None:
         raise RecipeError(
             "the numbers of the classes come from the training split: give --train-csv (without "
@@ -145,50 +117,43 @@ def find_classes(
     return Classes(sorted({folder.name for folder in parents}), str(train.folder))
 
 
-def clips_of_rows(rows: Sequence[Row], classes: Classes, count: Mapping[str, int]) -> list[Clip]:
-    """The clips of a CSV. A file may be named by the id alone where that says which clip it is.
-
-    ``count`` says how many clips there are of an id.
-    """
-    clips = []
-    for row in rows:
-        name = row.class_name
-        label = UNLABELLED if name is None else classes.label(name, row.place)
-        alone = (row.youtube_id,) if count[row.youtube_id] == 1 else ()
-        shown = row.file_name if name is None else f"{name}/{row.file_name}"
-        clips.append(Clip(row.place, shown, (row.file_name, *alone), label))
-    check_once(clips)
-    return clips
-
-
-def match_csv(
+def match_rows(
     name: str,
     rows: Sequence[Row],
     videos: Videos,
-    clips: Sequence[Clip],
+    classes: Classes,
+    count: Mapping[str, int],
     replacements: Sequence[Videos],
 ) -> tuple[Split, list[str]]:
     """A split with a CSV, and what else is to be reported.
 
-    ``replacements``: videos that take the place of corrupt ones, all of them that are there.
+    A file may be named by the id alone where that says which clip it is: ``count`` says how many
+    clips there are of an id. ``replacements``: videos that take the place of corrupt ones, all of
+    them that are there.
     """
-    expected = (
-        f"Looked in {videos.folder} and its folders for <youtube_id>_<time_start>_<time_end>, the "
-        "times in 6 digits, or <youtube_id>, with any suffix of a video. Name the folder of this "
-        f"split by --{name}, and give the CSV of the same release"
-    )
+    clips = []
+    for row in rows:
+        label = classes.label(row.class_name, row.place) if row.class_name else UNLABELLED
+        alone = (row.youtube_id,) if count[row.youtube_id] == 1 else ()
+        shown = f"{row.class_name}/{row.file_name}" if row.class_name else row.file_name
+        clips.append(Clip(row.place, shown, (row.file_name, *alone), label))
 
     def find(clip: Clip) -> Path | None:
         usual = videos.find(clip)
         return next((file for shelf in replacements if (file := shelf.find(clip))), usual)
 
-    split = match(name, clips, videos, expected, find)
+    expected = (
+        f"Looked in {videos.folder} and its folders for <youtube_id>_<time_start>_<time_end>, the "
+        "times in 6 digits, or <youtube_id>, with any suffix of a video. Name the folder of this "
+        f"split by --{name}, and give the CSV of the same release"
+    )
+    (split,) = match({name: clips}, videos, expected, find)
+    check_folders(split, videos, classes, RIGHT_CSV)
     others = {file for shelf in replacements for file in shelf.files}
     used = sum(file in others for _, file in split.found)
     notes = [f"{name}: replacements taken: {used}"] if used else []
-    by_id = {row.youtube_id for row, clip in zip(rows, clips, strict=True) if len(clip.keys) > 1}
     ids = dict.fromkeys(row.youtube_id for row in rows)
-    if vague := [one for one in ids if one not in by_id and one in videos]:
+    if vague := [one for one in ids if count[one] > 1 and one in videos]:
         notes.append(
             f"{name}: videos named by a YouTube id alone, of which the lists have several clips, "
             f"left out: {len(vague)}, such as {vague[0]}"
@@ -211,43 +176,28 @@ def prepare(options: argparse.Namespace) -> Prepared:
                 key = stem if name in rows else folder_key
                 shelves[place] = Videos(folder, key, suffix=options.suffix)
             videos[name] = shelves[place]
-    classes = find_classes(
-        options.labels, lists["train"], rows.get("train", []), videos.get("train")
-    )
+    classes = find_classes(options, rows.get("train", []), videos.get("train"))
     replacements = [Videos(one, stem, suffix=options.suffix) for one in options.replacements]
     splits: list[Split] = []
     notes: list[str] = []
     for name, shelf in videos.items():
-        labels = classes.folders(shelf).get
-        if name in rows:
-            beside = [other for other in rows if videos.get(other) is shelf]
-            count = Counter(row.youtube_id for other in beside for row in rows[other])
-            clips = clips_of_rows(rows[name], classes, count)
-            split, more = match_csv(name, rows[name], shelf, clips, replacements)
-            remedy = (
-                "Give the CSV of the release that the folders were made from, or no CSV where they "
-                "are right"
-            )
-            check_folders(split, labels, classes.names, remedy)
-            notes += more
-        else:
-            why = (
-                f"named like one of the {len(classes.names)} classes of {classes.source}. Without "
-                "a CSV the class of a video is the folder that it lies in: name the folder of the "
-                "class folders, or give the CSV of this split"
-            )
-            split = match(name, clips_of_folders(shelf, labels, folder_key, why), shelf)
-            notes.append(f"{name}: without a CSV, so what is missing is not known")
+        if name not in rows:
+            splits.append(split_of_folders(name, shelf, classes, RIGHT_FOLDERS))
+            continue
+        beside = [other for other in rows if videos.get(other) is shelf]
+        count = Counter(row.youtube_id for other in beside for row in rows[other])
+        split, more = match_rows(name, rows[name], shelf, classes, count, replacements)
         splits.append(split)
+        notes += more
     return Prepared(classes.names, splits, shelves.values(), notes)
 
 
 def check_options(
-    folders: dict[str, Path | None],
-    lists: dict[str, Path | None],
+    folders: Mapping[str, Path | None],
+    lists: Mapping[str, Path | None],
     options: argparse.Namespace,
 ) -> None:
-    """Options that contradict one another."""
+    """Make sure that no options contradict one another."""
     if not any(folders.values()):
         raise RecipeError("name the folder of at least one split: --train, --validation or --test")
     for name, path in lists.items():
@@ -262,24 +212,7 @@ def check_options(
             )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = RecipeParser(__doc__, __file__)
-    for name in SPLITS:
-        parser.add_path(f"--{name}", f"videos of {name}")
-        parser.add_path(f"--{name}-csv", f"CSV of {name}", "FILE")
-    parser.add_path(
-        "--labels",
-        "names of the classes, one a line in the order of their numbers; by default those of the "
-        "training CSV, or of the training class folders, sorted",
-        "FILE",
-    )
-    replacements = (
-        "videos that take the place of those of the same name; may be given several times"
-    )
-    parser.add_path("--replacements", replacements, action="append", default=[])
-    return run_recipe(parser.parse_args(arguments), prepare)
-
+main = partial(run_recipe, __doc__, __file__, OPTIONS, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

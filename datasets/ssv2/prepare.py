@@ -9,23 +9,35 @@ See README.md there.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hpm_video.data.manifest import UNLABELLED
-from hpm_video.preparation.recipes import Prepared, RecipeParser, run_recipe
+from hpm_video.preparation.recipes import FOLDER, Prepared, run_recipe
 from hpm_video.preparation.sources import (
     Clip,
     RecipeError,
     Videos,
-    check_once,
     match,
     read_text,
     stem,
 )
 
 SPLITS = ("train", "validation", "test")
+OPTIONS = {
+    "--videos": {
+        "help": "folder 20bn-something-something-v2 of the videos",
+        "required": True,
+        **FOLDER,
+    },
+    "--lists": {
+        "help": "folder of labels.json, train.json, validation.json and test.json",
+        "required": True,
+        **FOLDER,
+    },
+    "--splits": {"nargs": "+", "choices": SPLITS, "help": "by default those that have a list"},
+}
 OLD_NAME = "something-something-v2-"  # that the files' names began with before 2022
 
 
@@ -40,21 +52,22 @@ def find_list(lists: Path, name: str) -> Path | None:
     return there[0] if there else None
 
 
-def read_json(path: Path) -> Any:
-    """What a file holds."""
+def read_json(path: Path, kind: type, needed: str) -> Any:
+    """What a file holds, which must be of a kind and not empty."""
     try:
-        return json.loads(read_text(path, "the list"))
+        content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise RecipeError(
             f"{path}, line {error.lineno}: not JSON ({error.msg}). Download it again"
         ) from error
+    if not isinstance(content, kind) or not content:
+        raise RecipeError(f"{path}: need {needed}. Download it again")
+    return content
 
 
 def read_classes(path: Path) -> list[str]:
     """Names of the classes in the order of their numbers."""
-    content = read_json(path)
-    if not isinstance(content, dict) or not content:
-        raise RecipeError(f'{path}: need {{"name of a class": "number", ...}}. Download it again')
+    content = read_json(path, dict, '{"name of a class": "number", ...}')
     numbers = {str(number): name for name, number in content.items()}
     order = [str(number) for number in range(len(content))]
     if wrong := sorted(set(numbers) ^ set(order)):
@@ -65,40 +78,29 @@ def read_classes(path: Path) -> list[str]:
     return [numbers[number] for number in order]
 
 
-def read_list(path: Path, labels: dict[str, int] | None, source: Path) -> list[Clip]:
+def read_list(path: Path, labels: dict[str, int] | None) -> list[Clip]:
     """The clips of a list, with the class that their template names, if ``labels`` is given.
 
     A template is the name of a class with brackets around what stands for an object:
     "Holding [something] next to [something]".
     """
-    content = read_json(path)
-    if not isinstance(content, list):
-        raise RecipeError(f'{path}: need a list, [{{"id": ...}}, ...]. Download it again')
+    needed = '{"id": ...}' if labels is None else '{"id": ..., "template": ...}'
     clips = []
-    for number, entry in enumerate(content, start=1):
+    for number, entry in enumerate(read_json(path, list, f"a list, [{needed}, ...]"), start=1):
         place = f"{path}, entry {number}"
-        if not isinstance(entry, dict) or "id" not in entry:
-            raise RecipeError(f'{place}: need {{"id": ...}}, got {entry!r}. Download it again')
-        label = UNLABELLED if labels is None else _label(entry, place, labels, source)
+        if not isinstance(entry, dict) or "id" not in entry or (labels and "template" not in entry):
+            raise RecipeError(f"{place}: need {needed}, got {entry!r}. Download it again")
+        label = UNLABELLED
+        if labels is not None:
+            name = str(entry["template"]).replace("[", "").replace("]", "")
+            if name not in labels:
+                raise RecipeError(
+                    f"{place} (id {entry['id']}): the class {name!r} is not in labels.json. All "
+                    "lists must be of one release"
+                )
+            label = labels[name]
         clips.append(Clip(place, str(entry["id"]), (str(entry["id"]),), label))
-    check_once(clips)
     return clips
-
-
-def _label(entry: dict[str, Any], place: str, labels: dict[str, int], source: Path) -> int:
-    template = entry.get("template")
-    if not isinstance(template, str):
-        raise RecipeError(
-            f"{place} (id {entry['id']}): need a template, got {entry!r}. Only the test list has "
-            "none: is this one of another split?"
-        )
-    name = template.replace("[", "").replace("]", "")
-    if name not in labels:
-        raise RecipeError(
-            f"{place} (id {entry['id']}): the class {name!r} is not in {source}. All lists must "
-            "be of one release"
-        )
-    return labels[name]
 
 
 def prepare(options: argparse.Namespace) -> Prepared:
@@ -121,25 +123,14 @@ def prepare(options: argparse.Namespace) -> Prepared:
         f"Looked in {videos.folder} and its folders for <id>.webm, or another suffix of a video. "
         "Extract the download and name the folder 20bn-something-something-v2 by --videos"
     )
-    splits = []
-    for name, path in there.items():
-        clips = read_list(path, None if name == "test" else labels, source)
-        splits.append(match(name, clips, videos, expected))
+    clips = {
+        name: read_list(path, None if name == "test" else labels) for name, path in there.items()
+    }
     notes = [f"{name}: there is no list of it" for name in paths if name not in there]
-    return Prepared(names, splits, [videos], notes)
+    return Prepared(names, match(clips, videos, expected), [videos], notes)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = RecipeParser(__doc__, __file__)
-    videos = "folder 20bn-something-something-v2 of the videos"
-    parser.add_path("--videos", videos, required=True)
-    lists = "folder of labels.json, train.json, validation.json and test.json"
-    parser.add_path("--lists", lists, required=True)
-    by_default = "by default those that have a list"
-    parser.add_argument("--splits", nargs="+", choices=SPLITS, help=by_default)
-    return run_recipe(parser.parse_args(arguments), prepare)
-
+main = partial(run_recipe, __doc__, __file__, OPTIONS, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,23 +9,23 @@ See README.md there.
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from hpm_video.preparation.recipes import Prepared, RecipeParser, run_recipe
-from hpm_video.preparation.sources import (
-    Classes,
-    Clip,
-    RecipeError,
-    Videos,
-    check_once,
-    lines_of,
-    match,
-)
+from hpm_video.preparation.recipes import FOLDER, Prepared, run_recipe
+from hpm_video.preparation.sources import Classes, Clip, RecipeError, Videos, match, matches_of
 
-AGAIN = "Extract UCF101TrainTestSplits-RecognitionTask.zip again"
-_CLASS_LINE = re.compile(r"(?P<number>\d+)\s+(?P<name>\S.*)")
-_LINE = re.compile(r"(?P<folder>[^/]+)/(?P<name>[^/]*\.[A-Za-z0-9]+)(?:\s+(?P<number>\d+))?")
+OPTIONS = {
+    "--videos": {"help": "folder UCF-101 of the videos", "required": True, **FOLDER},
+    "--lists": {"help": "folder ucfTrainTestlist", "required": True, **FOLDER},
+}
+CLASS = re.compile(r"(?P<number>\d+)\s+(?P<name>\S.*)")
+VIDEO = r"(?P<folder>[^/]+)/(?P<name>[^/]*\.[A-Za-z0-9]+)"
+FORMS = {
+    "train": (re.compile(VIDEO + r"\s+(?P<number>\d+)"), " <number of the class>"),
+    "test": (re.compile(VIDEO), ""),
+}
+"""Of the lines of a list, and what stands behind the video in it."""
 
 
 def key_of(path: Path) -> str:
@@ -36,32 +36,28 @@ def key_of(path: Path) -> str:
 def read_classes(path: Path) -> Classes:
     """The classes of classInd.txt, in its order."""
     names: list[str] = []
-    for place, row in lines_of(path, "the list of classes"):
-        found = _CLASS_LINE.fullmatch(row)
-        if not found or int(found["number"]) != len(names) + 1:
-            raise RecipeError(
-                f"{place}: need '{len(names) + 1} <name of the class>', got {row!r}. {AGAIN}"
-            )
+    for place, found in matches_of(path, CLASS, "'1 <name of the class>'"):
         names.append(found["name"])
+        if int(found["number"]) != len(names):
+            raise RecipeError(f"{place}: need '{len(names)} <name of the class>'")
     return Classes(names, str(path))
 
 
-def read_list(path: Path, classes: Classes, *, numbered: bool) -> list[Clip]:
-    """The clips of a list. Where it is ``numbered``, each line ends in 1 for the first class."""
+def read_list(lists: Path, use: str, number: int, classes: Classes) -> list[Clip]:
+    """The clips of a list."""
+    form, more = FORMS[use]
     clips = []
-    for place, row in lines_of(path):
-        found = _LINE.fullmatch(row)
-        if not found or (numbered and not found["number"]):
-            number = " <number of the class>" if numbered else ""
-            raise RecipeError(f"{place}: need '<class>/<video>.avi{number}', got {row!r}. {AGAIN}")
+    for place, found in matches_of(
+        lists / f"{use}list{number:02}.txt", form, f"'<class>/<video>.avi{more}'"
+    ):
         label = classes.label(found["folder"], place)
-        if found["number"] and int(found["number"]) != label + 1:
+        if more and int(found["number"]) != label + 1:
             raise RecipeError(
                 f"{place}: says class {found['number']}, but {found['folder']} is {label + 1} in "
                 f"{classes.source}. All lists must be of one release"
             )
         name = f"{found['folder']}/{found['name']}"
-        clips.append(Clip(place, name, (key_of(Path(found["name"])),), label))
+        clips.append(Clip(place, name, (key_of(Path(name)),), label))
     return clips
 
 
@@ -75,21 +71,14 @@ def prepare(options: argparse.Namespace) -> Prepared:
     )
     splits = []
     for number in (1, 2, 3):
-        train = read_list(options.lists / f"trainlist{number:02}.txt", classes, numbered=True)
-        test = read_list(options.lists / f"testlist{number:02}.txt", classes, numbered=False)
-        check_once([*train, *test])
-        splits.append(match(f"train_split{number}", train, videos, expected))
-        splits.append(match(f"test_split{number}", test, videos, expected))
+        lists = {
+            f"{use}_split{number}": read_list(options.lists, use, number, classes) for use in FORMS
+        }
+        splits += match(lists, videos, expected)
     return Prepared(classes.names, splits, [videos])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = RecipeParser(__doc__, __file__)
-    parser.add_path("--videos", "folder UCF-101 of the videos", required=True)
-    parser.add_path("--lists", "folder ucfTrainTestlist", required=True)
-    return run_recipe(parser.parse_args(arguments), prepare)
-
+main = partial(run_recipe, __doc__, __file__, OPTIONS, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -45,7 +45,7 @@ COLOUR_MAP = "inferno"
 
 
 class Panel(NamedTuple):
-    """One row of a sheet, one column of an animation."""
+    """One row of a sheet."""
 
     title: str
     note: str
@@ -139,96 +139,76 @@ class Style:
         return Image.fromarray(frame).resize(self.cell, Image.Resampling.NEAREST)
 
 
-def draw_sheet(studies: Study | Sequence[Study]) -> Image.Image:
+def draw_sheet(studies: Study | Sequence[Study], times: Sequence[int] = ()) -> Image.Image:
     """Views as rows and time steps as columns, for one clip or several of one model.
 
-    Short clips stand side by side, as long as their columns fit.
+    Short clips stand side by side, as long as their columns fit. ``times``: the frames that are
+    shown; by default the first ones of time steps spread evenly over all.
     """
     studies = [studies] if isinstance(studies, Study) else list(studies)
     style = Style(studies[0])
-    lines: list[list[Study]] = []
+    lines: list[list[Image.Image]] = []
     free = 0
     for study in studies:
-        columns = len(_shown_frames(study))
-        if columns > free:
+        steps = study.grid.time
+        columns = np.linspace(0, steps - 1, min(steps, MAX_COLUMNS))
+        shown = times or [round(column) * study.patch_size[0] for column in columns]
+        if len(shown) > free:
             lines.append([])
             free = MAX_COLUMNS
-        lines[-1].append(study)
-        free -= columns
-    body = stack([_draw_line(line, style) for line in lines], 2 * style.margin)
+        lines[-1].append(_draw_block(study, shown, style))
+        free -= len(shown)
+    titles = [
+        stack(
+            [
+                draw_text(panel.title, style.bold, width=14 * style.text),
+                draw_text(panel.note, style.small, FAINT_INK, width=14 * style.text),
+            ],
+            3,
+        )
+        for panel in make_panels(studies[0])
+    ]
+    body = stack([_draw_line(line, titles, style) for line in lines], 2 * style.margin)
     width = max(body.width, 44 * style.text)
     parts = [_draw_caption(studies, width, style), body, _draw_footer(studies, width, style)]
     return pad(stack(parts, style.margin), style.margin)
 
 
 def draw_animation(study: Study) -> list[Image.Image]:
-    """Views side by side, one image per frame of the clip."""
-    style = Style(study)
-    panels = make_panels(study)
-    titles = [_draw_title(panel, style.cell[0], style) for panel in panels]
-    gap = 2 * style.gap
-    head = beside(titles, gap)
-    caption = [_draw_caption([study], head.width, style), _draw_name(study, head.width, style)]
-    head = stack([*caption, head], style.margin // 2)
-    footer = _draw_footer([study], head.width, style)
-    images = []
-    for time in range(len(study.frames)):
-        views = beside([style.enlarge(panel.frames[time]) for panel in panels], gap)
-        label = draw_text(f"frame {time + 1} of {len(study.frames)}", style.small, FAINT_INK)
-        body = stack([head, views, label], style.gap)
-        images.append(pad(stack([body, footer], style.margin), style.margin))
-    return images
+    """Draw a sheet for each frame of a clip."""
+    return [draw_sheet(study, [time]) for time in range(len(study.frames))]
 
 
-def _shown_frames(study: Study) -> list[int]:
-    """First frames of the time steps that a sheet shows, spread evenly over all."""
-    steps = study.grid.time
-    columns = np.linspace(0, steps - 1, min(steps, MAX_COLUMNS))
-    return [round(column) * study.patch_size[0] for column in columns]
-
-
-def _draw_line(studies: list[Study], style: Style) -> Image.Image:
+def _draw_line(
+    blocks: Sequence[Image.Image], titles: Sequence[Image.Image], style: Style
+) -> Image.Image:
     """Studies side by side, with the titles of their rows at the left."""
-    blocks = beside([_draw_block(study, style) for study in studies], 3 * style.gap)
-    width = 14 * style.text
-    titles = [_draw_title(panel, width, style) for panel in make_panels(studies[0])]
+    line = beside(blocks, 3 * style.gap)
     row = style.cell[1] + style.gap
-    first = blocks.height + style.gap - len(titles) * row
-    column = Image.new("RGB", (width, blocks.height), PAPER)
+    first = line.height + style.gap - len(titles) * row
+    column = Image.new("RGB", (titles[0].width, line.height), PAPER)
     for index, title in enumerate(titles):
         column.paste(title, (0, first + index * row + (style.cell[1] - title.height) // 2))
-    return beside([column, blocks], style.margin)
+    return beside([column, line], style.margin)
 
 
-def _draw_block(study: Study, style: Style) -> Image.Image:
-    """Name, frame numbers and views of one study."""
-    shown = _shown_frames(study)
+def _draw_block(study: Study, shown: Sequence[int], style: Style) -> Image.Image:
+    """Name, ranking accuracy, frame numbers and views of one study."""
     rows = [
         beside([style.enlarge(panel.frames[time]) for time in shown], style.gap)
         for panel in make_panels(study)
     ]
-    name = _draw_name(study, rows[0].width, style)
-    if study.grid.time == 1:
-        return stack([name, *rows], style.gap)
-    labels = [
-        draw_text(f"frame {time + 1}", style.small, FAINT_INK, width=style.cell[0])
-        for time in shown
-    ]
-    return stack([name, beside(labels, style.gap), *rows], style.gap)
-
-
-def _draw_name(study: Study, width: int, style: Style) -> Image.Image:
-    """Name and ranking accuracy of a study."""
-    lines = [draw_text(shorten(study.name, width, style.bold), style.bold, width=width)]
+    width = rows[0].width
+    head = [draw_text(shorten(study.name, width, style.bold), style.bold, width=width)]
     if study.ranking_accuracy is not None:
-        lines.append(draw_text(f"ranking {study.ranking_accuracy:.2f}", style.regular, width=width))
-    return stack(lines, 2)
-
-
-def _draw_title(panel: Panel, width: int, style: Style) -> Image.Image:
-    title = draw_text(panel.title, style.bold, width=width)
-    note = draw_text(panel.note, style.small, FAINT_INK, width=width)
-    return stack([title, note], 3)
+        head.append(draw_text(f"ranking {study.ranking_accuracy:.2f}", style.regular, width=width))
+    if study.grid.time > 1:
+        labels = [
+            draw_text(f"frame {time + 1}", style.small, FAINT_INK, width=style.cell[0])
+            for time in shown
+        ]
+        rows = [beside(labels, style.gap), *rows]
+    return stack([stack(head, 2), *rows], style.gap)
 
 
 def _draw_caption(studies: Sequence[Study], width: int, style: Style) -> Image.Image:
@@ -285,27 +265,15 @@ def _footnotes(studies: Sequence[Study]) -> list[str]:
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
-    """Write a sheet as PNG.
-
-    Raises:
-        ValueError: ``path`` has another ending.
-    """
-    _check_ending(path, (".png",))
+    """Write a sheet as PNG."""
     with written_beside(path) as file:
         sheet.save(file, optimize=True)
 
 
 def save_animation(images: Sequence[Image.Image], path: Path, fps: float) -> None:
-    """Write an animation as GIF or MP4.
-
-    Raises:
-        ValueError: ``path`` has another ending.
-    """
-    _check_ending(path, (".gif", ".mp4"))
+    """Write an animation as MP4 where ``path`` ends so, otherwise as GIF."""
     if path.suffix == ".mp4":
-        from hpm_video.preparation.encode import (
-            write_video,  # only where a video is written: loads av
-        )
+        from hpm_video.preparation.encode import write_video  # which loads av
 
         path.parent.mkdir(parents=True, exist_ok=True)
         write_video(path, (np.asarray(image) for image in images), fps=max(1, round(fps)))
@@ -332,10 +300,3 @@ def write_pictures(
     path = folder / f"{name}.png"
     save_sheet(draw_sheet(studies), path)
     return path
-
-
-def _check_ending(path: Path, known: tuple[str, ...]) -> None:
-    if path.suffix not in known:
-        raise ValueError(
-            f"cannot write a picture as {path.name!r}: the name must end in {' or '.join(known)}"
-        )

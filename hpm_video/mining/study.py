@@ -89,12 +89,9 @@ def study_clips(
             the end of training. Without a teacher masks are random.
         ground_truth_statistics: give each reconstructed patch the mean and the contrast of the
             hidden one; otherwise of the visible patches around it.
-
-    Raises:
-        ValueError: there is no mask to measure with, or the hard fraction is none.
     """
     rule, target = objective.masks[batch.source], objective.target
-    fraction = _checked(rule.strategy.last_fraction, hard_fraction, num_masks)
+    fraction = rule.strategy.last_fraction if hard_fraction is None else hard_fraction
     difficulty = objective.difficulty(batch)
     num_picked = 0 if difficulty is None else int(rule.num_masked * fraction)
     priority = uniform(batch.keys, rule.num_units, "picture")
@@ -129,15 +126,6 @@ def study_clips(
         )
         for i in range(len(batch.clips))
     ]
-
-
-def _checked(usual: float, hard_fraction: float | None, num_masks: int) -> float:
-    fraction = usual if hard_fraction is None else hard_fraction
-    if num_masks < 1:
-        raise ValueError(f"the true error needs at least 1 random mask, got {num_masks}")
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"the hard fraction must lie in [0, 1], got {fraction}")
-    return fraction
 
 
 def reconstruct(

@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import matplotlib
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 Colour = tuple[int, int, int]
 PAPER: Colour = (255, 255, 255)
@@ -98,7 +98,6 @@ def flow(images: Sequence[Image.Image], width: int, gap: int) -> Image.Image:
 
 def pad(image: Image.Image, margin: int) -> Image.Image:
     """A white margin, and even sides, as H.264 wants them."""
-    width, height = (side + 2 * margin + side % 2 for side in image.size)
-    canvas = Image.new("RGB", (width, height), PAPER)
-    canvas.paste(image, (margin, margin))
-    return canvas
+    odd = (image.width % 2, image.height % 2)
+    border = (margin, margin, margin + odd[0], margin + odd[1])
+    return ImageOps.expand(image, border, PAPER)

@@ -104,7 +104,7 @@ def try_out(folder: PreparedFolder, pool: Pool[Job], places: Sequence[str]) -> E
     with tempfile.TemporaryDirectory(
         prefix="transcode-", dir=room if room.is_dir() else None
     ) as temporary:
-        jobs = {place: folder.trial(place, Path(temporary)) for place in chosen}
+        jobs = {place: folder.job(place, Path(temporary)) for place in chosen}
         for place, result in _results(pool, jobs, lambda *_: None):
             if isinstance(result, Made) and result.share > 0:
                 tried += 1

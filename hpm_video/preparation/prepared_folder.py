@@ -132,23 +132,20 @@ class PreparedFolder:
         remove(str(self._unfinished))
         self._unfinished.mkdir()
         for record in self._journal.read():
-            name = Path(record.get("shard", "")).name
-            path = self.path / name
-            if not name:
-                self._take(record)
-            elif path.is_file() and path.stat().st_size == record["bytes"]:
-                self._shards[name] = record
+            if shard := Path(record.get("shard", "")).name:
+                path = self.path / shard
+                if path.is_file() and path.stat().st_size == record["bytes"]:
+                    self._shards[shard] = record
+            elif record.get("name") and self._names.get(record["place"]) == record["name"]:
+                known = {
+                    each.name: record[each.name] for each in fields(Made) if each.name in record
+                }
+                self.made[record["place"]] = Made(**known)
         for name, record in self._shards.items():
             for place, *where in record["members"]:
                 if place in self._names:
                     self._packed[place] = name, Packed(*where)
         self._drop_what_changed()
-
-    def _take(self, record: Mapping[str, Any]) -> None:
-        place = record.get("place", "")
-        if self._names.get(place) is not None and self._names[place] == record.get("name"):
-            known = {each.name: record[each.name] for each in fields(Made) if each.name in record}
-            self.made[place] = Made(**known)
 
     def _drop_what_changed(self) -> None:
         """Forget what is no longer true, or no longer there."""
@@ -161,22 +158,19 @@ class PreparedFolder:
         }
         self.changed = len(changed | relabelled)
         self.made = {place: made for place, made in self.made.items() if place not in changed}
-        for name, record in self._shards.items():
+        for name, record in [*self._shards.items()]:
             known = [member for member in record["members"] if member[0] in self._names]
             good = [m for m in known if m[0] in self.made and self._shard_of(m[0]) == name]
             is_new = {member[0] for member in known}.isdisjoint(relabelled)
             if len(good) < len(known) or not is_new or record.get("outdated"):
-                self._outdate(name, good)
+                # It is packed anew, with the members that are good in it.
+                outdated = {"shard": name, "bytes": record["bytes"], "members": good}
+                outdated["outdated"] = True
+                if outdated != record:
+                    self._note(outdated)
+                    self._shards[name] = outdated
         self._packed = {p: where for p, where in self._packed.items() if p in self.made}
         self.made = {place: made for place, made in self.made.items() if self._is_there(place)}
-
-    def _outdate(self, name: str, good: list[Any]) -> None:
-        """Have a shard packed anew, with the members that are good in it."""
-        outdated = {"shard": name, "bytes": self._shards[name]["bytes"], "members": good}
-        outdated["outdated"] = True
-        if outdated != self._shards[name]:
-            self._shards[name] = outdated
-            self._note(outdated)
 
     def _has_changed(self, place: str) -> bool:
         """Whether a source is another one since. One that is gone may have been deleted."""
@@ -225,16 +219,14 @@ class PreparedFolder:
 
     # --- Work --------------------------------------------------------------------------------
 
-    def job(self, place: str) -> Job:
-        """What to do to make an output."""
-        beside = f"{self._unfinished}/{self._row[place]}{self.recipe.suffix(place)}"
-        return Job(place, beside, self._output(place), **self._stated(place))
-
-    def trial(self, place: str, folder: Path) -> Job:
-        """The same for its first seconds, in another folder."""
+    def job(self, place: str, trial: Path | None = None) -> Job:
+        """Describe how to make an output; as a ``trial``, of its first seconds in that folder."""
         name = f"{self._row[place]}{self.recipe.suffix(place)}"
-        beside, target = f"{folder}/beside-{name}", f"{folder}/{name}"
-        return Job(place, beside, target, **self._stated(place), cut=TRIED_SECONDS)
+        stated = self._stated(place)
+        if trial is not None:
+            beside, target = f"{trial}/beside-{name}", f"{trial}/{name}"
+            return Job(place, beside, target, **stated, cut=TRIED_SECONDS)
+        return Job(place, f"{self._unfinished}/{name}", self._output(place), **stated)
 
     def note(self, place: str, made: Made) -> None:
         """Take in what was made."""
@@ -296,8 +288,7 @@ class PreparedFolder:
     # --- Inside ------------------------------------------------------------------------------
 
     def _note(self, record: Mapping[str, Any]) -> None:
-        if self._journal is None:
-            raise RuntimeError(f"{self.path} has to be claimed before anything is written to it")
+        assert self._journal is not None, "the folder is claimed before anything is written to it"
         self._journal.append(record)
 
     def _shard_of(self, place: str) -> str:
@@ -352,12 +343,11 @@ class PreparedFolder:
             "num_frames": self.made[place].num_frames,
             "source": place.removeprefix(self._base.rstrip("/") + "/"),
         }
-        if label >= 0:
-            info["label"] = label
-        if name:
-            info["label_name"] = name
-        suffix = suffix_of(place) if self.recipe.copy else self.recipe.suffix(place)
-        lies = place if self.recipe.copy else self._output(place)
+        info |= {"label": label} if label >= 0 else {}
+        info |= {"label_name": name} if name else {}
+        suffix, lies = self.recipe.suffix(place), self._output(place)
+        if self.recipe.copy:
+            suffix, lies = suffix_of(place), place
         if place in self._packed:
             shard, where = self._packed[place]
             lies = str(TarMember(str(self.path / shard), *where))

@@ -17,6 +17,9 @@ from hpm_video.data.manifest import UNLABELLED, ManifestError
 from hpm_video.files.atomic import written_beside
 from hpm_video.preparation.sources import Kind, RecipeError, Split, Videos
 
+FOLDER: dict[str, Any] = {"type": Path, "metavar": "DIR"}
+FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
+"""Of options that name one."""
 COLUMNS = ("path", "label", "label_name")
 NAMED_IN_REPORT = 5
 
@@ -33,6 +36,45 @@ class Prepared(NamedTuple):
     """Further lines of the report."""
 
 
+def run_recipe(
+    about: str | None,
+    script: str,
+    options: Mapping[str, dict[str, Any]],
+    prepare: Callable[[argparse.Namespace], Prepared],
+    arguments: Sequence[str] | None = None,
+    *,
+    kind: Kind = "video",
+) -> int:
+    """Write what ``prepare`` makes of a data set, and report it. -> the exit code
+
+    Args:
+        about: the docstring of the recipe.
+        script: its file, beside which its output goes.
+        options: those that it has of its own, as ``add_argument`` takes them.
+        prepare: takes the options.
+        arguments: the command line.
+        kind: of its files.
+    """
+    parser = argparse.ArgumentParser(description=(about or "").partition("\n")[0])
+    add = parser.add_argument
+    for name, settings in options.items():
+        add(name, **settings)
+    beside, example = Path(script).resolve().parent, ".JPEG" if kind == "image" else ".MP4"
+    where = "where manifests and labels.txt go, by default beside this script"
+    add("--output", default=beside, help=where, **FOLDER)
+    add("--suffix", metavar=example, help=f"take only {kind}s with this suffix")
+    add("--strict", action="store_true", help=f"exit with 2 if a {kind} is missing")
+    given = parser.parse_args(arguments)
+    try:
+        prepared = prepare(given)
+        write(given.output.absolute(), prepared.names, prepared.splits)
+    except (RecipeError, ManifestError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    sys.stdout.write(f"{report(given.output.absolute(), prepared)}\n")
+    return 2 if given.strict and any(split.missing for split in prepared.splits) else 0
+
+
 def write(output: Path, names: Sequence[str], splits: Sequence[Split]) -> None:
     """Write ``labels.txt``, and of each split its manifest and a list of what is missing.
 
@@ -42,25 +84,25 @@ def write(output: Path, names: Sequence[str], splits: Sequence[Split]) -> None:
         RecipeError: a manifest there, not written anew now, has other numbers for the classes;
             or the name of a file is not text. Nothing is written then.
     """
-    output = output.absolute()
-    content = {output / "labels.txt": "".join(f"{name}\n" for name in names)}
+    content = {"labels.txt": "".join(f"{name}\n" for name in names)}
     for split in splits:
-        missing = "".join(f"{clip.name}\n" for clip in split.missing)
-        content[missing_list(output, split)] = missing
-        content[manifest_of(output, split)] = _manifest_text(output, names, split)
+        content[f"missing_{split.name}.txt"] = "".join(f"{clip.name}\n" for clip in split.missing)
+        content[f"{split.name}.csv"] = _manifest_text(output, names, split)
     try:
-        encoded = {path: text.encode("utf-8") for path, text in content.items()}
+        encoded = {name: text.encode("utf-8") for name, text in content.items()}
     except UnicodeEncodeError as error:
         around = error.object[max(error.start - 60, 0) : error.end + 60]
         raise RecipeError(
             f"the name of a file is not text in UTF-8, in {around!r}. Rename it"
         ) from error
-    _check_other_manifests(output, encoded)
-    for path, data in encoded.items():
+    labels = output / "labels.txt"
+    if labels.exists() and labels.read_bytes() != encoded[labels.name]:
+        _check_other_manifests(output, encoded)
+    for name, data in encoded.items():
         if not data:
-            path.unlink(missing_ok=True)  # nothing is missing any more
+            (output / name).unlink(missing_ok=True)  # nothing is missing any more
             continue
-        with written_beside(path) as beside:
+        with written_beside(output / name) as beside:
             beside.write_bytes(data)
 
 
@@ -75,51 +117,38 @@ def _manifest_text(output: Path, names: Sequence[str], split: Split) -> str:
     return stream.getvalue()
 
 
-def _check_other_manifests(output: Path, written: Mapping[Path, bytes]) -> None:
-    """Those that stay must mean by a number what the new ``labels.txt`` means."""
-    labels = output / "labels.txt"
-    if not labels.exists() or labels.read_bytes() == written[labels]:
-        return
-    header = (",".join(COLUMNS) + "\n").encode()
-    for path in sorted(set(output.glob("*.csv")) - set(written)):
+def _check_other_manifests(output: Path, written: Iterable[str]) -> None:
+    """Make sure that no manifest stays that means other classes by its numbers."""
+    for path in sorted(output.glob("*.csv")):
         with path.open("rb") as stream:
-            if stream.readline() == header:
-                raise RecipeError(
-                    f"{path} has the numbers of {labels}, which names other classes than this "
-                    "run. Prepare all splits at once, name another folder by --output, or delete "
-                    "that manifest"
-                )
-
-
-def manifest_of(output: Path, split: Split) -> Path:
-    """Where the manifest of a split goes."""
-    return output / f"{split.name}.csv"
-
-
-def missing_list(output: Path, split: Split) -> Path:
-    """Where the list of a split's missing files goes."""
-    return output / f"missing_{split.name}.txt"
+            is_manifest = stream.readline() == (",".join(COLUMNS) + "\n").encode()
+        if is_manifest and path.name not in written:
+            raise RecipeError(
+                f"{path} has the numbers of {output / 'labels.txt'}, which names other classes "
+                "than this run. Prepare all splits at once, name another folder by --output, or "
+                "delete that manifest"
+            )
 
 
 def report(output: Path, prepared: Prepared) -> str:
-    """What was found and what was not, for people."""
-    output = output.absolute()
-    names = prepared.names
-    lines = [f"{len(names)} classes: {output / 'labels.txt'}"]
+    """Say what was found and what was not."""
+    lines = [f"{len(prepared.names)} classes: {output / 'labels.txt'}"]
     for split in prepared.splits:
         listed, missing = len(split.found) + len(split.missing), len(split.missing)
         lines.append(
             f"{split.name}: {listed} {split.kind}s listed, {len(split.found)} found, {missing} "
-            f"missing: {manifest_of(output, split)}"
+            f"missing: {output / split.name}.csv"
         )
         if missing:
             some = _some([clip.name for clip in split.missing])
-            lines.append(f"  missing: {some}; all in {missing_list(output, split)}")
+            lines.append(f"  missing: {some}; all in {output}/missing_{split.name}.txt")
+        if not split.listed:
+            lines.append("  without a list, so what is missing is not known")
         labels = {clip.label for clip, _ in split.found}
         if labels == {UNLABELLED}:
             lines.append("  without labels")
             continue
-        empty = [name for label, name in enumerate(names) if label not in labels]
+        empty = [name for label, name in enumerate(prepared.names) if label not in labels]
         lines.append(f"  classes without any {split.kind}: {_some(empty) if empty else 'none'}")
     for shelf in prepared.shelves:
         unlisted = shelf.unlisted()
@@ -139,39 +168,3 @@ def _some(names: Sequence[str]) -> str:
     """The first few, and how many more."""
     more = len(names) - NAMED_IN_REPORT
     return ", ".join(names[:NAMED_IN_REPORT]) + (f" and {more} more" if more > 0 else "")
-
-
-class RecipeParser(argparse.ArgumentParser):
-    """The command line of a script ``prepare.py``, with the options that all of them have."""
-
-    def __init__(self, about: str | None, script: str, kind: Kind = "video") -> None:
-        """``about``: the script's docstring; ``script``: its file."""
-        super().__init__(description=(about or "").partition("\n")[0])
-        self.add_path(
-            "--output",
-            "where manifests and labels.txt go, by default beside this script",
-            default=Path(script).resolve().parent,
-        )
-        example = ".JPEG" if kind == "image" else ".MP4"
-        self.add_argument("--suffix", metavar=example, help=f"take only {kind}s with this suffix")
-        self.add_argument(
-            "--strict", action="store_true", help=f"exit with 2 if a {kind} is missing"
-        )
-
-    def add_path(self, name: str, about: str, metavar: str = "DIR", **options: Any) -> None:
-        """Add an option that names a file or a folder."""
-        self.add_argument(name, type=Path, metavar=metavar, help=about, **options)
-
-
-def run_recipe(
-    options: argparse.Namespace, prepare: Callable[[argparse.Namespace], Prepared]
-) -> int:
-    """Write what ``prepare`` makes of a data set, and report it. -> the exit code"""
-    try:
-        prepared = prepare(options)
-        write(options.output, prepared.names, prepared.splits)
-    except (RecipeError, ManifestError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    sys.stdout.write(f"{report(options.output, prepared)}\n")
-    return 2 if options.strict and any(split.missing for split in prepared.splits) else 0

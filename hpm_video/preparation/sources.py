@@ -1,8 +1,12 @@
 """The lists and folders of a published data set: its classes, its clips, and the file of each."""
 
+import csv
+import io
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -42,6 +46,8 @@ class Split:
     found: tuple[tuple[Clip, Path], ...]
     missing: tuple[Clip, ...] = ()
     kind: Kind = "video"
+    listed: bool = True
+    """Otherwise its files are all that lie in class folders."""
 
 
 class Classes:
@@ -119,6 +125,7 @@ class Videos:
         kind: Kind = "video",
     ) -> None:
         self.folder = folder.absolute()
+        self.key = key
         self.kind = kind
         suffixes = IMAGE_SUFFIXES if kind == "image" else VIDEO_SUFFIXES
         if not self.folder.is_dir():
@@ -198,88 +205,124 @@ def class_key(name: str) -> str:
     return "".join(letter for letter in name.casefold() if letter.isalnum()) or name
 
 
-def read_text(path: Path, what: str) -> str:
-    """A list as text. ``what`` names it in errors."""
+# --- Lists ---------------------------------------------------------------------------------------
+
+
+def read_text(path: Path) -> str:
+    """A list as text."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{what} {path} is not text in UTF-8. Download it again") from error
+        raise RecipeError(f"{path} is not text in UTF-8. Download it again") from error
     except OSError as error:
-        raise RecipeError(f"{what} {path} cannot be read: {error.strerror}") from error
+        raise RecipeError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def lines_of(path: Path, what: str = "the list") -> list[tuple[str, str]]:
+def lines_of(path: Path) -> list[tuple[str, str]]:
     """The lines of a list that are not empty, each with its place."""
-    lines = enumerate(read_text(path, what).splitlines(), start=1)
+    lines = enumerate(read_text(path).splitlines(), start=1)
     return [(f"{path}, line {number}", row.strip()) for number, row in lines if row.strip()]
 
 
-def check_once(clips: Iterable[Clip]) -> None:
-    """No clip may be listed twice."""
+def matches_of(
+    path: Path, pattern: re.Pattern[str], needed: str
+) -> list[tuple[str, re.Match[str]]]:
+    """The lines of a list, each of which must be of a form that ``needed`` describes."""
+    matches = []
+    for place, row in lines_of(path):
+        if not (found := pattern.fullmatch(row)):
+            raise RecipeError(f"{place}: need {needed}, got {row!r}. Download the list again")
+        matches.append((place, found))
+    return matches
+
+
+def cells_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows of a CSV file with a header that has ``columns``, each with its place."""
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), skipinitialspace=True)
+    header = [name.strip() for name in reader.fieldnames or ()]
+    if absent := [name for name in columns if header.count(name) != 1]:
+        raise RecipeError(
+            f"{path}, line 1: need each of the columns {','.join(columns)} once; missing or "
+            f"repeated: {','.join(absent)}; got {','.join(header)!r}. Download the list again"
+        )
+    reader.fieldnames = header
+    for row in reader:
+        place = f"{path}, line {reader.line_num}"
+        if None in row or None in row.values():
+            raise RecipeError(
+                f"{place}: need {len(header)} columns as in the first line. A name with a comma is "
+                "put into quotes"
+            )
+        yield place, {name: cell.strip() for name, cell in row.items()}
+
+
+# --- Splits --------------------------------------------------------------------------------------
+
+
+def match(
+    lists: Mapping[str, Sequence[Clip]],
+    videos: Videos,
+    expected: str,
+    find: Callable[[Clip], Path | None] | None = None,
+) -> list[Split]:
+    """The file of each clip of some splits, which share no clip.
+
+    ``expected`` says in errors where files should be, and their names.
+
+    Raises:
+        RecipeError: a clip is listed twice, or no clip of a split has a file.
+    """
     places: dict[str, str] = {}
-    for clip in clips:
+    for clip in chain.from_iterable(lists.values()):
         if (earlier := places.setdefault(clip.keys[0], clip.place)) != clip.place:
             raise RecipeError(
                 f"{clip.place}: {clip.name} is listed already in {earlier}. "
                 "It must have one line: remove one of them"
             )
+    splits = []
+    for name, clips in lists.items():
+        files = [(find or videos.find)(clip) for clip in clips]
+        found = tuple((clip, file) for clip, file in zip(clips, files, strict=True) if file)
+        if not clips:
+            raise RecipeError(f"the list of {name} holds no {videos.kind}s. Download it again")
+        if not found:
+            raise RecipeError(
+                f"none of the {len(clips)} {videos.kind}s of {name} was found, such as "
+                f"{clips[0].name} ({clips[0].place}). {expected}"
+            )
+        missing = tuple(clip for clip, file in zip(clips, files, strict=True) if not file)
+        splits.append(Split(name, found, missing, videos.kind))
+    return splits
 
 
-def clips_of_folders(
-    videos: Videos, label_of: Callable[[Path], int | None], key: Callable[[Path], str], why: str
-) -> list[Clip]:
-    """The clips of class folders, which no list names.
-
-    ``label_of`` says the class of a folder, ``why`` in errors which folders have none, and the
-    remedy.
-    """
+def split_of_folders(name: str, videos: Videos, classes: Classes, remedy: str) -> Split:
+    """Each file, of the class in whose folder it lies."""
+    labels = classes.folders(videos)
     clips = []
     for file in videos.files:
-        label = label_of(file.parent)
-        if label is None:
-            raise RecipeError(f"{file} lies in no folder {why}")
-        clips.append(Clip(str(file.parent), folder_and_name(file), (key(file),), label))
-    return clips
+        if file.parent not in labels:
+            raise RecipeError(
+                f"{file} lies in no folder named like one of the {len(classes.names)} classes of "
+                f"{classes.source}. {remedy}"
+            )
+        place, label = str(file.parent), labels[file.parent]
+        clips.append(Clip(place, folder_and_name(file), (videos.key(file),), label))
+    (split,) = match({name: clips}, videos, "")
+    return replace(split, listed=False)
 
 
-def check_folders(
-    split: Split, label_of: Callable[[Path], int | None], names: Sequence[str], remedy: str
-) -> None:
+def check_folders(split: Split, videos: Videos, classes: Classes, remedy: str) -> None:
     """Where there are class folders, they must say what the list says."""
+    labels = classes.folders(videos)
     wrong = [
         (clip, file)
         for clip, file in split.found
-        if clip.label != UNLABELLED and label_of(file.parent) not in (None, clip.label)
+        if UNLABELLED != clip.label != labels.get(file.parent, clip.label)
     ]
     if wrong:
         clip, file = wrong[0]
         raise RecipeError(
             f"{len(wrong)} {split.kind}s of {split.name} lie in the folder of another class than "
-            f"their list says: {file} is of class {clip.label}, {names[clip.label]!r}, in "
+            f"their list says: {file} is of class {clip.label}, {classes.names[clip.label]!r}, in "
             f"{clip.place}. {remedy}"
         )
-
-
-def match(
-    name: str,
-    clips: Sequence[Clip],
-    videos: Videos,
-    expected: str = "",
-    find: Callable[[Clip], Path | None] | None = None,
-) -> Split:
-    """The file of each clip. ``expected`` says in errors where files should be, and their names.
-
-    Raises:
-        RecipeError: no clip has a file.
-    """
-    files = [(find or videos.find)(clip) for clip in clips]
-    found = tuple((clip, file) for clip, file in zip(clips, files, strict=True) if file)
-    if not clips:
-        raise RecipeError(f"the list of {name} holds no {videos.kind}s. Download it again")
-    if not found:
-        raise RecipeError(
-            f"none of the {len(clips)} {videos.kind}s of {name} was found, such as "
-            f"{clips[0].name} ({clips[0].place}). {expected}"
-        )
-    missing = tuple(clip for clip, file in zip(clips, files, strict=True) if not file)
-    return Split(name, found, missing, videos.kind)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -29,8 +29,6 @@ MOST_COUNTED = 30
 MOST_LISTED = 40
 LONGEST_NAME, LONGEST_LISTED = 24, 34
 """Characters of a name at the axes, and in the list."""
-LIST_WIDTH = 5.5
-"""Inches."""
 DPI = 144
 LETTER = 0.6
 """Width of a letter, in sizes of its font."""
@@ -57,41 +55,40 @@ def draw_confusion(counts: Counts, label_names: Sequence[str], path: Path, *, ti
     Colours show shares of a row. Few classes have their names, counts and accuracies beside them,
     many have a list of the most confused pairs. Rows without any video are grey.
     """
-    names = [_shorten(name, LONGEST_NAME) for name in label_names]
-    listed = [_shorten(name, LONGEST_LISTED) for name in label_names]
     classes = len(counts)
-    side = float(np.clip(0.5 * classes, 2.5, 8)) if classes <= MOST_COUNTED else 7.0
-    size = min(9.0, 0.8 * 72 * side / classes)
-    beside = LETTER * size / 72 * max(map(len, names)) if classes <= MOST_NAMED else 0.4
-    pairs = most_confused(counts, listed, MOST_LISTED) if classes > MOST_COUNTED else []
-    width = max(side + beside + 2.2, 6) + (LIST_WIDTH if pairs else 0)
-    figure = Figure((width, side + beside + 1.7), dpi=DPI, layout="constrained")
-    layout: Any = figure.get_layout_engine()
-    layout.set(w_pad=0.22, h_pad=0.22, rect=(0, 0.015, 1, 0.985))
-    figure.suptitle(
-        title, x=0.22 / width, ha="left", color=INK, fontsize=12, weight="bold", parse_math=False
-    )
-    ratios = [width - LIST_WIDTH, LIST_WIDTH] if pairs else [1]
-    axes, *rest = figure.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
-    scale = Normalize(0, 1) if classes <= MOST_COUNTED else PowerNorm(0.5, 0, 1)
+    few = classes <= MOST_COUNTED
+    side = float(np.clip(0.5 * classes, 2.5, 8)) if few else 7.0
+    cell = 72 * side / classes  # in points
+    figure = Figure((side, side), dpi=DPI)
+    axes = figure.add_axes((0, 0, 1, 1))  # all else stands around it, and the picture grows
     image = axes.imshow(
-        np.ma.masked_invalid(shares_of(counts)), cmap=SHARES, norm=scale, interpolation="nearest"
+        np.ma.masked_invalid(shares_of(counts)),
+        cmap=SHARES,
+        norm=Normalize(0, 1) if few else PowerNorm(0.5, 0, 1),
+        interpolation="nearest",
     )
-    axes.set_title(_summary(counts), loc="left", fontsize=8.5, color=FAINT_INK)
+    told = f"{title}\n{_summary(counts)}"
+    axes.set_title(told, loc="left", fontsize=9, color=INK, parse_math=False)
     axes.set_xlabel("predicted class", color=FAINT_INK)
     axes.set_ylabel("true class", color=FAINT_INK)
     axes.tick_params(length=0, labelsize=8)
     if classes <= MOST_NAMED:
-        _name_classes(axes, counts, names, size)
-    if classes <= MOST_COUNTED:
-        _write_counts(axes, counts, 72 * side / classes)
-    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.03, label="share of row")
-    ticks = [0, 0.25, 0.5, 0.75, 1] if classes <= MOST_COUNTED else [0, 0.01, 0.1, 0.25, 0.5, 1]
+        names = [_shorten(name, LONGEST_NAME) for name in label_names]
+        _name_classes(axes, counts, names, min(9.0, 0.8 * cell))
+    ticks = [0, 0.25, 0.5, 0.75, 1] if few else [0, 0.01, 0.1, 0.25, 0.5, 1]
+    beside = axes.inset_axes((1 + 0.8 / side, 0, 0.2 / side, 1))
+    bar = figure.colorbar(image, cax=beside, label="share of row")
     bar.set_ticks(ticks, labels=[_percent(tick) for tick in ticks])
-    for listing in rest:
-        _list_pairs(listing, pairs)
+    if few:
+        _write_counts(axes, counts, cell)
+    else:
+        listed = [_shorten(name, LONGEST_LISTED) for name in label_names]
+        pairs = map(str, most_confused(counts, listed, MOST_LISTED))
+        lines = "\n".join(["Most confused: true → predicted, share (videos)", *pairs])
+        right = axes.text(1 + 2 / side, 1, lines, va="top", transform=axes.transAxes)
+        right.set(fontsize=7.5, linespacing=1.5, color=INK, parse_math=False)
     with written_beside(path) as file:
-        figure.savefig(file, format="png")
+        figure.savefig(file, format="png", bbox_inches="tight", pad_inches=0.22)
 
 
 def most_confused(counts: Counts, label_names: Sequence[str], top: int) -> list[Confusion]:
@@ -174,10 +171,3 @@ def _write_counts(axes: Axes, counts: Counts, cell: float) -> None:
         colour = "white" if shares[row, column] > 0.5 else INK
         number = str(counts[row, column])
         axes.text(column, row, number, ha="center", va="center", color=colour, fontsize=size)
-
-
-def _list_pairs(axes: Axes, pairs: Sequence[Confusion]) -> None:
-    axes.set_axis_off()
-    axes.set_title("Most confused: true → predicted, share (videos)", loc="left", fontsize=8)
-    lines = "\n".join(map(str, pairs))
-    axes.text(0, 1, lines, va="top", fontsize=7.5, linespacing=1.5, color=INK, parse_math=False)

@@ -10,8 +10,6 @@ A folder of features holds
 Files of features are whole or absent, and those that are there need not be computed again.
 """
 
-import contextlib
-import csv
 import hashlib
 import re
 import weakref
@@ -27,7 +25,7 @@ from numpy.typing import NDArray
 
 from hpm_video.data.manifest import Manifest
 from hpm_video.files.atomic import written_beside
-from hpm_video.preparation.jobs import TEXT, claim, write_table
+from hpm_video.preparation.jobs import claim, write_table
 
 DType = Literal["float32", "float16"]
 UNRELATED = ("hpm_video", "checkpoint", "device", "decoder")
@@ -44,11 +42,10 @@ def file_names(files: Iterable[str], base: Path) -> dict[str, str]:
     It is the path from ``base`` on. Where that does not do (odd characters, too many of them, or
     another path that differs in capitals alone) a part of the path's digest follows.
     """
+    places = {file: Path(file) for file in files}
     paths = {
-        file: (
-            Path(file).relative_to(base) if Path(file).is_relative_to(base) else Path(file)
-        ).as_posix()
-        for file in files
+        file: str(place.relative_to(base) if place.is_relative_to(base) else place)
+        for file, place in places.items()
     }
     alike = Counter(path.casefold() for path in paths.values())
     names = {}
@@ -79,6 +76,7 @@ class FeatureFolder:
     def __init__(self, path: Path, manifest: Manifest, base: Path, form: Form) -> None:
         """``base``: files are named by the paths of videos from there on."""
         self.path = path
+        self.bad_files = path / "bad_files.csv"
         self.manifest = manifest
         self.form = form
         self._names = file_names(manifest.files, base)
@@ -89,17 +87,12 @@ class FeatureFolder:
         """Videos whose features are there."""
         return len(self._entries)
 
-    @property
-    def bad_files(self) -> Path:
-        """Where it is noted which videos do not decode."""
-        return self.path / "bad_files.csv"
-
     def features_of(self, video: str) -> Path:
-        """Where the features of a video are, or are to be."""
+        """Return where the features of a video are, or are to be."""
         return self.path / "features" / f"{self._names[video]}.npy"
 
     def starts_of(self, video: str) -> Path:
-        """Where the first frames of its windows are, or are to be."""
+        """Return where the first frames of its windows are, or are to be."""
         return self.path / "starts" / f"{self._names[video]}.npy"
 
     def claim(self, settings: Mapping[str, Any]) -> None:
@@ -114,28 +107,19 @@ class FeatureFolder:
         for unfinished in self.path.glob("*/.*.part.npy"):
             unfinished.unlink()
         self.bad_files.unlink(missing_ok=True)  # they are tried again
-        records = self._journal.read()
-        if (index := self.path / "index.csv").is_file():  # older versions have no other journal
-            with index.open(**TEXT) as file:
-                records = [*csv.DictReader(file), *records]
-        found = {}
-        for record in records:
-            with contextlib.suppress(KeyError, TypeError, ValueError):  # half a line
-                found[record["path"]] = int(record["num_frames"]), int(record["views"])
-        self._entries = {
-            video: (num_frames, views)
-            for video, (num_frames, views) in found.items()
-            if video in self._names and self._is_there(video, views)
-        }
+        for record in self._journal.read():
+            video, views = record["path"], record["views"]
+            if video in self._names and self._is_there(video, views):
+                self._entries[video] = record["num_frames"], views
         self.write_index()
 
     def missing(self) -> list[int]:
-        """Places in the manifest of the videos without features, of each video the first."""
+        """Return the places in the manifest of videos without features, of each the first."""
         first = {video: place for place, video in reversed([*enumerate(self.manifest.files)])}
         return sorted(place for video, place in first.items() if video not in self._entries)
 
     def begin(self, place: int, views: int) -> "GrowingFile":
-        """The file of a video, to be filled."""
+        """Begin the file of a video."""
         return GrowingFile(self.features_of(self.manifest.files[place]), views, self.form)
 
     def finish(self, place: int, growing: "GrowingFile", num_frames: int) -> None:
@@ -144,37 +128,29 @@ class FeatureFolder:
         if self.form.windows:
             with written_beside(self.starts_of(video)) as beside:
                 np.save(beside, np.concatenate(growing.starts))
-        growing.finish()
+        growing.close(whole=True)
         self._entries[video] = num_frames, growing.views
         record = {"path": video, "num_frames": num_frames, "views": growing.views}
         self._journal.append(record)
 
     def write_index(self) -> None:
         """Write ``index.csv`` in the order of the manifest."""
-        files = enumerate(self.manifest.files)
-        rows = (self._row(place) for place, video in files if video in self._entries)
+        rows = []
+        names = self.manifest.label_names or ()
+        for video, label in zip(self.manifest.files, self.manifest.labels, strict=True):
+            if video in self._entries:
+                name = names[label] if 0 <= label < len(names) else ""
+                file = f"features/{self._names[video]}.npy"
+                starts = [f"starts/{self._names[video]}.npy"] if self.form.windows else []
+                rows.append([video, file, label, name, *self._entries[video], *starts])
         header = [*COLUMNS, *(["starts"] if self.form.windows else [])]
         write_table(self.path / "index.csv", header, rows)
 
-    def _row(self, place: int) -> list[object]:
-        video, label = self.manifest.files[place], self.manifest.labels[place]
-        names = self.manifest.label_names or ()
-        row = [
-            video,
-            self.features_of(video).relative_to(self.path).as_posix(),
-            label,
-            names[label] if 0 <= label < len(names) else "",
-            *self._entries[video],
-        ]
-        if self.form.windows:
-            row.append(self.starts_of(video).relative_to(self.path).as_posix())
-        return row
-
     def _is_there(self, video: str, views: int) -> bool:
         """Whether the files of a video are whole."""
-        form = self.form
-        there = _holds(self.features_of(video), (views, *form.view_shape), form.dtype)
-        return there and (not form.windows or _holds(self.starts_of(video), (views,), "int64"))
+        shape, dtype = (views, *self.form.view_shape), self.form.dtype
+        there = _holds(self.features_of(video), shape, dtype)
+        return there and (not self.form.windows or _holds(self.starts_of(video), (views,), "int64"))
 
 
 def _holds(path: Path, shape: tuple[int, ...], dtype: str) -> bool:
@@ -187,7 +163,7 @@ def _holds(path: Path, shape: tuple[int, ...], dtype: str) -> bool:
 
 
 class GrowingFile:
-    """The features of one video, written part by part. The file is there once it is finished."""
+    """The features of one video, written part by part. The file is there once it is whole."""
 
     def __init__(self, path: Path, views: int, form: Form) -> None:
         self._stack = ExitStack()
@@ -205,11 +181,10 @@ class GrowingFile:
         self.starts.append(starts)
         self.views += len(features)
 
-    def finish(self) -> None:
-        """Put the file, which is full, in its place."""
-        self._stack.close()
-
-    def give_up(self) -> None:
-        """Leave nothing behind."""
-        stop = InterruptedError()
-        self._stack.__exit__(type(stop), stop, None)
+    def close(self, *, whole: bool) -> None:
+        """Put the file in its place, or leave nothing behind."""
+        if whole:
+            self._stack.close()
+        else:
+            stop = InterruptedError()
+            self._stack.__exit__(type(stop), stop, None)

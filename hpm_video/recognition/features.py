@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from hpm_video.config.choices import DecoderChoice
 from hpm_video.data.clip_stream import Part, stream_parts
@@ -88,65 +87,41 @@ def extract(
     )
     bad = BadFiles(folder.bad_files, num_files=len(folder.manifest), max_bad_share=1.0)
     failures: list[Failure] = []
+    growing: dict[int, GrowingFile] = {}
     try:
-        with (
-            closing(ProgressBar(len(places), "videos", "clips/s")) as bar,
-            closing(_Writer(encoder, wanted, folder)) as writer,
-            closing(stream) as parts,
-        ):
-            for place, part in parts:
+        with closing(ProgressBar(len(places), "videos", "clips/s")) as bar, closing(stream):
+            for place, part in stream:
                 if isinstance(part, Failure):
                     failures.append(part)
                     bad.note([part])
-                    writer.give_up(place)
+                    if place in growing:
+                        growing.pop(place).close(whole=False)
                     bar.advance(0)
-                else:
-                    bar.advance(len(part.clips), is_last=writer.take(place, part))
+                    continue
+                features = _features(encoder, wanted, part, folder.manifest.files[place])
+                if place not in growing:
+                    growing[place] = folder.begin(place, part.num_views)
+                growing[place].add(features, part.starts)
+                is_last = growing[place].views == part.num_views
+                if is_last:
+                    folder.finish(place, growing.pop(place), part.num_frames)
+                bar.advance(len(part.clips), is_last=is_last)
     finally:
+        for unfinished in growing.values():
+            unfinished.close(whole=False)
         end_workers()
         folder.write_index()
     return sorted(failures, key=lambda failure: failure.path)
 
 
-class _Writer:
-    """Turns parts of videos into files of features."""
-
-    def __init__(self, encoder: Inference, wanted: Wanted, folder: FeatureFolder) -> None:
-        self._values = encoder.tokens if wanted.tokens else encoder.pooled
-        self._dtype = wanted.dtype
-        self._folder = folder
-        self._growing: dict[int, GrowingFile] = {}
-
-    def give_up(self, place: int) -> None:
-        """Throw away what there is of a video."""
-        if place in self._growing:
-            self._growing.pop(place).give_up()
-
-    def take(self, place: int, part: Part) -> bool:
-        """Write the features of a part. -> whether it is the last of its video"""
-        features = self._features(place, part)
-        if place not in self._growing:
-            self._growing[place] = self._folder.begin(place, part.num_views)
-        growing = self._growing[place]
-        growing.add(features, part.starts)
-        if growing.views < part.num_views:
-            return False
-        self._folder.finish(place, growing, part.num_frames)
-        del self._growing[place]
-        return True
-
-    def _features(self, place: int, part: Part) -> NDArray[np.floating[Any]]:
-        values: Tensor = self._values(part.clips).cpu()
-        features: NDArray[np.floating[Any]] = values.to(getattr(torch, self._dtype)).numpy()
-        if not np.isfinite(features).all():
-            raise CheckpointError(
-                f"features of {self._folder.manifest.files[place]} reach "
-                f"{values.abs().max():g}, and {self._dtype} ends at {np.finfo(self._dtype).max}; "
-                f"take --dtype float32 and --precision fp32"
-            )
-        return features
-
-    def close(self) -> None:
-        """Throw away what is not whole."""
-        for growing in self._growing.values():
-            growing.give_up()
+def _features(
+    encoder: Inference, wanted: Wanted, part: Part, video: str
+) -> NDArray[np.floating[Any]]:
+    values = (encoder.tokens if wanted.tokens else encoder.pooled)(part.clips).cpu()
+    features: NDArray[np.floating[Any]] = values.to(getattr(torch, wanted.dtype)).numpy()
+    if not np.isfinite(features).all():
+        raise CheckpointError(
+            f"features of {video} reach {values.abs().max():g}, and {wanted.dtype} ends at "
+            f"{np.finfo(wanted.dtype).max}; take --dtype float32 and --precision fp32"
+        )
+    return features

@@ -1,6 +1,5 @@
 """Testing a classifier on videos: each once, over all of its views, and none replaced."""
 
-import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from hpm_video.data.manifest import Manifest
 from hpm_video.data.reading import Views
 from hpm_video.files.atomic import written_beside
+from hpm_video.preparation.jobs import write_table
 from hpm_video.recognition.confusion import draw_confusion
 from hpm_video.recognition.inference import Inference, Reading, over_videos
 from hpm_video.recognition.labels import check_labels, check_same_names
@@ -133,19 +133,20 @@ def write_results(
     folder: Path, scores: Scores, result: dict[str, Any], label_names: Sequence[str]
 ) -> None:
     """Write ``predictions.csv``, ``confusion.png`` and, last, ``result.json``."""
-    with (
-        written_beside(folder / "predictions.csv") as path,
-        path.open("w", newline="", encoding="utf-8") as file,
+    header = ["path", "label", "label_name", "prediction", "prediction_name", "correct"]
+    header += [f"probability of {name}" for name in label_names]
+    rows: list[list[object]] = []
+    for file, label, row in zip(
+        scores.manifest.files, scores.manifest.labels, scores.probabilities, strict=True
     ):
-        writer = csv.writer(file)
-        writer.writerow(
-            ["path", "label", "label_name", "prediction", "prediction_name", "correct"]
-            + [f"probability of {name}" for name in label_names]
-        )
-        for file_path, label, row in zip(
-            scores.manifest.files, scores.labels, scores.probabilities, strict=True
-        ):
-            writer.writerow(_prediction(file_path, int(label), row, label_names))
+        known = [file, label, label_names[label]]
+        if np.isnan(row[0]):  # it is excluded, and has no prediction
+            rows.append([*known, "", "", 0, *[""] * len(row)])
+        else:
+            best = int(row.argmax())
+            told = [best, label_names[best], int(best == label)]
+            rows.append([*known, *told, *np.round(row, 6)])
+    write_table(folder / "predictions.csv", header, rows)
     draw_confusion(
         confusion_counts(scores),
         label_names,
@@ -154,17 +155,6 @@ def write_results(
     )
     with written_beside(folder / "result.json") as path:
         path.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _prediction(
-    path: str, label: int, probabilities: NDArray[np.float64], label_names: Sequence[str]
-) -> list[object]:
-    """A row of ``predictions.csv``; of an excluded video, without a prediction."""
-    known = [path, label, label_names[label]]
-    if np.isnan(probabilities[0]):
-        return [*known, "", "", 0, *[""] * len(label_names)]
-    best = int(probabilities.argmax())
-    return [*known, best, label_names[best], int(best == label), *np.round(probabilities, 6)]
 
 
 def confusion_counts(scores: Scores) -> NDArray[np.int64]:
@@ -178,7 +168,7 @@ def confusion_counts(scores: Scores) -> NDArray[np.int64]:
 
 
 def describe(result: dict[str, Any]) -> str:
-    """The result of a test in some lines, for the terminal."""
+    """Return the result of a test in some lines, for the terminal."""
     rows = [
         f"top-1 {result['top1']:.3f}, top-5 {result['top5']:.3f}, mean over classes "
         f"{result['mean_class_top1']:.3f} (chance {result['chance']:.3f}) on {result['videos']} "
@@ -187,14 +177,13 @@ def describe(result: dict[str, Any]) -> str:
     if result["excluded"]:
         rows.append(f"  {result['excluded']} of them do not decode: excluded, and counted as wrong")
     tested = [row for row in result["classes"] if row["videos"]]
-    if len(tested) <= MANY_CLASSES:
-        rows += [_class_line(row) for row in tested]
-        return "\n".join(rows)
-    ordered = sorted(tested, key=lambda row: row["top1"])
-    rows += ["  the hardest classes:", *map(_class_line, ordered[:5])]
-    rows += ["  the easiest:", *map(_class_line, ordered[:-6:-1])]
+    shown = {"": tested}
+    if len(tested) > MANY_CLASSES:
+        ordered = sorted(tested, key=lambda row: row["top1"])
+        shown = {"  the hardest classes:": ordered[:5], "  the easiest:": ordered[:-6:-1]}
+    for heading, classes in shown.items():
+        rows += [heading] if heading else []
+        for one in classes:
+            right = f"({one['correct']} of {one['videos']})"
+            rows.append(f"  {one['name']:24} {one['top1']:6.1%}  {right}")
     return "\n".join(rows)
-
-
-def _class_line(row: dict[str, Any]) -> str:
-    return f"  {row['name']:24} {row['top1']:6.1%}  ({row['correct']} of {row['videos']})"

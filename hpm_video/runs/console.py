@@ -9,16 +9,20 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from hpm_video.config.data import DataConfig
+from hpm_video.config.loading import load_config
 from hpm_video.data.reading import Views
 from hpm_video.decoding.registry import decoder_choices
 from hpm_video.files.errors import ExpectedError
 from hpm_video.runs.data import open_manifest
+from hpm_video.runs.dry_run import describe_run
+from hpm_video.runs.run import run as run_task
+from hpm_video.runs.task import Task
 from hpm_video.training.distributed import (
     Processes,
     first_to_say,
@@ -28,6 +32,8 @@ from hpm_video.training.distributed import (
     lost_contact,
 )
 from hpm_video.training.stop import Interrupted
+
+Config = TypeVar("Config")
 
 SECONDS_TO_ASK = 2.0
 """In which the first process is still there to be asked by the others what was told already."""
@@ -107,19 +113,25 @@ def _tell(message: str) -> None:
         sys.stderr.write(message)
 
 
-def parse_run(
-    description: str, configs: str, command_line: Sequence[str] | None
-) -> argparse.Namespace:
-    """Read the command line of a program that trains: a config, overrides, a dry run or not.
+def make_parser(about: str | None, exit_codes: str | None = EXIT_CODES) -> argparse.ArgumentParser:
+    """Make a parser whose help shows ``about``, such as a program's docstring, as it stands."""
+    form = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=about, epilog=exit_codes, formatter_class=form)
 
-    ``configs``: where the files of configs are.
+
+def train(
+    about: str | None,
+    schema: type[Config],
+    make_task: Callable[[Config], Task],
+    finish: Callable[[Path, Config, Processes], None],
+    command_line: Sequence[str] | None,
+) -> int:
+    """Run a program that trains by a config, or tell what it would do. -> the exit code
+
+    ``finish``: what comes after the run, in each of its processes.
     """
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", type=Path, help=configs)
+    parser = make_parser(about)
+    parser.add_argument("config", type=Path, help="a file of configs/, or a config of yours")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument(
         "--dry-run",
@@ -129,7 +141,17 @@ def parse_run(
     parser.add_argument(
         "--processes", type=positive, default=1, help="that a dry run is told for (GPUS x NNODES)"
     )
-    return parser.parse_intermixed_args(command_line)
+    arguments = parser.parse_intermixed_args(command_line)
+
+    def command(processes: Processes) -> None:
+        config = load_config(schema, arguments.config, arguments.overrides)
+        task = make_task(config)
+        if arguments.dry_run:
+            sys.stdout.write(f"{describe_run(task, arguments.processes)}\n")
+        else:
+            finish(run_task(task, processes), config, processes)
+
+    return run_processes(command)
 
 
 def list_files(run_dir: Path, checkpoint: Path, others: Mapping[str, Path]) -> str:

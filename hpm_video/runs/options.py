@@ -4,8 +4,9 @@ import argparse
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.data.loader import default_workers
+from hpm_video.data.reading import Views
 from hpm_video.recognition.inference import Inference, Reading
-from hpm_video.recognition.trained_model import ClipChoice, TrainedModel
+from hpm_video.recognition.trained_model import ClipChoice, Trained, TrainedModel, open_trained
 from hpm_video.runs.console import add_options, positive
 from hpm_video.training.device import choose_device, inference_precision
 
@@ -24,36 +25,54 @@ def clip_choice(arguments: argparse.Namespace) -> ClipChoice:
     return ClipChoice(arguments.num_frames, arguments.frame_stride, tuple(size) if size else None)
 
 
-def check_stride(trained: TrainedModel, arguments: argparse.Namespace) -> None:
-    """Make sure that a frame stride that was given plays a part.
-
-    Raises:
-        ConfigError: the clips are of segments, and have none.
-    """
-    if arguments.frame_stride and trained.data.sampling == "segments":
-        raise ConfigError(
-            f"{trained.path} was trained on clips that span the whole video "
-            f"(data.sampling=segments), where --frame-stride plays no part; leave it out"
-        )
-
-
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say where and how is computed."""
     workers = {"default": default_workers()}
     add_options(parser, "device", "precision", "decoder", workers=workers)
 
 
-def load_inference(
-    trained: TrainedModel, arguments: argparse.Namespace, processes: int = 1
-) -> Inference:
-    """Build a model where and as the arguments say."""
-    device = choose_device(arguments.device, processes)
-    precision = arguments.precision
-    return Inference.load(
-        trained, device, inference_precision(device) if precision == "auto" else precision
-    )
+def open_inference(
+    arguments: argparse.Namespace, wanted: type[Trained], processes: int = 1, *, windows: int = 0
+) -> tuple[Trained, Inference]:
+    """Open the checkpoint of the arguments, and build its model where and as they say.
+
+    ``windows``: frames from one clip to the next, where the clips are windows over whole videos.
+
+    Raises:
+        CheckpointError, ConfigError, DeviceError: it cannot be used here.
+    """
+    clips = clip_choice(arguments)
+    trained = open_trained(arguments.checkpoint, wanted, arguments.weights, clips=clips)
+    if trained.data.sampling == "segments" and bool(clips.frame_stride) != bool(windows):
+        raise ConfigError(
+            f"{trained.path} was trained on clips that span the whole video "
+            f"(data.sampling=segments), "
+            + (
+                "so its windows have no frame stride; give --frame-stride"
+                if windows
+                else "where --frame-stride plays no part; leave it out"
+            )
+        )
+    device, precision = choose_device(arguments.device, processes), arguments.precision
+    chosen = inference_precision(device) if precision == "auto" else precision
+    return trained, Inference.load(trained, device, chosen)
 
 
 def reading_of(arguments: argparse.Namespace, *, exclude_bad_files: bool = False) -> Reading:
     """Return how videos are read."""
     return Reading(arguments.decoder, arguments.workers, exclude_bad_files)
+
+
+def describe_pass(count: int, views: Views, trained: TrainedModel, inference: Inference) -> str:
+    """Say which views of how many videos go through which model."""
+    data = inference.data
+    which = f"{views.clips} x {views.crops} view{'s' if views.count > 1 else ''}"
+    apart = f"at stride {data.frame_stride}" if data.sampling == "dense" else "spread over it"
+    if views.every is not None:
+        which, apart = f"a clip every {views.every} frames", f"at stride {data.frame_stride}"
+    height, width = data.frame_size
+    return (
+        f"{count} video{'' if count == 1 else 's'}, {which} of each: {data.num_frames} frames of "
+        f"{height} x {width} {apart}; {trained.weights} of update {trained.update}; "
+        f"{inference.device.type}, {inference.precision}"
+    )

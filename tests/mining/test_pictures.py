@@ -238,13 +238,6 @@ def test_a_study_says_where_patch_statistics_are_from(kind: TargetKind, source: 
     assert study.statistics == source
 
 
-@pytest.mark.parametrize("options", [{"num_masks": 0}, {"hard_fraction": 1.5}])
-def test_wrong_options_are_refused(options: dict[str, float]) -> None:
-    objective, student = make_objective()
-    with pytest.raises(ValueError, match="got"):
-        study_clips(objective, student, make_batch(), **options)  # type: ignore[arg-type]
-
-
 def test_ranking_accuracy_counts_pairs_in_order() -> None:
     study = make_study()
     size = len(study.masked)
@@ -402,15 +395,6 @@ def test_animations_hold_every_frame(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_other_endings_are_refused(tmp_path: Path) -> None:
-    image = Image.new("RGB", (2, 2))
-    with pytest.raises(ValueError, match=r"'a\.jpg': the name must end in \.png"):
-        save_sheet(image, tmp_path / "a.jpg")
-    with pytest.raises(ValueError, match=r"\.gif or \.mp4"):
-        save_animation([image], tmp_path / "a.avi", fps=5)
-    assert not list(tmp_path.iterdir())
-
-
 def test_training_writes_the_sheet_of_a_batch(tmp_path: Path) -> None:
     objective, student = make_objective()
     engine = TorchEngine(
@@ -499,17 +483,17 @@ def test_the_tool_draws_an_image_as_its_source_is_masked(
     (line,) = capsys.readouterr().out.splitlines()
     assert line == f"wrote {tmp_path / 'a picture-images.png'}"
     assert show_masks.main([*arguments, *options, "--source", "pictures"]) == 2
-    assert "--source must be one of ['', 'images']" in only_line(capsys)
+    assert "--source must be one of ['', 'images']" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--start", "12"], "--start must lie in 0..11, got 12"),
-        (["--masks", "0"], "at least 1 random mask"),
-        (["--stride", "0"], "a stride of 1"),
-        (["--fps", "0"], "--fps must be positive"),
-        (["--hard-fraction", "2"], "must lie in [0, 1]"),
+        (["--masks", "0"], "--masks: must be a whole number of at least 1"),
+        (["--stride", "0"], "--stride: must be a whole number of at least 1"),
+        (["--fps", "0"], "--fps: must be a number above 0"),
+        (["--hard-fraction", "2"], "--hard-fraction must lie in [0, 1]"),
     ],
 )
 def test_the_tool_says_what_is_wrong_with_an_option(
@@ -521,19 +505,26 @@ def test_the_tool_says_what_is_wrong_with_an_option(
     message: str,
 ) -> None:
     arguments = [str(checkpoint), str(video), "--output", str(video.parent), *options]
-    assert show_masks.main(arguments) == 2
-    assert message in only_line(capsys)
+    try:
+        code = show_masks.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_tool_says_what_is_wrong_with_a_file(
     show_masks: ModuleType, checkpoint: Path, video: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert show_masks.main([str(checkpoint), str(video.with_name("no.mp4"))]) == 2
-    assert "there is no video" in only_line(capsys)
-    assert show_masks.main([str(checkpoint), str(checkpoint / "config.yaml")]) == 2
-    assert "cannot decode" in only_line(capsys)
-    assert show_masks.main([str(video.parent), str(video)]) == 2
-    assert "give a config, or a checkpoint folder of a run" in only_line(capsys)
+    def error_of(*arguments: Path) -> str:
+        assert show_masks.main([str(argument) for argument in arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("\nerror: ")
+        return error
+
+    assert "there is no video" in error_of(checkpoint, video.with_name("no.mp4"))
+    assert "cannot decode" in error_of(checkpoint, checkpoint / "config.yaml")
+    assert "give a config, or a checkpoint folder of a run" in error_of(video.parent, video)
     weights = load_file(checkpoint / "model.safetensors")
     encoder = {
         name: value for name, value in weights.items() if name.startswith(("blocks.", "norm."))
@@ -541,11 +532,4 @@ def test_the_tool_says_what_is_wrong_with_a_file(
     decoder = {name: value for name, value in weights.items() if name not in encoder}
     for part, message in (encoder, "without its reconstructor"), (decoder, "missing blocks."):
         save_file(part, checkpoint / "model.safetensors")
-        assert show_masks.main([str(checkpoint), str(video)]) == 2
-        assert message in only_line(capsys)
-
-
-def only_line(capsys: pytest.CaptureFixture[str]) -> str:
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    return line
+        assert message in error_of(checkpoint, video)

@@ -133,7 +133,8 @@ def test_each_video_has_a_block_with_the_most_probable_first(
     monkeypatch.chdir(validation[0].parent)
     assert main(classifier, *validation[:2], "--top", 2, "--device", "cpu") == 0
     header, *blocks = capsys.readouterr().out.rstrip("\n").split("\n\n")
-    assert header == ("2 videos, 2 x 1 views of each; 3 classes, model of update 7; cpu, fp32")
+    clips = "2 x 1 views of each: 4 frames of 32 x 24 at stride 1"
+    assert header == f"2 videos, {clips}; model of update 7; cpu, fp32"
     assert [block.splitlines()[0] for block in blocks] == [v.name for v in validation[:2]]
     for block, video in zip(blocks, validation, strict=False):
         expected = np.sort(by_hand(classifier, video, 2, 1))[::-1]

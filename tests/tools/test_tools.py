@@ -163,6 +163,15 @@ def test_a_teacher_that_is_the_target_is_counted_without_its_decoder(count_flops
     assert 0 < encodes < scores
 
 
+def test_multiply_adds_of_the_page_on_scaling_are_those_of_its_config(count_flops):
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    told = re.search(r"(\d+) GMAC per clip for the student and (\d+)", page)
+    config = load_config(PretrainConfig, ROOT / "configs" / "pretrain" / "k400_hpm_b.yaml", [])
+    assert [int(number) for number in told.groups()] == pytest.approx(
+        count_flops.count(config), abs=0.51
+    )
+
+
 def test_multiply_adds_are_those_of_the_shapes(tool, write_config):
     paths = [write_config("plain", **WIDE, **PLAIN), write_config("hpm", **WIDE, **HPM)]
     output = tool("count_flops", *paths)
