@@ -22,7 +22,7 @@ MAY_IMPORT = {
         "decoding/video_stream.py",
     },
     "omegaconf": {"config/loading.py"},
-    "pandas": {"data/manifest.py", "training/curves.py"},
+    "pandas": {"data/manifest.py", "preparation/check_report.py", "training/curves.py"},
     "argparse": {
         "runs/console.py",
         "runs/options.py",

@@ -23,19 +23,20 @@ import pandas as pd
 import torch
 from bench_ways import (  # type: ignore[import-not-found] # beside this file
     LOSSES,
+    Way,
     measure_loss,
     peak_bytes,
     ways_to_decode,
 )
-from torch import Tensor
 from tqdm import tqdm
 
 from hpm_video.config.choices import DecoderChoice, DecoderName
 from hpm_video.config.loading import load_any_config, load_config
 from hpm_video.config.schema import PretrainConfig
-from hpm_video.data.reading import Views
+from hpm_video.data.reading import Request, Views
 from hpm_video.decoding.locations import is_image
 from hpm_video.decoding.registry import DecoderError, available_decoders
+from hpm_video.files.failures import TooManyBadFiles
 from hpm_video.preparation.benchmark import (
     IN_THE_RUN,
     IN_WORKERS,
@@ -51,11 +52,9 @@ from hpm_video.preparation.loader_advice import (
     past_speed,
     processes_here,
     recommend,
-    usable_rates,
     verdict,
     workers_to_try,
 )
-from hpm_video.randomness import generator
 from hpm_video.runs.autotune import TIMED_CLIPS, trial_update
 from hpm_video.runs.console import above_zero, add_options, positive, run
 from hpm_video.runs.data import open_data, training_clips
@@ -286,9 +285,9 @@ def decoding(arguments: argparse.Namespace) -> Tables:
     if "decord" not in available_decoders():
         print("decord is not installed: the straightforward way takes whole frames of PyAV")
 
-    def measure(way: Callable[..., Tensor], turn: int) -> float:
-        draw, began = generator("bench decoding", turn), time.perf_counter()
-        way(arguments.video, draw)
+    def measure(way: Way, turn: int) -> float:
+        request, began = Request(arguments.video, -1, -1, ((turn,),)), time.perf_counter()
+        way(request)
         return time.perf_counter() - began
 
     for task, made in ways_to_decode(decoders, arguments.views).items():
@@ -339,16 +338,15 @@ def loader(arguments: argparse.Namespace) -> Tables:
     phases, decoder = trials.phases(arguments.clips, device, decoders)
     by = f", by {decoder}" if decoder else ""
     shared = f" ({config.data.repeats} of each video)" if config.data.repeats > 1 else ""
-    yield f"one clip{by}{shared}", rows_of_phases(phases, device)
+    yield f"one clip{by}{shared}", rows_of_phases(phases)
     tried = [Trial(decoder) for decoder in decoders]
     numbers = workers_to_try(arguments.workers, processes)
     for trial, workers in tqdm([*product(tried, numbers)], "trials", leave=False, disable=None):
-        if not trial.refuses_all:
+        if not isinstance(trial.error, TooManyBadFiles):
             trials.read(trial, workers)
     yield "clips/s by the number of workers", [row_of(trial, numbers) for trial in tried]
-    rates = usable_rates(tried, max(stream.max_bad_share for stream in clips.streams))
-    taken = choose_setting(rates)
-    print(f"\n{recommend(taken, rates[taken], phases, processes)}")
+    taken, rate = choose_setting(tried, max(stream.max_bad_share for stream in clips.streams))
+    print(f"\n{recommend(taken, rate, phases, processes)}")
     needs = arguments.needs
     if needs is None and past is not None:
         needs = past[1] * processes
@@ -357,18 +355,16 @@ def loader(arguments: argparse.Namespace) -> Tables:
             "by its log, if they never wait for data"
         )
     if needs is not None:
-        print(verdict(rates[taken], needs))
+        print(verdict(rate, needs))
 
 
-def rows_of_phases(phases: Phases, device: torch.device) -> Rows:
+def rows_of_phases(phases: Phases) -> Rows:
     """Make a row of each phase of a clip."""
-    total = phases.seconds((*IN_WORKERS, *IN_THE_RUN))
+    where = dict.fromkeys(IN_WORKERS, "in a worker") | dict.fromkeys(IN_THE_RUN, "in the run")
+    total = phases.seconds(where)
     return [
-        {"phase": name, "where": where, "ms": 1000 * seconds, "share": f"{seconds / total:.0%}"}
-        if name != "copying" or device.type != "cpu"
-        else {"phase": name, "where": "there is no GPU"}
-        for where, names in (("in a worker", IN_WORKERS), ("in the run", IN_THE_RUN))
-        for name in names
+        {"phase": name, "where": place, "ms": 1000 * seconds, "share": f"{seconds / total:.0%}"}
+        for name, place in where.items()
         for seconds in [phases.seconds([name])]
     ]
 

@@ -11,6 +11,7 @@
 import resource
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +22,23 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from hpm_video.config.choices import DecoderName
-from hpm_video.data.reading import Views
-from hpm_video.data.sampling import train_indices, view_indices
-from hpm_video.data.transforms import Box, crop_and_resize, multi_scale_box, view_boxes
+from hpm_video.config.data import DataConfig
+from hpm_video.data.reading import (
+    DrawnClips,
+    Request,
+    SpreadClips,
+    Views,
+    draw_frames,
+    view_frames,
+)
+from hpm_video.data.transforms import Box, MultiScaleCrop, multi_scale_box, view_boxes
 from hpm_video.decoding.registry import Frames, available_decoders, open_video
 from hpm_video.mining.losses import ranking_loss
+from hpm_video.randomness import generator
 from hpm_video.training.device import choose_device, time_updates
 
-FRAME_SIZE = (224, 224)
-CLIP, STRIDE = 16, 4
-Way = Callable[[str, np.random.Generator], Tensor]
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP = DataConfig(num_frames=16, frame_stride=4, frame_size=(224, 224))
+Way = Callable[[Request], object]
 
 
 def ways_to_decode(decoders: Sequence[DecoderName], views: Views) -> dict[str, dict[str, Way]]:
@@ -39,54 +46,28 @@ def ways_to_decode(decoders: Sequence[DecoderName], views: Views) -> dict[str, d
     train: dict[str, Way] = {"straightforward": clip_plainly}
     test: dict[str, Way] = {"straightforward": partial(views_plainly, views)}
     for name in decoders:
-        train[name] = partial(clip_here, name)
-        test[name] = partial(views_here, name, views)
+        train[name] = DrawnClips(CLIP, name, "", MultiScaleCrop(flip=False), same_frames=False)
+        test[name] = SpreadClips(CLIP, name, "", views)
     return {"train": train, "test": test}
 
 
-def clip_plainly(path: str, draw: np.random.Generator) -> Tensor:
+def clip_plainly(request: Request) -> Tensor:
     """Make one clip of whole frames: -> (C, T, h, w) float32"""
-    frames = read_plainly(path, lambda count: train_indices(count, CLIP, STRIDE, draw.random()))
-    box = multi_scale_box(frames.shape[1], frames.shape[2], FRAME_SIZE, draw)
+    draw = generator("clip", *request.keys[0])
+    frames = read_plainly(request.path, lambda count: draw_frames(CLIP, count, draw))
+    box = multi_scale_box(frames.shape[1], frames.shape[2], CLIP.frame_size, draw)
     return with_pillow(frames, box)
 
 
-def clip_here(decoder: DecoderName, path: str, draw: np.random.Generator) -> Tensor:
-    """Make one clip of what is shown: -> (C, T, h, w) uint8"""
-    with open_video(path, decoder) as video:
-        indices = train_indices(video.num_frames, CLIP, STRIDE, draw.random())
-        frames = video.read(indices)
-    box = multi_scale_box(frames.shape[1], frames.shape[2], FRAME_SIZE, draw)
-    return crop_and_resize(frames, box, FRAME_SIZE)
-
-
-def views_plainly(views: Views, path: str, _: np.random.Generator) -> Tensor:
+def views_plainly(views: Views, request: Request) -> Tensor:
     """Open the file for each view: -> (R, C, T, h, w) float32"""
     made = []
-    for clip in range(views.clips):
-
-        def choose(count: int, clip: int = clip) -> NDArray[np.int64]:
-            indices: NDArray[np.int64] = view_indices(count, CLIP, STRIDE, views.clips)[clip]
-            return indices
-
-        for crop in range(views.crops):
-            frames = read_plainly(path, choose)
-            boxes = view_boxes(frames.shape[1], frames.shape[2], FRAME_SIZE, views.crops)
-            made.append(with_pillow(frames, boxes[crop]))
+    for clip, crop in product(range(views.clips), range(views.crops)):
+        choose = partial(lambda clip, count: view_frames(CLIP, count, views)[clip], clip)
+        frames = read_plainly(request.path, choose)
+        boxes = view_boxes(frames.shape[1], frames.shape[2], CLIP.frame_size, views.crops)
+        made.append(with_pillow(frames, boxes[crop]))
     return torch.stack(made)
-
-
-def views_here(decoder: DecoderName, views: Views, path: str, _: np.random.Generator) -> Tensor:
-    """Decode the file once: -> (R, C, T, h, w) uint8"""
-    with open_video(path, decoder) as video:
-        clips = view_indices(video.num_frames, CLIP, STRIDE, views.clips)
-        distinct = np.unique(clips)
-        frames = video.read(distinct)
-    boxes = view_boxes(frames.shape[1], frames.shape[2], FRAME_SIZE, views.crops)
-    crops = [crop_and_resize(frames, box, FRAME_SIZE) for box in boxes]
-    return torch.stack(
-        [crop[:, np.searchsorted(distinct, clip)] for clip in clips for crop in crops]
-    )
 
 
 def read_plainly(path: str, choose: Callable[[int], NDArray[np.int64]]) -> Frames:
@@ -104,13 +85,13 @@ def read_plainly(path: str, choose: Callable[[int], NDArray[np.int64]]) -> Frame
 def with_pillow(frames: Frames, box: Box) -> Tensor:
     """Crop, resize and standardise each frame by itself: (T, H, W, C) -> (C, T, h, w) float32"""
     part = (box.left, box.top, box.left + box.width, box.top + box.height)
-    mean, deviation = torch.tensor(MEAN), torch.tensor(DEVIATION)
+    mean, deviation = (torch.tensor(values)[:, None, None] for values in (CLIP.mean, CLIP.std))
     clip = []
     for frame in frames:
         image = Image.fromarray(frame).crop(part)
-        image = image.resize(FRAME_SIZE[::-1], Image.Resampling.BILINEAR)
+        image = image.resize(CLIP.frame_size[::-1], Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-        clip.append((pixels - mean[:, None, None]) / deviation[:, None, None])
+        clip.append((pixels - mean) / deviation)
     return torch.stack(clip, dim=1)
 
 

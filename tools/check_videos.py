@@ -20,13 +20,12 @@ from pathlib import Path
 from hpm_video.data.loader import default_workers
 from hpm_video.data.manifest import Listing, ManifestError, read_listing
 from hpm_video.decoding.locations import is_frame_folder, is_image
-from hpm_video.decoding.registry import choose_decoder, decoder_choices
+from hpm_video.decoding.registry import choose_decoder
 from hpm_video.files.atomic import written_beside
-from hpm_video.preparation.check import check_file
-from hpm_video.preparation.check_manifest import FindingJournal, How, check_listing, known_of
+from hpm_video.preparation.check_manifest import Checker, FindingJournal, check_listing, known_of
 from hpm_video.preparation.check_report import plot, summary
 from hpm_video.preparation.findings import columns_of
-from hpm_video.runs.console import above_zero, positive, run, shortest
+from hpm_video.runs.console import above_zero, add_options, positive, run, shortest
 from hpm_video.workers.pool import GIB, Limits
 
 SOME_ARE_BAD = 3
@@ -54,28 +53,22 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("manifest", type=Path, help="manifest, or folder of videos or images")
-    add(
-        "--out",
-        type=Path,
-        metavar="CHECKED.csv",
-        help="default: NAME.checked.csv beside the manifest. Where it is there already, files that "
-        "the same decoder could use and that have not changed since are not decoded again",
-    )
     add("--again", action="store_true", help="decode all of them again; stopped, it goes on")
-    add("--root", type=Path, help="where paths in the manifest start; default: its own folder")
-    add(
-        "--workers",
-        type=positive,
-        default=default_workers(),
-        metavar="N",
-        help="processes (default here: %(default)s)",
-    )
-    add(
-        "--seconds",
-        type=above_zero,
-        default=60.0,
-        metavar="LIMIT",
-        help="a file of which no further frame comes for so long is given up (default 60)",
+    processes = {"default": default_workers(), "help": "processes (default here: %(default)s)"}
+    checked = {
+        "metavar": "CHECKED.csv",
+        "help": "or --out; default: NAME.checked.csv beside the manifest. Where it is there "
+        "already, files that the same decoder could use and that have not changed since are not "
+        "decoded again",
+    }
+    add_options(
+        parser,
+        "root",
+        "seconds",
+        "memory",
+        output=checked,
+        workers={"type": positive, **processes},
+        decoder={"help": "of training"},
     )
     add(
         "--seconds-in-all",
@@ -84,8 +77,6 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         metavar="LIMIT",
         help="for a file, however well it gets on (default 3600)",
     )
-    add("--memory", type=above_zero, default=4.0, metavar="GIB", help="for a file (default 4)")
-    add("--decoder", choices=decoder_choices(), default="auto", help="of training")
     return parser.parse_args(command_line)
 
 
@@ -96,27 +87,25 @@ def check(arguments: argparse.Namespace) -> int:
         ManifestError, DecoderError, OSError: a wrong input.
     """
     listing = read_listing(arguments.manifest, arguments.root)
-    out = where_to(listing, arguments.out)
+    out = where_to(listing, arguments.output)
     refuse_unwritable(listing)
     if not all(is_image(file) or is_frame_folder(file) for file in listing.files):
         arguments.decoder = choose_decoder(arguments.decoder)
     limits = Limits(arguments.seconds, round(arguments.memory * GIB))
-    how = How(arguments.workers, limits, arguments.decoder, check_file, arguments.seconds_in_all)
+    checker = Checker(arguments.workers, limits, arguments.decoder, arguments.seconds_in_all)
     known = {} if arguments.again else known_of(out, arguments.root)
     with FindingJournal(out.with_name(f"{out.name}.partial"), again=arguments.again) as journal:
-        if journal.discarded:
-            print(f"--again: {journal.path}, of a check that was stopped, begins anew")
         before = known | journal.findings
         files = {*listing.files}
-        num_known = sum(how.takes_over(before[file]) for file in files & before.keys())
+        num_known = sum(checker.takes_over(before[file]) for file in files & before.keys())
         print(
             f"{len(files)} files of {shortest(listing.source)}"
-            f"{f', {num_known} of which were checked before' if num_known else ''}; {how.workers} "
-            f"{'process' if how.workers == 1 else 'processes'}; a file may take "
-            f"{arguments.memory:g} GiB, and {limits.seconds:g} s without a further frame"
+            f"{f', {num_known} of which were checked before' if num_known else ''}; "
+            f"{arguments.workers} {'process' if arguments.workers == 1 else 'processes'}; a file "
+            f"may take {arguments.memory:g} GiB, and {limits.seconds:g} s without a further frame"
         )
         try:
-            findings, taken_over = check_listing(listing, journal, known, how)
+            findings, taken_over = check_listing(listing, journal, known, checker)
         except KeyboardInterrupt:
             print(f"\nWhat is known so far is kept in {journal.path}: the same command goes on.")
             raise
@@ -125,7 +114,7 @@ def check(arguments: argparse.Namespace) -> int:
         if not is_beside and arguments.root is None:
             columns["path"] = [file.removeprefix(f"{out.parent}/") for file in listing.files]
         listing.write(columns, out)
-        journal.remove()
+        journal.path.unlink()
     picture = out.with_suffix(".png")
     with written_beside(picture) as path:
         title = f"{listing.source.name}, {len(listing)} files"
@@ -148,10 +137,10 @@ def where_to(listing: Listing, out: Path | None) -> Path:
     stem = source.name if source.is_dir() else source.stem
     out = (out or source.with_name(f"{stem}.checked.csv")).absolute()
     if out.suffix != ".csv":
-        raise ManifestError(f"--out {out} must end in .csv: it is a table with named columns")
+        raise ManifestError(f"--output {out} must end in .csv: it is a table with named columns")
     if out == source or (out.exists() and source.exists() and out.samefile(source)):
         raise ManifestError(
-            f"--out {out} is the manifest that is read, which stays as it is; give another name"
+            f"--output {out} is the manifest that is read, which stays as it is; give another name"
         )
     return out
 

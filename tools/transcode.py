@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from hpm_video.preparation.prepare import Estimate, make, pack, try_out
 from hpm_video.preparation.prepared_folder import PreparedFolder, Rows
 from hpm_video.preparation.shards import Packer
 from hpm_video.preparation.transcode import Prober, Recipe, Transcoder
-from hpm_video.runs.console import above_zero, positive, run, shortest
+from hpm_video.runs.console import above_zero, add_options, positive, run, shortest
 from hpm_video.workers.pool import GIB, Limits, Pool
 from hpm_video.workers.progress_bar import ProgressBar
 
@@ -53,7 +53,6 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", type=Path, metavar="MANIFEST", help="manifest or folder of videos or images")
     add("output", type=Path, metavar="OUT", help="folder to write to; a second start goes on")
-    add("--root", type=Path, help="where paths in the manifest start; default: its own folder")
     add("--to", choices=("files", "frames", "shards"), default="files", dest="form")
     add("--copy", action="store_true", help="with --to shards: pack the files as they are")
     add(
@@ -73,23 +72,21 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     add("--key-frames", type=positive, default=12, metavar="N", help="at most N apart (default 12)")
     add("--crf", type=between(0, 51), default=20, metavar="0-51", help="of H.264 (default 20)")
     add("--quality", type=between(1, 100), default=90, metavar="1-100", help="JPEG (default 90)")
-    add("--shard-size", type=above_zero, default=1.0, metavar="GB", help="(default 1)")
     add(
-        "--workers",
-        type=positive,
-        default=default_workers() + 1,
-        metavar="N",
-        help="processes (default here: %(default)s, for the cores that it may use; at most "
+        "--shard-size",
+        type=lambda text: round(above_zero(text) * GB),
+        default=round(GB),
+        dest="shard_bytes",
+        metavar="GB",
+        help="(default 1)",
+    )
+    workers = {
+        "type": positive,
+        "default": default_workers() + 1,
+        "help": "processes (default here: %(default)s, for the cores that it may use; at most "
         f"{MAX_WORKERS + 1})",
-    )
-    add(
-        "--seconds",
-        type=above_zero,
-        default=60.0,
-        metavar="LIMIT",
-        help="a file that makes no progress for so long is given up (default 60)",
-    )
-    add("--memory", type=above_zero, default=4.0, metavar="GIB", help="of a process (default 4)")
+    }
+    add_options(parser, "root", "seconds", "memory", workers=workers)
     add(
         "--estimate",
         "--dry-run",
@@ -110,16 +107,7 @@ def prepare(arguments: argparse.Namespace) -> None:
         BadFilesError: some files cannot be read; the others were dealt with.
         ManifestError, OSError: a wrong input, or a disk that is full.
     """
-    recipe = Recipe(
-        form=arguments.form,
-        short_side=arguments.short_side,
-        fps=arguments.fps,
-        key_frames=arguments.key_frames,
-        crf=arguments.crf,
-        quality=arguments.quality,
-        shard_bytes=round(arguments.shard_size * GB),
-        copy=arguments.copy,
-    )
+    recipe = Recipe(**{each.name: getattr(arguments, each.name) for each in fields(Recipe)})
     source = arguments.source.absolute()
     base = (arguments.root or (source if source.is_dir() else source.parent)).absolute()
     rows = Rows.of(read_manifest(source, arguments.root), read_listing(source, arguments.root))

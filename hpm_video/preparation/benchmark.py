@@ -1,8 +1,8 @@
-"""Measure how training clips are read: phase by phase, and by several processes."""
+"""Measure how training clips are read, phase by phase and by several processes."""
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
@@ -29,25 +29,13 @@ IN_WORKERS = ("reading", "decoding", "augmenting")
 IN_THE_RUN = ("collating", "copying")
 NUM_PLACES = 4 * 10**6
 """Videos that trials may read one after the other."""
-PREPARED = 2_000
-"""Files that are read into memory before a trial, at most."""
-SECONDS_TO_PREPARE = 5.0
+READ_AHEAD = 1_000
+"""Videos that a trial reads beyond those that it counts, at most."""
+PREPARED, SECONDS_TO_PREPARE = 2_000, 5.0
+"""Files that are read into memory before a trial, and the time for it, at most."""
 WEIGHED = 200
 """Files whose sizes stand for all."""
 MIB = 2**20
-
-
-@dataclass
-class Stopwatch:
-    """Seconds spent inside of ``with``, in total."""
-
-    seconds: float = 0.0
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._began
 
 
 @dataclass(frozen=True)
@@ -62,7 +50,7 @@ class Phases:
     copying: float
     """To the device."""
 
-    def seconds(self, names: Sequence[str]) -> float:
+    def seconds(self, names: Iterable[str]) -> float:
         """Sum some phases."""
         return float(sum(getattr(self, name) for name in names))
 
@@ -72,25 +60,35 @@ class Phases:
         return max(IN_THE_RUN if in_the_run else IN_WORKERS, key=lambda name: self.seconds([name]))
 
 
+class Stopwatch:
+    """Seconds spent inside of ``with``, in total."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._began
+
+
 @dataclass(frozen=True)
 class _Timed(ClipTransform):
     transform: ClipTransform
-    watch: Stopwatch = field(compare=False)
+    watch: Stopwatch
 
     def draw(
         self, size: tuple[int, int], frame_size: tuple[int, int], draw: np.random.Generator
     ) -> "_TimedDrawn":
-        return _TimedDrawn(self.transform.draw(size, frame_size, draw), self.watch)
+        drawn = self.transform.draw(size, frame_size, draw)
+        return _TimedDrawn(drawn.box, drawn, self.watch)
 
 
 @dataclass(frozen=True)
 class _TimedDrawn:
+    box: Box
     drawn: DrawnCrop
     watch: Stopwatch
-
-    @property
-    def box(self) -> Box:
-        return self.drawn.box
 
     def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
         with self.watch:
@@ -142,12 +140,24 @@ def size_of(path: str) -> int:
 
 def read_all(path: str) -> int:
     """Read the bytes of a file, a member of a tar or a folder of frames. -> how many, 0 if none"""
-    try:
-        if is_frame_folder(path):
-            return sum(len(read_bytes(str(frame))) for frame in frames_in(path))
-        return len(read_bytes(path))
-    except (DecodeError, OSError):
-        return 0
+    with suppress(DecodeError, OSError):
+        files = map(str, frames_in(path)) if is_frame_folder(path) else [path]
+        return sum(len(read_bytes(file)) for file in files)
+    return 0
+
+
+@dataclass
+class Trial:
+    """What came of reading with one decoder."""
+
+    decoder: DecoderName | None
+    """None for images."""
+    rates: dict[int, float] = field(default_factory=dict)
+    """Clips per second by the number of processes that decode."""
+    files: set[str] = field(default_factory=set)
+    refused: dict[str, Failure] = field(default_factory=dict)
+    error: TooManyBadFiles | RoomError | None = None
+    """The last reason why there is no rate."""
 
 
 @dataclass
@@ -166,9 +176,9 @@ class Trials:
     def __post_init__(self) -> None:
         self._sources = deal_out(self.weights, NUM_PLACES // self.batch_size)
 
-    def places(self) -> "CountedPlaces":
+    def places(self) -> Places:
         """Return what is read next."""
-        return CountedPlaces(self._sources, self.batch_size, self._start)
+        return Places(self._sources, self.batch_size, self._start)
 
     def go_on(self, count: int) -> None:
         """Pass over so many places: what comes from the disk must not be read twice."""
@@ -186,37 +196,70 @@ class Trials:
             DecodeError: none does.
         """
         places = list(islice(self.places(), count))
-        for decoder in decoders:
-            try:
-                phases = time_phases(
-                    self.clips,
-                    places,
-                    batch_size=self.batch_size,
-                    device=device,
-                    storage=self.storage,
-                    decoder=decoder,
-                )
-            except DecodeError:
-                if decoder == decoders[-1]:
-                    raise
-                continue
-            self.go_on(count)
-            return phases, decoder
-        raise DecodeError("there is no decoder")
+        self.go_on(count)
+        *others, last = decoders
+        for decoder in others:
+            with suppress(DecodeError):
+                return self.take_apart(places, device, decoder), decoder
+        return self.take_apart(places, device, last), last
 
-    def read(self, trial: "Trial", workers: int) -> None:
+    def take_apart(
+        self, places: Sequence[Place], device: torch.device, decoder: DecoderName | None = None
+    ) -> Phases:
+        """Read the clips at ``places`` in this process. Bad files are left out.
+
+        Raises:
+            DecodeError: none of the files decodes.
+        """
+        streams = [_fresh(stream, decoder) for stream in self.clips.streams]
+        reading, whole, augmenting, collating, copying = (Stopwatch() for _ in range(5))
+        samples: list[Sample] = []
+        failure: DecodeError | OSError | None = None
+        for place in places:
+            request = streams[place.source].request(place.position)
+            reader = reader_of(streams[place.source])
+            timed = replace(reader, transform=_Timed(reader.transform, augmenting))
+            try:
+                if self.storage.is_memory:
+                    read_all(request.path)
+                with reading:
+                    read_all(request.path)
+                with whole:
+                    samples.append(timed(request))
+            except (DecodeError, OSError) as error:
+                failure = error
+        if not samples:
+            raise DecodeError(f"none of the first {len(places)} files decodes. The last: {failure}")
+        for _, of_one_source in groupby(samples, key=lambda sample: sample.source):
+            while batch := list(islice(of_one_source, self.batch_size)):
+                with collating:
+                    put_together = collate(batch)
+                with copying:
+                    put_together.to(device)
+                    if device.type == "cuda":
+                        torch.cuda.synchronize(device)
+        count = sum(len(sample.clips) for sample in samples)
+        return Phases(
+            reading.seconds / count,
+            (whole.seconds - augmenting.seconds) / count,
+            augmenting.seconds / count,
+            collating.seconds / count,
+            copying.seconds / count if device.type == "cuda" else 0.0,
+        )
+
+    def read(self, trial: Trial, workers: int) -> None:
         """Have so many processes read, and add what comes of it to ``trial``."""
         places, began = self.places(), time.monotonic()
         for place in islice(places, PREPARED if self.storage.is_memory else 0):
             read_all(self.clips.streams[place.source].request(place.position).path)
             if time.monotonic() > began + SECONDS_TO_PREPARE:
                 break
-        places.reached = 0
         streams = [_fresh(stream, trial.decoder) for stream in self.clips.streams]
-        count = 0
+        clips = MixedClips(streams)
+        count, videos = 0, READ_AHEAD
         try:
             batches = training_batches(
-                MixedClips(streams), places, batch_size=self.batch_size, workers=workers, pin=False
+                clips, places, batch_size=self.batch_size, workers=workers, pin=False
             )
             with closing(batches):
                 trial.files.update(next(batches).files)
@@ -224,6 +267,7 @@ class Trials:
                 for batch in batches:
                     trial.files.update(batch.files)
                     count += len(batch.clips)
+                    videos += len(batch.files)
                     if time.perf_counter() > began + self.seconds:
                         break
             trial.rates[workers] = count / (time.perf_counter() - began)
@@ -234,92 +278,7 @@ class Trials:
             trial.rates.clear()
         for stream in streams:
             trial.refused |= stream.bad
-        self.go_on(places.reached)
-
-
-class CountedPlaces(Places):
-    """Places that know how far they were looked at."""
-
-    reached = 0
-
-    def __getitem__(self, index: int) -> Place:  # type: ignore[override]
-        place = super().__getitem__(index)
-        self.reached = max(self.reached, index + 1)
-        return place
-
-
-@dataclass
-class Trial:
-    """What came of reading with one decoder."""
-
-    decoder: DecoderName | None
-    """None for images."""
-    rates: dict[int, float] = field(default_factory=dict)
-    """Clips per second by the number of processes that decode."""
-    files: set[str] = field(default_factory=set)
-    """Those that were read."""
-    refused: dict[str, Failure] = field(default_factory=dict)
-    error: TooManyBadFiles | RoomError | None = None
-    """The last reason why there is no rate."""
-
-    @property
-    def refuses_all(self) -> bool:
-        """Whether more files failed than training tolerates."""
-        return isinstance(self.error, TooManyBadFiles)
-
-
-def time_phases(
-    clips: MixedClips,
-    places: Sequence[Place],
-    *,
-    batch_size: int,
-    device: torch.device,
-    storage: Storage | None = None,
-    decoder: DecoderName | None = None,
-) -> Phases:
-    """Take the clips at ``places`` apart into phases, in this process. Bad files are left out.
-
-    ``storage`` and ``decoder``: by default those of the clips.
-
-    Raises:
-        DecodeError: none of the files decodes.
-    """
-    storage = storage or Storage.of(clips)
-    streams = [_fresh(stream, decoder) for stream in clips.streams]
-    reading, whole, augmenting = Stopwatch(), Stopwatch(), Stopwatch()
-    collating, copying = Stopwatch(), Stopwatch()
-    samples: list[Sample] = []
-    failure: DecodeError | OSError | None = None
-    for place in places:
-        request = streams[place.source].request(place.position)
-        reader = reader_of(streams[place.source])
-        timed = replace(reader, transform=_Timed(reader.transform, augmenting))
-        try:
-            if storage.is_memory:
-                read_all(request.path)
-            with reading:
-                read_all(request.path)
-            with whole:
-                samples.append(timed(request))
-        except (DecodeError, OSError) as error:
-            failure = error
-    if not samples:
-        raise DecodeError(f"none of the first {len(places)} files decodes. The last: {failure}")
-    for batch in _in_batches(samples, batch_size):
-        with collating:
-            put_together = collate(batch)
-        with copying:
-            put_together.to(device)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-    count = sum(len(sample.clips) for sample in samples)
-    return Phases(
-        reading.seconds / count,
-        (whole.seconds - augmenting.seconds) / count,
-        augmenting.seconds / count,
-        collating.seconds / count,
-        copying.seconds / count if device.type == "cuda" else 0.0,
-    )
+        self.go_on(videos)
 
 
 def reader_of(stream: VideoClips) -> DrawnClips:
@@ -335,10 +294,3 @@ def _fresh(stream: VideoClips, decoder: DecoderName | None) -> VideoClips:
     if decoder is not None:
         fresh.reader = replace(reader_of(stream), decoder=decoder)
     return fresh
-
-
-def _in_batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]]:
-    """Yield batches of one source each."""
-    for _, its_own in groupby(samples, key=lambda sample: sample.source):
-        while batch := list(islice(its_own, batch_size)):
-            yield batch

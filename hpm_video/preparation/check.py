@@ -5,8 +5,8 @@ import hashlib
 import io
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from hpm_video.decoding.locations import TarMember, frames_in, is_frame_folder, 
 from hpm_video.decoding.reader import DecodeError, Size, VideoReader, as_decode_error
 from hpm_video.decoding.registry import open_video
 from hpm_video.preparation.findings import BETWEEN_REASONS, Finding, Stamp
-from hpm_video.preparation.jobs import Step
-from hpm_video.preparation.soundness import Deadline, Steps, Stream, TooLongError, decode_all
+from hpm_video.preparation.jobs import Step, Steps
+from hpm_video.preparation.soundness import Stream, decode_all
 
 SHORTEST = 16
 """Frames of a usual clip."""
@@ -45,44 +45,24 @@ _CLOCKWISE = {3: 180, 4: 180, 5: 90, 6: 90, 7: 270, 8: 270}
 """What the orientations of EXIF mean, mirrored or not."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """A file to look at. Small: it goes to another process."""
+def examine(file: str, decoder: DecoderChoice) -> Steps[Finding]:
+    """Decode all of a file.
 
-    file: str
-    """Its place, as :mod:`hpm_video.decoding.locations` has it."""
-    known: Stamp | None = None
-    """When it was looked at before. Unless it has changed since, nothing is done."""
-    decoder: DecoderChoice = "auto"
-    seconds_in_all: float = 3600.0
-    """After which it is given up although it goes on."""
-
-
-def check_file(task: Task) -> Iterator[Step | Finding | None]:
-    """Decode all of a file. -> at last what was found out, or none if it has not changed
-
-    As long as frames come out, it says now and then that it gets on. Whatever is wrong with the
-    file is part of the finding; only a lack of memory is raised.
+    Whatever is wrong with it is part of the finding; only a lack of memory is raised.
     """
     try:
-        stamp = stamp_of(task.file)
+        stamp = stamp_of(file)
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
-        why = "there is no such file" if missing else f"{error.strerror}"
-        yield None if task.known == Stamp() else bad(why)
-        return
-    if task.known == stamp:
-        yield None
-        return
+        return bad("there is no such file" if missing else f"{error.strerror}")
     try:
-        with as_decode_error(task.file):
-            finding = yield from _measure(task.file, task.decoder, Deadline(task.seconds_in_all))
-            finding = replace(finding, content=content_of(task.file, stamp))
-    except TooLongError as error:
-        finding = replace(bad(error.reason), limits=(task.seconds_in_all,))
+        with as_decode_error(file), open_video(file, decoder) as reader:
+            measure = _pictures if is_frame_folder(file) or is_image(file) else _video
+            finding = yield from measure(reader, file)
+            finding = replace(finding, content=content_of(file, stamp))
     except DecodeError as error:
         finding = bad(error.reason)
-    yield replace(finding, bytes=stamp.bytes, modified=stamp.modified)
+    return replace(finding, bytes=stamp.bytes, modified=stamp.modified)
 
 
 def bad(*reasons: str) -> Finding:
@@ -112,55 +92,38 @@ def content_of(file: str, stamp: Stamp) -> str:
     digest = hashlib.blake2b(repr(stamp.bytes).encode(), digest_size=8)
     if is_frame_folder(file):
         frames = frames_in(file)
-        digest.update(repr([(frame.name, frame.stat().st_size) for frame in frames]).encode())
-        for frame in (*frames[:1], *frames[-1:]):
-            digest.update(_ends(frame, 0, frame.stat().st_size))
+        sizes = [frame.stat().st_size for frame in frames]
+        named = [(frame.name, size) for frame, size in zip(frames, sizes, strict=True)]
+        digest.update(repr(named).encode())
+        parts = [(frames[place], 0, sizes[place]) for place in (0, -1)]
+    elif member := TarMember.parse(file):
+        parts = [(Path(member.tar), member.offset, member.size)]
     else:
-        member = TarMember.parse(file)
-        start, size = (member.offset, member.size) if member else (0, stamp.bytes or 0)
-        digest.update(_ends(Path(member.tar if member else file), start, size))
+        parts = [(Path(file), 0, stamp.bytes or 0)]
+    for path, start, size in parts:
+        with path.open("rb") as opened:
+            for at in (start, start + max(size - _ENDS, 0)):
+                opened.seek(at)
+                digest.update(opened.read(min(size, _ENDS)))
     return digest.hexdigest()
 
 
-def _ends(path: Path, start: int, size: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(start)
-        first = file.read(min(size, _ENDS))
-        file.seek(start + max(size - _ENDS, 0))
-        return first + file.read(min(size, _ENDS))
-
-
-def _measure(file: str, decoder: DecoderChoice, deadline: Deadline) -> Steps[Finding]:
-    """Everything about a file but its bytes.
-
-    Raises:
-        DecodeError: it does not open, or not one of its frames decodes.
-    """
-    if is_frame_folder(file) or is_image(file):
-        return (yield from _measure_pictures(file, deadline))
-    with open_video(file, decoder) as reader:
-        return (yield from _measure_video(reader, file, deadline))
-
-
-def _measure_pictures(file: str, deadline: Deadline) -> Steps[Finding]:
+def _pictures(reader: VideoReader, file: str) -> Steps[Finding]:
     """An image, or a folder of them: read as training reads them."""
-    with open_video(file) as reader:
-        height, width, count = reader.height, reader.width, reader.num_frames
-        sound, why = 0, ""
-        while sound < count and not why:
-            try:
-                reader.read([sound])
-                sound += 1
-            except DecodeError as error:
-                why = error.reason
-            yield from deadline.look()
+    size, count = (reader.height, reader.width), reader.num_frames
+    sound, why = 0, ""
+    while sound < count and not why:
+        try:
+            reader.read([sound])
+            sound += 1
+        except DecodeError as error:
+            why = error.reason
+        yield Step()
     facts = _picture_facts(read_bytes(str(frames_in(file)[0]) if is_frame_folder(file) else file))
     finding = Finding(
-        "fine", num_frames=sound, width=width, height=height, key_frame_distance=1, **facts
+        "fine", num_frames=sound, height=size[0], width=size[1], key_frame_distance=1, **facts
     )
-    doubts = list(doubts_of_size((height, width)))
-    if is_frame_folder(file):
-        doubts += doubts_of_length(sound)
+    doubts = [*doubts_of_size(size), *(doubts_of_length(sound) if is_frame_folder(file) else ())]
     return _judged(finding, doubts, count, why)
 
 
@@ -178,37 +141,36 @@ def _picture_facts(data: bytes) -> dict[str, Any]:
     return {"codec": kind, "pixel_format": mode, "rotation": _CLOCKWISE.get(orientation, 0)}
 
 
-def _measure_video(reader: VideoReader, file: str, deadline: Deadline) -> Steps[Finding]:
-    stream = yield from decode_all(file, deadline)
+def _video(reader: VideoReader, file: str) -> Steps[Finding]:
+    stream = yield from decode_all(file)
     if not stream.frames:
         raise DecodeError(stream.first_error or "it has no frames")
-    found = stream.sound()
+    sound, count, damage = stream.sound()
     # Without times training counts frames as they are counted here.
-    sound = min(found.sound, reader.num_frames) if stream.shown else found.sound
-    sound, why = yield from _readable(reader, sound, deadline)
+    sound = min(sound, reader.num_frames) if stream.shown else sound
+    sound, why = yield from _readable(reader, sound)
     fps = stream.fps()
-    height, width = stream.sizes[0]
     finding = Finding(
         "fine",
         num_frames=sound,
         fps=fps,
         duration=sound / fps if fps else None,
-        width=width,
-        height=height,
+        height=stream.sizes[0][0],
+        width=stream.sizes[0][1],
         codec=stream.codec,
         pixel_format=stream.pixel_format,
         key_frame_distance=stream.key_distance(),
         rotation=stream.rotation,
     )
-    doubts = doubts_of_stream(stream, sound)
-    if stream.shown and reader.num_frames != found.count:
+    doubts = [*doubts_of_stream(stream, sound)]
+    if stream.shown and reader.num_frames != count:
         doubts.append(
-            f"the decoder that is to be used counts {reader.num_frames} frames, PyAV {found.count}"
+            f"the decoder that is to be used counts {reader.num_frames} frames, PyAV {count}"
         )
-    return _judged(finding, doubts, found.count, why or found.why)
+    return _judged(finding, doubts, count, why or damage)
 
 
-def _readable(reader: VideoReader, sound: int, deadline: Deadline) -> Steps[tuple[int, str]]:
+def _readable(reader: VideoReader, sound: int) -> Steps[tuple[int, str]]:
     """How many of the frames training can read, and if not all of them, why.
 
     It gets at them by another way than one after the other, and where decoding has to go on to get
@@ -222,9 +184,7 @@ def _readable(reader: VideoReader, sound: int, deadline: Deadline) -> Steps[tupl
         try:
             for index in sorted({0, last // 2, last}):
                 reader.read([index])
-                yield from deadline.look()
-        except TooLongError:
-            raise
+                yield Step()
         except (DecodeError, IndexError) as error:
             why = why or (error.reason if isinstance(error, DecodeError) else str(error))
         else:
@@ -232,25 +192,23 @@ def _readable(reader: VideoReader, sound: int, deadline: Deadline) -> Steps[tupl
     return 0, why
 
 
-def doubts_of_stream(stream: Stream, sound: int) -> list[str]:
+def doubts_of_stream(stream: Stream, sound: int) -> Iterator[str]:
     """Why a video may not be what it should be, although it decodes."""
-    doubts = []
-    fps = stream.fps()
+    fps, distance = stream.fps(), stream.key_distance()
     # An edit list leaves frames out, and AVI counts those that are shown longer: as long as told.
     if stream.stated > stream.packets and fps and abs(stream.promised - stream.span()) > 2.5 / fps:
-        doubts.append(
+        yield (
             f"its header promises {stream.stated} frames in {stream.promised:.4g} s, and it holds "
             f"{stream.packets} in {stream.span():.4g} s: where it was cut off, download it again"
         )
-    if (distance := stream.key_distance()) > FARTHEST:
-        doubts.append(
+    if distance > FARTHEST:
+        yield (
             f"{distance} frames from one key frame to the next, so reading from the middle is "
             f"slow: {ANEW}"
         )
-    doubts += doubts_of_gaps(stream.gaps(), stream.tick)
-    doubts += doubts_of_size(stream.sizes[0])
-    doubts += doubts_of_length(sound)
-    return doubts
+    yield from doubts_of_gaps(stream.gaps(), stream.tick)
+    yield from doubts_of_size(stream.sizes[0])
+    yield from doubts_of_length(sound)
 
 
 def doubts_of_gaps(gaps: NDArray[np.float64], tick: float) -> Iterator[str]:
@@ -286,27 +244,19 @@ def doubts_of_length(num_frames: int) -> Iterator[str]:
         yield f"{num_frames} frames, fewer than a clip of {SHORTEST}: some are shown repeatedly"
 
 
-def _judged(finding: Finding, doubts: Sequence[str], count: int, why: str) -> Finding:
+def _judged(finding: Finding, doubts: list[str], count: int, why: str) -> Finding:
     """The finding with its verdict, by how many of ``count`` frames can be read."""
     sound = finding.num_frames or 0
-    reasons = [*doubts]
     if sound < count:
         some = f"only the first {sound}" if sound else "none"
         told = f"{some} of {count} frames can be read ({why}): download it again, or {ANEW}"
         if sound < SHORTEST:
-            return replace(
-                finding,
-                verdict="bad",
-                reasons=(_one_reason(told),),
-                num_frames=sound or None,
-                duration=finding.duration if sound else None,
-            )
-        reasons.insert(0, told)
-    return replace(
-        finding,
-        verdict="suspicious" if reasons else "fine",
-        reasons=tuple(map(_one_reason, reasons)),
-    )
+            duration = finding.duration if sound else None
+            of_it = replace(finding, num_frames=sound or None, duration=duration)
+            return replace(of_it, verdict="bad", reasons=bad(told).reasons)
+        doubts = [told, *doubts]
+    reasons = tuple(map(_one_reason, doubts))
+    return replace(finding, verdict="suspicious" if reasons else "fine", reasons=reasons)
 
 
 def _one_reason(why: str) -> str:

@@ -1,27 +1,25 @@
 """Checking all files of a manifest: in parallel, going on after a stop, and a verdict for each."""
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hpm_video.config.choices import DecoderChoice
-from hpm_video.data.manifest import Listing, ManifestError, Verdict, read_listing
+from hpm_video.data.manifest import Listing, ManifestError, read_listing
 from hpm_video.decoding.locations import is_frame_folder, is_image
-from hpm_video.preparation.check import Task, bad, check_file, stamp_of
+from hpm_video.preparation.check import bad, examine, stamp_of
 from hpm_video.preparation.findings import OF_THE_MANIFEST, Finding, Stamp, read_findings
-from hpm_video.preparation.jobs import Journal, Step, answers
+from hpm_video.preparation.jobs import Journal, Step, answers, paced
 from hpm_video.workers.pool import GIB, Limits, Lost, Pool
 from hpm_video.workers.progress_bar import ProgressBar
-
-Work = Callable[[Task], Finding | None | Iterator[Step | Finding | None]]
-"""Looks at a file in a process of its own; it says nothing of one that has not changed. Before its
-last result it may say that it gets on."""
 
 PICTURES = "pillow"
 """What decodes images, whatever the decoder of videos."""
 _REMEDIES = {
+    "s in all": "where it is only long, check it with more --seconds-in-all",
     "no further frame": "where only the disk is slow, check it with more --seconds",
     "needs more memory": "where it is only large, check it with more --memory",
 }
@@ -41,42 +39,39 @@ class FindingJournal(Journal):
         """
         super().__init__(path)
         records = self.read()
-        self.discarded = 0
-        """Records of another check that was stopped, and is not gone on with."""
         if again and records[:1] != [_AGAIN]:
-            self.discarded = len(records)
             self.clear()
             self.append(_AGAIN)
             records = []
         self.findings: dict[str, Finding] = {}
-        known = {field.name for field in fields(Finding)}
         for record in records:
-            with contextlib.suppress(TypeError, KeyError):
-                values = {name: value for name, value in record.items() if name in known}
-                values["reasons"] = tuple(values["reasons"])
-                values["limits"] = tuple(values["limits"]) if values["limits"] else None
-                self.findings[record["file"]] = Finding(**values)
+            with contextlib.suppress(KeyError, ValueError, TypeError):  # of another version
+                limits = tuple(record["limits"]) if record["limits"] else None
+                self.findings[record["file"]] = replace(Finding.of(record), limits=limits)
 
     def note(self, file: str, finding: Finding) -> None:
         """Append what was found out about a file."""
-        self.append({"file": file} | asdict(finding))
-
-    def remove(self) -> None:
-        """Delete the journal: it is no longer needed."""
-        self.path.unlink(missing_ok=True)
+        self.append({"file": file, "limits": finding.limits, **finding.cells()})
 
 
 @dataclass(frozen=True)
-class How:
-    """How files are looked at."""
+class Checker:
+    """Looks at files, each in a process of its own, which it is the work of."""
 
     workers: int
     limits: Limits = Limits()
     decoder: DecoderChoice = "auto"
-    work: Work = check_file
-    """A function of a module."""
     seconds_in_all: float = 3600.0
     """For a file, of which the limits count the seconds without a further frame."""
+
+    def __call__(self, file: str) -> Iterator[Step | Finding]:
+        """Say now and then that it gets on, and at last what was found out."""
+        end = time.monotonic() + self.seconds_in_all
+        for result in paced(examine(file, self.decoder)):
+            if isinstance(result, Step) and time.monotonic() > end:
+                yield self.given_up(file, f"it took longer than {self.seconds_in_all:g} s in all")
+                return
+            yield result
 
     @property
     def allowed(self) -> tuple[float, float, float]:
@@ -88,49 +83,50 @@ class How:
         same_limits = finding.limits in (None, self.allowed)
         return finding.decoder in (self.decoder, PICTURES) and same_limits
 
+    def check(
+        self, files: Sequence[str], known: Mapping[str, Finding]
+    ) -> Generator[tuple[str, Finding, bool], None, None]:
+        """Look at files, in whatever order they come: each, what was found, and whether it is new.
 
-def check_files(
-    files: Sequence[str], how: How, known: Mapping[str, Finding]
-) -> Generator[tuple[str, Finding, bool], None, None]:
-    """Look at files, in whatever order they come: each, what was found, and whether it is new.
+        Those that are ``known`` and have not changed are not decoded again.
+        """
+        left = []
+        for file in files:
+            before = known.get(file)
+            if before and self.takes_over(before) and before.stamp == _stamp_of(file):
+                yield file, before, False
+            else:
+                left.append(file)
+        if not left:
+            return
+        with Pool(self, min(self.workers, len(left)), self.limits) as pool:
+            for file, result, is_last in answers(pool, {file: file for file in left}, retry=True):
+                if not is_last:
+                    continue
+                if isinstance(result, Lost):
+                    why = result.reason
+                    none_came = f"no further frame came in {self.limits.seconds:g} s"
+                    result = self.given_up(file, none_came if "took longer" in why else why)
+                is_picture = is_image(file) or is_frame_folder(file)
+                decoder = PICTURES if is_picture else self.decoder
+                yield file, replace(result, decoder=decoder), True
 
-    Those that are ``known`` and have not changed are not decoded again.
-    """
-    known = {file: finding for file, finding in known.items() if how.takes_over(finding)}
-    tasks = {
-        file: Task(
-            file, known[file].stamp if file in known else None, how.decoder, how.seconds_in_all
-        )
-        for file in files
-    }
-    with Pool(how.work, min(how.workers, len(tasks)), how.limits) as pool:
-        for file, result, is_last in answers(pool, tasks, retry=True):
-            if not is_last:
-                continue
-            if result is None:
-                yield file, known[file], False
-                continue
-            finding = _lost(file, result, how) if isinstance(result, Lost) else result
-            if finding.limits is not None:
-                finding = replace(finding, limits=how.allowed)
-            is_picture = is_image(file) or is_frame_folder(file)
-            yield file, replace(finding, decoder=PICTURES if is_picture else how.decoder), True
+    def given_up(self, file: str, reason: str) -> Finding:
+        """The finding that a file took too much."""
+        remedy = next((what for why, what in _REMEDIES.items() if why in reason), _ANYHOW)
+        stamp, found = _stamp_of(file), bad(f"{reason}: {remedy}")
+        return replace(found, bytes=stamp.bytes, modified=stamp.modified, limits=self.allowed)
 
 
-def _lost(file: str, lost: Lost, how: How) -> Finding:
-    reason = lost.reason
-    if "took longer" in reason:
-        reason = f"no further frame came in {how.limits.seconds:g} s"
-    remedy = next((what for why, what in _REMEDIES.items() if why in reason), _ANYHOW)
-    stamp = Stamp()
-    with contextlib.suppress(OSError):
-        stamp = stamp_of(file)
-    finding = bad(f"{reason}: {remedy}")
-    return replace(finding, bytes=stamp.bytes, modified=stamp.modified, limits=how.allowed)
+def _stamp_of(file: str) -> Stamp:
+    try:
+        return stamp_of(file)
+    except OSError:
+        return Stamp()
 
 
 def check_listing(
-    listing: Listing, journal: FindingJournal, known: Mapping[str, Finding], how: How
+    listing: Listing, journal: FindingJournal, known: Mapping[str, Finding], checker: Checker
 ) -> tuple[list[Finding], int]:
     """Look at every file of a manifest, note each, and judge each row.
 
@@ -143,7 +139,7 @@ def check_listing(
     num_bad = taken_over = 0
     with (
         closing(ProgressBar(len(files), "files")) as bar,
-        closing(check_files(files, how, {**known, **journal.findings})) as findings,
+        closing(checker.check(files, {**known, **journal.findings})) as findings,
     ):
         for file, finding, is_new in findings:
             found[file] = finding
@@ -193,8 +189,10 @@ def judged(listing: Listing, found: Mapping[str, Finding]) -> Iterator[Finding]:
                 f"{OF_THE_MANIFEST}has the same content as {paths[same]}"
                 f"{differ if labels[same] != labels[row] else ''}: leave one of them out"
             )
-        verdict: Verdict = "suspicious" if doubts else finding.verdict
-        yield replace(finding, verdict=verdict, reasons=(*finding.reasons, *doubts))
+        if doubts:
+            reasons = (*finding.reasons, *doubts)
+            finding = replace(finding, verdict="suspicious", reasons=reasons)
+        yield finding
 
 
 def _whole(cell: str) -> int:

@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from hpm_video.data.manifest import VERDICTS
@@ -19,6 +19,14 @@ WIDE = 30.0
 """The largest value as a multiple of the smallest from which on an axis is logarithmic."""
 COLOURS = ("tab:green", "tab:orange", "tab:red")
 """Of the verdicts."""
+MEASURES = {
+    "num_frames": "Length in frames",
+    "duration": "Length in seconds",
+    "short_side": "Short side in pixels",
+    "fps": "Frames per second",
+    "key_frame_distance": "Key-frame distance",
+}
+"""Columns of :func:`usable`, and what they are called in the plot."""
 
 
 def summary(files: Sequence[str], findings: Sequence[Finding]) -> str:
@@ -31,9 +39,9 @@ def summary(files: Sequence[str], findings: Sequence[Finding]) -> str:
     if len(reasons) > REASONS_TOLD:
         rest = sum(times for times, *_ in reasons[REASONS_TOLD:])
         lines.append(f"  {rest:6} others: see the column reason")
-    usable = [finding for finding in findings if finding.verdict != "bad"]
-    if usable:
-        lines += [f"  {name:12}{value}" for name, value in _totals(usable).items()]
+    table = usable(findings)
+    if len(table):
+        lines += [f"  {name:12}{value}" for name, value in _totals(table).items()]
     return "\n".join(lines)
 
 
@@ -55,56 +63,45 @@ def common_reasons(
     ]
 
 
-def _totals(usable: Sequence[Finding]) -> dict[str, str]:
-    hours = sum(finding.duration or 0 for finding in usable) / 3600
-    size = sum(finding.bytes or 0 for finding in usable)
-    sizes = Counter((finding.width, finding.height) for finding in usable)
+def usable(findings: Sequence[Finding]) -> pd.DataFrame:
+    """What is known of files that can be used, one in each row."""
+    table = pd.DataFrame([vars(found) for found in findings if found.verdict != "bad"])
+    if table.empty:
+        return table
+    table["short_side"] = table[["width", "height"]].min(axis=1)
+    table = table.astype(dict.fromkeys((*MEASURES, "width", "height", "bytes"), float))
+    table.loc[table["fps"].isna(), "key_frame_distance"] = np.nan  # an image has them by name alone
+    return table
+
+
+def _totals(table: pd.DataFrame) -> dict[str, str]:
+    sizes = Counter(zip(table["width"], table["height"], strict=True))
     (width, height), most = sizes.most_common(1)[0]
-    codecs = Counter(finding.codec for finding in usable).most_common(4)
-    measured = _measured(usable)
-    frames = measured["Length in frames"]
+    codecs = Counter(table["codec"]).most_common(4)
     totals = {
-        "usable": f"{len(usable)} files, {hours:.2f} hours, {int(frames.sum())} frames, "
-        f"{tqdm.format_sizeof(size)}B",
-        "frames": f"{int(np.median(frames))} (median), {frames.min():.4g} to {frames.max():.4g}",
-        "sizes": f"{len(sizes)}; {width} x {height} in {most} files",
+        "usable": f"{len(table)} files, {table['duration'].sum() / 3600:.2f} hours, "
+        f"{table['num_frames'].sum():.0f} frames, {tqdm.format_sizeof(table['bytes'].sum())}B",
+        "frames": _spread(table["num_frames"]),
+        "sizes": f"{len(sizes)}; {width:g} x {height:g} in {most} files",
         "codecs": ", ".join(f"{codec} {count}" for codec, count in codecs),
+        "short side": _spread(table["short_side"]),
+        "frames/s": _spread(table["fps"]),
+        "key frames": _spread(table["key_frame_distance"]),
     }
-    for name, title in {
-        "short side": "Short side in pixels",
-        "frames/s": "Frames per second",
-        "key frames": "Key-frame distance",
-    }.items():
-        if title in measured:
-            values = measured[title]
-            totals[name] = (
-                f"{np.median(values):.4g} (median), {values.min():.4g} to {values.max():.4g}"
-            )
-    return totals
+    return {name: told for name, told in totals.items() if told}
 
 
-def _measured(usable: Sequence[Finding]) -> dict[str, NDArray[np.float64]]:
-    """The numbers that are known of files, by what they are: each (K,)"""
-    videos = [finding for finding in usable if finding.fps]  # an image has key frames by name alone
-    columns: dict[str, Sequence[float | None]] = {
-        "Length in frames": [finding.num_frames for finding in usable],
-        "Length in seconds": [finding.duration for finding in usable],
-        "Short side in pixels": [
-            min(found.width, found.height) for found in usable if found.width and found.height
-        ],
-        "Frames per second": [finding.fps for finding in videos],
-        "Key-frame distance": [finding.key_frame_distance for finding in videos],
-    }
-    known = {
-        name: np.array([value for value in values if value is not None], dtype=np.float64)
-        for name, values in columns.items()
-    }
-    return {name: values for name, values in known.items() if len(values)}
+def _spread(values: "pd.Series[float]") -> str:
+    """Median, smallest and largest; nothing where none is known."""
+    if not values.count():
+        return ""
+    return f"{values.median():g} (median), {values.min():g} to {values.max():g}"
 
 
 def plot(findings: Sequence[Finding], title: str) -> Figure:
     """Histograms of lengths, sizes and rates of the files that can be used, and the verdicts."""
-    shown = _measured([finding for finding in findings if finding.verdict != "bad"])
+    table = usable(findings)
+    shown = [name for name in MEASURES if name in table and table[name].count()]
     columns = min(3, 1 + len(shown))
     rows = -(-(1 + len(shown)) // columns)
     figure = Figure(figsize=(4.6 * columns, 0.4 + 3.0 * rows), layout="constrained")
@@ -115,14 +112,14 @@ def plot(findings: Sequence[Finding], title: str) -> Figure:
     bars = axes.barh(VERDICTS, [counts[verdict] for verdict in VERDICTS], color=COLOURS)
     axes.bar_label(bars, [f"{counts[v]} ({counts[v] / len(findings):.1%})" for v in VERDICTS])
     axes.margins(x=0.3)
-    for place, (name, values) in enumerate(shown.items(), start=2):
-        median, low, high = float(np.median(values)), values.min(), values.max()
-        axes = figure.add_subplot(rows, columns, place, title=f"{name}, median {median:.4g}")
-        axes.set_ylabel("files")
+    for place, name in enumerate(shown, start=2):
+        values = table[name].dropna()
+        median, low, high = values.median(), values.min(), values.max()
+        title = f"{MEASURES[name]}, median {median:.4g}"
+        axes = figure.add_subplot(rows, columns, place, title=title, ylabel="files")
         is_wide = low > 0 and high > WIDE * low
         if is_wide:
             axes.set_xscale("log")
-        bins = np.geomspace(low, high, BINS + 1).tolist() if is_wide else BINS
-        axes.hist(values, bins=bins)
+        axes.hist(values, bins=np.geomspace(low, high, BINS + 1).tolist() if is_wide else BINS)
         axes.axvline(median, color="tab:orange")
     return figure

@@ -56,12 +56,10 @@ def write_video(  # noqa: PLR0913 - what is written, and how
     if first is None:
         raise ValueError("a video needs at least one frame, got none")
     _check(first, first.shape)
-    height, width = first.shape[:2]
+    size = first.shape[0], first.shape[1]
     with (
         written_beside(Path(path)) as beside,
-        VideoWriter(
-            beside, (height, width), fps=fps, crf=crf, gop=gop, faststart=faststart
-        ) as writer,
+        VideoWriter(beside, size, fps=fps, crf=crf, gop=gop, faststart=faststart) as writer,
     ):
         for frame in chain([first], source):
             _check(frame, first.shape)
@@ -103,11 +101,7 @@ class VideoWriter:
 
     def describe_colours(self, frame: av.VideoFrame) -> None:
         """Say how to turn the colours back, as a frame that is to be written says it."""
-        context = self._stream.codec_context
-        context.color_range = frame.color_range
-        context.colorspace = frame.colorspace
-        context.color_primaries = frame.color_primaries
-        context.color_trc = frame.color_trc
+        _copy_colours(frame, self._stream.codec_context)
 
     def write(self, frame: av.VideoFrame) -> None:
         """Append a frame: it is shown for 1 / fps seconds."""
@@ -147,8 +141,7 @@ class Resizer:
             dst_colorspace=Colorspace.ITU601 if has_rgb else None,
             dst_color_range=ColorRange.MPEG,
         )
-        turns = _turns(frame)
-        return _turned(small, turns) if turns else small
+        return _turned(small, _turns(frame)) if _turns(frame) else small
 
     def rgb(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
         """-> (H, W, 3)"""
@@ -203,18 +196,19 @@ def _turns(frame: av.VideoFrame) -> int:
 def _turned(frame: av.VideoFrame, turns: int) -> av.VideoFrame:
     """A frame of yuv420p, turned plane by plane."""
     height, width = frame.height, frame.width
-    packed = frame.to_ndarray().reshape(-1)
-    bounds = np.cumsum([0, height * width, height * width // 4, height * width // 4])
-    shapes = [(height, width), (height // 2, width // 2), (height // 2, width // 2)]
-    planes = [
-        np.rot90(packed[bounds[i] : bounds[i + 1]].reshape(shapes[i]), turns) for i in range(3)
-    ]
-    new_width = planes[0].shape[1]
+    packed = frame.to_ndarray()
+    colours = packed[height:].reshape(2, height // 2, width // 2)
+    planes = [np.rot90(plane, turns) for plane in (packed[:height], *colours)]
     flat = np.concatenate([plane.reshape(-1) for plane in planes])
-    turned = av.VideoFrame.from_ndarray(flat.reshape(-1, new_width), format="yuv420p")
-    turned.color_range, turned.colorspace = frame.color_range, frame.colorspace
-    turned.color_primaries, turned.color_trc = frame.color_primaries, frame.color_trc
+    turned = av.VideoFrame.from_ndarray(flat.reshape(-1, planes[0].shape[1]), format="yuv420p")
+    _copy_colours(frame, turned)
     return turned
+
+
+def _copy_colours(frame: av.VideoFrame, other: Any) -> None:
+    """Have a frame or a stream say how to turn its colours back, as ``frame`` says it."""
+    for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
+        setattr(other, name, getattr(frame, name))
 
 
 def _check(frame: NDArray[Any], shape: tuple[int, ...]) -> None:

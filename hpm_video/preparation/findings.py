@@ -24,40 +24,67 @@ class Stamp:
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found out about a file, each a column of a manifest. None: it is not known."""
+    """What was found out about a file. None: it is not known.
+
+    But for ``limits`` each is a column of a manifest, which ``tools/check_videos.py`` explains.
+    """
 
     verdict: Verdict
     reasons: tuple[str, ...] = ()
     """Why it is not fine."""
     num_frames: int | None = None
-    """Frames that can be read, one after the other from the first on."""
     duration: float | None = None
-    """Of these frames, in seconds."""
     fps: float | None = None
-    """Frames per second, on average."""
     width: int | None = None
-    """Of upright frames."""
     height: int | None = None
     codec: str = ""
     pixel_format: str = ""
     key_frame_distance: int | None = None
-    """Frames from one key frame to the next, at most: so many are decoded to get at one."""
     rotation: int | None = None
-    """Degrees, clockwise, by which the stored frames are turned to be upright."""
     bytes: int | None = None
     modified: str = ""
     content: str = ""
-    """A digest of its size, its beginning and its end: equal where the same file lies twice."""
     decoder: str = ""
-    """That tells how many frames training can read; of images ``pillow``."""
     limits: tuple[float, ...] | None = None
     """Where it was given up: the seconds without a frame, the GiB and the seconds in all that it
-    had. Not a column."""
+    had."""
 
     @property
     def stamp(self) -> Stamp:
         """Of the file, when it was looked at."""
         return Stamp(self.bytes, self.modified)
+
+    def cells(self) -> dict[str, str]:
+        """The finding as a row of a table."""
+        values = {name: getattr(self, name) for name in COLUMNS[:-1]}
+        cells = {
+            name: f"{value:.{_DIGITS[name]}f}" if isinstance(value, float) else str(value)
+            for name, value in values.items()
+            if value is not None
+        }
+        return dict.fromkeys(COLUMNS, "") | cells | {"reason": BETWEEN_REASONS.join(self.reasons)}
+
+    @classmethod
+    def of(cls, cells: Mapping[str, str]) -> "Finding":
+        """A finding from its row, without what is about the row and not about the file.
+
+        Raises:
+            ValueError, KeyError: a cell is not as :meth:`cells` writes it.
+        """
+        verdict = VERDICTS[VERDICTS.index(cells["verdict"])]
+        reasons = tuple(
+            reason
+            for reason in cells["reason"].split(BETWEEN_REASONS)
+            if reason and not reason.startswith(OF_THE_MANIFEST)
+        )
+        values: dict[str, Any] = {
+            name: cell if name in _TEXT else float(cell) if name in _DIGITS else int(cell)
+            for name, cell in cells.items()
+            if cell and name in _OF_A_FILE
+        }
+        return cls(
+            "fine" if verdict == "suspicious" and not reasons else verdict, reasons, **values
+        )
 
 
 _TEXT = ("codec", "pixel_format", "modified", "content", "decoder")
@@ -71,18 +98,9 @@ COLUMNS = (*_OF_A_FILE, "verdict", "reason")
 
 
 def columns_of(findings: Sequence[Finding]) -> dict[str, list[str]]:
-    """Findings, one for each row, as cells."""
-    columns: dict[str, list[str]] = {
-        name: [_cell(name, getattr(finding, name)) for finding in findings]
-        for name in (*_OF_A_FILE, "verdict")
-    }
-    return columns | {"reason": [BETWEEN_REASONS.join(found.reasons) for found in findings]}
-
-
-def _cell(name: str, value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.{_DIGITS[name]}f}" if isinstance(value, float) else str(value)
+    """Findings, one for each row, as columns of cells."""
+    rows = [finding.cells() for finding in findings]
+    return {name: [row[name] for row in rows] for name in COLUMNS}
 
 
 def read_findings(listing: Listing) -> dict[str, Finding]:
@@ -94,26 +112,6 @@ def read_findings(listing: Listing) -> dict[str, Finding]:
         return {}
     found = {}
     for file, *cells in zip(listing.files, *map(listing.column, COLUMNS), strict=True):
-        with contextlib.suppress(ValueError):
-            found[file] = _from_cells(dict(zip(COLUMNS, cells, strict=True)))
+        with contextlib.suppress(ValueError, KeyError):
+            found[file] = Finding.of(dict(zip(COLUMNS, cells, strict=True)))
     return found
-
-
-def _from_cells(cells: Mapping[str, str]) -> Finding:
-    """Raises ValueError where a cell is not as :func:`columns_of` writes it."""
-    verdict = next((known for known in VERDICTS if known == cells["verdict"]), None)
-    if verdict is None:
-        raise ValueError("no verdict")
-    reasons = tuple(
-        reason
-        for reason in cells["reason"].split(BETWEEN_REASONS)
-        if reason and not reason.startswith(OF_THE_MANIFEST)
-    )
-    values: dict[str, Any] = {
-        name: cell if name in _TEXT else float(cell) if name in _DIGITS else int(cell)
-        for name, cell in cells.items()
-        if cell and name in _OF_A_FILE
-    }
-    if verdict == "suspicious" and not reasons:
-        verdict = "fine"
-    return Finding(verdict, reasons, **values)

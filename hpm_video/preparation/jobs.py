@@ -9,7 +9,8 @@ import csv
 import fcntl
 import json
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,9 @@ from hpm_video.files.failures import Failure
 from hpm_video.workers.pool import Answer, Lost, Pool
 
 Work = TypeVar("Work")
+Result = TypeVar("Result")
+
+SECONDS_BETWEEN_STEPS = 0.5
 
 JOURNAL, SETTINGS = "journal.jsonl", "settings.json"
 TEXT: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
@@ -33,6 +37,23 @@ class Step:
     """What a process says of a file that it is still working on."""
 
     frames: int = 0
+
+
+Steps = Generator[Step, None, Result]
+"""Says that it gets on, and at last returns a result."""
+
+
+def paced(steps: Steps[Result]) -> Iterator[Step | Result]:
+    """Pass on a step now and then, and at last the result."""
+    last = time.monotonic()
+    try:
+        while True:
+            step, now = next(steps), time.monotonic()
+            if now - last >= SECONDS_BETWEEN_STEPS:
+                last = now
+                yield step
+    except StopIteration as end:
+        yield end.value
 
 
 @dataclass(frozen=True)
@@ -121,7 +142,22 @@ def claim(
     """
     path = folder / SETTINGS
     if path.is_file():
-        _check_settings(path, settings, holds, unrelated)
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise FileExistsError(
+                f"{path} is not whole ({error}); give a new folder, or delete {folder}"
+            ) from error
+        differ = [
+            f"  {name}: {before.get(name)} -> {settings.get(name)}"
+            for name in {**before, **settings}
+            if name not in unrelated and before.get(name) != settings.get(name)
+        ]
+        if differ:
+            raise FileExistsError(
+                f"{folder} holds {holds} of other settings:\n" + "\n".join(differ) + "\n"
+                "Give a new folder, or the settings of before to go on in this one"
+            )
     elif folder.exists() and any(entry.name != JOURNAL for entry in folder.iterdir()):
         raise FileExistsError(
             f"{folder} is not empty, and no folder of {holds} (it has no {SETTINGS}); give a new "
@@ -131,27 +167,6 @@ def claim(
     with written_beside(path) as beside:
         beside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     return journal
-
-
-def _check_settings(
-    path: Path, settings: Mapping[str, Any], holds: str, unrelated: Collection[str]
-) -> None:
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FileExistsError(
-            f"{path} is not whole ({error}); give a new folder, or delete {path.parent}"
-        ) from error
-    differ = [
-        f"  {name}: {before.get(name)} -> {settings.get(name)}"
-        for name in {**before, **settings}
-        if name not in unrelated and before.get(name) != settings.get(name)
-    ]
-    if differ:
-        raise FileExistsError(
-            f"{path.parent} holds {holds} of other settings:\n" + "\n".join(differ) + "\n"
-            "Give a new folder, or the settings of before to go on in this one"
-        )
 
 
 def answers(pool: Pool[Work], jobs: Mapping[str, Work], *, retry: bool = False) -> Iterator[Answer]:

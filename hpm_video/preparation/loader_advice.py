@@ -29,8 +29,8 @@ ENOUGH = 0.95
 LINES = 20
 """Lines of a run's metrics that tell its speed."""
 BUSY = 0.5
-"""Share of the one thread that puts batches together in a trial: from here on it may hold up the
-trial, where several processes that train have a thread each."""
+"""Share of the one thread that collates in a trial, from which on it may hold up the trial where
+several processes that train have a thread each."""
 
 Setting = tuple[DecoderName | None, int]
 """A decoder, none for images, and the number of processes that decode."""
@@ -46,13 +46,11 @@ def past_speed(run: Path) -> tuple[int, float] | None:
     trained = [line for line in _json_lines(run / "metrics.jsonl") if line["kind"] == "train"]
     if not starts or not trained:
         return None
-
-    def speed(line: dict[str, Any]) -> float:
+    rates = []
+    for line in trained[-LINES:]:
         processes = [s["processes"] for s in starts if s["first_update"] < line["update"]][-1]
-        rate: float = line["clips_per_second"] / max(1 - line["data_wait"], 1e-3) / processes
-        return rate
-
-    return starts[-1]["processes"], statistics.median_high(map(speed, trained[-LINES:]))
+        rates.append(line["clips_per_second"] / max(1 - line["data_wait"], 1e-3) / processes)
+    return starts[-1]["processes"], statistics.median_high(rates)
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
@@ -87,8 +85,10 @@ def workers_to_try(given: Sequence[int] | None, processes: int) -> list[int]:
     return sorted({count * processes for count in each})
 
 
-def usable_rates(trials: Sequence[Trial], max_bad_share: float) -> dict[Setting, float]:
-    """Return clips per second, without decoders that refuse too many files, unless all do.
+def choose_setting(trials: Sequence[Trial], max_bad_share: float) -> tuple[Setting, float]:
+    """Return the setting with the fewest processes that is nearly as fast as the best; its rate.
+
+    Decoders that refuse more files than training tolerates are left out, unless all do.
 
     Raises:
         TooManyBadFiles: all refuse so many that nothing could be measured.
@@ -102,18 +102,14 @@ def usable_rates(trials: Sequence[Trial], max_bad_share: float) -> dict[Setting,
         for trial in measured
         if len(trial.refused) <= tolerated(len(trial.files | trial.refused.keys()), max_bad_share)
     ]
-    return {
+    rates = {
         (trial.decoder, workers): rate
         for trial in usable or measured
         for workers, rate in trial.rates.items()
     }
-
-
-def choose_setting(rates: dict[Setting, float]) -> Setting:
-    """Return the setting with the fewest processes that is nearly as fast as the best."""
-    best = max(rates.values())
-    enough = [setting for setting, rate in rates.items() if rate >= ENOUGH * best]
-    return min(enough, key=lambda setting: (setting[1], -rates[setting]))
+    enough = [it for it, rate in rates.items() if rate >= ENOUGH * max(rates.values())]
+    chosen = min(enough, key=lambda setting: (setting[1], -rates[setting]))
+    return chosen, rates[chosen]
 
 
 def recommend(setting: Setting, rate: float, phases: Phases, processes: int) -> str:

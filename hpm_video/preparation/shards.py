@@ -10,21 +10,28 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
 from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES, TarMember, is_frame_folder
-from hpm_video.preparation.jobs import Broken, Step, WrongOutputError, reason_of, remove
-from hpm_video.workers.heartbeat import Beat
+from hpm_video.preparation.jobs import (
+    Broken,
+    Step,
+    Steps,
+    WrongOutputError,
+    paced,
+    reason_of,
+    remove,
+)
 
 LONGEST_PART = 150
-"""Characters of a part of a name; file systems take 255 bytes."""
+"""Bytes of a part of a name; file systems take 255."""
 CHUNK = 2**22
-"""Bytes that are copied at once."""
+"""Bytes that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -65,25 +72,23 @@ class Packer:
 
     def __call__(self, shard: Shard) -> Iterator[Step | Broken | list[Packed]]:
         """-> steps, and at last where each sample lies"""
-        beat, packed = Beat(), None
+        return paced(self._pack(shard))
+
+    def _pack(self, shard: Shard) -> Steps[Broken | list[Packed]]:
         try:
-            for packed in write_shard(Path(shard.beside), shard.samples):
-                if packed is None and beat.is_due():
-                    yield Step()
+            packed = yield from write_shard(Path(shard.beside), shard.samples)
             Path(shard.beside).replace(shard.target)
-            yield packed or []
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - the run is told, whatever it is
-            yield Broken(f"{shard.target} cannot be written: {reason_of(error)}")
+            return Broken(f"{shard.target} cannot be written: {reason_of(error)}")
         finally:
             remove(shard.beside)
+        return packed
 
 
-def write_shard(path: Path, samples: Sequence[Packable]) -> Iterator[list[Packed] | None]:
-    """Write a tar file and read it again.
-
-    Yields nothing in particular now and then, and at last where each sample's bytes lie.
+def write_shard(path: Path, samples: Sequence[Packable]) -> Steps[list[Packed]]:
+    """Write a tar file and read it again. -> where each sample's bytes lie
 
     Raises:
         WrongOutputError: what is read is not what was written.
@@ -92,65 +97,50 @@ def write_shard(path: Path, samples: Sequence[Packable]) -> Iterator[list[Packed
     sums: dict[str, str] = {}
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for sample in samples:
-            for member, data in _small_files(sample):
-                tar.addfile(_header(member, len(data)), io.BytesIO(data))
+            told = json.dumps(dict(sample.info), sort_keys=True, ensure_ascii=True)
+            small = {".cls": str(sample.label)} if sample.label >= 0 else {}
+            for suffix, text in (small | {".json": told}).items():
+                data = text.encode()
+                tar.addfile(_header(sample.key + suffix, len(data)), io.BytesIO(data))
             with opened(sample.place) as (source, size):
-                hashing = _Hashing(source)
-                tar.addfile(_header(sample.key + sample.suffix, size), hashing)
-            sums[sample.key + sample.suffix] = hashing.sum.hexdigest()
-            yield None
-    yield from _read_again(path, sums)
+                sums[sample.key + sample.suffix] = _sum(source)
+                source.seek(0)
+                tar.addfile(_header(sample.key + sample.suffix, size), source)
+            yield Step()
+    return (yield from _read_again(path, sums))
 
 
-class _Hashing(io.RawIOBase):
-    """A file that is summed while it is read."""
-
-    def __init__(self, source: IO[bytes]) -> None:
-        self.sum = hashlib.sha256()
-        self._source = source
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._source.read(size)
-        self.sum.update(data)
-        return data
-
-
-def _read_again(path: Path, sums: Mapping[str, str]) -> Iterator[list[Packed] | None]:
+def _read_again(path: Path, sums: Mapping[str, str]) -> Steps[list[Packed]]:
     found = {}
-    with tarfile.open(path, "r:") as tar, path.open("rb") as file:
+    with tarfile.open(path, "r:") as tar:
         for member in tar:
-            if member.name not in sums:
+            data = tar.extractfile(member)
+            if member.name not in sums or data is None:
                 continue
-            file.seek(member.offset_data)
-            total, left = hashlib.sha256(), member.size
-            while left and (data := file.read(min(left, CHUNK))):
-                total.update(data)
-                left -= len(data)
-            if left or total.hexdigest() != sums[member.name]:
+            if _sum(data) != sums[member.name]:
                 raise WrongOutputError(
                     f"{path}: {member.name} is not what was written: a disk error"
                 )
             found[member.name] = Packed(member.name, member.offset_data, member.size)
-            yield None
+            yield Step()
     if found.keys() != sums.keys():
         raise WrongOutputError(
             f"{path} lacks {sorted(sums.keys() - found.keys())[:3]}: a disk error"
         )
-    yield [found[name] for name in sums]
+    return [found[name] for name in sums]
 
 
-def _small_files(sample: Packable) -> Iterator[tuple[str, bytes]]:
-    if sample.label >= 0:
-        yield f"{sample.key}.cls", str(sample.label).encode()
-    text = json.dumps(dict(sample.info), sort_keys=True, ensure_ascii=True)
-    yield f"{sample.key}.json", text.encode()
+def _sum(file: IO[bytes]) -> str:
+    total = hashlib.sha256()
+    while data := file.read(CHUNK):
+        total.update(data)
+    return total.hexdigest()
 
 
 def _header(name: str, size: int) -> tarfile.TarInfo:
+    """Neither times nor owners, which would tell equal shards apart."""
     header = tarfile.TarInfo(name)
-    header.size, header.mtime, header.mode = size, 0, 0o644
-    header.uid = header.gid = 0
-    header.uname = header.gname = ""
+    header.size = size
     return header
 
 
@@ -187,37 +177,33 @@ def output_names(
     names: dict[str, str | None] = {}
     taken: set[str] = set()
     above: set[str] = set()
-    for place in places:
-        if place in names:
-            continue
-        if any(unicodedata.category(letter) == "Cc" for letter in place):
+    for place in dict.fromkeys(places):
+        if re.search(r"[\0-\x1f\x7f-\x9f]", place):
             names[place] = None
             continue
         wish = _relative(place, base)
         name = _cleaned(wish, dots)
-        parents = _parents(name.casefold())
-        clashes = name.casefold() in taken
+        folded = name.casefold()
+        clashes = folded in taken
         if not nests:
-            clashes = clashes or name.casefold() in above or not taken.isdisjoint(parents)
+            clashes = clashes or folded in above or not taken.isdisjoint(_folders(folded))
         if clashes or name.replace(".", "_") != wish.replace(".", "_"):
             mark = hashlib.sha256(place.encode("utf-8", "surrogateescape")).hexdigest()[:10]
-            name = name if nests else _cleaned(name.replace("/", "+"), dots)
-            name = f"{name}-{mark}"
-            parents = _parents(name.casefold())
-        taken.add(name.casefold())
-        above.update(parents)
+            name = f"{name if nests else _cleaned(name.replace('/', '+'), dots)}-{mark}"
+            folded = name.casefold()
+        taken.add(folded)
+        above.update(_folders(folded))
         names[place] = name
     return names
 
 
 def _relative(place: str, base: str) -> str:
     """-> a path without a suffix, a slash in front, or a part that is ``..``"""
-    member = TarMember.parse(place)
-    if member:
+    if member := TarMember.parse(place):
         inside = os.path.normpath("/" + member.name).lstrip("/")
-        tar = _from_base(member.tar, base)[: -len(".tar")]
-        return f"{tar}/{inside}"[: -len(suffix_of(place)) or None]
-    path = _from_base(place, base)
+        path = f"{_from_base(member.tar, base)[: -len('.tar')]}/{inside}"
+    else:
+        path = _from_base(place, base)
     return path if is_frame_folder(place) else path[: -len(suffix_of(place)) or None]
 
 
@@ -229,20 +215,11 @@ def _from_base(path: str, base: str) -> str:
 def _cleaned(name: str, dots: bool) -> str:
     """A name that any file system takes, each part on its own."""
     *folders, last = name.split("/")
-    if not dots:
-        last = last.replace(".", "_")
-    parts = [
-        "".join(
-            "_" if letter == "\\" or unicodedata.category(letter) == "Cs" else letter
-            for letter in part
-        )[-LONGEST_PART:]
-        .encode()[-LONGEST_PART:]
-        .decode(errors="ignore")
-        for part in (*folders, last)
-    ]
-    return "/".join("_" if part in ("", ".", "..") else part for part in parts)
+    parts = [*folders, last if dots else last.replace(".", "_")]
+    safe = [re.sub(r"[\\\ud800-\udfff]", "_", part).encode()[-LONGEST_PART:] for part in parts]
+    texts = [part.decode(errors="ignore") for part in safe]
+    return "/".join("_" if text in ("", ".", "..") else text for text in texts)
 
 
-def _parents(name: str) -> set[str]:
-    parts = name.split("/")
-    return {"/".join(parts[:i]) for i in range(1, len(parts))}
+def _folders(name: str) -> set[str]:
+    return {parent.as_posix() for parent in PurePosixPath(name).parents} - {"."}

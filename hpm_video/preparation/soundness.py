@@ -1,64 +1,20 @@
 """What comes out of a video that is decoded whole, and how much of it is sound."""
 
 import os
-import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hpm_video.decoding.locations import TarMember
 from hpm_video.decoding.pyav import UNTIMED, open_container
-from hpm_video.decoding.reader import DecodeError, Size
-from hpm_video.preparation.jobs import Step
-from hpm_video.workers.heartbeat import Beat
+from hpm_video.decoding.reader import Size
+from hpm_video.preparation.jobs import Step, Steps
 
 if TYPE_CHECKING:
     import av
-
-Result = TypeVar("Result")
-Steps = Generator[Step, None, Result]
-"""Says now and then that it gets on, and at last returns a result."""
-
-
-class TooLongError(DecodeError):
-    """A file that goes on and on."""
-
-
-class Deadline:
-    """Looks at the clock after every frame."""
-
-    def __init__(self, seconds_in_all: float) -> None:
-        self._beat = Beat()
-        self._seconds = seconds_in_all
-        self._end = time.monotonic() + seconds_in_all
-
-    def look(self) -> Iterator[Step]:
-        """Say that there was a frame, when it is time to.
-
-        Raises:
-            TooLongError: it is enough.
-        """
-        if self._beat.is_due():
-            if time.monotonic() > self._end:
-                raise TooLongError(
-                    f"it took longer than {self._seconds:g} s in all: where it is only long, check "
-                    "it with more --seconds-in-all"
-                )
-            yield Step()
-
-
-@dataclass(frozen=True)
-class Soundness:
-    """How much of a file decodes."""
-
-    sound: int
-    """Frames until the first that does not."""
-    count: int
-    """Frames that there should be."""
-    why: str
 
 
 @dataclass
@@ -102,8 +58,11 @@ class Stream:
         told_apart = self.has_times and len(set(known)) == len(self.times)
         return known if told_apart else []
 
-    def sound(self) -> Soundness:
-        """How many frames decode until one does not, or a packet is met that does not."""
+    def sound(self) -> tuple[int, int, str]:
+        """How many frames decode until one does not, or a packet is met that does not.
+
+        -> so many, how many there should be, and what is wrong with the next
+        """
         if shown := self.shown:
             whole = {time for time, is_whole in self.frames if is_whole} - self.torn
             count = len(shown)
@@ -123,7 +82,7 @@ class Stream:
         elif len(self.sizes) > 1:
             told = ", then ".join(f"{width} x {height}" for height, width in self.sizes[:3])
             why = f"frame {first} is damaged or of another size: {told}"
-        return Soundness(first, count, why)
+        return first, count, why
 
     def key_distance(self) -> int:
         """Frames from one key frame to the next, or to the end, at most, in order of display."""
@@ -147,12 +106,11 @@ class Stream:
         return (len(self.moments) - 1) / self.span() if self.span() else self.rate
 
 
-def decode_all(file: str, deadline: Deadline) -> Steps[Stream]:
+def decode_all(file: str) -> Steps[Stream]:
     """Decode every packet of a video that was opened before, going on after errors.
 
     Raises:
         DecodeError: it is no video.
-        TooLongError: it goes on and on.
         Exception: whatever PyAV raises where a file does not open.
     """
     member = TarMember.parse(file)
@@ -170,7 +128,7 @@ def decode_all(file: str, deadline: Deadline) -> Steps[Stream]:
         )
         for packet in container.demux(video):
             _take(stream, packet)
-            yield from deadline.look()
+            yield Step()
     return stream
 
 

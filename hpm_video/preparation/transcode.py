@@ -9,28 +9,41 @@ import errno
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import chain
-from math import inf
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from PIL import Image
 
 from hpm_video.decoding.locations import is_frame_folder, is_image
 from hpm_video.decoding.reader import Size
 from hpm_video.decoding.registry import choose_decoder, open_video
 from hpm_video.decoding.video_stream import USUAL_RATE, Timed, VideoStream
 from hpm_video.files.failures import Failure
-from hpm_video.preparation.check import Task, bad, check_file, stamp_of
-from hpm_video.preparation.findings import Finding
-from hpm_video.preparation.jobs import Broken, Step, WrongOutputError, reason_of, remove
+from hpm_video.preparation.check import examine, stamp_of
+from hpm_video.preparation.encode import (
+    Resizer,
+    VideoWriter,
+    fitted_size,
+    picture_of,
+    upright_size,
+)
+from hpm_video.preparation.jobs import (
+    Broken,
+    Step,
+    Steps,
+    WrongOutputError,
+    paced,
+    reason_of,
+    remove,
+)
 from hpm_video.preparation.shards import opened
-from hpm_video.workers.heartbeat import Beat
 
 if TYPE_CHECKING:
     from hpm_video.decoding.video_stream import VideoFrame
-
 
 LONGEST_STILL = 600
 """Seconds for which a frame may be shown; longer than that its times are wrong."""
@@ -107,42 +120,40 @@ class UnwritableError(OSError):
     """The disk does not take what is written."""
 
 
-Result = Step | Made | Failure | Broken
-
-
 class _Work(ABC):
     """Does jobs. -> steps, and at last what came of it"""
 
     def prepare(self) -> None:
         """Load what jobs need, before their time counts."""
-        import hpm_video.preparation.encode  # noqa: F401 - loads av
-
         choose_decoder("pyav")  # it decodes a test video
 
-    def __call__(self, job: Job) -> Iterator[Result]:
+    def __call__(self, job: Job) -> Iterator[Step | Made | Failure | Broken]:
         """Make what is wanted of a file."""
+        return paced(self._do(job))
+
+    def _do(self, job: Job) -> Steps[Made | Failure | Broken]:
         began = time.perf_counter()
         try:
             stamp = stamp_of(job.place)
-            made = yield from self.make(job, Beat())
-            yield replace(
-                made,
-                fps=0.0 if is_image(job.place) else made.fps,
-                seconds=time.perf_counter() - began,
-                source_bytes=stamp.bytes or 0,
-                source_modified=stamp.modified,
-            )
+            made = yield from self.make(job)
         except UnwritableError as error:
-            yield Broken(str(error))
+            return Broken(str(error))
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - native libraries raise anything
-            yield Failure(job.place, reason_of(error))
+            return Failure(job.place, reason_of(error))
         finally:
             remove(job.beside)
+        return replace(
+            made,
+            fps=0.0 if is_image(job.place) else made.fps,
+            seconds=time.perf_counter() - began,
+            source_bytes=stamp.bytes or 0,
+            source_modified=stamp.modified,
+        )
 
     @abstractmethod
-    def make(self, job: Job, beat: Beat) -> Generator[Step, None, Made]:
+    def make(self, job: Job) -> Steps[Made]:
         """Read, write and check."""
 
 
@@ -152,43 +163,43 @@ class Transcoder(_Work):
 
     recipe: Recipe
 
-    def make(self, job: Job, beat: Beat) -> Generator[Step, None, Made]:
-        with contextlib.closing(_opened_source(job)) as source:
-            yield from _surveyed(source, beat)
+    def make(self, job: Job) -> Steps[Made]:
+        with contextlib.closing(_source(job)) as source:
+            for _ in source.survey():
+                yield Step()
             fps = self.recipe.fps or source.rate
-            wanted = _Wanted(source.frames(), job)
+            wanted = _wanted(source.frames(), job)
             frames = (
-                at_rate(iter(wanted), fps, source.rate)
+                at_rate(wanted, fps, source.rate)
                 if self.recipe.fps
                 else (timed.frame for timed in wanted)
             )
-            written = yield from (
-                self._write_video(frames, fps, job, beat)
-                if job.target.endswith(".mp4")
-                else self._write_pictures(frames, job, beat)
-            )
-            share, note = 1.0, ""
-            if job.cut:
-                share = min(1.0, wanted.count / max(source.num_packets, 1))
-            elif source.num_packets < source.stated_frames:
-                note = (
-                    f"{source.num_packets} of the {source.stated_frames} frames are there that its "
-                    "header announces: it may be cut off"
-                )
-        made = yield from check(job.beside, written, fps)
+            first = next(frames, None)
+            if first is None:
+                raise ValueError("it has no frames")
+            size = fitted_size(upright_size(first), self.recipe.short_side)
+            write = self._write_video if job.target.endswith(".mp4") else self._write_pictures
+            count = yield from write(job.beside, chain([first], frames), size, fps)
+        made = yield from check(job.beside, Written(count, size), fps)
         with _writing():
             _put(job.beside, job.target)
-        return replace(made, share=share, note=note)
+        if job.cut:
+            share = min(1.0, float(job.cut * source.rate) / max(source.num_packets, 1))
+            return replace(made, share=share)
+        if source.num_packets < source.stated_frames:
+            note = (
+                f"{source.num_packets} of the {source.stated_frames} frames are there that its "
+                "header announces: it may be cut off"
+            )
+            return replace(made, note=note)
+        return made
 
     def _write_video(
-        self, frames: Iterator["VideoFrame"], fps: Fraction, job: Job, beat: Beat
-    ) -> Generator[Step, None, "Written"]:
-        from hpm_video.preparation.encode import Resizer, VideoWriter
-
-        frames, size = self._started(frames)
-        resizer, path, gop = Resizer(size), Path(job.beside), self.recipe.key_frames
+        self, path: str, frames: Iterator["VideoFrame"], size: Size, fps: Fraction
+    ) -> Steps[int]:
+        resizer, crf, gop = Resizer(size), self.recipe.crf, self.recipe.key_frames
         with _writing():
-            writer = VideoWriter(path, size, fps=fps, crf=self.recipe.crf, gop=gop, faststart=True)
+            writer = VideoWriter(Path(path), size, fps=fps, crf=crf, gop=gop, faststart=True)
         with writer:
             for frame in frames:
                 small = resizer.yuv(frame)
@@ -196,41 +207,25 @@ class Transcoder(_Work):
                     writer.describe_colours(small)
                 with _writing():
                     writer.write(small)
-                if beat.is_due():
-                    yield Step(writer.count)
+                yield Step(writer.count)
             with _writing():
                 writer.finish()
-        return Written(writer.count, size)
+        return writer.count
 
     def _write_pictures(
-        self, frames: Iterator["VideoFrame"], job: Job, beat: Beat
-    ) -> Generator[Step, None, "Written"]:
-        from PIL import Image
-
-        from hpm_video.preparation.encode import Resizer
-
-        frames, size = self._started(frames)
+        self, path: str, frames: Iterator["VideoFrame"], size: Size, _fps: Fraction
+    ) -> Steps[int]:
         resizer, count = Resizer(size), 0
-        if is_frame_folder(job.beside):
+        if is_frame_folder(path):
             with _writing():
-                Path(job.beside).mkdir()
+                Path(path).mkdir()
         for count, frame in enumerate(frames, start=1):
-            name = f"{count - 1:06d}.jpg" if is_frame_folder(job.beside) else ""
+            name = f"{count - 1:06d}.jpg" if is_frame_folder(path) else ""
             picture = Image.fromarray(resizer.rgb(frame))
             with _writing():
-                picture.save(job.beside + name, "JPEG", quality=self.recipe.quality)
-            if beat.is_due():
-                yield Step(count)
-        return Written(count, size)
-
-    def _started(self, frames: Iterator["VideoFrame"]) -> tuple[Iterator["VideoFrame"], Size]:
-        """The same frames, and the size that they are to have, which the first one says."""
-        from hpm_video.preparation.encode import fitted_size, upright_size
-
-        first = next(frames, None)
-        if first is None:
-            raise ValueError("it has no frames")
-        return chain([first], frames), fitted_size(upright_size(first), self.recipe.short_side)
+                picture.save(path + name, "JPEG", quality=self.recipe.quality)
+            yield Step(count)
+        return count
 
 
 @dataclass(frozen=True)
@@ -248,11 +243,12 @@ class Written:
 class Prober(_Work):
     """Looks at files that are packed as they are: opens them, and decodes their first frame."""
 
-    def make(self, job: Job, beat: Beat) -> Generator[Step, None, Made]:
+    def make(self, job: Job) -> Steps[Made]:
         rate, distance = Fraction(0), 1
         if not is_image(job.place):
-            with contextlib.closing(_opened_source(job)) as source:
-                yield from _surveyed(source, beat)
+            with contextlib.closing(_source(job)) as source:
+                for _ in source.survey():
+                    yield Step()
                 rate, distance = source.rate, source.key_distance
         with open_video(job.place, "pyav") as video, opened(job.place) as (_, size):
             height, width = video.read([0]).shape[1:3]
@@ -287,17 +283,13 @@ def at_rate(
         due += 1 / fps
 
 
-def check(place: str, written: Written, fps: Fraction) -> Generator[Step, None, Made]:
+def check(place: str, written: Written, fps: Fraction) -> Steps[Made]:
     """Decode all of an output, as a check does.
 
     Raises:
         WrongOutputError: it is not what was to be written.
     """
-    found = bad("nothing is known of it")
-    for result in check_file(Task(place, decoder="pyav", seconds_in_all=inf)):
-        if isinstance(result, Step):
-            yield result
-        found = result if isinstance(result, Finding) else found
+    found = yield from examine(place, "pyav")
     if found.num_frames is None or found.verdict == "bad":
         raise WrongOutputError(f"what was written cannot be read: {'; '.join(found.reasons)}")
     there = Written(found.num_frames, (found.height or 0, found.width or 0))
@@ -325,8 +317,6 @@ class _PictureStream:
         return iter(())
 
     def frames(self) -> Iterator[Timed]:
-        from hpm_video.preparation.encode import picture_of
-
         for number in range(self.num_packets):
             yield Timed(number / self.rate, picture_of(self._video.read([number])[0]))
 
@@ -334,37 +324,20 @@ class _PictureStream:
         self._video.close()
 
 
-class _Wanted:
-    """The frames of a source that a job wants, counted."""
-
-    def __init__(self, frames: Iterator[Timed], job: Job) -> None:
-        self.count = 0
-        self._frames = frames
-        self._job = job
-
-    def __iter__(self) -> Iterator[Timed]:
-        start, cut = None, self._job.cut
-        while self.count != self._job.num_frames:  # before the next is decoded: it may be damaged
-            timed = next(self._frames, None)
-            if timed is None:
-                return
-            start = timed.time if start is None else start
-            if cut is not None and timed.time - start > cut:
-                return
-            self.count += 1
-            yield timed
-
-
-def _opened_source(job: Job) -> "VideoStream | _PictureStream":
+def _source(job: Job) -> VideoStream | _PictureStream:
     if is_image(job.place) or is_frame_folder(job.place):
         return _PictureStream(job.place, job.fps)
     return VideoStream(job.place)
 
 
-def _surveyed(source: "VideoStream | _PictureStream", beat: Beat) -> Iterator[Step]:
-    for _ in source.survey():
-        if beat.is_due():
-            yield Step()
+def _wanted(frames: Iterator[Timed], job: Job) -> Iterator[Timed]:
+    """The frames of a source that a job wants; behind them nothing is decoded."""
+    start = None
+    for timed in islice(frames, job.num_frames):
+        start = timed.time if start is None else start
+        if job.cut is not None and timed.time - start > job.cut:
+            return
+        yield timed
 
 
 @contextlib.contextmanager

@@ -235,6 +235,19 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
         "help": "views of each video that are averaged over, such as 5x3",
     },
     "output": {"type": Path},
+    "root": {"type": Path, "help": "where paths in the manifest start; default: its own folder"},
+    "seconds": {
+        "type": above_zero,
+        "default": 60.0,
+        "metavar": "LIMIT",
+        "help": "a file that makes no progress for so long is given up (default 60)",
+    },
+    "memory": {
+        "type": above_zero,
+        "default": 4.0,
+        "metavar": "GIB",
+        "help": "that a process may take for a file (default 4)",
+    },
 }
 
 

@@ -31,7 +31,7 @@ from hpm_video.decoding.registry import open_video
 from hpm_video.decoding.video_stream import Timed, VideoStream
 from hpm_video.files.failures import Failure
 from hpm_video.preparation import check as checking
-from hpm_video.preparation import encode, prepare, shards
+from hpm_video.preparation import encode, jobs, prepare, shards
 from hpm_video.preparation import transcode as transcoding
 from hpm_video.preparation.check import stamp_of
 from hpm_video.preparation.encode import fitted_size, write_video
@@ -39,7 +39,6 @@ from hpm_video.preparation.jobs import Broken, Step, WrongOutputError, remove
 from hpm_video.preparation.prepared_folder import PreparedFolder, Rows
 from hpm_video.preparation.shards import Packable, Packer, Shard, output_names, write_shard
 from hpm_video.preparation.transcode import Job, Made, Recipe, Transcoder, at_rate, check
-from hpm_video.workers import heartbeat as beat
 from hpm_video.workers.pool import Answer, Limits, Pool
 
 pytestmark = pytest.mark.slow
@@ -566,7 +565,7 @@ def test_long_and_foreign_names_are_readable(tmp_path):
     video.write_bytes(b"0123456789")
     keys = ["x" * 140 + "/" + "y" * 140, "Straße/été", "a b/c@d+e::f"]
     samples = [packable(video, key, source="ü\n\t") for key in keys]
-    packed = [*write_shard(tmp_path / "s.tar", samples)][-1]
+    packed = [*_results(write_shard(tmp_path / "s.tar", samples))][-1]
     for key, where in zip(keys, packed, strict=True):
         member = TarMember.parse(f"{tmp_path}/s.tar::{where.member}@{where.offset}+{where.size}")
         assert member.name == f"{key}.mp4"
@@ -1092,7 +1091,7 @@ def test_a_file_that_is_cut_off_is_told(tmp_path):
 
 
 def test_long_work_says_how_far_it_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(beat, "SECONDS_BETWEEN_STEPS", 0.0)
+    monkeypatch.setattr(jobs, "SECONDS_BETWEEN_STEPS", 0.0)
     path = write_source(tmp_path / "a.mp4")
     steps = [*Transcoder(RECIPE)(Job(str(path), f"{tmp_path}/b.mp4", f"{tmp_path}/out.mp4"))]
     assert all(isinstance(step, Step) for step in steps[:-1])
