@@ -13,8 +13,8 @@ NAMES = {
     "scaling": "count_flops.py --scaling",
 }
 GONE = {
-    "bench_worker_memory": "README.md (Data) has what it measured",
-    "compare_decoders": "README.md (Decoders) has what it found, and tests/decoding tests readers",
+    "bench_worker_memory": "docs/speed.md has what it measured",
+    "compare_decoders": "docs/decoders.md has what it found, and tests/decoding tests readers",
 }
 
 
