@@ -13,8 +13,8 @@ NAMES = {
 }
 GONE = {
     "scaling": "docs/scaling.md has its tables, and --dry-run tells the memory of a run",
-    "bench_worker_memory": "README.md (Data) has what it measured",
-    "compare_decoders": "README.md (Decoders) has what it found, and tests/decoding tests readers",
+    "bench_worker_memory": "docs/speed.md has what it measured",
+    "compare_decoders": "docs/decoders.md has what it found, and tests/decoding tests readers",
 }
 
 

@@ -8,7 +8,7 @@ in videos with open groups of pictures (HEVC, MPEG-4 and H.264 in AVI, some MP4)
 loses the first group of an MPEG transport stream. So here it never seeks, which makes it exact
 and slow, and it is kept away from containers that it was not tried on. torchcodec (0.17) is exact
 where it is let: in AVI it returns wrong frames, and in MPEG transport streams it stops midway.
-README.md has the counts of wrong frames.
+docs/decoders.md has the counts of wrong frames.
 
 A file cannot make a decoder open other files or addresses: what is no container of frames, such as
 a playlist, is refused.

@@ -15,7 +15,6 @@ from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.models.positions import position_table
 from hpm_video.runs.autotune import trial_update
 from hpm_video.runs.finetuning import Finetuning
-from hpm_video.runs.init_weights import check_same_model
 from hpm_video.runs.pretraining import Pretraining, build_objective, build_target
 from hpm_video.tokens.grid import TokenGrid
 
@@ -639,26 +638,6 @@ def test_only_what_changes_the_result_counts_as_a_difference():
     )
     assert result_differences(old, old) == []
     assert result_differences(old, new) == ["seed: 0 -> 1", "model.encoder.depth: 3 -> 2"]
-
-
-def commands_of_the_readme() -> list[list[str]]:
-    """Its starts of the two scripts with a config, as words."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    starts = [line.split() for line in text.splitlines() if line.startswith("    ./run_")]
-    return [words for words in starts if len(words) > 1 and words[1].startswith("configs/")]
-
-
-def test_the_readme_has_commands_with_configs():
-    assert len(commands_of_the_readme()) >= 8
-
-
-@pytest.mark.parametrize("words", commands_of_the_readme(), ids=" ".join)
-def test_a_command_of_the_readme_can_be_run(words):
-    config = load_any_config(ROOT / words[1], words[2:])
-    start = Path(config.init_weights or "")
-    if isinstance(config, FinetuneConfig) and start.parts[:1] == ("runs",):
-        source = load_any_config(ROOT / "configs" / "pretrain" / f"{start.parts[1]}.yaml")
-        check_same_model(config, source)
 
 
 @pytest.mark.parametrize(

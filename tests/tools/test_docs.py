@@ -1,0 +1,124 @@
+"""What the documentation says can be run, can be run; and the site is built without a warning."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpm_video.config.loading import load_any_config
+from hpm_video.config.schema import FinetuneConfig
+from hpm_video.runs.init_weights import check_same_model
+
+ROOT = Path(__file__).parents[2]
+PAGES = (
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "configs" / "README.md",
+    *sorted(ROOT.glob("datasets/*/README.md")),
+)
+NOT_RUN = ("compare_pretraining.py", "--processes", "probe.py", "bench.py")
+"""In commands that need more data or time than a test has: their options alone are looked up."""
+
+
+def commands(first: str) -> list[list[str]]:
+    """The commands in all pages that start a program so, as words, each once."""
+    found = {}
+    for page in PAGES:
+        for line in page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
+            command = re.sub(r"^(\w+=\S+ )*", "", " ".join(line.split()))
+            if line.startswith("    ") and command.startswith(first):
+                found[command] = command.split()
+    return list(found.values())
+
+
+def starts() -> list[list[str]]:
+    """Starts of the two scripts with a config that is shipped."""
+    return [words for words in commands("./run_") if words[1:] and words[1].startswith("configs/")]
+
+
+def test_the_pages_have_commands():
+    assert len(starts()) >= 12
+    assert len(commands("python tools/")) >= 20
+
+
+@pytest.mark.parametrize("words", starts(), ids=" ".join)
+def test_a_start_with_a_config_can_be_made(words):
+    config = load_any_config(ROOT / words[1], [word for word in words[2:] if word != "--dry-run"])
+    start = Path(config.init_weights or "")
+    source = ROOT / "configs" / "pretrain" / f"{start.parts[1]}.yaml" if start.parts[1:] else ROOT
+    if isinstance(config, FinetuneConfig) and source.is_file():
+        check_same_model(config, load_any_config(source))
+
+
+@pytest.fixture(scope="module")
+def stand_in(videos, labelled_videos, finished_run, finetuned_run, start_program, tmp_path_factory):
+    """What stands for a word of a command. -> a function"""
+    folder = tmp_path_factory.mktemp("docs")
+    shutil.copytree(labelled_videos / "train", folder / "my_videos")
+    checkpoint, classifier = (run / "checkpoints" / "last" for run in (finished_run, finetuned_run))
+    video = videos / "train" / "texture 0.mp4"
+    export = start_program(
+        *("tools/weights.py", "export", str(checkpoint), str(folder / "videomae.pth")),
+        *("--to", "videomae"),
+    )
+    output, _ = export.communicate()
+    assert export.returncode == 0, output
+    words = {
+        "VIDEO": video,
+        "IMAGE": video,
+        "VIDEO_OR_FOLDER": videos / "validation",
+        "MANIFEST": folder / "my_videos",
+        "LIST": folder / "my_videos",
+        "LIST_OR_FOLDER": folder / "my_videos",
+        "my_videos": folder / "my_videos",
+        "datasets/demo/train.csv": labelled_videos / "train",
+        "datasets/demo/validation.csv": labelled_videos / "validation",
+        "FILE": folder / "videomae.pth",
+    }
+
+    def stands_for(tool: str, word: str) -> list[str]:
+        if "runs/" in word or word == "CHECKPOINT":
+            return [str(classifier if tool in ("predict.py", "evaluate.py") else checkpoint)]
+        if word in ("OUT", "OUTPUT", "FOLDER", "features/"):
+            return [str(folder / f"{tool} {word.strip('/')}")]
+        if "*" in word:
+            return [str(path) for path in sorted(ROOT.glob(word))[:2]]
+        return [str(words.get(word, word))]
+
+    return stands_for
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", commands("python tools/"), ids=" ".join)
+def test_a_command_can_be_run(words, run_tool, stand_in, tmp_path):
+    tool, *arguments = words[1].removeprefix("tools/"), *words[2:]
+    if any(mark in " ".join(words) for mark in NOT_RUN):
+        code, output = run_tool(tool.removesuffix(".py"), *_verbs(arguments), "--help")
+        missing = [word for word in arguments if word.startswith("--") and word not in output]
+        assert code == 0, output
+        assert not missing, output
+        return
+    given = [word for argument in arguments for word in stand_in(tool, argument)]
+    given += ["--output", str(tmp_path)] if tool == "show_masks.py" else []
+    code, output = run_tool(tool.removesuffix(".py"), *given)
+    assert code == 0, output
+
+
+def _verbs(arguments: list[str]) -> list[str]:
+    return [word for word in arguments[:1] if re.fullmatch("[a-z]+", word)]
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert "hidden" in (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
