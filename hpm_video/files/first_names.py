@@ -14,7 +14,7 @@ from torch import Tensor
 RENAMED = (
     (r"^pixel_decoder\.", "reconstructor."),
     (r"^(reconstructor|difficulty_decoder)\.transformer\.", r"\1."),
-    (r"^encoder\.", ""),
+    (r"^encoder\.(blocks|norm)\.", r"\1."),
     (r"^class_token$", "cls_token"),
     (r"^patch_embed\.(weight|bias)$", r"patch_embed.proj.\1"),
     (r"^to_decoder\.", "decoder_embed."),
@@ -54,6 +54,9 @@ class ByCurrentNames(Mapping[str, Tensor]):
         self._read = read
         self._patch_size = patch_size
         self._names = {current_name(name): name for name in names if not name.endswith(JOINED)}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # without reading it
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

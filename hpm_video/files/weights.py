@@ -57,10 +57,12 @@ def load_weights(
     """
     own = module.state_dict()
     if wrong := misfits(own, weights, may_lack=may_lack, may_leave=may_leave):
+        embedding = [name for name in own if name == "patch_embed.proj.weight"] or [*own]
+        ours = any(name in weights and weights[name].ndim == own[name].ndim for name in embedding)
         raise CheckpointError(
             f"the weights of {source} do not fit the model of this config:\n  "
             + "\n  ".join(wrong)
-            + ("" if own.keys() & weights.keys() else f"\n{OF_ANOTHER_PROJECT}")
+            + ("" if ours else f"\n{OF_ANOTHER_PROJECT}")
         )
     module.load_state_dict({name: weights[name] for name in own if name in weights}, strict=False)
     return [name for name in own if name not in weights]

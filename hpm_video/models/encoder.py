@@ -76,7 +76,7 @@ class ClipEncoder(Transformer):
         """Keep the positions of all its clips at a width. Only those that are given are saved."""
         kind, source = self.settings.positions, self.source_grid
         if kind == "given":
-            self.register_buffer(name, position_table(source, dim, "space_time").unsqueeze(0))
+            self.register_buffer(name, position_table(source, dim, kind).unsqueeze(0))
             return
         for grid in self.grids:
             table = position_table(grid, dim, kind, source)

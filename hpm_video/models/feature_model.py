@@ -122,12 +122,21 @@ def _make(kind: FeatureKind, name: str, **options: int) -> "VisionTransformer":
         ValueError: as :func:`feature_width`.
     """
     import timm
+    from timm.models.vision_transformer import VisionTransformer
 
     _require_vision_transformer(kind, name)
     sizes: dict[str, Any] = options | ({"num_classes": 0} if kind == "dino" else {})
     with global_generators(0):  # for initial weights, none of which stays
         model: Any = timm.create_model(name, pretrained=False, **sizes)
-    lacking = _lacking(kind, model)
+    lacking = None
+    if not isinstance(model, VisionTransformer):  # a switch of timm's makes others of all names
+        lacking = f"timm makes a {type(model).__name__} of it"
+    elif isinstance(model.norm, nn.Identity):
+        lacking = "it norms the mean of its tokens, not the tokens"
+    elif kind == "clip" and not (
+        isinstance(model.head, nn.Linear) and isinstance(model.norm_pre, nn.LayerNorm)
+    ):
+        lacking = "CLIP's have a norm before the blocks and a projection behind them"
     if lacking:
         raise ValueError(
             f"{name!r} has no features of kind {kind!r}: {lacking}; take "
@@ -135,19 +144,6 @@ def _make(kind: FeatureKind, name: str, **options: int) -> "VisionTransformer":
         )
     made: VisionTransformer = model
     return made
-
-
-def _lacking(kind: FeatureKind, model: nn.Module) -> str | None:
-    from timm.models.vision_transformer import VisionTransformer
-
-    if not isinstance(model, VisionTransformer):  # a switch of timm's makes others of all names
-        return f"timm makes a {type(model).__name__} of it"
-    if isinstance(model.norm, nn.Identity):
-        return "it norms the mean of its tokens, not the tokens"
-    projects = isinstance(model.head, nn.Linear) and isinstance(model.norm_pre, nn.LayerNorm)
-    if kind == "clip" and not projects:
-        return "CLIP's have a norm before the blocks and a projection behind them"
-    return None
 
 
 def _require_vision_transformer(kind: FeatureKind, name: str) -> None:

@@ -20,11 +20,10 @@ def position_table(
 ) -> Tensor:
     """The fixed code of every token of a grid: -> (N, D)
 
-    ``source`` is the grid of pre-training, in which tokens are placed; by default their own.
+    ``source`` is the grid of pre-training, in which tokens are placed; by default their own. A
+    table that will be given starts as ``space_time``.
     """
-    if kind == "given":
-        raise ValueError("positions of kind 'given' are not computed, but kept with the weights")
-    codes = {"sequence": sequence, "space_time": space_time}[kind]
+    codes = sequence if kind == "sequence" else space_time
     return codes(grid, dim, source or grid)
 
 

@@ -12,6 +12,7 @@ from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data.augment import Augmentation
 from hpm_video.data.transforms import MultiScaleCrop
 from hpm_video.models.from_config import build_classifier, build_student
+from hpm_video.models.positions import position_table
 from hpm_video.runs.autotune import trial_update
 from hpm_video.runs.finetuning import Finetuning
 from hpm_video.runs.init_weights import check_same_model
@@ -304,9 +305,8 @@ def test_no_two_tokens_of_a_source_stand_at_one_place(positions, main, other):
     ]
     overrides = [f"model.positions={positions}", "mix.other.masking.ratio=0.5", *sizes]
     student = build_student(load_config(PretrainConfig, DEMO, overrides))
-    alone = student.make_positions(96)
     for grid in (student.grid, *student.grids):
-        codes = alone(grid)
+        codes = position_table(grid, 96, positions, student.source_grid)
         apart = torch.cdist(codes, codes) + 9 * torch.eye(len(codes))
         assert apart.min() > 0.05
     assert student.source_grid == TokenGrid(3, 8, 8), "the most along each axis"

@@ -12,13 +12,14 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.runs import run as experiment
-from hpm_video.runs.finetuning import finetune
-from hpm_video.runs.pretraining import pretrain
+from hpm_video.runs.finetuning import Finetuning, finetune
+from hpm_video.runs.pretraining import Pretraining, pretrain
 
 pytestmark = pytest.mark.slow
 
@@ -151,6 +152,32 @@ def test_an_update_is_that_of_the_first_house(run, first_house, first_names):
         elif name.endswith(NO_TRUE_GRADIENT):
             allowed += lr * np.sqrt(value.numel())
         assert (value - stored[name]).norm() <= allowed, name
+
+
+def test_runs_start_from_the_weights_of_the_first_house(first_house, first_names):
+    """A student and a teacher, and the encoder of a classifier."""
+    checkpoint = Path("runs/video/checkpoints/last")
+    began_with = [f"init_weights={checkpoint}"]
+    started = {}
+    for task in (
+        Pretraining(load_config(PretrainConfig, Path("runs/video/config.yaml"), began_with)),
+        Finetuning(load_config(FinetuneConfig, Path("runs/classes/config.yaml"), began_with)),
+    ):
+        task.resolve()
+        model = task.model()
+        started[task.ema] = task.initialise(model), dict(model.named_parameters())
+    teacher, student = started["teacher"]
+    _, classifier = started["average"]
+    student, teacher, classifier = (
+        first_names(weights, key_biases=False) for weights in (student, teacher, classifier)
+    )
+    for found, file in (student, "model"), (teacher, "teacher"):
+        stored = load_file(checkpoint / f"{file}.safetensors")
+        assert found.keys() == stored.keys()
+        assert all(torch.equal(found[name], value) for name, value in stored.items())
+    encoder = [name for name in classifier if not name.startswith(("pooling.", "head."))]
+    assert len(encoder) > 10
+    assert all(torch.equal(classifier[name], student[name]) for name in encoder)
 
 
 @pytest.mark.parametrize("run", RUNS)

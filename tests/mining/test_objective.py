@@ -135,7 +135,7 @@ def test_loss_is_the_sum_of_its_parts_and_reaches_the_encoder_from_both():
 def test_teacher_runs_only_where_something_is_picked(strategy, epoch, calls):
     _, objective, engine = make(strategy=strategy)
     ran = []
-    objective.teacher.encoder.register_forward_hook(lambda *_: ran.append(1))
+    objective.teacher.norm.register_forward_hook(lambda *_: ran.append(1))
     objective.teacher.reconstructor.register_forward_hook(lambda *_: pytest.fail("ran"))
     objective.losses(engine, random_batch((4, 32, 32)), Progress(0, epoch, 100))
     assert len(ran) == calls

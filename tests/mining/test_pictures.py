@@ -535,9 +535,11 @@ def test_the_tool_says_what_is_wrong_with_a_file(
     assert show_masks.main([str(video.parent), str(video)]) == 2
     assert "give a config, or a checkpoint folder of a run" in only_line(capsys)
     weights = load_file(checkpoint / "model.safetensors")
-    encoder = {name: value for name, value in weights.items() if name.startswith("encoder.")}
+    encoder = {
+        name: value for name, value in weights.items() if name.startswith(("blocks.", "norm."))
+    }
     decoder = {name: value for name, value in weights.items() if name not in encoder}
-    for part, message in (encoder, "without its reconstructor"), (decoder, "missing encoder."):
+    for part, message in (encoder, "without its reconstructor"), (decoder, "missing blocks."):
         save_file(part, checkpoint / "model.safetensors")
         assert show_masks.main([str(checkpoint), str(video)]) == 2
         assert message in only_line(capsys)

@@ -214,7 +214,7 @@ def test_a_study_of_features_has_no_reconstruction():
 def encoded_by(teacher):
     """A list that gets what its encoder gives, call by call."""
     seen = []
-    teacher.encoder.register_forward_hook(lambda *call: seen.append(call[-1]))
+    teacher.norm.register_forward_hook(lambda *call: seen.append(call[-1]))
     return seen
 
 

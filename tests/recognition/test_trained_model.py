@@ -396,8 +396,8 @@ def test_a_classifier_is_what_the_config_says(config):
     plain = build_classifier(replace(config, model=replace(model, head_init_scale=1.0)), 5)
     assert built.head.out_features == 5
     assert built.head_dropout == 0.3
-    assert built.encoder.drop_path == 0.4
-    assert built.encoder.checkpoint_activations
+    assert built.drop_path == 0.4
+    assert built.checkpoint_activations
     assert built.frozen
     assert built.source_grid == TokenGrid(1, 2, 2)
     assert built.blocks[0].mlp.fc1.weight.abs().max() > 0.2, "Xavier's are wider than 0.02"

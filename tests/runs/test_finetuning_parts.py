@@ -196,6 +196,22 @@ def test_a_classifier_without_a_final_norm_is_no_frozen_encoder(load, classified
     assert named == {"missing norm.weight", "missing norm.bias"}
 
 
+@pytest.mark.parametrize("kind", ["an image model", "another model of videos"])
+def test_weights_with_timms_names_that_are_no_checkpoint_are_to_be_imported(
+    load, pretrained, tmp_path, kind
+):
+    """Most of their names are ours."""
+    weights = load_file(pretrained / "model.safetensors")
+    if kind == "an image model":
+        weights["patch_embed.proj.weight"] = torch.zeros(16, 3, 8, 8)
+    else:
+        weights = {f"encoder.{name}": value for name, value in weights.items()}
+    save_file(weights, tmp_path / "other.safetensors")
+    config = load(FinetuneConfig)
+    with pytest.raises(CheckpointError, match=r"weights.py import FILE FOLDER"):
+        load_pretrained(build_classifier(config, 3), tmp_path / "other.safetensors", config, NAMES)
+
+
 def test_every_key_that_does_not_fit_is_named(load, pretrained, tmp_path):
     weights = load_file(pretrained / "model.safetensors")
     weights = {name.replace("blocks.1.", "blocks.7."): value for name, value in weights.items()}
