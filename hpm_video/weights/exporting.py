@@ -1,11 +1,13 @@
 """Models of this package for other projects: written, loaded back and compared, or not at all."""
 
 import logging
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition.trained_model import TrainedModel, open_trained
@@ -21,12 +23,14 @@ from hpm_video.weights.parity import (
     Peer,
     Trial,
     is_installed,
+    of_timm,
     of_transformers,
     outputs_of,
     peer_of_timm,
 )
 from hpm_video.weights.verify import compare
 from hpm_video.weights.writing import (
+    timm_arguments,
     timm_name,
     write_hpm,
     write_onnx,
@@ -69,8 +73,13 @@ def check_timm(model: TrainedModel, _: Expressed, folder: Path) -> ParityReport:
 
     logging.getLogger("timm").setLevel(logging.WARNING)
     channels, name = model.config.model.channels, f"timm {timm.__version__}: {timm_name(model)}"
-    built = timm.create_model(f"local-dir:{folder}", pretrained=True, in_chans=channels)
-    return peer_of_timm(name, built.eval()).compare(model)
+    try:
+        built = timm.create_model(f"local-dir:{folder}", pretrained=True, in_chans=channels)
+        peer = peer_of_timm(name, built.eval())
+    except pickle.UnpicklingError:  # earlier versions read no safetensors so
+        tensors = load_file(folder / "model.safetensors")
+        peer = of_timm(timm_name(model), timm_arguments(model), tensors)
+    return peer.compare(model)
 
 
 def check_onnx(model: TrainedModel, _: Expressed, file: Path) -> ParityReport:

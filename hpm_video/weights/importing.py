@@ -313,7 +313,9 @@ def inspect(path: Path, overrides: Overrides | None = None) -> list[str]:
         try:
             return describe(import_weights(path, overrides))
         except UntoldError as error:
-            return [f"not all of it is in the file: {error}"]
+            family = recognise(read_source(path), overrides and overrides.entry).family
+            first = [f"{family.name}: {family.says}", f"licence: {family.licence}"]
+            return [*first, f"not all of it is in the file: {error}"]
     names: dict[str, WeightsOf] = {"teacher": "teacher", "average": "average"}
     model = open_trained(folder, TrainedModel, names.get(path.stem))
     config = model.config
