@@ -110,14 +110,14 @@ class Family:
 
     def ours(self, name: str) -> str:
         """Return our name of a tensor of theirs."""
-        return _renamed(name, self.renames, self.inner)
+        return renamed(name, self.renames, self.inner)
 
     def theirs(self, name: str) -> str:
         """Return their name of a tensor of ours."""
         renames, inner = (
             tuple((ours, theirs) for theirs, ours in pairs) for pairs in (self.renames, self.inner)
         )
-        return _renamed(name, renames, inner)
+        return renamed(name, renames, inner)
 
     def read(self, stored: Mapping[str, Tensor]) -> Renamed:
         """Return the tensors of a file by our names.
@@ -189,7 +189,8 @@ class Family:
         return {self.theirs(name): value.contiguous() for name, value in found.items()}
 
 
-def _renamed(name: str, beginnings: Pairs, inner: Pairs) -> str:
+def renamed(name: str, beginnings: Pairs, inner: Pairs) -> str:
+    """Return a name with the first beginning and the first part within that fit put otherwise."""
     for old, new in beginnings:
         if name.startswith(old):
             name = new + name.removeprefix(old)

@@ -169,15 +169,17 @@ class _SetAside:
 def _read_pickle(path: Path) -> object:
     """Return what is in a file of torch.save, of either format; no code in it is run."""
     zipped = zipfile.is_zipfile(path)
-    what, load = "", "torch.jit.load"
     if zipped and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-        what = "a program (TorchScript)"
-    elif not zipped and tarfile.is_tarfile(path):
-        what, load = "in the first format of torch.save, a tar archive", "the torch that wrote it"
-    if what:
         raise CheckpointError(
-            f"{path} is {what}, which cannot be read without running what is in it. If you trust "
-            f"it, load it with {load}, and save the state dict anew"
+            f"{path} is a program (TorchScript), not weights. If you trust it, extract them once: "
+            f'torch.save(torch.jit.load("{path.name}", map_location="cpu").state_dict(), '
+            f'"weights.pth"), and give weights.pth'
+        )
+    if not zipped and tarfile.is_tarfile(path):
+        raise CheckpointError(
+            f"{path} is in the first format of torch.save, a tar archive, which cannot be read "
+            f"without running what is in it. If you trust it, load it with the torch that wrote "
+            f"it, and save the state dict anew"
         )
     # VideoMAE and MAE keep the options of a run in a Namespace.
     allowed: list[Any] = [argparse.Namespace]
