@@ -29,7 +29,7 @@ MAY_IMPORT = {
         "preparation/recipes.py",
         "weights/files.py",
     },
-    "transformers": {"weights/peers.py"},
+    "transformers": {"weights/parity.py"},
     "onnx": {"weights/writing.py"},
     "onnxruntime": {"weights/exporting.py"},
     "torchvision": {"data/augment.py"},
@@ -40,7 +40,8 @@ MAY_IMPORT = {
         "models/feature_model.py",
         "weights/exporting.py",
         "weights/notes.py",
-        "weights/peers.py",
+        "weights/parity.py",
+        "weights/writing.py",
     },
 }
 SEES_A_CONFIG = {
@@ -48,7 +49,6 @@ SEES_A_CONFIG = {
     "recognition/trained_model.py",
     "weights/geometry.py",
     "weights/importing.py",
-    "weights/model.py",
 }
 NO_SCHEMA = {"choices", "checks", "batch_plan"}
 """Modules of config/ that everybody may import: they know no section."""

@@ -15,17 +15,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpm_video.config.choices import TransformerSize
-from hpm_video.files.single_file import as_folder
 from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition.labels import read_label_names
+from hpm_video.recognition.trained_model import TrainedModel, open_trained
 from hpm_video.runs.console import EXIT_CODES, positive, run, shortest
 from hpm_video.weights.exporting import FORMATS, export
+from hpm_video.weights.folder import write_folder
 from hpm_video.weights.geometry import Overrides
-from hpm_video.weights.importing import describe, import_weights, write_folder
-from hpm_video.weights.inspect import inspect
-from hpm_video.weights.model import load_model
+from hpm_video.weights.importing import describe, import_weights, inspect
 from hpm_video.weights.parity import NOT_ASKED, TOLERANCE
-from hpm_video.weights.peers import compare
+from hpm_video.weights.verify import compare
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
@@ -47,29 +46,15 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     reads.add_argument("source", type=Path, help="file of weights, or folder of a model")
     reads.add_argument("folder", type=Path, help="to write; it must not exist")
     add_overrides(reads)
-    reads.add_argument(
-        "--tolerance",
-        type=float,
-        default=TOLERANCE,
-        help="largest difference from the independent implementation, as a share of the largest "
-        "value (default: %(default)s)",
-    )
-    reads.add_argument("--no-parity", action="store_true", help="do not compare: it takes a while")
-    add_export(commands.add_parser("export", help="write a checkpoint of a run for others"))
-    looks = commands.add_parser("inspect", help="tell what a file or folder holds")
-    looks.set_defaults(command=inspect_file)
-    looks.add_argument("source", type=Path, help="file of weights, or folder of a model or run")
-    add_overrides(looks)
-    return parser.parse_args(command_line)
-
-
-def add_export(parser: argparse.ArgumentParser) -> None:
-    """What an export is to be."""
-    parser.set_defaults(command=export_checkpoint)
     kinds = "\n".join(f"  {name:13}{form.says}" for name, form in FORMATS.items())
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = f"kinds of --to:\n{kinds}\n\n{EXIT_CODES}"
-    add = parser.add_argument
+    writes = commands.add_parser(
+        "export",
+        help="write a checkpoint of a run for others",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"kinds of --to:\n{kinds}\n\n{EXIT_CODES}",
+    )
+    writes.set_defaults(command=export_checkpoint)
+    add = writes.add_argument
     add("checkpoint", type=Path, help="checkpoint folder of a run, or one file of --to file")
     add("out", type=Path, help="file or folder to write; it must not exist")
     add("--to", choices=tuple(FORMATS), required=True)
@@ -79,14 +64,20 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         help="of pre-training: student (default) or teacher; of a classifier: model or average, "
         "by default those that the run tested",
     )
-    add(
-        "--tolerance",
-        type=float,
-        default=TOLERANCE,
-        help="largest difference between our model and the exported one, loaded back, as a share "
-        "of the largest value (default: %(default)s)",
-    )
-    add("--no-parity", action="store_true", help="do not compare: it takes a while")
+    for compares in (reads, writes):
+        compares.add_argument(
+            "--tolerance",
+            type=float,
+            default=TOLERANCE,
+            help="largest difference between our model and the other's, as a share of the largest "
+            "value (default: %(default)s)",
+        )
+        compares.add_argument("--no-parity", action="store_true", help="do not compare: it is slow")
+    looks = commands.add_parser("inspect", help="tell what a file or folder holds")
+    looks.set_defaults(command=inspect_file)
+    looks.add_argument("source", type=Path, help="file of weights, or folder of a model or run")
+    add_overrides(looks)
+    return parser.parse_args(command_line)
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -160,11 +151,10 @@ def export_checkpoint(arguments: argparse.Namespace) -> None:
     Raises:
         ConfigError, CheckpointError: it cannot be exported, or computes something else then.
     """
-    with as_folder(arguments.checkpoint) as folder:
-        model = load_model(folder, arguments.weights, called=arguments.checkpoint)
-        exported = export(
-            model, arguments.out, arguments.to, arguments.tolerance, skip=arguments.no_parity
-        )
+    model = open_trained(arguments.checkpoint, TrainedModel, arguments.weights)
+    exported = export(
+        model, arguments.out, arguments.to, arguments.tolerance, skip=arguments.no_parity
+    )
     print("\n".join(exported.lines()))
 
 

@@ -1,6 +1,6 @@
 """Weights put into a model, and how files of them fail."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -17,6 +17,33 @@ class CheckpointError(ExpectedError, RuntimeError):
     """A checkpoint that cannot be written, read or used. The message says why and what to do."""
 
 
+def misfits(
+    own: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    *,
+    may_lack: tuple[str, ...] = (),
+    may_leave: tuple[str, ...] = (),
+    called: Callable[[str], str] = str,
+) -> list[str]:
+    """Return the weights that are missing, left over or of another shape than a model's own.
+
+    Those are allowed to whose names begin with one of ``may_lack`` or ``may_leave``. ``called``:
+    what a user calls a weight.
+    """
+    wrong = [
+        f"missing {called(name)}"
+        for name in own
+        if name not in weights and not name.startswith(may_lack)
+    ]
+    for name, value in weights.items():
+        shape = tuple(value.shape)
+        if name not in own and not name.startswith(may_leave):
+            wrong.append(f"left over {called(name)}")
+        elif name in own and value.shape != own[name].shape:
+            wrong.append(f"{called(name)} has shape {shape}, the model's {tuple(own[name].shape)}")
+    return wrong
+
+
 def load_weights(
     module: nn.Module,
     weights: Mapping[str, Tensor],
@@ -28,24 +55,10 @@ def load_weights(
     """Put ``weights`` into ``module``. -> the parameters they lack, which keep what they had.
 
     Raises:
-        CheckpointError: a parameter is missing whose name does not begin with one of
-            ``may_lack``, one is left over whose name does not begin with one of ``may_leave``, or
-            shapes differ. Every such name is given.
+        CheckpointError: some do not fit, see :func:`misfits`. Every such name is given.
     """
     own = module.state_dict()
-    missing = [name for name in own if name not in weights]
-    wrong = [f"missing {name}" for name in missing if not name.startswith(may_lack)]
-    wrong += [
-        f"left over {name}"
-        for name in weights
-        if name not in own and not name.startswith(may_leave)
-    ]
-    wrong += [
-        f"{name} has shape {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
-    if wrong:
+    if wrong := misfits(own, weights, may_lack=may_lack, may_leave=may_leave):
         embedding = [name for name in own if name == "patch_embed.proj.weight"] or [*own]
         ours = any(name in weights and weights[name].ndim == own[name].ndim for name in embedding)
         raise CheckpointError(
@@ -54,4 +67,4 @@ def load_weights(
             + ("" if ours else f"\n{OF_ANOTHER_PROJECT}")
         )
     module.load_state_dict({name: weights[name] for name in own if name in weights}, strict=False)
-    return missing
+    return [name for name in own if name not in weights]

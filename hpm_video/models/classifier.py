@@ -105,7 +105,7 @@ class AttentivePooling(nn.Module):
 
     def attend(self, tokens: Tensor) -> Tensor:
         """The attention alone, over tokens that are normed: (B, N, D) -> (B, D)"""
-        query = self.latent.expand(len(tokens), -1, -1)
+        query = self.latent.expand(tokens.shape[0], -1, -1)
         q, k, v = (
             rearrange(values, "b n (h d) -> b h n d", h=self.num_heads)
             for values in (self.q(query), self.k(tokens), self.v(tokens))

@@ -120,7 +120,7 @@ class ClipEncoder(Transformer):
             patches, positions = mask.take_visible(patches), positions[mask.visible_ids]
         tokens = self.patch_embed(patches) + positions
         if self.cls_token is not None:
-            first = self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1)
+            first = self.cls_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
             tokens = torch.cat([first, tokens], dim=1)
         out: Tensor = self.norm(self.run_blocks(tokens, self.draws(keys)))
         return out

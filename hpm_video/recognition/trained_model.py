@@ -8,6 +8,7 @@ from typing import Literal, TypeVar
 from torch import Tensor
 
 from hpm_video.config.checks import ConfigError
+from hpm_video.config.choices import Pooling
 from hpm_video.config.data import DataConfig
 from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
@@ -23,6 +24,7 @@ from hpm_video.models.from_config import (
 )
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.recognition.labels import read_label_names
+from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.checkpoint import read_state, read_weights, weights_digest
 
 WeightsOf = Literal["student", "teacher", "model", "average", "untrained"]
@@ -67,7 +69,10 @@ class ClipChoice:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model in a checkpoint folder or a single file. Weights are read when it is built."""
+    """A model in a checkpoint folder, a single file or memory.
+
+    Weights that are not held are read when they are needed.
+    """
 
     path: Path
     weights: WeightsOf
@@ -75,6 +80,11 @@ class TrainedModel:
     data: DataConfig
     """The clips that the encoder is to see."""
     config: PretrainConfig | FinetuneConfig
+    """Of a classifier with the grid of pre-training, and the weights that were asked for."""
+    label_names: tuple[str, ...] = ()
+    origin: str = ""
+    """The text of origin.json, where the weights were imported."""
+    held: dict[str, Tensor] | None = None
 
     @property
     def file(self) -> str:
@@ -86,9 +96,53 @@ class TrainedModel:
         """SHA-256 of the file of its weights."""
         return weights_digest(self.path, self.file)
 
+    @property
     def tensors(self) -> dict[str, Tensor]:
-        """Read its weights."""
+        """Its weights."""
+        if self.held is not None:
+            return self.held
         return read_weights(self.path, self.config.model.patch_size, self.file)
+
+    @property
+    def teacher(self) -> dict[str, Tensor] | None:
+        """The weights of a teacher beside a student's."""
+        there = (self.path / "teacher.safetensors").is_file()
+        patch_size = self.config.model.patch_size
+        return read_weights(self.path, patch_size, "teacher") if there else None
+
+    @property
+    def is_classifier(self) -> bool:
+        """Otherwise it is a masked autoencoder."""
+        return isinstance(self.config, FinetuneConfig)
+
+    @property
+    def pretraining(self) -> PretrainConfig | None:
+        """The config, where it is a masked autoencoder."""
+        return self.config if isinstance(self.config, PretrainConfig) else None
+
+    @property
+    def pooling(self) -> Pooling | None:
+        """How a classifier pools its tokens."""
+        return self.config.model.pooling if isinstance(self.config, FinetuneConfig) else None
+
+    @property
+    def grid(self) -> TokenGrid:
+        """Tokens of a clip that it was trained on."""
+        return TokenGrid.of_clip(self.config.data.clip_size, self.config.model.patch_size)
+
+    @property
+    def kind(self) -> str:
+        """What it is, in words."""
+        what = "classifier" if self.is_classifier else "masked autoencoder"
+        return f"{what} ({self.weights} at update {self.update})"
+
+    def make(self) -> MaskedAutoencoder | ClipClassifier:
+        """Return the whole model without its weights."""
+        raise NotImplementedError
+
+    def build(self) -> MaskedAutoencoder | ClipClassifier:
+        """Return the whole model with its weights, for use."""
+        raise NotImplementedError
 
     def encoder(self) -> ClipEncoder:
         """Build what makes features of clips."""
@@ -101,19 +155,23 @@ class TrainedAutoencoder(TrainedModel):
 
     config: PretrainConfig
 
+    def make(self) -> MaskedAutoencoder:
+        """Build the whole model, its weights drawn."""
+        return build_student(self.config)
+
     def build(self) -> MaskedAutoencoder:
         """Build the whole model, for the clips that it was trained on.
 
         Raises:
             CheckpointError: the weights do not fit, or are of an encoder alone.
         """
-        tensors = self.tensors()
+        tensors = self.tensors
         if not any(name.startswith("reconstructor.") for name in tensors):
             raise CheckpointError(
                 f"{self.path} holds an encoder without its reconstructor, so it cannot "
                 f"reconstruct; give a checkpoint of pre-training"
             )
-        model = build_student(self.config)
+        model = self.make()
         load_weights(model, tensors, self.path)
         return model.eval()
 
@@ -121,7 +179,7 @@ class TrainedAutoencoder(TrainedModel):
         """Build the encoder with its final norm. Other clips have their positions in its grid."""
         model = build_encoder(self.config, self.data)
         if self.weights != "untrained":
-            load_weights(model, self.tensors(), self.path, may_leave=OF_DECODERS)
+            load_weights(model, self.tensors, self.path, may_leave=OF_DECODERS)
         return model.eval()
 
 
@@ -130,13 +188,15 @@ class TrainedClassifier(TrainedModel):
     """What fine-tuning made."""
 
     config: FinetuneConfig
-    """With the grid of pre-training, the clips and the weights that were asked for."""
-    label_names: tuple[str, ...]
+
+    def make(self) -> ClipClassifier:
+        """Build the classifier, its weights drawn."""
+        return build_classifier(self.config, len(self.label_names))
 
     def build(self) -> ClipClassifier:
         """Build the classifier."""
-        model = build_classifier(self.config, len(self.label_names))
-        load_weights(model, self.tensors(), self.path)
+        model = self.make()
+        load_weights(model, self.tensors, self.path)
         return model.eval()
 
     def encoder(self) -> ClipClassifier:
@@ -185,6 +245,8 @@ def open_trained(
                     f"./run_pretrain.sh, such as runs/demo/checkpoints/last"
                 )
             found = _classifier(path, folder, config, weights, clips)
+        if (origin := folder / "origin.json").is_file():
+            found = replace(found, origin=origin.read_text(encoding="utf-8"))
     assert isinstance(found, wanted)
     return found
 

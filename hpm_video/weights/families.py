@@ -1,16 +1,233 @@
-"""The kinds of weights that are read and written: their names, what tells them apart, licences."""
+"""The kinds of weights that are read and written: what tells them apart, names, axes, licences.
 
-from dataclasses import dataclass, replace
-from typing import Literal
+Our names are timm's. A family says what is called otherwise in its files, and where queries, keys
+and values are several tensors there, the patch kernel has no axis of time, or positions are summed.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from hpm_video.config.choices import Conventions
-from hpm_video.tokens.grid import Size3
+from hpm_video.files.weights import CheckpointError
 from hpm_video.tokens.patches import TargetKind
 from hpm_video.weights.files import Tensors
-from hpm_video.weights.layouts import FIRST, KERNEL, SPACE, TIME, Layout, Pairs, Renamed, read
 
-Holds = Literal["autoencoder", "encoder", "classifier"]
-"""What a file holds: encoder and decoder, an encoder alone, or an encoder with a head."""
+Pairs = tuple[tuple[str, str], ...]
+KERNEL, POSITIONS = "patch_embed.proj.weight", "pos_embed"
+TABLES = (POSITIONS, "decoder_pos_embed")
+SPACE, TIME, FIRST = "pos_embed_spatial", "pos_embed_temporal", "pos_embed_class"
+"""Tables that add up to one of all tokens, and its row for the class token."""
+FUSED, SEPARATE = "blocks.0.attn.qkv.weight", "blocks.0.attn.q.weight"
+SCORE = "difficulty_decoder.head."
+MARKS = {
+    "autoencoder": ("reconstructor.head.weight",),
+    "classifier": ("head.weight",),
+    "encoder": (),
+}
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """The tensors of a file by our names."""
+
+    tensors: Tensors
+    origins: dict[str, list[str]]
+    """Their names in the file."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Names in the file that have no place here, each with the reason."""
+    steps: int = 0
+    """Time steps that its positions are of, where they tell."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Checkpoints of one kind of one project."""
+
+    name: str
+    says: str
+    """What they are."""
+    axes: Literal[4, 5]
+    """Of the kernel of the patches: 4 of images, 5 of clips."""
+    renames: Pairs = ()
+    """Beginnings of names there and here; the first that fits is taken."""
+    inner: Pairs = ()
+    """The same of parts of names within blocks."""
+    split: tuple[str, ...] = ()
+    """Kinds of tensors ("weight", "bias") that queries, keys and values have one by one."""
+    key_bias: bool = True
+    """Whether keys have a bias there. It shifts all scores of a query alike: softmax ignores it."""
+    left_out: Pairs = ()
+    """Regular expressions of names that have no place here, and why."""
+    conventions: Conventions = "mae"
+    target: TargetKind = "joint"
+    """What pre-training predicts, unless the file says otherwise."""
+    pixels: tuple[tuple[float, ...], tuple[float, ...]] = (
+        (0.485, 0.456, 0.406),
+        (0.229, 0.224, 0.225),
+    )
+    """Their mean and standard deviation, unless the file says otherwise."""
+
+    @property
+    def holds(self) -> Literal["autoencoder", "encoder", "classifier"]:
+        """What of a model it has."""
+        if self.name.endswith("classifier"):
+            return "classifier"
+        encoder = self.name.endswith("encoder") or self.name in ("vit", "mae_st")
+        return "encoder" if encoder else "autoencoder"
+
+    @property
+    def licence(self) -> str:
+        """What is known of their licence."""
+        return next(text for begins, text in LICENCES.items() if self.name.startswith(begins))
+
+    @property
+    def transformers_class(self) -> str:
+        """Its class there, where it is of transformers."""
+        return self.says.partition(" ")[0] if self.name.startswith("transformers") else ""
+
+    @property
+    def has(self) -> set[str]:
+        """Tensors that all of them have, and that tell them from others."""
+        ours = [KERNEL, *MARKS[self.holds]]
+        if not self.transformers_class:
+            ours.append(SEPARATE if "weight" in self.split else FUSED)
+        if self.name == "hpm":
+            ours.append(f"{SCORE}weight")
+        return {self.theirs(name) for name in ours}
+
+    def fits(self, tensors: Tensors) -> bool:
+        """Whether tensors with these names may be of this family."""
+        there = tensors.keys() >= self.has and tensors[self.theirs(KERNEL)].ndim == self.axes
+        # No VideoMAE has a class token; by their names alone some models of ours might be one.
+        return there and not (self.conventions == "videomae" and "cls_token" in tensors)
+
+    def ours(self, name: str) -> str:
+        """Return our name of a tensor of theirs."""
+        return renamed(name, self.renames, self.inner)
+
+    def theirs(self, name: str) -> str:
+        """Return their name of a tensor of ours."""
+        renames, inner = (
+            tuple((ours, theirs) for theirs, ours in pairs) for pairs in (self.renames, self.inner)
+        )
+        return renamed(name, renames, inner)
+
+    def read(self, stored: Mapping[str, Tensor]) -> Renamed:
+        """Return the tensors of a file by our names.
+
+        Raises:
+            CheckpointError: some are incomplete or given twice. Each is named.
+        """
+        found: Tensors = {}
+        origins: dict[str, list[str]] = {}
+        left_out: dict[str, str] = {}
+        wrong: list[str] = []
+        for name, value in stored.items():
+            ours = self.ours(name)
+            if why := [why for pattern, why in self.left_out if re.fullmatch(pattern, name)]:
+                left_out[name] = why[0]
+            elif ours in found:
+                wrong.append(f"{name} is given twice, by {origins[ours][0]}")
+            elif value.ndim != 3 if ours in (*TABLES, SPACE, TIME, FIRST) else not value.ndim:
+                wrong.append(f"{name} must have other axes, got {tuple(value.shape)}")
+            else:
+                found[ours], origins[ours] = value, [name]
+        steps = len(found[TIME][0]) if TIME in found and found[TIME].ndim == 3 else 0
+        wrong += self._concatenate(found, origins) + _add_up(found, origins)
+        if wrong:
+            raise CheckpointError("\n  ".join(["its tensors do not fit together:", *wrong]))
+        if self.axes == 4:
+            found[KERNEL] = found[KERNEL].unsqueeze(2)
+        _average_scores(found)
+        return Renamed(found, origins, left_out, steps)
+
+    def _concatenate(self, found: Tensors, origins: dict[str, list[str]]) -> list[str]:
+        """Make one tensor of those of queries, keys and values. -> what is wrong"""
+        wrong: list[str] = []
+        matches = [re.fullmatch(r"(.+\.attn\.)[qkv](\.(?:weight|bias))", name) for name in found]
+        for before, kind in dict.fromkeys((match[1], match[2]) for match in matches if match):
+            queries, keys, _ = names = [f"{before}{part}{kind}" for part in "qkv"]
+            if kind == ".bias" and not self.key_bias and queries in found:
+                found.setdefault(keys, torch.zeros_like(found[queries]))
+            wrong += [f"missing {self.theirs(name)}" for name in names if name not in found]
+            named = [theirs for name in names for theirs in origins.pop(name, [])]
+            parts = [found.pop(name) for name in names if name in found]
+            whole = f"{before}qkv{kind}"
+            if whole in found:
+                wrong.append(f"{named[0]} is given twice, by {origins[whole][0]}")
+            try:
+                found[whole], origins[whole] = torch.cat(parts), named
+            except RuntimeError:
+                shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+                wrong.append(f"misshapen {' and '.join(named)}: {shapes}")
+        return wrong
+
+    def write(self, tensors: Mapping[str, Tensor]) -> Tensors:
+        """Return tensors of ours as a file of theirs has them."""
+        found: Tensors = {}
+        values = math.prod(tensors[KERNEL].shape[1:])
+        for name, value in tensors.items():
+            qkv = re.search(r"\.attn\.qkv\.(weight|bias)$", name)
+            if qkv and qkv[1] in self.split:
+                parts = dict(zip("qkv", value.chunk(3), strict=True))
+                if qkv[1] == "bias" and not self.key_bias:
+                    del parts["k"]
+                found |= {name.replace(".qkv.", f".{part}."): parts[part] for part in parts}
+            elif self.name == "hpm" and name.startswith(SCORE):
+                found[name] = value.expand(values, *value.shape[1:])
+            elif self.axes == 4 and name == KERNEL:  # frames of a patch are channels of an image
+                found[name] = value.flatten(1, 2)
+            else:
+                found[name] = value
+        return {self.theirs(name): value.contiguous() for name, value in found.items()}
+
+
+def renamed(name: str, beginnings: Pairs, inner: Pairs) -> str:
+    """Return a name with the first beginning and the first part within that fit put otherwise."""
+    for old, new in beginnings:
+        if name.startswith(old):
+            name = new + name.removeprefix(old)
+            break
+    for old, new in inner:
+        if old in name:
+            return name.replace(old, new, 1)
+    return name
+
+
+def _average_scores(found: Tensors) -> None:
+    """In official HPM difficulty is the mean of an output for each value of a patch."""
+    for name in [name for name in found if name.startswith(SCORE)]:
+        if len(found[name]) == math.prod(found[KERNEL].shape[1:]):
+            mean = found[name].double().mean(dim=0, keepdim=True)
+            found[name] = mean.to(found[name].dtype)
+
+
+def _add_up(found: Tensors, origins: dict[str, list[str]]) -> list[str]:
+    """Make one table of positions of those of space, of time and of the class token."""
+    there = [name for name in (SPACE, TIME, FIRST) if name in found]
+    if not there:
+        return []
+    wrong = [f"missing {name}" for name in (SPACE, TIME) if name not in found]
+    tables = {name: found.pop(name).float() for name in there}
+    origins[POSITIONS] = [theirs for name in there for theirs in origins.pop(name)]
+    try:
+        both = (tables[TIME].unsqueeze(2) + tables[SPACE].unsqueeze(1)).flatten(1, 2)
+        first = tables.get(FIRST, torch.zeros_like(both[:, :1]))
+        found[POSITIONS] = torch.cat([first, both], dim=1)
+    except (KeyError, IndexError, RuntimeError):
+        shapes = (f"{name} {tuple(table.shape)}" for name, table in tables.items())
+        wrong.append(f"these do not add up: {', '.join(shapes)}")
+    return wrong
+
+
+# --- The table ------------------------------------------------------------------------------------
 
 NON_COMMERCIAL = "CC-BY-NC 4.0: no commercial use, name the authors"
 LICENCES = {
@@ -29,290 +246,143 @@ LICENCES = {
 }
 """What is known of the licences of weights, by how the names of families begin."""
 
-# --- Names ----------------------------------------------------------------------------------------
+
+def licence_of(origin: str) -> str:
+    """Return what is known of the licence of weights of this package. ``origin``: of origin.json"""
+    told = json.loads(origin) if origin else {}
+    return str(told.get("licence", LICENCES["ours"]))
 
 
-def _same(*names: str) -> Pairs:
-    return tuple((name, name) for name in names)
+BLOCKS_OF_TRANSFORMERS = (
+    (".layernorm_before.", ".norm1."),
+    (".layernorm_after.", ".norm2."),
+    (".attention.attention.query.", ".attn.q."),
+    (".attention.attention.key.", ".attn.k."),
+    (".attention.attention.value.", ".attn.v."),
+    (".attention.output.dense.", ".attn.proj."),
+    (".intermediate.dense.", ".mlp.fc1."),
+    (".output.dense.", ".mlp.fc2."),
+    # Of models in memory in transformers 5, where they are called otherwise.
+    (".attention.q_proj.", ".attn.q."),
+    (".attention.k_proj.", ".attn.k."),
+    (".attention.v_proj.", ".attn.v."),
+    (".attention.o_proj.", ".attn.proj."),
+)
 
 
-def _under(prefix: str, pairs: Pairs) -> Pairs:
-    return tuple((prefix + theirs, timm) for theirs, timm in pairs)
+VIDEOMAE_BIASES = (
+    (".attention.attention.q_bias", ".attn.q.bias"),
+    (".attention.attention.v_bias", ".attn.v.bias"),
+)
 
 
-ENCODER = _same("patch_embed.proj", "blocks", "norm")
-IMAGES = _same("cls_token", "pos_embed") + ENCODER
-HEAD = _same("fc_norm", "head")
-MAE_DECODER = (
-    *_same("mask_token", "decoder_pos_embed"),
-    ("decoder_embed", "to_decoder"),
-    ("decoder_blocks", "reconstructor.blocks"),
-    ("decoder_norm", "reconstructor.norm"),
-    ("decoder_pred", "reconstructor.head"),
+def _of_transformers(prefix: str, *decoder: tuple[str, str]) -> dict[str, Any]:
+    encoder = (
+        (f"{prefix}embeddings.patch_embeddings.projection.", "patch_embed.proj."),
+        (f"{prefix}embeddings.cls_token", "cls_token"),
+        (f"{prefix}embeddings.position_embeddings", POSITIONS),
+        (f"{prefix}encoder.layer.", "blocks."),
+        (f"{prefix}layers.", "blocks."),
+        (f"{prefix}layernorm.", "norm."),
+        ("classifier.", "head."),
+    )
+    inner = BLOCKS_OF_TRANSFORMERS if prefix == "vit." else VIDEOMAE_BIASES + BLOCKS_OF_TRANSFORMERS
+    return {"renames": (*encoder, *decoder), "inner": inner, "split": ("weight", "bias")}
+
+
+IMAGES: dict[str, Any] = {"axes": 4}
+MAE = (
+    ("decoder_blocks.", "reconstructor.blocks."),
+    ("decoder_norm.", "reconstructor.norm."),
+    ("decoder_pred.", "reconstructor.head."),
 )
-HPM_PREDICTOR = (
-    ("decoder_blocks_losspred", "difficulty_decoder.blocks"),
-    ("decoder_norm_losspred", "difficulty_decoder.norm"),
-    ("decoder_pred_losspred", "difficulty_decoder.head"),
+HPM = (
+    ("decoder_blocks_losspred.", "difficulty_decoder.blocks."),
+    ("decoder_norm_losspred.", "difficulty_decoder.norm."),
+    ("decoder_pred_losspred.", SCORE),
 )
-VIDEOMAE_DECODER = (
-    ("mask_token", "mask_token"),
-    ("encoder_to_decoder", "to_decoder"),
-    ("decoder.blocks", "reconstructor.blocks"),
-    ("decoder.norm", "reconstructor.norm"),
-    ("decoder.head", "reconstructor.head"),
-)
-TRANSFORMERS_BLOCK = (
-    ("layernorm_before", "norm1"),
-    ("attention.attention.query", "attn.q"),
-    ("attention.attention.key", "attn.k"),
-    ("attention.attention.value", "attn.v"),
-    ("attention.output.dense", "attn.proj"),
-    ("layernorm_after", "norm2"),
-    ("intermediate.dense", "mlp.fc1"),
-    ("output.dense", "mlp.fc2"),
-    # Of models of transformers 5, where they are called otherwise.
-    ("attention.q_proj", "attn.q"),
-    ("attention.k_proj", "attn.k"),
-    ("attention.v_proj", "attn.v"),
-    ("attention.o_proj", "attn.proj"),
-)
-TRANSFORMERS_CLIPS = (
-    ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
-    ("encoder.layer", "blocks"),
-    ("layernorm", "norm"),
-)
-TRANSFORMERS_IMAGES = (
-    ("embeddings.cls_token", "cls_token"),
-    ("embeddings.position_embeddings", "pos_embed"),
-    *TRANSFORMERS_CLIPS,
-    ("layers", "blocks"),
-)
-TRANSFORMERS_VIDEOMAE_DECODER = (
-    ("decoder.decoder_layers", "reconstructor.blocks"),
-    *(pair for pair in VIDEOMAE_DECODER if pair[0] != "decoder.blocks"),
-)
-TRANSFORMERS_VITMAE_DECODER = (
-    ("decoder.mask_token", "mask_token"),
-    ("decoder.decoder_pos_embed", "decoder_pos_embed"),
-    ("decoder.decoder_embed", "to_decoder"),
-    ("decoder.decoder_layers", "reconstructor.blocks"),
-    ("decoder.decoder_encoder.layer", "reconstructor.blocks"),
-    ("decoder.decoder_norm", "reconstructor.norm"),
-    ("decoder.decoder_pred", "reconstructor.head"),
-)
-OURS = Layout(
-    (
-        ("patch_embed", "patch_embed.proj"),
-        ("class_token", "cls_token"),
-        ("encoder.blocks", "blocks"),
-        ("encoder.norm", "norm"),
-        ("pooling.norm", "fc_norm"),
-        *_same("head", "mask_token", "to_decoder", "reconstructor.head", "difficulty_decoder.head"),
-        ("reconstructor.transformer", "reconstructor"),
-        ("difficulty_decoder.transformer", "difficulty_decoder"),
-        ("encoder_positions.table", "pos_embed"),
-        ("decoder_positions.table", "decoder_pos_embed"),
-    ),
-    2,
-    (
-        *((f"attn.{part}_bias", f"attn.{part}.bias") for part in "qkv"),
-        ("mlp.0", "mlp.fc1"),
-        ("mlp.2", "mlp.fc2"),
-    ),
-    split="biases",
-)
-VIT = Layout(IMAGES + HEAD, 4)
-MAE = Layout(IMAGES + MAE_DECODER, 4)
-HPM = Layout(MAE.parts + HPM_PREDICTOR, 4, score_of_values=True)
-MAE_ST = Layout(
-    _same("cls_token", SPACE, TIME, FIRST, "head") + ENCODER,
-    5,
-    split="all",
-    left_out=(
+MAE_ST: dict[str, Any] = {
+    "axes": 5,
+    "split": ("weight", "bias"),
+    "left_out": (
         (
             r"decoder_.+|mask_token|pred_head\..+",
             "its decoder has a class token and positions of its own, which ours has not",
         ),
     ),
+    "pixels": ((0.45,) * 3, (0.225,) * 3),
+}
+CLIPS: dict[str, Any] = {
+    "axes": 5,
+    "inner": ((".attn.q_bias", ".attn.q.bias"), (".attn.v_bias", ".attn.v.bias")),
+    "split": ("bias",),
+    "key_bias": False,
+    "conventions": "videomae",
+    "target": "per_channel",
+}
+TO_DECODER = ("encoder_to_decoder.", "decoder_embed.")
+DECODER = ("decoder.", "reconstructor.")
+VIDEOMAE = (TO_DECODER, DECODER, ("mask_token", "mask_token"), ("encoder.", ""))
+TRANSFORMERS_CLIPS = CLIPS | _of_transformers("videomae.")
+TRANSFORMERS_VIDEOMAE = CLIPS | _of_transformers(
+    "videomae.", TO_DECODER, ("decoder.decoder_layers.", "reconstructor.blocks."), DECODER
 )
-
-
-def _videomae(parts: Pairs) -> Layout:
-    inner = (("attn.q_bias", "attn.q.bias"), ("attn.v_bias", "attn.v.bias"))
-    return Layout(parts, 5, inner, split="biases", key_bias=False)
-
-
-def _transformers_videomae(parts: Pairs) -> Layout:
-    of_biases = tuple((f"attention.attention.{part}_bias", f"attn.{part}.bias") for part in "qv")
-    return Layout(parts, 5, of_biases + TRANSFORMERS_BLOCK, split="all", key_bias=False)
-
-
-def _transformers_vit(parts: Pairs) -> Layout:
-    left_out = (
+POOLER: dict[str, Any] = {
+    "axes": 4,
+    "left_out": (
         (r"(vit\.)?pooler\..+", "our encoder ends with its norm"),
         (r"(vit\.)?embeddings\.mask_token", "our encoder sees no hidden patches"),
-    )
-    return Layout(parts, 4, TRANSFORMERS_BLOCK, split="all", left_out=left_out)
-
-
-def read_ours(tensors: Tensors, patch_size: Size3) -> Renamed:
-    """Return the tensors of a model of ours by timm's names, with biases of 0 on keys if none."""
-    key_bias = any(name.endswith(".k_bias") for name in tensors)
-    return read(replace(OURS, key_bias=key_bias), tensors, patch_size)
-
-
-# --- Families -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Family:
-    """Checkpoints of one kind of one project."""
-
-    name: str
-    says: str
-    """What they are."""
-    layout: Layout
-    has: tuple[str, ...]
-    """Tensors that all of them have, beside the patch embedding."""
-
-    @property
-    def kernel(self) -> str:
-        """The weight of the patch embedding."""
-        return self.layout.theirs(KERNEL)
-
-    @property
-    def holds(self) -> Holds:
-        """What of a model it has."""
-        decodes = self.layout.theirs("reconstructor.head") and self.name != "ours_classifier"
-        classifies = self.name.endswith("classifier")
-        return "autoencoder" if decodes else "classifier" if classifies else "encoder"
-
-    @property
-    def licence(self) -> str:
-        """What is known of their licence."""
-        return next(text for kind, text in LICENCES.items() if self.name.startswith(kind))
-
-    @property
-    def transformers_class(self) -> str:
-        """Its class there, where it is of transformers."""
-        return self.says.partition(" ")[0] if self.name.startswith("transformers") else ""
-
-    @property
-    def ours(self) -> bool:
-        """Whether this package wrote it."""
-        return self.layout is OURS
-
-    @property
-    def conventions(self) -> Conventions:
-        """Which paper's models they are."""
-        return "videomae" if "videomae" in self.name or self.ours else "mae"
-
-    @property
-    def needs_class_token(self) -> bool:
-        """Whether all of them have one."""
-        return self.name in ("hpm", "mae", "mae_st", "mae_st_classifier")
-
-    @property
-    def target(self) -> TargetKind:
-        """What pre-training predicts, unless the file says otherwise."""
-        if self.name in ("hpm", "transformers_vitmae"):
-            return "raw"
-        return "joint" if self.conventions == "mae" else "per_channel"
-
-    @property
-    def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return those of the pixels, unless the file says otherwise."""
-        if self.name == "transformers_vit_classifier":
-            return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-        if self.name.startswith("mae_st"):
-            return (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
-        return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-    def fits(self, tensors: Tensors) -> bool:
-        """Whether tensors with these names may be of this family."""
-        kernel = tensors.get(self.kernel)
-        axes = self.layout.kernel_axes
-        return kernel is not None and kernel.ndim == axes and all(n in tensors for n in self.has)
-
-
-FUSED, SEPARATE = "blocks.0.attn.qkv.weight", "blocks.0.attn.q.weight"
-SCORES = "decoder_pred_losspred.weight"
-CLIPS_OF_TRANSFORMERS = _under("videomae.", TRANSFORMERS_CLIPS)
-IMAGES_OF_TRANSFORMERS = _under("vit.", TRANSFORMERS_IMAGES)
-CLASSIFIER = (("classifier", "head"),)
-_FAMILIES = (
-    ("hpm", "official HPM of images", HPM, (FUSED, "decoder_pred.weight", SCORES)),
-    ("mae", "MAE pre-training", MAE, (FUSED, "decoder_pred.weight")),
-    ("vit", "encoder of MAE or timm's ViT", VIT, (FUSED,)),
-    (
-        "vit_classifier",
-        "classifier of images: MAE fine-tuned, or timm's ViT",
-        VIT,
-        (FUSED, "head.weight"),
     ),
-    ("mae_st", "encoder of Meta's MAE for video", MAE_ST, (SEPARATE,)),
-    (
-        "mae_st_classifier",
-        "classifier of clips: Meta's MAE for video, fine-tuned",
-        MAE_ST,
-        (SEPARATE, "head.weight"),
-    ),
-    (
-        "videomae",
-        "VideoMAE pre-training, first or second version",
-        _videomae(_under("encoder.", ENCODER) + VIDEOMAE_DECODER),
-        (f"encoder.{FUSED}", "encoder_to_decoder.weight"),
-    ),
-    (
-        "videomae_encoder",
-        "encoder of VideoMAE, first or second version",
-        _videomae(ENCODER + HEAD),
-        (FUSED,),
-    ),
-    (
-        "videomae_classifier",
-        "VideoMAE fine-tuned or distilled, first or second version",
-        _videomae(ENCODER + HEAD),
-        (FUSED, "head.weight"),
-    ),
+}
+TRANSFORMERS_VITMAE = POOLER | _of_transformers(
+    "vit.",
+    ("decoder.decoder_layers.", "reconstructor.blocks."),
+    ("decoder.decoder_encoder.layer.", "reconstructor.blocks."),
+    ("decoder.decoder_norm.", "reconstructor.norm."),
+    ("decoder.decoder_pred.", "reconstructor.head."),
+    ("decoder.", ""),
+)
+TRANSFORMERS_VIT = POOLER | _of_transformers("vit.") | {"pixels": ((0.5,) * 3, (0.5,) * 3)}
+_ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("hpm", "official HPM of images", IMAGES | {"renames": MAE + HPM, "target": "raw"}),
+    ("mae", "MAE pre-training", IMAGES | {"renames": MAE}),
+    ("vit", "encoder of MAE or timm's ViT", IMAGES),
+    ("vit_classifier", "classifier of images: MAE fine-tuned, or timm's ViT", IMAGES),
+    ("mae_st", "encoder of Meta's MAE for video", MAE_ST),
+    ("mae_st_classifier", "classifier of clips: Meta's MAE for video, fine-tuned", MAE_ST),
+    ("videomae", "VideoMAE pre-training, first or second version", CLIPS | {"renames": VIDEOMAE}),
+    ("videomae_encoder", "encoder of VideoMAE, first or second version", CLIPS),
+    ("videomae_classifier", "VideoMAE fine-tuned or distilled, first or second version", CLIPS),
     (
         "transformers_videomae",
         "VideoMAEForPreTraining of transformers",
-        _transformers_videomae(CLIPS_OF_TRANSFORMERS + TRANSFORMERS_VIDEOMAE_DECODER),
-        ("encoder_to_decoder.weight",),
+        TRANSFORMERS_VIDEOMAE,
     ),
     (
         "transformers_videomae_classifier",
         "VideoMAEForVideoClassification of transformers",
-        _transformers_videomae(CLIPS_OF_TRANSFORMERS + _same("fc_norm") + CLASSIFIER),
-        ("classifier.weight",),
+        TRANSFORMERS_CLIPS,
     ),
     (
         "transformers_videomae_encoder",
         "VideoMAEModel of transformers",
-        _transformers_videomae(TRANSFORMERS_CLIPS),
-        (),
+        CLIPS | _of_transformers(""),
     ),
     (
         "transformers_vitmae",
         "ViTMAEForPreTraining of transformers",
-        _transformers_vit(IMAGES_OF_TRANSFORMERS + TRANSFORMERS_VITMAE_DECODER),
-        ("decoder.decoder_pred.weight",),
+        TRANSFORMERS_VITMAE | {"target": "raw"},
     ),
     (
         "transformers_vit_classifier",
         "ViTForImageClassification of transformers",
-        _transformers_vit(IMAGES_OF_TRANSFORMERS + CLASSIFIER),
-        ("classifier.weight",),
+        TRANSFORMERS_VIT,
     ),
     (
         "transformers_vit_encoder",
         "ViTModel or ViTMAEModel of transformers",
-        _transformers_vit(TRANSFORMERS_IMAGES),
-        (),
+        POOLER | _of_transformers(""),
     ),
-    ("ours", "pre-training with this package", OURS, ("to_decoder.weight",)),
-    ("ours_classifier", "classifier of this package", OURS, ("head.weight",)),
+    ("ours", "pre-training with this package", {"axes": 5}),
 )
-FAMILIES = {row[0]: Family(*row) for row in _FAMILIES}
+FAMILIES = {name: Family(name, says, **kind) for name, says, kind in _ROWS}

@@ -1,4 +1,4 @@
-"""Files of weights, read without running anything that is in them.
+"""Read files of weights without running anything that is in them.
 
 A file of safetensors, a file of torch.save in either of its formats, or a folder as transformers
 and timm save a model: config.json, and weights in one file or in several with an index.
@@ -25,9 +25,6 @@ from torch import Tensor
 from hpm_video.files.weights import CheckpointError
 
 Tensors = dict[str, Tensor]
-
-ORIGIN = "origin.json"
-"""File of an imported folder that tells where its weights come from and what was done to them."""
 PICKLED = (".pth", ".pt", ".bin", ".pyth", ".ckpt", ".tar")
 FILES_OF_A_FOLDER = (
     "model.safetensors",
@@ -36,52 +33,41 @@ FILES_OF_A_FOLDER = (
     "pytorch_model.bin.index.json",
 )
 """Of a model that transformers or timm saved; the first that is there is read."""
-NUMBERS_OF_NUMPY = (
-    "numpy.dtype",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "numpy.dtypes.Float64DType",
-    "numpy.dtypes.Float32DType",
-    "numpy.dtypes.Int64DType",
-)
-"""Such as learning rates beside the weights. They are not needed, and an empty object takes their
-place."""
-ALLOWED: tuple[type, ...] = (argparse.Namespace,)
-"""Classes that a pickle may hold beside tensors and plain values. VideoMAE and MAE keep the
-arguments of the run in a Namespace."""
+SCALARS = ("dtype", "core.multiarray.scalar", "_core.multiarray.scalar")
+DTYPES = ("dtypes.Float64DType", "dtypes.Float32DType", "dtypes.Int64DType")
+"""Of numpy, such as learning rates beside the weights; an empty object takes their place."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is in a file of weights."""
+    """What is in a file of weights or the folder of a model."""
 
     path: Path
     entries: dict[str, Tensors]
     """State dicts by their key in the file; ``""`` where the file is one itself."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Of a folder: config.json."""
+    """The content of config.json."""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Of the run that wrote it, where the file holds them."""
+    """Options of the run that wrote it."""
     preprocessor: dict[str, Any] = field(default_factory=dict)
-    """Of a folder: preprocessor_config.json."""
-    origin: dict[str, Any] = field(default_factory=dict)
-    """Of a folder that an import wrote: origin.json."""
-    metadata: dict[str, str] = field(default_factory=dict)
-    """Of a file of safetensors."""
+    """The content of preprocessor_config.json."""
     epoch: int | None = None
     beside: tuple[str, ...] = ()
     """Keys of what else is in the file, such as the optimizer's state."""
 
 
 def read_source(path: Path) -> Source:
-    """Everything that is of use in a file of weights or the folder of a model.
+    """Read everything that is of use in a file of weights or the folder of a model.
 
     The file of weights in such a folder stands for it: without its config.json it says too little.
 
     Raises:
         CheckpointError: there is none, it is not whole, or it holds objects that are not allowed.
     """
-    source = _read(path.expanduser())
+    path = path.expanduser()
+    if path.name in FILES_OF_A_FOLDER and (path.parent / "config.json").is_file():
+        path = path.parent
+    source = _read_folder(path) if path.is_dir() else _read_file(path)
     for entry, tensors in source.entries.items():
         odd = [name for name in (entry, *tensors) if not name.isprintable()]
         if odd:
@@ -92,18 +78,20 @@ def read_source(path: Path) -> Source:
     return source
 
 
-def _read(path: Path) -> Source:
-    in_a_folder = path.name in FILES_OF_A_FOLDER and (path.parent / "config.json").is_file()
-    if path.is_dir() or in_a_folder:
-        return _read_folder(path if path.is_dir() else path.parent)
+def _read_file(path: Path) -> Source:
     if not path.is_file():
         raise CheckpointError(
             f"{path} does not exist; give a file of weights or the folder of a model. Nothing is "
             f"downloaded, so fetch it beforehand"
         )
     if path.suffix == ".safetensors":
-        tensors, metadata = _read_safetensors(path)
-        return Source(path, {"": tensors}, metadata=metadata)
+        try:
+            with safe_open(path, framework="pt") as stored:
+                return Source(path, {"": {name: stored.get_tensor(name) for name in stored.keys()}})  # noqa: SIM118
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{path} is not a whole safetensors file: {error}; fetch it anew"
+            ) from error
     if path.suffix not in PICKLED:
         raise CheckpointError(
             f"weights must be a file of {', '.join(('.safetensors', *PICKLED))}, or a folder with "
@@ -120,60 +108,43 @@ def _read_folder(folder: Path) -> Source:
             f"that save_pretrained wrote, or the file of weights itself"
         )
     file = folder / present[0]
-    metadata: dict[str, str] = {}
+    tensors: Tensors = {}
+    for part in _shards(file) if file.suffix == ".json" else [file]:
+        source = _read_file(part)
+        if list(source.entries) != [""]:
+            raise CheckpointError(
+                f"{part} must be a state dict, as save_pretrained writes it, got a file with "
+                f"{', '.join(source.entries)}; give that file instead of its folder"
+            )
+        tensors |= source.entries[""]
     if file.suffix == ".json":
-        tensors = _read_shards(file)
-    elif file.suffix == ".safetensors":
-        tensors, metadata = _read_safetensors(file)
-    else:
-        tensors = _only_entry(_sort(file, _read_pickle(file)))
-    return Source(
-        folder,
-        {"": tensors},
-        config=_read_json(folder / "config.json"),
-        preprocessor=_read_json(folder / "preprocessor_config.json"),
-        origin=_read_json(folder / ORIGIN),
-        metadata=metadata,
+        lacking = [key for key in _read_json(file)["weight_map"] if key not in tensors]
+        if lacking:
+            raise CheckpointError(
+                f"the files that {file} names lack {', '.join(lacking[:5])}; fetch them anew"
+            )
+    config, preprocessor = (
+        _read_json(folder / f"{name}.json") for name in ("config", "preprocessor_config")
     )
+    return Source(folder, {"": tensors}, config=config, preprocessor=preprocessor)
 
 
-def _only_entry(source: Source) -> Tensors:
-    if list(source.entries) != [""]:
-        raise CheckpointError(
-            f"{source.path} must be a state dict, as save_pretrained writes it, got a file with "
-            f"{', '.join(source.entries)}; give that file instead of its folder"
-        )
-    return source.entries[""]
-
-
-def _read_shards(index: Path) -> Tensors:
-    """The tensors of several files, which ``index`` names."""
+def _shards(index: Path) -> list[Path]:
+    """Return the files that an index names."""
     where = _read_json(index).get("weight_map")
     if not isinstance(where, dict):
         raise CheckpointError(f"{index} must have a table weight_map; fetch the folder anew")
-    tensors: Tensors = {}
-    for name in dict.fromkeys(map(str, where.values())):
+    names = list(dict.fromkeys(map(str, where.values())))
+    for name in names:
         if Path(name).name != name or not (index.parent / name).is_file():
             raise CheckpointError(
                 f"{index} names the file {name!r}, which is not in its folder; fetch all files"
             )
-        shard = index.parent / name
-        pickled = shard.suffix != ".safetensors"
-        tensors |= (
-            _only_entry(_sort(shard, _read_pickle(shard)))
-            if pickled
-            else _read_safetensors(shard)[0]
-        )
-    lacking = [key for key in where if key not in tensors]
-    if lacking:
-        raise CheckpointError(
-            f"the files that {index} names lack {', '.join(lacking[:5])}; fetch them anew"
-        )
-    return tensors
+    return [index.parent / name for name in names]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A table in a file, empty where there is no such file."""
+    """Return the table in a file, empty where there is no such file."""
     if not path.is_file():
         return {}
     try:
@@ -183,17 +154,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a table, got {type(content).__name__}")
     return content
-
-
-def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as stored:
-            names = stored.keys()
-            return {name: stored.get_tensor(name) for name in names}, stored.metadata() or {}
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is not a whole safetensors file: {error}; fetch it anew"
-        ) from error
 
 
 class _SetAside:
@@ -207,9 +167,9 @@ class _SetAside:
 
 
 def _read_pickle(path: Path) -> object:
-    """What is in a file of torch.save, of either format; no code in it is run."""
+    """Return what is in a file of torch.save, of either format; no code in it is run."""
     zipped = zipfile.is_zipfile(path)
-    if zipped and _is_program(path):
+    if zipped and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
         raise CheckpointError(
             f"{path} is a program (TorchScript), not weights. If you trust it, extract them once: "
             f'torch.save(torch.jit.load("{path.name}", map_location="cpu").state_dict(), '
@@ -221,45 +181,47 @@ def _read_pickle(path: Path) -> object:
             f"without running what is in it. If you trust it, load it with the torch that wrote "
             f"it, and save the state dict anew"
         )
-    stand_ins: list[Any] = [(_SetAside, name) for name in NUMBERS_OF_NUMPY]
+    # VideoMAE and MAE keep the options of a run in a Namespace.
+    allowed: list[Any] = [argparse.Namespace]
+    allowed += [(_SetAside, f"numpy.{name}") for name in SCALARS + DTYPES]
     try:
-        with torch.serialization.safe_globals([*ALLOWED, *stand_ins]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of protocols, before it is refused
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # noqa: BLE001 - of many kinds, where a file is broken
-        raise _refusal(path, error) from error
+        raise CheckpointError(_refusal(path, error)) from error
 
 
-def _refusal(path: Path, error: Exception) -> CheckpointError:
-    found = re.search(r"GLOBAL (\S+)|[Uu]nsupported class (\S+)", str(error))
-    stranger = (found[1] or found[2]).rstrip(".,") if found else ""
+def _refusal(path: Path, error: Exception) -> str:
+    named = re.search(r"GLOBAL (\S+)|[Uu]nsupported class (\S+)", str(error))
+    stranger = (named[1] or named[2]).rstrip(".,") if named else ""
     unpickling = isinstance(error, pickle.UnpicklingError)
     if unpickling and not stranger:
-        stranger = _stranger_in(path)
+        stranger = _first_class_in(path)
     if stranger:
-        return CheckpointError(
+        return (
             f"{path} holds an object of {stranger}, and only tensors, plain values and "
-            f"{', '.join(f'{kind.__module__}.{kind.__name__}' for kind in ALLOWED)} are read: "
-            f"anything else could run code. If you trust the file, load it where it was made and "
-            f"save the state dict alone with torch.save, or as .safetensors"
+            f"argparse.Namespace are read: anything else could run code. If you trust the file, "
+            f"load it where it was made and save the state dict alone with torch.save, or as "
+            f".safetensors"
         )
     # What torch says of a pickle is the advice to run what is in it.
     advice = unpickling or "weights_only" in str(error)
     reason = "" if advice else f": {str(error).partition(chr(10))[0]}"
-    return CheckpointError(
+    return (
         f"{path} is not a whole file of torch.save, or cannot be read ({type(error).__name__}"
         f"{reason}); fetch it anew, or convert it to .safetensors"
     )
 
 
-def _stranger_in(path: Path) -> str:
-    """The first class that a pickle of any protocol names; nothing in it is run."""
+def _first_class_in(path: Path) -> str:
+    """Return the first class that a pickle of any protocol names; nothing in it is run."""
     texts: list[str] = []
     with suppress(Exception), _open_pickle(path) as stream:
         for code, argument, _ in pickletools.genops(stream):
             if code.name == "GLOBAL":
                 return str(argument).replace(" ", ".")
-            if code.name == "STACK_GLOBAL" and texts[1:]:
+            if code.name == "STACK_GLOBAL":
                 return ".".join(texts[-2:])
             if isinstance(argument, str):
                 texts.append(argument)
@@ -269,57 +231,43 @@ def _stranger_in(path: Path) -> str:
 def _open_pickle(path: Path) -> IO[bytes]:
     if not zipfile.is_zipfile(path):
         return path.open("rb")
-    with zipfile.ZipFile(path) as archive:
-        name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-        return archive.open(name)
-
-
-def _is_program(path: Path) -> bool:
-    with zipfile.ZipFile(path) as archive:
-        return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
+    archive = zipfile.ZipFile(path)
+    return archive.open(next(name for name in archive.namelist() if name.endswith("data.pkl")))
 
 
 def _sort(path: Path, content: object) -> Source:
-    """What is in a file, by what it is."""
-    if not isinstance(content, Mapping):
-        raise CheckpointError(
-            f"{path} must hold a state dict, got {type(content).__name__}; save the model's "
-            f"state_dict()"
-        )
+    """Tell state dicts, options and the rest of a file apart."""
     entries: dict[str, Tensors] = {}
     beside: list[str] = []
-    for key, value in content.items():
-        found = _tensors_of(value)
-        if found:
-            entries[str(key)] = found
-            beside += [f"{key}.{name}" for name in value if name not in found]
-        else:
-            beside.append(str(key) if str(key).isprintable() else repr(key))
-    bare = _tensors_of(content)
-    if bare and not entries:
-        return Source(
-            path, {"": bare}, beside=tuple(str(key) for key in content if key not in bare)
-        )
+    kind = type(content).__name__
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            if found := _tensors_of(value):
+                entries[str(key)] = found
+                beside += [f"{key}.{name}" for name in value if name not in found]
+            else:
+                beside.append(str(key) if str(key).isprintable() else repr(key))
+        epoch, arguments = content.get("epoch"), content.get("args")
+        if isinstance(arguments, argparse.Namespace):
+            arguments = vars(arguments)
+        if not entries and (bare := _tensors_of(content)):
+            entries, beside = {"": bare}, [key for key in beside if key not in bare]
+        kind = ", ".join(f"{key} ({type(value).__name__})" for key, value in content.items())
     if not entries:
-        kinds = [f"{key} ({type(value).__name__})" for key, value in content.items()]
         raise CheckpointError(
-            f"{path} must hold a state dict, got {', '.join(kinds) or 'nothing'}; save the model's "
-            f"state_dict()"
+            f"{path} must hold a state dict, got {kind or 'nothing'}; save the model's state_dict()"
         )
-    epoch = content.get("epoch")
-    arguments = content.get("args")
-    plain = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
     return Source(
         path,
         entries,
-        arguments=dict(plain) if isinstance(plain, Mapping) else {},
+        arguments=dict(arguments) if isinstance(arguments, Mapping) else {},
         epoch=epoch if isinstance(epoch, int) else None,
         beside=tuple(beside),
     )
 
 
 def _tensors_of(value: object) -> Tensors:
-    """The tensors of a state dict, which may have a few plain values among them."""
+    """Return the tensors of a state dict, which may have a few plain values among them."""
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         return {}
     tensors = {name: item for name, item in value.items() if isinstance(item, Tensor)}

@@ -1,32 +1,34 @@
 """Weights of frozen image models by the names that timm has for them: DINO's and CLIP's files."""
 
-import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from hpm_video.files.weights import CheckpointError
+from hpm_video.weights.families import renamed
 from hpm_video.weights.files import Tensors, read_source
 
 WRAPPERS = ("teacher", "state_dict", "model", "")
 """Keys of the state dict in a file, the first that is there is taken."""
-_BLOCK = r"transformer\.resblocks\.(\d+)\."
 CLIP_NAMES = (
-    (r"class_embedding", "cls_token"),
-    (r"positional_embedding", "pos_embed"),
-    (r"conv1\.(.+)", r"patch_embed.proj.\1"),
-    (r"ln_pre\.(.+)", r"norm_pre.\1"),
-    (_BLOCK + r"ln_([12])\.(.+)", r"blocks.\1.norm\2.\3"),
-    (_BLOCK + r"attn\.in_proj_(.+)", r"blocks.\1.attn.qkv.\2"),
-    (_BLOCK + r"attn\.out_proj\.(.+)", r"blocks.\1.attn.proj.\2"),
-    (_BLOCK + r"mlp\.c_fc\.(.+)", r"blocks.\1.mlp.fc1.\2"),
-    (_BLOCK + r"mlp\.c_proj\.(.+)", r"blocks.\1.mlp.fc2.\2"),
-    (r"ln_post\.(.+)", r"norm.\1"),
-    (r"proj", "head.weight"),
+    ("visual.class_embedding", "cls_token"),
+    ("visual.positional_embedding", "pos_embed"),
+    ("visual.conv1.", "patch_embed.proj."),
+    ("visual.ln_pre.", "norm_pre."),
+    ("visual.transformer.resblocks.", "blocks."),
+    ("visual.ln_post.", "norm."),
+    ("visual.proj", "head.weight"),
 )
-"""Names under ``visual.`` in the layout of OpenAI and OpenCLIP, and timm's."""
+"""Beginnings of names in the layout of OpenAI and OpenCLIP, and timm's."""
+CLIP_BLOCKS = (
+    (".ln_1.", ".norm1."),
+    (".ln_2.", ".norm2."),
+    (".attn.in_proj_", ".attn.qkv."),
+    (".attn.out_proj.", ".attn.proj."),
+    (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."),
+)
+"""The same of parts of names within blocks."""
 
 
 def read_image_tower(path: Path) -> Tensors:
@@ -49,21 +51,13 @@ def read_image_tower(path: Path) -> Tensors:
     weights = {
         name.removeprefix("module."): value for name, value in source.entries[there[0]].items()
     }
-    if "visual.class_embedding" in weights:  # the rest is the text tower
-        return _from_clip(
-            {name: value for name, value in weights.items() if name.startswith("visual.")}
-        )
-    return {name.removeprefix("backbone."): value for name, value in weights.items()}
-
-
-def _from_clip(weights: Mapping[str, Tensor]) -> Tensors:
-    found = {}
-    for name, value in weights.items():
-        for pattern, replacement in CLIP_NAMES:
-            if match := re.fullmatch(r"visual\." + pattern, name):
-                name = match.expand(replacement)
-                break
-        found[name] = value
+    if "visual.class_embedding" not in weights:
+        return {name.removeprefix("backbone."): value for name, value in weights.items()}
+    found = {
+        renamed(name, CLIP_NAMES, CLIP_BLOCKS): value
+        for name, value in weights.items()
+        if name.startswith("visual.")  # the rest is the text tower
+    }
     found["cls_token"] = found["cls_token"].view(1, 1, -1)
     if "pos_embed" in found:
         found["pos_embed"] = found["pos_embed"].unsqueeze(0)

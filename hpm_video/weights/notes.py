@@ -1,4 +1,4 @@
-"""What lies beside weights says of them: a run's arguments, config.json, preprocessor_config.json.
+"""What lies beside weights says of them: a run's options, config.json, preprocessor_config.json.
 
 Every value is checked before it is used. What a config says that no model of ours can be is
 refused: the weights alone would fit all the same, and compute something else.
@@ -7,7 +7,7 @@ refused: the weights alone would fit all the same, and compute something else.
 import inspect
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,20 +37,20 @@ SQUEEZED = (
     "frames that are not of this shape were squeezed into it, and here the largest box of the "
     "shape is cut out"
 )
+LABELS = "--labels FILE, with that of class i in line i"
 
 
 @dataclass(frozen=True)
 class Pixels:
     """How frames become what a model takes; none where nothing is said."""
 
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    interpolation: Interpolation | None = None
-    short_side: int | None = None
-    resize: bool = False
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    interpolation: Interpolation | None
+    short_side: int | None
+    resize: bool
     """Whether it is said how frames are resized, if only that they are not cut."""
-    otherwise: str = ""
-    """What ours does in another way."""
+    squeezed: bool = False
 
 
 class Notes:
@@ -63,16 +63,14 @@ class Notes:
             CheckpointError: one does. All such values are named.
         """
         self.config, self.preprocessor = source.config, source.preprocessor
-        model_config, model_args = (_table(self.config, k) for k in ("model_config", "model_args"))
-        self._values = source.arguments | model_config | model_args | self.config
-        self.pretrained = _table(self.config, "pretrained_cfg")
-        """What timm says of the pixels."""
-        of_timm = "architecture" in self.config
-        self.pool = (model_args if of_timm else {}).get(
-            "global_pool", self.config.get("global_pool")
+        model_config, model_args, self.pretrained = (
+            _table(self.config, key) for key in ("model_config", "model_args", "pretrained_cfg")
         )
-        wrong: list[str] = []
+        self._values = source.arguments | model_config | model_args | self.config
+        of_timm, wrong = "architecture" in self.config, []
+        self.pool = self.config.get("global_pool")
         if of_timm:
+            self.pool = model_args.get("global_pool", self.pool)
             wrong = _unlike_timm(model_args)
         elif "model_config" not in self.config:
             wrong = [
@@ -88,14 +86,14 @@ class Notes:
                 f"its config.json says what no model of this package can be: {', '.join(wrong)}"
             )
 
-    def whole(self, name: str) -> int | None:
-        """Return a whole number of at least 1, where there is one.
+    def whole(self, *names: str) -> int | None:
+        """Return the first whole number of at least 1 that there is by one of these names.
 
         Raises:
             CheckpointError: it is something else.
         """
-        value = self._values.get(name)
-        return None if value is None else _whole(name, value)
+        said = [name for name in names if self._values.get(name) is not None]
+        return _whole(said[0], self._values[said[0]]) if said else None
 
     def size(self) -> tuple[int, int] | None:
         """Return height and width of frames, where they are said; one number stands for both.
@@ -121,28 +119,24 @@ class Notes:
         Raises:
             CheckpointError: they are not numbered from 0 on, or are no names of one line each.
         """
-        stored = self.config.get("id2label")
         names = self.config.get("label_names", self.pretrained.get("label_names"))
-        remedy = "--labels FILE, with that of class i in line i"
-        if isinstance(stored, dict):
-            by_number = {str(key): str(name) for key, name in stored.items()}
-            numbers = [str(i) for i in range(len(by_number))]
-            if set(by_number) != set(numbers):
+        if isinstance(stored := self.config.get("id2label"), dict):
+            by_number = {str(key): name for key, name in stored.items()}
+            if by_number.keys() != {str(i) for i in range(len(by_number))}:
                 raise CheckpointError(
                     f"id2label must number the classes from 0 on, got {', '.join(by_number)}; give "
-                    f"the names: {remedy}"
+                    f"the names: {LABELS}"
                 )
-            names = [by_number[number] for number in numbers]
+            names = [by_number[str(i)] for i in range(len(by_number))]
         if not isinstance(names, list):
             return None
-        names = list(map(str, names))
-        odd = [name for name in names if not name.isprintable() or name.strip() != name or not name]
-        if odd:
-            raise CheckpointError(
-                f"names of classes must be text of one line without spaces around it, got "
-                f"{odd[0]!r}; give others: {remedy}"
-            )
-        return tuple(names)
+        for name in map(str, names):
+            if not name.isprintable() or name.strip() != name or not name:
+                raise CheckpointError(
+                    f"names of classes must be text of one line without spaces around it, got "
+                    f"{name!r}; give others: {LABELS}"
+                )
+        return tuple(map(str, names))
 
     def pixels(self, size: tuple[int, int]) -> Pixels:
         """Return how frames become those of ``size``, as its preprocessor or timm's config says.
@@ -150,17 +144,32 @@ class Notes:
         Raises:
             CheckpointError: mean or deviation are no numbers.
         """
-        if self.preprocessor:
-            return _pixels_of_transformers(self.preprocessor, size)
-        if self.pretrained:
-            return _pixels_of_timm(self.pretrained, size)
-        said = self._values
+        if said := self.preprocessor:
+            mean, std, target = said.get("image_mean"), said.get("image_std"), said.get("size")
+            if not said.get("do_normalize", True):
+                channels = len(mean) if isinstance(mean, list) else 3
+                mean, std = [0.0] * channels, [1.0] * channels
+            side = _table(said, "size").get("shortest_edge", target)
+            squeezed, told = isinstance(side, dict) and said.get("do_resize", True), bool(target)
+            how = said.get("resample")
+        elif said := self.pretrained:
+            mean, std, how = (said.get(key) for key in ("mean", "std", "interpolation"))
+            share, squeezed = said.get("crop_pct"), said.get("crop_mode", "center") != "center"
+            side, told = None, isinstance(share, int | float) and share > 0
+            if isinstance(share, int | float) and told and not squeezed:
+                side = math.floor(max(size) / share)
+        else:
+            said, squeezed, told = self._values, False, "short_side" in self._values
+            mean, std, how = (said.get(key) for key in ("image_mean", "image_std", "interpolation"))
+            side = self.whole("short_side")
+        cuts = isinstance(side, int) and (side > max(size) or said is self._values)
         return Pixels(
-            _numbers("image_mean", said.get("image_mean")),
-            _numbers("image_std", said.get("image_std")),
-            _interpolation(said.get("interpolation")),
-            self.whole("short_side"),
-            resize="short_side" in said,
+            _numbers("mean", mean),
+            _numbers("deviation", std),
+            next((name for name, number in RESAMPLE.items() if how in (name, number)), None),
+            side if cuts else None,
+            resize=told,
+            squeezed=squeezed,
         )
 
 
@@ -194,50 +203,6 @@ def _whole(name: str, value: Any) -> int:
 def _numbers(name: str, value: Any) -> tuple[float, ...] | None:
     if value is None:
         return None
-    if not isinstance(value, Sequence) or not all(isinstance(each, int | float) for each in value):
-        raise CheckpointError(f"its {name} must be a list of numbers, got {value!r}")
+    if not isinstance(value, list | tuple) or not all(isinstance(x, int | float) for x in value):
+        raise CheckpointError(f"its {name} of the pixels must be a list of numbers, got {value!r}")
     return tuple(map(float, value))
-
-
-def _interpolation(value: Any) -> Interpolation | None:
-    """By its name, or the number that PIL has for it; none where ours has no such."""
-    return next((name for name, number in RESAMPLE.items() if value in (name, number)), None)
-
-
-def _cut(short_side: Any, size: tuple[int, int]) -> int | None:
-    """Return a shorter side of frames that leaves something to cut off, if it is one."""
-    usable = isinstance(short_side, int) and short_side > max(size)
-    return short_side if usable else None
-
-
-def _pixels_of_transformers(before: Mapping[str, Any], size: tuple[int, int]) -> Pixels:
-    target = before.get("size")
-    short_side = _table(before, "size").get("shortest_edge", target)
-    squeezed = isinstance(short_side, dict) and before.get("do_resize", True)
-    mean, std = before.get("image_mean"), before.get("image_std")
-    if not before.get("do_normalize", True):
-        channels = len(mean) if isinstance(mean, list) else 3
-        mean, std = [0.0] * channels, [1.0] * channels
-    return Pixels(
-        _numbers("image_mean", mean),
-        _numbers("image_std", std),
-        _interpolation(before.get("resample")),
-        _cut(short_side, size),
-        resize=target is not None,
-        otherwise=SQUEEZED if squeezed else "",
-    )
-
-
-def _pixels_of_timm(said: Mapping[str, Any], size: tuple[int, int]) -> Pixels:
-    share = said.get("crop_pct")
-    if not isinstance(share, int | float) or share <= 0:
-        share = None
-    centred = said.get("crop_mode", "center") == "center"
-    return Pixels(
-        _numbers("mean", said.get("mean")),
-        _numbers("std", said.get("std")),
-        _interpolation(said.get("interpolation")),
-        _cut(math.floor(max(size) / share), size) if share and centred else None,
-        resize=share is not None,
-        otherwise="" if centred else SQUEEZED,
-    )

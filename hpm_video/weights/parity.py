@@ -1,27 +1,32 @@
-"""What models say of one clip of noise, and how far apart that is."""
+"""What our model and a library's say of the same clips of noise, and how far apart that is."""
 
+import importlib.util
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from hpm_video.files.weights import CheckpointError
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.models.vit import LAYER_NORM_EPS
+from hpm_video.recognition.trained_model import TrainedModel
 from hpm_video.tokens.masking import STRATEGIES, MaskRule, TokenMask, count_masked
-from hpm_video.weights.model import TrainedModel
+from hpm_video.weights.files import Tensors
 
 TOLERANCE = 1e-4
 """Largest difference in single precision, as a share of the largest value."""
 SMALLEST = 1e-6
 """A largest value that is smaller than this counts as this."""
-Said = dict[str, Tensor]
-
-
-# --- A clip, and what is said of it ---------------------------------------------------------------
+Outputs = Mapping[str, Tensor]
+UNUSED = r"pooler|embeddings\.mask_token"
+KEY_BIAS = r"\.key\.bias$"
+"""Tensors of transformers that change nothing of what is compared; the second of VideoMAE alone."""
 
 
 @dataclass(frozen=True)
@@ -50,45 +55,11 @@ class Difference:
         return self.largest / max(SMALLEST, self.largest_value)
 
 
-def trial_of(model: TrainedModel, clips: int = 1) -> Trial:
-    """Return clips of noise, and a mask of the share that a model was trained with."""
-    config, grid = model.config, model.grid
-    generator = torch.Generator().manual_seed(1)
-    noise = torch.rand(clips, grid.num_tokens, generator=generator)
-    ratio = model.pretraining.masking.ratio if model.pretraining else 0.5
-    num_masked = count_masked(grid.num_tokens, ratio, "hpm")
-    rule = MaskRule(grid, "token", num_masked, STRATEGIES["random"])
-    size = (clips, config.model.channels, *config.data.clip_size)
-    frames = torch.randn(size, generator=torch.Generator().manual_seed(0))
-    return Trial(frames, noise, rule.draw(None, noise, num_picked=0))
-
-
-@torch.no_grad()
-def said_by(model: nn.Module, trial: Trial) -> Said:
-    """Return what a model of ours says of them."""
-    if isinstance(model, ClipClassifier):
-        return {"logits": model(trial.clips)}
-    assert isinstance(model, MaskedAutoencoder)
-    predicted = model(trial.clips, trial.mask)
-    tokens = model.encode(trial.clips)
-    said = {"tokens": tokens, "hidden patches": predicted.content, "features": model.pool(tokens)}
-    return said if predicted.difficulty is None else said | {"difficulty": predicted.difficulty}
-
-
-def differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[Difference, ...]:
-    """Return those of everything that both say."""
-    return tuple(
-        Difference(name, (ours[name] - value).abs().max().item(), value.abs().max().item())
-        for name, value in theirs.items()
-        if name in ours
-    )
-
-
 @dataclass(frozen=True)
 class ParityReport:
     """What a comparison found."""
 
-    with_what: str
+    with_what: str = ""
     """The other implementation; empty where there was none."""
     differences: tuple[Difference, ...] = ()
     not_checked: str = ""
@@ -100,6 +71,10 @@ class ParityReport:
     def holds(self) -> bool:
         """Whether no difference is above the tolerance."""
         return all(found.share <= self.tolerance for found in self.differences)
+
+    def of(self, name: str) -> tuple[Difference, ...]:
+        """Return the differences, each of what it is of in ``name``."""
+        return tuple(replace(each, of=name.format(each.of)) for each in self.differences)
 
     def lines(self) -> list[str]:
         """Tell of it in the terminal."""
@@ -124,15 +99,51 @@ class ParityReport:
         """
         report = replace(self, tolerance=tolerance)
         if not report.holds:
+            lines = "\n  ".join(report.lines())
             raise CheckpointError(
-                f"{what}:\n  "
-                + "\n  ".join(report.lines())
-                + f"\nmore than {tolerance:g} of the largest value is too much"
+                f"{what}:\n  {lines}\nmore than {tolerance:g} of the largest value is too much"
             )
         return report
 
 
-NOT_ASKED = ParityReport("", not_checked="it was not asked for")
+NOT_ASKED = ParityReport(not_checked="it was not asked for")
+
+
+def trial_of(model: TrainedModel, clips: int = 1) -> Trial:
+    """Return clips of noise, and a mask of the share that a model was trained with."""
+    config, grid = model.config, model.grid
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.rand(clips, grid.num_tokens, generator=generator)
+    ratio = model.pretraining.masking.ratio if model.pretraining else 0.5
+    num_masked = count_masked(grid.num_tokens, ratio, "hpm")
+    rule = MaskRule(grid, "token", num_masked, STRATEGIES["random"])
+    size = (clips, config.model.channels, *config.data.clip_size)
+    frames = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    return Trial(frames, noise, rule.draw(None, noise, num_picked=0))
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, trial: Trial) -> Outputs:
+    """Return what a model of ours says of them."""
+    if isinstance(model, ClipClassifier):
+        return {"logits": model(trial.clips)}
+    assert isinstance(model, MaskedAutoencoder)
+    predicted = model(trial.clips, trial.mask)
+    tokens = model.encode(trial.clips)
+    said = {"tokens": tokens, "hidden patches": predicted.content, "features": model.pool(tokens)}
+    return said if predicted.difficulty is None else said | {"difficulty": predicted.difficulty}
+
+
+def differences(ours: Outputs, theirs: Outputs) -> tuple[Difference, ...]:
+    """Return those of everything that both say."""
+    return tuple(
+        Difference(name, (ours[name] - value).abs().max().item(), value.abs().max().item())
+        for name, value in theirs.items()
+        if name in ours
+    )
+
+
+# --- Models of libraries --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -140,33 +151,145 @@ class Peer:
     """A model of a library."""
 
     name: str
-    models: tuple[nn.Module, ...]
-    say: Callable[[Trial], Said]
+    models: tuple[Any, ...]
+    say: Callable[[Trial], Outputs]
+
+    def compare(self, model: TrainedModel, clips: int = 1) -> ParityReport:
+        """Return how far it is from a model of ours on clips of noise."""
+        trial = trial_of(model, clips)
+        return self.report(outputs_of(model.build(), trial), trial)
+
+    def report(self, ours: Outputs, trial: Trial) -> ParityReport:
+        """Return how far it is from ours, with our eps in all its layer norms.
+
+        Of a model that has another eps, the difference as it is loaded is told too.
+        """
+        norms = {
+            name: module
+            for model in self.models
+            for name, module in model.named_modules()
+            if isinstance(module, nn.LayerNorm) and module.eps != LAYER_NORM_EPS
+        }
+        if not norms:
+            return ParityReport(self.name, differences(ours, self.say(trial)))
+        usual = " and ".join(sorted({f"{norm.eps:g}" for norm in norms.values()}))
+        where = ", ".join(norms) if len(norms) < 4 else "its layer norms"
+        farthest = max(differences(ours, self.say(trial)), key=lambda each: each.share)
+        note = (
+            f"{self.name} has eps {usual} in {where}; as it is loaded, {farthest.of} differ by "
+            f"{farthest.largest:.1e} of values up to {farthest.largest_value:.2g}. For equality "
+            f"set {'model.' if len(norms) < 4 else ''}{where}.eps = {LAYER_NORM_EPS:g}"
+        )
+        for norm in norms.values():
+            norm.eps = LAYER_NORM_EPS
+        return ParityReport(self.name, differences(ours, self.say(trial)), notes=(note,))
+
+
+def is_installed(library: str) -> bool:
+    """Whether it can be imported."""
+    return importlib.util.find_spec(library) is not None
+
+
+def of_transformers(
+    kind: str,
+    folder: Path | None = None,
+    config: Mapping[str, Any] | None = None,
+    tensors: Tensors | None = None,
+) -> Peer:
+    """Return a model of transformers: of a folder, or of a config and tensors.
+
+    Raises:
+        CheckpointError: it finds tensors that are missing or left over, or of other shapes.
+    """
+    import transformers
+
+    logging: Any = transformers.utils.logging
+    made: Any = getattr(transformers, kind)
+    options: dict[str, Any] = {"add_pooling_layer": False} if kind == "ViTModel" else {}
+    if config is not None:
+        options["config"] = made.config_class.from_dict(dict(config))
+    unused = f"{UNUSED}|{KEY_BIAS}" if kind.startswith("VideoMAE") else UNUSED
+    if tensors is not None:
+        options["state_dict"] = {k: tensors[k] for k in tensors if not re.search(unused, k)}
+    logging.set_verbosity_error()  # without its advice
+    logging.disable_progress_bar()
+    options |= {"dtype": torch.float32, "output_loading_info": True, "local_files_only": True}
+    try:
+        model, found = made.from_pretrained(folder, **options)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"its config.json says other sizes than its weights have: {error}"
+        ) from error
+    told = [
+        f"{key}: {wrong}"
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        if (wrong := sorted(str(n) for n in found.get(key) or () if not re.search(unused, str(n))))
+    ]
+    if told:
+        raise CheckpointError(f"transformers does not take these weights: {'; '.join(told)}")
+    model = model.eval()
+    name = f"transformers {transformers.__version__}: {kind}"
+    return Peer(name, (model,), lambda trial: outputs_of_transformers(model, trial))
 
 
 @torch.no_grad()
-def compare_with(peer: Peer, ours: Said, trial: Trial) -> ParityReport:
-    """Return how far a library's model is from ours, with our eps in all its layer norms.
+def outputs_of_transformers(model: Any, trial: Trial) -> Outputs:
+    """Return what a model of transformers says."""
+    kind, encoder = type(model).__name__, getattr(model, model.base_model_prefix, model)
+    frames, decodes = trial.clips.squeeze(2), kind.endswith("ForPreTraining")
+    if kind.startswith("VideoMAE"):
+        frames = trial.clips.transpose(1, 2)
+        said = {"tokens": encoder(frames).last_hidden_state}
+        if decodes:
+            # Its loss, which is not asked for, takes three channels where it normalises.
+            model.config.norm_pix_loss = False
+            said["hidden patches"] = model(frames, bool_masked_pos=trial.mask.masked).logits
+    elif kind.startswith("ViTMAE"):
+        settings, (count, tokens) = encoder.embeddings.config, trial.noise.shape
+        in_order = torch.linspace(0, 1, tokens).expand(count, -1)
+        settings.mask_ratio = 0.0
+        said = {"tokens": encoder(frames, noise=in_order).last_hidden_state}
+        if decodes:
+            hidden = int(trial.mask.masked[0].sum())
+            settings.mask_ratio = (hidden - 0.5) / tokens  # what stays is cut to whole
+            predicted = model(frames, noise=trial.noise).logits
+            said["hidden patches"] = trial.mask.take_masked(predicted)
+    else:
+        said = {"tokens": encoder(frames).last_hidden_state}
+    if kind.endswith("Classification"):
+        said["logits"] = model(frames).logits
+    return said
 
-    Of a model that has another eps, the difference as it is loaded is told too.
+
+def of_timm(name: str, arguments: Mapping[str, Any], tensors: Tensors, time: int = 1) -> Peer:
+    """Return a vision transformer of timm. ``time``: frames of a patch, which are its channels.
+
+    Raises:
+        CheckpointError: timm has no such model, or it does not take these weights.
     """
-    as_loaded = differences(ours, peer.say(trial))
-    norms = {
-        name: module
-        for model in peer.models
-        for name, module in model.named_modules()
-        if isinstance(module, nn.LayerNorm) and module.eps != LAYER_NORM_EPS
-    }
-    if not norms:
-        return ParityReport(peer.name, as_loaded)
-    usual = " and ".join(sorted({f"{norm.eps:g}" for norm in norms.values()}))
-    where = ", ".join(norms) if len(norms) < 4 else "its layer norms"
-    for norm in norms.values():
-        norm.eps = LAYER_NORM_EPS
-    farthest = max(as_loaded, key=lambda each: each.share)
-    note = (
-        f"{peer.name} has eps {usual} in {where}; as it is loaded, {farthest.of} differ by "
-        f"{farthest.largest:.1e} of values up to {farthest.largest_value:.2g}. For equality set "
-        f"{'model.' if len(norms) < 4 else ''}{where}.eps = {LAYER_NORM_EPS:g}"
-    )
-    return ParityReport(peer.name, differences(ours, peer.say(trial)), notes=(note,))
+    import timm
+
+    if name not in timm.list_models(module="vision_transformer"):
+        raise CheckpointError(
+            f"its config.json must name a vision transformer of timm {timm.__version__}, got "
+            f"architecture={name!r}; where it is right, import it with --no-parity"
+        )
+    model: Any = timm.create_model(name, pretrained=False, **arguments).eval()
+    try:
+        model.load_state_dict({key: value.float() for key, value in tensors.items()})
+    except RuntimeError as error:
+        raise CheckpointError(f"timm does not take these weights: {error}") from error
+    return peer_of_timm(f"timm {timm.__version__}: {name}", model, time)
+
+
+def peer_of_timm(name: str, model: Any, time: int = 1) -> Peer:
+    """Return a vision transformer of timm; time steps lie below each other in its images."""
+
+    @torch.no_grad()
+    def say(trial: Trial) -> Outputs:
+        images = rearrange(trial.clips, "b c (t p) h w -> b (c p) (t h) w", p=time)
+        if model.num_classes:
+            return {"logits": model(images)}
+        return {"tokens": model.forward_features(images), "features": model(images)}
+
+    return Peer(name, (model,), say)

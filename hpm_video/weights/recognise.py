@@ -29,18 +29,8 @@ class Recognised:
     entry: str
     """Their key in the file."""
     prefix: str
-    """What their names began with."""
-    with_prefix: int
-    """How many of them began so."""
+    """What their names, or those of a part, began with."""
     teacher: Tensors | None = None
-
-    def lines(self) -> list[str]:
-        """Tell of the prefix, where there is one."""
-        if not self.prefix:
-            return []
-        count = self.with_prefix
-        who = "all names" if count == len(self.tensors) else f"{count} of {len(self.tensors)} names"
-        return [f"{who} begin with {self.prefix!r}, which is left out"]
 
 
 def recognise(source: Source, entry: str | None = None) -> Recognised:
@@ -50,7 +40,15 @@ def recognise(source: Source, entry: str | None = None) -> Recognised:
         CheckpointError: it is of no family that is known, or may be of several. What was seen in
             the file is told.
     """
-    chosen = _of_entry(source, _choose(source, entry))
+    there = ", ".join(map(repr, source.entries))
+    known = [name for name in WRAPPERS if name in source.entries]
+    if entry is not None and entry not in source.entries:
+        raise CheckpointError(f"{source.path} has no state dict {entry!r}, but {there}")
+    if entry is None and not known and len(source.entries) > 1:
+        raise CheckpointError(
+            f"{source.path} holds several state dicts: {there}; choose with --entry"
+        )
+    chosen = _of_entry(source, [*known, *source.entries][0] if entry is None else entry)
     if entry is not None or chosen.family.holds != "autoencoder":
         return chosen
     if TEACHER not in source.entries or chosen.entry == TEACHER:
@@ -64,18 +62,6 @@ def recognise(source: Source, entry: str | None = None) -> Recognised:
     return replace(chosen, teacher=teacher.tensors)
 
 
-def _choose(source: Source, entry: str | None) -> str:
-    there = ", ".join(repr(name) for name in source.entries)
-    if entry is not None:
-        if entry not in source.entries:
-            raise CheckpointError(f"{source.path} has no state dict {entry!r}, but {there}")
-        return entry
-    known = [name for name in WRAPPERS if name in source.entries]
-    if known or len(source.entries) == 1:
-        return [*known, *source.entries][0]
-    raise CheckpointError(f"{source.path} holds several state dicts: {there}; choose with --entry")
-
-
 def _of_entry(source: Source, entry: str) -> Recognised:
     """Leave out prefixes, of all names or of those of a part beside a head, until a family fits."""
     tensors, prefix = source.entries[entry], ""
@@ -85,27 +71,19 @@ def _of_entry(source: Source, entry: str) -> Recognised:
         if not of_all and not of_part:
             raise CheckpointError(_unknown(source, entry, tensors))
         found = (of_all or of_part)[0]
-        prefix += found
-        with_prefix = sum(name.startswith(found) for name in tensors)
-        tensors = _stripped(tensors, found)
+        prefix, tensors = prefix + found, _stripped(tensors, found)
     if len(fit) > 1:
         raise CheckpointError(
             f"{source.path} may be {' or '.join(family.says for family in fit)}: it has tensors "
             f"of both; save the state dict of one model alone"
         )
-    return Recognised(fit[0], tensors, entry, prefix, with_prefix if prefix else 0)
+    return Recognised(fit[0], tensors, entry, prefix)
 
 
 def _fitting(tensors: Tensors) -> list[Family]:
     """Return the families that it may be of, but for those that ask less than another one."""
     fit = [family for family in FAMILIES.values() if family.fits(tensors)]
-    return [
-        family
-        for family in fit
-        if not any(
-            set(family.has) < set(other.has) and family.kernel == other.kernel for other in fit
-        )
-    ]
+    return [family for family in fit if not any(family.has < other.has for other in fit)]
 
 
 def _stripped(tensors: Tensors, prefix: str) -> Tensors:

@@ -12,102 +12,54 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from hpm_video.config.choices import TransformerSize
+from hpm_video.files.single_file import write_single_file
 from hpm_video.files.weights import CheckpointError
-from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.vit import LAYER_NORM_EPS
+from hpm_video.recognition.trained_model import TrainedModel
 from hpm_video.weights.express import Expressed, express
-from hpm_video.weights.importing import write_json
-from hpm_video.weights.model import TrainedModel
+from hpm_video.weights.folder import texts_of, write_json
 from hpm_video.weights.notes import RESAMPLE
+from hpm_video.weights.parity import is_installed, of_timm, of_transformers
 
-WEIGHTS = "model.safetensors"
 LARGEST_ONNX = 1_900_000_000
 """Bytes of weights that a file of ONNX takes; those of larger models lie in a second file."""
 OPSET = 18
 TO_INSTALL = ("onnx", "onnxscript", "onnxruntime")
+TIMM_NAMES = {
+    192: "vit_tiny_patch16_224",
+    384: "vit_small_patch16_224",
+    768: "vit_base_patch16_224",
+    1024: "vit_large_patch16_224",
+    1280: "vit_huge_patch14_224",
+}
+"""Names of timm's models by their width; whatever else they are is given."""
+
+
+def write_own(model: TrainedModel, _: Expressed, file: Path) -> list[str]:
+    """Write the whole model as one file of safetensors."""
+    write_single_file(file, model.tensors, model.file, model.kind, texts_of(model))
+    return []
+
 
 # --- transformers ---------------------------------------------------------------------------------
 
-MODEL_TYPES = {"VideoMAE": "videomae", "ViTMAE": "vit_mae", "ViT": "vit"}
-"""By how the names of classes begin."""
-STANDARDISED = {"videomae": "per_channel", "vit_mae": "joint"}
-"""What a model of transformers learns to predict with norm_pix_loss."""
 
-
-def write_transformers(model: TrainedModel, expressed: Expressed, folder: Path) -> None:
-    """Write a folder that ``from_pretrained`` reads, by names that all its versions read."""
-    folder.mkdir()
-    kind = expressed.family.transformers_class
-    save_file(expressed.tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    write_json(folder / "config.json", transformers_config(model, kind))
-    write_json(folder / "preprocessor_config.json", _preprocessor(model, kind))
-
-
-def _model_type(kind: str) -> str:
-    return next(found for begins, found in MODEL_TYPES.items() if kind.startswith(begins))
-
-
-def transformers_config(model: TrainedModel, kind: str) -> dict[str, Any]:
-    """Return ``config.json`` of a model of transformers."""
-    config, model_type, size = model.config, _model_type(kind), model.encoder
-    frames, height, width = config.data.clip_size
-    table: dict[str, Any] = {
-        "architectures": [kind],
-        "model_type": model_type,
-        "image_size": height if height == width else [height, width],
-        "patch_size": config.model.patch_size[1],
-        "num_channels": config.model.channels,
-        "hidden_size": size.dim,
-        "num_hidden_layers": size.depth,
-        "num_attention_heads": size.num_heads,
-        "intermediate_size": _wide(size),
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "layer_norm_eps": LAYER_NORM_EPS,
-        "qkv_bias": True,
-    }
-    if model_type == "videomae":
-        table["num_frames"] = frames
-        table["tubelet_size"] = config.model.patch_size[0]
-        table["use_mean_pooling"] = model.is_classifier
-    if model.pretraining is not None:
-        decoder = model.pretraining.model.decoder
-        table |= {
-            "decoder_hidden_size": decoder.dim,
-            "decoder_num_hidden_layers": decoder.depth,
-            "decoder_num_attention_heads": decoder.num_heads,
-            "decoder_intermediate_size": _wide(decoder),
-            "norm_pix_loss": model.target != "raw",
-        }
-        if model_type == "vit_mae":
-            table["mask_ratio"] = model.pretraining.masking.ratio
-    else:
-        names = model.label_names
-        table["id2label"] = {str(i): name for i, name in enumerate(names)}
-        table["label2id"] = {
-            f"{name} ({i})" if name in names[:i] else name: i for i, name in enumerate(names)
-        }
-    return table
-
-
-def _wide(size: TransformerSize) -> int:
-    """Width within the MLPs."""
-    return size.mlp_dim or 4 * size.dim
-
-
-def _preprocessor(model: TrainedModel, kind: str) -> dict[str, Any]:
-    """``preprocessor_config.json``: frames as the model is tested on, the middle crop alone.
-
-    Bit's resizes the shorter side and cuts out the middle, where ViT's own resizes to a square.
-    """
-    data = model.config.data
+def write_transformers(model: TrainedModel, expressed: Expressed, folder: Path) -> list[str]:
+    """Write a folder that ``from_pretrained`` reads. -> what it cannot say of the model"""
+    if not is_installed("transformers"):
+        raise CheckpointError("it writes such a folder itself: pip install transformers")
+    kind, config = expressed.family.transformers_class, model.config
+    (theirs,) = of_transformers(
+        kind, None, transformers_config(model, kind), expressed.tensors
+    ).models
+    theirs.save_pretrained(folder)
+    data, notes = config.data, []
     height, width = data.frame_size
+    # Bit's resizes the shorter side and cuts out the middle, where ViT's own resizes to a square.
     made_by = "VideoMAE" if kind.startswith("VideoMAE") else "Bit"
-    return {
+    preprocessor = {
         "image_processor_type": f"{made_by}ImageProcessor",
         "do_resize": True,
         "size": {"shortest_edge": data.held_out_short_side or max(height, width)},
@@ -120,19 +72,15 @@ def _preprocessor(model: TrainedModel, kind: str) -> dict[str, Any]:
         "image_mean": list(data.mean),
         "image_std": list(data.std),
     }
-
-
-def notes_of_transformers(model: TrainedModel, expressed: Expressed) -> list[str]:
-    """Tell what the folder cannot say of the model."""
-    kind, data, notes = expressed.family.transformers_class, model.config.data, []
-    standardised = STANDARDISED.get(_model_type(kind))
-    same = model.target == standardised or (model.target == "raw" and standardised == "joint")
-    if not model.is_classifier and not same:
-        notes.append(
-            f"this model learned to predict target {model.target}, and the loss of {kind} compares "
-            f"with another: what it predicts is ours, its loss is not"
-        )
-    if data.frame_size[0] != data.frame_size[1] and data.held_out_short_side is None:
+    write_json(folder / "preprocessor_config.json", preprocessor)
+    if model.pretraining:
+        target = model.pretraining.mining.target
+        if target not in (("per_channel",) if made_by == "VideoMAE" else ("joint", "raw")):
+            notes.append(
+                f"this model learned to predict target {target}, and the loss of {kind} compares "
+                f"with another: what it predicts is ours, its loss is not"
+            )
+    if height != width and data.held_out_short_side is None:
         notes.append(
             "the preprocessor cuts these rectangular frames out of a larger frame, where ours "
             "takes the largest box of their shape"
@@ -140,33 +88,66 @@ def notes_of_transformers(model: TrainedModel, expressed: Expressed) -> list[str
     return notes
 
 
-# --- timm -----------------------------------------------------------------------------------------
+def transformers_config(model: TrainedModel, kind: str) -> dict[str, Any]:
+    """Return ``config.json`` of a model of transformers."""
+    config, size = model.config, model.config.model.encoder
+    frames, height, width = config.data.clip_size
+    table: dict[str, Any] = {
+        "image_size": height if height == width else [height, width],
+        "patch_size": config.model.patch_size[1],
+        "num_channels": config.model.channels,
+        "hidden_size": size.dim,
+        "num_hidden_layers": size.depth,
+        "num_attention_heads": size.num_heads,
+        "intermediate_size": _wide(size),
+        "layer_norm_eps": LAYER_NORM_EPS,
+    }
+    if kind.startswith("VideoMAE"):
+        table |= {"num_frames": frames, "tubelet_size": config.model.patch_size[0]}
+        table["use_mean_pooling"] = model.is_classifier
+    if pretraining := model.pretraining:
+        decoder = pretraining.model.decoder
+        table |= {
+            "decoder_hidden_size": decoder.dim,
+            "decoder_num_hidden_layers": decoder.depth,
+            "decoder_num_attention_heads": decoder.num_heads,
+            "decoder_intermediate_size": _wide(decoder),
+            "norm_pix_loss": pretraining.mining.target != "raw",
+        }
+        if not kind.startswith("VideoMAE"):
+            table["mask_ratio"] = pretraining.masking.ratio
+    else:
+        names = model.label_names
+        table["id2label"] = dict(enumerate(names))
+        table["label2id"] = {
+            f"{name} ({i})" if name in names[:i] else name: i for i, name in enumerate(names)
+        }
+    return table
 
-TIMM_NAMES = {
-    192: "vit_tiny_patch16_224",
-    384: "vit_small_patch16_224",
-    768: "vit_base_patch16_224",
-    1024: "vit_large_patch16_224",
-    1280: "vit_huge_patch14_224",
-}
-"""Names of timm's models by their width; whatever else they are is given."""
+
+def _wide(size: TransformerSize) -> int:
+    """Width within the MLPs."""
+    return size.mlp_dim or 4 * size.dim
+
+
+# --- timm -----------------------------------------------------------------------------------------
 
 
 def timm_name(model: TrainedModel) -> str:
     """Return that of the model of timm that this is a kind of."""
-    return TIMM_NAMES.get(model.encoder.dim, TIMM_NAMES[768])
+    return TIMM_NAMES.get(model.config.model.encoder.dim, TIMM_NAMES[768])
 
 
-def timm_arguments(model: TrainedModel) -> dict[str, Any]:
+def timm_arguments(model: TrainedModel, time: int = 1) -> dict[str, Any]:
     """Return what ``timm.create_model`` has to be told beside the name.
 
-    Of clips, time steps lie below each other in one image.
+    Of clips, time steps lie below each other in one image. ``time``: frames of a patch.
     """
-    size, config = model.encoder, model.config
-    _, patch_height, patch_width = config.model.patch_size
-    height, width = config.data.frame_size
+    size, config = model.config.model.encoder, model.config.model
+    _, patch_height, patch_width = config.patch_size
+    height, width = model.config.data.frame_size
     means = model.pooling == "mean_norm"
-    on_token = config.model.class_token and not means
+    on_token = config.class_token and not means
     return {
         "img_size": [model.grid.time * height, width],
         "patch_size": patch_height if patch_height == patch_width else [patch_height, patch_width],
@@ -174,45 +155,44 @@ def timm_arguments(model: TrainedModel) -> dict[str, Any]:
         "depth": size.depth,
         "num_heads": size.num_heads,
         "mlp_ratio": (_wide(size) + 0.5) / size.dim if size.mlp_dim else 4,  # it is cut to whole
-        "qkv_bias": True,
-        "class_token": config.model.class_token,
+        "class_token": config.class_token,
         "global_pool": "token" if on_token else "avg",
         "fc_norm": means,
+        "num_classes": len(model.label_names),
+        "in_chans": config.channels * time,
     }
 
 
-def write_timm(model: TrainedModel, expressed: Expressed, folder: Path) -> None:
-    """Write a folder that timm reads as ``local-dir:FOLDER``.
+def write_timm(model: TrainedModel, expressed: Expressed, folder: Path) -> list[str]:
+    """Write a folder that timm reads as ``local-dir:FOLDER``."""
+    from timm.models import save_for_hf
 
-    Its own writer would add the tag and the licence of the weights that timm has for such a model.
-    """
-    folder.mkdir()
-    save_file(expressed.tensors, folder / WEIGHTS, metadata={"format": "pt"})
     data, arguments = model.config.data, timm_arguments(model)
-    table: dict[str, Any] = {
+    (theirs,) = of_timm(timm_name(model), arguments, expressed.tensors).models
+    # Without the tag and the licence of the weights that timm has for such a model.
+    theirs.pretrained_cfg = {
         "architecture": timm_name(model),
         "num_classes": len(model.label_names),
-        "num_features": model.encoder.dim,
-        "global_pool": arguments["global_pool"],
-        "model_args": arguments,
-        "pretrained_cfg": {
-            "num_classes": len(model.label_names),
-            "input_size": [model.config.model.channels, *data.frame_size],
-            "interpolation": data.interpolation,
-            "crop_pct": _crop_share(max(data.frame_size), data.held_out_short_side),
-            "crop_mode": "center",
-            "mean": list(data.mean),
-            "std": list(data.std),
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        },
+        "input_size": (model.config.model.channels, *data.frame_size),
+        "interpolation": data.interpolation,
+        "crop_pct": crop_share(max(data.frame_size), data.held_out_short_side),
+        "crop_mode": "center",
+        "mean": data.mean,
+        "std": data.std,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
     }
-    if model.is_classifier:
-        table["label_names"] = list(model.label_names)
-    write_json(folder / "config.json", table)
+    labels = {"label_names": list(model.label_names)} if model.is_classifier else {}
+    kept: dict[str, Any] = {
+        "model_config": labels,
+        "model_args": arguments,
+        "safe_serialization": True,
+    }
+    save_for_hf(theirs, str(folder), **kept)
+    return []
 
 
-def _crop_share(size: int, short_side: int | None) -> float:
+def crop_share(size: int, short_side: int | None) -> float:
     """Of a crop in what it is cut out of; timm divides by it and drops what is not whole."""
     if short_side is None:
         return 1.0
@@ -223,15 +203,16 @@ def _crop_share(size: int, short_side: int | None) -> float:
 # --- Files of MAE, VideoMAE and HPM ---------------------------------------------------------------
 
 
-def write_pickle(model: TrainedModel, expressed: Expressed, file: Path) -> None:
+def write_pickle(model: TrainedModel, expressed: Expressed, file: Path) -> list[str]:
     """Write a file of torch.save with the weights under ``model``, of plain values alone."""
     torch.save({"model": expressed.tensors, "args": _arguments(model)}, file)
+    return []
 
 
-def write_hpm(model: TrainedModel, expressed: Expressed, file: Path) -> None:
+def write_hpm(model: TrainedModel, expressed: Expressed, file: Path) -> list[str]:
     """Write a file as official HPM does: the student, and the teacher as ``ema_state_dict``."""
     teacher = model.teacher
-    second = expressed if teacher is None else express(replace(model, tensors=teacher), "hpm")
+    second = expressed if teacher is None else express(replace(model, held=teacher), "hpm")
     content = {
         "state_dict": {f"module.{name}": value for name, value in expressed.tensors.items()},
         "ema_state_dict": second.tensors,
@@ -239,11 +220,7 @@ def write_hpm(model: TrainedModel, expressed: Expressed, file: Path) -> None:
         "args": _arguments(model),
     }
     torch.save(content, file)
-
-
-def notes_of_hpm(model: TrainedModel, _: Expressed) -> list[str]:
-    """Tell what was made otherwise, with the same result."""
-    copied = "" if model.teacher is not None else "; it has no teacher: that is a copy"
+    copied = "; it has no teacher: that is a copy" if teacher is None else ""
     values = model.config.model.channels * math.prod(model.config.model.patch_size)
     return [
         f"the one output of the loss predictor is written {values} times, as the official "
@@ -252,29 +229,29 @@ def notes_of_hpm(model: TrainedModel, _: Expressed) -> list[str]:
 
 
 def _arguments(model: TrainedModel) -> dict[str, Any]:
-    """What such files keep of a run, and what an importer needs to know, by plain values."""
-    data = model.config.data
+    """Return what such files keep of a run, and what an importer needs to know, by plain values."""
+    config, data = model.config, model.config.data
     height, width = data.frame_size
     told: dict[str, Any] = {
         "input_size": height if height == width else [height, width],
         "num_frames": data.num_frames,
         "sampling_rate": data.frame_stride,
-        "num_attention_heads": model.encoder.num_heads,
+        "num_attention_heads": config.model.encoder.num_heads,
         "image_mean": list(data.mean),
         "image_std": list(data.std),
         "interpolation": data.interpolation,
         "short_side": data.held_out_short_side,
     }
-    if model.decoder is not None:
-        told["decoder_num_attention_heads"] = model.decoder.num_heads
-        told["norm_pix_loss"] = model.target != "raw"
+    if pretraining := model.pretraining:
+        told["decoder_num_attention_heads"] = pretraining.model.decoder.num_heads
+        told["norm_pix_loss"] = pretraining.mining.target != "raw"
     return told
 
 
 # --- ONNX ---------------------------------------------------------------------------------------
 
 
-def write_onnx(own: TrainedModel, _: Expressed, file: Path) -> None:
+def write_onnx(model: TrainedModel, _: Expressed, file: Path) -> list[str]:
     """Write a classifier as a program for onnxruntime: clips -> logits, of any number of clips.
 
     Raises:
@@ -288,13 +265,11 @@ def write_onnx(own: TrainedModel, _: Expressed, file: Path) -> None:
         )
     import onnx
 
-    model = own.build()
-    assert isinstance(model, ClipClassifier)
-    size = sum(tensor.nbytes for tensor in own.tensors.values())
+    config, data = model.config, model.config.data
     with _quiet():
         program = torch.onnx.export(
-            model,
-            (torch.zeros(2, own.config.model.channels, *own.config.data.clip_size),),
+            model.build(),
+            (torch.zeros(2, config.model.channels, *data.clip_size),),
             input_names=["clips"],
             output_names=["logits"],
             dynamic_shapes={"clips": {0: torch.export.Dim("batch", min=1)}},
@@ -304,15 +279,28 @@ def write_onnx(own: TrainedModel, _: Expressed, file: Path) -> None:
         )
     assert program is not None
     shape = program.model.graph.inputs[0].shape
-    batch = None if shape is None else shape[0]
-    if isinstance(batch, int):
+    if shape is not None and isinstance(shape[0], int):
         raise CheckpointError(
-            f"torch.onnx made a program for {batch} clips alone, and not for any number of them; "
-            f"this is a fault of this package with torch {torch.__version__}: please report it"
+            f"torch.onnx made a program for {shape[0]} clips alone, and not for any number of "
+            f"them: a fault of this package with torch {torch.__version__}, please report it"
         )
-    program.model.metadata_props.update(_told_in_onnx(own))
+    clips = {
+        "axes": "B C T H W",
+        "size": [config.model.channels, *data.clip_size],
+        "frame_stride": data.frame_stride,
+        "short_side": data.held_out_short_side,
+        "interpolation": data.interpolation,
+        "pixels": "in [0, 1], then less the mean and divided by the deviation",
+        "mean": list(data.mean),
+        "std": list(data.std),
+    }
+    labels = json.dumps(list(model.label_names))
+    metadata = {"kind": model.kind, "labels": labels, "clips": json.dumps(clips)}
+    program.model.metadata_props.update(metadata)
+    size = sum(tensor.nbytes for tensor in model.tensors.values())
     program.save(file, external_data=size > LARGEST_ONNX)
     onnx.checker.check_model(str(file))
+    return []
 
 
 @contextlib.contextmanager
@@ -326,19 +314,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
-
-
-def _told_in_onnx(own: TrainedModel) -> dict[str, str]:
-    data = own.config.data
-    clips = {
-        "axes": "B C T H W",
-        "size": [own.config.model.channels, *data.clip_size],
-        "frame_stride": data.frame_stride,
-        "short_side": data.held_out_short_side,
-        "interpolation": data.interpolation,
-        "pixels": "in [0, 1], then less the mean and divided by the deviation",
-        "mean": list(data.mean),
-        "std": list(data.std),
-    }
-    labels = json.dumps(list(own.label_names))
-    return {"kind": own.kind, "labels": labels, "clips": json.dumps(clips)}

@@ -19,11 +19,11 @@ from hpm_video.runs.pretraining import pretrain
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.checkpoint import sha256_of
 from hpm_video.weights.families import LICENCES
+from hpm_video.weights.folder import write_folder
 from hpm_video.weights.geometry import Overrides
-from hpm_video.weights.importing import import_weights, write_folder
-from hpm_video.weights.inspect import inspect
+from hpm_video.weights.importing import import_weights, inspect
 from hpm_video.weights.parity import NOT_ASKED
-from hpm_video.weights.peers import compare
+from hpm_video.weights.verify import compare
 
 pytestmark = pytest.mark.slow
 
@@ -169,7 +169,7 @@ def test_fine_tuning_from_learned_positions(
     encoder = open_trained(folder, TrainedModel, clips=ClipChoice(frame_size=size)).encoder()
     grid = TokenGrid(1, size[0] // 8, 4)
     table = content["model"]["pos_embed"][0, 1:]
-    found = encoder.encoder_positions(grid)
+    found = encoder.positions("pos_embed", grid)
     assert torch.equal(found, resized(table, TokenGrid(1, 4, 4), grid))
     config = yaml.safe_load(finetune_config.read_text())
     config["init_weights"] = str(folder)
@@ -183,7 +183,7 @@ def test_fine_tuning_from_learned_positions(
     code, output = run_tool("finetune", path, f"output_dir={tmp_path / 'run'}")
     assert code == 0, output
     stored = load_file(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors")
-    assert torch.equal(stored["encoder_positions.table"], table)
+    assert torch.equal(stored["pos_embed"][0], table)
 
 
 def test_the_folder_tells_everything(files, run_tool, tmp_path):
@@ -289,7 +289,7 @@ def test_nothing_is_left_of_a_folder_that_is_not_written(files, tmp_path, monkey
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("hpm_video.weights.importing.flush", fail)
+    monkeypatch.setattr("hpm_video.weights.folder.flush", fail)
     expected = error if error is KeyboardInterrupt else CheckpointError
     with pytest.raises(expected):
         write_folder(imported, tmp_path / "new" / "folder", NOT_ASKED.as_table())
@@ -315,7 +315,7 @@ def test_positions_at_another_number_of_frames(files, tmp_path):
     source, grid = TokenGrid(2, 4, 4), TokenGrid(4, 6, 4)
     clips = ClipChoice(num_frames=8, frame_size=(48, 32))
     longer = open_trained(tmp_path / "folder", TrainedModel, clips=clips).encoder()
-    table = longer.encoder_positions(grid)
+    table = longer.positions("pos_embed", grid)
     assert torch.equal(table, position_table(grid, 48, "sequence", source))
     assert not torch.equal(table, position_table(grid, 48, "sequence"))
 
@@ -328,16 +328,16 @@ def test_inspect(files):
     )
     assert said[2] == "decoder 24 wide, 2 deep, 2 heads"
     assert "epoch 799" in said
-    assert "beside them: epoch, optimizer" in said
-    assert said[-1] == f"licence: {LICENCES['videomae']}"
-    count = sum(p.numel() for p in torch.load(files["videomae"])["model"].values())
-    assert any(f"{count:,} parameters" in line for line in said)
+    assert "left out: epoch, optimizer: no weights" in said
+    assert f"licence: {LICENCES['videomae']}" in said
+    count = sum(p.numel() for p in import_weights(files["videomae"], GIVEN).model.tensors.values())
+    assert f"{count:,} numbers taken" in said
     assert "head of 3 classes on mean_norm" in inspect(files["videomae_classifier"], GIVEN)
     said = inspect(files["hpm"], GIVEN)
     assert "clips of 1 x 32 x 32" in said[1]
     assert said[2].endswith(", and a loss predictor")
-    assert "all names begin with 'module.', which is left out" in said
-    assert "beside them: ema_state_dict, epoch, model" in said
+    assert "names begin with 'module.', which is left out" in said
+    assert "beside them are as many numbers of a teacher" in said
 
 
 def test_inspect_our_own(files, finished_run, run_tool, tmp_path):
@@ -361,7 +361,8 @@ def test_inspect_our_own(files, finished_run, run_tool, tmp_path):
     assert run_tool("weights", "export", folder, single, "--to", "file")[0] == 0
     assert inspect(single)[:6] == inspect(folder)[:6]
     shutil.copy(folder / "model.safetensors", tmp_path / "alone.safetensors")
-    assert "not in the file, and no config.yaml" in "".join(inspect(tmp_path / "alone.safetensors"))
+    with pytest.raises(CheckpointError, match="of this package already"):
+        inspect(tmp_path / "alone.safetensors")
 
 
 def test_inspect_what_an_import_wrote_and_what_lacks_heads(files, tmp_path):
@@ -370,10 +371,11 @@ def test_inspect_what_an_import_wrote_and_what_lacks_heads(files, tmp_path):
     said = inspect(tmp_path / "folder")
     assert f"licence: {LICENCES['mae']}" in said
     assert f"student, imported from {files['mae']} (mae)" in said
-    said = inspect(files["videomae"])
-    assert "heads of the encoder: not in the file" in said
-    assert "48 wide, 2 deep; patches" in said[1]
-    assert "heads" not in said[1]
+    kind, licence, said = inspect(files["videomae"])
+    assert kind == "videomae: VideoMAE pre-training, first or second version"
+    assert licence == f"licence: {LICENCES['videomae']}"
+    assert "the encoder of width 48 is none of the known" in said
+    assert "give --heads" in said
 
 
 def test_errors_of_a_layout_name_the_file(files, tmp_path):
@@ -381,7 +383,7 @@ def test_errors_of_a_layout_name_the_file(files, tmp_path):
     content["model"]["novelty"] = torch.ones(2)
     torch.save(content, tmp_path / "odd.pth")
     for look in (inspect, import_weights):
-        with pytest.raises(CheckpointError, match=r"odd\.pth.*\n  unknown novelty \(2,\)"):
+        with pytest.raises(CheckpointError, match=r"odd\.pth.*\n  left over novelty"):
             look(tmp_path / "odd.pth", GIVEN)
 
 
