@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_runs import lines_of
 
 from hpm_video.training.checkpoint import checkpoints_in, read_optimizer
 
@@ -242,10 +243,6 @@ def newest(run):
 
 def has_true_gradient(name):
     return name not in NO_TRUE_GRADIENT and not name.endswith(".k_bias")
-
-
-def lines_of(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def weight_differences(run, reference):
