@@ -167,7 +167,8 @@ def _what_is_wrong(name: DecoderName) -> str:
         path.write_bytes(data)
         try:
             with DECODERS[name].reader(str(path), str(path), data[:HEAD]) as reader:
-                grey = reader.read([0, 1]).mean(axis=(1, 2, 3))
+                colours = reader.read([0, 1])[..., :3]  # a reader may give further channels
+                grey = colours.mean(axis=(1, 2, 3))
         except Exception as error:  # noqa: BLE001 - a broken installation raises anything
             return f"{type(error).__name__}: {error}"
     dark, bright = grey
