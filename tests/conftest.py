@@ -14,7 +14,15 @@ from tempfile import mkstemp
 
 import hypothesis
 import pytest
-from tiny_runs import AUTOENCODER, CLASSIFIER, ENGINE, moving_texture, write_all, write_classes
+from tiny_runs import (
+    AUTOENCODER,
+    CLASSIFIER,
+    ENGINE,
+    finish,
+    moving_texture,
+    write_all,
+    write_classes,
+)
 
 hypothesis.settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -273,10 +281,7 @@ def starter_of(tool, config, start_program):
 def finished_run(pretrain, tmp_path_factory) -> Path:
     """The directory of a run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    process = pretrain(folder, curves=True)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    (folder.parent / "output.txt").write_text(output)
+    (folder.parent / "output.txt").write_text(finish(pretrain(folder, curves=True)))
     return folder
 
 

@@ -124,21 +124,12 @@ class Manifest:
 def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
     """Read a list of videos or images, or find those of a folder.
 
-    What it reads:
-
     - A CSV file whose first line names its columns: ``path`` and, each optional, ``label``,
       ``label_name``, ``num_frames`` and ``verdict``. An empty cell says nothing; other columns are
       ignored. Files whose verdict is ``bad`` are left out, which is logged and counted. A path may
-      also be a folder of frames, where it ends in a slash, or a member of a tar, as
-      :mod:`hpm_video.decoding.locations` has them.
-    - A list without such a line, as VideoMAE and its descendants use, its columns separated by
-      spaces, tabs or commas. The numbers at the end of a line are split off, so a path may hold
-      spaces. One number is the label, as in the usual lists of ImageNet, ``train.txt`` and
-      ``val.txt``. Of two, ``0 -1`` marks an unlabelled video, as in VideoMAE
-      V2's lists for pre-training, and ``num_frames label`` says both, as VideoMAE has it. Three
-      are ``start num_frames label``, where the start must be 0 and a count of -1 is not stated.
-      Other pairs (such as V2's ``folder start_index total_frames``) are errors, for nothing tells
-      which number means what; so are folders of frames.
+      be of any kind that :mod:`hpm_video.decoding.locations` has.
+    - A list without such a line, as VideoMAE and its descendants use: see :func:`_meaning`. The
+      numbers at the end of a line are split off, so a path may hold spaces.
     - A folder of class folders, where each file lies in a folder directly below: the classes are
       the sorted names of those folders.
     - Any other folder: all videos in it, or all images, however deep, unlabelled. Those whose names
@@ -146,9 +137,8 @@ def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
 
     Relative paths start from ``root``, by default from the manifest's own folder. With ``..`` a
     path may not climb out of it; where ``root`` is given, absolute paths have to lie in it too.
-    That is a matter of how paths are spelled: links are followed wherever they lead, being the
-    work of whoever owns the disk and not of whoever wrote the manifest. Whether a listed file
-    exists is not looked at here.
+    That is a matter of spelling: links are followed wherever they lead, being the work of whoever
+    owns the disk. Whether a listed file exists is not looked at here.
 
     Raises:
         ManifestError: it cannot be read or holds nothing, a path leads out of the root, all files
@@ -246,7 +236,12 @@ def _read_list(source: Path, text: str) -> pd.DataFrame:
 
 
 def _meaning(source: Path, line: int, row: str, numbers: list[str]) -> tuple[str, str]:
-    """Numbers behind a path -> label and number of frames, where they say so."""
+    """Numbers behind a path -> label and number of frames, where they say so.
+
+    One is the label, as in ImageNet's lists. Of two, ``0 -1`` marks an unlabelled video (VideoMAE
+    V2), and ``num_frames label`` says both (VideoMAE). Three are ``start num_frames label``, where
+    the start must be 0. Of any other nothing tells which number means what.
+    """
     match numbers:
         case []:
             return "", ""

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -41,12 +42,22 @@ class Box:
     width: int
 
 
+class DrawnTransform(Protocol):
+    """What is done to one training clip; nothing is left to chance."""
+
+    @property
+    def box(self) -> Box:
+        """The part of the frames that it needs."""
+
+    def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """That part of the frames: (T, box.height, box.width, C) uint8 -> (C, T, h, w) uint8"""
+
+
 @dataclass(frozen=True)
 class DrawnCrop:
-    """A box that is cut out and resized, and may be mirrored; nothing is left to chance."""
+    """A box that is cut out and resized, and may be mirrored."""
 
     box: Box
-    """The part of the frames that is needed."""
     frame_size: tuple[int, int]
     interpolation: Interpolation
     mirrored: bool
@@ -66,7 +77,7 @@ class ClipTransform(ABC):
     @abstractmethod
     def draw(
         self, size: tuple[int, int], frame_size: tuple[int, int], draw: np.random.Generator
-    ) -> DrawnCrop:
+    ) -> DrawnTransform:
         """Decide what is done to frames of ``size``, height and width. All draws are ``draw``'s."""
 
     def __call__(

@@ -3,12 +3,9 @@
 An image is a video of one frame, and needs Pillow alone; so do folders of frames.
 
 Frame i of a video is the i-th in the order of presentation, whatever the decoder. PyAV comes
-first: it is exact on every container tried, and no slower. decord (0.6.0) seeks to wrong frames
-in videos with open groups of pictures (HEVC, MPEG-4 and H.264 in AVI, some MP4) and in ASF, and
-loses the first group of an MPEG transport stream. So here it never seeks, which makes it exact
-and slow, and it is kept away from containers that it was not tried on. torchcodec (0.17) is exact
-where it is let: in AVI it returns wrong frames, and in MPEG transport streams it stops midway.
-docs/decoders.md has the counts of wrong frames.
+first: it is exact on every container tried. decord (0.6.0) seeks to wrong frames in many, so here
+it never seeks, and torchcodec (0.17) in AVI; both are kept away from containers that they were not
+tried on. docs/decoders.md has the counts of wrong frames.
 
 A file cannot make a decoder open other files or addresses: what is no container of frames, such as
 a playlist, is refused.
@@ -170,7 +167,8 @@ def _what_is_wrong(name: DecoderName) -> str:
         path.write_bytes(data)
         try:
             with DECODERS[name].reader(str(path), str(path), data[:HEAD]) as reader:
-                grey = reader.read([0, 1]).mean(axis=(1, 2, 3))
+                colours = reader.read([0, 1])[..., :3]  # a reader may give further channels
+                grey = colours.mean(axis=(1, 2, 3))
         except Exception as error:  # noqa: BLE001 - a broken installation raises anything
             return f"{type(error).__name__}: {error}"
     dark, bright = grey

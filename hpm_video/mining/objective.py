@@ -21,9 +21,8 @@ from hpm_video.models.masked_autoencoder import MaskedAutoencoder, Prediction
 from hpm_video.randomness import uniform
 from hpm_video.tokens.masking import MaskRule, TokenMask
 from hpm_video.tokens.pixels import normalise
-from hpm_video.training.ema import MomentumSchedule, WithEma
+from hpm_video.training.ema import EmaUpdate, MomentumSchedule, WithEma, ema_update_module
 from hpm_video.training.objective import Losses, Model
-from hpm_video.training.optim import EmaUpdate, ema_update_module
 from hpm_video.training.progress import Progress
 
 

@@ -19,7 +19,7 @@ from hpm_video.data.clips import VideoClips
 from hpm_video.data.loader import training_batches
 from hpm_video.data.mixture import MixedClips, Place, Places, deal_out
 from hpm_video.data.reading import DrawnClips
-from hpm_video.data.transforms import Box, ClipTransform, DrawnCrop
+from hpm_video.data.transforms import Box, ClipTransform, DrawnTransform
 from hpm_video.decoding.locations import TarMember, frames_in, is_frame_folder, read_bytes
 from hpm_video.decoding.registry import DecodeError
 from hpm_video.files.failures import Failure, TooManyBadFiles
@@ -87,7 +87,7 @@ class _Timed(ClipTransform):
 @dataclass(frozen=True)
 class _TimedDrawn:
     box: Box
-    drawn: DrawnCrop
+    drawn: DrawnTransform
     watch: Stopwatch
 
     def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:

@@ -8,9 +8,8 @@ from hpm_video.decoding.locations import base_name
 from hpm_video.randomness import key_of
 from hpm_video.recognition.mixing import Mixing
 from hpm_video.tokens.pixels import normalise
-from hpm_video.training.ema import MomentumSchedule, WithEma
+from hpm_video.training.ema import EmaUpdate, MomentumSchedule, WithEma, ema_update_module
 from hpm_video.training.objective import Losses, Model
-from hpm_video.training.optim import EmaUpdate, ema_update_module
 from hpm_video.training.progress import Progress
 
 

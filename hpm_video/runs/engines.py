@@ -1,5 +1,7 @@
 """The engine that a config asks for. A further one has a file of its own, and an entry here."""
 
+from typing import Any
+
 from torch import nn
 
 from hpm_video.config.batch_plan import BatchPlan
@@ -17,7 +19,7 @@ def make_engine(
 ) -> Engine:
     """The engine that updates ``model``, which is on the device of the session."""
     how, optimizer = task.config.engine, task.optimizer(model)
-    common = {
+    common: dict[str, Any] = {
         "device": session.device,
         "clip_grad": task.config.recipe.clip_grad,
         "precision": precision,

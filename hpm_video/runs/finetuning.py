@@ -37,13 +37,12 @@ from hpm_video.runs.run import run
 from hpm_video.runs.task import Session
 from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.distributed import Processes
-from hpm_video.training.ema import MomentumSchedule
+from hpm_video.training.ema import MomentumSchedule, ema_update_module
 from hpm_video.training.engine import Engine
 from hpm_video.training.objective import Objective
 from hpm_video.training.optim import (
     OPTIMIZERS,
     Tensors,
-    ema_update_module,
     layer_decay_of,
     parameter_groups,
 )

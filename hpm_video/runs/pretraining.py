@@ -39,12 +39,11 @@ from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import MaskRule, count_masked, grid_of_units
 from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.distributed import Processes
-from hpm_video.training.ema import MomentumSchedule
+from hpm_video.training.ema import MomentumSchedule, ema_update_module
 from hpm_video.training.engine import Engine, Runner
 from hpm_video.training.objective import Objective
 from hpm_video.training.optim import (
     Tensors,
-    ema_update_module,
     make_adamw,
     parameter_groups,
 )

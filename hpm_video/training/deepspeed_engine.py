@@ -23,8 +23,9 @@ from hpm_video.config.training import EngineConfig
 from hpm_video.training.deepspeed_settings import settings_of
 from hpm_video.training.device import Precision
 from hpm_video.training.distributed import Processes, make_sure_of_group
+from hpm_video.training.ema import ema_update
 from hpm_video.training.engine import Engine, EngineError, on_first
-from hpm_video.training.optim import OptimizerState, Tensors, ema_update, put_state, state_of
+from hpm_video.training.optim import OptimizerState, Tensors, put_state, state_of
 
 
 class DeepSpeedEngine(Engine):

@@ -1,16 +1,19 @@
 """The moving average of a model's weights (EMA), in float32: a teacher, or what is tested."""
 
 import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from hpm_video.config.choices import MomentumKind
-from hpm_video.training.optim import EmaUpdate, ema_update_module
 from hpm_video.training.progress import Progress
 
 Module = TypeVar("Module", bound=nn.Module)
+EmaUpdate = Callable[[nn.Module, nn.Module, float], None]
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,21 @@ class MomentumSchedule:
 def make_ema(model: Module) -> Module:
     """A frozen copy of a model, which will follow it."""
     return copy.deepcopy(model).requires_grad_(requires_grad=False).eval()
+
+
+@torch.no_grad()
+def ema_update(average: Iterable[Tensor], current: Iterable[Tensor], momentum: float) -> None:
+    """Move each tensor of ``average`` towards its counterpart by ``1 - momentum``.
+
+    Both are float32: in bfloat16 a step of 1e-4 would be rounded away.
+    """
+    update = get_ema_multi_avg_fn(momentum)  # type: ignore[no-untyped-call]
+    update([*average], [*current], 0)
+
+
+def ema_update_module(average: nn.Module, model: nn.Module, momentum: float) -> None:
+    """Move the weights of one module towards those of another."""
+    ema_update(average.parameters(), model.parameters(), momentum)
 
 
 class WithEma(Generic[Module]):

@@ -14,7 +14,8 @@ from typing_extensions import override
 from hpm_video.files.errors import ExpectedError
 from hpm_video.training.device import AUTOCAST, Precision
 from hpm_video.training.distributed import Processes
-from hpm_video.training.optim import OptimizerState, Tensors, ema_update, put_state, state_of
+from hpm_video.training.ema import ema_update
+from hpm_video.training.optim import OptimizerState, Tensors, put_state, state_of
 
 
 @dataclass(eq=False)

@@ -1,16 +1,14 @@
 """Optimizers, and which parameters they decay and how fast they train them."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 Tensors = dict[str, Tensor]
 Groups = list[dict[str, Any]]
-EmaUpdate = Callable[[nn.Module, nn.Module, float], None]
 TOKENS = ("cls_token", "mask_token", "latent")
 """Learned tokens, by the last part of their names."""
 
@@ -66,21 +64,6 @@ def make_sgd(groups: Groups, *, betas: tuple[float, float]) -> torch.optim.SGD:
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": make_adamw, "sgd": make_sgd}
 """By ``recipe.optimizer``. An entry, and its name in the type of that field, add an optimizer."""
-
-
-@torch.no_grad()
-def ema_update(average: Iterable[Tensor], current: Iterable[Tensor], momentum: float) -> None:
-    """Move each tensor of ``average`` towards its counterpart by ``1 - momentum``.
-
-    Both are float32: in bfloat16 a step of 1e-4 would be rounded away.
-    """
-    update = get_ema_multi_avg_fn(momentum)  # type: ignore[no-untyped-call]
-    update([*average], [*current], 0)
-
-
-def ema_update_module(average: nn.Module, model: nn.Module, momentum: float) -> None:
-    """Move the weights of one module towards those of another."""
-    ema_update(average.parameters(), model.parameters(), momentum)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_runs import alive
 
 from hpm_video.config.data import DataConfig
 from hpm_video.data import loader
@@ -367,14 +368,6 @@ def running(folder):
     yield process
     process.kill()
     process.communicate()
-
-
-def alive(pid):
-    status = Path(f"/proc/{pid}/stat")
-    try:
-        return status.read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")

@@ -330,6 +330,16 @@ def test_a_decoder_that_decodes_wrongly_is_not_available(monkeypatch):
         decode._what_is_wrong.cache_clear()
 
 
+def test_a_reader_may_give_further_channels(monkeypatch):
+    class WithDepth(decode.PyavReader):
+        def _decode(self, indices):
+            frames = super()._decode(indices)
+            return np.concatenate([frames, np.zeros_like(frames[..., :1])], axis=-1)
+
+    monkeypatch.setitem(decode.DECODERS, "depth", decode.Decoder(WithDepth, "av", "pip install av"))
+    assert choose_decoder("depth") == "depth"
+
+
 def test_versions_name_the_decoders_that_can_be_used():
     assert decoder_versions()["pyav"] == av.__version__
     assert tuple(decoder_versions()) == available_decoders()

@@ -49,32 +49,29 @@ def without_curves():
     return stack
 
 
-def files_of_batches(seen):
-    """The files of every micro-batch."""
-    seen["files"] = []
+def listened(owner, name, look):
+    """``look`` gets what ``owner.name`` is called with, before each call, for a while."""
 
     def make(original):
-        def call(self, batch):
-            seen["files"].append(list(batch.files))
-            original(self, batch)
+        def call(*inputs, **options):
+            look(*inputs)
+            return original(*inputs, **options)
 
         return call
 
-    return replaced(Run, "note_failures", make)
+    return replaced(owner, name, make)
+
+
+def files_of_batches(seen):
+    """The files of every micro-batch."""
+    seen["files"] = []
+    return listened(Run, "note_failures", lambda _, batch: seen["files"].append(list(batch.files)))
 
 
 def files_opened(seen):
     """Every file that is opened, in order, those of held-out clips too."""
     seen["opened"] = []
-
-    def make(original):
-        def call(path, *rest):
-            seen["opened"].append(path)
-            return original(path, *rest)
-
-        return call
-
-    return replaced(dataset, "open_video", make)
+    return listened(dataset, "open_video", lambda path, *_: seen["opened"].append(path))
 
 
 @contextmanager
@@ -179,30 +176,22 @@ def statistics(seen):
     """The running averages of batch norms after every update."""
     seen["statistics"] = []
 
-    def make(original):
-        def call(self, progress, settings):
-            values = [value.tolist() for value in batch_statistics(self.engine.model)]
-            seen["statistics"].append(values)
-            original(self, progress, settings)
+    def look(run, *_):
+        values = [value.tolist() for value in batch_statistics(run.engine.model)]
+        seen["statistics"].append(values)
 
-        return call
-
-    return replaced(Run, "after_update", make)
+    return listened(Run, "after_update", look)
 
 
 def stop_after(update):
     """The last process of the job, and only that one, gets SIGTERM in ``update``."""
     is_last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
 
-    def make(original):
-        def call(self, progress, settings):
-            if progress.update == update and is_last:
-                os.kill(os.getpid(), signal.SIGTERM)
-            original(self, progress, settings)
+    def look(_, progress, *__):
+        if progress.update == update and is_last:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-        return call
-
-    return replaced(Run, "after_update", make)
+    return listened(Run, "after_update", look)
 
 
 LISTENERS = {

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from tiny_runs import finish
 
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
@@ -95,12 +96,6 @@ def start(environment):
         if launcher.poll() is None:
             launcher.terminate()
             launcher.communicate()
-
-
-def finish(launcher, code=0):
-    output, _ = launcher.communicate()
-    assert launcher.returncode == code, output
-    return output
 
 
 def saved(run):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_runs import lines_of
 
 from hpm_video.training.checkpoint import checkpoints_in, read_optimizer
 
@@ -247,10 +248,6 @@ def with_true_gradient(tensors):
         queries, _, values = found[key].chunk(3)
         found[key] = torch.cat([queries, values])
     return found
-
-
-def lines_of(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def weight_differences(run, reference):

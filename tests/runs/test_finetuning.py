@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_runs import finish, lines_of
 
 from hpm_video.data.manifest import read_manifest
 from hpm_video.recognition.inference import Inference
@@ -16,12 +17,6 @@ from hpm_video.recognition.trained_model import TrainedModel, open_trained
 from hpm_video.training.checkpoint import checkpoints_in, read_optimizer, read_state
 
 pytestmark = pytest.mark.slow
-
-
-def finish(process, code=0):
-    output, _ = process.communicate()
-    assert process.returncode == code, output
-    return output
 
 
 def folder_tested(run):
@@ -37,11 +32,6 @@ def result_of(folder):
 def rows_of(folder):
     with (folder / "predictions.csv").open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def lines_of(run_dir, kind):
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
 
 
 def test_the_script_fine_tunes_and_tests(finetuned_run):

@@ -12,6 +12,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_runs import finish, lines_of
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_config
@@ -98,11 +99,6 @@ def write_config(path: Path, text: str, images: Path, init: object = None) -> Pa
 def load_images_config(folder: Path, images: Path, *overrides: str) -> PretrainConfig:
     path = write_config(folder / "images.yaml", IMAGES, images)
     return load_config(PretrainConfig, path, [f"output_dir={folder / 'run'}", *overrides])
-
-
-def lines_of(run: Path, kind: str) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
 
 
 @pytest.fixture(scope="module")
@@ -255,12 +251,6 @@ def mixed_run(pretrain, mix, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("mixed") / "run"
     finish(pretrain(run, *mix))
     return run
-
-
-def finish(process, code=0) -> str:
-    output, _ = process.communicate()
-    assert process.returncode == code, output
-    return output
 
 
 def test_a_mixed_run_trains_on_both_and_measures_each(mixed_run):

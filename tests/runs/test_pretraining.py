@@ -12,24 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_runs import finish, lines_of
 
 from hpm_video.runs.pretraining import load_run
 from hpm_video.training.checkpoint import checkpoints_in, read_optimizer, read_state
 
 pytestmark = pytest.mark.slow
-
-
-def finish(process, code=0):
-    output, _ = process.communicate()
-    assert process.returncode == code, output
-    return output
-
-
-def lines_of(run_dir, kind="train"):
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    parsed = [json.loads(line) for line in lines if line.endswith("}")]
-    return [line for line in parsed if line["kind"] == kind]
 
 
 def assert_same_state(run, reference):
@@ -52,9 +40,9 @@ def assert_same_state(run, reference):
 def test_a_run_leaves_everything(finished_run):
     names = {path.name for path in finished_run.iterdir()}
     assert names >= {"checkpoints", "config.yaml", "metrics.jsonl", "curves.png", "pictures"}
-    assert [line["update"] for line in lines_of(finished_run)] == list(range(1, 29))
+    assert [line["update"] for line in lines_of(finished_run, "train")] == list(range(1, 29))
     assert {"loss", "reconstruction", "prediction", "lr", "clips_per_second", "data_wait"} <= set(
-        lines_of(finished_run)[0]
+        lines_of(finished_run, "train")[0]
     )
     measures = lines_of(finished_run, "held_out")
     assert [line["update"] for line in measures] == [14, 28]
@@ -109,7 +97,7 @@ def test_killed_and_started_again_ends_with_the_same_bits(
     output = finish(pretrain(run, f"data.workers={workers}"))
     assert f"going on at update {at} of 28" in output
     assert "may differ" not in output
-    assert [line["update"] for line in lines_of(run)] == list(range(1, 29))
+    assert [line["update"] for line in lines_of(run, "train")] == list(range(1, 29))
     assert_same_state(run, finished_run)
     assert not list((run / "checkpoints").glob(".writing*"))
 

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+from tiny_runs import flip_a_bit
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_config
@@ -146,12 +147,6 @@ def test_a_damaged_list_of_bad_files_is_named(tmp_path):
     path.write_text(f"path,reason\n{'a' * 200_000},b\n")
     with pytest.raises(OSError, match=r"bad_files.csv is no list of bad files .*delete it"):
         BadFiles(path, num_files=1, max_bad_share=1.0)
-
-
-def flip_a_bit(file):
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
 
 
 def without_checksums(checkpoint):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_runs import flip_a_bit
 from torch import nn
 
 from hpm_video.files.weights import CheckpointError, load_weights
@@ -250,12 +251,6 @@ def test_checkpoints_elsewhere_are_unlinked_but_not_deleted(tmp_path, config):
     remove_superseded(tmp_path, 1, [])
     assert checkpoints_in(tmp_path) == [checkpoint_path(tmp_path, 2)]
     assert (kept / "state.json").is_file()
-
-
-def flip_a_bit(file):
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
 
 
 def test_a_flipped_bit_is_an_error_in_the_first_process_of_a_machine(tmp_path, config, monkeypatch):

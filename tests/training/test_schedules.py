@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 
 from hpm_video.config.choices import TransformerSize
 from hpm_video.tokens.grid import TokenGrid
-from hpm_video.training.ema import MomentumSchedule, make_ema
+from hpm_video.training.ema import MomentumSchedule, ema_update_module, make_ema
 from hpm_video.training.loop import fit
 from hpm_video.training.metrics import Meter
 from hpm_video.training.optim import (
-    ema_update_module,
     layer_decay_of,
     make_adamw,
     make_sgd,

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_runs import alive
 
 from hpm_video.workers.pool import GIB, Limits, Lost, Pool, PoolError, PoolStopped
 from hpm_video.workers.process import serve
@@ -291,15 +292,6 @@ def test_nothing_is_left_after_it(work, tmp_path):
         pool.submit(0, "hang")
     assert not any(map(alive, pids))
     assert not multiprocessing.active_children()
-
-
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (ProcessLookupError, FileNotFoundError):
-        return False
-    return state not in ("Z", "X")
 
 
 RUN = """
