@@ -9,7 +9,6 @@ A comparison that was interrupted goes on where it stopped.
 
 import argparse
 import json
-import statistics
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -147,17 +146,15 @@ def few_labels(manifest: Manifest, count: int, seed: int, path: Path) -> Manifes
 def table(trials: Sequence[Trial]) -> str:
     """Mean over seeds at each learning rate, and each start at the best of its own."""
     lines = ["labels of each class | start      | base_lr | top-1 of each seed | mean"]
-    for labels, start in dict.fromkeys((trial.labels, trial.start) for trial in trials):
-        rows: dict[float, list[float]] = {}
-        for trial in trials:
-            if (trial.labels, trial.start) == (labels, start):
-                rows.setdefault(trial.base_lr, []).append(trial.top1)
-        best = max(rows, key=lambda lr: statistics.mean(rows[lr]))
-        for lr, found in rows.items():
+    frame = pd.DataFrame([asdict(trial) for trial in trials])
+    for (labels, start), rows in frame.groupby(["labels", "start"], sort=False):
+        by_rate = rows.groupby("base_lr", sort=False)["top1"]
+        best = by_rate.mean().idxmax()
+        for lr, found in by_rate:
             shown = " ".join(f"{top1:.3f}" for top1 in found)
             lines.append(
                 f"{labels or 'all':>20} | {start:10} | {lr:7.2g} | {shown:18} | "
-                f"{statistics.mean(found):.3f}{'  <- best' if lr == best else ''}"
+                f"{found.mean():.3f}{'  <- best' if lr == best else ''}"
             )
     return "\n".join(lines)
 

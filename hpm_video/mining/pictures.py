@@ -5,7 +5,6 @@ A study of a clip is drawn as a sheet (PNG) or as an animation (GIF, MP4).
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -41,7 +40,8 @@ HIDDEN: Colour = (196, 198, 203)
 PICKED: Colour = (214, 116, 82)
 UNKNOWN: Colour = (226, 228, 232)
 """Of tokens whose error is not known, because no mask hid them."""
-COLOUR_MAP = "inferno"
+COLOURS = matplotlib.colormaps["inferno"].with_extremes(bad=f"#{bytes(UNKNOWN).hex()}")
+"""Of ranks from 0 to 1."""
 
 
 class Panel(NamedTuple):
@@ -89,10 +89,8 @@ def to_ranks(scores: Scores) -> Scores:
 
 
 def _heat_map(scores: Scores, study: Study) -> Frames:
-    ranks = to_ranks(scores)
-    colours = _colour_table()[(np.nan_to_num(ranks) * 255).round().astype(int)]
-    colours[np.isnan(ranks)] = UNKNOWN
-    return _spread(colours, study)
+    ranks = np.ma.masked_invalid(to_ranks(scores))
+    return _spread(COLOURS(ranks, bytes=True)[:, :3], study)
 
 
 def _draw_mask(study: Study) -> Frames:
@@ -109,13 +107,6 @@ def _spread(values: NDArray[Value], study: Study) -> NDArray[Value]:
     for axis in range(3):
         lattice = lattice.repeat(patch[axis], axis=axis)
     return lattice
-
-
-@lru_cache(maxsize=1)
-def _colour_table() -> NDArray[np.uint8]:
-    """(256, 3)"""
-    table = matplotlib.colormaps[COLOUR_MAP](np.linspace(0, 1, 256))[:, :3]
-    return (table * 255).round().astype(np.uint8)
 
 
 class Style:
@@ -226,7 +217,8 @@ def _draw_caption(studies: Sequence[Study], width: int, style: Style) -> Image.I
 
 def _draw_footer(studies: Sequence[Study], width: int, style: Style) -> Image.Image:
     """Legend and footnotes."""
-    bar = Image.fromarray(_colour_table()[None]).resize((9 * style.text, style.text))
+    scale = COLOURS(np.linspace(0, 1, 256), bytes=True)[None, :, :3]
+    bar = Image.fromarray(scale).resize((9 * style.text, style.text))
     low, high = (
         draw_text(words, style.small) for words in ("easiest", "hardest patch of the clip")
     )

@@ -59,20 +59,14 @@ class FeatureTable:
         return cls(clips.manifest, table)
 
     @property
-    def there(self) -> NDArray[np.bool_]:
-        """(videos,) which of them have features."""
-        present: NDArray[np.bool_] = ~np.isnan(self.features[:, 0])
-        return present
+    def there(self) -> NDArray[np.int64]:
+        """Places of the V videos that have features: (V,)"""
+        return np.flatnonzero(~np.isnan(self.features[:, 0]))
 
     @property
-    def known(self) -> Array:
-        """(videos that have features, D)"""
-        return self.features[self.there]
-
-    @property
-    def labels(self) -> Labels:
-        """(videos that have features,)"""
-        return np.asarray(self.manifest.labels)[self.there]
+    def samples(self) -> tuple[Array, Labels]:
+        """Features and labels of the videos that have features: (V, D), (V,)"""
+        return self.features[self.there], np.asarray(self.manifest.labels)[self.there]
 
     def scores(self, probabilities: Array) -> Scores:
         """Put the probabilities of the videos that have features in the manifest's order."""
@@ -93,9 +87,8 @@ def nearest_neighbours(
     Raises:
         ValueError: there are fewer training videos than neighbours.
     """
-    found = knn_probabilities(
-        test.known, train.known, train.labels, neighbours, num_classes, temperature
-    )
+    (bank, labels), (queries, _) = train.samples, test.samples
+    found = knn_probabilities(queries, bank, labels, neighbours, num_classes, temperature)
     return {k: test.scores(probabilities) for k, probabilities in found.items()}
 
 
@@ -135,10 +128,9 @@ def logistic_regression(
 
     The penalty on the weights is chosen by cross-validation on the training videos alone.
     """
-    penalty = choose_penalty(train.known, train.labels, PENALTIES, seed=seed)
-    (probabilities,) = logistic_probabilities(
-        train.known, train.labels, test.known, [penalty], num_classes
-    )
+    (samples, labels), (queries, _) = train.samples, test.samples
+    penalty = choose_penalty(samples, labels, PENALTIES, seed=seed)
+    (probabilities,) = logistic_probabilities(samples, labels, queries, [penalty], num_classes)
     return penalty, test.scores(probabilities)
 
 
@@ -179,12 +171,7 @@ def logistic_probabilities(
 
 
 def choose_penalty(
-    features: Array,
-    labels: Labels,
-    penalties: Sequence[float],
-    *,
-    folds: int = FOLDS,
-    seed: int = 0,
+    features: Array, labels: Labels, penalties: Sequence[float], *, seed: int = 0
 ) -> float:
     """The penalty with the highest accuracy on left-out training samples, of equals the largest.
 
@@ -193,17 +180,14 @@ def choose_penalty(
     Each fold of the samples is left out once, and holds an equal share of every class. Rows must
     be independent of each other: one for each video, not several clips of it.
     """
-    fold_of = split_in_folds(labels, folds, seed)
+    fold_of, count = split_in_folds(labels, FOLDS, seed), int(labels.max()) + 1
     falling = sorted(set(penalties), reverse=True)
-    correct = dict.fromkeys(falling, 0)
-    for fold in range(folds):
-        kept, left_out = fold_of != fold, fold_of == fold
-        found = logistic_probabilities(
-            features[kept], labels[kept], features[left_out], falling, int(labels.max()) + 1
-        )
-        for penalty, probabilities in zip(falling, found, strict=True):
-            correct[penalty] += int((probabilities.argmax(axis=1) == labels[left_out]).sum())
-    return max(falling, key=lambda penalty: correct[penalty])  # the first of equals
+    correct = np.zeros(len(falling), dtype=np.int64)
+    for fold in range(FOLDS):
+        kept, out = fold_of != fold, fold_of == fold
+        fits = logistic_probabilities(features[kept], labels[kept], features[out], falling, count)
+        correct += [(fit.argmax(axis=1) == labels[out]).sum() for fit in fits]
+    return falling[correct.argmax()]  # the first of equals
 
 
 def split_in_folds(labels: ArrayLike, folds: int, seed: int) -> Labels:
