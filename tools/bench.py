@@ -11,11 +11,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +21,7 @@ import torch
 from bench_ways import (  # type: ignore[import-not-found] # beside this file
     LOSSES,
     Way,
-    measure_loss,
-    peak_bytes,
+    loss_step,
     ways_to_decode,
 )
 from tqdm import tqdm
@@ -62,12 +58,12 @@ from hpm_video.runs.finetuning import Finetuning
 from hpm_video.runs.pretraining import Pretraining
 from hpm_video.training.device import (
     AUTOCAST,
-    DeviceError,
     Precision,
     choose_device,
     choose_precision,
     time_updates,
 )
+from hpm_video.training.memory import measure_update
 from hpm_video.workers.room import RoomError
 
 TURNS = 3
@@ -156,26 +152,21 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     add = commands.choices["losses"].add_argument
     add("--clips", type=positive, default=32)
     add("--tokens", type=positive, default=1412, help="hidden tokens of a clip (1412)")
-    add("--turns", type=positive, default=2, help="processes of each form (2)")
-    add("--repeats", type=positive, default=3, help="timed calls of a process (3)")
+    add("--turns", type=positive, default=2, help="in which each form is timed (2)")
+    add("--repeats", type=positive, default=3, help="timed calls of a turn (3)")
     add("--threads", type=positive, help="of the CPU; default: torch's choice")
     words = sys.argv[1:] if command_line is None else command_line
     chosen = commands.choices.get(words[0] if words else "")
     return chosen.parse_intermixed_args(words[1:]) if chosen else parser.parse_args(words)
 
 
-def in_turns(ways: Mapping[str, Callable[[int], Any]], turns: int) -> dict[str, list[Any]]:
-    """Measure each way so many times; in between, the others."""
-    found: dict[str, list[Any]] = {name: [] for name in ways}
-    for turn in range(turns):
-        for name, way in ways.items():
-            found[name].append(way(turn))
-    return found
+def compare(ways: Mapping[str, Callable[[int], float]], turns: int, *, warmup: int = 0) -> Rows:
+    """Make a row of each way: its median time, and how many times faster than the first it is.
 
-
-def compared(seconds: Mapping[str, Sequence[float]]) -> Rows:
-    """Make a row of each way: its median time, and how many times faster than the first it is."""
-    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    Each is timed once in a turn. Those of the ``warmup`` do not count.
+    """
+    seconds = [{name: way(turn) for name, way in ways.items()} for turn in range(warmup + turns)]
+    medians = {name: statistics.median(turn[name] for turn in seconds[warmup:]) for name in ways}
     first = next(iter(medians.values()))
     return [
         {"way": name, "ms": 1000 * median, "times as fast": first / median}
@@ -197,25 +188,25 @@ def update(arguments: argparse.Namespace) -> Tables:
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
     clips = arguments.clips or min(config.recipe.batch_size * config.data.repeats, TIMED_CLIPS)
+    peaks = dict.fromkeys(AUTOCAST, 0)
 
-    def measure(precision: Precision, _turn: int) -> tuple[float, int]:
+    def measure(precision: Precision, _turn: int) -> float:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         made = trial_update(Pretraining(config), device, precision, clips)
         seconds = time_updates(made, device, warmup=1, repeats=arguments.repeats)
+        if device.type == "cuda":
+            peaks[precision] = max(peaks[precision], torch.cuda.max_memory_allocated(device))
         del made
         gc.collect()  # an optimizer holds itself, and with it the model: one is held at a time
-        return seconds, peak_bytes(device)
+        return seconds
 
-    found = in_turns({name: partial(measure, name) for name in AUTOCAST}, TURNS)
-    rows = compared({name: [seconds for seconds, _ in turns] for name, turns in found.items()})
+    rows = compare({name: partial(measure, name) for name in AUTOCAST}, TURNS)
     for row in rows:
         row["clips/s"] = 1000 * clips / row["ms"]
         if device.type == "cuda":
-            row["peak memory, GB"] = max(peak for _, peak in found[row["way"]]) / 1e9
+            row["peak memory, GB"] = peaks[row["way"]] / 1e9
     yield f"updates of {clips} clip(s), {describe(device)}", rows
-    if device.type != "cuda":
-        print(f"largest size of this process: {peak_bytes(device) / 1e9:.2f} GB")
     taken = choose_precision(
         device, lambda name: trial_update(Pretraining(config), device, name, clips)
     )
@@ -234,41 +225,23 @@ def losses(arguments: argparse.Namespace) -> Tables:
     """Time and weigh the ranking loss, forward and backward.
 
     The package's form, which walks the pairs of tokens in blocks of rows, beside the plain one,
-    which holds B x M x M tensors. Each is measured in processes of its own, so that neither finds
-    memory that the other has already taken.
+    which holds B x M x M tensors. Memory is that of the tensors that live at one time.
     """
     device = choose_device(arguments.device)
-    if device.type not in ("cpu", "cuda"):
-        raise DeviceError(f"memory can be measured on cpu and cuda, not on {device.type}")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    found = in_turns(
-        {name: partial(in_own_process, name, arguments) for name in LOSSES}, arguments.turns
-    )
-    rows = compared({name: [seconds for seconds, _, _ in turns] for name, turns in found.items()})
+    make_step = partial(loss_step, clips=arguments.clips, tokens=arguments.tokens, device=device)
+
+    def measure(form: str, _turn: int) -> float:
+        return time_updates(make_step(form), device, warmup=1, repeats=arguments.repeats)
+
+    rows = compare({form: partial(measure, form) for form in LOSSES}, arguments.turns)
     for row in rows:
-        turns = found[row["way"]]
-        row["peak memory, MB"] = statistics.median(used for _, used, _ in turns) / 1e6
-        row["loss"] = turns[0][2]
-    sizes = f"{arguments.clips} clips x {arguments.tokens} tokens"
-    yield f"ranking loss of {sizes}, {describe(device)}", rows
-
-
-def in_own_process(
-    form: str, arguments: argparse.Namespace, _turn: int
-) -> tuple[float, int, float]:
-    """Measure one form in a process of its own."""
-    options = {name: getattr(arguments, name) for name in ("clips", "tokens", "repeats", "device")}
-    options["threads"] = torch.get_num_threads()
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            found: tuple[float, int, float] = pool.submit(measure_loss, form, **options).result()
-        except BrokenProcessPool as error:
-            raise RoomError(
-                f"the process of the {form} form was killed ({error}); where memory is short, take "
-                "fewer --clips"
-            ) from error
-    return found
+        held = measure_update(partial(make_step, row["way"]))
+        row["peak memory, MB"] = held.activations / 1e6
+        row["loss"] = make_step(row["way"])()
+    told = f"{arguments.clips} clips x {arguments.tokens} tokens"
+    yield f"ranking loss of {told}, {describe(device)}", rows
 
 
 # --- Decoding -----------------------------------------------------------------------------------
@@ -292,8 +265,7 @@ def decoding(arguments: argparse.Namespace) -> Tables:
 
     for task, made in ways_to_decode(decoders, arguments.views).items():
         timed = {name: partial(measure, way) for name, way in made.items()}
-        found = in_turns(timed, arguments.repeats + 1)
-        yield task, compared({name: taken[1:] for name, taken in found.items()})
+        yield task, compare(timed, arguments.repeats, warmup=1)
 
 
 def choose_decoders(names: str | None, first: Sequence[DecoderChoice] = ()) -> list[DecoderName]:

@@ -8,11 +8,9 @@
 - the ranking loss as it is defined, and in blocks of rows as the package has it.
 """
 
-import resource
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,7 +33,6 @@ from hpm_video.data.transforms import Box, MultiScaleCrop, multi_scale_box, view
 from hpm_video.decoding.registry import Frames, available_decoders, open_video
 from hpm_video.mining.losses import ranking_loss
 from hpm_video.randomness import generator
-from hpm_video.training.device import choose_device, time_updates
 
 CLIP = DataConfig(num_frames=16, frame_stride=4, frame_size=(224, 224))
 Way = Callable[[Request], object]
@@ -95,36 +92,19 @@ def with_pillow(frames: Frames, box: Box) -> Tensor:
     return torch.stack(clip, dim=1)
 
 
-def measure_loss(
-    form: str, *, clips: int, tokens: int, repeats: int, device: str, threads: int
-) -> tuple[float, int, float]:
-    """Go forward and backward. -> seconds, bytes beyond those held before, loss"""
-    torch.set_num_threads(threads)
-    place = choose_device(device)
+def loss_step(form: str, clips: int, tokens: int, device: torch.device) -> Callable[[], float]:
+    """Return a step that goes forward and backward through the loss, always of the same tokens."""
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randn(clips, tokens, generator=draw).to(device).requires_grad_()
+    errors = torch.rand(clips, tokens, generator=draw).to(device)
 
-    def again(scores: Tensor, errors: Tensor) -> float:
+    def step() -> float:
         scores.grad = None
         loss = LOSSES[form](scores, errors)
         torch.autograd.backward(loss)
         return float(loss.detach())  # waits for the device
 
-    again(*draw_tokens(1, 16, place))  # loads what every call needs
-    scores, errors = draw_tokens(clips, tokens, place)
-    if place.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(place)
-    before = peak_bytes(place)
-    loss = again(scores, errors)
-    used = peak_bytes(place) - before
-    seconds = time_updates(lambda: again(scores, errors), place, warmup=0, repeats=repeats)
-    return seconds, used, loss
-
-
-def draw_tokens(clips: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Draw scores and errors of tokens: -> 2 x (B, M), the same on every device"""
-    draw = torch.Generator().manual_seed(0)
-    scores = torch.randn(clips, tokens, generator=draw)
-    errors = torch.rand(clips, tokens, generator=draw)
-    return scores.to(device).requires_grad_(), errors.to(device)
+    return step
 
 
 def plain_ranking_loss(scores: Tensor, errors: Tensor) -> Tensor:
@@ -138,14 +118,3 @@ def plain_ranking_loss(scores: Tensor, errors: Tensor) -> Tensor:
 
 
 LOSSES = {"plain": plain_ranking_loss, "blockwise": ranking_loss}
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Return the most memory held so far: by tensors on a GPU, by this process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # rusage counts what the process that started this one held as well
-        lines = status.read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,9 +19,10 @@ from hpm_video.data.loader import training_batches
 from hpm_video.data.mixture import MixedClips, Place, Places, deal_out
 from hpm_video.data.reading import DrawnClips
 from hpm_video.data.transforms import Box, ClipTransform, DrawnTransform
-from hpm_video.decoding.locations import TarMember, frames_in, is_frame_folder, read_bytes
+from hpm_video.decoding.locations import frames_in, is_frame_folder, read_bytes
 from hpm_video.decoding.registry import DecodeError
 from hpm_video.files.failures import Failure, TooManyBadFiles
+from hpm_video.preparation.check import stamp_of
 from hpm_video.workers.room import RoomError, memory_left
 
 IN_WORKERS = ("reading", "decoding", "augmenting")
@@ -130,11 +130,8 @@ class Storage:
 
 def size_of(path: str) -> int:
     """Return the bytes of a place that :func:`read_all` would read."""
-    if member := TarMember.parse(path):
-        return member.size
     with suppress(OSError):  # it is not there
-        files = frames_in(path) if is_frame_folder(path) else [Path(path)]
-        return sum(file.stat().st_size for file in files)
+        return stamp_of(path).bytes or 0
     return 0
 
 

@@ -271,6 +271,7 @@ def test_the_bytes_of_every_kind_of_place_are_read(tmp_path):
     (tmp_path / "a.mp4").write_bytes(bytes(50))
     for place, count in ((f"{frames}/", 200), (f"{tmp_path}/a.mp4", 50), (f"{tmp_path}/gone", 0)):
         assert (size_of(place), read_all(place)) == (count, count)
+    (tmp_path / "shard.tar").touch()
     assert size_of(f"{tmp_path}/shard.tar::a.mp4@512+100") == 100
 
 
