@@ -698,7 +698,8 @@ def test_findings_survive_a_journal_and_a_manifest(tmp_path):
         journal.note("/a", FULL)
         journal.note("/é\udce9", lost)
     with (tmp_path / "j").open("a") as file:
-        file.write('[1]\n{"file": "/c", "verdict"')
+        file.write('[1]\n{"file": "/older", "verdict": "fine", "reasons": [], "limits": null}\n')
+        file.write('{"file": "/c", "verdict"')
     with FindingJournal(tmp_path / "j") as journal:
         assert journal.findings == {"/a": FULL, "/é\udce9": lost}
         journal.note("/d", FULL)
