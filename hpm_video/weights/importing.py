@@ -313,7 +313,7 @@ def inspect(path: Path, overrides: Overrides | None = None) -> list[str]:
         try:
             return describe(import_weights(path, overrides))
         except UntoldError as error:
-            family = recognise(read_source(path), overrides and overrides.entry).family
+            family = recognise(read_source(path), overrides.entry if overrides else None).family
             first = [f"{family.name}: {family.says}", f"licence: {family.licence}"]
             return [*first, f"not all of it is in the file: {error}"]
     names: dict[str, WeightsOf] = {"teacher": "teacher", "average": "average"}
