@@ -12,31 +12,31 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PHYSICAL_LINES = 29_295
-CODE_LINES = 20_562
+PHYSICAL_LINES = 27_081
+CODE_LINES = 18_984
 LINES = {
     ".": 121,
-    "datasets": 1592,
+    "datasets": 1356,
     "hpm_video": 73,
-    "hpm_video/config": 1284,
-    "hpm_video/data": 1991,
-    "hpm_video/decoding": 1508,
-    "hpm_video/files": 283,
-    "hpm_video/mining": 1290,
-    "hpm_video/models": 1014,
-    "hpm_video/preparation": 3477,
-    "hpm_video/recognition": 1642,
-    "hpm_video/runs": 2231,
-    "hpm_video/tokens": 382,
-    "hpm_video/training": 2785,
-    "hpm_video/weights": 3704,
-    "hpm_video/workers": 708,
-    "tests": 1426,
-    "tools": 3784,
+    "hpm_video/config": 1209,
+    "hpm_video/data": 1954,
+    "hpm_video/decoding": 1492,
+    "hpm_video/files": 420,
+    "hpm_video/mining": 1180,
+    "hpm_video/models": 931,
+    "hpm_video/preparation": 3308,
+    "hpm_video/recognition": 1608,
+    "hpm_video/runs": 2128,
+    "hpm_video/tokens": 385,
+    "hpm_video/training": 2659,
+    "hpm_video/weights": 2953,
+    "hpm_video/workers": 699,
+    "tests": 1469,
+    "tools": 3136,
 }
 """Physical lines of each folder; "." is the scripts at the root."""
 MODULES_AT_THE_ROOT = 2
-README_LINES = 570
+README_LINES = 152
 LONGEST_FILE = 400
 LONGER_FILES = {}
 """Files that are still longer, and how long they may be."""

@@ -462,9 +462,10 @@ def test_sgd_and_batch_statistics(jobs, engine):
         elif "num_batches" not in name:
             torch.testing.assert_close(value, reference[name], rtol=0, atol=SAME)
     assert (reference["head.weight"] - found["head.weight"]).abs().max() < SAME
-    assert measure_differences(jobs.run(f"probe-{engine}"), jobs.run("probe"), ["train"])[
-        "train loss"
-    ] < SAME  # fmt: skip
+    # Where two clips of a pass differ by little in one feature, standardising them multiplies
+    # rounding by up to 1 / sqrt(eps) = 1000.
+    losses = measure_differences(jobs.run(f"probe-{engine}"), jobs.run("probe"), ["train"])
+    assert losses["train loss"] < 1e-7 * 1000
 
 
 def test_checkpoints_are_read_without_this_package_or_torch(jobs):

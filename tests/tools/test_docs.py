@@ -60,10 +60,9 @@ def stand_in(videos, labelled_videos, finished_run, finetuned_run, start_program
     shutil.copytree(labelled_videos / "train", folder / "my_videos")
     checkpoint, classifier = (run / "checkpoints" / "last" for run in (finished_run, finetuned_run))
     video = videos / "train" / "texture 0.mp4"
-    export = start_program(
-        *("tools/weights.py", "export", str(checkpoint), str(folder / "videomae.pth")),
-        *("--to", "videomae"),
-    )
+    exported = str(folder / "videomae.pth")
+    command = ["tools/weights.py", "export", str(checkpoint), exported, "--to", "videomae"]
+    export = start_program(*command)
     output, _ = export.communicate()
     assert export.returncode == 0, output
     words = {
@@ -76,7 +75,7 @@ def stand_in(videos, labelled_videos, finished_run, finetuned_run, start_program
         "my_videos": folder / "my_videos",
         "datasets/demo/train.csv": labelled_videos / "train",
         "datasets/demo/validation.csv": labelled_videos / "validation",
-        "FILE": folder / "videomae.pth",
+        "FILE": exported,
     }
 
     def stands_for(tool: str, word: str) -> list[str]:
