@@ -296,10 +296,10 @@ def loader(arguments: argparse.Namespace) -> Tables:
         clips = training_clips(config, data, Pretraining(config).transforms(), same_frames=False)
     else:
         clips = training_clips(config, data, Finetuning(config).transforms(), same_frames=True)
-    if all(is_image(path) for stream in clips.streams for path in stream.manifest.files):
+    if all(is_image(path) for stream in clips for path in stream.manifest.files):
         decoders: list[DecoderName | None] = [None]
     else:
-        own = [reader_of(stream).decoder for stream in clips.streams]
+        own = [reader_of(stream).decoder for stream in clips]
         decoders = [*choose_decoders(arguments.decoders, own)]
     device = choose_device(config.engine.device)
     past = past_speed(arguments.config.parent)
@@ -317,7 +317,7 @@ def loader(arguments: argparse.Namespace) -> Tables:
         if not isinstance(trial.error, TooManyBadFiles):
             trials.read(trial, workers)
     yield "clips/s by the number of workers", [row_of(trial, numbers) for trial in tried]
-    taken, rate = choose_setting(tried, max(stream.max_bad_share for stream in clips.streams))
+    taken, rate = choose_setting(tried, max(stream.max_bad_share for stream in clips))
     print(f"\n{recommend(taken, rate, phases, processes)}")
     needs = arguments.needs
     if needs is None and past is not None:

@@ -13,8 +13,8 @@ from itertools import islice
 import torch
 
 from hpm_video.data.batch import ClipBatch, Sample, collate
-from hpm_video.data.clips import Clips, HeldOutClips, Slot
-from hpm_video.data.mixture import MixedClips, Place
+from hpm_video.data.clips import Clips, Slot
+from hpm_video.data.mixture import Place
 from hpm_video.data.reading import ClipReader, Request, read_or_fail
 from hpm_video.files.failures import Failure
 from hpm_video.workers.pool import USUAL, Answer, Limits, Pool
@@ -53,50 +53,22 @@ def default_workers() -> int:
     return min(max(share - 1, 1), MAX_WORKERS)
 
 
-def training_batches(
-    dataset: MixedClips,
-    places: Sequence[Place],
-    *,
-    batch_size: int,
-    workers: int,
-    pin: bool,
-    limits: Limits = USUAL,
-) -> Generator[ClipBatch, None, None]:
-    """Batches of the samples at ``places`` of the endless streams, in that order.
-
-    Those of a whole run make one iterator: its processes live as long as it does, and go on from
-    one epoch to the next without a pause. Closing it ends them. ``batch_size`` counts videos.
-    Without ``workers`` this process decodes, and a file on which it hangs or crashes ends the run.
-    """
-    return _batches(dataset.streams, places, batch_size, workers, limits, pin=pin)
-
-
-def held_out_batches(
-    dataset: HeldOutClips,
-    *,
-    batch_size: int,
-    workers: int,
-    positions: Sequence[int] | None = None,
-    limits: Limits = USUAL,
-) -> Generator[ClipBatch, None, None]:
-    """Batches of the held-out clips at ``positions``, by default of all, in that order.
-
-    ``batch_size`` and ``workers`` as of :func:`training_batches`.
-    """
-    chosen = range(len(dataset)) if positions is None else positions
-    places = [Place(0, position) for position in chosen]
-    return _batches([dataset], places, batch_size, workers, limits, pin=False)
-
-
-def _batches(
+def clip_batches(
     streams: Sequence[Clips],
     places: Sequence[Place],
+    *,
     batch_size: int,
     workers: int,
-    limits: Limits,
-    *,
-    pin: bool,
+    pin: bool = False,
+    limits: Limits = USUAL,
 ) -> Generator[ClipBatch, None, None]:
+    """Batches of the samples at ``places`` of the streams, in that order.
+
+    Those of a whole training run make one iterator: its processes live as long as it does, and go
+    on from one epoch to the next without a pause. Closing it ends them. ``batch_size`` counts
+    videos. Without ``workers`` this process decodes, and a file on which it hangs or crashes ends
+    the run. ``pin``: batches lie in memory that a GPU can fetch from.
+    """
     if workers == 0 or not places:
         return _read_here(streams, places, batch_size, pin=pin)
     sample_bytes = max(stream.sample_bytes for stream in streams)

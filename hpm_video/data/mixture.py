@@ -6,13 +6,10 @@ whose samples do not depend on the others.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-
-from hpm_video.data.clips import VideoClips
 
 
 class Place(NamedTuple):
@@ -21,13 +18,6 @@ class Place(NamedTuple):
     source: int
     position: int
     """In the endless stream of that source."""
-
-
-@dataclass(frozen=True)
-class MixedClips:
-    """The streams of several sources, by the number that :class:`Place` has of them."""
-
-    streams: Sequence[VideoClips]
 
 
 class Places(Sequence[Place]):

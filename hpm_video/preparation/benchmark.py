@@ -15,8 +15,8 @@ from torch import Tensor
 from hpm_video.config.choices import DecoderName
 from hpm_video.data.batch import Sample, collate
 from hpm_video.data.clips import VideoClips
-from hpm_video.data.loader import training_batches
-from hpm_video.data.mixture import MixedClips, Place, Places, deal_out
+from hpm_video.data.loader import clip_batches
+from hpm_video.data.mixture import Place, Places, deal_out
 from hpm_video.data.reading import DrawnClips
 from hpm_video.data.transforms import Box, ClipTransform, DrawnTransform
 from hpm_video.decoding.locations import frames_in, is_frame_folder, read_bytes
@@ -106,14 +106,14 @@ class Storage:
     """Bytes that are left; none if unknown."""
 
     @classmethod
-    def of(cls, clips: MixedClips) -> "Storage":
+    def of(cls, clips: Sequence[VideoClips]) -> "Storage":
         """Weigh a part of the files."""
         num_bytes = 0.0
-        for stream in clips.streams:
+        for stream in clips:
             files = stream.manifest.files
             sizes = [size_of(path) for path in files[:: -(-len(files) // WEIGHED)]]
             num_bytes += len(files) * sum(sizes) / len(sizes)
-        return cls(sum(map(len, clips.streams)), int(num_bytes), memory_left())
+        return cls(sum(map(len, clips)), int(num_bytes), memory_left())
 
     @property
     def is_memory(self) -> bool:
@@ -161,7 +161,7 @@ class Trial:
 class Trials:
     """Read the clips of a training run for some seconds, again and again."""
 
-    clips: MixedClips
+    clips: Sequence[VideoClips]
     weights: Sequence[float]
     """Those of the sources."""
     storage: Storage
@@ -208,7 +208,7 @@ class Trials:
         Raises:
             DecodeError: none of the files decodes.
         """
-        streams = [_fresh(stream, decoder) for stream in self.clips.streams]
+        streams = [_fresh(stream, decoder) for stream in self.clips]
         reading, whole, augmenting, collating, copying = (Stopwatch() for _ in range(5))
         samples: list[Sample] = []
         failure: DecodeError | OSError | None = None
@@ -248,16 +248,13 @@ class Trials:
         """Have so many processes read, and add what comes of it to ``trial``."""
         places, began = self.places(), time.monotonic()
         for place in islice(places, PREPARED if self.storage.is_memory else 0):
-            read_all(self.clips.streams[place.source].request(place.position).path)
+            read_all(self.clips[place.source].request(place.position).path)
             if time.monotonic() > began + SECONDS_TO_PREPARE:
                 break
-        streams = [_fresh(stream, trial.decoder) for stream in self.clips.streams]
-        clips = MixedClips(streams)
+        streams = [_fresh(stream, trial.decoder) for stream in self.clips]
         count, videos = 0, READ_AHEAD
         try:
-            batches = training_batches(
-                clips, places, batch_size=self.batch_size, workers=workers, pin=False
-            )
+            batches = clip_batches(streams, places, batch_size=self.batch_size, workers=workers)
             with closing(batches):
                 trial.files.update(next(batches).files)
                 began = time.perf_counter()

@@ -15,8 +15,9 @@ from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.data import DataConfig
 from hpm_video.data.batch import ClipBatch
 from hpm_video.data.clips import HeldOutClips
-from hpm_video.data.loader import default_workers, held_out_batches
+from hpm_video.data.loader import clip_batches, default_workers
 from hpm_video.data.manifest import Manifest
+from hpm_video.data.mixture import Place
 from hpm_video.data.reading import MIDDLE, Views
 from hpm_video.files.failures import BadFilesError, Failure
 from hpm_video.files.weights import CheckpointError
@@ -67,11 +68,11 @@ class Reading:
         self, clips: HeldOutClips, positions: Sequence[int], max_clips: int = CLIPS_PER_PASS
     ) -> Generator[ClipBatch, None, None]:
         """Read some of ``clips`` in batches of whole videos, of at most ``max_clips`` or one."""
-        return held_out_batches(
-            clips,
+        return clip_batches(
+            [clips],
+            [Place(0, position) for position in positions],
             batch_size=videos_per_batch(clips, positions, max_clips),
             workers=self.workers,
-            positions=positions,
             limits=self.limits,
         )
 

@@ -10,7 +10,6 @@ from hpm_video.config.data import DataConfig
 from hpm_video.config.schema import RunConfig
 from hpm_video.data.clips import VideoClips
 from hpm_video.data.manifest import Manifest, read_manifest
-from hpm_video.data.mixture import MixedClips
 from hpm_video.data.transforms import ClipTransform
 from hpm_video.decoding.locations import base_name
 from hpm_video.decoding.registry import check_name
@@ -99,24 +98,22 @@ def training_clips(
     transforms: Mapping[str, ClipTransform],
     *,
     same_frames: bool,
-) -> MixedClips:
-    """The training clips of a run; ``same_frames``: whether repeats show the same frames.
+) -> list[VideoClips]:
+    """The training clips of each source; ``same_frames``: whether repeats show the same frames.
 
     ``transforms``: by the name of the source.
     """
-    return MixedClips(
-        [
-            VideoClips(
-                data.sources[name].train,
-                replace(source, max_bad_share=config.data.max_bad_share),
-                transforms[name],
-                seed=config.seed,
-                same_frames=same_frames,
-                source=name,
-            )
-            for name, source in config.sources.items()
-        ]
-    )
+    return [
+        VideoClips(
+            data.sources[name].train,
+            replace(source, max_bad_share=config.data.max_bad_share),
+            transforms[name],
+            seed=config.seed,
+            same_frames=same_frames,
+            source=name,
+        )
+        for name, source in config.sources.items()
+    ]
 
 
 def describe_data(config: RunConfig, data: RunData) -> list[str]:

@@ -1,7 +1,7 @@
 """The one sequence around ``fit``: from a task to a run that is trained to its end."""
 
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -11,8 +11,9 @@ from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.schema import RunConfig
 from hpm_video.data.batch import ClipBatch
-from hpm_video.data.loader import end_workers, training_batches
-from hpm_video.data.mixture import MixedClips, Places, deal_out
+from hpm_video.data.clips import VideoClips
+from hpm_video.data.loader import clip_batches, end_workers
+from hpm_video.data.mixture import Places, deal_out
 from hpm_video.files.failures import BadFiles
 from hpm_video.recognition.inference import Reading
 from hpm_video.runs.autotune import choose_plan, plan_for, precision_of
@@ -157,11 +158,11 @@ def train(
 
 
 def _bad_files(
-    task: Task, directory: RunDirectory, clips: MixedClips, *, writes: bool
+    task: Task, directory: RunDirectory, clips: Sequence[VideoClips], *, writes: bool
 ) -> dict[str, BadFiles]:
     """Of each source, those that failed before included: they are not tried again."""
     found = {}
-    for (name, source), stream in zip(task.data.sources.items(), clips.streams, strict=True):
+    for (name, source), stream in zip(task.data.sources.items(), clips, strict=True):
         found[name] = BadFiles(
             directory.path / (f"bad_files_{name}.csv" if name else "bad_files.csv"),
             num_files=len(source.train),
@@ -174,14 +175,14 @@ def _bad_files(
 
 
 def _training_stream(
-    task: Task, session: Session, plan: BatchPlan, clips: MixedClips, start: int
+    task: Task, session: Session, plan: BatchPlan, clips: Sequence[VideoClips], start: int
 ) -> Generator[ClipBatch, None, None]:
     """This process's micro-batches from update ``start`` to the last."""
     config = task.config
     rank, sources = session.processes.rank, deal_out(config.weights, task.data.timeline.num_updates)
     places = Places(sources, plan.batch_size, start, rank=rank, processes=plan.processes)
     reading = Reading.of(config.data)
-    return training_batches(
+    return clip_batches(
         clips,
         places,
         batch_size=plan.micro_batch,

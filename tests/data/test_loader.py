@@ -17,9 +17,9 @@ from tiny_runs import alive
 from hpm_video.config.data import DataConfig
 from hpm_video.data import loader
 from hpm_video.data.clips import HeldOutClips, VideoClips
-from hpm_video.data.loader import default_workers, held_out_batches, training_batches
+from hpm_video.data.loader import clip_batches, default_workers
 from hpm_video.data.manifest import Manifest, read_manifest
-from hpm_video.data.mixture import MixedClips, Place
+from hpm_video.data.mixture import Place
 from hpm_video.data.reading import Views
 from hpm_video.data.transforms import MultiScaleCrop
 from hpm_video.decoding.registry import DecodeError, available_decoders
@@ -50,17 +50,22 @@ def folder(tmp_path_factory, write_painted):
 
 def clips_of(manifest, decoder="auto", spec=SPEC):
     data = replace(spec, decoder=decoder)
-    return MixedClips([VideoClips(manifest, data, MultiScaleCrop(flip=True), seed=3)])
+    return [VideoClips(manifest, data, MultiScaleCrop(flip=True), seed=3)]
 
 
 def places(positions):
     return [Place(0, position) for position in positions]
 
 
+def validation_batches(clips, positions=None, **options):
+    chosen = range(len(clips)) if positions is None else positions
+    return clip_batches([clips], places(chosen), **options)
+
+
 def batches_of(folder, positions=range(2, 15), workers=0, **options):
     clips = clips_of(read_manifest(folder), **options)
     chosen = places(positions)
-    return list(training_batches(clips, chosen, batch_size=3, workers=workers, pin=False))
+    return list(clip_batches(clips, chosen, batch_size=3, workers=workers))
 
 
 @pytest.mark.parametrize("decoder", available_decoders())
@@ -87,19 +92,19 @@ def test_a_stream_shows_each_file_once_per_epoch_and_can_start_anywhere(folder):
     assert all(torch.equal(a.clips, b.clips) for a, b in zip(resumed, whole[2:], strict=True))
 
 
-def test_held_out_batches_hold_the_middle_frames_of_each_file(folder, numbers_of):
+def test_validation_batches_hold_the_middle_frames_of_each_file(folder, numbers_of):
     manifest = read_manifest(folder)
     spec = DataConfig(num_frames=4, frame_stride=2, frame_size=(48, 64))
     clips = HeldOutClips(manifest, spec, seed=3)
     for workers in (0, 2):
-        batches = list(held_out_batches(clips, batch_size=2, workers=workers))
+        batches = list(validation_batches(clips, batch_size=2, workers=workers))
         assert [file for batch in batches for file in batch.files] == list(manifest.files)
         for clip in torch.cat([batch.clips for batch in batches]):
             assert numbers_of(clip.permute(1, 2, 3, 0).numpy()) == [6, 8, 10, 12]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_held_out_batches_of_views_at_chosen_places_with_a_bad_file(
+def test_validation_batches_of_views_at_chosen_places_with_a_bad_file(
     folder, bad_videos, numbers_of, workers
 ):
     files = (*read_manifest(folder).files, str(bad_videos["empty"]))
@@ -111,7 +116,7 @@ def test_held_out_batches_of_views_at_chosen_places_with_a_bad_file(
         report_failures=True,
     )
     chosen = [5, 3, 1]
-    first, second = held_out_batches(clips, batch_size=2, workers=workers, positions=chosen)
+    first, second = validation_batches(clips, chosen, batch_size=2, workers=workers)
     assert first.failures == (Failure(files[5], "the file is empty"),)
     assert second.failures == ()
     assert (first.files, second.files) == ((files[3],) * 6, (files[1],) * 6)
@@ -134,7 +139,7 @@ def test_bad_files_come_through_with_their_reasons(folder, bad_videos, workers):
     bad = [str(bad_videos[kind]) for kind in ("missing", "empty", "text", "audio")]
     files = (*read_manifest(folder).files, *bad)
     clips = clips_of(Manifest(files, (-1,) * 9, (-1,) * 9))
-    batches = training_batches(clips, places(range(9)), batch_size=3, workers=workers, pin=False)
+    batches = clip_batches(clips, places(range(9)), batch_size=3, workers=workers)
     reasons = {failure.path: failure.reason for b in batches for failure in b.failures}
     assert sorted(reasons) == sorted(bad)
     assert reasons[bad[0]] == "there is no such file"
@@ -144,10 +149,10 @@ def test_bad_files_come_through_with_their_reasons(folder, bad_videos, workers):
 def test_errors_of_workers_keep_their_kind_and_message(bad_videos):
     bad = Manifest((str(bad_videos["empty"]),), (-1,), (-1,))
     with pytest.raises(TooManyBadFiles, match=r"1 of 1 files do not decode(.|\n)*empty\.mp4"):
-        next(training_batches(clips_of(bad), places([0]), batch_size=1, workers=1, pin=False))
+        next(clip_batches(clips_of(bad), places([0]), batch_size=1, workers=1))
     held_out = HeldOutClips(bad, SPEC, seed=0)
     with pytest.raises(DecodeError, match=r"empty\.mp4: the file is empty"):
-        next(held_out_batches(held_out, batch_size=1, workers=1))
+        next(validation_batches(held_out, batch_size=1, workers=1))
 
 
 @pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 1), (8, 7), (17, 16), (64, 16)])
@@ -254,13 +259,13 @@ def test_training_goes_on_over_files_that_take_a_decoder_down(
 
     def stream_of(files):
         clips = clips_of(Manifest(files, (-1,) * len(files), (-1,) * len(files)), spec=spec)
-        return clips, clips.streams[0]
+        return clips, clips[0]
 
     files = (bad[0], *good[:3], bad[1], bad[2], *good[3:])
     clips, stream = stream_of(files)
     stream.reader = hostile_reader(stream.reader)
-    options = {"batch_size": 4, "workers": 1, "pin": False, "limits": LIMITS}
-    batches = list(training_batches(clips, places(range(24)), **options))
+    options = {"batch_size": 4, "workers": 1, "limits": LIMITS}
+    batches = list(clip_batches(clips, places(range(24)), **options))
     reasons = {failure.path: failure.reason for b in batches for failure in b.failures}
     assert reasons == dict(zip(bad, HOSTILE.values(), strict=True))
     assert [len(batch.clips) for batch in batches] == [8] * 6
@@ -269,7 +274,7 @@ def test_training_goes_on_over_files_that_take_a_decoder_down(
     stream.bad = {path: Failure(path, "bad") for path in bad}
     for batch, other in zip(
         batches,
-        training_batches(expected, places(range(24)), batch_size=4, workers=0, pin=False),
+        clip_batches(expected, places(range(24)), batch_size=4, workers=0),
         strict=True,
     ):
         assert torch.equal(batch.clips, other.clips)
@@ -286,22 +291,22 @@ def test_a_test_reports_files_that_take_a_decoder_down(
     options = {"batch_size": 3, "workers": 1, "limits": LIMITS}
     clips = HeldOutClips(manifest, SPEC, seed=0, report_failures=True)
     clips.reader = hostile_reader(clips.reader)
-    batches = list(held_out_batches(clips, **options))
+    batches = list(validation_batches(clips, **options))
     assert [file for batch in batches for file in batch.files] == list(good)
     found = [failure for batch in batches for failure in batch.failures]
     assert [failure.reason for failure in found] == list(HOSTILE.values())
-    again = list(held_out_batches(clips, **options))  # known by now: no time is lost
+    again = list(validation_batches(clips, **options))  # known by now: no time is lost
     assert [failure for batch in again for failure in batch.failures] == found
     strict = HeldOutClips(manifest, SPEC, seed=0)
     strict.reader = hostile_reader(strict.reader)
     with pytest.raises(DecodeError, match=r"hangs\.mp4: it took longer than 2 s"):
-        list(held_out_batches(strict, **options))
+        list(validation_batches(strict, **options))
 
 
 def test_an_error_comes_when_it_is_the_turn_of_its_batch(folder, bad_videos):
     files = (*read_manifest(folder).files, str(bad_videos["empty"]))
     clips = HeldOutClips(Manifest(files, (-1,) * 6, (-1,) * 6), SPEC, seed=0)
-    batches = held_out_batches(clips, batch_size=2, workers=2)
+    batches = validation_batches(clips, batch_size=2, workers=2)
     assert [len(next(batches).clips) for _ in range(2)] == [2, 2]
     with pytest.raises(DecodeError, match="the file is empty"):
         next(batches)
@@ -309,18 +314,18 @@ def test_an_error_comes_when_it_is_the_turn_of_its_batch(folder, bad_videos):
 
 def test_what_is_read_ahead_must_fit(folder, monkeypatch):
     clips = clips_of(read_manifest(folder))
-    options = {"batch_size": 64, "workers": 8, "pin": False}
+    options = {"batch_size": 64, "workers": 8}
     monkeypatch.setattr(room, "shared_memory", lambda: (2**40, 2**20))
     with pytest.raises(RoomError, match=r"data.workers=\d need \d+ MiB .*/dev/shm has 1 MiB"):
-        training_batches(clips, places(range(1000)), **options)
+        clip_batches(clips, places(range(1000)), **options)
     monkeypatch.setattr(room, "shared_memory", lambda: (2**21, 2**40))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(RoomError, match=r"in each of 4 processes need \d+ MiB .* has 2 MiB"):
-        training_batches(clips, places(range(1000)), **options)
+        clip_batches(clips, places(range(1000)), **options)
     monkeypatch.setattr(room, "shared_memory", lambda: (None, None))
     monkeypatch.setattr(room, "memory_left", lambda: 2**20)
     with pytest.raises(RoomError, match=r"need \d+ MiB of memory .* and 1 MiB are left"):
-        training_batches(clips, places(range(1000)), **options)
+        clip_batches(clips, places(range(1000)), **options)
 
 
 RUN = """
@@ -328,9 +333,9 @@ RUN = """
     import sys
     from hpm_video.config.data import DataConfig
     from hpm_video.data.clips import VideoClips
-    from hpm_video.data.loader import training_batches
+    from hpm_video.data.loader import clip_batches
     from hpm_video.data.manifest import read_manifest
-    from hpm_video.data.mixture import MixedClips, Places, deal_out
+    from hpm_video.data.mixture import Places, deal_out
     from hpm_video.data.transforms import MultiScaleCrop
     from multiprocessing import active_children
 
@@ -341,7 +346,7 @@ RUN = """
         seed=0,
     )
     places = Places(deal_out([1], 10**6), batch_size=2)
-    batches = training_batches(MixedClips([clips]), places, batch_size=2, workers=2, pin=False)
+    batches = clip_batches([clips], places, batch_size=2, workers=2)
     stop = []
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     next(batches)

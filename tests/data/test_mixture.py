@@ -12,9 +12,9 @@ from hpm_video.config.schema import PretrainConfig
 from hpm_video.data import reading
 from hpm_video.data.batch import collate
 from hpm_video.data.clips import HeldOutClips, VideoClips
-from hpm_video.data.loader import training_batches
+from hpm_video.data.loader import clip_batches
 from hpm_video.data.manifest import Manifest
-from hpm_video.data.mixture import MixedClips, Place, Places, deal_out
+from hpm_video.data.mixture import Place, Places, deal_out
 from hpm_video.data.transforms import MultiScaleCrop
 from hpm_video.randomness import generator, key_of
 from hpm_video.runs.data import open_data
@@ -140,15 +140,7 @@ def stream(source, num_frames=4, count=5, folder="v"):
 
 def batches_of(streams, weights, updates=12, start=0, batch_size=3, micro_batch=None):
     places = Places(deal_out(weights, updates), batch_size, start)
-    return list(
-        training_batches(
-            MixedClips(streams),
-            places,
-            batch_size=micro_batch or batch_size,
-            workers=0,
-            pin=False,
-        )
-    )
+    return list(clip_batches(streams, places, batch_size=micro_batch or batch_size, workers=0))
 
 
 def assert_same(ours, theirs):

@@ -16,7 +16,7 @@ import torch
 from hpm_video.config.data import DataConfig
 from hpm_video.data.clips import VideoClips
 from hpm_video.data.manifest import read_manifest
-from hpm_video.data.mixture import MixedClips, Place
+from hpm_video.data.mixture import Place
 from hpm_video.data.transforms import ClipTransform, MultiScaleCrop
 from hpm_video.decoding.registry import DecodeError, available_decoders
 from hpm_video.files.failures import Failure, TooManyBadFiles
@@ -74,7 +74,7 @@ def clips_of(folder, transform=CROP, count=1):
         transform,
         seed=0,
     )
-    return MixedClips([stream])
+    return [stream]
 
 
 def places(count):
@@ -180,7 +180,7 @@ needs_both = pytest.mark.skipif(
 @needs_both
 def test_a_trial_leaves_the_clips_as_they_are_and_knows_of_no_other(transport_streams):
     clips = clips_of(transport_streams)
-    (stream,) = clips.streams
+    (stream,) = clips
     reader, trials = stream.reader, trials_of(clips, batch_size=2)
     refusing, reading = Trial("decord", {8: 100.0}), Trial("pyav")
     trials.read(refusing, 1)
@@ -243,7 +243,7 @@ def test_where_there_is_no_room_for_so_many_the_others_are_measured(videos, monk
         raise RoomError(f"no room for {workers}")
 
     trial = Trial(available_decoders()[0], {1: 5.0})
-    monkeypatch.setattr("hpm_video.preparation.benchmark.training_batches", without_room)
+    monkeypatch.setattr("hpm_video.preparation.benchmark.clip_batches", without_room)
     trials_of(clips_of(videos / "train")).read(trial, 2)
     assert (trial.rates, str(trial.error)) == ({1: 5.0}, "no room for 2")
 

@@ -215,7 +215,7 @@ def test_a_wrong_file_of_one_process_is_told(start_job, small_configs, small_dat
     clips = training_clips(
         loaded, open_data(loaded), Pretraining(loaded).transforms(), same_frames=False
     )
-    bad = Path(clips.streams[0][3].file)
+    bad = Path(clips[0][3].file)
     bad.write_bytes(b"")
     first, second = start_job(2, "tools/pretrain.py", config, *overrides)
     output, _ = second.communicate()
