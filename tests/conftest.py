@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from contextlib import ExitStack, suppress
+from multiprocessing import forkserver
 from pathlib import Path
 from tempfile import mkstemp
 
@@ -192,17 +193,21 @@ def pretrain(config_file, start_program):
 class Program:
     """A program of the repository in a process of its own, forked from one that has imported all.
 
-    Importing torch takes longer than most programs of the tests. It has what the tests use of
-    ``subprocess.Popen``; standard output and errors are one text.
+    Importing torch takes longer than most programs of the tests. The pools of the program fork
+    from the same process, but for the environment variable OWN_SERVER: those of another one do not
+    get the signals to the program's group. It has what the tests use of ``subprocess.Popen``;
+    standard output and errors are one text.
     """
 
     def __init__(self, arguments, environment, folder: Path) -> None:
         handle, self._output = mkstemp(".txt", "output ", folder)
         os.close(handle)
+        forkserver.ensure_running()
         values = {
             "arguments": list(map(str, arguments)),
             "environment": dict(environment),
             "output": self._output,
+            "server": forkserver._forkserver._forkserver_address,
         }
         self._process = FORKS.Process(
             target=runpy.run_path,
@@ -269,10 +274,12 @@ def starter_of(tool, config, start_program):
 
     def start(run, *overrides, place=None, number="SIGKILL", curves=False) -> Program:
         arguments = [f"tools/{tool}.py", str(config), f"output_dir={run}", *overrides]
+        variables = {} if curves else {"WITHOUT_CURVES": "yes"}
         if place is not None:
+            variables["OWN_SERVER"] = "yes"
             code = DISTURBED.format(place=place, signal=number, argv=arguments, tool=tool)
             arguments = ["-c", code]
-        return start_program(*arguments, **({} if curves else {"WITHOUT_CURVES": "yes"}))
+        return start_program(*arguments, **variables)
 
     return start
 

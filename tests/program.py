@@ -1,6 +1,7 @@
 """What a forked process runs to become a program: see ``Program`` in conftest.py.
 
-``arguments``, ``environment`` and ``output`` are set by who starts it.
+``arguments``, ``environment``, ``output`` and ``server`` (the address of the process that it was
+forked from) are set by who starts it.
 """
 # ruff: noqa: F821, S102
 
@@ -11,11 +12,15 @@ import os
 import runpy
 import signal
 import sys
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 gc.freeze()  # what the server has imported is never garbage
 os.setsid()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background ignores
+if "OWN_SERVER" not in environment:  # a new one would import torch again
+    forkserver._forkserver._forkserver_address = server
+    forkserver._forkserver.ensure_running = resource_tracker.ensure_running
 os.environ.clear()
 os.environ.update(environment)
 with Path(output).open("wb", buffering=0) as file:

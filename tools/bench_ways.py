@@ -22,9 +22,9 @@ from torch.nn.functional import softplus
 from hpm_video.config.choices import DecoderName
 from hpm_video.config.data import DataConfig
 from hpm_video.data.reading import (
-    DrawnClips,
+    EvalReader,
     Request,
-    SpreadClips,
+    TrainReader,
     Views,
     draw_frames,
     view_frames,
@@ -43,8 +43,8 @@ def ways_to_decode(decoders: Sequence[DecoderName], views: Views) -> dict[str, d
     train: dict[str, Way] = {"straightforward": clip_plainly}
     test: dict[str, Way] = {"straightforward": partial(views_plainly, views)}
     for name in decoders:
-        train[name] = DrawnClips(CLIP, name, "", MultiScaleCrop(flip=False), same_frames=False)
-        test[name] = SpreadClips(CLIP, name, "", views)
+        train[name] = TrainReader(CLIP, name, "", MultiScaleCrop(flip=False), same_frames=False)
+        test[name] = EvalReader(CLIP, name, "", views)
     return {"train": train, "test": test}
 
 

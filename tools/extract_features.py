@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import hpm_video
-from hpm_video.data.clips import settle_decoder
+from hpm_video.data.clips import decoder_for
 from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.data.reading import Views
 from hpm_video.files.failures import BadFilesError, Failure
@@ -81,7 +81,7 @@ def write_features(arguments: argparse.Namespace) -> None:
         CheckpointError, ConfigError, ManifestError, DeviceError, OSError: a wrong input.
     """
     manifest = read_manifest(arguments.source, arguments.root)
-    settle_decoder(arguments.decoder, manifest)
+    decoder_for(arguments.decoder, manifest)
     every = arguments.window_stride
     trained, encoder = open_inference(arguments, TrainedModel, windows=every)
     encoder = replace(encoder, clips_per_pass=arguments.clips_per_pass or encoder.clips_per_pass)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hpm_video.data.clips import settle_decoder
+from hpm_video.data.clips import decoder_for
 from hpm_video.data.manifest import NOT_STATED, UNLABELLED, Manifest, read_manifest
 from hpm_video.data.reading import Views
 from hpm_video.files.atomic import written_beside
@@ -69,7 +69,7 @@ def name_actions(arguments: argparse.Namespace) -> None:
     if arguments.json is not None:
         check_json(arguments.json)
     manifest = find_videos(arguments.videos)
-    settle_decoder(arguments.decoder, manifest)
+    decoder_for(arguments.decoder, manifest)
     trained, classifier = open_inference(arguments, TrainedClassifier)
     views = arguments.views or Views(trained.config.test.clips, trained.config.test.crops)
     told = describe_pass(len(manifest), views, trained, classifier)

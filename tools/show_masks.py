@@ -15,7 +15,7 @@ from hpm_video.config.checks import ConfigError
 from hpm_video.config.data import DataConfig
 from hpm_video.data.batch import ClipBatch
 from hpm_video.data.sampling import train_indices, view_indices
-from hpm_video.data.transforms import held_out_crops
+from hpm_video.data.transforms import view_crops
 from hpm_video.decoding.registry import open_video
 from hpm_video.mining.pictures import draw_animation, draw_sheet, save_animation, save_sheet
 from hpm_video.mining.study import study_clips
@@ -119,7 +119,7 @@ def read_clip(arguments: argparse.Namespace, data: DataConfig) -> ClipBatch:
         else:
             raise ConfigError(f"--start must lie in 0..{video.num_frames - 1}, got {start}")
         frames = video.read(indices)
-    (clip,) = held_out_crops(frames, data, 1)
+    (clip,) = view_crops(frames, data, 1)
     return ClipBatch(
         clips=clip[None],
         keys=torch.tensor([key_of("show masks", arguments.video.name)]),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.data import DataConfig
-from hpm_video.data.clips import settle_decoder
+from hpm_video.data.clips import decoder_for
 from hpm_video.data.loader import ATTEMPTS, JOBS_HELD
 from hpm_video.data.manifest import Manifest
 from hpm_video.data.reading import (
@@ -23,7 +23,7 @@ from hpm_video.data.reading import (
     view_frames,
 )
 from hpm_video.data.sampling import Indices
-from hpm_video.data.transforms import held_out_crops
+from hpm_video.data.transforms import view_crops
 from hpm_video.decoding.registry import DecodeError, VideoReader, open_video
 from hpm_video.files.failures import Failure
 from hpm_video.workers.pool import USUAL, Limits, Pool
@@ -67,7 +67,7 @@ def stream_parts(
     generator ends the processes. Without ``workers`` this one decodes, and a file on which it hangs
     or crashes ends it.
     """
-    decoder = settle_decoder(data.decoder, manifest)
+    decoder = decoder_for(data.decoder, manifest)
     reader = PartReader(data, views, decoder, max(1, clips_per_part // views.crops))
     jobs = [(place, (manifest.files[place], manifest.num_frames[place])) for place in places]
     if workers == 0:
@@ -144,7 +144,7 @@ class PartReader:
         run, at = FIRST_RUN, 0
         while at < len(wanted):
             frames = read_frames(self.data, video, wanted[at : at + run])
-            crops = torch.stack(held_out_crops(frames, self.data, self.views.crops))
+            crops = torch.stack(view_crops(frames, self.data, self.views.crops))
             indices = wanted[at : at + run].tolist()
             at, run = at + run, max(1, RUN_BYTES // frames[0].nbytes)
             del frames  # while the crops are used

@@ -15,9 +15,9 @@ from hpm_video.data.manifest import Manifest
 from hpm_video.data.reading import (
     MIDDLE,
     ClipReader,
-    DrawnClips,
+    EvalReader,
     Request,
-    SpreadClips,
+    TrainReader,
     Views,
     clip_bytes,
     read_or_fail,
@@ -130,8 +130,8 @@ class VideoClips(Clips):
         self.max_bad_share = data.max_bad_share
         self.bad = {}
         self.sample_bytes = data.repeats * clip_bytes(data)
-        decoder = settle_decoder(data.decoder, manifest)
-        self.reader = DrawnClips(data, decoder, source, transform, same_frames)
+        decoder = decoder_for(data.decoder, manifest)
+        self.reader = TrainReader(data, decoder, source, transform, same_frames)
         self._repeats = data.repeats
         self._seed = seed
         self._own = (source,) if source else ()
@@ -179,7 +179,7 @@ class VideoClips(Clips):
         )
 
 
-class HeldOutClips(Clips):
+class ValidationClips(Clips):
     """The same views of each file every time: nothing is drawn, and each file is decoded once.
 
     A view is a clip and a crop of it; those of one clip are next to each other. A file that does
@@ -202,7 +202,7 @@ class HeldOutClips(Clips):
         self.views = views
         self.bad = {}
         self.sample_bytes = views.count * clip_bytes(data)
-        self.reader = SpreadClips(data, settle_decoder(data.decoder, manifest), source, views)
+        self.reader = EvalReader(data, decoder_for(data.decoder, manifest), source, views)
         self._seed = seed
         self._report_failures = report_failures
         self._source = source
@@ -227,7 +227,7 @@ class HeldOutClips(Clips):
         return Sample(nothing, (), label, path, (self.bad[path],), self._source)
 
 
-def settle_decoder(decoder: DecoderChoice, manifest: Manifest) -> DecoderChoice:
+def decoder_for(decoder: DecoderChoice, manifest: Manifest) -> DecoderChoice:
     """The decoder of the videos of a manifest; of images alone none is needed."""
     check_name(decoder)
     return decoder if all(map(is_image, manifest.files)) else choose_decoder(decoder)

@@ -26,7 +26,7 @@ from hpm_video.data.sampling import (
 from hpm_video.data.transforms import (
     ClipTransform,
     cut,
-    held_out_crops,
+    view_crops,
 )
 from hpm_video.decoding.registry import (
     DecodeError,
@@ -127,7 +127,7 @@ class ClipReader(ABC):
 
 
 @dataclass(frozen=True)
-class DrawnClips(ClipReader):
+class TrainReader(ClipReader):
     """Reads training clips: their frames and crops are drawn by their keys."""
 
     transform: ClipTransform
@@ -153,7 +153,7 @@ class DrawnClips(ClipReader):
 
 
 @dataclass(frozen=True)
-class SpreadClips(ClipReader):
+class EvalReader(ClipReader):
     """Reads held-out clips: views that are spread over the file."""
 
     views: Views
@@ -162,7 +162,7 @@ class SpreadClips(ClipReader):
         """Crop and resize once per frame and box, however many clips it belongs to."""
         clips = list(view_frames(self.data, num_frames, self.views))
         frames, places = _read(self.data, video, clips)
-        crops = held_out_crops(frames, self.data, self.views.crops)
+        crops = view_crops(frames, self.data, self.views.crops)
         return torch.stack([crop[:, place] for place in places for crop in crops])
 
 

@@ -123,7 +123,7 @@ def view_boxes(height: int, width: int, frame_size: tuple[int, int], count: int)
     return _spread(height, width, _largest(height, width, frame_size), count)
 
 
-def held_out_crops(frames: NDArray[np.uint8], data: DataConfig, count: int) -> list[Tensor]:
+def view_crops(frames: NDArray[np.uint8], data: DataConfig, count: int) -> list[Tensor]:
     """Crops of frames, evenly spread along the free axis: (T, H, W, C) -> count x (C, T, h, w)
 
     Each is the largest box of the shape of ``data.frame_size``, resized to it. With

@@ -3,8 +3,6 @@
 import io
 from typing import Any
 
-import torch  # noqa: F401 - decord imported before torch can hang a DataLoader (decord#251)
-
 from hpm_video.decoding.containers import MATROSKA, MP4, exact_container
 from hpm_video.decoding.mp4_header import is_trimmed
 from hpm_video.decoding.reader import TRANSCODE, DecodeError, FrameByFrame, Frames
@@ -23,6 +21,7 @@ class DecordReader(FrameByFrame):
                 "its container says that some frames are not to be shown, and decord does not "
                 f"count the others right; PyAV does. {TRANSCODE}"
             )
+        import torch  # noqa: F401, I001 - decord before torch can hang a DataLoader (decord#251)
         import decord
 
         decord.logging.set_level(decord.logging.QUIET)

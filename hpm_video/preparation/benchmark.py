@@ -17,7 +17,7 @@ from hpm_video.data.batch import Sample, collate
 from hpm_video.data.clips import VideoClips
 from hpm_video.data.loader import clip_batches
 from hpm_video.data.mixture import Place, Places, deal_out
-from hpm_video.data.reading import DrawnClips
+from hpm_video.data.reading import TrainReader
 from hpm_video.data.transforms import Box, ClipTransform, DrawnTransform
 from hpm_video.decoding.locations import frames_in, is_frame_folder, read_bytes
 from hpm_video.decoding.registry import DecodeError
@@ -275,9 +275,9 @@ class Trials:
         self.go_on(videos)
 
 
-def reader_of(stream: VideoClips) -> DrawnClips:
+def reader_of(stream: VideoClips) -> TrainReader:
     """Return what reads the clips of a stream."""
-    assert isinstance(stream.reader, DrawnClips)
+    assert isinstance(stream.reader, TrainReader)
     return stream.reader
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.data import DataConfig
 from hpm_video.data.batch import ClipBatch
-from hpm_video.data.clips import HeldOutClips
+from hpm_video.data.clips import ValidationClips
 from hpm_video.data.loader import clip_batches, default_workers
 from hpm_video.data.manifest import Manifest
 from hpm_video.data.mixture import Place
@@ -59,13 +59,13 @@ class Reading:
         limits = Limits(data.seconds_per_file, int(data.memory_per_worker * GIB))
         return cls(data.decoder, workers, exclude_bad_files, limits)
 
-    def clips(self, manifest: Manifest, data: DataConfig, views: Views = MIDDLE) -> HeldOutClips:
+    def clips(self, manifest: Manifest, data: DataConfig, views: Views = MIDDLE) -> ValidationClips:
         """Return the views of the videos; one that does not decode is reported."""
         data = replace(data, decoder=self.decoder)
-        return HeldOutClips(manifest, data, views=views, seed=0, report_failures=True)
+        return ValidationClips(manifest, data, views=views, seed=0, report_failures=True)
 
     def batches(
-        self, clips: HeldOutClips, positions: Sequence[int], max_clips: int = CLIPS_PER_PASS
+        self, clips: ValidationClips, positions: Sequence[int], max_clips: int = CLIPS_PER_PASS
     ) -> Generator[ClipBatch, None, None]:
         """Read some of ``clips`` in batches of whole videos, of at most ``max_clips`` or one."""
         return clip_batches(
@@ -77,12 +77,12 @@ class Reading:
         )
 
 
-def videos_per_batch(clips: HeldOutClips, positions: Sequence[int], max_clips: int) -> int:
+def videos_per_batch(clips: ValidationClips, positions: Sequence[int], max_clips: int) -> int:
     """Return how many videos a batch holds."""
     return max(1, min(len(positions), max_clips // clips.views.count))
 
 
-def find_failures(clips: HeldOutClips, reading: Reading, processes: Processes) -> None:
+def find_failures(clips: ValidationClips, reading: Reading, processes: Processes) -> None:
     """Decode validation clips once, so that a bad file can stop a run before it begins.
 
     Each process decodes its share, and all learn what failed.
@@ -99,7 +99,7 @@ def find_failures(clips: HeldOutClips, reading: Reading, processes: Processes) -
 
 def _leave_out(
     failures: list[Failure],
-    clips: HeldOutClips,
+    clips: ValidationClips,
     known: set[str],
     processes: Processes,
     *,
@@ -121,7 +121,7 @@ def _leave_out(
 
 def each_video(
     values: Values,
-    clips: HeldOutClips,
+    clips: ValidationClips,
     positions: Sequence[int],
     reading: Reading,
     max_clips: int = CLIPS_PER_PASS,
@@ -152,7 +152,7 @@ def each_video(
 
 def over_videos(
     values: Values,
-    clips: HeldOutClips,
+    clips: ValidationClips,
     reading: Reading,
     processes: Processes,
     max_clips: int = CLIPS_PER_PASS,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hpm_video.data.clips import HeldOutClips
+from hpm_video.data.clips import ValidationClips
 from hpm_video.data.manifest import Manifest
 from hpm_video.randomness import generator
 from hpm_video.recognition.inference import Inference, Reading, over_videos
@@ -45,7 +45,7 @@ class FeatureTable:
     def of(
         cls,
         encoder: Inference,
-        clips: HeldOutClips,
+        clips: ValidationClips,
         reading: Reading,
         processes: Processes = Processes(),  # noqa: B008 - it is frozen
     ) -> "FeatureTable":

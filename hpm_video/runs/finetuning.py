@@ -179,7 +179,7 @@ class Finetuning:
         names = [str(label) for label in range(len(self.label_names))]
 
         def validate() -> dict[str, float]:
-            with engine.whole(measured) as model:
+            with engine.gathered(measured) as model:
                 assert isinstance(model, ClipClassifier)
                 per_pass = config.test.clips_per_pass
                 classifier = Inference(

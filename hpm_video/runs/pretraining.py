@@ -14,7 +14,7 @@ from hpm_video.config.data import PretrainDataConfig
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.data.augment import Augmentation
 from hpm_video.data.batch import collate
-from hpm_video.data.clips import HeldOutClips
+from hpm_video.data.clips import ValidationClips
 from hpm_video.data.transforms import ClipTransform, MultiScaleCrop
 from hpm_video.files.weights import load_weights
 from hpm_video.mining.objective import HardPatchesMining, named
@@ -102,7 +102,7 @@ def build_objective(
         predictor_weight=mining.predictor_weight,
         ema=teacher,
         momentum=MomentumSchedule(mining.momentum, mining.first_momentum, mining.last_momentum),
-        whole=engine.whole if engine else nullcontext,
+        whole=engine.gathered if engine else nullcontext,
         ema_update=engine.ema_update if engine else ema_update_module,
     )
 
@@ -269,11 +269,11 @@ class Pretraining:
             log.info("no %sdata.validation: none of its clips are measured", key_of_source(name))
         return names
 
-    def _held_out(self, source: str, count: int | None = None) -> HeldOutClips:
+    def _held_out(self, source: str, count: int | None = None) -> ValidationClips:
         """Some held-out clips of a source."""
         how, manifest = self.config.sources[source], self.data.sources[source].validation
         assert manifest is not None
-        return HeldOutClips(
+        return ValidationClips(
             manifest.spread(count or self.config.logging.validation_clips),
             how,
             seed=self.config.seed,
@@ -287,10 +287,10 @@ def _looking(
 ) -> Iterator[tuple[HardPatchesMining, Runner]]:
     """Objective and student with all weights here, so that a process can look by itself."""
     with ExitStack() as stack:
-        student = stack.enter_context(engine.whole(engine.model))
+        student = stack.enter_context(engine.gathered(engine.model))
         teacher = objective.ema
         if teacher is not None:
-            whole = stack.enter_context(engine.whole(teacher))
+            whole = stack.enter_context(engine.gathered(teacher))
             assert isinstance(whole, MaskedAutoencoder)
             teacher = whole
         yield objective.seen_with(teacher), Runner(student, engine.device, engine.precision)
@@ -338,7 +338,7 @@ def _neighbour_probe(
         find_failures(clips, reading, processes)
 
     def probe() -> dict[str, float]:
-        with engine.whole(engine.model) as student:
+        with engine.gathered(engine.model) as student:
             assert isinstance(student, ClipEncoder)
             encoder = Inference(student, config.data, engine.device, engine.precision)
             train, held_out = (

@@ -63,7 +63,7 @@ def run(task: Task, processes: Processes = Processes()) -> Path:  # noqa: B008 -
             plan = choose_plan(task, session, precision)
             engine = make_engine(task, session, plan, precision, model)
             if ema is not None:
-                engine.hold(ema)
+                engine.shard(ema)
             objective = task.objective(ema, session.device, engine)
             evaluation = task.evaluation(session, objective, engine)
         if processes.is_first:
@@ -140,7 +140,7 @@ def train(
                 config.logging,
                 config.checkpoint,
                 engine,
-                objective.companions,
+                objective.auxiliary_modules,
                 facts,
                 Meter(engine.device, processes),
                 metrics,

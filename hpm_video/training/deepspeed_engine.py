@@ -114,18 +114,18 @@ class DeepSpeedEngine(Engine):
         return True
 
     @override
-    def hold(self, module: nn.Module) -> None:
+    def shard(self, module: nn.Module) -> None:
         if self.stage == 3:
             with _linear_layers_by(F.linear):
                 self._deepspeed.zero.Init(module=module, config_dict_or_path=self._settings)
 
     @override
     @contextmanager
-    def whole(self, module: nn.Module) -> Iterator[nn.Module]:
+    def gathered(self, module: nn.Module) -> Iterator[nn.Module]:
         if self.stage < 3:
             yield module
         elif module is self.model:
-            with _filled(self._skeleton, self._whole_weights(module), module) as plain:
+            with _filled(self._skeleton, self._gathered_weights(module), module) as plain:
                 yield plain.to(self.device)
         else:
             with self._deepspeed.zero.GatheredParameters(list(module.parameters())):
@@ -144,7 +144,7 @@ class DeepSpeedEngine(Engine):
     def weights(self, module: nn.Module) -> Tensors:
         if self.stage < 3:
             return super().weights(module)
-        return on_first(self.processes, self._whole_weights(module))
+        return on_first(self.processes, self._gathered_weights(module))
 
     @override
     def optimizer_state(self) -> OptimizerState:
@@ -155,7 +155,7 @@ class DeepSpeedEngine(Engine):
         states = list(self._engine.optimizer.optimizer.state.values())
         step = int(states[0].get("step", 0)) if states else 0
         moments = {
-            kind: on_first(self.processes, self._whole_moments(kind))
+            kind: on_first(self.processes, self._gathered_moments(kind))
             for kind, value in (states[0].items() if states else ())
             if kind != "step" and value is not None
         }
@@ -197,7 +197,7 @@ class DeepSpeedEngine(Engine):
         own = padded[length * self.processes.rank :][:length]
         tools.safe_set_local_optimizer_state(parameter, own, kind)
 
-    def _whole_weights(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    def _gathered_weights(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Of spread parameters, one after the other; all processes must take all of them."""
         parameters: dict[str, Any] = dict(module.named_parameters())
         for name, value in module.state_dict().items():
@@ -206,7 +206,7 @@ class DeepSpeedEngine(Engine):
             else:
                 yield name, value
 
-    def _whole_moments(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+    def _gathered_moments(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         tools = self._deepspeed.utils
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:

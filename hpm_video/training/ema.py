@@ -74,7 +74,7 @@ class WithEma(Generic[Module]):
         self._ema_update = ema_update
 
     @property
-    def companions(self) -> dict[str, nn.Module]:
+    def auxiliary_modules(self) -> dict[str, nn.Module]:
         """Modules that are saved and restored with the model, by name."""
         return {} if self.ema is None else {self.ema_name: self.ema}
 

@@ -94,11 +94,11 @@ class Engine(Runner, ABC):
     def step(self) -> bool:
         """Update the weights once the last micro-batch of an update is done."""
 
-    def hold(self, module: nn.Module) -> None:  # noqa: B027 - it lies where it must
+    def shard(self, module: nn.Module) -> None:  # noqa: B027 - it lies where it must
         """Place a module that follows the model, as the model's weights are placed."""
 
     @contextmanager
-    def whole(self, module: nn.Module) -> Iterator[nn.Module]:
+    def gathered(self, module: nn.Module) -> Iterator[nn.Module]:
         """Give ``module``, or a copy of it, that any process can call alone."""
         yield module
 

@@ -25,7 +25,7 @@ class Objective(Protocol):
     """A method of training. A new one is a new objective, never a copy of the loop."""
 
     @property
-    def companions(self) -> dict[str, nn.Module]:
+    def auxiliary_modules(self) -> dict[str, nn.Module]:
         """Modules that are saved and restored with the model, by name."""
 
     def settings(self, progress: Progress) -> dict[str, float]:

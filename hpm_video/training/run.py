@@ -57,7 +57,7 @@ class Run:
     logging: LoggingConfig
     saving: CheckpointConfig
     engine: Engine
-    companions: dict[str, nn.Module]
+    auxiliary_modules: dict[str, nn.Module]
     """What checkpoints hold beside the model, by name."""
     facts: dict[str, Any]
     """What the run runs with, stored with every checkpoint."""
@@ -130,7 +130,7 @@ class Run:
         self.meter.check()
         self._share_failures()
         processes = self.engine.processes
-        modules = {"model": self.engine.model, **self.companions}
+        modules = {"model": self.engine.model, **self.auxiliary_modules}
         weights = {name: self.engine.weights(module) for name, module in modules.items()}
         optimizer = self.engine.optimizer_state()
         if processes.is_first:

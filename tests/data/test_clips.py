@@ -9,14 +9,14 @@ import torch
 from hpm_video.config.data import DataConfig
 from hpm_video.data import reading
 from hpm_video.data.batch import collate
-from hpm_video.data.clips import HeldOutClips, VideoClips
+from hpm_video.data.clips import ValidationClips, VideoClips
 from hpm_video.data.manifest import Manifest
 from hpm_video.data.reading import Views
 from hpm_video.data.transforms import (
     MultiScaleCrop,
     crop_and_resize,
-    held_out_crops,
     view_boxes,
+    view_crops,
 )
 from hpm_video.decoding.registry import DecodeError
 from hpm_video.files.failures import Failure, TooManyBadFiles, tolerated
@@ -98,7 +98,9 @@ def training(
 
 
 def held_out(*names, spec=SPEC, clips=1, crops=1, **options):
-    return HeldOutClips(manifest_of(*names), spec, views=Views(clips, crops), seed=SEED, **options)
+    return ValidationClips(
+        manifest_of(*names), spec, views=Views(clips, crops), seed=SEED, **options
+    )
 
 
 def frame_indices(clip):
@@ -295,7 +297,7 @@ def test_how_many_bad_files_are_tolerated(num_files, share, expected):
 
 
 def test_held_out_clips_are_the_middle_of_each_file_in_order():
-    clips = HeldOutClips(manifest_of("0", "1", "2"), SPEC, seed=SEED)
+    clips = ValidationClips(manifest_of("0", "1", "2"), SPEC, seed=SEED)
     samples = list(clips)
     assert [sample.file for sample in samples] == ["/v/0", "/v/1", "/v/2"]
     assert [sample.label for sample in samples] == [0, 1, 2]
@@ -380,10 +382,10 @@ def test_views_are_cropped_as_the_spec_says(monkeypatch, short_side):
     )
     (sample,) = held_out("wide7", spec=spec, clips=2, crops=3)
     frames = GreyVideo("/v/wide7", "auto").read([0, 2, 4, 6])
-    expected = held_out_crops(frames, spec, 3)
+    expected = view_crops(frames, spec, 3)
     assert torch.equal(sample.clips[:3], torch.stack(expected))
     other = replace(spec, held_out_short_side=None if short_side else 14)
-    assert not torch.equal(sample.clips[1], held_out_crops(frames, other, 3)[1])
+    assert not torch.equal(sample.clips[1], view_crops(frames, other, 3)[1])
 
 
 def test_a_video_has_at_least_one_view():
@@ -395,7 +397,7 @@ def test_a_video_has_at_least_one_view():
 
 def test_views_know_of_promised_frames_too():
     manifest = manifest_of("0", num_frames=12)
-    clips = HeldOutClips(manifest, SPEC, views=Views(2, 1), seed=SEED)
+    clips = ValidationClips(manifest, SPEC, views=Views(2, 1), seed=SEED)
     assert [frame_indices(clip) for clip in clips[0].clips] == [[0, 2, 4, 6], [4, 6, 8, 10]]
 
 

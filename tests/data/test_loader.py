@@ -2,7 +2,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -16,7 +15,7 @@ from tiny_runs import alive
 
 from hpm_video.config.data import DataConfig
 from hpm_video.data import loader
-from hpm_video.data.clips import HeldOutClips, VideoClips
+from hpm_video.data.clips import ValidationClips, VideoClips
 from hpm_video.data.loader import clip_batches, default_workers
 from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.data.mixture import Place
@@ -95,7 +94,7 @@ def test_a_stream_shows_each_file_once_per_epoch_and_can_start_anywhere(folder):
 def test_validation_batches_hold_the_middle_frames_of_each_file(folder, numbers_of):
     manifest = read_manifest(folder)
     spec = DataConfig(num_frames=4, frame_stride=2, frame_size=(48, 64))
-    clips = HeldOutClips(manifest, spec, seed=3)
+    clips = ValidationClips(manifest, spec, seed=3)
     for workers in (0, 2):
         batches = list(validation_batches(clips, batch_size=2, workers=workers))
         assert [file for batch in batches for file in batch.files] == list(manifest.files)
@@ -108,7 +107,7 @@ def test_validation_batches_of_views_at_chosen_places_with_a_bad_file(
     folder, bad_videos, numbers_of, workers
 ):
     files = (*read_manifest(folder).files, str(bad_videos["empty"]))
-    clips = HeldOutClips(
+    clips = ValidationClips(
         Manifest(files, tuple(range(6)), (-1,) * 6),
         DataConfig(num_frames=4, frame_stride=2, frame_size=(48, 48)),
         views=Views(2, 3),
@@ -150,7 +149,7 @@ def test_errors_of_workers_keep_their_kind_and_message(bad_videos):
     bad = Manifest((str(bad_videos["empty"]),), (-1,), (-1,))
     with pytest.raises(TooManyBadFiles, match=r"1 of 1 files do not decode(.|\n)*empty\.mp4"):
         next(clip_batches(clips_of(bad), places([0]), batch_size=1, workers=1))
-    held_out = HeldOutClips(bad, SPEC, seed=0)
+    held_out = ValidationClips(bad, SPEC, seed=0)
     with pytest.raises(DecodeError, match=r"empty\.mp4: the file is empty"):
         next(validation_batches(held_out, batch_size=1, workers=1))
 
@@ -289,7 +288,7 @@ def test_a_test_reports_files_that_take_a_decoder_down(
     files = (*good, *bad)
     manifest = Manifest(files, tuple(range(8)), (-1,) * 8)
     options = {"batch_size": 3, "workers": 1, "limits": LIMITS}
-    clips = HeldOutClips(manifest, SPEC, seed=0, report_failures=True)
+    clips = ValidationClips(manifest, SPEC, seed=0, report_failures=True)
     clips.reader = hostile_reader(clips.reader)
     batches = list(validation_batches(clips, **options))
     assert [file for batch in batches for file in batch.files] == list(good)
@@ -297,7 +296,7 @@ def test_a_test_reports_files_that_take_a_decoder_down(
     assert [failure.reason for failure in found] == list(HOSTILE.values())
     again = list(validation_batches(clips, **options))  # known by now: no time is lost
     assert [failure for batch in again for failure in batch.failures] == found
-    strict = HeldOutClips(manifest, SPEC, seed=0)
+    strict = ValidationClips(manifest, SPEC, seed=0)
     strict.reader = hostile_reader(strict.reader)
     with pytest.raises(DecodeError, match=r"hangs\.mp4: it took longer than 2 s"):
         list(validation_batches(strict, **options))
@@ -305,7 +304,7 @@ def test_a_test_reports_files_that_take_a_decoder_down(
 
 def test_an_error_comes_when_it_is_the_turn_of_its_batch(folder, bad_videos):
     files = (*read_manifest(folder).files, str(bad_videos["empty"]))
-    clips = HeldOutClips(Manifest(files, (-1,) * 6, (-1,) * 6), SPEC, seed=0)
+    clips = ValidationClips(Manifest(files, (-1,) * 6, (-1,) * 6), SPEC, seed=0)
     batches = validation_batches(clips, batch_size=2, workers=2)
     assert [len(next(batches).clips) for _ in range(2)] == [2, 2]
     with pytest.raises(DecodeError, match="the file is empty"):
@@ -338,6 +337,7 @@ RUN = """
     from hpm_video.data.mixture import Places, deal_out
     from hpm_video.data.transforms import MultiScaleCrop
     from multiprocessing import active_children
+    from pathlib import Path
 
     clips = VideoClips(
         read_manifest(sys.argv[1]),
@@ -350,8 +350,7 @@ RUN = """
     stop = []
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     next(batches)
-    sys.stdout.write(" ".join(str(child.pid) for child in active_children()) + "\\n")
-    sys.stdout.flush()
+    Path(sys.argv[2]).write_text(" ".join(str(child.pid) for child in active_children()))
     while not stop:
         next(batches)
     for _ in range(20):  # what was begun is ended in order: the workers live
@@ -362,25 +361,29 @@ RUN = """
 
 
 @pytest.fixture
-def running(folder):
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(RUN), str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    yield process
-    process.kill()
-    process.communicate()
+def start_reading(folder, start_program, tmp_path):
+    """Start a program that reads batches. -> it, and its two workers"""
+    started = []
+
+    def start(**variables):
+        code, pids = textwrap.dedent(RUN), tmp_path / "pids"
+        started.append(start_program("-c", code, str(folder), str(pids), **variables))
+        while not pids.exists() or len(pids.read_text().split()) < 2:
+            assert started[0].poll() is None, started[0].communicate()[0]
+            time.sleep(0.05)
+        return started[0], [int(pid) for pid in pids.read_text().split()]
+
+    yield start
+    for program in started:
+        if program.poll() is None:
+            os.kill(program.pid, signal.SIGKILL)
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
-def test_workers_end_when_the_parent_is_killed(running):
-    workers = [int(pid) for pid in running.stdout.readline().split()]
-    assert len(workers) == 2
+def test_workers_end_when_the_parent_is_killed(start_reading):
+    program, workers = start_reading()
     assert all(map(alive, workers))
-    running.send_signal(signal.SIGKILL)
+    os.kill(program.pid, signal.SIGKILL)
     while any(map(alive, workers)):
         time.sleep(0.05)
 
@@ -391,16 +394,14 @@ def ignores(pid, number):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
-def test_ctrl_c_reaches_the_parent_alone(running):
-    workers = running.stdout.readline().split()
-    assert len(workers) == 2
+def test_ctrl_c_reaches_the_parent_alone(start_reading):
+    program, workers = start_reading(OWN_SERVER="yes")  # workers of its process group
+    assert [os.getpgid(pid) for pid in workers] == [program.pid] * 2
     while not all(ignores(pid, signal.SIGTERM) for pid in workers):  # set after that of SIGINT
         time.sleep(0.01)
-    os.killpg(running.pid, signal.SIGINT)
-    out, errors = running.communicate()
-    assert out == "stopped in order\n"
-    assert "KeyboardInterrupt" not in errors
-    assert running.returncode == 0
+    os.killpg(program.pid, signal.SIGINT)
+    assert program.communicate()[0] == "stopped in order\n"
+    assert program.returncode == 0
 
 
 def failure(number):

@@ -11,7 +11,7 @@ from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.data import reading
 from hpm_video.data.batch import collate
-from hpm_video.data.clips import HeldOutClips, VideoClips
+from hpm_video.data.clips import ValidationClips, VideoClips
 from hpm_video.data.loader import clip_batches
 from hpm_video.data.manifest import Manifest
 from hpm_video.data.mixture import Place, Places, deal_out
@@ -203,7 +203,7 @@ def test_a_mixed_run_goes_on_with_the_same_batches(start):
 
 def test_held_out_clips_say_of_which_source_they_are():
     data = DataConfig(num_frames=1, frame_size=(8, 8))
-    held_out = HeldOutClips(stream("").manifest, data, seed=SEED, source="images")
+    held_out = ValidationClips(stream("").manifest, data, seed=SEED, source="images")
     assert collate([held_out[0], held_out[3]]).source == "images"
 
 

@@ -17,9 +17,9 @@ from hpm_video.data.transforms import (
     MultiScaleCrop,
     centre_box,
     crop_and_resize,
-    held_out_crops,
     multi_scale_box,
     view_boxes,
+    view_crops,
 )
 from hpm_video.randomness import generator
 
@@ -191,7 +191,7 @@ def crops_of(frames, frame_size, count, short_side, interpolation):
     data = DataConfig(
         frame_size=frame_size, held_out_short_side=short_side, interpolation=interpolation
     )
-    return held_out_crops(frames, data, count)
+    return view_crops(frames, data, count)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])

@@ -388,7 +388,7 @@ def test_pixels_whose_range_is_unknown(tmp_path, values, reason):
 def test_images_need_no_decoder_of_videos(tmp_path):
     path = saved(tmp_path / "a.png", colours())
     code = (
-        "import sys; sys.modules.update(dict.fromkeys(('av', 'decord', 'torchcodec')))\n"
+        "import sys; sys.modules.update(dict.fromkeys(('av', 'decord', 'torch', 'torchcodec')))\n"
         "from hpm_video.decoding import registry as decode\n"
         "print(decode.available_decoders(), 'PIL.Image' in sys.modules)\n"
         f"print(decode.open_video({str(path)!r}, 'pyav').read([0]).shape)"

@@ -22,7 +22,7 @@ from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data.augment import Augmentation
 from hpm_video.data.batch import ClipBatch
-from hpm_video.data.clips import HeldOutClips, VideoClips
+from hpm_video.data.clips import ValidationClips, VideoClips
 from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.data.mixture import Places, deal_out
 from hpm_video.data.reading import draw_frames
@@ -104,7 +104,7 @@ def orders():
         clips.bad[asked[-1].path] = None
         asked.append(clips.request(20))
         found[source] = ["".join(each.path for each in asked), [each.keys for each in asked[-2:]]]
-    held_out = HeldOutClips(manifest, data, seed=3)
+    held_out = ValidationClips(manifest, data, seed=3)
     return {**found, "held out": held_out.request(5).keys}
 
 

@@ -85,7 +85,7 @@ def measure(run, batch_of=lambda drawn: drawn):
         gradients = {name: p.grad.clone() for name, p in engine.model.named_parameters()}
         engine.step()
         objective.after_update(engine.model, progress)
-        (average,) = objective.companions.values()
+        (average,) = objective.auxiliary_modules.values()
         values = {name: value.item() for name, value in losses.parts.items()}
         values |= {"total": losses.total.item(), "gradient_norm": engine.gradient_norm.item()}
         parts = {

@@ -172,7 +172,7 @@ def test_plain_masked_autoencoder_has_no_teacher_and_one_loss():
     _, objective, engine = make(strategy="random", predictor="none")
     losses = objective.losses(engine, random_batch((4, 32, 32)), Progress(0, 0, 1))
     assert list(losses.parts) == ["reconstruction"]
-    assert objective.companions == {}
+    assert objective.auxiliary_modules == {}
     assert list(measure(objective, engine, [random_batch((4, 32, 32))]))[0] == "relative_error"
 
 

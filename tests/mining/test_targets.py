@@ -278,7 +278,7 @@ def test_a_held_out_batch_is_encoded_once_for_all_masks():
 
 def test_a_teacher_is_there_without_a_predictor_where_it_is_the_target():
     student, objective, _ = make(target_of(None))
-    assert list(objective.companions) == ["teacher"]
+    assert list(objective.auxiliary_modules) == ["teacher"]
     assert objective.settings(Progress(0, 0, 1)).keys() == {"hard_fraction", "momentum"}
     assert objective.difficulty(batch_of()) is None
     assert list(objective.losses(student, batch_of(), Progress(0, 0, 1)).parts) == [

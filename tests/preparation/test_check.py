@@ -600,7 +600,8 @@ def waiting_check(work_folder, start_program, tmp_path):
 
     def start():
         argv = [str(tmp_path / "list.csv"), "--workers=2", "--seconds=1e6"]
-        return start_program("-c", SCRIPT.format(folder=str(work_folder), argv=argv))
+        code = SCRIPT.format(folder=str(work_folder), argv=argv)
+        return start_program("-c", code, OWN_SERVER="yes")
 
     return start
 

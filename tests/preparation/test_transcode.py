@@ -937,7 +937,7 @@ def launch(start_program, tmp_path):
 
     def start(*arguments):
         command = ("-c", WAITING, *arguments, "--workers=1", "--seconds=1e6")
-        return start_program(*command, PYTHONPATH=str(place))
+        return start_program(*command, PYTHONPATH=str(place), OWN_SERVER="yes")
 
     return start
 

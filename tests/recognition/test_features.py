@@ -18,7 +18,7 @@ from hpm_video.config.loading import load_config, save_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data import clip_stream
 from hpm_video.data.clip_stream import stream_parts
-from hpm_video.data.clips import HeldOutClips
+from hpm_video.data.clips import ValidationClips
 from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.data.reading import Views
 from hpm_video.data.sampling import window_indices
@@ -207,7 +207,7 @@ def test_views_are_those_of_a_test_however_few_frames_are_read_at_once(
     monkeypatch.setattr(clip_stream, "RUN_BYTES", run_bytes)
     manifest = read_manifest(videos / "validation").spread(2)
     spec = DataConfig(num_frames=4, frame_stride=2, frame_size=(24, 16), sampling=sampling)
-    expected = HeldOutClips(manifest, spec, views=Views(3, 2), seed=0)
+    expected = ValidationClips(manifest, spec, views=Views(3, 2), seed=0)
     found = parts_of(manifest, spec, Views(3, 2))
     for place in range(2):
         own = [part for at, part in found if at == place]
@@ -366,7 +366,7 @@ def test_a_video_shorter_than_the_window_is_one_window(main, pretrained, tmp_pat
 def test_of_a_classifier_what_its_head_sees(main, classifier, source, tmp_path):
     assert main(classifier, source, tmp_path / "out", "--clips", 2) == 0
     encoder = load(classifier)
-    clips = HeldOutClips(read_manifest(source), encoder.data, views=Views(2, 1), seed=0)
+    clips = ValidationClips(read_manifest(source), encoder.data, views=Views(2, 1), seed=0)
     for row, sample in zip(index_of(tmp_path / "out"), clips, strict=True):
         features = torch.from_numpy(np.load(tmp_path / "out" / row["file"]))
         with torch.no_grad():

@@ -137,7 +137,7 @@ def test_an_average_follows_the_weights_once_per_update():
     model = make_model()
     average = make_ema(model)
     objective = make(ema=average, momentum=MOMENTUM)
-    assert objective.companions == {"average": average}
+    assert objective.auxiliary_modules == {"average": average}
     start = [p.clone() for p in model.parameters()]
     with torch.no_grad():
         for parameter in model.parameters():
@@ -151,7 +151,7 @@ def test_an_average_follows_the_weights_once_per_update():
 
 def test_without_an_average_nothing_follows():
     objective, model = make(), make_model()
-    assert objective.companions == {}
+    assert objective.auxiliary_modules == {}
     objective.after_update(model, at(0))
     assert objective.ema is None
     assert objective.settings(at(0)) == {}

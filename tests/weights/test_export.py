@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from hpm_video.config.loading import load_config, save_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
-from hpm_video.data.transforms import held_out_crops
+from hpm_video.data.transforms import view_crops
 from hpm_video.files.single_file import as_folder
 from hpm_video.files.weights import CheckpointError
 from hpm_video.models.from_config import build_classifier, build_student
@@ -408,7 +408,7 @@ def smooth_frames(count, width):
 def assert_same_pixels(theirs, own, frames):
     def ours(short_side, interpolation):
         data = replace(own.config.data, held_out_short_side=short_side, interpolation=interpolation)
-        (crop,) = held_out_crops(frames, data, 1)
+        (crop,) = view_crops(frames, data, 1)
         return normalise(crop.unsqueeze(0), own.config.data.mean, own.config.data.std)
 
     expected = ours(own.config.data.held_out_short_side, own.config.data.interpolation)
