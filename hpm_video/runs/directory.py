@@ -1,4 +1,4 @@
-"""The directory of a run: whose it is, where the run stood, and what it may go on with."""
+"""The directory of a run: its lock, its state, and whether a config may resume it."""
 
 import fcntl
 import os
@@ -150,31 +150,31 @@ def check_same_run(directory: RunDirectory, config: RunConfig, data: RunData) ->
         )
 
 
-def check_same_weights(
-    directory: RunDirectory, name: str, key: str, given: str | None, file: str = "model"
-) -> str:
-    """Return the SHA-256 of the weights that a run began with, which its file ``name`` tells.
+def note_weights(
+    directory: RunDirectory, key: str, given: str | None, file: str = "model"
+) -> dict[str, str]:
+    """Return the SHA-256 of the weights that a run begins with, under the name of its file.
 
     ``key``: of the config, which names the weights as ``given``; ``file``: of a checkpoint folder.
 
     Raises:
-        ConfigError: other weights lie there now.
+        ConfigError: the run began with other weights than lie there now.
         CheckpointError: there are none, and the run has yet to begin.
     """
-    path = directory.path / name
+    path = directory.path / f"{key.rpartition('.')[2]}.sha256"
     before = path.read_text().strip() if directory.newest and path.is_file() else None
     now = "scratch"
     if given is not None:
         source = Path(given).expanduser()
         if before is not None and not source.exists():
-            return before  # whether a run that goes on needs them is seen later
+            return {path.name: f"{before}\n"}  # whether the run still needs them is seen later
         now = weights_digest(source, file)
     if before is not None and before != now:
         raise ConfigError(
             f"{directory.path} began with other weights than {key}={given} holds now; take another "
             f"output_dir, give the weights of before, or delete this run to begin anew"
         )
-    return now
+    return {path.name: f"{now}\n"}
 
 
 def claim(directory: RunDirectory, config: RunConfig, notes: dict[str, str]) -> None:

@@ -30,11 +30,11 @@ from hpm_video.recognition.mixing import Mixing
 from hpm_video.recognition.objective import Classification
 from hpm_video.recognition.testing import Scores, summarise
 from hpm_video.recognition.trained_model import OF_DECODERS, OF_POOLING
-from hpm_video.runs.data import RunData, open_data
-from hpm_video.runs.directory import RunDirectory, check_same_weights
+from hpm_video.runs.data import RunData
+from hpm_video.runs.directory import RunDirectory, note_weights
 from hpm_video.runs.init_weights import SAME_ENCODER, check_same_model, config_beside
 from hpm_video.runs.run import run
-from hpm_video.runs.task import Session
+from hpm_video.runs.task import Session, Task
 from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.distributed import Processes
 from hpm_video.training.ema import MomentumSchedule, ema_update_module
@@ -52,22 +52,19 @@ log = logging.getLogger(__name__)
 
 
 def finetune(config: FinetuneConfig, processes: Processes = Processes()) -> Path:  # noqa: B008
-    """Fine-tune as ``config`` says, or go on where its run directory stands. -> that directory"""
+    """Fine-tune, or resume the run in the output directory. -> that directory"""
     return run(Finetuning(config), processes)
 
 
-class Finetuning:
-    """The task of classification."""
+class Finetuning(Task):
+    """Classification."""
 
+    config: FinetuneConfig
     same_frames = True
 
     def __init__(self, config: FinetuneConfig) -> None:
         self.config = config
         self.ema = None if config.recipe.average_momentum is None else "average"
-
-    @cached_property
-    def data(self) -> RunData:
-        return open_data(self.config)
 
     @cached_property
     def label_names(self) -> tuple[str, ...]:
@@ -92,11 +89,9 @@ class Finetuning:
                     f"{directory.path} holds a run with other classes ({len(before)}, now "
                     f"{len(self.label_names)}); take another output_dir"
                 )
-        name, given = "init_weights.sha256", self.config.init_weights
-        file = weights_file(self.config)
-        digest = check_same_weights(directory, name, "init_weights", given, file)
+        given, file = self.config.init_weights, weights_file(self.config)
         labels = "".join(f"{name}\n" for name in self.label_names)
-        return {"labels.txt": labels, name: f"{digest}\n"}
+        return {"labels.txt": labels, **note_weights(directory, "init_weights", given, file)}
 
     def model(self) -> ClipClassifier:
         assert self.config.model.num_classes is not None
@@ -161,14 +156,14 @@ class Finetuning:
         )
 
     def evaluation(self, session: Session, objective: Objective, engine: Engine) -> Evaluation:
-        """Measure the accuracy on held-out videos, one view of each.
+        """Measure the accuracy on validation videos, one view of each.
 
-        Of several processes each sees its share of the videos.
+        Each process sees its share of the videos.
         """
         assert isinstance(objective, Classification)
         config, processes = self.config, session.processes
         if self.data.validation is None:
-            log.info("no data.validation: nothing is measured on held-out videos")
+            log.info("no data.validation: nothing is measured during training")
             return Evaluation()
         manifest = self.data.validation.spread(config.logging.validation_clips)
         reading = Reading.of(config.data, exclude_bad_files=config.test.exclude_bad_files)
@@ -189,11 +184,11 @@ class Finetuning:
                 scores = Scores(manifest, over_videos(values, clips, reading, processes, per_pass))
             return _measures_of(scores, names)
 
-        return Evaluation(validate, score="top1", more_is_better=True, describe=_describe_held_out)
+        return Evaluation(validate, score="top1", more_is_better=True, describe=_describe_measures)
 
 
 def find_label_names(config: FinetuneConfig, data: RunData) -> tuple[str, ...]:
-    """The name of each class: of the file in the config, of the manifest, or else its number.
+    """Return the name of each class: from the config's file, the manifest, or else its number.
 
     Raises:
         ConfigError: they do not fit the number of classes of the config.
@@ -227,14 +222,14 @@ def find_label_names(config: FinetuneConfig, data: RunData) -> tuple[str, ...]:
 
 
 def weights_file(config: FinetuneConfig) -> str:
-    """Name of the file in the checkpoint ``init_weights`` that a run begins with."""
+    """Return the name of the file of weights in the checkpoint ``init_weights``."""
     return "model" if config.init_from == "student" else config.init_from
 
 
 def resolve(
     config: FinetuneConfig, num_classes: int, directory: RunDirectory | None = None
 ) -> FinetuneConfig:
-    """The config with what it left open: the number of classes, and the grid of pre-training.
+    """Fill in what a config left open: the number of classes, and the grid of pre-training.
 
     A run that goes on in ``directory`` knows that grid, though its ``init_weights`` may be gone.
     """
@@ -260,7 +255,7 @@ def resolve(
 def for_checkpoint(
     config: FinetuneConfig, checkpoint: Path, weights: Literal["student", "teacher", "untrained"]
 ) -> FinetuneConfig:
-    """The config for the encoder of a pre-training run, and for clips as it was trained on."""
+    """Adapt a config to the encoder of a pre-training run, and to the clips of that run."""
     source = load_any_config(checkpoint / "config.yaml")
     # Clips of one time step are not spread over anything.
     test = replace(config.test, clips=1) if source_grid_of(source)[0] == 1 else config.test
@@ -336,8 +331,8 @@ def _measures_of(scores: Scores, names: Sequence[str]) -> dict[str, float]:
     }
 
 
-def _describe_held_out(measures: dict[str, float]) -> str:
+def _describe_measures(measures: dict[str, float]) -> str:
     return (
-        f"held out: top-1 {measures['top1']:.3f}, top-5 {measures['top5']:.3f}, cross-entropy "
+        f"validation: top-1 {measures['top1']:.3f}, top-5 {measures['top5']:.3f}, cross-entropy "
         f"{measures['cross_entropy']:.3f}"
     )

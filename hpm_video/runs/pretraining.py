@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,11 +30,11 @@ from hpm_video.recognition.labels import names_of_both
 from hpm_video.recognition.probes import FeatureTable, nearest_neighbours
 from hpm_video.recognition.testing import summarise
 from hpm_video.recognition.trained_model import TrainedAutoencoder, open_trained
-from hpm_video.runs.data import RunData, key_of_source, open_data, open_manifest
-from hpm_video.runs.directory import RunDirectory, check_same_weights
+from hpm_video.runs.data import key_of_source, open_manifest
+from hpm_video.runs.directory import RunDirectory, note_weights
 from hpm_video.runs.init_weights import check_same_model, config_beside
 from hpm_video.runs.run import run
-from hpm_video.runs.task import Session
+from hpm_video.runs.task import Session, Task
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import MaskRule, count_masked, grid_of_units
 from hpm_video.training.checkpoint import read_weights
@@ -53,11 +53,11 @@ from hpm_video.weights.image_tower import read_image_tower
 log = logging.getLogger(__name__)
 
 PICTURED_CLIPS = 4
-"""Held-out clips that are drawn during training."""
+"""Validation clips that are drawn during training."""
 
 
 def build_target(config: PretrainConfig, device: torch.device) -> Target:
-    """What is to be reconstructed.
+    """Build what is to be reconstructed.
 
     Raises:
         CheckpointError, ConfigError: the weights of a feature model cannot be used.
@@ -90,9 +90,9 @@ def build_objective(
     target: Target,
     engine: Engine | None = None,
 ) -> HardPatchesMining:
-    """Hard patches mining as a config wants it; without a teacher, a plain masked autoencoder.
+    """Build the objective of a config; without a teacher, that of a plain masked autoencoder.
 
-    ``engine``: it holds the teacher, if any does.
+    ``engine``: the one that shards the teacher, if any does.
     """
     mining = config.mining
     return HardPatchesMining(
@@ -108,7 +108,7 @@ def build_objective(
 
 
 def mask_rule(config: PretrainConfig, source: str) -> MaskRule:
-    """How the clips of a source are masked."""
+    """Return the rule by which the clips of a source are masked."""
     masking = config.maskings[source]
     grid = TokenGrid.of_clip(config.sources[source].clip_size, config.model.patch_size)
     units = grid_of_units(grid, masking.unit).num_tokens
@@ -134,12 +134,12 @@ def _crop_of(data: PretrainDataConfig) -> ClipTransform:
 def load_run(
     checkpoint: Path, device: torch.device, overrides: Sequence[str] = ()
 ) -> tuple[PretrainConfig, MaskedAutoencoder, HardPatchesMining]:
-    """What a checkpoint folder holds: its config, the student, the objective with the teacher.
+    """Load config, student, and the objective with the teacher from a checkpoint folder.
 
     ``overrides`` of the config: such as where the weights of a feature model are now.
 
     Raises:
-        ConfigError, CheckpointError: the folder is not a whole checkpoint of a pre-training run.
+        ConfigError, CheckpointError: the folder is not a complete checkpoint of pre-training.
     """
     trained = open_trained(checkpoint, TrainedAutoencoder, overrides=overrides)
     config, student, teacher = trained.config, trained.build(), None
@@ -151,34 +151,22 @@ def load_run(
 
 
 def pretrain(config: PretrainConfig, processes: Processes = Processes()) -> Path:  # noqa: B008
-    """Pre-train as ``config`` says, or go on where its run directory stands. -> that directory"""
+    """Pre-train, or resume the run in the output directory. -> that directory"""
     return run(Pretraining(config), processes)
 
 
-class Pretraining:
-    """The task of hard patches mining; without a loss predictor, of a plain masked autoencoder."""
+class Pretraining(Task):
+    """Hard patches mining; without a loss predictor, a plain masked autoencoder."""
 
-    multiple = 1
-    same_frames = False
+    config: PretrainConfig
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config
         self.ema = "teacher" if config.mining.has_teacher else None
 
-    @cached_property
-    def data(self) -> RunData:
-        return open_data(self.config)
-
-    def resolve(self, directory: RunDirectory | None = None) -> None:
-        """Nothing is left open."""
-
     def notes(self, directory: RunDirectory) -> dict[str, str]:
         given = self.config.mining.feature_weights
-        if given is None:
-            return {}
-        name = "feature_weights.sha256"
-        digest = check_same_weights(directory, name, "mining.feature_weights", given)
-        return {name: f"{digest}\n"}
+        return {} if given is None else note_weights(directory, "mining.feature_weights", given)
 
     def model(self) -> MaskedAutoencoder:
         return build_student(self.config)
@@ -221,14 +209,14 @@ class Pretraining:
         return build_objective(self.config, ema, build_target(self.config, device), engine)
 
     def evaluation(self, session: Session, objective: Objective, engine: Engine) -> Evaluation:
-        """Measure held-out clips of each source, draw some of them, and probe frozen features.
+        """Measure validation clips of each source, draw some of them, and probe frozen features.
 
-        Of several processes each measures its share of the clips, and the first one draws.
+        Each process measures its share of the clips, and the first one draws.
         """
         assert isinstance(objective, HardPatchesMining)
         config, processes = self.config, session.processes
         probe = _neighbour_probe(config, processes, engine) if config.knn.train else None
-        measured = {name: self._held_out(name) for name in self._sources_with_validation()}
+        measured = {name: self._validation_clips(name) for name in self._sources_with_validation()}
         reading = Reading.of(config.data)
         for clips in measured.values():
             find_failures(clips, reading, processes)
@@ -237,7 +225,7 @@ class Pretraining:
 
         def validate() -> Measures:
             found: Measures = {}
-            with _looking(objective, engine) as (seen, student):
+            with _gathered(objective, engine) as (seen, student):
                 for name, clips in measured.items():
                     share = processes.share(len(clips))
                     at_most = min(max(config.recipe.batch_size, 8), CLIPS_PER_PASS)
@@ -247,9 +235,9 @@ class Pretraining:
             return found
 
         def draw(done: int) -> None:
-            with _looking(objective, engine) as (seen, student):
+            with _gathered(objective, engine) as (seen, student):
                 for name in measured if processes.is_first else ():
-                    clips = self._held_out(name, PICTURED_CLIPS)
+                    clips = self._validation_clips(name, PICTURED_CLIPS)
                     shown = collate([clips[i] for i in range(len(clips))])
                     folder = session.directory.path / "pictures" / name
                     write_pictures(folder, f"update-{done:08d}", seen, student, shown)
@@ -269,8 +257,7 @@ class Pretraining:
             log.info("no %sdata.validation: none of its clips are measured", key_of_source(name))
         return names
 
-    def _held_out(self, source: str, count: int | None = None) -> ValidationClips:
-        """Some held-out clips of a source."""
+    def _validation_clips(self, source: str, count: int | None = None) -> ValidationClips:
         how, manifest = self.config.sources[source], self.data.sources[source].validation
         assert manifest is not None
         return ValidationClips(
@@ -282,34 +269,29 @@ class Pretraining:
 
 
 @contextmanager
-def _looking(
+def _gathered(
     objective: HardPatchesMining, engine: Engine
 ) -> Iterator[tuple[HardPatchesMining, Runner]]:
-    """Objective and student with all weights here, so that a process can look by itself."""
+    """Yield objective and student with all weights, so that any process can call them alone."""
     with ExitStack() as stack:
         student = stack.enter_context(engine.gathered(engine.model))
         teacher = objective.ema
         if teacher is not None:
-            whole = stack.enter_context(engine.gathered(teacher))
-            assert isinstance(whole, MaskedAutoencoder)
-            teacher = whole
+            gathered = stack.enter_context(engine.gathered(teacher))
+            assert isinstance(gathered, MaskedAutoencoder)
+            teacher = gathered
         yield objective.seen_with(teacher), Runner(student, engine.device, engine.precision)
 
 
 def describe_sources(sources: Sequence[str], yardstick: str, measures: Measures) -> str:
-    """The measures of each source in a few lines, for the terminal."""
-    told = []
-    for source in sources:
-        own = {name: measures[named(source, name)] for name in names_of(source, measures)}
-        told.append(f"{source}, {describe(own, yardstick)}" if source else describe(own, yardstick))
-    return "\n".join(told)
-
-
-def names_of(source: str, measures: Measures) -> list[str]:
-    """The measures of one source, by the names that those of the main one have."""
-    if not source:
-        return [name for name in measures if "/" not in name]
-    return [name.split("/", 1)[1] for name in measures if name.startswith(f"{source}/")]
+    """Return the measures of each source in a few lines, for the terminal."""
+    own: dict[str, Measures] = {source: {} for source in sources}
+    for name, value in measures.items():
+        source, _, measure_of_source = name.rpartition("/")
+        own[source][measure_of_source] = value
+    return "\n".join(
+        f"{source}{source and ', '}{describe(values, yardstick)}" for source, values in own.items()
+    )
 
 
 def _neighbour_probe(
@@ -341,10 +323,10 @@ def _neighbour_probe(
         with engine.gathered(engine.model) as student:
             assert isinstance(student, ClipEncoder)
             encoder = Inference(student, config.data, engine.device, engine.precision)
-            train, held_out = (
+            train, validation = (
                 FeatureTable.of(encoder, clips, reading, processes) for clips in both
             )
-        scores = nearest_neighbours(train, held_out, len(names), [how.k], how.temperature)[how.k]
+        scores = nearest_neighbours(train, validation, len(names), [how.k], how.temperature)[how.k]
         return {"knn_top1": summarise(scores, names)["top1"]}
 
     return probe

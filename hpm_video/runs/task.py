@@ -1,8 +1,9 @@
 """What a run trains: the seam between pre-training, fine-tuning and what every run has."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from hpm_video.config.schema import RunConfig
 from hpm_video.data.transforms import ClipTransform
 from hpm_video.files.weights import load_weights
-from hpm_video.runs.data import RunData
+from hpm_video.runs.data import RunData, open_data
 from hpm_video.runs.directory import RunDirectory
 from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.distributed import Processes
@@ -30,58 +31,62 @@ class Session:
     directory: RunDirectory
 
 
-class Task(Protocol):
+class Task(ABC):
     """What a run trains. A new kind of training is a new task: :func:`run` is the same for all."""
 
-    @property
-    def config(self) -> RunConfig:
-        """Of the run."""
-
-    @property
-    def data(self) -> RunData:
-        """The videos that its config names."""
-
+    config: RunConfig
     ema: str | None
-    """File of a checkpoint with the moving average of the weights; none: there is none."""
+    """The name that checkpoints give the moving average of the weights; none: there is none."""
+    same_frames = False
+    """Whether the clips of a video in one batch show the same frames."""
+
+    @cached_property
+    def data(self) -> RunData:
+        """The videos that the config names."""
+        return open_data(self.config)
 
     @property
     def multiple(self) -> int:
-        """What the videos of a forward pass must be a multiple of."""
+        """The number of videos of a forward pass must be a multiple of this."""
+        return 1
 
-    @property
-    def same_frames(self) -> bool:
-        """Whether the clips of a video in one batch show the same frames."""
-
-    def resolve(self, directory: RunDirectory | None = None) -> None:
+    def resolve(self, directory: RunDirectory | None = None) -> None:  # noqa: B027 - nothing is open
         """Fill in what the config left open, as a run in ``directory`` did."""
 
+    @abstractmethod
     def notes(self, directory: RunDirectory) -> dict[str, str]:
-        """Return what the run directory says of the run's start: text by the name of a file.
+        """Return the files that the run directory keeps of the run's start: text by name.
 
         Raises:
             ConfigError: the run there began otherwise.
         """
 
+    @abstractmethod
     def model(self) -> nn.Module:
         """Build the model with its random weights, on the default device."""
 
+    @abstractmethod
     def initialise(self, model: nn.Module) -> Tensors | None:
         """Put the weights that the run starts from into ``model``.
 
         Returns those of the moving average, if they differ from the model's.
         """
 
+    @abstractmethod
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Make the optimizer of its parameters."""
 
+    @abstractmethod
     def transforms(self) -> dict[str, ClipTransform]:
         """Return how training clips are cropped and changed, by the name of their source."""
 
+    @abstractmethod
     def objective(
         self, ema: nn.Module | None, device: torch.device, engine: Engine | None = None
     ) -> Objective:
         """Make what is minimised. ``engine``: it holds ``ema``, if any does."""
 
+    @abstractmethod
     def evaluation(self, session: Session, objective: Objective, engine: Engine) -> Evaluation:
         """Return what is measured and drawn during training.
 

@@ -1,6 +1,6 @@
-"""DeepSpeed's ZeRO as an engine: optimizer, gradients and weights spread over processes.
+"""DeepSpeed's ZeRO as an engine: optimizer, gradients and weights sharded over processes.
 
-Stage 0 spreads nothing, 1 the optimizer's moments, 2 the gradients as well, 3 the weights as well
+Stage 0 shards nothing, 1 the optimizer's moments, 2 the gradients as well, 3 the weights as well
 (Rajbhandari et al., "ZeRO", SC 2020). What an update computes is what :class:`TorchEngine` does.
 The only user of deepspeed.
 """
@@ -21,8 +21,7 @@ from typing_extensions import override
 from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.training import EngineConfig
 from hpm_video.training.deepspeed_settings import settings_of
-from hpm_video.training.device import Precision
-from hpm_video.training.distributed import Processes, make_sure_of_group
+from hpm_video.training.distributed import make_sure_of_group
 from hpm_video.training.ema import ema_update
 from hpm_video.training.engine import Engine, EngineError, on_first
 from hpm_video.training.optim import OptimizerState, Tensors, put_state, state_of
@@ -31,34 +30,26 @@ from hpm_video.training.optim import OptimizerState, Tensors, put_state, state_o
 class DeepSpeedEngine(Engine):
     """ZeRO of any stage, in float32 or with autocast to bfloat16. Weights stay float32."""
 
-    def __init__(  # noqa: PLR0913 - those of TorchEngine, and what DeepSpeed asks for
+    def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         how: EngineConfig,
         plan: BatchPlan,
         *,
-        device: torch.device,
         clip_grad: float | None = None,
-        precision: Precision = "fp32",
-        processes: Processes = Processes(),  # noqa: B008 - it is frozen
+        **common: Any,
     ) -> None:
-        """Take a model that is on ``device`` already, and the optimizer of its parameters.
+        """Take a model, the optimizer of its parameters, and what :class:`Engine` takes.
 
         Raises:
             EngineError: deepspeed is not installed, or does not take these settings.
         """
-        super().__init__(
-            model,
-            device=device,
-            accumulate=plan.accumulate,
-            precision=precision,
-            processes=processes,
-        )
+        super().__init__(model, accumulate=plan.accumulate, **common)
         self.stage = how.stage
         self.name = f"DeepSpeed, ZeRO stage {self.stage}"
-        self._settings = settings_of(how, plan, clip_grad=clip_grad, precision=precision)
-        self._deepspeed = import_deepspeed(device)
+        self._settings = settings_of(how, plan, clip_grad=clip_grad, precision=self.precision)
+        self._deepspeed = import_deepspeed(self.device)
         if self.stage == 3:  # a copy without weights
             empty = {
                 id(p): nn.Parameter(p.data.new_empty(0), p.requires_grad)
@@ -181,7 +172,7 @@ class DeepSpeedEngine(Engine):
                     self._put_moment(parameter, of_parameters[name].to(self.device), kind)
 
     def _link_moments(self) -> None:
-        """Let parameters know their moments. DeepSpeed does that once, after the first group."""
+        """Link parameters to their moments. DeepSpeed does that once, after the first group."""
         if self.stage < 3:
             zero = self._engine.optimizer
             zero._hp_optimizer_states_linked = False
@@ -198,7 +189,7 @@ class DeepSpeedEngine(Engine):
         tools.safe_set_local_optimizer_state(parameter, own, kind)
 
     def _gathered_weights(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Of spread parameters, one after the other; all processes must take all of them."""
+        """Yield sharded parameters one by one; all processes must take all of them."""
         parameters: dict[str, Any] = dict(module.named_parameters())
         for name, value in module.state_dict().items():
             if name in parameters:
@@ -218,8 +209,8 @@ class DeepSpeedEngine(Engine):
                 yield name, self._join(own, parameter)
 
     def _join(self, shard: Tensor, parameter: Any) -> Tensor:
-        whole = self.processes.gather_shards(shard.detach())
-        return whole[: parameter.ds_numel].view(parameter.ds_shape)
+        joined = self.processes.gather_shards(shard.detach())
+        return joined[: parameter.ds_numel].view(parameter.ds_shape)
 
 
 @contextmanager
@@ -234,7 +225,7 @@ def _linear_layers_by(function: Any) -> Iterator[None]:
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """The library, which says nothing but warnings.
+    """Import the library, with its log at warnings.
 
     Raises:
         EngineError: it is not installed, does not import, or would take another device.

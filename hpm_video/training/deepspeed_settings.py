@@ -1,4 +1,4 @@
-"""What DeepSpeed is told: a run's own settings, and those of the user's file."""
+"""The configuration of DeepSpeed: a run's own settings, and those of the user's file."""
 
 import json
 from collections.abc import Mapping
@@ -43,14 +43,20 @@ REMEDIES = {
     "bf16": "engine.precision",
 }
 """Where the run says what a user's file may not contradict."""
-NOT_FOLLOWED = (
-    "zero_hpz_partition_size",
-    "zero_quantized_weights",
-    "zero_quantized_nontrainable_weights",
-    "zero_quantized_gradients",
-    "mics_shard_size",
-)
-"""Ways to spread weights in which the teacher could not follow the student shard by shard."""
+OF_THE_RECIPE = "but that is part of the recipe; leave it out and set recipe.* of the config"
+NOT_FOLLOWED = "which shards or rounds weights in a way that a teacher cannot follow; leave it out"
+REFUSED = {
+    "optimizer": OF_THE_RECIPE,
+    "scheduler": OF_THE_RECIPE,
+    "zero_optimization.zero_hpz_partition_size": NOT_FOLLOWED,
+    "zero_optimization.zero_quantized_weights": NOT_FOLLOWED,
+    "zero_optimization.zero_quantized_nontrainable_weights": NOT_FOLLOWED,
+    "zero_optimization.zero_quantized_gradients": NOT_FOLLOWED,
+    "zero_optimization.mics_shard_size": NOT_FOLLOWED,
+    "zero_optimization.offload_optimizer.ratio": "and a part of the optimizer's state could not be "
+    "saved; leave it out",
+}
+"""What the user's file must not have."""
 
 
 def settings_of(
@@ -91,27 +97,12 @@ def _read_settings(path: Path) -> Settings:
         raise EngineError(f"cannot read engine.deepspeed={path}: {error}") from error
     if not isinstance(own, dict):
         raise EngineError(f"engine.deepspeed={path} must hold a JSON object")
-    zero = own.get("zero_optimization")
-    zero = zero if isinstance(zero, Mapping) else {}
-    offload = zero.get("offload_optimizer")
-    refused = {
-        name: f"has a section {name!r}, but that is part of the recipe; leave it out and set "
-        f"recipe.* of the config"
-        for name in ("optimizer", "scheduler")
-        if name in own
-    } | {
-        name: f"says zero_optimization.{name}, which spreads or rounds weights in a way that a "
-        f"teacher cannot follow; leave it out"
-        for name in NOT_FOLLOWED
-        if name in zero
-    }
-    if isinstance(offload, Mapping) and offload.get("ratio", 1) != 1:
-        refused["ratio"] = (
-            "says zero_optimization.offload_optimizer.ratio, and a part of the optimizer's state "
-            "could not be saved; leave it out"
-        )
-    for why in refused.values():
-        raise EngineError(f"engine.deepspeed {why}")
+    for name, why in REFUSED.items():
+        value: Any = own
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value is not None and not (name.endswith("ratio") and value == 1):
+            raise EngineError(f"engine.deepspeed has {name}, {why}")
     return own
 
 

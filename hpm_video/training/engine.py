@@ -45,7 +45,7 @@ def batch_statistics(model: nn.Module) -> list[Tensor]:
 
 
 class EngineError(ExpectedError, RuntimeError):
-    """An engine that cannot be used as asked. The message says why and what to do."""
+    """An engine cannot be used as asked. The message gives the reason and the remedy."""
 
 
 class Engine(Runner, ABC):
@@ -53,10 +53,10 @@ class Engine(Runner, ABC):
 
     One call of ``backward`` and one of ``step`` per micro-batch; ``step`` returns True when it
     updated the weights, which is every ``accumulate`` calls. The loss of an update is the mean over
-    its micro-batches and over all processes. What returns whole weights or states is called by all
-    processes; the first gets them.
+    its micro-batches and over all processes. Methods that return complete weights or states are
+    called by all processes; the first one gets them.
 
-    What is not abstract here is that of an engine whose processes all have all weights.
+    Methods that are not abstract are right for an engine whose processes all have all weights.
     """
 
     name: str
@@ -69,9 +69,9 @@ class Engine(Runner, ABC):
         model: nn.Module,
         *,
         device: torch.device,
-        accumulate: int,
-        precision: Precision,
-        processes: Processes,
+        accumulate: int = 1,
+        precision: Precision = "fp32",
+        processes: Processes = Processes(),  # noqa: B008 - it is frozen
     ) -> None:
         """Take a model that is on ``device`` already."""
         super().__init__(model, device, precision)
@@ -94,20 +94,20 @@ class Engine(Runner, ABC):
     def step(self) -> bool:
         """Update the weights once the last micro-batch of an update is done."""
 
-    def shard(self, module: nn.Module) -> None:  # noqa: B027 - it lies where it must
-        """Place a module that follows the model, as the model's weights are placed."""
+    def shard(self, module: nn.Module) -> None:  # noqa: B027 - nothing to do
+        """Shard a module as the model's weights are sharded."""
 
     @contextmanager
     def gathered(self, module: nn.Module) -> Iterator[nn.Module]:
-        """Give ``module``, or a copy of it, that any process can call alone."""
+        """Yield ``module``, or a copy of it, with all weights: any process can call it alone."""
         yield module
 
     def ema_update(self, module: nn.Module, model: nn.Module, momentum: float) -> None:
-        """Move the weights of a module that is held towards the model's by ``1 - momentum``."""
+        """Move the weights of a module that was sharded towards the model's by ``1 - momentum``."""
         ema_update(module.parameters(), model.parameters(), momentum)
 
     def weights(self, module: nn.Module) -> Tensors:
-        """All weights of a module in the host's memory; none on other processes than the first."""
+        """Return all weights of a module, in the memory of the host of the first process."""
         return on_first(self.processes, module.state_dict().items())
 
     @abstractmethod
@@ -137,18 +137,13 @@ class TorchEngine(Engine):
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        device: torch.device,
-        accumulate: int = 1,
         clip_grad: float | None = None,
-        precision: Precision = "fp32",
-        processes: Processes = Processes(),  # noqa: B008 - it is frozen
+        **common: Any,
     ) -> None:
-        """Take a model that is on ``device`` already, and the optimizer of its parameters."""
-        super().__init__(
-            model, device=device, accumulate=accumulate, precision=precision, processes=processes
-        )
-        self.name = "plain torch" if processes.count == 1 else "plain torch, DDP"
-        self._runner = processes.replicate(model)
+        """Take a model, the optimizer of its parameters, and what :class:`Engine` takes."""
+        super().__init__(model, **common)
+        self.name = "plain torch" if self.processes.count == 1 else "plain torch, DDP"
+        self._runner = self.processes.replicate(model)
         self._is_replicated = isinstance(self._runner, nn.parallel.DistributedDataParallel)
         self._optimizer = optimizer
         self._clip_grad = clip_grad

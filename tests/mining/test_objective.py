@@ -12,7 +12,7 @@ from hpm_video.data.batch import ClipBatch
 from hpm_video.mining.objective import HardPatchesMining, named
 from hpm_video.mining.targets import FeatureTarget, PixelTarget
 from hpm_video.mining.validation import measure, trivial_difficulties
-from hpm_video.runs.pretraining import describe_sources, names_of
+from hpm_video.runs.pretraining import describe_sources
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import STRATEGIES, MaskRule
 from hpm_video.training.ema import MomentumSchedule, make_ema
@@ -370,8 +370,6 @@ def test_measures_of_several_sources_are_told_one_after_the_other():
         "ranking_by_variance": 0.6,
         "images/relative_error": 0.25,
     }
-    assert names_of("", measures) == [*measures][:3]
-    assert names_of("images", measures) == ["relative_error"]
     assert describe_sources(("", "images"), "the patch mean", measures).splitlines() == [
         "held out: error 0.500 of the patch mean's",
         "  ranking by the teacher 0.750 (trivial: variance 0.600)",

@@ -96,7 +96,7 @@ def test_a_file_that_contradicts_is_refused_by_name(own, name, remedy, settings)
 
 @pytest.mark.parametrize("section", ["optimizer", "scheduler"])
 def test_sections_of_the_recipe_are_refused(section, settings):
-    with pytest.raises(EngineError, match=f"section '{section}', but that is part of"):
+    with pytest.raises(EngineError, match=f"has {section}, but that is part of"):
         settings({section: {"type": "AdamW"}})
 
 
