@@ -1,4 +1,4 @@
-"""How the batch of an update is spread over processes and forward passes.
+"""How the batch of an update is split over processes and micro-batches.
 
 The batch is the recipe's, and the same for any number of processes: each takes an equal share of
 it, in passes of ``micro_batch`` videos.
@@ -12,7 +12,7 @@ from hpm_video.config.checks import ConfigError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Who computes which part of an update."""
+    """The parts of an update and the processes that compute them."""
 
     batch_size: int
     """Videos of an update, over all processes."""
@@ -34,7 +34,7 @@ class BatchPlan:
 def plan_batches(
     batch_size: int, processes: int, micro_batch: int | None, *, multiple: int = 1
 ) -> BatchPlan:
-    """The plan of an update. Without ``micro_batch`` a process computes its share in one pass.
+    """Plan an update. Without ``micro_batch`` a process computes its share in one pass.
 
     ``multiple``: what a forward pass takes a multiple of, such as 2 where mixup pairs videos.
 
@@ -56,7 +56,7 @@ def plan_batches(
 
 
 def micro_batches(batch_size: int, processes: int, multiple: int = 1) -> list[int]:
-    """All videos per forward pass that make up a process's share, ascending.
+    """Return all sizes of a micro-batch that make up a process's share, ascending.
 
     Raises:
         ConfigError: the batch does not spread over the processes.
@@ -93,5 +93,4 @@ def _around(value: int, possible: Sequence[int]) -> list[int]:
 
 
 def _and_be_a(multiple: int, what: str = "") -> str:
-    """The rule that a multiple adds."""
     return "" if multiple == 1 else f", {what}being a multiple of {multiple} (videos are paired)"

@@ -1,4 +1,4 @@
-"""What the sections of a config share: how they refuse a value."""
+"""Checks that the sections of a config share."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import field
@@ -17,22 +17,22 @@ def unrelated(default: Any) -> Any:
 
 
 def at_least(least: int, **values: int | None) -> None:
-    """Refuse what is smaller."""
+    """Refuse values below ``least``."""
     _check(f"be at least {least}", lambda value: value >= least, values)
 
 
 def a_chance(section: str, **values: float | None) -> None:
-    """Refuse what does not lie in [0, 1)."""
+    """Refuse values outside of [0, 1)."""
     _check("lie in [0, 1)", lambda value: 0 <= value < 1, values, section)
 
 
 def a_share(section: str, **values: float | None) -> None:
-    """Refuse what does not lie in [0, 1]."""
+    """Refuse values outside of [0, 1]."""
     _check("lie in [0, 1]", lambda value: 0 <= value <= 1, values, section)
 
 
 def positive(section: str, rule: str = "be positive", **values: float | None) -> None:
-    """Refuse what is not above 0. ``rule``: what the message says."""
+    """Refuse values that are not above 0, with a message that states ``rule``."""
     _check(rule, lambda value: value > 0, values, section)
 
 

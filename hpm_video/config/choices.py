@@ -6,8 +6,8 @@ from typing import Literal
 
 Conventions = Literal["videomae", "mae"]
 """What models of the two papers differ in beside their sizes. ``mae``: the layer from encoder to
-decoders has a bias, patch embedding and tokens start as there (xavier-uniform, normal of deviation
-0.02), and pre-training decays the tokens."""
+decoders has a bias, patch embedding and tokens start as there (xavier-uniform; normal with standard
+deviation 0.02), and pre-training decays the tokens."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class TransformerSize:
 
 
 Init = Literal["truncated_normal", "xavier"]
-"""How linear layers start: ``truncated_normal`` with deviation 0.02, as VideoMAE's fine-tuning has,
-or ``xavier``-uniform, as pre-training has. Narrow models trained from scratch need the latter."""
+"""How linear layers start: ``truncated_normal`` with standard deviation 0.02, as VideoMAE's
+fine-tuning has, or ``xavier``-uniform, as pre-training has. Narrow models trained from scratch need
+the latter."""
 Pooling = Literal["mean_norm", "class_token", "batch_norm", "attentive"]
 """How the tokens of a clip become one vector. ``mean_norm``: their mean, then a layer norm, for
 fine-tuning; there is none before it. ``class_token``: that token, normed. ``batch_norm``: the

@@ -21,7 +21,7 @@ class DataConfig:
     train: str = ""
     """Manifest (CSV or list) or folder of the videos to train on."""
     validation: str | None = None
-    """Manifest or folder of held-out videos; none: nothing is measured on held-out clips."""
+    """Manifest or folder of the validation videos; none: there is no validation."""
     root: str | None = unrelated(default=None)
     """Folder that relative paths of the manifests start from; by default the manifest's own."""
     num_frames: int = 16
@@ -34,8 +34,9 @@ class DataConfig:
     interpolation: Interpolation = "bilinear"
     """How frames are resized."""
     held_out_short_side: int | None = None
-    """Where given, held-out frames are resized so that their shorter side has so many pixels, and
-    crops are cut out of them (ImageNet: 256, then 224). By default a crop is as large as fits."""
+    """Where given, frames for validation and tests are resized so that their shorter side has so
+    many pixels, and crops are cut out of them (ImageNet: 256, then 224). By default a crop is as
+    large as fits."""
     sampling: Sampling = "dense"
     """``dense``: frames at the stride. ``segments``: one frame of each of num_frames equal parts
     of the video; the stride then plays no part."""

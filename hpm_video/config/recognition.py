@@ -1,4 +1,4 @@
-"""The sections on tests and on probes during pre-training."""
+"""The sections on testing, and on the probe during pre-training."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -19,8 +19,8 @@ class EvaluationConfig:
     checkpoint: Literal["last", "best"] = "last"
     """``best`` is best on ``data.validation``: no fair choice where that is tested on as well."""
     weights: Literal["model", "average"] = "model"
-    """``average``: their moving average, see ``recipe.average_momentum``. Held-out measures during
-    training are taken of the same."""
+    """``average``: their moving average, see ``recipe.average_momentum``. Validation during
+    training uses the same."""
     clips_per_pass: int = 32
     """Clips of one forward pass."""
     exclude_bad_files: bool = False
@@ -32,7 +32,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class KnnConfig:
-    """Nearest neighbours of frozen features during pre-training: does it help recognition yet?"""
+    """Nearest neighbours of frozen features during pre-training: do they separate classes yet?"""
 
     train: str | None = None
     """Labelled manifest or folder that neighbours are looked up in; none: nothing is measured.
@@ -42,7 +42,7 @@ class KnnConfig:
     every_epochs: float = 20
     """Epochs between two measurements (one more at the end)."""
     videos: int = 2000
-    """At most so many videos of each manifest, evenly over it."""
+    """Videos of each manifest that are used at most, evenly over it."""
     k: int = 20
     """Neighbours that vote."""
     temperature: float = 0.07

@@ -9,7 +9,7 @@ from hpm_video.config.choices import Precision
 
 @dataclass(frozen=True)
 class RecipeConfig:
-    """The optimiser and its schedule."""
+    """The optimizer and its schedule."""
 
     epochs: int = 800
     batch_size: int = 2048
@@ -45,7 +45,7 @@ class RecipeConfig:
 
 @dataclass(frozen=True)
 class FinetuneRecipe(RecipeConfig):
-    """The optimiser of a classifier. The defaults are VideoMAE's."""
+    """The optimizer of a classifier. The defaults are VideoMAE's."""
 
     epochs: int = 100
     batch_size: int = 512
@@ -58,7 +58,7 @@ class FinetuneRecipe(RecipeConfig):
     layer_decay: float = 1.0
     """Each layer's learning rate, as a share of that of the layer above it."""
     average_momentum: float | None = None
-    """Where given, a moving average of the weights is kept, with this share of the old value."""
+    """Momentum of an exponential moving average (EMA) of the weights; none: none is kept."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,7 +69,7 @@ class FinetuneRecipe(RecipeConfig):
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How updates are computed, and by how many processes a part of them.
+    """How updates are computed.
 
     ``torch`` is plain torch, of several processes DDP. ``deepspeed`` computes the same with less
     memory in each process.
@@ -77,12 +77,12 @@ class EngineConfig:
 
     name: Literal["torch", "deepspeed"] = "torch"
     zero_stage: Literal[0, 1, 2, 3] | None = None
-    """What DeepSpeed spreads over the processes: 0 nothing, 1 the optimizer's moments (the
-    default), 2 the gradients as well, 3 the weights, and the teacher's, as well."""
+    """What DeepSpeed shards over the processes: 0 nothing, 1 the optimizer's moments (the default),
+    2 the gradients as well, 3 the weights, and the teacher's, as well."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What DeepSpeed keeps in the host's memory: the optimizer, or (stage 3) the weights too."""
     deepspeed: str | None = None
-    """JSON file with further settings of DeepSpeed. What the run decides it may not contradict."""
+    """JSON file with further settings of DeepSpeed. It must not contradict the run's own."""
     device: str = "auto"
     """``cpu``, ``cuda``, ``mps``; ``auto`` takes an accelerator where there is one."""
     precision: Precision = "auto"
@@ -122,9 +122,9 @@ class LoggingConfig:
     every_updates: int = 20
     """Updates between two lines of metrics."""
     validate_every_epochs: float = 20
-    """Epochs between two measurements on held-out clips (one more at the end)."""
+    """Epochs between two validations (one more at the end)."""
     validation_clips: int = 512
-    """At most so many held-out clips are measured, evenly over the manifest."""
+    """Validation clips that are measured at most, evenly over the manifest."""
     picture_every_epochs: float = 100
     """Epochs between two picture sheets (one more at the end)."""
     tensorboard: bool = True
@@ -142,7 +142,7 @@ class CheckpointConfig:
     every_updates: int = 1000
     keep_last: int = 2
     keep_every_epochs: float | None = None
-    """Checkpoints nearest after each multiple of this are kept for ever."""
+    """The first checkpoint after each multiple of this is kept for ever."""
 
     def __post_init__(self) -> None:
         at_least(1, every_updates=self.every_updates, keep_last=self.keep_last)

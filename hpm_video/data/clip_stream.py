@@ -1,4 +1,4 @@
-"""Clips of whole videos in bounded memory, however long a video is and however many it has."""
+"""Clips that cover long videos, in bounded memory."""
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,9 +45,9 @@ class Part:
     starts: NDArray[np.int64]
     """(R,) first frame of each."""
     num_views: int
-    """Of the whole video."""
+    """Views of the video."""
     num_frames: int
-    """Of the whole video."""
+    """Frames of the video."""
 
 
 def stream_parts(

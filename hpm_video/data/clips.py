@@ -184,7 +184,7 @@ class ValidationClips(Clips):
 
     A view is a clip and a crop of it; those of one clip are next to each other. A file that does
     not decode is never replaced: it is an error, or with ``report_failures`` a sample without
-    views that says why.
+    views that has the reason.
     """
 
     def __init__(
@@ -228,6 +228,6 @@ class ValidationClips(Clips):
 
 
 def decoder_for(decoder: DecoderChoice, manifest: Manifest) -> DecoderChoice:
-    """The decoder of the videos of a manifest; of images alone none is needed."""
+    """Choose the decoder of the videos of a manifest; images alone need none."""
     check_name(decoder)
     return decoder if all(map(is_image, manifest.files)) else choose_decoder(decoder)

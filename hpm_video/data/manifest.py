@@ -27,7 +27,7 @@ UNLABELLED = -1
 NOT_STATED = -1
 Verdict = Literal["fine", "suspicious", "bad"]
 VERDICTS: tuple[Verdict, ...] = ("fine", "suspicious", "bad")
-"""What ``tools/check_videos.py`` says of a file."""
+"""The verdicts of ``tools/check_videos.py``."""
 _SUFFIXES = f"one of {' '.join(VIDEO_SUFFIXES)} (videos) or {' '.join(IMAGE_SUFFIXES)} (images)"
 _EXPECTED = (
     "Expected is a CSV file whose first line names its columns: path, and where wanted label, "
@@ -45,7 +45,7 @@ _INTEGER = r"-?\d{1,15}(?:\.0+)?"  # pandas writes 3.0 where another row of the 
 
 
 class ManifestError(ExpectedError, ValueError):
-    """A manifest that cannot be used. The message names the file, the line and the remedy."""
+    """A manifest cannot be used. The message names the file, the line and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Manifest:
     labels: tuple[int, ...]
     """Class of each file, -1 where it has none."""
     num_frames: tuple[int, ...]
-    """Frames that each file is known to have, -1 where the manifest does not say."""
+    """Frames that each file is known to have, -1 where the manifest does not state it."""
     label_names: tuple[str, ...] | None = None
     """Name of each class, where the manifest names classes."""
     left_out: int = 0
@@ -280,12 +280,12 @@ def _without_bad(listing: Listing, manifest: Manifest) -> Manifest:
     left_out = len(manifest) - len(kept)
     if not left_out:
         return manifest
-    _tell_left_out(listing.source, left_out, len(manifest))
+    _log_left_out(listing.source, left_out, len(manifest))
     return replace(manifest.of(kept), left_out=left_out)
 
 
 @cache  # programs may read a manifest more than once
-def _tell_left_out(source: Path, count: int, of: int) -> None:
+def _log_left_out(source: Path, count: int, of: int) -> None:
     log.info("%d of %d files of %s are left out: its column verdict says bad", count, of, source)
 
 

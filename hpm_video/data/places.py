@@ -13,7 +13,7 @@ from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES, TarMemb
 log = logging.getLogger(__name__)
 
 MEDIA_SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
-ODD_NAMES_TOLD = 10
+ODD_NAMES_SHOWN = 10
 FORBIDDEN = {"\0": "a null character", "\n": "a line break", "\r": "a line break"}
 _ODD = ("/.", "//", "::")
 
@@ -79,24 +79,24 @@ def unwritable(path: str) -> str:
 
 
 def listable_files(folder: Path) -> list[str]:
-    """Those of :func:`files_below` that a manifest can name; the others are told of."""
+    """Those of :func:`files_below` that a manifest can name; the others are logged."""
     every = files_below(folder)
     if odd := [name for name in every if unwritable(name)]:
-        _tell_odd_names(folder, tuple(odd), len(every))
+        _log_odd_names(folder, tuple(odd), len(every))
     return [name for name in every if not unwritable(name)]
 
 
 @cache  # programs may read a folder more than once
-def _tell_odd_names(folder: Path, names: tuple[str, ...], of: int) -> None:
-    told = [f"{name!r} {unwritable(name)}" for name in names[:ODD_NAMES_TOLD]]
+def _log_odd_names(folder: Path, names: tuple[str, ...], of: int) -> None:
+    shown = [f"{name!r} {unwritable(name)}" for name in names[:ODD_NAMES_SHOWN]]
     log.warning(
         "%d of %d files in %s are left out, for no manifest can hold their names. Rename them, or "
         "their folders: %s%s",
         len(names),
         of,
         folder,
-        "; ".join(told),
-        f"; and {len(names) - len(told)} more" if len(names) > len(told) else "",
+        "; ".join(shown),
+        f"; and {len(names) - len(shown)} more" if len(names) > len(shown) else "",
     )
 
 

@@ -1,6 +1,6 @@
 """From a file to the pixels of the clips that are asked of it, in any process.
 
-What a clip is, the data of a config say (:class:`DataConfig`). An image is a video of one frame.
+A :class:`DataConfig` defines what a clip is. An image is a video of one frame.
 """
 
 from abc import ABC, abstractmethod
@@ -41,13 +41,13 @@ from hpm_video.randomness import generator, key_of
 
 @dataclass(frozen=True)
 class Views:
-    """What is looked at of a held-out video: so many clips, and so many crops of each."""
+    """The views of a video for validation and tests: so many clips, and so many crops of each."""
 
     clips: int = 1
     crops: int = 1
     every: int | None = None
-    """Where given, the clips are instead those of a window that slides over the whole video by so
-    many frames at a time."""
+    """Where given, the clips are instead those of a window that slides over the video by so many
+    frames at a time."""
 
     def __post_init__(self) -> None:
         if min(self.clips, self.crops) < 1:
@@ -93,7 +93,7 @@ class Request:
     path: str
     label: int
     num_frames: int
-    """That the file is known to have, -1 where nobody says."""
+    """Frames that the file is known to have, -1 where that is unknown."""
     keys: tuple[tuple[int | str, ...], ...]
     """Of each clip: what its random draws derive from."""
 
@@ -154,7 +154,7 @@ class TrainReader(ClipReader):
 
 @dataclass(frozen=True)
 class EvalReader(ClipReader):
-    """Reads held-out clips: views that are spread over the file."""
+    """Reads validation clips: views that are spread evenly over the file."""
 
     views: Views
 

@@ -1,4 +1,4 @@
-"""What the first bytes of a file say it is: FFmpeg would follow a list of other files anywhere."""
+"""The kind of a file by its first bytes: FFmpeg would follow a list of other files anywhere."""
 
 import re
 from collections.abc import Sequence
@@ -51,9 +51,9 @@ def refuse_lists(head: bytes) -> None:
 
 
 def exact_container(head: bytes, decoder: str, exact_on: Sequence[str]) -> str:
-    """The name of the container of which the first bytes of a file are.
+    """Return the container that a file is by its first bytes.
 
-    Of a decoder whose FFmpeg cannot be told what to leave alone.
+    For a decoder whose FFmpeg cannot be restricted to formats.
 
     Raises:
         DecodeError: they are of none on which ``decoder`` is exact, or of a file that names others.

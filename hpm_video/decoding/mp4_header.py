@@ -1,4 +1,4 @@
-"""What an MP4 or QuickTime file says of a track, and FFmpeg passes on with each packet alone."""
+"""The tables of a track of an MP4 or QuickTime file, which FFmpeg passes on packet by packet."""
 
 import io
 import struct
@@ -105,7 +105,7 @@ def _tracks(header: bytes) -> Iterator[tuple[Boxes, Boxes]]:
 
 
 def _tables(track: Boxes) -> Boxes:
-    """What is said of the samples of a track."""
+    """The tables of the samples of a track."""
     media = dict(_boxes(track[b"mdia"]))
     return dict(_boxes(dict(_boxes(media[b"minf"]))[b"stbl"]))
 

@@ -85,8 +85,8 @@ class PyavReader(VideoReader):
     """Seeks to the key frame before the first frame that is wanted, and decodes from there on.
 
     Where it stopped it goes on, when the next frames that are wanted follow. Frames that are not
-    wanted are not decoded where no other one refers to them. A frame is told by its time, or where
-    the container has none by counting from the first.
+    wanted are not decoded where no other one refers to them. A frame is identified by its time,
+    or where the container has none by counting from the first.
     """
 
     def __init__(self, path: str, source: str | bytes, head: bytes) -> None:
@@ -162,11 +162,11 @@ class PyavReader(VideoReader):
             return []
         size = self._container.size
         entries = [*self._stream.index_entries]
-        whole = len(entries) == len(delays) and all(
+        complete = len(entries) == len(delays) and all(
             entry.size > 0 and not entry.is_discard and entry.pos + entry.size <= size
             for entry in entries
         )
-        if not whole:
+        if not complete:
             return []
         packets = [
             _Packet(entry.timestamp + delay, entry.timestamp, entry.is_keyframe)

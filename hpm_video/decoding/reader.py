@@ -31,12 +31,12 @@ class DecodeError(ExpectedError):
         return f"cannot decode {self.path}: {self.reason}" if self.path else self.reason
 
 
-class NoSuchFrame(DecodeError, IndexError):  # noqa: N818 - it says what is wrong
+class NoSuchFrame(DecodeError, IndexError):  # noqa: N818 - the name is the reason
     """A video ends before a frame, which was found out only by decoding it."""
 
 
 class DecoderError(ExpectedError, RuntimeError):
-    """No usable decoder. The message says what to install."""
+    """No usable decoder. The message names what to install."""
 
 
 class VideoReader(ABC):
@@ -168,7 +168,7 @@ class Stack:
 
 
 def size_change(before: Size, size: Size) -> DecodeError:
-    """What to say of a frame of another size. (Users write the width first.)"""
+    """Make the error for a frame of another size. (Users write the width first.)"""
     old, new = f"{before[1]}x{before[0]}", f"{size[1]}x{size[0]}"
     return DecodeError(f"its frames change size, from {old} to {new}. {TRANSCODE}")
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _ODDLY_SLOW, _ODDLY_FAST = Fraction(1, 1000), Fraction(1000)
 USUAL_RATE = Fraction(25)
-"""Frames a second, where nobody says."""
+"""Frames a second, where the file does not state them."""
 SIMPLEST = 1001
 """Largest denominator of a frame rate: that of 30000/1001."""
 
@@ -53,7 +53,7 @@ class VideoStream:
         """Frames a second, on average."""
         self.num_packets = 0
         self.stated_frames = self._stream.frames
-        """What the header says, 0 where it says nothing."""
+        """Frames by the header, 0 where it has no count."""
         self.key_distance = 0
         """Frames from one key frame to the next, at most."""
 

@@ -1,4 +1,4 @@
-"""What suits a device, found by trial: its precision, and how many videos it takes at once."""
+"""The precision and the micro-batch that suit a device, found by trial."""
 
 import gc
 from bisect import bisect_left
@@ -32,7 +32,7 @@ def trial_update(
     source: str = "",
     accumulate: int = 1,
 ) -> Callable[[], None]:
-    """Return a whole update on random clips by one process, to time it and to see its memory.
+    """Return a complete update on random clips by one process, to time it and to see its memory.
 
     A call is forward, backward, step and what follows it; where ``accumulate`` passes make an
     update, one of them. ``task``: resolved.
@@ -77,16 +77,16 @@ def trial_update(
 def plan_for(
     config: RunConfig, processes: int, micro_batch: int | None = None, multiple: int = 1
 ) -> BatchPlan:
-    """How an update's batch is spread, with the config's micro-batch or another."""
+    """Plan an update with the config's micro-batch or another."""
     chosen = config.engine.micro_batch if micro_batch is None else micro_batch
     return plan_batches(config.recipe.batch_size, processes, chosen, multiple=multiple)
 
 
 def choose_plan(task: Task, session: Session, precision: Precision) -> BatchPlan:
-    """How an update's batch is spread: as the config says, or on a GPU by trial.
+    """Plan an update as the config says, or on a GPU by trial.
 
-    Each process tries whole updates of plain torch on its GPU, and all take what fits everywhere.
-    The weights of the run lie there too meanwhile, which leaves room for what engines keep besides.
+    Each process tries updates of plain torch on its GPU, and all take what fits everywhere. The
+    weights of the run lie there too meanwhile, which leaves room for what engines keep besides.
     """
     config, processes = task.config, session.processes
     plan = plan_for(config, processes.count, multiple=task.multiple)
@@ -105,7 +105,7 @@ def choose_plan(task: Task, session: Session, precision: Precision) -> BatchPlan
 def find_micro_batch(
     task: Task, device: torch.device, precision: Precision, sizes: Sequence[int]
 ) -> int:
-    """The largest of ascending ``sizes`` of which whole updates fit the device, of every source."""
+    """Find the largest of ascending ``sizes`` of which updates of every source fit the device."""
 
     def two_updates(size: int) -> None:
         for source, data in task.config.sources.items():
@@ -150,7 +150,7 @@ def fits_in_memory(run_once: Callable[[], None]) -> bool:
 
 
 def precision_of(task: Task, session: Session) -> Precision:
-    """As the config says, as the run began, or as this device makes faster updates."""
+    """Return the precision of the config, else of the run so far, else the faster one here."""
     config = task.config
     if config.engine.precision != "auto":
         return config.engine.precision

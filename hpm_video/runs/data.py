@@ -45,7 +45,7 @@ class RunData:
 
     @property
     def validation(self) -> Manifest | None:
-        """Held-out videos of the main source."""
+        """Validation videos of the main source."""
         return self.sources[""].validation
 
     @property
@@ -117,10 +117,13 @@ def training_clips(
 
 
 def describe_data(config: RunConfig, data: RunData) -> list[str]:
-    """How many files each source has."""
-    return [
-        f"{name or 'data'}: {len(source.train)} files to train on, "
-        f"{config.sources[name].repeats} clip(s) of each; "
-        f"{len(source.validation) if source.validation else 'none'} held out"
-        for name, source in data.sources.items()
-    ]
+    """Return a line on each source: how many files and clips it has."""
+    lines = []
+    for name, source in data.sources.items():
+        repeats = config.sources[name].repeats
+        lines.append(
+            f"{name or 'data'}: {len(source.train)} files to train on, {repeats} "
+            f"clip{'s' * (repeats != 1)} of each; validation on "
+            f"{len(source.validation) if source.validation else 'none'}"
+        )
+    return lines

@@ -1,4 +1,4 @@
-"""What a run would do and need, told without doing it: before a job of many GPUs is submitted."""
+"""What a run would do and need, before a job of many GPUs is submitted."""
 
 from functools import partial
 
@@ -24,7 +24,7 @@ SIMULATED = (8, 16)
 
 
 def describe_run(task: Task, processes: int) -> str:
-    """What ``run`` would do in so many processes. The weights to start from may be missing."""
+    """Describe a run in so many processes. The weights to start from may be missing."""
     task.resolve()
     config, data = task.config, task.data
     with torch.device("meta"):

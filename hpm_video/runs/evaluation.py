@@ -31,7 +31,7 @@ def evaluate_run(
 ) -> dict[str, Any] | None:
     """Test a finished run as its config says. -> the result, none without a manifest to test on
 
-    Of several processes each tests a share of the videos. The result is written to a folder in
+    Each process tests a share of the videos. The result is written to a folder in
     ``test/`` that is named by what is tested and how. The same test of the same weights and videos
     is not repeated.
 
@@ -82,12 +82,12 @@ def evaluate_run(
 
 
 def _result_before(path: Path, what: dict[str, Any]) -> dict[str, Any] | None:
-    """The result that was written of the same test. One of another test is removed."""
+    """Return the result of the same test, if it was written. That of another test is removed."""
     if not path.is_file():
         return None
     try:
         before: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # it was not written whole
+    except ValueError:  # it was cut off
         before = None
     if isinstance(before, dict) and before.get("test") == what:
         return before
@@ -96,7 +96,7 @@ def _result_before(path: Path, what: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def describe_evaluation(result: dict[str, Any]) -> str:
-    """The result of :func:`evaluate_run` in some lines, for the terminal."""
+    """Describe the result of :func:`evaluate_run` for the terminal."""
     how = result["test"]
     return (
         f"the {how['chosen_as']} checkpoint ({how['weights']} of update {how['update']}), "

@@ -39,9 +39,9 @@ log = logging.getLogger(__name__)
 
 
 def run(task: Task, processes: Processes = Processes()) -> Path:  # noqa: B008 - it is frozen
-    """Train as a task says, or go on where its run directory stands. -> that directory
+    """Train a task, or resume the run in its output directory. -> that directory
 
-    All that can be found wrong is found before the directory is written to.
+    Whatever can be wrong is found before the directory is written to.
 
     Raises:
         ConfigError: the config cannot be run, or the directory holds a run of another one.
@@ -198,7 +198,11 @@ def describe_plan(config: RunConfig, data: RunData, plan: BatchPlan) -> list[str
     updates = timeline.num_updates
     return [
         f"{plan.batch_size} files per update = {plan.micro_batch} per forward pass x "
-        f"{plan.accumulate} pass(es) x {plan.processes} process(es)",
+        f"{_plural(plan.accumulate, 'pass')} x {_plural(plan.processes, 'process')}",
         f"{recipe.epochs} epochs = {updates} updates, {updates / recipe.epochs:.4g} per epoch; "
         f"peak learning rate {schedule_of(config.recipe).peak:.2e}",
     ]
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'es' * (count != 1)}"

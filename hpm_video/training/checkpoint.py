@@ -4,8 +4,8 @@ A checkpoint is a folder ``update-00001600`` of
     model.safetensors, teacher.safetensors   weights, as any safetensors reader takes them (of a
                                              classifier: model and, if kept, average)
     optimizer.safetensors                    what resuming needs beside them, by parameter
-    state.json                               the next update, held-out measures, what wrote it, and
-                                             the SHA-256 of each file above
+    state.json                               the next update, the best score, what wrote it, and the
+                                             SHA-256 of each file above
     config.yaml                              the experiment, so that the folder speaks for itself
     labels.txt                               of a classifier: the name of class i in line i
 It is written under another name and renamed once it is on the disk.
@@ -47,7 +47,7 @@ def save_checkpoint(
     state: dict[str, Any],
     attached: Iterable[Path],
 ) -> None:
-    """Write one checkpoint, whole or not at all, with copies of the files ``attached``.
+    """Write one checkpoint, complete or not at all, with copies of the files ``attached``.
 
     ``weights``: of each module, by its name. What stands at ``folder`` is moved aside.
 
@@ -179,7 +179,7 @@ def read_state(checkpoint: Path, *, of_run: bool = False) -> dict[str, Any]:
     """The ``state.json`` of a checkpoint. ``of_run``: it must be one that a run wrote.
 
     Raises:
-        CheckpointError: it cannot be read, or does not say what it must.
+        CheckpointError: it cannot be read, or lacks something.
     """
     path = checkpoint / "state.json"
     try:
@@ -197,16 +197,15 @@ def read_state(checkpoint: Path, *, of_run: bool = False) -> dict[str, Any]:
     if not isinstance(state.get("sha256", {}), dict):
         wrong.append("sha256")
     if wrong:
-        raise _damaged(path, f"does not say {', '.join(wrong)} as a checkpoint must")
+        raise _damaged(path, f"lacks {', '.join(wrong)}")
     return state
 
 
 def _damaged(file: Path, reason: str) -> CheckpointError:
-    """``file``: of a checkpoint."""
     folder = file.parent.resolve()
     return CheckpointError(
-        f"{folder} is not a whole checkpoint: {file.name} {reason}. Copy the folder again if it is "
-        f"a copy, or delete it to let its run go on from the checkpoint before"
+        f"{folder} is not a complete checkpoint: {file.name} {reason}. Copy the folder again if "
+        f"it is a copy, or delete it to let its run go on from the checkpoint before"
     )
 
 
@@ -216,7 +215,7 @@ def checksums_of(folder: Path) -> dict[str, str]:
 
 
 def sha256_of(file: Path) -> str:
-    """In hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     found = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(2**20):
@@ -253,11 +252,11 @@ def _verify(file: Path) -> None:
 
 @cache
 def _say_unverified(checkpoint: Path) -> None:
-    log.info("%s is of before checksums were kept: its files are taken as they are", checkpoint)
+    log.info("%s was written before checksums were kept: its files are not checked", checkpoint)
 
 
 def point_to_newest_and_best(folder: Path) -> None:
-    """Make ``last`` and ``best`` say what the newest checkpoint knows."""
+    """Make ``last`` and ``best`` agree with the newest checkpoint."""
     saved = checkpoints_in(folder)
     if not saved:
         return
@@ -283,7 +282,7 @@ def read_optimizer(checkpoint: Path, patch_size: Size3) -> OptimizerState:
     each would be many times the size of the model.
 
     Raises:
-        CheckpointError: the file is not there, or not whole.
+        CheckpointError: the file is missing or damaged.
     """
     path = checkpoint / OPTIMIZER
     _verify(path)
@@ -299,7 +298,7 @@ def read_optimizer(checkpoint: Path, patch_size: Size3) -> OptimizerState:
         }
         return OptimizerState(int(stored.metadata()["step"]), moments)
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise _damaged(path, f"is not whole ({str(error).splitlines()[0]})") from error
+        raise _damaged(path, f"is not complete ({str(error).splitlines()[0]})") from error
 
 
 def _read_moment(file: Any, kind: str, name: str) -> Tensor:
@@ -323,9 +322,9 @@ def read_weights(path: Path, patch_size: Size3, name: str = "model") -> dict[str
         return dict(ByCurrentNames(stored, stored.__getitem__, patch_size))
     except (SafetensorError, KeyError) as error:
         if (file.parent / "state.json").is_file():
-            raise _damaged(file, f"is not whole ({error})") from error
+            raise _damaged(file, f"is not complete ({error})") from error
         raise CheckpointError(
-            f"{file} is not a whole safetensors file: {error}. {OF_ANOTHER_PROJECT}"
+            f"{file} is not a complete safetensors file: {error}. {OF_ANOTHER_PROJECT}"
         ) from error
 
 

@@ -42,7 +42,7 @@ REMEDIES = {
     "fp16": "engine.precision",
     "bf16": "engine.precision",
 }
-"""Where the run says what a user's file may not contradict."""
+"""The keys of the config that a user's file must not contradict."""
 OF_THE_RECIPE = "but that is part of the recipe; leave it out and set recipe.* of the config"
 NOT_FOLLOWED = "which shards or rounds weights in a way that a teacher cannot follow; leave it out"
 REFUSED = {
@@ -65,7 +65,7 @@ def settings_of(
     """The configuration that DeepSpeed gets.
 
     Raises:
-        EngineError: the user's file cannot be read, or says otherwise than the run.
+        EngineError: the user's file cannot be read, or contradicts the run.
     """
     own = {} if how.deepspeed is None else _read_settings(Path(how.deepspeed).expanduser())
     autocast: Settings = {"enabled": precision == "bf16"}
@@ -107,7 +107,7 @@ def _read_settings(path: Path) -> Settings:
 
 
 def buckets_of(settings: Settings) -> Buckets:
-    """The sizes of buffers in a whole configuration."""
+    """Return the sizes of buffers in a complete configuration."""
     zero = settings["zero_optimization"]
     return Buckets(
         reduce=int(zero["reduce_bucket_size"]),

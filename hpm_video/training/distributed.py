@@ -83,9 +83,9 @@ class Processes:
         """The shards of all processes one after the other: (n,) each -> (count n,)"""
         if self.count == 1:
             return shard
-        whole = shard.new_empty(self.count * shard.numel())
-        distributed.all_gather_into_tensor(whole, shard.contiguous())
-        return whole
+        joined = shard.new_empty(self.count * shard.numel())
+        distributed.all_gather_into_tensor(joined, shard.contiguous())
+        return joined
 
     def average_(self, tensors: Iterable[Tensor]) -> None:
         """Put the mean over all processes into each of ``tensors``."""
@@ -103,7 +103,7 @@ class Processes:
 
 
 class ProcessesError(ExpectedError, RuntimeError):
-    """Processes that cannot work together. The message says why and what to do."""
+    """Processes cannot work together. The message gives the reason and the remedy."""
 
 
 def is_first_process() -> bool:
@@ -117,7 +117,7 @@ def is_one_of_several() -> bool:
 
 
 def first_to_say(message: str) -> bool:
-    """Whether no other process of the job has asked this of the same message."""
+    """Whether no other process of the job has called this with the same message."""
     if not distributed.is_initialized():
         return is_first_process()
     try:
@@ -137,7 +137,7 @@ def lost_contact(error: RuntimeError) -> bool:
 
 
 def make_sure_of_group() -> None:
-    """Let a process that is alone be a group of one, for a library that asks for a group."""
+    """Make a group of one process, for a library that needs a group."""
     os.environ.setdefault("LOCAL_RANK", "0")
     if not distributed.is_initialized():
         store = HashStore()
@@ -171,7 +171,7 @@ def _join() -> Processes:
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
             raise ProcessesError(
-                f"this machine has {torch.cuda.device_count()} GPU(s), and process {local + 1} of "
+                f"this machine has {torch.cuda.device_count()} GPUs, and process {local + 1} of "
                 f"it finds none left; start as many processes as there are GPUs, or hide them "
                 f"(CUDA_VISIBLE_DEVICES= ) to compute on the CPU"
             )

@@ -57,7 +57,7 @@ def ema_update_module(average: nn.Module, model: nn.Module, momentum: float) -> 
 
 
 class WithEma(Generic[Module]):
-    """An objective that lets a moving average follow its model, if it has one."""
+    """An objective that keeps a moving average of its model, if it has one."""
 
     ema_name: str
     """What checkpoints call it."""
@@ -68,7 +68,7 @@ class WithEma(Generic[Module]):
         momentum: MomentumSchedule | None,
         ema_update: EmaUpdate = ema_update_module,
     ) -> None:
-        """``ema_update`` moves it where an engine has spread its weights."""
+        """``ema_update``: of an engine that shards weights."""
         self.ema = ema
         self._momentum = momentum
         self._ema_update = ema_update
@@ -79,7 +79,7 @@ class WithEma(Generic[Module]):
         return {} if self.ema is None else {self.ema_name: self.ema}
 
     def momentum_at(self, progress: Progress) -> float:
-        """What the schedule says."""
+        """Return the momentum of the update that follows ``progress``."""
         assert self._momentum is not None
         return self._momentum.at(progress)
 

@@ -91,32 +91,32 @@ def training_memory(parameters: int, teacher: int, sharding: Sharding) -> Traini
     return TrainingMemory(StateBytes(**state, teacher=BYTES * teacher, buffers=buffers))
 
 
-def _memory_of_stages_1_and_2(whole: int, teacher: int, sharding: Sharding) -> TrainingMemory:
+def _memory_of_stages_1_and_2(weights: int, teacher: int, sharding: Sharding) -> TrainingMemory:
     """Follow ``stage_1_and_2.py``.
 
-    A process has all weights, and beside them the master copy of its partition. Stage 1 sums whole
+    A process has all weights, and beside them the master copy of its partition. Stage 1 sums all
     gradients and reduces them through a bucket, then copies its partition out. Stage 2 has the sum
     of its partition, and as much again: of the pass that ends (``grads_in_partition``), or for the
     optimizer (``flatten``).
     """
-    own, bucket = whole / sharding.processes, BYTES * sharding.buckets.reduce
+    own, bucket = weights / sharding.processes, BYTES * sharding.buckets.reduce
     is_first = sharding.zero_stage == 1
-    device = StateBytes(weights=whole, teacher=teacher)
+    device = StateBytes(weights=weights, teacher=teacher)
     if not sharding.offload_optimizer:
-        gradients, buffers = (whole, max(bucket, own)) if is_first else (2 * own, bucket)
+        gradients, buffers = (weights, max(bucket, own)) if is_first else (2 * own, bucket)
         state = {"master": own, "moments": 2 * own, "gradients": gradients, "buffers": buffers}
         return TrainingMemory(replace(device, **state))
     # On the host: the gradient of the master copy, in stage 2 also the sum over passes, and the
     # buffer through which new weights return.
     return TrainingMemory(
-        replace(device, gradients=whole if is_first else 0, buffers=bucket),
+        replace(device, gradients=weights if is_first else 0, buffers=bucket),
         StateBytes(
             master=own, moments=2 * own, gradients=own if is_first else 2 * own, buffers=own
         ),
     )
 
 
-def _memory_of_stage_3(whole: int, teacher: int, sharding: Sharding) -> TrainingMemory:
+def _memory_of_stage_3(weights: int, teacher: int, sharding: Sharding) -> TrainingMemory:
     """Follow ``stage3.py``, with a teacher that is shared out alike, and gathered when it is asked.
 
     The master copy is one here too: that the float32 shard could be taken instead is meant there,
@@ -124,9 +124,9 @@ def _memory_of_stage_3(whole: int, teacher: int, sharding: Sharding) -> Training
     is gathered; the student is, and the bucket copied to be reduced; the gradient of the partition
     is copied for the optimizer.
     """
-    own = whole / sharding.processes
+    own = weights / sharding.processes
     bucket, live, prefetch = (BYTES * size for size in astuple(sharding.buckets))
-    passes = max(min(whole, live) + min(whole, prefetch) + min(whole, bucket), teacher)
+    passes = max(min(weights, live) + min(weights, prefetch) + min(weights, bucket), teacher)
     shards = StateBytes(weights=own, teacher=teacher / sharding.processes)
     device, host = (StateBytes(), shards) if sharding.offload_parameters else (shards, StateBytes())
     state = {"master": own, "moments": 2 * own}

@@ -1,4 +1,4 @@
-"""What a run measures while it trains, and where that goes: lines of JSON, TensorBoard."""
+"""Metrics of training, and where they go: lines of JSON, TensorBoard."""
 
 import json
 import logging
@@ -22,11 +22,11 @@ log = logging.getLogger(__name__)
 
 
 class NonFiniteLossError(ExpectedError, RuntimeError):
-    """The loss is no longer a number."""
+    """A loss or a gradient is not finite."""
 
 
 class MetricsError(ExpectedError, ValueError):
-    """A file of metrics that cannot be read. The message says where, and what to do."""
+    """A file of metrics cannot be read. The message gives the line and the remedy."""
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -54,10 +54,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class Meter:
-    """Losses, speed and waiting between two lines of metrics. Nothing here waits for the device.
+    """Losses, speed and waiting between two lines of metrics.
 
-    Sums stay on the device until :meth:`read`, which is where it is waited for. What is read is of
-    all processes, and all must read it.
+    Sums stay on the device until :meth:`read`, which alone waits for it. It reads sums of all
+    processes, and all must call it.
     """
 
     def __init__(
@@ -82,14 +82,14 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time spent in here is time spent waiting for data."""
+        """Count the time spent in here as waiting for data."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent in here is not training: validation, pictures, saving."""
+        """Leave out the time spent in here: validation, pictures, saving."""
         began = time.perf_counter()
         yield
         self._paused += time.perf_counter() - began
@@ -116,10 +116,10 @@ class Meter:
         self._first_bad = torch.where(bad, update, self._first_bad)
 
     def check(self) -> None:
-        """Make sure that every loss so far was a number.
+        """Make sure that every loss so far was finite.
 
         Raises:
-            NonFiniteLossError: one was not. It names the update and the files of its batch.
+            NonFiniteLossError: one was not. The message has the update and the files of its batch.
         """
         own = int(self._first_bad)
         found = [update for update in self._processes.gather([own]) if update >= 0]
@@ -149,10 +149,10 @@ class Meter:
         if self._updates:
             means["gradient_norm"] = float(self._norms) / self._updates
         seconds = max(time.perf_counter() - self._began - self._paused, 1e-9)
-        told = self._processes.gather([(self._clips / seconds, self._waited / seconds)])
+        speeds = self._processes.gather([(self._clips / seconds, self._waited / seconds)])
         speed = {
-            "clips_per_second": sum(clips for clips, _ in told),
-            "data_wait": max(waited for _, waited in told),
+            "clips_per_second": sum(clips for clips, _ in speeds),
+            "data_wait": max(waited for _, waited in speeds),
         }
         self._restart()
         return means | speed
@@ -237,7 +237,7 @@ class MetricsLog:
 
 
 class WaitingWarning:
-    """Says once, with the remedy, that a run mostly waits for its data."""
+    """Warns once, with the remedy, that a run mostly waits for its data."""
 
     SHARE = 0.3
     """Of the time."""
@@ -251,7 +251,7 @@ class WaitingWarning:
         self._in_a_row = 0
 
     def look(self, data_wait: float) -> None:
-        """Take note of the share of time that went into waiting since the last line."""
+        """Note the share of time that went into waiting since the last line."""
         if self._is_first or self._in_a_row == self.LINES:
             self._is_first = False
             return

@@ -29,7 +29,7 @@ class Objective(Protocol):
         """Modules that are saved and restored with the model, by name."""
 
     def settings(self, progress: Progress) -> dict[str, float]:
-        """What the schedules say at ``progress``, for the log."""
+        """Return the values of schedules at ``progress``, for the log."""
 
     def losses(self, student: Model, batch: ClipBatch, progress: Progress) -> Losses:
         """The losses of one batch."""

@@ -77,7 +77,7 @@ class OptimizerState:
 
 
 def state_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> OptimizerState:
-    """The state of an optimizer of whole parameters, in the host's memory."""
+    """The state of an optimizer whose parameters are not sharded, in the host's memory."""
     names: dict[Tensor, str] = {value: name for name, value in model.named_parameters()}
     step, moments = 0, dict[str, Tensors]()
     for parameter, values in optimizer.state.items():
@@ -90,7 +90,7 @@ def state_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> OptimizerSta
 
 
 def put_state(state: OptimizerState, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Put a state into an optimizer of whole parameters."""
+    """Put a state into an optimizer whose parameters are not sharded."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     order = [names[p] for group in optimizer.param_groups for p in group["params"]]
     values: dict[int, dict[str, Any]] = {}

@@ -12,7 +12,7 @@ class Progress:
     exact_epoch: float
     """Epochs that were seen before it."""
     epochs: int
-    """Epochs of the whole run."""
+    """Epochs of the run."""
 
     @property
     def epoch(self) -> int:
@@ -41,7 +41,7 @@ class Timeline:
 
     @property
     def num_updates(self) -> int:
-        """Updates of the whole run."""
+        """Updates of the run."""
         return self.num_videos * self.epochs // self.batch_size
 
     def at(self, update: int) -> Progress:

@@ -1,4 +1,4 @@
-"""A run and its directory: what is logged, measured, drawn and saved, and when."""
+"""The state of a run, and what is logged, measured, drawn and saved when."""
 
 import logging
 import math
@@ -33,10 +33,10 @@ ATTACHED = ("config.yaml", "labels.txt")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a run measures and draws now and then."""
+    """What a run measures and draws at intervals."""
 
     validate: Callable[[], dict[str, float]] | None = None
-    """-> held-out measures."""
+    """Returns the validation measures."""
     score: str = ""
     """The measure that decides the best checkpoint."""
     more_is_better: bool = False
@@ -44,7 +44,7 @@ class Evaluation:
     draw: Callable[[int], None] | None = None
     """Draws pictures after so many updates."""
     probe: Callable[[], dict[str, float]] | None = None
-    """-> how well frozen features serve a task."""
+    """Returns how well frozen features serve a task."""
     probe_every_epochs: float = math.inf
 
 
@@ -78,7 +78,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        """Where the checkpoints are."""
+        """The folder of the checkpoints."""
         return self.folder / "checkpoints"
 
     def after_update(self, progress: Progress, settings: dict[str, float]) -> None:
@@ -155,7 +155,7 @@ class Run:
             self._share_failures()
 
     def _share_failures(self) -> None:
-        """Write down what failed in any process."""
+        """Record what failed in any process."""
         found = self.engine.processes.gather(self._failures)
         self._failures = []
         for name, files in self.bad_files.items():
@@ -180,8 +180,8 @@ class Run:
         measures = probe()
         epoch = self.timeline.at(done).exact_epoch
         self.metrics.write("probe", done, epoch, measures)
-        told = ", ".join(f"{name} {value:.3f}" for name, value in measures.items())
-        log.info("epoch %.1f, frozen features: %s", epoch, told)
+        text = ", ".join(f"{name} {value:.3f}" for name, value in measures.items())
+        log.info("epoch %.1f, frozen features: %s", epoch, text)
 
     def _draw(self, done: int, *, last: bool) -> None:
         if self.evaluation.draw:
@@ -191,7 +191,7 @@ class Run:
         self.engine.processes.wait()
 
     def _validate(self, done: int) -> bool:
-        """Measure on held-out clips. -> whether this is the best so far"""
+        """Measure validation clips. -> whether this is the best so far"""
         if self.evaluation.validate is None:
             return False
         self.meter.check()

@@ -271,7 +271,7 @@ class _Worker:
         return clock - self._since > (self.limits.seconds if self._ready else START_SECONDS)
 
     def receive(self, clock: float) -> Answer | None:
-        """What the process says; where it says nothing any more, a new one takes its place."""
+        """Take a message of the process; where it ended, a new one takes its place."""
         try:
             kind, *content = self.connection.recv()
         except (EOFError, OSError):

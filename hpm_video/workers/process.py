@@ -66,7 +66,7 @@ def _do(work: Any, job: Any, connection: Connection, place: memoryview, inbox: d
         connection.send(("result", *packed(result, place), False))
     except (EOFError, BrokenPipeError):
         raise EOFError from None
-    except Exception as error:  # noqa: BLE001 - the run is told, whatever it is
+    except Exception as error:  # noqa: BLE001 - the run raises it, whatever it is
         if not _is_out_of_memory(error):
             connection.send(("error", traceback.format_exc()))
             raise EOFError from None
@@ -128,9 +128,9 @@ def packed(result: Any, place: memoryview) -> tuple[bytes, list[int] | None]:
     raw = [buffer.raw() for buffer in buffers]
     sizes = [each.nbytes for each in raw]
     if sum(sizes) > place.nbytes:
-        whole = BytesIO()
-        _Pickler(whole, 5).dump(result)
-        return whole.getvalue(), None
+        complete = BytesIO()
+        _Pickler(complete, 5).dump(result)
+        return complete.getvalue(), None
     at = 0
     for each in raw:
         place[at : at + each.nbytes] = each

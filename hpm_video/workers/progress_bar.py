@@ -1,4 +1,4 @@
-"""How far a long job over many things is: a bar on a terminal, elsewhere a line now and then."""
+"""Progress of a long job: a bar on a terminal, elsewhere a line at intervals."""
 
 import logging
 import sys
@@ -12,7 +12,7 @@ SECONDS_BETWEEN_LINES = 20.0
 
 
 class ProgressBar:
-    """How many things are done, how fast that goes, and how long it may still take."""
+    """The number of things that are done, the speed, and the time left."""
 
     def __init__(
         self, total: int, things: str, unit: str = "", *, first: int = 0, silent: bool = False
@@ -36,9 +36,9 @@ class ProgressBar:
         self._began = self._last_line = time.monotonic()
 
     def advance(self, amount: float = 1.0, *, is_last: bool = True, note: str = "") -> None:
-        """So much is done, in units of the speed, and maybe with it one more of the things.
+        """Add an amount in units of the speed, and with ``is_last`` one of the things.
 
-        ``note``: what else is to be told at this point.
+        ``note``: what else is shown.
         """
         self._amount += amount
         passed = max(time.monotonic() - self._began, 1e-9)
@@ -47,12 +47,12 @@ class ProgressBar:
         self.show(f"{speed}, {note}" if note else speed)
 
     def count(self, things: int = 1) -> None:
-        """So many more are done."""
+        """Add things that are done."""
         self._done += things
         self._bar.update(things)
 
     def show(self, text: str, *, at_once: bool = False) -> None:
-        """Tell how it goes: on the bar, or where there is none when it is time, or ``at_once``."""
+        """Show ``text`` on the bar, or where there is none in a line: when due, or ``at_once``."""
         self._bar.set_postfix_str(text, refresh=False)
         now = time.monotonic()
         is_due = at_once or now - self._last_line > SECONDS_BETWEEN_LINES
@@ -65,5 +65,5 @@ class ProgressBar:
         self._last_line = now
 
     def close(self) -> None:
-        """Leave the terminal as it is."""
+        """Close the bar."""
         self._bar.close()

@@ -166,7 +166,7 @@ def test_a_dry_run_tells_the_plan_and_leaves_nothing(manifest, tmp_path, capsys)
         8,
     )
     assert code == 0, output
-    assert "64 files per update = 8 per forward pass x 1 pass(es) x 8 process(es)" in output
+    assert "64 files per update = 8 per forward pass x 1 pass x 8 processes" in output
     assert "activations in bf16" in output
     table = table_of(output)
     assert {size: passes for size, (passes, _) in table.items()} == {1: 8, 2: 4, 4: 2, 8: 1}
@@ -207,7 +207,7 @@ def test_a_dry_run_of_fine_tuning_needs_no_weights_yet(labelled_videos, capsys):
         2,
     )
     assert code == 0, output
-    assert "8 files per update = 4 per forward pass x 1 pass(es) x 2 process(es)" in output
+    assert "8 files per update = 4 per forward pass x 1 pass x 2 processes" in output
     assert set(table_of(output)) == {2, 4}
 
 

@@ -97,14 +97,14 @@ def test_what_another_process_writes_is_not_read(
     [
         (b"{", "cannot be read"),
         (b"\xff{}", "cannot be read"),
-        (b"{}", "does not say update"),
+        (b"{}", "lacks update"),
         (b"[]", r"must hold a JSON object, not \[\]"),
-        (b'{"update": 7}', "does not say facts, data, best"),
-        (b'{"update": "7", "facts": {}, "data": "", "best": {}}', "does not say update"),
-        (b'{"update": 7, "facts": {}, "data": "", "best": {}}', "does not say facts.precision"),
+        (b'{"update": 7}', "lacks facts, data, best"),
+        (b'{"update": "7", "facts": {}, "data": "", "best": {}}', "lacks update"),
+        (b'{"update": 7, "facts": {}, "data": "", "best": {}}', "lacks facts.precision"),
         (
             b'{"update": 7, "facts": {"precision": "fp32"}, "data": "", "best": {"score": 1}}',
-            "does not say best.update",
+            "lacks best.update",
         ),
     ],
 )
@@ -119,7 +119,7 @@ def test_an_older_checkpoint_that_cannot_be_read_is_told_before_training(start, 
     before = newest.with_name(UPDATES[0])
     shutil.copytree(before, newest.with_name("update-00000002"))
     (newest.with_name("update-00000002") / "state.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="update-00000002 is not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="update-00000002 is not a complete checkpoint"):
         start(run)
     assert names_in(run) == ["update-00000002", UPDATES[0]]
 
@@ -171,7 +171,7 @@ def test_damaged_files_of_a_run_are_named_with_a_remedy_for_this_run(
         without_checksums(before)
     with pytest.raises(CheckpointError) as error:
         start(run)
-    assert f"{before} is not a whole checkpoint: {file}.safetensors" in str(error.value)
+    assert f"{before} is not a complete checkpoint: {file}.safetensors" in str(error.value)
     assert "delete it to let its run go on from the checkpoint before" in str(error.value)
     assert "another project" not in str(error.value)
 

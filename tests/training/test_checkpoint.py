@@ -142,7 +142,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, config):
     (checkpoint,) = checkpoints_in(tmp_path)
     (checkpoint / "state.json").unlink()  # with the checksum that it would not have
     (checkpoint / "optimizer.safetensors").write_bytes(pickle.dumps(Evil(), protocol=2))
-    with pytest.raises(CheckpointError, match="optimizer.safetensors is not whole"):
+    with pytest.raises(CheckpointError, match="optimizer.safetensors is not complete"):
         read_optimizer(checkpoint, PATCH)
     assert not (tmp_path / "pwned").exists()
 
@@ -187,7 +187,7 @@ def test_weights_that_are_not_there_or_cut_short(tmp_path):
     path = tmp_path / "cut.safetensors"
     save_file({"a": torch.zeros(100)}, path)
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
         read_weights(path, PATCH)
 
 

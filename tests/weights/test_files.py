@@ -146,7 +146,7 @@ def test_safetensors_with_metadata(tmp_path):
     save_file(WEIGHTS, path, metadata={"config": "x: 1"})
     assert same(read_source(path).entries[""])
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
         read_source(path)
 
 
