@@ -53,7 +53,7 @@ DEFAULT_MODELS: dict[FeatureKind, str] = {
     "clip": "vit_base_patch16_clip_quickgelu_224.openai",  # what OpenAI trained has QuickGELU
 }
 DecoderName = str
-"""Of an entry in ``hpm_video.decoding.registry.DECODERS``."""
+"""Name of an entry in ``hpm_video.decoding.registry.DECODERS``."""
 DecoderChoice = str
 """A name, or ``auto`` for the first that can be used."""
 Sampling = Literal["dense", "segments"]

@@ -50,7 +50,7 @@ class DataConfig:
     """Text file with the name of class i in line i; by default names are taken from the manifest's
     column ``label_name``."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Of each channel, pixels being in [0, 1]. The default is ImageNet's."""
+    """Mean of each channel, pixels being in [0, 1]. The default is ImageNet's."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     decoder: DecoderChoice = unrelated(default="auto")
     workers: int | None = unrelated(default=None)
@@ -93,7 +93,7 @@ class DataConfig:
 
     @property
     def channels(self) -> int:
-        """Of a clip (C)."""
+        """Channels of a clip (C)."""
         return len(self.mean)
 
     @property
@@ -114,7 +114,7 @@ class PretrainDataConfig(DataConfig):
     crop: Crop = "multi_scale"
     """``multi_scale``: one of a few boxes (VideoMAE). ``random_resized``: of any area (MAE)."""
     crop_area: tuple[float, float] = (0.2, 1.0)
-    """Of a ``random_resized`` crop, as a share of the frame; its shape is 3:4 to 4:3."""
+    """Area of a ``random_resized`` crop, as a share of the frame; its shape is 3:4 to 4:3."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,7 +130,7 @@ class AugmentationConfig:
     """Random changes of training clips for a classifier; each is drawn once for all frames."""
 
     area: tuple[float, float] = (0.08, 1.0)
-    """Of a random crop, as a share of the frame."""
+    """Area of a random crop, as a share of the frame."""
     ratio: tuple[float, float] = (0.75, 1.3333)
     """Width of a crop divided by its height."""
     rand_augment: str | None = "rand-m7-n4-mstd0.5-inc1"

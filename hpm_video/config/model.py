@@ -21,7 +21,7 @@ class EncoderConfig:
     class_token: bool = False
     """Whether a learned token for the whole clip goes through encoder and decoders."""
     conventions: Conventions = "videomae"
-    """Whose biases and initial weights: ``videomae``, or ``mae`` as the official image models."""
+    """Biases and initial weights: ``videomae``, or ``mae`` as the official image models."""
     drop_path: float = 0.0
     """Chance of dropping a residual branch of the encoder's last block; it rises from 0."""
     checkpoint_activations: bool = unrelated(default=False)
@@ -44,7 +44,7 @@ class ModelConfig(EncoderConfig):
     """The masked autoencoder: an encoder and decoders of one size."""
 
     decoder: TransformerSize = field(default_factory=lambda: TransformerSize(384, 4, 6))
-    """Of the reconstructor and, where there is one, of the loss predictor."""
+    """Size of the reconstructor and, where there is one, of the loss predictor."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,7 +57,7 @@ class ClassifierConfig(EncoderConfig):
 
     drop_path: float = 0.1
     num_classes: int | None = None
-    """By default as many as the training manifest has."""
+    """Classes; by default as many as the training manifest has."""
     pretrained_grid: Size3 | None = None
     """Tokens along time, height and width in pre-training, in which positions are given. By
     default those of ``init_weights``, and without these the clip's own."""

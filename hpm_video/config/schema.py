@@ -47,12 +47,12 @@ class RunConfig:
 
     @property
     def sources(self) -> dict[str, DataConfig]:
-        """Where training clips come from, by name; the main source, ``data``, is ``""``."""
+        """Sources of training clips by name; the main one, ``data``, is ``""``."""
         return {"": self.data}
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of the sources: how often an update takes its batch from each."""
+        """Weights of the sources: how often an update takes its batch from each."""
         return (1.0,)
 
 
@@ -125,27 +125,22 @@ class PretrainConfig(RunConfig):
                     f"{at}data.{name} plays no part, one value holds for all sources: give "
                     f"data.{name}"
                 )
-        if self.mining.feature_kind and data.frame_size != self.data.frame_size:
-            raise ConfigError(
-                f"mining.target={self.mining.target} sees frames of one size, so "
-                f"{at}data.frame_size must be data.frame_size, {self.data.frame_size}, got "
-                f"{data.frame_size}"
-            )
-        for name in ("mean", "std"):
+        alike = ("mean", "std", "frame_size") if self.mining.feature_kind else ("mean", "std")
+        for name in alike:
             if getattr(data, name) != getattr(self.data, name):
                 raise ConfigError(
                     f"{at}data.{name} must be data.{name}, {getattr(self.data, name)}, got "
-                    f"{getattr(data, name)}"
+                    f"{getattr(data, name)} (mining.target={self.mining.target})"
                 )
 
     @property
     def sources(self) -> dict[str, DataConfig]:
-        """Where training clips come from, by name; the main source, ``data``, is ``""``."""
+        """Sources of training clips by name; the main one, ``data``, is ``""``."""
         return {"": self.data, **{name: source.data for name, source in self.mix.items()}}
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of the sources: how often an update takes its batch from each."""
+        """Weights of the sources: how often an update takes its batch from each."""
         return (1.0, *(source.weight for source in self.mix.values()))
 
     @property

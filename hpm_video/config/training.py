@@ -111,7 +111,7 @@ class EngineConfig:
 
     @property
     def stage(self) -> Literal[0, 1, 2, 3]:
-        """Of ZeRO."""
+        """Stage of ZeRO."""
         return 1 if self.zero_stage is None else self.zero_stage
 
 

@@ -26,7 +26,7 @@ class Augmentation(ClipTransform):
     """Random changes of a clip: one draw for all its frames."""
 
     area: tuple[float, float]
-    """Of the box that is cut out: its least and its largest share of the frame."""
+    """Least and largest share of the frame that the box has that is cut out."""
     ratio: tuple[float, float]
     """Width / height of the box, in pixels of the frame. The box is then stretched to the size of
     the clip, whatever the shape of that."""

@@ -32,7 +32,7 @@ from hpm_video.workers.room import check_room
 FIRST_RUN = 32
 """Frames that are read at first, before it is known how large they are."""
 RUN_BYTES = 2**27
-"""Of the frames that are read at once later on: about 20 of 1080p, 500 of 240p."""
+"""Bytes of the frames that are read at once later on: about 20 of 1080p, 500 of 240p."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class PartReader:
 
     @property
     def part_bytes(self) -> int:
-        """Of the arrays in a part, at most."""
+        """Bytes of the arrays in a part, at most."""
         return self.clips_per_part * self.views.crops * (clip_bytes(self.data) + 8)
 
     def __call__(self, job: tuple[str, int]) -> Iterator[Part | Failure]:

@@ -39,7 +39,7 @@ class Clips(Dataset[Sample], ABC):
     bad: dict[str, Failure]
     """Files that are known not to decode: they are not tried again."""
     sample_bytes: int
-    """Of the pixels of a sample, at most."""
+    """Bytes of the pixels of a sample, at most."""
 
     @abstractmethod
     def request(self, position: int) -> Request | Sample:
@@ -155,7 +155,13 @@ class VideoClips(Clips):
             index = int(order[(slot + offset) % len(self)])
             path = self.manifest.files[index]
             if path not in self.bad:
-                return self._request(index, epoch, (int(order[slot]),) if offset else ())
+                instead_of = (int(order[slot]),) if offset else ()
+                keys = tuple(
+                    (self._seed, *self._own, epoch, index, repeat, *instead_of)
+                    for repeat in range(self._repeats)
+                )
+                known = self.manifest.num_frames[index]
+                return Request(path, self.manifest.labels[index], known, keys)
             passed[path] = self.bad[path]
             if len(passed) > tolerated(len(self), self.max_bad_share):
                 break
@@ -166,17 +172,6 @@ class VideoClips(Clips):
             draw = generator("order", self._seed, *self._own, epoch)
             self._order = (epoch, draw.permutation(len(self)))
         return self._order[1]
-
-    def _request(self, index: int, epoch: int, instead_of: tuple[int, ...]) -> Request:
-        return Request(
-            self.manifest.files[index],
-            self.manifest.labels[index],
-            self.manifest.num_frames[index],
-            keys=tuple(
-                (self._seed, *self._own, epoch, index, repeat, *instead_of)
-                for repeat in range(self._repeats)
-            ),
-        )
 
 
 class ValidationClips(Clips):

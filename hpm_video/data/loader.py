@@ -22,11 +22,11 @@ from hpm_video.workers.room import check_room, cores_of_container
 
 MAX_WORKERS = 16
 JOB_BYTES = 2**20
-"""Of smaller samples several are read in a job, for each job takes the run some time."""
+"""Samples smaller than this are read several in a job, for each job takes the run some time."""
 JOB_FILES = 64
-"""But never more than so many."""
+"""Files of a job at most."""
 JOBS_HELD = 2
-"""That a process has, so that it finds the next one when it is done."""
+"""Jobs that a process has, so that it finds the next one when it is done."""
 ATTEMPTS = 2
 """At a file that its process did not come back from: the file may have had no part in that."""
 READY = 1

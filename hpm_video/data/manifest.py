@@ -56,7 +56,7 @@ class Listing:
     table: pd.DataFrame
     """Its cells as strings, each row under the number of its line."""
     files: tuple[str, ...]
-    """Where the file of each row lies, as :attr:`Manifest.files` has it."""
+    """Place of the file of each row, as in :attr:`Manifest.files`."""
 
     def __len__(self) -> int:
         return len(self.files)
@@ -112,7 +112,7 @@ class Manifest:
         return self.of(places)
 
     def of(self, places: Sequence[int]) -> "Manifest":
-        """Those of the files that stand at ``places``."""
+        """Select the files at ``places``."""
         return replace(
             self,
             files=tuple(self.files[i] for i in places),
@@ -330,7 +330,7 @@ def _label_names(listing: Listing, labels: "pd.Series[int]") -> tuple[str, ...] 
 
 
 def _files(source: Path, table: pd.DataFrame, root: Path | str | None) -> tuple[str, ...]:
-    """Where the files of a table lie."""
+    """Return the places of the files of a table."""
     base = Path(root).absolute() if root else source.parent
     start = str(base).rstrip("/") + "/"
     files: list[str] = []

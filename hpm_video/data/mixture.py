@@ -17,7 +17,7 @@ class Place(NamedTuple):
 
     source: int
     position: int
-    """In the endless stream of that source."""
+    """Position in the endless stream of that source."""
 
 
 class Places(Sequence[Place]):

@@ -1,4 +1,4 @@
-"""From a file to the pixels of the clips that are asked of it, in any process.
+"""Reading of clips: a file becomes the pixels of the clips that are requested.
 
 A :class:`DataConfig` defines what a clip is. An image is a video of one frame.
 """
@@ -95,7 +95,7 @@ class Request:
     num_frames: int
     """Frames that the file is known to have, -1 where that is unknown."""
     keys: tuple[tuple[int | str, ...], ...]
-    """Of each clip: what its random draws derive from."""
+    """Keys that the random draws of each clip derive from."""
 
 
 @dataclass(frozen=True)
@@ -181,12 +181,12 @@ def prepare_decoder(decoder: DecoderChoice) -> None:
 
 
 def known_frames(stated: int, video: VideoReader) -> int:
-    """Of frames that a container promises, the manifest may know how many there are."""
+    """Return the number of frames; where the container only promises it, the stated one counts."""
     return video.frames_stated(stated) if stated > 0 else video.num_frames
 
 
 def clip_bytes(data: DataConfig) -> int:
-    """Of the pixels of a clip."""
+    """Return the bytes of a clip's pixels."""
     num_frames, height, width = data.clip_size
     return data.channels * num_frames * height * width
 

@@ -1,4 +1,4 @@
-"""From frames of a video to the pixels of a clip: crops and resizing."""
+"""Crops and resizing: frames of a video become the pixels of a clip."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from hpm_video.config.choices import Interpolation
 from hpm_video.config.data import DataConfig
 
 LONGEST = 16
-"""Of a frame as long as so many times its width: the rest would make it huge when resized."""
+"""Ratio of sides from which on a frame is cut: resized, the rest would be huge."""
 SCALES = (1.0, 0.875, 0.75, 0.66)
 """Sides of a multi-scale crop, as shares of those of the largest crop."""
 SCALE_PAIRS = tuple(
@@ -23,7 +23,7 @@ SCALE_PAIRS = tuple(
     for j, width in enumerate(SCALES)
     if abs(i - j) <= 1
 )
-"""Of height and width: at most one step apart, so that the crop is hardly distorted."""
+"""Scales of height and width: at most one step apart, so that the crop is hardly distorted."""
 OFFSETS = (
     ((0, 0), (0, 4), (4, 0), (4, 4))  # corners
     + ((0, 2), (2, 0), (2, 2), (2, 4), (4, 2))  # middles of the sides, and of the frame
@@ -50,7 +50,7 @@ class DrawnTransform(Protocol):
         """The part of the frames that it needs."""
 
     def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """That part of the frames: (T, box.height, box.width, C) uint8 -> (C, T, h, w) uint8"""
+        """Transform that part: (T, box.height, box.width, C) uint8 -> (C, T, h, w) uint8"""
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,10 @@ _CONTAINERS = {
 
 
 def refuse_lists(head: bytes) -> None:
-    """Of the first bytes of a file.
+    """Refuse a file that names others, by its first bytes.
 
     Raises:
-        DecodeError: they are of a file that names others.
+        DecodeError: it is one.
     """
     for what, pattern in _LISTS.items():
         if pattern.match(head):

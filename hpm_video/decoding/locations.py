@@ -1,4 +1,4 @@
-"""Where the frames of a video lie: a place in a manifest, and reading a member of a tar.
+"""Places of videos, as manifests spell them, and reading members of tar files.
 
 A place is one string, of which there are three kinds:
 
@@ -53,7 +53,7 @@ class TarMember:
     tar: str
     """Path of the tar file. It ends in .tar, and nowhere before that does it hold ``.tar::``."""
     name: str
-    """Of the member. It may hold any character."""
+    """Name of the member. It may hold any character."""
     offset: int
     """Bytes of the tar in front of the member's own."""
     size: int

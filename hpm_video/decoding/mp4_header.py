@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 _LARGEST = 2**26
 """Bytes of a header: a larger one is not read."""
 _MOST_BOXES = 10_000
-"""In one box: more would be an attack."""
+"""Entries in one box: more would be an attack."""
 _MOST_SAMPLES = 2**22
 """Frames of a track: as many last for 38 hours."""
 _DAMAGED = (struct.error, LookupError, ValueError, ArithmeticError)
@@ -148,7 +148,7 @@ def _runs(table: memoryview) -> NDArray[np.int64]:
 
 
 def _delays(tables: Boxes) -> NDArray[np.int64]:
-    """As FFmpeg understands them: shifted until none is negative, whatever the last two say."""
+    """Shift offsets as FFmpeg does, until none is negative, whatever the last two are."""
     sizes = tables[b"stsz"] if b"stsz" in tables else tables[b"stz2"]
     (num_samples,) = struct.unpack_from(">I", sizes, 8)
     if num_samples > _MOST_SAMPLES:

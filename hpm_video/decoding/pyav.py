@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import av
 
 FORMATS = "mov,matroska,avi,flv,asf,ogg,mpeg,mpegvideo,mpegts,gif,yuv4mpegpipe"
-"""Of FFmpeg: what a video may be, whatever its suffix. Others open further files, or addresses."""
+"""Formats of FFmpeg that a video may have, whatever its suffix. Others open further files."""
 UNTIMED = ("avi", "mpeg")
 """Containers whose presentation times are made up by the demuxer, or missing."""
 _MARKS_UNUSED = ("h264", "mpeg4")

@@ -59,12 +59,12 @@ class VideoReader(ABC):
 
     @property
     def height(self) -> int:
-        """Of the frames, upright."""
+        """Height of the frames, upright."""
         return self._frame_size()[0]
 
     @property
     def width(self) -> int:
-        """Of the frames, upright."""
+        """Width of the frames, upright."""
         return self._frame_size()[1]
 
     def read(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> Frames:

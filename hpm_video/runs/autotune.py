@@ -19,8 +19,8 @@ from hpm_video.training.progress import Progress
 TIMED_CLIPS = 8
 """At most so many clips make the updates that are timed to choose a precision."""
 GPU_SHARE = 0.9
-"""Of a GPU's memory, what updates may take where their size is found by trial: the rest is for
-what comes between them, and for what the processes exchange."""
+"""Share of a GPU's memory for updates where their size is found by trial: the rest is for what
+comes between them, and for what the processes exchange."""
 
 
 def trial_update(

@@ -35,7 +35,7 @@ class RunData:
     """The videos of a run, and how long it is."""
 
     sources: dict[str, SourceData]
-    """By name; the main source is ``""`` and comes first."""
+    """Sources by name; the main one is ``""`` and comes first."""
     timeline: Timeline
 
     @property

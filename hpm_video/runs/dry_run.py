@@ -62,7 +62,7 @@ def describe_run(task: Task, processes: int) -> str:
 
 
 def _activations(task: Task, precision: Precision) -> ActivationBytes:
-    """Of a file of the source that needs most."""
+    """Return what a file of the source that needs most keeps."""
     device = torch.device("cpu")
     found = []
     for source, data in task.config.sources.items():

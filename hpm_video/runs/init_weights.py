@@ -1,4 +1,4 @@
-"""Whether the weights that a run begins with are of the model that its config describes."""
+"""Checks that initial weights belong to the model that the config describes."""
 
 import logging
 from pathlib import Path
@@ -12,7 +12,7 @@ from hpm_video.files.weights import OF_ANOTHER_PROJECT, CheckpointError
 log = logging.getLogger(__name__)
 
 SAME_ENCODER = ("encoder", "patch_size", "channels", "positions", "class_token", "conventions")
-"""Of a model's config, what it must have as its weights."""
+"""Fields of a model's config that must equal those of its weights."""
 
 
 def config_beside(init_weights: str | None) -> PretrainConfig | FinetuneConfig | None:

@@ -160,7 +160,7 @@ def train(
 def _bad_files(
     task: Task, directory: RunDirectory, clips: Sequence[VideoClips], *, writes: bool
 ) -> dict[str, BadFiles]:
-    """Of each source, those that failed before included: they are not tried again."""
+    """Open the lists of bad files of each source: those that failed before are not tried again."""
     found = {}
     for (name, source), stream in zip(task.data.sources.items(), clips, strict=True):
         found[name] = BadFiles(

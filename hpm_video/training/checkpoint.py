@@ -34,7 +34,7 @@ from hpm_video.training.optim import OptimizerState
 
 log = logging.getLogger(__name__)
 NAME = re.compile("update-[0-9]{8}")
-"""Of the folder of a checkpoint; its number is the update in its ``state.json``."""
+"""Name of a checkpoint's folder; its number is the update in its ``state.json``."""
 UNFINISHED = ".writing-"
 OPTIMIZER = "optimizer.safetensors"
 
@@ -95,7 +95,7 @@ def _named_as_checkpoints(folder: Path) -> list[Path]:
 
 
 def checkpoint_path(folder: Path, update: int) -> Path:
-    """Where the state before ``update`` is saved."""
+    """Return the folder of the state before ``update``."""
     return folder / f"update-{update:08d}"
 
 

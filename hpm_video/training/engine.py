@@ -25,7 +25,7 @@ class Runner:
     model: nn.Module
     device: torch.device
     precision: Precision
-    """Of activations. Weights are float32."""
+    """Precision of activations. Weights are float32."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Mixed precision, for everything that a batch is put through."""
@@ -60,7 +60,7 @@ class Engine(Runner, ABC):
     """
 
     name: str
-    """For the log."""
+    """Name for the log."""
     gradient_norm: Tensor
     """() of the last update, before it was clipped."""
 

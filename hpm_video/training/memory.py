@@ -179,7 +179,7 @@ class ActivationBytes:
         return cls(first.activations - few * per_clip, per_clip)
 
     def of(self, clips: int) -> float:
-        """Of a pass of so many clips."""
+        """Return the bytes of a pass of so many clips."""
         return self.fixed + self.per_clip * clips
 
 

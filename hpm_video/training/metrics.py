@@ -187,8 +187,8 @@ class TensorBoard:
 
 
 TRACKERS: dict[str, Callable[[Path, int], Tracker]] = {"tensorboard": TensorBoard}
-"""By the key in ``logging`` that turns one on. It is given a folder of the run, and the number of
-updates that were made. An entry, and a field of ``LoggingConfig``, add a tracker."""
+"""Trackers by the key in ``logging`` that turns them on. Each is given a folder of the run, and the
+number of updates that were made. An entry, and a field of ``LoggingConfig``, add a tracker."""
 
 
 class MetricsLog:
@@ -240,9 +240,9 @@ class WaitingWarning:
     """Warns once, with the remedy, that a run mostly waits for its data."""
 
     SHARE = 0.3
-    """Of the time."""
+    """Share of the time spent waiting that is too much."""
     LINES = 3
-    """Of metrics in a row, without the first of a run: then workers begin."""
+    """Lines of metrics in a row, without the first of a run, when workers start."""
 
     def __init__(self, config: Path) -> None:
         """``config``: of the run."""

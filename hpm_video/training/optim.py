@@ -63,7 +63,7 @@ def make_sgd(groups: Groups, *, betas: tuple[float, float]) -> torch.optim.SGD:
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": make_adamw, "sgd": make_sgd}
-"""By ``recipe.optimizer``. An entry, and its name in the type of that field, add an optimizer."""
+"""Optimizers by ``recipe.optimizer``. An entry, and its name in the type of that field, add one."""
 
 
 @dataclass(frozen=True)

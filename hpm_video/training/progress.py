@@ -1,4 +1,4 @@
-"""Where a run stands, counted in videos."""
+"""Progress of a run, counted in videos."""
 
 from dataclasses import dataclass
 

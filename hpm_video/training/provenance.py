@@ -1,4 +1,4 @@
-"""Where a run came from: what must be equal for it to be repeated bit by bit, and the rest."""
+"""The origin of a run: what must be equal to repeat it bit by bit, and the rest."""
 
 import json
 import platform

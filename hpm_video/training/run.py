@@ -65,7 +65,7 @@ class Run:
     metrics: MetricsLog
     bar: ProgressBar
     bad_files: Mapping[str, BadFiles]
-    """By the name of the source of a batch."""
+    """Bad files by the name of their source."""
     stop: StopRequest
     evaluation: Evaluation
     waiting: WaitingWarning

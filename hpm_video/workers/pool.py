@@ -36,13 +36,13 @@ from hpm_video.workers.process import serve, unpacked
 Job = TypeVar("Job")
 
 START_SECONDS = 300
-"""For a process to begin: the first of them waits until the server has imported torch."""
+"""Seconds for a process to start: the first one waits until the server has imported torch."""
 STARTS = 3
 """Times that a process may fail to start before the run ends."""
 SAFE_BYTES = 2**15
 """Jobs of so many bytes find room in the buffer of a pipe, also two of them."""
 REAPING = 30
-"""For a process that ended by itself to tell how: the server that forked it has to look first."""
+"""Seconds until the exit code of a process is known: the server that forked it looks first."""
 TICK = 0.25
 """Seconds between two looks at the clock."""
 GIB = 2**30
@@ -70,7 +70,7 @@ class Answer(NamedTuple):
     """What came of a job."""
 
     tag: Any
-    """As it was submitted."""
+    """Tag with which the job was submitted."""
     result: Any
     """A result, or :class:`Lost`."""
     is_last: bool
@@ -197,7 +197,7 @@ class _Job:
     attempts: int
     """How often it may still be begun."""
     slot: int = 0
-    """Of the shared memory, where it was begun."""
+    """Slot of the shared memory, where it was begun."""
     has_results: bool = False
 
 

@@ -94,7 +94,7 @@ def _end_with_the_run(watched: Connection) -> None:
 
 
 def _limit_memory(memory: int) -> None:
-    """Of what only this process has; larger requests fail. Where there is no /proc: no limit."""
+    """Limit the memory of this process alone; larger requests fail. Without /proc: no limit."""
     try:
         import resource
 
