@@ -58,14 +58,12 @@ class VideoReader(ABC):
         return self._num_frames
 
     @property
-    def height(self) -> int:
-        """Height of the frames, upright."""
-        return self._frame_size()[0]
-
-    @property
-    def width(self) -> int:
-        """Width of the frames, upright."""
-        return self._frame_size()[1]
+    def frame_size(self) -> Size:
+        """Size of the frames, upright."""
+        if self._size is None:
+            height, width = self.read([0]).shape[1:3]
+            self._size = height, width
+        return self._size
 
     def read(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> Frames:
         """Frames in the order asked; each distinct one is decoded once: K indices -> (K, H, W, C)
@@ -95,12 +93,6 @@ class VideoReader(ABC):
     def _must_count(self) -> bool:
         """Whether frames have to be decoded to know how many there are."""
         return self._num_frames is None and self._counts_by_decoding
-
-    def _frame_size(self) -> Size:
-        if self._size is None:
-            height, width = self.read([0]).shape[1:3]
-            self._size = height, width
-        return self._size
 
     @abstractmethod
     def _count(self) -> int:

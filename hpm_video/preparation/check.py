@@ -110,7 +110,7 @@ def content_of(file: str, stamp: Stamp) -> str:
 
 def _pictures(reader: VideoReader, file: str) -> Steps[Finding]:
     """An image, or a folder of them: read as training reads them."""
-    size, count = (reader.height, reader.width), reader.num_frames
+    size, count = reader.frame_size, reader.num_frames
     sound, why = 0, ""
     while sound < count and not why:
         try:

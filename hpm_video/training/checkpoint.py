@@ -104,9 +104,8 @@ def remove_superseded(folder: Path, keep_last: int, keep_also: Iterable[Path]) -
     kept = set(keep_also)
     for path in checkpoints_in(folder)[:-keep_last]:
         if path not in kept and not read_state(path).get("keep", False):
-            leaving = path.with_name(
-                f"{UNFINISHED}{path.name}"
-            )  # half deleted, it is no checkpoint
+            # Under another name: half deleted, it is no checkpoint.
+            leaving = path.with_name(f"{UNFINISHED}{path.name}")
             path.rename(leaving)
             _delete(leaving)
 

@@ -44,7 +44,7 @@ for path in sys.argv[2:]:
     try:
         with open_video(path, sys.argv[1]) as video:
             found = video.read(sorted({0, video.num_frames // 2, video.num_frames - 1}))
-            size = [video.height, video.width]
+            size = [*video.frame_size]
         outcome = "frames" if [*found.shape[1:]] == [*size, 3] else f"{found.shape} {size}"
     except DecodeError as error:
         outcome = "refused" if error.path == path and len(error.reason) > 9 else repr(error)
@@ -77,7 +77,7 @@ def test_odd_videos_have_the_same_frames_under_all_decoders(odd_files, decoder):
         expected = reference(path)
         with open_video(str(path), decoder) as video:
             assert video.num_frames == len(expected), name
-            assert (video.height, video.width) == expected.shape[1:3], name
+            assert video.frame_size == expected.shape[1:3], name
             order = draw.permutation(len(expected))
             for indices in (*np.array_split(order, 5), order):
                 if not len(indices):
@@ -93,7 +93,7 @@ def test_odd_videos_have_the_same_frames_under_all_decoders(odd_files, decoder):
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_sizes_are_those_of_the_frames_upright(odd_files, decoder):
     with open_video(str(odd_files["turned_90.mp4"]), decoder) as video:
-        assert (video.height, video.width) == (96, 64)
+        assert video.frame_size == (96, 64)
         assert video.read([20, 3, 20]).shape == (3, 96, 64, 3)
 
 
@@ -117,7 +117,7 @@ def test_opening_an_mp4_reads_no_frames(odd_files, monkeypatch):
 
     monkeypatch.setattr(decode_pyav.PyavReader, "_packets_of_file", demux)
     with open_video(str(odd_files["plain.mp4"]), "pyav") as video:
-        assert (video.num_frames, video.height, video.width) == (30, 64, 96)
+        assert (video.num_frames, video.frame_size) == (30, (64, 96))
 
 
 @pytest.mark.parametrize("shift", [0, 7])
@@ -129,7 +129,7 @@ def test_a_header_that_lies_does_no_harm(odd_files, numbers_of, monkeypatch, shi
 
     monkeypatch.setattr(decode_pyav, "read_delays", lie)
     with open_video(str(odd_files["plain.mp4"]), "pyav") as video:
-        assert (video.height, video.width) == (64, 96)
+        assert video.frame_size == (64, 96)
         assert numbers_of(video.read([29, 3, 12])) == [29, 3, 12]
         assert video.num_frames == 30
 

@@ -86,7 +86,7 @@ def test_a_video_in_a_tar(tmp_path, write_painted, numbers_of, kind, decoder):
     for name in NAMES:
         with open_video(places[name], decoder) as video:
             assert video.num_frames == 40
-            assert (video.height, video.width) == (64, 96)
+            assert video.frame_size == (64, 96)
             assert np.array_equal(video.read([30, 3, 4]), expected)
             assert numbers_of(video.read([3])) == [3]
 
@@ -176,7 +176,7 @@ def test_a_folder_of_frames(folder):
     assert [path.stem for path in frames_in(f"{folder}/")] == [f"img_{i}" for i in range(11)]
     with open_video(f"{folder}/") as video:
         assert video.num_frames == 11
-        assert (video.height, video.width) == (6, 8)
+        assert video.frame_size == (6, 8)
         assert video.read([10, 2, 2])[:, 0, 0, 0].tolist() == [100, 20, 20]
         with pytest.raises(IndexError, match=r"0\.\.10"):
             video.read([11])
