@@ -81,7 +81,7 @@ def test_updates_are_timed_in_both_precisions(tool, write_config, tmp_path):
     path, table = write_config("tiny", **TINY, **HPM), tmp_path / "table.json"
     arguments = ("--clips", 2, "--repeats", 1, "--output", table)
     output = tool("bench", "update", path, *arguments, "seed=1")
-    assert output.startswith("\nupdates of 2 clip(s), cpu with 1 thread(s)")
+    assert output.startswith("\nupdates of 2 clips, cpu with 1 thread")
     full, half = row(output, "fp32"), row(output, "bf16")
     for milliseconds, _, clips_per_second in (full, half):
         assert_quotient(clips_per_second, 2000, milliseconds)
