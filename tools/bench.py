@@ -44,7 +44,6 @@ from hpm_video.preparation.benchmark import (
 )
 from hpm_video.preparation.loader_advice import (
     choose_setting,
-    cores,
     past_speed,
     processes_here,
     recommend,
@@ -52,7 +51,7 @@ from hpm_video.preparation.loader_advice import (
     workers_to_try,
 )
 from hpm_video.runs.autotune import TIMED_CLIPS, trial_update
-from hpm_video.runs.console import above_zero, add_options, positive, run
+from hpm_video.runs.console import above_zero, add_options, make_parser, positive, run
 from hpm_video.runs.data import open_data, training_clips
 from hpm_video.runs.finetuning import Finetuning
 from hpm_video.runs.pretraining import Pretraining
@@ -64,10 +63,10 @@ from hpm_video.training.device import (
     time_updates,
 )
 from hpm_video.training.memory import measure_update
-from hpm_video.workers.room import RoomError
+from hpm_video.workers.room import RoomError, usable_cores
 
 TURNS = 3
-"""Times that each precision is measured."""
+"""Number of measurements of each precision."""
 WHY = {
     "cuda": "bf16 where the GPU is made for it",
     "mps": "always on this kind of device",
@@ -75,7 +74,7 @@ WHY = {
 }
 Rows = list[dict[str, Any]]
 Tables = Iterator[tuple[str, Rows]]
-"""Titles and rows, in the order in which they are measured."""
+"""Titles and rows in the order of measurement."""
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
@@ -105,9 +104,7 @@ def write(tables: Mapping[str, Rows], path: Path) -> None:
 
 def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, None)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for measure in (update, loader, decoding, losses):
         command = commands.add_parser(
@@ -124,24 +121,24 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     add("--clips", type=positive, help=f"of an update; default: at most {TIMED_CLIPS}")
     add("--repeats", type=positive, default=5, help="timed updates of a turn (5)")
     add = commands.choices["loader"].add_argument
-    add("config", type=Path, metavar="CONFIG", help="RUN/config.yaml tells the run's speed too")
+    add("config", type=Path, metavar="CONFIG", help="RUN/config.yaml also has the speed of the run")
     add("overrides", nargs="*", metavar="section.key=value")
     add("--decoders", metavar="NAME,NAME", help="by default all that load")
     add(
         "--workers",
         type=lambda text: [positive(word) for word in text.split(",")],
         metavar="N,N",
-        help="numbers of processes that decode, of all --processes together, that are tried",
+        help="numbers of decoding processes to try, for all --processes together",
     )
     add(
         "--processes",
         type=positive,
         metavar="N",
-        help="that train on this machine, one for each GPU, and share its cores. By default as "
-        "many as there are GPUs, or as the run of CONFIG had if those are fewer",
+        help="training processes of this machine, one per GPU, which share its cores; default: the "
+        "number of GPUs, or of processes of the run if that is less",
     )
     add("--needs", type=above_zero, metavar="CLIPS", help="per second, of all GPUs here together")
-    add("--clips", type=positive, default=48, help="videos taken apart into phases (48)")
+    add("--clips", type=positive, default=48, help="videos whose phases are measured (48)")
     add("--seconds", type=above_zero, default=8.0, metavar="S", help="of each trial (8)")
     add_options(commands.choices["decoding"], views={"default": Views(5, 3)})
     add = commands.choices["decoding"].add_argument
@@ -206,7 +203,7 @@ def update(arguments: argparse.Namespace) -> Tables:
         row["clips/s"] = 1000 * clips / row["ms"]
         if device.type == "cuda":
             row["peak memory, GB"] = peaks[row["way"]] / 1e9
-    yield f"updates of {clips} clip(s), {describe(device)}", rows
+    yield f"updates of {clips} clip{'s' * (clips != 1)}, {describe(device)}", rows
     taken = choose_precision(
         device, lambda name: trial_update(Pretraining(config), device, name, clips)
     )
@@ -214,18 +211,19 @@ def update(arguments: argparse.Namespace) -> Tables:
 
 
 def describe(device: torch.device) -> str:
-    """Name a device and what it computes with."""
-    return f"{device.type} with {torch.get_num_threads()} thread(s)"
+    """Name a device and its number of threads."""
+    count = torch.get_num_threads()
+    return f"{device.type} with {count} thread{'s' * (count != 1)}"
 
 
 # --- Losses -------------------------------------------------------------------------------------
 
 
 def losses(arguments: argparse.Namespace) -> Tables:
-    """Time and weigh the ranking loss, forward and backward.
+    """Measure time and memory of the ranking loss, forward and backward.
 
-    The package's form, which walks the pairs of tokens in blocks of rows, beside the plain one,
-    which holds B x M x M tensors. Memory is that of the tensors that live at one time.
+    The package computes it in blocks of rows of token pairs; the plain form holds B x M x M
+    tensors. Memory is that of the tensors that live at one time.
     """
     device = choose_device(arguments.device)
     if arguments.threads is not None:
@@ -240,8 +238,8 @@ def losses(arguments: argparse.Namespace) -> Tables:
         held = measure_update(partial(make_step, row["way"]))
         row["peak memory, MB"] = held.activations / 1e6
         row["loss"] = make_step(row["way"])()
-    told = f"{arguments.clips} clips x {arguments.tokens} tokens"
-    yield f"ranking loss of {told}, {describe(device)}", rows
+    size = f"{arguments.clips} clips x {arguments.tokens} tokens"
+    yield f"ranking loss of {size}, {describe(device)}", rows
 
 
 # --- Decoding -----------------------------------------------------------------------------------
@@ -269,7 +267,7 @@ def decoding(arguments: argparse.Namespace) -> Tables:
 
 
 def choose_decoders(names: str | None, first: Sequence[DecoderChoice] = ()) -> list[DecoderName]:
-    """Return the named decoders, by default all that are there, those of ``first`` first."""
+    """Return the named decoders, by default all available ones, beginning with ``first``."""
     there = available_decoders()
     if names is None:
         return sorted(there, key=lambda name: name not in first)
@@ -283,12 +281,11 @@ def choose_decoders(names: str | None, first: Sequence[DecoderChoice] = ()) -> l
 
 
 def loader(arguments: argparse.Namespace) -> Tables:
-    """Tell whether data keep up with the GPUs.
+    """Test whether the data keep up with the GPUs.
 
-    Takes the reading of training clips apart (reading, decoding, augmenting, collating, copying),
-    tries numbers of processes and decoders, names the bottleneck and recommends settings. CONFIG
-    may be that of a run, RUN/config.yaml: then it is known how many clips per second its GPUs
-    could train.
+    Measures the phases of a training clip (reading, decoding, augmenting, collating, copying),
+    tries decoders and numbers of processes, names the bottleneck and recommends settings. With the
+    config of a run, RUN/config.yaml, its log shows how many clips per second its GPUs could train.
     """
     config = load_any_config(arguments.config, arguments.overrides)
     data = open_data(config)
@@ -306,7 +303,7 @@ def loader(arguments: argparse.Namespace) -> Tables:
     processes = arguments.processes or processes_here(device, past[0] if past else None)
     batch_size = min(config.engine.micro_batch or config.recipe.batch_size, 32)
     trials = Trials(clips, config.weights, Storage.of(clips), batch_size, arguments.seconds)
-    print(f"{cores()} core(s) for {processes} process(es) that train\n{trials.storage}")
+    print(f"training processes: {processes}, cores: {usable_cores()}\n{trials.storage}")
     phases, decoder = trials.phases(arguments.clips, device, decoders)
     by = f", by {decoder}" if decoder else ""
     shared = f" ({config.data.repeats} of each video)" if config.data.repeats > 1 else ""
@@ -323,8 +320,8 @@ def loader(arguments: argparse.Namespace) -> Tables:
     if needs is None and past is not None:
         needs = past[1] * processes
         print(
-            f"the run had {past[0]} process(es); {processes} such train up to {needs:.1f} clips/s "
-            "by its log, if they never wait for data"
+            f"processes of the run: {past[0]}; {processes} of them train up to {needs:.1f} clips/s "
+            "by its log, without waiting for data"
         )
     if needs is not None:
         print(verdict(rate, needs))
@@ -342,7 +339,7 @@ def rows_of_phases(phases: Phases) -> Rows:
 
 
 def row_of(trial: Trial, numbers: Sequence[int]) -> dict[str, Any]:
-    """Make a row of a decoder: its rates, and what it refused."""
+    """Make a row of a decoder: its rates and refused files."""
     row: dict[str, Any] = {"decoder": trial.decoder or "images"}
     row |= {str(workers): trial.rates.get(workers) for workers in numbers}
     if isinstance(trial.error, RoomError):

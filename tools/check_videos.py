@@ -1,9 +1,9 @@
 """Check every file of a manifest: python tools/check_videos.py MANIFEST.
 
-Each video, image or folder of frames is decoded wholly, in processes that are given up where a file
-makes them hang, crash or take too much memory. What was found out is written as further columns
-into a new manifest, CHECKED.csv, on which training then leaves out what is bad and never asks for
-frames that do not exist. CHECKED.png shows lengths, sizes and verdicts.
+Each video, image or folder of frames is decoded completely, in processes that are stopped where a
+file makes them hang, crash or take too much memory. The findings are further columns of a new
+manifest, CHECKED.csv. Training on it skips bad files and never asks for frames that do not exist.
+CHECKED.png shows lengths, sizes and verdicts.
 
 Columns: num_frames (those that can be read, whatever the header says), duration (s), fps, width,
 height (upright), codec, pixel_format, key_frame_distance (frames, at most), rotation (degrees
@@ -25,21 +25,27 @@ from hpm_video.files.atomic import written_beside
 from hpm_video.preparation.check_manifest import Checker, FindingJournal, check_listing, known_of
 from hpm_video.preparation.check_report import plot, summary
 from hpm_video.preparation.findings import columns_of
-from hpm_video.runs.console import above_zero, add_options, positive, run, shortest
+from hpm_video.runs.console import (
+    above_zero,
+    add_options,
+    exit_codes,
+    make_parser,
+    positive,
+    run,
+    shortest,
+)
 from hpm_video.workers.pool import GIB, Limits
 
 SOME_ARE_BAD = 3
-EXIT_CODES = """exit codes:
-  0    it is done, and every file can be used (suspicious ones too)
-  1    a fault of this program
-  2    a wrong input: the message says which, and what to do
-  3    it is done, and some files are bad
-  130  stopped by Ctrl-C: start the same command again, and it goes on
-"""
+EXIT_CODES = exit_codes(
+    "it is done, and every file can be used (suspicious ones too)",
+    "a wrong input: the message says which, and what to do",
+    "3    it is done, and some files are bad",
+)
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
-    """Check, and tell what was found."""
+    """Check, and report the findings."""
     arguments = parse_arguments(command_line)
     num_bad: list[int] = []
     code = run(lambda: num_bad.append(check(arguments)))
@@ -48,9 +54,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
 def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, EXIT_CODES)
     add = parser.add_argument
     add("manifest", type=Path, help="manifest, or folder of videos or images")
     add("--again", action="store_true", help="decode all of them again; stopped, it goes on")
@@ -81,13 +85,13 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """Check a manifest, write what was found, and tell. -> how many files are bad
+    """Check a manifest, and write and report the findings. -> the number of bad files
 
     Raises:
         ManifestError, DecoderError, OSError: a wrong input.
     """
     listing = read_listing(arguments.manifest, arguments.root)
-    out = where_to(listing, arguments.output)
+    out = output_path(listing, arguments.output)
     refuse_unwritable(listing)
     if not all(is_image(file) or is_frame_folder(file) for file in listing.files):
         arguments.decoder = choose_decoder(arguments.decoder)
@@ -97,7 +101,7 @@ def check(arguments: argparse.Namespace) -> int:
     with FindingJournal(out.with_name(f"{out.name}.partial"), again=arguments.again) as journal:
         before = known | journal.findings
         files = {*listing.files}
-        num_known = sum(checker.takes_over(before[file]) for file in files & before.keys())
+        num_known = sum(checker.accepts(before[file]) for file in files & before.keys())
         print(
             f"{len(files)} files of {shortest(listing.source)}"
             f"{f', {num_known} of which were checked before' if num_known else ''}; "
@@ -107,7 +111,7 @@ def check(arguments: argparse.Namespace) -> int:
         try:
             findings, taken_over = check_listing(listing, journal, known, checker)
         except KeyboardInterrupt:
-            print(f"\nWhat is known so far is kept in {journal.path}: the same command goes on.")
+            print(f"\nThe findings so far are kept in {journal.path}: the same command goes on.")
             raise
         columns = columns_of(findings)
         is_beside = listing.source.is_file() and out.parent == listing.source.parent
@@ -127,11 +131,11 @@ def check(arguments: argparse.Namespace) -> int:
     return sum(finding.verdict == "bad" for finding in findings)
 
 
-def where_to(listing: Listing, out: Path | None) -> Path:
-    """The path of the manifest that is to be written.
+def output_path(listing: Listing, out: Path | None) -> Path:
+    """Return the path of the new manifest.
 
     Raises:
-        ManifestError: it is that which is read, or not a CSV file.
+        ManifestError: it is the manifest that is read, or not a CSV file.
     """
     source = listing.source
     stem = source.name if source.is_dir() else source.stem
@@ -146,7 +150,7 @@ def where_to(listing: Listing, out: Path | None) -> Path:
 
 
 def refuse_unwritable(listing: Listing) -> None:
-    """Look whether all paths can be written, before hours of work.
+    """Make sure, before hours of work, that all paths can be written.
 
     Raises:
         ManifestError: one of them is not text in UTF-8.

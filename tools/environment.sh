@@ -59,15 +59,15 @@ use_given_environment() {
       "${missing//$'\n'/$'\n'  }" "This installs them:" "$command" \
       "(where deepspeed, which is optional, does not build: leave out its line)"
   fi
-  # Nothing is installed there, so the package is found through a folder that holds it alone;
-  # with the whole repository, `datasets` would shadow the library of that name.
+  # Nothing is installed there. A folder with the package alone makes it importable; from the root
+  # of the repository, `datasets` would shadow the library of that name.
   local folder="$repository/build/import"
   mkdir -p -- "$folder"
   ln -sfn -- ../../hpm_video "$folder/hpm_video"
   export PYTHONPATH="$folder${PYTHONPATH:+:$PYTHONPATH}"
 }
 
-# Prints the modules that are not there. (Importing them all would take ten seconds.)
+# Prints the missing modules. (Importing them all would take ten seconds.)
 import_check='
 import importlib.util, sys
 for name in sys.argv[1:]:
@@ -81,7 +81,7 @@ is_supported() {
 
 # --- The environment of the repository ----------------------------------------------------------
 
-# What an environment was made from. It depends on the place too: an editable install names it.
+# Identifies what an environment was made from, and its folder, which an editable install names.
 fingerprint() {
   (cd -- "$repository" && pwd && cat -- "$@") | cksum
 }
@@ -149,8 +149,8 @@ find_python() {
     "Install one, or name one that has everything: HPM_PYTHON=/path/to/python $0"
 }
 
-# Holds descriptor 9 locked until it is closed, by this shell and all that it started. (By Python
-# and not by the program flock, which macOS does not have.)
+# Locks descriptor 9 until this shell and all its children have closed it. (By Python, because macOS
+# has no program flock.)
 lock() {
   exec 9<>"$repository/requirements.txt"
   if "$1" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null; then
@@ -183,7 +183,7 @@ install_package() {
   write_stamp package requirements.txt pyproject.toml
 }
 
-# After torch, which its set-up imports. It is optional: the default engine is plain torch.
+# After torch, which its build imports. It is optional: the default engine is plain torch.
 install_deepspeed() {
   local requirement
   requirement="$(grep '^deepspeed' "$repository/requirements.txt")"

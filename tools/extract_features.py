@@ -24,7 +24,7 @@ from hpm_video.recognition.trained_model import (
     OF_PRETRAINING,
     TrainedModel,
 )
-from hpm_video.runs.console import make_parser, positive, run, shortest
+from hpm_video.runs.console import exit_codes, make_parser, positive, run, shortest
 from hpm_video.runs.options import (
     add_clip_options,
     add_machine_options,
@@ -32,16 +32,14 @@ from hpm_video.runs.options import (
     open_inference,
 )
 
-EXIT_CODES = """exit codes:
-  0    the features of every video are there
-  1    a fault of this program
-  2    a wrong input, or some videos do not decode: they are listed, the others have features
-  130  stopped by Ctrl-C: start the same command again
-"""
+EXIT_CODES = exit_codes(
+    "the features of every video are there",
+    "a wrong input, or some videos do not decode: they are listed, the others have features",
+)
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
-    """Extract, and say what was written."""
+    """Extract, and report what was written."""
     parser = make_parser(__doc__, EXIT_CODES)
     add = parser.add_argument
     add("checkpoint", type=Path, help="checkpoint folder of a run, pre-training or fine-tuning")
@@ -74,10 +72,10 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
 
 def write_features(arguments: argparse.Namespace) -> None:
-    """Extract what is asked for, and tell.
+    """Extract the features, and report.
 
     Raises:
-        BadFilesError: some videos do not decode; the others were dealt with.
+        BadFilesError: some videos do not decode; the others have features.
         CheckpointError, ConfigError, ManifestError, DeviceError, OSError: a wrong input.
     """
     manifest = read_manifest(arguments.source, arguments.root)
@@ -107,7 +105,7 @@ def write_features(arguments: argparse.Namespace) -> None:
     failures = extract(
         encoder, wanted, folder, decoder=arguments.decoder, workers=arguments.workers
     )
-    tell(folder, manifest, before, failures)
+    report(folder, manifest, before, failures)
     if failures:
         raise BadFilesError(
             failures,
@@ -116,10 +114,10 @@ def write_features(arguments: argparse.Namespace) -> None:
         )
 
 
-def tell(
+def report(
     folder: FeatureFolder, manifest: Manifest, before: int, failures: Sequence[Failure]
 ) -> None:
-    """Tell what was written, and how to load it."""
+    """Report what was written, and how to load it."""
     form = folder.form
     print(
         f"\nDone: features of {len(folder)} videos, {len(folder) - before} of them new"

@@ -15,12 +15,12 @@ from hpm_video.training.distributed import Processes
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
-    """Fine-tune, test, and tell what came of it."""
-    return train(__doc__, FinetuneConfig, Finetuning, test_and_tell, command_line)
+    """Fine-tune, test, and report the results."""
+    return train(__doc__, FinetuneConfig, Finetuning, test_and_report, command_line)
 
 
-def test_and_tell(run_dir: Path, config: FinetuneConfig, processes: Processes) -> None:
-    """Test, tell the accuracies, where everything is, and what to do next."""
+def test_and_report(run_dir: Path, config: FinetuneConfig, processes: Processes) -> None:
+    """Test, and report accuracies, the files of the run, and the next step."""
     result = evaluate_run(config, run_dir, processes)
     if not processes.is_first:
         return

@@ -12,8 +12,8 @@ That is by DeepSpeed's launcher where there are others than this one, see tools/
 gives processes 30 seconds to save and end when they are asked to stop, and ends with 1 then.
 
 The processes find each other by the variables that torchrun sets, and torchrun starts the same
-programs. This says less and tells more: nothing is printed while all goes well, the exit code
-is the program's, and the process that brought the job down is named.
+programs. This one prints nothing while all goes well, ends with the exit code of the program, and
+names the process that made the job fail.
 """
 
 import argparse
@@ -35,15 +35,15 @@ from hostfile import is_here, read_hostfile, run_on_hosts  # type: ignore[import
 
 WRONG_INPUT = 2
 STOPPED = (75, 130)
-"""How a program ends that was asked to stop and has saved its state."""
+"""Exit codes of a program that has stopped on request with its state saved."""
 POLL = 0.05
 SETTLE = 10.0
-"""Seconds in which the others may end by themselves when a process ends with an error: often all
-found the same one, and the first is about to print it."""
+"""Seconds in which the others may end by themselves after an error of one process: often all found
+the same one, and the first is about to print it."""
 ENDING = 10.0
 """Seconds from SIGTERM to SIGKILL for the others of a job that cannot go on."""
 FAULTS = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
-"""What no broken connection to another process causes; SIGABRT may be one."""
+"""Signals that a broken connection to another process does not cause, as it may SIGABRT."""
 EPILOG = f"""exit codes:
   that of the program where its processes end by themselves, such as 0, 2, or 75 and 130 for a
   stop with the state saved. 1 where one is killed by a signal, or does not end when asked to.
@@ -59,7 +59,7 @@ how a job ends:
 
 @dataclass(frozen=True)
 class Job:
-    """How many processes there are, and where they meet."""
+    """Number of processes, and the address where they meet."""
 
     processes: int
     nodes: int = 1
@@ -69,11 +69,11 @@ class Job:
 
     @property
     def count(self) -> int:
-        """Processes on all machines together."""
+        """Number of processes on all machines."""
         return self.processes * self.nodes
 
     def environment(self, local_rank: int) -> dict[str, str]:
-        """What tells a process of this machine which of the job it is."""
+        """Return the environment of a process of this machine."""
         own = {
             "RANK": self.node_rank * self.processes + local_rank,
             "LOCAL_RANK": local_rank,
@@ -113,12 +113,12 @@ class Worker:
 
     @property
     def failed(self) -> bool:
-        """Whether it neither ended well, nor saved its state, nor died of what was sent here."""
+        """Whether it ended without success, a saved state or a signal that was sent from here."""
         return self.code not in (0, *STOPPED) and -self.code not in self.sent
 
 
 class Requests:
-    """The signals that this launcher was sent."""
+    """Signals that this launcher has received."""
 
     def __init__(self) -> None:
         self.first: signal.Signals | None = None
@@ -183,10 +183,10 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_job(arguments: argparse.Namespace) -> Job:
-    """The job that the options describe.
+    """Make the job that the options describe.
 
     Raises:
-        ValueError: they describe none.
+        ValueError: the options are invalid.
     """
     for name in ("processes", "nodes"):
         if getattr(arguments, name) < 1:
@@ -212,7 +212,7 @@ def read_job(arguments: argparse.Namespace) -> Job:
 
 
 def threads_per_process(processes: int) -> int:
-    """The share of each process in the cores that may be used."""
+    """Return the number of usable cores per process."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
@@ -221,7 +221,7 @@ def threads_per_process(processes: int) -> int:
 
 
 def reserve_port(place: socket.socket) -> int:
-    """A port that no other job of this machine is given while ``place`` is open.
+    """Reserve a port that no other job of this machine gets while ``place`` is open.
 
     It does not listen, so the first process, which does, may take the same port.
     """
@@ -232,7 +232,7 @@ def reserve_port(place: socket.socket) -> int:
 
 
 def start(job: Job, command: Sequence[str]) -> list[Worker]:
-    """The processes of this machine, each a session of its own, where no Ctrl-C reaches it."""
+    """Start the processes of this machine, each in its own session, which no Ctrl-C reaches."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
     def follow_launcher() -> None:
@@ -250,7 +250,7 @@ def start(job: Job, command: Sequence[str]) -> list[Worker]:
 
 
 def watch(workers: Sequence[Worker], requests: Requests, grace: float) -> list[Worker]:
-    """Wait until all have ended, and see to it that they do. -> in the order in which they did"""
+    """Wait until all have ended, and enforce it. -> the processes in the order of their ends"""
     ended: list[Worker] = []
     passed_on = False
     ask_at = kill_at = math.inf
@@ -285,7 +285,7 @@ def send_all(workers: Sequence[Worker], number: int) -> None:
 
 
 def patience_after(worker: Worker, grace: float) -> float:
-    """Seconds that the others may go on after this one has ended."""
+    """Return the seconds for which the others may go on after this one has ended."""
     if worker.code == 0:
         return math.inf
     if not worker.failed:  # the first may still be writing
@@ -294,12 +294,12 @@ def patience_after(worker: Worker, grace: float) -> float:
 
 
 def conclude(job: Job, ended: Sequence[Worker], requests: Requests) -> int:
-    """Tell what brought the job down, if anything did. -> the exit code"""
+    """Report what made the job fail, if it did. -> the exit code"""
     failed = [worker for worker in ended if worker.failed]
     if failed:
         cause = min(failed, key=lambda worker: -worker.code not in FAULTS)  # the earliest of both
-        told = any(worker.rank == 0 and worker.code == WRONG_INPUT for worker in failed)
-        if cause.code != WRONG_INPUT or not told:  # the first process says what is wrong
+        reported = any(worker.rank == 0 and worker.code == WRONG_INPUT for worker in failed)
+        if cause.code != WRONG_INPUT or not reported:  # by the first process
             sys.stderr.write(f"\nerror: {describe(job, cause)}\n")
         return max(cause.code, 0) or 1
     killed = [worker for worker in ended if -worker.code == signal.SIGKILL]
@@ -319,7 +319,7 @@ def conclude(job: Job, ended: Sequence[Worker], requests: Requests) -> int:
 
 
 def describe(job: Job, cause: Worker) -> str:
-    """What happened to the process that brought the job down, and the remedy."""
+    """Describe what happened to the process that made the job fail, and the remedy."""
     who = f"rank {cause.rank} of {job.count} (pid {cause.process.pid} on {socket.gethostname()})"
     if cause.code > 0:
         return f"{who} ended with code {cause.code}, and the job with it"

@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# What the launch scripts share. To be sourced by one that defines `root` and `usage`:
+# Shared by the launch scripts. To be sourced by one that defines `root` and `usage`:
 #
 #   source "$root/tools/launch.sh"
 #   choose_config DEFAULT "$@"   # sets config, overrides and dry_run, or ends the script
 #   choose_processes             # from GPUS, NNODES and HOSTFILE: sets processes and launcher, or
 #                                # ends the script
 #   prepare_environment          # sets python, see tools/environment.sh
-#   make_demo_data               # where the configuration names what is missing of it
+#   make_demo_data               # if the configuration needs it and it is missing
 #   start PROGRAM ARGUMENT ...   # in that many processes
 #   finish PROGRAM ARGUMENT ...  # the same, in place of the script
 
@@ -16,7 +16,7 @@ source "$root/tools/environment.sh"
 config=""
 overrides=()
 dry_run=""
-processes=1 # of the whole job
+processes=1 # of the job
 launcher=() # the program and its options that start several processes
 
 processes_usage() {
@@ -27,22 +27,22 @@ Several processes, each on a GPU of its own, or on the CPU where there are no GP
   GPUS=8 NNODES=2 NODE_RANK=0 MASTER_ADDR=NODE0 ./run_...
                                 the same line on each of two machines, with its own NODE_RANK;
                                 MASTER_PORT is 29500 unless given
-  HOSTFILE=FILE ./run_...       on the machines of FILE, each of which is a line such as
+  HOSTFILE=FILE ./run_...       on the machines of FILE, one in each line such as
                                 "node0 slots=8"; by DeepSpeed's launcher on others than this one
   sbatch tools/slurm/...        by slurm, see the comments there
 
-When SIGTERM or Ctrl-C asks them to stop they have HPM_GRACE seconds to save, 300 unless given.
+After SIGTERM or Ctrl-C they have HPM_GRACE seconds (300) to save.
 TEXT
 }
 
-# Ends the script for a wrong input: refuse MESSAGE [REMEDY]
+# Ends the script with an error about the input: refuse MESSAGE [REMEDY]
 refuse() {
   printf 'error: %s\n' "$1" >&2
   if (($# > 1)); then printf '  %s\n' "${@:2}" >&2; fi
   exit 2
 }
 
-# The configuration that the first argument names, unless that is an override.
+# Takes the first argument for the configuration, unless it is an override.
 choose_config() {
   config="$1"
   shift
@@ -110,8 +110,8 @@ choose_processes() {
   fi
 }
 
-# check_gpus WANTED: by nvidia-smi, which takes a moment where torch takes seconds. There are those
-# that CUDA_VISIBLE_DEVICES leaves of them; none where there is no nvidia-smi.
+# check_gpus WANTED: counts the visible GPUs by nvidia-smi, which is faster than to import torch;
+# without it there are none.
 check_gpus() {
   local there visible
   there="$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true)"
@@ -129,30 +129,26 @@ check_gpus() {
 }
 
 choose_hosts() {
-  local name line host='^[[:space:]]*[^[:space:]#]+[[:space:]]+slots=([1-9][0-9]{0,5})[[:space:]]*(#.*)?$'
+  local name
   for name in GPUS NNODES NODE_RANK; do
     [[ -z ${!name:-} ]] || refuse "$name=${!name} and HOSTFILE=$HOSTFILE are both given" \
       "HOSTFILE says on which machines how many processes start: leave $name out."
   done
   local form="A line is a name and its processes: node0 slots=8"
   [[ -f $HOSTFILE ]] || refuse "HOSTFILE=$HOSTFILE is no file" "Write one. $form"
-  processes=0
-  while IFS= read -r line || [[ -n $line ]]; do
-    if [[ $line =~ ^[[:space:]]*(#.*)?$ ]]; then continue; fi
-    [[ $line =~ $host ]] || refuse "HOSTFILE=$HOSTFILE: '$line' is no host" "$form"
-    processes=$((processes + BASH_REMATCH[1]))
-  done <"$HOSTFILE"
+  # tools/hostfile.py checks the lines.
+  processes="$(awk '!/^[ \t]*#/ && $2 ~ /^slots=/ {n += substr($2, 7)} END {print n + 0}' "$HOSTFILE")"
   ((processes)) || refuse "HOSTFILE=$HOSTFILE names no host" "$form"
   HOSTFILE="$(cd -- "$(dirname -- "$HOSTFILE")" && pwd)/$(basename -- "$HOSTFILE")"
   launcher=(tools/launch.py --hostfile "$HOSTFILE")
 }
 
-# PROGRAM ARGUMENT ... in as many processes as were chosen.
+# start PROGRAM ARGUMENT ...: in the chosen number of processes.
 start() {
   "$python" ${launcher[@]+"${launcher[@]}"} "$@"
 }
 
-# The same as the script's last step; for a dry run, one process that is told their number.
+# The same, as the last step of the script. A dry run is one process, which gets their number.
 finish() {
   if [[ -n $dry_run ]]; then exec "$python" "$@" --dry-run --processes "$processes"; fi
   exec "$python" ${launcher[@]+"${launcher[@]}"} "$@"
@@ -160,7 +156,7 @@ finish() {
 
 # --- The demo's data ----------------------------------------------------------------------------
 
-# prepare.py writes the manifests last: where they are, the clips or the frames are complete.
+# prepare.py writes the manifests last: where they exist, the clips and images are complete.
 make_demo_data() {
   local manifests manifest
   manifests="$(grep -o 'datasets/demo/[A-Za-z0-9_]*\.csv' "$config" || true)"

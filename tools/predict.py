@@ -21,7 +21,7 @@ from hpm_video.files.atomic import written_beside
 from hpm_video.files.failures import BadFilesError, Failure
 from hpm_video.recognition.inference import each_video
 from hpm_video.recognition.trained_model import TrainedClassifier
-from hpm_video.runs.console import add_options, make_parser, positive, run
+from hpm_video.runs.console import add_options, exit_codes, make_parser, positive, run
 from hpm_video.runs.options import (
     add_clip_options,
     add_machine_options,
@@ -30,12 +30,10 @@ from hpm_video.runs.options import (
     reading_of,
 )
 
-EXIT_CODES = """exit codes:
-  0    every video has a prediction
-  1    a fault of this program
-  2    a wrong input, or some videos do not decode: they are listed, the others have predictions
-  130  stopped by Ctrl-C
-"""
+EXIT_CODES = exit_codes(
+    "every video has a prediction",
+    "a wrong input, or some videos do not decode: they are listed, the others have predictions",
+)
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
@@ -63,7 +61,7 @@ def name_actions(arguments: argparse.Namespace) -> None:
     """Print the predictions, one video after the other.
 
     Raises:
-        BadFilesError: some videos do not decode; the others were dealt with.
+        BadFilesError: some videos do not decode; the others have predictions.
         CheckpointError, ConfigError, ManifestError, DeviceError, OSError: a wrong input.
     """
     if arguments.json is not None:
@@ -72,8 +70,8 @@ def name_actions(arguments: argparse.Namespace) -> None:
     decoder_for(arguments.decoder, manifest)
     trained, classifier = open_inference(arguments, TrainedClassifier)
     views = arguments.views or Views(trained.config.test.clips, trained.config.test.crops)
-    told = describe_pass(len(manifest), views, trained, classifier)
-    print(told + ("\n" if arguments.top == 1 else ""))
+    pass_ahead = describe_pass(len(manifest), views, trained, classifier)
+    print(pass_ahead + ("\n" if arguments.top == 1 else ""))
     reading = reading_of(arguments, exclude_bad_files=True)
     if len(manifest) == 1:
         reading = replace(reading, workers=0)
@@ -114,7 +112,7 @@ def name_actions(arguments: argparse.Namespace) -> None:
 
 
 def check_json(path: Path) -> None:
-    """Make sure, before anything is computed, that a file can be written there.
+    """Make sure, before any computation, that a file can be written there.
 
     Raises:
         OSError: it cannot.
@@ -127,10 +125,10 @@ def check_json(path: Path) -> None:
 
 
 def find_videos(paths: Sequence[str]) -> Manifest:
-    """Those given, and all in the folders given, each once; from the working directory on.
+    """Return the given videos and those in the given folders, each once, by relative paths.
 
     Raises:
-        ManifestError: there are none in a folder.
+        ManifestError: a folder has no videos.
     """
     found: dict[str, None] = {}
     for path in paths:

@@ -14,12 +14,12 @@ from hpm_video.training.distributed import Processes
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
-    """Run, and tell what came of it."""
-    return train(__doc__, PretrainConfig, Pretraining, tell_results, command_line)
+    """Run, and report the results."""
+    return train(__doc__, PretrainConfig, Pretraining, report_results, command_line)
 
 
-def tell_results(run_dir: Path, config: PretrainConfig, processes: Processes) -> None:
-    """Tell where everything is, and what to do next."""
+def report_results(run_dir: Path, config: PretrainConfig, processes: Processes) -> None:
+    """Report the files of the run, and the next step."""
     if not processes.is_first:
         return
     best = run_dir / "checkpoints" / "best"

@@ -35,7 +35,7 @@ ANIMATIONS = {"gif": (".gif",), "mp4": (".mp4",), "both": (".gif", ".mp4"), "non
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
-    """Draw, and say what was written."""
+    """Draw, and report what was written."""
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("checkpoint", type=Path, help="checkpoint folder of a pre-training run")
@@ -65,7 +65,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
 
 def show_masks(arguments: argparse.Namespace) -> None:
-    """Write the pictures that are asked for.
+    """Write the requested pictures.
 
     Raises:
         CheckpointError, ConfigError: the checkpoint or an argument cannot be used.
@@ -76,8 +76,8 @@ def show_masks(arguments: argparse.Namespace) -> None:
     if not 0 <= (arguments.hard_fraction or 0) <= 1:
         raise ConfigError(f"--hard-fraction must lie in [0, 1], got {arguments.hard_fraction}")
     device = choose_device(arguments.device)
-    moved = arguments.feature_weights
-    overrides = [] if moved is None else [f"mining.feature_weights={moved}"]
+    weights = arguments.feature_weights
+    overrides = [] if weights is None else [f"mining.feature_weights={weights}"]
     config, student, objective = load_run(arguments.checkpoint, device, overrides)
     if arguments.source not in config.sources:
         raise ConfigError(

@@ -9,7 +9,7 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, fields, replace
 from fractions import Fraction
@@ -24,32 +24,37 @@ from hpm_video.files.failures import BadFilesError
 from hpm_video.preparation.prepare import Estimate, make, pack, try_out
 from hpm_video.preparation.prepared_folder import PreparedFolder, Rows
 from hpm_video.preparation.shards import Packer
-from hpm_video.preparation.transcode import Prober, Recipe, Transcoder
-from hpm_video.runs.console import above_zero, add_options, positive, run, shortest
+from hpm_video.preparation.transcode import Recipe, Transcoder
+from hpm_video.runs.console import (
+    above_zero,
+    add_options,
+    exit_codes,
+    make_parser,
+    positive,
+    run,
+    shortest,
+    whole_number,
+)
 from hpm_video.workers.pool import GIB, Limits, Pool
 from hpm_video.workers.progress_bar import ProgressBar
 
 GB = 1e9
-EXIT_CODES = """exit codes:
-  0    every file is done
-  1    a fault of this program
-  2    a wrong input or a full disk, or some files cannot be read: they are listed in
-       OUT/failed.csv, and the others are done
-  130  stopped by Ctrl-C: start the same command again
-"""
+EXIT_CODES = exit_codes(
+    "every file is done",
+    "a wrong input or a full disk, or some files cannot be read: they are listed in\n"
+    "       OUT/failed.csv, and the others are done",
+)
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
-    """Prepare the data, and say what was written."""
+    """Prepare the data, and report what was written."""
     arguments = parse_arguments(command_line)
     return run(lambda: prepare(arguments))
 
 
 def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, EXIT_CODES)
     add = parser.add_argument
     add("source", type=Path, metavar="MANIFEST", help="manifest or folder of videos or images")
     add("output", type=Path, metavar="OUT", help="folder to write to; a second start goes on")
@@ -70,8 +75,14 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         help="frames a second, chosen by time; default: every frame once, at the average rate",
     )
     add("--key-frames", type=positive, default=12, metavar="N", help="at most N apart (default 12)")
-    add("--crf", type=between(0, 51), default=20, metavar="0-51", help="of H.264 (default 20)")
-    add("--quality", type=between(1, 100), default=90, metavar="1-100", help="JPEG (default 90)")
+    add("--crf", type=whole_number(0, 51), default=20, metavar="0-51", help="of H.264 (default 20)")
+    add(
+        "--quality",
+        type=whole_number(1, 100),
+        default=90,
+        metavar="1-100",
+        help="JPEG (default 90)",
+    )
     add(
         "--shard-size",
         type=lambda text: round(above_zero(text) * GB),
@@ -91,7 +102,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         "--estimate",
         "--dry-run",
         action="store_true",
-        help="try a few files, tell how long it will take and how large it will be, and stop",
+        help="try a few files, report the expected time and size, and stop",
     )
     add("--force", action="store_true", help="go on though the disk seems too small")
     arguments = parser.parse_args(command_line)
@@ -101,10 +112,10 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    """Estimate, make what is missing, and tell.
+    """Estimate, do what is left, and report.
 
     Raises:
-        BadFilesError: some files cannot be read; the others were dealt with.
+        BadFilesError: some files cannot be read; the others are done.
         ManifestError, OSError: a wrong input, or a disk that is full.
     """
     recipe = Recipe(**{each.name: getattr(arguments, each.name) for each in fields(Recipe)})
@@ -134,17 +145,16 @@ def prepare(arguments: argparse.Namespace) -> None:
             raise
         if not arguments.estimate:
             folder.write_lists()
-            tell(folder, len(folder) - there, time.monotonic() - began)
+            report(folder, len(folder) - there, time.monotonic() - began)
 
 
 def work_through(folder: PreparedFolder, arguments: argparse.Namespace) -> None:
-    """Do all that is to do, or only tell what that is."""
+    """Do what is left, or only estimate it."""
     limits = Limits(arguments.seconds, round(arguments.memory * GIB))
     places = folder.missing()
     if places:
         workers = min(arguments.workers, len(places))
-        work = Prober() if folder.recipe.copy else Transcoder(folder.recipe)
-        with Pool(work, workers, limits, depth=1) as pool:
+        with Pool(Transcoder(folder.recipe), workers, limits, depth=1) as pool:
             estimate = try_out(folder, pool, places)
             announce(folder, estimate, workers)
             check_disk(folder, estimate, force=arguments.force or arguments.estimate)
@@ -168,7 +178,7 @@ def work_through(folder: PreparedFolder, arguments: argparse.Namespace) -> None:
 
 
 def announce(folder: PreparedFolder, estimate: Estimate, workers: int) -> None:
-    """Say what is about to be done, and what to expect."""
+    """Report the work ahead, and what to expect."""
     done = f" ({len(folder)} more are done)" if len(folder) else ""
     print(
         f"{estimate.files} files{done}, {size_of(estimate.before)}, on "
@@ -182,15 +192,15 @@ def announce(folder: PreparedFolder, estimate: Estimate, workers: int) -> None:
             f"{tqdm.format_interval(estimate.seconds / workers)}, then {size_of(estimate.after)}"
         )
     else:
-        print("  no estimate: of the files that were tried none can be read")
+        print("  no estimate: none of the files that were tried can be read")
     print(f"  free on that disk: {size_of(free_bytes(folder.path))}", flush=True)
 
 
 def check_disk(folder: PreparedFolder, estimate: Estimate, *, force: bool) -> None:
-    """Refuse what does not fit.
+    """Make sure that the outputs fit on the disk.
 
     Raises:
-        OSError: it is larger than what is free.
+        OSError: they do not.
     """
     needed = estimate.after
     if folder.recipe.form == "shards" and not folder.recipe.copy:
@@ -204,24 +214,24 @@ def check_disk(folder: PreparedFolder, estimate: Estimate, *, force: bool) -> No
 
 
 def free_bytes(path: Path) -> int:
-    """On the disk of a folder that may have to be made yet."""
+    """Return the free bytes on the disk of a folder that may not exist yet."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
 
 
-def tell(folder: PreparedFolder, new: int, seconds: float) -> None:
-    """What was written, and how to train on it.
+def report(folder: PreparedFolder, new: int, seconds: float) -> None:
+    """Report what was written, and how to train on it.
 
     Raises:
         BadFilesError: some files cannot be read.
     """
     manifest = folder.path / "manifest.csv"
     print(f"\nDone: {len(folder)} files, {new} of them new, in {tqdm.format_interval(seconds)}")
-    before = sum(made.source_bytes for made in folder.made.values())
-    now = sum(made.bytes for made in folder.made.values())
+    before = sum(output.source_bytes for output in folder.outputs.values())
+    now = sum(output.bytes for output in folder.outputs.values())
     print(f"  {size_of(before)} became {size_of(now)}")
-    odd = {place: made.note for place, made in folder.made.items() if made.note}
+    odd = {place: output.note for place, output in folder.outputs.items() if output.note}
     for place, note in list(odd.items())[:3]:
         print(f"  {shortest(place)}: {note}")
     if len(odd) > 3:
@@ -237,12 +247,12 @@ def tell(folder: PreparedFolder, new: int, seconds: float) -> None:
 
 
 def size_of(count: int) -> str:
-    """Bytes, in words."""
+    """Format a number of bytes."""
     return f"{tqdm.format_sizeof(count)}B"
 
 
 def even(text: str) -> int:
-    """An argument that is an even number from 2 on."""
+    """Parse an even number of at least 2."""
     value = positive(text)
     if value % 2:
         raise argparse.ArgumentTypeError(
@@ -252,7 +262,7 @@ def even(text: str) -> int:
 
 
 def rate(text: str) -> Fraction:
-    """An argument such as 25, 12.5 or 30000/1001."""
+    """Parse a frame rate such as 25, 12.5 or 30000/1001."""
     try:
         value = Fraction(text)
     except (ValueError, ZeroDivisionError):
@@ -260,19 +270,6 @@ def rate(text: str) -> Fraction:
     if not 0 < value <= 1000:
         raise argparse.ArgumentTypeError(f"must be such as 25, 12.5 or 30000/1001, got {text!r}")
     return value.limit_denominator(1001)
-
-
-def between(low: int, high: int) -> Callable[[str], int]:
-    """An argument that is a whole number from ``low`` to ``high``."""
-
-    def value(text: str) -> int:
-        if not text.isdecimal() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(
-                f"must be a whole number from {low} to {high}, got {text!r}"
-            )
-        return int(text)
-
-    return value
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ Pictures = tuple[NDArray[np.uint8], Sequence[int]]
 
 
 def unpack(source: Path, folder: Path) -> None:
-    """Take the files out of an archive that are read of it, whatever the folder within."""
+    """Extract the needed files of an archive from any folder in it."""
     batches = [name for several in BATCHES.values() for name in several]
     wanted = {META, BINARY_META, *batches, *(f"{name}.bin" for name in batches)}
     try:
@@ -71,10 +71,10 @@ def unpack(source: Path, folder: Path) -> None:
 
 
 def read_pickles(folder: Path, source: Path) -> tuple[list[str], dict[str, Pictures]]:
-    """Names of the classes and the pictures of each split, of the Python version.
+    """Read class names and the images of each split from the Python version.
 
-    Its files are pickles, which may do anything when they are loaded, so they must be those that
-    are published, by their MD5.
+    Its files are pickles, which can run any code when loaded, so their MD5 must be that of the
+    published ones.
     """
     from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]
     from torchvision.datasets.utils import check_integrity  # type: ignore[import-untyped]
@@ -93,7 +93,7 @@ def read_pickles(folder: Path, source: Path) -> tuple[list[str], dict[str, Pictu
 
 
 def read_binary(folder: Path, source: Path) -> tuple[list[str], dict[str, Pictures]]:
-    """The same of the binary version: of each image its label, a byte, and its pixels."""
+    """Read the same from the binary version: for each image a byte with its label, and pixels."""
     names = (folder / BINARY_META).read_text(encoding="utf-8").split()
     pictures = {}
     for split, batches in BATCHES.items():
@@ -113,7 +113,7 @@ def read_binary(folder: Path, source: Path) -> tuple[list[str], dict[str, Pictur
 def write_split(
     split: str, pictures: Pictures, names: Sequence[str], output: Path, source: Path
 ) -> Split:
-    """Write the images of a split that are not there yet."""
+    """Write the missing images of a split."""
     found: list[tuple[Clip, Path]] = []
     for number, (picture, label) in enumerate(zip(*pictures, strict=True)):
         shown = f"{names[label]}/{number:05}.png"
@@ -124,10 +124,10 @@ def write_split(
 
 
 def write_picture(path: Path, picture: NDArray[np.uint8]) -> None:
-    """Write a PNG, unless the same picture is there.
+    """Write a PNG, unless it exists.
 
     Raises:
-        RecipeError: something else is there.
+        RecipeError: the file exists and differs.
     """
     if not path.exists():
         with written_beside(path) as beside:
@@ -154,7 +154,7 @@ def prepare_folders(source: Path, suffix: str | None) -> Prepared:
     there = {file.parent.name for file in images["train"].files}
     classes = Classes(sorted(there), str(images["train"].folder))
     remedy = "Training and test images must have the same classes"
-    splits = [split_of_folders(name, shelf, classes, remedy) for name, shelf in images.items()]
+    splits = [split_of_folders(name, files, classes, remedy) for name, files in images.items()]
     return Prepared(classes.names, splits, images.values())
 
 

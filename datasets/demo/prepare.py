@@ -36,6 +36,7 @@ from hpm_video.data.loader import default_workers
 from hpm_video.data.manifest import write_manifest
 from hpm_video.decoding.registry import open_video
 from hpm_video.files.atomic import written_beside
+from hpm_video.files.errors import ExpectedError
 from hpm_video.preparation.encode import write_video
 from hpm_video.randomness import generator
 
@@ -67,7 +68,7 @@ MIN_DETAIL = 1.5  # Mean step between neighbouring pixels, of 255, below which n
 MAX_DRAWS = 50
 
 
-class DemoError(RuntimeError):
+class DemoError(ExpectedError):
     """The demo data cannot be made. The message says what to do."""
 
 
@@ -105,7 +106,7 @@ FOOTAGE = (
 
 @dataclass(frozen=True)
 class Clip:
-    """What a clip shows. Everything else is drawn from these values."""
+    """Specification of a clip, from which everything else is drawn."""
 
     split: Split
     label: int
@@ -115,12 +116,12 @@ class Clip:
 
     @property
     def path(self) -> str:
-        """Relative to the manifest."""
+        """Path relative to the manifest."""
         return f"clips/{self.split}/{self._name}.mp4"
 
     @property
     def images(self) -> dict[int, str]:
-        """Frames that are images too, and their paths."""
+        """Paths of the frames that are images, too."""
         return {one: f"frames/{self.split}/{self._name}_{one:02d}.jpg" for one in IMAGES}
 
     @property
@@ -128,12 +129,12 @@ class Clip:
         return f"{LABELS[self.label].replace(' ', '_')}_{self.index:03d}"
 
     def random(self) -> np.random.Generator:
-        """The clip's own generator."""
+        """Return the generator of the clip."""
         return generator("demo", self.split, LABELS[self.label], self.index)
 
 
 def plan(split: Split, per_label: int, footage: Sequence[Footage] = FOOTAGE) -> list[Clip]:
-    """The clips of a split: the footages in turn, and in turn the stretches of each."""
+    """Specify the clips of a split, which take footage files and their stretches in turn."""
     clips = []
     for label in range(len(LABELS)):
         for index in range(per_label):
@@ -157,7 +158,7 @@ class Window:
 
 
 def draw_window(random: np.random.Generator, label: int, height: int, width: int) -> Window:
-    """A path that stays inside the frame.
+    """Draw the path of a window that stays inside the frame.
 
     Position along both axes, size and tilt each have a range that every clip draws alike. What
     the label names runs through its range, in a direction; the others rest at a random point of
@@ -191,7 +192,7 @@ def draw_window(random: np.random.Generator, label: int, height: int, width: int
 
 
 def draw_times(random: np.random.Generator, stretch: Stretch) -> NDArray[np.int64]:
-    """Frames of the footage: a stretch from anywhere in it, back and forth: (T,)"""
+    """Draw frames of a stretch, played back and forth from a random start: (T,)"""
     first, last = stretch
     period = 2 * (last - first)
     times = (np.arange(NUM_FRAMES, dtype=np.int64) + int(random.integers(period))) % period
@@ -224,7 +225,7 @@ def render(footage: Tensor, times: NDArray[np.int64], window: Window) -> NDArray
 
 
 def draw_clip(clip: Clip, footage: Tensor) -> NDArray[np.uint8]:
-    """The frames of a clip, from its decoded footage: (F, 3, H, W) -> (T, S, S, 3)"""
+    """Render a clip from its decoded footage: (F, 3, H, W) -> (T, S, S, 3)"""
     random = clip.random()
     height, width = footage.shape[2:]
     most = -1.0
@@ -242,7 +243,7 @@ def draw_clip(clip: Clip, footage: Tensor) -> NDArray[np.uint8]:
 
 
 def detail(frame: NDArray[np.uint8]) -> float:
-    """Mean absolute step of brightness between neighbouring pixels: (H, W, 3) -> ()"""
+    """Average the absolute difference of neighbouring gray values: (H, W, 3) -> ()"""
     gray = frame.astype(np.float64).mean(axis=2)
     return float((np.abs(np.diff(gray, axis=0)).mean() + np.abs(np.diff(gray, axis=1)).mean()) / 2)
 
@@ -299,7 +300,7 @@ def download_footage(folder: Path) -> None:
 
 @cache
 def read_footage(path: Path) -> Tensor:
-    """All frames, without their border, at most WORKING_HEIGHT high: (F, 3, H, W) uint8"""
+    """Read all frames without their border, at most WORKING_HEIGHT high: (F, 3, H, W) uint8"""
     parts = []
     with open_video(str(path), "pyav") as video:
         for first in range(0, video.num_frames, 50):
@@ -322,7 +323,7 @@ def make(
     per_label: Mapping[Split, int] = CLIPS_PER_LABEL,
     workers: int = 0,
 ) -> None:
-    """Write the files and then their manifests, which so exist only where all files do.
+    """Write the files and then their manifests, which thus exist only if all files do.
 
     With 0 workers they are made by this process. What they show does not depend on the number.
     """
@@ -369,7 +370,7 @@ def frame_table(clips: Iterable[Clip], footage: Sequence[Footage]) -> pd.DataFra
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make what is missing. -> the exit code"""
+    """Make the data unless it is complete. -> the exit code"""
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument

@@ -12,7 +12,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from hpm_video.preparation.recipes import FOLDER, Prepared, run_recipe
+from hpm_video.preparation.recipes import REQUIRED_FOLDER, Prepared, run_recipe
 from hpm_video.preparation.sources import (
     Classes,
     Clip,
@@ -25,8 +25,8 @@ from hpm_video.preparation.sources import (
 )
 
 OPTIONS = {
-    "--videos": {"help": "folder of the class folders", "required": True, **FOLDER},
-    "--lists": {"help": "folder testTrainMulti_7030_splits", "required": True, **FOLDER},
+    "--videos": {"help": "folder of the class folders", **REQUIRED_FOLDER},
+    "--lists": {"help": "folder testTrainMulti_7030_splits", **REQUIRED_FOLDER},
 }
 LIST = "{name}_test_split{number}.txt"
 LINE = re.compile(r"(?P<name>\S.*?)\s+(?P<use>[012])")  # names hold all sorts of characters
@@ -34,7 +34,7 @@ NEEDED = "the name of a video and then 0 (unused), 1 (training) or 2 (testing)"
 
 
 def read_classes(lists: Path) -> Classes:
-    """The classes that have lists, sorted by name."""
+    """Find the classes that have lists, sorted by name."""
     end = re.compile(r"_test_split[123]\.txt")
     names = sorted(
         {end.sub("", path.name) for path in lists.glob("*.txt") if end.search(path.name)}

@@ -29,7 +29,7 @@ from hpm_video.preparation.sources import (
     lines_of,
     match,
     matches_of,
-    read_text,
+    read_list_text,
     split_of_folders,
     stem,
 )
@@ -57,22 +57,22 @@ LABEL_LINE = re.compile(r"\d+|n\d{8}")
 
 
 class Row(NamedTuple):
-    """An image of a list."""
+    """Image of a list."""
 
     place: str
     path: str
     label: str
-    """As the list has it: a wnid, or a number."""
+    """A wnid or a number."""
 
     @property
     def wnid(self) -> str | None:
-        """The class that the path names, by its folder (n01440764/a.JPEG) or name (n01440764_9)."""
+        """Wnid in the path, of its folder (n01440764/a.JPEG) or its name (n01440764_9)."""
         path = Path(self.path)
         return next((n for n in (path.parent.name, path.name[:9]) if WNID.fullmatch(n)), None)
 
 
 def read_names(path: Path) -> dict[str, str]:
-    """Wnid -> what people call it; of lines ``n01440764 tench, Tinca tinca`` in any order."""
+    """Map wnids to names, from lines ``n01440764 tench, Tinca tinca`` in any order."""
     needed = "a wnid and its name as in LOC_synset_mapping.txt ('n01440764 tench, Tinca tinca')"
     names: dict[str, str] = {}
     for place, found in matches_of(path, NAME_LINE, needed):
@@ -83,7 +83,7 @@ def read_names(path: Path) -> dict[str, str]:
 
 
 def read_ids(path: Path) -> dict[int, str]:
-    """ILSVRC2012 ID -> wnid, from lines that say both, or from wnids in the order of the IDs."""
+    """Map IDs of ILSVRC2012 to wnids, from lines with both, or wnids in the order of the IDs."""
     if path.suffix.lower() == ".mat":
         raise RecipeError(f"{path} cannot be read here, only text. README.md says how to make it")
     needed = (
@@ -110,7 +110,7 @@ def read_ids(path: Path) -> dict[int, str]:
 
 
 def read_labels(path: Path, ids: Mapping[int, str] | None, split: str) -> list[Row]:
-    """The images of a list and what it says of their class.
+    """Read the images of a list and their classes.
 
     A list without names has a line for each validation image, ILSVRC2012_val_00000001 and so on.
     """
@@ -150,14 +150,14 @@ def find_classes(
     train: Videos | None,
     rows: Sequence[Row],
 ) -> Classes:
-    """All classes, from a list of them, or from the training split: its folders or its list."""
+    """Find all classes: from a list of classes, or from list or folders of the training split."""
     if names is not None:
         wnids, source = {*names}, "--names"
     elif ids is not None:
         wnids, source = {*ids.values()}, "--ids"
     elif rows:
-        told = (row.label if WNID.fullmatch(row.label) else row.wnid for row in rows)
-        wnids, source = {wnid for wnid in told if wnid}, "--train-labels"
+        given = (row.label if WNID.fullmatch(row.label) else row.wnid for row in rows)
+        wnids, source = {wnid for wnid in given if wnid}, "--train-labels"
     else:
         parents = {file.parent.name for file in train.files} if train else set()
         wnids, source = {n for n in parents if WNID.fullmatch(n)}, str(train and train.folder)
@@ -172,7 +172,7 @@ def find_classes(
 
 
 def clips_of_rows(rows: Sequence[Row], classes: Classes) -> list[Clip]:
-    """The images of a list. A number is that of the sorted wnids, from 0."""
+    """Make clips of the images of a list. Numbers count the sorted wnids from 0."""
     clips = []
     num_classes = len(classes.names)
     for row in rows:
@@ -195,7 +195,7 @@ def clips_of_rows(rows: Sequence[Row], classes: Classes) -> list[Clip]:
 
 
 def split_of(name: str, images: Videos, classes: Classes, rows: Sequence[Row] | None) -> Split:
-    """The images of a split, by its list or by its class folders."""
+    """Make a split by its list or its class folders."""
     if rows is None:
         remedy = (
             f"Name the folder of the class folders, named by wnids such as n01440764, or give "
@@ -210,11 +210,11 @@ def split_of(name: str, images: Videos, classes: Classes, rows: Sequence[Row] | 
 
 
 def standing_labels(output: Path, classes: Classes, written: Collection[str]) -> list[str] | None:
-    """The lines of a ``labels.txt`` that a manifest of another split needs, if it fits."""
+    """Return the lines of a matching ``labels.txt`` that another manifest needs."""
     stays = [name for name in SPLITS if name not in written and (output / f"{name}.csv").is_file()]
     if not stays or not (output / "labels.txt").is_file():
         return None
-    lines = read_text(output / "labels.txt").splitlines()
+    lines = read_list_text(output / "labels.txt").splitlines()
     return lines if [line.partition(" ")[0] for line in lines] == [*classes.names] else None
 
 
@@ -234,7 +234,7 @@ def prepare(options: argparse.Namespace) -> Prepared:
         key = stem if name in rows else folder_and_name
         images[name] = Videos(folder, key, suffix=options.suffix, kind="image")
     classes = find_classes(names, ids, images.get("train"), rows.get("train", []))
-    splits = [split_of(name, shelf, classes, rows.get(name)) for name, shelf in images.items()]
+    splits = [split_of(name, files, classes, rows.get(name)) for name, files in images.items()]
     notes = []
     if len(classes.names) != NUM_CLASSES:
         notes.append(

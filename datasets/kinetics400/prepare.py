@@ -29,7 +29,7 @@ from hpm_video.preparation.sources import (
     check_folders,
     folder_key,
     match,
-    read_text,
+    read_list_text,
     split_of_folders,
     stem,
 )
@@ -61,18 +61,18 @@ RIGHT_FOLDERS = (
 
 
 class Row(NamedTuple):
-    """A line of a release's CSV."""
+    """Line of a release's CSV."""
 
     place: str
     class_name: str
-    """Empty in a test."""
+    """Empty in a test split."""
     youtube_id: str
     file_name: str
-    """As download scripts name the clip's file, apart from the suffix."""
+    """Name that download scripts give to the file, without the suffix."""
 
 
 def read_rows(path: Path, split: str) -> list[Row]:
-    """The lines of a CSV, which must be of that split and, but for a test, labelled."""
+    """Read a CSV, which must be of that split and, except for a test, labelled."""
     columns = ("label", "youtube_id", "time_start", "time_end")[split == "test" :]
     rows = []
     for place, cells in cells_of(path, columns):
@@ -97,12 +97,12 @@ def read_rows(path: Path, split: str) -> list[Row]:
 
 
 def find_classes(options: argparse.Namespace, rows: Iterable[Row], train: Videos | None) -> Classes:
-    """The numbering, the same for all splits: from a list, the training CSV, or its folders.
+    """Find the classes of all splits: from a list, the training CSV or the training folders.
 
     ``rows`` are those of the training CSV.
     """
     if options.labels:
-        names = [name.strip() for name in read_text(options.labels).rstrip().splitlines()]
+        names = [name.strip() for name in read_list_text(options.labels).rstrip().splitlines()]
         if not all(names) or not names:
             raise RecipeError(f"{options.labels}: need the name of a class in every line")
         return Classes(names, str(options.labels))
@@ -125,11 +125,10 @@ def match_rows(
     count: Mapping[str, int],
     replacements: Sequence[Videos],
 ) -> tuple[Split, list[str]]:
-    """A split with a CSV, and what else is to be reported.
+    """Make a split by its CSV. -> the split, and further lines of the report
 
-    A file may be named by the id alone where that says which clip it is: ``count`` says how many
-    clips there are of an id. ``replacements``: videos that take the place of corrupt ones, all of
-    them that are there.
+    A file may be named by the id alone where that identifies the clip: ``count`` is the number of
+    clips per id. ``replacements``: videos that replace corrupt ones.
     """
     clips = []
     for row in rows:
@@ -140,7 +139,7 @@ def match_rows(
 
     def find(clip: Clip) -> Path | None:
         usual = videos.find(clip)
-        return next((file for shelf in replacements if (file := shelf.find(clip))), usual)
+        return next((file for folder in replacements if (file := folder.find(clip))), usual)
 
     expected = (
         f"Looked in {videos.folder} and its folders for <youtube_id>_<time_start>_<time_end>, the "
@@ -149,7 +148,7 @@ def match_rows(
     )
     (split,) = match({name: clips}, videos, expected, find)
     check_folders(split, videos, classes, RIGHT_CSV)
-    others = {file for shelf in replacements for file in shelf.files}
+    others = {file for folder in replacements for file in folder.files}
     used = sum(file in others for _, file in split.found)
     notes = [f"{name}: replacements taken: {used}"] if used else []
     ids = dict.fromkeys(row.youtube_id for row in rows)
@@ -167,29 +166,29 @@ def prepare(options: argparse.Namespace) -> Prepared:
     lists: dict[str, Path | None] = {name: getattr(options, f"{name}_csv") for name in SPLITS}
     check_options(folders, lists, options)
     rows = {name: read_rows(path, name) for name, path in lists.items() if path}
-    shelves: dict[tuple[Path, bool], Videos] = {}  # splits may share a folder
+    opened: dict[tuple[Path, bool], Videos] = {}  # splits may share a folder
     videos: dict[str, Videos] = {}
     for name, folder in folders.items():
         if folder:
             place = (folder.resolve(), name in rows)
-            if place not in shelves:
+            if place not in opened:
                 key = stem if name in rows else folder_key
-                shelves[place] = Videos(folder, key, suffix=options.suffix)
-            videos[name] = shelves[place]
+                opened[place] = Videos(folder, key, suffix=options.suffix)
+            videos[name] = opened[place]
     classes = find_classes(options, rows.get("train", []), videos.get("train"))
     replacements = [Videos(one, stem, suffix=options.suffix) for one in options.replacements]
     splits: list[Split] = []
     notes: list[str] = []
-    for name, shelf in videos.items():
+    for name, files in videos.items():
         if name not in rows:
-            splits.append(split_of_folders(name, shelf, classes, RIGHT_FOLDERS))
+            splits.append(split_of_folders(name, files, classes, RIGHT_FOLDERS))
             continue
-        beside = [other for other in rows if videos.get(other) is shelf]
+        beside = [other for other in rows if videos.get(other) is files]
         count = Counter(row.youtube_id for other in beside for row in rows[other])
-        split, more = match_rows(name, rows[name], shelf, classes, count, replacements)
+        split, more = match_rows(name, rows[name], files, classes, count, replacements)
         splits.append(split)
         notes += more
-    return Prepared(classes.names, splits, shelves.values(), notes)
+    return Prepared(classes.names, splits, opened.values(), notes)
 
 
 def check_options(
@@ -197,7 +196,7 @@ def check_options(
     lists: Mapping[str, Path | None],
     options: argparse.Namespace,
 ) -> None:
-    """Make sure that no options contradict one another."""
+    """Make sure that the options do not contradict each other."""
     if not any(folders.values()):
         raise RecipeError("name the folder of at least one split: --train, --validation or --test")
     for name, path in lists.items():

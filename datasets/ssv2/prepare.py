@@ -14,27 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from hpm_video.data.manifest import UNLABELLED
-from hpm_video.preparation.recipes import FOLDER, Prepared, run_recipe
+from hpm_video.preparation.recipes import REQUIRED_FOLDER, Prepared, run_recipe
 from hpm_video.preparation.sources import (
     Clip,
     RecipeError,
     Videos,
     match,
-    read_text,
+    read_list_text,
     stem,
 )
 
 SPLITS = ("train", "validation", "test")
 OPTIONS = {
-    "--videos": {
-        "help": "folder 20bn-something-something-v2 of the videos",
-        "required": True,
-        **FOLDER,
-    },
+    "--videos": {"help": "folder 20bn-something-something-v2 of the videos", **REQUIRED_FOLDER},
     "--lists": {
-        "help": "folder of labels.json, train.json, validation.json and test.json",
-        "required": True,
-        **FOLDER,
+        "help": "folder of labels.json and of SPLIT.json for each split",
+        **REQUIRED_FOLDER,
     },
     "--splits": {"nargs": "+", "choices": SPLITS, "help": "by default those that have a list"},
 }
@@ -42,7 +37,7 @@ OLD_NAME = "something-something-v2-"  # that the files' names began with before 
 
 
 def find_list(lists: Path, name: str) -> Path | None:
-    """A list under the name of either release."""
+    """Find a list by its name in either release."""
     paths = (lists / f"{name}.json", lists / f"{OLD_NAME}{name}.json")
     there = [path for path in paths if path.is_file()]
     if len(there) > 1:
@@ -53,9 +48,9 @@ def find_list(lists: Path, name: str) -> Path | None:
 
 
 def read_json(path: Path, kind: type, needed: str) -> Any:
-    """What a file holds, which must be of a kind and not empty."""
+    """Read a file whose content must be of a type and not empty."""
     try:
-        content = json.loads(read_text(path))
+        content = json.loads(read_list_text(path))
     except json.JSONDecodeError as error:
         raise RecipeError(
             f"{path}, line {error.lineno}: not JSON ({error.msg}). Download it again"
@@ -66,7 +61,7 @@ def read_json(path: Path, kind: type, needed: str) -> Any:
 
 
 def read_classes(path: Path) -> list[str]:
-    """Names of the classes in the order of their numbers."""
+    """Read the names of the classes in the order of their numbers."""
     content = read_json(path, dict, '{"name of a class": "number", ...}')
     numbers = {str(number): name for name, number in content.items()}
     order = [str(number) for number in range(len(content))]
@@ -79,7 +74,7 @@ def read_classes(path: Path) -> list[str]:
 
 
 def read_list(path: Path, labels: dict[str, int] | None) -> list[Clip]:
-    """The clips of a list, with the class that their template names, if ``labels`` is given.
+    """Read the clips of a list, with the classes of their templates if ``labels`` is given.
 
     A template is the name of a class with brackets around what stands for an object:
     "Holding [something] next to [something]".

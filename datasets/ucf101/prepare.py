@@ -12,12 +12,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from hpm_video.preparation.recipes import FOLDER, Prepared, run_recipe
+from hpm_video.preparation.recipes import REQUIRED_FOLDER, Prepared, run_recipe
 from hpm_video.preparation.sources import Classes, Clip, RecipeError, Videos, match, matches_of
 
 OPTIONS = {
-    "--videos": {"help": "folder UCF-101 of the videos", "required": True, **FOLDER},
-    "--lists": {"help": "folder ucfTrainTestlist", "required": True, **FOLDER},
+    "--videos": {"help": "folder UCF-101 of the videos", **REQUIRED_FOLDER},
+    "--lists": {"help": "folder ucfTrainTestlist", **REQUIRED_FOLDER},
 }
 CLASS = re.compile(r"(?P<number>\d+)\s+(?P<name>\S.*)")
 VIDEO = r"(?P<folder>[^/]+)/(?P<name>[^/]*\.[A-Za-z0-9]+)"
@@ -25,16 +25,16 @@ FORMS = {
     "train": (re.compile(VIDEO + r"\s+(?P<number>\d+)"), " <number of the class>"),
     "test": (re.compile(VIDEO), ""),
 }
-"""Of the lines of a list, and what stands behind the video in it."""
+"""Formats of the lines, and what follows the video in them."""
 
 
 def key_of(path: Path) -> str:
-    """Without case: a class is HandstandPushups, its videos begin with v_HandStandPushups."""
+    """Ignore case: videos of the class HandstandPushups begin with v_HandStandPushups."""
     return path.stem.casefold()
 
 
 def read_classes(path: Path) -> Classes:
-    """The classes of classInd.txt, in its order."""
+    """Read the classes of classInd.txt in its order."""
     names: list[str] = []
     for place, found in matches_of(path, CLASS, "'1 <name of the class>'"):
         names.append(found["name"])
@@ -44,7 +44,7 @@ def read_classes(path: Path) -> Classes:
 
 
 def read_list(lists: Path, use: str, number: int, classes: Classes) -> list[Clip]:
-    """The clips of a list."""
+    """Read the clips of a list."""
     form, more = FORMS[use]
     clips = []
     for place, found in matches_of(

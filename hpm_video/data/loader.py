@@ -18,7 +18,7 @@ from hpm_video.data.mixture import Place
 from hpm_video.data.reading import ClipReader, Request, read_or_fail
 from hpm_video.files.failures import Failure
 from hpm_video.workers.pool import USUAL, Answer, Limits, Pool
-from hpm_video.workers.room import check_room, cores_of_container
+from hpm_video.workers.room import check_room, cores_of_container, usable_cores
 
 MAX_WORKERS = 16
 JOB_BYTES = 2**20
@@ -44,10 +44,7 @@ def default_workers() -> int:
     A container may have a share of the cores (docker --cpus). Where torchrun started several
     processes on this machine, they share the cores.
     """
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
+    cores = usable_cores()
     cores = min(cores, cores_of_container() or cores)
     share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(max(share - 1, 1), MAX_WORKERS)

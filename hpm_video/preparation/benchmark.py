@@ -28,13 +28,13 @@ from hpm_video.workers.room import RoomError, memory_left
 IN_WORKERS = ("reading", "decoding", "augmenting")
 IN_THE_RUN = ("collating", "copying")
 NUM_PLACES = 4 * 10**6
-"""Videos that trials may read one after the other."""
+"""Number of videos in the order that trials read."""
 READ_AHEAD = 1_000
-"""Videos that a trial reads beyond those that it counts, at most."""
-PREPARED, SECONDS_TO_PREPARE = 2_000, 5.0
-"""Files that are read into memory before a trial, and the time for it, at most."""
-WEIGHED = 200
-"""Files whose sizes stand for all."""
+"""Upper bound on the videos that a trial reads ahead without counting them."""
+WARMED_UP, SECONDS_OF_WARMUP = 2_000, 5.0
+"""Limits on the videos that are read into memory before a trial, and on the time for it."""
+SAMPLED_SIZES = 200
+"""Number of files from whose sizes the total is estimated."""
 MIB = 2**20
 
 
@@ -43,12 +43,11 @@ class Phases:
     """Seconds per clip of each phase, in one process."""
 
     reading: float
-    """The bytes of the file."""
     decoding: float
     augmenting: float
     collating: float
     copying: float
-    """To the device."""
+    """Includes the transfer to the device."""
 
     def seconds(self, names: Iterable[str]) -> float:
         """Sum some phases."""
@@ -61,7 +60,7 @@ class Phases:
 
 
 class Stopwatch:
-    """Seconds spent inside of ``with``, in total."""
+    """Total of the seconds spent inside ``with``."""
 
     seconds = 0.0
 
@@ -73,51 +72,51 @@ class Stopwatch:
 
 
 @dataclass(frozen=True)
-class _Timed(ClipTransform):
+class _TimedTransform(ClipTransform):
     transform: ClipTransform
-    watch: Stopwatch
+    stopwatch: Stopwatch
 
     def draw(
         self, size: tuple[int, int], frame_size: tuple[int, int], draw: np.random.Generator
-    ) -> "_TimedDrawn":
+    ) -> "_TimedBoundTransform":
         drawn = self.transform.draw(size, frame_size, draw)
-        return _TimedDrawn(drawn.box, drawn, self.watch)
+        return _TimedBoundTransform(drawn.box, drawn, self.stopwatch)
 
 
 @dataclass(frozen=True)
-class _TimedDrawn:
+class _TimedBoundTransform:
     box: Box
     drawn: DrawnTransform
-    watch: Stopwatch
+    stopwatch: Stopwatch
 
     def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
-        with self.watch:
+        with self.stopwatch:
             return self.drawn(pixels)
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Where training finds the bytes of its files, so that measurements find them there too."""
+    """Where training reads its files from: memory or the disk. Measurements do the same."""
 
     num_files: int
     num_bytes: int
-    """All files together, estimated."""
+    """An estimate for all files together."""
     memory: int | None
-    """Bytes that are left; none if unknown."""
+    """Free bytes; none if unknown."""
 
     @classmethod
     def of(cls, clips: Sequence[VideoClips]) -> "Storage":
-        """Weigh a part of the files."""
+        """Estimate the total from the sizes of some files."""
         num_bytes = 0.0
         for stream in clips:
             files = stream.manifest.files
-            sizes = [size_of(path) for path in files[:: -(-len(files) // WEIGHED)]]
+            sizes = [size_of(path) for path in files[:: -(-len(files) // SAMPLED_SIZES)]]
             num_bytes += len(files) * sum(sizes) / len(sizes)
         return cls(sum(map(len, clips)), int(num_bytes), memory_left())
 
     @property
     def is_memory(self) -> bool:
-        """Whether the system keeps all files in memory once they were read."""
+        """Whether the system keeps all files in memory once they have been read."""
         return self.memory is not None and self.num_bytes < self.memory / 2
 
     def __str__(self) -> str:
@@ -129,14 +128,14 @@ class Storage:
 
 
 def size_of(path: str) -> int:
-    """Return the bytes of a place that :func:`read_all` would read."""
+    """Return the number of bytes that :func:`read_all` would read."""
     with suppress(OSError):  # it is not there
         return stamp_of(path).bytes or 0
     return 0
 
 
 def read_all(path: str) -> int:
-    """Read the bytes of a file, a member of a tar or a folder of frames. -> how many, 0 if none"""
+    """Read a file, a member of a tar or a folder of frames. -> the number of bytes"""
     with suppress(DecodeError, OSError):
         files = map(str, frames_in(path)) if is_frame_folder(path) else [path]
         return sum(len(read_bytes(file)) for file in files)
@@ -145,7 +144,7 @@ def read_all(path: str) -> int:
 
 @dataclass
 class Trial:
-    """What came of reading with one decoder."""
+    """Result of reading with one decoder."""
 
     decoder: DecoderName | None
     """None for images."""
@@ -154,7 +153,7 @@ class Trial:
     files: set[str] = field(default_factory=set)
     refused: dict[str, Failure] = field(default_factory=dict)
     error: TooManyBadFiles | RoomError | None = None
-    """The last reason why there is no rate."""
+    """The last reason why a rate is missing."""
 
 
 @dataclass
@@ -163,93 +162,94 @@ class Trials:
 
     clips: Sequence[VideoClips]
     weights: Sequence[float]
-    """Those of the sources."""
+    """Weights of the sources."""
     storage: Storage
     batch_size: int
     seconds: float
-    _start: int = field(default=0, init=False)
-    """The batch that comes next."""
+    _next_batch: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self._sources = deal_out(self.weights, NUM_PLACES // self.batch_size)
 
     def places(self) -> Places:
-        """Return what is read next."""
-        return Places(self._sources, self.batch_size, self._start)
+        """Return the videos to read next, in order."""
+        return Places(self._sources, self.batch_size, self._next_batch)
 
-    def go_on(self, count: int) -> None:
-        """Pass over so many places: what comes from the disk must not be read twice."""
+    def advance(self, count: int) -> None:
+        """Skip ``count`` videos: those that are read from the disk must not be read twice."""
         if not self.storage.is_memory:
-            self._start += -(-count // self.batch_size)
-            if self._start > 0.9 * len(self._sources):
-                self._start = 0
+            self._next_batch += -(-count // self.batch_size)
+            if self._next_batch > 0.9 * len(self._sources):
+                self._next_batch = 0
 
     def phases(
         self, count: int, device: torch.device, decoders: Sequence[DecoderName | None]
     ) -> tuple[Phases, DecoderName | None]:
-        """Take clips apart with the first decoder that decodes any. -> phases, and which it is
+        """Measure the phases with the first decoder that decodes any file. -> phases, decoder
 
         Raises:
-            DecodeError: none does.
+            DecodeError: no decoder does.
         """
         places = list(islice(self.places(), count))
-        self.go_on(count)
+        self.advance(count)
         *others, last = decoders
         for decoder in others:
             with suppress(DecodeError):
-                return self.take_apart(places, device, decoder), decoder
-        return self.take_apart(places, device, last), last
+                return self.measure_phases(places, device, decoder), decoder
+        return self.measure_phases(places, device, last), last
 
-    def take_apart(
+    def measure_phases(
         self, places: Sequence[Place], device: torch.device, decoder: DecoderName | None = None
     ) -> Phases:
-        """Read the clips at ``places`` in this process. Bad files are left out.
+        """Time each phase of the clips at ``places`` in this process. Bad files are skipped.
 
         Raises:
             DecodeError: none of the files decodes.
         """
         streams = [_fresh(stream, decoder) for stream in self.clips]
-        reading, whole, augmenting, collating, copying = (Stopwatch() for _ in range(5))
+        reading, in_worker, augmenting, collating, copying = (Stopwatch() for _ in range(5))
         samples: list[Sample] = []
         failure: DecodeError | OSError | None = None
         for place in places:
             request = streams[place.source].request(place.position)
             reader = reader_of(streams[place.source])
-            timed = replace(reader, transform=_Timed(reader.transform, augmenting))
+            timed = replace(reader, transform=_TimedTransform(reader.transform, augmenting))
             try:
                 if self.storage.is_memory:
                     read_all(request.path)
                 with reading:
                     read_all(request.path)
-                with whole:
+                with in_worker:
                     samples.append(timed(request))
             except (DecodeError, OSError) as error:
                 failure = error
         if not samples:
             raise DecodeError(f"none of the first {len(places)} files decodes. The last: {failure}")
-        for _, of_one_source in groupby(samples, key=lambda sample: sample.source):
-            while batch := list(islice(of_one_source, self.batch_size)):
+        for _, of_source in groupby(samples, key=lambda sample: sample.source):
+            while batch := list(islice(of_source, self.batch_size)):
                 with collating:
-                    put_together = collate(batch)
+                    collated = collate(batch)
                 with copying:
-                    put_together.to(device)
+                    collated.to(device)
                     if device.type == "cuda":
                         torch.cuda.synchronize(device)
         count = sum(len(sample.clips) for sample in samples)
         return Phases(
             reading.seconds / count,
-            (whole.seconds - augmenting.seconds) / count,
+            (in_worker.seconds - augmenting.seconds) / count,
             augmenting.seconds / count,
             collating.seconds / count,
             copying.seconds / count if device.type == "cuda" else 0.0,
         )
 
     def read(self, trial: Trial, workers: int) -> None:
-        """Have so many processes read, and add what comes of it to ``trial``."""
+        """Read with that many processes, and add the result to ``trial``."""
         places, began = self.places(), time.monotonic()
-        for place in islice(places, PREPARED if self.storage.is_memory else 0):
-            read_all(self.clips[place.source].request(place.position).path)
-            if time.monotonic() > began + SECONDS_TO_PREPARE:
+        warmed_up = islice(places, WARMED_UP if self.storage.is_memory else 0)
+        requests = (self.clips[each.source].request(each.position) for each in warmed_up)
+        for path in dict.fromkeys(request.path for request in requests):
+            read_all(path)
+            if time.monotonic() > began + SECONDS_OF_WARMUP:
                 break
         streams = [_fresh(stream, trial.decoder) for stream in self.clips]
         count, videos = 0, READ_AHEAD
@@ -272,17 +272,17 @@ class Trials:
             trial.rates.clear()
         for stream in streams:
             trial.refused |= stream.bad
-        self.go_on(videos)
+        self.advance(videos)
 
 
 def reader_of(stream: VideoClips) -> TrainReader:
-    """Return what reads the clips of a stream."""
+    """Return the reader of a stream's training clips."""
     assert isinstance(stream.reader, TrainReader)
     return stream.reader
 
 
 def _fresh(stream: VideoClips, decoder: DecoderName | None) -> VideoClips:
-    """Copy a stream, with another decoder and without what it knows of files so far."""
+    """Copy a stream with another decoder, and without the failures that it has noted."""
     fresh = copy.copy(stream)
     fresh.bad = {}
     if decoder is not None:

@@ -1,4 +1,4 @@
-"""Looking at one file as a whole: what it is, and whether all of it decodes."""
+"""Check of one file: its properties, and whether all of it decodes."""
 
 import contextlib
 import hashlib
@@ -23,32 +23,33 @@ from hpm_video.preparation.jobs import Step, Steps
 from hpm_video.preparation.soundness import Stream, decode_all
 
 SHORTEST = 16
-"""Frames of a usual clip."""
+"""Frames of a usual clip; shorter videos are suspicious."""
 FARTHEST = 250
-"""Frames between key frames: encoders come with this as the limit, and 12 is better here."""
+"""Limit of the key-frame distance: the default of encoders. 12 is better here."""
 SMALLEST = 32
-"""Pixels of a side."""
+"""Limit of a side, in pixels."""
 NARROWEST = 4.0
-"""The long side as a multiple of the short one."""
+"""Limit of the aspect ratio, long side to short side."""
 UNEVEN_SHARE = 0.05
-"""Of the gaps between frames may be off by more than ``UNEVEN`` before that is told."""
+"""Share of the gaps between frames that may differ by more than ``UNEVEN``."""
 UNEVEN = 0.1
-"""Of the usual gap. Containers that count in milliseconds are off by one or two anyway."""
+"""Tolerance as a share of the median gap."""
 TICKS = 1.6
+"""Tolerance in ticks of the container's clock, which rounds times."""
 ANEW = "encode it anew with tools/transcode.py"
 
-_LESS = (0, 1, 2, 4, 8, 16, 32)
-"""Frames that are given up where the last ones before some damage cannot be read."""
+_GIVEN_UP = (0, 1, 2, 4, 8, 16, 32)
+"""Numbers of frames to give up, in turn, where the last ones before damage cannot be read."""
 _ENDS = 2**16
-"""Bytes of a file's beginning and of its end that its digest is of."""
+"""Bytes at the beginning and at the end of a file that enter its digest."""
 _CLOCKWISE = {3: 180, 4: 180, 5: 90, 6: 90, 7: 270, 8: 270}
-"""What the orientations of EXIF mean, mirrored or not."""
+"""Degrees by the orientations of EXIF, mirrored or not."""
 
 
 def examine(file: str, decoder: DecoderChoice) -> Steps[Finding]:
     """Decode all of a file.
 
-    Whatever is wrong with it is part of the finding; only a lack of memory is raised.
+    Any fault of the file is part of the finding; only a lack of memory is raised.
     """
     try:
         stamp = stamp_of(file)
@@ -57,8 +58,8 @@ def examine(file: str, decoder: DecoderChoice) -> Steps[Finding]:
         return bad("there is no such file" if missing else f"{error.strerror}")
     try:
         with as_decode_error(file), open_video(file, decoder) as reader:
-            measure = _pictures if is_frame_folder(file) or is_image(file) else _video
-            finding = yield from measure(reader, file)
+            check = _check_images if is_frame_folder(file) or is_image(file) else _check_video
+            finding = yield from check(reader, file)
             finding = replace(finding, content=content_of(file, stamp))
     except DecodeError as error:
         finding = bad(error.reason)
@@ -66,12 +67,12 @@ def examine(file: str, decoder: DecoderChoice) -> Steps[Finding]:
 
 
 def bad(*reasons: str) -> Finding:
-    """The finding that a file cannot be used."""
-    return Finding("bad", tuple(map(_one_reason, reasons)))
+    """Return the finding that a file cannot be used."""
+    return Finding("bad", tuple(map(_normalised, reasons)))
 
 
 def stamp_of(file: str) -> Stamp:
-    """Size and time of a file; of a folder of frames their sum, and the last of them.
+    """Return size and time of a file; for a folder of frames, the total size and the latest time.
 
     Raises:
         OSError: there is no such file.
@@ -88,7 +89,7 @@ def stamp_of(file: str) -> Stamp:
 
 
 def content_of(file: str, stamp: Stamp) -> str:
-    """A digest of size, beginning and end of a file; of the names of frames too."""
+    """Hash size, beginning and end of a file, and the names of frames."""
     digest = hashlib.blake2b(repr(stamp.bytes).encode(), digest_size=8)
     if is_frame_folder(file):
         frames = frames_in(file)
@@ -108,8 +109,8 @@ def content_of(file: str, stamp: Stamp) -> str:
     return digest.hexdigest()
 
 
-def _pictures(reader: VideoReader, file: str) -> Steps[Finding]:
-    """An image, or a folder of them: read as training reads them."""
+def _check_images(reader: VideoReader, file: str) -> Steps[Finding]:
+    """Check an image or a folder of frames, read as training reads them."""
     size, count = reader.frame_size, reader.num_frames
     sound, why = 0, ""
     while sound < count and not why:
@@ -119,29 +120,31 @@ def _pictures(reader: VideoReader, file: str) -> Steps[Finding]:
         except DecodeError as error:
             why = error.reason
         yield Step()
-    facts = _picture_facts(read_bytes(str(frames_in(file)[0]) if is_frame_folder(file) else file))
+    facts = _image_properties(
+        read_bytes(str(frames_in(file)[0]) if is_frame_folder(file) else file)
+    )
     finding = Finding(
         "fine", num_frames=sound, height=size[0], width=size[1], key_frame_distance=1, **facts
     )
     doubts = [*doubts_of_size(size), *(doubts_of_length(sound) if is_frame_folder(file) else ())]
-    return _judged(finding, doubts, count, why)
+    return _with_verdict(finding, doubts, count, why)
 
 
-def _picture_facts(data: bytes) -> dict[str, Any]:
-    """Format, kind of pixels and turn (degrees, clockwise) of an image that was read before."""
+def _image_properties(data: bytes) -> dict[str, Any]:
+    """Return format, mode and rotation (degrees clockwise) of a readable image."""
     from PIL import ExifTags, Image
 
     orientation = 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data)) as image:
-            with contextlib.suppress(Exception):  # damaged metadata are of no account
+            with contextlib.suppress(Exception):  # damaged metadata does not matter
                 orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
             kind, mode = (image.format or "").lower(), image.mode
     return {"codec": kind, "pixel_format": mode, "rotation": _CLOCKWISE.get(orientation, 0)}
 
 
-def _video(reader: VideoReader, file: str) -> Steps[Finding]:
+def _check_video(reader: VideoReader, file: str) -> Steps[Finding]:
     stream = yield from decode_all(file)
     if not stream.frames:
         raise DecodeError(stream.first_error or "it has no frames")
@@ -167,18 +170,17 @@ def _video(reader: VideoReader, file: str) -> Steps[Finding]:
         doubts.append(
             f"the decoder that is to be used counts {reader.num_frames} frames, PyAV {count}"
         )
-    return _judged(finding, doubts, count, why or damage)
+    return _with_verdict(finding, doubts, count, why or damage)
 
 
 def _readable(reader: VideoReader, sound: int) -> Steps[tuple[int, str]]:
-    """How many of the frames training can read, and if not all of them, why.
+    """Return how many frames training can read, and the reason where that is not all.
 
-    It gets at them by another way than one after the other, and where decoding has to go on to get
-    a frame out it may meet what is damaged behind it.
+    Training seeks, and to get a frame out the decoder may have to go on into damage behind it.
     """
     why = ""
-    for less in _LESS:
-        last = sound - less - 1
+    for given_up in _GIVEN_UP:
+        last = sound - given_up - 1
         if last < 0:
             break
         try:
@@ -193,9 +195,9 @@ def _readable(reader: VideoReader, sound: int) -> Steps[tuple[int, str]]:
 
 
 def doubts_of_stream(stream: Stream, sound: int) -> Iterator[str]:
-    """Why a video may not be what it should be, although it decodes."""
+    """Yield reasons why a video that decodes is suspicious."""
     fps, distance = stream.fps(), stream.key_distance()
-    # An edit list leaves frames out, and AVI counts those that are shown longer: as long as told.
+    # Counts may differ (edit lists, repeated frames of AVI) as long as the duration is right.
     if stream.stated > stream.packets and fps and abs(stream.promised - stream.span()) > 2.5 / fps:
         yield (
             f"its header promises {stream.stated} frames in {stream.promised:.4g} s, and it holds "
@@ -212,7 +214,7 @@ def doubts_of_stream(stream: Stream, sound: int) -> Iterator[str]:
 
 
 def doubts_of_gaps(gaps: NDArray[np.float64], tick: float) -> Iterator[str]:
-    """Whether frames follow each other evenly: (K,) in seconds"""
+    """Yield a doubt where gaps between frames vary: (K,) in seconds"""
     if len(gaps) < 2:
         return
     usual = float(np.median(gaps))
@@ -227,7 +229,7 @@ def doubts_of_gaps(gaps: NDArray[np.float64], tick: float) -> Iterator[str]:
 
 
 def doubts_of_size(size: Size) -> Iterator[str]:
-    """Whether frames have a usual size: height and width"""
+    """Yield a doubt where height and width are unusual."""
     short, long = sorted(size)
     named = f"{size[1]} x {size[0]} pixels"
     if short < SMALLEST:
@@ -237,29 +239,35 @@ def doubts_of_size(size: Size) -> Iterator[str]:
 
 
 def doubts_of_length(num_frames: int) -> Iterator[str]:
-    """Whether a video has frames enough."""
+    """Yield a doubt where a video has few frames."""
     if num_frames == 1:
         yield "a video of 1 frame: where a still is meant, save it as an image"
     elif num_frames < SHORTEST:
         yield f"{num_frames} frames, fewer than a clip of {SHORTEST}: some are shown repeatedly"
 
 
-def _judged(finding: Finding, doubts: list[str], count: int, why: str) -> Finding:
-    """The finding with its verdict, by how many of ``count`` frames can be read."""
+def _with_verdict(finding: Finding, doubts: list[str], count: int, why: str) -> Finding:
+    """Return the finding with its verdict. ``count``: frames that the file should have."""
     sound = finding.num_frames or 0
     if sound < count:
         some = f"only the first {sound}" if sound else "none"
-        told = f"{some} of {count} frames can be read ({why}): download it again, or {ANEW}"
+        reason = f"{some} of {count} frames can be read ({why}): download it again, or {ANEW}"
         if sound < SHORTEST:
             duration = finding.duration if sound else None
-            of_it = replace(finding, num_frames=sound or None, duration=duration)
-            return replace(of_it, verdict="bad", reasons=bad(told).reasons)
-        doubts = [told, *doubts]
-    reasons = tuple(map(_one_reason, doubts))
+            reasons = bad(reason).reasons
+            return replace(
+                finding,
+                num_frames=sound or None,
+                duration=duration,
+                verdict="bad",
+                reasons=reasons,
+            )
+        doubts = [reason, *doubts]
+    reasons = tuple(map(_normalised, doubts))
     return replace(finding, verdict="suspicious" if reasons else "fine", reasons=reasons)
 
 
-def _one_reason(why: str) -> str:
-    """On one line, and not to be taken for two."""
+def _normalised(why: str) -> str:
+    """Make a reason one line without the separator of reasons."""
     why = re.sub(r"\[Errno -?\d+\] ", "", why)
     return " ".join(why.split()).replace(BETWEEN_REASONS, ", ")

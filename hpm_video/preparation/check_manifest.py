@@ -1,4 +1,4 @@
-"""Checking all files of a manifest: in parallel, going on after a stop, and a verdict for each."""
+"""Check of all files of a manifest in parallel, resumable, with a verdict for each row."""
 
 import contextlib
 import time
@@ -16,8 +16,7 @@ from hpm_video.preparation.jobs import Journal, Step, answers, paced
 from hpm_video.workers.pool import GIB, Limits, Lost, Pool
 from hpm_video.workers.progress_bar import ProgressBar
 
-PICTURES = "pillow"
-"""What decodes images, whatever the decoder of videos."""
+IMAGE_DECODER = "pillow"
 _REMEDIES = {
     "s in all": "where it is only long, check it with more --seconds-in-all",
     "no further frame": "where only the disk is slow, check it with more --seconds",
@@ -25,17 +24,16 @@ _REMEDIES = {
 }
 _ANYHOW = "leave it out, or get it anew"
 _AGAIN = {"all files": "again"}
-"""The first record of the journal of a check that was to look at all files again."""
+"""First record in the journal of a check with --again."""
 
 
 class FindingJournal(Journal):
-    """The journal of a check: what was found out about each file, beside the manifest to come."""
+    """Journal of a check: the finding of each file."""
 
     def __init__(self, path: Path, *, again: bool = False) -> None:
-        """Open the journal, and read what is there.
+        """Open the journal, and read its findings.
 
-        ``again``: only what was found by a check that was to look at all files again, and was
-        stopped, counts; the rest is left out.
+        ``again``: discard them, unless they come from an interrupted check with ``again``.
         """
         super().__init__(path)
         records = self.read()
@@ -50,22 +48,22 @@ class FindingJournal(Journal):
                 self.findings[record["file"]] = replace(Finding.of(record), limits=limits)
 
     def note(self, file: str, finding: Finding) -> None:
-        """Append what was found out about a file."""
+        """Append the finding of a file."""
         self.append({"file": file, "limits": finding.limits, **finding.cells()})
 
 
 @dataclass(frozen=True)
 class Checker:
-    """Looks at files, each in a process of its own, which it is the work of."""
+    """Work of a process that checks files, and the limits that a file has."""
 
     workers: int
     limits: Limits = Limits()
     decoder: DecoderChoice = "auto"
     seconds_in_all: float = 3600.0
-    """For a file, of which the limits count the seconds without a further frame."""
+    """Limit per file; ``limits`` has the seconds without a further frame."""
 
     def __call__(self, file: str) -> Iterator[Step | Finding]:
-        """Say now and then that it gets on, and at last what was found out."""
+        """Yield a step now and then, and the finding at the end."""
         end = time.monotonic() + self.seconds_in_all
         for result in paced(examine(file, self.decoder)):
             if isinstance(result, Step) and time.monotonic() > end:
@@ -75,25 +73,25 @@ class Checker:
 
     @property
     def allowed(self) -> tuple[float, float, float]:
-        """What a file may take: seconds without a further frame, GiB, and seconds in all."""
+        """Limits of a file: seconds without a further frame, GiB, and seconds in all."""
         return self.limits.seconds, self.limits.memory / GIB, self.seconds_in_all
 
-    def takes_over(self, finding: Finding) -> bool:
-        """Whether it would find the same, as long as the file has not changed."""
+    def accepts(self, finding: Finding) -> bool:
+        """Whether it would have the same finding of an unchanged file."""
         same_limits = finding.limits in (None, self.allowed)
-        return finding.decoder in (self.decoder, PICTURES) and same_limits
+        return finding.decoder in (self.decoder, IMAGE_DECODER) and same_limits
 
     def check(
         self, files: Sequence[str], known: Mapping[str, Finding]
     ) -> Generator[tuple[str, Finding, bool], None, None]:
-        """Look at files, in whatever order they come: each, what was found, and whether it is new.
+        """Check files in any order. -> each with its finding, and whether that is new
 
-        Those that are ``known`` and have not changed are not decoded again.
+        Unchanged files that are ``known`` are not decoded again.
         """
         left = []
         for file in files:
             before = known.get(file)
-            if before and self.takes_over(before) and before.stamp == _stamp_of(file):
+            if before and self.accepts(before) and before.stamp == _stamp_of(file):
                 yield file, before, False
             else:
                 left.append(file)
@@ -107,12 +105,12 @@ class Checker:
                     why = result.reason
                     none_came = f"no further frame came in {self.limits.seconds:g} s"
                     result = self.given_up(file, none_came if "took longer" in why else why)
-                is_picture = is_image(file) or is_frame_folder(file)
-                decoder = PICTURES if is_picture else self.decoder
+                is_still = is_image(file) or is_frame_folder(file)
+                decoder = IMAGE_DECODER if is_still else self.decoder
                 yield file, replace(result, decoder=decoder), True
 
     def given_up(self, file: str, reason: str) -> Finding:
-        """The finding that a file took too much."""
+        """Return the finding that a file exceeded its limits."""
         remedy = next((what for why, what in _REMEDIES.items() if why in reason), _ANYHOW)
         stamp, found = _stamp_of(file), bad(f"{reason}: {remedy}")
         return replace(found, bytes=stamp.bytes, modified=stamp.modified, limits=self.allowed)
@@ -128,11 +126,11 @@ def _stamp_of(file: str) -> Stamp:
 def check_listing(
     listing: Listing, journal: FindingJournal, known: Mapping[str, Finding], checker: Checker
 ) -> tuple[list[Finding], int]:
-    """Look at every file of a manifest, note each, and judge each row.
+    """Check every file of a manifest, and note it in the journal.
 
-    ``known``: what is known from elsewhere. What stands in the journal is newer.
+    ``known``: earlier findings; those of the journal are newer.
 
-    Returns the finding of each row, and how many files were looked at before and have not changed.
+    Returns the finding of each row, and the number of findings that were taken over.
     """
     files = list(dict.fromkeys(listing.files))
     found: dict[str, Finding] = {}
@@ -148,14 +146,14 @@ def check_listing(
             taken_over += not is_new
             num_bad += finding.verdict == "bad"
             bar.advance(note=f"{num_bad} bad")
-    return list(judged(listing, found)), taken_over
+    return list(find_rows(listing, found)), taken_over
 
 
 def known_of(out: Path, root: Path | None) -> dict[str, Finding]:
-    """What an earlier, finished check says of files; those that were bad are looked at again.
+    """Return the findings of an earlier, finished check, except bad files, which are checked again.
 
     Raises:
-        ManifestError: there is something at ``out`` that no check has written.
+        ManifestError: no check has written ``out``.
     """
     if not out.exists():
         return {}
@@ -167,8 +165,8 @@ def known_of(out: Path, root: Path | None) -> dict[str, Finding]:
     return {file: finding for file, finding in found.items() if finding.verdict != "bad"}
 
 
-def judged(listing: Listing, found: Mapping[str, Finding]) -> Iterator[Finding]:
-    """The finding of each row, with what is odd about the row and not about the file."""
+def find_rows(listing: Listing, found: Mapping[str, Finding]) -> Iterator[Finding]:
+    """Yield the finding of each row, with doubts about the row in addition to those of the file."""
     first: dict[str, int] = {}
     paths, labels, counts = map(listing.column, ("path", "label", "num_frames"))
     for row, file in enumerate(listing.files):
@@ -177,7 +175,7 @@ def judged(listing: Listing, found: Mapping[str, Finding]) -> Iterator[Finding]:
             yield finding
             continue
         doubts = []
-        stated = _whole(counts[row])
+        stated = _count_of(counts[row])
         if finding.num_frames and stated and stated != finding.num_frames:
             doubts.append(
                 f"{OF_THE_MANIFEST}said {stated} frames, there are {finding.num_frames}: corrected"
@@ -195,8 +193,8 @@ def judged(listing: Listing, found: Mapping[str, Finding]) -> Iterator[Finding]:
         yield finding
 
 
-def _whole(cell: str) -> int:
-    """A number of frames, 0 where none is stated; pandas writes 3.0 beside empty cells."""
+def _count_of(cell: str) -> int:
+    """Parse a number of frames, 0 if empty. Pandas writes 3.0 beside empty cells."""
     try:
         return max(int(float(cell)), 0)
     except (ValueError, OverflowError):

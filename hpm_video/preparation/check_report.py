@@ -1,4 +1,4 @@
-"""What the files of a checked manifest are like: in words, and as histograms."""
+"""Summary of a checked manifest, as text and as histograms."""
 
 import re
 from collections import Counter
@@ -13,12 +13,12 @@ from tqdm import tqdm
 from hpm_video.data.manifest import VERDICTS
 from hpm_video.preparation.findings import Finding
 
-REASONS_TOLD = 8
+REASONS_SHOWN = 8
 BINS = 40
 WIDE = 30.0
-"""The largest value as a multiple of the smallest from which on an axis is logarithmic."""
+"""Ratio of largest to smallest value above which an axis is logarithmic."""
 COLOURS = ("tab:green", "tab:orange", "tab:red")
-"""Of the verdicts."""
+"""Colours of the verdicts."""
 MEASURES = {
     "num_frames": "Length in frames",
     "duration": "Length in seconds",
@@ -26,18 +26,18 @@ MEASURES = {
     "fps": "Frames per second",
     "key_frame_distance": "Key-frame distance",
 }
-"""Columns of :func:`usable`, and what they are called in the plot."""
+"""Columns of :func:`usable` and their titles in the plot."""
 
 
 def summary(files: Sequence[str], findings: Sequence[Finding]) -> str:
-    """What was found, in some lines. ``files``: of the findings, one for each row."""
+    """Summarise the findings. ``files``: the file of each finding."""
     counts = Counter(finding.verdict for finding in findings)
     lines = [", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)]
     reasons = common_reasons(files, findings)
-    for times, verdict, reason, file in reasons[:REASONS_TOLD]:
+    for times, verdict, reason, file in reasons[:REASONS_SHOWN]:
         lines += [f"  {times:6} {verdict}: {reason}", f"         {file}"]
-    if len(reasons) > REASONS_TOLD:
-        rest = sum(times for times, *_ in reasons[REASONS_TOLD:])
+    if len(reasons) > REASONS_SHOWN:
+        rest = sum(times for times, *_ in reasons[REASONS_SHOWN:])
         lines.append(f"  {rest:6} others: see the column reason")
     table = usable(findings)
     if len(table):
@@ -48,7 +48,7 @@ def summary(files: Sequence[str], findings: Sequence[Finding]) -> str:
 def common_reasons(
     files: Sequence[str], findings: Sequence[Finding]
 ) -> list[tuple[int, str, str, str]]:
-    """Each kind of reason, the commonest first: how often, the verdict, an example, its file."""
+    """Group reasons by kind, the most common first. -> count, verdict, an example, its file"""
     counts: Counter[tuple[str, str]] = Counter()
     examples: dict[tuple[str, str], tuple[str, str]] = {}
     for file, finding in zip(files, findings, strict=True):
@@ -64,7 +64,7 @@ def common_reasons(
 
 
 def usable(findings: Sequence[Finding]) -> pd.DataFrame:
-    """What is known of files that can be used, one in each row."""
+    """Make a table of the files that can be used, one in each row."""
     table = pd.DataFrame([vars(found) for found in findings if found.verdict != "bad"])
     if table.empty:
         return table
@@ -88,18 +88,18 @@ def _totals(table: pd.DataFrame) -> dict[str, str]:
         "frames/s": _spread(table["fps"]),
         "key frames": _spread(table["key_frame_distance"]),
     }
-    return {name: told for name, told in totals.items() if told}
+    return {name: text for name, text in totals.items() if text}
 
 
 def _spread(values: "pd.Series[float]") -> str:
-    """Median, smallest and largest; nothing where none is known."""
+    """Format median, minimum and maximum; empty if no value is known."""
     if not values.count():
         return ""
     return f"{values.median():g} (median), {values.min():g} to {values.max():g}"
 
 
 def plot(findings: Sequence[Finding], title: str) -> Figure:
-    """Histograms of lengths, sizes and rates of the files that can be used, and the verdicts."""
+    """Plot verdicts, and histograms of the files that can be used."""
     table = usable(findings)
     shown = [name for name in MEASURES if name in table and table[name].count()]
     columns = min(3, 1 + len(shown))

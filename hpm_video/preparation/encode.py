@@ -1,8 +1,8 @@
-"""Writing a video file: H.264 in MP4.
+"""Video files of H.264 in MP4.
 
-The frames are arrays, or those that a decoder gives, which need not go through RGB. The same frames
-give the same bytes, with the same version of x264 and on x86-64 processors that have AVX2. On
-others nobody has counted, so nothing may depend on it.
+Frames are arrays, or frames of a decoder, which need not be converted to RGB. The same frames give
+the same bytes with the same version of x264, on x86-64 processors that have AVX2. Others have not
+been tested, so nothing may depend on it.
 """
 
 from collections.abc import Iterable
@@ -44,12 +44,12 @@ def write_video(  # noqa: PLR0913 - what is written, and how
     gop: int = 12,
     faststart: bool = False,
 ) -> int:
-    """Encode RGB frames of (H, W, 3) uint8, H and W even; return how many there were.
+    """Encode RGB frames of (H, W, 3) uint8, H and W even; return their number.
 
     ``crf`` is the quality, from 0 (lossless but for the halved colour planes) to 51; ``gop`` the
-    number of frames from one key frame to the next, which a decoder that seeks has to go through;
-    ``faststart`` puts the index in front, so that what reads from a network need not fetch the end.
-    The file is written beside ``path`` and renamed, so what lies at ``path`` is always whole.
+    distance of key frames, which a decoder that seeks has to go through; ``faststart`` puts the
+    index in front, so that readers on a network need not fetch the end. The file is written
+    atomically.
     """
     source = iter(frames)
     first = next(source, None)
@@ -69,12 +69,12 @@ def write_video(  # noqa: PLR0913 - what is written, and how
 
 
 def picture_of(frame: NDArray[np.uint8]) -> av.VideoFrame:
-    """An array as an encoder takes it: (H, W, 3) uint8"""
+    """Convert an array for an encoder: (H, W, 3) uint8"""
     return av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
 
 
 class VideoWriter:
-    """A video file that grows frame by frame. It is whole after :meth:`finish`."""
+    """Writes a video file frame by frame. It is complete after :meth:`finish`."""
 
     def __init__(  # noqa: PLR0913 - what is written, and how
         self,
@@ -86,9 +86,9 @@ class VideoWriter:
         gop: int,
         faststart: bool = False,
     ) -> None:
-        """``size``: even numbers. The others as :func:`write_video` has them."""
+        """``size``: even numbers. The others: see :func:`write_video`."""
         self.count = 0
-        """Frames written."""
+        """Number of frames written."""
         index = {"movflags": "+faststart"} if faststart else {}
         self._tick = 1 / Fraction(fps)
         self._container = av.open(str(path), "w", format="mp4", options=index)
@@ -100,19 +100,19 @@ class VideoWriter:
         self._stream.gop_size = gop
 
     def describe_colours(self, frame: av.VideoFrame) -> None:
-        """Say how to turn the colours back, as a frame that is to be written says it."""
+        """Take over the colour space of a frame that is to be written."""
         _copy_colours(frame, self._stream.codec_context)
 
     def write(self, frame: av.VideoFrame) -> None:
-        """Append a frame: it is shown for 1 / fps seconds."""
+        """Append a frame, which is shown for 1 / fps seconds."""
         frame.pts, frame.time_base = self.count, self._tick
-        # Of a decoded frame the encoder would take over where the source had its key frames.
+        # Otherwise the encoder would take over the key frames of the source.
         frame.pict_type = PictureType.NONE
         self._container.mux(self._stream.encode(frame))
         self.count += 1
 
     def finish(self) -> None:
-        """Write what the encoder holds back, and the index."""
+        """Write the frames that the encoder holds back, and the index."""
         self._container.mux(self._stream.encode(None))
         self._container.close()
 
@@ -124,7 +124,7 @@ class VideoWriter:
 
 
 class Resizer:
-    """Turns frames upright and makes them of one size, whatever size and format they come in."""
+    """Converts frames of any size and format to upright ones of one size."""
 
     def __init__(self, size: Size) -> None:
         """``size``: even numbers."""
@@ -133,7 +133,7 @@ class Resizer:
         self._reformatter = VideoReformatter()
 
     def yuv(self, frame: av.VideoFrame) -> av.VideoFrame:
-        """As H.264 has it: colour at half the resolution, values of limited range."""
+        """Convert to colour at half the resolution and values of limited range, as in H.264."""
         has_rgb = frame.format.is_rgb or frame.colorspace == _RGB_MATRIX
         small = self._reformat(
             frame,
@@ -144,7 +144,7 @@ class Resizer:
         return _turned(small, _turns(frame)) if _turns(frame) else small
 
     def rgb(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
-        """-> (H, W, 3)"""
+        """Convert to RGB: -> (H, W, 3) uint8"""
         pixels = self._reformat(frame, "rgb24").to_ndarray()
         return np.ascontiguousarray(np.rot90(pixels, _turns(frame)))
 
@@ -156,15 +156,15 @@ class Resizer:
 
 
 def upright_size(frame: av.VideoFrame) -> Size:
-    """Of a frame that may have been filmed with the camera turned."""
+    """Return height and width of a frame that may be stored rotated."""
     size = frame.height, frame.width
     return size if _turns(frame) % 2 == 0 else size[::-1]
 
 
 def fitted_size(size: Size, short_side: int) -> Size:
-    """The size of frames whose short side may be at most so long: even, never larger.
+    """Limit the short side: -> even height and width, never larger than before.
 
-    An odd side that is short enough loses a pixel, in that the frame is resized to it.
+    Where it is short enough already, frames are resized by a pixel to make sides even.
     """
     shortest = min(size)
     if shortest <= short_side:
@@ -175,10 +175,10 @@ def fitted_size(size: Size, short_side: int) -> Size:
 
 
 def _instruction_sets() -> dict[str, str]:
-    """The option that has x264 run the same code on all processors that have AVX2.
+    """Return the option that makes x264 run the same code on all processors that have AVX2.
 
-    Left to itself it takes AVX-512 where there is any, and then 2 to 5 of 40 files of the same
-    60 frames came out different on an AMD EPYC 9004. With AVX2 or SSSE3 none did. SSSE3 takes 4 %
+    By default it takes AVX-512 where available, and then 2 to 5 of 40 files of the same 60 frames
+    differed on an AMD EPYC 9004. With AVX2 or SSSE3 none did. SSSE3 takes 4 %
     longer and gives the bytes of AVX2; that it was chosen can be read back on any of these
     processors. x264 does not check what it is told to use: where the processor lacks it the program
     crashes, and an unknown name stands for no instruction set at all. Whatever has AVX2 has SSSE3;
@@ -189,12 +189,12 @@ def _instruction_sets() -> dict[str, str]:
 
 
 def _turns(frame: av.VideoFrame) -> int:
-    """Quarter turns to the left that put a frame upright."""
+    """Count the quarter turns to the left that make a frame upright."""
     return round(frame.rotation / 90) % 4
 
 
 def _turned(frame: av.VideoFrame, turns: int) -> av.VideoFrame:
-    """A frame of yuv420p, turned plane by plane."""
+    """Rotate a frame of yuv420p plane by plane."""
     height, width = frame.height, frame.width
     packed = frame.to_ndarray()
     colours = packed[height:].reshape(2, height // 2, width // 2)
@@ -206,7 +206,7 @@ def _turned(frame: av.VideoFrame, turns: int) -> av.VideoFrame:
 
 
 def _copy_colours(frame: av.VideoFrame, other: Any) -> None:
-    """Have a frame or a stream say how to turn its colours back, as ``frame`` says it."""
+    """Copy the colour space of a frame to another frame or a stream."""
     for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
         setattr(other, name, getattr(frame, name))
 

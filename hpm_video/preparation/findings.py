@@ -1,4 +1,4 @@
-"""What was found out about a file, as columns of a manifest."""
+"""Findings about files, as columns of a manifest."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -9,29 +9,28 @@ from hpm_video.data.manifest import VERDICTS, Listing, Verdict
 
 BETWEEN_REASONS = "; "
 OF_THE_MANIFEST = "the manifest "
-"""How a reason begins that is about a row of a manifest and not about the file alone."""
+"""Beginning of a reason that concerns a row of a manifest rather than the file alone."""
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """What tells whether a file has changed."""
+    """Size and time of a file, which show whether it has changed."""
 
     bytes: int | None = None
-    """Its size; none where there is no such file."""
+    """None if there is no such file."""
     modified: str = ""
-    """When it was last written to, UTC."""
+    """Time of the last change, UTC."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found out about a file. None: it is not known.
+    """Properties and verdict of a file; none where unknown.
 
-    But for ``limits`` each is a column of a manifest, which ``tools/check_videos.py`` explains.
+    Each but ``limits`` is a column of a manifest, see ``tools/check_videos.py``.
     """
 
     verdict: Verdict
     reasons: tuple[str, ...] = ()
-    """Why it is not fine."""
     num_frames: int | None = None
     duration: float | None = None
     fps: float | None = None
@@ -46,16 +45,15 @@ class Finding:
     content: str = ""
     decoder: str = ""
     limits: tuple[float, ...] | None = None
-    """Where it was given up: the seconds without a frame, the GiB and the seconds in all that it
-    had."""
+    """The limits that it exceeded: seconds without a frame, GiB, and seconds in all."""
 
     @property
     def stamp(self) -> Stamp:
-        """Of the file, when it was looked at."""
+        """Stamp of the file when it was checked."""
         return Stamp(self.bytes, self.modified)
 
     def cells(self) -> dict[str, str]:
-        """The finding as a row of a table."""
+        """Return the finding as a row of a table."""
         values = {name: getattr(self, name) for name in COLUMNS[:-1]}
         cells = {
             name: f"{value:.{_DIGITS[name]}f}" if isinstance(value, float) else str(value)
@@ -66,10 +64,10 @@ class Finding:
 
     @classmethod
     def of(cls, cells: Mapping[str, str]) -> "Finding":
-        """A finding from its row, without what is about the row and not about the file.
+        """Read a finding from its row, without the reasons that concern the row alone.
 
         Raises:
-            ValueError, KeyError: a cell is not as :meth:`cells` writes it.
+            ValueError, KeyError: a cell is not in the format of :meth:`cells`.
         """
         verdict = VERDICTS[VERDICTS.index(cells["verdict"])]
         reasons = tuple(
@@ -89,24 +87,24 @@ class Finding:
 
 _TEXT = ("codec", "pixel_format", "modified", "content", "decoder")
 _DIGITS = {"duration": 3, "fps": 4}
-"""Behind the point, of columns that hold real numbers."""
+"""Decimal places of the columns of real numbers."""
 _OF_A_FILE = tuple(
     each.name for each in fields(Finding) if each.name not in ("verdict", "reasons", "limits")
 )
 COLUMNS = (*_OF_A_FILE, "verdict", "reason")
-"""In a manifest, behind those that it had."""
+"""Columns that a check appends to a manifest."""
 
 
 def columns_of(findings: Sequence[Finding]) -> dict[str, list[str]]:
-    """Findings, one for each row, as columns of cells."""
+    """Return findings, one for each row, as columns of cells."""
     rows = [finding.cells() for finding in findings]
     return {name: [row[name] for row in rows] for name in COLUMNS}
 
 
 def read_findings(listing: Listing) -> dict[str, Finding]:
-    """What a checked manifest says of its files, without what is about its rows; by file.
+    """Read the findings of a checked manifest by file, without reasons that concern rows alone.
 
-    Rows that say nothing, or something else, are left out.
+    Rows without a valid finding are skipped.
     """
     if not {*COLUMNS} - {"decoder"} <= {*listing.table.columns}:  # older ones do not have it
         return {}

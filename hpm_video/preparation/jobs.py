@@ -1,7 +1,7 @@
-"""A long job over many files that can be stopped at any time: started again, it goes on.
+"""Long jobs over many files, which can be stopped at any time and go on when started again.
 
-A job is the only one that writes to its output, and notes in a journal what is done. In a folder it
-keeps to the settings that it began with. Files are worked on by a pool of processes.
+A job alone writes to its output, and notes in a journal what is done. In a folder it keeps to the
+settings that it began with. A pool of processes works on the files.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from typing_extensions import Self
 
 from hpm_video.decoding.reader import DecodeError
 from hpm_video.files.atomic import written_beside
+from hpm_video.files.errors import ExpectedError
 from hpm_video.files.failures import Failure
 from hpm_video.workers.pool import Answer, Lost, Pool
 
@@ -29,22 +30,22 @@ SECONDS_BETWEEN_STEPS = 0.5
 
 JOURNAL, SETTINGS = "journal.jsonl", "settings.json"
 TEXT: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-"""How tables are opened; names of files need not be UTF-8."""
+"""Arguments to open tables with; names of files need not be UTF-8."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a process says of a file that it is still working on."""
+    """Progress of a process with a file."""
 
     frames: int = 0
 
 
 Steps = Generator[Step, None, Result]
-"""Says that it gets on, and at last returns a result."""
+"""Yields progress and returns a result."""
 
 
 def paced(steps: Steps[Result]) -> Iterator[Step | Result]:
-    """Pass on a step now and then, and at last the result."""
+    """Pass on a step now and then, and the result at the end."""
     last = time.monotonic()
     try:
         while True:
@@ -58,17 +59,17 @@ def paced(steps: Steps[Result]) -> Iterator[Step | Result]:
 
 @dataclass(frozen=True)
 class Broken:
-    """Why no file can be written any more: a full disk."""
+    """Reason why no file can be written any more, such as a full disk."""
 
     reason: str
 
 
-class WrongOutputError(RuntimeError):
-    """An output that does not hold what was to be written."""
+class WrongOutputError(ExpectedError):
+    """An output that differs from what was written."""
 
 
 class Journal:
-    """What is done, a line of JSON each. A kill cuts off the last line at most."""
+    """Record of what is done, in lines of JSON. A kill cuts off the last line at most."""
 
     def __init__(self, path: Path) -> None:
         """Open the journal, which belongs to this program until it is closed.
@@ -90,7 +91,7 @@ class Journal:
             pass
 
     def read(self) -> list[dict[str, Any]]:
-        """Return the records of all lines that are whole."""
+        """Return the records of all complete lines."""
         self._file.seek(0)
         text = self._file.read()
         if text and text[-1] != "\n":
@@ -106,16 +107,16 @@ class Journal:
         return records
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Note something that is done."""
+        """Write a record."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Delete all records."""
         self._file.truncate(0)
 
     def close(self) -> None:
-        """Let others write it."""
+        """Release the journal."""
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -128,16 +129,16 @@ class Journal:
 def claim(
     folder: Path, settings: Mapping[str, Any], *, holds: str, unrelated: Collection[str]
 ) -> Journal:
-    """Make a folder the output of a job with these settings. -> its journal
+    """Claim a folder as the output of a job with these settings. -> its journal
 
     Args:
-        folder: it need not be there.
-        settings: everything that decides what the folder holds.
-        holds: what that is, for errors.
-        unrelated: settings that are noted, but may differ from one start to the next.
+        folder: it need not exist.
+        settings: everything that determines the content.
+        holds: a name for its content, for errors.
+        unrelated: settings that may differ from one start to the next.
 
     Raises:
-        FileExistsError: it holds something else, or of other settings. Every difference is named.
+        FileExistsError: it holds something else, or content of other settings, which are named.
         BlockingIOError: another program writes to it.
     """
     path = folder / SETTINGS
@@ -146,7 +147,7 @@ def claim(
             before = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise FileExistsError(
-                f"{path} is not whole ({error}); give a new folder, or delete {folder}"
+                f"{path} is incomplete ({error}); give a new folder, or delete {folder}"
             ) from error
         differ = [
             f"  {name}: {before.get(name)} -> {settings.get(name)}"
@@ -170,10 +171,10 @@ def claim(
 
 
 def answers(pool: Pool[Work], jobs: Mapping[str, Work], *, retry: bool = False) -> Iterator[Answer]:
-    """Have jobs done in any order, and pass on everything that comes of each, by its name.
+    """Run jobs in any order, and pass on all their answers.
 
-    ``retry``: one that takes its process down gets another try when all others are done, for it may
-    be that a disk stood still, or that somebody killed the process.
+    ``retry``: repeat a job that was lost with its process once, after all others: a disk may have
+    stood still, or somebody killed the process.
     """
     for name, job in jobs.items():
         pool.submit(name, job)
@@ -189,7 +190,7 @@ def answers(pool: Pool[Work], jobs: Mapping[str, Work], *, retry: bool = False) 
 
 
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
-    """Write a CSV file, which is whole or not there."""
+    """Write a CSV file atomically."""
     with written_beside(path) as beside, beside.open("w", **TEXT) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
@@ -197,7 +198,7 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Iterable[objec
 
 
 def write_failures(path: Path, failures: Sequence[Failure]) -> None:
-    """List the files that failed, and why; where none did there is no list."""
+    """List the files that failed and the reasons; without any, remove the list."""
     if failures:
         write_table(path, ("path", "reason"), ((bad.path, bad.reason) for bad in failures))
     else:
@@ -205,14 +206,15 @@ def write_failures(path: Path, failures: Sequence[Failure]) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """Why a file failed, on one line."""
+    """Return on one line why a file failed."""
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
     if isinstance(error, DecodeError):
         return error.reason
-    said = str(getattr(error, "strerror", None) or error)  # the rest is the path
-    plain = type(error) is ValueError or isinstance(error, WrongOutputError)
-    return " ".join((said if plain else f"{type(error).__name__}: {said}").split())[:500]
+    reason = str(getattr(error, "strerror", None) or error)  # without the path
+    if type(error) is not ValueError and not isinstance(error, ExpectedError):
+        reason = f"{type(error).__name__}: {reason}"
+    return " ".join(reason.split())[:500]
 
 
 def remove(place: str) -> None:

@@ -1,7 +1,6 @@
-"""Say what the speed of reading means: settings to take, and whether GPUs would starve."""
+"""Advice from the speed of reading: which settings to take, and whether GPUs would starve."""
 
 import json
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from hpm_video.config.choices import DecoderName
 from hpm_video.files.failures import tolerated
 from hpm_video.preparation.benchmark import Phases, Trial
+from hpm_video.workers.room import usable_cores
 
 REMEDIES = {
     "reading": "the disk or the network is slow: copy the data to a local disk, or pack it with "
@@ -25,29 +25,29 @@ REMEDIES = {
     "copying": "the way to the GPU is slow: more GPUs with a smaller micro-batch each",
 }
 ENOUGH = 0.95
-"""Share of the best rate: fewer processes that reach so much are preferred."""
-LINES = 20
-"""Lines of a run's metrics that tell its speed."""
+"""Share of the best rate at which fewer processes are preferred."""
+RECENT_LINES = 20
+"""Number of lines of a run's metrics from which its speed is taken."""
 BUSY = 0.5
-"""Share of the one thread that collates in a trial, from which on it may hold up the trial where
-several processes that train have a thread each."""
+"""Load of the one collating thread above which it may limit a trial; in training each process has
+one."""
 
 Setting = tuple[DecoderName | None, int]
-"""A decoder, none for images, and the number of processes that decode."""
+"""A decoder (none for images) and the number of decoding processes."""
 
 
 def past_speed(run: Path) -> tuple[int, float] | None:
-    """Read what a run tells about its speed; nothing where there is no such run.
+    """Read the speed of a run from its log, if there is one.
 
-    -> its processes when it was started last, on all its machines, and the clips per second that
-    each would have trained if it had never waited for data
+    -> the number of its processes at the last start, on all machines, and the clips per second that
+    each would have trained without waiting for data
     """
     starts = _json_lines(run / "starts.jsonl")
     trained = [line for line in _json_lines(run / "metrics.jsonl") if line["kind"] == "train"]
     if not starts or not trained:
         return None
     rates = []
-    for line in trained[-LINES:]:
+    for line in trained[-RECENT_LINES:]:
         processes = [s["processes"] for s in starts if s["first_update"] < line["update"]][-1]
         rates.append(line["clips_per_second"] / max(1 - line["data_wait"], 1e-3) / processes)
     return starts[-1]["processes"], statistics.median_high(rates)
@@ -60,26 +60,19 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def processes_here(device: torch.device, in_the_past: int | None) -> int:
-    """Return how many train on this machine: one for each GPU, but no more than the run had."""
+    """Return the number of training processes here: one per GPU, but no more than the run had."""
     if device.type != "cuda":
         return in_the_past or 1
     gpus = torch.cuda.device_count()
     return min(in_the_past or gpus, gpus)
 
 
-def cores() -> int:
-    """Count those that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def workers_to_try(given: Sequence[int] | None, processes: int) -> list[int]:
-    """Return numbers of processes that decode, which all that train can share evenly.
+    """Return numbers of decoding processes that the training processes can share evenly.
 
-    By default 1, 2, 4 ... for each, up to one for every core of the machine.
+    The default is 1, 2, 4 ... for each, up to one per core of the machine.
     """
-    most = max(1, cores() // processes)
+    most = max(1, usable_cores() // processes)
     usual = [*(2**power for power in range(20) if 2**power < most), most]
     each = usual if given is None else [max(1, count // processes) for count in given]
     return sorted({count * processes for count in each})
@@ -113,7 +106,7 @@ def choose_setting(trials: Sequence[Trial], max_bad_share: float) -> tuple[Setti
 
 
 def recommend(setting: Setting, rate: float, phases: Phases, processes: int) -> str:
-    """Tell the setting to take, and what holds it up."""
+    """Describe the recommended setting and its bottleneck."""
     decoder, workers = setting
     each = max(1, workers // processes)
     named = f"data.decoder={decoder} " if decoder else ""
@@ -121,14 +114,14 @@ def recommend(setting: Setting, rate: float, phases: Phases, processes: int) -> 
     lines = [f"take {named}data.workers={each}{shared}: {rate:.1f} clips/s"]
     if processes > 1 and rate * phases.collating > BUSY:
         lines.append(
-            "(one thread put these batches together; each of them has its own: more may come)"
+            "(one thread collated these batches; each process has its own: the rate may be higher)"
         )
     phase = phases.bottleneck(each)
     return "\n".join([*lines, f"the bottleneck is {phase}: {REMEDIES[phase]}"])
 
 
 def verdict(rate: float, needs: float) -> str:
-    """Tell whether GPUs would wait."""
+    """Say whether GPUs would wait for data."""
     if rate >= needs:
         return f"enough for GPUs that train {needs:.1f} clips/s: {rate / needs:.1f} times as much"
     return (

@@ -1,8 +1,7 @@
-"""From a published data set, its lists and its folder of files, to manifests and a report.
+"""Manifests of published data sets, and a report about them.
 
-What a data set's own lists look like is the business of ``datasets/<name>/prepare.py``: it turns
-them into clips, finds the file of each (:mod:`hpm_video.preparation.sources`), and hands both to
-:func:`run_recipe`.
+``datasets/<name>/prepare.py`` reads the lists of its data set and finds the file of each clip
+(:mod:`hpm_video.preparation.sources`); :func:`run_recipe` does the rest.
 """
 
 import argparse
@@ -13,25 +12,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hpm_video.data.manifest import UNLABELLED, ManifestError
+from hpm_video.data.manifest import UNLABELLED
 from hpm_video.files.atomic import written_beside
+from hpm_video.files.errors import ExpectedError
 from hpm_video.preparation.sources import Kind, RecipeError, Split, Videos
 
 FOLDER: dict[str, Any] = {"type": Path, "metavar": "DIR"}
 FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
-"""Of options that name one."""
+"""Settings of options that name a folder or a file."""
+REQUIRED_FOLDER = {"required": True, **FOLDER}
 COLUMNS = ("path", "label", "label_name")
 NAMED_IN_REPORT = 5
 
 
 class Prepared(NamedTuple):
-    """What a recipe makes of a data set."""
+    """Result of a recipe."""
 
-    names: Sequence[str]
-    """Of the classes."""
+    class_names: Sequence[str]
     splits: Sequence[Split]
-    shelves: Iterable[Videos] = ()
-    """Folders of files, of which those are reported that no list has."""
+    folders: Iterable[Videos] = ()
+    """Folders whose unlisted files are reported."""
     notes: Sequence[str] = ()
     """Further lines of the report."""
 
@@ -45,15 +45,15 @@ def run_recipe(
     *,
     kind: Kind = "video",
 ) -> int:
-    """Write what ``prepare`` makes of a data set, and report it. -> the exit code
+    """Run ``prepare``, and write and report its result. -> the exit code
 
     Args:
         about: the docstring of the recipe.
-        script: its file, beside which its output goes.
-        options: those that it has of its own, as ``add_argument`` takes them.
-        prepare: takes the options.
+        script: its file; the output goes beside it by default.
+        options: its own options, as ``add_argument`` takes them.
+        prepare: makes manifests from the parsed options.
         arguments: the command line.
-        kind: of its files.
+        kind: the kind of its files.
     """
     parser = argparse.ArgumentParser(description=(about or "").partition("\n")[0])
     add = parser.add_argument
@@ -67,8 +67,8 @@ def run_recipe(
     given = parser.parse_args(arguments)
     try:
         prepared = prepare(given)
-        write(given.output.absolute(), prepared.names, prepared.splits)
-    except (RecipeError, ManifestError, OSError) as error:
+        write(given.output.absolute(), prepared.class_names, prepared.splits)
+    except (ExpectedError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     sys.stdout.write(f"{report(given.output.absolute(), prepared)}\n")
@@ -76,13 +76,13 @@ def run_recipe(
 
 
 def write(output: Path, names: Sequence[str], splits: Sequence[Split]) -> None:
-    """Write ``labels.txt``, and of each split its manifest and a list of what is missing.
+    """Write ``labels.txt``, and for each split a manifest and a list of missing files.
 
     Paths are relative where a file lies below ``output``, otherwise absolute.
 
     Raises:
-        RecipeError: a manifest there, not written anew now, has other numbers for the classes;
-            or the name of a file is not text. Nothing is written then.
+        RecipeError: another manifest in that folder numbers the classes differently, or the name
+            of a file is not text. Nothing is written then.
     """
     content = {"labels.txt": "".join(f"{name}\n" for name in names)}
     for split in splits:
@@ -100,7 +100,7 @@ def write(output: Path, names: Sequence[str], splits: Sequence[Split]) -> None:
         _check_other_manifests(output, encoded)
     for name, data in encoded.items():
         if not data:
-            (output / name).unlink(missing_ok=True)  # nothing is missing any more
+            (output / name).unlink(missing_ok=True)  # no file is missing any more
             continue
         with written_beside(output / name) as beside:
             beside.write_bytes(data)
@@ -118,7 +118,7 @@ def _manifest_text(output: Path, names: Sequence[str], split: Split) -> str:
 
 
 def _check_other_manifests(output: Path, written: Iterable[str]) -> None:
-    """Make sure that no manifest stays that means other classes by its numbers."""
+    """Make sure that no other manifest there numbers the classes differently."""
     for path in sorted(output.glob("*.csv")):
         with path.open("rb") as stream:
             is_manifest = stream.readline() == (",".join(COLUMNS) + "\n").encode()
@@ -131,8 +131,8 @@ def _check_other_manifests(output: Path, written: Iterable[str]) -> None:
 
 
 def report(output: Path, prepared: Prepared) -> str:
-    """Say what was found and what was not."""
-    lines = [f"{len(prepared.names)} classes: {output / 'labels.txt'}"]
+    """Report found, missing and unlisted files."""
+    lines = [f"{len(prepared.class_names)} classes: {output / 'labels.txt'}"]
     for split in prepared.splits:
         listed, missing = len(split.found) + len(split.missing), len(split.missing)
         lines.append(
@@ -148,23 +148,23 @@ def report(output: Path, prepared: Prepared) -> str:
         if labels == {UNLABELLED}:
             lines.append("  without labels")
             continue
-        empty = [name for label, name in enumerate(prepared.names) if label not in labels]
+        empty = [name for label, name in enumerate(prepared.class_names) if label not in labels]
         lines.append(f"  classes without any {split.kind}: {_some(empty) if empty else 'none'}")
-    for shelf in prepared.shelves:
-        unlisted = shelf.unlisted()
-        some = f": {_some([str(file.relative_to(shelf.folder)) for file in unlisted])}"
+    for folder in prepared.folders:
+        unlisted = folder.unlisted()
+        some = f": {_some([str(file.relative_to(folder.folder)) for file in unlisted])}"
         lines.append(
-            f"on disk, but in none of these lists: {len(unlisted)} of {len(shelf.files)} "
-            f"{shelf.kind}s in {shelf.folder}{some if unlisted else ''}"
+            f"on disk, but in none of these lists: {len(unlisted)} of {len(folder.files)} "
+            f"{folder.kind}s in {folder.folder}{some if unlisted else ''}"
         )
-        if shelf.other_kind:
-            other = "image" if shelf.kind == "video" else "video"
-            lines.append(f"left out: {shelf.other_kind} {other}s in {shelf.folder}")
+        if folder.other_kind:
+            other = "image" if folder.kind == "video" else "video"
+            lines.append(f"left out: {folder.other_kind} {other}s in {folder.folder}")
     text = "\n".join([*lines, *prepared.notes])
     return text.encode("utf-8", "backslashreplace").decode("utf-8")  # names that are not text
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first few, and how many more."""
+    """Name the first few, and count the others."""
     more = len(names) - NAMED_IN_REPORT
     return ", ".join(names[:NAMED_IN_REPORT]) + (f" and {more} more" if more > 0 else "")

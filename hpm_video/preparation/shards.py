@@ -1,7 +1,7 @@
-"""Writing tar files in the layout of webdataset, and names for what is written.
+"""Tar files in the layout of webdataset, and names of outputs.
 
 The files of a sample follow each other in a tar and share a key, the name up to the first dot:
-``class/a.cls`` (its class, where it has one), ``class/a.json`` (what is known of it) and
+``class/a.cls`` (the class, if it has one), ``class/a.json`` (metadata) and
 ``class/a.mp4``. The same samples give the same bytes.
 """
 
@@ -15,7 +15,7 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES, TarMember, is_frame_folder
 from hpm_video.preparation.jobs import (
@@ -29,108 +29,100 @@ from hpm_video.preparation.jobs import (
 )
 
 LONGEST_PART = 150
-"""Bytes of a part of a name; file systems take 255."""
+"""Limit of the bytes in a part of a name; file systems take 255."""
 CHUNK = 2**22
-"""Bytes that are read at once."""
+"""Number of bytes to read at once."""
 
 
 @dataclass(frozen=True)
-class Packable:
-    """A sample, as it goes into a shard."""
+class Sample:
+    """A sample that is to be packed."""
 
     key: str
     place: str
-    """Where the bytes lie: the path of a file, or a member of another tar."""
+    """Path of a file, or member of another tar."""
     suffix: str
-    """Of the member, such as ``.mp4``."""
+    """Suffix of the member, such as ``.mp4``."""
     label: int
     """-1 where it has none."""
     info: Mapping[str, Any]
-    """What goes into the JSON file."""
-
-
-class Packed(NamedTuple):
-    """Where in its tar the bytes of a sample lie."""
-
-    member: str
-    offset: int
-    size: int
+    """Content of the JSON file."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Samples that go into one tar file."""
+    """Samples of one tar file."""
 
-    beside: str
-    """A path to write to first."""
+    temporary: str
+    """Path to write to first."""
     target: str
-    samples: tuple[Packable, ...]
+    samples: tuple[Sample, ...]
 
 
 class Packer:
-    """Writes shards: work for a process."""
+    """Work of a process that writes shards."""
 
-    def __call__(self, shard: Shard) -> Iterator[Step | Broken | list[Packed]]:
-        """-> steps, and at last where each sample lies"""
+    def __call__(self, shard: Shard) -> Iterator[Step | Broken | list[TarMember]]:
+        """-> steps, and the member of each sample at the end"""
         return paced(self._pack(shard))
 
-    def _pack(self, shard: Shard) -> Steps[Broken | list[Packed]]:
+    def _pack(self, shard: Shard) -> Steps[Broken | list[TarMember]]:
         try:
-            packed = yield from write_shard(Path(shard.beside), shard.samples)
-            Path(shard.beside).replace(shard.target)
+            packed = yield from write_shard(Path(shard.temporary), shard.samples)
+            Path(shard.temporary).replace(shard.target)
         except MemoryError:
             raise
-        except Exception as error:  # noqa: BLE001 - the run is told, whatever it is
+        except Exception as error:  # noqa: BLE001 - the run reports any error
             return Broken(f"{shard.target} cannot be written: {reason_of(error)}")
         finally:
-            remove(shard.beside)
+            remove(shard.temporary)
         return packed
 
 
-def write_shard(path: Path, samples: Sequence[Packable]) -> Steps[list[Packed]]:
-    """Write a tar file and read it again. -> where each sample's bytes lie
+def write_shard(path: Path, samples: Sequence[Sample]) -> Steps[list[TarMember]]:
+    """Write a tar file and verify it. -> the member of each sample
 
     Raises:
-        WrongOutputError: what is read is not what was written.
+        WrongOutputError: the tar differs from what was written.
         OSError: a file cannot be read or written.
     """
-    sums: dict[str, str] = {}
+    digests: dict[str, str] = {}
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for sample in samples:
-            told = json.dumps(dict(sample.info), sort_keys=True, ensure_ascii=True)
-            small = {".cls": str(sample.label)} if sample.label >= 0 else {}
-            for suffix, text in (small | {".json": told}).items():
+            texts = {".cls": str(sample.label)} if sample.label >= 0 else {}
+            texts[".json"] = json.dumps(dict(sample.info), sort_keys=True, ensure_ascii=True)
+            for suffix, text in texts.items():
                 data = text.encode()
                 tar.addfile(_header(sample.key + suffix, len(data)), io.BytesIO(data))
-            with opened(sample.place) as (source, size):
-                sums[sample.key + sample.suffix] = _sum(source)
+            with open_place(sample.place) as (source, size):
+                digests[sample.key + sample.suffix] = _digest(source)
                 source.seek(0)
                 tar.addfile(_header(sample.key + sample.suffix, size), source)
             yield Step()
-    return (yield from _read_again(path, sums))
+    return (yield from _verify(path, digests))
 
 
-def _read_again(path: Path, sums: Mapping[str, str]) -> Steps[list[Packed]]:
+def _verify(path: Path, digests: Mapping[str, str]) -> Steps[list[TarMember]]:
     found = {}
     with tarfile.open(path, "r:") as tar:
         for member in tar:
             data = tar.extractfile(member)
-            if member.name not in sums or data is None:
+            if member.name not in digests or data is None:
                 continue
-            if _sum(data) != sums[member.name]:
+            if _digest(data) != digests[member.name]:
                 raise WrongOutputError(
                     f"{path}: {member.name} is not what was written: a disk error"
                 )
-            found[member.name] = Packed(member.name, member.offset_data, member.size)
+            found[member.name] = TarMember(path.name, member.name, member.offset_data, member.size)
             yield Step()
-    if found.keys() != sums.keys():
+    if found.keys() != digests.keys():
         raise WrongOutputError(
-            f"{path} lacks {sorted(sums.keys() - found.keys())[:3]}: a disk error"
+            f"{path} lacks {sorted(digests.keys() - found.keys())[:3]}: a disk error"
         )
-    return [found[name] for name in sums]
+    return [found[name] for name in digests]
 
 
-def _sum(file: IO[bytes]) -> str:
+def _digest(file: IO[bytes]) -> str:
     total = hashlib.sha256()
     while data := file.read(CHUNK):
         total.update(data)
@@ -138,15 +130,15 @@ def _sum(file: IO[bytes]) -> str:
 
 
 def _header(name: str, size: int) -> tarfile.TarInfo:
-    """Neither times nor owners, which would tell equal shards apart."""
+    """Make a header without times and owners, by which equal shards would differ."""
     header = tarfile.TarInfo(name)
     header.size = size
     return header
 
 
 @contextlib.contextmanager
-def opened(place: str) -> Iterator[tuple[IO[bytes], int]]:
-    """The bytes of a place as a file, and how many they are."""
+def open_place(place: str) -> Iterator[tuple[IO[bytes], int]]:
+    """Open a place as a file. -> the file and its size"""
     if member := TarMember.parse(place):
         yield io.BytesIO(member.read()), member.size
     else:
@@ -155,7 +147,7 @@ def opened(place: str) -> Iterator[tuple[IO[bytes], int]]:
 
 
 def suffix_of(place: str) -> str:
-    """The suffix of a place that is no folder of frames, in small letters: ``.mp4``."""
+    """Return the lower-case suffix of a place that is no folder of frames."""
     member = TarMember.parse(place)
     name = (member.name if member else place).lower()
     return next(end for end in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, "") if name.endswith(end))
@@ -164,15 +156,15 @@ def suffix_of(place: str) -> str:
 def output_names(
     places: Sequence[str], base: str, *, dots: bool = True, nests: bool = True
 ) -> dict[str, str | None]:
-    """A name for what is made of each place: a relative path, without a suffix, safe to write to.
+    """Name the output of each place: a relative path without a suffix that is safe to write to.
 
-    It is the path from ``base`` on; of a place outside it the whole path, without the slash in
-    front. No name holds ``..``. Where two are alike, letter case aside, the first keeps its name,
-    so that names stay as places are appended; the others end in a part of their place's digest.
-    None stands for a place whose name cannot be made safe: it holds control characters.
+    It is the path below ``base``, or the full path of a place elsewhere, and never contains ``..``.
+    Of two names that differ in letter case at most, the first stays as it is, so that names do not
+    change when places are appended; the others get a part of their place's digest. A place with
+    control characters has none.
 
-    ``dots``: without it the last part holds none, for webdataset takes what follows as the kind.
-    ``nests``: without it no name lies in another, as it would in a folder of frames.
+    Without ``dots`` the last part has no dot, which webdataset takes for the start of the suffix.
+    Without ``nests`` no name lies below another, which may be a folder of frames.
     """
     names: dict[str, str | None] = {}
     taken: set[str] = set()
@@ -198,7 +190,7 @@ def output_names(
 
 
 def _relative(place: str, base: str) -> str:
-    """-> a path without a suffix, a slash in front, or a part that is ``..``"""
+    """Return a relative path without a suffix and without ``..``."""
     if member := TarMember.parse(place):
         inside = os.path.normpath("/" + member.name).lstrip("/")
         path = f"{_from_base(member.tar, base)[: -len('.tar')]}/{inside}"
@@ -213,7 +205,7 @@ def _from_base(path: str, base: str) -> str:
 
 
 def _cleaned(name: str, dots: bool) -> str:
-    """A name that any file system takes, each part on its own."""
+    """Make each part of a name acceptable to any file system."""
     *folders, last = name.split("/")
     parts = [*folders, last if dots else last.replace(".", "_")]
     safe = [re.sub(r"[\\\ud800-\udfff]", "_", part).encode()[-LONGEST_PART:] for part in parts]

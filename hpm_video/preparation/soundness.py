@@ -1,4 +1,4 @@
-"""What comes out of a video that is decoded whole, and how much of it is sound."""
+"""Result of decoding a complete video, and how many of its frames are intact."""
 
 import os
 from collections.abc import Iterator
@@ -19,60 +19,60 @@ if TYPE_CHECKING:
 
 @dataclass
 class Stream:
-    """What went through the decoder, packet by packet and frame by frame."""
+    """Record of the packets and frames of a decoded video."""
 
     stated: int = 0
-    """Frames that the container's header promises, 0 where it says nothing."""
+    """Number of frames by the container's header, 0 if missing."""
     promised: float = 0.0
-    """Seconds that it promises."""
+    """Seconds by the header."""
     tick: float = 0.0
-    """Seconds of a unit of time."""
+    """Seconds per unit of time."""
     rate: float | None = None
-    """Frames per second, as the container has it."""
+    """Frames per second by the container."""
     has_times: bool = True
     packets: int = 0
-    """All of them, those included that are not shown."""
+    """Number of packets, including those that are not shown."""
     times: list[int | None] = field(default_factory=list)
-    """Of the packets that are shown, in the order of decoding."""
+    """Presentation times of the shown packets in decoding order."""
     moments: list[int] = field(default_factory=list)
-    """The same, or where a time of presentation is missing that of decoding; those known."""
+    """The same where known, otherwise the decoding times."""
     keys: list[bool] = field(default_factory=list)
-    """Which of these are key frames."""
-    torn: set[int | None] = field(default_factory=set)
-    """Times of packets that the container calls damaged."""
+    """Whether each is a key frame."""
+    corrupt: set[int | None] = field(default_factory=set)
+    """Times of packets that the container marks as corrupt."""
     frames: list[tuple[int | None, bool]] = field(default_factory=list)
-    """Time of each frame that came out, and whether it is whole and of the size of the first."""
+    """Time of each decoded frame, and whether it is intact and of the size of the first."""
     first_error: str = ""
     errors_at: list[int] = field(default_factory=list)
-    """How many frames had come out when a packet did not decode."""
+    """Number of decoded frames before each packet that did not decode."""
     sizes: list[Size] = field(default_factory=list)
-    """Upright, those that differ."""
+    """Different sizes, upright."""
     codec: str = ""
     pixel_format: str = ""
     rotation: int = 0
 
     @property
     def shown(self) -> list[int]:
-        """Times of the packets in order of display; empty where times do not tell frames apart."""
+        """Times of the packets in display order; empty where frames share times."""
         known = sorted(time for time in self.times if time is not None)
-        told_apart = self.has_times and len(set(known)) == len(self.times)
-        return known if told_apart else []
+        are_unique = self.has_times and len(set(known)) == len(self.times)
+        return known if are_unique else []
 
     def sound(self) -> tuple[int, int, str]:
-        """How many frames decode until one does not, or a packet is met that does not.
+        """Count the frames before the first fault.
 
-        -> so many, how many there should be, and what is wrong with the next
+        -> that count, the number that there should be, and the fault of the next frame
         """
         if shown := self.shown:
-            whole = {time for time, is_whole in self.frames if is_whole} - self.torn
+            intact = {time for time, is_intact in self.frames if is_intact} - self.corrupt
             count = len(shown)
-            broken = [i for i, time in enumerate(shown) if time not in whole]
+            broken = [i for i, time in enumerate(shown) if time not in intact]
         else:
             count = max(len(self.frames), len(self.times))
             broken = [
                 i
-                for i, (time, is_whole) in enumerate(self.frames)
-                if not is_whole or (self.has_times and time in self.torn)
+                for i, (time, is_intact) in enumerate(self.frames)
+                if not is_intact or (self.has_times and time in self.corrupt)
             ]
             broken += [len(self.frames)] if len(self.frames) < count else []
         first = min([count, *broken[:1], *self.errors_at[:1]])
@@ -80,12 +80,12 @@ class Stream:
         if self.first_error and first == self.errors_at[0]:
             why = self.first_error
         elif len(self.sizes) > 1:
-            told = ", then ".join(f"{width} x {height}" for height, width in self.sizes[:3])
-            why = f"frame {first} is damaged or of another size: {told}"
+            sizes = ", then ".join(f"{width} x {height}" for height, width in self.sizes[:3])
+            why = f"frame {first} is damaged or of another size: {sizes}"
         return first, count, why
 
     def key_distance(self) -> int:
-        """Frames from one key frame to the next, or to the end, at most, in order of display."""
+        """Return the largest distance from a key frame to the next, or to the end, in frames."""
         keys = self.keys
         if self.shown:
             times = [time for time in self.times if time is not None]
@@ -94,20 +94,20 @@ class Stream:
         return int(np.diff(marks).max())
 
     def gaps(self) -> NDArray[np.float64]:
-        """Seconds from one frame to the next; none where times mean nothing."""
+        """Return the seconds from each frame to the next; empty without usable times."""
         return np.diff(np.array(self.shown, dtype=np.float64)) * self.tick
 
     def span(self) -> float:
-        """Seconds from the first frame to the last."""
+        """Return the seconds from the first frame to the last."""
         return (max(self.moments) - min(self.moments)) * self.tick if self.moments else 0.0
 
     def fps(self) -> float | None:
-        """Frames per second, on average."""
+        """Return the average frames per second."""
         return (len(self.moments) - 1) / self.span() if self.span() else self.rate
 
 
 def decode_all(file: str) -> Steps[Stream]:
-    """Decode every packet of a video that was opened before, going on after errors.
+    """Decode every packet of a video that has been opened before, and go on after errors.
 
     Raises:
         DecodeError: it is no video.
@@ -133,7 +133,7 @@ def decode_all(file: str) -> Steps[Stream]:
 
 
 def _take(stream: Stream, packet: "av.Packet[av.VideoStream]") -> None:
-    """Decode a packet, and note what comes of it."""
+    """Decode a packet, and record its frames."""
     if packet.size:
         stream.packets += 1
         if not packet.is_discard:
@@ -142,7 +142,7 @@ def _take(stream: Stream, packet: "av.Packet[av.VideoStream]") -> None:
             if (moment := packet.dts if packet.pts is None else packet.pts) is not None:
                 stream.moments.append(moment)
         if packet.is_corrupt:
-            stream.torn.add(packet.pts)
+            stream.corrupt.add(packet.pts)
     elif packet.dts is not None or packet.pts is not None:
         stream.packets += 1  # a frame that is to be shown again, as AVI has it
     for frame in _decoded(stream, packet):
@@ -163,6 +163,6 @@ def _decoded(stream: Stream, packet: "av.Packet[av.VideoStream]") -> Iterator["a
         raise
     except (av.FFmpegError, ValueError) as error:
         if not isinstance(error, EOFError):
-            told = getattr(error, "strerror", None) or str(error)
-            stream.first_error = stream.first_error or f"frame {len(stream.frames)}: {told}"
+            reason = getattr(error, "strerror", None) or str(error)
+            stream.first_error = stream.first_error or f"frame {len(stream.frames)}: {reason}"
             stream.errors_at.append(len(stream.frames))

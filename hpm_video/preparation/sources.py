@@ -1,4 +1,4 @@
-"""The lists and folders of a published data set: its classes, its clips, and the file of each."""
+"""Lists and folders of published data sets: classes, clips and their files."""
 
 import csv
 import io
@@ -13,16 +13,17 @@ from typing import Literal
 from hpm_video.data.manifest import UNLABELLED
 from hpm_video.data.places import files_below
 from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from hpm_video.files.errors import ExpectedError, read_text
 
 UNPACK = 'for f in *.tar; do mkdir "${f%.tar}" && tar -xf "$f" -C "${f%.tar}" && rm "$f"; done'
 """A command that turns each archive of a folder into a folder."""
 
 Kind = Literal["video", "image"]
-"""What the files of a data set are, as errors and reports call one of them."""
+"""Kind of the files of a data set, also a word for messages."""
 
 
-class RecipeError(ValueError):
-    """Manifests cannot be made. The message says what is wrong, where, and the remedy."""
+class RecipeError(ExpectedError):
+    """Manifests cannot be made. The message has the fault, its place and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -32,29 +33,29 @@ class Clip:
     place: str
     """File and line."""
     name: str
-    """What a report calls it."""
+    """Name in reports."""
     keys: tuple[str, ...]
-    """What its file may be called, the best first. No two clips of a list share the first."""
+    """Keys of its file, the best first. No two clips of a list share the first."""
     label: int = UNLABELLED
 
 
 @dataclass(frozen=True)
 class Split:
-    """The clips of a list, each with its file or without one."""
+    """Clips of a split, with and without a file."""
 
     name: str
     found: tuple[tuple[Clip, Path], ...]
     missing: tuple[Clip, ...] = ()
     kind: Kind = "video"
     listed: bool = True
-    """Otherwise its files are all that lie in class folders."""
+    """False for a split that consists of all files in class folders."""
 
 
 class Classes:
-    """Names of classes, found again by any spelling that keeps the letters and digits.
+    """Names of classes, which are found by any spelling that keeps the letters and digits.
 
-    So ``riding_or_walking_with_horse`` is "riding or walking with horse", whatever a download
-    has made of spaces, capitals, apostrophes and brackets.
+    So ``riding_or_walking_with_horse`` is "riding or walking with horse": downloads change spaces,
+    capitals, apostrophes and brackets.
 
     Raises:
         RecipeError: two names would be one.
@@ -80,11 +81,11 @@ class Classes:
                 )
 
     def find(self, name: str) -> int | None:
-        """Number of a class, by any spelling."""
+        """Return the number of a class in any spelling."""
         return self._labels.get(class_key(name))
 
     def label(self, name: str, place: str) -> int:
-        """Number of a class that ``place`` names."""
+        """Return the number of a class that is named at ``place``."""
         label = self.find(name)
         if label is None:
             raise RecipeError(
@@ -94,7 +95,7 @@ class Classes:
         return label
 
     def folders(self, videos: "Videos") -> dict[Path, int]:
-        """Those folders that directly hold files and are named like a class."""
+        """Return the folders that hold files and are named like a class, with its number."""
         labels: dict[Path, int] = {}
         owners: dict[int, Path] = {}
         for folder in sorted({file.parent for file in videos.files} - {videos.folder}):
@@ -111,9 +112,9 @@ class Classes:
 
 
 class Videos:
-    """The videos or images below a folder, by keys, and which of them were asked for.
+    """Videos or images below a folder by key, and which of them are listed.
 
-    Files of the other kind, such as the thumbnail of a video, are counted and left out.
+    Files of the other kind, such as the thumbnail of a video, are counted and skipped.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class Videos:
         return key in self._by_key
 
     def find(self, clip: Clip) -> Path | None:
-        """The file of a clip, under the first of its keys that any file has."""
+        """Return the file of a clip, by the first of its keys that any file has."""
         files = next((self._by_key[key] for key in clip.keys if key in self._by_key), [])
         if len(files) > 1:
             raise RecipeError(
@@ -162,12 +163,12 @@ class Videos:
         return files[0] if files else None
 
     def unlisted(self) -> list[Path]:
-        """Files that nobody asked for."""
+        """Return the files that no clip asked for."""
         return [file for file in self.files if file not in self._asked]
 
 
 def _nothing(folder: Path, kind: Kind, others: Sequence[str]) -> RecipeError:
-    """A folder without files of a kind: whether it holds archives, or ``others``, or nothing."""
+    """Explain why a folder has no files of a kind. ``others``: its files of the other kind."""
     if archives := sorted(folder.rglob("*.tar")):
         return RecipeError(
             f"there are no {kind}s in {folder}, but {len(archives)} archives, such as "
@@ -186,48 +187,43 @@ def _nothing(folder: Path, kind: Kind, others: Sequence[str]) -> RecipeError:
 
 
 def stem(file: Path) -> str:
-    """A key that is the name alone, with any suffix."""
+    """Return the key for files that are known by their name without the suffix."""
     return file.stem
 
 
 def folder_and_name(file: Path) -> str:
-    """A key that tells files of one name in several class folders apart."""
+    """Return the key for files whose name may repeat from class folder to class folder."""
     return f"{file.parent.name}/{file.name}"
 
 
 def folder_key(file: Path) -> str:
-    """The same with any suffix, and any spelling of the class."""
+    """Return the same key without the suffix, for any spelling of the class."""
     return f"{class_key(file.parent.name)}/{file.stem}"
 
 
 def class_key(name: str) -> str:
-    """What all spellings of a class name share: its letters and digits, without case."""
+    """Reduce a class name to its letters and digits in lower case."""
     return "".join(letter for letter in name.casefold() if letter.isalnum()) or name
 
 
 # --- Lists ---------------------------------------------------------------------------------------
 
 
-def read_text(path: Path) -> str:
-    """A list as text."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not text in UTF-8. Download it again") from error
-    except OSError as error:
-        raise RecipeError(f"{path} cannot be read: {error.strerror}") from error
+def read_list_text(path: Path) -> str:
+    """Read a list as text."""
+    return read_text(path, RecipeError, "download it again")
 
 
 def lines_of(path: Path) -> list[tuple[str, str]]:
-    """The lines of a list that are not empty, each with its place."""
-    lines = enumerate(read_text(path).splitlines(), start=1)
+    """Return the non-empty lines of a list, each with its place."""
+    lines = enumerate(read_list_text(path).splitlines(), start=1)
     return [(f"{path}, line {number}", row.strip()) for number, row in lines if row.strip()]
 
 
 def matches_of(
     path: Path, pattern: re.Pattern[str], needed: str
 ) -> list[tuple[str, re.Match[str]]]:
-    """The lines of a list, each of which must be of a form that ``needed`` describes."""
+    """Match every line of a list. ``needed`` describes the format in errors."""
     matches = []
     for place, row in lines_of(path):
         if not (found := pattern.fullmatch(row)):
@@ -237,8 +233,8 @@ def matches_of(
 
 
 def cells_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows of a CSV file with a header that has ``columns``, each with its place."""
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), skipinitialspace=True)
+    """Yield the rows of a CSV file that has ``columns``, each with its place."""
+    reader = csv.DictReader(io.StringIO(read_list_text(path), newline=""), skipinitialspace=True)
     header = [name.strip() for name in reader.fieldnames or ()]
     if absent := [name for name in columns if header.count(name) != 1]:
         raise RecipeError(
@@ -265,9 +261,9 @@ def match(
     expected: str,
     find: Callable[[Clip], Path | None] | None = None,
 ) -> list[Split]:
-    """The file of each clip of some splits, which share no clip.
+    """Find the file of each clip of some splits, which share no clip.
 
-    ``expected`` says in errors where files should be, and their names.
+    ``expected`` says in errors where files should be and how they are named.
 
     Raises:
         RecipeError: a clip is listed twice, or no clip of a split has a file.
@@ -296,7 +292,7 @@ def match(
 
 
 def split_of_folders(name: str, videos: Videos, classes: Classes, remedy: str) -> Split:
-    """Each file, of the class in whose folder it lies."""
+    """Make a split of all files, with the class of their folders."""
     labels = classes.folders(videos)
     clips = []
     for file in videos.files:
@@ -312,7 +308,7 @@ def split_of_folders(name: str, videos: Videos, classes: Classes, remedy: str) -
 
 
 def check_folders(split: Split, videos: Videos, classes: Classes, remedy: str) -> None:
-    """Where there are class folders, they must say what the list says."""
+    """Make sure that class folders, if there are any, agree with the list."""
     labels = classes.folders(videos)
     wrong = [
         (clip, file)

@@ -1,14 +1,13 @@
-"""A video -> the same one, small and quick to read: what is done to one file, in a process.
+"""Transcoding of one file, to be small and quick to read.
 
-Everything here is work for :class:`hpm_video.workers.pool.Pool`. It reads frame by frame, says now
-and then how far it is, and takes a file for done when what it wrote was opened again and decoded.
+Everything here is work for :class:`hpm_video.workers.pool.Pool`. It works frame by frame and
+reports its progress; a file is done when its output has been opened and decoded again.
 """
 
 import contextlib
 import errno
 import shutil
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -40,39 +39,39 @@ from hpm_video.preparation.jobs import (
     reason_of,
     remove,
 )
-from hpm_video.preparation.shards import opened
+from hpm_video.preparation.shards import open_place
 
 if TYPE_CHECKING:
     from hpm_video.decoding.video_stream import VideoFrame
 
 LONGEST_STILL = 600
-"""Seconds for which a frame may be shown; longer than that its times are wrong."""
+"""Limit of the seconds for which a frame is shown; beyond it, its times are wrong."""
 CLOCK = Fraction(1, 1000)
-"""Seconds. Some containers round the times of frames to it."""
+"""Seconds to which some containers round the times of frames."""
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What videos are turned into."""
+    """Format and quality of the outputs."""
 
     form: Literal["files", "frames", "shards"]
     short_side: int
-    """Pixels, even; of larger frames alone."""
+    """Pixels, even; smaller frames keep their size."""
     fps: Fraction | None
-    """Frames a second; none keeps every frame."""
+    """Frames per second; none keeps every frame."""
     key_frames: int
-    """Frames from one key frame to the next, at most."""
+    """Largest distance of key frames."""
     crf: int
     quality: int
-    """Of JPEG."""
+    """JPEG quality."""
     shard_bytes: int
-    """Of a shard, at most, where it holds more than one sample."""
+    """Largest size of a shard of more than one sample."""
     copy: bool
-    """Shards of the files as they are."""
+    """Pack files into shards unchanged."""
 
     def suffix(self, place: str) -> str:
-        """What the name of an output ends in."""
+        """Return the end of an output's name."""
         if is_image(place):
             return ".jpg"
         return "/" if self.form == "frames" else ".mp4"
@@ -80,23 +79,23 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Job:
-    """One file, and where what is made of it goes."""
+    """One file and the path of its output."""
 
     place: str
-    beside: str
-    """A path to write to first; it ends as ``target`` does."""
+    temporary: str
+    """Path to write to first, with the suffix of ``target``."""
     target: str
     fps: Fraction | None = None
-    """Of a folder of frames, where its manifest says."""
+    """Frame rate of a folder of frames, if its manifest has it."""
     num_frames: int | None = None
-    """Frames to read, where the manifest says how many it has: the first ones."""
+    """Number of frames to read from the start, if the manifest has it."""
     cut: float | None = None
-    """Seconds of the video, from its beginning, where only these are wanted: a trial."""
+    """In a trial, the number of seconds to read from the start."""
 
 
 @dataclass(frozen=True)
-class Made:
-    """What came of a file."""
+class Output:
+    """Result of a job."""
 
     num_frames: int
     height: int
@@ -106,36 +105,39 @@ class Made:
     key_frame_distance: int
     bytes: int
     seconds: float = 0.0
-    """That it took."""
+    """Duration of the job."""
     source_bytes: int = 0
     source_modified: str = ""
-    """When the source was last written to, before it was read."""
+    """Time of the source's last change before it was read."""
     share: float = 1.0
-    """Of the video, in a trial."""
+    """Share of the video that a trial read."""
     note: str = ""
-    """What is odd about the source."""
+    """Anything odd about the source."""
 
 
 class UnwritableError(OSError):
-    """The disk does not take what is written."""
+    """The disk accepts no more data."""
 
 
-class _Work(ABC):
-    """Does jobs. -> steps, and at last what came of it"""
+@dataclass(frozen=True)
+class Transcoder:
+    """Work of a process: writes outputs by a recipe, and moves each to its target once checked."""
+
+    recipe: Recipe
 
     def prepare(self) -> None:
-        """Load what jobs need, before their time counts."""
+        """Load what jobs need, before they are timed."""
         choose_decoder("pyav")  # it decodes a test video
 
-    def __call__(self, job: Job) -> Iterator[Step | Made | Failure | Broken]:
-        """Make what is wanted of a file."""
+    def __call__(self, job: Job) -> Iterator[Step | Output | Failure | Broken]:
+        """Do a job. -> steps, and the result at the end"""
         return paced(self._do(job))
 
-    def _do(self, job: Job) -> Steps[Made | Failure | Broken]:
+    def _do(self, job: Job) -> Steps[Output | Failure | Broken]:
         began = time.perf_counter()
         try:
             stamp = stamp_of(job.place)
-            made = yield from self.make(job)
+            output = yield from self._probe(job) if self.recipe.copy else self._transcode(job)
         except UnwritableError as error:
             return Broken(str(error))
         except MemoryError:
@@ -143,56 +145,45 @@ class _Work(ABC):
         except Exception as error:  # noqa: BLE001 - native libraries raise anything
             return Failure(job.place, reason_of(error))
         finally:
-            remove(job.beside)
+            remove(job.temporary)
         return replace(
-            made,
-            fps=0.0 if is_image(job.place) else made.fps,
+            output,
+            fps=0.0 if is_image(job.place) else output.fps,
             seconds=time.perf_counter() - began,
             source_bytes=stamp.bytes or 0,
             source_modified=stamp.modified,
         )
 
-    @abstractmethod
-    def make(self, job: Job) -> Steps[Made]:
-        """Read, write and check."""
-
-
-@dataclass(frozen=True)
-class Transcoder(_Work):
-    """Writes outputs by a recipe, and puts each into its place when it is found good."""
-
-    recipe: Recipe
-
-    def make(self, job: Job) -> Steps[Made]:
-        with contextlib.closing(_source(job)) as source:
+    def _transcode(self, job: Job) -> Steps[Output]:
+        with contextlib.closing(_open_source(job)) as source:
             for _ in source.survey():
                 yield Step()
             fps = self.recipe.fps or source.rate
-            wanted = _wanted(source.frames(), job)
+            selected = _select_frames(source.frames(), job)
             frames = (
-                at_rate(wanted, fps, source.rate)
+                at_rate(selected, fps, source.rate)
                 if self.recipe.fps
-                else (timed.frame for timed in wanted)
+                else (timed.frame for timed in selected)
             )
             first = next(frames, None)
             if first is None:
                 raise ValueError("it has no frames")
             size = fitted_size(upright_size(first), self.recipe.short_side)
             write = self._write_video if job.target.endswith(".mp4") else self._write_pictures
-            count = yield from write(job.beside, chain([first], frames), size, fps)
-        made = yield from check(job.beside, Written(count, size), fps)
+            count = yield from write(job.temporary, chain([first], frames), size, fps)
+        output = yield from check(job.temporary, Content(count, size), fps)
         with _writing():
-            _put(job.beside, job.target)
+            _move(job.temporary, job.target)
         if job.cut:
             share = min(1.0, float(job.cut * source.rate) / max(source.num_packets, 1))
-            return replace(made, share=share)
+            return replace(output, share=share)
         if source.num_packets < source.stated_frames:
             note = (
                 f"{source.num_packets} of the {source.stated_frames} frames are there that its "
                 "header announces: it may be cut off"
             )
-            return replace(made, note=note)
-        return made
+            return replace(output, note=note)
+        return output
 
     def _write_video(
         self, path: str, frames: Iterator["VideoFrame"], size: Size, fps: Fraction
@@ -227,10 +218,24 @@ class Transcoder(_Work):
             yield Step(count)
         return count
 
+    @staticmethod
+    def _probe(job: Job) -> Steps[Output]:
+        """Open a file that is packed unchanged, and decode its first frame."""
+        rate, distance = Fraction(0), 1
+        if not is_image(job.place):
+            with contextlib.closing(_open_source(job)) as source:
+                for _ in source.survey():
+                    yield Step()
+                rate, distance = source.rate, source.key_distance
+        with open_video(job.place, "pyav") as video, open_place(job.place) as (_, size):
+            height, width = video.read([0]).shape[1:3]
+            count = min(job.num_frames or video.num_frames, video.num_frames)
+        return Output(count, height, width, float(rate), distance, size)
+
 
 @dataclass(frozen=True)
-class Written:
-    """What an output has to hold."""
+class Content:
+    """Number and size of an output's frames."""
 
     num_frames: int
     size: Size
@@ -240,28 +245,12 @@ class Written:
         return f"{self.num_frames} frames of {width} x {height}"
 
 
-class Prober(_Work):
-    """Looks at files that are packed as they are: opens them, and decodes their first frame."""
-
-    def make(self, job: Job) -> Steps[Made]:
-        rate, distance = Fraction(0), 1
-        if not is_image(job.place):
-            with contextlib.closing(_source(job)) as source:
-                for _ in source.survey():
-                    yield Step()
-                rate, distance = source.rate, source.key_distance
-        with open_video(job.place, "pyav") as video, opened(job.place) as (_, size):
-            height, width = video.read([0]).shape[1:3]
-            count = min(job.num_frames or video.num_frames, video.num_frames)
-        return Made(count, height, width, float(rate), distance, size)
-
-
 def at_rate(
     frames: Iterator[Timed], fps: Fraction, source_rate: Fraction
 ) -> Iterator["VideoFrame"]:
-    """Frames for times 1 / fps apart: of each the last that is shown at it, or was before.
+    """Yield a frame for each multiple of 1 / fps: the one that is shown at that time.
 
-    The last frame is shown for as long as frames of its source are on average.
+    The last frame is shown for the average duration of the source's frames.
     """
     held = next(frames, None)
     if held is None:
@@ -283,28 +272,28 @@ def at_rate(
         due += 1 / fps
 
 
-def check(place: str, written: Written, fps: Fraction) -> Steps[Made]:
-    """Decode all of an output, as a check does.
+def check(place: str, expected: Content, fps: Fraction) -> Steps[Output]:
+    """Decode all of an output, as ``tools/check_videos.py`` does.
 
     Raises:
-        WrongOutputError: it is not what was to be written.
+        WrongOutputError: it is not as expected.
     """
     found = yield from examine(place, "pyav")
     if found.num_frames is None or found.verdict == "bad":
         raise WrongOutputError(f"what was written cannot be read: {'; '.join(found.reasons)}")
-    there = Written(found.num_frames, (found.height or 0, found.width or 0))
-    if there != written:
-        raise WrongOutputError(f"what was written is {there} instead of {written}")
-    if there.num_frames > 1 and found.fps and abs(found.fps / float(fps) - 1) > 1e-3:
+    found_content = Content(found.num_frames, (found.height or 0, found.width or 0))
+    if found_content != expected:
+        raise WrongOutputError(f"what was written is {found_content} instead of {expected}")
+    if expected.num_frames > 1 and found.fps and abs(found.fps / float(fps) - 1) > 1e-3:
         raise WrongOutputError(
             f"what was written has {found.fps:g} frames a second instead of {float(fps):g}"
         )
     distance, size = found.key_frame_distance or 1, found.bytes or 0
-    return Made(written.num_frames, *written.size, float(fps), distance, size)
+    return Output(expected.num_frames, *expected.size, float(fps), distance, size)
 
 
 class _PictureStream:
-    """A folder of frames, or an image, as a stream."""
+    """Stream of a folder of frames or an image, with the interface of ``VideoStream``."""
 
     stated_frames, key_distance = 0, 1
 
@@ -324,14 +313,14 @@ class _PictureStream:
         self._video.close()
 
 
-def _source(job: Job) -> VideoStream | _PictureStream:
+def _open_source(job: Job) -> VideoStream | _PictureStream:
     if is_image(job.place) or is_frame_folder(job.place):
         return _PictureStream(job.place, job.fps)
     return VideoStream(job.place)
 
 
-def _wanted(frames: Iterator[Timed], job: Job) -> Iterator[Timed]:
-    """The frames of a source that a job wants; behind them nothing is decoded."""
+def _select_frames(frames: Iterator[Timed], job: Job) -> Iterator[Timed]:
+    """Yield the frames that a job needs, and decode none after them."""
     start = None
     for timed in islice(frames, job.num_frames):
         start = timed.time if start is None else start
@@ -342,7 +331,7 @@ def _wanted(frames: Iterator[Timed], job: Job) -> Iterator[Timed]:
 
 @contextlib.contextmanager
 def _writing() -> Iterator[None]:
-    """Tell a disk that takes nothing more from a file that cannot be encoded."""
+    """Distinguish a disk that accepts no data from a file that cannot be encoded."""
     try:
         yield
     except OSError as error:
@@ -351,9 +340,9 @@ def _writing() -> Iterator[None]:
         raise
 
 
-def _put(beside: str, target: str) -> None:
-    """Rename; a target that is there already is of a run that was killed, and is replaced."""
+def _move(temporary: str, target: str) -> None:
+    """Rename a file, and replace a target that a killed run has left."""
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     if is_frame_folder(target):
         shutil.rmtree(target, ignore_errors=True)
-    Path(beside).replace(target)
+    Path(temporary).replace(target)

@@ -1,4 +1,4 @@
-"""What the programs of ``tools/`` share: kinds of arguments, and how they end."""
+"""Command lines and exit codes of the programs in ``tools/``."""
 
 import argparse
 import logging
@@ -36,21 +36,36 @@ from hpm_video.training.stop import Interrupted
 Config = TypeVar("Config")
 
 SECONDS_TO_ASK = 2.0
-"""In which the first process is still there to be asked by the others what was told already."""
+"""Time for which the first process can still be asked whether a message was printed."""
 FAULT = 1
 WRONG_INPUT = 2
-EXIT_CODES = """exit codes:
-  0    it is done
-  1    a fault of this program
-  2    a wrong input: the message says which, and what to do
-  75   stopped by SIGTERM, the state is saved: start the same command again
-  130  stopped by Ctrl-C, the state is saved: start the same command again
-Of several processes the job ends with the code of the one that went wrong (torchrun: with 1).
-"""
+
+
+def exit_codes(
+    done: str = "it is done",
+    wrong_input: str = "a wrong input: the message says which, and what to do",
+    *others: str,
+    stopped: str = "stopped by Ctrl-C: start the same command again",
+) -> str:
+    """List the exit codes of a program. ``others``: further lines."""
+    codes = {0: done, 1: "a fault of this program", 2: wrong_input}
+    lines = [f"{code:<5}{meaning}" for code, meaning in codes.items()]
+    return "\n  ".join(["exit codes:", *lines, *others, f"130  {stopped}\n"])
+
+
+EXIT_CODES = (
+    exit_codes(
+        "it is done",
+        "a wrong input: the message says which, and what to do",
+        "75   stopped by SIGTERM, the state is saved: start the same command again",
+        stopped="stopped by Ctrl-C, the state is saved: start the same command again",
+    )
+    + "Of several processes the job ends with the code of the one that failed (torchrun: with 1).\n"
+)
 
 
 def run(command: Callable[[], None]) -> int:
-    """Run ``command``, and tell what came of it. -> the exit code, see ``EXIT_CODES``"""
+    """Run ``command``, and report errors. -> the exit code, see ``EXIT_CODES``"""
     level = logging.INFO if is_first_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
     try:
@@ -82,8 +97,8 @@ def run(command: Callable[[], None]) -> int:
 def run_processes(command: Callable[[Processes], None]) -> int:
     """Run ``command`` in each of the processes that a launcher started. -> the exit code
 
-    The first one logs. An error that all of them meet is told once; one that a process meets alone
-    is told by that process.
+    The first one logs. An error of all processes is printed once; an error of one process, by that
+    process.
     """
 
     def joined() -> None:
@@ -126,9 +141,9 @@ def train(
     finish: Callable[[Path, Config, Processes], None],
     command_line: Sequence[str] | None,
 ) -> int:
-    """Run a program that trains by a config, or tell what it would do. -> the exit code
+    """Run a program that trains by a config, or describe its plan. -> the exit code
 
-    ``finish``: what comes after the run, in each of its processes.
+    ``finish`` is called after the run in each of its processes.
     """
     parser = make_parser(about)
     parser.add_argument("config", type=Path, help="a file of configs/, or a config of yours")
@@ -136,10 +151,13 @@ def train(
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="tell the plan of the batch and the memory that it needs, and do nothing",
+        help="print the plan of the batch and the memory that it needs, and exit",
     )
     parser.add_argument(
-        "--processes", type=positive, default=1, help="that a dry run is told for (GPUS x NNODES)"
+        "--processes",
+        type=positive,
+        default=1,
+        help="of the planned run, for --dry-run (GPUS x NNODES)",
     )
     arguments = parser.parse_intermixed_args(command_line)
 
@@ -155,7 +173,7 @@ def train(
 
 
 def list_files(run_dir: Path, checkpoint: Path, others: Mapping[str, Path]) -> str:
-    """What a run left, as far as it is there."""
+    """List the files of a run that exist."""
     files = {
         "checkpoint": checkpoint,
         "config": run_dir / "config.yaml",
@@ -168,38 +186,41 @@ def list_files(run_dir: Path, checkpoint: Path, others: Mapping[str, Path]) -> s
 
 
 def example_video(data: DataConfig, manifest: str | None) -> str:
-    """The first video of a manifest, or a word for one."""
+    """Return the first video of a manifest, or a placeholder."""
     return "VIDEO" if manifest is None else shortest(open_manifest(data, manifest).files[0])
 
 
 def interpreter() -> str:
-    """How to start this Python again, as short as it goes."""
+    """Return the shortest command that starts this Python again."""
     program = shortest(sys.executable)
     path = os.environ.get("PYTHONPATH")
     return f"PYTHONPATH={shlex.quote(path)} {program}" if path else str(program)
 
 
 def shortest(path: Path | str) -> str:
-    """A path for a command line: relative to the working directory if it lies in there."""
+    """Return a path for a command line, relative if it lies in the working directory."""
     path = Path(path)
     is_below = path.is_relative_to(Path.cwd())
     return shlex.quote(str(path.relative_to(Path.cwd()) if is_below else path))
 
 
-def positive(text: str) -> int:
-    """An argument that is a whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
+def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
+    """Make a parser of whole numbers in a range."""
+    allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < low or (high is not None and int(text) > high):
+            raise argparse.ArgumentTypeError(f"must be a whole number {allowed}, got {text!r}")
+        return int(text)
+
+    return parse
 
 
-def not_negative(text: str) -> int:
-    """An argument that is a whole number from 0 on."""
-    return 0 if text == "0" else positive(text)
+positive, not_negative = whole_number(1), whole_number(0)
 
 
 def above_zero(text: str) -> float:
-    """An argument that is a number above 0."""
+    """Parse a number above 0."""
     try:
         value = float(text)
     except ValueError:
@@ -210,7 +231,7 @@ def above_zero(text: str) -> float:
 
 
 def parse_views(text: str) -> Views:
-    """An argument such as ``5x3``: 5 clips of each video, and 3 crops of each clip."""
+    """Parse views such as ``5x3``: 5 clips of each video, and 3 crops of each clip."""
     clips, _, crops = text.partition("x")
     try:
         return Views(positive(clips), positive(crops))
@@ -240,18 +261,18 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
         "type": above_zero,
         "default": 60.0,
         "metavar": "LIMIT",
-        "help": "a file that makes no progress for so long is given up (default 60)",
+        "help": "give up a file that makes no progress for so long (default 60)",
     },
     "memory": {
         "type": above_zero,
         "default": 4.0,
         "metavar": "GIB",
-        "help": "that a process may take for a file (default 4)",
+        "help": "memory limit of a process (default 4)",
     },
 }
 
 
 def add_options(parser: argparse.ArgumentParser, *names: str, **changed: dict[str, Any]) -> None:
-    """Add options that programs share. ``changed``: those that differ here, and in what."""
+    """Add shared options. ``changed``: settings that differ from the shared ones."""
     for name in (*names, *changed):
         parser.add_argument(f"--{name}", **SHARED_OPTIONS[name] | changed.get(name, {}))

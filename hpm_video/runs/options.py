@@ -1,4 +1,4 @@
-"""Options that the programs for trained models share, and what they lead to."""
+"""Shared options of the programs for trained models."""
 
 import argparse
 
@@ -20,13 +20,13 @@ def add_clip_options(parser: argparse.ArgumentParser) -> None:
 
 
 def clip_choice(arguments: argparse.Namespace) -> ClipChoice:
-    """Return the clips that were chosen."""
+    """Return the chosen clips."""
     size = arguments.frame_size
     return ClipChoice(arguments.num_frames, arguments.frame_stride, tuple(size) if size else None)
 
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say where and how is computed."""
+    """Add the options of device, precision and data loading."""
     workers = {"default": default_workers()}
     add_options(parser, "device", "precision", "decoder", workers=workers)
 
@@ -34,7 +34,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
 def open_inference(
     arguments: argparse.Namespace, wanted: type[Trained], processes: int = 1, *, windows: int = 0
 ) -> tuple[Trained, Inference]:
-    """Open the checkpoint of the arguments, and build its model where and as they say.
+    """Open the checkpoint that the arguments name, and build its model on their device.
 
     ``windows``: frames from one clip to the next, where the clips are windows over whole videos.
 
@@ -64,7 +64,7 @@ def reading_of(arguments: argparse.Namespace, *, exclude_bad_files: bool = False
 
 
 def describe_pass(count: int, views: Views, trained: TrainedModel, inference: Inference) -> str:
-    """Say which views of how many videos go through which model."""
+    """Describe the views, videos and model of a pass."""
     data = inference.data
     which = f"{views.clips} x {views.crops} view{'s' if views.count > 1 else ''}"
     apart = f"at stride {data.frame_stride}" if data.sampling == "dense" else "spread over it"

@@ -57,6 +57,13 @@ def shared_memory() -> tuple[int, int] | tuple[None, None]:
     return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
 
 
+def usable_cores() -> int:
+    """Count the cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def cores_of_container() -> int | None:
     """Cores whose time the container this runs in may take; none where it has no limit."""
     limits = []

@@ -1,9 +1,11 @@
-"""Not the rates themselves, which are this machine's: that they are told, and what follows."""
+"""Not the rates themselves, which depend on the machine: that they are reported, and the advice."""
 
 import csv
+import importlib
 import json
 import os
 import re
+import shutil
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from tiny_runs import CLASSIFIER, ENGINE
 
 from hpm_video.config.data import DataConfig
 from hpm_video.data.clips import VideoClips
@@ -35,7 +38,23 @@ from hpm_video.workers.room import RoomError
 
 pytestmark = pytest.mark.slow
 
+TOOLS = Path(__file__).parents[2] / "tools"
 TAKEN = 0.05
+RUN = Path(__file__).parent.parent / "first_house" / "fixtures" / "runs" / "video"
+"""A run of an earlier version, with the log that it wrote."""
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys):
+    """Run ``tools/bench.py`` in this process, whose pools have started already. -> code, output"""
+    monkeypatch.syspath_prepend(TOOLS)
+    program = importlib.import_module("bench")
+
+    def run(*arguments) -> tuple[int, str]:
+        code = program.main([*map(str, arguments)])
+        return code, "".join(capsys.readouterr())
+
+    return run
 
 
 class Slow(ClipTransform):
@@ -98,7 +117,7 @@ def test_time_is_put_down_to_its_phase_and_counted_per_clip(videos, monkeypatch)
     monkeypatch.setattr("hpm_video.preparation.benchmark.time", clock)
     for count in (1, 2):
         trials = trials_of(clips_of(videos / "train", Slow(clock), count), memory=2**40)
-        slow = trials.take_apart(places(6), cpu)
+        slow = trials.measure_phases(places(6), cpu)
         assert slow.augmenting == pytest.approx(TAKEN + 1e-3), "of each clip, not of each video"
         assert slow.bottleneck(1) == "augmenting"
         assert slow.copying == 0.0
@@ -116,14 +135,14 @@ def test_the_bottleneck_depends_on_the_number_of_workers():
     assert replace(phases, reading=7).bottleneck(1) == "reading"
 
 
-def trials_of(clips, *, batch_size=4, seconds=0.1, memory=None):
+def trials_of(clips, *, batch_size=4, seconds=0.05, memory=None):
     storage = Storage(1, 1, memory)
     return Trials(clips, [1.0], storage, batch_size=batch_size, seconds=seconds)
 
 
 def test_a_rate_is_that_of_the_clips(videos):
     trial = Trial(available_decoders()[0])
-    trials_of(clips_of(videos / "train", count=2), seconds=1.0).read(trial, 1)
+    trials_of(clips_of(videos / "train", count=2)).read(trial, 1)
     assert trial.rates[1] > 1
     assert trial.files
     assert trial.files <= set(map(str, (videos / "train").iterdir()))
@@ -145,10 +164,10 @@ def test_files_that_are_missing_or_no_files_are_left_out_of_phases(videos, tmp_p
     )
     cpu = torch.device("cpu")
     for memory in (None, 2**40):
-        assert trials_of(clips, memory=memory).take_apart(places(5), cpu).decoding > 0
+        assert trials_of(clips, memory=memory).measure_phases(places(5), cpu).decoding > 0
     clips = clips_of(manifest_of(tmp_path, tmp_path / "gone.mp4"))
     with pytest.raises(DecodeError, match=r"none of the first 1 files decodes.*gone\.mp4"):
-        trials_of(clips).take_apart(places(1), cpu)
+        trials_of(clips).measure_phases(places(1), cpu)
 
 
 def write_transport_stream(path, seed):
@@ -195,11 +214,11 @@ def test_a_trial_leaves_the_clips_as_they_are_and_knows_of_no_other(transport_st
 
 @needs_both
 def test_a_decoder_that_refuses_the_files_is_told_and_the_others_go_on(
-    config_file, transport_streams, run_tool
+    config_file, transport_streams, bench
 ):
-    arguments = ("--seconds", "0.2", "--workers", "1", "--clips", "3", "--decoders", "decord,pyav")
+    arguments = ("--seconds", "0.05", "--workers", "1", "--clips", "3", "--decoders", "decord,pyav")
     data = (f"data.train={transport_streams}", "data.decoder=decord")
-    code, output = run_tool("bench", "loader", config_file, *data, *arguments)
+    code, output = bench("loader", config_file, *data, *arguments)
     assert code == 0, output
     assert re.search(r"^one clip, by pyav$", output, re.M), output
     assert re.search(r"^ *decord +NaN +refuses \d of \d files, such as .*\.ts: ", output, re.M), (
@@ -211,12 +230,10 @@ def test_a_decoder_that_refuses_the_files_is_told_and_the_others_go_on(
 
 @needs_both
 def test_where_all_decoders_refuse_the_files_it_is_a_wrong_input(
-    config_file, transport_streams, run_tool
+    config_file, transport_streams, bench
 ):
-    arguments = ("--seconds", "0.2", "--workers", "1", "--clips", "3", "--decoders", "decord")
-    code, output = run_tool(
-        "bench", "loader", config_file, f"data.train={transport_streams}", *arguments
-    )
+    arguments = ("--seconds", "0.05", "--workers", "1", "--clips", "3", "--decoders", "decord")
+    code, output = bench("loader", config_file, f"data.train={transport_streams}", *arguments)
     assert code == 2
     assert "Traceback" not in output
     assert "error: none of the first 3 files decodes" in output
@@ -283,12 +300,12 @@ def test_what_comes_from_the_disk_is_not_read_twice(videos, memory):
         assert trials.places()[0].position == 0
         return
     assert trials.places()[0].position > 0
-    trials.go_on(NUM_PLACES)
+    trials.advance(NUM_PLACES)
     assert trials.places()[0].position == 0, "it begins anew before places run out"
 
 
 def test_numbers_that_are_tried_come_out_even(monkeypatch):
-    monkeypatch.setattr(loader_advice, "cores", lambda: 48)
+    monkeypatch.setattr(loader_advice, "usable_cores", lambda: 48)
     assert loader_advice.workers_to_try(None, 1) == [1, 2, 4, 8, 16, 32, 48]
     assert loader_advice.workers_to_try(None, 8) == [8, 16, 32, 48]
     assert loader_advice.workers_to_try(None, 64) == [64], "one for each, if there are fewer cores"
@@ -300,12 +317,12 @@ def test_settings_are_those_of_each_process():
     trials = [Trial("pyav", {8: 40.0, 16: 100.0}), Trial("decord", {32: 101.0})]
     setting, rate = loader_advice.choose_setting(trials, 0.5)
     assert (setting, rate) == (("pyav", 16), 100.0)
-    told = loader_advice.recommend(setting, 100.0, phases, 8)
-    assert "take data.decoder=pyav data.workers=2 for each of 8 processes, 16 in all: 100" in told
-    assert "more may come" in told
-    assert "the bottleneck is decoding" in told, "with 2 workers to each process"
-    told = loader_advice.recommend(setting, 100.0, phases, 1)
-    assert "data.workers=16: 100.0 clips/s\nthe bottleneck is collating" in told
+    advice = loader_advice.recommend(setting, 100.0, phases, 8)
+    assert "take data.decoder=pyav data.workers=2 for each of 8 processes, 16 in all: 100" in advice
+    assert "may be higher" in advice
+    assert "the bottleneck is decoding" in advice, "with 2 workers to each process"
+    advice = loader_advice.recommend(setting, 100.0, phases, 1)
+    assert "data.workers=16: 100.0 clips/s\nthe bottleneck is collating" in advice
 
 
 def write_run(folder, starts, lines):
@@ -333,12 +350,16 @@ def test_one_process_for_each_gpu_but_no_more_than_the_run_had(monkeypatch):
         assert found == expected
 
 
-def test_the_tool_tells_what_several_processes_take_and_gpus_need(finetuned_run, run_tool):
-    arguments = ("--seconds", "0.2", "--workers", "2", "--clips", "3", "--processes", "2")
+def test_the_tool_tells_what_several_processes_take_and_gpus_need(labelled_videos, bench, tmp_path):
+    config = tmp_path / "finetune.yaml"
+    folders = {name: labelled_videos / name for name in ("train", "validation")}
+    recipe = "init_weights: null\naugmentation: {{rand_augment: null}}\n"
+    config.write_text((CLASSIFIER + recipe + ENGINE).format(**folders))
+    arguments = ("--seconds", "0.05", "--workers", "2", "--clips", "3", "--processes", "2")
     decoder = ("--decoders", available_decoders()[0], "--needs", "1e9")
-    code, output = run_tool("bench", "loader", finetuned_run / "config.yaml", *arguments, *decoder)
+    code, output = bench("loader", config, *arguments, *decoder)
     assert code == 0, output
-    assert "for 2 process(es) that train" in output
+    assert "training processes: 2, cores: " in output
     assert re.search(
         r"^take data.decoder=\w+ data.workers=1 for each of 2 processes, 2 in all: ", output, re.M
     )
@@ -355,11 +376,14 @@ def test_gpus_wait_where_they_train_faster():
 
 
 def test_the_tool_tells_rates_a_recommendation_and_whether_gpus_starve(
-    finished_run, run_tool, tmp_path
+    config_file, bench, tmp_path
 ):
     table = tmp_path / "tables" / "rates.csv"
-    arguments = ("--seconds", "0.3", "--workers", "1,2", "--clips", "6", "--output", table)
-    code, output = run_tool("bench", "loader", finished_run / "config.yaml", *arguments)
+    for log in ("starts.jsonl", "metrics.jsonl"):
+        shutil.copy(RUN / log, tmp_path)
+    config = shutil.copy(config_file, tmp_path / "config.yaml")
+    arguments = ("--seconds", "0.05", "--workers", "1,2", "--clips", "3", "--output", table)
+    code, output = bench("loader", config, *arguments)
     assert code == 0, output
     for phase in ("reading", "decoding", "augmenting", "collating", "copying"):
         assert re.search(rf"^ *{phase} ", output, re.MULTILINE), phase
@@ -373,14 +397,10 @@ def test_the_tool_tells_rates_a_recommendation_and_whether_gpus_starve(
         assert min(map(float, rates.groups())) > 0
     assert re.search(r"^take data.decoder=\w+ data.workers=[12]: [\d.]+ clips/s$", output, re.M)
     assert "the bottleneck is " in output
-    lines = map(json.loads, (finished_run / "metrics.jsonl").read_text().splitlines())
-    speeds = [line["clips_per_second"] for line in lines if line["kind"] == "train"]
-    assert speeds
     assert re.search(r"GPUs that (could )?train [\d.]+ clips/s", output), "it knows the run's need"
 
 
-def test_a_decoder_that_is_not_there_is_refused(finished_run, run_tool):
-    arguments = ("--clips", "2", "--decoders", "ffmpeg")
-    code, output = run_tool("bench", "loader", finished_run / "config.yaml", *arguments)
+def test_a_decoder_that_is_not_there_is_refused(config_file, bench):
+    code, output = bench("loader", config_file, "--decoders", "ffmpeg")
     assert code == 2
     assert "--decoders: ffmpeg is not there, only " in output

@@ -35,7 +35,7 @@ from hpm_video.preparation.check import (
 from hpm_video.preparation.check_manifest import (
     Checker,
     FindingJournal,
-    judged,
+    find_rows,
     known_of,
 )
 from hpm_video.preparation.check_report import common_reasons, plot, summary
@@ -541,7 +541,7 @@ def test_only_what_the_same_decoder_found_is_taken_over(check, tool, folder, tmp
         assert noted.findings["/x.mp4"].decoder == "pyav"
     taken = {
         decoder: [
-            Path(file).name for file in known if Checker(1, decoder=decoder).takes_over(known[file])
+            Path(file).name for file in known if Checker(1, decoder=decoder).accepts(known[file])
         ]
         for decoder in ("pyav", "decord")
     }
@@ -732,7 +732,7 @@ def stream(times, frames, **known) -> Stream:
         (stream([0, 2, 1], [(0, True), (1, True), (2, True)]), 3, 3),
         (stream([0, 2, 1], [(0, True), (1, False), (2, True)]), 1, 3),
         (stream([0, 2, 1], [(0, True), (2, True)]), 1, 3),
-        (stream([0, 2, 1], [(0, True), (1, True), (2, True)], torn={2}), 2, 3),
+        (stream([0, 2, 1], [(0, True), (1, True), (2, True)], corrupt={2}), 2, 3),
         (
             stream([0, 1, 2], [(0, True), (2, True)], first_error="x", errors_at=[1]),
             1,
@@ -807,7 +807,7 @@ def test_rows_are_judged_one_by_one(tmp_path):
     listing = Listing(tmp_path, pd.DataFrame(columns, dtype=str), ("/a", "/b", "/a", "/c"))
     fine = Finding("fine", num_frames=30, content="1")
     found = {"/a": fine, "/b": replace(fine, content="2"), "/c": Finding("bad", ("why",))}
-    rows = list(judged(listing, found))
+    rows = list(find_rows(listing, found))
     assert [row.verdict for row in rows] == ["fine", "fine", "suspicious", "bad"]
     assert rows[2].reasons == (
         "the manifest said 29 frames, there are 30: corrected",

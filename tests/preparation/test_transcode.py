@@ -37,8 +37,8 @@ from hpm_video.preparation.check import stamp_of
 from hpm_video.preparation.encode import fitted_size, write_video
 from hpm_video.preparation.jobs import Broken, Step, WrongOutputError, remove
 from hpm_video.preparation.prepared_folder import PreparedFolder, Rows
-from hpm_video.preparation.shards import Packable, Packer, Shard, output_names, write_shard
-from hpm_video.preparation.transcode import Job, Made, Recipe, Transcoder, at_rate, check
+from hpm_video.preparation.shards import Packer, Sample, Shard, output_names, write_shard
+from hpm_video.preparation.transcode import Job, Output, Recipe, Transcoder, at_rate, check
 from hpm_video.workers.pool import Answer, Limits, Pool
 
 pytestmark = pytest.mark.slow
@@ -328,7 +328,7 @@ def test_colours_keep_their_meaning(tmp_path):
             container.mux(video.encode(None))
         target = tmp_path / f"{name}.mp4"
         job = Job(str(path), str(tmp_path / "beside.mp4"), str(target))
-        assert isinstance([*Transcoder(RECIPE)(job)][-1], Made)
+        assert isinstance([*Transcoder(RECIPE)(job)][-1], Output)
         before, after = read_all(path)[0].astype(int), read_all(target)[0].astype(int)
         assert np.abs(after - before).max() <= 6, name
         assert np.abs(after - red).max() <= 8, name
@@ -545,7 +545,7 @@ def test_a_playlist_does_not_open_other_files(tmp_path):
 
 
 def packable(path, key="a/b", **info):
-    return Packable(key, str(path), ".mp4", 3, {"num_frames": 2, **info})
+    return Sample(key, str(path), ".mp4", 3, {"num_frames": 2, **info})
 
 
 def test_shards_are_split_by_size_and_always_the_same(start, source, tmp_path):
@@ -567,7 +567,7 @@ def test_long_and_foreign_names_are_readable(tmp_path):
     samples = [packable(video, key, source="ü\n\t") for key in keys]
     packed = [*_results(write_shard(tmp_path / "s.tar", samples))][-1]
     for key, where in zip(keys, packed, strict=True):
-        member = TarMember.parse(f"{tmp_path}/s.tar::{where.member}@{where.offset}+{where.size}")
+        member = TarMember.parse(f"{tmp_path}/s.tar::{where.name}@{where.offset}+{where.size}")
         assert member.name == f"{key}.mp4"
         assert member.read() == b"0123456789"
 
@@ -575,14 +575,14 @@ def test_long_and_foreign_names_are_readable(tmp_path):
 def test_a_shard_that_reads_back_otherwise_is_refused(tmp_path, monkeypatch):
     video = tmp_path / "v.mp4"
     video.write_bytes(b"0123456789")
-    original = shards._read_again
+    original = shards._verify
 
     def damaged(path, sums):
         data = path.read_bytes()
         path.write_bytes(data.replace(b"0123456789", b"0123456780"))
         return original(path, sums)
 
-    monkeypatch.setattr(shards, "_read_again", damaged)
+    monkeypatch.setattr(shards, "_verify", damaged)
     with pytest.raises(WrongOutputError, match=r"a/b\.mp4 is not what was written"):
         list(write_shard(tmp_path / "s.tar", [packable(video)]))
     shard = Shard(str(tmp_path / "beside.tar"), str(tmp_path / "t.tar"), (packable(video),))
@@ -884,7 +884,7 @@ class Hostile(Transcoder):
     def __call__(self, job):
         name = os.path.basename(job.place)  # the folder is named by the test
         if "hangs" in name:
-            open(job.beside, "wb").write(b"half a file")
+            open(job.temporary, "wb").write(b"half a file")
             Path(job.place).with_name(f"{os.getpid()}.hangs").touch()
             ctypes.PyDLL(None).sleep(10**6)  # it holds the lock of the interpreter
         if "crashes" in name:
@@ -1061,11 +1061,11 @@ def test_an_output_that_is_not_what_it_should_be_is_no_row(tmp_path, monkeypatch
 
 def test_check_finds_another_size(tmp_path):
     write_video(tmp_path / "a.mp4", [painted(i, 32, 48) for i in range(4)], gop=3)
-    good = transcoding.Written(4, (32, 48))
+    good = transcoding.Content(4, (32, 48))
     assert [*_results(check(str(tmp_path / "a.mp4"), good, Fraction(25)))][-1].width == 48
     for wrong, fps, words in [
-        (transcoding.Written(5, (32, 48)), 25, "4 frames of 48 x 32 instead of 5 frames"),
-        (transcoding.Written(4, (48, 32)), 25, "frames of 48 x 32 instead of 4 frames of 32 x 48"),
+        (transcoding.Content(5, (32, 48)), 25, "4 frames of 48 x 32 instead of 5 frames"),
+        (transcoding.Content(4, (48, 32)), 25, "frames of 48 x 32 instead of 4 frames of 32 x 48"),
         (good, 30, "frames a second"),
     ]:
         with pytest.raises(WrongOutputError, match=words):
@@ -1083,7 +1083,7 @@ def test_a_file_that_is_cut_off_is_told(tmp_path):
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 2 // 3])
     made = last_of(Job(str(path), f"{tmp_path}/beside.mp4", f"{tmp_path}/out.mp4"))
-    if isinstance(made, Made):
+    if isinstance(made, Output):
         assert 0 < made.num_frames < 60
         assert "of the 60 frames" in made.note
     else:

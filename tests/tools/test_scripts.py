@@ -295,7 +295,7 @@ NODE = {"MASTER_ADDR": "a", "NODE_RANK": "0"}
         ({"GPUS": "2", "HOSTFILE": "h"}, "GPUS=2 and HOSTFILE=h are both given"),
         ({"NNODES": "2", "HOSTFILE": "h"}, "NNODES=2 and HOSTFILE=h are both given"),
         ({"HOSTFILE": "h"}, "HOSTFILE=h is no file"),
-        ({"HOSTFILE": "bad"}, "HOSTFILE=bad: 'node0' is no host"),
+        ({"HOSTFILE": "bad"}, "HOSTFILE=bad names no host"),
         ({"HOSTFILE": "empty"}, "HOSTFILE=empty names no host"),
     ],
 )

@@ -81,7 +81,7 @@ def test_updates_are_timed_in_both_precisions(tool, write_config, tmp_path):
     path, table = write_config("tiny", **TINY, **HPM), tmp_path / "table.json"
     arguments = ("--clips", 2, "--repeats", 1, "--output", table)
     output = tool("bench", "update", path, *arguments, "seed=1")
-    assert output.startswith("\nupdates of 2 clip(s), cpu with 1 thread(s)")
+    assert output.startswith("\nupdates of 2 clips, cpu with 1 thread")
     full, half = row(output, "fp32"), row(output, "bf16")
     for milliseconds, _, clips_per_second in (full, half):
         assert_quotient(clips_per_second, 2000, milliseconds)
@@ -107,16 +107,6 @@ def test_a_misspelt_key_is_one_line(tool):
     assert error.strip().startswith("error: ")
     assert "recipe.epoch" in error
     assert error.strip().count("\n") == 0
-
-
-@pytest.mark.parametrize("old", ["bench_loader", "compare_decoders"])
-def test_an_old_name_tells_what_to_start(tool, old):
-    error = tool(old, "a config.yaml", "--seconds", 1, code=2)
-    if old == "bench_loader":
-        expected = "tools/bench.py loader 'a config.yaml' --seconds 1\n"
-        assert error == f"error: bench_loader.py has a new name: python {expected}"
-    else:
-        assert error.startswith("error: compare_decoders.py is gone: ")
 
 
 @pytest.fixture
