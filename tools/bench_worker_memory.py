@@ -1,0 +1,3 @@
+from renamed import tell  # type: ignore[import-not-found]
+
+tell()
