@@ -102,7 +102,7 @@ def build_objective(
         predictor_weight=mining.predictor_weight,
         ema=teacher,
         momentum=MomentumSchedule(mining.momentum, mining.first_momentum, mining.last_momentum),
-        whole=engine.whole if engine else nullcontext,
+        gathered=engine.whole if engine else nullcontext,
         ema_update=engine.ema_update if engine else ema_update_module,
     )
 
@@ -257,7 +257,7 @@ class Pretraining:
         return Evaluation(
             validate,
             score=named(next(iter(measured)), "relative_error"),
-            describe=partial(describe_sources, tuple(measured), objective.target.yardstick),
+            describe=partial(describe_sources, tuple(measured), objective.target.baseline),
             draw=draw,
             probe=probe,
             probe_every_epochs=config.knn.every_epochs,
@@ -293,15 +293,15 @@ def _looking(
             whole = stack.enter_context(engine.whole(teacher))
             assert isinstance(whole, MaskedAutoencoder)
             teacher = whole
-        yield objective.seen_with(teacher), Runner(student, engine.device, engine.precision)
+        yield objective.with_teacher(teacher), Runner(student, engine.device, engine.precision)
 
 
-def describe_sources(sources: Sequence[str], yardstick: str, measures: Measures) -> str:
+def describe_sources(sources: Sequence[str], baseline: str, measures: Measures) -> str:
     """The measures of each source in a few lines, for the terminal."""
     told = []
     for source in sources:
         own = {name: measures[named(source, name)] for name in names_of(source, measures)}
-        told.append(f"{source}, {describe(own, yardstick)}" if source else describe(own, yardstick))
+        told.append(f"{source}, {describe(own, baseline)}" if source else describe(own, baseline))
     return "\n".join(told)
 
 
