@@ -61,7 +61,9 @@ def test_manifests_must_number_the_classes_alike():
     for names in (None, ("a",), ("a", "b"), ("a", "1"), ("0", "b"), ("a", "b", "c")):
         check_same_names(("a", "b"), manifest_of(0, 1, names=names))
     check_same_names(("0", "1"), manifest_of(0, 1, names=("a", "b")))
-    with pytest.raises(ManifestError, match="class 1 is 'b' for training and 'c' in the validation"):
+    with pytest.raises(
+        ManifestError, match="class 1 is 'b' for training and 'c' in the validation"
+    ):
         check_same_names(("a", "b"), manifest_of(0, 1, names=("a", "c")))
     with pytest.raises(ManifestError, match="class 0 is 'a' .* 'b' .* number the classes alike"):
         check_same_names(("a", "b"), manifest_of(0, 1, names=("b", "a")))
