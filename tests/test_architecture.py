@@ -39,7 +39,7 @@ MAY_IMPORT = {
         "recognition/mixing.py",
         "models/feature_model.py",
         "weights/exporting.py",
-        "weights/notes.py",
+        "weights/facts.py",
         "weights/parity.py",
         "weights/writing.py",
     },

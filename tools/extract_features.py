@@ -18,7 +18,7 @@ from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.data.reading import Views
 from hpm_video.files.failures import BadFilesError, Failure
 from hpm_video.recognition.feature_folder import FeatureFolder
-from hpm_video.recognition.features import Wanted, describe, extract
+from hpm_video.recognition.features import FeatureChoice, describe, extract
 from hpm_video.recognition.trained_model import (
     OF_CLASSIFIER,
     OF_PRETRAINING,
@@ -84,14 +84,16 @@ def write_features(arguments: argparse.Namespace) -> None:
     trained, encoder = open_inference(arguments, TrainedModel, windows=every)
     encoder = replace(encoder, clips_per_pass=arguments.clips_per_pass or encoder.clips_per_pass)
     views = Views(arguments.clips or 1, arguments.crops or 1)
-    wanted = Wanted(Views(every=every) if every else views, arguments.tokens, arguments.dtype)
+    choice = FeatureChoice(
+        Views(every=every) if every else views, arguments.tokens, arguments.dtype
+    )
     source = arguments.source.absolute()
     base = (arguments.root or (source if source.is_dir() else source.parent)).absolute()
-    folder = FeatureFolder(arguments.output, manifest, base, wanted.form(encoder))
+    folder = FeatureFolder(arguments.output, manifest, base, choice.layout(encoder))
     folder.claim(
         {
             "hpm_video": hpm_video.__version__,
-            **describe(trained, encoder, wanted),
+            **describe(trained, encoder, choice),
             "source": str(source),
             "root": str(base),
             "decoder": arguments.decoder,
@@ -101,9 +103,9 @@ def write_features(arguments: argparse.Namespace) -> None:
     if before:
         print(f"{before} of {before + missing} videos are there already")
     if missing:
-        print(describe_pass(missing, wanted.views, trained, encoder))
+        print(describe_pass(missing, choice.views, trained, encoder))
     failures = extract(
-        encoder, wanted, folder, decoder=arguments.decoder, workers=arguments.workers
+        encoder, choice, folder, decoder=arguments.decoder, workers=arguments.workers
     )
     report(folder, manifest, before, failures)
     if failures:
@@ -117,16 +119,16 @@ def write_features(arguments: argparse.Namespace) -> None:
 def report(
     folder: FeatureFolder, manifest: Manifest, before: int, failures: Sequence[Failure]
 ) -> None:
-    """Report what was written, and how to load it."""
-    form = folder.form
+    """Print what was written, and how to load it."""
+    layout = folder.layout
     print(
         f"\nDone: features of {len(folder)} videos, {len(folder) - before} of them new"
         + (f"; without {len(failures)} that do not decode" if failures else "")
     )
-    of_view = ", ".join(map(str, form.view_shape))
+    of_view = ", ".join(map(str, layout.view_shape))
     rows = {
-        "features": f"{folder.path / 'features'}  (views, {of_view}) {form.dtype} for each video",
-        "first frames": f"{folder.path / 'starts'}  (views,) int64" if form.windows else "",
+        "features": f"{folder.path / 'features'}  (views, {of_view}) {layout.dtype} for each video",
+        "first frames": f"{folder.path / 'starts'}  (views,) int64" if layout.windows else "",
         "index": f"{folder.path / 'index.csv'}",
         "settings": f"{folder.path / 'settings.json'}",
         "not decoded": f"{folder.bad_files}" if failures else "",
@@ -141,7 +143,7 @@ def report(
     path = folder.features_of(video)
     print(f"\nTo load those of {shortest(video)}:")
     print(f"  features = np.load({str(path)!r})  # {np.load(path, mmap_mode='r').shape}")
-    if form.windows:
+    if layout.windows:
         print(f"  starts = np.load({str(folder.starts_of(video))!r})")
 
 

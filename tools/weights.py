@@ -4,7 +4,7 @@ import   make a checkpoint folder of a file of HPM, MAE, VideoMAE, VideoMAE V2, 
          of a folder that transformers wrote: for init_weights=FOLDER, and for the other tools
 export   write a checkpoint of a run for others: transformers, timm, MAE, VideoMAE, HPM, ONNX, or as
          one file
-inspect  tell whose weights a file holds, of what size they are, and their licence
+inspect  print family, sizes and licence of the weights in a file
 
 Nothing in a file is run, and nothing is downloaded.
 """
@@ -20,8 +20,8 @@ from hpm_video.recognition.labels import read_label_names
 from hpm_video.recognition.trained_model import TrainedModel, open_trained
 from hpm_video.runs.console import EXIT_CODES, positive, run, shortest
 from hpm_video.weights.exporting import FORMATS, export
+from hpm_video.weights.facts import Overrides
 from hpm_video.weights.folder import write_folder
-from hpm_video.weights.geometry import Overrides
 from hpm_video.weights.importing import describe, import_weights, inspect
 from hpm_video.weights.parity import NOT_ASKED, TOLERANCE
 from hpm_video.weights.verify import compare
@@ -46,7 +46,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     reads.add_argument("source", type=Path, help="file of weights, or folder of a model")
     reads.add_argument("folder", type=Path, help="to write; it must not exist")
     add_overrides(reads)
-    kinds = "\n".join(f"  {name:13}{form.says}" for name, form in FORMATS.items())
+    kinds = "\n".join(f"  {name:13}{chosen.says}" for name, chosen in FORMATS.items())
     writes = commands.add_parser(
         "export",
         help="write a checkpoint of a run for others",
@@ -73,7 +73,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
             "value (default: %(default)s)",
         )
         compares.add_argument("--no-parity", action="store_true", help="do not compare: it is slow")
-    looks = commands.add_parser("inspect", help="tell what a file or folder holds")
+    looks = commands.add_parser("inspect", help="describe a file or folder")
     looks.set_defaults(command=inspect_file)
     looks.add_argument("source", type=Path, help="file of weights, or folder of a model or run")
     add_overrides(looks)
@@ -81,7 +81,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """What a file may not say of itself."""
+    """Add options for facts that a file may lack."""
     add = parser.add_argument
     add("--entry", help="key of the state dict, where a file has several")
     add(
@@ -89,7 +89,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave out decoder or head: for pre-training, with a decoder that starts fresh",
     )
-    add("--heads", type=positive, help="of the encoder's attention; no weights tell it")
+    add("--heads", type=positive, help="of the encoder's attention, which no weights show")
     add("--decoder-heads", type=positive)
     add(
         "--decoder",
@@ -98,15 +98,15 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
         metavar=("WIDTH", "DEPTH", "HEADS"),
         help="of a decoder that starts fresh; default: the papers' for such an encoder",
     )
-    add("--num-frames", type=positive, help="default: what the file says, or else 16")
+    add("--num-frames", type=positive, help="default: as the file says, or else 16")
     add("--frame-size", type=positive, nargs=2, metavar=("HEIGHT", "WIDTH"))
-    add("--frame-stride", type=positive, help="default: what the file says, or else 4")
-    add("--target", choices=("raw", "joint", "per_channel"), help="that was pre-trained on")
+    add("--frame-stride", type=positive, help="default: as the file says, or else 4")
+    add("--target", choices=("raw", "joint", "per_channel"), help="target of pre-training")
     add("--labels", type=Path, help="text file with the name of class i in line i")
 
 
 def overrides_by(arguments: argparse.Namespace) -> Overrides:
-    """What the command line says of the file."""
+    """Return the facts on the command line."""
     try:
         decoder = TransformerSize(*arguments.decoder) if arguments.decoder else None
     except ValueError as error:

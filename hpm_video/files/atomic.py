@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are complete or absent."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """A file to write beside ``path``, renamed at the end: what lies there is always whole."""
+    """A file to write beside ``path``, renamed at the end, so that ``path`` is always complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside_path = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:

@@ -1,4 +1,4 @@
-"""Errors that whoever starts a program can mend, and text that people write."""
+"""Errors that the user of a program can correct, and text that people write."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ class ExpectedError(Exception):
 
 
 def read_text(path: Path, wrong: type[ExpectedError], hint: str = "save it as UTF-8") -> str:
-    """Read text in UTF-8, with or without a mark of it at the start.
+    """Read text in UTF-8, with or without a byte order mark.
 
     Raises:
-        wrong: it is not there, or something else. ``hint``: what to do about it.
+        wrong: there is no such file, or it is not such text. ``hint``: the remedy.
     """
     try:
         return path.read_text(encoding="utf-8-sig")

@@ -1,6 +1,6 @@
 """Tensors of checkpoints from before parameters had timm's names, by the names of today.
 
-A file is told by its names alone: those of today are left as they are.
+Only names tell such a file: those of today are left as they are.
 """
 
 import math
@@ -28,7 +28,7 @@ RENAMED = (
     (r"\.mlp\.2\.", ".mlp.fc2."),
     (r"\.attn\.q_bias$", ".attn.qkv.bias"),
 )
-"""Patterns of the old names and what takes their place, one after the other."""
+"""Patterns of old names and their replacements, applied one after the other."""
 JOINED = (".attn.k_bias", ".attn.v_bias")
 """Names of what is now a part of ``attn.qkv.bias``; VideoMAE's blocks had no bias on keys."""
 TOKENS = ("cls_token", "mask_token", "attn_pool.latent")

@@ -1,4 +1,4 @@
-"""A whole model in one file of safetensors, with everything that a checkpoint folder says of it.
+"""A model in one file of safetensors, with all texts of its checkpoint folder.
 
 The metadata of the file holds the texts that lie beside the weights in a folder, by their names:
 config.yaml, state.json and, of a classifier, labels.txt, of imported weights origin.json; under
@@ -18,7 +18,7 @@ from torch import Tensor
 from hpm_video.files.weights import OF_ANOTHER_PROJECT, CheckpointError
 
 KIND = "hpm_video"
-"""What ``kind`` says first of such a file."""
+"""How the ``kind`` of such a file begins."""
 TEXTS = ("config.yaml", "state.json", "labels.txt", "origin.json")
 NAMES = ("model", "teacher", "average")
 """Names of files of weights in a checkpoint folder."""
@@ -33,17 +33,17 @@ def write_single_file(
         raise ValueError(
             f"a single file has the texts {TEXTS} and weights of {NAMES}, got {odd} and {name}"
         )
-    whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    on_cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     metadata = {"format": "pt", "kind": f"{KIND} {kind}", "weights": name, **texts}
-    save_file(whole, file, metadata=metadata)
+    save_file(on_cpu, file, metadata=metadata)
 
 
 @contextmanager
 def as_folder(path: Path) -> Iterator[Path]:
-    """A checkpoint folder as it is, or such a folder that stands for a single file, for a while.
+    """A checkpoint folder as it is, or a temporary one that stands for a single file.
 
     Raises:
-        CheckpointError: it is a file, but none that this package wrote as a whole model.
+        CheckpointError: it is a file, but not one of a model of this package.
     """
     if not path.is_file():
         yield path
@@ -68,8 +68,8 @@ def _metadata_of(path: Path) -> dict[str, str]:
             metadata: dict[str, str] = stored.metadata() or {}
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
-    told = metadata.get("kind", "").startswith(KIND) and metadata.get("weights") in NAMES
-    if not told or not {"config.yaml", "state.json"} <= metadata.keys():
+    ours = metadata.get("kind", "").startswith(KIND) and metadata.get("weights") in NAMES
+    if not ours or not {"config.yaml", "state.json"} <= metadata.keys():
         raise CheckpointError(
             f"{path} holds weights without the config that they need; give the checkpoint folder "
             f"that it lies in, or make one file of it all:\n"

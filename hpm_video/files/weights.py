@@ -1,4 +1,4 @@
-"""Weights put into a model, and how files of them fail."""
+"""Loading of weights into a model, and the error of checkpoints."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

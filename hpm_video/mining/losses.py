@@ -1,4 +1,4 @@
-"""What pre-training minimises, and how well a loss predictor ranks."""
+"""The losses of pre-training, and the ranking accuracy of a loss predictor."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -83,8 +83,8 @@ class _SortedRankingLoss(torch.autograd.Function):
     """The ranking loss of scores sorted by falling error.
 
     In that order the first token of a pair is the harder one, so the pairs are the upper triangle.
-    It is walked in blocks of ``ROWS``, and the gradient is written on the way: what is kept for
-    backward is (B, M), never (B, M, M).
+    It is computed in blocks of ``ROWS`` together with the gradient: what is kept for backward is
+    (B, M), never (B, M, M).
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Hard patches mining: the teacher says where it is hard, the student is asked there.
+"""Hard patches mining: the teacher finds the hard patches, the student reconstructs them.
 
 teacher (moving average) --difficulty--> mask --> student --> content, difficulty
                                                      |
@@ -26,16 +26,16 @@ from hpm_video.training.objective import Losses, Model
 from hpm_video.training.progress import Progress
 
 
-class Examination(NamedTuple):
-    """What the student makes of a batch under one random mask."""
+class Evaluation(NamedTuple):
+    """Predictions and errors of the student on a batch under one random mask."""
 
     mask: TokenMask
     difficulty: Tensor | None
-    """(B, M) what the student predicts of them; none without a predictor."""
+    """(B, M) predicted by the student; none without a predictor."""
     errors: Tensor
     """(B, M) reconstruction errors."""
-    yardstick_errors: Tensor
-    """(B, M) errors of the simplest good answer, see :class:`Target`."""
+    baseline_errors: Tensor
+    """(B, M) errors of the baseline of the :class:`Target`."""
 
 
 class HardPatchesMining(WithEma[MaskedAutoencoder]):
@@ -52,12 +52,12 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
         predictor_weight: float,
         ema: MaskedAutoencoder | None,
         momentum: MomentumSchedule,
-        whole: Callable[[nn.Module], AbstractContextManager[nn.Module]] = nullcontext,
+        gathered: Callable[[nn.Module], AbstractContextManager[nn.Module]] = nullcontext,
         ema_update: EmaUpdate = ema_update_module,
     ) -> None:
         """Take the rules of the method; ``masks``: by the name of the source of a batch.
 
-        ``ema``: the teacher. ``whole`` makes it callable where an engine has spread its weights.
+        ``ema``: the teacher. ``gathered`` makes it callable where an engine shards its weights.
 
         Raises:
             ValueError: masks are to be picked by difficulty, but nothing predicts it.
@@ -74,16 +74,16 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
         self.target = target
         self.predictor = predictor
         self._predictor_weight = predictor_weight
-        self._whole = whole
+        self._gathered = gathered
 
-    def seen_with(self, teacher: MaskedAutoencoder | None) -> "HardPatchesMining":
-        """The same objective for looking, with a teacher whose weights are all here."""
-        seen = copy.copy(self)
-        seen.ema, seen._whole = teacher, nullcontext
-        return seen
+    def with_teacher(self, teacher: MaskedAutoencoder | None) -> "HardPatchesMining":
+        """Return the same objective with a teacher whose weights are gathered already."""
+        found = copy.copy(self)
+        found.ema, found._gathered = teacher, nullcontext
+        return found
 
     def settings(self, progress: Progress) -> dict[str, float]:
-        """What the schedules say at ``progress``, for the log."""
+        """Return the values of the schedules at ``progress``, for the log."""
         settings = {
             named(source, "hard_fraction"): rule.strategy.fraction(progress.epoch, progress.epochs)
             for source, rule in self.masks.items()
@@ -97,11 +97,11 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
         rule = self.masks[batch.source]
         clips = self.normalised(batch)
         num_picked = rule.num_picked(progress.epoch, progress.epochs)
-        sight = self.ask_teacher(clips, difficulty=num_picked > 0)
+        output = self.run_teacher(clips, difficulty=num_picked > 0)
         priority = uniform(batch.keys, rule.num_units, "mask")
-        mask = rule.draw(sight.difficulty, priority, num_picked)
+        mask = rule.draw(output.difficulty, priority, num_picked)
         prediction: Prediction = student(clips, mask, keys=batch.keys)
-        target = self.target.of(batch.clips, mask, self._features(batch, sight))
+        target = self.target.of(batch.clips, mask, self._features(batch, output))
         errors = self.target.errors(prediction.content, target)
         total = errors.mean()
         parts = {named(batch.source, "reconstruction"): total}
@@ -117,34 +117,34 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
         return normalise(batch.clips, self.target.mean, self.target.std)
 
     @torch.no_grad()
-    def ask_teacher(self, clips: Tensor, *, difficulty: bool) -> "Sight":
-        """What is needed of the teacher, which sees the whole of normalised clips, encoded once."""
+    def run_teacher(self, clips: Tensor, *, difficulty: bool) -> "TeacherOutput":
+        """Encode whole normalised clips with the teacher, once, and score them where asked to."""
         difficulty = difficulty and self.predictor != "none"
         if self.ema is None or not (difficulty or self.target.of_teacher):
-            return Sight(None, None)
-        with self._whole(self.ema) as teacher:
+            return TeacherOutput(None, None)
+        with self._gathered(self.ema) as teacher:
             assert isinstance(teacher, MaskedAutoencoder)
             encoded = teacher.encode(clips)
             scores = None
             if difficulty:
                 scores = teacher.score(encoded, teacher.grid_of(clips)).float()
-        return Sight(scores, teacher.of_clip(encoded) if self.target.of_teacher else None)
+        return TeacherOutput(scores, teacher.of_clip(encoded) if self.target.of_teacher else None)
 
-    def _features(self, batch: ClipBatch, sight: "Sight") -> Tensor | None:
-        """Of all tokens, where the target is made of features: -> (B, N, P)"""
-        return sight.encoded if self.target.of_teacher else self.target.features(batch.clips)
+    def _features(self, batch: ClipBatch, output: "TeacherOutput") -> Tensor | None:
+        """Features of all tokens, where the target is made of them: -> (B, N, P)"""
+        return output.tokens if self.target.of_teacher else self.target.features(batch.clips)
 
     @torch.no_grad()
-    def examine(
+    def evaluate(
         self, student: Model, batch: ClipBatch, purposes: Iterable[str]
-    ) -> list[Examination]:
+    ) -> list[Evaluation]:
         """Reconstruct a batch under random masks, each of which depends on its keys and a purpose.
 
-        -> an examination for each of ``purposes``
+        -> an evaluation for each of ``purposes``
         """
         rule = self.masks[batch.source]
         clips = self.normalised(batch)
-        features = self._features(batch, self.ask_teacher(clips, difficulty=False))
+        features = self._features(batch, self.run_teacher(clips, difficulty=False))
         found = []
         for purpose in purposes:
             priority = uniform(batch.keys, rule.num_units, purpose)
@@ -152,48 +152,48 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
             prediction: Prediction = student(clips, mask)
             target = self.target.of(batch.clips, mask, features)
             found.append(
-                Examination(
+                Evaluation(
                     mask,
                     prediction.difficulty,
                     errors=self.target.errors(prediction.content, target),
-                    yardstick_errors=self.target.yardstick_errors(target),
+                    baseline_errors=self.target.baseline_errors(target),
                 )
             )
         return found
 
     def difficulty(self, batch: ClipBatch) -> Tensor | None:
         """The teacher's scores, seeing the whole clip: (B, N); none without a predictor."""
-        return self.ask_teacher(self.normalised(batch), difficulty=True).difficulty
+        return self.run_teacher(self.normalised(batch), difficulty=True).difficulty
 
 
-class Sight(NamedTuple):
-    """What the teacher makes of whole clips, as far as it was asked."""
+class TeacherOutput(NamedTuple):
+    """What the teacher computes of whole clips; none where it is not needed."""
 
     difficulty: Tensor | None
     """(B, N) float32"""
-    encoded: Tensor | None
-    """(B, N, D) tokens of its encoder."""
+    tokens: Tensor | None
+    """(B, N, D) from its encoder."""
 
 
 def needs_teacher(predictor: PredictorObjective, target: Target) -> bool:
-    """Whether anything is asked of a teacher."""
+    """Whether the objective uses a teacher."""
     return predictor != "none" or target.of_teacher
 
 
 def named(source: str, quantity: str) -> str:
-    """What the log calls a quantity of one of the sources of batches; ``""`` is the main one."""
+    """Return the name in the log of a quantity of a source; ``""`` is the main source."""
     return f"{source}/{quantity}" if source else quantity
 
 
-def average_errors(examinations: Sequence[Examination]) -> Tensor:
+def average_errors(evaluations: Sequence[Evaluation]) -> Tensor:
     """Error of each token, averaged over the masks that hide it: -> (B, N), NaN where none does.
 
-    What is hard in a clip whatever else is hidden: the true error of the paper's Figure 2, and
-    what a teacher that sees the whole clip can predict.
+    The true error of the paper's Figure 2: how hard a token is whatever else is hidden, which is
+    all that a teacher that sees the whole clip can predict.
     """
-    total = torch.zeros_like(examinations[0].mask.masked, dtype=torch.float32)
+    total = torch.zeros_like(evaluations[0].mask.masked, dtype=torch.float32)
     count = torch.zeros_like(total)
-    for seen in examinations:
-        total.scatter_add_(1, seen.mask.masked_ids, seen.errors)
-        count += seen.mask.masked
+    for evaluation in evaluations:
+        total.scatter_add_(1, evaluation.mask.masked_ids, evaluation.errors)
+        count += evaluation.mask.masked
     return total / count

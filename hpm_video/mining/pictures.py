@@ -1,4 +1,4 @@
-"""What the paper's Figure 2 draws, for clips too: where one is hard, and what is hidden of it.
+"""The paper's Figure 2, for clips too: error, difficulty, mask and reconstruction.
 
 A study of a clip is drawn as a sheet (PNG) or as an animation (GIF, MP4).
 """
@@ -39,9 +39,9 @@ FAINT_INK: Colour = (96, 96, 104)
 HIDDEN: Colour = (196, 198, 203)
 PICKED: Colour = (214, 116, 82)
 UNKNOWN: Colour = (226, 228, 232)
-"""Of tokens whose error is not known, because no mask hid them."""
+"""The colour of tokens whose error is not known, because no mask hid them."""
 COLOURS = matplotlib.colormaps["inferno"].with_extremes(bad=f"#{bytes(UNKNOWN).hex()}")
-"""Of ranks from 0 to 1."""
+"""The colours of ranks from 0 to 1."""
 
 
 class Panel(NamedTuple):
@@ -90,17 +90,17 @@ def to_ranks(scores: Scores) -> Scores:
 
 def _heat_map(scores: Scores, study: Study) -> Frames:
     ranks = np.ma.masked_invalid(to_ranks(scores))
-    return _spread(COLOURS(ranks, bytes=True)[:, :3], study)
+    return _upsample(COLOURS(ranks, bytes=True)[:, :3], study)
 
 
 def _draw_mask(study: Study) -> Frames:
     colours = np.full((len(study.masked), 3), HIDDEN, dtype=np.uint8)
     colours[study.picked] = PICKED
-    hidden = _spread(study.masked[:, None], study)
-    return np.where(hidden, _spread(colours, study), study.frames)
+    hidden = _upsample(study.masked[:, None], study)
+    return np.where(hidden, _upsample(colours, study), study.frames)
 
 
-def _spread(values: NDArray[Value], study: Study) -> NDArray[Value]:
+def _upsample(values: NDArray[Value], study: Study) -> NDArray[Value]:
     """Give every pixel its token's value: (N, K) -> (T, H, W, K)"""
     grid, patch = study.grid, study.patch_size
     lattice = values.reshape(grid.time, grid.height, grid.width, -1)
@@ -110,7 +110,7 @@ def _spread(values: NDArray[Value], study: Study) -> NDArray[Value]:
 
 
 class Style:
-    """Measures of a picture in pixels, and its fonts. Small frames are enlarged by a factor."""
+    """Sizes in pixels and fonts of a picture. Small frames are enlarged by a factor."""
 
     gap = 6
     """Between neighbouring frames."""
@@ -203,7 +203,7 @@ def _draw_block(study: Study, shown: Sequence[int], style: Style) -> Image.Image
 
 
 def _draw_caption(studies: Sequence[Study], width: int, style: Style) -> Image.Image:
-    """How much is hidden and why; each fact once."""
+    """Return how much is hidden and why, each fact once."""
     facts = []
     for study in studies:
         masked, picked, total = study.masked.sum(), study.picked.sum(), len(study.masked)
@@ -286,7 +286,7 @@ def save_animation(images: Sequence[Image.Image], path: Path, fps: float) -> Non
 def write_pictures(
     folder: Path, name: str, objective: HardPatchesMining, student: Runner, batch: ClipBatch
 ) -> Path:
-    """Draw the sheet of a batch, say of the first held-out clips, into ``folder``. -> its path"""
+    """Draw the sheet of a batch, say of the first validation clips, into ``folder``. -> its path"""
     with student.autocast():
         studies = study_clips(objective, student, batch.to(student.device))
     path = folder / f"{name}.png"

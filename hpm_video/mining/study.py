@@ -1,4 +1,4 @@
-"""What is hard in a clip, what seems hard, what is hidden of it, and what is made up for that."""
+"""Studies of clips: true error, predicted difficulty, mask and reconstruction."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ patch itself; or the visible patches around it, which gives nothing away."""
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """One clip: how hard its tokens are, how hard they seem, what is hidden and what is made up."""
+    """True error, predicted difficulty, mask and reconstruction of one clip."""
 
     name: str
     grid: TokenGrid
@@ -106,8 +106,8 @@ def study_clips(
         filled = reconstruct(
             predicted, batch.clips, mask, pixels, ground_truth_statistics=ground_truth_statistics
         )
-    examinations = objective.examine(student, batch, (f"picture {i}" for i in range(num_masks)))
-    true_errors = average_errors(examinations)
+    evaluations = objective.evaluate(student, batch, (f"picture {i}" for i in range(num_masks)))
+    true_errors = average_errors(evaluations)
     return [
         Study(
             name=Path(batch.files[i]).stem,

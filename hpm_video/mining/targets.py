@@ -1,4 +1,4 @@
-"""What the student reconstructs of hidden tokens: their pixels, or features that a model sees."""
+"""Targets of reconstruction: the pixels of hidden tokens, or features that a model computes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -26,21 +26,21 @@ from hpm_video.tokens.pixels import normalise, to_unit_range
 
 @dataclass(frozen=True)
 class Target(ABC):
-    """What is to be said of hidden tokens, and how wrong an answer is."""
+    """What is reconstructed of hidden tokens, and the error of a reconstruction."""
 
     patch_size: Size3
     mean: tuple[float, ...]
-    """Of each channel of the clips as models see them, pixels being in [0, 1]."""
+    """For each channel, with which pixels in [0, 1] are normalised for models."""
     std: tuple[float, ...]
 
-    yardstick = ""
-    """Whose error is the mark to beat."""
+    baseline = ""
+    """The simplest good prediction, whose error is to be beaten."""
     of_teacher = False
-    """Whether it is made of the tokens that the teacher's encoder gives."""
+    """Whether it consists of the tokens of the teacher's encoder."""
 
     @abstractmethod
     def features(self, clips: Tensor) -> Tensor | None:
-        """What another model makes of all tokens, where one is asked.
+        """Features of all tokens by another model, where the target needs one.
 
         (B, C, T, H, W) uint8 -> (B, N, P)
         """
@@ -57,8 +57,8 @@ class Target(ABC):
         """Error of each token: (B, M, P), (B, M, P) -> (B, M) float32"""
 
     @abstractmethod
-    def yardstick_errors(self, target: Tensor) -> Tensor:
-        """Error of the simplest good answer: (B, M, P) -> (B, M)"""
+    def baseline_errors(self, target: Tensor) -> Tensor:
+        """Error of the baseline: (B, M, P) -> (B, M)"""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class PixelTarget(Target):
 
     kind: TargetKind
 
-    yardstick = "the patch mean"
+    baseline = "the patch mean"
 
     def patches(self, clips: Tensor, mask: TokenMask | None = None) -> Tensor:
         """Patches that targets are made of: (B, C, T, H, W) uint8 -> (B, N or M, P) float32
@@ -111,29 +111,29 @@ class PixelTarget(Target):
         return reconstruction_errors(predicted, target)
 
     @override
-    def yardstick_errors(self, target: Tensor) -> Tensor:
+    def baseline_errors(self, target: Tensor) -> Tensor:
         """Error of predicting the mean of each patch and channel: (B, M, P) -> (B, M)"""
         return patch_mean_errors(target, len(self.mean))
 
 
 @dataclass(frozen=True)
 class FeatureTarget(Target):
-    """The direction of what a model makes of each token: an ablation of the paper."""
+    """The direction of a model's feature of each token: an ablation of the paper."""
 
     model: Callable[[Tensor], Tensor] | None
     """(B, C, T, H, W) uint8 -> (B, N, P); none: the teacher's own encoder (the paper's EMA)."""
 
-    yardstick = "the mean direction"
+    baseline = "the mean direction"
 
     @property
     def of_teacher(self) -> bool:  # type: ignore[override]
-        """Whether it is made of the tokens that the teacher's encoder gives."""
+        """Whether it consists of the tokens of the teacher's encoder."""
         return self.model is None
 
     @override
     @torch.no_grad()
     def features(self, clips: Tensor) -> Tensor | None:
-        """What the model makes of all tokens: (B, C, T, H, W) uint8 -> (B, N, P)"""
+        """Features of all tokens: (B, C, T, H, W) uint8 -> (B, N, P)"""
         return None if self.model is None else self.model(clips)
 
     @override
@@ -153,7 +153,7 @@ class FeatureTarget(Target):
         return direction_errors(predicted, target)
 
     @override
-    def yardstick_errors(self, target: Tensor) -> Tensor:
+    def baseline_errors(self, target: Tensor) -> Tensor:
         """Error of predicting the mean direction of the clip's targets: (B, M, P) -> (B, M)"""
         mean = F.normalize(target.float(), dim=-1).mean(dim=1, keepdim=True)
         return direction_errors(mean.expand_as(target), target)

@@ -1,8 +1,8 @@
-"""How well a model reconstructs and ranks on clips that it was not trained on.
+"""Validation: how well a model reconstructs and ranks on clips that it was not trained on.
 
 A ranking accuracy means nothing alone: where targets are raw pixels, the patches that vary most
-are the hardest, and no network is needed to find them. So student and teacher stand beside
-rankers that look at the patch itself. A predictor has learned something where it beats the best.
+are the hardest, and no network is needed to find them. So student and teacher are compared with
+trivial rankers of the patches. A predictor has learned something where it beats the best of them.
 """
 
 from collections import defaultdict
@@ -41,8 +41,8 @@ def measure(
 
     Of several processes each has batches of its own, and all get the measures over all of them.
 
-    ``relative_error``: reconstruction error divided by that of the simplest good answer; where the
-    target is pixels, the mean of each patch and channel. The rankings are shares of pairs of tokens
+    ``relative_error``: reconstruction error divided by that of the baseline; where the target is
+    pixels, the mean of each patch and channel. The rankings are shares of pairs of tokens
     of a clip that are scored in the order of their error. ``student_ranking``: hidden tokens,
     scored by the student that sees the visible ones, by their error under the same mask.
     ``teacher_ranking``: all tokens, scored by the teacher that sees the whole clip, by their error
@@ -53,28 +53,28 @@ def measure(
     for cpu_batch in batches:
         batch = cpu_batch.to(student.device)
         with student.autocast():
-            examinations = objective.examine(
+            evaluations = objective.evaluate(
                 student, batch, (f"held out {i}" for i in range(NUM_MASKS))
             )
             teacher = objective.difficulty(batch)
-        for seen in examinations:
-            counts.add("relative_error", seen.errors.sum(), seen.yardstick_errors.sum())
-            if seen.difficulty is not None:
-                counts.add_pairs("student_ranking", seen.difficulty, seen.errors)
-        errors = average_errors(examinations)
+        for evaluation in evaluations:
+            counts.add("relative_error", evaluation.errors.sum(), evaluation.baseline_errors.sum())
+            if evaluation.difficulty is not None:
+                counts.add_pairs("student_ranking", evaluation.difficulty, evaluation.errors)
+        errors = average_errors(evaluations)
         if teacher is not None:
             counts.add_pairs("teacher_ranking", teacher, errors)
         trivial = trivial_difficulties(batch.clips, objective.target.patch_size)
         for name, scores in trivial.items():
             counts.add_pairs(f"{TRIVIAL}{name}", scores, errors)
-            for seen in examinations:
-                hidden = seen.mask.take_masked(scores.unsqueeze(-1)).squeeze(-1)
-                counts.add_pairs(f"{TRIVIAL_FOR_STUDENT}{name}", hidden, seen.errors)
+            for evaluation in evaluations:
+                hidden = evaluation.mask.take_masked(scores.unsqueeze(-1)).squeeze(-1)
+                counts.add_pairs(f"{TRIVIAL_FOR_STUDENT}{name}", hidden, evaluation.errors)
     return counts.ratios(processes)
 
 
 class _Counts:
-    """Sums over batches, kept on the device, of which ratios are wanted."""
+    """Numerators and denominators of ratios, summed over batches on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, device=device))
@@ -101,7 +101,7 @@ def trivial_difficulties(clips: Tensor, patch_size: Size3) -> dict[str, Tensor]:
 
     ``variance`` of the pixels of a patch around the mean of their channel, and ``motion``, the
     mean absolute difference to the frame before (of the first frame: to the second); and both
-    turned round, as ``flatness`` and ``stillness``. Where all frames are alike there is no motion.
+    negated, as ``flatness`` and ``stillness``. Where all frames are alike there is no motion.
     """
     pixels = to_unit_range(clips)
     patches = rearrange(patchify(pixels, patch_size), "b n (p c) -> b n p c", c=clips.shape[1])
@@ -116,9 +116,9 @@ def trivial_difficulties(clips: Tensor, patch_size: Size3) -> dict[str, Tensor]:
     return scores
 
 
-def describe(measures: Measures, yardstick: str = "the patch mean") -> str:
-    """The measures in a few lines, for the terminal; ``yardstick``: see ``Target``."""
-    lines = [f"held out: error {measures['relative_error']:.3f} of {yardstick}'s"]
+def describe(measures: Measures, baseline: str = "the patch mean") -> str:
+    """Return the measures in a few lines for the terminal; ``baseline``: see ``Target``."""
+    lines = [f"validation: error {measures['relative_error']:.3f} of {baseline}'s"]
     for who, prefix in ("student", TRIVIAL_FOR_STUDENT), ("teacher", TRIVIAL):
         if f"{who}_ranking" in measures:
             trivial = ", ".join(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hpm_video.config.choices import Init
 from hpm_video.config.model import EncoderConfig
-from hpm_video.models.positions import position_table, resized
+from hpm_video.models.positions import position_table, resize_positions
 from hpm_video.models.vit import Transformer, init_linear
 from hpm_video.tokens.grid import Size3, TokenGrid
 from hpm_video.tokens.masking import TokenMask
@@ -73,7 +73,7 @@ class ClipEncoder(Transformer):
             self.init_encoder(init)
 
     def add_positions(self, name: str, dim: int) -> None:
-        """Keep the positions of all its clips at a width. Only those that are given are saved."""
+        """Register the positions of all its clips at a width. Only given ones are saved."""
         kind, source = self.settings.positions, self.source_grid
         if kind == "given":
             self.register_buffer(name, position_table(source, dim, kind).unsqueeze(0))
@@ -89,7 +89,7 @@ class ClipEncoder(Transformer):
             ValueError: the model was not made for this grid.
         """
         if self.settings.positions == "given":
-            return resized(self.get_buffer(name)[0], self.source_grid, grid)
+            return resize_positions(self.get_buffer(name)[0], self.source_grid, grid)
         if grid not in self.grids:
             raise ValueError(
                 f"this model was made for clips of {' or '.join(map(str, self.grids))} tokens "
@@ -135,16 +135,16 @@ class ClipEncoder(Transformer):
         return tokens.mean(dim=1) if self.cls_token is None else tokens[:, 0]
 
     def of_clip(self, tokens: Tensor) -> Tensor:
-        """All but the class token: (B, ., D) -> (B, N or V, D)"""
+        """The tokens without the class token: (B, ., D) -> (B, N or V, D)"""
         return tokens[:, self.num_prefix :]
 
     @property
     def num_layers(self) -> int:
-        """Of :meth:`layer_of`, and one: the patch embedding, the blocks and what follows them."""
+        """Number of layers of :meth:`layer_of`: patch embedding, blocks, and the rest above."""
         return len(self.blocks) + 2
 
     def layer_of(self, name: str) -> int:
-        """Depth of a parameter: 0 the embedding, k + 1 block k, and above all, the rest."""
+        """Layer of a parameter: 0 for the embedding, k + 1 for block k, the last for the rest."""
         if name.startswith(("patch_embed.", "cls_token")):
             return 0
         if name.startswith("blocks."):

@@ -46,7 +46,7 @@ class FeatureModel(nn.Module):
     def forward(self, clips: Tensor) -> Tensor:
         """Features of all patches, in grid order: (B, C, T, H, W) uint8 -> (B, N, D) float32
 
-        Pixels are normalised as timm says of the model. Class and register tokens are left out.
+        Pixels are normalised as in timm's config. Class and register tokens are left out.
         """
         frames = clips[:, :, :: self._time_step]
         images = normalise(rearrange(frames, "b c t h w -> (b t) c h w"), self._mean, self._std)
@@ -165,7 +165,7 @@ def _require_vision_transformer(kind: FeatureKind, name: str) -> None:
 
 
 def _names(module: str = "") -> list[str]:
-    """Names of timm, without and with the tag of the weights."""
+    """Names of timm's models, without and with the tag of the weights."""
     import timm
 
     return [*timm.list_models(module=module), *timm.list_models(module=module, pretrained=True)]

@@ -1,4 +1,4 @@
-"""Models as a config describes them."""
+"""Models built from a config."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

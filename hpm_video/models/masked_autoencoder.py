@@ -16,7 +16,7 @@ from hpm_video.tokens.masking import TokenMask
 
 
 class Prediction(NamedTuple):
-    """What the model says about the hidden tokens."""
+    """The predictions for the hidden tokens."""
 
     content: Tensor
     """(B, M, P) what each token shows: values of its patch, or whatever the target is made of."""
@@ -111,7 +111,7 @@ class MaskedAutoencoder(ClipEncoder):
         visible = self.decoder_embed(self.encode(clips, keys, mask))
         hidden = self.mask_token.to(visible.dtype).expand(*mask.masked_ids.shape, -1)
         tokens = mask.merge(self.of_clip(visible), hidden)
-        sequence = self._placed(visible, tokens, self.grid_of(clips))
+        sequence = self._with_positions(visible, tokens, self.grid_of(clips))
         prefix = self.num_prefix
         content = self.reconstructor(sequence, prefix, mask)
         if self.difficulty_decoder is None:
@@ -137,11 +137,11 @@ class MaskedAutoencoder(ClipEncoder):
         if self.difficulty_decoder is None:
             raise ValueError("this model has no loss predictor, so it cannot score tokens")
         tokens = self.decoder_embed(encoded)
-        sequence = self._placed(tokens, self.of_clip(tokens), grid)
+        sequence = self._with_positions(tokens, self.of_clip(tokens), grid)
         scores: Tensor = self.difficulty_decoder(sequence, self.num_prefix, None).squeeze(-1)
         return scores
 
-    def _placed(self, embedded: Tensor, tokens: Tensor, grid: TokenGrid) -> Tensor:
+    def _with_positions(self, embedded: Tensor, tokens: Tensor, grid: TokenGrid) -> Tensor:
         """Tokens of the whole clip at their positions, behind the class token of ``embedded``."""
         sequence: Tensor = tokens + self.positions("decoder_pos_embed", grid)
         prefix = self.num_prefix
@@ -165,5 +165,5 @@ class MaskedAutoencoder(ClipEncoder):
             # The official head has P outputs, xavier-uniform, and averages them: this is what it
             # folds to. Scores start nearly equal.
             values = self.patch_values
-            deviation = math.sqrt(2 / (head.in_features + values)) / math.sqrt(values)
-            nn.init.normal_(head.weight, std=deviation)
+            std = math.sqrt(2 / (head.in_features + values)) / math.sqrt(values)
+            nn.init.normal_(head.weight, std=std)

@@ -27,8 +27,8 @@ def position_table(
     return codes(grid, dim, source or grid)
 
 
-def resized(table: Tensor, source: TokenGrid, grid: TokenGrid) -> Tensor:
-    """The codes of a grid, out of those of another: (N of source, D) -> (N, D)
+def resize_positions(table: Tensor, source: TokenGrid, grid: TokenGrid) -> Tensor:
+    """Interpolate the codes of a grid from those of another: (N of source, D) -> (N, D)
 
     Bicubic and antialiased within a time step, as timm does, and linear over time; the centre of a
     token stays at the same share along every axis.
@@ -81,7 +81,7 @@ def space_time(grid: TokenGrid, dim: int, source: TokenGrid) -> Tensor:
 
 
 def _coordinates(grid: TokenGrid, source: TokenGrid) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the tokens of ``grid`` along each axis of ``source``, in its tokens: -> 3 x (length,)"""
+    """Coordinates of the tokens of ``grid`` along each axis of ``source``: -> 3 x (length,)"""
     time, height, width = (
         (torch.arange(length, dtype=torch.float64) + 0.5) * of_source / length - 0.5
         for length, of_source in (

@@ -1,4 +1,4 @@
-"""A confusion matrix as a picture. K is the number of classes."""
+"""Pictures of confusion matrices. K is the number of classes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,8 +67,8 @@ def draw_confusion(counts: Counts, label_names: Sequence[str], path: Path, *, ti
         norm=Normalize(0, 1) if few else PowerNorm(0.5, 0, 1),
         interpolation="nearest",
     )
-    told = f"{title}\n{_summary(counts)}"
-    axes.set_title(told, loc="left", fontsize=9, color=INK, parse_math=False)
+    heading = f"{title}\n{_summary(counts)}"
+    axes.set_title(heading, loc="left", fontsize=9, color=INK, parse_math=False)
     axes.set_xlabel("predicted class", color=FAINT_INK)
     axes.set_ylabel("true class", color=FAINT_INK)
     axes.tick_params(length=0, labelsize=8)
@@ -130,7 +130,7 @@ def _percent(share: float) -> str:
 
 
 def _summary(counts: Counts) -> str:
-    """The accuracy in two lines."""
+    """Return the accuracies in two lines."""
     videos = counts.sum(axis=1)
     if not videos.any():
         return "no videos"
@@ -145,7 +145,7 @@ def _summary(counts: Counts) -> str:
 
 
 def _name_classes(axes: Axes, counts: Counts, names: Sequence[str], size: float) -> None:
-    """Names at both axes, the accuracy of each class at the right, and lines between them."""
+    """Draw names at both axes, the accuracy of each class at the right, and lines between them."""
     places = np.arange(len(names))
     axes.set_xticks(places, names, rotation=90)
     axes.set_yticks(places, names)
@@ -162,7 +162,7 @@ def _name_classes(axes: Axes, counts: Counts, names: Sequence[str], size: float)
 
 
 def _write_counts(axes: Axes, counts: Counts, cell: float) -> None:
-    """Numbers in the cells, ``cell`` points wide, unless they would be too small to read."""
+    """Write numbers into cells ``cell`` points wide, unless they would be too small to read."""
     size = min(9.0, 0.8 * cell / (LETTER * len(str(counts.max()))))
     if size < 4.5:
         return

@@ -1,11 +1,11 @@
-"""Features of many videos on disk: a file for each video, and what lies in them.
+"""A folder with the features of many videos, in a file for each video.
 
 A folder of features holds
     features/NAME.npy   of one video: (views, D), or with tokens (views, N, D)
     starts/NAME.npy     of windows: (views,) int64, the first frame of each
     index.csv           of each video its path, file, label, frames and views; it is a manifest too
-    settings.json       what the features are of: a folder never mixes two settings
-    journal.jsonl       what is done, a line each; a second start goes on from there
+    settings.json       what determines the features: a folder never mixes two settings
+    journal.jsonl       a line for each video that is done; a second start goes on from there
     bad_files.csv       videos that do not decode, and why
 Files of features are whole or absent, and those that are there need not be computed again.
 """
@@ -29,7 +29,7 @@ from hpm_video.preparation.jobs import claim, write_table
 
 DType = Literal["float32", "float16"]
 UNRELATED = ("hpm_video", "checkpoint", "device", "decoder")
-"""Settings that are noted, but in which the starts of one folder may differ."""
+"""Settings that are recorded, but may differ between the starts of one folder."""
 LONGEST_NAME = 150
 BETWEEN_FOLDERS = "+"
 UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
@@ -37,10 +37,10 @@ COLUMNS = ("path", "file", "label", "label_name", "num_frames", "views")
 
 
 def file_names(files: Iterable[str], base: Path) -> dict[str, str]:
-    """A name for each video that is fit for a file, and no other video's: -> by path
+    """Return a file name for each video that no other video has: -> by path
 
-    It is the path from ``base`` on. Where that does not do (odd characters, too many of them, or
-    another path that differs in capitals alone) a part of the path's digest follows.
+    It is the path from ``base`` on. Where that will not do (odd characters, too many characters,
+    or another path that differs only in capitals) a part of the digest of the path follows.
     """
     places = {file: Path(file) for file in files}
     paths = {
@@ -60,8 +60,8 @@ def file_names(files: Iterable[str], base: Path) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Form:
-    """What the file of a video holds."""
+class FileLayout:
+    """Shape and type of the features in the file of a video."""
 
     view_shape: tuple[int, ...]
     """(D,), or with tokens (N, D)."""
@@ -73,30 +73,30 @@ class Form:
 class FeatureFolder:
     """A folder with features of the videos of a manifest."""
 
-    def __init__(self, path: Path, manifest: Manifest, base: Path, form: Form) -> None:
+    def __init__(self, path: Path, manifest: Manifest, base: Path, layout: FileLayout) -> None:
         """``base``: files are named by the paths of videos from there on."""
         self.path = path
         self.bad_files = path / "bad_files.csv"
         self.manifest = manifest
-        self.form = form
+        self.layout = layout
         self._names = file_names(manifest.files, base)
         self._entries: dict[str, tuple[int, int]] = {}
-        """Of each video that is done its frames and its views."""
+        """Numbers of frames and views of each video that is done."""
 
     def __len__(self) -> int:
         """Videos whose features are there."""
         return len(self._entries)
 
     def features_of(self, video: str) -> Path:
-        """Return where the features of a video are, or are to be."""
+        """Return the file of the features of a video."""
         return self.path / "features" / f"{self._names[video]}.npy"
 
     def starts_of(self, video: str) -> Path:
-        """Return where the first frames of its windows are, or are to be."""
+        """Return the file of the first frames of the windows of a video."""
         return self.path / "starts" / f"{self._names[video]}.npy"
 
     def claim(self, settings: Mapping[str, Any]) -> None:
-        """Make the folder one of these settings, and find out what is there already.
+        """Lock the folder for these settings, and find the features that are there already.
 
         Raises:
             FileExistsError: it holds something else.
@@ -114,21 +114,21 @@ class FeatureFolder:
         self.write_index()
 
     def missing(self) -> list[int]:
-        """Return the places in the manifest of videos without features, of each the first."""
+        """Return the positions in the manifest of videos without features, each video once."""
         first = {video: place for place, video in reversed([*enumerate(self.manifest.files)])}
         return sorted(place for video, place in first.items() if video not in self._entries)
 
     def begin(self, place: int, views: int) -> "GrowingFile":
         """Begin the file of a video."""
-        return GrowingFile(self.features_of(self.manifest.files[place]), views, self.form)
+        return GrowingFile(self.features_of(self.manifest.files[place]), views, self.layout)
 
     def finish(self, place: int, growing: "GrowingFile", num_frames: int) -> None:
-        """Take in the file of a video, which is full."""
+        """Complete the file of a video."""
         video = self.manifest.files[place]
-        if self.form.windows:
+        if self.layout.windows:
             with written_beside(self.starts_of(video)) as beside:
                 np.save(beside, np.concatenate(growing.starts))
-        growing.close(whole=True)
+        growing.close(complete=True)
         self._entries[video] = num_frames, growing.views
         record = {"path": video, "num_frames": num_frames, "views": growing.views}
         self._journal.append(record)
@@ -141,20 +141,21 @@ class FeatureFolder:
             if video in self._entries:
                 name = names[label] if 0 <= label < len(names) else ""
                 file = f"features/{self._names[video]}.npy"
-                starts = [f"starts/{self._names[video]}.npy"] if self.form.windows else []
+                starts = [f"starts/{self._names[video]}.npy"] if self.layout.windows else []
                 rows.append([video, file, label, name, *self._entries[video], *starts])
-        header = [*COLUMNS, *(["starts"] if self.form.windows else [])]
+        header = [*COLUMNS, *(["starts"] if self.layout.windows else [])]
         write_table(self.path / "index.csv", header, rows)
 
     def _is_there(self, video: str, views: int) -> bool:
-        """Whether the files of a video are whole."""
-        shape, dtype = (views, *self.form.view_shape), self.form.dtype
+        shape, dtype = (views, *self.layout.view_shape), self.layout.dtype
         there = _holds(self.features_of(video), shape, dtype)
-        return there and (not self.form.windows or _holds(self.starts_of(video), (views,), "int64"))
+        return there and (
+            not self.layout.windows or _holds(self.starts_of(video), (views,), "int64")
+        )
 
 
 def _holds(path: Path, shape: tuple[int, ...], dtype: str) -> bool:
-    """Whether there is an array of that kind; a file that is cut short does not map."""
+    """Whether there is such an array; a file that is cut short does not map."""
     try:
         array = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError):
@@ -163,14 +164,14 @@ def _holds(path: Path, shape: tuple[int, ...], dtype: str) -> bool:
 
 
 class GrowingFile:
-    """The features of one video, written part by part. The file is there once it is whole."""
+    """The features of one video, written part by part; the file appears when it is complete."""
 
-    def __init__(self, path: Path, views: int, form: Form) -> None:
+    def __init__(self, path: Path, views: int, layout: FileLayout) -> None:
         self._stack = ExitStack()
         beside = self._stack.enter_context(written_beside(path))
         self._file = self._stack.enter_context(beside.open("wb"))
-        shape = (views, *form.view_shape)
-        header = {"descr": np.dtype(form.dtype).str, "fortran_order": False, "shape": shape}
+        shape = (views, *layout.view_shape)
+        header = {"descr": np.dtype(layout.dtype).str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self._file, header)
         self.starts: list[NDArray[np.int64]] = []
         self.views = 0
@@ -181,9 +182,9 @@ class GrowingFile:
         self.starts.append(starts)
         self.views += len(features)
 
-    def close(self, *, whole: bool) -> None:
-        """Put the file in its place, or leave nothing behind."""
-        if whole:
+    def close(self, *, complete: bool) -> None:
+        """Move the file to its place, or leave nothing behind."""
+        if complete:
             self._stack.close()
         else:
             stop = InterruptedError()

@@ -1,4 +1,4 @@
-"""Features of many videos, written into a folder."""
+"""Extraction of the features of many videos into a folder."""
 
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -14,48 +14,42 @@ from hpm_video.data.loader import end_workers
 from hpm_video.data.reading import Views
 from hpm_video.files.failures import BadFiles, Failure
 from hpm_video.files.weights import CheckpointError
-from hpm_video.recognition.feature_folder import DType, FeatureFolder, Form, GrowingFile
+from hpm_video.recognition.feature_folder import DType, FeatureFolder, FileLayout, GrowingFile
 from hpm_video.recognition.inference import Inference
 from hpm_video.recognition.trained_model import TrainedModel
 from hpm_video.workers.progress_bar import ProgressBar
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is wanted of each video."""
+class FeatureChoice:
+    """Which features are extracted of each video."""
 
     views: Views
     tokens: bool = False
-    """Every token of the last layer, instead of one vector for each view."""
+    """All tokens of the last layer, instead of one vector for each view."""
     dtype: DType = "float32"
 
-    def form(self, encoder: Inference) -> Form:
-        """What the file of a video then holds."""
+    def layout(self, encoder: Inference) -> FileLayout:
+        """Return the layout of the file of a video."""
         tokens, dim = encoder.model.grid.num_tokens, encoder.model.settings.encoder.dim
         of_view = (tokens, dim) if self.tokens else (dim,)
-        return Form(of_view, self.dtype, windows=self.views.every is not None)
+        return FileLayout(of_view, self.dtype, windows=self.views.every is not None)
 
 
-def describe(trained: TrainedModel, encoder: Inference, wanted: Wanted) -> dict[str, Any]:
-    """Everything that decides about features, for the settings of a folder."""
-    data, views = encoder.data, wanted.views
+def describe(trained: TrainedModel, encoder: Inference, choice: FeatureChoice) -> dict[str, Any]:
+    """Return everything that determines features, for the settings of a folder."""
+    data, views = encoder.data, choice.views
     if views.every is not None:
         chosen: dict[str, Any] = {"window_stride": views.every}
     else:
         chosen = {"clips": views.clips, "crops": views.crops}
     return {
-        "update": trained.update,
-        "checkpoint": str(trained.path.resolve()),
-        "weights": trained.weights,
-        "weights_sha256": trained.digest,
+        **trained.describe(),
         **chosen,
-        "features": "tokens" if wanted.tokens else "pooled",
-        "dtype": wanted.dtype,
-        "view_shape": list(wanted.form(encoder).view_shape),
-        "num_frames": data.num_frames,
-        "frame_stride": data.frame_stride,
-        "frame_size": list(data.frame_size),
-        "sampling": data.sampling,
+        "checkpoint": str(trained.path.resolve()),
+        "features": "tokens" if choice.tokens else "pooled",
+        "dtype": choice.dtype,
+        "view_shape": list(choice.layout(encoder).view_shape),
         "mean": list(data.mean),
         "std": list(data.std),
         "device": encoder.device.type,
@@ -65,13 +59,13 @@ def describe(trained: TrainedModel, encoder: Inference, wanted: Wanted) -> dict[
 
 def extract(
     encoder: Inference,
-    wanted: Wanted,
+    choice: FeatureChoice,
     folder: FeatureFolder,
     *,
     decoder: DecoderChoice = "auto",
     workers: int = 0,
 ) -> list[Failure]:
-    """Compute what ``folder``, which was claimed, lacks. -> the videos that do not decode
+    """Compute the features that a claimed folder lacks. -> the videos that do not decode
 
     The clips of a forward pass are of one video, so that the last bit of its features does not
     depend on which other videos are computed.
@@ -81,7 +75,7 @@ def extract(
         folder.manifest,
         places,
         replace(encoder.data, decoder=decoder),
-        wanted.views,
+        choice.views,
         clips_per_part=encoder.clips_per_pass,
         workers=min(workers, len(places)),
     )
@@ -95,10 +89,10 @@ def extract(
                     failures.append(part)
                     bad.note([part])
                     if place in growing:
-                        growing.pop(place).close(whole=False)
+                        growing.pop(place).close(complete=False)
                     bar.advance(0)
                     continue
-                features = _features(encoder, wanted, part, folder.manifest.files[place])
+                features = _features(encoder, choice, part, folder.manifest.files[place])
                 if place not in growing:
                     growing[place] = folder.begin(place, part.num_views)
                 growing[place].add(features, part.starts)
@@ -108,20 +102,20 @@ def extract(
                 bar.advance(len(part.clips), is_last=is_last)
     finally:
         for unfinished in growing.values():
-            unfinished.close(whole=False)
+            unfinished.close(complete=False)
         end_workers()
         folder.write_index()
     return sorted(failures, key=lambda failure: failure.path)
 
 
 def _features(
-    encoder: Inference, wanted: Wanted, part: Part, video: str
+    encoder: Inference, choice: FeatureChoice, part: Part, video: str
 ) -> NDArray[np.floating[Any]]:
-    values = (encoder.tokens if wanted.tokens else encoder.pooled)(part.clips).cpu()
-    features: NDArray[np.floating[Any]] = values.to(getattr(torch, wanted.dtype)).numpy()
+    values = (encoder.tokens if choice.tokens else encoder.pooled)(part.clips).cpu()
+    features: NDArray[np.floating[Any]] = values.to(getattr(torch, choice.dtype)).numpy()
     if not np.isfinite(features).all():
         raise CheckpointError(
-            f"features of {video} reach {values.abs().max():g}, and {wanted.dtype} ends at "
-            f"{np.finfo(wanted.dtype).max}; take --dtype float32 and --precision fp32"
+            f"features of {video} reach {values.abs().max():g}, and {choice.dtype} ends at "
+            f"{np.finfo(choice.dtype).max}; take --dtype float32 and --precision fp32"
         )
     return features

@@ -1,4 +1,4 @@
-"""A trained model put to use, and the one pass over the views of videos."""
+"""Inference with a trained model, and the one pass over the views of videos."""
 
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -43,7 +43,7 @@ Values = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Reading:
-    """How the videos of a validation manifest are read."""
+    """How the videos of a manifest are read in validation and tests."""
 
     decoder: DecoderChoice = "auto"
     workers: int = 0
@@ -54,7 +54,7 @@ class Reading:
 
     @classmethod
     def of(cls, data: DataConfig, *, exclude_bad_files: bool = False) -> "Reading":
-        """As a config says."""
+        """Return how a config reads videos."""
         workers = default_workers() if data.workers is None else data.workers
         limits = Limits(data.seconds_per_file, int(data.memory_per_worker * GIB))
         return cls(data.decoder, workers, exclude_bad_files, limits)
@@ -157,9 +157,9 @@ def over_videos(
     processes: Processes,
     max_clips: int = CLIPS_PER_PASS,
 ) -> NDArray[np.float64]:
-    """Values of each video, averaged over its views.
+    """Return the values of each video, averaged over its views.
 
-    Each process looks at its share, and all get (videos, values), NaN for a video that failed.
+    Each process computes its share, and all get (videos, values), NaN for a video that failed.
 
     Raises:
         BadFilesError: videos do not decode, and are not to be excluded or are all that there are.
@@ -175,8 +175,9 @@ def over_videos(
     for place, mean in means.items():
         if not np.isfinite(mean).all():
             raise CheckpointError(
-                f"what the model says of {clips.manifest.files[place]} is not finite: its weights "
-                f"have diverged, or bf16 does not hold them. Take an earlier checkpoint, or fp32"
+                f"the output of the model for {clips.manifest.files[place]} is not finite: its "
+                f"weights have diverged, or bf16 does not hold them. Take an earlier checkpoint, "
+                f"or fp32"
             )
         table[place] = mean
     assert len(means) + len(failures) == len(clips)
@@ -185,12 +186,12 @@ def over_videos(
 
 @dataclass(frozen=True)
 class Inference:
-    """A model that is ready for clips."""
+    """A model on a device, with the clips that it takes."""
 
     model: ClipEncoder
     """On ``device``."""
     data: DataConfig
-    """What the clips are that it takes."""
+    """How its clips are made."""
     device: torch.device
     precision: Precision
     clips_per_pass: int = CLIPS_PER_PASS
@@ -204,16 +205,16 @@ class Inference:
         return cls(trained.encoder().to(device), trained.data, device, precision, clips)
 
     def tokens(self, clips: Tensor) -> Tensor:
-        """Of the last layer: (B, C, T, H, W) uint8 on any device -> (B, N, D) float32
+        """Tokens of the last layer: (B, C, T, H, W) uint8 on any device -> (B, N, D) float32
 
-        Without the class token.
+        The class token is left out.
         """
         return self._in_passes(lambda part: self.model.of_clip(self.model.encode(part)), clips)
 
     def pooled(self, clips: Tensor) -> Tensor:
         """One vector for each clip: (B, C, T, H, W) uint8 on any device -> (B, D) float32
 
-        The class token, where there is none the mean, or of a classifier what its head sees.
+        The class token, or where there is none the mean; of a classifier the input of its head.
         """
         return self._in_passes(lambda part: self.model.pool(self.model.encode(part)), clips)
 

@@ -1,4 +1,4 @@
-"""Classes of videos: their numbers and names, and whether two manifests agree on them."""
+"""Numbers and names of classes, and checks that manifests agree on them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from hpm_video.files.errors import read_text
 
 
 def read_label_names(path: Path) -> tuple[str, ...]:
-    """The name of class i in line i.
+    """Read a list of class names: that of class i in line i.
 
     Raises:
         ManifestError: there is no such file, or it is not such a list.
@@ -36,13 +36,13 @@ def check_labels(manifest: Manifest, num_classes: int, what: str) -> None:
             )
 
 
-def names_of_both(train: Manifest, held_out: Manifest) -> tuple[str, ...]:
-    """The names of the classes of two manifests that must number them alike.
+def names_of_both(train: Manifest, validation: Manifest) -> tuple[str, ...]:
+    """Return the class names of two manifests that must number the classes alike.
 
     Raises:
-        ManifestError: a video has no label, or they do not.
+        ManifestError: a video has no label, or the manifests disagree.
     """
-    count = max(*train.labels, *held_out.labels) + 1
+    count = max(*train.labels, *validation.labels) + 1
     if len(set(train.labels)) < 2:
         raise ManifestError(
             "the training videos are all of one class, or have no labels; two classes at least "
@@ -50,25 +50,25 @@ def names_of_both(train: Manifest, held_out: Manifest) -> tuple[str, ...]:
         )
     names = with_numbers(train.label_names or (), count)
     check_labels(train, len(names), "the training videos")
-    check_labels(held_out, len(names), "the held-out videos")
-    check_same_names(names, held_out)
+    check_labels(validation, len(names), "the validation videos")
+    check_same_names(names, validation)
     return names
 
 
 def with_numbers(names: tuple[str, ...], count: int) -> tuple[str, ...]:
-    """Names of at least ``count`` classes: those without one are called by their number."""
+    """Return names of at least ``count`` classes: those without one get their number."""
     return names + tuple(str(label) for label in range(len(names), count))
 
 
-def check_same_names(names: Sequence[str], held_out: Manifest) -> None:
+def check_same_names(names: Sequence[str], validation: Manifest) -> None:
     """Make sure that a manifest numbers the classes as ``names`` does.
 
     Raises:
         ManifestError: a class has another name.
     """
-    for label, (own, other) in enumerate(zip(names, held_out.label_names or (), strict=False)):
+    for label, (own, other) in enumerate(zip(names, validation.label_names or (), strict=False)):
         if own != other and str(label) not in (own, other):
             raise ManifestError(
-                f"class {label} is {own!r} for training and {other!r} in the held-out manifest; "
+                f"class {label} is {own!r} for training and {other!r} in the validation manifest; "
                 f"both must number the classes alike"
             )

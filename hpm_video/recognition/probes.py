@@ -25,7 +25,7 @@ NEIGHBOURS = (10, 20, 100, 200)
 """Numbers of neighbours that are customary."""
 TEMPERATURE = 0.07
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Of logistic regression, to choose from by cross-validation on the training videos."""
+"""Penalties of logistic regression, chosen from by cross-validation on the training videos."""
 FOLDS = 3
 """Parts of the samples, each of which is left out once to choose a penalty."""
 TOLERANCE = 1e-8
@@ -60,7 +60,7 @@ class FeatureTable:
 
     @property
     def there(self) -> NDArray[np.int64]:
-        """Places of the V videos that have features: (V,)"""
+        """Positions of the V videos that have features: (V,)"""
         return np.flatnonzero(~np.isnan(self.features[:, 0]))
 
     @property

@@ -1,4 +1,4 @@
-"""Testing a classifier on videos: each once, over all of its views, and none replaced."""
+"""Tests of a classifier on videos: each once, over all of its views, and none replaced."""
 
 import json
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ MANY_CLASSES = 30
 
 @dataclass(frozen=True)
 class Scores:
-    """What a classifier says of the videos of a manifest, in its order."""
+    """The probabilities of a classifier for the videos of a manifest, in its order."""
 
     manifest: Manifest
     probabilities: NDArray[np.float64]
@@ -80,27 +80,19 @@ def score_videos(
 def describe_test(
     trained: TrainedClassifier, classifier: Inference, manifest: Manifest, views: Views
 ) -> dict[str, Any]:
-    """Everything that decides about the result of a test."""
-    data = classifier.data
-    return {
-        "update": trained.update,
-        "weights": trained.weights,
-        "weights_sha256": trained.digest,
+    """Return everything that determines the result of a test."""
+    return trained.describe() | {
         "videos_sha256": manifest.digest,
         "clips": views.clips,
         "crops": views.crops,
-        "num_frames": data.num_frames,
-        "sampling": data.sampling,
-        "frame_stride": data.frame_stride,
-        "frame_size": list(data.frame_size),
-        "short_side": data.held_out_short_side,
-        "interpolation": data.interpolation,
+        "short_side": trained.data.held_out_short_side,
+        "interpolation": trained.data.interpolation,
         "precision": classifier.precision,
     }
 
 
 def summarise(scores: Scores, label_names: Sequence[str]) -> dict[str, Any]:
-    """Accuracies of a test, over all videos of the manifest: an excluded one counts as wrong."""
+    """Return the accuracies over all videos of the manifest; an excluded one counts as wrong."""
     labels, ranks = scores.labels, scores.ranks
     num_classes = len(label_names)
     counts = np.bincount(labels, minlength=num_classes)
@@ -144,8 +136,8 @@ def write_results(
             rows.append([*known, "", "", 0, *[""] * len(row)])
         else:
             best = int(row.argmax())
-            told = [best, label_names[best], int(best == label)]
-            rows.append([*known, *told, *np.round(row, 6)])
+            predicted = [best, label_names[best], int(best == label)]
+            rows.append([*known, *predicted, *np.round(row, 6)])
     write_table(folder / "predictions.csv", header, rows)
     draw_confusion(
         confusion_counts(scores),

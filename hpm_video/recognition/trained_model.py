@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -46,14 +46,14 @@ OF_POOLING = ("fc_norm.", "head_norm.", "attn_pool.")
 
 @dataclass(frozen=True)
 class ClipChoice:
-    """Which clips a model is to see; where nothing is said, those that it was trained on."""
+    """Which clips a model is to see; by default those that it was trained on."""
 
     num_frames: int | None = None
     frame_stride: int | None = None
     frame_size: tuple[int, int] | None = None
 
     def of(self, data: DataConfig) -> DataConfig:
-        """Return the data of a config with these clips."""
+        """Return the data section of a config with these clips."""
         short_side = data.held_out_short_side
         if short_side is not None and self.frame_size is not None:  # in the same proportion
             short_side = round(short_side * max(self.frame_size) / max(data.frame_size))
@@ -71,7 +71,7 @@ class ClipChoice:
 class TrainedModel:
     """A model in a checkpoint folder, a single file or memory.
 
-    Weights that are not held are read when they are needed.
+    Weights that are not in memory are read when they are needed.
     """
 
     path: Path
@@ -80,7 +80,7 @@ class TrainedModel:
     data: DataConfig
     """The clips that the encoder is to see."""
     config: PretrainConfig | FinetuneConfig
-    """Of a classifier with the grid of pre-training, and the weights that were asked for."""
+    """Of a classifier with the grid of pre-training, and the weights that were chosen."""
     label_names: tuple[str, ...] = ()
     origin: str = ""
     """The text of origin.json, where the weights were imported."""
@@ -112,7 +112,7 @@ class TrainedModel:
 
     @property
     def is_classifier(self) -> bool:
-        """Otherwise it is a masked autoencoder."""
+        """Whether it is a classifier; otherwise it is a masked autoencoder."""
         return isinstance(self.config, FinetuneConfig)
 
     @property
@@ -127,14 +127,27 @@ class TrainedModel:
 
     @property
     def grid(self) -> TokenGrid:
-        """Tokens of a clip that it was trained on."""
+        """The tokens of a clip that it was trained on."""
         return TokenGrid.of_clip(self.config.data.clip_size, self.config.model.patch_size)
 
     @property
     def kind(self) -> str:
-        """What it is, in words."""
+        """Kind of model, weights and update, in words."""
         what = "classifier" if self.is_classifier else "masked autoencoder"
         return f"{what} ({self.weights} at update {self.update})"
+
+    def describe(self) -> dict[str, Any]:
+        """Return its weights and its clips, in plain values."""
+        data = self.data
+        return {
+            "update": self.update,
+            "weights": self.weights,
+            "weights_sha256": self.digest,
+            "num_frames": data.num_frames,
+            "sampling": data.sampling,
+            "frame_stride": data.frame_stride,
+            "frame_size": list(data.frame_size),
+        }
 
     def make(self) -> MaskedAutoencoder | ClipClassifier:
         """Return the whole model without its weights."""
@@ -145,13 +158,13 @@ class TrainedModel:
         raise NotImplementedError
 
     def encoder(self) -> ClipEncoder:
-        """Build what makes features of clips."""
+        """Build the model that computes features of clips."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class TrainedAutoencoder(TrainedModel):
-    """What pre-training made."""
+    """A masked autoencoder of pre-training."""
 
     config: PretrainConfig
 
@@ -185,7 +198,7 @@ class TrainedAutoencoder(TrainedModel):
 
 @dataclass(frozen=True)
 class TrainedClassifier(TrainedModel):
-    """What fine-tuning made."""
+    """A classifier of fine-tuning."""
 
     config: FinetuneConfig
 
@@ -215,7 +228,7 @@ def open_trained(
     clips: ClipChoice = ClipChoice(),  # noqa: B008 - it is frozen
     overrides: Sequence[str] = (),
 ) -> Trained:
-    """Find out what a checkpoint folder or a single file holds.
+    """Open a checkpoint folder or a single file.
 
     Args:
         path: a checkpoint folder of a run, or a file made of one.

@@ -102,7 +102,7 @@ def build_objective(
         predictor_weight=mining.predictor_weight,
         ema=teacher,
         momentum=MomentumSchedule(mining.momentum, mining.first_momentum, mining.last_momentum),
-        whole=engine.gathered if engine else nullcontext,
+        gathered=engine.gathered if engine else nullcontext,
         ema_update=engine.ema_update if engine else ema_update_module,
     )
 
@@ -245,7 +245,7 @@ class Pretraining(Task):
         return Evaluation(
             validate,
             score=named(next(iter(measured)), "relative_error"),
-            describe=partial(describe_sources, tuple(measured), objective.target.yardstick),
+            describe=partial(describe_sources, tuple(measured), objective.target.baseline),
             draw=draw,
             probe=probe,
             probe_every_epochs=config.knn.every_epochs,
@@ -280,17 +280,17 @@ def _gathered(
             gathered = stack.enter_context(engine.gathered(teacher))
             assert isinstance(gathered, MaskedAutoencoder)
             teacher = gathered
-        yield objective.seen_with(teacher), Runner(student, engine.device, engine.precision)
+        yield objective.with_teacher(teacher), Runner(student, engine.device, engine.precision)
 
 
-def describe_sources(sources: Sequence[str], yardstick: str, measures: Measures) -> str:
+def describe_sources(sources: Sequence[str], baseline: str, measures: Measures) -> str:
     """Return the measures of each source in a few lines, for the terminal."""
     own: dict[str, Measures] = {source: {} for source in sources}
     for name, value in measures.items():
         source, _, measure_of_source = name.rpartition("/")
         own[source][measure_of_source] = value
     return "\n".join(
-        f"{source}{source and ', '}{describe(values, yardstick)}" for source, values in own.items()
+        f"{source}{source and ', '}{describe(values, baseline)}" for source, values in own.items()
     )
 
 

@@ -1,4 +1,4 @@
-"""What the reconstructor has to predict: the pixels of each patch, as they are or standardised."""
+"""Patches of clips, and targets made of their pixels: raw or standardised."""
 
 from typing import Literal, NamedTuple
 
@@ -11,7 +11,7 @@ from hpm_video.tokens.grid import Size3, TokenGrid
 TargetKind = Literal["raw", "joint", "per_channel"]
 """``raw`` pixels; standardised over all values of the patch at once (MAE); or over the pixels of
 each channel (VideoMAE). The first two are cut from the clip as the model sees it, normalised
-with the mean and the deviation of each channel; the last one from pixels in [0, 1]."""
+with mean and standard deviation of each channel; the last one from pixels in [0, 1]."""
 
 
 class PatchStatistics(NamedTuple):
@@ -53,8 +53,9 @@ def unpatchify(patches: Tensor, patch_size: Size3, grid: TokenGrid) -> Tensor:
 def patch_statistics(patches: Tensor, kind: TargetKind, channels: int) -> PatchStatistics:
     """Mean and scale with which patches become targets of ``kind``: (B, N, P) -> 2 x (B, N, .)
 
-    ``joint``: the unbiased deviation sqrt(var + 1e-6) of all P values, as in MAE. ``per_channel``:
-    sqrt(var) + 1e-6 over the pixels of each channel, as in VideoMAE. ``raw``: 0 and 1.
+    ``joint``: the unbiased standard deviation sqrt(var + 1e-6) of all P values, as in MAE.
+    ``per_channel``: sqrt(var) + 1e-6 over the pixels of each channel, as in VideoMAE. ``raw``: 0
+    and 1.
     """
     if kind == "raw":
         return PatchStatistics(
@@ -83,7 +84,7 @@ def standardise(patches: Tensor, kind: TargetKind, channels: int) -> Tensor:
 def patch_mean_errors(target: Tensor, channels: int) -> Tensor:
     """Error of the best constant prediction of each patch and channel: (B, N, P) -> (B, N)
 
-    The mark that a reconstruction has to beat: knowing the mean colour of a patch, no detail.
+    The baseline of reconstructions: it knows the mean colour of a patch, but no detail.
     """
     pixels = rearrange(target, "b n (p c) -> b n p c", c=channels)
     return pixels.var(dim=2, correction=0).mean(dim=-1)

@@ -1,4 +1,4 @@
-"""From 8-bit pixels, as they travel, to what models see. It runs where the pixels are."""
+"""Normalisation of 8-bit pixels for models, on the device where the pixels are."""
 
 import torch
 from torch import Tensor
@@ -23,5 +23,5 @@ def normalise(
 
 
 def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Filled in where it is needed: copying it would make the host wait for the device."""
+    """Fill values in on the device: copying them would make the host wait for it."""
     return torch.stack([torch.full((), value, device=device) for value in values])

@@ -1,9 +1,10 @@
-"""Models of this package for other projects: written, loaded back and compared, or not at all."""
+"""Export of models to other projects: each is loaded back and compared, or not kept."""
 
 import logging
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ def check_file(model: TrainedModel, _: Expressed, file: Path) -> ParityReport:
     """Read a file of another project back with our importer, and compare that with a library's."""
     imported = import_weights(file)
     built, other = imported.model.build(), compare(imported)
-    back = Peer("our importer", (), lambda trial: outputs_of(built, trial)).compare(model)
+    back = Peer("our importer", (), partial(outputs_of, built)).compare(model)
     return replace(
         other,
         with_what=f"our importer and {other.with_what}",
@@ -59,7 +60,7 @@ def check_own(model: TrainedModel, _: Expressed, file: Path) -> ParityReport:
     """Read one file of our own alone, as ``tools/predict.py`` does."""
     back = open_trained(file, TrainedModel, model.weights).build()
     name = "this package, from the file alone"
-    return Peer(name, (), lambda trial: outputs_of(back, trial)).compare(model)
+    return Peer(name, (), partial(outputs_of, back)).compare(model)
 
 
 def check_transformers(model: TrainedModel, expressed: Expressed, folder: Path) -> ParityReport:
@@ -90,11 +91,11 @@ def check_onnx(model: TrainedModel, _: Expressed, file: Path) -> ParityReport:
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
 
-    def say(trial: Trial) -> Outputs:
+    def outputs(trial: Trial) -> Outputs:
         (logits,) = session.run(["logits"], {"clips": trial.clips.numpy()})
         return {"logits": torch.from_numpy(logits)}
 
-    peer = Peer(f"onnxruntime {onnxruntime.__version__}", (), say)
+    peer = Peer(f"onnxruntime {onnxruntime.__version__}", (), outputs)
     of_three, of_one = (peer.compare(model, clips) for clips in (3, 1))
     found = (*of_three.of("{} of 3 clips"), *of_one.of("{} of 1 clip"))
     return replace(of_three, differences=found)
@@ -102,7 +103,7 @@ def check_onnx(model: TrainedModel, _: Expressed, file: Path) -> ParityReport:
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of files that models are exported to."""
+    """A format that models are exported to."""
 
     says: str
     ending: str
@@ -110,7 +111,7 @@ class Format:
     load: str
     """How to load it."""
     write: Callable[[TrainedModel, Expressed, Path], list[str]]
-    """Return what the file cannot say, or has otherwise."""
+    """Returns notes: what the file does not hold, or holds otherwise."""
     check: Callable[[TrainedModel, Expressed, Path], ParityReport]
 
 
@@ -164,10 +165,10 @@ FORMATS: dict[To, Format] = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What came of an export."""
+    """The result of an export."""
 
     model: TrainedModel
-    form: Format
+    format: Format
     expressed: Expressed
     parity: ParityReport
     files: tuple[Path, ...]
@@ -175,9 +176,9 @@ class Exported:
     notes: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """Tell of it in the terminal."""
+        """Return lines for the terminal."""
         return [
-            f"{self.model.kind} as {self.form.says}",
+            f"{self.model.kind} as {self.format.says}",
             *describe_left_out(self.expressed.left_out),
             *self.notes,
             *self.parity.lines(),
@@ -192,16 +193,16 @@ def export(
 ) -> Exported:
     """Write a model as another project reads it, load it back there, and compare.
 
-    Nothing is left behind where that fails. ``skip``: do not compare, only say so.
+    Nothing is left behind where that fails. ``skip``: do not compare.
 
     Raises:
         CheckpointError: it exists already, the format cannot express the model, the disk does not
             take it, or what was written computes something else.
     """
-    form = FORMATS[to]
-    if out.suffix != form.ending and form.ending:
-        raise CheckpointError(f"--to {to} writes a file that ends in {form.ending}, got {out}")
-    parity_file = out.with_name(f"{out.name}.parity.json") if form.ending else out / "parity.json"
+    chosen = FORMATS[to]
+    if out.suffix != chosen.ending and chosen.ending:
+        raise CheckpointError(f"--to {to} writes a file that ends in {chosen.ending}, got {out}")
+    parity_file = out.with_name(f"{out.name}.parity.json") if chosen.ending else out / "parity.json"
     for path in (out, parity_file):
         if path.exists() or path.is_symlink():
             raise CheckpointError(f"{path} exists already; give another name, or delete it")
@@ -209,12 +210,12 @@ def export(
     expressed, parity = express(model, to), NOT_ASKED
     with staged(out) as writing:
         staged_out = writing / out.name
-        notes = (*expressed.notes, *form.write(model, expressed, staged_out))
+        notes = (*expressed.notes, *chosen.write(model, expressed, staged_out))
         if not skip:
-            parity = form.check(model, expressed, staged_out).judged(KEPT, tolerance)
+            parity = chosen.check(model, expressed, staged_out).judged(KEPT, tolerance)
         use = f"python tools/predict.py {out} VIDEO"
         use = use if model.is_classifier else f"init_weights={out}"
-        load = form.load.format(out=out, kind=expressed.family.transformers_class, use=use)
+        load = chosen.load.format(out=out, kind=expressed.family.transformers_class, use=use)
         table = parity.as_table() | {
             "format": to,
             "checkpoint": str(model.path.absolute()),
@@ -227,4 +228,4 @@ def export(
         }
         write_json(writing / parity_file.relative_to(out.parent), table)
         files = tuple(out.parent / path.name for path in sorted(writing.iterdir()))
-    return Exported(model, form, expressed, parity, files, load, notes)
+    return Exported(model, chosen, expressed, parity, files, load, notes)

@@ -1,4 +1,4 @@
-"""Models of ours by the names of other projects, where these can be what ours is."""
+"""Models of ours by the names of other projects, where these have such models."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +9,7 @@ from torch import Tensor
 from hpm_video.config.choices import Positions
 from hpm_video.files.weights import CheckpointError
 from hpm_video.models.from_config import source_grid_of
-from hpm_video.models.positions import position_table, resized
+from hpm_video.models.positions import position_table, resize_positions
 from hpm_video.recognition.trained_model import OF_DECODERS, TrainedModel
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.weights.families import FAMILIES, TABLES, Family
@@ -34,7 +34,7 @@ class Expressed:
     left_out: dict[str, str]
     """Parts of ours that have no place there, each with the reason."""
     notes: tuple[str, ...]
-    """What was made otherwise, with the same result."""
+    """What differs there, with the same result."""
 
 
 def family_for(model: TrainedModel, to: To) -> Family:
@@ -50,7 +50,7 @@ def family_for(model: TrainedModel, to: To) -> Family:
 
 
 def obstacles(model: TrainedModel, to: To) -> list[str]:
-    """Return why a model cannot be expressed: what is taken instead; nothing where it can."""
+    """Return why a model cannot be expressed; empty where it can."""
     config, pooling, size = model.config.model, model.pooling, model.config.data.clip_size
     if to == "onnx" and not model.is_classifier:
         return ["it takes classifiers: ./run_finetune.sh CONFIG init_weights=CHECKPOINT makes one"]
@@ -99,7 +99,7 @@ def tables_of(model: TrainedModel) -> Tensors:
         sizes.append(model.pretraining.model.decoder)
     for table, size in zip(TABLES, sizes, strict=False):
         if kind == "given":
-            codes = resized(model.tensors[table][0], source, model.grid)
+            codes = resize_positions(model.tensors[table][0], source, model.grid)
         else:
             codes = position_table(model.grid, size.dim, kind, source)
         found[table] = codes.unsqueeze(0)
@@ -120,8 +120,8 @@ def express(model: TrainedModel, to: To) -> Expressed:
     """
     family, wrong = family_for(model, to), obstacles(model, to)
     if wrong:
-        told = f"{model.path} cannot become what --to {to} writes:"
-        raise CheckpointError("\n  ".join([told, *wrong]))
+        first = f"{model.path} cannot become what --to {to} writes:"
+        raise CheckpointError("\n  ".join([first, *wrong]))
     return Expressed(family, {}, {}, ()) if family.name == "ours" else by_names_of(family, model)
 
 

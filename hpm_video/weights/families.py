@@ -1,6 +1,6 @@
-"""The kinds of weights that are read and written: what tells them apart, names, axes, licences.
+"""Families of weights that are read and written: their marks, names, axes and licences.
 
-Our names are timm's. A family says what is called otherwise in its files, and where queries, keys
+Our names are timm's. A family holds what is called otherwise in its files, and where queries, keys
 and values are several tensors there, the patch kernel has no axis of time, or positions are summed.
 """
 
@@ -43,7 +43,7 @@ class Renamed:
     left_out: dict[str, str] = field(default_factory=dict)
     """Names in the file that have no place here, each with the reason."""
     steps: int = 0
-    """Time steps that its positions are of, where they tell."""
+    """Time steps of its positions, where they are of space and time."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Family:
 
     @property
     def has(self) -> set[str]:
-        """Tensors that all of them have, and that tell them from others."""
+        """Names of tensors that distinguish the family from others."""
         ours = [KERNEL, *MARKS[self.holds]]
         if not self.transformers_class:
             ours.append(SEPARATE if "weight" in self.split else FUSED)
@@ -159,11 +159,11 @@ class Family:
             wrong += [f"missing {self.theirs(name)}" for name in names if name not in found]
             named = [theirs for name in names for theirs in origins.pop(name, [])]
             parts = [found.pop(name) for name in names if name in found]
-            whole = f"{before}qkv{kind}"
-            if whole in found:
-                wrong.append(f"{named[0]} is given twice, by {origins[whole][0]}")
+            joined = f"{before}qkv{kind}"
+            if joined in found:
+                wrong.append(f"{named[0]} is given twice, by {origins[joined][0]}")
             try:
-                found[whole], origins[whole] = torch.cat(parts), named
+                found[joined], origins[joined] = torch.cat(parts), named
             except RuntimeError:
                 shapes = ", ".join(str(tuple(part.shape)) for part in parts)
                 wrong.append(f"misshapen {' and '.join(named)}: {shapes}")
@@ -190,7 +190,7 @@ class Family:
 
 
 def renamed(name: str, beginnings: Pairs, inner: Pairs) -> str:
-    """Return a name with the first beginning and the first part within that fit put otherwise."""
+    """Return a name with the first beginning and the first part within that fit replaced."""
     for old, new in beginnings:
         if name.startswith(old):
             name = new + name.removeprefix(old)
@@ -202,7 +202,7 @@ def renamed(name: str, beginnings: Pairs, inner: Pairs) -> str:
 
 
 def _average_scores(found: Tensors) -> None:
-    """In official HPM difficulty is the mean of an output for each value of a patch."""
+    """Average the heads of official HPM, whose difficulty is the mean of outputs for each value."""
     for name in [name for name in found if name.startswith(SCORE)]:
         if len(found[name]) == math.prod(found[KERNEL].shape[1:]):
             mean = found[name].double().mean(dim=0, keepdim=True)
@@ -249,8 +249,8 @@ LICENCES = {
 
 def licence_of(origin: str) -> str:
     """Return what is known of the licence of weights of this package. ``origin``: of origin.json"""
-    told = json.loads(origin) if origin else {}
-    return str(told.get("licence", LICENCES["ours"]))
+    table = json.loads(origin) if origin else {}
+    return str(table.get("licence", LICENCES["ours"]))
 
 
 BLOCKS_OF_TRANSFORMERS = (

@@ -40,7 +40,7 @@ DTYPES = ("dtypes.Float64DType", "dtypes.Float32DType", "dtypes.Int64DType")
 
 @dataclass(frozen=True)
 class Source:
-    """What is in a file of weights or the folder of a model."""
+    """The content of a file of weights or the folder of a model."""
 
     path: Path
     entries: dict[str, Tensors]
@@ -57,12 +57,12 @@ class Source:
 
 
 def read_source(path: Path) -> Source:
-    """Read everything that is of use in a file of weights or the folder of a model.
+    """Read a file of weights or the folder of a model.
 
-    The file of weights in such a folder stands for it: without its config.json it says too little.
+    The file of weights in such a folder stands for it: without its config.json too little is known.
 
     Raises:
-        CheckpointError: there is none, it is not whole, or it holds objects that are not allowed.
+        CheckpointError: there is none, it is incomplete, or it holds objects that are not allowed.
     """
     path = path.expanduser()
     if path.name in FILES_OF_A_FOLDER and (path.parent / "config.json").is_file():
@@ -157,7 +157,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 class _SetAside:
-    """Takes the place of an object that is not needed, whatever it is made of."""
+    """A placeholder for an object that is not needed, whatever its content."""
 
     def __init__(self, *args: object) -> None:
         pass
@@ -236,7 +236,7 @@ def _open_pickle(path: Path) -> IO[bytes]:
 
 
 def _sort(path: Path, content: object) -> Source:
-    """Tell state dicts, options and the rest of a file apart."""
+    """Separate state dicts, options and the rest of a file."""
     entries: dict[str, Tensors] = {}
     beside: list[str] = []
     kind = type(content).__name__

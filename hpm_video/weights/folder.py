@@ -1,4 +1,4 @@
-"""Folders and files that are whole or not there, and what says where weights come from."""
+"""Folders and files that are complete or absent, and the origin of imported weights."""
 
 import json
 import shutil
@@ -18,12 +18,12 @@ from hpm_video.training.checkpoint import checksums_of, flush, on_host, sha256_o
 from hpm_video.weights.importing import Imported
 
 ORIGIN = "origin.json"
-"""File of an imported folder that tells where its weights come from and what was done to them."""
+"""File of an imported folder with the origin of its weights and what was done to them."""
 
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """Return a folder to write ``out`` in: at the end all in it is moved beside, or nothing is.
+    """Return a folder to write ``out`` in: at the end all of its content is moved out, or nothing.
 
     Raises:
         CheckpointError: something of that name exists, or the disk does not take it.
@@ -79,7 +79,7 @@ def write_folder(imported: Imported, folder: Path, parity: dict[str, Any]) -> No
 
 
 def texts_of(model: TrainedModel) -> dict[str, str]:
-    """Return what a checkpoint folder has beside weights, by the names of the files."""
+    """Return the files of a checkpoint folder beside weights: their texts by name."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
         save_config(model.config, file)
@@ -91,7 +91,7 @@ def texts_of(model: TrainedModel) -> dict[str, str]:
 
 
 def _origin(imported: Imported) -> dict[str, Any]:
-    """Tell where the weights come from, and what was done to them."""
+    """Return where the weights come from, and what was done to them."""
     path, recognised = imported.source.path, imported.recognised
     endings = (".safetensors", ".bin", ".json")
     files = [path] if path.is_file() else [p for p in sorted(path.iterdir()) if p.suffix in endings]
@@ -111,5 +111,5 @@ def _origin(imported: Imported) -> dict[str, Any]:
 
 
 def write_json(path: Path, table: dict[str, Any]) -> None:
-    """Write a table."""
+    """Write a table as JSON."""
     path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

@@ -1,11 +1,11 @@
-"""The config of a model, as far as its weights and what lies beside them tell."""
+"""The config of a model, inferred from its weights and the facts beside them."""
 
 import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from hpm_video.config.choices import Conventions, Crop, Pooling, TransformerSize
+from hpm_video.config.choices import Conventions, Crop, Interpolation, Pooling, TransformerSize
 from hpm_video.config.data import DataConfig, PretrainDataConfig
 from hpm_video.config.mining import MaskingConfig, MiningConfig
 from hpm_video.config.model import ClassifierConfig, ModelConfig
@@ -13,12 +13,15 @@ from hpm_video.config.recognition import EvaluationConfig
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.files.weights import CheckpointError
 from hpm_video.tokens.grid import Size3, TokenGrid
-from hpm_video.tokens.patches import TargetKind
+from hpm_video.weights.facts import LABELS, Overrides, read_facts
 from hpm_video.weights.families import KERNEL, POSITIONS, Family, Renamed
 from hpm_video.weights.files import Source, Tensors
-from hpm_video.weights.notes import LABELS, SQUEEZED, Notes
 
 T = TypeVar("T")
+SQUEEZED = (
+    "frames that are not of this shape were squeezed into it, and here the largest box of the "
+    "shape is cut out"
+)
 ENCODER_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
 """Heads of the known encoders by their width."""
 FRESH_DECODERS: dict[Conventions, dict[int, TransformerSize]] = {
@@ -31,60 +34,40 @@ FRESH_DECODERS: dict[Conventions, dict[int, TransformerSize]] = {
     },
     "mae": dict.fromkeys((768, 1024, 1280), TransformerSize(512, 8, 16)),
 }
-"""Decoders that the papers have with encoders of these widths."""
+"""The papers' decoders for encoders of these widths."""
 
 
-class UntoldError(CheckpointError):
-    """What neither a file nor anything usual says, and an option must."""
-
-
-@dataclass(frozen=True)
-class Overrides:
-    """What a user says of a file, where it says nothing itself or something else is wanted."""
-
-    entry: str | None = None
-    """Key of the state dict in the file."""
-    encoder_only: bool = False
-    """Leave out a decoder or a head: what is imported is to be pre-trained."""
-    heads: int | None = None
-    decoder: TransformerSize | None = None
-    """Size of a decoder that starts fresh."""
-    decoder_heads: int | None = None
-    num_frames: int | None = None
-    frame_size: tuple[int, int] | None = None
-    frame_stride: int | None = None
-    target: TargetKind | None = None
-    label_names: tuple[str, ...] | None = None
+class MissingOptionError(CheckpointError):
+    """A fact that neither the file nor any default gives, so that an option must."""
 
 
 @dataclass(frozen=True)
 class Inferred:
-    """What a model is."""
+    """The config whose model some weights are."""
 
     config: PretrainConfig | FinetuneConfig
     label_names: tuple[str, ...]
     assumed: tuple[str, ...]
-    """What the file does not say, and was taken as usual."""
+    """Defaults for facts that are not in the file."""
 
 
 def infer(source: Source, family: Family, renamed: Renamed, overrides: Overrides) -> Inferred:
     """Return the config whose model the tensors of a file are.
 
     Raises:
-        UntoldError: something cannot be known and must be given.
-        ConfigError, CheckpointError: something is of a kind that our model cannot be.
+        MissingOptionError: a fact cannot be known and must be given.
+        ConfigError, CheckpointError: it would be a model that this package does not have.
     """
-    return _Inference(Notes(source), family, renamed, overrides).all()
+    facts = read_facts(source, family, overrides)
+    return _Inference(family, renamed, facts, has_config=bool(source.config)).all()
 
 
 @dataclass
 class _Inference:
-    """Values, each from the first place that has it."""
-
-    notes: Notes
     family: Family
     renamed: Renamed
-    given: Overrides
+    facts: Overrides
+    has_config: bool
     assumed: list[str] = field(default_factory=list)
 
     @property
@@ -98,22 +81,20 @@ class _Inference:
         dim, channels, *patch = self.shape_of(KERNEL)
         patch_size = (patch[0], patch[1], patch[2])
         model: dict[str, Any] = {
-            "encoder": self.size_of("", dim, self.given.heads, "num_attention_heads", "num_heads"),
+            "encoder": self.size_of("", dim, self.facts.heads),
             "patch_size": patch_size,
             "channels": channels,
             "positions": "space_time" if family.conventions == "mae" else "sequence",
             "class_token": first,
             "conventions": family.conventions,
         }
-        classifies = family.holds == "classifier" and not self.given.encoder_only
+        classifies = family.holds == "classifier" and not self.facts.encoder_only
         if not classifies:
             model["decoder"] = self.decoder(model["encoder"])
         size = self.clip_size(patch_size)
         data: dict[str, Any] = {"num_frames": size[0], "frame_size": size[1:], "frame_stride": 1}
         if size[0] > 1:
-            noted = self.notes.whole("sampling_rate")
-            stride = self.choose("frame stride", self.given.frame_stride, noted, usual=4)
-            data["frame_stride"] = stride
+            data["frame_stride"] = self.choose("frame stride", self.facts.frame_stride, 4)
         grid = TokenGrid.of_clip(size, patch_size)
         config: PretrainConfig | FinetuneConfig
         if classifies:
@@ -127,7 +108,7 @@ class _Inference:
             )
             return Inferred(config, names, tuple(self.assumed))
         mines, ratio = "difficulty_decoder.head.weight" in self.tensors, 0.75
-        target = self.target()
+        target = self.choose("target", self.facts.target, self.family.target)
         crop: Crop = "random_resized"
         if grid.time > 1:
             crop, ratio = "multi_scale", 0.9
@@ -140,13 +121,12 @@ class _Inference:
         )
         return Inferred(config, (), tuple(self.assumed))
 
-    def choose(self, name: str, *found: T | None, usual: T) -> T:
-        """Return the first value that there is, or the usual one, of which it is told."""
-        for value in found:
-            if value is not None:
-                return value
-        self.assumed.append(f"{name} {usual}")
-        return usual
+    def choose(self, name: str, value: T | None, default: T) -> T:
+        """Return a value where it is known, or else the default, which is reported."""
+        if value is None:
+            self.assumed.append(f"{name} {default}")
+            return default
+        return value
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         if name not in self.tensors:
@@ -155,19 +135,19 @@ class _Inference:
 
     def decoder(self, encoder: TransformerSize) -> TransformerSize:
         """Return the size of the decoder, or of one that starts fresh."""
-        if self.family.holds == "autoencoder" and not self.given.encoder_only:
-            dim, key = self.shape_of("reconstructor.head.weight")[-1], "decoder_num_attention_heads"
-            return self.size_of("reconstructor.", dim, self.given.decoder_heads, key)
+        if self.family.holds == "autoencoder" and not self.facts.encoder_only:
+            dim = self.shape_of("reconstructor.head.weight")[-1]
+            return self.size_of("reconstructor.", dim, self.facts.decoder_heads)
         usual = FRESH_DECODERS[self.family.conventions].get(encoder.dim)
-        if self.given.decoder is None and usual is None:
-            raise UntoldError(
+        if self.facts.decoder is None and usual is None:
+            raise MissingOptionError(
                 f"it has no decoder, and none is known for an encoder of width {encoder.dim}; "
                 f"give the size of one that starts fresh: --decoder WIDTH DEPTH HEADS"
             )
-        return self.given.decoder or usual or encoder
+        return self.facts.decoder or usual or encoder
 
-    def size_of(self, part: str, dim: int, heads: int | None, *keys: str) -> TransformerSize:
-        """Return the size of a transformer. ``heads``: where they are given; ``keys``: or noted."""
+    def size_of(self, part: str, dim: int, heads: int | None) -> TransformerSize:
+        """Return the size of a transformer, whose names begin with ``part``."""
         name, option = ("decoder", "--decoder-heads") if part else ("encoder", "--heads")
         found = (re.match(rf"{re.escape(part)}blocks\.(\d+)\.", each) for each in self.tensors)
         blocks = sorted({int(match[1]) for match in found if match})
@@ -178,30 +158,27 @@ class _Inference:
             )
         decoders = FRESH_DECODERS[self.family.conventions].values()
         known = {each.dim: each.num_heads for each in decoders} if part else ENCODER_HEADS
-        heads = heads or self.notes.whole(*keys)
         if heads is None and dim not in known:
-            raise UntoldError(
-                f"weights do not tell the number of heads, and the {name} of width {dim} is "
+            raise MissingOptionError(
+                f"weights do not show the number of heads, and the {name} of width {dim} is "
                 f"none of the known ({', '.join(map(str, known))}); give {option}"
             )
         wide = self.shape_of(f"{part}blocks.0.mlp.fc1.weight")[0]
         try:
-            chosen = self.choose(f"heads of the {name}", heads, usual=known.get(dim, 1))
+            chosen = self.choose(f"heads of the {name}", heads, known.get(dim, 1))
             return TransformerSize(dim, len(blocks), chosen, None if wide == 4 * dim else wide)
         except ValueError as error:
             raise CheckpointError(f"{option}: {error}") from error
 
     def clip_size(self, patch_size: Size3) -> Size3:
-        """Return frames and pixels that the model was trained on."""
-        (time, height, width), given = patch_size, self.given
+        """Return frames and pixels of the clips that the model was trained on."""
+        time, height, width = patch_size
         tokens = self.tokens(height, width)
         side = math.isqrt(tokens)
         square = (side * height, side * width) if tokens and side * side == tokens else None
-        noted = self.notes.size()
-        size = self.choose("frame size", given.frame_size, square, noted, usual=(224, 224))
-        told = 1 if self.family.axes == 4 else self.renamed.steps * time or None
-        noted_frames = self.notes.whole("num_frames")
-        frames = self.choose("number of frames", told, given.num_frames, noted_frames, usual=16)
+        size = self.choose("frame size", self.facts.frame_size or square, (224, 224))
+        frames = 1 if self.family.axes == 4 else self.renamed.steps * time
+        frames = frames or self.choose("number of frames", self.facts.num_frames, 16)
         try:
             grid = TokenGrid.of_clip((frames, *size), patch_size)
         except ValueError as error:
@@ -216,44 +193,38 @@ class _Inference:
     def tokens(self, height: int, width: int) -> int:
         """Return the tokens of a time step that positions are of; 0 where a file has none.
 
-        A table has a row for a class token if the others fill the frames that are given or noted,
-        or else a square.
+        A table has a row for a class token if the others fill the frames, or where their size is
+        not known a square.
         """
         if self.family.conventions == "videomae":
             return 0
         shape = self.shape_of(POSITIONS)
         if self.renamed.steps:
             return (shape[1] - 1) // self.renamed.steps
-        size = self.given.frame_size or self.notes.size()
+        size = self.facts.frame_size
         for tokens in (shape[1] - 1, shape[1]):
             square = size is None and math.isqrt(tokens) ** 2 == tokens
             if square or (size and tokens == (size[0] // height) * (size[1] // width)):
                 return tokens
         return shape[1] - int("cls_token" in self.tensors)
 
-    def target(self) -> TargetKind:
-        flag = self.notes.flag("norm_pix_loss", "normlize_target")
-        standardised: TargetKind = "joint" if self.family.conventions == "mae" else "per_channel"
-        noted: TargetKind | None = None if flag is None else standardised if flag else "raw"
-        return self.choose("target", self.given.target, noted, usual=self.family.target)
-
     def pooling(self) -> Pooling:
-        """Return how a classifier pools its tokens, as its norms and its config tell."""
+        """Return how a classifier pools its tokens, by its norms and its config."""
         if self.family.name == "mae_st_classifier":
-            raise UntoldError(
+            raise MissingOptionError(
                 "the file does not say whether its head stands on the mean before or behind its "
                 "norm. Take its encoder alone: --encoder-only"
             )
         parts = {name.partition(".")[0] for name in self.tensors}
         norms = tuple(name for name in ("fc_norm", "norm") if name in parts)
-        first, pool = "cls_token" in self.tensors, self.notes.pool
+        first, pool = "cls_token" in self.tensors, self.facts.pool
         if norms == ("fc_norm",) and pool in (None, "avg"):
             return "mean_norm"
         if norms == ("norm",) and first and pool in (None, "token"):
-            if pool is None and not self.notes.config:
+            if pool is None and not self.has_config:
                 self.assumed.append("head on the class token")
             return "class_token"
-        raise UntoldError(
+        raise MissingOptionError(
             f"a head here stands on the normed mean of the tokens (a norm behind the mean alone), "
             f"or on the class token (a norm before it), and this has "
             f"{' and '.join(norms) or 'no norm'}, {'a' if first else 'no'} class token"
@@ -262,9 +233,9 @@ class _Inference:
         )
 
     def label_names(self) -> tuple[str, ...]:
-        """Return the names of the classes: given, of the model's config, or their numbers."""
+        """Return the names of the classes where they are known, or else their numbers."""
         count = self.shape_of("head.bias")[0]
-        names = self.given.label_names or self.notes.label_names()
+        names = self.facts.label_names
         if names is not None and len(names) != count:
             raise CheckpointError(
                 f"the head has {count} classes, and there are {len(names)} names; give a name for "
@@ -273,22 +244,23 @@ class _Inference:
         return names or tuple(map(str, range(count)))
 
     def pixels(self, clip_size: Size3) -> dict[str, Any]:
-        """Return how frames become what it takes in tests, as noted or usual."""
-        image, noted = clip_size[0] == 1, self.notes.pixels(clip_size[1:])
-        usual = "bicubic" if image else "bilinear"
-        interpolation = self.choose("interpolation", noted.interpolation, usual=usual)
-        short_side, mean, std = noted.short_side, noted.mean, noted.std
-        if noted.squeezed:
+        """Return how frames become clips in validation and tests."""
+        image, facts = clip_size[0] == 1, self.facts
+        usual: Interpolation = "bicubic" if image else "bilinear"
+        interpolation = self.choose("interpolation", facts.interpolation, usual)
+        short_side = facts.short_side
+        if facts.squeezed:
             self.assumed.append(SQUEEZED)
-        elif not noted.resize and image:
+        elif short_side is None and image:
             short_side = round(max(clip_size) * 256 / 224)
-            self.assumed.append(f"held-out short side {short_side}")
+            self.assumed.append(f"short side in validation {short_side}")
+        mean, std = facts.mean, facts.std
         if mean is None or std is None:
             mean, std = self.family.pixels
-            self.assumed.append(f"mean {mean} and deviation {std} of the pixels")
+            self.assumed.append(f"mean {mean} and standard deviation {std} of the pixels")
         return {
             "mean": mean,
             "std": std,
             "interpolation": interpolation,
-            "held_out_short_side": short_side,
+            "held_out_short_side": short_side or None,
         }

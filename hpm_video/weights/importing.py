@@ -1,4 +1,4 @@
-"""Weights of other projects as weights of this one, and as a checkpoint folder."""
+"""Import of weights of other projects by the names of this one."""
 
 import json
 import re
@@ -27,13 +27,14 @@ from hpm_video.recognition.trained_model import (
     open_trained,
 )
 from hpm_video.tokens.grid import TokenGrid
+from hpm_video.weights.facts import Overrides
 from hpm_video.weights.families import TABLES, Family, Renamed, licence_of
 from hpm_video.weights.files import Source, Tensors, read_source
-from hpm_video.weights.geometry import Overrides, UntoldError, infer
+from hpm_video.weights.geometry import MissingOptionError, infer
 from hpm_video.weights.recognise import TEACHER, Recognised, recognise
 
 SAME_POSITIONS = 1e-3
-"""Largest difference of a table of positions that was computed, beside the rounding of the file."""
+"""Largest difference between computed tables of positions, beside the rounding of the file."""
 NO_DECODER = "it is the decoder's, and only the encoder is taken"
 NO_HEAD = "it belongs to a head, and only the encoder is taken"
 OF_TEACHER = "of the teacher: "
@@ -51,9 +52,9 @@ class Imported:
     left_out: dict[str, str]
     """Tensors and other parts of the file that are not taken, each with the reason."""
     fresh: tuple[str, ...]
-    """Tensors of our model that the file lacks, and that start with drawn weights."""
+    """Tensors of our model that the file lacks, and that start with random weights."""
     assumed: tuple[str, ...]
-    """What the file does not say, and was taken as usual."""
+    """Defaults for facts that are not in the file."""
 
     @property
     def family(self) -> Family:
@@ -83,8 +84,8 @@ def import_weights(path: Path, overrides: Overrides | None = None) -> Imported:
     says = recognised.family.says
     try:
         return _imported(source, recognised, overrides)
-    except UntoldError as error:
-        raise UntoldError(f"{path} ({says}): {error}") from error
+    except MissingOptionError as error:
+        raise MissingOptionError(f"{path} ({says}): {error}") from error
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"{path} ({says}): {error}") from error
 
@@ -161,7 +162,7 @@ def trained(
 
 
 def _in_float32(tensors: Tensors) -> Tensors:
-    """Return the same in single precision, each with a place in memory of its own."""
+    """Return copies in single precision."""
     found = {}
     for name, value in tensors.items():
         dense = value.layout == torch.strided and not value.is_quantized
@@ -224,7 +225,7 @@ def _cut_class_token(renamed: Renamed, table: str, ours: Tensor) -> None:
         first, found = found[:, :1], found[:, 1:]
         if first.any() and table != TABLES[0]:
             raise CheckpointError(f"{named} has a position for a class token of its own")
-        if token.shape == first.shape:  # or it is told later
+        if token.shape == first.shape:  # otherwise reported as misshapen later
             renamed.tensors["cls_token"] = token + first
     if found.shape != ours.shape:
         raise CheckpointError(
@@ -234,19 +235,19 @@ def _cut_class_token(renamed: Renamed, table: str, ours: Tensor) -> None:
     renamed.tensors[table] = found
 
 
-# --- Words ----------------------------------------------------------------------------------------
+# --- Lines for the terminal -----------------------------------------------------------------------
 
 
 def describe(imported: Imported) -> list[str]:
-    """Tell what came of an import, in lines for the terminal."""
+    """Return lines on an import for the terminal."""
     model, family, prefix = imported.model, imported.family, imported.recognised.prefix
     count = sum(value.numel() for value in model.tensors.values())
     epoch, pretraining = imported.source.epoch, model.pretraining
-    told = [
+    remarks = [
         (prefix, f"names begin with {prefix!r}, which is left out"),
         (imported.teacher, "beside them are as many numbers of a teacher"),
         (epoch is not None, f"epoch {epoch}"),
-        (imported.assumed, f"not in the file, taken as usual: {'; '.join(imported.assumed)}"),
+        (imported.assumed, f"not in the file, defaults taken: {'; '.join(imported.assumed)}"),
         (imported.fresh, f"start fresh: {', '.join(_parts_of(imported.fresh))}"),
         (
             model.config.model.positions == "given",
@@ -266,13 +267,13 @@ def describe(imported: Imported) -> list[str]:
         *describe_model(model),
         f"licence: {family.licence}",
         f"{count:,} numbers taken",
-        *(line for holds, line in told if holds),
+        *(line for holds, line in remarks if holds),
         *describe_left_out(imported.left_out),
     ]
 
 
 def describe_left_out(left_out: dict[str, str]) -> list[str]:
-    """Tell what is left out, and why."""
+    """Return lines on what is left out, and why."""
     reasons: dict[str, list[str]] = {}
     for name, reason in left_out.items():
         reasons.setdefault(reason, []).append(name)
@@ -280,7 +281,7 @@ def describe_left_out(left_out: dict[str, str]) -> list[str]:
 
 
 def describe_model(model: TrainedModel) -> list[str]:
-    """Tell the sizes of encoder, clips, and decoder or head."""
+    """Return lines on the sizes of encoder, clips, and decoder or head."""
     config = model.config
     patches, clips = (
         " x ".join(map(str, size)) for size in (config.model.patch_size, config.data.clip_size)
@@ -297,7 +298,7 @@ def _size(size: TransformerSize) -> str:
 
 
 def _parts_of(names: Iterable[str]) -> list[str]:
-    """Return names of tensors, those of all blocks as one."""
+    """Return the names of tensors, with all blocks as one."""
     kinds = Counter(re.sub(r"((^|[._])(blocks\w*|layers?))\.\d+\..*", r"\1", n) for n in names)
     return [f"{name} ({count} tensors)" if count > 1 else name for name, count in kinds.items()]
 
@@ -312,7 +313,7 @@ def inspect(path: Path, overrides: Overrides | None = None) -> list[str]:
     if folder is None:
         try:
             return describe(import_weights(path, overrides))
-        except UntoldError as error:
+        except MissingOptionError as error:
             family = recognise(read_source(path), overrides.entry if overrides else None).family
             first = [f"{family.name}: {family.says}", f"licence: {family.licence}"]
             return [*first, f"not all of it is in the file: {error}"]
@@ -320,16 +321,16 @@ def inspect(path: Path, overrides: Overrides | None = None) -> list[str]:
     model = open_trained(folder, TrainedModel, names.get(path.stem))
     config = model.config
     kind = "pre-training with" if isinstance(config, PretrainConfig) else "classifier of"
-    told = f"{model.weights} at update {model.update} of a run of {config.recipe.epochs} epochs"
+    state = f"{model.weights} at update {model.update} of a run of {config.recipe.epochs} epochs"
     if model.origin:
         origin = json.loads(model.origin)
         epoch = "" if origin["epoch"] is None else f", epoch {origin['epoch']}"
-        told = f"{model.weights}, imported from {origin['source']} ({origin['family']}{epoch})"
+        state = f"{model.weights}, imported from {origin['source']} ({origin['family']}{epoch})"
     return [
         f"ours: {kind} this package",
         *describe_model(model),
         f"positions {config.model.positions}, frame stride {config.data.frame_stride}",
-        told,
+        state,
         f"{sum(value.numel() for value in model.tensors.values()):,} parameters",
         f"licence: {licence_of(model.origin)}",
     ]

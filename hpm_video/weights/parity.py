@@ -1,4 +1,4 @@
-"""What our model and a library's say of the same clips of noise, and how far apart that is."""
+"""Comparison of the outputs of our model and a library's for the same clips of noise."""
 
 import importlib.util
 import re
@@ -31,7 +31,7 @@ KEY_BIAS = r"\.key\.bias$"
 
 @dataclass(frozen=True)
 class Trial:
-    """Clips, and which of their tokens are hidden from a masked autoencoder."""
+    """Clips of noise, and a mask for masked autoencoders."""
 
     clips: Tensor
     """(B, C, T, H, W)"""
@@ -42,7 +42,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of what two models say about the same clip."""
+    """How far an output of two models for the same clips differs."""
 
     of: str
     largest: float
@@ -57,7 +57,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """What a comparison found."""
+    """The result of a comparison."""
 
     with_what: str = ""
     """The other implementation; empty where there was none."""
@@ -73,22 +73,22 @@ class ParityReport:
         return all(found.share <= self.tolerance for found in self.differences)
 
     def of(self, name: str) -> tuple[Difference, ...]:
-        """Return the differences, each of what it is of in ``name``."""
+        """Return the differences under other names; ``name`` is a format of the present one."""
         return tuple(replace(each, of=name.format(each.of)) for each in self.differences)
 
     def lines(self) -> list[str]:
-        """Tell of it in the terminal."""
-        told = [
+        """Return lines for the terminal."""
+        lines = [
             f"parity with {self.with_what}, {found.of}: largest difference {found.largest:.1e} of "
             f"values up to {found.largest_value:.2g}"
             for found in self.differences
         ]
         if self.not_checked:
-            told.append(f"parity not checked: {self.not_checked}")
-        return told + list(self.notes)
+            lines.append(f"parity not checked: {self.not_checked}")
+        return lines + list(self.notes)
 
     def as_table(self) -> dict[str, Any]:
-        """Return it for a file."""
+        """Return plain values for a file."""
         return {**asdict(self), "holds": self.holds}
 
     def judged(self, what: str, tolerance: float) -> "ParityReport":
@@ -124,18 +124,20 @@ def trial_of(model: TrainedModel, clips: int = 1) -> Trial:
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, trial: Trial) -> Outputs:
-    """Return what a model of ours says of them."""
+    """Return the outputs of a model of ours."""
     if isinstance(model, ClipClassifier):
         return {"logits": model(trial.clips)}
     assert isinstance(model, MaskedAutoencoder)
     predicted = model(trial.clips, trial.mask)
     tokens = model.encode(trial.clips)
-    said = {"tokens": tokens, "hidden patches": predicted.content, "features": model.pool(tokens)}
-    return said if predicted.difficulty is None else said | {"difficulty": predicted.difficulty}
+    found = {"tokens": tokens, "hidden patches": predicted.content, "features": model.pool(tokens)}
+    if predicted.difficulty is not None:
+        found["difficulty"] = predicted.difficulty
+    return found
 
 
 def differences(ours: Outputs, theirs: Outputs) -> tuple[Difference, ...]:
-    """Return those of everything that both say."""
+    """Return the differences of all outputs that both have."""
     return tuple(
         Difference(name, (ours[name] - value).abs().max().item(), value.abs().max().item())
         for name, value in theirs.items()
@@ -152,17 +154,17 @@ class Peer:
 
     name: str
     models: tuple[Any, ...]
-    say: Callable[[Trial], Outputs]
+    outputs: Callable[[Trial], Outputs]
 
     def compare(self, model: TrainedModel, clips: int = 1) -> ParityReport:
-        """Return how far it is from a model of ours on clips of noise."""
+        """Compare it with a model of ours on clips of noise."""
         trial = trial_of(model, clips)
         return self.report(outputs_of(model.build(), trial), trial)
 
     def report(self, ours: Outputs, trial: Trial) -> ParityReport:
-        """Return how far it is from ours, with our eps in all its layer norms.
+        """Compare it with our outputs, with our eps in all its layer norms.
 
-        Of a model that has another eps, the difference as it is loaded is told too.
+        Where a model has another eps, the difference as it is loaded is reported too.
         """
         norms = {
             name: module
@@ -171,10 +173,10 @@ class Peer:
             if isinstance(module, nn.LayerNorm) and module.eps != LAYER_NORM_EPS
         }
         if not norms:
-            return ParityReport(self.name, differences(ours, self.say(trial)))
+            return ParityReport(self.name, differences(ours, self.outputs(trial)))
         usual = " and ".join(sorted({f"{norm.eps:g}" for norm in norms.values()}))
         where = ", ".join(norms) if len(norms) < 4 else "its layer norms"
-        farthest = max(differences(ours, self.say(trial)), key=lambda each: each.share)
+        farthest = max(differences(ours, self.outputs(trial)), key=lambda each: each.share)
         note = (
             f"{self.name} has eps {usual} in {where}; as it is loaded, {farthest.of} differ by "
             f"{farthest.largest:.1e} of values up to {farthest.largest_value:.2g}. For equality "
@@ -182,11 +184,11 @@ class Peer:
         )
         for norm in norms.values():
             norm.eps = LAYER_NORM_EPS
-        return ParityReport(self.name, differences(ours, self.say(trial)), notes=(note,))
+        return ParityReport(self.name, differences(ours, self.outputs(trial)), notes=(note,))
 
 
 def is_installed(library: str) -> bool:
-    """Whether it can be imported."""
+    """Whether a library can be imported."""
     return importlib.util.find_spec(library) is not None
 
 
@@ -218,15 +220,15 @@ def of_transformers(
         model, found = made.from_pretrained(folder, **options)
     except RuntimeError as error:
         raise CheckpointError(
-            f"its config.json says other sizes than its weights have: {error}"
+            f"its config.json has other sizes than its weights: {error}"
         ) from error
-    told = [
+    misfits = [
         f"{key}: {wrong}"
         for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
         if (wrong := sorted(str(n) for n in found.get(key) or () if not re.search(unused, str(n))))
     ]
-    if told:
-        raise CheckpointError(f"transformers does not take these weights: {'; '.join(told)}")
+    if misfits:
+        raise CheckpointError(f"transformers does not take these weights: {'; '.join(misfits)}")
     model = model.eval()
     name = f"transformers {transformers.__version__}: {kind}"
     return Peer(name, (model,), lambda trial: outputs_of_transformers(model, trial))
@@ -234,31 +236,31 @@ def of_transformers(
 
 @torch.no_grad()
 def outputs_of_transformers(model: Any, trial: Trial) -> Outputs:
-    """Return what a model of transformers says."""
+    """Return the outputs of a model of transformers."""
     kind, encoder = type(model).__name__, getattr(model, model.base_model_prefix, model)
     frames, decodes = trial.clips.squeeze(2), kind.endswith("ForPreTraining")
     if kind.startswith("VideoMAE"):
         frames = trial.clips.transpose(1, 2)
-        said = {"tokens": encoder(frames).last_hidden_state}
+        found = {"tokens": encoder(frames).last_hidden_state}
         if decodes:
             # Its loss, which is not asked for, takes three channels where it normalises.
             model.config.norm_pix_loss = False
-            said["hidden patches"] = model(frames, bool_masked_pos=trial.mask.masked).logits
+            found["hidden patches"] = model(frames, bool_masked_pos=trial.mask.masked).logits
     elif kind.startswith("ViTMAE"):
         settings, (count, tokens) = encoder.embeddings.config, trial.noise.shape
         in_order = torch.linspace(0, 1, tokens).expand(count, -1)
         settings.mask_ratio = 0.0
-        said = {"tokens": encoder(frames, noise=in_order).last_hidden_state}
+        found = {"tokens": encoder(frames, noise=in_order).last_hidden_state}
         if decodes:
             hidden = int(trial.mask.masked[0].sum())
             settings.mask_ratio = (hidden - 0.5) / tokens  # what stays is cut to whole
             predicted = model(frames, noise=trial.noise).logits
-            said["hidden patches"] = trial.mask.take_masked(predicted)
+            found["hidden patches"] = trial.mask.take_masked(predicted)
     else:
-        said = {"tokens": encoder(frames).last_hidden_state}
+        found = {"tokens": encoder(frames).last_hidden_state}
     if kind.endswith("Classification"):
-        said["logits"] = model(frames).logits
-    return said
+        found["logits"] = model(frames).logits
+    return found
 
 
 def of_timm(name: str, arguments: Mapping[str, Any], tensors: Tensors, time: int = 1) -> Peer:
@@ -286,10 +288,10 @@ def peer_of_timm(name: str, model: Any, time: int = 1) -> Peer:
     """Return a vision transformer of timm; time steps lie below each other in its images."""
 
     @torch.no_grad()
-    def say(trial: Trial) -> Outputs:
+    def outputs(trial: Trial) -> Outputs:
         images = rearrange(trial.clips, "b c (t p) h w -> b (c p) (t h) w", p=time)
         if model.num_classes:
             return {"logits": model(images)}
         return {"tokens": model.forward_features(images), "features": model(images)}
 
-    return Peer(name, (model,), say)
+    return Peer(name, (model,), outputs)

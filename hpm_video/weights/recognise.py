@@ -1,4 +1,4 @@
-"""Whose weights a file holds: recognised by names and axes of its tensors, never guessed."""
+"""The family of the weights in a file, recognised by names and axes, never guessed."""
 
 import re
 from dataclasses import dataclass, replace
@@ -8,20 +8,20 @@ from hpm_video.weights.families import FAMILIES, Family
 from hpm_video.weights.files import Source, Tensors
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "videomae.", "vit.")
-"""That all names of a file may begin with: of wrappers, and of a part that was saved by itself."""
+"""Prefixes that all names of a file may have: of wrappers, or of a part that was saved alone."""
 OF_PARTS = ("backbone.", "encoder.")
-"""Those that the names of a part may begin with beside a head that has none."""
+"""Prefixes that the names of a part may have beside a head without one."""
 WRAPPERS = ("state_dict", "model_state", "module", "model", "")
 """Keys of the state dict in a file, the first that is there is taken."""
 TEACHER = "ema_state_dict"
 """Key of the teacher beside a student's state dict."""
 SHOWN = 12
-"""Names that are told of a file that is not recognised."""
+"""Names listed of a file that is not recognised."""
 
 
 @dataclass(frozen=True)
 class Recognised:
-    """The tensors of a file, and whose they are."""
+    """The tensors of a file and their family."""
 
     family: Family
     tensors: Tensors
@@ -29,16 +29,15 @@ class Recognised:
     entry: str
     """Their key in the file."""
     prefix: str
-    """What their names, or those of a part, began with."""
+    """The prefix that their names, or those of a part, had."""
     teacher: Tensors | None = None
 
 
 def recognise(source: Source, entry: str | None = None) -> Recognised:
-    """Tell whose weights a file holds. ``entry``: the key of its state dict, where it has several.
+    """Find the family of weights. ``entry``: the key of a state dict, where a file has several.
 
     Raises:
-        CheckpointError: it is of no family that is known, or may be of several. What was seen in
-            the file is told.
+        CheckpointError: it is of no known family, or may be of several. Its tensors are listed.
     """
     there = ", ".join(map(repr, source.entries))
     known = [name for name in WRAPPERS if name in source.entries]
@@ -81,7 +80,7 @@ def _of_entry(source: Source, entry: str) -> Recognised:
 
 
 def _fitting(tensors: Tensors) -> list[Family]:
-    """Return the families that it may be of, but for those that ask less than another one."""
+    """Return the most specific families that the tensors fit."""
     fit = [family for family in FAMILIES.values() if family.fits(tensors)]
     return [family for family in fit if not any(family.has < other.has for other in fit)]
 

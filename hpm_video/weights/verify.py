@@ -1,4 +1,4 @@
-"""Imported models held against those of libraries."""
+"""Comparison of imported models with those of libraries."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,7 +27,7 @@ from hpm_video.weights.writing import timm_arguments, timm_name, transformers_co
 
 
 def library_peer(model: TrainedModel, *, decodes: bool) -> tuple[Peer, str]:
-    """Return the model of a library that is what a model of ours is, and what of it is not.
+    """Return the model of a library that equals one of ours, and which part it lacks.
 
     Autoencoders are in transformers, and HPM's loss predictor is the decoder of one more; encoders
     and classifiers are in timm, whatever clips they take.
@@ -59,11 +59,11 @@ def _autoencoder(model: TrainedModel) -> Peer:
     other = by_names_of(family, replace(model, held=swapped)).tensors
     second = of_transformers(kind, None, config, other)
 
-    def say(trial: Trial) -> Outputs:
-        difficulty = second.say(trial)["hidden patches"].mean(dim=-1)
-        return {**first.say(trial), "difficulty": difficulty}
+    def outputs(trial: Trial) -> Outputs:
+        difficulty = second.outputs(trial)["hidden patches"].mean(dim=-1)
+        return {**first.outputs(trial), "difficulty": difficulty}
 
-    return Peer(first.name, first.models + second.models, say)
+    return Peer(first.name, first.models + second.models, outputs)
 
 
 def compare(imported: Imported, tolerance: float = TOLERANCE) -> ParityReport:
@@ -77,13 +77,15 @@ def compare(imported: Imported, tolerance: float = TOLERANCE) -> ParityReport:
     if imported.teacher is not None and recognised.teacher is not None:
         every.append((f"{OF_TEACHER}{{}}", imported.teacher, recognised.teacher))
     drawn = model.make().state_dict() if imported.fresh else {}
-    told = ["tokens", "logits", *(() if imported.fresh else ("hidden patches", "difficulty"))]
+    compared = ["tokens", "logits"]
+    if not imported.fresh:
+        compared += ["hidden patches", "difficulty"]
     trial, report = trial_of(model), ParityReport()
     for who, ours, stored in every:
-        whole = replace(model, held=drawn | ours)
-        peer, missing = _peer_of(imported, whole, stored)
-        said = outputs_of(whole.build(), trial)
-        one = peer.report({name: said[name] for name in told if name in said}, trial)
+        complete = replace(model, held=drawn | ours)
+        peer, missing = _peer_of(imported, complete, stored)
+        own = outputs_of(complete.build(), trial)
+        one = peer.report({name: own[name] for name in compared if name in own}, trial)
         found = report.differences + one.of(who)
         report = ParityReport(one.with_what, found, missing, report.notes or one.notes)
     report = replace(report, notes=(*report.notes, *_notes(imported)))
@@ -91,9 +93,9 @@ def compare(imported: Imported, tolerance: float = TOLERANCE) -> ParityReport:
 
 
 def _peer_of(imported: Imported, model: TrainedModel, stored: Tensors) -> tuple[Peer, str]:
-    """Where a folder has a config, the library's model is made of that alone.
+    """Return the library's model, made only of the config where a folder has one.
 
-    A mistake in reading it is then no mistake of both models.
+    A mistake in reading it is then not a mistake of both models.
     """
     config, family = imported.source.config, imported.family
     tensors = {name: value.float() for name, value in stored.items()}
@@ -102,15 +104,15 @@ def _peer_of(imported: Imported, model: TrainedModel, stored: Tensors) -> tuple[
         if name in tensors:
             rest = tensors[name][:, : -ours.shape[1]]
             tensors[name] = torch.cat([rest, ours], dim=1)
-    whole = "norm.weight" not in imported.fresh
-    if whole and "architecture" in config:
+    complete = "norm.weight" not in imported.fresh
+    if complete and "architecture" in config:
         return _of_timm_config(config, tensors), ""
-    if whole and config and family.transformers_class and is_installed("transformers"):
+    if complete and config and family.transformers_class and is_installed("transformers"):
         kind = family.transformers_class
         if kind == "ViTModel" and config.get("model_type") == "vit_mae":
             kind = "ViTMAEModel"
         return of_transformers(kind, None, config, tensors), ""
-    # What was read once more, so that it does not go through the imported model.
+    # Read once more, so that it does not go through the imported model.
     again = family.read(tensors).tensors
     names = (again.keys() & model.tensors.keys()) - {*TABLES, "cls_token"}
     model = replace(model, held=model.tensors | {name: again[name] for name in names})
@@ -134,7 +136,7 @@ def _rounded(imported: Imported) -> bool:
 
 
 def _notes(imported: Imported) -> list[str]:
-    """Tell what a comparison cannot show, and what it left out."""
+    """Return what a comparison cannot show, and what it left out."""
     config, source, notes = imported.model.config, imported.source.config, []
     if not (source and (imported.family.transformers_class or "architecture" in source)):
         heads = f"{config.model.encoder.num_heads} of the encoder"
@@ -142,7 +144,7 @@ def _notes(imported: Imported) -> list[str]:
             decoder = imported.model.pretraining.model.decoder
             heads += f" and {decoder.num_heads} of the decoder"
         notes.append(
-            f"not verified: the number of heads ({heads}), which weights do not tell: both models "
+            f"not verified: the number of heads ({heads}), which weights do not show: both models "
             f"have it as given or usual"
         )
     if _rounded(imported):

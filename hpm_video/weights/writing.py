@@ -1,4 +1,4 @@
-"""Models of ours as other projects read them: their files, and what lies beside the weights."""
+"""Files of other projects, written from models of ours: weights and the configs beside them."""
 
 import contextlib
 import importlib.util
@@ -19,12 +19,12 @@ from hpm_video.files.weights import CheckpointError
 from hpm_video.models.vit import LAYER_NORM_EPS
 from hpm_video.recognition.trained_model import TrainedModel
 from hpm_video.weights.express import Expressed, express
+from hpm_video.weights.facts import RESAMPLE, crop_share, facts_of
 from hpm_video.weights.folder import texts_of, write_json
-from hpm_video.weights.notes import RESAMPLE
 from hpm_video.weights.parity import is_installed, of_timm, of_transformers
 
 LARGEST_ONNX = 1_900_000_000
-"""Bytes of weights that a file of ONNX takes; those of larger models lie in a second file."""
+"""Largest weights in bytes in one file of ONNX; larger ones lie in a second file."""
 OPSET = 18
 TO_INSTALL = ("onnx", "onnxscript", "onnxruntime")
 TIMM_NAMES = {
@@ -34,7 +34,7 @@ TIMM_NAMES = {
     1024: "vit_large_patch16_224",
     1280: "vit_huge_patch14_224",
 }
-"""Names of timm's models by their width; whatever else they are is given."""
+"""Names of timm's models by width; all other sizes are given as arguments."""
 
 
 def write_own(model: TrainedModel, _: Expressed, file: Path) -> list[str]:
@@ -47,7 +47,7 @@ def write_own(model: TrainedModel, _: Expressed, file: Path) -> list[str]:
 
 
 def write_transformers(model: TrainedModel, expressed: Expressed, folder: Path) -> list[str]:
-    """Write a folder that ``from_pretrained`` reads. -> what it cannot say of the model"""
+    """Write a folder that ``from_pretrained`` reads. -> notes on what it does not hold"""
     if not is_installed("transformers"):
         raise CheckpointError("it writes such a folder itself: pip install transformers")
     kind, config = expressed.family.transformers_class, model.config
@@ -90,30 +90,27 @@ def write_transformers(model: TrainedModel, expressed: Expressed, folder: Path) 
 
 def transformers_config(model: TrainedModel, kind: str) -> dict[str, Any]:
     """Return ``config.json`` of a model of transformers."""
-    config, size = model.config, model.config.model.encoder
-    frames, height, width = config.data.clip_size
+    config, size, facts = model.config, model.config.model.encoder, facts_of(model)
     table: dict[str, Any] = {
-        "image_size": height if height == width else [height, width],
+        "image_size": facts["input_size"],
         "patch_size": config.model.patch_size[1],
         "num_channels": config.model.channels,
         "hidden_size": size.dim,
         "num_hidden_layers": size.depth,
-        "num_attention_heads": size.num_heads,
+        "num_attention_heads": facts["num_attention_heads"],
         "intermediate_size": _wide(size),
         "layer_norm_eps": LAYER_NORM_EPS,
     }
     if kind.startswith("VideoMAE"):
-        table |= {"num_frames": frames, "tubelet_size": config.model.patch_size[0]}
+        table |= {"num_frames": config.data.num_frames, "tubelet_size": config.model.patch_size[0]}
         table["use_mean_pooling"] = model.is_classifier
     if pretraining := model.pretraining:
         decoder = pretraining.model.decoder
         table |= {
             "decoder_hidden_size": decoder.dim,
             "decoder_num_hidden_layers": decoder.depth,
-            "decoder_num_attention_heads": decoder.num_heads,
             "decoder_intermediate_size": _wide(decoder),
-            "norm_pix_loss": pretraining.mining.target != "raw",
-        }
+        } | {key: facts[key] for key in ("decoder_num_attention_heads", "norm_pix_loss")}
         if not kind.startswith("VideoMAE"):
             table["mask_ratio"] = pretraining.masking.ratio
     else:
@@ -134,14 +131,14 @@ def _wide(size: TransformerSize) -> int:
 
 
 def timm_name(model: TrainedModel) -> str:
-    """Return that of the model of timm that this is a kind of."""
+    """Return the name of the timm model of this width."""
     return TIMM_NAMES.get(model.config.model.encoder.dim, TIMM_NAMES[768])
 
 
 def timm_arguments(model: TrainedModel, time: int = 1) -> dict[str, Any]:
-    """Return what ``timm.create_model`` has to be told beside the name.
+    """Return the arguments of ``timm.create_model`` beside the name.
 
-    Of clips, time steps lie below each other in one image. ``time``: frames of a patch.
+    The time steps of clips lie below each other in one image. ``time``: frames of a patch.
     """
     size, config = model.config.model.encoder, model.config.model
     _, patch_height, patch_width = config.patch_size
@@ -192,20 +189,12 @@ def write_timm(model: TrainedModel, expressed: Expressed, folder: Path) -> list[
     return []
 
 
-def crop_share(size: int, short_side: int | None) -> float:
-    """Of a crop in what it is cut out of; timm divides by it and drops what is not whole."""
-    if short_side is None:
-        return 1.0
-    share = size / short_side
-    return share if math.floor(size / share) == short_side else size / (short_side + 0.5)
-
-
 # --- Files of MAE, VideoMAE and HPM ---------------------------------------------------------------
 
 
 def write_pickle(model: TrainedModel, expressed: Expressed, file: Path) -> list[str]:
     """Write a file of torch.save with the weights under ``model``, of plain values alone."""
-    torch.save({"model": expressed.tensors, "args": _arguments(model)}, file)
+    torch.save({"model": expressed.tensors, "args": facts_of(model)}, file)
     return []
 
 
@@ -217,7 +206,7 @@ def write_hpm(model: TrainedModel, expressed: Expressed, file: Path) -> list[str
         "state_dict": {f"module.{name}": value for name, value in expressed.tensors.items()},
         "ema_state_dict": second.tensors,
         "model": model.kind,
-        "args": _arguments(model),
+        "args": facts_of(model),
     }
     torch.save(content, file)
     copied = "; it has no teacher: that is a copy" if teacher is None else ""
@@ -226,26 +215,6 @@ def write_hpm(model: TrainedModel, expressed: Expressed, file: Path) -> list[str
         f"the one output of the loss predictor is written {values} times, as the official "
         f"model has it, which averages them: the same score but for rounding{copied}"
     ]
-
-
-def _arguments(model: TrainedModel) -> dict[str, Any]:
-    """Return what such files keep of a run, and what an importer needs to know, by plain values."""
-    config, data = model.config, model.config.data
-    height, width = data.frame_size
-    told: dict[str, Any] = {
-        "input_size": height if height == width else [height, width],
-        "num_frames": data.num_frames,
-        "sampling_rate": data.frame_stride,
-        "num_attention_heads": config.model.encoder.num_heads,
-        "image_mean": list(data.mean),
-        "image_std": list(data.std),
-        "interpolation": data.interpolation,
-        "short_side": data.held_out_short_side,
-    }
-    if pretraining := model.pretraining:
-        told["decoder_num_attention_heads"] = pretraining.model.decoder.num_heads
-        told["norm_pix_loss"] = pretraining.mining.target != "raw"
-    return told
 
 
 # --- ONNX ---------------------------------------------------------------------------------------
@@ -290,7 +259,7 @@ def write_onnx(model: TrainedModel, _: Expressed, file: Path) -> list[str]:
         "frame_stride": data.frame_stride,
         "short_side": data.held_out_short_side,
         "interpolation": data.interpolation,
-        "pixels": "in [0, 1], then less the mean and divided by the deviation",
+        "pixels": "in [0, 1], minus the mean and divided by the standard deviation",
         "mean": list(data.mean),
         "std": list(data.std),
     }
@@ -305,7 +274,7 @@ def write_onnx(model: TrainedModel, _: Expressed, file: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter tells of each of its steps, and of its own future."""
+    """Silence the exporter's messages on its steps and its deprecations."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():

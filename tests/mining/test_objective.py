@@ -157,8 +157,8 @@ def test_masks_depend_on_the_keys_of_the_clips_alone():
     _, objective, engine = make()
     batch = random_batch((4, 32, 32))
     part = dataclasses.replace(batch, clips=batch.clips[2:3], keys=batch.keys[2:3])
-    one, other = objective.examine(engine, batch, ["one", "other"])
-    (of_part,) = objective.examine(engine, part, ["one"])
+    one, other = objective.evaluate(engine, batch, ["one", "other"])
+    (of_part,) = objective.evaluate(engine, part, ["one"])
     assert torch.equal(of_part.mask.masked, one.mask.masked[2:3])
     assert not torch.equal(other.mask.masked, one.mask.masked)
 
@@ -308,7 +308,7 @@ def test_one_time_step_and_several_run_the_same_lines(options):
                 group["lr"] = 1e-3
             engine.step()
             objective.after_update(student, Progress(3, 9, 10))
-            objective.examine(engine, batch, ["a"])
+            objective.evaluate(engine, batch, ["a"])
 
         ran.append(lines_run(update))
         assert not torch.equal(student.patch_embed.proj.weight, before)
@@ -371,7 +371,7 @@ def test_measures_of_several_sources_are_told_one_after_the_other():
         "images/relative_error": 0.25,
     }
     assert describe_sources(("", "images"), "the patch mean", measures).splitlines() == [
-        "held out: error 0.500 of the patch mean's",
+        "validation: error 0.500 of the patch mean's",
         "  ranking by the teacher 0.750 (trivial: variance 0.600)",
-        "images, held out: error 0.250 of the patch mean's",
+        "images, validation: error 0.250 of the patch mean's",
     ]

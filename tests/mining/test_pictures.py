@@ -170,8 +170,8 @@ def test_the_error_is_averaged_over_the_masks_that_hide_a_token() -> None:
     (study,) = study_clips(objective, student, batch, num_masks=3)
     errors = np.full((3, objective.masks[""].grid.num_tokens), np.nan)
     purposes = [f"picture {index}" for index in range(3)]
-    for index, seen in enumerate(objective.examine(student, batch, purposes)):
-        errors[index, seen.mask.masked_ids[0]] = seen.errors[0]
+    for index, evaluation in enumerate(objective.evaluate(student, batch, purposes)):
+        errors[index, evaluation.mask.masked_ids[0]] = evaluation.errors[0]
     known = ~np.isnan(errors).all(axis=0)
     np.testing.assert_array_equal(np.isnan(study.true_error), ~known)
     expected = np.nanmean(errors[:, known], axis=0)

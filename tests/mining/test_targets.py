@@ -115,16 +115,16 @@ def test_errors_are_float32_in_mixed_precision():
         assert target.errors(predicted, features).dtype == torch.float32
 
 
-def test_the_yardstick_is_the_mean_direction_of_the_hidden_tokens_of_a_clip():
+def test_the_baseline_is_the_mean_direction_of_the_hidden_tokens_of_a_clip():
     features = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1))
     features = features * torch.rand(2, 6, 1) * 9  # a long one counts no more than a short one
     target = target_of(None)
-    for clip, errors in zip(features, target.yardstick_errors(features), strict=True):
+    for clip, errors in zip(features, target.baseline_errors(features), strict=True):
         mean = sum(feature / feature.norm() for feature in clip)
         expected = [2 - 2 * (mean @ one / mean.norm() / one.norm()).item() for one in clip]
         assert errors.tolist() == pytest.approx(expected, abs=1e-5)
     alike = torch.ones(2, 6, 8)
-    torch.testing.assert_close(target.yardstick_errors(alike), torch.zeros(2, 6))
+    torch.testing.assert_close(target.baseline_errors(alike), torch.zeros(2, 6))
 
 
 @pytest.mark.parametrize("kind", ["raw", "joint", "per_channel"])
@@ -268,12 +268,12 @@ def test_the_target_is_what_the_teachers_encoder_makes_of_the_whole_clip(class_t
 def test_a_held_out_batch_is_encoded_once_for_all_masks():
     student, objective, _ = make(target_of(None), predictor="relative")
     seen = encoded_by(objective.ema)
-    found = objective.examine(student, batch_of(), ["a", "b", "c"])
+    found = objective.evaluate(student, batch_of(), ["a", "b", "c"])
     assert len(found) == 3
     assert len(seen) == 1
     assert not torch.equal(found[0].mask.masked, found[1].mask.masked)
     for one in found:
-        assert one.errors.shape == one.yardstick_errors.shape == (4, 24)
+        assert one.errors.shape == one.baseline_errors.shape == (4, 24)
 
 
 def test_a_teacher_is_there_without_a_predictor_where_it_is_the_target():

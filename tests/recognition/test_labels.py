@@ -61,7 +61,9 @@ def test_manifests_must_number_the_classes_alike():
     for names in (None, ("a",), ("a", "b"), ("a", "1"), ("0", "b"), ("a", "b", "c")):
         check_same_names(("a", "b"), manifest_of(0, 1, names=names))
     check_same_names(("0", "1"), manifest_of(0, 1, names=("a", "b")))
-    with pytest.raises(ManifestError, match="class 1 is 'b' for training and 'c' in the held-out"):
+    with pytest.raises(
+        ManifestError, match="class 1 is 'b' for training and 'c' in the validation"
+    ):
         check_same_names(("a", "b"), manifest_of(0, 1, names=("a", "c")))
     with pytest.raises(ManifestError, match="class 0 is 'a' .* 'b' .* number the classes alike"):
         check_same_names(("a", "b"), manifest_of(0, 1, names=("b", "a")))
@@ -74,7 +76,7 @@ def test_names_of_two_manifests():
     assert names_of_both(manifest_of(0, 2), manifest_of(1)) == ("0", "1", "2")
     with pytest.raises(ManifestError, match="the training videos need labels"):
         names_of_both(manifest_of(0, -1), manifest_of(1))
-    with pytest.raises(ManifestError, match="the held-out videos need labels"):
+    with pytest.raises(ManifestError, match="the validation videos need labels"):
         names_of_both(train, manifest_of(1, -1))
     with pytest.raises(ManifestError, match="number the classes alike"):
         names_of_both(train, manifest_of(1, 0, names=("b", "a")))

@@ -197,7 +197,9 @@ def test_a_bad_file_is_found_before_a_run_and_not_tried_again(caplog):
 
 def test_values_that_are_not_finite_are_refused():
     manifest = manifest_of(("a", "b"))
-    with pytest.raises(CheckpointError, match=r"says of /v/a is not finite.* an earlier check"):
+    with pytest.raises(
+        CheckpointError, match=r"output of the model for /v/a is not finite.* an earlier check"
+    ):
         score(manifest, values=lambda clips: probabilities(clips) * torch.nan)
 
 

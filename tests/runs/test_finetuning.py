@@ -147,7 +147,7 @@ def test_other_classes_or_another_config_are_refused(finetuned_run, finetune, tm
     assert "other classes (3, now 4)" in output or "model.num_classes: 3 -> 4" in output
     names.write_text("red\ngreen\nblue\n")
     output = finish(finetune(finetuned_run, f"data.label_names={names}"), code=2)
-    assert "class 0 is 'red' for training and 'blue' in the held-out manifest" in output
+    assert "class 0 is 'red' for training and 'blue' in the validation manifest" in output
 
 
 def test_an_encoder_of_another_size_is_refused_before_anything_is_written(finetune, tmp_path):

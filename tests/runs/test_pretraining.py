@@ -274,5 +274,5 @@ def test_the_shell_script_runs_it_from_anywhere(config_file, tmp_path):
     assert output.returncode == 0, output.stdout + output.stderr
     assert list((run / "tensorboard").iterdir())
     assert (run / "curves.png").is_file()
-    assert "held out: error" in output.stdout
+    assert "validation: error" in output.stdout
     assert f"{run / 'checkpoints' / 'best'}" in output.stdout

@@ -20,11 +20,10 @@ from hpm_video.recognition.trained_model import TrainedModel, open_trained
 from hpm_video.tokens.pixels import normalise
 from hpm_video.weights.exporting import FORMATS, export
 from hpm_video.weights.express import express
+from hpm_video.weights.facts import Overrides, crop_share
 from hpm_video.weights.folder import texts_of, write_folder
-from hpm_video.weights.geometry import Overrides
 from hpm_video.weights.importing import import_weights, inspect
 from hpm_video.weights.parity import NOT_ASKED
-from hpm_video.weights.writing import crop_share
 
 NAMES = ("red", "green", "blue")
 CLIPS = """

@@ -13,14 +13,14 @@ from hpm_video.config.choices import TransformerSize
 from hpm_video.config.loading import load_any_config, load_config
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.files.weights import CheckpointError
-from hpm_video.models.positions import position_table, resized
+from hpm_video.models.positions import position_table, resize_positions
 from hpm_video.recognition.trained_model import ClipChoice, TrainedModel, open_trained
 from hpm_video.runs.pretraining import pretrain
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.checkpoint import sha256_of
+from hpm_video.weights.facts import Overrides
 from hpm_video.weights.families import LICENCES
 from hpm_video.weights.folder import write_folder
-from hpm_video.weights.geometry import Overrides
 from hpm_video.weights.importing import import_weights, inspect
 from hpm_video.weights.parity import NOT_ASKED
 from hpm_video.weights.verify import compare
@@ -170,7 +170,7 @@ def test_fine_tuning_from_learned_positions(
     grid = TokenGrid(1, size[0] // 8, 4)
     table = content["model"]["pos_embed"][0, 1:]
     found = encoder.positions("pos_embed", grid)
-    assert torch.equal(found, resized(table, TokenGrid(1, 4, 4), grid))
+    assert torch.equal(found, resize_positions(table, TokenGrid(1, 4, 4), grid))
     config = yaml.safe_load(finetune_config.read_text())
     config["init_weights"] = str(folder)
     config["model"] |= {"encoder": {"dim": 48, "depth": 2, "num_heads": 4}, "patch_size": [1, 8, 8]}

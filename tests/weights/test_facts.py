@@ -1,4 +1,4 @@
-"""What lies beside weights is believed where ours can be it, and refused where it cannot."""
+"""Facts beside weights are used where our models can have them, and refused where they cannot."""
 
 import json
 import logging
@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hpm_video.files.weights import CheckpointError
-from hpm_video.models.positions import resized
+from hpm_video.models.positions import resize_positions
 from hpm_video.tokens.grid import TokenGrid
-from hpm_video.weights.geometry import Overrides
+from hpm_video.weights.facts import Overrides
 from hpm_video.weights.importing import describe, import_weights
 from hpm_video.weights.verify import compare
 
@@ -62,7 +62,7 @@ def of_timm(tmp_path):
         {"no_embed_class": True},
     ],
 )
-def test_what_timm_says_is_what_is_imported(of_timm, arguments):
+def test_the_config_of_timm_decides_what_is_imported(of_timm, arguments):
     model, folder = of_timm(**arguments)
     imported = import_weights(folder)
     assert imported.model.config.model.encoder.num_heads == arguments.get("num_heads", 6)
@@ -86,7 +86,7 @@ def test_what_timm_says_is_what_is_imported(of_timm, arguments):
         ({"global_pool": "avg", "pool_include_prefix": True}, "pool_include_prefix=True"),
     ],
 )
-def test_what_ours_cannot_be_of_timm_is_refused(of_timm, arguments, told):
+def test_a_config_of_timm_that_ours_cannot_have_is_refused(of_timm, arguments, told):
     with pytest.raises(CheckpointError, match=told):
         import_weights(of_timm(**arguments)[1])
 
@@ -96,11 +96,11 @@ def changed(folder, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_what_a_config_says_and_nobody_knows_is_refused(of_timm):
+def test_an_unknown_key_of_a_config_is_refused(of_timm):
     _, folder = of_timm()
     config = json.loads((folder / "config.json").read_text())
     changed(folder, model_args=config["model_args"] | {"novelty": 3})
-    with pytest.raises(CheckpointError, match="no model of this package can be: novelty=3"):
+    with pytest.raises(CheckpointError, match="no model of this package can have: novelty=3"):
         import_weights(folder)
 
 
@@ -168,7 +168,7 @@ def of_transformers(tmp_path):
         ({"num_attention_heads": [3]}, r"num_attention_heads must be .* got \[3\]"),
     ],
 )
-def test_what_ours_cannot_be_of_transformers_is_refused(of_transformers, values, told):
+def test_a_config_of_transformers_that_ours_cannot_have_is_refused(of_transformers, values, told):
     with pytest.raises(CheckpointError, match=told):
         import_weights(of_transformers(**values))
 
@@ -316,4 +316,4 @@ def test_given_positions_are_resized_as_timm_does(of_timm):
     table = imported.model.tensors["pos_embed"][0]
     source, grid = TokenGrid(1, 4, 4), TokenGrid(1, 6, 5)
     expected = timm.layers.resample_abs_pos_embed(model.pos_embed.detach(), [6, 5])
-    torch.testing.assert_close(resized(table, source, grid), expected[0, 1:])
+    torch.testing.assert_close(resize_positions(table, source, grid), expected[0, 1:])
