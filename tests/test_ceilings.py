@@ -12,27 +12,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PHYSICAL_LINES = 27_081
-CODE_LINES = 18_984
+PHYSICAL_LINES = 27_027
+CODE_LINES = 18_972
 LINES = {
     ".": 121,
-    "datasets": 1356,
+    "datasets": 1351,
     "hpm_video": 73,
-    "hpm_video/config": 1209,
-    "hpm_video/data": 1954,
-    "hpm_video/decoding": 1492,
+    "hpm_video/config": 1205,
+    "hpm_video/data": 1908,
+    "hpm_video/decoding": 1483,
     "hpm_video/files": 420,
     "hpm_video/mining": 1180,
     "hpm_video/models": 931,
-    "hpm_video/preparation": 3308,
-    "hpm_video/recognition": 1608,
-    "hpm_video/runs": 2128,
-    "hpm_video/tokens": 385,
-    "hpm_video/training": 2659,
-    "hpm_video/weights": 2953,
-    "hpm_video/workers": 699,
-    "tests": 1469,
-    "tools": 3136,
+    "hpm_video/preparation": 3283,
+    "hpm_video/recognition": 1621,
+    "hpm_video/runs": 2136,
+    "hpm_video/tokens": 386,
+    "hpm_video/training": 2634,
+    "hpm_video/weights": 2978,
+    "hpm_video/workers": 706,
+    "tests": 1481,
+    "tools": 3130,
 }
 """Physical lines of each folder; "." is the scripts at the root."""
 MODULES_AT_THE_ROOT = 2

@@ -31,7 +31,7 @@ from hpm_video.config.loading import load_any_config, load_config
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.data.reading import Request, Views
 from hpm_video.decoding.locations import is_image
-from hpm_video.decoding.registry import DecoderError, available_decoders
+from hpm_video.decoding.registry import DecoderError, available_decoders, open_video
 from hpm_video.files.failures import TooManyBadFiles
 from hpm_video.preparation.benchmark import (
     IN_THE_RUN,
@@ -253,6 +253,8 @@ def decoding(arguments: argparse.Namespace) -> Tables:
     """
     torch.set_num_threads(1)
     decoders = choose_decoders(arguments.decoders)
+    with open_video(arguments.video):  # says clearly what is wrong with it
+        pass
     if "decord" not in available_decoders():
         print("decord is not installed: the straightforward way takes whole frames of PyAV")
 

@@ -67,7 +67,7 @@ def _metadata_of(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as stored:
             metadata: dict[str, str] = stored.metadata() or {}
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+        raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error
     ours = metadata.get("kind", "").startswith(KIND) and metadata.get("weights") in NAMES
     if not ours or not {"config.yaml", "state.json"} <= metadata.keys():
         raise CheckpointError(

@@ -10,6 +10,8 @@ A folder of features holds
 Files of features are whole or absent, and those that are there need not be computed again.
 """
 
+import contextlib
+import csv
 import hashlib
 import re
 import weakref
@@ -107,11 +109,20 @@ class FeatureFolder:
         for unfinished in self.path.glob("*/.*.part.npy"):
             unfinished.unlink()
         self.bad_files.unlink(missing_ok=True)  # they are tried again
-        for record in self._journal.read():
-            video, views = record["path"], record["views"]
-            if video in self._names and self._is_there(video, views):
-                self._entries[video] = record["num_frames"], views
+        for record in (*self._read_index(), *self._journal.read()):
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # of something else
+                video, views = record["path"], int(record["views"])
+                if video in self._names and self._is_there(video, views):
+                    self._entries[video] = int(record["num_frames"]), views
         self.write_index()
+
+    def _read_index(self) -> list[dict[str, str]]:
+        """Read what folders from before there was a journal have in its place."""
+        index = self.path / "index.csv"
+        if not index.is_file():
+            return []
+        with index.open(encoding="utf-8", newline="") as file:
+            return [*csv.DictReader(file)]
 
     def missing(self) -> list[int]:
         """Return the positions in the manifest of videos without features, each video once."""

@@ -90,7 +90,7 @@ def _read_file(path: Path) -> Source:
                 return Source(path, {"": {name: stored.get_tensor(name) for name in stored.keys()}})  # noqa: SIM118
         except SafetensorError as error:
             raise CheckpointError(
-                f"{path} is not a whole safetensors file: {error}; fetch it anew"
+                f"{path} is not a complete safetensors file: {error}; fetch it anew"
             ) from error
     if path.suffix not in PICKLED:
         raise CheckpointError(

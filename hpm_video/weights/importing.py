@@ -31,7 +31,7 @@ from hpm_video.weights.facts import Overrides
 from hpm_video.weights.families import TABLES, Family, Renamed, licence_of
 from hpm_video.weights.files import Source, Tensors, read_source
 from hpm_video.weights.geometry import MissingOptionError, infer
-from hpm_video.weights.recognise import TEACHER, Recognised, recognise
+from hpm_video.weights.recognise import TEACHER, Recognised, list_shapes, recognise
 
 SAME_POSITIONS = 1e-3
 """Largest difference between computed tables of positions, beside the rounding of the file."""
@@ -303,6 +303,24 @@ def _parts_of(names: Iterable[str]) -> list[str]:
     return [f"{name} ({count} tensors)" if count > 1 else name for name, count in kinds.items()]
 
 
+def _describe_file(path: Path, overrides: Overrides | None) -> list[str]:
+    """Return lines on a file whose model is not known in full."""
+    source = read_source(path)
+    found = recognise(source, overrides.entry if overrides else None)
+    count = sum(value.numel() for value in found.tensors.values())
+    where = f" under {found.entry!r}" if found.entry else ""
+    others = [name for name in source.entries if name != found.entry]
+    beside = ", ".join([*others, *source.beside])
+    return [
+        f"{found.family.name}: {found.family.says}",
+        *(f"  {line}" for line in list_shapes(found.tensors)),
+        f"{len(found.tensors)} tensors{where}, {count:,} parameters",
+        *([] if source.epoch is None else [f"epoch {source.epoch}"]),
+        *([f"beside them: {beside}"] if beside else []),
+        f"licence: {found.family.licence}",
+    ]
+
+
 def inspect(path: Path, overrides: Overrides | None = None) -> list[str]:
     """Return family, size, clips, patches, head, epoch, number of parameters and licence of a file.
 
@@ -314,9 +332,7 @@ def inspect(path: Path, overrides: Overrides | None = None) -> list[str]:
         try:
             return describe(import_weights(path, overrides))
         except MissingOptionError as error:
-            family = recognise(read_source(path), overrides.entry if overrides else None).family
-            first = [f"{family.name}: {family.says}", f"licence: {family.licence}"]
-            return [*first, f"not all of it is in the file: {error}"]
+            return [*_describe_file(path, overrides), f"not all of it is in the file: {error}"]
     names: dict[str, WeightsOf] = {"teacher": "teacher", "average": "average"}
     model = open_trained(folder, TrainedModel, names.get(path.stem))
     config = model.config

@@ -92,17 +92,20 @@ def _stripped(tensors: Tensors, prefix: str) -> Tensors:
 
 
 def _unknown(source: Source, entry: str, tensors: Tensors) -> str:
-    kinds: dict[str, tuple[int, ...]] = {}
-    for name, value in tensors.items():
-        kinds.setdefault(re.sub(r"\.\d+\.", ".N.", name), tuple(value.shape))
-    shown = [f"{name} {shape}" for name, shape in list(kinds.items())[:SHOWN]]
-    if len(kinds) > SHOWN:
-        shown.append(f"and {len(kinds) - SHOWN} more kinds of names")
     where = f" under {entry!r}" if entry else ""
     return (
         f"{source.path} holds weights{where} of no family that is known ({', '.join(FAMILIES)}). "
         f"Its tensors:\n  "
-        + "\n  ".join(shown)
+        + "\n  ".join(list_shapes(tensors))
         + "\nKnown are plain vision transformers alone, without layer scale, relative positions "
         "or registers."
     )
+
+
+def list_shapes(tensors: Tensors) -> list[str]:
+    """List names and shapes of the first tensors, those of all blocks as one."""
+    kinds: dict[str, tuple[int, ...]] = {}
+    for name, value in tensors.items():
+        kinds.setdefault(re.sub(r"\.\d+\.", ".N.", name), tuple(value.shape))
+    shown = [f"{name} {shape}" for name, shape in list(kinds.items())[:SHOWN]]
+    return [*shown, f"and {len(kinds) - SHOWN} more kinds of names"][: len(kinds)]

@@ -440,6 +440,17 @@ def test_what_does_not_fit_the_index_is_computed_again(main, pretrained, source,
     assert contents(output) == before
 
 
+def test_a_folder_from_before_there_was_a_journal_goes_on(
+    main, pretrained, source, tmp_path, capsys
+):
+    output = tmp_path / "out"
+    assert main(pretrained, source, output) == 0
+    (output / "journal.jsonl").write_text('{"x": 1}\n[2]\n')
+    capsys.readouterr()
+    assert main(pretrained, source, output) == 0
+    assert capsys.readouterr().out.startswith("5 of 5 videos are there already\n")
+
+
 def test_half_a_line_spoils_nothing(tmp_path):
     manifest = Manifest(("/v/a.mp4", "/v/b.mp4"), (0, 1), (-1, -1))
 

@@ -248,7 +248,7 @@ def test_wrong_inputs_are_told_before_anything_is_computed(
         ("--views", "5by3", "views are clips x crops, at least 1x1, such as 5x3"),
         ("--views", "0x3", "views are clips x crops"),
         ("--top", "0", "at least 1, got '0'"),
-        ("--workers", "-1", "expected one argument|at least 1"),
+        ("--workers", "-1", "expected one argument|at least 0"),
         ("--precision", "fp8", "invalid choice"),
     ],
 )

@@ -371,8 +371,10 @@ def test_inspect_what_an_import_wrote_and_what_lacks_heads(files, tmp_path):
     said = inspect(tmp_path / "folder")
     assert f"licence: {LICENCES['mae']}" in said
     assert f"student, imported from {files['mae']} (mae)" in said
-    kind, licence, said = inspect(files["videomae"])
+    kind, *shapes, licence, said = inspect(files["videomae"])
     assert kind == "videomae: VideoMAE pre-training, first or second version"
+    assert "  encoder.blocks.N.norm1.weight (48,)" in shapes
+    assert any("tensors under 'model'" in line for line in shapes)
     assert licence == f"licence: {LICENCES['videomae']}"
     assert "the encoder of width 48 is none of the known" in said
     assert "give --heads" in said
