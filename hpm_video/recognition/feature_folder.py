@@ -109,7 +109,7 @@ class FeatureFolder:
         for unfinished in self.path.glob("*/.*.part.npy"):
             unfinished.unlink()
         self.bad_files.unlink(missing_ok=True)  # they are tried again
-        for record in (*self._read_index(), *self._journal.read()):
+        for record in self._journal.read() or self._read_index():
             with contextlib.suppress(KeyError, TypeError, ValueError):  # of something else
                 video, views = record["path"], int(record["views"])
                 if video in self._names and self._is_there(video, views):

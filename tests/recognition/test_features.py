@@ -445,10 +445,13 @@ def test_a_folder_from_before_there_was_a_journal_goes_on(
 ):
     output = tmp_path / "out"
     assert main(pretrained, source, output) == 0
-    (output / "journal.jsonl").write_text('{"x": 1}\n[2]\n')
-    capsys.readouterr()
-    assert main(pretrained, source, output) == 0
-    assert capsys.readouterr().out.startswith("5 of 5 videos are there already\n")
+    journal = output / "journal.jsonl"
+    lines = journal.read_text()
+    for content in ("", lines + '{"x": 1}\n'):
+        journal.write_text(content)
+        capsys.readouterr()
+        assert main(pretrained, source, output) == 0
+        assert capsys.readouterr().out.startswith("5 of 5 videos are there already\n")
 
 
 def test_half_a_line_spoils_nothing(tmp_path):
