@@ -1,5 +1,6 @@
 """The loader of trained models: checkpoint folders of runs, and single files made of them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,7 +69,7 @@ class ClipChoice:
 
 
 @dataclass(frozen=True)
-class TrainedModel:
+class TrainedModel(ABC):
     """A model in a checkpoint folder, a single file or memory.
 
     Weights that are not in memory are read when they are needed.
@@ -138,28 +139,27 @@ class TrainedModel:
 
     def describe(self) -> dict[str, Any]:
         """Return its weights and its clips, in plain values."""
-        data = self.data
         return {
             "update": self.update,
             "weights": self.weights,
             "weights_sha256": self.digest,
-            "num_frames": data.num_frames,
-            "sampling": data.sampling,
-            "frame_stride": data.frame_stride,
-            "frame_size": list(data.frame_size),
+            "num_frames": self.data.num_frames,
+            "sampling": self.data.sampling,
+            "frame_stride": self.data.frame_stride,
+            "frame_size": list(self.data.frame_size),
         }
 
+    @abstractmethod
     def make(self) -> MaskedAutoencoder | ClipClassifier:
         """Return the whole model without its weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build(self) -> MaskedAutoencoder | ClipClassifier:
         """Return the whole model with its weights, for use."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encoder(self) -> ClipEncoder:
         """Build the model that computes features of clips."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def open_trained(
         overrides: of its config, such as where the weights of a feature model are now.
 
     Raises:
-        ConfigError, CheckpointError: it is not a whole checkpoint of that kind, or has no such
+        ConfigError, CheckpointError: it is not a complete checkpoint of that kind, or has no such
             weights.
     """
     with as_folder(path) as folder:

@@ -209,7 +209,7 @@ def _refusal(path: Path, error: Exception) -> str:
     advice = unpickling or "weights_only" in str(error)
     reason = "" if advice else f": {str(error).partition(chr(10))[0]}"
     return (
-        f"{path} is not a whole file of torch.save, or cannot be read ({type(error).__name__}"
+        f"{path} is not a complete file of torch.save, or cannot be read ({type(error).__name__}"
         f"{reason}); fetch it anew, or convert it to .safetensors"
     )
 

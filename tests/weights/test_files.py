@@ -118,7 +118,7 @@ def test_broken_missing_and_other_files_say_what_to_do(tmp_path):
     whole, broken = tmp_path / "whole.pth", tmp_path / "broken.pth"
     torch.save(WEIGHTS, whole)
     broken.write_bytes(whole.read_bytes()[:-200])
-    with pytest.raises(CheckpointError, match="not a whole file of torch.save"):
+    with pytest.raises(CheckpointError, match="not a complete file of torch.save"):
         read_source(broken)
     with pytest.raises(CheckpointError, match="does not exist"):
         read_source(tmp_path / "absent.pth")
