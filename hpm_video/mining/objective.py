@@ -26,7 +26,7 @@ from hpm_video.training.objective import Losses, Model
 from hpm_video.training.progress import Progress
 
 
-class Evaluation(NamedTuple):
+class StudentOutput(NamedTuple):
     """Predictions and errors of the student on a batch under one random mask."""
 
     mask: TokenMask
@@ -137,10 +137,10 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
     @torch.no_grad()
     def evaluate(
         self, student: Model, batch: ClipBatch, purposes: Iterable[str]
-    ) -> list[Evaluation]:
+    ) -> list[StudentOutput]:
         """Reconstruct a batch under random masks, each of which depends on its keys and a purpose.
 
-        -> an evaluation for each of ``purposes``
+        -> an output for each of ``purposes``
         """
         rule = self.masks[batch.source]
         clips = self.normalised(batch)
@@ -152,7 +152,7 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
             prediction: Prediction = student(clips, mask)
             target = self.target.of(batch.clips, mask, features)
             found.append(
-                Evaluation(
+                StudentOutput(
                     mask,
                     prediction.difficulty,
                     errors=self.target.errors(prediction.content, target),
@@ -185,15 +185,15 @@ def named(source: str, quantity: str) -> str:
     return f"{source}/{quantity}" if source else quantity
 
 
-def average_errors(evaluations: Sequence[Evaluation]) -> Tensor:
+def average_errors(outputs: Sequence[StudentOutput]) -> Tensor:
     """Error of each token, averaged over the masks that hide it: -> (B, N), NaN where none does.
 
     The true error of the paper's Figure 2: how hard a token is whatever else is hidden, which is
     all that a teacher that sees the whole clip can predict.
     """
-    total = torch.zeros_like(evaluations[0].mask.masked, dtype=torch.float32)
+    total = torch.zeros_like(outputs[0].mask.masked, dtype=torch.float32)
     count = torch.zeros_like(total)
-    for evaluation in evaluations:
-        total.scatter_add_(1, evaluation.mask.masked_ids, evaluation.errors)
-        count += evaluation.mask.masked
+    for output in outputs:
+        total.scatter_add_(1, output.mask.masked_ids, output.errors)
+        count += output.mask.masked
     return total / count

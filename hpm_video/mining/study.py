@@ -106,8 +106,8 @@ def study_clips(
         filled = reconstruct(
             predicted, batch.clips, mask, pixels, ground_truth_statistics=ground_truth_statistics
         )
-    evaluations = objective.evaluate(student, batch, (f"picture {i}" for i in range(num_masks)))
-    true_errors = average_errors(evaluations)
+    outputs = objective.evaluate(student, batch, (f"picture {i}" for i in range(num_masks)))
+    true_errors = average_errors(outputs)
     return [
         Study(
             name=Path(batch.files[i]).stem,

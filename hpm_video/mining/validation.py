@@ -53,23 +53,23 @@ def measure(
     for cpu_batch in batches:
         batch = cpu_batch.to(student.device)
         with student.autocast():
-            evaluations = objective.evaluate(
+            outputs = objective.evaluate(
                 student, batch, (f"held out {i}" for i in range(NUM_MASKS))
             )
             teacher = objective.difficulty(batch)
-        for evaluation in evaluations:
-            counts.add("relative_error", evaluation.errors.sum(), evaluation.baseline_errors.sum())
-            if evaluation.difficulty is not None:
-                counts.add_pairs("student_ranking", evaluation.difficulty, evaluation.errors)
-        errors = average_errors(evaluations)
+        for output in outputs:
+            counts.add("relative_error", output.errors.sum(), output.baseline_errors.sum())
+            if output.difficulty is not None:
+                counts.add_pairs("student_ranking", output.difficulty, output.errors)
+        errors = average_errors(outputs)
         if teacher is not None:
             counts.add_pairs("teacher_ranking", teacher, errors)
         trivial = trivial_difficulties(batch.clips, objective.target.patch_size)
         for name, scores in trivial.items():
             counts.add_pairs(f"{TRIVIAL}{name}", scores, errors)
-            for evaluation in evaluations:
-                hidden = evaluation.mask.take_masked(scores.unsqueeze(-1)).squeeze(-1)
-                counts.add_pairs(f"{TRIVIAL_FOR_STUDENT}{name}", hidden, evaluation.errors)
+            for output in outputs:
+                hidden = output.mask.take_masked(scores.unsqueeze(-1)).squeeze(-1)
+                counts.add_pairs(f"{TRIVIAL_FOR_STUDENT}{name}", hidden, output.errors)
     return counts.ratios(processes)
 
 
