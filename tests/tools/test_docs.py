@@ -53,6 +53,14 @@ def test_a_start_with_a_config_can_be_made(words):
         check_same_model(config, load_any_config(source))
 
 
+def test_runs_that_are_named_come_from_a_config_or_a_command():
+    texts = [" ".join(words) for words in (*commands("./run_"), *commands("python "))]
+    texts += [path.read_text(encoding="utf-8") for path in ROOT.glob("configs/*/*.yaml")]
+    made = {folder for text in texts for folder in re.findall(r"output_dir[=:] ?(\S+)", text)}
+    named = {run for text in texts for run in re.findall(r"(runs/\S+)/checkpoints/", text)}
+    assert named - made == set()
+
+
 @pytest.fixture(scope="module")
 def stand_in(videos, labelled_videos, finished_run, finetuned_run, start_program, tmp_path_factory):
     """What stands for a word of a command. -> a function"""
