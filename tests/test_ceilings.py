@@ -36,7 +36,7 @@ LINES = {
 }
 """Physical lines of each folder; "." is the scripts at the root."""
 MODULES_AT_THE_ROOT = 2
-README_LINES = 152
+README_LINES = 220
 LONGEST_FILE = 400
 LONGER_FILES = {}
 """Files that are still longer, and how long they may be."""
