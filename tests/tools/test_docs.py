@@ -81,6 +81,7 @@ def stand_in(videos, labelled_videos, finished_run, finetuned_run, start_program
         "LIST": folder / "my_videos",
         "LIST_OR_FOLDER": folder / "my_videos",
         "my_videos": folder / "my_videos",
+        "my_videos.checked.csv": folder / "my_videos",
         "datasets/demo/train.csv": labelled_videos / "train",
         "datasets/demo/validation.csv": labelled_videos / "validation",
         "FILE": exported,
@@ -109,7 +110,8 @@ def test_a_command_can_be_run(words, run_tool, stand_in, tmp_path):
         assert not missing, output
         return
     given = [word for argument in arguments for word in stand_in(tool, argument)]
-    given += ["--output", str(tmp_path)] if tool == "show_masks.py" else []
+    given += ["--output", str(tmp_path)] if tool in ("show_masks.py", "split.py") else []
+    given += ["--share", "0.4"] if tool == "split.py" else []  # of three videos of a class
     code, output = run_tool(tool.removesuffix(".py"), *given)
     assert code == 0, output
 

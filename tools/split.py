@@ -1,0 +1,75 @@
+"""Split a list of files into training and validation: python tools/split.py MANIFEST.
+
+Writes train.csv and validation.csv, with all columns of the list, and paths that are right wherever
+the two lie. Of every class about the same share is chosen, by a seed. Files of one group, say clips
+that were cut from one video, are never on both sides, nor are files of equal content where
+tools/check_videos.py has noted it.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from hpm_video.data.manifest import ManifestError, read_listing, write_manifest
+from hpm_video.data.split import choose_validation, groups_by_column, groups_by_name, joined_groups
+from hpm_video.runs.console import make_parser, run
+
+
+def main(command_line: Sequence[str] | None = None) -> int:
+    """Split, and say how."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("manifest", type=Path, help="manifest, or folder of videos or images")
+    add("--share", type=float, default=0.1, help="of the files, for validation (default 0.1)")
+    add("--seed", type=int, default=0, help="of the draw (default 0)")
+    add(
+        "--group",
+        metavar="COLUMN",
+        help="column whose equal cells keep files on one side; none: every file by itself; "
+        "default: names that differ by their last numbers alone, where they tell",
+    )
+    add("--output", type=Path, default=Path(), help="folder to write to (default: this one)")
+    arguments = parser.parse_args(command_line)
+    return run(lambda: split(arguments))
+
+
+def split(arguments: argparse.Namespace) -> None:
+    """Write both lists.
+
+    Raises:
+        ManifestError: the list cannot be read or split, or a list is there already.
+    """
+    share, output = arguments.share, arguments.output
+    if not 0 < share <= 0.5:
+        raise ManifestError(f"--share must lie in (0, 0.5], got {share:g}")
+    targets = [output / f"{name}.csv" for name in ("train", "validation")]
+    if there := [str(path) for path in targets if path.exists()]:
+        raise ManifestError(f"{there[0]} is there already; move it, or name another --output")
+    listing = read_listing(arguments.manifest)
+    labels = listing.column("label")
+    groups, origin = list(listing.files), "every file by itself"
+    if arguments.group is None:
+        origin += ", as names do not tell groups"
+        if by_name := groups_by_name(listing.files, labels):
+            groups, origin = by_name, "names that differ by their last numbers are one group"
+    elif arguments.group != "none":
+        groups = groups_by_column(listing, arguments.group)
+        origin = f"grouped by the column {arguments.group}"
+    joined = joined_groups(groups, listing.column("content"))
+    chosen = choose_validation(labels, joined, share, arguments.seed)
+    table = listing.table.assign(path=listing.files)
+    for path, rows in zip(targets, (~chosen, chosen), strict=True):
+        write_manifest(table[rows], path)
+        files, classes = int(rows.sum()), len({labels[i] for i in np.flatnonzero(rows)} - {""})
+        of_classes = f" of {classes} class{'es' if classes != 1 else ''}" if classes else ""
+        print(f"wrote {path}: {files} files{of_classes}")
+    print(f"{len(set(joined))} groups of {len(listing)} files: {origin}")
+    if absent := sorted(set(labels) - {labels[i] for i in np.flatnonzero(chosen)}):
+        print(f"too few groups for a validation file: {len(absent)} classes, first {absent[0]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
