@@ -10,18 +10,22 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import pandas as pd
 
-from hpm_video.data.places import MEDIA_SUFFIXES, is_plain, listable_files, place_of, unwritable
+from hpm_video.data.places import (
+    MEDIA_SUFFIXES,
+    is_plain,
+    listable_files,
+    log_once,
+    place_of,
+    unwritable,
+)
 from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.errors import ExpectedError, read_text
-
-log = logging.getLogger(__name__)
 
 UNLABELLED = -1
 NOT_STATED = -1
@@ -85,16 +89,6 @@ class Manifest:
     """Frames that each file is known to have, -1 where the manifest does not state it."""
     label_names: tuple[str, ...] | None = None
     """Name of each class, where the manifest names classes."""
-    left_out: int = 0
-    """Files that the list names besides, and that were found to be bad."""
-
-    def __post_init__(self) -> None:
-        if not len(self.files) == len(self.labels) == len(self.num_frames):
-            raise ValueError(
-                f"a manifest needs as many labels and frame counts as files, got "
-                f"{len(self.files)} files, {len(self.labels)} labels and "
-                f"{len(self.num_frames)} frame counts"
-            )
 
     def __len__(self) -> int:
         return len(self.files)
@@ -108,8 +102,7 @@ class Manifest:
     def spread(self, count: int) -> "Manifest":
         """At most ``count`` of the files, evenly over a list that may be sorted by class."""
         taken = min(count, len(self))
-        places = [i * len(self) // taken for i in range(taken)]
-        return self.of(places)
+        return self.of([i * len(self) // taken for i in range(taken)])
 
     def of(self, places: Sequence[int]) -> "Manifest":
         """Select the files at ``places``."""
@@ -126,8 +119,8 @@ def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
 
     - A CSV file whose first line names its columns: ``path`` and, each optional, ``label``,
       ``label_name``, ``num_frames`` and ``verdict``. An empty cell says nothing; other columns are
-      ignored. Files whose verdict is ``bad`` are left out, which is logged and counted. A path may
-      be of any kind that :mod:`hpm_video.decoding.locations` has.
+      ignored. Files whose verdict is ``bad`` are left out, and the log counts them. A path may be
+      of any kind that :mod:`hpm_video.decoding.locations` has.
     - A list without such a line, as VideoMAE and its descendants use: see :func:`_meaning`. The
       numbers at the end of a line are split off, so a path may hold spaces.
     - A folder of class folders, where each file lies in a folder directly below: the classes are
@@ -181,9 +174,7 @@ def read_listing(path: Path | str, root: Path | str | None = None) -> Listing:
 
 
 def write_manifest(table: pd.DataFrame, path: Path | str) -> None:
-    """Write a table with at least a column ``path``. What lies at ``path`` is always whole."""
-    if "path" not in table.columns:
-        raise ManifestError(f"a manifest needs a column path, got {list(table.columns)}")
+    """Write a table with at least a column ``path``. What lies at ``path`` is always complete."""
     with written_beside(Path(path)) as beside:
         table.to_csv(beside, index=False)
 
@@ -219,11 +210,8 @@ def _read_list(source: Path, text: str) -> pd.DataFrame:
             continue
         match = _LIST_LINE.fullmatch(row.strip())
         if not match:
-            why = (
-                "need the path of a video or an image and then whole numbers (folders of frames "
-                "are not read)"
-            )
-            raise _bad_line(source, line, row.strip(), why)
+            why = "need the path of a video or an image and then whole numbers"
+            raise _bad_line(source, line, row.strip(), f"{why} (folders of frames are not read)")
         numbers = match["numbers"].replace(",", " ").split()
         columns = len(numbers) if columns is None else columns
         if len(numbers) != columns:
@@ -264,8 +252,6 @@ def _meaning(source: Path, line: int, row: str, numbers: list[str]) -> tuple[str
 
 
 def _without_bad(listing: Listing, manifest: Manifest) -> Manifest:
-    if "verdict" not in listing.table:
-        return manifest
     verdicts = listing.column("verdict")
     for place, verdict in enumerate(verdicts):
         if verdict and verdict not in VERDICTS:
@@ -277,16 +263,14 @@ def _without_bad(listing: Listing, manifest: Manifest) -> Manifest:
             "and its column reason may say why. Where they were repaired, check them again: "
             "tools/check_videos.py"
         )
-    left_out = len(manifest) - len(kept)
-    if not left_out:
+    if not (left_out := len(manifest) - len(kept)):
         return manifest
-    _log_left_out(listing.source, left_out, len(manifest))
-    return replace(manifest.of(kept), left_out=left_out)
-
-
-@cache  # programs may read a manifest more than once
-def _log_left_out(source: Path, count: int, of: int) -> None:
-    log.info("%d of %d files of %s are left out: its column verdict says bad", count, of, source)
+    log_once(
+        logging.INFO,
+        f"{left_out} of {len(manifest)} files of {listing.source} are left out: its column verdict "
+        "says bad",
+    )
+    return manifest.of(kept)
 
 
 def _integers(listing: Listing, column: str, *, smallest: int, absent: int) -> "pd.Series[int]":

@@ -83,7 +83,12 @@ class VideoReader(ABC):
         return frames if np.array_equal(where, np.arange(len(frames))) else frames[where]
 
     def frames_stated(self, stated: int) -> int:
-        """How many of ``stated`` frames there are, where that is known without decoding."""
+        """How many of ``stated`` frames there are, as far as that is known without decoding.
+
+        Of all that there are, where none are stated: -1.
+        """
+        if stated <= 0:
+            return self.num_frames
         return stated if self._must_count() else min(stated, self.num_frames)
 
     def _may_have(self, index: int) -> bool:

@@ -9,8 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from hpm_video.config.choices import DecoderChoice
-from hpm_video.data.clip_stream import Part, stream_parts
-from hpm_video.data.loader import end_workers
+from hpm_video.data.loader import Part, end_workers, stream_parts
 from hpm_video.data.reading import Views
 from hpm_video.files.failures import BadFiles, Failure
 from hpm_video.files.weights import CheckpointError

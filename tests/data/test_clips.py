@@ -51,7 +51,7 @@ class GreyVideo:
         return None
 
     def frames_stated(self, stated):
-        return min(stated, self.num_frames)
+        return min(stated, self.num_frames) if stated > 0 else self.num_frames
 
     @property
     def height(self):

@@ -109,6 +109,9 @@ class Noise:
     def __exit__(self, *_):
         return None
 
+    def frames_stated(self, stated):
+        return self.num_frames
+
     def read(self, indices):
         draws = [generator(self.path, int(index)) for index in indices]
         frames = [draw.integers(256, size=(12, 14, 3), dtype=np.uint8) for draw in draws]

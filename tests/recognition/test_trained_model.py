@@ -9,8 +9,7 @@ import torch
 from hpm_video.config.loading import load_config, save_config
 from hpm_video.config.schema import FinetuneConfig
 from hpm_video.data.manifest import Manifest, ManifestError, write_manifest
-from hpm_video.data.reading import Views
-from hpm_video.data.sampling import view_indices
+from hpm_video.data.reading import Views, view_indices
 from hpm_video.data.transforms import crop_and_resize, view_boxes
 from hpm_video.decoding.registry import open_video
 from hpm_video.files.failures import BadFilesError
