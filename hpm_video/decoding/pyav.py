@@ -1,5 +1,6 @@
 """Videos with PyAV: exact on every container tried, and the first choice."""
 
+import io
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -7,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import numpy as np
 
 from hpm_video.decoding.containers import refuse_lists
-from hpm_video.decoding.mp4_header import open_source, read_delays
 from hpm_video.decoding.reader import (
     TRANSCODE,
     DecodeError,
@@ -19,6 +19,9 @@ from hpm_video.decoding.reader import (
 
 if TYPE_CHECKING:
     import av
+
+    Packets = Iterator[av.Packet[av.VideoStream]]
+    Numbered = Iterator[tuple[int | None, av.VideoFrame]]
 
 FORMATS = "mov,matroska,avi,flv,asf,ogg,mpeg,mpegvideo,mpegts,gif,yuv4mpegpipe"
 """Formats of FFmpeg that a video may have, whatever its suffix. Others open further files."""
@@ -32,13 +35,8 @@ _SEEK_SAVES = 8
 
 
 class _Packet(NamedTuple):
-    pts: int | None
+    pts: int
     dts: int | None
-    is_key: bool
-
-
-class _OtherPackets(Exception):  # noqa: N818 - never seen outside
-    """The packets are not those of the header's tables."""
 
 
 def open_container(
@@ -55,14 +53,13 @@ def open_container(
     """
     import av
 
-    in_memory = isinstance(source, bytes)
     try:
         container = av.open(
-            open_source(source) if in_memory else source,
+            io.BytesIO(source) if isinstance(source, bytes) else source,
             mode="r",
             metadata_errors="ignore",
             options={
-                "protocol_whitelist": "none" if in_memory else "file",
+                "protocol_whitelist": "none" if isinstance(source, bytes) else "file",
                 "format_whitelist": FORMATS,
             },
         )
@@ -97,12 +94,14 @@ class PyavReader(VideoReader):
         self._source = source
         # One for all frames: making one takes longer than converting a small frame.
         self._reformatter = VideoReformatter()
-        self._frames: Iterator[tuple[int | None, av.VideoFrame]] = iter(())
+        self._frames: Numbered = iter(())
         self._at: int | None = None
         self._wanted: set[int] = set()
         self._last_wanted = 0
         self._skips = False
         self._skipped: set[int] = set()
+        self._keys: list[_Packet] = []
+        self._times: list[int] = []
         self._open()
         try:
             self._index()
@@ -115,73 +114,27 @@ class PyavReader(VideoReader):
         self._is_at_start = True
         self._codec = self._stream.codec_context
 
-    # --- Which frames there are ---------------------------------------------------------------
-
     def _index(self) -> None:
-        self._keys: list[_Packet] = []
-        self._key_times: list[int] = []
-        self._times: list[int] = []
-        self._stated: dict[int | None, int | None] | None = None
-        self._may_skip = False
-        self._ordered = self._container.format.name not in UNTIMED
-        if self._ordered:
-            self._take_index(self._packets_of_header() or self._packets_of_file())
-        else:
-            self._counts_by_decoding = True
-
-    def _take_index(self, packets: list[_Packet]) -> None:
-        if not packets:
-            raise DecodeError("it has no frames")
-        self._times = sorted({packet.pts for packet in packets if packet.pts is not None})
-        self._ordered = len(self._times) == len(packets)
+        """Find out from its packets which frames there are, without decoding them."""
+        count = 0
+        if self._container.format.name not in UNTIMED:
+            for packet in self._demux():
+                if packet.size and not packet.is_discard:
+                    count += 1
+                    if packet.pts is not None:
+                        self._times.append(packet.pts)
+                        self._keys += [_Packet(packet.pts, packet.dts)] * packet.is_keyframe
+            if not count:
+                raise DecodeError("it has no frames")
+        self._times = sorted(set(self._times))
+        self._ordered = 0 < count == len(self._times)
         self._counts_by_decoding = not self._ordered
-        self._num_frames = len(packets) if self._ordered else None
-        if not self._ordered:
-            return
-        self._keys = sorted(
-            (packet for packet in packets if packet.is_key), key=lambda key: key.pts or 0
+        self._num_frames = count if self._ordered else None
+        self._keys = sorted(self._keys) if self._ordered else []
+        self._key_times = [key.pts for key in self._keys]
+        self._may_skip = self._ordered and (
+            self._codec.name in _MARKS_UNUSED or self._has_one_layer()
         )
-        self._key_times = [key.pts or 0 for key in self._keys]
-        self._may_skip = self._codec.name in _MARKS_UNUSED or self._has_one_layer()
-
-    def _index_anew(self) -> None:
-        self._reopen()
-        self._take_index(self._packets_of_file())
-
-    def _packets_of_header(self) -> list[_Packet]:
-        """From the tables of an MP4 file, of which the rest is not read; none where it is not so.
-
-        Whether packets are as the tables have it is looked at when they come.
-        """
-        if not self._container.format.name.startswith("mov") or not hasattr(
-            self._stream, "index_entries"
-        ):
-            return []
-        delays = read_delays(self._source, self._stream.id)
-        if delays is None:
-            return []
-        size = self._container.size
-        entries = [*self._stream.index_entries]
-        complete = len(entries) == len(delays) and all(
-            entry.size > 0 and not entry.is_discard and entry.pos + entry.size <= size
-            for entry in entries
-        )
-        if not complete:
-            return []
-        packets = [
-            _Packet(entry.timestamp + delay, entry.timestamp, entry.is_keyframe)
-            for entry, delay in zip(entries, delays.tolist(), strict=True)
-        ]
-        self._stated = {packet.dts: packet.pts for packet in packets}
-        return packets if len(self._stated) == len(packets) else []
-
-    def _packets_of_file(self) -> list[_Packet]:
-        self._stated = None
-        return [
-            _Packet(packet.pts, packet.dts, packet.is_keyframe)
-            for packet in self._demux()
-            if packet.size and not packet.is_discard
-        ]
 
     def _has_one_layer(self) -> bool:
         """Whether it is HEVC, of which the record in the container says so."""
@@ -190,13 +143,11 @@ class PyavReader(VideoReader):
         return self._codec.name == "hevc" and is_record and record[21] >> 3 & 7 == 1
 
     def _count(self) -> int:
-        self._start_at([])
+        self._start_at(None)
         count = sum(1 for _ in self._frames)
         if not count:
             raise DecodeError("it has no frames")
         return count
-
-    # --- Decoding them ------------------------------------------------------------------------
 
     def _decode(self, indices: list[int]) -> Frames:
         import av
@@ -207,9 +158,6 @@ class PyavReader(VideoReader):
             raise DecodeError(
                 f"it is damaged: {error.strerror}. Download it again, or encode it anew"
             ) from error
-        except _OtherPackets:
-            self._index_anew()
-            return self._decode(indices)
 
     def _read(self, indices: list[int]) -> Frames:
         stack = Stack(len(indices), self._size)
@@ -257,7 +205,8 @@ class PyavReader(VideoReader):
         # Whether the run comes next, or soon, from where decoding stopped.
         ahead = self._at is not None and self._at < run[0] and not self._is_far(self._at, run[0])
         if not ahead or not self._skipped.isdisjoint(run):
-            self._start_at(self._keys[: bisect_right(self._key_times, run[0])])
+            key = bisect_right(self._key_times, run[0]) - 1
+            self._start_at(self._keys[key] if key >= 0 else None)
         self._wanted, self._last_wanted, self._skips = set(run), run[-1], skip
         for number, frame in self._frames:
             if number == run[stack.filled - before]:
@@ -267,18 +216,14 @@ class PyavReader(VideoReader):
         stack.filled = before
         return False
 
-    def _start_at(self, keys: list[_Packet]) -> None:
-        """Let frames come from the last of ``keys`` on, or from the first frame."""
+    def _start_at(self, key: _Packet | None) -> None:
+        """Let frames come from a key frame on, or from the first frame."""
         self._at, self._skipped, self._skips = None, set(), False
-        packets = self._packets_from(keys)
+        packets = self._packets_from(key)
         self._frames = self._by_time(packets) if self._ordered else self._by_number(packets)
 
-    def _by_time(
-        self, packets: "Iterator[av.Packet[av.VideoStream]]"
-    ) -> "Iterator[tuple[int | None, av.VideoFrame]]":
+    def _by_time(self, packets: "Packets") -> "Numbered":
         for packet in packets:
-            if self._stated and packet.size and self._stated.get(packet.dts) != packet.pts:
-                raise _OtherPackets
             unused = self._skips and packet.pts not in self._wanted
             if unused and packet.pts is not None and packet.pts < self._last_wanted:
                 self._codec.skip_frame = "NONREF"
@@ -289,36 +234,35 @@ class PyavReader(VideoReader):
                 self._at = frame.pts
                 yield frame.pts, frame
 
-    def _by_number(
-        self, packets: "Iterator[av.Packet[av.VideoStream]]"
-    ) -> "Iterator[tuple[int | None, av.VideoFrame]]":
+    def _by_number(self, packets: "Packets") -> "Numbered":
         for number, frame in enumerate(frame for packet in packets for frame in packet.decode()):
             self._at = number
             yield number, frame
 
-    def _packets_from(self, keys: list[_Packet]) -> "Iterator[av.Packet[av.VideoStream]]":
-        for time in (keys[-1].pts, keys[-1].dts) if keys else ():
-            # Some containers seek by the time of presentation, some by that of decoding.
+    def _packets_from(self, key: _Packet | None) -> "Packets":
+        # Some containers seek by the time of presentation, some by that of decoding.
+        for time in key or ():
             if time is None:
                 continue
             self._container.seek(time, stream=self._stream, backward=True)
             packets = self._demux()
             first = next(packets)
-            if first.is_keyframe and first.dts is not None and first.dts <= (keys[-1].dts or 0):
+            if (
+                first.is_keyframe
+                and first.dts is not None
+                and first.dts <= ((key and key.dts) or 0)
+            ):
                 yield first
                 yield from packets
                 return
         if not self._is_at_start:
-            self._reopen()
+            self._container.close()
+            self._open()
         yield from self._demux()
 
-    def _demux(self) -> "Iterator[av.Packet[av.VideoStream]]":
+    def _demux(self) -> "Packets":
         self._is_at_start = False
         return self._container.demux(self._stream)
-
-    def _reopen(self) -> None:
-        self._container.close()
-        self._open()
 
     def _put(self, frame: "av.VideoFrame", stack: Stack) -> None:
         """Add a frame to the stack, upright: cameras of telephones note how they were held."""

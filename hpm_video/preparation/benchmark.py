@@ -20,7 +20,7 @@ from hpm_video.data.mixture import Place, Places, deal_out
 from hpm_video.data.reading import TrainReader
 from hpm_video.data.transforms import ClipTransform, DrawnCrop
 from hpm_video.decoding.locations import frames_in, is_frame_folder, read_bytes
-from hpm_video.decoding.registry import DecodeError
+from hpm_video.decoding.reader import DecodeError
 from hpm_video.files.failures import Failure, TooManyBadFiles
 from hpm_video.preparation.check import stamp_of
 from hpm_video.workers.room import RoomError, memory_left

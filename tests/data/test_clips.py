@@ -18,7 +18,7 @@ from hpm_video.data.transforms import (
     view_boxes,
     view_crops,
 )
-from hpm_video.decoding.registry import DecodeError
+from hpm_video.decoding.reader import DecodeError
 from hpm_video.files.failures import Failure, TooManyBadFiles, tolerated
 from hpm_video.randomness import key_of
 

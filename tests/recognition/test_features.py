@@ -22,7 +22,8 @@ from hpm_video.data.loader import stream_parts
 from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.data.reading import Views, window_indices
 from hpm_video.data.transforms import centre_box, crop_and_resize
-from hpm_video.decoding.registry import DecodeError, open_video
+from hpm_video.decoding.reader import DecodeError
+from hpm_video.decoding.registry import open_video
 from hpm_video.files.failures import BadFilesError, Failure
 from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.preparation.encode import write_video
