@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Format, lint, types and tests; stops at the first that fails. --quick leaves out the tests marked
-# slow. With other arguments: pytest alone, with them (./run_tests.sh tests/tokens/test_masking.py -k tube).
+# Format, lint, and tests, of which types are one; stops at the first that fails. --quick leaves out
+# the tests marked slow. With other arguments: pytest alone, with them
+# (./run_tests.sh tests/tokens/test_masking.py -k tube).
 set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
@@ -40,7 +41,6 @@ elif (($#)); then
 fi
 step "ruff format --check" "$python" -m ruff format --check .
 step "ruff check" "$python" -m ruff check .
-step "mypy" "$python" -m mypy
 step "pytest" run_suite -m "$lane"
 # By themselves, for all other tests are kept from seeing a GPU; without one these skip.
 step "pytest -m gpu" run_pytest -m gpu tests/*/*gpu.py

@@ -39,8 +39,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Files of slow tests first, so that the workers end at about the same time."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """What takes long comes first, so that the workers end at about the same time."""
+    takes_long = ("slow", "types")
+    items.sort(key=lambda item: not any(map(item.get_closest_marker, takes_long)))
 
 
 def pytest_collection_finish():

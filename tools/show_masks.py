@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import av
 import torch
 
 from hpm_video.config.checks import ConfigError
@@ -17,7 +18,13 @@ from hpm_video.data.batch import ClipBatch
 from hpm_video.data.reading import train_indices, view_indices
 from hpm_video.data.transforms import view_crops
 from hpm_video.decoding.registry import open_video
-from hpm_video.mining.pictures import draw_animation, draw_sheet, save_animation, save_sheet
+from hpm_video.mining.pictures import (
+    draw_animation,
+    draw_sheet,
+    draw_strip,
+    save_animation,
+    save_sheet,
+)
 from hpm_video.mining.study import study_clips
 from hpm_video.randomness import key_of
 from hpm_video.runs.console import (
@@ -57,7 +64,8 @@ def main(command_line: Sequence[str] | None = None) -> int:
         help="estimate mean and contrast of hidden patches from visible ones, not from the input",
     )
     add("--animation", choices=ANIMATIONS, default="gif")
-    add("--fps", type=above_zero, default=6.0, help="of the animation")
+    add("--fps", type=above_zero, default=3.0, help="of the animation")
+    add("--strip", action="store_true", help="also all views in one row, as a small wide picture")
     output = {"default": Path("pictures"), "help": "folder to write to"}
     add_options(parser, "device", "decoder", output=output)
     arguments = parser.parse_args(command_line)
@@ -84,7 +92,7 @@ def show_masks(arguments: argparse.Namespace) -> None:
             f'--source must be one of {[*config.sources]} ("" is the main one), got '
             f"{arguments.source!r}"
         )
-    batch = read_clip(arguments, config.sources[arguments.source])
+    batch, moments = read_clip(arguments, config.sources[arguments.source])
     (study,) = study_clips(
         objective,
         student,
@@ -98,17 +106,22 @@ def show_masks(arguments: argparse.Namespace) -> None:
     path = arguments.output / f"{name}.png"
     if path.exists() and path.samefile(arguments.video):
         raise ConfigError(f"the sheet would overwrite {path} itself; name another folder: --output")
-    save_sheet(draw_sheet(study), path)
+    title = f"{arguments.checkpoint}, {arguments.video.name}"
+    save_sheet(draw_sheet(study, title=title, moments=moments), path)
     print(f"wrote {path}")
+    if arguments.strip:
+        strip = arguments.output / f"{name}-strip.png"
+        save_sheet(draw_strip(study), strip)
+        print(f"wrote {strip}")
     if ANIMATIONS[arguments.animation] and study.grid.time > 1:
-        frames = draw_animation(study)
+        frames = draw_animation(study, title=title, moments=moments)
         for suffix in ANIMATIONS[arguments.animation]:
             save_animation(frames, arguments.output / f"{name}{suffix}", arguments.fps)
             print(f"wrote {arguments.output / name}{suffix}")
 
 
-def read_clip(arguments: argparse.Namespace, data: DataConfig) -> ClipBatch:
-    """Read the clip that the arguments name: the middle of the frames, as a batch of one."""
+def read_clip(arguments: argparse.Namespace, data: DataConfig) -> tuple[ClipBatch, list[str]]:
+    """Read the clip that the arguments name, as a batch of one. -> with the name of each frame"""
     stride, start = arguments.stride or data.frame_stride, arguments.start
     with open_video(str(arguments.video), arguments.decoder) as video:
         if start is None:
@@ -120,7 +133,10 @@ def read_clip(arguments: argparse.Namespace, data: DataConfig) -> ClipBatch:
             raise ConfigError(f"--start must lie in 0..{video.num_frames - 1}, got {start}")
         frames = video.read(indices)
     (clip,) = view_crops(frames, data, 1)
-    return ClipBatch(
+    with av.open(str(arguments.video)) as container:
+        rate = float(container.streams.video[0].average_rate or 0)
+    moments = [f"frame {i}" + (f", {i / rate:.2f} s" if rate else "") for i in indices]
+    batch = ClipBatch(
         clips=clip[None],
         keys=torch.tensor([key_of("show masks", arguments.video.name)]),
         labels=torch.tensor([-1]),
@@ -128,6 +144,7 @@ def read_clip(arguments: argparse.Namespace, data: DataConfig) -> ClipBatch:
         failures=(),
         source=arguments.source,
     )
+    return batch, moments
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from hpm_video.mining.typesetting import (
     Colour,
     beside,
     draw_text,
-    flow,
     font_of,
     pad,
     shorten,
@@ -33,8 +32,12 @@ from hpm_video.training.engine import Runner
 Value = TypeVar("Value", bound=np.generic)
 
 MAX_COLUMNS = 8
-SMALLEST_CELL = 150
-"""Frames narrower than this are enlarged by a whole factor."""
+WIDTH = 1200
+"""Of all frames of a line in pixels, at least, ..."""
+LARGEST_CELL = 280
+"""... unless a frame became larger than this by it. Frames are enlarged by a whole factor."""
+TINT = 0.75
+"""Weight of the colour of a hidden patch; the rest is the patch itself."""
 FAINT_INK: Colour = (96, 96, 104)
 HIDDEN: Colour = (196, 198, 203)
 PICKED: Colour = (214, 116, 82)
@@ -60,7 +63,7 @@ def make_panels(study: Study) -> list[Panel]:
         Panel("True error", over, _heat_map(study.true_error, study)),
     ]
     if study.difficulty is not None:
-        note = "by the teacher, which sees the whole clip"
+        note = f"by the teacher, which sees the whole {_kind(study)}"
         panels.append(Panel("Predicted difficulty", note, _heat_map(study.difficulty, study)))
     origin = "drawn from the prediction" if study.picked.any() else "random"
     panels.append(Panel("Mask", origin, _draw_mask(study)))
@@ -97,7 +100,8 @@ def _draw_mask(study: Study) -> Frames:
     colours = np.full((len(study.masked), 3), HIDDEN, dtype=np.uint8)
     colours[study.picked] = PICKED
     hidden = _upsample(study.masked[:, None], study)
-    return np.where(hidden, _upsample(colours, study), study.frames)
+    tinted = TINT * _upsample(colours, study) + (1 - TINT) * study.frames
+    return np.where(hidden, tinted.round().astype(np.uint8), study.frames)
 
 
 def _upsample(values: NDArray[Value], study: Study) -> NDArray[Value]:
@@ -110,15 +114,15 @@ def _upsample(values: NDArray[Value], study: Study) -> NDArray[Value]:
 
 
 class Style:
-    """Sizes in pixels and fonts of a picture. Small frames are enlarged by a factor."""
+    """Sizes in pixels and fonts of a picture with so many frames in a row."""
 
     gap = 6
     """Between neighbouring frames."""
     margin = 24
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: Study, columns: int) -> None:
         height, width = study.frames.shape[1:3]
-        factor = math.ceil(SMALLEST_CELL / width)
+        factor = math.ceil(min(WIDTH / columns, LARGEST_CELL) / width)
         self.cell = (width * factor, height * factor)
         self.text = 15 if self.cell[0] < 200 else 19
         self.bold = font_of("DejaVuSans-Bold.ttf", self.text)
@@ -130,15 +134,26 @@ class Style:
         return Image.fromarray(frame).resize(self.cell, Image.Resampling.NEAREST)
 
 
-def draw_sheet(studies: Study | Sequence[Study], times: Sequence[int] = ()) -> Image.Image:
+def draw_sheet(
+    studies: Study | Sequence[Study],
+    times: Sequence[int] = (),
+    *,
+    title: str = "",
+    moments: Sequence[str] = (),
+) -> Image.Image:
     """Views as rows and time steps as columns, for one clip or several of one model.
 
-    Short clips stand side by side, as long as their columns fit. ``times``: the frames that are
-    shown; by default the first ones of time steps spread evenly over all.
+    Short clips stand side by side, as long as their columns fit.
+
+    Args:
+        studies: what is drawn.
+        times: the frames that are shown; by default the first ones of time steps spread evenly
+            over all.
+        title: what was studied, say checkpoint and video.
+        moments: the name of each frame of a clip; by default "frame 1" and so on.
     """
     studies = [studies] if isinstance(studies, Study) else list(studies)
-    style = Style(studies[0])
-    lines: list[list[Image.Image]] = []
+    lines: list[list[tuple[Study, Sequence[int]]]] = []
     free = 0
     for study in studies:
         steps = study.grid.time
@@ -147,8 +162,9 @@ def draw_sheet(studies: Study | Sequence[Study], times: Sequence[int] = ()) -> I
         if len(shown) > free:
             lines.append([])
             free = MAX_COLUMNS
-        lines[-1].append(_draw_block(study, shown, style))
+        lines[-1].append((study, shown))
         free -= len(shown)
+    style = Style(studies[0], max(sum(len(shown) for _, shown in line) for line in lines))
     titles = [
         stack(
             [
@@ -159,15 +175,42 @@ def draw_sheet(studies: Study | Sequence[Study], times: Sequence[int] = ()) -> I
         )
         for panel in make_panels(studies[0])
     ]
-    body = stack([_draw_line(line, titles, style) for line in lines], 2 * style.margin)
-    width = max(body.width, 44 * style.text)
-    parts = [_draw_caption(studies, width, style), body, _draw_footer(studies, width, style)]
+    drawn = [[_draw_block(*block, moments, style) for block in line] for line in lines]
+    body = stack([_draw_line(line, titles, style) for line in drawn], 2 * style.margin)
+    legend = _draw_legend(studies, style)
+    width = max(body.width, legend.width)
+    head = [draw_text(title, style.bold, width=width), _draw_caption(studies, width, style)]
+    notes = [draw_text(note, style.small, FAINT_INK, width=width) for note in _footnotes(studies)]
+    parts = [stack(head, style.gap), body, stack([legend, *notes], style.gap)]
     return pad(stack(parts, style.margin), style.margin)
 
 
-def draw_animation(study: Study) -> list[Image.Image]:
+def draw_strip(study: Study) -> Image.Image:
+    """Draw the views of a clip side by side, at its first, middle and last time step."""
+    steps = sorted({0, study.grid.time // 2, study.grid.time - 1})
+    panels = make_panels(study)
+    style = Style(study, len(panels) * len(steps))
+    times = [step * study.patch_size[0] for step in steps]
+    views = [
+        stack(
+            [
+                draw_text(panel.title, style.bold),
+                beside([style.enlarge(panel.frames[time]) for time in times], 1),
+            ],
+            style.gap,
+        )
+        for panel in panels
+    ]
+    return pad(beside(views, 2 * style.gap), style.gap)
+
+
+def draw_animation(
+    study: Study, *, title: str = "", moments: Sequence[str] = ()
+) -> list[Image.Image]:
     """Draw a sheet for each frame of a clip."""
-    return [draw_sheet(study, [time]) for time in range(len(study.frames))]
+    return [
+        draw_sheet(study, [time], title=title, moments=moments) for time in range(len(study.frames))
+    ]
 
 
 def _draw_line(
@@ -183,8 +226,10 @@ def _draw_line(
     return beside([column, line], style.margin)
 
 
-def _draw_block(study: Study, shown: Sequence[int], style: Style) -> Image.Image:
-    """Name, ranking accuracy, frame numbers and views of one study."""
+def _draw_block(
+    study: Study, shown: Sequence[int], moments: Sequence[str], style: Style
+) -> Image.Image:
+    """Name, ranking accuracy, names of frames and views of one study."""
     rows = [
         beside([style.enlarge(panel.frames[time]) for time in shown], style.gap)
         for panel in make_panels(study)
@@ -194,9 +239,9 @@ def _draw_block(study: Study, shown: Sequence[int], style: Style) -> Image.Image
     if study.ranking_accuracy is not None:
         head.append(draw_text(f"ranking {study.ranking_accuracy:.2f}", style.regular, width=width))
     if study.grid.time > 1:
+        names = moments or [f"frame {time + 1}" for time in range(len(study.frames))]
         labels = [
-            draw_text(f"frame {time + 1}", style.small, FAINT_INK, width=style.cell[0])
-            for time in shown
+            draw_text(names[time], style.small, FAINT_INK, width=style.cell[0]) for time in shown
         ]
         rows = [beside(labels, style.gap), *rows]
     return stack([stack(head, 2), *rows], style.gap)
@@ -215,12 +260,16 @@ def _draw_caption(studies: Sequence[Study], width: int, style: Style) -> Image.I
     return draw_text("\n".join(dict.fromkeys(facts)), style.regular, width=width)
 
 
-def _draw_footer(studies: Sequence[Study], width: int, style: Style) -> Image.Image:
-    """Legend and footnotes."""
+def _kind(study: Study) -> str:
+    return "clip" if len(study.frames) > 1 else "image"
+
+
+def _draw_legend(studies: Sequence[Study], style: Style) -> Image.Image:
     scale = COLOURS(np.linspace(0, 1, 256), bytes=True)[None, :, :3]
     bar = Image.fromarray(scale).resize((9 * style.text, style.text))
     low, high = (
-        draw_text(words, style.small) for words in ("easiest", "hardest patch of the clip")
+        draw_text(words, style.small)
+        for words in ("easiest", f"hardest patch of the {_kind(studies[0])}")
     )
     keys = [beside([low, bar, high], style.gap)]
     swatches = [(HIDDEN, "hidden at random")]
@@ -231,8 +280,7 @@ def _draw_footer(studies: Sequence[Study], width: int, style: Style) -> Image.Im
     for colour, words in swatches:
         square = Image.new("RGB", (style.text, style.text), colour)
         keys.append(beside([square, draw_text(words, style.small)], style.gap))
-    notes = [draw_text(note, style.small, FAINT_INK, width=width) for note in _footnotes(studies)]
-    return stack([flow(keys, width, style.margin), *notes], style.gap)
+    return beside(keys, style.margin)
 
 
 def _footnotes(studies: Sequence[Study]) -> list[str]:
@@ -245,8 +293,8 @@ def _footnotes(studies: Sequence[Study]) -> list[str]:
     }[studies[0].target]
     notes = [
         f"Error: {measure}, here {np.nanmin(errors):.2g} to "
-        f"{np.nanmax(errors):.2g}. Colours are ranks among the patches of a clip, because "
-        "difficulty is predicted as an order, without a unit."
+        f"{np.nanmax(errors):.2g}. Colours are ranks among the patches of "
+        f"one {_kind(studies[0])}, because difficulty is predicted as an order, without a unit."
     ]
     if studies[0].difficulty is not None:
         notes.append(
@@ -290,5 +338,5 @@ def write_pictures(
     with student.autocast():
         studies = study_clips(objective, student, batch.to(student.device))
     path = folder / f"{name}.png"
-    save_sheet(draw_sheet(studies), path)
+    save_sheet(draw_sheet(studies, title=str(path.with_suffix(""))), path)
     return path

@@ -85,17 +85,6 @@ def beside(images: Sequence[Image.Image], gap: int) -> Image.Image:
     return canvas
 
 
-def flow(images: Sequence[Image.Image], width: int, gap: int) -> Image.Image:
-    """One beside the other as long as ``width`` holds them, then on the next line."""
-    lines: list[list[Image.Image]] = [[]]
-    for image in images:
-        used = sum(other.width + gap for other in lines[-1])
-        if lines[-1] and used + image.width > width:
-            lines.append([])
-        lines[-1].append(image)
-    return stack([beside(line, gap) for line in lines], gap // 3)
-
-
 def pad(image: Image.Image, margin: int) -> Image.Image:
     """A white margin, and even sides, as H.264 wants them."""
     odd = (image.width % 2, image.height % 2)

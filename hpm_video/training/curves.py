@@ -1,5 +1,6 @@
 """The curves of a run, drawn from its metrics: small multiples, one question each."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,6 +19,8 @@ from hpm_video.training.metrics import read_lines
 
 LONG = 60
 """Points of a curve from which on noise is smoothed, over a twentieth of them."""
+LONGEST_TITLE = 110
+"""In characters."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Panel:
     keys: tuple[str, ...]
     """The panel's subject: where none of them occurs, there is no panel."""
     context: tuple[str, ...] = ()
-    """Thin dashed lines to compare with."""
+    """Thin dashed lines to compare with. Below ``level`` they are left out: the opposite of each,
+    as far above it, is there as well."""
     level: tuple[float, str] | None = None
     """A value to hold curves against, and its name."""
     from_zero: bool = False
@@ -43,9 +47,9 @@ PANELS = (
         noisy=True,
     ),
     Panel(
-        "Validation error, 1 = baseline",
+        "Error relative to predicting the patch mean",
         ("relative_error", "*/relative_error"),
-        level=(1.0, "baseline"),
+        level=(1.0, "patch mean"),
     ),
     Panel(
         "Ranking accuracy on validation clips",
@@ -61,7 +65,9 @@ PANELS = (
 
 
 def plot_curves(metrics: Path, picture: Path, panels: Sequence[Panel] = PANELS) -> None:
-    """Draw the metrics of a run (JSON lines) as PNG.
+    """Draw the metrics of a run (JSON lines) as PNG, over epochs where they are known.
+
+    The title is the run's directory, and the command that started it where it is noted there.
 
     Raises:
         MetricsError: a line is not of metrics.
@@ -73,16 +79,28 @@ def plot_curves(metrics: Path, picture: Path, panels: Sequence[Panel] = PANELS) 
         raise ValueError(f"{metrics} holds nothing to draw: it has {[*table] or 'no values'}")
     columns = 2 if len(shown) in (2, 4) else min(3, len(shown))
     rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(5.2 * columns, 3.3 * rows), layout="constrained")
+    figure = Figure(figsize=(5.2 * columns, 0.4 + 3.3 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    epochs = table["epoch"].dropna().tolist() if "epoch" in table else []
+    figure.suptitle(_title(metrics.parent), parse_math=False)
+    axis, last = "update", f"update {table['update'].iloc[-1]:.0f}"
+    if "epoch" in table and table["epoch"].notna().all():
+        axis, last = "epoch", f"epoch {table['epoch'].iloc[-1]:.4g} is {last}"
     for index, panel in enumerate(shown):
         axes = figure.add_subplot(rows, columns, index + 1)
-        axes.set_xlabel(f"update (to epoch {epochs[-1]:.4g})" if epochs else "update")
-        axes.set_xlim(0, max(table["update"].iloc[-1], 1))
-        _draw_panel(axes, panel, table)
+        axes.set_xlabel(f"{axis} ({last})")
+        axes.set_xlim(0, table[axis].iloc[-1] or 1)
+        _draw_panel(axes, panel, table.set_index(axis))
     with written_beside(picture) as file:
         figure.savefig(file, format="png", dpi=110)
+
+
+def _title(run: Path) -> str:
+    title = f"{run.resolve().parent.name}/{run.resolve().name}"
+    starts = run / "starts.jsonl"
+    if starts.exists():
+        last = json.loads(starts.read_text(encoding="utf-8").splitlines()[-1])
+        title += f": {last['command']}"
+    return title if len(title) <= LONGEST_TITLE else f"{title[: LONGEST_TITLE - 1]}…"
 
 
 def read_metrics(path: Path) -> pd.DataFrame:
@@ -102,26 +120,37 @@ def _matching(patterns: Sequence[str], table: pd.DataFrame) -> list[str]:
     return [key for pattern in patterns for key in map(str, table) if fnmatchcase(key, pattern)]
 
 
+def _choose_curves(panel: Panel, table: pd.DataFrame) -> "dict[str, pd.Series[float]]":
+    """Return what a panel shows, by key, without what others tell already."""
+    curves: dict[str, pd.Series[float]] = {}
+    for key in _matching((*panel.keys, *panel.context), table):
+        values = table[key].dropna()
+        is_opposite = (
+            key in _matching(panel.context, table)
+            and panel.level is not None
+            and values.iloc[-1] < panel.level[0]
+        )
+        if not is_opposite and not any(values.equals(other) for other in curves.values()):
+            curves[key] = values
+    return curves
+
+
 def _draw_panel(axes: Axes, panel: Panel, table: pd.DataFrame) -> None:
     """Draw the curves of a panel; the legend has their last values."""
     axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    keys = _matching(panel.keys, table)
-    for number, key in enumerate([*keys, *_matching(panel.context, table)]):
-        values = table.set_index("update")[key].dropna()
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    for number, (key, values) in enumerate(_choose_curves(panel, table).items()):
         colour = f"C{number}"
-        style: dict[str, Any] = {
-            "marker": "o" if len(values) < 30 else "",
-            "markersize": 3,
-            "clip_on": False,
-        }
-        if number >= len(keys):
-            style = {"linestyle": "--", "linewidth": 0.9}
-        elif panel.noisy and len(values) > LONG:
+        style: dict[str, Any] = {"clip_on": False}
+        if panel.noisy and len(values) > LONG:
             axes.plot(values, colour, linewidth=0.7, alpha=0.35)
             values = values.rolling(len(values) // 20, center=True, min_periods=1).mean()
+        elif len(values) < max(LONG / 2, len(table) / 2):  # each measurement can be seen
+            style |= {"marker": "o", "markersize": 3}
+        if key in _matching(panel.context, table):
+            style |= {"linestyle": "--", "linewidth": 0.9}
         name = key.removeprefix("ranking_by_").removesuffix("_ranking").replace("_", " ")
         axes.plot(values, colour, label=f"{name} {values.iloc[-1]:.3g}", **style)
     if panel.level is not None:

@@ -281,12 +281,12 @@ def test_any_size_is_drawn(size: Size3, patch: Size3) -> None:
 def test_a_sheet_shows_the_frames_themselves() -> None:
     study = make_study((2, 16, 16))
     sheet = np.asarray(draw_sheet(study))
-    frame = study.frames[0].repeat(10, axis=0).repeat(10, axis=1)  # 16 -> 160 pixels
-    windows = np.lib.stride_tricks.sliding_window_view(sheet[..., 0], 160, axis=1)
+    frame = study.frames[0].repeat(18, axis=0).repeat(18, axis=1)  # 16 -> 288 pixels
+    windows = np.lib.stride_tricks.sliding_window_view(sheet[..., 0], 288, axis=1)
     rows, columns = np.nonzero((windows == frame[0, :, 0]).all(axis=-1))
     assert len(rows)
     top, left = rows[0], columns[0]
-    np.testing.assert_array_equal(sheet[top : top + 160, left : left + 160], frame)
+    np.testing.assert_array_equal(sheet[top : top + 288, left : left + 288], frame)
 
 
 def test_the_mask_shows_visible_patches_and_tints_those_hidden_for_being_hard() -> None:
@@ -294,8 +294,10 @@ def test_the_mask_shows_visible_patches_and_tints_those_hidden_for_being_hard() 
     mask = next(panel for panel in make_panels(study) if panel.title == "Mask").frames
     hidden, picked = pixels_of(study.masked, study), pixels_of(study.picked, study)
     np.testing.assert_array_equal(mask[~hidden], study.frames[~hidden])
-    assert (mask[picked] == pictures.PICKED).all()
-    assert (mask[hidden & ~picked] == pictures.HIDDEN).all()
+    for flags, colour in (picked, pictures.PICKED), (hidden & ~picked, pictures.HIDDEN):
+        of_frame = mask[flags] - pictures.TINT * np.array(colour)
+        expected = (1 - pictures.TINT) * study.frames[flags]
+        np.testing.assert_allclose(of_frame, expected, atol=0.51)
 
 
 def test_an_error_that_is_not_known_is_not_drawn_as_one() -> None:
@@ -306,7 +308,9 @@ def test_an_error_that_is_not_known_is_not_drawn_as_one() -> None:
     assert not (errors[~unknown] == pictures.UNKNOWN).all(axis=-1).any()
 
 
-def test_an_image_has_no_numbers_of_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What pictures say."""
     texts: list[str] = []
     original = pictures.draw_text
 
@@ -315,10 +319,31 @@ def test_an_image_has_no_numbers_of_frames(monkeypatch: pytest.MonkeyPatch) -> N
         return original(text, *arguments, **options)
 
     monkeypatch.setattr(pictures, "draw_text", noted)
+    return texts
+
+
+def test_an_image_has_no_numbers_of_frames_and_is_called_one(texts: list[str]) -> None:
     draw_sheet(make_study((1, 16, 16), (1, 8, 8)))
-    assert not [text for text in texts if text.startswith("frame ")]
+    assert not [text for text in texts if text.startswith("frame ") or "clip" in text[6:]]
+    assert "hardest patch of the image" in texts
     draw_sheet(make_study((4, 16, 16)))
-    assert [text for text in texts if text.startswith("frame ")]
+    assert [text for text in texts if text.startswith("frame ")] == ["frame 1", "frame 3"]
+    assert "hardest patch of the clip" in texts
+
+
+def test_a_sheet_says_what_was_studied_and_which_frames(texts: list[str]) -> None:
+    moments = [f"{i} s" for i in range(4)]
+    sheet = draw_sheet(make_study((4, 16, 16)), title="a run, a video", moments=moments)
+    assert texts.count("a run, a video") == 1
+    assert [text for text in texts if text in moments] == ["0 s", "2 s"]
+    assert sheet.width > 2 * pictures.LARGEST_CELL
+
+
+def test_a_strip_has_all_views_side_by_side(texts: list[str]) -> None:
+    study = make_study((8, 16, 16))
+    strip = pictures.draw_strip(study)
+    assert texts == [panel.title for panel in make_panels(study)]
+    assert strip.width > 8 * strip.height
 
 
 def test_where_features_are_predicted_nothing_is_reconstructed() -> None:

@@ -3,6 +3,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 
 from hpm_video.training.curves import Panel, plot_curves, read_metrics
@@ -56,6 +58,52 @@ def test_another_method_adds_panels(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to draw.*other"):
         plot_curves(metrics, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Figures that were saved."""
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def listen(figure: Figure, *given: object, **named: object) -> None:
+        figures.append(figure)
+        save(figure, *given, **named)
+
+    monkeypatch.setattr(Figure, "savefig", listen)
+    return figures
+
+
+def labels_of(axes: Axes) -> list[str]:
+    legend = axes.get_legend()
+    assert legend is not None
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def test_the_title_names_run_and_command(tmp_path: Path, drawn: list[Figure]) -> None:
+    (tmp_path / "mine").mkdir()
+    metrics = write(tmp_path / "mine" / "metrics.jsonl", make_records(40))
+    command = "tools/pretrain.py a.yaml " + 30 * "x$y "
+    write(tmp_path / "mine" / "starts.jsonl", [{"command": "before"}, {"command": command}])
+    plot_curves(metrics, tmp_path / "curves.png")
+    (figure,) = drawn
+    title = figure.get_suptitle()
+    assert title.startswith(f"{tmp_path.name}/mine: tools/pretrain.py a.yaml")
+    assert len(title) == 110
+    assert {axes.get_xlabel() for axes in figure.axes} == {"epoch (epoch 4 is update 40)"}
+
+
+def test_no_curve_is_drawn_twice(tmp_path: Path, drawn: list[Figure]) -> None:
+    """A loss of one part is that part, and the opposite of a ranker tells nothing more."""
+    records: list[dict[str, object]] = [
+        {"kind": "train", "update": n, "loss": 1 / n, "reconstruction": 1 / n} for n in (1, 2)
+    ]
+    ranking = {"student_ranking": 0.6, "ranking_by_motion": 0.54, "ranking_by_stillness": 0.46}
+    records += [{"kind": "held_out", "update": 2, **ranking}]
+    plot_curves(write(tmp_path / "metrics.jsonl", records), tmp_path / "curves.png")
+    loss, accuracy = drawn[0].axes
+    assert labels_of(loss) == ["loss 0.5"]
+    assert labels_of(accuracy) == ["student 0.6", "motion 0.54", "chance"]
 
 
 def test_a_run_that_went_back_shows_what_it_did_last(tmp_path: Path) -> None:

@@ -1,0 +1,14 @@
+"""Types, as a test: beside others, which wait, they take no time of their own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.types
+def test_types_are_right():
+    command = [sys.executable, "-m", "mypy"]
+    found = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
