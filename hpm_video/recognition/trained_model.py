@@ -90,7 +90,7 @@ class TrainedModel(ABC):
     @property
     def file(self) -> str:
         """Name of the file of its weights in a checkpoint folder."""
-        return "model" if self.weights == "student" else self.weights
+        return file_of(self.weights)
 
     @property
     def digest(self) -> str:
@@ -151,15 +151,21 @@ class TrainedModel(ABC):
 
     @abstractmethod
     def make(self) -> MaskedAutoencoder | ClipClassifier:
-        """Return the whole model without its weights."""
+        """Return the complete model, its weights drawn."""
 
-    @abstractmethod
     def build(self) -> MaskedAutoencoder | ClipClassifier:
-        """Return the whole model with its weights, for use."""
+        """Return the complete model with its weights, for clips that it was trained on.
+
+        Raises:
+            CheckpointError: the weights do not fit, or are of an encoder alone.
+        """
+        model = self.make()
+        load_weights(model, self.tensors, self.path)
+        return model.eval()
 
     @abstractmethod
     def encoder(self) -> ClipEncoder:
-        """Build the model that computes features of clips."""
+        """Return the model that computes features of clips, a classifier with its pooling."""
 
 
 @dataclass(frozen=True)
@@ -169,27 +175,20 @@ class TrainedAutoencoder(TrainedModel):
     config: PretrainConfig
 
     def make(self) -> MaskedAutoencoder:
-        """Build the whole model, its weights drawn."""
         return build_student(self.config)
 
     def build(self) -> MaskedAutoencoder:
-        """Build the whole model, for the clips that it was trained on.
-
-        Raises:
-            CheckpointError: the weights do not fit, or are of an encoder alone.
-        """
-        tensors = self.tensors
-        if not any(name.startswith("reconstructor.") for name in tensors):
+        if not any(name.startswith("reconstructor.") for name in self.tensors):
             raise CheckpointError(
                 f"{self.path} holds an encoder without its reconstructor, so it cannot "
                 f"reconstruct; give a checkpoint of pre-training"
             )
-        model = self.make()
-        load_weights(model, tensors, self.path)
-        return model.eval()
+        model = super().build()
+        assert isinstance(model, MaskedAutoencoder)
+        return model
 
     def encoder(self) -> ClipEncoder:
-        """Build the encoder with its final norm. Other clips have their positions in its grid."""
+        """Return the encoder with its final norm. Other clips have their positions in its grid."""
         model = build_encoder(self.config, self.data)
         if self.weights != "untrained":
             load_weights(model, self.tensors, self.path, may_leave=OF_DECODERS)
@@ -203,17 +202,9 @@ class TrainedClassifier(TrainedModel):
     config: FinetuneConfig
 
     def make(self) -> ClipClassifier:
-        """Build the classifier, its weights drawn."""
         return build_classifier(self.config, len(self.label_names))
 
-    def build(self) -> ClipClassifier:
-        """Build the classifier."""
-        model = self.make()
-        load_weights(model, self.tensors, self.path)
-        return model.eval()
-
-    def encoder(self) -> ClipClassifier:
-        """Build the classifier, whose encoder goes with its pooling."""
+    def encoder(self) -> ClipEncoder:
         return self.build()
 
 
@@ -244,10 +235,15 @@ def open_trained(
     """
     with as_folder(path) as folder:
         config = load_any_config(folder / "config.yaml", overrides)
+        origin = folder / "origin.json"
         found: TrainedModel
         if isinstance(config, PretrainConfig):
             if not issubclass(TrainedAutoencoder, wanted):
-                raise CheckpointError(_TRAIN_A_CLASSIFIER.format(path=path))
+                raise CheckpointError(
+                    f"{path} is no checkpoint of a classifier, but of pre-training; train one:\n"
+                    f"  ./run_finetune.sh CONFIG init_weights={path}\n"
+                    "(see configs/README.md), and give RUN/checkpoints/last of that run"
+                )
             chosen = _choose(path, folder, "pre-training", weights or "student", OF_PRETRAINING)
             update = read_state(folder)["update"]
             found = TrainedAutoencoder(path, chosen, update, clips.of(config.data), config)
@@ -258,15 +254,10 @@ def open_trained(
                     f"./run_pretrain.sh, such as runs/demo/checkpoints/last"
                 )
             found = _classifier(path, folder, config, weights, clips)
-        if (origin := folder / "origin.json").is_file():
+        if origin.is_file():
             found = replace(found, origin=origin.read_text(encoding="utf-8"))
     assert isinstance(found, wanted)
     return found
-
-
-_TRAIN_A_CLASSIFIER = """{path} is no checkpoint of a classifier, but of pre-training; train one:
-  ./run_finetune.sh CONFIG init_weights={path}
-(see configs/README.md), and give RUN/checkpoints/last of that run"""
 
 
 def _classifier(
@@ -293,11 +284,15 @@ def _choose(
 ) -> WeightsOf:
     if asked == "untrained" and known == OF_PRETRAINING:
         return asked
-    files = {name: "model" if name == "student" else name for name in known}
-    there = [name for name in known if (folder / f"{files[name]}.safetensors").is_file()]
+    there = [name for name in known if (folder / f"{file_of(name)}.safetensors").is_file()]
     if asked not in known or (there and asked not in there):
         raise CheckpointError(
             f"{path} is of {kind} and has no weights of {asked!r}; take --weights "
             f"{' or '.join(there or known)}"
         )
     return asked
+
+
+def file_of(weights: WeightsOf) -> str:
+    """Return the name of the file of weights in a checkpoint folder."""
+    return "model" if weights == "student" else weights

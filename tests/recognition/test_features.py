@@ -27,7 +27,7 @@ from hpm_video.decoding.registry import open_video
 from hpm_video.files.failures import BadFilesError, Failure
 from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.preparation.encode import write_video
-from hpm_video.recognition.feature_folder import FeatureFolder, FileLayout, file_names
+from hpm_video.recognition.features import FeatureFolder, Layout, file_names
 from hpm_video.recognition.inference import Inference
 from hpm_video.recognition.trained_model import ClipChoice, TrainedModel, open_trained
 from hpm_video.tokens.pixels import normalise
@@ -453,7 +453,7 @@ def test_half_a_line_spoils_nothing(tmp_path):
     manifest = Manifest(("/v/a.mp4", "/v/b.mp4"), (0, 1), (-1, -1))
 
     def claimed():
-        layout = FileLayout((2,), "float32", windows=False)
+        layout = Layout(Views(), False, "float32", (2,))
         folder = FeatureFolder(tmp_path, manifest, Path("/v"), layout)
         folder.claim({})
         return folder
