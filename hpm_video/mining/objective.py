@@ -94,8 +94,7 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
 
     def losses(self, student: Model, batch: ClipBatch, progress: Progress) -> Losses:
         """The losses of the student on one batch: L_rec + L_pred."""
-        rule = self.masks[batch.source]
-        clips = self.normalised(batch)
+        rule, clips = self.masks[batch.source], self.normalised(batch)
         num_picked = rule.num_picked(progress.epoch, progress.epochs)
         output = self.run_teacher(clips, difficulty=num_picked > 0)
         priority = uniform(batch.keys, rule.num_units, "mask")
@@ -142,23 +141,16 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
 
         -> an output for each of ``purposes``
         """
-        rule = self.masks[batch.source]
-        clips = self.normalised(batch)
+        rule, clips = self.masks[batch.source], self.normalised(batch)
         features = self._features(batch, self.run_teacher(clips, difficulty=False))
         found = []
         for purpose in purposes:
-            priority = uniform(batch.keys, rule.num_units, purpose)
-            mask = rule.draw(None, priority, num_picked=0)
+            mask = rule.draw(None, uniform(batch.keys, rule.num_units, purpose), num_picked=0)
             prediction: Prediction = student(clips, mask)
             target = self.target.of(batch.clips, mask, features)
-            found.append(
-                StudentOutput(
-                    mask,
-                    prediction.difficulty,
-                    errors=self.target.errors(prediction.content, target),
-                    baseline_errors=self.target.baseline_errors(target),
-                )
-            )
+            errors = self.target.errors(prediction.content, target)
+            baseline_errors = self.target.baseline_errors(target)
+            found.append(StudentOutput(mask, prediction.difficulty, errors, baseline_errors))
         return found
 
     def difficulty(self, batch: ClipBatch) -> Tensor | None:
