@@ -47,13 +47,6 @@ class Views:
     """Where given, the clips are instead those of a window that slides over the video by so many
     frames at a time."""
 
-    def __post_init__(self) -> None:
-        if min(self.clips, self.crops) < 1:
-            raise ValueError(
-                f"a video needs at least 1 x 1 view (clips x crops), got {self.clips} x "
-                f"{self.crops}"
-            )
-
     @property
     def count(self) -> int:
         """Views of each video (R), where their number does not depend on its length."""

@@ -4,7 +4,7 @@ import io
 from typing import Any
 
 from hpm_video.decoding.containers import MATROSKA, MP4, exact_container
-from hpm_video.decoding.mp4_header import is_trimmed
+from hpm_video.decoding.pyav import leaves_out_frames
 from hpm_video.decoding.reader import TRANSCODE, DecodeError, FrameByFrame, Frames
 
 _EXACT_ON = (MP4, MATROSKA, "AVI", "FLV", "ASF", "YUV4MPEG")
@@ -16,7 +16,7 @@ class DecordReader(FrameByFrame):
     def __init__(self, path: str, source: str | bytes, head: bytes) -> None:
         super().__init__(path)
         kind = exact_container(head, "decord", _EXACT_ON)
-        if kind == MP4 and is_trimmed(source):
+        if kind == MP4 and leaves_out_frames(source):
             raise DecodeError(
                 "its container says that some frames are not to be shown, and decord does not "
                 f"count the others right; PyAV does. {TRANSCODE}"

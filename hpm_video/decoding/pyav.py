@@ -78,6 +78,14 @@ def open_container(
     return container, stream
 
 
+def leaves_out_frames(source: str | bytes) -> bool:
+    """Whether the edit list of an MP4 or QuickTime file has frames that are not to be shown."""
+    container, stream = open_container(source)
+    with container:
+        entries = [*stream.index_entries]
+        return len(entries) < stream.frames or any(entry.is_discard for entry in entries)
+
+
 class PyavReader(VideoReader):
     """Seeks to the key frame before the first frame that is wanted, and decodes from there on.
 

@@ -388,13 +388,6 @@ def test_views_are_cropped_as_the_spec_says(monkeypatch, short_side):
     assert not torch.equal(sample.clips[1], view_crops(frames, other, 3)[1])
 
 
-def test_a_video_has_at_least_one_view():
-    assert Views(5, 3).count == 15
-    for clips, crops in ((0, 1), (1, 0)):
-        with pytest.raises(ValueError, match=f"at least 1 x 1 view .* got {clips} x {crops}"):
-            Views(clips, crops)
-
-
 def test_views_know_of_promised_frames_too():
     manifest = manifest_of("0", num_frames=12)
     clips = ValidationClips(manifest, SPEC, views=Views(2, 1), seed=SEED)
