@@ -3,11 +3,13 @@
 import io
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
 from hpm_video.decoding.containers import refuse_lists
+from hpm_video.decoding.orientation import orientation_of
 from hpm_video.decoding.reader import (
     TRANSCODE,
     DecodeError,
@@ -25,8 +27,11 @@ if TYPE_CHECKING:
 
 FORMATS = "mov,matroska,avi,flv,asf,ogg,mpeg,mpegvideo,mpegts,gif,yuv4mpegpipe"
 """Formats of FFmpeg that a video may have, whatever its suffix. Others open further files."""
-UNTIMED = ("avi", "mpeg")
+UNTIMED = ("avi", "mpeg", "mpegvideo")
 """Containers whose presentation times are made up by the demuxer, or missing."""
+_TRIED = 24
+"""Frames that are decoded at once where packets leave doubts about the first ones, or the order."""
+MIRRORED = "it is mirrored"
 _MARKS_UNUSED = ("h264", "mpeg4")
 """Codecs that mark the frames to which no other one refers. In HEVC such a mark is void where there
 are temporal layers; the decoders of the others do not skip frames at a word."""
@@ -42,7 +47,7 @@ class _Packet(NamedTuple):
 def open_container(
     source: str | bytes,
 ) -> "tuple[av.container.InputContainer, av.VideoStream]":
-    """Open the path of a video, or its bytes, and find its first video stream.
+    """Open the path of a video, or its bytes, and find the stream that FFmpeg holds for the best.
 
     FFmpeg can open nothing else on its behalf, and decodes on one thread: all cores are taken by
     processes.
@@ -67,10 +72,10 @@ def open_container(
         raise DecodeError(
             f"it is no video, or it is cut off or damaged: {error.strerror}. Download it again"
         ) from error
-    if not container.streams.video:
+    stream = cast("av.VideoStream | None", container.streams.best("video"))
+    if stream is None or av.stream.Disposition.attached_pic in stream.disposition:
         container.close()
-        raise DecodeError("it has no video stream")
-    stream = container.streams.video[0]
+        raise DecodeError("it has no video stream" + (", but a cover picture" if stream else ""))
     if getattr(stream, "codec_context", None) is None:
         container.close()
         raise DecodeError(f"there is no decoder here for its codec. {TRANSCODE}")
@@ -78,12 +83,21 @@ def open_container(
     return container, stream
 
 
-def leaves_out_frames(source: str | bytes) -> bool:
-    """Whether the edit list of an MP4 or QuickTime file has frames that are not to be shown."""
+def only_here(source: str | bytes) -> str:
+    """Say what a file has that others get wrong and PyAV does not; nothing where it has none."""
     container, stream = open_container(source)
     with container:
-        entries = [*stream.index_entries]
-        return len(entries) < stream.frames or any(entry.is_discard for entry in entries)
+        if stream is not container.streams.video[0]:
+            return (
+                f"it has {len(container.streams.video)} video streams, and the first is not the one"
+            )
+        if container.format.name.startswith("mov"):
+            entries = [*stream.index_entries]
+            if len(entries) < stream.frames or any(entry.is_discard for entry in entries):
+                return "its container says that some frames are not to be shown"
+        for frame in container.decode(stream):
+            return MIRRORED if orientation_of(frame).is_mirrored else ""
+    return ""
 
 
 class PyavReader(VideoReader):
@@ -123,7 +137,7 @@ class PyavReader(VideoReader):
         self._codec = self._stream.codec_context
 
     def _index(self) -> None:
-        """Find out from its packets which frames there are, without decoding them."""
+        """Find out from its packets which frames there are, in general without decoding them."""
         count = 0
         if self._container.format.name not in UNTIMED:
             for packet in self._demux():
@@ -134,15 +148,38 @@ class PyavReader(VideoReader):
                         self._keys += [_Packet(packet.pts, packet.dts)] * packet.is_keyframe
             if not count:
                 raise DecodeError("it has no frames")
-        self._times = sorted(set(self._times))
+        stored, self._times = self._times, sorted(set(self._times))
         self._ordered = 0 < count == len(self._times)
+        if self._ordered and self._leaves_doubts(stored):
+            self._try_beginning()
+            count = len(self._times)
         self._counts_by_decoding = not self._ordered
         self._num_frames = count if self._ordered else None
-        self._keys = sorted(self._keys) if self._ordered else []
+        # A palette comes with the first packet alone, and is lost with a seek.
+        may_seek = self._ordered and self._codec.pix_fmt != "pal8"
+        self._keys = sorted(self._keys) if may_seek else []
         self._key_times = [key.pts for key in self._keys]
         self._may_skip = self._ordered and (
             self._codec.name in _MARKS_UNUSED or self._has_one_layer()
         )
+
+    def _leaves_doubts(self, stored: list[int]) -> bool:
+        """Whether the stream may begin inside a group of pictures, or its times may lie.
+
+        ``stored``: the times in the order of packets.
+        """
+        begins_inside = not self._keys or min(self._times[0], stored[0]) < self._keys[0].pts
+        return begins_inside or (self._codec.has_b_frames and stored == self._times)
+
+    def _try_beginning(self) -> None:
+        """Believe the decoder about the first frames: which come, and in which order."""
+        frames = self._by_number(self._packets_from(None))
+        came = [frame.pts for _, frame in islice(frames, _TRIED)]
+        known = [time for time in came if time is not None]
+        self._ordered = bool(known) and known == came == sorted(set(known))
+        if self._ordered:
+            self._times = self._times[bisect_left(self._times, known[0]) :]
+            self._keys = [key for key in self._keys if key.pts >= known[0]]
 
     def _has_one_layer(self) -> bool:
         """Whether it is HEVC, of which the record in the container says so."""
@@ -239,6 +276,10 @@ class PyavReader(VideoReader):
             else:
                 self._codec.skip_frame = "DEFAULT"
             for frame in packet.decode():
+                if frame.pts is not None and self._at is not None and frame.pts <= self._at:
+                    raise DecodeError(
+                        f"the times of its frames contradict their order. {TRANSCODE}"
+                    )
                 self._at = frame.pts
                 yield frame.pts, frame
 
@@ -273,13 +314,13 @@ class PyavReader(VideoReader):
         return self._container.demux(self._stream)
 
     def _put(self, frame: "av.VideoFrame", stack: Stack) -> None:
-        """Add a frame to the stack, upright: cameras of telephones note how they were held."""
+        """Add a frame to the stack, upright."""
         # In one thread, since the loader's workers take the cores.
         rgb = self._reformatter.reformat(frame, format="rgb24", threads=1)
         plane = rgb.planes[0]
         values = np.frombuffer(cast("memoryview", plane), np.uint8).reshape(-1, plane.line_size)
         pixels = values[: rgb.height, : 3 * rgb.width].reshape(rgb.height, rgb.width, 3)
-        stack.add(np.rot90(pixels, round(frame.rotation / 90) % 4))
+        stack.add(orientation_of(frame).apply(pixels))
 
     def close(self) -> None:
         self._frames = iter(())
