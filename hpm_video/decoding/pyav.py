@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
-from hpm_video.decoding.containers import refuse_lists
+from hpm_video.decoding.containers import refuse_others
 from hpm_video.decoding.orientation import orientation_of
 from hpm_video.decoding.reader import (
     TRANSCODE,
@@ -112,7 +112,7 @@ class PyavReader(VideoReader):
         from av.video.reformatter import VideoReformatter
 
         super().__init__(path)
-        refuse_lists(head)
+        refuse_others(head)
         self._source = source
         # One for all frames: making one takes longer than converting a small frame.
         self._reformatter = VideoReformatter()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
-from hpm_video.decoding.containers import refuse_lists
+from hpm_video.decoding.containers import refuse_others
 from hpm_video.decoding.locations import source_of
 from hpm_video.decoding.pyav import UNTIMED, open_container
 
@@ -44,7 +44,7 @@ class VideoStream:
             OSError, av.FFmpegError: it cannot be opened.
         """
         self._file, head = source_of(place)
-        refuse_lists(head)
+        refuse_others(head)
         self._open()
         self.rate = USUAL_RATE
         """Frames a second, on average."""

@@ -123,7 +123,7 @@ def test_files_that_name_others_are_refused(list_files, decoder):
 
 def test_ffmpeg_is_told_to_leave_other_files_alone(list_files, monkeypatch):
     """Whatever the first bytes look like."""
-    monkeypatch.setattr(decode_pyav, "refuse_lists", lambda head: None)
+    monkeypatch.setattr(decode_pyav, "refuse_others", lambda head: None)
     monkeypatch.chdir(list_files["concat.mp4"].parent)
     with av.open("concat.mp4") as container:  # it would follow
         assert sum(1 for _ in container.decode(video=0)) == 5

@@ -246,3 +246,20 @@ def test_other_decoders_turn_videos_alike_and_mirror_none(tmp_path, decoder):
             with open_video(str(path), decoder) as video:
                 found = video.read([7])[0].astype(int)
             assert np.abs(found - change(stored)).mean() < 2
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "what"),
+    [
+        ("ivf", "libvpx", "IVF"),
+        ("nut", "mpeg4", "NUT"),
+        ("mxf", "mpeg2video", "MXF"),
+        ("h264", "libx264", "a raw stream of H.264"),
+        ("hevc", "libx265", "a raw stream of HEVC"),
+    ],
+)
+def test_a_container_that_is_not_read_is_named_with_what_helps(tmp_path, suffix, codec, what):
+    path = write(tmp_path / f"video.{suffix}", codec)
+    for decoder in available_decoders():
+        with pytest.raises(DecodeError, match=f"it is {what}, .* ffmpeg -i FILE .*FILE.m"):
+            open_video(str(path), decoder)
