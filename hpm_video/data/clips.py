@@ -108,9 +108,8 @@ class VideoClips(Clips):
     Position p is entry p mod n of the order of epoch p // n, n being the number of files. What
     is drawn for a clip (stride, start, crop) depends on seed, epoch, file and repeat alone.
 
-    A file that does not decode is recorded, and the next file in the order of its epoch (after
-    the last, the first) takes its place. That file has its own turn in the epoch too, so the
-    draws for a replacement depend on the file it stands in for as well, and differ.
+    The next file in the order of the epoch (after the last, the first) replaces one that does not
+    decode. It has its own turn too, so a replacement's draws depend on both files, and differ.
     """
 
     def __init__(
@@ -131,8 +130,7 @@ class VideoClips(Clips):
         decoder = decoder_for(data.decoder, manifest)
         reader = TrainReader(data, decoder, source, transform, same_frames)
         super().__init__(manifest, reader, data.repeats)
-        self.max_bad_share = data.max_bad_share
-        self._repeats = data.repeats
+        self._data = data
         self._seed = seed
         self._own = (source,) if source else ()
         """What tells the draws of one source from those of another."""
@@ -154,14 +152,14 @@ class VideoClips(Clips):
                 instead_of = (int(order[slot]),) if offset else ()
                 keys = tuple(
                     (self._seed, *self._own, epoch, index, repeat, *instead_of)
-                    for repeat in range(self._repeats)
+                    for repeat in range(self._data.repeats)
                 )
                 known = self.manifest.num_frames[index]
                 return Request(path, self.manifest.labels[index], known, keys)
             passed[path] = self.bad[path]
-            if len(passed) > tolerated(len(self), self.max_bad_share):
+            if len(passed) > tolerated(len(self), self._data.max_bad_share):
                 break
-        raise too_many([*passed.values()], len(self), self.max_bad_share)
+        raise too_many([*passed.values()], len(self), self._data.max_bad_share)
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
         if self._order[0] != epoch:

@@ -1,15 +1,10 @@
-"""Batches of clips, and clips that cover long videos, decoded by processes that may be lost.
-
-Lost processes are replaced.
-"""
+"""Batches of clips, and parts of long videos, read by processes that are replaced when lost."""
 
 import multiprocessing
 import os
-import queue
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
@@ -54,15 +49,12 @@ READY = 1
 
 ReadPool = Pool[list[tuple[int, Request]]]
 """Its jobs are files, and the number of the source that each is of."""
-_Ready = queue.Queue[ClipBatch | BaseException | None]
-"""Batches, at last none, or an error."""
 
 
 def default_workers() -> int:
     """Processes that decode: one per core that may be used but one, at least 1 and at most 16.
 
-    A container may have a share of the cores (docker --cpus). Where torchrun started several
-    processes on this machine, they share the cores.
+    A container may have a share of the cores (docker --cpus), which processes of torchrun share.
     """
     cores = usable_cores()
     cores = min(cores, cores_of_container() or cores)
@@ -179,40 +171,25 @@ def _in_background(
     begin: Callable[[], ReadPool], read: Callable[[ReadPool], Iterator[ClipBatch]], *, pin: bool
 ) -> Generator[ClipBatch, None, None]:
     """Batches that a thread puts together, while the run is at the one before."""
-    ready: _Ready = queue.Queue(READY)
-    stopped = threading.Event()
     # A thread begins on GPU 0: to pin memory there would take some of a GPU of another process.
     device = torch.cuda.current_device() if pin else None
+    with begin() as pool, ThreadPoolExecutor(1, "batches") as thread:
+        batches = read(pool)
 
-    def produce() -> None:
-        try:
-            if device is not None:
-                torch.cuda.set_device(device)
-            for batch in read(pool):
-                _give(ready, stopped, batch if device is None else batch.pin_memory())
-            _give(ready, stopped, None)
-        except BaseException as error:  # noqa: BLE001 - the run raises it
-            _give(ready, stopped, error)
+        def produce() -> ClipBatch | None:
+            batch = next(batches, None)
+            if batch is None or device is None:
+                return batch
+            torch.cuda.set_device(device)
+            return batch.pin_memory()
 
-    with begin() as pool:
-        thread = threading.Thread(target=produce, daemon=True, name="batches")
-        thread.start()
+        ready = deque(thread.submit(produce) for _ in range(READY + 1))
         try:
-            while (batch := ready.get()) is not None:
-                if isinstance(batch, BaseException):
-                    raise batch
+            while (batch := ready.popleft().result()) is not None:
+                ready.append(thread.submit(produce))
                 yield batch
         finally:
-            stopped.set()
             pool.stop()
-            thread.join(timeout=5)
-
-
-def _give(ready: _Ready, stopped: threading.Event, thing: ClipBatch | BaseException | None) -> None:
-    while not stopped.is_set():
-        with suppress(queue.Full):
-            ready.put(thing, timeout=0.1)
-            return
 
 
 @dataclass(frozen=True)
@@ -220,14 +197,12 @@ class Part:
     """Some views of one video: those that follow on its part before."""
 
     clips: Tensor
-    """(R, C, T, H, W) uint8. A view is a clip and a crop of it; those of one clip are next to each
-    other."""
+    """(R, C, T, H, W) uint8, the crops of a clip next to each other."""
     starts: NDArray[np.int64]
     """(R,) first frame of each."""
     num_views: int
-    """Views of the video."""
+    """Of the whole video, as its frames."""
     num_frames: int
-    """Frames of the video."""
 
 
 def stream_parts(

@@ -58,17 +58,7 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
         """Take the rules of the method; ``masks``: by the name of the source of a batch.
 
         ``ema``: the teacher. ``gathered`` makes it callable where an engine shards its weights.
-
-        Raises:
-            ValueError: masks are to be picked by difficulty, but nothing predicts it.
         """
-        if any(rule.strategy.picks for rule in masks.values()) and predictor == "none":
-            raise ValueError(
-                "a mask strategy that picks by difficulty needs a loss predictor: take "
-                "masking.strategy=random, or mining.predictor=relative or absolute"
-            )
-        if (ema is not None) != needs_teacher(predictor, target):
-            raise ValueError(f"predictor {predictor!r} with teacher {type(ema).__name__}")
         super().__init__(ema, momentum, ema_update)
         self.masks = masks
         self.target = target
@@ -165,11 +155,6 @@ class TeacherOutput(NamedTuple):
     """(B, N) float32"""
     tokens: Tensor | None
     """(B, N, D) from its encoder."""
-
-
-def needs_teacher(predictor: PredictorObjective, target: Target) -> bool:
-    """Whether the objective uses a teacher."""
-    return predictor != "none" or target.of_teacher
 
 
 def named(source: str, quantity: str) -> str:

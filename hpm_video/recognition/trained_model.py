@@ -8,7 +8,6 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from hpm_video.config.checks import ConfigError
 from hpm_video.config.choices import Pooling
 from hpm_video.config.data import DataConfig
 from hpm_video.config.loading import load_any_config
@@ -90,12 +89,7 @@ class TrainedModel(ABC):
     @property
     def file(self) -> str:
         """Name of the file of its weights in a checkpoint folder."""
-        return file_of(self.weights)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the file of its weights."""
-        return weights_digest(self.path, self.file)
+        return _file_of(self.weights)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -142,7 +136,7 @@ class TrainedModel(ABC):
         return {
             "update": self.update,
             "weights": self.weights,
-            "weights_sha256": self.digest,
+            "weights_sha256": weights_digest(self.path, self.file),
             "num_frames": self.data.num_frames,
             "sampling": self.data.sampling,
             "frame_stride": self.data.frame_stride,
@@ -235,64 +229,60 @@ def open_trained(
     """
     with as_folder(path) as folder:
         config = load_any_config(folder / "config.yaml", overrides)
-        origin = folder / "origin.json"
+        kind = TrainedAutoencoder if isinstance(config, PretrainConfig) else TrainedClassifier
+        if not issubclass(kind, wanted):
+            raise CheckpointError(_OF_OTHER_KIND[kind].format(path=path))
+        chosen, origin = _choose(path, folder, config, weights), folder / "origin.json"
+        update = read_state(folder)["update"]
+        data = clips.of(config.data)
         found: TrainedModel
         if isinstance(config, PretrainConfig):
-            if not issubclass(TrainedAutoencoder, wanted):
-                raise CheckpointError(
-                    f"{path} is no checkpoint of a classifier, but of pre-training; train one:\n"
-                    f"  ./run_finetune.sh CONFIG init_weights={path}\n"
-                    "(see configs/README.md), and give RUN/checkpoints/last of that run"
-                )
-            chosen = _choose(path, folder, "pre-training", weights or "student", OF_PRETRAINING)
-            update = read_state(folder)["update"]
-            found = TrainedAutoencoder(path, chosen, update, clips.of(config.data), config)
+            found = TrainedAutoencoder(path, chosen, update, data, config)
         else:
-            if not issubclass(TrainedClassifier, wanted):
-                raise ConfigError(
-                    f"{path} is of a classifier, not of pre-training; give a checkpoint of "
-                    f"./run_pretrain.sh, such as runs/demo/checkpoints/last"
+            if not (folder / "labels.txt").is_file():
+                raise CheckpointError(
+                    f"{path} is no checkpoint of a classifier: it has no labels.txt, the name of "
+                    f"class i in line i; put that file there"
                 )
-            found = _classifier(path, folder, config, weights, clips)
+            config = replace(
+                config,
+                test=replace(config.test, weights="average" if chosen == "average" else "model"),
+                data=data,
+                model=replace(config.model, pretrained_grid=source_grid_of(config)),
+            )
+            names = read_label_names(folder / "labels.txt")
+            found = TrainedClassifier(path, chosen, update, data, config, names)
         if origin.is_file():
             found = replace(found, origin=origin.read_text(encoding="utf-8"))
     assert isinstance(found, wanted)
     return found
 
 
-def _classifier(
-    path: Path, folder: Path, config: FinetuneConfig, weights: WeightsOf | None, clips: ClipChoice
-) -> TrainedClassifier:
-    chosen = _choose(path, folder, "a classifier", weights or config.test.weights, OF_CLASSIFIER)
-    if not (folder / "labels.txt").is_file():
-        raise CheckpointError(
-            f"{path} is no checkpoint of a classifier: it has no labels.txt, the name of class i "
-            f"in line i; put that file there"
-        )
-    config = replace(
-        config,
-        test=replace(config.test, weights="average" if chosen == "average" else "model"),
-        data=clips.of(config.data),
-        model=replace(config.model, pretrained_grid=source_grid_of(config)),
-    )
-    names, update = read_label_names(folder / "labels.txt"), read_state(folder)["update"]
-    return TrainedClassifier(path, chosen, update, config.data, config, names)
+_OF_OTHER_KIND: dict[type[TrainedModel], str] = {
+    TrainedAutoencoder: """{path} is no checkpoint of a classifier, but of pre-training; train one:
+  ./run_finetune.sh CONFIG init_weights={path}
+(see configs/README.md), and give RUN/checkpoints/last of that run""",
+    TrainedClassifier: "{path} is of a classifier, not of pre-training; give a checkpoint of "
+    "./run_pretrain.sh, such as runs/demo/checkpoints/last",
+}
 
 
 def _choose(
-    path: Path, folder: Path, kind: str, asked: WeightsOf, known: tuple[WeightsOf, ...]
+    path: Path, folder: Path, config: PretrainConfig | FinetuneConfig, asked: WeightsOf | None
 ) -> WeightsOf:
-    if asked == "untrained" and known == OF_PRETRAINING:
-        return asked
-    there = [name for name in known if (folder / f"{file_of(name)}.safetensors").is_file()]
-    if asked not in known or (there and asked not in there):
+    if isinstance(config, PretrainConfig):
+        kind, known, usual = "pre-training", (*OF_PRETRAINING, "untrained"), OF_PRETRAINING[0]
+    else:
+        kind, known, usual = "a classifier", OF_CLASSIFIER, config.test.weights
+    chosen: WeightsOf = asked or usual
+    there = [name for name in known if (folder / f"{_file_of(name)}.safetensors").is_file()]
+    if chosen not in known or (there and chosen not in (*there, "untrained")):
         raise CheckpointError(
-            f"{path} is of {kind} and has no weights of {asked!r}; take --weights "
+            f"{path} is of {kind} and has no weights of {chosen!r}; take --weights "
             f"{' or '.join(there or known)}"
         )
-    return asked
+    return chosen
 
 
-def file_of(weights: WeightsOf) -> str:
-    """Return the name of the file of weights in a checkpoint folder."""
+def _file_of(weights: WeightsOf) -> str:
     return "model" if weights == "student" else weights

@@ -364,7 +364,7 @@ def test_a_checkpoint_of_something_else_is_named(checkpoint, tmp_path):
     (tmp_path / "labels.txt").write_text("one\ntwo\n")
     with pytest.raises(CheckpointError, match=r"head.weight has shape \(3, 16\).* \(2, 16\)"):
         load(tmp_path)
-    with pytest.raises(ValueError, match=r"is of a classifier, not of pre-training; give a"):
+    with pytest.raises(CheckpointError, match="is of a classifier, not of pre-training; give a"):
         open_trained(checkpoint, TrainedAutoencoder)
 
 
