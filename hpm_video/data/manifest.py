@@ -39,12 +39,15 @@ _EXPECTED = (
     "'file 0 -1' (unlabelled), 'file num_frames label' or 'file' alone, where the name of the file "
     f"ends in {_SUFFIXES}"
 )
-_SEPARATOR = r"(?:[ \t]*,[ \t]*|[ \t]+)"
+_SEPARATOR = r"(?:[ \t]*[,;][ \t]*|[ \t]+)"
 _LIST_LINE = re.compile(
-    rf"(?P<path>.*(?:{'|'.join(re.escape(suffix) for suffix in MEDIA_SUFFIXES)}))"
-    rf"(?P<numbers>(?:{_SEPARATOR}-?\d+)*)",
+    rf"(?P<path>\"(?:[^\"]|\"\")+\"|.*(?:{'|'.join(map(re.escape, MEDIA_SUFFIXES))}))"
+    rf"(?P<numbers>(?:{_SEPARATOR}-?\d+(?:\.0+)?)*)",
     re.IGNORECASE,
 )
+_COLUMNS = ("path", "label", "label_name", "num_frames", "verdict")
+_PATHS = ("video_path", "file_path", "filepath", "file_name", "filename", "video", "file")
+"""What others call the column of files, where there is none called path."""
 _INTEGER = r"-?\d{1,15}(?:\.0+)?"  # pandas writes 3.0 where another row of the column is empty
 
 
@@ -117,12 +120,13 @@ class Manifest:
 def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
     """Read a list of videos or images, or find those of a folder.
 
-    - A CSV file whose first line names its columns: ``path`` and, each optional, ``label``,
-      ``label_name``, ``num_frames`` and ``verdict``. An empty cell says nothing; other columns are
-      ignored. Files whose verdict is ``bad`` are left out, and the log counts them. A path may be
+    - A CSV file (by commas, semicolons or tabs) whose first line names its columns: ``path`` and,
+      each optional, ``label``, ``label_name``, ``num_frames`` and ``verdict``. An empty cell says
+      nothing; other columns are ignored. Files whose verdict is ``bad`` are left out, and the log counts them. A path may be
       of any kind that :mod:`hpm_video.decoding.locations` has.
     - A list without such a line, as VideoMAE and its descendants use: see :func:`_meaning`. The
-      numbers at the end of a line are split off, so a path may hold spaces.
+      numbers at the end of a line are split off, so a path may hold spaces; it may be quoted. Other
+      lines that begin with ``#`` are comments.
     - A folder of class folders, where each file lies in a folder directly below: the classes are
       the sorted names of those folders.
     - Any other folder: all videos in it, or all images, however deep, unlabelled. Those whose names
@@ -165,9 +169,13 @@ def read_listing(path: Path | str, root: Path | str | None = None) -> Listing:
             f"directory, {Path.cwd()}"
         )
     text = read_text(source, ManifestError, _EXPECTED)
-    first_line = next(csv.reader(text.splitlines()[:1]), [])
-    named = "path" in [cell.strip() for cell in first_line]
-    table = _read_table(source, text) if named else _read_list(source, text)
+    first_line = text.partition("\n")[0]
+    for separator in ",;\t":
+        if columns := _columns(first_line, separator):
+            table = _read_table(source, text, columns, separator)
+            break
+    else:
+        table = _read_list(source, text)
     if table.empty:
         raise ManifestError(f"{source} lists no videos or images. {_EXPECTED}")
     return Listing(source, table, _files(source, table, root))
@@ -183,11 +191,21 @@ def _bad_line(source: Path, line: object, row: str, why: str) -> ManifestError:
     return ManifestError(f"{source}, line {line}: {why}, got {row!r}. {_EXPECTED}")
 
 
-def _read_table(source: Path, text: str) -> pd.DataFrame:
+def _columns(line: str, separator: str) -> list[str]:
+    """Columns as we spell them, that a first line names; none where it names no files."""
+    cells = [cell.strip() for cell in next(csv.reader([line], delimiter=separator), [])]
+    names = [cell.lower() if cell.lower() in _COLUMNS else cell for cell in cells]
+    others = [cell for cell in cells if cell.lower() in _PATHS]
+    if "path" not in names and len(others) == 1 and len(cells) > 1:
+        names[cells.index(others[0])] = "path"
+    return names if "path" in names else []
+
+
+def _read_table(source: Path, text: str, header: list[str], separator: str) -> pd.DataFrame:
     """Text of a CSV file -> its cells as strings, each row under its line number."""
     lines, rows = [], []
-    reader = csv.reader(io.StringIO(text, newline=""))
-    header = [cell.strip() for cell in next(reader)]
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    next(reader)
     if repeated := sorted({name for name in header if header.count(name) > 1}):
         raise _bad_line(source, 1, ",".join(header), f"columns {repeated} appear more than once")
     for row in reader:
@@ -209,17 +227,23 @@ def _read_list(source: Path, text: str) -> pd.DataFrame:
         if not row.strip():
             continue
         match = _LIST_LINE.fullmatch(row.strip())
+        if not match and row.startswith("#"):
+            continue
         if not match:
             why = "need the path of a video or an image and then whole numbers"
+            if line == 1 and not re.search(r"\d|/", row):
+                why += ", or a first line that names columns, of which one is path"
             raise _bad_line(source, line, row.strip(), f"{why} (folders of frames are not read)")
-        numbers = match["numbers"].replace(",", " ").split()
+        numbers = re.sub(r"[,;]|\.0+\b", " ", match["numbers"]).split()
         columns = len(numbers) if columns is None else columns
         if len(numbers) != columns:
             why = f"need {1 + columns} columns as in the lines before"
             raise _bad_line(source, line, row, why)
         label, num_frames = _meaning(source, line, row, numbers)
         lines.append(line)
-        rows.append((match["path"], label, num_frames))
+        path = match["path"]
+        path = path[1:-1].replace('""', '"') if path[0] == '"' else path
+        rows.append((path, label, num_frames))
     return pd.DataFrame(rows, columns=["path", "label", "num_frames"], index=lines, dtype=str)
 
 

@@ -263,3 +263,27 @@ def test_a_container_that_is_not_read_is_named_with_what_helps(tmp_path, suffix,
     for decoder in available_decoders():
         with pytest.raises(DecodeError, match=f"it is {what}, .* ffmpeg -i FILE .*FILE.m"):
             open_video(str(path), decoder)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "how"),
+    [
+        ("clips/a.mp4", "clips\\a.mp4", "slashes"),
+        (
+            "caf\N{LATIN SMALL LETTER E WITH ACUTE}.mp4",
+            "cafe\N{COMBINING ACUTE ACCENT}.mp4",
+            "Unicode",
+        ),
+        (
+            "cafe\N{COMBINING ACUTE ACCENT}.mp4",
+            "caf\N{LATIN SMALL LETTER E WITH ACUTE}.mp4",
+            "Unicode",
+        ),
+    ],
+)
+def test_a_file_of_another_spelling_is_pointed_out(tmp_path, name, asked, how):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    with pytest.raises(DecodeError, match=rf"no such file, but there is .*{how}.*in the manifest"):
+        open_video(f"{tmp_path}/{asked}")
