@@ -122,8 +122,8 @@ def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
 
     - A CSV file (by commas, semicolons or tabs) whose first line names its columns: ``path`` and,
       each optional, ``label``, ``label_name``, ``num_frames`` and ``verdict``. An empty cell says
-      nothing; other columns are ignored. Files whose verdict is ``bad`` are left out, and the log counts them. A path may be
-      of any kind that :mod:`hpm_video.decoding.locations` has.
+      nothing; other columns are ignored. Files whose verdict is ``bad`` are left out, and the log
+      counts them. A path may be of any kind that :mod:`hpm_video.decoding.locations` has.
     - A list without such a line, as VideoMAE and its descendants use: see :func:`_meaning`. The
       numbers at the end of a line are split off, so a path may hold spaces; it may be quoted. Other
       lines that begin with ``#`` are comments.
