@@ -31,7 +31,8 @@ from hpm_video.config.loading import load_any_config, load_config
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.data.reading import Request, Views
 from hpm_video.decoding.locations import is_image
-from hpm_video.decoding.registry import DecoderError, available_decoders, open_video
+from hpm_video.decoding.reader import DecoderError
+from hpm_video.decoding.registry import available_decoders, open_video
 from hpm_video.files.failures import TooManyBadFiles
 from hpm_video.preparation.benchmark import (
     IN_THE_RUN,

@@ -30,7 +30,8 @@ from hpm_video.data.reading import (
     view_frames,
 )
 from hpm_video.data.transforms import Box, MultiScaleCrop, multi_scale_box, view_boxes
-from hpm_video.decoding.registry import Frames, available_decoders, open_video
+from hpm_video.decoding.reader import Frames
+from hpm_video.decoding.registry import available_decoders, open_video
 from hpm_video.mining.losses import ranking_loss
 from hpm_video.randomness import generator
 

@@ -71,7 +71,7 @@ def count_source(
         total.backward()
     with FlopCounterMode(display=False) as teacher, torch.no_grad():
         if rule.strategy.picks:
-            model.score_all(clip)
+            model.score(model.encode(clip), rule.grid)
         elif config.mining.target == "ema":
             model.encode(clip)
     return student.get_total_flops() / 2e9, teacher.get_total_flops() / 2e9

@@ -9,10 +9,9 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hpm_video.config.checks import ConfigError
-from hpm_video.config.data import DataConfig
+from hpm_video.data.manifest import read_manifest
 from hpm_video.data.reading import Views
 from hpm_video.recognition.testing import (
     describe,
@@ -21,37 +20,26 @@ from hpm_video.recognition.testing import (
     summarise,
     write_results,
 )
-from hpm_video.recognition.trained_model import TrainedClassifier
+from hpm_video.recognition.trained_model import OF_CLASSIFIER, TrainedClassifier
 from hpm_video.runs.console import add_options, make_parser, run_processes
-from hpm_video.runs.data import open_manifest
-from hpm_video.runs.options import (
-    add_clip_options,
-    add_machine_options,
-    describe_pass,
-    open_inference,
-    reading_of,
-)
+from hpm_video.runs.options import add_model_options, describe_pass, open_inference, reading_of
 from hpm_video.training.distributed import Processes
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Test, and print and write the result."""
     parser = make_parser(__doc__)
+    add_model_options(parser, "checkpoint folder of a fine-tuning run", OF_CLASSIFIER)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="checkpoint folder of a fine-tuning run")
     add("manifest", help="manifest or folder of class folders")
-    add("--root", help="of relative paths in the manifest")
-    add("--weights", choices=("model", "average"), help="default: the config's")
-    add(
-        "--exclude-bad-files",
-        action="store_true",
-        help="count videos that do not decode as wrong, instead of stopping with a list of them",
+    help_of_bad = (
+        "count videos that do not decode as wrong, instead of stopping with a list of them"
     )
+    add("--exclude-bad-files", action="store_true", help=help_of_bad)
     add("--overwrite", action="store_true", help="replace an earlier result in --output")
-    output = {"help": "default: evaluations/NAME in the run's folder"}
-    add_options(parser, "views", output=output)
-    add_clip_options(parser)
-    add_machine_options(parser)
+    add_options(
+        parser, "views", "root", output={"help": "default: evaluations/NAME in the run's folder"}
+    )
     arguments = parser.parse_args(command_line)
     return run_processes(lambda processes: evaluate(arguments, processes))
 
@@ -71,14 +59,14 @@ def evaluate(arguments: argparse.Namespace, processes: Processes) -> None:
     trained, classifier = open_inference(arguments, TrainedClassifier, processes.count)
     test, names = trained.config.test, trained.label_names
     views = arguments.views or Views(test.clips, test.crops)
-    manifest = open_manifest(DataConfig(root=arguments.root), arguments.manifest)
+    manifest = read_manifest(arguments.manifest, arguments.root)
     if processes.is_first:
         logging.getLogger().info(describe_pass(len(manifest), views, trained, classifier))
     reading = reading_of(arguments, exclude_bad_files=arguments.exclude_bad_files)
     scores = score_videos(classifier, names, manifest, views, reading, processes)
     if not processes.is_first:
         return
-    what: dict[str, Any] = {
+    what = {
         "checkpoint": str(checkpoint),
         "manifest": str(Path(arguments.manifest).absolute()),
         "exclude_bad_files": arguments.exclude_bad_files,

@@ -14,23 +14,13 @@ import numpy as np
 
 import hpm_video
 from hpm_video.data.clips import decoder_for
-from hpm_video.data.manifest import Manifest, read_manifest
+from hpm_video.data.manifest import read_manifest
 from hpm_video.data.reading import Views
 from hpm_video.files.failures import BadFilesError, Failure
-from hpm_video.recognition.feature_folder import FeatureFolder
-from hpm_video.recognition.features import FeatureChoice, describe, extract
-from hpm_video.recognition.trained_model import (
-    OF_CLASSIFIER,
-    OF_PRETRAINING,
-    TrainedModel,
-)
-from hpm_video.runs.console import exit_codes, make_parser, positive, run, shortest
-from hpm_video.runs.options import (
-    add_clip_options,
-    add_machine_options,
-    describe_pass,
-    open_inference,
-)
+from hpm_video.recognition.features import FeatureFolder, Layout, describe, extract
+from hpm_video.recognition.trained_model import OF_CLASSIFIER, OF_PRETRAINING, TrainedModel
+from hpm_video.runs.console import add_options, exit_codes, make_parser, positive, run, shortest
+from hpm_video.runs.options import add_model_options, describe_pass, open_inference
 
 EXIT_CODES = exit_codes(
     "the features of every video are there",
@@ -41,30 +31,24 @@ EXIT_CODES = exit_codes(
 def main(command_line: Sequence[str] | None = None) -> int:
     """Extract, and report what was written."""
     parser = make_parser(__doc__, EXIT_CODES)
+    add_model_options(
+        parser,
+        "checkpoint folder of a run, pre-training or fine-tuning",
+        (*OF_PRETRAINING, *OF_CLASSIFIER),
+        weights_help="student (default) or teacher of pre-training, model or average of a "
+        "classifier (default: those that it tests), whose features are what its head sees",
+    )
     add = parser.add_argument
-    add("checkpoint", type=Path, help="checkpoint folder of a run, pre-training or fine-tuning")
     add("source", type=Path, help="manifest or folder of videos")
     add("output", type=Path, help="folder to write to; a second start goes on in it")
-    add("--root", type=Path, help="where paths in the manifest start; default: its own folder")
-    add(
-        "--weights",
-        choices=(*OF_PRETRAINING, *OF_CLASSIFIER),
-        help="student (default) or teacher of pre-training, model or average of a classifier "
-        "(default: those that it tests), whose features are what its head sees",
-    )
     add("--clips", type=positive, metavar="N", help="clips spread over each video (default 1)")
     add("--crops", type=positive, metavar="M", help="crops of each clip (default 1)")
-    add(
-        "--window-stride",
-        type=positive,
-        metavar="FRAMES",
-        help="instead of --clips: a clip every FRAMES frames, over the whole video",
-    )
+    windows = "instead of --clips: a clip every FRAMES frames, over the whole video"
+    add("--window-stride", type=positive, metavar="FRAMES", help=windows)
     add("--tokens", action="store_true", help="every token of the last layer, not one vector")
     add("--dtype", choices=("float32", "float16"), default="float32")
     add("--clips-per-pass", type=positive, metavar="N", help="fewer take less memory (default 32)")
-    add_clip_options(parser)
-    add_machine_options(parser)
+    add_options(parser, "root")
     arguments = parser.parse_args(command_line)
     if arguments.window_stride and (arguments.clips or arguments.crops):
         parser.error("--window-stride looks at every video in windows: leave out --clips, --crops")
@@ -83,17 +67,15 @@ def write_features(arguments: argparse.Namespace) -> None:
     every = arguments.window_stride
     trained, encoder = open_inference(arguments, TrainedModel, windows=every)
     encoder = replace(encoder, clips_per_pass=arguments.clips_per_pass or encoder.clips_per_pass)
-    views = Views(arguments.clips or 1, arguments.crops or 1)
-    choice = FeatureChoice(
-        Views(every=every) if every else views, arguments.tokens, arguments.dtype
-    )
+    views = Views(arguments.clips or 1, arguments.crops or 1, every)
+    layout = Layout.of(encoder, views, arguments.dtype, tokens=arguments.tokens)
     source = arguments.source.absolute()
     base = (arguments.root or (source if source.is_dir() else source.parent)).absolute()
-    folder = FeatureFolder(arguments.output, manifest, base, choice.layout(encoder))
+    folder = FeatureFolder(arguments.output, manifest, base, layout)
     folder.claim(
         {
             "hpm_video": hpm_video.__version__,
-            **describe(trained, encoder, choice),
+            **describe(trained, encoder, layout),
             "source": str(source),
             "root": str(base),
             "decoder": arguments.decoder,
@@ -103,11 +85,9 @@ def write_features(arguments: argparse.Namespace) -> None:
     if before:
         print(f"{before} of {before + missing} videos are there already")
     if missing:
-        print(describe_pass(missing, choice.views, trained, encoder))
-    failures = extract(
-        encoder, choice, folder, decoder=arguments.decoder, workers=arguments.workers
-    )
-    report(folder, manifest, before, failures)
+        print(describe_pass(missing, views, trained, encoder))
+    failures = extract(encoder, folder, decoder=arguments.decoder, workers=arguments.workers)
+    report(folder, before, failures)
     if failures:
         raise BadFilesError(
             failures,
@@ -116,9 +96,7 @@ def write_features(arguments: argparse.Namespace) -> None:
         )
 
 
-def report(
-    folder: FeatureFolder, manifest: Manifest, before: int, failures: Sequence[Failure]
-) -> None:
+def report(folder: FeatureFolder, before: int, failures: Sequence[Failure]) -> None:
     """Print what was written, and how to load it."""
     layout = folder.layout
     print(
@@ -137,7 +115,7 @@ def report(
         if what:
             print(f"  {name:14}{what}")
     bad = {failure.path for failure in failures}
-    video = next((file for file in manifest.files if file not in bad), None)
+    video = next((file for file in folder.manifest.files if file not in bad), None)
     if video is None:
         return
     path = folder.features_of(video)

@@ -20,39 +20,29 @@ from hpm_video.data.reading import Views
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.failures import BadFilesError, Failure
 from hpm_video.recognition.inference import each_video
-from hpm_video.recognition.trained_model import TrainedClassifier
+from hpm_video.recognition.trained_model import OF_CLASSIFIER, TrainedClassifier
 from hpm_video.runs.console import add_options, exit_codes, make_parser, positive, run
-from hpm_video.runs.options import (
-    add_clip_options,
-    add_machine_options,
-    describe_pass,
-    open_inference,
-    reading_of,
-)
+from hpm_video.runs.options import add_model_options, describe_pass, open_inference, reading_of
 
 EXIT_CODES = exit_codes(
     "every video has a prediction",
     "a wrong input, or some videos do not decode: they are listed, the others have predictions",
+)
+CHECKPOINT = (
+    "checkpoint folder of a fine-tuning run, or one file made of it by tools/weights.py export "
+    "--to file"
 )
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Predict, and print what is most probable."""
     parser = make_parser(__doc__, EXIT_CODES)
+    add_model_options(parser, CHECKPOINT, OF_CLASSIFIER)
     add = parser.add_argument
-    add(
-        "checkpoint",
-        type=Path,
-        help="checkpoint folder of a fine-tuning run, or one file made of it by "
-        "tools/weights.py export --to file",
-    )
     add("videos", nargs="+", metavar="VIDEO", help="a video, or a folder: all videos in it")
     add("--top", type=positive, default=5, metavar="N", help="classes of each video (default 5)")
     add("--json", type=Path, metavar="FILE", help="write the predictions there too")
-    add("--weights", choices=("model", "average"), help="default: those that the run tested")
     add_options(parser, "views")
-    add_clip_options(parser)
-    add_machine_options(parser)
     arguments = parser.parse_args(command_line)
     return run(lambda: name_actions(arguments))
 
@@ -92,7 +82,7 @@ def name_actions(arguments: argparse.Namespace) -> None:
             for i in best
         ]
         print_top(manifest.files[place], top)
-        found.append({"path": absolute(manifest.files[place]), "top": top})
+        found.append({"path": str(Path(manifest.files[place]).absolute()), "top": top})
     if arguments.json is not None:
         content = {
             "checkpoint": str(arguments.checkpoint.resolve()),
@@ -102,7 +92,9 @@ def name_actions(arguments: argparse.Namespace) -> None:
             "clips": views.clips,
             "crops": views.crops,
             "videos": found,
-            "bad_files": [{"path": absolute(bad.path), "reason": bad.reason} for bad in failures],
+            "bad_files": [
+                {"path": str(Path(bad.path).absolute()), "reason": bad.reason} for bad in failures
+            ],
         }
         with written_beside(arguments.json) as beside:
             beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -137,11 +129,6 @@ def find_videos(paths: Sequence[str]) -> Manifest:
             is_here = place.is_relative_to(Path.cwd())
             found[str(place.relative_to(Path.cwd()) if is_here else file)] = None
     return Manifest((*found,), (UNLABELLED,) * len(found), (NOT_STATED,) * len(found))
-
-
-def absolute(path: str) -> str:
-    """Return a path for programs, which may work in another folder."""
-    return str(Path(path).absolute())
 
 
 def print_top(path: str, top: Sequence[dict[str, Any]]) -> None:

@@ -29,18 +29,12 @@ from hpm_video.recognition.probes import (
     nearest_neighbours,
 )
 from hpm_video.recognition.testing import summarise
-from hpm_video.recognition.trained_model import TrainedAutoencoder
+from hpm_video.recognition.trained_model import OF_PRETRAINING, TrainedAutoencoder
 from hpm_video.runs.console import add_options, make_parser, positive, run
 from hpm_video.runs.data import open_manifest
 from hpm_video.runs.evaluation import describe_evaluation, evaluate_run
 from hpm_video.runs.finetuning import finetune, for_checkpoint
-from hpm_video.runs.options import (
-    add_clip_options,
-    add_machine_options,
-    clip_choice,
-    open_inference,
-    reading_of,
-)
+from hpm_video.runs.options import add_model_options, clip_choice, open_inference, reading_of
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHED = ("knn", "logistic")
@@ -53,24 +47,24 @@ SETTINGS = ("checkpoint", *OF_DATA, "probes", "neighbours", "set")
 def main(command_line: Sequence[str] | None = None) -> int:
     """Probe, and print what came of it."""
     parser = make_parser(__doc__)
+    add_model_options(
+        parser,
+        "folder of a pre-training run's checkpoint",
+        (*OF_PRETRAINING, "untrained"),
+        weights_help="default: student",
+        default_weights="student",
+    )
     add = parser.add_argument
-    add("checkpoint", type=Path, help="folder of a pre-training run's checkpoint")
     add("--train", required=True, help="labelled manifest or folder of classes")
     add("--validation", required=True, help="the same, to be tested on")
-    add("--root", help="of relative paths in the manifests")
     add("--probes", nargs="+", choices=CACHED + TRAINED, default=list(CACHED))
     add("--neighbours", type=positive, nargs="+", default=list(NEIGHBOURS))
-    add("--weights", choices=("student", "teacher", "untrained"), default="student")
-    add(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="section.key=value",
-        help="overrides for the probes that are trained, such as recipe.batch_size=64",
+    of_trained = "overrides for the probes that are trained, such as recipe.batch_size=64"
+    add("--set", nargs="+", default=[], metavar="section.key=value", help=of_trained)
+    root = {"type": str, "help": "of relative paths in the manifests"}
+    add_options(
+        parser, root=root, output={"help": "default: probes/WEIGHTS in the run's directory"}
     )
-    add_options(parser, output={"help": "default: probes/WEIGHTS in the run's directory"})
-    add_clip_options(parser)
-    add_machine_options(parser)
     arguments = parser.parse_args(command_line)
     return run(lambda: probe(arguments))
 

@@ -15,7 +15,7 @@ import torch
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.data import DataConfig
 from hpm_video.data.batch import ClipBatch
-from hpm_video.data.sampling import train_indices, view_indices
+from hpm_video.data.reading import train_indices, view_indices
 from hpm_video.data.transforms import view_crops
 from hpm_video.decoding.registry import open_video
 from hpm_video.mining.pictures import (

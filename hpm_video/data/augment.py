@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from hpm_video.config.choices import Interpolation, check_rand_augment
+from hpm_video.config.choices import Interpolation
 from hpm_video.data.transforms import Box, ClipTransform, DrawnCrop
 from hpm_video.randomness import global_generators
 
@@ -40,10 +40,6 @@ class Augmentation(ClipTransform):
     std: tuple[float, ...]
     """After normalisation with these the noise is standard normal, but for what 8 bits clip."""
     interpolation: Interpolation = "bilinear"
-
-    def __post_init__(self) -> None:
-        if self.rand_augment is not None:
-            check_rand_augment(self.rand_augment)
 
     def prepare(self) -> None:
         """Import timm and torchvision."""
@@ -85,8 +81,12 @@ class DrawnAugmentation(DrawnCrop):
         how = self.how
         clip = super().__call__(pixels)
         if how.rand_augment is not None:
-            changes = _rand_augment(how.rand_augment, self.frame_size, how.mean)
-            clip = _change(clip, changes, self.change_key)
+            change = _rand_augment(how.rand_augment, self.frame_size, how.mean)
+            changed = []
+            for frame in clip.permute(1, 2, 3, 0).contiguous().numpy():
+                with global_generators(self.change_key):
+                    changed.append(np.asarray(change(Image.fromarray(frame))))
+            clip = torch.from_numpy(np.stack(changed)).permute(3, 0, 1, 2).contiguous()
         if how.erasing > 0:
             clip = _erase(clip, how.erasing, how.mean, how.std, self.erase_key)
         return clip
@@ -128,15 +128,6 @@ def _posterize(
 ) -> Image.Image:
     """At its full strength timm keeps no bits: black, but an error of Pillow 13."""
     return keep(image, bits, **settings) if bits > 0 else Image.new(image.mode, image.size)
-
-
-def _change(clip: Tensor, transform: Callable[[Image.Image], Image.Image], key: int) -> Tensor:
-    """Each frame under the same key: (C, T, h, w) uint8 -> the same"""
-    changed = []
-    for frame in clip.permute(1, 2, 3, 0).contiguous().numpy():
-        with global_generators(key):
-            changed.append(np.asarray(transform(Image.fromarray(frame))))
-    return torch.from_numpy(np.stack(changed)).permute(3, 0, 1, 2).contiguous()
 
 
 def _erase(

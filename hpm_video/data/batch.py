@@ -21,12 +21,15 @@ class Sample:
     failures: tuple[Failure, ...] = ()
     """Files that were to be drawn before this one."""
     source: str = ""
-    """Name of the source of data that the video is of, where a run has several."""
+    """Name of the source of data, where a run has several."""
 
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """Clips of several videos, those of one video next to each other (B = videos x R)."""
+    """Clips of several videos of one source, those of a video next to each other (B = videos x R).
+
+    With the names of their files, and the files that did not decode and were passed over.
+    """
 
     clips: Tensor
     """(B, C, T, H, W) uint8"""
@@ -35,11 +38,8 @@ class ClipBatch:
     labels: Tensor
     """(B,) int64, -1 where a video has none."""
     files: tuple[str, ...]
-    """Path of each clip's video (B)."""
     failures: tuple[Failure, ...]
-    """Files that did not decode and were passed over."""
     source: str = ""
-    """Name of the source of data that all of them are of, where a run has several."""
 
     def to(self, device: torch.device | str) -> "ClipBatch":
         """The batch with its tensors on a device; the host goes on where memory is pinned."""

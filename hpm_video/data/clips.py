@@ -23,7 +23,9 @@ from hpm_video.data.reading import (
     read_or_fail,
 )
 from hpm_video.data.transforms import ClipTransform
-from hpm_video.decoding.registry import DecodeError, check_name, choose_decoder, is_image
+from hpm_video.decoding.locations import is_image
+from hpm_video.decoding.reader import DecodeError
+from hpm_video.decoding.registry import check_name, choose_decoder
 from hpm_video.files.failures import Failure, TooManyBadFiles, tolerated, too_many
 from hpm_video.randomness import generator
 
@@ -32,14 +34,20 @@ class Clips(Dataset[Sample], ABC):
     """Clips by position: which file each is of, and how it is read, are two things.
 
     The first is decided here, in the process of the run, which alone has the manifest and knows
-    which files do not decode (:attr:`bad`); the second can be done in any process.
+    which files do not decode; the second can be done in any process.
     """
 
-    reader: ClipReader
-    bad: dict[str, Failure]
-    """Files that are known not to decode: they are not tried again."""
-    sample_bytes: int
-    """Bytes of the pixels of a sample, at most."""
+    def __init__(self, manifest: Manifest, reader: ClipReader, clips_per_sample: int) -> None:
+        self.manifest = manifest
+        self.reader = reader
+        self.bad: dict[str, Failure] = {}
+        """Files that are known not to decode: they are not tried again."""
+        self.sample_bytes = clips_per_sample * clip_bytes(reader.data)
+        """Bytes of the pixels of a sample, at most."""
+
+    def __len__(self) -> int:
+        """Files, and samples of one pass over them."""
+        return len(self.manifest)
 
     @abstractmethod
     def request(self, position: int) -> Request | Sample:
@@ -62,42 +70,36 @@ class Slot:
 
     def __init__(self, clips: Clips, position: int) -> None:
         self.clips = clips
-        self.position = position
-        self.request: Request | None = None
-        """What is to be read next, if anything."""
-        self.error: DecodeError | TooManyBadFiles | None = None
-        """Why nothing can be read for it, as the clips raised it."""
-        self._sample: Sample | None = None
+        self._position = position
         self._failures: tuple[Failure, ...] = ()
-        self._ask()
+        self._state = self._ask()
+
+    @property
+    def request(self) -> Request | None:
+        """What is to be read next, if anything."""
+        return self._state if isinstance(self._state, Request) else None
 
     def put(self, read: Sample | Failure) -> None:
         """Take what came of the request."""
         if isinstance(read, Sample):
-            self._sample, self.request = replace(read, failures=self._failures), None
+            self._state = replace(read, failures=self._failures)
         else:
             self.clips.bad[read.path] = read
             self._failures += (read,)
-            self._ask()
+            self._state = self._ask()
 
     def result(self) -> Sample:
-        """The sample, once nothing is to be read any more. Raises the error, if there is one."""
-        if self.error is not None:
-            raise self.error
-        assert self._sample is not None
-        return self._sample
+        """The sample, once nothing is to be read any more. Raises what the clips raised."""
+        if isinstance(self._state, Exception):
+            raise self._state
+        assert isinstance(self._state, Sample)
+        return self._state
 
-    def _ask(self) -> None:
-        self.request = None
+    def _ask(self) -> Request | Sample | DecodeError | TooManyBadFiles:
         try:
-            asked = self.clips.request(self.position)
+            return self.clips.request(self._position)
         except (DecodeError, TooManyBadFiles) as error:
-            self.error = error
-            return
-        if isinstance(asked, Sample):
-            self._sample = asked
-        else:
-            self.request = asked
+            return error
 
 
 class VideoClips(Clips):
@@ -106,9 +108,8 @@ class VideoClips(Clips):
     Position p is entry p mod n of the order of epoch p // n, n being the number of files. What
     is drawn for a clip (stride, start, crop) depends on seed, epoch, file and repeat alone.
 
-    A file that does not decode is recorded, and the next file in the order of its epoch (after
-    the last, the first) takes its place. That file has its own turn in the epoch too, so the
-    draws for a replacement depend on the file it stands in for as well, and differ.
+    The next file in the order of the epoch (after the last, the first) replaces one that does not
+    decode. It has its own turn too, so a replacement's draws depend on both files, and differ.
     """
 
     def __init__(
@@ -126,21 +127,14 @@ class VideoClips(Clips):
         ``same_frames``: repeats show the same frames, and differ in crop and augmentation alone
         (repeated augmentation); otherwise each takes frames of its own.
         """
-        self.manifest = manifest
-        self.max_bad_share = data.max_bad_share
-        self.bad = {}
-        self.sample_bytes = data.repeats * clip_bytes(data)
         decoder = decoder_for(data.decoder, manifest)
-        self.reader = TrainReader(data, decoder, source, transform, same_frames)
-        self._repeats = data.repeats
+        reader = TrainReader(data, decoder, source, transform, same_frames)
+        super().__init__(manifest, reader, data.repeats)
+        self._data = data
         self._seed = seed
         self._own = (source,) if source else ()
         """What tells the draws of one source from those of another."""
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.arange(0))
-
-    def __len__(self) -> int:
-        """Samples of one epoch."""
-        return len(self.manifest)
 
     def request(self, position: int) -> Request:
         """The file whose turn it is at a position of the stream, or that which replaces it.
@@ -158,14 +152,14 @@ class VideoClips(Clips):
                 instead_of = (int(order[slot]),) if offset else ()
                 keys = tuple(
                     (self._seed, *self._own, epoch, index, repeat, *instead_of)
-                    for repeat in range(self._repeats)
+                    for repeat in range(self._data.repeats)
                 )
                 known = self.manifest.num_frames[index]
                 return Request(path, self.manifest.labels[index], known, keys)
             passed[path] = self.bad[path]
-            if len(passed) > tolerated(len(self), self.max_bad_share):
+            if len(passed) > tolerated(len(self), self._data.max_bad_share):
                 break
-        raise too_many([*passed.values()], len(self), self.max_bad_share)
+        raise too_many([*passed.values()], len(self), self._data.max_bad_share)
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
         if self._order[0] != epoch:
@@ -192,18 +186,13 @@ class ValidationClips(Clips):
         report_failures: bool = False,
         source: str = "",
     ) -> None:
-        self.manifest = manifest
-        self.data = data
+        reader = EvalReader(data, decoder_for(data.decoder, manifest), source, views)
+        super().__init__(manifest, reader, views.count)
         self.views = views
-        self.bad = {}
-        self.sample_bytes = views.count * clip_bytes(data)
-        self.reader = EvalReader(data, decoder_for(data.decoder, manifest), source, views)
+        self._nothing = torch.empty(0, data.channels, *data.clip_size, dtype=torch.uint8)
         self._seed = seed
         self._report_failures = report_failures
         self._source = source
-
-    def __len__(self) -> int:
-        return len(self.manifest)
 
     def request(self, position: int) -> Request | Sample:
         """A file, or where it is known to be bad and failures are reported, what that gives.
@@ -218,8 +207,7 @@ class ValidationClips(Clips):
             return Request(path, label, self.manifest.num_frames[position], keys)
         if not self._report_failures:
             raise DecodeError(self.bad[path].reason, path)
-        nothing = torch.empty(0, self.data.channels, *self.data.clip_size, dtype=torch.uint8)
-        return Sample(nothing, (), label, path, (self.bad[path],), self._source)
+        return Sample(self._nothing, (), label, path, (self.bad[path],), self._source)
 
 
 def decoder_for(decoder: DecoderChoice, manifest: Manifest) -> DecoderChoice:

@@ -1,21 +1,36 @@
-"""Batches of clips, decoded by processes that may be lost and are replaced."""
+"""Batches of clips, and parts of long videos, read by processes that are replaced when lost."""
 
 import multiprocessing
 import os
-import queue
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
+from hpm_video.config.choices import DecoderChoice
+from hpm_video.config.data import DataConfig
 from hpm_video.data.batch import ClipBatch, Sample, collate
-from hpm_video.data.clips import Clips, Slot
+from hpm_video.data.clips import Clips, Slot, decoder_for
+from hpm_video.data.manifest import Manifest
 from hpm_video.data.mixture import Place
-from hpm_video.data.reading import ClipReader, Request, read_or_fail
+from hpm_video.data.reading import (
+    ClipReader,
+    Request,
+    Views,
+    clip_bytes,
+    prepare_decoder,
+    read_or_fail,
+    read_views,
+    view_frames,
+)
+from hpm_video.decoding.reader import DecodeError
+from hpm_video.decoding.registry import open_video
 from hpm_video.files.failures import Failure
 from hpm_video.workers.pool import USUAL, Answer, Limits, Pool
 from hpm_video.workers.room import check_room, cores_of_container, usable_cores
@@ -30,19 +45,16 @@ JOBS_HELD = 2
 ATTEMPTS = 2
 """At a file that its process did not come back from: the file may have had no part in that."""
 READY = 1
-"""Whole batches that wait for the run."""
-
+"""Complete batches that wait for the run."""
 
 ReadPool = Pool[list[tuple[int, Request]]]
 """Its jobs are files, and the number of the source that each is of."""
-_Ready = queue.Queue[ClipBatch | BaseException | None]
 
 
 def default_workers() -> int:
     """Processes that decode: one per core that may be used but one, at least 1 and at most 16.
 
-    A container may have a share of the cores (docker --cpus). Where torchrun started several
-    processes on this machine, they share the cores.
+    A container may have a share of the cores (docker --cpus), which processes of torchrun share.
     """
     cores = usable_cores()
     cores = min(cores, cores_of_container() or cores)
@@ -123,22 +135,18 @@ class _Batches:
         left, begun = iter(places), deque[list[Slot]]()
         while True:
             while len(begun) < ahead and (chosen := list(islice(left, batch_size))):
-                begun.append(self._begin(chosen))
+                batch = [Slot(self._streams[place.source], place.position) for place in chosen]
+                asked = [slot for slot in batch if slot.request is not None]
+                for start in range(0, len(asked), self._group):
+                    self._submit(asked[start : start + self._group])
+                begun.append(batch)
             if not begun:
                 return
             batch = begun.popleft()
-            while not any(slot.error for slot in batch) and any(slot.request for slot in batch):
-                self._take(self._pool.next())
-            for error in filter(None, [slot.error for slot in batch]):
-                raise error
+            for slot in batch:
+                while slot.request is not None:
+                    self._take(self._pool.next())
             yield collate([slot.result() for slot in batch])
-
-    def _begin(self, places: Sequence[Place]) -> list[Slot]:
-        batch = [Slot(self._streams[place.source], place.position) for place in places]
-        asked = [slot for slot in batch if slot.request is not None]
-        for start in range(0, len(asked), self._group):
-            self._submit(asked[start : start + self._group])
-        return batch
 
     def _submit(self, slots: Sequence[Slot], *, first: bool = False) -> None:
         jobs = [(self._streams.index(s.clips), s.request) for s in slots if s.request is not None]
@@ -163,47 +171,108 @@ def _in_background(
     begin: Callable[[], ReadPool], read: Callable[[ReadPool], Iterator[ClipBatch]], *, pin: bool
 ) -> Generator[ClipBatch, None, None]:
     """Batches that a thread puts together, while the run is at the one before."""
-    ready: _Ready = queue.Queue(READY)
-    stopped = threading.Event()
     # A thread begins on GPU 0: to pin memory there would take some of a GPU of another process.
     device = torch.cuda.current_device() if pin else None
-    with begin() as pool:
-        options = (lambda: read(pool), ready, stopped, device)
-        thread = threading.Thread(target=_produce, args=options, daemon=True, name="batches")
-        thread.start()
+    with begin() as pool, ThreadPoolExecutor(1, "batches") as thread:
+        batches = read(pool)
+
+        def produce() -> ClipBatch | None:
+            batch = next(batches, None)
+            if batch is None or device is None:
+                return batch
+            torch.cuda.set_device(device)
+            return batch.pin_memory()
+
+        ready = deque(thread.submit(produce) for _ in range(READY + 1))
         try:
-            while (batch := ready.get()) is not None:
-                if isinstance(batch, BaseException):
-                    raise batch
+            while (batch := ready.popleft().result()) is not None:
+                ready.append(thread.submit(produce))
                 yield batch
         finally:
-            stopped.set()
             pool.stop()
-            thread.join(timeout=5)
 
 
-def _produce(
-    read: Callable[[], Iterator[ClipBatch]],
-    ready: _Ready,
-    stopped: threading.Event,
-    device: int | None,
-) -> None:
-    """Hand over batches, at last none, or an error; with a device, in pinned memory."""
+@dataclass(frozen=True)
+class Part:
+    """Some views of one video: those that follow on its part before."""
 
-    def give(thing: ClipBatch | BaseException | None) -> None:
-        while not stopped.is_set():
-            with suppress(queue.Full):
-                ready.put(thing, timeout=0.1)
-                return
+    clips: Tensor
+    """(R, C, T, H, W) uint8, the crops of a clip next to each other."""
+    starts: NDArray[np.int64]
+    """(R,) first frame of each."""
+    num_views: int
+    """Of the whole video, as its frames."""
+    num_frames: int
 
-    try:
-        if device is not None:
-            torch.cuda.set_device(device)
-        for batch in read():
-            give(batch if device is None else batch.pin_memory())
-        give(None)
-    except BaseException as error:  # noqa: BLE001 - the run raises it
-        give(error)
+
+def stream_parts(
+    manifest: Manifest,
+    places: Sequence[int],
+    data: DataConfig,
+    views: Views,
+    *,
+    clips_per_part: int,
+    workers: int = 0,
+    limits: Limits = USUAL,
+) -> Generator[tuple[int, Part | Failure], None, None]:
+    """Read the views of the videos at ``places`` of a manifest, in parts of at most so many clips.
+
+    Each part comes with the place of its video. After a failure no part of that video follows, and
+    those that came before are void. The parts of several processes come interleaved; closing the
+    generator ends the processes. Without ``workers`` this one decodes, and a file on which it hangs
+    or crashes ends it.
+    """
+    decoder = decoder_for(data.decoder, manifest)
+    reader = PartReader(data, views, decoder, max(1, clips_per_part // views.crops))
+    jobs = [(place, (manifest.files[place], manifest.num_frames[place])) for place in places]
+    if workers == 0:
+        for place, job in jobs:
+            yield from ((place, part) for part in reader(job))
+        return
+    size = reader.part_bytes
+    check_room(workers, shared=JOBS_HELD * workers * size, batches=size)
+    with Pool(reader, workers, limits, result_bytes=size, depth=JOBS_HELD) as pool:
+        for place, job in jobs:
+            pool.submit(place, job, path=job[0], attempts=ATTEMPTS)
+        left = len(jobs)
+        while left:
+            place, part, is_last = pool.next()
+            left -= is_last
+            yield place, part
+
+
+@dataclass(frozen=True)
+class PartReader:
+    """Reads the parts of a video, in any process."""
+
+    data: DataConfig
+    views: Views
+    decoder: DecoderChoice
+    clips_per_part: int
+
+    def prepare(self) -> None:
+        """Import what takes long to import."""
+        prepare_decoder(self.decoder)
+
+    @property
+    def part_bytes(self) -> int:
+        """Bytes of the arrays in a part, at most."""
+        return self.clips_per_part * self.views.crops * (clip_bytes(self.data) + 8)
+
+    def __call__(self, job: tuple[str, int]) -> Iterator[Part | Failure]:
+        """The parts of a video, its path and known number of frames given; a failure ends them."""
+        (path, stated), crops, count = job, self.views.crops, self.clips_per_part
+        try:
+            with open_video(path, self.decoder) as video:
+                num_frames = video.frames_stated(stated)
+                table = view_frames(self.data, num_frames, self.views)
+                clips = read_views(self.data, video, table, crops)
+                for first in range(0, len(table), count):
+                    starts = np.repeat(table[first : first + count, 0], crops)
+                    part = torch.cat([*islice(clips, count)])
+                    yield Part(part, starts, len(table) * crops, num_frames)
+        except DecodeError as error:
+            yield Failure(path, error.reason)
 
 
 def end_workers() -> None:

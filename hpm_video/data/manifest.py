@@ -10,18 +10,22 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import pandas as pd
 
-from hpm_video.data.places import MEDIA_SUFFIXES, is_plain, listable_files, place_of, unwritable
+from hpm_video.data.places import (
+    MEDIA_SUFFIXES,
+    is_plain,
+    listable_files,
+    log_once,
+    place_of,
+    unwritable,
+)
 from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.errors import ExpectedError, read_text
-
-log = logging.getLogger(__name__)
 
 UNLABELLED = -1
 NOT_STATED = -1
@@ -35,12 +39,15 @@ _EXPECTED = (
     "'file 0 -1' (unlabelled), 'file num_frames label' or 'file' alone, where the name of the file "
     f"ends in {_SUFFIXES}"
 )
-_SEPARATOR = r"(?:[ \t]*,[ \t]*|[ \t]+)"
+_SEPARATOR = r"(?:[ \t]*[,;][ \t]*|[ \t]+)"
 _LIST_LINE = re.compile(
-    rf"(?P<path>.*(?:{'|'.join(re.escape(suffix) for suffix in MEDIA_SUFFIXES)}))"
-    rf"(?P<numbers>(?:{_SEPARATOR}-?\d+)*)",
+    rf"(?P<path>\"(?:[^\"]|\"\")+\"|.*(?:{'|'.join(map(re.escape, MEDIA_SUFFIXES))}))"
+    rf"(?P<numbers>(?:{_SEPARATOR}-?\d+(?:\.0+)?)*)",
     re.IGNORECASE,
 )
+_COLUMNS = ("path", "label", "label_name", "num_frames", "verdict")
+_PATHS = ("video_path", "file_path", "filepath", "file_name", "filename", "video", "file")
+"""What others call the column of files, where there is none called path."""
 _INTEGER = r"-?\d{1,15}(?:\.0+)?"  # pandas writes 3.0 where another row of the column is empty
 
 
@@ -85,16 +92,6 @@ class Manifest:
     """Frames that each file is known to have, -1 where the manifest does not state it."""
     label_names: tuple[str, ...] | None = None
     """Name of each class, where the manifest names classes."""
-    left_out: int = 0
-    """Files that the list names besides, and that were found to be bad."""
-
-    def __post_init__(self) -> None:
-        if not len(self.files) == len(self.labels) == len(self.num_frames):
-            raise ValueError(
-                f"a manifest needs as many labels and frame counts as files, got "
-                f"{len(self.files)} files, {len(self.labels)} labels and "
-                f"{len(self.num_frames)} frame counts"
-            )
 
     def __len__(self) -> int:
         return len(self.files)
@@ -108,8 +105,7 @@ class Manifest:
     def spread(self, count: int) -> "Manifest":
         """At most ``count`` of the files, evenly over a list that may be sorted by class."""
         taken = min(count, len(self))
-        places = [i * len(self) // taken for i in range(taken)]
-        return self.of(places)
+        return self.of([i * len(self) // taken for i in range(taken)])
 
     def of(self, places: Sequence[int]) -> "Manifest":
         """Select the files at ``places``."""
@@ -124,12 +120,13 @@ class Manifest:
 def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
     """Read a list of videos or images, or find those of a folder.
 
-    - A CSV file whose first line names its columns: ``path`` and, each optional, ``label``,
-      ``label_name``, ``num_frames`` and ``verdict``. An empty cell says nothing; other columns are
-      ignored. Files whose verdict is ``bad`` are left out, which is logged and counted. A path may
-      be of any kind that :mod:`hpm_video.decoding.locations` has.
+    - A CSV file (by commas, semicolons or tabs) whose first line names its columns: ``path`` and,
+      each optional, ``label``, ``label_name``, ``num_frames`` and ``verdict``. An empty cell says
+      nothing; other columns are ignored. Files whose verdict is ``bad`` are left out, and the log
+      counts them. A path may be of any kind that :mod:`hpm_video.decoding.locations` has.
     - A list without such a line, as VideoMAE and its descendants use: see :func:`_meaning`. The
-      numbers at the end of a line are split off, so a path may hold spaces.
+      numbers at the end of a line are split off, so a path may hold spaces; it may be quoted. Other
+      lines that begin with ``#`` are comments.
     - A folder of class folders, where each file lies in a folder directly below: the classes are
       the sorted names of those folders.
     - Any other folder: all videos in it, or all images, however deep, unlabelled. Those whose names
@@ -172,18 +169,20 @@ def read_listing(path: Path | str, root: Path | str | None = None) -> Listing:
             f"directory, {Path.cwd()}"
         )
     text = read_text(source, ManifestError, _EXPECTED)
-    first_line = next(csv.reader(text.splitlines()[:1]), [])
-    named = "path" in [cell.strip() for cell in first_line]
-    table = _read_table(source, text) if named else _read_list(source, text)
+    first_line = text.partition("\n")[0]
+    for separator in ",;\t":
+        if columns := _columns(first_line, separator):
+            table = _read_table(source, text, columns, separator)
+            break
+    else:
+        table = _read_list(source, text)
     if table.empty:
         raise ManifestError(f"{source} lists no videos or images. {_EXPECTED}")
     return Listing(source, table, _files(source, table, root))
 
 
 def write_manifest(table: pd.DataFrame, path: Path | str) -> None:
-    """Write a table with at least a column ``path``. What lies at ``path`` is always whole."""
-    if "path" not in table.columns:
-        raise ManifestError(f"a manifest needs a column path, got {list(table.columns)}")
+    """Write a table with at least a column ``path``. What lies at ``path`` is always complete."""
     with written_beside(Path(path)) as beside:
         table.to_csv(beside, index=False)
 
@@ -192,11 +191,21 @@ def _bad_line(source: Path, line: object, row: str, why: str) -> ManifestError:
     return ManifestError(f"{source}, line {line}: {why}, got {row!r}. {_EXPECTED}")
 
 
-def _read_table(source: Path, text: str) -> pd.DataFrame:
+def _columns(line: str, separator: str) -> list[str]:
+    """Columns as we spell them, that a first line names; none where it names no files."""
+    cells = [cell.strip() for cell in next(csv.reader([line], delimiter=separator), [])]
+    names = [cell.lower() if cell.lower() in _COLUMNS else cell for cell in cells]
+    others = [cell for cell in cells if cell.lower() in _PATHS]
+    if "path" not in names and len(others) == 1 and len(cells) > 1:
+        names[cells.index(others[0])] = "path"
+    return names if "path" in names else []
+
+
+def _read_table(source: Path, text: str, header: list[str], separator: str) -> pd.DataFrame:
     """Text of a CSV file -> its cells as strings, each row under its line number."""
     lines, rows = [], []
-    reader = csv.reader(io.StringIO(text, newline=""))
-    header = [cell.strip() for cell in next(reader)]
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    next(reader)
     if repeated := sorted({name for name in header if header.count(name) > 1}):
         raise _bad_line(source, 1, ",".join(header), f"columns {repeated} appear more than once")
     for row in reader:
@@ -218,20 +227,23 @@ def _read_list(source: Path, text: str) -> pd.DataFrame:
         if not row.strip():
             continue
         match = _LIST_LINE.fullmatch(row.strip())
+        if not match and row.startswith("#"):
+            continue
         if not match:
-            why = (
-                "need the path of a video or an image and then whole numbers (folders of frames "
-                "are not read)"
-            )
-            raise _bad_line(source, line, row.strip(), why)
-        numbers = match["numbers"].replace(",", " ").split()
+            why = "need the path of a video or an image and then whole numbers"
+            if line == 1 and not re.search(r"\d|/", row):
+                why += ", or a first line that names columns, of which one is path"
+            raise _bad_line(source, line, row.strip(), f"{why} (folders of frames are not read)")
+        numbers = re.sub(r"[,;]|\.0+\b", " ", match["numbers"]).split()
         columns = len(numbers) if columns is None else columns
         if len(numbers) != columns:
             why = f"need {1 + columns} columns as in the lines before"
             raise _bad_line(source, line, row, why)
         label, num_frames = _meaning(source, line, row, numbers)
         lines.append(line)
-        rows.append((match["path"], label, num_frames))
+        path = match["path"]
+        path = path[1:-1].replace('""', '"') if path[0] == '"' else path
+        rows.append((path, label, num_frames))
     return pd.DataFrame(rows, columns=["path", "label", "num_frames"], index=lines, dtype=str)
 
 
@@ -264,8 +276,6 @@ def _meaning(source: Path, line: int, row: str, numbers: list[str]) -> tuple[str
 
 
 def _without_bad(listing: Listing, manifest: Manifest) -> Manifest:
-    if "verdict" not in listing.table:
-        return manifest
     verdicts = listing.column("verdict")
     for place, verdict in enumerate(verdicts):
         if verdict and verdict not in VERDICTS:
@@ -277,16 +287,14 @@ def _without_bad(listing: Listing, manifest: Manifest) -> Manifest:
             "and its column reason may say why. Where they were repaired, check them again: "
             "tools/check_videos.py"
         )
-    left_out = len(manifest) - len(kept)
-    if not left_out:
+    if not (left_out := len(manifest) - len(kept)):
         return manifest
-    _log_left_out(listing.source, left_out, len(manifest))
-    return replace(manifest.of(kept), left_out=left_out)
-
-
-@cache  # programs may read a manifest more than once
-def _log_left_out(source: Path, count: int, of: int) -> None:
-    log.info("%d of %d files of %s are left out: its column verdict says bad", count, of, source)
+    log_once(
+        logging.INFO,
+        f"{left_out} of {len(manifest)} files of {listing.source} are left out: its column verdict "
+        "says bad",
+    )
+    return manifest.of(kept)
 
 
 def _integers(listing: Listing, column: str, *, smallest: int, absent: int) -> "pd.Series[int]":

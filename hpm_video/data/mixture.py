@@ -39,11 +39,8 @@ class Places(Sequence[Place]):
     ) -> None:
         """``sources``: of every update of the run, see :func:`deal_out`.
 
-        Raises:
-            ValueError: the batch cannot be shared out evenly.
+        ``processes``, of which this is number ``rank``, share a batch evenly.
         """
-        if batch_size % processes:
-            raise ValueError(f"{processes} processes cannot share a batch of {batch_size} evenly")
         self._sources = sources
         self._batch_size = batch_size
         self._share = batch_size // processes
@@ -68,15 +65,10 @@ class Places(Sequence[Place]):
 
 
 def deal_out(weights: Sequence[float], num_updates: int) -> NDArray[np.int64]:
-    """The source of every update: -> (num_updates,)
+    """The source of every update, by positive weights: -> (num_updates,)
 
     After n updates a source has had its share of n, within one update for two sources.
-
-    Raises:
-        ValueError: a weight is not positive.
     """
-    if not weights or min(weights) <= 0:
-        raise ValueError(f"weights of sources must be positive, got {list(weights)}")
     shares = [weight / sum(weights) for weight in weights]
     behind = [0.0] * len(shares)
     sources = np.zeros(num_updates, np.int64)

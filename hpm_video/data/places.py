@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 MEDIA_SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
 ODD_NAMES_SHOWN = 10
-FORBIDDEN = {"\0": "a null character", "\n": "a line break", "\r": "a line break"}
+_FORBIDDEN = {"\0": "a null character", "\n": "a line break", "\r": "a line break"}
 _ODD = ("/.", "//", "::")
 
 
@@ -32,9 +32,8 @@ def place_of(path: str, base: Path, *, confined: bool) -> str:
     """
     if not path.strip():
         raise ValueError("the path is empty")
-    for character, name in FORBIDDEN.items():
-        if character in path:
-            raise ValueError(f"the path must not hold {name}; rename the file")
+    if why := unwritable(path):
+        raise ValueError(f"the path {why}; rename the file")
     if member := TarMember.parse(path):
         if climbs(member.name) or member.name[0] == "/":
             raise ValueError(
@@ -68,7 +67,7 @@ def climbs(path: str) -> bool:
 
 def unwritable(path: str) -> str:
     """Why no manifest can hold a path; empty where one can."""
-    for character, name in FORBIDDEN.items():
+    for character, name in _FORBIDDEN.items():
         if character in path:
             return f"holds {name}"
     try:
@@ -82,22 +81,20 @@ def listable_files(folder: Path) -> list[str]:
     """Those of :func:`files_below` that a manifest can name; the others are logged."""
     every = files_below(folder)
     if odd := [name for name in every if unwritable(name)]:
-        _log_odd_names(folder, tuple(odd), len(every))
+        shown = [f"{name!r} {unwritable(name)}" for name in odd[:ODD_NAMES_SHOWN]]
+        shown += [f"and {len(odd) - len(shown)} more"] * (len(odd) > len(shown))
+        log_once(
+            logging.WARNING,
+            f"{len(odd)} of {len(every)} files in {folder} are left out, for no manifest can hold "
+            f"their names. Rename them, or their folders: {'; '.join(shown)}",
+        )
     return [name for name in every if not unwritable(name)]
 
 
-@cache  # programs may read a folder more than once
-def _log_odd_names(folder: Path, names: tuple[str, ...], of: int) -> None:
-    shown = [f"{name!r} {unwritable(name)}" for name in names[:ODD_NAMES_SHOWN]]
-    log.warning(
-        "%d of %d files in %s are left out, for no manifest can hold their names. Rename them, or "
-        "their folders: %s%s",
-        len(names),
-        of,
-        folder,
-        "; ".join(shown),
-        f"; and {len(names) - len(shown)} more" if len(names) > len(shown) else "",
-    )
+@cache
+def log_once(level: int, message: str) -> None:
+    """Log what is found again when a program reads a list or a folder again."""
+    log.log(level, "%s", message)
 
 
 def files_below(folder: Path) -> list[str]:

@@ -1,9 +1,14 @@
 """Reading of clips: a file becomes the pixels of the clips that are requested.
 
 A :class:`DataConfig` defines what a clip is. An image is a video of one frame.
+
+A dense clip takes frames at a stride and spans ``num_frames * stride`` of them. In a video shorter
+than that it starts at the first frame, and the last frame that the stride reaches repeats. A clip
+of segments spans the whole video: it takes one frame of each of ``num_frames`` equal parts.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -15,33 +20,26 @@ from torch import Tensor
 from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.data import DataConfig
 from hpm_video.data.batch import Sample
-from hpm_video.data.sampling import (
-    Indices,
-    train_indices,
-    train_segments,
-    view_indices,
-    view_segments,
-    window_indices,
-)
-from hpm_video.data.transforms import (
-    ClipTransform,
-    cut,
-    view_crops,
-)
-from hpm_video.decoding.registry import (
-    DecodeError,
-    DecoderError,
-    VideoReader,
-    choose_decoder,
-    open_video,
-)
+from hpm_video.data.transforms import ClipTransform, cut, view_crops
+from hpm_video.decoding.reader import DecodeError, DecoderError, VideoReader
+from hpm_video.decoding.registry import choose_decoder, open_video
 from hpm_video.files.failures import Failure
 from hpm_video.randomness import generator, key_of
+
+Indices = NDArray[np.int64]
+FIRST_RUN = 32
+"""Frames that are read at first, before it is known how large they are."""
+RUN_BYTES = 2**27
+"""Bytes of the frames that are read at once later on: about 20 of 1080p, 500 of 240p."""
 
 
 @dataclass(frozen=True)
 class Views:
-    """The views of a video for validation and tests: so many clips, and so many crops of each."""
+    """The views of a video for validation and tests: so many clips, and so many crops of each.
+
+    By default there is one: of dense clips that in the middle of the video, of segments the first
+    frame of each; and the middle of its frames.
+    """
 
     clips: int = 1
     crops: int = 1
@@ -49,22 +47,13 @@ class Views:
     """Where given, the clips are instead those of a window that slides over the video by so many
     frames at a time."""
 
-    def __post_init__(self) -> None:
-        if min(self.clips, self.crops) < 1:
-            raise ValueError(
-                f"a video needs at least 1 x 1 view (clips x crops), got {self.clips} x "
-                f"{self.crops}"
-            )
-
     @property
     def count(self) -> int:
         """Views of each video (R), where their number does not depend on its length."""
         return self.clips * self.crops
 
 
-MIDDLE = Views(1, 1)
-"""One clip: of dense ones that in the middle of the video, of segments the first frame of each;
-and the middle of its frames."""
+MIDDLE = Views()
 
 
 def draw_frames(data: DataConfig, num_video_frames: int, draw: np.random.Generator) -> Indices:
@@ -84,6 +73,60 @@ def view_frames(data: DataConfig, num_video_frames: int, views: Views) -> Indice
     if data.sampling == "segments":
         return view_segments(num_video_frames, num_frames, views.clips)
     return view_indices(num_video_frames, num_frames, stride, views.clips)
+
+
+def train_indices(
+    num_video_frames: int, num_frames: int, stride: int, start_draw: float
+) -> Indices:
+    """A dense clip at a random place, which ``start_draw`` in [0, 1) chooses: -> (num_frames,)"""
+    starts = max(num_video_frames - num_frames * stride + 1, 1)
+    clips = _dense(num_video_frames, num_frames, stride, [int(start_draw * starts)])
+    return clips.reshape(num_frames)
+
+
+def train_segments(num_video_frames: int, frame_draws: Sequence[float]) -> Indices:
+    """One frame of each segment; a draw in [0, 1) chooses which: (num_frames,) -> (num_frames,)"""
+    places = np.arange(len(frame_draws)) + np.asarray(frame_draws, dtype=np.float64)
+    indices = np.floor(num_video_frames * places / len(frame_draws)).astype(np.int64)
+    return np.minimum(indices, num_video_frames - 1)  # a draw just below 1 may be rounded up
+
+
+def view_indices(num_video_frames: int, num_frames: int, stride: int, num_views: int) -> Indices:
+    """Dense clips that start evenly spread over the video: -> (num_views, num_frames)
+
+    The first starts with the video and the last ends with it; a single one is in the middle.
+    """
+    spare = max(num_video_frames - num_frames * stride, 0)
+    starts = [view * spare // max(num_views - 1, 1) for view in range(num_views)]
+    return _dense(num_video_frames, num_frames, stride, starts if num_views > 1 else [spare // 2])
+
+
+def view_segments(num_video_frames: int, num_frames: int, num_views: int) -> Indices:
+    """Clips of segments, each a share of a segment later: -> (num_views, num_frames)
+
+    View k of n takes the frames floor(L / T (x + k / n)), x = 0 .. T - 1, of a video of L frames,
+    T of which make a clip.
+    """
+    places = np.arange(num_frames) * num_views + np.arange(num_views)[:, None]
+    indices: Indices = num_video_frames * places // (num_frames * num_views)
+    return indices
+
+
+def window_indices(num_video_frames: int, num_frames: int, stride: int, every: int) -> Indices:
+    """Dense clips of a window that slides over the video: -> (windows, num_frames)
+
+    They start at 0, ``every``, 2 ``every`` ... as long as they fit. Where the last of these does
+    not end with the video, one more does.
+    """
+    spare = max(num_video_frames - num_frames * stride, 0)
+    return _dense(num_video_frames, num_frames, stride, [*range(0, spare, every), spare])
+
+
+def _dense(num_video_frames: int, num_frames: int, stride: int, starts: Sequence[int]) -> Indices:
+    first = np.asarray(starts, dtype=np.int64)[:, None]
+    last_reached = (num_video_frames - 1 - first) // stride
+    indices: Indices = first + stride * np.minimum(np.arange(num_frames), last_reached)
+    return indices
 
 
 @dataclass(frozen=True)
@@ -117,7 +160,7 @@ class ClipReader(ABC):
             DecodeError: it does not decode, or its frames have other channels than the data.
         """
         with open_video(request.path, self.decoder) as video:
-            clips = self.read(video, known_frames(request.num_frames, video), request)
+            clips = self.read(video, video.frames_stated(request.num_frames), request)
         keys = tuple(key_of(*key) for key in request.keys)
         return Sample(clips, keys, request.label, request.path, source=self.source)
 
@@ -144,12 +187,14 @@ class TrainReader(ClipReader):
         clips = [draw_frames(self.data, num_frames, draw) for draw in draws]
         if self.same_frames:
             clips = clips[:1] * len(clips)
-        frames, places = _read(self.data, video, clips)
+        distinct = np.unique(np.concatenate(clips))
+        frames = read_frames(self.data, video, distinct)
         height, width = frames.shape[1:3]
-        drawn = [self.transform.draw((height, width), self.data.frame_size, d) for d in draws]
-        return torch.stack(
-            [each(cut(frames, each.box)[place]) for place, each in zip(places, drawn, strict=True)]
-        )
+        made = []
+        for clip, draw in zip(clips, draws, strict=True):
+            change = self.transform.draw((height, width), self.data.frame_size, draw)
+            made.append(change(cut(frames, change.box)[np.searchsorted(distinct, clip)]))
+        return torch.stack(made)
 
 
 @dataclass(frozen=True)
@@ -159,11 +204,9 @@ class EvalReader(ClipReader):
     views: Views
 
     def read(self, video: VideoReader, num_frames: int, request: Request) -> Tensor:  # noqa: ARG002 - nothing is drawn
-        """Crop and resize once per frame and box, however many clips it belongs to."""
-        clips = list(view_frames(self.data, num_frames, self.views))
-        frames, places = _read(self.data, video, clips)
-        crops = view_crops(frames, self.data, self.views.crops)
-        return torch.stack([crop[:, place] for place in places for crop in crops])
+        """All views of the video; those of one clip are next to each other."""
+        table = view_frames(self.data, num_frames, self.views)
+        return torch.cat([*read_views(self.data, video, table, self.views.crops)])
 
 
 def read_or_fail(reader: ClipReader, request: Request) -> Sample | Failure:
@@ -174,21 +217,33 @@ def read_or_fail(reader: ClipReader, request: Request) -> Sample | Failure:
         return Failure(request.path, error.reason)
 
 
-def prepare_decoder(decoder: DecoderChoice) -> None:
-    """Import the decoder, so that no file has to wait for it. There may be none, for images."""
-    with suppress(DecoderError):
-        choose_decoder(decoder)
+def read_views(
+    data: DataConfig, video: VideoReader, clips: Indices, crops: int
+) -> Iterator[Tensor]:
+    """The crops of each clip of a table, in bounded memory: (clips, T) -> (crops, C, T, h, w) uint8
 
+    Frames are read in runs, once each, and are kept, cropped and resized, for as long as a clip
+    still needs them: the first frames of clips have to ascend.
+    """
 
-def known_frames(stated: int, video: VideoReader) -> int:
-    """Return the number of frames; where the container only promises it, the stated one counts."""
-    return video.frames_stated(stated) if stated > 0 else video.num_frames
+    def frames() -> Iterator[tuple[int, Tensor]]:
+        wanted, run, at = np.unique(clips), FIRST_RUN, 0
+        while at < len(wanted):
+            indices = wanted[at : at + run]
+            pixels = read_frames(data, video, indices)
+            of_run = torch.stack(view_crops(pixels, data, crops))
+            at, run = at + run, max(1, RUN_BYTES // pixels[0].nbytes)
+            del pixels  # while the crops are used
+            yield from zip(indices.tolist(), of_run.unbind(dim=2), strict=True)
 
-
-def clip_bytes(data: DataConfig) -> int:
-    """Return the bytes of a clip's pixels."""
-    num_frames, height, width = data.clip_size
-    return data.channels * num_frames * height * width
+    left = frames()
+    held: dict[int, Tensor] = {}
+    for clip in clips.tolist():
+        held = {index: frame for index, frame in held.items() if index >= clip[0]}
+        while clip[-1] not in held:
+            index, frame = next(left)
+            held[index] = frame
+        yield torch.stack([held[index] for index in clip], dim=2)
 
 
 def read_frames(data: DataConfig, video: VideoReader, indices: Indices) -> NDArray[np.uint8]:
@@ -207,9 +262,13 @@ def read_frames(data: DataConfig, video: VideoReader, indices: Indices) -> NDArr
     return frames
 
 
-def _read(
-    data: DataConfig, video: VideoReader, clips: list[Indices]
-) -> tuple[NDArray[np.uint8], list[Indices]]:
-    """The frames of several clips, and where in them each clip finds its own."""
-    distinct = np.unique(np.concatenate(clips))
-    return read_frames(data, video, distinct), [np.searchsorted(distinct, clip) for clip in clips]
+def prepare_decoder(decoder: DecoderChoice) -> None:
+    """Import the decoder, so that no file has to wait for it. There may be none, for images."""
+    with suppress(DecoderError):
+        choose_decoder(decoder)
+
+
+def clip_bytes(data: DataConfig) -> int:
+    """Return the bytes of a clip's pixels."""
+    num_frames, height, width = data.clip_size
+    return data.channels * num_frames * height * width

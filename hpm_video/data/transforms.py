@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -42,28 +41,18 @@ class Box:
     width: int
 
 
-class DrawnTransform(Protocol):
-    """What is done to one training clip; nothing is left to chance."""
-
-    @property
-    def box(self) -> Box:
-        """The part of the frames that it needs."""
-
-    def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """Transform that part: (T, box.height, box.width, C) uint8 -> (C, T, h, w) uint8"""
-
-
 @dataclass(frozen=True)
 class DrawnCrop:
-    """A box that is cut out and resized, and may be mirrored."""
+    """What is done to one training clip: a box is cut out and resized, and may be mirrored."""
 
     box: Box
+    """The part of the frames that is needed."""
     frame_size: tuple[int, int]
     interpolation: Interpolation
     mirrored: bool
 
     def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """(T, box.height, box.width, C) uint8 -> (C, T, h, w) uint8"""
+        """Transform that part: (T, box.height, box.width, C) uint8 -> (C, T, h, w) uint8"""
         clip = resize(pixels, self.frame_size, self.interpolation)
         return clip.flip(-1) if self.mirrored else clip
 
@@ -77,7 +66,7 @@ class ClipTransform(ABC):
     @abstractmethod
     def draw(
         self, size: tuple[int, int], frame_size: tuple[int, int], draw: np.random.Generator
-    ) -> DrawnTransform:
+    ) -> DrawnCrop:
         """Decide what is done to frames of ``size``, height and width. All draws are ``draw``'s."""
 
     def __call__(
@@ -105,22 +94,38 @@ class MultiScaleCrop(ClipTransform):
         return DrawnCrop(box, frame_size, self.interpolation, self.flip and draw.random() < 0.5)
 
 
-def cut(frames: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
-    """A part of frames, without a copy: (T, H, W, C) -> (T, box.height, box.width, C)"""
-    return frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
+def multi_scale_box(
+    height: int, width: int, frame_size: tuple[int, int], generator: np.random.Generator
+) -> Box:
+    """One of four heights, of the widths next to it, and of 13 places in the frame, at random.
+
+    The scales refer to the largest box of the shape of ``frame_size`` in the frame: for a square
+    ``frame_size``, to the short side of the frame.
+    """
+    largest = centre_box(height, width, frame_size)
+    scale_height, scale_width = SCALE_PAIRS[generator.integers(len(SCALE_PAIRS))]
+    down, right = OFFSETS[generator.integers(len(OFFSETS))]
+    box_height = max(1, int(largest.height * scale_height))
+    box_width = max(1, int(largest.width * scale_width))
+    return Box(
+        (height - box_height) * down // 4, (width - box_width) * right // 4, box_height, box_width
+    )
 
 
 def centre_box(height: int, width: int, frame_size: tuple[int, int]) -> Box:
     """The largest box in the middle of a frame that has the shape of ``frame_size``."""
-    box_height, box_width = _largest(height, width, frame_size)
-    return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
+    rows, columns = frame_size
+    if width * rows > height * columns:
+        box_width = max(1, round(height * columns / rows))
+        return Box(0, (width - box_width) // 2, height, box_width)
+    box_height = max(1, round(width * rows / columns))
+    return Box((height - box_height) // 2, 0, box_height, width)
 
 
 def view_boxes(height: int, width: int, frame_size: tuple[int, int], count: int) -> list[Box]:
     """Boxes as large as :func:`centre_box`, evenly spread along the free axis; one: the centre."""
-    if count == 1:
-        return [centre_box(height, width, frame_size)]
-    return _spread(height, width, _largest(height, width, frame_size), count)
+    centre = centre_box(height, width, frame_size)
+    return _spread(centre, height, width, count)
 
 
 def view_crops(frames: NDArray[np.uint8], data: DataConfig, count: int) -> list[Tensor]:
@@ -131,47 +136,25 @@ def view_crops(frames: NDArray[np.uint8], data: DataConfig, count: int) -> list[
     many pixels, and the crops are cut out of them as they are (ImageNet's customary 256 and 224);
     of frames more than ``LONGEST`` times as long as short, out of the middle of that length.
     """
-    frame_size, interpolation = data.frame_size, data.interpolation
-    if data.held_out_short_side is None:
-        boxes = view_boxes(frames.shape[1], frames.shape[2], frame_size, count)
-        return [crop_and_resize(frames, box, frame_size, interpolation) for box in boxes]
     height, width = frames.shape[1:3]
-    size = (min(height, LONGEST * width), min(width, LONGEST * height))
-    frames = cut(frames, _middle(height, width, size))
-    height, width = size
-    short = data.held_out_short_side  # rounded as torchvision's Resize does
-    scaled = (short, int(short * width / height))
-    if height >= width:
-        scaled = (int(short * height / width), short)
-    resized = resize(frames, scaled, interpolation)
+    frame_size, short = data.frame_size, data.held_out_short_side
+    if short is None:
+        boxes = view_boxes(height, width, frame_size, count)
+        return [crop_and_resize(frames, box, frame_size, data.interpolation) for box in boxes]
+    middle = _middle(height, width, (min(height, LONGEST * width), min(width, LONGEST * height)))
+    # Rounded as torchvision's Resize does.
+    scaled = (short, int(short * middle.width / middle.height))
+    if middle.height >= middle.width:
+        scaled = (int(short * middle.height / middle.width), short)
+    resized = crop_and_resize(frames, middle, scaled, data.interpolation)
     middle = _middle(*scaled, frame_size)
-    boxes = [middle] if count == 1 else _spread(*scaled, frame_size, count)
-    if height < width:  # along the longer side alone
-        boxes = [replace(box, top=middle.top) for box in boxes]
-    else:
-        boxes = [replace(box, left=middle.left) for box in boxes]
+    boxes = _spread(middle, *scaled, count)
+    along = ("left", "top")[scaled[0] >= scaled[1]]  # the longer side alone
+    boxes = [replace(middle, **{along: getattr(box, along)}) for box in boxes]
     return [
         resized[:, :, box.top : box.top + box.height, box.left : box.left + box.width]
         for box in boxes
     ]
-
-
-def multi_scale_box(
-    height: int, width: int, frame_size: tuple[int, int], generator: np.random.Generator
-) -> Box:
-    """One of four heights, of the widths next to it, and of 13 places in the frame, at random.
-
-    The scales refer to the largest box of the shape of ``frame_size`` in the frame: for a square
-    ``frame_size``, to the short side of the frame.
-    """
-    largest_height, largest_width = _largest(height, width, frame_size)
-    scale_height, scale_width = SCALE_PAIRS[generator.integers(len(SCALE_PAIRS))]
-    down, right = OFFSETS[generator.integers(len(OFFSETS))]
-    box_height = max(1, int(largest_height * scale_height))
-    box_width = max(1, int(largest_width * scale_width))
-    return Box(
-        (height - box_height) * down // 4, (width - box_width) * right // 4, box_height, box_width
-    )
 
 
 def crop_and_resize(
@@ -184,10 +167,13 @@ def crop_and_resize(
     return resize(cut(frames, box), frame_size, interpolation)
 
 
+def cut(frames: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
+    """A part of frames, without a copy: (T, H, W, C) -> (T, box.height, box.width, C)"""
+    return frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
+
+
 def resize(
-    frames: NDArray[np.uint8],
-    frame_size: tuple[int, int],
-    interpolation: Interpolation = "bilinear",
+    frames: NDArray[np.uint8], frame_size: tuple[int, int], interpolation: Interpolation
 ) -> Tensor:
     """Resize frames, antialiased: (T, H, W, C) -> (C, T, h, w) uint8"""
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
@@ -195,18 +181,15 @@ def resize(
     return resized.transpose(0, 1).contiguous()
 
 
-def _largest(height: int, width: int, frame_size: tuple[int, int]) -> tuple[int, int]:
-    """Sides of the largest box in a frame that has the shape of ``frame_size``."""
-    rows, columns = frame_size
-    if width * rows > height * columns:
-        return height, max(1, round(height * columns / rows))
-    return max(1, round(width * rows / columns)), width
-
-
-def _spread(height: int, width: int, size: tuple[int, int], count: int) -> list[Box]:
-    """Boxes of that height and width from one end of the free axis to the other."""
-    down, right = height - size[0], width - size[1]
-    return [Box(down * i // (count - 1), right * i // (count - 1), *size) for i in range(count)]
+def _spread(middle: Box, height: int, width: int, count: int) -> list[Box]:
+    """Boxes of the size of ``middle`` from one end of the frame to the other; one: ``middle``."""
+    if count == 1:
+        return [middle]
+    down, right = height - middle.height, width - middle.width
+    return [
+        replace(middle, top=down * i // (count - 1), left=right * i // (count - 1))
+        for i in range(count)
+    ]
 
 
 def _middle(height: int, width: int, size: tuple[int, int]) -> Box:

@@ -22,6 +22,15 @@ _LISTS = {
     ),
 }
 """Files that name other files or addresses."""
+_NOT_READ = {
+    "IVF": re.compile(rb"DKIF"),
+    "RealMedia": re.compile(rb"\.RMF"),
+    "MXF": re.compile(rb"\x06\x0e\x2b\x34"),
+    "NUT": re.compile(rb"nut/multimedia container"),
+    "a raw stream of H.264": re.compile(rb"\0?\0\0\x01[\x09\x27\x67]"),
+    "a raw stream of HEVC": re.compile(rb"\0?\0\0\x01[\x40\x46]\x01"),
+}
+"""Containers that no decoder here is asked to open."""
 _CONTAINERS = {
     MP4: re.compile(rb"(\0...ftyp|....(moov|mdat|wide|free|skip|pnot))", re.DOTALL),
     MATROSKA: re.compile(rb"\x1a\x45\xdf\xa3"),
@@ -36,12 +45,18 @@ _CONTAINERS = {
 }
 
 
-def refuse_lists(head: bytes) -> None:
-    """Refuse a file that names others, by its first bytes.
+def refuse_others(head: bytes) -> None:
+    """Refuse a file that names others, or is of a container that is not read, by its first bytes.
 
     Raises:
         DecodeError: it is one.
     """
+    for what, pattern in _NOT_READ.items():
+        if pattern.match(head):
+            command = "ffmpeg -i FILE " + ("FILE.mp4" if "raw" in what else "-c copy FILE.mkv")
+            raise DecodeError(
+                f"it is {what}, which is not read. Put its frames into a container: {command}"
+            )
     for what, pattern in _LISTS.items():
         if pattern.match(head):
             raise DecodeError(
@@ -58,7 +73,7 @@ def exact_container(head: bytes, decoder: str, exact_on: Sequence[str]) -> str:
     Raises:
         DecodeError: they are of none on which ``decoder`` is exact, or of a file that names others.
     """
-    refuse_lists(head)
+    refuse_others(head)
     name = next((name for name, pattern in _CONTAINERS.items() if pattern.match(head)), None)
     if name is None:
         raise DecodeError(

@@ -4,7 +4,7 @@ import io
 from typing import Any
 
 from hpm_video.decoding.containers import MATROSKA, MP4, exact_container
-from hpm_video.decoding.mp4_header import is_trimmed
+from hpm_video.decoding.pyav import only_here
 from hpm_video.decoding.reader import TRANSCODE, DecodeError, FrameByFrame, Frames
 
 _EXACT_ON = (MP4, MATROSKA, "AVI", "FLV", "ASF", "YUV4MPEG")
@@ -15,12 +15,9 @@ class DecordReader(FrameByFrame):
 
     def __init__(self, path: str, source: str | bytes, head: bytes) -> None:
         super().__init__(path)
-        kind = exact_container(head, "decord", _EXACT_ON)
-        if kind == MP4 and is_trimmed(source):
-            raise DecodeError(
-                "its container says that some frames are not to be shown, and decord does not "
-                f"count the others right; PyAV does. {TRANSCODE}"
-            )
+        exact_container(head, "decord", _EXACT_ON)
+        if why := only_here(source):
+            raise DecodeError(f"{why}, which decord gets wrong and PyAV does not. {TRANSCODE}")
         import torch  # noqa: F401, I001 - decord before torch can hang a DataLoader (decord#251)
         import decord
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hpm_video.decoding.locations import frames_in, read_bytes
-from hpm_video.decoding.reader import DecodeError, FrameByFrame, Frames
+from hpm_video.decoding.reader import DecodeError, FrameByFrame, Frames, VideoReader
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,12 +21,12 @@ _IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 """What an image may hold, whatever its suffix: Pillow would also start programs, as for EPS."""
 
 
-class ImageReader(FrameByFrame):
+class ImageReader(VideoReader):
     """The one frame of an image."""
 
     def __init__(self, path: str, data: bytes) -> None:
         super().__init__(path)
-        self._pixels: Frames | None = None
+        self._frames: Frames | None = None
         with _pillow():
             self._image = _open_image(data)
             count = 1 if self._image.format == "MPO" else getattr(self._image, "n_frames", 1)
@@ -45,14 +45,11 @@ class ImageReader(FrameByFrame):
         return 1
 
     def _decode(self, indices: list[int]) -> Frames:  # noqa: ARG002 - it is one
-        return self._frame_at(0)[None]
-
-    def _frame_at(self, index: int) -> Frames:  # noqa: ARG002 - it is one
-        if self._pixels is None:
+        if self._frames is None:
             with _pillow():
                 self._image.load()
-                self._pixels = _rgb(_upright(self._image))
-        return self._pixels
+                self._frames = _rgb(_upright(self._image))[None]
+        return self._frames
 
     def close(self) -> None:
         self._image.close()
@@ -63,15 +60,15 @@ class FrameFolder(FrameByFrame):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self._frames = frames_in(path)
-        if not self._frames:
+        self._files = frames_in(path)
+        if not self._files:
             raise DecodeError("there are no images in the folder")
 
     def _count(self) -> int:
-        return len(self._frames)
+        return len(self._files)
 
     def _frame_at(self, index: int) -> Frames:
-        file = self._frames[index]
+        file = self._files[index]
         try:
             with ImageReader(str(file), read_bytes(str(file))) as image:
                 picture: Frames = image.read([0])[0]

@@ -15,10 +15,12 @@ import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from tarfile import BLOCKSIZE, HeaderError, TarInfo
 from typing import BinaryIO
 
 from typing_extensions import Self
 
+from hpm_video.decoding.containers import HEAD
 from hpm_video.decoding.reader import DecodeError
 
 VIDEO_SUFFIXES = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg") + (
@@ -39,10 +41,6 @@ _MEMBER = re.compile(
     r"(?P<tar>.+?\.tar)::(?P<name>.+)@(?P<offset>[0-9]{1,18})\+(?P<size>[0-9]{1,18})",
     re.DOTALL | re.IGNORECASE,
 )
-_BLOCK = 512
-"""Bytes of a header in a tar."""
-_FILE_KINDS = (b"0", b"\0", b"7")
-"""What a header says of a file, and not of a link or a folder."""
 _CHANGED = "the tar file has changed since its manifest was written. Write the manifest anew"
 
 
@@ -62,8 +60,7 @@ class TarMember:
     @classmethod
     def parse(cls, place: str) -> Self | None:
         """The member that a place names; none if it is a place of another kind."""
-        match = _MEMBER.fullmatch(place)
-        if not match:
+        if not (match := _MEMBER.fullmatch(place)):
             return None
         return cls(match["tar"], match["name"], int(match["offset"]), int(match["size"]))
 
@@ -78,13 +75,26 @@ class TarMember:
             FileNotFoundError: there is no such tar file.
         """
         with _opened(self.tar) as file:
-            if self.offset < _BLOCK or file.seek(0, 2) < self.offset + self.size:
+            if self.offset < BLOCKSIZE or file.seek(0, 2) < self.offset + self.size:
                 raise DecodeError(f"the tar file has no such bytes: {_CHANGED}", str(self))
-            file.seek(self.offset - _BLOCK)
-            header, data = file.read(_BLOCK), file.read(self.size)
-        if len(data) != self.size or not _announces(header, self.name, self.size):
+            file.seek(self.offset - BLOCKSIZE)
+            header, data = file.read(BLOCKSIZE), file.read(self.size)
+        if not self._begins_after(header):
             raise DecodeError(f"that file does not start there: {_CHANGED}", str(self))
         return data
+
+    def _begins_after(self, header: bytes) -> bool:
+        """Whether a block of the tar is the header of this member, as far as one block tells.
+
+        Of a name beyond 100 bytes it holds a part, and one that is not ASCII it may spell
+        otherwise: the rest lies in blocks in front of it.
+        """
+        try:
+            info = TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except HeaderError:
+            return False
+        plain = self.name.isascii() and len(self.name) <= 100
+        return info.isreg() and info.size == self.size and (not plain or info.name == self.name)
 
 
 def read_bytes(place: str, count: int = -1) -> bytes:
@@ -102,6 +112,17 @@ def read_bytes(place: str, count: int = -1) -> bytes:
     if not data:
         raise DecodeError("the file is empty", place)
     return data
+
+
+def source_of(place: str) -> tuple[str | bytes, bytes]:
+    """What decoders open, the path of a file or the bytes of a member, and its first bytes.
+
+    Raises as :func:`read_bytes`.
+    """
+    if TarMember.parse(place):
+        data = read_bytes(place)
+        return data, data[:HEAD]
+    return os.path.abspath(place), read_bytes(place, HEAD)  # noqa: PTH100
 
 
 def _opened(path: str) -> BinaryIO:
@@ -141,28 +162,3 @@ def frames_in(folder: str) -> list[Path]:
         if entry.name[0] != "." and entry.name.lower().endswith(IMAGE_SUFFIXES)
     ]
     return [Path(folder, name) for name in sorted(names, key=natural_order)]
-
-
-def _announces(header: bytes, name: str, size: int) -> bool:
-    """Whether a block of a tar is the header of a file of that name and size.
-
-    Of a name beyond 100 bytes it holds a part, and one that is not ASCII it may spell otherwise:
-    the rest lies in blocks in front of it, and they are not looked at. So would the size of a file
-    beyond 8 GiB in a tar of the kind pax.
-    """
-    checksum = sum(header[:148]) + 8 * ord(" ") + sum(header[156:])
-    plain = name.isascii() and len(name) <= 100
-    return (
-        _number(header[148:156]) == checksum
-        and header[156:157] in _FILE_KINDS
-        and _number(header[124:136]) == size
-        and (not plain or header[:100].rstrip(b"\0") == name.encode())
-    )
-
-
-def _number(field: bytes) -> int:
-    """Octal digits, or, where the first bit is set, the bits themselves; -1 for neither."""
-    if field[:1] == b"\x80":
-        return int.from_bytes(field[1:], "big")
-    digits = field.strip(b" \0")
-    return int(digits, 8) if re.fullmatch(rb"[0-7]+", digits) else -1

@@ -1,13 +1,15 @@
 """Videos with PyAV: exact on every container tried, and the first choice."""
 
+import io
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
-from hpm_video.decoding.containers import refuse_lists
-from hpm_video.decoding.mp4_header import open_source, read_delays
+from hpm_video.decoding.containers import refuse_others
+from hpm_video.decoding.orientation import orientation_of
 from hpm_video.decoding.reader import (
     TRANSCODE,
     DecodeError,
@@ -20,10 +22,16 @@ from hpm_video.decoding.reader import (
 if TYPE_CHECKING:
     import av
 
+    Packets = Iterator[av.Packet[av.VideoStream]]
+    Numbered = Iterator[tuple[int | None, av.VideoFrame]]
+
 FORMATS = "mov,matroska,avi,flv,asf,ogg,mpeg,mpegvideo,mpegts,gif,yuv4mpegpipe"
 """Formats of FFmpeg that a video may have, whatever its suffix. Others open further files."""
-UNTIMED = ("avi", "mpeg")
+UNTIMED = ("avi", "mpeg", "mpegvideo")
 """Containers whose presentation times are made up by the demuxer, or missing."""
+_TRIED = 24
+"""Frames that are decoded at once where packets leave doubts about the first ones, or the order."""
+MIRRORED = "it is mirrored"
 _MARKS_UNUSED = ("h264", "mpeg4")
 """Codecs that mark the frames to which no other one refers. In HEVC such a mark is void where there
 are temporal layers; the decoders of the others do not skip frames at a word."""
@@ -32,19 +40,14 @@ _SEEK_SAVES = 8
 
 
 class _Packet(NamedTuple):
-    pts: int | None
+    pts: int
     dts: int | None
-    is_key: bool
-
-
-class _OtherPackets(Exception):  # noqa: N818 - never seen outside
-    """The packets are not those of the header's tables."""
 
 
 def open_container(
     source: str | bytes,
 ) -> "tuple[av.container.InputContainer, av.VideoStream]":
-    """Open the path of a video, or its bytes, and find its first video stream.
+    """Open the path of a video, or its bytes, and find the stream that FFmpeg holds for the best.
 
     FFmpeg can open nothing else on its behalf, and decodes on one thread: all cores are taken by
     processes.
@@ -55,14 +58,13 @@ def open_container(
     """
     import av
 
-    in_memory = isinstance(source, bytes)
     try:
         container = av.open(
-            open_source(source) if in_memory else source,
+            io.BytesIO(source) if isinstance(source, bytes) else source,
             mode="r",
             metadata_errors="ignore",
             options={
-                "protocol_whitelist": "none" if in_memory else "file",
+                "protocol_whitelist": "none" if isinstance(source, bytes) else "file",
                 "format_whitelist": FORMATS,
             },
         )
@@ -70,15 +72,32 @@ def open_container(
         raise DecodeError(
             f"it is no video, or it is cut off or damaged: {error.strerror}. Download it again"
         ) from error
-    if not container.streams.video:
+    stream = cast("av.VideoStream | None", container.streams.best("video"))
+    if stream is None or av.stream.Disposition.attached_pic in stream.disposition:
         container.close()
-        raise DecodeError("it has no video stream")
-    stream = container.streams.video[0]
+        raise DecodeError("it has no video stream" + (", but a cover picture" if stream else ""))
     if getattr(stream, "codec_context", None) is None:
         container.close()
         raise DecodeError(f"there is no decoder here for its codec. {TRANSCODE}")
     stream.codec_context.thread_count = 1
     return container, stream
+
+
+def only_here(source: str | bytes) -> str:
+    """Say what a file has that others get wrong and PyAV does not; nothing where it has none."""
+    container, stream = open_container(source)
+    with container:
+        if stream is not container.streams.video[0]:
+            return (
+                f"it has {len(container.streams.video)} video streams, and the first is not the one"
+            )
+        if container.format.name.startswith("mov"):
+            entries = [*stream.index_entries]
+            if len(entries) < stream.frames or any(entry.is_discard for entry in entries):
+                return "its container says that some frames are not to be shown"
+        for frame in container.decode(stream):
+            return MIRRORED if orientation_of(frame).is_mirrored else ""
+    return ""
 
 
 class PyavReader(VideoReader):
@@ -93,16 +112,18 @@ class PyavReader(VideoReader):
         from av.video.reformatter import VideoReformatter
 
         super().__init__(path)
-        refuse_lists(head)
+        refuse_others(head)
         self._source = source
         # One for all frames: making one takes longer than converting a small frame.
         self._reformatter = VideoReformatter()
-        self._frames: Iterator[tuple[int | None, av.VideoFrame]] = iter(())
+        self._frames: Numbered = iter(())
         self._at: int | None = None
         self._wanted: set[int] = set()
         self._last_wanted = 0
         self._skips = False
         self._skipped: set[int] = set()
+        self._keys: list[_Packet] = []
+        self._times: list[int] = []
         self._open()
         try:
             self._index()
@@ -115,73 +136,50 @@ class PyavReader(VideoReader):
         self._is_at_start = True
         self._codec = self._stream.codec_context
 
-    # --- Which frames there are ---------------------------------------------------------------
-
     def _index(self) -> None:
-        self._keys: list[_Packet] = []
-        self._key_times: list[int] = []
-        self._times: list[int] = []
-        self._stated: dict[int | None, int | None] | None = None
-        self._may_skip = False
-        self._ordered = self._container.format.name not in UNTIMED
-        if self._ordered:
-            self._take_index(self._packets_of_header() or self._packets_of_file())
-        else:
-            self._counts_by_decoding = True
-
-    def _take_index(self, packets: list[_Packet]) -> None:
-        if not packets:
-            raise DecodeError("it has no frames")
-        self._times = sorted({packet.pts for packet in packets if packet.pts is not None})
-        self._ordered = len(self._times) == len(packets)
+        """Find out from its packets which frames there are, in general without decoding them."""
+        count = 0
+        if self._container.format.name not in UNTIMED:
+            for packet in self._demux():
+                if packet.size and not packet.is_discard:
+                    count += 1
+                    if packet.pts is not None:
+                        self._times.append(packet.pts)
+                        self._keys += [_Packet(packet.pts, packet.dts)] * packet.is_keyframe
+            if not count:
+                raise DecodeError("it has no frames")
+        stored, self._times = self._times, sorted(set(self._times))
+        self._ordered = 0 < count == len(self._times)
+        if self._ordered and self._leaves_doubts(stored):
+            self._try_beginning()
+            count = len(self._times)
         self._counts_by_decoding = not self._ordered
-        self._num_frames = len(packets) if self._ordered else None
-        if not self._ordered:
-            return
-        self._keys = sorted(
-            (packet for packet in packets if packet.is_key), key=lambda key: key.pts or 0
+        self._num_frames = count if self._ordered else None
+        # A palette comes with the first packet alone, and is lost with a seek.
+        may_seek = self._ordered and self._codec.pix_fmt != "pal8"
+        self._keys = sorted(self._keys) if may_seek else []
+        self._key_times = [key.pts for key in self._keys]
+        self._may_skip = self._ordered and (
+            self._codec.name in _MARKS_UNUSED or self._has_one_layer()
         )
-        self._key_times = [key.pts or 0 for key in self._keys]
-        self._may_skip = self._codec.name in _MARKS_UNUSED or self._has_one_layer()
 
-    def _index_anew(self) -> None:
-        self._reopen()
-        self._take_index(self._packets_of_file())
+    def _leaves_doubts(self, stored: list[int]) -> bool:
+        """Whether the stream may begin inside a group of pictures, or its times may lie.
 
-    def _packets_of_header(self) -> list[_Packet]:
-        """From the tables of an MP4 file, of which the rest is not read; none where it is not so.
-
-        Whether packets are as the tables have it is looked at when they come.
+        ``stored``: the times in the order of packets.
         """
-        if not self._container.format.name.startswith("mov") or not hasattr(
-            self._stream, "index_entries"
-        ):
-            return []
-        delays = read_delays(self._source, self._stream.id)
-        if delays is None:
-            return []
-        size = self._container.size
-        entries = [*self._stream.index_entries]
-        complete = len(entries) == len(delays) and all(
-            entry.size > 0 and not entry.is_discard and entry.pos + entry.size <= size
-            for entry in entries
-        )
-        if not complete:
-            return []
-        packets = [
-            _Packet(entry.timestamp + delay, entry.timestamp, entry.is_keyframe)
-            for entry, delay in zip(entries, delays.tolist(), strict=True)
-        ]
-        self._stated = {packet.dts: packet.pts for packet in packets}
-        return packets if len(self._stated) == len(packets) else []
+        begins_inside = not self._keys or min(self._times[0], stored[0]) < self._keys[0].pts
+        return begins_inside or (self._codec.has_b_frames and stored == self._times)
 
-    def _packets_of_file(self) -> list[_Packet]:
-        self._stated = None
-        return [
-            _Packet(packet.pts, packet.dts, packet.is_keyframe)
-            for packet in self._demux()
-            if packet.size and not packet.is_discard
-        ]
+    def _try_beginning(self) -> None:
+        """Believe the decoder about the first frames: which come, and in which order."""
+        frames = self._by_number(self._packets_from(None))
+        came = [frame.pts for _, frame in islice(frames, _TRIED)]
+        known = [time for time in came if time is not None]
+        self._ordered = bool(known) and known == came == sorted(set(known))
+        if self._ordered:
+            self._times = self._times[bisect_left(self._times, known[0]) :]
+            self._keys = [key for key in self._keys if key.pts >= known[0]]
 
     def _has_one_layer(self) -> bool:
         """Whether it is HEVC, of which the record in the container says so."""
@@ -190,13 +188,11 @@ class PyavReader(VideoReader):
         return self._codec.name == "hevc" and is_record and record[21] >> 3 & 7 == 1
 
     def _count(self) -> int:
-        self._start_at([])
+        self._start_at(None)
         count = sum(1 for _ in self._frames)
         if not count:
             raise DecodeError("it has no frames")
         return count
-
-    # --- Decoding them ------------------------------------------------------------------------
 
     def _decode(self, indices: list[int]) -> Frames:
         import av
@@ -207,9 +203,6 @@ class PyavReader(VideoReader):
             raise DecodeError(
                 f"it is damaged: {error.strerror}. Download it again, or encode it anew"
             ) from error
-        except _OtherPackets:
-            self._index_anew()
-            return self._decode(indices)
 
     def _read(self, indices: list[int]) -> Frames:
         stack = Stack(len(indices), self._size)
@@ -257,7 +250,8 @@ class PyavReader(VideoReader):
         # Whether the run comes next, or soon, from where decoding stopped.
         ahead = self._at is not None and self._at < run[0] and not self._is_far(self._at, run[0])
         if not ahead or not self._skipped.isdisjoint(run):
-            self._start_at(self._keys[: bisect_right(self._key_times, run[0])])
+            key = bisect_right(self._key_times, run[0]) - 1
+            self._start_at(self._keys[key] if key >= 0 else None)
         self._wanted, self._last_wanted, self._skips = set(run), run[-1], skip
         for number, frame in self._frames:
             if number == run[stack.filled - before]:
@@ -267,18 +261,14 @@ class PyavReader(VideoReader):
         stack.filled = before
         return False
 
-    def _start_at(self, keys: list[_Packet]) -> None:
-        """Let frames come from the last of ``keys`` on, or from the first frame."""
+    def _start_at(self, key: _Packet | None) -> None:
+        """Let frames come from a key frame on, or from the first frame."""
         self._at, self._skipped, self._skips = None, set(), False
-        packets = self._packets_from(keys)
+        packets = self._packets_from(key)
         self._frames = self._by_time(packets) if self._ordered else self._by_number(packets)
 
-    def _by_time(
-        self, packets: "Iterator[av.Packet[av.VideoStream]]"
-    ) -> "Iterator[tuple[int | None, av.VideoFrame]]":
+    def _by_time(self, packets: "Packets") -> "Numbered":
         for packet in packets:
-            if self._stated and packet.size and self._stated.get(packet.dts) != packet.pts:
-                raise _OtherPackets
             unused = self._skips and packet.pts not in self._wanted
             if unused and packet.pts is not None and packet.pts < self._last_wanted:
                 self._codec.skip_frame = "NONREF"
@@ -286,48 +276,51 @@ class PyavReader(VideoReader):
             else:
                 self._codec.skip_frame = "DEFAULT"
             for frame in packet.decode():
+                if frame.pts is not None and self._at is not None and frame.pts <= self._at:
+                    raise DecodeError(
+                        f"the times of its frames contradict their order. {TRANSCODE}"
+                    )
                 self._at = frame.pts
                 yield frame.pts, frame
 
-    def _by_number(
-        self, packets: "Iterator[av.Packet[av.VideoStream]]"
-    ) -> "Iterator[tuple[int | None, av.VideoFrame]]":
+    def _by_number(self, packets: "Packets") -> "Numbered":
         for number, frame in enumerate(frame for packet in packets for frame in packet.decode()):
             self._at = number
             yield number, frame
 
-    def _packets_from(self, keys: list[_Packet]) -> "Iterator[av.Packet[av.VideoStream]]":
-        for time in (keys[-1].pts, keys[-1].dts) if keys else ():
-            # Some containers seek by the time of presentation, some by that of decoding.
+    def _packets_from(self, key: _Packet | None) -> "Packets":
+        # Some containers seek by the time of presentation, some by that of decoding.
+        for time in key or ():
             if time is None:
                 continue
             self._container.seek(time, stream=self._stream, backward=True)
             packets = self._demux()
             first = next(packets)
-            if first.is_keyframe and first.dts is not None and first.dts <= (keys[-1].dts or 0):
+            if (
+                first.is_keyframe
+                and first.dts is not None
+                and first.dts <= ((key and key.dts) or 0)
+            ):
                 yield first
                 yield from packets
                 return
         if not self._is_at_start:
-            self._reopen()
+            self._container.close()
+            self._open()
         yield from self._demux()
 
-    def _demux(self) -> "Iterator[av.Packet[av.VideoStream]]":
+    def _demux(self) -> "Packets":
         self._is_at_start = False
         return self._container.demux(self._stream)
 
-    def _reopen(self) -> None:
-        self._container.close()
-        self._open()
-
     def _put(self, frame: "av.VideoFrame", stack: Stack) -> None:
-        """Add a frame to the stack, upright: cameras of telephones note how they were held."""
+        """Add a frame to the stack, upright."""
         # In one thread, since the loader's workers take the cores.
         rgb = self._reformatter.reformat(frame, format="rgb24", threads=1)
         plane = rgb.planes[0]
         values = np.frombuffer(cast("memoryview", plane), np.uint8).reshape(-1, plane.line_size)
         pixels = values[: rgb.height, : 3 * rgb.width].reshape(rgb.height, rgb.width, 3)
-        stack.add(np.rot90(pixels, round(frame.rotation / 90) % 4))
+        stack.add(orientation_of(frame).apply(pixels))
 
     def close(self) -> None:
         self._frames = iter(())

@@ -3,7 +3,9 @@
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,7 +85,12 @@ class VideoReader(ABC):
         return frames if np.array_equal(where, np.arange(len(frames))) else frames[where]
 
     def frames_stated(self, stated: int) -> int:
-        """How many of ``stated`` frames there are, where that is known without decoding."""
+        """How many of ``stated`` frames there are, as far as that is known without decoding.
+
+        Of all that there are, where none are stated: -1.
+        """
+        if stated <= 0:
+            return self.num_frames
         return stated if self._must_count() else min(stated, self.num_frames)
 
     def _may_have(self, index: int) -> bool:
@@ -175,9 +182,19 @@ def as_decode_error(path: str) -> Iterator[None]:
     except MemoryError:  # it says nothing about the file
         raise
     except FileNotFoundError as error:
-        raise DecodeError("there is no such file", path) from error
+        raise DecodeError(f"there is no such file{_other_spelling(path)}", path) from error
     except IsADirectoryError as error:
         why = "it is a folder. Where its images are the frames of a video, end its path in a slash"
         raise DecodeError(why, path) from error
     except Exception as error:  # noqa: BLE001 - native libraries raise anything
         raise DecodeError(f"{type(error).__name__}: {error}"[:500], path) from error
+
+
+def _other_spelling(path: str) -> str:
+    """Name a file that is there and differs in how its name is spelled only."""
+    spellings = [path.replace("\\", "/"), *(normalize(form, path) for form in ("NFC", "NFD"))]
+    for other in spellings:
+        if other != path and Path(other).exists():
+            how = "slashes" if "\\" in path else "the same letters in other characters of Unicode"
+            return f", but there is {other!r}, spelled with {how}; write it so in the manifest"
+    return ""

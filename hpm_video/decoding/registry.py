@@ -12,7 +12,6 @@ a playlist, is refused.
 """
 
 import importlib
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,34 +19,12 @@ from functools import cache
 from pathlib import Path
 
 from hpm_video.config.choices import DecoderChoice, DecoderName
-from hpm_video.decoding.containers import HEAD
 from hpm_video.decoding.decord import DecordReader
 from hpm_video.decoding.image import FrameFolder, ImageReader
-from hpm_video.decoding.locations import TarMember, is_frame_folder, is_image, read_bytes
+from hpm_video.decoding.locations import is_frame_folder, is_image, read_bytes, source_of
 from hpm_video.decoding.pyav import PyavReader
-from hpm_video.decoding.reader import (
-    DecodeError,
-    DecoderError,
-    Frames,
-    VideoReader,
-    as_decode_error,
-)
+from hpm_video.decoding.reader import DecoderError, VideoReader, as_decode_error
 from hpm_video.decoding.torchcodec import TorchcodecReader
-
-__all__ = [
-    "DECODERS",
-    "DecodeError",
-    "DecoderError",
-    "Frames",
-    "VideoReader",
-    "available_decoders",
-    "check_name",
-    "choose_decoder",
-    "decoder_choices",
-    "decoder_versions",
-    "is_image",
-    "open_video",
-]
 
 
 @dataclass(frozen=True)
@@ -64,9 +41,7 @@ class Decoder:
 DECODERS: dict[DecoderName, Decoder] = {
     "pyav": Decoder(PyavReader, "av", "pip install av"),
     "torchcodec": Decoder(
-        TorchcodecReader,
-        "torchcodec",
-        "pip install torchcodec, and FFmpeg from the system's packages",
+        TorchcodecReader, "torchcodec", "pip install torchcodec, and FFmpeg from the system"
     ),
     "decord": Decoder(
         DecordReader, "decord", "pip install decord (there are wheels for Linux on x86-64 only)"
@@ -98,10 +73,7 @@ def open_video(place: str, decoder: DecoderChoice = "auto") -> VideoReader:
             return ImageReader(place, read_bytes(place))
     reader = DECODERS[choose_decoder(decoder)].reader
     with as_decode_error(place):
-        if TarMember.parse(place):
-            data = read_bytes(place)
-            return reader(place, data, data[:HEAD])
-        return reader(place, os.path.abspath(place), read_bytes(place, HEAD))  # noqa: PTH100
+        return reader(place, *source_of(place))
 
 
 def decoder_choices() -> tuple[DecoderChoice, ...]:
@@ -166,7 +138,7 @@ def _what_is_wrong(name: DecoderName) -> str:
         path = Path(folder) / "grey.y4m"
         path.write_bytes(data)
         try:
-            with DECODERS[name].reader(str(path), str(path), data[:HEAD]) as reader:
+            with DECODERS[name].reader(str(path), str(path), data) as reader:
                 colours = reader.read([0, 1])[..., :3]  # a reader may give further channels
                 grey = colours.mean(axis=(1, 2, 3))
         except Exception as error:  # noqa: BLE001 - a broken installation raises anything

@@ -4,7 +4,8 @@ import re
 from typing import Any
 
 from hpm_video.decoding.containers import MATROSKA, MP4, exact_container
-from hpm_video.decoding.reader import Frames, VideoReader, size_change
+from hpm_video.decoding.pyav import MIRRORED, only_here
+from hpm_video.decoding.reader import TRANSCODE, DecodeError, Frames, VideoReader, size_change
 
 _EXACT_ON = (MP4, MATROSKA, "FLV", "ASF", "GIF", "YUV4MPEG")
 
@@ -17,6 +18,8 @@ class TorchcodecReader(VideoReader):
     def __init__(self, path: str, source: str | bytes, head: bytes) -> None:
         super().__init__(path)
         exact_container(head, "torchcodec", _EXACT_ON)
+        if (why := only_here(source)) == MIRRORED:
+            raise DecodeError(f"{why}, which torchcodec gets wrong and PyAV does not. {TRANSCODE}")
         from torchcodec.decoders import (  # type: ignore[import-not-found, unused-ignore]
             VideoDecoder,
         )

@@ -8,15 +8,14 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
-from hpm_video.decoding.containers import HEAD, refuse_lists
-from hpm_video.decoding.locations import TarMember, read_bytes
+from hpm_video.decoding.containers import refuse_others
+from hpm_video.decoding.locations import source_of
 from hpm_video.decoding.pyav import UNTIMED, open_container
 
 if TYPE_CHECKING:
     import av
     from av import VideoFrame as VideoFrame
 
-_ODDLY_SLOW, _ODDLY_FAST = Fraction(1, 1000), Fraction(1000)
 USUAL_RATE = Fraction(25)
 """Frames a second, where the file does not state them."""
 SIMPLEST = 1001
@@ -44,10 +43,8 @@ class VideoStream:
             DecodeError: it has no video stream, or names other files.
             OSError, av.FFmpegError: it cannot be opened.
         """
-        self._file: str | bytes = read_bytes(place) if TarMember.parse(place) else place
-        refuse_lists(
-            self._file[:HEAD] if isinstance(self._file, bytes) else read_bytes(place, HEAD)
-        )
+        self._file, head = source_of(place)
+        refuse_others(head)
         self._open()
         self.rate = USUAL_RATE
         """Frames a second, on average."""
@@ -79,20 +76,12 @@ class VideoStream:
 
     def _rate(self, times: list[int]) -> Fraction:
         stated = self._stream.average_rate or self._stream.guessed_rate
-        measured = None
-        if (
-            len(times) > 1
-            and max(times) > min(times)
-            and self._stream.time_base
-            and self._has_times
-        ):
-            seconds = (max(times) - min(times)) * self._stream.time_base
-            measured = Fraction((len(times) - 1) / seconds)
-        if measured and not (stated and abs(measured / stated - 1) < 0.01):
-            stated = measured.limit_denominator(SIMPLEST)
-        if not stated or not _ODDLY_SLOW <= stated <= _ODDLY_FAST:
-            return USUAL_RATE
-        return Fraction(stated)
+        span = max(times) - min(times) if times and self._has_times else 0
+        if span and self._stream.time_base:
+            measured = Fraction((len(times) - 1) / (span * self._stream.time_base))
+            if not (stated and abs(measured / stated - 1) < 0.01):
+                stated = measured.limit_denominator(SIMPLEST)
+        return Fraction(stated) if stated and 0.001 <= stated <= 1000 else USUAL_RATE
 
     @property
     def _has_times(self) -> bool:

@@ -1,6 +1,9 @@
 """Errors that the user of a program can correct, and text that people write."""
 
+import codecs
 from pathlib import Path
+
+_MARKS_OF_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class ExpectedError(Exception):
@@ -11,13 +14,15 @@ class ExpectedError(Exception):
 
 
 def read_text(path: Path, wrong: type[ExpectedError], hint: str = "save it as UTF-8") -> str:
-    """Read text in UTF-8, with or without a byte order mark.
+    """Read text in UTF-8, with or without a byte order mark, or in UTF-16 with one.
 
     Raises:
         wrong: there is no such file, or it is not such text. ``hint``: the remedy.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        data = path.read_bytes()
+        text = data.decode("utf-16" if data[:2] in _MARKS_OF_UTF_16 else "utf-8-sig")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise wrong(

@@ -58,17 +58,7 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
         """Take the rules of the method; ``masks``: by the name of the source of a batch.
 
         ``ema``: the teacher. ``gathered`` makes it callable where an engine shards its weights.
-
-        Raises:
-            ValueError: masks are to be picked by difficulty, but nothing predicts it.
         """
-        if any(rule.strategy.picks for rule in masks.values()) and predictor == "none":
-            raise ValueError(
-                "a mask strategy that picks by difficulty needs a loss predictor: take "
-                "masking.strategy=random, or mining.predictor=relative or absolute"
-            )
-        if (ema is not None) != needs_teacher(predictor, target):
-            raise ValueError(f"predictor {predictor!r} with teacher {type(ema).__name__}")
         super().__init__(ema, momentum, ema_update)
         self.masks = masks
         self.target = target
@@ -94,8 +84,7 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
 
     def losses(self, student: Model, batch: ClipBatch, progress: Progress) -> Losses:
         """The losses of the student on one batch: L_rec + L_pred."""
-        rule = self.masks[batch.source]
-        clips = self.normalised(batch)
+        rule, clips = self.masks[batch.source], self.normalised(batch)
         num_picked = rule.num_picked(progress.epoch, progress.epochs)
         output = self.run_teacher(clips, difficulty=num_picked > 0)
         priority = uniform(batch.keys, rule.num_units, "mask")
@@ -142,23 +131,16 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
 
         -> an output for each of ``purposes``
         """
-        rule = self.masks[batch.source]
-        clips = self.normalised(batch)
+        rule, clips = self.masks[batch.source], self.normalised(batch)
         features = self._features(batch, self.run_teacher(clips, difficulty=False))
         found = []
         for purpose in purposes:
-            priority = uniform(batch.keys, rule.num_units, purpose)
-            mask = rule.draw(None, priority, num_picked=0)
+            mask = rule.draw(None, uniform(batch.keys, rule.num_units, purpose), num_picked=0)
             prediction: Prediction = student(clips, mask)
             target = self.target.of(batch.clips, mask, features)
-            found.append(
-                StudentOutput(
-                    mask,
-                    prediction.difficulty,
-                    errors=self.target.errors(prediction.content, target),
-                    baseline_errors=self.target.baseline_errors(target),
-                )
-            )
+            errors = self.target.errors(prediction.content, target)
+            baseline_errors = self.target.baseline_errors(target)
+            found.append(StudentOutput(mask, prediction.difficulty, errors, baseline_errors))
         return found
 
     def difficulty(self, batch: ClipBatch) -> Tensor | None:
@@ -173,11 +155,6 @@ class TeacherOutput(NamedTuple):
     """(B, N) float32"""
     tokens: Tensor | None
     """(B, N, D) from its encoder."""
-
-
-def needs_teacher(predictor: PredictorObjective, target: Target) -> bool:
-    """Whether the objective uses a teacher."""
-    return predictor != "none" or target.of_teacher
 
 
 def named(source: str, quantity: str) -> str:

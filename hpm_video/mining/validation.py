@@ -5,6 +5,7 @@ are the hardest, and no network is needed to find them. So student and teacher a
 trivial rankers of the patches. A predictor has learned something where it beats the best of them.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -79,21 +80,17 @@ class _Counts:
     def __init__(self, device: torch.device) -> None:
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, device=device))
 
-    def add(self, name: str, part: Tensor, whole: Tensor) -> None:
-        self._sums[name] += torch.stack([part.float(), whole.float()])
+    def add(self, name: str, part: Tensor, total: Tensor) -> None:
+        self._sums[name] += torch.stack([part.float(), total.float()])
 
     def add_pairs(self, name: str, scores: Tensor, errors: Tensor) -> None:
         self.add(name, *count_ordered_pairs(scores, errors))
 
     def ratios(self, processes: Processes) -> Measures:
-        totals: dict[str, tuple[float, float]] = {}
-        own = [(name, sums.tolist()) for name, sums in self._sums.items()]
-        for name, (part, whole) in processes.gather(own):
-            before = totals.get(name, (0.0, 0.0))
-            totals[name] = (before[0] + part, before[1] + whole)
-        return {
-            name: part / whole if whole else float("nan") for name, (part, whole) in totals.items()
-        }
+        totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for name, sums in processes.gather([(n, s.tolist()) for n, s in self._sums.items()]):
+            totals[name] = [before + more for before, more in zip(totals[name], sums, strict=True)]
+        return {name: part / total if total else math.nan for name, (part, total) in totals.items()}
 
 
 def trivial_difficulties(clips: Tensor, patch_size: Size3) -> dict[str, Tensor]:

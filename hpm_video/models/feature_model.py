@@ -37,8 +37,7 @@ class FeatureModel(nn.Module):
         settings: Any = model.pretrained_cfg
         self.width = _width(model)
         self._time_step = time_step
-        self._mean: tuple[float, ...] = tuple(settings["mean"])
-        self._std: tuple[float, ...] = tuple(settings["std"])
+        self._mean, self._std = tuple(settings["mean"]), tuple(settings["std"])
         self._model = model
         self.eval().requires_grad_(requires_grad=False)
 
@@ -88,10 +87,10 @@ def load_feature_model(
     model = _make(kind, name)
     own = tuple(model.patch_embed.patch_size)
     if own != patch_size[1:]:
+        theirs, ours = (" x ".join(map(str, size)) for size in (own, patch_size[1:]))
         raise ValueError(
-            f"the student's tokens must be the patches of {name!r}, got {_by(patch_size[1:])} "
-            f"pixels and {_by(own)}; give the student patches of {_by(own)}, or take a model with "
-            f"patches of {_by(patch_size[1:])}"
+            f"the student's tokens must be the patches of {name!r}, got {ours} pixels and "
+            f"{theirs}; give the student patches of {theirs}, or take a model with {ours}"
         )
     TokenGrid.of_clip((patch_size[0], *frame_size), patch_size)
     load_weights(model, weights, source, may_leave=("head.",) if kind == "dino" else ())
@@ -109,14 +108,11 @@ def _width(model: "VisionTransformer") -> int:
     return model.head.out_features if isinstance(model.head, nn.Linear) else model.embed_dim
 
 
-def _by(size: tuple[int, ...]) -> str:
-    return " x ".join(map(str, size))
-
-
 def _make(kind: FeatureKind, name: str, **options: int) -> "VisionTransformer":
     """The model with initial weights. One of DINO gets no head, one of CLIP its projection.
 
-    ``options`` replace sizes that timm has for it.
+    ``options`` replace sizes that timm has for it. Names that are not among timm's own are refused,
+    such as those that make it fetch something.
 
     Raises:
         ValueError: as :func:`feature_width`.
@@ -124,7 +120,14 @@ def _make(kind: FeatureKind, name: str, **options: int) -> "VisionTransformer":
     import timm
     from timm.models.vision_transformer import VisionTransformer
 
-    _require_vision_transformer(kind, name)
+    module = "vision_transformer"
+    known = timm.list_models(module=module) + timm.list_models(module=module, pretrained=True)
+    if name not in known:
+        close = difflib.get_close_matches(name, known) or [DEFAULT_MODELS[kind]]
+        raise ValueError(
+            f"timm {timm.__version__} has no plain vision transformer {name!r}, with a token for "
+            f"each patch; take {' or '.join(close)}"
+        )
     sizes: dict[str, Any] = options | ({"num_classes": 0} if kind == "dino" else {})
     with global_generators(0):  # for initial weights, none of which stays
         model: Any = timm.create_model(name, pretrained=False, **sizes)
@@ -144,28 +147,3 @@ def _make(kind: FeatureKind, name: str, **options: int) -> "VisionTransformer":
         )
     made: VisionTransformer = model
     return made
-
-
-def _require_vision_transformer(kind: FeatureKind, name: str) -> None:
-    """Refuse names that are not among timm's own, such as those that make it fetch something."""
-    import timm
-
-    fit = _names(module="vision_transformer")
-    if name in fit:
-        return
-    if name in _names():
-        raise ValueError(
-            f"a feature model must be a plain vision transformer, with a token for each patch, "
-            f"got {name!r}; take {DEFAULT_MODELS[kind]!r}"
-        )
-    close = difflib.get_close_matches(name, fit) or [DEFAULT_MODELS[kind]]
-    raise ValueError(
-        f"timm {timm.__version__} has no model {name!r}; names close to it are {', '.join(close)}"
-    )
-
-
-def _names(module: str = "") -> list[str]:
-    """Names of timm's models, without and with the tag of the weights."""
-    import timm
-
-    return [*timm.list_models(module=module), *timm.list_models(module=module, pretrained=True)]

@@ -49,12 +49,10 @@ class Decoder(Transformer):
         if mask is not None:
             tokens = mask.take_masked(tokens)
         tokens = self.norm(tokens)
-        out: Tensor
         if self.exact_head:
             # A product and a sum, which mixed precision leaves alone, instead of a matrix product.
-            out = (tokens.float().unsqueeze(-2) * self.head.weight).sum(-1) + self.head.bias
-        else:
-            out = self.head(tokens)
+            return (tokens.float().unsqueeze(-2) * self.head.weight).sum(-1) + self.head.bias
+        out: Tensor = self.head(tokens)
         return out
 
 
@@ -118,18 +116,10 @@ class MaskedAutoencoder(ClipEncoder):
             return Prediction(content, None)
         return Prediction(content, self.difficulty_decoder(sequence, prefix, mask).squeeze(-1))
 
-    def score_all(self, clips: Tensor) -> Tensor:
-        """Difficulty of every token, seeing all of them: (B, C, T, H, W) -> (B, N)
-
-        The teacher's call: it never runs the reconstructor.
-
-        Raises:
-            ValueError: the model has no loss predictor.
-        """
-        return self.score(self.encode(clips), self.grid_of(clips))
-
     def score(self, encoded: Tensor, grid: TokenGrid) -> Tensor:
         """Difficulty of every token, of which all are encoded: (B, ., D) -> (B, N)
+
+        The teacher's call: it never runs the reconstructor.
 
         Raises:
             ValueError: the model has no loss predictor.
@@ -144,9 +134,8 @@ class MaskedAutoencoder(ClipEncoder):
     def _with_positions(self, embedded: Tensor, tokens: Tensor, grid: TokenGrid) -> Tensor:
         """Tokens of the whole clip at their positions, behind the class token of ``embedded``."""
         sequence: Tensor = tokens + self.positions("decoder_pos_embed", grid)
-        prefix = self.num_prefix
-        if prefix:
-            first = embedded[:, :prefix].to(sequence.dtype)
+        if self.num_prefix:
+            first = embedded[:, : self.num_prefix].to(sequence.dtype)
             sequence = torch.cat([first, sequence], dim=1)
         return sequence
 

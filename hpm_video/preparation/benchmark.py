@@ -18,9 +18,9 @@ from hpm_video.data.clips import VideoClips
 from hpm_video.data.loader import clip_batches
 from hpm_video.data.mixture import Place, Places, deal_out
 from hpm_video.data.reading import TrainReader
-from hpm_video.data.transforms import Box, ClipTransform, DrawnTransform
+from hpm_video.data.transforms import ClipTransform, DrawnCrop
 from hpm_video.decoding.locations import frames_in, is_frame_folder, read_bytes
-from hpm_video.decoding.registry import DecodeError
+from hpm_video.decoding.reader import DecodeError
 from hpm_video.files.failures import Failure, TooManyBadFiles
 from hpm_video.preparation.check import stamp_of
 from hpm_video.workers.room import RoomError, memory_left
@@ -78,15 +78,15 @@ class _TimedTransform(ClipTransform):
 
     def draw(
         self, size: tuple[int, int], frame_size: tuple[int, int], draw: np.random.Generator
-    ) -> "_TimedBoundTransform":
-        drawn = self.transform.draw(size, frame_size, draw)
-        return _TimedBoundTransform(drawn.box, drawn, self.stopwatch)
+    ) -> "_TimedCrop":
+        crop = self.transform.draw(size, frame_size, draw)
+        looks = (crop.box, crop.frame_size, crop.interpolation, crop.mirrored)
+        return _TimedCrop(*looks, crop, self.stopwatch)
 
 
 @dataclass(frozen=True)
-class _TimedBoundTransform:
-    box: Box
-    drawn: DrawnTransform
+class _TimedCrop(DrawnCrop):
+    drawn: DrawnCrop
     stopwatch: Stopwatch
 
     def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:

@@ -1,55 +1,87 @@
-"""Extraction of the features of many videos into a folder."""
+"""Features of many videos, extracted into a folder with a file for each video.
 
-from contextlib import closing
+A folder of features holds
+    features/NAME.npy   of one video: (views, D), or with tokens (views, N, D)
+    starts/NAME.npy     of windows: (views,) int64, the first frame of each
+    index.csv           of each video its path, file, label, frames and views; it is a manifest too
+    settings.json       what determines the features: a folder never mixes two settings
+    journal.jsonl       a line for each video that is done; a second start goes on from there
+    bad_files.csv       videos that do not decode, and why
+Files of features are complete or absent, and those that are there need not be computed again.
+"""
+
+import contextlib
+import csv
+import hashlib
+import re
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from hpm_video.config.choices import DecoderChoice
-from hpm_video.data.clip_stream import Part, stream_parts
-from hpm_video.data.loader import end_workers
+from hpm_video.data.loader import Part, stream_parts
+from hpm_video.data.manifest import Manifest
 from hpm_video.data.reading import Views
+from hpm_video.files.atomic import written_beside
 from hpm_video.files.failures import BadFiles, Failure
 from hpm_video.files.weights import CheckpointError
-from hpm_video.recognition.feature_folder import DType, FeatureFolder, FileLayout, GrowingFile
+from hpm_video.preparation.jobs import claim, write_table
 from hpm_video.recognition.inference import Inference
 from hpm_video.recognition.trained_model import TrainedModel
 from hpm_video.workers.progress_bar import ProgressBar
 
+DType = Literal["float32", "float16"]
+UNRELATED = ("hpm_video", "checkpoint", "device", "decoder")
+"""Settings that are recorded, but may differ between the starts of one folder."""
+LONGEST_NAME = 150
+BETWEEN_FOLDERS = "+"
+UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
+COLUMNS = ("path", "file", "label", "label_name", "num_frames", "views")
+
 
 @dataclass(frozen=True)
-class FeatureChoice:
-    """Which features are extracted of each video."""
+class Layout:
+    """Which features are extracted of each video, and how a file holds them."""
 
     views: Views
-    tokens: bool = False
+    tokens: bool
     """All tokens of the last layer, instead of one vector for each view."""
-    dtype: DType = "float32"
+    dtype: DType
+    view_shape: tuple[int, ...]
+    """(D,), or with tokens (N, D)."""
 
-    def layout(self, encoder: Inference) -> FileLayout:
-        """Return the layout of the file of a video."""
-        tokens, dim = encoder.model.grid.num_tokens, encoder.model.settings.encoder.dim
-        of_view = (tokens, dim) if self.tokens else (dim,)
-        return FileLayout(of_view, self.dtype, windows=self.views.every is not None)
+    @classmethod
+    def of(cls, encoder: Inference, views: Views, dtype: DType, *, tokens: bool) -> "Layout":
+        """Return that of the features of an encoder."""
+        dim = encoder.model.settings.encoder.dim
+        shape = (encoder.model.grid.num_tokens, dim) if tokens else (dim,)
+        return cls(views, tokens, dtype, shape)
+
+    @property
+    def windows(self) -> bool:
+        """Whether the first frames of the views are written down too."""
+        return self.views.every is not None
 
 
-def describe(trained: TrainedModel, encoder: Inference, choice: FeatureChoice) -> dict[str, Any]:
+def describe(trained: TrainedModel, encoder: Inference, layout: Layout) -> dict[str, Any]:
     """Return everything that determines features, for the settings of a folder."""
-    data, views = encoder.data, choice.views
-    if views.every is not None:
-        chosen: dict[str, Any] = {"window_stride": views.every}
-    else:
-        chosen = {"clips": views.clips, "crops": views.crops}
+    data, views = encoder.data, layout.views
+    chosen = {"clips": views.clips, "crops": views.crops}
     return {
         **trained.describe(),
-        **chosen,
+        **({"window_stride": views.every} if layout.windows else chosen),
         "checkpoint": str(trained.path.resolve()),
-        "features": "tokens" if choice.tokens else "pooled",
-        "dtype": choice.dtype,
-        "view_shape": list(choice.layout(encoder).view_shape),
+        "features": "tokens" if layout.tokens else "pooled",
+        "dtype": layout.dtype,
+        "view_shape": list(layout.view_shape),
         "mean": list(data.mean),
         "std": list(data.std),
         "device": encoder.device.type,
@@ -59,8 +91,7 @@ def describe(trained: TrainedModel, encoder: Inference, choice: FeatureChoice) -
 
 def extract(
     encoder: Inference,
-    choice: FeatureChoice,
-    folder: FeatureFolder,
+    folder: "FeatureFolder",
     *,
     decoder: DecoderChoice = "auto",
     workers: int = 0,
@@ -75,7 +106,7 @@ def extract(
         folder.manifest,
         places,
         replace(encoder.data, decoder=decoder),
-        choice.views,
+        folder.layout.views,
         clips_per_part=encoder.clips_per_pass,
         workers=min(workers, len(places)),
     )
@@ -92,7 +123,7 @@ def extract(
                         growing.pop(place).close(complete=False)
                     bar.advance(0)
                     continue
-                features = _features(encoder, choice, part, folder.manifest.files[place])
+                features = _features(encoder, folder.layout, part, folder.manifest.files[place])
                 if place not in growing:
                     growing[place] = folder.begin(place, part.num_views)
                 growing[place].add(features, part.starts)
@@ -103,19 +134,169 @@ def extract(
     finally:
         for unfinished in growing.values():
             unfinished.close(complete=False)
-        end_workers()
         folder.write_index()
     return sorted(failures, key=lambda failure: failure.path)
 
 
 def _features(
-    encoder: Inference, choice: FeatureChoice, part: Part, video: str
+    encoder: Inference, layout: Layout, part: Part, video: str
 ) -> NDArray[np.floating[Any]]:
-    values = (encoder.tokens if choice.tokens else encoder.pooled)(part.clips).cpu()
-    features: NDArray[np.floating[Any]] = values.to(getattr(torch, choice.dtype)).numpy()
+    values = (encoder.tokens if layout.tokens else encoder.pooled)(part.clips).cpu()
+    features: NDArray[np.floating[Any]] = values.to(getattr(torch, layout.dtype)).numpy()
     if not np.isfinite(features).all():
         raise CheckpointError(
-            f"features of {video} reach {values.abs().max():g}, and {choice.dtype} ends at "
-            f"{np.finfo(choice.dtype).max}; take --dtype float32 and --precision fp32"
+            f"features of {video} reach {values.abs().max():g}, and {layout.dtype} ends at "
+            f"{np.finfo(layout.dtype).max}; take --dtype float32 and --precision fp32"
         )
     return features
+
+
+class FeatureFolder:
+    """A folder with features of the videos of a manifest."""
+
+    def __init__(self, path: Path, manifest: Manifest, base: Path, layout: Layout) -> None:
+        """``base``: files are named by the paths of videos from there on."""
+        self.path = path
+        self.bad_files = path / "bad_files.csv"
+        self.manifest = manifest
+        self.layout = layout
+        self._names = file_names(manifest.files, base)
+        self._entries: dict[str, tuple[int, int]] = {}
+        """Numbers of frames and views of each video that is done."""
+
+    def __len__(self) -> int:
+        """Videos whose features are there."""
+        return len(self._entries)
+
+    def features_of(self, video: str) -> Path:
+        """Return the file of the features of a video."""
+        return self.path / "features" / f"{self._names[video]}.npy"
+
+    def starts_of(self, video: str) -> Path:
+        """Return the file of the first frames of the windows of a video."""
+        return self.path / "starts" / f"{self._names[video]}.npy"
+
+    def claim(self, settings: Mapping[str, Any]) -> None:
+        """Lock the folder for these settings, and find the features that are there already.
+
+        Raises:
+            FileExistsError: it holds something else.
+            BlockingIOError: another program writes to it.
+        """
+        self._journal = claim(self.path, settings, holds="features", unrelated=UNRELATED)
+        self.close = weakref.finalize(self, self._journal.close)
+        for unfinished in self.path.glob("*/.*.part.npy"):
+            unfinished.unlink()
+        self.bad_files.unlink(missing_ok=True)  # they are tried again
+        for record in self._journal.read() or self._read_index():
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # of something else
+                video, views = record["path"], int(record["views"])
+                if video in self._names and self._is_there(video, views):
+                    self._entries[video] = int(record["num_frames"]), views
+        self.write_index()
+
+    def _read_index(self) -> list[dict[str, str]]:
+        """Read what folders from before there was a journal have in its place."""
+        index = self.path / "index.csv"
+        if not index.is_file():
+            return []
+        with index.open(encoding="utf-8", newline="") as file:
+            return [*csv.DictReader(file)]
+
+    def missing(self) -> list[int]:
+        """Return the positions in the manifest of videos without features, each video once."""
+        first = {video: place for place, video in reversed([*enumerate(self.manifest.files)])}
+        return sorted(place for video, place in first.items() if video not in self._entries)
+
+    def begin(self, place: int, views: int) -> "GrowingFile":
+        """Begin the file of a video."""
+        return GrowingFile(self.features_of(self.manifest.files[place]), views, self.layout)
+
+    def finish(self, place: int, growing: "GrowingFile", num_frames: int) -> None:
+        """Complete the file of a video."""
+        video = self.manifest.files[place]
+        if self.layout.windows:
+            with written_beside(self.starts_of(video)) as beside:
+                np.save(beside, np.concatenate(growing.starts))
+        growing.close(complete=True)
+        self._entries[video] = num_frames, growing.views
+        record = {"path": video, "num_frames": num_frames, "views": growing.views}
+        self._journal.append(record)
+
+    def write_index(self) -> None:
+        """Write ``index.csv`` in the order of the manifest."""
+        rows = []
+        names = self.manifest.label_names or ()
+        for video, label in zip(self.manifest.files, self.manifest.labels, strict=True):
+            if video in self._entries:
+                name = names[label] if 0 <= label < len(names) else ""
+                file = f"{self._names[video]}.npy"
+                starts = [f"starts/{file}"] * self.layout.windows
+                rows.append(
+                    [video, f"features/{file}", label, name, *self._entries[video], *starts]
+                )
+        write_table(self.path / "index.csv", [*COLUMNS, *["starts"] * self.layout.windows], rows)
+
+    def _is_there(self, video: str, views: int) -> bool:
+        """Whether the arrays are there; a file that is cut short does not map."""
+        shape = (views, *self.layout.view_shape)
+        expected: dict[Path, tuple[tuple[int, ...], str]]
+        expected = {self.features_of(video): (shape, self.layout.dtype)}
+        if self.layout.windows:
+            expected[self.starts_of(video)] = ((views,), "int64")
+        try:
+            arrays = {path: np.load(path, mmap_mode="r") for path in expected}
+        except (OSError, ValueError, EOFError):
+            return False
+        return all((arrays[path].shape, arrays[path].dtype) == expected[path] for path in expected)
+
+
+class GrowingFile:
+    """The features of one video, written part by part; the file appears when it is complete."""
+
+    def __init__(self, path: Path, views: int, layout: Layout) -> None:
+        self._stack = ExitStack()
+        beside = self._stack.enter_context(written_beside(path))
+        self._file = self._stack.enter_context(beside.open("wb"))
+        shape = (views, *layout.view_shape)
+        header = {"descr": np.dtype(layout.dtype).str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, header)
+        self.starts: list[NDArray[np.int64]] = []
+        self.views = 0
+
+    def add(self, features: NDArray[np.floating[Any]], starts: NDArray[np.int64]) -> None:
+        """Append the features of some views: (R, ...) and (R,)"""
+        self._file.write(features.tobytes())
+        self.starts.append(starts)
+        self.views += len(features)
+
+    def close(self, *, complete: bool) -> None:
+        """Move the file to its place, or leave nothing behind."""
+        if complete:
+            self._stack.close()
+        else:
+            stop = InterruptedError()
+            self._stack.__exit__(type(stop), stop, None)
+
+
+def file_names(files: Iterable[str], base: Path) -> dict[str, str]:
+    """Return a file name for each video that no other video has: -> by path
+
+    It is the path from ``base`` on. Where that will not do (odd characters, too many characters,
+    or another path that differs only in capitals) a part of the digest of the path follows.
+    """
+    places = {file: Path(file) for file in files}
+    paths = {
+        file: str(place.relative_to(base) if place.is_relative_to(base) else place)
+        for file, place in places.items()
+    }
+    alike = Counter(path.casefold() for path in paths.values())
+    names = {}
+    for file, path in paths.items():
+        name = BETWEEN_FOLDERS.join(UNSAFE.sub("_", part) for part in path.split("/"))
+        same = name.replace(BETWEEN_FOLDERS, "/") == path
+        if not same or len(name) > LONGEST_NAME or alike[path.casefold()] > 1:
+            mark = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:10]
+            name = f"{name[-LONGEST_NAME:]}-{mark}"
+        names[file] = name
+    return names

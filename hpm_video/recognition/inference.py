@@ -105,17 +105,13 @@ def _leave_out(
     *,
     allowed: bool,
 ) -> None:
-    """Name the failures that were not known, and let no process try those files again.
-
-    Raises:
-        BadFilesError: there are any, and that is not allowed.
-    """
+    """Name the failures that were not known, and let no process try those files again."""
     failures.sort(key=lambda bad: bad.path)
     if failures and not allowed:
         raise BadFilesError(failures, len(clips), REPAIR)
     for failure in failures if processes.is_first else ():
         if failure.path not in known:
-            log.warning("left out: %s: %s", failure.path, failure.reason)
+            log.warning("left out: %s", failure)
     clips.bad |= {failure.path: failure for failure in failures}
 
 
@@ -131,7 +127,6 @@ def each_video(
     After the first failure nothing is computed any more, unless bad files are excluded: then only
     the other failures are wanted.
     """
-    views, files = clips.views.count, clips.manifest.files
     left = iter(positions)
     failed = False
     with closing(reading.batches(clips, positions, max_clips)) as batches:
@@ -142,10 +137,12 @@ def each_video(
             if wanted:
                 with torch.no_grad():
                     of_views = values(batch.clips).double().cpu().numpy()
-                means = iter(of_views.reshape(-1, views, of_views.shape[1]).mean(axis=1))
+                shape = (-1, clips.views.count, of_views.shape[1])
+                means = iter(of_views.reshape(shape).mean(axis=1))
             for position in islice(left, videos_per_batch(clips, positions, max_clips)):
-                if files[position] in failures:
-                    yield position, failures[files[position]]
+                file = clips.manifest.files[position]
+                if file in failures:
+                    yield position, failures[file]
                 elif wanted:
                     yield position, next(means)
 

@@ -13,12 +13,10 @@ def read_label_names(path: Path) -> tuple[str, ...]:
     Raises:
         ManifestError: there is no such file, or it is not such a list.
     """
-    names = read_text(path, ManifestError).splitlines()
-    while names and not names[-1].strip():
-        names.pop()
-    if not names or not all(name.strip() for name in names):
+    names = [name.strip() for name in read_text(path, ManifestError).rstrip().splitlines()]
+    if not all(names) or not names:
         raise ManifestError(f"{path} must have the name of class i in line i, and no empty line")
-    return tuple(name.strip() for name in names)
+    return tuple(names)
 
 
 def check_labels(manifest: Manifest, num_classes: int, what: str) -> None:
@@ -45,8 +43,7 @@ def names_of_both(train: Manifest, validation: Manifest) -> tuple[str, ...]:
     count = max(*train.labels, *validation.labels) + 1
     if len(set(train.labels)) < 2:
         raise ManifestError(
-            "the training videos are all of one class, or have no labels; two classes at least "
-            "are needed"
+            "the training videos are all of one class, or have no labels; give at least two classes"
         )
     names = with_numbers(train.label_names or (), count)
     check_labels(train, len(names), "the training videos")

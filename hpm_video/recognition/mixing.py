@@ -29,15 +29,7 @@ class Mixing:
 
         A batch is mixed with ``probability``. With both kinds, ``switch_probability`` is that of
         CutMix. Labels are smoothed whether or not the batch is mixed.
-
-        Raises:
-            ValueError: neither Mixup nor CutMix, or a negative value.
         """
-        if min(mixup, cutmix) < 0 or mixup == cutmix == 0:
-            raise ValueError(
-                f"mixup and cutmix must not be negative, and one of them positive, got {mixup:g} "
-                f"and {cutmix:g}; take 0.8 and 1, or leave mixing out"
-            )
         from timm.data.mixup import Mixup
 
         self._mixup = Mixup(  # type: ignore[no-untyped-call]
@@ -53,17 +45,9 @@ class Mixing:
     def __call__(self, clips: Tensor, labels: Tensor, key: int) -> tuple[Tensor, Tensor]:
         """Mix a batch: (B, C, T, H, W) float, (B,) int64 -> (B, C, T, H, W), (B, K) float32
 
-        The targets of a clip sum to 1; K is the number of classes. What is drawn depends on
-        ``key`` alone. The arguments keep their values, and the host waits for no device.
-
-        Raises:
-            ValueError: an odd number of clips, of which one would be its own partner.
+        The targets of a clip sum to 1; K is the number of classes, and B even. What is drawn
+        depends on ``key`` alone. The arguments keep their values, and the host waits for no device.
         """
-        if len(clips) % 2:
-            raise ValueError(
-                f"mixing pairs the clips of a batch, so their number must be even, got "
-                f"{len(clips)}; make the batch one clip larger or smaller"
-            )
         planes = clips.flatten(1, 2).clone()  # timm writes into what it is given
         with global_generators(key):
             mixed, targets = self._mixup(planes, labels)

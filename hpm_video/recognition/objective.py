@@ -44,17 +44,14 @@ class Classification(WithEma[nn.Module]):
 
     def losses(self, student: Model, batch: ClipBatch, progress: Progress) -> Losses:
         """The loss of the model on one batch."""
-        clips = normalise(batch.clips, self.mean, self.std)
-        if self._mixing is None:
-            logits = student(clips, keys=batch.keys)
-            loss = F.cross_entropy(
-                logits.float(), batch.labels, label_smoothing=self._label_smoothing
-            )
-        else:
+        clips, targets = normalise(batch.clips, self.mean, self.std), batch.labels
+        smoothing = self._label_smoothing
+        if self._mixing is not None:
             # The files' names tell one micro-batch of an update from another, wherever they lie.
             names = tuple(base_name(file) for file in batch.files)
             key = key_of(self._seed, "mixing", progress.update, names)
-            clips, targets = self._mixing(clips, batch.labels, key)
-            logits = student(clips, keys=batch.keys)
-            loss = F.cross_entropy(logits.float(), targets)
+            clips, targets = self._mixing(clips, targets, key)
+            smoothing = 0.0
+        logits = student(clips, keys=batch.keys)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
         return Losses(loss, {"classification": loss})

@@ -39,7 +39,7 @@ class FeatureTable:
 
     manifest: Manifest
     features: NDArray[np.float64]
-    """(videos, D); NaN for a video that does not decode."""
+    """(videos, D), the mean over the views of each; NaN for a video that does not decode."""
 
     @classmethod
     def of(
@@ -49,23 +49,19 @@ class FeatureTable:
         reading: Reading,
         processes: Processes = Processes(),  # noqa: B008 - it is frozen
     ) -> "FeatureTable":
-        """Compute them: the mean over the views of each video, each by one of the processes.
-
-        Raises:
-            BadFilesError: videos do not decode, and are not to be excluded.
-        """
+        """Compute them, each by one of the processes. Raises as :func:`over_videos`."""
         per_pass = encoder.clips_per_pass
-        table = over_videos(encoder.pooled, clips, reading, processes, per_pass)
-        return cls(clips.manifest, table)
+        return cls(clips.manifest, over_videos(encoder.pooled, clips, reading, processes, per_pass))
 
     @property
-    def there(self) -> NDArray[np.int64]:
-        """Positions of the V videos that have features: (V,)"""
-        return np.flatnonzero(~np.isnan(self.features[:, 0]))
+    def there(self) -> NDArray[np.bool_]:
+        """Which videos have features: (videos,)"""
+        there: NDArray[np.bool_] = ~np.isnan(self.features[:, 0])
+        return there
 
     @property
     def samples(self) -> tuple[Array, Labels]:
-        """Features and labels of the videos that have features: (V, D), (V,)"""
+        """Features and labels of the V videos that have features: (V, D), (V,)"""
         return self.features[self.there], np.asarray(self.manifest.labels)[self.there]
 
     def scores(self, probabilities: Array) -> Scores:
@@ -135,11 +131,7 @@ def logistic_regression(
 
 
 def logistic_probabilities(
-    features: Array,
-    labels: Labels,
-    queries: Array,
-    penalties: Sequence[float],
-    num_classes: int,
+    features: Array, labels: Labels, queries: Array, penalties: Sequence[float], num_classes: int
 ) -> list[Array]:
     """Probabilities by the best classifier for each penalty: (S, D), (S,), (Q, D) -> (Q, K) each
 

@@ -38,13 +38,15 @@ class Scores:
 
     @property
     def ranks(self) -> NDArray[np.int64]:
-        """How many classes are more probable than the true one: (videos,), all for one excluded."""
+        """How many classes are more probable than the true one: (videos,), all for one excluded.
+
+        Of equally probable classes, those of lower number come first.
+        """
+        count = self.probabilities.shape[1]
         of_label = np.take_along_axis(self.probabilities, self.labels[:, None], axis=1)
-        ahead = (self.probabilities > of_label).sum(axis=1)
-        # Of equally probable classes, those of lower number come first.
-        earlier = np.arange(self.probabilities.shape[1]) < self.labels[:, None]
-        ahead += ((self.probabilities == of_label) & earlier).sum(axis=1)
-        ranks: NDArray[np.int64] = np.where(self.excluded, self.probabilities.shape[1], ahead)
+        earlier = np.arange(count) < self.labels[:, None]
+        ahead = (self.probabilities > of_label) | ((self.probabilities == of_label) & earlier)
+        ranks: NDArray[np.int64] = np.where(self.excluded, count, ahead.sum(axis=1))
         return ranks
 
     @property
@@ -71,10 +73,8 @@ def score_videos(
     check_labels(manifest, len(label_names), "the videos of the test")
     check_same_names(label_names, manifest)
     clips = reading.clips(manifest, classifier.data, views)
-    per_pass = classifier.clips_per_pass
-    return Scores(
-        manifest, over_videos(classifier.probabilities, clips, reading, processes, per_pass)
-    )
+    values, per_pass = classifier.probabilities, classifier.clips_per_pass
+    return Scores(manifest, over_videos(values, clips, reading, processes, per_pass))
 
 
 def describe_test(
@@ -128,16 +128,13 @@ def write_results(
     header = ["path", "label", "label_name", "prediction", "prediction_name", "correct"]
     header += [f"probability of {name}" for name in label_names]
     rows: list[list[object]] = []
-    for file, label, row in zip(
-        scores.manifest.files, scores.manifest.labels, scores.probabilities, strict=True
-    ):
-        known = [file, label, label_names[label]]
-        if np.isnan(row[0]):  # it is excluded, and has no prediction
-            rows.append([*known, "", "", 0, *[""] * len(row)])
-        else:
+    files, labels = scores.manifest.files, scores.manifest.labels
+    for file, label, row in zip(files, labels, scores.probabilities, strict=True):
+        predicted: list[object] = ["", "", 0, *[""] * len(row)]
+        if not np.isnan(row[0]):  # otherwise it is excluded, and has no prediction
             best = int(row.argmax())
-            predicted = [best, label_names[best], int(best == label)]
-            rows.append([*known, *predicted, *np.round(row, 6)])
+            predicted = [best, label_names[best], int(best == label), *np.round(row, 6)]
+        rows.append([file, label, label_names[label], *predicted])
     write_table(folder / "predictions.csv", header, rows)
     draw_confusion(
         confusion_counts(scores),

@@ -8,7 +8,6 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from hpm_video.config.checks import ConfigError
 from hpm_video.config.choices import Pooling
 from hpm_video.config.data import DataConfig
 from hpm_video.config.loading import load_any_config
@@ -90,12 +89,7 @@ class TrainedModel(ABC):
     @property
     def file(self) -> str:
         """Name of the file of its weights in a checkpoint folder."""
-        return "model" if self.weights == "student" else self.weights
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the file of its weights."""
-        return weights_digest(self.path, self.file)
+        return _file_of(self.weights)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -142,7 +136,7 @@ class TrainedModel(ABC):
         return {
             "update": self.update,
             "weights": self.weights,
-            "weights_sha256": self.digest,
+            "weights_sha256": weights_digest(self.path, self.file),
             "num_frames": self.data.num_frames,
             "sampling": self.data.sampling,
             "frame_stride": self.data.frame_stride,
@@ -151,15 +145,21 @@ class TrainedModel(ABC):
 
     @abstractmethod
     def make(self) -> MaskedAutoencoder | ClipClassifier:
-        """Return the whole model without its weights."""
+        """Return the complete model, its weights drawn."""
 
-    @abstractmethod
     def build(self) -> MaskedAutoencoder | ClipClassifier:
-        """Return the whole model with its weights, for use."""
+        """Return the complete model with its weights, for clips that it was trained on.
+
+        Raises:
+            CheckpointError: the weights do not fit, or are of an encoder alone.
+        """
+        model = self.make()
+        load_weights(model, self.tensors, self.path)
+        return model.eval()
 
     @abstractmethod
     def encoder(self) -> ClipEncoder:
-        """Build the model that computes features of clips."""
+        """Return the model that computes features of clips, a classifier with its pooling."""
 
 
 @dataclass(frozen=True)
@@ -169,27 +169,20 @@ class TrainedAutoencoder(TrainedModel):
     config: PretrainConfig
 
     def make(self) -> MaskedAutoencoder:
-        """Build the whole model, its weights drawn."""
         return build_student(self.config)
 
     def build(self) -> MaskedAutoencoder:
-        """Build the whole model, for the clips that it was trained on.
-
-        Raises:
-            CheckpointError: the weights do not fit, or are of an encoder alone.
-        """
-        tensors = self.tensors
-        if not any(name.startswith("reconstructor.") for name in tensors):
+        if not any(name.startswith("reconstructor.") for name in self.tensors):
             raise CheckpointError(
                 f"{self.path} holds an encoder without its reconstructor, so it cannot "
                 f"reconstruct; give a checkpoint of pre-training"
             )
-        model = self.make()
-        load_weights(model, tensors, self.path)
-        return model.eval()
+        model = super().build()
+        assert isinstance(model, MaskedAutoencoder)
+        return model
 
     def encoder(self) -> ClipEncoder:
-        """Build the encoder with its final norm. Other clips have their positions in its grid."""
+        """Return the encoder with its final norm. Other clips have their positions in its grid."""
         model = build_encoder(self.config, self.data)
         if self.weights != "untrained":
             load_weights(model, self.tensors, self.path, may_leave=OF_DECODERS)
@@ -203,17 +196,9 @@ class TrainedClassifier(TrainedModel):
     config: FinetuneConfig
 
     def make(self) -> ClipClassifier:
-        """Build the classifier, its weights drawn."""
         return build_classifier(self.config, len(self.label_names))
 
-    def build(self) -> ClipClassifier:
-        """Build the classifier."""
-        model = self.make()
-        load_weights(model, self.tensors, self.path)
-        return model.eval()
-
-    def encoder(self) -> ClipClassifier:
-        """Build the classifier, whose encoder goes with its pooling."""
+    def encoder(self) -> ClipEncoder:
         return self.build()
 
 
@@ -244,60 +229,60 @@ def open_trained(
     """
     with as_folder(path) as folder:
         config = load_any_config(folder / "config.yaml", overrides)
+        kind = TrainedAutoencoder if isinstance(config, PretrainConfig) else TrainedClassifier
+        if not issubclass(kind, wanted):
+            raise CheckpointError(_OF_OTHER_KIND[kind].format(path=path))
+        chosen, origin = _choose(path, folder, config, weights), folder / "origin.json"
+        update = read_state(folder)["update"]
+        data = clips.of(config.data)
         found: TrainedModel
         if isinstance(config, PretrainConfig):
-            if not issubclass(TrainedAutoencoder, wanted):
-                raise CheckpointError(_TRAIN_A_CLASSIFIER.format(path=path))
-            chosen = _choose(path, folder, "pre-training", weights or "student", OF_PRETRAINING)
-            update = read_state(folder)["update"]
-            found = TrainedAutoencoder(path, chosen, update, clips.of(config.data), config)
+            found = TrainedAutoencoder(path, chosen, update, data, config)
         else:
-            if not issubclass(TrainedClassifier, wanted):
-                raise ConfigError(
-                    f"{path} is of a classifier, not of pre-training; give a checkpoint of "
-                    f"./run_pretrain.sh, such as runs/demo/checkpoints/last"
+            if not (folder / "labels.txt").is_file():
+                raise CheckpointError(
+                    f"{path} is no checkpoint of a classifier: it has no labels.txt, the name of "
+                    f"class i in line i; put that file there"
                 )
-            found = _classifier(path, folder, config, weights, clips)
-        if (origin := folder / "origin.json").is_file():
+            config = replace(
+                config,
+                test=replace(config.test, weights="average" if chosen == "average" else "model"),
+                data=data,
+                model=replace(config.model, pretrained_grid=source_grid_of(config)),
+            )
+            names = read_label_names(folder / "labels.txt")
+            found = TrainedClassifier(path, chosen, update, data, config, names)
+        if origin.is_file():
             found = replace(found, origin=origin.read_text(encoding="utf-8"))
     assert isinstance(found, wanted)
     return found
 
 
-_TRAIN_A_CLASSIFIER = """{path} is no checkpoint of a classifier, but of pre-training; train one:
+_OF_OTHER_KIND: dict[type[TrainedModel], str] = {
+    TrainedAutoencoder: """{path} is no checkpoint of a classifier, but of pre-training; train one:
   ./run_finetune.sh CONFIG init_weights={path}
-(see configs/README.md), and give RUN/checkpoints/last of that run"""
-
-
-def _classifier(
-    path: Path, folder: Path, config: FinetuneConfig, weights: WeightsOf | None, clips: ClipChoice
-) -> TrainedClassifier:
-    chosen = _choose(path, folder, "a classifier", weights or config.test.weights, OF_CLASSIFIER)
-    if not (folder / "labels.txt").is_file():
-        raise CheckpointError(
-            f"{path} is no checkpoint of a classifier: it has no labels.txt, the name of class i "
-            f"in line i; put that file there"
-        )
-    config = replace(
-        config,
-        test=replace(config.test, weights="average" if chosen == "average" else "model"),
-        data=clips.of(config.data),
-        model=replace(config.model, pretrained_grid=source_grid_of(config)),
-    )
-    names, update = read_label_names(folder / "labels.txt"), read_state(folder)["update"]
-    return TrainedClassifier(path, chosen, update, config.data, config, names)
+(see configs/README.md), and give RUN/checkpoints/last of that run""",
+    TrainedClassifier: "{path} is of a classifier, not of pre-training; give a checkpoint of "
+    "./run_pretrain.sh, such as runs/demo/checkpoints/last",
+}
 
 
 def _choose(
-    path: Path, folder: Path, kind: str, asked: WeightsOf, known: tuple[WeightsOf, ...]
+    path: Path, folder: Path, config: PretrainConfig | FinetuneConfig, asked: WeightsOf | None
 ) -> WeightsOf:
-    if asked == "untrained" and known == OF_PRETRAINING:
-        return asked
-    files = {name: "model" if name == "student" else name for name in known}
-    there = [name for name in known if (folder / f"{files[name]}.safetensors").is_file()]
-    if asked not in known or (there and asked not in there):
+    if isinstance(config, PretrainConfig):
+        kind, known, usual = "pre-training", (*OF_PRETRAINING, "untrained"), OF_PRETRAINING[0]
+    else:
+        kind, known, usual = "a classifier", OF_CLASSIFIER, config.test.weights
+    chosen: WeightsOf = asked or usual
+    there = [name for name in known if (folder / f"{_file_of(name)}.safetensors").is_file()]
+    if chosen not in known or (there and chosen not in (*there, "untrained")):
         raise CheckpointError(
-            f"{path} is of {kind} and has no weights of {asked!r}; take --weights "
+            f"{path} is of {kind} and has no weights of {chosen!r}; take --weights "
             f"{' or '.join(there or known)}"
         )
-    return asked
+    return chosen
+
+
+def _file_of(weights: WeightsOf) -> str:
+    return "model" if weights == "student" else weights

@@ -1,6 +1,8 @@
-"""Shared options of the programs for trained models."""
+"""What the programs for trained models share: their options, and the model that these choose."""
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.data.loader import default_workers
@@ -11,24 +13,29 @@ from hpm_video.runs.console import add_options, positive
 from hpm_video.training.device import choose_device, inference_precision
 
 
-def add_clip_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that choose clips."""
+def add_model_options(
+    parser: argparse.ArgumentParser,
+    checkpoint: str,
+    weights: Sequence[str],
+    *,
+    weights_help: str = "default: those that the run tested",
+    default_weights: str | None = None,
+) -> None:
+    """Add a checkpoint, the choice of its weights and of clips, and where and how it runs."""
     add = parser.add_argument
+    add("checkpoint", type=Path, help=checkpoint)
+    add("--weights", choices=weights, default=default_weights, help=weights_help)
     add("--num-frames", type=positive, metavar="T", help="of a clip; default: as it was trained")
     add("--frame-stride", type=positive, metavar="FRAMES", help="default: as it was trained")
     add("--frame-size", type=positive, nargs=2, metavar=("H", "W"), help="likewise")
+    workers = {"default": default_workers()}
+    add_options(parser, "device", "precision", "decoder", workers=workers)
 
 
 def clip_choice(arguments: argparse.Namespace) -> ClipChoice:
     """Return the chosen clips."""
     size = arguments.frame_size
     return ClipChoice(arguments.num_frames, arguments.frame_stride, tuple(size) if size else None)
-
-
-def add_machine_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of device, precision and data loading."""
-    workers = {"default": default_workers()}
-    add_options(parser, "device", "precision", "decoder", workers=workers)
 
 
 def open_inference(

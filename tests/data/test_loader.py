@@ -21,7 +21,8 @@ from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.data.mixture import Place
 from hpm_video.data.reading import Views
 from hpm_video.data.transforms import MultiScaleCrop
-from hpm_video.decoding.registry import DecodeError, available_decoders
+from hpm_video.decoding.reader import DecodeError
+from hpm_video.decoding.registry import available_decoders
 from hpm_video.files.failures import BadFiles, Failure, TooManyBadFiles
 from hpm_video.workers import room
 from hpm_video.workers.pool import GIB, Limits

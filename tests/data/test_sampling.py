@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpm_video.data.sampling import train_indices, train_segments, view_indices, view_segments
+from hpm_video.data.reading import train_indices, train_segments, view_indices, view_segments
 
 counts = {
     "num_video_frames": st.integers(1, 500),
@@ -187,19 +187,3 @@ def test_views_of_segments_are_the_formulas_whatever_floats_would_say(
         for k in range(num_views)
     ]
     assert views.max() < num_video_frames
-
-
-@pytest.mark.parametrize("numbers", [(0, 16, 4), (10, 0, 4), (10, 16, 0)])
-def test_counts_below_one_are_refused(numbers):
-    with pytest.raises(ValueError, match="at least one frame"):
-        train_indices(*numbers, 0.5)
-    with pytest.raises(ValueError, match="at least one frame"):
-        view_indices(*numbers, 2)
-
-
-def test_segments_of_nothing_are_refused():
-    for num_video_frames, num_frames in ((0, 16), (10, 0)):
-        with pytest.raises(ValueError, match="at least one frame"):
-            train_segments(num_video_frames, [0.5] * num_frames)
-        with pytest.raises(ValueError, match="at least one frame"):
-            view_segments(num_video_frames, num_frames, 2)

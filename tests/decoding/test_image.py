@@ -12,7 +12,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from hpm_video.decoding import image as decode_image
-from hpm_video.decoding.registry import DecodeError, is_image, open_video
+from hpm_video.decoding.locations import is_image
+from hpm_video.decoding.reader import DecodeError
+from hpm_video.decoding.registry import open_video
 
 HEIGHT, WIDTH = 17, 26
 ORIENTATION = 0x0112

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpm_video.decoding.locations import TarMember, base_name, frames_in, natural_order
-from hpm_video.decoding.registry import DecodeError, available_decoders, is_image, open_video
+from hpm_video.decoding.locations import TarMember, base_name, frames_in, is_image, natural_order
+from hpm_video.decoding.reader import DecodeError
+from hpm_video.decoding.registry import available_decoders, open_video
 
 DECODERS = available_decoders()
 

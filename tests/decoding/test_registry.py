@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from hpm_video.decoding import registry as decode
+from hpm_video.decoding.reader import DecodeError, DecoderError
 from hpm_video.decoding.registry import (
-    DecodeError,
-    DecoderError,
     available_decoders,
     choose_decoder,
     decoder_versions,

@@ -11,7 +11,7 @@ from hpm_video.config.choices import TransformerSize
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.data.batch import ClipBatch
-from hpm_video.mining.objective import HardPatchesMining, needs_teacher
+from hpm_video.mining.objective import HardPatchesMining
 from hpm_video.mining.study import study_clips
 from hpm_video.mining.targets import FeatureTarget, PixelTarget
 from hpm_video.mining.validation import measure
@@ -81,7 +81,7 @@ def make(target, strategy="random", predictor="none", class_token=False):
         target,
         predictor=predictor,
         predictor_weight=1.0,
-        ema=make_ema(student) if needs_teacher(predictor, target) else None,
+        ema=make_ema(student) if predictor != "none" or target.of_teacher else None,
         momentum=MomentumSchedule("warmup", 0.0, 0.99),
     )
     optimizer = make_adamw(parameter_groups(student, 0.05), betas=(0.9, 0.95))
@@ -288,30 +288,6 @@ def test_a_teacher_is_there_without_a_predictor_where_it_is_the_target():
         student.mask_token.fill_(1)
     objective.after_update(student, Progress(0, 0, 1))
     assert objective.ema.mask_token.max() > 0.8, "it follows: at first with momentum 0.1"
-
-
-@pytest.mark.parametrize(
-    ("predictor", "target", "needed"),
-    [
-        ("none", target_of(None), True),
-        ("relative", target_of(None), True),
-        ("none", target_of(Features()), False),
-        ("none", PixelTarget(PATCH, MEAN, STD, "raw"), False),
-        ("absolute", PixelTarget(PATCH, MEAN, STD, "raw"), True),
-    ],
-)
-def test_a_teacher_that_is_missing_or_useless_is_refused(predictor, target, needed):
-    assert needs_teacher(predictor, target) == needed
-    student = make(target_of(Features()))[0]
-    with pytest.raises(ValueError, match=f"predictor '{predictor}' with teacher"):
-        HardPatchesMining(
-            {"": MaskRule(GRID, "token", 24, STRATEGIES["random"])},
-            target,
-            predictor=predictor,
-            predictor_weight=1.0,
-            ema=None if needed else student,
-            momentum=MomentumSchedule("warmup", 0.0, 0.99),
-        )
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from geometry import Geometry
+from geometry import Geometry, score_all
 from torch import nn
 
 from hpm_video.config.choices import TransformerSize
@@ -347,7 +347,7 @@ def test_an_encoder_gives_the_tokens_of_the_autoencoder_it_came_from():
     clips = clips_of(2)
     seen = []
     source.norm.register_forward_hook(lambda *call: seen.append(call[-1]))
-    source.score_all(clips)
+    score_all(source, clips)
     torch.testing.assert_close(encoder.encode(clips), seen[0])
     torch.testing.assert_close(encoder.pool(seen[0]), seen[0].mean(dim=1))
 

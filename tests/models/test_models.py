@@ -4,7 +4,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from geometry import Geometry
+from geometry import Geometry, score_all
 
 from hpm_video.config.choices import TransformerSize
 from hpm_video.models.positions import position_table
@@ -69,7 +69,7 @@ def test_any_shape_that_patches_divide(clip, patch, channels):
     num_masked = mask.masked_ids.shape[1]
     assert prediction.content.shape == (2, num_masked, channels * patch[0] * patch[1] * patch[2])
     assert prediction.difficulty.shape == (2, num_masked)
-    assert model.score_all(torch.rand(2, channels, *clip)).shape == (2, model.grid.num_tokens)
+    assert score_all(model, torch.rand(2, channels, *clip)).shape == (2, model.grid.num_tokens)
 
 
 def test_hidden_pixels_are_not_seen():
@@ -86,18 +86,18 @@ def test_hidden_pixels_are_not_seen():
 def test_scores_for_all_tokens_do_not_run_the_reconstructor():
     model = make()
     model.reconstructor.register_forward_hook(lambda *_: pytest.fail("reconstructor ran"))
-    model.score_all(torch.rand(1, 3, 4, 32, 32))
+    score_all(model, torch.rand(1, 3, 4, 32, 32))
 
 
 def test_model_without_predictor_says_so():
     model = make(predictor=False)
     assert model(torch.rand(2, 3, 4, 32, 32), random_mask(model)).difficulty is None
     with pytest.raises(ValueError, match="no loss predictor"):
-        model.score_all(torch.rand(2, 3, 4, 32, 32))
+        score_all(model, torch.rand(2, 3, 4, 32, 32))
 
 
 def test_first_scores_are_nearly_equal():
-    scores = make().score_all(torch.rand(2, 3, 4, 32, 32))
+    scores = score_all(make(), torch.rand(2, 3, 4, 32, 32))
     assert scores.std() < 0.1
 
 
@@ -288,7 +288,7 @@ def test_scores_are_not_rounded_by_mixed_precision():
     mask, clips = random_mask(model), torch.rand(2, 3, 4, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
         prediction = model(clips, mask)
-        scores = model.score_all(clips)
+        scores = score_all(model, clips)
     for values in (prediction.difficulty, scores):
         assert values.dtype == torch.float32
         assert not torch.equal(values, values.bfloat16().float())
@@ -321,7 +321,7 @@ def test_a_class_token_changes_no_shape_of_what_is_said_of_the_clip(conventions,
     prediction = model(clips, mask)
     assert prediction.content.shape == (2, 24, 3 * 2 * 8 * 8)
     assert prediction.difficulty.shape == (2, 24)
-    assert model.score_all(clips).shape == (2, 32)
+    assert score_all(model, clips).shape == (2, 32)
     for tokens, count in ((model.encode(clips), 32), (model.encode(clips, mask=mask), 8)):
         assert tokens.shape == (2, 1 + count, 32)
         assert torch.equal(model.of_clip(tokens), tokens[:, 1:])
@@ -436,7 +436,7 @@ def test_clips_of_several_grids_go_through_one_model(positions, clip, grid):
     prediction = model(clips, mask)
     assert prediction.content.shape == (2, num_masked, 3 * 2 * 8 * 8)
     assert prediction.difficulty.shape == (2, num_masked)
-    assert model.score_all(clips).shape == (2, grid.num_tokens)
+    assert score_all(model, clips).shape == (2, grid.num_tokens)
     assert model.encode(clips).shape == (2, grid.num_tokens, 32)
 
 
@@ -456,7 +456,7 @@ def test_other_grids_change_nothing_for_the_main_one(positions):
     alone = make(shape_of((6, 32, 32), positions=positions))
     assert mixed.state_dict().keys() == alone.state_dict().keys()
     clips = torch.rand(2, 3, 6, 32, 32)
-    assert torch.equal(mixed.score_all(clips), alone.score_all(clips))
+    assert torch.equal(score_all(mixed, clips), score_all(alone, clips))
 
 
 def test_a_clip_of_another_grid_is_refused():

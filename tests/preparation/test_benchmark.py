@@ -21,7 +21,8 @@ from hpm_video.data.clips import VideoClips
 from hpm_video.data.manifest import read_manifest
 from hpm_video.data.mixture import Place
 from hpm_video.data.transforms import ClipTransform, MultiScaleCrop
-from hpm_video.decoding.registry import DecodeError, available_decoders
+from hpm_video.decoding.reader import DecodeError
+from hpm_video.decoding.registry import available_decoders
 from hpm_video.files.failures import Failure, TooManyBadFiles
 from hpm_video.preparation import loader_advice
 from hpm_video.preparation.benchmark import (

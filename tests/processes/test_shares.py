@@ -1,7 +1,6 @@
 """Who reads which samples, without processes: any number of them makes up what one would read."""
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -81,8 +80,3 @@ def test_a_run_may_go_on_with_any_number_of_processes(run, processes, share_done
     done = [place for place in before if place in {*Places(sources[:start], batch_size)}]
     rest = sum(shares_of(sources, batch_size, start, 1), [])
     assert sorted(done + rest) == sorted(before)
-
-
-def test_a_batch_that_does_not_spread_is_refused():
-    with pytest.raises(ValueError, match="2 processes cannot share a batch of 5 evenly"):
-        Places(np.zeros(3, np.int64), 5, processes=2)

@@ -172,15 +172,3 @@ def test_the_host_reads_nothing_back():
     for key in range(10):
         mixed, targets = mixing()(clips, labels, key)
         assert mixed.device.type == targets.device.type == "meta"
-
-
-@pytest.mark.parametrize("size", [1, 3])
-def test_an_odd_batch_is_refused(size):
-    with pytest.raises(ValueError, match=f"must be even, got {size}; make the batch"):
-        mixing()(*batch(size), 0)
-
-
-@pytest.mark.parametrize("alphas", [(0.0, 0.0), (-1.0, 1.0), (0.8, -0.5)])
-def test_mixing_of_no_kind_is_refused(alphas):
-    with pytest.raises(ValueError, match=rf"got {alphas[0]:g} and {alphas[1]:g}; take 0.8"):
-        mixing(*alphas)

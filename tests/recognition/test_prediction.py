@@ -12,7 +12,7 @@ import torch
 
 from hpm_video.config.loading import load_config, save_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
-from hpm_video.data.sampling import view_indices
+from hpm_video.data.reading import view_indices
 from hpm_video.data.transforms import crop_and_resize, view_boxes
 from hpm_video.decoding.registry import open_video
 from hpm_video.models.from_config import build_classifier, build_student

@@ -9,8 +9,7 @@ import torch
 from hpm_video.config.loading import load_config, save_config
 from hpm_video.config.schema import FinetuneConfig
 from hpm_video.data.manifest import Manifest, ManifestError, write_manifest
-from hpm_video.data.reading import Views
-from hpm_video.data.sampling import view_indices
+from hpm_video.data.reading import Views, view_indices
 from hpm_video.data.transforms import crop_and_resize, view_boxes
 from hpm_video.decoding.registry import open_video
 from hpm_video.files.failures import BadFilesError
@@ -365,7 +364,7 @@ def test_a_checkpoint_of_something_else_is_named(checkpoint, tmp_path):
     (tmp_path / "labels.txt").write_text("one\ntwo\n")
     with pytest.raises(CheckpointError, match=r"head.weight has shape \(3, 16\).* \(2, 16\)"):
         load(tmp_path)
-    with pytest.raises(ValueError, match=r"is of a classifier, not of pre-training; give a"):
+    with pytest.raises(CheckpointError, match="is of a classifier, not of pre-training; give a"):
         open_trained(checkpoint, TrainedAutoencoder)
 
 

@@ -10,7 +10,7 @@ from tiny_runs import flip_a_bit
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
-from hpm_video.decoding.registry import DecoderError
+from hpm_video.decoding.reader import DecoderError
 from hpm_video.files.failures import BadFiles
 from hpm_video.files.weights import CheckpointError
 from hpm_video.runs.finetuning import finetune

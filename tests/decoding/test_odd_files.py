@@ -1,0 +1,289 @@
+"""Files as they are found: cut streams, times that lie, several tracks, palettes, mirrors.
+
+Each frame shows its number in black and white, so that it can be read back.
+"""
+
+import random
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from av.stream import Disposition
+
+from hpm_video.decoding.reader import DecodeError
+from hpm_video.decoding.registry import available_decoders, open_video
+
+COUNT = 40
+GROUP = 12
+HEIGHT, WIDTH = 96, 128
+OPTIONS = {
+    "libx264": {"x264-params": f"bframes=3:b-adapt=0:scenecut=0:keyint={GROUP}"},
+    "libx265": {"x265-params": f"log-level=none:bframes=3:keyint={GROUP}"},
+    "mpeg1video": {"bf": "2", "g": str(GROUP)},
+    "mpeg2video": {"bf": "2", "g": str(GROUP)},
+}
+
+
+def painted(number: int) -> np.ndarray:
+    frame = np.full((HEIGHT, WIDTH, 3), (40 + 3 * number, 120, 60), np.uint8)
+    frame[:8] = np.repeat([255 * (number >> bit & 1) for bit in range(8)], WIDTH // 8)[:, None]
+    return frame
+
+
+def numbers_of(frames: np.ndarray) -> list[int]:
+    bits = frames[:, 4, 4 :: WIDTH // 8].mean(axis=-1) > 128
+    return (bits @ 2 ** np.arange(8)).tolist()
+
+
+def add_track(container, codec, pixel_format="yuv420p", count=COUNT, first=0, **disposition):
+    track = container.add_stream(codec, rate=25, options=OPTIONS.get(codec, {}))
+    track.width, track.height, track.pix_fmt = WIDTH, HEIGHT, pixel_format
+    for flag in disposition:
+        track.disposition = Disposition[flag]
+
+    def packets():
+        for number in range(count):
+            frame = av.VideoFrame.from_ndarray(painted(first + number), format="rgb24")
+            frame = frame.reformat(format=pixel_format)
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            yield from track.encode(frame)
+        yield from track.encode()
+
+    return packets()
+
+
+def write(
+    path: Path, codec: str, pixel_format: str = "yuv420p", container: str | None = None
+) -> Path:
+    with av.open(str(path), "w", format=container) as output:
+        for packet in add_track(output, codec, pixel_format):
+            output.mux(packet)
+    return path
+
+
+def copy(source: Path, target: Path, change=lambda packet: packet, skip: int = 0) -> Path:
+    """As ``ffmpeg -c copy`` does, with each packet changed, and without the first ones."""
+    with av.open(str(source)) as given, av.open(str(target), "w") as output:
+        track = given.streams.video[0]
+        copied = output.add_stream_from_template(track)
+        for number, packet in enumerate(given.demux(track)):
+            if packet.size and number >= skip:
+                packet = change(packet)
+                packet.stream = copied
+                output.mux(packet)
+    return target
+
+
+def read_all(path: Path, decoder: str = "pyav") -> np.ndarray:
+    """All frames, and the same ones where they are asked for here and there."""
+    with open_video(str(path), decoder) as video:
+        frames = video.read(range(video.num_frames))
+    draw = random.Random(0)
+    for _ in range(8):
+        indices = sorted(draw.sample(range(len(frames)), 3))
+        with open_video(str(path), decoder) as video:
+            np.testing.assert_array_equal(video.read(indices), frames[indices])
+            np.testing.assert_array_equal(video.read(indices[:1]), frames[indices[:1]])
+    return frames
+
+
+def with_times_of_decoding(packet):
+    packet.pts = packet.dts
+    return packet
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "ts", "flv"])
+def test_times_that_are_those_of_decoding_do_not_change_the_order(tmp_path, suffix):
+    source = write(tmp_path / "source.mp4", "libx264")
+    copy(source, path := tmp_path / f"lying.{suffix}", with_times_of_decoding)
+    assert numbers_of(read_all(path)) == [*range(COUNT)]
+
+
+def test_times_that_begin_to_lie_later_are_an_error(tmp_path):
+    """As of two files that were joined: nothing is read in a wrong order."""
+    source = write(tmp_path / "source.mp4", "libx264")
+    with av.open(str(source)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    late = [packet.pts for packet in packets if packet.dts >= packets[26].dts]
+    times = dict(zip(late, sorted(late), strict=True))
+
+    def change(packet):
+        packet.pts = times.get(packet.pts, packet.pts)
+        return packet
+
+    assert late != sorted(late)
+    copy(source, path := tmp_path / "lying.mkv", change)
+    with open_video(str(path), "pyav") as video, pytest.raises(DecodeError) as error:
+        video.read(range(video.num_frames))
+    assert "the times of its frames contradict their order" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix"),
+    [("libx264", "mkv"), ("libx264", "ts"), ("libx264", "flv"), ("libx264", "mp4")]
+    + [("mpeg2video", "mkv"), ("libx265", "mkv")],
+)
+def test_a_stream_that_begins_inside_a_group_begins_with_what_can_be_decoded(
+    tmp_path, codec, suffix
+):
+    source = write(tmp_path / "source.mkv", codec)
+    path = copy(source, tmp_path / f"cut.{suffix}", skip=5)
+    frames = numbers_of(read_all(path))
+    assert frames == [*range(frames[0], COUNT)]
+    assert 0 < frames[0] <= 2 * GROUP
+
+
+def test_an_elementary_stream_is_read_from_its_first_frame_on(tmp_path):
+    path = write(tmp_path / "stream.mpg", "mpeg1video", container="mpeg1video")
+    assert numbers_of(read_all(path)) == [*range(COUNT)]
+
+
+@pytest.mark.parametrize(
+    ("codec", "pixel_format", "suffix"),
+    [
+        ("qtrle", "gray", "mov"),  # a palette, which comes with the first packet alone
+        ("qtrle", "rgb24", "mov"),
+        ("cinepak", "rgb24", "mov"),
+        ("rawvideo", "rgb24", "mov"),
+        ("rawvideo", "rgb555le", "avi"),
+        ("msvideo1", "rgb555le", "avi"),
+        ("ffv1", "yuv444p16le", "mkv"),
+        ("mjpeg", "yuvj420p", "avi"),
+    ],
+)
+def test_unusual_pixels_are_read_as_the_library_reads_them(tmp_path, codec, pixel_format, suffix):
+    path = write(tmp_path / f"video.{suffix}", codec, pixel_format)
+    frames = read_all(path)
+    assert numbers_of(frames) == [*range(COUNT)]
+    with av.open(str(path)) as container:
+        expected = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    np.testing.assert_array_equal(frames, expected)
+
+
+@pytest.mark.parametrize("decoder", available_decoders())
+def test_the_best_of_several_streams_is_read_by_all(tmp_path, decoder):
+    """A cover is none, and a track that is marked as the default is better than the first."""
+    path = tmp_path / "two.mkv"
+    with av.open(str(path), "w") as output:
+        tracks = [
+            add_track(output, "mpeg4", first=100, original=True),
+            add_track(output, "mpeg4", default=True),
+        ]
+        for packets in zip(*tracks, strict=True):
+            for packet in packets:
+                output.mux(packet)
+    if decoder == "decord":
+        with pytest.raises(
+            DecodeError, match="2 video streams, and the first is not the one, which decord"
+        ):
+            open_video(str(path), decoder)
+    else:
+        assert numbers_of(read_all(path, decoder)) == [*range(COUNT)]
+
+
+def test_a_cover_picture_is_no_video(tmp_path):
+    path = tmp_path / "song.mp4"
+    with av.open(str(path), "w") as output:
+        sound = output.add_stream("aac", rate=16000)
+        cover = add_track(output, "mjpeg", "yuvj420p", count=1, attached_pic=True)
+        for packet in cover:
+            output.mux(packet)
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+        )
+        frame.sample_rate = 16000
+        for packet in [*sound.encode(frame), *sound.encode()]:
+            output.mux(packet)
+    with pytest.raises(DecodeError, match="no video stream, but a cover picture"):
+        open_video(str(path), "pyav")
+
+
+MATRICES = {  # (a, b, c, d): a column (x, y) goes to (a x + c y, b x + d y)
+    (1, 0, 0, 1): lambda frame: frame,
+    (-1, 0, 0, 1): lambda frame: frame[:, ::-1],
+    (1, 0, 0, -1): lambda frame: frame[::-1],
+    (-1, 0, 0, -1): lambda frame: frame[::-1, ::-1],
+    (0, 1, -1, 0): lambda frame: np.rot90(frame, -1),
+    (0, -1, 1, 0): np.rot90,
+    (0, 1, 1, 0): lambda frame: frame.swapaxes(0, 1),
+    (0, -1, -1, 0): lambda frame: np.rot90(frame, 2).swapaxes(0, 1),
+}
+
+
+def set_matrix(path: Path, matrix) -> None:
+    """Write the display matrix into the header of the track."""
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 4 + 40
+    a, b, c, d = (value << 16 for value in matrix)
+    data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_a_frame_is_turned_and_mirrored_as_its_display_matrix_says(tmp_path, matrix):
+    path = write(tmp_path / "video.mp4", "mpeg4")
+    with open_video(str(path), "pyav") as video:
+        stored = video.read([7])[0]
+    set_matrix(path, matrix)
+    with open_video(str(path), "pyav") as video:
+        np.testing.assert_array_equal(video.read([7])[0], MATRICES[matrix](stored))
+        assert video.frame_size == MATRICES[matrix](stored).shape[:2]
+
+
+@pytest.mark.parametrize("decoder", [name for name in available_decoders() if name != "pyav"])
+def test_other_decoders_turn_videos_alike_and_mirror_none(tmp_path, decoder):
+    path = write(tmp_path / "video.mp4", "mpeg4")
+    stored = read_all(path)[7]
+    for matrix, change in MATRICES.items():
+        set_matrix(path, matrix)
+        if np.linalg.det(np.array(matrix).reshape(2, 2)) < 0:
+            with pytest.raises(DecodeError, match="it is mirrored, which"):
+                open_video(str(path), decoder)
+        else:
+            with open_video(str(path), decoder) as video:
+                found = video.read([7])[0].astype(int)
+            assert np.abs(found - change(stored)).mean() < 2
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "what"),
+    [
+        ("ivf", "libvpx", "IVF"),
+        ("nut", "mpeg4", "NUT"),
+        ("mxf", "mpeg2video", "MXF"),
+        ("h264", "libx264", "a raw stream of H.264"),
+        ("hevc", "libx265", "a raw stream of HEVC"),
+    ],
+)
+def test_a_container_that_is_not_read_is_named_with_what_helps(tmp_path, suffix, codec, what):
+    path = write(tmp_path / f"video.{suffix}", codec)
+    for decoder in available_decoders():
+        with pytest.raises(DecodeError, match=f"it is {what}, .* ffmpeg -i FILE .*FILE.m"):
+            open_video(str(path), decoder)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "how"),
+    [
+        ("clips/a.mp4", "clips\\a.mp4", "slashes"),
+        (
+            "caf\N{LATIN SMALL LETTER E WITH ACUTE}.mp4",
+            "cafe\N{COMBINING ACUTE ACCENT}.mp4",
+            "Unicode",
+        ),
+        (
+            "cafe\N{COMBINING ACUTE ACCENT}.mp4",
+            "caf\N{LATIN SMALL LETTER E WITH ACUTE}.mp4",
+            "Unicode",
+        ),
+    ],
+)
+def test_a_file_of_another_spelling_is_pointed_out(tmp_path, name, asked, how):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    with pytest.raises(DecodeError, match=rf"no such file, but there is .*{how}.*in the manifest"):
+        open_video(f"{tmp_path}/{asked}")
