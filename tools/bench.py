@@ -36,7 +36,6 @@ from hpm_video.files.failures import TooManyBadFiles
 from hpm_video.preparation.benchmark import (
     IN_THE_RUN,
     IN_WORKERS,
-    Phases,
     Storage,
     Trial,
     Trials,
@@ -309,7 +308,15 @@ def loader(arguments: argparse.Namespace) -> Tables:
     phases, decoder = trials.phases(arguments.clips, device, decoders)
     by = f", by {decoder}" if decoder else ""
     shared = f" ({config.data.repeats} of each video)" if config.data.repeats > 1 else ""
-    yield f"one clip{by}{shared}", rows_of_phases(phases)
+    total = sum(phases.values())
+    where = dict.fromkeys(IN_WORKERS, "in a worker") | dict.fromkeys(IN_THE_RUN, "in the run")
+    yield (
+        f"one clip{by}{shared}",
+        [
+            {"phase": name, "where": where[name], "ms": 1000 * s, "share": f"{s / total:.0%}"}
+            for name, s in phases.items()
+        ],
+    )
     tried = [Trial(decoder) for decoder in decoders]
     numbers = workers_to_try(arguments.workers, processes)
     for trial, workers in tqdm([*product(tried, numbers)], "trials", leave=False, disable=None):
@@ -327,17 +334,6 @@ def loader(arguments: argparse.Namespace) -> Tables:
         )
     if needs is not None:
         print(verdict(rate, needs))
-
-
-def rows_of_phases(phases: Phases) -> Rows:
-    """Make a row of each phase of a clip."""
-    where = dict.fromkeys(IN_WORKERS, "in a worker") | dict.fromkeys(IN_THE_RUN, "in the run")
-    total = phases.seconds(where)
-    return [
-        {"phase": name, "where": place, "ms": 1000 * seconds, "share": f"{seconds / total:.0%}"}
-        for name, place in where.items()
-        for seconds in [phases.seconds([name])]
-    ]
 
 
 def row_of(trial: Trial, numbers: Sequence[int]) -> dict[str, Any]:

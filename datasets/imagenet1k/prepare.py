@@ -16,22 +16,18 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from hpm_video.preparation.recipes import FILE, FOLDER, Prepared, run_recipe
+from hpm_video.preparation.recipes import FILE, FOLDER, Prepared, open_splits, run_recipe
 from hpm_video.preparation.sources import (
     Classes,
     Clip,
     RecipeError,
-    Split,
     Videos,
     cells_of,
-    check_folders,
     folder_and_name,
     lines_of,
-    match,
     matches_of,
     read_list_text,
-    split_of_folders,
-    stem,
+    split_of,
 )
 
 SPLITS = ("train", "validation")
@@ -45,6 +41,10 @@ OPTIONS = {
     },
     "--names": {"help": "LOC_synset_mapping.txt: wnids and names", **FILE},
 }
+RIGHT_FOLDERS = (
+    "Name the folder of the class folders, named by wnids such as n01440764, or give "
+    "--{name}-labels; README.md lists the files that say the classes"
+)
 NUM_CLASSES = 1000
 KAGGLE_COLUMNS = ("ImageId", "PredictionString")
 WNID = re.compile(r"n\d{8}")
@@ -171,13 +171,12 @@ def find_classes(
     return Classes(sorted(wnids), source, remedy)
 
 
-def clips_of_rows(rows: Sequence[Row], classes: Classes) -> list[Clip]:
+def clips_of(rows: Sequence[Row], classes: Classes) -> list[Clip]:
     """Make clips of the images of a list. Numbers count the sorted wnids from 0."""
     clips = []
     num_classes = len(classes.names)
     for row in rows:
-        known = row.label.isdigit()
-        label = int(row.label) if known else classes.label(row.label, row.place)
+        label = int(row.label) if row.label.isdigit() else classes.label(row.label, row.place)
         if label >= num_classes:
             raise RecipeError(
                 f"{row.place}: the label {label} is none of 0 to {num_classes - 1}, the numbers of "
@@ -190,23 +189,9 @@ def clips_of_rows(rows: Sequence[Row], classes: Classes) -> list[Clip]:
                 f"{named} of the sorted wnids. A list of another order cannot be used: leave it "
                 "out where there are class folders"
             )
-        clips.append(Clip(row.place, Path(row.path).name, (Path(row.path).stem,), label))
+        path, wnid = Path(row.path), classes.names[label]
+        clips.append(Clip(row.place, path.name, (path.stem,), wnid))
     return clips
-
-
-def split_of(name: str, images: Videos, classes: Classes, rows: Sequence[Row] | None) -> Split:
-    """Make a split by its list or its class folders."""
-    if rows is None:
-        remedy = (
-            f"Name the folder of the class folders, named by wnids such as n01440764, or give "
-            f"--{name}-labels; README.md lists the files that say the classes"
-        )
-        return split_of_folders(name, images, classes, remedy)
-    expected = f"Looked in {images.folder} and its folders for those names, with any suffix"
-    (split,) = match({name: clips_of_rows(rows, classes)}, images, expected)
-    remedy = f"Leave out --{name}-labels where the folders are right"
-    check_folders(split, images, classes, remedy)
-    return split
 
 
 def standing_labels(output: Path, classes: Classes, written: Collection[str]) -> list[str] | None:
@@ -220,21 +205,21 @@ def standing_labels(output: Path, classes: Classes, written: Collection[str]) ->
 
 def prepare(options: argparse.Namespace) -> Prepared:
     """Read the lists, and find the file of each image."""
-    folders = {name: getattr(options, name) for name in SPLITS if getattr(options, name)}
-    lists: dict[str, Path | None] = {name: getattr(options, f"{name}_labels") for name in SPLITS}
-    if not folders:
-        raise RecipeError("name the folder of at least one split: --train or --validation")
-    if absent := [name for name in SPLITS if lists[name] and name not in folders]:
-        raise RecipeError(f"--{absent[0]}-labels needs --{absent[0]}, the folder of its images")
+    folders, lists = open_splits(options, SPLITS, "labels", folder_and_name, "image")
     names = read_names(options.names) if options.names else None
     ids = read_ids(options.ids) if options.ids else None
-    rows = {name: read_labels(path, ids, name) for name, path in lists.items() if path}
-    images = {}
-    for name, folder in folders.items():
-        key = stem if name in rows else folder_and_name
-        images[name] = Videos(folder, key, suffix=options.suffix, kind="image")
-    classes = find_classes(names, ids, images.get("train"), rows.get("train", []))
-    splits = [split_of(name, files, classes, rows.get(name)) for name, files in images.items()]
+    rows = {name: read_labels(path, ids, name) for name, path in lists.items()}
+    classes = find_classes(names, ids, folders.get("train"), rows.get("train", []))
+    splits = []
+    for name, images in folders.items():
+        clips = clips_of(rows[name], classes) if name in rows else None
+        expected = f"Looked in {images.folder} and its folders for those names, with any suffix"
+        remedy = (
+            RIGHT_FOLDERS
+            if clips is None
+            else "Leave out --{name}-labels where the folders are right"
+        )
+        splits.append(split_of(name, images, classes, clips, expected, remedy.format(name=name)))
     notes = []
     if len(classes.names) != NUM_CLASSES:
         notes.append(
@@ -242,14 +227,14 @@ def prepare(options: argparse.Namespace) -> Prepared:
             "are others"
         )
     labels = [f"{wnid} {(names or {}).get(wnid, '')}".strip() for wnid in classes.names]
-    standing = standing_labels(options.output, classes, images)
+    standing = standing_labels(options.output, classes, folders)
     if standing not in (None, labels):
         labels = standing or labels
         notes.append(
             "labels.txt has the same wnids already and stays as it is, with the names in it, for "
             "another manifest there is of it. To change the names prepare all splits at once"
         )
-    return Prepared(labels, splits, images.values(), notes)
+    return Prepared(labels, splits, folders.values(), notes)
 
 
 main = partial(run_recipe, __doc__, __file__, OPTIONS, prepare, kind="image")

@@ -2,8 +2,8 @@
 
 import copy
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 
@@ -22,7 +22,7 @@ from hpm_video.data.transforms import Box, ClipTransform, DrawnTransform
 from hpm_video.decoding.locations import frames_in, is_frame_folder, read_bytes
 from hpm_video.decoding.registry import DecodeError
 from hpm_video.files.failures import Failure, TooManyBadFiles
-from hpm_video.preparation.check import stamp_of
+from hpm_video.preparation.findings import stamp_of
 from hpm_video.workers.room import RoomError, memory_left
 
 IN_WORKERS = ("reading", "decoding", "augmenting")
@@ -38,59 +38,40 @@ SAMPLED_SIZES = 200
 MIB = 2**20
 
 
-@dataclass(frozen=True)
-class Phases:
-    """Seconds per clip of each phase, in one process."""
-
-    reading: float
-    decoding: float
-    augmenting: float
-    collating: float
-    copying: float
-    """Includes the transfer to the device."""
-
-    def seconds(self, names: Iterable[str]) -> float:
-        """Sum some phases."""
-        return float(sum(getattr(self, name) for name in names))
-
-    def bottleneck(self, workers: int) -> str:
-        """Return the phase that holds up the others when so many processes decode."""
-        in_the_run = self.seconds(IN_THE_RUN) > self.seconds(IN_WORKERS) / workers
-        return max(IN_THE_RUN if in_the_run else IN_WORKERS, key=lambda name: self.seconds([name]))
+Phases = Mapping[str, float]
+"""Seconds per clip of each phase, in one process. Copying is the transfer to a GPU."""
 
 
-class Stopwatch:
-    """Total of the seconds spent inside ``with``."""
-
-    seconds = 0.0
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._began
+@contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Add the time that is spent inside to that of the phase."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[phase] += time.perf_counter() - began
 
 
 @dataclass(frozen=True)
 class _TimedTransform(ClipTransform):
     transform: ClipTransform
-    stopwatch: Stopwatch
+    seconds: dict[str, float]
 
     def draw(
         self, size: tuple[int, int], frame_size: tuple[int, int], draw: np.random.Generator
-    ) -> "_TimedBoundTransform":
+    ) -> DrawnTransform:
         drawn = self.transform.draw(size, frame_size, draw)
-        return _TimedBoundTransform(drawn.box, drawn, self.stopwatch)
+        return _TimedDrawn(drawn.box, drawn, self.seconds)
 
 
 @dataclass(frozen=True)
-class _TimedBoundTransform:
+class _TimedDrawn:
     box: Box
     drawn: DrawnTransform
-    stopwatch: Stopwatch
+    seconds: dict[str, float]
 
     def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
-        with self.stopwatch:
+        with timed(self.seconds, "augmenting"):
             return self.drawn(pixels)
 
 
@@ -110,7 +91,9 @@ class Storage:
         num_bytes = 0.0
         for stream in clips:
             files = stream.manifest.files
-            sizes = [size_of(path) for path in files[:: -(-len(files) // SAMPLED_SIZES)]]
+            sizes = [
+                stamp_of(path).bytes or 0 for path in files[:: -(-len(files) // SAMPLED_SIZES)]
+            ]
             num_bytes += len(files) * sum(sizes) / len(sizes)
         return cls(sum(map(len, clips)), int(num_bytes), memory_left())
 
@@ -125,13 +108,6 @@ class Storage:
         if self.is_memory:
             return f"{data} fit into memory: read from there, as after the first epoch of training"
         return f"{data} may not fit into memory: read from the disk, each once, as in training"
-
-
-def size_of(path: str) -> int:
-    """Return the number of bytes that :func:`read_all` would read."""
-    with suppress(OSError):  # it is not there
-        return stamp_of(path).bytes or 0
-    return 0
 
 
 def read_all(path: str) -> int:
@@ -192,11 +168,10 @@ class Trials:
         """
         places = list(islice(self.places(), count))
         self.advance(count)
-        *others, last = decoders
-        for decoder in others:
+        for decoder in decoders[:-1]:
             with suppress(DecodeError):
                 return self.measure_phases(places, device, decoder), decoder
-        return self.measure_phases(places, device, last), last
+        return self.measure_phases(places, device, decoders[-1]), decoders[-1]
 
     def measure_phases(
         self, places: Sequence[Place], device: torch.device, decoder: DecoderName | None = None
@@ -207,40 +182,35 @@ class Trials:
             DecodeError: none of the files decodes.
         """
         streams = [_fresh(stream, decoder) for stream in self.clips]
-        reading, in_worker, augmenting, collating, copying = (Stopwatch() for _ in range(5))
+        seconds = dict.fromkeys(IN_WORKERS + IN_THE_RUN, 0.0)
         samples: list[Sample] = []
         failure: DecodeError | OSError | None = None
         for place in places:
             request = streams[place.source].request(place.position)
             reader = reader_of(streams[place.source])
-            timed = replace(reader, transform=_TimedTransform(reader.transform, augmenting))
+            reader = replace(reader, transform=_TimedTransform(reader.transform, seconds))
             try:
                 if self.storage.is_memory:
                     read_all(request.path)
-                with reading:
+                with timed(seconds, "reading"):
                     read_all(request.path)
-                with in_worker:
-                    samples.append(timed(request))
+                with timed(seconds, "decoding"):
+                    samples.append(reader(request))
             except (DecodeError, OSError) as error:
                 failure = error
         if not samples:
             raise DecodeError(f"none of the first {len(places)} files decodes. The last: {failure}")
+        seconds["decoding"] -= seconds["augmenting"]
         for _, of_source in groupby(samples, key=lambda sample: sample.source):
             while batch := list(islice(of_source, self.batch_size)):
-                with collating:
+                with timed(seconds, "collating"):
                     collated = collate(batch)
-                with copying:
-                    collated.to(device)
-                    if device.type == "cuda":
+                if device.type == "cuda":
+                    with timed(seconds, "copying"):
+                        collated.to(device)
                         torch.cuda.synchronize(device)
         count = sum(len(sample.clips) for sample in samples)
-        return Phases(
-            reading.seconds / count,
-            (in_worker.seconds - augmenting.seconds) / count,
-            augmenting.seconds / count,
-            collating.seconds / count,
-            copying.seconds / count if device.type == "cuda" else 0.0,
-        )
+        return {phase: total / count for phase, total in seconds.items()}
 
     def read(self, trial: Trial, workers: int) -> None:
         """Read with that many processes, and add the result to ``trial``."""

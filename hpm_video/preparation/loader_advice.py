@@ -10,7 +10,7 @@ import torch
 
 from hpm_video.config.choices import DecoderName
 from hpm_video.files.failures import tolerated
-from hpm_video.preparation.benchmark import Phases, Trial
+from hpm_video.preparation.benchmark import IN_THE_RUN, IN_WORKERS, Phases, Trial
 from hpm_video.workers.room import usable_cores
 
 REMEDIES = {
@@ -105,6 +105,13 @@ def choose_setting(trials: Sequence[Trial], max_bad_share: float) -> tuple[Setti
     return chosen, rates[chosen]
 
 
+def bottleneck(phases: Phases, workers: int) -> str:
+    """Return the phase that holds up the others when so many processes decode."""
+    in_workers, in_the_run = (sum(phases[name] for name in of) for of in (IN_WORKERS, IN_THE_RUN))
+    slower = IN_THE_RUN if in_the_run > in_workers / workers else IN_WORKERS
+    return max(slower, key=lambda name: phases[name])
+
+
 def recommend(setting: Setting, rate: float, phases: Phases, processes: int) -> str:
     """Describe the recommended setting and its bottleneck."""
     decoder, workers = setting
@@ -112,11 +119,11 @@ def recommend(setting: Setting, rate: float, phases: Phases, processes: int) -> 
     named = f"data.decoder={decoder} " if decoder else ""
     shared = f" for each of {processes} processes, {workers} in all" if processes > 1 else ""
     lines = [f"take {named}data.workers={each}{shared}: {rate:.1f} clips/s"]
-    if processes > 1 and rate * phases.collating > BUSY:
+    if processes > 1 and rate * phases["collating"] > BUSY:
         lines.append(
             "(one thread collated these batches; each process has its own: the rate may be higher)"
         )
-    phase = phases.bottleneck(each)
+    phase = bottleneck(phases, each)
     return "\n".join([*lines, f"the bottleneck is {phase}: {REMEDIES[phase]}"])
 
 

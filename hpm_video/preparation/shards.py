@@ -5,7 +5,6 @@ The files of a sample follow each other in a tar and share a key, the name up to
 ``class/a.mp4``. The same samples give the same bytes.
 """
 
-import contextlib
 import hashlib
 import io
 import json
@@ -18,15 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES, TarMember, is_frame_folder
-from hpm_video.preparation.jobs import (
-    Broken,
-    Step,
-    Steps,
-    WrongOutputError,
-    paced,
-    reason_of,
-    remove,
-)
+from hpm_video.files.failures import Failure
+from hpm_video.preparation.jobs import Broken, Steps, attempt
 
 LONGEST_PART = 150
 """Limit of the bytes in a part of a name; file systems take 255."""
@@ -59,66 +51,49 @@ class Shard:
     samples: tuple[Sample, ...]
 
 
-class Packer:
-    """Work of a process that writes shards."""
-
-    def __call__(self, shard: Shard) -> Iterator[Step | Broken | list[TarMember]]:
-        """-> steps, and the member of each sample at the end"""
-        return paced(self._pack(shard))
-
-    def _pack(self, shard: Shard) -> Steps[Broken | list[TarMember]]:
-        try:
-            packed = yield from write_shard(Path(shard.temporary), shard.samples)
-            Path(shard.temporary).replace(shard.target)
-        except MemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - the run reports any error
-            return Broken(f"{shard.target} cannot be written: {reason_of(error)}")
-        finally:
-            remove(shard.temporary)
-        return packed
+def pack_shard(shard: Shard) -> Iterator[list[TarMember] | Failure | Broken | None]:
+    """Work of a process: write a shard. -> the member of each sample"""
+    return attempt(write_shard(shard), shard.target, shard.temporary)
 
 
-def write_shard(path: Path, samples: Sequence[Sample]) -> Steps[list[TarMember]]:
-    """Write a tar file and verify it. -> the member of each sample
+def write_shard(shard: Shard) -> Steps[list[TarMember]]:
+    """Write a tar file, verify it, and move it to its place. -> the member of each sample
 
     Raises:
-        WrongOutputError: the tar differs from what was written.
+        ValueError: the tar differs from what was written.
         OSError: a file cannot be read or written.
     """
     digests: dict[str, str] = {}
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-        for sample in samples:
+    with tarfile.open(shard.temporary, "w", format=tarfile.PAX_FORMAT) as tar:
+        for sample in shard.samples:
             texts = {".cls": str(sample.label)} if sample.label >= 0 else {}
-            texts[".json"] = json.dumps(dict(sample.info), sort_keys=True, ensure_ascii=True)
+            texts[".json"] = json.dumps(dict(sample.info), sort_keys=True)
             for suffix, text in texts.items():
-                data = text.encode()
-                tar.addfile(_header(sample.key + suffix, len(data)), io.BytesIO(data))
-            with open_place(sample.place) as (source, size):
-                digests[sample.key + sample.suffix] = _digest(source)
-                source.seek(0)
-                tar.addfile(_header(sample.key + sample.suffix, size), source)
-            yield Step()
-    return (yield from _verify(path, digests))
+                _add(tar, sample.key + suffix, io.BytesIO(text.encode()))
+            name, member = sample.key + sample.suffix, TarMember.parse(sample.place)
+            with io.BytesIO(member.read()) if member else Path(sample.place).open("rb") as source:
+                digests[name] = _digest(source)
+                _add(tar, name, source)
+            yield
+    members = yield from _verify(shard, digests)
+    Path(shard.temporary).replace(shard.target)
+    return members
 
 
-def _verify(path: Path, digests: Mapping[str, str]) -> Steps[list[TarMember]]:
+def _verify(shard: Shard, digests: Mapping[str, str]) -> Steps[list[TarMember]]:
     found = {}
-    with tarfile.open(path, "r:") as tar:
+    with tarfile.open(shard.temporary, "r:") as tar:
         for member in tar:
-            data = tar.extractfile(member)
-            if member.name not in digests or data is None:
+            name, data = member.name, tar.extractfile(member)
+            if name not in digests or data is None:
                 continue
-            if _digest(data) != digests[member.name]:
-                raise WrongOutputError(
-                    f"{path}: {member.name} is not what was written: a disk error"
-                )
-            found[member.name] = TarMember(path.name, member.name, member.offset_data, member.size)
-            yield Step()
-    if found.keys() != digests.keys():
-        raise WrongOutputError(
-            f"{path} lacks {sorted(digests.keys() - found.keys())[:3]}: a disk error"
-        )
+            if _digest(data) != digests[name]:
+                raise ValueError(f"{name} is not what was written: a disk error")
+            tar_name = Path(shard.target).name
+            found[name] = TarMember(tar_name, name, member.offset_data, member.size)
+            yield
+    if lost := sorted(digests.keys() - found.keys()):
+        raise ValueError(f"it lacks {lost[:3]}: a disk error")
     return [found[name] for name in digests]
 
 
@@ -129,21 +104,12 @@ def _digest(file: IO[bytes]) -> str:
     return total.hexdigest()
 
 
-def _header(name: str, size: int) -> tarfile.TarInfo:
-    """Make a header without times and owners, by which equal shards would differ."""
+def _add(tar: tarfile.TarFile, name: str, file: IO[bytes]) -> None:
+    """Append a file without times and owners, by which equal shards would differ."""
     header = tarfile.TarInfo(name)
-    header.size = size
-    return header
-
-
-@contextlib.contextmanager
-def open_place(place: str) -> Iterator[tuple[IO[bytes], int]]:
-    """Open a place as a file. -> the file and its size"""
-    if member := TarMember.parse(place):
-        yield io.BytesIO(member.read()), member.size
-    else:
-        with Path(place).open("rb") as file:
-            yield file, os.fstat(file.fileno()).st_size
+    header.size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    tar.addfile(header, file)
 
 
 def suffix_of(place: str) -> str:

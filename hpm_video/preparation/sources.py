@@ -20,6 +20,10 @@ UNPACK = 'for f in *.tar; do mkdir "${f%.tar}" && tar -xf "$f" -C "${f%.tar}" &&
 
 Kind = Literal["video", "image"]
 """Kind of the files of a data set, also a word for messages."""
+SUFFIXES: dict[Kind, tuple[str, ...]] = {"video": VIDEO_SUFFIXES, "image": IMAGE_SUFFIXES}
+
+
+SAME_RELEASE = "Lists and names of classes must be of one release"
 
 
 class RecipeError(ExpectedError):
@@ -36,7 +40,10 @@ class Clip:
     """Name in reports."""
     keys: tuple[str, ...]
     """Keys of its file, the best first. No two clips of a list share the first."""
+    class_name: str = ""
+    """Empty where the list has no classes."""
     label: int = UNLABELLED
+    """Number of the class; :func:`match` finds it."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +51,8 @@ class Split:
     """Clips of a split, with and without a file."""
 
     name: str
-    found: tuple[tuple[Clip, Path], ...]
-    missing: tuple[Clip, ...] = ()
-    kind: Kind = "video"
+    found: Sequence[tuple[Clip, Path]]
+    missing: Sequence[Clip] = ()
     listed: bool = True
     """False for a split that consists of all files in class folders."""
 
@@ -61,12 +67,7 @@ class Classes:
         RecipeError: two names would be one.
     """
 
-    def __init__(
-        self,
-        names: Iterable[str],
-        source: str,
-        remedy: str = "Lists and names of classes must be of one release",
-    ) -> None:
+    def __init__(self, names: Iterable[str], source: str, remedy: str = SAME_RELEASE) -> None:
         self.names = tuple(names)
         self.source = source
         self._remedy = remedy
@@ -80,13 +81,9 @@ class Classes:
                     "Give a class one name"
                 )
 
-    def find(self, name: str) -> int | None:
-        """Return the number of a class in any spelling."""
-        return self._labels.get(class_key(name))
-
     def label(self, name: str, place: str) -> int:
-        """Return the number of a class that is named at ``place``."""
-        label = self.find(name)
+        """Return the number of a class that is named at ``place``, in any spelling."""
+        label = self._labels.get(class_key(name))
         if label is None:
             raise RecipeError(
                 f"{place}: the class {name!r} is not one of the {len(self.names)} classes of "
@@ -99,7 +96,7 @@ class Classes:
         labels: dict[Path, int] = {}
         owners: dict[int, Path] = {}
         for folder in sorted({file.parent for file in videos.files} - {videos.folder}):
-            label = self.find(folder.name)
+            label = self._labels.get(class_key(folder.name))
             if label is None:
                 continue
             if (other := owners.setdefault(label, folder)) != folder:
@@ -128,7 +125,7 @@ class Videos:
         self.folder = folder.absolute()
         self.key = key
         self.kind = kind
-        suffixes = IMAGE_SUFFIXES if kind == "image" else VIDEO_SUFFIXES
+        suffixes = SUFFIXES[kind]
         if not self.folder.is_dir():
             raise RecipeError(f"there is no folder {self.folder}. Name the folder of the {kind}s")
         if suffix is not None and suffix.lower() not in suffixes:
@@ -174,15 +171,10 @@ def _nothing(folder: Path, kind: Kind, others: Sequence[str]) -> RecipeError:
             f"there are no {kind}s in {folder}, but {len(archives)} archives, such as "
             f"{archives[0]}. Unpack them first, in the folder {archives[0].parent}: {UNPACK}"
         )
-    if others:
-        return RecipeError(
-            f"there are no {kind}s in {folder}, but files of another kind, such as "
-            f"{Path(others[0]).name}. Name the folder of the {kind}s"
-        )
-    suffixes = IMAGE_SUFFIXES if kind == "image" else VIDEO_SUFFIXES
+    but = f", but files of another kind, such as {Path(others[0]).name}" if others else ""
+    suffixes = " ".join(SUFFIXES[kind])
     return RecipeError(
-        f"there are no {kind}s in {folder}; looked, in its folders too, for names that end in one "
-        f"of {' '.join(suffixes)}. Name the folder of the {kind}s"
+        f"there are no {kind}s in {folder}{but}. Name the folder of the {kind}s ({suffixes})"
     )
 
 
@@ -258,15 +250,16 @@ def cells_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str
 def match(
     lists: Mapping[str, Sequence[Clip]],
     videos: Videos,
+    classes: Classes,
     expected: str,
     find: Callable[[Clip], Path | None] | None = None,
 ) -> list[Split]:
-    """Find the file of each clip of some splits, which share no clip.
+    """Find the file and the label of each clip of some splits, which share no clip.
 
     ``expected`` says in errors where files should be and how they are named.
 
     Raises:
-        RecipeError: a clip is listed twice, or no clip of a split has a file.
+        RecipeError: a class is unknown, a clip is listed twice, or no clip of a split has a file.
     """
     places: dict[str, str] = {}
     for clip in chain.from_iterable(lists.values()):
@@ -277,8 +270,14 @@ def match(
             )
     splits = []
     for name, clips in lists.items():
-        files = [(find or videos.find)(clip) for clip in clips]
-        found = tuple((clip, file) for clip, file in zip(clips, files, strict=True) if file)
+        labelled = [
+            replace(clip, label=classes.label(clip.class_name, clip.place))
+            if clip.class_name
+            else clip
+            for clip in clips
+        ]
+        files = [(clip, (find or videos.find)(clip)) for clip in labelled]
+        found = [(clip, file) for clip, file in files if file]
         if not clips:
             raise RecipeError(f"the list of {name} holds no {videos.kind}s. Download it again")
         if not found:
@@ -286,39 +285,44 @@ def match(
                 f"none of the {len(clips)} {videos.kind}s of {name} was found, such as "
                 f"{clips[0].name} ({clips[0].place}). {expected}"
             )
-        missing = tuple(clip for clip, file in zip(clips, files, strict=True) if not file)
-        splits.append(Split(name, found, missing, videos.kind))
+        splits.append(Split(name, found, [clip for clip, file in files if not file]))
     return splits
 
 
-def split_of_folders(name: str, videos: Videos, classes: Classes, remedy: str) -> Split:
-    """Make a split of all files, with the class of their folders."""
-    labels = classes.folders(videos)
-    clips = []
-    for file in videos.files:
-        if file.parent not in labels:
-            raise RecipeError(
-                f"{file} lies in no folder named like one of the {len(classes.names)} classes of "
-                f"{classes.source}. {remedy}"
-            )
-        place, label = str(file.parent), labels[file.parent]
-        clips.append(Clip(place, folder_and_name(file), (videos.key(file),), label))
-    (split,) = match({name: clips}, videos, "")
-    return replace(split, listed=False)
+def split_of(
+    name: str,
+    videos: Videos,
+    classes: Classes,
+    clips: Sequence[Clip] | None,
+    expected: str,
+    remedy: str,
+    find: Callable[[Clip], Path | None] | None = None,
+) -> Split:
+    """Make a split by its list, with which class folders must agree, or by these alone.
 
-
-def check_folders(split: Split, videos: Videos, classes: Classes, remedy: str) -> None:
-    """Make sure that class folders, if there are any, agree with the list."""
+    ``remedy``: where the class folders are not right.
+    """
     labels = classes.folders(videos)
-    wrong = [
-        (clip, file)
-        for clip, file in split.found
-        if UNLABELLED != clip.label != labels.get(file.parent, clip.label)
-    ]
+    if clips is None:
+        of_files = []
+        for file in videos.files:
+            if file.parent not in labels:
+                raise RecipeError(
+                    f"{file} lies in no folder named like one of the {len(classes.names)} classes "
+                    f"of {classes.source}. {remedy}"
+                )
+            class_name, keys = classes.names[labels[file.parent]], (videos.key(file),)
+            of_files.append(Clip(str(file.parent), folder_and_name(file), keys, class_name))
+        (split,) = match({name: of_files}, videos, classes, expected)
+        return replace(split, listed=False)
+    (split,) = match({name: clips}, videos, classes, expected, find)
+    known = [(clip, file) for clip, file in split.found if clip.class_name]
+    wrong = [pair for pair in known if labels.get(pair[1].parent, pair[0].label) != pair[0].label]
     if wrong:
         clip, file = wrong[0]
         raise RecipeError(
-            f"{len(wrong)} {split.kind}s of {split.name} lie in the folder of another class than "
+            f"{len(wrong)} {videos.kind}s of {name} lie in the folder of another class than "
             f"their list says: {file} is of class {clip.label}, {classes.names[clip.label]!r}, in "
             f"{clip.place}. {remedy}"
         )
+    return split

@@ -25,13 +25,8 @@ from hpm_video.data.manifest import Listing, read_listing, read_manifest
 from hpm_video.decoding.reader import DecodeError
 from hpm_video.decoding.registry import open_video
 from hpm_video.decoding.video_stream import VideoStream
-from hpm_video.preparation import check_manifest, jobs
-from hpm_video.preparation.check import (
-    doubts_of_gaps,
-    doubts_of_length,
-    doubts_of_size,
-    stamp_of,
-)
+from hpm_video.preparation import jobs
+from hpm_video.preparation.check import doubts_of_gaps, doubts_of_length, doubts_of_size
 from hpm_video.preparation.check_manifest import (
     Checker,
     FindingJournal,
@@ -45,8 +40,8 @@ from hpm_video.preparation.findings import (
     Finding,
     columns_of,
     read_findings,
+    stamp_of,
 )
-from hpm_video.preparation.jobs import Step
 from hpm_video.preparation.soundness import Stream, decode_all
 from hpm_video.workers import progress_bar
 from hpm_video.workers.pool import GIB, Limits, Pool
@@ -381,10 +376,8 @@ WORK = """
 
     import numpy as np
 
-    from hpm_video.preparation.check import stamp_of
     from hpm_video.preparation.check_manifest import Checker
-    from hpm_video.preparation.findings import Finding
-    from hpm_video.preparation.jobs import Step
+    from hpm_video.preparation.findings import Finding, stamp_of
 
     class Looking(Checker):
         def __call__(self, file):
@@ -417,7 +410,7 @@ WORK = """
 
     def long(stamp):
         for _ in range(15):
-            yield Step()
+            yield None
         yield Finding("fine", num_frames=15, bytes=stamp.bytes, modified=stamp.modified)
 """
 SCRIPT = """
@@ -506,7 +499,7 @@ def test_frames_are_beats_and_a_file_without_an_end_is_given_up(folder, monkeypa
     monkeypatch.setattr(jobs, "SECONDS_BETWEEN_STEPS", 0.0)
     results = [*Checker(1)(f"{folder}/{name}")]
     assert len(results) > (40 if name == "good.mp4" else 2)
-    assert set(results[:-1]) == {Step()}
+    assert set(results[:-1]) == {None}
     *_, finding = Checker(1, seconds_in_all=1e-9)(f"{folder}/{name}")
     assert finding.verdict == "bad"
     assert finding.reasons[0].endswith("where it is only long, check it with more --seconds-in-all")
@@ -535,9 +528,9 @@ def test_only_what_the_same_decoder_found_is_taken_over(check, tool, folder, tmp
     assert list(pd.read_csv(out)["decoder"]) == ["pyav", "pillow"]
     known = known_of(out, None)
     journal = tmp_path / "journal"
-    with FindingJournal(journal) as noted:
+    with closing(FindingJournal(journal)) as noted:
         noted.note("/x.mp4", Finding("fine", decoder="pyav"))
-    with FindingJournal(journal) as noted:
+    with closing(FindingJournal(journal)) as noted:
         assert noted.findings["/x.mp4"].decoder == "pyav"
     taken = {
         decoder: [
@@ -556,17 +549,20 @@ def test_only_what_the_same_decoder_found_is_taken_over(check, tool, folder, tmp
     assert list(pd.read_csv(out)["decoder"]) == ["pyav", "pillow"]
 
 
-def test_again_drops_the_journal_of_another_check_and_goes_on_with_its_own(tmp_path):
-    path = tmp_path / "journal"
-    with FindingJournal(path) as journal:
-        journal.note("/a", Finding("fine"))
-    with FindingJournal(path, again=True) as journal:
-        assert journal.findings == {}
-        journal.note("/b", Finding("fine"))
-    with FindingJournal(path, again=True) as journal:
-        assert list(journal.findings) == ["/b"]
-    with FindingJournal(path) as journal:
-        assert list(journal.findings) == ["/b"]
+def test_again_leaves_the_journal_of_another_check_and_goes_on_with_its_own(
+    check, folder, tmp_path, capsys
+):
+    (tmp_path / "a.png").write_bytes((folder / "whole.png").read_bytes())
+    (tmp_path / "list.csv").write_text("path\na.png\n")
+    stamp = vars(stamp_of(str(tmp_path / "a.png")))
+    noted = Finding("bad", ("the disk was broken",), decoder="pillow", **stamp)
+    for name, options, code in [("", ["--again"], 0), (".again", ["--again"], 3), ("", [], 3)]:
+        journal = tmp_path / f"list.checked.csv{name}.partial"
+        with closing(FindingJournal(journal)) as file:
+            file.note(str(tmp_path / "a.png"), noted)
+        assert check(tmp_path / "list.csv", *options) == code
+        assert ("1 of which were checked before" in capsys.readouterr().out) == bool(code)
+        assert not list(tmp_path.glob("*.partial"))
 
 
 def test_one_odd_name_in_a_folder_does_not_stop_a_check(check, folder, tmp_path, caplog, capsys):
@@ -669,7 +665,7 @@ def test_a_check_that_was_stopped_goes_on(
 
 def test_two_checks_do_not_write_one_journal(tmp_path):
     with (
-        FindingJournal(tmp_path / "a.partial"),
+        closing(FindingJournal(tmp_path / "a.partial")),
         pytest.raises(BlockingIOError, match="another program writes"),
     ):
         FindingJournal(tmp_path / "a.partial")
@@ -695,16 +691,16 @@ FULL = Finding(
 
 def test_findings_survive_a_journal_and_a_manifest(tmp_path):
     lost = replace(FULL, verdict="bad", limits=(60.0, 4.0, 3600.0))
-    with FindingJournal(tmp_path / "j") as journal:
+    with closing(FindingJournal(tmp_path / "j")) as journal:
         journal.note("/a", FULL)
         journal.note("/é\udce9", lost)
     with (tmp_path / "j").open("a") as file:
         file.write('[1]\n{"file": "/older", "verdict": "fine", "reasons": [], "limits": null}\n')
         file.write('{"file": "/c", "verdict"')
-    with FindingJournal(tmp_path / "j") as journal:
+    with closing(FindingJournal(tmp_path / "j")) as journal:
         assert journal.findings == {"/a": FULL, "/é\udce9": lost}
         journal.note("/d", FULL)
-    with FindingJournal(tmp_path / "j") as journal:
+    with closing(FindingJournal(tmp_path / "j")) as journal:
         assert journal.findings["/d"] == FULL
     of_a_row = replace(FULL, reasons=("one", "the manifest said 7 frames, there are 30: corrected"))
     findings = [FULL, of_a_row, Finding("fine"), Finding("bad", ("why",))]
@@ -793,7 +789,7 @@ def test_a_file_that_has_not_changed_is_not_decoded(folder, monkeypatch):
         gone: replace(missing, decoder="pyav"),
     }
     assert known[gone].reasons == ("there is no such file",)
-    monkeypatch.setattr(check_manifest, "Pool", None)
+    monkeypatch.setattr(jobs, "Pool", None)
     found = [*Checker(1, decoder="pyav").check([file, gone], known)]
     assert found == [(path, finding, False) for path, finding in known.items()]
 
