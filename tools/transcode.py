@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, fields
 from fractions import Fraction
 from pathlib import Path
@@ -101,21 +102,21 @@ def prepare(arguments: argparse.Namespace) -> None:
         **asdict(recipe),
         "fps": recipe.fps and str(recipe.fps),
     }
-    with PreparedFolder(arguments.output, recipe, manifest, listing, base) as folder:
+    with closing(PreparedFolder(arguments.output, recipe, manifest, listing, base)) as folder:
         if not arguments.estimate or (folder.path / "settings.json").is_file():
             folder.claim(settings)
         if folder.changed:
             print(f"{folder.changed} files or their labels have changed: these are done again")
-        began, there = time.monotonic(), len(folder)
+        began, there = time.monotonic(), len(folder.outputs)
         try:
             work_through(folder, arguments)
         except KeyboardInterrupt:
-            done = f"{len(folder)} of {folder.num_places} files are done"
+            done = f"{len(folder.outputs)} of {len(folder.names)} files are done"
             print(f"\n{done}; the same command goes on", flush=True)
             raise
         if not arguments.estimate:
             folder.write_lists()
-            report(folder, len(folder) - there, time.monotonic() - began)
+            report(folder, len(folder.outputs) - there, time.monotonic() - began)
 
 
 def work_through(folder: PreparedFolder, arguments: argparse.Namespace) -> None:
@@ -128,7 +129,7 @@ def work_through(folder: PreparedFolder, arguments: argparse.Namespace) -> None:
         if not arguments.estimate:
             make(folder, places, workers, limits)
     else:
-        print(f"all {folder.num_places - len(folder.failures)} files are there already")
+        print(f"all {len(folder.names) - len(folder.failures)} files are there already")
     if folder.recipe.form == "shards" and not arguments.estimate:
         pack(folder, arguments.workers, limits)
 
@@ -139,7 +140,7 @@ def announce(folder: PreparedFolder, cost: Estimate, workers: int, *, force: boo
     Raises:
         OSError: the outputs do not fit on the disk, and no ``force`` is given.
     """
-    done = f" ({len(folder)} more are done)" if len(folder) else ""
+    done = f" ({len(folder.outputs)} more are done)" if folder.outputs else ""
     processes = f"{workers} {'process' if workers == 1 else 'processes'}"
     print(f"{cost.files} files{done}, {size_of(cost.before)}, on {processes}")
     needed, free = cost.after, free_bytes(folder.path)
@@ -176,8 +177,9 @@ def report(folder: PreparedFolder, new: int, seconds: float) -> None:
     Raises:
         BadFilesError: some files cannot be read.
     """
-    print(f"\nDone: {len(folder)} files, {new} of them new, in {tqdm.format_interval(seconds)}")
     outputs = folder.outputs.values()
+    took = tqdm.format_interval(seconds)
+    print(f"\nDone: {len(outputs)} files, {new} of them new, in {took}")
     before, now = (sum(getattr(each, of) for each in outputs) for of in ("source_bytes", "bytes"))
     print(f"  {size_of(before)} became {size_of(now)}")
     odd = [f"{shortest(place)}: {it.note}" for place, it in folder.outputs.items() if it.note]
@@ -189,7 +191,7 @@ def report(folder: PreparedFolder, new: int, seconds: float) -> None:
     if folder.failures:
         listed = f"They are listed in {folder.path / 'failed.csv'}"
         remedy = f"{listed}, and the same command tries them again"
-        raise BadFilesError([*folder.failures.values()], folder.num_places, remedy)
+        raise BadFilesError([*folder.failures.values()], len(folder.names), remedy)
 
 
 def size_of(count: int) -> str:

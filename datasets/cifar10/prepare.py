@@ -148,7 +148,7 @@ def prepare_folders(source: Path, suffix: str | None) -> Prepared:
     classes = Classes(sorted(there), str(images["train"].folder))
     remedy = "Training and test images must have the same classes"
     splits = [split_of(name, every, classes, None, "", remedy) for name, every in images.items()]
-    return Prepared(classes.names, splits, images.values())
+    return Prepared(classes.names, splits)
 
 
 def prepare(options: argparse.Namespace) -> Prepared:

@@ -68,7 +68,7 @@ def prepare(options: argparse.Namespace) -> Prepared:
             videos.find(clip)  # it is listed, though not used
         lists = {f"train_split{number}": clips["1"], f"test_split{number}": clips["2"]}
         splits += match(lists, videos, classes, expected)
-    return Prepared(classes.names, splits, [videos])
+    return Prepared(classes.names, splits)
 
 
 main = partial(run_recipe, __doc__, __file__, OPTIONS, prepare)

@@ -234,7 +234,7 @@ def prepare(options: argparse.Namespace) -> Prepared:
             "labels.txt has the same wnids already and stays as it is, with the names in it, for "
             "another manifest there is of it. To change the names prepare all splits at once"
         )
-    return Prepared(labels, splits, folders.values(), notes)
+    return Prepared(labels, splits, notes)
 
 
 main = partial(run_recipe, __doc__, __file__, OPTIONS, prepare, kind="image")

@@ -158,7 +158,7 @@ def prepare(options: argparse.Namespace) -> Prepared:
                 f"{name}: videos named by a YouTube id alone, of which the lists have several "
                 f"clips, left out: {len(vague)}, such as {vague[0]}"
             )
-    return Prepared(classes.names, splits, folders.values(), notes)
+    return Prepared(classes.names, splits, notes)
 
 
 def check_options(

@@ -115,7 +115,7 @@ def prepare(options: argparse.Namespace) -> Prepared:
     )
     clips = {name: read_list(path, labelled=name != "test") for name, path in there.items()}
     notes = [f"{name}: there is no list of it" for name in paths if name not in there]
-    return Prepared(classes.names, match(clips, videos, classes, expected), [videos], notes)
+    return Prepared(classes.names, match(clips, videos, classes, expected), notes)
 
 
 main = partial(run_recipe, __doc__, __file__, OPTIONS, prepare)

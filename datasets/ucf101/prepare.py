@@ -73,7 +73,7 @@ def prepare(options: argparse.Namespace) -> Prepared:
             f"{use}_split{number}": read_list(options.lists, use, number, classes) for use in FORMS
         }
         splits += match(lists, videos, classes, expected)
-    return Prepared(classes.names, splits, [videos])
+    return Prepared(classes.names, splits)
 
 
 main = partial(run_recipe, __doc__, __file__, OPTIONS, prepare)

@@ -75,39 +75,20 @@ class _TimedDrawn:
             return self.drawn(pixels)
 
 
-@dataclass(frozen=True)
-class Storage:
-    """Where training reads its files from: memory or the disk. Measurements do the same."""
+def fits_into_memory(clips: Sequence[VideoClips]) -> tuple[bool, str]:
+    """Say whether the system keeps all files in memory once they have been read.
 
-    num_files: int
-    num_bytes: int
-    """An estimate for all files together."""
-    memory: int | None
-    """Free bytes; none if unknown."""
-
-    @classmethod
-    def of(cls, clips: Sequence[VideoClips]) -> "Storage":
-        """Estimate the total from the sizes of some files."""
-        num_bytes = 0.0
-        for stream in clips:
-            files = stream.manifest.files
-            sizes = [
-                stamp_of(path).bytes or 0 for path in files[:: -(-len(files) // SAMPLED_SIZES)]
-            ]
-            num_bytes += len(files) * sum(sizes) / len(sizes)
-        return cls(sum(map(len, clips)), int(num_bytes), memory_left())
-
-    @property
-    def is_memory(self) -> bool:
-        """Whether the system keeps all files in memory once they have been read."""
-        return self.memory is not None and self.num_bytes < self.memory / 2
-
-    def __str__(self) -> str:
-        plural = "s" * (self.num_files != 1)
-        data = f"{self.num_files:,} file{plural} of about {max(1, self.num_bytes / MIB):,.0f} MiB"
-        if self.is_memory:
-            return f"{data} fit into memory: read from there, as after the first epoch of training"
-        return f"{data} may not fit into memory: read from the disk, each once, as in training"
+    -> that, and a description. Training reads from there or from the disk, and so do measurements.
+    """
+    num_files, num_bytes, memory = sum(map(len, clips)), 0.0, memory_left()
+    for stream in clips:
+        files = stream.manifest.files
+        some = files[:: -(-len(files) // SAMPLED_SIZES)]
+        num_bytes += len(files) * sum(stamp_of(path).bytes or 0 for path in some) / len(some)
+    data = f"files: {num_files:,}, of about {max(1, num_bytes / MIB):,.0f} MiB, which"
+    if memory is not None and num_bytes < memory / 2:
+        return True, f"{data} fit into memory: read from there, as after the first epoch"
+    return False, f"{data} may not fit into memory: read from the disk, each once, as in training"
 
 
 def read_all(path: str) -> int:
@@ -132,20 +113,25 @@ class Trial:
     """The last reason why a rate is missing."""
 
 
-@dataclass
 class Trials:
     """Read the clips of a training run for some seconds, again and again."""
 
-    clips: Sequence[VideoClips]
-    weights: Sequence[float]
-    """Weights of the sources."""
-    storage: Storage
-    batch_size: int
-    seconds: float
-    _next_batch: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        self._sources = deal_out(self.weights, NUM_PLACES // self.batch_size)
+    def __init__(
+        self,
+        clips: Sequence[VideoClips],
+        weights: Sequence[float],
+        *,
+        in_memory: bool,
+        batch_size: int,
+        seconds: float,
+    ) -> None:
+        """``weights``: of the sources. ``in_memory``: what is read has been read before."""
+        self.clips = clips
+        self.in_memory = in_memory
+        self.batch_size = batch_size
+        self.seconds = seconds
+        self._sources = deal_out(weights, NUM_PLACES // batch_size)
+        self._next_batch = 0
 
     def places(self) -> Places:
         """Return the videos to read next, in order."""
@@ -153,7 +139,7 @@ class Trials:
 
     def advance(self, count: int) -> None:
         """Skip ``count`` videos: those that are read from the disk must not be read twice."""
-        if not self.storage.is_memory:
+        if not self.in_memory:
             self._next_batch += -(-count // self.batch_size)
             if self._next_batch > 0.9 * len(self._sources):
                 self._next_batch = 0
@@ -190,7 +176,7 @@ class Trials:
             reader = reader_of(streams[place.source])
             reader = replace(reader, transform=_TimedTransform(reader.transform, seconds))
             try:
-                if self.storage.is_memory:
+                if self.in_memory:
                     read_all(request.path)
                 with timed(seconds, "reading"):
                     read_all(request.path)
@@ -215,7 +201,7 @@ class Trials:
     def read(self, trial: Trial, workers: int) -> None:
         """Read with that many processes, and add the result to ``trial``."""
         places, began = self.places(), time.monotonic()
-        warmed_up = islice(places, WARMED_UP if self.storage.is_memory else 0)
+        warmed_up = islice(places, WARMED_UP if self.in_memory else 0)
         requests = (self.clips[each.source].request(each.position) for each in warmed_up)
         for path in dict.fromkeys(request.path for request in requests):
             read_all(path)

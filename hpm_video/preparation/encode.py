@@ -7,6 +7,7 @@ been tested, so nothing may depend on it.
 
 from collections.abc import Iterable
 from contextlib import closing
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import reduce
 from itertools import chain
@@ -60,7 +61,7 @@ def write_video(  # noqa: PLR0913 - what is written, and how
     size = first.shape[0], first.shape[1]
     with (
         written_beside(Path(path)) as beside,
-        VideoWriter(beside, size, fps=fps, crf=crf, gop=gop, faststart=faststart) as writer,
+        VideoWriter(beside, size, fps, crf, gop, faststart) as writer,
     ):
         for frame in chain([first], source):
             _check(frame, first.shape)
@@ -73,31 +74,29 @@ def picture_of(frame: NDArray[np.uint8]) -> av.VideoFrame:
     return av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
 
 
+@dataclass
 class VideoWriter:
-    """Writes a video file frame by frame. It is complete after ``with``."""
+    """Writes a video file frame by frame, as :func:`write_video`; complete after ``with``."""
 
-    def __init__(  # noqa: PLR0913 - what is written, and how
-        self,
-        path: Path,
-        size: Size,
-        *,
-        fps: int | Fraction,
-        crf: int,
-        gop: int,
-        faststart: bool = False,
-    ) -> None:
-        """``size``: even numbers. The others: see :func:`write_video`."""
-        self.count = 0
-        """Number of frames written."""
-        index = {"movflags": "+faststart"} if faststart else {}
-        self._tick = 1 / Fraction(fps)
-        self._container = av.open(str(path), "w", format="mp4", options=index)
+    path: Path
+    size: Size
+    """Even height and width."""
+    fps: int | Fraction
+    crf: int
+    gop: int
+    faststart: bool
+    count: int = 0
+    """Number of frames written."""
+
+    def __post_init__(self) -> None:
+        index = {"movflags": "+faststart"} if self.faststart else {}
+        self._container = av.open(str(self.path), "w", format="mp4", options=index)
         # One thread: with several, rate control and so the bytes depend on their number.
-        options = {"crf": str(crf), "preset": "veryfast", "threads": "1", **_instruction_sets()}
-        self._stream = self._container.add_stream("libx264", rate=fps, options=options)
-        self._stream.height, self._stream.width = size
+        options = {"crf": str(self.crf), "preset": "veryfast", "threads": "1"} | _instruction_sets()
+        self._stream = self._container.add_stream("libx264", rate=self.fps, options=options)
+        self._stream.height, self._stream.width = self.size
         self._stream.pix_fmt = "yuv420p"
-        self._stream.gop_size = gop
+        self._stream.gop_size = self.gop
 
     def describe_colours(self, frame: av.VideoFrame) -> None:
         """Take over the colour space of a frame that is to be written."""
@@ -106,7 +105,7 @@ class VideoWriter:
 
     def write(self, frame: av.VideoFrame) -> None:
         """Append a frame, which is shown for 1 / fps seconds."""
-        frame.pts, frame.time_base = self.count, self._tick
+        frame.pts, frame.time_base = self.count, 1 / Fraction(self.fps)
         # Otherwise the encoder would take over the key frames of the source.
         frame.pict_type = PictureType.NONE
         self._container.mux(self._stream.encode(frame))
@@ -187,14 +186,10 @@ def _turns(frame: av.VideoFrame) -> int:
 
 
 def _check(frame: NDArray[Any], shape: tuple[int, ...]) -> None:
-    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+    is_rgb = frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3
+    if not is_rgb or frame.shape != shape or shape[0] % 2 or shape[1] % 2:
         raise ValueError(
-            f"a frame must be (height, width, 3) uint8, got {frame.shape} {frame.dtype}"
-        )
-    if frame.shape != shape:
-        raise ValueError(f"all frames must be of one size, got {frame.shape} after {shape}")
-    if frame.shape[0] % 2 or frame.shape[1] % 2:
-        raise ValueError(
-            f"height and width must be even (colour is stored at half resolution), got "
-            f"{frame.shape[0]} x {frame.shape[1]}: crop or pad the frames"
+            f"a frame must be (height, width, 3) uint8, got {frame.shape} {frame.dtype}; all must "
+            f"be of one size, {shape} as the first, and height and width must be even (colour is "
+            "stored at half resolution): crop or pad them"
         )

@@ -29,9 +29,7 @@ ENOUGH = 0.95
 RECENT_LINES = 20
 """Number of lines of a run's metrics from which its speed is taken."""
 BUSY = 0.5
-"""Load of the one collating thread above which it may limit a trial; in training each process has
-one."""
-
+"""Load of the one thread that collates above which it may limit a trial."""
 Setting = tuple[DecoderName | None, int]
 """A decoder (none for images) and the number of decoding processes."""
 
@@ -42,8 +40,8 @@ def past_speed(run: Path) -> tuple[int, float] | None:
     -> the number of its processes at the last start, on all machines, and the clips per second that
     each would have trained without waiting for data
     """
-    starts = _json_lines(run / "starts.jsonl")
-    trained = [line for line in _json_lines(run / "metrics.jsonl") if line["kind"] == "train"]
+    starts, logged = (_json_lines(run / f"{name}.jsonl") for name in ("starts", "metrics"))
+    trained = [line for line in logged if line["kind"] == "train"]
     if not starts or not trained:
         return None
     rates = []
@@ -61,10 +59,8 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 def processes_here(device: torch.device, in_the_past: int | None) -> int:
     """Return the number of training processes here: one per GPU, but no more than the run had."""
-    if device.type != "cuda":
-        return in_the_past or 1
     gpus = torch.cuda.device_count()
-    return min(in_the_past or gpus, gpus)
+    return min(in_the_past or gpus, gpus) if device.type == "cuda" else in_the_past or 1
 
 
 def workers_to_try(given: Sequence[int] | None, processes: int) -> list[int]:

@@ -20,8 +20,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import Self
-
 from hpm_video.data.manifest import Listing, Manifest
 from hpm_video.decoding.locations import TarMember, is_frame_folder
 from hpm_video.decoding.video_stream import SIMPLEST
@@ -71,8 +69,9 @@ class PreparedFolder:
         """Further columns of the manifest, which hold for outputs as well."""
         self._base = str(base)
         dots, nests = recipe.form != "shards", recipe.form != "frames"
-        self._names = output_names(manifest.files, self._base, dots=dots, nests=nests)
-        self._of_name = {name: place for place, name in self._names.items()}
+        self.names = output_names(manifest.files, self._base, dots=dots, nests=nests)
+        """Name of the output of each place; none where the place has no safe one."""
+        self._of_name = {name: place for place, name in self.names.items()}
         self._row = {place: row for row, place in reversed([*enumerate(manifest.files)])}
         self._shards: dict[str, dict[str, Any]] = {}
         """Existing shards as the journal has them."""
@@ -84,10 +83,7 @@ class PreparedFolder:
         self.unfinished = self.path / ".unfinished"
         self._parts = self.path / ".parts"
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         """Release the folder."""
         if self._journal is not None:
             with contextlib.suppress(OSError):  # it is empty, unless this run was stopped
@@ -113,7 +109,7 @@ class PreparedFolder:
                     self._shards[shard] = record
                     for place, *where in record["members"]:
                         self._packed[place] = TarMember(shard, *where)
-            elif record.get("name") and self._names.get(record["place"]) == record["name"]:
+            elif record.get("name") and self.names.get(record["place"]) == record["name"]:
                 known = {each.name for each in fields(Output)} & record.keys()
                 output = Output(**{name: record[name] for name in known})
                 self.outputs[record["place"]] = output
@@ -123,7 +119,7 @@ class PreparedFolder:
     def _drop_what_changed(self) -> None:
         """Forget outputs whose source, label or file has changed."""
         members = {
-            name: {place for place, *_ in record["members"] if place in self._names}
+            name: {place for place, *_ in record["members"] if place in self.names}
             for name, record in self._shards.items()
         }
         relabelled = {
@@ -169,21 +165,12 @@ class PreparedFolder:
 
     def missing(self) -> list[str]:
         """Return the places without an output, each once, in the order of the manifest."""
-        for place, name in self._names.items():
+        for place, name in self.names.items():
             if name is None:
                 self.fail(place, "its name holds control characters; rename the file")
             elif self.recipe.copy and is_frame_folder(place):
                 self.fail(place, "a folder of frames cannot be packed as it is; leave out --copy")
-        return [p for p in self._names if p not in self.outputs and p not in self.failures]
-
-    def __len__(self) -> int:
-        """Number of files that are done, of which some may still have to be packed."""
-        return len(self.outputs)
-
-    @property
-    def num_places(self) -> int:
-        """Number of different files in the manifest."""
-        return len(self._names)
+        return [p for p in self.names if p not in self.outputs and p not in self.failures]
 
     # --- Work --------------------------------------------------------------------------------
 
@@ -204,7 +191,7 @@ class PreparedFolder:
     def note(self, place: str, output: Output) -> None:
         """Record an output."""
         self.outputs[place] = output
-        self._note({"place": place, "name": self._names[place], **asdict(output)})
+        self._note({"place": place, "name": self.names[place], **asdict(output)})
 
     def fail(self, place: str, reason: str) -> None:
         """Record a failure."""
@@ -214,7 +201,7 @@ class PreparedFolder:
         """Return the shards that are still to be written, each as full as allowed."""
         shards: list[list[Sample]] = []
         room = 0
-        for place in self._names:
+        for place in self.names:
             if place not in self.outputs or self._is_packed(place):
                 continue
             size = self.outputs[place].bytes + HEADERS
@@ -279,7 +266,7 @@ class PreparedFolder:
         suffix = self.recipe.suffix(place)
         folder = {".jpg": "images", ".mp4": "videos", "/": "frames"}[suffix]
         root = self._parts if self.recipe.form == "shards" else self.path / folder
-        return f"{root}/{self._names[place]}{suffix}"
+        return f"{root}/{self.names[place]}{suffix}"
 
     def _path_of(self, place: str) -> str | None:
         """Path of an output relative to the folder, if it is there."""
@@ -310,4 +297,4 @@ class PreparedFolder:
         if place in self._packed:
             member = self._packed[place]
             path = str(replace(member, tar=f"{self.path}/{member.tar}"))
-        return Sample(str(self._names[place]), path, suffix, label, info)
+        return Sample(str(self.names[place]), path, suffix, label, info)

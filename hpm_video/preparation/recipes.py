@@ -30,8 +30,6 @@ class Prepared(NamedTuple):
 
     class_names: Sequence[str]
     splits: Sequence[Split]
-    folders: Iterable[Videos] = ()
-    """Folders whose unlisted files are reported."""
     notes: Sequence[str] = ()
     """Further lines of the report."""
 
@@ -182,7 +180,7 @@ def report(output: Path, prepared: Prepared, kind: Kind) -> str:
         empty = [name for label, name in enumerate(prepared.class_names) if label not in labels]
         without = f"classes without any {kind}: {_some(empty) or 'none'}"
         lines.append(f"  {'without labels' if labels == {UNLABELLED} else without}")
-    for folder in dict.fromkeys(prepared.folders):
+    for folder in dict.fromkeys(split.videos for split in prepared.splits if split.videos):
         unlisted = [str(file.relative_to(folder.folder)) for file in folder.unlisted()]
         lines.append(
             f"on disk, but in none of these lists: {len(unlisted)} of {len(folder.files)} "

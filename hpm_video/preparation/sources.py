@@ -21,8 +21,6 @@ UNPACK = 'for f in *.tar; do mkdir "${f%.tar}" && tar -xf "$f" -C "${f%.tar}" &&
 Kind = Literal["video", "image"]
 """Kind of the files of a data set, also a word for messages."""
 SUFFIXES: dict[Kind, tuple[str, ...]] = {"video": VIDEO_SUFFIXES, "image": IMAGE_SUFFIXES}
-
-
 SAME_RELEASE = "Lists and names of classes must be of one release"
 
 
@@ -53,6 +51,8 @@ class Split:
     name: str
     found: Sequence[tuple[Clip, Path]]
     missing: Sequence[Clip] = ()
+    videos: "Videos | None" = None
+    """Where the files were looked for; none where they have been written."""
     listed: bool = True
     """False for a split that consists of all files in class folders."""
 
@@ -93,19 +93,15 @@ class Classes:
 
     def folders(self, videos: "Videos") -> dict[Path, int]:
         """Return the folders that hold files and are named like a class, with its number."""
-        labels: dict[Path, int] = {}
         owners: dict[int, Path] = {}
         for folder in sorted({file.parent for file in videos.files} - {videos.folder}):
             label = self._labels.get(class_key(folder.name))
-            if label is None:
-                continue
-            if (other := owners.setdefault(label, folder)) != folder:
+            if label is not None and (other := owners.setdefault(label, folder)) != folder:
                 raise RecipeError(
                     f"the folders {other} and {folder} are both of class {self.names[label]!r}. "
                     f"A class has one folder: put their {videos.kind}s into one"
                 )
-            labels[folder] = label
-        return labels
+        return {folder: label for label, folder in owners.items()}
 
 
 class Videos:
@@ -125,17 +121,16 @@ class Videos:
         self.folder = folder.absolute()
         self.key = key
         self.kind = kind
-        suffixes = SUFFIXES[kind]
         if not self.folder.is_dir():
             raise RecipeError(f"there is no folder {self.folder}. Name the folder of the {kind}s")
-        if suffix is not None and suffix.lower() not in suffixes:
-            raise RecipeError(f"--suffix must be one of {' '.join(suffixes)}, got {suffix!r}")
+        if suffix is not None and suffix.lower() not in SUFFIXES[kind]:
+            raise RecipeError(f"--suffix must be one of {' '.join(SUFFIXES[kind])}, got {suffix!r}")
         every = files_below(self.folder)
-        own = [name for name in every if name.lower().endswith(suffixes)]
+        own = [name for name in every if name.lower().endswith(SUFFIXES[kind])]
         if not own:
-            raise _nothing(self.folder, kind, every)
+            raise self._nothing(every)
         self.other_kind = len(every) - len(own)
-        wanted = suffixes if suffix is None else suffix.lower()
+        wanted = suffix.lower() if suffix else ""
         self.files = tuple(self.folder / name for name in own if name.lower().endswith(wanted))
         if not self.files:
             raise RecipeError(f"there are no {kind}s {suffix} in {self.folder}. Leave out --suffix")
@@ -163,19 +158,18 @@ class Videos:
         """Return the files that no clip asked for."""
         return [file for file in self.files if file not in self._asked]
 
-
-def _nothing(folder: Path, kind: Kind, others: Sequence[str]) -> RecipeError:
-    """Explain why a folder has no files of a kind. ``others``: its files of the other kind."""
-    if archives := sorted(folder.rglob("*.tar")):
+    def _nothing(self, others: Sequence[str]) -> RecipeError:
+        """Explain why there are no files of the kind, but perhaps of the other one."""
+        if archives := sorted(self.folder.rglob("*.tar")):
+            return RecipeError(
+                f"there are no {self.kind}s in {self.folder}, but {len(archives)} archives, such "
+                f"as {archives[0]}. Unpack them first, in the folder {archives[0].parent}: {UNPACK}"
+            )
+        but = f", but files of another kind, such as {Path(others[0]).name}" if others else ""
         return RecipeError(
-            f"there are no {kind}s in {folder}, but {len(archives)} archives, such as "
-            f"{archives[0]}. Unpack them first, in the folder {archives[0].parent}: {UNPACK}"
+            f"there are no {self.kind}s in {self.folder}{but}. Name the folder of the {self.kind}s "
+            f"({' '.join(SUFFIXES[self.kind])})"
         )
-    but = f", but files of another kind, such as {Path(others[0]).name}" if others else ""
-    suffixes = " ".join(SUFFIXES[kind])
-    return RecipeError(
-        f"there are no {kind}s in {folder}{but}. Name the folder of the {kind}s ({suffixes})"
-    )
 
 
 def stem(file: Path) -> str:
@@ -198,9 +192,6 @@ def class_key(name: str) -> str:
     return "".join(letter for letter in name.casefold() if letter.isalnum()) or name
 
 
-# --- Lists ---------------------------------------------------------------------------------------
-
-
 def read_list_text(path: Path) -> str:
     """Read a list as text."""
     return read_text(path, RecipeError, "download it again")
@@ -214,14 +205,12 @@ def lines_of(path: Path) -> list[tuple[str, str]]:
 
 def matches_of(
     path: Path, pattern: re.Pattern[str], needed: str
-) -> list[tuple[str, re.Match[str]]]:
+) -> Iterator[tuple[str, re.Match[str]]]:
     """Match every line of a list. ``needed`` describes the format in errors."""
-    matches = []
     for place, row in lines_of(path):
         if not (found := pattern.fullmatch(row)):
             raise RecipeError(f"{place}: need {needed}, got {row!r}. Download the list again")
-        matches.append((place, found))
-    return matches
+        yield place, found
 
 
 def cells_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
@@ -242,9 +231,6 @@ def cells_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str
                 "put into quotes"
             )
         yield place, {name: cell.strip() for name, cell in row.items()}
-
-
-# --- Splits --------------------------------------------------------------------------------------
 
 
 def match(
@@ -270,14 +256,13 @@ def match(
             )
     splits = []
     for name, clips in lists.items():
-        labelled = [
-            replace(clip, label=classes.label(clip.class_name, clip.place))
-            if clip.class_name
-            else clip
-            for clip in clips
-        ]
-        files = [(clip, (find or videos.find)(clip)) for clip in labelled]
-        found = [(clip, file) for clip, file in files if file]
+        found, missing = [], []
+        for clip in clips:
+            label = classes.label(clip.class_name, clip.place) if clip.class_name else UNLABELLED
+            if file := (find or videos.find)(clip):
+                found.append((replace(clip, label=label), file))
+            else:
+                missing.append(clip)
         if not clips:
             raise RecipeError(f"the list of {name} holds no {videos.kind}s. Download it again")
         if not found:
@@ -285,7 +270,7 @@ def match(
                 f"none of the {len(clips)} {videos.kind}s of {name} was found, such as "
                 f"{clips[0].name} ({clips[0].place}). {expected}"
             )
-        splits.append(Split(name, found, [clip for clip, file in files if not file]))
+        splits.append(Split(name, found, missing, videos))
     return splits
 
 
@@ -302,19 +287,18 @@ def split_of(
 
     ``remedy``: where the class folders are not right.
     """
-    labels = classes.folders(videos)
+    labels, listed = classes.folders(videos), clips is not None
     if clips is None:
-        of_files = []
-        for file in videos.files:
-            if file.parent not in labels:
-                raise RecipeError(
-                    f"{file} lies in no folder named like one of the {len(classes.names)} classes "
-                    f"of {classes.source}. {remedy}"
-                )
-            class_name, keys = classes.names[labels[file.parent]], (videos.key(file),)
-            of_files.append(Clip(str(file.parent), folder_and_name(file), keys, class_name))
-        (split,) = match({name: of_files}, videos, classes, expected)
-        return replace(split, listed=False)
+        if odd := [file for file in videos.files if file.parent not in labels]:
+            raise RecipeError(
+                f"{odd[0]} lies in no folder named like one of the {len(classes.names)} classes "
+                f"of {classes.source}. {remedy}"
+            )
+        named = {folder: classes.names[label] for folder, label in labels.items()}
+        clips = [
+            Clip(str(file.parent), folder_and_name(file), (videos.key(file),), named[file.parent])
+            for file in videos.files
+        ]
     (split,) = match({name: clips}, videos, classes, expected, find)
     known = [(clip, file) for clip, file in split.found if clip.class_name]
     wrong = [pair for pair in known if labels.get(pair[1].parent, pair[0].label) != pair[0].label]
@@ -325,4 +309,4 @@ def split_of(
             f"their list says: {file} is of class {clip.label}, {classes.names[clip.label]!r}, in "
             f"{clip.place}. {remedy}"
         )
-    return split
+    return replace(split, listed=listed)

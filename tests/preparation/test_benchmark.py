@@ -26,11 +26,10 @@ from hpm_video.preparation import loader_advice
 from hpm_video.preparation.benchmark import (
     IN_THE_RUN,
     IN_WORKERS,
-    MIB,
     NUM_PLACES,
-    Storage,
     Trial,
     Trials,
+    fits_into_memory,
     read_all,
 )
 from hpm_video.preparation.findings import stamp_of
@@ -116,7 +115,7 @@ def test_time_is_put_down_to_its_phase_and_counted_per_clip(videos, monkeypatch)
     cpu, clock = torch.device("cpu"), Clock()
     monkeypatch.setattr("hpm_video.preparation.benchmark.time", clock)
     for count in (1, 2):
-        trials = trials_of(clips_of(videos / "train", Slow(clock), count), memory=2**40)
+        trials = trials_of(clips_of(videos / "train", Slow(clock), count), in_memory=True)
         slow = trials.measure_phases(places(6), cpu)
         assert slow["augmenting"] == pytest.approx(TAKEN + 1e-3), "of each clip, not of each video"
         assert loader_advice.bottleneck(slow, 1) == "augmenting"
@@ -135,9 +134,8 @@ def test_the_bottleneck_depends_on_the_number_of_workers():
     assert loader_advice.bottleneck(phases | {"reading": 7}, 1) == "reading"
 
 
-def trials_of(clips, *, batch_size=4, seconds=0.05, memory=None):
-    storage = Storage(1, 1, memory)
-    return Trials(clips, [1.0], storage, batch_size=batch_size, seconds=seconds)
+def trials_of(clips, *, batch_size=4, seconds=0.05, in_memory=False):
+    return Trials(clips, [1.0], in_memory=in_memory, batch_size=batch_size, seconds=seconds)
 
 
 def test_a_rate_is_that_of_the_clips(videos):
@@ -163,8 +161,8 @@ def test_files_that_are_missing_or_no_files_are_left_out_of_phases(videos, tmp_p
         manifest_of(tmp_path, tmp_path / "gone.mp4", tmp_path / "pipe.mp4", *good), count=1
     )
     cpu = torch.device("cpu")
-    for memory in (None, 2**40):
-        assert trials_of(clips, memory=memory).measure_phases(places(5), cpu)["decoding"] > 0
+    for in_memory in (False, True):
+        assert trials_of(clips, in_memory=in_memory).measure_phases(places(5), cpu)["decoding"] > 0
     clips = clips_of(manifest_of(tmp_path, tmp_path / "gone.mp4"))
     with pytest.raises(DecodeError, match=r"none of the first 1 files decodes.*gone\.mp4"):
         trials_of(clips).measure_phases(places(1), cpu)
@@ -265,19 +263,18 @@ def test_where_there_is_no_room_for_so_many_the_others_are_measured(videos, monk
     assert (trial.rates, str(trial.error)) == ({1: 5.0}, "no room for 2")
 
 
-def test_it_is_told_where_files_are_read_from_and_why(videos):
-    storage = Storage.of(clips_of(videos / "train"))
-    files = [*(videos / "train").iterdir()]
-    assert storage.num_files == len(files)
-    assert storage.num_bytes == sum(file.stat().st_size for file in files)
-    small, large = (Storage(3, 100 * MIB, memory) for memory in (201 * MIB, 199 * MIB))
-    assert small.is_memory
-    assert not large.is_memory
-    assert str(small).startswith("3 files of about 100 MiB fit into memory: read from there")
-    assert str(large).startswith(
-        "3 files of about 100 MiB may not fit into memory: read from the disk"
-    )
-    assert not Storage(3, 1, None).is_memory
+def test_it_is_told_where_files_are_read_from_and_why(videos, monkeypatch):
+    clips, files = clips_of(videos / "train"), [*(videos / "train").iterdir()]
+    num_bytes = sum(file.stat().st_size for file in files)
+    for memory, fits, told in [
+        (2 * num_bytes + 2, True, "fit into memory: read from there"),
+        (2 * num_bytes - 2, False, "may not fit into memory: read from the disk"),
+        (None, False, "may not fit into memory"),
+    ]:
+        monkeypatch.setattr("hpm_video.preparation.benchmark.memory_left", lambda m=memory: m)
+        found, description = fits_into_memory(clips)
+        assert found == fits
+        assert description.startswith(f"files: {len(files)}, of about 1 MiB, which {told}")
 
 
 def test_the_bytes_of_every_kind_of_place_are_read(tmp_path):
@@ -292,11 +289,11 @@ def test_the_bytes_of_every_kind_of_place_are_read(tmp_path):
     assert stamp_of(f"{tmp_path}/shard.tar::a.mp4@512+100").bytes == 100
 
 
-@pytest.mark.parametrize("memory", [0, 2**40])
-def test_what_comes_from_the_disk_is_not_read_twice(videos, memory):
-    trials = trials_of(clips_of(videos / "train"), memory=memory)
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_what_comes_from_the_disk_is_not_read_twice(videos, in_memory):
+    trials = trials_of(clips_of(videos / "train"), in_memory=in_memory)
     trials.read(Trial("pyav"), 1)
-    if memory:
+    if in_memory:
         assert trials.places()[0].position == 0
         return
     assert trials.places()[0].position > 0

@@ -858,7 +858,7 @@ def test_a_folder_of_something_else_is_left_alone(start, source, tmp_path, capsy
 def folder_of(path, files, recipe=RECIPE):
     (path / "list.csv").write_text("path\n" + "".join(f"{name}\n" for name in files))
     listing, manifest = read_listing(path / "list.csv"), read_manifest(path / "list.csv")
-    return PreparedFolder(path / "out", recipe, manifest, listing, path)
+    return contextlib.closing(PreparedFolder(path / "out", recipe, manifest, listing, path))
 
 
 def test_two_programs_do_not_write_to_one_folder(tmp_path):
