@@ -62,16 +62,14 @@ from hpm_video.training.device import (
 from hpm_video.training.memory import measure_update
 from hpm_video.workers.room import RoomError, usable_cores
 
-TURNS = 3
-"""Number of measurements of each precision."""
+TURNS = 3  # number of measurements of each precision
 WHY = {
     "cuda": "bf16 where the GPU is made for it",
     "mps": "always on this kind of device",
     "cpu": "on a CPU bf16 only where it measures faster by a tenth (measured anew)",
 }
 Rows = list[dict[str, Any]]
-Tables = Iterator[tuple[str, Rows]]
-"""Titles and rows in the order of measurement."""
+Tables = Iterator[tuple[str, Rows]]  # titles and rows in the order of measurement
 
 
 def main(command_line: Sequence[str] | None = None) -> int:

@@ -24,7 +24,13 @@ from hpm_video.data.places import unwritable
 from hpm_video.decoding.locations import is_frame_folder, is_image
 from hpm_video.decoding.registry import choose_decoder
 from hpm_video.files.atomic import written_beside
-from hpm_video.preparation.check_manifest import Checker, FindingJournal, check_listing, known_of
+from hpm_video.preparation.check_manifest import (
+    Checker,
+    FindingJournal,
+    check_files,
+    find_rows,
+    known_of,
+)
 from hpm_video.preparation.check_report import plot, summary
 from hpm_video.preparation.findings import Finding, columns_of
 from hpm_video.runs.console import (
@@ -101,10 +107,11 @@ def check(arguments: argparse.Namespace) -> int:
             f"may take {arguments.memory:g} GiB, and {limits.seconds:g} s without a further frame"
         )
         try:
-            findings, taken_over = check_listing(listing, journal, known, checker)
+            found, taken_over = check_files(listing.files, known, journal, checker)
         except KeyboardInterrupt:
             print(f"\nThe findings so far are kept in {journal.path}: the same command goes on.")
             raise
+        findings = [*find_rows(listing, found)]
         write(listing, findings, out, rooted=arguments.root is not None)
         for path in partial:
             path.unlink(missing_ok=True)

@@ -37,8 +37,7 @@ from hpm_video.preparation.sources import (
 OPTIONS = {
     "source": {"type": Path, "metavar": "SOURCE", "help": "archive, or a folder; see README.md"}
 }
-SPLITS = {"train": "train", "validation": "test"}
-"""Manifest -> folder of its images."""
+SPLITS = {"train": "train", "validation": "test"}  # manifest -> folder of its images
 BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "validation": ["test_batch"]}
 META, BINARY_META = "batches.meta", "batches.meta.txt"
 SIDE = 32
@@ -49,8 +48,7 @@ PUBLISHED = (
     f"are unpacked first, in a folder of .tar files by: {UNPACK}"
 )
 
-Pictures = tuple[NDArray[np.uint8], Sequence[int]]
-"""Images (N, H, W, 3) and their labels."""
+Pictures = tuple[NDArray[np.uint8], Sequence[int]]  # images (N, H, W, 3) and their labels
 
 
 def unpack(source: Path, folder: Path) -> None:

@@ -41,8 +41,7 @@ from hpm_video.preparation.encode import write_video
 from hpm_video.randomness import generator
 
 Split = Literal["train", "validation"]
-Stretch = tuple[int, int]
-"""First and last frame, both included."""
+Stretch = tuple[int, int]  # first and last frame, both included
 
 MOTIONS = {  # Label -> which of the shifts right and down, growth and turn runs, and which way.
     "still": None,
@@ -147,12 +146,9 @@ def plan(split: Split, per_label: int, footage: Sequence[Footage] = FOOTAGE) -> 
 class Window(NamedTuple):
     """A square window over the footage, for each frame of a clip."""
 
-    center: NDArray[np.float64]
-    """(T, 2): x and y in pixels of the footage."""
-    size: NDArray[np.float64]
-    """(T,): its side in pixels of the footage."""
-    angle: NDArray[np.float64]
-    """(T,): its tilt in radians, clockwise."""
+    center: NDArray[np.float64]  # (T, 2): x and y in pixels of the footage
+    size: NDArray[np.float64]  # (T,): its side in pixels of the footage
+    angle: NDArray[np.float64]  # (T,): its tilt in radians, clockwise
 
 
 def draw_window(random: np.random.Generator, label: int, height: int, width: int) -> Window:

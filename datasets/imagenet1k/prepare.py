@@ -45,6 +45,7 @@ RIGHT_FOLDERS = (
     "Name the folder of the class folders, named by wnids such as n01440764, or give "
     "--{name}-labels; README.md lists the files that say the classes"
 )
+WRONG_LIST = "Leave out --{name}-labels where the folders are right"
 NUM_CLASSES = 1000
 KAGGLE_COLUMNS = ("ImageId", "PredictionString")
 WNID = re.compile(r"n\d{8}")
@@ -61,8 +62,7 @@ class Row(NamedTuple):
 
     place: str
     path: str
-    label: str
-    """A wnid or a number."""
+    label: str  # a wnid or a number
 
     @property
     def wnid(self) -> str | None:
@@ -91,7 +91,7 @@ def read_ids(path: Path) -> dict[int, str]:
         "the IDs"
     )
     ids: dict[int, str] = {}
-    rows = matches_of(path, ID_LINE, needed)
+    rows = [*matches_of(path, ID_LINE, needed)]
     for number, (place, found) in enumerate(rows, start=1):
         ilsvrc_id = int(found["id"] or found["id_"] or number)
         wnid = found["wnid"] or found["wnid_"] or found["alone"]
@@ -167,8 +167,7 @@ def find_classes(
             "elsewhere: give --train with class folders or wnids in its list, or --names with "
             "LOC_synset_mapping.txt or the labels.txt that was written with the training split"
         )
-    remedy = "A class is named by its wnid, such as n01440764, and all lists must have the same"
-    return Classes(sorted(wnids), source, remedy)
+    return Classes(sorted(wnids), source)
 
 
 def clips_of(rows: Sequence[Row], classes: Classes) -> list[Clip]:
@@ -214,12 +213,8 @@ def prepare(options: argparse.Namespace) -> Prepared:
     for name, images in folders.items():
         clips = clips_of(rows[name], classes) if name in rows else None
         expected = f"Looked in {images.folder} and its folders for those names, with any suffix"
-        remedy = (
-            RIGHT_FOLDERS
-            if clips is None
-            else "Leave out --{name}-labels where the folders are right"
-        )
-        splits.append(split_of(name, images, classes, clips, expected, remedy.format(name=name)))
+        remedy = (RIGHT_FOLDERS if clips is None else WRONG_LIST).format(name=name)
+        splits.append(split_of(name, images, classes, clips, expected, remedy))
     notes = []
     if len(classes.names) != NUM_CLASSES:
         notes.append(

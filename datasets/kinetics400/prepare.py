@@ -12,9 +12,10 @@ the class folders. See README.md there.
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +117,6 @@ def find_classes(
     return Classes(sorted({folder.name for folder in parents}), str(train.folder))
 
 
-def find_ambiguous(clips: Iterable[Clip]) -> set[str]:
-    """Return the YouTube ids of which there are several clips: alone they identify none."""
-    count = Counter(clip.keys[1] for clip in clips)
-    return {youtube_id for youtube_id, times in count.items() if times > 1}
-
-
 def prepare(options: argparse.Namespace) -> Prepared:
     """Read the lists, and find the file of each video."""
     folders, lists = open_splits(options, SPLITS, "csv", folder_key)
@@ -129,31 +124,28 @@ def prepare(options: argparse.Namespace) -> Prepared:
     clips = {name: read_clips(path, name) for name, path in lists.items()}
     classes = find_classes(options, clips.get("train"), folders.get("train"))
     replacements = [Videos(one, stem, suffix=options.suffix) for one in options.replacements]
-    others = {file for folder in replacements for file in folder.files}
+    for videos, others in product(dict.fromkeys(folders.values()), reversed(replacements)):
+        videos.replace(others)
+    replacing = {file for others in replacements for file in others.files}
     splits: list[Split] = []
     notes: list[str] = []
     for name, videos in folders.items():
         if name not in clips:
             splits.append(split_of(name, videos, classes, None, "", RIGHT_FOLDERS))
             continue
-
-        def find(clip: Clip, videos: Videos = videos) -> Path | None:
-            usual = videos.find(clip)
-            return next((file for folder in replacements if (file := folder.find(clip))), usual)
-
         beside = [clip for other in clips if folders.get(other) is videos for clip in clips[other]]
-        ambiguous = find_ambiguous(beside)
+        count = Counter(clip.keys[1] for clip in beside)  # an id alone need not identify a clip
         listed = [
-            replace(clip, keys=clip.keys[:1]) if clip.keys[1] in ambiguous else clip
+            clip if count[clip.keys[1]] == 1 else replace(clip, keys=clip.keys[:1])
             for clip in clips[name]
         ]
         expected = EXPECTED.format(folder=videos.folder, name=name)
-        split = split_of(name, videos, classes, listed, expected, RIGHT_CSV, find)
+        split = split_of(name, videos, classes, listed, expected, RIGHT_CSV)
         splits.append(split)
-        if used := sum(file in others for _, file in split.found):
+        if used := sum(file in replacing for _, file in split.found):
             notes.append(f"{name}: replacements taken: {used}")
         ids = dict.fromkeys(clip.keys[1] for clip in clips[name])
-        if vague := [one for one in ids if one in ambiguous and one in videos]:
+        if vague := [one for one in ids if count[one] > 1 and one in videos]:
             notes.append(
                 f"{name}: videos named by a YouTube id alone, of which the lists have several "
                 f"clips, left out: {len(vague)}, such as {vague[0]}"

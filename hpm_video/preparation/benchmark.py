@@ -27,14 +27,11 @@ from hpm_video.workers.room import RoomError, memory_left
 
 IN_WORKERS = ("reading", "decoding", "augmenting")
 IN_THE_RUN = ("collating", "copying")
-NUM_PLACES = 4 * 10**6
-"""Number of videos in the order that trials read."""
-READ_AHEAD = 1_000
-"""Upper bound on the videos that a trial reads ahead without counting them."""
+NUM_PLACES = 4 * 10**6  # number of videos in the order that trials read
+READ_AHEAD = 1_000  # upper bound on the videos that a trial reads ahead without counting them
 WARMED_UP, SECONDS_OF_WARMUP = 2_000, 5.0
 """Limits on the videos that are read into memory before a trial, and on the time for it."""
-SAMPLED_SIZES = 200
-"""Number of files from whose sizes the total is estimated."""
+SAMPLED_SIZES = 200  # number of files from whose sizes the total is estimated
 MIB = 2**20
 
 
@@ -103,14 +100,12 @@ def read_all(path: str) -> int:
 class Trial:
     """Result of reading with one decoder."""
 
-    decoder: DecoderName | None
-    """None for images."""
+    decoder: DecoderName | None  # none for images
     rates: dict[int, float] = field(default_factory=dict)
     """Clips per second by the number of processes that decode."""
     files: set[str] = field(default_factory=set)
     refused: dict[str, Failure] = field(default_factory=dict)
-    error: TooManyBadFiles | RoomError | None = None
-    """The last reason why a rate is missing."""
+    error: TooManyBadFiles | RoomError | None = None  # the last reason why a rate is missing
 
 
 class Trials:

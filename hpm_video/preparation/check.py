@@ -21,26 +21,19 @@ from hpm_video.preparation.findings import BETWEEN_REASONS, Finding, stamp_of
 from hpm_video.preparation.jobs import Steps
 from hpm_video.preparation.soundness import Stream, decode_all
 
-SHORTEST = 16
-"""Frames of a usual clip; shorter videos are suspicious."""
+SHORTEST = 16  # frames of a usual clip; shorter videos are suspicious
 FARTHEST = 250
 """Limit of the key-frame distance: the default of encoders. 12 is better here."""
-SMALLEST = 32
-"""Limit of a side, in pixels."""
-NARROWEST = 4.0
-"""Limit of the aspect ratio, long side to short side."""
-UNEVEN_SHARE = 0.05
-"""Share of the gaps between frames that may differ by more than ``UNEVEN``."""
-UNEVEN = 0.1
-"""Tolerance as a share of the median gap."""
-TICKS = 1.6
-"""Tolerance in ticks of the container's clock, which rounds times."""
+SMALLEST = 32  # limit of a side, in pixels
+NARROWEST = 4.0  # limit of the aspect ratio, long side to short side
+UNEVEN_SHARE = 0.05  # share of the gaps between frames that may differ by more than ``UNEVEN``
+UNEVEN = 0.1  # tolerance as a share of the median gap
+TICKS = 1.6  # tolerance in ticks of the container's clock, which rounds times
 ANEW = "encode it anew with tools/transcode.py"
 
 _GIVEN_UP = (0, 1, 2, 4, 8, 16, 32)
 """Numbers of frames to give up, in turn, where the last ones before damage cannot be read."""
-_ENDS = 2**16
-"""Bytes at the beginning and at the end of a file that enter its digest."""
+_ENDS = 2**16  # bytes at the beginning and at the end of a file that enter its digest
 _CLOCKWISE = {3: 180, 4: 180, 5: 90, 6: 90, 7: 270, 8: 270}
 """Degrees by the orientations of EXIF, mirrored or not."""
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,28 +71,13 @@ class Checker:
         same_limits = finding.limits in (None, self.allowed)
         return finding.decoder in (self.decoder, IMAGE_DECODER) and same_limits
 
-    def check(
-        self, files: Sequence[str], known: Mapping[str, Finding]
-    ) -> Generator[tuple[str, Finding, bool], None, None]:
-        """Check files in any order. -> each with its finding, and whether that is new
-
-        Unchanged files that are ``known`` are not decoded again.
-        """
-        left = {}
-        for file in files:
-            before = known.get(file)
-            if before and self.accepts(before) and before.stamp == stamp_of(file):
-                yield file, before, False
-            else:
-                left[file] = file
-        for file, result in run_jobs(self, left, self.workers, self.limits, retry=True):
-            if isinstance(result, Lost):
-                late = f"no further frame came in {self.limits.seconds:g} s"
-                result = self.given_up(
-                    file, late if "took longer" in result.reason else result.reason
-                )
-            is_still = is_image(file) or is_frame_folder(file)
-            yield file, replace(result, decoder=IMAGE_DECODER if is_still else self.decoder), True
+    def finding(self, file: str, result: Finding | Lost) -> Finding:
+        """Return the finding of a file, whose process may have been lost."""
+        if isinstance(result, Lost):
+            late = f"no further frame came in {self.limits.seconds:g} s"
+            result = self.given_up(file, late if "took longer" in result.reason else result.reason)
+        is_still = is_image(file) or is_frame_folder(file)
+        return replace(result, decoder=IMAGE_DECODER if is_still else self.decoder)
 
     def given_up(self, file: str, reason: str) -> Finding:
         """Return the finding that a file exceeded its limits."""
@@ -101,28 +86,33 @@ class Checker:
         return replace(found, **vars(stamp_of(file)))
 
 
-def check_listing(
-    listing: Listing, journal: FindingJournal, known: Mapping[str, Finding], checker: Checker
-) -> tuple[list[Finding], int]:
-    """Check every file of a manifest, and note it in the journal.
+def check_files(
+    files: Iterable[str], known: Mapping[str, Finding], journal: FindingJournal, checker: Checker
+) -> tuple[dict[str, Finding], int]:
+    """Check files, and note the findings in the journal.
 
-    Returns the finding of each row, and the number of findings taken over from ``known``.
+    Returns the finding of each file, and the number of those that were taken over: files that have
+    not changed since they were ``known`` are not decoded again.
     """
-    files = list(dict.fromkeys(listing.files))
-    found: dict[str, Finding] = {}
-    num_bad = taken_over = 0
+    files = dict.fromkeys(files)
+    found = {
+        file: known[file]
+        for file in files
+        if file in known and checker.accepts(known[file]) and known[file].stamp == stamp_of(file)
+    }
+    taken_over, num_bad = len(found), sum(each.verdict == "bad" for each in found.values())
+    left = {file: file for file in files if file not in found}
     with (
-        closing(ProgressBar(len(files), "files")) as bar,
-        closing(checker.check(files, known)) as findings,
+        closing(ProgressBar(len(files), "files", first=taken_over)) as bar,
+        closing(run_jobs(checker, left, checker.workers, checker.limits, retry=True)) as results,
     ):
-        for file, finding, is_new in findings:
+        for file, result in results:
+            finding = checker.finding(file, result)
             found[file] = finding
-            if is_new:
-                journal.note(file, finding)
-            taken_over += not is_new
+            journal.note(file, finding)
             num_bad += finding.verdict == "bad"
             bar.advance(note=f"{num_bad} bad")
-    return list(find_rows(listing, found)), taken_over
+    return found, taken_over
 
 
 def known_of(out: Path, root: Path | None) -> dict[str, Finding]:

@@ -14,10 +14,8 @@ from hpm_video.preparation.findings import Finding
 
 REASONS_SHOWN = 8
 BINS = 40
-WIDE = 30.0
-"""Ratio of largest to smallest value above which an axis is logarithmic."""
-COLOURS = ("tab:green", "tab:orange", "tab:red")
-"""Colours of the verdicts."""
+WIDE = 30.0  # ratio of largest to smallest value above which an axis is logarithmic
+COLOURS = ("tab:green", "tab:orange", "tab:red")  # colours of the verdicts
 MEASURES = {
     "num_frames": "Length in frames",
     "duration": "Length in seconds",

@@ -79,14 +79,12 @@ class VideoWriter:
     """Writes a video file frame by frame, as :func:`write_video`; complete after ``with``."""
 
     path: Path
-    size: Size
-    """Even height and width."""
+    size: Size  # even height and width
     fps: int | Fraction
     crf: int
     gop: int
     faststart: bool
-    count: int = 0
-    """Number of frames written."""
+    count: int = 0  # number of frames written
 
     def __post_init__(self) -> None:
         index = {"movflags": "+faststart"} if self.faststart else {}

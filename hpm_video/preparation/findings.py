@@ -19,10 +19,8 @@ OF_THE_MANIFEST = "the manifest "
 class Stamp:
     """Size and time of a file, which show whether it has changed."""
 
-    bytes: int | None = None
-    """None if there is no such file."""
-    modified: str = ""
-    """Time of the last change, UTC."""
+    bytes: int | None = None  # none if there is no such file
+    modified: str = ""  # time of the last change, UTC
 
 
 def stamp_of(file: str) -> Stamp:
@@ -99,13 +97,11 @@ class Finding:
 
 
 _TEXT = ("codec", "pixel_format", "modified", "content", "decoder")
-_DIGITS = {"duration": 3, "fps": 4}
-"""Decimal places of the columns of real numbers."""
+_DIGITS = {"duration": 3, "fps": 4}  # decimal places of the columns of real numbers
 _OF_A_FILE = tuple(
     each.name for each in fields(Finding) if each.name not in ("verdict", "reasons", "limits")
 )
-COLUMNS = (*_OF_A_FILE, "verdict", "reason")
-"""Columns that a check appends to a manifest."""
+COLUMNS = (*_OF_A_FILE, "verdict", "reason")  # columns that a check appends to a manifest
 
 
 def columns_of(findings: Sequence[Finding]) -> dict[str, list[str]]:

@@ -12,7 +12,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,11 +36,8 @@ Steps = Generator[None, None, Result]
 """Work that yields whenever it has made progress, and returns a result."""
 
 
-@dataclass(frozen=True)
-class Broken:
-    """Reason why no file can be written any more, such as a full disk."""
-
-    reason: str
+class DiskFailure(Failure):
+    """A failure after which no file can be written any more, such as a full disk."""
 
 
 def paced(steps: Steps[Result]) -> Iterator[Result | None]:
@@ -57,23 +53,20 @@ def paced(steps: Steps[Result]) -> Iterator[Result | None]:
         yield end.value
 
 
-def attempt(
-    steps: Steps[Result], place: str, temporary: str
-) -> Iterator[Result | Failure | Broken | None]:
+def attempt(steps: Steps[Result], place: str, temporary: str) -> Iterator[Result | Failure | None]:
     """Work of a process: the result of the steps, or the failure of ``place``; see :func:`paced`.
 
     ``temporary``: a file that is deleted if it is left.
     """
 
-    def guarded() -> Steps[Result | Failure | Broken]:
+    def guarded() -> Steps[Result | Failure]:
         try:
             return (yield from steps)
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - native libraries raise anything
-            reason = reason_of(error)
             is_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
-            return Broken(reason) if is_disk else Failure(place, reason)
+            return (DiskFailure if is_disk else Failure)(place, reason_of(error))
         finally:
             remove(temporary)
 
@@ -127,13 +120,10 @@ class Journal:
 def claim(
     folder: Path, settings: Mapping[str, Any], *, holds: str, unrelated: Collection[str]
 ) -> Journal:
-    """Claim a folder as the output of a job with these settings. -> its journal
+    """Claim a folder, which need not exist, as the output of a job. -> its journal
 
-    Args:
-        folder: it need not exist.
-        settings: everything that determines the content.
-        holds: a name for its content, for errors.
-        unrelated: settings that may differ from one start to the next.
+    ``settings``: all that determines the content; ``unrelated``: names of those that may differ
+    from one start to the next. ``holds``: a name for the content, for errors.
 
     Raises:
         FileExistsError: it holds something else, or content of other settings, which are named.
@@ -193,7 +183,7 @@ def run_jobs(
             pool.submit(name, job)
         while left:
             name, result, is_last = pool.next()
-            if isinstance(result, Broken):
+            if isinstance(result, DiskFailure):
                 raise OSError(f"{result.reason}. What is done stays; make room, and go on")
             if retry and isinstance(result, Lost) and name not in lost:
                 lost.add(name)

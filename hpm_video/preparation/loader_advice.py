@@ -24,12 +24,9 @@ REMEDIES = {
     "smaller micro-batch each, or smaller clips",
     "copying": "the way to the GPU is slow: more GPUs with a smaller micro-batch each",
 }
-ENOUGH = 0.95
-"""Share of the best rate at which fewer processes are preferred."""
-RECENT_LINES = 20
-"""Number of lines of a run's metrics from which its speed is taken."""
-BUSY = 0.5
-"""Load of the one thread that collates above which it may limit a trial."""
+ENOUGH = 0.95  # share of the best rate at which fewer processes are preferred
+RECENT_LINES = 20  # number of lines of a run's metrics from which its speed is taken
+BUSY = 0.5  # load of the one thread that collates above which it may limit a trial
 Setting = tuple[DecoderName | None, int]
 """A decoder (none for images) and the number of decoding processes."""
 

@@ -16,8 +16,7 @@ from hpm_video.preparation.transcode import Output, Transcoder
 from hpm_video.workers.pool import Limits
 from hpm_video.workers.progress_bar import ProgressBar
 
-MOST_TRIALS = 8
-"""Limit on the files that an estimate tries; of fewer than 80 files, a tenth."""
+MOST_TRIALS = 8  # limit on the files that an estimate tries; of fewer than 80 files, a tenth
 
 
 def make(folder: PreparedFolder, places: Sequence[str], workers: int, limits: Limits) -> None:
@@ -68,15 +67,11 @@ def pack(folder: PreparedFolder, workers: int, limits: Limits) -> None:
 class Estimate:
     """Estimate of size and time for all files, from trials with some of them."""
 
-    tried: int
-    """Number of successful trials."""
+    tried: int  # number of successful trials
     files: int
-    before: int
-    """Total bytes of the sources."""
-    after: int
-    """Total bytes of the outputs."""
-    seconds: float
-    """Time that one process would take."""
+    before: int  # total bytes of the sources
+    after: int  # total bytes of the outputs
+    seconds: float  # time that one process would take
 
 
 def estimate(

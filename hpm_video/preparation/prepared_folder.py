@@ -32,14 +32,10 @@ from hpm_video.preparation.transcode import Job, Output, Recipe
 
 PROPERTIES = ("num_frames", "width", "height", "fps", "key_frame_distance")
 COLUMNS = ("path", "label", "label_name", *PROPERTIES)
-STALE = {*COLUMNS, *CHECK_COLUMNS}
-"""Columns of the source's manifest that do not hold for outputs."""
-UNRELATED = ("hpm_video",)
-"""Settings that may differ between the starts of one folder."""
-TRIAL_SECONDS = 20.0
-"""Seconds of each file in an estimate."""
-HEADERS = 3 * 1024
-"""Estimate of the bytes that a tar adds to a sample."""
+STALE = {*COLUMNS, *CHECK_COLUMNS}  # columns of the source's manifest that do not hold for outputs
+UNRELATED = ("hpm_video",)  # settings that may differ between the starts of one folder
+TRIAL_SECONDS = 20.0  # seconds of each file in an estimate
+HEADERS = 3 * 1024  # estimate of the bytes that a tar adds to a sample
 
 
 class PreparedFolder:
@@ -55,12 +51,9 @@ class PreparedFolder:
         self.path = path.absolute()
         self.recipe = recipe
         self.manifest = manifest
-        self.outputs: dict[str, Output] = {}
-        """Outputs by place."""
-        self.failures: dict[str, Failure] = {}
-        """Failures by place."""
-        self.changed = 0
-        """Number of files whose source or label has changed since they were done."""
+        self.outputs: dict[str, Output] = {}  # outputs by place
+        self.failures: dict[str, Failure] = {}  # failures by place
+        self.changed = 0  # number of files whose source or label has changed since they were done
         kept = [row for row, verdict in enumerate(listing.column("verdict")) if verdict != "bad"]
         cells = {name: listing.column(name) for name in (*listing.table.columns, "fps")}
         cells = {name: [column[row] for row in kept] for name, column in cells.items()}
@@ -73,8 +66,7 @@ class PreparedFolder:
         """Name of the output of each place; none where the place has no safe one."""
         self._of_name = {name: place for place, name in self.names.items()}
         self._row = {place: row for row, place in reversed([*enumerate(manifest.files)])}
-        self._shards: dict[str, dict[str, Any]] = {}
-        """Existing shards as the journal has them."""
+        self._shards: dict[str, dict[str, Any]] = {}  # existing shards as the journal has them
         self._outdated: set[str] = set()
         """Shards of which some content has changed: the rest is packed anew, and they go."""
         self._packed: dict[str, TarMember] = {}

@@ -30,8 +30,7 @@ class Prepared(NamedTuple):
 
     class_names: Sequence[str]
     splits: Sequence[Split]
-    notes: Sequence[str] = ()
-    """Further lines of the report."""
+    notes: Sequence[str] = ()  # further lines of the report
 
 
 def run_recipe(

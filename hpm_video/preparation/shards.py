@@ -18,12 +18,10 @@ from typing import IO, Any
 
 from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES, TarMember, is_frame_folder
 from hpm_video.files.failures import Failure
-from hpm_video.preparation.jobs import Broken, Steps, attempt
+from hpm_video.preparation.jobs import Steps, attempt
 
-LONGEST_PART = 150
-"""Limit of the bytes in a part of a name; file systems take 255."""
-CHUNK = 2**22
-"""Number of bytes to read at once."""
+LONGEST_PART = 150  # limit of the bytes in a part of a name; file systems take 255
+CHUNK = 2**22  # number of bytes to read at once
 
 
 @dataclass(frozen=True)
@@ -31,27 +29,22 @@ class Sample:
     """A sample that is to be packed."""
 
     key: str
-    place: str
-    """Path of a file, or member of another tar."""
-    suffix: str
-    """Suffix of the member, such as ``.mp4``."""
-    label: int
-    """-1 where it has none."""
-    info: Mapping[str, Any]
-    """Content of the JSON file."""
+    place: str  # path of a file, or member of another tar
+    suffix: str  # suffix of the member, such as ``.mp4``
+    label: int  # -1 where it has none
+    info: Mapping[str, Any]  # content of the JSON file
 
 
 @dataclass(frozen=True)
 class Shard:
     """Samples of one tar file."""
 
-    temporary: str
-    """Path to write to first."""
+    temporary: str  # path to write to first
     target: str
     samples: tuple[Sample, ...]
 
 
-def pack_shard(shard: Shard) -> Iterator[list[TarMember] | Failure | Broken | None]:
+def pack_shard(shard: Shard) -> Iterator[list[TarMember] | Failure | None]:
     """Work of a process: write a shard. -> the member of each sample"""
     return attempt(write_shard(shard), shard.target, shard.temporary)
 

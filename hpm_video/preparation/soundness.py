@@ -20,23 +20,17 @@ if TYPE_CHECKING:
 class Stream:
     """Record of the packets and frames of a decoded video."""
 
-    stated: int = 0
-    """Number of frames by the container's header, 0 if missing."""
-    promised: float = 0.0
-    """Seconds by the header."""
-    tick: float = 0.0
-    """Seconds per unit of time."""
-    rate: float | None = None
-    """Frames per second by the container."""
+    stated: int = 0  # number of frames by the container's header, 0 if missing
+    promised: float = 0.0  # seconds by the header
+    tick: float = 0.0  # seconds per unit of time
+    rate: float | None = None  # frames per second by the container
     has_times: bool = True
-    packets: int = 0
-    """Number of packets, including those that are not shown."""
+    packets: int = 0  # number of packets, including those that are not shown
     times: list[int | None] = field(default_factory=list)
     """Presentation times of the shown packets in decoding order."""
     moments: list[int] = field(default_factory=list)
     """The same where known, otherwise the decoding times."""
-    keys: list[bool] = field(default_factory=list)
-    """Whether each is a key frame."""
+    keys: list[bool] = field(default_factory=list)  # whether each is a key frame
     corrupt: set[int | None] = field(default_factory=set)
     """Times of packets that the container marks as corrupt."""
     frames: list[tuple[int | None, bool]] = field(default_factory=list)
@@ -44,8 +38,7 @@ class Stream:
     first_error: str = ""
     errors_at: list[int] = field(default_factory=list)
     """Number of decoded frames before each packet that did not decode."""
-    sizes: list[Size] = field(default_factory=list)
-    """Different sizes, upright."""
+    sizes: list[Size] = field(default_factory=list)  # different sizes, upright
     codec: str = ""
     pixel_format: str = ""
     rotation: int = 0

@@ -18,10 +18,8 @@ from hpm_video.files.errors import ExpectedError, read_text
 UNPACK = 'for f in *.tar; do mkdir "${f%.tar}" && tar -xf "$f" -C "${f%.tar}" && rm "$f"; done'
 """A command that turns each archive of a folder into a folder."""
 
-Kind = Literal["video", "image"]
-"""Kind of the files of a data set, also a word for messages."""
+Kind = Literal["video", "image"]  # kind of the files of a data set, also a word for messages
 SUFFIXES: dict[Kind, tuple[str, ...]] = {"video": VIDEO_SUFFIXES, "image": IMAGE_SUFFIXES}
-SAME_RELEASE = "Lists and names of classes must be of one release"
 
 
 class RecipeError(ExpectedError):
@@ -32,16 +30,12 @@ class RecipeError(ExpectedError):
 class Clip:
     """An entry of a data set's list."""
 
-    place: str
-    """File and line."""
-    name: str
-    """Name in reports."""
+    place: str  # file and line
+    name: str  # name in reports
     keys: tuple[str, ...]
     """Keys of its file, the best first. No two clips of a list share the first."""
-    class_name: str = ""
-    """Empty where the list has no classes."""
-    label: int = UNLABELLED
-    """Number of the class; :func:`match` finds it."""
+    class_name: str = ""  # empty where the list has no classes
+    label: int = UNLABELLED  # number of the class; :func:`match` finds it
 
 
 @dataclass(frozen=True)
@@ -53,8 +47,7 @@ class Split:
     missing: Sequence[Clip] = ()
     videos: "Videos | None" = None
     """Where the files were looked for; none where they have been written."""
-    listed: bool = True
-    """False for a split that consists of all files in class folders."""
+    listed: bool = True  # false for a split that consists of all files in class folders
 
 
 class Classes:
@@ -67,10 +60,9 @@ class Classes:
         RecipeError: two names would be one.
     """
 
-    def __init__(self, names: Iterable[str], source: str, remedy: str = SAME_RELEASE) -> None:
+    def __init__(self, names: Iterable[str], source: str) -> None:
         self.names = tuple(names)
         self.source = source
-        self._remedy = remedy
         self._labels: dict[str, int] = {}
         for label, name in enumerate(self.names):
             earlier = self._labels.setdefault(class_key(name), label)
@@ -87,7 +79,7 @@ class Classes:
         if label is None:
             raise RecipeError(
                 f"{place}: the class {name!r} is not one of the {len(self.names)} classes of "
-                f"{self.source}. {self._remedy}"
+                f"{self.source}. Lists and names of classes must be of one release"
             )
         return label
 
@@ -153,6 +145,12 @@ class Videos:
             )
         self._asked.update(files)
         return files[0] if files else None
+
+    def replace(self, others: "Videos") -> None:
+        """Let other files take the place of those of the same key."""
+        for file in others.files:
+            self._asked.update(self._by_key[self.key(file)])
+            self._by_key[self.key(file)] = [file]
 
     def unlisted(self) -> list[Path]:
         """Return the files that no clip asked for."""
@@ -238,7 +236,6 @@ def match(
     videos: Videos,
     classes: Classes,
     expected: str,
-    find: Callable[[Clip], Path | None] | None = None,
 ) -> list[Split]:
     """Find the file and the label of each clip of some splits, which share no clip.
 
@@ -259,7 +256,7 @@ def match(
         found, missing = [], []
         for clip in clips:
             label = classes.label(clip.class_name, clip.place) if clip.class_name else UNLABELLED
-            if file := (find or videos.find)(clip):
+            if file := videos.find(clip):
                 found.append((replace(clip, label=label), file))
             else:
                 missing.append(clip)
@@ -281,7 +278,6 @@ def split_of(
     clips: Sequence[Clip] | None,
     expected: str,
     remedy: str,
-    find: Callable[[Clip], Path | None] | None = None,
 ) -> Split:
     """Make a split by its list, with which class folders must agree, or by these alone.
 
@@ -299,7 +295,7 @@ def split_of(
             Clip(str(file.parent), folder_and_name(file), (videos.key(file),), named[file.parent])
             for file in videos.files
         ]
-    (split,) = match({name: clips}, videos, classes, expected, find)
+    (split,) = match({name: clips}, videos, classes, expected)
     known = [(clip, file) for clip, file in split.found if clip.class_name]
     wrong = [pair for pair in known if labels.get(pair[1].parent, pair[0].label) != pair[0].label]
     if wrong:

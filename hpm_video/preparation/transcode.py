@@ -30,15 +30,14 @@ from hpm_video.preparation.encode import (
     upright_size,
 )
 from hpm_video.preparation.findings import stamp_of
-from hpm_video.preparation.jobs import Broken, Steps, attempt
+from hpm_video.preparation.jobs import Steps, attempt
 
 if TYPE_CHECKING:
     from hpm_video.decoding.video_stream import VideoFrame
 
 LONGEST_STILL = 600
 """Limit of the seconds for which a frame is shown; beyond it, its times are wrong."""
-CLOCK = Fraction(1, 1000)
-"""Seconds to which some containers round the times of frames."""
+CLOCK = Fraction(1, 1000)  # seconds to which some containers round the times of frames
 
 
 @dataclass(frozen=True)
@@ -46,19 +45,13 @@ class Recipe:
     """Format and quality of the outputs."""
 
     form: Literal["files", "frames", "shards"]
-    short_side: int
-    """Pixels, even; smaller frames keep their size."""
-    fps: Fraction | None
-    """Frames per second; none keeps every frame."""
-    key_frames: int
-    """Largest distance of key frames."""
+    short_side: int  # pixels, even; smaller frames keep their size
+    fps: Fraction | None  # frames per second; none keeps every frame
+    key_frames: int  # largest distance of key frames
     crf: int
-    quality: int
-    """JPEG quality."""
-    shard_bytes: int
-    """Largest size of a shard of more than one sample."""
-    copy: bool
-    """Pack files into shards unchanged."""
+    quality: int  # JPEG quality
+    shard_bytes: int  # largest size of a shard of more than one sample
+    copy: bool  # pack files into shards unchanged
 
     def suffix(self, place: str) -> str:
         """Return the end of an output's name."""
@@ -72,15 +65,11 @@ class Job:
     """One file and the path of its output."""
 
     place: str
-    temporary: str
-    """Path to write to first, with the suffix of ``target``."""
+    temporary: str  # path to write to first, with the suffix of ``target``
     target: str
-    fps: Fraction | None = None
-    """Frame rate of a folder of frames, if its manifest has it."""
-    num_frames: int | None = None
-    """Number of frames to read from the start, if the manifest has it."""
-    cut: float | None = None
-    """In a trial, the number of seconds to read from the start."""
+    fps: Fraction | None = None  # frame rate of a folder of frames, if its manifest has it
+    num_frames: int | None = None  # number of frames to read from the start, if the manifest has it
+    cut: float | None = None  # in a trial, the number of seconds to read from the start
 
 
 @dataclass(frozen=True)
@@ -90,19 +79,14 @@ class Output:
     num_frames: int
     height: int
     width: int
-    fps: float
-    """0 for an image."""
+    fps: float  # 0 for an image
     key_frame_distance: int
     bytes: int
-    seconds: float = 0.0
-    """Duration of the job."""
+    seconds: float = 0.0  # duration of the job
     source_bytes: int = 0
-    source_modified: str = ""
-    """Time of the source's last change before it was read."""
-    share: float = 1.0
-    """Share of the video that a trial read."""
-    note: str = ""
-    """Anything odd about the source."""
+    source_modified: str = ""  # time of the source's last change before it was read
+    share: float = 1.0  # share of the video that a trial read
+    note: str = ""  # anything odd about the source
 
 
 @dataclass(frozen=True)
@@ -115,7 +99,7 @@ class Transcoder:
         """Load what jobs need, before they are timed."""
         choose_decoder("pyav")  # it decodes a test video
 
-    def __call__(self, job: Job) -> Iterator[Output | Failure | Broken | None]:
+    def __call__(self, job: Job) -> Iterator[Output | Failure | None]:
         """Do a job."""
         return attempt(self._do(job), job.place, job.temporary)
 

@@ -30,6 +30,7 @@ from hpm_video.preparation.check import doubts_of_gaps, doubts_of_length, doubts
 from hpm_video.preparation.check_manifest import (
     Checker,
     FindingJournal,
+    check_files,
     find_rows,
     known_of,
 )
@@ -431,6 +432,16 @@ def work_folder(tmp_path_factory):
     sys.path.remove(str(folder))
 
 
+def findings_of(checker, files, folder):
+    """Check files. -> findings by the names of the files"""
+    with closing(FindingJournal(folder / "journal")) as journal:
+        found, taken_over = check_files(files, {}, journal, checker)
+    assert taken_over == 0
+    with closing(FindingJournal(folder / "journal")) as journal:
+        assert journal.findings == found
+    return {Path(file).stem: finding for file, finding in found.items()}
+
+
 def test_a_file_that_hangs_crashes_or_eats_memory_is_bad_and_the_rest_is_checked(
     work_folder, tmp_path, pool_clock
 ):
@@ -442,7 +453,7 @@ def test_a_file_that_hangs_crashes_or_eats_memory_is_bad_and_the_rest_is_checked
     files = [str(tmp_path / f"{name}.mp4") for name in names]
     checker = work_of_a_check.Looking(1, Limits(2.0, GIB // 4))
     pool_clock.run_while_one_hangs(tmp_path)
-    found = {Path(file).stem: finding for file, finding, _ in checker.check(files, {})}
+    found = findings_of(checker, files, tmp_path)
     assert set(found) == set(names)
     told = {name: finding.reasons for name, finding in found.items() if finding.verdict == "bad"}
     assert told == {
@@ -471,8 +482,8 @@ def test_a_long_file_that_gets_on_is_fine(work_folder, tmp_path, pool_clock, mon
     monkeypatch.setattr(Pool, "next", next_beat)
     (tmp_path / "long.mp4").write_text("long")
     checker = work_of_a_check.Looking(1, Limits(1.0, GIB))
-    ((_, finding, is_new),) = checker.check([str(tmp_path / "long.mp4")], {})
-    assert (finding.verdict, finding.num_frames, is_new) == ("fine", 15, True)
+    (finding,) = findings_of(checker, [str(tmp_path / "long.mp4")], tmp_path).values()
+    assert (finding.verdict, finding.num_frames) == ("fine", 15)
     assert (tmp_path / "looked.txt").read_text() == "long\n"
 
 
@@ -484,7 +495,7 @@ def test_a_file_whose_process_was_killed_once_is_tried_again_at_the_end(work_fol
         (tmp_path / f"{name}.mp4").write_text(name)
     files = [str(tmp_path / f"{name}.mp4") for name in names]
     checker = work_of_a_check.Looking(1, Limits(memory=GIB))
-    found = {Path(file).stem: finding for file, finding, _ in checker.check(files, {})}
+    found = findings_of(checker, files, tmp_path)
     assert {name: finding.verdict for name, finding in found.items()} == {
         **dict.fromkeys(["once", "a", "b"], "fine"),
         "abort": "bad",
@@ -781,7 +792,7 @@ def test_sizes_and_lengths():
     assert [len(list(doubts_of_length(count))) for count in (1, 2, 15, 16)] == [1, 1, 1, 0]
 
 
-def test_a_file_that_has_not_changed_is_not_decoded(folder, monkeypatch):
+def test_a_file_that_has_not_changed_is_not_decoded(folder, monkeypatch, tmp_path):
     file, gone = str(folder / "good.mp4"), str(folder / "gone.mp4")
     (missing,) = Checker(1)(gone)
     known = {
@@ -790,8 +801,10 @@ def test_a_file_that_has_not_changed_is_not_decoded(folder, monkeypatch):
     }
     assert known[gone].reasons == ("there is no such file",)
     monkeypatch.setattr(jobs, "Pool", None)
-    found = [*Checker(1, decoder="pyav").check([file, gone], known)]
-    assert found == [(path, finding, False) for path, finding in known.items()]
+    with closing(FindingJournal(tmp_path / "journal")) as journal:
+        found = check_files([file, gone], known, journal, Checker(1, decoder="pyav"))
+    assert found == (known, 2)
+    assert not (tmp_path / "journal").read_text()
 
 
 def test_rows_are_judged_one_by_one(tmp_path):

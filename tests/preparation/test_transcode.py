@@ -34,7 +34,7 @@ from hpm_video.files.failures import Failure
 from hpm_video.preparation import encode, findings, jobs, prepare, shards
 from hpm_video.preparation.encode import fitted_size, write_video
 from hpm_video.preparation.findings import stamp_of
-from hpm_video.preparation.jobs import Broken, remove
+from hpm_video.preparation.jobs import DiskFailure, remove
 from hpm_video.preparation.prepared_folder import PreparedFolder
 from hpm_video.preparation.shards import Sample, Shard, output_names, pack_shard, write_shard
 from hpm_video.preparation.transcode import Job, Output, Recipe, Transcoder, at_rate, check
@@ -1028,10 +1028,10 @@ def test_a_full_disk_ends_the_run(tmp_path, monkeypatch, form):
     path = write_source(tmp_path / "a.mp4")
     end = ".mp4" if form == "files" else "/"
     job = Job(str(path), f"{tmp_path}/beside{end}", f"{tmp_path}/out{end}")
-    assert isinstance(last_of(job), Broken)
+    assert isinstance(last_of(job), DiskFailure)
     assert [each.name for each in tmp_path.iterdir()] == ["a.mp4"]
 
-    broken = Answer(str(path), Broken("No space left on device"), is_last=True)
+    broken = Answer(str(path), DiskFailure("", "No space left on device"), is_last=True)
     pool = SimpleNamespace(submit=lambda *_: None, next=lambda: broken)
     monkeypatch.setattr(jobs, "Pool", lambda *_, **__: contextlib.nullcontext(pool))
     with folder_of(tmp_path, ["a.mp4"]) as folder:
