@@ -161,9 +161,6 @@ def compare(ways: Mapping[str, Callable[[int], float]], turns: int, *, warmup: i
     ]
 
 
-# --- Updates ------------------------------------------------------------------------------------
-
-
 def update(arguments: argparse.Namespace) -> Tables:
     """Time whole updates of pre-training, in fp32 and in bf16 autocast.
 
@@ -206,9 +203,6 @@ def describe(device: torch.device) -> str:
     return f"{device.type} with {count} thread{'s' * (count != 1)}"
 
 
-# --- Losses -------------------------------------------------------------------------------------
-
-
 def losses(arguments: argparse.Namespace) -> Tables:
     """Measure time and memory of the ranking loss, forward and backward.
 
@@ -230,9 +224,6 @@ def losses(arguments: argparse.Namespace) -> Tables:
         row["loss"] = make_step(row["way"])()
     size = f"{arguments.clips} clips x {arguments.tokens} tokens"
     yield f"ranking loss of {size}, {describe(device)}", rows
-
-
-# --- Decoding -----------------------------------------------------------------------------------
 
 
 def decoding(arguments: argparse.Namespace) -> Tables:
@@ -267,9 +258,6 @@ def choose_decoders(names: str | None, first: Sequence[DecoderChoice] = ()) -> l
         if word not in there:
             raise DecoderError(f"--decoders: {word} is not there, only {', '.join(there)}")
     return [name for word in names.split(",") for name in there if name == word]
-
-
-# --- Loader -------------------------------------------------------------------------------------
 
 
 def loader(arguments: argparse.Namespace) -> Tables:

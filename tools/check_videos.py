@@ -97,17 +97,15 @@ def check(arguments: argparse.Namespace) -> int:
     known = {} if arguments.again else known_of(out, arguments.root)
     partial = [out.with_name(f"{out.name}{end}.partial") for end in ("", ".again")]
     with closing(FindingJournal(partial[arguments.again])) as journal:
-        known |= journal.findings
-        files = {*listing.files}
-        before = sum(checker.accepts(known[file]) for file in files & known.keys())
+        same = checker.unchanged(listing.files, known | journal.findings)
         print(
-            f"{len(files)} files of {shortest(listing.source)}"
-            f"{f', {before} of which were checked before' if before else ''}; "
+            f"{len({*listing.files})} files of {shortest(listing.source)}"
+            f"{f', {len(same)} of which have not changed since their check' if same else ''}; "
             f"{arguments.workers} {'process' if arguments.workers == 1 else 'processes'}; a file "
             f"may take {arguments.memory:g} GiB, and {limits.seconds:g} s without a further frame"
         )
         try:
-            found, taken_over = check_files(listing.files, known, journal, checker)
+            found = check_files(listing.files, same, journal, checker)
         except KeyboardInterrupt:
             print(f"\nThe findings so far are kept in {journal.path}: the same command goes on.")
             raise
@@ -115,8 +113,6 @@ def check(arguments: argparse.Namespace) -> int:
         write(listing, findings, out, rooted=arguments.root is not None)
         for path in partial:
             path.unlink(missing_ok=True)
-    if taken_over:
-        print(f"\n{taken_over} files have not changed and were not decoded again")
     print(f"\n{summary(listing.files, findings)}")
     print(f"\nwrote {shortest(out)}\n      {shortest(out.with_suffix('.png'))}")
     print(f"To train on what can be used: data.train={shortest(out)}")

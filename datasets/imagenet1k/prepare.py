@@ -32,13 +32,11 @@ from hpm_video.preparation.sources import (
 
 SPLITS = ("train", "validation")
 LABELS_HELP = "their classes, where they do not lie in class folders"
+IDS_HELP = "map_clsloc.txt, or another text that maps the IDs of the development kit to wnids"
 OPTIONS = {
     **{f"--{name}": {"help": f"images of {name}", **FOLDER} for name in SPLITS},
     **{f"--{name}-labels": {"help": LABELS_HELP, **FILE} for name in SPLITS},
-    "--ids": {
-        "help": "map_clsloc.txt, or another text that maps the IDs of the development kit to wnids",
-        **FILE,
-    },
+    "--ids": {"help": IDS_HELP, **FILE},
     "--names": {"help": "LOC_synset_mapping.txt: wnids and names", **FILE},
 }
 RIGHT_FOLDERS = (

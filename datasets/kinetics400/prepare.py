@@ -35,20 +35,16 @@ from hpm_video.preparation.sources import (
 
 SPLITS = ("train", "validation", "test")
 SPELLED = {"val": "validation", "valid": "validation", "validate": "validation"}
+NAMES_HELP = (
+    "names of the classes, one a line in the order of their numbers; by default those of the "
+    "training CSV, or of the training class folders, sorted"
+)
+TAKEN_HELP = "videos that take the place of those of the same name; may be given several times"
 OPTIONS: dict[str, dict[str, Any]] = {
     **{f"--{name}": {"help": f"videos of {name}", **FOLDER} for name in SPLITS},
     **{f"--{name}-csv": {"help": f"CSV of {name}", **FILE} for name in SPLITS},
-    "--labels": {
-        "help": "names of the classes, one a line in the order of their numbers; by default those "
-        "of the training CSV, or of the training class folders, sorted",
-        **FILE,
-    },
-    "--replacements": {
-        "help": "videos that take the place of those of the same name; may be given several times",
-        "action": "append",
-        "default": [],
-        **FOLDER,
-    },
+    "--labels": {"help": NAMES_HELP, **FILE},
+    "--replacements": {"help": TAKEN_HELP, "action": "append", "default": [], **FOLDER},
 }
 RIGHT_CSV = (
     "Give the CSV of the release that the folders were made from, or no CSV where they are right"

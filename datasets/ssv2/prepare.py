@@ -27,10 +27,7 @@ from hpm_video.preparation.sources import (
 SPLITS = ("train", "validation", "test")
 OPTIONS = {
     "--videos": {"help": "folder 20bn-something-something-v2 of the videos", **REQUIRED_FOLDER},
-    "--lists": {
-        "help": "folder of labels.json and of SPLIT.json for each split",
-        **REQUIRED_FOLDER,
-    },
+    "--lists": {"help": "folder of labels.json and SPLIT.json for each split", **REQUIRED_FOLDER},
     "--splits": {"nargs": "+", "choices": SPLITS, "help": "by default those that have a list"},
 }
 OLD_NAME = "something-something-v2-"  # that the files' names began with before 2022

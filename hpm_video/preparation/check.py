@@ -76,14 +76,14 @@ def _content_of(file: str, total: int | None) -> str:
 def _check_images(reader: VideoReader, file: str) -> Steps[Finding]:
     """Check an image or a folder of frames, read as training reads them."""
     size, count = reader.frame_size, reader.num_frames
-    sound, why = 0, ""
-    while sound < count and not why:
-        try:
-            reader.read([sound])
-            sound += 1
-        except DecodeError as error:
-            why = error.reason
+    sound, why = count, ""
+    for number in range(count):
         yield
+        try:
+            reader.read([number])
+        except DecodeError as error:
+            sound, why = number, error.reason
+            break
     first = str(frames_in(file)[0]) if is_frame_folder(file) else file
     facts: dict[str, Any] = _image_properties(read_bytes(first)) | {"key_frame_distance": 1}
     finding = Finding("fine", num_frames=sound, height=size[0], width=size[1], **facts)

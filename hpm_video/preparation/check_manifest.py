@@ -71,6 +71,15 @@ class Checker:
         same_limits = finding.limits in (None, self.allowed)
         return finding.decoder in (self.decoder, IMAGE_DECODER) and same_limits
 
+    def unchanged(self, files: Iterable[str], known: Mapping[str, Finding]) -> dict[str, Finding]:
+        """Return the known findings that still hold, which need not be decoded again."""
+        there = {file: known[file] for file in files if file in known}
+        return {
+            file: finding
+            for file, finding in there.items()
+            if self.accepts(finding) and finding.stamp == stamp_of(file)
+        }
+
     def finding(self, file: str, result: Finding | Lost) -> Finding:
         """Return the finding of a file, whose process may have been lost."""
         if isinstance(result, Lost):
@@ -87,32 +96,25 @@ class Checker:
 
 
 def check_files(
-    files: Iterable[str], known: Mapping[str, Finding], journal: FindingJournal, checker: Checker
-) -> tuple[dict[str, Finding], int]:
-    """Check files, and note the findings in the journal.
+    files: Iterable[str], unchanged: Mapping[str, Finding], journal: FindingJournal, check: Checker
+) -> dict[str, Finding]:
+    """Check files, except those that are ``unchanged``, and note the findings in the journal.
 
-    Returns the finding of each file, and the number of those that were taken over: files that have
-    not changed since they were ``known`` are not decoded again.
+    Returns the finding of each file.
     """
-    files = dict.fromkeys(files)
-    found = {
-        file: known[file]
-        for file in files
-        if file in known and checker.accepts(known[file]) and known[file].stamp == stamp_of(file)
-    }
-    taken_over, num_bad = len(found), sum(each.verdict == "bad" for each in found.values())
-    left = {file: file for file in files if file not in found}
+    found = {**unchanged}
+    left = {file: file for file in files if file not in unchanged}
+    num_bad = sum(finding.verdict == "bad" for finding in unchanged.values())
     with (
-        closing(ProgressBar(len(files), "files", first=taken_over)) as bar,
-        closing(run_jobs(checker, left, checker.workers, checker.limits, retry=True)) as results,
+        closing(ProgressBar(len(found) + len(left), "files", first=len(found))) as bar,
+        closing(run_jobs(check, left, check.workers, check.limits, retry=True)) as results,
     ):
         for file, result in results:
-            finding = checker.finding(file, result)
-            found[file] = finding
-            journal.note(file, finding)
-            num_bad += finding.verdict == "bad"
+            found[file] = check.finding(file, result)
+            journal.note(file, found[file])
+            num_bad += found[file].verdict == "bad"
             bar.advance(note=f"{num_bad} bad")
-    return found, taken_over
+    return found
 
 
 def known_of(out: Path, root: Path | None) -> dict[str, Finding]:

@@ -9,9 +9,7 @@ from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import reduce
 from itertools import chain
-from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +24,9 @@ from typing_extensions import Self
 from hpm_video.decoding.reader import Size
 from hpm_video.files.atomic import written_beside
 
-_FINE = reduce(
-    or_,
-    [
-        Interpolation[name]
-        for name in ("BICUBIC", "ACCURATE_RND", "FULL_CHR_H_INT")
-        if name in Interpolation.__members__  # av 17 has the first alone
-    ],
-)
+_FINE: Any = Interpolation.BICUBIC
+for _name in {"ACCURATE_RND", "FULL_CHR_H_INT"} & {*Interpolation.__members__}:  # from av 18 on
+    _FINE |= Interpolation[_name]
 _RGB_MATRIX = 0
 
 

@@ -26,8 +26,6 @@ Result = TypeVar("Result")
 
 SECONDS_BETWEEN_STEPS = 0.5
 JOURNAL, SETTINGS = "journal.jsonl", "settings.json"
-TEXT: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-"""Arguments to open tables with; names of files need not be UTF-8."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 """Errors after which no further file can be written."""
 
@@ -131,12 +129,7 @@ def claim(
     """
     path = folder / SETTINGS
     if path.is_file():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise FileExistsError(
-                f"{path} is incomplete ({error}); give a new folder, or delete {folder}"
-            ) from error
+        before = json.loads(path.read_text(encoding="utf-8"))
         differ = [
             f"  {name}: {before.get(name)} -> {settings.get(name)}"
             for name in {**before, **settings}
@@ -194,8 +187,11 @@ def run_jobs(
 
 
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
-    """Write a CSV file atomically."""
-    with written_beside(path) as beside, beside.open("w", **TEXT) as file:
+    """Write a CSV file atomically. Names of files in it need not be UTF-8."""
+    with (
+        written_beside(path) as beside,
+        beside.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)

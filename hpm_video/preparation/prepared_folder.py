@@ -63,7 +63,6 @@ class PreparedFolder:
         self._base = str(base)
         dots, nests = recipe.form != "shards", recipe.form != "frames"
         self.names = output_names(manifest.files, self._base, dots=dots, nests=nests)
-        """Name of the output of each place; none where the place has no safe one."""
         self._of_name = {name: place for place, name in self.names.items()}
         self._row = {place: row for row, place in reversed([*enumerate(manifest.files)])}
         self._shards: dict[str, dict[str, Any]] = {}  # existing shards as the journal has them
@@ -81,8 +80,6 @@ class PreparedFolder:
             with contextlib.suppress(OSError):  # it is empty, unless this run was stopped
                 self.unfinished.rmdir()
             self._journal.close()
-
-    # --- What is there -----------------------------------------------------------------------
 
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Claim the folder for these settings, and find out what is done.
@@ -157,14 +154,10 @@ class PreparedFolder:
 
     def missing(self) -> list[str]:
         """Return the places without an output, each once, in the order of the manifest."""
-        for place, name in self.names.items():
-            if name is None:
-                self.fail(place, "its name holds control characters; rename the file")
-            elif self.recipe.copy and is_frame_folder(place):
+        if self.recipe.copy:
+            for place in filter(is_frame_folder, self.names):
                 self.fail(place, "a folder of frames cannot be packed as it is; leave out --copy")
         return [p for p in self.names if p not in self.outputs and p not in self.failures]
-
-    # --- Work --------------------------------------------------------------------------------
 
     def job(self, place: str, trial: Path | None = None) -> Job:
         """Make the job of a place; as a ``trial``, for its first seconds in that folder."""
@@ -237,8 +230,6 @@ class PreparedFolder:
             for name in self._outdated:
                 remove(str(self.path / name))
 
-    # --- Inside ------------------------------------------------------------------------------
-
     def _note(self, record: Mapping[str, Any]) -> None:
         assert self._journal is not None, "the folder is claimed before anything is written to it"
         self._journal.append(record)
@@ -289,4 +280,4 @@ class PreparedFolder:
         if place in self._packed:
             member = self._packed[place]
             path = str(replace(member, tar=f"{self.path}/{member.tar}"))
-        return Sample(str(self.names[place]), path, suffix, label, info)
+        return Sample(self.names[place], path, suffix, label, info)

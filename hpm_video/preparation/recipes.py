@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpm_video.data.manifest import UNLABELLED
+from hpm_video.data.places import unwritable
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.errors import ExpectedError
 from hpm_video.preparation.sources import Kind, RecipeError, Split, Videos, stem
@@ -44,22 +45,16 @@ def run_recipe(
 ) -> int:
     """Run ``prepare``, and write and report its result. -> the exit code
 
-    Args:
-        about: the docstring of the recipe.
-        script: its file; the output goes beside it by default.
-        options: its own options, as ``add_argument`` takes them.
-        prepare: makes manifests from the parsed options.
-        arguments: the command line.
-        kind: the kind of its files.
+    ``about``: the docstring of the recipe; ``script``: its file, beside which the output goes by
+    default; ``options``: its own options, as ``add_argument`` takes them; ``kind``: of its files.
     """
     parser = argparse.ArgumentParser(description=(about or "").partition("\n")[0])
     add = parser.add_argument
     for name, settings in options.items():
         add(name, **settings)
-    beside, example = Path(script).resolve().parent, ".JPEG" if kind == "image" else ".MP4"
     where = "where manifests and labels.txt go, by default beside this script"
-    add("--output", default=beside, help=where, **FOLDER)
-    add("--suffix", metavar=example, help=f"take only {kind}s with this suffix")
+    add("--output", default=Path(script).resolve().parent, help=where, **FOLDER)
+    add("--suffix", metavar=".EXT", help=f"take only {kind}s with this suffix")
     add("--strict", action="store_true", help=f"exit with 2 if a {kind} is missing")
     given = parser.parse_args(arguments)
     try:
@@ -119,13 +114,9 @@ def write(output: Path, names: Sequence[str], splits: Sequence[Split]) -> None:
     for split in splits:
         content[f"missing_{split.name}.txt"] = "".join(f"{clip.name}\n" for clip in split.missing)
         content[f"{split.name}.csv"] = _manifest_text(output, names, split)
-    try:
-        "".join(content.values()).encode("utf-8")
-    except UnicodeEncodeError as error:
-        around = error.object[max(error.start - 60, 0) : error.end + 60]
-        raise RecipeError(
-            f"the name of a file is not text in UTF-8, in {around!r}. Rename it"
-        ) from error
+    for file in (str(file) for split in splits for _, file in split.found):
+        if why := unwritable(file):
+            raise RecipeError(f"the name of the file {file!r} {why}. Rename it")
     labels = output / "labels.txt"
     if labels.exists() and labels.read_bytes() != content[labels.name].encode():
         _check_other_manifests(output, content)

@@ -21,6 +21,7 @@ from hpm_video.files.failures import Failure
 from hpm_video.preparation.jobs import Steps, attempt
 
 LONGEST_PART = 150  # limit of the bytes in a part of a name; file systems take 255
+UNSAFE = r"[\0-\x1f\x7f-\x9f\\\ud800-\udfff]"  # control characters and those that are not text
 CHUNK = 2**22  # number of bytes to read at once
 
 
@@ -114,24 +115,21 @@ def suffix_of(place: str) -> str:
 
 def output_names(
     places: Sequence[str], base: str, *, dots: bool = True, nests: bool = True
-) -> dict[str, str | None]:
+) -> dict[str, str]:
     """Name the output of each place: a relative path without a suffix that is safe to write to.
 
     It is the path below ``base``, or the full path of a place elsewhere, and never contains ``..``.
     Of two names that differ in letter case at most, the first stays as it is, so that names do not
-    change when places are appended; the others get a part of their place's digest. A place with
-    control characters has none.
+    change when places are appended. The others get a part of their place's digest, and so does one
+    with characters that are no good in a name.
 
     Without ``dots`` the last part has no dot, which webdataset takes for the start of the suffix.
     Without ``nests`` no name lies below another, which may be a folder of frames.
     """
-    names: dict[str, str | None] = {}
+    names: dict[str, str] = {}
     taken: set[str] = set()
     above: set[str] = set()
     for place in dict.fromkeys(places):
-        if re.search(r"[\0-\x1f\x7f-\x9f]", place):
-            names[place] = None
-            continue
         wish = _relative(place, base)
         name = _cleaned(wish, dots)
         folded = name.casefold()
@@ -167,7 +165,7 @@ def _cleaned(name: str, dots: bool) -> str:
     """Make each part of a name acceptable to any file system."""
     *folders, last = name.split("/")
     parts = [*folders, last if dots else last.replace(".", "_")]
-    safe = [re.sub(r"[\\\ud800-\udfff]", "_", part).encode()[-LONGEST_PART:] for part in parts]
+    safe = [re.sub(UNSAFE, "_", part).encode()[-LONGEST_PART:] for part in parts]
     texts = [part.decode(errors="ignore") for part in safe]
     return "/".join("_" if text in ("", ".", "..") else text for text in texts)
 

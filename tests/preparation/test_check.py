@@ -320,12 +320,12 @@ def test_a_second_check_looks_at_what_changed_or_was_bad(check, folder, tmp_path
     assert check(tmp_path / "list.txt") == 3
     first = out.read_text()
     assert check(tmp_path / "list.txt") == 3
-    assert "2 files have not changed and were not decoded again" in capsys.readouterr().out
+    assert ", 2 of which have not changed since their check; " in capsys.readouterr().out
     assert out.read_text() == first
     (tmp_path / "short.mp4").write_bytes((folder / "one.ts").read_bytes())
     (tmp_path / "text.mp4").write_bytes((folder / "good.mp4").read_bytes())
     assert check(tmp_path / "list.txt") == 0
-    assert "1 files have not changed" in capsys.readouterr().out
+    assert ", 1 of which have not changed" in capsys.readouterr().out
     assert list(pd.read_csv(out)["num_frames"]) == [60, 24, 40]
     assert list(pd.read_csv(out)["label"]) == [3, 1, 0]
     assert check(tmp_path / "list.txt", "--again") == 0
@@ -435,8 +435,7 @@ def work_folder(tmp_path_factory):
 def findings_of(checker, files, folder):
     """Check files. -> findings by the names of the files"""
     with closing(FindingJournal(folder / "journal")) as journal:
-        found, taken_over = check_files(files, {}, journal, checker)
-    assert taken_over == 0
+        found = check_files(files, {}, journal, checker)
     with closing(FindingJournal(folder / "journal")) as journal:
         assert journal.findings == found
     return {Path(file).stem: finding for file, finding in found.items()}
@@ -554,7 +553,7 @@ def test_only_what_the_same_decoder_found_is_taken_over(check, tool, folder, tmp
     table.to_csv(out, index=False)
     capsys.readouterr()
     assert check(tmp_path / "list.csv") == 0
-    assert "were not decoded again" not in capsys.readouterr().out
+    assert "have not changed" not in capsys.readouterr().out
     table.drop(columns="decoder").to_csv(out, index=False)  # an older one
     assert check(tmp_path / "list.csv") == 0
     assert list(pd.read_csv(out)["decoder"]) == ["pyav", "pillow"]
@@ -572,7 +571,7 @@ def test_again_leaves_the_journal_of_another_check_and_goes_on_with_its_own(
         with closing(FindingJournal(journal)) as file:
             file.note(str(tmp_path / "a.png"), noted)
         assert check(tmp_path / "list.csv", *options) == code
-        assert ("1 of which were checked before" in capsys.readouterr().out) == bool(code)
+        assert ("1 of which have not changed" in capsys.readouterr().out) == bool(code)
         assert not list(tmp_path.glob("*.partial"))
 
 
@@ -665,8 +664,7 @@ def test_a_check_that_was_stopped_goes_on(
     monkeypatch.setattr(tool, "Checker", work_of_a_check.Looking)
     assert check(tmp_path / "list.csv") == 0
     output = capsys.readouterr().out
-    assert f"{len(noted)} of which were checked before" in output
-    assert f"{len(noted) - 1} files have not changed" in output
+    assert f"{len(noted) - 1} of which have not changed" in output
     files = {f"{tmp_path}/waits {i}.mp4" for i in range(12)}
     looked = (tmp_path / "looked.txt").read_text().splitlines()
     assert sorted(looked) == sorted(Path(file).stem for file in files - noted | {changed})
@@ -802,8 +800,10 @@ def test_a_file_that_has_not_changed_is_not_decoded(folder, monkeypatch, tmp_pat
     assert known[gone].reasons == ("there is no such file",)
     monkeypatch.setattr(jobs, "Pool", None)
     with closing(FindingJournal(tmp_path / "journal")) as journal:
-        found = check_files([file, gone], known, journal, Checker(1, decoder="pyav"))
-    assert found == (known, 2)
+        checker = Checker(1, decoder="pyav")
+        unchanged = checker.unchanged([file, gone, f"{tmp_path}/new.mp4"], known)
+        assert unchanged == known
+        assert check_files([file, gone], unchanged, journal, checker) == known
     assert not (tmp_path / "journal").read_text()
 
 

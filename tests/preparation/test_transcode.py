@@ -490,9 +490,9 @@ def test_samples_are_the_same_in_every_form(start, outputs, tmp_path):
         ("/data/s.tar::a/b.mp4@512+9", "s/a/b"),
         ("/data/s.tar::../../b.mp4@512+9", "s/b"),
         ("/data/s.tar::/etc/b.mp4@512+9", "s/etc/b"),
-        ("/data/a\nb.mp4", None),
-        ("/data/a\x1b[2Jb.mp4", None),
-        ("/data/a\0.mp4", None),
+        ("/data/a\nb.mp4", "a_b-a457cf8888"),
+        ("/data/a\x1b[2Jb.mp4", "a_[2Jb-373e7767f1"),
+        ("/data/a\0.mp4", "a_-74d4d125ae"),
     ],
 )
 def test_name_of_an_output(place, name):
