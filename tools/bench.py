@@ -20,7 +20,6 @@ import pandas as pd
 import torch
 from bench_ways import (  # type: ignore[import-not-found] # beside this file
     LOSSES,
-    Way,
     loss_step,
     ways_to_decode,
 )
@@ -35,12 +34,10 @@ from hpm_video.decoding.reader import DecoderError
 from hpm_video.decoding.registry import available_decoders, open_video
 from hpm_video.files.failures import TooManyBadFiles
 from hpm_video.preparation.benchmark import (
-    IN_THE_RUN,
     IN_WORKERS,
-    Phases,
-    Storage,
     Trial,
     Trials,
+    fits_into_memory,
     reader_of,
 )
 from hpm_video.preparation.loader_advice import (
@@ -66,16 +63,14 @@ from hpm_video.training.device import (
 from hpm_video.training.memory import measure_update
 from hpm_video.workers.room import RoomError, usable_cores
 
-TURNS = 3
-"""Number of measurements of each precision."""
+TURNS = 3  # number of measurements of each precision
 WHY = {
     "cuda": "bf16 where the GPU is made for it",
     "mps": "always on this kind of device",
     "cpu": "on a CPU bf16 only where it measures faster by a tenth (measured anew)",
 }
 Rows = list[dict[str, Any]]
-Tables = Iterator[tuple[str, Rows]]
-"""Titles and rows in the order of measurement."""
+Tables = Iterator[tuple[str, Rows]]  # titles and rows in the order of measurement
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
@@ -107,6 +102,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser(__doc__, None)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    add: dict[str, Callable[..., object]] = {}
     for measure in (update, loader, decoding, losses):
         command = commands.add_parser(
             measure.__name__,
@@ -116,43 +112,37 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         )
         command.set_defaults(measure=measure)
         add_options(command, output={"metavar": "FILE.csv|FILE.json", "help": "write tables there"})
-    add = commands.choices["update"].add_argument
-    add("config", type=Path, metavar="CONFIG", help="a file of configs/pretrain")
-    add("overrides", nargs="*", metavar="section.key=value")
-    add("--clips", type=positive, help=f"of an update; default: at most {TIMED_CLIPS}")
-    add("--repeats", type=positive, default=5, help="timed updates of a turn (5)")
-    add = commands.choices["loader"].add_argument
-    add("config", type=Path, metavar="CONFIG", help="RUN/config.yaml also has the speed of the run")
-    add("overrides", nargs="*", metavar="section.key=value")
-    add("--decoders", metavar="NAME,NAME", help="by default all that load")
-    add(
-        "--workers",
-        type=lambda text: [positive(word) for word in text.split(",")],
-        metavar="N,N",
-        help="numbers of decoding processes to try, for all --processes together",
+        add[measure.__name__] = command.add_argument
+    configs = {"update": "a file of configs/pretrain", "loader": "or RUN/config.yaml of a run"}
+    for name, which in configs.items():
+        add[name]("config", type=Path, metavar="CONFIG", help=which)
+        add[name]("overrides", nargs="*", metavar="section.key=value")
+    of_update = f"of an update; default: at most {TIMED_CLIPS}"
+    add["update"]("--clips", type=positive, help=of_update)
+    add["update"]("--repeats", type=positive, default=5, help="timed updates of a turn (5)")
+    for name in ("loader", "decoding"):
+        add[name]("--decoders", metavar="NAME,NAME", help="by default all that load")
+    tried = "numbers of decoding processes to try, for all --processes together"
+    add["loader"]("--workers", type=several, metavar="N,N", help=tried)
+    processes = (
+        "training processes of this machine, one per GPU, which share its cores; default: the "
+        "number of GPUs, or of processes of the run if that is less"
     )
-    add(
-        "--processes",
-        type=positive,
-        metavar="N",
-        help="training processes of this machine, one per GPU, which share its cores; default: the "
-        "number of GPUs, or of processes of the run if that is less",
-    )
-    add("--needs", type=above_zero, metavar="CLIPS", help="per second, of all GPUs here together")
-    add("--clips", type=positive, default=48, help="videos whose phases are measured (48)")
-    add("--seconds", type=above_zero, default=8.0, metavar="S", help="of each trial (8)")
+    add["loader"]("--processes", type=positive, metavar="N", help=processes)
+    needs = "per second, of all GPUs here together"
+    add["loader"]("--needs", type=above_zero, metavar="CLIPS", help=needs)
+    measured = "videos whose phases are measured (48)"
+    add["loader"]("--clips", type=positive, default=48, help=measured)
+    add["loader"]("--seconds", type=above_zero, default=8.0, metavar="S", help="of each trial (8)")
     add_options(commands.choices["decoding"], views={"default": Views(5, 3)})
-    add = commands.choices["decoding"].add_argument
-    add("video", metavar="VIDEO")
-    add("--decoders", metavar="NAME,NAME", help="by default all that load")
-    add("--repeats", type=positive, default=15, help="times that each way is measured (15)")
+    add["decoding"]("video", metavar="VIDEO")
+    add["decoding"]("--repeats", type=positive, default=15, help="measurements of each way (15)")
     add_options(commands.choices["losses"], "device")
-    add = commands.choices["losses"].add_argument
-    add("--clips", type=positive, default=32)
-    add("--tokens", type=positive, default=1412, help="hidden tokens of a clip (1412)")
-    add("--turns", type=positive, default=2, help="in which each form is timed (2)")
-    add("--repeats", type=positive, default=3, help="timed calls of a turn (3)")
-    add("--threads", type=positive, help="of the CPU; default: torch's choice")
+    add["losses"]("--clips", type=positive, default=32)
+    add["losses"]("--tokens", type=positive, default=1412, help="hidden tokens of a clip (1412)")
+    add["losses"]("--turns", type=positive, default=2, help="in which each form is timed (2)")
+    add["losses"]("--repeats", type=positive, default=3, help="timed calls of a turn (3)")
+    add["losses"]("--threads", type=positive, help="of the CPU; default: torch's choice")
     words = sys.argv[1:] if command_line is None else command_line
     chosen = commands.choices.get(words[0] if words else "")
     return chosen.parse_intermixed_args(words[1:]) if chosen else parser.parse_args(words)
@@ -170,9 +160,6 @@ def compare(ways: Mapping[str, Callable[[int], float]], turns: int, *, warmup: i
         {"way": name, "ms": 1000 * median, "times as fast": first / median}
         for name, median in medians.items()
     ]
-
-
-# --- Updates ------------------------------------------------------------------------------------
 
 
 def update(arguments: argparse.Namespace) -> Tables:
@@ -217,9 +204,6 @@ def describe(device: torch.device) -> str:
     return f"{device.type} with {count} thread{'s' * (count != 1)}"
 
 
-# --- Losses -------------------------------------------------------------------------------------
-
-
 def losses(arguments: argparse.Namespace) -> Tables:
     """Measure time and memory of the ranking loss, forward and backward.
 
@@ -243,9 +227,6 @@ def losses(arguments: argparse.Namespace) -> Tables:
     yield f"ranking loss of {size}, {describe(device)}", rows
 
 
-# --- Decoding -----------------------------------------------------------------------------------
-
-
 def decoding(arguments: argparse.Namespace) -> Tables:
     """Time how a video becomes clips, against the straightforward way.
 
@@ -259,7 +240,7 @@ def decoding(arguments: argparse.Namespace) -> Tables:
     if "decord" not in available_decoders():
         print("decord is not installed: the straightforward way takes whole frames of PyAV")
 
-    def measure(way: Way, turn: int) -> float:
+    def measure(way: Callable[[Request], object], turn: int) -> float:
         request, began = Request(arguments.video, -1, -1, ((turn,),)), time.perf_counter()
         way(request)
         return time.perf_counter() - began
@@ -278,9 +259,6 @@ def choose_decoders(names: str | None, first: Sequence[DecoderChoice] = ()) -> l
         if word not in there:
             raise DecoderError(f"--decoders: {word} is not there, only {', '.join(there)}")
     return [name for word in names.split(",") for name in there if name == word]
-
-
-# --- Loader -------------------------------------------------------------------------------------
 
 
 def loader(arguments: argparse.Namespace) -> Tables:
@@ -305,12 +283,20 @@ def loader(arguments: argparse.Namespace) -> Tables:
     past = past_speed(arguments.config.parent)
     processes = arguments.processes or processes_here(device, past[0] if past else None)
     batch_size = min(config.engine.micro_batch or config.recipe.batch_size, 32)
-    trials = Trials(clips, config.weights, Storage.of(clips), batch_size, arguments.seconds)
-    print(f"training processes: {processes}, cores: {usable_cores()}\n{trials.storage}")
+    in_memory, files = fits_into_memory(clips)
+    print(f"training processes: {processes}, cores: {usable_cores()}\n{files}")
+    limits = {"batch_size": batch_size, "seconds": arguments.seconds}
+    trials = Trials(clips, config.weights, in_memory=in_memory, **limits)
     phases, decoder = trials.phases(arguments.clips, device, decoders)
+    total = sum(phases.values())
     by = f", by {decoder}" if decoder else ""
     shared = f" ({config.data.repeats} of each video)" if config.data.repeats > 1 else ""
-    yield f"one clip{by}{shared}", rows_of_phases(phases)
+    rows: Rows = []
+    for name, seconds in phases.items():
+        where = "in a worker" if name in IN_WORKERS else "in the run"
+        share = f"{seconds / total:.0%}"
+        rows.append({"phase": name, "where": where, "ms": 1000 * seconds, "share": share})
+    yield f"one clip{by}{shared}", rows
     tried = [Trial(decoder) for decoder in decoders]
     numbers = workers_to_try(arguments.workers, processes)
     for trial, workers in tqdm([*product(tried, numbers)], "trials", leave=False, disable=None):
@@ -330,17 +316,6 @@ def loader(arguments: argparse.Namespace) -> Tables:
         print(verdict(rate, needs))
 
 
-def rows_of_phases(phases: Phases) -> Rows:
-    """Make a row of each phase of a clip."""
-    where = dict.fromkeys(IN_WORKERS, "in a worker") | dict.fromkeys(IN_THE_RUN, "in the run")
-    total = phases.seconds(where)
-    return [
-        {"phase": name, "where": place, "ms": 1000 * seconds, "share": f"{seconds / total:.0%}"}
-        for name, place in where.items()
-        for seconds in [phases.seconds([name])]
-    ]
-
-
 def row_of(trial: Trial, numbers: Sequence[int]) -> dict[str, Any]:
     """Make a row of a decoder: its rates and refused files."""
     row: dict[str, Any] = {"decoder": trial.decoder or "images"}
@@ -354,6 +329,11 @@ def row_of(trial: Trial, numbers: Sequence[int]) -> dict[str, Any]:
             f"refuses {len(trial.refused)} of {tried} files, such as {first.path}: {first.reason}"
         )
     return row
+
+
+def several(text: str) -> list[int]:
+    """Parse numbers such as 1,2,4."""
+    return [positive(word) for word in text.split(",")]
 
 
 if __name__ == "__main__":

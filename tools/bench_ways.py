@@ -1,11 +1,8 @@
 """The ways that tools/bench.py compares: to make clips of a file, and to compute the ranking loss.
 
-- train: one clip with a random multi-scale crop. The straightforward way reads whole frames, crops
-  and resizes each with Pillow, and stacks them as standardised float32. Here the part that the crop
-  shows is read and resized at once, and stays uint8, since a model standardises on its device.
-- test: several views. The straightforward way opens and decodes the file for each of them. Here it
-  is decoded once, and what views share is shared.
-- the ranking loss as it is defined, and in blocks of rows as the package has it.
+The straightforward way to a training clip crops and resizes whole frames by themselves, with
+Pillow, and stacks them as standardised float32. Here the part that the crop shows is read and
+resized at once, and stays uint8. For the views of a test it opens the file for each of them.
 """
 
 from collections.abc import Callable, Sequence

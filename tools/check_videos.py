@@ -15,16 +15,24 @@ as they are.
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from hpm_video.data.loader import default_workers
 from hpm_video.data.manifest import Listing, ManifestError, read_listing
+from hpm_video.data.places import unwritable
 from hpm_video.decoding.locations import is_frame_folder, is_image
 from hpm_video.decoding.registry import choose_decoder
 from hpm_video.files.atomic import written_beside
-from hpm_video.preparation.check_manifest import Checker, FindingJournal, check_listing, known_of
+from hpm_video.preparation.check_manifest import (
+    Checker,
+    FindingJournal,
+    check_files,
+    find_rows,
+    known_of,
+)
 from hpm_video.preparation.check_report import plot, summary
-from hpm_video.preparation.findings import columns_of
+from hpm_video.preparation.findings import Finding, columns_of
 from hpm_video.runs.console import (
     above_zero,
     add_options,
@@ -65,22 +73,12 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         "already, files that the same decoder could use and that have not changed since are not "
         "decoded again",
     }
-    add_options(
-        parser,
-        "root",
-        "seconds",
-        "memory",
-        output=checked,
-        workers={"type": positive, **processes},
-        decoder={"help": "of training"},
-    )
-    add(
-        "--seconds-in-all",
-        type=above_zero,
-        default=3600.0,
-        metavar="LIMIT",
-        help="for a file, however well it gets on (default 3600)",
-    )
+    workers = {"type": positive, **processes}
+    decoder = {"help": "of training"}
+    shared = ("root", "seconds", "memory")
+    add_options(parser, *shared, output=checked, workers=workers, decoder=decoder)
+    in_all = "for a file, however well it gets on (default 3600)"
+    add("--seconds-in-all", type=above_zero, default=3600.0, metavar="LIMIT", help=in_all)
     return parser.parse_args(command_line)
 
 
@@ -92,41 +90,31 @@ def check(arguments: argparse.Namespace) -> int:
     """
     listing = read_listing(arguments.manifest, arguments.root)
     out = output_path(listing, arguments.output)
-    refuse_unwritable(listing)
     if not all(is_image(file) or is_frame_folder(file) for file in listing.files):
         arguments.decoder = choose_decoder(arguments.decoder)
     limits = Limits(arguments.seconds, round(arguments.memory * GIB))
     checker = Checker(arguments.workers, limits, arguments.decoder, arguments.seconds_in_all)
     known = {} if arguments.again else known_of(out, arguments.root)
-    with FindingJournal(out.with_name(f"{out.name}.partial"), again=arguments.again) as journal:
-        before = known | journal.findings
-        files = {*listing.files}
-        num_known = sum(checker.accepts(before[file]) for file in files & before.keys())
+    partial = [out.with_name(f"{out.name}{end}.partial") for end in ("", ".again")]
+    with closing(FindingJournal(partial[arguments.again])) as journal:
+        same = checker.unchanged(listing.files, known | journal.findings)
         print(
-            f"{len(files)} files of {shortest(listing.source)}"
-            f"{f', {num_known} of which were checked before' if num_known else ''}; "
+            f"{len({*listing.files})} files of {shortest(listing.source)}"
+            f"{f', {len(same)} of which have not changed since their check' if same else ''}; "
             f"{arguments.workers} {'process' if arguments.workers == 1 else 'processes'}; a file "
             f"may take {arguments.memory:g} GiB, and {limits.seconds:g} s without a further frame"
         )
         try:
-            findings, taken_over = check_listing(listing, journal, known, checker)
+            found = check_files(listing.files, same, journal, checker)
         except KeyboardInterrupt:
             print(f"\nThe findings so far are kept in {journal.path}: the same command goes on.")
             raise
-        columns = columns_of(findings)
-        is_beside = listing.source.is_file() and out.parent == listing.source.parent
-        if not is_beside and arguments.root is None:
-            columns["path"] = [file.removeprefix(f"{out.parent}/") for file in listing.files]
-        listing.write(columns, out)
-        journal.path.unlink()
-    picture = out.with_suffix(".png")
-    with written_beside(picture) as path:
-        title = f"{listing.source.name}, {len(listing)} files"
-        plot(findings, title).savefig(path, format="png", dpi=110)
-    if taken_over:
-        print(f"\n{taken_over} files have not changed and were not decoded again")
+        findings = [*find_rows(listing, found)]
+        write(listing, findings, out, rooted=arguments.root is not None)
+        for path in partial:
+            path.unlink(missing_ok=True)
     print(f"\n{summary(listing.files, findings)}")
-    print(f"\nwrote {shortest(out)}\n      {shortest(picture)}")
+    print(f"\nwrote {shortest(out)}\n      {shortest(out.with_suffix('.png'))}")
     print(f"To train on what can be used: data.train={shortest(out)}")
     return sum(finding.verdict == "bad" for finding in findings)
 
@@ -135,7 +123,8 @@ def output_path(listing: Listing, out: Path | None) -> Path:
     """Return the path of the new manifest.
 
     Raises:
-        ManifestError: it is the manifest that is read, or not a CSV file.
+        ManifestError: it is the manifest that is read, or not a CSV file, or it could not name the
+            files.
     """
     source = listing.source
     stem = source.name if source.is_dir() else source.stem
@@ -146,22 +135,22 @@ def output_path(listing: Listing, out: Path | None) -> Path:
         raise ManifestError(
             f"--output {out} is the manifest that is read, which stays as it is; give another name"
         )
+    for file in listing.files:
+        if why := unwritable(file):
+            raise ManifestError(f"the path {file!r} {why}, as a manifest is: rename its folders")
     return out
 
 
-def refuse_unwritable(listing: Listing) -> None:
-    """Make sure, before hours of work, that all paths can be written.
-
-    Raises:
-        ManifestError: one of them is not text in UTF-8.
-    """
-    try:
-        for file in listing.files:
-            file.encode()
-    except UnicodeEncodeError as error:
-        raise ManifestError(
-            f"the path {file!r} is not text in UTF-8, as a manifest is: rename its folders"
-        ) from error
+def write(listing: Listing, findings: Sequence[Finding], out: Path, *, rooted: bool) -> None:
+    """Write the new manifest and its picture. ``rooted``: paths start from a given root."""
+    columns = columns_of(findings)
+    is_beside = listing.source.is_file() and out.parent == listing.source.parent
+    if not is_beside and not rooted:
+        columns["path"] = [file.removeprefix(f"{out.parent}/") for file in listing.files]
+    listing.write(columns, out)
+    with written_beside(out.with_suffix(".png")) as picture:
+        title = f"{listing.source.name}, {len(listing)} files"
+        plot(findings, title).savefig(picture, format="png", dpi=110)
 
 
 if __name__ == "__main__":

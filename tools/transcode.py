@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,10 +21,9 @@ import hpm_video
 from hpm_video.data.loader import MAX_WORKERS, default_workers
 from hpm_video.data.manifest import read_listing, read_manifest
 from hpm_video.files.failures import BadFilesError
-from hpm_video.preparation.prepare import Estimate, make, pack, try_out
-from hpm_video.preparation.prepared_folder import PreparedFolder, Rows
-from hpm_video.preparation.shards import Packer
-from hpm_video.preparation.transcode import Recipe, Transcoder
+from hpm_video.preparation.prepare import Estimate, estimate, make, pack
+from hpm_video.preparation.prepared_folder import PreparedFolder
+from hpm_video.preparation.transcode import Recipe
 from hpm_video.runs.console import (
     above_zero,
     add_options,
@@ -35,8 +34,7 @@ from hpm_video.runs.console import (
     shortest,
     whole_number,
 )
-from hpm_video.workers.pool import GIB, Limits, Pool
-from hpm_video.workers.progress_bar import ProgressBar
+from hpm_video.workers.pool import GIB, Limits
 
 GB = 1e9
 EXIT_CODES = exit_codes(
@@ -60,37 +58,15 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     add("output", type=Path, metavar="OUT", help="folder to write to; a second start goes on")
     add("--to", choices=("files", "frames", "shards"), default="files", dest="form")
     add("--copy", action="store_true", help="with --to shards: pack the files as they are")
-    add(
-        "--short-side",
-        type=even,
-        default=320,
-        metavar="PIXELS",
-        help="of larger frames (default 320); smaller ones keep their size, and odd sides lose "
-        "a pixel",
-    )
-    add(
-        "--fps",
-        type=rate,
-        metavar="N",
-        help="frames a second, chosen by time; default: every frame once, at the average rate",
-    )
+    smaller = "of larger frames (default 320); smaller ones keep their size, odd sides lose a pixel"
+    add("--short-side", type=even, default=320, metavar="PIXELS", help=smaller)
+    by_time = "frames a second, chosen by time; default: every frame once, at the average rate"
+    add("--fps", type=rate, metavar="N", help=by_time)
     add("--key-frames", type=positive, default=12, metavar="N", help="at most N apart (default 12)")
     add("--crf", type=whole_number(0, 51), default=20, metavar="0-51", help="of H.264 (default 20)")
-    add(
-        "--quality",
-        type=whole_number(1, 100),
-        default=90,
-        metavar="1-100",
-        help="JPEG (default 90)",
-    )
-    add(
-        "--shard-size",
-        type=lambda text: round(above_zero(text) * GB),
-        default=round(GB),
-        dest="shard_bytes",
-        metavar="GB",
-        help="(default 1)",
-    )
+    quality = whole_number(1, 100)
+    add("--quality", type=quality, default=90, metavar="1-100", help="JPEG (default 90)")
+    add("--shard-size", type=above_zero, default=1.0, metavar="GB", help="(default 1)")
     workers = {
         "type": positive,
         "default": default_workers() + 1,
@@ -98,16 +74,13 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         f"{MAX_WORKERS + 1})",
     }
     add_options(parser, "root", "seconds", "memory", workers=workers)
-    add(
-        "--estimate",
-        "--dry-run",
-        action="store_true",
-        help="try a few files, report the expected time and size, and stop",
-    )
+    estimate = "try a few files, report the expected time and size, and stop"
+    add("--estimate", "--dry-run", action="store_true", help=estimate)
     add("--force", action="store_true", help="go on though the disk seems too small")
     arguments = parser.parse_args(command_line)
     if arguments.copy and arguments.form != "shards":
         parser.error("--copy packs files into shards: add --to shards")
+    arguments.shard_bytes = round(arguments.shard_size * GB)
     return arguments
 
 
@@ -119,9 +92,9 @@ def prepare(arguments: argparse.Namespace) -> None:
         ManifestError, OSError: a wrong input, or a disk that is full.
     """
     recipe = Recipe(**{each.name: getattr(arguments, each.name) for each in fields(Recipe)})
-    source = arguments.source.absolute()
-    base = (arguments.root or (source if source.is_dir() else source.parent)).absolute()
-    rows = Rows.of(read_manifest(source, arguments.root), read_listing(source, arguments.root))
+    source, root = arguments.source.absolute(), arguments.root
+    base = (root or (source if source.is_dir() else source.parent)).absolute()
+    manifest, listing = read_manifest(source, root), read_listing(source, root)
     settings = {
         "hpm_video": hpm_video.__version__,
         "source": str(source),
@@ -129,87 +102,65 @@ def prepare(arguments: argparse.Namespace) -> None:
         **asdict(recipe),
         "fps": recipe.fps and str(recipe.fps),
     }
-    with PreparedFolder(arguments.output, recipe, rows, base) as folder:
+    with closing(PreparedFolder(arguments.output, recipe, manifest, listing, base)) as folder:
         if not arguments.estimate or (folder.path / "settings.json").is_file():
             folder.claim(settings)
         if folder.changed:
             print(f"{folder.changed} files or their labels have changed: these are done again")
-        began, there = time.monotonic(), len(folder)
+        began, there = time.monotonic(), len(folder.outputs)
         try:
             work_through(folder, arguments)
         except KeyboardInterrupt:
-            print(
-                f"\n{len(folder)} of {folder.num_places} files are done; the same command goes on",
-                flush=True,
-            )
+            done = f"{len(folder.outputs)} of {len(folder.names)} files are done"
+            print(f"\n{done}; the same command goes on", flush=True)
             raise
         if not arguments.estimate:
             folder.write_lists()
-            report(folder, len(folder) - there, time.monotonic() - began)
+            report(folder, len(folder.outputs) - there, time.monotonic() - began)
 
 
 def work_through(folder: PreparedFolder, arguments: argparse.Namespace) -> None:
     """Do what is left, or only estimate it."""
     limits = Limits(arguments.seconds, round(arguments.memory * GIB))
-    places = folder.missing()
-    if places:
+    if places := folder.missing():
         workers = min(arguments.workers, len(places))
-        with Pool(Transcoder(folder.recipe), workers, limits, depth=1) as pool:
-            estimate = try_out(folder, pool, places)
-            announce(folder, estimate, workers)
-            check_disk(folder, estimate, force=arguments.force or arguments.estimate)
-            if arguments.estimate:
-                return
-            with closing(ProgressBar(len(places), "files", "frames/s")) as bar:
-                make(folder, pool, places, lambda n, last: bar.advance(n, is_last=last))
+        cost = estimate(folder, places, workers, limits)
+        announce(folder, cost, workers, force=arguments.force or arguments.estimate)
+        if not arguments.estimate:
+            make(folder, places, workers, limits)
     else:
-        print(f"all {folder.num_places - len(folder.failures)} files are there already")
-    if folder.recipe.form != "shards" or arguments.estimate:
-        return
-    if shards := folder.unpacked_shards():
-        # Nothing is decoded, and a large file is copied in one step: it may take longer.
-        limits = replace(limits, seconds=10 * limits.seconds)
-        with (
-            Pool(Packer(), min(arguments.workers, len(shards)), limits, depth=1) as packers,
-            closing(ProgressBar(len(shards), "shards", "MB/s")) as bar,
-        ):
-            for size in pack(folder, packers, shards):
-                bar.advance(size / 1e6)
+        print(f"all {len(folder.names) - len(folder.failures)} files are there already")
+    if folder.recipe.form == "shards" and not arguments.estimate:
+        pack(folder, arguments.workers, limits)
 
 
-def announce(folder: PreparedFolder, estimate: Estimate, workers: int) -> None:
-    """Report the work ahead, and what to expect."""
-    done = f" ({len(folder)} more are done)" if len(folder) else ""
-    print(
-        f"{estimate.files} files{done}, {size_of(estimate.before)}, on "
-        f"{workers} {'process' if workers == 1 else 'processes'}"
-    )
+def announce(folder: PreparedFolder, cost: Estimate, workers: int, *, force: bool) -> None:
+    """Report the work ahead, and what to expect.
+
+    Raises:
+        OSError: the outputs do not fit on the disk, and no ``force`` is given.
+    """
+    done = f" ({len(folder.outputs)} more are done)" if folder.outputs else ""
+    processes = f"{workers} {'process' if workers == 1 else 'processes'}"
+    print(f"{cost.files} files{done}, {size_of(cost.before)}, on {processes}")
+    needed, free = cost.after, free_bytes(folder.path)
     if folder.recipe.copy:
-        print(f"  packed as they are: {size_of(estimate.after)}")
-    elif estimate.tried:
+        print(f"  packed as they are: {size_of(needed)}")
+    elif cost.tried:
         print(
-            f"  estimate from {estimate.tried} of {estimate.files} files: "
-            f"{tqdm.format_interval(estimate.seconds / workers)}, then {size_of(estimate.after)}"
+            f"  estimate from {cost.tried} of {cost.files} files: "
+            f"{tqdm.format_interval(cost.seconds / workers)}, then {size_of(needed)}"
         )
     else:
         print("  no estimate: none of the files that were tried can be read")
-    print(f"  free on that disk: {size_of(free_bytes(folder.path))}", flush=True)
-
-
-def check_disk(folder: PreparedFolder, estimate: Estimate, *, force: bool) -> None:
-    """Make sure that the outputs fit on the disk.
-
-    Raises:
-        OSError: they do not.
-    """
-    needed = estimate.after
+    print(f"  free on that disk: {size_of(free)}", flush=True)
     if folder.recipe.form == "shards" and not folder.recipe.copy:
-        needed += min(folder.recipe.shard_bytes, estimate.after)
-    if needed > free_bytes(folder.path) and not force:
+        needed += min(folder.recipe.shard_bytes, needed)
+    if needed > free and not force:
         raise OSError(
-            f"{folder.path} needs about {size_of(needed)}, and {size_of(free_bytes(folder.path))} "
-            "are free there. Take another disk, a smaller --short-side or a higher --crf, or "
-            "--force to begin nevertheless"
+            f"{folder.path} needs about {size_of(needed)}, and {size_of(free)} are free there. "
+            "Take another disk, a smaller --short-side or a higher --crf, or --force to begin "
+            "nevertheless"
         )
 
 
@@ -226,24 +177,21 @@ def report(folder: PreparedFolder, new: int, seconds: float) -> None:
     Raises:
         BadFilesError: some files cannot be read.
     """
-    manifest = folder.path / "manifest.csv"
-    print(f"\nDone: {len(folder)} files, {new} of them new, in {tqdm.format_interval(seconds)}")
-    before = sum(output.source_bytes for output in folder.outputs.values())
-    now = sum(output.bytes for output in folder.outputs.values())
+    outputs = folder.outputs.values()
+    took = tqdm.format_interval(seconds)
+    print(f"\nDone: {len(outputs)} files, {new} of them new, in {took}")
+    before, now = (sum(getattr(each, of) for each in outputs) for of in ("source_bytes", "bytes"))
     print(f"  {size_of(before)} became {size_of(now)}")
-    odd = {place: output.note for place, output in folder.outputs.items() if output.note}
-    for place, note in list(odd.items())[:3]:
-        print(f"  {shortest(place)}: {note}")
+    odd = [f"{shortest(place)}: {it.note}" for place, it in folder.outputs.items() if it.note]
+    for line in odd[:3]:
+        print(f"  {line}")
     if len(odd) > 3:
         print(f"  and {len(odd) - 3} more of this kind")
-    print(f"  to train on it: data.train={shortest(manifest)}", flush=True)
+    print(f"  to train on it: data.train={shortest(folder.path / 'manifest.csv')}", flush=True)
     if folder.failures:
-        raise BadFilesError(
-            [*folder.failures.values()],
-            folder.num_places,
-            f"They are listed in {folder.path / 'failed.csv'}, and the same command tries them "
-            "again",
-        )
+        listed = f"They are listed in {folder.path / 'failed.csv'}"
+        remedy = f"{listed}, and the same command tries them again"
+        raise BadFilesError([*folder.failures.values()], len(folder.names), remedy)
 
 
 def size_of(count: int) -> str:

@@ -31,14 +31,13 @@ from hpm_video.preparation.sources import (
     Split,
     Videos,
     folder_and_name,
-    split_of_folders,
+    split_of,
 )
 
 OPTIONS = {
     "source": {"type": Path, "metavar": "SOURCE", "help": "archive, or a folder; see README.md"}
 }
-SPLITS = {"train": "train", "validation": "test"}
-"""Manifest -> folder of its images."""
+SPLITS = {"train": "train", "validation": "test"}  # manifest -> folder of its images
 BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "validation": ["test_batch"]}
 META, BINARY_META = "batches.meta", "batches.meta.txt"
 SIDE = 32
@@ -49,20 +48,14 @@ PUBLISHED = (
     f"are unpacked first, in a folder of .tar files by: {UNPACK}"
 )
 
-Pictures = tuple[NDArray[np.uint8], Sequence[int]]
-"""Images (N, H, W, 3) and their labels."""
+Pictures = tuple[NDArray[np.uint8], Sequence[int]]  # images (N, H, W, 3) and their labels
 
 
 def unpack(source: Path, folder: Path) -> None:
-    """Extract the needed files of an archive from any folder in it."""
-    batches = [name for several in BATCHES.values() for name in several]
-    wanted = {META, BINARY_META, *batches, *(f"{name}.bin" for name in batches)}
+    """Extract an archive."""
     try:
         with tarfile.open(source) as archive:
-            for member in archive:
-                name = Path(member.name).name
-                if name in wanted and (stream := archive.extractfile(member)):
-                    (folder / name).write_bytes(stream.read())
+            archive.extractall(folder, filter="data")
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(
@@ -110,17 +103,15 @@ def read_binary(folder: Path, source: Path) -> tuple[list[str], dict[str, Pictur
     return names, pictures
 
 
-def write_split(
-    split: str, pictures: Pictures, names: Sequence[str], output: Path, source: Path
-) -> Split:
+def write_split(split: str, pictures: Pictures, names: Sequence[str], output: Path) -> Split:
     """Write the missing images of a split."""
     found: list[tuple[Clip, Path]] = []
     for number, (picture, label) in enumerate(zip(*pictures, strict=True)):
         shown = f"{names[label]}/{number:05}.png"
         path = output / SPLITS[split] / shown
         write_picture(path, picture)
-        found.append((Clip(str(source), shown, (shown,), label), path))
-    return Split(split, tuple(found), kind="image")
+        found.append((Clip("", shown, (shown,), names[label], label), path))
+    return Split(split, found)
 
 
 def write_picture(path: Path, picture: NDArray[np.uint8]) -> None:
@@ -154,24 +145,23 @@ def prepare_folders(source: Path, suffix: str | None) -> Prepared:
     there = {file.parent.name for file in images["train"].files}
     classes = Classes(sorted(there), str(images["train"].folder))
     remedy = "Training and test images must have the same classes"
-    splits = [split_of_folders(name, files, classes, remedy) for name, files in images.items()]
-    return Prepared(classes.names, splits, images.values())
+    splits = [split_of(name, every, classes, None, "", remedy) for name, every in images.items()]
+    return Prepared(classes.names, splits)
 
 
 def prepare(options: argparse.Namespace) -> Prepared:
     """Write the images of an archive, or find those of class folders."""
     source, output = options.source, options.output.absolute()
     with tempfile.TemporaryDirectory(prefix="cifar10-") as temporary:
-        places = [source, source / "cifar-10-batches-py", source / "cifar-10-batches-bin"]
         if source.is_file():
-            places = [Path(temporary)]
-            unpack(source, places[0])
-        for folder in places:
-            if (folder / META).is_file() or (folder / BINARY_META).is_file():
-                read = read_pickles if (folder / META).is_file() else read_binary
-                names, pictures = read(folder, source)
-                splits = [write_split(s, pictures[s], names, output, source) for s in SPLITS]
-                return Prepared(names, splits)
+            unpack(source, Path(temporary))
+        folder = Path(temporary) if source.is_file() else source
+        metas = [*folder.glob(META), *folder.glob(f"*/{META}")]
+        metas += [*folder.glob(BINARY_META), *folder.glob(f"*/{BINARY_META}")]
+        if metas:
+            read = read_pickles if metas[0].name == META else read_binary
+            names, pictures = read(metas[0].parent, source)
+            return Prepared(names, [write_split(s, pictures[s], names, output) for s in SPLITS])
     if all((source / folder).is_dir() for folder in SPLITS.values()):
         return prepare_folders(source, options.suffix)
     raise RecipeError(f"{source} is none of what is published: name {PUBLISHED}")

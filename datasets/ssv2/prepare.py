@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hpm_video.data.manifest import UNLABELLED
 from hpm_video.preparation.recipes import REQUIRED_FOLDER, Prepared, run_recipe
 from hpm_video.preparation.sources import (
+    Classes,
     Clip,
     RecipeError,
     Videos,
@@ -27,10 +27,7 @@ from hpm_video.preparation.sources import (
 SPLITS = ("train", "validation", "test")
 OPTIONS = {
     "--videos": {"help": "folder 20bn-something-something-v2 of the videos", **REQUIRED_FOLDER},
-    "--lists": {
-        "help": "folder of labels.json and of SPLIT.json for each split",
-        **REQUIRED_FOLDER,
-    },
+    "--lists": {"help": "folder of labels.json and SPLIT.json for each split", **REQUIRED_FOLDER},
     "--splits": {"nargs": "+", "choices": SPLITS, "help": "by default those that have a list"},
 }
 OLD_NAME = "something-something-v2-"  # that the files' names began with before 2022
@@ -38,8 +35,7 @@ OLD_NAME = "something-something-v2-"  # that the files' names began with before 
 
 def find_list(lists: Path, name: str) -> Path | None:
     """Find a list by its name in either release."""
-    paths = (lists / f"{name}.json", lists / f"{OLD_NAME}{name}.json")
-    there = [path for path in paths if path.is_file()]
+    there = [path for start in ("", OLD_NAME) if (path := lists / f"{start}{name}.json").is_file()]
     if len(there) > 1:
         raise RecipeError(
             f"{there[0]} and {there[1]} are of two releases. Keep one: all lists of one release"
@@ -60,7 +56,7 @@ def read_json(path: Path, kind: type, needed: str) -> Any:
     return content
 
 
-def read_classes(path: Path) -> list[str]:
+def read_classes(path: Path) -> Classes:
     """Read the names of the classes in the order of their numbers."""
     content = read_json(path, dict, '{"name of a class": "number", ...}')
     numbers = {str(number): name for name, number in content.items()}
@@ -70,31 +66,28 @@ def read_classes(path: Path) -> list[str]:
             f"{path}: need each of the numbers 0 to {len(content) - 1} once for {len(content)} "
             f"classes; in excess or missing: {', '.join(wrong)}. Download it again"
         )
-    return [numbers[number] for number in order]
+    return Classes([numbers[number] for number in order], str(path))
 
 
-def read_list(path: Path, labels: dict[str, int] | None) -> list[Clip]:
-    """Read the clips of a list, with the classes of their templates if ``labels`` is given.
+def read_list(path: Path, *, labelled: bool) -> list[Clip]:
+    """Read the clips of a list.
 
     A template is the name of a class with brackets around what stands for an object:
     "Holding [something] next to [something]".
     """
-    needed = '{"id": ...}' if labels is None else '{"id": ..., "template": ...}'
+    needed = '{"id": ..., "template": ...}' if labelled else '{"id": ...}'
     clips = []
     for number, entry in enumerate(read_json(path, list, f"a list, [{needed}, ...]"), start=1):
         place = f"{path}, entry {number}"
-        if not isinstance(entry, dict) or "id" not in entry or (labels and "template" not in entry):
+        if (
+            not isinstance(entry, dict)
+            or "id" not in entry
+            or (labelled and "template" not in entry)
+        ):
             raise RecipeError(f"{place}: need {needed}, got {entry!r}. Download it again")
-        label = UNLABELLED
-        if labels is not None:
-            name = str(entry["template"]).replace("[", "").replace("]", "")
-            if name not in labels:
-                raise RecipeError(
-                    f"{place} (id {entry['id']}): the class {name!r} is not in labels.json. All "
-                    "lists must be of one release"
-                )
-            label = labels[name]
-        clips.append(Clip(place, str(entry["id"]), (str(entry["id"]),), label))
+        template = str(entry["template"]) if labelled else ""
+        name, class_name = str(entry["id"]), template.replace("[", "").replace("]", "")
+        clips.append(Clip(f"{place} (id {name})", name, (name,), class_name))
     return clips
 
 
@@ -111,18 +104,15 @@ def prepare(options: argparse.Namespace) -> Prepared:
             f"got {sorted(path.name for path in lists.glob('*.json'))}. Name the folder of the "
             "labels' download by --lists"
         )
-    names = read_classes(source)
-    labels = {name: label for label, name in enumerate(names)}
+    classes = read_classes(source)
     videos = Videos(options.videos, stem, suffix=options.suffix)
     expected = (
         f"Looked in {videos.folder} and its folders for <id>.webm, or another suffix of a video. "
         "Extract the download and name the folder 20bn-something-something-v2 by --videos"
     )
-    clips = {
-        name: read_list(path, None if name == "test" else labels) for name, path in there.items()
-    }
+    clips = {name: read_list(path, labelled=name != "test") for name, path in there.items()}
     notes = [f"{name}: there is no list of it" for name in paths if name not in there]
-    return Prepared(names, match(clips, videos, expected), [videos], notes)
+    return Prepared(classes.names, match(clips, videos, classes, expected), notes)
 
 
 main = partial(run_recipe, __doc__, __file__, OPTIONS, prepare)

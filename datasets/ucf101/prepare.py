@@ -45,11 +45,9 @@ def read_classes(path: Path) -> Classes:
 
 def read_list(lists: Path, use: str, number: int, classes: Classes) -> list[Clip]:
     """Read the clips of a list."""
-    form, more = FORMS[use]
+    path, (form, more) = lists / f"{use}list{number:02}.txt", FORMS[use]
     clips = []
-    for place, found in matches_of(
-        lists / f"{use}list{number:02}.txt", form, f"'<class>/<video>.avi{more}'"
-    ):
+    for place, found in matches_of(path, form, f"'<class>/<video>.avi{more}'"):
         label = classes.label(found["folder"], place)
         if more and int(found["number"]) != label + 1:
             raise RecipeError(
@@ -57,7 +55,7 @@ def read_list(lists: Path, use: str, number: int, classes: Classes) -> list[Clip
                 f"{classes.source}. All lists must be of one release"
             )
         name = f"{found['folder']}/{found['name']}"
-        clips.append(Clip(place, name, (key_of(Path(name)),), label))
+        clips.append(Clip(place, name, (key_of(Path(name)),), found["folder"]))
     return clips
 
 
@@ -74,8 +72,8 @@ def prepare(options: argparse.Namespace) -> Prepared:
         lists = {
             f"{use}_split{number}": read_list(options.lists, use, number, classes) for use in FORMS
         }
-        splits += match(lists, videos, expected)
-    return Prepared(classes.names, splits, [videos])
+        splits += match(lists, videos, classes, expected)
+    return Prepared(classes.names, splits)
 
 
 main = partial(run_recipe, __doc__, __file__, OPTIONS, prepare)

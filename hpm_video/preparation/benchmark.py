@@ -2,8 +2,8 @@
 
 import copy
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 
@@ -22,116 +22,70 @@ from hpm_video.data.transforms import ClipTransform, DrawnCrop
 from hpm_video.decoding.locations import frames_in, is_frame_folder, read_bytes
 from hpm_video.decoding.reader import DecodeError
 from hpm_video.files.failures import Failure, TooManyBadFiles
-from hpm_video.preparation.check import stamp_of
+from hpm_video.preparation.findings import stamp_of
 from hpm_video.workers.room import RoomError, memory_left
 
 IN_WORKERS = ("reading", "decoding", "augmenting")
 IN_THE_RUN = ("collating", "copying")
-NUM_PLACES = 4 * 10**6
-"""Number of videos in the order that trials read."""
-READ_AHEAD = 1_000
-"""Upper bound on the videos that a trial reads ahead without counting them."""
+NUM_PLACES = 4 * 10**6  # number of videos in the order that trials read
+READ_AHEAD = 1_000  # upper bound on the videos that a trial reads ahead without counting them
 WARMED_UP, SECONDS_OF_WARMUP = 2_000, 5.0
 """Limits on the videos that are read into memory before a trial, and on the time for it."""
-SAMPLED_SIZES = 200
-"""Number of files from whose sizes the total is estimated."""
+SAMPLED_SIZES = 200  # number of files from whose sizes the total is estimated
 MIB = 2**20
 
 
-@dataclass(frozen=True)
-class Phases:
-    """Seconds per clip of each phase, in one process."""
-
-    reading: float
-    decoding: float
-    augmenting: float
-    collating: float
-    copying: float
-    """Includes the transfer to the device."""
-
-    def seconds(self, names: Iterable[str]) -> float:
-        """Sum some phases."""
-        return float(sum(getattr(self, name) for name in names))
-
-    def bottleneck(self, workers: int) -> str:
-        """Return the phase that holds up the others when so many processes decode."""
-        in_the_run = self.seconds(IN_THE_RUN) > self.seconds(IN_WORKERS) / workers
-        return max(IN_THE_RUN if in_the_run else IN_WORKERS, key=lambda name: self.seconds([name]))
+Phases = Mapping[str, float]
+"""Seconds per clip of each phase, in one process. Copying is the transfer to a GPU."""
 
 
-class Stopwatch:
-    """Total of the seconds spent inside ``with``."""
-
-    seconds = 0.0
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._began
+@contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Add the time that is spent inside to that of the phase."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[phase] += time.perf_counter() - began
 
 
 @dataclass(frozen=True)
 class _TimedTransform(ClipTransform):
     transform: ClipTransform
-    stopwatch: Stopwatch
+    seconds: dict[str, float]
 
     def draw(
         self, size: tuple[int, int], frame_size: tuple[int, int], draw: np.random.Generator
     ) -> "_TimedCrop":
         crop = self.transform.draw(size, frame_size, draw)
         looks = (crop.box, crop.frame_size, crop.interpolation, crop.mirrored)
-        return _TimedCrop(*looks, crop, self.stopwatch)
+        return _TimedCrop(*looks, crop, self.seconds)
 
 
 @dataclass(frozen=True)
 class _TimedCrop(DrawnCrop):
     drawn: DrawnCrop
-    stopwatch: Stopwatch
+    seconds: dict[str, float]
 
     def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
-        with self.stopwatch:
+        with timed(self.seconds, "augmenting"):
             return self.drawn(pixels)
 
 
-@dataclass(frozen=True)
-class Storage:
-    """Where training reads its files from: memory or the disk. Measurements do the same."""
+def fits_into_memory(clips: Sequence[VideoClips]) -> tuple[bool, str]:
+    """Say whether the system keeps all files in memory once they have been read.
 
-    num_files: int
-    num_bytes: int
-    """An estimate for all files together."""
-    memory: int | None
-    """Free bytes; none if unknown."""
-
-    @classmethod
-    def of(cls, clips: Sequence[VideoClips]) -> "Storage":
-        """Estimate the total from the sizes of some files."""
-        num_bytes = 0.0
-        for stream in clips:
-            files = stream.manifest.files
-            sizes = [size_of(path) for path in files[:: -(-len(files) // SAMPLED_SIZES)]]
-            num_bytes += len(files) * sum(sizes) / len(sizes)
-        return cls(sum(map(len, clips)), int(num_bytes), memory_left())
-
-    @property
-    def is_memory(self) -> bool:
-        """Whether the system keeps all files in memory once they have been read."""
-        return self.memory is not None and self.num_bytes < self.memory / 2
-
-    def __str__(self) -> str:
-        plural = "s" * (self.num_files != 1)
-        data = f"{self.num_files:,} file{plural} of about {max(1, self.num_bytes / MIB):,.0f} MiB"
-        if self.is_memory:
-            return f"{data} fit into memory: read from there, as after the first epoch of training"
-        return f"{data} may not fit into memory: read from the disk, each once, as in training"
-
-
-def size_of(path: str) -> int:
-    """Return the number of bytes that :func:`read_all` would read."""
-    with suppress(OSError):  # it is not there
-        return stamp_of(path).bytes or 0
-    return 0
+    -> that, and a description. Training reads from there or from the disk, and so do measurements.
+    """
+    num_files, num_bytes, memory = sum(map(len, clips)), 0.0, memory_left()
+    for stream in clips:
+        files = stream.manifest.files
+        some = files[:: -(-len(files) // SAMPLED_SIZES)]
+        num_bytes += len(files) * sum(stamp_of(path).bytes or 0 for path in some) / len(some)
+    data = f"files: {num_files:,}, of about {max(1, num_bytes / MIB):,.0f} MiB, which"
+    if memory is not None and num_bytes < memory / 2:
+        return True, f"{data} fit into memory: read from there, as after the first epoch"
+    return False, f"{data} may not fit into memory: read from the disk, each once, as in training"
 
 
 def read_all(path: str) -> int:
@@ -146,30 +100,33 @@ def read_all(path: str) -> int:
 class Trial:
     """Result of reading with one decoder."""
 
-    decoder: DecoderName | None
-    """None for images."""
+    decoder: DecoderName | None  # none for images
     rates: dict[int, float] = field(default_factory=dict)
     """Clips per second by the number of processes that decode."""
     files: set[str] = field(default_factory=set)
     refused: dict[str, Failure] = field(default_factory=dict)
-    error: TooManyBadFiles | RoomError | None = None
-    """The last reason why a rate is missing."""
+    error: TooManyBadFiles | RoomError | None = None  # the last reason why a rate is missing
 
 
-@dataclass
 class Trials:
     """Read the clips of a training run for some seconds, again and again."""
 
-    clips: Sequence[VideoClips]
-    weights: Sequence[float]
-    """Weights of the sources."""
-    storage: Storage
-    batch_size: int
-    seconds: float
-    _next_batch: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        self._sources = deal_out(self.weights, NUM_PLACES // self.batch_size)
+    def __init__(
+        self,
+        clips: Sequence[VideoClips],
+        weights: Sequence[float],
+        *,
+        in_memory: bool,
+        batch_size: int,
+        seconds: float,
+    ) -> None:
+        """``weights``: of the sources. ``in_memory``: what is read has been read before."""
+        self.clips = clips
+        self.in_memory = in_memory
+        self.batch_size = batch_size
+        self.seconds = seconds
+        self._sources = deal_out(weights, NUM_PLACES // batch_size)
+        self._next_batch = 0
 
     def places(self) -> Places:
         """Return the videos to read next, in order."""
@@ -177,7 +134,7 @@ class Trials:
 
     def advance(self, count: int) -> None:
         """Skip ``count`` videos: those that are read from the disk must not be read twice."""
-        if not self.storage.is_memory:
+        if not self.in_memory:
             self._next_batch += -(-count // self.batch_size)
             if self._next_batch > 0.9 * len(self._sources):
                 self._next_batch = 0
@@ -192,11 +149,10 @@ class Trials:
         """
         places = list(islice(self.places(), count))
         self.advance(count)
-        *others, last = decoders
-        for decoder in others:
+        for decoder in decoders[:-1]:
             with suppress(DecodeError):
                 return self.measure_phases(places, device, decoder), decoder
-        return self.measure_phases(places, device, last), last
+        return self.measure_phases(places, device, decoders[-1]), decoders[-1]
 
     def measure_phases(
         self, places: Sequence[Place], device: torch.device, decoder: DecoderName | None = None
@@ -207,45 +163,40 @@ class Trials:
             DecodeError: none of the files decodes.
         """
         streams = [_fresh(stream, decoder) for stream in self.clips]
-        reading, in_worker, augmenting, collating, copying = (Stopwatch() for _ in range(5))
+        seconds = dict.fromkeys(IN_WORKERS + IN_THE_RUN, 0.0)
         samples: list[Sample] = []
         failure: DecodeError | OSError | None = None
         for place in places:
             request = streams[place.source].request(place.position)
             reader = reader_of(streams[place.source])
-            timed = replace(reader, transform=_TimedTransform(reader.transform, augmenting))
+            reader = replace(reader, transform=_TimedTransform(reader.transform, seconds))
             try:
-                if self.storage.is_memory:
+                if self.in_memory:
                     read_all(request.path)
-                with reading:
+                with timed(seconds, "reading"):
                     read_all(request.path)
-                with in_worker:
-                    samples.append(timed(request))
+                with timed(seconds, "decoding"):
+                    samples.append(reader(request))
             except (DecodeError, OSError) as error:
                 failure = error
         if not samples:
             raise DecodeError(f"none of the first {len(places)} files decodes. The last: {failure}")
+        seconds["decoding"] -= seconds["augmenting"]
         for _, of_source in groupby(samples, key=lambda sample: sample.source):
             while batch := list(islice(of_source, self.batch_size)):
-                with collating:
+                with timed(seconds, "collating"):
                     collated = collate(batch)
-                with copying:
-                    collated.to(device)
-                    if device.type == "cuda":
+                if device.type == "cuda":
+                    with timed(seconds, "copying"):
+                        collated.to(device)
                         torch.cuda.synchronize(device)
         count = sum(len(sample.clips) for sample in samples)
-        return Phases(
-            reading.seconds / count,
-            (in_worker.seconds - augmenting.seconds) / count,
-            augmenting.seconds / count,
-            collating.seconds / count,
-            copying.seconds / count if device.type == "cuda" else 0.0,
-        )
+        return {phase: total / count for phase, total in seconds.items()}
 
     def read(self, trial: Trial, workers: int) -> None:
         """Read with that many processes, and add the result to ``trial``."""
         places, began = self.places(), time.monotonic()
-        warmed_up = islice(places, WARMED_UP if self.storage.is_memory else 0)
+        warmed_up = islice(places, WARMED_UP if self.in_memory else 0)
         requests = (self.clips[each.source].request(each.position) for each in warmed_up)
         for path in dict.fromkeys(request.path for request in requests):
             read_all(path)

@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +17,23 @@ from hpm_video.config.choices import DecoderChoice
 from hpm_video.decoding.locations import TarMember, frames_in, is_frame_folder, is_image, read_bytes
 from hpm_video.decoding.reader import DecodeError, Size, VideoReader, as_decode_error
 from hpm_video.decoding.registry import open_video
-from hpm_video.preparation.findings import BETWEEN_REASONS, Finding, Stamp
-from hpm_video.preparation.jobs import Step, Steps
+from hpm_video.preparation.findings import BETWEEN_REASONS, Finding, stamp_of
+from hpm_video.preparation.jobs import Steps
 from hpm_video.preparation.soundness import Stream, decode_all
 
-SHORTEST = 16
-"""Frames of a usual clip; shorter videos are suspicious."""
+SHORTEST = 16  # frames of a usual clip; shorter videos are suspicious
 FARTHEST = 250
 """Limit of the key-frame distance: the default of encoders. 12 is better here."""
-SMALLEST = 32
-"""Limit of a side, in pixels."""
-NARROWEST = 4.0
-"""Limit of the aspect ratio, long side to short side."""
-UNEVEN_SHARE = 0.05
-"""Share of the gaps between frames that may differ by more than ``UNEVEN``."""
-UNEVEN = 0.1
-"""Tolerance as a share of the median gap."""
-TICKS = 1.6
-"""Tolerance in ticks of the container's clock, which rounds times."""
+SMALLEST = 32  # limit of a side, in pixels
+NARROWEST = 4.0  # limit of the aspect ratio, long side to short side
+UNEVEN_SHARE = 0.05  # share of the gaps between frames that may differ by more than ``UNEVEN``
+UNEVEN = 0.1  # tolerance as a share of the median gap
+TICKS = 1.6  # tolerance in ticks of the container's clock, which rounds times
 ANEW = "encode it anew with tools/transcode.py"
 
 _GIVEN_UP = (0, 1, 2, 4, 8, 16, 32)
 """Numbers of frames to give up, in turn, where the last ones before damage cannot be read."""
-_ENDS = 2**16
-"""Bytes at the beginning and at the end of a file that enter its digest."""
+_ENDS = 2**16  # bytes at the beginning and at the end of a file that enter its digest
 _CLOCKWISE = {3: 180, 4: 180, 5: 90, 6: 90, 7: 270, 8: 270}
 """Degrees by the orientations of EXIF, mirrored or not."""
 
@@ -51,56 +43,28 @@ def examine(file: str, decoder: DecoderChoice) -> Steps[Finding]:
 
     Any fault of the file is part of the finding; only a lack of memory is raised.
     """
-    try:
-        stamp = stamp_of(file)
-    except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        return bad("there is no such file" if missing else f"{error.strerror}")
+    stamp = stamp_of(file)
     try:
         with as_decode_error(file), open_video(file, decoder) as reader:
             check = _check_images if is_frame_folder(file) or is_image(file) else _check_video
             finding = yield from check(reader, file)
-            finding = replace(finding, content=content_of(file, stamp))
+            finding = replace(finding, content=_content_of(file, stamp.bytes))
     except DecodeError as error:
-        finding = bad(error.reason)
-    return replace(finding, bytes=stamp.bytes, modified=stamp.modified)
+        finding = Finding("bad", (error.reason,))
+    reasons = tuple(map(_normalised, finding.reasons))
+    return replace(finding, reasons=reasons, bytes=stamp.bytes, modified=stamp.modified)
 
 
-def bad(*reasons: str) -> Finding:
-    """Return the finding that a file cannot be used."""
-    return Finding("bad", tuple(map(_normalised, reasons)))
-
-
-def stamp_of(file: str) -> Stamp:
-    """Return size and time of a file; for a folder of frames, the total size and the latest time.
-
-    Raises:
-        OSError: there is no such file.
-    """
-    member = TarMember.parse(file)
-    if is_frame_folder(file):
-        states = [frame.stat() for frame in frames_in(file)] or [Path(file).stat()]
-    else:
-        states = [Path(member.tar if member else file).stat()]
-    size = member.size if member else sum(state.st_size for state in states)
-    microseconds = max(state.st_mtime_ns for state in states) // 1000
-    time_of = datetime(1970, 1, 1, tzinfo=timezone.utc) + timedelta(microseconds=microseconds)
-    return Stamp(size, time_of.isoformat(timespec="microseconds"))
-
-
-def content_of(file: str, stamp: Stamp) -> str:
+def _content_of(file: str, total: int | None) -> str:
     """Hash size, beginning and end of a file, and the names of frames."""
-    digest = hashlib.blake2b(repr(stamp.bytes).encode(), digest_size=8)
+    digest = hashlib.blake2b(repr(total).encode(), digest_size=8)
+    parts = [(Path(file), 0, total or 0)]
     if is_frame_folder(file):
-        frames = frames_in(file)
-        sizes = [frame.stat().st_size for frame in frames]
-        named = [(frame.name, size) for frame, size in zip(frames, sizes, strict=True)]
+        named = [(frame.name, frame.stat().st_size) for frame in frames_in(file)]
         digest.update(repr(named).encode())
-        parts = [(frames[place], 0, sizes[place]) for place in (0, -1)]
+        parts = [(Path(file, name), 0, size) for name, size in (named[0], named[-1])]
     elif member := TarMember.parse(file):
         parts = [(Path(member.tar), member.offset, member.size)]
-    else:
-        parts = [(Path(file), 0, stamp.bytes or 0)]
     for path, start, size in parts:
         with path.open("rb") as opened:
             for at in (start, start + max(size - _ENDS, 0)):
@@ -112,20 +76,17 @@ def content_of(file: str, stamp: Stamp) -> str:
 def _check_images(reader: VideoReader, file: str) -> Steps[Finding]:
     """Check an image or a folder of frames, read as training reads them."""
     size, count = reader.frame_size, reader.num_frames
-    sound, why = 0, ""
-    while sound < count and not why:
+    sound, why = count, ""
+    for number in range(count):
+        yield
         try:
-            reader.read([sound])
-            sound += 1
+            reader.read([number])
         except DecodeError as error:
-            why = error.reason
-        yield Step()
-    facts = _image_properties(
-        read_bytes(str(frames_in(file)[0]) if is_frame_folder(file) else file)
-    )
-    finding = Finding(
-        "fine", num_frames=sound, height=size[0], width=size[1], key_frame_distance=1, **facts
-    )
+            sound, why = number, error.reason
+            break
+    first = str(frames_in(file)[0]) if is_frame_folder(file) else file
+    facts: dict[str, Any] = _image_properties(read_bytes(first)) | {"key_frame_distance": 1}
+    finding = Finding("fine", num_frames=sound, height=size[0], width=size[1], **facts)
     doubts = [*doubts_of_size(size), *(doubts_of_length(sound) if is_frame_folder(file) else ())]
     return _with_verdict(finding, doubts, count, why)
 
@@ -152,14 +113,14 @@ def _check_video(reader: VideoReader, file: str) -> Steps[Finding]:
     # Without times training counts frames as they are counted here.
     sound = min(sound, reader.num_frames) if stream.shown else sound
     sound, why = yield from _readable(reader, sound)
-    fps = stream.fps()
+    fps, (height, width) = stream.fps(), stream.sizes[0]
     finding = Finding(
         "fine",
         num_frames=sound,
         fps=fps,
         duration=sound / fps if fps else None,
-        height=stream.sizes[0][0],
-        width=stream.sizes[0][1],
+        height=height,
+        width=width,
         codec=stream.codec,
         pixel_format=stream.pixel_format,
         key_frame_distance=stream.key_distance(),
@@ -186,7 +147,7 @@ def _readable(reader: VideoReader, sound: int) -> Steps[tuple[int, str]]:
         try:
             for index in sorted({0, last // 2, last}):
                 reader.read([index])
-                yield Step()
+                yield
         except (DecodeError, IndexError) as error:
             why = why or (error.reason if isinstance(error, DecodeError) else str(error))
         else:
@@ -254,17 +215,10 @@ def _with_verdict(finding: Finding, doubts: list[str], count: int, why: str) -> 
         reason = f"{some} of {count} frames can be read ({why}): download it again, or {ANEW}"
         if sound < SHORTEST:
             duration = finding.duration if sound else None
-            reasons = bad(reason).reasons
-            return replace(
-                finding,
-                num_frames=sound or None,
-                duration=duration,
-                verdict="bad",
-                reasons=reasons,
-            )
+            known = replace(finding, num_frames=sound or None, duration=duration)
+            return replace(known, verdict="bad", reasons=(reason,))
         doubts = [reason, *doubts]
-    reasons = tuple(map(_normalised, doubts))
-    return replace(finding, verdict="suspicious" if reasons else "fine", reasons=reasons)
+    return replace(finding, verdict="suspicious" if doubts else "fine", reasons=tuple(doubts))
 
 
 def _normalised(why: str) -> str:

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,10 +10,10 @@ from pathlib import Path
 from hpm_video.config.choices import DecoderChoice
 from hpm_video.data.manifest import Listing, ManifestError, read_listing
 from hpm_video.decoding.locations import is_frame_folder, is_image
-from hpm_video.preparation.check import bad, examine, stamp_of
-from hpm_video.preparation.findings import OF_THE_MANIFEST, Finding, Stamp, read_findings
-from hpm_video.preparation.jobs import Journal, Step, answers, paced
-from hpm_video.workers.pool import GIB, Limits, Lost, Pool
+from hpm_video.preparation.check import examine
+from hpm_video.preparation.findings import OF_THE_MANIFEST, Finding, read_findings, stamp_of
+from hpm_video.preparation.jobs import Journal, paced, run_jobs
+from hpm_video.workers.pool import GIB, Limits, Lost
 from hpm_video.workers.progress_bar import ProgressBar
 
 IMAGE_DECODER = "pillow"
@@ -21,28 +21,18 @@ _REMEDIES = {
     "s in all": "where it is only long, check it with more --seconds-in-all",
     "no further frame": "where only the disk is slow, check it with more --seconds",
     "needs more memory": "where it is only large, check it with more --memory",
+    "": "leave it out, or get it anew",
 }
-_ANYHOW = "leave it out, or get it anew"
-_AGAIN = {"all files": "again"}
-"""First record in the journal of a check with --again."""
+"""What to do, by a part of the reason."""
 
 
 class FindingJournal(Journal):
     """Journal of a check: the finding of each file."""
 
-    def __init__(self, path: Path, *, again: bool = False) -> None:
-        """Open the journal, and read its findings.
-
-        ``again``: discard them, unless they come from an interrupted check with ``again``.
-        """
+    def __init__(self, path: Path) -> None:
         super().__init__(path)
-        records = self.read()
-        if again and records[:1] != [_AGAIN]:
-            self.clear()
-            self.append(_AGAIN)
-            records = []
         self.findings: dict[str, Finding] = {}
-        for record in records:
+        for record in self.read():
             with contextlib.suppress(KeyError, ValueError, TypeError):  # of another version
                 limits = tuple(record["limits"]) if record["limits"] else None
                 self.findings[record["file"]] = replace(Finding.of(record), limits=limits)
@@ -62,11 +52,11 @@ class Checker:
     seconds_in_all: float = 3600.0
     """Limit per file; ``limits`` has the seconds without a further frame."""
 
-    def __call__(self, file: str) -> Iterator[Step | Finding]:
-        """Yield a step now and then, and the finding at the end."""
+    def __call__(self, file: str) -> Iterator[Finding | None]:
+        """Check a file."""
         end = time.monotonic() + self.seconds_in_all
         for result in paced(examine(file, self.decoder)):
-            if isinstance(result, Step) and time.monotonic() > end:
+            if result is None and time.monotonic() > end:
                 yield self.given_up(file, f"it took longer than {self.seconds_in_all:g} s in all")
                 return
             yield result
@@ -81,72 +71,50 @@ class Checker:
         same_limits = finding.limits in (None, self.allowed)
         return finding.decoder in (self.decoder, IMAGE_DECODER) and same_limits
 
-    def check(
-        self, files: Sequence[str], known: Mapping[str, Finding]
-    ) -> Generator[tuple[str, Finding, bool], None, None]:
-        """Check files in any order. -> each with its finding, and whether that is new
+    def unchanged(self, files: Iterable[str], known: Mapping[str, Finding]) -> dict[str, Finding]:
+        """Return the known findings that still hold, which need not be decoded again."""
+        there = {file: known[file] for file in files if file in known}
+        return {
+            file: finding
+            for file, finding in there.items()
+            if self.accepts(finding) and finding.stamp == stamp_of(file)
+        }
 
-        Unchanged files that are ``known`` are not decoded again.
-        """
-        left = []
-        for file in files:
-            before = known.get(file)
-            if before and self.accepts(before) and before.stamp == _stamp_of(file):
-                yield file, before, False
-            else:
-                left.append(file)
-        if not left:
-            return
-        with Pool(self, min(self.workers, len(left)), self.limits) as pool:
-            for file, result, is_last in answers(pool, {file: file for file in left}, retry=True):
-                if not is_last:
-                    continue
-                if isinstance(result, Lost):
-                    why = result.reason
-                    none_came = f"no further frame came in {self.limits.seconds:g} s"
-                    result = self.given_up(file, none_came if "took longer" in why else why)
-                is_still = is_image(file) or is_frame_folder(file)
-                decoder = IMAGE_DECODER if is_still else self.decoder
-                yield file, replace(result, decoder=decoder), True
+    def finding(self, file: str, result: Finding | Lost) -> Finding:
+        """Return the finding of a file, whose process may have been lost."""
+        if isinstance(result, Lost):
+            late = f"no further frame came in {self.limits.seconds:g} s"
+            result = self.given_up(file, late if "took longer" in result.reason else result.reason)
+        is_still = is_image(file) or is_frame_folder(file)
+        return replace(result, decoder=IMAGE_DECODER if is_still else self.decoder)
 
     def given_up(self, file: str, reason: str) -> Finding:
         """Return the finding that a file exceeded its limits."""
-        remedy = next((what for why, what in _REMEDIES.items() if why in reason), _ANYHOW)
-        stamp, found = _stamp_of(file), bad(f"{reason}: {remedy}")
-        return replace(found, bytes=stamp.bytes, modified=stamp.modified, limits=self.allowed)
+        remedy = next(what for part, what in _REMEDIES.items() if part in reason)
+        found = Finding("bad", (f"{reason}: {remedy}",), limits=self.allowed)
+        return replace(found, **vars(stamp_of(file)))
 
 
-def _stamp_of(file: str) -> Stamp:
-    try:
-        return stamp_of(file)
-    except OSError:
-        return Stamp()
+def check_files(
+    files: Iterable[str], unchanged: Mapping[str, Finding], journal: FindingJournal, check: Checker
+) -> dict[str, Finding]:
+    """Check files, except those that are ``unchanged``, and note the findings in the journal.
 
-
-def check_listing(
-    listing: Listing, journal: FindingJournal, known: Mapping[str, Finding], checker: Checker
-) -> tuple[list[Finding], int]:
-    """Check every file of a manifest, and note it in the journal.
-
-    ``known``: earlier findings; those of the journal are newer.
-
-    Returns the finding of each row, and the number of findings that were taken over.
+    Returns the finding of each file.
     """
-    files = list(dict.fromkeys(listing.files))
-    found: dict[str, Finding] = {}
-    num_bad = taken_over = 0
+    found = {**unchanged}
+    left = {file: file for file in files if file not in unchanged}
+    num_bad = sum(finding.verdict == "bad" for finding in unchanged.values())
     with (
-        closing(ProgressBar(len(files), "files")) as bar,
-        closing(checker.check(files, {**known, **journal.findings})) as findings,
+        closing(ProgressBar(len(found) + len(left), "files", first=len(found))) as bar,
+        closing(run_jobs(check, left, check.workers, check.limits, retry=True)) as results,
     ):
-        for file, finding, is_new in findings:
-            found[file] = finding
-            if is_new:
-                journal.note(file, finding)
-            taken_over += not is_new
-            num_bad += finding.verdict == "bad"
+        for file, result in results:
+            found[file] = check.finding(file, result)
+            journal.note(file, found[file])
+            num_bad += found[file].verdict == "bad"
             bar.advance(note=f"{num_bad} bad")
-    return list(find_rows(listing, found)), taken_over
+    return found
 
 
 def known_of(out: Path, root: Path | None) -> dict[str, Finding]:
@@ -177,18 +145,16 @@ def find_rows(listing: Listing, found: Mapping[str, Finding]) -> Iterator[Findin
         doubts = []
         stated = _count_of(counts[row])
         if finding.num_frames and stated and stated != finding.num_frames:
-            doubts.append(
-                f"{OF_THE_MANIFEST}said {stated} frames, there are {finding.num_frames}: corrected"
-            )
+            doubts.append(f"said {stated} frames, there are {finding.num_frames}: corrected")
         same = first.setdefault(finding.content, row) if finding.content else row
         if same != row:
             differ = f" with label {labels[same]} instead of {labels[row]}"
             doubts.append(
-                f"{OF_THE_MANIFEST}has the same content as {paths[same]}"
+                f"has the same content as {paths[same]}"
                 f"{differ if labels[same] != labels[row] else ''}: leave one of them out"
             )
         if doubts:
-            reasons = (*finding.reasons, *doubts)
+            reasons = (*finding.reasons, *(OF_THE_MANIFEST + doubt for doubt in doubts))
             finding = replace(finding, verdict="suspicious", reasons=reasons)
         yield finding
 

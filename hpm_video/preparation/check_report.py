@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -15,10 +14,8 @@ from hpm_video.preparation.findings import Finding
 
 REASONS_SHOWN = 8
 BINS = 40
-WIDE = 30.0
-"""Ratio of largest to smallest value above which an axis is logarithmic."""
-COLOURS = ("tab:green", "tab:orange", "tab:red")
-"""Colours of the verdicts."""
+WIDE = 30.0  # ratio of largest to smallest value above which an axis is logarithmic
+COLOURS = ("tab:green", "tab:orange", "tab:red")  # colours of the verdicts
 MEASURES = {
     "num_frames": "Length in frames",
     "duration": "Length in seconds",
@@ -36,8 +33,7 @@ def summary(files: Sequence[str], findings: Sequence[Finding]) -> str:
     reasons = common_reasons(files, findings)
     for times, verdict, reason, file in reasons[:REASONS_SHOWN]:
         lines += [f"  {times:6} {verdict}: {reason}", f"         {file}"]
-    if len(reasons) > REASONS_SHOWN:
-        rest = sum(times for times, *_ in reasons[REASONS_SHOWN:])
+    if rest := sum(times for times, *_ in reasons[REASONS_SHOWN:]):
         lines.append(f"  {rest:6} others: see the column reason")
     table = usable(findings)
     if len(table):
@@ -81,21 +77,15 @@ def _totals(table: pd.DataFrame) -> dict[str, str]:
     totals = {
         "usable": f"{len(table)} files, {table['duration'].sum() / 3600:.2f} hours, "
         f"{table['num_frames'].sum():.0f} frames, {tqdm.format_sizeof(table['bytes'].sum())}B",
-        "frames": _spread(table["num_frames"]),
         "sizes": f"{len(sizes)}; {width:g} x {height:g} in {most} files",
         "codecs": ", ".join(f"{codec} {count}" for codec, count in codecs),
-        "short side": _spread(table["short_side"]),
-        "frames/s": _spread(table["fps"]),
-        "key frames": _spread(table["key_frame_distance"]),
     }
-    return {name: text for name, text in totals.items() if text}
-
-
-def _spread(values: "pd.Series[float]") -> str:
-    """Format median, minimum and maximum; empty if no value is known."""
-    if not values.count():
-        return ""
-    return f"{values.median():g} (median), {values.min():g} to {values.max():g}"
+    named = {"num_frames": "frames", "short_side": "short side", "fps": "frames/s"}
+    for name, title in (named | {"key_frame_distance": "key frames"}).items():
+        if (values := table[name]).count():
+            spread = f"{values.min():g} to {values.max():g}"
+            totals[title] = f"{values.median():g} (median), {spread}"
+    return totals
 
 
 def plot(findings: Sequence[Finding], title: str) -> Figure:
@@ -105,7 +95,6 @@ def plot(findings: Sequence[Finding], title: str) -> Figure:
     columns = min(3, 1 + len(shown))
     rows = -(-(1 + len(shown)) // columns)
     figure = Figure(figsize=(4.6 * columns, 0.4 + 3.0 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title)
     axes = figure.add_subplot(rows, columns, 1, title="Files by verdict")
     counts = Counter(finding.verdict for finding in findings)

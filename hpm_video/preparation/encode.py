@@ -6,10 +6,10 @@ been tested, so nothing may depend on it.
 """
 
 from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass
 from fractions import Fraction
-from functools import reduce
 from itertools import chain
-from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,9 @@ from typing_extensions import Self
 from hpm_video.decoding.reader import Size
 from hpm_video.files.atomic import written_beside
 
-_FINE = reduce(
-    or_,
-    [
-        Interpolation[name]
-        for name in ("BICUBIC", "ACCURATE_RND", "FULL_CHR_H_INT")
-        if name in Interpolation.__members__  # av 17 has the first alone
-    ],
-)
+_FINE: Any = Interpolation.BICUBIC
+for _name in {"ACCURATE_RND", "FULL_CHR_H_INT"} & {*Interpolation.__members__}:  # from av 18 on
+    _FINE |= Interpolation[_name]
 _RGB_MATRIX = 0
 
 
@@ -59,12 +54,11 @@ def write_video(  # noqa: PLR0913 - what is written, and how
     size = first.shape[0], first.shape[1]
     with (
         written_beside(Path(path)) as beside,
-        VideoWriter(beside, size, fps=fps, crf=crf, gop=gop, faststart=faststart) as writer,
+        VideoWriter(beside, size, fps, crf, gop, faststart) as writer,
     ):
         for frame in chain([first], source):
             _check(frame, first.shape)
             writer.write(picture_of(frame))
-        writer.finish()
     return writer.count
 
 
@@ -73,54 +67,48 @@ def picture_of(frame: NDArray[np.uint8]) -> av.VideoFrame:
     return av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
 
 
+@dataclass
 class VideoWriter:
-    """Writes a video file frame by frame. It is complete after :meth:`finish`."""
+    """Writes a video file frame by frame, as :func:`write_video`; complete after ``with``."""
 
-    def __init__(  # noqa: PLR0913 - what is written, and how
-        self,
-        path: Path,
-        size: Size,
-        *,
-        fps: int | Fraction,
-        crf: int,
-        gop: int,
-        faststart: bool = False,
-    ) -> None:
-        """``size``: even numbers. The others: see :func:`write_video`."""
-        self.count = 0
-        """Number of frames written."""
-        index = {"movflags": "+faststart"} if faststart else {}
-        self._tick = 1 / Fraction(fps)
-        self._container = av.open(str(path), "w", format="mp4", options=index)
+    path: Path
+    size: Size  # even height and width
+    fps: int | Fraction
+    crf: int
+    gop: int
+    faststart: bool
+    count: int = 0  # number of frames written
+
+    def __post_init__(self) -> None:
+        index = {"movflags": "+faststart"} if self.faststart else {}
+        self._container = av.open(str(self.path), "w", format="mp4", options=index)
         # One thread: with several, rate control and so the bytes depend on their number.
-        options = {"crf": str(crf), "preset": "veryfast", "threads": "1", **_instruction_sets()}
-        self._stream = self._container.add_stream("libx264", rate=fps, options=options)
-        self._stream.height, self._stream.width = size
+        options = {"crf": str(self.crf), "preset": "veryfast", "threads": "1"} | _instruction_sets()
+        self._stream = self._container.add_stream("libx264", rate=self.fps, options=options)
+        self._stream.height, self._stream.width = self.size
         self._stream.pix_fmt = "yuv420p"
-        self._stream.gop_size = gop
+        self._stream.gop_size = self.gop
 
     def describe_colours(self, frame: av.VideoFrame) -> None:
         """Take over the colour space of a frame that is to be written."""
-        _copy_colours(frame, self._stream.codec_context)
+        for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
+            setattr(self._stream.codec_context, name, getattr(frame, name))
 
     def write(self, frame: av.VideoFrame) -> None:
         """Append a frame, which is shown for 1 / fps seconds."""
-        frame.pts, frame.time_base = self.count, self._tick
+        frame.pts, frame.time_base = self.count, 1 / Fraction(self.fps)
         # Otherwise the encoder would take over the key frames of the source.
         frame.pict_type = PictureType.NONE
         self._container.mux(self._stream.encode(frame))
         self.count += 1
 
-    def finish(self) -> None:
-        """Write the frames that the encoder holds back, and the index."""
-        self._container.mux(self._stream.encode(None))
-        self._container.close()
-
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._container.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        with closing(self._container):
+            if error is None:
+                self._container.mux(self._stream.encode(None))  # the frames held back
 
 
 class Resizer:
@@ -134,14 +122,12 @@ class Resizer:
 
     def yuv(self, frame: av.VideoFrame) -> av.VideoFrame:
         """Convert to colour at half the resolution and values of limited range, as in H.264."""
+        if _turns(frame):
+            frame = picture_of(self.rgb(frame))
         has_rgb = frame.format.is_rgb or frame.colorspace == _RGB_MATRIX
-        small = self._reformat(
-            frame,
-            "yuv420p",
-            dst_colorspace=Colorspace.ITU601 if has_rgb else None,
-            dst_color_range=ColorRange.MPEG,
-        )
-        return _turned(small, _turns(frame)) if _turns(frame) else small
+        matrix = Colorspace.ITU601 if has_rgb else None
+        colours = {"dst_colorspace": matrix, "dst_color_range": ColorRange.MPEG}
+        return self._reformat(frame, "yuv420p", **colours)
 
     def rgb(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
         """Convert to RGB: -> (H, W, 3) uint8"""
@@ -177,12 +163,9 @@ def fitted_size(size: Size, short_side: int) -> Size:
 def _instruction_sets() -> dict[str, str]:
     """Return the option that makes x264 run the same code on all processors that have AVX2.
 
-    By default it takes AVX-512 where available, and then 2 to 5 of 40 files of the same 60 frames
-    differed on an AMD EPYC 9004. With AVX2 or SSSE3 none did. SSSE3 takes 4 %
-    longer and gives the bytes of AVX2; that it was chosen can be read back on any of these
-    processors. x264 does not check what it is told to use: where the processor lacks it the program
-    crashes, and an unknown name stands for no instruction set at all. Whatever has AVX2 has SSSE3;
-    what has no AVX2 has no AVX-512 either, and is left alone.
+    With AVX-512, 2 to 5 of 40 files of the same 60 frames differed on an AMD EPYC 9004; with AVX2
+    or SSSE3 none did. SSSE3 takes 4 % longer, gives the bytes of AVX2, and whatever has AVX2 has
+    it. x264 crashes where the processor lacks what it is told to use.
     """
     has_avx2 = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # AVX2 or AVX512
     return {"x264-params": "asm=SSSE3"} if has_avx2 else {}
@@ -193,33 +176,11 @@ def _turns(frame: av.VideoFrame) -> int:
     return round(frame.rotation / 90) % 4
 
 
-def _turned(frame: av.VideoFrame, turns: int) -> av.VideoFrame:
-    """Rotate a frame of yuv420p plane by plane."""
-    height, width = frame.height, frame.width
-    packed = frame.to_ndarray()
-    colours = packed[height:].reshape(2, height // 2, width // 2)
-    planes = [np.rot90(plane, turns) for plane in (packed[:height], *colours)]
-    flat = np.concatenate([plane.reshape(-1) for plane in planes])
-    turned = av.VideoFrame.from_ndarray(flat.reshape(-1, planes[0].shape[1]), format="yuv420p")
-    _copy_colours(frame, turned)
-    return turned
-
-
-def _copy_colours(frame: av.VideoFrame, other: Any) -> None:
-    """Copy the colour space of a frame to another frame or a stream."""
-    for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
-        setattr(other, name, getattr(frame, name))
-
-
 def _check(frame: NDArray[Any], shape: tuple[int, ...]) -> None:
-    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+    is_rgb = frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3
+    if not is_rgb or frame.shape != shape or shape[0] % 2 or shape[1] % 2:
         raise ValueError(
-            f"a frame must be (height, width, 3) uint8, got {frame.shape} {frame.dtype}"
-        )
-    if frame.shape != shape:
-        raise ValueError(f"all frames must be of one size, got {frame.shape} after {shape}")
-    if frame.shape[0] % 2 or frame.shape[1] % 2:
-        raise ValueError(
-            f"height and width must be even (colour is stored at half resolution), got "
-            f"{frame.shape[0]} x {frame.shape[1]}: crop or pad the frames"
+            f"a frame must be (height, width, 3) uint8, got {frame.shape} {frame.dtype}; all must "
+            f"be of one size, {shape} as the first, and height and width must be even (colour is "
+            "stored at half resolution): crop or pad them"
         )

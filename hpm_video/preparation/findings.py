@@ -3,9 +3,12 @@
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 from hpm_video.data.manifest import VERDICTS, Listing, Verdict
+from hpm_video.decoding.locations import TarMember, frames_in, is_frame_folder
 
 BETWEEN_REASONS = "; "
 OF_THE_MANIFEST = "the manifest "
@@ -16,10 +19,22 @@ OF_THE_MANIFEST = "the manifest "
 class Stamp:
     """Size and time of a file, which show whether it has changed."""
 
-    bytes: int | None = None
-    """None if there is no such file."""
-    modified: str = ""
-    """Time of the last change, UTC."""
+    bytes: int | None = None  # none if there is no such file
+    modified: str = ""  # time of the last change, UTC
+
+
+def stamp_of(file: str) -> Stamp:
+    """Return the stamp of a file; of a folder of frames, the total size and the latest time."""
+    member = TarMember.parse(file)
+    try:
+        frames = frames_in(file) if is_frame_folder(file) else []
+        states = [each.stat() for each in frames or [Path(member.tar if member else file)]]
+    except OSError:
+        return Stamp()
+    size = member.size if member else sum(state.st_size for state in states)
+    microseconds = max(state.st_mtime_ns for state in states) // 1000
+    time = datetime(1970, 1, 1, tzinfo=timezone.utc) + timedelta(microseconds=microseconds)
+    return Stamp(size, time.isoformat(timespec="microseconds"))
 
 
 @dataclass(frozen=True)
@@ -70,29 +85,23 @@ class Finding:
             ValueError, KeyError: a cell is not in the format of :meth:`cells`.
         """
         verdict = VERDICTS[VERDICTS.index(cells["verdict"])]
-        reasons = tuple(
-            reason
-            for reason in cells["reason"].split(BETWEEN_REASONS)
-            if reason and not reason.startswith(OF_THE_MANIFEST)
-        )
+        given = cells["reason"].split(BETWEEN_REASONS)
+        reasons = tuple(each for each in given if each and not each.startswith(OF_THE_MANIFEST))
         values: dict[str, Any] = {
             name: cell if name in _TEXT else float(cell) if name in _DIGITS else int(cell)
             for name, cell in cells.items()
             if cell and name in _OF_A_FILE
         }
-        return cls(
-            "fine" if verdict == "suspicious" and not reasons else verdict, reasons, **values
-        )
+        of_the_row_alone = verdict == "suspicious" and not reasons
+        return cls("fine" if of_the_row_alone else verdict, reasons, **values)
 
 
 _TEXT = ("codec", "pixel_format", "modified", "content", "decoder")
-_DIGITS = {"duration": 3, "fps": 4}
-"""Decimal places of the columns of real numbers."""
+_DIGITS = {"duration": 3, "fps": 4}  # decimal places of the columns of real numbers
 _OF_A_FILE = tuple(
     each.name for each in fields(Finding) if each.name not in ("verdict", "reasons", "limits")
 )
-COLUMNS = (*_OF_A_FILE, "verdict", "reason")
-"""Columns that a check appends to a manifest."""
+COLUMNS = (*_OF_A_FILE, "verdict", "reason")  # columns that a check appends to a manifest
 
 
 def columns_of(findings: Sequence[Finding]) -> dict[str, list[str]]:

@@ -6,66 +6,69 @@ settings that it began with. A pool of processes works on the files.
 
 import contextlib
 import csv
+import errno
 import fcntl
 import json
 import shutil
 import time
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
-
-from typing_extensions import Self
 
 from hpm_video.decoding.reader import DecodeError
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.errors import ExpectedError
 from hpm_video.files.failures import Failure
-from hpm_video.workers.pool import Answer, Lost, Pool
+from hpm_video.workers.pool import Limits, Lost, Pool
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
 
 SECONDS_BETWEEN_STEPS = 0.5
-
 JOURNAL, SETTINGS = "journal.jsonl", "settings.json"
-TEXT: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-"""Arguments to open tables with; names of files need not be UTF-8."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+"""Errors after which no further file can be written."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """Progress of a process with a file."""
-
-    frames: int = 0
+Steps = Generator[None, None, Result]
+"""Work that yields whenever it has made progress, and returns a result."""
 
 
-Steps = Generator[Step, None, Result]
-"""Yields progress and returns a result."""
+class DiskFailure(Failure):
+    """A failure after which no file can be written any more, such as a full disk."""
 
 
-def paced(steps: Steps[Result]) -> Iterator[Step | Result]:
-    """Pass on a step now and then, and the result at the end."""
+def paced(steps: Steps[Result]) -> Iterator[Result | None]:
+    """Yield none now and then, and the result at the end."""
     last = time.monotonic()
     try:
         while True:
-            step, now = next(steps), time.monotonic()
-            if now - last >= SECONDS_BETWEEN_STEPS:
-                last = now
-                yield step
+            next(steps)
+            if time.monotonic() - last >= SECONDS_BETWEEN_STEPS:
+                last = time.monotonic()
+                yield None
     except StopIteration as end:
         yield end.value
 
 
-@dataclass(frozen=True)
-class Broken:
-    """Reason why no file can be written any more, such as a full disk."""
+def attempt(steps: Steps[Result], place: str, temporary: str) -> Iterator[Result | Failure | None]:
+    """Work of a process: the result of the steps, or the failure of ``place``; see :func:`paced`.
 
-    reason: str
+    ``temporary``: a file that is deleted if it is left.
+    """
 
+    def guarded() -> Steps[Result | Failure]:
+        try:
+            return (yield from steps)
+        except MemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - native libraries raise anything
+            is_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
+            return (DiskFailure if is_disk else Failure)(place, reason_of(error))
+        finally:
+            remove(temporary)
 
-class WrongOutputError(ExpectedError):
-    """An output that differs from what was written."""
+    return paced(guarded())
 
 
 class Journal:
@@ -98,44 +101,27 @@ class Journal:
             self._file.write("\n")
         records = []
         for line in text.splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                records.append(record)
-        return records
+            with contextlib.suppress(ValueError):  # the line was cut off
+                records.append(json.loads(line))
+        return [record for record in records if isinstance(record, dict)]
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write a record."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
-    def clear(self) -> None:
-        """Delete all records."""
-        self._file.truncate(0)
-
     def close(self) -> None:
         """Release the journal."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def claim(
     folder: Path, settings: Mapping[str, Any], *, holds: str, unrelated: Collection[str]
 ) -> Journal:
-    """Claim a folder as the output of a job with these settings. -> its journal
+    """Claim a folder, which need not exist, as the output of a job. -> its journal
 
-    Args:
-        folder: it need not exist.
-        settings: everything that determines the content.
-        holds: a name for its content, for errors.
-        unrelated: settings that may differ from one start to the next.
+    ``settings``: all that determines the content; ``unrelated``: names of those that may differ
+    from one start to the next. ``holds``: a name for the content, for errors.
 
     Raises:
         FileExistsError: it holds something else, or content of other settings, which are named.
@@ -143,12 +129,7 @@ def claim(
     """
     path = folder / SETTINGS
     if path.is_file():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise FileExistsError(
-                f"{path} is incomplete ({error}); give a new folder, or delete {folder}"
-            ) from error
+        before = json.loads(path.read_text(encoding="utf-8"))
         differ = [
             f"  {name}: {before.get(name)} -> {settings.get(name)}"
             for name in {**before, **settings}
@@ -170,28 +151,47 @@ def claim(
     return journal
 
 
-def answers(pool: Pool[Work], jobs: Mapping[str, Work], *, retry: bool = False) -> Iterator[Answer]:
-    """Run jobs in any order, and pass on all their answers.
+def run_jobs(
+    work: Callable[[Work], Any],
+    jobs: Mapping[str, Work],
+    workers: int,
+    limits: Limits,
+    *,
+    retry: bool = False,
+) -> Generator[tuple[str, Any], None, None]:
+    """Do jobs by a pool of processes. -> each with its result, in any order
 
     ``retry``: repeat a job that was lost with its process once, after all others: a disk may have
     stood still, or somebody killed the process.
+
+    Raises:
+        OSError: the disk accepts no more data.
+        PoolError: the processes fail.
     """
-    for name, job in jobs.items():
-        pool.submit(name, job)
+    if not jobs:
+        return
     left, lost = len(jobs), set[str]()
-    while left:
-        answer = pool.next()
-        if retry and isinstance(answer.result, Lost) and answer.tag not in lost:
-            lost.add(answer.tag)
-            pool.submit(answer.tag, jobs[answer.tag])
-            continue
-        left -= answer.is_last
-        yield answer
+    with Pool(work, min(workers, left), limits, depth=1) as pool:
+        for name, job in jobs.items():
+            pool.submit(name, job)
+        while left:
+            name, result, is_last = pool.next()
+            if isinstance(result, DiskFailure):
+                raise OSError(f"{result.reason}. What is done stays; make room, and go on")
+            if retry and isinstance(result, Lost) and name not in lost:
+                lost.add(name)
+                pool.submit(name, jobs[name])
+            elif is_last:
+                left -= 1
+                yield name, result
 
 
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
-    """Write a CSV file atomically."""
-    with written_beside(path) as beside, beside.open("w", **TEXT) as file:
+    """Write a CSV file atomically. Names of files in it need not be UTF-8."""
+    with (
+        written_beside(path) as beside,
+        beside.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)

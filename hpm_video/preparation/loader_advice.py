@@ -10,7 +10,7 @@ import torch
 
 from hpm_video.config.choices import DecoderName
 from hpm_video.files.failures import tolerated
-from hpm_video.preparation.benchmark import Phases, Trial
+from hpm_video.preparation.benchmark import IN_THE_RUN, IN_WORKERS, Phases, Trial
 from hpm_video.workers.room import usable_cores
 
 REMEDIES = {
@@ -24,14 +24,9 @@ REMEDIES = {
     "smaller micro-batch each, or smaller clips",
     "copying": "the way to the GPU is slow: more GPUs with a smaller micro-batch each",
 }
-ENOUGH = 0.95
-"""Share of the best rate at which fewer processes are preferred."""
-RECENT_LINES = 20
-"""Number of lines of a run's metrics from which its speed is taken."""
-BUSY = 0.5
-"""Load of the one collating thread above which it may limit a trial; in training each process has
-one."""
-
+ENOUGH = 0.95  # share of the best rate at which fewer processes are preferred
+RECENT_LINES = 20  # number of lines of a run's metrics from which its speed is taken
+BUSY = 0.5  # load of the one thread that collates above which it may limit a trial
 Setting = tuple[DecoderName | None, int]
 """A decoder (none for images) and the number of decoding processes."""
 
@@ -42,8 +37,8 @@ def past_speed(run: Path) -> tuple[int, float] | None:
     -> the number of its processes at the last start, on all machines, and the clips per second that
     each would have trained without waiting for data
     """
-    starts = _json_lines(run / "starts.jsonl")
-    trained = [line for line in _json_lines(run / "metrics.jsonl") if line["kind"] == "train"]
+    starts, logged = (_json_lines(run / f"{name}.jsonl") for name in ("starts", "metrics"))
+    trained = [line for line in logged if line["kind"] == "train"]
     if not starts or not trained:
         return None
     rates = []
@@ -61,10 +56,8 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 def processes_here(device: torch.device, in_the_past: int | None) -> int:
     """Return the number of training processes here: one per GPU, but no more than the run had."""
-    if device.type != "cuda":
-        return in_the_past or 1
     gpus = torch.cuda.device_count()
-    return min(in_the_past or gpus, gpus)
+    return min(in_the_past or gpus, gpus) if device.type == "cuda" else in_the_past or 1
 
 
 def workers_to_try(given: Sequence[int] | None, processes: int) -> list[int]:
@@ -105,6 +98,13 @@ def choose_setting(trials: Sequence[Trial], max_bad_share: float) -> tuple[Setti
     return chosen, rates[chosen]
 
 
+def bottleneck(phases: Phases, workers: int) -> str:
+    """Return the phase that holds up the others when so many processes decode."""
+    in_workers, in_the_run = (sum(phases[name] for name in of) for of in (IN_WORKERS, IN_THE_RUN))
+    slower = IN_THE_RUN if in_the_run > in_workers / workers else IN_WORKERS
+    return max(slower, key=lambda name: phases[name])
+
+
 def recommend(setting: Setting, rate: float, phases: Phases, processes: int) -> str:
     """Describe the recommended setting and its bottleneck."""
     decoder, workers = setting
@@ -112,11 +112,11 @@ def recommend(setting: Setting, rate: float, phases: Phases, processes: int) -> 
     named = f"data.decoder={decoder} " if decoder else ""
     shared = f" for each of {processes} processes, {workers} in all" if processes > 1 else ""
     lines = [f"take {named}data.workers={each}{shared}: {rate:.1f} clips/s"]
-    if processes > 1 and rate * phases.collating > BUSY:
+    if processes > 1 and rate * phases["collating"] > BUSY:
         lines.append(
             "(one thread collated these batches; each process has its own: the rate may be higher)"
         )
-    phase = phases.bottleneck(each)
+    phase = bottleneck(phases, each)
     return "\n".join([*lines, f"the bottleneck is {phase}: {REMEDIES[phase]}"])
 
 

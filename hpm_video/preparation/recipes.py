@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpm_video.data.manifest import UNLABELLED
+from hpm_video.data.places import unwritable
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.errors import ExpectedError
-from hpm_video.preparation.sources import Kind, RecipeError, Split, Videos
+from hpm_video.preparation.sources import Kind, RecipeError, Split, Videos, stem
 
 FOLDER: dict[str, Any] = {"type": Path, "metavar": "DIR"}
 FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
@@ -30,10 +31,7 @@ class Prepared(NamedTuple):
 
     class_names: Sequence[str]
     splits: Sequence[Split]
-    folders: Iterable[Videos] = ()
-    """Folders whose unlisted files are reported."""
-    notes: Sequence[str] = ()
-    """Further lines of the report."""
+    notes: Sequence[str] = ()  # further lines of the report
 
 
 def run_recipe(
@@ -47,22 +45,16 @@ def run_recipe(
 ) -> int:
     """Run ``prepare``, and write and report its result. -> the exit code
 
-    Args:
-        about: the docstring of the recipe.
-        script: its file; the output goes beside it by default.
-        options: its own options, as ``add_argument`` takes them.
-        prepare: makes manifests from the parsed options.
-        arguments: the command line.
-        kind: the kind of its files.
+    ``about``: the docstring of the recipe; ``script``: its file, beside which the output goes by
+    default; ``options``: its own options, as ``add_argument`` takes them; ``kind``: of its files.
     """
     parser = argparse.ArgumentParser(description=(about or "").partition("\n")[0])
     add = parser.add_argument
     for name, settings in options.items():
         add(name, **settings)
-    beside, example = Path(script).resolve().parent, ".JPEG" if kind == "image" else ".MP4"
     where = "where manifests and labels.txt go, by default beside this script"
-    add("--output", default=beside, help=where, **FOLDER)
-    add("--suffix", metavar=example, help=f"take only {kind}s with this suffix")
+    add("--output", default=Path(script).resolve().parent, help=where, **FOLDER)
+    add("--suffix", metavar=".EXT", help=f"take only {kind}s with this suffix")
     add("--strict", action="store_true", help=f"exit with 2 if a {kind} is missing")
     given = parser.parse_args(arguments)
     try:
@@ -71,8 +63,42 @@ def run_recipe(
     except (ExpectedError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    sys.stdout.write(f"{report(given.output.absolute(), prepared)}\n")
+    sys.stdout.write(f"{report(given.output.absolute(), prepared, kind)}\n")
     return 2 if given.strict and any(split.missing for split in prepared.splits) else 0
+
+
+def open_splits(
+    options: argparse.Namespace,
+    names: Sequence[str],
+    list_option: str,
+    key: Callable[[Path], str],
+    kind: Kind = "video",
+) -> tuple[dict[str, Videos], dict[str, Path]]:
+    """Open the folders of splits, such as --train, and take their lists, such as --train-csv.
+
+    The list of the first split may come without a folder, for its classes. ``key``: of files that
+    no list names. Splits may share a folder.
+    """
+    given = {name: vars(options)[name] for name in names}
+    every = {name: vars(options)[f"{name}_{list_option}"] for name in names}
+    lists: dict[str, Path] = {name: path for name, path in every.items() if path}
+    if not any(given.values()):
+        *first, last = (f"--{name}" for name in names)
+        raise RecipeError(f"name the folder of at least one split: {', '.join(first)} or {last}")
+    if absent := [name for name in names[1:] if lists.get(name) and not given[name]]:
+        raise RecipeError(
+            f"--{absent[0]}-{list_option} needs --{absent[0]}, the folder of its {kind}s"
+        )
+    opened: dict[tuple[Path, bool], Videos] = {}
+    folders = {}
+    for name, folder in given.items():
+        if folder:
+            place = (folder.resolve(), name in lists)
+            if place not in opened:
+                by = stem if name in lists else key
+                opened[place] = Videos(folder, by, suffix=options.suffix, kind=kind)
+            folders[name] = opened[place]
+    return folders, lists
 
 
 def write(output: Path, names: Sequence[str], splits: Sequence[Split]) -> None:
@@ -88,22 +114,18 @@ def write(output: Path, names: Sequence[str], splits: Sequence[Split]) -> None:
     for split in splits:
         content[f"missing_{split.name}.txt"] = "".join(f"{clip.name}\n" for clip in split.missing)
         content[f"{split.name}.csv"] = _manifest_text(output, names, split)
-    try:
-        encoded = {name: text.encode("utf-8") for name, text in content.items()}
-    except UnicodeEncodeError as error:
-        around = error.object[max(error.start - 60, 0) : error.end + 60]
-        raise RecipeError(
-            f"the name of a file is not text in UTF-8, in {around!r}. Rename it"
-        ) from error
+    for file in (str(file) for split in splits for _, file in split.found):
+        if why := unwritable(file):
+            raise RecipeError(f"the name of the file {file!r} {why}. Rename it")
     labels = output / "labels.txt"
-    if labels.exists() and labels.read_bytes() != encoded[labels.name]:
-        _check_other_manifests(output, encoded)
-    for name, data in encoded.items():
-        if not data:
+    if labels.exists() and labels.read_bytes() != content[labels.name].encode():
+        _check_other_manifests(output, content)
+    for name, text in content.items():
+        if not text:
             (output / name).unlink(missing_ok=True)  # no file is missing any more
             continue
         with written_beside(output / name) as beside:
-            beside.write_bytes(data)
+            beside.write_text(text, encoding="utf-8", newline="")
 
 
 def _manifest_text(output: Path, names: Sequence[str], split: Split) -> str:
@@ -130,14 +152,14 @@ def _check_other_manifests(output: Path, written: Iterable[str]) -> None:
             )
 
 
-def report(output: Path, prepared: Prepared) -> str:
+def report(output: Path, prepared: Prepared, kind: Kind) -> str:
     """Report found, missing and unlisted files."""
     lines = [f"{len(prepared.class_names)} classes: {output / 'labels.txt'}"]
     for split in prepared.splits:
-        listed, missing = len(split.found) + len(split.missing), len(split.missing)
+        found, missing = len(split.found), len(split.missing)
         lines.append(
-            f"{split.name}: {listed} {split.kind}s listed, {len(split.found)} found, {missing} "
-            f"missing: {output / split.name}.csv"
+            f"{split.name}: {found + missing} {kind}s listed, {found} found, {missing} missing: "
+            f"{output / split.name}.csv"
         )
         if missing:
             some = _some([clip.name for clip in split.missing])
@@ -145,20 +167,17 @@ def report(output: Path, prepared: Prepared) -> str:
         if not split.listed:
             lines.append("  without a list, so what is missing is not known")
         labels = {clip.label for clip, _ in split.found}
-        if labels == {UNLABELLED}:
-            lines.append("  without labels")
-            continue
         empty = [name for label, name in enumerate(prepared.class_names) if label not in labels]
-        lines.append(f"  classes without any {split.kind}: {_some(empty) if empty else 'none'}")
-    for folder in prepared.folders:
-        unlisted = folder.unlisted()
-        some = f": {_some([str(file.relative_to(folder.folder)) for file in unlisted])}"
+        without = f"classes without any {kind}: {_some(empty) or 'none'}"
+        lines.append(f"  {'without labels' if labels == {UNLABELLED} else without}")
+    for folder in dict.fromkeys(split.videos for split in prepared.splits if split.videos):
+        unlisted = [str(file.relative_to(folder.folder)) for file in folder.unlisted()]
         lines.append(
             f"on disk, but in none of these lists: {len(unlisted)} of {len(folder.files)} "
-            f"{folder.kind}s in {folder.folder}{some if unlisted else ''}"
+            f"{kind}s in {folder.folder}{': ' * bool(unlisted)}{_some(unlisted)}"
         )
         if folder.other_kind:
-            other = "image" if folder.kind == "video" else "video"
+            other = "image" if kind == "video" else "video"
             lines.append(f"left out: {folder.other_kind} {other}s in {folder.folder}")
     text = "\n".join([*lines, *prepared.notes])
     return text.encode("utf-8", "backslashreplace").decode("utf-8")  # names that are not text

@@ -5,7 +5,6 @@ The files of a sample follow each other in a tar and share a key, the name up to
 ``class/a.mp4``. The same samples give the same bytes.
 """
 
-import contextlib
 import hashlib
 import io
 import json
@@ -18,20 +17,12 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES, TarMember, is_frame_folder
-from hpm_video.preparation.jobs import (
-    Broken,
-    Step,
-    Steps,
-    WrongOutputError,
-    paced,
-    reason_of,
-    remove,
-)
+from hpm_video.files.failures import Failure
+from hpm_video.preparation.jobs import Steps, attempt
 
-LONGEST_PART = 150
-"""Limit of the bytes in a part of a name; file systems take 255."""
-CHUNK = 2**22
-"""Number of bytes to read at once."""
+LONGEST_PART = 150  # limit of the bytes in a part of a name; file systems take 255
+UNSAFE = r"[\0-\x1f\x7f-\x9f\\\ud800-\udfff]"  # control characters and those that are not text
+CHUNK = 2**22  # number of bytes to read at once
 
 
 @dataclass(frozen=True)
@@ -39,86 +30,64 @@ class Sample:
     """A sample that is to be packed."""
 
     key: str
-    place: str
-    """Path of a file, or member of another tar."""
-    suffix: str
-    """Suffix of the member, such as ``.mp4``."""
-    label: int
-    """-1 where it has none."""
-    info: Mapping[str, Any]
-    """Content of the JSON file."""
+    place: str  # path of a file, or member of another tar
+    suffix: str  # suffix of the member, such as ``.mp4``
+    label: int  # -1 where it has none
+    info: Mapping[str, Any]  # content of the JSON file
 
 
 @dataclass(frozen=True)
 class Shard:
     """Samples of one tar file."""
 
-    temporary: str
-    """Path to write to first."""
+    temporary: str  # path to write to first
     target: str
     samples: tuple[Sample, ...]
 
 
-class Packer:
-    """Work of a process that writes shards."""
-
-    def __call__(self, shard: Shard) -> Iterator[Step | Broken | list[TarMember]]:
-        """-> steps, and the member of each sample at the end"""
-        return paced(self._pack(shard))
-
-    def _pack(self, shard: Shard) -> Steps[Broken | list[TarMember]]:
-        try:
-            packed = yield from write_shard(Path(shard.temporary), shard.samples)
-            Path(shard.temporary).replace(shard.target)
-        except MemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - the run reports any error
-            return Broken(f"{shard.target} cannot be written: {reason_of(error)}")
-        finally:
-            remove(shard.temporary)
-        return packed
+def pack_shard(shard: Shard) -> Iterator[list[TarMember] | Failure | None]:
+    """Work of a process: write a shard. -> the member of each sample"""
+    return attempt(write_shard(shard), shard.target, shard.temporary)
 
 
-def write_shard(path: Path, samples: Sequence[Sample]) -> Steps[list[TarMember]]:
-    """Write a tar file and verify it. -> the member of each sample
+def write_shard(shard: Shard) -> Steps[list[TarMember]]:
+    """Write a tar file, verify it, and move it to its place. -> the member of each sample
 
     Raises:
-        WrongOutputError: the tar differs from what was written.
+        ValueError: the tar differs from what was written.
         OSError: a file cannot be read or written.
     """
     digests: dict[str, str] = {}
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-        for sample in samples:
+    with tarfile.open(shard.temporary, "w", format=tarfile.PAX_FORMAT) as tar:
+        for sample in shard.samples:
             texts = {".cls": str(sample.label)} if sample.label >= 0 else {}
-            texts[".json"] = json.dumps(dict(sample.info), sort_keys=True, ensure_ascii=True)
+            texts[".json"] = json.dumps(dict(sample.info), sort_keys=True)
             for suffix, text in texts.items():
-                data = text.encode()
-                tar.addfile(_header(sample.key + suffix, len(data)), io.BytesIO(data))
-            with open_place(sample.place) as (source, size):
-                digests[sample.key + sample.suffix] = _digest(source)
-                source.seek(0)
-                tar.addfile(_header(sample.key + sample.suffix, size), source)
-            yield Step()
-    return (yield from _verify(path, digests))
+                _add(tar, sample.key + suffix, io.BytesIO(text.encode()))
+            name, member = sample.key + sample.suffix, TarMember.parse(sample.place)
+            with io.BytesIO(member.read()) if member else Path(sample.place).open("rb") as source:
+                digests[name] = _digest(source)
+                _add(tar, name, source)
+            yield
+    members = yield from _verify(shard, digests)
+    Path(shard.temporary).replace(shard.target)
+    return members
 
 
-def _verify(path: Path, digests: Mapping[str, str]) -> Steps[list[TarMember]]:
+def _verify(shard: Shard, digests: Mapping[str, str]) -> Steps[list[TarMember]]:
     found = {}
-    with tarfile.open(path, "r:") as tar:
+    with tarfile.open(shard.temporary, "r:") as tar:
         for member in tar:
-            data = tar.extractfile(member)
-            if member.name not in digests or data is None:
+            name, data = member.name, tar.extractfile(member)
+            if name not in digests or data is None:
                 continue
-            if _digest(data) != digests[member.name]:
-                raise WrongOutputError(
-                    f"{path}: {member.name} is not what was written: a disk error"
-                )
-            found[member.name] = TarMember(path.name, member.name, member.offset_data, member.size)
-            yield Step()
-    if found.keys() != digests.keys():
-        raise WrongOutputError(
-            f"{path} lacks {sorted(digests.keys() - found.keys())[:3]}: a disk error"
-        )
+            if _digest(data) != digests[name]:
+                raise ValueError(f"{name} is not what was written: a disk error")
+            tar_name = Path(shard.target).name
+            found[name] = TarMember(tar_name, name, member.offset_data, member.size)
+            yield
+    if lost := sorted(digests.keys() - found.keys()):
+        raise ValueError(f"it lacks {lost[:3]}: a disk error")
     return [found[name] for name in digests]
 
 
@@ -129,21 +98,12 @@ def _digest(file: IO[bytes]) -> str:
     return total.hexdigest()
 
 
-def _header(name: str, size: int) -> tarfile.TarInfo:
-    """Make a header without times and owners, by which equal shards would differ."""
+def _add(tar: tarfile.TarFile, name: str, file: IO[bytes]) -> None:
+    """Append a file without times and owners, by which equal shards would differ."""
     header = tarfile.TarInfo(name)
-    header.size = size
-    return header
-
-
-@contextlib.contextmanager
-def open_place(place: str) -> Iterator[tuple[IO[bytes], int]]:
-    """Open a place as a file. -> the file and its size"""
-    if member := TarMember.parse(place):
-        yield io.BytesIO(member.read()), member.size
-    else:
-        with Path(place).open("rb") as file:
-            yield file, os.fstat(file.fileno()).st_size
+    header.size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    tar.addfile(header, file)
 
 
 def suffix_of(place: str) -> str:
@@ -155,24 +115,21 @@ def suffix_of(place: str) -> str:
 
 def output_names(
     places: Sequence[str], base: str, *, dots: bool = True, nests: bool = True
-) -> dict[str, str | None]:
+) -> dict[str, str]:
     """Name the output of each place: a relative path without a suffix that is safe to write to.
 
     It is the path below ``base``, or the full path of a place elsewhere, and never contains ``..``.
     Of two names that differ in letter case at most, the first stays as it is, so that names do not
-    change when places are appended; the others get a part of their place's digest. A place with
-    control characters has none.
+    change when places are appended. The others get a part of their place's digest, and so does one
+    with characters that are no good in a name.
 
     Without ``dots`` the last part has no dot, which webdataset takes for the start of the suffix.
     Without ``nests`` no name lies below another, which may be a folder of frames.
     """
-    names: dict[str, str | None] = {}
+    names: dict[str, str] = {}
     taken: set[str] = set()
     above: set[str] = set()
     for place in dict.fromkeys(places):
-        if re.search(r"[\0-\x1f\x7f-\x9f]", place):
-            names[place] = None
-            continue
         wish = _relative(place, base)
         name = _cleaned(wish, dots)
         folded = name.casefold()
@@ -208,7 +165,7 @@ def _cleaned(name: str, dots: bool) -> str:
     """Make each part of a name acceptable to any file system."""
     *folders, last = name.split("/")
     parts = [*folders, last if dots else last.replace(".", "_")]
-    safe = [re.sub(r"[\\\ud800-\udfff]", "_", part).encode()[-LONGEST_PART:] for part in parts]
+    safe = [re.sub(UNSAFE, "_", part).encode()[-LONGEST_PART:] for part in parts]
     texts = [part.decode(errors="ignore") for part in safe]
     return "/".join("_" if text in ("", ".", "..") else text for text in texts)
 

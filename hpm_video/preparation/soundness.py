@@ -1,7 +1,6 @@
 """Result of decoding a complete video, and how many of its frames are intact."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from hpm_video.decoding.locations import TarMember
 from hpm_video.decoding.pyav import UNTIMED, open_container
 from hpm_video.decoding.reader import Size
-from hpm_video.preparation.jobs import Step, Steps
+from hpm_video.preparation.jobs import Steps
 
 if TYPE_CHECKING:
     import av
@@ -21,23 +20,17 @@ if TYPE_CHECKING:
 class Stream:
     """Record of the packets and frames of a decoded video."""
 
-    stated: int = 0
-    """Number of frames by the container's header, 0 if missing."""
-    promised: float = 0.0
-    """Seconds by the header."""
-    tick: float = 0.0
-    """Seconds per unit of time."""
-    rate: float | None = None
-    """Frames per second by the container."""
+    stated: int = 0  # number of frames by the container's header, 0 if missing
+    promised: float = 0.0  # seconds by the header
+    tick: float = 0.0  # seconds per unit of time
+    rate: float | None = None  # frames per second by the container
     has_times: bool = True
-    packets: int = 0
-    """Number of packets, including those that are not shown."""
+    packets: int = 0  # number of packets, including those that are not shown
     times: list[int | None] = field(default_factory=list)
     """Presentation times of the shown packets in decoding order."""
     moments: list[int] = field(default_factory=list)
     """The same where known, otherwise the decoding times."""
-    keys: list[bool] = field(default_factory=list)
-    """Whether each is a key frame."""
+    keys: list[bool] = field(default_factory=list)  # whether each is a key frame
     corrupt: set[int | None] = field(default_factory=set)
     """Times of packets that the container marks as corrupt."""
     frames: list[tuple[int | None, bool]] = field(default_factory=list)
@@ -45,8 +38,7 @@ class Stream:
     first_error: str = ""
     errors_at: list[int] = field(default_factory=list)
     """Number of decoded frames before each packet that did not decode."""
-    sizes: list[Size] = field(default_factory=list)
-    """Different sizes, upright."""
+    sizes: list[Size] = field(default_factory=list)  # different sizes, upright
     codec: str = ""
     pixel_format: str = ""
     rotation: int = 0
@@ -127,38 +119,38 @@ def decode_all(file: str) -> Steps[Stream]:
             pixel_format=video.codec_context.pix_fmt or "",
         )
         for packet in container.demux(video):
-            _take(stream, packet)
-            yield Step()
+            _note_packet(stream, packet)
+            _decode(stream, packet)
+            yield
     return stream
 
 
-def _take(stream: Stream, packet: "av.Packet[av.VideoStream]") -> None:
-    """Decode a packet, and record its frames."""
-    if packet.size:
-        stream.packets += 1
-        if not packet.is_discard:
-            stream.times.append(packet.pts)
-            stream.keys.append(bool(packet.is_keyframe))
-            if (moment := packet.dts if packet.pts is None else packet.pts) is not None:
-                stream.moments.append(moment)
-        if packet.is_corrupt:
-            stream.corrupt.add(packet.pts)
-    elif packet.dts is not None or packet.pts is not None:
-        stream.packets += 1  # a frame that is to be shown again, as AVI has it
-    for frame in _decoded(stream, packet):
-        turns = round(frame.rotation / 90) % 4
-        size = (frame.height, frame.width) if turns % 2 == 0 else (frame.width, frame.height)
-        if size not in stream.sizes:
-            stream.sizes.append(size)
-            stream.rotation = -90 * turns % 360 if len(stream.sizes) == 1 else stream.rotation
-        stream.frames.append((frame.pts, not frame.is_corrupt and size == stream.sizes[0]))
+def _note_packet(stream: Stream, packet: "av.Packet[av.VideoStream]") -> None:
+    if not packet.size:
+        # Without data, but with a time: a frame that is to be shown again, as AVI has it.
+        stream.packets += packet.dts is not None or packet.pts is not None
+        return
+    stream.packets += 1
+    if not packet.is_discard:
+        stream.times.append(packet.pts)
+        stream.keys.append(bool(packet.is_keyframe))
+        if (moment := packet.dts if packet.pts is None else packet.pts) is not None:
+            stream.moments.append(moment)
+    if packet.is_corrupt:
+        stream.corrupt.add(packet.pts)
 
 
-def _decoded(stream: Stream, packet: "av.Packet[av.VideoStream]") -> Iterator["av.VideoFrame"]:
+def _decode(stream: Stream, packet: "av.Packet[av.VideoStream]") -> None:
     import av
 
     try:
-        yield from packet.decode()
+        for frame in packet.decode():
+            turns = round(frame.rotation / 90) % 4
+            size = (frame.height, frame.width) if turns % 2 == 0 else (frame.width, frame.height)
+            if size not in stream.sizes:
+                stream.sizes.append(size)
+                stream.rotation = -90 * turns % 360 if len(stream.sizes) == 1 else stream.rotation
+            stream.frames.append((frame.pts, not frame.is_corrupt and size == stream.sizes[0]))
     except MemoryError:
         raise
     except (av.FFmpegError, ValueError) as error:

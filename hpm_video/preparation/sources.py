@@ -18,8 +18,8 @@ from hpm_video.files.errors import ExpectedError, read_text
 UNPACK = 'for f in *.tar; do mkdir "${f%.tar}" && tar -xf "$f" -C "${f%.tar}" && rm "$f"; done'
 """A command that turns each archive of a folder into a folder."""
 
-Kind = Literal["video", "image"]
-"""Kind of the files of a data set, also a word for messages."""
+Kind = Literal["video", "image"]  # kind of the files of a data set, also a word for messages
+SUFFIXES: dict[Kind, tuple[str, ...]] = {"video": VIDEO_SUFFIXES, "image": IMAGE_SUFFIXES}
 
 
 class RecipeError(ExpectedError):
@@ -30,13 +30,12 @@ class RecipeError(ExpectedError):
 class Clip:
     """An entry of a data set's list."""
 
-    place: str
-    """File and line."""
-    name: str
-    """Name in reports."""
+    place: str  # file and line
+    name: str  # name in reports
     keys: tuple[str, ...]
     """Keys of its file, the best first. No two clips of a list share the first."""
-    label: int = UNLABELLED
+    class_name: str = ""  # empty where the list has no classes
+    label: int = UNLABELLED  # number of the class; :func:`match` finds it
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,11 @@ class Split:
     """Clips of a split, with and without a file."""
 
     name: str
-    found: tuple[tuple[Clip, Path], ...]
-    missing: tuple[Clip, ...] = ()
-    kind: Kind = "video"
-    listed: bool = True
-    """False for a split that consists of all files in class folders."""
+    found: Sequence[tuple[Clip, Path]]
+    missing: Sequence[Clip] = ()
+    videos: "Videos | None" = None
+    """Where the files were looked for; none where they have been written."""
+    listed: bool = True  # false for a split that consists of all files in class folders
 
 
 class Classes:
@@ -61,15 +60,9 @@ class Classes:
         RecipeError: two names would be one.
     """
 
-    def __init__(
-        self,
-        names: Iterable[str],
-        source: str,
-        remedy: str = "Lists and names of classes must be of one release",
-    ) -> None:
+    def __init__(self, names: Iterable[str], source: str) -> None:
         self.names = tuple(names)
         self.source = source
-        self._remedy = remedy
         self._labels: dict[str, int] = {}
         for label, name in enumerate(self.names):
             earlier = self._labels.setdefault(class_key(name), label)
@@ -80,35 +73,27 @@ class Classes:
                     "Give a class one name"
                 )
 
-    def find(self, name: str) -> int | None:
-        """Return the number of a class in any spelling."""
-        return self._labels.get(class_key(name))
-
     def label(self, name: str, place: str) -> int:
-        """Return the number of a class that is named at ``place``."""
-        label = self.find(name)
+        """Return the number of a class that is named at ``place``, in any spelling."""
+        label = self._labels.get(class_key(name))
         if label is None:
             raise RecipeError(
                 f"{place}: the class {name!r} is not one of the {len(self.names)} classes of "
-                f"{self.source}. {self._remedy}"
+                f"{self.source}. Lists and names of classes must be of one release"
             )
         return label
 
     def folders(self, videos: "Videos") -> dict[Path, int]:
         """Return the folders that hold files and are named like a class, with its number."""
-        labels: dict[Path, int] = {}
         owners: dict[int, Path] = {}
         for folder in sorted({file.parent for file in videos.files} - {videos.folder}):
-            label = self.find(folder.name)
-            if label is None:
-                continue
-            if (other := owners.setdefault(label, folder)) != folder:
+            label = self._labels.get(class_key(folder.name))
+            if label is not None and (other := owners.setdefault(label, folder)) != folder:
                 raise RecipeError(
                     f"the folders {other} and {folder} are both of class {self.names[label]!r}. "
                     f"A class has one folder: put their {videos.kind}s into one"
                 )
-            labels[folder] = label
-        return labels
+        return {folder: label for label, folder in owners.items()}
 
 
 class Videos:
@@ -128,17 +113,16 @@ class Videos:
         self.folder = folder.absolute()
         self.key = key
         self.kind = kind
-        suffixes = IMAGE_SUFFIXES if kind == "image" else VIDEO_SUFFIXES
         if not self.folder.is_dir():
             raise RecipeError(f"there is no folder {self.folder}. Name the folder of the {kind}s")
-        if suffix is not None and suffix.lower() not in suffixes:
-            raise RecipeError(f"--suffix must be one of {' '.join(suffixes)}, got {suffix!r}")
+        if suffix is not None and suffix.lower() not in SUFFIXES[kind]:
+            raise RecipeError(f"--suffix must be one of {' '.join(SUFFIXES[kind])}, got {suffix!r}")
         every = files_below(self.folder)
-        own = [name for name in every if name.lower().endswith(suffixes)]
+        own = [name for name in every if name.lower().endswith(SUFFIXES[kind])]
         if not own:
-            raise _nothing(self.folder, kind, every)
+            raise self._nothing(every)
         self.other_kind = len(every) - len(own)
-        wanted = suffixes if suffix is None else suffix.lower()
+        wanted = suffix.lower() if suffix else ""
         self.files = tuple(self.folder / name for name in own if name.lower().endswith(wanted))
         if not self.files:
             raise RecipeError(f"there are no {kind}s {suffix} in {self.folder}. Leave out --suffix")
@@ -162,28 +146,28 @@ class Videos:
         self._asked.update(files)
         return files[0] if files else None
 
+    def replace(self, others: "Videos") -> None:
+        """Let other files take the place of those of the same key."""
+        for file in others.files:
+            self._asked.update(self._by_key[self.key(file)])
+            self._by_key[self.key(file)] = [file]
+
     def unlisted(self) -> list[Path]:
         """Return the files that no clip asked for."""
         return [file for file in self.files if file not in self._asked]
 
-
-def _nothing(folder: Path, kind: Kind, others: Sequence[str]) -> RecipeError:
-    """Explain why a folder has no files of a kind. ``others``: its files of the other kind."""
-    if archives := sorted(folder.rglob("*.tar")):
+    def _nothing(self, others: Sequence[str]) -> RecipeError:
+        """Explain why there are no files of the kind, but perhaps of the other one."""
+        if archives := sorted(self.folder.rglob("*.tar")):
+            return RecipeError(
+                f"there are no {self.kind}s in {self.folder}, but {len(archives)} archives, such "
+                f"as {archives[0]}. Unpack them first, in the folder {archives[0].parent}: {UNPACK}"
+            )
+        but = f", but files of another kind, such as {Path(others[0]).name}" if others else ""
         return RecipeError(
-            f"there are no {kind}s in {folder}, but {len(archives)} archives, such as "
-            f"{archives[0]}. Unpack them first, in the folder {archives[0].parent}: {UNPACK}"
+            f"there are no {self.kind}s in {self.folder}{but}. Name the folder of the {self.kind}s "
+            f"({' '.join(SUFFIXES[self.kind])})"
         )
-    if others:
-        return RecipeError(
-            f"there are no {kind}s in {folder}, but files of another kind, such as "
-            f"{Path(others[0]).name}. Name the folder of the {kind}s"
-        )
-    suffixes = IMAGE_SUFFIXES if kind == "image" else VIDEO_SUFFIXES
-    return RecipeError(
-        f"there are no {kind}s in {folder}; looked, in its folders too, for names that end in one "
-        f"of {' '.join(suffixes)}. Name the folder of the {kind}s"
-    )
 
 
 def stem(file: Path) -> str:
@@ -206,9 +190,6 @@ def class_key(name: str) -> str:
     return "".join(letter for letter in name.casefold() if letter.isalnum()) or name
 
 
-# --- Lists ---------------------------------------------------------------------------------------
-
-
 def read_list_text(path: Path) -> str:
     """Read a list as text."""
     return read_text(path, RecipeError, "download it again")
@@ -222,14 +203,12 @@ def lines_of(path: Path) -> list[tuple[str, str]]:
 
 def matches_of(
     path: Path, pattern: re.Pattern[str], needed: str
-) -> list[tuple[str, re.Match[str]]]:
+) -> Iterator[tuple[str, re.Match[str]]]:
     """Match every line of a list. ``needed`` describes the format in errors."""
-    matches = []
     for place, row in lines_of(path):
         if not (found := pattern.fullmatch(row)):
             raise RecipeError(f"{place}: need {needed}, got {row!r}. Download the list again")
-        matches.append((place, found))
-    return matches
+        yield place, found
 
 
 def cells_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
@@ -252,21 +231,18 @@ def cells_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str
         yield place, {name: cell.strip() for name, cell in row.items()}
 
 
-# --- Splits --------------------------------------------------------------------------------------
-
-
 def match(
     lists: Mapping[str, Sequence[Clip]],
     videos: Videos,
+    classes: Classes,
     expected: str,
-    find: Callable[[Clip], Path | None] | None = None,
 ) -> list[Split]:
-    """Find the file of each clip of some splits, which share no clip.
+    """Find the file and the label of each clip of some splits, which share no clip.
 
     ``expected`` says in errors where files should be and how they are named.
 
     Raises:
-        RecipeError: a clip is listed twice, or no clip of a split has a file.
+        RecipeError: a class is unknown, a clip is listed twice, or no clip of a split has a file.
     """
     places: dict[str, str] = {}
     for clip in chain.from_iterable(lists.values()):
@@ -277,8 +253,13 @@ def match(
             )
     splits = []
     for name, clips in lists.items():
-        files = [(find or videos.find)(clip) for clip in clips]
-        found = tuple((clip, file) for clip, file in zip(clips, files, strict=True) if file)
+        found, missing = [], []
+        for clip in clips:
+            label = classes.label(clip.class_name, clip.place) if clip.class_name else UNLABELLED
+            if file := videos.find(clip):
+                found.append((replace(clip, label=label), file))
+            else:
+                missing.append(clip)
         if not clips:
             raise RecipeError(f"the list of {name} holds no {videos.kind}s. Download it again")
         if not found:
@@ -286,39 +267,42 @@ def match(
                 f"none of the {len(clips)} {videos.kind}s of {name} was found, such as "
                 f"{clips[0].name} ({clips[0].place}). {expected}"
             )
-        missing = tuple(clip for clip, file in zip(clips, files, strict=True) if not file)
-        splits.append(Split(name, found, missing, videos.kind))
+        splits.append(Split(name, found, missing, videos))
     return splits
 
 
-def split_of_folders(name: str, videos: Videos, classes: Classes, remedy: str) -> Split:
-    """Make a split of all files, with the class of their folders."""
-    labels = classes.folders(videos)
-    clips = []
-    for file in videos.files:
-        if file.parent not in labels:
+def split_of(
+    name: str,
+    videos: Videos,
+    classes: Classes,
+    clips: Sequence[Clip] | None,
+    expected: str,
+    remedy: str,
+) -> Split:
+    """Make a split by its list, with which class folders must agree, or by these alone.
+
+    ``remedy``: where the class folders are not right.
+    """
+    labels, listed = classes.folders(videos), clips is not None
+    if clips is None:
+        if odd := [file for file in videos.files if file.parent not in labels]:
             raise RecipeError(
-                f"{file} lies in no folder named like one of the {len(classes.names)} classes of "
-                f"{classes.source}. {remedy}"
+                f"{odd[0]} lies in no folder named like one of the {len(classes.names)} classes "
+                f"of {classes.source}. {remedy}"
             )
-        place, label = str(file.parent), labels[file.parent]
-        clips.append(Clip(place, folder_and_name(file), (videos.key(file),), label))
-    (split,) = match({name: clips}, videos, "")
-    return replace(split, listed=False)
-
-
-def check_folders(split: Split, videos: Videos, classes: Classes, remedy: str) -> None:
-    """Make sure that class folders, if there are any, agree with the list."""
-    labels = classes.folders(videos)
-    wrong = [
-        (clip, file)
-        for clip, file in split.found
-        if UNLABELLED != clip.label != labels.get(file.parent, clip.label)
-    ]
+        named = {folder: classes.names[label] for folder, label in labels.items()}
+        clips = [
+            Clip(str(file.parent), folder_and_name(file), (videos.key(file),), named[file.parent])
+            for file in videos.files
+        ]
+    (split,) = match({name: clips}, videos, classes, expected)
+    known = [(clip, file) for clip, file in split.found if clip.class_name]
+    wrong = [pair for pair in known if labels.get(pair[1].parent, pair[0].label) != pair[0].label]
     if wrong:
         clip, file = wrong[0]
         raise RecipeError(
-            f"{len(wrong)} {split.kind}s of {split.name} lie in the folder of another class than "
+            f"{len(wrong)} {videos.kind}s of {name} lie in the folder of another class than "
             f"their list says: {file} is of class {clip.label}, {classes.names[clip.label]!r}, in "
             f"{clip.place}. {remedy}"
         )
+    return replace(split, listed=listed)

@@ -5,7 +5,6 @@ reports its progress; a file is done when its output has been opened and decoded
 """
 
 import contextlib
-import errno
 import shutil
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from hpm_video.decoding.reader import Size
 from hpm_video.decoding.registry import choose_decoder, open_video
 from hpm_video.decoding.video_stream import USUAL_RATE, Timed, VideoStream
 from hpm_video.files.failures import Failure
-from hpm_video.preparation.check import examine, stamp_of
+from hpm_video.preparation.check import examine
 from hpm_video.preparation.encode import (
     Resizer,
     VideoWriter,
@@ -30,25 +29,15 @@ from hpm_video.preparation.encode import (
     picture_of,
     upright_size,
 )
-from hpm_video.preparation.jobs import (
-    Broken,
-    Step,
-    Steps,
-    WrongOutputError,
-    paced,
-    reason_of,
-    remove,
-)
-from hpm_video.preparation.shards import open_place
+from hpm_video.preparation.findings import stamp_of
+from hpm_video.preparation.jobs import Steps, attempt
 
 if TYPE_CHECKING:
     from hpm_video.decoding.video_stream import VideoFrame
 
 LONGEST_STILL = 600
 """Limit of the seconds for which a frame is shown; beyond it, its times are wrong."""
-CLOCK = Fraction(1, 1000)
-"""Seconds to which some containers round the times of frames."""
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+CLOCK = Fraction(1, 1000)  # seconds to which some containers round the times of frames
 
 
 @dataclass(frozen=True)
@@ -56,19 +45,13 @@ class Recipe:
     """Format and quality of the outputs."""
 
     form: Literal["files", "frames", "shards"]
-    short_side: int
-    """Pixels, even; smaller frames keep their size."""
-    fps: Fraction | None
-    """Frames per second; none keeps every frame."""
-    key_frames: int
-    """Largest distance of key frames."""
+    short_side: int  # pixels, even; smaller frames keep their size
+    fps: Fraction | None  # frames per second; none keeps every frame
+    key_frames: int  # largest distance of key frames
     crf: int
-    quality: int
-    """JPEG quality."""
-    shard_bytes: int
-    """Largest size of a shard of more than one sample."""
-    copy: bool
-    """Pack files into shards unchanged."""
+    quality: int  # JPEG quality
+    shard_bytes: int  # largest size of a shard of more than one sample
+    copy: bool  # pack files into shards unchanged
 
     def suffix(self, place: str) -> str:
         """Return the end of an output's name."""
@@ -82,15 +65,11 @@ class Job:
     """One file and the path of its output."""
 
     place: str
-    temporary: str
-    """Path to write to first, with the suffix of ``target``."""
+    temporary: str  # path to write to first, with the suffix of ``target``
     target: str
-    fps: Fraction | None = None
-    """Frame rate of a folder of frames, if its manifest has it."""
-    num_frames: int | None = None
-    """Number of frames to read from the start, if the manifest has it."""
-    cut: float | None = None
-    """In a trial, the number of seconds to read from the start."""
+    fps: Fraction | None = None  # frame rate of a folder of frames, if its manifest has it
+    num_frames: int | None = None  # number of frames to read from the start, if the manifest has it
+    cut: float | None = None  # in a trial, the number of seconds to read from the start
 
 
 @dataclass(frozen=True)
@@ -100,23 +79,14 @@ class Output:
     num_frames: int
     height: int
     width: int
-    fps: float
-    """0 for an image."""
+    fps: float  # 0 for an image
     key_frame_distance: int
     bytes: int
-    seconds: float = 0.0
-    """Duration of the job."""
+    seconds: float = 0.0  # duration of the job
     source_bytes: int = 0
-    source_modified: str = ""
-    """Time of the source's last change before it was read."""
-    share: float = 1.0
-    """Share of the video that a trial read."""
-    note: str = ""
-    """Anything odd about the source."""
-
-
-class UnwritableError(OSError):
-    """The disk accepts no more data."""
+    source_modified: str = ""  # time of the source's last change before it was read
+    share: float = 1.0  # share of the video that a trial read
+    note: str = ""  # anything odd about the source
 
 
 @dataclass(frozen=True)
@@ -129,23 +99,13 @@ class Transcoder:
         """Load what jobs need, before they are timed."""
         choose_decoder("pyav")  # it decodes a test video
 
-    def __call__(self, job: Job) -> Iterator[Step | Output | Failure | Broken]:
-        """Do a job. -> steps, and the result at the end"""
-        return paced(self._do(job))
+    def __call__(self, job: Job) -> Iterator[Output | Failure | None]:
+        """Do a job."""
+        return attempt(self._do(job), job.place, job.temporary)
 
-    def _do(self, job: Job) -> Steps[Output | Failure | Broken]:
-        began = time.perf_counter()
-        try:
-            stamp = stamp_of(job.place)
-            output = yield from self._probe(job) if self.recipe.copy else self._transcode(job)
-        except UnwritableError as error:
-            return Broken(str(error))
-        except MemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - native libraries raise anything
-            return Failure(job.place, reason_of(error))
-        finally:
-            remove(job.temporary)
+    def _do(self, job: Job) -> Steps[Output]:
+        began, stamp = time.perf_counter(), stamp_of(job.place)
+        output = yield from _probe(job) if self.recipe.copy else self._transcode(job)
         return replace(
             output,
             fps=0.0 if is_image(job.place) else output.fps,
@@ -156,8 +116,7 @@ class Transcoder:
 
     def _transcode(self, job: Job) -> Steps[Output]:
         with contextlib.closing(_open_source(job)) as source:
-            for _ in source.survey():
-                yield Step()
+            yield from source.survey()
             fps = self.recipe.fps or source.rate
             selected = _select_frames(source.frames(), job)
             frames = (
@@ -171,9 +130,11 @@ class Transcoder:
             size = fitted_size(upright_size(first), self.recipe.short_side)
             write = self._write_video if job.target.endswith(".mp4") else self._write_pictures
             count = yield from write(job.temporary, chain([first], frames), size, fps)
-        output = yield from check(job.temporary, Content(count, size), fps)
-        with _writing():
-            _move(job.temporary, job.target)
+        output = yield from check(job.temporary, count, size, fps)
+        Path(job.target).parent.mkdir(parents=True, exist_ok=True)
+        if is_frame_folder(job.target):  # a killed run may have left one
+            shutil.rmtree(job.target, ignore_errors=True)
+        Path(job.temporary).replace(job.target)
         if job.cut:
             share = min(1.0, float(job.cut * source.rate) / max(source.num_packets, 1))
             return replace(output, share=share)
@@ -189,18 +150,13 @@ class Transcoder:
         self, path: str, frames: Iterator["VideoFrame"], size: Size, fps: Fraction
     ) -> Steps[int]:
         resizer, crf, gop = Resizer(size), self.recipe.crf, self.recipe.key_frames
-        with _writing():
-            writer = VideoWriter(Path(path), size, fps=fps, crf=crf, gop=gop, faststart=True)
-        with writer:
+        with VideoWriter(Path(path), size, fps=fps, crf=crf, gop=gop, faststart=True) as writer:
             for frame in frames:
                 small = resizer.yuv(frame)
                 if not writer.count:
                     writer.describe_colours(small)
-                with _writing():
-                    writer.write(small)
-                yield Step(writer.count)
-            with _writing():
-                writer.finish()
+                writer.write(small)
+                yield
         return writer.count
 
     def _write_pictures(
@@ -208,41 +164,48 @@ class Transcoder:
     ) -> Steps[int]:
         resizer, count = Resizer(size), 0
         if is_frame_folder(path):
-            with _writing():
-                Path(path).mkdir()
+            Path(path).mkdir()
         for count, frame in enumerate(frames, start=1):
             name = f"{count - 1:06d}.jpg" if is_frame_folder(path) else ""
             picture = Image.fromarray(resizer.rgb(frame))
-            with _writing():
-                picture.save(path + name, "JPEG", quality=self.recipe.quality)
-            yield Step(count)
+            picture.save(path + name, "JPEG", quality=self.recipe.quality)
+            yield
         return count
 
-    @staticmethod
-    def _probe(job: Job) -> Steps[Output]:
-        """Open a file that is packed unchanged, and decode its first frame."""
-        rate, distance = Fraction(0), 1
-        if not is_image(job.place):
-            with contextlib.closing(_open_source(job)) as source:
-                for _ in source.survey():
-                    yield Step()
-                rate, distance = source.rate, source.key_distance
-        with open_video(job.place, "pyav") as video, open_place(job.place) as (_, size):
-            height, width = video.read([0]).shape[1:3]
-            count = min(job.num_frames or video.num_frames, video.num_frames)
-        return Output(count, height, width, float(rate), distance, size)
+
+def _probe(job: Job) -> Steps[Output]:
+    """Open a file that is packed unchanged, and decode its first frame."""
+    rate, distance = Fraction(0), 1
+    if not is_image(job.place):
+        with contextlib.closing(_open_source(job)) as source:
+            yield from source.survey()
+            rate, distance = source.rate, source.key_distance
+    with open_video(job.place, "pyav") as video:
+        height, width = video.read([0]).shape[1:3]
+        count = min(job.num_frames or video.num_frames, video.num_frames)
+    size = stamp_of(job.place).bytes or 0
+    return Output(count, height, width, float(rate), distance, size)
 
 
-@dataclass(frozen=True)
-class Content:
-    """Number and size of an output's frames."""
+def check(place: str, num_frames: int, size: Size, fps: Fraction) -> Steps[Output]:
+    """Decode all of an output, as ``tools/check_videos.py`` does.
 
-    num_frames: int
-    size: Size
-
-    def __str__(self) -> str:
-        height, width = self.size
-        return f"{self.num_frames} frames of {width} x {height}"
+    Raises:
+        ValueError: it is not as expected.
+    """
+    found = yield from examine(place, "pyav")
+    if found.verdict == "bad":
+        raise ValueError(f"what was written cannot be read: {'; '.join(found.reasons)}")
+    wanted = f"{num_frames} frames of {size[1]} x {size[0]}"
+    written = f"{found.num_frames} frames of {found.width} x {found.height}"
+    if written != wanted:
+        raise ValueError(f"what was written is {written} instead of {wanted}")
+    if num_frames > 1 and found.fps and abs(found.fps / float(fps) - 1) > 1e-3:
+        raise ValueError(
+            f"what was written has {found.fps:g} frames a second instead of {float(fps):g}"
+        )
+    distance = found.key_frame_distance or 1
+    return Output(num_frames, *size, float(fps), distance, found.bytes or 0)
 
 
 def at_rate(
@@ -270,26 +233,6 @@ def at_rate(
     while due < end:
         yield held.frame
         due += 1 / fps
-
-
-def check(place: str, expected: Content, fps: Fraction) -> Steps[Output]:
-    """Decode all of an output, as ``tools/check_videos.py`` does.
-
-    Raises:
-        WrongOutputError: it is not as expected.
-    """
-    found = yield from examine(place, "pyav")
-    if found.num_frames is None or found.verdict == "bad":
-        raise WrongOutputError(f"what was written cannot be read: {'; '.join(found.reasons)}")
-    found_content = Content(found.num_frames, (found.height or 0, found.width or 0))
-    if found_content != expected:
-        raise WrongOutputError(f"what was written is {found_content} instead of {expected}")
-    if expected.num_frames > 1 and found.fps and abs(found.fps / float(fps) - 1) > 1e-3:
-        raise WrongOutputError(
-            f"what was written has {found.fps:g} frames a second instead of {float(fps):g}"
-        )
-    distance, size = found.key_frame_distance or 1, found.bytes or 0
-    return Output(expected.num_frames, *expected.size, float(fps), distance, size)
 
 
 class _PictureStream:
@@ -327,22 +270,3 @@ def _select_frames(frames: Iterator[Timed], job: Job) -> Iterator[Timed]:
         if job.cut is not None and timed.time - start > job.cut:
             return
         yield timed
-
-
-@contextlib.contextmanager
-def _writing() -> Iterator[None]:
-    """Distinguish a disk that accepts no data from a file that cannot be encoded."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _DISK_ERRORS:
-            raise UnwritableError(error.errno, error.strerror, error.filename) from error
-        raise
-
-
-def _move(temporary: str, target: str) -> None:
-    """Rename a file, and replace a target that a killed run has left."""
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
-    if is_frame_folder(target):
-        shutil.rmtree(target, ignore_errors=True)
-    Path(temporary).replace(target)

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -26,15 +25,15 @@ from hpm_video.decoding.registry import available_decoders
 from hpm_video.files.failures import Failure, TooManyBadFiles
 from hpm_video.preparation import loader_advice
 from hpm_video.preparation.benchmark import (
-    MIB,
+    IN_THE_RUN,
+    IN_WORKERS,
     NUM_PLACES,
-    Phases,
-    Storage,
     Trial,
     Trials,
+    fits_into_memory,
     read_all,
-    size_of,
 )
+from hpm_video.preparation.findings import stamp_of
 from hpm_video.workers.room import RoomError
 
 pytestmark = pytest.mark.slow
@@ -117,28 +116,27 @@ def test_time_is_put_down_to_its_phase_and_counted_per_clip(videos, monkeypatch)
     cpu, clock = torch.device("cpu"), Clock()
     monkeypatch.setattr("hpm_video.preparation.benchmark.time", clock)
     for count in (1, 2):
-        trials = trials_of(clips_of(videos / "train", Slow(clock), count), memory=2**40)
+        trials = trials_of(clips_of(videos / "train", Slow(clock), count), in_memory=True)
         slow = trials.measure_phases(places(6), cpu)
-        assert slow.augmenting == pytest.approx(TAKEN + 1e-3), "of each clip, not of each video"
-        assert slow.bottleneck(1) == "augmenting"
-        assert slow.copying == 0.0
-        assert min(slow.reading, slow.decoding, slow.collating) > 0
+        assert slow["augmenting"] == pytest.approx(TAKEN + 1e-3), "of each clip, not of each video"
+        assert loader_advice.bottleneck(slow, 1) == "augmenting"
+        assert slow["copying"] == 0.0
+        assert min(slow[name] for name in ("reading", "decoding", "collating")) > 0
 
 
 def test_the_bottleneck_depends_on_the_number_of_workers():
-    phases = Phases(reading=1, decoding=6, augmenting=2, collating=0.5, copying=1)
-    assert [phases.bottleneck(workers) for workers in (1, 5, 7, 100)] == [
+    phases = {"reading": 1, "decoding": 6, "augmenting": 2, "collating": 0.5, "copying": 1}
+    assert [loader_advice.bottleneck(phases, workers) for workers in (1, 5, 7, 100)] == [
         "decoding",
         "decoding",
         "copying",
         "copying",
     ]
-    assert replace(phases, reading=7).bottleneck(1) == "reading"
+    assert loader_advice.bottleneck(phases | {"reading": 7}, 1) == "reading"
 
 
-def trials_of(clips, *, batch_size=4, seconds=0.05, memory=None):
-    storage = Storage(1, 1, memory)
-    return Trials(clips, [1.0], storage, batch_size=batch_size, seconds=seconds)
+def trials_of(clips, *, batch_size=4, seconds=0.05, in_memory=False):
+    return Trials(clips, [1.0], in_memory=in_memory, batch_size=batch_size, seconds=seconds)
 
 
 def test_a_rate_is_that_of_the_clips(videos):
@@ -164,8 +162,8 @@ def test_files_that_are_missing_or_no_files_are_left_out_of_phases(videos, tmp_p
         manifest_of(tmp_path, tmp_path / "gone.mp4", tmp_path / "pipe.mp4", *good), count=1
     )
     cpu = torch.device("cpu")
-    for memory in (None, 2**40):
-        assert trials_of(clips, memory=memory).measure_phases(places(5), cpu).decoding > 0
+    for in_memory in (False, True):
+        assert trials_of(clips, in_memory=in_memory).measure_phases(places(5), cpu)["decoding"] > 0
     clips = clips_of(manifest_of(tmp_path, tmp_path / "gone.mp4"))
     with pytest.raises(DecodeError, match=r"none of the first 1 files decodes.*gone\.mp4"):
         trials_of(clips).measure_phases(places(1), cpu)
@@ -266,19 +264,18 @@ def test_where_there_is_no_room_for_so_many_the_others_are_measured(videos, monk
     assert (trial.rates, str(trial.error)) == ({1: 5.0}, "no room for 2")
 
 
-def test_it_is_told_where_files_are_read_from_and_why(videos):
-    storage = Storage.of(clips_of(videos / "train"))
-    files = [*(videos / "train").iterdir()]
-    assert storage.num_files == len(files)
-    assert storage.num_bytes == sum(file.stat().st_size for file in files)
-    small, large = (Storage(3, 100 * MIB, memory) for memory in (201 * MIB, 199 * MIB))
-    assert small.is_memory
-    assert not large.is_memory
-    assert str(small).startswith("3 files of about 100 MiB fit into memory: read from there")
-    assert str(large).startswith(
-        "3 files of about 100 MiB may not fit into memory: read from the disk"
-    )
-    assert not Storage(3, 1, None).is_memory
+def test_it_is_told_where_files_are_read_from_and_why(videos, monkeypatch):
+    clips, files = clips_of(videos / "train"), [*(videos / "train").iterdir()]
+    num_bytes = sum(file.stat().st_size for file in files)
+    for memory, fits, told in [
+        (2 * num_bytes + 2, True, "fit into memory: read from there"),
+        (2 * num_bytes - 2, False, "may not fit into memory: read from the disk"),
+        (None, False, "may not fit into memory"),
+    ]:
+        monkeypatch.setattr("hpm_video.preparation.benchmark.memory_left", lambda m=memory: m)
+        found, description = fits_into_memory(clips)
+        assert found == fits
+        assert description.startswith(f"files: {len(files)}, of about 1 MiB, which {told}")
 
 
 def test_the_bytes_of_every_kind_of_place_are_read(tmp_path):
@@ -288,16 +285,16 @@ def test_the_bytes_of_every_kind_of_place_are_read(tmp_path):
         (frames / name).write_bytes(bytes(100))
     (tmp_path / "a.mp4").write_bytes(bytes(50))
     for place, count in ((f"{frames}/", 200), (f"{tmp_path}/a.mp4", 50), (f"{tmp_path}/gone", 0)):
-        assert (size_of(place), read_all(place)) == (count, count)
+        assert (stamp_of(place).bytes or 0, read_all(place)) == (count, count)
     (tmp_path / "shard.tar").touch()
-    assert size_of(f"{tmp_path}/shard.tar::a.mp4@512+100") == 100
+    assert stamp_of(f"{tmp_path}/shard.tar::a.mp4@512+100").bytes == 100
 
 
-@pytest.mark.parametrize("memory", [0, 2**40])
-def test_what_comes_from_the_disk_is_not_read_twice(videos, memory):
-    trials = trials_of(clips_of(videos / "train"), memory=memory)
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_what_comes_from_the_disk_is_not_read_twice(videos, in_memory):
+    trials = trials_of(clips_of(videos / "train"), in_memory=in_memory)
     trials.read(Trial("pyav"), 1)
-    if memory:
+    if in_memory:
         assert trials.places()[0].position == 0
         return
     assert trials.places()[0].position > 0
@@ -314,7 +311,7 @@ def test_numbers_that_are_tried_come_out_even(monkeypatch):
 
 
 def test_settings_are_those_of_each_process():
-    phases = Phases(reading=1, decoding=6, augmenting=2, collating=0.5, copying=0.5)
+    phases = {"reading": 1, "decoding": 6, "augmenting": 2, "collating": 0.5, "copying": 0.5}
     trials = [Trial("pyav", {8: 40.0, 16: 100.0}), Trial("decord", {32: 101.0})]
     setting, rate = loader_advice.choose_setting(trials, 0.5)
     assert (setting, rate) == (("pyav", 16), 100.0)
@@ -391,7 +388,7 @@ def test_the_tool_tells_rates_a_recommendation_and_whether_gpus_starve(
     written = [
         row["phase"] or row["decoder"] for row in csv.DictReader(table.read_text().splitlines())
     ]
-    assert written == [*Phases.__annotations__, *available_decoders()]
+    assert written == [*IN_WORKERS, *IN_THE_RUN, *available_decoders()]
     for decoder in available_decoders():
         rates = re.search(rf"^ *{decoder} +([\d.]+) +([\d.]+)$", output, re.MULTILINE)
         assert rates, output

@@ -25,16 +25,12 @@ from hpm_video.data.manifest import Listing, read_listing, read_manifest
 from hpm_video.decoding.reader import DecodeError
 from hpm_video.decoding.registry import open_video
 from hpm_video.decoding.video_stream import VideoStream
-from hpm_video.preparation import check_manifest, jobs
-from hpm_video.preparation.check import (
-    doubts_of_gaps,
-    doubts_of_length,
-    doubts_of_size,
-    stamp_of,
-)
+from hpm_video.preparation import jobs
+from hpm_video.preparation.check import doubts_of_gaps, doubts_of_length, doubts_of_size
 from hpm_video.preparation.check_manifest import (
     Checker,
     FindingJournal,
+    check_files,
     find_rows,
     known_of,
 )
@@ -45,8 +41,8 @@ from hpm_video.preparation.findings import (
     Finding,
     columns_of,
     read_findings,
+    stamp_of,
 )
-from hpm_video.preparation.jobs import Step
 from hpm_video.preparation.soundness import Stream, decode_all
 from hpm_video.workers import progress_bar
 from hpm_video.workers.pool import GIB, Limits, Pool
@@ -324,12 +320,12 @@ def test_a_second_check_looks_at_what_changed_or_was_bad(check, folder, tmp_path
     assert check(tmp_path / "list.txt") == 3
     first = out.read_text()
     assert check(tmp_path / "list.txt") == 3
-    assert "2 files have not changed and were not decoded again" in capsys.readouterr().out
+    assert ", 2 of which have not changed since their check; " in capsys.readouterr().out
     assert out.read_text() == first
     (tmp_path / "short.mp4").write_bytes((folder / "one.ts").read_bytes())
     (tmp_path / "text.mp4").write_bytes((folder / "good.mp4").read_bytes())
     assert check(tmp_path / "list.txt") == 0
-    assert "1 files have not changed" in capsys.readouterr().out
+    assert ", 1 of which have not changed" in capsys.readouterr().out
     assert list(pd.read_csv(out)["num_frames"]) == [60, 24, 40]
     assert list(pd.read_csv(out)["label"]) == [3, 1, 0]
     assert check(tmp_path / "list.txt", "--again") == 0
@@ -381,10 +377,8 @@ WORK = """
 
     import numpy as np
 
-    from hpm_video.preparation.check import stamp_of
     from hpm_video.preparation.check_manifest import Checker
-    from hpm_video.preparation.findings import Finding
-    from hpm_video.preparation.jobs import Step
+    from hpm_video.preparation.findings import Finding, stamp_of
 
     class Looking(Checker):
         def __call__(self, file):
@@ -417,7 +411,7 @@ WORK = """
 
     def long(stamp):
         for _ in range(15):
-            yield Step()
+            yield None
         yield Finding("fine", num_frames=15, bytes=stamp.bytes, modified=stamp.modified)
 """
 SCRIPT = """
@@ -438,6 +432,15 @@ def work_folder(tmp_path_factory):
     sys.path.remove(str(folder))
 
 
+def findings_of(checker, files, folder):
+    """Check files. -> findings by the names of the files"""
+    with closing(FindingJournal(folder / "journal")) as journal:
+        found = check_files(files, {}, journal, checker)
+    with closing(FindingJournal(folder / "journal")) as journal:
+        assert journal.findings == found
+    return {Path(file).stem: finding for file, finding in found.items()}
+
+
 def test_a_file_that_hangs_crashes_or_eats_memory_is_bad_and_the_rest_is_checked(
     work_folder, tmp_path, pool_clock
 ):
@@ -449,7 +452,7 @@ def test_a_file_that_hangs_crashes_or_eats_memory_is_bad_and_the_rest_is_checked
     files = [str(tmp_path / f"{name}.mp4") for name in names]
     checker = work_of_a_check.Looking(1, Limits(2.0, GIB // 4))
     pool_clock.run_while_one_hangs(tmp_path)
-    found = {Path(file).stem: finding for file, finding, _ in checker.check(files, {})}
+    found = findings_of(checker, files, tmp_path)
     assert set(found) == set(names)
     told = {name: finding.reasons for name, finding in found.items() if finding.verdict == "bad"}
     assert told == {
@@ -478,8 +481,8 @@ def test_a_long_file_that_gets_on_is_fine(work_folder, tmp_path, pool_clock, mon
     monkeypatch.setattr(Pool, "next", next_beat)
     (tmp_path / "long.mp4").write_text("long")
     checker = work_of_a_check.Looking(1, Limits(1.0, GIB))
-    ((_, finding, is_new),) = checker.check([str(tmp_path / "long.mp4")], {})
-    assert (finding.verdict, finding.num_frames, is_new) == ("fine", 15, True)
+    (finding,) = findings_of(checker, [str(tmp_path / "long.mp4")], tmp_path).values()
+    assert (finding.verdict, finding.num_frames) == ("fine", 15)
     assert (tmp_path / "looked.txt").read_text() == "long\n"
 
 
@@ -491,7 +494,7 @@ def test_a_file_whose_process_was_killed_once_is_tried_again_at_the_end(work_fol
         (tmp_path / f"{name}.mp4").write_text(name)
     files = [str(tmp_path / f"{name}.mp4") for name in names]
     checker = work_of_a_check.Looking(1, Limits(memory=GIB))
-    found = {Path(file).stem: finding for file, finding, _ in checker.check(files, {})}
+    found = findings_of(checker, files, tmp_path)
     assert {name: finding.verdict for name, finding in found.items()} == {
         **dict.fromkeys(["once", "a", "b"], "fine"),
         "abort": "bad",
@@ -506,7 +509,7 @@ def test_frames_are_beats_and_a_file_without_an_end_is_given_up(folder, monkeypa
     monkeypatch.setattr(jobs, "SECONDS_BETWEEN_STEPS", 0.0)
     results = [*Checker(1)(f"{folder}/{name}")]
     assert len(results) > (40 if name == "good.mp4" else 2)
-    assert set(results[:-1]) == {Step()}
+    assert set(results[:-1]) == {None}
     *_, finding = Checker(1, seconds_in_all=1e-9)(f"{folder}/{name}")
     assert finding.verdict == "bad"
     assert finding.reasons[0].endswith("where it is only long, check it with more --seconds-in-all")
@@ -535,9 +538,9 @@ def test_only_what_the_same_decoder_found_is_taken_over(check, tool, folder, tmp
     assert list(pd.read_csv(out)["decoder"]) == ["pyav", "pillow"]
     known = known_of(out, None)
     journal = tmp_path / "journal"
-    with FindingJournal(journal) as noted:
+    with closing(FindingJournal(journal)) as noted:
         noted.note("/x.mp4", Finding("fine", decoder="pyav"))
-    with FindingJournal(journal) as noted:
+    with closing(FindingJournal(journal)) as noted:
         assert noted.findings["/x.mp4"].decoder == "pyav"
     taken = {
         decoder: [
@@ -550,23 +553,26 @@ def test_only_what_the_same_decoder_found_is_taken_over(check, tool, folder, tmp
     table.to_csv(out, index=False)
     capsys.readouterr()
     assert check(tmp_path / "list.csv") == 0
-    assert "were not decoded again" not in capsys.readouterr().out
+    assert "have not changed" not in capsys.readouterr().out
     table.drop(columns="decoder").to_csv(out, index=False)  # an older one
     assert check(tmp_path / "list.csv") == 0
     assert list(pd.read_csv(out)["decoder"]) == ["pyav", "pillow"]
 
 
-def test_again_drops_the_journal_of_another_check_and_goes_on_with_its_own(tmp_path):
-    path = tmp_path / "journal"
-    with FindingJournal(path) as journal:
-        journal.note("/a", Finding("fine"))
-    with FindingJournal(path, again=True) as journal:
-        assert journal.findings == {}
-        journal.note("/b", Finding("fine"))
-    with FindingJournal(path, again=True) as journal:
-        assert list(journal.findings) == ["/b"]
-    with FindingJournal(path) as journal:
-        assert list(journal.findings) == ["/b"]
+def test_again_leaves_the_journal_of_another_check_and_goes_on_with_its_own(
+    check, folder, tmp_path, capsys
+):
+    (tmp_path / "a.png").write_bytes((folder / "whole.png").read_bytes())
+    (tmp_path / "list.csv").write_text("path\na.png\n")
+    stamp = vars(stamp_of(str(tmp_path / "a.png")))
+    noted = Finding("bad", ("the disk was broken",), decoder="pillow", **stamp)
+    for name, options, code in [("", ["--again"], 0), (".again", ["--again"], 3), ("", [], 3)]:
+        journal = tmp_path / f"list.checked.csv{name}.partial"
+        with closing(FindingJournal(journal)) as file:
+            file.note(str(tmp_path / "a.png"), noted)
+        assert check(tmp_path / "list.csv", *options) == code
+        assert ("1 of which have not changed" in capsys.readouterr().out) == bool(code)
+        assert not list(tmp_path.glob("*.partial"))
 
 
 def test_one_odd_name_in_a_folder_does_not_stop_a_check(check, folder, tmp_path, caplog, capsys):
@@ -658,8 +664,7 @@ def test_a_check_that_was_stopped_goes_on(
     monkeypatch.setattr(tool, "Checker", work_of_a_check.Looking)
     assert check(tmp_path / "list.csv") == 0
     output = capsys.readouterr().out
-    assert f"{len(noted)} of which were checked before" in output
-    assert f"{len(noted) - 1} files have not changed" in output
+    assert f"{len(noted) - 1} of which have not changed" in output
     files = {f"{tmp_path}/waits {i}.mp4" for i in range(12)}
     looked = (tmp_path / "looked.txt").read_text().splitlines()
     assert sorted(looked) == sorted(Path(file).stem for file in files - noted | {changed})
@@ -669,7 +674,7 @@ def test_a_check_that_was_stopped_goes_on(
 
 def test_two_checks_do_not_write_one_journal(tmp_path):
     with (
-        FindingJournal(tmp_path / "a.partial"),
+        closing(FindingJournal(tmp_path / "a.partial")),
         pytest.raises(BlockingIOError, match="another program writes"),
     ):
         FindingJournal(tmp_path / "a.partial")
@@ -695,16 +700,16 @@ FULL = Finding(
 
 def test_findings_survive_a_journal_and_a_manifest(tmp_path):
     lost = replace(FULL, verdict="bad", limits=(60.0, 4.0, 3600.0))
-    with FindingJournal(tmp_path / "j") as journal:
+    with closing(FindingJournal(tmp_path / "j")) as journal:
         journal.note("/a", FULL)
         journal.note("/é\udce9", lost)
     with (tmp_path / "j").open("a") as file:
         file.write('[1]\n{"file": "/older", "verdict": "fine", "reasons": [], "limits": null}\n')
         file.write('{"file": "/c", "verdict"')
-    with FindingJournal(tmp_path / "j") as journal:
+    with closing(FindingJournal(tmp_path / "j")) as journal:
         assert journal.findings == {"/a": FULL, "/é\udce9": lost}
         journal.note("/d", FULL)
-    with FindingJournal(tmp_path / "j") as journal:
+    with closing(FindingJournal(tmp_path / "j")) as journal:
         assert journal.findings["/d"] == FULL
     of_a_row = replace(FULL, reasons=("one", "the manifest said 7 frames, there are 30: corrected"))
     findings = [FULL, of_a_row, Finding("fine"), Finding("bad", ("why",))]
@@ -785,7 +790,7 @@ def test_sizes_and_lengths():
     assert [len(list(doubts_of_length(count))) for count in (1, 2, 15, 16)] == [1, 1, 1, 0]
 
 
-def test_a_file_that_has_not_changed_is_not_decoded(folder, monkeypatch):
+def test_a_file_that_has_not_changed_is_not_decoded(folder, monkeypatch, tmp_path):
     file, gone = str(folder / "good.mp4"), str(folder / "gone.mp4")
     (missing,) = Checker(1)(gone)
     known = {
@@ -793,9 +798,13 @@ def test_a_file_that_has_not_changed_is_not_decoded(folder, monkeypatch):
         gone: replace(missing, decoder="pyav"),
     }
     assert known[gone].reasons == ("there is no such file",)
-    monkeypatch.setattr(check_manifest, "Pool", None)
-    found = [*Checker(1, decoder="pyav").check([file, gone], known)]
-    assert found == [(path, finding, False) for path, finding in known.items()]
+    monkeypatch.setattr(jobs, "Pool", None)
+    with closing(FindingJournal(tmp_path / "journal")) as journal:
+        checker = Checker(1, decoder="pyav")
+        unchanged = checker.unchanged([file, gone, f"{tmp_path}/new.mp4"], known)
+        assert unchanged == known
+        assert check_files([file, gone], unchanged, journal, checker) == known
+    assert not (tmp_path / "journal").read_text()
 
 
 def test_rows_are_judged_one_by_one(tmp_path):

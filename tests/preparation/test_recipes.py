@@ -853,6 +853,14 @@ def test_imagenet_a_flat_validation_folder(
     assert Path("out/missing_validation.txt").read_text().startswith("ILSVRC2012_val_00000002")
 
 
+def test_imagenet_ids_in_sorted_order_are_taken_where_they_are_numbered(run: Run) -> None:
+    ids = text("map.txt", "".join(f"{i} {wnid}\n" for i, wnid in enumerate(WNIDS, start=1)))
+    labels = text("truth.txt", "".join(f"{label + 1}\n" for label in VALIDATION.values()))
+    outcome = run("imagenet1k", *flat_arguments(), "--ids", ids, "--validation-labels", labels)
+    assert outcome.code == 0, outcome.err
+    assert listed("out/validation.csv") == FLAT
+
+
 def test_imagenet_lists_of_training_images(run: Run) -> None:
     arguments = imagenet_arguments()
     rows = [(f"{wnid}/{wnid}_7.JPEG", label) for label, wnid in enumerate(WNIDS)]
