@@ -14,11 +14,12 @@ from hpm_video.config.checks import ConfigError, unrelated
 from hpm_video.config.data import AugmentationConfig, DataConfig, PretrainDataConfig
 from hpm_video.config.mining import MaskingConfig, MiningConfig
 from hpm_video.config.model import ClassifierConfig, EncoderConfig, ModelConfig
-from hpm_video.config.recognition import EvaluationConfig, KnnConfig
 from hpm_video.config.training import (
     CheckpointConfig,
     EngineConfig,
+    EvaluationConfig,
     FinetuneRecipe,
+    KnnConfig,
     LoggingConfig,
     RecipeConfig,
 )
