@@ -7,9 +7,8 @@ from torch import nn
 
 from hpm_video.config.batch_plan import micro_batches
 from hpm_video.runs.autotune import plan_for, trial_update
-from hpm_video.runs.data import describe_data
+from hpm_video.runs.data import describe_training
 from hpm_video.runs.engines import sharding_of
-from hpm_video.runs.run import describe_plan
 from hpm_video.runs.task import Task
 from hpm_video.training.device import Precision
 from hpm_video.training.memory import (
@@ -42,10 +41,9 @@ def describe_run(task: Task, processes: int) -> str:
     activations = _activations(task, precision)
     fixed = memory.device.total + activations.fixed
     follows = f", and {ema / 1e6:.1f} M more that follow them" if ema else ""
+    size = f"{_count(model) / 1e6:.1f} M parameters{follows}; activations in {precision}"
     lines = [
-        *describe_data(config, data),
-        f"{_count(model) / 1e6:.1f} M parameters{follows}; activations in {precision}",
-        *describe_plan(config, data, plans[-1]),
+        *describe_training(config, data, plans[-1], size),
         "",
         describe_memory(memory, activations.of(plans[-1].micro_batch)),
         "",

@@ -35,10 +35,12 @@ class Task(ABC):
     """What a run trains. A new kind of training is a new task: :func:`run` is the same for all."""
 
     config: RunConfig
-    ema: str | None
-    """The name that checkpoints give the moving average of the weights; none: there is none."""
     same_frames = False
     """Whether the clips of a video in one batch show the same frames."""
+
+    def __init__(self, config: RunConfig, ema: str | None) -> None:
+        """``ema``: what checkpoints call the moving average of the weights, if there is one."""
+        self.config, self.ema = config, ema
 
     @cached_property
     def data(self) -> RunData:
