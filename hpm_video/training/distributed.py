@@ -155,15 +155,18 @@ def joined_processes() -> Iterator[Processes]:
     Where there are GPUs, each process of a machine takes one.
 
     Raises:
-        ProcessesError: there are more processes on this machine than GPUs.
+        ProcessesError: there are more processes on this machine than GPUs, or no others are found.
     """
+    stop = None
     try:
         yield _join() if is_one_of_several() else Processes()
-    except Interrupted:  # all of them are
-        _leave()
-        raise
+    except Interrupted as error:  # all of them are
+        stop = error
     # Not where something went wrong: to leave together needs all of them.
-    _leave()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    if stop is not None:
+        raise stop
 
 
 def _join() -> Processes:
@@ -192,8 +195,3 @@ def _join() -> Processes:
             f"NCCL_SOCKET_IFNAME name its interface."
         ) from error
     return Processes(distributed.get_rank(), distributed.get_world_size(), hosts)
-
-
-def _leave() -> None:
-    if distributed.is_initialized():
-        distributed.destroy_process_group()

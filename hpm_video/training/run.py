@@ -88,8 +88,8 @@ class Run:
 
     def close(self) -> None:
         """Write the metrics that were not written yet."""
-        self._metrics.close()
-        self._bar.close()
+        for thing in (*self._metrics.trackers, self._bar):
+            thing.close()
 
     def after_update(self, progress: Progress, settings: dict[str, float]) -> None:
         """Log, measure, draw, save and stop, where it is time to.
@@ -143,7 +143,8 @@ class Run:
                 state={"update": done, "keep": keep, "best": self.best, **self.stored},
                 attached=[path for path in map(self.folder.joinpath, ATTACHED) if path.exists()],
             )
-            self._metrics.flush()
+            for tracker in self._metrics.trackers:
+                tracker.flush()
             point_to_newest_and_best(folder)
             best = checkpoint_path(folder, self.best.get("update", done))
             remove_superseded(folder, self.saving.keep_last, [best])

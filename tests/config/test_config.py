@@ -444,7 +444,7 @@ def test_fine_tuning_on_images_sees_them_as_the_official_one_does(name):
         (["data.frame_size=[50,48]"], "height .* got 50 .* 48 and 56"),
         # the model
         (["model.num_classes=1"], "num_classes must be at least 2, got 1"),
-        (["model.pretrained_grid=[0,6,6]"], r"pretrained_grid must be at least 1 .* \(0, 6, 6"),
+        (["model.pretrained_grid=[0,6,6]"], r"pretrained_grid must be at least 1, got \(0, 6, 6"),
         (["model.pretrained_grid=[4,6]"], "pretrained_grid"),
         (["model.frozen=true"], "pooling=mean_norm leaves out; take model.pooling=batch_norm"),
         (["model.pooling=max"], "max"),
