@@ -88,8 +88,9 @@ class Run:
 
     def close(self) -> None:
         """Write the metrics that were not written yet."""
-        for thing in (*self._metrics.trackers, self._bar):
-            thing.close()
+        for tracker in self._metrics.trackers:
+            tracker.close()
+        self._bar.close()
 
     def after_update(self, progress: Progress, settings: dict[str, float]) -> None:
         """Log, measure, draw, save and stop, where it is time to.
