@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,10 +31,7 @@ def print_costs(paths: Sequence[Path], overrides: Sequence[str]) -> None:
     print(f"{'config':24}{'student':>10}{'teacher':>10}   GMAC per clip and update")
     for path in paths:
         config = load_any_config(path, overrides)
-        if isinstance(config, PretrainConfig):
-            costs = count(config)
-        else:
-            costs = count_classifier(config), 0.0
+        costs = count(config) if isinstance(config, PretrainConfig) else count_classifier(config)
         shown = [f"{cost:.1f}" if cost >= 10 or not cost else f"{cost:.2f}" for cost in costs]
         print(f"{path.stem:24}{shown[0]:>10}{shown[1]:>10}")
 
@@ -47,11 +45,7 @@ def count(config: PretrainConfig) -> tuple[float, float]:
     with torch.device("meta"):
         model = build_student(config)
         costs = [count_source(config, model, source) for source in config.sources]
-    shares = [weight / sum(config.weights) for weight in config.weights]
-    student, teacher = (
-        sum(share * cost for share, cost in zip(shares, part, strict=True))
-        for part in zip(*costs, strict=True)
-    )
+    student, teacher = np.average(costs, axis=0, weights=config.weights)
     return student, teacher
 
 
@@ -77,15 +71,14 @@ def count_source(
     return student.get_total_flops() / 2e9, teacher.get_total_flops() / 2e9
 
 
-def count_classifier(config: FinetuneConfig) -> float:
-    """Count GMAC of a clip: forward and backward."""
+def count_classifier(config: FinetuneConfig) -> tuple[float, float]:
+    """Count GMAC of a clip: forward and backward. There is no teacher."""
     with torch.device("meta"):
         model = build_classifier(config, config.model.num_classes or 2)
         clips = torch.empty(2, config.model.channels, *config.data.clip_size)  # for a batch norm
         with FlopCounterMode(display=False) as counter:
             model(clips).sum().backward()
-    flops: int = counter.get_total_flops()
-    return flops / len(clips) / 2e9
+    return counter.get_total_flops() / len(clips) / 2e9, 0.0
 
 
 if __name__ == "__main__":
