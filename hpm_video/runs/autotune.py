@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from hpm_video.config.batch_plan import BatchPlan, micro_batches, plan_batches
+from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.checks import ConfigError
-from hpm_video.config.schema import RunConfig
 from hpm_video.data.batch import ClipBatch
 from hpm_video.runs.task import Session, Task
 from hpm_video.training.device import Precision, choose_precision
@@ -74,32 +73,22 @@ def trial_update(
     return update
 
 
-def plan_for(
-    config: RunConfig, processes: int, micro_batch: int | None = None, multiple: int = 1
-) -> BatchPlan:
-    """Plan an update with the config's micro-batch or another."""
-    chosen = config.engine.micro_batch if micro_batch is None else micro_batch
-    return plan_batches(config.recipe.batch_size, processes, chosen, multiple=multiple)
-
-
 def choose_plan(task: Task, session: Session, precision: Precision) -> BatchPlan:
     """Plan an update as the config says, or on a GPU by trial.
 
     Each process tries updates of plain torch on its GPU, and all take what fits everywhere. The
     weights of the run lie there too meanwhile, which leaves room for what engines keep besides.
     """
-    config, processes = task.config, session.processes
-    plan = plan_for(config, processes.count, multiple=task.multiple)
-    if config.engine.micro_batch is not None or session.device.type != "cuda":
-        return plan
-    sizes = micro_batches(plan.batch_size, plan.processes, task.multiple)
-    torch.cuda.set_per_process_memory_fraction(GPU_SHARE, session.device)
+    processes, device = session.processes, session.device
+    if task.config.engine.micro_batch is not None or device.type != "cuda":
+        return task.plan(processes.count)
+    torch.cuda.set_per_process_memory_fraction(GPU_SHARE, device)
     try:
-        largest = find_micro_batch(task, session.device, precision, sizes)
+        largest = find_micro_batch(task, device, precision, task.micro_batches(processes.count))
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, session.device)
-        torch.cuda.reset_accumulated_memory_stats(session.device)
-    return plan_for(config, processes.count, min(processes.gather([largest])), task.multiple)
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.reset_accumulated_memory_stats(device)
+    return task.plan(processes.count, min(processes.gather([largest])))
 
 
 def find_micro_batch(
@@ -151,17 +140,12 @@ def fits_in_memory(run_once: Callable[[], None]) -> bool:
 
 def precision_of(task: Task, session: Session) -> Precision:
     """Return the precision of the config, else of the run so far, else the faster one here."""
-    config = task.config
+    config, processes, device = task.config, session.processes, session.device
     if config.engine.precision != "auto":
         return config.engine.precision
     if session.directory.precision is not None:
         return session.directory.precision
-    share = config.recipe.batch_size // session.processes.count
-    clips = min(share * config.data.repeats, TIMED_CLIPS)
-
-    def measured() -> Precision:
-        return choose_precision(
-            session.device, lambda name: trial_update(task, session.device, name, clips)
-        )
-
-    return session.processes.of_first(measured)
+    clips = min(config.recipe.batch_size // processes.count * config.data.repeats, TIMED_CLIPS)
+    return processes.of_first(
+        lambda: choose_precision(device, lambda name: trial_update(task, device, name, clips))
+    )

@@ -12,7 +12,7 @@ from hpm_video.data.loader import clip_batches, end_workers
 from hpm_video.data.mixture import Places, deal_out
 from hpm_video.files.failures import BadFiles
 from hpm_video.recognition.inference import Reading
-from hpm_video.runs.autotune import choose_plan, plan_for, precision_of
+from hpm_video.runs.autotune import choose_plan, precision_of
 from hpm_video.runs.data import describe_training, training_clips
 from hpm_video.runs.directory import RunDirectory, check_same_run, claim, locked
 from hpm_video.runs.engines import make_engine
@@ -75,7 +75,7 @@ def run(task: Task, processes: Processes = Processes()) -> Path:  # noqa: B008 -
 def open_session(task: Task, directory: RunDirectory, processes: Processes) -> Session:
     """Choose the device, and make sure that a run in the directory can go on here."""
     config = task.config
-    plan_for(config, processes.count)
+    task.plan(processes.count)
     device = choose_device(config.engine.device, processes.count)
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)

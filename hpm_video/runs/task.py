@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hpm_video.config.batch_plan import BatchPlan, micro_batches, plan_batches
 from hpm_video.config.schema import RunConfig
 from hpm_video.data.transforms import ClipTransform
 from hpm_video.files.weights import load_weights
@@ -51,6 +52,16 @@ class Task(ABC):
     def multiple(self) -> int:
         """The number of videos of a forward pass must be a multiple of this."""
         return 1
+
+    def plan(self, processes: int, micro_batch: int | None = None) -> BatchPlan:
+        """Plan an update with the config's micro-batch or another."""
+        chosen = micro_batch or self.config.engine.micro_batch
+        batch_size = self.config.recipe.batch_size
+        return plan_batches(batch_size, processes, chosen, multiple=self.multiple)
+
+    def micro_batches(self, processes: int) -> list[int]:
+        """Return all sizes of a micro-batch that are possible, ascending."""
+        return micro_batches(self.config.recipe.batch_size, processes, self.multiple)
 
     def resolve(self, directory: RunDirectory | None = None) -> None:  # noqa: B027 - nothing is open
         """Fill in what the config left open, as a run in ``directory`` did."""
