@@ -6,11 +6,12 @@ import torch
 
 from hpm_video.runs.autotune import trial_update
 from hpm_video.runs.data import describe_training
-from hpm_video.runs.engines import sharding_of
 from hpm_video.runs.task import Task
+from hpm_video.training.deepspeed_settings import sharding_of
 from hpm_video.training.device import Precision
 from hpm_video.training.memory import (
     ActivationBytes,
+    Sharding,
     describe_memory,
     simulate_update,
     training_memory,
@@ -33,7 +34,9 @@ def describe_run(task: Task, processes: int) -> str:
     if config.engine.micro_batch is None:  # any that is possible
         plans = [task.plan(processes, size) for size in task.micro_batches(processes)]
     precision: Precision = "fp32" if config.engine.precision == "fp32" else "bf16"
-    sharding = sharding_of(config, plans[-1], precision)
+    sharding, clip_grad = Sharding(processes, None), config.recipe.clip_grad
+    if config.engine.name == "deepspeed":
+        sharding = sharding_of(config.engine, plans[-1], clip_grad=clip_grad, precision=precision)
     memory = training_memory(learning, ema + count - learning, sharding)
     activations = _activations(task, precision)
     follows = f", and {ema / 1e6:.1f} M more that follow them" if ema else ""

@@ -15,8 +15,7 @@ from hpm_video.recognition.inference import Reading
 from hpm_video.runs.autotune import choose_plan, precision_of
 from hpm_video.runs.data import describe_training, training_clips
 from hpm_video.runs.directory import RunDirectory, check_same_run, claim, locked
-from hpm_video.runs.engines import make_engine
-from hpm_video.runs.task import Session, Task, make_models
+from hpm_video.runs.task import Session, Task, make_engine, make_models
 from hpm_video.training.checkpoint import read_optimizer
 from hpm_video.training.curves import plot_curves
 from hpm_video.training.device import choose_device

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,9 +16,11 @@ from hpm_video.files.weights import load_weights
 from hpm_video.runs.data import RunData, open_data
 from hpm_video.runs.directory import RunDirectory
 from hpm_video.training.checkpoint import read_weights
+from hpm_video.training.deepspeed_engine import DeepSpeedEngine
+from hpm_video.training.device import Precision
 from hpm_video.training.distributed import Processes
 from hpm_video.training.ema import make_ema
-from hpm_video.training.engine import Engine
+from hpm_video.training.engine import Engine, TorchEngine
 from hpm_video.training.objective import Objective
 from hpm_video.training.optim import Tensors
 from hpm_video.training.run import Evaluation
@@ -128,3 +131,19 @@ def make_models(
             load_weights(ema, averages, source)
         ema.to(device)
     return model.to(device), ema
+
+
+def make_engine(
+    task: Task, session: Session, plan: BatchPlan, precision: Precision, model: nn.Module
+) -> Engine:
+    """The engine that updates ``model``, which is on the device of the session."""
+    how, optimizer = task.config.engine, task.optimizer(model)
+    common: dict[str, Any] = {
+        "device": session.device,
+        "clip_grad": task.config.recipe.clip_grad,
+        "precision": precision,
+        "processes": session.processes,
+    }
+    if how.name == "deepspeed":
+        return DeepSpeedEngine(model, optimizer, how, plan, **common)
+    return TorchEngine(model, optimizer, accumulate=plan.accumulate, **common)

@@ -8,8 +8,7 @@ compare the formulas with its tensors.
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -148,14 +147,13 @@ def describe_memory(memory: TrainingMemory, activations: float) -> str:
     return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class SimulatedMemory:
-    """What an update needs in one process that holds everything."""
+class SimulatedMemory(NamedTuple):
+    """Bytes that an update needs in one process that holds everything."""
 
     resident: int
-    """Bytes between updates: weights, teacher, moments, the batch."""
+    """Between updates: weights, teacher, moments, the batch."""
     peak: int
-    """Most bytes during an update."""
+    """The most during an update."""
 
     @property
     def activations(self) -> int:
@@ -163,8 +161,7 @@ class SimulatedMemory:
         return self.peak - self.resident
 
 
-@dataclass(frozen=True)
-class ActivationBytes:
+class ActivationBytes(NamedTuple):
     """What a forward pass keeps for the backward pass."""
 
     fixed: float
@@ -189,7 +186,11 @@ def simulate_update(make_update: Callable[[], Callable[[], None]]) -> SimulatedM
     Nothing of their size is allocated, whatever the size of the model. The update must be for a
     CPU, unless there is a GPU here: autograd asks the device itself.
     """
-    with _without_data():
+    mode = _OneFakeMode()
+    # It would remember each tensor by a weak reference, and ``Module.to`` refuses those.
+    mode.fake_tensor_converter.set_tensor_memo = lambda *_: None  # type: ignore[method-assign]
+    with mode, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         return measure_update(make_update)
 
 
@@ -251,14 +252,3 @@ class _OneFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     def __deepcopy__(self, memo: dict[int, Any]) -> "_OneFakeMode":
         """Copies of tensors stay in the same mode."""
         return self
-
-
-@contextmanager
-def _without_data() -> Iterator[None]:
-    """Every tensor that is made has a shape, a type, a device, and no data."""
-    mode = _OneFakeMode()
-    # It would remember each tensor by a weak reference, and ``Module.to`` refuses those.
-    mode.fake_tensor_converter.set_tensor_memo = lambda *_: None  # type: ignore[method-assign]
-    with mode, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        yield
