@@ -13,7 +13,6 @@ from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.runs.console import make_parser, run
-from hpm_video.runs.pretraining import mask_rule
 from hpm_video.tokens.masking import TokenMask
 
 
@@ -53,7 +52,7 @@ def count_source(
     config: PretrainConfig, model: MaskedAutoencoder, source: str
 ) -> tuple[float, float]:
     """Count the same for a clip of one source."""
-    rule = mask_rule(config, source)
+    rule = config.mask_rule(source)
     clip = torch.empty(1, config.model.channels, *config.sources[source].clip_size)
     num_masked = rule.num_masked * rule.grid.num_tokens // rule.num_units
     mask = TokenMask.from_masked(torch.ones(1, rule.grid.num_tokens).bool(), num_masked)

@@ -125,10 +125,11 @@ def check_same_run(directory: RunDirectory, config: RunConfig, data: RunData) ->
         return
     check_name(directory.newest)
     stored = load_any_config(directory.newest / "config.yaml")
-    if type(stored) is not type(config):
+    there, here = (type(each).__name__ for each in (stored, config))
+    if there != here:
         raise ConfigError(
-            f"{directory.path} holds a run of another kind ({type(stored).__name__}, this is a "
-            f"{type(config).__name__}); take another output_dir"
+            f"{directory.path} holds a run of another kind ({there}, this is a {here}); take "
+            f"another output_dir"
         )
     differences = result_differences(stored, config)
     before = directory.state["data"]

@@ -61,12 +61,7 @@ def check_same_model(
             + "\n  ".join(different)
             + "\nTake its values."
         )
-    if (source.data.mean, source.data.std) != (config.data.mean, config.data.std):
-        log.warning(
-            "init_weights=%s was trained with data.mean=%s data.std=%s, this run has %s and %s",
-            config.init_weights,
-            source.data.mean,
-            source.data.std,
-            config.data.mean,
-            config.data.std,
-        )
+    was, now = (f"data.mean={one.data.mean} data.std={one.data.std}" for one in (source, config))
+    if was != now:
+        given = config.init_weights
+        log.warning("init_weights=%s was trained with %s, this run has %s", given, was, now)

@@ -34,8 +34,6 @@ from hpm_video.runs.directory import RunDirectory, note_weights
 from hpm_video.runs.init_weights import config_beside
 from hpm_video.runs.run import run
 from hpm_video.runs.task import Session, Task
-from hpm_video.tokens.grid import TokenGrid
-from hpm_video.tokens.masking import MaskRule, count_masked, grid_of_units
 from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.distributed import Processes
 from hpm_video.training.ema import MomentumSchedule
@@ -93,7 +91,7 @@ def build_objective(
     if engine is not None:
         by_engine = {"gathered": engine.gathered, "ema_update": engine.ema_update}
     return HardPatchesMining(
-        {name: mask_rule(config, name) for name in config.sources},
+        {name: config.mask_rule(name) for name in config.sources},
         target,
         predictor=mining.predictor,
         predictor_weight=mining.predictor_weight,
@@ -101,15 +99,6 @@ def build_objective(
         momentum=MomentumSchedule(mining.momentum, mining.first_momentum, mining.last_momentum),
         **by_engine,
     )
-
-
-def mask_rule(config: PretrainConfig, source: str) -> MaskRule:
-    """Return the rule by which the clips of a source are masked."""
-    masking = config.maskings[source]
-    grid = TokenGrid.of_clip(config.sources[source].clip_size, config.model.patch_size)
-    units = grid_of_units(grid, masking.unit).num_tokens
-    num_masked = count_masked(units, masking.ratio, masking.count_rule)
-    return MaskRule(grid, masking.unit, num_masked, masking.mask_strategy)
 
 
 def load_run(
