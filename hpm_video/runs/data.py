@@ -1,8 +1,7 @@
 """The videos of a run, as its config names them."""
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from hpm_video.config.batch_plan import BatchPlan
@@ -10,9 +9,7 @@ from hpm_video.config.checks import ConfigError
 from hpm_video.config.data import DataConfig
 from hpm_video.config.schema import RunConfig
 from hpm_video.data.augment import Augmentation
-from hpm_video.data.clips import VideoClips
 from hpm_video.data.manifest import Manifest, read_manifest
-from hpm_video.data.transforms import ClipTransform
 from hpm_video.decoding.locations import base_name
 from hpm_video.decoding.registry import check_name
 from hpm_video.training.progress import Timeline
@@ -42,14 +39,9 @@ class RunData:
     timeline: Timeline
 
     @property
-    def train(self) -> Manifest:
-        """Training videos of the main source."""
-        return self.sources[""].train
-
-    @property
-    def validation(self) -> Manifest | None:
-        """Validation videos of the main source."""
-        return self.sources[""].validation
+    def main(self) -> SourceData:
+        """The main source."""
+        return self.sources[""]
 
     @property
     def fingerprint(self) -> str:
@@ -93,27 +85,6 @@ def open_manifest(data: DataConfig, path: str) -> Manifest:
     """Read one of the manifests of a config, or the videos of a folder."""
     root = None if data.root is None else Path(data.root).expanduser()
     return read_manifest(Path(path).expanduser(), root)
-
-
-def training_clips(
-    config: RunConfig,
-    data: RunData,
-    transforms: Mapping[str, ClipTransform],
-    *,
-    same_frames: bool,
-) -> list[VideoClips]:
-    """The training clips of each source; ``same_frames``: whether repeats show the same frames."""
-    return [
-        VideoClips(
-            data.sources[name].train,
-            replace(source, max_bad_share=config.data.max_bad_share),
-            transforms[name],
-            seed=config.seed,
-            same_frames=same_frames,
-            source=name,
-        )
-        for name, source in config.sources.items()
-    ]
 
 
 def augmentation_of(

@@ -29,7 +29,7 @@ from hpm_video.recognition.mixing import Mixing
 from hpm_video.recognition.objective import Classification
 from hpm_video.recognition.testing import Scores, summarise
 from hpm_video.recognition.trained_model import OF_DECODERS, OF_POOLING
-from hpm_video.runs.data import RunData, augmentation_of
+from hpm_video.runs.data import SourceData, augmentation_of
 from hpm_video.runs.directory import RunDirectory, note_weights
 from hpm_video.runs.init_weights import SAME_ENCODER, config_beside
 from hpm_video.runs.run import run
@@ -62,7 +62,7 @@ class Finetuning(Task):
     @cached_property
     def label_names(self) -> tuple[str, ...]:
         """The name of each class."""
-        return find_label_names(self.config, self.data)
+        return find_label_names(self.config, self.data.main)
 
     @property
     def multiple(self) -> int:
@@ -152,10 +152,10 @@ class Finetuning(Task):
         """
         assert isinstance(objective, Classification)
         config, processes = self.config, session.processes
-        if self.data.validation is None:
+        if self.data.main.validation is None:
             log.info("no data.validation: nothing is measured during training")
             return Evaluation()
-        manifest = self.data.validation.spread(config.logging.validation_clips)
+        manifest = self.data.main.validation.spread(config.logging.validation_clips)
         reading = Reading.of(config.data, exclude_bad_files=config.test.exclude_bad_files)
         clips, per_pass = reading.clips(manifest, config.data), config.test.clips_per_pass
         find_failures(clips, reading, processes)
@@ -180,7 +180,7 @@ class Finetuning(Task):
         return Evaluation(validate, score="top1", more_is_better=True, describe=_describe_measures)
 
 
-def find_label_names(config: FinetuneConfig, data: RunData) -> tuple[str, ...]:
+def find_label_names(config: FinetuneConfig, data: SourceData) -> tuple[str, ...]:
     """Return the name of each class: from the config's file, the manifest, or else its number.
 
     Raises:

@@ -13,7 +13,7 @@ from hpm_video.data.mixture import Places, deal_out
 from hpm_video.files.failures import BadFiles
 from hpm_video.recognition.inference import Reading
 from hpm_video.runs.autotune import choose_plan, precision_of
-from hpm_video.runs.data import describe_training, training_clips
+from hpm_video.runs.data import describe_training
 from hpm_video.runs.directory import RunDirectory, check_same_run, claim, locked
 from hpm_video.runs.task import Session, Task, make_engine, make_models
 from hpm_video.training.checkpoint import read_optimizer
@@ -116,7 +116,7 @@ def train(
         engine.load_optimizer_state(read_optimizer(directory.newest, config.model.patch_size))
     if is_first:
         record_start(directory.path, facts, start, directory.state.get("facts", {}))
-    clips = training_clips(config, data, task.transforms(), same_frames=task.same_frames)
+    clips = task.training_clips()
     bad_files = {}
     for (name, source), stream in zip(data.sources.items(), clips, strict=True):
         bad_files[name] = BadFiles(

@@ -1,7 +1,7 @@
 """What a run trains: the seam between pre-training, fine-tuning and what every run has."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import nn
 
 from hpm_video.config.batch_plan import BatchPlan, micro_batches, plan_batches
 from hpm_video.config.schema import RunConfig
+from hpm_video.data.clips import VideoClips
 from hpm_video.data.transforms import ClipTransform
 from hpm_video.files.weights import load_weights
 from hpm_video.runs.data import RunData, open_data
@@ -50,6 +51,21 @@ class Task(ABC):
     def data(self) -> RunData:
         """The videos that the config names."""
         return open_data(self.config)
+
+    def training_clips(self) -> list[VideoClips]:
+        """The training clips of each source."""
+        transforms, max_bad_share = self.transforms(), self.config.data.max_bad_share
+        return [
+            VideoClips(
+                self.data.sources[name].train,
+                replace(source, max_bad_share=max_bad_share),
+                transforms[name],
+                seed=self.config.seed,
+                same_frames=self.same_frames,
+                source=name,
+            )
+            for name, source in self.config.sources.items()
+        ]
 
     @property
     def multiple(self) -> int:

@@ -223,25 +223,20 @@ class MetricsLog:
 
 
 class WaitingWarning:
-    """Warns once, with the remedy, that a run mostly waits for its data."""
-
-    SHARE = 0.3
-    """Share of the time spent waiting that is too much."""
-    LINES = 3
-    """Lines of metrics in a row, without the first of a run, when workers start."""
+    """Warns once, with the remedy, that a run mostly waits for its data: three lines in a row."""
 
     def __init__(self, config: Path) -> None:
         """``config``: of the run."""
         self._config = config
-        self._in_a_row = -1  # the first line is left out
+        self._in_a_row = -1  # without the first line of a run, when workers start
 
     def look(self, data_wait: float) -> None:
         """Note the share of time that went into waiting since the last line."""
-        if self._in_a_row == self.LINES:
+        if self._in_a_row == 3:
             return
-        waits = data_wait > self.SHARE or self._in_a_row < 0
+        waits = data_wait > 0.3 or self._in_a_row < 0
         self._in_a_row = self._in_a_row + 1 if waits else 0
-        if self._in_a_row == self.LINES:
+        if self._in_a_row == 3:
             log.warning(
                 "%.0f%% of the time goes into waiting for data. What holds it up, and how many "
                 "data.workers would do: python tools/bench.py loader %s. Often it is decoding: "

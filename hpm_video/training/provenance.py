@@ -64,14 +64,11 @@ def record_start(run_dir: Path, facts: Facts, first_update: int, before: Facts) 
 
 def _commit() -> str | None:
     """Return the commit of the checkout that the package runs from, ``+`` where it was changed."""
-
-    def git(*arguments: str) -> str:
-        folder = Path(hpm_video.__file__).parent
-        command = ["git", *arguments]
-        return subprocess.check_output(command, cwd=folder, text=True, stderr=subprocess.DEVNULL)
-
+    git = ["git", "-C", str(Path(hpm_video.__file__).parent)]
+    is_tracked = [*git, "ls-files", "--error-unmatch", "__init__.py"]
+    describe = [*git, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")
-        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+").strip()
+        subprocess.check_output(is_tracked, stderr=subprocess.DEVNULL)
+        return subprocess.check_output(describe, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
         return None
