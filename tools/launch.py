@@ -194,17 +194,17 @@ def read_job(given: argparse.Namespace) -> Job:
             raise ValueError(f"--{name} {getattr(given, name)} must be at least 1")
     port = 29500 if given.master_port is None else given.master_port
     if not 0 < port < 2**16:
-        raise ValueError(f"--master-port {port} must be in 1 to 65535")
+        raise ValueError(f"--master-port {port} (MASTER_PORT) must be in 1 to 65535")
     if given.nodes == 1:
         return Job(given.processes, port=port)
     if given.node_rank is None or given.master_addr is None:
         raise ValueError(
-            f"--nodes {given.nodes} needs --node-rank, 0 on the first machine, "
-            "and --master-addr, the first machine's name or address"
+            f"--nodes {given.nodes} (NNODES) needs --node-rank (NODE_RANK), 0 on the first machine, "
+            "and --master-addr (MASTER_ADDR), the first machine's name or address"
         )
     if not 0 <= given.node_rank < given.nodes:
         raise ValueError(
-            f"--node-rank {given.node_rank} must be in 0 to {given.nodes - 1}: "
+            f"--node-rank {given.node_rank} (NODE_RANK) must be in 0 to {given.nodes - 1}: "
             f"there are --nodes {given.nodes}"
         )
     return Job(given.processes, given.nodes, given.node_rank, given.master_addr, port)

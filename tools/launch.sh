@@ -108,41 +108,13 @@ choose_processes() {
     "It is the number of machines: NNODES=2."
   processes=$((gpus * nodes))
   if [[ -n $dry_run ]]; then return; fi
-  if ((nodes > 1)); then
-    [[ -n ${MASTER_ADDR:-} ]] || refuse "NNODES=$nodes needs MASTER_ADDR" \
-      "It is the name or the address of the machine of NODE_RANK=0."
-    [[ ${NODE_RANK:-} =~ ^[0-9]{1,6}$ ]] && ((10#$NODE_RANK < nodes)) ||
-      refuse "NNODES=$nodes needs NODE_RANK in 0 to $((nodes - 1)), got '${NODE_RANK:-}'" \
-        "It tells the machines apart; 0 is the one that MASTER_ADDR names."
-    options=(--nodes "$nodes" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR")
-  fi
-  if [[ -n ${MASTER_PORT:-} ]]; then
-    [[ $MASTER_PORT =~ ^[1-9][0-9]{0,4}$ ]] && ((MASTER_PORT < 65536)) ||
-      refuse "MASTER_PORT=$MASTER_PORT must be in 1 to 65535" \
-        "It is a free port of MASTER_ADDR's machine."
-    options+=(--master-port "$MASTER_PORT")
-  fi
-  check_gpus "$gpus"
+  # tools/launch.py checks these.
+  if ((nodes > 1)); then options=(--nodes "$nodes"); fi
+  if [[ -n ${NODE_RANK:-} ]]; then options+=(--node-rank "$NODE_RANK"); fi
+  if [[ -n ${MASTER_ADDR:-} ]]; then options+=(--master-addr "$MASTER_ADDR"); fi
+  if [[ -n ${MASTER_PORT:-} ]]; then options+=(--master-port "$MASTER_PORT"); fi
   if ((processes > 1)); then
     launcher=(tools/launch.py --processes "$gpus" ${options[@]+"${options[@]}"})
-  fi
-}
-
-# check_gpus WANTED: counts the visible GPUs by nvidia-smi, which is faster than to import torch;
-# without it there are none.
-check_gpus() {
-  local there visible
-  there="$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true)"
-  if [[ -n ${CUDA_VISIBLE_DEVICES+given} ]]; then
-    IFS=', ' read -ra visible <<<"${CUDA_VISIBLE_DEVICES/#-1*/}"
-    if ((${#visible[@]} < there)); then there="${#visible[@]}"; fi
-  fi
-  if ((there > 0 && $1 > there)); then
-    refuse "GPUS=$1, and this machine has $there" \
-      "Take GPUS=$there, or other machines too with NNODES or HOSTFILE."
-  elif ((there > 1)) && [[ -z ${GPUS:-} ]]; then
-    printf '%d GPUs are here and one is used; GPUS=%d ./%s ... uses all\n' \
-      "$there" "$there" "$(basename -- "$0")" >&2
   fi
 }
 
