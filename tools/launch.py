@@ -199,8 +199,8 @@ def read_job(given: argparse.Namespace) -> Job:
         return Job(given.processes, port=port)
     if given.node_rank is None or given.master_addr is None:
         raise ValueError(
-            f"--nodes {given.nodes} (NNODES) needs --node-rank (NODE_RANK), 0 on the first machine, "
-            "and --master-addr (MASTER_ADDR), the first machine's name or address"
+            f"--nodes {given.nodes} (NNODES) needs --node-rank (NODE_RANK), 0 on the first "
+            "machine, and --master-addr (MASTER_ADDR), the first machine's name or address"
         )
     if not 0 <= given.node_rank < given.nodes:
         raise ValueError(
