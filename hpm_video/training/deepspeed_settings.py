@@ -9,7 +9,7 @@ from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.training import EngineConfig
 from hpm_video.training.device import Precision
 from hpm_video.training.engine import EngineError
-from hpm_video.training.memory import Buckets, Sharding
+from hpm_video.training.memory import Sharding
 
 Settings = dict[str, Any]
 USUAL: Settings = {
@@ -114,11 +114,9 @@ def sharding_of(
         how.stage,
         offload_optimizer=how.offload != "none",
         offload_parameters=how.offload == "all",
-        buckets=Buckets(
-            int(zero["reduce_bucket_size"]),
-            int(max(zero["stage3_max_live_parameters"], zero["stage3_max_reuse_distance"])),
-            int(zero["stage3_prefetch_bucket_size"]),
-        ),
+        reduce=int(zero["reduce_bucket_size"]),
+        live=int(max(zero["stage3_max_live_parameters"], zero["stage3_max_reuse_distance"])),
+        prefetch=int(zero["stage3_prefetch_bucket_size"]),
     )
 
 

@@ -9,7 +9,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,20 +25,6 @@ BYTES = 4
 
 
 @dataclass(frozen=True)
-class Buckets:
-    """Sizes of DeepSpeed's buffers, in elements; by default its own."""
-
-    reduce: int = 500_000_000
-    """``reduce_bucket_size``: a buffer of so many gradients is allocated, however small the
-    model."""
-    live: int = 1_000_000_000
-    """``stage3_max_live_parameters`` and ``stage3_max_reuse_distance``: a model that is smaller
-    stays gathered from its forward to its backward pass."""
-    prefetch: int = 50_000_000
-    """``stage3_prefetch_bucket_size``: gathered ahead, and copied once more on arrival."""
-
-
-@dataclass(frozen=True)
 class Sharding:
     """How the state is spread over processes, and what of it is kept in the memory of the host."""
 
@@ -47,7 +33,14 @@ class Sharding:
     """0 to 3; none: plain torch, where every process holds everything."""
     offload_optimizer: bool = False
     offload_parameters: bool = False
-    buckets: Buckets = Buckets()
+    reduce: int = 500_000_000
+    """Elements of DeepSpeed's buffers, here and below; by default its own. ``reduce_bucket_size``:
+    a buffer of so many gradients is allocated, however small the model."""
+    live: int = 1_000_000_000
+    """``stage3_max_live_parameters`` and ``stage3_max_reuse_distance``: a model that is smaller
+    stays gathered from its forward to its backward pass."""
+    prefetch: int = 50_000_000
+    """``stage3_prefetch_bucket_size``: gathered ahead, and copied once more on arrival."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ def _memory_of_stages_1_and_2(weights: int, teacher: int, sharding: Sharding) ->
     of its partition, and as much again: of the pass that ends (``grads_in_partition``), or for the
     optimizer (``flatten``).
     """
-    own, bucket = weights / sharding.processes, BYTES * sharding.buckets.reduce
+    own, bucket = weights / sharding.processes, BYTES * sharding.reduce
     is_first = sharding.zero_stage == 1
     device = StateBytes(weights=weights, teacher=teacher)
     if not sharding.offload_optimizer:
@@ -124,7 +117,8 @@ def _memory_of_stage_3(weights: int, teacher: int, sharding: Sharding) -> Traini
     is copied for the optimizer.
     """
     own = weights / sharding.processes
-    bucket, live, prefetch = (BYTES * size for size in astuple(sharding.buckets))
+    sizes = sharding.reduce, sharding.live, sharding.prefetch
+    bucket, live, prefetch = (BYTES * size for size in sizes)
     passes = max(min(weights, live) + min(weights, prefetch) + min(weights, bucket), teacher)
     shards = StateBytes(weights=own, teacher=teacher / sharding.processes)
     device, host = (StateBytes(), shards) if sharding.offload_parameters else (shards, StateBytes())
