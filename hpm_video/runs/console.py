@@ -19,8 +19,8 @@ from hpm_video.config.loading import load_config
 from hpm_video.data.reading import Views
 from hpm_video.decoding.registry import decoder_choices
 from hpm_video.files.errors import ExpectedError
+from hpm_video.runs.autotune import describe_run
 from hpm_video.runs.data import open_manifest
-from hpm_video.runs.dry_run import describe_run
 from hpm_video.runs.run import run as run_task
 from hpm_video.runs.task import Task
 from hpm_video.training.distributed import (

@@ -301,9 +301,7 @@ def read_weights(path: Path, patch_size: Size3, name: str = "model") -> dict[str
     Raises:
         CheckpointError: there is no such file, it is not one of safetensors, or it is damaged.
     """
-    file = path / f"{name}.safetensors" if path.is_dir() else path
-    _verify(file)
-    _check_there(file)
+    file = _weights_file(path, name, verify=True)
     try:
         stored = load_file(file)
         return dict(ByCurrentNames(stored, stored.__getitem__, patch_size))
@@ -321,17 +319,19 @@ def weights_digest(path: Path, name: str = "model") -> str:
     Raises:
         CheckpointError: there is no such file.
     """
+    return sha256_of(_weights_file(path, name))
+
+
+def _weights_file(path: Path, name: str, *, verify: bool = False) -> Path:
     file = path / f"{name}.safetensors" if path.is_dir() else path
-    _check_there(file)
-    return sha256_of(file)
-
-
-def _check_there(file: Path) -> None:
+    if verify:
+        _verify(file)
     if not file.is_file():
         raise CheckpointError(
             f"{file} does not exist; give a checkpoint folder of a run (it holds "
             f"model.safetensors) or a .safetensors file"
         )
+    return file
 
 
 def on_host(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
