@@ -50,7 +50,6 @@ from hpm_video.preparation.loader_advice import (
 )
 from hpm_video.runs.autotune import TIMED_CLIPS, trial_update
 from hpm_video.runs.console import above_zero, add_options, make_parser, positive, run
-from hpm_video.runs.data import open_data, training_clips
 from hpm_video.runs.finetuning import Finetuning
 from hpm_video.runs.pretraining import Pretraining
 from hpm_video.training.device import (
@@ -269,11 +268,8 @@ def loader(arguments: argparse.Namespace) -> Tables:
     config of a run, RUN/config.yaml, its log shows how many clips per second its GPUs could train.
     """
     config = load_any_config(arguments.config, arguments.overrides)
-    data = open_data(config)
-    if isinstance(config, PretrainConfig):
-        clips = training_clips(config, data, Pretraining(config).transforms(), same_frames=False)
-    else:
-        clips = training_clips(config, data, Finetuning(config).transforms(), same_frames=True)
+    task = Pretraining(config) if isinstance(config, PretrainConfig) else Finetuning(config)
+    clips = task.training_clips()
     if all(is_image(path) for stream in clips for path in stream.manifest.files):
         decoders: list[DecoderName | None] = [None]
     else:

@@ -99,15 +99,15 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def run_trial(config: FinetuneConfig, trial: Trial, output: Path, updates: int | None) -> Trial:
     """Train and test, or look up what was found before. -> the trial with its accuracy"""
-    manifest = open_manifest(config.data, config.data.train)
-    train = config.data.train
+    train, recipe = config.data.train, replace(config.recipe, base_lr=trial.base_lr)
+    manifest = open_manifest(config.data, train)
+    count = len(manifest)
     if trial.labels:
         train = str(output / f"train-{trial.labels}-seed{trial.seed}.csv")
-        manifest = few_labels(manifest, trial.labels, trial.seed, Path(train))
-    recipe = replace(config.recipe, base_lr=trial.base_lr)
+        count = write_few(manifest, trial.labels, trial.seed, Path(train))
     if updates is not None:
-        epochs = -(-updates * recipe.batch_size // len(manifest))
-        warmup = config.recipe.warmup_epochs / config.recipe.epochs * epochs
+        epochs = -(-updates * recipe.batch_size // count)
+        warmup = recipe.warmup_epochs / recipe.epochs * epochs
         recipe = replace(recipe, epochs=epochs, warmup_epochs=warmup)
     own = replace(
         config,
@@ -124,23 +124,17 @@ def run_trial(config: FinetuneConfig, trial: Trial, output: Path, updates: int |
     return replace(trial, top1=result["top1"])
 
 
-def few_labels(manifest: Manifest, count: int, seed: int, path: Path) -> Manifest:
-    """Write a manifest of ``count`` videos of each class, the same ones for the same seed."""
+def write_few(manifest: Manifest, count: int, seed: int, path: Path) -> int:
+    """Write a manifest of ``count`` videos of each class, the same for the same seed. -> videos"""
     chosen: list[int] = []
     for label in sorted(set(manifest.labels)):
         places = [i for i, other in enumerate(manifest.labels) if other == label]
         order = generator("few labels", seed, label).permutation(len(places))
         chosen += sorted(places[i] for i in order[:count])
-    few = replace(
-        manifest,
-        files=tuple(manifest.files[i] for i in chosen),
-        labels=tuple(manifest.labels[i] for i in chosen),
-        num_frames=tuple(manifest.num_frames[i] for i in chosen),
-    )
     names = manifest.label_names or [str(label) for label in range(max(manifest.labels) + 1)]
-    columns = {"path": few.files, "label": few.labels, "label_name": [names[i] for i in few.labels]}
-    write_manifest(pd.DataFrame(columns), path)
-    return few
+    rows = [(manifest.files[i], manifest.labels[i], names[manifest.labels[i]]) for i in chosen]
+    write_manifest(pd.DataFrame(rows, columns=["path", "label", "label_name"]), path)
+    return len(chosen)
 
 
 def table(trials: Sequence[Trial]) -> str:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,7 +13,6 @@ from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.runs.console import make_parser, run
-from hpm_video.runs.pretraining import mask_rule
 from hpm_video.tokens.masking import TokenMask
 
 
@@ -30,10 +30,7 @@ def print_costs(paths: Sequence[Path], overrides: Sequence[str]) -> None:
     print(f"{'config':24}{'student':>10}{'teacher':>10}   GMAC per clip and update")
     for path in paths:
         config = load_any_config(path, overrides)
-        if isinstance(config, PretrainConfig):
-            costs = count(config)
-        else:
-            costs = count_classifier(config), 0.0
+        costs = count(config) if isinstance(config, PretrainConfig) else count_classifier(config)
         shown = [f"{cost:.1f}" if cost >= 10 or not cost else f"{cost:.2f}" for cost in costs]
         print(f"{path.stem:24}{shown[0]:>10}{shown[1]:>10}")
 
@@ -47,11 +44,7 @@ def count(config: PretrainConfig) -> tuple[float, float]:
     with torch.device("meta"):
         model = build_student(config)
         costs = [count_source(config, model, source) for source in config.sources]
-    shares = [weight / sum(config.weights) for weight in config.weights]
-    student, teacher = (
-        sum(share * cost for share, cost in zip(shares, part, strict=True))
-        for part in zip(*costs, strict=True)
-    )
+    student, teacher = np.average(costs, axis=0, weights=config.weights)
     return student, teacher
 
 
@@ -59,7 +52,7 @@ def count_source(
     config: PretrainConfig, model: MaskedAutoencoder, source: str
 ) -> tuple[float, float]:
     """Count the same for a clip of one source."""
-    rule = mask_rule(config, source)
+    rule = config.mask_rule(source)
     clip = torch.empty(1, config.model.channels, *config.sources[source].clip_size)
     num_masked = rule.num_masked * rule.grid.num_tokens // rule.num_units
     mask = TokenMask.from_masked(torch.ones(1, rule.grid.num_tokens).bool(), num_masked)
@@ -77,15 +70,14 @@ def count_source(
     return student.get_total_flops() / 2e9, teacher.get_total_flops() / 2e9
 
 
-def count_classifier(config: FinetuneConfig) -> float:
-    """Count GMAC of a clip: forward and backward."""
+def count_classifier(config: FinetuneConfig) -> tuple[float, float]:
+    """Count GMAC of a clip: forward and backward. There is no teacher."""
     with torch.device("meta"):
         model = build_classifier(config, config.model.num_classes or 2)
         clips = torch.empty(2, config.model.channels, *config.data.clip_size)  # for a batch norm
         with FlopCounterMode(display=False) as counter:
             model(clips).sum().backward()
-    flops: int = counter.get_total_flops()
-    return flops / len(clips) / 2e9
+    return counter.get_total_flops() / len(clips) / 2e9, 0.0
 
 
 if __name__ == "__main__":

@@ -15,26 +15,30 @@ python=""
 say() { printf '[environment] %s\n' "$*" >&2; }
 
 fail() {
-  printf '[environment] error: %s\n' "$1" >&2
-  shift
-  if (($#)); then printf '  %s\n' "$@" >&2; fi
+  say "error: $1"
+  if (($# > 1)); then printf '  %s\n' "${@:2}" >&2; fi
   exit 1
 }
 
 prepare_environment() {
   export PYTHONUNBUFFERED=1
   if [[ -n ${HPM_PYTHON:-} ]]; then
-    use_given_environment "${1:-}"
+    use_given_environment "$@"
     return
   fi
   unset PYTHONPATH PYTHONHOME
   python="$environment/bin/python"
-  if is_complete "${1:-}"; then return; fi
-  make_environment "${1:-}"
+  is_complete "$@" || make_environment "$@"
+}
+
+is_supported() {
+  "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
 }
 
 # --- An environment that the user already has ---------------------------------------------------
 
+# Nothing is installed there. A folder with the package alone makes it importable; from the root of
+# the repository, `datasets` would shadow the library of that name.
 use_given_environment() {
   python="$(command -v -- "$HPM_PYTHON" || true)"
   if [[ -z $python || -d $python ]]; then
@@ -46,80 +50,66 @@ use_given_environment() {
   is_supported "$python" || fail "HPM_PYTHON=$HPM_PYTHON is not Python 3.10 to 3.13"
   local modules=(torch einops numpy pandas omegaconf yaml safetensors matplotlib PIL
     tensorboard tqdm av torchvision timm)
-  if [[ $1 == tests ]]; then
+  local missing command="'$python' -m pip install -r '$repository/requirements.txt'"
+  if [[ ${1:-} == tests ]]; then
     modules+=(pytest pytest_timeout xdist hypothesis transformers onnx onnxscript onnxruntime ruff mypy)
+    command+=" -r '$repository/tests/requirements.txt'"
   fi
-  local missing
-  missing="$("$python" -c "$import_check" "${modules[@]}")" ||
+  # Importing them all would take ten seconds.
+  missing="$("$python" -c 'import sys
+from importlib.util import find_spec
+print(*(name for name in sys.argv[1:] if find_spec(name) is None), sep="\n  ")' "${modules[@]}")" ||
     fail "the environment of HPM_PYTHON=$HPM_PYTHON could not be checked"
-  if [[ -n $missing ]]; then
-    local command="'$python' -m pip install -r '$repository/requirements.txt'"
-    if [[ $1 == tests ]]; then command+=" -r '$repository/tests/requirements.txt'"; fi
-    fail "the environment of HPM_PYTHON=$HPM_PYTHON lacks modules:" \
-      "${missing//$'\n'/$'\n'  }" "This installs them:" "$command" \
-      "(where deepspeed, which is optional, does not build: leave out its line)"
-  fi
-  # Nothing is installed there. A folder with the package alone makes it importable; from the root
-  # of the repository, `datasets` would shadow the library of that name.
-  local folder="$repository/build/import"
-  mkdir -p -- "$folder"
-  ln -sfn -- ../../hpm_video "$folder/hpm_video"
-  export PYTHONPATH="$folder${PYTHONPATH:+:$PYTHONPATH}"
-}
-
-# Prints the missing modules. (Importing them all would take ten seconds.)
-import_check='
-import importlib.util, sys
-for name in sys.argv[1:]:
-    if importlib.util.find_spec(name) is None:
-        print(name)
-'
-
-is_supported() {
-  "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+  [[ -z $missing ]] || fail "the environment of HPM_PYTHON=$HPM_PYTHON lacks modules:" "$missing" \
+    "This installs them:" "$command" \
+    "(where deepspeed, which is optional, does not build: leave out its line)"
+  mkdir -p -- "$repository/build/import"
+  ln -sfn -- ../../hpm_video "$repository/build/import/hpm_video"
+  export PYTHONPATH="$repository/build/import${PYTHONPATH:+:$PYTHONPATH}"
 }
 
 # --- The environment of the repository ----------------------------------------------------------
 
-# Identifies what an environment was made from, and its folder, which an editable install names.
+# Identifies what a part of the environment was made from, and its folder, which an editable install
+# names.
 fingerprint() {
-  (cd -- "$repository" && pwd && cat -- "$@") | cksum
-}
-
-is_complete() {
-  has_stamp package requirements.txt pyproject.toml || return 1
-  if [[ $1 == tests ]]; then has_stamp tests tests/requirements.txt || return 1; fi
-  is_supported "$python"
+  local files=(requirements.txt pyproject.toml)
+  if [[ $1 == tests ]]; then files=(tests/requirements.txt); fi
+  (cd -- "$repository" && pwd && cat -- "${files[@]}") | cksum
 }
 
 has_stamp() {
-  local stamp="$environment/complete-$1"
-  [[ -f $stamp && "$(<"$stamp")" == "$(fingerprint "${@:2}")" ]]
+  [[ -f $environment/complete-$1 && "$(<"$environment/complete-$1")" == "$(fingerprint "$1")" ]]
 }
 
 write_stamp() {
-  local stamp="$environment/complete-$1"
-  fingerprint "${@:2}" >"$stamp.new"
-  mv -f -- "$stamp.new" "$stamp"
+  fingerprint "$1" >"$environment/complete-$1.new"
+  mv -f -- "$environment/complete-$1.new" "$environment/complete-$1"
+}
+
+is_complete() {
+  local part
+  for part in package "$@"; do has_stamp "$part" || return 1; done
+  is_supported "$python"
 }
 
 make_environment() {
   trap 'say "interrupted; the next start goes on from here"; exit 130' INT
-  local base
+  local base part
   base="$(find_python)"
   lock "$base"
-  if ! is_complete "$1"; then # another start may have made it while this one waited
+  if ! is_complete "$@"; then # another start may have made it while this one waited
     if ! is_supported "$python" || ! "$python" -c 'import pip' 2>/dev/null; then
       say "making .venv with $("$base" --version) ($base)"
       "$base" -m venv --clear "$environment" || fail "could not make $environment"
     fi
-    if ! has_stamp package requirements.txt pyproject.toml; then install_package; fi
-    if [[ $1 == tests ]] && ! has_stamp tests tests/requirements.txt; then
-      say "installing what the tests need (about a minute)"
-      pip_install -r "$repository/tests/requirements.txt" ||
-        fail "could not install tests/requirements.txt" "Start again to go on from here."
-      write_stamp tests tests/requirements.txt
-    fi
+    for part in package "$@"; do
+      if ! has_stamp "$part"; then
+        rm -f -- "$environment/complete-$part"
+        "install_$part"
+        write_stamp "$part"
+      fi
+    done
     say "done in $SECONDS s: $environment"
   fi
   exec 9>&-
@@ -128,10 +118,9 @@ make_environment() {
 
 # The newest supported Python that can make environments.
 find_python() {
-  local name path incapable=""
+  local name path incapable="" version
   for name in python3.13 python3.12 python3.11 python3.10 python3 python; do
-    path="$(command -v "$name")" || continue
-    is_supported "$path" || continue
+    path="$(command -v "$name")" && is_supported "$path" || continue
     if "$path" -c 'import venv, ensurepip' 2>/dev/null; then
       printf '%s\n' "$path"
       return
@@ -139,7 +128,6 @@ find_python() {
     incapable="${incapable:-$name}"
   done
   if [[ -n $incapable ]]; then
-    local version
     version="$("$incapable" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
     fail "Python $version is here, but not its modules venv and ensurepip" \
       "On Debian and Ubuntu: sudo apt-get install python$version-venv" \
@@ -167,29 +155,29 @@ pip_install() {
   "$python" -m pip install "${options[@]}" "$@" >&2
 }
 
-install_package() {
-  rm -f -- "$environment/complete-package"
-  local remedy="Start again to go on from here: what is installed or downloaded already is kept."
-  say "installing requirements.txt into .venv, once: 5 GB with torch for GPUs;"
-  say "a few minutes with a fast network, half an hour with a slow one"
-  pip_install --upgrade pip "setuptools>=77,<82" wheel ninja packaging py-cpuinfo ||
-    fail "could not install pip and setuptools" "$remedy"
-  grep -v '^deepspeed' "$repository/requirements.txt" >"$environment/requirements.txt"
-  pip_install -r "$environment/requirements.txt" ||
-    fail "could not install requirements.txt" "$remedy"
-  install_deepspeed
-  pip_install --no-deps --no-build-isolation -e "$repository" ||
-    fail "could not install the package itself" "$remedy"
-  write_stamp package requirements.txt pyproject.toml
+not_installed() {
+  fail "could not install $1" \
+    "Start again to go on from here: what is installed or downloaded already is kept."
 }
 
-# After torch, which its build imports. It is optional: the default engine is plain torch.
-install_deepspeed() {
-  local requirement
-  requirement="$(grep '^deepspeed' "$repository/requirements.txt")"
+install_package() {
+  local deepspeed tools=("setuptools>=77,<82" wheel ninja packaging py-cpuinfo)
+  say "installing requirements.txt into .venv, once: 5 GB with torch for GPUs;"
+  say "a few minutes with a fast network, half an hour with a slow one"
+  pip_install --upgrade pip "${tools[@]}" || not_installed "pip and setuptools"
+  grep -v '^deepspeed' "$repository/requirements.txt" >"$environment/requirements.txt"
+  pip_install -r "$environment/requirements.txt" || not_installed requirements.txt
+  # After torch, which its build imports. It is optional: the default engine is plain torch.
+  deepspeed="$(grep '^deepspeed' "$repository/requirements.txt")"
   say "building deepspeed (under a minute)"
-  if ! pip_install --no-build-isolation "$requirement"; then
+  if ! pip_install --no-build-isolation "$deepspeed"; then
     say "warning: deepspeed did not build; engine.name=deepspeed will not work, all else does"
-    say "to try again: '$python' -m pip install --no-build-isolation '$requirement'"
+    say "to try again: '$python' -m pip install --no-build-isolation '$deepspeed'"
   fi
+  pip_install --no-deps --no-build-isolation -e "$repository" || not_installed "the package itself"
+}
+
+install_tests() {
+  say "installing what the tests need (about a minute)"
+  pip_install -r "$repository/tests/requirements.txt" || not_installed tests/requirements.txt
 }

@@ -19,8 +19,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-ALSO = ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "PYTHONUNBUFFERED")
-PASSED_ON = ("HPM_", "DS_", "NCCL_", "GLOO_", "TORCH_")
+OWN = ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "PYTHONUNBUFFERED")
+PASSED_ON = (*OWN, "HPM_", "DS_", "NCCL_", "GLOO_", "TORCH_")
+FORM = "write a line such as 'node0 slots=8'"
+AGAIN = "Start the same command again: it goes on from the last checkpoint"
 LINE = re.compile(r"(\S+)\s+slots=([1-9]\d*)\s*(#.*)?")
 
 
@@ -32,17 +34,16 @@ def read_hostfile(path: Path) -> dict[str, int]:
         ValueError: it is no hostfile, or other machines cannot be reached.
     """
     hosts: dict[str, int] = {}
-    for line in map(str.strip, path.read_text().splitlines()):
-        if not line or line.startswith("#"):
-            continue
+    lines = [line.strip() for line in path.read_text().splitlines()]
+    for line in (line for line in lines if line and not line.startswith("#")):
         found = LINE.fullmatch(line)
         if found is None:
-            raise ValueError(f"{path}: {line!r} is no host; write a line such as 'node0 slots=8'")
+            raise ValueError(f"{path}: {line!r} is no host; {FORM}")
         if found[1] in hosts:
             raise ValueError(f"{path} names {found[1]} twice; write one line for each machine")
         hosts[found[1]] = int(found[2])
     if not hosts:
-        raise ValueError(f"{path} names no host; write a line such as 'node0 slots=8'")
+        raise ValueError(f"{path} names no host; {FORM}")
     missing = [name for name in ("pdsh", "ssh") if shutil.which(name) is None]
     if missing and not is_here(hosts):
         raise ValueError(
@@ -69,15 +70,14 @@ def run_on_hosts(
 
     ``threads`` of each process; ``asked``: which signal this launcher was sent.
     """
-    shares = {"OMP_NUM_THREADS": str(threads)}
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     if len(set(hosts.values())) == 1:
-        shares["LOCAL_WORLD_SIZE"] = str(max(hosts.values()))
-    environment = {**shares, **os.environ}
+        environment.setdefault("LOCAL_WORLD_SIZE", str(max(hosts.values())))
     # One machine that is not this one would be taken for it without --force_multi.
     options = ["--quiet", "--no_local_rank", "--force_multi", "--hostfile", str(path)]
+    options += ["--master_port", os.environ.get("MASTER_PORT", "29500")]
     if address := os.environ.get("MASTER_ADDR"):
         options += ["--master_addr", address]
-    options += ["--master_port", os.environ.get("MASTER_PORT", "29500")]
     # For the shell of another machine; DeepSpeed itself quotes arguments with spaces.
     quoted = [text if " " in text else shlex.quote(text) for text in program[1:]]
     with tempfile.NamedTemporaryFile("w") as variables:
@@ -95,10 +95,11 @@ def variables_of_nodes(environment: Mapping[str, str]) -> str:
     """Write the variables that DeepSpeed sets on other machines, with the user's own lines."""
     # DeepSpeed adds the root of the repository to PYTHONPATH, where `datasets` shadows a library.
     lines = [f"PYTHONPATH={environment.get('PYTHONPATH', '')}"]
-    for name, value in environment.items():
-        chosen = name in ALSO or (name.startswith(PASSED_ON) and name != "DS_ENV_FILE")
-        if chosen and "\n" not in value:
-            lines.append(f"{name}={value}")
+    lines += [
+        f"{name}={value}"
+        for name, value in environment.items()
+        if name.startswith(PASSED_ON) and name != "DS_ENV_FILE" and "\n" not in value
+    ]
     for folder in (Path.home(), Path.cwd()):
         users = folder / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
         if users.is_file():
@@ -117,10 +118,7 @@ def wait(runner: subprocess.Popen[bytes], asked: Callable[[], signal.Signals | N
             runner.send_signal(signal.SIGTERM)
     code = runner.returncode
     if code < 0 or code > 192:  # the second is how DeepSpeed exits with minus a signal
-        number = signal.Signals(-code if code < 0 else 256 - code)
-        sys.stderr.write(
-            f"\nerror: a process was killed by {number.name}; the job is ended. "
-            "Start the same command again: it goes on from the last checkpoint\n"
-        )
+        name = signal.Signals(-code if code < 0 else 256 - code).name
+        sys.stderr.write(f"\nerror: a process was killed by {name}; the job is ended. {AGAIN}\n")
         return 1
     return code

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from hostfile import is_here, read_hostfile, run_on_hosts  # type: ignore[import-not-found]
+from hostfile import AGAIN, is_here, read_hostfile, run_on_hosts  # type: ignore[import-not-found]
 
 WRONG_INPUT = 2
 STOPPED = (75, 130)
@@ -67,17 +67,12 @@ class Job:
     address: str = "127.0.0.1"
     port: int = 29500
 
-    @property
-    def count(self) -> int:
-        """Number of processes on all machines."""
-        return self.processes * self.nodes
-
     def environment(self, local_rank: int) -> dict[str, str]:
         """Return the environment of a process of this machine."""
         own = {
             "RANK": self.node_rank * self.processes + local_rank,
             "LOCAL_RANK": local_rank,
-            "WORLD_SIZE": self.count,
+            "WORLD_SIZE": self.processes * self.nodes,
             "LOCAL_WORLD_SIZE": self.processes,
             "GROUP_RANK": self.node_rank,
             "MASTER_ADDR": self.address,
@@ -116,6 +111,14 @@ class Worker:
         """Whether it ended without success, a saved state or a signal that was sent from here."""
         return self.code not in (0, *STOPPED) and -self.code not in self.sent
 
+    def patience(self, grace: float) -> float:
+        """Return the seconds for which the others may go on after this one has ended."""
+        if self.code == 0:
+            return math.inf
+        if not self.failed:  # the first may still be writing
+            return grace
+        return SETTLE if self.code > 0 else 0.0
+
 
 class Requests:
     """Signals that this launcher has received."""
@@ -136,31 +139,29 @@ class Requests:
 def main(command_line: Sequence[str] | None = None) -> int:
     """Start the processes and wait for them. -> the exit code, see ``EPILOG``"""
     arguments = parse_arguments(command_line)
-    program, grace = arguments.program, os.environ.get("HPM_GRACE", "300")
+    grace, hostfile = os.environ.get("HPM_GRACE", "300"), arguments.hostfile
     try:
         if not grace.isdecimal():
             raise ValueError(f"HPM_GRACE={grace} must be a whole number of seconds, such as 300")
-        if not Path(program).is_file():
-            raise ValueError(f"no program {program} in {Path.cwd()}; name a Python file")
-        hosts = {} if arguments.hostfile is None else read_hostfile(arguments.hostfile)
+        if not Path(arguments.program).is_file():
+            raise ValueError(f"no program {arguments.program} in {Path.cwd()}; name a Python file")
+        hosts = read_hostfile(hostfile) if hostfile else {}
         if hosts:
             arguments.processes = sum(hosts.values())
-        if hosts and "MASTER_PORT" in os.environ:
-            arguments.master_port = int(os.environ["MASTER_PORT"])
+            port = os.environ.get("MASTER_PORT")
+            arguments.master_port = arguments.master_port if port is None else int(port)
         job = read_job(arguments)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return WRONG_INPUT
-    requests = Requests()
+    requests, command = Requests(), [arguments.program, *arguments.arguments]
     if hosts and not is_here(hosts):
         threads = threads_per_process(max(hosts.values()))
-        command = [program, *arguments.arguments]
-        path, asked = arguments.hostfile, lambda: requests.first
-        return int(run_on_hosts(path, hosts, command, threads, asked))
+        return int(run_on_hosts(hostfile, hosts, command, threads, lambda: requests.first))
     with closing(socket.socket()) as place:
         if job.nodes == 1 and arguments.master_port is None:
             job = Job(job.processes, port=reserve_port(place))
-        workers = start(job, [sys.executable, "-u", program, *arguments.arguments])
+        workers = start(job, [sys.executable, "-u", *command])
         ended = watch(workers, requests, float(grace))
     return conclude(job, ended, requests)
 
@@ -182,41 +183,37 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(command_line)
 
 
-def read_job(arguments: argparse.Namespace) -> Job:
+def read_job(given: argparse.Namespace) -> Job:
     """Make the job that the options describe.
 
     Raises:
         ValueError: the options are invalid.
     """
     for name in ("processes", "nodes"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} {getattr(arguments, name)} must be at least 1")
-    port = 29500 if arguments.master_port is None else arguments.master_port
+        if getattr(given, name) < 1:
+            raise ValueError(f"--{name} {getattr(given, name)} must be at least 1")
+    port = 29500 if given.master_port is None else given.master_port
     if not 0 < port < 2**16:
-        raise ValueError(f"--master-port {port} must be in 1 to 65535")
-    if arguments.nodes == 1:
-        return Job(arguments.processes, port=port)
-    if arguments.node_rank is None or arguments.master_addr is None:
+        raise ValueError(f"--master-port {port} (MASTER_PORT) must be in 1 to 65535")
+    if given.nodes == 1:
+        return Job(given.processes, port=port)
+    if given.node_rank is None or given.master_addr is None:
         raise ValueError(
-            f"--nodes {arguments.nodes} needs --node-rank, 0 on the first machine, "
-            "and --master-addr, the first machine's name or address"
+            f"--nodes {given.nodes} (NNODES) needs --node-rank (NODE_RANK), 0 on the first "
+            "machine, and --master-addr (MASTER_ADDR), the first machine's name or address"
         )
-    if not 0 <= arguments.node_rank < arguments.nodes:
+    if not 0 <= given.node_rank < given.nodes:
         raise ValueError(
-            f"--node-rank {arguments.node_rank} must be in 0 to {arguments.nodes - 1}: "
-            f"there are --nodes {arguments.nodes}"
+            f"--node-rank {given.node_rank} (NODE_RANK) must be in 0 to {given.nodes - 1}: "
+            f"there are --nodes {given.nodes}"
         )
-    return Job(
-        arguments.processes, arguments.nodes, arguments.node_rank, arguments.master_addr, port
-    )
+    return Job(given.processes, given.nodes, given.node_rank, given.master_addr, port)
 
 
 def threads_per_process(processes: int) -> int:
     """Return the number of usable cores per process."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return max(1, cores // processes)
 
 
@@ -239,14 +236,16 @@ def start(job: Job, command: Sequence[str]) -> list[Worker]:
         if libc is not None:
             libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: stop when the launcher is killed
 
-    workers = []
-    for local_rank in range(job.processes):
-        environment = job.environment(local_rank)
-        process = subprocess.Popen(
-            command, env=environment, start_new_session=True, preexec_fn=follow_launcher
+    environments = [job.environment(local_rank) for local_rank in range(job.processes)]
+    return [
+        Worker(
+            int(environment["RANK"]),
+            subprocess.Popen(
+                command, env=environment, start_new_session=True, preexec_fn=follow_launcher
+            ),
         )
-        workers.append(Worker(int(environment["RANK"]), process))
-    return workers
+        for environment in environments
+    ]
 
 
 def watch(workers: Sequence[Worker], requests: Requests, grace: float) -> list[Worker]:
@@ -260,37 +259,23 @@ def watch(workers: Sequence[Worker], requests: Requests, grace: float) -> list[W
         if requests.first is not None and not passed_on:
             passed_on = True
             sys.stderr.write(f"\n{requests.first.name}: the processes save and end\n")
-            send_all(alive, requests.first)
+            for worker in alive:
+                worker.send(requests.first)
             kill_at = min(kill_at, now + grace)
         gone = [worker for worker in alive if worker.process.poll() is not None]
         # Of processes that ended at one time, the cause comes first.
         gone.sort(key=lambda worker: (-worker.code not in FAULTS, worker.code < 0, worker.rank))
         for worker in gone:
             ended.append(worker)
-            patience = patience_after(worker, grace)
+            patience = worker.patience(grace)
             ask_at = min(ask_at, now + patience)
             kill_at = min(kill_at, now + patience + ENDING)
-        if now >= ask_at:
+        must_end = now >= kill_at or requests.insists
+        if now >= ask_at or must_end:
             ask_at = math.inf
-            send_all(alive, signal.SIGTERM)
-        if now >= kill_at or requests.insists:
-            send_all(alive, signal.SIGKILL)
+            for worker in alive:
+                worker.send(signal.SIGKILL if must_end else signal.SIGTERM)
     return ended
-
-
-def send_all(workers: Sequence[Worker], number: int) -> None:
-    """Signal those that still run."""
-    for worker in workers:
-        worker.send(number)
-
-
-def patience_after(worker: Worker, grace: float) -> float:
-    """Return the seconds for which the others may go on after this one has ended."""
-    if worker.code == 0:
-        return math.inf
-    if not worker.failed:  # the first may still be writing
-        return grace
-    return SETTLE if worker.code > 0 else 0.0
 
 
 def conclude(job: Job, ended: Sequence[Worker], requests: Requests) -> int:
@@ -302,14 +287,12 @@ def conclude(job: Job, ended: Sequence[Worker], requests: Requests) -> int:
         if cause.code != WRONG_INPUT or not reported:  # by the first process
             sys.stderr.write(f"\nerror: {describe(job, cause)}\n")
         return max(cause.code, 0) or 1
-    killed = [worker for worker in ended if -worker.code == signal.SIGKILL]
+    killed = [str(worker.rank) for worker in ended if -worker.code == signal.SIGKILL]
     if killed:
-        ranks = ", ".join(str(worker.rank) for worker in killed)
         why = "was stopped by a second Ctrl-C" if requests.insists else "did not end in time"
         sys.stderr.write(
-            f"\nerror: the job {why}; killed: rank {ranks} on {socket.gethostname()}. Start the "
-            "same command again: it goes on from the last checkpoint. HPM_GRACE=SECONDS gives "
-            "more time to save.\n"
+            f"\nerror: the job {why}; killed: rank {', '.join(killed)} on {socket.gethostname()}. "
+            f"{AGAIN}. HPM_GRACE=SECONDS gives more time to save.\n"
         )
         return 130 if requests.insists else 1
     codes = {worker.code for worker in ended}
@@ -320,15 +303,13 @@ def conclude(job: Job, ended: Sequence[Worker], requests: Requests) -> int:
 
 def describe(job: Job, cause: Worker) -> str:
     """Describe what happened to the process that made the job fail, and the remedy."""
-    who = f"rank {cause.rank} of {job.count} (pid {cause.process.pid} on {socket.gethostname()})"
+    count, pid = job.processes * job.nodes, cause.process.pid
+    who = f"rank {cause.rank} of {count} (pid {pid} on {socket.gethostname()})"
     if cause.code > 0:
         return f"{who} ended with code {cause.code}, and the job with it"
     name = signal.Signals(-cause.code).name
     perhaps = ", for instance by the out-of-memory killer" if name == "SIGKILL" else ""
-    return (
-        f"{who} was killed by {name}{perhaps}; the job is ended. Start the same command again: "
-        "it goes on from the last checkpoint"
-    )
+    return f"{who} was killed by {name}{perhaps}; the job is ended. {AGAIN}"
 
 
 if __name__ == "__main__":

@@ -2,12 +2,8 @@
 # Shared by the launch scripts. To be sourced by one that defines `root` and `usage`:
 #
 #   source "$root/tools/launch.sh"
-#   choose_config DEFAULT "$@"   # sets config, overrides and dry_run, or ends the script
-#   choose_processes             # from GPUS, NNODES and HOSTFILE: sets processes and launcher, or
-#                                # ends the script
-#   prepare_environment          # sets python, see tools/environment.sh
-#   make_demo_data               # if the configuration needs it and it is missing
-#   start PROGRAM ARGUMENT ...   # in that many processes
+#   prepare_run DEFAULT "$@"     # sets config, overrides, python and launcher, or ends the script
+#   start PROGRAM ARGUMENT ...   # in as many processes as GPUS, NNODES and HOSTFILE say
 #   finish PROGRAM ARGUMENT ...  # the same, in place of the script
 
 # shellcheck source=tools/environment.sh
@@ -19,8 +15,33 @@ dry_run=""
 processes=1 # of the job
 launcher=() # the program and its options that start several processes
 
-processes_usage() {
-  cat <<'TEXT'
+prepare_run() {
+  choose_config "$@"
+  choose_processes
+  prepare_environment
+  cd -- "$root"
+  make_demo_data
+}
+
+# usage_of_run ABOUT DEMO [MORE]
+usage_of_run() {
+  local script
+  script="./$(basename -- "$0")"
+  cat <<TEXT
+$1
+
+  $script$(printf '%36s' '')$2
+  $script section.key=value ...              the demo with other settings
+  $script CONFIG [section.key=value ...]     a configuration of yours or of configs/
+  $script ... --dry-run                      what such a run would do and need
+${3:+
+$3}
+The first start makes a Python environment in .venv and cuts the demo's clips.
+HPM_PYTHON=/path/to/python $script uses an environment that you have and installs nothing.
+
+CONFIG is looked up from the current folder, then from the root of the repository.
+Paths inside a configuration or an override start from the root of the repository.
+
 Several processes, each on a GPU of its own, or on the CPU where there are no GPUs:
 
   GPUS=8 ./run_...              on this machine
@@ -46,7 +67,7 @@ refuse() {
 choose_config() {
   config="$1"
   shift
-  local argument arguments=()
+  local argument override='^[A-Za-z_][A-Za-z0-9_.]*='
   for argument in "$@"; do
     case "$argument" in
       -h | --help)
@@ -59,25 +80,22 @@ choose_config() {
         usage >&2
         exit 2
         ;;
-      *) arguments+=("$argument") ;;
+      *) overrides+=("$argument") ;;
     esac
   done
-  set -- ${arguments[@]+"${arguments[@]}"}
-  local override='^[A-Za-z_][A-Za-z0-9_.]*='
-  if (($#)) && { [[ ! $1 =~ $override ]] || [[ -f $1 ]]; }; then
-    config="$1"
-    shift
-    if [[ -f $config ]]; then
-      config="$(cd -- "$(dirname -- "$config")" && pwd)/$(basename -- "$config")"
-    elif [[ ! -f $root/$config ]]; then
-      refuse "no configuration $config, neither in $PWD nor in $root"
-    fi
-  fi
+  set -- ${overrides[@]+"${overrides[@]}"}
+  if (($# == 0)) || [[ $1 =~ $override && ! -f $1 ]]; then return; fi
+  config="$1"
+  shift
   overrides=("$@")
+  if [[ -f $config ]]; then
+    config="$(cd -- "$(dirname -- "$config")" && pwd)/$(basename -- "$config")"
+  elif [[ ! -f $root/$config ]]; then
+    refuse "no configuration $config, neither in $PWD nor in $root"
+  fi
 }
 
-# --- How many processes -------------------------------------------------------------------------
-
+# Sets processes and launcher, from GPUS, NNODES and HOSTFILE.
 choose_processes() {
   if [[ -n ${HOSTFILE:-} ]]; then
     choose_hosts
@@ -90,41 +108,13 @@ choose_processes() {
     "It is the number of machines: NNODES=2."
   processes=$((gpus * nodes))
   if [[ -n $dry_run ]]; then return; fi
-  if ((nodes > 1)); then
-    [[ -n ${MASTER_ADDR:-} ]] || refuse "NNODES=$nodes needs MASTER_ADDR" \
-      "It is the name or the address of the machine of NODE_RANK=0."
-    [[ ${NODE_RANK:-} =~ ^[0-9]{1,6}$ ]] && ((10#$NODE_RANK < nodes)) ||
-      refuse "NNODES=$nodes needs NODE_RANK in 0 to $((nodes - 1)), got '${NODE_RANK:-}'" \
-        "It tells the machines apart; 0 is the one that MASTER_ADDR names."
-    options=(--nodes "$nodes" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR")
-  fi
-  if [[ -n ${MASTER_PORT:-} ]]; then
-    [[ $MASTER_PORT =~ ^[1-9][0-9]{0,4}$ ]] && ((MASTER_PORT < 65536)) ||
-      refuse "MASTER_PORT=$MASTER_PORT must be in 1 to 65535" \
-        "It is a free port of MASTER_ADDR's machine."
-    options+=(--master-port "$MASTER_PORT")
-  fi
-  check_gpus "$gpus"
+  # tools/launch.py checks these.
+  if ((nodes > 1)); then options=(--nodes "$nodes"); fi
+  if [[ -n ${NODE_RANK:-} ]]; then options+=(--node-rank "$NODE_RANK"); fi
+  if [[ -n ${MASTER_ADDR:-} ]]; then options+=(--master-addr "$MASTER_ADDR"); fi
+  if [[ -n ${MASTER_PORT:-} ]]; then options+=(--master-port "$MASTER_PORT"); fi
   if ((processes > 1)); then
     launcher=(tools/launch.py --processes "$gpus" ${options[@]+"${options[@]}"})
-  fi
-}
-
-# check_gpus WANTED: counts the visible GPUs by nvidia-smi, which is faster than to import torch;
-# without it there are none.
-check_gpus() {
-  local there visible
-  there="$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true)"
-  if [[ -n ${CUDA_VISIBLE_DEVICES+given} ]]; then
-    IFS=', ' read -ra visible <<<"${CUDA_VISIBLE_DEVICES/#-1*/}"
-    if ((${#visible[@]} < there)); then there="${#visible[@]}"; fi
-  fi
-  if ((there > 0 && $1 > there)); then
-    refuse "GPUS=$1, and this machine has $there" \
-      "Take GPUS=$there, or other machines too with NNODES or HOSTFILE."
-  elif ((there > 1)) && [[ -z ${GPUS:-} ]]; then
-    printf '%d GPUs are here and one is used; GPUS=%d ./%s ... uses all\n' \
-      "$there" "$there" "$(basename -- "$0")" >&2
   fi
 }
 
@@ -143,24 +133,18 @@ choose_hosts() {
   launcher=(tools/launch.py --hostfile "$HOSTFILE")
 }
 
-# start PROGRAM ARGUMENT ...: in the chosen number of processes.
-start() {
-  "$python" ${launcher[@]+"${launcher[@]}"} "$@"
-}
+start() { "$python" ${launcher[@]+"${launcher[@]}"} "$@"; }
 
-# The same, as the last step of the script. A dry run is one process, which gets their number.
+# A dry run is one process, which gets the number of processes.
 finish() {
   if [[ -n $dry_run ]]; then exec "$python" "$@" --dry-run --processes "$processes"; fi
   exec "$python" ${launcher[@]+"${launcher[@]}"} "$@"
 }
 
-# --- The demo's data ----------------------------------------------------------------------------
-
 # prepare.py writes the manifests last: where they exist, the clips and images are complete.
 make_demo_data() {
-  local manifests manifest
-  manifests="$(grep -o 'datasets/demo/[A-Za-z0-9_]*\.csv' "$config" || true)"
-  for manifest in $manifests; do
+  local manifest
+  for manifest in $(grep -o 'datasets/demo/[A-Za-z0-9_]*\.csv' "$config" || true); do
     if [[ ! -f $manifest ]]; then
       "$python" datasets/demo/prepare.py
       return

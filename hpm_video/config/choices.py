@@ -64,20 +64,12 @@ Interpolation = Literal["bilinear", "bicubic"]
 PredictorObjective = Literal["relative", "absolute", "none"]
 """How predicted errors are held against true ones: by their order, by their value, not at all."""
 MomentumKind = Literal["paper", "warmup"]
-NUMBER = r"\d+(\.\d+)?"
-SECTIONS = {
-    "m": r"\d{1,2}",
-    "n": r"[1-9]",
-    "p": r"0(\.\d+)?|1(\.0+)?",
-    "mstd": NUMBER,
-    "mmax": r"[1-9]\d?",
-    "inc": r"[01]",
-    "t": r"weights|3aw?",
-}
-"""What may follow ``rand`` in timm's string, and the values of each."""
 SECTION = re.compile(
-    "|".join(f"(?P<{name}>{name}({value}))" for name, value in SECTIONS.items()), re.ASCII
+    r"(?P<m>m\d{1,2})|(?P<n>n[1-9])|(?P<mstd>mstd\d+(\.\d+)?)|(?P<mmax>mmax[1-9]\d?)|"
+    r"(?P<p>p(0(\.\d+)?|1(\.0+)?))|(?P<inc>inc[01])|(?P<t>t(weights|3aw?))",
+    re.ASCII,
 )
+"""What may follow ``rand`` in timm's string: a name and its value."""
 
 
 def check_rand_augment(config: str) -> None:
@@ -88,7 +80,7 @@ def check_rand_augment(config: str) -> None:
     """
     first, *sections = config.split("-")
     matches = [SECTION.fullmatch(section) for section in sections]
-    names = [match.lastgroup for match in matches if match is not None]
+    names = [match.lastgroup for match in matches if match]
     if first != "rand" or len(names) < len(sections) or len(set(names)) < len(names):
         raise ValueError(
             f"RandAugment is timm's string of 'rand' and any of -m7 (strength), -n4 (operations), "

@@ -3,7 +3,15 @@
 import dataclasses
 from dataclasses import dataclass
 
-from hpm_video.config.checks import ConfigError, a_chance, a_share, at_least, positive, unrelated
+from hpm_video.config.checks import (
+    ConfigError,
+    a_chance,
+    a_range,
+    a_share,
+    at_least,
+    positive,
+    unrelated,
+)
 from hpm_video.config.choices import (
     Crop,
     DecoderChoice,
@@ -64,10 +72,10 @@ class DataConfig:
     """Share of the manifest's files that may fail to decode before the run stops."""
 
     def __post_init__(self) -> None:
-        at_least(
-            1, num_frames=self.num_frames, frame_stride=self.frame_stride, repeats=self.repeats
-        )
-        at_least(1, height=self.frame_size[0], width=self.frame_size[1])
+        at_least(1, "data", self, "num_frames", "frame_stride", "repeats", "frame_size")
+        at_least(0, "data", self, "workers")
+        positive("data", self, "seconds_per_file", "memory_per_worker", "std")
+        a_share("data", self, "max_bad_share")
         short = self.held_out_short_side
         if short is not None and short < max(self.frame_size):
             raise ConfigError(
@@ -84,12 +92,6 @@ class DataConfig:
                 f"data.sampling=segments takes no stride, but data.max_frame_stride is "
                 f"{self.max_frame_stride}; leave it out"
             )
-        at_least(0, workers=self.workers)
-        limits = {name: getattr(self, name) for name in ("seconds_per_file", "memory_per_worker")}
-        positive("data", **limits)
-        if min(self.std, default=1) <= 0:
-            raise ConfigError(f"data.std must be positive, got {self.std}")
-        a_share("data", max_bad_share=self.max_bad_share)
 
     @property
     def channels(self) -> int:
@@ -118,11 +120,7 @@ class PretrainDataConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        low, high = self.crop_area
-        if not 0 < low <= high <= 1:
-            raise ConfigError(
-                f"data.crop_area must be two rising numbers in (0, 1], got {self.crop_area}"
-            )
+        a_range("data", self, "crop_area", most=1)
 
 
 @dataclass(frozen=True)
@@ -148,21 +146,11 @@ class AugmentationConfig:
     label_smoothing: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("area", "ratio"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high or (name == "area" and high > 1):
-                raise ConfigError(
-                    f"augmentation.{name} must be two rising positive numbers"
-                    f"{', at most 1' if name == 'area' else ''}, got {(low, high)}"
-                )
-        shares = ("erasing", "mix_probability", "cutmix_probability")
-        a_share("augmentation", **{name: getattr(self, name) for name in shares})
-        if min(self.mixup, self.cutmix) < 0:
-            raise ConfigError(
-                f"augmentation.mixup and cutmix must be at least 0, got {self.mixup} and "
-                f"{self.cutmix}"
-            )
-        a_chance("augmentation", label_smoothing=self.label_smoothing)
+        a_range("augmentation", self, "area", most=1)
+        a_range("augmentation", self, "ratio")
+        a_share("augmentation", self, "erasing", "mix_probability", "cutmix_probability")
+        at_least(0, "augmentation", self, "mixup", "cutmix")
+        a_chance("augmentation", self, "label_smoothing")
         if self.rand_augment is not None:
             try:
                 check_rand_augment(self.rand_augment)

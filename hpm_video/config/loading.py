@@ -33,23 +33,22 @@ def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> C
     odd = [override for override in overrides if "=" not in override]
     if odd:
         raise ConfigError(f"an override must look like section.key=value, got {odd[0]!r}")
-    left_out = [override for override in overrides if _LEFT_OUT.fullmatch(override)]
-    overrides = [override for override in overrides if override not in left_out]
     try:
-        file = OmegaConf.load(path)
-        _refuse_references(file, str(path))
+        given: Any = OmegaConf.load(path)
+        _refuse_references(OmegaConf.to_container(given), str(path))
         for override in overrides:
-            _refuse_references(OmegaConf.from_dotlist([override]), "the command line")
-        for override in left_out:
-            _leave_out(file, override.split("=")[0].split("."))
-        given = OmegaConf.merge(file, OmegaConf.from_dotlist(overrides))
+            part = OmegaConf.from_dotlist([override])
+            _refuse_references(OmegaConf.to_container(part), "the command line")
+            given = OmegaConf.merge(given, part)
+            if override in ("mix={}", "mix=null"):
+                given.mix = {}
         open_keys = sorted(OmegaConf.missing_keys(given))
         if open_keys:
             raise ConfigError(
                 f"{path} leaves {open_keys[0]} to you: give {open_keys[0]}=VALUE, or "
                 f"{open_keys[0]}=null for none"
             )
-        _check_sources_alone(given)
+        _check_sources(given)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
     except ConfigError:
         raise
@@ -60,57 +59,38 @@ def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> C
     return config
 
 
-def _refuse_references(config: Any, where: str) -> None:
-    """Make sure that nothing is to be filled in, before anything could be.
+def _refuse_references(value: Any, where: str, key: str = "") -> None:
+    """Refuse ``${...}``, which OmegaConf would replace by what stands elsewhere.
 
-    OmegaConf would put in what stands elsewhere, such as in the environment of whoever reads a
-    config of somebody else.
-
-    Raises:
-        ConfigError: a value has a ``${...}``.
+    Such as in the environment of whoever reads a config of somebody else.
     """
-
-    def look(value: Any, key: str) -> None:
-        if isinstance(value, dict):
-            for name, inner in value.items():
-                look(inner, f"{key}.{name}" if key else str(name))
-        elif isinstance(value, list):
-            for number, inner in enumerate(value):
-                look(inner, f"{key}[{number}]")
-        elif isinstance(value, str) and "${" in value:
-            raise ConfigError(
-                f"{where} has {key}={value}, but ${{...}} is not filled in, neither from the "
-                f"environment nor from other keys; write the value itself (a shell fills in "
-                f'{key}="$NAME")'
-            )
-
-    look(OmegaConf.to_container(config, resolve=False), "")
+    inner: dict[str, Any] = {}
+    if isinstance(value, dict):
+        inner = {f"{key}.{name}" if key else str(name): each for name, each in value.items()}
+    elif isinstance(value, list):
+        inner = {f"{key}[{number}]": each for number, each in enumerate(value)}
+    for name, each in inner.items():
+        _refuse_references(each, where, name)
+    if isinstance(value, str) and "${" in value:
+        raise ConfigError(
+            f"{where} has {key}={value}, but ${{...}} is not filled in, neither from the "
+            f"environment nor from other keys; write the value itself (a shell fills in "
+            f'{key}="$NAME")'
+        )
 
 
-def _check_sources_alone(given: Any) -> None:
-    """Make sure of each further source by itself, so that an error says which it is of.
-
-    Raises:
-        ConfigError: a value of one breaks a rule of the schema.
-    """
+def _check_sources(given: Any) -> None:
+    """Leave out further sources that are null, and check each by itself: errors then name it."""
     mix: Any = given.get("mix") if OmegaConf.is_dict(given) else None
-    for name, values in mix.items() if OmegaConf.is_dict(mix) else ():
+    for name, values in [*mix.items()] if OmegaConf.is_dict(mix) else ():
+        if values is None:
+            del mix[name]
+            continue
         with contextlib.suppress(OmegaConfBaseException):  # which names the key by itself, later
             try:
                 OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), values))
             except ConfigError as error:
                 raise ConfigError(f"mix.{name}: {error}") from error
-
-
-_LEFT_OUT = re.compile(r"mix(\.[A-Za-z0-9_-]+)?=(null|\{\})")
-
-
-def _leave_out(config: Any, keys: Sequence[str]) -> None:
-    """Take a further source out of a config, or all of them."""
-    *above, last = keys
-    for key in above:
-        config = config.get(key, {})
-    config.pop(last, None)
 
 
 def load_any_config(path: Path, overrides: Sequence[str] = ()) -> PretrainConfig | FinetuneConfig:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hpm_video.config.checks import ConfigError, a_chance, a_share, unrelated
+from hpm_video.config.checks import ConfigError, a_chance, a_share, at_least, unrelated
 from hpm_video.config.choices import (
     DEFAULT_MODELS,
     FeatureKind,
@@ -42,7 +42,7 @@ class MaskingConfig:
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
             raise ConfigError(f"masking.ratio must lie between 0 and 1, got {self.ratio}")
-        a_share("masking", first_fraction=self.first_fraction, last_fraction=self.last_fraction)
+        a_share("masking", self, "first_fraction", "last_fraction")
 
     @property
     def mask_strategy(self) -> MaskStrategy:
@@ -77,9 +77,8 @@ class MiningConfig:
     last_momentum: float = 0.9999
 
     def __post_init__(self) -> None:
-        a_chance("mining", first_momentum=self.first_momentum, last_momentum=self.last_momentum)
-        if self.predictor_weight < 0:
-            raise ConfigError(f"mining.predictor_weight must be >= 0, got {self.predictor_weight}")
+        a_chance("mining", self, "first_momentum", "last_momentum")
+        at_least(0, "mining", self, "predictor_weight")
         if self.feature_kind and self.feature_weights is None:
             raise ConfigError(
                 f"mining.target={self.target} needs the weights of {self.feature_name}: give "

@@ -28,9 +28,9 @@ class EncoderConfig:
     """Compute the blocks again in the backward pass instead of keeping what they computed."""
 
     def __post_init__(self) -> None:
-        at_least(1, channels=self.channels)
+        at_least(1, "model", self, "channels")
         self._check_positions(self.encoder)
-        a_chance("model", drop_path=self.drop_path)
+        a_chance("model", self, "drop_path")
 
     def _check_positions(self, size: TransformerSize) -> None:
         if self.positions != "sequence" and size.dim % 4:
@@ -73,12 +73,9 @@ class ClassifierConfig(EncoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        a_chance("model", head_dropout=self.head_dropout)
-        at_least(2, num_classes=self.num_classes)
-        if self.pretrained_grid is not None and min(self.pretrained_grid) < 1:
-            raise ConfigError(
-                f"model.pretrained_grid must be three positive numbers, got {self.pretrained_grid}"
-            )
+        a_chance("model", self, "head_dropout")
+        at_least(2, "model", self, "num_classes")
+        at_least(1, "model", self, "pretrained_grid")
         if self.frozen and self.pooling == "mean_norm":
             raise ConfigError(
                 "model.frozen=true keeps the encoder's own norm, which model.pooling=mean_norm "

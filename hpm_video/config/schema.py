@@ -14,16 +14,17 @@ from hpm_video.config.checks import ConfigError, unrelated
 from hpm_video.config.data import AugmentationConfig, DataConfig, PretrainDataConfig
 from hpm_video.config.mining import MaskingConfig, MiningConfig
 from hpm_video.config.model import ClassifierConfig, EncoderConfig, ModelConfig
-from hpm_video.config.recognition import EvaluationConfig, KnnConfig
 from hpm_video.config.training import (
     CheckpointConfig,
     EngineConfig,
+    EvaluationConfig,
     FinetuneRecipe,
+    KnnConfig,
     LoggingConfig,
     RecipeConfig,
 )
 from hpm_video.tokens.grid import TokenGrid
-from hpm_video.tokens.masking import count_masked, grid_of_units
+from hpm_video.tokens.masking import MaskRule, count_masked, grid_of_units
 
 
 @dataclass(frozen=True)
@@ -97,41 +98,52 @@ class PretrainConfig(RunConfig):
                 f"mining.target={self.mining.target} sees colours, so model.channels must be 3, "
                 f"got {self.model.channels}; take another target"
             )
-        self._check_source("", self.data, self.masking)
+        self._check_source("", self.data)
         for name, source in self.mix.items():
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
                 raise ConfigError(
                     f"a source in mix needs a name of letters, digits, _ and -, got {name!r}"
                 )
-            self._check_source(f"mix.{name}.", source.data, source.masking)
+            self._check_source(name, source.data)
 
-    def _check_source(self, at: str, data: DataConfig, masking: MaskingConfig) -> None:
-        grid = _grid_of(data, self.model, at)
-        try:
-            units = grid_of_units(grid, masking.unit).num_tokens
-            count_masked(units, masking.ratio, masking.count_rule)
-        except ValueError as error:
-            raise ConfigError(f"{at}masking.ratio: {error}") from error
-        if masking.mask_strategy.picks and self.mining.predictor == "none":
+    def _check_source(self, name: str, data: DataConfig) -> None:
+        at = f"mix.{name}." if name else ""
+        if self.mask_rule(name).strategy.picks and self.mining.predictor == "none":
             raise ConfigError(
-                f"{at}masking.strategy={masking.strategy} picks patches by their predicted "
-                f"difficulty, but mining.predictor is none; take {at}masking.strategy=random, "
-                f"or a predictor (relative, absolute)"
+                f"{at}masking.strategy={self.maskings[name].strategy} picks patches by their "
+                f"predicted difficulty, but mining.predictor is none; take "
+                f"{at}masking.strategy=random, or a predictor (relative, absolute)"
             )
         usual = DataConfig()
-        for name in ("workers", "max_bad_share", "label_names") if at else ():
-            if getattr(data, name) != getattr(usual, name):
+        for key in ("workers", "max_bad_share", "label_names") if at else ():
+            if getattr(data, key) != getattr(usual, key):
                 raise ConfigError(
-                    f"{at}data.{name} plays no part, one value holds for all sources: give "
-                    f"data.{name}"
+                    f"{at}data.{key} plays no part, one value holds for all sources: give "
+                    f"data.{key}"
                 )
-        alike = ("mean", "std", "frame_size") if self.mining.feature_kind else ("mean", "std")
-        for name in alike:
-            if getattr(data, name) != getattr(self.data, name):
+        for key in ("mean", "std", *(["frame_size"] if self.mining.feature_kind else [])):
+            own, main = getattr(data, key), getattr(self.data, key)
+            if own != main:
                 raise ConfigError(
-                    f"{at}data.{name} must be data.{name}, {getattr(self.data, name)}, got "
-                    f"{getattr(data, name)} (mining.target={self.mining.target})"
+                    f"{at}data.{key} must be data.{key}, {main}, got {own} "
+                    f"(mining.target={self.mining.target})"
                 )
+
+    def mask_rule(self, source: str) -> MaskRule:
+        """Return the rule by which the clips of a source are masked.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        masking = self.maskings[source]
+        at = f"mix.{source}." if source else ""
+        grid = _grid_of(self.sources[source], self.model, at)
+        try:
+            units = grid_of_units(grid, masking.unit).num_tokens
+            num_masked = count_masked(units, masking.ratio, masking.count_rule)
+        except ValueError as error:
+            raise ConfigError(f"{at}masking.ratio: {error}") from error
+        return MaskRule(grid, masking.unit, num_masked, masking.mask_strategy)
 
     @property
     def sources(self) -> dict[str, DataConfig]:

@@ -1,4 +1,4 @@
-"""The sections on updates: recipe, engine, logging, checkpoints."""
+"""The sections on updates and on measuring: recipe, engine, logging, checkpoints, test, knn."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -25,7 +25,10 @@ class RecipeConfig:
     """Largest norm of the gradient; none: not clipped."""
 
     def __post_init__(self) -> None:
-        at_least(1, epochs=self.epochs, batch_size=self.batch_size)
+        at_least(1, "recipe", self, "epochs", "batch_size")
+        at_least(0, "recipe", self, "weight_decay")
+        a_chance("recipe", self, "betas")
+        positive("recipe", self, "clip_grad", rule="be positive, or null for no clipping")
         if not 0 <= self.warmup_epochs <= self.epochs:
             raise ConfigError(
                 f"recipe.warmup_epochs must lie in [0, recipe.epochs = {self.epochs}], got "
@@ -35,12 +38,6 @@ class RecipeConfig:
             raise ConfigError(
                 f"need 0 <= recipe.min_lr <= recipe.base_lr, got {self.min_lr} and {self.base_lr}"
             )
-        if self.weight_decay < 0 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(
-                f"need recipe.weight_decay >= 0 and recipe.betas in [0, 1), got "
-                f"{self.weight_decay} and {self.betas}"
-            )
-        positive("recipe", "be positive, or null for no clipping", clip_grad=self.clip_grad)
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class FinetuneRecipe(RecipeConfig):
         super().__post_init__()
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"recipe.layer_decay must lie in (0, 1], got {self.layer_decay}")
-        a_chance("recipe", average_momentum=self.average_momentum)
+        a_chance("recipe", self, "average_momentum")
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ class EngineConfig:
     """Threads of the CPU's matrix products; by default torch's choice."""
 
     def __post_init__(self) -> None:
-        at_least(1, micro_batch=self.micro_batch, threads=self.threads)
+        at_least(1, "engine", self, "micro_batch", "threads")
         for name in ("zero_stage", "deepspeed", "offload"):
             value = getattr(self, name)
             if self.name != "deepspeed" and value not in (None, "none"):
@@ -130,9 +127,8 @@ class LoggingConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        at_least(1, every_updates=self.every_updates, validation_clips=self.validation_clips)
-        often = ("validate_every_epochs", "picture_every_epochs")
-        positive("logging", **{name: getattr(self, name) for name in often})
+        at_least(1, "logging", self, "every_updates", "validation_clips")
+        positive("logging", self, "validate_every_epochs", "picture_every_epochs")
 
 
 @dataclass(frozen=True)
@@ -145,6 +141,56 @@ class CheckpointConfig:
     """The first checkpoint after each multiple of this is kept for ever."""
 
     def __post_init__(self) -> None:
-        at_least(1, every_updates=self.every_updates, keep_last=self.keep_last)
-        rule = "be positive, or null for none"
-        positive("checkpoint", rule, keep_every_epochs=self.keep_every_epochs)
+        at_least(1, "checkpoint", self, "every_updates", "keep_last")
+        positive("checkpoint", self, "keep_every_epochs", rule="be positive, or null for none")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How a fine-tuned classifier is tested."""
+
+    manifest: str | None = None
+    """Manifest of the videos to test on; by default ``data.validation``."""
+    clips: int = 5
+    """Clips of each video, spread over it."""
+    crops: int = 3
+    """Crops of each clip, along its longer side."""
+    checkpoint: Literal["last", "best"] = "last"
+    """``best`` is best on ``data.validation``: no fair choice where that is tested on as well."""
+    weights: Literal["model", "average"] = "model"
+    """``average``: their moving average, see ``recipe.average_momentum``. Validation during
+    training uses the same."""
+    clips_per_pass: int = 32
+    """Clips of one forward pass."""
+    exclude_bad_files: bool = False
+    """Count videos that do not decode as wrong, instead of stopping with a list of them."""
+
+    def __post_init__(self) -> None:
+        at_least(1, "test", self, "clips", "crops", "clips_per_pass")
+
+
+@dataclass(frozen=True)
+class KnnConfig:
+    """Nearest neighbours of frozen features during pre-training: do they separate classes yet?"""
+
+    train: str | None = None
+    """Labelled manifest or folder that neighbours are looked up in; none: nothing is measured.
+    Clips are taken as those of ``data``, the main source."""
+    validation: str | None = None
+    """Labelled manifest or folder of the videos to classify."""
+    every_epochs: float = 20
+    """Epochs between two measurements (one more at the end)."""
+    videos: int = 2000
+    """Videos of each manifest that are used at most, evenly over it."""
+    k: int = 20
+    """Neighbours that vote."""
+    temperature: float = 0.07
+
+    def __post_init__(self) -> None:
+        at_least(1, "knn", self, "videos", "k")
+        positive("knn", self, "every_epochs", "temperature")
+        if (self.train is None) != (self.validation is None):
+            raise ConfigError(
+                "knn.train and knn.validation belong together: give both, or neither, got "
+                f"{self.train} and {self.validation}"
+            )

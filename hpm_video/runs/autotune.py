@@ -1,23 +1,34 @@
-"""The precision and the micro-batch that suit a device, found by trial."""
+"""The precision and the micro-batch that suit a device, by trial, and what a run would need."""
 
 import gc
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
-from hpm_video.config.batch_plan import BatchPlan, micro_batches, plan_batches
+from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.checks import ConfigError
-from hpm_video.config.schema import RunConfig
 from hpm_video.data.batch import ClipBatch
+from hpm_video.runs.data import describe_training
 from hpm_video.runs.task import Session, Task
+from hpm_video.training.deepspeed_settings import sharding_of
 from hpm_video.training.device import Precision, choose_precision
 from hpm_video.training.ema import make_ema
 from hpm_video.training.engine import TorchEngine
+from hpm_video.training.memory import (
+    ActivationBytes,
+    Sharding,
+    describe_memory,
+    simulate_update,
+    training_memory,
+)
 from hpm_video.training.progress import Progress
 
 TIMED_CLIPS = 8
 """At most so many clips make the updates that are timed to choose a precision."""
+SIMULATED = (8, 16)
+"""Files of the two updates through which a dry run draws the line of activations."""
 GPU_SHARE = 0.9
 """Share of a GPU's memory for updates where their size is found by trial: the rest is for what
 comes between them, and for what the processes exchange."""
@@ -74,32 +85,22 @@ def trial_update(
     return update
 
 
-def plan_for(
-    config: RunConfig, processes: int, micro_batch: int | None = None, multiple: int = 1
-) -> BatchPlan:
-    """Plan an update with the config's micro-batch or another."""
-    chosen = config.engine.micro_batch if micro_batch is None else micro_batch
-    return plan_batches(config.recipe.batch_size, processes, chosen, multiple=multiple)
-
-
 def choose_plan(task: Task, session: Session, precision: Precision) -> BatchPlan:
     """Plan an update as the config says, or on a GPU by trial.
 
     Each process tries updates of plain torch on its GPU, and all take what fits everywhere. The
     weights of the run lie there too meanwhile, which leaves room for what engines keep besides.
     """
-    config, processes = task.config, session.processes
-    plan = plan_for(config, processes.count, multiple=task.multiple)
-    if config.engine.micro_batch is not None or session.device.type != "cuda":
-        return plan
-    sizes = micro_batches(plan.batch_size, plan.processes, task.multiple)
-    torch.cuda.set_per_process_memory_fraction(GPU_SHARE, session.device)
+    processes, device = session.processes, session.device
+    if task.config.engine.micro_batch is not None or device.type != "cuda":
+        return task.plan(processes.count)
+    torch.cuda.set_per_process_memory_fraction(GPU_SHARE, device)
     try:
-        largest = find_micro_batch(task, session.device, precision, sizes)
+        largest = find_micro_batch(task, device, precision, task.micro_batches(processes.count))
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, session.device)
-        torch.cuda.reset_accumulated_memory_stats(session.device)
-    return plan_for(config, processes.count, min(processes.gather([largest])), task.multiple)
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.reset_accumulated_memory_stats(device)
+    return task.plan(processes.count, min(processes.gather([largest])))
 
 
 def find_micro_batch(
@@ -151,17 +152,60 @@ def fits_in_memory(run_once: Callable[[], None]) -> bool:
 
 def precision_of(task: Task, session: Session) -> Precision:
     """Return the precision of the config, else of the run so far, else the faster one here."""
-    config = task.config
+    config, processes, device = task.config, session.processes, session.device
     if config.engine.precision != "auto":
         return config.engine.precision
     if session.directory.precision is not None:
         return session.directory.precision
-    share = config.recipe.batch_size // session.processes.count
-    clips = min(share * config.data.repeats, TIMED_CLIPS)
+    clips = min(config.recipe.batch_size // processes.count * config.data.repeats, TIMED_CLIPS)
+    return processes.of_first(
+        lambda: choose_precision(device, lambda name: trial_update(task, device, name, clips))
+    )
 
-    def measured() -> Precision:
-        return choose_precision(
-            session.device, lambda name: trial_update(task, session.device, name, clips)
-        )
 
-    return session.processes.of_first(measured)
+def describe_run(task: Task, processes: int) -> str:
+    """Describe a run in so many processes. The weights to start from may be missing."""
+    task.resolve()
+    config = task.config
+    with torch.device("meta"):
+        parameters = [*task.model().parameters()]
+    count = sum(p.numel() for p in parameters)
+    learning = sum(p.numel() for p in parameters if p.requires_grad)
+    ema = 0 if task.ema is None else count
+    plans = [task.plan(processes)]
+    if config.engine.micro_batch is None:  # any that is possible
+        plans = [task.plan(processes, size) for size in task.micro_batches(processes)]
+    precision: Precision = "fp32" if config.engine.precision == "fp32" else "bf16"
+    sharding, clip_grad = Sharding(processes, None), config.recipe.clip_grad
+    if config.engine.name == "deepspeed":
+        sharding = sharding_of(config.engine, plans[-1], clip_grad=clip_grad, precision=precision)
+    memory = training_memory(learning, ema + count - learning, sharding)
+    activations = _activations(task, precision)
+    follows = f", and {ema / 1e6:.1f} M more that follow them" if ema else ""
+    model = f"{count / 1e6:.1f} M parameters{follows}; activations in {precision}"
+    lines = [
+        *describe_training(config, task.data, plans[-1], model),
+        "",
+        describe_memory(memory, activations.of(plans[-1].micro_batch)),
+        "",
+        "engine.micro_batch   passes per update   GB on the device",
+    ]
+    for plan in plans:
+        needed = (memory.device.total + activations.of(plan.micro_batch)) / 1e9
+        lines.append(f"{plan.micro_batch:18}{plan.accumulate:20}{needed:19.1f}")
+    if config.engine.micro_batch is None:
+        lines.append("a run on GPUs finds the largest of these that fits")
+    return "\n".join(lines)
+
+
+def _activations(task: Task, precision: Precision) -> ActivationBytes:
+    """Return what a file of the source that needs most keeps."""
+    update = partial(trial_update, task, torch.device("cpu"), precision)
+    found = []
+    for source, data in task.config.sources.items():
+        simulated = {
+            files: simulate_update(partial(update, files * data.repeats, source=source))
+            for files in SIMULATED
+        }
+        found.append(ActivationBytes.through(simulated))
+    return max(found, key=lambda one: one.per_clip)

@@ -19,8 +19,8 @@ from hpm_video.config.loading import load_config
 from hpm_video.data.reading import Views
 from hpm_video.decoding.registry import decoder_choices
 from hpm_video.files.errors import ExpectedError
+from hpm_video.runs.autotune import describe_run
 from hpm_video.runs.data import open_manifest
-from hpm_video.runs.dry_run import describe_run
 from hpm_video.runs.run import run as run_task
 from hpm_video.runs.task import Task
 from hpm_video.training.distributed import (
@@ -35,8 +35,6 @@ from hpm_video.training.stop import Interrupted
 
 Config = TypeVar("Config")
 
-SECONDS_TO_ASK = 2.0
-"""Time for which the first process can still be asked whether a message was printed."""
 FAULT = 1
 WRONG_INPUT = 2
 
@@ -48,9 +46,8 @@ def exit_codes(
     stopped: str = "stopped by Ctrl-C: start the same command again",
 ) -> str:
     """List the exit codes of a program. ``others``: further lines."""
-    codes = {0: done, 1: "a fault of this program", 2: wrong_input}
-    lines = [f"{code:<5}{meaning}" for code, meaning in codes.items()]
-    return "\n  ".join(["exit codes:", *lines, *others, f"130  {stopped}\n"])
+    lines = [f"0    {done}", "1    a fault of this program", f"2    {wrong_input}", *others]
+    return "\n  ".join(["exit codes:", *lines, f"130  {stopped}\n"])
 
 
 EXIT_CODES = (
@@ -117,8 +114,8 @@ def run_processes(command: Callable[[Processes], None]) -> int:
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        if is_first_process():
-            time.sleep(SECONDS_TO_ASK)
+        if is_first_process():  # it can still be asked whether a message was printed
+            time.sleep(2)
         os._exit(code)
     return code
 
@@ -174,13 +171,9 @@ def train(
 
 def list_files(run_dir: Path, checkpoint: Path, others: Mapping[str, Path]) -> str:
     """List the files of a run that exist."""
-    files = {
-        "checkpoint": checkpoint,
-        "config": run_dir / "config.yaml",
-        "metrics": run_dir / "metrics.jsonl",
-        "curves": run_dir / "curves.png",
-        **others,
-    }
+    names = {"config": "config.yaml", "metrics": "metrics.jsonl", "curves": "curves.png"}
+    own = {name: run_dir / file for name, file in names.items()}
+    files = {"checkpoint": checkpoint, **own, **others}
     rows = (f"  {name:18}{path}" for name, path in files.items() if path.exists())
     return "\n".join(["\nDone. The run left:", *rows])
 

@@ -1,19 +1,19 @@
 """The videos of a run, as its config names them."""
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.data import DataConfig
 from hpm_video.config.schema import RunConfig
-from hpm_video.data.clips import VideoClips
+from hpm_video.data.augment import Augmentation
 from hpm_video.data.manifest import Manifest, read_manifest
-from hpm_video.data.transforms import ClipTransform
 from hpm_video.decoding.locations import base_name
 from hpm_video.decoding.registry import check_name
 from hpm_video.training.progress import Timeline
+from hpm_video.training.schedules import schedule_of
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,9 @@ class RunData:
     timeline: Timeline
 
     @property
-    def train(self) -> Manifest:
-        """Training videos of the main source."""
-        return self.sources[""].train
-
-    @property
-    def validation(self) -> Manifest | None:
-        """Validation videos of the main source."""
-        return self.sources[""].validation
+    def main(self) -> SourceData:
+        """The main source."""
+        return self.sources[""]
 
     @property
     def fingerprint(self) -> str:
@@ -92,32 +87,22 @@ def open_manifest(data: DataConfig, path: str) -> Manifest:
     return read_manifest(Path(path).expanduser(), root)
 
 
-def training_clips(
-    config: RunConfig,
-    data: RunData,
-    transforms: Mapping[str, ClipTransform],
+def augmentation_of(
+    data: DataConfig,
+    area: tuple[float, float],
+    ratio: tuple[float, float],
     *,
-    same_frames: bool,
-) -> list[VideoClips]:
-    """The training clips of each source; ``same_frames``: whether repeats show the same frames.
-
-    ``transforms``: by the name of the source.
-    """
-    return [
-        VideoClips(
-            data.sources[name].train,
-            replace(source, max_bad_share=config.data.max_bad_share),
-            transforms[name],
-            seed=config.seed,
-            same_frames=same_frames,
-            source=name,
-        )
-        for name, source in config.sources.items()
-    ]
+    rand_augment: str | None = None,
+    erasing: float = 0.0,
+) -> Augmentation:
+    """Random crops of an area and a ratio, and further changes."""
+    return Augmentation(
+        area, ratio, data.flip, rand_augment, erasing, data.mean, data.std, data.interpolation
+    )
 
 
-def describe_data(config: RunConfig, data: RunData) -> list[str]:
-    """Return a line on each source: how many files and clips it has."""
+def describe_training(config: RunConfig, data: RunData, plan: BatchPlan, model: str) -> list[str]:
+    """Describe sources, model, how the batch is spread, how many updates there are, how fast."""
     lines = []
     for name, source in data.sources.items():
         repeats = config.sources[name].repeats
@@ -126,4 +111,13 @@ def describe_data(config: RunConfig, data: RunData) -> list[str]:
             f"clip{'s' * (repeats != 1)} of each; validation on "
             f"{len(source.validation) if source.validation else 'none'}"
         )
-    return lines
+    epochs, updates = config.recipe.epochs, data.timeline.num_updates
+    passes, processes = plan.accumulate, plan.processes
+    return [
+        *lines,
+        model,
+        f"{plan.batch_size} files per update = {plan.micro_batch} per forward pass x "
+        f"{passes} pass{'es' * (passes != 1)} x {processes} process{'es' * (processes != 1)}",
+        f"{epochs} epochs = {updates} updates, {updates / epochs:.4g} per epoch; "
+        f"peak learning rate {schedule_of(config.recipe).peak:.2e}",
+    ]

@@ -5,7 +5,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_any_config, result_differences, save_config
@@ -22,14 +24,8 @@ from hpm_video.training.checkpoint import (
 from hpm_video.training.device import Precision
 from hpm_video.training.distributed import Processes
 
-RUN_FILES = {
-    ".lock",
-    "checkpoints",
-    "config.yaml",
-    "labels.txt",
-    "init_weights.sha256",
-    "feature_weights.sha256",
-}
+HASHES = {"init_weights.sha256", "feature_weights.sha256"}
+RUN_FILES = {".lock", "checkpoints", "config.yaml", "labels.txt"} | HASHES
 """What a run that was killed at its very start may have left."""
 
 
@@ -46,17 +42,20 @@ class RunDirectory:
         """Look at a directory."""
         return cls(path, next(reversed(checkpoints_in(path / "checkpoints")), None))
 
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """What ``state.json`` of that checkpoint says; empty without one."""
+        return {} if self.newest is None else read_state(self.newest, of_run=True)
+
     @property
     def update(self) -> int:
         """The next update."""
-        return 0 if self.newest is None else int(read_state(self.newest, of_run=True)["update"])
+        return int(self.state.get("update", 0))
 
     @property
     def precision(self) -> Precision | None:
         """The precision that the run began with."""
-        if self.newest is None:
-            return None
-        precision: Precision = read_state(self.newest, of_run=True)["facts"]["precision"]
+        precision: Precision | None = self.state.get("facts", {}).get("precision")
         return precision
 
 
@@ -72,11 +71,8 @@ def check_output_dir(config: RunConfig) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir={folder} is a file; name a folder")
     foreign = [item.name for item in folder.glob("*") if item.name not in RUN_FILES]
-    if (
-        foreign
-        and not (folder / "config.yaml").is_file()
-        and not checkpoints_in(folder / "checkpoints")
-    ):
+    is_run = (folder / "config.yaml").is_file() or checkpoints_in(folder / "checkpoints")
+    if foreign and not is_run:
         raise ConfigError(
             f"{folder} holds no run, but other files ({foreign[0]}); take another output_dir"
         )
@@ -129,13 +125,14 @@ def check_same_run(directory: RunDirectory, config: RunConfig, data: RunData) ->
         return
     check_name(directory.newest)
     stored = load_any_config(directory.newest / "config.yaml")
-    if type(stored) is not type(config):
+    there, here = (type(each).__name__ for each in (stored, config))
+    if there != here:
         raise ConfigError(
-            f"{directory.path} holds a run of another kind ({type(stored).__name__}, this is a "
-            f"{type(config).__name__}); take another output_dir"
+            f"{directory.path} holds a run of another kind ({there}, this is a {here}); take "
+            f"another output_dir"
         )
     differences = result_differences(stored, config)
-    before = read_state(directory.newest, of_run=True)["data"]
+    before = directory.state["data"]
     if not differences and before != data.fingerprint:
         differences = [
             f"the files of {key_of_source(name)}data.train: {then} -> {source.fingerprint}"
@@ -178,13 +175,7 @@ def note_weights(
 
 
 def claim(directory: RunDirectory, config: RunConfig, notes: dict[str, str]) -> None:
-    """Mend what a killed run left in the directory, and write the config and ``notes``.
-
-    Args:
-        directory: it is locked, and this is the first process.
-        config: complete, with what its file left open.
-        notes: text of each further file, by its name.
-    """
+    """Mend what a killed run left in a locked directory, and write the config and ``notes``."""
     checkpoints = directory.path / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
     mend(checkpoints)

@@ -48,8 +48,8 @@ def evaluate_run(
     checkpoint = processes.of_first((run_dir / "checkpoints" / how.checkpoint).resolve)
     precision: Precision = read_state(checkpoint, of_run=True)["facts"]["precision"]
     manifest, views = open_manifest(config.data, source), Views(how.clips, how.crops)
-    device = choose_device(config.engine.device, processes.count)
     trained = open_trained(checkpoint, TrainedClassifier, how.weights)
+    device = choose_device(config.engine.device, processes.count)
     classifier = Inference.load(trained, device, precision)
     what = {
         "checkpoint": str(run_dir / "checkpoints" / checkpoint.name),
@@ -60,18 +60,10 @@ def evaluate_run(
     }
     name = f"{how.checkpoint}-{how.weights}-{how.clips}x{how.crops}-{Path(source).stem}"
     folder = run_dir / "test" / name
-    path = folder / "result.json"
-    before = processes.of_first(lambda: _result_before(path, what))
+    before = processes.of_first(lambda: _result_before(folder / "result.json", what))
     if before is not None:
         return before
-    log.info(
-        "testing the %s checkpoint (%s of update %d) with %d x %d views of each video",
-        how.checkpoint,
-        how.weights,
-        what["update"],
-        how.clips,
-        how.crops,
-    )
+    log.info("testing %s", _describe_test(what))
     reading = Reading.of(config.data, exclude_bad_files=how.exclude_bad_files)
     names = trained.label_names
     scores = score_videos(classifier, names, manifest, views, reading, processes)
@@ -95,10 +87,13 @@ def _result_before(path: Path, what: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def describe_evaluation(result: dict[str, Any]) -> str:
-    """Describe the result of :func:`evaluate_run` for the terminal."""
-    how = result["test"]
+def _describe_test(how: dict[str, Any]) -> str:
     return (
         f"the {how['chosen_as']} checkpoint ({how['weights']} of update {how['update']}), "
-        f"{how['clips']} x {how['crops']} views of each video:\n{describe(result)}"
+        f"{how['clips']} x {how['crops']} views of each video"
     )
+
+
+def describe_evaluation(result: dict[str, Any]) -> str:
+    """Describe the result of :func:`evaluate_run` for the terminal."""
+    return f"{_describe_test(result['test'])}:\n{describe(result)}"

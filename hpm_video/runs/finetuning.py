@@ -1,7 +1,7 @@
 """Fine-tuning for action recognition: from a config to a run."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -9,12 +9,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import FinetuneConfig
-from hpm_video.data.augment import Augmentation
 from hpm_video.data.transforms import ClipTransform
 from hpm_video.files.weights import load_weights
 from hpm_video.models.classifier import ClipClassifier
@@ -30,22 +29,17 @@ from hpm_video.recognition.mixing import Mixing
 from hpm_video.recognition.objective import Classification
 from hpm_video.recognition.testing import Scores, summarise
 from hpm_video.recognition.trained_model import OF_DECODERS, OF_POOLING
-from hpm_video.runs.data import RunData
+from hpm_video.runs.data import SourceData, augmentation_of
 from hpm_video.runs.directory import RunDirectory, note_weights
-from hpm_video.runs.init_weights import SAME_ENCODER, check_same_model, config_beside
+from hpm_video.runs.init_weights import SAME_ENCODER, config_beside
 from hpm_video.runs.run import run
 from hpm_video.runs.task import Session, Task
 from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.distributed import Processes
-from hpm_video.training.ema import MomentumSchedule, ema_update_module
+from hpm_video.training.ema import MomentumSchedule
 from hpm_video.training.engine import Engine
 from hpm_video.training.objective import Objective
-from hpm_video.training.optim import (
-    OPTIMIZERS,
-    Tensors,
-    layer_decay_of,
-    parameter_groups,
-)
+from hpm_video.training.optim import OPTIMIZERS, Tensors, layer_decay_of, parameter_groups
 from hpm_video.training.run import Evaluation
 
 log = logging.getLogger(__name__)
@@ -63,13 +57,12 @@ class Finetuning(Task):
     same_frames = True
 
     def __init__(self, config: FinetuneConfig) -> None:
-        self.config = config
-        self.ema = None if config.recipe.average_momentum is None else "average"
+        super().__init__(config, None if config.recipe.average_momentum is None else "average")
 
     @cached_property
     def label_names(self) -> tuple[str, ...]:
         """The name of each class."""
-        return find_label_names(self.config, self.data)
+        return find_label_names(self.config, self.data.main)
 
     @property
     def multiple(self) -> int:
@@ -114,18 +107,15 @@ class Finetuning(Task):
         return OPTIMIZERS[recipe.optimizer](groups, betas=recipe.betas)
 
     def transforms(self) -> dict[str, ClipTransform]:
-        data, how = self.config.data, self.config.augmentation
-        augmentation = Augmentation(
-            area=how.area,
-            ratio=how.ratio,
-            flip=data.flip,
+        how = self.config.augmentation
+        found = augmentation_of(
+            self.config.data,
+            how.area,
+            how.ratio,
             rand_augment=how.rand_augment,
             erasing=how.erasing,
-            mean=data.mean,
-            std=data.std,
-            interpolation=data.interpolation,
         )
-        return {"": augmentation}
+        return {"": found}
 
     def objective(
         self, ema: nn.Module | None, _device: torch.device, engine: Engine | None = None
@@ -152,7 +142,7 @@ class Finetuning(Task):
             ema=ema,
             momentum=MomentumSchedule("paper", momentum, momentum),
             seed=config.seed,
-            ema_update=engine.ema_update if engine else ema_update_module,
+            **({"ema_update": engine.ema_update} if engine else {}),
         )
 
     def evaluation(self, session: Session, objective: Objective, engine: Engine) -> Evaluation:
@@ -162,12 +152,12 @@ class Finetuning(Task):
         """
         assert isinstance(objective, Classification)
         config, processes = self.config, session.processes
-        if self.data.validation is None:
+        if self.data.main.validation is None:
             log.info("no data.validation: nothing is measured during training")
             return Evaluation()
-        manifest = self.data.validation.spread(config.logging.validation_clips)
+        manifest = self.data.main.validation.spread(config.logging.validation_clips)
         reading = Reading.of(config.data, exclude_bad_files=config.test.exclude_bad_files)
-        clips = reading.clips(manifest, config.data)
+        clips, per_pass = reading.clips(manifest, config.data), config.test.clips_per_pass
         find_failures(clips, reading, processes)
         measured = objective.ema if config.test.weights == "average" else engine.model
         assert measured is not None
@@ -176,18 +166,21 @@ class Finetuning(Task):
         def validate() -> dict[str, float]:
             with engine.gathered(measured) as model:
                 assert isinstance(model, ClipClassifier)
-                per_pass = config.test.clips_per_pass
                 classifier = Inference(
                     model, config.data, engine.device, engine.precision, per_pass
                 )
-                values = classifier.probabilities
-                scores = Scores(manifest, over_videos(values, clips, reading, processes, per_pass))
-            return _measures_of(scores, names)
+                found = over_videos(classifier.probabilities, clips, reading, processes, per_pass)
+            scores = Scores(manifest, found)
+            result = summarise(scores, names)
+            of_label = np.take_along_axis(found, scores.labels[:, None], axis=1)
+            cross_entropy = float(-np.nanmean(np.log(np.maximum(of_label, 1e-12))))
+            tops = {name: result[name] for name in ("top1", "top5")}
+            return {**tops, "cross_entropy": cross_entropy}
 
         return Evaluation(validate, score="top1", more_is_better=True, describe=_describe_measures)
 
 
-def find_label_names(config: FinetuneConfig, data: RunData) -> tuple[str, ...]:
+def find_label_names(config: FinetuneConfig, data: SourceData) -> tuple[str, ...]:
     """Return the name of each class: from the config's file, the manifest, or else its number.
 
     Raises:
@@ -238,9 +231,8 @@ def resolve(
         before = load_any_config(directory.newest / "config.yaml")
         if isinstance(before, FinetuneConfig):
             model = replace(model, pretrained_grid=before.model.pretrained_grid)
-    source = config_beside(config.init_weights)
+    source = config_beside(config)
     if source is not None:
-        check_same_model(config, source)
         if model.pretrained_grid is None:
             model = replace(model, pretrained_grid=source_grid_of(source))
     elif config.init_weights is not None and model.pretrained_grid is None:
@@ -288,10 +280,14 @@ def load_pretrained(
     none, it starts fresh.
     """
     stored = read_weights(source, config.model.patch_size, weights_file(config))
-    own = model.state_dict()
-    weights = dict(stored)
-    if not _has_these_classes(source, stored, own, label_names):
-        weights = {key: value for key, value in stored.items() if not key.startswith("head.")}
+    own, listed = model.state_dict(), source / "labels.txt"
+    head = stored.get("head.weight")
+    same_classes = head is not None and head.shape == own["head.weight"].shape
+    if same_classes and listed.is_file():
+        same_classes = read_label_names(listed) == tuple(label_names)
+    weights = {
+        key: value for key, value in stored.items() if same_classes or not key.startswith("head.")
+    }
     norm = ("norm.",) if config.model.pooling == "mean_norm" else ()
     fresh = load_weights(
         model,
@@ -309,26 +305,6 @@ def load_pretrained(
         if key not in weights or key not in own
     )
     log.info("  left out: %s", ", ".join(left) or "none")
-
-
-def _has_these_classes(
-    source: Path, stored: Mapping[str, Tensor], own: Mapping[str, Tensor], names: Sequence[str]
-) -> bool:
-    """Whether weights have a head, and one for these classes as far as that can be known."""
-    if "head.weight" not in stored or stored["head.weight"].shape != own["head.weight"].shape:
-        return False
-    listed = source / "labels.txt"
-    return not listed.is_file() or read_label_names(listed) == tuple(names)
-
-
-def _measures_of(scores: Scores, names: Sequence[str]) -> dict[str, float]:
-    result = summarise(scores, names)
-    of_label = np.take_along_axis(scores.probabilities, scores.labels[:, None], axis=1)
-    return {
-        "top1": result["top1"],
-        "top5": result["top5"],
-        "cross_entropy": float(-np.nanmean(np.log(np.maximum(of_label, 1e-12)))),
-    }
 
 
 def _describe_measures(measures: dict[str, float]) -> str:

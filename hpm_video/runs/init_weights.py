@@ -15,19 +15,26 @@ SAME_ENCODER = ("encoder", "patch_size", "channels", "positions", "class_token",
 """Fields of a model's config that must equal those of its weights."""
 
 
-def config_beside(init_weights: str | None) -> PretrainConfig | FinetuneConfig | None:
-    """The config of the run that weights come from; none where they are no checkpoint of a run.
+def config_beside(
+    config: PretrainConfig | FinetuneConfig,
+) -> PretrainConfig | FinetuneConfig | None:
+    """The config of the run that initial weights are of; none where they are of no run.
 
     Raises:
         CheckpointError: it is a file of another kind than this package has.
+        ConfigError: the run had another model.
     """
-    if init_weights is None:
+    if config.init_weights is None:
         return None
-    source = Path(init_weights).expanduser()
+    source = Path(config.init_weights).expanduser()
     if source.is_file() and source.suffix != ".safetensors":
         raise CheckpointError(f"{source} is no file of safetensors. {OF_ANOTHER_PROJECT}")
     path = (source if source.is_dir() else source.parent) / "config.yaml"
-    return load_any_config(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    beside = load_any_config(path)
+    check_same_model(config, beside)
+    return beside
 
 
 def check_same_model(
@@ -54,12 +61,7 @@ def check_same_model(
             + "\n  ".join(different)
             + "\nTake its values."
         )
-    if (source.data.mean, source.data.std) != (config.data.mean, config.data.std):
-        log.warning(
-            "init_weights=%s was trained with data.mean=%s data.std=%s, this run has %s and %s",
-            config.init_weights,
-            source.data.mean,
-            source.data.std,
-            config.data.mean,
-            config.data.std,
-        )
+    was, now = (f"data.mean={one.data.mean} data.std={one.data.std}" for one in (source, config))
+    if was != now:
+        given = config.init_weights
+        log.warning("init_weights=%s was trained with %s, this run has %s", given, was, now)

@@ -2,17 +2,16 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from hpm_video.config.checks import ConfigError
-from hpm_video.config.data import PretrainDataConfig
 from hpm_video.config.schema import PretrainConfig
-from hpm_video.data.augment import Augmentation
 from hpm_video.data.batch import collate
 from hpm_video.data.clips import ValidationClips
 from hpm_video.data.transforms import ClipTransform, MultiScaleCrop
@@ -30,23 +29,17 @@ from hpm_video.recognition.labels import names_of_both
 from hpm_video.recognition.probes import FeatureTable, nearest_neighbours
 from hpm_video.recognition.testing import summarise
 from hpm_video.recognition.trained_model import TrainedAutoencoder, open_trained
-from hpm_video.runs.data import key_of_source, open_manifest
+from hpm_video.runs.data import augmentation_of, key_of_source, open_manifest
 from hpm_video.runs.directory import RunDirectory, note_weights
-from hpm_video.runs.init_weights import check_same_model, config_beside
+from hpm_video.runs.init_weights import config_beside
 from hpm_video.runs.run import run
 from hpm_video.runs.task import Session, Task
-from hpm_video.tokens.grid import TokenGrid
-from hpm_video.tokens.masking import MaskRule, count_masked, grid_of_units
 from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.distributed import Processes
-from hpm_video.training.ema import MomentumSchedule, ema_update_module
+from hpm_video.training.ema import MomentumSchedule
 from hpm_video.training.engine import Engine, Runner
 from hpm_video.training.objective import Objective
-from hpm_video.training.optim import (
-    Tensors,
-    make_adamw,
-    parameter_groups,
-)
+from hpm_video.training.optim import Tensors, make_adamw, parameter_groups
 from hpm_video.training.run import Evaluation
 from hpm_video.weights.image_tower import read_image_tower
 
@@ -94,40 +87,17 @@ def build_objective(
 
     ``engine``: the one that shards the teacher, if any does.
     """
-    mining = config.mining
+    mining, by_engine = config.mining, dict[str, Any]()
+    if engine is not None:
+        by_engine = {"gathered": engine.gathered, "ema_update": engine.ema_update}
     return HardPatchesMining(
-        {name: mask_rule(config, name) for name in config.sources},
+        {name: config.mask_rule(name) for name in config.sources},
         target,
         predictor=mining.predictor,
         predictor_weight=mining.predictor_weight,
         ema=teacher,
         momentum=MomentumSchedule(mining.momentum, mining.first_momentum, mining.last_momentum),
-        gathered=engine.gathered if engine else nullcontext,
-        ema_update=engine.ema_update if engine else ema_update_module,
-    )
-
-
-def mask_rule(config: PretrainConfig, source: str) -> MaskRule:
-    """Return the rule by which the clips of a source are masked."""
-    masking = config.maskings[source]
-    grid = TokenGrid.of_clip(config.sources[source].clip_size, config.model.patch_size)
-    units = grid_of_units(grid, masking.unit).num_tokens
-    num_masked = count_masked(units, masking.ratio, masking.count_rule)
-    return MaskRule(grid, masking.unit, num_masked, masking.mask_strategy)
-
-
-def _crop_of(data: PretrainDataConfig) -> ClipTransform:
-    if data.crop == "multi_scale":
-        return MultiScaleCrop(data.flip, data.interpolation)
-    return Augmentation(
-        area=data.crop_area,
-        ratio=(3 / 4, 4 / 3),
-        flip=data.flip,
-        rand_augment=None,
-        erasing=0.0,
-        mean=data.mean,
-        std=data.std,
-        interpolation=data.interpolation,
+        **by_engine,
     )
 
 
@@ -161,8 +131,7 @@ class Pretraining(Task):
     config: PretrainConfig
 
     def __init__(self, config: PretrainConfig) -> None:
-        self.config = config
-        self.ema = "teacher" if config.mining.has_teacher else None
+        super().__init__(config, "teacher" if config.mining.has_teacher else None)
 
     def notes(self, directory: RunDirectory) -> dict[str, str]:
         given = self.config.mining.feature_weights
@@ -176,11 +145,8 @@ class Pretraining(Task):
         given = self.config.init_weights
         if given is None:
             return None
-        source = Path(given).expanduser()
-        beside = config_beside(given)
-        if beside is not None:
-            check_same_model(self.config, beside)
-        patch_size = self.config.model.patch_size
+        config_beside(self.config)
+        source, patch_size = Path(given).expanduser(), self.config.model.patch_size
         weights = read_weights(source, patch_size)
         lacking = load_weights(model, weights, source, may_lack=("difficulty_decoder.",))
         log.info("start from the weights of %s", source)
@@ -200,7 +166,12 @@ class Pretraining(Task):
 
     def transforms(self) -> dict[str, ClipTransform]:
         mixed = {name: source.data for name, source in self.config.mix.items()}
-        return {name: _crop_of(data) for name, data in {"": self.config.data, **mixed}.items()}
+        return {
+            name: MultiScaleCrop(data.flip, data.interpolation)
+            if data.crop == "multi_scale"
+            else augmentation_of(data, area=data.crop_area, ratio=(3 / 4, 4 / 3))
+            for name, data in {"": self.config.data, **mixed}.items()
+        }
 
     def objective(
         self, ema: nn.Module | None, device: torch.device, engine: Engine | None = None
@@ -216,12 +187,14 @@ class Pretraining(Task):
         assert isinstance(objective, HardPatchesMining)
         config, processes = self.config, session.processes
         probe = _neighbour_probe(config, processes, engine) if config.knn.train else None
-        measured = {name: self._validation_clips(name) for name in self._sources_with_validation()}
         reading = Reading.of(config.data)
-        for clips in measured.values():
-            find_failures(clips, reading, processes)
-        if not measured:
-            return Evaluation(probe=probe, probe_every_epochs=config.knn.every_epochs)
+        measured: dict[str, ValidationClips] = {}
+        for name, source in self.data.sources.items():
+            if source.validation is None:
+                log.info("no %sdata.validation: its clips are not measured", key_of_source(name))
+                continue
+            measured[name] = self._validation_clips(name, config.logging.validation_clips)
+            find_failures(measured[name], reading, processes)
 
         def validate() -> Measures:
             found: Measures = {}
@@ -243,29 +216,19 @@ class Pretraining(Task):
                     write_pictures(folder, f"update-{done:08d}", seen, student, shown)
 
         return Evaluation(
-            validate,
-            score=named(next(iter(measured)), "relative_error"),
+            validate if measured else None,
+            score=named(next(iter(measured), ""), "relative_error"),
             describe=partial(describe_sources, tuple(measured), objective.target.baseline),
-            draw=draw,
+            draw=draw if measured else None,
             probe=probe,
             probe_every_epochs=config.knn.every_epochs,
         )
 
-    def _sources_with_validation(self) -> list[str]:
-        names = [name for name, data in self.data.sources.items() if data.validation]
-        for name in self.data.sources.keys() - names:
-            log.info("no %sdata.validation: none of its clips are measured", key_of_source(name))
-        return names
-
-    def _validation_clips(self, source: str, count: int | None = None) -> ValidationClips:
-        how, manifest = self.config.sources[source], self.data.sources[source].validation
+    def _validation_clips(self, source: str, count: int) -> ValidationClips:
+        manifest = self.data.sources[source].validation
         assert manifest is not None
-        return ValidationClips(
-            manifest.spread(count or self.config.logging.validation_clips),
-            how,
-            seed=self.config.seed,
-            source=source,
-        )
+        how, seed = self.config.sources[source], self.config.seed
+        return ValidationClips(manifest.spread(count), how, seed=seed, source=source)
 
 
 @contextmanager

@@ -1,22 +1,27 @@
 """What a run trains: the seam between pre-training, fine-tuning and what every run has."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from hpm_video.config.batch_plan import BatchPlan, micro_batches, plan_batches
 from hpm_video.config.schema import RunConfig
+from hpm_video.data.clips import VideoClips
 from hpm_video.data.transforms import ClipTransform
 from hpm_video.files.weights import load_weights
 from hpm_video.runs.data import RunData, open_data
 from hpm_video.runs.directory import RunDirectory
 from hpm_video.training.checkpoint import read_weights
+from hpm_video.training.deepspeed_engine import DeepSpeedEngine
+from hpm_video.training.device import Precision
 from hpm_video.training.distributed import Processes
 from hpm_video.training.ema import make_ema
-from hpm_video.training.engine import Engine
+from hpm_video.training.engine import Engine, TorchEngine
 from hpm_video.training.objective import Objective
 from hpm_video.training.optim import Tensors
 from hpm_video.training.run import Evaluation
@@ -35,20 +40,47 @@ class Task(ABC):
     """What a run trains. A new kind of training is a new task: :func:`run` is the same for all."""
 
     config: RunConfig
-    ema: str | None
-    """The name that checkpoints give the moving average of the weights; none: there is none."""
     same_frames = False
     """Whether the clips of a video in one batch show the same frames."""
+
+    def __init__(self, config: RunConfig, ema: str | None) -> None:
+        """``ema``: what checkpoints call the moving average of the weights, if there is one."""
+        self.config, self.ema = config, ema
 
     @cached_property
     def data(self) -> RunData:
         """The videos that the config names."""
         return open_data(self.config)
 
+    def training_clips(self) -> list[VideoClips]:
+        """The training clips of each source."""
+        transforms, max_bad_share = self.transforms(), self.config.data.max_bad_share
+        return [
+            VideoClips(
+                self.data.sources[name].train,
+                replace(source, max_bad_share=max_bad_share),
+                transforms[name],
+                seed=self.config.seed,
+                same_frames=self.same_frames,
+                source=name,
+            )
+            for name, source in self.config.sources.items()
+        ]
+
     @property
     def multiple(self) -> int:
         """The number of videos of a forward pass must be a multiple of this."""
         return 1
+
+    def plan(self, processes: int, micro_batch: int | None = None) -> BatchPlan:
+        """Plan an update with the config's micro-batch or another."""
+        chosen = micro_batch or self.config.engine.micro_batch
+        batch_size = self.config.recipe.batch_size
+        return plan_batches(batch_size, processes, chosen, multiple=self.multiple)
+
+    def micro_batches(self, processes: int) -> list[int]:
+        """Return all sizes of a micro-batch that are possible, ascending."""
+        return micro_batches(self.config.recipe.batch_size, processes, self.multiple)
 
     def resolve(self, directory: RunDirectory | None = None) -> None:  # noqa: B027 - nothing is open
         """Fill in what the config left open, as a run in ``directory`` did."""
@@ -115,3 +147,19 @@ def make_models(
             load_weights(ema, averages, source)
         ema.to(device)
     return model.to(device), ema
+
+
+def make_engine(
+    task: Task, session: Session, plan: BatchPlan, precision: Precision, model: nn.Module
+) -> Engine:
+    """The engine that updates ``model``, which is on the device of the session."""
+    how, optimizer = task.config.engine, task.optimizer(model)
+    common: dict[str, Any] = {
+        "device": session.device,
+        "clip_grad": task.config.recipe.clip_grad,
+        "precision": precision,
+        "processes": session.processes,
+    }
+    if how.name == "deepspeed":
+        return DeepSpeedEngine(model, optimizer, how, plan, **common)
+    return TorchEngine(model, optimizer, accumulate=plan.accumulate, **common)

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from functools import cache, partial
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -85,13 +85,10 @@ def save_checkpoint(
         ) from error
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return [path for path in _named_as_checkpoints(folder) if (path / "state.json").is_file()]
-
-
-def _named_as_checkpoints(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*") if NAME.fullmatch(path.name))
+def checkpoints_in(folder: Path, *, complete: bool = True) -> list[Path]:
+    """The checkpoints of a run, oldest first; also what only has the name of one, if asked for."""
+    named = sorted(path for path in folder.glob("*") if NAME.fullmatch(path.name))
+    return [path for path in named if not complete or (path / "state.json").is_file()]
 
 
 def checkpoint_path(folder: Path, update: int) -> Path:
@@ -120,7 +117,7 @@ def mend(folder: Path) -> None:
     """
     for path in folder.glob(f"{UNFINISHED}*"):
         _delete(path)
-    for path in _named_as_checkpoints(folder):
+    for path in checkpoints_in(folder, complete=False):
         if (path / "state.json").is_file():
             check_name(path)
         else:
@@ -151,10 +148,9 @@ def _delete(path: Path) -> None:
 
 def _move_aside(path: Path) -> None:
     """Rename what stands in the way of a checkpoint or of a name for one."""
-    names = (f"moved-aside-{path.name}{'' if n == 1 else f'-{n}'}" for n in count(1))
-    aside = next(
-        path.with_name(name) for name in names if not os.path.lexists(path.with_name(name))
-    )
+    ends = ("" if n == 1 else f"-{n}" for n in count(1))
+    places = (path.with_name(f"moved-aside-{path.name}{end}") for end in ends)
+    aside = next(place for place in places if not os.path.lexists(place))
     path.rename(aside)
     log.warning(
         "%s stood in the way of a checkpoint of this run; it is now %s, and may be deleted if "
@@ -190,9 +186,9 @@ def read_state(checkpoint: Path, *, of_run: bool = False) -> dict[str, Any]:
     needed = {"update": int, **({"facts": dict, "data": str, "best": dict} if of_run else {})}
     wrong = [name for name, kind in needed.items() if type(state.get(name)) is not kind]
     if of_run and not wrong:
-        wrong += ["facts.precision"] if "precision" not in state["facts"] else []
-        best = state["best"]
-        wrong += [f"best.{name}" for name in ("update", "score") if best and name not in best]
+        inner = ["facts.precision", *(["best.update", "best.score"] if state["best"] else [])]
+        parts = (name.split(".") for name in inner)
+        wrong = [f"{section}.{name}" for section, name in parts if name not in state[section]]
     if not isinstance(state.get("sha256", {}), dict):
         wrong.append("sha256")
     if wrong:
@@ -232,11 +228,8 @@ def _verify(file: Path) -> None:
     """
     if not (file.parent / "state.json").is_file() or os.environ.get("LOCAL_RANK", "0") != "0":
         return
-    state = read_state(file.parent)
-    written = state.get("sha256", {}).get(file.name)
-    if written is None and "facts" in state and "sha256" not in state:
-        _say_unverified(file.parent.resolve())
-    if written is None:
+    written = read_state(file.parent).get("sha256", {}).get(file.name)
+    if written is None:  # of before checksums, or changed on purpose
         return
     if not file.is_file():
         raise _damaged(file, "is missing")
@@ -247,11 +240,6 @@ def _verify(file: Path) -> None:
             f"has the SHA-256 {now}, not {written} as when it was written (if you changed it "
             f"on purpose, take its line out of state.json)",
         )
-
-
-@cache
-def _say_unverified(checkpoint: Path) -> None:
-    log.info("%s was written before checksums were kept: its files are not checked", checkpoint)
 
 
 def point_to_newest_and_best(folder: Path) -> None:
@@ -291,18 +279,18 @@ def read_optimizer(checkpoint: Path, patch_size: Size3) -> OptimizerState:
         for key in stored.keys():  # noqa: SIM118 - it is no mapping
             kind, name = key.split(".", 1)
             names.setdefault(kind, []).append(name)
+
+        def read(kind: str, name: str) -> Tensor:
+            value: Tensor = stored.get_tensor(f"{kind}.{name}")
+            return value
+
         moments = {
-            kind: ByCurrentNames(of_kind, partial(_read_moment, stored, kind), patch_size)
+            kind: ByCurrentNames(of_kind, partial(read, kind), patch_size)
             for kind, of_kind in names.items()
         }
         return OptimizerState(int(stored.metadata()["step"]), moments)
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise _damaged(path, f"is not complete ({str(error).splitlines()[0]})") from error
-
-
-def _read_moment(file: Any, kind: str, name: str) -> Tensor:
-    value: Tensor = file.get_tensor(f"{kind}.{name}")
-    return value
 
 
 def read_weights(path: Path, patch_size: Size3, name: str = "model") -> dict[str, Tensor]:
@@ -313,9 +301,7 @@ def read_weights(path: Path, patch_size: Size3, name: str = "model") -> dict[str
     Raises:
         CheckpointError: there is no such file, it is not one of safetensors, or it is damaged.
     """
-    file = path / f"{name}.safetensors" if path.is_dir() else path
-    _verify(file)
-    _check_there(file)
+    file = _weights_file(path, name, verify=True)
     try:
         stored = load_file(file)
         return dict(ByCurrentNames(stored, stored.__getitem__, patch_size))
@@ -327,23 +313,25 @@ def read_weights(path: Path, patch_size: Size3, name: str = "model") -> dict[str
         ) from error
 
 
-def _check_there(file: Path) -> None:
-    if not file.is_file():
-        raise CheckpointError(
-            f"{file} does not exist; give a checkpoint folder of a run (it holds "
-            f"model.safetensors) or a .safetensors file"
-        )
-
-
 def weights_digest(path: Path, name: str = "model") -> str:
     """SHA-256 of the file of weights, in hexadecimal: equal where the weights are.
 
     Raises:
         CheckpointError: there is no such file.
     """
+    return sha256_of(_weights_file(path, name))
+
+
+def _weights_file(path: Path, name: str, *, verify: bool = False) -> Path:
     file = path / f"{name}.safetensors" if path.is_dir() else path
-    _check_there(file)
-    return sha256_of(file)
+    if verify:
+        _verify(file)
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file} does not exist; give a checkpoint folder of a run (it holds "
+            f"model.safetensors) or a .safetensors file"
+        )
+    return file
 
 
 def on_host(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

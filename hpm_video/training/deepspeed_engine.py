@@ -24,7 +24,7 @@ from hpm_video.training.deepspeed_settings import settings_of
 from hpm_video.training.distributed import make_sure_of_group
 from hpm_video.training.ema import ema_update
 from hpm_video.training.engine import Engine, EngineError, on_first
-from hpm_video.training.optim import OptimizerState, Tensors, put_state, state_of
+from hpm_video.training.optim import OptimizerState, Tensors
 
 
 class DeepSpeedEngine(Engine):
@@ -67,13 +67,8 @@ class DeepSpeedEngine(Engine):
                 raise
             except (AssertionError, ValueError, RuntimeError) as error:
                 raise EngineError(f"DeepSpeed does not take these settings: {error}") from error
+            self.optimizer = self._engine.optimizer
             self._linear = F.linear  # in stage 3 DeepSpeed's own, put there for the whole process
-
-    @property
-    @override
-    def param_groups(self) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = self._engine.optimizer.param_groups
-        return groups
 
     @override
     def __call__(self, *inputs: Any, **options: Any) -> Any:
@@ -89,14 +84,13 @@ class DeepSpeedEngine(Engine):
     def step(self) -> bool:
         is_last = bool(self._engine.is_gradient_accumulation_boundary())
         if is_last and self.stage == 0:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            self.gradient_norm = nn.utils.get_total_norm(gradients)
+            self.gradient_norm = self._norm_of_gradients()
         self._engine.step()
         if not is_last:
             return False
         if self.stage > 0:
             norm = self._engine.get_global_grad_norm()
-            if self._engine.optimizer.overflow:  # it has left the weights as they are
+            if self.optimizer.overflow:  # it has left the weights as they are
                 norm = float("nan")
             self.gradient_norm = torch.as_tensor(norm, device=self.device, dtype=torch.float32)
         if self.stage == 3:  # blocks that are computed again leave entries there
@@ -140,10 +134,9 @@ class DeepSpeedEngine(Engine):
     @override
     def optimizer_state(self) -> OptimizerState:
         if self.stage == 0:
-            first = self.processes.is_first
-            return state_of(self._engine.optimizer, self.model) if first else OptimizerState(0, {})
+            return super().optimizer_state()
         self._link_moments()
-        states = list(self._engine.optimizer.optimizer.state.values())
+        states = list(self.optimizer.optimizer.state.values())
         step = int(states[0].get("step", 0)) if states else 0
         moments = {
             kind: on_first(self.processes, self._gathered_moments(kind))
@@ -155,12 +148,13 @@ class DeepSpeedEngine(Engine):
     @override
     def load_optimizer_state(self, state: OptimizerState) -> None:
         if self.stage == 0:
-            put_state(state, self._engine.optimizer, self.model)
+            super().load_optimizer_state(state)
             return
-        zero = self._engine.optimizer
-        stages_1_and_2, stage_3 = "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"
+        zero, stage_3 = self.optimizer, self.stage == 3
         # What its inner optimizer updates on this process.
-        for flat in getattr(zero, stage_3 if self.stage == 3 else stages_1_and_2):
+        for flat in (
+            zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups
+        ):
             values: dict[str, Any] = {kind: torch.zeros_like(flat) for kind in state.moments}
             if state.step:
                 values["step"] = torch.tensor(float(state.step), device=flat.device)
@@ -174,7 +168,7 @@ class DeepSpeedEngine(Engine):
     def _link_moments(self) -> None:
         """Link parameters to their moments. DeepSpeed does that once, after the first group."""
         if self.stage < 3:
-            zero = self._engine.optimizer
+            zero = self.optimizer
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
 

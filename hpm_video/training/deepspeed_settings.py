@@ -9,7 +9,7 @@ from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.training import EngineConfig
 from hpm_video.training.device import Precision
 from hpm_video.training.engine import EngineError
-from hpm_video.training.memory import Buckets
+from hpm_video.training.memory import Sharding
 
 Settings = dict[str, Any]
 USUAL: Settings = {
@@ -68,9 +68,7 @@ def settings_of(
         EngineError: the user's file cannot be read, or contradicts the run.
     """
     own = {} if how.deepspeed is None else _read_settings(Path(how.deepspeed).expanduser())
-    autocast: Settings = {"enabled": precision == "bf16"}
-    if precision == "bf16":
-        autocast["dtype"] = "bfloat16"
+    is_bf16 = precision == "bf16"
     decided: Settings = {
         "train_batch_size": plan.batch_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
@@ -82,7 +80,7 @@ def settings_of(
             "offload_optimizer": {"device": "none" if how.offload == "none" else "cpu"},
             "offload_param": {"device": "cpu" if how.offload == "all" else "none"},
         },
-        "torch_autocast": autocast,
+        "torch_autocast": {"enabled": is_bf16, **({"dtype": "bfloat16"} if is_bf16 else {})},
         "fp16": {"enabled": False},
         "bf16": {"enabled": False},
     }
@@ -106,10 +104,16 @@ def _read_settings(path: Path) -> Settings:
     return own
 
 
-def buckets_of(settings: Settings) -> Buckets:
-    """Return the sizes of buffers in a complete configuration."""
-    zero = settings["zero_optimization"]
-    return Buckets(
+def sharding_of(
+    how: EngineConfig, plan: BatchPlan, *, clip_grad: float | None, precision: Precision
+) -> Sharding:
+    """How DeepSpeed spreads what it keeps in memory."""
+    zero = settings_of(how, plan, clip_grad=clip_grad, precision=precision)["zero_optimization"]
+    return Sharding(
+        plan.processes,
+        how.stage,
+        offload_optimizer=how.offload != "none",
+        offload_parameters=how.offload == "all",
         reduce=int(zero["reduce_bucket_size"]),
         live=int(max(zero["stage3_max_live_parameters"], zero["stage3_max_reuse_distance"])),
         prefetch=int(zero["stage3_prefetch_bucket_size"]),

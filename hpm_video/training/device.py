@@ -46,27 +46,23 @@ def choose_device(name: str, processes: int = 1) -> torch.device:
     return torch.device(name)
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
 def time_updates(
     update: Callable[[], object], device: torch.device, *, warmup: int = 2, repeats: int = 5
 ) -> float:
     """Median seconds of one call of ``update``."""
+
+    def wait() -> None:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
     seconds = []
-    for i in range(warmup + repeats):
-        synchronise(device)
+    for _ in range(warmup + repeats):
+        wait()
         began = time.perf_counter()
         update()
-        synchronise(device)
-        if i >= warmup:
-            seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+        wait()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[warmup:])
 
 
 def inference_precision(device: torch.device) -> Precision:

@@ -1,5 +1,6 @@
 """Several processes of one job, as torchrun starts them. The only user of torch.distributed."""
 
+import logging
 import os
 import resource
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +16,7 @@ from torch._C._distributed_c10d import HashStore
 from hpm_video.files.errors import ExpectedError
 from hpm_video.training.stop import Interrupted
 
+log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 PATIENCE = timedelta(hours=6)
 """How long a process waits for the others where one works alone, or has more to do."""
@@ -155,15 +157,20 @@ def joined_processes() -> Iterator[Processes]:
     Where there are GPUs, each process of a machine takes one.
 
     Raises:
-        ProcessesError: there are more processes on this machine than GPUs.
+        ProcessesError: there are more processes on this machine than GPUs, or no others are found.
     """
+    gpus, stop = torch.cuda.device_count(), None
+    if gpus > 1 and not is_one_of_several() and "GPUS" not in os.environ:
+        log.info("%d GPUs are here and one is used; GPUS=%d ./run_... uses all", gpus, gpus)
     try:
         yield _join() if is_one_of_several() else Processes()
-    except Interrupted:  # all of them are
-        _leave()
-        raise
+    except Interrupted as error:  # all of them are
+        stop = error
     # Not where something went wrong: to leave together needs all of them.
-    _leave()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    if stop is not None:
+        raise stop
 
 
 def _join() -> Processes:
@@ -192,8 +199,3 @@ def _join() -> Processes:
             f"NCCL_SOCKET_IFNAME name its interface."
         ) from error
     return Processes(distributed.get_rank(), distributed.get_world_size(), hosts)
-
-
-def _leave() -> None:
-    if distributed.is_initialized():
-        distributed.destroy_process_group()

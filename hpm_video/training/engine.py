@@ -61,6 +61,8 @@ class Engine(Runner, ABC):
 
     name: str
     """Name for the log."""
+    optimizer: Any
+    """A ``torch.optim.Optimizer``, or what stands for one, of which the loop sets the ``lr``."""
     gradient_norm: Tensor
     """() of the last update, before it was clipped."""
 
@@ -82,9 +84,10 @@ class Engine(Runner, ABC):
         self._statistics = batch_statistics(model)
 
     @property
-    @abstractmethod
     def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's, whose ``lr`` the loop sets."""
+        """The optimizer's groups of parameters."""
+        groups: list[dict[str, Any]] = self.optimizer.param_groups
+        return groups
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -110,13 +113,19 @@ class Engine(Runner, ABC):
         """Return all weights of a module, in the memory of the host of the first process."""
         return on_first(self.processes, module.state_dict().items())
 
-    @abstractmethod
     def optimizer_state(self) -> OptimizerState:
         """What resuming needs beside the weights; no moments on others than the first process."""
+        first = self.processes.is_first
+        return state_of(self.optimizer, self.model) if first else OptimizerState(0, {})
 
-    @abstractmethod
     def load_optimizer_state(self, state: OptimizerState) -> None:
         """Go on where :meth:`optimizer_state` was taken, by any engine."""
+        put_state(state, self.optimizer, self.model)
+
+    def _norm_of_gradients(self) -> Tensor:
+        return nn.utils.get_total_norm(
+            [p.grad for p in self.model.parameters() if p.grad is not None]
+        )
 
 
 def on_first(processes: Processes, values: Iterable[tuple[str, Tensor]]) -> Tensors:
@@ -145,14 +154,9 @@ class TorchEngine(Engine):
         self.name = "plain torch" if self.processes.count == 1 else "plain torch, DDP"
         self._runner = self.processes.replicate(model)
         self._is_replicated = isinstance(self._runner, nn.parallel.DistributedDataParallel)
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._clip_grad = clip_grad
         self._micro_steps = 0
-
-    @property
-    @override
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self._optimizer.param_groups
 
     @override
     def __call__(self, *inputs: Any, **options: Any) -> Any:
@@ -171,24 +175,13 @@ class TorchEngine(Engine):
         self._micro_steps += 1
         if self._micro_steps % self.accumulate:
             return False
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        self.gradient_norm = nn.utils.get_total_norm(gradients)
+        self.gradient_norm = self._norm_of_gradients()
         if self._clip_grad is not None:
             nn.utils.clip_grads_with_norm_(
                 self.model.parameters(), self._clip_grad, self.gradient_norm
             )
-        self._optimizer.step()
+        self.optimizer.step()
         # DDP keeps the memory of gradients anyway; others beside it would be made otherwise.
-        self._optimizer.zero_grad(set_to_none=not self._is_replicated)
+        self.optimizer.zero_grad(set_to_none=not self._is_replicated)
         self.processes.average_(self._statistics)
         return True
-
-    @override
-    def optimizer_state(self) -> OptimizerState:
-        if not self.processes.is_first:
-            return OptimizerState(0, {})
-        return state_of(self._optimizer, self.model)
-
-    @override
-    def load_optimizer_state(self, state: OptimizerState) -> None:
-        put_state(state, self._optimizer, self.model)

@@ -8,9 +8,8 @@ compare the formulas with its tensors.
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,20 +25,6 @@ BYTES = 4
 
 
 @dataclass(frozen=True)
-class Buckets:
-    """Sizes of DeepSpeed's buffers, in elements; by default its own."""
-
-    reduce: int = 500_000_000
-    """``reduce_bucket_size``: a buffer of so many gradients is allocated, however small the
-    model."""
-    live: int = 1_000_000_000
-    """``stage3_max_live_parameters`` and ``stage3_max_reuse_distance``: a model that is smaller
-    stays gathered from its forward to its backward pass."""
-    prefetch: int = 50_000_000
-    """``stage3_prefetch_bucket_size``: gathered ahead, and copied once more on arrival."""
-
-
-@dataclass(frozen=True)
 class Sharding:
     """How the state is spread over processes, and what of it is kept in the memory of the host."""
 
@@ -48,7 +33,14 @@ class Sharding:
     """0 to 3; none: plain torch, where every process holds everything."""
     offload_optimizer: bool = False
     offload_parameters: bool = False
-    buckets: Buckets = Buckets()
+    reduce: int = 500_000_000
+    """Elements of DeepSpeed's buffers, here and below; by default its own. ``reduce_bucket_size``:
+    a buffer of so many gradients is allocated, however small the model."""
+    live: int = 1_000_000_000
+    """``stage3_max_live_parameters`` and ``stage3_max_reuse_distance``: a model that is smaller
+    stays gathered from its forward to its backward pass."""
+    prefetch: int = 50_000_000
+    """``stage3_prefetch_bucket_size``: gathered ahead, and copied once more on arrival."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +91,7 @@ def _memory_of_stages_1_and_2(weights: int, teacher: int, sharding: Sharding) ->
     of its partition, and as much again: of the pass that ends (``grads_in_partition``), or for the
     optimizer (``flatten``).
     """
-    own, bucket = weights / sharding.processes, BYTES * sharding.buckets.reduce
+    own, bucket = weights / sharding.processes, BYTES * sharding.reduce
     is_first = sharding.zero_stage == 1
     device = StateBytes(weights=weights, teacher=teacher)
     if not sharding.offload_optimizer:
@@ -125,7 +117,8 @@ def _memory_of_stage_3(weights: int, teacher: int, sharding: Sharding) -> Traini
     is copied for the optimizer.
     """
     own = weights / sharding.processes
-    bucket, live, prefetch = (BYTES * size for size in astuple(sharding.buckets))
+    sizes = sharding.reduce, sharding.live, sharding.prefetch
+    bucket, live, prefetch = (BYTES * size for size in sizes)
     passes = max(min(weights, live) + min(weights, prefetch) + min(weights, bucket), teacher)
     shards = StateBytes(weights=own, teacher=teacher / sharding.processes)
     device, host = (StateBytes(), shards) if sharding.offload_parameters else (shards, StateBytes())
@@ -148,14 +141,13 @@ def describe_memory(memory: TrainingMemory, activations: float) -> str:
     return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class SimulatedMemory:
-    """What an update needs in one process that holds everything."""
+class SimulatedMemory(NamedTuple):
+    """Bytes that an update needs in one process that holds everything."""
 
     resident: int
-    """Bytes between updates: weights, teacher, moments, the batch."""
+    """Between updates: weights, teacher, moments, the batch."""
     peak: int
-    """Most bytes during an update."""
+    """The most during an update."""
 
     @property
     def activations(self) -> int:
@@ -163,8 +155,7 @@ class SimulatedMemory:
         return self.peak - self.resident
 
 
-@dataclass(frozen=True)
-class ActivationBytes:
+class ActivationBytes(NamedTuple):
     """What a forward pass keeps for the backward pass."""
 
     fixed: float
@@ -189,7 +180,11 @@ def simulate_update(make_update: Callable[[], Callable[[], None]]) -> SimulatedM
     Nothing of their size is allocated, whatever the size of the model. The update must be for a
     CPU, unless there is a GPU here: autograd asks the device itself.
     """
-    with _without_data():
+    mode = _OneFakeMode()
+    # It would remember each tensor by a weak reference, and ``Module.to`` refuses those.
+    mode.fake_tensor_converter.set_tensor_memo = lambda *_: None  # type: ignore[method-assign]
+    with mode, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         return measure_update(make_update)
 
 
@@ -251,14 +246,3 @@ class _OneFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     def __deepcopy__(self, memo: dict[int, Any]) -> "_OneFakeMode":
         """Copies of tensors stay in the same mode."""
         return self
-
-
-@contextmanager
-def _without_data() -> Iterator[None]:
-    """Every tensor that is made has a shape, a type, a device, and no data."""
-    mode = _OneFakeMode()
-    # It would remember each tensor by a weak reference, and ``Module.to`` refuses those.
-    mode.fake_tensor_converter.set_tensor_memo = lambda *_: None  # type: ignore[method-assign]
-    with mode, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        yield

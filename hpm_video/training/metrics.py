@@ -5,7 +5,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,33 +73,28 @@ class Meter:
     def _restart(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: Counter[str] = Counter()  # not every batch has every loss
-        self._norms = torch.zeros((), device=self._first_bad.device)
-        self._updates = 0
         self._clips = 0
-        self._waited = 0.0
-        self._paused = 0.0
+        self._seconds = {"waited": 0.0, "paused": 0.0}
         self._began = time.perf_counter()
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time spent in here as waiting for data."""
+    def _timed(self, name: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - began
+        self._seconds[name] += time.perf_counter() - began
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def waiting(self) -> AbstractContextManager[None]:
+        """Count the time spent in here as waiting for data."""
+        return self._timed("waited")
+
+    def paused(self) -> AbstractContextManager[None]:
         """Leave out the time spent in here: validation, pictures, saving."""
-        began = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - began
+        return self._timed("paused")
 
     def add(self, update: int, losses: Losses, files: Sequence[str]) -> None:
         """Take the losses of one micro-batch."""
         for name, value in {"loss": losses.total, **losses.parts}.items():
-            value = value.detach()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] += 1
+            self._add(name, value.detach())
         self._look_at(losses.total, update)
         self._files.setdefault(update, []).extend(files)
         self._clips += len(files)
@@ -107,8 +102,11 @@ class Meter:
     def add_update(self, update: int, gradient_norm: Tensor) -> None:
         """Take the norm of the gradient of an update."""
         self._look_at(gradient_norm, update)
-        self._norms = self._norms + gradient_norm
-        self._updates += 1
+        self._add("gradient_norm", gradient_norm)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._counts[name] += 1
 
     def _look_at(self, value: Tensor, update: int) -> None:
         """Remember the first update in which a value was not finite."""
@@ -123,9 +121,9 @@ class Meter:
         """
         own = int(self._first_bad)
         found = [update for update in self._processes.gather([own]) if update >= 0]
-        update = min(found, default=-1)
         own_files, self._files = self._files, {}
-        if update >= 0:
+        if found:
+            update = min(found)
             files = self._processes.gather(own_files.get(update, []) if own == update else [])
             raise NonFiniteLossError(
                 f"the loss or the gradient of update {update} is not a finite number; the last "
@@ -141,21 +139,19 @@ class Meter:
         """
         self.check()
         own = {name: (float(value), self._counts[name]) for name, value in self._sums.items()}
-        everyone = self._processes.gather([own])
-        means = {
-            name: sum(one[name][0] for one in everyone) / sum(one[name][1] for one in everyone)
-            for name in own
-        }
-        if self._updates:
-            means["gradient_norm"] = float(self._norms) / self._updates
-        seconds = max(time.perf_counter() - self._began - self._paused, 1e-9)
-        speeds = self._processes.gather([(self._clips / seconds, self._waited / seconds)])
-        speed = {
-            "clips_per_second": sum(clips for clips, _ in speeds),
-            "data_wait": max(waited for _, waited in speeds),
-        }
+        seconds = max(time.perf_counter() - self._began - self._seconds["paused"], 1e-9)
+        speed = self._clips / seconds, self._seconds["waited"] / seconds
+        everyone = self._processes.gather([(own, speed)])
         self._restart()
-        return means | speed
+        return {
+            **{
+                name: sum(sums[name][0] for sums, _ in everyone)
+                / sum(sums[name][1] for sums, _ in everyone)
+                for name in own
+            },
+            "clips_per_second": sum(clips for _, (clips, _) in everyone),
+            "data_wait": max(waited for _, (_, waited) in everyone),
+        }
 
 
 class Tracker(Protocol):
@@ -201,15 +197,15 @@ class MetricsLog:
 
         ``writes``: of several processes that measure the same, one writes it down.
         """
-        self.path = run_dir / "metrics.jsonl"
+        self._path = run_dir / "metrics.jsonl"
         self._writes = writes
-        self._trackers: list[Tracker] = []
+        self.trackers: list[Tracker] = []
         if writes:
-            if self.path.is_file():
-                kept = [line for line in read_lines(self.path) if line["update"] <= first_update]
-                with written_beside(self.path) as beside:
+            if self._path.is_file():
+                kept = [line for line in read_lines(self._path) if line["update"] <= first_update]
+                with written_beside(self._path) as beside:
                     beside.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
-            self._trackers = [
+            self.trackers = [
                 make(run_dir / name, first_update)
                 for name, make in TRACKERS.items()
                 if getattr(how, name)
@@ -220,43 +216,27 @@ class MetricsLog:
         if not self._writes:
             return
         line = {"kind": kind, "update": update, "epoch": round(epoch, 4), **values}
-        with self.path.open("a") as file:
+        with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        for tracker in self._trackers:
+        for tracker in self.trackers:
             tracker.write(kind, update, values)
-
-    def flush(self) -> None:
-        """Make sure that what trackers have so far outlives the process."""
-        for tracker in self._trackers:
-            tracker.flush()
-
-    def close(self) -> None:
-        """Let trackers write what they have not written yet."""
-        for tracker in self._trackers:
-            tracker.close()
 
 
 class WaitingWarning:
-    """Warns once, with the remedy, that a run mostly waits for its data."""
-
-    SHARE = 0.3
-    """Share of the time spent waiting that is too much."""
-    LINES = 3
-    """Lines of metrics in a row, without the first of a run, when workers start."""
+    """Warns once, with the remedy, that a run mostly waits for its data: three lines in a row."""
 
     def __init__(self, config: Path) -> None:
         """``config``: of the run."""
         self._config = config
-        self._is_first = True
-        self._in_a_row = 0
+        self._in_a_row = -1  # without the first line of a run, when workers start
 
     def look(self, data_wait: float) -> None:
         """Note the share of time that went into waiting since the last line."""
-        if self._is_first or self._in_a_row == self.LINES:
-            self._is_first = False
+        if self._in_a_row == 3:
             return
-        self._in_a_row = self._in_a_row + 1 if data_wait > self.SHARE else 0
-        if self._in_a_row == self.LINES:
+        waits = data_wait > 0.3 or self._in_a_row < 0
+        self._in_a_row = self._in_a_row + 1 if waits else 0
+        if self._in_a_row == 3:
             log.warning(
                 "%.0f%% of the time goes into waiting for data. What holds it up, and how many "
                 "data.workers would do: python tools/bench.py loader %s. Often it is decoding: "

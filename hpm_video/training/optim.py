@@ -93,13 +93,11 @@ def put_state(state: OptimizerState, optimizer: torch.optim.Optimizer, model: nn
     """Put a state into an optimizer whose parameters are not sharded."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     order = [names[p] for group in optimizer.param_groups for p in group["params"]]
-    values: dict[int, dict[str, Any]] = {}
+    values = {}
     for place, name in enumerate(order):
-        its_own: dict[str, Any] = {
-            kind: of[name] for kind, of in state.moments.items() if name in of
-        }
+        its_own = {kind: of[name] for kind, of in state.moments.items() if name in of}
         if its_own and state.step:
-            its_own["step"] = torch.tensor(float(state.step))
+            its_own["step"] = torch.tensor(float(state.step))  # each has its own, which counts on
         if its_own:
             values[place] = its_own
     groups = optimizer.state_dict()["param_groups"]

@@ -1,6 +1,7 @@
 """The origin of a run: what must be equal to repeat it bit by bit, and the rest."""
 
 import json
+import logging
 import platform
 import shlex
 import subprocess
@@ -16,8 +17,9 @@ import hpm_video
 from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.decoding.registry import decoder_versions
 
+log = logging.getLogger(__name__)
 Facts = dict[str, Any]
-CHANGE_NO_BIT = ("hpm_video", "commit", "python", "command", "host", "time")
+CHANGE_NO_BIT = {"hpm_video", "commit", "python", "command", "host", "time"}
 """Facts on which the last bits of a result do not depend."""
 
 
@@ -45,31 +47,28 @@ def gather_facts(device: torch.device, precision: str, engine: str, plan: BatchP
     }
 
 
-def record_start(run_dir: Path, facts: Facts, first_update: int) -> None:
-    """Add a line to ``starts.jsonl`` of the run directory: one for each time it was started."""
+def record_start(run_dir: Path, facts: Facts, first_update: int, before: Facts) -> None:
+    """Add a line to ``starts.jsonl`` of the run directory: one for each time it was started.
+
+    Where the run goes on, it is logged which facts differ from those ``before`` and decide the last
+    bits.
+    """
+    for name, now in facts.items() if before else ():
+        then = before.get(name)
+        if name not in CHANGE_NO_BIT and then != now:
+            what = "the last bits may differ from an unbroken run's"
+            log.warning("%s: %s: %s -> %s", what, name, then, now)
     with (run_dir / "starts.jsonl").open("a") as file:
         file.write(json.dumps({"first_update": first_update, **facts}) + "\n")
 
 
-def bit_differences(before: Facts, now: Facts) -> list[str]:
-    """Facts that differ and decide the last bits, as ``name: before -> now``."""
-    return [
-        f"{name}: {before.get(name)} -> {now[name]}"
-        for name in now
-        if name not in CHANGE_NO_BIT and before.get(name) != now[name]
-    ]
-
-
 def _commit() -> str | None:
     """Return the commit of the checkout that the package runs from, ``+`` where it was changed."""
-
-    def git(*arguments: str) -> str:
-        folder = Path(hpm_video.__file__).parent
-        command = ["git", *arguments]
-        return subprocess.check_output(command, cwd=folder, text=True, stderr=subprocess.DEVNULL)
-
+    git = ["git", "-C", str(Path(hpm_video.__file__).parent)]
+    is_tracked = [*git, "ls-files", "--error-unmatch", "__init__.py"]
+    describe = [*git, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")
-        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+").strip()
+        subprocess.check_output(is_tracked, stderr=subprocess.DEVNULL)
+        return subprocess.check_output(describe, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
         return None

@@ -4,7 +4,7 @@ import logging
 import math
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from hpm_video.training.stop import Interrupted, StopRequest
 from hpm_video.workers.progress_bar import ProgressBar
 
 log = logging.getLogger(__name__)
+Measures = dict[str, float]
+Describe = Callable[[Measures], str]
 ATTACHED = ("config.yaml", "labels.txt")
 """Files of the run directory of which each checkpoint holds a copy, so that it stands alone."""
 
@@ -35,15 +37,15 @@ ATTACHED = ("config.yaml", "labels.txt")
 class Evaluation:
     """What a run measures and draws at intervals."""
 
-    validate: Callable[[], dict[str, float]] | None = None
+    validate: Callable[[], Measures] | None = None
     """Returns the validation measures."""
     score: str = ""
     """The measure that decides the best checkpoint."""
     more_is_better: bool = False
-    describe: Callable[[dict[str, float]], str] = str
+    describe: Describe = str
     draw: Callable[[int], None] | None = None
     """Draws pictures after so many updates."""
-    probe: Callable[[], dict[str, float]] | None = None
+    probe: Callable[[], Measures] | None = None
     """Returns how well frozen features serve a task."""
     probe_every_epochs: float = math.inf
 
@@ -59,27 +61,36 @@ class Run:
     engine: Engine
     auxiliary_modules: dict[str, nn.Module]
     """What checkpoints hold beside the model, by name."""
-    facts: dict[str, Any]
-    """What the run runs with, stored with every checkpoint."""
-    meter: Meter
-    metrics: MetricsLog
-    bar: ProgressBar
+    evaluation: Evaluation
     bad_files: Mapping[str, BadFiles]
     """Bad files by the name of their source."""
     stop: StopRequest
-    evaluation: Evaluation
-    waiting: WaitingWarning
-    data: str
-    """What the order of the data depends on, stored with every checkpoint."""
-    best: dict[str, Any] = field(default_factory=dict)
-    """Update and score of the best checkpoint so far."""
-    _failures: list[tuple[str, Failure]] = field(default_factory=list)
-    _answer: Callable[[], int] = int
+    _: KW_ONLY
+    start: int
+    """The update that the run begins or goes on with."""
+    stored: dict[str, Any]
+    """What else the state of every checkpoint has: what the run runs with, and its data."""
+    best: dict[str, Any]
+    """Update and score of the best checkpoint so far; empty: there is none."""
 
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of the checkpoints."""
-        return self.folder / "checkpoints"
+    def __post_init__(self) -> None:
+        processes, first_update = self.engine.processes, self.start
+        writes = processes.is_first
+        self.meter = Meter(self.engine.device, processes)
+        self._metrics = MetricsLog(
+            self.folder, self.logging, first_update=first_update, writes=writes
+        )
+        updates = self.timeline.num_updates
+        self._bar = ProgressBar(updates, "updates", first=first_update, silent=not writes)
+        self._waiting = WaitingWarning(self.folder / "config.yaml")
+        self._failures: list[tuple[str, Failure]] = []
+        self._answer: Callable[[], int] = int
+
+    def close(self) -> None:
+        """Write the metrics that were not written yet."""
+        for tracker in self._metrics.trackers:
+            tracker.close()
+        self._bar.close()
 
     def after_update(self, progress: Progress, settings: dict[str, float]) -> None:
         """Log, measure, draw, save and stop, where it is time to.
@@ -90,31 +101,23 @@ class Run:
             NonFiniteLossError, TooManyBadFiles, CheckpointError, Interrupted: see ``fit``.
         """
         update, done = progress.update, progress.update + 1
-        last = done == self.timeline.num_updates
-        self.bar.count()
-        if done % self.logging.every_updates == 0 or last:
-            self._share_failures()
-            values = self.meter.read() | settings
-            self.metrics.write("train", done, self.timeline.at(done).exact_epoch, values)
-            self.bar.show(
-                f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, "
-                f"{values['clips_per_second']:.0f} clips/s, waiting {values['data_wait']:.0%}",
-                at_once=last,
-            )
-            self.waiting.look(values["data_wait"])
+        last, evaluation, how = done == self.timeline.num_updates, self.evaluation, self.logging
+        self._bar.count()
+        if done % how.every_updates == 0 or last:
+            self._write_line(done, settings, last=last)
+
         with self.meter.paused():
             keep = self._due(update, self.saving.keep_every_epochs)
             improved = False
-            if last or self._due(update, self.logging.validate_every_epochs):
-                improved = self._validate(done)
-            if self.evaluation.probe and (
-                last or self._due(update, self.evaluation.probe_every_epochs)
-            ):
-                self._probe(done, self.evaluation.probe)
+            if evaluation.validate and (last or self._due(update, how.validate_every_epochs)):
+                found = self._measure("held_out", done, evaluation.validate, evaluation.describe)
+                improved = self._note_score(done, found[evaluation.score])
+            if evaluation.probe and (last or self._due(update, evaluation.probe_every_epochs)):
+                self._measure("probe", done, evaluation.probe, describe_probe)
             stop = self._asked_to_stop()
             if last or keep or improved or stop or done % self.saving.every_updates == 0:
                 self.save(done, keep=keep)
-            if last or self._due(update, self.logging.picture_every_epochs):
+            if last or self._due(update, how.picture_every_epochs):
                 self._draw(done, last=last)
         if stop and not last:
             raise Interrupted(stop, done)
@@ -129,24 +132,24 @@ class Run:
         """
         self.meter.check()
         self._share_failures()
-        processes = self.engine.processes
         modules = {"model": self.engine.model, **self.auxiliary_modules}
         weights = {name: self.engine.weights(module) for name, module in modules.items()}
         optimizer = self.engine.optimizer_state()
-        if processes.is_first:
-            state = {"update": done, "keep": keep, "best": self.best, "facts": self.facts}
+        if self.engine.processes.is_first:
+            folder = self.folder / "checkpoints"
             save_checkpoint(
-                checkpoint_path(self.checkpoints, done),
+                checkpoint_path(folder, done),
                 weights,
                 optimizer=optimizer,
-                state={**state, "data": self.data},
+                state={"update": done, "keep": keep, "best": self.best, **self.stored},
                 attached=[path for path in map(self.folder.joinpath, ATTACHED) if path.exists()],
             )
-            self.metrics.flush()
-            point_to_newest_and_best(self.checkpoints)
-            best = checkpoint_path(self.checkpoints, self.best.get("update", done))
-            remove_superseded(self.checkpoints, self.saving.keep_last, [best])
-        processes.wait()
+            for tracker in self._metrics.trackers:
+                tracker.flush()
+            point_to_newest_and_best(folder)
+            best = checkpoint_path(folder, self.best.get("update", done))
+            remove_superseded(folder, self.saving.keep_last, [best])
+        self.engine.processes.wait()
 
     def note_failures(self, batch: ClipBatch) -> None:
         """Remember the files of a batch that did not decode."""
@@ -160,6 +163,17 @@ class Run:
         self._failures = []
         for name, files in self.bad_files.items():
             files.note([failure for source, failure in found if source == name])
+
+    def _write_line(self, done: int, settings: dict[str, float], *, last: bool) -> None:
+        self._share_failures()
+        values = self.meter.read() | settings
+        self._metrics.write("train", done, self.timeline.at(done).exact_epoch, values)
+        self._bar.show(
+            f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, "
+            f"{values['clips_per_second']:.0f} clips/s, waiting {values['data_wait']:.0%}",
+            at_once=last,
+        )
+        self._waiting.look(values["data_wait"])
 
     def _asked_to_stop(self) -> signal.Signals | None:
         """Whether any process was, as all of them know in the same update.
@@ -175,13 +189,23 @@ class Run:
     def _due(self, update: int, every_epochs: float | None) -> bool:
         return every_epochs is not None and self.timeline.passes(update, every_epochs)
 
-    def _probe(self, done: int, probe: Callable[[], dict[str, float]]) -> None:
+    def _measure(
+        self, kind: str, done: int, measure: Callable[[], Measures], describe: Describe
+    ) -> Measures:
         self.meter.check()
-        measures = probe()
+        measures = measure()
         epoch = self.timeline.at(done).exact_epoch
-        self.metrics.write("probe", done, epoch, measures)
-        text = ", ".join(f"{name} {value:.3f}" for name, value in measures.items())
-        log.info("epoch %.1f, frozen features: %s", epoch, text)
+        self._metrics.write(kind, done, epoch, measures)
+        log.info("epoch %.1f, %s", epoch, describe(measures))
+        return measures
+
+    def _note_score(self, done: int, score: float) -> bool:
+        """Whether a score is the best so far."""
+        sign = -1 if self.evaluation.more_is_better else 1
+        improved = not self.best or sign * score < sign * self.best["score"]
+        if improved:
+            self.best = {"update": done, "score": score, "measure": self.evaluation.score}
+        return improved
 
     def _draw(self, done: int, *, last: bool) -> None:
         if self.evaluation.draw:
@@ -190,18 +214,9 @@ class Run:
             plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
         self.engine.processes.wait()
 
-    def _validate(self, done: int) -> bool:
-        """Measure validation clips. -> whether this is the best so far"""
-        if self.evaluation.validate is None:
-            return False
-        self.meter.check()
-        measures = self.evaluation.validate()
-        epoch = self.timeline.at(done).exact_epoch
-        self.metrics.write("held_out", done, epoch, measures)
-        log.info("epoch %.1f, %s", epoch, self.evaluation.describe(measures))
-        score = measures[self.evaluation.score]
-        sign = -1 if self.evaluation.more_is_better else 1
-        improved = not self.best or sign * score < sign * self.best["score"]
-        if improved:
-            self.best = {"update": done, "score": score, "measure": self.evaluation.score}
-        return improved
+
+def describe_probe(measures: Measures) -> str:
+    """Describe what was measured of frozen features."""
+    return "frozen features: " + ", ".join(
+        f"{name} {value:.3f}" for name, value in measures.items()
+    )

@@ -18,28 +18,27 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the run obeyed
 
 
 class StopRequest:
-    """Remembers the first signal that asked for a stop."""
+    """The first signal that asked for a stop."""
 
-    def __init__(self, *, patient: bool = False) -> None:
-        """``patient``: to be asked twice is no reason to give up."""
-        self.received: signal.Signals | None = None
-        self._patient = patient
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None and not self._patient:
-            signal.signal(number, signal.SIG_DFL)  # asked twice: do not wait for the next update
-            signal.raise_signal(number)
-        self.received = self.received or signal.Signals(number)
+    received: signal.Signals | None = None
 
 
 @contextmanager
 def listen_for_stop(*, patient: bool = False) -> Iterator[StopRequest]:
     """Turn SIGTERM and SIGINT into a request that the loop reads between two updates.
 
-    ``patient``: where a scheduler, a launcher and a terminal may all pass on the same signal.
+    ``patient``: where a scheduler, a launcher and a terminal may all pass on the same signal, to be
+    asked twice is no reason to give up.
     """
-    request = StopRequest(patient=patient)
-    before = {number: signal.signal(number, request._note) for number in EXIT_CODES}
+    request = StopRequest()
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if request.received is not None and not patient:
+            signal.signal(number, signal.SIG_DFL)  # asked twice: do not wait for the next update
+            signal.raise_signal(number)
+        request.received = request.received or signal.Signals(number)
+
+    before = {number: signal.signal(number, note) for number in EXIT_CODES}
     try:
         yield request
     finally:

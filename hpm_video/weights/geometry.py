@@ -9,8 +9,8 @@ from hpm_video.config.choices import Conventions, Crop, Interpolation, Pooling, 
 from hpm_video.config.data import DataConfig, PretrainDataConfig
 from hpm_video.config.mining import MaskingConfig, MiningConfig
 from hpm_video.config.model import ClassifierConfig, ModelConfig
-from hpm_video.config.recognition import EvaluationConfig
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
+from hpm_video.config.training import EvaluationConfig
 from hpm_video.files.weights import CheckpointError
 from hpm_video.tokens.grid import Size3, TokenGrid
 from hpm_video.weights.facts import LABELS, Overrides, read_facts

@@ -108,10 +108,6 @@ class Pool(Generic[Job]):
         ``result_bytes``: of the arrays in a result, at most; larger ones come through a pipe,
         slowly. ``depth``: jobs that a process holds, those that it has not begun included.
         """
-        if workers < 1 or depth < 1:
-            raise ValueError(
-                f"a pool needs at least 1 worker of depth 1, got {workers} and {depth}"
-            )
         self._limits = limits
         self._jobs: deque[_Job] = deque()
         self._clock = 0.0
@@ -147,11 +143,8 @@ class Pool(Generic[Job]):
         begun. A process can also be killed by others, and a disk stand still for a while: a second
         attempt tells that from what a job does by itself.
         """
-        waiting = _Job(tag, pickle.dumps(job), path, attempts)
-        if first:
-            self._jobs.appendleft(waiting)
-        else:
-            self._jobs.append(waiting)
+        add = self._jobs.appendleft if first else self._jobs.append
+        add(_Job(tag, pickle.dumps(job), path, attempts))
         self._feed()
 
     def next(self) -> Answer:

@@ -9,7 +9,7 @@ import pickle
 import signal
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -51,14 +51,12 @@ def serve(
 
 
 def _do(work: Any, job: Any, connection: Connection, place: memoryview, inbox: deque[Any]) -> None:
-    """One job, of one result or several."""
+    """Do one job, of one result or several."""
     try:
         done = work(job)
-        if not isinstance(done, Iterator):
-            connection.send(("result", *packed(done, place), False))
-            return
-        result = next(done)
-        for following in done:
+        results = done if isinstance(done, Iterator) else iter([done])
+        result = next(results)
+        for following in results:
             connection.send(("result", *packed(result, place), True))
             while (message := connection.recv())[0] != "more":
                 inbox.append(message)
@@ -67,17 +65,11 @@ def _do(work: Any, job: Any, connection: Connection, place: memoryview, inbox: d
     except (EOFError, BrokenPipeError):
         raise EOFError from None
     except Exception as error:  # noqa: BLE001 - the run raises it, whatever it is
-        if not _is_out_of_memory(error):
-            connection.send(("error", traceback.format_exc()))
-            raise EOFError from None
-        connection.send(("lost", "it needs more memory than a process that decodes may have"))
-        os._exit(0)  # what it holds goes with it
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            connection.send(("lost", "it needs more memory than a process that decodes may have"))
+            os._exit(0)  # what it holds goes with it
+        connection.send(("error", traceback.format_exc()))
+        raise EOFError from None
 
 
 def _end_with_the_run(watched: Connection) -> None:
@@ -122,20 +114,23 @@ def packed(result: Any, place: memoryview) -> tuple[bytes, list[int] | None]:
 
     Where they are too large for it, the result with its arrays, and none.
     """
-    header = BytesIO()
     buffers: list[pickle.PickleBuffer] = []
-    _Pickler(header, 5, buffer_callback=buffers.append).dump(result)
+    header = _pickled(result, buffers.append)
     raw = [buffer.raw() for buffer in buffers]
     sizes = [each.nbytes for each in raw]
     if sum(sizes) > place.nbytes:
-        complete = BytesIO()
-        _Pickler(complete, 5).dump(result)
-        return complete.getvalue(), None
+        return _pickled(result), None
     at = 0
     for each in raw:
         place[at : at + each.nbytes] = each
         at += each.nbytes
-    return header.getvalue(), sizes
+    return header, sizes
+
+
+def _pickled(result: Any, take_buffer: Callable[[pickle.PickleBuffer], Any] | None = None) -> bytes:
+    stream = BytesIO()
+    _Pickler(stream, 5, buffer_callback=take_buffer).dump(result)
+    return stream.getvalue()
 
 
 def unpacked(header: bytes, sizes: list[int] | None, place: memoryview) -> Any:

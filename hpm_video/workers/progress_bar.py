@@ -36,10 +36,7 @@ class ProgressBar:
         self._began = self._last_line = time.monotonic()
 
     def advance(self, amount: float = 1.0, *, is_last: bool = True, note: str = "") -> None:
-        """Add an amount in units of the speed, and with ``is_last`` one of the things.
-
-        ``note``: what else is shown.
-        """
+        """Add an amount in units of the speed, and with ``is_last`` one of the things."""
         self._amount += amount
         passed = max(time.monotonic() - self._began, 1e-9)
         speed = f"{self._amount / passed:.3g} {self._unit}"

@@ -1,6 +1,7 @@
 """Whether the machine has room for what is read ahead, before anything is read."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from hpm_video.files.errors import ExpectedError
@@ -33,12 +34,11 @@ def check_room(workers: int, shared: int, batches: int) -> None:
     total, free = shared_memory()
     for needed, there in ((shared, free), (shared * processes, total)):
         if there is not None and needed > there:
+            each = f" in each of {processes} processes" if needed > shared else ""
             raise RoomError(
-                f"data.workers={workers}"
-                f"{f' in each of {processes} processes' if needed > shared else ''} need "
-                f"{_mib(needed)} of shared memory (two jobs each), and {SHARED} has {_mib(there)}. "
-                "Give it more (docker run --shm-size=..., mount -o remount,size=...), or take "
-                "fewer with data.workers, fewer or smaller clips"
+                f"data.workers={workers}{each} need {_mib(needed)} of shared memory (two jobs "
+                f"each), and {SHARED} has {_mib(there)}. Give it more (docker run --shm-size=..., "
+                "mount -o remount,size=...), or take fewer with data.workers, or smaller clips"
             )
     left = memory_left()
     if left is not None and shared + batches > left:
@@ -68,27 +68,27 @@ def cores_of_container() -> int | None:
     """Cores whose time the container this runs in may take; none where it has no limit."""
     limits = []
     for group in _groups():
-        try:
-            quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
-        except (OSError, ValueError):
-            continue
-        if quota != "max":
-            limits.append(max(1, int(quota) // int(period)))
+        with suppress(OSError, ValueError):  # of "max", no limit
+            quota, period = map(int, (group / "cpu.max").read_text(encoding="ascii").split())
+            limits.append(max(1, quota // period))
     return min(limits, default=None)
 
 
 def memory_left() -> int | None:
     """Bytes that the system, and the container this runs in, can still give; none if unknown."""
-    known = [_of_the_system(), *map(_of_group, _groups())]
-    return min((each for each in known if each is not None), default=None)
-
-
-def _of_the_system() -> int | None:
-    try:
+    known = []
+    with suppress(OSError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line), None)
+        known = [int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line]
+    for group in _groups():
+        with suppress(OSError, ValueError):
+            limit = int((group / "memory.max").read_text(encoding="ascii"))
+            used = int((group / "memory.current").read_text(encoding="ascii"))
+            lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+            # What only caches files can be given up.
+            cached = [int(line.split()[1]) for line in lines if line.startswith("inactive_file ")]
+            known.append(limit - used + sum(cached))
+    return min(known, default=None)
 
 
 def _groups() -> list[Path]:
@@ -100,18 +100,6 @@ def _groups() -> list[Path]:
     own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
     inner = GROUPS / own
     return [inner, *(group for group in inner.parents if group.is_relative_to(GROUPS))]
-
-
-def _of_group(group: Path) -> int | None:
-    """Bytes that a control group may still take. What only caches files does not count."""
-    try:
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
-    except (OSError, ValueError):
-        return None
-    cached = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
-    return None if limit == "max" else int(limit) - used + cached
 
 
 def _mib(count: int) -> str:

@@ -15,7 +15,6 @@ from tiny_runs import finish
 
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
-from hpm_video.runs.data import open_data, training_clips
 from hpm_video.runs.pretraining import Pretraining
 from hpm_video.runs.pretraining import pretrain as run_pretraining
 from hpm_video.training.checkpoint import checkpoints_in, read_state
@@ -212,9 +211,7 @@ def test_a_wrong_file_of_one_process_is_told(start_job, small_configs, small_dat
     shutil.copytree(small_data / "videos" / "train", folder)
     overrides = [f"data.train={folder}", "data.max_bad_share=0", f"output_dir={tmp_path / 'run'}"]
     loaded = load_config(PretrainConfig, config, overrides)
-    clips = training_clips(
-        loaded, open_data(loaded), Pretraining(loaded).transforms(), same_frames=False
-    )
+    clips = Pretraining(loaded).training_clips()
     bad = Path(clips[0][3].file)
     bad.write_bytes(b"")
     first, second = start_job(2, "tools/pretrain.py", config, *overrides)

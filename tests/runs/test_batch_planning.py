@@ -13,7 +13,7 @@ from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.models.from_config import build_student
 from hpm_video.runs import autotune
-from hpm_video.runs.autotune import choose_plan, find_micro_batch, plan_for, trial_update
+from hpm_video.runs.autotune import choose_plan, find_micro_batch, trial_update
 from hpm_video.runs.directory import RunDirectory
 from hpm_video.runs.finetuning import Finetuning
 from hpm_video.runs.pretraining import Pretraining
@@ -105,9 +105,9 @@ def test_on_a_cpu_a_process_takes_its_share_in_one_pass_unless_told_otherwise():
 
 def test_what_does_not_come_out_even_names_what_does():
     with pytest.raises(ConfigError, match=r"batch_size=3 or 6, or processes=2 or 4"):
-        plan_for(config_of(), 3)
+        Pretraining(config_of()).plan(3)
     with pytest.raises(ConfigError, match=r"got 4; take engine.micro_batch=2"):
-        plan_for(config_of("engine.micro_batch=4"), 2)
+        Pretraining(config_of("engine.micro_batch=4")).plan(2)
 
 
 def test_mixing_and_batch_norms_need_pairs():
@@ -116,12 +116,12 @@ def test_mixing_and_batch_norms_need_pairs():
     config = load_config(FinetuneConfig, path, given)
     assert Finetuning(config).multiple == 2
     with pytest.raises(ConfigError, match=r"multiple of 2"):
-        plan_for(config, 384, multiple=2)
+        Finetuning(config).plan(384)
     without = load_config(
         FinetuneConfig, path, [*given, "augmentation.mixup=0", "augmentation.cutmix=0"]
     )
     assert Finetuning(without).multiple == 1
-    assert plan_for(without, 384).micro_batch == 1
+    assert Finetuning(without).plan(384).micro_batch == 1
 
 
 def program(name):

@@ -14,7 +14,7 @@ from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data.manifest import Manifest, ManifestError
 from hpm_video.files.weights import CheckpointError
 from hpm_video.models.from_config import build_classifier, build_student
-from hpm_video.runs.data import RunData, SourceData
+from hpm_video.runs.data import SourceData
 from hpm_video.runs.finetuning import (
     Finetuning,
     find_label_names,
@@ -24,7 +24,6 @@ from hpm_video.runs.finetuning import (
 from hpm_video.runs.pretraining import Pretraining
 from hpm_video.training.checkpoint import save_checkpoint
 from hpm_video.training.optim import OptimizerState
-from hpm_video.training.progress import Timeline
 
 MODEL = "encoder: {dim: 16, depth: 2, num_heads: 2}, patch_size: [2, 8, 8]"
 DATA = "data: {train: LIST, num_frames: 4, frame_size: [32, 24]}"
@@ -304,8 +303,7 @@ def manifest_of(*labels, names=None):
 
 
 def names_of(config, train, validation=None):
-    data = RunData({"": SourceData(train, validation)}, Timeline(len(train), 1, 1))
-    return find_label_names(config, data)
+    return find_label_names(config, SourceData(train, validation))
 
 
 def test_names_come_from_the_manifest_or_are_numbers(load):

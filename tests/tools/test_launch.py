@@ -433,12 +433,16 @@ def test_torchrun_starts_the_same_programs(tmp_path, started):
     ("options", "message"),
     [
         (["--processes", "0"], "--processes 0 must be at least 1"),
-        (["--processes", "1", "--nodes", "2"], "needs --node-rank, 0 on the first machine"),
+        (["--processes", "1", "--nodes", "2"], "(NNODES) needs --node-rank (NODE_RANK), 0 on the"),
+        (["--processes", "1", "--nodes", "2", "--node-rank", "0"], "--master-addr (MASTER_ADDR)"),
         (
             ["--processes", "1", "--nodes", "2", "--node-rank", "2", "--master-addr", "a"],
-            "--node-rank 2 must be in 0 to 1",
+            "--node-rank 2 (NODE_RANK) must be in 0 to 1",
         ),
-        (["--processes", "1", "--master-port", "70000"], "--master-port 70000 must be in 1 to"),
+        (
+            ["--processes", "1", "--master-port", "70000"],
+            "--master-port 70000 (MASTER_PORT) must be in 1 to",
+        ),
     ],
 )
 def test_mistaken_options(tmp_path, started, options, message):

@@ -56,6 +56,32 @@ def test_before_processes_have_joined_the_first_one_tells(monkeypatch):
         assert is_first_process() == first_to_say("anything") == tells
 
 
+@pytest.fixture
+def four_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("GPUS", raising=False)
+
+
+@pytest.mark.parametrize(("gpus", "hints"), [(None, 1), ("1", 0)])
+def test_a_process_that_leaves_gpus_idle_says_so_unless_it_is_wanted(
+    four_gpus, monkeypatch, caplog, gpus, hints
+):
+    if gpus is not None:
+        monkeypatch.setenv("GPUS", gpus)
+    with caplog.at_level("INFO"), joined_processes() as processes:
+        assert processes.count == 1
+    assert caplog.messages == ["4 GPUs are here and one is used; GPUS=4 ./run_... uses all"] * hints
+
+
+def test_more_processes_than_gpus_are_refused(four_gpus, monkeypatch):
+    for name, value in (("WORLD_SIZE", "5"), ("RANK", "4"), ("LOCAL_RANK", "4")):
+        monkeypatch.setenv(name, value)
+    told = "this machine has 4 GPUs, and process 5 of it finds none left"
+    with pytest.raises(ProcessesError, match=told), joined_processes():
+        pass
+
+
 @pytest.mark.slow
 def test_a_process_that_finds_no_others_says_where_it_looked(monkeypatch):
     given = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": ""}

@@ -15,7 +15,6 @@ from hpm_video.runs.finetuning import Finetuning, resolve
 from hpm_video.runs.pretraining import Pretraining
 from hpm_video.training.memory import (
     ActivationBytes,
-    Buckets,
     LiveStorages,
     Sharding,
     SimulatedMemory,
@@ -29,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CPU = torch.device("cpu")
-SMALL = Buckets(reduce=1000, live=4000, prefetch=500)
+SMALL = {"reduce": 1000, "live": 4000, "prefetch": 500}
 
 
 def load_pretraining(name, *overrides):
@@ -67,7 +66,7 @@ PER_PARAMETER = {  # of 8 processes: weights, master, moments, gradients, teache
 
 @pytest.mark.parametrize("stage", PER_PARAMETER)
 def test_state_of_each_stage(stage):
-    memory = training_memory(8000, 8000, Sharding(8, stage, buckets=SMALL))
+    memory = training_memory(8000, 8000, Sharding(8, stage, **SMALL))
     *parts, _ = asdict(memory.device).values()
     assert tuple(part / 8000 for part in parts) == PER_PARAMETER[stage]
 
@@ -82,11 +81,11 @@ def test_state_of_each_stage(stage):
     ],
 )
 def test_buffers_of_each_stage(stage, buffers):
-    assert training_memory(8000, 0, Sharding(8, stage, buckets=SMALL)).device.buffers == buffers
+    assert training_memory(8000, 0, Sharding(8, stage, **SMALL)).device.buffers == buffers
 
 
 def test_a_small_model_is_gathered_whole_and_its_bucket_is_as_large_as_any():
-    buffers = training_memory(300, 0, Sharding(8, 3, buckets=SMALL)).device.buffers
+    buffers = training_memory(300, 0, Sharding(8, 3, **SMALL)).device.buffers
     assert buffers == 4 * (1000 + 300 + 300 + 300)
 
 
@@ -111,18 +110,16 @@ def test_offloading_moves_state_to_the_host_and_loses_none(parameters, processes
 
 @given(st.integers(10**7, 10**10), st.integers(2, 4096))
 def test_with_small_buffers_every_further_stage_needs_less(parameters, processes):
-    small = Buckets(reduce=1, live=1, prefetch=0)
+    small = {"reduce": 1, "live": 1, "prefetch": 0}
     sizes = [
-        training_memory(
-            parameters, parameters, Sharding(processes, stage, buckets=small)
-        ).device.total
+        training_memory(parameters, parameters, Sharding(processes, stage, **small)).device.total
         for stage in (0, 1, 2, 3)
     ]
     assert sizes == sorted(sizes, reverse=True)
 
 
 def test_table_for_the_terminal():
-    sharding = Sharding(8, 2, offload_optimizer=True, buckets=Buckets(25_000_000, 1, 1))
+    sharding = Sharding(8, 2, offload_optimizer=True, reduce=25_000_000, live=1, prefetch=1)
     memory = training_memory(100_000_000, 100_000_000, sharding)
     assert describe_memory(memory, 2.5e9) == "\n".join(
         [

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hpm_video.training.memory import Buckets, Sharding, training_memory
+from hpm_video.training.memory import Sharding, training_memory
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.slow
@@ -105,7 +105,9 @@ def test_deepspeed_holds_what_the_formula_says(peaks, name):
         stage,
         offload_optimizer="optimizer" in offloaded,
         offload_parameters="param" in offloaded,
-        buckets=Buckets(REDUCE, live, live),
+        reduce=REDUCE,
+        live=live,
+        prefetch=live,
     )
     memory = training_memory(PARAMETERS, 0, sharding)
     # Beside it there are gradients and buffers of a layer or two, 1/40 of the model each.

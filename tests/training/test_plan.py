@@ -23,7 +23,7 @@ from hpm_video.runs.autotune import fits_in_memory, largest_fitting
 )
 def test_a_plan_spreads_the_batch(batch, processes, micro, share, accumulate):
     plan = plan_batches(batch, processes, micro)
-    assert (plan.share, plan.accumulate) == (share, accumulate)
+    assert plan.accumulate == accumulate
     assert plan == BatchPlan(batch, processes, micro or share)
 
 
@@ -105,8 +105,6 @@ def test_what_a_refusal_says_to_take_is_taken(batch, processes, micro, multiple)
         ),
         ((12, 1, 0), 1, "got 0; take engine.micro_batch=1"),
         ((12, 1, 24), 1, "got 24; take engine.micro_batch=12"),
-        ((0, 1, None), 1, "recipe.batch_size must be at least 1, got 0"),
-        ((8, 0, None), 1, "processes (GPUS x NNODES) must be at least 1, got 0"),
     ],
 )
 def test_a_refusal_names_value_rule_and_remedy(arguments, multiple, said):

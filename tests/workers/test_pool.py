@@ -345,11 +345,6 @@ def test_processes_that_hang_end_with_the_run(work, number, tmp_path):
         time.sleep(0.05)
 
 
-def test_a_pool_of_nobody_is_refused(work):
-    with pytest.raises(ValueError, match="at least 1 worker of depth 1, got 0 and 2"):
-        Pool(work, 0, Limits())
-
-
 def test_a_process_that_gets_ready_after_the_pool_was_closed_ends_in_silence(capfd):
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
