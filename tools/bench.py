@@ -299,7 +299,7 @@ def loader(arguments: argparse.Namespace) -> Tables:
         if not isinstance(trial.error, TooManyBadFiles):
             trials.read(trial, workers)
     yield "clips/s by the number of workers", [row_of(trial, numbers) for trial in tried]
-    taken, rate = choose_setting(tried, max(stream.max_bad_share for stream in clips))
+    taken, rate = choose_setting(tried, max(stream.reader.data.max_bad_share for stream in clips))
     print(f"\n{recommend(taken, rate, phases, processes)}")
     needs = arguments.needs
     if needs is None and past is not None:
