@@ -49,3 +49,9 @@ def orientation_of(frame: "av.VideoFrame") -> Orientation:
     if abs(a) + abs(d) >= abs(b) + abs(c):
         return Orientation(False, a < 0, d < 0)
     return Orientation(True, c < 0, b < 0)
+
+
+def upright_size(frame: "av.VideoFrame") -> tuple[int, int]:
+    """Return height and width of a frame, upright."""
+    size = frame.height, frame.width
+    return size[::-1] if orientation_of(frame).transposed else size

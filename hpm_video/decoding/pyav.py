@@ -163,6 +163,11 @@ class PyavReader(VideoReader):
             self._codec.name in _MARKS_UNUSED or self._has_one_layer()
         )
 
+    @property
+    def times(self) -> list[int]:
+        """Presentation times of the frames in their order; none where they do not tell it."""
+        return self._times if self._ordered else []
+
     def _leaves_doubts(self, stored: list[int]) -> bool:
         """Whether the stream may begin inside a group of pictures, or its times may lie.
 

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
-from hpm_video.decoding.containers import refuse_others
 from hpm_video.decoding.locations import source_of
-from hpm_video.decoding.pyav import UNTIMED, open_container
+from hpm_video.decoding.pyav import PyavReader, open_container
 
 if TYPE_CHECKING:
     import av
@@ -44,7 +43,8 @@ class VideoStream:
             OSError, av.FFmpegError: it cannot be opened.
         """
         self._file, head = source_of(place)
-        refuse_others(head)
+        with PyavReader(place, self._file, head) as reader:
+            self._has_times = bool(reader.times)
         self._open()
         self.rate = USUAL_RATE
         """Frames a second, on average."""
@@ -82,10 +82,6 @@ class VideoStream:
             if not (stated and abs(measured / stated - 1) < 0.01):
                 stated = measured.limit_denominator(SIMPLEST)
         return Fraction(stated) if stated and 0.001 <= stated <= 1000 else USUAL_RATE
-
-    @property
-    def _has_times(self) -> bool:
-        return self._container.format.name not in UNTIMED
 
     def frames(self) -> Iterator[Timed]:
         """All frames. Times rise; where the file has none they follow from its rate."""

@@ -157,21 +157,38 @@ def _readable(reader: VideoReader, sound: int) -> Steps[tuple[int, str]]:
 
 def doubts_of_stream(stream: Stream, sound: int) -> Iterator[str]:
     """Yield reasons why a video that decodes is suspicious."""
-    fps, distance = stream.fps(), stream.key_distance()
+    fps = stream.fps()
     # Counts may differ (edit lists, repeated frames of AVI) as long as the duration is right.
     if stream.stated > stream.packets and fps and abs(stream.promised - stream.span()) > 2.5 / fps:
         yield (
             f"its header promises {stream.stated} frames in {stream.promised:.4g} s, and it holds "
             f"{stream.packets} in {stream.span():.4g} s: where it was cut off, download it again"
         )
-    if distance > FARTHEST:
+    elif not stream.stated and stream.promised - stream.span() > max(2, stream.promised / 10):
+        yield (
+            f"its header promises {stream.promised:.4g} s, and its frames end after "
+            f"{stream.span():.4g} s: where it was cut off, download it again"
+        )
+    yield from doubts_of_reading(stream)
+    yield from doubts_of_gaps(stream.gaps(), stream.tick)
+    yield from doubts_of_size(stream.sizes[0])
+    yield from doubts_of_length(sound)
+
+
+def doubts_of_reading(stream: Stream) -> Iterator[str]:
+    """Yield what is odd about how a video has to be read."""
+    if (distance := stream.key_distance()) > FARTHEST:
         yield (
             f"{distance} frames from one key frame to the next, so reading from the middle is "
             f"slow: {ANEW}"
         )
-    yield from doubts_of_gaps(stream.gaps(), stream.tick)
-    yield from doubts_of_size(stream.sizes[0])
-    yield from doubts_of_length(sound)
+    if stream.left_out:
+        some = f"{stream.left_out} frames" if stream.left_out > 1 else "frame"
+        yield f"its first {some} cannot be decoded (it begins inside a group), and will be left out"
+    if not stream.has_order:
+        yield f"its times do not tell the order of its frames, so reading is slow: {ANEW}"
+    if stream.tracks > 1:
+        yield f"it has {stream.tracks} video streams, and one is read: look whether it is meant"
 
 
 def doubts_of_gaps(gaps: NDArray[np.float64], tick: float) -> Iterator[str]:
@@ -212,6 +229,7 @@ def _with_verdict(finding: Finding, doubts: list[str], count: int, why: str) -> 
     sound = finding.num_frames or 0
     if sound < count:
         some = f"only the first {sound}" if sound else "none"
+        why = why.partition(". ")[0]  # without its own remedy
         reason = f"{some} of {count} frames can be read ({why}): download it again, or {ANEW}"
         if sound < SHORTEST:
             duration = finding.duration if sound else None

@@ -21,6 +21,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from numpy.typing import NDArray
 from typing_extensions import Self
 
+from hpm_video.decoding.orientation import orientation_of
 from hpm_video.decoding.reader import Size
 from hpm_video.files.atomic import written_beside
 
@@ -122,7 +123,7 @@ class Resizer:
 
     def yuv(self, frame: av.VideoFrame) -> av.VideoFrame:
         """Convert to colour at half the resolution and values of limited range, as in H.264."""
-        if _turns(frame):
+        if any(orientation_of(frame)):
             frame = picture_of(self.rgb(frame))
         has_rgb = frame.format.is_rgb or frame.colorspace == _RGB_MATRIX
         matrix = Colorspace.ITU601 if has_rgb else None
@@ -132,19 +133,13 @@ class Resizer:
     def rgb(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
         """Convert to RGB: -> (H, W, 3) uint8"""
         pixels = self._reformat(frame, "rgb24").to_ndarray()
-        return np.ascontiguousarray(np.rot90(pixels, _turns(frame)))
+        return np.ascontiguousarray(orientation_of(frame).apply(pixels))
 
     def _reformat(self, frame: av.VideoFrame, form: str, **colours: Any) -> av.VideoFrame:
-        height, width = self.size if _turns(frame) % 2 == 0 else self.size[::-1]
+        height, width = self.size[::-1] if orientation_of(frame).transposed else self.size
         return self._reformatter.reformat(
             frame, width, height, form, interpolation=_FINE, threads=1, **colours
         )
-
-
-def upright_size(frame: av.VideoFrame) -> Size:
-    """Return height and width of a frame that may be stored rotated."""
-    size = frame.height, frame.width
-    return size if _turns(frame) % 2 == 0 else size[::-1]
 
 
 def fitted_size(size: Size, short_side: int) -> Size:
@@ -169,11 +164,6 @@ def _instruction_sets() -> dict[str, str]:
     """
     has_avx2 = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # AVX2 or AVX512
     return {"x264-params": "asm=SSSE3"} if has_avx2 else {}
-
-
-def _turns(frame: av.VideoFrame) -> int:
-    """Count the quarter turns to the left that make a frame upright."""
-    return round(frame.rotation / 90) % 4
 
 
 def _check(frame: NDArray[Any], shape: tuple[int, ...]) -> None:

@@ -1,14 +1,14 @@
 """Result of decoding a complete video, and how many of its frames are intact."""
 
-import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hpm_video.decoding.locations import TarMember
-from hpm_video.decoding.pyav import UNTIMED, open_container
+from hpm_video.decoding.locations import source_of
+from hpm_video.decoding.orientation import orientation_of, upright_size
+from hpm_video.decoding.pyav import UNTIMED, PyavReader, open_container
 from hpm_video.decoding.reader import Size
 from hpm_video.preparation.jobs import Steps
 
@@ -25,6 +25,13 @@ class Stream:
     tick: float = 0.0  # seconds per unit of time
     rate: float | None = None  # frames per second by the container
     has_times: bool = True
+    """Whether times tell the order of frames; otherwise they are counted."""
+    has_order: bool = True
+    """Whether times tell it, or the container has none."""
+    tracks: int = 1
+    """Video streams, of which one is read."""
+    left_out: int = 0
+    """Packets at the beginning of which no frame comes."""
     packets: int = 0  # number of packets, including those that are not shown
     times: list[int | None] = field(default_factory=list)
     """Presentation times of the shown packets in decoding order."""
@@ -73,8 +80,21 @@ class Stream:
             why = self.first_error
         elif len(self.sizes) > 1:
             sizes = ", then ".join(f"{width} x {height}" for height, width in self.sizes[:3])
-            why = f"frame {first} is damaged or of another size: {sizes}"
+            why = f"frame {first} is of another size than those before: {sizes}"
         return first, count, why
+
+    def note_error(self, reason: str) -> None:
+        """Note that the next frame is not to be had."""
+        self.first_error = self.first_error or f"frame {len(self.frames)}: {reason}"
+        self.errors_at.append(len(self.frames))
+
+    def leave_out_before(self, first: int) -> None:
+        """Forget packets of which no frame comes, since the stream begins inside a group."""
+        kept = [i for i, time in enumerate(self.times) if time is not None and time >= first]
+        self.left_out = len(self.times) - len(kept)
+        self.times = [self.times[i] for i in kept]
+        self.keys = [self.keys[i] for i in kept]
+        self.moments = [moment for moment in self.moments if moment >= first]
 
     def key_distance(self) -> int:
         """Return the largest distance from a key frame to the next, or to the end, in frames."""
@@ -105,16 +125,22 @@ def decode_all(file: str) -> Steps[Stream]:
         DecodeError: it is no video.
         Exception: whatever PyAV raises where a file does not open.
     """
-    member = TarMember.parse(file)
-    source = member.read() if member else os.path.abspath(file)  # noqa: PTH100
+    import av
+
+    source, head = source_of(file)
+    with PyavReader(file, source, head) as reader:
+        times = reader.times
     container, video = open_container(source)
     with container:
         stream = Stream(
             stated=video.frames,
-            promised=float((video.duration or 0) * (video.time_base or 0)),
+            promised=float((video.duration or 0) * (video.time_base or 0))
+            or (container.duration or 0) / av.time_base,
             tick=float(video.time_base or 0),
             rate=float(video.average_rate) if video.average_rate else None,
-            has_times=container.format.name not in UNTIMED,
+            has_times=bool(times),
+            has_order=bool(times) or container.format.name in UNTIMED,
+            tracks=len(container.streams.video),
             codec=video.codec_context.name,
             pixel_format=video.codec_context.pix_fmt or "",
         )
@@ -122,6 +148,8 @@ def decode_all(file: str) -> Steps[Stream]:
             _note_packet(stream, packet)
             _decode(stream, packet)
             yield
+    if times:
+        stream.leave_out_before(times[0])
     return stream
 
 
@@ -145,16 +173,17 @@ def _decode(stream: Stream, packet: "av.Packet[av.VideoStream]") -> None:
 
     try:
         for frame in packet.decode():
-            turns = round(frame.rotation / 90) % 4
-            size = (frame.height, frame.width) if turns % 2 == 0 else (frame.width, frame.height)
+            size = upright_size(frame)
+            if not stream.sizes:
+                stream.rotation = orientation_of(frame).degrees
             if size not in stream.sizes:
                 stream.sizes.append(size)
-                stream.rotation = -90 * turns % 360 if len(stream.sizes) == 1 else stream.rotation
+            before = stream.frames[-1][0] if stream.frames and stream.has_times else None
+            if before is not None and frame.pts is not None and frame.pts <= before:
+                stream.note_error("its time contradicts its order")
             stream.frames.append((frame.pts, not frame.is_corrupt and size == stream.sizes[0]))
     except MemoryError:
         raise
     except (av.FFmpegError, ValueError) as error:
         if not isinstance(error, EOFError):
-            reason = getattr(error, "strerror", None) or str(error)
-            stream.first_error = stream.first_error or f"frame {len(stream.frames)}: {reason}"
-            stream.errors_at.append(len(stream.frames))
+            stream.note_error(getattr(error, "strerror", None) or str(error))

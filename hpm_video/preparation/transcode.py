@@ -17,18 +17,13 @@ from typing import TYPE_CHECKING, Literal
 from PIL import Image
 
 from hpm_video.decoding.locations import is_frame_folder, is_image
+from hpm_video.decoding.orientation import upright_size
 from hpm_video.decoding.reader import Size
 from hpm_video.decoding.registry import choose_decoder, open_video
 from hpm_video.decoding.video_stream import USUAL_RATE, Timed, VideoStream
 from hpm_video.files.failures import Failure
 from hpm_video.preparation.check import examine
-from hpm_video.preparation.encode import (
-    Resizer,
-    VideoWriter,
-    fitted_size,
-    picture_of,
-    upright_size,
-)
+from hpm_video.preparation.encode import Resizer, VideoWriter, fitted_size, picture_of
 from hpm_video.preparation.findings import stamp_of
 from hpm_video.preparation.jobs import Steps, attempt
 

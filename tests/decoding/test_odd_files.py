@@ -4,6 +4,7 @@ Each frame shows its number in black and white, so that it can be read back.
 """
 
 import random
+import re
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -13,8 +14,11 @@ import numpy as np
 import pytest
 from av.stream import Disposition
 
+from hpm_video.data.manifest import read_manifest
 from hpm_video.decoding.reader import DecodeError
 from hpm_video.decoding.registry import available_decoders, open_video
+from hpm_video.preparation.check import examine
+from hpm_video.preparation.jobs import paced
 
 COUNT = 40
 GROUP = 12
@@ -102,9 +106,8 @@ def test_times_that_are_those_of_decoding_do_not_change_the_order(tmp_path, suff
     assert numbers_of(read_all(path)) == [*range(COUNT)]
 
 
-def test_times_that_begin_to_lie_later_are_an_error(tmp_path):
-    """As of two files that were joined: nothing is read in a wrong order."""
-    source = write(tmp_path / "source.mp4", "libx264")
+def write_lying_later(folder: Path) -> Path:
+    source = write(folder / "source.mp4", "libx264")
     with av.open(str(source)) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
     late = [packet.pts for packet in packets if packet.dts >= packets[26].dts]
@@ -115,7 +118,12 @@ def test_times_that_begin_to_lie_later_are_an_error(tmp_path):
         return packet
 
     assert late != sorted(late)
-    copy(source, path := tmp_path / "lying.mkv", change)
+    return copy(source, folder / "lying.mkv", change)
+
+
+def test_times_that_begin_to_lie_later_are_an_error(tmp_path):
+    """As of two files that were joined: nothing is read in a wrong order."""
+    path = write_lying_later(tmp_path)
     with open_video(str(path), "pyav") as video, pytest.raises(DecodeError) as error:
         video.read(range(video.num_frames))
     assert "the times of its frames contradict their order" in str(error.value)
@@ -263,6 +271,100 @@ def test_a_container_that_is_not_read_is_named_with_what_helps(tmp_path, suffix,
     for decoder in available_decoders():
         with pytest.raises(DecodeError, match=f"it is {what}, .* ffmpeg -i FILE .*FILE.m"):
             open_video(str(path), decoder)
+
+
+# What tools/check_videos.py says of them, and what tools/transcode.py makes
+
+
+def found_by_check(path: Path):
+    """What the check finds, as training would read the file then."""
+    (*_, finding) = paced(examine(str(path), "pyav"))
+    return finding
+
+
+def numbers_of_copy(path: Path, folder: Path, run_tool) -> list[int]:
+    listing = folder / "list.csv"
+    listing.write_text(f"path\n{path}\n")
+    code, output = run_tool("transcode", listing, folder / "copies", "--short-side", HEIGHT)
+    assert code == 0, output
+    manifest = read_manifest(folder / "copies" / "manifest.csv")
+    return numbers_of(read_all(Path(manifest.files[0])))
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "ts"])
+def test_the_check_counts_what_training_reads_of_a_stream_that_was_cut(tmp_path, suffix):
+    source = write(tmp_path / "source.mkv", "libx264")
+    path = copy(source, tmp_path / f"cut.{suffix}", skip=5)
+    finding = found_by_check(path)
+    assert finding.verdict == "suspicious"
+    assert any(re.search("first (frame|. frames) cannot be decoded", r) for r in finding.reasons)
+    assert finding.num_frames == len(read_all(path))
+
+
+def test_the_check_says_that_times_lie_and_counts_all_frames(tmp_path):
+    source = write(tmp_path / "source.mp4", "libx264")
+    copy(source, path := tmp_path / "lying.mkv", with_times_of_decoding)
+    finding = found_by_check(path)
+    assert (finding.verdict, finding.num_frames) == ("suspicious", COUNT)
+    assert "its times do not tell the order of its frames" in finding.reasons[0]
+
+
+def test_a_stream_whose_times_lie_later_is_good_up_to_there(tmp_path):
+    path = write_lying_later(tmp_path)
+    finding = found_by_check(path)
+    assert finding.verdict == "suspicious"
+    assert "the times of its frames contradict their order)" in finding.reasons[0]
+    with open_video(str(path), "pyav") as video:
+        frames = video.read(range(finding.num_frames))
+    assert numbers_of(frames) == [*range(finding.num_frames)]
+
+
+def test_a_cut_off_file_without_a_count_of_frames_is_seen_by_its_length(tmp_path):
+    path = tmp_path / "cut.mkv"
+    with av.open(str(path), "w") as output:
+        for packet in add_track(output, "mjpeg", "yuvj420p", count=200):
+            output.mux(packet)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+    reasons = found_by_check(path).reasons
+    assert any("its header promises 8 s, and its frames end after" in reason for reason in reasons)
+
+
+def test_the_check_says_that_there_are_several_streams(tmp_path):
+    path = tmp_path / "two.mkv"
+    with av.open(str(path), "w") as output:
+        tracks = [add_track(output, "mpeg4"), add_track(output, "mpeg4")]
+        for packets in zip(*tracks, strict=True):
+            for packet in packets:
+                output.mux(packet)
+    assert "it has 2 video streams" in found_by_check(path).reasons[0]
+
+
+@pytest.mark.slow
+def test_copies_of_odd_files_have_their_frames_in_order(tmp_path, run_tool):
+    source = write(tmp_path / "source.mp4", "libx264")
+    cut = copy(source, tmp_path / "cut.mkv", skip=5)
+    first = numbers_of(read_all(cut))[0]
+    (tmp_path / "a").mkdir()
+    assert numbers_of_copy(cut, tmp_path / "a", run_tool) == [*range(first, COUNT)]
+    lying = copy(source, tmp_path / "lying.mkv", with_times_of_decoding)
+    (tmp_path / "b").mkdir()
+    assert numbers_of_copy(lying, tmp_path / "b", run_tool) == [*range(COUNT)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("matrix", [(-1, 0, 0, 1), (0, 1, 1, 0), (0, 1, -1, 0)])
+def test_a_copy_stands_upright_as_its_source_does(tmp_path, matrix, run_tool):
+    path = write(tmp_path / "video.mp4", "mpeg4")
+    set_matrix(path, matrix)
+    expected = read_all(path)[7].astype(int)
+    listing = tmp_path / "list.csv"
+    listing.write_text(f"path\n{path}\n")
+    code, output = run_tool("transcode", listing, tmp_path / "copies", "--short-side", HEIGHT)
+    assert code == 0, output
+    (copied,) = read_manifest(tmp_path / "copies" / "manifest.csv").files
+    found = read_all(Path(copied))[7]
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).mean() < 6
 
 
 @pytest.mark.parametrize(
