@@ -3,6 +3,7 @@
 import io
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -178,8 +179,14 @@ class PyavReader(VideoReader):
 
     def _try_beginning(self) -> None:
         """Believe the decoder about the first frames: which come, and in which order."""
+        import av
+
         frames = self._by_number(self._packets_from(None))
-        came = [frame.pts for _, frame in islice(frames, _TRIED)]
+        came: list[int | None] = []
+        with suppress(av.error.InvalidDataError):  # it is met again where it is in the way
+            came += (frame.pts for _, frame in islice(frames, _TRIED))
+        if not came:
+            return
         known = [time for time in came if time is not None]
         self._ordered = bool(known) and known == came == sorted(set(known))
         if self._ordered:

@@ -15,13 +15,15 @@ from hpm_video.preparation.findings import Finding
 REASONS_SHOWN = 8
 BINS = 40
 WIDE = 30.0  # ratio of largest to smallest value above which an axis is logarithmic
+ALIKE = 1e-4
+"""Share by which values may differ, as rates do that were measured, and are drawn as one."""
 COLOURS = ("tab:green", "tab:orange", "tab:red")  # colours of the verdicts
 MEASURES = {
     "num_frames": "Length in frames",
     "duration": "Length in seconds",
     "short_side": "Short side in pixels",
     "fps": "Frames per second",
-    "key_frame_distance": "Key-frame distance",
+    "key_frame_distance": "Key-frame distance in frames",
 }
 """Columns of :func:`usable` and their titles in the plot."""
 
@@ -91,11 +93,14 @@ def _totals(table: pd.DataFrame) -> dict[str, str]:
 def plot(findings: Sequence[Finding], title: str) -> Figure:
     """Plot verdicts, and histograms of the files that can be used."""
     table = usable(findings)
-    shown = [name for name in MEASURES if name in table and table[name].count()]
+    known = [name for name in MEASURES if name in table and table[name].count()]
+    shown = [n for n in known if table[n].max() > (1 + ALIKE) * table[n].min()]
+    alike = [f"{MEASURES[n].lower()} {table[n].max():.4g}" for n in known if n not in shown]
     columns = min(3, 1 + len(shown))
     rows = -(-(1 + len(shown)) // columns)
-    figure = Figure(figsize=(4.6 * columns, 0.4 + 3.0 * rows), layout="constrained")
-    figure.suptitle(title)
+    figure = Figure(figsize=(max(9.2, 4.6 * columns), 0.6 + 3.0 * rows), layout="constrained")
+    heading = "\n".join([title, "all alike: " + ", ".join(alike)] if alike else [title])
+    figure.suptitle(heading, fontsize=9)
     axes = figure.add_subplot(rows, columns, 1, title="Files by verdict")
     counts = Counter(finding.verdict for finding in findings)
     bars = axes.barh(VERDICTS, [counts[verdict] for verdict in VERDICTS], color=COLOURS)

@@ -159,6 +159,7 @@ def train(
                 best=directory.state.get("best", {}),
             )
             with closing(state):
+                state.measure_beginning()
                 fit(engine, objective, batches, schedule_of(config.recipe), state, start=start)
     finally:
         end_workers()

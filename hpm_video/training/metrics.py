@@ -173,7 +173,7 @@ class TensorBoard:
     def __init__(self, folder: Path, first_update: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=first_update + 1)
+        self._writer = SummaryWriter(str(folder), purge_step=first_update and first_update + 1)
         self.flush, self.close = self._writer.flush, self._writer.close
 
     def write(self, kind: str, update: int, values: Mapping[str, float]) -> None:
@@ -202,7 +202,8 @@ class MetricsLog:
         self.trackers: list[Tracker] = []
         if writes:
             if self._path.is_file():
-                kept = [line for line in read_lines(self._path) if line["update"] <= first_update]
+                lines = read_lines(self._path) if first_update else []
+                kept = [line for line in lines if line["update"] <= first_update]
                 with written_beside(self._path) as beside:
                     beside.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
             self.trackers = [

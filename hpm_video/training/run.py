@@ -92,6 +92,15 @@ class Run:
             tracker.close()
         self._bar.close()
 
+    def measure_beginning(self) -> None:
+        """Measure on validation clips what a run begins with.
+
+        Curves have a start by it, and validation that fails does so before any work.
+        """
+        if self.start == 0 and self.evaluation.validate:
+            with self.meter.paused():
+                self._measure("held_out", 0, self.evaluation.validate, self.evaluation.describe)
+
     def after_update(self, progress: Progress, settings: dict[str, float]) -> None:
         """Log, measure, draw, save and stop, where it is time to.
 
