@@ -54,7 +54,6 @@ class Reading:
 
     @classmethod
     def of(cls, data: DataConfig, *, exclude_bad_files: bool = False) -> "Reading":
-        """Return how a config reads videos."""
         workers = default_workers() if data.workers is None else data.workers
         limits = Limits(data.seconds_per_file, int(data.memory_per_worker * GIB))
         return cls(data.decoder, workers, exclude_bad_files, limits)
@@ -195,7 +194,6 @@ class Inference:
 
     @classmethod
     def load(cls, trained: TrainedModel, device: torch.device, precision: Precision) -> "Inference":
-        """Build a trained model on ``device``."""
         clips = CLIPS_PER_PASS
         if isinstance(trained, TrainedClassifier):
             clips = trained.config.test.clips_per_pass
