@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "sklearn": {"recognition/probes.py", "recognition/testing.py"},
     "timm": {
         "data/augment.py",
-        "recognition/mixing.py",
+        "recognition/objective.py",
         "models/feature_model.py",
         "weights/exporting.py",
         "weights/facts.py",
@@ -79,7 +79,6 @@ CORE = (
     "mining/objective",
     "mining/validation",
     "recognition/objective",
-    "recognition/mixing",
     "training/loop",
     "training/objective",
     "training/engine",

@@ -104,16 +104,14 @@ def report(folder: FeatureFolder, before: int, failures: Sequence[Failure]) -> N
         + (f"; without {len(failures)} that do not decode" if failures else "")
     )
     of_view = ", ".join(map(str, layout.view_shape))
-    rows = {
-        "features": f"{folder.path / 'features'}  (views, {of_view}) {layout.dtype} for each video",
-        "first frames": f"{folder.path / 'starts'}  (views,) int64" if layout.windows else "",
-        "index": f"{folder.path / 'index.csv'}",
-        "settings": f"{folder.path / 'settings.json'}",
-        "not decoded": f"{folder.bad_files}" if failures else "",
-    }
-    for name, what in rows.items():
-        if what:
-            print(f"  {name:14}{what}")
+    print(
+        f"  features      {folder.path}/features  (views, {of_view}) {layout.dtype} for each video"
+    )
+    if layout.windows:
+        print(f"  first frames  {folder.path}/starts  (views,) int64")
+    print(f"  index         {folder.path}/index.csv")
+    if failures:
+        print(f"  not decoded   {folder.bad_files}")
     bad = {failure.path for failure in failures}
     video = next((file for file in folder.manifest.files if file not in bad), None)
     if video is None:

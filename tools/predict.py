@@ -5,7 +5,6 @@ The most probable classes come first.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -54,8 +53,8 @@ def name_actions(arguments: argparse.Namespace) -> None:
         BadFilesError: some videos do not decode; the others have predictions.
         CheckpointError, ConfigError, ManifestError, DeviceError, OSError: a wrong input.
     """
-    if arguments.json is not None:
-        check_json(arguments.json)
+    if arguments.json is not None and arguments.json.is_dir():
+        raise IsADirectoryError(f"--json {arguments.json} is a folder; give a file in it")
     manifest = find_videos(arguments.videos)
     decoder_for(arguments.decoder, manifest)
     trained, classifier = open_inference(arguments, TrainedClassifier)
@@ -101,19 +100,6 @@ def name_actions(arguments: argparse.Namespace) -> None:
         print(f"\nwrote {arguments.json}")
     if failures:
         raise BadFilesError(failures, len(manifest), "Encode them anew, or leave them out.")
-
-
-def check_json(path: Path) -> None:
-    """Make sure, before any computation, that a file can be written there.
-
-    Raises:
-        OSError: it cannot.
-    """
-    if path.is_dir():
-        raise IsADirectoryError(f"--json {path} is a folder; give a file in it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"--json {path} cannot be written: no right to write in its folder")
 
 
 def find_videos(paths: Sequence[str]) -> Manifest:

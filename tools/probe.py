@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from hpm_video.config.checks import ConfigError
-from hpm_video.config.data import DataConfig
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig
+from hpm_video.data.manifest import read_manifest
 from hpm_video.files.atomic import written_beside
 from hpm_video.recognition.labels import names_of_both
 from hpm_video.recognition.probes import (
@@ -31,7 +31,6 @@ from hpm_video.recognition.probes import (
 from hpm_video.recognition.testing import summarise
 from hpm_video.recognition.trained_model import OF_PRETRAINING, TrainedAutoencoder
 from hpm_video.runs.console import add_options, make_parser, positive, run
-from hpm_video.runs.data import open_manifest
 from hpm_video.runs.evaluation import describe_evaluation, evaluate_run
 from hpm_video.runs.finetuning import finetune, for_checkpoint
 from hpm_video.runs.options import add_model_options, clip_choice, open_inference, reading_of
@@ -80,18 +79,15 @@ def probe(arguments: argparse.Namespace) -> None:
     settings["checkpoint"] = str(arguments.checkpoint.resolve())
     output = arguments.output or run_dir / "probes" / arguments.weights
     path = output / "probe.json"
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        differing = [name for name in settings if before.get(name) != settings[name]]
-        if differing:
-            raise ConfigError(
-                f"{path} holds the result of another probe (other {', '.join(differing)}); take "
-                f"another --output, or delete it"
-            )
+    before = json.loads(path.read_text())["settings"] if path.is_file() else settings
+    if differing := [name for name in settings if before.get(name) != settings[name]]:
+        raise ConfigError(
+            f"{path} holds the result of another probe (other {', '.join(differing)}); take "
+            f"another --output, or delete it"
+        )
     results: dict[str, Any] = {}
-    cached = [kind for kind in arguments.probes if kind in CACHED]
-    if cached:
-        results |= probe_cached(arguments, cached)
+    if cached := [kind for kind in arguments.probes if kind in CACHED]:
+        results = probe_cached(arguments, cached)
     for kind in arguments.probes:
         if kind in TRAINED:
             results[kind] = probe_trained(arguments, kind, output / kind)
@@ -106,8 +102,8 @@ def probe(arguments: argparse.Namespace) -> None:
 def probe_cached(arguments: argparse.Namespace, kinds: Sequence[str]) -> dict[str, Any]:
     """Nearest neighbours and logistic regression on the clip in the middle of each video."""
     (_, encoder), reading = open_inference(arguments, TrainedAutoencoder), reading_of(arguments)
-    data = DataConfig(train=arguments.train, root=arguments.root)
-    manifests = [open_manifest(data, path) for path in (arguments.train, arguments.validation)]
+    paths = (arguments.train, arguments.validation)
+    manifests = [read_manifest(path, arguments.root) for path in paths]
     names = names_of_both(*manifests)
     if "knn" in kinds and max(arguments.neighbours) > len(manifests[0]):
         raise ConfigError(

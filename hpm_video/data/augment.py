@@ -42,7 +42,6 @@ class Augmentation(ClipTransform):
     interpolation: Interpolation = "bilinear"
 
     def prepare(self) -> None:
-        """Import timm and torchvision."""
         importlib.import_module("torchvision.transforms")
         if self.rand_augment is not None or self.erasing > 0:
             importlib.import_module("timm.data")
@@ -50,7 +49,6 @@ class Augmentation(ClipTransform):
     def draw(
         self, size: tuple[int, int], frame_size: tuple[int, int], draw: np.random.Generator
     ) -> "DrawnAugmentation":
-        """A box, whether it is mirrored, and keys of what else is done."""
         crop_key, change_key, erase_key = (int(key) for key in draw.integers(2**63, size=3))
         mirrored = draw.random() < 0.5
         return DrawnAugmentation(

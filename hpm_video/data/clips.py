@@ -80,7 +80,6 @@ class Slot:
         return self._state if isinstance(self._state, Request) else None
 
     def put(self, read: Sample | Failure) -> None:
-        """Take what came of the request."""
         if isinstance(read, Sample):
             self._state = replace(read, failures=self._failures)
         else:
@@ -130,7 +129,7 @@ class VideoClips(Clips):
         decoder = decoder_for(data.decoder, manifest)
         reader = TrainReader(data, decoder, source, transform, same_frames)
         super().__init__(manifest, reader, data.repeats)
-        self._data = data
+        self.max_bad_share, self._repeats = data.max_bad_share, data.repeats
         self._seed = seed
         self._own = (source,) if source else ()
         """What tells the draws of one source from those of another."""
@@ -152,14 +151,14 @@ class VideoClips(Clips):
                 instead_of = (int(order[slot]),) if offset else ()
                 keys = tuple(
                     (self._seed, *self._own, epoch, index, repeat, *instead_of)
-                    for repeat in range(self._data.repeats)
+                    for repeat in range(self._repeats)
                 )
                 known = self.manifest.num_frames[index]
                 return Request(path, self.manifest.labels[index], known, keys)
             passed[path] = self.bad[path]
-            if len(passed) > tolerated(len(self), self._data.max_bad_share):
+            if len(passed) > tolerated(len(self), self.max_bad_share):
                 break
-        raise too_many([*passed.values()], len(self), self._data.max_bad_share)
+        raise too_many([*passed.values()], len(self), self.max_bad_share)
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
         if self._order[0] != epoch:

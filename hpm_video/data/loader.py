@@ -251,12 +251,10 @@ class PartReader:
     clips_per_part: int
 
     def prepare(self) -> None:
-        """Import what takes long to import."""
         prepare_decoder(self.decoder)
 
     @property
     def part_bytes(self) -> int:
-        """Bytes of the arrays in a part, at most."""
         return self.clips_per_part * self.views.crops * (clip_bytes(self.data) + 8)
 
     def __call__(self, job: tuple[str, int]) -> Iterator[Part | Failure]:

@@ -108,7 +108,6 @@ class Manifest:
         return self.of([i * len(self) // taken for i in range(taken)])
 
     def of(self, places: Sequence[int]) -> "Manifest":
-        """Select the files at ``places``."""
         return replace(
             self,
             files=tuple(self.files[i] for i in places),
@@ -338,7 +337,6 @@ def _label_names(listing: Listing, labels: "pd.Series[int]") -> tuple[str, ...] 
 
 
 def _files(source: Path, table: pd.DataFrame, root: Path | str | None) -> tuple[str, ...]:
-    """Return the places of the files of a table."""
     base = Path(root).absolute() if root else source.parent
     start = str(base).rstrip("/") + "/"
     files: list[str] = []

@@ -57,12 +57,7 @@ def place_of(path: str, base: Path, *, confined: bool) -> str:
 
 def climbs(path: str) -> bool:
     """Whether ``..`` leads out of the folder where a relative path starts, at any point of it."""
-    depth = 0
-    for part in path.split("/"):
-        depth += -1 if part == ".." else part not in ("", ".")
-        if depth < 0:
-            return True
-    return False
+    return os.path.normpath(path).split("/")[0] == ".."
 
 
 def unwritable(path: str) -> str:

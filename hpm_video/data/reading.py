@@ -177,7 +177,6 @@ class TrainReader(ClipReader):
     same_frames: bool
 
     def prepare(self) -> None:
-        """Import what takes long to import."""
         super().prepare()
         self.transform.prepare()
 

@@ -89,7 +89,6 @@ class MultiScaleCrop(ClipTransform):
     def draw(
         self, size: tuple[int, int], frame_size: tuple[int, int], draw: np.random.Generator
     ) -> DrawnCrop:
-        """A box, and whether it is mirrored."""
         box = multi_scale_box(*size, frame_size, draw)
         return DrawnCrop(box, frame_size, self.interpolation, self.flip and draw.random() < 0.5)
 

@@ -98,7 +98,6 @@ class VideoReader(ABC):
         return self._must_count() or index < self.num_frames
 
     def _must_count(self) -> bool:
-        """Whether frames have to be decoded to know how many there are."""
         return self._num_frames is None and self._counts_by_decoding
 
     @abstractmethod

@@ -127,7 +127,6 @@ class FeatureTarget(Target):
 
     @property
     def of_teacher(self) -> bool:  # type: ignore[override]
-        """Whether it consists of the tokens of the teacher's encoder."""
         return self.model is None
 
     @override

@@ -25,14 +25,13 @@ def source_grid_of(config: PretrainConfig | FinetuneConfig) -> Size3:
     """
     if isinstance(config, FinetuneConfig) and config.model.pretrained_grid is not None:
         return config.model.pretrained_grid
-    grids = [
-        TokenGrid.of_clip(data.clip_size, config.model.patch_size)
-        for data in config.sources.values()
-    ]
-    time, height, width = (
-        max(axis) for axis in zip(*((g.time, g.height, g.width) for g in grids), strict=True)
+    sizes = [data.clip_size for data in config.sources.values()]
+    grids = [TokenGrid.of_clip(size, config.model.patch_size) for size in sizes]
+    return (
+        max(grid.time for grid in grids),
+        max(grid.height for grid in grids),
+        max(grid.width for grid in grids),
     )
-    return (time, height, width)
 
 
 def grid_of(model: EncoderConfig, data: DataConfig) -> TokenGrid:
@@ -50,13 +49,9 @@ def grid_of(model: EncoderConfig, data: DataConfig) -> TokenGrid:
 def build_classifier(config: FinetuneConfig, num_classes: int) -> ClipClassifier:
     """The model of a config, its weights drawn from the seed."""
     model, source = config.model, config.model.pretrained_grid
+    grid, source_grid = grid_of(model, config.data), source and TokenGrid(*source)
     with initial_weights(config.seed):
-        return ClipClassifier(
-            model,
-            num_classes,
-            grid_of(model, config.data),
-            None if source is None else TokenGrid(*source),
-        )
+        return ClipClassifier(model, num_classes, grid, source_grid)
 
 
 def build_student(config: PretrainConfig) -> MaskedAutoencoder:
@@ -75,11 +70,9 @@ def build_student(config: PretrainConfig) -> MaskedAutoencoder:
 
 def build_encoder(config: PretrainConfig, data: DataConfig) -> ClipEncoder:
     """The encoder of pre-training alone, for other clips, its weights drawn from the seed."""
-    source = TokenGrid(*source_grid_of(config))
+    grid, source = grid_of(config.model, data), TokenGrid(*source_grid_of(config))
     with initial_weights(config.seed):
-        return ClipEncoder(
-            config.model, grid_of(config.model, data), source_grid=source, init="xavier"
-        )
+        return ClipEncoder(config.model, grid, source_grid=source, init="xavier")
 
 
 @contextmanager

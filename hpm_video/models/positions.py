@@ -80,17 +80,13 @@ def space_time(grid: TokenGrid, dim: int, source: TokenGrid) -> Tensor:
     return (since_start.unsqueeze(1) + space).flatten(0, 1).float()
 
 
-def _coordinates(grid: TokenGrid, source: TokenGrid) -> tuple[Tensor, Tensor, Tensor]:
+def _coordinates(grid: TokenGrid, source: TokenGrid) -> tuple[Tensor, ...]:
     """Coordinates of the tokens of ``grid`` along each axis of ``source``: -> 3 x (length,)"""
-    time, height, width = (
+    axes = (grid.time, source.time), (grid.height, source.height), (grid.width, source.width)
+    return tuple(
         (torch.arange(length, dtype=torch.float64) + 0.5) * of_source / length - 0.5
-        for length, of_source in (
-            (grid.time, source.time),
-            (grid.height, source.height),
-            (grid.width, source.width),
-        )
+        for length, of_source in axes
     )
-    return time, height, width
 
 
 def _sines_and_cosines(coordinate: Tensor, dim: int) -> Tensor:

@@ -60,7 +60,6 @@ class Layout:
 
     @classmethod
     def of(cls, encoder: Inference, views: Views, dtype: DType, *, tokens: bool) -> "Layout":
-        """Return that of the features of an encoder."""
         dim = encoder.model.settings.encoder.dim
         shape = (encoder.model.grid.num_tokens, dim) if tokens else (dim,)
         return cls(views, tokens, dtype, shape)
@@ -169,11 +168,9 @@ class FeatureFolder:
         return len(self._entries)
 
     def features_of(self, video: str) -> Path:
-        """Return the file of the features of a video."""
         return self.path / "features" / f"{self._names[video]}.npy"
 
     def starts_of(self, video: str) -> Path:
-        """Return the file of the first frames of the windows of a video."""
         return self.path / "starts" / f"{self._names[video]}.npy"
 
     def claim(self, settings: Mapping[str, Any]) -> None:
@@ -209,11 +206,9 @@ class FeatureFolder:
         return sorted(place for video, place in first.items() if video not in self._entries)
 
     def begin(self, place: int, views: int) -> "GrowingFile":
-        """Begin the file of a video."""
         return GrowingFile(self.features_of(self.manifest.files[place]), views, self.layout)
 
     def finish(self, place: int, growing: "GrowingFile", num_frames: int) -> None:
-        """Complete the file of a video."""
         video = self.manifest.files[place]
         if self.layout.windows:
             with written_beside(self.starts_of(video)) as beside:

@@ -54,7 +54,6 @@ class Reading:
 
     @classmethod
     def of(cls, data: DataConfig, *, exclude_bad_files: bool = False) -> "Reading":
-        """Return how a config reads videos."""
         workers = default_workers() if data.workers is None else data.workers
         limits = Limits(data.seconds_per_file, int(data.memory_per_worker * GIB))
         return cls(data.decoder, workers, exclude_bad_files, limits)
@@ -124,8 +123,7 @@ def each_video(
 ) -> Iterator[tuple[int, NDArray[np.float64] | Failure]]:
     """Yield the position of each video, and the mean of its views' values or why it failed.
 
-    After the first failure nothing is computed any more, unless bad files are excluded: then only
-    the other failures are wanted.
+    Unless bad files are excluded, only further failures are wanted after the first one.
     """
     left = iter(positions)
     failed = False
@@ -183,7 +181,7 @@ def over_videos(
 
 @dataclass(frozen=True)
 class Inference:
-    """A model on a device, with the clips that it takes."""
+    """A model on a device, with the clips that it takes: (B, C, T, H, W) uint8 on any device."""
 
     model: ClipEncoder
     """On ``device``."""
@@ -195,37 +193,31 @@ class Inference:
 
     @classmethod
     def load(cls, trained: TrainedModel, device: torch.device, precision: Precision) -> "Inference":
-        """Build a trained model on ``device``."""
         clips = CLIPS_PER_PASS
         if isinstance(trained, TrainedClassifier):
             clips = trained.config.test.clips_per_pass
         return cls(trained.encoder().to(device), trained.data, device, precision, clips)
 
     def tokens(self, clips: Tensor) -> Tensor:
-        """Tokens of the last layer: (B, C, T, H, W) uint8 on any device -> (B, N, D) float32
-
-        The class token is left out.
-        """
+        """Tokens of the last layer, without the class token: -> (B, N, D) float32"""
         return self._in_passes(lambda part: self.model.of_clip(self.model.encode(part)), clips)
 
     def pooled(self, clips: Tensor) -> Tensor:
-        """One vector for each clip: (B, C, T, H, W) uint8 on any device -> (B, D) float32
+        """One vector for each clip: -> (B, D) float32
 
         The class token, or where there is none the mean; of a classifier the input of its head.
         """
         return self._in_passes(lambda part: self.model.pool(self.model.encode(part)), clips)
 
     def probabilities(self, clips: Tensor) -> Tensor:
-        """Softmax of a classifier: (B, C, T, H, W) uint8 on any device -> (B, classes) float32"""
+        """Softmax of a classifier: -> (B, classes) float32"""
         return self._in_passes(self.model, clips).softmax(dim=-1)
 
     @torch.no_grad()
     def _in_passes(self, values: Values, clips: Tensor) -> Tensor:
         """Values of normalised clips, in evaluation mode, a few clips at a time."""
-        was_training = self.model.training
+        was_training, dtype, outputs = self.model.training, AUTOCAST[self.precision], []
         self.model.eval()
-        dtype = AUTOCAST[self.precision]
-        outputs = []
         for part in torch.split(clips, self.clips_per_pass):
             pixels = part.to(self.device, non_blocking=True)
             with torch.autocast(self.device.type, dtype, enabled=dtype is not None):

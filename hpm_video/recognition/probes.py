@@ -55,7 +55,6 @@ class FeatureTable:
 
     @property
     def there(self) -> NDArray[np.bool_]:
-        """Which videos have features: (videos,)"""
         there: NDArray[np.bool_] = ~np.isnan(self.features[:, 0])
         return there
 

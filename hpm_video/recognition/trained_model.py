@@ -53,7 +53,6 @@ class ClipChoice:
     frame_size: tuple[int, int] | None = None
 
     def of(self, data: DataConfig) -> DataConfig:
-        """Return the data section of a config with these clips."""
         short_side = data.held_out_short_side
         if short_side is not None and self.frame_size is not None:  # in the same proportion
             short_side = round(short_side * max(self.frame_size) / max(data.frame_size))
@@ -93,7 +92,6 @@ class TrainedModel(ABC):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Its weights."""
         if self.held is not None:
             return self.held
         return read_weights(self.path, self.config.model.patch_size, self.file)
@@ -117,7 +115,6 @@ class TrainedModel(ABC):
 
     @property
     def pooling(self) -> Pooling | None:
-        """How a classifier pools its tokens."""
         return self.config.model.pooling if isinstance(self.config, FinetuneConfig) else None
 
     @property
@@ -132,7 +129,6 @@ class TrainedModel(ABC):
         return f"{what} ({self.weights} at update {self.update})"
 
     def describe(self) -> dict[str, Any]:
-        """Return its weights and its clips, in plain values."""
         return {
             "update": self.update,
             "weights": self.weights,

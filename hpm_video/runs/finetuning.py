@@ -25,8 +25,7 @@ from hpm_video.recognition.labels import (
     read_label_names,
     with_numbers,
 )
-from hpm_video.recognition.mixing import Mixing
-from hpm_video.recognition.objective import Classification
+from hpm_video.recognition.objective import Classification, Mixing
 from hpm_video.recognition.testing import Scores, summarise
 from hpm_video.recognition.trained_model import OF_DECODERS, OF_POOLING
 from hpm_video.runs.data import SourceData, augmentation_of

@@ -34,8 +34,7 @@ from hpm_video.mining.validation import measure
 from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.models.vit import Transformer
 from hpm_video.randomness import generator, global_generators, key_of, uniform
-from hpm_video.recognition.mixing import Mixing
-from hpm_video.recognition.objective import Classification
+from hpm_video.recognition.objective import Classification, Mixing
 from hpm_video.recognition.probes import split_in_folds
 from hpm_video.runs.data import key_of_source, open_data
 from hpm_video.runs.pretraining import Pretraining, load_run

@@ -163,11 +163,6 @@ def test_masks_depend_on_the_keys_of_the_clips_alone():
     assert not torch.equal(other.mask.masked, one.mask.masked)
 
 
-def test_a_strategy_that_picks_needs_a_predictor():
-    with pytest.raises(ValueError, match="strategy=random, or mining.predictor=relative"):
-        make(strategy="easy_to_hard", predictor="none")
-
-
 def test_plain_masked_autoencoder_has_no_teacher_and_one_loss():
     _, objective, engine = make(strategy="random", predictor="none")
     losses = objective.losses(engine, random_batch((4, 32, 32)), Progress(0, 0, 1))

@@ -9,7 +9,7 @@ from timm.data.mixup import Mixup
 from torch.nn import functional as F
 
 from hpm_video.randomness import global_generators
-from hpm_video.recognition.mixing import Mixing
+from hpm_video.recognition.objective import Mixing
 
 CLASSES = 7
 

@@ -7,8 +7,7 @@ from torch.nn import functional as F
 
 from hpm_video.config.choices import TransformerSize
 from hpm_video.data.batch import ClipBatch
-from hpm_video.recognition.mixing import Mixing
-from hpm_video.recognition.objective import Classification
+from hpm_video.recognition.objective import Classification, Mixing
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.pixels import normalise
 from hpm_video.training.ema import MomentumSchedule, make_ema
