@@ -21,8 +21,7 @@ import hpm_video
 from hpm_video.data.loader import MAX_WORKERS, default_workers
 from hpm_video.data.manifest import read_listing, read_manifest
 from hpm_video.files.failures import BadFilesError
-from hpm_video.preparation.prepare import Estimate, estimate, make, pack
-from hpm_video.preparation.prepared_folder import PreparedFolder
+from hpm_video.preparation.prepared_folder import Estimate, PreparedFolder
 from hpm_video.preparation.transcode import Recipe
 from hpm_video.runs.console import (
     above_zero,
@@ -124,14 +123,14 @@ def work_through(folder: PreparedFolder, arguments: argparse.Namespace) -> None:
     limits = Limits(arguments.seconds, round(arguments.memory * GIB))
     if places := folder.missing():
         workers = min(arguments.workers, len(places))
-        cost = estimate(folder, places, workers, limits)
+        cost = folder.estimate(places, workers, limits)
         announce(folder, cost, workers, force=arguments.force or arguments.estimate)
         if not arguments.estimate:
-            make(folder, places, workers, limits)
+            folder.make(places, workers, limits)
     else:
         print(f"all {len(folder.names) - len(folder.failures)} files are there already")
     if folder.recipe.form == "shards" and not arguments.estimate:
-        pack(folder, arguments.workers, limits)
+        folder.pack(arguments.workers, limits)
 
 
 def announce(folder: PreparedFolder, cost: Estimate, workers: int, *, force: bool) -> None:

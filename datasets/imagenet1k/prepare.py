@@ -12,9 +12,9 @@ import argparse
 import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from hpm_video.preparation.recipes import FILE, FOLDER, Prepared, open_splits, run_recipe
 from hpm_video.preparation.sources import (
@@ -55,18 +55,10 @@ LIST_LINE = re.compile(r"(?P<path>\S.*?)[\s,]+(?P<label>\d+|n\d{8})")
 LABEL_LINE = re.compile(r"\d+|n\d{8}")
 
 
-class Row(NamedTuple):
-    """Image of a list."""
-
-    place: str
-    path: str
-    label: str  # a wnid or a number
-
-    @property
-    def wnid(self) -> str | None:
-        """Wnid in the path, of its folder (n01440764/a.JPEG) or its name (n01440764_9)."""
-        path = Path(self.path)
-        return next((n for n in (path.parent.name, path.name[:9]) if WNID.fullmatch(n)), None)
+def wnid_in(path: str) -> str | None:
+    """Return the wnid of the folder (n01440764/a.JPEG) or the name (n01440764_9) of an image."""
+    parts = Path(path).parent.name, Path(path).name[:9]
+    return next((part for part in parts if WNID.fullmatch(part)), None)
 
 
 def read_names(path: Path) -> dict[str, str]:
@@ -107,8 +99,8 @@ def read_ids(path: Path) -> dict[int, str]:
     return ids
 
 
-def read_labels(path: Path, ids: Mapping[int, str] | None, split: str) -> list[Row]:
-    """Read the images of a list and their classes.
+def read_labels(path: Path, ids: Mapping[int, str] | None, split: str) -> list[Clip]:
+    """Read the images of a list, named by their paths; a class is a wnid or a number.
 
     A list without names has a line for each validation image, ILSVRC2012_val_00000001 and so on.
     """
@@ -118,13 +110,13 @@ def read_labels(path: Path, ids: Mapping[int, str] | None, split: str) -> list[R
     if set(KAGGLE_COLUMNS) <= set(lines[0][1].split(",")):
         table = cells_of(path, KAGGLE_COLUMNS)
         return [  # the first word of PredictionString is the wnid
-            Row(place, f"{cells['ImageId']}.JPEG", cells["PredictionString"].partition(" ")[0])
+            clip_of(place, f"{cells['ImageId']}.JPEG", cells["PredictionString"].partition(" ")[0])
             for place, cells in table
         ]
     if not all(LABEL_LINE.fullmatch(row) for _, row in lines):
         needed = "'<image>.JPEG <number or wnid of the class>', as in train.txt and val.txt"
         found = matches_of(path, LIST_LINE, needed)
-        return [Row(place, row["path"], row["label"]) for place, row in found]
+        return [clip_of(place, row["path"], row["label"]) for place, row in found]
     if split == "train":
         raise RecipeError(f"{path} names no images. Give a list of 'path label' for training")
     if ids is None and any(row.isdigit() for _, row in lines):
@@ -133,28 +125,36 @@ def read_labels(path: Path, ids: Mapping[int, str] | None, split: str) -> list[R
             "wnids. Name by --ids the text that maps them, such as map_clsloc.txt; README.md "
             "says where it is"
         )
-    rows = []
+    clips = []
     for number, (place, row) in enumerate(lines, start=1):
         wnid = (ids or {}).get(int(row), "") if row.isdigit() else row
         if not wnid:
             raise RecipeError(f"{place}: --ids has no ID {row}. Both must be of one kit")
-        rows.append(Row(place, f"ILSVRC2012_val_{number:08}", wnid))
-    return rows
+        clips.append(clip_of(place, f"ILSVRC2012_val_{number:08}", wnid))
+    return clips
+
+
+def clip_of(place: str, path: str, class_name: str) -> Clip:
+    """Make a clip of an image, which is found by its name alone."""
+    return Clip(place, path, (Path(path).stem,), class_name)
 
 
 def find_classes(
     names: Collection[str] | None,
     ids: Mapping[int, str] | None,
     train: Videos | None,
-    rows: Sequence[Row],
+    listed: Sequence[Clip],
 ) -> Classes:
     """Find all classes: from a list of classes, or from list or folders of the training split."""
     if names is not None:
         wnids, source = {*names}, "--names"
     elif ids is not None:
         wnids, source = {*ids.values()}, "--ids"
-    elif rows:
-        given = (row.label if WNID.fullmatch(row.label) else row.wnid for row in rows)
+    elif listed:
+        given = (
+            one.class_name if WNID.fullmatch(one.class_name) else wnid_in(one.name)
+            for one in listed
+        )
         wnids, source = {wnid for wnid in given if wnid}, "--train-labels"
     else:
         parents = {file.parent.name for file in train.files} if train else set()
@@ -168,27 +168,27 @@ def find_classes(
     return Classes(sorted(wnids), source)
 
 
-def clips_of(rows: Sequence[Row], classes: Classes) -> list[Clip]:
-    """Make clips of the images of a list. Numbers count the sorted wnids from 0."""
-    clips = []
+def with_wnids(clips: Sequence[Clip], classes: Classes) -> list[Clip]:
+    """Name the classes of the images of a list. Numbers count the sorted wnids from 0."""
+    named = []
     num_classes = len(classes.names)
-    for row in rows:
-        label = int(row.label) if row.label.isdigit() else classes.label(row.label, row.place)
+    for clip in clips:
+        given, wnid = clip.class_name, wnid_in(clip.name)
+        label = int(given) if given.isdigit() else classes.label(given, clip.place)
         if label >= num_classes:
             raise RecipeError(
-                f"{row.place}: the label {label} is none of 0 to {num_classes - 1}, the numbers of "
-                f"the {num_classes} sorted wnids of {classes.source}. Lists that count from 1, or "
-                "in the order of the development kit, cannot be told apart: give wnids instead"
+                f"{clip.place}: the label {label} is none of 0 to {num_classes - 1}, the numbers "
+                f"of the {num_classes} sorted wnids of {classes.source}. Lists that count from 1, "
+                "or in the order of the development kit, cannot be told apart: give wnids instead"
             )
-        if row.wnid and (named := classes.label(row.wnid, row.place)) != label:
+        if wnid and (other := classes.label(wnid, clip.place)) != label:
             raise RecipeError(
-                f"{row.place}: says class {row.label}, but the path is of {row.wnid}, which is "
-                f"{named} of the sorted wnids. A list of another order cannot be used: leave it "
-                "out where there are class folders"
+                f"{clip.place}: says class {given}, but the path is of {wnid}, which is {other} "
+                "of the sorted wnids. A list of another order cannot be used: leave it out where "
+                "there are class folders"
             )
-        path, wnid = Path(row.path), classes.names[label]
-        clips.append(Clip(row.place, path.name, (path.stem,), wnid))
-    return clips
+        named.append(replace(clip, name=Path(clip.name).name, class_name=classes.names[label]))
+    return named
 
 
 def standing_labels(output: Path, classes: Classes, written: Collection[str]) -> list[str] | None:
@@ -205,11 +205,11 @@ def prepare(options: argparse.Namespace) -> Prepared:
     folders, lists = open_splits(options, SPLITS, "labels", folder_and_name, "image")
     names = read_names(options.names) if options.names else None
     ids = read_ids(options.ids) if options.ids else None
-    rows = {name: read_labels(path, ids, name) for name, path in lists.items()}
-    classes = find_classes(names, ids, folders.get("train"), rows.get("train", []))
+    listed = {name: read_labels(path, ids, name) for name, path in lists.items()}
+    classes = find_classes(names, ids, folders.get("train"), listed.get("train", []))
     splits = []
     for name, images in folders.items():
-        clips = clips_of(rows[name], classes) if name in rows else None
+        clips = with_wnids(listed[name], classes) if name in listed else None
         expected = f"Looked in {images.folder} and its folders for those names, with any suffix"
         remedy = (RIGHT_FOLDERS if clips is None else WRONG_LIST).format(name=name)
         splits.append(split_of(name, images, classes, clips, expected, remedy))

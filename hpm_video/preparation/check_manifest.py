@@ -107,7 +107,7 @@ def check_files(
     num_bad = sum(finding.verdict == "bad" for finding in unchanged.values())
     with (
         closing(ProgressBar(len(found) + len(left), "files", first=len(found))) as bar,
-        closing(run_jobs(check, left, check.workers, check.limits, retry=True)) as results,
+        closing(run_jobs(check, left, check.workers, check.limits)) as results,
     ):
         for file, result in results:
             found[file] = check.finding(file, result)

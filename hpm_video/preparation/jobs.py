@@ -58,6 +58,7 @@ def attempt(steps: Steps[Result], place: str, temporary: str) -> Iterator[Result
     """
 
     def guarded() -> Steps[Result | Failure]:
+        remove(temporary)  # of an attempt whose process was lost
         try:
             return (yield from steps)
         except MemoryError:
@@ -152,17 +153,12 @@ def claim(
 
 
 def run_jobs(
-    work: Callable[[Work], Any],
-    jobs: Mapping[str, Work],
-    workers: int,
-    limits: Limits,
-    *,
-    retry: bool = False,
+    work: Callable[[Work], Any], jobs: Mapping[str, Work], workers: int, limits: Limits
 ) -> Generator[tuple[str, Any], None, None]:
     """Do jobs by a pool of processes. -> each with its result, in any order
 
-    ``retry``: repeat a job that was lost with its process once, after all others: a disk may have
-    stood still, or somebody killed the process.
+    A job that was lost with its process is repeated once, after all others: a disk may have stood
+    still, or somebody killed the process.
 
     Raises:
         OSError: the disk accepts no more data.
@@ -178,7 +174,7 @@ def run_jobs(
             name, result, is_last = pool.next()
             if isinstance(result, DiskFailure):
                 raise OSError(f"{result.reason}. What is done stays; make room, and go on")
-            if retry and isinstance(result, Lost) and name not in lost:
+            if isinstance(result, Lost) and name not in lost:
                 lost.add(name)
                 pool.submit(name, jobs[name])
             elif is_last:

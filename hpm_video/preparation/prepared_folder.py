@@ -14,9 +14,12 @@ Each output is complete or absent.
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +29,37 @@ from hpm_video.decoding.video_stream import SIMPLEST
 from hpm_video.files.failures import Failure
 from hpm_video.preparation.findings import COLUMNS as CHECK_COLUMNS
 from hpm_video.preparation.findings import stamp_of
-from hpm_video.preparation.jobs import Journal, claim, remove, write_failures, write_table
-from hpm_video.preparation.shards import Sample, Shard, output_names, suffix_of
-from hpm_video.preparation.transcode import Job, Output, Recipe
+from hpm_video.preparation.jobs import (
+    Journal,
+    claim,
+    remove,
+    run_jobs,
+    write_failures,
+    write_table,
+)
+from hpm_video.preparation.shards import Sample, Shard, output_names, pack_shard, suffix_of
+from hpm_video.preparation.transcode import Job, Output, Recipe, Transcoder
+from hpm_video.workers.pool import Limits
+from hpm_video.workers.progress_bar import ProgressBar
 
+MOST_TRIALS = 8  # limit on the files that an estimate tries; of fewer than 80 files, a tenth
 PROPERTIES = ("num_frames", "width", "height", "fps", "key_frame_distance")
 COLUMNS = ("path", "label", "label_name", *PROPERTIES)
 STALE = {*COLUMNS, *CHECK_COLUMNS}  # columns of the source's manifest that do not hold for outputs
 UNRELATED = ("hpm_video",)  # settings that may differ between the starts of one folder
 TRIAL_SECONDS = 20.0  # seconds of each file in an estimate
 HEADERS = 3 * 1024  # estimate of the bytes that a tar adds to a sample
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Estimate of size and time for all files, from trials with some of them."""
+
+    tried: int  # number of successful trials
+    files: int
+    before: int  # total bytes of the sources
+    after: int  # total bytes of the outputs
+    seconds: float  # time that one process would take
 
 
 class PreparedFolder:
@@ -51,8 +75,8 @@ class PreparedFolder:
         self.path = path.absolute()
         self.recipe = recipe
         self.manifest = manifest
-        self.outputs: dict[str, Output] = {}  # outputs by place
-        self.failures: dict[str, Failure] = {}  # failures by place
+        self.outputs: dict[str, Output] = {}  # by place
+        self.failures: dict[str, Failure] = {}  # by place
         self.changed = 0  # number of files whose source or label has changed since they were done
         kept = [row for row, verdict in enumerate(listing.column("verdict")) if verdict != "bad"]
         cells = {name: listing.column(name) for name in (*listing.table.columns, "fps")}
@@ -71,14 +95,14 @@ class PreparedFolder:
         self._packed: dict[str, TarMember] = {}
         """Member of each place, in a shard of this folder that may be outdated."""
         self._journal: Journal | None = None
-        self.unfinished = self.path / ".unfinished"
+        self._unfinished = self.path / ".unfinished"
         self._parts = self.path / ".parts"
 
     def close(self) -> None:
         """Release the folder."""
         if self._journal is not None:
             with contextlib.suppress(OSError):  # it is empty, unless this run was stopped
-                self.unfinished.rmdir()
+                self._unfinished.rmdir()
             self._journal.close()
 
     def claim(self, settings: Mapping[str, Any]) -> None:
@@ -89,8 +113,8 @@ class PreparedFolder:
             BlockingIOError: another program writes to it.
         """
         self._journal = claim(self.path, settings, holds="prepared data", unrelated=UNRELATED)
-        remove(str(self.unfinished))
-        self.unfinished.mkdir()
+        remove(str(self._unfinished))
+        self._unfinished.mkdir()
         for record in self._journal.read():
             if shard := Path(record.get("shard", "")).name:
                 path = self.path / shard
@@ -155,9 +179,74 @@ class PreparedFolder:
     def missing(self) -> list[str]:
         """Return the places without an output, each once, in the order of the manifest."""
         if self.recipe.copy:
-            for place in filter(is_frame_folder, self.names):
-                self.fail(place, "a folder of frames cannot be packed as it is; leave out --copy")
+            reason = "a folder of frames cannot be packed as it is; leave out --copy"
+            folders = filter(is_frame_folder, self.names)
+            self.failures = {place: Failure(place, reason) for place in folders}
         return [p for p in self.names if p not in self.outputs and p not in self.failures]
+
+    def estimate(self, places: Sequence[str], workers: int, limits: Limits) -> Estimate:
+        """Estimate the cost of ``places`` by transcoding the first seconds of a few of them.
+
+        Bytes and time are taken to be proportional to the bytes of the source. Files that are
+        packed unchanged need no trial.
+        """
+        before = sum(stamp_of(place).bytes or 0 for place in places)
+        if self.recipe.copy:
+            return Estimate(len(places), len(places), before, before, 0.0)
+        count = min(MOST_TRIALS, ceil(len(places) / 10))
+        chosen = [places[i * len(places) // count] for i in range(count)]
+        there = self._unfinished if self._unfinished.is_dir() else None
+        with tempfile.TemporaryDirectory(prefix="transcode-", dir=there) as temporary:
+            jobs = {place: self.job(place, Path(temporary)) for place in chosen}
+            results = [*run_jobs(Transcoder(self.recipe), jobs, workers, limits)]
+        made = [each for _, each in results if isinstance(each, Output) and each.share > 0]
+        source = sum(output.source_bytes for output in made)
+        scale = before / source if source else 0.0
+        after = round(scale * sum(output.bytes / output.share for output in made))
+        seconds = scale * sum(output.seconds / output.share for output in made)
+        return Estimate(len(made), len(places), before, after, seconds)
+
+    def make(self, places: Sequence[str], workers: int, limits: Limits) -> None:
+        """Make outputs, and record them.
+
+        Raises:
+            OSError: the disk accepts no more data.
+            PoolError: the processes fail.
+        """
+        jobs = {place: self.job(place) for place in places}
+        with (
+            closing(ProgressBar(len(jobs), "files", "frames/s")) as bar,
+            closing(run_jobs(Transcoder(self.recipe), jobs, workers, limits)) as results,
+        ):
+            for place, result in results:
+                if isinstance(result, Output):
+                    self.note(place, result)
+                    bar.advance(result.num_frames)
+                else:
+                    remove(jobs[place].temporary)
+                    self.failures[place] = Failure(place, result.reason)
+                    bar.advance(0)
+
+    def pack(self, workers: int, limits: Limits) -> None:
+        """Write the shards that are missing, and record them.
+
+        Raises:
+            OSError: a shard cannot be written.
+            PoolError: the processes fail.
+        """
+        jobs = {shard.target: shard for shard in self.unpacked_shards()}
+        # Nothing is decoded, and a large file is copied in one step: it may take longer.
+        limits = replace(limits, seconds=10 * limits.seconds)
+        with (
+            closing(ProgressBar(len(jobs), "shards", "MB/s")) as bar,
+            closing(run_jobs(pack_shard, jobs, workers, limits)) as results,
+        ):
+            for target, result in results:
+                if isinstance(result, Failure):
+                    remove(jobs[target].temporary)
+                    raise OSError(f"{target} cannot be written: {result.reason}")
+                self._note_shard(jobs[target], result)
+                bar.advance(sum(member.size for member in result) / 1e6)
 
     def job(self, place: str, trial: Path | None = None) -> Job:
         """Make the job of a place; as a ``trial``, for its first seconds in that folder."""
@@ -171,16 +260,12 @@ class PreparedFolder:
         if trial is not None:
             temporary, target = f"{trial}/temporary-{name}", f"{trial}/{name}"
             return Job(place, temporary, target, **stated, cut=TRIAL_SECONDS)
-        return Job(place, f"{self.unfinished}/{name}", self._output(place), **stated)
+        return Job(place, f"{self._unfinished}/{name}", self._output(place), **stated)
 
     def note(self, place: str, output: Output) -> None:
         """Record an output."""
         self.outputs[place] = output
         self._note({"place": place, "name": self.names[place], **asdict(output)})
-
-    def fail(self, place: str, reason: str) -> None:
-        """Record a failure."""
-        self.failures[place] = Failure(place, reason)
 
     def unpacked_shards(self) -> list[Shard]:
         """Return the shards that are still to be written, each as full as allowed."""
@@ -198,11 +283,11 @@ class PreparedFolder:
         first = max((int(name[6:12]) + 1 for name in self._shards), default=0)
         names = [f"shard-{number:06d}.tar" for number in range(first, first + len(shards))]
         return [
-            Shard(f"{self.unfinished}/{name}", f"{self.path}/{name}", tuple(samples))
+            Shard(f"{self._unfinished}/{name}", f"{self.path}/{name}", tuple(samples))
             for name, samples in zip(names, shards, strict=True)
         ]
 
-    def note_shard(self, shard: Shard, members: Sequence[TarMember]) -> None:
+    def _note_shard(self, shard: Shard, members: Sequence[TarMember]) -> None:
         """Record a shard, and delete the files that it was made of."""
         name = Path(shard.target).name
         places = [self._of_name[sample.key] for sample in shard.samples]

@@ -31,7 +31,7 @@ from hpm_video.decoding.locations import TarMember
 from hpm_video.decoding.registry import open_video
 from hpm_video.decoding.video_stream import Timed, VideoStream
 from hpm_video.files.failures import Failure
-from hpm_video.preparation import encode, findings, jobs, prepare, shards
+from hpm_video.preparation import encode, findings, jobs, prepared_folder, shards
 from hpm_video.preparation.encode import fitted_size, write_video
 from hpm_video.preparation.findings import stamp_of
 from hpm_video.preparation.jobs import DiskFailure, remove
@@ -904,10 +904,10 @@ def test_a_file_that_hangs_or_crashes_is_listed_and_the_others_are_done(
     names = [f"{name}.mp4" for name in ("a", "hangs", "crashes", "eats", "b")]
     for name in names:
         write_source(tmp_path / name)
-    monkeypatch.setattr(prepare, "Transcoder", lambda recipe: work)
+    monkeypatch.setattr(prepared_folder, "Transcoder", lambda recipe: work)
     with folder_of(tmp_path, names) as folder:
         folder.claim({})
-        prepare.make(folder, folder.missing(), 1, Limits(seconds=3))
+        folder.make(folder.missing(), 1, Limits(seconds=3))
         folder.write_lists()
     failed = failed_in(tmp_path / "out")
     assert failed["hangs.mp4"] == "it took longer than 3 s"
@@ -917,12 +917,21 @@ def test_a_file_that_hangs_or_crashes_is_listed_and_the_others_are_done(
     assert not (tmp_path / "out" / ".unfinished").exists()
 
 
+def test_what_a_lost_process_left_does_not_disturb_the_next_attempt(tmp_path):
+    path = write_source(tmp_path / "a.mp4")
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "000099.jpg").touch()
+    job = Job(str(path), f"{tmp_path}/beside/", f"{tmp_path}/out/")
+    assert isinstance(last_of(job, replace(RECIPE, form="frames")), Output)
+    assert len([*(tmp_path / "out").iterdir()]) == 20
+
+
 WAITING = """
 import sys
 sys.path.insert(0, "tools")
 import transcode, waiting_work
-from hpm_video.preparation import prepare
-prepare.Transcoder = waiting_work.Waiting
+from hpm_video.preparation import prepared_folder
+prepared_folder.Transcoder = waiting_work.Waiting
 sys.exit(transcode.main(sys.argv[1:]))
 """
 
@@ -1037,7 +1046,7 @@ def test_a_full_disk_ends_the_run(tmp_path, monkeypatch, form):
     with folder_of(tmp_path, ["a.mp4"]) as folder:
         folder.claim({})
         with pytest.raises(OSError, match="No space left on device. What is done stays"):
-            prepare.make(folder, folder.missing(), 1, Limits())
+            folder.make(folder.missing(), 1, Limits())
 
 
 def test_an_output_that_is_not_what_it_should_be_is_no_row(tmp_path, monkeypatch):
