@@ -1,6 +1,5 @@
 """The sections that describe clips."""
 
-import dataclasses
 from dataclasses import dataclass
 
 from hpm_video.config.checks import (
@@ -102,11 +101,6 @@ class DataConfig:
     def clip_size(self) -> Size3:
         """Frames, height and width of a clip."""
         return (self.num_frames, *self.frame_size)
-
-    def plain(self) -> "DataConfig":
-        """The same without what is pre-training's alone."""
-        names = [item.name for item in dataclasses.fields(DataConfig)]
-        return DataConfig(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)

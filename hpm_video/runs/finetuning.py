@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hpm_video.config.checks import ConfigError
+from hpm_video.config.data import DataConfig
 from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import FinetuneConfig
 from hpm_video.data.transforms import ClipTransform
@@ -173,8 +174,8 @@ class Finetuning(Task):
             result = summarise(scores, names)
             of_label = np.take_along_axis(found, scores.labels[:, None], axis=1)
             cross_entropy = float(-np.nanmean(np.log(np.maximum(of_label, 1e-12))))
-            tops = {name: result[name] for name in ("top1", "top5")}
-            return {**tops, "cross_entropy": cross_entropy}
+            tops = {"top1": result["top1"], "top5": result["top5"]}
+            return tops | {"cross_entropy": cross_entropy}
 
         return Evaluation(validate, score="top1", more_is_better=True, describe=_describe_measures)
 
@@ -248,25 +249,18 @@ def for_checkpoint(
 ) -> FinetuneConfig:
     """Adapt a config to the encoder of a pre-training run, and to the clips of that run."""
     source = load_any_config(checkpoint / "config.yaml")
-    # Clips of one time step are not spread over anything.
-    test = replace(config.test, clips=1) if source_grid_of(source)[0] == 1 else config.test
+    grid = source_grid_of(source)
+    clips = {item.name: getattr(source.data, item.name) for item in fields(DataConfig)}
+    clips |= {"repeats": config.data.repeats, "flip": config.data.flip, "max_frame_stride": None}
+    encoder = {name: getattr(source.model, name) for name in SAME_ENCODER}
     return replace(
         config,
         init_weights=None if weights == "untrained" else str(checkpoint),
         init_from="teacher" if weights == "teacher" else "student",
-        test=test,
-        model=replace(
-            config.model,
-            init="xavier",
-            pretrained_grid=source_grid_of(source),
-            **{name: getattr(source.model, name) for name in SAME_ENCODER},
-        ),
-        data=replace(
-            source.data.plain(),
-            max_frame_stride=None,
-            repeats=config.data.repeats,
-            flip=config.data.flip,
-        ),
+        # Clips of one time step are not spread over anything.
+        test=replace(config.test, clips=1) if grid[0] == 1 else config.test,
+        model=replace(config.model, init="xavier", pretrained_grid=grid, **encoder),
+        data=DataConfig(**clips),
     )
 
 

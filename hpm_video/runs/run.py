@@ -100,11 +100,8 @@ def train(
 ) -> None:
     """Train from where the directory stands to the end. Raises what ``fit`` raises."""
     config, data, directory = task.config, task.data, session.directory
-    start, updates, is_first = (
-        directory.update,
-        data.timeline.num_updates,
-        engine.processes.is_first,
-    )
+    start, updates = directory.update, data.timeline.num_updates
+    processes, count = session.processes, session.processes.count
     size = f"{engine.num_parameters / 1e6:.1f} M parameters"
     model = f"{size} on {engine.device.type} in {engine.precision}, by {engine.name}"
     for line in describe_training(config, data, plan, model):
@@ -114,7 +111,7 @@ def train(
         log.info("going on at update %d of %d", start, updates)
     if directory.newest is not None:
         engine.load_optimizer_state(read_optimizer(directory.newest, config.model.patch_size))
-    if is_first:
+    if processes.is_first:
         record_start(directory.path, facts, start, directory.state.get("facts", {}))
     clips = task.training_clips()
     bad_files = {}
@@ -123,13 +120,12 @@ def train(
             directory.path / (f"bad_files_{name}.csv" if name else "bad_files.csv"),
             num_files=len(source.train),
             max_bad_share=config.data.max_bad_share,
-            writes=is_first,
+            writes=processes.is_first,
         )
         bad_files[name].check()
         stream.bad |= bad_files[name].failures  # they are not tried again
-    order = deal_out(config.weights, updates)
-    reading, count = Reading.of(config.data), plan.processes
-    places = Places(order, plan.batch_size, start, rank=engine.processes.rank, processes=count)
+    order, reading = deal_out(config.weights, updates), Reading.of(config.data)
+    places = Places(order, plan.batch_size, start, rank=processes.rank, processes=count)
     try:
         with (
             listen_for_stop(patient=count > 1) as stop,

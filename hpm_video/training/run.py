@@ -74,14 +74,12 @@ class Run:
     """Update and score of the best checkpoint so far; empty: there is none."""
 
     def __post_init__(self) -> None:
-        processes, first_update = self.engine.processes, self.start
-        writes = processes.is_first
-        self.meter = Meter(self.engine.device, processes)
+        writes, updates = self.engine.processes.is_first, self.timeline.num_updates
+        self.meter = Meter(self.engine.device, self.engine.processes)
         self._metrics = MetricsLog(
-            self.folder, self.logging, first_update=first_update, writes=writes
+            self.folder, self.logging, first_update=self.start, writes=writes
         )
-        updates = self.timeline.num_updates
-        self._bar = ProgressBar(updates, "updates", first=first_update, silent=not writes)
+        self._bar = ProgressBar(updates, "updates", first=self.start, silent=not writes)
         self._waiting = WaitingWarning(self.folder / "config.yaml")
         self._failures: list[tuple[str, Failure]] = []
         self._answer: Callable[[], int] = int
@@ -114,7 +112,6 @@ class Run:
         self._bar.count()
         if done % how.every_updates == 0 or last:
             self._write_line(done, settings, last=last)
-
         with self.meter.paused():
             keep = self._due(update, self.saving.keep_every_epochs)
             improved = False
