@@ -92,6 +92,8 @@ class Manifest:
     """Frames that each file is known to have, -1 where the manifest does not state it."""
     label_names: tuple[str, ...] | None = None
     """Name of each class, where the manifest names classes."""
+    has_class_folders: bool = False
+    """Whether classes are folders, numbered in the order of their names."""
 
     def __len__(self) -> int:
         return len(self.files)
@@ -148,6 +150,7 @@ def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
         labels=tuple(labels.tolist()),
         num_frames=tuple(num_frames.tolist()),
         label_names=_label_names(listing, labels),
+        has_class_folders=listing.source.is_dir() and "label" in listing.table,
     )
     return _without_bad(listing, manifest)
 

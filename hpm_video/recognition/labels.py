@@ -1,10 +1,14 @@
 """Numbers and names of classes, and checks that manifests agree on them."""
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hpm_video.data.manifest import Manifest, ManifestError
 from hpm_video.files.errors import read_text
+
+log = logging.getLogger(__name__)
 
 
 def read_label_names(path: Path) -> tuple[str, ...]:
@@ -32,6 +36,28 @@ def check_labels(manifest: Manifest, num_classes: int, what: str) -> None:
                 f"{what} need labels from 0 to {num_classes - 1}, but {file} has {has}; give a "
                 f"manifest with a column label, or a folder of class folders"
             )
+
+
+def numbered_as(names: Sequence[str] | None, manifest: Manifest) -> Manifest:
+    """Number classes that are folders as ``names`` does, where they may lack some of them.
+
+    Raises:
+        ManifestError: a folder is none of those classes.
+    """
+    if not (names and manifest.has_class_folders and manifest.label_names):
+        return manifest
+    if further := [name for name in manifest.label_names if name not in names]:
+        raise ManifestError(
+            f"of the class folders beside {manifest.files[0]}, {len(further)} of "
+            f"{len(manifest.label_names)} are no classes of training, first {further[0]!r}; the "
+            f"classes are {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+        )
+    if absent := [name for name in names if name not in manifest.label_names]:
+        shown = ", ".join(absent[:10])
+        log.info("classes without a folder of validation videos: %d, %s", len(absent), shown)
+    number = [names.index(name) for name in manifest.label_names]
+    labels = tuple(number[label] for label in manifest.labels)
+    return replace(manifest, labels=labels, label_names=tuple(names))
 
 
 def names_of_both(train: Manifest, validation: Manifest) -> tuple[str, ...]:

@@ -15,10 +15,12 @@ from hpm_video.files.atomic import written_beside
 from hpm_video.preparation.jobs import write_table
 from hpm_video.recognition.confusion import draw_confusion
 from hpm_video.recognition.inference import Inference, Reading, over_videos
-from hpm_video.recognition.labels import check_labels, check_same_names
+from hpm_video.recognition.labels import check_labels, check_same_names, numbered_as
 from hpm_video.recognition.trained_model import TrainedClassifier
 from hpm_video.training.distributed import Processes
 
+TOP = 5
+"""The label is among so many; of no more classes that tells nothing, and is not reported."""
 MANY_CLASSES = 30
 """From so many on, the terminal shows only the best and the worst."""
 
@@ -70,6 +72,7 @@ def score_videos(
         BadFilesError: videos do not decode, and are not to be excluded.
         ManifestError: a video has no label, or one that the classifier does not know.
     """
+    manifest = numbered_as(label_names, manifest)
     check_labels(manifest, len(label_names), "the videos of the test")
     check_same_names(label_names, manifest)
     clips = reading.clips(manifest, classifier.data, views)
@@ -110,8 +113,8 @@ def summarise(scores: Scores, label_names: Sequence[str]) -> dict[str, Any]:
     there = counts > 0
     return {
         "top1": float((ranks == 0).mean()),
-        "top5": float((ranks < min(5, num_classes)).mean()),
-        "chance": 1 / num_classes,
+        "top5": float((ranks < min(TOP, num_classes)).mean()),
+        "chance": float(1 / there.sum()),
         "largest_class": float(counts.max() / counts.sum()),
         "mean_class_top1": float((correct[there] / counts[there]).mean()),
         "videos": len(labels),
@@ -140,7 +143,7 @@ def write_results(
         confusion_counts(scores),
         label_names,
         folder / "confusion.png",
-        title=f"{result['videos'] - result['excluded']} videos, top-1 {result['top1']:.1%}",
+        title=f"{folder}: update {result['update']}, {result['clips']} x {result['crops']} views",
     )
     with written_beside(folder / "result.json") as path:
         path.write_text(json.dumps(result, indent=1) + "\n")
@@ -158,10 +161,10 @@ def confusion_counts(scores: Scores) -> NDArray[np.int64]:
 
 def describe(result: dict[str, Any]) -> str:
     """Return the result of a test in some lines, for the terminal."""
+    top5 = f", top-5 {result['top5']:.3f}" if len(result["classes"]) > TOP else ""
     rows = [
-        f"top-1 {result['top1']:.3f}, top-5 {result['top5']:.3f}, mean over classes "
-        f"{result['mean_class_top1']:.3f} (chance {result['chance']:.3f}) on {result['videos']} "
-        f"videos"
+        f"top-1 {result['top1']:.3f}{top5}, mean over classes {result['mean_class_top1']:.3f} "
+        f"(chance {result['chance']:.3f}) on {result['videos']} videos"
     ]
     if result["excluded"]:
         rows.append(f"  {result['excluded']} of them do not decode: excluded, and counted as wrong")

@@ -23,13 +23,14 @@ from hpm_video.recognition.inference import Inference, Reading, find_failures, o
 from hpm_video.recognition.labels import (
     check_labels,
     check_same_names,
+    numbered_as,
     read_label_names,
     with_numbers,
 )
 from hpm_video.recognition.objective import Classification, Mixing
-from hpm_video.recognition.testing import Scores, summarise
+from hpm_video.recognition.testing import TOP, Scores, summarise
 from hpm_video.recognition.trained_model import OF_DECODERS, OF_POOLING
-from hpm_video.runs.data import SourceData, augmentation_of
+from hpm_video.runs.data import RunData, SourceData, augmentation_of, open_data
 from hpm_video.runs.directory import RunDirectory, note_weights
 from hpm_video.runs.init_weights import SAME_ENCODER, config_beside
 from hpm_video.runs.run import run
@@ -58,6 +59,16 @@ class Finetuning(Task):
 
     def __init__(self, config: FinetuneConfig) -> None:
         super().__init__(config, None if config.recipe.average_momentum is None else "average")
+
+    @cached_property
+    def data(self) -> RunData:
+        """The videos that the config names; class folders are numbered as those of training."""
+        data = open_data(self.config)
+        main = data.main
+        if main.validation is None:
+            return data
+        validation = numbered_as(main.train.label_names, main.validation)
+        return replace(data, sources=data.sources | {"": replace(main, validation=validation)})
 
     @cached_property
     def label_names(self) -> tuple[str, ...]:
@@ -174,7 +185,7 @@ class Finetuning(Task):
             result = summarise(scores, names)
             of_label = np.take_along_axis(found, scores.labels[:, None], axis=1)
             cross_entropy = float(-np.nanmean(np.log(np.maximum(of_label, 1e-12))))
-            tops = {"top1": result["top1"], "top5": result["top5"]}
+            tops = {name: result[name] for name in ("top1", "top5")[: 1 + (len(names) > TOP)]}
             return tops | {"cross_entropy": cross_entropy}
 
         return Evaluation(validate, score="top1", more_is_better=True, describe=_describe_measures)
@@ -301,7 +312,6 @@ def load_pretrained(
 
 
 def _describe_measures(measures: dict[str, float]) -> str:
-    return (
-        f"validation: top-1 {measures['top1']:.3f}, top-5 {measures['top5']:.3f}, cross-entropy "
-        f"{measures['cross_entropy']:.3f}"
-    )
+    top5 = f", top-5 {measures['top5']:.3f}" if "top5" in measures else ""
+    cross_entropy = f", cross-entropy {measures['cross_entropy']:.3f}"
+    return f"validation: top-1 {measures['top1']:.3f}{top5}{cross_entropy}"

@@ -25,7 +25,7 @@ from hpm_video.models.feature_model import load_feature_model
 from hpm_video.models.from_config import build_student
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.recognition.inference import CLIPS_PER_PASS, Inference, Reading, find_failures
-from hpm_video.recognition.labels import names_of_both
+from hpm_video.recognition.labels import names_of_both, numbered_as
 from hpm_video.recognition.probes import FeatureTable, nearest_neighbours
 from hpm_video.recognition.testing import summarise
 from hpm_video.recognition.trained_model import TrainedAutoencoder, open_trained
@@ -271,6 +271,7 @@ def _neighbour_probe(
     manifests = [
         open_manifest(config.data, path).spread(how.videos) for path in (how.train, how.validation)
     ]
+    manifests[1] = numbered_as(manifests[0].label_names, manifests[1])
     names = names_of_both(*manifests)
     if how.k > len(manifests[0]):
         raise ConfigError(

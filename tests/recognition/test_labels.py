@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 
 from hpm_video.data.manifest import Manifest, ManifestError, read_manifest
@@ -5,6 +7,7 @@ from hpm_video.recognition.labels import (
     check_labels,
     check_same_names,
     names_of_both,
+    numbered_as,
     read_label_names,
     with_numbers,
 )
@@ -91,3 +94,19 @@ def test_names_of_a_manifest_survive_a_file_of_lines(tmp_path):
     assert names == ("jump, high", "two lines", "2", "sepa rated")
     (tmp_path / "labels.txt").write_text("".join(f"{name}\n" for name in names))
     assert read_label_names(tmp_path / "labels.txt") == names
+
+
+def test_class_folders_are_numbered_as_those_of_training(tmp_path, caplog):
+    for place in ("train/jump/a.mp4", "train/run/b.mp4", "train/walk/c.mp4", "val/walk/d.mp4"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).touch()
+    train, validation = (read_manifest(tmp_path / name) for name in ("train", "val"))
+    with caplog.at_level(logging.INFO):
+        numbered = numbered_as(train.label_names, validation)
+    assert (numbered.labels, numbered.label_names) == ((2,), ("jump", "run", "walk"))
+    assert "without a folder of validation videos: 2, jump, run" in caplog.text
+    with pytest.raises(ManifestError, match="2 of 3 are no classes of training, first 'jump'"):
+        numbered_as(validation.label_names, train)
+    (tmp_path / "list.csv").write_text("path,label,label_name\nd.mp4,0,walk\n")
+    listed = read_manifest(tmp_path / "list.csv")
+    assert numbered_as(train.label_names, listed) is listed, "its numbers are its own"
