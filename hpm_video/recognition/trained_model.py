@@ -1,5 +1,6 @@
 """The loader of trained models: checkpoint folders of runs, and single files made of them."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.recognition.labels import read_label_names
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.checkpoint import read_state, read_weights, weights_digest
+
+log = logging.getLogger(__name__)
 
 WeightsOf = Literal["student", "teacher", "model", "average", "untrained"]
 """Student or teacher of pre-training; a classifier (``model``) or the average of its weights; or
@@ -212,7 +215,7 @@ def open_trained(
     """Open a checkpoint folder or a single file.
 
     Args:
-        path: a checkpoint folder of a run, or a file made of one.
+        path: a checkpoint folder of a run, a file made of one, or a run, for its last checkpoint.
         wanted: what it must be; ``TrainedModel`` for either kind.
         weights: by default the student's of pre-training, of a classifier those that its config
             tests (``test.weights``).
@@ -223,6 +226,9 @@ def open_trained(
         ConfigError, CheckpointError: it is not a complete checkpoint of that kind, or has no such
             weights.
     """
+    if (last := path / "checkpoints" / "last").is_dir():
+        log.info("%s is the directory of a run: its last checkpoint is taken, %s", path, last)
+        path = last
     with as_folder(path) as folder:
         config = load_any_config(folder / "config.yaml", overrides)
         kind = TrainedAutoencoder if isinstance(config, PretrainConfig) else TrainedClassifier

@@ -1,4 +1,5 @@
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -326,6 +327,15 @@ def test_a_checkpoint_is_loaded_as_it_was_saved(checkpoint, config):
     average = load(checkpoint, "average").model
     for name, value in with_random_weights(config, 2).state_dict().items():
         assert torch.equal(average.state_dict()[name], value)
+
+
+def test_of_a_run_the_last_checkpoint_is_taken(checkpoint, tmp_path, caplog):
+    last = tmp_path / "run" / "checkpoints" / "last"
+    last.parent.mkdir(parents=True)
+    last.symlink_to(checkpoint)
+    with caplog.at_level(logging.INFO):
+        assert open_trained(tmp_path / "run", TrainedClassifier).path == last
+    assert f"its last checkpoint is taken, {last}" in caplog.text
 
 
 @pytest.mark.parametrize(
