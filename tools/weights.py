@@ -12,7 +12,6 @@ Nothing in a file is run, and nothing is downloaded.
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from hpm_video.config.choices import TransformerSize
@@ -74,7 +73,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         )
         compares.add_argument("--no-parity", action="store_true", help="do not compare: it is slow")
     looks = commands.add_parser("inspect", help="describe a file or folder")
-    looks.set_defaults(command=inspect_file)
+    looks.set_defaults(command=lambda a: print("\n".join(inspect(a.source, overrides_by(a)))))
     looks.add_argument("source", type=Path, help="file of weights, or folder of a model or run")
     add_overrides(looks)
     return parser.parse_args(command_line)
@@ -102,22 +101,23 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     add("--frame-size", type=positive, nargs=2, metavar=("HEIGHT", "WIDTH"))
     add("--frame-stride", type=positive, help="default: as the file says, or else 4")
     add("--target", choices=("raw", "joint", "per_channel"), help="target of pre-training")
-    labels = "text file with the name of class i in line i"
-    add("--labels", type=Path, dest="label_names", metavar="LABELS", help=labels)
+    add(
+        "--labels",
+        type=Path,
+        dest="label_names",
+        help="names of classes: that of class i in line i",
+    )
 
 
 def overrides_by(arguments: argparse.Namespace) -> Overrides:
     """Return the facts on the command line."""
-    names = {field.name for field in fields(Overrides)}
-    given = {name: value for name, value in vars(arguments).items() if name in names}
+    given = {name: getattr(arguments, name) for name in vars(Overrides())}
+    given["frame_size"] = arguments.frame_size and tuple(arguments.frame_size)
+    given["label_names"] = arguments.label_names and read_label_names(arguments.label_names)
     try:
-        given["decoder"] = TransformerSize(*arguments.decoder) if arguments.decoder else None
+        given["decoder"] = arguments.decoder and TransformerSize(*arguments.decoder)
     except ValueError as error:
         raise CheckpointError(f"--decoder: {error}") from error
-    if arguments.frame_size:
-        given["frame_size"] = tuple(arguments.frame_size)
-    if arguments.label_names:
-        given["label_names"] = read_label_names(arguments.label_names)
     return Overrides(**given)
 
 
@@ -138,13 +138,8 @@ def import_file(arguments: argparse.Namespace) -> None:
 def export_checkpoint(arguments: argparse.Namespace) -> None:
     """Write a checkpoint for others, unless it computes something else there."""
     model = open_trained(arguments.checkpoint, TrainedModel, arguments.weights)
-    skip, tolerance = arguments.no_parity, arguments.tolerance
-    print("\n".join(export(model, arguments.out, arguments.to, tolerance, skip=skip).lines))
-
-
-def inspect_file(arguments: argparse.Namespace) -> None:
-    """Print what a file holds."""
-    print("\n".join(inspect(arguments.source, overrides_by(arguments))))
+    options = arguments.out, arguments.to, arguments.tolerance
+    print("\n".join(export(model, *options, skip=arguments.no_parity).lines))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import pickle
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -111,8 +112,11 @@ def write_timm(model: TrainedModel, expressed: Expressed, folder: Path) -> Writt
     timm.models.save_for_hf(theirs, str(folder), **options)
 
     def check() -> ParityReport:
-        weights = folder / "model.safetensors"
-        built = timm.create_model(f"local-dir:{folder}", checkpoint_path=str(weights))
+        there, weights = f"local-dir:{folder}", str(folder / "model.safetensors")
+        try:
+            built = timm.create_model(there, pretrained=True, in_chans=arguments["in_chans"])
+        except pickle.UnpicklingError:  # earlier versions read no safetensors so
+            built = timm.create_model(there, checkpoint_path=weights)
         title = f"timm {timm.__version__}: {name}"
         return Peer.of(title, built, verify.outputs_of_timm).compare(model)
 

@@ -213,16 +213,13 @@ def _of_transformers(prefix: str, *others: tuple[str, str]) -> dict[str, Any]:
     return {"renames": (*encoder, *others), "inner": inner, "split": ("weight", "bias")}
 
 
-MAE = (
-    ("decoder_blocks.", "reconstructor.blocks."),
-    ("decoder_norm.", "reconstructor.norm."),
-    ("decoder_pred.", "reconstructor.head."),
-)
-HPM = (
-    ("decoder_blocks_losspred.", "difficulty_decoder.blocks."),
-    ("decoder_norm_losspred.", "difficulty_decoder.norm."),
-    ("decoder_pred_losspred.", SCORE),
-)
+def _decoder(there: str, ours: str) -> Pairs:
+    parts = {"blocks": "blocks", "norm": "norm", "pred": "head"}
+    return tuple((there.format(part), f"{ours}.{name}.") for part, name in parts.items())
+
+
+MAE = _decoder("decoder_{}.", "reconstructor")
+HPM = _decoder("decoder_{}_losspred.", "difficulty_decoder")
 NO_PLACE = "its decoder has a class token and positions of its own, which ours has not"
 MAE_ST: dict[str, Any] = {
     "axes": 5,
@@ -252,8 +249,7 @@ VIT: dict[str, Any] = {
 VITMAE = (
     LAYERS,
     ("decoder.decoder_encoder.layer.", "reconstructor.blocks."),
-    ("decoder.decoder_norm.", "reconstructor.norm."),
-    ("decoder.decoder_pred.", "reconstructor.head."),
+    *_decoder("decoder.decoder_{}.", "reconstructor"),
     ("decoder.", ""),
 )
 OF_VIDEOMAE = CLIPS | _of_transformers("videomae.", TO_DECODER, LAYERS, DECODER)

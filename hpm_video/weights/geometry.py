@@ -161,14 +161,15 @@ def read_facts(source: Source, family: Family, given: Overrides) -> dict[str, An
         run["short_side"] = run["short_side"] or 0
     names = {"label_names": pretrained.get("label_names")}
     values = run | model_config | names | config | arguments
-    said = {name: value for name, value in vars(given).items() if value is not None}
-    size = max(given.frame_size or _read("frame_size", values) or (224, 224))
-    values |= _pixels_of(source.preprocessor, pretrained, size)
-    found = {name: _read(name, values) for name in FACTS if name not in said}
+    facts = {name: value for name, value in vars(given).items() if value is not None}
+    usual = _size((pretrained.get("input_size") or (3, 224, 224))[-2:])
+    longer_side = max(given.frame_size or _read("frame_size", values) or usual)
+    values |= _pixels_of(source.preprocessor, pretrained, longer_side)
+    found = {name: _read(name, values) for name in FACTS if name not in facts}
     if (standardised := found.get("target")) is not None:
-        usual = "joint" if family.conventions == "mae" else "per_channel"
-        found["target"] = usual if standardised else "raw"
-    return said | {name: value for name, value in found.items() if value is not None}
+        target = "joint" if family.conventions == "mae" else "per_channel"
+        found["target"] = target if standardised else "raw"
+    return facts | {name: value for name, value in found.items() if value is not None}
 
 
 def _pixels_of(

@@ -107,7 +107,7 @@ class State:
         Raises:
             CheckpointError: one is given twice, or is of no use.
         """
-        self.tensors: Tensors = {}
+        self.family, self.tensors = family, Tensors()
         self.origins: dict[str, str] = {}
         """Their names in the file."""
         self.left_out: dict[str, str] = {}
@@ -125,23 +125,22 @@ class State:
                 self.tensors[ours], self.origins[ours] = value.float().clone(), name
                 self.eps = max(self.eps, torch.finfo(value.dtype).eps)
 
+    def called(self, name: str) -> str:
+        """Return the name of a tensor of ours in the file."""
+        return self.origins.get(name) or self.family.theirs(name)
+
     def leave_out(self, beginnings: tuple[str, ...], why: str) -> None:
         """Take out tensors by how their names begin."""
         for name in [each for each in self.tensors if each.startswith(beginnings)]:
             del self.tensors[name]
-            self.left_out[self.origins[name]] = why
-
-    def sum_positions(self) -> None:
-        """Make one table of those of space (1, S, D), time (1, T, D) and the class token."""
-        space, time, first = (self.tensors.pop(name) for name in SUMMED)
-        both = (time.unsqueeze(2) + space.unsqueeze(1)).flatten(1, 2)
-        self.tensors[TABLES[0]] = torch.cat([first, both], dim=1)
-        self.origins[TABLES[0]] = " and ".join(SUMMED)
+            self.left_out[self.called(name)] = why
 
     def distance(self, table: str, ours: Tensor) -> float:
         """Return how far positions are from ours; one of the class token is added to that."""
-        found, token = self.tensors[table], self.tensors.get("cls_token")
-        name, shape = self.origins[table], tuple(found.shape)
+        name, token = self.called(table), self.tensors.get("cls_token")
+        if table not in self.tensors:
+            raise CheckpointError(f"missing {name}")
+        found, shape = self.tensors[table], tuple(self.tensors[table].shape)
         if token is not None and shape == (1, ours.shape[1] + 1, ours.shape[2]):
             first, found = found[:, :1], found[:, 1:]
             if table != TABLES[0] and first.any():
@@ -185,9 +184,7 @@ def _imported(source: Source, recognised: Recognised, overrides: Overrides) -> I
         own = model.make().state_dict()
     for state in states:
         parts = family.parts(own, like=state.tensors)
-        called = {name: family.theirs(name) for name in parts} | state.origins
-        wrong = misfits(parts, state.tensors, may_lack=may_lack, called=called.__getitem__)
-        if wrong:
+        if wrong := misfits(parts, state.tensors, may_lack=may_lack, called=state.called):
             raise CheckpointError("\n  ".join(["its tensors are not those of our model:", *wrong]))
     tensors, *teacher = (family.join(state.tensors) for state in states)
     left_out = states[0].left_out | dict.fromkeys(source.beside, "no weights")
@@ -229,10 +226,10 @@ def _with_positions(
         sizes[TABLES[1]] = config.model.decoder.dim
     for state in states if family.conventions == "mae" else ():
         if SUMMED[0] in state.tensors:
-            state.sum_positions()
+            space, time, first = (state.tensors.pop(name) for name in SUMMED)
+            both = (time.unsqueeze(2) + space.unsqueeze(1)).flatten(1, 2)
+            state.tensors[TABLES[0]] = torch.cat([first, both], dim=1)
         for table, dim in sizes.items():
-            if table not in state.tensors:
-                raise CheckpointError(f"missing {family.theirs(table)}")
             ours = position_table(grid, dim, config.model.positions).unsqueeze(0)
             distances.append((state, table, state.distance(table, ours)))
     if any(distance > SAME_POSITIONS + state.eps for state, _, distance in distances):
