@@ -36,10 +36,8 @@ def write_own(model: TrainedModel, _: Expressed, file: Path) -> Written:
     write_single_file(file, model.tensors, model.file, model.kind, texts_of(model))
 
     def check() -> ParityReport:
-        back = open_trained(file, TrainedModel, model.weights).build()
-        return Peer("this package, from the file alone", partial(verify.outputs_of, back)).compare(
-            model
-        )
+        back = partial(verify.outputs_of, open_trained(file, TrainedModel, model.weights).build())
+        return Peer("this package, from the file alone", back).compare(model)
 
     return [], check
 
@@ -87,11 +85,8 @@ def write_timm(model: TrainedModel, expressed: Expressed, folder: Path) -> Writt
     import timm
 
     logging.getLogger("timm").setLevel(logging.WARNING)
-    name, arguments, data = (
-        express.timm_name(model),
-        express.timm_arguments(model),
-        model.config.data,
-    )
+    name, arguments = express.timm_name(model), express.timm_arguments(model)
+    data = model.config.data
     theirs = verify.of_timm(name, arguments, expressed.tensors).model
     # Without the tag and the licence of the weights that timm has for such a model.
     theirs.pretrained_cfg = {
@@ -124,7 +119,7 @@ def write_timm(model: TrainedModel, expressed: Expressed, folder: Path) -> Writt
 
 
 def write_pickle(model: TrainedModel, expressed: Expressed, file: Path) -> Written:
-    """Write a file of torch.save with the weights under ``model``, of plain values alone."""
+    """Write a file of torch.save, of plain values alone: the weights, and the facts of a run."""
     torch.save({"model": expressed.tensors, "args": express.facts_of(model)}, file)
     return [], lambda: _check_file(model, file)
 
