@@ -29,8 +29,8 @@ MAY_IMPORT = {
         "preparation/recipes.py",
         "weights/files.py",
     },
-    "transformers": {"weights/parity.py"},
-    "onnx": {"weights/writing.py"},
+    "transformers": {"weights/verify.py"},
+    "onnx": {"weights/exporting.py"},
     "onnxruntime": {"weights/exporting.py"},
     "torchvision": {"data/augment.py"},
     "sklearn": {"recognition/probes.py", "recognition/testing.py"},
@@ -39,9 +39,8 @@ MAY_IMPORT = {
         "recognition/objective.py",
         "models/feature_model.py",
         "weights/exporting.py",
-        "weights/facts.py",
-        "weights/parity.py",
-        "weights/writing.py",
+        "weights/geometry.py",
+        "weights/verify.py",
     },
 }
 SEES_A_CONFIG = {
@@ -49,6 +48,7 @@ SEES_A_CONFIG = {
     "recognition/trained_model.py",
     "weights/geometry.py",
     "weights/importing.py",
+    "weights/inspect.py",
 }
 NO_SCHEMA = {"choices", "checks", "batch_plan"}
 """Modules of config/ that everybody may import: they know no section."""

@@ -20,11 +20,10 @@ from hpm_video.recognition.labels import read_label_names
 from hpm_video.recognition.trained_model import TrainedModel, open_trained
 from hpm_video.runs.console import EXIT_CODES, positive, run, shortest
 from hpm_video.weights.exporting import FORMATS, export
-from hpm_video.weights.facts import Overrides
-from hpm_video.weights.folder import write_folder
-from hpm_video.weights.importing import describe, import_weights, inspect
-from hpm_video.weights.parity import NOT_ASKED, TOLERANCE
-from hpm_video.weights.verify import compare
+from hpm_video.weights.geometry import Overrides
+from hpm_video.weights.importing import import_weights, write_folder
+from hpm_video.weights.inspect import describe, inspect
+from hpm_video.weights.verify import NOT_ASKED, TOLERANCE, compare
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
@@ -46,7 +45,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     reads.add_argument("source", type=Path, help="file of weights, or folder of a model")
     reads.add_argument("folder", type=Path, help="to write; it must not exist")
     add_overrides(reads)
-    kinds = "\n".join(f"  {name:13}{chosen.says}" for name, chosen in FORMATS.items())
+    kinds = "\n".join(f"  {name:13}{chosen.title}" for name, chosen in FORMATS.items())
     writes = commands.add_parser(
         "export",
         help="write a checkpoint of a run for others",
@@ -74,7 +73,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         )
         compares.add_argument("--no-parity", action="store_true", help="do not compare: it is slow")
     looks = commands.add_parser("inspect", help="describe a file or folder")
-    looks.set_defaults(command=inspect_file)
+    looks.set_defaults(command=lambda a: print("\n".join(inspect(a.source, overrides_by(a)))))
     looks.add_argument("source", type=Path, help="file of weights, or folder of a model or run")
     add_overrides(looks)
     return parser.parse_args(command_line)
@@ -102,37 +101,28 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     add("--frame-size", type=positive, nargs=2, metavar=("HEIGHT", "WIDTH"))
     add("--frame-stride", type=positive, help="default: as the file says, or else 4")
     add("--target", choices=("raw", "joint", "per_channel"), help="target of pre-training")
-    add("--labels", type=Path, help="text file with the name of class i in line i")
+    add(
+        "--labels",
+        type=Path,
+        dest="label_names",
+        help="names of classes: that of class i in line i",
+    )
 
 
 def overrides_by(arguments: argparse.Namespace) -> Overrides:
     """Return the facts on the command line."""
+    given = {name: getattr(arguments, name) for name in vars(Overrides())}
+    given["frame_size"] = arguments.frame_size and tuple(arguments.frame_size)
+    given["label_names"] = arguments.label_names and read_label_names(arguments.label_names)
     try:
-        decoder = TransformerSize(*arguments.decoder) if arguments.decoder else None
+        given["decoder"] = arguments.decoder and TransformerSize(*arguments.decoder)
     except ValueError as error:
         raise CheckpointError(f"--decoder: {error}") from error
-    size = arguments.frame_size
-    return Overrides(
-        entry=arguments.entry,
-        encoder_only=arguments.encoder_only,
-        heads=arguments.heads,
-        decoder=decoder,
-        decoder_heads=arguments.decoder_heads,
-        num_frames=arguments.num_frames,
-        frame_size=(size[0], size[1]) if size else None,
-        frame_stride=arguments.frame_stride,
-        target=arguments.target,
-        label_names=read_label_names(arguments.labels) if arguments.labels else None,
-    )
+    return Overrides(**given)
 
 
 def import_file(arguments: argparse.Namespace) -> None:
-    """Write a checkpoint folder.
-
-    Raises:
-        CheckpointError: the file cannot be used, or the imported model computes something else.
-        ManifestError: the names of the classes cannot be read.
-    """
+    """Write a checkpoint folder, unless the imported model computes something else."""
     if arguments.folder.exists():
         raise CheckpointError(f"{arguments.folder} exists already; give another, or delete it")
     imported = import_weights(arguments.source, overrides_by(arguments))
@@ -146,25 +136,10 @@ def import_file(arguments: argparse.Namespace) -> None:
 
 
 def export_checkpoint(arguments: argparse.Namespace) -> None:
-    """Write a checkpoint for others.
-
-    Raises:
-        ConfigError, CheckpointError: it cannot be exported, or computes something else then.
-    """
+    """Write a checkpoint for others, unless it computes something else there."""
     model = open_trained(arguments.checkpoint, TrainedModel, arguments.weights)
-    exported = export(
-        model, arguments.out, arguments.to, arguments.tolerance, skip=arguments.no_parity
-    )
-    print("\n".join(exported.lines()))
-
-
-def inspect_file(arguments: argparse.Namespace) -> None:
-    """Print what a file holds.
-
-    Raises:
-        CheckpointError: it cannot be read, or is of no known family.
-    """
-    print("\n".join(inspect(arguments.source, overrides_by(arguments))))
+    options = arguments.out, arguments.to, arguments.tolerance
+    print("\n".join(export(model, *options, skip=arguments.no_parity).lines))
 
 
 if __name__ == "__main__":

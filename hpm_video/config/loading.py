@@ -111,7 +111,12 @@ def load_any_config(path: Path, overrides: Sequence[str] = ()) -> PretrainConfig
 
 def save_config(config: object, path: Path) -> None:
     """Write every value that a run used, so that the file alone repeats it."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    path.write_text(config_text(config))
+
+
+def config_text(config: object) -> str:
+    """Return every value of a config, as :func:`save_config` writes it."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def result_differences(old: object, new: object, prefix: str = "") -> list[str]:

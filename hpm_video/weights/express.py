@@ -1,27 +1,25 @@
-"""Models of ours by the names of other projects, where these have such models."""
+"""Models of ours as those of other projects: tensors, and the configs beside them."""
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hpm_video.config.choices import Positions
+from hpm_video.config.choices import Positions, TransformerSize
 from hpm_video.files.weights import CheckpointError
 from hpm_video.models.from_config import source_grid_of
 from hpm_video.models.positions import position_table, resize_positions
+from hpm_video.models.vit import LAYER_NORM_EPS
 from hpm_video.recognition.trained_model import OF_DECODERS, TrainedModel
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.weights.families import FAMILIES, TABLES, Family
 from hpm_video.weights.files import Tensors
 
 To = Literal["transformers", "timm", "mae", "videomae", "hpm", "onnx", "file"]
-SAME_POSITIONS = 1e-5
-ANY = "--to file takes every model, --to onnx every classifier"
 POSITIONS_OF = "positions as model.positions={} computes them for {} of the size of pre-training"
 BATCH_NORM_EPS = 1e-6
-NO_PREDICTOR = "the loss predictor is of hard patches mining alone"
-NO_DECODER = "it belongs to the decoder, and this is an encoder"
 NO_KEY_BIAS = "in part: a bias on keys, which this has not; the softmax ignores it"
 
 
@@ -39,14 +37,14 @@ class Expressed:
 
 def family_for(model: TrainedModel, to: To) -> Family:
     """Return what a model becomes. In transformers a class token is MAE's, and none VideoMAE's."""
+    if to in ("hpm", "onnx", "file"):
+        return FAMILIES["hpm" if to == "hpm" else "ours"]
+    name: str = {"timm": "vit", "transformers": "transformers_videomae"}.get(to, to)
     if to == "transformers" and model.config.model.class_token:
-        begins = "transformers_vit" if model.is_classifier else "transformers_vitmae"
-    elif to == "mae" and model.is_classifier:
-        begins = "vit"
-    else:
-        begins = {"transformers": "transformers_videomae", "timm": "vit"}.get(to, to)
-    name = f"{begins}_classifier" if model.is_classifier else begins
-    return FAMILIES.get(name, FAMILIES["hpm" if to == "hpm" else "ours"])
+        name = "transformers_vit" if model.is_classifier else "transformers_vitmae"
+    if model.is_classifier:
+        return FAMILIES[f"{'vit' if name == 'mae' else name}_classifier"]
+    return FAMILIES[name]
 
 
 def obstacles(model: TrainedModel, to: To) -> list[str]:
@@ -56,60 +54,61 @@ def obstacles(model: TrainedModel, to: To) -> list[str]:
         return ["it takes classifiers: ./run_finetune.sh CONFIG init_weights=CHECKPOINT makes one"]
     if to in ("onnx", "file"):
         return []
-    _, height, width = config.patch_size
+    family, (_, height, width) = family_for(model, to), config.patch_size
     pixels = model.pretraining is None or model.pretraining.mining.pixel_kind
+    of_vit = family.name == "transformers_vit_classifier"
     checks: list[tuple[object, str]] = [
         (to == "videomae" or height == width, "square patches"),
         (to == "timm" or pixels, "decoders of pixels, not of features (mining.target)"),
     ]
-    if family_for(model, to).conventions == "videomae":
+    if family.conventions == "videomae":
+        biased = config.conventions == "mae" and not model.is_classifier
         checks += [
             (not config.class_token, "no class token (in transformers, of images alone)"),
             (_has_positions(model, "sequence"), POSITIONS_OF.format("sequence", "clips")),
             (pooling in (None, "mean_norm"), "heads on the normed mean (model.pooling=mean_norm)"),
-            (
-                config.conventions == "videomae" or model.is_classifier,
-                "no bias from encoder to decoder (model.conventions=videomae)",
-            ),
+            (not biased, "no bias from encoder to decoder (model.conventions=videomae)"),
         ]
-        return [f"it takes {what}; {ANY}" for fits, what in checks if not fits]
-    of_vit = to == "transformers" and model.is_classifier
-    computed = config.positions == "given" or _has_positions(model, "space_time")
-    on_token = pooling in ("class_token", "batch_norm")
-    predicts = "difficulty_decoder.head.weight" in model.tensors
-    checks += [
-        (size[0] == config.patch_size[0] == 1, "images, not clips of several frames"),
-        (to == "timm" or config.class_token, "models with a class token"),
-        (to == "timm" or of_vit or computed, POSITIONS_OF.format("space_time", "images")),
-        (not of_vit or on_token, "heads on the class token (model.pooling), and --to timm others"),
-        (pooling != "attentive", "no pooling by attention (model.pooling=attentive)"),
-        (to != "hpm" or predicts, "models with a loss predictor, and --to mae those without"),
-        (to != "transformers" or of_vit or size[1] == size[2], "square frames"),
-    ]
-    return [f"it takes {what}; {ANY}" for fits, what in checks if not fits]
+    else:
+        free = to == "timm" or of_vit or config.positions == "given"
+        placed = free or _has_positions(model, "space_time")
+        on_token = not of_vit or pooling in ("class_token", "batch_norm")
+        square = to != "transformers" or of_vit or size[1] == size[2]
+        predicts = to != "hpm" or "difficulty_decoder.head.weight" in model.tensors
+        checks += [
+            (size[0] == config.patch_size[0] == 1, "images, not clips of several frames"),
+            (to == "timm" or config.class_token, "models with a class token"),
+            (placed, POSITIONS_OF.format("space_time", "images")),
+            (on_token, "heads on the class token (model.pooling), and --to timm others"),
+            (pooling != "attentive", "no pooling by attention (model.pooling=attentive)"),
+            (predicts, "models with a loss predictor, and --to mae those without"),
+            (square, "square frames"),
+        ]
+    every = "--to file takes every model, --to onnx every classifier"
+    return [f"it takes {what}; {every}" for fits, what in checks if not fits]
 
 
 def tables_of(model: TrainedModel) -> Tensors:
     """Return the positions of the tokens of a model's clips: -> (1, N, D), of its decoder too"""
     config = model.config
     kind, source = config.model.positions, TokenGrid(*source_grid_of(config))
-    found: Tensors = {}
     sizes = [config.model.encoder]
     if model.pretraining:
         sizes.append(model.pretraining.model.decoder)
-    for table, size in zip(TABLES, sizes, strict=False):
-        if kind == "given":
-            codes = resize_positions(model.tensors[table][0], source, model.grid)
-        else:
-            codes = position_table(model.grid, size.dim, kind, source)
-        found[table] = codes.unsqueeze(0)
-    return found
+    return {
+        table: (
+            resize_positions(model.tensors[table][0], source, model.grid)
+            if kind == "given"
+            else position_table(model.grid, size.dim, kind, source)
+        ).unsqueeze(0)
+        for table, size in zip(TABLES, sizes, strict=False)
+    }
 
 
 def _has_positions(model: TrainedModel, kind: Positions) -> bool:
     """Whether its tokens have the positions that a model of this kind has of its own clips."""
     usual = position_table(model.grid, model.config.model.encoder.dim, kind)
-    return (tables_of(model)[TABLES[0]] - usual).abs().max().item() <= SAME_POSITIONS
+    return (tables_of(model)[TABLES[0]] - usual).abs().max().item() <= 1e-5
 
 
 def express(model: TrainedModel, to: To) -> Expressed:
@@ -127,25 +126,17 @@ def express(model: TrainedModel, to: To) -> Expressed:
 
 def by_names_of(family: Family, model: TrainedModel) -> Expressed:
     """Return a model by the names of a family, whether or not this has such models."""
-    tensors, config = dict(model.tensors), model.config
-    notes: list[str] = []
+    tensors, notes = dict(model.tensors), []
     if model.pooling == "batch_norm":
-        tensors = fold_batch_norm(tensors)
+        _fold_batch_norm(tensors)
         notes.append("the batch norm before the head is folded into the head")
     if family.conventions == "mae":
-        first = int(config.model.class_token)
+        first = int(model.config.model.class_token)
         for name, table in tables_of(model).items():
             tensors[name] = torch.cat([torch.zeros_like(table[:, :first]), table], dim=1)
-    weight = tensors.get("decoder_embed.weight")
-    decodes = family.holds == "autoencoder" and family.conventions == "mae"
-    if decodes and weight is not None and "decoder_embed.bias" not in tensors:
-        tensors["decoder_embed.bias"] = weight.new_zeros(len(weight))
-        notes.append("a bias that this has and ours has not is 0 (decoder_embed.bias)")
-    if model.pretraining and model.pretraining.mix:
-        notes.append(
-            f"of the clips that it was pre-trained on, this knows those of the main source alone, "
-            f"not those of {', '.join(model.pretraining.mix)}"
-        )
+        if family.holds == "autoencoder" and "decoder_embed.bias" not in tensors:
+            tensors["decoder_embed.bias"] = torch.zeros(len(tensors["decoder_embed.weight"]))
+            notes.append("a bias that this has and ours has not is 0 (decoder_embed.bias)")
     reasons = {name: _no_place(family, name, value) for name, value in tensors.items()}
     kept = {name: tensors[name] for name, why in reasons.items() if why in ("", NO_KEY_BIAS)}
     left_out = {name: why for name, why in reasons.items() if why and name not in TABLES}
@@ -155,18 +146,112 @@ def by_names_of(family: Family, model: TrainedModel) -> Expressed:
 def _no_place(family: Family, name: str, value: Tensor) -> str:
     """Return why a family has no place for a tensor, or for a part of it."""
     if name.startswith("difficulty_decoder.") and family.name != "hpm":
-        return NO_PREDICTOR
+        return "the loss predictor is of hard patches mining alone"
     if name.startswith(OF_DECODERS) and family.holds != "autoencoder":
-        return NO_DECODER
+        return "it belongs to the decoder, and this is an encoder"
     keys = name.endswith(".attn.qkv.bias") and not family.key_bias and value.chunk(3)[1].any()
     return NO_KEY_BIAS if keys else ""
 
 
-def fold_batch_norm(tensors: Tensors) -> Tensors:
-    """Return a head behind a batch norm as a head alone, which computes the same in use."""
-    kept = {name: value for name, value in tensors.items() if not name.startswith("head_norm.")}
-    mean = tensors["head_norm.running_mean"].double()
-    scale = (tensors["head_norm.running_var"].double() + BATCH_NORM_EPS).sqrt()
-    weight = tensors["head.weight"].double() / scale
-    bias = tensors["head.bias"].double() - weight @ mean
-    return kept | {"head.weight": weight.float(), "head.bias": bias.float()}
+def _fold_batch_norm(tensors: Tensors) -> None:
+    """Make a head behind a batch norm a head alone, which computes the same in use."""
+    names = [f"head_norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")]
+    mean, var, _ = (tensors.pop(name).double() for name in names)
+    weight = tensors["head.weight"].double() / (var + BATCH_NORM_EPS).sqrt()
+    tensors["head.bias"] = (tensors["head.bias"].double() - weight @ mean).float()
+    tensors["head.weight"] = weight.float()
+
+
+# --- What lies beside the tensors -----------------------------------------------------------------
+
+
+def facts_of(model: TrainedModel) -> dict[str, Any]:
+    """Return the facts of a model by the first of their names, in plain values."""
+    config, data = model.config, model.config.data
+    height, width = data.frame_size
+    facts: dict[str, Any] = {
+        "num_attention_heads": config.model.encoder.num_heads,
+        "num_frames": data.num_frames,
+        "input_size": height if height == width else [height, width],
+        "sampling_rate": data.frame_stride,
+        "image_mean": list(data.mean),
+        "image_std": list(data.std),
+        "interpolation": data.interpolation,
+        "short_side": data.held_out_short_side,
+    }
+    if pretraining := model.pretraining:
+        facts["decoder_num_attention_heads"] = pretraining.model.decoder.num_heads
+        facts["norm_pix_loss"] = pretraining.mining.target != "raw"
+    return facts
+
+
+def crop_share(size: int, short_side: int | None) -> float:
+    """Return timm's crop_pct: timm divides the size by it and drops the fraction."""
+    if short_side is None:
+        return 1.0
+    share = size / short_side
+    return share if math.floor(size / share) == short_side else size / (short_side + 0.5)
+
+
+def transformers_config(model: TrainedModel, kind: str) -> dict[str, Any]:
+    """Return ``config.json`` of a model of transformers."""
+    config, facts = model.config, facts_of(model)
+    table: dict[str, Any] = _sizes(config.model.encoder, "") | {
+        "image_size": facts["input_size"],
+        "patch_size": config.model.patch_size[1],
+        "num_channels": config.model.channels,
+        "layer_norm_eps": LAYER_NORM_EPS,
+    }
+    if kind.startswith("VideoMAE"):
+        table |= {"num_frames": config.data.num_frames, "tubelet_size": config.model.patch_size[0]}
+        table["use_mean_pooling"] = model.is_classifier
+    if pretraining := model.pretraining:
+        table |= _sizes(pretraining.model.decoder, "decoder_")
+        table["norm_pix_loss"] = facts["norm_pix_loss"]
+        if not kind.startswith("VideoMAE"):
+            table["mask_ratio"] = pretraining.masking.ratio
+    else:
+        names = model.label_names
+        table["id2label"] = dict(enumerate(names))
+        table["label2id"] = {
+            f"{name} ({i})" if name in names[:i] else name: i for i, name in enumerate(names)
+        }
+    return table
+
+
+def _sizes(size: TransformerSize, part: str) -> dict[str, int]:
+    return {
+        f"{part}hidden_size": size.dim,
+        f"{part}num_hidden_layers": size.depth,
+        f"{part}num_attention_heads": size.num_heads,
+        f"{part}intermediate_size": size.mlp_dim or 4 * size.dim,
+    }
+
+
+def timm_name(model: TrainedModel) -> str:
+    """Return the name of the timm model of this width; all other sizes are given as arguments."""
+    names = {192: "tiny_patch16", 384: "small_patch16", 1024: "large_patch16", 1280: "huge_patch14"}
+    return f"vit_{names.get(model.config.model.encoder.dim, 'base_patch16')}_224"
+
+
+def timm_arguments(model: TrainedModel, time: int = 1) -> dict[str, Any]:
+    """Return the arguments of ``timm.create_model`` beside the name.
+
+    The time steps of clips lie below each other in one image. ``time``: frames of a patch.
+    """
+    size, config = model.config.model.encoder, model.config.model
+    height, width = model.config.data.frame_size
+    means = model.pooling == "mean_norm"
+    return {
+        "img_size": [model.grid.time * height, width],
+        "patch_size": config.patch_size[1:],
+        "embed_dim": size.dim,
+        "depth": size.depth,
+        "num_heads": size.num_heads,
+        "mlp_ratio": (size.mlp_dim + 0.5) / size.dim if size.mlp_dim else 4,  # it is cut to whole
+        "class_token": config.class_token,
+        "global_pool": "token" if config.class_token and not means else "avg",
+        "fc_norm": means,
+        "num_classes": len(model.label_names),
+        "in_chans": config.channels * time,
+    }

@@ -1,49 +1,30 @@
 """Families of weights that are read and written: their marks, names, axes and licences.
 
-Our names are timm's. A family holds what is called otherwise in its files, and where queries, keys
-and values are several tensors there, the patch kernel has no axis of time, or positions are summed.
+Our names are timm's. A family holds what is called otherwise in its files, and which of three
+operations lie between them: queries, keys and values are several tensors there, the patch kernel
+has no axis of time, or positions are summed.
 """
 
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from hpm_video.config.choices import Conventions
 from hpm_video.files.weights import CheckpointError
 from hpm_video.tokens.patches import TargetKind
-from hpm_video.weights.files import Tensors
+from hpm_video.weights.files import Source, Tensors
 
 Pairs = tuple[tuple[str, str], ...]
-KERNEL, POSITIONS = "patch_embed.proj.weight", "pos_embed"
-TABLES = (POSITIONS, "decoder_pos_embed")
-SPACE, TIME, FIRST = "pos_embed_spatial", "pos_embed_temporal", "pos_embed_class"
-"""Tables that add up to one of all tokens, and its row for the class token."""
-FUSED, SEPARATE = "blocks.0.attn.qkv.weight", "blocks.0.attn.q.weight"
-SCORE = "difficulty_decoder.head."
-MARKS = {
-    "autoencoder": ("reconstructor.head.weight",),
-    "classifier": ("head.weight",),
-    "encoder": (),
-}
-
-
-@dataclass(frozen=True)
-class Renamed:
-    """The tensors of a file by our names."""
-
-    tensors: Tensors
-    origins: dict[str, list[str]]
-    """Their names in the file."""
-    left_out: dict[str, str] = field(default_factory=dict)
-    """Names in the file that have no place here, each with the reason."""
-    steps: int = 0
-    """Time steps of its positions, where they are of space and time."""
+KERNEL, SCORE = "patch_embed.proj.weight", "difficulty_decoder.head."
+TABLES = ("pos_embed", "decoder_pos_embed")
+SUMMED = ("pos_embed_spatial", "pos_embed_temporal", "pos_embed_class")
+"""Tables of positions that add up to one of all tokens, and its row for the class token."""
+QKV = re.compile(r"(.+\.attn\.)qkv\.(weight|bias)")
+MARKS = {"autoencoder": ["reconstructor.head.weight"], "classifier": ["head.weight"], "encoder": []}
 
 
 @dataclass(frozen=True)
@@ -51,8 +32,7 @@ class Family:
     """Checkpoints of one kind of one project."""
 
     name: str
-    says: str
-    """What they are."""
+    title: str
     axes: Literal[4, 5]
     """Of the kernel of the patches: 4 of images, 5 of clips."""
     renames: Pairs = ()
@@ -68,10 +48,7 @@ class Family:
     conventions: Conventions = "mae"
     target: TargetKind = "joint"
     """What pre-training predicts, unless the file says otherwise."""
-    pixels: tuple[tuple[float, ...], tuple[float, ...]] = (
-        (0.485, 0.456, 0.406),
-        (0.229, 0.224, 0.225),
-    )
+    pixels: tuple[tuple[float, ...], ...] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     """Their mean and standard deviation, unless the file says otherwise."""
 
     @property
@@ -89,15 +66,15 @@ class Family:
 
     @property
     def transformers_class(self) -> str:
-        """Its class there, where it is of transformers."""
-        return self.says.partition(" ")[0] if self.name.startswith("transformers") else ""
+        """Its class in transformers; empty where it is of another project."""
+        return self.title.partition(" ")[0] if self.name.startswith("transformers") else ""
 
     @property
     def has(self) -> set[str]:
         """Names of tensors that distinguish the family from others."""
         ours = [KERNEL, *MARKS[self.holds]]
         if not self.transformers_class:
-            ours.append(SEPARATE if "weight" in self.split else FUSED)
+            ours.append(f"blocks.0.attn.{'q' if 'weight' in self.split else 'qkv'}.weight")
         if self.name == "hpm":
             ours.append(f"{SCORE}weight")
         return {self.theirs(name) for name in ours}
@@ -114,78 +91,52 @@ class Family:
 
     def theirs(self, name: str) -> str:
         """Return their name of a tensor of ours."""
-        renames, inner = (
-            tuple((ours, theirs) for theirs, ours in pairs) for pairs in (self.renames, self.inner)
-        )
-        return renamed(name, renames, inner)
+        back = (tuple((ours, theirs) for theirs, ours in p) for p in (self.renames, self.inner))
+        return renamed(name, *back)
 
-    def read(self, stored: Mapping[str, Tensor]) -> Renamed:
-        """Return the tensors of a file by our names.
+    def parts(self, tensors: Tensors, like: Tensors | None = None) -> Tensors:
+        """Return tensors of ours in the parts that their files have, by our names.
 
-        Raises:
-            CheckpointError: some are incomplete or given twice. Each is named.
+        ``like``: such parts of a file, which may fuse, or have a bias on keys, where most do not.
         """
         found: Tensors = {}
-        origins: dict[str, list[str]] = {}
-        left_out: dict[str, str] = {}
-        wrong: list[str] = []
-        for name, value in stored.items():
-            ours = self.ours(name)
-            if why := [why for pattern, why in self.left_out if re.fullmatch(pattern, name)]:
-                left_out[name] = why[0]
-            elif ours in found:
-                wrong.append(f"{name} is given twice, by {origins[ours][0]}")
-            elif value.ndim != 3 if ours in (*TABLES, SPACE, TIME, FIRST) else not value.ndim:
-                wrong.append(f"{name} must have other axes, got {tuple(value.shape)}")
-            else:
-                found[ours], origins[ours] = value, [name]
-        steps = len(found[TIME][0]) if TIME in found and found[TIME].ndim == 3 else 0
-        wrong += self._concatenate(found, origins) + _add_up(found, origins)
-        if wrong:
-            raise CheckpointError("\n  ".join(["its tensors do not fit together:", *wrong]))
-        if self.axes == 4:
-            found[KERNEL] = found[KERNEL].unsqueeze(2)
-        _average_scores(found)
-        return Renamed(found, origins, left_out, steps)
-
-    def _concatenate(self, found: Tensors, origins: dict[str, list[str]]) -> list[str]:
-        """Make one tensor of those of queries, keys and values. -> what is wrong"""
-        wrong: list[str] = []
-        matches = [re.fullmatch(r"(.+\.attn\.)[qkv](\.(?:weight|bias))", name) for name in found]
-        for before, kind in dict.fromkeys((match[1], match[2]) for match in matches if match):
-            queries, keys, _ = names = [f"{before}{part}{kind}" for part in "qkv"]
-            if kind == ".bias" and not self.key_bias and queries in found:
-                found.setdefault(keys, torch.zeros_like(found[queries]))
-            wrong += [f"missing {self.theirs(name)}" for name in names if name not in found]
-            named = [theirs for name in names for theirs in origins.pop(name, [])]
-            parts = [found.pop(name) for name in names if name in found]
-            joined = f"{before}qkv{kind}"
-            if joined in found:
-                wrong.append(f"{named[0]} is given twice, by {origins[joined][0]}")
-            try:
-                found[joined], origins[joined] = torch.cat(parts), named
-            except RuntimeError:
-                shapes = ", ".join(str(tuple(part.shape)) for part in parts)
-                wrong.append(f"misshapen {' and '.join(named)}: {shapes}")
-        return wrong
-
-    def write(self, tensors: Mapping[str, Tensor]) -> Tensors:
-        """Return tensors of ours as a file of theirs has them."""
-        found: Tensors = {}
-        values = math.prod(tensors[KERNEL].shape[1:])
+        like = like or {}
         for name, value in tensors.items():
-            qkv = re.search(r"\.attn\.qkv\.(weight|bias)$", name)
-            if qkv and qkv[1] in self.split:
-                parts = dict(zip("qkv", value.chunk(3), strict=True))
-                if qkv[1] == "bias" and not self.key_bias:
-                    del parts["k"]
-                found |= {name.replace(".qkv.", f".{part}."): parts[part] for part in parts}
+            qkv = QKV.fullmatch(name)
+            if qkv and qkv[2] in self.split and name not in like:
+                names = {part: f"{qkv[1]}{part}.{qkv[2]}" for part in "qkv"}
+                if qkv[2] == "bias" and not self.key_bias and names["k"] not in like:
+                    del names["k"]
+                each = dict(zip("qkv", value.chunk(3), strict=True))
+                found |= {name: each[part] for part, name in names.items()}
             elif self.name == "hpm" and name.startswith(SCORE):
+                values = math.prod(tensors[KERNEL].shape[1:])
                 found[name] = value.expand(values, *value.shape[1:])
             elif self.axes == 4 and name == KERNEL:  # frames of a patch are channels of an image
                 found[name] = value.flatten(1, 2)
             else:
                 found[name] = value
+        return found
+
+    def join(self, parts: Tensors) -> Tensors:
+        """Return the tensors that these parts of a file become."""
+        found = dict(parts)
+        if self.axes == 4:
+            found[KERNEL] = found[KERNEL].unsqueeze(2)
+        for name in parts:
+            if match := re.fullmatch(r"(.+\.attn\.)q\.(weight|bias)", name):
+                queries, keys, values = (f"{match[1]}{part}.{match[2]}" for part in "qkv")
+                zeros = torch.zeros_like(found[queries])
+                three = found.pop(queries), found.pop(keys, zeros), found.pop(values)
+                found[f"{match[1]}qkv.{match[2]}"] = torch.cat(three)
+            elif self.name == "hpm" and name.startswith(SCORE):
+                # The difficulty of official HPM is the mean of outputs for each value of a patch.
+                found[name] = found[name].double().mean(dim=0, keepdim=True).to(found[name].dtype)
+        return found
+
+    def write(self, tensors: Tensors) -> Tensors:
+        """Return tensors of ours as a file of theirs has them."""
+        found = self.parts(tensors)
         return {self.theirs(name): value.contiguous() for name, value in found.items()}
 
 
@@ -199,32 +150,6 @@ def renamed(name: str, beginnings: Pairs, inner: Pairs) -> str:
         if old in name:
             return name.replace(old, new, 1)
     return name
-
-
-def _average_scores(found: Tensors) -> None:
-    """Average the heads of official HPM, whose difficulty is the mean of outputs for each value."""
-    for name in [name for name in found if name.startswith(SCORE)]:
-        if len(found[name]) == math.prod(found[KERNEL].shape[1:]):
-            mean = found[name].double().mean(dim=0, keepdim=True)
-            found[name] = mean.to(found[name].dtype)
-
-
-def _add_up(found: Tensors, origins: dict[str, list[str]]) -> list[str]:
-    """Make one table of positions of those of space, of time and of the class token."""
-    there = [name for name in (SPACE, TIME, FIRST) if name in found]
-    if not there:
-        return []
-    wrong = [f"missing {name}" for name in (SPACE, TIME) if name not in found]
-    tables = {name: found.pop(name).float() for name in there}
-    origins[POSITIONS] = [theirs for name in there for theirs in origins.pop(name)]
-    try:
-        both = (tables[TIME].unsqueeze(2) + tables[SPACE].unsqueeze(1)).flatten(1, 2)
-        first = tables.get(FIRST, torch.zeros_like(both[:, :1]))
-        found[POSITIONS] = torch.cat([first, both], dim=1)
-    except (KeyError, IndexError, RuntimeError):
-        shapes = (f"{name} {tuple(table.shape)}" for name, table in tables.items())
-        wrong.append(f"these do not add up: {', '.join(shapes)}")
-    return wrong
 
 
 # --- The table ------------------------------------------------------------------------------------
@@ -262,54 +187,44 @@ BLOCKS_OF_TRANSFORMERS = (
     (".attention.output.dense.", ".attn.proj."),
     (".intermediate.dense.", ".mlp.fc1."),
     (".output.dense.", ".mlp.fc2."),
-    # Of models in memory in transformers 5, where they are called otherwise.
+    # Of models in memory in transformers 5:
     (".attention.q_proj.", ".attn.q."),
     (".attention.k_proj.", ".attn.k."),
     (".attention.v_proj.", ".attn.v."),
     (".attention.o_proj.", ".attn.proj."),
 )
-
-
 VIDEOMAE_BIASES = (
     (".attention.attention.q_bias", ".attn.q.bias"),
     (".attention.attention.v_bias", ".attn.v.bias"),
 )
 
 
-def _of_transformers(prefix: str, *decoder: tuple[str, str]) -> dict[str, Any]:
+def _of_transformers(prefix: str, *others: tuple[str, str]) -> dict[str, Any]:
     encoder = (
         (f"{prefix}embeddings.patch_embeddings.projection.", "patch_embed.proj."),
         (f"{prefix}embeddings.cls_token", "cls_token"),
-        (f"{prefix}embeddings.position_embeddings", POSITIONS),
+        (f"{prefix}embeddings.position_embeddings", "pos_embed"),
         (f"{prefix}encoder.layer.", "blocks."),
         (f"{prefix}layers.", "blocks."),
         (f"{prefix}layernorm.", "norm."),
         ("classifier.", "head."),
     )
     inner = BLOCKS_OF_TRANSFORMERS if prefix == "vit." else VIDEOMAE_BIASES + BLOCKS_OF_TRANSFORMERS
-    return {"renames": (*encoder, *decoder), "inner": inner, "split": ("weight", "bias")}
+    return {"renames": (*encoder, *others), "inner": inner, "split": ("weight", "bias")}
 
 
-IMAGES: dict[str, Any] = {"axes": 4}
-MAE = (
-    ("decoder_blocks.", "reconstructor.blocks."),
-    ("decoder_norm.", "reconstructor.norm."),
-    ("decoder_pred.", "reconstructor.head."),
-)
-HPM = (
-    ("decoder_blocks_losspred.", "difficulty_decoder.blocks."),
-    ("decoder_norm_losspred.", "difficulty_decoder.norm."),
-    ("decoder_pred_losspred.", SCORE),
-)
+def _decoder(there: str, ours: str) -> Pairs:
+    parts = {"blocks": "blocks", "norm": "norm", "pred": "head"}
+    return tuple((there.format(part), f"{ours}.{name}.") for part, name in parts.items())
+
+
+MAE = _decoder("decoder_{}.", "reconstructor")
+HPM = _decoder("decoder_{}_losspred.", "difficulty_decoder")
+NO_PLACE = "its decoder has a class token and positions of its own, which ours has not"
 MAE_ST: dict[str, Any] = {
     "axes": 5,
     "split": ("weight", "bias"),
-    "left_out": (
-        (
-            r"decoder_.+|mask_token|pred_head\..+",
-            "its decoder has a class token and positions of its own, which ours has not",
-        ),
-    ),
+    "left_out": ((r"decoder_.+|mask_token|pred_head\..+", NO_PLACE),),
     "pixels": ((0.45,) * 3, (0.225,) * 3),
 }
 CLIPS: dict[str, Any] = {
@@ -321,68 +236,137 @@ CLIPS: dict[str, Any] = {
     "target": "per_channel",
 }
 TO_DECODER = ("encoder_to_decoder.", "decoder_embed.")
+LAYERS = ("decoder.decoder_layers.", "reconstructor.blocks.")
 DECODER = ("decoder.", "reconstructor.")
 VIDEOMAE = (TO_DECODER, DECODER, ("mask_token", "mask_token"), ("encoder.", ""))
-TRANSFORMERS_CLIPS = CLIPS | _of_transformers("videomae.")
-TRANSFORMERS_VIDEOMAE = CLIPS | _of_transformers(
-    "videomae.", TO_DECODER, ("decoder.decoder_layers.", "reconstructor.blocks."), DECODER
-)
-POOLER: dict[str, Any] = {
+VIT: dict[str, Any] = {
     "axes": 4,
     "left_out": (
         (r"(vit\.)?pooler\..+", "our encoder ends with its norm"),
         (r"(vit\.)?embeddings\.mask_token", "our encoder sees no hidden patches"),
     ),
 }
-TRANSFORMERS_VITMAE = POOLER | _of_transformers(
-    "vit.",
-    ("decoder.decoder_layers.", "reconstructor.blocks."),
+VITMAE = (
+    LAYERS,
     ("decoder.decoder_encoder.layer.", "reconstructor.blocks."),
-    ("decoder.decoder_norm.", "reconstructor.norm."),
-    ("decoder.decoder_pred.", "reconstructor.head."),
+    *_decoder("decoder.decoder_{}.", "reconstructor"),
     ("decoder.", ""),
 )
-TRANSFORMERS_VIT = POOLER | _of_transformers("vit.") | {"pixels": ((0.5,) * 3, (0.5,) * 3)}
+OF_VIDEOMAE = CLIPS | _of_transformers("videomae.", TO_DECODER, LAYERS, DECODER)
+OF_VIT = VIT | _of_transformers("vit.", *VITMAE)
+HALVES = ((0.5,) * 3, (0.5,) * 3)
 _ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("hpm", "official HPM of images", IMAGES | {"renames": MAE + HPM, "target": "raw"}),
-    ("mae", "MAE pre-training", IMAGES | {"renames": MAE}),
-    ("vit", "encoder of MAE or timm's ViT", IMAGES),
-    ("vit_classifier", "classifier of images: MAE fine-tuned, or timm's ViT", IMAGES),
+    ("hpm", "official HPM of images", {"axes": 4, "renames": MAE + HPM, "target": "raw"}),
+    ("mae", "MAE pre-training", {"axes": 4, "renames": MAE}),
+    ("vit", "encoder of MAE or timm's ViT", {"axes": 4}),
+    ("vit_classifier", "classifier of images: MAE fine-tuned, or timm's ViT", {"axes": 4}),
     ("mae_st", "encoder of Meta's MAE for video", MAE_ST),
     ("mae_st_classifier", "classifier of clips: Meta's MAE for video, fine-tuned", MAE_ST),
     ("videomae", "VideoMAE pre-training, first or second version", CLIPS | {"renames": VIDEOMAE}),
     ("videomae_encoder", "encoder of VideoMAE, first or second version", CLIPS),
     ("videomae_classifier", "VideoMAE fine-tuned or distilled, first or second version", CLIPS),
-    (
-        "transformers_videomae",
-        "VideoMAEForPreTraining of transformers",
-        TRANSFORMERS_VIDEOMAE,
-    ),
-    (
-        "transformers_videomae_classifier",
-        "VideoMAEForVideoClassification of transformers",
-        TRANSFORMERS_CLIPS,
-    ),
-    (
-        "transformers_videomae_encoder",
-        "VideoMAEModel of transformers",
-        CLIPS | _of_transformers(""),
-    ),
-    (
-        "transformers_vitmae",
-        "ViTMAEForPreTraining of transformers",
-        TRANSFORMERS_VITMAE | {"target": "raw"},
-    ),
-    (
-        "transformers_vit_classifier",
-        "ViTForImageClassification of transformers",
-        TRANSFORMERS_VIT,
-    ),
-    (
-        "transformers_vit_encoder",
-        "ViTModel or ViTMAEModel of transformers",
-        POOLER | _of_transformers(""),
-    ),
+    ("transformers_videomae", "VideoMAEForPreTraining", OF_VIDEOMAE),
+    ("transformers_videomae_classifier", "VideoMAEForVideoClassification", OF_VIDEOMAE),
+    ("transformers_videomae_encoder", "VideoMAEModel", CLIPS | _of_transformers("")),
+    ("transformers_vitmae", "ViTMAEForPreTraining", OF_VIT | {"target": "raw"}),
+    ("transformers_vit_classifier", "ViTForImageClassification", OF_VIT | {"pixels": HALVES}),
+    ("transformers_vit_encoder", "ViTModel or ViTMAEModel", VIT | _of_transformers("")),
     ("ours", "pre-training with this package", {"axes": 5}),
 )
-FAMILIES = {name: Family(name, says, **kind) for name, says, kind in _ROWS}
+FAMILIES = {
+    name: Family(name, f"{title} of transformers" if "transformers" in name else title, **layout)
+    for name, title, layout in _ROWS
+}
+
+
+# --- Whose weights a file holds -------------------------------------------------------------------
+
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "videomae.", "vit.")
+"""Prefixes that all names of a file may have: of wrappers, or of a part that was saved alone."""
+OF_PARTS = ("backbone.", "encoder.")
+"""Prefixes that the names of a part may have beside a head without one."""
+WRAPPERS = ("state_dict", "model_state", "module", "model", "")
+"""Keys of the state dict in a file, the first that is there is taken."""
+TEACHER = "ema_state_dict"
+"""Key of the teacher beside a student's state dict."""
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """The tensors of a file and their family."""
+
+    family: Family
+    tensors: Tensors
+    """By the names of the family, without prefixes."""
+    entry: str
+    """Their key in the file."""
+    prefix: str
+    """The prefix that their names, or those of a part, had."""
+    teacher: Tensors | None = None
+
+
+def recognise(source: Source, entry: str | None = None) -> Recognised:
+    """Find the family of weights. ``entry``: the key of a state dict, where a file has several.
+
+    Raises:
+        CheckpointError: it is of no known family, or may be of several. Its tensors are listed.
+    """
+    there = ", ".join(map(repr, source.entries))
+    known = [name for name in WRAPPERS if name in source.entries]
+    if entry is not None and entry not in source.entries:
+        raise CheckpointError(f"{source.path} has no state dict {entry!r}, but {there}")
+    if entry is None and not known and len(source.entries) > 1:
+        raise CheckpointError(
+            f"{source.path} holds several state dicts: {there}; choose with --entry"
+        )
+    chosen = _of_entry(source, [*known, *source.entries][0] if entry is None else entry)
+    beside = entry is None and TEACHER in source.entries and chosen.entry != TEACHER
+    if not beside or chosen.family.holds != "autoencoder":
+        return chosen
+    teacher = _of_entry(source, TEACHER)
+    return replace(chosen, teacher=teacher.tensors) if teacher.family is chosen.family else chosen
+
+
+def _of_entry(source: Source, entry: str) -> Recognised:
+    """Leave out prefixes, of all names or of those of a part beside a head, until a family fits."""
+    tensors, prefix = source.entries[entry], ""
+    while not (fit := _fitting(tensors)):
+        of_all = [each for each in PREFIXES if all(name.startswith(each) for name in tensors)]
+        of_part = [each for each in OF_PARTS if _fitting(_stripped(tensors, each))]
+        if not of_all and not of_part:
+            raise CheckpointError(
+                f"{source.path} holds weights{f' under {entry!r}' if entry else ''} of no family "
+                f"that is known ({', '.join(FAMILIES)}). Its tensors:\n  "
+                + "\n  ".join(list_shapes(tensors))
+                + "\nKnown are plain vision transformers alone, without layer scale, relative "
+                "positions or registers."
+            )
+        found = (of_all or of_part)[0]
+        prefix, tensors = prefix + found, _stripped(tensors, found)
+    if len(fit) > 1:
+        raise CheckpointError(
+            f"{source.path} may be {' or '.join(family.title for family in fit)}: it has tensors "
+            f"of both; save the state dict of one model alone"
+        )
+    return Recognised(fit[0], tensors, entry, prefix)
+
+
+def _fitting(tensors: Tensors) -> list[Family]:
+    """Return the most specific families that the tensors fit."""
+    fit = [family for family in FAMILIES.values() if family.fits(tensors)]
+    return [family for family in fit if not any(family.has < other.has for other in fit)]
+
+
+def _stripped(tensors: Tensors, prefix: str) -> Tensors:
+    """Leave out a prefix, unless two names would become one."""
+    found = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return found if len(found) == len(tensors) else {}
+
+
+def list_shapes(tensors: Tensors, most: int = 12) -> list[str]:
+    """List names and shapes of the first tensors, those of all blocks as one."""
+    kinds: dict[str, tuple[int, ...]] = {}
+    for name, value in tensors.items():
+        kinds.setdefault(re.sub(r"\.\d+\.", ".N.", name), tuple(value.shape))
+    shown = [f"{name} {shape}" for name, shape in list(kinds.items())[:most]]
+    return [*shown, f"and {len(kinds) - most} more kinds of names"][: len(kinds)]

@@ -1,7 +1,7 @@
 """Read files of weights without running anything that is in them.
 
 A file of safetensors, a file of torch.save in either of its formats, or a folder as transformers
-and timm save a model: config.json, and weights in one file or in several with an index.
+and timm save a model: weights, config.json and, of transformers, preprocessor_config.json.
 """
 
 import argparse
@@ -9,33 +9,29 @@ import json
 import pickle
 import pickletools
 import re
-import tarfile
 import warnings
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hpm_video.files.weights import CheckpointError
 
 Tensors = dict[str, Tensor]
 PICKLED = (".pth", ".pt", ".bin", ".pyth", ".ckpt", ".tar")
-FILES_OF_A_FOLDER = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+FILES_OF_A_FOLDER = ("model.safetensors", "pytorch_model.bin")
 """Of a model that transformers or timm saved; the first that is there is read."""
-SCALARS = ("dtype", "core.multiarray.scalar", "_core.multiarray.scalar")
-DTYPES = ("dtypes.Float64DType", "dtypes.Float32DType", "dtypes.Int64DType")
-"""Of numpy, such as learning rates beside the weights; an empty object takes their place."""
+NUMPY = ("dtype", "core.multiarray.scalar", "_core.multiarray.scalar") + tuple(
+    f"dtypes.{kind}DType" for kind in ("Float64", "Float32", "Int64")
+)
+"""Parts of numbers such as learning rates; an empty object takes their place."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +65,12 @@ def read_source(path: Path) -> Source:
         path = path.parent
     source = _read_folder(path) if path.is_dir() else _read_file(path)
     for entry, tensors in source.entries.items():
-        odd = [name for name in (entry, *tensors) if not name.isprintable()]
-        if odd:
-            raise CheckpointError(
-                f"{path} has a tensor of the name {odd[0]!r}, with characters that control a "
-                f"terminal; no model has such names"
-            )
+        for name in (entry, *tensors):
+            if not name.isprintable():
+                raise CheckpointError(
+                    f"{path} has a tensor of the name {name!r}, with characters that control a "
+                    f"terminal; no model has such names"
+                )
     return source
 
 
@@ -84,63 +80,31 @@ def _read_file(path: Path) -> Source:
             f"{path} does not exist; give a file of weights or the folder of a model. Nothing is "
             f"downloaded, so fetch it beforehand"
         )
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as stored:
-                return Source(path, {"": {name: stored.get_tensor(name) for name in stored.keys()}})  # noqa: SIM118
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{path} is not a complete safetensors file: {error}; fetch it anew"
-            ) from error
-    if path.suffix not in PICKLED:
+    if path.suffix in PICKLED:
+        return _sort(path, _read_pickle(path))
+    if path.suffix != ".safetensors":
         raise CheckpointError(
             f"weights must be a file of {', '.join(('.safetensors', *PICKLED))}, or a folder with "
             f"a config.json, got {path}"
         )
-    return _sort(path, _read_pickle(path))
+    try:
+        return Source(path, {"": load_file(path)})
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is not a complete safetensors file: {error}; fetch it anew"
+        ) from error
 
 
 def _read_folder(folder: Path) -> Source:
-    present = [name for name in FILES_OF_A_FOLDER if (folder / name).is_file()]
+    present = [folder / name for name in FILES_OF_A_FOLDER if (folder / name).is_file()]
     if not present:
         raise CheckpointError(
             f"{folder} holds no weights (none of {', '.join(FILES_OF_A_FOLDER)}); give the folder "
-            f"that save_pretrained wrote, or the file of weights itself"
+            f"that save_pretrained wrote, in one file of weights, or that file itself"
         )
-    file = folder / present[0]
-    tensors: Tensors = {}
-    for part in _shards(file) if file.suffix == ".json" else [file]:
-        source = _read_file(part)
-        if list(source.entries) != [""]:
-            raise CheckpointError(
-                f"{part} must be a state dict, as save_pretrained writes it, got a file with "
-                f"{', '.join(source.entries)}; give that file instead of its folder"
-            )
-        tensors |= source.entries[""]
-    if file.suffix == ".json":
-        lacking = [key for key in _read_json(file)["weight_map"] if key not in tensors]
-        if lacking:
-            raise CheckpointError(
-                f"the files that {file} names lack {', '.join(lacking[:5])}; fetch them anew"
-            )
-    config, preprocessor = (
-        _read_json(folder / f"{name}.json") for name in ("config", "preprocessor_config")
-    )
-    return Source(folder, {"": tensors}, config=config, preprocessor=preprocessor)
-
-
-def _shards(index: Path) -> list[Path]:
-    """Return the files that an index names."""
-    where = _read_json(index).get("weight_map")
-    if not isinstance(where, dict):
-        raise CheckpointError(f"{index} must have a table weight_map; fetch the folder anew")
-    names = list(dict.fromkeys(map(str, where.values())))
-    for name in names:
-        if Path(name).name != name or not (index.parent / name).is_file():
-            raise CheckpointError(
-                f"{index} names the file {name!r}, which is not in its folder; fetch all files"
-            )
-    return [index.parent / name for name in names]
+    config, pixels = (_read_json(folder / f"{n}.json") for n in ("config", "preprocessor_config"))
+    found = _read_file(present[0])
+    return replace(found, path=folder, config=config, preprocessor=pixels)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -154,6 +118,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a table, got {type(content).__name__}")
     return content
+
+
+# --- Pickles --------------------------------------------------------------------------------------
 
 
 class _SetAside:
@@ -175,15 +142,8 @@ def _read_pickle(path: Path) -> object:
             f'torch.save(torch.jit.load("{path.name}", map_location="cpu").state_dict(), '
             f'"weights.pth"), and give weights.pth'
         )
-    if not zipped and tarfile.is_tarfile(path):
-        raise CheckpointError(
-            f"{path} is in the first format of torch.save, a tar archive, which cannot be read "
-            f"without running what is in it. If you trust it, load it with the torch that wrote "
-            f"it, and save the state dict anew"
-        )
     # VideoMAE and MAE keep the options of a run in a Namespace.
-    allowed: list[Any] = [argparse.Namespace]
-    allowed += [(_SetAside, f"numpy.{name}") for name in SCALARS + DTYPES]
+    allowed: list[Any] = [argparse.Namespace, *((_SetAside, f"numpy.{name}") for name in NUMPY)]
     try:
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of protocols, before it is refused
@@ -196,9 +156,7 @@ def _refusal(path: Path, error: Exception) -> str:
     named = re.search(r"GLOBAL (\S+)|[Uu]nsupported class (\S+)", str(error))
     stranger = (named[1] or named[2]).rstrip(".,") if named else ""
     unpickling = isinstance(error, pickle.UnpicklingError)
-    if unpickling and not stranger:
-        stranger = _first_class_in(path)
-    if stranger:
+    if stranger or (unpickling and (stranger := _first_class_in(path))):
         return (
             f"{path} holds an object of {stranger}, and only tensors, plain values and "
             f"argparse.Namespace are read: anything else could run code. If you trust the file, "
@@ -217,7 +175,11 @@ def _refusal(path: Path, error: Exception) -> str:
 def _first_class_in(path: Path) -> str:
     """Return the first class that a pickle of any protocol names; nothing in it is run."""
     texts: list[str] = []
-    with suppress(Exception), _open_pickle(path) as stream:
+    with suppress(Exception), path.open("rb") as plain:
+        stream: IO[bytes] = plain
+        if zipfile.is_zipfile(path):
+            archive = zipfile.ZipFile(path)
+            stream = archive.open(next(n for n in archive.namelist() if n.endswith("data.pkl")))
         for code, argument, _ in pickletools.genops(stream):
             if code.name == "GLOBAL":
                 return str(argument).replace(" ", ".")
@@ -228,35 +190,26 @@ def _first_class_in(path: Path) -> str:
     return ""
 
 
-def _open_pickle(path: Path) -> IO[bytes]:
-    if not zipfile.is_zipfile(path):
-        return path.open("rb")
-    archive = zipfile.ZipFile(path)
-    return archive.open(next(name for name in archive.namelist() if name.endswith("data.pkl")))
-
-
 def _sort(path: Path, content: object) -> Source:
     """Separate state dicts, options and the rest of a file."""
-    entries: dict[str, Tensors] = {}
-    beside: list[str] = []
-    kind = type(content).__name__
-    if isinstance(content, Mapping):
-        for key, value in content.items():
-            if found := _tensors_of(value):
-                entries[str(key)] = found
-                beside += [f"{key}.{name}" for name in value if name not in found]
-            else:
-                beside.append(str(key) if str(key).isprintable() else repr(key))
-        epoch, arguments = content.get("epoch"), content.get("args")
-        if isinstance(arguments, argparse.Namespace):
-            arguments = vars(arguments)
-        if not entries and (bare := _tensors_of(content)):
-            entries, beside = {"": bare}, [key for key in beside if key not in bare]
-        kind = ", ".join(f"{key} ({type(value).__name__})" for key, value in content.items())
+    table = content if isinstance(content, Mapping) else {}
+    entries = {str(key): found for key, value in table.items() if (found := _tensors_of(value))}
+    if not entries and (bare := _tensors_of(table)):
+        entries, table = {"": bare}, {key: table[key] for key in table if key not in bare}
     if not entries:
+        kinds = [f"{key} ({type(value).__name__})" for key, value in table.items()]
         raise CheckpointError(
-            f"{path} must hold a state dict, got {kind or 'nothing'}; save the model's state_dict()"
+            f"{path} must hold a state dict, got {', '.join(kinds) or type(content).__name__}; "
+            f"save the model's state_dict()"
         )
+    beside: list[str] = []
+    for key, value in table.items():
+        if tensors := entries.get(str(key)):
+            beside += [f"{key}.{name}" for name in value if name not in tensors]
+        else:
+            beside.append(str(key) if str(key).isprintable() else repr(key))
+    epoch, arguments = table.get("epoch"), table.get("args")
+    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
     return Source(
         path,
         entries,

@@ -40,17 +40,15 @@ def read_image_tower(path: Path) -> Tensors:
     Raises:
         CheckpointError: the file cannot be read safely, or holds none.
     """
-    source = read_source(path)
-    there = [name for name in WRAPPERS if name in source.entries]
+    entries = read_source(path).entries
+    there = [name for name in WRAPPERS if name in entries]
     if not there:
         raise CheckpointError(
             f"{path} must hold a state dict alone, or one under "
-            f"{', '.join(map(repr, WRAPPERS[:-1]))}, got {', '.join(map(repr, source.entries))}; "
-            f"save the model's state_dict()"
+            f"{', '.join(map(repr, WRAPPERS[:-1]))}, got {', '.join(map(repr, entries))}; save the "
+            f"model's state_dict()"
         )
-    weights = {
-        name.removeprefix("module."): value for name, value in source.entries[there[0]].items()
-    }
+    weights = {name.removeprefix("module."): value for name, value in entries[there[0]].items()}
     if "visual.class_embedding" not in weights:
         return {name.removeprefix("backbone."): value for name, value in weights.items()}
     found = {

@@ -2,18 +2,20 @@
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hpm_video.config.checks import ConfigError
-from hpm_video.config.choices import TransformerSize
+from hpm_video.config.loading import config_text
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.files.single_file import NAMES, as_folder
 from hpm_video.files.weights import CheckpointError, misfits
@@ -23,20 +25,15 @@ from hpm_video.recognition.trained_model import (
     TrainedAutoencoder,
     TrainedClassifier,
     TrainedModel,
-    WeightsOf,
-    open_trained,
 )
 from hpm_video.tokens.grid import TokenGrid
-from hpm_video.weights.facts import Overrides
-from hpm_video.weights.families import TABLES, Family, Renamed, licence_of
+from hpm_video.training.checkpoint import checksums_of, flush, on_host, sha256_of
+from hpm_video.weights.families import SUMMED, TABLES, TEACHER, Family, Recognised, recognise
 from hpm_video.weights.files import Source, Tensors, read_source
-from hpm_video.weights.geometry import MissingOptionError, infer
-from hpm_video.weights.recognise import TEACHER, Recognised, list_shapes, recognise
+from hpm_video.weights.geometry import Inference, MissingOptionError, Overrides
 
 SAME_POSITIONS = 1e-3
 """Largest difference between computed tables of positions, beside the rounding of the file."""
-NO_DECODER = "it is the decoder's, and only the encoder is taken"
-NO_HEAD = "it belongs to a head, and only the encoder is taken"
 OF_TEACHER = "of the teacher: "
 
 
@@ -81,13 +78,13 @@ def import_weights(path: Path, overrides: Overrides | None = None) -> Imported:
         own = recognised.family.name == "ours"
     if own:
         raise CheckpointError(f"{path} is of this package already: give its folder as init_weights")
-    says = recognised.family.says
+    if overrides.encoder_only:
+        recognised = replace(recognised, teacher=None)
     try:
         return _imported(source, recognised, overrides)
-    except MissingOptionError as error:
-        raise MissingOptionError(f"{path} ({says}): {error}") from error
-    except (CheckpointError, ConfigError) as error:
-        raise CheckpointError(f"{path} ({says}): {error}") from error
+    except (CheckpointError, ConfigError, ValueError) as error:
+        kind = MissingOptionError if isinstance(error, MissingOptionError) else CheckpointError
+        raise kind(f"{path} ({recognised.family.title}): {error}") from error
 
 
 def folder_of(path: Path) -> Path | None:
@@ -101,35 +98,100 @@ def folder_of(path: Path) -> Path | None:
     return None
 
 
+class State:
+    """The tensors of a state dict by our names; queries, keys and values in parts as there."""
+
+    def __init__(self, family: Family, stored: Tensors) -> None:
+        """Copy them in single precision.
+
+        Raises:
+            CheckpointError: one is given twice, or is of no use.
+        """
+        self.family, self.tensors = family, Tensors()
+        self.origins: dict[str, str] = {}
+        """Their names in the file."""
+        self.left_out: dict[str, str] = {}
+        """Names in the file that have no place here, each with the reason."""
+        self.eps = 0.0
+        """The distance of numbers near 1 where they are stored."""
+        for name, value in stored.items():
+            _check_numbers(name, value)
+            ours = family.ours(name)
+            if reasons := [why for pattern, why in family.left_out if re.fullmatch(pattern, name)]:
+                self.left_out[name] = reasons[0]
+            elif ours in self.tensors:
+                raise CheckpointError(f"{name} is given twice, by {self.origins[ours]}")
+            else:
+                self.tensors[ours], self.origins[ours] = value.float().clone(), name
+                self.eps = max(self.eps, torch.finfo(value.dtype).eps)
+
+    def called(self, name: str) -> str:
+        """Return the name of a tensor of ours in the file."""
+        return self.origins.get(name) or self.family.theirs(name)
+
+    def leave_out(self, beginnings: tuple[str, ...], why: str) -> None:
+        """Take out tensors by how their names begin."""
+        for name in [each for each in self.tensors if each.startswith(beginnings)]:
+            del self.tensors[name]
+            self.left_out[self.called(name)] = why
+
+    def distance(self, table: str, ours: Tensor) -> float:
+        """Return how far positions are from ours; one of the class token is added to that."""
+        name, token = self.called(table), self.tensors.get("cls_token")
+        if table not in self.tensors:
+            raise CheckpointError(f"missing {name}")
+        found, shape = self.tensors[table], tuple(self.tensors[table].shape)
+        if token is not None and shape == (1, ours.shape[1] + 1, ours.shape[2]):
+            first, found = found[:, :1], found[:, 1:]
+            if table != TABLES[0] and first.any():
+                raise CheckpointError(f"{name} has a position for a class token of its own")
+            if token.shape == first.shape and table == TABLES[0]:
+                self.tensors["cls_token"] = token + first
+        if found.shape != ours.shape:
+            raise CheckpointError(
+                f"{name} has the shape {shape}, our model has {ours.shape[1]} tokens of "
+                f"{ours.shape[2]} values; give the frame size of its training: --frame-size"
+            )
+        self.tensors[table] = found
+        return (found - ours).abs().max().item()
+
+
+def _check_numbers(name: str, value: Tensor) -> None:
+    dense = value.layout == torch.strided and not value.is_quantized
+    if value.is_meta or not value.numel() or not dense or not value.is_floating_point():
+        raise CheckpointError(
+            f"{name} must be a plain tensor of real floating-point numbers, got {value.numel()} of "
+            f"{value.dtype} on {value.device}, {value.layout}"
+        )
+    if not value.isfinite().all():
+        raise CheckpointError(f"{name} has numbers that are not finite; it is of no use")
+
+
 def _imported(source: Source, recognised: Recognised, overrides: Overrides) -> Imported:
-    family, every = recognised.family, [recognised.tensors]
-    if recognised.teacher is not None and not overrides.encoder_only:
-        every.append(recognised.teacher)
-    renamed = [family.read(_in_float32(stored)) for stored in every]
-    inferred = infer(source, family, renamed[0], overrides)
+    family, every = recognised.family, (recognised.tensors, recognised.teacher)
+    states = [State(family, each) for each in every if each is not None]
+    inferred = Inference(source, family, states[0].tensors, overrides)
     may_lack: tuple[str, ...] = ()
     if family.holds == "encoder" or overrides.encoder_only:
         # A model that norms the mean of its tokens has no norm of the tokens.
-        means = "fc_norm.weight" in renamed[0].tensors
-        may_lack = (*OF_DECODERS, *(["norm."] if means else []))
-    for each in renamed:
-        if not isinstance(inferred.config, FinetuneConfig):
-            _leave_out(each, ("head.", "fc_norm."), NO_HEAD)
-        if overrides.encoder_only:
-            _leave_out(each, OF_DECODERS, NO_DECODER)
-    config = _with_positions(inferred.config, family, renamed, every)
+        means = "fc_norm.weight" in states[0].tensors
+        may_lack = (*OF_DECODERS, "norm.") if means else OF_DECODERS
+    if overrides.encoder_only:
+        states[0].leave_out((*OF_DECODERS, "head.", "fc_norm."), "only the encoder is taken")
+    config = _with_positions(inferred.config, family, states)
     model = trained(source.path, config, inferred.label_names, {})
     with torch.device("meta"):
         own = model.make().state_dict()
-    for each in renamed:
-        _check_fit(family, each, own, may_lack if each is renamed[0] else ())
-    tensors, *teacher = (each.tensors for each in renamed)
-    taken = {recognised.entry, *(TEACHER for _ in teacher)}
-    others = [name for name in source.entries if name not in taken]
-    left_out = renamed[0].left_out | dict.fromkeys(source.beside, "no weights")
-    left_out |= dict.fromkeys(others, "another state dict; it can be chosen with --entry")
-    for each in renamed[1:]:
-        left_out |= {f"{OF_TEACHER}{name}": why for name, why in each.left_out.items()}
+    for state in states:
+        parts = family.parts(own, like=state.tensors)
+        if wrong := misfits(parts, state.tensors, may_lack=may_lack, called=state.called):
+            raise CheckpointError("\n  ".join(["its tensors are not those of our model:", *wrong]))
+    tensors, *teacher = (family.join(state.tensors) for state in states)
+    left_out = states[0].left_out | dict.fromkeys(source.beside, "no weights")
+    others = source.entries.keys() - {recognised.entry, *(TEACHER for _ in teacher)}
+    left_out |= dict.fromkeys(sorted(others), "another state dict; choose it with --entry")
+    for state in states[1:]:
+        left_out |= {f"{OF_TEACHER}{name}": why for name, why in state.left_out.items()}
     return Imported(
         source,
         recognised,
@@ -137,16 +199,8 @@ def _imported(source: Source, recognised: Recognised, overrides: Overrides) -> I
         teacher[0] if teacher else None,
         left_out,
         tuple(name for name in own if name not in tensors),
-        inferred.assumed,
+        tuple(inferred.assumed),
     )
-
-
-def _check_fit(family: Family, renamed: Renamed, own: Tensors, may_lack: tuple[str, ...]) -> None:
-    def called(name: str) -> str:
-        return " and ".join(renamed.origins.get(name, [family.theirs(name)]))
-
-    if wrong := misfits(own, renamed.tensors, may_lack=may_lack, called=called):
-        raise CheckpointError("\n  ".join(["its tensors are not those of our model:", *wrong]))
 
 
 def trained(
@@ -161,192 +215,115 @@ def trained(
     return TrainedAutoencoder(path, "student", 0, config.data, config, held=tensors)
 
 
-def _in_float32(tensors: Tensors) -> Tensors:
-    """Return copies in single precision."""
-    found = {}
-    for name, value in tensors.items():
-        dense = value.layout == torch.strided and not value.is_quantized
-        if value.is_meta or not value.numel() or not dense or not value.is_floating_point():
-            raise CheckpointError(
-                f"{name} must be a plain tensor of real floating-point numbers, got "
-                f"{value.numel()} of {value.dtype} on {value.device}, {value.layout}"
-            )
-        found[name] = value.float().clone()
-        if not found[name].isfinite().all():
-            raise CheckpointError(f"{name} has numbers that are not finite; it is of no use")
-    return found
-
-
-def _leave_out(renamed: Renamed, beginnings: tuple[str, ...], why: str) -> None:
-    for name in [each for each in renamed.tensors if each.startswith(beginnings)]:
-        del renamed.tensors[name]
-        renamed.left_out.update(dict.fromkeys(renamed.origins[name], why))
-
-
 def _with_positions(
-    config: PretrainConfig | FinetuneConfig,
-    family: Family,
-    renamed: list[Renamed],
-    stored: list[Tensors],
+    config: PretrainConfig | FinetuneConfig, family: Family, states: list[State]
 ) -> PretrainConfig | FinetuneConfig:
     """Leave out tables that are computed here. If any is another one, the model keeps them all."""
-    distances: list[tuple[Renamed, str, float]] = []
-    same, grid = True, TokenGrid.of_clip(config.data.clip_size, config.model.patch_size)
-    sizes = [config.model.encoder.dim]
-    if isinstance(config, PretrainConfig):
-        sizes.append(config.model.decoder.dim)
-    for each, tensors in zip(renamed, stored, strict=True):
-        for table, dim in zip(TABLES, sizes, strict=False):
-            if table not in each.tensors:
-                if family.conventions == "mae" and "reconstructor.head.weight" in each.tensors:
-                    raise CheckpointError(f"missing {family.theirs(table)}")
-                continue
+    distances: list[tuple[State, str, float]] = []
+    grid = TokenGrid.of_clip(config.data.clip_size, config.model.patch_size)
+    sizes = {TABLES[0]: config.model.encoder.dim}
+    if isinstance(config, PretrainConfig) and "reconstructor.head.weight" in states[0].tensors:
+        sizes[TABLES[1]] = config.model.decoder.dim
+    for state in states if family.conventions == "mae" else ():
+        if SUMMED[0] in state.tensors:
+            space, time, first = (state.tensors.pop(name) for name in SUMMED)
+            both = (time.unsqueeze(2) + space.unsqueeze(1)).flatten(1, 2)
+            state.tensors[TABLES[0]] = torch.cat([first, both], dim=1)
+        for table, dim in sizes.items():
             ours = position_table(grid, dim, config.model.positions).unsqueeze(0)
-            _cut_class_token(each, table, ours)
-            dtype = tensors[each.origins[table][0]].dtype
-            distance = (each.tensors[table] - ours.to(dtype)).abs().max().item()
-            # Numbers near 1 are eps apart where they are stored.
-            same = same and distance <= SAME_POSITIONS + torch.finfo(dtype).eps
-            distances.append((each, table, distance))
-    if not same:
+            distances.append((state, table, state.distance(table, ours)))
+    if any(distance > SAME_POSITIONS + state.eps for state, _, distance in distances):
         given: Any = replace(config.model, positions="given")
         return replace(config, model=given)
-    for each, table, distance in distances:
+    for state, table, distance in distances:
         why = f"computed here, with the same numbers (largest difference {distance:.1e})"
-        _leave_out(each, (table,), why)
+        state.leave_out((table,), why)
     return config
 
 
-def _cut_class_token(renamed: Renamed, table: str, ours: Tensor) -> None:
-    """Add what a table has for the class token to that token."""
-    found, named = renamed.tensors[table], " and ".join(renamed.origins[table])
-    token = renamed.tensors.get("cls_token")
-    if token is not None and found.shape[1] == ours.shape[1] + 1:
-        first, found = found[:, :1], found[:, 1:]
-        if first.any() and table != TABLES[0]:
-            raise CheckpointError(f"{named} has a position for a class token of its own")
-        if token.shape == first.shape:  # otherwise reported as misshapen later
-            renamed.tensors["cls_token"] = token + first
-    if found.shape != ours.shape:
-        raise CheckpointError(
-            f"{named} is of {tuple(found.shape[1:])} tokens and values, our model has "
-            f"{tuple(ours.shape[1:])}"
-        )
-    renamed.tensors[table] = found
+# --- Files that are complete or absent ------------------------------------------------------------
 
 
-# --- Lines for the terminal -----------------------------------------------------------------------
-
-
-def describe(imported: Imported) -> list[str]:
-    """Return lines on an import for the terminal."""
-    model, family, prefix = imported.model, imported.family, imported.recognised.prefix
-    count = sum(value.numel() for value in model.tensors.values())
-    epoch, pretraining = imported.source.epoch, model.pretraining
-    remarks = [
-        (prefix, f"names begin with {prefix!r}, which is left out"),
-        (imported.teacher, "beside them are as many numbers of a teacher"),
-        (epoch is not None, f"epoch {epoch}"),
-        (imported.assumed, f"not in the file, defaults taken: {'; '.join(imported.assumed)}"),
-        (imported.fresh, f"start fresh: {', '.join(_parts_of(imported.fresh))}"),
-        (
-            model.config.model.positions == "given",
-            "its positions are its own: they are kept (model.positions=given)",
-        ),
-        (
-            pretraining and pretraining.mining.predictor == "none",
-            "it has no loss predictor: in pre-training that starts fresh",
-        ),
-        (
-            pretraining and imported.teacher is None,
-            "it has no teacher: in pre-training that starts as a copy",
-        ),
-    ]
-    return [
-        f"{family.name}: {family.says}",
-        *describe_model(model),
-        f"licence: {family.licence}",
-        f"{count:,} numbers taken",
-        *(line for holds, line in remarks if holds),
-        *describe_left_out(imported.left_out),
-    ]
-
-
-def describe_left_out(left_out: dict[str, str]) -> list[str]:
-    """Return lines on what is left out, and why."""
-    reasons: dict[str, list[str]] = {}
-    for name, reason in left_out.items():
-        reasons.setdefault(reason, []).append(name)
-    return [f"left out: {', '.join(_parts_of(names))}: {why}" for why, names in reasons.items()]
-
-
-def describe_model(model: TrainedModel) -> list[str]:
-    """Return lines on the sizes of encoder, clips, and decoder or head."""
-    config = model.config
-    patches, clips = (
-        " x ".join(map(str, size)) for size in (config.model.patch_size, config.data.clip_size)
-    )
-    lines = [f"encoder {_size(config.model.encoder)}; patches of {patches}; clips of {clips}"]
-    if isinstance(config, FinetuneConfig):
-        return [*lines, f"head of {len(model.label_names)} classes on {config.model.pooling}"]
-    predictor = "" if config.mining.predictor == "none" else ", and a loss predictor"
-    return [*lines, f"decoder {_size(config.model.decoder)}{predictor}"]
-
-
-def _size(size: TransformerSize) -> str:
-    return f"{size.dim} wide, {size.depth} deep, {size.num_heads} heads"
-
-
-def _parts_of(names: Iterable[str]) -> list[str]:
-    """Return the names of tensors, with all blocks as one."""
-    kinds = Counter(re.sub(r"((^|[._])(blocks\w*|layers?))\.\d+\..*", r"\1", n) for n in names)
-    return [f"{name} ({count} tensors)" if count > 1 else name for name, count in kinds.items()]
-
-
-def _describe_file(path: Path, overrides: Overrides | None) -> list[str]:
-    """Return lines on a file whose model is not known in full."""
-    source = read_source(path)
-    found = recognise(source, overrides.entry if overrides else None)
-    count = sum(value.numel() for value in found.tensors.values())
-    where = f" under {found.entry!r}" if found.entry else ""
-    others = [name for name in source.entries if name != found.entry]
-    beside = ", ".join([*others, *source.beside])
-    return [
-        f"{found.family.name}: {found.family.says}",
-        *(f"  {line}" for line in list_shapes(found.tensors)),
-        f"{len(found.tensors)} tensors{where}, {count:,} parameters",
-        *([] if source.epoch is None else [f"epoch {source.epoch}"]),
-        *([f"beside them: {beside}"] if beside else []),
-        f"licence: {found.family.licence}",
-    ]
-
-
-def inspect(path: Path, overrides: Overrides | None = None) -> list[str]:
-    """Return family, size, clips, patches, head, epoch, number of parameters and licence of a file.
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """Return a folder to write ``out`` in: at the end all of its content is moved out, or nothing.
 
     Raises:
-        CheckpointError: it cannot be read safely, or is of no known family.
+        CheckpointError: something of that name exists, or the disk does not take it.
     """
-    folder = folder_of(path)
-    if folder is None:
-        try:
-            return describe(import_weights(path, overrides))
-        except MissingOptionError as error:
-            return [*_describe_file(path, overrides), f"not all of it is in the file: {error}"]
-    names: dict[str, WeightsOf] = {"teacher": "teacher", "average": "average"}
-    model = open_trained(folder, TrainedModel, names.get(path.stem))
-    config = model.config
-    kind = "pre-training with" if isinstance(config, PretrainConfig) else "classifier of"
-    state = f"{model.weights} at update {model.update} of a run of {config.recipe.epochs} epochs"
-    if model.origin:
-        origin = json.loads(model.origin)
-        epoch = "" if origin["epoch"] is None else f", epoch {origin['epoch']}"
-        state = f"{model.weights}, imported from {origin['source']} ({origin['family']}{epoch})"
-    return [
-        f"ours: {kind} this package",
-        *describe_model(model),
-        f"positions {config.model.positions}, frame stride {config.data.frame_stride}",
-        state,
-        f"{sum(value.numel() for value in model.tensors.values()):,} parameters",
-        f"licence: {licence_of(model.origin)}",
-    ]
+    writing = out.with_name(f".writing-{out.name}")
+    shutil.rmtree(writing, ignore_errors=True)
+    try:
+        writing.mkdir(parents=True)
+        yield writing
+        written = {path: out.parent / path.name for path in sorted(writing.iterdir())}
+        for folder in (*filter(Path.is_dir, written), writing):
+            flush(folder)
+        for target in written.values():
+            if target.exists():
+                raise CheckpointError(f"{target} exists already; give another name, or delete it")
+        for path, target in written.items():
+            path.rename(target)
+        flush(out.parent, recursive=False)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"cannot write {out}: {error}. Make room, and start the same command again"
+        ) from error
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+
+
+def write_folder(imported: Imported, folder: Path, parity: dict[str, Any]) -> None:
+    """Write what ``init_weights`` and the programs of ``tools/`` read.
+
+    Raises:
+        CheckpointError: the folder exists, or the disk does not take it.
+    """
+    model, path = imported.model, imported.source.path
+    files = [path]
+    if path.is_dir():
+        files = [p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".bin", ".json")]
+    origin = {
+        "family": imported.family.name,
+        "source": str(path.absolute()),
+        "sha256": {file.name: sha256_of(file) for file in files},
+        "state_dict": imported.recognised.entry,
+        "prefix": imported.recognised.prefix,
+        "epoch": imported.source.epoch,
+        "licence": imported.family.licence,
+        "assumed": list(imported.assumed),
+        "left_out": imported.left_out,
+        "start_fresh": list(imported.fresh),
+        "positions": model.config.model.positions,
+    }
+    with staged(folder) as staging:
+        writing = staging / folder.name
+        writing.mkdir()
+        drawn = model.make().state_dict() if imported.fresh else {}
+        save_file(on_host(drawn | model.tensors), writing / "model.safetensors")
+        if imported.teacher is not None:
+            save_file(on_host(imported.teacher), writing / "teacher.safetensors")
+        for name, text in texts_of(model).items():
+            (writing / name).write_text(text, encoding="utf-8")
+        state = {"update": 0, "imported_from": imported.family.name}
+        write_json(writing / "state.json", {**state, "sha256": checksums_of(writing)})
+        write_json(writing / "origin.json", origin)
+        write_json(writing / "parity.json", parity)
+
+
+def texts_of(model: TrainedModel) -> dict[str, str]:
+    """Return the files of a checkpoint folder beside weights: their texts by name."""
+    found = {
+        "config.yaml": config_text(model.config),
+        "state.json": json.dumps({"update": model.update}) + "\n",
+        "labels.txt": "".join(f"{name}\n" for name in model.label_names),
+        "origin.json": model.origin,
+    }
+    return {name: text for name, text in found.items() if text}
+
+
+def write_json(path: Path, table: dict[str, Any]) -> None:
+    """Write a table as JSON."""
+    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

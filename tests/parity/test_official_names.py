@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from hpm_video.weights.facts import Overrides
+from hpm_video.weights.geometry import Overrides
 from hpm_video.weights.importing import import_weights
-from hpm_video.weights.parity import outputs_of, outputs_of_transformers, trial_of
+from hpm_video.weights.verify import outputs_of, outputs_of_transformers, trial_of
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

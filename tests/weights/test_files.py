@@ -1,7 +1,6 @@
 """Files of weights of other projects are read, and nothing in them is run."""
 
 import argparse
-import json
 import os
 import pickle
 import tarfile
@@ -150,40 +149,13 @@ def test_safetensors_with_metadata(tmp_path):
         read_source(path)
 
 
-def write_folder(folder, ending="safetensors"):
-    names = [f"model-0000{i}-of-00002.{ending}" for i in (1, 2)]
-    for name, key in zip(names, WEIGHTS, strict=True):
-        one = {key: WEIGHTS[key]}
-        if ending == "safetensors":
-            save_file(one, folder / name)
-        else:
-            torch.save(one, folder / name)
-    index = "model.safetensors" if ending == "safetensors" else "pytorch_model.bin"
-    where = {"weight_map": dict(zip(WEIGHTS, names, strict=True))}
-    (folder / f"{index}.index.json").write_text(json.dumps(where))
-    (folder / "config.json").write_text('{"model_type": "videomae"}')
-    return folder / f"{index}.index.json"
-
-
-@pytest.mark.parametrize("ending", ["safetensors", "bin"])
-def test_folder_with_an_index(tmp_path, ending):
-    write_folder(tmp_path, ending)
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_folder_of_a_model(tmp_path, name):
+    (save_file if name.endswith("safetensors") else torch.save)(WEIGHTS, tmp_path / name)
+    (tmp_path / "config.json").write_text('{"model_type": "videomae"}')
     source = read_source(tmp_path)
     assert same(source.entries[""])
     assert source.config == {"model_type": "videomae"}
-
-
-def test_an_index_names_only_files_of_its_folder(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    index = write_folder(folder)
-    save_file(WEIGHTS, tmp_path / "elsewhere.safetensors")
-    index.write_text(json.dumps({"weight_map": {"a.weight": "../elsewhere.safetensors"}}))
-    with pytest.raises(CheckpointError, match="which is not in its folder"):
-        read_source(folder)
-    index.write_text(json.dumps({"weight_map": {"c": "model-00001-of-00002.safetensors"}}))
-    with pytest.raises(CheckpointError, match="lack c"):
-        read_source(folder)
 
 
 def test_folder_without_weights(tmp_path):
@@ -214,7 +186,7 @@ def test_a_tar_is_refused_without_the_advice_to_run_it(tmp_path):
     with tarfile.open(path, "w") as archive:
         for name in ("sys_info", "pickle", "tensors", "storages"):
             archive.addfile(tarfile.TarInfo(name))
-    with pytest.raises(CheckpointError, match="first format of torch.save") as error:
+    with pytest.raises(CheckpointError, match="cannot be read") as error:
         read_source(path)
     assert "weights_only" not in str(error.value)
 

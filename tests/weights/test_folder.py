@@ -18,12 +18,11 @@ from hpm_video.recognition.trained_model import ClipChoice, TrainedModel, open_t
 from hpm_video.runs.pretraining import pretrain
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.checkpoint import sha256_of
-from hpm_video.weights.facts import Overrides
 from hpm_video.weights.families import LICENCES
-from hpm_video.weights.folder import write_folder
-from hpm_video.weights.importing import import_weights, inspect
-from hpm_video.weights.parity import NOT_ASKED
-from hpm_video.weights.verify import compare
+from hpm_video.weights.geometry import Overrides
+from hpm_video.weights.importing import import_weights, write_folder
+from hpm_video.weights.inspect import inspect
+from hpm_video.weights.verify import NOT_ASKED, compare
 
 pytestmark = pytest.mark.slow
 
@@ -289,7 +288,7 @@ def test_nothing_is_left_of_a_folder_that_is_not_written(files, tmp_path, monkey
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("hpm_video.weights.folder.flush", fail)
+    monkeypatch.setattr("hpm_video.weights.importing.flush", fail)
     expected = error if error is KeyboardInterrupt else CheckpointError
     with pytest.raises(expected):
         write_folder(imported, tmp_path / "new" / "folder", NOT_ASKED.as_table())
