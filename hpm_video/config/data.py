@@ -40,7 +40,7 @@ class DataConfig:
     """Height and width of a clip in pixels."""
     interpolation: Interpolation = "bilinear"
     """How frames are resized."""
-    held_out_short_side: int | None = None
+    validation_short_side: int | None = None
     """Where given, frames for validation and tests are resized so that their shorter side has so
     many pixels, and crops are cut out of them (ImageNet: 256, then 224). By default a crop is as
     large as fits."""
@@ -75,10 +75,10 @@ class DataConfig:
         at_least(0, "data", self, "workers")
         positive("data", self, "seconds_per_file", "memory_per_worker", "std")
         a_share("data", self, "max_bad_share")
-        short = self.held_out_short_side
+        short = self.validation_short_side
         if short is not None and short < max(self.frame_size):
             raise ConfigError(
-                f"data.held_out_short_side must be at least data.frame_size ({self.frame_size}), "
+                f"data.validation_short_side must be at least data.frame_size ({self.frame_size}), "
                 f"got {short}"
             )
         if self.max_frame_stride is not None and self.max_frame_stride < self.frame_stride:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from hpm_video.config.schema import FinetuneConfig, PretrainConfig, SourceConfig
 from hpm_video.files.errors import read_text
 
 Config = TypeVar("Config")
+log = logging.getLogger(__name__)
+NEW_NAMES = {"held_out_short_side": "validation_short_side"}
+"""Of keys that had another name in the version before this one."""
 
 
 def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> Config:
@@ -42,6 +46,7 @@ def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> C
             given = OmegaConf.merge(given, part)
             if override in ("mix={}", "mix=null"):
                 given.mix = {}
+        given = OmegaConf.create(_with_new_names(OmegaConf.to_container(given), path))
         open_keys = sorted(OmegaConf.missing_keys(given))
         if open_keys:
             raise ConfigError(
@@ -77,6 +82,19 @@ def _refuse_references(value: Any, where: str, key: str = "") -> None:
             f"environment nor from other keys; write the value itself (a shell fills in "
             f'{key}="$NAME")'
         )
+
+
+def _with_new_names(given: Any, path: Path) -> Any:
+    """Read keys by the names that they had one version ago."""
+    if not isinstance(given, dict):
+        return given
+    found = {}
+    for key, value in given.items():
+        name = NEW_NAMES.get(key, key)
+        if name != key:
+            log.warning("%s: %s is called %s now", path, key, name)
+        found[name] = _with_new_names(value, path)
+    return found
 
 
 def _check_sources(given: Any) -> None:

@@ -131,12 +131,12 @@ def view_crops(frames: NDArray[np.uint8], data: DataConfig, count: int) -> list[
     """Crops of frames, evenly spread along the free axis: (T, H, W, C) -> count x (C, T, h, w)
 
     Each is the largest box of the shape of ``data.frame_size``, resized to it. With
-    ``data.held_out_short_side``, the frames are first resized so that their shorter side has that
+    ``data.validation_short_side``, the frames are first resized so that their shorter side has that
     many pixels, and the crops are cut out of them as they are (ImageNet's customary 256 and 224);
     of frames more than ``LONGEST`` times as long as short, out of the middle of that length.
     """
     height, width = frames.shape[1:3]
-    frame_size, short = data.frame_size, data.held_out_short_side
+    frame_size, short = data.frame_size, data.validation_short_side
     if short is None:
         boxes = view_boxes(height, width, frame_size, count)
         return [crop_and_resize(frames, box, frame_size, data.interpolation) for box in boxes]

@@ -88,7 +88,7 @@ def describe_test(
         "videos_sha256": manifest.digest,
         "clips": views.clips,
         "crops": views.crops,
-        "short_side": trained.data.held_out_short_side,
+        "short_side": trained.data.validation_short_side,
         "interpolation": trained.data.interpolation,
         "precision": classifier.precision,
     }

@@ -56,7 +56,7 @@ class ClipChoice:
     frame_size: tuple[int, int] | None = None
 
     def of(self, data: DataConfig) -> DataConfig:
-        short_side = data.held_out_short_side
+        short_side = data.validation_short_side
         if short_side is not None and self.frame_size is not None:  # in the same proportion
             short_side = round(short_side * max(self.frame_size) / max(data.frame_size))
         return replace(
@@ -65,7 +65,7 @@ class ClipChoice:
             frame_stride=self.frame_stride or data.frame_stride,
             max_frame_stride=None,
             frame_size=self.frame_size or data.frame_size,
-            held_out_short_side=short_side,
+            validation_short_side=short_side,
         )
 
 

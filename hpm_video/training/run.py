@@ -97,7 +97,7 @@ class Run:
         """
         if self.start == 0 and self.evaluation.validate:
             with self.meter.paused():
-                self._measure("held_out", 0, self.evaluation.validate, self.evaluation.describe)
+                self._measure("validation", 0, self.evaluation.validate, self.evaluation.describe)
 
     def after_update(self, progress: Progress, settings: dict[str, float]) -> None:
         """Log, measure, draw, save and stop, where it is time to.
@@ -116,7 +116,7 @@ class Run:
             keep = self._due(update, self.saving.keep_every_epochs)
             improved = False
             if evaluation.validate and (last or self._due(update, how.validate_every_epochs)):
-                found = self._measure("held_out", done, evaluation.validate, evaluation.describe)
+                found = self._measure("validation", done, evaluation.validate, evaluation.describe)
                 improved = self._note_score(done, found[evaluation.score])
             if evaluation.probe and (last or self._due(update, evaluation.probe_every_epochs)):
                 self._measure("probe", done, evaluation.probe, describe_probe)

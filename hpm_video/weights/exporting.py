@@ -55,7 +55,7 @@ def write_transformers(model: TrainedModel, expressed: Expressed, folder: Path) 
         # Bit's resizes the shorter side and cuts out the middle, ViT's own resizes to a square.
         "image_processor_type": f"{'VideoMAE' if of_clips else 'Bit'}ImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": data.held_out_short_side or max(height, width)},
+        "size": {"shortest_edge": data.validation_short_side or max(height, width)},
         "resample": RESAMPLE[data.interpolation],
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
@@ -72,7 +72,7 @@ def write_transformers(model: TrainedModel, expressed: Expressed, folder: Path) 
             f"this model learned to predict target {target}, and the loss of {kind} compares with "
             f"another: what it predicts is ours, its loss is not"
         )
-    if height != width and data.held_out_short_side is None:
+    if height != width and data.validation_short_side is None:
         notes.append(
             "the preprocessor cuts these rectangular frames out of a larger frame, where ours "
             "takes the largest box of their shape"
@@ -94,7 +94,7 @@ def write_timm(model: TrainedModel, expressed: Expressed, folder: Path) -> Writt
         "num_classes": len(model.label_names),
         "input_size": (model.config.model.channels, *data.frame_size),
         "interpolation": data.interpolation,
-        "crop_pct": express.crop_share(max(data.frame_size), data.held_out_short_side),
+        "crop_pct": express.crop_share(max(data.frame_size), data.validation_short_side),
         "crop_mode": "center",
         "mean": data.mean,
         "std": data.std,
@@ -190,7 +190,7 @@ def write_onnx(model: TrainedModel, _: Expressed, file: Path) -> Written:
         "axes": "B C T H W",
         "size": [channels, *data.clip_size],
         "frame_stride": data.frame_stride,
-        "short_side": data.held_out_short_side,
+        "short_side": data.validation_short_side,
         "interpolation": data.interpolation,
         "pixels": "in [0, 1], minus the mean and divided by the standard deviation",
         "mean": list(data.mean),

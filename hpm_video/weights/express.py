@@ -177,7 +177,7 @@ def facts_of(model: TrainedModel) -> dict[str, Any]:
         "image_mean": list(data.mean),
         "image_std": list(data.std),
         "interpolation": data.interpolation,
-        "short_side": data.held_out_short_side,
+        "short_side": data.validation_short_side,
     }
     if pretraining := model.pretraining:
         facts["decoder_num_attention_heads"] = pretraining.model.decoder.num_heads

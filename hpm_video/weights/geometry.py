@@ -379,12 +379,12 @@ class Inference:
             "frame_size": clip_size[1:],
             "frame_stride": 1 if image else self.choose("frame stride", "frame_stride", 4),
             "interpolation": self.choose("interpolation", "interpolation", usual),
-            "held_out_short_side": facts.get("short_side") or None,
+            "validation_short_side": facts.get("short_side") or None,
             "mean": facts.get("mean", mean),
             "std": facts.get("std", std),
         }
         if image and "short_side" not in facts:
-            found["held_out_short_side"] = side = round(max(clip_size) * 256 / 224)
+            found["validation_short_side"] = side = round(max(clip_size) * 256 / 224)
             self.assumed.append(f"short side in validation {side}")
         if not {"mean", "std"} <= facts.keys():
             self.assumed.append(f"mean {mean} and standard deviation {std} of the pixels")

@@ -120,7 +120,7 @@ def test_recipes_for_images_are_the_official_ones(name):
         (0.2, 1.0),
         "bicubic",
     )
-    assert data.held_out_short_side == 256
+    assert data.validation_short_side == 256
     assert (config.masking.ratio, config.mining.target) == (0.75, "raw")
     strategy, predictor = ("easy_to_hard", "relative") if by_difficulty else ("random", "none")
     assert (config.masking.strategy, config.mining.predictor) == (strategy, predictor)
@@ -185,7 +185,7 @@ def test_misspelt_key_is_an_error_that_knows_better():
         ),
         ("data.crop_area=[0.5,0.2]", r"crop_area must be two rising .* \(0.5, 0.2\)"),
         ("data.interpolation=nearest", "nearest"),
-        ("data.held_out_short_side=47", r"at least data.frame_size \(\(48, 48\)\), got 47"),
+        ("data.validation_short_side=47", r"at least data.frame_size \(\(48, 48\)\), got 47"),
         ("mining.target=dino", "needs the weights of vit_base_patch16_224.dino: give mining.feat"),
         ("mining.feature_weights=a.pth", "go with mining.target=dino or clip, and it is per_ch"),
         ("mining.feature_model=vit", "go with mining.target=dino or clip"),
@@ -195,7 +195,10 @@ def test_misspelt_key_is_an_error_that_knows_better():
         ("mix.images.data.workers=3", "mix.images.data.workers plays no part"),
         ("mix.images.data.max_bad_share=0.5", "mix.images.data.max_bad_share plays no part"),
         ("mix=[1]", "cannot use"),
-        ("mix.images.data.held_out_short_side=8", "mix.images: data.held_out_short_side must be"),
+        (
+            "mix.images.data.validation_short_side=8",
+            "mix.images: data.validation_short_side must be",
+        ),
         ("mix.images.masking.ratio=2", "mix.images: masking.ratio must lie"),
         ("mix.images.data.frames=2", "full_key: mix.images.data.frames"),
         ("mix.images.data.num_frames=1", "mix.images.data.num_frames, .* got 1 with patch 2"),
@@ -341,13 +344,22 @@ def test_a_feature_model_is_named_by_its_kind_unless_told():
     assert name == "vit_small_patch8_224.dino"
 
 
-def test_the_short_side_of_held_out_frames_may_be_that_of_the_crop():
+def test_the_short_side_of_validation_frames_may_be_that_of_the_crop():
     for side in (48, 60):
-        config = load_config(PretrainConfig, DEMO, [f"data.held_out_short_side={side}"])
-        assert config.data.held_out_short_side == side
-    wide = ["data.frame_size=[32,48]", "data.held_out_short_side=40"]
+        config = load_config(PretrainConfig, DEMO, [f"data.validation_short_side={side}"])
+        assert config.data.validation_short_side == side
+    wide = ["data.frame_size=[32,48]", "data.validation_short_side=40"]
     with pytest.raises(ConfigError, match=r"\(\(32, 48\)\), got 40"):
         load_config(PretrainConfig, DEMO, wide)
+
+
+def test_keys_are_read_by_their_names_of_one_version_ago(caplog):
+    old = "data.held_out_short_side=60"
+    assert load_config(PretrainConfig, DEMO, [old]).data.validation_short_side == 60
+    assert "held_out_short_side is called validation_short_side now" in caplog.text
+    of_images = "mix.images.data.held_out_short_side=64"
+    mixed = load_config(PretrainConfig, DEMO.with_name("demo_mixed.yaml"), [of_images])
+    assert mixed.mix["images"].data.validation_short_side == 64
 
 
 # --- Fine-tuning and probes ---------------------------------------------------------------------
@@ -424,7 +436,7 @@ def test_fine_tuning_on_images_sees_them_as_the_official_one_does(name):
     assert (model.num_classes, model.pooling, model.class_token) == (1000, "mean_norm", True)
     assert (model.positions, model.conventions) == ("space_time", "mae")
     assert (recipe.layer_decay, recipe.weight_decay) == (0.8, 0.05)
-    assert (data.num_frames, data.frame_size, data.held_out_short_side) == (1, (224, 224), 256)
+    assert (data.num_frames, data.frame_size, data.validation_short_side) == (1, (224, 224), 256)
     assert (data.interpolation, data.flip) == ("bicubic", True)
     how = config.augmentation
     assert how.rand_augment == "rand-m9-mstd0.5-inc1"
@@ -450,7 +462,7 @@ def test_fine_tuning_on_images_sees_them_as_the_official_one_does(name):
         (["model.pooling=max"], "max"),
         (["model.init=zero"], "zero"),
         (["model.pooling=class_token"], "needs model.class_token=true, which pre-training must"),
-        (["data.held_out_short_side=47"], r"at least data.frame_size .*got 47"),
+        (["data.validation_short_side=47"], r"at least data.frame_size .*got 47"),
         (["data.crop=random_resized"], "crop"),
         (["model.head_dropout=1"], r"model.head_dropout must lie in \[0, 1\), got 1"),
         (["model.drop_path=-0.1"], r"model.drop_path must lie in \[0, 1\), got -0.1"),
@@ -538,7 +550,7 @@ def test_a_value_that_no_classifier_can_be_run_with_is_named_with_its_rule(overr
         ["recipe.layer_decay=1", "recipe.optimizer=sgd"],
         ["model.pretrained_grid=[1,1,1]"],
         ["model.pooling=class_token", "model.class_token=true", "model.frozen=true"],
-        ["data.held_out_short_side=64", "data.interpolation=bicubic"],
+        ["data.validation_short_side=64", "data.interpolation=bicubic"],
     ],
 )
 def test_what_a_rule_lets_through(overrides):

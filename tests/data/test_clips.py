@@ -97,7 +97,7 @@ def training(
     )
 
 
-def held_out(*names, spec=SPEC, clips=1, crops=1, **options):
+def validation_clips(*names, spec=SPEC, clips=1, crops=1, **options):
     return ValidationClips(
         manifest_of(*names), spec, views=Views(clips, crops), seed=SEED, **options
     )
@@ -296,7 +296,7 @@ def test_how_many_bad_files_are_tolerated(num_files, share, expected):
     assert tolerated(num_files, share) == expected
 
 
-def test_held_out_clips_are_the_middle_of_each_file_in_order():
+def test_validation_clips_are_the_middle_of_each_file_in_order():
     clips = ValidationClips(manifest_of("0", "1", "2"), SPEC, seed=SEED)
     samples = list(clips)
     assert [sample.file for sample in samples] == ["/v/0", "/v/1", "/v/2"]
@@ -307,14 +307,14 @@ def test_held_out_clips_are_the_middle_of_each_file_in_order():
     assert torch.equal(clips[2].clips, samples[2].clips)
 
 
-def test_a_held_out_file_that_does_not_decode_is_an_error():
-    clips = held_out("0", "bad1", clips=2)
+def test_a_validation_file_that_does_not_decode_is_an_error():
+    clips = validation_clips("0", "bad1", clips=2)
     with pytest.raises(DecodeError, match="cannot decode /v/bad1: made up"):
         clips[1]
 
 
 def test_a_failure_that_is_reported_leaves_no_clips_and_replaces_nothing():
-    clips = held_out("0", "bad1", "2", clips=2, crops=3, report_failures=True)
+    clips = validation_clips("0", "bad1", "2", clips=2, crops=3, report_failures=True)
     samples = list(clips)
     assert [len(sample.clips) for sample in samples] == [6, 0, 6]
     assert samples[1].failures == (Failure("/v/bad1", "made up"),)
@@ -333,7 +333,7 @@ def test_a_failure_that_is_reported_leaves_no_clips_and_replaces_nothing():
 
 
 def test_a_batch_of_failures_alone():
-    batch = collate(list(held_out("bad0", "bad1", report_failures=True)))
+    batch = collate(list(validation_clips("bad0", "bad1", report_failures=True)))
     assert batch.clips.shape == (0, 3, 4, 8, 12)
     assert batch.clips.dtype == torch.uint8
     assert batch.keys.shape == batch.labels.shape == (0,)
@@ -341,7 +341,7 @@ def test_a_batch_of_failures_alone():
 
 
 def test_a_video_is_opened_once_and_each_frame_read_once_for_all_its_views():
-    samples = list(held_out("0", "1", spec=replace(SPEC, num_frames=10), clips=5, crops=3))
+    samples = list(validation_clips("0", "1", spec=replace(SPEC, num_frames=10), clips=5, crops=3))
     assert set(GreyVideo.opened.values()) == {1}
     assert len(GreyVideo.read_frames) == 2
     for sample, read in zip(samples, GreyVideo.read_frames, strict=True):
@@ -365,7 +365,7 @@ def test_views_are_in_order_the_crops_of_a_clip_beside_each_other(
 ):
     monkeypatch.setattr(GreyVideo, "size", size)
     spec = replace(SPEC, sampling=sampling, frame_size=(16, 16))
-    (sample,) = held_out("wide7", spec=spec, clips=3, crops=3)
+    (sample,) = validation_clips("wide7", spec=spec, clips=3, crops=3)
     boxes = view_boxes(*size, (16, 16), 3)
     whole = GreyVideo("/v/wide7", "auto")
     expected = [
@@ -378,13 +378,13 @@ def test_views_are_in_order_the_crops_of_a_clip_beside_each_other(
 def test_views_are_cropped_as_the_spec_says(monkeypatch, short_side):
     monkeypatch.setattr(GreyVideo, "size", (20, 40))
     spec = replace(
-        SPEC, frame_size=(12, 12), held_out_short_side=short_side, interpolation="bicubic"
+        SPEC, frame_size=(12, 12), validation_short_side=short_side, interpolation="bicubic"
     )
-    (sample,) = held_out("wide7", spec=spec, clips=2, crops=3)
+    (sample,) = validation_clips("wide7", spec=spec, clips=2, crops=3)
     frames = GreyVideo("/v/wide7", "auto").read([0, 2, 4, 6])
     expected = view_crops(frames, spec, 3)
     assert torch.equal(sample.clips[:3], torch.stack(expected))
-    other = replace(spec, held_out_short_side=None if short_side else 14)
+    other = replace(spec, validation_short_side=None if short_side else 14)
     assert not torch.equal(sample.clips[1], view_crops(frames, other, 3)[1])
 
 

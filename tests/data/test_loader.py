@@ -150,9 +150,9 @@ def test_errors_of_workers_keep_their_kind_and_message(bad_videos):
     bad = Manifest((str(bad_videos["empty"]),), (-1,), (-1,))
     with pytest.raises(TooManyBadFiles, match=r"1 of 1 files do not decode(.|\n)*empty\.mp4"):
         next(clip_batches(clips_of(bad), places([0]), batch_size=1, workers=1))
-    held_out = ValidationClips(bad, SPEC, seed=0)
+    validation_clips = ValidationClips(bad, SPEC, seed=0)
     with pytest.raises(DecodeError, match=r"empty\.mp4: the file is empty"):
-        next(validation_batches(held_out, batch_size=1, workers=1))
+        next(validation_batches(validation_clips, batch_size=1, workers=1))
 
 
 @pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 1), (8, 7), (17, 16), (64, 16)])

@@ -198,10 +198,10 @@ def test_a_mixed_run_goes_on_with_the_same_batches(start):
     assert_same(batches_of(streams, [1, 0.6], start=start), whole[start:])
 
 
-def test_held_out_clips_say_of_which_source_they_are():
+def test_validation_clips_say_of_which_source_they_are():
     data = DataConfig(num_frames=1, frame_size=(8, 8))
-    held_out = ValidationClips(stream("").manifest, data, seed=SEED, source="images")
-    assert collate([held_out[0], held_out[3]]).source == "images"
+    validation_clips = ValidationClips(stream("").manifest, data, seed=SEED, source="images")
+    assert collate([validation_clips[0], validation_clips[3]]).source == "images"
 
 
 # --- A run of them ------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def noise(height, width, frames=2):
 
 def crops_of(frames, frame_size, count, short_side, interpolation):
     data = DataConfig(
-        frame_size=frame_size, held_out_short_side=short_side, interpolation=interpolation
+        frame_size=frame_size, validation_short_side=short_side, interpolation=interpolation
     )
     return view_crops(frames, data, count)
 
@@ -210,7 +210,7 @@ def crops_of(frames, frame_size, count, short_side, interpolation):
         ((1, 9), 8, (7, 8)),
     ],
 )
-def test_a_held_out_crop_by_the_short_side_is_torchvisions(
+def test_a_validation_crop_by_the_short_side_is_torchvisions(
     interpolation, size, short_side, frame_size
 ):
     frames = noise(*size)

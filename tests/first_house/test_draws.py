@@ -103,8 +103,8 @@ def orders():
         clips.bad[asked[-1].path] = None
         asked.append(clips.request(20))
         found[source] = ["".join(each.path for each in asked), [each.keys for each in asked[-2:]]]
-    held_out = ValidationClips(manifest, data, seed=3)
-    return {**found, "held out": held_out.request(5).keys}
+    validation_clips = ValidationClips(manifest, data, seed=3)
+    return {**found, "held out": validation_clips.request(5).keys}
 
 
 def clips():
@@ -229,7 +229,7 @@ def mixing():
 
 
 def looks():
-    """Masks of a trained model: of held-out measures and of pictures. -> numbers, and masks"""
+    """Masks of a trained model: of validation measures and of pictures. -> numbers, and masks"""
     _, student, objective = load_run(Path("runs/video/checkpoints/last"), torch.device("cpu"))
     stored = load_file("numbers/video.safetensors")["clips"][:4]
     batch = ClipBatch(stored, KEYS, torch.zeros(4).long(), ("x.mp4",) * 4, ())

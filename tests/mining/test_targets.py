@@ -265,7 +265,7 @@ def test_the_target_is_what_the_teachers_encoder_makes_of_the_whole_clip(class_t
     assert objective.losses(student, batch, Progress(0, 0, 1)).total > 0.1
 
 
-def test_a_held_out_batch_is_encoded_once_for_all_masks():
+def test_a_validation_batch_is_encoded_once_for_all_masks():
     student, objective, _ = make(target_of(None), predictor="relative")
     seen = encoded_by(objective.ema)
     found = objective.evaluate(student, batch_of(), ["a", "b", "c"])

@@ -69,7 +69,7 @@ def files_of_batches(seen):
 
 
 def files_opened(seen):
-    """Every file that is opened, in order, those of held-out clips too."""
+    """Every file that is opened, in order, those of validation clips too."""
     seen["opened"] = []
     return listened(dataset, "open_video", lambda path, *_: seen["opened"].append(path))
 

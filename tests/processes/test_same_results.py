@@ -269,7 +269,7 @@ def weight_differences(run, reference):
     return found
 
 
-def measure_differences(run, reference, kinds=("train", "held_out")):
+def measure_differences(run, reference, kinds=("train", "validation")):
     """The largest difference of each measure, over all lines of the log of ``run``."""
     ours = [line for line in lines_of(run) if line["kind"] in kinds]
     theirs = {(line["kind"], line["update"]): line for line in lines_of(reference)}
@@ -388,7 +388,7 @@ def test_gradients_are_reduced_once_per_update(jobs, engine):
 
 
 def test_processes_share_the_batches_of_one(jobs):
-    """And open no file of each other's share, held-out files included."""
+    """And open no file of each other's share, validation files included."""
     alone = jobs.seen("video")
     for _, engine, accumulate in (case for case in EQUAL if case[0] == "video"):
         name = f"video-{engine}-{accumulate}"
@@ -398,7 +398,7 @@ def test_processes_share_the_batches_of_one(jobs):
         for share, seen in zip(batches, shares, strict=True):
             trained = [file for batch in share for file in batch]
             assert [file for file in seen["opened"] if "/videos/train/" in file] == trained
-        # Of held-out files the first draws all, and otherwise each is read by one process.
+        # Of validation files the first draws all, and otherwise each is read by one process.
         looks = engine in LOOKS and accumulate == 2
         for folder in ("/labelled/", "/videos/validation/"):
             once = [{f for f in seen["opened"] if folder in f} for seen in shares]
@@ -495,7 +495,7 @@ def test_looking_is_logged_once_and_the_same(jobs, engine):
     assert events == [(line["kind"], line["update"]) for line in lines_of(jobs.run("video"))]
     assert len(set(events)) == len(events)
     assert [kind for kind, _ in events].count("probe") == 2
-    differences = measure_differences(run, jobs.run("video"), ["train", "held_out", "probe"])
+    differences = measure_differences(run, jobs.run("video"), ["train", "validation", "probe"])
     assert max(differences.values()) < SAME
     assert [path.name for path in (run / "pictures").glob("*.png")] == [
         path.name for path in (jobs.run("video") / "pictures").glob("*.png")

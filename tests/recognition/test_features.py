@@ -317,13 +317,13 @@ def test_tokens_are_those_of_the_clip_and_the_class_token_stands_for_it(tmp_path
     torch.testing.assert_close(encoder.pooled(clips), encoded[:, 0])
 
 
-def test_held_out_crops_of_another_size_keep_their_share_of_the_frame():
-    data = PretrainDataConfig(num_frames=2, frame_size=(224, 224), held_out_short_side=256)
+def test_validation_crops_of_another_size_keep_their_share_of_the_frame():
+    data = PretrainDataConfig(num_frames=2, frame_size=(224, 224), validation_short_side=256)
     clips = ClipChoice(frame_size=(112, 112)).of(data)
-    assert (clips.held_out_short_side, clips.frame_size) == (128, (112, 112))
-    assert ClipChoice(num_frames=4).of(data).held_out_short_side == 256
+    assert (clips.validation_short_side, clips.frame_size) == (128, (112, 112))
+    assert ClipChoice(num_frames=4).of(data).validation_short_side == 256
     plain = PretrainDataConfig(num_frames=2, frame_size=(224, 224))
-    assert ClipChoice(frame_size=(112, 112)).of(plain).held_out_short_side is None
+    assert ClipChoice(frame_size=(112, 112)).of(plain).validation_short_side is None
 
 
 @pytest.mark.parametrize("tokens", [False, True])

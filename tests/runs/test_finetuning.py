@@ -46,10 +46,10 @@ def test_the_script_fine_tunes_and_tests(finetuned_run):
     losses = [line["loss"] for line in lines_of(finetuned_run, "train")]
     assert len(losses) == 30
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
-    held_out = lines_of(finetuned_run, "held_out")
-    assert [line["update"] for line in held_out] == [0, 15, 30]
-    assert {"top1", "cross_entropy"} <= set(held_out[-1])
-    assert "top5" not in held_out[-1], "there are three classes"
+    measures = lines_of(finetuned_run, "validation")
+    assert [line["update"] for line in measures] == [0, 15, 30]
+    assert {"top1", "cross_entropy"} <= set(measures[-1])
+    assert "top5" not in measures[-1], "there are three classes"
 
 
 def test_predictions_are_those_of_every_video_once(finetuned_run, labelled_videos):
@@ -105,7 +105,7 @@ def test_a_checkpoint_stands_alone(finetuned_run):
 
 
 def test_the_best_is_the_highest_accuracy(finetuned_run):
-    _, *measured = lines_of(finetuned_run, "held_out")
+    _, *measured = lines_of(finetuned_run, "validation")
     scores = {line["update"]: line["top1"] for line in measured}
     best = max(scores, key=scores.__getitem__)
     assert (finetuned_run / "checkpoints" / "best").resolve().name == f"update-{best:08d}"
@@ -213,7 +213,7 @@ def test_bad_videos_stop_a_test_with_their_list_or_count_as_wrong(
     assert sorted(result["excluded_files"]) == sorted(row["path"] for row in of_bad)
 
 
-def test_bad_held_out_videos_stop_a_run_before_it_begins_or_are_excluded(
+def test_bad_validation_videos_stop_a_run_before_it_begins_or_are_excluded(
     finetune, labelled_videos, tmp_path
 ):
     run, videos = tmp_path / "run", tmp_path / "videos"
@@ -226,9 +226,9 @@ def test_bad_held_out_videos_stop_a_run_before_it_begins_or_are_excluded(
     options = [f"data.validation={videos}", "test.exclude_bad_files=true", "recipe.epochs=2"]
     finish(finetune(run, *options))
     assert result_of(folder_tested(run))["excluded"] == 2
-    held_out = lines_of(run, "held_out")[-1]
-    assert held_out["top1"] <= 6 / 8
-    assert np.isfinite(held_out["cross_entropy"])
+    measures = lines_of(run, "validation")[-1]
+    assert measures["top1"] <= 6 / 8
+    assert np.isfinite(measures["cross_entropy"])
 
 
 def test_other_weights_under_the_same_name_are_refused(

@@ -49,7 +49,7 @@ data:
   workers: 0
   flip: true
   interpolation: bicubic
-  held_out_short_side: 36
+  validation_short_side: 36
 """
 IMAGES = f"""{MODEL}  decoder: {{dim: 16, depth: 1, num_heads: 2}}
 {DATA}  crop: random_resized
@@ -109,7 +109,7 @@ def image_run(images, tmp_path_factory) -> Path:
 
 def test_a_run_on_images_learns_measures_and_draws(image_run):
     assert len(lines_of(image_run, "train")) == 40
-    first, *_, measures = lines_of(image_run, "held_out")
+    first, *_, measures = lines_of(image_run, "validation")
     assert measures["relative_error"] < 0.8 * first["relative_error"]
     assert 0 <= measures["teacher_ranking"] <= 1
     assert "ranking_by_variance" in measures
@@ -212,7 +212,7 @@ def test_other_weights_of_a_feature_model_are_refused_and_moved_ones_taken(image
         torch.manual_seed(seed)
         save_file(timm.create_model(TINY, num_classes=0).state_dict(), file)
     options = ["mining.target=dino", f"mining.feature_model={TINY}", "recipe.epochs=2"]
-    options += ["data.frame_size=[160,160]", "data.held_out_short_side=null"]
+    options += ["data.frame_size=[160,160]", "data.validation_short_side=null"]
     options += ["model.patch_size=[1,16,16]", "checkpoint.every_updates=2"]
 
     def start(file: Path, *more: str) -> Path:
@@ -261,7 +261,7 @@ def test_a_mixed_run_trains_on_both_and_measures_each(mixed_run):
     assert all(
         ("reconstruction" in line) != flag for line, flag in zip(lines, of_images, strict=True)
     )
-    measures = lines_of(mixed_run, "held_out")[-1]
+    measures = lines_of(mixed_run, "validation")[-1]
     assert {"relative_error", "images/relative_error", "images/teacher_ranking"} <= set(measures)
     assert len(list((mixed_run / "pictures" / "images").glob("*.png"))) == 1
     assert len(list((mixed_run / "pictures").glob("*.png"))) == 1

@@ -44,7 +44,7 @@ def test_a_run_leaves_everything(finished_run):
     assert {"loss", "reconstruction", "prediction", "lr", "clips_per_second", "data_wait"} <= set(
         lines_of(finished_run, "train")[0]
     )
-    measures = lines_of(finished_run, "held_out")
+    measures = lines_of(finished_run, "validation")
     assert [line["update"] for line in measures] == [0, 14, 28]
     assert {"relative_error", "student_ranking", "teacher_ranking", "ranking_by_variance"} <= set(
         measures[-1]
@@ -59,7 +59,7 @@ def test_a_run_leaves_everything(finished_run):
 
 def test_last_best_and_every_fourth_epoch_are_kept(finished_run):
     folder = finished_run / "checkpoints"
-    _, *measured = lines_of(finished_run, "held_out")
+    _, *measured = lines_of(finished_run, "validation")
     scores = {line["update"]: line["relative_error"] for line in measured}
     best = min(scores, key=scores.__getitem__)
     assert (folder / "best").resolve().name == f"update-{best:08d}"

@@ -18,11 +18,11 @@ def write(path: Path, records: list[dict[str, object]]) -> Path:
 def make_records(updates: int) -> list[dict[str, object]]:
     train = {"kind": "train", "loss": 1.5, "reconstruction": 0.9, "prediction": 0.6, "lr": 1e-3}
     rest = {"hard_fraction": 0.1, "momentum": 0.9, "clips_per_second": 140.0, "data_wait": 0.0}
-    held_out = {"kind": "held_out", "relative_error": 0.9, "student_ranking": 0.6}
+    validation = {"kind": "validation", "relative_error": 0.9, "student_ranking": 0.6}
     rankers = {"teacher_ranking": 0.6, "ranking_by_variance": 0.4, "ranking_by_motion": 0.4}
     return [
         *({**train, **rest, "update": n, "epoch": n / 10} for n in range(1, updates + 1)),
-        {**held_out, **rankers, "update": updates, "epoch": updates / 10},
+        {**validation, **rankers, "update": updates, "epoch": updates / 10},
     ]
 
 
@@ -51,9 +51,9 @@ def test_keys_that_never_occur_have_no_panel(tmp_path: Path) -> None:
 
 
 def test_another_method_adds_panels(tmp_path: Path) -> None:
-    metrics = write(tmp_path / "m.jsonl", [{"kind": "held_out", "update": 1, "top1": 0.5}])
+    metrics = write(tmp_path / "m.jsonl", [{"kind": "validation", "update": 1, "top1": 0.5}])
     plot_curves(metrics, tmp_path / "accuracy.png")
-    metrics = write(tmp_path / "m.jsonl", [{"kind": "held_out", "update": 1, "other": 0.5}])
+    metrics = write(tmp_path / "m.jsonl", [{"kind": "validation", "update": 1, "other": 0.5}])
     plot_curves(metrics, tmp_path / "other.png", panels=[Panel("Other", ("oth*",))])
     with pytest.raises(ValueError, match="nothing to draw.*other"):
         plot_curves(metrics, tmp_path / "none.png")
@@ -99,7 +99,7 @@ def test_no_curve_is_drawn_twice(tmp_path: Path, drawn: list[Figure]) -> None:
         {"kind": "train", "update": n, "loss": 1 / n, "reconstruction": 1 / n} for n in (1, 2)
     ]
     ranking = {"student_ranking": 0.6, "ranking_by_motion": 0.54, "ranking_by_stillness": 0.46}
-    records += [{"kind": "held_out", "update": 2, **ranking}]
+    records += [{"kind": "validation", "update": 2, **ranking}]
     plot_curves(write(tmp_path / "metrics.jsonl", records), tmp_path / "curves.png")
     loss, accuracy = drawn[0].axes
     assert labels_of(loss) == ["loss 0.5"]
@@ -108,7 +108,7 @@ def test_no_curve_is_drawn_twice(tmp_path: Path, drawn: list[Figure]) -> None:
 
 def test_a_run_that_went_back_shows_what_it_did_last(tmp_path: Path) -> None:
     records = [{"kind": "train", "update": u, "loss": v} for u, v in [(1, 5), (2, 4), (3, 9)]]
-    records += [{"kind": "held_out", "update": 2, "loss": 7}, {"kind": "train", "update": 2}]
+    records += [{"kind": "validation", "update": 2, "loss": 7}, {"kind": "train", "update": 2}]
     table = read_metrics(write(tmp_path / "metrics.jsonl", records))
     assert table["update"].tolist() == [1, 2, 2, 3]
     np.testing.assert_array_equal(table["loss"], [5, np.nan, 7, 9])

@@ -43,7 +43,7 @@ model:
   class_token: true
   conventions: mae
 data: {num_frames: 1, frame_stride: 1, frame_size: [32, 32], interpolation: bicubic,
-       held_out_short_side: 37, crop: random_resized}
+       validation_short_side: 37, crop: random_resized}
 masking: {ratio: 0.75}
 mining: {target: joint}
 recipe: {epochs: 1, batch_size: 2, warmup_epochs: 0}
@@ -405,20 +405,22 @@ def smooth_frames(count, width):
 
 def assert_same_pixels(theirs, own, frames):
     def ours(short_side, interpolation):
-        data = replace(own.config.data, held_out_short_side=short_side, interpolation=interpolation)
+        data = replace(
+            own.config.data, validation_short_side=short_side, interpolation=interpolation
+        )
         (crop,) = view_crops(frames, data, 1)
         return normalise(crop.unsqueeze(0), own.config.data.mean, own.config.data.std)
 
-    expected = ours(own.config.data.held_out_short_side, own.config.data.interpolation)
+    expected = ours(own.config.data.validation_short_side, own.config.data.interpolation)
     assert theirs.shape == expected.shape
     # Their rounding is by one of 256 steps another.
     near = (theirs - expected).abs().mean()
     assert near < 0.02
-    side = own.config.data.held_out_short_side or own.config.data.clip_size[1]
+    side = own.config.data.validation_short_side or own.config.data.clip_size[1]
     other = "bilinear" if own.config.data.interpolation == "bicubic" else "bicubic"
     for wrong in (
         ours(side + 2, own.config.data.interpolation),
-        ours(own.config.data.held_out_short_side, other),
+        ours(own.config.data.validation_short_side, other),
     ):
         assert (theirs - wrong).abs().mean() > 2 * near
 

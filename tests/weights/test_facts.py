@@ -121,7 +121,7 @@ def test_pixels_of_timm(of_timm):
     data = imported.model.config.data
     assert (data.mean, data.std) == ((0.5,) * 3, (0.5,) * 3)
     assert data.interpolation == "bicubic"
-    assert data.held_out_short_side == 35  # 32 / 0.9, cut to whole
+    assert data.validation_short_side == 35  # 32 / 0.9, cut to whole
     assert imported.assumed == ("heads of the encoder 6",)
 
 
@@ -216,7 +216,7 @@ def test_preprocessors_of_transformers(of_transformers, before, short_side, inte
     imported = import_weights(folder)
     data = imported.model.config.data
     assert (data.mean, data.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert (data.held_out_short_side, data.interpolation) == (short_side, interpolation)
+    assert (data.validation_short_side, data.interpolation) == (short_side, interpolation)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
