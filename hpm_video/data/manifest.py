@@ -9,7 +9,7 @@ import io
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -92,7 +92,7 @@ class Manifest:
     """Frames that each file is known to have, -1 where the manifest does not state it."""
     label_names: tuple[str, ...] | None = None
     """Name of each class, where the manifest names classes."""
-    has_class_folders: bool = False
+    has_class_folders: bool = field(default=False, compare=False)
     """Whether classes are folders, numbered in the order of their names."""
 
     def __len__(self) -> int:

@@ -143,7 +143,7 @@ def write_results(
         confusion_counts(scores),
         label_names,
         folder / "confusion.png",
-        title=f"{folder}: update {result['update']}, {result['clips']} x {result['crops']} views",
+        title=str(folder),  # run, checkpoint, weights, views and list, unless the user named it
     )
     with written_beside(folder / "result.json") as path:
         path.write_text(json.dumps(result, indent=1) + "\n")
