@@ -5,7 +5,16 @@ from torch import Tensor
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
-    """0..255 -> 0..1: (...) uint8 -> (...) float32"""
+    """0..255 -> 0..1: (...) uint8 -> (...) float32
+
+    Raises:
+        TypeError: they are of another type, of which nothing tells the range.
+    """
+    if pixels.dtype != torch.uint8:
+        raise TypeError(
+            f"pixels must be uint8, from 0 to 255, got {pixels.dtype}; where they are numbers from "
+            "0 to 1, give (255 * pixels).round().to(torch.uint8)"
+        )
     return pixels.to(torch.float32) / 255
 
 

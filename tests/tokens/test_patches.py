@@ -10,6 +10,7 @@ from hpm_video.tokens.patches import (
     standardise,
     unpatchify,
 )
+from hpm_video.tokens.pixels import normalise
 
 PATCH = (2, 4, 8)
 CLIP = (4, 8, 24)  # rectangular
@@ -75,3 +76,10 @@ def test_mean_of_each_channel_is_the_mark_to_beat(clips, kind):
 def test_a_patch_of_one_colour_has_a_finite_target(kind):
     flat = torch.full((1, 1, 3 * 64), 0.3)
     assert standardise(flat, kind, 3).isfinite().all()
+
+
+def test_pixels_of_another_type_are_refused():
+    """Of numbers from 0 to 1 features would come out, and be wrong."""
+    mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    with pytest.raises(TypeError, match=r"must be uint8, from 0 to 255, got torch.float32; where"):
+        normalise(torch.rand(1, 3, 2, 8, 8), mean, std)
