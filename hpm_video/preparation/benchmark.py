@@ -57,9 +57,8 @@ class _TimedTransform(ClipTransform):
     def draw(
         self, size: tuple[int, int], frame_size: tuple[int, int], draw: np.random.Generator
     ) -> "_TimedCrop":
-        crop = self.transform.draw(size, frame_size, draw)
-        looks = (crop.box, crop.frame_size, crop.interpolation, crop.mirrored)
-        return _TimedCrop(*looks, crop, self.seconds)
+        drawn = self.transform.draw(size, frame_size, draw)
+        return _TimedCrop(drawn.box, frame_size, "bilinear", False, drawn, self.seconds)
 
 
 @dataclass(frozen=True)

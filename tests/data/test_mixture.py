@@ -225,7 +225,7 @@ def test_an_epoch_shows_the_main_source_once(tmp_path, mixed, updates):
     assert data.timeline.num_updates == updates
     dealt = deal_out(config.weights, data.timeline.num_updates)
     videos_shown = np.sum(dealt == 0) * config.recipe.batch_size
-    assert videos_shown == 3 * len(data.train)
+    assert videos_shown == 3 * len(data.main.train)
     other = load_config(PretrainConfig, tmp_path / "run.yaml", ["mix.images.weight=9"])
     assert open_data(other).fingerprint == data.fingerprint
     (tmp_path / "images.csv").write_text("path\n1.mp4\n")
