@@ -12,27 +12,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PHYSICAL_LINES = 27_027
-CODE_LINES = 18_972
+PHYSICAL_LINES = 25_378
+CODE_LINES = 17_768
 LINES = {
-    ".": 121,
-    "datasets": 1351,
+    ".": 82,
+    "datasets": 1253,
     "hpm_video": 73,
-    "hpm_video/config": 1205,
-    "hpm_video/data": 1908,
-    "hpm_video/decoding": 1483,
-    "hpm_video/files": 420,
-    "hpm_video/mining": 1180,
-    "hpm_video/models": 931,
-    "hpm_video/preparation": 3283,
-    "hpm_video/recognition": 1621,
-    "hpm_video/runs": 2136,
-    "hpm_video/tokens": 386,
-    "hpm_video/training": 2634,
-    "hpm_video/weights": 2978,
-    "hpm_video/workers": 706,
-    "tests": 1481,
-    "tools": 3130,
+    "hpm_video/config": 1176,
+    "hpm_video/data": 1873,
+    "hpm_video/decoding": 1364,
+    "hpm_video/files": 425,
+    "hpm_video/mining": 1190,
+    "hpm_video/models": 888,
+    "hpm_video/preparation": 2918,
+    "hpm_video/recognition": 1560,
+    "hpm_video/runs": 1981,
+    "hpm_video/tokens": 395,
+    "hpm_video/training": 2624,
+    "hpm_video/weights": 2438,
+    "hpm_video/workers": 679,
+    "tests": 1487,
+    "tools": 2972,
 }
 """Physical lines of each folder; "." is the scripts at the root."""
 MODULES_AT_THE_ROOT = 2
