@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "decord": {"decoding/decord.py"},
     "torchcodec": {"decoding/torchcodec.py"},
     "av": {
+        "decoding/orientation.py",
         "decoding/pyav.py",
         "preparation/encode.py",
         "preparation/soundness.py",
