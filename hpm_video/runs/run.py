@@ -106,8 +106,7 @@ def train(
     processes, count = session.processes, session.processes.count
     size = f"{engine.num_parameters / 1e6:.1f} M parameters"
     model = f"{size} on {engine.device.type} in {engine.precision}, by {engine.name}"
-    for line in describe_training(config, data, plan, model):
-        log.info(line)
+    log.info("\n".join(describe_training(config, data, plan, model)))
     facts = gather_facts(engine.device, engine.precision, engine.name, plan)
     if start:
         log.info("going on at update %d of %d", start, updates)
