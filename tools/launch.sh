@@ -143,7 +143,8 @@ finish() {
 
 # prepare.py writes the manifests last: where they exist, the clips and images are complete.
 make_demo_data() {
-  local manifest
+  local manifest given=" ${overrides[*]-} "
+  if [[ $given == *" data.train="* && $given == *" data.validation="* ]]; then return; fi
   for manifest in $(grep -o 'datasets/demo/[A-Za-z0-9_]*\.csv' "$config" || true); do
     if [[ ! -f $manifest ]]; then
       "$python" datasets/demo/prepare.py

@@ -124,5 +124,5 @@ def describe(measures: Measures, baseline: str = "the patch mean") -> str:
                 if name.startswith(prefix)
             )
             own = measures[f"{who}_ranking"]
-            lines.append(f"  ranking by the {who} {own:.3f} (trivial: {trivial})")
+            lines.append(f"  ranking by the {who} {own:.3f} (without a model: {trivial})")
     return "\n".join(lines)

@@ -16,6 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from hpm_video.config.data import DataConfig
 from hpm_video.config.loading import load_config
+from hpm_video.config.schema import RunConfig
 from hpm_video.data.reading import Views
 from hpm_video.decoding.registry import decoder_choices
 from hpm_video.files.errors import ExpectedError
@@ -33,7 +34,8 @@ from hpm_video.training.distributed import (
 )
 from hpm_video.training.stop import Interrupted
 
-Config = TypeVar("Config")
+log = logging.getLogger(__name__)
+Config = TypeVar("Config", bound=RunConfig)
 
 FAULT = 1
 WRONG_INPUT = 2
@@ -160,6 +162,7 @@ def train(
 
     def command(processes: Processes) -> None:
         config = load_config(schema, arguments.config, arguments.overrides)
+        say_what_stays(config.data, arguments.overrides)
         task = make_task(config)
         if arguments.dry_run:
             sys.stdout.write(f"{describe_run(task, arguments.processes)}\n")
@@ -167,6 +170,21 @@ def train(
             finish(run_task(task, processes), config, processes)
 
     return run_processes(command)
+
+
+def say_what_stays(data: DataConfig, overrides: Sequence[str]) -> None:
+    """Warn where one of the two lists was given, and the other is still that of the config."""
+    given = {override.partition("=")[0] for override in overrides}
+    for name, other in ("data.train", "data.validation"), ("data.validation", "data.train"):
+        stays = data.train if other == "data.train" else data.validation
+        if name in given and other not in given and stays is not None:
+            log.warning(
+                "%s was given, and %s is still the config's, %s; if that is not meant, give %s",
+                name,
+                other,
+                stays,
+                f"{other}=LIST" + (", or null for none" if other == "data.validation" else ""),
+            )
 
 
 def list_files(run_dir: Path, checkpoint: Path, others: Mapping[str, Path]) -> str:

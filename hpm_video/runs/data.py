@@ -1,6 +1,7 @@
 """The videos of a run, as its config names them."""
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from hpm_video.decoding.locations import base_name
 from hpm_video.decoding.registry import check_name
 from hpm_video.training.progress import Timeline
 from hpm_video.training.schedules import schedule_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,13 @@ def open_data(config: RunConfig) -> RunData:
             )
         train = open_manifest(data, data.train)
         validation = None if data.validation is None else open_manifest(data, data.validation)
+        if validation and (shared := len({*train.files} & {*validation.files})):
+            log.warning(
+                "%d of the %d validation files are training files too: measures on them say "
+                "nothing about other videos (tools/split.py makes two lists of one)",
+                shared,
+                len(validation),
+            )
         sources[name] = SourceData(train, validation)
     share = config.weights[0] / sum(config.weights)
     try:
@@ -105,11 +115,11 @@ def describe_training(config: RunConfig, data: RunData, plan: BatchPlan, model: 
     """Describe sources, model, how the batch is spread, how many updates there are, how fast."""
     lines = []
     for name, source in data.sources.items():
-        repeats = config.sources[name].repeats
+        given, repeats = config.sources[name], config.sources[name].repeats
+        measured = f"{len(source.validation)} ({given.validation})" if source.validation else "none"
         lines.append(
-            f"{name or 'data'}: {len(source.train)} files to train on, {repeats} "
-            f"clip{'s' * (repeats != 1)} of each; validation on "
-            f"{len(source.validation) if source.validation else 'none'}"
+            f"{name or 'data'}: {len(source.train)} files to train on ({given.train}), {repeats} "
+            f"clip{'s' * (repeats != 1)} of each; validation on {measured}"
         )
     epochs, updates = config.recipe.epochs, data.timeline.num_updates
     passes, processes = plan.accumulate, plan.processes

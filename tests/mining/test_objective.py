@@ -367,6 +367,6 @@ def test_measures_of_several_sources_are_told_one_after_the_other():
     }
     assert describe_sources(("", "images"), "the patch mean", measures).splitlines() == [
         "validation: error 0.500 of the patch mean's",
-        "  ranking by the teacher 0.750 (trivial: variance 0.600)",
+        "  ranking by the teacher 0.750 (without a model: variance 0.600)",
         "images, validation: error 0.250 of the patch mean's",
     ]
