@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -228,8 +228,11 @@ def _verify(file: Path) -> None:
     """
     if not (file.parent / "state.json").is_file() or os.environ.get("LOCAL_RANK", "0") != "0":
         return
-    written = read_state(file.parent).get("sha256", {}).get(file.name)
-    if written is None:  # of before checksums, or changed on purpose
+    state = read_state(file.parent)
+    written = state.get("sha256", {}).get(file.name)
+    if written is None and "facts" in state and "sha256" not in state:
+        _say_unverified(file.parent.resolve())
+    if written is None:
         return
     if not file.is_file():
         raise _damaged(file, "is missing")
@@ -240,6 +243,11 @@ def _verify(file: Path) -> None:
             f"has the SHA-256 {now}, not {written} as when it was written (if you changed it "
             f"on purpose, take its line out of state.json)",
         )
+
+
+@cache
+def _say_unverified(checkpoint: Path) -> None:
+    log.info("%s was written before checksums were kept: its files are not checked", checkpoint)
 
 
 def point_to_newest_and_best(folder: Path) -> None:
