@@ -1,6 +1,6 @@
 """Measure speed: python tools/bench.py update|loader|decoding|losses [OPTIONS].
 
-What is compared takes turns, and medians are shown: ratios hold elsewhere, times do not.
+Alternatives take turns, and medians are shown: ratios hold on other machines, times do not.
 """
 
 import argparse
@@ -112,36 +112,36 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         command.set_defaults(measure=measure)
         add_options(command, output={"metavar": "FILE.csv|FILE.json", "help": "write tables there"})
         add[measure.__name__] = command.add_argument
-    configs = {"update": "a file of configs/pretrain", "loader": "or RUN/config.yaml of a run"}
+    configs = {"update": "a file of configs/pretrain", "loader": "a config, or RUN/config.yaml"}
     for name, which in configs.items():
         add[name]("config", type=Path, metavar="CONFIG", help=which)
         add[name]("overrides", nargs="*", metavar="section.key=value")
-    of_update = f"of an update; default: at most {TIMED_CLIPS}"
+    of_update = f"clips per update; default: at most {TIMED_CLIPS}"
     add["update"]("--clips", type=positive, help=of_update)
-    add["update"]("--repeats", type=positive, default=5, help="timed updates of a turn (5)")
+    add["update"]("--repeats", type=positive, default=5, help="timed updates per turn (5)")
     for name in ("loader", "decoding"):
         add[name]("--decoders", metavar="NAME,NAME", help="by default all that load")
     tried = "numbers of decoding processes to try, for all --processes together"
     add["loader"]("--workers", type=several, metavar="N,N", help=tried)
     processes = (
-        "training processes of this machine, one per GPU, which share its cores; default: the "
+        "training processes on this machine, one per GPU, which share its cores; default: the "
         "number of GPUs, or of processes of the run if that is less"
     )
     add["loader"]("--processes", type=positive, metavar="N", help=processes)
-    needs = "per second, of all GPUs here together"
+    needs = "per second, for all GPUs here together"
     add["loader"]("--needs", type=above_zero, metavar="CLIPS", help=needs)
     measured = "videos whose phases are measured (48)"
     add["loader"]("--clips", type=positive, default=48, help=measured)
-    add["loader"]("--seconds", type=above_zero, default=8.0, metavar="S", help="of each trial (8)")
+    add["loader"]("--seconds", type=above_zero, default=8.0, metavar="S", help="per trial (8)")
     add_options(commands.choices["decoding"], views={"default": Views(5, 3)})
     add["decoding"]("video", metavar="VIDEO")
-    add["decoding"]("--repeats", type=positive, default=15, help="measurements of each way (15)")
+    add["decoding"]("--repeats", type=positive, default=15, help="measurements per way (15)")
     add_options(commands.choices["losses"], "device")
     add["losses"]("--clips", type=positive, default=32)
-    add["losses"]("--tokens", type=positive, default=1412, help="hidden tokens of a clip (1412)")
-    add["losses"]("--turns", type=positive, default=2, help="in which each form is timed (2)")
-    add["losses"]("--repeats", type=positive, default=3, help="timed calls of a turn (3)")
-    add["losses"]("--threads", type=positive, help="of the CPU; default: torch's choice")
+    add["losses"]("--tokens", type=positive, default=1412, help="hidden tokens per clip (1412)")
+    add["losses"]("--turns", type=positive, default=2, help="turns in which each is timed (2)")
+    add["losses"]("--repeats", type=positive, default=3, help="timed calls per turn (3)")
+    add["losses"]("--threads", type=positive, help="CPU threads; default: torch's choice")
     words = sys.argv[1:] if command_line is None else command_line
     chosen = commands.choices.get(words[0] if words else "")
     return chosen.parse_intermixed_args(words[1:]) if chosen else parser.parse_args(words)
@@ -165,7 +165,7 @@ def update(arguments: argparse.Namespace) -> Tables:
     """Time whole updates of pre-training, in fp32 and in bf16 autocast.
 
     Student forward and backward, optimizer step and teacher, on random pixels; no video is decoded.
-    It takes the last epoch, where a teacher scores if it ever does.
+    It uses the last epoch, in which the teacher scores if it ever does.
     """
     config = load_config(PretrainConfig, arguments.config, arguments.overrides)
     device = choose_device(config.engine.device)
@@ -207,7 +207,7 @@ def losses(arguments: argparse.Namespace) -> Tables:
     """Measure time and memory of the ranking loss, forward and backward.
 
     The package computes it in blocks of rows of token pairs; the plain form holds B x M x M
-    tensors. Memory is that of the tensors that live at one time.
+    tensors. Memory is the peak of the tensors alive at one time.
     """
     device = choose_device(arguments.device)
     if arguments.threads is not None:
@@ -227,7 +227,7 @@ def losses(arguments: argparse.Namespace) -> Tables:
 
 
 def decoding(arguments: argparse.Namespace) -> Tables:
-    """Time how a video becomes clips, against the straightforward way.
+    """Time how a video becomes clips, compared with the straightforward way.
 
     A training clip and all views of a test, with each decoder (see tools/bench_ways.py). One
     process, one thread; the file is in memory after the first turn, which does not count.
@@ -261,7 +261,7 @@ def choose_decoders(names: str | None, first: Sequence[DecoderChoice] = ()) -> l
 
 
 def loader(arguments: argparse.Namespace) -> Tables:
-    """Test whether the data keep up with the GPUs.
+    """Test whether data loading keeps up with the GPUs.
 
     Measures the phases of a training clip (reading, decoding, augmenting, collating, copying),
     tries decoders and numbers of processes, names the bottleneck and recommends settings. With the

@@ -1,8 +1,8 @@
-"""The ways that tools/bench.py compares: to make clips of a file, and to compute the ranking loss.
+"""The ways that tools/bench.py compares: making clips from a file, and computing the ranking loss.
 
-The straightforward way to a training clip crops and resizes whole frames by themselves, with
-Pillow, and stacks them as standardised float32. Here the part that the crop shows is read and
-resized at once, and stays uint8. For the views of a test it opens the file for each of them.
+For a training clip the straightforward way crops and resizes whole frames one by one, with Pillow,
+and stacks them as standardised float32; for a test it opens the file once per view. Our readers
+read and resize only the part that the crop shows, in one go, and keep it as uint8.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,16 +1,14 @@
 """Check every file of a manifest: python tools/check_videos.py MANIFEST.
 
-Each video, image or folder of frames is decoded completely, in processes that are stopped where a
-file makes them hang, crash or take too much memory. The findings are further columns of a new
-manifest, CHECKED.csv. Training on it skips bad files and never asks for frames that do not exist.
-CHECKED.png shows lengths, sizes and verdicts.
+Each video, image or folder of frames is decoded completely, in processes that are stopped if a file
+makes them hang, crash or take too much memory. The findings are extra columns of a new manifest,
+CHECKED.csv. Training on it skips bad files and never requests frames that do not exist. CHECKED.png
+shows lengths, sizes and verdicts.
 
-Columns: num_frames (those that can be read, whatever the header says), duration (s), fps, width,
-height (upright), codec, pixel_format, key_frame_distance (frames, at most), rotation (degrees
-clockwise that set it upright), bytes, modified, content (equal where a file lies twice), decoder
-(that num_frames is true of), verdict (fine, suspicious or bad) and reason. All other columns stay
-as they are.
-"""
+Columns: num_frames (readable ones, whatever the header says), duration (s), fps, width, height
+(upright), codec, pixel_format, key_frame_distance (frames, at most), rotation (degrees clockwise
+that set it upright), bytes, modified, content (equal for identical files), decoder (for which
+num_frames holds), verdict (fine, suspicious or bad) and reason. All other columns stay as they are.
 
 import argparse
 import sys
@@ -65,19 +63,18 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, EXIT_CODES)
     add = parser.add_argument
     add("manifest", type=Path, help="manifest, or folder of videos or images")
-    add("--again", action="store_true", help="decode all of them again; stopped, it goes on")
+    add("--again", action="store_true", help="decode all files again; resumes if interrupted")
     processes = {"default": default_workers(), "help": "processes (default here: %(default)s)"}
     checked = {
         "metavar": "CHECKED.csv",
-        "help": "or --out; default: NAME.checked.csv beside the manifest. Where it is there "
-        "already, files that the same decoder could use and that have not changed since are not "
-        "decoded again",
+        "help": "or --out; default: NAME.checked.csv beside the manifest. If it exists, files "
+        "that the same decoder could use and that have not changed since are not decoded again",
     }
     workers = {"type": positive, **processes}
-    decoder = {"help": "of training"}
+    decoder = {"help": "the one that training will use"}
     shared = ("root", "seconds", "memory")
     add_options(parser, *shared, output=checked, workers=workers, decoder=decoder)
-    in_all = "for a file, however well it gets on (default 3600)"
+    in_all = "for a whole file, even if it makes progress (default 3600)"
     add("--seconds-in-all", type=above_zero, default=3600.0, metavar="LIMIT", help=in_all)
     return parser.parse_args(command_line)
 

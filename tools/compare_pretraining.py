@@ -1,10 +1,9 @@
 """Does pre-training pay? python tools/compare_pretraining.py CONFIG [section.key=value ...].
 
 Trains a classifier from the weights of the config and from scratch, on the same videos with the
-same schedule, at several learning rates and seeds and with several numbers of labels, and tests
-each. Either start is then judged at the learning rate that is best for it on average over seeds;
-as that is chosen on the videos that are tested on, both are a little optimistic.
-A comparison that was interrupted goes on where it stopped.
+same schedule, at several learning rates, seeds and numbers of labels, and tests each. Each start is
+judged at the learning rate with its best mean over seeds; as that is chosen on the test videos,
+both are a little optimistic. An interrupted comparison resumes where it stopped.
 """
 
 import argparse
@@ -54,10 +53,10 @@ def main(command_line: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("config", type=Path, help="a file of configs/finetune or configs/probe")
     add("overrides", nargs="*", metavar="section.key=value")
-    add("--labels", type=not_negative, nargs="+", default=[0], help="of each class; 0: all")
-    add("--base-lrs", type=float, nargs="+", help="default: 1/2, 1, 2 x config's")
+    add("--labels", type=not_negative, nargs="+", default=[0], help="videos per class; 0: all")
+    add("--base-lrs", type=float, nargs="+", help="default: 1/2, 1 and 2 times the config's")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--updates", type=positive, help="of each run; default: the config's epochs")
+    add("--updates", type=positive, help="per run; default: the config's epochs")
     add("--starts", nargs="+", choices=STARTS, default=STARTS)
     add_options(parser, output={"required": True, "help": "folder of the runs"})
     arguments = parser.parse_intermixed_args(command_line)

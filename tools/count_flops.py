@@ -1,4 +1,4 @@
-"""What an update costs, from the shapes: python tools/count_flops.py CONFIG ..."""
+"""Compute the cost of an update from the shapes: python tools/count_flops.py CONFIG ..."""
 
 import sys
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Test a classifier: python tools/evaluate.py CHECKPOINT MANIFEST.
 
-Over several processes, each of which tests a share of the videos:
+With several processes, each of which tests a share of the videos:
     python tools/launch.py --processes 4 tools/evaluate.py CHECKPOINT MANIFEST
 """
 

@@ -1,7 +1,7 @@
 """Write features of videos: python tools/extract_features.py CHECKPOINT SOURCE OUTPUT.
 
-OUTPUT gets a file for each video, features/NAME.npy of (views, D), with --tokens (views, N, D);
-index.csv says which file is of which video. Sliding windows have their first frames in starts/.
+OUTPUT gets one file per video, features/NAME.npy of (views, D), or with --tokens (views, N, D);
+index.csv maps files to videos. The first frames of sliding windows are in starts/.
 """
 
 import argparse
@@ -35,12 +35,12 @@ def main(command_line: Sequence[str] | None = None) -> int:
         parser,
         "checkpoint folder of a run, pre-training or fine-tuning",
         (*OF_PRETRAINING, *OF_CLASSIFIER),
-        weights_help="student (default) or teacher of pre-training, model or average of a "
-        "classifier (default: those that it tests), whose features are what its head sees",
+        weights_help="student (default) or teacher of pre-training; model or average of a "
+        "classifier (default: the tested ones), whose features are the input of its head",
     )
     add = parser.add_argument
     add("source", type=Path, help="manifest or folder of videos")
-    add("output", type=Path, help="folder to write to; a second start goes on in it")
+    add("output", type=Path, help="folder to write to; a second start resumes")
     add("--clips", type=positive, metavar="N", help="clips spread over each video (default 1)")
     add("--crops", type=positive, metavar="M", help="crops of each clip (default 1)")
     windows = "instead of --clips: a clip every FRAMES frames, over the whole video"

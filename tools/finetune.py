@@ -1,6 +1,6 @@
 """Fine-tune for classification, then test: python tools/finetune.py CONFIG [section.key=value ...].
 
-From the encoder of a pre-training, or from another classifier.
+Starts from a pre-trained encoder, or from another classifier.
 """
 
 import sys

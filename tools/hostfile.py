@@ -1,9 +1,9 @@
 """Read a hostfile, and start a program on other machines by DeepSpeed's launcher.
 
 DeepSpeed reaches them by pdsh and ssh without a password; repository, environment and data must lie
-at the same paths there. PYTHONPATH, OMP_NUM_THREADS and what starts with HPM_, DS_, NCCL_, GLOO_ or
-TORCH_ reach them; other variables are lines "NAME=VALUE" of .deepspeed_env, here or in the home
-folder. MASTER_ADDR and MASTER_PORT are used where they are given.
+at the same paths there. It passes on PYTHONPATH, OMP_NUM_THREADS and what starts with HPM_, DS_,
+NCCL_, GLOO_ or TORCH_; write other variables as lines "NAME=VALUE" of .deepspeed_env, here or in
+the home folder. MASTER_ADDR and MASTER_PORT are used if they are set.
 """
 
 import os
@@ -54,7 +54,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def is_here(hosts: Mapping[str, int]) -> bool:
-    """Tell whether this machine is the only one."""
+    """Return whether this machine is the only one."""
     name = socket.gethostname()
     return set(hosts) <= {"localhost", "127.0.0.1", name, name.partition(".")[0]}
 

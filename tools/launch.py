@@ -5,13 +5,13 @@
 On several machines, the same line on each of them, with its own --node-rank:
     python tools/launch.py --processes 8 --nodes 2 --node-rank 0 --master-addr NODE0 PROGRAM ...
 
-On the machines of a hostfile, of which each line is a machine and its processes, "node0 slots=8":
+On the machines of a hostfile, one line per machine with its processes, such as "node0 slots=8":
     python tools/launch.py --hostfile FILE PROGRAM ...
 
-That is by DeepSpeed's launcher where there are others than this one, see tools/hostfile.py: it
-gives processes 30 seconds to save and end when they are asked to stop, and ends with 1 then.
+If it names other machines than this one, DeepSpeed's launcher starts them, see tools/hostfile.py:
+when asked to stop, it gives processes 30 seconds to save and end, and then exits with 1.
 
-The processes find each other by the variables that torchrun sets, and torchrun starts the same
+The processes find each other by the variables that torchrun sets, so torchrun can start the same
 programs. This one prints nothing while all goes well, ends with the exit code of the program, and
 names the process that made the job fail.
 """
@@ -45,15 +45,15 @@ ENDING = 10.0
 FAULTS = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 """Signals that a broken connection to another process does not cause, as it may SIGABRT."""
 EPILOG = f"""exit codes:
-  that of the program where its processes end by themselves, such as 0, 2, or 75 and 130 for a
-  stop with the state saved. 1 where one is killed by a signal, or does not end when asked to.
+  that of the program if its processes end by themselves, such as 0, 2, or 75 and 130 for a
+  stop with the state saved. 1 if one is killed by a signal, or does not end when asked to.
 
 how a job ends:
   SIGTERM, Ctrl-C     passed on once; the processes have HPM_GRACE seconds (300) to save and end
   Ctrl-C again        ends them at once
   an error of one     the others have {SETTLE:.0f} s to end by themselves, then SIGTERM
   one is killed       the others get SIGTERM at once
-                      {ENDING:.0f} s after such a SIGTERM those that are left are killed
+                      {ENDING:.0f} s after such a SIGTERM the remaining ones are killed
 """
 
 
@@ -172,14 +172,14 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     processes = parser.add_mutually_exclusive_group(required=True)
-    processes.add_argument("--processes", type=int, help="on this machine")
-    processes.add_argument("--hostfile", type=Path, help="of DeepSpeed: machines and processes")
-    parser.add_argument("--nodes", type=int, default=1, help="machines, each with as many")
+    processes.add_argument("--processes", type=int, help="processes on this machine")
+    processes.add_argument("--hostfile", type=Path, help="as DeepSpeed uses, see above")
+    parser.add_argument("--nodes", type=int, default=1, help="machines; --processes on each")
     parser.add_argument("--node-rank", type=int, help="which machine this is, from 0 on")
     parser.add_argument("--master-addr", help="name or address of machine 0")
-    parser.add_argument("--master-port", type=int, help="free on machine 0; 29500, or any on one")
+    parser.add_argument("--master-port", type=int, help="free on machine 0 (29500; alone: any)")
     parser.add_argument("program", help="a Python file")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the program")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the program")
     return parser.parse_args(command_line)
 
 

@@ -28,7 +28,7 @@ EXIT_CODES = exit_codes(
     "a wrong input, or some videos do not decode: they are listed, the others have predictions",
 )
 CHECKPOINT = (
-    "checkpoint folder of a fine-tuning run, or one file made of it by tools/weights.py export "
+    "checkpoint folder of a fine-tuning run, or one file made from it by tools/weights.py export "
     "--to file"
 )
 
@@ -39,8 +39,8 @@ def main(command_line: Sequence[str] | None = None) -> int:
     add_model_options(parser, CHECKPOINT, OF_CLASSIFIER)
     add = parser.add_argument
     add("videos", nargs="+", metavar="VIDEO", help="a video, or a folder: all videos in it")
-    add("--top", type=positive, default=5, metavar="N", help="classes of each video (default 5)")
-    add("--json", type=Path, metavar="FILE", help="write the predictions there too")
+    add("--top", type=positive, default=5, metavar="N", help="classes per video (default 5)")
+    add("--json", type=Path, metavar="FILE", help="also write the predictions to FILE")
     add_options(parser, "views")
     arguments = parser.parse_args(command_line)
     return run(lambda: name_actions(arguments))

@@ -1,6 +1,6 @@
 """Pre-train: python tools/pretrain.py CONFIG [section.key=value ...].
 
-By hard patches mining, or as a plain masked autoencoder.
+With hard patches mining, or as a plain masked autoencoder.
 """
 
 import sys

@@ -1,9 +1,9 @@
 """How good are frozen features? python tools/probe.py CHECKPOINT --train LIST --validation LIST.
 
 knn        votes of the nearest training videos by cosine similarity
-logistic   logistic regression on cached features, solved to the optimum: seconds
+logistic   logistic regression on cached features, solved to the optimum, in seconds
 linear     the linear probe of the papers: SGD with augmentation, see configs/probe/linear.yaml;
-           of images: linear_images
+           for images: linear_images
 attentive  a learned query attends over the tokens, see configs/probe/attentive.yaml
 """
 
@@ -40,27 +40,27 @@ CACHED = ("knn", "logistic")
 TRAINED = ("linear", "linear_images", "attentive")
 OF_DATA = ("weights", "train", "validation", "root", "num_frames", "frame_stride", "frame_size")
 SETTINGS = ("checkpoint", *OF_DATA, "probes", "neighbours", "set")
-"""Options that decide about the results."""
+"""Options that determine the results."""
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
-    """Probe, and print what came of it."""
+    """Probe, and print the results."""
     parser = make_parser(__doc__)
     add_model_options(
         parser,
-        "folder of a pre-training run's checkpoint",
+        "checkpoint folder of a pre-training run",
         (*OF_PRETRAINING, "untrained"),
         weights_help="default: student",
         default_weights="student",
     )
     add = parser.add_argument
     add("--train", required=True, help="labelled manifest or folder of classes")
-    add("--validation", required=True, help="the same, to be tested on")
+    add("--validation", required=True, help="the same, to test on")
     add("--probes", nargs="+", choices=CACHED + TRAINED, default=list(CACHED))
     add("--neighbours", type=positive, nargs="+", default=list(NEIGHBOURS))
     of_trained = "overrides for the probes that are trained, such as recipe.batch_size=64"
     add("--set", nargs="+", default=[], metavar="section.key=value", help=of_trained)
-    root = {"type": str, "help": "of relative paths in the manifests"}
+    root = {"type": str, "help": "where relative paths in the manifests start"}
     add_options(
         parser, root=root, output={"help": "default: probes/WEIGHTS in the run's directory"}
     )

@@ -1,4 +1,4 @@
-"""Programs that have other names now. The old ones say so until the next version."""
+"""Programs that were renamed. Their old names say so until the next version."""
 
 import shlex
 import sys
@@ -12,7 +12,7 @@ NAMES = {
     "launch_hosts": "launch.py --hostfile",
 }
 GONE = {
-    "scaling": "docs/scaling.md has its tables, and --dry-run tells the memory of a run",
+    "scaling": "docs/scaling.md has its tables, and --dry-run prints the memory of a run",
     "bench_worker_memory": "docs/speed.md has what it measured",
     "compare_decoders": "docs/decoders.md has what it found, and tests/decoding tests readers",
 }

@@ -1,6 +1,6 @@
 """Draw where a video or an image is hard: python tools/show_masks.py CHECKPOINT FILE.
 
-The paper's Figure 2, for video too: input, true error averaged over random masks, difficulty that
+The paper's Figure 2, also for video: input, true error averaged over random masks, difficulty that
 the teacher predicts, a mask drawn from it, and the reconstruction.
 """
 
@@ -47,8 +47,8 @@ def main(command_line: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("checkpoint", type=Path, help="checkpoint folder of a pre-training run")
     add("video", type=Path, help="a video or an image")
-    add("--source", default="", help="of a run that mixes several; default: the main one")
-    help_of_weights = "of the model whose features were the target; default: as in the run"
+    add("--source", default="", help="source, if the run mixes several; default: the main one")
+    help_of_weights = "weights of the model whose features are the target; default: as in the run"
     add("--feature-weights", type=Path, help=help_of_weights)
     add("--start", type=not_negative, help="first frame, from 0; default: a middle clip")
     add("--stride", type=positive, help="frames from one to the next; default: the run's")
@@ -64,7 +64,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
         help="estimate mean and contrast of hidden patches from visible ones, not from the input",
     )
     add("--animation", choices=ANIMATIONS, default="gif")
-    add("--fps", type=above_zero, default=3.0, help="of the animation")
+    add("--fps", type=above_zero, default=3.0, help="frames per second of the animation")
     add("--strip", action="store_true", help="also all views in one row, as a small wide picture")
     output = {"default": Path("pictures"), "help": "folder to write to"}
     add_options(parser, "device", "decoder", output=output)

@@ -1,8 +1,8 @@
 """Split a list of files into training and validation: python tools/split.py MANIFEST.
 
 Writes train.csv and validation.csv, with all columns of the list, and paths that are right wherever
-the two lie. Of every class about the same share is chosen, by a seed. Files of one group, say clips
-that were cut from one video, are never on both sides, nor are files of equal content where
+the two lie. About the same share of every class is chosen, by a seed. Files of one group, such as
+clips cut from one video, are never on both sides, nor are files of equal content if
 tools/check_videos.py has noted it.
 """
 
@@ -23,15 +23,15 @@ def main(command_line: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("manifest", type=Path, help="manifest, or folder of videos or images")
-    add("--share", type=float, default=0.1, help="of the files, for validation (default 0.1)")
-    add("--seed", type=int, default=0, help="of the draw (default 0)")
+    add("--share", type=float, default=0.1, help="of files for validation (default 0.1)")
+    add("--seed", type=int, default=0, help="seed of the draw (default 0)")
     add(
         "--group",
         metavar="COLUMN",
         help="column whose equal cells keep files on one side; none: every file by itself; "
-        "default: names that differ by their last numbers alone, where they tell",
+        "default: files whose names differ only in their last numbers, if there are any",
     )
-    add("--output", type=Path, default=Path(), help="folder to write to (default: this one)")
+    add("--output", type=Path, default=Path(), help="folder to write to (default: the current)")
     arguments = parser.parse_args(command_line)
     return run(lambda: split(arguments))
 
@@ -52,7 +52,7 @@ def split(arguments: argparse.Namespace) -> None:
     labels = listing.column("label")
     groups, origin = list(listing.files), "every file by itself"
     if arguments.group is None:
-        origin += ", as names do not tell groups"
+        origin += ", as the names show no groups"
         if by_name := groups_by_name(listing.files, labels):
             groups, origin = by_name, "names that differ by their last numbers are one group"
     elif arguments.group != "none":

@@ -1,8 +1,8 @@
-"""Make videos small and quick to read: python tools/transcode.py MANIFEST OUT.
+"""Make videos small and fast to read: python tools/transcode.py MANIFEST OUT.
 
-OUT gets H.264 files with a short way from key frame to key frame (--to files), folders of JPEG
-images (--to frames), or tar files in the layout of webdataset (--to shards), and a manifest.csv
-to train on: data.train=OUT/manifest.csv. All three give the same frames. A second start goes on.
+OUT gets H.264 files with key frames close together (--to files), folders of JPEG images
+(--to frames), or tar files in webdataset layout (--to shards), and a manifest.csv to train on:
+data.train=OUT/manifest.csv. All three give the same frames. A second start resumes.
 """
 
 import argparse
@@ -54,12 +54,12 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, EXIT_CODES)
     add = parser.add_argument
     add("source", type=Path, metavar="MANIFEST", help="manifest or folder of videos or images")
-    add("output", type=Path, metavar="OUT", help="folder to write to; a second start goes on")
+    add("output", type=Path, metavar="OUT", help="folder to write to; a second start resumes")
     add("--to", choices=("files", "frames", "shards"), default="files", dest="form")
     add("--copy", action="store_true", help="with --to shards: pack the files as they are")
     smaller = "of larger frames (default 320); smaller ones keep their size, odd sides lose a pixel"
     add("--short-side", type=even, default=320, metavar="PIXELS", help=smaller)
-    by_time = "frames a second, chosen by time; default: every frame once, at the average rate"
+    by_time = "frames per second, chosen by time; default: every frame once, at the average rate"
     add("--fps", type=rate, metavar="N", help=by_time)
     add("--key-frames", type=positive, default=12, metavar="N", help="at most N apart (default 12)")
     add("--crf", type=whole_number(0, 51), default=20, metavar="0-51", help="of H.264 (default 20)")
@@ -75,7 +75,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     add_options(parser, "root", "seconds", "memory", workers=workers)
     estimate = "try a few files, report the expected time and size, and stop"
     add("--estimate", "--dry-run", action="store_true", help=estimate)
-    add("--force", action="store_true", help="go on though the disk seems too small")
+    add("--force", action="store_true", help="continue even if the disk seems too small")
     arguments = parser.parse_args(command_line)
     if arguments.copy and arguments.form != "shards":
         parser.error("--copy packs files into shards: add --to shards")

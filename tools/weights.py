@@ -1,12 +1,12 @@
 """Weights of other projects: python tools/weights.py import SOURCE FOLDER.
 
-import   make a checkpoint folder of a file of HPM, MAE, VideoMAE, VideoMAE V2, mae_st or timm, or
-         of a folder that transformers wrote: for init_weights=FOLDER, and for the other tools
+import   make a checkpoint folder from a file of HPM, MAE, VideoMAE, VideoMAE V2, mae_st or timm, or
+         from a folder written by transformers: for init_weights=FOLDER, and for the other tools
 export   write a checkpoint of a run for others: transformers, timm, MAE, VideoMAE, HPM, ONNX, or as
          one file
 inspect  print family, sizes and licence of the weights in a file
 
-Nothing in a file is run, and nothing is downloaded.
+No code in a file is run, and nothing is downloaded.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from hpm_video.weights.verify import NOT_ASKED, TOLERANCE, compare
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
-    """Import, export or inspect, and print what came of it."""
+    """Import, export or inspect, and print the result."""
     arguments = parse_arguments(command_line)
     return run(lambda: arguments.command(arguments))
 
@@ -40,15 +40,15 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="import | export | inspect")
-    reads = commands.add_parser("import", help="make a checkpoint folder of a file or folder")
+    reads = commands.add_parser("import", help="make a checkpoint folder from a file or folder")
     reads.set_defaults(command=import_file)
     reads.add_argument("source", type=Path, help="file of weights, or folder of a model")
-    reads.add_argument("folder", type=Path, help="to write; it must not exist")
+    reads.add_argument("folder", type=Path, help="folder to write; it must not exist")
     add_overrides(reads)
     kinds = "\n".join(f"  {name:13}{chosen.title}" for name, chosen in FORMATS.items())
     writes = commands.add_parser(
         "export",
-        help="write a checkpoint of a run for others",
+        help="write a checkpoint of a run for other projects",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"kinds of --to:\n{kinds}\n\n{EXIT_CODES}",
     )
@@ -71,7 +71,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
             help="largest difference between our model and the other's, as a share of the largest "
             "value (default: %(default)s)",
         )
-        compares.add_argument("--no-parity", action="store_true", help="do not compare: it is slow")
+        compares.add_argument("--no-parity", action="store_true", help="skip this slow comparison")
     looks = commands.add_parser("inspect", help="describe a file or folder")
     looks.set_defaults(command=lambda a: print("\n".join(inspect(a.source, overrides_by(a)))))
     looks.add_argument("source", type=Path, help="file of weights, or folder of a model or run")
@@ -82,20 +82,20 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add options for facts that a file may lack."""
     add = parser.add_argument
-    add("--entry", help="key of the state dict, where a file has several")
+    add("--entry", help="key of the state dict, if a file has several")
     add(
         "--encoder-only",
         action="store_true",
         help="leave out decoder or head: for pre-training, with a decoder that starts fresh",
     )
-    add("--heads", type=positive, help="of the encoder's attention, which no weights show")
+    add("--heads", type=positive, help="of the encoder's attention; the weights do not show it")
     add("--decoder-heads", type=positive)
     add(
         "--decoder",
         type=positive,
         nargs=3,
         metavar=("WIDTH", "DEPTH", "HEADS"),
-        help="of a decoder that starts fresh; default: the papers' for such an encoder",
+        help="of a decoder that starts fresh; default: the papers' choice for this encoder",
     )
     add("--num-frames", type=positive, help="default: as the file says, or else 16")
     add("--frame-size", type=positive, nargs=2, metavar=("HEIGHT", "WIDTH"))
@@ -105,7 +105,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
         "--labels",
         type=Path,
         dest="label_names",
-        help="names of classes: that of class i in line i",
+        help="names of classes: class i in line i",
     )
 
 
