@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PHYSICAL_LINES = 25_420
-CODE_LINES = 17_799
+PHYSICAL_LINES = 25_425
+CODE_LINES = 17_804
 LINES = {
     ".": 82,
     "datasets": 1253,
@@ -28,11 +28,11 @@ LINES = {
     "hpm_video/recognition": 1560,
     "hpm_video/runs": 2022,
     "hpm_video/tokens": 395,
-    "hpm_video/training": 2624,
+    "hpm_video/training": 2632,
     "hpm_video/weights": 2438,
     "hpm_video/workers": 679,
     "tests": 1487,
-    "tools": 2973,
+    "tools": 2970,
 }
 """Physical lines of each folder; "." is the scripts at the root."""
 MODULES_AT_THE_ROOT = 2

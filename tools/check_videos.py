@@ -9,6 +9,7 @@ Columns: num_frames (readable ones, whatever the header says), duration (s), fps
 (upright), codec, pixel_format, key_frame_distance (frames, at most), rotation (degrees clockwise
 that set it upright), bytes, modified, content (equal for identical files), decoder (for which
 num_frames holds), verdict (fine, suspicious or bad) and reason. All other columns stay as they are.
+"""
 
 import argparse
 import sys
