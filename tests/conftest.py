@@ -38,10 +38,29 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+LONGEST = (
+    "test_pretraining",
+    "test_same_results",
+    "test_finetuning",
+    "test_check",
+    "test_transcode",
+    "test_docs",
+    "test_loader",
+    "test_launch",
+    "test_image_runs",
+)
+"""The files of tests that take longest, which one process each has to itself."""
+
+
 def pytest_collection_modifyitems(items):
     """What takes long comes first, so that the workers end at about the same time."""
     takes_long = ("slow", "types")
-    items.sort(key=lambda item: not any(map(item.get_closest_marker, takes_long)))
+
+    def key(item):
+        is_quick = not any(map(item.get_closest_marker, takes_long))
+        return is_quick, (*LONGEST, item.path.stem).index(item.path.stem)
+
+    items.sort(key=key)
 
 
 def pytest_collection_finish():

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PHYSICAL_LINES = 25_425
-CODE_LINES = 17_804
+PHYSICAL_LINES = 25_444
+CODE_LINES = 17_818
 LINES = {
     ".": 82,
     "datasets": 1253,
@@ -31,7 +31,7 @@ LINES = {
     "hpm_video/training": 2632,
     "hpm_video/weights": 2438,
     "hpm_video/workers": 679,
-    "tests": 1487,
+    "tests": 1506,
     "tools": 2970,
 }
 """Physical lines of each folder; "." is the scripts at the root."""
