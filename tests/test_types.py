@@ -1,4 +1,4 @@
-"""Types, as a test: beside others, which wait, they take no time of their own."""
+"""Types, as a test, so that they are checked beside the others."""
 
 import subprocess
 import sys

@@ -174,7 +174,7 @@ class PyavReader(VideoReader):
 
         ``stored``: the times in the order of packets.
         """
-        begins_inside = not self._keys or min(self._times[0], stored[0]) < self._keys[0].pts
+        begins_inside = not self._keys or self._times[0] < self._keys[0].pts
         return begins_inside or (self._codec.has_b_frames and stored == self._times)
 
     def _try_beginning(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -97,9 +98,9 @@ def plot_curves(metrics: Path, picture: Path, panels: Sequence[Panel] = PANELS) 
 def _title(run: Path) -> str:
     title = f"{run.resolve().parent.name}/{run.resolve().name}"
     starts = run / "starts.jsonl"
-    if starts.exists():
-        last = json.loads(starts.read_text(encoding="utf-8").splitlines()[-1])
-        title += f": {last['command']}"
+    lines = starts.read_text(encoding="utf-8").splitlines() if starts.exists() else []
+    with suppress(ValueError, LookupError, TypeError):  # a picture is no place to fail for a title
+        title += f": {json.loads(lines[-1])['command']}"
     return title if len(title) <= LONGEST_TITLE else f"{title[: LONGEST_TITLE - 1]}…"
 
 

@@ -487,8 +487,8 @@ def test_the_tool_writes_what_it_says(
     names = ["a video.png", "a video.gif", "a video.mp4"]
     assert capsys.readouterr().out.splitlines() == [f"wrote {output / name}" for name in names]
     options += ["--animation", "none", "--without-ground-truth", "--start", "9", "--stride", "1"]
-    assert show_masks.main([str(checkpoint), str(video), *options]) == 0
-    names.append("a video-without-ground-truth.png")
+    assert show_masks.main([str(checkpoint), str(video), "--strip", *options]) == 0
+    names += ["a video-without-ground-truth.png", "a video-without-ground-truth-strip.png"]
     assert sorted(path.name for path in output.iterdir()) == sorted(names)
 
 

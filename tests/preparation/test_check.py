@@ -877,3 +877,16 @@ def test_where_there_is_no_terminal_a_line_is_told_now_and_then(monkeypatch, cap
     with caplog.at_level("INFO"), closing(ProgressBar(2, "shards", "MB/s")) as bar:
         bar.advance(12.5, is_last=False)
     assert re.fullmatch(r"0/2 shards, [\d.e+]+ MB/s, \? left", caplog.messages[-1])
+
+
+def test_values_that_are_alike_have_no_axes():
+    """As rates that were measured, and differ in the last digit: no bin is as narrow."""
+    shape = {"width": 64, "height": 48, "duration": 2.0, "key_frame_distance": 12, "codec": "h264"}
+    findings = [
+        Finding("fine", num_frames=count, fps=rate, bytes=9, **shape)
+        for count, rate in ((50, 25.0), (60, 25.000000000000004), (70, 25.0))
+    ]
+    figure = plot(findings, "three")
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["Files by verdict", "Length in frames, median 60"]
+    assert "frames per second 25" in figure.get_suptitle()

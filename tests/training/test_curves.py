@@ -93,6 +93,16 @@ def test_the_title_names_run_and_command(tmp_path: Path, drawn: list[Figure]) ->
     assert {axes.get_xlabel() for axes in figure.axes} == {"epoch (epoch 4 is update 40)"}
 
 
+@pytest.mark.parametrize("starts", ["", '{"comm', "{}\n", "3\n"])
+def test_starts_that_cannot_be_read_leave_the_title_short(
+    tmp_path: Path, drawn: list[Figure], starts: str
+) -> None:
+    metrics = write(tmp_path / "metrics.jsonl", make_records(2))
+    (tmp_path / "starts.jsonl").write_text(starts)
+    plot_curves(metrics, tmp_path / "curves.png")
+    assert drawn[0].get_suptitle() == f"{tmp_path.parent.name}/{tmp_path.name}"
+
+
 def test_no_curve_is_drawn_twice(tmp_path: Path, drawn: list[Figure]) -> None:
     """A loss of one part is that part, and the opposite of a ranker tells nothing more."""
     records: list[dict[str, object]] = [

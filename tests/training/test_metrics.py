@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpm_video.training.metrics import Meter, WaitingWarning
+from hpm_video.config.training import LoggingConfig
+from hpm_video.training.metrics import Meter, MetricsLog, WaitingWarning, read_lines
 from hpm_video.training.objective import Losses
 
 
@@ -47,3 +48,18 @@ def test_a_run_that_waits_for_its_data_says_so_once(caplog):
     (said,) = warnings_of(0.0, 0.5, 0.5, 0.42, 0.5, 0.5, 0.5, 0.5)
     assert said.startswith("42% of the time goes into waiting for data.")
     assert "tools/bench.py loader runs/mine/config.yaml" in said
+
+
+def test_a_run_that_begins_anew_keeps_no_line_of_before(tmp_path):
+    """It measures before its first update, and has one such line then."""
+    how = LoggingConfig(tensorboard=False)
+    for first, updates in ((0, (0, 1, 2)), (0, (0, 1)), (1, (2,))):
+        metrics = MetricsLog(tmp_path, how, first_update=first)
+        for update in updates:
+            metrics.write("validation", update, update / 10, {"loss": 1.0})
+    assert [line["update"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_lines_of_validation_are_read_by_their_kind_of_one_version_ago(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "held_out", "update": 3}\n')
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"kind": "validation", "update": 3}]
