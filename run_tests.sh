@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Format, lint, and tests, of which types are one; stops at the first that fails. --quick leaves out
+# Format, lint, types and tests; stops at the first that fails. --quick leaves out
 # the tests marked slow. With other arguments: pytest alone, with them
 # (./run_tests.sh tests/tokens/test_masking.py -k tube).
 set -euo pipefail
@@ -41,6 +41,8 @@ elif (($#)); then
 fi
 step "ruff format --check" "$python" -m ruff format --check .
 step "ruff check" "$python" -m ruff check .
+step "pyrefly check" "$python" -m pyrefly check --min-severity error \
+  --python-interpreter-path "$python"
 step "pytest" run_suite -m "$lane"
 # By themselves, for all other tests are kept from seeing a GPU; without one these skip.
 step "pytest -m gpu" run_pytest -m gpu tests/*/*gpu.py

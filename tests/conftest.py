@@ -53,10 +53,9 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items):
     """What takes long comes first, so that the workers end at about the same time."""
-    takes_long = ("slow", "types")
 
     def key(item):
-        is_quick = not any(map(item.get_closest_marker, takes_long))
+        is_quick = item.get_closest_marker("slow") is None
         return is_quick, (*LONGEST, item.path.stem).index(item.path.stem)
 
     items.sort(key=key)

@@ -52,7 +52,7 @@ use_given_environment() {
     tensorboard tqdm av torchvision timm)
   local missing command="'$python' -m pip install -r '$repository/requirements.txt'"
   if [[ ${1:-} == tests ]]; then
-    modules+=(pytest pytest_timeout xdist hypothesis transformers onnx onnxscript onnxruntime ruff mypy)
+    modules+=(pytest pytest_timeout xdist hypothesis transformers onnx onnxscript onnxruntime ruff pyrefly)
     command+=" -r '$repository/tests/requirements.txt'"
   fi
   # Importing them all would take ten seconds.

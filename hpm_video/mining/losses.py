@@ -88,7 +88,7 @@ class _SortedRankingLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, errors: Tensor) -> Tensor:
+    def forward(ctx: Any, scores: Tensor, errors: Tensor) -> Tensor:  # type: ignore[override]
         total = scores.new_zeros(())
         pairs = torch.zeros((), dtype=torch.int64, device=scores.device)
         gradient = torch.zeros_like(scores)

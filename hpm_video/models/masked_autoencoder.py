@@ -85,7 +85,7 @@ class MaskedAutoencoder(ClipEncoder):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder.dim))
         out = target_width or self.patch_values
         self.reconstructor = Decoder(decoder, out, checkpoint_activations=recompute)
-        self.difficulty_decoder = None
+        self.difficulty_decoder: Decoder | None = None
         if predictor:
             # Only the order of scores counts, and bf16 would make many of them equal.
             self.difficulty_decoder = Decoder(

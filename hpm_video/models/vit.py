@@ -39,9 +39,8 @@ class Attention(nn.Module):
 
 def make_mlp(dim: int, hidden: int) -> nn.Sequential:
     """Two linear layers with a GELU in between."""
-    return nn.Sequential(
-        OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim))
-    )
+    fc1, fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+    return nn.Sequential(OrderedDict[str, nn.Module](fc1=fc1, act=nn.GELU(), fc2=fc2))
 
 
 class Block(nn.Module):
@@ -103,7 +102,7 @@ class Transformer(nn.Module):
             of_block = None if draws is None else draws[:, 2 * i : 2 * i + 2]
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # Nothing random happens inside a block, so there is no generator to restore.
-                tokens = checkpoint(
+                tokens = checkpoint(  # type: ignore[bad-assignment]
                     block, tokens, of_block, use_reentrant=False, preserve_rng_state=False
                 )
             else:

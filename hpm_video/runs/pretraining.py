@@ -87,7 +87,8 @@ def build_objective(
 
     ``engine``: the one that shards the teacher, if any does.
     """
-    mining, by_engine = config.mining, dict[str, Any]()
+    mining = config.mining
+    by_engine: dict[str, Any] = {}
     if engine is not None:
         by_engine = {"gathered": engine.gathered, "ema_update": engine.ema_update}
     return HardPatchesMining(

@@ -50,6 +50,7 @@ class DeepSpeedEngine(Engine):
         self.name = f"DeepSpeed, ZeRO stage {self.stage}"
         self._settings = settings_of(how, plan, clip_grad=clip_grad, precision=self.precision)
         self._deepspeed = import_deepspeed(self.device)
+        self._skeleton = model
         if self.stage == 3:  # a copy without weights
             empty = {
                 id(p): nn.Parameter(p.data.new_empty(0), p.requires_grad)

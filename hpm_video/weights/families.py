@@ -107,7 +107,7 @@ class Family:
                 names = {part: f"{qkv[1]}{part}.{qkv[2]}" for part in "qkv"}
                 if qkv[2] == "bias" and not self.key_bias and names["k"] not in like:
                     del names["k"]
-                each = dict(zip("qkv", value.chunk(3), strict=True))
+                each: Tensors = dict(zip("qkv", value.chunk(3), strict=True))
                 found |= {name: each[part] for part, name in names.items()}
             elif self.name == "hpm" and name.startswith(SCORE):
                 values = math.prod(tensors[KERNEL].shape[1:])
