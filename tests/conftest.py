@@ -292,7 +292,7 @@ def starter_of(tool, config, start_program):
 
     def start(run, *overrides, place=None, number="SIGKILL", curves=False) -> Program:
         arguments = [f"tools/{tool}.py", str(config), f"output_dir={run}", *overrides]
-        variables = {} if curves else {"WITHOUT_CURVES": "yes"}
+        variables = {"WITH_CURVES": "yes"} if curves else {}
         if place is not None:
             variables["OWN_SERVER"] = "yes"
             code = DISTURBED.format(place=place, signal=number, argv=arguments, tool=tool)

@@ -29,7 +29,7 @@ with Path(output).open("wb", buffering=0) as file:
 sys.argv = ["-c", *arguments[2:]] if arguments[0] == "-c" else arguments
 sys.path[:0] = [place for place in environment.get("PYTHONPATH", "").split(os.pathsep) if place]
 os.chdir(Path(__file__).parent.parent)
-if "WITHOUT_CURVES" in environment:  # drawing them takes as long as all updates of a tiny run
+if "WITH_CURVES" not in environment:  # drawing them takes as long as all updates of a tiny run
     for name in ("runs.run", "training.run"):
         importlib.import_module(f"hpm_video.{name}").plot_curves = lambda *_: None
 try:
