@@ -1,10 +1,12 @@
 """Small real videos, and runs over them as a user starts them."""
 
+import fcntl
 import gc
 import itertools
 import multiprocessing
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -167,39 +169,58 @@ def reserve_port():
 
 
 @pytest.fixture(scope="session")
-def videos(tmp_path_factory) -> Path:
+def make_once(tmp_path_factory):
+    """Make a folder once for all processes that share the tests; the others wait for it."""
+    place = tmp_path_factory.getbasetemp()
+    place = place.parent if "PYTEST_XDIST_WORKER" in os.environ else place
+
+    def make(name: str, fill) -> Path:
+        folder, done = place / name, place / f"{name}.done"
+        with (place / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def videos(make_once) -> Path:
     """Folder of a folder ``train`` with 14 videos and a folder ``validation`` with 4."""
-    folder = tmp_path_factory.mktemp("videos with spaces")
-    return write_all(folder, moving_texture, "texture {}")
-
-
-@pytest.fixture(scope="session")
-def labelled_videos(tmp_path_factory) -> Path:
-    """Folders ``train`` with 9 and ``validation`` with 6 videos, in class folders by their tint."""
-    folder = tmp_path_factory.mktemp("labelled")
-    return write_classes(folder, lambda _, seed: moving_texture(seed))
-
-
-@pytest.fixture(scope="session")
-def finetune_config(labelled_videos, finished_run, tmp_path_factory) -> Path:
-    """Fine-tuning from the finished pre-training run."""
-    path = tmp_path_factory.mktemp("finetune config") / "tiny.yaml"
-    path.write_text(
-        FINETUNE_CONFIG.format(
-            init_weights=finished_run / "checkpoints" / "last",
-            train=labelled_videos / "train",
-            validation=labelled_videos / "validation",
-        )
+    return make_once(
+        "videos with spaces", lambda folder: write_all(folder, moving_texture, "texture {}")
     )
-    return path
 
 
 @pytest.fixture(scope="session")
-def config_file(videos, tmp_path_factory) -> Path:
+def labelled_videos(make_once) -> Path:
+    """Folders ``train`` with 9 and ``validation`` with 6 videos, in class folders by their tint."""
+    return make_once(
+        "labelled", lambda folder: write_classes(folder, lambda _, seed: moving_texture(seed))
+    )
+
+
+@pytest.fixture(scope="session")
+def finetune_config(labelled_videos, finished_run, make_once) -> Path:
+    """Fine-tuning from the finished pre-training run."""
+    text = FINETUNE_CONFIG.format(
+        init_weights=finished_run / "checkpoints" / "last",
+        train=labelled_videos / "train",
+        validation=labelled_videos / "validation",
+    )
+    folder = make_once("finetune config", lambda folder: (folder / "tiny.yaml").write_text(text))
+    return folder / "tiny.yaml"
+
+
+@pytest.fixture(scope="session")
+def config_file(videos, make_once) -> Path:
     """28 updates of 4 videos. Checkpoints in the middle of epochs (5, 10 ...), and at 14 and 28."""
-    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    path.write_text(CONFIG.format(train=videos / "train", validation=videos / "validation"))
-    return path
+    text = CONFIG.format(train=videos / "train", validation=videos / "validation")
+    return make_once("config", lambda folder: (folder / "tiny.yaml").write_text(text)) / "tiny.yaml"
 
 
 @pytest.fixture(scope="session")
@@ -303,28 +324,32 @@ def starter_of(tool, config, start_program):
 
 
 @pytest.fixture(scope="session")
-def finished_run(pretrain, tmp_path_factory) -> Path:
-    """The directory of a run that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    (folder.parent / "output.txt").write_text(finish(pretrain(folder, curves=True)))
-    return folder
+def finished_run(pretrain, make_once) -> Path:
+    """The directory of a run that nothing interrupted; its output lies beside."""
+
+    def fill(folder: Path) -> None:
+        (folder / "output.txt").write_text(finish(pretrain(folder / "run", curves=True)))
+
+    return make_once("finished", fill) / "run"
 
 
 @pytest.fixture(scope="session")
-def finetuned_run(finetune_config, tmp_path_factory) -> Path:
+def finetuned_run(finetune_config, make_once) -> Path:
     """The directory of a fine-tuning run, started as a user starts it; its output lies beside."""
-    folder = tmp_path_factory.mktemp("finetuned") / "run"
-    script = subprocess.run(
-        [str(ROOT / "run_finetune.sh"), str(finetune_config), f"output_dir={folder}"],
-        cwd=folder.parent,
-        env=os.environ | {"HPM_PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert script.returncode == 0, script.stdout + script.stderr
-    (folder.parent / "output.txt").write_text(script.stdout)
-    return folder
+
+    def fill(folder: Path) -> None:
+        script = subprocess.run(
+            [str(ROOT / "run_finetune.sh"), str(finetune_config), f"output_dir={folder / 'run'}"],
+            cwd=folder,
+            env=os.environ | {"HPM_PYTHON": sys.executable},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert script.returncode == 0, script.stdout + script.stderr
+        (folder / "output.txt").write_text(script.stdout)
+
+    return make_once("finetuned", fill) / "run"
 
 
 @pytest.fixture(scope="session")

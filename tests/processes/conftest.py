@@ -53,17 +53,19 @@ test: {{weights: average}}
 
 
 @pytest.fixture(scope="session")
-def small_data(tmp_path_factory) -> Path:
+def small_data(make_once) -> Path:
     """Folders ``videos``, ``images`` and ``labelled`` with ``train`` (14, 14, 9) and ``validation``
     (4, 4, 6)."""
-    folder = tmp_path_factory.mktemp("small data")
-    write_all(folder / "videos", noisy_clip, "{:03d}")
-    for video in (folder / "videos").rglob("*.mp4"):
-        image = folder / "images" / video.parent.name / f"{video.stem}.png"
-        image.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(noisy_clip(int(video.stem))[0]).save(image)
-    write_classes(folder / "labelled", lambda channel, seed: noisy_clip(10 * channel + seed))
-    return folder
+
+    def fill(folder: Path) -> None:
+        write_all(folder / "videos", noisy_clip, "{:03d}")
+        for video in (folder / "videos").rglob("*.mp4"):
+            image = folder / "images" / video.parent.name / f"{video.stem}.png"
+            image.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(noisy_clip(int(video.stem))[0]).save(image)
+        write_classes(folder / "labelled", lambda channel, seed: noisy_clip(10 * channel + seed))
+
+    return make_once("small data", fill)
 
 
 @pytest.fixture(scope="session")
