@@ -45,6 +45,7 @@ MAY_IMPORT = {
     },
 }
 SEES_A_CONFIG = {
+    "api.py",
     "models/from_config.py",
     "recognition/trained_model.py",
     "weights/geometry.py",
@@ -63,6 +64,7 @@ ORDER = (
     ("recognition",),
     ("weights",),
     ("runs",),
+    ("api",),
 )
 """The folders from the bottom: each imports what stands before it, and nothing beside it."""
 PURE = {

@@ -111,6 +111,32 @@ def _check_sources(given: Any) -> None:
                 raise ConfigError(f"mix.{name}: {error}") from error
 
 
+PACKAGE = Path(__file__).resolve().parents[1]
+"""Installed, it holds the shipped configs; in the repository they lie beside it."""
+
+
+def find_config(name: Path | str) -> Path:
+    """The path of a config: a file, or the name of one that is shipped, such as ``k400_hpm_b``.
+
+    Raises:
+        ConfigError: several are called so, in several folders.
+    """
+    path = Path(name)
+    if path.is_file() or path.suffix:
+        return path
+    found = sorted(
+        file
+        for place in (PACKAGE, PACKAGE.parent)
+        for file in (place / "configs").glob(f"*/{path.name}.yaml")
+    )
+    if len(path.parts) > 1:
+        found = [each for each in found if each.parent.name == path.parts[-2]]
+    if len(found) > 1:
+        names = " or ".join(f"{each.parent.name}/{each.stem}" for each in found)
+        raise ConfigError(f"several configs are called {name}; take {names}")
+    return found[0] if found else path
+
+
 def load_any_config(path: Path, overrides: Sequence[str] = ()) -> PretrainConfig | FinetuneConfig:
     """The config of a run, of whichever kind it is: that of pre-training has a section masking.
 

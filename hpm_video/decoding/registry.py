@@ -83,7 +83,7 @@ def decoder_choices() -> tuple[DecoderChoice, ...]:
 
 def available_decoders() -> tuple[DecoderName, ...]:
     """The decoders that import and decode, the preferred one first."""
-    return tuple(name for name in DECODERS if not _what_is_wrong(name))
+    return tuple(name for name in DECODERS if not what_is_wrong(name))
 
 
 def check_name(decoder: DecoderChoice) -> None:
@@ -108,7 +108,7 @@ def choose_decoder(decoder: DecoderChoice) -> DecoderName:
     names = [*DECODERS] if decoder == "auto" else [decoder]
     wrong = {}
     for name in names:
-        wrong[name] = _what_is_wrong(name)
+        wrong[name] = what_is_wrong(name)
         if not wrong[name]:
             return name
     raise DecoderError(
@@ -129,7 +129,7 @@ def decoder_versions() -> dict[str, str]:
 
 
 @cache
-def _what_is_wrong(name: DecoderName) -> str:
+def what_is_wrong(name: DecoderName) -> str:
     """Why a decoder cannot be used here, nothing where it can: two grey frames are tried."""
     luma = (60, 190)
     frames = [b"FRAME\n" + bytes([y]) * 64 * 64 + bytes([128]) * 2 * 32 * 32 for y in luma]

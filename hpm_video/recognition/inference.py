@@ -2,9 +2,11 @@
 
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from hpm_video.data.reading import MIDDLE, Views
 from hpm_video.files.failures import BadFilesError, Failure
 from hpm_video.files.weights import CheckpointError
 from hpm_video.models.encoder import ClipEncoder
+from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.recognition.trained_model import TrainedClassifier, TrainedModel
 from hpm_video.tokens.pixels import normalise
 from hpm_video.training.device import AUTOCAST, Precision
@@ -208,6 +211,40 @@ class Inference:
         The class token, or where there is none the mean; of a classifier the input of its head.
         """
         return self._in_passes(lambda part: self.model.pool(self.model.encode(part)), clips)
+
+    def layers(self, clips: Tensor, blocks: Sequence[int]) -> tuple[Tensor, ...]:
+        """Tokens behind each of these blocks, without the class token: -> (B, N, D) float32 each
+
+        Raises:
+            ValueError: there is no such block.
+        """
+        depth = len(self.model.blocks)
+        if odd := [block for block in blocks if not -depth <= block < depth]:
+            raise ValueError(f"the encoder has the blocks 0 to {depth - 1}, got {odd[0]}")
+        outputs: dict[int, Tensor] = {}
+
+        def keep(block: int, *called: Any) -> None:
+            outputs[block] = self.model.of_clip(called[-1])
+
+        def stacked(part: Tensor) -> Tensor:
+            self.model.encode(part)
+            return torch.stack([outputs[block % depth] for block in blocks], dim=1)
+
+        with ExitStack() as hooks:
+            for block in {block % depth for block in blocks}:
+                hook = self.model.blocks[block].register_forward_hook(partial(keep, block))
+                hooks.callback(hook.remove)
+            return self._in_passes(stacked, clips).unbind(1)
+
+    def difficulty(self, clips: Tensor) -> Tensor:
+        """The scores of a teacher with a loss predictor: -> (B, N) float32"""
+        teacher = self.model
+        assert isinstance(teacher, MaskedAutoencoder)
+
+        def scores(part: Tensor) -> Tensor:
+            return teacher.score(teacher.encode(part), teacher.grid_of(part))
+
+        return self._in_passes(scores, clips)
 
     def probabilities(self, clips: Tensor) -> Tensor:
         """Softmax of a classifier: -> (B, classes) float32"""

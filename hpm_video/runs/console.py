@@ -15,7 +15,7 @@ import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from hpm_video.config.data import DataConfig
-from hpm_video.config.loading import load_config
+from hpm_video.config.loading import find_config, load_config
 from hpm_video.config.schema import RunConfig
 from hpm_video.data.reading import Views
 from hpm_video.decoding.registry import decoder_choices
@@ -145,7 +145,9 @@ def train(
     ``finish`` is called after the run in each of its processes.
     """
     parser = make_parser(about)
-    parser.add_argument("config", type=Path, help="a file of configs/, or a config of yours")
+    parser.add_argument(
+        "config", type=Path, help="the name of a config in configs/, or a file of yours"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument(
         "--dry-run",
@@ -161,7 +163,7 @@ def train(
     arguments = parser.parse_intermixed_args(command_line)
 
     def command(processes: Processes) -> None:
-        config = load_config(schema, arguments.config, arguments.overrides)
+        config = load_config(schema, find_config(arguments.config), arguments.overrides)
         say_what_stays(config.data, arguments.overrides)
         task = make_task(config)
         if arguments.dry_run:

@@ -43,6 +43,11 @@ class TokenGrid:
         return f"{self.time}x{self.height}x{self.width}"
 
     @property
+    def shape(self) -> Size3:
+        """(T', H', W')"""
+        return self.time, self.height, self.width
+
+    @property
     def tokens_per_step(self) -> int:
         """Positions of one time step."""
         return self.height * self.width

@@ -304,7 +304,7 @@ def test_a_seek_that_lands_elsewhere_is_noticed(videos, numbers_of, monkeypatch)
 def test_auto_prefers_pyav_and_takes_what_there_is(monkeypatch):
     assert choose_decoder("auto") == "pyav"
     broken = {"pyav": "No module named 'av'"}
-    monkeypatch.setattr(decode, "_what_is_wrong", lambda name: broken.get(name, ""))
+    monkeypatch.setattr(decode, "what_is_wrong", lambda name: broken.get(name, ""))
     assert choose_decoder("auto") == "torchcodec"
     broken["torchcodec"] = "RuntimeError: no FFmpeg"
     assert choose_decoder("auto") == "decord"
@@ -319,14 +319,14 @@ def test_auto_prefers_pyav_and_takes_what_there_is(monkeypatch):
 
 
 def test_a_decoder_that_decodes_wrongly_is_not_available(monkeypatch):
-    decode._what_is_wrong.cache_clear()
+    decode.what_is_wrong.cache_clear()
     black = lambda self, indices: np.zeros((len(indices), 4, 4, 3), np.uint8)  # noqa: E731
     monkeypatch.setattr(decode.PyavReader, "_decode", black)
     try:
         with pytest.raises(DecoderError, match="wrong pixels"):
             choose_decoder("pyav")
     finally:
-        decode._what_is_wrong.cache_clear()
+        decode.what_is_wrong.cache_clear()
 
 
 def test_a_reader_may_give_further_channels(monkeypatch):

@@ -1,0 +1,42 @@
+"""The command ``hpm-video``: each program of tools/ is a subcommand of the same name."""
+
+import ast
+import re
+import runpy
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PROGRAMS = HERE / "programs" if (HERE / "programs").is_dir() else HERE.parent / "tools"
+"""In an installed package they lie within it, in the repository beside it."""
+
+
+def describe() -> dict[str, str]:
+    """Return the name of each program, as it is typed, and what it does."""
+    found = {}
+    for path in sorted(PROGRAMS.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        text = (ast.get_docstring(tree) or "").splitlines()
+        if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
+            found[path.stem.replace("_", "-")] = re.sub("[:?]? python .*", "", text[0])
+    return found
+
+
+def main() -> None:
+    """Run a program with the rest of the command line, or list them all."""
+    programs, (name, *rest) = describe(), sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        width = max(map(len, programs))
+        rows = [f"  {each:{width}}  {text.rstrip('.')}" for each, text in programs.items()]
+        print("\n".join(["usage: hpm-video COMMAND ... (COMMAND --help says more)", "", *rows]))  # noqa: T201
+        return
+    if name.replace("_", "-") not in programs:
+        sys.exit(f"error: there is no command {name}; hpm-video --help lists them")
+    path = PROGRAMS / f"{name.replace('-', '_')}.py"
+    sys.argv = [f"hpm-video {name}", *rest]
+    sys.path.insert(0, str(PROGRAMS))
+    runpy.run_path(str(path), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,346 @@
+"""The package from Python: trained models on clips and video files, and runs from your program.
+
+Clips are arrays of numpy or torch with the axes T H W C or C T H W, one clip or a batch of them
+(B in front), of uint8 from 0 to 255 or of floats from 0 to 1.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hpm_video.config.checks import ConfigError
+from hpm_video.config.choices import DecoderChoice
+from hpm_video.config.loading import find_config, load_any_config
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig
+from hpm_video.data.manifest import NOT_STATED, UNLABELLED, Manifest
+from hpm_video.data.reading import Views
+from hpm_video.data.transforms import view_crops
+from hpm_video.files.weights import CheckpointError
+from hpm_video.mining.objective import HardPatchesMining
+from hpm_video.models.classifier import ClipClassifier
+from hpm_video.models.from_config import build_classifier, build_student
+from hpm_video.models.masked_autoencoder import MaskedAutoencoder
+from hpm_video.randomness import key_of, uniform
+from hpm_video.recognition.inference import Inference, Reading, over_videos
+from hpm_video.recognition.trained_model import (
+    TrainedAutoencoder,
+    TrainedClassifier,
+    TrainedModel,
+    WeightsOf,
+    open_trained,
+)
+from hpm_video.runs.finetuning import finetune
+from hpm_video.runs.pretraining import build_objective as objective_of
+from hpm_video.runs.pretraining import build_target, pretrain
+from hpm_video.tokens.grid import TokenGrid
+from hpm_video.training.device import Precision, choose_device, inference_precision
+from hpm_video.training.distributed import Processes
+from hpm_video.training.ema import make_ema
+
+Config = PretrainConfig | FinetuneConfig
+Clips = NDArray[Any] | Tensor
+Layout = Literal["THWC", "CTHW"]
+
+
+class Model:
+    """A trained model on a device, made by :func:`load`."""
+
+    def __init__(self, trained: TrainedModel, device: torch.device, precision: Precision) -> None:
+        self.trained = trained
+        self.config = trained.config
+        self.device, self.precision = device, precision
+        self._inference = Inference.load(trained, device, precision)
+
+    def __repr__(self) -> str:
+        return f"<{self.trained.kind} of {self.trained.path} on {self.device}>"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes in the order of their probabilities; none of pre-training."""
+        return self.trained.label_names
+
+    @property
+    def grid(self) -> TokenGrid:
+        """The tokens of a clip along time, height and width: (T', H', W')"""
+        return self._inference.model.grid
+
+    @overload
+    def features(self, clips: Clips, *, layout: Layout | None = None) -> Tensor: ...
+    @overload
+    def features(
+        self, clips: Clips, *, layers: Sequence[int], layout: Layout | None = None
+    ) -> tuple[Tensor, ...]: ...
+    def features(
+        self, clips: Clips, *, layers: Sequence[int] | None = None, layout: Layout | None = None
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Features of clips, float32 on the device of the model.
+
+        Returns:
+            One vector for each clip, (B, D): the class token, or where there is none the mean of
+            the tokens; of a classifier the input of its head. With ``layers``, the tokens behind
+            each of these blocks of the encoder (0 is the first, -1 the last), (B, N, D) each,
+            without a class token and before the final norm.
+
+        Raises:
+            ValueError, TypeError: the clips are not such as the model takes, or no such block.
+        """
+        pixels = self._clips(clips, layout)
+        if layers is None:
+            return self._inference.pooled(pixels)
+        return self._inference.layers(pixels, layers)
+
+    def probabilities(self, clips: Clips, *, layout: Layout | None = None) -> Tensor:
+        """The softmax of a classifier over :attr:`classes`: -> (B, classes) float32
+
+        Raises:
+            CheckpointError: the model is not a classifier.
+        """
+        self._need(TrainedClassifier, "probabilities")
+        return self._inference.probabilities(self._clips(clips, layout))
+
+    def difficulty(self, clips: Clips, *, layout: Layout | None = None) -> Tensor:
+        """How hard the teacher expects each token to be to reconstruct: -> (B, T', H', W') float32
+
+        Only the order within a clip has a meaning.
+
+        Raises:
+            CheckpointError: the model has no teacher with a loss predictor.
+        """
+        scores = self._teacher.difficulty(self._clips(clips, layout))
+        return scores.unflatten(1, self.grid.shape)
+
+    def mask(
+        self,
+        clips: Clips,
+        *,
+        hard_fraction: float | None = None,
+        seed: int = 0,
+        layout: Layout | None = None,
+    ) -> Tensor:
+        """Draw a mask for each clip by the rule of its pre-training: -> (B, T', H', W') bool
+
+        Args:
+            clips: as everywhere; True in the result is a hidden token.
+            hard_fraction: share of the hidden units that is picked by difficulty, in [0, 1]; by
+                default as in the last epoch. 0 is a random mask.
+            seed: of the draws; a clip's place in the batch goes into its draw.
+            layout: of the axes, where it cannot be told.
+        """
+        config = self._need(TrainedAutoencoder, "a mask").config
+        rule = config.mask_rule("")
+        fraction = rule.strategy.last_fraction if hard_fraction is None else hard_fraction
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"hard_fraction must lie in [0, 1], got {hard_fraction}")
+        pixels, num_picked = self._clips(clips, layout), int(rule.num_masked * fraction)
+        difficulty = self._teacher.difficulty(pixels) if num_picked else None
+        keys = torch.tensor([key_of("mask", seed, place) for place in range(len(pixels))])
+        priority = uniform(keys.to(self.device), rule.num_units, "mask")
+        return rule.draw(difficulty, priority, num_picked).masked.unflatten(1, self.grid.shape)
+
+    def features_of(
+        self,
+        files: Sequence[str | Path],
+        *,
+        clips: int = 1,
+        crops: int = 1,
+        decoder: DecoderChoice = "auto",
+        workers: int = 0,
+    ) -> NDArray[np.float64]:
+        """Features of video files, averaged over their views: -> (files, D)
+
+        ``clips`` in time times ``crops`` in space are read of each, as in validation.
+
+        Raises:
+            BadFilesError: a file does not decode; all of them are named.
+        """
+        reading = Reading(decoder, workers)
+        return self._over(self._inference.pooled, files, Views(clips, crops), reading)
+
+    def probabilities_of(
+        self,
+        files: Sequence[str | Path],
+        *,
+        clips: int | None = None,
+        crops: int | None = None,
+        decoder: DecoderChoice = "auto",
+        workers: int = 0,
+    ) -> NDArray[np.float64]:
+        """Class probabilities of video files, averaged over their views: -> (files, classes)
+
+        By default over the views that the config tests with.
+
+        Raises:
+            BadFilesError: a file does not decode; all of them are named.
+            CheckpointError: the model is not a classifier.
+        """
+        test = self._need(TrainedClassifier, "probabilities").config.test
+        views = Views(clips or test.clips, crops or test.crops)
+        reading = Reading(decoder, workers)
+        return self._over(self._inference.probabilities, files, views, reading)
+
+    def _over(
+        self, values: Any, files: Sequence[str | Path], views: Views, reading: Reading
+    ) -> NDArray[np.float64]:
+        count = len(files)
+        manifest = Manifest(tuple(map(str, files)), (UNLABELLED,) * count, (NOT_STATED,) * count)
+        clips = reading.clips(manifest, self.trained.data, views)
+        return over_videos(values, clips, reading, Processes())
+
+    def _need(self, kind: type[Any], what: str) -> Any:
+        if not isinstance(self.trained, kind):
+            raise CheckpointError(
+                f"{self.trained.path} is of a {self.trained.kind}, and {what} need"
+                f"{'s' if what.startswith('a ') else ''} a "
+                f"{'classifier' if kind is TrainedClassifier else 'masked autoencoder'}"
+            )
+        return self.trained
+
+    @cached_property
+    def _teacher(self) -> Inference:
+        config = self._need(TrainedAutoencoder, "difficulty").config
+        if config.mining.predictor == "none":
+            raise CheckpointError(f"{self.trained.path} was trained without a loss predictor")
+        teacher = open_trained(self.trained.path, TrainedAutoencoder, "teacher").build()
+        return Inference(teacher.to(self.device), self.trained.data, self.device, self.precision)
+
+    def _clips(self, given: Clips, layout: Layout | None) -> Tensor:
+        """-> (B, C, T, H, W) uint8"""
+        data, channels = self.trained.data, self.config.model.channels
+        pixels = to_pixels(given, channels, layout)
+        if pixels.shape[2] != data.num_frames:
+            raise ValueError(
+                f"this model takes clips of {data.num_frames} frames, got {pixels.shape[2]}; "
+                f"choose so many, or give the file to features_of or probabilities_of"
+            )
+        if tuple(pixels.shape[3:]) == tuple(data.frame_size):
+            return pixels
+        frames = pixels.permute(0, 2, 3, 4, 1).cpu().numpy()
+        return torch.stack([view_crops(clip, data, 1)[0] for clip in frames])
+
+
+def to_pixels(given: Clips, channels: int, layout: Layout | None = None) -> Tensor:
+    """One clip or a batch in either layout -> (B, C, T, H, W) uint8
+
+    Raises:
+        ValueError: the layout cannot be told, there are other channels, or floats beyond [0, 1].
+        TypeError: neither uint8 nor floats.
+    """
+    pixels = torch.as_tensor(given)
+    pixels = pixels[None] if pixels.ndim == 4 else pixels
+    if pixels.ndim != 5:
+        raise ValueError(f"clips have 4 axes, or 5 of a batch, got {tuple(pixels.shape)}")
+    fits = {"CTHW": pixels.shape[1] == channels, "THWC": pixels.shape[4] == channels}
+    found = [name for name, fit in fits.items() if fit and layout in (None, name)]
+    if len(found) != 1:
+        raise ValueError(
+            f"clips of shape {tuple(pixels.shape)} "
+            + (
+                f"have {channels} at both ends: name the axes, layout='THWC' or layout='CTHW'"
+                if found
+                else f"do not have {channels} channels first (C T H W) or last (T H W C)"
+            )
+        )
+    if pixels.is_floating_point():
+        if not bool(((pixels >= 0) & (pixels <= 1)).all()):
+            raise ValueError(
+                f"floats of pixels lie in [0, 1], got {pixels.min():g} to {pixels.max():g}; give "
+                f"uint8 for 0 to 255, and pixels before any normalisation"
+            )
+        pixels = (255 * pixels).round().to(torch.uint8)
+    if pixels.dtype != torch.uint8:
+        raise TypeError(f"pixels are uint8 or floats, got {pixels.dtype}")
+    return pixels if found == ["CTHW"] else pixels.permute(0, 4, 1, 2, 3).contiguous()
+
+
+def load(
+    source: str | Path,
+    weights: WeightsOf | None = None,
+    *,
+    device: str = "auto",
+    precision: Precision | Literal["auto"] = "auto",
+) -> Model:
+    """Load a trained model: ``hpm_video.load("runs/demo")``.
+
+    Args:
+        source: a run, for its last checkpoint; a checkpoint folder; imported weights; a single file
+            that ``tools/weights.py export`` made; or ``user/name`` on the Hugging Face Hub.
+        weights: ``student`` or ``teacher`` of pre-training; ``model`` or ``average`` of a
+            classifier. By default the student, or those that the classifier was tested with.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` ...
+        precision: ``auto`` is bf16 on a GPU that is made for it, otherwise fp32.
+
+    Raises:
+        CheckpointError, ConfigError: there is no such model, or no such weights.
+        DeviceError: there is no such device.
+    """
+    path = Path(source).expanduser()
+    if not path.exists() and str(source).count("/") == 1 and not str(source).startswith((".", "~")):
+        path = _download(str(source))
+    place = choose_device(device)
+    chosen = inference_precision(place) if precision == "auto" else precision
+    return Model(open_trained(path, TrainedModel, weights), place, chosen)
+
+
+def _download(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError as error:
+        raise CheckpointError(
+            f"there is no {name} here, and to look for it on the Hub takes huggingface_hub: "
+            f"pip install huggingface_hub"
+        ) from error
+    try:
+        return Path(snapshot_download(name))
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"there is no {name} here, nor on the Hub ({reason})") from error
+
+
+def load_config(name: str | Path, *overrides: str) -> Config:
+    """Load a config: ``load_config("k400_hpm_b", "data.train=my.csv", "recipe.epochs=100")``.
+
+    Args:
+        name: that of a config that is shipped, or the path of a file.
+        overrides: ``section.key=value`` each.
+
+    Raises:
+        ConfigError: there is no such config, or a value breaks a rule.
+    """
+    return load_any_config(find_config(name), overrides)
+
+
+def build_model(
+    config: Config, num_classes: int | None = None
+) -> MaskedAutoencoder | ClipClassifier:
+    """Build the model of a config with random weights; ``num_classes``: of a classifier.
+
+    Raises:
+        ConfigError: a classifier without ``num_classes``.
+    """
+    if isinstance(config, PretrainConfig):
+        return build_student(config)
+    if num_classes is None:
+        raise ConfigError("a classifier needs num_classes")
+    return build_classifier(config, num_classes)
+
+
+def build_objective(config: PretrainConfig, student: MaskedAutoencoder) -> HardPatchesMining:
+    """Build the objective of pre-training, with a teacher that is a copy of ``student``."""
+    teacher = make_ema(student) if config.mining.has_teacher else None
+    device = student.mask_token.device
+    return objective_of(config, teacher, build_target(config, device))
+
+
+def train(config: Config) -> Path:
+    """Pre-train or fine-tune, or go on with the run in ``config.output_dir``. -> its directory
+
+    The one loop of the shell commands, in this process.
+    """
+    return pretrain(config) if isinstance(config, PretrainConfig) else finetune(config)

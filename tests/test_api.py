@@ -1,0 +1,226 @@
+"""The package from Python and as an installed wheel."""
+
+import os
+import re
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import hpm_video
+from hpm_video.api import to_pixels
+from hpm_video.config.checks import ConfigError
+from hpm_video.decoding.registry import open_video
+from hpm_video.files.weights import CheckpointError
+
+ROOT = Path(__file__).parents[1]
+CLIP = np.random.default_rng(0).integers(0, 256, (4, 6, 8, 3), dtype=np.uint8)
+
+
+def test_the_public_names_stay():
+    names = ["Model", "build_model", "build_objective", "load", "load_config", "train"]
+    assert hpm_video.__all__ == names
+    assert all(hasattr(hpm_video, name) for name in names)
+    assert set(names) <= set(dir(hpm_video))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        hpm_video.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("given", [CLIP, torch.from_numpy(CLIP), CLIP / 255, CLIP[None]])
+def test_pixels_are_the_same_in_every_form(given):
+    expected = torch.from_numpy(CLIP).permute(3, 0, 1, 2)[None]
+    assert torch.equal(to_pixels(given, 3), expected)
+    axes = (3, 0, 1, 2) if given.ndim == 4 else (0, 4, 1, 2, 3)
+    first = given.permute(axes) if isinstance(given, torch.Tensor) else given.transpose(axes)
+    assert torch.equal(to_pixels(first, 3), expected)
+
+
+def test_a_layout_that_cannot_be_told_is_asked_for():
+    square = np.zeros((3, 6, 8, 3), np.uint8)
+    with pytest.raises(ValueError, match="3 at both ends: name the axes"):
+        to_pixels(square, 3)
+    assert to_pixels(square, 3, "THWC").shape == (1, 3, 3, 6, 8)
+    assert to_pixels(square, 3, "CTHW").shape == (1, 3, 6, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (CLIP[..., :2], ValueError, "do not have 3 channels"),
+        (CLIP[0], ValueError, "4 axes, or 5 of a batch"),
+        (CLIP.astype(np.int64), TypeError, "uint8 or floats, got torch.int64"),
+        (CLIP / 2, ValueError, r"lie in \[0, 1\], got 0 to 127.5"),
+        (np.full(CLIP.shape, np.nan), ValueError, "got nan"),
+    ],
+)
+def test_other_pixels_are_refused(given, error, message):
+    with pytest.raises(error, match=message):
+        to_pixels(given, 3)
+
+
+def test_configs_are_found_by_name():
+    config = hpm_video.load_config("k400_hpm_b", "recipe.epochs=100", "data.train=my.csv")
+    assert (config.recipe.epochs, config.data.train) == (100, "my.csv")
+    assert hpm_video.load_config("finetune/demo").output_dir == "runs/demo_finetune"
+    with pytest.raises(ConfigError, match="take finetune/demo or pretrain/demo"):
+        hpm_video.load_config("demo")
+    with pytest.raises(ConfigError, match="there is no nothing"):
+        hpm_video.load_config("nothing")
+
+
+@pytest.fixture(scope="module")
+def model(finished_run):
+    return hpm_video.load(finished_run, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def frames(videos, model):
+    with open_video(str(videos / "validation" / "texture 100.mp4")) as video:
+        return video.read(range(4))
+
+
+@pytest.mark.slow
+def test_features_difficulty_and_masks_of_clips(model, frames):
+    assert model.features(frames).shape == (1, 16)
+    last, first = model.features(np.stack([frames, frames]), layers=(-1, 0))
+    assert last.shape == first.shape == (2, 32, 16)
+    assert torch.equal(last, first)  # the encoder has one block
+    normed = model._inference.model.norm(last[:1])
+    assert torch.allclose(normed.mean(dim=1), model.features(frames), atol=1e-5)
+    with pytest.raises(ValueError, match="has the blocks 0 to 0, got 1"):
+        model.features(frames, layers=(1,))
+    difficulty = model.difficulty(frames)
+    assert difficulty.shape == (1, 2, 4, 4)
+    hardest = model.mask(frames, hard_fraction=1)
+    assert hardest.shape == difficulty.shape
+    assert hardest.float().mean() == 0.75
+    assert difficulty[hardest].min() >= difficulty[~hardest].max()
+    drawn = [model.mask(frames, hard_fraction=0, seed=seed) for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    with pytest.raises(ValueError, match="takes clips of 4 frames, got 3"):
+        model.features(frames[:3])
+    with pytest.raises(CheckpointError, match="need a classifier"):
+        model.probabilities(frames)
+
+
+@pytest.mark.slow
+def test_files_have_the_features_of_their_middle_clip(model, videos, frames):
+    file = videos / "validation" / "texture 100.mp4"
+    with open_video(str(file)) as video:
+        middle = video.read(range(4, 8))
+    found = model.features_of([file, file])
+    assert found.shape == (2, 16)
+    assert found[0] == pytest.approx(model.features(middle)[0].numpy(), abs=1e-5)
+    assert found[0] != pytest.approx(model.features(frames)[0].numpy(), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_classifier_names_what_it_sees(finetuned_run, labelled_videos, finished_run):
+    classifier = hpm_video.load(finetuned_run, device="cpu")
+    assert classifier.classes == ("blue", "green", "red")
+    files = sorted((labelled_videos / "validation").rglob("*.mp4"))
+    found = classifier.probabilities_of(files)
+    assert found.shape == (6, 3)
+    assert found.sum(axis=1) == pytest.approx(1)
+    assert (found.argmax(axis=1) == [0, 0, 1, 1, 2, 2]).mean() >= 0.5
+    with pytest.raises(CheckpointError, match="need a masked autoencoder"):
+        classifier.difficulty(CLIP)
+
+
+@pytest.mark.slow
+def test_a_run_from_python_is_the_run_of_the_command(config_file, finished_run, tmp_path):
+    config = hpm_video.load_config(config_file, f"output_dir={tmp_path / 'run'}")
+    run = hpm_video.train(config)
+    ours, theirs = (path / "checkpoints/last/model.safetensors" for path in (run, finished_run))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_models_and_objectives_are_built_of_configs():
+    config = hpm_video.load_config("pretrain/demo")
+    student = hpm_video.build_model(config)
+    objective = hpm_video.build_objective(config, student)
+    assert torch.equal(objective.ema.mask_token, student.mask_token)
+    with pytest.raises(ConfigError, match="needs num_classes"):
+        hpm_video.build_model(hpm_video.load_config("finetune/demo"))
+    assert hpm_video.build_model(hpm_video.load_config("finetune/demo"), 5).head.out_features == 5
+
+
+@pytest.mark.slow
+def test_the_page_on_python_runs(finished_run, finetuned_run, videos, config_file, tmp_path):
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    names = {
+        "runs/demo_finetune": str(finetuned_run),
+        "runs/demo": str(finished_run),
+        "my_video.mp4": str(videos / "validation" / "texture 100.mp4"),
+        "pretrain/demo": str(config_file),
+        "runs/mine": str(tmp_path / "run"),
+    }
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) >= 4
+    program = "\n".join(blocks)
+    for name, stands_for in names.items():
+        program = program.replace(f'"{name}', f'"{stands_for}')
+    exec(compile(program, "docs/python.md", "exec"), {"__name__": "__main__"})  # noqa: S102
+
+
+@pytest.mark.slow
+def test_a_wheel_has_commands_and_configs(tmp_path):
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    source = tmp_path / "source"  # for setuptools leaves folders beside what it builds
+    source.mkdir()
+    for name in ("hpm_video", "tools", "configs", "pyproject.toml", "README.md", "LICENSE"):
+        (source / name).symlink_to(ROOT / name)
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source],
+        check=True,
+        cwd=tmp_path,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    venv.create(tmp_path / "env", symlinks=True)
+    (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
+    libraries = Path(torch.__file__).parents[1]
+    (site / "libraries.pth").write_text(f"{libraries}\n")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+    def run(*command) -> str:
+        done = subprocess.run(
+            [tmp_path / "env" / "bin" / "python", "-m", "hpm_video", *command],
+            cwd=tmp_path / "env",
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "extract-features" in run()
+    plan = run("pretrain", "pretrain/demo", "--help")
+    assert "usage: hpm-video pretrain" in plan
+    report = run("doctor")
+    assert f"hpm_video {hpm_video.__version__}" in report
+    assert re.search(r"pyav +works", report)
+    where = run_python(tmp_path / "env" / "bin" / "python", environment, tmp_path)
+    assert where == f"{site}/hpm_video\nPretrainConfig\n"
+
+
+def run_python(python, environment, folder) -> str:
+    """Of an installed package: where it lies, and the kind of a config found by its name."""
+    code = (
+        "import hpm_video; print(hpm_video.__path__[0]); "
+        "print(type(hpm_video.load_config('k400_hpm_b')).__name__)"
+    )
+    return subprocess.run(
+        [python, "-c", code],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
