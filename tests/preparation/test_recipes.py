@@ -891,7 +891,7 @@ def test_imagenet_lists_of_training_images(run: Run) -> None:
             "a.JPEG n00000001\n",
             ("line 1", "'n00000001'", "the 3 classes of"),
         ),
-        ("--validation-labels", "a.JPEG 0\n", ("none of the 1 images of validation", "in/val")),
+        ("--validation-labels", "a.JPEG 0\n", ("none of the 1 image of validation", "in/val")),
         ("--validation-labels", "a.JPEG 0\nb/a.JPEG 1\n", ("line 2", "listed already in")),
         (
             "--validation-labels",
@@ -956,7 +956,7 @@ def test_imagenet_videos_in_the_place_of_images(run: Run) -> None:
     touch("in/train/n01440764/a.mp4")
     outcome = run("imagenet1k", *arguments)
     assert outcome.code == 0, outcome.err
-    assert f"left out: 1 videos in {Path('in/train').absolute()}\n" in outcome.out
+    assert f"left out: 1 video in {Path('in/train').absolute()}\n" in outcome.out
     assert len(listed("out/train.csv")) == 6
 
 
