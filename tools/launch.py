@@ -261,11 +261,12 @@ def start(job: Job, command: Sequence[str]) -> list[Worker]:
         if libc is not None:
             libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: stop when the launcher is killed
 
-    options: dict[str, Any] = {"start_new_session": True, "preexec_fn": follow_launcher}
     workers = []
     for local_rank in range(job.processes):
         environment = job.environment(local_rank)
-        process = subprocess.Popen(command, env=environment, **options)
+        process = subprocess.Popen(
+            command, env=environment, start_new_session=True, preexec_fn=follow_launcher
+        )
         workers.append(Worker(int(environment["RANK"]), process))
     return workers
 
