@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from hpm_video.data.loader import default_workers
 from hpm_video.data.manifest import Listing, ManifestError, read_listing
 from hpm_video.data.places import unwritable
 from hpm_video.decoding.locations import is_frame_folder, is_image
 from hpm_video.decoding.registry import choose_decoder
 from hpm_video.files.atomic import written_beside
+from hpm_video.files.wording import counted
 from hpm_video.preparation.check_manifest import (
     Checker,
     FindingJournal,
@@ -42,6 +42,7 @@ from hpm_video.runs.console import (
     shortest,
 )
 from hpm_video.workers.pool import GIB, Limits
+from hpm_video.workers.room import default_workers
 
 SOME_ARE_BAD = 3
 EXIT_CODES = exit_codes(
@@ -97,9 +98,9 @@ def check(arguments: argparse.Namespace) -> int:
     with closing(FindingJournal(partial[arguments.again])) as journal:
         same = checker.unchanged(listing.files, known | journal.findings)
         print(
-            f"{len({*listing.files})} files of {shortest(listing.source)}"
+            f"{counted(len({*listing.files}), 'file')} of {shortest(listing.source)}"
             f"{f', {len(same)} of which have not changed since their check' if same else ''}; "
-            f"{arguments.workers} {'process' if arguments.workers == 1 else 'processes'}; a file "
+            f"{counted(arguments.workers, 'process')}; a file "
             f"may take {arguments.memory:g} GiB, and {limits.seconds:g} s without a further frame"
         )
         try:
@@ -147,7 +148,7 @@ def write(listing: Listing, findings: Sequence[Finding], out: Path, *, rooted: b
         columns["path"] = [file.removeprefix(f"{out.parent}/") for file in listing.files]
     listing.write(columns, out)
     with written_beside(out.with_suffix(".png")) as picture:
-        title = f"{listing.source.name}, {len(listing)} files"
+        title = f"{listing.source.name}, {counted(len(listing), 'file')}"
         plot(findings, title).savefig(picture, format="png", dpi=110)
 
 

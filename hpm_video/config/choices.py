@@ -63,6 +63,11 @@ Interpolation = Literal["bilinear", "bicubic"]
 """How pixels are resized; antialiased, and what bicubic takes beyond 0..255 is cut off."""
 PredictorObjective = Literal["relative", "absolute", "none"]
 """How predicted errors are held against true ones: by their order, by their value, not at all."""
+WeightsOf = Literal["student", "teacher", "model", "average", "untrained"]
+"""Student or teacher of pre-training; a classifier (``model``) or the average of its weights; or
+those that pre-training began with, to compare with."""
+OF_PRETRAINING: tuple[WeightsOf, ...] = ("student", "teacher")
+OF_CLASSIFIER: tuple[WeightsOf, ...] = ("model", "average")
 MomentumKind = Literal["paper", "warmup"]
 SECTION = re.compile(
     r"(?P<m>m\d{1,2})|(?P<n>n[1-9])|(?P<mstd>mstd\d+(\.\d+)?)|(?P<mmax>mmax[1-9]\d?)|"

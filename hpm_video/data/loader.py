@@ -1,7 +1,6 @@
 """Batches of clips, and parts of long videos, read by processes that are replaced when lost."""
 
 import multiprocessing
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,9 +32,8 @@ from hpm_video.decoding.reader import DecodeError
 from hpm_video.decoding.registry import open_video
 from hpm_video.files.failures import Failure
 from hpm_video.workers.pool import USUAL, Answer, Limits, Pool
-from hpm_video.workers.room import check_room, cores_of_container, usable_cores
+from hpm_video.workers.room import check_room
 
-MAX_WORKERS = 16
 JOB_BYTES = 2**20
 """Samples smaller than this are read several in a job, for each job takes the run some time."""
 JOB_FILES = 64
@@ -49,17 +47,6 @@ READY = 1
 
 ReadPool = Pool[list[tuple[int, Request]]]
 """Its jobs are files, and the number of the source that each is of."""
-
-
-def default_workers() -> int:
-    """Processes that decode: one per core that may be used but one, at least 1 and at most 16.
-
-    A container may have a share of the cores (docker --cpus), which processes of torchrun share.
-    """
-    cores = usable_cores()
-    cores = min(cores, cores_of_container() or cores)
-    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(max(share - 1, 1), MAX_WORKERS)
 
 
 def clip_batches(

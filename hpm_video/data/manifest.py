@@ -26,6 +26,7 @@ from hpm_video.data.places import (
 from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.errors import ExpectedError, read_text
+from hpm_video.files.wording import counted
 
 UNLABELLED = -1
 NOT_STATED = -1
@@ -365,9 +366,9 @@ def _read_folder(folder: Path) -> Listing:
     images = sum(name.lower().endswith(IMAGE_SUFFIXES) for name in found)
     if 0 < images < len(found):
         raise ManifestError(
-            f"{folder} holds both, {len(found) - images} videos and {images} images, and nothing "
-            "tells which of them are meant. Move one kind to another folder, or write a manifest "
-            "of the files that are meant"
+            f"{folder} holds both, {counted(len(found) - images, 'video')} and "
+            f"{counted(images, 'image')}, and nothing tells which of them are meant. Move one kind "
+            "to another folder, or write a manifest of the files that are meant"
         )
     columns = {"path": found}
     if all(name.count("/") == 1 for name in found):

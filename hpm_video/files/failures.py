@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpm_video.files.errors import ExpectedError
+from hpm_video.files.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class BadFilesError(ExpectedError):
         rows = [f"  {failure}" for failure in failures[:most]]
         if len(rows) < len(failures):
             rows.append(f"  and {len(failures) - len(rows)} more")
-        first = f"{len(failures)} of {num_files} videos do not decode:"
+        first = f"{_decode_not(failures, num_files, 'video')}:"
         super().__init__("\n".join([first, *rows, remedy]))
 
 
@@ -60,12 +61,17 @@ def too_many(failures: Sequence[Failure], num_files: int, max_bad_share: float) 
     """The error for that many failures. It names the first few."""
     first = "\n".join(f"  {failure}" for failure in failures[:3])
     return TooManyBadFiles(
-        f"{len(failures)} of {num_files} files do not decode, and data.max_bad_share "
+        f"{_decode_not(failures, num_files, 'file')}, and data.max_bad_share "
         f"{max_bad_share:g} allows {tolerated(num_files, max_bad_share)}. The first:\n{first}\n"
         "If all fail alike, look at the path (data.root) and the disk; otherwise take them out of "
         "the manifest, encode them anew, or raise data.max_bad_share. Files noted in the run's "
         "bad_files.csv count: delete it once they are repaired"
     )
+
+
+def _decode_not(failures: Sequence[Failure], count: int, noun: str) -> str:
+    verb = "does" if len(failures) == 1 else "do"
+    return f"{len(failures)} of {counted(count, noun)} {verb} not decode"
 
 
 def read_failures(path: Path) -> list[Failure]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from hpm_video.data.batch import ClipBatch
 from hpm_video.files.atomic import written_beside
+from hpm_video.files.wording import counted
 from hpm_video.mining.objective import HardPatchesMining
 from hpm_video.mining.study import Frames, Scores, Study, study_clips
 from hpm_video.mining.typesetting import (
@@ -57,7 +58,7 @@ class Panel(NamedTuple):
 
 def make_panels(study: Study) -> list[Panel]:
     """The views of a study, each as large as the clip."""
-    over = f"mean over {study.num_masks} random mask{'s' if study.num_masks > 1 else ''}"
+    over = f"mean over {counted(study.num_masks, 'random mask')}"
     panels = [
         Panel("Input", "", study.frames),
         Panel("True error", over, _heat_map(study.true_error, study)),

@@ -15,7 +15,6 @@ from typing import Any
 
 import av
 import numpy as np
-import torch
 from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from numpy.typing import NDArray
@@ -162,6 +161,8 @@ def _instruction_sets() -> dict[str, str]:
     or SSSE3 none did. SSSE3 takes 4 % longer, gives the bytes of AVX2, and whatever has AVX2 has
     it. x264 crashes where the processor lacks what it is told to use.
     """
+    import torch
+
     has_avx2 = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # AVX2 or AVX512
     return {"x264-params": "asm=SSSE3"} if has_avx2 else {}
 

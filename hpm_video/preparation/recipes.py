@@ -16,6 +16,7 @@ from hpm_video.data.manifest import UNLABELLED
 from hpm_video.data.places import unwritable
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.errors import ExpectedError
+from hpm_video.files.wording import counted
 from hpm_video.preparation.sources import Kind, RecipeError, Split, Videos, stem
 
 FOLDER: dict[str, Any] = {"type": Path, "metavar": "DIR"}
@@ -55,7 +56,7 @@ def run_recipe(
     where = "where manifests and labels.txt go, by default beside this script"
     add("--output", default=Path(script).resolve().parent, help=where, **FOLDER)
     add("--suffix", metavar=".EXT", help=f"take only {kind}s with this suffix")
-    add("--strict", action="store_true", help=f"exit with 2 if a {kind} is missing")
+    add("--strict", action="store_true", help=f"exit with 2 if any {kind} is missing")
     given = parser.parse_args(arguments)
     try:
         prepared = prepare(given)
@@ -154,12 +155,12 @@ def _check_other_manifests(output: Path, written: Iterable[str]) -> None:
 
 def report(output: Path, prepared: Prepared, kind: Kind) -> str:
     """Report found, missing and unlisted files."""
-    lines = [f"{len(prepared.class_names)} classes: {output / 'labels.txt'}"]
+    lines = [f"{counted(len(prepared.class_names), 'class')}: {output / 'labels.txt'}"]
     for split in prepared.splits:
         found, missing = len(split.found), len(split.missing)
         lines.append(
-            f"{split.name}: {found + missing} {kind}s listed, {found} found, {missing} missing: "
-            f"{output / split.name}.csv"
+            f"{split.name}: {counted(found + missing, kind)} listed, {found} found, {missing} "
+            f"missing: {output / split.name}.csv"
         )
         if missing:
             some = _some([clip.name for clip in split.missing])
@@ -173,12 +174,13 @@ def report(output: Path, prepared: Prepared, kind: Kind) -> str:
     for folder in dict.fromkeys(split.videos for split in prepared.splits if split.videos):
         unlisted = [str(file.relative_to(folder.folder)) for file in folder.unlisted()]
         lines.append(
-            f"on disk, but in none of these lists: {len(unlisted)} of {len(folder.files)} "
-            f"{kind}s in {folder.folder}{': ' * bool(unlisted)}{_some(unlisted)}"
+            f"on disk, but in none of these lists: {len(unlisted)} of "
+            f"{counted(len(folder.files), kind)} in {folder.folder}"
+            f"{': ' * bool(unlisted)}{_some(unlisted)}"
         )
         if folder.other_kind:
             other = "image" if kind == "video" else "video"
-            lines.append(f"left out: {folder.other_kind} {other}s in {folder.folder}")
+            lines.append(f"left out: {counted(folder.other_kind, other)} in {folder.folder}")
     text = "\n".join([*lines, *prepared.notes])
     return text.encode("utf-8", "backslashreplace").decode("utf-8")  # names that are not text
 

@@ -14,6 +14,7 @@ from hpm_video.data.manifest import UNLABELLED
 from hpm_video.data.places import files_below
 from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from hpm_video.files.errors import ExpectedError, read_text
+from hpm_video.files.wording import counted
 
 UNPACK = 'for f in *.tar; do mkdir "${f%.tar}" && tar -xf "$f" -C "${f%.tar}" && rm "$f"; done'
 """A command that turns each archive of a folder into a folder."""
@@ -160,8 +161,9 @@ class Videos:
         """Explain why there are no files of the kind, but perhaps of the other one."""
         if archives := sorted(self.folder.rglob("*.tar")):
             return RecipeError(
-                f"there are no {self.kind}s in {self.folder}, but {len(archives)} archives, such "
-                f"as {archives[0]}. Unpack them first, in the folder {archives[0].parent}: {UNPACK}"
+                f"there are no {self.kind}s in {self.folder}, but "
+                f"{counted(len(archives), 'archive')}, such as {archives[0]}. Unpack them first, "
+                f"in the folder {archives[0].parent}: {UNPACK}"
             )
         but = f", but files of another kind, such as {Path(others[0]).name}" if others else ""
         return RecipeError(
@@ -264,7 +266,7 @@ def match(
             raise RecipeError(f"the list of {name} holds no {videos.kind}s. Download it again")
         if not found:
             raise RecipeError(
-                f"none of the {len(clips)} {videos.kind}s of {name} was found, such as "
+                f"none of the {counted(len(clips), videos.kind)} of {name} was found, such as "
                 f"{clips[0].name} ({clips[0].place}). {expected}"
             )
         splits.append(Split(name, found, missing, videos))

@@ -15,7 +15,7 @@ from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.data import DataConfig
 from hpm_video.data.batch import ClipBatch
 from hpm_video.data.clips import ValidationClips
-from hpm_video.data.loader import clip_batches, default_workers
+from hpm_video.data.loader import clip_batches
 from hpm_video.data.manifest import Manifest
 from hpm_video.data.mixture import Place
 from hpm_video.data.reading import MIDDLE, Views
@@ -27,6 +27,8 @@ from hpm_video.tokens.pixels import normalise
 from hpm_video.training.device import AUTOCAST, Precision
 from hpm_video.training.distributed import Processes
 from hpm_video.workers.pool import GIB, USUAL, Limits
+from hpm_video.workers.progress_bar import ProgressBar
+from hpm_video.workers.room import default_workers
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +163,12 @@ def over_videos(
         CheckpointError: a value is not finite.
     """
     share, known = processes.share(len(clips)), set(clips.bad)
-    found = processes.gather([*each_video(values, clips, share, reading, max_clips)])
+    own = []
+    with closing(ProgressBar(len(share), "videos", silent=not processes.is_first)) as bar:
+        for video in each_video(values, clips, share, reading, max_clips):
+            own.append(video)
+            bar.advance()
+    found = processes.gather(own)
     failures = [value for _, value in found if isinstance(value, Failure)]
     means = {place: value for place, value in found if not isinstance(value, Failure)}
     allowed = reading.exclude_bad_files and len(means) > 0

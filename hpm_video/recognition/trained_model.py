@@ -5,11 +5,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from hpm_video.config.choices import Pooling
+from hpm_video.config.choices import OF_CLASSIFIER, OF_PRETRAINING, Pooling, WeightsOf
 from hpm_video.config.data import DataConfig
 from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
@@ -30,11 +30,6 @@ from hpm_video.training.checkpoint import read_state, read_weights, weights_dige
 
 log = logging.getLogger(__name__)
 
-WeightsOf = Literal["student", "teacher", "model", "average", "untrained"]
-"""Student or teacher of pre-training; a classifier (``model``) or the average of its weights; or
-those that pre-training began with, to compare with."""
-OF_PRETRAINING: tuple[WeightsOf, ...] = ("student", "teacher")
-OF_CLASSIFIER: tuple[WeightsOf, ...] = ("model", "average")
 OF_DECODERS = (
     "mask_token",
     "decoder_embed.",

@@ -10,7 +10,7 @@ import torch
 from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.checks import ConfigError
 from hpm_video.data.batch import ClipBatch
-from hpm_video.runs.data import describe_training
+from hpm_video.runs.data import describe_training, planned_data
 from hpm_video.runs.task import Session, Task
 from hpm_video.training.deepspeed_settings import sharding_of
 from hpm_video.training.device import Precision, choose_precision
@@ -163,8 +163,16 @@ def precision_of(task: Task, session: Session) -> Precision:
     )
 
 
-def describe_run(task: Task, processes: int) -> str:
-    """Describe a run in so many processes. The weights to start from may be missing."""
+def describe_run(
+    task: Task, processes: int, files: int | None = None, clips_per_second: float | None = None
+) -> str:
+    """Describe a run in so many processes. The weights to start from may be missing.
+
+    ``files``: so many are trained on, whether or not the lists are there. ``clips_per_second``: of
+    all processes together.
+    """
+    if files is not None:
+        task.data = planned_data(task.config, files)
     task.resolve()
     config = task.config
     with torch.device("meta"):
@@ -183,8 +191,18 @@ def describe_run(task: Task, processes: int) -> str:
     activations = _activations(task, precision)
     follows = f", and {ema / 1e6:.1f} M more that follow them" if ema else ""
     model = f"{count / 1e6:.1f} M parameters{follows}; activations in {precision}"
+    device = "a GPU" if config.engine.device == "auto" else config.engine.device
     lines = [
         *describe_training(config, task.data, plans[-1], model),
+        f"planned for {device} in each process, whatever this machine has",
+    ]
+    if clips_per_second is not None:
+        shares = zip(config.weights, config.sources.values(), strict=True)
+        of_file = sum(share * source.repeats for share, source in shares) / sum(config.weights)
+        clips = task.data.timeline.num_updates * config.recipe.batch_size * of_file
+        hours = clips / clips_per_second / 3600
+        lines.append(f"{clips:,.0f} clips at {clips_per_second:g} per second: {hours:.3g} hours")
+    lines += [
         "",
         describe_memory(memory, activations.of(plans[-1].micro_batch)),
         "",

@@ -47,7 +47,8 @@ def evaluate_run(
     # Of one process: a link that was just replaced may be seen late elsewhere.
     checkpoint = processes.of_first((run_dir / "checkpoints" / how.checkpoint).resolve)
     precision: Precision = read_state(checkpoint, of_run=True)["facts"]["precision"]
-    manifest, views = open_manifest(config.data, source), Views(how.clips, how.crops)
+    key = "test.manifest" if how.manifest else "data.validation"
+    manifest, views = open_manifest(config.data, source, key), Views(how.clips, how.crops)
     trained = open_trained(checkpoint, TrainedClassifier, how.weights)
     device = choose_device(config.engine.device, processes.count)
     classifier = Inference.load(trained, device, precision)

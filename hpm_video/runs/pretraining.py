@@ -269,8 +269,9 @@ def _neighbour_probe(
     how = config.knn
     assert how.train is not None
     assert how.validation is not None
+    lists = {"knn.train": how.train, "knn.validation": how.validation}
     manifests = [
-        open_manifest(config.data, path).spread(how.videos) for path in (how.train, how.validation)
+        open_manifest(config.data, path, key).spread(how.videos) for key, path in lists.items()
     ]
     manifests[1] = numbered_as(manifests[0].label_names, manifests[1])
     names = names_of_both(*manifests)

@@ -281,8 +281,6 @@ FAMILIES = {
 
 # --- Whose weights a file holds -------------------------------------------------------------------
 
-PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "videomae.", "vit.")
-"""Prefixes that all names of a file may have: of wrappers, or of a part that was saved alone."""
 OF_PARTS = ("backbone.", "encoder.")
 """Prefixes that the names of a part may have beside a head without one."""
 WRAPPERS = ("state_dict", "model_state", "module", "model", "")
@@ -302,11 +300,16 @@ class Recognised:
     """Their key in the file."""
     prefix: str
     """The prefix that their names, or those of a part, had."""
+    outside: tuple[str, ...] = ()
+    """Names in the file of what is not part of the model."""
     teacher: Tensors | None = None
 
 
-def recognise(source: Source, entry: str | None = None) -> Recognised:
-    """Find the family of weights. ``entry``: the key of a state dict, where a file has several.
+def recognise(source: Source, entry: str | None = None, prefix: str | None = None) -> Recognised:
+    """Find the family of weights.
+
+    ``entry``: the key of a state dict, where a file has several; ``prefix``: how the names of the
+    model begin, where a wrapper has several models.
 
     Raises:
         CheckpointError: it is of no known family, or may be of several. Its tensors are listed.
@@ -319,7 +322,7 @@ def recognise(source: Source, entry: str | None = None) -> Recognised:
         raise CheckpointError(
             f"{source.path} holds several state dicts: {there}; choose with --entry"
         )
-    chosen = _of_entry(source, [*known, *source.entries][0] if entry is None else entry)
+    chosen = _of_entry(source, [*known, *source.entries][0] if entry is None else entry, prefix)
     beside = entry is None and TEACHER in source.entries and chosen.entry != TEACHER
     if not beside or chosen.family.holds != "autoencoder":
         return chosen
@@ -327,40 +330,67 @@ def recognise(source: Source, entry: str | None = None) -> Recognised:
     return replace(chosen, teacher=teacher.tensors) if teacher.family is chosen.family else chosen
 
 
-def _of_entry(source: Source, entry: str) -> Recognised:
-    """Leave out prefixes, of all names or of those of a part beside a head, until a family fits."""
-    tensors, prefix = source.entries[entry], ""
-    while not (fit := _fitting(tensors)):
-        of_all = [each for each in PREFIXES if all(name.startswith(each) for name in tensors)]
-        of_part = [each for each in OF_PARTS if _fitting(_stripped(tensors, each))]
-        if not of_all and not of_part:
-            raise CheckpointError(
-                f"{source.path} holds weights{f' under {entry!r}' if entry else ''} of no family "
-                f"that is known ({', '.join(FAMILIES)}). Its tensors:\n  "
-                + "\n  ".join(list_shapes(tensors))
-                + "\nKnown are plain vision transformers alone, without layer scale, relative "
-                "positions or registers."
-            )
-        found = (of_all or of_part)[0]
-        prefix, tensors = prefix + found, _stripped(tensors, found)
+def _of_entry(source: Source, entry: str, prefix: str | None = None) -> Recognised:
+    """Find the family of the tensors whose names begin with a prefix: the one that fits."""
+    tensors = source.entries[entry]
+    kernels = {family.theirs(KERNEL) for family in FAMILIES.values()}
+    beginnings = {
+        name.removesuffix(end) for name in tensors for end in kernels if name.endswith(end)
+    }
+    likely = sorted((each for each in beginnings if each[-1:] in ("", ".")), key=len)
+    fitting: dict[str, tuple[Tensors, list[Family]]] = {}
+    for each in likely if prefix is None else [prefix and f"{prefix.rstrip('.')}."]:
+        own = _under(tensors, each)
+        if (fit := _fitting(own)) and not any(each.startswith(outer) for outer in fitting):
+            fitting[each] = own, fit
+    under = f" under {entry!r}" if entry else ""
+    if len(fitting) > 1:
+        raise CheckpointError(
+            f"{source.path} holds several models{under}: their names begin with "
+            f"{' or '.join(map(repr, fitting))}; choose with --prefix"
+        )
+    if not fitting:
+        named = "" if prefix is None else f" whose names begin with {prefix!r}"
+        raise CheckpointError(
+            f"{source.path} holds no weights{under}{named} of a family that is known "
+            f"({', '.join(FAMILIES)}). Its tensors:\n  "
+            + "\n  ".join(list_shapes(tensors))
+            + "\nKnown are plain vision transformers alone, without layer scale, relative "
+            "positions or registers."
+        )
+    ((taken, (own, fit)),) = fitting.items()
     if len(fit) > 1:
         raise CheckpointError(
             f"{source.path} may be {' or '.join(family.title for family in fit)}: it has tensors "
             f"of both; save the state dict of one model alone"
         )
-    return Recognised(fit[0], tensors, entry, prefix)
+    outer = _outer(taken)
+    left_out = tuple(n for n in tensors if not n.startswith(taken) and n[len(outer) :] not in own)
+    return Recognised(fit[0], own, entry, taken, left_out)
+
+
+def _under(tensors: Tensors, prefix: str) -> Tensors:
+    """Return what is under a prefix, without it, and a head beside a part that is under it."""
+    own = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+    outer, names = _outer(prefix), set(own.values())
+    there = [name for name in tensors if name.startswith(outer) and name not in names]
+    beside = {name.removeprefix(outer): name for name in there}
+    found = {ours: tensors[name] for ours, name in own.items()}
+    whole = found | {ours: tensors[name] for ours, name in beside.items()}
+    is_more = any(family.holds != "encoder" for family in _fitting(whole))
+    return whole if is_more and not own.keys() & beside.keys() else found
+
+
+def _outer(prefix: str) -> str:
+    """Return the prefix of what lies beside a part."""
+    part = next((part for part in OF_PARTS if prefix.endswith(part)), "")
+    return prefix.removesuffix(part)
 
 
 def _fitting(tensors: Tensors) -> list[Family]:
     """Return the most specific families that the tensors fit."""
     fit = [family for family in FAMILIES.values() if family.fits(tensors)]
     return [family for family in fit if not any(family.has < other.has for other in fit)]
-
-
-def _stripped(tensors: Tensors, prefix: str) -> Tensors:
-    """Leave out a prefix, unless two names would become one."""
-    found = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return found if len(found) == len(tensors) else {}
 
 
 def list_shapes(tensors: Tensors, most: int = 12) -> list[str]:

@@ -69,6 +69,8 @@ class Overrides:
 
     entry: str | None = None
     """Key of the state dict in the file."""
+    prefix: str | None = None
+    """How the names of the model's tensors begin; by default as those of the one that fits."""
     encoder_only: bool = False
     """Leave out a decoder or a head: what is imported is to be pre-trained."""
     decoder: TransformerSize | None = None

@@ -74,7 +74,7 @@ def import_weights(path: Path, overrides: Overrides | None = None) -> Imported:
     own = folder_of(path) is not None
     if not own:
         source = read_source(path)
-        recognised = recognise(source, overrides.entry)
+        recognised = recognise(source, overrides.entry, overrides.prefix)
         own = recognised.family.name == "ours"
     if own:
         raise CheckpointError(f"{path} is of this package already: give its folder as init_weights")
@@ -188,6 +188,8 @@ def _imported(source: Source, recognised: Recognised, overrides: Overrides) -> I
             raise CheckpointError("\n  ".join(["its tensors are not those of our model:", *wrong]))
     tensors, *teacher = (family.join(state.tensors) for state in states)
     left_out = states[0].left_out | dict.fromkeys(source.beside, "no weights")
+    outside = f"their names do not begin with {recognised.prefix!r}"
+    left_out |= dict.fromkeys(recognised.outside, outside)
     others = source.entries.keys() - {recognised.entry, *(TEACHER for _ in teacher)}
     left_out |= dict.fromkeys(sorted(others), "another state dict; choose it with --entry")
     for state in states[1:]:

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from hpm_video.config.choices import TransformerSize
+from hpm_video.config.choices import TransformerSize, WeightsOf
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
-from hpm_video.recognition.trained_model import TrainedModel, WeightsOf, open_trained
+from hpm_video.files.wording import counted
+from hpm_video.recognition.trained_model import TrainedModel, open_trained
 from hpm_video.weights.families import licence_of, list_shapes, recognise
 from hpm_video.weights.files import read_source
 from hpm_video.weights.geometry import MissingOptionError, Overrides
@@ -72,16 +73,16 @@ def inspect(path: Path, overrides: Overrides | None = None) -> list[str]:
     Raises:
         CheckpointError: it cannot be read safely, or is of no known family.
     """
-    folder = folder_of(path)
+    folder, overrides = folder_of(path), overrides or Overrides()
     if folder is None:
         try:
             return describe(import_weights(path, overrides))
         except MissingOptionError as error:
-            found = recognise(read_source(path), overrides.entry if overrides else None)
+            found = recognise(read_source(path), overrides.entry, overrides.prefix)
             return [
                 f"{found.family.name}: {found.family.title}",
                 *(f"  {line}" for line in list_shapes(found.tensors)),
-                f"{len(found.tensors)} tensors under {found.entry!r}",
+                f"{counted(len(found.tensors), 'tensor')} under {found.entry!r}",
                 f"licence: {found.family.licence}",
                 f"not all of it is in the file: {error}",
             ]
@@ -89,7 +90,8 @@ def inspect(path: Path, overrides: Overrides | None = None) -> list[str]:
     model = open_trained(folder, TrainedModel, names.get(path.stem))
     config = model.config
     kind = "pre-training with" if isinstance(config, PretrainConfig) else "classifier of"
-    state = f"{model.weights} at update {model.update} of a run of {config.recipe.epochs} epochs"
+    run = f"a run of {counted(config.recipe.epochs, 'epoch')}"
+    state = f"{model.weights} at update {model.update} of {run}"
     if model.origin:
         origin = json.loads(model.origin)
         epoch = "" if origin["epoch"] is None else f", epoch {origin['epoch']}"

@@ -113,7 +113,7 @@ class Pool(Generic[Job]):
         self._clock = 0.0
         self._stopped = threading.Event()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([serve.__module__, work.__module__])
+        context.set_forkserver_preload(["torch", serve.__module__, work.__module__])
         self._workers: list[_Worker] = []
         # Before multiprocessing waits, as the interpreter exits, for processes that would not end.
         self._finalizer = Finalize(self, _kill, args=(self._workers,), exitpriority=10)

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 
 def serve(
@@ -30,6 +28,8 @@ def serve(
     memory: int,
 ) -> None:
     """The process: does one job after the other."""
+    import torch  # the server has it; the run needs it for jobs alone
+
     # Terminals and schedulers signal all processes of a run; it saves, and then ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -104,7 +104,9 @@ class _Pickler(pickle.Pickler):
     """Tensors go as arrays do: their numbers are left out and copied as they are."""
 
     def reducer_override(self, thing: Any) -> Any:
-        if isinstance(thing, Tensor):
+        import torch
+
+        if isinstance(thing, torch.Tensor):
             return torch.from_numpy, (thing.contiguous().numpy(),)
         return NotImplemented
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from hpm_video.files.errors import ExpectedError
 
 MIB = 2**20
+MAX_WORKERS = 16
 SHARED = Path("/dev/shm")  # noqa: S108 - where Linux has its shared memory
 GROUPS = Path("/sys/fs/cgroup")
 """Where Linux has its control groups (version 2), which containers and schedulers use."""
@@ -72,6 +73,17 @@ def cores_of_container() -> int | None:
             quota, period = map(int, (group / "cpu.max").read_text(encoding="ascii").split())
             limits.append(max(1, quota // period))
     return min(limits, default=None)
+
+
+def default_workers() -> int:
+    """Processes that decode: one per core that may be used but one, at least 1 and at most 16.
+
+    A container may have a share of the cores (docker --cpus), which processes of torchrun share.
+    """
+    cores = usable_cores()
+    cores = min(cores, cores_of_container() or cores)
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(max(share - 1, 1), MAX_WORKERS)
 
 
 def memory_left() -> int | None:

@@ -377,7 +377,7 @@ def test_files_of_a_folder_are_sorted_folder_by_folder(tmp_path):
 
 def test_a_folder_of_videos_and_images(tmp_path):
     touch(tmp_path, "run/a.mp4", "run/a.jpg", "walk/b.avi", "walk/c.avi")
-    with pytest.raises(ManifestError, match=r"3 videos and 1 images.*or write a manifest"):
+    with pytest.raises(ManifestError, match=r"3 videos and 1 image.*or write a manifest"):
         read_manifest(tmp_path)
     assert files_below(tmp_path) == ["run/a.jpg", "run/a.mp4", "walk/b.avi", "walk/c.avi"]
     (tmp_path / "run/a.jpg").unlink()

@@ -508,7 +508,10 @@ def test_the_tool_draws_an_image_as_its_source_is_masked(
     (line,) = capsys.readouterr().out.splitlines()
     assert line == f"wrote {tmp_path / 'a picture-images.png'}"
     assert show_masks.main([*arguments, *options, "--source", "pictures"]) == 2
-    assert "--source must be one of ['', 'images']" in capsys.readouterr().err
+    assert (
+        "--source pictures must be one of images; leave it out for the main"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -547,7 +550,9 @@ def test_the_tool_says_what_is_wrong_with_a_file(
         assert error.startswith("\nerror: ")
         return error
 
-    assert "there is no video" in error_of(checkpoint, video.with_name("no.mp4"))
+    assert "no.mp4 does not exist" in error_of(checkpoint, video.with_name("no.mp4"))
+    assert "is a folder; name one video or image in it" in error_of(checkpoint, video.parent)
+    assert "--source a is for runs that mix sources" in error_of(checkpoint, video, "--source", "a")
     assert "cannot decode" in error_of(checkpoint, checkpoint / "config.yaml")
     assert "give a config, or a checkpoint folder of a run" in error_of(video.parent, video)
     weights = load_file(checkpoint / "model.safetensors")

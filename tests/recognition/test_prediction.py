@@ -164,6 +164,14 @@ def test_folders_are_looked_through_and_no_video_is_named_twice(
     assert list(of_video) == [*map(str, [validation[2], *train, *rest])]
 
 
+def test_the_videos_of_a_manifest(main, classifier, validation, tmp_path):
+    listed, out = tmp_path / "list.csv", tmp_path / "out.json"
+    listed.write_text(f"path,label\n{validation[1]},7\n{validation[0]},\n")
+    assert main(classifier, listed, validation[0], "--json", out, "--views", "1x1") == 0
+    of_video, _ = written(out)
+    assert list(of_video) == [str(validation[1]), str(validation[0])]
+
+
 def test_workers_change_nothing(main, classifier, videos, tmp_path):
     for workers in (0, 2):
         out = tmp_path / f"{workers}.json"
@@ -231,6 +239,7 @@ def test_wrong_inputs_are_told_before_anything_is_computed(
     wrong = {
         "give a config, or a checkpoint folder of a run": (tmp_path, validation[0]),
         "there are no videos in": (classifier, validation[0], tmp_path / "empty"),
+        "there is no manifest or folder": (classifier, tmp_path / "none.csv"),
         "is a folder; give a file in it": (classifier, validation[0], "--json", tmp_path),
         "cannot be used here": (classifier, validation[0], "--device", "quantum"),
     }

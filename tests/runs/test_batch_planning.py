@@ -175,6 +175,24 @@ def test_a_dry_run_tells_the_plan_and_leaves_nothing(manifest, tmp_path, capsys)
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_goes_without_lists_and_tells_the_hours(capsys):
+    sizes = ["recipe.batch_size=64", "recipe.epochs=8", "recipe.warmup_epochs=1", WIDE]
+    options = ["--files", 640, "--clips-per-second", 0.5]
+    config = CONFIGS / "pretrain" / "k400_hpm_s.yaml"
+    given = [config, "data.train=none.csv", "data.repeats=3", *sizes, SHALLOW]
+    code, output = dry_run(capsys, "pretrain", *given, *options)
+    assert code == 0, output
+    assert "640 files to train on (none.csv), 3 clips of each" in output
+    assert "8 epochs = 80 updates" in output
+    assert "planned for a GPU in each process, whatever this machine has" in output
+    assert "15,360 clips at 0.5 per second: 8.53 hours" in output
+    code, output = dry_run(
+        capsys, "finetune", CONFIGS / "finetune" / "ssv2_s.yaml", *sizes, *options
+    )
+    assert code == 0, output
+    assert "640 files to train on" in output
+
+
 def test_a_dry_run_of_zero_shows_what_is_spread(manifest, capsys):
     config = CONFIGS / "pretrain" / "k400_hpm_s.yaml"
     overrides = [WIDE, SHALLOW, f"data.train={manifest}", "data.validation=null"]

@@ -262,8 +262,11 @@ def test_probes_of_a_pretrained_encoder(finished_run, labelled_videos, run_tool,
     arguments = ["probe", finished_run / "checkpoints" / "last", "--device", "cpu"]
     arguments += ["--train", labelled_videos / "train", "--workers", "0"]
     arguments += ["--validation", labelled_videos / "validation"]
-    code, said = run_tool(*arguments, "--probes", "knn", "--output", tmp_path / "none")
+    code, said = run_tool(*arguments, "--probes", "knn", "linear")
+    assert (code, "--probes linear trains, and leaves a run: say where" in said) == (2, True)
+    code, said = run_tool(*arguments, "--probes", "knn")
     assert code == 2
+    assert not (finished_run / "probes").exists()
     assert "--neighbours must be at most the number of training videos, 9, got 200" in said
 
     output = tmp_path / "probes"
