@@ -88,7 +88,7 @@ class VideoStream:
             keys.append(((packet.pts or 0) if self.times else len(keys), packet.is_keyframe))
             moments += [] if moment is None else [moment]
         self.num_frames = len(keys)
-        marks = [0, *np.flatnonzero([is_key for _, is_key in sorted(keys)]), len(keys)]
+        marks = [0, *np.flatnonzero([is_key for _, is_key in sorted(keys)]).tolist(), len(keys)]
         self.key_distance = int(np.diff(marks).max())
         span = (max(moments) - min(moments)) * self.tick if moments else Fraction(0)
         self._span = float(span)

@@ -165,7 +165,8 @@ def doubts_of_stream(stream: VideoStream) -> Iterator[str]:
         yield f"its times do not tell the order of its frames, so reading is slow: {ANEW}"
     if stream.num_tracks > 1:
         yield f"it has {stream.num_tracks} video streams, and one is read: look whether it is meant"
-    yield from doubts_of_gaps(np.diff(stream.times) * float(stream.tick), float(stream.tick))
+    tick, times = float(stream.tick), np.array(stream.times, dtype=np.float64)
+    yield from doubts_of_gaps(np.diff(times) * tick, tick)
 
 
 def doubts_of_gaps(gaps: NDArray[np.float64], tick: float) -> Iterator[str]:
