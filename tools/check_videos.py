@@ -23,6 +23,7 @@ from hpm_video.decoding.locations import is_frame_folder, is_image
 from hpm_video.decoding.registry import choose_decoder
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.wording import counted
+from hpm_video.preparation.check import ANEW
 from hpm_video.preparation.check_manifest import (
     Checker,
     FindingJournal,
@@ -115,6 +116,10 @@ def check(arguments: argparse.Namespace) -> int:
     print(f"\n{summary(listing.files, findings)}")
     print(f"\nwrote {shortest(out)}\n      {shortest(out.with_suffix('.png'))}")
     print(f"To train on what can be used: data.train={shortest(out)}")
+    if any(ANEW in reason for finding in findings for reason in finding.reasons):
+        root = f" --root {shortest(arguments.root)}" if arguments.root else ""
+        command = f"python tools/transcode.py {shortest(listing.source)} OUT{root}"
+        print(f"To encode files anew, of damaged ones what is good: {command}")
     return sum(finding.verdict == "bad" for finding in findings)
 
 

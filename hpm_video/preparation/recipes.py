@@ -19,9 +19,8 @@ from hpm_video.files.errors import ExpectedError
 from hpm_video.files.wording import counted
 from hpm_video.preparation.sources import Kind, RecipeError, Split, Videos, stem
 
-FOLDER: dict[str, Any] = {"type": Path, "metavar": "DIR"}
+FOLDER: dict[str, Any] = {"type": Path, "metavar": "DIR"}  # settings of options that name one
 FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
-"""Settings of options that name a folder or a file."""
 REQUIRED_FOLDER = {"required": True, **FOLDER}
 COLUMNS = ("path", "label", "label_name")
 NAMED_IN_REPORT = 5
@@ -105,11 +104,8 @@ def open_splits(
 def write(output: Path, names: Sequence[str], splits: Sequence[Split]) -> None:
     """Write ``labels.txt``, and for each split a manifest and a list of missing files.
 
-    Paths are relative where a file lies below ``output``, otherwise absolute.
-
-    Raises:
-        RecipeError: another manifest in that folder numbers the classes differently, or the name
-            of a file is not text. Nothing is written then.
+    Paths are relative where a file lies below ``output``, otherwise absolute. Nothing is written
+    where another manifest there numbers the classes differently, or the name of a file is not text.
     """
     content = {"labels.txt": "".join(f"{name}\n" for name in names)}
     for split in splits:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
@@ -33,8 +34,7 @@ class Clip:
 
     place: str  # file and line
     name: str  # name in reports
-    keys: tuple[str, ...]
-    """Keys of its file, the best first. No two clips of a list share the first."""
+    keys: tuple[str, ...]  # of its file, the best first, which no other clip of a list has
     class_name: str = ""  # empty where the list has no classes
     label: int = UNLABELLED  # number of the class; :func:`match` finds it
 
@@ -46,19 +46,15 @@ class Split:
     name: str
     found: Sequence[tuple[Clip, Path]]
     missing: Sequence[Clip] = ()
-    videos: "Videos | None" = None
-    """Where the files were looked for; none where they have been written."""
+    videos: "Videos | None" = None  # where files were looked for, unless they have been written
     listed: bool = True  # false for a split that consists of all files in class folders
 
 
 class Classes:
     """Names of classes, which are found by any spelling that keeps the letters and digits.
 
-    So ``riding_or_walking_with_horse`` is "riding or walking with horse": downloads change spaces,
-    capitals, apostrophes and brackets.
-
-    Raises:
-        RecipeError: two names would be one.
+    Downloads change spaces, capitals, apostrophes and brackets. Two names that differ in nothing
+    else are a RecipeError.
     """
 
     def __init__(self, names: Iterable[str], source: str) -> None:
@@ -172,9 +168,8 @@ class Videos:
         )
 
 
-def stem(file: Path) -> str:
-    """Return the key for files that are known by their name without the suffix."""
-    return file.stem
+stem = attrgetter("stem")
+"""The key for files that are known by their name without the suffix."""
 
 
 def folder_and_name(file: Path) -> str:
@@ -234,17 +229,12 @@ def cells_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str
 
 
 def match(
-    lists: Mapping[str, Sequence[Clip]],
-    videos: Videos,
-    classes: Classes,
-    expected: str,
+    lists: Mapping[str, Sequence[Clip]], videos: Videos, classes: Classes, expected: str
 ) -> list[Split]:
     """Find the file and the label of each clip of some splits, which share no clip.
 
-    ``expected`` says in errors where files should be and how they are named.
-
-    Raises:
-        RecipeError: a class is unknown, a clip is listed twice, or no clip of a split has a file.
+    ``expected`` says in errors where files should be and how they are named. An unknown class, a
+    clip that is listed twice, and a split without any file are errors.
     """
     places: dict[str, str] = {}
     for clip in chain.from_iterable(lists.values()):
