@@ -165,15 +165,11 @@ def draw_sheet(
         lines[-1].append((study, shown))
         free -= len(shown)
     style = Style(studies[0], max(sum(len(shown) for _, shown in line) for line in lines))
+    side = 14 * style.text
     titles = [
-        stack(
-            [
-                draw_text(panel.title, style.bold, width=14 * style.text),
-                draw_text(panel.note, style.small, FAINT_INK, width=14 * style.text),
-            ],
-            3,
-        )
+        stack([draw_text(panel.title, style.bold, width=side), note], 3)
         for panel in make_panels(studies[0])
+        for note in [draw_text(panel.note, style.small, FAINT_INK, width=side)]
     ]
     drawn = [[_draw_block(*block, moments, style) for block in line] for line in lines]
     body = stack([_draw_line(line, titles, style) for line in drawn], 2 * style.margin)
@@ -191,16 +187,10 @@ def draw_strip(study: Study) -> Image.Image:
     panels = make_panels(study)
     style = Style(study, len(panels) * len(steps))
     times = [step * study.patch_size[0] for step in steps]
-    views = [
-        stack(
-            [
-                draw_text(panel.title, style.bold),
-                beside([style.enlarge(panel.frames[time]) for time in times], 1),
-            ],
-            style.gap,
-        )
-        for panel in panels
-    ]
+    views = []
+    for panel in panels:
+        row = beside([style.enlarge(panel.frames[time]) for time in times], 1)
+        views.append(stack([draw_text(panel.title, style.bold), row], style.gap))
     return pad(beside(views, 2 * style.gap), style.gap)
 
 
