@@ -37,6 +37,7 @@ from hpm_video.data.manifest import write_manifest
 from hpm_video.decoding.registry import open_video
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.errors import ExpectedError
+from hpm_video.files.printing import console
 from hpm_video.preparation.encode import write_video
 from hpm_video.randomness import generator
 
@@ -363,6 +364,7 @@ def frame_table(clips: Iterable[Clip], footage: Sequence[Footage]) -> pd.DataFra
     return pd.DataFrame(rows, columns=["path", "label", "label_name"])
 
 
+@console()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make the data unless it is complete. -> the exit code"""
     here = Path(__file__).resolve().parent

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hpm_video.decoding.reader import DecodeError
-from hpm_video.files.atomic import written_beside
+from hpm_video.files.atomic import remove_unfinished, written_beside
 from hpm_video.files.errors import ExpectedError
 from hpm_video.files.failures import Failure
+from hpm_video.files.printing import harmless
 from hpm_video.workers.pool import Limits, Lost, Pool
 
 Work = TypeVar("Work")
@@ -147,6 +148,7 @@ def claim(
             f"folder"
         )
     journal = Journal(folder / JOURNAL)
+    remove_unfinished(folder)
     with written_beside(path) as beside:
         beside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     return journal
@@ -193,10 +195,15 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Iterable[objec
         writer.writerows(rows)
 
 
+def write_report(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """Write a table that only people read: no text in it is a formula to a spreadsheet."""
+    write_table(path, [*map(str, map(harmless, header))], (map(harmless, row) for row in rows))
+
+
 def write_failures(path: Path, failures: Sequence[Failure]) -> None:
     """List the files that failed and the reasons; without any, remove the list."""
     if failures:
-        write_table(path, ("path", "reason"), ((bad.path, bad.reason) for bad in failures))
+        write_report(path, ("path", "reason"), ((bad.path, bad.reason) for bad in failures))
     else:
         path.unlink(missing_ok=True)
 

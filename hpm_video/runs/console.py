@@ -20,6 +20,7 @@ from hpm_video.config.schema import RunConfig
 from hpm_video.data.reading import Views
 from hpm_video.decoding.registry import decoder_choices
 from hpm_video.files.errors import ExpectedError
+from hpm_video.files.printing import console, printable
 from hpm_video.runs.autotune import describe_run
 from hpm_video.runs.data import open_manifest
 from hpm_video.runs.run import run as run_task
@@ -63,8 +64,12 @@ EXIT_CODES = (
 )
 
 
+@console()
 def run(command: Callable[[], None]) -> int:
-    """Run ``command``, and report errors. -> the exit code, see ``EXIT_CODES``"""
+    """Run ``command``, and report errors. -> the exit code, see ``EXIT_CODES``
+
+    It goes on where the reader of its output is gone (``| head``).
+    """
     level = logging.INFO if is_first_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
     try:
@@ -124,7 +129,7 @@ def run_processes(command: Callable[[Processes], None]) -> int:
 
 def _tell(message: str) -> None:
     if first_to_say(message):
-        sys.stderr.write(message)
+        sys.stderr.write(printable(message))
 
 
 def make_parser(about: str | None, exit_codes: str | None = EXIT_CODES) -> argparse.ArgumentParser:
