@@ -7,7 +7,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +61,6 @@ def name_actions(arguments: argparse.Namespace) -> None:
     pass_ahead = describe_pass(len(manifest), views, trained, classifier)
     print(pass_ahead + ("\n" if arguments.top == 1 else ""))
     reading = reading_of(arguments, exclude_bad_files=True)
-    if len(manifest) == 1:
-        reading = replace(reading, workers=0)
     clips = reading.clips(manifest, classifier.data, views)
     found: list[dict[str, Any]] = []
     failures: list[Failure] = []
