@@ -219,7 +219,6 @@ def _draw_line(
 def _draw_block(
     study: Study, shown: Sequence[int], moments: Sequence[str], style: Style
 ) -> Image.Image:
-    """Name, ranking accuracy, names of frames and views of one study."""
     rows = [
         beside([style.enlarge(panel.frames[time]) for time in shown], style.gap)
         for panel in make_panels(study)
@@ -238,7 +237,6 @@ def _draw_block(
 
 
 def _draw_caption(studies: Sequence[Study], width: int, style: Style) -> Image.Image:
-    """Return how much is hidden and why, each fact once."""
     facts = []
     for study in studies:
         masked, picked, total = study.masked.sum(), study.picked.sum(), len(study.masked)

@@ -60,9 +60,8 @@ def check_sizes(config: AnyConfig, classes: int, held: int, path: Path) -> None:
 
 
 def _bytes_of_blocks(size: TransformerSize) -> int:
-    """Return about how much memory the blocks take, each of which is some objects too."""
     of_block = 4 * size.dim**2 + 2 * size.dim * (size.mlp_dim or 4 * size.dim)
-    return size.depth * (4 * of_block + 2**17)
+    return size.depth * (4 * of_block + 2**17)  # each is some objects, too
 
 
 def source_grid_of(config: AnyConfig) -> Size3:

@@ -171,7 +171,6 @@ class Pool(Generic[Job]):
         raise PoolStopped
 
     def _feed(self) -> None:
-        """Hand out jobs, to the process that has the fewest."""
         while self._jobs:
             worker = min(self._workers, key=lambda each: len(each.held))
             if not worker.takes(self._jobs[0]):
@@ -181,8 +180,6 @@ class Pool(Generic[Job]):
 
 @dataclass(eq=False)
 class _Job:
-    """A job, and what becomes of it."""
-
     tag: Any
     data: bytes  # it itself, pickled
     path: str
@@ -243,7 +240,6 @@ class _Worker:
         return len(self.held) < self.depth
 
     def begin(self, job: _Job, clock: float) -> None:
-        """Give it a job."""
         slots = {held.slot for held in self.held}
         job.slot = next(slot for slot in range(self.depth) if slot not in slots)
         if not self.held:
@@ -330,7 +326,6 @@ class _Worker:
         return f"by {name}{hint}"
 
     def kill(self) -> None:
-        """End it, whatever it is at, and whatever of it there is."""
         if self.process is not None:
             self.process.kill()  # before it finds that nobody listens, and prints a traceback
         for thing in (self.connection, self._life):

@@ -51,7 +51,6 @@ def serve(
 
 
 def _do(work: Any, job: Any, connection: Connection, place: memoryview, inbox: deque[Any]) -> None:
-    """Do one job, of one result or several."""
     try:
         done = work(job)
         results = done if isinstance(done, Iterator) else iter([done])
