@@ -7,7 +7,6 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +66,6 @@ def name_actions(arguments: Namespace) -> None:
     pass_ahead = describe_pass(len(manifest), views, trained, classifier)
     print(pass_ahead + ("\n" if arguments.top == 1 else ""))
     reading = reading_of(arguments, exclude_bad_files=True)
-    if len(manifest) == 1:
-        reading = replace(reading, workers=0)
     clips = reading.clips(manifest, classifier.data, views)
     found: list[dict[str, Any]] = []
     failures: list[Failure] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,35 +120,40 @@ def show_masks(arguments: argparse.Namespace) -> None:
 
 
 def read_clip(arguments: argparse.Namespace, data: DataConfig) -> tuple[ClipBatch, list[str]]:
-    """Read the clip that the arguments name, as a batch of one. -> with the name of each frame"""
-    import av
+    """Read the clip that the arguments name, as a batch of one. -> with the name of each frame
+
+    Another process decodes it, with limits of time and memory.
+    """
     import torch
 
     from hpm_video.data.batch import ClipBatch
-    from hpm_video.data.reading import train_indices, view_indices
-    from hpm_video.data.transforms import view_crops
-    from hpm_video.decoding.registry import open_video
+    from hpm_video.data.loader import stream_parts
+    from hpm_video.data.manifest import NOT_STATED, UNLABELLED, Manifest
+    from hpm_video.data.reading import Views, view_frames
+    from hpm_video.decoding.pyav import open_container
+    from hpm_video.decoding.reader import DecodeError
+    from hpm_video.files.failures import Failure
     from hpm_video.randomness import key_of
 
-    stride, start = arguments.frame_stride or data.frame_stride, arguments.start
-    with open_video(str(arguments.video), arguments.decoder) as video:
-        if start is None:
-            (indices,) = view_indices(video.num_frames, data.num_frames, stride, num_views=1)
-        elif start < video.num_frames:
-            rest = video.num_frames - start
-            indices = start + train_indices(rest, data.num_frames, stride, start_draw=0.0)
-        else:
-            raise ConfigError(f"--start must lie in 0..{video.num_frames - 1}, got {start}")
-        frames = video.read(indices)
-    (clip,) = view_crops(frames, data, 1)
-    with av.open(str(arguments.video)) as container:
-        rate = float(container.streams.video[0].average_rate or 0)
+    path, views = str(arguments.video), Views(first=arguments.start)
+    stride = arguments.frame_stride or data.frame_stride
+    data = replace(data, sampling="dense", frame_stride=stride, max_frame_stride=None)
+    data = replace(data, decoder=arguments.decoder)
+    one = Manifest((path,), (UNLABELLED,), (NOT_STATED,))
+    ((_, part),) = stream_parts(one, [0], data, views, clips_per_part=1, workers=1)
+    if isinstance(part, Failure):
+        raise DecodeError(part.reason, path)
+    (indices,), rate = view_frames(data, part.num_frames, views), 0.0
+    if part.num_frames > 1:
+        container, stream = open_container(path)
+        with container:
+            rate = float(stream.average_rate or 0)
     moments = [f"frame {i}" + (f", {i / rate:.2f} s" if rate else "") for i in indices]
     batch = ClipBatch(
-        clips=clip[None],
+        clips=part.clips,
         keys=torch.tensor([key_of("show masks", arguments.video.name)]),
-        labels=torch.tensor([-1]),
-        files=(str(arguments.video),),
+        labels=torch.tensor([UNLABELLED]),
+        files=(path,),
         failures=(),
         source=arguments.source,
     )

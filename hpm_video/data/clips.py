@@ -26,7 +26,7 @@ from hpm_video.data.transforms import ClipTransform
 from hpm_video.decoding.locations import is_image
 from hpm_video.decoding.reader import DecodeError
 from hpm_video.decoding.registry import check_name, choose_decoder
-from hpm_video.files.failures import Failure, TooManyBadFiles, tolerated, too_many
+from hpm_video.files.failures import Failure, TooManyBadFiles, tolerated
 from hpm_video.randomness import generator
 
 
@@ -158,7 +158,7 @@ class VideoClips(Clips):
             passed[path] = self.bad[path]
             if len(passed) > tolerated(len(self), self.max_bad_share):
                 break
-        raise too_many([*passed.values()], len(self), self.max_bad_share)
+        raise TooManyBadFiles([*passed.values()], len(self), self.max_bad_share)
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
         if self._order[0] != epoch:

@@ -46,6 +46,8 @@ class Views:
     every: int | None = None
     """Where given, the clips are instead those of a window that slides over the video by so many
     frames at a time."""
+    first: int | None = None
+    """Where given, there is instead one dense clip that begins with this frame."""
 
     @property
     def count(self) -> int:
@@ -66,8 +68,17 @@ def draw_frames(data: DataConfig, num_video_frames: int, draw: np.random.Generat
 
 
 def view_frames(data: DataConfig, num_video_frames: int, views: Views) -> Indices:
-    """The frames of each clip of the views of a video, by their first frame: -> (clips, T)"""
+    """The frames of each clip of the views of a video, by their first frame: -> (clips, T)
+
+    Raises:
+        DecodeError: the video ends before the clip that was asked for.
+    """
     num_frames, stride = data.num_frames, data.frame_stride
+    if views.first is not None:
+        if views.first >= num_video_frames:
+            last = num_video_frames - 1
+            raise DecodeError(f"its clip must begin in frames 0 to {last}, not in {views.first}")
+        return _dense(num_video_frames, num_frames, stride, [views.first])
     if views.every is not None:
         return window_indices(num_video_frames, num_frames, stride, views.every)
     if data.sampling == "segments":

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hpm_video.decoding.reader import DecodeError
-from hpm_video.files.atomic import written_beside
+from hpm_video.files.atomic import remove_unfinished, written_beside
 from hpm_video.files.errors import ExpectedError
 from hpm_video.files.failures import Failure
+from hpm_video.files.printing import harmless
 from hpm_video.workers.pool import Limits, Lost, Pool
 
 Work = TypeVar("Work")
@@ -137,6 +138,7 @@ def claim(
             f"folder"
         )
     journal = Journal(folder / JOURNAL)
+    remove_unfinished(folder)
     with written_beside(path) as beside:
         beside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     return journal
@@ -178,6 +180,11 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Iterable[objec
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
+
+
+def write_report(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """Write a table that only people read: no text in it is a formula to a spreadsheet."""
+    write_table(path, [*map(str, map(harmless, header))], (map(harmless, row) for row in rows))
 
 
 def reason_of(error: Exception) -> str:

@@ -29,7 +29,7 @@ from hpm_video.decoding.video_stream import SIMPLEST
 from hpm_video.files.failures import Failure
 from hpm_video.preparation.findings import COLUMNS as CHECK_COLUMNS
 from hpm_video.preparation.findings import stamp_of
-from hpm_video.preparation.jobs import Journal, claim, remove, run_jobs, write_table
+from hpm_video.preparation.jobs import Journal, claim, remove, run_jobs, write_report, write_table
 from hpm_video.preparation.shards import Sample, Shard, output_names, pack_shard, suffix_of
 from hpm_video.preparation.transcode import Job, Output, Recipe, Transcoder
 from hpm_video.workers.pool import Limits
@@ -284,7 +284,7 @@ class PreparedFolder:
         failed, reasons = self.path / "failed.csv", self.failures.values()
         failed.unlink(missing_ok=True)
         if reasons:
-            write_table(failed, ("path", "reason"), ((bad.path, bad.reason) for bad in reasons))
+            write_report(failed, ("path", "reason"), ((bad.path, bad.reason) for bad in reasons))
         if self._shards and all(map(self._is_packed, self.outputs)):
             remove(str(self._parts))
             for name in self._outdated:

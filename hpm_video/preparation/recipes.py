@@ -16,6 +16,7 @@ from hpm_video.data.manifest import UNLABELLED
 from hpm_video.data.places import unwritable
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.errors import ExpectedError
+from hpm_video.files.printing import console, printable
 from hpm_video.files.wording import counted
 from hpm_video.preparation.sources import Kind, RecipeError, Split, Videos, stem
 
@@ -34,6 +35,7 @@ class Prepared(NamedTuple):
     notes: Sequence[str] = ()  # further lines of the report
 
 
+@console()
 def run_recipe(
     about: str | None,
     script: str,
@@ -61,7 +63,7 @@ def run_recipe(
         prepared = prepare(given)
         write(given.output.absolute(), prepared.class_names, prepared.splits)
     except (ExpectedError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(printable(f"error: {error}\n"))
         return 2
     sys.stdout.write(f"{report(given.output.absolute(), prepared, kind)}\n")
     return 2 if given.strict and any(split.missing for split in prepared.splits) else 0

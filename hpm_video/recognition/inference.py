@@ -69,18 +69,11 @@ class Reading:
         self, clips: ValidationClips, positions: Sequence[int], max_clips: int = CLIPS_PER_PASS
     ) -> Generator[ClipBatch, None, None]:
         """Read some of ``clips`` in batches of whole videos, of at most ``max_clips`` or one."""
+        places = [Place(0, position) for position in positions]
+        videos = max(1, min(len(positions), max_clips // clips.views.count))
         return clip_batches(
-            [clips],
-            [Place(0, position) for position in positions],
-            batch_size=videos_per_batch(clips, positions, max_clips),
-            workers=self.workers,
-            limits=self.limits,
+            [clips], places, batch_size=videos, workers=self.workers, limits=self.limits
         )
-
-
-def videos_per_batch(clips: ValidationClips, positions: Sequence[int], max_clips: int) -> int:
-    """Return how many videos a batch holds."""
-    return max(1, min(len(positions), max_clips // clips.views.count))
 
 
 def find_failures(clips: ValidationClips, reading: Reading, processes: Processes) -> None:
@@ -139,7 +132,8 @@ def each_video(
                     of_views = values(batch.clips).double().cpu().numpy()
                 shape = (-1, clips.views.count, of_views.shape[1])
                 means = iter(of_views.reshape(shape).mean(axis=1))
-            for position in islice(left, videos_per_batch(clips, positions, max_clips)):
+            of_batch = len(batch.clips) // clips.views.count + len(batch.failures)
+            for position in islice(left, of_batch):
                 file = clips.manifest.files[position]
                 if file in failures:
                     yield position, failures[file]

@@ -22,6 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from hpm_video.config.data import DataConfig
 from hpm_video.decoding.registry import decoder_choices
 from hpm_video.files.errors import ExpectedError
+from hpm_video.files.printing import console, printable
 from hpm_video.training.stop import Interrupted
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ EXIT_CODES = (
 )
 
 
+@console()
 def run(command: Callable[[], None]) -> int:
     """Run ``command``, and report errors. -> the exit code, see ``EXIT_CODES``"""
     from torch import OutOfMemoryError
@@ -130,7 +132,7 @@ def _tell(message: str) -> None:
     from hpm_video.training.distributed import first_to_say
 
     if first_to_say(message):
-        sys.stderr.write(message)
+        sys.stderr.write(printable(message))
 
 
 def make_parser(about: str | None, exit_codes: str | None = EXIT_CODES) -> argparse.ArgumentParser:

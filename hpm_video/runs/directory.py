@@ -12,7 +12,7 @@ from typing import Any
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_any_config, result_differences, save_config
 from hpm_video.config.schema import RunConfig
-from hpm_video.files.atomic import written_beside
+from hpm_video.files.atomic import remove_unfinished, written_beside
 from hpm_video.runs.data import RunData, key_of_source
 from hpm_video.training.checkpoint import (
     check_name,
@@ -23,6 +23,7 @@ from hpm_video.training.checkpoint import (
 )
 from hpm_video.training.device import Precision
 from hpm_video.training.distributed import Processes
+from hpm_video.training.run import UNDRAWN
 
 HASHES = {"init_weights.sha256", "feature_weights.sha256"}
 RUN_FILES = {".lock", "checkpoints", "config.yaml", "labels.txt"} | HASHES
@@ -36,11 +37,15 @@ class RunDirectory:
     path: Path
     newest: Path | None
     """The newest complete checkpoint."""
+    lacks_pictures: bool = False
+    """Whether the run was killed before the pictures of that checkpoint were drawn."""
 
     @classmethod
     def at(cls, path: Path) -> "RunDirectory":
         """Look at a directory."""
-        return cls(path, next(reversed(checkpoints_in(path / "checkpoints")), None))
+        newest, undrawn = [None, *checkpoints_in(path / "checkpoints")][-1], path / UNDRAWN
+        lacks = newest is not None and undrawn.is_file() and undrawn.read_text() == newest.name
+        return cls(path, newest, lacks)
 
     @cached_property
     def state(self) -> dict[str, Any]:
@@ -179,6 +184,7 @@ def claim(directory: RunDirectory, config: RunConfig, notes: dict[str, str]) -> 
     checkpoints = directory.path / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
     mend(checkpoints)
+    remove_unfinished(directory.path)
     with written_beside(directory.path / "config.yaml") as path:
         save_config(config, path)
     for name, text in notes.items():

@@ -51,7 +51,7 @@ def run(task: Task, processes: Processes = Processes()) -> Path:  # noqa: B008 -
         task.resolve(directory)
         session = open_session(task, directory, processes)
         notes = task.notes(directory)
-        is_complete = directory.update == updates
+        is_complete = directory.update == updates and not directory.lacks_pictures
         if not is_complete:
             model, ema = make_models(task, session.device, directory.newest)
             precision = precision_of(task, session)
@@ -147,7 +147,7 @@ def train(
                 best=directory.state.get("best", {}),
             )
             with closing(state):
-                state.measure_beginning()
+                state.measure_beginning(draws=directory.lacks_pictures)
                 fit(engine, objective, batches, schedule_of(config.recipe), state, start=start)
     finally:
         end_workers()

@@ -136,7 +136,14 @@ class _SetAside:
 def _read_pickle(path: Path) -> object:
     """Return what is in a file of torch.save, of either format; no code in it is run."""
     zipped = zipfile.is_zipfile(path)
-    if zipped and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+    members = zipfile.ZipFile(path).infolist() if zipped else []
+    if (inflated := sum(member.file_size for member in members)) > path.stat().st_size:
+        raise CheckpointError(
+            f"{path} has {path.stat().st_size:,} bytes, and what is packed in it {inflated:,}. "
+            f"torch.save compresses nothing, so somebody else packed it; if you trust it, unpack "
+            f"it and pack it anew without compression (zip -0)"
+        )
+    if any(member.filename.endswith("/constants.pkl") for member in members):
         raise CheckpointError(
             f"{path} is a program (TorchScript), not weights. If you trust it, extract them once: "
             f'torch.save(torch.jit.load("{path.name}", map_location="cpu").state_dict(), '

@@ -19,6 +19,7 @@ from hpm_video.config.loading import config_text
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.files.single_file import NAMES, as_folder
 from hpm_video.files.weights import CheckpointError, misfits
+from hpm_video.models.from_config import check_sizes
 from hpm_video.models.positions import position_table
 from hpm_video.recognition.trained_model import (
     OF_DECODERS,
@@ -178,6 +179,8 @@ def _imported(source: Source, recognised: Recognised, overrides: Overrides) -> I
         may_lack = (*OF_DECODERS, "norm.") if means else OF_DECODERS
     if overrides.encoder_only:
         states[0].leave_out((*OF_DECODERS, "head.", "fc_norm."), "only the encoder is taken")
+    held = sum(value.nbytes for state in states for value in state.tensors.values())
+    check_sizes(inferred.config, len(inferred.label_names), held, source.path)
     config = _with_positions(inferred.config, family, states)
     model = trained(source.path, config, inferred.label_names, {})
     with torch.device("meta"):

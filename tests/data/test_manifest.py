@@ -1,3 +1,4 @@
+import os
 import re
 from pathlib import Path
 
@@ -423,3 +424,14 @@ def test_a_folder_whose_own_name_no_manifest_can_hold(tmp_path):
     touch(tmp_path, "caf\udce9/a.mp4")
     with pytest.raises(ManifestError, match="is not text in UTF-8; rename it"):
         read_manifest(tmp_path / "caf\udce9")
+
+
+@pytest.mark.parametrize("what", ["pipe", "device"])
+def test_a_pipe_or_a_device_is_no_manifest(tmp_path, what):
+    path = tmp_path / "list.csv"
+    if what == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(ManifestError, match="is no file, but a folder, a pipe or a device"):
+        read_manifest(path)

@@ -517,7 +517,7 @@ def test_the_tool_draws_an_image_as_its_source_is_masked(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--start", "12"], "--start must lie in 0..11, got 12"),
+        (["--start", "12"], "a video.mp4: its clip must begin in frames 0 to 11, not in 12"),
         (["--masks", "0"], "--masks: must be a whole number of at least 1"),
         (["--stride", "0"], "--stride: must be a whole number of at least 1"),
         (["--fps", "0"], "--fps: must be a number above 0"),
@@ -554,6 +554,12 @@ def test_the_tool_says_what_is_wrong_with_a_file(
     assert "is a folder; name one video or image in it" in error_of(checkpoint, video.parent)
     assert "--source a is for runs that mix sources" in error_of(checkpoint, video, "--source", "a")
     assert "cannot decode" in error_of(checkpoint, checkpoint / "config.yaml")
+    content = bytearray(video.read_bytes())
+    table = content.index(b"stsz") + 12  # the number of samples, behind the size of all
+    content[table : table + 4] = b"\x7f\xff\xff\xff"
+    lying = video.with_name("lying.mp4")
+    lying.write_bytes(content)
+    assert "cannot decode" in error_of(checkpoint, lying)
     assert "give a config, or a checkpoint folder of a run" in error_of(video.parent, video)
     weights = load_file(checkpoint / "model.safetensors")
     encoder = {

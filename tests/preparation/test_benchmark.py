@@ -248,7 +248,9 @@ def test_a_decoder_that_refuses_too_many_of_the_files_it_tried_is_not_recommende
     assert loader_advice.choose_setting([many], 0.5) == (("decord", 2), 60.0), "better than nothing"
 
 
-@pytest.mark.parametrize("error", [RoomError("too small"), TooManyBadFiles("too many")])
+@pytest.mark.parametrize(
+    "error", [RoomError("too small"), TooManyBadFiles([Failure("too", "")], 1, 0.0)]
+)
 def test_where_nothing_could_be_measured_the_reason_is_raised(error):
     with pytest.raises(type(error), match="too"):
         loader_advice.choose_setting([Trial("pyav", error=error), Trial("decord")], 0.5)

@@ -12,6 +12,7 @@ import torch
 
 from hpm_video.config.loading import load_config, save_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
+from hpm_video.data import loader
 from hpm_video.data.reading import view_indices
 from hpm_video.data.transforms import crop_and_resize, view_boxes
 from hpm_video.decoding.registry import open_video
@@ -20,6 +21,7 @@ from hpm_video.recognition.inference import Inference
 from hpm_video.recognition.trained_model import TrainedClassifier, open_trained
 from hpm_video.training.checkpoint import save_checkpoint
 from hpm_video.training.optim import OptimizerState
+from hpm_video.workers.pool import USUAL
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("still", "moves left", "moves right")
@@ -266,3 +268,16 @@ def test_wrong_options(main, classifier, validation, capsys, option, value, rule
         main(classifier, validation[0], option, value)
     assert stop.value.code == 2
     assert re.search(rule, capsys.readouterr().err)
+
+
+def test_one_video_too_is_decoded_within_limits(main, classifier, validation, monkeypatch):
+    made = []
+
+    class Noted(loader.Pool):
+        def __init__(self, work, workers, limits, **options):
+            made.append((workers, limits))
+            super().__init__(work, workers, limits, **options)
+
+    monkeypatch.setattr(loader, "Pool", Noted)
+    assert main(classifier, validation[0], "--workers", "2") == 0
+    assert made == [(1, USUAL)]

@@ -71,6 +71,7 @@ class Clone:
         *arguments: str,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
+        stdout: int = subprocess.PIPE,
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(self.root / script), *arguments],
@@ -81,7 +82,8 @@ class Clone:
                 "RECORD": str(self.record),
                 **(env or {}),
             },
-            capture_output=True,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
             text=True,
             check=False,
         )
@@ -204,6 +206,15 @@ def test_finetuning_makes_what_the_demo_starts_from(
     result = clone.run("run_finetune.sh", *arguments)
     assert result.returncode == 0, result.stderr
     assert clone.starts() == [[str(clone.root), *start] for start in starts]
+
+
+def test_both_steps_run_where_nobody_reads_the_output(clone: Clone) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    result = clone.run("run_finetune.sh", stdout=write)
+    os.close(write)
+    assert result.returncode == 0, result.stderr
+    assert [start[1] for start in clone.starts()][1:] == ["tools/pretrain.py", "tools/finetune.py"]
 
 
 def test_a_pretraining_that_was_stopped_stops_the_fine_tuning(clone: Clone) -> None:

@@ -205,3 +205,12 @@ def test_a_value_among_tensors_is_named(tmp_path):
     source = read_source(path)
     assert same(source.entries["model"])
     assert source.beside == ("model.step", "epoch")
+
+
+def test_a_file_that_inflates_beyond_its_size_is_refused_before_it_does(tmp_path):
+    path = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(2**24))
+    size = path.stat().st_size
+    with pytest.raises(CheckpointError, match=rf"has {size:,} bytes, .* in it 16,777,216"):
+        read_source(path)
