@@ -1,6 +1,7 @@
 """Small real videos, and runs over them as a user starts them."""
 
 import gc
+import importlib
 import itertools
 import multiprocessing
 import os
@@ -332,6 +333,20 @@ def finetuned_run(finetune_config, tmp_path_factory) -> Path:
 def finetune(finetune_config, start_program):
     """Start ``tools/finetune.py`` in a process of its own."""
     return starter_of("finetune", finetune_config, start_program)
+
+
+@pytest.fixture
+def load_tool(monkeypatch):
+    """Import a program of ``tools/``, to call its ``main`` in this process."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    return importlib.import_module
+
+
+@pytest.fixture
+def without_curves(monkeypatch):
+    """Draw no curves of runs in this process: they take as long as all updates of a tiny run."""
+    for name in ("runs.run", "training.run"):
+        monkeypatch.setattr(f"hpm_video.{name}.plot_curves", lambda *_: None)
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """Crops and resizing: frames of a video become the pixels of a clip."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -41,20 +43,8 @@ class Box:
     width: int
 
 
-@dataclass(frozen=True)
-class DrawnCrop:
-    """What is done to one training clip: a box is cut out and resized, and may be mirrored."""
-
-    box: Box
-    """The part of the frames that is needed."""
-    frame_size: tuple[int, int]
-    interpolation: Interpolation
-    mirrored: bool
-
-    def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """Transform that part: (T, box.height, box.width, C) uint8 -> (C, T, h, w) uint8"""
-        clip = resize(pixels, self.frame_size, self.interpolation)
-        return clip.flip(-1) if self.mirrored else clip
+Change = Callable[[NDArray[np.uint8]], Tensor]
+"""Turns a box of frames into a clip: (T, box.height, box.width, C) uint8 -> (C, T, h, w) uint8"""
 
 
 class ClipTransform(ABC):
@@ -66,16 +56,16 @@ class ClipTransform(ABC):
     @abstractmethod
     def draw(
         self, size: tuple[int, int], frame_size: tuple[int, int], draw: np.random.Generator
-    ) -> DrawnCrop:
-        """Decide what is done to frames of ``size``, height and width. All draws are ``draw``'s."""
+    ) -> tuple[Box, Change]:
+        """Draw a box of frames of ``size``, height and width, and what becomes of it."""
 
     def __call__(
         self, frames: NDArray[np.uint8], frame_size: tuple[int, int], draw: np.random.Generator
     ) -> Tensor:
         """Draw and do it: (T, H, W, C) uint8 -> (C, T, h, w) uint8"""
         height, width = frames.shape[1:3]
-        drawn = self.draw((height, width), frame_size, draw)
-        return drawn(cut(frames, drawn.box))
+        box, change = self.draw((height, width), frame_size, draw)
+        return change(cut(frames, box))
 
 
 @dataclass(frozen=True)
@@ -88,9 +78,11 @@ class MultiScaleCrop(ClipTransform):
 
     def draw(
         self, size: tuple[int, int], frame_size: tuple[int, int], draw: np.random.Generator
-    ) -> DrawnCrop:
+    ) -> tuple[Box, Change]:
         box = multi_scale_box(*size, frame_size, draw)
-        return DrawnCrop(box, frame_size, self.interpolation, self.flip and draw.random() < 0.5)
+        mirrored = self.flip and draw.random() < 0.5
+        change = partial(resize, frame_size=frame_size, interpolation=self.interpolation)
+        return box, partial(change, mirrored=mirrored)
 
 
 def multi_scale_box(
@@ -172,12 +164,17 @@ def cut(frames: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
 
 
 def resize(
-    frames: NDArray[np.uint8], frame_size: tuple[int, int], interpolation: Interpolation
+    frames: NDArray[np.uint8],
+    frame_size: tuple[int, int],
+    interpolation: Interpolation,
+    *,
+    mirrored: bool = False,
 ) -> Tensor:
     """Resize frames, antialiased: (T, H, W, C) -> (C, T, h, w) uint8"""
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
     resized = functional.interpolate(pixels, frame_size, mode=interpolation, antialias=True)
-    return resized.transpose(0, 1).contiguous()
+    clip = resized.transpose(0, 1).contiguous()
+    return clip.flip(-1) if mirrored else clip
 
 
 def _spread(middle: Box, height: int, width: int, count: int) -> list[Box]:
