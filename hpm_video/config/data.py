@@ -113,11 +113,7 @@ SECTION = re.compile(
 
 
 def check_rand_augment(config: str) -> None:
-    """Refuse a string that timm does not read as RandAugment, or of which it would skip a part.
-
-    Raises:
-        ConfigError: the first word is not ``rand``, or a section is unknown or given twice.
-    """
+    """Refuse a string that timm does not read as RandAugment, or of which it would skip a part."""
     first, *sections = config.split("-")
     matches = [SECTION.fullmatch(section) for section in sections]
     names = [match.lastgroup for match in matches if match]

@@ -123,11 +123,7 @@ class PretrainConfig(RunConfig):
                 )
 
     def mask_rule(self, source: str) -> MaskRule:
-        """Return the rule by which the clips of a source are masked.
-
-        Raises:
-            ConfigError: there is none.
-        """
+        """Return the rule by which the clips of a source are masked, or raise a ConfigError."""
         masking = self.maskings[source]
         at = f"mix.{source}." if source else ""
         grid = _grid_of(self.sources[source], self.model, at)
@@ -204,11 +200,7 @@ class FinetuneConfig(RunConfig):
 
 
 def _grid_of(data: DataConfig, model: EncoderConfig, at: str = "") -> TokenGrid:
-    """The grid of tokens of a clip.
-
-    Raises:
-        ConfigError: there is none, or the channels do not fit.
-    """
+    """Return the grid of tokens of a clip, or raise a ConfigError where grid or channels misfit."""
     if model.channels != len(data.mean) or len(data.mean) != len(data.std):
         raise ConfigError(
             f"{at}data.mean and {at}data.std need a value for each of the {model.channels} "

@@ -26,10 +26,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """Clips of several videos of one source, those of a video next to each other (B = videos x R).
-
-    With the names of their files, and the files that did not decode and were passed over.
-    """
+    """Clips of several videos of one source, those of a video side by side (B = videos x R)."""
 
     clips: Tensor
     """(B, C, T, H, W) uint8"""
@@ -39,6 +36,7 @@ class ClipBatch:
     """(B,) int64, -1 where a video has none."""
     files: tuple[str, ...]
     failures: tuple[Failure, ...]
+    """Files that did not decode and were passed over."""
     source: str = ""
 
     def to(self, device: torch.device | str) -> "ClipBatch":

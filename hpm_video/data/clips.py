@@ -46,12 +46,11 @@ class Clips(ABC):
     def request(self, position: int) -> Request | Sample:
         """Return what to read for a position; a sample where nothing has to be read for it.
 
-        Raises:
-            DecodeError, TooManyBadFiles: nothing can be read for it, files being bad.
+        Raises DecodeError or TooManyBadFiles if files are bad and nothing can be read.
         """
 
     def __getitem__(self, position: int) -> Sample:
-        """The sample at a position, decoded in this process. Raises as :meth:`request` does."""
+        """Decode the sample at a position in this process. Raises as :meth:`request` does."""
         slot = Slot(self, position)
         while slot.request is not None:
             slot.put(reading.read_or_fail(self.reader, slot.request))
@@ -114,10 +113,7 @@ class VideoClips(Clips):
         same_frames: bool = False,
         source: str = "",
     ) -> None:
-        """``same_frames``: repeats differ in crop and augmentation alone (repeated augmentation).
-
-        Otherwise each takes frames of its own.
-        """
+        """``same_frames``: repeats differ in crop and augmentation alone, not in their frames."""
         decoder = decoder_for(data.decoder, manifest)
         reader = reading.TrainReader(data, decoder, source, transform, same_frames)
         super().__init__(manifest, reader, data.repeats)
@@ -127,10 +123,9 @@ class VideoClips(Clips):
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.arange(0))
 
     def request(self, position: int) -> Request:
-        """Return the file whose turn it is at a position of the stream, or its replacement.
+        """Return the file whose turn it is, or the one that replaces it.
 
-        Raises:
-            TooManyBadFiles: more files in a row do not decode than may fail in all.
+        Raises TooManyBadFiles if more files in a row do not decode than may fail in all.
         """
         epoch, slot = divmod(position, len(self))
         if self._order[0] != epoch:
@@ -180,11 +175,7 @@ class ValidationClips(Clips):
         self._nothing = Sample(empty, (), -1, "", source=source)
 
     def request(self, position: int) -> Request | Sample:
-        """Return a file, or an empty sample if it is known to be bad and failures are reported.
-
-        Raises:
-            DecodeError: the file does not decode, and failures are not reported.
-        """
+        """Return a file; of a bad one an empty sample, or raise if failures are not reported."""
         path = self.manifest.files[position]  # an IndexError ends a loop over the samples
         label = self.manifest.labels[position]
         if path not in self.bad:

@@ -1,7 +1,4 @@
-"""Which videos or images there are, and what is known of each: reading and writing lists of them.
-
-An image is a video of one frame.
-"""
+"""Lists of videos or images, and what is known of each. An image is a video of one frame."""
 
 import csv
 import hashlib

@@ -36,10 +36,7 @@ class Places(Sequence[Place]):
         rank: int = 0,
         processes: int = 1,
     ) -> None:
-        """``sources``: of every update of the run, as :func:`deal_out` returns them.
-
-        ``processes``, of which this is number ``rank``, share a batch evenly.
-        """
+        """``sources``: of every update, from :func:`deal_out`; processes share a batch evenly."""
         self._sources, self._batch_size, self._start = sources, batch_size, start
         self._share = batch_size // processes
         self._first = rank * self._share

@@ -90,11 +90,8 @@ def listable_files(folder: Path) -> list[str]:
 
 
 def files_below(folder: Path) -> list[str]:
-    """Return all videos and images, however deep: paths from ``folder`` on, folder by folder.
-
-    Links to folders are followed, but not in circles.
-    """
-    found, seen = [], set()
+    """Return all videos and images below a folder, folder by folder: paths from ``folder`` on."""
+    found, seen = [], set()  # links to folders are followed, but not in circles
     for place, folders, files in os.walk(folder, followlinks=True):
         if (real := Path(place).resolve()) in seen:
             folders.clear()

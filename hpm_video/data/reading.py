@@ -238,11 +238,7 @@ def read_views(
 
 
 def read_frames(data: DataConfig, video: VideoReader, indices: Indices) -> NDArray[np.uint8]:
-    """Read frames that have the channels of the data: (K,) -> (K, H, W, C)
-
-    Raises:
-        DecodeError: they do not decode, or have other channels.
-    """
+    """Read frames: (K,) -> (K, H, W, C). Raises DecodeError if their channels are not the data's."""
     frames = video.read(indices)
     if frames.shape[-1] != data.channels:
         raise DecodeError(

@@ -88,7 +88,7 @@ class MultiScaleCrop(ClipTransform):
 def multi_scale_box(
     height: int, width: int, frame_size: tuple[int, int], generator: np.random.Generator
 ) -> Box:
-    """One of four heights, of the widths next to it, and of 13 places in the frame, at random.
+    """Draw one of four heights, of the widths next to it, and of 13 places in the frame.
 
     The scales refer to the largest box of the shape of ``frame_size`` in the frame: for a square
     ``frame_size``, to the short side of the frame.
@@ -120,7 +120,7 @@ def view_boxes(height: int, width: int, frame_size: tuple[int, int], count: int)
 
 
 def view_crops(frames: NDArray[np.uint8], data: DataConfig, count: int) -> list[Tensor]:
-    """Crops of frames, evenly spread along the free axis: (T, H, W, C) -> count x (C, T, h, w)
+    """Crop frames, evenly spread along the free axis: (T, H, W, C) -> count x (C, T, h, w)
 
     Each is the largest box of the shape of ``data.frame_size``, resized to it. With
     ``data.validation_short_side``, the frames are first resized so that their shorter side has that

@@ -47,11 +47,7 @@ class RunDirectory:
 
 
 def check_output_dir(config: RunConfig) -> Path:
-    """Return the directory of a run, which there may not be yet.
-
-    Raises:
-        ConfigError: it is not set, or what is there is no run.
-    """
+    """Return the directory of a run, or raise a ConfigError if it is unset or holds no run."""
     if not config.output_dir:
         raise ConfigError("output_dir is not set; give the run a directory: output_dir=runs/NAME")
     folder = Path(config.output_dir).expanduser()

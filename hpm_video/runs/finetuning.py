@@ -151,10 +151,7 @@ class Finetuning(Task):
         )
 
     def evaluation(self, _folder: Path, objective: Objective, engine: Engine) -> Evaluation:
-        """Measure the accuracy on validation videos, one view of each.
-
-        Each process sees its share of the videos.
-        """
+        """Measure the accuracy on one view of each validation video, a share in each process."""
         assert isinstance(objective, Classification)
         config, processes = self.config, engine.processes
         if self.data.main.validation is None:
@@ -266,8 +263,7 @@ def load_pretrained(
 ) -> None:
     """Put the encoder of a masked autoencoder, or a classifier, into ``model``.
 
-    The head of a classifier is taken if its classes are the same; otherwise, as where there is
-    none, it starts fresh.
+    The head of a classifier is taken if its classes are the same; otherwise it starts fresh.
     """
     stored = read_weights(source, config.model.patch_size, WEIGHTS_FILES[config.init_from])
     own, listed = model.state_dict(), source / "labels.txt"

@@ -181,10 +181,7 @@ class Pretraining(Task):
         return build_objective(self.config, ema, build_target(self.config, device), engine)
 
     def evaluation(self, folder: Path, objective: Objective, engine: Engine) -> Evaluation:
-        """Measure validation clips of each source, draw some of them, and probe frozen features.
-
-        Each process measures its share of the clips, and the first one draws.
-        """
+        """Measure clips of each source, a share in each process, draw some, and probe features."""
         assert isinstance(objective, HardPatchesMining)
         config, processes = self.config, engine.processes
         probe = _neighbour_probe(config, processes, engine) if config.knn.train else None
@@ -261,11 +258,7 @@ def describe_sources(sources: Sequence[str], baseline: str, measures: Measures) 
 def _neighbour_probe(
     config: PretrainConfig, processes: Processes, engine: Engine
 ) -> Callable[[], dict[str, float]]:
-    """Nearest neighbours of the student's frozen features, on one clip of each video.
-
-    Raises:
-        ConfigError, ManifestError: the manifests of ``config.knn`` cannot be used.
-    """
+    """Return the accuracy of nearest neighbours by the student's frozen features, as a function."""
     how = config.knn
     assert how.train is not None
     assert how.validation is not None
