@@ -24,7 +24,7 @@ class DataConfig:
     train: str = ""
     """Manifest (CSV or list) or folder of the videos to train on."""
     validation: str | None = None
-    """Manifest or folder of the validation videos; none: there is no validation."""
+    """Manifest or folder of the validation videos; without it there is no validation."""
     root: str | None = unrelated(default=None)
     """Folder that relative paths of the manifests start from; by default the manifest's own."""
     num_frames: int = 16
@@ -139,9 +139,9 @@ class AugmentationConfig:
     erasing: float = 0.25
     """Chance that a random box is erased."""
     mixup: float = 0.8
-    """Parameter of the beta distribution of the shares that clips are mixed in; 0: no mixup."""
+    """Parameter of the beta distribution of the shares of mixed clips; 0 turns mixup off."""
     cutmix: float = 1.0
-    """The same for the area of boxes put into other clips; 0: no CutMix."""
+    """The same for the area of boxes put into other clips; 0 turns CutMix off."""
     mix_probability: float = 1.0
     """Chance that a batch is mixed at all."""
     cutmix_probability: float = 0.5

@@ -136,12 +136,10 @@ class PretrainConfig(RunConfig):
 
     @property
     def sources(self) -> dict[str, PretrainDataConfig]:
-        """Sources of training clips by name; the main one, ``data``, is ``""``."""
         return {"": self.data, **{name: source.data for name, source in self.mix.items()}}
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Weights of the sources: how often an update takes its batch from each."""
         return (1.0, *(source.weight for source in self.mix.values()))
 
     @property

@@ -22,7 +22,7 @@ class RecipeConfig:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     clip_grad: float | None = None
-    """Largest norm of the gradient; none: not clipped."""
+    """Largest norm of the gradient; without it the gradient is not clipped."""
 
     def __post_init__(self) -> None:
         check("recipe", self, at_least(1), "epochs", "batch_size")
@@ -134,7 +134,7 @@ class CheckpointConfig:
     every_updates: int = 1000
     keep_last: int = 2
     keep_every_epochs: float | None = None
-    """The first checkpoint after each multiple of this is kept for ever."""
+    """The first checkpoint after each multiple of this is kept forever."""
 
     def __post_init__(self) -> None:
         check("checkpoint", self, at_least(1), "every_updates", "keep_last")

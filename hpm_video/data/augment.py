@@ -26,19 +26,18 @@ class Augmentation(ClipTransform):
     """Random changes of a clip: one draw for all its frames."""
 
     area: tuple[float, float]
-    """Least and largest share of the frame that the box has that is cut out."""
+    """Least and largest area of the box that is cut out, as shares of that of the frame."""
     ratio: tuple[float, float]
-    """Width / height of the box, in pixels of the frame. The box is then stretched to the size of
-    the clip, whatever the shape of that."""
+    """Least and largest width / height of the box, which is then stretched to the clip's size."""
     flip: bool
-    """Half of the clips are mirrored. Not for labels that tell left from right."""
+    """Whether half of the clips are mirrored. Not for labels that tell left from right."""
     rand_augment: str | None
     """timm's string for RandAugment."""
     erasing: float
     """Chance that a box of the clip becomes noise."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    """After normalisation with these the noise is standard normal, but for what 8 bits clip."""
+    """After normalisation with these the noise is standard normal, where 8 bits hold it."""
     interpolation: Interpolation = "bilinear"
 
     def prepare(self) -> None:
@@ -130,5 +129,5 @@ def _rand_augment(
 def _posterize(
     keep: Callable[..., Image.Image], image: Image.Image, bits: int, **settings: object
 ) -> Image.Image:
-    """At its full strength timm keeps no bits: black, but an error of Pillow 13."""
+    """Keep bits of each value. At full strength timm keeps none, which Pillow 13 refuses."""
     return keep(image, bits, **settings) if bits > 0 else Image.new(image.mode, image.size)

@@ -40,12 +40,12 @@ class ClipBatch:
     source: str = ""
 
     def to(self, device: torch.device | str) -> "ClipBatch":
-        """The batch with its tensors on a device; the host goes on where memory is pinned."""
+        """Move the tensors to a device; the host does not wait where memory is pinned."""
         non_blocking = self.clips.is_pinned()
         return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "ClipBatch":
-        """The batch in memory that a GPU can fetch from while the host goes on."""
+        """Move the tensors to memory that a GPU can fetch from while the host goes on."""
         return self._with(Tensor.pin_memory)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "ClipBatch":
@@ -55,7 +55,7 @@ class ClipBatch:
 
 
 def collate(samples: Sequence[Sample]) -> ClipBatch:
-    """Samples of several videos of one source -> one batch."""
+    """Make one batch of samples of one source."""
     (source,) = {sample.source for sample in samples}
     return ClipBatch(
         clips=torch.cat([sample.clips for sample in samples]),

@@ -39,7 +39,6 @@ class Clips(ABC):
         """Bytes of the pixels of a sample, at most."""
 
     def __len__(self) -> int:
-        """Files, and samples of one pass over them."""
         return len(self.manifest)
 
     @abstractmethod

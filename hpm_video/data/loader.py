@@ -35,12 +35,12 @@ JOB_FILES = 64
 JOBS_HELD = 2
 """Jobs that a process has, so that it finds the next one when it is done."""
 ATTEMPTS = 2
-"""At a file that its process did not come back from: the file may have had no part in that."""
+"""Attempts at a file whose process was lost, which need not be the fault of the file."""
 READY = 1
 """Complete batches that wait for the run."""
 
 ReadPool = Pool[list[tuple[int, Request]]]
-"""Its jobs are files, and the number of the source that each is of."""
+"""A pool whose jobs are files, each with the number of its source."""
 
 
 def default_workers() -> int:
@@ -160,7 +160,7 @@ class _Batches:
 def _in_background(
     begin: Callable[[], ReadPool], read: Callable[[ReadPool], Iterator[ClipBatch]], *, pin: bool
 ) -> Generator[ClipBatch, None, None]:
-    """Have a thread put a batch together while the run is at the one before."""
+    """Yield batches that a thread puts together while the run is at the one before."""
     # A thread begins on GPU 0: to pin memory there would take some of a GPU of another process.
     device = torch.cuda.current_device() if pin else None
     with begin() as pool, ThreadPoolExecutor(1, "batches") as thread:

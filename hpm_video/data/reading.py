@@ -238,7 +238,7 @@ def read_views(
 
 
 def read_frames(data: DataConfig, video: VideoReader, indices: Indices) -> NDArray[np.uint8]:
-    """Read frames: (K,) -> (K, H, W, C). Raises DecodeError if their channels are not the data's."""
+    """Read frames: (K,) -> (K, H, W, C). Raises DecodeError if the data have other channels."""
     frames = video.read(indices)
     if frames.shape[-1] != data.channels:
         raise DecodeError(

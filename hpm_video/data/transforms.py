@@ -104,7 +104,7 @@ def multi_scale_box(
 
 
 def centre_box(height: int, width: int, frame_size: tuple[int, int]) -> Box:
-    """The largest box in the middle of a frame that has the shape of ``frame_size``."""
+    """Return the largest box in the middle of a frame that has the shape of ``frame_size``."""
     rows, columns = frame_size
     if width * rows > height * columns:
         box_width = max(1, round(height * columns / rows))
@@ -114,7 +114,7 @@ def centre_box(height: int, width: int, frame_size: tuple[int, int]) -> Box:
 
 
 def view_boxes(height: int, width: int, frame_size: tuple[int, int], count: int) -> list[Box]:
-    """Boxes as large as :func:`centre_box`, evenly spread along the free axis; one: the centre."""
+    """Spread boxes of the size of :func:`centre_box` evenly along the free axis; one is central."""
     centre = centre_box(height, width, frame_size)
     return _spread(centre, height, width, count)
 
@@ -159,7 +159,7 @@ def crop_and_resize(
 
 
 def cut(frames: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
-    """A part of frames, without a copy: (T, H, W, C) -> (T, box.height, box.width, C)"""
+    """Cut out a box without a copy: (T, H, W, C) -> (T, box.height, box.width, C)"""
     return frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
 
 
@@ -178,7 +178,7 @@ def resize(
 
 
 def _spread(middle: Box, height: int, width: int, count: int) -> list[Box]:
-    """Boxes of the size of ``middle`` from one end of the frame to the other; one: ``middle``."""
+    """Spread boxes of the size of ``middle`` from end to end of a frame; one is ``middle``."""
     if count == 1:
         return [middle]
     down, right = height - middle.height, width - middle.width

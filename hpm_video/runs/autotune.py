@@ -30,7 +30,7 @@ from hpm_video.training.progress import Progress
 TIMED_CLIPS = 8
 """At most so many clips make the updates that are timed to choose a precision."""
 SIMULATED = (8, 16)
-"""Files of the two updates through which a dry run draws the line of activations."""
+"""Files per update in the two updates from which a dry run extrapolates the activations."""
 GPU_SHARE = 0.9
 """Share of a GPU's memory for updates where their size is found by trial: the rest is for what
 comes between them, and for what the processes exchange."""
@@ -204,7 +204,7 @@ def describe_run(task: Task, processes: int) -> str:
 
 
 def _activations(task: Task, precision: Precision) -> ActivationBytes:
-    """Return what a file of the source that needs most keeps."""
+    """Return the activations of the source that needs most per file."""
     update = partial(trial_update, task, torch.device("cpu"), precision)
     found = []
     for source, data in task.config.sources.items():

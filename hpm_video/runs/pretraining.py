@@ -258,7 +258,7 @@ def describe_sources(sources: Sequence[str], baseline: str, measures: Measures) 
 def _neighbour_probe(
     config: PretrainConfig, processes: Processes, engine: Engine
 ) -> Callable[[], dict[str, float]]:
-    """Return the accuracy of nearest neighbours by the student's frozen features, as a function."""
+    """Return a function that tests nearest neighbours by the student's frozen features."""
     how = config.knn
     assert how.train is not None
     assert how.validation is not None

@@ -107,7 +107,7 @@ class Task(ABC):
     def objective(
         self, ema: nn.Module | None, device: torch.device, engine: Engine | None = None
     ) -> Objective:
-        """Make what is minimised. ``engine``: it holds ``ema``, if any does."""
+        """Make what is minimised. ``engine`` holds ``ema``, if any engine does."""
 
     @abstractmethod
     def evaluation(self, folder: Path, objective: Objective, engine: Engine) -> Evaluation:
