@@ -142,8 +142,6 @@ def on_the_third_call(original, calls=[0]):
 run.Run.after_update = at_update
 if {place!r} == "writing":
     checkpoint._write_optimizer = on_the_third_call(checkpoint._write_optimizer)
-if {place!r} == "renamed":
-    run.point_to_newest_and_best = on_the_third_call(run.point_to_newest_and_best)
 if {place!r} == "linking":
     checkpoint.Path.symlink_to = on_the_third_call(checkpoint.Path.symlink_to)
 sys.argv = {argv!r}
@@ -336,10 +334,17 @@ def finetune(finetune_config, start_program):
 
 
 @pytest.fixture
-def load_tool(monkeypatch):
-    """Import a program of ``tools/``, to call its ``main`` in this process."""
+def call_tool(without_curves, monkeypatch, capsys, caplog):
+    """Run a program of ``tools/`` in this process. -> exit code, and what it logs and prints"""
     monkeypatch.syspath_prepend(ROOT / "tools")
-    return importlib.import_module
+
+    def call(name, *arguments) -> tuple[int, str]:
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            code = importlib.import_module(name).main([*map(str, arguments)])
+        return code, caplog.text + "".join(capsys.readouterr())
+
+    return call
 
 
 @pytest.fixture

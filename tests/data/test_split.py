@@ -58,15 +58,14 @@ def test_what_cannot_be_split_is_said(labels, groups):
         choose_validation(list(labels), groups, 0.5, seed=0)
 
 
-def test_the_program_writes_two_lists_that_are_read(load_tool, tmp_path, capsys):
+def test_the_program_writes_two_lists_that_are_read(call_tool, tmp_path):
     table = "label,path,origin,label_name\n"
     for n in range(40):
         table += f"{n % 2},clips/{n}.mp4,video {n // 4},{'jump' if n % 2 else 'run'}\n"
     (tmp_path / "all.csv").write_text(table)
     out = tmp_path / "lists"
-    command = [str(tmp_path / "all.csv"), "--group", "origin", "--share", "0.2"]
-    split = load_tool("split").main
-    code, output = split([*command, "--output", str(out)]), capsys.readouterr().out
+    command = (tmp_path / "all.csv", "--group", "origin", "--share", "0.2", "--output", out)
+    code, output = call_tool("split", *command)
     assert code == 0, output
     assert "10 groups of 40 files: grouped by the column origin" in output
     lists = [read_manifest(out / f"{name}.csv") for name in ("train", "validation")]
@@ -77,9 +76,8 @@ def test_the_program_writes_two_lists_that_are_read(load_tool, tmp_path, capsys)
         set(read_listing(out / f"{name}.csv").column("origin")) for name in ("train", "validation")
     ]
     assert not origins[0] & origins[1]
-    for more, folder, reason in (
-        ([], out, "is there already"),
-        (["--group", "video"], tmp_path, "no column 'video'"),
-    ):
-        assert split([command[0], *more, "--output", str(folder)]) == 2
-        assert reason in capsys.readouterr().err
+    for more, reason in ((), "is there already"), (("--group", "video"), "no column 'video'"):
+        folder = out if not more else tmp_path
+        code, output = call_tool("split", *command[:1], *more, "--output", folder)
+        assert code == 2
+        assert reason in output
