@@ -18,7 +18,7 @@ from hpm_video.data.clips import VideoClips
 from hpm_video.data.loader import clip_batches
 from hpm_video.data.mixture import Place, Places, deal_out
 from hpm_video.data.reading import TrainReader
-from hpm_video.data.transforms import ClipTransform, DrawnCrop
+from hpm_video.data.transforms import Box, Change, ClipTransform
 from hpm_video.decoding.locations import frames_in, is_frame_folder, read_bytes
 from hpm_video.decoding.reader import DecodeError
 from hpm_video.files.failures import Failure, TooManyBadFiles
@@ -54,19 +54,14 @@ class _TimedTransform(ClipTransform):
 
     def draw(
         self, size: tuple[int, int], frame_size: tuple[int, int], draw: np.random.Generator
-    ) -> "_TimedCrop":
-        drawn = self.transform.draw(size, frame_size, draw)
-        return _TimedCrop(drawn.box, frame_size, "bilinear", False, drawn, self.seconds)
+    ) -> tuple[Box, Change]:
+        box, change = self.transform.draw(size, frame_size, draw)
 
+        def timed_change(pixels: NDArray[np.uint8]) -> Tensor:
+            with timed(self.seconds, "augmenting"):
+                return change(pixels)
 
-@dataclass(frozen=True)
-class _TimedCrop(DrawnCrop):
-    drawn: DrawnCrop
-    seconds: dict[str, float]
-
-    def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
-        with timed(self.seconds, "augmenting"):
-            return self.drawn(pixels)
+        return box, timed_change
 
 
 def fits_into_memory(clips: Sequence[VideoClips]) -> tuple[bool, str]:

@@ -9,13 +9,7 @@ from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.data import DataConfig
 from hpm_video.config.schema import FinetuneConfig, RunConfig
-from hpm_video.data.augment import Augmentation
-from hpm_video.data.manifest import (
-    NOT_STATED,
-    Manifest,
-    ManifestError,
-    read_manifest,
-)
+from hpm_video.data.manifest import NOT_STATED, Manifest, ManifestError, read_manifest
 from hpm_video.decoding.locations import base_name
 from hpm_video.decoding.registry import check_name
 from hpm_video.files.wording import counted
@@ -34,7 +28,7 @@ class SourceData:
 
     @property
     def fingerprint(self) -> str:
-        """What the order of the training files depends on: how many they are, and their names."""
+        """What the order of the training files depends on: their number and names."""
         names = "\n".join(base_name(file) for file in self.train.files)
         return f"{len(self.train)} files, {hashlib.sha256(names.encode()).hexdigest()[:16]}"
 
@@ -49,12 +43,10 @@ class RunData:
 
     @property
     def main(self) -> SourceData:
-        """The main source."""
         return self.sources[""]
 
     @property
     def fingerprint(self) -> str:
-        """What the order of the training files depends on."""
         return "; ".join(source.fingerprint for source in self.sources.values())
 
 
@@ -128,22 +120,8 @@ def open_manifest(data: DataConfig, path: str, key: str) -> Manifest:
         raise ManifestError(f"{key}: {error}{makes}") from error
 
 
-def augmentation_of(
-    data: DataConfig,
-    area: tuple[float, float],
-    ratio: tuple[float, float],
-    *,
-    rand_augment: str | None = None,
-    erasing: float = 0.0,
-) -> Augmentation:
-    """Random crops of an area and a ratio, and further changes."""
-    return Augmentation(
-        area, ratio, data.flip, rand_augment, erasing, data.mean, data.std, data.interpolation
-    )
-
-
 def describe_training(config: RunConfig, data: RunData, plan: BatchPlan, model: str) -> list[str]:
-    """Describe sources, model, how the batch is spread, how many updates there are, how fast."""
+    """Describe the sources, the model, how the batch is spread and the schedule, line by line."""
     lines = []
     for name, source in data.sources.items():
         given, repeats = config.sources[name], config.sources[name].repeats

@@ -64,17 +64,13 @@ class Slow(ClipTransform):
         self.clock = clock
 
     def draw(self, size, frame_size, draw):
-        drawn = MultiScaleCrop(flip=False).draw(size, frame_size, draw)
-        clock = self.clock
+        box, change = MultiScaleCrop(flip=False).draw(size, frame_size, draw)
 
-        class SlowCrop:
-            box = drawn.box
+        def slow_change(pixels):
+            self.clock.now += TAKEN
+            return change(pixels)
 
-            def __call__(self, pixels):
-                clock.now += TAKEN
-                return drawn(pixels)
-
-        return SlowCrop()
+        return box, slow_change
 
 
 CROP = MultiScaleCrop(flip=False)

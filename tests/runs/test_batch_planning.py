@@ -14,10 +14,8 @@ from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.models.from_config import build_student
 from hpm_video.runs import autotune
 from hpm_video.runs.autotune import choose_plan, find_micro_batch, trial_update
-from hpm_video.runs.directory import RunDirectory
 from hpm_video.runs.finetuning import Finetuning
 from hpm_video.runs.pretraining import Pretraining
-from hpm_video.runs.task import Session
 from hpm_video.training.distributed import Processes
 
 pytestmark = pytest.mark.slow
@@ -99,8 +97,7 @@ def test_where_nothing_fits_the_remedies_are_named(tried):
 def test_on_a_cpu_a_process_takes_its_share_in_one_pass_unless_told_otherwise():
     for overrides, expected in (((), 4), (("engine.micro_batch=2",), 2)):
         task = Pretraining(config_of(*overrides))
-        session = Session(Processes(), CPU, RunDirectory(Path("run"), None))
-        assert choose_plan(task, session, "fp32").micro_batch == expected
+        assert choose_plan(task, CPU, Processes(), "fp32").micro_batch == expected
 
 
 def test_what_does_not_come_out_even_names_what_does():
