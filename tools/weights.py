@@ -83,6 +83,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add options for facts that a file may lack."""
     add = parser.add_argument
     add("--entry", help="key of the state dict, if a file has several")
+    add("--prefix", help="read only tensors whose names begin with it, such as model.encoder.")
     add(
         "--encoder-only",
         action="store_true",
@@ -101,12 +102,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     add("--frame-size", type=positive, nargs=2, metavar=("HEIGHT", "WIDTH"))
     add("--frame-stride", type=positive, help="default: as the file says, or else 4")
     add("--target", choices=("raw", "joint", "per_channel"), help="target of pre-training")
-    add(
-        "--labels",
-        type=Path,
-        dest="label_names",
-        help="names of classes: class i in line i",
-    )
+    add("--labels", type=Path, dest="label_names", help="names of classes: class i in line i")
 
 
 def overrides_by(arguments: argparse.Namespace) -> Overrides:
