@@ -235,8 +235,8 @@ def of_transformers(
     logging.set_verbosity_error()  # without its advice
     logging.disable_progress_bar()
     options |= {"dtype": torch.float32, "output_loading_info": True, "local_files_only": True}
-    model: nn.Module
     model, found = made.from_pretrained(folder, **options)
+    assert isinstance(model, nn.Module)
     misfits = [
         f"{key}: {wrong}"
         for key, names in found.items()
