@@ -17,9 +17,10 @@ prepare_run configs/finetune/demo.yaml "$@"
 demo="$(sed -n 's|^init_weights: runs/\(demo[a-z_]*\)/.*|\1|p' "$config")"
 if [[ -n $demo && -f configs/pretrain/$demo.yaml && "${overrides[*]-}" != *init_weights=* &&
   -z $dry_run ]]; then
-  printf '== pre-training of the demo\n'
+  trap '' PIPE # nobody may read the output any more
+  printf '== pre-training of the demo\n' || true
   start tools/pretrain.py "configs/pretrain/$demo.yaml"
-  printf '\n== fine-tuning\n'
+  printf '\n== fine-tuning\n' || true
 fi
 
 finish tools/finetune.py "$config" ${overrides[@]+"${overrides[@]}"}

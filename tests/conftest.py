@@ -2,6 +2,7 @@
 
 import fcntl
 import gc
+import importlib
 import itertools
 import multiprocessing
 import os
@@ -142,8 +143,6 @@ def on_the_third_call(original, calls=[0]):
 run.Run.after_update = at_update
 if {place!r} == "writing":
     checkpoint._write_optimizer = on_the_third_call(checkpoint._write_optimizer)
-if {place!r} == "renamed":
-    run.point_to_newest_and_best = on_the_third_call(run.point_to_newest_and_best)
 if {place!r} == "linking":
     checkpoint.Path.symlink_to = on_the_third_call(checkpoint.Path.symlink_to)
 sys.argv = {argv!r}
@@ -356,6 +355,27 @@ def finetuned_run(finetune_config, make_once) -> Path:
 def finetune(finetune_config, start_program):
     """Start ``tools/finetune.py`` in a process of its own."""
     return starter_of("finetune", finetune_config, start_program)
+
+
+@pytest.fixture
+def call_tool(without_curves, monkeypatch, capsys, caplog):
+    """Run a program of ``tools/`` in this process. -> exit code, and what it logs and prints"""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+
+    def call(name, *arguments) -> tuple[int, str]:
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            code = importlib.import_module(name).main([*map(str, arguments)])
+        return code, caplog.text + "".join(capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def without_curves(monkeypatch):
+    """Draw no curves of runs in this process: they take as long as all updates of a tiny run."""
+    for name in ("runs.run", "training.run"):
+        monkeypatch.setattr(f"hpm_video.{name}.plot_curves", lambda *_: None)
 
 
 @pytest.fixture

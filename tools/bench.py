@@ -33,6 +33,7 @@ from hpm_video.decoding.locations import is_image
 from hpm_video.decoding.reader import DecoderError
 from hpm_video.decoding.registry import available_decoders, open_video
 from hpm_video.files.failures import TooManyBadFiles
+from hpm_video.files.wording import counted, plural
 from hpm_video.preparation.benchmark import (
     IN_WORKERS,
     Trial,
@@ -115,7 +116,8 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     configs = {"update": "a file of configs/pretrain", "loader": "a config, or RUN/config.yaml"}
     for name, which in configs.items():
         add[name]("config", type=Path, metavar="CONFIG", help=which)
-        add[name]("overrides", nargs="*", metavar="section.key=value")
+        changes = {"metavar": "section.key=value", "help": "changes of the config"}
+        add[name]("overrides", nargs="*", **changes)
     of_update = f"clips per update; default: at most {TIMED_CLIPS}"
     add["update"]("--clips", type=positive, help=of_update)
     add["update"]("--repeats", type=positive, default=5, help="timed updates per turn (5)")
@@ -133,11 +135,11 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     measured = "videos whose phases are measured (48)"
     add["loader"]("--clips", type=positive, default=48, help=measured)
     add["loader"]("--seconds", type=above_zero, default=8.0, metavar="S", help="per trial (8)")
-    add_options(commands.choices["decoding"], views={"default": Views(5, 3)})
-    add["decoding"]("video", metavar="VIDEO")
+    add_options(commands.choices["decoding"], views={"default": (5, 3)})
+    add["decoding"]("video", metavar="VIDEO", help="a video file")
     add["decoding"]("--repeats", type=positive, default=15, help="measurements per way (15)")
     add_options(commands.choices["losses"], "device")
-    add["losses"]("--clips", type=positive, default=32)
+    add["losses"]("--clips", type=positive, default=32, help="clips per call (32)")
     add["losses"]("--tokens", type=positive, default=1412, help="hidden tokens per clip (1412)")
     add["losses"]("--turns", type=positive, default=2, help="turns in which each is timed (2)")
     add["losses"]("--repeats", type=positive, default=3, help="timed calls per turn (3)")
@@ -190,7 +192,7 @@ def update(arguments: argparse.Namespace) -> Tables:
         row["clips/s"] = 1000 * clips / row["ms"]
         if device.type == "cuda":
             row["peak memory, GB"] = peaks[row["way"]] / 1e9
-    yield f"updates of {clips} clip{'s' * (clips != 1)}, {describe(device)}", rows
+    yield f"updates of {clips} {plural(clips, 'clip')}, {describe(device)}", rows
     taken = choose_precision(
         device, lambda name: trial_update(Pretraining(config), device, name, clips)
     )
@@ -199,8 +201,7 @@ def update(arguments: argparse.Namespace) -> Tables:
 
 def describe(device: torch.device) -> str:
     """Name a device and its number of threads."""
-    count = torch.get_num_threads()
-    return f"{device.type} with {count} thread{'s' * (count != 1)}"
+    return f"{device.type} with {counted(torch.get_num_threads(), 'thread')}"
 
 
 def losses(arguments: argparse.Namespace) -> Tables:
@@ -244,7 +245,7 @@ def decoding(arguments: argparse.Namespace) -> Tables:
         way(request)
         return time.perf_counter() - began
 
-    for task, made in ways_to_decode(decoders, arguments.views).items():
+    for task, made in ways_to_decode(decoders, Views(*arguments.views)).items():
         timed = {name: partial(measure, way) for name, way in made.items()}
         yield task, compare(timed, arguments.repeats, warmup=1)
 
@@ -256,7 +257,10 @@ def choose_decoders(names: str | None, first: Sequence[DecoderChoice] = ()) -> l
         return sorted(there, key=lambda name: name not in first)
     for word in names.split(","):
         if word not in there:
-            raise DecoderError(f"--decoders: {word} is not there, only {', '.join(there)}")
+            names_there = ", ".join(there) or "none"
+            raise DecoderError(
+                f"--decoders: {word!r} is not there, of those that work: {names_there}"
+            )
     return [name for word in names.split(",") for name in there if name == word]
 
 

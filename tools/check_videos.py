@@ -17,12 +17,13 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from hpm_video.data.loader import default_workers
 from hpm_video.data.manifest import Listing, ManifestError, read_listing
 from hpm_video.data.places import unwritable
 from hpm_video.decoding.locations import is_frame_folder, is_image
 from hpm_video.decoding.registry import choose_decoder
 from hpm_video.files.atomic import written_beside
+from hpm_video.files.wording import counted
+from hpm_video.preparation.check import ANEW
 from hpm_video.preparation.check_manifest import (
     Checker,
     FindingJournal,
@@ -42,6 +43,7 @@ from hpm_video.runs.console import (
     shortest,
 )
 from hpm_video.workers.pool import GIB, Limits
+from hpm_video.workers.room import default_workers
 
 SOME_ARE_BAD = 3
 EXIT_CODES = exit_codes(
@@ -97,9 +99,9 @@ def check(arguments: argparse.Namespace) -> int:
     with closing(FindingJournal(partial[arguments.again])) as journal:
         same = checker.unchanged(listing.files, known | journal.findings)
         print(
-            f"{len({*listing.files})} files of {shortest(listing.source)}"
+            f"{counted(len({*listing.files}), 'file')} of {shortest(listing.source)}"
             f"{f', {len(same)} of which have not changed since their check' if same else ''}; "
-            f"{arguments.workers} {'process' if arguments.workers == 1 else 'processes'}; a file "
+            f"{counted(arguments.workers, 'process')}; a file "
             f"may take {arguments.memory:g} GiB, and {limits.seconds:g} s without a further frame"
         )
         try:
@@ -114,6 +116,10 @@ def check(arguments: argparse.Namespace) -> int:
     print(f"\n{summary(listing.files, findings)}")
     print(f"\nwrote {shortest(out)}\n      {shortest(out.with_suffix('.png'))}")
     print(f"To train on what can be used: data.train={shortest(out)}")
+    if any(ANEW in reason for finding in findings for reason in finding.reasons):
+        root = f" --root {shortest(arguments.root)}" if arguments.root else ""
+        command = f"python tools/transcode.py {shortest(listing.source)} OUT{root}"
+        print(f"To encode files anew, of damaged ones what is good: {command}")
     return sum(finding.verdict == "bad" for finding in findings)
 
 
@@ -147,7 +153,7 @@ def write(listing: Listing, findings: Sequence[Finding], out: Path, *, rooted: b
         columns["path"] = [file.removeprefix(f"{out.parent}/") for file in listing.files]
     listing.write(columns, out)
     with written_beside(out.with_suffix(".png")) as picture:
-        title = f"{listing.source.name}, {len(listing)} files"
+        title = f"{listing.source.name}, {counted(len(listing), 'file')}"
         plot(findings, title).savefig(picture, format="png", dpi=110)
 
 

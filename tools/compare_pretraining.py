@@ -6,6 +6,8 @@ judged at the learning rate with its best mean over seeds; as that is chosen on 
 both are a little optimistic. An interrupted comparison resumes where it stopped.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
@@ -13,19 +15,26 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from hpm_video.config.checks import ConfigError
-from hpm_video.config.loading import load_config
-from hpm_video.config.schema import FinetuneConfig
 from hpm_video.data.manifest import Manifest, write_manifest
 from hpm_video.files.atomic import written_beside
-from hpm_video.randomness import generator
-from hpm_video.runs.console import add_options, make_parser, not_negative, positive, run
-from hpm_video.runs.data import open_manifest
-from hpm_video.runs.evaluation import evaluate_run
-from hpm_video.runs.finetuning import finetune
+from hpm_video.runs.console import (
+    EXIT_CODES,
+    above_zero,
+    add_config,
+    add_options,
+    make_parser,
+    not_negative,
+    positive,
+    run,
+)
+
+if TYPE_CHECKING:
+    from hpm_video.config.schema import FinetuneConfig
 
 STARTS = ("pretrained", "scratch")
 
@@ -49,15 +58,17 @@ class Trial:
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Run what was not run yet, and print the comparison."""
-    parser = make_parser(__doc__, None)
+    parser = make_parser(__doc__, EXIT_CODES)
+    add_config(parser, "a file of configs/finetune or configs/probe")
     add = parser.add_argument
-    add("config", type=Path, help="a file of configs/finetune or configs/probe")
-    add("overrides", nargs="*", metavar="section.key=value")
-    add("--labels", type=not_negative, nargs="+", default=[0], help="videos per class; 0: all")
-    add("--base-lrs", type=float, nargs="+", help="default: 1/2, 1 and 2 times the config's")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--updates", type=positive, help="per run; default: the config's epochs")
-    add("--starts", nargs="+", choices=STARTS, default=STARTS)
+    labels = "videos per class; 0 (default): all"
+    add("--labels", type=not_negative, nargs="+", default=[0], metavar="N", help=labels)
+    rates = "default: 1/2, 1 and 2 times the config's"
+    add("--base-lrs", type=above_zero, nargs="+", metavar="LR", help=rates)
+    seeds = "of the runs (default 0 1 2)"
+    add("--seeds", type=not_negative, nargs="+", default=[0, 1, 2], metavar="N", help=seeds)
+    add("--updates", type=positive, metavar="N", help="per run; default: the config's epochs")
+    add("--starts", nargs="+", choices=STARTS, default=STARTS, help="default: both")
     add_options(parser, output={"required": True, "help": "folder of the runs"})
     arguments = parser.parse_intermixed_args(command_line)
     return run(lambda: compare(arguments))
@@ -70,13 +81,19 @@ def compare(arguments: argparse.Namespace) -> None:
         ConfigError: the config has no weights to start from, or no videos to test on.
         And what ``finetune`` and ``evaluate_run`` raise.
     """
+    from hpm_video.config.loading import load_config
+    from hpm_video.config.schema import FinetuneConfig
+    from hpm_video.runs.data import open_manifest
+
     config = load_config(FinetuneConfig, arguments.config, arguments.overrides)
     if config.init_weights is None or (config.test.manifest or config.data.validation) is None:
         raise ConfigError(
             "a comparison needs init_weights, and videos to test on: data.validation or "
             "test.manifest"
         )
-    least = min(Counter(open_manifest(config.data, config.data.train).labels).values())
+    least = min(
+        Counter(open_manifest(config.data, config.data.train, "data.train").labels).values()
+    )
     if max(arguments.labels) > least:
         raise ConfigError(
             f"--labels must be at most the videos of the smallest class, {least}, got "
@@ -98,8 +115,12 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def run_trial(config: FinetuneConfig, trial: Trial, output: Path, updates: int | None) -> Trial:
     """Train and test, or look up what was found before. -> the trial with its accuracy"""
+    from hpm_video.runs.data import open_manifest
+    from hpm_video.runs.evaluation import evaluate_run
+    from hpm_video.runs.finetuning import finetune
+
     train, recipe = config.data.train, replace(config.recipe, base_lr=trial.base_lr)
-    manifest = open_manifest(config.data, train)
+    manifest = open_manifest(config.data, train, "data.train")
     count = len(manifest)
     if trial.labels:
         train = str(output / f"train-{trial.labels}-seed{trial.seed}.csv")
@@ -125,6 +146,8 @@ def run_trial(config: FinetuneConfig, trial: Trial, output: Path, updates: int |
 
 def write_few(manifest: Manifest, count: int, seed: int, path: Path) -> int:
     """Write a manifest of ``count`` videos of each class, the same for the same seed. -> videos"""
+    from hpm_video.randomness import generator
+
     chosen: list[int] = []
     for label in sorted(set(manifest.labels)):
         places = [i for i, other in enumerate(manifest.labels) if other == label]

@@ -1,32 +1,35 @@
 """Compute the cost of an update from the shapes: python tools/count_flops.py CONFIG ..."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from torch.utils.flop_counter import FlopCounterMode
+from hpm_video.runs.console import exit_codes, make_parser, run
 
-from hpm_video.config.loading import load_any_config
-from hpm_video.config.schema import FinetuneConfig, PretrainConfig
-from hpm_video.models.from_config import build_classifier, build_student
-from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.runs.console import make_parser, run
-from hpm_video.tokens.masking import TokenMask
+if TYPE_CHECKING:
+    from hpm_video.config.schema import FinetuneConfig, PretrainConfig
+    from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 
 
-def main() -> int:
+def main(command_line: Sequence[str] | None = None) -> int:
     """Print the multiply-adds of one clip's update by each config. -> the exit code"""
-    parser = make_parser(__doc__, None)
-    parser.add_argument("config", type=Path, nargs="+", help="such as configs/pretrain/demo.yaml")
-    parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value")
-    arguments = parser.parse_args()
+    parser = make_parser(__doc__, exit_codes())
+    add = parser.add_argument
+    add("config", type=Path, nargs="+", metavar="CONFIG", help="such as configs/pretrain/demo.yaml")
+    changes = "changes of all the configs, such as data.num_frames=8"
+    add("--set", nargs="+", default=[], metavar="section.key=value", help=changes)
+    arguments = parser.parse_args(command_line)
     return run(lambda: print_costs(arguments.config, arguments.set))
 
 
 def print_costs(paths: Sequence[Path], overrides: Sequence[str]) -> None:
     """Print a line for each config."""
+    from hpm_video.config.loading import load_any_config
+    from hpm_video.config.schema import PretrainConfig
+
     print(f"{'config':24}{'student':>10}{'teacher':>10}   GMAC per clip and update")
     for path in paths:
         config = load_any_config(path, overrides)
@@ -41,6 +44,11 @@ def count(config: PretrainConfig) -> tuple[float, float]:
     Averaged over the sources by their weights. A model whose features are the target is not
     counted.
     """
+    import numpy as np
+    import torch
+
+    from hpm_video.models.from_config import build_student
+
     with torch.device("meta"):
         model = build_student(config)
         costs = [count_source(config, model, source) for source in config.sources]
@@ -52,6 +60,11 @@ def count_source(
     config: PretrainConfig, model: MaskedAutoencoder, source: str
 ) -> tuple[float, float]:
     """Count the same for a clip of one source."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from hpm_video.tokens.masking import TokenMask
+
     rule = config.mask_rule(source)
     clip = torch.empty(1, config.model.channels, *config.sources[source].clip_size)
     num_masked = rule.num_masked * rule.grid.num_tokens // rule.num_units
@@ -72,6 +85,11 @@ def count_source(
 
 def count_classifier(config: FinetuneConfig) -> tuple[float, float]:
     """Count GMAC of a clip: forward and backward. There is no teacher."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from hpm_video.models.from_config import build_classifier
+
     with torch.device("meta"):
         model = build_classifier(config, config.model.num_classes or 2)
         clips = torch.empty(2, config.model.channels, *config.data.clip_size)  # for a batch norm

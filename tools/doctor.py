@@ -3,7 +3,6 @@
 Anything that is missing comes with the command that installs it.
 """
 
-import argparse
 import importlib.metadata
 import os
 import platform
@@ -12,28 +11,33 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 import hpm_video
-from hpm_video.decoding.registry import DECODERS, what_is_wrong
-from hpm_video.training.device import choose_device, inference_precision
+from hpm_video.runs.console import exit_codes, make_parser, run
 
 OPTIONAL = {"deepspeed": "ZeRO on several GPUs", "decord": "another decoder"}
 """Extras of the package, and what they are for."""
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
-    """Print the report. -> 0, or 2 where something that every run needs is missing"""
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args(command_line)
+    """Print the report. -> the exit code"""
+    codes = exit_codes("everything needed is here", "something that every run needs is missing")
+    make_parser(__doc__, codes).parse_args(command_line)
+    missing: list[str] = []
+    return run(lambda: missing.extend(report())) or (2 if missing else 0)
+
+
+def report() -> list[str]:
+    """Print what is here. -> what is missing and not optional"""
+    import torch
+
+    from hpm_video.training.device import choose_device, inference_precision
+
     device = choose_device("auto")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     print(f"hpm_video {hpm_video.__version__} on Python {platform.python_version()}")
     print(f"{platform.system()} {platform.release()}, {os.cpu_count()} processors")
     print(f"device: {device.type} ({name}), precision of inference: {inference_precision(device)}")
-    missing = [*report_libraries(), *report_decoders()]
-    return 2 if missing else 0
+    return [*report_libraries(), *report_decoders()]
 
 
 def report_libraries() -> list[str]:
@@ -64,6 +68,8 @@ def requirements() -> list[str]:
 
 def report_decoders() -> list[str]:
     """Print which decoders read a test video. -> a line if none does"""
+    from hpm_video.decoding.registry import DECODERS, what_is_wrong
+
     print("\ndecoders of videos (images need none)")
     usable = 0
     for name, decoder in DECODERS.items():

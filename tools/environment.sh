@@ -63,9 +63,14 @@ print(*(name for name in sys.argv[1:] if find_spec(name) is None), sep="\n  ")' 
   [[ -z $missing ]] || fail "the environment of HPM_PYTHON=$HPM_PYTHON lacks modules:" "$missing" \
     "This installs them:" "$command" \
     "(where deepspeed, which is optional, does not build: leave out its line)"
-  mkdir -p -- "$repository/build/import"
-  ln -sfn -- ../../hpm_video "$repository/build/import/hpm_video"
-  export PYTHONPATH="$repository/build/import${PYTHONPATH:+:$PYTHONPATH}"
+  local place="$repository/build/import"
+  mkdir -p -- "$place"
+  ln -sfn -- ../../hpm_video "$place/hpm_video"
+  case ":${PYTHONPATH:-}:" in
+    *":$place:"*) ;;
+    :build/import:) export PYTHONPATH="$place" ;;
+    *) export PYTHONPATH="$place${PYTHONPATH:+:$PYTHONPATH}" ;;
+  esac
 }
 
 # --- The environment of the repository ----------------------------------------------------------

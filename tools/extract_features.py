@@ -4,23 +4,25 @@ OUTPUT gets one file per video, features/NAME.npy of (views, D), or with --token
 index.csv maps files to videos. The first frames of sliding windows are in starts/.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 import hpm_video
-from hpm_video.data.clips import decoder_for
+from hpm_video.config.choices import OF_CLASSIFIER, OF_PRETRAINING
 from hpm_video.data.manifest import read_manifest
-from hpm_video.data.reading import Views
 from hpm_video.files.failures import BadFilesError, Failure
-from hpm_video.recognition.features import FeatureFolder, Layout, describe, extract
-from hpm_video.recognition.trained_model import OF_CLASSIFIER, OF_PRETRAINING, TrainedModel
+from hpm_video.files.wording import counted
 from hpm_video.runs.console import add_options, exit_codes, make_parser, positive, run, shortest
-from hpm_video.runs.options import add_model_options, describe_pass, open_inference
+from hpm_video.runs.options import add_model_options, describe_pass, open_inference, reading_of
+
+if TYPE_CHECKING:
+    from hpm_video.recognition.features import FeatureFolder
 
 EXIT_CODES = exit_codes(
     "the features of every video are there",
@@ -46,7 +48,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
     windows = "instead of --clips: a clip every FRAMES frames, over the whole video"
     add("--window-stride", type=positive, metavar="FRAMES", help=windows)
     add("--tokens", action="store_true", help="every token of the last layer, not one vector")
-    add("--dtype", choices=("float32", "float16"), default="float32")
+    add("--dtype", choices=("float32", "float16"), default="float32", help="of the features")
     add("--clips-per-pass", type=positive, metavar="N", help="fewer take less memory (default 32)")
     add_options(parser, "root")
     arguments = parser.parse_args(command_line)
@@ -62,6 +64,11 @@ def write_features(arguments: argparse.Namespace) -> None:
         BadFilesError: some videos do not decode; the others have features.
         CheckpointError, ConfigError, ManifestError, DeviceError, OSError: a wrong input.
     """
+    from hpm_video.data.clips import decoder_for
+    from hpm_video.data.reading import Views
+    from hpm_video.recognition.features import FeatureFolder, Layout, describe, extract
+    from hpm_video.recognition.trained_model import TrainedModel
+
     manifest = read_manifest(arguments.source, arguments.root)
     decoder_for(arguments.decoder, manifest)
     every = arguments.window_stride
@@ -83,10 +90,11 @@ def write_features(arguments: argparse.Namespace) -> None:
     )
     before, missing = len(folder), len(folder.missing())
     if before:
-        print(f"{before} of {before + missing} videos are there already")
+        print(f"{before} of {counted(before + missing, 'video')} are there already")
     if missing:
         print(describe_pass(missing, views, trained, encoder))
-    failures = extract(encoder, folder, decoder=arguments.decoder, workers=arguments.workers)
+    workers = reading_of(arguments).workers
+    failures = extract(encoder, folder, decoder=arguments.decoder, workers=workers)
     report(folder, before, failures)
     if failures:
         raise BadFilesError(
@@ -98,9 +106,11 @@ def write_features(arguments: argparse.Namespace) -> None:
 
 def report(folder: FeatureFolder, before: int, failures: Sequence[Failure]) -> None:
     """Print what was written, and how to load it."""
+    import numpy as np
+
     layout = folder.layout
     print(
-        f"\nDone: features of {len(folder)} videos, {len(folder) - before} of them new"
+        f"\nDone: features of {counted(len(folder), 'video')}, {len(folder) - before} of them new"
         + (f"; without {len(failures)} that do not decode" if failures else "")
     )
     of_view = ", ".join(map(str, layout.view_shape))

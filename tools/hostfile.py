@@ -26,8 +26,8 @@ AGAIN = "Start the same command again: it goes on from the last checkpoint"
 LINE = re.compile(r"(\S+)\s+slots=([1-9]\d*)\s*(#.*)?")
 
 
-def read_hostfile(path: Path) -> dict[str, int]:
-    """Read machines, and the number of processes of each.
+def read_hostfile(path: Path, *, reach: bool = True) -> dict[str, int]:
+    """Read machines, and the number of processes of each. ``reach``: they are to be reached.
 
     Raises:
         OSError: the file cannot be read.
@@ -45,7 +45,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
     if not hosts:
         raise ValueError(f"{path} names no host; {FORM}")
     missing = [name for name in ("pdsh", "ssh") if shutil.which(name) is None]
-    if missing and not is_here(hosts):
+    if missing and reach and not is_here(hosts):
         raise ValueError(
             f"no program {' and '.join(missing)}, by which DeepSpeed reaches {', '.join(hosts)}. "
             "Install it (Debian: pdsh, openssh-client), or start on each machine with NNODES"

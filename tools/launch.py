@@ -13,7 +13,8 @@ when asked to stop, it gives processes 30 seconds to save and end, and then exit
 
 The processes find each other by the variables that torchrun sets, so torchrun can start the same
 programs. This one prints nothing while all goes well, ends with the exit code of the program, and
-names the process that made the job fail.
+names the process that made the job fail. An option that is not given is taken from the environment
+variable whose name stands behind it below.
 """
 
 import argparse
@@ -25,11 +26,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from hostfile import AGAIN, is_here, read_hostfile, run_on_hosts  # type: ignore[import-not-found]
 
@@ -138,76 +140,99 @@ class Requests:
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Start the processes and wait for them. -> the exit code, see ``EPILOG``"""
-    arguments = parse_arguments(command_line)
-    grace, hostfile = os.environ.get("HPM_GRACE", "300"), arguments.hostfile
+    parser = make_parser()
+    given = parser.parse_args(command_line)
     try:
-        if not grace.isdecimal():
-            raise ValueError(f"HPM_GRACE={grace} must be a whole number of seconds, such as 300")
-        if not Path(arguments.program).is_file():
-            raise ValueError(f"no program {arguments.program} in {Path.cwd()}; name a Python file")
-        hosts = read_hostfile(hostfile) if hostfile else {}
-        if hosts:
-            arguments.processes = sum(hosts.values())
-            port = os.environ.get("MASTER_PORT")
-            arguments.master_port = arguments.master_port if port is None else int(port)
-        job = read_job(arguments)
+        hosts = read_hostfile(given.hostfile, reach=not given.dry_run) if given.hostfile else {}
+        job = read_job(given, hosts)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return WRONG_INPUT
-    requests, command = Requests(), [arguments.program, *arguments.arguments]
+        parser.exit(WRONG_INPUT, f"error: {error}\n")
+    command, count = [given.program, *given.arguments], job.processes * job.nodes
+    if given.dry_run:
+        command += ["--dry-run", "--processes", str(count)]
+    if given.dry_run or (count == 1 and not hosts):  # a signal then reaches the program itself
+        os.execv(sys.executable, [sys.executable, "-u", *command])
+    requests = Requests()
     if hosts and not is_here(hosts):
         threads = threads_per_process(max(hosts.values()))
-        return int(run_on_hosts(hostfile, hosts, command, threads, lambda: requests.first))
+        return int(run_on_hosts(given.hostfile, hosts, command, threads, lambda: requests.first))
     with closing(socket.socket()) as place:
-        if job.nodes == 1 and arguments.master_port is None:
-            job = Job(job.processes, port=reserve_port(place))
+        if job.nodes == 1 and given.master_port is None:
+            job = replace(job, port=reserve_port(place))
         workers = start(job, [sys.executable, "-u", *command])
-        ended = watch(workers, requests, float(grace))
+        ended = watch(workers, requests, 300 if given.grace is None else given.grace)
     return conclude(job, ended, requests)
 
 
-def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser. What is not given is read from the variable that stands for it."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    processes = parser.add_mutually_exclusive_group(required=True)
-    processes.add_argument("--processes", type=int, help="processes on this machine")
-    processes.add_argument("--hostfile", type=Path, help="as DeepSpeed uses, see above")
-    parser.add_argument("--nodes", type=int, default=1, help="machines; --processes on each")
-    parser.add_argument("--node-rank", type=int, help="which machine this is, from 0 on")
-    parser.add_argument("--master-addr", help="name or address of machine 0")
-    parser.add_argument("--master-port", type=int, help="free on machine 0 (29500; alone: any)")
+
+    def add(name: str, variable: str, kind: Callable[[str], Any], about: str) -> None:
+        default = os.environ.get(variable) or None
+        parser.add_argument(name, type=kind, default=default, metavar=variable, help=about)
+
+    add("--processes", "GPUS", number("GPUS", 1), "processes on this machine; default: 1")
+    add("--nodes", "NNODES", number("NNODES", 1), "machines, with --processes on each; default: 1")
+    rank = number("NODE_RANK", 0)
+    add("--node-rank", "NODE_RANK", rank, "which machine this is, from 0 on")
+    add("--master-addr", "MASTER_ADDR", str, "name or address of machine 0")
+    port = number("MASTER_PORT", 1, 2**16 - 1)
+    free = "a free one on machine 0; default: 29500, of a machine alone any"
+    add("--master-port", "MASTER_PORT", port, free)
+    add("--hostfile", "HOSTFILE", Path, "what says machines and processes instead, see above")
+    grace = number("HPM_GRACE", 0)
+    add("--grace", "HPM_GRACE", grace, "seconds to save in after a stop; default: 300")
+    once = "start the program once, with --dry-run and the number of processes"
+    parser.add_argument("--dry-run", action="store_true", help=once)
     parser.add_argument("program", help="a Python file")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the program")
-    return parser.parse_args(command_line)
+    of_program = "arguments of the program"
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help=of_program)
+    return parser
 
 
-def read_job(given: argparse.Namespace) -> Job:
+def number(variable: str, least: int, most: float = math.inf) -> Callable[[str], int]:
+    """Make a parser of whole numbers in a range, for an option or its variable."""
+
+    def parse(text: str) -> int:
+        if text.isdecimal() and least <= int(text) <= most:
+            return int(text)
+        allowed = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise argparse.ArgumentTypeError(f"({variable}) must be a whole number {allowed}: {text}")
+
+    return parse
+
+
+def read_job(given: argparse.Namespace, hosts: Mapping[str, int]) -> Job:
     """Make the job that the options describe.
 
     Raises:
-        ValueError: the options are invalid.
+        ValueError: the options do not fit each other.
     """
-    for name in ("processes", "nodes"):
-        if getattr(given, name) < 1:
-            raise ValueError(f"--{name} {getattr(given, name)} must be at least 1")
-    port = 29500 if given.master_port is None else given.master_port
-    if not 0 < port < 2**16:
-        raise ValueError(f"--master-port {port} (MASTER_PORT) must be in 1 to 65535")
-    if given.nodes == 1:
-        return Job(given.processes, port=port)
+    if not Path(given.program).is_file():
+        raise ValueError(f"no program {given.program} in {Path.cwd()}; name a Python file")
+    if hosts and (given.processes or given.nodes or given.node_rank is not None):
+        raise ValueError(
+            "--hostfile (HOSTFILE) says machines and processes: leave out --processes (GPUS), "
+            "--nodes (NNODES) and --node-rank (NODE_RANK)"
+        )
+    processes, nodes = sum(hosts.values()) or given.processes or 1, given.nodes or 1
+    port = given.master_port or 29500
+    if nodes == 1 or given.dry_run:
+        return Job(processes, nodes, port=port)
     if given.node_rank is None or given.master_addr is None:
         raise ValueError(
-            f"--nodes {given.nodes} (NNODES) needs --node-rank (NODE_RANK), 0 on the first "
-            "machine, and --master-addr (MASTER_ADDR), the first machine's name or address"
+            f"--nodes {nodes} (NNODES) needs --node-rank (NODE_RANK), 0 on the first machine, and "
+            "--master-addr (MASTER_ADDR), the first machine's name or address"
         )
-    if not 0 <= given.node_rank < given.nodes:
+    if given.node_rank >= nodes:
         raise ValueError(
-            f"--node-rank {given.node_rank} (NODE_RANK) must be in 0 to {given.nodes - 1}: "
-            f"there are --nodes {given.nodes}"
+            f"--node-rank {given.node_rank} (NODE_RANK) must be in 0 to {nodes - 1}: there are "
+            f"--nodes {nodes}"
         )
-    return Job(given.processes, given.nodes, given.node_rank, given.master_addr, port)
+    return Job(processes, nodes, given.node_rank, given.master_addr, port)
 
 
 def threads_per_process(processes: int) -> int:
@@ -236,16 +261,14 @@ def start(job: Job, command: Sequence[str]) -> list[Worker]:
         if libc is not None:
             libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: stop when the launcher is killed
 
-    environments = [job.environment(local_rank) for local_rank in range(job.processes)]
-    return [
-        Worker(
-            int(environment["RANK"]),
-            subprocess.Popen(
-                command, env=environment, start_new_session=True, preexec_fn=follow_launcher
-            ),
+    workers = []
+    for local_rank in range(job.processes):
+        environment = job.environment(local_rank)
+        process = subprocess.Popen(
+            command, env=environment, start_new_session=True, preexec_fn=follow_launcher
         )
-        for environment in environments
-    ]
+        workers.append(Worker(int(environment["RANK"]), process))
+    return workers
 
 
 def watch(workers: Sequence[Worker], requests: Requests, grace: float) -> list[Worker]:
@@ -303,8 +326,8 @@ def conclude(job: Job, ended: Sequence[Worker], requests: Requests) -> int:
 
 def describe(job: Job, cause: Worker) -> str:
     """Describe what happened to the process that made the job fail, and the remedy."""
-    count, pid = job.processes * job.nodes, cause.process.pid
-    who = f"rank {cause.rank} of {count} (pid {pid} on {socket.gethostname()})"
+    where = f"(pid {cause.process.pid} on {socket.gethostname()})"
+    who = f"rank {cause.rank} of {job.processes * job.nodes} {where}"
     if cause.code > 0:
         return f"{who} ended with code {cause.code}, and the job with it"
     name = signal.Signals(-cause.code).name

@@ -3,23 +3,19 @@
 The most probable classes come first.
 """
 
-import argparse
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hpm_video.data.clips import decoder_for
+from hpm_video.config.choices import OF_CLASSIFIER
 from hpm_video.data.manifest import NOT_STATED, UNLABELLED, Manifest, read_manifest
-from hpm_video.data.reading import Views
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.failures import BadFilesError, Failure
-from hpm_video.recognition.inference import each_video
-from hpm_video.recognition.trained_model import OF_CLASSIFIER, TrainedClassifier
 from hpm_video.runs.console import add_options, exit_codes, make_parser, positive, run
 from hpm_video.runs.options import add_model_options, describe_pass, open_inference, reading_of
 
@@ -28,9 +24,10 @@ EXIT_CODES = exit_codes(
     "a wrong input, or some videos do not decode: they are listed, the others have predictions",
 )
 CHECKPOINT = (
-    "checkpoint folder of a fine-tuning run, or one file made from it by tools/weights.py export "
+    "checkpoint folder of a fine-tuning run, one file made from it by tools/weights.py export "
     "--to file"
 )
+LISTS = (".csv", ".tsv", ".txt")
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
@@ -38,7 +35,8 @@ def main(command_line: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__, EXIT_CODES)
     add_model_options(parser, CHECKPOINT, OF_CLASSIFIER)
     add = parser.add_argument
-    add("videos", nargs="+", metavar="VIDEO", help="a video, or a folder: all videos in it")
+    which = f"a video, a folder for all videos in it, or a manifest ({', '.join(LISTS)})"
+    add("videos", nargs="+", metavar="VIDEO", help=which)
     add("--top", type=positive, default=5, metavar="N", help="classes per video (default 5)")
     add("--json", type=Path, metavar="FILE", help="also write the predictions to FILE")
     add_options(parser, "views")
@@ -46,24 +44,28 @@ def main(command_line: Sequence[str] | None = None) -> int:
     return run(lambda: name_actions(arguments))
 
 
-def name_actions(arguments: argparse.Namespace) -> None:
+def name_actions(arguments: Namespace) -> None:
     """Print the predictions, one video after the other.
 
     Raises:
         BadFilesError: some videos do not decode; the others have predictions.
         CheckpointError, ConfigError, ManifestError, DeviceError, OSError: a wrong input.
     """
+    from hpm_video.data.clips import decoder_for
+    from hpm_video.data.reading import Views
+    from hpm_video.recognition.inference import each_video
+    from hpm_video.recognition.trained_model import TrainedClassifier
+
     if arguments.json is not None and arguments.json.is_dir():
         raise IsADirectoryError(f"--json {arguments.json} is a folder; give a file in it")
     manifest = find_videos(arguments.videos)
     decoder_for(arguments.decoder, manifest)
     trained, classifier = open_inference(arguments, TrainedClassifier)
-    views = arguments.views or Views(trained.config.test.clips, trained.config.test.crops)
+    test = trained.config.test
+    views = Views(*arguments.views or (test.clips, test.crops))
     pass_ahead = describe_pass(len(manifest), views, trained, classifier)
     print(pass_ahead + ("\n" if arguments.top == 1 else ""))
     reading = reading_of(arguments, exclude_bad_files=True)
-    if len(manifest) == 1:
-        reading = replace(reading, workers=0)
     clips = reading.clips(manifest, classifier.data, views)
     found: list[dict[str, Any]] = []
     failures: list[Failure] = []
@@ -103,14 +105,17 @@ def name_actions(arguments: argparse.Namespace) -> None:
 
 
 def find_videos(paths: Sequence[str]) -> Manifest:
-    """Return the given videos and those in the given folders, each once, by relative paths.
+    """Return the given videos and those of the given folders and manifests, each once.
+
+    Paths are relative where a video lies in the working directory.
 
     Raises:
-        ManifestError: a folder has no videos.
+        ManifestError: a folder or manifest cannot be read, or has no videos.
     """
     found: dict[str, None] = {}
     for path in paths:
-        for file in read_manifest(path).files if Path(path).is_dir() else [path]:
+        several = Path(path).is_dir() or path.lower().endswith(LISTS)
+        for file in read_manifest(path).files if several else [path]:
             place = Path(file).absolute()
             is_here = place.is_relative_to(Path.cwd())
             found[str(place.relative_to(Path.cwd()) if is_here else file)] = None

@@ -3,19 +3,27 @@
 With hard patches mining, or as a plain masked autoencoder.
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hpm_video.config.schema import PretrainConfig
-from hpm_video.runs.console import example_video, interpreter, list_files, train
-from hpm_video.runs.pretraining import Pretraining
-from hpm_video.training.distributed import Processes
+from hpm_video.runs.console import list_files, next_step, parse_training, train
+
+if TYPE_CHECKING:
+    from hpm_video.config.schema import PretrainConfig
+    from hpm_video.training.distributed import Processes
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Run, and report the results."""
-    return train(__doc__, PretrainConfig, Pretraining, report_results, command_line)
+    arguments = parse_training(__doc__, command_line)
+    from hpm_video.config.schema import PretrainConfig
+    from hpm_video.runs.pretraining import Pretraining
+
+    return train(arguments, PretrainConfig, Pretraining, report_results)
 
 
 def report_results(run_dir: Path, config: PretrainConfig, processes: Processes) -> None:
@@ -28,8 +36,7 @@ def report_results(run_dir: Path, config: PretrainConfig, processes: Processes) 
     pictures = {"TensorBoard": run_dir / "tensorboard", "pictures": run_dir / "pictures"}
     print(list_files(run_dir, checkpoint, pictures | bad_files))
     print("\nNext, see what it finds hard:")
-    video = example_video(config.data, config.data.validation)
-    print(f"  {interpreter()} tools/show_masks.py {checkpoint} {video}")
+    print(next_step("show_masks", checkpoint, config.data, config.data.validation))
 
 
 if __name__ == "__main__":

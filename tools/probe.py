@@ -7,6 +7,8 @@ linear     the linear probe of the papers: SGD with augmentation, see configs/pr
 attentive  a learned query attends over the tokens, see configs/probe/attentive.yaml
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
@@ -16,28 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from hpm_video.config.checks import ConfigError
-from hpm_video.config.loading import load_config
-from hpm_video.config.schema import FinetuneConfig
+from hpm_video.config.choices import OF_PRETRAINING
 from hpm_video.data.manifest import read_manifest
 from hpm_video.files.atomic import written_beside
 from hpm_video.recognition.labels import names_of_both
-from hpm_video.recognition.probes import (
-    FOLDS,
-    NEIGHBOURS,
-    FeatureTable,
-    logistic_regression,
-    nearest_neighbours,
-)
-from hpm_video.recognition.testing import summarise
-from hpm_video.recognition.trained_model import OF_PRETRAINING, TrainedAutoencoder
 from hpm_video.runs.console import add_options, make_parser, positive, run
-from hpm_video.runs.evaluation import describe_evaluation, evaluate_run
-from hpm_video.runs.finetuning import finetune, for_checkpoint
 from hpm_video.runs.options import add_model_options, clip_choice, open_inference, reading_of
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHED = ("knn", "logistic")
 TRAINED = ("linear", "linear_images", "attentive")
+NEIGHBOURS = (10, 20, 100, 200)  # which are customary
 OF_DATA = ("weights", "train", "validation", "root", "num_frames", "frame_stride", "frame_size")
 SETTINGS = ("checkpoint", *OF_DATA, "probes", "neighbours", "set")
 """Options that determine the results."""
@@ -50,36 +41,37 @@ def main(command_line: Sequence[str] | None = None) -> int:
         parser,
         "checkpoint folder of a pre-training run",
         (*OF_PRETRAINING, "untrained"),
-        weights_help="default: student",
+        weights_help="default: student; untrained: those that pre-training began with",
         default_weights="student",
     )
     add = parser.add_argument
     add("--train", required=True, help="labelled manifest or folder of classes")
     add("--validation", required=True, help="the same, to test on")
-    add("--probes", nargs="+", choices=CACHED + TRAINED, default=list(CACHED))
-    add("--neighbours", type=positive, nargs="+", default=list(NEIGHBOURS))
+    kinds = CACHED + TRAINED
+    add("--probes", nargs="+", choices=kinds, default=list(CACHED), help="default: knn logistic")
+    votes = "numbers of neighbours that vote (default 10 20 100 200)"
+    add("--neighbours", type=positive, nargs="+", default=[*NEIGHBOURS], metavar="K", help=votes)
     of_trained = "overrides for the probes that are trained, such as recipe.batch_size=64"
     add("--set", nargs="+", default=[], metavar="section.key=value", help=of_trained)
     root = {"type": str, "help": "where relative paths in the manifests start"}
-    add_options(
-        parser, root=root, output={"help": "default: probes/WEIGHTS in the run's directory"}
-    )
+    output = {"help": "folder for probe.json, and for the runs of the probes that are trained"}
+    add_options(parser, root=root, output=output)
     arguments = parser.parse_args(command_line)
+    if not arguments.output and (trained := [k for k in arguments.probes if k in TRAINED]):
+        parser.error(f"--probes {trained[0]} trains, and leaves a run: say where, by --output")
     return run(lambda: probe(arguments))
 
 
 def probe(arguments: argparse.Namespace) -> None:
-    """Run the probes, print a line for each, and write ``probe.json``.
+    """Run the probes, print a line for each, and write ``probe.json`` where there is an output.
 
     Raises:
         ConfigError, CheckpointError, ManifestError, BadFilesError: it cannot be done.
     """
-    run_dir = arguments.checkpoint.resolve().parent.parent
     settings = {name: getattr(arguments, name) for name in SETTINGS}
     settings["checkpoint"] = str(arguments.checkpoint.resolve())
-    output = arguments.output or run_dir / "probes" / arguments.weights
-    path = output / "probe.json"
-    before = json.loads(path.read_text())["settings"] if path.is_file() else settings
+    path = arguments.output and arguments.output / "probe.json"
+    before = json.loads(path.read_text())["settings"] if path and path.is_file() else settings
     if differing := [name for name in settings if before.get(name) != settings[name]]:
         raise ConfigError(
             f"{path} holds the result of another probe (other {', '.join(differing)}); take "
@@ -90,17 +82,28 @@ def probe(arguments: argparse.Namespace) -> None:
         results = probe_cached(arguments, cached)
     for kind in arguments.probes:
         if kind in TRAINED:
-            results[kind] = probe_trained(arguments, kind, output / kind)
+            results[kind] = probe_trained(arguments, kind, arguments.output / kind)
     print(f"\n{'probe':28} top-1   top-5   (chance {results[next(iter(results))]['chance']:.3f})")
     for name, result in results.items():
         print(f"{name:28} {result['top1']:.3f}   {result['top5']:.3f}")
-    with written_beside(path) as beside:
-        beside.write_text(json.dumps({"settings": settings, "probes": results}, indent=1) + "\n")
-    print(f"\nwrote {path}")
+    if path:
+        table = {"settings": settings, "probes": results}
+        with written_beside(path) as beside:
+            beside.write_text(json.dumps(table, indent=1) + "\n")
+        print(f"\nwrote {path}")
 
 
 def probe_cached(arguments: argparse.Namespace, kinds: Sequence[str]) -> dict[str, Any]:
     """Nearest neighbours and logistic regression on the clip in the middle of each video."""
+    from hpm_video.recognition.probes import (
+        FOLDS,
+        FeatureTable,
+        logistic_regression,
+        nearest_neighbours,
+    )
+    from hpm_video.recognition.testing import summarise
+    from hpm_video.recognition.trained_model import TrainedAutoencoder
+
     (_, encoder), reading = open_inference(arguments, TrainedAutoencoder), reading_of(arguments)
     paths = (arguments.train, arguments.validation)
     manifests = [read_manifest(path, arguments.root) for path in paths]
@@ -132,6 +135,11 @@ def probe_cached(arguments: argparse.Namespace, kinds: Sequence[str]) -> dict[st
 
 def probe_trained(arguments: argparse.Namespace, kind: str, output: Path) -> dict[str, Any]:
     """Train a head on the frozen encoder, by the loop of fine-tuning."""
+    from hpm_video.config.loading import load_config
+    from hpm_video.config.schema import FinetuneConfig
+    from hpm_video.runs.evaluation import describe_evaluation, evaluate_run
+    from hpm_video.runs.finetuning import finetune, for_checkpoint
+
     config = load_config(FinetuneConfig, ROOT / "configs" / "probe" / f"{kind}.yaml", arguments.set)
     config = for_checkpoint(config, arguments.checkpoint, arguments.weights)
     config = replace(

@@ -4,29 +4,17 @@ The paper's Figure 2, also for video: input, true error averaged over random mas
 the teacher predicts, a mask drawn from it, and the reconstruction.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-
-import av
-import torch
+from typing import TYPE_CHECKING
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.data import DataConfig
-from hpm_video.data.batch import ClipBatch
-from hpm_video.data.reading import train_indices, view_indices
-from hpm_video.data.transforms import view_crops
-from hpm_video.decoding.registry import open_video
-from hpm_video.mining.pictures import (
-    draw_animation,
-    draw_sheet,
-    draw_strip,
-    save_animation,
-    save_sheet,
-)
-from hpm_video.mining.study import study_clips
-from hpm_video.randomness import key_of
 from hpm_video.runs.console import (
     above_zero,
     add_options,
@@ -35,8 +23,9 @@ from hpm_video.runs.console import (
     positive,
     run,
 )
-from hpm_video.runs.pretraining import load_run
-from hpm_video.training.device import choose_device
+
+if TYPE_CHECKING:
+    from hpm_video.data.batch import ClipBatch
 
 ANIMATIONS = {"gif": (".gif",), "mp4": (".mp4",), "both": (".gif", ".mp4"), "none": ()}
 
@@ -48,25 +37,23 @@ def main(command_line: Sequence[str] | None = None) -> int:
     add("checkpoint", type=Path, help="checkpoint folder of a pre-training run")
     add("video", type=Path, help="a video or an image")
     add("--source", default="", help="source, if the run mixes several; default: the main one")
-    help_of_weights = "weights of the model whose features are the target; default: as in the run"
-    add("--feature-weights", type=Path, help=help_of_weights)
-    add("--start", type=not_negative, help="first frame, from 0; default: a middle clip")
-    add("--stride", type=positive, help="frames from one to the next; default: the run's")
-    add("--masks", type=positive, default=10, help="masks that the true error is averaged over")
-    add(
-        "--hard-fraction",
-        type=float,
-        help="share of the hidden patches picked by difficulty; default: as at the end of the run",
-    )
-    add(
-        "--without-ground-truth",
-        action="store_true",
-        help="estimate mean and contrast of hidden patches from visible ones, not from the input",
-    )
-    add("--animation", choices=ANIMATIONS, default="gif")
-    add("--fps", type=above_zero, default=3.0, help="frames per second of the animation")
+    of_target = "weights of the model whose features are the target; default: as in the run"
+    add("--feature-weights", type=Path, metavar="PATH", help=of_target)
+    start = "first frame, from 0; default: a middle clip"
+    add("--start", type=not_negative, metavar="FRAME", help=start)
+    stride = "from one frame of the clip to the next; default: the run's"
+    add("--frame-stride", "--stride", type=positive, metavar="FRAMES", help=stride)
+    masks = "masks that the true error is averaged over (default 10)"
+    add("--masks", type=positive, default=10, metavar="N", help=masks)
+    hard = "share of the hidden patches picked by difficulty; default: as at the end of the run"
+    add("--hard-fraction", type=float, metavar="SHARE", help=hard)
+    blind = "estimate mean and contrast of hidden patches from visible ones, not from the input"
+    add("--without-ground-truth", action="store_true", help=blind)
+    add("--animation", choices=ANIMATIONS, default="gif", help="files of it (default gif)")
+    fps = "frames per second of the animation (default 3)"
+    add("--fps", type=above_zero, default=3.0, metavar="N", help=fps)
     add("--strip", action="store_true", help="also all views in one row, as a small wide picture")
-    output = {"default": Path("pictures"), "help": "folder to write to"}
+    output = {"default": Path("pictures"), "help": "folder to write to (default pictures)"}
     add_options(parser, "device", "decoder", output=output)
     arguments = parser.parse_args(command_line)
     return run(lambda: show_masks(arguments))
@@ -79,8 +66,21 @@ def show_masks(arguments: argparse.Namespace) -> None:
         CheckpointError, ConfigError: the checkpoint or an argument cannot be used.
         DecodeError, DecoderError: the video cannot be read.
     """
+    from hpm_video.mining.pictures import (
+        draw_animation,
+        draw_sheet,
+        draw_strip,
+        save_animation,
+        save_sheet,
+    )
+    from hpm_video.mining.study import study_clips
+    from hpm_video.runs.pretraining import load_run
+    from hpm_video.training.device import choose_device
+
     if not arguments.video.is_file():
-        raise ConfigError(f"there is no video {arguments.video}")
+        is_folder = arguments.video.is_dir()
+        wrong = "is a folder; name one video or image in it" if is_folder else "does not exist"
+        raise ConfigError(f"{arguments.video} {wrong}")
     if not 0 <= (arguments.hard_fraction or 0) <= 1:
         raise ConfigError(f"--hard-fraction must lie in [0, 1], got {arguments.hard_fraction}")
     device = choose_device(arguments.device)
@@ -88,10 +88,9 @@ def show_masks(arguments: argparse.Namespace) -> None:
     overrides = [] if weights is None else [f"mining.feature_weights={weights}"]
     config, student, objective = load_run(arguments.checkpoint, device, overrides)
     if arguments.source not in config.sources:
-        raise ConfigError(
-            f'--source must be one of {[*config.sources]} ("" is the main one), got '
-            f"{arguments.source!r}"
-        )
+        mixed = ", ".join(name for name in config.sources if name)
+        rule = f"must be one of {mixed}" if mixed else "is for runs that mix sources"
+        raise ConfigError(f"--source {arguments.source} {rule}; leave it out for the main source")
     batch, moments = read_clip(arguments, config.sources[arguments.source])
     (study,) = study_clips(
         objective,
@@ -121,26 +120,40 @@ def show_masks(arguments: argparse.Namespace) -> None:
 
 
 def read_clip(arguments: argparse.Namespace, data: DataConfig) -> tuple[ClipBatch, list[str]]:
-    """Read the clip that the arguments name, as a batch of one. -> with the name of each frame"""
-    stride, start = arguments.stride or data.frame_stride, arguments.start
-    with open_video(str(arguments.video), arguments.decoder) as video:
-        if start is None:
-            (indices,) = view_indices(video.num_frames, data.num_frames, stride, num_views=1)
-        elif start < video.num_frames:
-            rest = video.num_frames - start
-            indices = start + train_indices(rest, data.num_frames, stride, start_draw=0.0)
-        else:
-            raise ConfigError(f"--start must lie in 0..{video.num_frames - 1}, got {start}")
-        frames = video.read(indices)
-    (clip,) = view_crops(frames, data, 1)
-    with av.open(str(arguments.video)) as container:
-        rate = float(container.streams.video[0].average_rate or 0)
+    """Read the clip that the arguments name, as a batch of one. -> with the name of each frame
+
+    Another process decodes it, with limits of time and memory.
+    """
+    import torch
+
+    from hpm_video.data.batch import ClipBatch
+    from hpm_video.data.loader import stream_parts
+    from hpm_video.data.manifest import NOT_STATED, UNLABELLED, Manifest
+    from hpm_video.data.reading import Views, view_frames
+    from hpm_video.decoding.pyav import open_container
+    from hpm_video.decoding.reader import DecodeError
+    from hpm_video.files.failures import Failure
+    from hpm_video.randomness import key_of
+
+    path, views = str(arguments.video), Views(first=arguments.start)
+    stride = arguments.frame_stride or data.frame_stride
+    data = replace(data, sampling="dense", frame_stride=stride, max_frame_stride=None)
+    data = replace(data, decoder=arguments.decoder)
+    one = Manifest((path,), (UNLABELLED,), (NOT_STATED,))
+    ((_, part),) = stream_parts(one, [0], data, views, clips_per_part=1, workers=1)
+    if isinstance(part, Failure):
+        raise DecodeError(part.reason, path)
+    (indices,), rate = view_frames(data, part.num_frames, views), 0.0
+    if part.num_frames > 1:
+        container, stream = open_container(path)
+        with container:
+            rate = float(stream.average_rate or 0)
     moments = [f"frame {i}" + (f", {i / rate:.2f} s" if rate else "") for i in indices]
     batch = ClipBatch(
-        clips=clip[None],
+        clips=part.clips,
         keys=torch.tensor([key_of("show masks", arguments.video.name)]),
-        labels=torch.tensor([-1]),
-        files=(str(arguments.video),),
+        labels=torch.tensor([UNLABELLED]),
+        files=(path,),
         failures=(),
         source=arguments.source,
     )

@@ -15,23 +15,25 @@ import numpy as np
 
 from hpm_video.data.manifest import ManifestError, read_listing, write_manifest
 from hpm_video.data.split import choose_validation, groups_by_column, groups_by_name, joined_groups
-from hpm_video.runs.console import make_parser, run
+from hpm_video.files.wording import counted
+from hpm_video.runs.console import add_options, exit_codes, make_parser, run
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Split, and say how."""
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, exit_codes())
     add = parser.add_argument
     add("manifest", type=Path, help="manifest, or folder of videos or images")
-    add("--share", type=float, default=0.1, help="of files for validation (default 0.1)")
-    add("--seed", type=int, default=0, help="seed of the draw (default 0)")
-    add(
-        "--group",
-        metavar="COLUMN",
-        help="column whose equal cells keep files on one side; none: every file by itself; "
-        "default: files whose names differ only in their last numbers, if there are any",
+    share = "of the files that validation gets (default 0.1)"
+    add("--share", type=float, default=0.1, metavar="SHARE", help=share)
+    add("--seed", type=int, default=0, metavar="N", help="seed of the draw (default 0)")
+    column = (
+        "column whose equal cells keep files on one side; none: every file by itself; default: "
+        "files whose names differ only in their last numbers, if there are any"
     )
-    add("--output", type=Path, default=Path(), help="folder to write to (default: the current)")
+    add("--group", metavar="COLUMN", help=column)
+    output = {"default": Path(), "help": "folder to write to (default: the current)"}
+    add_options(parser, output=output)
     arguments = parser.parse_args(command_line)
     return run(lambda: split(arguments))
 
@@ -64,11 +66,12 @@ def split(arguments: argparse.Namespace) -> None:
     for path, rows in zip(targets, (~chosen, chosen), strict=True):
         write_manifest(table[rows], path)
         files, classes = int(rows.sum()), len({labels[i] for i in np.flatnonzero(rows)} - {""})
-        of_classes = f" of {classes} class{'es' if classes != 1 else ''}" if classes else ""
-        print(f"wrote {path}: {files} files{of_classes}")
-    print(f"{len(set(joined))} groups of {len(listing)} files: {origin}")
+        of_classes = f" of {counted(classes, 'class')}" if classes else ""
+        print(f"wrote {path}: {counted(files, 'file')}{of_classes}")
+    print(f"{counted(len(set(joined)), 'group')} of {counted(len(listing), 'file')}: {origin}")
     if absent := sorted(set(labels) - {labels[i] for i in np.flatnonzero(chosen)}):
-        print(f"too few groups for a validation file: {len(absent)} classes, first {absent[0]}")
+        lacking = counted(len(absent), "class")
+        print(f"too few groups for a validation file: {lacking}, first {absent[0]}")
 
 
 if __name__ == "__main__":

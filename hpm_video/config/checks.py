@@ -6,49 +6,40 @@ from typing import Any
 
 from hpm_video.files.errors import ExpectedError
 
+Rule = tuple[str, Callable[[Any], bool]]
+"""What a value must do, in words, and whether it does."""
+SHARE: Rule = ("lie in [0, 1]", lambda value: 0 <= value <= 1)
+CHANCE: Rule = ("lie in [0, 1)", lambda value: 0 <= value < 1)
+POSITIVE: Rule = ("be positive", lambda value: value > 0)
+POSITIVE_OR_NONE: Rule = ("be positive, or null for none", lambda value: value > 0)
+
 
 class ConfigError(ExpectedError, ValueError):
     """A configuration that cannot be run. The message names the value, the rule and the remedy."""
 
 
 def unrelated(default: Any) -> Any:
-    """A field that does not change what a run computes."""
+    """Declare a field that does not change what a run computes."""
     return field(default=default, metadata={"changes_result": False})
 
 
-def check(
-    section: str, config: object, rule: str, holds: Callable[[Any], bool], *names: str
-) -> None:
-    """Refuse a field of which the value, or one of several, breaks a rule; none is no value."""
+def at_least(least: int, name: str = "") -> Rule:
+    """Return the rule that a value must not be below ``least``, which messages call ``name``."""
+    return f"be at least {name or least}", lambda value: value >= least
+
+
+def check(section: str, config: object, rule: Rule, *names: str) -> None:
+    """Refuse fields whose value, or one of their values, breaks the rule. None is no value."""
+    words, holds = rule
     for name in names:
         value = getattr(config, name)
         values = value if isinstance(value, tuple | list) else (value,)
         if value is not None and not all(map(holds, values)):
-            raise ConfigError(f"{section}.{name} must {rule}, got {value}")
+            raise ConfigError(f"{section}.{name} must {words}, got {value}")
 
 
-def at_least(least: int, section: str, config: object, *names: str) -> None:
-    """Refuse values below ``least``."""
-    check(section, config, f"be at least {least}", lambda value: value >= least, *names)
-
-
-def a_chance(section: str, config: object, *names: str) -> None:
-    """Refuse values outside of [0, 1)."""
-    check(section, config, "lie in [0, 1)", lambda value: 0 <= value < 1, *names)
-
-
-def a_share(section: str, config: object, *names: str) -> None:
-    """Refuse values outside of [0, 1]."""
-    check(section, config, "lie in [0, 1]", lambda value: 0 <= value <= 1, *names)
-
-
-def positive(section: str, config: object, *names: str, rule: str = "be positive") -> None:
-    """Refuse values that are not above 0, with a message that states ``rule``."""
-    check(section, config, rule, lambda value: value > 0, *names)
-
-
-def a_range(section: str, config: object, name: str, most: float | None = None) -> None:
-    """Refuse two numbers that are not positive, do not rise, or go beyond ``most``."""
+def check_range(section: str, config: object, name: str, most: float | None = None) -> None:
+    """Refuse two numbers that are not positive, do not rise, or exceed ``most``."""
     low, high = getattr(config, name)
     if not 0 < low <= high or (most is not None and high > most):
         limit = "" if most is None else f", at most {most}"

@@ -1,6 +1,5 @@
 """What a config may choose by name, and the sizes that it names."""
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,15 +30,14 @@ class TransformerSize:
 
 
 Init = Literal["truncated_normal", "xavier"]
-"""How linear layers start: ``truncated_normal`` with standard deviation 0.02, as VideoMAE's
-fine-tuning has, or ``xavier``-uniform, as pre-training has. Narrow models trained from scratch need
-the latter."""
+"""How linear layers start: ``truncated_normal`` with standard deviation 0.02, as in VideoMAE's
+fine-tuning, or ``xavier``-uniform, as in pre-training and for narrow models from scratch."""
 Pooling = Literal["mean_norm", "class_token", "batch_norm", "attentive"]
 """How the tokens of a clip become one vector. ``mean_norm``: their mean, then a layer norm, for
 fine-tuning; there is none before it. ``class_token``: that token, normed. ``batch_norm``: the
 normed class token, or without one the mean of normed tokens, each value standardised over the
 batch, for a linear probe. ``attentive``: a query that learns which of the normed tokens to look at,
-a class token among them. Means leave it out."""
+a class token among them. Means leave the class token out."""
 Positions = Literal["sequence", "space_time", "given"]
 """``sequence``: one sinusoid over the flattened token index, as in VideoMAE. ``space_time``: codes
 of column and row, as in MAE, plus one of time; nearby tokens then look alike along every axis.
@@ -57,38 +55,15 @@ DecoderName = str
 DecoderChoice = str
 """A name, or ``auto`` for the first that can be used."""
 Sampling = Literal["dense", "segments"]
-"""``dense``: frames at a stride (Kinetics). ``segments``: one frame of each of as many equal parts
-of the video as the clip has frames (Something-Something V2)."""
 Interpolation = Literal["bilinear", "bicubic"]
 """How pixels are resized; antialiased, and what bicubic takes beyond 0..255 is cut off."""
 PredictorObjective = Literal["relative", "absolute", "none"]
-"""How predicted errors are held against true ones: by their order, by their value, not at all."""
+WeightsOf = Literal["student", "teacher", "model", "average", "untrained"]
+"""Student or teacher of pre-training; a classifier (``model``) or the average of its weights; or
+those that pre-training began with, to compare with."""
+OF_PRETRAINING: tuple[WeightsOf, ...] = ("student", "teacher")
+OF_CLASSIFIER: tuple[WeightsOf, ...] = ("model", "average")
 MomentumKind = Literal["paper", "warmup"]
-SECTION = re.compile(
-    r"(?P<m>m\d{1,2})|(?P<n>n[1-9])|(?P<mstd>mstd\d+(\.\d+)?)|(?P<mmax>mmax[1-9]\d?)|"
-    r"(?P<p>p(0(\.\d+)?|1(\.0+)?))|(?P<inc>inc[01])|(?P<t>t(weights|3aw?))",
-    re.ASCII,
-)
-"""What may follow ``rand`` in timm's string: a name and its value."""
-
-
-def check_rand_augment(config: str) -> None:
-    """Refuse a string that timm does not read as RandAugment, or of which it would skip a part.
-
-    Raises:
-        ValueError: the first word is not ``rand``, or a section is unknown or given twice.
-    """
-    first, *sections = config.split("-")
-    matches = [SECTION.fullmatch(section) for section in sections]
-    names = [match.lastgroup for match in matches if match]
-    if first != "rand" or len(names) < len(sections) or len(set(names)) < len(names):
-        raise ValueError(
-            f"RandAugment is timm's string of 'rand' and any of -m7 (strength), -n4 (operations), "
-            f"-mstd0.5 (spread of the strength), -mmax10, -p0.5, -inc1 and -tweights, each once, "
-            f"got '{config}'; take 'rand-m7-n4-mstd0.5-inc1', or null for no RandAugment"
-        )
-
-
 Precision = Literal["auto", "fp32", "bf16"]
 Target = Literal["raw", "joint", "per_channel", "ema", "dino", "clip"]
 Crop = Literal["multi_scale", "random_resized"]

@@ -1,23 +1,19 @@
 """The sections that describe clips."""
 
+import re
 from dataclasses import dataclass
 
 from hpm_video.config.checks import (
+    CHANCE,
+    POSITIVE,
+    SHARE,
     ConfigError,
-    a_chance,
-    a_range,
-    a_share,
     at_least,
-    positive,
+    check,
+    check_range,
     unrelated,
 )
-from hpm_video.config.choices import (
-    Crop,
-    DecoderChoice,
-    Interpolation,
-    Sampling,
-    check_rand_augment,
-)
+from hpm_video.config.choices import Crop, DecoderChoice, Interpolation, Sampling
 from hpm_video.tokens.grid import Size3
 
 
@@ -28,41 +24,39 @@ class DataConfig:
     train: str = ""
     """Manifest (CSV or list) or folder of the videos to train on."""
     validation: str | None = None
-    """Manifest or folder of the validation videos; none: there is no validation."""
+    """Manifest or folder of the validation videos; without it there is no validation."""
     root: str | None = unrelated(default=None)
     """Folder that relative paths of the manifests start from; by default the manifest's own."""
     num_frames: int = 16
     frame_stride: int = 4
     """Frames of the video from one frame of the clip to the next."""
     max_frame_stride: int | None = None
-    """Where given, each training clip draws its stride from frame_stride to this."""
+    """Largest stride, where each training clip draws its own from frame_stride on."""
     frame_size: tuple[int, int] = (224, 224)
     """Height and width of a clip in pixels."""
     interpolation: Interpolation = "bilinear"
     """How frames are resized."""
     validation_short_side: int | None = None
-    """Where given, frames for validation and tests are resized so that their shorter side has so
-    many pixels, and crops are cut out of them (ImageNet: 256, then 224). By default a crop is as
-    large as fits."""
+    """Pixels of the shorter side that frames for validation and tests are resized to before crops
+    are cut out of them (ImageNet: 256, then 224). By default a crop is as large as fits."""
     sampling: Sampling = "dense"
-    """``dense``: frames at the stride. ``segments``: one frame of each of num_frames equal parts
-    of the video; the stride then plays no part."""
+    """``dense``: frames at the stride (Kinetics). ``segments``: one frame of each of num_frames
+    equal parts of the video, whatever the stride (Something-Something V2)."""
     repeats: int = 1
     """Clips taken from each decoded video: in pre-training of frames of their own, in fine-tuning
     augmented copies of the same frames. A batch counts videos."""
     flip: bool = False
-    """Whether a mirrored video keeps its meaning: then half of the training clips are mirrored.
-    Never where labels depend on direction, as those of Something-Something do."""
+    """Whether half of the training clips are mirrored: never where labels depend on direction, as
+    those of Something-Something do."""
     label_names: str | None = unrelated(default=None)
-    """Text file with the name of class i in line i; by default names are taken from the manifest's
-    column ``label_name``."""
+    """Text file with the name of class i in line i; by default names are those of the manifest."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Mean of each channel, pixels being in [0, 1]. The default is ImageNet's."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     decoder: DecoderChoice = unrelated(default="auto")
     workers: int | None = unrelated(default=None)
-    """Processes that decode; by default one per core but one, at least 1 and at most 16. With 0 the
-    run itself decodes, and a file on which a decoder hangs or crashes ends it."""
+    """Processes that decode; by default one less than there are cores, at least 1 and at most 16.
+    With 0 the run itself decodes, and a file on which a decoder hangs or crashes ends it."""
     seconds_per_file: float = unrelated(default=60.0)
     """A file that takes longer to decode is bad, and the process that decodes it is replaced."""
     memory_per_worker: float = unrelated(default=4.0)
@@ -71,21 +65,14 @@ class DataConfig:
     """Share of the manifest's files that may fail to decode before the run stops."""
 
     def __post_init__(self) -> None:
-        at_least(1, "data", self, "num_frames", "frame_stride", "repeats", "frame_size")
-        at_least(0, "data", self, "workers")
-        positive("data", self, "seconds_per_file", "memory_per_worker", "std")
-        a_share("data", self, "max_bad_share")
-        short = self.validation_short_side
-        if short is not None and short < max(self.frame_size):
-            raise ConfigError(
-                f"data.validation_short_side must be at least data.frame_size ({self.frame_size}), "
-                f"got {short}"
-            )
-        if self.max_frame_stride is not None and self.max_frame_stride < self.frame_stride:
-            raise ConfigError(
-                f"data.max_frame_stride must be at least data.frame_stride "
-                f"({self.frame_stride}), got {self.max_frame_stride}"
-            )
+        check("data", self, at_least(1), "num_frames", "frame_stride", "repeats", "frame_size")
+        check("data", self, at_least(0), "workers")
+        check("data", self, POSITIVE, "seconds_per_file", "memory_per_worker", "std")
+        check("data", self, SHARE, "max_bad_share")
+        crop = at_least(max(self.frame_size), f"data.frame_size ({self.frame_size})")
+        check("data", self, crop, "validation_short_side")
+        stride = at_least(self.frame_stride, f"data.frame_stride ({self.frame_stride})")
+        check("data", self, stride, "max_frame_stride")
         if self.sampling == "segments" and self.max_frame_stride is not None:
             raise ConfigError(
                 f"data.sampling=segments takes no stride, but data.max_frame_stride is "
@@ -114,7 +101,29 @@ class PretrainDataConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        a_range("data", self, "crop_area", most=1)
+        check_range("data", self, "crop_area", most=1)
+
+
+SECTION = re.compile(
+    r"(?P<m>m\d{1,2})|(?P<n>n[1-9])|(?P<mstd>mstd\d+(\.\d+)?)|(?P<mmax>mmax[1-9]\d?)|"
+    r"(?P<p>p(0(\.\d+)?|1(\.0+)?))|(?P<inc>inc[01])|(?P<t>t(weights|3aw?))",
+    re.ASCII,
+)
+"""What may follow ``rand`` in timm's string: a name and its value."""
+
+
+def check_rand_augment(config: str) -> None:
+    """Refuse a string that timm does not read as RandAugment, or of which it would skip a part."""
+    first, *sections = config.split("-")
+    matches = [SECTION.fullmatch(section) for section in sections]
+    names = [match.lastgroup for match in matches if match]
+    if first != "rand" or len(names) < len(sections) or len(set(names)) < len(names):
+        raise ConfigError(
+            f"augmentation.rand_augment is timm's string of 'rand' and any of -m7 (strength), -n4 "
+            f"(operations), -mstd0.5 (standard deviation of the strength), -mmax10, -p0.5, -inc1 "
+            f"and -tweights, each once, got '{config}'; take 'rand-m7-n4-mstd0.5-inc1', or null "
+            f"for no RandAugment"
+        )
 
 
 @dataclass(frozen=True)
@@ -130,9 +139,9 @@ class AugmentationConfig:
     erasing: float = 0.25
     """Chance that a random box is erased."""
     mixup: float = 0.8
-    """Parameter of the beta distribution of the shares that clips are mixed in; 0: no mixup."""
+    """Parameter of the beta distribution of the shares of mixed clips; 0 turns mixup off."""
     cutmix: float = 1.0
-    """The same for the area of boxes put into other clips; 0: no CutMix."""
+    """The same for the area of boxes put into other clips; 0 turns CutMix off."""
     mix_probability: float = 1.0
     """Chance that a batch is mixed at all."""
     cutmix_probability: float = 0.5
@@ -140,16 +149,13 @@ class AugmentationConfig:
     label_smoothing: float = 0.1
 
     def __post_init__(self) -> None:
-        a_range("augmentation", self, "area", most=1)
-        a_range("augmentation", self, "ratio")
-        a_share("augmentation", self, "erasing", "mix_probability", "cutmix_probability")
-        at_least(0, "augmentation", self, "mixup", "cutmix")
-        a_chance("augmentation", self, "label_smoothing")
+        check_range("augmentation", self, "area", most=1)
+        check_range("augmentation", self, "ratio")
+        check("augmentation", self, SHARE, "erasing", "mix_probability", "cutmix_probability")
+        check("augmentation", self, at_least(0), "mixup", "cutmix")
+        check("augmentation", self, CHANCE, "label_smoothing")
         if self.rand_augment is not None:
-            try:
-                check_rand_augment(self.rand_augment)
-            except ValueError as error:
-                raise ConfigError(f"augmentation.rand_augment: {error}") from error
+            check_rand_augment(self.rand_augment)
 
     @property
     def mixes(self) -> bool:

@@ -19,34 +19,27 @@ from hpm_video.files.errors import read_text
 Config = TypeVar("Config")
 log = logging.getLogger(__name__)
 NEW_NAMES = {"held_out_short_side": "validation_short_side"}
-"""Of keys that had another name in the version before this one."""
+"""Keys that had another name in the version before this one."""
 
 
 def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> Config:
-    """Schema defaults, then the YAML file, then ``section.key=value`` overrides.
+    """Merge the schema's defaults, the YAML file and the ``section.key=value`` overrides.
 
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, a value is of the wrong
             type or breaks a rule of the schema.
     """
-    if not path.is_file():
-        raise ConfigError(
-            f"there is no config file {path}; see configs/README.md for those shipped"
-        )
-    read_text(path, ConfigError)
+    _read(path)
     odd = [override for override in overrides if "=" not in override]
     if odd:
         raise ConfigError(f"an override must look like section.key=value, got {odd[0]!r}")
     try:
-        given: Any = OmegaConf.load(path)
-        _refuse_references(OmegaConf.to_container(given), str(path))
+        given: Any = OmegaConf.create(_checked(OmegaConf.load(path), str(path)))
         for override in overrides:
-            part = OmegaConf.from_dotlist([override])
-            _refuse_references(OmegaConf.to_container(part), "the command line")
+            part = _checked(OmegaConf.from_dotlist([override]), "the command line")
             given = OmegaConf.merge(given, part)
             if override in ("mix={}", "mix=null"):
                 given.mix = {}
-        given = OmegaConf.create(_with_new_names(OmegaConf.to_container(given), path))
         open_keys = sorted(OmegaConf.missing_keys(given))
         if open_keys:
             raise ConfigError(
@@ -64,36 +57,39 @@ def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> C
     return config
 
 
-def _refuse_references(value: Any, where: str, key: str = "") -> None:
-    """Refuse ``${...}``, which OmegaConf would replace by what stands elsewhere.
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise ConfigError(
+            f"there is no config file {path}; give a config, or a checkpoint folder of a run, such "
+            f"as RUN/checkpoints/last (configs/README.md lists the configs)"
+        )
+    return read_text(path, ConfigError)
 
-    Such as in the environment of whoever reads a config of somebody else.
+
+def _checked(value: Any, source: str, key: str = "") -> Any:
+    """Return the contents of a config with today's names of keys.
+
+    ``${...}`` is refused: OmegaConf would replace it by what stands elsewhere, such as in the
+    environment of whoever reads a config of somebody else.
     """
-    inner: dict[str, Any] = {}
-    if isinstance(value, dict):
-        inner = {f"{key}.{name}" if key else str(name): each for name, each in value.items()}
-    elif isinstance(value, list):
-        inner = {f"{key}[{number}]": each for number, each in enumerate(value)}
-    for name, each in inner.items():
-        _refuse_references(each, where, name)
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value)
     if isinstance(value, str) and "${" in value:
         raise ConfigError(
-            f"{where} has {key}={value}, but ${{...}} is not filled in, neither from the "
+            f"{source} has {key}={value}, but ${{...}} is not filled in, neither from the "
             f"environment nor from other keys; write the value itself (a shell fills in "
             f'{key}="$NAME")'
         )
-
-
-def _with_new_names(given: Any, path: Path) -> Any:
-    """Read keys by the names that they had one version ago."""
-    if not isinstance(given, dict):
-        return given
+    if isinstance(value, list):
+        return [_checked(each, source, f"{key}[{number}]") for number, each in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
     found = {}
-    for key, value in given.items():
-        name = NEW_NAMES.get(key, key)
-        if name != key:
-            log.warning("%s: %s is called %s now", path, key, name)
-        found[name] = _with_new_names(value, path)
+    for old, each in value.items():
+        name = NEW_NAMES.get(old, old)
+        if name != old:
+            log.warning("%s: %s is called %s now", source, old, name)
+        found[name] = _checked(each, source, f"{key}.{name}" if key else str(name))
     return found
 
 
@@ -138,17 +134,12 @@ def find_config(name: Path | str) -> Path:
 
 
 def load_any_config(path: Path, overrides: Sequence[str] = ()) -> PretrainConfig | FinetuneConfig:
-    """The config of a run, of whichever kind it is: that of pre-training has a section masking.
+    """Load the config of a run of either kind: that of pre-training has a section masking.
 
     Raises:
         ConfigError: there is no such file, or it is not such a config.
     """
-    if not path.is_file():
-        raise ConfigError(
-            f"there is no {path}; give a config, or a checkpoint folder of a run, such as "
-            f"RUN/checkpoints/last"
-        )
-    if re.search(r"^masking:", read_text(path, ConfigError), re.MULTILINE):
+    if re.search(r"^masking:", _read(path), re.MULTILINE):
         return load_config(PretrainConfig, path, overrides)
     return load_config(FinetuneConfig, path, overrides)
 
@@ -163,25 +154,23 @@ def config_text(config: object) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def result_differences(old: object, new: object, prefix: str = "") -> list[str]:
-    """The fields in which two configs differ and that change what a run computes.
+def result_differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Return the fields in which two configs differ and that change what a run computes.
 
-    Each as ``section.key: old value -> new value``.
+    Each as ``section.key: old value -> new value``; ``prefix`` comes before the key.
     """
+    if old == new:
+        return []
+    if dataclasses.is_dataclass(old) and dataclasses.is_dataclass(new):
+        fields = [f for f in dataclasses.fields(old) if f.metadata.get("changes_result", True)]
+        pairs = {f.name: (getattr(old, f.name), getattr(new, f.name)) for f in fields}
+    elif isinstance(old, dict) and isinstance(new, dict) and [*old] == [*new]:
+        pairs = {name: (value, new[name]) for name, value in old.items()}
+    else:
+        if isinstance(old, dict):
+            old, new = (", ".join(names) or "nothing" for names in (old, new))
+        return [f"{prefix.removesuffix('.')}: {old} -> {new}"]
     found = []
-    for item in dataclasses.fields(old):  # type: ignore[arg-type]
-        before, after = getattr(old, item.name), getattr(new, item.name)
-        if not item.metadata.get("changes_result", True) or before == after:
-            continue
-        if dataclasses.is_dataclass(before) and dataclasses.is_dataclass(after):
-            found += result_differences(before, after, f"{prefix}{item.name}.")
-        elif isinstance(before, dict) and isinstance(after, dict):
-            if [*before] != [*after]:
-                names = (", ".join(each) or "nothing" for each in (before, after))
-                found.append(f"{prefix}{item.name}: {' -> '.join(names)}")
-                continue
-            for name, value in before.items():
-                found += result_differences(value, after[name], f"{prefix}{item.name}.{name}.")
-        else:
-            found.append(f"{prefix}{item.name}: {before} -> {after}")
+    for name, (before, after) in pairs.items():
+        found += result_differences(before, after, f"{prefix}{name}.")
     return found

@@ -2,22 +2,9 @@
 
 from dataclasses import dataclass
 
-from hpm_video.config.checks import ConfigError, a_chance, a_share, at_least, unrelated
-from hpm_video.config.choices import (
-    DEFAULT_MODELS,
-    FeatureKind,
-    MomentumKind,
-    PredictorObjective,
-    Target,
-)
-from hpm_video.tokens.masking import (
-    STRATEGIES,
-    CountRule,
-    MaskStrategy,
-    MaskUnit,
-    Pick,
-    StrategyName,
-)
+from hpm_video.config import choices
+from hpm_video.config.checks import CHANCE, SHARE, ConfigError, at_least, check, unrelated
+from hpm_video.tokens import masking
 from hpm_video.tokens.patches import TargetKind
 
 
@@ -25,30 +12,30 @@ from hpm_video.tokens.patches import TargetKind
 class MaskingConfig:
     """How many tokens are hidden, in what units, and which of them for being hard."""
 
-    unit: MaskUnit = "token"
+    unit: masking.MaskUnit = "token"
     ratio: float = 0.9
     """Share of the mask units that are hidden."""
-    count_rule: CountRule = "hpm"
+    count_rule: masking.CountRule = "hpm"
     """Integer rule: ``hpm`` shows int(units (1 - ratio)), ``videomae`` hides int(ratio units)."""
-    strategy: StrategyName = "easy_to_hard"
+    strategy: masking.StrategyName = "easy_to_hard"
     """Preset of the three fields below: random, easy_to_hard, hard_to_easy, hardest, easiest."""
-    pick: Pick | None = None
-    """Where given, replaces the preset's: hide the ``hardest`` or the ``easiest`` units."""
+    pick: masking.Pick | None = None
+    """Whether the ``hardest`` or the ``easiest`` units are hidden; by default as in the preset."""
     first_fraction: float | None = None
-    """Where given, replaces the preset's alpha_0: share of hidden units that are picked, at 0."""
+    """alpha_0, the share of hidden units that are picked at first; by default the preset's."""
     last_fraction: float | None = None
-    """Where given, replaces the preset's alpha_T, the share in the last epoch."""
+    """alpha_T, that share in the last epoch; by default the preset's."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
-            raise ConfigError(f"masking.ratio must lie between 0 and 1, got {self.ratio}")
-        a_share("masking", self, "first_fraction", "last_fraction")
+        check("masking", self, ("lie between 0 and 1", lambda ratio: 0 < ratio < 1), "ratio")
+        check("masking", self, SHARE, "first_fraction", "last_fraction")
 
     @property
-    def mask_strategy(self) -> MaskStrategy:
+    def mask_strategy(self) -> masking.MaskStrategy:
         """The preset of ``strategy`` with what replaces parts of it."""
-        preset, first, last = STRATEGIES[self.strategy], self.first_fraction, self.last_fraction
-        return MaskStrategy(
+        preset = masking.STRATEGIES[self.strategy]
+        first, last = self.first_fraction, self.last_fraction
+        return masking.MaskStrategy(
             pick=self.pick or preset.pick,
             first_fraction=preset.first_fraction if first is None else first,
             last_fraction=preset.last_fraction if last is None else last,
@@ -59,26 +46,26 @@ class MaskingConfig:
 class MiningConfig:
     """What is predicted, and how the teacher follows."""
 
-    target: Target = "per_channel"
+    target: choices.Target = "per_channel"
     """Pixels: ``raw``, standardised ``joint``-ly (MAE) or ``per_channel`` (VideoMAE). Features: of
     the teacher's encoder (``ema``), or of a ``dino`` or ``clip`` model for images."""
     feature_model: str | None = None
     """timm's name of the ``dino`` or ``clip`` model; by default ViT-B/16."""
     feature_weights: str | None = unrelated(default=None)
     """File of its weights, which is never downloaded. A run that goes on needs the same weights."""
-    predictor: PredictorObjective = "relative"
+    predictor: choices.PredictorObjective = "relative"
     """Ranking of errors, regression on errors, or no loss predictor: a masked autoencoder."""
     predictor_weight: float = 1.0
-    momentum: MomentumKind = "paper"
+    momentum: choices.MomentumKind = "paper"
     """Teacher's momentum: ``paper`` ramps linearly over 100 epochs, ``warmup`` is
     min(last_momentum, (1 + n) / (10 + n)) at update n, for runs too short for the paper's."""
     first_momentum: float = 0.999
-    """Where the paper's ramp begins."""
+    """Momentum at the beginning of the paper's ramp."""
     last_momentum: float = 0.9999
 
     def __post_init__(self) -> None:
-        a_chance("mining", self, "first_momentum", "last_momentum")
-        at_least(0, "mining", self, "predictor_weight")
+        check("mining", self, CHANCE, "first_momentum", "last_momentum")
+        check("mining", self, at_least(0), "predictor_weight")
         if self.feature_kind and self.feature_weights is None:
             raise ConfigError(
                 f"mining.target={self.target} needs the weights of {self.feature_name}: give "
@@ -87,24 +74,24 @@ class MiningConfig:
         if not self.feature_kind and (self.feature_model or self.feature_weights):
             raise ConfigError(
                 f"mining.feature_model and feature_weights go with mining.target="
-                f"{' or '.join(DEFAULT_MODELS)}, and it is {self.target}; leave them out"
+                f"{' or '.join(choices.DEFAULT_MODELS)}, and it is {self.target}; leave them out"
             )
 
     @property
-    def feature_kind(self) -> FeatureKind | None:
+    def feature_kind(self) -> choices.FeatureKind | None:
         """The kind of model whose features are the target, where it is another model's."""
-        return self.target if self.target in DEFAULT_MODELS else None
+        return self.target if self.target in choices.DEFAULT_MODELS else None
 
     @property
     def feature_name(self) -> str:
         """Name that timm has for that model."""
         kind = self.feature_kind
-        return self.feature_model or ("" if kind is None else DEFAULT_MODELS[kind])
+        return self.feature_model or ("" if kind is None else choices.DEFAULT_MODELS[kind])
 
     @property
     def pixel_kind(self) -> TargetKind | None:
         """How pixels are standardised, where they are the target."""
-        others = {"ema", *DEFAULT_MODELS}
+        others = {"ema", *choices.DEFAULT_MODELS}
         return None if self.target in others else self.target  # type: ignore[return-value]
 
     @property

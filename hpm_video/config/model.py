@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from hpm_video.config.checks import ConfigError, a_chance, at_least, unrelated
+from hpm_video.config.checks import CHANCE, ConfigError, at_least, check, unrelated
 from hpm_video.config.choices import Conventions, Init, Pooling, Positions, TransformerSize
 from hpm_video.tokens.grid import Size3
 
@@ -28,9 +28,9 @@ class EncoderConfig:
     """Compute the blocks again in the backward pass instead of keeping what they computed."""
 
     def __post_init__(self) -> None:
-        at_least(1, "model", self, "channels")
+        check("model", self, at_least(1), "channels")
         self._check_positions(self.encoder)
-        a_chance("model", self, "drop_path")
+        check("model", self, CHANCE, "drop_path")
 
     def _check_positions(self, size: TransformerSize) -> None:
         if self.positions != "sequence" and size.dim % 4:
@@ -73,9 +73,9 @@ class ClassifierConfig(EncoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        a_chance("model", self, "head_dropout")
-        at_least(2, "model", self, "num_classes")
-        at_least(1, "model", self, "pretrained_grid")
+        check("model", self, CHANCE, "head_dropout")
+        check("model", self, at_least(2), "num_classes")
+        check("model", self, at_least(1), "pretrained_grid")
         if self.frozen and self.pooling == "mean_norm":
             raise ConfigError(
                 "model.frozen=true keeps the encoder's own norm, which model.pooling=mean_norm "

@@ -6,23 +6,16 @@ logging); the others do, and a run that has begun refuses to go on with another 
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hpm_video.config import training
 from hpm_video.config.batch_plan import plan_batches
 from hpm_video.config.checks import ConfigError, unrelated
 from hpm_video.config.data import AugmentationConfig, DataConfig, PretrainDataConfig
 from hpm_video.config.mining import MaskingConfig, MiningConfig
 from hpm_video.config.model import ClassifierConfig, EncoderConfig, ModelConfig
-from hpm_video.config.training import (
-    CheckpointConfig,
-    EngineConfig,
-    EvaluationConfig,
-    FinetuneRecipe,
-    KnnConfig,
-    LoggingConfig,
-    RecipeConfig,
-)
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import MaskRule, count_masked, grid_of_units
 
@@ -37,17 +30,17 @@ class RunConfig:
     init_weights: str | None = None
     """Checkpoint folder or .safetensors file to start from."""
     data: DataConfig = field(default_factory=DataConfig)
-    recipe: RecipeConfig = field(default_factory=RecipeConfig)
-    engine: EngineConfig = unrelated(default=EngineConfig())
-    logging: LoggingConfig = unrelated(default=LoggingConfig())
-    checkpoint: CheckpointConfig = unrelated(default=CheckpointConfig())
+    recipe: training.RecipeConfig = field(default_factory=training.RecipeConfig)
+    engine: training.EngineConfig = unrelated(default=training.EngineConfig())
+    logging: training.LoggingConfig = unrelated(default=training.LoggingConfig())
+    checkpoint: training.CheckpointConfig = unrelated(default=training.CheckpointConfig())
     model: EncoderConfig = field(default_factory=EncoderConfig)
 
     def __post_init__(self) -> None:
         plan_batches(self.recipe.batch_size, 1, self.engine.micro_batch)
 
     @property
-    def sources(self) -> dict[str, DataConfig]:
+    def sources(self) -> Mapping[str, DataConfig]:
         """Sources of training clips by name; the main one, ``data``, is ``""``."""
         return {"": self.data}
 
@@ -89,7 +82,7 @@ class PretrainConfig(RunConfig):
     mix: dict[str, SourceConfig] = field(default_factory=dict)
     """Further sources of clips, by name. Each update takes its batch from one of them. An epoch is
     then as long as it takes to see ``data`` once."""
-    knn: KnnConfig = unrelated(default=KnnConfig())
+    knn: training.KnnConfig = unrelated(default=training.KnnConfig())
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,11 +123,7 @@ class PretrainConfig(RunConfig):
                 )
 
     def mask_rule(self, source: str) -> MaskRule:
-        """Return the rule by which the clips of a source are masked.
-
-        Raises:
-            ConfigError: there is none.
-        """
+        """Return the rule by which the clips of a source are masked, or raise a ConfigError."""
         masking = self.maskings[source]
         at = f"mix.{source}." if source else ""
         grid = _grid_of(self.sources[source], self.model, at)
@@ -146,13 +135,11 @@ class PretrainConfig(RunConfig):
         return MaskRule(grid, masking.unit, num_masked, masking.mask_strategy)
 
     @property
-    def sources(self) -> dict[str, DataConfig]:
-        """Sources of training clips by name; the main one, ``data``, is ``""``."""
+    def sources(self) -> dict[str, PretrainDataConfig]:
         return {"": self.data, **{name: source.data for name, source in self.mix.items()}}
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Weights of the sources: how often an update takes its batch from each."""
         return (1.0, *(source.weight for source in self.mix.values()))
 
     @property
@@ -169,12 +156,12 @@ class FinetuneConfig(RunConfig):
     """
 
     model: ClassifierConfig = field(default_factory=ClassifierConfig)
-    recipe: FinetuneRecipe = field(default_factory=FinetuneRecipe)
+    recipe: training.FinetuneRecipe = field(default_factory=training.FinetuneRecipe)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     init_from: Literal["student", "teacher", "average"] = "student"
     """Whose weights of ``init_weights`` are taken: of pre-training the student's or the teacher's;
     of a classifier its own (also called ``student``) or their ``average``."""
-    test: EvaluationConfig = unrelated(default=EvaluationConfig())
+    test: training.EvaluationConfig = unrelated(default=training.EvaluationConfig())
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -211,11 +198,7 @@ class FinetuneConfig(RunConfig):
 
 
 def _grid_of(data: DataConfig, model: EncoderConfig, at: str = "") -> TokenGrid:
-    """The grid of tokens of a clip.
-
-    Raises:
-        ConfigError: there is none, or the channels do not fit.
-    """
+    """Return the grid of tokens of a clip, or raise a ConfigError where grid or channels misfit."""
     if model.channels != len(data.mean) or len(data.mean) != len(data.std):
         raise ConfigError(
             f"{at}data.mean and {at}data.std need a value for each of the {model.channels} "

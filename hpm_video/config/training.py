@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from hpm_video.config.checks import ConfigError, a_chance, at_least, positive
+from hpm_video.config.checks import CHANCE, POSITIVE, POSITIVE_OR_NONE, ConfigError, at_least, check
 from hpm_video.config.choices import Precision
 
 
@@ -22,18 +22,15 @@ class RecipeConfig:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     clip_grad: float | None = None
-    """Largest norm of the gradient; none: not clipped."""
+    """Largest norm of the gradient; without it the gradient is not clipped."""
 
     def __post_init__(self) -> None:
-        at_least(1, "recipe", self, "epochs", "batch_size")
-        at_least(0, "recipe", self, "weight_decay")
-        a_chance("recipe", self, "betas")
-        positive("recipe", self, "clip_grad", rule="be positive, or null for no clipping")
-        if not 0 <= self.warmup_epochs <= self.epochs:
-            raise ConfigError(
-                f"recipe.warmup_epochs must lie in [0, recipe.epochs = {self.epochs}], got "
-                f"{self.warmup_epochs}"
-            )
+        check("recipe", self, at_least(1), "epochs", "batch_size")
+        check("recipe", self, at_least(0), "weight_decay")
+        check("recipe", self, CHANCE, "betas")
+        check("recipe", self, POSITIVE_OR_NONE, "clip_grad")
+        in_run = f"lie in [0, recipe.epochs = {self.epochs}]"
+        check("recipe", self, (in_run, lambda epochs: 0 <= epochs <= self.epochs), "warmup_epochs")
         if self.base_lr <= 0 or not 0 <= self.min_lr <= self.base_lr:
             raise ConfigError(
                 f"need 0 <= recipe.min_lr <= recipe.base_lr, got {self.min_lr} and {self.base_lr}"
@@ -55,13 +52,12 @@ class FinetuneRecipe(RecipeConfig):
     layer_decay: float = 1.0
     """Each layer's learning rate, as a share of that of the layer above it."""
     average_momentum: float | None = None
-    """Momentum of an exponential moving average (EMA) of the weights; none: none is kept."""
+    """Momentum of an exponential moving average (EMA) of the weights; without it none is kept."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.layer_decay <= 1:
-            raise ConfigError(f"recipe.layer_decay must lie in (0, 1], got {self.layer_decay}")
-        a_chance("recipe", self, "average_momentum")
+        check("recipe", self, ("lie in (0, 1]", lambda share: 0 < share <= 1), "layer_decay")
+        check("recipe", self, CHANCE, "average_momentum")
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,7 @@ class EngineConfig:
     """Threads of the CPU's matrix products; by default torch's choice."""
 
     def __post_init__(self) -> None:
-        at_least(1, "engine", self, "micro_batch", "threads")
+        check("engine", self, at_least(1), "micro_batch", "threads")
         for name in ("zero_stage", "deepspeed", "offload"):
             value = getattr(self, name)
             if self.name != "deepspeed" and value not in (None, "none"):
@@ -127,8 +123,8 @@ class LoggingConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        at_least(1, "logging", self, "every_updates", "validation_clips")
-        positive("logging", self, "validate_every_epochs", "picture_every_epochs")
+        check("logging", self, at_least(1), "every_updates", "validation_clips")
+        check("logging", self, POSITIVE, "validate_every_epochs", "picture_every_epochs")
 
 
 @dataclass(frozen=True)
@@ -138,11 +134,11 @@ class CheckpointConfig:
     every_updates: int = 1000
     keep_last: int = 2
     keep_every_epochs: float | None = None
-    """The first checkpoint after each multiple of this is kept for ever."""
+    """The first checkpoint after each multiple of this is kept forever."""
 
     def __post_init__(self) -> None:
-        at_least(1, "checkpoint", self, "every_updates", "keep_last")
-        positive("checkpoint", self, "keep_every_epochs", rule="be positive, or null for none")
+        check("checkpoint", self, at_least(1), "every_updates", "keep_last")
+        check("checkpoint", self, POSITIVE_OR_NONE, "keep_every_epochs")
 
 
 @dataclass(frozen=True)
@@ -158,15 +154,14 @@ class EvaluationConfig:
     checkpoint: Literal["last", "best"] = "last"
     """``best`` is best on ``data.validation``: no fair choice where that is tested on as well."""
     weights: Literal["model", "average"] = "model"
-    """``average``: their moving average, see ``recipe.average_momentum``. Validation during
-    training uses the same."""
+    """``average``: the EMA, see ``recipe.average_momentum``. Validation uses the same."""
     clips_per_pass: int = 32
     """Clips of one forward pass."""
     exclude_bad_files: bool = False
     """Count videos that do not decode as wrong, instead of stopping with a list of them."""
 
     def __post_init__(self) -> None:
-        at_least(1, "test", self, "clips", "crops", "clips_per_pass")
+        check("test", self, at_least(1), "clips", "crops", "clips_per_pass")
 
 
 @dataclass(frozen=True)
@@ -174,8 +169,8 @@ class KnnConfig:
     """Nearest neighbours of frozen features during pre-training: do they separate classes yet?"""
 
     train: str | None = None
-    """Labelled manifest or folder that neighbours are looked up in; none: nothing is measured.
-    Clips are taken as those of ``data``, the main source."""
+    """Labelled manifest or folder of the neighbours, whose clips are made as those of ``data``.
+    Without it nothing is measured."""
     validation: str | None = None
     """Labelled manifest or folder of the videos to classify."""
     every_epochs: float = 20
@@ -187,8 +182,8 @@ class KnnConfig:
     temperature: float = 0.07
 
     def __post_init__(self) -> None:
-        at_least(1, "knn", self, "videos", "k")
-        positive("knn", self, "every_epochs", "temperature")
+        check("knn", self, at_least(1), "videos", "k")
+        check("knn", self, POSITIVE, "every_epochs", "temperature")
         if (self.train is None) != (self.validation is None):
             raise ConfigError(
                 "knn.train and knn.validation belong together: give both, or neither, got "

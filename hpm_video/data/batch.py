@@ -26,10 +26,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """Clips of several videos of one source, those of a video next to each other (B = videos x R).
-
-    With the names of their files, and the files that did not decode and were passed over.
-    """
+    """Clips of several videos of one source, those of a video side by side (B = videos x R)."""
 
     clips: Tensor
     """(B, C, T, H, W) uint8"""
@@ -39,15 +36,16 @@ class ClipBatch:
     """(B,) int64, -1 where a video has none."""
     files: tuple[str, ...]
     failures: tuple[Failure, ...]
+    """Files that did not decode and were passed over."""
     source: str = ""
 
     def to(self, device: torch.device | str) -> "ClipBatch":
-        """The batch with its tensors on a device; the host goes on where memory is pinned."""
+        """Move the tensors to a device; the host does not wait where memory is pinned."""
         non_blocking = self.clips.is_pinned()
         return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "ClipBatch":
-        """The batch in memory that a GPU can fetch from while the host goes on."""
+        """Move the tensors to memory that a GPU can fetch from while the host goes on."""
         return self._with(Tensor.pin_memory)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "ClipBatch":
@@ -57,7 +55,7 @@ class ClipBatch:
 
 
 def collate(samples: Sequence[Sample]) -> ClipBatch:
-    """Samples of several videos of one source -> one batch."""
+    """Make one batch of samples of one source."""
     (source,) = {sample.source for sample in samples}
     return ClipBatch(
         clips=torch.cat([sample.clips for sample in samples]),

@@ -6,62 +6,53 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
 
 from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.data import DataConfig
+from hpm_video.data import reading
 from hpm_video.data.batch import Sample
 from hpm_video.data.manifest import Manifest
-from hpm_video.data.reading import (
-    MIDDLE,
-    ClipReader,
-    EvalReader,
-    Request,
-    TrainReader,
-    Views,
-    clip_bytes,
-    read_or_fail,
-)
+from hpm_video.data.reading import MIDDLE, Request, Views
 from hpm_video.data.transforms import ClipTransform
 from hpm_video.decoding.locations import is_image
 from hpm_video.decoding.reader import DecodeError
 from hpm_video.decoding.registry import check_name, choose_decoder
-from hpm_video.files.failures import Failure, TooManyBadFiles, tolerated, too_many
+from hpm_video.files.failures import Failure, TooManyBadFiles, tolerated
 from hpm_video.randomness import generator
 
 
-class Clips(Dataset[Sample], ABC):
+class Clips(ABC):
     """Clips by position: which file each is of, and how it is read, are two things.
 
     The first is decided here, in the process of the run, which alone has the manifest and knows
     which files do not decode; the second can be done in any process.
     """
 
-    def __init__(self, manifest: Manifest, reader: ClipReader, clips_per_sample: int) -> None:
+    def __init__(
+        self, manifest: Manifest, reader: reading.ClipReader, clips_per_sample: int
+    ) -> None:
         self.manifest = manifest
         self.reader = reader
         self.bad: dict[str, Failure] = {}
         """Files that are known not to decode: they are not tried again."""
-        self.sample_bytes = clips_per_sample * clip_bytes(reader.data)
+        self.sample_bytes = clips_per_sample * reading.clip_bytes(reader.data)
         """Bytes of the pixels of a sample, at most."""
 
     def __len__(self) -> int:
-        """Files, and samples of one pass over them."""
         return len(self.manifest)
 
     @abstractmethod
     def request(self, position: int) -> Request | Sample:
-        """What to read for a position; a sample where nothing has to be read for it.
+        """Return what to read for a position; a sample where nothing has to be read for it.
 
-        Raises:
-            DecodeError, TooManyBadFiles: nothing can be read for it, files being bad.
+        Raises DecodeError or TooManyBadFiles if files are bad and nothing can be read.
         """
 
     def __getitem__(self, position: int) -> Sample:
-        """The sample at a position, decoded in this process. Raises as :meth:`request` does."""
+        """Decode the sample at a position in this process. Raises as :meth:`request` does."""
         slot = Slot(self, position)
         while slot.request is not None:
-            slot.put(read_or_fail(self.reader, slot.request))
+            slot.put(reading.read_or_fail(self.reader, slot.request))
         return slot.result()
 
 
@@ -88,7 +79,7 @@ class Slot:
             self._state = self._ask()
 
     def result(self) -> Sample:
-        """The sample, once nothing is to be read any more. Raises what the clips raised."""
+        """Return the sample once there is no request. Raises what the clips raised."""
         if isinstance(self._state, Exception):
             raise self._state
         assert isinstance(self._state, Sample)
@@ -121,28 +112,25 @@ class VideoClips(Clips):
         same_frames: bool = False,
         source: str = "",
     ) -> None:
-        """Clips of the files of a manifest.
-
-        ``same_frames``: repeats show the same frames, and differ in crop and augmentation alone
-        (repeated augmentation); otherwise each takes frames of its own.
-        """
+        """``same_frames``: repeats differ in crop and augmentation alone, not in their frames."""
         decoder = decoder_for(data.decoder, manifest)
-        reader = TrainReader(data, decoder, source, transform, same_frames)
+        reader = reading.TrainReader(data, decoder, source, transform, same_frames)
         super().__init__(manifest, reader, data.repeats)
         self.max_bad_share, self._repeats = data.max_bad_share, data.repeats
-        self._seed = seed
-        self._own = (source,) if source else ()
-        """What tells the draws of one source from those of another."""
+        # The name of a source tells its draws from those of another; the main one has none.
+        self._key = (seed, source) if source else (seed,)
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.arange(0))
 
     def request(self, position: int) -> Request:
-        """The file whose turn it is at a position of the stream, or that which replaces it.
+        """Return the file whose turn it is, or the one that replaces it.
 
-        Raises:
-            TooManyBadFiles: more files in a row do not decode than may fail in all.
+        Raises TooManyBadFiles if more files in a row do not decode than may fail in all.
         """
         epoch, slot = divmod(position, len(self))
-        order = self._epoch_order(epoch)
+        if self._order[0] != epoch:
+            draw = generator("order", *self._key, epoch)
+            self._order = (epoch, draw.permutation(len(self)))
+        order = self._order[1]
         passed: dict[str, Failure] = {}
         for offset in range(len(self)):
             index = int(order[(slot + offset) % len(self)])
@@ -150,7 +138,7 @@ class VideoClips(Clips):
             if path not in self.bad:
                 instead_of = (int(order[slot]),) if offset else ()
                 keys = tuple(
-                    (self._seed, *self._own, epoch, index, repeat, *instead_of)
+                    (*self._key, epoch, index, repeat, *instead_of)
                     for repeat in range(self._repeats)
                 )
                 known = self.manifest.num_frames[index]
@@ -158,13 +146,7 @@ class VideoClips(Clips):
             passed[path] = self.bad[path]
             if len(passed) > tolerated(len(self), self.max_bad_share):
                 break
-        raise too_many([*passed.values()], len(self), self.max_bad_share)
-
-    def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
-        if self._order[0] != epoch:
-            draw = generator("order", self._seed, *self._own, epoch)
-            self._order = (epoch, draw.permutation(len(self)))
-        return self._order[1]
+        raise TooManyBadFiles([*passed.values()], len(self), self.max_bad_share)
 
 
 class ValidationClips(Clips):
@@ -185,20 +167,14 @@ class ValidationClips(Clips):
         report_failures: bool = False,
         source: str = "",
     ) -> None:
-        reader = EvalReader(data, decoder_for(data.decoder, manifest), source, views)
-        super().__init__(manifest, reader, views.count)
-        self.views = views
-        self._nothing = torch.empty(0, data.channels, *data.clip_size, dtype=torch.uint8)
-        self._seed = seed
-        self._report_failures = report_failures
-        self._source = source
+        decoder = decoder_for(data.decoder, manifest)
+        super().__init__(manifest, reading.EvalReader(data, decoder, source, views), views.count)
+        self.views, self._seed, self._report_failures = views, seed, report_failures
+        empty = torch.empty(0, data.channels, *data.clip_size, dtype=torch.uint8)
+        self._nothing = Sample(empty, (), -1, "", source=source)
 
     def request(self, position: int) -> Request | Sample:
-        """A file, or where it is known to be bad and failures are reported, what that gives.
-
-        Raises:
-            DecodeError: the file does not decode, and failures are not reported.
-        """
+        """Return a file; of a bad one an empty sample, or raise if failures are not reported."""
         path = self.manifest.files[position]  # an IndexError ends a loop over the samples
         label = self.manifest.labels[position]
         if path not in self.bad:
@@ -206,7 +182,7 @@ class ValidationClips(Clips):
             return Request(path, label, self.manifest.num_frames[position], keys)
         if not self._report_failures:
             raise DecodeError(self.bad[path].reason, path)
-        return Sample(self._nothing, (), label, path, (self.bad[path],), self._source)
+        return replace(self._nothing, label=label, file=path, failures=(self.bad[path],))
 
 
 def decoder_for(decoder: DecoderChoice, manifest: Manifest) -> DecoderChoice:

@@ -1,7 +1,6 @@
 """Batches of clips, and parts of long videos, read by processes that are replaced when lost."""
 
 import multiprocessing
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,27 +14,18 @@ from torch import Tensor
 
 from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.data import DataConfig
+from hpm_video.data import reading
 from hpm_video.data.batch import ClipBatch, Sample, collate
 from hpm_video.data.clips import Clips, Slot, decoder_for
 from hpm_video.data.manifest import Manifest
 from hpm_video.data.mixture import Place
-from hpm_video.data.reading import (
-    ClipReader,
-    Request,
-    Views,
-    clip_bytes,
-    prepare_decoder,
-    read_or_fail,
-    read_views,
-    view_frames,
-)
+from hpm_video.data.reading import ClipReader, Request, Views
 from hpm_video.decoding.reader import DecodeError
 from hpm_video.decoding.registry import open_video
 from hpm_video.files.failures import Failure
 from hpm_video.workers.pool import USUAL, Answer, Limits, Pool
-from hpm_video.workers.room import check_room, cores_of_container, usable_cores
+from hpm_video.workers.room import check_room
 
-MAX_WORKERS = 16
 JOB_BYTES = 2**20
 """Samples smaller than this are read several in a job, for each job takes the run some time."""
 JOB_FILES = 64
@@ -43,23 +33,12 @@ JOB_FILES = 64
 JOBS_HELD = 2
 """Jobs that a process has, so that it finds the next one when it is done."""
 ATTEMPTS = 2
-"""At a file that its process did not come back from: the file may have had no part in that."""
+"""Attempts at a file whose process was lost, which need not be the fault of the file."""
 READY = 1
 """Complete batches that wait for the run."""
 
 ReadPool = Pool[list[tuple[int, Request]]]
-"""Its jobs are files, and the number of the source that each is of."""
-
-
-def default_workers() -> int:
-    """Processes that decode: one per core that may be used but one, at least 1 and at most 16.
-
-    A container may have a share of the cores (docker --cpus), which processes of torchrun share.
-    """
-    cores = usable_cores()
-    cores = min(cores, cores_of_container() or cores)
-    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(max(share - 1, 1), MAX_WORKERS)
+"""A pool whose jobs are files, each with the number of its source."""
 
 
 def clip_batches(
@@ -71,7 +50,7 @@ def clip_batches(
     pin: bool = False,
     limits: Limits = USUAL,
 ) -> Generator[ClipBatch, None, None]:
-    """Batches of the samples at ``places`` of the streams, in that order.
+    """Read the samples at ``places`` of the streams in batches, in that order.
 
     Those of a whole training run make one iterator: its processes live as long as it does, and go
     on from one epoch to the next without a pause. Closing it ends them. ``batch_size`` counts
@@ -109,7 +88,7 @@ def _read_here(
 
 @dataclass(frozen=True)
 class _ReadAll:
-    """What a process does: read some files, each by the reader of its source."""
+    """The work of a process: reads some files, each by the reader of its source."""
 
     readers: tuple[ClipReader, ...]
 
@@ -118,7 +97,7 @@ class _ReadAll:
             reader.prepare()
 
     def __call__(self, jobs: Sequence[tuple[int, Request]]) -> list[Sample | Failure]:
-        return [read_or_fail(self.readers[source], request) for source, request in jobs]
+        return [reading.read_or_fail(self.readers[source], request) for source, request in jobs]
 
 
 class _Batches:
@@ -126,12 +105,10 @@ class _Batches:
 
     def __init__(self, pool: ReadPool, streams: Sequence[Clips], group: int) -> None:
         """``group``: samples of a job."""
-        self._pool = pool
-        self._streams = streams
-        self._group = group
+        self._pool, self._streams, self._group = pool, streams, group
 
     def read(self, places: Iterable[Place], batch_size: int, ahead: int) -> Iterator[ClipBatch]:
-        """Read so many batches at a time. Raises what the streams raise, at that batch's turn."""
+        """Read so many batches ahead. Raises what the streams raise, at that batch's turn."""
         left, begun = iter(places), deque[list[Slot]]()
         while True:
             while len(begun) < ahead and (chosen := list(islice(left, batch_size))):
@@ -170,7 +147,7 @@ class _Batches:
 def _in_background(
     begin: Callable[[], ReadPool], read: Callable[[ReadPool], Iterator[ClipBatch]], *, pin: bool
 ) -> Generator[ClipBatch, None, None]:
-    """Batches that a thread puts together, while the run is at the one before."""
+    """Yield batches that a thread puts together while the run is at the one before."""
     # A thread begins on GPU 0: to pin memory there would take some of a GPU of another process.
     device = torch.cuda.current_device() if pin else None
     with begin() as pool, ThreadPoolExecutor(1, "batches") as thread:
@@ -194,14 +171,14 @@ def _in_background(
 
 @dataclass(frozen=True)
 class Part:
-    """Some views of one video: those that follow on its part before."""
+    """Some views of one video, which follow those of its part before."""
 
     clips: Tensor
     """(R, C, T, H, W) uint8, the crops of a clip next to each other."""
     starts: NDArray[np.int64]
     """(R,) first frame of each."""
     num_views: int
-    """Of the whole video, as its frames."""
+    """Views of the whole video, which has ``num_frames``."""
     num_frames: int
 
 
@@ -251,20 +228,20 @@ class PartReader:
     clips_per_part: int
 
     def prepare(self) -> None:
-        prepare_decoder(self.decoder)
+        reading.prepare_decoder(self.decoder)
 
     @property
     def part_bytes(self) -> int:
-        return self.clips_per_part * self.views.crops * (clip_bytes(self.data) + 8)
+        return self.clips_per_part * self.views.crops * (reading.clip_bytes(self.data) + 8)
 
     def __call__(self, job: tuple[str, int]) -> Iterator[Part | Failure]:
-        """The parts of a video, its path and known number of frames given; a failure ends them."""
+        """Read a video, its path and known number of frames given; a failure ends its parts."""
         (path, stated), crops, count = job, self.views.crops, self.clips_per_part
         try:
             with open_video(path, self.decoder) as video:
                 num_frames = video.frames_stated(stated)
-                table = view_frames(self.data, num_frames, self.views)
-                clips = read_views(self.data, video, table, crops)
+                table = reading.view_frames(self.data, num_frames, self.views)
+                clips = reading.read_views(self.data, video, table, crops)
                 for first in range(0, len(table), count):
                     starts = np.repeat(table[first : first + count, 0], crops)
                     part = torch.cat([*islice(clips, count)])

@@ -1,7 +1,4 @@
-"""Which videos or images there are, and what is known of each: reading and writing lists of them.
-
-An image is a video of one frame.
-"""
+"""Lists of videos or images, and what is known of each. An image is a video of one frame."""
 
 import csv
 import hashlib
@@ -11,26 +8,19 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import pandas as pd
 
-from hpm_video.data.places import (
-    MEDIA_SUFFIXES,
-    is_plain,
-    listable_files,
-    log_once,
-    place_of,
-    unwritable,
-)
+from hpm_video.data import places
 from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.errors import ExpectedError, read_text
+from hpm_video.files.wording import counted
 
-UNLABELLED = -1
-NOT_STATED = -1
+UNLABELLED = NOT_STATED = -1
 Verdict = Literal["fine", "suspicious", "bad"]
-VERDICTS: tuple[Verdict, ...] = ("fine", "suspicious", "bad")
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 """The verdicts of ``tools/check_videos.py``."""
 _SUFFIXES = f"one of {' '.join(VIDEO_SUFFIXES)} (videos) or {' '.join(IMAGE_SUFFIXES)} (images)"
 _EXPECTED = (
@@ -41,14 +31,15 @@ _EXPECTED = (
 )
 _SEPARATOR = r"(?:[ \t]*[,;][ \t]*|[ \t]+)"
 _LIST_LINE = re.compile(
-    rf"(?P<path>\"(?:[^\"]|\"\")+\"|.*(?:{'|'.join(map(re.escape, MEDIA_SUFFIXES))}))"
+    rf"(?P<path>\"(?:[^\"]|\"\")+\"|.*(?:{'|'.join(map(re.escape, places.MEDIA_SUFFIXES))}))"
     rf"(?P<numbers>(?:{_SEPARATOR}-?\d+(?:\.0+)?)*)",
     re.IGNORECASE,
 )
 _COLUMNS = ("path", "label", "label_name", "num_frames", "verdict")
 _PATHS = ("video_path", "file_path", "filepath", "file_name", "filename", "video", "file")
 """What others call the column of files, where there is none called path."""
-_INTEGER = r"-?\d{1,15}(?:\.0+)?"  # pandas writes 3.0 where another row of the column is empty
+_INTEGER = re.compile(r"-?\d{1,15}(?:\.0+)?")
+"""A cell of pandas may be 3.0 where another row of the column is empty."""
 
 
 class ManifestError(ExpectedError, ValueError):
@@ -69,7 +60,7 @@ class Listing:
         return len(self.files)
 
     def column(self, name: str) -> list[str]:
-        """The cells of a column; empty ones where there is no such column."""
+        """Return the cells of a column; they are empty where there is no such column."""
         if name not in self.table:
             return [""] * len(self)
         return [cell.strip() for cell in self.table[name].tolist()]
@@ -84,8 +75,7 @@ class Manifest:
     """Video or image files, and what is known of each of them."""
 
     files: tuple[str, ...]
-    """Where each lies: absolute paths, or places of the other kinds that
-    :mod:`hpm_video.decoding.locations` knows."""
+    """Absolute paths, or places of the other kinds that :mod:`hpm_video.decoding.locations` has."""
     labels: tuple[int, ...]
     """Class of each file, -1 where it has none."""
     num_frames: tuple[int, ...]
@@ -105,16 +95,16 @@ class Manifest:
         return hashlib.sha256(repr(list(rows)).encode()).hexdigest()
 
     def spread(self, count: int) -> "Manifest":
-        """At most ``count`` of the files, evenly over a list that may be sorted by class."""
+        """Keep at most ``count`` of the files, evenly over a list that may be sorted by class."""
         taken = min(count, len(self))
         return self.of([i * len(self) // taken for i in range(taken)])
 
-    def of(self, places: Sequence[int]) -> "Manifest":
+    def of(self, rows: Sequence[int]) -> "Manifest":
         return replace(
             self,
-            files=tuple(self.files[i] for i in places),
-            labels=tuple(self.labels[i] for i in places),
-            num_frames=tuple(self.num_frames[i] for i in places),
+            files=tuple(self.files[i] for i in rows),
+            labels=tuple(self.labels[i] for i in rows),
+            num_frames=tuple(self.num_frames[i] for i in rows),
         )
 
 
@@ -143,16 +133,29 @@ def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
             are bad, or a folder holds videos and images.
     """
     listing = read_listing(path, root)
-    labels = _integers(listing, "label", smallest=0, absent=UNLABELLED)
-    num_frames = _integers(listing, "num_frames", smallest=1, absent=NOT_STATED)
-    manifest = Manifest(
-        files=listing.files,
-        labels=tuple(labels.tolist()),
-        num_frames=tuple(num_frames.tolist()),
-        label_names=_label_names(listing, labels),
-        has_class_folders=listing.source.is_dir() and "label" in listing.table,
-    )
-    return _without_bad(listing, manifest)
+    labels, num_frames = _integers(listing, "label", 0), _integers(listing, "num_frames", 1)
+    names = _label_names(listing, labels)
+    has_class_folders = listing.source.is_dir() and "label" in listing.table
+    manifest = Manifest(listing.files, labels, num_frames, names, has_class_folders)
+    kept = []
+    for row, verdict in enumerate(listing.column("verdict")):
+        if verdict not in ("", *VERDICTS):
+            raise _bad_row(listing, row, f"verdict must be one of {', '.join(VERDICTS)} or empty")
+        if verdict != "bad":
+            kept.append(row)
+    if not kept:
+        raise ManifestError(
+            f"all {len(manifest)} files of {listing.source} are bad, as its column verdict has it, "
+            "and its column reason may say why. Where they were repaired, check them again: "
+            "tools/check_videos.py"
+        )
+    if left_out := len(manifest) - len(kept):
+        places.log_once(
+            logging.INFO,
+            f"{left_out} of {len(manifest)} files of {listing.source} are left out: its column "
+            "verdict says bad",
+        )
+    return manifest.of(kept) if left_out else manifest
 
 
 def read_listing(path: Path | str, root: Path | str | None = None) -> Listing:
@@ -180,7 +183,14 @@ def read_listing(path: Path | str, root: Path | str | None = None) -> Listing:
         table = _read_list(source, text)
     if table.empty:
         raise ManifestError(f"{source} lists no videos or images. {_EXPECTED}")
-    return Listing(source, table, _files(source, table, root))
+    base, files = Path(root).absolute() if root else source.parent, list[str]()
+    try:
+        for each in table["path"].tolist():
+            files.append(places.place_of(each, base, confined=bool(root)))
+    except ValueError as error:
+        row = ",".join(table.iloc[len(files)])
+        raise _bad_line(source, table.index[len(files)], row, str(error)) from None
+    return Listing(source, table, tuple(files))
 
 
 def write_manifest(table: pd.DataFrame, path: Path | str) -> None:
@@ -193,8 +203,13 @@ def _bad_line(source: Path, line: object, row: str, why: str) -> ManifestError:
     return ManifestError(f"{source}, line {line}: {why}, got {row!r}. {_EXPECTED}")
 
 
+def _bad_row(listing: Listing, row: int, why: str) -> ManifestError:
+    cells = ",".join(listing.table.iloc[row])
+    return _bad_line(listing.source, listing.table.index[row], cells, why)
+
+
 def _columns(line: str, separator: str) -> list[str]:
-    """Columns as we spell them, that a first line names; none where it names no files."""
+    """Return the columns that a first line names, as we spell them; none where it has no files."""
     cells = [cell.strip() for cell in next(csv.reader([line], delimiter=separator), [])]
     names = [cell.lower() if cell.lower() in _COLUMNS else cell for cell in cells]
     others = [cell for cell in cells if cell.lower() in _PATHS]
@@ -204,15 +219,12 @@ def _columns(line: str, separator: str) -> list[str]:
 
 
 def _read_table(source: Path, text: str, header: list[str], separator: str) -> pd.DataFrame:
-    """Text of a CSV file -> its cells as strings, each row under its line number."""
     lines, rows = [], []
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     next(reader)
     if repeated := sorted({name for name in header if header.count(name) > 1}):
         raise _bad_line(source, 1, ",".join(header), f"columns {repeated} appear more than once")
-    for row in reader:
-        if not row:
-            continue
+    for row in filter(None, reader):
         if len(row) != len(header):
             why = f"need {len(header)} columns as in the first line ({','.join(header)})"
             raise _bad_line(source, reader.line_num, ",".join(row), why)
@@ -222,14 +234,12 @@ def _read_table(source: Path, text: str, header: list[str], separator: str) -> p
 
 
 def _read_list(source: Path, text: str) -> pd.DataFrame:
-    """Text of a list without a header -> the columns of our own format, as strings."""
-    lines, rows = [], []
+    """Turn a list without a header into the columns of our own format."""
+    rows: dict[int, tuple[str, ...]] = {}
     columns = None
     for line, row in enumerate(text.splitlines(), start=1):
-        if not row.strip():
-            continue
         match = _LIST_LINE.fullmatch(row.strip())
-        if not match and row.startswith("#"):
+        if not match and (not row.strip() or row.startswith("#")):
             continue
         if not match:
             why = "need the path of a video or an image and then whole numbers"
@@ -241,32 +251,27 @@ def _read_list(source: Path, text: str) -> pd.DataFrame:
         if len(numbers) != columns:
             why = f"need {1 + columns} columns as in the lines before"
             raise _bad_line(source, line, row, why)
-        label, num_frames = _meaning(source, line, row, numbers)
-        lines.append(line)
         path = match["path"]
         path = path[1:-1].replace('""', '"') if path[0] == '"' else path
-        rows.append((path, label, num_frames))
-    return pd.DataFrame(rows, columns=["path", "label", "num_frames"], index=lines, dtype=str)
+        rows[line] = (path, *_meaning(source, line, row, numbers))
+    names = ["path", "label", "num_frames"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=names, dtype=str)
 
 
 def _meaning(source: Path, line: int, row: str, numbers: list[str]) -> tuple[str, str]:
-    """Numbers behind a path -> label and number of frames, where they say so.
+    """Return the label and the number of frames, where the numbers behind a path say so.
 
     One is the label, as in ImageNet's lists. Of two, ``0 -1`` marks an unlabelled video (VideoMAE
     V2), and ``num_frames label`` says both (VideoMAE). Three are ``start num_frames label``, where
     the start must be 0. Of any other nothing tells which number means what.
     """
     match numbers:
-        case []:
+        case [] | ["0", "-1"]:
             return "", ""
-        case [label]:
+        case [label] | ["0", "-1", label]:
             return label, ""
-        case ["0", "-1"]:
-            return "", ""
         case [num_frames, label] if int(num_frames) > 0 and int(label) >= 0:
             return label, num_frames
-        case ["0", "-1", label]:
-            return label, ""
         case ["0", num_frames, label] if int(num_frames) > 0:
             return label, num_frames
         case _:
@@ -277,86 +282,38 @@ def _meaning(source: Path, line: int, row: str, numbers: list[str]) -> tuple[str
             raise _bad_line(source, line, row, why)
 
 
-def _without_bad(listing: Listing, manifest: Manifest) -> Manifest:
-    verdicts = listing.column("verdict")
-    for place, verdict in enumerate(verdicts):
-        if verdict and verdict not in VERDICTS:
-            raise _bad_row(listing, place, f"verdict must be one of {', '.join(VERDICTS)} or empty")
-    kept = [place for place, verdict in enumerate(verdicts) if verdict != "bad"]
-    if not kept:
-        raise ManifestError(
-            f"all {len(manifest)} files of {listing.source} are bad, as its column verdict has it, "
-            "and its column reason may say why. Where they were repaired, check them again: "
-            "tools/check_videos.py"
-        )
-    if not (left_out := len(manifest) - len(kept)):
-        return manifest
-    log_once(
-        logging.INFO,
-        f"{left_out} of {len(manifest)} files of {listing.source} are left out: its column verdict "
-        "says bad",
-    )
-    return manifest.of(kept)
+def _integers(listing: Listing, column: str, least: int) -> tuple[int, ...]:
+    """Read a column of numbers, -1 where a cell is empty or there is no such column."""
+    numbers = []
+    for row, cell in enumerate(listing.column(column)):
+        number = -1 if not cell else int(float(cell)) if _INTEGER.fullmatch(cell) else None
+        if number is None or (number < least and number != -1):
+            why = f"{column} must be a whole number of at least {least}, or -1 for none"
+            raise _bad_row(listing, row, why)
+        numbers.append(number)
+    return tuple(numbers)
 
 
-def _integers(listing: Listing, column: str, *, smallest: int, absent: int) -> "pd.Series[int]":
-    """A column as numbers, ``absent`` where a cell is empty or the column is not there."""
-    table = listing.table
-    if column not in table:
-        return pd.Series(absent, index=table.index, dtype="int64")
-    cells = table[column].str.strip().replace("", str(absent))
-    valid = cells.str.fullmatch(_INTEGER)
-    numbers = cells.where(valid, "-9").astype("float64").astype("int64")
-    wrong = (numbers < smallest) & (numbers != absent)
-    if wrong.any():
-        why = f"{column} must be a whole number of at least {smallest}, or {absent} for none"
-        raise _bad_row(listing, wrong.tolist().index(True), why)
-    return numbers
-
-
-def _bad_row(listing: Listing, place: int, why: str) -> ManifestError:
-    row = ",".join(listing.table.iloc[place])
-    return _bad_line(listing.source, listing.table.index[place], row, why)
-
-
-def _label_names(listing: Listing, labels: "pd.Series[int]") -> tuple[str, ...] | None:
-    table = listing.table
-    if "label_name" not in table:
+def _label_names(listing: Listing, labels: Sequence[int]) -> tuple[str, ...] | None:
+    if "label_name" not in listing.table:
         return None
-    if "label" not in table:
+    if "label" not in listing.table:
         raise ManifestError(
             f"{listing.source} has a column label_name but no column label. Add the number of each "
             "class: numbers made up here would differ from one manifest to the next"
         )
-    # On one line and without spaces around it, as a list of names can hold it.
-    one_line = table["label_name"].str.split().str.join(" ")
-    named = pd.DataFrame({"label": labels, "name": one_line})
-    named = named[(named["label"] >= 0) & (named["name"] != "")].drop_duplicates()
-    if (twice := named["label"].duplicated()).any():
-        place = table.index.get_indexer(named.index[twice])[0]
-        raise _bad_row(listing, place, "this label had another label_name in a line before")
-    names = dict(zip(named["label"], named["name"], strict=True))
-    return tuple(names.get(label, str(label)) for label in range(int(labels.max()) + 1))
-
-
-def _files(source: Path, table: pd.DataFrame, root: Path | str | None) -> tuple[str, ...]:
-    base = Path(root).absolute() if root else source.parent
-    start = str(base).rstrip("/") + "/"
-    files: list[str] = []
-    try:
-        for path in table["path"].tolist():
-            plain = is_plain(path)
-            files.append(start + path if plain else place_of(path, base, confined=bool(root)))
-    except ValueError as error:
-        row = ",".join(table.iloc[len(files)])
-        raise _bad_line(source, table.index[len(files)], row, str(error)) from None
-    return tuple(files)
+    names: dict[int, str] = {}
+    for row, (label, cell) in enumerate(zip(labels, listing.column("label_name"), strict=True)):
+        name = " ".join(cell.split())  # on one line, as a list of names can hold it
+        if label >= 0 and name and names.setdefault(label, name) != name:
+            raise _bad_row(listing, row, "this label had another label_name in a line before")
+    return tuple(names.get(label, str(label)) for label in range(max(labels) + 1))
 
 
 def _read_folder(folder: Path) -> Listing:
-    if why := unwritable(str(folder)):
+    if why := places.unwritable(str(folder)):
         raise ManifestError(f"the path of the folder {str(folder)!r} {why}; rename it")
-    found = listable_files(folder)
+    found = places.listable_files(folder)
     if not found:
         raise ManifestError(
             f"there are no videos in {folder}, and no images; looked, in its folders too, for "
@@ -365,9 +322,9 @@ def _read_folder(folder: Path) -> Listing:
     images = sum(name.lower().endswith(IMAGE_SUFFIXES) for name in found)
     if 0 < images < len(found):
         raise ManifestError(
-            f"{folder} holds both, {len(found) - images} videos and {images} images, and nothing "
-            "tells which of them are meant. Move one kind to another folder, or write a manifest "
-            "of the files that are meant"
+            f"{folder} holds both, {counted(len(found) - images, 'video')} and "
+            f"{counted(images, 'image')}, and nothing tells which of them are meant. Move one kind "
+            "to another folder, or write a manifest of the files that are meant"
         )
     columns = {"path": found}
     if all(name.count("/") == 1 for name in found):

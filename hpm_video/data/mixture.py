@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 
 
 class Place(NamedTuple):
-    """A sample of a run."""
+    """A sample of a run: a position in the endless stream of one source."""
 
     source: int
     position: int
-    """Position in the endless stream of that source."""
 
 
 class Places(Sequence[Place]):
@@ -37,18 +36,13 @@ class Places(Sequence[Place]):
         rank: int = 0,
         processes: int = 1,
     ) -> None:
-        """``sources``: of every update of the run, see :func:`deal_out`.
-
-        ``processes``, of which this is number ``rank``, share a batch evenly.
-        """
-        self._sources = sources
-        self._batch_size = batch_size
+        """``sources``: of every update, from :func:`deal_out`; processes share a batch evenly."""
+        self._sources, self._batch_size, self._start = sources, batch_size, start
         self._share = batch_size // processes
         self._first = rank * self._share
-        self._start = start
         self._turn = np.zeros(len(sources), np.int64)
         """How many updates before this one had the same source."""
-        for source in range(int(sources.max(initial=-1)) + 1):
+        for source in np.unique(sources):
             its_own = sources == source
             self._turn[its_own] = np.arange(its_own.sum())
 
@@ -65,7 +59,7 @@ class Places(Sequence[Place]):
 
 
 def deal_out(weights: Sequence[float], num_updates: int) -> NDArray[np.int64]:
-    """The source of every update, by positive weights: -> (num_updates,)
+    """Choose the source of every update by positive weights: -> (num_updates,)
 
     After n updates a source has had its share of n, within one update for two sources.
     """
@@ -74,7 +68,6 @@ def deal_out(weights: Sequence[float], num_updates: int) -> NDArray[np.int64]:
     sources = np.zeros(num_updates, np.int64)
     for update in range(num_updates if len(shares) > 1 else 0):
         behind = [lag + share for lag, share in zip(behind, shares, strict=True)]
-        chosen = behind.index(max(behind))
+        sources[update] = chosen = behind.index(max(behind))
         behind[chosen] -= 1
-        sources[update] = chosen
     return sources

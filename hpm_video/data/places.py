@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,30 +17,27 @@ _FORBIDDEN = {"\0": "a null character", "\n": "a line break", "\r": "a line brea
 _ODD = ("/.", "//", "::")
 
 
-def is_plain(path: str) -> bool:
-    """Whether a path only has to be put behind the root: most of a million do, in little time."""
-    plain_ends = path[:1] not in "./ " and path[-1] != "/"
-    return plain_ends and path.isprintable() and not any(odd in path for odd in _ODD)
-
-
 def place_of(path: str, base: Path, *, confined: bool) -> str:
-    """A path from ``base`` on, as pathlib spells it; the slash of a folder of frames stays.
+    """Return a path from ``base`` on, as pathlib spells it; a folder of frames keeps its slash.
 
     Raises:
-        ValueError: it is none, or leads out of ``base``.
+        ValueError: it is not a path, or leads out of ``base``.
     """
+    plain_ends = path[:1] not in "./ " and path[-1] != "/"
+    if plain_ends and path.isprintable() and not any(odd in path for odd in _ODD):
+        return f"{str(base).rstrip('/')}/{path}"  # most of a million paths need no more
     if not path.strip():
         raise ValueError("the path is empty")
     if why := unwritable(path):
         raise ValueError(f"the path {why}; rename the file")
     if member := TarMember.parse(path):
-        if climbs(member.name) or member.name[0] == "/":
+        if _climbs(member.name) or member.name[0] == "/":
             raise ValueError(
                 "the name of a member must not lead out of its tar file, by .. or a slash in "
                 "front; pack it anew"
             )
         return str(replace(member, tar=place_of(member.tar, base, confined=confined)))
-    if path[0] != "/" and climbs(path):
+    if path[0] != "/" and _climbs(path):
         raise ValueError(
             f"a path must not climb out of its root, {base}, by ..; name a root further up "
             "(data.root, or --root of a tool), and write paths from there on"
@@ -55,13 +51,13 @@ def place_of(path: str, base: Path, *, confined: bool) -> str:
     return f"{place}/" if path.endswith("/") and str(place) != "/" else str(place)
 
 
-def climbs(path: str) -> bool:
+def _climbs(path: str) -> bool:
     """Whether ``..`` leads out of the folder where a relative path starts, at any point of it."""
     return os.path.normpath(path).split("/")[0] == ".."
 
 
 def unwritable(path: str) -> str:
-    """Why no manifest can hold a path; empty where one can."""
+    """Say why no manifest can hold a path; the text is empty where one can."""
     for character, name in _FORBIDDEN.items():
         if character in path:
             return f"holds {name}"
@@ -72,34 +68,30 @@ def unwritable(path: str) -> str:
     return ""
 
 
-def listable_files(folder: Path) -> list[str]:
-    """Those of :func:`files_below` that a manifest can name; the others are logged."""
-    every = files_below(folder)
-    if odd := [name for name in every if unwritable(name)]:
-        shown = [f"{name!r} {unwritable(name)}" for name in odd[:ODD_NAMES_SHOWN]]
-        shown += [f"and {len(odd) - len(shown)} more"] * (len(odd) > len(shown))
-        log_once(
-            logging.WARNING,
-            f"{len(odd)} of {len(every)} files in {folder} are left out, for no manifest can hold "
-            f"their names. Rename them, or their folders: {'; '.join(shown)}",
-        )
-    return [name for name in every if not unwritable(name)]
-
-
 @cache
 def log_once(level: int, message: str) -> None:
     """Log what is found again when a program reads a list or a folder again."""
     log.log(level, "%s", message)
 
 
+def listable_files(folder: Path) -> list[str]:
+    """Return those of :func:`files_below` that a manifest can name; the others are logged."""
+    every = files_below(folder)
+    reasons = {name: why for name in every if (why := unwritable(name))}
+    if reasons:
+        shown = [f"{name!r} {why}" for name, why in reasons.items()][:ODD_NAMES_SHOWN]
+        more = f"; and {len(reasons) - len(shown)} more" if len(reasons) > len(shown) else ""
+        log_once(
+            logging.WARNING,
+            f"{len(reasons)} of {len(every)} files in {folder} are left out, for no manifest can "
+            f"hold their names. Rename them, or their folders: {'; '.join(shown)}{more}",
+        )
+    return [name for name in every if name not in reasons]
+
+
 def files_below(folder: Path) -> list[str]:
-    """All videos and images, however deep: paths from ``folder`` on, sorted folder by folder."""
-    return sorted(_walk(folder), key=lambda name: name.split("/"))
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    """Paths from ``folder`` on. Links to folders are followed, but not in circles."""
-    seen = set()
+    """Return all videos and images below a folder, folder by folder: paths from ``folder`` on."""
+    found, seen = [], set()  # links to folders are followed, but not in circles
     for place, folders, files in os.walk(folder, followlinks=True):
         if (real := Path(place).resolve()) in seen:
             folders.clear()
@@ -107,6 +99,6 @@ def _walk(folder: Path) -> Iterator[str]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         start = "" if Path(place) == folder else f"{Path(place).relative_to(folder)}/"
-        for name in files:
-            if name.lower().endswith(MEDIA_SUFFIXES) and name[0] != ".":
-                yield start + name
+        media = [name for name in files if name.lower().endswith(MEDIA_SUFFIXES)]
+        found += [start + name for name in media if name[0] != "."]
+    return sorted(found, key=lambda name: name.split("/"))

@@ -1,10 +1,9 @@
 """Reading of clips: a file becomes the pixels of the clips that are requested.
 
-A :class:`DataConfig` defines what a clip is. An image is a video of one frame.
-
-A dense clip takes frames at a stride and spans ``num_frames * stride`` of them. In a video shorter
-than that it starts at the first frame, and the last frame that the stride reaches repeats. A clip
-of segments spans the whole video: it takes one frame of each of ``num_frames`` equal parts.
+An image is a video of one frame. A dense clip takes frames at a stride and spans
+``num_frames * stride`` of them. In a video shorter than that it starts at the first frame, and the
+last frame that the stride reaches repeats. A clip of segments spans the whole video: it takes one
+frame of each of ``num_frames`` equal parts.
 """
 
 from abc import ABC, abstractmethod
@@ -37,19 +36,20 @@ RUN_BYTES = 2**27
 class Views:
     """The views of a video for validation and tests: so many clips, and so many crops of each.
 
-    By default there is one: of dense clips that in the middle of the video, of segments the first
-    frame of each; and the middle of its frames.
+    One clip is in the middle of the video, or has the first frame of each segment. One crop is in
+    the middle of its frames.
     """
 
     clips: int = 1
     crops: int = 1
     every: int | None = None
-    """Where given, the clips are instead those of a window that slides over the video by so many
-    frames at a time."""
+    """Frames by which a window slides over the video. The clips are then those of the window."""
+    first: int | None = None
+    """Where given, there is instead one dense clip that begins with this frame."""
 
     @property
     def count(self) -> int:
-        """Views of each video (R), where their number does not depend on its length."""
+        """The number of views of each video (R), where it does not depend on its length."""
         return self.clips * self.crops
 
 
@@ -57,7 +57,7 @@ MIDDLE = Views()
 
 
 def draw_frames(data: DataConfig, num_video_frames: int, draw: np.random.Generator) -> Indices:
-    """The frames of a training clip: -> (T,)"""
+    """Draw the frames of a training clip: -> (T,)"""
     if data.sampling == "segments":
         return train_segments(num_video_frames, draw.random(data.num_frames).tolist())
     longest = data.max_frame_stride or data.frame_stride
@@ -66,8 +66,17 @@ def draw_frames(data: DataConfig, num_video_frames: int, draw: np.random.Generat
 
 
 def view_frames(data: DataConfig, num_video_frames: int, views: Views) -> Indices:
-    """The frames of each clip of the views of a video, by their first frame: -> (clips, T)"""
+    """Choose the frames of each clip of the views of a video: -> (clips, T), the first ascending
+
+    Raises:
+        DecodeError: the video ends before the clip that was asked for.
+    """
     num_frames, stride = data.num_frames, data.frame_stride
+    if views.first is not None:
+        if views.first >= num_video_frames:
+            last = num_video_frames - 1
+            raise DecodeError(f"its clip must begin in frames 0 to {last}, not in {views.first}")
+        return _dense(num_video_frames, num_frames, stride, [views.first])
     if views.every is not None:
         return window_indices(num_video_frames, num_frames, stride, views.every)
     if data.sampling == "segments":
@@ -78,21 +87,21 @@ def view_frames(data: DataConfig, num_video_frames: int, views: Views) -> Indice
 def train_indices(
     num_video_frames: int, num_frames: int, stride: int, start_draw: float
 ) -> Indices:
-    """A dense clip at a random place, which ``start_draw`` in [0, 1) chooses: -> (num_frames,)"""
+    """Choose a dense clip; ``start_draw`` in [0, 1) says where: -> (num_frames,)"""
     starts = max(num_video_frames - num_frames * stride + 1, 1)
-    clips = _dense(num_video_frames, num_frames, stride, [int(start_draw * starts)])
-    return clips.reshape(num_frames)
+    first = int(start_draw * starts)
+    return _dense(num_video_frames, num_frames, stride, [first]).reshape(num_frames)
 
 
 def train_segments(num_video_frames: int, frame_draws: Sequence[float]) -> Indices:
-    """One frame of each segment; a draw in [0, 1) chooses which: (num_frames,) -> (num_frames,)"""
+    """Choose one frame of each segment by a draw in [0, 1): (num_frames,) -> (num_frames,)"""
     places = np.arange(len(frame_draws)) + np.asarray(frame_draws, dtype=np.float64)
     indices = np.floor(num_video_frames * places / len(frame_draws)).astype(np.int64)
     return np.minimum(indices, num_video_frames - 1)  # a draw just below 1 may be rounded up
 
 
 def view_indices(num_video_frames: int, num_frames: int, stride: int, num_views: int) -> Indices:
-    """Dense clips that start evenly spread over the video: -> (num_views, num_frames)
+    """Choose dense clips that start evenly spread over the video: -> (num_views, num_frames)
 
     The first starts with the video and the last ends with it; a single one is in the middle.
     """
@@ -102,7 +111,7 @@ def view_indices(num_video_frames: int, num_frames: int, stride: int, num_views:
 
 
 def view_segments(num_video_frames: int, num_frames: int, num_views: int) -> Indices:
-    """Clips of segments, each a share of a segment later: -> (num_views, num_frames)
+    """Choose clips of segments, each a share of a segment later: -> (num_views, num_frames)
 
     View k of n takes the frames floor(L / T (x + k / n)), x = 0 .. T - 1, of a video of L frames,
     T of which make a clip.
@@ -113,7 +122,7 @@ def view_segments(num_video_frames: int, num_frames: int, num_views: int) -> Ind
 
 
 def window_indices(num_video_frames: int, num_frames: int, stride: int, every: int) -> Indices:
-    """Dense clips of a window that slides over the video: -> (windows, num_frames)
+    """Choose the dense clips of a window that slides over the video: -> (windows, num_frames)
 
     They start at 0, ``every``, 2 ``every`` ... as long as they fit. Where the last of these does
     not end with the video, one more does.
@@ -154,11 +163,7 @@ class ClipReader(ABC):
         prepare_decoder(self.decoder)
 
     def __call__(self, request: Request) -> Sample:
-        """The clips of a file.
-
-        Raises:
-            DecodeError: it does not decode, or its frames have other channels than the data.
-        """
+        """Read the clips. Raises DecodeError as :func:`read_frames` does."""
         with open_video(request.path, self.decoder) as video:
             clips = self.read(video, video.frames_stated(request.num_frames), request)
         keys = tuple(key_of(*key) for key in request.keys)
@@ -166,7 +171,7 @@ class ClipReader(ABC):
 
     @abstractmethod
     def read(self, video: VideoReader, num_frames: int, request: Request) -> Tensor:
-        """The clips of an open video: -> (R, C, T, H, W) uint8"""
+        """Read the clips of an open video: -> (R, C, T, H, W) uint8"""
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,6 @@ class TrainReader(ClipReader):
         self.transform.prepare()
 
     def read(self, video: VideoReader, num_frames: int, request: Request) -> Tensor:
-        """Draw frames and crops, and read what they need of the video."""
         draws = [generator("clip", *key) for key in request.keys]
         clips = [draw_frames(self.data, num_frames, draw) for draw in draws]
         if self.same_frames:
@@ -191,25 +195,24 @@ class TrainReader(ClipReader):
         height, width = frames.shape[1:3]
         made = []
         for clip, draw in zip(clips, draws, strict=True):
-            change = self.transform.draw((height, width), self.data.frame_size, draw)
-            made.append(change(cut(frames, change.box)[np.searchsorted(distinct, clip)]))
+            box, change = self.transform.draw((height, width), self.data.frame_size, draw)
+            made.append(change(cut(frames, box)[np.searchsorted(distinct, clip)]))
         return torch.stack(made)
 
 
 @dataclass(frozen=True)
 class EvalReader(ClipReader):
-    """Reads validation clips: views that are spread evenly over the file."""
+    """Reads validation clips: views that are spread evenly over the file, clip by clip."""
 
     views: Views
 
     def read(self, video: VideoReader, num_frames: int, request: Request) -> Tensor:  # noqa: ARG002 - nothing is drawn
-        """All views of the video; those of one clip are next to each other."""
         table = view_frames(self.data, num_frames, self.views)
         return torch.cat([*read_views(self.data, video, table, self.views.crops)])
 
 
 def read_or_fail(reader: ClipReader, request: Request) -> Sample | Failure:
-    """What is asked for, or why it does not decode."""
+    """Return what is asked for, or why it does not decode."""
     try:
         return reader(request)
     except DecodeError as error:
@@ -219,7 +222,7 @@ def read_or_fail(reader: ClipReader, request: Request) -> Sample | Failure:
 def read_views(
     data: DataConfig, video: VideoReader, clips: Indices, crops: int
 ) -> Iterator[Tensor]:
-    """The crops of each clip of a table, in bounded memory: (clips, T) -> (crops, C, T, h, w) uint8
+    """Yield the crops of each clip in bounded memory: (clips, T) -> (crops, C, T, h, w) uint8
 
     Frames are read in runs, once each, and are kept, cropped and resized, for as long as a clip
     still needs them: the first frames of clips have to ascend.
@@ -246,11 +249,7 @@ def read_views(
 
 
 def read_frames(data: DataConfig, video: VideoReader, indices: Indices) -> NDArray[np.uint8]:
-    """Frames of the channels that the data state: (K,) -> (K, H, W, C)
-
-    Raises:
-        DecodeError: they do not decode, or have others.
-    """
+    """Read frames: (K,) -> (K, H, W, C). Raises DecodeError if the data have other channels."""
     frames = video.read(indices)
     if frames.shape[-1] != data.channels:
         raise DecodeError(

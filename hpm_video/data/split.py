@@ -19,7 +19,7 @@ _LAST_NUMBERS = re.compile(
 def groups_by_name(files: Sequence[str], labels: Sequence[str]) -> list[str] | None:
     """Group files whose names in one folder differ by their last numbers alone.
 
-    Return None where names do not tell groups: no class has two of them.
+    Returns None where names do not tell groups: no class has two of them.
 
     Raises:
         ManifestError: names tell groups of some classes, and make one of all files of another.
@@ -46,11 +46,7 @@ def groups_by_name(files: Sequence[str], labels: Sequence[str]) -> list[str] | N
 
 
 def groups_by_column(listing: Listing, column: str) -> list[str]:
-    """Read the group of each file from a column.
-
-    Raises:
-        ManifestError: there is no such column, or it has an empty cell.
-    """
+    """Read the group of each file from a column, every cell of which must be filled."""
     if column not in listing.table:
         raise ManifestError(
             f"{listing.source} has no column {column!r} to group by; its columns are "
@@ -82,18 +78,10 @@ def joined_groups(groups: Sequence[str], contents: Sequence[str]) -> list[str]:
 def choose_validation(
     labels: Sequence[str], groups: Sequence[int | str], share: float, seed: int
 ) -> NDArray[np.bool_]:
-    """Choose whole groups, of every class about the same share of its files, by a seed.
+    """Choose whole groups for validation, of every class about the same share: -> (files,)
 
-    Groups are taken in random order, each where it brings the classes nearer to their shares.
-
-    Args:
-        labels: class of each file; all equal where there are none.
-        groups: files of one group stay on one side.
-        share: of the files of each class, in (0, 0.5].
-        seed: of the order.
-
-    Returns:
-        Which files are for validation: (files,)
+    Groups are taken in random order, by the seed, each where it brings the classes nearer to their
+    shares. ``labels`` are all equal where files have no classes; ``share`` is in (0, 0.5].
 
     Raises:
         ManifestError: no group is small enough to be taken.

@@ -1,7 +1,9 @@
 """Crops and resizing: frames of a video become the pixels of a clip."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -41,20 +43,8 @@ class Box:
     width: int
 
 
-@dataclass(frozen=True)
-class DrawnCrop:
-    """What is done to one training clip: a box is cut out and resized, and may be mirrored."""
-
-    box: Box
-    """The part of the frames that is needed."""
-    frame_size: tuple[int, int]
-    interpolation: Interpolation
-    mirrored: bool
-
-    def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """Transform that part: (T, box.height, box.width, C) uint8 -> (C, T, h, w) uint8"""
-        clip = resize(pixels, self.frame_size, self.interpolation)
-        return clip.flip(-1) if self.mirrored else clip
+Change = Callable[[NDArray[np.uint8]], Tensor]
+"""Turns a box of frames into a clip: (T, box.height, box.width, C) uint8 -> (C, T, h, w) uint8"""
 
 
 class ClipTransform(ABC):
@@ -66,16 +56,16 @@ class ClipTransform(ABC):
     @abstractmethod
     def draw(
         self, size: tuple[int, int], frame_size: tuple[int, int], draw: np.random.Generator
-    ) -> DrawnCrop:
-        """Decide what is done to frames of ``size``, height and width. All draws are ``draw``'s."""
+    ) -> tuple[Box, Change]:
+        """Draw a box of frames of ``size``, height and width, and what becomes of it."""
 
     def __call__(
         self, frames: NDArray[np.uint8], frame_size: tuple[int, int], draw: np.random.Generator
     ) -> Tensor:
         """Draw and do it: (T, H, W, C) uint8 -> (C, T, h, w) uint8"""
         height, width = frames.shape[1:3]
-        drawn = self.draw((height, width), frame_size, draw)
-        return drawn(cut(frames, drawn.box))
+        box, change = self.draw((height, width), frame_size, draw)
+        return change(cut(frames, box))
 
 
 @dataclass(frozen=True)
@@ -88,15 +78,17 @@ class MultiScaleCrop(ClipTransform):
 
     def draw(
         self, size: tuple[int, int], frame_size: tuple[int, int], draw: np.random.Generator
-    ) -> DrawnCrop:
+    ) -> tuple[Box, Change]:
         box = multi_scale_box(*size, frame_size, draw)
-        return DrawnCrop(box, frame_size, self.interpolation, self.flip and draw.random() < 0.5)
+        mirrored = self.flip and draw.random() < 0.5
+        change = partial(resize, frame_size=frame_size, interpolation=self.interpolation)
+        return box, partial(change, mirrored=mirrored)
 
 
 def multi_scale_box(
     height: int, width: int, frame_size: tuple[int, int], generator: np.random.Generator
 ) -> Box:
-    """One of four heights, of the widths next to it, and of 13 places in the frame, at random.
+    """Draw one of four heights, of the widths next to it, and of 13 places in the frame.
 
     The scales refer to the largest box of the shape of ``frame_size`` in the frame: for a square
     ``frame_size``, to the short side of the frame.
@@ -112,7 +104,7 @@ def multi_scale_box(
 
 
 def centre_box(height: int, width: int, frame_size: tuple[int, int]) -> Box:
-    """The largest box in the middle of a frame that has the shape of ``frame_size``."""
+    """Return the largest box in the middle of a frame that has the shape of ``frame_size``."""
     rows, columns = frame_size
     if width * rows > height * columns:
         box_width = max(1, round(height * columns / rows))
@@ -122,13 +114,13 @@ def centre_box(height: int, width: int, frame_size: tuple[int, int]) -> Box:
 
 
 def view_boxes(height: int, width: int, frame_size: tuple[int, int], count: int) -> list[Box]:
-    """Boxes as large as :func:`centre_box`, evenly spread along the free axis; one: the centre."""
+    """Spread boxes of the size of :func:`centre_box` evenly along the free axis; one is central."""
     centre = centre_box(height, width, frame_size)
     return _spread(centre, height, width, count)
 
 
 def view_crops(frames: NDArray[np.uint8], data: DataConfig, count: int) -> list[Tensor]:
-    """Crops of frames, evenly spread along the free axis: (T, H, W, C) -> count x (C, T, h, w)
+    """Crop frames, evenly spread along the free axis: (T, H, W, C) -> count x (C, T, h, w)
 
     Each is the largest box of the shape of ``data.frame_size``, resized to it. With
     ``data.validation_short_side``, the frames are first resized so that their shorter side has that
@@ -167,21 +159,26 @@ def crop_and_resize(
 
 
 def cut(frames: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
-    """A part of frames, without a copy: (T, H, W, C) -> (T, box.height, box.width, C)"""
+    """Cut out a box without a copy: (T, H, W, C) -> (T, box.height, box.width, C)"""
     return frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
 
 
 def resize(
-    frames: NDArray[np.uint8], frame_size: tuple[int, int], interpolation: Interpolation
+    frames: NDArray[np.uint8],
+    frame_size: tuple[int, int],
+    interpolation: Interpolation,
+    *,
+    mirrored: bool = False,
 ) -> Tensor:
     """Resize frames, antialiased: (T, H, W, C) -> (C, T, h, w) uint8"""
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
     resized = functional.interpolate(pixels, frame_size, mode=interpolation, antialias=True)
-    return resized.transpose(0, 1).contiguous()
+    clip = resized.transpose(0, 1).contiguous()
+    return clip.flip(-1) if mirrored else clip
 
 
 def _spread(middle: Box, height: int, width: int, count: int) -> list[Box]:
-    """Boxes of the size of ``middle`` from one end of the frame to the other; one: ``middle``."""
+    """Spread boxes of the size of ``middle`` from end to end of a frame; one is ``middle``."""
     if count == 1:
         return [middle]
     down, right = height - middle.height, width - middle.width

@@ -46,11 +46,7 @@ _CONTAINERS = {
 
 
 def refuse_others(head: bytes) -> None:
-    """Refuse a file that names others, or is of a container that is not read, by its first bytes.
-
-    Raises:
-        DecodeError: it is one.
-    """
+    """Raise a DecodeError for a file that names others, or whose container is not read."""
     for what, pattern in _NOT_READ.items():
         if pattern.match(head):
             command = "ffmpeg -i FILE " + ("FILE.mp4" if "raw" in what else "-c copy FILE.mkv")
@@ -66,12 +62,9 @@ def refuse_others(head: bytes) -> None:
 
 
 def exact_container(head: bytes, decoder: str, exact_on: Sequence[str]) -> str:
-    """Return the container that a file is by its first bytes.
+    """Return the container that a file is by its first bytes, if ``decoder`` is exact on it.
 
-    For a decoder whose FFmpeg cannot be restricted to formats.
-
-    Raises:
-        DecodeError: they are of none on which ``decoder`` is exact, or of a file that names others.
+    Otherwise it is a DecodeError: the FFmpeg of such a decoder cannot be restricted to formats.
     """
     refuse_others(head)
     name = next((name for name, pattern in _CONTAINERS.items() if pattern.match(head)), None)

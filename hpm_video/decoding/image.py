@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hpm_video.decoding.locations import frames_in, read_bytes
+from hpm_video.decoding.orientation import orientation_of_image
 from hpm_video.decoding.reader import DecodeError, FrameByFrame, Frames, VideoReader
 
 if TYPE_CHECKING:
@@ -28,14 +29,14 @@ class ImageReader(VideoReader):
         super().__init__(path)
         self._frames: Frames | None = None
         with _pillow():
-            self._image = _open_image(data)
-            count = 1 if self._image.format == "MPO" else getattr(self._image, "n_frames", 1)
+            self.image = _open_image(data)
+            count = 1 if self.image.format == "MPO" else getattr(self.image, "n_frames", 1)
         if count != 1:
             raise DecodeError(
                 f"it holds {count} pictures, an animation or several pages, and which of them is "
                 "meant cannot be told. Save one of them as an image, or all of them as a video"
             )
-        if self._image.mode == "F":
+        if self.image.mode == "F":
             raise DecodeError(
                 "its pixels are floating point numbers, and nothing says which of them is white. "
                 "Save it with 8 or 16 bits"
@@ -47,12 +48,13 @@ class ImageReader(VideoReader):
     def _decode(self, indices: list[int]) -> Frames:  # noqa: ARG002 - it is one
         if self._frames is None:
             with _pillow():
-                self._image.load()
-                self._frames = _rgb(_upright(self._image))[None]
+                self.image.load()
+                upright = orientation_of_image(self.image).apply(_rgb(self.image))
+                self._frames = np.ascontiguousarray(upright)[None]
         return self._frames
 
     def close(self) -> None:
-        self._image.close()
+        self.image.close()
 
 
 class FrameFolder(FrameByFrame):
@@ -82,7 +84,7 @@ class FrameFolder(FrameByFrame):
 
 @contextlib.contextmanager
 def _pillow() -> Iterator[None]:
-    """Silence where Pillow warns, of damaged metadata and of large pictures; its errors plain."""
+    """Silence Pillow's warnings (damaged metadata, large pictures), and make its errors plain."""
     from PIL import Image
 
     try:
@@ -101,7 +103,7 @@ def _pillow() -> Iterator[None]:
 
 
 def _open_image(data: bytes) -> "Image.Image":
-    """An image of which all is there, as far as its format tells that."""
+    """Open an image, of which all must be there as far as its format tells that."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -135,29 +137,6 @@ def _has_end(data: bytes) -> bool:
         filling = data[place + 1] == 0xFF
         place += 1 if filling else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     return True  # of another structure: it is for Pillow to refuse it
-
-
-def _upright(image: "Image.Image") -> "Image.Image":
-    """Turned and mirrored as EXIF says, if that can be read: a damaged one is of no account.
-
-    Not by Pillow's ``exif_transpose``, which fails on files of which another entry is damaged.
-    """
-    from PIL import ExifTags
-    from PIL.Image import Transpose
-
-    turns = {
-        2: Transpose.FLIP_LEFT_RIGHT,
-        3: Transpose.ROTATE_180,
-        4: Transpose.FLIP_TOP_BOTTOM,
-        5: Transpose.TRANSPOSE,
-        6: Transpose.ROTATE_270,
-        7: Transpose.TRANSVERSE,
-        8: Transpose.ROTATE_90,
-    }
-    orientation = 1
-    with contextlib.suppress(Exception):
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return image.transpose(turns[orientation]) if orientation in turns else image
 
 
 def _rgb(image: "Image.Image") -> Frames:

@@ -5,9 +5,9 @@ A place is one string, of which there are three kinds:
 - the path of a video file or of an image: ``/data/a.mp4``;
 - a folder of frames: a path that ends in a slash, ``/data/a/``. Its images in the natural order
   of their names are the frames;
-- a member of a tar file, such as a shard of a data set in the layout of webdataset:
-  ``/data/shard.tar::class/a.mp4@1536+20480``. Behind the tar's path stands the name of the member
-  and where in the tar its bytes lie: how many before it, and how many of it.
+- a member of a tar file, such as a shard in the layout of webdataset: the path of the tar, the name
+  of the member, and how many bytes lie before it and in it:
+  ``/data/shard.tar::class/a.mp4@1536+20480``.
 """
 
 import os
@@ -23,19 +23,10 @@ from typing_extensions import Self
 from hpm_video.decoding.containers import HEAD
 from hpm_video.decoding.reader import DecodeError
 
-VIDEO_SUFFIXES = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg") + (
-    ".mts",
-    ".ogv",
-    ".ts",
-    ".webm",
-    ".wmv",
-)
-IMAGE_SUFFIXES = (".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm") + (
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
-)
+_VIDEOS = "3gp avi flv m4v mkv mov mp4 mpeg mpg mts ogv ts webm wmv"
+_IMAGES = "bmp jfif jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp"
+VIDEO_SUFFIXES = tuple(f".{name}" for name in _VIDEOS.split())
+IMAGE_SUFFIXES = tuple(f".{name}" for name in _IMAGES.split())
 
 _MEMBER = re.compile(
     r"(?P<tar>.+?\.tar)::(?P<name>.+)@(?P<offset>[0-9]{1,18})\+(?P<size>[0-9]{1,18})",
@@ -48,18 +39,14 @@ _CHANGED = "the tar file has changed since its manifest was written. Write the m
 class TarMember:
     """A file within a tar file."""
 
-    tar: str
-    """Path of the tar file. It ends in .tar, and nowhere before that does it hold ``.tar::``."""
-    name: str
-    """Name of the member. It may hold any character."""
-    offset: int
-    """Bytes of the tar in front of the member's own."""
-    size: int
-    """The member's own bytes."""
+    tar: str  # path; it ends in .tar, and does not hold ``.tar::`` before that
+    name: str  # of the member, of any characters
+    offset: int  # bytes of the tar in front of the member's own
+    size: int  # the member's own bytes
 
     @classmethod
     def parse(cls, place: str) -> Self | None:
-        """The member that a place names; none if it is a place of another kind."""
+        """Return the member that a place names; none if it is a place of another kind."""
         if not (match := _MEMBER.fullmatch(place)):
             return None
         return cls(match["tar"], match["name"], int(match["offset"]), int(match["size"]))
@@ -68,7 +55,7 @@ class TarMember:
         return f"{self.tar}::{self.name}@{self.offset}+{self.size}"
 
     def read(self) -> bytes:
-        """The bytes of the member.
+        """Read the bytes of the member.
 
         Raises:
             DecodeError: they do not lie there (any more).
@@ -84,21 +71,18 @@ class TarMember:
         return data
 
     def _begins_after(self, header: bytes) -> bool:
-        """Whether a block of the tar is the header of this member, as far as one block tells.
-
-        Of a name beyond 100 bytes it holds a part, and one that is not ASCII it may spell
-        otherwise: the rest lies in blocks in front of it.
-        """
+        """Whether a block of the tar is the header of this member, as far as one block tells."""
         try:
             info = TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except HeaderError:
             return False
+        # Longer and other names continue in blocks in front of it.
         plain = self.name.isascii() and len(self.name) <= 100
         return info.isreg() and info.size == self.size and (not plain or info.name == self.name)
 
 
 def read_bytes(place: str, count: int = -1) -> bytes:
-    """The first bytes of a file or of a member of a tar, by default all.
+    """Read the first bytes of a file or of a member of a tar, by default all.
 
     Raises:
         DecodeError: there are none, or they do not lie there (any more).
@@ -115,7 +99,7 @@ def read_bytes(place: str, count: int = -1) -> bytes:
 
 
 def source_of(place: str) -> tuple[str | bytes, bytes]:
-    """What decoders open, the path of a file or the bytes of a member, and its first bytes.
+    """Return what decoders open, the path of a file or the bytes of a member, and its first bytes.
 
     Raises as :func:`read_bytes`.
     """
@@ -133,13 +117,13 @@ def _opened(path: str) -> BinaryIO:
 
 
 def base_name(place: str) -> str:
-    """The last part of a place's path, for a member of a tar that of its name in there."""
+    """Return the last part of a place's path, for a member of a tar that of its name in there."""
     member = TarMember.parse(place)
     return (member.name if member else place).rstrip("/").rpartition("/")[2]
 
 
 def is_frame_folder(place: str) -> bool:
-    """Whether a place is a folder of frames."""
+    """Whether a place is a folder of frames: it ends in a slash."""
     return place.endswith("/")
 
 
@@ -149,16 +133,13 @@ def is_image(place: str) -> bool:
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
-    """A key to sort names by that takes digits as numbers: ``img_2`` before ``img_10``."""
+    """Return a key to sort names by that takes digits as numbers: ``img_2`` before ``img_10``."""
     parts = re.split(r"([0-9]+)", name)
     return [(int(part) if i % 2 else 0, part) for i, part in enumerate(parts)]
 
 
 def frames_in(folder: str) -> list[Path]:
-    """The images of a folder of frames in their order. Hidden ones are left out."""
-    names = [
-        entry.name
-        for entry in Path(folder).iterdir()
-        if entry.name[0] != "." and entry.name.lower().endswith(IMAGE_SUFFIXES)
-    ]
-    return [Path(folder, name) for name in sorted(names, key=natural_order)]
+    """Return the images of a folder of frames in their order, without hidden ones."""
+    names = (entry.name for entry in Path(folder).iterdir())
+    shown = [name for name in names if name[0] != "." and name.lower().endswith(IMAGE_SUFFIXES)]
+    return [Path(folder, name) for name in sorted(shown, key=natural_order)]

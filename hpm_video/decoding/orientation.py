@@ -1,5 +1,6 @@
-"""How a frame is turned and mirrored to stand upright, as its container's display matrix says."""
+"""How a frame is turned and mirrored to stand upright, as its container or its EXIF data say."""
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -7,6 +8,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import av
+    from PIL import Image
 
 
 class Orientation(NamedTuple):
@@ -35,6 +37,29 @@ class Orientation(NamedTuple):
         if self.transposed:
             pixels = pixels.swapaxes(0, 1)
         return pixels[:: -1 if self.mirrored_y else 1, :: -1 if self.mirrored_x else 1]
+
+
+_EXIF = {
+    2: Orientation(mirrored_x=True),
+    3: Orientation(mirrored_x=True, mirrored_y=True),
+    4: Orientation(mirrored_y=True),
+    5: Orientation(transposed=True),
+    6: Orientation(transposed=True, mirrored_x=True),
+    7: Orientation(transposed=True, mirrored_x=True, mirrored_y=True),
+    8: Orientation(transposed=True, mirrored_y=True),
+}
+
+
+def orientation_of_image(image: "Image.Image") -> Orientation:
+    """Read the orientation of an image from its EXIF data; damaged data do not matter.
+
+    Pillow's ``exif_transpose`` fails on files of which another entry is damaged.
+    """
+    from PIL import ExifTags
+
+    with suppress(Exception):
+        return _EXIF[image.getexif()[ExifTags.Base.Orientation]]
+    return Orientation()
 
 
 def orientation_of(frame: "av.VideoFrame") -> Orientation:

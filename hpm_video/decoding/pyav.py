@@ -2,10 +2,11 @@
 
 import io
 from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -30,28 +31,20 @@ FORMATS = "mov,matroska,avi,flv,asf,ogg,mpeg,mpegvideo,mpegts,gif,yuv4mpegpipe"
 """Formats of FFmpeg that a video may have, whatever its suffix. Others open further files."""
 UNTIMED = ("avi", "mpeg", "mpegvideo")
 """Containers whose presentation times are made up by the demuxer, or missing."""
-_TRIED = 24
-"""Frames that are decoded at once where packets leave doubts about the first ones, or the order."""
+_TRIED = 24  # frames that are decoded at once where packets leave doubts about the first ones
+_SEEK_SAVES = 8  # frames that must not need decoding to make a seek worth while
 MIRRORED = "it is mirrored"
 _MARKS_UNUSED = ("h264", "mpeg4")
 """Codecs that mark the frames to which no other one refers. In HEVC such a mark is void where there
 are temporal layers; the decoders of the others do not skip frames at a word."""
-_SEEK_SAVES = 8
-"""Frames that must not need decoding to make a seek worth while."""
-
-
-class _Packet(NamedTuple):
-    pts: int
-    dts: int | None
 
 
 def open_container(
     source: str | bytes,
 ) -> "tuple[av.container.InputContainer, av.VideoStream]":
-    """Open the path of a video, or its bytes, and find the stream that FFmpeg holds for the best.
+    """Open the path of a video, or its bytes, and find the stream that FFmpeg ranks best.
 
-    FFmpeg can open nothing else on its behalf, and decodes on one thread: all cores are taken by
-    processes.
+    FFmpeg can open nothing else on its behalf, and decodes on one thread.
 
     Raises:
         DecodeError: it is no video, or there is no decoder for it.
@@ -79,19 +72,20 @@ def open_container(
         raise DecodeError("it has no video stream" + (", but a cover picture" if stream else ""))
     if getattr(stream, "codec_context", None) is None:
         container.close()
-        raise DecodeError(f"there is no decoder here for its codec. {TRANSCODE}")
+        raise DecodeError(
+            "there is no decoder here for its codec. Encode it anew with a program that has one, "
+            "such as the FFmpeg of the system: ffmpeg -i FILE FILE.mp4"
+        )
     stream.codec_context.thread_count = 1
     return container, stream
 
 
 def only_here(source: str | bytes) -> str:
-    """Say what a file has that others get wrong and PyAV does not; nothing where it has none."""
+    """Say what a file has that other decoders get wrong; nothing where it has none."""
     container, stream = open_container(source)
     with container:
-        if stream is not container.streams.video[0]:
-            return (
-                f"it has {len(container.streams.video)} video streams, and the first is not the one"
-            )
+        if stream is not (tracks := container.streams.video)[0]:
+            return f"it has {len(tracks)} video streams, and the first is not the one"
         if container.format.name.startswith("mov"):
             entries = [*stream.index_entries]
             if len(entries) < stream.frames or any(entry.is_discard for entry in entries):
@@ -123,7 +117,7 @@ class PyavReader(VideoReader):
         self._last_wanted = 0
         self._skips = False
         self._skipped: set[int] = set()
-        self._keys: list[_Packet] = []
+        self._keys: list[tuple[int, int | None]] = []  # times of presentation and of decoding
         self._times: list[int] = []
         self._open()
         try:
@@ -146,7 +140,7 @@ class PyavReader(VideoReader):
                     count += 1
                     if packet.pts is not None:
                         self._times.append(packet.pts)
-                        self._keys += [_Packet(packet.pts, packet.dts)] * packet.is_keyframe
+                        self._keys += [(packet.pts, packet.dts)] * packet.is_keyframe
             if not count:
                 raise DecodeError("it has no frames")
         stored, self._times = self._times, sorted(set(self._times))
@@ -154,27 +148,26 @@ class PyavReader(VideoReader):
         if self._ordered and self._leaves_doubts(stored):
             self._try_beginning()
             count = len(self._times)
+        self.repeats = self._ordered and not self._codec.has_b_frames
+        """Whether a packet without a frame shows the one before again: the picture is the same."""
         self._counts_by_decoding = not self._ordered
         self._num_frames = count if self._ordered else None
         # A palette comes with the first packet alone, and is lost with a seek.
         may_seek = self._ordered and self._codec.pix_fmt != "pal8"
         self._keys = sorted(self._keys) if may_seek else []
-        self._key_times = [key.pts for key in self._keys]
+        self._key_times = [pts for pts, _ in self._keys]
         self._may_skip = self._ordered and (
             self._codec.name in _MARKS_UNUSED or self._has_one_layer()
         )
 
     @property
     def times(self) -> list[int]:
-        """Presentation times of the frames in their order; none where they do not tell it."""
+        """Presentation times of the frames, rising; none where they do not tell the order."""
         return self._times if self._ordered else []
 
     def _leaves_doubts(self, stored: list[int]) -> bool:
-        """Whether the stream may begin inside a group of pictures, or its times may lie.
-
-        ``stored``: the times in the order of packets.
-        """
-        begins_inside = not self._keys or self._times[0] < self._keys[0].pts
+        """Whether it may begin inside a group, or its times may lie. ``stored``: of the packets"""
+        begins_inside = not self._keys or self._times[0] < self._keys[0][0]
         return begins_inside or (self._codec.has_b_frames and stored == self._times)
 
     def _try_beginning(self) -> None:
@@ -185,13 +178,11 @@ class PyavReader(VideoReader):
         came: list[int | None] = []
         with suppress(av.error.InvalidDataError):  # it is met again where it is in the way
             came += (frame.pts for _, frame in islice(frames, _TRIED))
-        if not came:
-            return
         known = [time for time in came if time is not None]
-        self._ordered = bool(known) and known == came == sorted(set(known))
-        if self._ordered:
+        self._ordered = known == came == sorted(set(known))
+        if known and self._ordered:
             self._times = self._times[bisect_left(self._times, known[0]) :]
-            self._keys = [key for key in self._keys if key.pts >= known[0]]
+            self._keys = [key for key in self._keys if key[0] >= known[0]]
 
     def _has_one_layer(self) -> bool:
         """Whether it is HEVC, of which the record in the container says so."""
@@ -265,15 +256,26 @@ class PyavReader(VideoReader):
             key = bisect_right(self._key_times, run[0]) - 1
             self._start_at(self._keys[key] if key >= 0 else None)
         self._wanted, self._last_wanted, self._skips = set(run), run[-1], skip
+        missing, repeats = deque(run), self.repeats and not skip
+        last: av.VideoFrame | None = None
         for number, frame in self._frames:
-            if number == run[stack.filled - before]:
+            while repeats and last and missing and missing[0] < (number or 0):
+                self._put(last, stack)
+                missing.popleft()
+            if missing and number == missing[0]:
                 self._put(frame, stack)
-                if stack.filled - before == len(run):
-                    return True
+                missing.popleft()
+            if not missing:
+                return True
+            last = frame
+        if repeats and last:
+            for _ in missing:
+                self._put(last, stack)
+            return True
         stack.filled = before
         return False
 
-    def _start_at(self, key: _Packet | None) -> None:
+    def _start_at(self, key: tuple[int, int | None] | None) -> None:
         """Let frames come from a key frame on, or from the first frame."""
         self._at, self._skipped, self._skips = None, set(), False
         packets = self._packets_from(key)
@@ -300,7 +302,7 @@ class PyavReader(VideoReader):
             self._at = number
             yield number, frame
 
-    def _packets_from(self, key: _Packet | None) -> "Packets":
+    def _packets_from(self, key: tuple[int, int | None] | None) -> "Packets":
         # Some containers seek by the time of presentation, some by that of decoding.
         for time in key or ():
             if time is None:
@@ -308,11 +310,8 @@ class PyavReader(VideoReader):
             self._container.seek(time, stream=self._stream, backward=True)
             packets = self._demux()
             first = next(packets)
-            if (
-                first.is_keyframe
-                and first.dts is not None
-                and first.dts <= ((key and key.dts) or 0)
-            ):
+            latest = (key and key[1]) or 0
+            if first.is_keyframe and first.dts is not None and first.dts <= latest:
                 yield first
                 yield from packets
                 return

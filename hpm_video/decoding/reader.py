@@ -61,14 +61,14 @@ class VideoReader(ABC):
 
     @property
     def frame_size(self) -> Size:
-        """Size of the frames, upright."""
+        """Height and width of the frames, upright."""
         if self._size is None:
             height, width = self.read([0]).shape[1:3]
             self._size = height, width
         return self._size
 
     def read(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> Frames:
-        """Frames in the order asked; each distinct one is decoded once: K indices -> (K, H, W, C)
+        """Read frames in the order asked, each distinct one once: K indices -> (K, H, W, C)
 
         Raises:
             IndexError: the video has no such frame. (A DecodeError too, where nobody knew that.)
@@ -85,24 +85,20 @@ class VideoReader(ABC):
         return frames if np.array_equal(where, np.arange(len(frames))) else frames[where]
 
     def frames_stated(self, stated: int) -> int:
-        """How many of ``stated`` frames there are, as far as that is known without decoding.
-
-        Of all that there are, where none are stated: -1.
-        """
+        """Return how many of ``stated`` frames there are, without decoding. -1: of all"""
         if stated <= 0:
             return self.num_frames
         return stated if self._must_count() else min(stated, self.num_frames)
 
     def _may_have(self, index: int) -> bool:
-        """Whether there is such a frame, as far as that is known without decoding."""
         return self._must_count() or index < self.num_frames
 
     def _must_count(self) -> bool:
+        """Whether to know the number of frames takes decoding them all."""
         return self._num_frames is None and self._counts_by_decoding
 
     @abstractmethod
-    def _count(self) -> int:
-        """Find out how many frames there are."""
+    def _count(self) -> int: ...
 
     @abstractmethod
     def _decode(self, indices: list[int]) -> Frames:

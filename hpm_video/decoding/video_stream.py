@@ -1,32 +1,34 @@
-"""The frames of a video one after the other, with the times at which they are shown.
+"""The frames of a video one after the other, with their times, and what its packets say.
 
 In bounded memory, however long the video is. It is read as :class:`PyavReader` reads it, which
 gets at single frames: frame i is the same one.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from hpm_video.decoding.locations import source_of
-from hpm_video.decoding.pyav import PyavReader, open_container
+from hpm_video.decoding.orientation import orientation_of, upright_size
+from hpm_video.decoding.pyav import UNTIMED, PyavReader, open_container
 
 if TYPE_CHECKING:
     import av
     from av import VideoFrame as VideoFrame
 
-USUAL_RATE = Fraction(25)
-"""Frames a second, where the file does not state them."""
-SIMPLEST = 1001
-"""Largest denominator of a frame rate: that of 30000/1001."""
+USUAL_RATE = Fraction(25)  # frames per second, where the file does not state them
+SIMPLEST = 1001  # largest denominator of a frame rate: that of 30000/1001
 
 
 class Timed(NamedTuple):
     """A frame of a video, and when it is shown."""
 
-    time: Fraction
-    """Seconds."""
+    time: Fraction  # in seconds; begins with 0 and rises
     frame: "av.VideoFrame"
+    pts: int | None = None  # as the container has it
 
 
 class VideoStream:
@@ -36,64 +38,143 @@ class VideoStream:
     """
 
     def __init__(self, place: str) -> None:
-        """Open a file, or a member of a tar.
+        """Open a file, or a member of a tar. Raises as :class:`PyavReader`."""
+        import av
 
-        Raises:
-            DecodeError: it has no video stream, or names other files.
-            OSError, av.FFmpegError: it cannot be opened.
-        """
         self._file, head = source_of(place)
         with PyavReader(place, self._file, head) as reader:
-            self._has_times = bool(reader.times)
+            self.times, self._repeats = reader.times, reader.repeats
         self._open()
-        self.rate = USUAL_RATE
-        """Frames a second, on average."""
-        self.num_packets = 0
-        self.stated_frames = self._stream.frames
-        """Frames by the header, 0 where it has no count."""
-        self.key_distance = 0
-        """Frames from one key frame to the next, at most."""
+        stream, container = self._stream, self._container
+        self.codec = stream.codec_context.name
+        self.pixel_format = stream.codec_context.pix_fmt or ""
+        self.num_tracks = len(container.streams.video)  # of which one is read
+        # Whether times tell the order of frames, or the container has none.
+        self.has_order = bool(self.times) or container.format.name in UNTIMED
+        self.tick = stream.time_base or Fraction(0)
+        self.stated_frames = stream.frames  # frames and seconds by the header, 0 where missing
+        self._promised = float((stream.duration or 0) * self.tick)
+        self._promised = self._promised or (container.duration or 0) / av.time_base
+        # Known after the survey:
+        self.num_frames = 0  # that there should be
+        self.left_out = 0  # packets of a group that begins before the file, without a frame
+        self.rate: Fraction | None = None  # frames per second, on average
+        self.key_distance = 0  # frames from one key frame to the next, at most
+        self._span = 0.0  # seconds from the first frame to the last
+        self._packets = 0
+        # Known once frames have been read:
+        self.num_read = 0
+        self.size = (0, 0)  # upright height and width of the first
+        self.rotation = 0  # degrees clockwise that set it upright
+        self.damage = ""  # of the next frame, where there is any
 
     def _open(self) -> None:
         self._container, self._stream = open_container(self._file)
 
     def survey(self) -> Iterator[None]:
-        """Find out rate, key frames and number of packets; yields now and then."""
-        times = []
-        since_key = 0
+        """Find out rate, key frames and number of frames; yields now and then."""
+        keys: list[tuple[int, bool]] = []
+        moments: list[int] = []
         for packet in self._container.demux(self._stream):
-            if not packet.size:
-                continue
-            self.num_packets += 1
-            since_key = 1 if packet.is_keyframe else since_key + 1
-            self.key_distance = max(self.key_distance, since_key)
-            if packet.pts is not None and not packet.is_discard:
-                times.append(packet.pts)
             yield
-        self.rate = self._rate(times)
+            moment = packet.dts if packet.pts is None else packet.pts
+            # Without data, but with a time, it shows the frame before again, as in AVI.
+            self._packets += bool(packet.size) or moment is not None
+            if not packet.size or packet.is_discard:
+                continue
+            if self.times and (packet.pts or 0) < self.times[0]:
+                self.left_out += 1
+                continue
+            keys.append(((packet.pts or 0) if self.times else len(keys), packet.is_keyframe))
+            moments += [] if moment is None else [moment]
+        self.num_frames = len(keys)
+        marks = [0, *np.flatnonzero([is_key for _, is_key in sorted(keys)]).tolist(), len(keys)]
+        self.key_distance = int(np.diff(marks).max())
+        span = (max(moments) - min(moments)) * self.tick if moments else Fraction(0)
+        self._span = float(span)
+        rate = self._stream.average_rate or self._stream.guessed_rate
+        if span and len(moments) == len(keys):
+            measured = Fraction((len(moments) - 1) / span)
+            if not (rate and abs(measured / rate - 1) < 0.01):
+                rate = measured.limit_denominator(SIMPLEST)
+        self.rate = Fraction(rate) if rate and 0.001 <= rate <= 1000 else None
         self._container.close()
         self._open()
 
-    def _rate(self, times: list[int]) -> Fraction:
-        stated = self._stream.average_rate or self._stream.guessed_rate
-        span = max(times) - min(times) if times and self._has_times else 0
-        if span and self._stream.time_base:
-            measured = Fraction((len(times) - 1) / (span * self._stream.time_base))
-            if not (stated and abs(measured / stated - 1) < 0.01):
-                stated = measured.limit_denominator(SIMPLEST)
-        return Fraction(stated) if stated and 0.001 <= stated <= 1000 else USUAL_RATE
+    def cut_off(self) -> str:
+        """Say what the header promises where the file ends before that; otherwise nothing.
+
+        Numbers of frames may differ (edit lists, repeated frames of AVI) if the duration is right.
+        """
+        missing = self._promised - self._span
+        if self.stated_frames:
+            is_cut = (
+                self.rate and self.stated_frames > self._packets and abs(missing) > 2.5 / self.rate
+            )
+        else:
+            is_cut = missing > max(2, self._promised / 10)
+        if not is_cut:
+            return ""
+        frames = f"{self.stated_frames} frames in " if self.stated_frames else ""
+        return (
+            f"its header promises {frames}{self._promised:.4g} s, and it holds {self._packets} "
+            f"frames in {self._span:.4g} s"
+        )
 
     def frames(self) -> Iterator[Timed]:
-        """All frames. Times rise; where the file has none they follow from its rate."""
-        time, step = Fraction(0), 1 / self.rate
-        for number, frame in enumerate(self._container.decode(self._stream)):
-            stated = (
-                frame.pts * frame.time_base
-                if self._has_times and frame.pts is not None and frame.time_base
-                else time + step
-            )
-            time = Fraction(stated) if not number or stated > time else time + step
-            yield Timed(time, frame)
+        """Yield all frames, or those before the first that is damaged: ``damage`` says how.
+
+        Times that the file does not have follow from its rate.
+        """
+        step = 1 / (self.rate or USUAL_RATE)
+        time = -step
+        for pts, frame in self._with_repeats():
+            if not self.num_read:
+                self.size, self.rotation = upright_size(frame), orientation_of(frame).degrees
+            stated = Fraction(0)
+            if self.times and pts is not None:
+                stated = (pts - self.times[0]) * self.tick
+            time = stated if stated > time else time + step
+            self.num_read += 1
+            yield Timed(time, frame, pts)
+        if not self.times and not self.damage:
+            self.num_frames = self.num_read
+
+    def _with_repeats(self) -> "Iterator[tuple[int | None, av.VideoFrame]]":
+        times, place = self.times if self._repeats else [], 0
+        last: av.VideoFrame | None = None
+        for frame in self._decoded():
+            pts = frame.pts  # an encoder will change it
+            until = bisect_left(times, pts or 0)
+            if last is not None:
+                yield from ((time, last) for time in times[place:until])
+            last, place = frame, until + 1
+            yield pts, frame
+        if last is not None and not self.damage:
+            yield from ((time, last) for time in times[place:])
+
+    def _decoded(self) -> "Iterator[av.VideoFrame]":
+        import av
+
+        corrupt = set()
+        for packet in self._container.demux(self._stream):
+            if packet.is_corrupt and self.times:
+                corrupt.add(packet.pts)
+            try:
+                frames = packet.decode()
+            except MemoryError:
+                raise
+            except EOFError:
+                continue
+            except (av.FFmpegError, ValueError) as error:
+                why = getattr(error, "strerror", None) or error
+                self.damage = f"frame {self.num_read}: {why}"
+                return
+            for frame in frames:
+                if frame.is_corrupt or frame.pts in corrupt:
+                    self.damage = f"frame {self.num_read} is damaged"
+                    return
+                yield frame
 
     def close(self) -> None:
         """Free what the decoder holds."""

@@ -1,9 +1,15 @@
-"""Files that are complete or absent."""
+"""Files that are complete or absent, and what a process that was killed leaves of others."""
 
+import fcntl
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
+from multiprocessing.util import Finalize
 from pathlib import Path
+from typing import TextIO
 
 
 @contextmanager
@@ -16,3 +22,41 @@ def written_beside(path: Path) -> Iterator[Path]:
         beside_path.replace(path)
     finally:
         beside_path.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what :func:`written_beside` left in a folder, and below it, in killed processes."""
+    for part in folder.rglob(".*.part*"):
+        pid = part.name.rpartition(".part")[0].rpartition(".")[2]
+        with suppress(ValueError, OverflowError, PermissionError):  # it is of somebody else
+            try:
+                os.kill(int(pid), 0)
+            except ProcessLookupError:
+                part.unlink(missing_ok=True)
+
+
+@cache
+def temporary_folder() -> Path:
+    """The folder for temporary files of this process, which is deleted when it ends.
+
+    Those that killed processes left are deleted here: nobody holds their locks any more.
+    """
+    for left in Path(tempfile.gettempdir()).glob("hpmv-*"):
+        with suppress(OSError):
+            if left.lstat().st_uid == os.getuid():
+                with (left / "lock").open() as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left)
+    folder = Path(tempfile.mkdtemp(prefix="hpmv-"))
+    lock = (folder / "to be locked").open("w")  # noqa: SIM115 - open until the process ends
+    with suppress(OSError):  # some disks have no locks
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "to be locked").rename(folder / "lock")
+    # Later than multiprocessing, which keeps its sockets in there.
+    Finalize(None, _delete, (folder, lock), exitpriority=-200)
+    return folder
+
+
+def _delete(folder: Path, lock: TextIO) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    lock.close()

@@ -19,6 +19,8 @@ def read_text(path: Path, wrong: type[ExpectedError], hint: str = "save it as UT
     Raises:
         wrong: there is no such file, or it is not such text. ``hint``: the remedy.
     """
+    if path.exists() and not path.is_file():  # to read a device or a pipe may take for ever
+        raise wrong(f"{path} is no file, but a folder, a pipe or a device; give a file of text")
     try:
         data = path.read_bytes()
         text = data.decode("utf-16" if data[:2] in _MARKS_OF_UTF_16 else "utf-8-sig")

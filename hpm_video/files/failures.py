@@ -5,13 +5,19 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hpm_video.files.errors import ExpectedError
+from hpm_video.files.wording import counted
 
 log = logging.getLogger(__name__)
 
 MOST_LISTED = 100
-"""Files that an error names, unless it is asked for all."""
+"""Files that an error names."""
+
+
+TEXT: Any = {"encoding": "utf-8", "errors": "surrogateescape"}
+"""Names of files need not be UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -28,25 +34,27 @@ class Failure:
 class BadFilesError(ExpectedError):
     """Some of many videos do not decode. The message names them, and says what to do."""
 
-    def __init__(
-        self,
-        failures: Sequence[Failure],
-        num_files: int,
-        remedy: str,
-        *,
-        most: int | None = MOST_LISTED,
-    ) -> None:
-        """``most``: files that are named; none: all of them."""
+    def __init__(self, failures: Sequence[Failure], num_files: int, remedy: str) -> None:
         self.failures = tuple(failures)
-        rows = [f"  {failure}" for failure in failures[:most]]
+        rows = [f"  {failure}" for failure in failures[:MOST_LISTED]]
         if len(rows) < len(failures):
             rows.append(f"  and {len(failures) - len(rows)} more")
-        first = f"{len(failures)} of {num_files} videos do not decode:"
+        first = f"{_decode_not(failures, num_files, 'video')}:"
         super().__init__("\n".join([first, *rows, remedy]))
 
 
 class TooManyBadFiles(ExpectedError):  # noqa: N818 - it says what is wrong
-    """More files do not decode than the data allows."""
+    """More files do not decode than the data allows. The message names the first few."""
+
+    def __init__(self, failures: Sequence[Failure], num_files: int, max_bad_share: float) -> None:
+        first = "\n".join(f"  {failure}" for failure in failures[:3])
+        super().__init__(
+            f"{_decode_not(failures, num_files, 'file')}, and data.max_bad_share "
+            f"{max_bad_share:g} allows {tolerated(num_files, max_bad_share)}. The first:\n{first}\n"
+            "If all fail alike, look at the path (data.root) and the disk; otherwise take them out "
+            "of the manifest, encode them anew, or raise data.max_bad_share. Files noted in the "
+            "run's bad_files.csv count: delete it once they are repaired"
+        )
 
 
 def tolerated(num_files: int, max_bad_share: float) -> int:
@@ -56,16 +64,9 @@ def tolerated(num_files: int, max_bad_share: float) -> int:
     return max(1, int(num_files * max_bad_share + 1e-6))  # 100 * .29 is 28.999...
 
 
-def too_many(failures: Sequence[Failure], num_files: int, max_bad_share: float) -> TooManyBadFiles:
-    """The error for that many failures. It names the first few."""
-    first = "\n".join(f"  {failure}" for failure in failures[:3])
-    return TooManyBadFiles(
-        f"{len(failures)} of {num_files} files do not decode, and data.max_bad_share "
-        f"{max_bad_share:g} allows {tolerated(num_files, max_bad_share)}. The first:\n{first}\n"
-        "If all fail alike, look at the path (data.root) and the disk; otherwise take them out of "
-        "the manifest, encode them anew, or raise data.max_bad_share. Files noted in the run's "
-        "bad_files.csv count: delete it once they are repaired"
-    )
+def _decode_not(failures: Sequence[Failure], count: int, noun: str) -> str:
+    verb = "does" if len(failures) == 1 else "do"
+    return f"{len(failures)} of {counted(count, noun)} {verb} not decode"
 
 
 def read_failures(path: Path) -> list[Failure]:
@@ -77,7 +78,7 @@ def read_failures(path: Path) -> list[Failure]:
     if not path.exists():
         return []
     try:
-        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with path.open(newline="", **TEXT) as file:
             rows = [row for row in csv.reader(file) if len(row) == 2][1:]
     except csv.Error as error:
         raise OSError(
@@ -113,9 +114,7 @@ class BadFiles:
         if new and self._writes:
             header = [] if self._path.exists() else [("path", "reason")]
             rows = [(failure.path, failure.reason) for failure in new.values()]
-            with self._path.open(
-                "a", newline="", encoding="utf-8", errors="surrogateescape"
-            ) as file:
+            with self._path.open("a", newline="", **TEXT) as file:
                 csv.writer(file).writerows([*header, *rows])
             for number, failure in enumerate(new.values(), start=len(self) + 1):
                 log.warning("bad file %d (%s has all): %s", number, self._path.name, failure)
@@ -130,4 +129,4 @@ class BadFiles:
             TooManyBadFiles: there are more bad files than the data allows.
         """
         if len(self) > tolerated(self._num_files, self._max_bad_share):
-            raise too_many([*self.failures.values()], self._num_files, self._max_bad_share)
+            raise TooManyBadFiles([*self.failures.values()], self._num_files, self._max_bad_share)

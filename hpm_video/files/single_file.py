@@ -5,7 +5,6 @@ config.yaml, state.json and, of a classifier, labels.txt, of imported weights or
 ``weights`` the name that the file of weights has there; under ``kind`` what it is.
 """
 
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hpm_video.files.atomic import temporary_folder
 from hpm_video.files.weights import OF_ANOTHER_PROJECT, CheckpointError
 
 KIND = "hpm_video"
@@ -51,15 +51,13 @@ def as_folder(path: Path) -> Iterator[Path]:
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path} is no checkpoint of this package. {OF_ANOTHER_PROJECT}")
     metadata = _metadata_of(path)
-    folder = Path(tempfile.mkdtemp(prefix="hpm-video-"))
-    try:
+    with tempfile.TemporaryDirectory(dir=temporary_folder()) as temporary:
+        folder = Path(temporary)
         for text in TEXTS:
             if text in metadata:
                 (folder / text).write_text(metadata[text], encoding="utf-8")
         (folder / f"{metadata['weights']}.safetensors").symlink_to(path.resolve())
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _metadata_of(path: Path) -> dict[str, str]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from hpm_video.data.batch import ClipBatch
 from hpm_video.files.atomic import written_beside
+from hpm_video.files.wording import counted
 from hpm_video.mining.objective import HardPatchesMining
 from hpm_video.mining.study import Frames, Scores, Study, study_clips
 from hpm_video.mining.typesetting import (
@@ -57,7 +58,7 @@ class Panel(NamedTuple):
 
 def make_panels(study: Study) -> list[Panel]:
     """The views of a study, each as large as the clip."""
-    over = f"mean over {study.num_masks} random mask{'s' if study.num_masks > 1 else ''}"
+    over = f"mean over {counted(study.num_masks, 'random mask')}"
     panels = [
         Panel("Input", "", study.frames),
         Panel("True error", over, _heat_map(study.true_error, study)),
@@ -165,15 +166,11 @@ def draw_sheet(
         lines[-1].append((study, shown))
         free -= len(shown)
     style = Style(studies[0], max(sum(len(shown) for _, shown in line) for line in lines))
+    side = 14 * style.text
     titles = [
-        stack(
-            [
-                draw_text(panel.title, style.bold, width=14 * style.text),
-                draw_text(panel.note, style.small, FAINT_INK, width=14 * style.text),
-            ],
-            3,
-        )
+        stack([draw_text(panel.title, style.bold, width=side), note], 3)
         for panel in make_panels(studies[0])
+        for note in [draw_text(panel.note, style.small, FAINT_INK, width=side)]
     ]
     drawn = [[_draw_block(*block, moments, style) for block in line] for line in lines]
     body = stack([_draw_line(line, titles, style) for line in drawn], 2 * style.margin)
@@ -191,16 +188,10 @@ def draw_strip(study: Study) -> Image.Image:
     panels = make_panels(study)
     style = Style(study, len(panels) * len(steps))
     times = [step * study.patch_size[0] for step in steps]
-    views = [
-        stack(
-            [
-                draw_text(panel.title, style.bold),
-                beside([style.enlarge(panel.frames[time]) for time in times], 1),
-            ],
-            style.gap,
-        )
-        for panel in panels
-    ]
+    views = []
+    for panel in panels:
+        row = beside([style.enlarge(panel.frames[time]) for time in times], 1)
+        views.append(stack([draw_text(panel.title, style.bold), row], style.gap))
     return pad(beside(views, 2 * style.gap), style.gap)
 
 
@@ -229,7 +220,6 @@ def _draw_line(
 def _draw_block(
     study: Study, shown: Sequence[int], moments: Sequence[str], style: Style
 ) -> Image.Image:
-    """Name, ranking accuracy, names of frames and views of one study."""
     rows = [
         beside([style.enlarge(panel.frames[time]) for time in shown], style.gap)
         for panel in make_panels(study)
@@ -248,7 +238,6 @@ def _draw_block(
 
 
 def _draw_caption(studies: Sequence[Study], width: int, style: Style) -> Image.Image:
-    """Return how much is hidden and why, each fact once."""
     facts = []
     for study in studies:
         masked, picked, total = study.masked.sum(), study.picked.sum(), len(study.masked)

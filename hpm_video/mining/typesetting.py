@@ -50,38 +50,32 @@ def shorten(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
 
 def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
     """Break text between words into lines of at most ``width``."""
-    if not text:
-        return []
-    lines = [""]
+    lines: list[str] = []
     for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
         else:
-            lines[-1] = longer
+            lines.append(word)
     return lines
 
 
 def stack(images: Sequence[Image.Image], gap: int) -> Image.Image:
     """One below the other, at the left edge."""
-    images = [image for image in images if image.height]
-    height = sum(image.height for image in images) + gap * (len(images) - 1)
-    canvas = Image.new("RGB", (max(image.width for image in images), height), PAPER)
-    top = 0
-    for image in images:
-        canvas.paste(image, (0, top))
-        top += image.height + gap
-    return canvas
+    return _in_a_row([image for image in images if image.height], gap, down=True)
 
 
 def beside(images: Sequence[Image.Image], gap: int) -> Image.Image:
     """One beside the other, at the upper edge."""
-    width = sum(image.width for image in images) + gap * (len(images) - 1)
-    canvas = Image.new("RGB", (width, max(image.height for image in images)), PAPER)
-    left = 0
-    for image in images:
-        canvas.paste(image, (left, 0))
-        left += image.width + gap
+    return _in_a_row(images, gap, down=False)
+
+
+def _in_a_row(images: Sequence[Image.Image], gap: int, *, down: bool) -> Image.Image:
+    sizes = [image.size[::-1] if down else image.size for image in images]  # along the row first
+    whole = sum(along + gap for along, _ in sizes) - gap, max(across for _, across in sizes)
+    canvas, at = Image.new("RGB", whole[::-1] if down else whole, PAPER), 0
+    for image, (along, _) in zip(images, sizes, strict=True):
+        canvas.paste(image, (0, at) if down else (at, 0))
+        at += along + gap
     return canvas
 
 

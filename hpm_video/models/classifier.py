@@ -65,15 +65,14 @@ class ClipClassifier(ClipEncoder):
 
     def pool(self, tokens: Tensor) -> Tensor:
         """What the head sees of each clip: (B, ., D) -> (B, D)"""
-        pooled: Tensor
         if self.pooling == "attentive":
-            pooled = self.attn_pool(tokens)
+            pooled: Tensor = self.attn_pool(tokens)
         elif self.pooling == "mean_norm":
             pooled = self.fc_norm(self.of_clip(tokens).mean(dim=1))
+        elif self.pooling == "batch_norm":
+            pooled = self.head_norm(super().pool(tokens).float())
         else:
             pooled = super().pool(tokens)
-            if self.pooling == "batch_norm":
-                pooled = self.head_norm(pooled.float())
         return pooled
 
 

@@ -28,14 +28,11 @@ if TYPE_CHECKING:
 class FeatureModel(nn.Module):
     """A frozen image model that sees the first frame of each time step of a clip."""
 
-    width: int
-    """D of a feature."""
-
     def __init__(self, model: "VisionTransformer", time_step: int) -> None:
         """``model`` has a head where features are projected; ``time_step``: frames of a patch."""
         super().__init__()
         settings: Any = model.pretrained_cfg
-        self.width = _width(model)
+        self.width = _width(model)  # D of a feature
         self._time_step = time_step
         self._mean, self._std = tuple(settings["mean"]), tuple(settings["std"])
         self._model = model

@@ -2,13 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
+from pathlib import Path
 
 import torch
 
 from hpm_video.config.checks import ConfigError
+from hpm_video.config.choices import TransformerSize
 from hpm_video.config.data import DataConfig
 from hpm_video.config.model import EncoderConfig
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
+from hpm_video.files.weights import CheckpointError
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.encoder import ClipEncoder
 from hpm_video.models.feature_model import feature_width
@@ -16,8 +20,51 @@ from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.randomness import key_of
 from hpm_video.tokens.grid import Size3, TokenGrid
 
+AnyConfig = PretrainConfig | FinetuneConfig
+ANY_SIZE = 2**30
+"""Bytes that any part of a model or its clips may take, however small its file of weights is."""
 
-def source_grid_of(config: PretrainConfig | FinetuneConfig) -> Size3:
+
+def check_sizes(config: AnyConfig, classes: int, held: int, path: Path) -> None:
+    """Make sure that a config takes no more memory than the weights that it came with.
+
+    ``classes``: of the head; ``held``: bytes of the weights, which are those of ``path``.
+
+    Raises:
+        CheckpointError: a size is larger, and beyond :data:`ANY_SIZE`.
+    """
+    model, views, dim = config.model, 1, config.model.encoder.dim
+    patch, widths = model.channels * prod(model.patch_size), [dim]
+    takes = {
+        "model.encoder": _bytes_of_blocks(model.encoder),
+        "model.patch_size, model.channels": 4 * dim * patch,
+        "labels.txt": 4 * dim * classes,
+    }
+    if isinstance(config, PretrainConfig):
+        takes["model.decoder"] = _bytes_of_blocks(config.model.decoder)
+        widths.append(config.model.decoder.dim)
+    else:
+        views = config.test.clips * config.test.crops
+        takes["model.pretrained_grid"] = 4 * dim * prod(config.model.pretrained_grid or ())
+    for data in config.sources.values():
+        values = model.channels * prod(data.clip_size)
+        takes["data.num_frames, data.frame_size"] = 4 * sum(widths) * values // patch
+        takes["test.clips, test.crops, data.num_frames, data.frame_size"] = views * values
+    for keys, size in takes.items():
+        if size > max(held, ANY_SIZE):
+            raise CheckpointError(
+                f"{path} has weights of {held:,} bytes, and its {keys} would take {size:,}; a "
+                f"config may take as much as its weights, or {ANY_SIZE:,}. Correct it, if you know "
+                f"where it comes from"
+            )
+
+
+def _bytes_of_blocks(size: TransformerSize) -> int:
+    of_block = 4 * size.dim**2 + 2 * size.dim * (size.mlp_dim or 4 * size.dim)
+    return size.depth * (4 * of_block + 2**17)  # each is some objects, too
+
+
+def source_grid_of(config: AnyConfig) -> Size3:
     """The grid that tokens have their positions in: of the pre-training a run is or began with.
 
     Tokens along time, height and width; of several kinds of clips the most along each axis, so that
@@ -27,11 +74,10 @@ def source_grid_of(config: PretrainConfig | FinetuneConfig) -> Size3:
         return config.model.pretrained_grid
     sizes = [data.clip_size for data in config.sources.values()]
     grids = [TokenGrid.of_clip(size, config.model.patch_size) for size in sizes]
-    return (
-        max(grid.time for grid in grids),
-        max(grid.height for grid in grids),
-        max(grid.width for grid in grids),
+    time, height, width = (
+        max(getattr(grid, axis) for grid in grids) for axis in ("time", "height", "width")
     )
+    return time, height, width
 
 
 def grid_of(model: EncoderConfig, data: DataConfig) -> TokenGrid:

@@ -27,17 +27,8 @@ class Prediction(NamedTuple):
 class Decoder(Transformer):
     """A transformer over the embedded tokens of a clip, and a linear head."""
 
-    def __init__(
-        self,
-        size: TransformerSize,
-        out: int,
-        *,
-        checkpoint_activations: bool,
-        exact_head: bool = False,
-    ) -> None:
-        """``exact_head`` keeps the head out of mixed precision."""
+    def __init__(self, size: TransformerSize, out: int, *, checkpoint_activations: bool) -> None:
         super().__init__(size, checkpoint_activations=checkpoint_activations)
-        self.exact_head = exact_head
         self.head = nn.Linear(size.dim, out)
 
     def forward(self, tokens: Tensor, num_prefix: int, mask: TokenMask | None) -> Tensor:
@@ -49,8 +40,9 @@ class Decoder(Transformer):
         if mask is not None:
             tokens = mask.take_masked(tokens)
         tokens = self.norm(tokens)
-        if self.exact_head:
-            # A product and a sum, which mixed precision leaves alone, instead of a matrix product.
+        if self.head.out_features == 1:
+            # Only the order of scores counts, and bf16 would make many of them equal. Mixed
+            # precision leaves a product and a sum alone.
             return (tokens.float().unsqueeze(-2) * self.head.weight).sum(-1) + self.head.bias
         out: Tensor = self.head(tokens)
         return out
@@ -87,12 +79,9 @@ class MaskedAutoencoder(ClipEncoder):
         self.reconstructor = Decoder(decoder, out, checkpoint_activations=recompute)
         self.difficulty_decoder: Decoder | None = None
         if predictor:
-            # Only the order of scores counts, and bf16 would make many of them equal.
-            self.difficulty_decoder = Decoder(
-                decoder, 1, checkpoint_activations=recompute, exact_head=True
-            )
+            self.difficulty_decoder = Decoder(decoder, 1, checkpoint_activations=recompute)
         self.add_positions("decoder_pos_embed", decoder.dim)
-        self._init_weights()
+        self._init_decoders()
 
     @property
     def decayed_tokens(self) -> tuple[str, ...]:
@@ -110,11 +99,11 @@ class MaskedAutoencoder(ClipEncoder):
         hidden = self.mask_token.to(visible.dtype).expand(*mask.masked_ids.shape, -1)
         tokens = mask.merge(self.of_clip(visible), hidden)
         sequence = self._with_positions(visible, tokens, self.grid_of(clips))
-        prefix = self.num_prefix
-        content = self.reconstructor(sequence, prefix, mask)
+        content = self.reconstructor(sequence, self.num_prefix, mask)
         if self.difficulty_decoder is None:
             return Prediction(content, None)
-        return Prediction(content, self.difficulty_decoder(sequence, prefix, mask).squeeze(-1))
+        scores = self.difficulty_decoder(sequence, self.num_prefix, mask)
+        return Prediction(content, scores.squeeze(-1))
 
     def score(self, encoded: Tensor, grid: TokenGrid) -> Tensor:
         """Difficulty of every token, of which all are encoded: (B, ., D) -> (B, N)
@@ -139,8 +128,8 @@ class MaskedAutoencoder(ClipEncoder):
             sequence = torch.cat([first, sequence], dim=1)
         return sequence
 
-    def _init_weights(self) -> None:
-        """Initial weights by the conventions. VideoMAE's decoder_embed keeps PyTorch's own."""
+    def _init_decoders(self) -> None:
+        """Draw initial weights; the embedding of VideoMAE's decoder keeps PyTorch's own."""
         self.init_encoder("xavier")
         init_linear(self.reconstructor)
         if self.settings.conventions == "mae":

@@ -23,8 +23,7 @@ def position_table(
     ``source`` is the grid of pre-training, in which tokens are placed; by default their own. A
     table that will be given starts as ``space_time``.
     """
-    codes = sequence if kind == "sequence" else space_time
-    return codes(grid, dim, source or grid)
+    return (sequence if kind == "sequence" else space_time)(grid, dim, source or grid)
 
 
 def resize_positions(table: Tensor, source: TokenGrid, grid: TokenGrid) -> Tensor:
@@ -33,14 +32,15 @@ def resize_positions(table: Tensor, source: TokenGrid, grid: TokenGrid) -> Tenso
     Bicubic and antialiased within a time step, as timm does, and linear over time; the centre of a
     token stays at the same share along every axis.
     """
-    space, time = (grid.height, grid.width), grid.time
+    space = grid.height, grid.width
     if space != (source.height, source.width):
         steps = rearrange(table, "(t h w) d -> t d h w", t=source.time, h=source.height)
         steps = F.interpolate(steps, size=space, mode="bicubic", antialias=True)
         table = rearrange(steps, "t d h w -> (t h w) d")
-    if time != source.time:
+    if grid.time != source.time:
         lines = rearrange(table, "(t n) d -> n d t", t=source.time)
-        table = rearrange(F.interpolate(lines, size=time, mode="linear"), "n d t -> (t n) d")
+        lines = F.interpolate(lines, size=grid.time, mode="linear")
+        table = rearrange(lines, "n d t -> (t n) d")
     return table
 
 

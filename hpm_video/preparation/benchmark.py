@@ -18,7 +18,7 @@ from hpm_video.data.clips import VideoClips
 from hpm_video.data.loader import clip_batches
 from hpm_video.data.mixture import Place, Places, deal_out
 from hpm_video.data.reading import TrainReader
-from hpm_video.data.transforms import ClipTransform, DrawnCrop
+from hpm_video.data.transforms import Box, Change, ClipTransform
 from hpm_video.decoding.locations import frames_in, is_frame_folder, read_bytes
 from hpm_video.decoding.reader import DecodeError
 from hpm_video.files.failures import Failure, TooManyBadFiles
@@ -29,11 +29,9 @@ IN_WORKERS = ("reading", "decoding", "augmenting")
 IN_THE_RUN = ("collating", "copying")
 NUM_PLACES = 4 * 10**6  # number of videos in the order that trials read
 READ_AHEAD = 1_000  # upper bound on the videos that a trial reads ahead without counting them
-WARMED_UP, SECONDS_OF_WARMUP = 2_000, 5.0
-"""Limits on the videos that are read into memory before a trial, and on the time for it."""
+WARMED_UP, SECONDS_OF_WARMUP = 2_000, 5.0  # limits of what is read into memory before a trial
 SAMPLED_SIZES = 200  # number of files from whose sizes the total is estimated
 MIB = 2**20
-
 
 Phases = Mapping[str, float]
 """Seconds per clip of each phase, in one process. Copying is the transfer to a GPU."""
@@ -56,26 +54,18 @@ class _TimedTransform(ClipTransform):
 
     def draw(
         self, size: tuple[int, int], frame_size: tuple[int, int], draw: np.random.Generator
-    ) -> "_TimedCrop":
-        drawn = self.transform.draw(size, frame_size, draw)
-        return _TimedCrop(drawn.box, frame_size, "bilinear", False, drawn, self.seconds)
+    ) -> tuple[Box, Change]:
+        box, change = self.transform.draw(size, frame_size, draw)
 
+        def timed_change(pixels: NDArray[np.uint8]) -> Tensor:
+            with timed(self.seconds, "augmenting"):
+                return change(pixels)
 
-@dataclass(frozen=True)
-class _TimedCrop(DrawnCrop):
-    drawn: DrawnCrop
-    seconds: dict[str, float]
-
-    def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
-        with timed(self.seconds, "augmenting"):
-            return self.drawn(pixels)
+        return box, timed_change
 
 
 def fits_into_memory(clips: Sequence[VideoClips]) -> tuple[bool, str]:
-    """Say whether the system keeps all files in memory once they have been read.
-
-    -> that, and a description. Training reads from there or from the disk, and so do measurements.
-    """
+    """Say whether the system keeps all files in memory once they have been read. -> that, words"""
     num_files, num_bytes, memory = sum(map(len, clips)), 0.0, memory_left()
     for stream in clips:
         files = stream.manifest.files
@@ -100,8 +90,7 @@ class Trial:
     """Result of reading with one decoder."""
 
     decoder: DecoderName | None  # none for images
-    rates: dict[int, float] = field(default_factory=dict)
-    """Clips per second by the number of processes that decode."""
+    rates: dict[int, float] = field(default_factory=dict)  # clips per second, by processes
     files: set[str] = field(default_factory=set)
     refused: dict[str, Failure] = field(default_factory=dict)
     error: TooManyBadFiles | RoomError | None = None  # the last reason why a rate is missing
@@ -120,10 +109,8 @@ class Trials:
         seconds: float,
     ) -> None:
         """``weights``: of the sources. ``in_memory``: what is read has been read before."""
-        self.clips = clips
-        self.in_memory = in_memory
-        self.batch_size = batch_size
-        self.seconds = seconds
+        self.clips, self.in_memory = clips, in_memory
+        self.batch_size, self.seconds = batch_size, seconds
         self._sources = deal_out(weights, NUM_PLACES // batch_size)
         self._next_batch = 0
 
@@ -141,11 +128,7 @@ class Trials:
     def phases(
         self, count: int, device: torch.device, decoders: Sequence[DecoderName | None]
     ) -> tuple[Phases, DecoderName | None]:
-        """Measure the phases with the first decoder that decodes any file. -> phases, decoder
-
-        Raises:
-            DecodeError: no decoder does.
-        """
+        """Measure the phases with the first decoder that decodes any file. -> phases, decoder"""
         places = list(islice(self.places(), count))
         self.advance(count)
         for decoder in decoders[:-1]:
@@ -156,10 +139,9 @@ class Trials:
     def measure_phases(
         self, places: Sequence[Place], device: torch.device, decoder: DecoderName | None = None
     ) -> Phases:
-        """Time each phase of the clips at ``places`` in this process. Bad files are skipped.
+        """Time each phase of the clips at ``places`` in this process, without bad files.
 
-        Raises:
-            DecodeError: none of the files decodes.
+        DecodeError: none of the files decodes.
         """
         streams = [_fresh(stream, decoder) for stream in self.clips]
         seconds = dict.fromkeys(IN_WORKERS + IN_THE_RUN, 0.0)
@@ -215,11 +197,10 @@ class Trials:
                     if time.perf_counter() > began + self.seconds:
                         break
             trial.rates[workers] = count / (time.perf_counter() - began)
-        except RoomError as error:
+        except (RoomError, TooManyBadFiles) as error:
             trial.error = error
-        except TooManyBadFiles as error:
-            trial.error = error
-            trial.rates.clear()
+            if isinstance(error, TooManyBadFiles):
+                trial.rates.clear()
         for stream in streams:
             trial.refused |= stream.bad
         self.advance(videos)

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -11,19 +12,24 @@ from hpm_video.config.choices import DecoderChoice
 from hpm_video.data.manifest import Listing, ManifestError, read_listing
 from hpm_video.decoding.locations import is_frame_folder, is_image
 from hpm_video.preparation.check import examine
-from hpm_video.preparation.findings import OF_THE_MANIFEST, Finding, read_findings, stamp_of
+from hpm_video.preparation.findings import (
+    OF_THE_MANIFEST,
+    Finding,
+    read_findings,
+    same_content,
+    stamp_of,
+)
 from hpm_video.preparation.jobs import Journal, paced, run_jobs
 from hpm_video.workers.pool import GIB, Limits, Lost
 from hpm_video.workers.progress_bar import ProgressBar
 
 IMAGE_DECODER = "pillow"
-_REMEDIES = {
+_REMEDIES = {  # by a part of the reason
     "s in all": "where it is only long, check it with more --seconds-in-all",
     "no further frame": "where only the disk is slow, check it with more --seconds",
     "needs more memory": "where it is only large, check it with more --memory",
     "": "leave it out, or get it anew",
 }
-"""What to do, by a part of the reason."""
 
 
 class FindingJournal(Journal):
@@ -49,8 +55,7 @@ class Checker:
     workers: int
     limits: Limits = Limits()
     decoder: DecoderChoice = "auto"
-    seconds_in_all: float = 3600.0
-    """Limit per file; ``limits`` has the seconds without a further frame."""
+    seconds_in_all: float = 3600.0  # per file; ``limits`` has the seconds without a further frame
 
     def __call__(self, file: str) -> Iterator[Finding | None]:
         """Check a file."""
@@ -98,10 +103,7 @@ class Checker:
 def check_files(
     files: Iterable[str], unchanged: Mapping[str, Finding], journal: FindingJournal, check: Checker
 ) -> dict[str, Finding]:
-    """Check files, except those that are ``unchanged``, and note the findings in the journal.
-
-    Returns the finding of each file.
-    """
+    """Check files but those that are ``unchanged``, and note it in the journal. -> all findings"""
     found = {**unchanged}
     left = {file: file for file in files if file not in unchanged}
     num_bad = sum(finding.verdict == "bad" for finding in unchanged.values())
@@ -120,8 +122,7 @@ def check_files(
 def known_of(out: Path, root: Path | None) -> dict[str, Finding]:
     """Return the findings of an earlier, finished check, except bad files, which are checked again.
 
-    Raises:
-        ManifestError: no check has written ``out``.
+    A file that no check has written is a ManifestError.
     """
     if not out.exists():
         return {}
@@ -135,7 +136,7 @@ def known_of(out: Path, root: Path | None) -> dict[str, Finding]:
 
 def find_rows(listing: Listing, found: Mapping[str, Finding]) -> Iterator[Finding]:
     """Yield the finding of each row, with doubts about the row in addition to those of the file."""
-    first: dict[str, int] = {}
+    different: defaultdict[str, list[int]] = defaultdict(list)  # rows by digest of their files
     paths, labels, counts = map(listing.column, ("path", "label", "num_frames"))
     for row, file in enumerate(listing.files):
         finding = found[file]
@@ -146,8 +147,11 @@ def find_rows(listing: Listing, found: Mapping[str, Finding]) -> Iterator[Findin
         stated = _count_of(counts[row])
         if finding.num_frames and stated and stated != finding.num_frames:
             doubts.append(f"said {stated} frames, there are {finding.num_frames}: corrected")
-        same = first.setdefault(finding.content, row) if finding.content else row
-        if same != row:
+        alike = different[finding.content] if finding.content else []
+        same = next((each for each in alike if same_content(file, listing.files[each])), None)
+        if same is None:
+            alike.append(row)
+        else:
             differ = f" with label {labels[same]} instead of {labels[row]}"
             doubts.append(
                 f"has the same content as {paths[same]}"

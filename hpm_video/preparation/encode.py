@@ -1,8 +1,7 @@
 """Video files of H.264 in MP4.
 
-Frames are arrays, or frames of a decoder, which need not be converted to RGB. The same frames give
-the same bytes with the same version of x264, on x86-64 processors that have AVX2. Others have not
-been tested, so nothing may depend on it.
+The same frames give the same bytes with the same version of x264, on x86-64 processors that have
+AVX2. Others have not been tested, so nothing may depend on it.
 """
 
 from collections.abc import Iterable
@@ -15,7 +14,6 @@ from typing import Any
 
 import av
 import numpy as np
-import torch
 from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from numpy.typing import NDArray
@@ -64,7 +62,7 @@ def write_video(  # noqa: PLR0913 - what is written, and how
 
 
 def picture_of(frame: NDArray[np.uint8]) -> av.VideoFrame:
-    """Convert an array for an encoder: (H, W, 3) uint8"""
+    """Convert an array for :class:`VideoWriter`: (H, W, 3) uint8"""
     return av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
 
 
@@ -143,13 +141,9 @@ class Resizer:
 
 
 def fitted_size(size: Size, short_side: int) -> Size:
-    """Limit the short side: -> even height and width, never larger than before.
-
-    Where it is short enough already, frames are resized by a pixel to make sides even.
-    """
-    shortest = min(size)
-    if shortest <= short_side:
-        height, width = (max(2, side // 2 * 2) for side in size)
+    """Limit the short side: -> even height and width, never larger than before."""
+    if (shortest := min(size)) <= short_side:
+        height, width = (max(2, side // 2 * 2) for side in size)  # at most a pixel smaller
     else:
         height, width = (max(2, round(side * short_side / shortest / 2) * 2) for side in size)
     return height, width
@@ -158,10 +152,11 @@ def fitted_size(size: Size, short_side: int) -> Size:
 def _instruction_sets() -> dict[str, str]:
     """Return the option that makes x264 run the same code on all processors that have AVX2.
 
-    With AVX-512, 2 to 5 of 40 files of the same 60 frames differed on an AMD EPYC 9004; with AVX2
-    or SSSE3 none did. SSSE3 takes 4 % longer, gives the bytes of AVX2, and whatever has AVX2 has
-    it. x264 crashes where the processor lacks what it is told to use.
+    With AVX-512, 2 to 5 of 40 files of the same frames differed on an AMD EPYC 9004, with SSSE3
+    none. That takes 4 % longer, and whatever has AVX2 has it: x264 crashes on what lacks it.
     """
+    import torch
+
     has_avx2 = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # AVX2 or AVX512
     return {"x264-params": "asm=SSSE3"} if has_avx2 else {}
 

@@ -1,9 +1,11 @@
 """Findings about files, as columns of a manifest."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta, timezone
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from hpm_video.decoding.locations import TarMember, frames_in, is_frame_folder
 BETWEEN_REASONS = "; "
 OF_THE_MANIFEST = "the manifest "
 """Beginning of a reason that concerns a row of a manifest rather than the file alone."""
+_ENDS = 2**16  # bytes at the beginning and at the end of a file that enter its digest
+_PIECE = 2**20  # bytes of two files that are compared at once
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,46 @@ def stamp_of(file: str) -> Stamp:
     return Stamp(size, time.isoformat(timespec="microseconds"))
 
 
+def content_of(file: str) -> str:
+    """Hash size, beginning and end of a file; of a folder of frames, names and sizes too."""
+    digest = hashlib.blake2b(repr(stamp_of(file).bytes).encode(), digest_size=8)
+    parts = _parts(file)
+    if is_frame_folder(file):
+        digest.update(repr([(path.name, size) for path, _, size in parts]).encode())
+        parts = [parts[0], parts[-1]]
+    for path, start, size in parts:
+        with path.open("rb") as opened:
+            for at in (start, start + max(size - _ENDS, 0)):
+                opened.seek(at)
+                digest.update(opened.read(min(size, _ENDS)))
+    return digest.hexdigest()
+
+
+def same_content(file: str, other: str) -> bool:
+    """Compare all bytes of two files of the same :func:`content_of`."""
+    try:
+        return file == other or all(a == b for a, b in zip_longest(_pieces(file), _pieces(other)))
+    except OSError:  # one has vanished since
+        return False
+
+
+def _parts(file: str) -> list[tuple[Path, int, int]]:
+    """Where the bytes of a file lie: path, first byte and number of bytes."""
+    if member := TarMember.parse(file):
+        return [(Path(member.tar), member.offset, member.size)]
+    paths = frames_in(file) if is_frame_folder(file) else [Path(file)]
+    return [(path, 0, path.stat().st_size) for path in paths]
+
+
+def _pieces(file: str) -> Iterator[bytes]:
+    for path, start, left in _parts(file):
+        with path.open("rb") as opened:
+            opened.seek(start)
+            while piece := opened.read(min(left, _PIECE)):
+                left -= len(piece)
+                yield piece
+
+
 @dataclass(frozen=True)
 class Finding:
     """Properties and verdict of a file; none where unknown.
@@ -59,8 +103,7 @@ class Finding:
     modified: str = ""
     content: str = ""
     decoder: str = ""
-    limits: tuple[float, ...] | None = None
-    """The limits that it exceeded: seconds without a frame, GiB, and seconds in all."""
+    limits: tuple[float, ...] | None = None  # exceeded: seconds without a frame, GiB, seconds
 
     @property
     def stamp(self) -> Stamp:
@@ -81,8 +124,7 @@ class Finding:
     def of(cls, cells: Mapping[str, str]) -> "Finding":
         """Read a finding from its row, without the reasons that concern the row alone.
 
-        Raises:
-            ValueError, KeyError: a cell is not in the format of :meth:`cells`.
+        ValueError, KeyError: a cell is not in the format of :meth:`cells`.
         """
         verdict = VERDICTS[VERDICTS.index(cells["verdict"])]
         given = cells["reason"].split(BETWEEN_REASONS)
@@ -111,10 +153,7 @@ def columns_of(findings: Sequence[Finding]) -> dict[str, list[str]]:
 
 
 def read_findings(listing: Listing) -> dict[str, Finding]:
-    """Read the findings of a checked manifest by file, without reasons that concern rows alone.
-
-    Rows without a valid finding are skipped.
-    """
+    """Read the valid findings of a checked manifest by file, without reasons of rows alone."""
     if not {*COLUMNS} - {"decoder"} <= {*listing.table.columns}:  # older ones do not have it
         return {}
     found = {}

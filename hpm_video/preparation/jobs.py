@@ -16,22 +16,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hpm_video.decoding.reader import DecodeError
-from hpm_video.files.atomic import written_beside
+from hpm_video.files.atomic import remove_unfinished, written_beside
 from hpm_video.files.errors import ExpectedError
 from hpm_video.files.failures import Failure
+from hpm_video.files.printing import harmless
 from hpm_video.workers.pool import Limits, Lost, Pool
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
+Steps = Generator[None, None, Result]
+"""Work that yields whenever it has made progress, and returns a result."""
 
 SECONDS_BETWEEN_STEPS = 0.5
 JOURNAL, SETTINGS = "journal.jsonl", "settings.json"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-"""Errors after which no further file can be written."""
-
-
-Steps = Generator[None, None, Result]
-"""Work that yields whenever it has made progress, and returns a result."""
 
 
 class DiskFailure(Failure):
@@ -52,7 +50,7 @@ def paced(steps: Steps[Result]) -> Iterator[Result | None]:
 
 
 def attempt(steps: Steps[Result], place: str, temporary: str) -> Iterator[Result | Failure | None]:
-    """Work of a process: the result of the steps, or the failure of ``place``; see :func:`paced`.
+    """Yield as :func:`paced` the result of the steps, or the failure of ``place``.
 
     ``temporary``: a file that is deleted if it is left.
     """
@@ -76,11 +74,7 @@ class Journal:
     """Record of what is done, in lines of JSON. A kill cuts off the last line at most."""
 
     def __init__(self, path: Path) -> None:
-        """Open the journal, which belongs to this program until it is closed.
-
-        Raises:
-            BlockingIOError: another program has it.
-        """
+        """Open the journal for this program alone. BlockingIOError: another program has it."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+", encoding="utf-8")
@@ -103,8 +97,8 @@ class Journal:
         records = []
         for line in text.splitlines():
             with contextlib.suppress(ValueError):  # the line was cut off
-                records.append(json.loads(line))
-        return [record for record in records if isinstance(record, dict)]
+                records += [json.loads(line)] if line.startswith("{") else []
+        return records
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write a record."""
@@ -122,11 +116,8 @@ def claim(
     """Claim a folder, which need not exist, as the output of a job. -> its journal
 
     ``settings``: all that determines the content; ``unrelated``: names of those that may differ
-    from one start to the next. ``holds``: a name for the content, for errors.
-
-    Raises:
-        FileExistsError: it holds something else, or content of other settings, which are named.
-        BlockingIOError: another program writes to it.
+    from one start to the next. ``holds``: a name for the content, for errors. FileExistsError: it
+    holds something else, or content of other settings; BlockingIOError: another program writes.
     """
     path = folder / SETTINGS
     if path.is_file():
@@ -147,6 +138,7 @@ def claim(
             f"folder"
         )
     journal = Journal(folder / JOURNAL)
+    remove_unfinished(folder)
     with written_beside(path) as beside:
         beside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     return journal
@@ -158,11 +150,8 @@ def run_jobs(
     """Do jobs by a pool of processes. -> each with its result, in any order
 
     A job that was lost with its process is repeated once, after all others: a disk may have stood
-    still, or somebody killed the process.
-
-    Raises:
-        OSError: the disk accepts no more data.
-        PoolError: the processes fail.
+    still, or somebody killed the process. OSError: the disk accepts no more data; PoolError: the
+    processes fail.
     """
     if not jobs:
         return
@@ -193,12 +182,9 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Iterable[objec
         writer.writerows(rows)
 
 
-def write_failures(path: Path, failures: Sequence[Failure]) -> None:
-    """List the files that failed and the reasons; without any, remove the list."""
-    if failures:
-        write_table(path, ("path", "reason"), ((bad.path, bad.reason) for bad in failures))
-    else:
-        path.unlink(missing_ok=True)
+def write_report(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """Write a table that only people read: no text in it is a formula to a spreadsheet."""
+    write_table(path, [*map(str, map(harmless, header))], (map(harmless, row) for row in rows))
 
 
 def reason_of(error: Exception) -> str:

@@ -34,8 +34,8 @@ Setting = tuple[DecoderName | None, int]
 def past_speed(run: Path) -> tuple[int, float] | None:
     """Read the speed of a run from its log, if there is one.
 
-    -> the number of its processes at the last start, on all machines, and the clips per second that
-    each would have trained without waiting for data
+    -> its processes at the last start, and the clips per second that each would have trained
+    without waiting for data
     """
     starts, logged = (_json_lines(run / f"{name}.jsonl") for name in ("starts", "metrics"))
     trained = [line for line in logged if line["kind"] == "train"]
@@ -61,10 +61,7 @@ def processes_here(device: torch.device, in_the_past: int | None) -> int:
 
 
 def workers_to_try(given: Sequence[int] | None, processes: int) -> list[int]:
-    """Return numbers of decoding processes that the training processes can share evenly.
-
-    The default is 1, 2, 4 ... for each, up to one per core of the machine.
-    """
+    """Return numbers of decoding processes to share evenly: 1, 2, 4 ... each, up to the cores."""
     most = max(1, usable_cores() // processes)
     usual = [*(2**power for power in range(20) if 2**power < most), most]
     each = usual if given is None else [max(1, count // processes) for count in given]
@@ -74,11 +71,8 @@ def workers_to_try(given: Sequence[int] | None, processes: int) -> list[int]:
 def choose_setting(trials: Sequence[Trial], max_bad_share: float) -> tuple[Setting, float]:
     """Return the setting with the fewest processes that is nearly as fast as the best; its rate.
 
-    Decoders that refuse more files than training tolerates are left out, unless all do.
-
-    Raises:
-        TooManyBadFiles: all refuse so many that nothing could be measured.
-        RoomError: the machine has room for none of those numbers of processes.
+    Decoders that refuse more files than training tolerates are left out, unless all do. Raises the
+    error of a trial where none has a rate.
     """
     measured = [trial for trial in trials if trial.rates]
     if not measured:
@@ -88,11 +82,8 @@ def choose_setting(trials: Sequence[Trial], max_bad_share: float) -> tuple[Setti
         for trial in measured
         if len(trial.refused) <= tolerated(len(trial.files | trial.refused.keys()), max_bad_share)
     ]
-    rates = {
-        (trial.decoder, workers): rate
-        for trial in usable or measured
-        for workers, rate in trial.rates.items()
-    }
+    taken = usable or measured
+    rates = {(trial.decoder, n): rate for trial in taken for n, rate in trial.rates.items()}
     enough = [it for it, rate in rates.items() if rate >= ENOUGH * max(rates.values())]
     chosen = min(enough, key=lambda setting: (setting[1], -rates[setting]))
     return chosen, rates[chosen]

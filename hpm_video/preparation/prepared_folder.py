@@ -17,11 +17,11 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from fractions import Fraction
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hpm_video.data.manifest import Listing, Manifest
 from hpm_video.decoding.locations import TarMember, is_frame_folder
@@ -29,14 +29,7 @@ from hpm_video.decoding.video_stream import SIMPLEST
 from hpm_video.files.failures import Failure
 from hpm_video.preparation.findings import COLUMNS as CHECK_COLUMNS
 from hpm_video.preparation.findings import stamp_of
-from hpm_video.preparation.jobs import (
-    Journal,
-    claim,
-    remove,
-    run_jobs,
-    write_failures,
-    write_table,
-)
+from hpm_video.preparation.jobs import Journal, claim, remove, run_jobs, write_report, write_table
 from hpm_video.preparation.shards import Sample, Shard, output_names, pack_shard, suffix_of
 from hpm_video.preparation.transcode import Job, Output, Recipe, Transcoder
 from hpm_video.workers.pool import Limits
@@ -51,8 +44,7 @@ TRIAL_SECONDS = 20.0  # seconds of each file in an estimate
 HEADERS = 3 * 1024  # estimate of the bytes that a tar adds to a sample
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """Estimate of size and time for all files, from trials with some of them."""
 
     tried: int  # number of successful trials
@@ -68,32 +60,28 @@ class PreparedFolder:
     def __init__(
         self, path: Path, recipe: Recipe, manifest: Manifest, listing: Listing, base: Path
     ) -> None:
-        """``listing``: what ``manifest`` was read from.
-
-        ``base``: outputs are named by the paths of their sources below it.
-        """
+        """``listing``: source of ``manifest``; ``base``: outputs are named by paths below it."""
         self.path = path.absolute()
         self.recipe = recipe
         self.manifest = manifest
-        self.outputs: dict[str, Output] = {}  # by place
-        self.failures: dict[str, Failure] = {}  # by place
+        self.outputs: dict[str, Output] = {}  # by place, as are the others
+        self.failures: dict[str, Failure] = {}
         self.changed = 0  # number of files whose source or label has changed since they were done
         kept = [row for row, verdict in enumerate(listing.column("verdict")) if verdict != "bad"]
-        cells = {name: listing.column(name) for name in (*listing.table.columns, "fps")}
+        cells = {n: listing.column(n) for n in (*listing.table.columns, "fps", "verdict")}
         cells = {name: [column[row] for row in kept] for name, column in cells.items()}
-        self._rates = cells["fps"]
+        self._rates, self._verdicts = cells["fps"], cells["verdict"]
+        # Further columns of the manifest, which hold for outputs as well.
         self._others = {name: column for name, column in cells.items() if name not in STALE}
-        """Further columns of the manifest, which hold for outputs as well."""
         self._base = str(base)
         dots, nests = recipe.form != "shards", recipe.form != "frames"
         self.names = output_names(manifest.files, self._base, dots=dots, nests=nests)
         self._of_name = {name: place for place, name in self.names.items()}
         self._row = {place: row for row, place in reversed([*enumerate(manifest.files)])}
         self._shards: dict[str, dict[str, Any]] = {}  # existing shards as the journal has them
+        # Shards of which some content has changed: the rest is packed anew, and they go.
         self._outdated: set[str] = set()
-        """Shards of which some content has changed: the rest is packed anew, and they go."""
-        self._packed: dict[str, TarMember] = {}
-        """Member of each place, in a shard of this folder that may be outdated."""
+        self._packed: dict[str, TarMember] = {}  # by place; in a shard that may be outdated
         self._journal: Journal | None = None
         self._unfinished = self.path / ".unfinished"
         self._parts = self.path / ".parts"
@@ -106,12 +94,7 @@ class PreparedFolder:
             self._journal.close()
 
     def claim(self, settings: Mapping[str, Any]) -> None:
-        """Claim the folder for these settings, and find out what is done.
-
-        Raises:
-            FileExistsError: it holds something else.
-            BlockingIOError: another program writes to it.
-        """
+        """Claim the folder for these settings (see :func:`claim`), and find out what is done."""
         self._journal = claim(self.path, settings, holds="prepared data", unrelated=UNRELATED)
         remove(str(self._unfinished))
         self._unfinished.mkdir()
@@ -164,10 +147,7 @@ class PreparedFolder:
         return stamp.bytes is not None and (made.source_bytes, noted) != now
 
     def _is_there(self, place: str) -> bool:
-        """Whether the output of a place, which has been checked once, is still there.
-
-        Frames of a folder are only counted: there may be many millions.
-        """
+        """Whether an output is still there. Frames are only counted: there may be millions."""
         if place in self._packed:
             return True
         output = place if self.recipe.copy else self._output(place)
@@ -185,11 +165,7 @@ class PreparedFolder:
         return [p for p in self.names if p not in self.outputs and p not in self.failures]
 
     def estimate(self, places: Sequence[str], workers: int, limits: Limits) -> Estimate:
-        """Estimate the cost of ``places`` by transcoding the first seconds of a few of them.
-
-        Bytes and time are taken to be proportional to the bytes of the source. Files that are
-        packed unchanged need no trial.
-        """
+        """Estimate the cost of ``places``, in proportion to their bytes, by trials with a few."""
         before = sum(stamp_of(place).bytes or 0 for place in places)
         if self.recipe.copy:
             return Estimate(len(places), len(places), before, before, 0.0)
@@ -207,12 +183,7 @@ class PreparedFolder:
         return Estimate(len(made), len(places), before, after, seconds)
 
     def make(self, places: Sequence[str], workers: int, limits: Limits) -> None:
-        """Make outputs, and record them.
-
-        Raises:
-            OSError: the disk accepts no more data.
-            PoolError: the processes fail.
-        """
+        """Make outputs, and record them. Raises as :func:`run_jobs`."""
         jobs = {place: self.job(place) for place in places}
         with (
             closing(ProgressBar(len(jobs), "files", "frames/s")) as bar,
@@ -228,12 +199,7 @@ class PreparedFolder:
                     bar.advance(0)
 
     def pack(self, workers: int, limits: Limits) -> None:
-        """Write the shards that are missing, and record them.
-
-        Raises:
-            OSError: a shard cannot be written.
-            PoolError: the processes fail.
-        """
+        """Write the shards that are missing, and record them. OSError: one cannot be written."""
         jobs = {shard.target: shard for shard in self.unpacked_shards()}
         # Nothing is decoded, and a large file is copied in one step: it may take longer.
         limits = replace(limits, seconds=10 * limits.seconds)
@@ -252,7 +218,9 @@ class PreparedFolder:
         """Make the job of a place; as a ``trial``, for its first seconds in that folder."""
         row = self._row[place]
         name, count = f"{row}{self.recipe.suffix(place)}", self.manifest.num_frames[row]
-        stated: dict[str, Any] = {"num_frames": count} if count > 0 else {}
+        # A check counts the frames that training can read; of the others some can be mended.
+        is_wanted = count > 0 and (self.recipe.copy or not self._verdicts[row])
+        stated: dict[str, Any] = {"num_frames": count} if is_wanted else {}
         with contextlib.suppress(ValueError, ZeroDivisionError):
             rate = Fraction(self._rates[row])
             if 0 < rate < 1000:
@@ -266,6 +234,10 @@ class PreparedFolder:
         """Record an output."""
         self.outputs[place] = output
         self._note({"place": place, "name": self.names[place], **asdict(output)})
+
+    def _note(self, record: Mapping[str, Any]) -> None:
+        assert self._journal is not None, "the folder is claimed before anything is written to it"
+        self._journal.append(record)
 
     def unpacked_shards(self) -> list[Shard]:
         """Return the shards that are still to be written, each as full as allowed."""
@@ -309,15 +281,14 @@ class PreparedFolder:
         places = enumerate(self.manifest.files)
         rows = [self._cells(row, place) for row, place in places if self._path_of(place)]
         write_table(self.path / "manifest.csv", [*COLUMNS, *self._others], rows)
-        write_failures(self.path / "failed.csv", [*self.failures.values()])
+        failed, reasons = self.path / "failed.csv", self.failures.values()
+        failed.unlink(missing_ok=True)
+        if reasons:
+            write_report(failed, ("path", "reason"), ((bad.path, bad.reason) for bad in reasons))
         if self._shards and all(map(self._is_packed, self.outputs)):
             remove(str(self._parts))
             for name in self._outdated:
                 remove(str(self.path / name))
-
-    def _note(self, record: Mapping[str, Any]) -> None:
-        assert self._journal is not None, "the folder is claimed before anything is written to it"
-        self._journal.append(record)
 
     def _shard_of(self, place: str) -> str:
         return self._packed[place].tar if place in self._packed else ""
@@ -326,7 +297,6 @@ class PreparedFolder:
         return place in self._packed and self._shard_of(place) not in self._outdated
 
     def _label(self, row: int) -> tuple[int, str]:
-        """Label and class name of a row; -1 and an empty name if it has none."""
         names, label = self.manifest.label_names or (), self.manifest.labels[row]
         return label, names[label] if 0 <= label < len(names) else ""
 

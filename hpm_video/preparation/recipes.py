@@ -16,11 +16,12 @@ from hpm_video.data.manifest import UNLABELLED
 from hpm_video.data.places import unwritable
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.errors import ExpectedError
+from hpm_video.files.printing import console, printable
+from hpm_video.files.wording import counted
 from hpm_video.preparation.sources import Kind, RecipeError, Split, Videos, stem
 
-FOLDER: dict[str, Any] = {"type": Path, "metavar": "DIR"}
+FOLDER: dict[str, Any] = {"type": Path, "metavar": "DIR"}  # settings of options that name one
 FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
-"""Settings of options that name a folder or a file."""
 REQUIRED_FOLDER = {"required": True, **FOLDER}
 COLUMNS = ("path", "label", "label_name")
 NAMED_IN_REPORT = 5
@@ -34,6 +35,7 @@ class Prepared(NamedTuple):
     notes: Sequence[str] = ()  # further lines of the report
 
 
+@console()
 def run_recipe(
     about: str | None,
     script: str,
@@ -55,13 +57,13 @@ def run_recipe(
     where = "where manifests and labels.txt go, by default beside this script"
     add("--output", default=Path(script).resolve().parent, help=where, **FOLDER)
     add("--suffix", metavar=".EXT", help=f"take only {kind}s with this suffix")
-    add("--strict", action="store_true", help=f"exit with 2 if a {kind} is missing")
+    add("--strict", action="store_true", help=f"exit with 2 if any {kind} is missing")
     given = parser.parse_args(arguments)
     try:
         prepared = prepare(given)
         write(given.output.absolute(), prepared.class_names, prepared.splits)
     except (ExpectedError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(printable(f"error: {error}\n"))
         return 2
     sys.stdout.write(f"{report(given.output.absolute(), prepared, kind)}\n")
     return 2 if given.strict and any(split.missing for split in prepared.splits) else 0
@@ -104,11 +106,8 @@ def open_splits(
 def write(output: Path, names: Sequence[str], splits: Sequence[Split]) -> None:
     """Write ``labels.txt``, and for each split a manifest and a list of missing files.
 
-    Paths are relative where a file lies below ``output``, otherwise absolute.
-
-    Raises:
-        RecipeError: another manifest in that folder numbers the classes differently, or the name
-            of a file is not text. Nothing is written then.
+    Paths are relative where a file lies below ``output``, otherwise absolute. Nothing is written
+    where another manifest there numbers the classes differently, or the name of a file is not text.
     """
     content = {"labels.txt": "".join(f"{name}\n" for name in names)}
     for split in splits:
@@ -154,12 +153,12 @@ def _check_other_manifests(output: Path, written: Iterable[str]) -> None:
 
 def report(output: Path, prepared: Prepared, kind: Kind) -> str:
     """Report found, missing and unlisted files."""
-    lines = [f"{len(prepared.class_names)} classes: {output / 'labels.txt'}"]
+    lines = [f"{counted(len(prepared.class_names), 'class')}: {output / 'labels.txt'}"]
     for split in prepared.splits:
         found, missing = len(split.found), len(split.missing)
         lines.append(
-            f"{split.name}: {found + missing} {kind}s listed, {found} found, {missing} missing: "
-            f"{output / split.name}.csv"
+            f"{split.name}: {counted(found + missing, kind)} listed, {found} found, {missing} "
+            f"missing: {output / split.name}.csv"
         )
         if missing:
             some = _some([clip.name for clip in split.missing])
@@ -173,12 +172,13 @@ def report(output: Path, prepared: Prepared, kind: Kind) -> str:
     for folder in dict.fromkeys(split.videos for split in prepared.splits if split.videos):
         unlisted = [str(file.relative_to(folder.folder)) for file in folder.unlisted()]
         lines.append(
-            f"on disk, but in none of these lists: {len(unlisted)} of {len(folder.files)} "
-            f"{kind}s in {folder.folder}{': ' * bool(unlisted)}{_some(unlisted)}"
+            f"on disk, but in none of these lists: {len(unlisted)} of "
+            f"{counted(len(folder.files), kind)} in {folder.folder}"
+            f"{': ' * bool(unlisted)}{_some(unlisted)}"
         )
         if folder.other_kind:
             other = "image" if kind == "video" else "video"
-            lines.append(f"left out: {folder.other_kind} {other}s in {folder.folder}")
+            lines.append(f"left out: {counted(folder.other_kind, other)} in {folder.folder}")
     text = "\n".join([*lines, *prepared.notes])
     return text.encode("utf-8", "backslashreplace").decode("utf-8")  # names that are not text
 

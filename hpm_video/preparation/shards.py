@@ -22,7 +22,6 @@ from hpm_video.preparation.jobs import Steps, attempt
 
 LONGEST_PART = 150  # limit of the bytes in a part of a name; file systems take 255
 UNSAFE = r"[\0-\x1f\x7f-\x9f\\\ud800-\udfff]"  # control characters and those that are not text
-CHUNK = 2**22  # number of bytes to read at once
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,7 @@ def pack_shard(shard: Shard) -> Iterator[list[TarMember] | Failure | None]:
 
 
 def write_shard(shard: Shard) -> Steps[list[TarMember]]:
-    """Write a tar file, verify it, and move it to its place. -> the member of each sample
-
-    Raises:
-        ValueError: the tar differs from what was written.
-        OSError: a file cannot be read or written.
-    """
+    """Write a tar file, verify it, and move it to its place. -> the member of each sample"""
     digests: dict[str, str] = {}
     with tarfile.open(shard.temporary, "w", format=tarfile.PAX_FORMAT) as tar:
         for sample in shard.samples:
@@ -93,7 +87,7 @@ def _verify(shard: Shard, digests: Mapping[str, str]) -> Steps[list[TarMember]]:
 
 def _digest(file: IO[bytes]) -> str:
     total = hashlib.sha256()
-    while data := file.read(CHUNK):
+    while data := file.read(2**22):
         total.update(data)
     return total.hexdigest()
 
@@ -120,7 +114,7 @@ def output_names(
 
     It is the path below ``base``, or the full path of a place elsewhere, and never contains ``..``.
     Of two names that differ in letter case at most, the first stays as it is, so that names do not
-    change when places are appended. The others get a part of their place's digest, and so does one
+    change when places are appended. The others get a part of their place's digest, and so do those
     with characters that are no good in a name.
 
     Without ``dots`` the last part has no dot, which webdataset takes for the start of the suffix.

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,7 @@ from hpm_video.data.manifest import UNLABELLED
 from hpm_video.data.places import files_below
 from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from hpm_video.files.errors import ExpectedError, read_text
+from hpm_video.files.wording import counted
 
 UNPACK = 'for f in *.tar; do mkdir "${f%.tar}" && tar -xf "$f" -C "${f%.tar}" && rm "$f"; done'
 """A command that turns each archive of a folder into a folder."""
@@ -32,8 +34,7 @@ class Clip:
 
     place: str  # file and line
     name: str  # name in reports
-    keys: tuple[str, ...]
-    """Keys of its file, the best first. No two clips of a list share the first."""
+    keys: tuple[str, ...]  # of its file, the best first, which no other clip of a list has
     class_name: str = ""  # empty where the list has no classes
     label: int = UNLABELLED  # number of the class; :func:`match` finds it
 
@@ -45,19 +46,15 @@ class Split:
     name: str
     found: Sequence[tuple[Clip, Path]]
     missing: Sequence[Clip] = ()
-    videos: "Videos | None" = None
-    """Where the files were looked for; none where they have been written."""
+    videos: "Videos | None" = None  # where files were looked for, unless they have been written
     listed: bool = True  # false for a split that consists of all files in class folders
 
 
 class Classes:
     """Names of classes, which are found by any spelling that keeps the letters and digits.
 
-    So ``riding_or_walking_with_horse`` is "riding or walking with horse": downloads change spaces,
-    capitals, apostrophes and brackets.
-
-    Raises:
-        RecipeError: two names would be one.
+    Downloads change spaces, capitals, apostrophes and brackets. Two names that differ in nothing
+    else are a RecipeError.
     """
 
     def __init__(self, names: Iterable[str], source: str) -> None:
@@ -160,8 +157,9 @@ class Videos:
         """Explain why there are no files of the kind, but perhaps of the other one."""
         if archives := sorted(self.folder.rglob("*.tar")):
             return RecipeError(
-                f"there are no {self.kind}s in {self.folder}, but {len(archives)} archives, such "
-                f"as {archives[0]}. Unpack them first, in the folder {archives[0].parent}: {UNPACK}"
+                f"there are no {self.kind}s in {self.folder}, but "
+                f"{counted(len(archives), 'archive')}, such as {archives[0]}. Unpack them first, "
+                f"in the folder {archives[0].parent}: {UNPACK}"
             )
         but = f", but files of another kind, such as {Path(others[0]).name}" if others else ""
         return RecipeError(
@@ -170,9 +168,8 @@ class Videos:
         )
 
 
-def stem(file: Path) -> str:
-    """Return the key for files that are known by their name without the suffix."""
-    return file.stem
+stem = attrgetter("stem")
+"""The key for files that are known by their name without the suffix."""
 
 
 def folder_and_name(file: Path) -> str:
@@ -232,17 +229,12 @@ def cells_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str
 
 
 def match(
-    lists: Mapping[str, Sequence[Clip]],
-    videos: Videos,
-    classes: Classes,
-    expected: str,
+    lists: Mapping[str, Sequence[Clip]], videos: Videos, classes: Classes, expected: str
 ) -> list[Split]:
     """Find the file and the label of each clip of some splits, which share no clip.
 
-    ``expected`` says in errors where files should be and how they are named.
-
-    Raises:
-        RecipeError: a class is unknown, a clip is listed twice, or no clip of a split has a file.
+    ``expected`` says in errors where files should be and how they are named. An unknown class, a
+    clip that is listed twice, and a split without any file are errors.
     """
     places: dict[str, str] = {}
     for clip in chain.from_iterable(lists.values()):
@@ -264,7 +256,7 @@ def match(
             raise RecipeError(f"the list of {name} holds no {videos.kind}s. Download it again")
         if not found:
             raise RecipeError(
-                f"none of the {len(clips)} {videos.kind}s of {name} was found, such as "
+                f"none of the {counted(len(clips), videos.kind)} of {name} was found, such as "
                 f"{clips[0].name} ({clips[0].place}). {expected}"
             )
         splits.append(Split(name, found, missing, videos))

@@ -1,7 +1,7 @@
 """Transcoding of one file, to be small and quick to read.
 
-Everything here is work for :class:`hpm_video.workers.pool.Pool`. It works frame by frame and
-reports its progress; a file is done when its output has been opened and decoded again.
+Work for :class:`hpm_video.workers.pool.Pool`, frame by frame. A file is done when its output has
+been opened and decoded again.
 """
 
 import contextlib
@@ -10,19 +10,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from PIL import Image
 
-from hpm_video.decoding.locations import is_frame_folder, is_image
+from hpm_video.decoding.locations import base_name, frames_in, is_frame_folder, is_image
 from hpm_video.decoding.orientation import upright_size
-from hpm_video.decoding.reader import Size
+from hpm_video.decoding.reader import DecodeError, Size
 from hpm_video.decoding.registry import choose_decoder, open_video
 from hpm_video.decoding.video_stream import USUAL_RATE, Timed, VideoStream
 from hpm_video.files.failures import Failure
-from hpm_video.preparation.check import examine
+from hpm_video.preparation.check import AGAIN, examine
 from hpm_video.preparation.encode import Resizer, VideoWriter, fitted_size, picture_of
 from hpm_video.preparation.findings import stamp_of
 from hpm_video.preparation.jobs import Steps, attempt
@@ -30,8 +30,7 @@ from hpm_video.preparation.jobs import Steps, attempt
 if TYPE_CHECKING:
     from hpm_video.decoding.video_stream import VideoFrame
 
-LONGEST_STILL = 600
-"""Limit of the seconds for which a frame is shown; beyond it, its times are wrong."""
+LONGEST_STILL = 600  # seconds; where a frame is shown for longer, its times are wrong
 CLOCK = Fraction(1, 1000)  # seconds to which some containers round the times of frames
 
 
@@ -112,34 +111,34 @@ class Transcoder:
     def _transcode(self, job: Job) -> Steps[Output]:
         with contextlib.closing(_open_source(job)) as source:
             yield from source.survey()
-            fps = self.recipe.fps or source.rate
-            selected = _select_frames(source.frames(), job)
+            rate = source.rate or USUAL_RATE
+            fps = self.recipe.fps or rate
+            selected: Iterator[Timed] = islice(source.frames(), job.num_frames)
+            if job.cut:
+                selected = takewhile(lambda timed: timed.time <= (job.cut or 0), selected)
             frames = (
-                at_rate(selected, fps, source.rate)
+                at_rate(selected, fps, rate)
                 if self.recipe.fps
                 else (timed.frame for timed in selected)
             )
             first = next(frames, None)
             if first is None:
-                raise ValueError("it has no frames")
+                why = f"none of its frames can be read ({source.damage}): {AGAIN}"
+                raise ValueError(why if source.damage else "it has no frames")
             size = fitted_size(upright_size(first), self.recipe.short_side)
-            write = self._write_video if job.target.endswith(".mp4") else self._write_pictures
-            count = yield from write(job.temporary, chain([first], frames), size, fps)
+            all_frames = chain([first], frames)
+            if job.target.endswith(".mp4"):
+                count = yield from self._write_video(job.temporary, all_frames, size, fps)
+            else:
+                count = yield from self._write_pictures(job.temporary, all_frames, size)
         output = yield from check(job.temporary, count, size, fps)
         Path(job.target).parent.mkdir(parents=True, exist_ok=True)
         if is_frame_folder(job.target):  # a killed run may have left one
             shutil.rmtree(job.target, ignore_errors=True)
         Path(job.temporary).replace(job.target)
         if job.cut:
-            share = min(1.0, float(job.cut * source.rate) / max(source.num_packets, 1))
-            return replace(output, share=share)
-        if source.num_packets < source.stated_frames:
-            note = (
-                f"{source.num_packets} of the {source.stated_frames} frames are there that its "
-                "header announces: it may be cut off"
-            )
-            return replace(output, note=note)
-        return output
+            return replace(output, share=min(1.0, float(job.cut * rate) / source.num_frames))
+        return replace(output, note=_losses(source, job.num_frames))
 
     def _write_video(
         self, path: str, frames: Iterator["VideoFrame"], size: Size, fps: Fraction
@@ -154,9 +153,7 @@ class Transcoder:
                 yield
         return writer.count
 
-    def _write_pictures(
-        self, path: str, frames: Iterator["VideoFrame"], size: Size, _fps: Fraction
-    ) -> Steps[int]:
+    def _write_pictures(self, path: str, frames: Iterator["VideoFrame"], size: Size) -> Steps[int]:
         resizer, count = Resizer(size), 0
         if is_frame_folder(path):
             Path(path).mkdir()
@@ -174,7 +171,7 @@ def _probe(job: Job) -> Steps[Output]:
     if not is_image(job.place):
         with contextlib.closing(_open_source(job)) as source:
             yield from source.survey()
-            rate, distance = source.rate, source.key_distance
+            rate, distance = source.rate or USUAL_RATE, source.key_distance
     with open_video(job.place, "pyav") as video:
         height, width = video.read([0]).shape[1:3]
         count = min(job.num_frames or video.num_frames, video.num_frames)
@@ -183,11 +180,7 @@ def _probe(job: Job) -> Steps[Output]:
 
 
 def check(place: str, num_frames: int, size: Size, fps: Fraction) -> Steps[Output]:
-    """Decode all of an output, as ``tools/check_videos.py`` does.
-
-    Raises:
-        ValueError: it is not as expected.
-    """
+    """Decode all of an output; where it is not as expected, that is a ValueError."""
     found = yield from examine(place, "pyav")
     if found.verdict == "bad":
         raise ValueError(f"what was written cannot be read: {'; '.join(found.reasons)}")
@@ -210,22 +203,20 @@ def at_rate(
 
     The last frame is shown for the average duration of the source's frames.
     """
-    held = next(frames, None)
-    if held is None:
-        return
-    due = held.time + CLOCK
+    held: Timed | None = None
+    due = CLOCK
     for following in frames:
-        if following.time - held.time > LONGEST_STILL:
+        if held is None:
+            due += following.time
+        elif (shown := following.time - held.time) > LONGEST_STILL:
             raise ValueError(
-                f"its times are wrong: a frame would be shown for "
-                f"{float(following.time - held.time):.0f} s"
+                f"its times are wrong: a frame would be shown for {float(shown):.0f} s"
             )
-        while due < following.time:
+        while held and due < following.time:
             yield held.frame
             due += 1 / fps
         held = following
-    end = held.time + 1 / source_rate
-    while due < end:
+    while held and due < held.time + 1 / source_rate:
         yield held.frame
         due += 1 / fps
 
@@ -233,22 +224,36 @@ def at_rate(
 class _PictureStream:
     """Stream of a folder of frames or an image, with the interface of ``VideoStream``."""
 
-    stated_frames, key_distance = 0, 1
+    key_distance = 1
+    stated_frames = num_read = 0
+    damage = ""
 
     def __init__(self, place: str, fps: Fraction | None) -> None:
-        self._video = open_video(place)
-        self.rate = fps or USUAL_RATE
-        self.num_packets = self._video.num_frames
+        self._files = [*map(str, frames_in(place))] if is_frame_folder(place) else [place]
+        self.rate = fps
+        self.num_frames = len(self._files)
 
     def survey(self) -> Iterator[None]:
         return iter(())
 
+    def cut_off(self) -> str:
+        return ""
+
     def frames(self) -> Iterator[Timed]:
-        for number in range(self.num_packets):
-            yield Timed(number / self.rate, picture_of(self._video.read([number])[0]))
+        for number, file in enumerate(self._files):
+            try:
+                with open_video(file) as image:
+                    picture = picture_of(image.read([0])[0])
+            except DecodeError as error:
+                if self.num_frames == 1:
+                    raise
+                self.damage = f"{base_name(file)}: {error.reason}"
+                return
+            self.num_read += 1
+            yield Timed(number / (self.rate or USUAL_RATE), picture)
 
     def close(self) -> None:
-        self._video.close()
+        """Nothing is held."""
 
 
 def _open_source(job: Job) -> VideoStream | _PictureStream:
@@ -257,11 +262,12 @@ def _open_source(job: Job) -> VideoStream | _PictureStream:
     return VideoStream(job.place)
 
 
-def _select_frames(frames: Iterator[Timed], job: Job) -> Iterator[Timed]:
-    """Yield the frames that a job needs, and decode none after them."""
-    start = None
-    for timed in islice(frames, job.num_frames):
-        start = timed.time if start is None else start
-        if job.cut is not None and timed.time - start > job.cut:
-            return
-        yield timed
+def _losses(source: VideoStream | _PictureStream, wanted: int | None) -> str:
+    """Say how many of the frames that were wanted are lost, and why; nothing where none is."""
+    cut = source.cut_off()
+    total = max(source.num_frames, source.stated_frames if cut else 0)
+    total = min(total, wanted or total)
+    if source.num_read >= total:
+        return "" if wanted else cut
+    why = source.damage or cut or "they do not come out of the decoder"
+    return f"{total - source.num_read} of {total} frames are lost ({why})"

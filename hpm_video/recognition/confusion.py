@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -32,19 +31,6 @@ LONGEST_NAME, LONGEST_LISTED = 24, 34
 DPI = 144
 LETTER = 0.6
 """Width of a letter, in sizes of its font."""
-
-
-class Confusion(NamedTuple):
-    """Videos of one class that were taken for another."""
-
-    true: str
-    predicted: str
-    share: float
-    """Of the videos of the true class."""
-    videos: int
-
-    def __str__(self) -> str:
-        return f"{self.true} → {self.predicted}: {_percent(self.share)} ({self.videos})"
 
 
 def draw_confusion(counts: Counts, label_names: Sequence[str], path: Path, *, title: str) -> None:
@@ -83,7 +69,7 @@ def draw_confusion(counts: Counts, label_names: Sequence[str], path: Path, *, ti
         _write_counts(axes, counts, cell)
     else:
         listed = [_shorten(name, LONGEST_LISTED) for name in label_names]
-        pairs = map(str, most_confused(counts, listed, MOST_LISTED))
+        pairs = most_confused(counts, listed, MOST_LISTED)
         lines = "\n".join(["Most confused: true → predicted, share (videos)", *pairs])
         right = axes.text(1 + 2 / side, 1, lines, va="top", transform=axes.transAxes)
         right.set(fontsize=7.5, linespacing=1.5, color=INK, parse_math=False)
@@ -91,8 +77,8 @@ def draw_confusion(counts: Counts, label_names: Sequence[str], path: Path, *, ti
         figure.savefig(file, format="png", bbox_inches="tight", pad_inches=0.22)
 
 
-def most_confused(counts: Counts, label_names: Sequence[str], top: int) -> list[Confusion]:
-    """The pairs of classes with the largest share of the first taken for the second.
+def most_confused(counts: Counts, label_names: Sequence[str], top: int) -> list[str]:
+    """Name the pairs of classes with the largest share of the first taken for the second.
 
     (K, K), K names -> at most ``top`` pairs; of equal shares, those of more videos come first
     """
@@ -102,12 +88,8 @@ def most_confused(counts: Counts, label_names: Sequence[str], top: int) -> list[
     rows, columns = wrong.nonzero()
     order = np.lexsort((-wrong[rows, columns], -shares[rows, columns]))[:top]
     return [
-        Confusion(
-            label_names[row],
-            label_names[column],
-            float(shares[row, column]),
-            int(wrong[row, column]),
-        )
+        f"{label_names[row]} → {label_names[column]}: {shares[row, column]:.0%} "
+        f"({wrong[row, column]})"
         for row, column in zip(rows[order], columns[order], strict=True)
     ]
 
@@ -130,7 +112,6 @@ def _percent(share: float) -> str:
 
 
 def _summary(counts: Counts) -> str:
-    """Return the accuracies in two lines."""
     videos = counts.sum(axis=1)
     if not videos.any():
         return "no videos"

@@ -11,7 +11,6 @@ Files of features are complete or absent, and those that are there need not be c
 """
 
 import contextlib
-import csv
 import hashlib
 import re
 import weakref
@@ -60,8 +59,7 @@ class Layout:
 
     @classmethod
     def of(cls, encoder: Inference, views: Views, dtype: DType, *, tokens: bool) -> "Layout":
-        dim = encoder.model.settings.encoder.dim
-        shape = (encoder.model.grid.num_tokens, dim) if tokens else (dim,)
+        shape = (encoder.model.grid.num_tokens,) * tokens + (encoder.model.settings.encoder.dim,)
         return cls(views, tokens, dtype, shape)
 
     @property
@@ -100,41 +98,38 @@ def extract(
     The clips of a forward pass are of one video, so that the last bit of its features does not
     depend on which other videos are computed.
     """
-    places = folder.missing()
+    places, layout = folder.missing(), folder.layout
     stream = stream_parts(
         folder.manifest,
         places,
         replace(encoder.data, decoder=decoder),
-        folder.layout.views,
+        layout.views,
         clips_per_part=encoder.clips_per_pass,
         workers=min(workers, len(places)),
     )
     bad = BadFiles(folder.bad_files, num_files=len(folder.manifest), max_bad_share=1.0)
-    failures: list[Failure] = []
     growing: dict[int, GrowingFile] = {}
     try:
         with closing(ProgressBar(len(places), "videos", "clips/s")) as bar, closing(stream):
             for place, part in stream:
                 if isinstance(part, Failure):
-                    failures.append(part)
                     bad.note([part])
                     if place in growing:
                         growing.pop(place).close(complete=False)
                     bar.advance(0)
                     continue
-                features = _features(encoder, folder.layout, part, folder.manifest.files[place])
+                features = _features(encoder, layout, part, folder.manifest.files[place])
                 if place not in growing:
                     growing[place] = folder.begin(place, part.num_views)
                 growing[place].add(features, part.starts)
-                is_last = growing[place].views == part.num_views
-                if is_last:
+                if is_last := growing[place].views == part.num_views:
                     folder.finish(place, growing.pop(place), part.num_frames)
                 bar.advance(len(part.clips), is_last=is_last)
     finally:
         for unfinished in growing.values():
             unfinished.close(complete=False)
         folder.write_index()
-    return sorted(failures, key=lambda failure: failure.path)
+    return sorted(bad.failures.values(), key=lambda failure: failure.path)
 
 
 def _features(
@@ -182,23 +177,13 @@ class FeatureFolder:
         """
         self._journal = claim(self.path, settings, holds="features", unrelated=UNRELATED)
         self.close = weakref.finalize(self, self._journal.close)
-        for unfinished in self.path.glob("*/.*.part.npy"):
-            unfinished.unlink()
         self.bad_files.unlink(missing_ok=True)  # they are tried again
-        for record in self._journal.read() or self._read_index():
+        for record in self._journal.read():
             with contextlib.suppress(KeyError, TypeError, ValueError):  # of something else
                 video, views = record["path"], int(record["views"])
                 if video in self._names and self._is_there(video, views):
                     self._entries[video] = int(record["num_frames"]), views
         self.write_index()
-
-    def _read_index(self) -> list[dict[str, str]]:
-        """Read what folders from before there was a journal have in its place."""
-        index = self.path / "index.csv"
-        if not index.is_file():
-            return []
-        with index.open(encoding="utf-8", newline="") as file:
-            return [*csv.DictReader(file)]
 
     def missing(self) -> list[int]:
         """Return the positions in the manifest of videos without features, each video once."""
@@ -215,35 +200,34 @@ class FeatureFolder:
                 np.save(beside, np.concatenate(growing.starts))
         growing.close(complete=True)
         self._entries[video] = num_frames, growing.views
-        record = {"path": video, "num_frames": num_frames, "views": growing.views}
-        self._journal.append(record)
+        self._journal.append({"path": video, "num_frames": num_frames, "views": growing.views})
 
     def write_index(self) -> None:
         """Write ``index.csv`` in the order of the manifest."""
-        rows = []
+        rows: list[list[object]] = []
+        last = ["starts"] * self.layout.windows
         names = self.manifest.label_names or ()
         for video, label in zip(self.manifest.files, self.manifest.labels, strict=True):
             if video in self._entries:
                 name = names[label] if 0 <= label < len(names) else ""
                 file = f"{self._names[video]}.npy"
-                starts = [f"starts/{file}"] * self.layout.windows
-                rows.append(
-                    [video, f"features/{file}", label, name, *self._entries[video], *starts]
-                )
-        write_table(self.path / "index.csv", [*COLUMNS, *["starts"] * self.layout.windows], rows)
+                starts = [f"{folder}/{file}" for folder in last]
+                entry = self._entries[video]
+                rows.append([video, f"features/{file}", label, name, *entry, *starts])
+        write_table(self.path / "index.csv", [*COLUMNS, *last], rows)
 
     def _is_there(self, video: str, views: int) -> bool:
         """Whether the arrays are there; a file that is cut short does not map."""
+        expected: list[tuple[Path, tuple[int, ...], str]]
         shape = (views, *self.layout.view_shape)
-        expected: dict[Path, tuple[tuple[int, ...], str]]
-        expected = {self.features_of(video): (shape, self.layout.dtype)}
-        if self.layout.windows:
-            expected[self.starts_of(video)] = ((views,), "int64")
+        expected = [(self.features_of(video), shape, self.layout.dtype)]
+        expected += [(self.starts_of(video), (views,), "int64")] * self.layout.windows
         try:
-            arrays = {path: np.load(path, mmap_mode="r") for path in expected}
+            arrays = [np.load(path, mmap_mode="r") for path, *_ in expected]
         except (OSError, ValueError, EOFError):
             return False
-        return all((arrays[path].shape, arrays[path].dtype) == expected[path] for path in expected)
+        found = [(array.shape, str(array.dtype)) for array in arrays]
+        return found == [(shape, dtype) for _, shape, dtype in expected]
 
 
 class GrowingFile:
@@ -267,11 +251,8 @@ class GrowingFile:
 
     def close(self, *, complete: bool) -> None:
         """Move the file to its place, or leave nothing behind."""
-        if complete:
-            self._stack.close()
-        else:
-            stop = InterruptedError()
-            self._stack.__exit__(type(stop), stop, None)
+        stop = None if complete else InterruptedError()
+        self._stack.__exit__(type(stop) if stop else None, stop, None)
 
 
 def file_names(files: Iterable[str], base: Path) -> dict[str, str]:
@@ -280,11 +261,8 @@ def file_names(files: Iterable[str], base: Path) -> dict[str, str]:
     It is the path from ``base`` on. Where that will not do (odd characters, too many characters,
     or another path that differs only in capitals) a part of the digest of the path follows.
     """
-    places = {file: Path(file) for file in files}
-    paths = {
-        file: str(place.relative_to(base) if place.is_relative_to(base) else place)
-        for file, place in places.items()
-    }
+    start = str(base).rstrip("/") + "/"
+    paths = {file: str(Path(file)).removeprefix(start) for file in files}
     alike = Counter(path.casefold() for path in paths.values())
     names = {}
     for file, path in paths.items():

@@ -17,7 +17,7 @@ from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.data import DataConfig
 from hpm_video.data.batch import ClipBatch
 from hpm_video.data.clips import ValidationClips
-from hpm_video.data.loader import clip_batches, default_workers
+from hpm_video.data.loader import clip_batches
 from hpm_video.data.manifest import Manifest
 from hpm_video.data.mixture import Place
 from hpm_video.data.reading import MIDDLE, Views
@@ -30,6 +30,8 @@ from hpm_video.tokens.pixels import normalise
 from hpm_video.training.device import AUTOCAST, Precision
 from hpm_video.training.distributed import Processes
 from hpm_video.workers.pool import GIB, USUAL, Limits
+from hpm_video.workers.progress_bar import ProgressBar
+from hpm_video.workers.room import default_workers
 
 log = logging.getLogger(__name__)
 
@@ -70,18 +72,11 @@ class Reading:
         self, clips: ValidationClips, positions: Sequence[int], max_clips: int = CLIPS_PER_PASS
     ) -> Generator[ClipBatch, None, None]:
         """Read some of ``clips`` in batches of whole videos, of at most ``max_clips`` or one."""
+        places = [Place(0, position) for position in positions]
+        videos = max(1, min(len(positions), max_clips // clips.views.count))
         return clip_batches(
-            [clips],
-            [Place(0, position) for position in positions],
-            batch_size=videos_per_batch(clips, positions, max_clips),
-            workers=self.workers,
-            limits=self.limits,
+            [clips], places, batch_size=videos, workers=self.workers, limits=self.limits
         )
-
-
-def videos_per_batch(clips: ValidationClips, positions: Sequence[int], max_clips: int) -> int:
-    """Return how many videos a batch holds."""
-    return max(1, min(len(positions), max_clips // clips.views.count))
 
 
 def find_failures(clips: ValidationClips, reading: Reading, processes: Processes) -> None:
@@ -140,7 +135,8 @@ def each_video(
                     of_views = values(batch.clips).double().cpu().numpy()
                 shape = (-1, clips.views.count, of_views.shape[1])
                 means = iter(of_views.reshape(shape).mean(axis=1))
-            for position in islice(left, videos_per_batch(clips, positions, max_clips)):
+            of_batch = len(batch.clips) // clips.views.count + len(batch.failures)
+            for position in islice(left, of_batch):
                 file = clips.manifest.files[position]
                 if file in failures:
                     yield position, failures[file]
@@ -164,7 +160,12 @@ def over_videos(
         CheckpointError: a value is not finite.
     """
     share, known = processes.share(len(clips)), set(clips.bad)
-    found = processes.gather([*each_video(values, clips, share, reading, max_clips)])
+    own = []
+    with closing(ProgressBar(len(share), "videos", silent=not processes.is_first)) as bar:
+        for video in each_video(values, clips, share, reading, max_clips):
+            own.append(video)
+            bar.advance()
+    found = processes.gather(own)
     failures = [value for _, value in found if isinstance(value, Failure)]
     means = {place: value for place, value in found if not isinstance(value, Failure)}
     allowed = reading.exclude_bad_files and len(means) > 0

@@ -46,16 +46,17 @@ def numbered_as(names: Sequence[str] | None, manifest: Manifest) -> Manifest:
     """
     if not (names and manifest.has_class_folders and manifest.label_names):
         return manifest
-    if further := [name for name in manifest.label_names if name not in names]:
+    own = manifest.label_names
+    if further := [name for name in own if name not in names]:
         raise ManifestError(
-            f"of the class folders beside {manifest.files[0]}, {len(further)} of "
-            f"{len(manifest.label_names)} are no classes of training, first {further[0]!r}; the "
-            f"classes are {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+            f"of the class folders beside {manifest.files[0]}, {len(further)} of {len(own)} are no "
+            f"classes of training, first {further[0]!r}; the classes are "
+            f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
         )
-    if absent := [name for name in names if name not in manifest.label_names]:
+    if absent := [name for name in names if name not in own]:
         shown = ", ".join(absent[:10])
         log.info("classes without a folder of validation videos: %d, %s", len(absent), shown)
-    number = [names.index(name) for name in manifest.label_names]
+    number = [names.index(name) for name in own]
     labels = tuple(number[label] for label in manifest.labels)
     return replace(manifest, labels=labels, label_names=tuple(names))
 

@@ -27,7 +27,6 @@ TEMPERATURE = 0.07
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Penalties of logistic regression, chosen from by cross-validation on the training videos."""
 FOLDS = 3
-"""Parts of the samples, each of which is left out once to choose a penalty."""
 TOLERANCE = 1e-8
 """Largest entry of the objective's gradient at which a fit is finished."""
 MAX_STEPS = 3000
@@ -54,19 +53,15 @@ class FeatureTable:
         return cls(clips.manifest, over_videos(encoder.pooled, clips, reading, processes, per_pass))
 
     @property
-    def there(self) -> NDArray[np.bool_]:
-        there: NDArray[np.bool_] = ~np.isnan(self.features[:, 0])
-        return there
-
-    @property
     def samples(self) -> tuple[Array, Labels]:
         """Features and labels of the V videos that have features: (V, D), (V,)"""
-        return self.features[self.there], np.asarray(self.manifest.labels)[self.there]
+        there = ~np.isnan(self.features[:, 0])
+        return self.features[there], np.asarray(self.manifest.labels)[there]
 
     def scores(self, probabilities: Array) -> Scores:
         """Put the probabilities of the videos that have features in the manifest's order."""
         table = np.full((len(self.manifest), probabilities.shape[1]), np.nan)
-        table[self.there] = probabilities
+        table[~np.isnan(self.features[:, 0])] = probabilities
         return Scores(self.manifest, table)
 
 
@@ -79,8 +74,7 @@ def nearest_neighbours(
 ) -> dict[int, Scores]:
     """Classify by votes of the nearest training videos: -> scores for each number of neighbours
 
-    Raises:
-        ValueError: there are fewer training videos than neighbours.
+    Raises ValueError where there are fewer training videos than neighbours.
     """
     (bank, labels), (queries, _) = train.samples, test.samples
     found = knn_probabilities(queries, bank, labels, neighbours, num_classes, temperature)
@@ -117,14 +111,14 @@ def knn_probabilities(
 
 
 def logistic_regression(
-    train: FeatureTable, test: FeatureTable, num_classes: int, seed: int = 0
+    train: FeatureTable, test: FeatureTable, num_classes: int
 ) -> tuple[float, Scores]:
     """Classify by multinomial logistic regression, solved to the optimum: -> penalty and scores
 
     The penalty on the weights is chosen by cross-validation on the training videos alone.
     """
     (samples, labels), (queries, _) = train.samples, test.samples
-    penalty = choose_penalty(samples, labels, PENALTIES, seed=seed)
+    penalty = choose_penalty(samples, labels, PENALTIES)
     (probabilities,) = logistic_probabilities(samples, labels, queries, [penalty], num_classes)
     return penalty, test.scores(probabilities)
 

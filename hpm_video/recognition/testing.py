@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hpm_video.data.manifest import Manifest
 from hpm_video.data.reading import Views
 from hpm_video.files.atomic import written_beside
-from hpm_video.preparation.jobs import write_table
+from hpm_video.preparation.jobs import write_report
 from hpm_video.recognition.confusion import draw_confusion
 from hpm_video.recognition.inference import Inference, Reading, over_videos
 from hpm_video.recognition.labels import check_labels, check_same_names, numbered_as
@@ -96,8 +96,7 @@ def describe_test(
 
 def summarise(scores: Scores, label_names: Sequence[str]) -> dict[str, Any]:
     """Return the accuracies over all videos of the manifest; an excluded one counts as wrong."""
-    labels, ranks = scores.labels, scores.ranks
-    num_classes = len(label_names)
+    labels, ranks, num_classes = scores.labels, scores.ranks, len(label_names)
     counts = np.bincount(labels, minlength=num_classes)
     correct = np.bincount(labels[ranks == 0], minlength=num_classes)
     per_class = [
@@ -131,14 +130,14 @@ def write_results(
     header = ["path", "label", "label_name", "prediction", "prediction_name", "correct"]
     header += [f"probability of {name}" for name in label_names]
     rows: list[list[object]] = []
-    files, labels = scores.manifest.files, scores.manifest.labels
-    for file, label, row in zip(files, labels, scores.probabilities, strict=True):
+    listed = scores.manifest
+    for file, label, row in zip(listed.files, listed.labels, scores.probabilities, strict=True):
         predicted: list[object] = ["", "", 0, *[""] * len(row)]
         if not np.isnan(row[0]):  # otherwise it is excluded, and has no prediction
             best = int(row.argmax())
             predicted = [best, label_names[best], int(best == label), *np.round(row, 6)]
         rows.append([file, label, label_names[label], *predicted])
-    write_table(folder / "predictions.csv", header, rows)
+    write_report(folder / "predictions.csv", header, rows)
     draw_confusion(
         confusion_counts(scores),
         label_names,

@@ -5,11 +5,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from hpm_video.config.choices import Pooling
+from hpm_video.config.choices import OF_CLASSIFIER, OF_PRETRAINING, Pooling, WeightsOf
 from hpm_video.config.data import DataConfig
 from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
@@ -18,9 +18,11 @@ from hpm_video.files.weights import CheckpointError, load_weights
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.encoder import ClipEncoder
 from hpm_video.models.from_config import (
+    AnyConfig,
     build_classifier,
     build_encoder,
     build_student,
+    check_sizes,
     source_grid_of,
 )
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
@@ -30,17 +32,8 @@ from hpm_video.training.checkpoint import read_state, read_weights, weights_dige
 
 log = logging.getLogger(__name__)
 
-WeightsOf = Literal["student", "teacher", "model", "average", "untrained"]
-"""Student or teacher of pre-training; a classifier (``model``) or the average of its weights; or
-those that pre-training began with, to compare with."""
-OF_PRETRAINING: tuple[WeightsOf, ...] = ("student", "teacher")
-OF_CLASSIFIER: tuple[WeightsOf, ...] = ("model", "average")
-OF_DECODERS = (
-    "mask_token",
-    "decoder_embed.",
-    "reconstructor.",
+OF_DECODERS = ("mask_token", "decoder_embed.", "decoder_pos_embed", "reconstructor.") + (
     "difficulty_decoder.",
-    "decoder_pos_embed",
 )
 """Weights of a masked autoencoder that are not its encoder's."""
 OF_POOLING = ("fc_norm.", "head_norm.", "attn_pool.")
@@ -56,16 +49,15 @@ class ClipChoice:
     frame_size: tuple[int, int] | None = None
 
     def of(self, data: DataConfig) -> DataConfig:
-        short_side = data.validation_short_side
-        if short_side is not None and self.frame_size is not None:  # in the same proportion
-            short_side = round(short_side * max(self.frame_size) / max(data.frame_size))
+        short_side, size = data.validation_short_side, self.frame_size or data.frame_size
         return replace(
             data,
             num_frames=self.num_frames or data.num_frames,
             frame_stride=self.frame_stride or data.frame_stride,
             max_frame_stride=None,
-            frame_size=self.frame_size or data.frame_size,
-            validation_short_side=short_side,
+            frame_size=size,  # and the short side in proportion
+            validation_short_side=short_side
+            and round(short_side * max(size) / max(data.frame_size)),
         )
 
 
@@ -73,7 +65,7 @@ class ClipChoice:
 class TrainedModel(ABC):
     """A model in a checkpoint folder, a single file or memory.
 
-    Weights that are not in memory are read when they are needed.
+    Its weights are read when they are needed.
     """
 
     path: Path
@@ -81,12 +73,13 @@ class TrainedModel(ABC):
     update: int
     data: DataConfig
     """The clips that the encoder is to see."""
-    config: PretrainConfig | FinetuneConfig
+    config: AnyConfig
     """Of a classifier with the grid of pre-training, and the weights that were chosen."""
     label_names: tuple[str, ...] = ()
     origin: str = ""
     """The text of origin.json, where the weights were imported."""
     held: dict[str, Tensor] | None = None
+    """Its weights, where they are in memory."""
 
     @property
     def file(self) -> str:
@@ -102,9 +95,8 @@ class TrainedModel(ABC):
     @property
     def teacher(self) -> dict[str, Tensor] | None:
         """The weights of a teacher beside a student's."""
-        there = (self.path / "teacher.safetensors").is_file()
-        patch_size = self.config.model.patch_size
-        return read_weights(self.path, patch_size, "teacher") if there else None
+        there, patch_size = self.path / "teacher.safetensors", self.config.model.patch_size
+        return read_weights(self.path, patch_size, "teacher") if there.is_file() else None
 
     @property
     def is_classifier(self) -> bool:
@@ -128,7 +120,7 @@ class TrainedModel(ABC):
     @property
     def kind(self) -> str:
         """Kind of model, weights and update, in words."""
-        what = "classifier" if self.is_classifier else "masked autoencoder"
+        what = "masked autoencoder" if self.pretraining else "classifier"
         return f"{what} ({self.weights} at update {self.update})"
 
     def describe(self) -> dict[str, Any]:
@@ -235,27 +227,28 @@ def open_trained(
         if not issubclass(kind, wanted):
             raise CheckpointError(_OF_OTHER_KIND[kind].format(path=path))
         chosen, origin = _choose(path, folder, config, weights), folder / "origin.json"
-        update = read_state(folder)["update"]
-        data = clips.of(config.data)
-        found: TrainedModel
-        if isinstance(config, PretrainConfig):
-            found = TrainedAutoencoder(path, chosen, update, data, config)
-        else:
-            if not (folder / "labels.txt").is_file():
+        labels, names = folder / "labels.txt", tuple[str, ...]()
+        if kind is TrainedClassifier:
+            if not labels.is_file():
                 raise CheckpointError(
                     f"{path} is no checkpoint of a classifier: it has no labels.txt, the name of "
                     f"class i in line i; put that file there"
                 )
+            names = read_label_names(labels)
+        held = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        check_sizes(config, len(names), held, path)
+        update = read_state(folder)["update"]
+        data = clips.of(config.data)
+        if isinstance(config, FinetuneConfig):
             config = replace(
                 config,
                 test=replace(config.test, weights="average" if chosen == "average" else "model"),
                 data=data,
                 model=replace(config.model, pretrained_grid=source_grid_of(config)),
             )
-            names = read_label_names(folder / "labels.txt")
-            found = TrainedClassifier(path, chosen, update, data, config, names)
-        if origin.is_file():
-            found = replace(found, origin=origin.read_text(encoding="utf-8"))
+        text = origin.read_text(encoding="utf-8") if origin.is_file() else ""
+        made: Any = kind
+        found = made(path, chosen, update, data, config, names, text)
     assert isinstance(found, wanted)
     return found
 
@@ -269,9 +262,7 @@ _OF_OTHER_KIND: dict[type[TrainedModel], str] = {
 }
 
 
-def _choose(
-    path: Path, folder: Path, config: PretrainConfig | FinetuneConfig, asked: WeightsOf | None
-) -> WeightsOf:
+def _choose(path: Path, folder: Path, config: AnyConfig, asked: WeightsOf | None) -> WeightsOf:
     if isinstance(config, PretrainConfig):
         kind, known, usual = "pre-training", (*OF_PRETRAINING, "untrained"), OF_PRETRAINING[0]
     else:

@@ -10,10 +10,12 @@ import torch
 from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.checks import ConfigError
 from hpm_video.data.batch import ClipBatch
-from hpm_video.runs.data import describe_training
-from hpm_video.runs.task import Session, Task
+from hpm_video.runs.data import describe_training, planned_data
+from hpm_video.runs.directory import RunDirectory
+from hpm_video.runs.task import Task
 from hpm_video.training.deepspeed_settings import sharding_of
 from hpm_video.training.device import Precision, choose_precision
+from hpm_video.training.distributed import Processes
 from hpm_video.training.ema import make_ema
 from hpm_video.training.engine import TorchEngine
 from hpm_video.training.memory import (
@@ -28,7 +30,7 @@ from hpm_video.training.progress import Progress
 TIMED_CLIPS = 8
 """At most so many clips make the updates that are timed to choose a precision."""
 SIMULATED = (8, 16)
-"""Files of the two updates through which a dry run draws the line of activations."""
+"""Files per update in the two updates from which a dry run extrapolates the activations."""
 GPU_SHARE = 0.9
 """Share of a GPU's memory for updates where their size is found by trial: the rest is for what
 comes between them, and for what the processes exchange."""
@@ -85,13 +87,14 @@ def trial_update(
     return update
 
 
-def choose_plan(task: Task, session: Session, precision: Precision) -> BatchPlan:
+def choose_plan(
+    task: Task, device: torch.device, processes: Processes, precision: Precision
+) -> BatchPlan:
     """Plan an update as the config says, or on a GPU by trial.
 
     Each process tries updates of plain torch on its GPU, and all take what fits everywhere. The
     weights of the run lie there too meanwhile, which leaves room for what engines keep besides.
     """
-    processes, device = session.processes, session.device
     if task.config.engine.micro_batch is not None or device.type != "cuda":
         return task.plan(processes.count)
     torch.cuda.set_per_process_memory_fraction(GPU_SHARE, device)
@@ -116,17 +119,30 @@ def find_micro_batch(
             for _ in range(4):  # of which the last has gradients and moments beside it
                 forward_pass()
 
-    return largest_fitting(sizes, lambda size: fits_in_memory(lambda: two_updates(size)))
+    return largest_fitting(sizes, two_updates)
 
 
-def largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
-    """The largest of ascending ``sizes`` that fits, if every smaller one does where a larger does.
+def largest_fitting(sizes: Sequence[int], run_once: Callable[[int], None]) -> int:
+    """Find the largest of ascending ``sizes`` for whose run the device has the memory.
 
-    The smallest is tried first, then the middle of what is left open.
+    The smallest is tried first, then the middle of what is left open. What a run left is freed.
 
     Raises:
         ConfigError: not even the smallest fits.
     """
+
+    def fits(size: int) -> bool:
+        try:
+            run_once(size)
+            found = True
+        except torch.OutOfMemoryError:
+            found = False
+        # Not in the except clause: there, the traceback still holds the tensors of the run.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return found
+
     if not fits(sizes[0]):
         raise ConfigError(
             f"a forward and backward pass of engine.micro_batch={sizes[0]} does not fit the "
@@ -136,35 +152,32 @@ def largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
     return sizes[bisect_left(sizes, 1, lo=1, key=lambda size: int(not fits(size))) - 1]
 
 
-def fits_in_memory(run_once: Callable[[], None]) -> bool:
-    """Whether the device has the memory for one run. What the run left is freed."""
-    try:
-        run_once()
-        fits = True
-    except torch.OutOfMemoryError:
-        fits = False
-    # Not in the except clause: there, the traceback still holds the tensors of the run.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return fits
-
-
-def precision_of(task: Task, session: Session) -> Precision:
+def precision_of(
+    task: Task, directory: RunDirectory, device: torch.device, processes: Processes
+) -> Precision:
     """Return the precision of the config, else of the run so far, else the faster one here."""
-    config, processes, device = task.config, session.processes, session.device
+    config = task.config
     if config.engine.precision != "auto":
         return config.engine.precision
-    if session.directory.precision is not None:
-        return session.directory.precision
+    if directory.newest is not None:
+        known: Precision = directory.state["facts"]["precision"]
+        return known
     clips = min(config.recipe.batch_size // processes.count * config.data.repeats, TIMED_CLIPS)
     return processes.of_first(
         lambda: choose_precision(device, lambda name: trial_update(task, device, name, clips))
     )
 
 
-def describe_run(task: Task, processes: int) -> str:
-    """Describe a run in so many processes. The weights to start from may be missing."""
+def describe_run(
+    task: Task, processes: int, files: int | None = None, clips_per_second: float | None = None
+) -> str:
+    """Describe a run in so many processes. The weights to start from may be missing.
+
+    ``files``: so many are trained on, whether or not the lists are there. ``clips_per_second``: of
+    all processes together.
+    """
+    if files is not None:
+        task.data = planned_data(task.config, files)
     task.resolve()
     config = task.config
     with torch.device("meta"):
@@ -183,8 +196,18 @@ def describe_run(task: Task, processes: int) -> str:
     activations = _activations(task, precision)
     follows = f", and {ema / 1e6:.1f} M more that follow them" if ema else ""
     model = f"{count / 1e6:.1f} M parameters{follows}; activations in {precision}"
+    device = "a GPU" if config.engine.device == "auto" else config.engine.device
     lines = [
         *describe_training(config, task.data, plans[-1], model),
+        f"planned for {device} in each process, whatever this machine has",
+    ]
+    if clips_per_second is not None:
+        shares = zip(config.weights, config.sources.values(), strict=True)
+        of_file = sum(share * source.repeats for share, source in shares) / sum(config.weights)
+        clips = task.data.timeline.num_updates * config.recipe.batch_size * of_file
+        hours = clips / clips_per_second / 3600
+        lines.append(f"{clips:,.0f} clips at {clips_per_second:g} per second: {hours:.3g} hours")
+    lines += [
         "",
         describe_memory(memory, activations.of(plans[-1].micro_batch)),
         "",
@@ -199,7 +222,7 @@ def describe_run(task: Task, processes: int) -> str:
 
 
 def _activations(task: Task, precision: Precision) -> ActivationBytes:
-    """Return what a file of the source that needs most keeps."""
+    """Return the activations of the source that needs most per file."""
     update = partial(trial_update, task, torch.device("cpu"), precision)
     found = []
     for source, data in task.config.sources.items():

@@ -1,4 +1,10 @@
-"""Command lines and exit codes of the programs in ``tools/``."""
+"""Command lines and exit codes of the programs in ``tools/``.
+
+What takes long to import is imported once the command line is read: torch takes seconds, which
+neither a help text nor a misspelt option is worth.
+"""
+
+from __future__ import annotations
 
 import argparse
 import logging
@@ -9,33 +15,23 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from hpm_video.config.data import DataConfig
-from hpm_video.config.loading import find_config, load_config
-from hpm_video.config.schema import RunConfig
-from hpm_video.data.reading import Views
 from hpm_video.decoding.registry import decoder_choices
 from hpm_video.files.errors import ExpectedError
-from hpm_video.runs.autotune import describe_run
-from hpm_video.runs.data import open_manifest
-from hpm_video.runs.run import run as run_task
-from hpm_video.runs.task import Task
-from hpm_video.training.distributed import (
-    Processes,
-    first_to_say,
-    is_first_process,
-    is_one_of_several,
-    joined_processes,
-    lost_contact,
-)
+from hpm_video.files.printing import console, printable
 from hpm_video.training.stop import Interrupted
 
+if TYPE_CHECKING:
+    from hpm_video.config.schema import RunConfig
+    from hpm_video.runs.task import Task
+    from hpm_video.training.distributed import Processes
+
 log = logging.getLogger(__name__)
-Config = TypeVar("Config", bound=RunConfig)
+Config = TypeVar("Config", bound="RunConfig")
 
 FAULT = 1
 WRONG_INPUT = 2
@@ -63,8 +59,13 @@ EXIT_CODES = (
 )
 
 
+@console()
 def run(command: Callable[[], None]) -> int:
     """Run ``command``, and report errors. -> the exit code, see ``EXIT_CODES``"""
+    from torch import OutOfMemoryError
+
+    from hpm_video.training.distributed import is_first_process, lost_contact
+
     level = logging.INFO if is_first_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
     try:
@@ -77,7 +78,7 @@ def run(command: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         sys.stdout.write("\nstopped\n")
         return 130
-    except torch.OutOfMemoryError as error:
+    except OutOfMemoryError as error:
         remedy = "engine.micro_batch, test.clips_per_pass or --clips-per-pass"
         _tell(f"\nerror: {error}\nTake fewer clips per pass: {remedy}.\n")
         return WRONG_INPUT
@@ -99,6 +100,11 @@ def run_processes(command: Callable[[Processes], None]) -> int:
     The first one logs. An error of all processes is printed once; an error of one process, by that
     process.
     """
+    from hpm_video.training.distributed import (
+        is_first_process,
+        is_one_of_several,
+        joined_processes,
+    )
 
     def joined() -> None:
         with joined_processes() as processes:
@@ -123,8 +129,10 @@ def run_processes(command: Callable[[Processes], None]) -> int:
 
 
 def _tell(message: str) -> None:
+    from hpm_video.training.distributed import first_to_say
+
     if first_to_say(message):
-        sys.stderr.write(message)
+        sys.stderr.write(printable(message))
 
 
 def make_parser(about: str | None, exit_codes: str | None = EXIT_CODES) -> argparse.ArgumentParser:
@@ -133,41 +141,55 @@ def make_parser(about: str | None, exit_codes: str | None = EXIT_CODES) -> argpa
     return argparse.ArgumentParser(description=about, epilog=exit_codes, formatter_class=form)
 
 
+def add_config(parser: argparse.ArgumentParser, which: str) -> None:
+    """Add a config, ``which`` one, and overrides of it: to be read by ``parse_intermixed_args``."""
+    parser.add_argument("config", type=Path, metavar="CONFIG", help=which)
+    changes = "changes of the config, such as recipe.epochs=100"
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=changes)
+
+
+def parse_training(
+    about: str | None, command_line: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Read the command line of a program that trains by a config."""
+    parser = make_parser(about)
+    add_config(parser, "a file of configs/, or a config of yours")
+    plan = "print the plan of the batch and the memory that it needs on GPUs, and exit"
+    parser.add_argument("--dry-run", action="store_true", help=plan)
+    of_dry_run = parser.add_argument_group("with --dry-run")
+    add = of_dry_run.add_argument
+    add("--processes", type=positive, default=1, metavar="N", help="GPUS x NNODES of the run")
+    files = "training files (of the main source), where there is no list of them yet"
+    add("--files", type=positive, metavar="N", help=files)
+    speed = "clips that all processes train per second, as tools/bench.py update measures for one"
+    add("--clips-per-second", type=above_zero, metavar="N", help=f"{speed}: tells the hours")
+    return parser.parse_intermixed_args(command_line)
+
+
 def train(
-    about: str | None,
+    arguments: argparse.Namespace,
     schema: type[Config],
     make_task: Callable[[Config], Task],
     finish: Callable[[Path, Config, Processes], None],
-    command_line: Sequence[str] | None,
 ) -> int:
     """Run a program that trains by a config, or describe its plan. -> the exit code
 
-    ``finish`` is called after the run in each of its processes.
+    ``arguments``: of :func:`parse_training`. ``finish`` is called after the run in each of its
+    processes.
     """
-    parser = make_parser(about)
-    parser.add_argument(
-        "config", type=Path, help="the name of a config in configs/, or a file of yours"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print the plan of the batch and the memory that it needs, and exit",
-    )
-    parser.add_argument(
-        "--processes",
-        type=positive,
-        default=1,
-        help="of the planned run, for --dry-run (GPUS x NNODES)",
-    )
-    arguments = parser.parse_intermixed_args(command_line)
+    from hpm_video.config.loading import find_config, load_config
+    from hpm_video.runs.autotune import describe_run
+    from hpm_video.runs.run import run as run_task
 
     def command(processes: Processes) -> None:
         config = load_config(schema, find_config(arguments.config), arguments.overrides)
         say_what_stays(config.data, arguments.overrides)
         task = make_task(config)
         if arguments.dry_run:
-            sys.stdout.write(f"{describe_run(task, arguments.processes)}\n")
+            plan = describe_run(
+                task, arguments.processes, arguments.files, arguments.clips_per_second
+            )
+            sys.stdout.write(f"{plan}\n")
         else:
             finish(run_task(task, processes), config, processes)
 
@@ -198,16 +220,17 @@ def list_files(run_dir: Path, checkpoint: Path, others: Mapping[str, Path]) -> s
     return "\n".join(["\nDone. The run left:", *rows])
 
 
-def example_video(data: DataConfig, manifest: str | None) -> str:
-    """Return the first video of a manifest, or a placeholder."""
-    return "VIDEO" if manifest is None else shortest(open_manifest(data, manifest).files[0])
+def next_step(tool: str, checkpoint: Path, data: DataConfig, manifest: str | None) -> str:
+    """Return a command that shows what a model does with the first video of a manifest."""
+    from hpm_video.runs.data import open_manifest
 
-
-def interpreter() -> str:
-    """Return the shortest command that starts this Python again."""
-    program = shortest(sys.executable)
-    path = os.environ.get("PYTHONPATH")
-    return f"PYTHONPATH={shlex.quote(path)} {program}" if path else str(program)
+    video = "VIDEO"
+    if manifest is not None:
+        video = shortest(open_manifest(data, manifest, "data.validation").files[0])
+    paths = [shortest(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    variable = f"PYTHONPATH={os.pathsep.join(paths)} " if paths else ""
+    python = shortest(sys.executable)
+    return f"  {variable}{python} tools/{tool}.py {shortest(checkpoint)} {video}"
 
 
 def shortest(path: Path | str) -> str:
@@ -243,11 +266,11 @@ def above_zero(text: str) -> float:
     return value
 
 
-def parse_views(text: str) -> Views:
+def parse_views(text: str) -> tuple[int, int]:
     """Parse views such as ``5x3``: 5 clips of each video, and 3 crops of each clip."""
     clips, _, crops = text.partition("x")
     try:
-        return Views(positive(clips), positive(crops))
+        return positive(clips), positive(crops)
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(
             f"views are clips x crops, at least 1x1, such as 5x3; got {text!r}"
@@ -261,8 +284,16 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
         "default": "auto",
         "help": "auto (default): bf16 on a GPU that is made for it, otherwise fp32",
     },
-    "decoder": {"choices": decoder_choices(), "default": "auto"},
-    "workers": {"type": not_negative, "metavar": "N", "help": "processes that decode"},
+    "decoder": {
+        "choices": decoder_choices(),
+        "default": "auto",
+        "help": "auto (default): the preferred one of those that are installed",
+    },
+    "workers": {
+        "type": not_negative,
+        "metavar": "N",
+        "help": "processes that decode; default: one for each core but one",
+    },
     "views": {
         "type": parse_views,
         "metavar": "CLIPSxCROPS",

@@ -8,11 +8,11 @@ from pathlib import Path
 from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.data import DataConfig
-from hpm_video.config.schema import RunConfig
-from hpm_video.data.augment import Augmentation
-from hpm_video.data.manifest import Manifest, read_manifest
+from hpm_video.config.schema import FinetuneConfig, RunConfig
+from hpm_video.data.manifest import NOT_STATED, Manifest, ManifestError, read_manifest
 from hpm_video.decoding.locations import base_name
 from hpm_video.decoding.registry import check_name
+from hpm_video.files.wording import counted
 from hpm_video.training.progress import Timeline
 from hpm_video.training.schedules import schedule_of
 
@@ -28,7 +28,7 @@ class SourceData:
 
     @property
     def fingerprint(self) -> str:
-        """What the order of the training files depends on: how many they are, and their names."""
+        """What the order of the training files depends on: their number and names."""
         names = "\n".join(base_name(file) for file in self.train.files)
         return f"{len(self.train)} files, {hashlib.sha256(names.encode()).hexdigest()[:16]}"
 
@@ -43,12 +43,10 @@ class RunData:
 
     @property
     def main(self) -> SourceData:
-        """The main source."""
         return self.sources[""]
 
     @property
     def fingerprint(self) -> str:
-        """What the order of the training files depends on."""
         return "; ".join(source.fingerprint for source in self.sources.values())
 
 
@@ -60,7 +58,7 @@ def open_data(config: RunConfig) -> RunData:
         DecoderError: there is no decoder of that name.
         ManifestError: a manifest cannot be used.
     """
-    recipe, sources = config.recipe, {}
+    sources = {}
     for name, data in config.sources.items():
         check_name(data.decoder)
         if not data.train:
@@ -68,8 +66,11 @@ def open_data(config: RunConfig) -> RunData:
             raise ConfigError(
                 f"{key} is not set; give a manifest, or a folder of videos or images: {key}=PATH"
             )
-        train = open_manifest(data, data.train)
-        validation = None if data.validation is None else open_manifest(data, data.validation)
+        key = f"{key_of_source(name)}data"
+        train = open_manifest(data, data.train, f"{key}.train")
+        validation = None
+        if data.validation is not None:
+            validation = open_manifest(data, data.validation, f"{key}.validation")
         if validation and (shared := len({*train.files} & {*validation.files})):
             log.warning(
                 "%d of the %d validation files are training files too: measures on them say "
@@ -78,12 +79,24 @@ def open_data(config: RunConfig) -> RunData:
                 len(validation),
             )
         sources[name] = SourceData(train, validation)
+    return RunData(sources, _timeline(config, len(sources[""].train)))
+
+
+def planned_data(config: RunConfig, files: int) -> RunData:
+    """What :func:`open_data` returns, of so many training files that need not be there yet."""
+    classes = isinstance(config, FinetuneConfig) and config.model.num_classes or 1
+    labels = tuple(i % classes for i in range(files))
+    unknown = Manifest(("",) * files, labels, (NOT_STATED,) * files)
+    sources = dict.fromkeys(config.sources, SourceData(unknown, None))
+    return RunData(sources, _timeline(config, files))
+
+
+def _timeline(config: RunConfig, files: int) -> Timeline:
     share = config.weights[0] / sum(config.weights)
     try:
-        timeline = Timeline(round(len(sources[""].train) / share), recipe.batch_size, recipe.epochs)
+        return Timeline(round(files / share), config.recipe.batch_size, config.recipe.epochs)
     except ValueError as error:
         raise ConfigError(f"recipe: {error}") from error
-    return RunData(sources, timeline)
 
 
 def key_of_source(name: str) -> str:
@@ -91,43 +104,39 @@ def key_of_source(name: str) -> str:
     return f"mix.{name}." if name else ""
 
 
-def open_manifest(data: DataConfig, path: str) -> Manifest:
-    """Read one of the manifests of a config, or the videos of a folder."""
-    root = None if data.root is None else Path(data.root).expanduser()
-    return read_manifest(Path(path).expanduser(), root)
+def open_manifest(data: DataConfig, path: str, key: str) -> Manifest:
+    """Read one of the manifests of a config, or the videos of a folder.
 
-
-def augmentation_of(
-    data: DataConfig,
-    area: tuple[float, float],
-    ratio: tuple[float, float],
-    *,
-    rand_augment: str | None = None,
-    erasing: float = 0.0,
-) -> Augmentation:
-    """Random crops of an area and a ratio, and further changes."""
-    return Augmentation(
-        area, ratio, data.flip, rand_augment, erasing, data.mean, data.std, data.interpolation
-    )
+    Raises:
+        ManifestError: it cannot be used. ``key`` of the config, which names it, is in the message.
+    """
+    place = Path(path).expanduser()
+    try:
+        return read_manifest(place, None if data.root is None else Path(data.root).expanduser())
+    except ManifestError as error:
+        recipe, makes = place.parent / "prepare.py", ""
+        if recipe.is_file() and not place.exists():
+            makes = f". {recipe} makes it, see {recipe.with_name('README.md')}"
+        raise ManifestError(f"{key}: {error}{makes}") from error
 
 
 def describe_training(config: RunConfig, data: RunData, plan: BatchPlan, model: str) -> list[str]:
-    """Describe sources, model, how the batch is spread, how many updates there are, how fast."""
+    """Describe the sources, the model, how the batch is spread and the schedule, line by line."""
     lines = []
     for name, source in data.sources.items():
         given, repeats = config.sources[name], config.sources[name].repeats
         measured = f"{len(source.validation)} ({given.validation})" if source.validation else "none"
         lines.append(
-            f"{name or 'data'}: {len(source.train)} files to train on ({given.train}), {repeats} "
-            f"clip{'s' * (repeats != 1)} of each; validation on {measured}"
+            f"{name or 'data'}: {counted(len(source.train), 'file')} to train on ({given.train}), "
+            f"{counted(repeats, 'clip')} of each; validation on {measured}"
         )
     epochs, updates = config.recipe.epochs, data.timeline.num_updates
-    passes, processes = plan.accumulate, plan.processes
     return [
         *lines,
         model,
-        f"{plan.batch_size} files per update = {plan.micro_batch} per forward pass x "
-        f"{passes} pass{'es' * (passes != 1)} x {processes} process{'es' * (processes != 1)}",
-        f"{epochs} epochs = {updates} updates, {updates / epochs:.4g} per epoch; "
+        f"{counted(plan.batch_size, 'file')} per update = {plan.micro_batch} per forward pass x "
+        f"{counted(plan.accumulate, 'pass')} x {counted(plan.processes, 'process')}",
+        f"{counted(epochs, 'epoch')} = {counted(updates, 'update')}, {updates / epochs:.4g} per "
+        f"epoch; "
         f"peak learning rate {schedule_of(config.recipe).peak:.2e}",
     ]

@@ -12,17 +12,11 @@ from typing import Any
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_any_config, result_differences, save_config
 from hpm_video.config.schema import RunConfig
-from hpm_video.files.atomic import written_beside
+from hpm_video.files.atomic import remove_unfinished, written_beside
 from hpm_video.runs.data import RunData, key_of_source
-from hpm_video.training.checkpoint import (
-    check_name,
-    checkpoints_in,
-    mend,
-    read_state,
-    weights_digest,
-)
-from hpm_video.training.device import Precision
+from hpm_video.training import checkpoint
 from hpm_video.training.distributed import Processes
+from hpm_video.training.run import UNDRAWN
 
 HASHES = {"init_weights.sha256", "feature_weights.sha256"}
 RUN_FILES = {".lock", "checkpoints", "config.yaml", "labels.txt"} | HASHES
@@ -36,42 +30,37 @@ class RunDirectory:
     path: Path
     newest: Path | None
     """The newest complete checkpoint."""
+    lacks_pictures: bool = False
+    """Whether the run was killed before the pictures of that checkpoint were drawn."""
 
     @classmethod
     def at(cls, path: Path) -> "RunDirectory":
         """Look at a directory."""
-        return cls(path, next(reversed(checkpoints_in(path / "checkpoints")), None))
+        newest = next(reversed(checkpoint.checkpoints_in(path / "checkpoints")), None)
+        undrawn = path / UNDRAWN
+        lacks = newest is not None and undrawn.is_file() and undrawn.read_text() == newest.name
+        return cls(path, newest, lacks)
 
     @cached_property
     def state(self) -> dict[str, Any]:
         """What ``state.json`` of that checkpoint says; empty without one."""
-        return {} if self.newest is None else read_state(self.newest, of_run=True)
+        return {} if self.newest is None else checkpoint.read_state(self.newest, of_run=True)
 
     @property
     def update(self) -> int:
         """The next update."""
         return int(self.state.get("update", 0))
 
-    @property
-    def precision(self) -> Precision | None:
-        """The precision that the run began with."""
-        precision: Precision | None = self.state.get("facts", {}).get("precision")
-        return precision
-
 
 def check_output_dir(config: RunConfig) -> Path:
-    """The directory of a run, which there may not be yet.
-
-    Raises:
-        ConfigError: it is not set, or what is there is no run.
-    """
+    """Return the directory of a run, or raise a ConfigError if it is unset or holds no run."""
     if not config.output_dir:
         raise ConfigError("output_dir is not set; give the run a directory: output_dir=runs/NAME")
     folder = Path(config.output_dir).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir={folder} is a file; name a folder")
     foreign = [item.name for item in folder.glob("*") if item.name not in RUN_FILES]
-    is_run = (folder / "config.yaml").is_file() or checkpoints_in(folder / "checkpoints")
+    is_run = (folder / "config.yaml").is_file() or checkpoint.checkpoints_in(folder / "checkpoints")
     if foreign and not is_run:
         raise ConfigError(
             f"{folder} holds no run, but other files ({foreign[0]}); take another output_dir"
@@ -80,7 +69,7 @@ def check_output_dir(config: RunConfig) -> Path:
 
 
 @contextmanager
-def locked(config: RunConfig, processes: Processes) -> Iterator[None]:
+def locked(config: RunConfig, processes: Processes) -> Iterator[RunDirectory]:
     """Keep other runs out of the run's directory: what is read there holds as long as this lasts.
 
     The first process does it, and makes the directory; the others wait until it is done. Of a run
@@ -92,7 +81,7 @@ def locked(config: RunConfig, processes: Processes) -> Iterator[None]:
     folder = check_output_dir(config)
     if not processes.is_first:
         processes.wait()
-        yield
+        yield RunDirectory.at(folder)
         return
     path, is_new = folder / ".lock", not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +96,7 @@ def locked(config: RunConfig, processes: Processes) -> Iterator[None]:
             ) from error
         try:
             processes.wait()
-            yield
+            yield RunDirectory.at(folder)
         finally:
             if is_new and [*folder.iterdir()] == [path]:
                 path.unlink()
@@ -123,7 +112,7 @@ def check_same_run(directory: RunDirectory, config: RunConfig, data: RunData) ->
     """
     if directory.newest is None:
         return
-    check_name(directory.newest)
+    checkpoint.check_name(directory.newest)
     stored = load_any_config(directory.newest / "config.yaml")
     there, here = (type(each).__name__ for each in (stored, config))
     if there != here:
@@ -165,7 +154,7 @@ def note_weights(
         source = Path(given).expanduser()
         if before is not None and not source.exists():
             return {path.name: f"{before}\n"}  # whether the run still needs them is seen later
-        now = weights_digest(source, file)
+        now = checkpoint.weights_digest(source, file)
     if before is not None and before != now:
         raise ConfigError(
             f"{directory.path} began with other weights than {key}={given} holds now; take another "
@@ -178,7 +167,8 @@ def claim(directory: RunDirectory, config: RunConfig, notes: dict[str, str]) -> 
     """Mend what a killed run left in a locked directory, and write the config and ``notes``."""
     checkpoints = directory.path / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
-    mend(checkpoints)
+    checkpoint.mend(checkpoints)
+    remove_unfinished(directory.path)
     with written_beside(directory.path / "config.yaml") as path:
         save_config(config, path)
     for name, text in notes.items():

@@ -7,14 +7,8 @@ from typing import Any
 
 from hpm_video.config.schema import FinetuneConfig
 from hpm_video.data.reading import Views
+from hpm_video.recognition import testing
 from hpm_video.recognition.inference import Inference, Reading
-from hpm_video.recognition.testing import (
-    describe,
-    describe_test,
-    score_videos,
-    summarise,
-    write_results,
-)
 from hpm_video.recognition.trained_model import TrainedClassifier, open_trained
 from hpm_video.runs.data import open_manifest
 from hpm_video.training.checkpoint import read_state
@@ -31,9 +25,9 @@ def evaluate_run(
 ) -> dict[str, Any] | None:
     """Test a finished run as its config says. -> the result, none without a manifest to test on
 
-    Each process tests a share of the videos. The result is written to a folder in
-    ``test/`` that is named by what is tested and how. The same test of the same weights and videos
-    is not repeated.
+    Each process tests a share of the videos. The result is written to a folder in ``test/`` that
+    is named by what is tested and how. The same test of the same weights and videos is not
+    repeated.
 
     Raises:
         BadFilesError: videos do not decode.
@@ -47,7 +41,8 @@ def evaluate_run(
     # Of one process: a link that was just replaced may be seen late elsewhere.
     checkpoint = processes.of_first((run_dir / "checkpoints" / how.checkpoint).resolve)
     precision: Precision = read_state(checkpoint, of_run=True)["facts"]["precision"]
-    manifest, views = open_manifest(config.data, source), Views(how.clips, how.crops)
+    key = "test.manifest" if how.manifest else "data.validation"
+    manifest, views = open_manifest(config.data, source, key), Views(how.clips, how.crops)
     trained = open_trained(checkpoint, TrainedClassifier, how.weights)
     device = choose_device(config.engine.device, processes.count)
     classifier = Inference.load(trained, device, precision)
@@ -56,7 +51,7 @@ def evaluate_run(
         "chosen_as": how.checkpoint,
         "manifest": source,
         "exclude_bad_files": how.exclude_bad_files,
-        **describe_test(trained, classifier, manifest, views),
+        **testing.describe_test(trained, classifier, manifest, views),
     }
     name = f"{how.checkpoint}-{how.weights}-{how.clips}x{how.crops}-{Path(source).stem}"
     folder = run_dir / "test" / name
@@ -66,10 +61,10 @@ def evaluate_run(
     log.info("testing %s", _describe_test(what))
     reading = Reading.of(config.data, exclude_bad_files=how.exclude_bad_files)
     names = trained.label_names
-    scores = score_videos(classifier, names, manifest, views, reading, processes)
-    result = {"folder": str(folder), "test": what, **summarise(scores, names)}
+    scores = testing.score_videos(classifier, names, manifest, views, reading, processes)
+    result = {"folder": str(folder), "test": what, **testing.summarise(scores, names)}
     if processes.is_first:
-        write_results(folder, scores, result, names)
+        testing.write_results(folder, scores, result, names)
     return result
 
 
@@ -96,4 +91,4 @@ def _describe_test(how: dict[str, Any]) -> str:
 
 def describe_evaluation(result: dict[str, Any]) -> str:
     """Describe the result of :func:`evaluate_run` for the terminal."""
-    return f"{_describe_test(result['test'])}:\n{describe(result)}"
+    return f"{_describe_test(result['test'])}:\n{testing.describe(result)}"

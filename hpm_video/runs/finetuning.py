@@ -15,26 +15,21 @@ from hpm_video.config.checks import ConfigError
 from hpm_video.config.data import DataConfig
 from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import FinetuneConfig
+from hpm_video.data.augment import Augmentation
 from hpm_video.data.transforms import ClipTransform
 from hpm_video.files.weights import load_weights
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.from_config import build_classifier, source_grid_of
+from hpm_video.recognition import labels
 from hpm_video.recognition.inference import Inference, Reading, find_failures, over_videos
-from hpm_video.recognition.labels import (
-    check_labels,
-    check_same_names,
-    numbered_as,
-    read_label_names,
-    with_numbers,
-)
 from hpm_video.recognition.objective import Classification, Mixing
 from hpm_video.recognition.testing import TOP, Scores, summarise
 from hpm_video.recognition.trained_model import OF_DECODERS, OF_POOLING
-from hpm_video.runs.data import RunData, SourceData, augmentation_of, open_data
+from hpm_video.runs.data import RunData, SourceData, open_data
 from hpm_video.runs.directory import RunDirectory, note_weights
 from hpm_video.runs.init_weights import SAME_ENCODER, config_beside
 from hpm_video.runs.run import run
-from hpm_video.runs.task import Session, Task
+from hpm_video.runs.task import Task
 from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.distributed import Processes
 from hpm_video.training.ema import MomentumSchedule
@@ -45,6 +40,9 @@ from hpm_video.training.run import Evaluation
 
 log = logging.getLogger(__name__)
 
+WEIGHTS_FILES = {"student": "model", "teacher": "teacher", "average": "average"}
+"""Files of a checkpoint by ``init_from``."""
+
 
 def finetune(config: FinetuneConfig, processes: Processes = Processes()) -> Path:  # noqa: B008
     """Fine-tune, or resume the run in the output directory. -> that directory"""
@@ -52,7 +50,7 @@ def finetune(config: FinetuneConfig, processes: Processes = Processes()) -> Path
 
 
 class Finetuning(Task):
-    """Classification."""
+    """Classification of clips."""
 
     config: FinetuneConfig
     same_frames = True
@@ -67,7 +65,7 @@ class Finetuning(Task):
         main = data.main
         if main.validation is None:
             return data
-        validation = numbered_as(main.train.label_names, main.validation)
+        validation = labels.numbered_as(main.train.label_names, main.validation)
         return replace(data, sources=data.sources | {"": replace(main, validation=validation)})
 
     @cached_property
@@ -87,15 +85,15 @@ class Finetuning(Task):
 
     def notes(self, directory: RunDirectory) -> dict[str, str]:
         if directory.newest is not None:
-            before = read_label_names(directory.newest / "labels.txt")
+            before = labels.read_label_names(directory.newest / "labels.txt")
             if before != self.label_names:
                 raise ConfigError(
                     f"{directory.path} holds a run with other classes ({len(before)}, now "
                     f"{len(self.label_names)}); take another output_dir"
                 )
-        given, file = self.config.init_weights, weights_file(self.config)
-        labels = "".join(f"{name}\n" for name in self.label_names)
-        return {"labels.txt": labels, **note_weights(directory, "init_weights", given, file)}
+        given, file = self.config.init_weights, WEIGHTS_FILES[self.config.init_from]
+        names = "".join(f"{name}\n" for name in self.label_names)
+        return {"labels.txt": names, **note_weights(directory, "init_weights", given, file)}
 
     def model(self) -> ClipClassifier:
         assert self.config.model.num_classes is not None
@@ -118,15 +116,11 @@ class Finetuning(Task):
         return OPTIMIZERS[recipe.optimizer](groups, betas=recipe.betas)
 
     def transforms(self) -> dict[str, ClipTransform]:
-        how = self.config.augmentation
-        found = augmentation_of(
-            self.config.data,
-            how.area,
-            how.ratio,
-            rand_augment=how.rand_augment,
-            erasing=how.erasing,
-        )
-        return {"": found}
+        how, data = self.config.augmentation, self.config.data
+        look = (data.mean, data.std, data.interpolation)
+        return {
+            "": Augmentation(how.area, how.ratio, data.flip, how.rand_augment, how.erasing, *look)
+        }
 
     def objective(
         self, ema: nn.Module | None, _device: torch.device, engine: Engine | None = None
@@ -156,13 +150,10 @@ class Finetuning(Task):
             **({"ema_update": engine.ema_update} if engine else {}),
         )
 
-    def evaluation(self, session: Session, objective: Objective, engine: Engine) -> Evaluation:
-        """Measure the accuracy on validation videos, one view of each.
-
-        Each process sees its share of the videos.
-        """
+    def evaluation(self, _folder: Path, objective: Objective, engine: Engine) -> Evaluation:
+        """Measure the accuracy on one view of each validation video, a share in each process."""
         assert isinstance(objective, Classification)
-        config, processes = self.config, session.processes
+        config, processes = self.config, engine.processes
         if self.data.main.validation is None:
             log.info("no data.validation: nothing is measured during training")
             return Evaluation()
@@ -172,7 +163,7 @@ class Finetuning(Task):
         find_failures(clips, reading, processes)
         measured = objective.ema if config.test.weights == "average" else engine.model
         assert measured is not None
-        names = [str(label) for label in range(len(self.label_names))]
+        names = self.label_names
 
         def validate() -> dict[str, float]:
             with engine.gathered(measured) as model:
@@ -200,11 +191,10 @@ def find_label_names(config: FinetuneConfig, data: SourceData) -> tuple[str, ...
     """
     count = config.model.num_classes
     if config.data.label_names is not None:
-        names = read_label_names(Path(config.data.label_names).expanduser())
-        check_same_names(names, data.train)
+        names = labels.read_label_names(Path(config.data.label_names).expanduser())
     else:
-        used = max(data.train.labels, default=-1) + 1
-        names = with_numbers(data.train.label_names or (), count or used)
+        found = max(data.train.labels, default=-1) + 1
+        names = labels.with_numbers(data.train.label_names or (), count or found)
     if count is not None and len(names) != count:
         raise ConfigError(
             f"model.num_classes is {count}, but there are names for {len(names)} classes; take "
@@ -215,19 +205,14 @@ def find_label_names(config: FinetuneConfig, data: SourceData) -> tuple[str, ...
             f"a classifier needs two classes at least, and {config.data.train} has {len(names)}; "
             f"give a manifest with a column label, or a folder of class folders"
         )
-    check_labels(data.train, len(names), "the videos of data.train")
-    without = [name for label, name in enumerate(names) if label not in set(data.train.labels)]
-    if without:
+    for manifest, key in (data.train, "data.train"), (data.validation, "data.validation"):
+        if manifest is not None:
+            labels.check_labels(manifest, len(names), f"the videos of {key}")
+            labels.check_same_names(names, manifest)
+    used = set(data.train.labels)
+    if without := [name for label, name in enumerate(names) if label not in used]:
         log.warning("no training video of %d classes: %s", len(without), ", ".join(without[:10]))
-    if data.validation is not None:
-        check_labels(data.validation, len(names), "the videos of data.validation")
-        check_same_names(names, data.validation)
     return names
-
-
-def weights_file(config: FinetuneConfig) -> str:
-    """Return the name of the file of weights in the checkpoint ``init_weights``."""
-    return "model" if config.init_from == "student" else config.init_from
 
 
 def resolve(
@@ -237,21 +222,19 @@ def resolve(
 
     A run that goes on in ``directory`` knows that grid, though its ``init_weights`` may be gone.
     """
-    model = replace(config.model, num_classes=num_classes)
-    if directory is not None and directory.newest is not None and model.pretrained_grid is None:
+    grid, source = config.model.pretrained_grid, config_beside(config)
+    if grid is None and directory is not None and directory.newest is not None:
         before = load_any_config(directory.newest / "config.yaml")
-        if isinstance(before, FinetuneConfig):
-            model = replace(model, pretrained_grid=before.model.pretrained_grid)
-    source = config_beside(config)
-    if source is not None:
-        if model.pretrained_grid is None:
-            model = replace(model, pretrained_grid=source_grid_of(source))
-    elif config.init_weights is not None and model.pretrained_grid is None:
+        grid = before.model.pretrained_grid if isinstance(before, FinetuneConfig) else None
+    if grid is None and source is not None:
+        grid = source_grid_of(source)
+    if grid is None and config.init_weights is not None:
         log.warning(
             "nothing beside init_weights=%s says which clips it was trained on: positions are "
             "those of this run's clips; else give model.pretrained_grid=[TIME,HEIGHT,WIDTH]",
             config.init_weights,
         )
+    model = replace(config.model, num_classes=num_classes, pretrained_grid=grid)
     return replace(config, model=model)
 
 
@@ -280,15 +263,14 @@ def load_pretrained(
 ) -> None:
     """Put the encoder of a masked autoencoder, or a classifier, into ``model``.
 
-    The head of a classifier is taken if its classes are the same; otherwise, as where there is
-    none, it starts fresh.
+    The head of a classifier is taken if its classes are the same; otherwise it starts fresh.
     """
-    stored = read_weights(source, config.model.patch_size, weights_file(config))
+    stored = read_weights(source, config.model.patch_size, WEIGHTS_FILES[config.init_from])
     own, listed = model.state_dict(), source / "labels.txt"
     head = stored.get("head.weight")
     same_classes = head is not None and head.shape == own["head.weight"].shape
     if same_classes and listed.is_file():
-        same_classes = read_label_names(listed) == tuple(label_names)
+        same_classes = labels.read_label_names(listed) == tuple(label_names)
     weights = {
         key: value for key, value in stored.items() if same_classes or not key.startswith("head.")
     }

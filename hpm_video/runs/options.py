@@ -1,16 +1,19 @@
 """What the programs for trained models share: their options, and the model that these choose."""
 
+from __future__ import annotations
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hpm_video.config.checks import ConfigError
-from hpm_video.data.loader import default_workers
-from hpm_video.data.reading import Views
-from hpm_video.recognition.inference import Inference, Reading
-from hpm_video.recognition.trained_model import ClipChoice, Trained, TrainedModel, open_trained
+from hpm_video.files.wording import counted, plural
 from hpm_video.runs.console import add_options, positive
-from hpm_video.training.device import choose_device, inference_precision
+
+if TYPE_CHECKING:
+    from hpm_video.data.reading import Views
+    from hpm_video.recognition.inference import Inference, Reading
+    from hpm_video.recognition.trained_model import ClipChoice, Trained, TrainedModel
 
 
 def add_model_options(
@@ -23,17 +26,20 @@ def add_model_options(
 ) -> None:
     """Add a checkpoint, the choice of its weights and of clips, and where and how it runs."""
     add = parser.add_argument
-    add("checkpoint", type=Path, help=checkpoint)
+    add("checkpoint", type=Path, help=f"{checkpoint}, or a run, for its last checkpoint")
     add("--weights", choices=weights, default=default_weights, help=weights_help)
     add("--num-frames", type=positive, metavar="T", help="of a clip; default: as it was trained")
-    add("--frame-stride", type=positive, metavar="FRAMES", help="default: as it was trained")
-    add("--frame-size", type=positive, nargs=2, metavar=("H", "W"), help="likewise")
-    workers = {"default": default_workers()}
-    add_options(parser, "device", "precision", "decoder", workers=workers)
+    stride = "from one frame of a clip to the next; default: as it was trained"
+    add("--frame-stride", type=positive, metavar="FRAMES", help=stride)
+    size = "of a clip, in pixels; default: as it was trained"
+    add("--frame-size", type=positive, nargs=2, metavar=("H", "W"), help=size)
+    add_options(parser, "device", "precision", "decoder", "workers")
 
 
 def clip_choice(arguments: argparse.Namespace) -> ClipChoice:
     """Return the chosen clips."""
+    from hpm_video.recognition.trained_model import ClipChoice
+
     size = arguments.frame_size
     return ClipChoice(arguments.num_frames, arguments.frame_stride, tuple(size) if size else None)
 
@@ -48,6 +54,11 @@ def open_inference(
     Raises:
         CheckpointError, ConfigError, DeviceError: it cannot be used here.
     """
+    from hpm_video.config.checks import ConfigError
+    from hpm_video.recognition.inference import Inference
+    from hpm_video.recognition.trained_model import open_trained
+    from hpm_video.training.device import choose_device, inference_precision
+
     clips = clip_choice(arguments)
     trained = open_trained(arguments.checkpoint, wanted, arguments.weights, clips=clips)
     if trained.data.sampling == "segments" and bool(clips.frame_stride) != bool(windows):
@@ -67,19 +78,23 @@ def open_inference(
 
 def reading_of(arguments: argparse.Namespace, *, exclude_bad_files: bool = False) -> Reading:
     """Return how videos are read."""
-    return Reading(arguments.decoder, arguments.workers, exclude_bad_files)
+    from hpm_video.recognition.inference import Reading
+    from hpm_video.workers.room import default_workers
+
+    workers = default_workers() if arguments.workers is None else arguments.workers
+    return Reading(arguments.decoder, workers, exclude_bad_files)
 
 
 def describe_pass(count: int, views: Views, trained: TrainedModel, inference: Inference) -> str:
     """Describe the views, videos and model of a pass."""
     data = inference.data
-    which = f"{views.clips} x {views.crops} view{'s' if views.count > 1 else ''}"
+    which = f"{views.clips} x {views.crops} {plural(views.count, 'view')}"
     apart = f"at stride {data.frame_stride}" if data.sampling == "dense" else "spread over it"
     if views.every is not None:
         which, apart = f"a clip every {views.every} frames", f"at stride {data.frame_stride}"
     height, width = data.frame_size
     return (
-        f"{count} video{'' if count == 1 else 's'}, {which} of each: {data.num_frames} frames of "
+        f"{counted(count, 'video')}, {which} of each: {counted(data.num_frames, 'frame')} of "
         f"{height} x {width} {apart}; {trained.weights} of update {trained.update}; "
         f"{inference.device.type}, {inference.precision}"
     )

@@ -12,6 +12,7 @@ from torch import nn
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.schema import PretrainConfig
+from hpm_video.data.augment import Augmentation
 from hpm_video.data.batch import collate
 from hpm_video.data.clips import ValidationClips
 from hpm_video.data.transforms import ClipTransform, MultiScaleCrop
@@ -29,11 +30,11 @@ from hpm_video.recognition.labels import names_of_both, numbered_as
 from hpm_video.recognition.probes import FeatureTable, nearest_neighbours
 from hpm_video.recognition.testing import summarise
 from hpm_video.recognition.trained_model import TrainedAutoencoder, open_trained
-from hpm_video.runs.data import augmentation_of, key_of_source, open_manifest
+from hpm_video.runs.data import key_of_source, open_manifest
 from hpm_video.runs.directory import RunDirectory, note_weights
 from hpm_video.runs.init_weights import config_beside
 from hpm_video.runs.run import run
-from hpm_video.runs.task import Session, Task
+from hpm_video.runs.task import Task
 from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.distributed import Processes
 from hpm_video.training.ema import MomentumSchedule
@@ -166,13 +167,13 @@ class Pretraining(Task):
         return make_adamw(groups, betas=recipe.betas)
 
     def transforms(self) -> dict[str, ClipTransform]:
-        mixed = {name: source.data for name, source in self.config.mix.items()}
-        return {
-            name: MultiScaleCrop(data.flip, data.interpolation)
-            if data.crop == "multi_scale"
-            else augmentation_of(data, area=data.crop_area, ratio=(3 / 4, 4 / 3))
-            for name, data in {"": self.config.data, **mixed}.items()
-        }
+        found: dict[str, ClipTransform] = {}
+        for name, data in self.config.sources.items():
+            found[name] = MultiScaleCrop(data.flip, data.interpolation)
+            if data.crop == "random_resized":
+                look, ratio = (data.mean, data.std, data.interpolation), (3 / 4, 4 / 3)
+                found[name] = Augmentation(data.crop_area, ratio, data.flip, None, 0.0, *look)
+        return found
 
     def objective(
         self, ema: nn.Module | None, device: torch.device, engine: Engine | None = None
@@ -180,13 +181,10 @@ class Pretraining(Task):
         assert ema is None or isinstance(ema, MaskedAutoencoder)
         return build_objective(self.config, ema, build_target(self.config, device), engine)
 
-    def evaluation(self, session: Session, objective: Objective, engine: Engine) -> Evaluation:
-        """Measure validation clips of each source, draw some of them, and probe frozen features.
-
-        Each process measures its share of the clips, and the first one draws.
-        """
+    def evaluation(self, folder: Path, objective: Objective, engine: Engine) -> Evaluation:
+        """Measure clips of each source, a share in each process, draw some, and probe features."""
         assert isinstance(objective, HardPatchesMining)
-        config, processes = self.config, session.processes
+        config, processes = self.config, engine.processes
         probe = _neighbour_probe(config, processes, engine) if config.knn.train else None
         reading = Reading.of(config.data)
         measured: dict[str, ValidationClips] = {}
@@ -213,8 +211,8 @@ class Pretraining(Task):
                 for name in measured if processes.is_first else ():
                     clips = self._validation_clips(name, PICTURED_CLIPS)
                     shown = collate([clips[i] for i in range(len(clips))])
-                    folder = session.directory.path / "pictures" / name
-                    write_pictures(folder, f"update-{done:08d}", seen, student, shown)
+                    sheet = f"update-{done:08d}"
+                    write_pictures(folder / "pictures" / name, sheet, seen, student, shown)
 
         return Evaluation(
             validate if measured else None,
@@ -261,16 +259,13 @@ def describe_sources(sources: Sequence[str], baseline: str, measures: Measures) 
 def _neighbour_probe(
     config: PretrainConfig, processes: Processes, engine: Engine
 ) -> Callable[[], dict[str, float]]:
-    """Nearest neighbours of the student's frozen features, on one clip of each video.
-
-    Raises:
-        ConfigError, ManifestError: the manifests of ``config.knn`` cannot be used.
-    """
+    """Return a function that tests nearest neighbours by the student's frozen features."""
     how = config.knn
     assert how.train is not None
     assert how.validation is not None
+    lists = {"knn.train": how.train, "knn.validation": how.validation}
     manifests = [
-        open_manifest(config.data, path).spread(how.videos) for path in (how.train, how.validation)
+        open_manifest(config.data, path, key).spread(how.videos) for key, path in lists.items()
     ]
     manifests[1] = numbered_as(manifests[0].label_names, manifests[1])
     names = names_of_both(*manifests)

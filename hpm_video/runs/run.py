@@ -1,7 +1,6 @@
 """The one sequence around ``fit``: from a task to a run that is trained to its end."""
 
 import logging
-from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import torch
 
 from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.checks import ConfigError
-from hpm_video.data.clips import VideoClips
 from hpm_video.data.loader import clip_batches, end_workers
 from hpm_video.data.mixture import Places, deal_out
 from hpm_video.files.failures import BadFiles
@@ -17,7 +15,7 @@ from hpm_video.recognition.inference import Reading
 from hpm_video.runs.autotune import choose_plan, precision_of
 from hpm_video.runs.data import describe_training
 from hpm_video.runs.directory import RunDirectory, check_same_run, claim, locked
-from hpm_video.runs.task import Session, Task, make_engine, make_models
+from hpm_video.runs.task import Task, make_engine, make_models
 from hpm_video.training.checkpoint import read_optimizer
 from hpm_video.training.curves import plot_curves
 from hpm_video.training.device import choose_device
@@ -46,34 +44,33 @@ def run(task: Task, processes: Processes = Processes()) -> Path:  # noqa: B008 -
         And what ``fit`` raises.
     """
     updates = task.data.timeline.num_updates
-    with locked(task.config, processes):
-        directory = RunDirectory.at(Path(task.config.output_dir).expanduser())
+    with locked(task.config, processes) as directory:
         task.resolve(directory)
-        session = open_session(task, directory, processes)
+        device = choose_device_of(task, directory, processes)
         notes = task.notes(directory)
-        is_complete = directory.update == updates
+        is_complete = directory.update == updates and not directory.lacks_pictures
         if not is_complete:
-            model, ema = make_models(task, session.device, directory.newest)
-            precision = precision_of(task, session)
-            plan = choose_plan(task, session, precision)
-            engine = make_engine(task, session, plan, precision, model)
+            model, ema = make_models(task, device, directory.newest)
+            precision = precision_of(task, directory, device, processes)
+            plan = choose_plan(task, device, processes, precision)
+            engine = make_engine(task, model, plan, precision, device, processes)
             if ema is not None:
                 engine.shard(ema)
-            objective = task.objective(ema, session.device, engine)
-            evaluation = task.evaluation(session, objective, engine)
+            objective = task.objective(ema, device, engine)
+            evaluation = task.evaluation(directory.path, objective, engine)
         if processes.is_first:
             claim(directory, task.config, notes)
         processes.wait()
         if is_complete:
             log.info("%s is complete: %d updates were made", directory.path, directory.update)
         else:
-            train(task, session, plan, engine=engine, objective=objective, evaluation=evaluation)
+            train(task, directory, plan, engine, objective, evaluation)
         if processes.is_first:
             plot_curves(directory.path / "metrics.jsonl", directory.path / "curves.png")
     return directory.path
 
 
-def open_session(task: Task, directory: RunDirectory, processes: Processes) -> Session:
+def choose_device_of(task: Task, directory: RunDirectory, processes: Processes) -> torch.device:
     """Choose the device, and make sure that a run in the directory can go on here."""
     config = task.config
     task.plan(processes.count)
@@ -88,22 +85,20 @@ def open_session(task: Task, directory: RunDirectory, processes: Processes) -> S
             f"the processes do not see the same in {directory.path} (newest checkpoints: "
             f"{', '.join(names)}); output_dir must be a folder that all machines share"
         )
-    return Session(processes, device, directory)
+    return device
 
 
 def train(
     task: Task,
-    session: Session,
+    directory: RunDirectory,
     plan: BatchPlan,
-    *,
     engine: Engine,
     objective: Objective,
     evaluation: Evaluation,
 ) -> None:
     """Train from where the directory stands to the end. Raises what ``fit`` raises."""
-    config, data, directory = task.config, task.data, session.directory
+    config, data, processes = task.config, task.data, engine.processes
     start, updates = directory.update, data.timeline.num_updates
-    processes, count = session.processes, session.processes.count
     size = f"{engine.num_parameters / 1e6:.1f} M parameters"
     model = f"{size} on {engine.device.type} in {engine.precision}, by {engine.name}"
     log.info("\n".join(describe_training(config, data, plan, model)))
@@ -114,13 +109,21 @@ def train(
         engine.load_optimizer_state(read_optimizer(directory.newest, config.model.patch_size))
     if processes.is_first:
         record_start(directory.path, facts, start, directory.state.get("facts", {}))
-    clips = task.training_clips()
-    bad_files = open_bad_files(task, clips, directory, writes=processes.is_first)
+    clips, bad_files = task.training_clips(), dict[str, BadFiles]()
+    for stream, (name, source) in zip(clips, data.sources.items(), strict=True):
+        bad_files[name] = BadFiles(
+            directory.path / (f"bad_files_{name}.csv" if name else "bad_files.csv"),
+            num_files=len(source.train),
+            max_bad_share=config.data.max_bad_share,
+            writes=processes.is_first,
+        )
+        bad_files[name].check()
+        stream.bad |= bad_files[name].failures
     order, reading = deal_out(config.weights, updates), Reading.of(config.data)
-    places = Places(order, plan.batch_size, start, rank=processes.rank, processes=count)
+    places = Places(order, plan.batch_size, start, rank=processes.rank, processes=plan.processes)
     try:
         with (
-            listen_for_stop(patient=count > 1) as stop,
+            listen_for_stop(patient=plan.processes > 1) as stop,
             closing(
                 clip_batches(
                     clips,
@@ -128,7 +131,7 @@ def train(
                     batch_size=plan.micro_batch,
                     workers=reading.workers,
                     limits=reading.limits,
-                    pin=session.device.type == "cuda",
+                    pin=engine.device.type == "cuda",
                 )
             ) as batches,
         ):
@@ -147,28 +150,7 @@ def train(
                 best=directory.state.get("best", {}),
             )
             with closing(state):
-                state.measure_beginning()
+                state.measure_beginning(draws=directory.lacks_pictures)
                 fit(engine, objective, batches, schedule_of(config.recipe), state, start=start)
     finally:
         end_workers()
-
-
-def open_bad_files(
-    task: Task, clips: Sequence[VideoClips], directory: RunDirectory, *, writes: bool
-) -> dict[str, BadFiles]:
-    """Open the lists of bad files, by source, and tell the clips not to try those again.
-
-    Raises:
-        TooManyBadFiles: a list is too long already.
-    """
-    bad_files = {}
-    for (name, source), stream in zip(task.data.sources.items(), clips, strict=True):
-        bad_files[name] = BadFiles(
-            directory.path / (f"bad_files_{name}.csv" if name else "bad_files.csv"),
-            num_files=len(source.train),
-            max_bad_share=task.config.data.max_bad_share,
-            writes=writes,
-        )
-        bad_files[name].check()
-        stream.bad |= bad_files[name].failures
-    return bad_files

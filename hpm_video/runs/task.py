@@ -1,7 +1,7 @@
 """What a run trains: the seam between pre-training, fine-tuning and what every run has."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,6 @@ from hpm_video.training.optim import Tensors
 from hpm_video.training.run import Evaluation
 
 
-@dataclass(frozen=True)
-class Session:
-    """A run in one of its processes."""
-
-    processes: Processes
-    device: torch.device
-    directory: RunDirectory
-
-
 class Task(ABC):
     """What a run trains. A new kind of training is a new task: :func:`run` is the same for all."""
 
@@ -53,7 +44,7 @@ class Task(ABC):
         return open_data(self.config)
 
     def training_clips(self) -> list[VideoClips]:
-        """The training clips of each source."""
+        """Return the training clips of each source."""
         transforms, max_bad_share = self.transforms(), self.config.data.max_bad_share
         return [
             VideoClips(
@@ -69,7 +60,7 @@ class Task(ABC):
 
     @property
     def multiple(self) -> int:
-        """The number of videos of a forward pass must be a multiple of this."""
+        """What the number of videos of a forward pass must be a multiple of."""
         return 1
 
     def plan(self, processes: int, micro_batch: int | None = None) -> BatchPlan:
@@ -116,11 +107,11 @@ class Task(ABC):
     def objective(
         self, ema: nn.Module | None, device: torch.device, engine: Engine | None = None
     ) -> Objective:
-        """Make what is minimised. ``engine``: it holds ``ema``, if any does."""
+        """Make what is minimised. ``engine`` holds ``ema``, if any engine does."""
 
     @abstractmethod
-    def evaluation(self, session: Session, objective: Objective, engine: Engine) -> Evaluation:
-        """Return what is measured and drawn during training.
+    def evaluation(self, folder: Path, objective: Objective, engine: Engine) -> Evaluation:
+        """Return what is measured during training, and drawn to the run's ``folder``.
 
         Raises:
             ConfigError, ManifestError: the videos to measure on cannot be used.
@@ -131,7 +122,7 @@ class Task(ABC):
 def make_models(
     task: Task, device: torch.device, newest: Path | None
 ) -> tuple[nn.Module, nn.Module | None]:
-    """Model and moving average of a task where its run stands: at a checkpoint, or at the start."""
+    """Make model and moving average of a run that stands at a checkpoint, or else at its start."""
     model = task.model()
     if newest is None:
         source = Path(task.config.init_weights or "")
@@ -150,15 +141,20 @@ def make_models(
 
 
 def make_engine(
-    task: Task, session: Session, plan: BatchPlan, precision: Precision, model: nn.Module
+    task: Task,
+    model: nn.Module,
+    plan: BatchPlan,
+    precision: Precision,
+    device: torch.device,
+    processes: Processes,
 ) -> Engine:
-    """The engine that updates ``model``, which is on the device of the session."""
+    """Make the engine that updates ``model``, which is on ``device``."""
     how, optimizer = task.config.engine, task.optimizer(model)
     common: dict[str, Any] = {
-        "device": session.device,
+        "device": device,
         "clip_grad": task.config.recipe.clip_grad,
         "precision": precision,
-        "processes": session.processes,
+        "processes": processes,
     }
     if how.name == "deepspeed":
         return DeepSpeedEngine(model, optimizer, how, plan, **common)

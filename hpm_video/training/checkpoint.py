@@ -348,8 +348,13 @@ def on_host(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def flush(path: Path, *, recursive: bool = True) -> None:
-    """Wait until files and their names are on the disk."""
+    """Wait until files and their names are on the disk; who may read the folder may read them.
+
+    (safetensors writes files that their owner alone may read.)
+    """
     for item in [*(path.iterdir() if recursive else ()), path]:
+        if item.is_file():
+            item.chmod(path.stat().st_mode & 0o666)
         descriptor = os.open(item, os.O_RDONLY)
         try:
             os.fsync(descriptor)

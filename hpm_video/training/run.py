@@ -29,6 +29,8 @@ from hpm_video.workers.progress_bar import ProgressBar
 log = logging.getLogger(__name__)
 Measures = dict[str, float]
 Describe = Callable[[Measures], str]
+UNDRAWN = ".undrawn"
+"""A file of the run directory with the name of a checkpoint, until its pictures are drawn."""
 ATTACHED = ("config.yaml", "labels.txt")
 """Files of the run directory of which each checkpoint holds a copy, so that it stands alone."""
 
@@ -90,11 +92,15 @@ class Run:
             tracker.close()
         self._bar.close()
 
-    def measure_beginning(self) -> None:
+    def measure_beginning(self, *, draws: bool = False) -> None:
         """Measure on validation clips what a run begins with.
 
-        Curves have a start by it, and validation that fails does so before any work.
+        Curves have a start by it, and validation that fails does so before any work. ``draws``:
+        pictures of what it goes on with, which were not drawn before.
         """
+        if draws:
+            with self.meter.paused():
+                self.draw(self.start)
         if self.start == 0 and self.evaluation.validate:
             with self.meter.paused():
                 self._measure("validation", 0, self.evaluation.validate, self.evaluation.describe)
@@ -121,10 +127,13 @@ class Run:
             if evaluation.probe and (last or self._due(update, evaluation.probe_every_epochs)):
                 self._measure("probe", done, evaluation.probe, describe_probe)
             stop = self._asked_to_stop()
+            pictured = last or self._due(update, how.picture_every_epochs)
+            if pictured and evaluation.draw and self.engine.processes.is_first:
+                (self.folder / UNDRAWN).write_text(checkpoint_path(self.folder, done).name)
             if last or keep or improved or stop or done % self.saving.every_updates == 0:
                 self.save(done, keep=keep)
-            if last or self._due(update, how.picture_every_epochs):
-                self._draw(done, last=last)
+            if pictured:
+                self.draw(done)
         if stop and not last:
             raise Interrupted(stop, done)
 
@@ -213,11 +222,14 @@ class Run:
             self.best = {"update": done, "score": score, "measure": self.evaluation.score}
         return improved
 
-    def _draw(self, done: int, *, last: bool) -> None:
+    def draw(self, done: int) -> None:
+        """Draw pictures after ``done`` updates, and the curves."""
         if self.evaluation.draw:
             self.evaluation.draw(done)
-        if self.engine.processes.is_first and not last:  # at the end: once it is complete
-            plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+        if self.engine.processes.is_first:
+            (self.folder / UNDRAWN).unlink(missing_ok=True)
+            if done < self.timeline.num_updates:  # at the end: once it is complete
+                plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
         self.engine.processes.wait()
 
 

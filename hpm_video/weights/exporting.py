@@ -3,11 +3,9 @@
 import json
 import logging
 import math
-import pickle
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,44 +17,34 @@ from hpm_video.recognition.trained_model import TrainedModel, open_trained
 from hpm_video.weights import express, verify
 from hpm_video.weights.express import Expressed, To
 from hpm_video.weights.families import licence_of
-from hpm_video.weights.geometry import RESAMPLE
 from hpm_video.weights.importing import import_weights, staged, texts_of, write_json
 from hpm_video.weights.inspect import describe_left_out
-from hpm_video.weights.verify import ParityReport, Peer, is_installed
+from hpm_video.weights.verify import ParityReport, against, is_installed
 
 LARGEST_ONNX = 1_900_000_000
 """Largest weights in bytes in one file of ONNX; larger ones lie in a second file."""
 TO_INSTALL = ("onnx", "onnxscript", "onnxruntime")
-Written = tuple[list[str], Callable[[], ParityReport]]
-"""Notes on what the file does not hold, or holds otherwise; and its comparison, once loaded back"""
 
 
-def write_own(model: TrainedModel, _: Expressed, file: Path) -> Written:
-    """Write one file of our own, and read it alone, as ``tools/predict.py`` does."""
+def _write_own(model: TrainedModel, _: Expressed, file: Path) -> list[str]:
     write_single_file(file, model.tensors, model.file, model.kind, texts_of(model))
-
-    def check() -> ParityReport:
-        back = partial(verify.outputs_of, open_trained(file, TrainedModel, model.weights).build())
-        return Peer("this package, from the file alone", back).compare(model)
-
-    return [], check
+    return []
 
 
-def write_transformers(model: TrainedModel, expressed: Expressed, folder: Path) -> Written:
-    """Write a folder that ``from_pretrained`` reads."""
+def _write_transformers(model: TrainedModel, expressed: Expressed, folder: Path) -> list[str]:
     if not is_installed("transformers"):
         raise CheckpointError("it writes such a folder itself: pip install transformers")
-    kind, data, notes = expressed.family.transformers_class, model.config.data, []
-    of_clips = kind.startswith("VideoMAE")
+    kind, data = expressed.family.transformers_class, model.config.data
+    of_clips, (height, width) = kind.startswith("VideoMAE"), data.frame_size
     config = express.transformers_config(model, kind)
-    verify.of_transformers(kind, None, config, expressed.tensors).model.save_pretrained(folder)
-    height, width = data.frame_size
+    made: Any = verify.of_transformers(kind, None, config, expressed.tensors)
+    made.save_pretrained(folder)
     preprocessor = {
         # Bit's resizes the shorter side and cuts out the middle, ViT's own resizes to a square.
         "image_processor_type": f"{'VideoMAE' if of_clips else 'Bit'}ImageProcessor",
         "do_resize": True,
         "size": {"shortest_edge": data.validation_short_side or max(height, width)},
-        "resample": RESAMPLE[data.interpolation],
+        "resample": {"bilinear": 2, "bicubic": 3}[data.interpolation],  # PIL's numbers
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
         "do_rescale": True,
@@ -66,117 +54,68 @@ def write_transformers(model: TrainedModel, expressed: Expressed, folder: Path) 
         "image_std": list(data.std),
     }
     write_json(folder / "preprocessor_config.json", preprocessor)
-    target = model.pretraining and model.pretraining.mining.target
-    if target and target not in (["per_channel"] if of_clips else ["joint", "raw"]):
-        notes.append(
-            f"this model learned to predict target {target}, and the loss of {kind} compares with "
-            f"another: what it predicts is ours, its loss is not"
-        )
-    if height != width and data.validation_short_side is None:
-        notes.append(
-            "the preprocessor cuts these rectangular frames out of a larger frame, where ours "
-            "takes the largest box of their shape"
-        )
-    return notes, lambda: verify.of_transformers(kind, folder).compare(model)
+    return []
 
 
-def write_timm(model: TrainedModel, expressed: Expressed, folder: Path) -> Written:
-    """Write a folder that timm reads as ``local-dir:FOLDER``."""
+def _write_timm(model: TrainedModel, expressed: Expressed, folder: Path) -> list[str]:
     import timm
 
     logging.getLogger("timm").setLevel(logging.WARNING)
-    name, arguments = express.timm_name(model), express.timm_arguments(model)
-    data = model.config.data
-    theirs = verify.of_timm(name, arguments, expressed.tensors).model
+    name, arguments = express.timm_arguments(model)
+    data, theirs = model.config.data, verify.as_timm(model, expressed.tensors)
+    size, short_side = max(data.frame_size), data.validation_short_side
     # Without the tag and the licence of the weights that timm has for such a model.
-    theirs.pretrained_cfg = {
+    theirs.pretrained_cfg = {  # type: ignore[assignment]
         "architecture": name,
         "num_classes": len(model.label_names),
         "input_size": (model.config.model.channels, *data.frame_size),
         "interpolation": data.interpolation,
-        "crop_pct": express.crop_share(max(data.frame_size), data.validation_short_side),
+        "crop_pct": size / (short_side + 0.5) if short_side else 1.0,  # timm drops the fraction
         "crop_mode": "center",
         "mean": data.mean,
         "std": data.std,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
     }
-    options: dict[str, Any] = {"model_args": arguments, "safe_serialization": True}
-    if model.is_classifier:
-        options["model_config"] = {"label_names": list(model.label_names)}
+    names = {"model_config": {"label_names": list(model.label_names)}} if model.label_names else {}
+    options: dict[str, Any] = {"model_args": arguments, "safe_serialization": True} | names
     timm.models.save_for_hf(theirs, str(folder), **options)
-
-    def check() -> ParityReport:
-        there, weights = f"local-dir:{folder}", str(folder / "model.safetensors")
-        try:
-            built = timm.create_model(there, pretrained=True, in_chans=arguments["in_chans"])
-        except pickle.UnpicklingError:  # earlier versions read no safetensors so
-            built = timm.create_model(there, checkpoint_path=weights)
-        title = f"timm {timm.__version__}: {name}"
-        return Peer.of(title, built, verify.outputs_of_timm).compare(model)
-
-    return [], check
+    return []
 
 
-def write_pickle(model: TrainedModel, expressed: Expressed, file: Path) -> Written:
-    """Write a file of torch.save, of plain values alone: the weights, and the facts of a run."""
-    torch.save({"model": expressed.tensors, "args": express.facts_of(model)}, file)
-    return [], lambda: _check_file(model, file)
-
-
-def write_hpm(model: TrainedModel, expressed: Expressed, file: Path) -> Written:
-    """Write a file as official HPM does: the student, and the teacher as ``ema_state_dict``."""
-    teacher = model.teacher
-    second = expressed if teacher is None else express.express(replace(model, held=teacher), "hpm")
-    content = {
-        "state_dict": {f"module.{name}": value for name, value in expressed.tensors.items()},
-        "ema_state_dict": second.tensors,
-        "model": model.kind,
-        "args": express.facts_of(model),
-    }
+def _write_pickle(model: TrainedModel, expressed: Expressed, file: Path) -> list[str]:
+    """Write plain values alone: the weights, and the facts of a run. HPM has a teacher too."""
+    facts, notes = express.facts_of(model), list[str]()
+    content: dict[str, Any] = {"model": expressed.tensors, "args": facts}
+    if expressed.family.name == "hpm":
+        teacher = model.tensors if model.teacher is None else model.teacher
+        second = express.express(replace(model, held=teacher), "hpm")
+        student = {f"module.{name}": value for name, value in expressed.tensors.items()}
+        content = {"state_dict": student, "ema_state_dict": second.tensors}
+        content |= {"model": model.kind, "args": facts}
+        values = model.config.model.channels * math.prod(model.config.model.patch_size)
+        notes.append(
+            f"the one output of the loss predictor is written {values} times, as the official "
+            f"model has it, which averages them: the same score but for rounding"
+            + ("; it has no teacher: that is a copy" if model.teacher is None else "")
+        )
     torch.save(content, file)
-    copied = "; it has no teacher: that is a copy" if teacher is None else ""
-    values = model.config.model.channels * math.prod(model.config.model.patch_size)
-    note = (
-        f"the one output of the loss predictor is written {values} times, as the official model "
-        f"has it, which averages them: the same score but for rounding{copied}"
-    )
-    return [note], lambda: _check_file(model, file)
+    return notes
 
 
-def _check_file(model: TrainedModel, file: Path) -> ParityReport:
-    """Read a file of another project back with our importer, and compare that with a library's."""
-    imported = import_weights(file)
-    other = verify.compare(imported)
-    built = imported.model.build()
-    back = Peer("our importer", partial(verify.outputs_of, built)).compare(model, of="{} read back")
-    return replace(
-        other,
-        with_what=f"our importer and {other.with_what}",
-        differences=(*back.differences, *other.differences),
-    )
-
-
-def write_onnx(model: TrainedModel, _: Expressed, file: Path) -> Written:
-    """Write a classifier as a program for onnxruntime: clips -> logits, of any number of clips.
-
-    Raises:
-        CheckpointError: a library is missing.
-    """
+def _write_onnx(model: TrainedModel, _: Expressed, file: Path) -> list[str]:
+    """Write a classifier as a program for onnxruntime: clips -> logits, of any number of clips."""
     if missing := [name for name in TO_INSTALL[:2] if not is_installed(name)]:
         raise CheckpointError(
             f"to write ONNX needs {' and '.join(missing)}: pip install {' '.join(TO_INSTALL)}"
         )
-    import onnx
-
-    data, channels = model.config.data, model.config.model.channels
     logging.disable(logging.WARNING)  # the exporter's messages on its steps and deprecations
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program: Any = torch.onnx.export(
                 model.build(),
-                (torch.zeros(2, channels, *data.clip_size),),
+                (torch.zeros(2, model.config.model.channels, *model.config.data.clip_size),),
                 input_names=["clips"],
                 output_names=["logits"],
                 dynamic_shapes={"clips": {0: torch.export.Dim("batch", min=1)}},
@@ -186,28 +125,18 @@ def write_onnx(model: TrainedModel, _: Expressed, file: Path) -> Written:
             )
     finally:
         logging.disable(logging.NOTSET)
-    clips = {
-        "axes": "B C T H W",
-        "size": [channels, *data.clip_size],
-        "frame_stride": data.frame_stride,
-        "short_side": data.validation_short_side,
-        "interpolation": data.interpolation,
-        "pixels": "in [0, 1], minus the mean and divided by the standard deviation",
-        "mean": list(data.mean),
-        "std": list(data.std),
+    facts = {
+        "kind": model.kind,
+        "labels": list(model.label_names),
+        "clips": express.facts_of(model),
     }
-    labels = json.dumps(list(model.label_names))
-    program.model.metadata_props.update(
-        {"kind": model.kind, "labels": labels, "clips": json.dumps(clips)}
-    )
+    program.model.metadata_props.update({name: json.dumps(each) for name, each in facts.items()})
     size = sum(tensor.nbytes for tensor in model.tensors.values())
     program.save(file, external_data=size > LARGEST_ONNX)
-    onnx.checker.check_model(str(file))
-    return [], lambda: _check_onnx(model, file)
+    return []
 
 
 def _check_onnx(model: TrainedModel, file: Path) -> ParityReport:
-    """Run a program of ONNX with onnxruntime, on several clips at once and on one."""
     if not is_installed("onnxruntime"):
         return ParityReport(not_checked="onnxruntime is not installed (pip install onnxruntime)")
     import onnxruntime  # type: ignore[import-untyped, unused-ignore]
@@ -218,12 +147,31 @@ def _check_onnx(model: TrainedModel, file: Path) -> ParityReport:
         (logits,) = session.run(["logits"], {"clips": trial.clips.numpy()})
         return {"logits": torch.from_numpy(logits)}
 
-    peer = Peer(f"onnxruntime {onnxruntime.__version__}", outputs)
-    of_three, of_one = (
-        peer.compare(model, 3, "{} of 3 clips"),
-        peer.compare(model, 1, "{} of 1 clip"),
-    )
-    return replace(of_three, differences=of_three.differences + of_one.differences)
+    return against(outputs, model, f"onnxruntime {onnxruntime.__version__}", clips=3)
+
+
+def _check_pickle(model: TrainedModel, file: Path) -> ParityReport:
+    """Read a file of another project with our importer, and compare that with a library's."""
+    imported = import_weights(file)
+    other, back = verify.compare(imported), imported.model.build()
+    report = against(back, model, f"our importer and {other.with_what}", of="{} read back")
+    found = (*report.differences, *other.differences)
+    return replace(other, with_what=report.with_what, differences=found)
+
+
+def _check(to: To, model: TrainedModel, expressed: Expressed, out: Path) -> ParityReport:
+    """Load what was written back, and compare it with the model."""
+    if to == "onnx":
+        return _check_onnx(model, out)
+    if to == "timm":
+        channels = model.config.model.channels
+        return against(verify.of_timm(out, in_chans=channels), model)
+    if to == "transformers":
+        return against(verify.of_transformers(expressed.family.transformers_class, out), model)
+    if to == "file":
+        back = open_trained(out, TrainedModel, model.weights).build()
+        return against(back, model, "this package, from the file alone")
+    return _check_pickle(model, out)
 
 
 class Format(NamedTuple):
@@ -231,43 +179,33 @@ class Format(NamedTuple):
 
     title: str
     ending: str
-    write: Callable[[TrainedModel, Expressed, Path], Written]
-    load: str = 'torch.load("{out}", weights_only=True)["model"]'
+    write: Callable[[TrainedModel, Expressed, Path], list[str]]
+    """Returns notes on what it does not hold, or holds otherwise."""
 
 
 FORMATS: dict[To, Format] = {
     "transformers": Format(
         "a folder of transformers: VideoMAE, or of images with a class token ViTMAE or ViT",
         "",
-        write_transformers,
-        'transformers.{kind}.from_pretrained("{out}")',
+        _write_transformers,
     ),
     "timm": Format(
-        "a folder of timm, of images: a classifier, or the encoder alone",
-        "",
-        write_timm,
-        'timm.create_model("local-dir:{out}", pretrained=True)',
+        "a folder of timm, of images: a classifier or the encoder alone", "", _write_timm
     ),
     "mae": Format(
         "a file with MAE's names, of images: what ViTDet in Detectron2 and MMSegmentation read",
         ".pth",
-        write_pickle,
+        _write_pickle,
     ),
-    "videomae": Format("a file with VideoMAE's names", ".pth", write_pickle),
+    "videomae": Format("a file with VideoMAE's names", ".pth", _write_pickle),
     "hpm": Format(
         "a file of official HPM, of images: student, teacher and loss predictor",
         ".pth",
-        write_hpm,
-        'torch.load("{out}", weights_only=True)["ema_state_dict"], or ["state_dict"]',
+        _write_pickle,
     ),
-    "onnx": Format(
-        "a program for onnxruntime, of a classifier",
-        ".onnx",
-        write_onnx,
-        'onnxruntime.InferenceSession("{out}").run(["logits"], {{"clips": clips}})',
-    ),
+    "onnx": Format("a program for onnxruntime, of a classifier", ".onnx", _write_onnx),
     "file": Format(
-        "one file of this package: weights, config and labels", ".safetensors", write_own, "{use}"
+        "one file of this package: weights, config and labels", ".safetensors", _write_own
     ),
 }
 
@@ -296,8 +234,8 @@ def export(
     Nothing is left behind where that fails. ``skip``: do not compare.
 
     Raises:
-        CheckpointError: it exists already, the format cannot express the model, the disk does not
-            take it, or what was written computes something else.
+        CheckpointError: it exists already, the format cannot express the model, a library is
+            missing, the disk does not take it, or what was written computes something else.
     """
     chosen, licence = FORMATS[to], licence_of(model.origin)
     if out.suffix != chosen.ending and chosen.ending:
@@ -308,14 +246,12 @@ def export(
             raise CheckpointError(f"{path} exists already; give another name, or delete it")
     model = replace(model, held=model.tensors)
     expressed, parity = express.express(model, to), verify.NOT_ASKED
-    use = f"python tools/predict.py {out} VIDEO" if model.is_classifier else f"init_weights={out}"
-    load = chosen.load.format(out=out, kind=expressed.family.transformers_class, use=use)
     with staged(out) as writing:
-        more, check = chosen.write(model, expressed, writing / out.name)
+        more = chosen.write(model, expressed, writing / out.name)
         notes = (*expressed.notes, *more)
         if not skip:
             wrong = "what was exported computes something else than our model, and is not kept"
-            parity = check().judged(wrong, tolerance)
+            parity = _check(to, model, expressed, writing / out.name).judged(wrong, tolerance)
         table = parity.as_table() | {
             "format": to,
             "checkpoint": str(model.path.absolute()),
@@ -323,7 +259,6 @@ def export(
             "update": model.update,
             "left_out": expressed.left_out,
             "remarks": notes,
-            "load": load,
             "licence": licence,
         }
         write_json(writing / parity_file.relative_to(out.parent), table)
@@ -335,6 +270,5 @@ def export(
         *parity.lines(),
         f"licence: {licence}",
         f"wrote {', '.join(map(str, files))}",
-        f"load it with {load}",
     ]
     return Exported(expressed, parity, files, notes, lines)

@@ -1,6 +1,5 @@
 """Models of ours as those of other projects: tensors, and the configs beside them."""
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -88,27 +87,26 @@ def obstacles(model: TrainedModel, to: To) -> list[str]:
     return [f"it takes {what}; {every}" for fits, what in checks if not fits]
 
 
-def tables_of(model: TrainedModel) -> Tensors:
+def _tables_of(model: TrainedModel) -> Tensors:
     """Return the positions of the tokens of a model's clips: -> (1, N, D), of its decoder too"""
-    config = model.config
-    kind, source = config.model.positions, TokenGrid(*source_grid_of(config))
-    sizes = [config.model.encoder]
+    kind, source = model.config.model.positions, TokenGrid(*source_grid_of(model.config))
+    sizes = [model.config.model.encoder]
     if model.pretraining:
         sizes.append(model.pretraining.model.decoder)
-    return {
-        table: (
-            resize_positions(model.tensors[table][0], source, model.grid)
-            if kind == "given"
-            else position_table(model.grid, size.dim, kind, source)
-        ).unsqueeze(0)
-        for table, size in zip(TABLES, sizes, strict=False)
-    }
+    found: Tensors = {}
+    for table, size in zip(TABLES, sizes, strict=False):
+        if kind == "given":
+            own = resize_positions(model.tensors[table][0], source, model.grid)
+        else:
+            own = position_table(model.grid, size.dim, kind, source)
+        found[table] = own.unsqueeze(0)
+    return found
 
 
 def _has_positions(model: TrainedModel, kind: Positions) -> bool:
     """Whether its tokens have the positions that a model of this kind has of its own clips."""
     usual = position_table(model.grid, model.config.model.encoder.dim, kind)
-    return (tables_of(model)[TABLES[0]] - usual).abs().max().item() <= 1e-5
+    return (_tables_of(model)[TABLES[0]] - usual).abs().max().item() <= 1e-5
 
 
 def express(model: TrainedModel, to: To) -> Expressed:
@@ -132,7 +130,7 @@ def by_names_of(family: Family, model: TrainedModel) -> Expressed:
         notes.append("the batch norm before the head is folded into the head")
     if family.conventions == "mae":
         first = int(model.config.model.class_token)
-        for name, table in tables_of(model).items():
+        for name, table in _tables_of(model).items():
             tensors[name] = torch.cat([torch.zeros_like(table[:, :first]), table], dim=1)
         if family.holds == "autoencoder" and "decoder_embed.bias" not in tensors:
             tensors["decoder_embed.bias"] = torch.zeros(len(tensors["decoder_embed.weight"]))
@@ -185,14 +183,6 @@ def facts_of(model: TrainedModel) -> dict[str, Any]:
     return facts
 
 
-def crop_share(size: int, short_side: int | None) -> float:
-    """Return timm's crop_pct: timm divides the size by it and drops the fraction."""
-    if short_side is None:
-        return 1.0
-    share = size / short_side
-    return share if math.floor(size / share) == short_side else size / (short_side + 0.5)
-
-
 def transformers_config(model: TrainedModel, kind: str) -> dict[str, Any]:
     """Return ``config.json`` of a model of transformers."""
     config, facts = model.config, facts_of(model)
@@ -211,11 +201,8 @@ def transformers_config(model: TrainedModel, kind: str) -> dict[str, Any]:
         if not kind.startswith("VideoMAE"):
             table["mask_ratio"] = pretraining.masking.ratio
     else:
-        names = model.label_names
-        table["id2label"] = dict(enumerate(names))
-        table["label2id"] = {
-            f"{name} ({i})" if name in names[:i] else name: i for i, name in enumerate(names)
-        }
+        table["id2label"] = dict(enumerate(model.label_names))
+        table["label2id"] = {name: i for i, name in table["id2label"].items()}
     return table
 
 
@@ -228,21 +215,17 @@ def _sizes(size: TransformerSize, part: str) -> dict[str, int]:
     }
 
 
-def timm_name(model: TrainedModel) -> str:
-    """Return the name of the timm model of this width; all other sizes are given as arguments."""
-    names = {192: "tiny_patch16", 384: "small_patch16", 1024: "large_patch16", 1280: "huge_patch14"}
-    return f"vit_{names.get(model.config.model.encoder.dim, 'base_patch16')}_224"
+def timm_arguments(model: TrainedModel) -> tuple[str, dict[str, Any]]:
+    """Return the name and the arguments of ``timm.create_model``.
 
-
-def timm_arguments(model: TrainedModel, time: int = 1) -> dict[str, Any]:
-    """Return the arguments of ``timm.create_model`` beside the name.
-
-    The time steps of clips lie below each other in one image. ``time``: frames of a patch.
+    The name is that of the timm model of this width; all other sizes are given as arguments. The
+    time steps of clips lie below each other in one image, and frames of a patch are its channels.
     """
+    names = {192: "tiny_patch16", 384: "small_patch16", 1024: "large_patch16", 1280: "huge_patch14"}
     size, config = model.config.model.encoder, model.config.model
     height, width = model.config.data.frame_size
     means = model.pooling == "mean_norm"
-    return {
+    return f"vit_{names.get(size.dim, 'base_patch16')}_224", {
         "img_size": [model.grid.time * height, width],
         "patch_size": config.patch_size[1:],
         "embed_dim": size.dim,
@@ -253,5 +236,5 @@ def timm_arguments(model: TrainedModel, time: int = 1) -> dict[str, Any]:
         "global_pool": "token" if config.class_token and not means else "avg",
         "fc_norm": means,
         "num_classes": len(model.label_names),
-        "in_chans": config.channels * time,
+        "in_chans": config.channels * config.patch_size[0],
     }

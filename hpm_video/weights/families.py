@@ -2,23 +2,24 @@
 
 Our names are timm's. A family holds what is called otherwise in its files, and which of three
 operations lie between them: queries, keys and values are several tensors there, the patch kernel
-has no axis of time, or positions are summed.
+has no axis of time, or the score is the mean of many outputs.
 """
 
 import json
-import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from hpm_video.config.choices import Conventions
 from hpm_video.files.weights import CheckpointError
 from hpm_video.tokens.patches import TargetKind
-from hpm_video.weights.files import Source, Tensors
+from hpm_video.weights.files import Tensors
 
 Pairs = tuple[tuple[str, str], ...]
+Holds = Literal["autoencoder", "encoder", "classifier"]
 KERNEL, SCORE = "patch_embed.proj.weight", "difficulty_decoder.head."
 TABLES = ("pos_embed", "decoder_pos_embed")
 SUMMED = ("pos_embed_spatial", "pos_embed_temporal", "pos_embed_class")
@@ -33,8 +34,10 @@ class Family:
 
     name: str
     title: str
-    axes: Literal[4, 5]
+    holds: Holds
+    axes: Literal[4, 5] = 4
     """Of the kernel of the patches: 4 of images, 5 of clips."""
+    transformers_class: str = ""
     renames: Pairs = ()
     """Beginnings of names there and here; the first that fits is taken."""
     inner: Pairs = ()
@@ -43,8 +46,8 @@ class Family:
     """Kinds of tensors ("weight", "bias") that queries, keys and values have one by one."""
     key_bias: bool = True
     """Whether keys have a bias there. It shifts all scores of a query alike: softmax ignores it."""
-    left_out: Pairs = ()
-    """Regular expressions of names that have no place here, and why."""
+    left_out: str = ""
+    """Regular expression of names that have no place here."""
     conventions: Conventions = "mae"
     target: TargetKind = "joint"
     """What pre-training predicts, unless the file says otherwise."""
@@ -52,92 +55,133 @@ class Family:
     """Their mean and standard deviation, unless the file says otherwise."""
 
     @property
-    def holds(self) -> Literal["autoencoder", "encoder", "classifier"]:
-        """What of a model it has."""
-        if self.name.endswith("classifier"):
-            return "classifier"
-        encoder = self.name.endswith("encoder") or self.name in ("vit", "mae_st")
-        return "encoder" if encoder else "autoencoder"
-
-    @property
     def licence(self) -> str:
         """What is known of their licence."""
         return next(text for begins, text in LICENCES.items() if self.name.startswith(begins))
 
-    @property
-    def transformers_class(self) -> str:
-        """Its class in transformers; empty where it is of another project."""
-        return self.title.partition(" ")[0] if self.name.startswith("transformers") else ""
+    def names(self, ours: str) -> list[str]:
+        """Return their names of a tensor of ours, or of its parts."""
+        parts, qkv = [ours], QKV.fullmatch(ours)
+        if qkv and qkv[2] in self.split:
+            every = "qv" if qkv[2] == "bias" and not self.key_bias else "qkv"
+            parts = [f"{qkv[1]}{part}.{qkv[2]}" for part in every]
+        back = [tuple((own, other) for other, own in p) for p in (self.renames, self.inner)]
+        return [renamed(part, back[0], back[1]) for part in parts]
 
     @property
-    def has(self) -> set[str]:
+    def marks(self) -> set[str]:
         """Names of tensors that distinguish the family from others."""
         ours = [KERNEL, *MARKS[self.holds]]
-        if not self.transformers_class:
-            ours.append(f"blocks.0.attn.{'q' if 'weight' in self.split else 'qkv'}.weight")
+        if not self.transformers_class:  # whose names of queries depend on its version
+            ours.append("blocks.0.attn.qkv.weight")
         if self.name == "hpm":
             ours.append(f"{SCORE}weight")
-        return {self.theirs(name) for name in ours}
+        return {self.names(name)[0] for name in ours}
 
     def fits(self, tensors: Tensors) -> bool:
         """Whether tensors with these names may be of this family."""
-        there = tensors.keys() >= self.has and tensors[self.theirs(KERNEL)].ndim == self.axes
+        marked = tensors.keys() >= self.marks
         # No VideoMAE has a class token; by their names alone some models of ours might be one.
-        return there and not (self.conventions == "videomae" and "cls_token" in tensors)
+        strange = self.conventions == "videomae" and "cls_token" in tensors
+        return marked and not strange and tensors[self.names(KERNEL)[0]].ndim == self.axes
 
-    def ours(self, name: str) -> str:
-        """Return our name of a tensor of theirs."""
-        return renamed(name, self.renames, self.inner)
+    def read(self, stored: Tensors) -> "State":
+        """Return the tensors of a file by our names, copied, in single precision.
 
-    def theirs(self, name: str) -> str:
-        """Return their name of a tensor of ours."""
-        back = (tuple((ours, theirs) for theirs, ours in p) for p in (self.renames, self.inner))
-        return renamed(name, *back)
-
-    def parts(self, tensors: Tensors, like: Tensors | None = None) -> Tensors:
-        """Return tensors of ours in the parts that their files have, by our names.
-
-        ``like``: such parts of a file, which may fuse, or have a bias on keys, where most do not.
+        Raises:
+            CheckpointError: one is given twice, in part, or is of no use.
         """
-        found: Tensors = {}
-        like = like or {}
-        for name, value in tensors.items():
-            qkv = QKV.fullmatch(name)
-            if qkv and qkv[2] in self.split and name not in like:
-                names = {part: f"{qkv[1]}{part}.{qkv[2]}" for part in "qkv"}
-                if qkv[2] == "bias" and not self.key_bias and names["k"] not in like:
-                    del names["k"]
-                each: Tensors = dict(zip("qkv", value.chunk(3), strict=True))
-                found |= {name: each[part] for part, name in names.items()}
-            elif self.name == "hpm" and name.startswith(SCORE):
-                values = math.prod(tensors[KERNEL].shape[1:])
-                found[name] = value.expand(values, *value.shape[1:])
-            elif self.axes == 4 and name == KERNEL:  # frames of a patch are channels of an image
-                found[name] = value.flatten(1, 2)
+        state = State(self)
+        for name, value in stored.items():
+            _check_numbers(name, value)
+            ours = renamed(name, self.renames, self.inner)
+            if re.fullmatch(self.left_out, name):
+                state.left_out[name] = "our model has no such part"
+            elif ours in state.tensors:
+                raise CheckpointError(f"{name} is given twice, by {state.names[ours]}")
             else:
-                found[name] = value
-        return found
+                state.tensors[ours], state.names[ours] = value.float().clone(), name
+                state.eps = max(state.eps, torch.finfo(value.dtype).eps)
+        self._join(state.tensors, state.names)
+        return state
 
-    def join(self, parts: Tensors) -> Tensors:
-        """Return the tensors that these parts of a file become."""
-        found = dict(parts)
+    def _join(self, tensors: Tensors, names: dict[str, str]) -> None:
+        """Make parts of tensors those of our model."""
         if self.axes == 4:
-            found[KERNEL] = found[KERNEL].unsqueeze(2)
-        for name in parts:
-            if match := re.fullmatch(r"(.+\.attn\.)q\.(weight|bias)", name):
-                queries, keys, values = (f"{match[1]}{part}.{match[2]}" for part in "qkv")
-                zeros = torch.zeros_like(found[queries])
-                three = found.pop(queries), found.pop(keys, zeros), found.pop(values)
-                found[f"{match[1]}qkv.{match[2]}"] = torch.cat(three)
-            elif self.name == "hpm" and name.startswith(SCORE):
-                # The difficulty of official HPM is the mean of outputs for each value of a patch.
-                found[name] = found[name].double().mean(dim=0, keepdim=True).to(found[name].dtype)
-        return found
+            tensors[KERNEL] = tensors[KERNEL].unsqueeze(2)
+        for name in [each for each in tensors if re.search(r"\.attn\.q\.(weight|bias)$", each)]:
+            query, key, value, fused = (
+                name.replace(".q.", f".{n}.") for n in ("q", "k", "v", "qkv")
+            )
+            if name.endswith("bias") and not self.key_bias:
+                tensors.setdefault(key, torch.zeros_like(tensors[query]))
+            shape = tensors[query].shape
+            parts = (tensors.pop(part, None) for part in (query, key, value))
+            found = [part for part in parts if part is not None and part.shape == shape]
+            if len(found) < 3:
+                there = ", ".join(self.names(fused))
+                raise CheckpointError(f"missing, or not of one shape: {there}")
+            tensors[fused] = torch.cat(found)
+            names[fused] = names[query]
+        if self.name == "hpm":
+            # The difficulty of official HPM is the mean of outputs for each value of a patch.
+            values = tensors["reconstructor.head.weight"].shape[:1]
+            for name in [each for each in tensors if each.startswith(SCORE)]:
+                if tensors[name].shape[:1] == values:
+                    tensors[name] = tensors[name].double().mean(dim=0, keepdim=True).float()
 
     def write(self, tensors: Tensors) -> Tensors:
         """Return tensors of ours as a file of theirs has them."""
-        found = self.parts(tensors)
-        return {self.theirs(name): value.contiguous() for name, value in found.items()}
+        found: Tensors = {}
+        for name, value in tensors.items():
+            names = self.names(name)
+            if self.name == "hpm" and name.startswith(SCORE):
+                value = value.expand(len(tensors["reconstructor.head.bias"]), *value.shape[1:])
+            elif self.axes == 4 and name == KERNEL:  # frames of a patch are channels of an image
+                value = value.flatten(1, 2)
+            pieces = (value,) if len(names) == 1 else value.chunk(3)
+            pieces = pieces[::2] if len(names) == 2 else pieces
+            found |= {each: part.contiguous() for each, part in zip(names, pieces, strict=True)}
+        return found
+
+
+@dataclass
+class State:
+    """The tensors of a state dict by our names."""
+
+    family: Family
+    tensors: Tensors = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    """Their names in the file, of several parts that of the first."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Names in the file that have no place here, each with the reason."""
+    eps: float = 0.0
+    """The distance of numbers near 1 where they are stored."""
+    entry: str = ""
+    """The key of the state dict in the file."""
+    prefix: str = ""
+    """What was taken off the names, or off those of a part."""
+
+    def called(self, name: str) -> str:
+        """Return the name of a tensor of ours in the file."""
+        return self.names.get(name) or self.family.names(name)[0]
+
+    def leave_out(self, beginnings: tuple[str, ...], why: str) -> None:
+        """Take out tensors by how their names begin."""
+        for name in [each for each in self.tensors if each.startswith(beginnings)]:
+            del self.tensors[name]
+            self.left_out[self.called(name)] = why
+
+
+def _check_numbers(name: str, value: Tensor) -> None:
+    dense = value.layout == torch.strided and not value.is_quantized
+    if value.is_meta or not value.numel() or not dense or not value.is_floating_point():
+        raise CheckpointError(
+            f"{name} must be a plain tensor of real floating-point numbers, got {value.numel()} of "
+            f"{value.dtype} on {value.device}, {value.layout}"
+        )
+    if not value.isfinite().all():
+        raise CheckpointError(f"{name} has numbers that are not finite; it is of no use")
 
 
 def renamed(name: str, beginnings: Pairs, inner: Pairs) -> str:
@@ -174,11 +218,41 @@ LICENCES = {
 
 def licence_of(origin: str) -> str:
     """Return what is known of the licence of weights of this package. ``origin``: of origin.json"""
-    table = json.loads(origin) if origin else {}
-    return str(table.get("licence", LICENCES["ours"]))
+    return str((json.loads(origin) if origin else {}).get("licence", LICENCES["ours"]))
 
 
-BLOCKS_OF_TRANSFORMERS = (
+def _decoder(there: str, ours: str) -> Pairs:
+    parts = {"blocks": "blocks", "norm": "norm", "pred": "head"}
+    return tuple((there.format(part), f"{ours}.{name}.") for part, name in parts.items())
+
+
+MAE = _decoder("decoder_{}.", "reconstructor")
+HPM = _decoder("decoder_{}_losspred.", "difficulty_decoder")
+MAE_ST: dict[str, Any] = {
+    "axes": 5,
+    "split": ("weight", "bias"),
+    "left_out": r"decoder_.+|mask_token|pred_head\..+",  # a decoder with a class token of its own
+    "pixels": ((0.45,) * 3, (0.225,) * 3),
+}
+VIDEOMAE: dict[str, Any] = {
+    "axes": 5,
+    "inner": ((".attn.q_bias", ".attn.q.bias"), (".attn.v_bias", ".attn.v.bias")),
+    "split": ("bias",),
+    "key_bias": False,
+    "conventions": "videomae",
+    "target": "per_channel",
+}
+VERSIONS = ", first or second version"
+TO_DECODER = ("encoder_to_decoder.", "decoder_embed.")
+DECODER = ("decoder.", "reconstructor.")
+OF_VIDEOMAE = (TO_DECODER, ("decoder.decoder_layers.", "reconstructor.blocks."), DECODER)
+OF_MAE = (
+    ("decoder.decoder_layers.", "reconstructor.blocks."),
+    ("decoder.decoder_encoder.layer.", "reconstructor.blocks."),
+    *_decoder("decoder.decoder_{}.", "reconstructor"),
+    ("decoder.", ""),
+)
+IN_BLOCKS: Pairs = (
     (".layernorm_before.", ".norm1."),
     (".layernorm_after.", ".norm2."),
     (".attention.attention.query.", ".attn.q."),
@@ -193,13 +267,11 @@ BLOCKS_OF_TRANSFORMERS = (
     (".attention.v_proj.", ".attn.v."),
     (".attention.o_proj.", ".attn.proj."),
 )
-VIDEOMAE_BIASES = (
-    (".attention.attention.q_bias", ".attn.q.bias"),
-    (".attention.attention.v_bias", ".attn.v.bias"),
-)
 
 
-def _of_transformers(prefix: str, *others: tuple[str, str]) -> dict[str, Any]:
+def _of_transformers(
+    name: str, kind: str, holds: Holds, prefix: str, others: Pairs = (), **layout: Any
+) -> Family:
     encoder = (
         (f"{prefix}embeddings.patch_embeddings.projection.", "patch_embed.proj."),
         (f"{prefix}embeddings.cls_token", "cls_token"),
@@ -209,164 +281,51 @@ def _of_transformers(prefix: str, *others: tuple[str, str]) -> dict[str, Any]:
         (f"{prefix}layernorm.", "norm."),
         ("classifier.", "head."),
     )
-    inner = BLOCKS_OF_TRANSFORMERS if prefix == "vit." else VIDEOMAE_BIASES + BLOCKS_OF_TRANSFORMERS
-    return {"renames": (*encoder, *others), "inner": inner, "split": ("weight", "bias")}
+    inner, left_out = IN_BLOCKS, r"(vit\.)?(pooler\..+|embeddings\.mask_token)"
+    if name.startswith("videomae"):
+        biases = ((f".attention.attention.{part}_bias", f".attn.{part}.bias") for part in "qv")
+        inner, layout, left_out = (*biases, *IN_BLOCKS), VIDEOMAE | layout, ""
+    layout |= {"inner": inner, "split": ("weight", "bias"), "left_out": left_out}
+    title, renames = f"{kind} of transformers", (*encoder, *others)
+    return Family(
+        f"transformers_{name}", title, holds, transformers_class=kind, renames=renames, **layout
+    )
 
 
-def _decoder(there: str, ours: str) -> Pairs:
-    parts = {"blocks": "blocks", "norm": "norm", "pred": "head"}
-    return tuple((there.format(part), f"{ours}.{name}.") for part, name in parts.items())
-
-
-MAE = _decoder("decoder_{}.", "reconstructor")
-HPM = _decoder("decoder_{}_losspred.", "difficulty_decoder")
-NO_PLACE = "its decoder has a class token and positions of its own, which ours has not"
-MAE_ST: dict[str, Any] = {
-    "axes": 5,
-    "split": ("weight", "bias"),
-    "left_out": ((r"decoder_.+|mask_token|pred_head\..+", NO_PLACE),),
-    "pixels": ((0.45,) * 3, (0.225,) * 3),
-}
-CLIPS: dict[str, Any] = {
-    "axes": 5,
-    "inner": ((".attn.q_bias", ".attn.q.bias"), (".attn.v_bias", ".attn.v.bias")),
-    "split": ("bias",),
-    "key_bias": False,
-    "conventions": "videomae",
-    "target": "per_channel",
-}
-TO_DECODER = ("encoder_to_decoder.", "decoder_embed.")
-LAYERS = ("decoder.decoder_layers.", "reconstructor.blocks.")
-DECODER = ("decoder.", "reconstructor.")
-VIDEOMAE = (TO_DECODER, DECODER, ("mask_token", "mask_token"), ("encoder.", ""))
-VIT: dict[str, Any] = {
-    "axes": 4,
-    "left_out": (
-        (r"(vit\.)?pooler\..+", "our encoder ends with its norm"),
-        (r"(vit\.)?embeddings\.mask_token", "our encoder sees no hidden patches"),
+_TABLE: tuple[Family, ...] = (
+    Family("hpm", "official HPM of images", "autoencoder", renames=MAE + HPM, target="raw"),
+    Family("mae", "MAE pre-training", "autoencoder", renames=MAE),
+    Family("vit", "encoder of MAE or timm's ViT", "encoder"),
+    Family("vit_classifier", "classifier of images: MAE fine-tuned, or timm's ViT", "classifier"),
+    Family("mae_st", "encoder of Meta's MAE for video", "encoder", **MAE_ST),
+    Family(
+        "videomae",
+        f"VideoMAE pre-training{VERSIONS}",
+        "autoencoder",
+        renames=(TO_DECODER, DECODER, ("mask_token", "mask_token"), ("encoder.", "")),
+        **VIDEOMAE,
     ),
-}
-VITMAE = (
-    LAYERS,
-    ("decoder.decoder_encoder.layer.", "reconstructor.blocks."),
-    *_decoder("decoder.decoder_{}.", "reconstructor"),
-    ("decoder.", ""),
+    Family("videomae_encoder", f"encoder of VideoMAE{VERSIONS}", "encoder", **VIDEOMAE),
+    Family(
+        "videomae_classifier",
+        f"VideoMAE fine-tuned or distilled{VERSIONS}",
+        "classifier",
+        **VIDEOMAE,
+    ),
+    _of_transformers("videomae", "VideoMAEForPreTraining", "autoencoder", "videomae.", OF_VIDEOMAE),
+    _of_transformers(
+        "videomae_classifier", "VideoMAEForVideoClassification", "classifier", "videomae."
+    ),
+    _of_transformers("videomae_encoder", "VideoMAEModel", "encoder", ""),
+    _of_transformers("vitmae", "ViTMAEForPreTraining", "autoencoder", "vit.", OF_MAE, target="raw"),
+    _of_transformers(
+        "vit_classifier",
+        "ViTForImageClassification",
+        "classifier",
+        "vit.",
+        pixels=((0.5,) * 3,) * 2,
+    ),
+    _of_transformers("vit_encoder", "ViTModel", "encoder", ""),
+    Family("ours", "pre-training with this package", "autoencoder", axes=5),
 )
-OF_VIDEOMAE = CLIPS | _of_transformers("videomae.", TO_DECODER, LAYERS, DECODER)
-OF_VIT = VIT | _of_transformers("vit.", *VITMAE)
-HALVES = ((0.5,) * 3, (0.5,) * 3)
-_ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("hpm", "official HPM of images", {"axes": 4, "renames": MAE + HPM, "target": "raw"}),
-    ("mae", "MAE pre-training", {"axes": 4, "renames": MAE}),
-    ("vit", "encoder of MAE or timm's ViT", {"axes": 4}),
-    ("vit_classifier", "classifier of images: MAE fine-tuned, or timm's ViT", {"axes": 4}),
-    ("mae_st", "encoder of Meta's MAE for video", MAE_ST),
-    ("mae_st_classifier", "classifier of clips: Meta's MAE for video, fine-tuned", MAE_ST),
-    ("videomae", "VideoMAE pre-training, first or second version", CLIPS | {"renames": VIDEOMAE}),
-    ("videomae_encoder", "encoder of VideoMAE, first or second version", CLIPS),
-    ("videomae_classifier", "VideoMAE fine-tuned or distilled, first or second version", CLIPS),
-    ("transformers_videomae", "VideoMAEForPreTraining", OF_VIDEOMAE),
-    ("transformers_videomae_classifier", "VideoMAEForVideoClassification", OF_VIDEOMAE),
-    ("transformers_videomae_encoder", "VideoMAEModel", CLIPS | _of_transformers("")),
-    ("transformers_vitmae", "ViTMAEForPreTraining", OF_VIT | {"target": "raw"}),
-    ("transformers_vit_classifier", "ViTForImageClassification", OF_VIT | {"pixels": HALVES}),
-    ("transformers_vit_encoder", "ViTModel or ViTMAEModel", VIT | _of_transformers("")),
-    ("ours", "pre-training with this package", {"axes": 5}),
-)
-FAMILIES = {
-    name: Family(name, f"{title} of transformers" if "transformers" in name else title, **layout)
-    for name, title, layout in _ROWS
-}
-
-
-# --- Whose weights a file holds -------------------------------------------------------------------
-
-PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "videomae.", "vit.")
-"""Prefixes that all names of a file may have: of wrappers, or of a part that was saved alone."""
-OF_PARTS = ("backbone.", "encoder.")
-"""Prefixes that the names of a part may have beside a head without one."""
-WRAPPERS = ("state_dict", "model_state", "module", "model", "")
-"""Keys of the state dict in a file, the first that is there is taken."""
-TEACHER = "ema_state_dict"
-"""Key of the teacher beside a student's state dict."""
-
-
-@dataclass(frozen=True)
-class Recognised:
-    """The tensors of a file and their family."""
-
-    family: Family
-    tensors: Tensors
-    """By the names of the family, without prefixes."""
-    entry: str
-    """Their key in the file."""
-    prefix: str
-    """The prefix that their names, or those of a part, had."""
-    teacher: Tensors | None = None
-
-
-def recognise(source: Source, entry: str | None = None) -> Recognised:
-    """Find the family of weights. ``entry``: the key of a state dict, where a file has several.
-
-    Raises:
-        CheckpointError: it is of no known family, or may be of several. Its tensors are listed.
-    """
-    there = ", ".join(map(repr, source.entries))
-    known = [name for name in WRAPPERS if name in source.entries]
-    if entry is not None and entry not in source.entries:
-        raise CheckpointError(f"{source.path} has no state dict {entry!r}, but {there}")
-    if entry is None and not known and len(source.entries) > 1:
-        raise CheckpointError(
-            f"{source.path} holds several state dicts: {there}; choose with --entry"
-        )
-    chosen = _of_entry(source, [*known, *source.entries][0] if entry is None else entry)
-    beside = entry is None and TEACHER in source.entries and chosen.entry != TEACHER
-    if not beside or chosen.family.holds != "autoencoder":
-        return chosen
-    teacher = _of_entry(source, TEACHER)
-    return replace(chosen, teacher=teacher.tensors) if teacher.family is chosen.family else chosen
-
-
-def _of_entry(source: Source, entry: str) -> Recognised:
-    """Leave out prefixes, of all names or of those of a part beside a head, until a family fits."""
-    tensors, prefix = source.entries[entry], ""
-    while not (fit := _fitting(tensors)):
-        of_all = [each for each in PREFIXES if all(name.startswith(each) for name in tensors)]
-        of_part = [each for each in OF_PARTS if _fitting(_stripped(tensors, each))]
-        if not of_all and not of_part:
-            raise CheckpointError(
-                f"{source.path} holds weights{f' under {entry!r}' if entry else ''} of no family "
-                f"that is known ({', '.join(FAMILIES)}). Its tensors:\n  "
-                + "\n  ".join(list_shapes(tensors))
-                + "\nKnown are plain vision transformers alone, without layer scale, relative "
-                "positions or registers."
-            )
-        found = (of_all or of_part)[0]
-        prefix, tensors = prefix + found, _stripped(tensors, found)
-    if len(fit) > 1:
-        raise CheckpointError(
-            f"{source.path} may be {' or '.join(family.title for family in fit)}: it has tensors "
-            f"of both; save the state dict of one model alone"
-        )
-    return Recognised(fit[0], tensors, entry, prefix)
-
-
-def _fitting(tensors: Tensors) -> list[Family]:
-    """Return the most specific families that the tensors fit."""
-    fit = [family for family in FAMILIES.values() if family.fits(tensors)]
-    return [family for family in fit if not any(family.has < other.has for other in fit)]
-
-
-def _stripped(tensors: Tensors, prefix: str) -> Tensors:
-    """Leave out a prefix, unless two names would become one."""
-    found = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return found if len(found) == len(tensors) else {}
-
-
-def list_shapes(tensors: Tensors, most: int = 12) -> list[str]:
-    """List names and shapes of the first tensors, those of all blocks as one."""
-    kinds: dict[str, tuple[int, ...]] = {}
-    for name, value in tensors.items():
-        kinds.setdefault(re.sub(r"\.\d+\.", ".N.", name), tuple(value.shape))
-    shown = [f"{name} {shape}" for name, shape in list(kinds.items())[:most]]
-    return [*shown, f"and {len(kinds) - most} more kinds of names"][: len(kinds)]
+FAMILIES = {family.name: family for family in _TABLE}

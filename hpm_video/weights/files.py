@@ -6,8 +6,6 @@ and timm save a model: weights, config.json and, of transformers, preprocessor_c
 
 import argparse
 import json
-import pickle
-import pickletools
 import re
 import warnings
 import zipfile
@@ -15,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -44,9 +42,7 @@ class Source:
     config: dict[str, Any] = field(default_factory=dict)
     """The content of config.json."""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Options of the run that wrote it."""
-    preprocessor: dict[str, Any] = field(default_factory=dict)
-    """The content of preprocessor_config.json."""
+    """Options of the run that wrote it, or the content of preprocessor_config.json."""
     epoch: int | None = None
     beside: tuple[str, ...] = ()
     """Keys of what else is in the file, such as the optimizer's state."""
@@ -60,10 +56,18 @@ def read_source(path: Path) -> Source:
     Raises:
         CheckpointError: there is none, it is incomplete, or it holds objects that are not allowed.
     """
-    path = path.expanduser()
+    path = file = path.expanduser()
     if path.name in FILES_OF_A_FOLDER and (path.parent / "config.json").is_file():
         path = path.parent
-    source = _read_folder(path) if path.is_dir() else _read_file(path)
+    if path.is_dir():
+        files = [path / name for name in FILES_OF_A_FOLDER if (path / name).is_file()]
+        if not files:
+            raise CheckpointError(
+                f"{path} holds no weights (none of {', '.join(FILES_OF_A_FOLDER)}); give a folder "
+                f"that save_pretrained wrote, in one file of weights, or that file itself"
+            )
+        file = files[0]
+    source = _sort(path, _read_file(file))
     for entry, tensors in source.entries.items():
         for name in (entry, *tensors):
             if not name.isprintable():
@@ -71,52 +75,40 @@ def read_source(path: Path) -> Source:
                     f"{path} has a tensor of the name {name!r}, with characters that control a "
                     f"terminal; no model has such names"
                 )
-    return source
+    if not path.is_dir():
+        return source
+    config, pixels = (_read_json(path / f"{n}.json") for n in ("config", "preprocessor_config"))
+    return replace(source, config=config, arguments=pixels)
 
 
-def _read_file(path: Path) -> Source:
-    if not path.is_file():
+def _read_file(file: Path) -> object:
+    if not file.is_file():
         raise CheckpointError(
-            f"{path} does not exist; give a file of weights or the folder of a model. Nothing is "
+            f"{file} does not exist; give a file of weights or the folder of a model. Nothing is "
             f"downloaded, so fetch it beforehand"
         )
-    if path.suffix in PICKLED:
-        return _sort(path, _read_pickle(path))
-    if path.suffix != ".safetensors":
+    if file.suffix in PICKLED:
+        return _read_pickle(file)
+    if file.suffix != ".safetensors":
         raise CheckpointError(
             f"weights must be a file of {', '.join(('.safetensors', *PICKLED))}, or a folder with "
-            f"a config.json, got {path}"
+            f"a config.json, got {file}"
         )
     try:
-        return Source(path, {"": load_file(path)})
+        return load_file(file)
     except SafetensorError as error:
         raise CheckpointError(
-            f"{path} is not a complete safetensors file: {error}; fetch it anew"
+            f"{file} is not a complete safetensors file: {error}; fetch it anew"
         ) from error
-
-
-def _read_folder(folder: Path) -> Source:
-    present = [folder / name for name in FILES_OF_A_FOLDER if (folder / name).is_file()]
-    if not present:
-        raise CheckpointError(
-            f"{folder} holds no weights (none of {', '.join(FILES_OF_A_FOLDER)}); give the folder "
-            f"that save_pretrained wrote, in one file of weights, or that file itself"
-        )
-    config, pixels = (_read_json(folder / f"{n}.json") for n in ("config", "preprocessor_config"))
-    found = _read_file(present[0])
-    return replace(found, path=folder, config=config, preprocessor=pixels)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """Return the table in a file, empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); fetch it anew") from error
+    content: Any = None
+    with suppress(ValueError):
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a table, got {type(content).__name__}")
+        raise CheckpointError(f"{path} must hold a table in JSON; fetch it anew")
     return content
 
 
@@ -135,59 +127,36 @@ class _SetAside:
 
 def _read_pickle(path: Path) -> object:
     """Return what is in a file of torch.save, of either format; no code in it is run."""
-    zipped = zipfile.is_zipfile(path)
-    if zipped and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-        raise CheckpointError(
-            f"{path} is a program (TorchScript), not weights. If you trust it, extract them once: "
-            f'torch.save(torch.jit.load("{path.name}", map_location="cpu").state_dict(), '
-            f'"weights.pth"), and give weights.pth'
-        )
     # VideoMAE and MAE keep the options of a run in a Namespace.
     allowed: list[Any] = [argparse.Namespace, *((_SetAside, f"numpy.{name}") for name in NUMPY)]
+    zipped = zipfile.is_zipfile(path)
+    members = zipfile.ZipFile(path).infolist() if zipped else []
+    if (inflated := sum(member.file_size for member in members)) > path.stat().st_size:
+        raise CheckpointError(
+            f"{path} has {path.stat().st_size:,} bytes, and what is packed in it {inflated:,}. "
+            f"torch.save compresses nothing, so somebody else packed it; if you trust it, unpack "
+            f"it and pack it anew without compression (zip -0)"
+        )
     try:
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of protocols, before it is refused
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # noqa: BLE001 - of many kinds, where a file is broken
-        raise CheckpointError(_refusal(path, error)) from error
-
-
-def _refusal(path: Path, error: Exception) -> str:
-    named = re.search(r"GLOBAL (\S+)|[Uu]nsupported class (\S+)", str(error))
-    stranger = (named[1] or named[2]).rstrip(".,") if named else ""
-    unpickling = isinstance(error, pickle.UnpicklingError)
-    if stranger or (unpickling and (stranger := _first_class_in(path))):
-        return (
-            f"{path} holds an object of {stranger}, and only tensors, plain values and "
-            f"argparse.Namespace are read: anything else could run code. If you trust the file, "
-            f"load it where it was made and save the state dict alone with torch.save, or as "
-            f".safetensors"
+        named = re.search(r"GLOBAL (\S+)|[Uu]nsupported class (\S+)", str(error))
+        # What torch says of other files may be the advice to run what is in them.
+        wrong = (
+            f"is not a complete file of torch.save with weights alone ({type(error).__name__}): "
+            f"fetch it anew. If it is a program of TorchScript that you trust, save its weights: "
+            f'torch.save(torch.jit.load("{path.name}", map_location="cpu").state_dict(), '
+            f'"weights.pth"), and give weights.pth'
         )
-    # What torch says of a pickle is the advice to run what is in it.
-    advice = unpickling or "weights_only" in str(error)
-    reason = "" if advice else f": {str(error).partition(chr(10))[0]}"
-    return (
-        f"{path} is not a complete file of torch.save, or cannot be read ({type(error).__name__}"
-        f"{reason}); fetch it anew, or convert it to .safetensors"
-    )
-
-
-def _first_class_in(path: Path) -> str:
-    """Return the first class that a pickle of any protocol names; nothing in it is run."""
-    texts: list[str] = []
-    with suppress(Exception), path.open("rb") as plain:
-        stream: IO[bytes] = plain
-        if zipfile.is_zipfile(path):
-            archive = zipfile.ZipFile(path)
-            stream = archive.open(next(n for n in archive.namelist() if n.endswith("data.pkl")))
-        for code, argument, _ in pickletools.genops(stream):
-            if code.name == "GLOBAL":
-                return str(argument).replace(" ", ".")
-            if code.name == "STACK_GLOBAL":
-                return ".".join(texts[-2:])
-            if isinstance(argument, str):
-                texts.append(argument)
-    return ""
+        if named:
+            wrong = (
+                f"holds an object of {(named[1] or named[2]).rstrip('.,')}, and only tensors, "
+                f"plain values and argparse.Namespace are read: anything else could run code. If "
+                f"you trust the file, load it where it was made and save the state dict alone"
+            )
+        raise CheckpointError(f"{path} {wrong}") from error
 
 
 def _sort(path: Path, content: object) -> Source:

@@ -5,7 +5,6 @@ there. A config that no model of this package can have is refused: the weights a
 the same, and compute something else.
 """
 
-import inspect
 import math
 import re
 import reprlib
@@ -22,25 +21,17 @@ from hpm_video.config.training import EvaluationConfig
 from hpm_video.files.weights import CheckpointError
 from hpm_video.tokens.grid import Size3, TokenGrid
 from hpm_video.tokens.patches import TargetKind
-from hpm_video.weights.families import KERNEL, SUMMED, TABLES, Family
-from hpm_video.weights.files import Source, Tensors
+from hpm_video.weights.families import KERNEL, SUMMED, TABLES, State
+from hpm_video.weights.files import Source
 
-RESAMPLE: dict[Interpolation, int] = {"bilinear": 2, "bicubic": 3}
-"""Numbers that PIL and transformers have for these."""
-OF_TRANSFORMERS: dict[str, tuple[Any, ...]] = {
+ONLY: dict[str, tuple[Any, ...]] = {
     "model_type": ("videomae", "vit", "vit_mae", None),
     "hidden_act": ("gelu",),
+    "act_layer": ("gelu", None),
     "qkv_bias": (True,),
     "qv_bias": (True,),
 }
-"""Keys in a config.json of transformers, and the values that they may have."""
-OF_TIMM = re.compile(
-    r"img_size|patch_size|in_chans|num_classes|embed_dim|depth|num_heads|mlp_ratio|class_token|"
-    r"no_embed_class|global_pool|fc_norm|dynamic_img_(size|pad)|weight_init|fix_init|"
-    r"(pos_|patch_|proj_|attn_)?drop_rate|drop_path_rate"
-)
-"""Keys of timm's model_args that may have any value: they are read, the weights say the same, or
-they only matter in training. All others must have timm's default value."""
+"""Keys in a config.json of transformers or timm, and the values that they may have."""
 ENCODER_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
 """Heads of the known encoders by their width."""
 FRESH_DECODERS: dict[Conventions, dict[int, TransformerSize]] = {
@@ -56,10 +47,6 @@ FRESH_DECODERS: dict[Conventions, dict[int, TransformerSize]] = {
 """The papers' decoders for encoders of these widths."""
 
 
-class MissingOptionError(CheckpointError):
-    """A fact that neither the file nor any default gives, so that an option must."""
-
-
 # --- Facts ----------------------------------------------------------------------------------------
 
 
@@ -69,6 +56,8 @@ class Overrides:
 
     entry: str | None = None
     """Key of the state dict in the file."""
+    prefix: str | None = None
+    """How the names of the wanted tensors begin."""
     encoder_only: bool = False
     """Leave out a decoder or a head: what is imported is to be pre-trained."""
     decoder: TransformerSize | None = None
@@ -89,131 +78,72 @@ def _count(value: Any) -> int:
 
 
 def _size(value: Any) -> tuple[int, int]:
-    """One number stands for height and width."""
-    height, width = value if isinstance(value, list | tuple) and len(value) == 2 else (value, value)
+    """One number stands for height and width, which may follow the number of channels."""
+    height, width = value[-2:] if isinstance(value, list | tuple) and value[1:] else (value, value)
     return _count(height), _count(width)
-
-
-def _numbers(value: Any) -> tuple[float, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(x, int | float) for x in value):
-        raise ValueError("a list of numbers")
-    return tuple(map(float, value))
 
 
 def _label_names(value: Any) -> tuple[str, ...]:
     if isinstance(value, Mapping):
         by_number = {str(key): name for key, name in value.items()}
         value = [by_number.get(str(i), "") for i in range(len(by_number))]
-    for i, name in enumerate(map(str, value)):
-        if not name.isprintable() or name.strip() != name or not name:
-            raise ValueError(f"names in one line for classes from 0 on (class {i} has {name!r})")
-    return tuple(map(str, value))
+    names = tuple(map(str, value))
+    if not all(name.isprintable() and name.strip() == name != "" for name in names):
+        raise ValueError("names in one line for classes from 0 on")
+    return names
+
+
+def _pixels(value: Any) -> tuple[float, ...]:
+    return tuple(map(float, value))
 
 
 FACTS: dict[str, tuple[tuple[str, ...], Callable[[Any], Any]]] = {
     "heads": (("num_attention_heads", "num_heads"), _count),
     "decoder_heads": (("decoder_num_attention_heads",), _count),
     "num_frames": (("num_frames",), _count),
-    "frame_size": (("input_size", "image_size", "img_size"), _size),
+    "frame_size": (("img_size", "image_size", "input_size"), _size),
     "frame_stride": (("sampling_rate",), _count),
     "target": (("norm_pix_loss", "normlize_target"), bool),
     "label_names": (("id2label", "label_names"), _label_names),
-    "mean": (("image_mean",), _numbers),
-    "std": (("image_std",), _numbers),
-    "interpolation": (
-        ("interpolation",),
-        {key: name for name, number in RESAMPLE.items() for key in (name, number)}.get,
-    ),
-    "short_side": (("short_side",), int),
-    "pool": (("global_pool",), str),
+    "mean": (("image_mean", "mean"), _pixels),
+    "std": (("image_std", "std"), _pixels),
 }
 """Names of each fact in other projects, and how it is read."""
 
 
-def _read(fact: str, values: Mapping[str, Any]) -> Any:
-    """Return a fact from the first of its names that has a value; None where there is none."""
-    names, read = FACTS[fact]
-    for name in names:
-        if (value := values.get(name)) is not None:
-            try:
-                return read(value)
-            except (TypeError, ValueError) as rule:
-                raise CheckpointError(
-                    f"its {name} must be {rule}, got {reprlib.repr(value)}; give the right one by "
-                    f"an option"
-                ) from rule
-    return None
-
-
-def read_facts(source: Source, family: Family, given: Overrides) -> dict[str, Any]:
+def read_facts(source: Source, given: Overrides) -> dict[str, Any]:
     """Return what a user says, and all other facts that lie beside the weights.
 
     Raises:
         CheckpointError: a config has values that no model of this package can have, or a fact is
             not of its kind.
     """
-    config, run = source.config, dict(source.arguments)
-    tables = (config.get(key) for key in ("model_config", "model_args", "pretrained_cfg"))
-    model_config, arguments, pretrained = (t if isinstance(t, dict) else {} for t in tables)
-    _refuse_others(config, arguments)
-    run.pop("global_pool", None)  # MAE's option, of another meaning
-    if "short_side" in run:
-        run["short_side"] = run["short_side"] or 0
-    names = {"label_names": pretrained.get("label_names")}
-    values = run | model_config | names | config | arguments
-    facts = {name: value for name, value in vars(given).items() if value is not None}
-    usual = _size((pretrained.get("input_size") or (3, 224, 224))[-2:])
-    longer_side = max(given.frame_size or _read("frame_size", values) or usual)
-    values |= _pixels_of(source.preprocessor, pretrained, longer_side)
-    found = {name: _read(name, values) for name in FACTS if name not in facts}
-    if (standardised := found.get("target")) is not None:
-        target = "joint" if family.conventions == "mae" else "per_channel"
-        found["target"] = target if standardised else "raw"
-    return facts | {name: value for name, value in found.items() if value is not None}
-
-
-def _pixels_of(
-    preprocessor: Mapping[str, Any], pretrained: Mapping[str, Any], size: int
-) -> dict[str, Any]:
-    """Return how frames become clips, by the names of :data:`FACTS`; ``size``: longer side."""
-    side, share = preprocessor.get("size"), pretrained.get("crop_pct")
-    if isinstance(side, dict):  # by height and width frames are squeezed, which is not done here
-        side = side.get("shortest_edge", 0)
-    elif isinstance(share, int | float) and share > 0:
-        side = math.floor(size / share) if pretrained.get("crop_mode", "center") == "center" else 0
-    found = {
-        "image_mean": preprocessor.get("image_mean", pretrained.get("mean")),
-        "image_std": preprocessor.get("image_std", pretrained.get("std")),
-        "interpolation": preprocessor.get("resample", pretrained.get("interpolation")),
-        "short_side": side if not isinstance(side, int) or side > size else 0,
-    }
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _refuse_others(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
-    """Make sure that a config has no values that no model of this package can have."""
-    wrong: dict[str, Any] = {}
-    if "architecture" in config:
-        from timm.models.vision_transformer import VisionTransformer
-
-        parameters = inspect.signature(VisionTransformer).parameters.items()
-        usual: dict[str, tuple[Any, ...]] = {
-            key: (parameter.default,) for key, parameter in parameters
-        }
-        usual["act_layer"] = (None, "gelu")
-        unread = {key: value for key, value in arguments.items() if not OF_TIMM.fullmatch(key)}
-        wrong = {key: value for key, value in unread.items() if value not in usual.get(key, ())}
-    elif "model_config" not in config:
-        read = {key: config[key] for key in OF_TRANSFORMERS if key in config}
-        wrong = {key: value for key, value in read.items() if value not in OF_TRANSFORMERS[key]}
+    config = source.config
+    tables = (config.get(key) for key in ("pretrained_cfg", "model_config", "model_args"))
+    pretrained, more, arguments = (table if isinstance(table, dict) else {} for table in tables)
+    every = config | arguments
+    wrong = {key: every[key] for key in ONLY if key in every and every[key] not in ONLY[key]}
     eps = config.get("layer_norm_eps", 1e-6)  # beyond 1e-5 it shows
     if not isinstance(eps, float) or not 0 < eps <= 1e-5:
         wrong["layer_norm_eps"] = eps
     if wrong:
-        values = ", ".join(f"{key}={value!r}" for key, value in wrong.items())
+        told = ", ".join(f"{key}={value!r}" for key, value in wrong.items())
         raise CheckpointError(
-            f"its config.json has values that no model of this package can have: {values}"
+            f"its config.json has values that no model of this package can have: {told}"
         )
+    facts: dict[str, Any] = {"pool": arguments.get("global_pool", config.get("global_pool"))}
+    values = source.arguments | pretrained | more | config | arguments
+    for fact, (names, read) in FACTS.items():
+        name = next((name for name in names if values.get(name) is not None), "")
+        try:
+            facts[fact] = read(values[name]) if name else None
+        except (AttributeError, TypeError, ValueError) as rule:
+            raise CheckpointError(
+                f"its {name} must be {rule}, got {reprlib.repr(values[name])}; give the right one "
+                f"by an option"
+            ) from rule
+    facts |= {name: value for name, value in vars(given).items() if value is not None}
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 # --- The config -----------------------------------------------------------------------------------
@@ -222,17 +152,14 @@ def _refuse_others(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> N
 class Inference:
     """The config whose model the tensors of a file are."""
 
-    def __init__(
-        self, source: Source, family: Family, tensors: Tensors, overrides: Overrides
-    ) -> None:
-        """Infer it. ``tensors``: of the file by our names
+    def __init__(self, source: Source, state: State, given: Overrides) -> None:
+        """Infer it.
 
         Raises:
-            MissingOptionError: a fact cannot be known and must be given.
-            ValueError, CheckpointError: it would be a model that this package does not have.
+            ValueError, CheckpointError: a fact is missing, or it is a model that ours is not.
         """
-        self.family, self.tensors, self.has_config = family, tensors, bool(source.config)
-        self.facts = read_facts(source, family, overrides)
+        self.state, self.family, self.tensors = state, state.family, state.tensors
+        self.facts = read_facts(source, given)
         self.assumed: list[str] = []
         """Defaults for facts that are not in the file."""
         self.label_names: tuple[str, ...] = ()
@@ -242,10 +169,10 @@ class Inference:
         family, first = self.family, "cls_token" in self.tensors
         if not first and family.name.startswith(("hpm", "mae")):
             raise CheckpointError("missing cls_token")
-        dim, channels, *patch = self.shape_of(KERNEL, family.axes)
-        patch_size: Size3 = (patch[0] if family.axes == 5 else 1, patch[-2], patch[-1])
+        dim, channels, *patch = self.shape_of(KERNEL, 5)
+        patch_size: Size3 = (patch[0], patch[1], patch[2])
         model: dict[str, Any] = {
-            "encoder": self.size_of("", dim),
+            "encoder": self.size_of("encoder", dim),
             "patch_size": patch_size,
             "channels": channels,
             "positions": "space_time" if family.conventions == "mae" else "sequence",
@@ -269,13 +196,15 @@ class Inference:
             )
         mines = "difficulty_decoder.head.weight" in self.tensors
         target = self.choose("target", "target", family.target)
+        if target is True:
+            target = "joint" if family.conventions == "mae" else "per_channel"
         masking = MaskingConfig(ratio=0.9 if grid.time > 1 else 0.75)
         data["crop"] = "multi_scale" if grid.time > 1 else "random_resized"
         return PretrainConfig(
             data=PretrainDataConfig(**data),
             model=ModelConfig(**model),
             masking=masking if mines else replace(masking, strategy="random"),
-            mining=MiningConfig(target=target, predictor="relative" if mines else "none"),
+            mining=MiningConfig(target=target or "raw", predictor="relative" if mines else "none"),
         )
 
     def choose(self, name: str, fact: str, default: Any) -> Any:
@@ -286,13 +215,13 @@ class Inference:
         return default
 
     def shape_of(self, name: str, axes: int) -> tuple[int, ...]:
-        there = self.family.theirs(name)
-        if name not in self.tensors:
-            raise CheckpointError(f"missing {there}")
-        shape = tuple(self.tensors[name].shape)
-        if len(shape) != axes:
-            raise CheckpointError(f"{there} must have {axes} axes, got the shape {shape}")
-        return shape
+        """Return the shape of a tensor that a family must have, with so many axes."""
+        if name not in self.tensors or self.tensors[name].ndim != axes:
+            shape = [tuple(each.shape) for key, each in self.tensors.items() if key == name]
+            raise CheckpointError(
+                f"missing {self.state.called(name)}, or not of {axes} axes, got {shape or 'none'}"
+            )
+        return tuple(self.tensors[name].shape)
 
     def decoder(self, dim: int) -> TransformerSize:
         """Return the size of the decoder, or of one that starts fresh."""
@@ -301,7 +230,7 @@ class Inference:
         usual = FRESH_DECODERS[self.family.conventions].get(dim)
         found: TransformerSize | None = self.facts.get("decoder", usual)
         if found is None:
-            raise MissingOptionError(
+            raise CheckpointError(
                 f"it has no decoder, and none is known for an encoder of width {dim}; give the "
                 f"size of one that starts fresh: --decoder WIDTH DEPTH HEADS"
             )
@@ -309,19 +238,20 @@ class Inference:
 
     def size_of(self, part: str, dim: int) -> TransformerSize:
         """Return the size of the encoder, or of the decoder."""
-        name = part or "encoder"
-        begins, fact = ("reconstructor.", "decoder_heads") if part else ("", "heads")
-        found = (re.match(rf"{re.escape(begins)}blocks\.(\d+)\.", each) for each in self.tensors)
-        depth = max((int(match[1]) + 1 for match in found if match), default=0)
-        decoders = FRESH_DECODERS[self.family.conventions].values()
-        known = {each.dim: each.num_heads for each in decoders} if part else ENCODER_HEADS
+        begins, fact, known = "", "heads", ENCODER_HEADS
+        if part == "decoder":
+            begins, fact = "reconstructor.", "decoder_heads"
+            decoders = FRESH_DECODERS[self.family.conventions].values()
+            known = {each.dim: each.num_heads for each in decoders}
         if fact not in self.facts and dim not in known:
-            raise MissingOptionError(
-                f"weights do not show the number of heads, and the {name} of width {dim} is none "
+            raise CheckpointError(
+                f"weights do not show the number of heads, and the {part} of width {dim} is none "
                 f"of the known ({', '.join(map(str, known))}); give --{fact.replace('_', '-')}"
             )
+        found = (re.match(rf"{re.escape(begins)}blocks\.(\d+)\.", each) for each in self.tensors)
+        depth = max((int(match[1]) + 1 for match in found if match), default=0)
         wide = self.shape_of(f"{begins}blocks.0.mlp.fc1.weight", 2)[0]
-        heads = self.choose(f"heads of the {name}", fact, known.get(dim))
+        heads = self.choose(f"heads of the {part}", fact, known.get(dim))
         return TransformerSize(dim, depth, heads, None if wide == 4 * dim else wide)
 
     def clip_size(self, patch_size: Size3) -> Size3:
@@ -332,40 +262,30 @@ class Inference:
             _, steps, tokens = (self.shape_of(name, 3)[1] for name in reversed(SUMMED))
         elif self.family.conventions == "mae":
             rows = self.shape_of(TABLES[0], 3)[1]
-            tokens = rows - int("cls_token" in self.tensors)
-            # A row for a class token is there if the others fill the frames, or else a square.
-            for count in (rows, rows - 1):
-                filled = math.isqrt(count) ** 2
-                if given is not None:
-                    filled = (given[0] // height) * (given[1] // width)
-                tokens = count if count == filled else tokens
+            # timm's models may have no row for a class token: the others then fill the square.
+            counts = [rows - int("cls_token" in self.tensors), rows]
+            tokens = next((n for n in counts if math.isqrt(n) ** 2 == n), 0)
         side = math.isqrt(tokens)
         square = side and side * side == tokens
         usual = (side * height, side * width) if square else (224, 224)
         size = usual if square and given is None else self.choose("frame size", "frame_size", usual)
         frames = 1 if self.family.axes == 4 else steps * time
-        frames = frames or self.choose("number of frames", "num_frames", 16)
-        return (frames, size[0], size[1])
+        return (frames or self.choose("number of frames", "num_frames", 16), size[0], size[1])
 
     def pooling(self) -> Pooling:
         """Return how a classifier pools its tokens, by its norms and its config."""
         parts = {name.partition(".")[0] for name in self.tensors}
-        norms = [name for name in ("fc_norm", "norm") if name in parts]
-        first, pool = "cls_token" in self.tensors, self.facts.get("pool")
-        if self.family.name == "mae_st_classifier":
-            raise MissingOptionError(
-                "the file does not say whether its head stands on the mean before or behind its "
-                "norm. Take its encoder alone: --encoder-only"
-            )
-        if norms == ["fc_norm"] and pool in (None, "avg"):
+        norms, first = parts & {"fc_norm", "norm"}, "cls_token" in parts
+        pool = self.facts.get("pool")
+        if norms == {"fc_norm"} and pool in (None, "avg"):
             return "mean_norm"
-        if norms == ["norm"] and first and pool in (None, "token"):
-            if pool is None and not self.has_config:
+        if norms == {"norm"} and first and pool in (None, "token"):
+            if pool is None and not self.family.transformers_class:
                 self.assumed.append("head on the class token")
             return "class_token"
-        raise MissingOptionError(
+        raise CheckpointError(
             f"a head here stands on the normed mean of the tokens (fc_norm alone), or on the class "
-            f"token (norm alone), and this has {' and '.join(norms) or 'no norm'}, "
+            f"token (norm alone), and this has {' and '.join(sorted(norms)) or 'no norm'}, "
             f"{'a' if first else 'no'} class token and global_pool={pool!r}: its head looks at "
             f"something else. Take its encoder alone: --encoder-only"
         )
@@ -373,19 +293,17 @@ class Inference:
     def data(self, clip_size: Size3) -> dict[str, Any]:
         """Return what clips are, and how frames become clips in validation and tests."""
         image, facts, (mean, std) = clip_size[0] == 1, self.facts, self.family.pixels
+        if not {"mean", "std"} <= facts.keys():
+            self.assumed.append(f"mean {mean} and standard deviation {std} of the pixels")
         usual: Interpolation = "bicubic" if image else "bilinear"
-        found = {
+        short_side = round(max(clip_size) * 256 / 224) if image else None
+        self.assumed.append(f"resizing {usual}, of a short side of {short_side or 'the clip'}")
+        return {
             "num_frames": clip_size[0],
             "frame_size": clip_size[1:],
             "frame_stride": 1 if image else self.choose("frame stride", "frame_stride", 4),
-            "interpolation": self.choose("interpolation", "interpolation", usual),
-            "validation_short_side": facts.get("short_side") or None,
+            "interpolation": usual,
+            "validation_short_side": short_side,
             "mean": facts.get("mean", mean),
             "std": facts.get("std", std),
         }
-        if image and "short_side" not in facts:
-            found["validation_short_side"] = side = round(max(clip_size) * 256 / 224)
-            self.assumed.append(f"short side in validation {side}")
-        if not {"mean", "std"} <= facts.keys():
-            self.assumed.append(f"mean {mean} and standard deviation {std} of the pixels")
-        return found

@@ -1,7 +1,6 @@
 """Import of weights of other projects by the names of this one."""
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +18,7 @@ from hpm_video.config.loading import config_text
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.files.single_file import NAMES, as_folder
 from hpm_video.files.weights import CheckpointError, misfits
+from hpm_video.models.from_config import check_sizes
 from hpm_video.models.positions import position_table
 from hpm_video.recognition.trained_model import (
     OF_DECODERS,
@@ -28,13 +28,15 @@ from hpm_video.recognition.trained_model import (
 )
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.checkpoint import checksums_of, flush, on_host, sha256_of
-from hpm_video.weights.families import SUMMED, TABLES, TEACHER, Family, Recognised, recognise
+from hpm_video.weights.families import SUMMED, TABLES, Family, State
 from hpm_video.weights.files import Source, Tensors, read_source
-from hpm_video.weights.geometry import Inference, MissingOptionError, Overrides
+from hpm_video.weights.geometry import Inference, Overrides
+from hpm_video.weights.recognise import recognise
 
 SAME_POSITIONS = 1e-3
 """Largest difference between computed tables of positions, beside the rounding of the file."""
-OF_TEACHER = "of the teacher: "
+TEACHER, OF_TEACHER = "ema_state_dict", "of the teacher: "
+"""Key of the teacher beside a student's state dict, and what stands before names of it."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Imported:
     """Weights of another project, by our names and checked against our model."""
 
     source: Source
-    recognised: Recognised
+    state: State
     model: TrainedModel
     """Its weights are those of the file alone."""
     teacher: Tensors | None
@@ -56,7 +58,7 @@ class Imported:
     @property
     def family(self) -> Family:
         """Whose weights they are."""
-        return self.recognised.family
+        return self.state.family
 
 
 def import_weights(path: Path, overrides: Overrides | None = None) -> Imported:
@@ -70,21 +72,21 @@ def import_weights(path: Path, overrides: Overrides | None = None) -> Imported:
         CheckpointError: the file cannot be read safely, is of no known family, or does not fit:
             each tensor that is unknown, missing or of another shape is named.
     """
-    overrides = overrides or Overrides()
-    own = folder_of(path) is not None
-    if not own:
-        source = read_source(path)
-        recognised = recognise(source, overrides.entry)
-        own = recognised.family.name == "ours"
-    if own:
-        raise CheckpointError(f"{path} is of this package already: give its folder as init_weights")
-    if overrides.encoder_only:
-        recognised = replace(recognised, teacher=None)
+    given, title = overrides or Overrides(), ""
+    source = Source(path, {}) if folder_of(path) else read_source(path)
     try:
-        return _imported(source, recognised, overrides)
+        states = [recognise(source, given.entry, given.prefix)] if source.entries else []
+        if not states or states[0].family.name == "ours":
+            raise CheckpointError("it is of this package already: give its folder as init_weights")
+        family, alone = states[0].family, given.entry or given.prefix or given.encoder_only
+        title = f" ({family.title})"
+        beside = source.entries.keys() - {states[0].entry}
+        if TEACHER in beside and family.holds == "autoencoder" and not alone:
+            teacher = recognise(source, TEACHER)
+            states += [teacher] if teacher.family is family else []
+        return _imported(source, states, given)
     except (CheckpointError, ConfigError, ValueError) as error:
-        kind = MissingOptionError if isinstance(error, MissingOptionError) else CheckpointError
-        raise kind(f"{path} ({recognised.family.title}): {error}") from error
+        raise CheckpointError(f"{path}{title}: {error}") from error
 
 
 def folder_of(path: Path) -> Path | None:
@@ -98,147 +100,93 @@ def folder_of(path: Path) -> Path | None:
     return None
 
 
-class State:
-    """The tensors of a state dict by our names; queries, keys and values in parts as there."""
-
-    def __init__(self, family: Family, stored: Tensors) -> None:
-        """Copy them in single precision.
-
-        Raises:
-            CheckpointError: one is given twice, or is of no use.
-        """
-        self.family, self.tensors = family, Tensors()
-        self.origins: dict[str, str] = {}
-        """Their names in the file."""
-        self.left_out: dict[str, str] = {}
-        """Names in the file that have no place here, each with the reason."""
-        self.eps = 0.0
-        """The distance of numbers near 1 where they are stored."""
-        for name, value in stored.items():
-            _check_numbers(name, value)
-            ours = family.ours(name)
-            if reasons := [why for pattern, why in family.left_out if re.fullmatch(pattern, name)]:
-                self.left_out[name] = reasons[0]
-            elif ours in self.tensors:
-                raise CheckpointError(f"{name} is given twice, by {self.origins[ours]}")
-            else:
-                self.tensors[ours], self.origins[ours] = value.float().clone(), name
-                self.eps = max(self.eps, torch.finfo(value.dtype).eps)
-
-    def called(self, name: str) -> str:
-        """Return the name of a tensor of ours in the file."""
-        return self.origins.get(name) or self.family.theirs(name)
-
-    def leave_out(self, beginnings: tuple[str, ...], why: str) -> None:
-        """Take out tensors by how their names begin."""
-        for name in [each for each in self.tensors if each.startswith(beginnings)]:
-            del self.tensors[name]
-            self.left_out[self.called(name)] = why
-
-    def distance(self, table: str, ours: Tensor) -> float:
-        """Return how far positions are from ours; one of the class token is added to that."""
-        name, token = self.called(table), self.tensors.get("cls_token")
-        if table not in self.tensors:
-            raise CheckpointError(f"missing {name}")
-        found, shape = self.tensors[table], tuple(self.tensors[table].shape)
-        if token is not None and shape == (1, ours.shape[1] + 1, ours.shape[2]):
-            first, found = found[:, :1], found[:, 1:]
-            if table != TABLES[0] and first.any():
-                raise CheckpointError(f"{name} has a position for a class token of its own")
-            if token.shape == first.shape and table == TABLES[0]:
-                self.tensors["cls_token"] = token + first
-        if found.shape != ours.shape:
-            raise CheckpointError(
-                f"{name} has the shape {shape}, our model has {ours.shape[1]} tokens of "
-                f"{ours.shape[2]} values; give the frame size of its training: --frame-size"
-            )
-        self.tensors[table] = found
-        return (found - ours).abs().max().item()
-
-
-def _check_numbers(name: str, value: Tensor) -> None:
-    dense = value.layout == torch.strided and not value.is_quantized
-    if value.is_meta or not value.numel() or not dense or not value.is_floating_point():
-        raise CheckpointError(
-            f"{name} must be a plain tensor of real floating-point numbers, got {value.numel()} of "
-            f"{value.dtype} on {value.device}, {value.layout}"
-        )
-    if not value.isfinite().all():
-        raise CheckpointError(f"{name} has numbers that are not finite; it is of no use")
-
-
-def _imported(source: Source, recognised: Recognised, overrides: Overrides) -> Imported:
-    family, every = recognised.family, (recognised.tensors, recognised.teacher)
-    states = [State(family, each) for each in every if each is not None]
-    inferred = Inference(source, family, states[0].tensors, overrides)
+def _imported(source: Source, states: list[State], given: Overrides) -> Imported:
+    state, *of_teacher = states
+    inferred = Inference(source, state, given)
     may_lack: tuple[str, ...] = ()
-    if family.holds == "encoder" or overrides.encoder_only:
+    if state.family.holds == "encoder" or given.encoder_only:
         # A model that norms the mean of its tokens has no norm of the tokens.
-        means = "fc_norm.weight" in states[0].tensors
+        means = "fc_norm.weight" in state.tensors
         may_lack = (*OF_DECODERS, "norm.") if means else OF_DECODERS
-    if overrides.encoder_only:
-        states[0].leave_out((*OF_DECODERS, "head.", "fc_norm."), "only the encoder is taken")
-    config = _with_positions(inferred.config, family, states)
-    model = trained(source.path, config, inferred.label_names, {})
+    if given.encoder_only:
+        state.leave_out((*OF_DECODERS, "head.", "fc_norm."), "only the encoder is taken")
+    held = sum(value.nbytes for each in states for value in each.tensors.values())
+    check_sizes(inferred.config, len(inferred.label_names), held, source.path)
+    config, path = _with_positions(inferred.config, states), source.path
+    model: TrainedModel
+    if isinstance(config, FinetuneConfig):
+        labels = inferred.label_names
+        model = TrainedClassifier(path, "model", 0, config.data, config, labels, held=state.tensors)
+    else:
+        model = TrainedAutoencoder(path, "student", 0, config.data, config, held=state.tensors)
     with torch.device("meta"):
         own = model.make().state_dict()
-    for state in states:
-        parts = family.parts(own, like=state.tensors)
-        if wrong := misfits(parts, state.tensors, may_lack=may_lack, called=state.called):
-            raise CheckpointError("\n  ".join(["its tensors are not those of our model:", *wrong]))
-    tensors, *teacher = (family.join(state.tensors) for state in states)
-    left_out = states[0].left_out | dict.fromkeys(source.beside, "no weights")
-    others = source.entries.keys() - {recognised.entry, *(TEACHER for _ in teacher)}
+    for each in states:
+        if wrong := misfits(own, each.tensors, may_lack=may_lack, called=each.called):
+            hint = "--encoder-only leaves out a head"
+            if each.prefix:
+                hint += f", --prefix {each.prefix} all names that do not begin with it"
+            lines = [f"its tensors are not those of our model ({hint}):", *wrong]
+            raise CheckpointError("\n  ".join(lines))
+    left_out = state.left_out | dict.fromkeys(source.beside, "no weights")
+    others = source.entries.keys() - {state.entry, *(each.entry for each in of_teacher)}
     left_out |= dict.fromkeys(sorted(others), "another state dict; choose it with --entry")
-    for state in states[1:]:
-        left_out |= {f"{OF_TEACHER}{name}": why for name, why in state.left_out.items()}
-    return Imported(
-        source,
-        recognised,
-        replace(model, held=tensors),
-        teacher[0] if teacher else None,
-        left_out,
-        tuple(name for name in own if name not in tensors),
-        tuple(inferred.assumed),
-    )
-
-
-def trained(
-    path: Path,
-    config: PretrainConfig | FinetuneConfig,
-    label_names: tuple[str, ...],
-    tensors: Tensors,
-) -> TrainedModel:
-    """Return a model that is held in memory."""
-    if isinstance(config, FinetuneConfig):
-        return TrainedClassifier(path, "model", 0, config.data, config, label_names, held=tensors)
-    return TrainedAutoencoder(path, "student", 0, config.data, config, held=tensors)
+    for each in of_teacher:
+        left_out |= {f"{OF_TEACHER}{name}": why for name, why in each.left_out.items()}
+    fresh = tuple(name for name in own if name not in state.tensors)
+    teacher = of_teacher[0].tensors if of_teacher else None
+    return Imported(source, state, model, teacher, left_out, fresh, tuple(inferred.assumed))
 
 
 def _with_positions(
-    config: PretrainConfig | FinetuneConfig, family: Family, states: list[State]
+    config: PretrainConfig | FinetuneConfig, states: list[State]
 ) -> PretrainConfig | FinetuneConfig:
     """Leave out tables that are computed here. If any is another one, the model keeps them all."""
-    distances: list[tuple[State, str, float]] = []
+    if config.model.conventions == "videomae":  # which has none in its files
+        return config
     grid = TokenGrid.of_clip(config.data.clip_size, config.model.patch_size)
-    sizes = {TABLES[0]: config.model.encoder.dim}
+    sizes, farthest, learned = {TABLES[0]: config.model.encoder.dim}, 0.0, False
     if isinstance(config, PretrainConfig) and "reconstructor.head.weight" in states[0].tensors:
         sizes[TABLES[1]] = config.model.decoder.dim
-    for state in states if family.conventions == "mae" else ():
+    for state in states:
         if SUMMED[0] in state.tensors:
             space, time, first = (state.tensors.pop(name) for name in SUMMED)
             both = (time.unsqueeze(2) + space.unsqueeze(1)).flatten(1, 2)
             state.tensors[TABLES[0]] = torch.cat([first, both], dim=1)
         for table, dim in sizes.items():
             ours = position_table(grid, dim, config.model.positions).unsqueeze(0)
-            distances.append((state, table, state.distance(table, ours)))
-    if any(distance > SAME_POSITIONS + state.eps for state, _, distance in distances):
+            distance = _to_own_positions(state, table, ours)
+            farthest = max(farthest, distance)
+            learned |= distance > SAME_POSITIONS + state.eps
+    if learned:
         given: Any = replace(config.model, positions="given")
         return replace(config, model=given)
-    for state, table, distance in distances:
-        why = f"computed here, with the same numbers (largest difference {distance:.1e})"
-        state.leave_out((table,), why)
+    for state in states:
+        why = f"computed here, with the same numbers (largest difference {farthest:.1e})"
+        state.leave_out(TABLES, why)
     return config
+
+
+def _to_own_positions(state: State, table: str, ours: Tensor) -> float:
+    """Take off a position of the class token, which is added to it. -> distance from ``ours``"""
+    name, token = state.called(table), state.tensors.get("cls_token")
+    if table not in state.tensors:
+        raise CheckpointError(f"missing {name}")
+    found = state.tensors[table]
+    if token is not None and found.shape == (1, ours.shape[1] + 1, ours.shape[2]):
+        first, found = found[:, :1], found[:, 1:]
+        if table == TABLES[0] and token.shape == first.shape:
+            state.tensors["cls_token"] = token + first
+        elif first.any():
+            raise CheckpointError(f"{name} has a position for a class token of its own")
+    if found.shape != ours.shape:
+        raise CheckpointError(
+            f"{name} has the shape {tuple(state.tensors[table].shape)}, our model has "
+            f"{ours.shape[1]} tokens of {ours.shape[2]} values; give the frame size of its "
+            f"training: --frame-size"
+        )
+    state.tensors[table] = found
+    return (found - ours).abs().max().item()
 
 
 # --- Files that are complete or absent ------------------------------------------------------------
@@ -289,14 +237,13 @@ def write_folder(imported: Imported, folder: Path, parity: dict[str, Any]) -> No
         "family": imported.family.name,
         "source": str(path.absolute()),
         "sha256": {file.name: sha256_of(file) for file in files},
-        "state_dict": imported.recognised.entry,
-        "prefix": imported.recognised.prefix,
+        "state_dict": imported.state.entry,
+        "prefix": imported.state.prefix,
         "epoch": imported.source.epoch,
         "licence": imported.family.licence,
         "assumed": list(imported.assumed),
         "left_out": imported.left_out,
         "start_fresh": list(imported.fresh),
-        "positions": model.config.model.positions,
     }
     with staged(folder) as staging:
         writing = staging / folder.name

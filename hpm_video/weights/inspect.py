@@ -6,18 +6,18 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from hpm_video.config.choices import TransformerSize
-from hpm_video.config.schema import FinetuneConfig, PretrainConfig
-from hpm_video.recognition.trained_model import TrainedModel, WeightsOf, open_trained
-from hpm_video.weights.families import licence_of, list_shapes, recognise
-from hpm_video.weights.files import read_source
-from hpm_video.weights.geometry import MissingOptionError, Overrides
+from hpm_video.config.choices import TransformerSize, WeightsOf
+from hpm_video.config.schema import FinetuneConfig
+from hpm_video.files.wording import counted
+from hpm_video.recognition.trained_model import TrainedModel, open_trained
+from hpm_video.weights.families import licence_of
+from hpm_video.weights.geometry import Overrides
 from hpm_video.weights.importing import Imported, folder_of, import_weights
 
 
 def describe(imported: Imported) -> list[str]:
     """Return lines on an import."""
-    model, family, prefix = imported.model, imported.family, imported.recognised.prefix
+    model, family, prefix = imported.model, imported.family, imported.state.prefix
     own_positions = model.config.model.positions == "given"
     remarks = {
         f"names begin with {prefix!r}, which is left out": prefix,
@@ -74,31 +74,18 @@ def inspect(path: Path, overrides: Overrides | None = None) -> list[str]:
     """
     folder = folder_of(path)
     if folder is None:
-        try:
-            return describe(import_weights(path, overrides))
-        except MissingOptionError as error:
-            found = recognise(read_source(path), overrides.entry if overrides else None)
-            return [
-                f"{found.family.name}: {found.family.title}",
-                *(f"  {line}" for line in list_shapes(found.tensors)),
-                f"{len(found.tensors)} tensors under {found.entry!r}",
-                f"licence: {found.family.licence}",
-                f"not all of it is in the file: {error}",
-            ]
+        return describe(import_weights(path, overrides))
     names: dict[str, WeightsOf] = {"teacher": "teacher", "average": "average"}
     model = open_trained(folder, TrainedModel, names.get(path.stem))
     config = model.config
-    kind = "pre-training with" if isinstance(config, PretrainConfig) else "classifier of"
-    state = f"{model.weights} at update {model.update} of a run of {config.recipe.epochs} epochs"
+    state = f"{model.kind} of a run of {counted(config.recipe.epochs, 'epoch')}"
     if model.origin:
         origin = json.loads(model.origin)
-        epoch = "" if origin["epoch"] is None else f", epoch {origin['epoch']}"
-        state = f"{model.weights}, imported from {origin['source']} ({origin['family']}{epoch})"
+        state = f"{model.weights}, imported from {origin['source']} ({origin['family']})"
     return [
-        f"ours: {kind} this package",
+        f"ours: {state}",
         *_describe_model(model),
         f"positions {config.model.positions}, frame stride {config.data.frame_stride}",
-        state,
         f"{sum(value.numel() for value in model.tensors.values()):,} parameters",
         f"licence: {licence_of(model.origin)}",
     ]

@@ -1,10 +1,10 @@
 """Models of ours as those of libraries, and the comparison of what both compute."""
 
 import importlib.util
+import pickle
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +19,13 @@ from hpm_video.models.vit import LAYER_NORM_EPS
 from hpm_video.recognition.trained_model import TrainedModel
 from hpm_video.tokens.masking import STRATEGIES, MaskRule, TokenMask, count_masked
 from hpm_video.weights import express
-from hpm_video.weights.families import FAMILIES, TABLES
+from hpm_video.weights.families import FAMILIES
 from hpm_video.weights.files import Tensors
-from hpm_video.weights.importing import OF_TEACHER, Imported, State
+from hpm_video.weights.importing import OF_TEACHER, Imported
 
 TOLERANCE = 1e-4
 """Largest difference in single precision, as a share of the largest value."""
-Outputs = Mapping[str, Tensor]
+Outputs = dict[str, Tensor]
 UNUSED = r"pooler|embeddings\.mask_token|\.key\.bias$"
 """Tensors of transformers that change nothing of what is compared."""
 
@@ -36,6 +36,10 @@ class Trial(NamedTuple):
     clips: Tensor
     noise: Tensor
     mask: TokenMask
+
+
+Peer = nn.Module | Callable[[Trial], Outputs]
+"""A model of ours or of a library, or what computes the outputs of one."""
 
 
 class Difference(NamedTuple):
@@ -102,6 +106,45 @@ class ParityReport:
 NOT_ASKED = ParityReport(not_checked="it was not asked for")
 
 
+def against(
+    peer: Peer, model: TrainedModel, title: str = "", *, clips: int = 1, of: str = "{}"
+) -> ParityReport:
+    """Compare what a model and another implementation compute of clips of noise.
+
+    Args:
+        peer: the other one. The eps of its layer norms is set to ours, as no config can.
+        model: ours.
+        title: of the other one, where it is no model of a library.
+        clips: how many.
+        of: format of the outputs' names.
+    """
+    notes: tuple[str, ...] = ()
+    if isinstance(peer, nn.Module) and not title:
+        library = type(peer).__module__.partition(".")[0]
+        version = importlib.import_module(library).__version__
+        title = f"{library} {version}: {type(peer).__name__}"
+        if others := _set_eps(peer):
+            usual = " and ".join(f"{eps:g}" for eps in sorted(others))
+            told = f"{title} has eps {usual} in layer norms"
+            notes = (f"{told}; for equality set .eps = {LAYER_NORM_EPS:g}",)
+    trial, found = trial_of(model, clips), []
+    ours = outputs_of(model.build(), trial)
+    for name, value in outputs_of(peer, trial).items():
+        if name in ours:
+            largest = (ours[name] - value).abs().max().item()
+            found.append(Difference(of.format(name), largest, value.abs().max().item()))
+    return ParityReport(title, tuple(found), notes=notes)
+
+
+def _set_eps(model: nn.Module) -> set[float]:
+    """Set the eps of all layer norms to ours. -> others that they had"""
+    norms = [each for each in model.modules() if isinstance(each, nn.LayerNorm)]
+    others = {norm.eps for norm in norms} - {LAYER_NORM_EPS}
+    for norm in norms:
+        norm.eps = LAYER_NORM_EPS
+    return others
+
+
 def trial_of(model: TrainedModel, clips: int = 1) -> Trial:
     """Return clips of noise, and a mask of the share that a model was trained with."""
     config, grid = model.config, model.grid
@@ -116,101 +159,29 @@ def trial_of(model: TrainedModel, clips: int = 1) -> Trial:
 
 
 @torch.no_grad()
-def outputs_of(model: nn.Module, trial: Trial) -> Outputs:
-    """Return the outputs of a model of ours."""
+def outputs_of(peer: Peer, trial: Trial) -> Outputs:
+    """Return the outputs of a model of ours, of timm or of transformers, by what they are."""
+    if not isinstance(peer, nn.Module):
+        return peer(trial)
+    model: Any = peer.eval()
     if isinstance(model, ClipClassifier):
         return {"logits": model(trial.clips)}
-    assert isinstance(model, MaskedAutoencoder)
-    predicted = model(trial.clips, trial.mask)
-    tokens = model.encode(trial.clips)
-    found = {"tokens": tokens, "hidden patches": predicted.content, "features": model.pool(tokens)}
-    if predicted.difficulty is not None:
-        found["difficulty"] = predicted.difficulty
-    return found
+    if isinstance(model, MaskedAutoencoder):
+        predicted, tokens = model(trial.clips, trial.mask), model.encode(trial.clips)
+        found = {"tokens": tokens, "hidden patches": predicted.content}
+        if predicted.difficulty is not None:
+            found["difficulty"] = predicted.difficulty
+        return found | {"features": model.pool(tokens)}
+    if hasattr(model, "forward_features"):  # of timm; time steps lie below each other
+        time = model.patch_embed.proj.in_channels // trial.clips.shape[1]
+        images = rearrange(trial.clips, "b c (t p) h w -> b (c p) (t h) w", p=time)
+        if model.num_classes:
+            return {"logits": model(images)}
+        return {"tokens": model.forward_features(images), "features": model(images)}
+    return _outputs_of_transformers(model, trial)
 
 
-# --- Models of libraries --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Peer:
-    """Another implementation of a model."""
-
-    name: str
-    outputs: Callable[[Trial], Outputs]
-    model: Any = None
-    """The library's, with our eps in its layer norms."""
-    notes: tuple[str, ...] = ()
-    lacks: str = ""
-    """What of ours it has not, and why."""
-
-    @classmethod
-    def of(cls, name: str, model: Any, outputs: Callable[[Any, Trial], Outputs]) -> "Peer":
-        """Set the eps of all layer norms of a library's model, which no config may reach."""
-        norms = {
-            name: module
-            for name, module in model.eval().named_modules()
-            if isinstance(module, nn.LayerNorm) and module.eps != LAYER_NORM_EPS
-        }
-        usual = " and ".join(sorted({f"{norm.eps:g}" for norm in norms.values()}))
-        for norm in norms.values():
-            norm.eps = LAYER_NORM_EPS
-        where = ", ".join(norms) if len(norms) < 4 else "its layer norms"
-        note = f"{name} has eps {usual} in {where}; for equality set .eps = {LAYER_NORM_EPS:g}"
-        return cls(name, partial(torch.no_grad()(outputs), model), model, (note,) if norms else ())
-
-    def compare(self, model: TrainedModel, clips: int = 1, of: str = "{}") -> ParityReport:
-        """Compare what both compute of clips of noise. ``of``: format of the outputs' names"""
-        trial = trial_of(model, clips)
-        ours, found = outputs_of(model.build(), trial), []
-        for name, value in self.outputs(trial).items():
-            if name in ours:
-                largest = (ours[name] - value).abs().max().item()
-                found.append(Difference(of.format(name), largest, value.abs().max().item()))
-        return ParityReport(self.name, tuple(found), self.lacks, self.notes)
-
-
-def is_installed(library: str) -> bool:
-    """Whether a library can be imported."""
-    return importlib.util.find_spec(library) is not None
-
-
-def of_transformers(
-    kind: str,
-    folder: Path | None = None,
-    config: Mapping[str, Any] | None = None,
-    tensors: Tensors | None = None,
-) -> Peer:
-    """Return a model of transformers: of a folder, or of a config and tensors.
-
-    Raises:
-        CheckpointError: it finds tensors that are missing or left over, or of other shapes.
-    """
-    import transformers
-
-    logging: Any = transformers.utils.logging
-    made: Any = getattr(transformers, kind)
-    options: dict[str, Any] = {"add_pooling_layer": False} if kind == "ViTModel" else {}
-    if config is not None:
-        options |= {"config": made.config_class.from_dict(dict(config)), "state_dict": tensors}
-    logging.set_verbosity_error()  # without its advice
-    logging.disable_progress_bar()
-    options |= {"dtype": torch.float32, "output_loading_info": True, "local_files_only": True}
-    model, found = made.from_pretrained(folder, **options)
-    misfits = [
-        f"{kind}: {wrong}"
-        for kind, names in found.items()
-        if (wrong := sorted(str(name) for name in names if not re.search(UNUSED, str(name))))
-    ]
-    if misfits:
-        raise CheckpointError(f"transformers does not take these weights: {'; '.join(misfits)}")
-    return Peer.of(
-        f"transformers {transformers.__version__}: {kind}", model, outputs_of_transformers
-    )
-
-
-def outputs_of_transformers(model: Any, trial: Trial) -> Outputs:
-    """Return the outputs of a model of transformers."""
+def _outputs_of_transformers(model: Any, trial: Trial) -> Outputs:
     kind, encoder = type(model).__name__, getattr(model, model.base_model_prefix, model)
     frames, decodes = trial.clips.squeeze(2), kind.endswith("ForPreTraining")
     if kind.startswith("VideoMAE"):
@@ -235,119 +206,143 @@ def outputs_of_transformers(model: Any, trial: Trial) -> Outputs:
     return found
 
 
-def of_timm(name: str, arguments: Mapping[str, Any], tensors: Tensors, time: int = 1) -> Peer:
-    """Return a vision transformer of timm. ``time``: frames of a patch, which are its channels.
+# --- Models of libraries --------------------------------------------------------------------------
+
+
+def is_installed(library: str) -> bool:
+    """Whether a library can be imported."""
+    return importlib.util.find_spec(library) is not None
+
+
+def of_transformers(
+    kind: str,
+    folder: Path | None = None,
+    config: Mapping[str, Any] | None = None,
+    tensors: Tensors | None = None,
+) -> nn.Module:
+    """Return a model of transformers: of a folder, or of a config and tensors.
 
     Raises:
-        CheckpointError: timm has no such model.
+        CheckpointError: it finds tensors that are missing or left over, or of other shapes.
+    """
+    import transformers
+
+    logging: Any = transformers.utils.logging
+    made: Any = getattr(transformers, kind)
+    options: dict[str, Any] = {"add_pooling_layer": False} if kind == "ViTModel" else {}
+    if config is not None:
+        options |= {"config": made.config_class.from_dict(dict(config)), "state_dict": tensors}
+    logging.set_verbosity_error()  # without its advice
+    logging.disable_progress_bar()
+    options |= {"dtype": torch.float32, "output_loading_info": True, "local_files_only": True}
+    model, found = made.from_pretrained(folder, **options)
+    assert isinstance(model, nn.Module)
+    misfits = [
+        f"{key}: {wrong}"
+        for key, names in found.items()
+        if (wrong := sorted(str(name) for name in names if not re.search(UNUSED, str(name))))
+    ]
+    if misfits:
+        raise CheckpointError(f"transformers does not take these weights: {'; '.join(misfits)}")
+    return model
+
+
+def of_timm(folder: Path, **options: Any) -> nn.Module:
+    """Return the model in a folder that timm saved.
+
+    Raises:
+        CheckpointError: timm has no such model, or does not take these weights.
     """
     import timm
 
-    if not timm.is_model(name):
+    there = f"local-dir:{folder}"
+    try:
+        return timm.create_model(there, pretrained=True, **options)
+    except pickle.UnpicklingError:  # earlier versions read no safetensors so
+        weights = str(folder / "model.safetensors")
+        return timm.create_model(there, checkpoint_path=weights, **options)
+    except (RuntimeError, TypeError) as error:
         raise CheckpointError(
-            f"its config.json must name a vision transformer of timm {timm.__version__}, got "
-            f"architecture={name!r}; where it is right, import it with --no-parity"
-        )
-    made: Any = timm.create_model(name, pretrained=False, **arguments)
-    made.load_state_dict({key: value.float() for key, value in tensors.items()})
-
-    return Peer.of(f"timm {timm.__version__}: {name}", made, partial(outputs_of_timm, time=time))
+            f"timm {timm.__version__} does not make the model of {folder}: {error}; where it is "
+            f"right, import it with --no-parity"
+        ) from error
 
 
-def outputs_of_timm(model: Any, trial: Trial, time: int = 1) -> Outputs:
-    """Return the outputs of a vision transformer of timm; time steps lie below each other."""
-    images = rearrange(trial.clips, "b c (t p) h w -> b (c p) (t h) w", p=time)
-    if model.num_classes:
-        return {"logits": model(images)}
-    return {"tokens": model.forward_features(images), "features": model(images)}
+def as_timm(model: TrainedModel, tensors: Tensors) -> nn.Module:
+    """Return a vision transformer of timm with these weights, of the size of a model."""
+    import timm
 
-
-# --- Imported models ------------------------------------------------------------------------------
+    name, arguments = express.timm_arguments(model)
+    made: nn.Module = timm.create_model(name, pretrained=False, **arguments)
+    made.load_state_dict(tensors)
+    return made
 
 
 def compare(imported: Imported, tolerance: float = TOLERANCE) -> ParityReport:
     """Compare an imported model with a library's. A teacher beside a student is compared too.
 
+    Where a folder has a config, that alone makes the library's: a mistake in reading it is then not
+    one of both. Otherwise, autoencoders are made with transformers, encoders and classifiers with
+    timm, of clips as well.
+
     Raises:
         CheckpointError: they differ by more than the tolerance, or the library takes no such model.
     """
-    model, recognised = imported.model, imported.recognised
-    every = [("{}", model.tensors, recognised.tensors)]
-    if imported.teacher is not None and recognised.teacher is not None:
-        every.append((f"{OF_TEACHER}{{}}", imported.teacher, recognised.teacher))
+    model, source, lacks = imported.model, imported.source, ""
     drawn = model.make().state_dict() if imported.fresh else {}
+    complete = replace(model, held=drawn | model.tensors)
+    config = {} if "norm.weight" in imported.fresh else source.config
+    kind = imported.family.transformers_class if config else ""
+    if kind == "ViTModel" and config.get("model_type") == "vit_mae":
+        kind = "ViTMAEModel"
+    if "architecture" in config:
+        reports = [against(of_timm(source.path), complete)]
+    elif kind and is_installed("transformers"):
+        reports = [against(of_transformers(kind, source.path), complete)]
+    else:
+        encoder = bool(imported.fresh or model.is_classifier)
+        missing = [] if is_installed("transformers") else ["transformers is not installed"]
+        if not encoder and (wrong := express.obstacles(model, "transformers") or missing):
+            encoder, lacks = True, f"the decoder: {wrong[0].partition(';')[0]}"
+        reports = [_made_anew(complete, "{}", encoder=encoder)]
+        if imported.teacher is not None:
+            teacher = replace(model, held=drawn | imported.teacher)
+            reports.append(_made_anew(teacher, f"{OF_TEACHER}{{}}", encoder=encoder))
     left_out = ("hidden patches", "difficulty", "features") if imported.fresh else ("features",)
-    differences: list[Difference] = []
-    for who, held, stored in every:
-        complete = replace(model, held=drawn | held)
-        try:
-            report = _peer_of(imported, complete, stored).compare(complete, of=who)
-        except RuntimeError as error:
-            raise CheckpointError(f"the library does not take these weights: {error}") from error
-        differences += [each for each in report.differences if not each.of.endswith(left_out)]
-    wrong = "the imported model computes something else than the original"
-    return replace(report, differences=tuple(differences)).judged(wrong, tolerance)
+    every = [found for report in reports for found in report.differences]
+    found = tuple(each for each in every if not each.of.endswith(left_out))
+    told = "the imported model computes something else than the original"
+    return replace(reports[0], differences=found, not_checked=lacks).judged(told, tolerance)
 
 
-def _peer_of(imported: Imported, model: TrainedModel, stored: Tensors) -> Peer:
-    """Return the model of a library that equals ours.
-
-    Where a folder has a config, that alone makes it: a mistake in reading it is then not one of
-    both. Autoencoders are in transformers; encoders and classifiers in timm, of clips as well.
-    """
-    config, family, missing = imported.source.config, imported.family, ""
-    complete, kind = "norm.weight" not in imported.fresh, family.transformers_class
-    if complete and "architecture" in config:
-        arguments: dict[str, Any] = dict(config.get("model_args") or {})
-        if size := (config.get("pretrained_cfg") or {}).get("input_size"):
-            arguments.setdefault("img_size", size[1:])
-        arguments["num_classes"] = len(stored.get("head.weight", ()))
-        return of_timm(config["architecture"], arguments, stored)
-    if complete and config and kind and is_installed("transformers"):
-        of_mae = kind == "ViTModel" and config.get("model_type") == "vit_mae"
-        return of_transformers("ViTMAEModel" if of_mae else kind, imported.source.path)
-    # Read once more, so that it does not go through the imported model.
-    again = family.join(State(family, stored).tensors)
-    names = (again.keys() & model.tensors.keys()) - {*TABLES, "cls_token"}
-    model = replace(model, held=model.tensors | {name: again[name] for name in names})
+def _made_anew(model: TrainedModel, of: str, *, encoder: bool) -> ParityReport:
+    """Compare a model with one of a library that gets its weights, or those of its encoder."""
     heads = "not verified: the number of heads, which weights do not show"
-    if not imported.fresh and not model.is_classifier:
-        wrong = express.obstacles(model, "transformers")
-        if not wrong and is_installed("transformers"):
-            peer = _autoencoder(model)
-            return replace(peer, notes=(*peer.notes, heads))
-        missing = wrong[0].partition(";")[0] if wrong else "transformers is not installed"
-    time = model.config.model.patch_size[0]
-    tensors = express.by_names_of(FAMILIES["vit"], model).tensors
-    arguments = express.timm_arguments(model, time)
-    peer = of_timm(express.timm_name(model), arguments, tensors, time)
-    lacks = f"the decoder: {missing}" if missing else ""
-    return replace(peer, lacks=lacks, notes=(*peer.notes, heads))
+    if encoder:
+        tensors = express.by_names_of(FAMILIES["vit"], model).tensors  # a head keeps its name
+        report = against(as_timm(model, tensors), model, of=of)
+        return replace(report, notes=(*report.notes, heads))
+    family = express.family_for(model, "transformers")
+    config = express.transformers_config(model, family.transformers_class)
 
-
-def _autoencoder(model: TrainedModel) -> Peer:
-    """Return a model of transformers; HPM's loss predictor is the decoder of one more."""
-    family, tensors = express.family_for(model, "transformers"), model.tensors
-
-    kind = family.transformers_class
-    config = express.transformers_config(model, kind)
-
-    def made(tensors: Tensors) -> Peer:
+    def made(tensors: Tensors) -> nn.Module:
         there = express.by_names_of(family, replace(model, held=tensors)).tensors
-        return of_transformers(kind, None, config, there)
+        return of_transformers(family.transformers_class, None, config, there)
 
-    first = made(tensors)
-    if "difficulty_decoder.norm.weight" not in tensors or family.conventions != "mae":
-        return first
-    swapped = {}
-    for name in tensors:
-        if name.startswith("difficulty_decoder."):
-            content = name.replace("difficulty_decoder", "reconstructor")
-            swapped[content] = tensors[name].expand_as(tensors[content])
-    second = made(tensors | swapped)
+    report = against(made(model.tensors), model, of=of)
+    if family.conventions == "mae" and "difficulty_decoder.norm.weight" in model.tensors:
+        # HPM's loss predictor is the decoder of one more model.
+        swapped = Tensors()
+        for name, value in model.tensors.items():
+            if name.startswith("difficulty_decoder."):
+                content = name.replace("difficulty_decoder", "reconstructor")
+                swapped[content] = value.expand_as(model.tensors[content])
+        second = made(model.tensors | swapped)
+        _set_eps(second)
 
-    def outputs(trial: Trial) -> Outputs:
-        difficulty = second.outputs(trial)["hidden patches"].mean(dim=-1)
-        return {**first.outputs(trial), "difficulty": difficulty}
+        def difficulty(trial: Trial) -> Outputs:
+            return {"difficulty": outputs_of(second, trial)["hidden patches"].mean(dim=-1)}
 
-    return replace(first, outputs=outputs)
+        more = against(difficulty, model, report.with_what, of=of).differences
+        report = replace(report, differences=(*report.differences, *more))
+    return replace(report, notes=(*report.notes, heads))

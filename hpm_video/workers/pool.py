@@ -29,6 +29,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from typing_extensions import Self
 
+from hpm_video.files.atomic import temporary_folder
 from hpm_video.files.errors import ExpectedError
 from hpm_video.files.failures import Failure
 from hpm_video.workers.process import serve, unpacked
@@ -113,7 +114,10 @@ class Pool(Generic[Job]):
         self._clock = 0.0
         self._stopped = threading.Event()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([serve.__module__, work.__module__])
+        # Of its sockets a killed run would leave a folder for ever, where it makes one by itself.
+        own: Any = multiprocessing.current_process()
+        own._config.setdefault("tempdir", str(temporary_folder()))  # noqa: SLF001
+        context.set_forkserver_preload(["torch", serve.__module__, work.__module__])
         self._workers: list[_Worker] = []
         # Before multiprocessing waits, as the interpreter exits, for processes that would not end.
         self._finalizer = Finalize(self, _kill, args=(self._workers,), exitpriority=10)
@@ -124,10 +128,6 @@ class Pool(Generic[Job]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the processes, whatever they are at."""
         self._finalizer()
 
     def stop(self) -> None:
@@ -171,7 +171,6 @@ class Pool(Generic[Job]):
         raise PoolStopped
 
     def _feed(self) -> None:
-        """Hand out jobs, to the process that has the fewest."""
         while self._jobs:
             worker = min(self._workers, key=lambda each: len(each.held))
             if not worker.takes(self._jobs[0]):
@@ -181,16 +180,11 @@ class Pool(Generic[Job]):
 
 @dataclass(eq=False)
 class _Job:
-    """A job, and what becomes of it."""
-
     tag: Any
-    data: bytes
-    """It itself, pickled."""
+    data: bytes  # it itself, pickled
     path: str
-    attempts: int
-    """How often it may still be begun."""
-    slot: int = 0
-    """Slot of the shared memory, where it was begun."""
+    attempts: int  # how often it may still be begun
+    slot: int = 0  # of the shared memory, where it was begun
     has_results: bool = False
 
 
@@ -210,8 +204,7 @@ class _Worker:
     returned: list[_Job] = field(default_factory=list)
     """Jobs that a process which ended had not begun, or that may be begun once more."""
     _failed_starts: int = 0
-    _since: float | None = None
-    """When it began what it is at; not yet known of a process that starts."""
+    _since: float | None = None  # when it began what it is at; of one that starts not yet known
     _ready: bool = False
 
     def __post_init__(self) -> None:
@@ -223,21 +216,19 @@ class _Worker:
         try:
             self.connection, theirs = self.context.Pipe()
             watched, self._life = self.context.Pipe(duplex=False)
-            ends = (theirs, watched, self._shared, self.result_bytes, self.work)
-            process = self.context.Process(
-                target=serve, args=(*ends, self.limits.memory), daemon=True
-            )
+            given = theirs, watched, self._shared, self.result_bytes, self.work, self.limits.memory
+            process = self.context.Process(target=serve, args=given, daemon=True)
             with _no_script():
                 process.start()
         except OSError as error:
             raise PoolError(
                 f"a process that decodes cannot be started: {error}. Where that is about open "
-                "files, allow more (ulimit -n); otherwise take fewer with data.workers"
+                "files, allow more (ulimit -n); where about a long path, set TMPDIR to a shorter "
+                "one; otherwise take fewer with data.workers"
             ) from error
-        self.process = process
         theirs.close()
         watched.close()
-        self._ready, self._since = False, None
+        self.process, self._ready, self._since = process, False, None
 
     def takes(self, job: _Job) -> bool:
         """Whether it can be given a job now.
@@ -249,7 +240,6 @@ class _Worker:
         return len(self.held) < self.depth
 
     def begin(self, job: _Job, clock: float) -> None:
-        """Give it a job."""
         slots = {held.slot for held in self.held}
         job.slot = next(slot for slot in range(self.depth) if slot not in slots)
         if not self.held:
@@ -259,7 +249,7 @@ class _Worker:
             self.connection.send(("job", job.slot, job.data))
 
     def is_late(self, clock: float) -> bool:
-        if self._since is None or not (self.held or not self._ready):
+        if self._since is None or (self._ready and not self.held):
             return False
         return clock - self._since > (self.limits.seconds if self._ready else START_SECONDS)
 
@@ -275,14 +265,14 @@ class _Worker:
             return None
         if kind == "error":
             raise PoolError(f"reading data failed unexpectedly:\n{content[0]}")
+        job = self.held[0]
         if kind == "lost":
-            self.held[0].attempts = 0  # it would be the same again
+            job.attempts = 0  # it would be the same again
             return self.give_up(content[0])
         header, sizes, more = content
-        job = self.held[0]
+        job.has_results = True
         place = memoryview(self._shared).cast("B")[job.slot * self.result_bytes :]
         result = unpacked(header, sizes, place)
-        job.has_results = True
         if more:
             with contextlib.suppress(OSError):
                 self.connection.send(("more",))
@@ -336,7 +326,6 @@ class _Worker:
         return f"by {name}{hint}"
 
     def kill(self) -> None:
-        """End it, whatever it is at, and whatever of it there is."""
         if self.process is not None:
             self.process.kill()  # before it finds that nobody listens, and prints a traceback
         for thing in (self.connection, self._life):

@@ -11,14 +11,12 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from io import BytesIO
+from itertools import accumulate, pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 
 def serve(
@@ -30,6 +28,8 @@ def serve(
     memory: int,
 ) -> None:
     """The process: does one job after the other."""
+    import torch  # the server has it; the run needs it for jobs alone
+
     # Terminals and schedulers signal all processes of a run; it saves, and then ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -51,7 +51,6 @@ def serve(
 
 
 def _do(work: Any, job: Any, connection: Connection, place: memoryview, inbox: deque[Any]) -> None:
-    """Do one job, of one result or several."""
     try:
         done = work(job)
         results = done if isinstance(done, Iterator) else iter([done])
@@ -104,7 +103,9 @@ class _Pickler(pickle.Pickler):
     """Tensors go as arrays do: their numbers are left out and copied as they are."""
 
     def reducer_override(self, thing: Any) -> Any:
-        if isinstance(thing, Tensor):
+        import torch
+
+        if isinstance(thing, torch.Tensor):
             return torch.from_numpy, (thing.contiguous().numpy(),)
         return NotImplemented
 
@@ -120,10 +121,8 @@ def packed(result: Any, place: memoryview) -> tuple[bytes, list[int] | None]:
     sizes = [each.nbytes for each in raw]
     if sum(sizes) > place.nbytes:
         return _pickled(result), None
-    at = 0
-    for each in raw:
-        place[at : at + each.nbytes] = each
-        at += each.nbytes
+    for each, (start, end) in zip(raw, pairwise([0, *accumulate(sizes)]), strict=True):
+        place[start:end] = each
     return header, sizes
 
 
@@ -135,9 +134,6 @@ def _pickled(result: Any, take_buffer: Callable[[pickle.PickleBuffer], Any] | No
 
 def unpacked(header: bytes, sizes: list[int] | None, place: memoryview) -> Any:
     """The result, its arrays copied: the place is written to again."""
-    buffers: list[NDArray[np.uint8]] = []
-    at = 0
-    for size in sizes or ():
-        buffers.append(np.frombuffer(place[at : at + size], np.uint8).copy())
-        at += size
+    ends = [0, *accumulate(sizes or ())]
+    buffers = [np.frombuffer(place[a:b], np.uint8).copy() for a, b in pairwise(ends)]
     return pickle.loads(header, buffers=buffers)  # noqa: S301 - of a process of our own

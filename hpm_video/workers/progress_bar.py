@@ -29,10 +29,8 @@ class ProgressBar:
             disable=silent or not sys.stderr.isatty() or not total,
             bar_format="{percentage:3.0f}% |{bar:12}| {n}/{total} [{remaining} left{postfix}]",
         )
-        self._total, self._first, self._done = total, first, first
-        self._things, self._unit = things, unit or f"{things}/s"
-        self._silent = silent
-        self._amount = 0.0
+        self._total, self._first, self._done, self._silent = total, first, first, silent
+        self._things, self._unit, self._amount = things, unit or f"{things}/s", 0.0
         self._began = self._last_line = time.monotonic()
 
     def advance(self, amount: float = 1.0, *, is_last: bool = True, note: str = "") -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from hpm_video.files.errors import ExpectedError
 
 MIB = 2**20
+MAX_WORKERS = 16
 SHARED = Path("/dev/shm")  # noqa: S108 - where Linux has its shared memory
 GROUPS = Path("/sys/fs/cgroup")
 """Where Linux has its control groups (version 2), which containers and schedulers use."""
@@ -69,36 +70,49 @@ def cores_of_container() -> int | None:
     limits = []
     for group in _groups():
         with suppress(OSError, ValueError):  # of "max", no limit
-            quota, period = map(int, (group / "cpu.max").read_text(encoding="ascii").split())
+            quota, period = map(int, (group / "cpu.max").read_text().split())
             limits.append(max(1, quota // period))
     return min(limits, default=None)
 
 
+def default_workers() -> int:
+    """Processes that decode: one per core that may be used but one, at least 1 and at most 16.
+
+    A container may have a share of the cores (docker --cpus), which processes of torchrun share.
+    """
+    cores = usable_cores()
+    cores = min(cores, cores_of_container() or cores)
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(max(share - 1, 1), MAX_WORKERS)
+
+
 def memory_left() -> int | None:
     """Bytes that the system, and the container this runs in, can still give; none if unknown."""
-    known = []
-    with suppress(OSError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        known = [int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line]
+    known: list[int] = []
+    with suppress(OSError, IndexError):
+        available = _row("MemAvailable:", Path("/proc/meminfo"))
+        known.append(int(available.split()[0]) * 1024)
     for group in _groups():
         with suppress(OSError, ValueError):
-            limit = int((group / "memory.max").read_text(encoding="ascii"))
-            used = int((group / "memory.current").read_text(encoding="ascii"))
-            lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+            limit, used = (
+                int((group / f"memory.{what}").read_text()) for what in ("max", "current")
+            )
             # What only caches files can be given up.
-            cached = [int(line.split()[1]) for line in lines if line.startswith("inactive_file ")]
-            known.append(limit - used + sum(cached))
+            known.append(limit - used + int(_row("inactive_file ", group / "memory.stat") or 0))
     return min(known, default=None)
+
+
+def _row(start: str, path: Path) -> str:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next((line.removeprefix(start) for line in lines if line.startswith(start)), "")
 
 
 def _groups() -> list[Path]:
     """Folders of the control groups that this process is in: its own, and those around it."""
     try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        inner = GROUPS / _row("0::/", Path("/proc/self/cgroup"))
     except OSError:
         return []
-    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
-    inner = GROUPS / own
     return [inner, *(group for group in inner.parents if group.is_relative_to(GROUPS))]
 
 

@@ -134,15 +134,7 @@ def test_every_config_for_images_is_in_the_table():
     assert {path.stem for path in ALL if path.stem.startswith("in1k")} == set(IMAGE_RECIPES)
 
 
-FAMILIES = [
-    "demo",
-    "demo_images",
-    "in1k_hpm_b",
-    "k400_hpm_s",
-    "k400_videomae_s",
-    "ssv2_hpm_s",
-    "ssv2_videomae_s",
-]
+FAMILIES = ["demo", "demo_images", "in1k_hpm_b", "k400_hpm_s", "k400_videomae_s"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -379,7 +371,6 @@ def name_of(path):
 def test_every_config_of_a_classifier_loads_round_trips_and_builds(path, tmp_path):
     config = load_classifier(path)
     save_config(config, tmp_path / "used.yaml")
-    assert load_config(FinetuneConfig, tmp_path / "used.yaml", []) == config
     assert load_any_config(tmp_path / "used.yaml") == config
     classes = config.model.num_classes or 8
     with torch.device("meta"):
@@ -502,7 +493,7 @@ def test_fine_tuning_on_images_sees_them_as_the_official_one_does(name):
         (["augmentation.cutmix_probability=2"], r"cutmix_probability must lie in .* got 2"),
         (["augmentation.mixup=-1"], "augmentation.mixup must be at least 0, got -1.0"),
         (["augmentation.label_smoothing=1"], r"label_smoothing must lie in \[0, 1\), got 1"),
-        (["augmentation.rand_augment=strong"], "augmentation.rand_augment: .*strong"),
+        (["augmentation.rand_augment=strong"], "augmentation.rand_augment is .*strong"),
         (
             ["augmentation.mixup=0.8", "engine.micro_batch=1"],
             r"must be even, got 1; take an even engine.micro_batch \(or recipe.batch_size\), or "

@@ -278,7 +278,7 @@ def test_no_file_left():
     with pytest.raises(TooManyBadFiles, match="2 of 2 files") as caught:
         training("bad0", "bad1", max_bad_share=1.0)[0]
     assert "/v/bad0: made up" in str(caught.value)
-    with pytest.raises(TooManyBadFiles, match="1 of 2 files do not decode"):
+    with pytest.raises(TooManyBadFiles, match="1 of 2 files does not decode"):
         training("bad0", "bad1", max_bad_share=0.0)[0]
     assert GreyVideo.opened.total() == 3
 

@@ -14,9 +14,8 @@ import torch
 from tiny_runs import alive
 
 from hpm_video.config.data import DataConfig
-from hpm_video.data import loader
 from hpm_video.data.clips import ValidationClips, VideoClips
-from hpm_video.data.loader import clip_batches, default_workers
+from hpm_video.data.loader import clip_batches
 from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.data.mixture import Place
 from hpm_video.data.reading import Views
@@ -148,7 +147,7 @@ def test_bad_files_come_through_with_their_reasons(folder, bad_videos, workers):
 
 def test_errors_of_workers_keep_their_kind_and_message(bad_videos):
     bad = Manifest((str(bad_videos["empty"]),), (-1,), (-1,))
-    with pytest.raises(TooManyBadFiles, match=r"1 of 1 files do not decode(.|\n)*empty\.mp4"):
+    with pytest.raises(TooManyBadFiles, match=r"1 of 1 file does not decode(.|\n)*empty\.mp4"):
         next(clip_batches(clips_of(bad), places([0]), batch_size=1, workers=1))
     validation_clips = ValidationClips(bad, SPEC, seed=0)
     with pytest.raises(DecodeError, match=r"empty\.mp4: the file is empty"):
@@ -157,12 +156,12 @@ def test_errors_of_workers_keep_their_kind_and_message(bad_videos):
 
 @pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 1), (8, 7), (17, 16), (64, 16)])
 def test_the_default_number_of_workers(monkeypatch, cores, workers):
-    monkeypatch.setattr(loader, "cores_of_container", lambda: None)
+    monkeypatch.setattr(room, "cores_of_container", lambda: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
-    assert default_workers() == workers
+    assert room.default_workers() == workers
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    assert default_workers() == workers
+    assert room.default_workers() == workers
 
 
 @pytest.mark.parametrize(("quota", "workers"), [("max", 15), ("400000", 3), ("50000", 1)])
@@ -170,7 +169,7 @@ def test_a_container_may_have_a_share_of_the_cores(monkeypatch, tmp_path, quota,
     (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
     monkeypatch.setattr(room, "_groups", lambda: [tmp_path / "none", tmp_path])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    assert default_workers() == workers
+    assert room.default_workers() == workers
 
 
 def test_memory_that_a_container_may_still_take(monkeypatch, tmp_path):

@@ -1,3 +1,4 @@
+import os
 import re
 from pathlib import Path
 
@@ -377,7 +378,7 @@ def test_files_of_a_folder_are_sorted_folder_by_folder(tmp_path):
 
 def test_a_folder_of_videos_and_images(tmp_path):
     touch(tmp_path, "run/a.mp4", "run/a.jpg", "walk/b.avi", "walk/c.avi")
-    with pytest.raises(ManifestError, match=r"3 videos and 1 images.*or write a manifest"):
+    with pytest.raises(ManifestError, match=r"3 videos and 1 image.*or write a manifest"):
         read_manifest(tmp_path)
     assert files_below(tmp_path) == ["run/a.jpg", "run/a.mp4", "walk/b.avi", "walk/c.avi"]
     (tmp_path / "run/a.jpg").unlink()
@@ -423,3 +424,14 @@ def test_a_folder_whose_own_name_no_manifest_can_hold(tmp_path):
     touch(tmp_path, "caf\udce9/a.mp4")
     with pytest.raises(ManifestError, match="is not text in UTF-8; rename it"):
         read_manifest(tmp_path / "caf\udce9")
+
+
+@pytest.mark.parametrize("what", ["pipe", "device"])
+def test_a_pipe_or_a_device_is_no_manifest(tmp_path, what):
+    path = tmp_path / "list.csv"
+    if what == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(ManifestError, match="is no file, but a folder, a pipe or a device"):
+        read_manifest(path)

@@ -58,14 +58,14 @@ def test_what_cannot_be_split_is_said(labels, groups):
         choose_validation(list(labels), groups, 0.5, seed=0)
 
 
-def test_the_program_writes_two_lists_that_are_read(run_tool, tmp_path):
+def test_the_program_writes_two_lists_that_are_read(call_tool, tmp_path):
     table = "label,path,origin,label_name\n"
     for n in range(40):
         table += f"{n % 2},clips/{n}.mp4,video {n // 4},{'jump' if n % 2 else 'run'}\n"
     (tmp_path / "all.csv").write_text(table)
     out = tmp_path / "lists"
     command = (tmp_path / "all.csv", "--group", "origin", "--share", "0.2", "--output", out)
-    code, output = run_tool("split", *command)
+    code, output = call_tool("split", *command)
     assert code == 0, output
     assert "10 groups of 40 files: grouped by the column origin" in output
     lists = [read_manifest(out / f"{name}.csv") for name in ("train", "validation")]
@@ -77,8 +77,7 @@ def test_the_program_writes_two_lists_that_are_read(run_tool, tmp_path):
     ]
     assert not origins[0] & origins[1]
     for more, reason in ((), "is there already"), (("--group", "video"), "no column 'video'"):
-        code, output = run_tool(
-            "split", *command[:1], *more, "--output", out if not more else tmp_path
-        )
+        folder = out if not more else tmp_path
+        code, output = call_tool("split", *command[:1], *more, "--output", folder)
         assert code == 2
         assert reason in output

@@ -5,6 +5,7 @@ Each frame shows its number in black and white, so that it can be read back.
 
 import random
 import re
+import shlex
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -13,16 +14,19 @@ import av
 import numpy as np
 import pytest
 from av.stream import Disposition
+from PIL import Image
 
 from hpm_video.data.manifest import read_manifest
 from hpm_video.decoding.reader import DecodeError
 from hpm_video.decoding.registry import available_decoders, open_video
 from hpm_video.preparation.check import examine
 from hpm_video.preparation.jobs import paced
+from hpm_video.preparation.transcode import Job, Output, Recipe, Transcoder
 
 COUNT = 40
 GROUP = 12
 HEIGHT, WIDTH = 96, 128
+RECIPE = Recipe("files", HEIGHT, None, 5, 12, 95, 10**9, copy=False)
 OPTIONS = {
     "libx264": {"x264-params": f"bframes=3:b-adapt=0:scenecut=0:keyint={GROUP}"},
     "libx265": {"x265-params": f"log-level=none:bframes=3:keyint={GROUP}"},
@@ -42,15 +46,17 @@ def numbers_of(frames: np.ndarray) -> list[int]:
     return (bits @ 2 ** np.arange(8)).tolist()
 
 
-def add_track(container, codec, pixel_format="yuv420p", count=COUNT, first=0, **disposition):
+def add_track(
+    container, codec, pixel_format="yuv420p", count=COUNT, first=0, numbers=None, **disposition
+):
     track = container.add_stream(codec, rate=25, options=OPTIONS.get(codec, {}))
     track.width, track.height, track.pix_fmt = WIDTH, HEIGHT, pixel_format
     for flag in disposition:
         track.disposition = Disposition[flag]
 
     def packets():
-        for number in range(count):
-            frame = av.VideoFrame.from_ndarray(painted(first + number), format="rgb24")
+        for number, shown in enumerate(numbers or range(first, first + count)):
+            frame = av.VideoFrame.from_ndarray(painted(shown), format="rgb24")
             frame = frame.reformat(format=pixel_format)
             frame.pts, frame.time_base = number, Fraction(1, 25)
             yield from track.encode(frame)
@@ -169,6 +175,48 @@ def test_unusual_pixels_are_read_as_the_library_reads_them(tmp_path, codec, pixe
     with av.open(str(path)) as container:
         expected = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     np.testing.assert_array_equal(frames, expected)
+
+
+UNCHANGED = {5, 6, 7, 20, COUNT - 1}
+"""Frames that are shown as those before them, by packets of which no frame comes."""
+SHOWN = [max(n for n in range(number + 1) if n not in UNCHANGED) for number in range(COUNT)]
+
+
+def write_unchanged(path: Path) -> Path:
+    """As of a screen: MPEG-4 with packets that say "not coded"."""
+    with av.open(str(path.with_name("coded.mkv")), "w") as output:
+        for packet in add_track(output, "mpeg4", numbers=SHOWN):
+            output.mux(packet)
+    with av.open(str(path.with_name("coded.mkv"))) as given, av.open(str(path), "w") as output:
+        copied = output.add_stream_from_template(given.streams.video[0])
+        for number, packet in enumerate(given.demux(video=0)):
+            if packet.size and number in UNCHANGED:
+                bits = "010" + f"1{number % 25:05b}" + "10" + "0111"
+                data = b"\0\0\1\xb6" + int(bits.ljust(16, "1"), 2).to_bytes(2, "big")
+                empty = av.Packet(data)
+                empty.pts, empty.dts = packet.pts, packet.dts
+                empty.time_base, packet = packet.time_base, empty
+            if packet.size:
+                packet.stream = copied
+                output.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "mp4"])
+def test_a_packet_without_a_frame_shows_the_one_before_again(tmp_path, suffix):
+    path = write_unchanged(tmp_path / f"screen.{suffix}")
+    assert numbers_of(read_all(path)) == SHOWN
+    finding = found_by_check(path)
+    assert (finding.verdict, finding.num_frames, finding.reasons) == ("fine", COUNT, ())
+
+
+def test_packets_without_a_frame_are_no_damage_where_frames_are_counted(tmp_path):
+    path = write_unchanged(tmp_path / "screen.avi")
+    finding = found_by_check(path)
+    expected = [number for number in range(COUNT) if number not in UNCHANGED]
+    expected += expected[-1:]  # the decoder shows the last one again
+    assert numbers_of(read_all(path)) == expected
+    assert (finding.verdict, finding.num_frames, finding.reasons) == ("fine", len(expected), ())
 
 
 @pytest.mark.parametrize("decoder", available_decoders())
@@ -326,7 +374,7 @@ def test_a_cut_off_file_without_a_count_of_frames_is_seen_by_its_length(tmp_path
             output.mux(packet)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
     reasons = found_by_check(path).reasons
-    assert any("its header promises 8 s, and its frames end after" in reason for reason in reasons)
+    assert any("its header promises 8 s, and it holds " in reason for reason in reasons)
 
 
 def test_the_check_says_that_there_are_several_streams(tmp_path):
@@ -337,6 +385,139 @@ def test_the_check_says_that_there_are_several_streams(tmp_path):
             for packet in packets:
                 output.mux(packet)
     assert "it has 2 video streams" in found_by_check(path).reasons[0]
+
+
+def damage(path: Path, number: int, count: int = 1) -> Path:
+    """Overwrite the data of packets."""
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    for packet in packets[number : number + count]:
+        place = data.index(packet)
+        data[place : place + len(packet)] = b"\xff" * len(packet)
+    path.write_bytes(data)
+    return path
+
+
+def last_of(path: Path, target: Path):
+    """What transcoding gives, and the frames of its output."""
+    job = Job(str(path), f"{target.parent}/beside{target.suffix}", str(target))
+    (*_, output) = Transcoder(RECIPE)(job)
+    assert isinstance(output, Output), output
+    frames = read_all(target)
+    numbers = numbers_of(frames)
+    for frame, number in zip(frames, numbers, strict=True):
+        assert np.abs(frame.astype(int) - painted(number)).mean() < 9, "garbage"
+    return output, numbers
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix", "at"),
+    [("libx264", "mp4", 26), ("mjpeg", "avi", 26), ("libx264", "mkv", 37), ("mpeg4", "mkv", 30)],
+)
+def test_a_damaged_file_keeps_its_frames_up_to_the_damage(tmp_path, codec, suffix, at):
+    form = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    path = damage(write(tmp_path / f"a.{suffix}", codec, form), at)
+    output, numbers = last_of(path, tmp_path / "out.mp4")
+    assert 0 < output.num_frames <= at
+    assert numbers == [*range(output.num_frames)]
+    lost = COUNT - output.num_frames
+    assert output.note.startswith(f"{lost} of {COUNT} frames are lost (frame {output.num_frames}")
+    finding = found_by_check(path)
+    assert finding.num_frames <= output.num_frames
+    assert "download it again, or encode it anew" in finding.reasons[0]
+
+
+def test_what_comes_behind_a_gap_in_a_transport_stream_is_not_taken_for_sound(tmp_path):
+    path = write(tmp_path / "a.ts", "mpeg2video")
+    data, size = path.read_bytes(), 188
+    cut = len(data) // size // 2
+    path.write_bytes(data[: cut * size] + data[(cut + 5) * size :])
+    output, numbers = last_of(path, tmp_path / "out.mp4")
+    assert 0 < output.num_frames < COUNT - 5
+    assert numbers == [*range(output.num_frames)]
+    assert "frames are lost" in output.note
+
+
+def test_an_avi_of_few_frames_keeps_their_rate(tmp_path):
+    """The others are packets without data: 2.27 and not 15 frames per second."""
+    path = tmp_path / "few.avi"
+    with av.open(str(path), "w") as container:
+        track = container.add_stream("mpeg4", rate=15)
+        track.width, track.height = WIDTH, HEIGHT
+        for number in range(20):
+            frame = av.VideoFrame.from_ndarray(painted(number), format="rgb24")
+            frame.pts, frame.time_base = number * 33 // 5, Fraction(1, 15)
+            container.mux(track.encode(frame))
+        container.mux(track.encode())
+    finding = found_by_check(path)
+    output, numbers = last_of(path, tmp_path / "out.mp4")
+    assert finding.fps == output.fps == pytest.approx(19 / (19 * 33 // 5 / 15), rel=1e-3)
+    assert (finding.verdict, numbers, output.note) == ("fine", [*range(20)], "")
+
+
+def test_a_folder_of_frames_keeps_those_before_the_damaged_one_and_all_of_another_size(tmp_path):
+    (tmp_path / "frames").mkdir()
+    for number in range(20):
+        image = Image.fromarray(painted(number))
+        image.resize((WIDTH * 2, HEIGHT * 2) if number > 9 else (WIDTH, HEIGHT)).save(
+            tmp_path / "frames" / f"{number}.png"
+        )
+    folder = Path(f"{tmp_path}/frames")
+    job = Job(f"{folder}/", f"{tmp_path}/beside.mp4", f"{tmp_path}/out.mp4")
+    (*_, output) = Transcoder(RECIPE)(job)
+    assert (output.num_frames, output.note) == (20, "")
+    assert numbers_of(read_all(tmp_path / "out.mp4")) == [*range(20)]
+    (folder / "17.png").write_bytes((folder / "17.png").read_bytes()[:-9])
+    (*_, output) = Transcoder(RECIPE)(job)
+    assert output.num_frames == 17
+    assert output.note.startswith("3 of 20 frames are lost (17.png: it is cut off")
+
+
+@pytest.mark.slow
+def test_the_command_that_a_check_prints_mends_the_files(tmp_path, run_tool):
+    folder = tmp_path / "my films"
+    folder.mkdir()
+    damage(write(folder / "end.mp4", "libx264"), COUNT - 3)
+    damage(write(folder / "middle.mp4", "libx264"), 26)
+    write_lying_later(folder).rename(folder / "lying.mkv")
+    (folder / "source.mp4").unlink()
+    for name, side in (("one", 1), ("two", 2)):
+        with av.open(str(folder / f"{name}.ts"), "w") as output:
+            track = output.add_stream("libx264", rate=25)
+            track.width, track.height = WIDTH * side, HEIGHT * side
+            for number in range(8):
+                frame = painted(number).repeat(side, axis=0).repeat(side, axis=1)
+                output.mux(track.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            output.mux(track.encode())
+    two = folder / "two.ts"
+    (folder / "sizes.ts").write_bytes((folder / "one.ts").read_bytes() + two.read_bytes())
+    (folder / "one.ts").unlink()
+    two.unlink()
+    code, told = run_tool("check_videos", folder)
+    assert code == 3, told
+    (command,) = re.findall("python tools/transcode.py (.*)", told)
+    arguments = [f"{tmp_path}/out" if it == "OUT" else it for it in shlex.split(command)]
+    code, told = run_tool("transcode", *arguments, "--short-side", HEIGHT)
+    assert code == 0, told
+    assert "frames are lost" in told
+    counts = {
+        Path(file).stem: len(read_all(Path(file)))
+        for file in read_manifest(tmp_path / "out" / "manifest.csv").files
+    }
+    assert (counts["sizes"], counts["lying"]) == (16, COUNT)
+    assert 26 >= counts["middle"] > 16
+    assert COUNT > counts["end"] > 26
+    # From the checked list too, without what is bad.
+    code, told = run_tool(
+        "transcode", f"{folder}.checked.csv", tmp_path / "again", "--short-side", HEIGHT
+    )
+    assert code == 0, told
+    again = {
+        Path(file).stem: len(read_all(Path(file)))
+        for file in read_manifest(tmp_path / "again" / "manifest.csv").files
+    }
+    assert again == {name: count for name, count in counts.items() if name != "sizes"}
 
 
 @pytest.mark.slow

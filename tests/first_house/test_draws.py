@@ -130,17 +130,14 @@ def clips():
             frames = draw_frames(data, 100, draw).tolist()
             found[f"{name} {key}"] = [frames, draw.random()]
         for name, size in SIZES.items():
-            crop = MultiScaleCrop(flip=True).draw(size, (32, 48), generator("clip", *key))
-            found[f"multi-scale {name} {key}"] = [asdict(crop.box), crop.mirrored]
-            drawn = augmentation.draw(size, (32, 48), generator("clip", *key))
-            found[f"augmentation {name} {key}"] = [
-                asdict(drawn.box),
-                drawn.mirrored,
-                drawn.change_key,
-                drawn.erase_key,
-            ]
-    drawn = replace(drawn, how=replace(augmentation, erasing=1.0))
-    noise = drawn(np.zeros((2, drawn.box.height, drawn.box.width, 3), np.uint8))
+            box, change = MultiScaleCrop(flip=True).draw(size, (32, 48), generator("clip", *key))
+            found[f"multi-scale {name} {key}"] = [asdict(box), change.keywords["mirrored"]]
+            box, change = augmentation.draw(size, (32, 48), generator("clip", *key))
+            drawn = [change.keywords[each] for each in ("mirrored", "change_key", "erase_key")]
+            found[f"augmentation {name} {key}"] = [asdict(box), *drawn]
+    erases = replace(augmentation, erasing=1.0)
+    box, change = erases.draw(size, (32, 48), generator("clip", *key))
+    noise = change(np.zeros((2, box.height, box.width, 3), np.uint8))
     found["erased"] = [int((noise > 0).any(0).sum()), int(noise.sum())]
     return found
 

@@ -508,20 +508,23 @@ def test_the_tool_draws_an_image_as_its_source_is_masked(
     (line,) = capsys.readouterr().out.splitlines()
     assert line == f"wrote {tmp_path / 'a picture-images.png'}"
     assert show_masks.main([*arguments, *options, "--source", "pictures"]) == 2
-    assert "--source must be one of ['', 'images']" in capsys.readouterr().err
+    assert (
+        "--source pictures must be one of images; leave it out for the main"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--start", "12"], "--start must lie in 0..11, got 12"),
+        (["--start", "12"], "a video.mp4: its clip must begin in frames 0 to 11, not in 12"),
         (["--masks", "0"], "--masks: must be a whole number of at least 1"),
         (["--stride", "0"], "--stride: must be a whole number of at least 1"),
         (["--fps", "0"], "--fps: must be a number above 0"),
         (["--hard-fraction", "2"], "--hard-fraction must lie in [0, 1]"),
     ],
 )
-def test_the_tool_says_what_is_wrong_with_an_option(
+def test_the_tool_sayswhat_is_wrong_with_an_option(
     show_masks: ModuleType,
     checkpoint: Path,
     video: Path,
@@ -538,7 +541,7 @@ def test_the_tool_says_what_is_wrong_with_an_option(
     assert message in capsys.readouterr().err
 
 
-def test_the_tool_says_what_is_wrong_with_a_file(
+def test_the_tool_sayswhat_is_wrong_with_a_file(
     show_masks: ModuleType, checkpoint: Path, video: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def error_of(*arguments: Path) -> str:
@@ -547,8 +550,16 @@ def test_the_tool_says_what_is_wrong_with_a_file(
         assert error.startswith("\nerror: ")
         return error
 
-    assert "there is no video" in error_of(checkpoint, video.with_name("no.mp4"))
+    assert "no.mp4 does not exist" in error_of(checkpoint, video.with_name("no.mp4"))
+    assert "is a folder; name one video or image in it" in error_of(checkpoint, video.parent)
+    assert "--source a is for runs that mix sources" in error_of(checkpoint, video, "--source", "a")
     assert "cannot decode" in error_of(checkpoint, checkpoint / "config.yaml")
+    content = bytearray(video.read_bytes())
+    table = content.index(b"stsz") + 12  # the number of samples, behind the size of all
+    content[table : table + 4] = b"\x7f\xff\xff\xff"
+    lying = video.with_name("lying.mp4")
+    lying.write_bytes(content)
+    assert "cannot decode" in error_of(checkpoint, lying)
     assert "give a config, or a checkpoint folder of a run" in error_of(video.parent, video)
     weights = load_file(checkpoint / "model.safetensors")
     encoder = {

@@ -12,7 +12,7 @@ from torch import nn
 
 from hpm_video.weights.geometry import Overrides
 from hpm_video.weights.importing import import_weights
-from hpm_video.weights.verify import outputs_of, outputs_of_transformers, trial_of
+from hpm_video.weights.verify import outputs_of, trial_of
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -141,9 +141,9 @@ def test_files_of_official_names_compute_what_transformers_does(model_of, tmp_pa
     imported = import_weights(tmp_path / "file.pth", OVERRIDES)
     assert imported.family.name == name
     trial = trial_of(imported.model)
-    ours, theirs = outputs_of(imported.model.build(), trial), outputs_of_transformers(model, trial)
+    ours, theirs = outputs_of(imported.model.build(), trial), outputs_of(model, trial)
     if name == "hpm":
-        theirs["difficulty"] = outputs_of_transformers(other, trial)["hidden patches"].mean(dim=-1)
+        theirs["difficulty"] = outputs_of(other, trial)["hidden patches"].mean(dim=-1)
     compared = ours.keys() & theirs.keys()
     assert len(compared) == {"videomae": 2, "mae": 2, "hpm": 3}.get(name, 1)
     for key in compared:

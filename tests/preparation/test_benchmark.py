@@ -64,17 +64,13 @@ class Slow(ClipTransform):
         self.clock = clock
 
     def draw(self, size, frame_size, draw):
-        drawn = MultiScaleCrop(flip=False).draw(size, frame_size, draw)
-        clock = self.clock
+        box, change = MultiScaleCrop(flip=False).draw(size, frame_size, draw)
 
-        class SlowCrop:
-            box = drawn.box
+        def slow_change(pixels):
+            self.clock.now += TAKEN
+            return change(pixels)
 
-            def __call__(self, pixels):
-                clock.now += TAKEN
-                return drawn(pixels)
-
-        return SlowCrop()
+        return box, slow_change
 
 
 CROP = MultiScaleCrop(flip=False)
@@ -248,7 +244,9 @@ def test_a_decoder_that_refuses_too_many_of_the_files_it_tried_is_not_recommende
     assert loader_advice.choose_setting([many], 0.5) == (("decord", 2), 60.0), "better than nothing"
 
 
-@pytest.mark.parametrize("error", [RoomError("too small"), TooManyBadFiles("too many")])
+@pytest.mark.parametrize(
+    "error", [RoomError("too small"), TooManyBadFiles([Failure("too", "")], 1, 0.0)]
+)
 def test_where_nothing_could_be_measured_the_reason_is_raised(error):
     with pytest.raises(type(error), match="too"):
         loader_advice.choose_setting([Trial("pyav", error=error), Trial("decord")], 0.5)
@@ -401,4 +399,4 @@ def test_the_tool_tells_rates_a_recommendation_and_whether_gpus_starve(
 def test_a_decoder_that_is_not_there_is_refused(config_file, bench):
     code, output = bench("loader", config_file, "--decoders", "ffmpeg")
     assert code == 2
-    assert "--decoders: ffmpeg is not there, only " in output
+    assert "--decoders: 'ffmpeg' is not there, of those that work: " in output

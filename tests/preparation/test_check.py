@@ -43,7 +43,6 @@ from hpm_video.preparation.findings import (
     read_findings,
     stamp_of,
 )
-from hpm_video.preparation.soundness import Stream, decode_all
 from hpm_video.workers import progress_bar
 from hpm_video.workers.pool import GIB, Limits, Pool
 from hpm_video.workers.progress_bar import ProgressBar
@@ -517,10 +516,9 @@ def test_frames_are_beats_and_a_file_without_an_end_is_given_up(folder, monkeypa
 
 
 def test_nothing_but_known_containers_is_opened(tmp_path):
-    """By none of the three that open videos with PyAV: FFmpeg knows some that name other files."""
+    """By none of the two that open videos with PyAV: FFmpeg knows some that name other files."""
     path = str(encode(tmp_path / "raw.h264", pictures(20)))
     for opened in (
-        lambda: [*decode_all(path)],
         lambda: VideoStream(path),
         lambda: open_video(path, "pyav"),
     ):
@@ -725,44 +723,6 @@ def test_findings_survive_a_journal_and_a_manifest(tmp_path):
     table = pd.DataFrame({"path": ["a"]} | columns_of([only]), dtype=str)
     found = read_findings(Listing(tmp_path, table, ("/a",)))
     assert found["/a"].verdict == "fine"
-
-
-def stream(times, frames, **known) -> Stream:
-    return Stream(times=times, keys=[i == 0 for i in range(len(times))], frames=frames, **known)
-
-
-@pytest.mark.parametrize(
-    ("given", "sound", "count"),
-    [
-        (stream([0, 2, 1], [(0, True), (1, True), (2, True)]), 3, 3),
-        (stream([0, 2, 1], [(0, True), (1, False), (2, True)]), 1, 3),
-        (stream([0, 2, 1], [(0, True), (2, True)]), 1, 3),
-        (stream([0, 2, 1], [(0, True), (1, True), (2, True)], corrupt={2}), 2, 3),
-        (
-            stream([0, 1, 2], [(0, True), (2, True)], first_error="x", errors_at=[1]),
-            1,
-            3,
-        ),
-        (
-            stream([0, 1, 2, 3], [(i, True) for i in range(3)], first_error="x", errors_at=[2, 2]),
-            2,
-            4,
-        ),
-        (stream([None, None], [(0, True), (1, True)]), 2, 2),
-        (stream([0, 1, 2], [(9, True), (10, True)], has_times=False), 2, 3),
-        (stream([0, 1, 2], [(9, True), (10, False), (11, True)], has_times=False), 1, 3),
-        (stream([5, 5, 5], [(5, True)] * 3), 3, 3),
-    ],
-)
-def test_frames_that_decode_until_one_does_not(given, sound, count):
-    assert given.sound()[:2] == (sound, count)
-
-
-def test_key_frames_are_counted_in_the_order_of_display():
-    given = Stream(times=[0, 4, 2, 1, 3, 5], keys=[True, True, False, False, False, False])
-    assert given.key_distance() == 4
-    assert Stream(times=[None] * 5, keys=[False, True, False, False, False]).key_distance() == 4
-    assert Stream().key_distance() == 0
 
 
 @pytest.mark.parametrize(

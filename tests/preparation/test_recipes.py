@@ -25,6 +25,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from hpm_video.data.manifest import read_manifest
+from hpm_video.files.wording import counted
 
 ROOT = Path(__file__).parents[2]
 HEADER = "label,youtube_id,time_start,time_end,split,is_cc\n"
@@ -146,7 +147,8 @@ def test_as_a_user_starts_them() -> None:
             manifest = read_manifest(path)
             kind = "image" if name in ("imagenet1k", "cifar10") else "video"
             assert all(Path(file).is_file() for file in manifest.files)
-            found = f"{path.stem}: {len(manifest)} {kind}s listed, {len(manifest)} found, 0 missing"
+            listed = counted(len(manifest), kind)
+            found = f"{path.stem}: {listed} listed, {len(manifest)} found, 0 missing"
             assert f"{found}: {path.absolute()}" in done.stdout
             for label, file_name in enumerate(manifest.label_names or ()):
                 assert file_name in (names[label], str(label))
@@ -891,7 +893,7 @@ def test_imagenet_lists_of_training_images(run: Run) -> None:
             "a.JPEG n00000001\n",
             ("line 1", "'n00000001'", "the 3 classes of"),
         ),
-        ("--validation-labels", "a.JPEG 0\n", ("none of the 1 images of validation", "in/val")),
+        ("--validation-labels", "a.JPEG 0\n", ("none of the 1 image of validation", "in/val")),
         ("--validation-labels", "a.JPEG 0\nb/a.JPEG 1\n", ("line 2", "listed already in")),
         (
             "--validation-labels",
@@ -956,7 +958,7 @@ def test_imagenet_videos_in_the_place_of_images(run: Run) -> None:
     touch("in/train/n01440764/a.mp4")
     outcome = run("imagenet1k", *arguments)
     assert outcome.code == 0, outcome.err
-    assert f"left out: 1 videos in {Path('in/train').absolute()}\n" in outcome.out
+    assert f"left out: 1 video in {Path('in/train').absolute()}\n" in outcome.out
     assert len(listed("out/train.csv")) == 6
 
 
@@ -1204,7 +1206,7 @@ def test_cifar_what_is_none_of_it(run: Run) -> None:
         "unpacked",
     )
     touch("t/train/bird.tar", "t/test/bird.tar")
-    refused(run("cifar10", "t"), "no images in", "1 archives", "for f in *.tar; do")
+    refused(run("cifar10", "t"), "no images in", "1 archive, such", "for f in *.tar; do")
     for name in ("bird.tar", "cifar-10-python.tar.gz"):
         touch(f"tars {name}/{name}")
         outcome = run("cifar10", f"tars {name}")

@@ -217,7 +217,7 @@ def test_a_wrong_file_of_one_process_is_told(start_job, small_configs, small_dat
     first, second = start_job(2, "tools/pretrain.py", config, *overrides)
     output, _ = second.communicate()
     assert second.returncode == 2, output
-    assert "1 of 14 files do not decode" in output
+    assert "1 of 14 files does not decode" in output
     assert str(bad) in output
     assert "Traceback" not in first.communicate()[0] + output
     assert first.returncode in (1, 2), "it lost the other, or was told"

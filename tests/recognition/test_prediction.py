@@ -12,6 +12,7 @@ import torch
 
 from hpm_video.config.loading import load_config, save_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
+from hpm_video.data import loader
 from hpm_video.data.reading import view_indices
 from hpm_video.data.transforms import crop_and_resize, view_boxes
 from hpm_video.decoding.registry import open_video
@@ -20,6 +21,7 @@ from hpm_video.recognition.inference import Inference
 from hpm_video.recognition.trained_model import TrainedClassifier, open_trained
 from hpm_video.training.checkpoint import save_checkpoint
 from hpm_video.training.optim import OptimizerState
+from hpm_video.workers.pool import USUAL
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("still", "moves left", "moves right")
@@ -164,6 +166,14 @@ def test_folders_are_looked_through_and_no_video_is_named_twice(
     assert list(of_video) == [*map(str, [validation[2], *train, *rest])]
 
 
+def test_the_videos_of_a_manifest(main, classifier, validation, tmp_path):
+    listed, out = tmp_path / "list.csv", tmp_path / "out.json"
+    listed.write_text(f"path,label\n{validation[1]},7\n{validation[0]},\n")
+    assert main(classifier, listed, validation[0], "--json", out, "--views", "1x1") == 0
+    of_video, _ = written(out)
+    assert list(of_video) == [str(validation[1]), str(validation[0])]
+
+
 def test_workers_change_nothing(main, classifier, videos, tmp_path):
     for workers in (0, 2):
         out = tmp_path / f"{workers}.json"
@@ -231,6 +241,7 @@ def test_wrong_inputs_are_told_before_anything_is_computed(
     wrong = {
         "give a config, or a checkpoint folder of a run": (tmp_path, validation[0]),
         "there are no videos in": (classifier, validation[0], tmp_path / "empty"),
+        "there is no manifest or folder": (classifier, tmp_path / "none.csv"),
         "is a folder; give a file in it": (classifier, validation[0], "--json", tmp_path),
         "cannot be used here": (classifier, validation[0], "--device", "quantum"),
     }
@@ -257,3 +268,16 @@ def test_wrong_options(main, classifier, validation, capsys, option, value, rule
         main(classifier, validation[0], option, value)
     assert stop.value.code == 2
     assert re.search(rule, capsys.readouterr().err)
+
+
+def test_one_video_too_is_decoded_within_limits(main, classifier, validation, monkeypatch):
+    made = []
+
+    class Noted(loader.Pool):
+        def __init__(self, work, workers, limits, **options):
+            made.append((workers, limits))
+            super().__init__(work, workers, limits, **options)
+
+    monkeypatch.setattr(loader, "Pool", Noted)
+    assert main(classifier, validation[0], "--workers", "2") == 0
+    assert made == [(1, USUAL)]

@@ -67,7 +67,7 @@ class Reading(inference.Reading):
     """Reads made up clips, ``batch_size`` videos at a time."""
 
     def batches(self, clips, positions, max_clips=32):
-        size = inference.videos_per_batch(clips, positions, max_clips)
+        size = max(1, min(len(positions), max_clips // clips.views.count))
         for start in range(0, len(positions), size):
             yield collate([clips[place] for place in positions[start : start + size]])
 
@@ -399,3 +399,14 @@ def test_the_terminal_sees_every_class_or_of_many_the_extremes():
     hardest, easiest = many.split("the easiest:")
     assert hardest.count("0.0%") == 5
     assert easiest.count("100.0%") == 5
+
+
+def test_no_name_is_a_formula_to_a_spreadsheet(tmp_path):
+    names = ["=1+1", "@SUM(A1)", "plain"]
+    manifest = Manifest(("-a.mp4", "/v/b.mp4"), (0, 1), (-1,) * 2)
+    scores = Scores(manifest, np.array([[0.5, 0.25, 0.25], [0.2, 0.7, 0.1]]))
+    write_results(tmp_path, scores, summarise(scores, names), names)
+    header, first, second = (tmp_path / "predictions.csv").read_text().splitlines()
+    assert header.endswith("probability of =1+1,probability of @SUM(A1),probability of plain")
+    assert first == "'-a.mp4,0,'=1+1,0,'=1+1,1,0.5,0.25,0.25"
+    assert second.startswith("/v/b.mp4,1,'@SUM(A1),1,'@SUM(A1),1,")

@@ -1,5 +1,6 @@
 import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -411,3 +412,24 @@ def test_a_classifier_is_what_the_config_says(config):
     assert built.source_grid == TokenGrid(1, 2, 2)
     assert built.blocks[0].mlp.fc1.weight.abs().max() > 0.2, "Xavier's are wider than 0.02"
     torch.testing.assert_close(built.head.weight, 2 * plain.head.weight)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ("depth: 2", "depth: 20000000", "model.encoder"),
+        ("dim: 16", "dim: 1000000", "model.encoder"),
+        ("num_frames: 4", "num_frames: 4000000", "data.num_frames, data.frame_size"),
+        ("  clips: 2", "  clips: 2000000", "test.clips, test.crops"),
+        ("pretrained_grid: null", "pretrained_grid: [1000000, 10, 10]", "model.pretrained_grid"),
+    ],
+)
+def test_a_config_takes_no_more_memory_than_its_weights(checkpoint, tmp_path, old, new, key):
+    folder = tmp_path / "of a stranger"
+    shutil.copytree(checkpoint, folder)
+    text = (folder / "config.yaml").read_text()
+    assert old in text
+    (folder / "config.yaml").write_text(text.replace(old, new, 1))
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    with pytest.raises(CheckpointError, match=rf"weights of {size:,} bytes, and its {key}"):
+        open_trained(folder, TrainedClassifier)

@@ -14,10 +14,8 @@ from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.models.from_config import build_student
 from hpm_video.runs import autotune
 from hpm_video.runs.autotune import choose_plan, find_micro_batch, trial_update
-from hpm_video.runs.directory import RunDirectory
 from hpm_video.runs.finetuning import Finetuning
 from hpm_video.runs.pretraining import Pretraining
-from hpm_video.runs.task import Session
 from hpm_video.training.distributed import Processes
 
 pytestmark = pytest.mark.slow
@@ -99,8 +97,7 @@ def test_where_nothing_fits_the_remedies_are_named(tried):
 def test_on_a_cpu_a_process_takes_its_share_in_one_pass_unless_told_otherwise():
     for overrides, expected in (((), 4), (("engine.micro_batch=2",), 2)):
         task = Pretraining(config_of(*overrides))
-        session = Session(Processes(), CPU, RunDirectory(Path("run"), None))
-        assert choose_plan(task, session, "fp32").micro_batch == expected
+        assert choose_plan(task, CPU, Processes(), "fp32").micro_batch == expected
 
 
 def test_what_does_not_come_out_even_names_what_does():
@@ -173,6 +170,24 @@ def test_a_dry_run_tells_the_plan_and_leaves_nothing(manifest, tmp_path, capsys)
     needed = [gigabytes for _, gigabytes in table.values()]
     assert needed == sorted(needed)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_goes_without_lists_and_tells_the_hours(capsys):
+    sizes = ["recipe.batch_size=64", "recipe.epochs=8", "recipe.warmup_epochs=1", WIDE]
+    options = ["--files", 640, "--clips-per-second", 0.5]
+    config = CONFIGS / "pretrain" / "k400_hpm_s.yaml"
+    given = [config, "data.train=none.csv", "data.repeats=3", *sizes, SHALLOW]
+    code, output = dry_run(capsys, "pretrain", *given, *options)
+    assert code == 0, output
+    assert "640 files to train on (none.csv), 3 clips of each" in output
+    assert "8 epochs = 80 updates" in output
+    assert "planned for a GPU in each process, whatever this machine has" in output
+    assert "15,360 clips at 0.5 per second: 8.53 hours" in output
+    code, output = dry_run(
+        capsys, "finetune", CONFIGS / "finetune" / "ssv2_s.yaml", *sizes, *options
+    )
+    assert code == 0, output
+    assert "640 files to train on" in output
 
 
 def test_a_dry_run_of_zero_shows_what_is_spread(manifest, capsys):

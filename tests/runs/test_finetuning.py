@@ -1,4 +1,4 @@
-"""Fine-tuning, testing and probing, in processes of their own, on real small videos."""
+"""Fine-tuning, testing and probing on real small videos."""
 
 import csv
 import json
@@ -11,12 +11,32 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import finish, lines_of
 
-from hpm_video.data.manifest import read_manifest
+from hpm_video.config.checks import ConfigError
+from hpm_video.config.loading import load_config
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig
+from hpm_video.data.manifest import ManifestError, read_manifest
+from hpm_video.files.failures import BadFilesError
 from hpm_video.recognition.inference import Inference
 from hpm_video.recognition.trained_model import TrainedModel, open_trained
+from hpm_video.runs.evaluation import evaluate_run
+from hpm_video.runs.finetuning import finetune as run_finetuning
+from hpm_video.runs.pretraining import pretrain as run_pretraining
 from hpm_video.training.checkpoint import checkpoints_in, read_optimizer, read_state
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def config_of(finetune_config):
+    return lambda run, *overrides: load_config(
+        FinetuneConfig, finetune_config, [f"output_dir={run}", *map(str, overrides)]
+    )
+
+
+@pytest.fixture
+def start(config_of, without_curves):
+    """Fine-tune in this process, or go on, without a test."""
+    return lambda run, *overrides: run_finetuning(config_of(run, *overrides))
 
 
 def folder_tested(run):
@@ -120,12 +140,9 @@ def test_a_second_start_neither_trains_nor_tests_again(finetuned_run, finetune):
     assert (folder_tested(finetuned_run) / "result.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM"])
-def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(
-    finetune, finetuned_run, tmp_path, number
-):
+def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(finetune, finetuned_run, tmp_path):
     run = tmp_path / "run"
-    finish(finetune(run, place="update", number=number), {"SIGKILL": -9, "SIGTERM": 75}[number])
+    finish(finetune(run, place="update"), -9)
     finish(finetune(run))
     ours, theirs = (checkpoints_in(folder / "checkpoints")[-1] for folder in (run, finetuned_run))
     for name in ("model", "average"):
@@ -140,24 +157,24 @@ def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(
     assert read_state(ours)["best"] == read_state(theirs)["best"]
 
 
-def test_other_classes_or_another_config_are_refused(finetuned_run, finetune, tmp_path):
-    output = finish(finetune(finetuned_run, "recipe.layer_decay=0.5"), code=2)
-    assert "recipe.layer_decay: 0.9 -> 0.5" in output
+def test_other_classes_or_another_config_are_refused(finetuned_run, start, tmp_path):
+    with pytest.raises(ConfigError, match=r"recipe\.layer_decay: 0\.9 -> 0\.5"):
+        start(finetuned_run, "recipe.layer_decay=0.5")
     names = tmp_path / "names.txt"
     names.write_text("blue\ngreen\nred\nyellow\n")
-    output = finish(finetune(finetuned_run, f"data.label_names={names}"), code=2)
-    assert "other classes (3, now 4)" in output or "model.num_classes: 3 -> 4" in output
+    with pytest.raises(ConfigError, match=r"model\.num_classes: 3 -> 4"):
+        start(finetuned_run, f"data.label_names={names}")
     names.write_text("red\ngreen\nblue\n")
-    output = finish(finetune(finetuned_run, f"data.label_names={names}"), code=2)
-    assert "class 0 is 'red' for training and 'blue' in the validation manifest" in output
+    with pytest.raises(ManifestError, match="class 0 is 'red' for training and 'blue' in the"):
+        start(finetuned_run, f"data.label_names={names}")
 
 
-def test_an_encoder_of_another_size_is_refused_before_anything_is_written(finetune, tmp_path):
+def test_an_encoder_of_another_size_is_refused_before_anything_is_written(start, tmp_path):
     run = tmp_path / "run"
-    output = finish(finetune(run, "model.encoder.dim=32", "model.patch_size=[1,8,8]"), code=2)
-    assert "is another one (its -> here)" in output
-    assert "  model.encoder.dim: 16 -> 32\n" in output
-    assert "  model.patch_size: (2, 8, 8) -> (1, 8, 8)\n" in output
+    with pytest.raises(ConfigError, match=r"is another one \(its -> here\)") as refusal:
+        start(run, "model.encoder.dim=32", "model.patch_size=[1,8,8]")
+    assert "  model.encoder.dim: 16 -> 32\n" in str(refusal.value)
+    assert "  model.patch_size: (2, 8, 8) -> (1, 8, 8)\n" in str(refusal.value)
     assert not run.exists()
 
 
@@ -167,26 +184,21 @@ def test_evaluate_says_what_the_run_said_over_any_number_of_processes(
     checkpoint = finetuned_run / "checkpoints" / "last"
     arguments = [checkpoint, labelled_videos / "validation", "--weights", "average"]
     arguments += ["--views", "2x2", "--device", "cpu", "--workers", "0"]
-    results = []
-    for name, processes in {"one": 1, "four": 4}.items():
-        output = tmp_path / name
-        code, said = run_tool("evaluate", *arguments, "--output", output, processes=processes)
-        assert code == 0, said
-        assert said.count("top-1 ") == 1, "only the first process reports"
-        results.append((result_of(output), rows_of(output)))
-    expected = result_of(folder_tested(finetuned_run))
-    for result, rows in results:
-        assert {key: result[key] for key in expected if key not in ("test", "folder")} == {
-            key: expected[key] for key in expected if key not in ("test", "folder")
-        }
-        assert rows == rows_of(folder_tested(finetuned_run))
-    code, said = run_tool("evaluate", *arguments, "--output", tmp_path / "one")
+    arguments += ["--output", tmp_path / "output"]
+    code, said = run_tool("evaluate", *arguments, processes=4)
+    assert code == 0, said
+    assert said.count("top-1 ") == 1, "only the first process reports"
+    expected, result = result_of(folder_tested(finetuned_run)), result_of(tmp_path / "output")
+    for key in expected.keys() - {"test", "folder"}:
+        assert result[key] == expected[key]
+    assert rows_of(tmp_path / "output") == rows_of(folder_tested(finetuned_run))
+    code, said = run_tool("evaluate", *arguments)
     assert code == 2
     assert "holds a result already; take another --output, or --overwrite" in said
 
 
 def test_bad_videos_stop_a_test_with_their_list_or_count_as_wrong(
-    finetuned_run, labelled_videos, run_tool, tmp_path
+    finetuned_run, labelled_videos, call_tool, tmp_path
 ):
     videos = tmp_path / "videos"
     shutil.copytree(labelled_videos / "validation", videos)
@@ -195,14 +207,14 @@ def test_bad_videos_stop_a_test_with_their_list_or_count_as_wrong(
     checkpoint = finetuned_run / "checkpoints" / "last"
     output = tmp_path / "output"
     options = ["--weights", "average", "--views", "1x1", "--device", "cpu", "--output", output]
-    code, said = run_tool("evaluate", checkpoint, videos, *options)
+    code, said = call_tool("evaluate", checkpoint, videos, *options)
     assert code == 2
     assert "2 of 8 videos do not decode" in said
     assert f"{videos}/red/a.mp4: " in said
     assert f"{videos}/blue/z.mp4: the file is empty" in said
     assert not output.exists()
 
-    code, said = run_tool("evaluate", checkpoint, videos, *options, "--exclude-bad-files")
+    code, said = call_tool("evaluate", checkpoint, videos, *options, "--exclude-bad-files")
     assert code == 0, said
     assert "2 of them do not decode: excluded, and counted as wrong" in said
     result = result_of(output)
@@ -214,60 +226,63 @@ def test_bad_videos_stop_a_test_with_their_list_or_count_as_wrong(
 
 
 def test_bad_validation_videos_stop_a_run_before_it_begins_or_are_excluded(
-    finetune, labelled_videos, tmp_path
+    start, config_of, labelled_videos, tmp_path
 ):
     run, videos = tmp_path / "run", tmp_path / "videos"
     shutil.copytree(labelled_videos / "validation", videos)
     (videos / "red" / "a.mp4").write_text("no video")
     (videos / "blue" / "z.mp4").write_bytes(b"")
-    output = finish(finetune(run, f"data.validation={videos}"), code=2)
-    assert "2 of 8 videos do not decode" in output
+    with pytest.raises(BadFilesError, match="2 of 8 videos do not decode"):
+        start(run, f"data.validation={videos}")
     assert not (run / "metrics.jsonl").exists()
     options = [f"data.validation={videos}", "test.exclude_bad_files=true", "recipe.epochs=2"]
-    finish(finetune(run, *options))
+    evaluate_run(config_of(run, *options), start(run, *options))
     assert result_of(folder_tested(run))["excluded"] == 2
     measures = lines_of(run, "validation")[-1]
     assert measures["top1"] <= 6 / 8
     assert np.isfinite(measures["cross_entropy"])
 
 
-def test_other_weights_under_the_same_name_are_refused(
-    finetune, finetuned_run, finished_run, tmp_path
-):
-    run, source = tmp_path / "run", tmp_path / "source"
+def test_other_weights_under_the_same_name_are_refused(start, finished_run, tmp_path):
+    source = tmp_path / "source"
     shutil.copytree((finished_run / "checkpoints" / "last").resolve(), source)
-    finish(finetune(run, f"init_weights={source}", "recipe.epochs=2"))
+    options = [tmp_path / "run", f"init_weights={source}", "recipe.epochs=2"]
+    start(*options, "data.validation=null")
     shutil.copy(source / "teacher.safetensors", source / "model.safetensors")
-    output = finish(finetune(run, f"init_weights={source}", "recipe.epochs=2"), code=2)
-    assert "began with other weights than init_weights=" in output
+    with pytest.raises(ConfigError, match="began with other weights than init_weights="):
+        start(*options, "data.validation=null")
 
 
 def test_a_classifier_may_start_another_and_keeps_its_head_for_the_same_classes(
-    finetune, finetuned_run, labelled_videos, tmp_path
+    start, finetuned_run, labelled_videos, tmp_path, caplog
 ):
+    caplog.set_level("INFO")
     options = [f"init_weights={finetuned_run / 'checkpoints' / 'last'}", "recipe.epochs=2"]
-    output = finish(finetune(tmp_path / "same", *options, "init_from=average"))
-    assert "start from the average's weights of" in output
-    assert "start fresh: none" in output
+    start(tmp_path / "same", *options, "init_from=average")
+    assert "start from the average's weights of" in caplog.text
+    assert "start fresh: none" in caplog.text
     for other in ("train", "validation"):
         shutil.copytree(labelled_videos / other, tmp_path / other)
         (tmp_path / other / "red").rename(tmp_path / other / "a red one")
     options += [f"data.{split}={tmp_path / split}" for split in ("train", "validation")]
-    output = finish(finetune(tmp_path / "other", *options))
-    assert "start fresh: head.weight, head.bias" in output
-    assert "left out: head.bias, head.weight" in output
+    start(tmp_path / "other", *options)
+    assert "start fresh: head.weight, head.bias" in caplog.text
+    assert "left out: head.bias, head.weight" in caplog.text
 
 
-def test_probes_of_a_pretrained_encoder(finished_run, labelled_videos, run_tool, tmp_path):
+def test_probes_of_a_pretrained_encoder(finished_run, labelled_videos, call_tool, tmp_path):
     arguments = ["probe", finished_run / "checkpoints" / "last", "--device", "cpu"]
     arguments += ["--train", labelled_videos / "train", "--workers", "0"]
     arguments += ["--validation", labelled_videos / "validation"]
-    code, said = run_tool(*arguments, "--probes", "knn", "--output", tmp_path / "none")
+    code, said = call_tool(*arguments, "--probes", "knn", "linear")
+    assert (code, "--probes linear trains, and leaves a run: say where" in said) == (2, True)
+    code, said = call_tool(*arguments, "--probes", "knn")
     assert code == 2
+    assert not (finished_run / "probes").exists()
     assert "--neighbours must be at most the number of training videos, 9, got 200" in said
 
     output = tmp_path / "probes"
-    code, said = run_tool(
+    code, said = call_tool(
         *arguments,
         "--probes",
         "knn",
@@ -364,50 +379,41 @@ def test_a_run_goes_on_where_its_first_weights_are_gone(
 
 
 def test_another_manifest_under_the_same_name_is_tested_anew(
-    finetuned_run, finetune, labelled_videos, tmp_path
+    finetuned_run, config_of, labelled_videos, tmp_path, caplog
 ):
     run, videos = tmp_path / "run", tmp_path / "videos"
     shutil.copytree(finetuned_run, run, symlinks=True)
     shutil.copytree(labelled_videos / "validation", videos)
     shutil.rmtree(run / "test")
-    finish(finetune(run, f"test.manifest={videos}"))
+    config = config_of(run, f"test.manifest={videos}")
+    evaluate_run(config, run)
     assert result_of(folder_tested(run))["videos"] == 6
     (videos / "red" / "100.mp4").unlink()
-    output = finish(finetune(run, f"test.manifest={videos}"))
-    assert "testing the last checkpoint" in output
+    with caplog.at_level("INFO"):
+        evaluate_run(config, run)
+    assert "testing the last checkpoint" in caplog.text
     assert result_of(folder_tested(run))["videos"] == 5
 
 
-def test_nearest_neighbours_during_pretraining(pretrain, labelled_videos, tmp_path):
+def test_nearest_neighbours_during_pretraining_are_told_and_change_nothing(
+    config_file, finished_run, labelled_videos, without_curves, tmp_path, caplog
+):
     run = tmp_path / "run"
-    output = finish(
-        pretrain(
-            run,
-            f"knn.train={labelled_videos / 'train'}",
-            f"knn.validation={labelled_videos / 'validation'}",
-            "knn.every_epochs=4",
-            "knn.k=3",
-            "recipe.epochs=6",
-        )
-    )
+    given = [
+        f"output_dir={run}",
+        "data.validation=null",
+        f"knn.train={labelled_videos / 'train'}",
+        f"knn.validation={labelled_videos / 'validation'}",
+        "knn.every_epochs=4",
+        "knn.k=3",
+    ]
+    with caplog.at_level("INFO"):
+        run_pretraining(load_config(PretrainConfig, config_file, given))
     probes = lines_of(run, "probe")
-    assert [line["update"] for line in probes] == [14, 21]
+    assert [line["update"] for line in probes] == [14, 28]
     assert all(0 <= line["knn_top1"] <= 1 for line in probes)
-    assert "frozen features: knn_top1 " in output
-
-
-def test_looking_at_neighbours_changes_nothing(pretrain, labelled_videos, tmp_path):
-    runs = []
-    for name, knn in {
-        "without": (),
-        "with": (
-            f"knn.train={labelled_videos / 'train'}",
-            f"knn.validation={labelled_videos / 'validation'}",
-            "knn.every_epochs=1",
-            "knn.k=3",
-        ),
-    }.items():
-        runs.append(tmp_path / name)
-        finish(pretrain(runs[-1], "recipe.epochs=2", "recipe.warmup_epochs=1", *knn))
-    weights = [load_file(run / "checkpoints/last/model.safetensors") for run in runs]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert "frozen features: knn_top1 " in caplog.text
+    ours, theirs = (
+        load_file(folder / "checkpoints/last/model.safetensors") for folder in (run, finished_run)
+    )
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

@@ -1,6 +1,5 @@
-"""Runs in processes of their own: what they leave, and what becomes of them when disturbed."""
+"""Runs: what they leave, and, in processes of their own, what becomes of them when disturbed."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -14,10 +13,30 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import finish, lines_of
 
+from hpm_video.config.checks import ConfigError
+from hpm_video.config.loading import load_config
+from hpm_video.config.schema import PretrainConfig
+from hpm_video.files.errors import ExpectedError
+from hpm_video.files.failures import TooManyBadFiles
+from hpm_video.files.weights import CheckpointError
 from hpm_video.runs.pretraining import load_run
+from hpm_video.runs.pretraining import pretrain as run_pretraining
 from hpm_video.training.checkpoint import checkpoints_in, read_optimizer, read_state
 
 pytestmark = pytest.mark.slow
+BLIND = "data.validation=null"
+"""Nothing is measured or drawn. Weights are the same: the finished run did both."""
+
+
+@pytest.fixture
+def start(config_file, without_curves):
+    """Pre-train in this process, or go on."""
+
+    def run(folder, *overrides):
+        given = [f"output_dir={folder}", *overrides]
+        return run_pretraining(load_config(PretrainConfig, config_file, given))
+
+    return run
 
 
 def assert_same_state(run, reference):
@@ -84,18 +103,17 @@ def test_a_checkpoint_speaks_for_itself(finished_run):
         ("update", 0, 5),  # in the middle of an epoch
         ("update", 2, 5),
         ("writing", 0, 10),  # the third checkpoint, after update 14, half written
-        ("renamed", 0, 14),  # the third checkpoint, not named yet
-        ("linking", 0, 14),
+        ("linking", 0, 14),  # the third checkpoint, not named yet
     ],
 )
 def test_killed_and_started_again_ends_with_the_same_bits(
     pretrain, finished_run, tmp_path, place, workers, at
 ):
     run = tmp_path / "run"
-    process = pretrain(run, f"data.workers={workers}", place=place)
+    process = pretrain(run, f"data.workers={workers}", BLIND, place=place)
     finish(process, code=-signal.SIGKILL)
     assert read_state(checkpoints_in(run / "checkpoints")[-1])["update"] == at
-    output = finish(pretrain(run, f"data.workers={workers}"))
+    output = finish(pretrain(run, f"data.workers={workers}", BLIND))
     assert f"going on at update {at} of 28" in output
     assert "may differ" not in output
     assert [line["update"] for line in lines_of(run, "train")] == list(range(1, 29))
@@ -117,53 +135,42 @@ def test_killed_at_the_very_end_names_its_checkpoints_at_the_next_start(
     assert (run / "curves.png").is_file()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 def test_sigterm_saves_at_the_next_update_and_says_so_with_its_exit_code(
-    pretrain, finished_run, tmp_path, workers
+    pretrain, start, finished_run, tmp_path
 ):
     """All processes of a job get the signal, as a scheduler sends it."""
     run = tmp_path / "run"
     output = finish(
-        pretrain(run, f"data.workers={workers}", place="update", number="SIGTERM"), code=75
+        pretrain(run, "data.workers=2", BLIND, place="update", number="SIGTERM"), code=75
     )
     assert read_state(checkpoints_in(run / "checkpoints")[-1])["update"] == 7
     assert "stopped by SIGTERM before update 7" in output
     assert "Traceback" not in output
-    finish(pretrain(run))
+    start(run, BLIND)
     assert_same_state(run, finished_run)
 
 
-def test_a_run_that_never_began_does_not_bind(pretrain, tmp_path):
+def test_a_run_that_never_began_does_not_bind(start, tmp_path):
     run = tmp_path / "run"
-    output = finish(pretrain(run, "init_weights=nothing.safetensors"), code=2)
-    assert "nothing.safetensors does not exist" in output
+    with pytest.raises(CheckpointError, match=r"nothing\.safetensors does not exist"):
+        start(run, "init_weights=nothing.safetensors")
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").touch()  # as if killed while writing it
-    finish(pretrain(run, "recipe.epochs=1", "data.validation=null"))
+    start(run, "recipe.epochs=1", BLIND)
 
 
-def test_other_videos_under_the_same_name_are_noticed(pretrain, videos, tmp_path):
+def test_other_videos_under_the_same_name_are_noticed(start, videos, tmp_path):
     folder = tmp_path / "train"
     shutil.copytree(videos / "train", folder)
-    run = tmp_path / "run"
-    options = (f"data.train={folder}", "data.validation=null")
-    finish(pretrain(run, *options, place="update", number="SIGTERM"), code=75)
+    options = (tmp_path / "run", f"data.train={folder}", "recipe.epochs=1", BLIND)
+    start(*options)
     shutil.copy(folder / "texture 1.mp4", folder / "texture 99.mp4")
-    output = finish(pretrain(run, *options), code=2)
-    assert "the files of data.train: 14 files" in output
+    with pytest.raises(ConfigError, match=r"the files of data\.train: 14 files"):
+        start(*options)
 
 
-def test_two_processes_do_not_train_in_one_directory(pretrain, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    with (run / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        output = finish(pretrain(run), code=2)
-    assert "another process trains in" in output
-
-
-def test_accumulation_and_micro_batches_compute_the_same(pretrain, finished_run, tmp_path):
-    finish(pretrain(tmp_path / "run", "engine.micro_batch=2"))
+def test_accumulation_and_micro_batches_compute_the_same(start, finished_run, tmp_path):
+    start(tmp_path / "run", "engine.micro_batch=2", BLIND)
     ours, theirs = (
         load_file(folder / "checkpoints" / "last" / "model.safetensors")
         for folder in (tmp_path / "run", finished_run)
@@ -173,32 +180,29 @@ def test_accumulation_and_micro_batches_compute_the_same(pretrain, finished_run,
             torch.testing.assert_close(tensor, theirs[key], rtol=1e-3, atol=1e-4)
 
 
-def test_another_config_in_the_same_directory_is_refused_with_what_differs(pretrain, finished_run):
-    output = finish(pretrain(finished_run, "recipe.base_lr=0.2", "logging.every_updates=7"), code=2)
-    assert "recipe.base_lr: 0.1 -> 0.2" in output
-    assert "logging" not in output
+def test_another_config_in_the_same_directory_is_refused_with_what_differs(start, finished_run):
+    with pytest.raises(ConfigError, match=r"recipe\.base_lr: 0\.1 -> 0\.2") as refusal:
+        start(finished_run, "recipe.base_lr=0.2", "logging.every_updates=7")
+    assert "logging" not in str(refusal.value)
 
 
-def test_a_complete_run_is_left_as_it_is(pretrain, finished_run):
+def test_a_complete_run_is_left_as_it_is(start, finished_run, caplog):
     before = (finished_run / "metrics.jsonl").read_bytes()
-    output = finish(pretrain(finished_run, "logging.every_updates=7", "data.workers=1"))
-    assert "is complete" in output
+    with caplog.at_level("INFO"):
+        start(finished_run, "logging.every_updates=7", "data.workers=1")
+    assert "is complete" in caplog.text
     assert (finished_run / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_loss_that_is_no_number_names_update_and_files_and_keeps_the_last_good(
-    pretrain, videos, tmp_path
+    start, videos, tmp_path
 ):
     run = tmp_path / "run"
-    output = finish(
-        pretrain(
-            run, "recipe.base_lr=1e12", "checkpoint.every_updates=1", "recipe.warmup_epochs=0"
-        ),
-        code=2,
-    )
-    assert "is not a finite number" in output
-    assert "of update " in output
-    assert str(videos / "train" / "texture ") in output
+    options = ("recipe.base_lr=1e12", "checkpoint.every_updates=1", "recipe.warmup_epochs=0", BLIND)
+    with pytest.raises(ExpectedError, match="is not a finite number") as error:
+        start(run, *options)
+    assert "of update " in str(error.value)
+    assert str(videos / "train" / "texture ") in str(error.value)
     saved = checkpoints_in(run / "checkpoints")
     assert saved
     for checkpoint in saved:
@@ -207,41 +211,32 @@ def test_a_loss_that_is_no_number_names_update_and_files_and_keeps_the_last_good
 
 
 def test_mining_starts_from_a_plain_autoencoder_and_from_an_earlier_run(
-    pretrain, finished_run, tmp_path
+    start, finished_run, tmp_path, caplog
 ):
-    plain = tmp_path / "plain"
-    finish(pretrain(plain, "mining.predictor=none", "masking.strategy=random", "recipe.epochs=2"))
-    output = finish(
-        pretrain(
-            tmp_path / "mining",
-            f"init_weights={plain / 'checkpoints' / 'last'}",
-            "recipe.epochs=1",
-            "recipe.warmup_epochs=1",
-        )
-    )
-    assert "tensors start fresh" in output
-    output = finish(
-        pretrain(
-            tmp_path / "again",
-            f"init_weights={finished_run / 'checkpoints' / 'last'}",
-            "recipe.epochs=1",
-        )
-    )
-    assert "start from the weights of" in output
-    assert "fresh" not in output
+    caplog.set_level("INFO")
+    short = ("recipe.epochs=1", BLIND)
+    plain = start(tmp_path / "plain", "mining.predictor=none", "masking.strategy=random", *short)
+    start(tmp_path / "mining", f"init_weights={plain / 'checkpoints' / 'last'}", *short)
+    assert "tensors start fresh" in caplog.text
+    caplog.clear()
+    start(tmp_path / "again", f"init_weights={finished_run / 'checkpoints' / 'last'}", *short)
+    assert "start from the weights of" in caplog.text
+    assert "fresh" not in caplog.text
 
 
-def test_weights_that_do_not_fit_name_every_tensor(pretrain, finished_run, tmp_path):
+def test_weights_that_do_not_fit_name_every_tensor(start, finished_run, tmp_path):
     weights = finished_run / "checkpoints" / "last" / "model.safetensors"
     alone = shutil.copy(weights, tmp_path / "alone.safetensors")
     deeper = "model.encoder={dim: 16, depth: 2, num_heads: 2}"
-    output = finish(pretrain(tmp_path / "run", f"init_weights={weights}", deeper), code=2)
-    assert "model.encoder.depth: 1 -> 2" in output
-    output = finish(pretrain(tmp_path / "run", f"init_weights={alone}", deeper), code=2)
-    assert "missing blocks.1.norm1.weight" in output
+    with pytest.raises(ConfigError, match=r"model\.encoder\.depth: 1 -> 2"):
+        start(tmp_path / "run", f"init_weights={weights}", deeper)
+    with pytest.raises(CheckpointError, match=r"missing blocks\.1\.norm1\.weight"):
+        start(tmp_path / "run", f"init_weights={alone}", deeper)
 
 
-def test_bad_files_are_named_counted_and_end_the_run_above_the_share(pretrain, videos, tmp_path):
+def test_bad_files_are_named_counted_and_end_the_run_above_the_share(
+    start, pretrain, videos, tmp_path
+):
     folder = tmp_path / "train"
     folder.mkdir()
     for path in (videos / "train").iterdir():
@@ -249,16 +244,18 @@ def test_bad_files_are_named_counted_and_end_the_run_above_the_share(pretrain, v
     (folder / "empty.mp4").touch()
     (folder / "text.mp4").write_text("this is no video\n")
     run = tmp_path / "run"
-    finish(pretrain(run, f"data.train={folder}", "data.max_bad_share=0.2", "recipe.epochs=2"))
+    start(run, f"data.train={folder}", "data.max_bad_share=0.2", "recipe.epochs=2", BLIND)
     rows = (run / "bad_files.csv").read_text().splitlines()
     assert rows[0] == "path,reason"
     assert {row.split(",")[0].rsplit("/")[-1] for row in rows[1:]} == {"empty.mp4", "text.mp4"}
 
-    strict = (f"data.train={folder}", "data.workers=1")
-    output = finish(pretrain(tmp_path / "strict", *strict), code=2)
+    strict = (f"data.train={folder}", BLIND)
+    output = finish(pretrain(tmp_path / "strict", *strict, "data.workers=1"), code=2)
     assert "Traceback" not in output
     assert "2 of 16 files do not decode" in output
     assert "data.max_bad_share" in output
+    with pytest.raises(TooManyBadFiles, match="2 of 16 files do not decode"):
+        start(tmp_path / "strict", *strict)
 
 
 def test_the_shell_script_runs_it_from_anywhere(config_file, tmp_path):

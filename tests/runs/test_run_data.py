@@ -2,8 +2,9 @@ import pytest
 
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
+from hpm_video.data.manifest import ManifestError
 from hpm_video.runs.console import say_what_stays
-from hpm_video.runs.data import open_data
+from hpm_video.runs.data import open_data, open_manifest
 
 
 @pytest.fixture
@@ -28,6 +29,17 @@ def test_files_of_both_lists_are_counted(config_of, caplog):
     assert "1 of the 3 validation files are training files too" in caplog.text
     open_data(config_of("a", "a"))
     assert "8 of the 8 validation files" in caplog.text
+
+
+def test_a_missing_list_is_named_by_its_key_and_by_what_makes_it(config_of, tmp_path):
+    config = config_of("a", "none")
+    with pytest.raises(ManifestError, match=r"^data\.validation: there is no manifest or folder"):
+        open_data(config)
+    (tmp_path / "prepare.py").touch()
+    with pytest.raises(ManifestError, match=rf"\. {tmp_path}/prepare\.py makes it, see .*README"):
+        open_data(config)
+    with pytest.raises(ManifestError, match=r"^knn\.train: there is no"):
+        open_manifest(config.data, "none.csv", "knn.train")
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ from hpm_video.files.weights import CheckpointError
 from hpm_video.runs.finetuning import finetune
 from hpm_video.runs.pretraining import load_run, pretrain
 from hpm_video.training.checkpoint import checkpoints_in, read_state
+from hpm_video.training.curves import plot_curves
 from hpm_video.training.metrics import MetricsError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_curves")]
 
 UPDATES = ["update-00000005", "update-00000007"]
 
@@ -131,7 +132,8 @@ def test_a_checkpoint_under_the_name_of_a_later_one_is_refused(start, run, newes
 
 
 @pytest.mark.parametrize("line", ['{"update": 1}}', '{"kind": "train"}', "7", "NaN}"])
-def test_a_line_that_is_not_of_metrics_is_named(start, run, newest, line):
+def test_a_line_that_is_not_of_metrics_is_named(start, run, newest, line, monkeypatch):
+    monkeypatch.setattr("hpm_video.runs.run.plot_curves", plot_curves)
     path = run / "metrics.jsonl"
     whole = path.read_text()
     path.write_text(f"{line}\n{whole}")

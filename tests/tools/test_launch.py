@@ -429,38 +429,6 @@ def test_torchrun_starts_the_same_programs(tmp_path, started):
     assert [one["total"] for one in read_found(tmp_path)] == [3, 3]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--processes", "0"], "--processes 0 must be at least 1"),
-        (["--processes", "1", "--nodes", "2"], "(NNODES) needs --node-rank (NODE_RANK), 0 on the"),
-        (["--processes", "1", "--nodes", "2", "--node-rank", "0"], "--master-addr (MASTER_ADDR)"),
-        (
-            ["--processes", "1", "--nodes", "2", "--node-rank", "2", "--master-addr", "a"],
-            "--node-rank 2 (NODE_RANK) must be in 0 to 1",
-        ),
-        (
-            ["--processes", "1", "--master-port", "70000"],
-            "--master-port 70000 (MASTER_PORT) must be in 1 to",
-        ),
-    ],
-)
-def test_mistaken_options(tmp_path, started, options, message):
-    program = write_program(tmp_path, "print('started')")
-    status, out, err = finish(started([sys.executable, LAUNCH, *options, program]))
-    assert (status, out) == (2, "")
-    assert message in err
-
-
-def test_mistaken_program_and_grace(tmp_path, started):
-    status, _, err = finish(started([sys.executable, LAUNCH, "--processes", 2, "no.py"]))
-    assert (status, "error: no program no.py in" in err) == (2, True)
-    program = write_program(tmp_path, "")
-    job = started([sys.executable, LAUNCH, "--processes", 2, program], HPM_GRACE="long")
-    status, _, err = finish(job)
-    assert (status, "HPM_GRACE=long must be a whole number of seconds" in err) == (2, True)
-
-
 # --- A hostfile ---------------------------------------------------------------------------------
 
 
@@ -609,7 +577,7 @@ if [[ $1 == show ]]; then printf '127.0.0.1\\n127.0.0.2\\n'; else echo "$@" >>"$
 
 @pytest.fixture
 def slurm(tmp_path, started):
-    """Runs a slurm script of a copy of the repository, whose programs are ``text``."""
+    """Runs the slurm script of a copy of the repository, whose programs are ``text``."""
     root = tmp_path / "a clone"
     shutil.copytree(ROOT / "tools", root / "tools")
     (root / "configs").mkdir()
@@ -623,12 +591,12 @@ def slurm(tmp_path, started):
     for name in ("python", "srun", "scontrol"):
         (tmp_path / name).chmod(0o755)
 
-    def run(script, text, *arguments, **variables):
+    def run(program, text, *arguments, **variables):
         for name in ("pretrain", "finetune"):
             (root / "tools" / f"{name}.py").write_text(text)
-        spooled = shutil.copy(root / "tools" / "slurm" / script, tmp_path / "slurm_script")
+        spooled = shutil.copy(root / "tools" / "slurm" / "job.sbatch", tmp_path / "slurm_script")
         return started(
-            ["bash", spooled, *arguments],
+            ["bash", spooled, program, *arguments],
             HPM_PYTHON=python,
             FOUND=tmp_path,
             PATH=f"{tmp_path}:{os.environ['PATH']}",
@@ -645,11 +613,11 @@ def slurm(tmp_path, started):
     return run
 
 
-@pytest.mark.parametrize("script", ["pretrain.sbatch", "finetune.sbatch"])
+@pytest.mark.parametrize("program", ["pretrain", "finetune"])
 @pytest.mark.parametrize("code", [0, 2, 75, 143])
-def test_slurm_queues_a_stopped_run_again(slurm, tmp_path, script, code):
+def test_slurm_queues_a_stopped_run_again(slurm, tmp_path, program, code):
     text = f"{WHO}print(*sys.argv[1:]) if rank == 0 else 0\nsys.exit({code})"
-    status, out, err = finish(slurm(script, text, "configs/mine.yaml", "a=b c"))
+    status, out, err = finish(slurm(program, text, "configs/mine.yaml", "a=b c"))
     assert status == code, err
     assert "configs/mine.yaml a=b c\n" in out
     requeued = tmp_path / "requeued"
@@ -660,7 +628,7 @@ def test_slurm_queues_a_stopped_run_again(slurm, tmp_path, script, code):
 
 def test_slurm_stops_at_the_time_limit(slurm, tmp_path):
     """The signal goes to the processes of srun, launchers and workers, and not to the script."""
-    job = slurm("pretrain.sbatch", WHO + STOPPABLE, "configs/mine.yaml", SLURM_CPUS_PER_TASK=3)
+    job = slurm("pretrain", WHO + STOPPABLE, "configs/mine.yaml", SLURM_CPUS_PER_TASK=3)
     pids = [int(wait_for(tmp_path / f"ready{rank}")) for rank in (0, 1)]
     launcher = int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1])
     for pid in (launcher, *pids):
@@ -673,7 +641,7 @@ def test_slurm_stops_at_the_time_limit(slurm, tmp_path):
 
 def test_slurm_cancelled_is_not_queued_again(slurm, tmp_path):
     """The script gets SIGTERM too, and ends."""
-    job = slurm("pretrain.sbatch", WHO + STOPPABLE, "configs/mine.yaml")
+    job = slurm("pretrain", WHO + STOPPABLE, "configs/mine.yaml")
     pids = [int(wait_for(tmp_path / f"ready{rank}")) for rank in (0, 1)]
     for pid in (job.pid, *pids):
         os.kill(pid, signal.SIGTERM)
@@ -685,7 +653,7 @@ def test_slurm_cancelled_is_not_queued_again(slurm, tmp_path):
 
 def test_slurm_nodes_form_one_job(slurm, tmp_path):
     variables = {"SLURM_JOB_NUM_NODES": 2, "SLURM_GPUS_ON_NODE": 1}
-    status, _, err = finish(slurm("pretrain.sbatch", MEET, "configs/mine.yaml", **variables))
+    status, _, err = finish(slurm("pretrain", MEET, "configs/mine.yaml", **variables))
     assert status == 0, err
     found = read_found(tmp_path)
     assert [(one["RANK"], one["LOCAL_RANK"], one["total"]) for one in found] == [
@@ -695,6 +663,6 @@ def test_slurm_nodes_form_one_job(slurm, tmp_path):
 
 
 def test_slurm_from_elsewhere(slurm, tmp_path):
-    status, _, err = finish(slurm("pretrain.sbatch", "", SLURM_SUBMIT_DIR=tmp_path))
+    status, _, err = finish(slurm("pretrain", "", SLURM_SUBMIT_DIR=tmp_path))
     assert status == 2
     assert f"{tmp_path} is not the root of the repository" in err

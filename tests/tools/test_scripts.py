@@ -20,15 +20,19 @@ FILES = (
     "pyproject.toml",
     "tests/requirements.txt",
     "tools/environment.sh",
+    "tools/hostfile.py",
+    "tools/launch.py",
     "tools/launch.sh",
 )
 # What says how many processes to start.
 PROCESSES = {"GPUS", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "HOSTFILE"}
 
-# Stands for Python: says yes to the checks (-c) and writes down what else it is started with.
+# Stands for Python: says yes to the checks (-c) and writes down what else it is started with, of
+# the launcher what that starts.
 RECORDER = """#!/usr/bin/env bash
 if [[ $1 == -c ]]; then exit 0; fi
-printf '%s\\n' "$PWD" "$@" -- >>"$RECORD"
+[[ $1 != tools/launch.py ]] || shift
+printf '%s\\n' "$PWD" "$@" ${HOSTFILE:+"hosts: $HOSTFILE"} -- >>"$RECORD"
 if [[ $1 == tools/* ]]; then exit "${EXIT_CODE:-0}"; fi
 """
 
@@ -67,6 +71,7 @@ class Clone:
         *arguments: str,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
+        stdout: int = subprocess.PIPE,
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(self.root / script), *arguments],
@@ -77,7 +82,8 @@ class Clone:
                 "RECORD": str(self.record),
                 **(env or {}),
             },
-            capture_output=True,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
             text=True,
             check=False,
         )
@@ -202,6 +208,15 @@ def test_finetuning_makes_what_the_demo_starts_from(
     assert clone.starts() == [[str(clone.root), *start] for start in starts]
 
 
+def test_both_steps_run_where_nobody_reads_the_output(clone: Clone) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    result = clone.run("run_finetune.sh", stdout=write)
+    os.close(write)
+    assert result.returncode == 0, result.stderr
+    assert [start[1] for start in clone.starts()][1:] == ["tools/pretrain.py", "tools/finetune.py"]
+
+
 def test_a_pretraining_that_was_stopped_stops_the_fine_tuning(clone: Clone) -> None:
     assert clone.run("run_finetune.sh", env={"EXIT_CODE": "130"}).returncode == 130
     assert [start[1] for start in clone.starts()] == [PREPARE[0], "tools/pretrain.py"]
@@ -210,106 +225,34 @@ def test_a_pretraining_that_was_stopped_stops_the_fine_tuning(clone: Clone) -> N
 OTHER = ["tools/pretrain.py", "configs/pretrain/other.yaml"]
 
 
-@pytest.mark.parametrize(
-    ("env", "launcher"),
-    [
-        ({"GPUS": "1"}, []),
-        ({"GPUS": "3"}, ["tools/launch.py", "--processes", "3"]),
-        (
-            {"GPUS": "3", "MASTER_PORT": "29600"},
-            ["tools/launch.py", "--processes", "3", "--master-port", "29600"],
-        ),
-        (
-            {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"},
-            [
-                "tools/launch.py",
-                "--processes",
-                "1",
-                "--nodes",
-                "2",
-                "--node-rank",
-                "1",
-                "--master-addr",
-                "node0",
-            ],
-        ),
-    ],
-)
-def test_processes_are_started_by_the_launcher(
-    clone: Clone, env: Mapping[str, str], launcher: list[str]
-) -> None:
-    result = clone.run("run_pretrain.sh", *OTHER[1:], "seed=1", env=env)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert clone.starts() == [[str(clone.root), *launcher, *OTHER, "seed=1"]]
-
-
-def test_both_steps_of_the_finetuning_demo_are_launched(clone: Clone) -> None:
-    assert clone.run("run_finetune.sh", "init_weights=w", env={"GPUS": "2"}).returncode == 0
-    assert clone.run("run_finetune.sh", env={"GPUS": "2"}).returncode == 0
-    launcher = ["tools/launch.py", "--processes", "2"]
-    programs = [start[1:] for start in clone.starts() if start[1:] != PREPARE]
-    assert programs == [
-        [*launcher, "tools/finetune.py", FINETUNE, "init_weights=w"],
-        [*launcher, *PRETRAIN_FIRST],
-        [*launcher, "tools/finetune.py", FINETUNE],
-    ]
-
-
-def test_hosts_are_started_by_the_launcher(clone: Clone) -> None:
-    hosts = clone.elsewhere / "my hosts"
-    hosts.write_text("# two\nnode0 slots=3\n\nnode1  slots=8 # more")
-    env = {"HOSTFILE": "my hosts"}  # as seen from where the script is started
-    assert clone.run("run_pretrain.sh", *OTHER[1:], env=env).returncode == 0
-    assert clone.run("run_pretrain.sh", *OTHER[1:], "--dry-run", env=env).returncode == 0
+def test_the_launcher_starts_all_programs(clone: Clone) -> None:
+    """It reads GPUS, NNODES and the like by itself: see test_launch_options.py."""
+    recorder = RECORDER.replace("[[ $1 != tools/launch.py ]] || shift", "")
+    clone.python.write_text(recorder)
+    assert clone.run("run_pretrain.sh", *OTHER[1:], "seed=1").returncode == 0
+    assert clone.run("run_finetune.sh").returncode == 0
     assert [start[1:] for start in clone.starts()] == [
-        ["tools/launch.py", "--hostfile", str(hosts), *OTHER],
-        [*OTHER, "--dry-run", "--processes", "11"],
-    ]
-
-
-@pytest.mark.parametrize(
-    ("env", "processes"), [({}, "1"), ({"GPUS": "8"}, "8"), ({"GPUS": "8", "NNODES": "8"}, "64")]
-)
-def test_dry_run_is_one_process_anywhere(
-    clone: Clone, env: Mapping[str, str], processes: str
-) -> None:
-    """Without the machines that the run itself needs."""
-    for_both = ["--dry-run", "--processes", processes]
-    arguments = ["--dry-run", *OTHER[1:], "seed=1"]
-    assert clone.run("run_pretrain.sh", *arguments, env=env).returncode == 0
-    assert clone.run("run_finetune.sh", "seed=1", "--dry-run", env=env).returncode == 0
-    assert [start[1:] for start in clone.starts()] == [
-        [*OTHER, "seed=1", *for_both],
+        ["tools/launch.py", *OTHER, "seed=1"],
         PREPARE,
-        ["tools/finetune.py", FINETUNE, "seed=1", *for_both],
+        ["tools/launch.py", *PRETRAIN_FIRST],
+        ["tools/launch.py", "tools/finetune.py", FINETUNE],
     ]
 
 
-@pytest.mark.parametrize(
-    ("env", "message"),
-    [
-        ({"GPUS": "0"}, "GPUS=0 must be a whole number of at least 1"),
-        ({"GPUS": "two"}, "GPUS=two must be a whole number"),
-        ({"GPUS": "2.5"}, "GPUS=2.5 must be a whole number"),
-        ({"GPUS": "all"}, "GPUS=all must be a whole number"),
-        ({"NNODES": "-1"}, "NNODES=-1 must be a whole number"),
-        ({"GPUS": "2", "HOSTFILE": "h"}, "GPUS=2 and HOSTFILE=h are both given"),
-        ({"NNODES": "2", "HOSTFILE": "h"}, "NNODES=2 and HOSTFILE=h are both given"),
-        ({"HOSTFILE": "h"}, "HOSTFILE=h is no file"),
-        ({"HOSTFILE": "bad"}, "HOSTFILE=bad names no host"),
-        ({"HOSTFILE": "empty"}, "HOSTFILE=empty names no host"),
-    ],
-)
-@pytest.mark.parametrize("script", ["run_pretrain.sh", "run_finetune.sh"])
-def test_mistaken_processes(
-    clone: Clone, script: str, env: Mapping[str, str], message: str
-) -> None:
-    (clone.elsewhere / "bad").write_text("node0\n")
-    (clone.elsewhere / "empty").write_text("# none\n")
-    result = clone.run(script, env=env)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert not clone.record.exists()
+def test_a_hostfile_is_looked_up_from_the_callers_folder(clone: Clone) -> None:
+    assert clone.run("run_pretrain.sh", *OTHER[1:], env={"HOSTFILE": "my hosts"}).returncode == 0
+    assert clone.starts()[0][-1] == f"hosts: {clone.elsewhere}/my hosts"
+
+
+def test_a_dry_run_may_go_without_data(clone: Clone) -> None:
+    sizes = ["--files=9", "--clips-per-second=2.5"]
+    assert clone.run("run_finetune.sh", "seed=1", "--dry-run").returncode == 0
+    assert clone.run("run_pretrain.sh", "--dry-run", *sizes, DEMO).returncode == 0
+    assert [start[1:] for start in clone.starts()] == [
+        PREPARE,
+        ["--dry-run", "tools/finetune.py", FINETUNE, "seed=1"],
+        ["--dry-run", "tools/pretrain.py", DEMO, *sizes],
+    ]
 
 
 def test_exit_code_is_pythons(clone: Clone) -> None:
@@ -395,6 +338,17 @@ def test_package_is_found_from_anywhere_and_the_datasets_folder_is_not(clone: Cl
     package, *search = map(Path, result.stdout.splitlines())
     assert package.resolve() == clone.root / "hpm_video" / "__init__.py"
     assert clone.root not in search
+
+
+@pytest.mark.parametrize("before", ["", "{place}", "build/import", "/mine", "/mine:{place}"])
+def test_the_place_of_the_package_is_given_once(clone: Clone, before: str) -> None:
+    place = f"{clone.root}/build/import"
+    clone.python.write_text('#!/usr/bin/env bash\n[[ $1 == -c ]] || echo "$PYTHONPATH"\n')
+    result = clone.run(
+        "run_pretrain.sh", *OTHER[1:], env={"PYTHONPATH": before.format(place=place)}
+    )
+    paths = result.stdout.strip().split(":")
+    assert sorted(paths) == sorted({place, *(["/mine"] if "mine" in before else [])})
 
 
 def test_signals_reach_python(clone: Clone) -> None:

@@ -109,16 +109,6 @@ def test_a_misspelt_key_is_one_line(tool):
     assert error.strip().count("\n") == 0
 
 
-@pytest.mark.parametrize("old", ["bench_loader", "compare_decoders"])
-def test_an_old_name_tells_what_to_start(tool, old):
-    error = tool(old, "a config.yaml", "--seconds", 1, code=2)
-    if old == "bench_loader":
-        expected = "tools/bench.py loader 'a config.yaml' --seconds 1\n"
-        assert error == f"error: bench_loader.py has a new name: python {expected}"
-    else:
-        assert error.startswith("error: compare_decoders.py is gone: ")
-
-
 @pytest.fixture
 def count_flops():
     path = ROOT / "tools" / "count_flops.py"

@@ -57,6 +57,8 @@ def test_a_checkpoint_is_read_back(tmp_path, config):
     assert optimizer.step == 1
     assert torch.equal(optimizer.moments["exp_avg"]["weight"], torch.ones(2, 3))
     assert (checkpoint / "config.yaml").read_text() == "seed: 0\n"
+    modes = {path.stat().st_mode for path in checkpoint.iterdir()}
+    assert modes == {config.stat().st_mode}, "of a new file"
 
 
 def test_attached_files_are_copied_and_one_that_is_not_there_leaves_nothing(tmp_path, config):

@@ -2,12 +2,14 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 
+from hpm_video.config.choices import TransformerSize
 from hpm_video.files.weights import CheckpointError
 from hpm_video.models.positions import resize_positions
 from hpm_video.tokens.grid import TokenGrid
@@ -79,12 +81,12 @@ def test_the_config_of_timm_decides_what_is_imported(of_timm, arguments):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
+        ({"qkv_bias": False}, "qkv_bias=False"),
         ({"global_pool": "avg", "fc_norm": False}, "global_pool='avg'.*--encoder-only"),
         ({"global_pool": "max"}, "global_pool='max'"),
         ({"global_pool": "avgmax"}, "global_pool='avgmax'"),
         ({"act_layer": "relu"}, "act_layer='relu'"),
         ({"act_layer": "gelu_tanh"}, "act_layer='gelu_tanh'"),
-        ({"global_pool": "avg", "pool_include_prefix": True}, "pool_include_prefix=True"),
     ],
 )
 def test_a_config_of_timm_that_ours_cannot_have_is_refused(of_timm, arguments, told):
@@ -97,12 +99,14 @@ def changed(folder, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_an_unknown_key_of_a_config_is_refused(of_timm):
-    _, folder = of_timm()
+def test_other_keys_of_a_config_are_left_to_the_comparison(of_timm):
+    _, folder = of_timm(global_pool="avg", pool_include_prefix=True)
+    with pytest.raises(CheckpointError, match="computes something else"):
+        compare(import_weights(folder))
     config = json.loads((folder / "config.json").read_text())
     changed(folder, model_args=config["model_args"] | {"novelty": 3})
-    with pytest.raises(CheckpointError, match="no model of this package can have: novelty=3"):
-        import_weights(folder)
+    with pytest.raises(CheckpointError, match="does not make the model of .*novelty"):
+        compare(import_weights(folder))
 
 
 def test_parity_reads_the_config_for_itself(of_timm, monkeypatch):
@@ -112,7 +116,7 @@ def test_parity_reads_the_config_for_itself(of_timm, monkeypatch):
     with pytest.raises(CheckpointError, match="computes something else"):
         compare(wrong)
     changed(folder, architecture="hf-hub:timm/vit_small_patch16_224")
-    with pytest.raises(CheckpointError, match="must name a vision transformer of timm"):
+    with pytest.raises(CheckpointError, match="does not make the model of"):
         compare(import_weights(folder))
 
 
@@ -120,9 +124,9 @@ def test_pixels_of_timm(of_timm):
     imported = import_weights(of_timm()[1])
     data = imported.model.config.data
     assert (data.mean, data.std) == ((0.5,) * 3, (0.5,) * 3)
-    assert data.interpolation == "bicubic"
-    assert data.validation_short_side == 35  # 32 / 0.9, cut to whole
-    assert imported.assumed == ("heads of the encoder 6",)
+    told = "; ".join(imported.assumed)
+    assert "heads of the encoder 6" in told
+    assert "bicubic, of a short side of 37" in told
 
 
 @pytest.fixture
@@ -158,11 +162,11 @@ def of_transformers(tmp_path):
         ({"layer_norm_eps": 0.1}, "layer_norm_eps=0.1"),
         ({"layer_norm_eps": "small"}, "layer_norm_eps='small'"),
         ({"model_type": "timesformer"}, "model_type='timesformer'"),
-        ({"id2label": {"0": "a", "2": "b", "5": "c"}}, "from 0 on .class 1 has ''"),
-        ({"id2label": {"zero": "a", "1": "b", "2": "c"}}, "from 0 on .class 0 has ''"),
-        ({"id2label": {"0": "a\nb", "1": "c", "2": "d"}}, r"one line.*has 'a\\nb'"),
-        ({"id2label": {"0": "a", "1": "", "2": "d"}}, "one line.*class 1 has ''"),
-        ({"id2label": {"0": "a", "1": "c ", "2": "d"}}, "one line.*has 'c '"),
+        ({"id2label": {"0": "a", "2": "b", "5": "c"}}, "from 0 on, got .*'b'"),
+        ({"id2label": {"zero": "a", "1": "b", "2": "c"}}, "from 0 on"),
+        ({"id2label": {"0": "a\nb", "1": "c", "2": "d"}}, "one line"),
+        ({"id2label": {"0": "a", "1": "", "2": "d"}}, "one line"),
+        ({"id2label": {"0": "a", "1": "c ", "2": "d"}}, "one line"),
         ({"num_frames": "x"}, "num_frames must be a whole number of at least 1, got 'x'"),
         ({"num_frames": 4.0}, "num_frames must be a whole number"),
         ({"image_size": [32, "a"]}, "image_size must be a whole number"),
@@ -200,25 +204,6 @@ def test_the_file_in_a_folder_stands_for_it(of_transformers):
     assert imported.source.path == folder
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(
-    ("before", "short_side", "interpolation"),
-    [
-        ({"size": {"shortest_edge": 36}, "resample": 3}, 36, "bicubic"),
-        ({"size": 36, "resample": 2}, 36, "bilinear"),
-        ({"size": {"height": 32, "width": 32}, "resample": 2}, None, "bilinear"),
-    ],
-)
-def test_preprocessors_of_transformers(of_transformers, before, short_side, interpolation):
-    folder = of_transformers()
-    pixels = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
-    (folder / "preprocessor_config.json").write_text(json.dumps(before | pixels))
-    imported = import_weights(folder)
-    data = imported.model.config.data
-    assert (data.mean, data.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert (data.validation_short_side, data.interpolation) == (short_side, interpolation)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["mae", "hpm"])
 def test_computed_positions_in_half_precision_are_no_learned_ones(
@@ -248,9 +233,6 @@ def test_the_teacher_is_compared_and_keeps_its_positions(layouts_of, tmp_path):
     torch.testing.assert_close(tables[1] - tables[0], torch.full((1, 16, 48), 0.5))
     told = {found.of for found in compare(imported, 1e-5).differences}
     assert {"difficulty", "of the teacher: difficulty", "of the teacher: tokens"} <= told
-    imported.teacher["blocks.0.mlp.fc1.bias"] += 5
-    with pytest.raises(CheckpointError, match="of the teacher: tokens"):
-        compare(imported)
 
 
 def test_heads_that_are_usual_are_told_and_said_not_to_be_verified(layouts_of, tmp_path):
@@ -272,7 +254,7 @@ def test_a_part_with_a_prefix_beside_a_head_without(layouts_of, tmp_path, prefix
     }
     torch.save({"model": mixed}, tmp_path / "a.pth")
     imported = import_weights(tmp_path / "a.pth", GIVEN)
-    assert imported.recognised.tensors.keys() == state.keys()
+    assert {*imported.state.names.values()} == state.keys()
     assert f"names begin with {prefix!r}, which is left out" in describe(imported)
 
 
@@ -290,9 +272,9 @@ def test_a_fine_tuned_mae_st_does_not_lose_its_head_unasked(layouts_of, tmp_path
     shapes |= layouts_of.affine("head", 400, 48)
     torch.save({"model_state": layouts_of.fill(shapes)}, tmp_path / "a.pth")
     with pytest.raises(
-        CheckpointError, match="does not say whether its head stands.*--encoder-only"
+        CheckpointError, match=r"--encoder-only leaves out a head.*\n  left over head\.weight"
     ):
-        import_weights(tmp_path / "a.pth", GIVEN)
+        import_weights(tmp_path / "a.pth", replace(GIVEN, decoder=TransformerSize(24, 2, 2)))
 
 
 def test_tied_tensors_and_values_that_are_no_tensors(layouts_of, tmp_path):

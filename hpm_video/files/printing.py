@@ -1,0 +1,57 @@
+"""Text that comes from files of others, on a terminal and in tables for people."""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_FORMULA = re.compile(r"\s*[=+@-]")
+
+
+def printable(text: str) -> str:
+    """Escape what controls a terminal, but for line breaks and tabs, or has no character."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def harmless(cell: object) -> object:
+    """A cell of a table, where it is text with an apostrophe before what a spreadsheet computes."""
+    return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell
+
+
+class Console:
+    """Standard output without control characters. When its reader is gone the program goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write text, or where nobody reads it any more nothing."""
+        self._unless_closed(lambda: self._stream.write(printable(text)))
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand over what was written."""
+        self._unless_closed(self._stream.flush)
+
+    def _unless_closed(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except BrokenPipeError:
+            closed, nowhere = os.fstat(self._stream.fileno()), os.open(os.devnull, os.O_WRONLY)
+            for number in (1, 2):  # standard errors often go the same way
+                if os.path.samestat(closed, os.fstat(number)):
+                    os.dup2(nowhere, number)
+
+
+@contextmanager
+def console() -> Iterator[None]:
+    """Print through a :class:`Console`."""
+    stream: Any = Console(sys.stdout)
+    with redirect_stdout(stream):
+        yield

@@ -1,0 +1,96 @@
+"""Whose weights a file holds, by the names of its tensors."""
+
+import os
+import re
+
+from hpm_video.files.weights import CheckpointError
+from hpm_video.weights.families import FAMILIES, KERNEL, Family, State
+from hpm_video.weights.files import Source, Tensors
+
+WRAPPERS = ("state_dict", "model_state", "module", "model", "")
+"""Keys of the state dict in a file, the first that is there is taken."""
+
+
+def recognise(source: Source, entry: str | None = None, prefix: str | None = None) -> State:
+    """Find the family of weights, and read them by our names.
+
+    The shortest prefix under which a family fits is taken off. A head may lie beside the part that
+    has the prefix; with a prefix that is given, nothing else is read.
+
+    Args:
+        source: the content of a file.
+        entry: the key of a state dict, where the file has several.
+        prefix: how the names of the wanted model begin, where others lie beside it.
+
+    Raises:
+        CheckpointError: it is of no known family, or may be of several. Its tensors are listed.
+    """
+    entries, there = source.entries, ", ".join(map(repr, source.entries))
+    known = [name for name in WRAPPERS if name in entries]
+    if entry is not None and entry not in entries:
+        raise CheckpointError(f"it has no state dict {entry!r}, but {there}")
+    if entry is None and not known and len(entries) > 1:
+        raise CheckpointError(f"it holds several state dicts: {there}; choose with --entry")
+    entry = [*known, *entries][0] if entry is None else entry
+    tensors, outside = entries[entry], list[str]()
+    if prefix is not None:
+        outside = [name for name in tensors if not name.startswith(prefix)]
+        tensors = {name: value for name, value in tensors.items() if name.startswith(prefix)}
+    prefixes = _prefixes(tensors) if prefix is None else [prefix]
+    stripped = {each: _stripped(tensors, each) for each in prefixes}
+    fit = [(each, family) for each in prefixes for family in _fitting(stripped[each])]
+    if not fit:
+        raise CheckpointError(
+            f"it holds weights of no family that is known ({', '.join(FAMILIES)}). Its tensors"
+            f"{f' under {entry!r}' if entry else ''}:\n  "
+            + "\n  ".join(list_shapes(entries[entry]))
+            + "\nKnown are plain vision transformers alone, without layer scale, relative "
+            "positions or registers. --prefix reads only the names that begin with it."
+        )
+    prefix, family = fit[0]
+    # A longer prefix is another reading of the same tensors, unless it begins otherwise.
+    several = [one for one in fit if one[0] == prefix or not one[0].startswith(prefix)]
+    if len(several) > 1:
+        titles = " or ".join(f"{other.title} (--prefix {each!r})" for each, other in several)
+        raise CheckpointError(
+            f"it may be {titles}: it has tensors of both; choose with --prefix, or save the state "
+            f"dict of one model alone"
+        )
+    state = family.read(stripped[prefix])
+    state.entry, state.prefix = entry, prefix
+    state.left_out |= dict.fromkeys(outside, "it does not begin with the prefix")
+    return state
+
+
+def _prefixes(tensors: Tensors) -> list[str]:
+    """Return what stands before the name of a patch kernel of any family, the shortest first."""
+    kernels = {family.names(KERNEL)[0] for family in FAMILIES.values()}
+    before = {name.removesuffix(end) for name in tensors for end in kernels if name.endswith(end)}
+    whole = [each for each in before if each == "" or each.endswith(".")]
+    return sorted(whole, key=lambda each: (len(each), each))
+
+
+def _stripped(tensors: Tensors, prefix: str) -> Tensors:
+    """Take off a prefix, or what all names begin with, unless two names would become one."""
+    common = os.path.commonprefix([*tensors])
+    common = common[: common.rfind(".") + 1]
+    found = {
+        name.removeprefix(prefix if name.startswith(prefix) else common): value
+        for name, value in tensors.items()
+    }
+    return found if len(found) == len(tensors) else {}
+
+
+def _fitting(tensors: Tensors) -> list[Family]:
+    """Return the most specific families that the tensors fit."""
+    fit = [family for family in FAMILIES.values() if family.fits(tensors)]
+    return [family for family in fit if not any(family.marks < other.marks for other in fit)]
+
+
+def list_shapes(tensors: Tensors, most: int = 12) -> list[str]:
+    """List names and shapes of the first tensors, those of all blocks as one."""
+    kinds: dict[str, tuple[int, ...]] = {}
+    for name, value in tensors.items():
+        kinds.setdefault(re.sub(r"\.\d+\.", ".N.", name), tuple(value.shape))
+    shown = [f"{name} {shape}" for name, shape in list(kinds.items())[:most]]
+    return [*shown, f"and {len(kinds) - most} more kinds of names"][: len(kinds)]

@@ -1,0 +1,112 @@
+"""What the launcher starts, by its options and by the variables that stand for them."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = str(Path(__file__))
+VARIABLES = ("GPUS", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "HOSTFILE", "HPM_GRACE")
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return importlib.import_module("launch")
+
+
+@pytest.fixture
+def job_of(launch, monkeypatch):
+    def job(*options, **variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        given = launch.make_parser().parse_args([*map(str, options), PROGRAM, "--seed", "1"])
+        assert given.arguments == ["--seed", "1"]
+        hosts = launch.read_hostfile(given.hostfile) if given.hostfile else {}
+        return launch.read_job(given, hosts)
+
+    return job
+
+
+def test_variables_stand_for_options(launch, job_of):
+    assert job_of() == launch.Job(1)
+    assert job_of(GPUS="3", MASTER_PORT="29600") == launch.Job(3, port=29600)
+    two = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
+    assert job_of(**two) == launch.Job(3, 2, 1, "node0", 29600)
+    assert job_of("--processes", 4, "--node-rank", 0) == launch.Job(4, 2, 0, "node0", 29600)
+
+
+@pytest.mark.parametrize(
+    ("options", "variables", "message"),
+    [
+        ((), {"GPUS": "0"}, "(GPUS) must be a whole number of at least 1: 0"),
+        ((), {"GPUS": "2.5"}, "(GPUS) must be a whole number"),
+        ((), {"NNODES": "-1"}, "(NNODES) must be a whole number"),
+        ((), {"HPM_GRACE": "long"}, "(HPM_GRACE) must be a whole number of at least 0: long"),
+        (("--processes", "0"), {}, "argument --processes: (GPUS) must be"),
+        (("--master-port", "70000"), {}, "must be a whole number from 1 to 65535: 70000"),
+        (("--nodes", "2"), {}, "(NNODES) needs --node-rank (NODE_RANK), 0 on the first"),
+        (("--nodes", "2", "--node-rank", "0"), {}, "--master-addr (MASTER_ADDR)"),
+        (
+            ("--nodes", "2", "--node-rank", "2", "--master-addr", "a"),
+            {},
+            "--node-rank 2 (NODE_RANK) must be in 0 to 1",
+        ),
+        (("--hostfile", "here"), {"GPUS": "2"}, "leave out --processes (GPUS)"),
+        (("--hostfile", "none"), {}, "No such file or directory: 'none'"),
+    ],
+)
+def test_mistakes_are_named(launch, monkeypatch, tmp_path, capsys, options, variables, message):
+    (tmp_path / "here").write_text("localhost slots=2\n")
+    monkeypatch.chdir(tmp_path)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end:
+        launch.main([*options, PROGRAM])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_program_that_is_not_there(launch, capsys):
+    with pytest.raises(SystemExit) as end:
+        launch.main(["no.py"])
+    assert end.value.code == 2
+    assert "error: no program no.py in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "variables", "more"),
+    [
+        ((), {}, None),
+        ((), {"GPUS": "1"}, None),
+        (("--dry-run",), {}, "1"),
+        (("--dry-run",), {"GPUS": "8", "NNODES": "8"}, "64"),
+        (("--dry-run", "--hostfile", "hosts"), {}, "11"),
+    ],
+)
+def test_one_process_takes_the_launchers_place(
+    launch, monkeypatch, tmp_path, options, variables, more
+):
+    """Also a dry run of many: without the machines that the run itself needs."""
+    (tmp_path / "hosts").write_text("# two\nnode0 slots=3\n\nnode1  slots=8 # more\n")
+    monkeypatch.chdir(tmp_path)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    class ReplacedError(Exception):
+        pass
+
+    def replace(*call):
+        raise ReplacedError(call)
+
+    monkeypatch.setattr(os, "execv", replace)
+    with pytest.raises(ReplacedError) as replaced:
+        launch.main([*options, PROGRAM, "a b"])
+    of_dry_run = [] if more is None else ["--dry-run", "--processes", more]
+    command = [sys.executable, "-u", PROGRAM, "a b", *of_dry_run]
+    assert replaced.value.args[0] == (sys.executable, command)

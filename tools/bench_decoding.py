@@ -1,3 +1,0 @@
-from renamed import tell  # type: ignore[import-not-found]
-
-tell()
