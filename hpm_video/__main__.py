@@ -2,8 +2,8 @@
 
 import ast
 import re
-import runpy
 import sys
+from importlib import import_module
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -32,10 +32,9 @@ def main() -> None:
         return
     if name.replace("_", "-") not in programs:
         sys.exit(f"error: there is no command {name}; hpm-video --help lists them")
-    path = PROGRAMS / f"{name.replace('-', '_')}.py"
     sys.argv = [f"hpm-video {name}", *rest]
     sys.path.insert(0, str(PROGRAMS))
-    runpy.run_path(str(path), run_name="__main__")
+    sys.exit(import_module(name.replace("-", "_")).main())
 
 
 if __name__ == "__main__":

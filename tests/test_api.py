@@ -68,7 +68,7 @@ def test_configs_are_found_by_name():
     assert hpm_video.load_config("finetune/demo").output_dir == "runs/demo_finetune"
     with pytest.raises(ConfigError, match="take finetune/demo or pretrain/demo"):
         hpm_video.load_config("demo")
-    with pytest.raises(ConfigError, match="there is no nothing"):
+    with pytest.raises(ConfigError, match="there is no config file nothing"):
         hpm_video.load_config("nothing")
 
 
@@ -164,7 +164,7 @@ def test_the_page_on_python_runs(finished_run, finetuned_run, videos, config_fil
     assert len(blocks) >= 4
     program = "\n".join(blocks)
     for name, stands_for in names.items():
-        program = program.replace(f'"{name}', f'"{stands_for}')
+        program = program.replace(name, stands_for)
     exec(compile(program, "docs/python.md", "exec"), {"__name__": "__main__"})  # noqa: S102
 
 
