@@ -93,7 +93,8 @@ def _with_new_names(given: Any, path: Path) -> Any:
         name = NEW_NAMES.get(key, key)
         if name != key:
             log.warning("%s: %s is called %s now", path, key, name)
-        found[name] = _with_new_names(value, path)
+        is_off = name == "compile" and value is False  # which is how YAML reads the word off
+        found[name] = "off" if is_off else _with_new_names(value, path)
     return found
 
 

@@ -22,8 +22,10 @@ from hpm_video.training.device import Precision
 from hpm_video.training.distributed import Processes
 from hpm_video.training.ema import make_ema
 from hpm_video.training.engine import Engine, TorchEngine
+from hpm_video.training.fast import choose_compiling, make_fast
 from hpm_video.training.objective import Objective
 from hpm_video.training.optim import Tensors
+from hpm_video.training.progress import Progress
 from hpm_video.training.run import Evaluation
 
 
@@ -118,6 +120,10 @@ class Task(ABC):
     ) -> Objective:
         """Make what is minimised. ``engine``: it holds ``ema``, if any does."""
 
+    def phase(self, source: str, progress: Progress) -> object:  # noqa: ARG002
+        """Return what the cost of a clip of a source depends on, where it changes in a run."""
+        return None
+
     @abstractmethod
     def evaluation(self, session: Session, objective: Objective, engine: Engine) -> Evaluation:
         """Return what is measured and drawn during training.
@@ -150,16 +156,33 @@ def make_models(
 
 
 def make_engine(
-    task: Task, session: Session, plan: BatchPlan, precision: Precision, model: nn.Module
+    task: Task,
+    session: Session,
+    plan: BatchPlan,
+    precision: Precision,
+    model: nn.Module,
+    ema: nn.Module | None,
 ) -> Engine:
-    """The engine that updates ``model``, which is on the device of the session."""
+    """The engine that updates ``model``, which is on the device of the session, as ``ema`` is.
+
+    Both are made fast, and ``ema`` is sharded as the model is.
+    """
     how, optimizer = task.config.engine, task.optimizer(model)
+    compiled = choose_compiling(how, session.device)
+    make_fast(compiled, model, ema)
     common: dict[str, Any] = {
         "device": session.device,
         "clip_grad": task.config.recipe.clip_grad,
         "precision": precision,
         "processes": session.processes,
     }
+    engine: Engine
     if how.name == "deepspeed":
-        return DeepSpeedEngine(model, optimizer, how, plan, **common)
-    return TorchEngine(model, optimizer, accumulate=plan.accumulate, **common)
+        engine = DeepSpeedEngine(model, optimizer, how, plan, **common)
+    else:
+        engine = TorchEngine(model, optimizer, accumulate=plan.accumulate, **common)
+    if compiled != "off":
+        engine.compiled, engine.name = compiled, f"{engine.name}, compiled ({compiled})"
+    if ema is not None:
+        engine.shard(ema)
+    return engine
