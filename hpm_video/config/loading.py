@@ -89,7 +89,10 @@ def _checked(value: Any, source: str, key: str = "") -> Any:
         name = NEW_NAMES.get(old, old)
         if name != old:
             log.warning("%s: %s is called %s now", source, old, name)
-        found[name] = _checked(each, source, f"{key}.{name}" if key else str(name))
+        is_off = name == "compile" and each is False  # which is how YAML reads the word off
+        found[name] = (
+            "off" if is_off else _checked(each, source, f"{key}.{name}" if key else str(name))
+        )
     return found
 
 

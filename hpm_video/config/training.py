@@ -6,6 +6,8 @@ from typing import Literal
 from hpm_video.config.checks import CHANCE, POSITIVE, POSITIVE_OR_NONE, ConfigError, at_least, check
 from hpm_video.config.choices import Precision
 
+CompileMode = Literal["off", "blocks", "model"]
+
 
 @dataclass(frozen=True)
 class RecipeConfig:
@@ -80,6 +82,10 @@ class EngineConfig:
     """``cpu``, ``cuda``, ``mps``; ``auto`` takes an accelerator where there is one."""
     precision: Precision = "auto"
     """``auto``: bf16 autocast where the device is made for it. Weights are always fp32."""
+    compile: CompileMode | Literal["auto"] = "auto"
+    """What ``torch.compile`` makes faster: nothing, each transformer block, or all blocks of an
+    encoder or decoder at once, which takes longer to start. ``auto``: blocks on a CUDA GPU, unless
+    weights are sharded."""
     micro_batch: int | None = None
     """Videos per forward pass of a process; by default on a GPU as many as fit, elsewhere all of
     its share. The batch must be a multiple of it times the number of processes."""
@@ -95,6 +101,12 @@ class EngineConfig:
                     f"engine.{name}={value} is for DeepSpeed, and engine.name is {self.name}; "
                     f"take engine.name=deepspeed, or leave it out"
                 )
+        if self.compile in ("blocks", "model") and self.name == "deepspeed" and self.stage == 3:
+            raise ConfigError(
+                f"engine.compile={self.compile} cannot be had with engine.zero_stage=3, in which "
+                f"blocks gather their weights while they run; take engine.compile=auto, or a lower "
+                f"stage"
+            )
         needed = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
         if self.stage < needed:
             raise ConfigError(

@@ -90,8 +90,8 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
         priority = uniform(batch.keys, rule.num_units, "mask")
         mask = rule.draw(output.difficulty, priority, num_picked)
         prediction: Prediction = student(clips, mask, keys=batch.keys)
-        target = self.target.of(batch.clips, mask, self._features(batch, output))
-        errors = self.target.errors(prediction.content, target)
+        features = self._features(batch, output)
+        errors = self.errors(prediction.content, batch.clips, mask, features)
         total = errors.mean()
         parts = {named(batch.source, "reconstruction"): total}
         if prediction.difficulty is not None:
@@ -104,6 +104,12 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
     def normalised(self, batch: ClipBatch) -> Tensor:
         """The clips of a batch as models see them: -> (B, C, T, H, W) float32"""
         return normalise(batch.clips, self.target.mean, self.target.std)
+
+    def errors(
+        self, content: Tensor, clips: Tensor, mask: TokenMask, features: Tensor | None
+    ) -> Tensor:
+        """Errors of reconstructed hidden tokens: (B, M, P), (B, C, T, H, W) uint8 -> (B, M)"""
+        return self.target.errors(content, self.target.of(clips, mask, features))
 
     @torch.no_grad()
     def run_teacher(self, clips: Tensor, *, difficulty: bool) -> "TeacherOutput":

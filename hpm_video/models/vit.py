@@ -46,25 +46,25 @@ def make_mlp(dim: int, hidden: int) -> nn.Sequential:
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, size: TransformerSize, drop_path: float = 0.0) -> None:
+    def __init__(self, size: TransformerSize) -> None:
         super().__init__()
         dim = size.dim
-        self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = Attention(dim, size.num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = make_mlp(dim, size.mlp_dim or 4 * dim)
 
-    def forward(self, tokens: Tensor, draws: Tensor | None = None) -> Tensor:
-        """(B, N, D), (B, 2) uniform draws or none -> (B, N, D)"""
-        tokens = tokens + self._maybe_drop(self.attn(self.norm1(tokens)), draws, branch=0)
-        return tokens + self._maybe_drop(self.mlp(self.norm2(tokens)), draws, branch=1)
-
-    def _maybe_drop(self, residual: Tensor, draws: Tensor | None, branch: int) -> Tensor:
-        if draws is None or self.drop_path == 0:
-            return residual
-        kept = (draws[:, branch, None, None] >= self.drop_path).to(residual.dtype)
-        return residual * kept / (1 - self.drop_path)
+    def forward(self, tokens: Tensor, scales: Tensor | None = None) -> Tensor:
+        """(B, N, D), (B, 2) scales of both residual branches or none for 1 -> (B, N, D)"""
+        attended = self.attn(self.norm1(tokens))
+        if scales is not None:
+            attended = attended * scales[:, 0, None, None]
+        tokens = tokens + attended
+        passed = self.mlp(self.norm2(tokens))
+        if scales is not None:
+            passed = passed * scales[:, 1, None, None]
+        out: Tensor = tokens + passed
+        return out
 
 
 class Transformer(nn.Module):
@@ -84,8 +84,8 @@ class Transformer(nn.Module):
         final_norm: bool = True,
     ) -> None:
         super().__init__()
-        rates = [drop_path * i / max(size.depth - 1, 1) for i in range(size.depth)]
-        self.blocks = nn.ModuleList(Block(size, rate) for rate in rates)
+        self.rates = [drop_path * i / max(size.depth - 1, 1) for i in range(size.depth)]
+        self.blocks = nn.ModuleList(Block(size) for _ in self.rates)  # alike: compiled only once
         self.norm = nn.LayerNorm(size.dim, eps=LAYER_NORM_EPS) if final_norm else nn.Identity()
         self.drop_path = drop_path
         self.checkpoint_activations = checkpoint_activations
@@ -98,15 +98,17 @@ class Transformer(nn.Module):
 
     def run_blocks(self, tokens: Tensor, draws: Tensor | None = None) -> Tensor:
         """All but the norm: (B, N, D), (B, 2 depth) draws or none to drop nothing -> (B, N, D)"""
-        for i, block in enumerate(self.blocks):
-            of_block = None if draws is None else draws[:, 2 * i : 2 * i + 2]
+        for i, (block, rate) in enumerate(zip(self.blocks, self.rates, strict=True)):
+            scales = None
+            if draws is not None:
+                scales = (draws[:, 2 * i : 2 * i + 2] >= rate) / (1 - rate)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # Nothing random happens inside a block, so there is no generator to restore.
                 tokens = checkpoint(  # type: ignore[bad-assignment]
-                    block, tokens, of_block, use_reentrant=False, preserve_rng_state=False
+                    block, tokens, scales, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                tokens = block(tokens, of_block)
+                tokens = block(tokens, scales)
         return tokens
 
 

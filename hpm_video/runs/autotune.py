@@ -3,12 +3,16 @@
 import gc
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.checks import ConfigError
+from hpm_video.config.training import CompileMode
 from hpm_video.data.batch import ClipBatch
 from hpm_video.runs.data import describe_training, planned_data
 from hpm_video.runs.directory import RunDirectory
@@ -18,13 +22,16 @@ from hpm_video.training.device import Precision, choose_precision
 from hpm_video.training.distributed import Processes
 from hpm_video.training.ema import make_ema
 from hpm_video.training.engine import TorchEngine
+from hpm_video.training.fast import make_fast
 from hpm_video.training.memory import (
     ActivationBytes,
     Sharding,
+    count_flop,
     describe_memory,
     simulate_update,
     training_memory,
 )
+from hpm_video.training.objective import Losses, Objective
 from hpm_video.training.progress import Progress
 
 TIMED_CLIPS = 8
@@ -36,6 +43,27 @@ GPU_SHARE = 0.9
 comes between them, and for what the processes exchange."""
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A complete update on random clips by one process, to time it and to see its memory."""
+
+    engine: TorchEngine
+    objective: Objective
+    batch: ClipBatch
+    progress: Progress
+
+    def __call__(self) -> Losses:
+        """Go forward and backward, step, and do what follows a step."""
+        for group in self.engine.param_groups:
+            group["lr"] = 1e-6
+        with self.engine.autocast():
+            losses = self.objective.losses(self.engine, self.batch, self.progress)
+        self.engine.backward(losses.total)
+        self.engine.step()
+        self.objective.after_update(self.engine.model, self.progress)
+        return losses
+
+
 def trial_update(
     task: Task,
     device: torch.device,
@@ -44,16 +72,18 @@ def trial_update(
     *,
     source: str = "",
     accumulate: int = 1,
-) -> Callable[[], None]:
-    """Return a complete update on random clips by one process, to time it and to see its memory.
+    compiled: CompileMode = "off",
+) -> Trial:
+    """Return an update to try, or where ``accumulate`` passes make an update, one of them.
 
-    A call is forward, backward, step and what follows it; where ``accumulate`` passes make an
-    update, one of them. ``task``: resolved.
+    It is in the last epoch, in which a teacher scores if it ever does. ``task``: resolved.
     """
     config = task.config
-    model = task.model()
+    with device if device.type == "cuda" else nullcontext():  # it draws weights much faster
+        model = task.model()
     ema = None if task.ema is None else make_ema(model).to(device)
     model = model.to(device)
+    make_fast(compiled, model, ema)
     engine = TorchEngine(
         model,
         task.optimizer(model),
@@ -63,6 +93,7 @@ def trial_update(
         precision=precision,
     )
     objective = task.objective(ema, device, engine)
+    make_fast(compiled, objective)
     clips += -clips % task.multiple
     data = config.sources[source]
     batch = ClipBatch(
@@ -73,18 +104,34 @@ def trial_update(
         failures=(),
         source=source,
     ).to(device)
-    progress = Progress(1, config.recipe.epochs - 0.5, config.recipe.epochs)
+    return Trial(engine, objective, batch, last_epoch(task))
 
-    def update() -> None:
-        for group in engine.param_groups:
-            group["lr"] = 1e-6
-        with engine.autocast():
-            losses = objective.losses(engine, batch, progress)
-        engine.backward(losses.total)
-        engine.step()
-        objective.after_update(engine.model, progress)
 
-    return update
+def last_epoch(task: Task) -> Progress:
+    """Return a moment at which a teacher scores if it ever does."""
+    epochs = task.config.recipe.epochs
+    return Progress(1, epochs - 0.5, epochs)
+
+
+def cost_of_clips(task: Task) -> Callable[[str, Progress], float]:
+    """Return a function that gives the FLOP of a clip of a source at a moment of the run.
+
+    Of forward and backward pass and of the teacher; activations that are computed again for the
+    backward pass do not count.
+    """
+    plain, found = copy(task), dict[object, float]()
+    model = replace(task.config.model, checkpoint_activations=False)
+    plain.config = replace(task.config, model=model)
+    make = partial(trial_update, plain, torch.device("cpu"), "fp32", 2)
+
+    def cost(source: str, progress: Progress) -> float:
+        key = source, task.phase(source, progress)
+        if key not in found:
+            flop = count_flop(lambda: replace(make(source=source), progress=progress))
+            found[key] = flop / 2
+        return found[key]
+
+    return cost
 
 
 def choose_plan(

@@ -14,6 +14,7 @@ from hpm_video.runs.data import open_manifest
 from hpm_video.training.checkpoint import read_state
 from hpm_video.training.device import Precision, choose_device
 from hpm_video.training.distributed import Processes
+from hpm_video.training.fast import choose_compiling, make_fast
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def evaluate_run(
     trained = open_trained(checkpoint, TrainedClassifier, how.weights)
     device = choose_device(config.engine.device, processes.count)
     classifier = Inference.load(trained, device, precision)
+    make_fast(choose_compiling(config.engine, device), classifier.model)
     what = {
         "checkpoint": str(run_dir / "checkpoints" / checkpoint.name),
         "chosen_as": how.checkpoint,

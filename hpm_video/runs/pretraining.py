@@ -41,6 +41,7 @@ from hpm_video.training.ema import MomentumSchedule
 from hpm_video.training.engine import Engine, Runner
 from hpm_video.training.objective import Objective
 from hpm_video.training.optim import Tensors, make_adamw, parameter_groups
+from hpm_video.training.progress import Progress
 from hpm_video.training.run import Evaluation
 from hpm_video.weights.image_tower import read_image_tower
 
@@ -180,6 +181,10 @@ class Pretraining(Task):
     ) -> HardPatchesMining:
         assert ema is None or isinstance(ema, MaskedAutoencoder)
         return build_objective(self.config, ema, build_target(self.config, device), engine)
+
+    def phase(self, source: str, progress: Progress) -> bool:
+        """Return whether the teacher scores the clips of a source."""
+        return self.config.mask_rule(source).num_picked(progress.epoch, progress.epochs) > 0
 
     def evaluation(self, folder: Path, objective: Objective, engine: Engine) -> Evaluation:
         """Measure clips of each source, a share in each process, draw some, and probe features."""

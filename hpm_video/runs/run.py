@@ -12,16 +12,18 @@ from hpm_video.data.loader import clip_batches, end_workers
 from hpm_video.data.mixture import Places, deal_out
 from hpm_video.files.failures import BadFiles
 from hpm_video.recognition.inference import Reading
-from hpm_video.runs.autotune import choose_plan, precision_of
+from hpm_video.runs.autotune import choose_plan, cost_of_clips, precision_of
 from hpm_video.runs.data import describe_training
 from hpm_video.runs.directory import RunDirectory, check_same_run, claim, locked
 from hpm_video.runs.task import Task, make_engine, make_models
 from hpm_video.training.checkpoint import read_optimizer
 from hpm_video.training.curves import plot_curves
-from hpm_video.training.device import choose_device
+from hpm_video.training.device import choose_device, peak_flops
 from hpm_video.training.distributed import Processes
 from hpm_video.training.engine import Engine
+from hpm_video.training.fast import make_fast
 from hpm_video.training.loop import fit
+from hpm_video.training.metrics import Meter
 from hpm_video.training.objective import Objective
 from hpm_video.training.provenance import gather_facts, record_start
 from hpm_video.training.run import Evaluation, Run
@@ -53,10 +55,9 @@ def run(task: Task, processes: Processes = Processes()) -> Path:  # noqa: B008 -
             model, ema = make_models(task, device, directory.newest)
             precision = precision_of(task, directory, device, processes)
             plan = choose_plan(task, device, processes, precision)
-            engine = make_engine(task, model, plan, precision, device, processes)
-            if ema is not None:
-                engine.shard(ema)
+            engine = make_engine(task, model, ema, plan, precision, device, processes)
             objective = task.objective(ema, device, engine)
+            make_fast(engine.compiled, objective)
             evaluation = task.evaluation(directory.path, objective, engine)
         if processes.is_first:
             claim(directory, task.config, notes)
@@ -149,8 +150,30 @@ def train(
                 stored={"facts": facts, "data": data.fingerprint},
                 best=directory.state.get("best", {}),
             )
+            if engine.device.type == "cuda":
+                state.meter = open_meter(task, engine)
             with closing(state):
                 state.measure_beginning(draws=directory.lacks_pictures)
                 fit(engine, objective, batches, schedule_of(config.recipe), state, start=start)
     finally:
         end_workers()
+
+
+def open_meter(task: Task, engine: Engine) -> Meter:
+    """Open a meter that knows what an update costs, and how fast the device could be."""
+    cost, timeline = cost_of_clips(task), task.data.timeline
+    peak, source = peak_flops(engine.device, engine.precision)
+    flop = [cost(name, timeline.at(0)) / 1e9 for name in task.config.sources]
+    log.info(
+        "%s GFLOP a clip; 100 %% MFU are %.0f TFLOP/s (%s, by %s)",
+        ", ".join(f"{each:.0f}" for each in flop),
+        peak / 1e12,
+        engine.precision,
+        source,
+    )
+    return Meter(
+        engine.device,
+        engine.processes,
+        cost=lambda name, update: cost(name, timeline.at(update)),
+        peak=peak,
+    )

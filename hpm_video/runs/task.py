@@ -22,8 +22,10 @@ from hpm_video.training.device import Precision
 from hpm_video.training.distributed import Processes
 from hpm_video.training.ema import make_ema
 from hpm_video.training.engine import Engine, TorchEngine
+from hpm_video.training.fast import choose_compiling, make_fast
 from hpm_video.training.objective import Objective
 from hpm_video.training.optim import Tensors
+from hpm_video.training.progress import Progress
 from hpm_video.training.run import Evaluation
 
 
@@ -109,6 +111,10 @@ class Task(ABC):
     ) -> Objective:
         """Make what is minimised. ``engine`` holds ``ema``, if any engine does."""
 
+    def phase(self, source: str, progress: Progress) -> object:  # noqa: ARG002
+        """Return what the cost of a clip of a source depends on, where it changes in a run."""
+        return None
+
     @abstractmethod
     def evaluation(self, folder: Path, objective: Objective, engine: Engine) -> Evaluation:
         """Return what is measured during training, and drawn to the run's ``folder``.
@@ -143,19 +149,32 @@ def make_models(
 def make_engine(
     task: Task,
     model: nn.Module,
+    ema: nn.Module | None,
     plan: BatchPlan,
     precision: Precision,
     device: torch.device,
     processes: Processes,
 ) -> Engine:
-    """Make the engine that updates ``model``, which is on ``device``."""
+    """Make the engine that updates ``model``, which is on ``device`` as ``ema`` is.
+
+    Both are made fast, and ``ema`` is sharded as the model is.
+    """
     how, optimizer = task.config.engine, task.optimizer(model)
+    compiled = choose_compiling(how, device)
+    make_fast(compiled, model, ema)
     common: dict[str, Any] = {
         "device": device,
         "clip_grad": task.config.recipe.clip_grad,
         "precision": precision,
         "processes": processes,
     }
+    engine: Engine
     if how.name == "deepspeed":
-        return DeepSpeedEngine(model, optimizer, how, plan, **common)
-    return TorchEngine(model, optimizer, accumulate=plan.accumulate, **common)
+        engine = DeepSpeedEngine(model, optimizer, how, plan, **common)
+    else:
+        engine = TorchEngine(model, optimizer, accumulate=plan.accumulate, **common)
+    if compiled != "off":
+        engine.compiled, engine.name = compiled, f"{engine.name}, compiled ({compiled})"
+    if ema is not None:
+        engine.shard(ema)
+    return engine

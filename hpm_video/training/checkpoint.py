@@ -102,9 +102,7 @@ def remove_superseded(folder: Path, keep_last: int, keep_also: Iterable[Path]) -
     for path in checkpoints_in(folder)[:-keep_last]:
         if path not in kept and not read_state(path).get("keep", False):
             # Under another name: half deleted, it is no checkpoint.
-            leaving = path.with_name(f"{UNFINISHED}{path.name}")
-            path.rename(leaving)
-            _delete(leaving)
+            _delete(path.rename(path.with_name(f"{UNFINISHED}{path.name}")))
 
 
 def mend(folder: Path) -> None:
@@ -126,10 +124,10 @@ def mend(folder: Path) -> None:
 
 
 def check_name(checkpoint: Path) -> None:
-    """Make sure that a checkpoint of a run is of the update that it is named by.
+    """Refuse a checkpoint of a run that is not of the update that it is named by.
 
     Raises:
-        CheckpointError: it is of another one, or cannot be read.
+        CheckpointError: it is not, or cannot be read.
     """
     right = checkpoint_path(checkpoint.parent, read_state(checkpoint)["update"]).name
     if right != checkpoint.name:
@@ -183,14 +181,16 @@ def read_state(checkpoint: Path, *, of_run: bool = False) -> dict[str, Any]:
         raise _damaged(path, f"cannot be read ({error})") from error
     if not isinstance(state, dict):
         raise _damaged(path, f"must hold a JSON object, not {json.dumps(state)[:40]}")
-    needed = {"update": int, **({"facts": dict, "data": str, "best": dict} if of_run else {})}
-    wrong = [name for name, kind in needed.items() if type(state.get(name)) is not kind]
+    needed = {"update": int, "sha256": dict}
+    if of_run:
+        needed |= {"facts": dict, "data": str, "best": dict}
+    found = {"sha256": {}, **state}
+    wrong = [name for name, kind in needed.items() if type(found.get(name)) is not kind]
     if of_run and not wrong:
-        inner = ["facts.precision", *(["best.update", "best.score"] if state["best"] else [])]
-        parts = (name.split(".") for name in inner)
-        wrong = [f"{section}.{name}" for section, name in parts if name not in state[section]]
-    if not isinstance(state.get("sha256", {}), dict):
-        wrong.append("sha256")
+        inner = {"facts": ["precision"], "best": ["update", "score"] if state["best"] else []}
+        wrong = [
+            f"{part}.{name}" for part in inner for name in inner[part] if name not in state[part]
+        ]
     if wrong:
         raise _damaged(path, f"lacks {', '.join(wrong)}")
     return state
@@ -219,25 +219,21 @@ def sha256_of(file: Path) -> str:
 
 
 def _verify(file: Path) -> None:
-    """Make sure that a file of a checkpoint is as it was written; others are taken as they are.
+    """Refuse a file of a checkpoint that is not as it was written; others are taken as they are.
 
     Of the processes on a machine only the first reads the whole file for that.
-
-    Raises:
-        CheckpointError: it is not.
     """
     if not (file.parent / "state.json").is_file() or os.environ.get("LOCAL_RANK", "0") != "0":
         return
     state = read_state(file.parent)
-    written = state.get("sha256", {}).get(file.name)
-    if written is None and "facts" in state and "sha256" not in state:
+    if "facts" in state and "sha256" not in state:
         _say_unverified(file.parent.resolve())
+    written = state.get("sha256", {}).get(file.name)
     if written is None:
         return
     if not file.is_file():
         raise _damaged(file, "is missing")
-    now = sha256_of(file)
-    if now != written:
+    if (now := sha256_of(file)) != written:
         raise _damaged(
             file,
             f"has the SHA-256 {now}, not {written} as when it was written (if you changed it "

@@ -122,8 +122,8 @@ class DeepSpeedEngine(Engine):
         if self.stage < 3:
             super().ema_update(module, model, momentum)
             return
-        shards: list[Any] = [[*module.parameters()], [*model.parameters()]]
-        average, current = ([parameter.ds_tensor for parameter in held] for held in shards)
+        both: Any = (module.parameters(), model.parameters())
+        average, current = ([parameter.ds_tensor for parameter in held] for held in both)
         ema_update(average, current, momentum)
 
     @override
@@ -169,9 +169,8 @@ class DeepSpeedEngine(Engine):
     def _link_moments(self) -> None:
         """Link parameters to their moments. DeepSpeed does that once, after the first group."""
         if self.stage < 3:
-            zero = self.optimizer
-            zero._hp_optimizer_states_linked = False
-            zero._lazy_init_hp_params_optimizer_state()
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _put_moment(self, parameter: nn.Parameter, value: Tensor, kind: str) -> None:
         tools = self._deepspeed.utils
@@ -187,19 +186,15 @@ class DeepSpeedEngine(Engine):
         """Yield sharded parameters one by one; all processes must take all of them."""
         parameters: dict[str, Any] = dict(module.named_parameters())
         for name, value in module.state_dict().items():
-            if name in parameters:
-                yield name, self._join(parameters[name].ds_tensor, parameters[name])
-            else:
-                yield name, value
+            sharded = parameters.get(name)
+            yield name, value if sharded is None else self._join(sharded.ds_tensor, sharded)
 
     def _gathered_moments(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         tools = self._deepspeed.utils
         for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            if self.stage < 3:
+            if self.stage < 3 and parameter.requires_grad:
                 yield name, tools.safe_get_full_optimizer_state(parameter, kind)
-            else:
+            elif parameter.requires_grad:
                 own = tools.safe_get_local_optimizer_state(parameter, kind)
                 yield name, self._join(own, parameter)
 

@@ -62,7 +62,7 @@ REFUSED = {
 def settings_of(
     how: EngineConfig, plan: BatchPlan, *, clip_grad: float | None, precision: Precision
 ) -> Settings:
-    """The configuration that DeepSpeed gets.
+    """Return the configuration that DeepSpeed gets.
 
     Raises:
         EngineError: the user's file cannot be read, or contradicts the run.
@@ -88,7 +88,6 @@ def settings_of(
 
 
 def _read_settings(path: Path) -> Settings:
-    """A DeepSpeed configuration of the user's."""
     try:
         own = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -121,11 +120,7 @@ def sharding_of(
 
 
 def _merged(decided: Settings, own: Settings, at: str = "", *, own_wins: bool = False) -> Settings:
-    """``own`` with everything that is decided.
-
-    Raises:
-        EngineError: ``own`` has another value for it, and does not win.
-    """
+    """Return ``own`` with everything that is decided, which it must not contradict or else wins."""
     merged = dict(own)
     for key, value in decided.items():
         there = own.get(key, "auto")

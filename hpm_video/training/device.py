@@ -12,6 +12,18 @@ from hpm_video.files.errors import ExpectedError
 Precision = Literal["fp32", "bf16"]
 AUTOCAST: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 
+PEAKS = {
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H200 NVL": 835,
+    "H200": 989,
+    "B200": 2250,
+    "A100": 312,
+    "L40S": 362,
+}
+"""TFLOP/s of dense bf16 matrix products by the data sheets, by words of a device's name."""
+
 
 class DeviceError(ExpectedError, ValueError):
     """A device that is not here."""
@@ -50,19 +62,37 @@ def time_updates(
     update: Callable[[], object], device: torch.device, *, warmup: int = 2, repeats: int = 5
 ) -> float:
     """Median seconds of one call of ``update``."""
-
-    def wait() -> None:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-
     seconds = []
     for _ in range(warmup + repeats):
-        wait()
+        wait_for(device)
         began = time.perf_counter()
         update()
-        wait()
+        wait_for(device)
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[warmup:])
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def peak_flops(device: torch.device, precision: Precision) -> tuple[float, str]:
+    """Return the FLOP/s that count as full use of a device, and where that is known from."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    words = set(name.replace("-", " ").split())
+    listed = [peak for key, peak in PEAKS.items() if words.issuperset(key.split())]
+    if listed and precision == "bf16":
+        return 1e12 * listed[0], f"the data sheet of {name}"
+    return product_flops(device, precision), f"a product of two large matrices on {name}"
+
+
+def product_flops(device: torch.device, precision: Precision) -> float:
+    """Measure the FLOP/s of a product of two square matrices."""
+    size = 512 if device.type == "cpu" else 8192
+    matrix = torch.randn(size, size, device=device, dtype=AUTOCAST[precision])
+    return 2 * size**3 / time_updates(lambda: matrix @ matrix, device)
 
 
 def inference_precision(device: torch.device) -> Precision:
@@ -72,7 +102,7 @@ def inference_precision(device: torch.device) -> Precision:
 
 
 def choose_precision(
-    device: torch.device, make_update: Callable[[Precision], Callable[[], None]]
+    device: torch.device, make_update: Callable[[Precision], Callable[[], object]]
 ) -> Precision:
     """bf16 where a GPU is made for it; on other devices only if whole updates measure faster.
 

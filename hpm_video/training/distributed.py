@@ -70,10 +70,8 @@ class Processes:
         """
         if self.count == 1:
             return lambda: value
-        given = torch.tensor(value)
-        work = distributed.all_reduce(
-            given, distributed.ReduceOp.MAX, group=self._hosts, async_op=True
-        )
+        given, largest = torch.tensor(value), distributed.ReduceOp.MAX
+        work = distributed.all_reduce(given, largest, group=self._hosts, async_op=True)
 
         def answer() -> int:
             work.wait()
@@ -131,8 +129,7 @@ def first_to_say(message: str) -> bool:
 
 def lost_contact(error: RuntimeError) -> bool:
     """Whether an error is that another process of the job has gone."""
-    text = str(error)
-    words = ("gloo", "Connection closed by peer", "Connection reset by peer")
+    text, words = str(error), ("gloo", "Connection closed by peer", "Connection reset by peer")
     if "NCCL" in text:  # it may be anything else, such as memory
         words = ("remote", "onnection", "abort")
     return any(word in text for word in words)
@@ -142,8 +139,7 @@ def make_sure_of_group() -> None:
     """Make a group of one process, for a library that needs a group."""
     os.environ.setdefault("LOCAL_RANK", "0")
     if not distributed.is_initialized():
-        store = HashStore()
-        distributed.init_process_group(_backend(), store=store, rank=0, world_size=1)
+        distributed.init_process_group(_backend(), store=HashStore(), rank=0, world_size=1)
 
 
 def _backend() -> str:

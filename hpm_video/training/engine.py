@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
+from hpm_video.config.training import CompileMode
 from hpm_video.files.errors import ExpectedError
 from hpm_video.training.device import AUTOCAST, Precision
 from hpm_video.training.distributed import Processes
@@ -61,6 +62,8 @@ class Engine(Runner, ABC):
 
     name: str
     """Name for the log."""
+    compiled: CompileMode = "off"
+    """What of the model was compiled before it was wrapped."""
     optimizer: Any
     """A ``torch.optim.Optimizer``, or what stands for one, of which the loop sets the ``lr``."""
     gradient_norm: Tensor

@@ -43,7 +43,7 @@ def fit(
                 losses = objective.losses(engine, batch, progress)
             engine.backward(losses.total)
             engine.step()
-            run.meter.add(update, losses, batch.files)
+            run.meter.add(update, losses, batch.files, batch.source)
         run.meter.add_update(update, engine.gradient_norm)
         objective.after_update(engine.model, progress)
         run.after_update(progress, {"lr": lr, **objective.settings(progress)})

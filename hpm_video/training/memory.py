@@ -8,15 +8,18 @@ compare the formulas with its tensors.
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 WHOLE_GRADIENT = 500_000_000
 """Elements that DeepSpeed's stage 0 copies together to reduce them; no setting changes it."""
@@ -56,7 +59,6 @@ class StateBytes:
 
     @property
     def total(self) -> float:
-        """Sum all parts."""
         return sum(map(float, asdict(self).values()))
 
 
@@ -71,40 +73,27 @@ def training_memory(parameters: int, teacher: int, sharding: Sharding) -> Traini
     """Compute what a student and a teacher with so many parameters keep, at the most of an update.
 
     For several forward passes per update; one alone needs less where gradients are shared out.
+    Stages 1 and 2 follow ``stage_1_and_2.py``: a process has all weights, and beside them the
+    master copy of its partition. Stage 1 sums all gradients and reduces them through a bucket, then
+    copies its partition out. Stage 2 has the sum of its partition, and as much again: of the pass
+    that ends (``grads_in_partition``), or for the optimizer (``flatten``).
     """
-    stage, weights = sharding.zero_stage, BYTES * parameters
-    if stage == 3:
-        return _memory_of_stage_3(weights, BYTES * teacher, sharding)
-    if stage in (1, 2):
-        return _memory_of_stages_1_and_2(weights, BYTES * teacher, sharding)
-    # DDP's gradients are views of its buckets; DeepSpeed's stage 0 copies them to reduce them.
-    buffers = 0 if stage is None else min(weights, BYTES * WHOLE_GRADIENT)
-    state = {"weights": weights, "moments": 2 * weights, "gradients": weights}
-    return TrainingMemory(StateBytes(**state, teacher=BYTES * teacher, buffers=buffers))
-
-
-def _memory_of_stages_1_and_2(weights: int, teacher: int, sharding: Sharding) -> TrainingMemory:
-    """Follow ``stage_1_and_2.py``.
-
-    A process has all weights, and beside them the master copy of its partition. Stage 1 sums all
-    gradients and reduces them through a bucket, then copies its partition out. Stage 2 has the sum
-    of its partition, and as much again: of the pass that ends (``grads_in_partition``), or for the
-    optimizer (``flatten``).
-    """
+    stage, weights, ema = sharding.zero_stage, BYTES * parameters, BYTES * teacher
     own, bucket = weights / sharding.processes, BYTES * sharding.reduce
-    is_first = sharding.zero_stage == 1
-    device = StateBytes(weights=weights, teacher=teacher)
+    if stage in (None, 0):
+        # DDP's gradients are views of its buckets; DeepSpeed's stage 0 copies them to reduce them.
+        buffers = 0 if stage is None else min(weights, BYTES * WHOLE_GRADIENT)
+        return TrainingMemory(StateBytes(weights, 0, 2 * weights, weights, ema, buffers))
+    if stage == 3:
+        return _memory_of_stage_3(weights, ema, sharding)
     if not sharding.offload_optimizer:
-        gradients, buffers = (weights, max(bucket, own)) if is_first else (2 * own, bucket)
-        state = {"master": own, "moments": 2 * own, "gradients": gradients, "buffers": buffers}
-        return TrainingMemory(replace(device, **state))
+        gradients, buffers = (weights, max(bucket, own)) if stage == 1 else (2 * own, bucket)
+        return TrainingMemory(StateBytes(weights, own, 2 * own, gradients, ema, buffers))
     # On the host: the gradient of the master copy, in stage 2 also the sum over passes, and the
     # buffer through which new weights return.
     return TrainingMemory(
-        replace(device, gradients=weights if is_first else 0, buffers=bucket),
-        StateBytes(
-            master=own, moments=2 * own, gradients=own if is_first else 2 * own, buffers=own
-        ),
+        StateBytes(weights, 0, 0, weights if stage == 1 else 0, ema, bucket),
+        StateBytes(0, own, 2 * own, own if stage == 1 else 2 * own, 0, own),
     )
 
 
@@ -120,14 +109,14 @@ def _memory_of_stage_3(weights: int, teacher: int, sharding: Sharding) -> Traini
     sizes = sharding.reduce, sharding.live, sharding.prefetch
     bucket, live, prefetch = (BYTES * size for size in sizes)
     passes = max(min(weights, live) + min(weights, prefetch) + min(weights, bucket), teacher)
-    shards = StateBytes(weights=own, teacher=teacher / sharding.processes)
-    device, host = (StateBytes(), shards) if sharding.offload_parameters else (shards, StateBytes())
-    state = {"master": own, "moments": 2 * own}
+    shards = own, teacher / sharding.processes
+    on, off = ((0, 0), shards) if sharding.offload_parameters else (shards, (0, 0))
     if sharding.offload_optimizer:
-        device = replace(device, buffers=bucket + passes)
-        return TrainingMemory(device, replace(host, gradients=2 * own, **state))
+        device = StateBytes(on[0], teacher=on[1], buffers=bucket + passes)
+        return TrainingMemory(device, StateBytes(off[0], own, 2 * own, 2 * own, off[1]))
     buffers = bucket + max(passes, own)
-    return TrainingMemory(replace(device, gradients=own, buffers=buffers, **state), host)
+    device = StateBytes(on[0], own, 2 * own, own, on[1], buffers)
+    return TrainingMemory(device, StateBytes(off[0], teacher=off[1]))
 
 
 def describe_memory(memory: TrainingMemory, activations: float) -> str:
@@ -170,25 +159,50 @@ class ActivationBytes(NamedTuple):
         return cls(first.activations - few * per_clip, per_clip)
 
     def of(self, clips: int) -> float:
-        """Return the bytes of a pass of so many clips."""
         return self.fixed + self.per_clip * clips
 
 
-def simulate_update(make_update: Callable[[], Callable[[], None]]) -> SimulatedMemory:
+def simulate_update(make_update: Callable[[], Callable[[], object]]) -> SimulatedMemory:
     """Make an update and run it twice on tensors that have shapes and no data.
 
     Nothing of their size is allocated, whatever the size of the model. The update must be for a
     CPU, unless there is a GPU here: autograd asks the device itself.
     """
+    with without_data():
+        return measure_update(make_update)
+
+
+def count_flop(make_update: Callable[[], Callable[[], object]]) -> int:
+    """Make an update and run it on tensors that have no data. -> its FLOP, 2 per multiply-add
+
+    Matrix products and convolutions count, and of attention its two products forward and four
+    backward, whatever the kernels compute again.
+    """
+
+    def count() -> int:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            make_update()()
+        return int(counter.get_total_flops())
+
+    try:
+        with without_data():
+            return count()
+    except DataDependentOutputException:  # timm's models look at values while they are built
+        return count()
+
+
+@contextmanager
+def without_data() -> Iterator[None]:
+    """Let tensors have shapes alone. To ask one for a value is an error."""
     mode = _OneFakeMode()
     # It would remember each tensor by a weak reference, and ``Module.to`` refuses those.
     mode.fake_tensor_converter.set_tensor_memo = lambda *_: None  # type: ignore[method-assign]
     with mode, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        return measure_update(make_update)
+        yield
 
 
-def measure_update(make_update: Callable[[], Callable[[], None]]) -> SimulatedMemory:
+def measure_update(make_update: Callable[[], Callable[[], object]]) -> SimulatedMemory:
     """The same with what tensors really hold."""
     with LiveStorages() as live:
         update = make_update()
@@ -213,12 +227,11 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def forget_peak(self) -> int:
-        """Look for the peak from now on. -> the bytes that are held now"""
+        """Look for the peak from now on. -> the bytes held now"""
         self.peak = self.now
         return self.now
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and note what it made."""
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.device.type != "meta":
@@ -244,5 +257,4 @@ class _OneFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     """A mode whose tensors can be copied deeply, as a teacher is made of a student."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_OneFakeMode":
-        """Copies of tensors stay in the same mode."""
         return self

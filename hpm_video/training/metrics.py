@@ -2,10 +2,12 @@
 
 import json
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,51 +57,75 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+class HostEvent:
+    """A moment on the host, like one of ``torch.cuda.Event``."""
+
+    def record(self) -> None:
+        self._seconds = time.perf_counter()
+
+    def elapsed_time(self, later: "HostEvent") -> float:
+        return 1000 * (later._seconds - self._seconds)
+
+
 class Meter:
     """Losses, speed and waiting between two lines of metrics.
 
-    Sums stay on the device until :meth:`read`, which alone waits for it. It reads sums of all
-    processes, and all must call it.
+    Sums stay on the device until :meth:`read`, which alone waits for it, and copies all of them at
+    once. It reads sums of all processes, and all must call it.
     """
 
     def __init__(
         self,
         device: torch.device,
         processes: Processes = Processes(),  # noqa: B008 - it is frozen
+        *,
+        cost: Callable[[str, int], float] | None = None,
+        peak: float = math.inf,
     ) -> None:
-        self._processes = processes
+        """``cost``: FLOP of a clip of a source in an update; ``peak``: FLOP/s of the device."""
+        self._device, self._processes, self._cost, self._peak = device, processes, cost, peak
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._files: dict[int, list[str]] = {}
+        self._event: Callable[[], Any] = HostEvent
+        if device.type == "cuda":
+            self._event = partial(torch.cuda.Event, enable_timing=True)
         self._restart()
 
     def _restart(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: Counter[str] = Counter()  # not every batch has every loss
-        self._clips = 0
-        self._seconds = {"waited": 0.0, "paused": 0.0}
+        self._clips, self._flop, self.left_out = 0, 0.0, 0.0
+        self._waits: list[tuple[Any, Any]] = []
         self._began = time.perf_counter()
 
     @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
+    def waiting(self) -> Iterator[None]:
+        """Count the time that the device has nothing to do in here as waiting for data.
+
+        A GPU that is still busy with what the host gave it before reaches both events at once.
+        """
+        began, ended = self._event(), self._event()
+        began.record()
+        yield
+        ended.record()
+        self._waits.append((began, ended))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time spent in here: validation, pictures, saving."""
         began = time.perf_counter()
         yield
-        self._seconds[name] += time.perf_counter() - began
+        self.left_out += time.perf_counter() - began
 
-    def waiting(self) -> AbstractContextManager[None]:
-        """Count the time spent in here as waiting for data."""
-        return self._timed("waited")
-
-    def paused(self) -> AbstractContextManager[None]:
-        """Leave out the time spent in here: validation, pictures, saving."""
-        return self._timed("paused")
-
-    def add(self, update: int, losses: Losses, files: Sequence[str]) -> None:
+    def add(self, update: int, losses: Losses, files: Sequence[str], source: str = "") -> None:
         """Take the losses of one micro-batch."""
         for name, value in {"loss": losses.total, **losses.parts}.items():
             self._add(name, value.detach())
         self._look_at(losses.total, update)
         self._files.setdefault(update, []).extend(files)
         self._clips += len(files)
+        if self._cost is not None:
+            self._flop += len(files) * self._cost(source, update)
 
     def add_update(self, update: int, gradient_norm: Tensor) -> None:
         """Take the norm of the gradient of an update."""
@@ -121,7 +147,9 @@ class Meter:
         Raises:
             NonFiniteLossError: one was not. The message has the update and the files of its batch.
         """
-        own = int(self._first_bad)
+        self._refuse_bad(int(self._first_bad))
+
+    def _refuse_bad(self, own: int) -> None:
         found = [update for update in self._processes.gather([own]) if update >= 0]
         own_files, self._files = self._files, {}
         if found:
@@ -137,23 +165,38 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Means since the last reading, clips per second, and the share of time spent waiting.
 
-        Of several processes the waiting of the one that waits longest: the others wait for it.
+        Of several processes the waiting of the one that waits longest: the others wait for it. On a
+        GPU also the TFLOP/s of each, the share of the device's that this is (MFU), and the most
+        memory, in GB of 10^9 bytes, that tensors of any process had.
         """
-        self.check()
-        own = {name: (float(value), self._counts[name]) for name, value in self._sums.items()}
-        seconds = max(time.perf_counter() - self._began - self._seconds["paused"], 1e-9)
-        speed = self._clips / seconds, self._seconds["waited"] / seconds
-        everyone = self._processes.gather([(own, speed)])
-        self._restart()
-        return {
-            **{
-                name: sum(sums[name][0] for sums, _ in everyone)
-                / sum(sums[name][1] for sums, _ in everyone)
-                for name in own
-            },
-            "clips_per_second": sum(clips for _, (clips, _) in everyone),
-            "data_wait": max(waited for _, (_, waited) in everyone),
+        first_bad, *sums = torch.stack(
+            [value.float() for value in (self._first_bad, *self._sums.values())]
+        ).tolist()
+        self._refuse_bad(int(first_bad))
+        means = {
+            name: (total, self._counts[name]) for name, total in zip(self._sums, sums, strict=True)
         }
+        seconds = max(time.perf_counter() - self._began - self.left_out, 1e-9)
+        waited = sum(began.elapsed_time(ended) for began, ended in self._waits) / 1000
+        memory = 0
+        if self._device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+        rates = self._clips / seconds, waited / seconds, self._flop / seconds, memory
+        everyone = self._processes.gather([(means, rates)])
+        self._restart()
+        clips, waits, flops, memories = zip(*(rates for _, rates in everyone), strict=True)
+        values = {
+            name: sum(own[name][0] for own, _ in everyone)
+            / sum(own[name][1] for own, _ in everyone)
+            for name in means
+        }
+        values |= {"clips_per_second": sum(clips), "data_wait": max(waits)}
+        if self._cost is not None:
+            flops_of_one = sum(flops) / len(flops)
+            values["tflops_per_gpu"], values["mfu"] = flops_of_one / 1e12, flops_of_one / self._peak
+            values["peak_memory_gb"] = max(memories) / 1e9
+        return values
 
 
 class Tracker(Protocol):
@@ -179,7 +222,6 @@ class TensorBoard:
         self.flush, self.close = self._writer.flush, self._writer.close
 
     def write(self, kind: str, update: int, values: Mapping[str, float]) -> None:
-        """Add a point to the curve of each value."""
         for name, value in values.items():
             self._writer.add_scalar(f"{kind}/{name}", value, update)
 
@@ -229,15 +271,12 @@ class WaitingWarning:
     """Warns once, with the remedy, that a run mostly waits for its data: three lines in a row."""
 
     def __init__(self, config: Path) -> None:
-        """``config``: of the run."""
         self._config = config
         self._in_a_row = -1  # without the first line of a run, when workers start
 
     def look(self, data_wait: float) -> None:
         """Note the share of time that went into waiting since the last line."""
-        if self._in_a_row == 3:
-            return
-        waits = data_wait > 0.3 or self._in_a_row < 0
+        waits = data_wait > 0.3 or not 0 <= self._in_a_row < 3  # after 3 it counts on, in silence
         self._in_a_row = self._in_a_row + 1 if waits else 0
         if self._in_a_row == 3:
             log.warning(

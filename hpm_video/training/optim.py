@@ -50,20 +50,16 @@ def layer_decay_of(
 
 
 def make_adamw(groups: Groups, *, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """AdamW with eps 1e-8; its learning rate is set before every update.
-
-    The fused form updates all parameters in one call, which is what counts for small models.
-    """
+    """AdamW with eps 1e-8, whose fused form updates all parameters in one call."""
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
 
 
-def make_sgd(groups: Groups, *, betas: tuple[float, float]) -> torch.optim.SGD:
-    """Stochastic gradient descent, whose momentum is the first of ``betas``; likewise."""
-    return torch.optim.SGD(groups, lr=0.0, momentum=betas[0])
-
-
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": make_adamw, "sgd": make_sgd}
-"""Optimizers by ``recipe.optimizer``. An entry, and its name in the type of that field, add one."""
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": make_adamw,
+    "sgd": lambda groups, betas: torch.optim.SGD(groups, lr=0.0, momentum=betas[0]),
+}
+"""Optimizers by ``recipe.optimizer``; their learning rate is set before every update. An entry, and
+its name in the type of that field, add one."""
 
 
 @dataclass(frozen=True)

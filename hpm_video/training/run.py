@@ -3,7 +3,8 @@
 import logging
 import math
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from hpm_video.training.checkpoint import (
 )
 from hpm_video.training.curves import plot_curves
 from hpm_video.training.engine import Engine
+from hpm_video.training.fast import as_written, compile_seconds
 from hpm_video.training.metrics import Meter, MetricsLog, WaitingWarning
 from hpm_video.training.progress import Progress, Timeline
 from hpm_video.training.stop import Interrupted, StopRequest
@@ -84,6 +86,7 @@ class Run:
         self._bar = ProgressBar(updates, "updates", first=self.start, silent=not writes)
         self._waiting = WaitingWarning(self.folder / "config.yaml")
         self._failures: list[tuple[str, Failure]] = []
+        self._compiled = compile_seconds()
         self._answer: Callable[[], int] = int
 
     def close(self) -> None:
@@ -102,7 +105,7 @@ class Run:
             with self.meter.paused():
                 self.draw(self.start)
         if self.start == 0 and self.evaluation.validate:
-            with self.meter.paused():
+            with self._aside():
                 self._measure("validation", 0, self.evaluation.validate, self.evaluation.describe)
 
     def after_update(self, progress: Progress, settings: dict[str, float]) -> None:
@@ -118,7 +121,7 @@ class Run:
         self._bar.count()
         if done % how.every_updates == 0 or last:
             self._write_line(done, settings, last=last)
-        with self.meter.paused():
+        with self._aside():
             keep = self._due(update, self.saving.keep_every_epochs)
             improved = False
             if evaluation.validate and (last or self._due(update, how.validate_every_epochs)):
@@ -179,15 +182,30 @@ class Run:
         for name, files in self.bad_files.items():
             files.note([failure for source, failure in found if source == name])
 
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Leave the time out of the meter, and compile nothing for shapes that are seen rarely."""
+        with self.meter.paused(), as_written(self.engine.compiled):
+            yield
+
     def _write_line(self, done: int, settings: dict[str, float], *, last: bool) -> None:
         self._share_failures()
+        before, self._compiled = self._compiled, compile_seconds()
+        if (seconds := self._compiled - before) > 0:
+            self.meter.left_out += seconds
+            log.info("compiling took %.1f s", seconds)
         values = self.meter.read() | settings
         self._metrics.write("train", done, self.timeline.at(done).exact_epoch, values)
-        self._bar.show(
+        shown = (
             f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, "
-            f"{values['clips_per_second']:.0f} clips/s, waiting {values['data_wait']:.0%}",
-            at_once=last,
+            f"{values['clips_per_second']:.0f} clips/s, waiting {values['data_wait']:.0%}"
         )
+        if "mfu" in values:
+            shown += (
+                f", {values['tflops_per_gpu']:.0f} TFLOP/s (MFU {values['mfu']:.1%}), "
+                f"{values['peak_memory_gb']:.1f} GB"
+            )
+        self._bar.show(shown, at_once=last)
         self._waiting.look(values["data_wait"])
 
     def _asked_to_stop(self) -> signal.Signals | None:

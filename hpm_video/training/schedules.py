@@ -28,7 +28,6 @@ class WarmupCosine:
     warmup_epochs: float
 
     def at(self, progress: Progress) -> float:
-        """The learning rate of the update that follows ``progress``."""
         epoch, epochs = progress.exact_epoch, progress.epochs
         if epoch < self.warmup_epochs:
             return self.peak * epoch / self.warmup_epochs

@@ -9,7 +9,7 @@ from torch import nn
 from hpm_video.config.choices import TransformerSize
 from hpm_video.models.positions import position_table
 from hpm_video.tokens.grid import TokenGrid
-from hpm_video.training.optim import layer_decay_of, make_adamw, make_sgd, parameter_groups
+from hpm_video.training.optim import OPTIMIZERS, layer_decay_of, parameter_groups
 
 CLIP, PATCH, SIZE, CLASSES = (4, 32, 32), (2, 16, 16), TransformerSize(32, 3, 4), 5
 GRID = TokenGrid.of_clip(CLIP, PATCH)
@@ -315,7 +315,7 @@ def test_without_layer_decay_there_are_two_groups():
 @pytest.mark.parametrize(
     ("pooling", "learning"), [("batch_norm", {"head"}), ("attentive", {"head", "attn_pool"})]
 )
-@pytest.mark.parametrize("make_optimizer", [make_adamw, make_sgd])
+@pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values())
 def test_only_what_follows_a_frozen_encoder_learns(pooling, learning, make_optimizer):
     model = make(pooling=pooling, frozen=True)
     groups = parameter_groups(model, 0.05, layer_decay_of(model.layer_of, model.num_layers, 0.5))

@@ -125,12 +125,23 @@ def test_stochastic_depth_depends_on_the_sample_alone():
 
 def test_stochastic_depth_keeps_the_mean_and_rises_over_the_blocks():
     transformer = Transformer(TransformerSize(8, 3, 2), drop_path=0.4)
-    assert [block.drop_path for block in transformer.blocks] == pytest.approx([0, 0.2, 0.4])
-    block = transformer.blocks[2]
-    residual = torch.ones(4000, 1, 1)
-    dropped = block._maybe_drop(residual, torch.rand(4000, 2), branch=0)
-    assert dropped.mean().item() == pytest.approx(1, abs=0.07)
-    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.6])
+    given = []
+    for block in transformer.blocks:
+        block.forward = lambda tokens, scales: given.append(scales) or tokens
+    transformer.run_blocks(torch.ones(4000, 1, 8), torch.rand(4000, 6))
+    for scales, kept in zip(given, (1, 0.8, 0.6), strict=True):
+        assert scales.unique().tolist() == pytest.approx([0, 1 / kept] if kept < 1 else [1])
+        assert scales.mean(dim=0).tolist() == pytest.approx([1, 1], abs=0.07)
+
+
+def test_a_block_scales_its_two_residuals_apart():
+    block, tokens = Transformer(SMALL).blocks[0], torch.randn(3, 7, 32)
+    scales = torch.tensor([[1.0, 1.0], [0.0, 2.0], [0.0, 0.0]])
+    out = block(tokens, scales)
+    torch.testing.assert_close(out[0], block(tokens)[0])
+    expected = tokens[1] + 2 * block.mlp(block.norm2(tokens[1]))
+    torch.testing.assert_close(out[1], expected)
+    assert torch.equal(out[2], tokens[2])
 
 
 def test_block_equals_timms():

@@ -12,7 +12,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_runs import finish, lines_of
+from tiny_runs import TRACED, finish, lines_of
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_config
@@ -23,6 +23,7 @@ from hpm_video.runs.evaluation import evaluate_run
 from hpm_video.runs.finetuning import finetune
 from hpm_video.runs.pretraining import load_run
 from hpm_video.runs.pretraining import pretrain as run_pretraining
+from hpm_video.training import fast
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_curves")]
 TINY = "test_vit.r160_in1k"  # 64 wide, patches of 16, images of 160
@@ -117,12 +118,18 @@ def test_a_run_on_images_learns_measures_and_draws(image_run):
     assert len(list((image_run / "pictures").glob("*.png"))) == 3, "after 8, 16 and 20 epochs"
 
 
-def test_images_are_fine_tuned_and_tested_by_the_same_programs(image_run, images, tmp_path):
+@pytest.mark.filterwarnings("default")  # torch's own, while it traces
+def test_images_are_fine_tuned_and_tested_by_the_same_programs(
+    image_run, images, tmp_path, monkeypatch, caplog
+):
+    """The second time with blocks that are traced as if to compile them."""
+    monkeypatch.setattr(fast, "HOW", TRACED)
+    caplog.set_level("INFO")
     start = image_run / "checkpoints" / "last"
     path = write_config(tmp_path / "classes.yaml", CLASSES, images, start)
-    for pooling in ("mean_norm", "class_token"):
+    for pooling, mode in {"mean_norm": "auto", "class_token": "blocks"}.items():
         run = tmp_path / pooling
-        overrides = [f"output_dir={run}", f"model.pooling={pooling}"]
+        overrides = [f"output_dir={run}", f"model.pooling={pooling}", f"engine.compile={mode}"]
         config = load_config(FinetuneConfig, path, overrides)
         result = evaluate_run(config, finetune(config))
         assert result["top1"] >= 5 / 6, "three tints are easy"
@@ -130,6 +137,9 @@ def test_images_are_fine_tuned_and_tested_by_the_same_programs(image_run, images
         before = load_file(start / "model.safetensors")["cls_token"]
         after = load_file(run / "checkpoints" / "last" / "model.safetensors")["cls_token"]
         assert not torch.equal(before, after)
+        said = caplog.text.count("compiling (engine.compile=blocks)")
+        assert said == (2 if mode == "blocks" else 0), "for training and for the test"
+    assert ", compiled (blocks)" in caplog.text
 
 
 def test_a_class_token_that_pretraining_had_not_is_refused(image_run, images, tmp_path):

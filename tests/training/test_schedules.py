@@ -13,9 +13,9 @@ from hpm_video.training.ema import MomentumSchedule, ema_update_module, make_ema
 from hpm_video.training.loop import fit
 from hpm_video.training.metrics import Meter
 from hpm_video.training.optim import (
+    OPTIMIZERS,
     layer_decay_of,
     make_adamw,
-    make_sgd,
     parameter_groups,
 )
 from hpm_video.training.progress import Progress, Timeline
@@ -146,7 +146,7 @@ def test_parameters_that_do_not_learn_are_in_no_group():
 def test_optimizers_start_at_rest_with_the_settings_of_their_groups():
     groups = parameter_groups(torch.nn.Linear(2, 2), 0.05, {"weight": 0.5, "bias": 0.25}.get)
     adamw = make_adamw(groups, betas=(0.9, 0.95))
-    sgd = make_sgd(groups, betas=(0.9, 0.999))
+    sgd = OPTIMIZERS["sgd"](groups, betas=(0.9, 0.999))
     for optimizer in (adamw, sgd):
         assert [(g["lr"], g["weight_decay"], g["lr_scale"]) for g in optimizer.param_groups] == [
             (0, 0.05, 0.5),
