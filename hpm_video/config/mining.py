@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hpm_video.config.checks import ConfigError, a_chance, a_share, at_least, unrelated
+from hpm_video.config.checks import ConfigError, a_chance, a_share, at_least, check, unrelated
 from hpm_video.config.choices import (
     DEFAULT_MODELS,
     FeatureKind,
@@ -19,6 +19,7 @@ from hpm_video.tokens.masking import (
     StrategyName,
 )
 from hpm_video.tokens.patches import TargetKind
+from hpm_video.tokens.views import View
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,25 @@ class MiningConfig:
     first_momentum: float = 0.999
     """Where the paper's ramp begins."""
     last_momentum: float = 0.9999
+    teacher_sees: View = "all"
+    """Tokens that the teacher's encoder sees; it scores all. ``checkerboard``: half of them,
+    ``quarter``: every second of every second row, other rows in the next time step; or all tokens
+    of ``every_second_step`` or ``every_fourth_step`` in time."""
+    decoded_share: float = 1.0
+    """Share of the hidden tokens that the student predicts, drawn anew for each clip. The losses of
+    reconstruction and ranking are then unbiased estimates of those over all hidden tokens."""
 
     def __post_init__(self) -> None:
         a_chance("mining", self, "first_momentum", "last_momentum")
         at_least(0, "mining", self, "predictor_weight")
+        check("mining", self, "lie in (0, 1]", lambda share: 0 < share <= 1, "decoded_share")
+        if self.teacher_sees != "all" and (self.target == "ema" or self.predictor == "none"):
+            needs = "features of all tokens" if self.target == "ema" else "no scores"
+            raise ConfigError(
+                f"mining.teacher_sees={self.teacher_sees} is for a teacher that only scores, and "
+                f"mining.target={self.target} with predictor={self.predictor} takes {needs} of "
+                f"it; take mining.teacher_sees=all"
+            )
         if self.feature_kind and self.feature_weights is None:
             raise ConfigError(
                 f"mining.target={self.target} needs the weights of {self.feature_name}: give "
