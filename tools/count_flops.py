@@ -63,12 +63,16 @@ def count_source(
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from hpm_video.mining.objective import thin
     from hpm_video.tokens.masking import TokenMask
+    from hpm_video.tokens.views import mask_of_view
 
     rule = config.mask_rule(source)
     clip = torch.empty(1, config.model.channels, *config.sources[source].clip_size)
     num_masked = rule.num_masked * rule.grid.num_tokens // rule.num_units
     mask = TokenMask.from_masked(torch.ones(1, rule.grid.num_tokens).bool(), num_masked)
+    mask = thin(mask, torch.zeros(1).long(), config.mining.decoded_share, "")
+    seen = mask_of_view(config.mining.teacher_sees, rule.grid, "meta")
     with FlopCounterMode(display=False) as student:
         prediction = model(clip, mask)
         total = prediction.content.sum()
@@ -77,7 +81,7 @@ def count_source(
         total.backward()
     with FlopCounterMode(display=False) as teacher, torch.no_grad():
         if rule.strategy.picks:
-            model.score(model.encode(clip), rule.grid)
+            model.score(model.encode(clip, mask=seen), rule.grid, seen)
         elif config.mining.target == "ema":
             model.encode(clip)
     return student.get_total_flops() / 2e9, teacher.get_total_flops() / 2e9

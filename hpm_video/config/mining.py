@@ -6,6 +6,7 @@ from hpm_video.config import choices
 from hpm_video.config.checks import CHANCE, SHARE, ConfigError, at_least, check, unrelated
 from hpm_video.tokens import masking
 from hpm_video.tokens.patches import TargetKind
+from hpm_video.tokens.views import View
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,25 @@ class MiningConfig:
     first_momentum: float = 0.999
     """Momentum at the beginning of the paper's ramp."""
     last_momentum: float = 0.9999
+    teacher_sees: View = "all"
+    """Tokens that the teacher's encoder sees; it scores all. ``checkerboard``: half of them,
+    ``quarter``: every second of every second row, other rows in the next time step; or all tokens
+    of ``every_second_step`` or ``every_fourth_step`` in time."""
+    decoded_share: float = 1.0
+    """Share of the hidden tokens that the student predicts, drawn anew for each clip. The losses of
+    reconstruction and ranking are then unbiased estimates of those over all hidden tokens."""
 
     def __post_init__(self) -> None:
         check("mining", self, CHANCE, "first_momentum", "last_momentum")
         check("mining", self, at_least(0), "predictor_weight")
+        check("mining", self, ("lie in (0, 1]", lambda share: 0 < share <= 1), "decoded_share")
+        if self.teacher_sees != "all" and (self.target == "ema" or self.predictor == "none"):
+            needs = "features of all tokens" if self.target == "ema" else "no scores"
+            raise ConfigError(
+                f"mining.teacher_sees={self.teacher_sees} is for a teacher that only scores, and "
+                f"mining.target={self.target} with predictor={self.predictor} takes {needs} of "
+                f"it; take mining.teacher_sees=all"
+            )
         if self.feature_kind and self.feature_weights is None:
             raise ConfigError(
                 f"mining.target={self.target} needs the weights of {self.feature_name}: give "

@@ -6,6 +6,7 @@ teacher (moving average) --difficulty--> mask --> student --> content, difficult
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from hpm_video.models.masked_autoencoder import MaskedAutoencoder, Prediction
 from hpm_video.randomness import uniform
 from hpm_video.tokens.masking import MaskRule, TokenMask
 from hpm_video.tokens.pixels import normalise
+from hpm_video.tokens.views import View, mask_of_view
 from hpm_video.training.ema import EmaUpdate, MomentumSchedule, WithEma, ema_update_module
 from hpm_video.training.objective import Losses, Model
 from hpm_video.training.progress import Progress
@@ -52,6 +54,8 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
         predictor_weight: float,
         ema: MaskedAutoencoder | None,
         momentum: MomentumSchedule,
+        teacher_sees: View = "all",
+        decoded_share: float = 1.0,
         gathered: Callable[[nn.Module], AbstractContextManager[nn.Module]] = nullcontext,
         ema_update: EmaUpdate = ema_update_module,
     ) -> None:
@@ -63,6 +67,8 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
         self.masks = masks
         self.target = target
         self.predictor = predictor
+        self.teacher_sees: View = teacher_sees
+        self.decoded_share = decoded_share
         self._predictor_weight = predictor_weight
         self._gathered = gathered
 
@@ -89,6 +95,7 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
         output = self.run_teacher(clips, difficulty=num_picked > 0)
         priority = uniform(batch.keys, rule.num_units, "mask")
         mask = rule.draw(output.difficulty, priority, num_picked)
+        mask = thin(mask, batch.keys, self.decoded_share, "decoded")
         prediction: Prediction = student(clips, mask, keys=batch.keys)
         features = self._features(batch, output)
         errors = self.errors(prediction.content, batch.clips, mask, features)
@@ -113,16 +120,16 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
 
     @torch.no_grad()
     def run_teacher(self, clips: Tensor, *, difficulty: bool) -> "TeacherOutput":
-        """Encode whole normalised clips with the teacher, once, and score them where asked to."""
+        """Encode normalised clips with the teacher, once, and score all tokens where asked to."""
         difficulty = difficulty and self.predictor != "none"
         if self.ema is None or not (difficulty or self.target.of_teacher):
             return TeacherOutput(None, None)
         with self._gathered(self.ema) as teacher:
             assert isinstance(teacher, MaskedAutoencoder)
-            encoded = teacher.encode(clips)
-            scores = None
-            if difficulty:
-                scores = teacher.score(encoded, teacher.grid_of(clips)).float()
+            grid = teacher.grid_of(clips)
+            seen = mask_of_view(self.teacher_sees, grid, clips.device)
+            encoded = teacher.encode(clips, mask=seen)
+            scores = teacher.score(encoded, grid, seen).float() if difficulty else None
         return TeacherOutput(scores, teacher.of_clip(encoded) if self.target.of_teacher else None)
 
     def _features(self, batch: ClipBatch, output: "TeacherOutput") -> Tensor | None:
@@ -131,17 +138,23 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
 
     @torch.no_grad()
     def evaluate(
-        self, student: Model, batch: ClipBatch, purposes: Iterable[str]
+        self,
+        student: Model,
+        batch: ClipBatch,
+        purposes: Iterable[str],
+        *,
+        decoded_share: float = 1.0,
     ) -> list[StudentOutput]:
         """Reconstruct a batch under random masks, each of which depends on its keys and a purpose.
 
-        -> an output for each of ``purposes``
+        -> an output for each of ``purposes``; by default of all hidden tokens
         """
         rule, clips = self.masks[batch.source], self.normalised(batch)
         features = self._features(batch, self.run_teacher(clips, difficulty=False))
         found = []
         for purpose in purposes:
             mask = rule.draw(None, uniform(batch.keys, rule.num_units, purpose), num_picked=0)
+            mask = thin(mask, batch.keys, decoded_share, f"{purpose}, decoded")
             prediction: Prediction = student(clips, mask)
             target = self.target.of(batch.clips, mask, features)
             errors = self.target.errors(prediction.content, target)
@@ -150,17 +163,25 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
         return found
 
     def difficulty(self, batch: ClipBatch) -> Tensor | None:
-        """The teacher's scores, seeing the whole clip: (B, N); none without a predictor."""
+        """The teacher's scores of all tokens: (B, N); none without a predictor."""
         return self.run_teacher(self.normalised(batch), difficulty=True).difficulty
 
 
 class TeacherOutput(NamedTuple):
-    """What the teacher computes of whole clips; none where it is not needed."""
+    """What the teacher computes; none where it is not needed."""
 
     difficulty: Tensor | None
     """(B, N) float32"""
     tokens: Tensor | None
     """(B, N, D) from its encoder."""
+
+
+def thin(mask: TokenMask, keys: Tensor, share: float, purpose: str) -> TokenMask:
+    """Leave a share of the hidden tokens to be predicted, at least one."""
+    count = math.ceil(share * mask.masked_ids.shape[1])
+    if count == mask.masked_ids.shape[1]:
+        return mask
+    return mask.thinned(uniform(keys, mask.masked.shape[1], purpose), count)
 
 
 def named(source: str, quantity: str) -> str:
@@ -172,11 +193,11 @@ def average_errors(outputs: Sequence[StudentOutput]) -> Tensor:
     """Error of each token, averaged over the masks that hide it: -> (B, N), NaN where none does.
 
     The true error of the paper's Figure 2: how hard a token is whatever else is hidden, which is
-    all that a teacher that sees the whole clip can predict.
+    all that a teacher can predict, since it does not know the mask.
     """
     total = torch.zeros_like(outputs[0].mask.masked, dtype=torch.float32)
     count = torch.zeros_like(total)
     for output in outputs:
         total.scatter_add_(1, output.mask.masked_ids, output.errors)
-        count += output.mask.masked
+        count.scatter_add_(1, output.mask.masked_ids, torch.ones_like(output.errors))
     return total / count

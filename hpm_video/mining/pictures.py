@@ -64,7 +64,8 @@ def make_panels(study: Study) -> list[Panel]:
         Panel("True error", over, _heat_map(study.true_error, study)),
     ]
     if study.difficulty is not None:
-        note = f"by the teacher, which sees the whole {_kind(study)}"
+        part = "the whole" if study.teacher_sees == "all" else "a part of the"
+        note = f"by the teacher, which sees {part} {_kind(study)}"
         panels.append(Panel("Predicted difficulty", note, _heat_map(study.difficulty, study)))
     origin = "drawn from the prediction" if study.picked.any() else "random"
     panels.append(Panel("Mask", origin, _draw_mask(study)))

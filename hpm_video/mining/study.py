@@ -18,6 +18,7 @@ from hpm_video.randomness import uniform
 from hpm_video.tokens.grid import Size3, TokenGrid
 from hpm_video.tokens.masking import Pick, TokenMask
 from hpm_video.tokens.patches import PatchStatistics, TargetKind, patchify, unpatchify
+from hpm_video.tokens.views import View
 from hpm_video.training.objective import Model
 
 Frames = NDArray[np.uint8]
@@ -42,7 +43,8 @@ class Study:
     true_error: Scores
     """Mean over the masks in which the token was hidden; NaN where it never was."""
     difficulty: Scores | None
-    """The teacher's scores, seeing the whole clip; none without a predictor."""
+    """The teacher's scores; none without a predictor."""
+    teacher_sees: View
     masked: Flags
     picked: Flags
     """Which of the hidden tokens are hidden for their difficulty."""
@@ -60,11 +62,8 @@ class Study:
         """Share of pairs of tokens that the teacher puts in the order of their true error."""
         if self.difficulty is None:
             return None
-        known = ~np.isnan(self.true_error)
-        scores, errors = (
-            torch.from_numpy(values[known])[None] for values in (self.difficulty, self.true_error)
-        )
-        pairs = count_ordered_pairs(scores, errors)
+        both = (self.difficulty, self.true_error)
+        pairs = count_ordered_pairs(*(torch.from_numpy(values)[None] for values in both))
         return float(pairs.correct / pairs.total) if pairs.total else None
 
 
@@ -116,6 +115,7 @@ def study_clips(
             frames=_to_frames(batch.clips[i]),
             true_error=true_errors[i].cpu().numpy(),
             difficulty=None if difficulty is None else difficulty[i].cpu().numpy(),
+            teacher_sees=objective.teacher_sees,
             masked=mask.masked[i].cpu().numpy(),
             picked=picked[i].cpu().numpy(),
             reconstruction=None if filled is None else _to_frames(filled[i]),

@@ -38,12 +38,12 @@ class Target(ABC):
     of_teacher = False
     """Whether it consists of the tokens of the teacher's encoder."""
 
-    @abstractmethod
-    def features(self, clips: Tensor) -> Tensor | None:
+    def features(self, clips: Tensor) -> Tensor | None:  # noqa: ARG002
         """Features of all tokens by another model, where the target needs one.
 
         (B, C, T, H, W) uint8 -> (B, N, P)
         """
+        return None
 
     @abstractmethod
     def of(self, clips: Tensor, mask: TokenMask, features: Tensor | None = None) -> Tensor:
@@ -95,10 +95,6 @@ class PixelTarget(Target):
     def statistics(self, patches: Tensor) -> PatchStatistics:
         """Mean and scale that make targets of patches: (B, N, P) -> 2 x (B, N, .)"""
         return patch_statistics(patches, self.kind, len(self.mean))
-
-    @override
-    def features(self, clips: Tensor) -> Tensor | None:
-        return None
 
     @override
     def of(self, clips: Tensor, mask: TokenMask, features: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ trivial rankers of the patches. A predictor has learned something where it beats
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from einops import rearrange, reduce
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hpm_video.data.batch import ClipBatch
 from hpm_video.mining.losses import count_ordered_pairs
-from hpm_video.mining.objective import HardPatchesMining, average_errors
+from hpm_video.mining.objective import HardPatchesMining, StudentOutput, average_errors
 from hpm_video.tokens.grid import Size3
 from hpm_video.tokens.patches import patchify
 from hpm_video.tokens.pixels import to_unit_range
@@ -46,11 +46,11 @@ def measure(
     pixels, the mean of each patch and channel. The rankings are shares of pairs of tokens
     of a clip that are scored in the order of their error. ``student_ranking``: hidden tokens,
     scored by the student that sees the visible ones, by their error under the same mask.
-    ``teacher_ranking``: all tokens, scored by the teacher that sees the whole clip, by their error
-    averaged over the masks, since it cannot know the mask. ``ranking_by_...`` and
+    ``teacher_ranking``: all tokens, scored by the teacher as in training, by their error averaged
+    over the masks, since it cannot know the mask. ``ranking_by_...`` and
     ``student_ranking_by_...``: the trivial rankers, measured as the teacher and as the student.
     """
-    counts = _Counts(student.device)
+    counts = Counts(student.device)
     for cpu_batch in batches:
         batch = cpu_batch.to(student.device)
         with student.autocast():
@@ -58,10 +58,7 @@ def measure(
                 student, batch, (f"held out {i}" for i in range(NUM_MASKS))
             )
             teacher = objective.difficulty(batch)
-        for output in outputs:
-            counts.add("relative_error", output.errors.sum(), output.baseline_errors.sum())
-            if output.difficulty is not None:
-                counts.add_pairs("student_ranking", output.difficulty, output.errors)
+        counts.add_outputs("", outputs)
         errors = average_errors(outputs)
         if teacher is not None:
             counts.add_pairs("teacher_ranking", teacher, errors)
@@ -74,7 +71,7 @@ def measure(
     return counts.ratios(processes)
 
 
-class _Counts:
+class Counts:
     """Numerators and denominators of ratios, summed over batches on the device."""
 
     def __init__(self, device: torch.device) -> None:
@@ -86,7 +83,13 @@ class _Counts:
     def add_pairs(self, name: str, scores: Tensor, errors: Tensor) -> None:
         self.add(name, *count_ordered_pairs(scores, errors))
 
-    def ratios(self, processes: Processes) -> Measures:
+    def add_outputs(self, prefix: str, outputs: Sequence[StudentOutput]) -> None:
+        for output in outputs:
+            self.add(f"{prefix}relative_error", output.errors.sum(), output.baseline_errors.sum())
+            if output.difficulty is not None:
+                self.add_pairs(f"{prefix}student_ranking", output.difficulty, output.errors)
+
+    def ratios(self, processes: Processes = Processes()) -> Measures:  # noqa: B008
         totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for name, sums in processes.gather([(n, s.tolist()) for n, s in self._sums.items()]):
             totals[name] = [before + more for before, more in zip(totals[name], sums, strict=True)]

@@ -32,13 +32,13 @@ class Decoder(Transformer):
         self.head = nn.Linear(size.dim, out)
 
     def forward(self, tokens: Tensor, num_prefix: int, mask: TokenMask | None) -> Tensor:
-        """Of the hidden tokens, or of all N of the clip where there is no mask.
+        """Of the hidden tokens, or where there is no mask of all.
 
-        (B, num_prefix + N, D) -> (B, M or N, out)
+        (B, num_prefix + V + M, D) -> (B, M or V + M, out)
         """
         tokens = self.run_blocks(tokens)[:, num_prefix:]
         if mask is not None:
-            tokens = mask.take_masked(tokens)
+            tokens = mask.take_merged(tokens)
         tokens = self.norm(tokens)
         if self.head.out_features == 1:
             # Only the order of scores counts, and bf16 would make many of them equal. Mixed
@@ -95,34 +95,40 @@ class MaskedAutoencoder(ClipEncoder):
 
         The keys decide which residual branches stochastic depth drops; without them, none.
         """
-        visible = self.decoder_embed(self.encode(clips, keys, mask))
-        hidden = self.mask_token.to(visible.dtype).expand(*mask.masked_ids.shape, -1)
-        tokens = mask.merge(self.of_clip(visible), hidden)
-        sequence = self._with_positions(visible, tokens, self.grid_of(clips))
+        sequence = self._sequence(self.encode(clips, keys, mask), self.grid_of(clips), mask)
         content = self.reconstructor(sequence, self.num_prefix, mask)
         if self.difficulty_decoder is None:
             return Prediction(content, None)
         scores = self.difficulty_decoder(sequence, self.num_prefix, mask)
         return Prediction(content, scores.squeeze(-1))
 
-    def score(self, encoded: Tensor, grid: TokenGrid) -> Tensor:
-        """Difficulty of every token, of which all are encoded: (B, ., D) -> (B, N)
+    def score(self, encoded: Tensor, grid: TokenGrid, mask: TokenMask | None = None) -> Tensor:
+        """Difficulty of every token, also of those that a mask hid from the encoder.
 
-        The teacher's call: it never runs the reconstructor.
+        (B, ., D), a mask or none -> (B, N). The teacher's call: it never runs the reconstructor.
 
         Raises:
             ValueError: the model has no loss predictor.
         """
         if self.difficulty_decoder is None:
             raise ValueError("this model has no loss predictor, so it cannot score tokens")
-        tokens = self.decoder_embed(encoded)
-        sequence = self._with_positions(tokens, self.of_clip(tokens), grid)
+        sequence = self._sequence(encoded, grid, mask)
         scores: Tensor = self.difficulty_decoder(sequence, self.num_prefix, None).squeeze(-1)
         return scores
 
-    def _with_positions(self, embedded: Tensor, tokens: Tensor, grid: TokenGrid) -> Tensor:
-        """Tokens of the whole clip at their positions, behind the class token of ``embedded``."""
-        sequence: Tensor = tokens + self.positions("decoder_pos_embed", grid)
+    def _sequence(self, encoded: Tensor, grid: TokenGrid, mask: TokenMask | None) -> Tensor:
+        """What both decoders read: tokens of the clip, mask tokens for hidden ones, at positions.
+
+        The class token goes first.
+        """
+        embedded = self.decoder_embed(encoded)
+        tokens, positions = self.of_clip(embedded), self.positions("decoder_pos_embed", grid)
+        if mask is None:
+            sequence = tokens + positions
+        else:
+            hidden = self.mask_token.to(tokens.dtype) + positions[mask.masked_ids]
+            visible = tokens + positions[mask.visible_ids]
+            sequence = mask.merge(visible, hidden.expand(len(visible), -1, -1))
         if self.num_prefix:
             first = embedded[:, : self.num_prefix].to(sequence.dtype)
             sequence = torch.cat([first, sequence], dim=1)

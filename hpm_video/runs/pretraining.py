@@ -100,6 +100,8 @@ def build_objective(
         predictor_weight=mining.predictor_weight,
         ema=teacher,
         momentum=MomentumSchedule(mining.momentum, mining.first_momentum, mining.last_momentum),
+        teacher_sees=mining.teacher_sees,
+        decoded_share=mining.decoded_share,
         **by_engine,
     )
 

@@ -7,7 +7,7 @@ token) and videos share every line below.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -115,7 +115,7 @@ class TokenMask:
     visible_ids: Tensor
     """(B, V) positions of the visible tokens, ascending."""
     masked_ids: Tensor
-    """(B, M) positions of the hidden tokens, ascending."""
+    """(B, M) positions of the hidden tokens, or where it is thinned of some of them, ascending."""
 
     @classmethod
     def from_masked(cls, masked: Tensor, num_masked: int) -> "TokenMask":
@@ -123,6 +123,15 @@ class TokenMask:
         order = masked.byte().argsort(dim=1, stable=True)
         num_visible = masked.shape[1] - num_masked
         return cls(masked, visible_ids=order[:, :num_visible], masked_ids=order[:, num_visible:])
+
+    def thinned(self, priority: Tensor, count: int) -> "TokenMask":
+        """Predict only ``count`` of the hidden tokens, those of the highest ``priority``.
+
+        (B, N) uniform draws, so that each token and each pair of tokens has the same chance.
+        """
+        order = priority.gather(1, self.masked_ids).argsort(dim=1, descending=True, stable=True)
+        kept = order[:, :count].sort(dim=1).values
+        return replace(self, masked_ids=self.masked_ids.gather(1, kept))
 
     def take_visible(self, tokens: Tensor) -> Tensor:
         """(B, N, D) -> (B, V, D)"""
@@ -133,10 +142,19 @@ class TokenMask:
         return _take(tokens, self.masked_ids)
 
     def merge(self, visible: Tensor, hidden: Tensor) -> Tensor:
-        """Put tokens back in grid order: (B, V, D), (B, M, D) -> (B, N, D)"""
+        """Put tokens back in grid order: (B, V, D), (B, M, D) -> (B, V + M, D)"""
         tokens = torch.cat([visible, hidden], dim=1)
+        places = self._places().unsqueeze(-1).expand_as(tokens)
+        return torch.empty_like(tokens).scatter_(1, places, tokens)
+
+    def take_merged(self, tokens: Tensor) -> Tensor:
+        """Take the hidden tokens out of merged ones: (B, V + M, D) -> (B, M, D)"""
+        return _take(tokens, self._places()[:, self.visible_ids.shape[1] :])
+
+    def _places(self) -> Tensor:
+        """(B, V + M) of visible and hidden tokens in grid order, where those left out have none."""
         ids = torch.cat([self.visible_ids, self.masked_ids], dim=1)
-        return torch.empty_like(tokens).scatter_(1, ids.unsqueeze(-1).expand_as(tokens), tokens)
+        return ids if ids.shape[1] == self.masked.shape[1] else ids.argsort(dim=1).argsort(dim=1)
 
 
 def count_masked(num_units: int, ratio: float, rule: CountRule) -> int:

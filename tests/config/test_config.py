@@ -134,6 +134,17 @@ def test_every_config_for_images_is_in_the_table():
     assert {path.stem for path in ALL if path.stem.startswith("in1k")} == set(IMAGE_RECIPES)
 
 
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_fast_configs_leave_out_work_and_all_others_are_exact(path):
+    exact = load_config(PretrainConfig, path.with_stem(path.stem.removesuffix("_fast")), [])
+    assert (exact.mining.teacher_sees, exact.mining.decoded_share) == ("all", 1.0)
+    if path.stem.endswith("_fast"):
+        assert result_differences(exact, load_config(PretrainConfig, path, [])) == [
+            "mining.teacher_sees: all -> checkerboard",
+            "mining.decoded_share: 1.0 -> 0.5",
+        ]
+
+
 FAMILIES = ["demo", "demo_images", "in1k_hpm_b", "k400_hpm_s", "k400_videomae_s"]
 
 
@@ -182,6 +193,8 @@ def test_misspelt_key_is_an_error_that_knows_better():
         ("mining.feature_weights=a.pth", "go with mining.target=dino or clip, and it is per_ch"),
         ("mining.feature_model=vit", "go with mining.target=dino or clip"),
         ("mining.target=pixels", "pixels"),
+        ("mining.teacher_sees=half", "half"),
+        ("mining.decoded_share=0", r"mining.decoded_share must lie in \(0, 1\], got 0"),
         ("mix.images.weight=0", "weight must be positive and finite, got 0"),
         ("mix.images.weight=.inf", "weight must be positive and finite, got inf"),
         ("mix.images.data.workers=3", "mix.images.data.workers plays no part"),
@@ -205,6 +218,17 @@ def test_misspelt_key_is_an_error_that_knows_better():
 def test_a_value_that_cannot_be_run_is_named_with_its_rule(override, words):
     with pytest.raises(ConfigError, match=words):
         load_config(PretrainConfig, DEMO, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [("mining.target=ema", "features of all tokens"), ("mining.predictor=none", "no scores")],
+)
+def test_a_teacher_that_does_more_or_less_than_scoring_sees_all(override, words):
+    overrides = ["masking.strategy=random", override, "mining.teacher_sees=checkerboard"]
+    with pytest.raises(ConfigError, match=f"{words} of it; take mining.teacher_sees=all"):
+        load_config(PretrainConfig, DEMO, overrides)
+    load_config(PretrainConfig, DEMO, [*overrides[:2], "mining.decoded_share=0.5"])
 
 
 def test_a_source_that_picks_needs_a_predictor_too():

@@ -9,12 +9,15 @@ from geometry import Geometry
 import hpm_video
 from hpm_video.config.choices import TransformerSize
 from hpm_video.data.batch import ClipBatch
+from hpm_video.mining.fidelity import measure_levers
 from hpm_video.mining.objective import HardPatchesMining, named
 from hpm_video.mining.targets import FeatureTarget, PixelTarget
 from hpm_video.mining.validation import measure, trivial_difficulties
+from hpm_video.models.masked_autoencoder import Prediction
 from hpm_video.runs.pretraining import describe_sources
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import STRATEGIES, MaskRule
+from hpm_video.tokens.views import VIEWS
 from hpm_video.training.ema import MomentumSchedule, make_ema
 from hpm_video.training.engine import TorchEngine
 from hpm_video.training.metrics import Meter
@@ -23,6 +26,7 @@ from hpm_video.training.progress import Progress
 
 SHAPES = {"video": ((4, 32, 32), (2, 8, 8)), "image": ((1, 48, 32), (1, 8, 8))}
 CPU = torch.device("cpu")
+FIRST = Progress(0, 0, 1)
 
 
 def batch_of(clips):
@@ -50,7 +54,12 @@ def make_model(kind="video", predictor="relative"):
 
 
 def make(
-    kind="video", strategy="easy_to_hard", predictor="relative", target="per_channel", teacher=None
+    kind="video",
+    strategy="easy_to_hard",
+    predictor="relative",
+    target="per_channel",
+    teacher=None,
+    **levers,
 ):
     student = make_model(kind, predictor)
     grid, patch_size = student.grid, student.settings.patch_size
@@ -63,6 +72,7 @@ def make(
         predictor_weight=1.0,
         ema=teacher,
         momentum=MomentumSchedule("warmup", 0.0, 0.99),
+        **levers,
     )
     optimizer = make_adamw(parameter_groups(student, 0.05), betas=(0.9, 0.95))
     return student, objective, TorchEngine(student, optimizer, device=CPU)
@@ -144,13 +154,56 @@ def test_teacher_runs_only_where_something_is_picked(strategy, epoch, calls):
 def test_the_hardest_of_the_teacher_are_hidden(monkeypatch):
     _, objective, engine = make(strategy="easy_to_hard")
     scores = torch.rand(4, 32)
-    monkeypatch.setattr(objective.ema, "score", lambda encoded, grid: scores)
+    monkeypatch.setattr(objective.ema, "score", lambda encoded, grid, seen: scores)
     seen = []
     engine.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
     objective.losses(engine, random_batch((4, 32, 32)), Progress(0, 9.5, 10))
     hardest = scores.topk(12, dim=1).indices
     assert seen[0].masked.gather(1, hardest).all()
     assert seen[0].masked.sum(dim=1).tolist() == [24] * 4
+
+
+@pytest.mark.parametrize(("view", "count"), [("all", 32), ("checkerboard", 16), ("quarter", 8)])
+def test_the_teacher_scores_all_tokens_whatever_its_encoder_sees(view, count):
+    _, objective, engine = make(strategy="hardest", teacher_sees=view)
+    encoded, drawn = [], []
+    objective.ema.norm.register_forward_hook(lambda *call: encoded.append(call[2].shape[1]))
+    engine.model.register_forward_pre_hook(lambda _, inputs: drawn.append(inputs[1].masked))
+    batch = random_batch((4, 32, 32))
+    objective.losses(engine, batch, Progress(0, 9, 10))
+    assert encoded == [count]
+    hardest = objective.difficulty(batch).topk(24, dim=1).indices
+    assert drawn[0].gather(1, hardest).all()
+
+
+class Oracle(torch.nn.Module):
+    """Predicts of each token what does not depend on which other tokens are predicted."""
+
+    def __init__(self):
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        self.content, self.difficulty = (torch.randn(32, n, generator=draw) for n in (384, 1))
+
+    def forward(self, clips, mask, keys=None):
+        content, difficulty = (table[mask.masked_ids] for table in (self.content, self.difficulty))
+        return Prediction(content, difficulty.squeeze(-1))
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25])
+def test_losses_of_a_share_of_the_hidden_tokens_are_unbiased(share):
+    """Their mean over many draws is the loss over all hidden tokens under the same masks."""
+    batch, found = random_batch((4, 32, 32), 1), {}
+    same = dataclasses.replace(batch, clips=batch.clips.expand(60, -1, -1, -1, -1))
+    for decoded in (1.0, share):
+        _, objective, _ = make(strategy="random", decoded_share=decoded)
+        draws = torch.arange(20 * 60).view(20, 60)
+        batches = [dataclasses.replace(same, keys=keys) for keys in draws]
+        found[decoded] = [objective.losses(Oracle(), each, FIRST).parts for each in batches]
+    for name in found[share][0]:
+        full, part = (torch.stack([parts[name] for parts in all_of]) for all_of in found.values())
+        error = (part - full).std() / 20**0.5
+        assert 0 < error < 0.01 * full.mean(), "a bias of a few percent would be seen"
+        assert (part - full).mean().abs() < 4 * error
 
 
 def test_masks_depend_on_the_keys_of_the_clips_alone():
@@ -171,13 +224,14 @@ def test_plain_masked_autoencoder_has_no_teacher_and_one_loss():
     assert list(measure(objective, engine, [random_batch((4, 32, 32))]))[0] == "relative_error"
 
 
-def test_nothing_in_an_update_waits_for_the_device():
+@pytest.mark.parametrize("levers", [{}, {"teacher_sees": "quarter", "decoded_share": 0.5}])
+def test_nothing_in_an_update_waits_for_the_device(levers):
     """Fake tensors have no values, so anything that asks for one raises."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
     with FakeTensorMode() as mode:
         # Copying a fake model would copy its mode, so the teacher is built, not copied.
-        student, objective, _ = make(teacher=make_model())
+        student, objective, _ = make(teacher=make_model(), **levers)
         batch = batch_of(torch.empty(4, 3, 4, 32, 32, dtype=torch.uint8))
         engine = TorchEngine(
             student,
@@ -211,6 +265,29 @@ def test_trivial_rankers_see_what_their_names_say():
     assert set(image) == {"variance", "flatness"}
 
 
+def test_levers_are_held_against_the_exact_method(monkeypatch):
+    """A teacher that, unless it sees all, ranks in the opposite order."""
+    _, objective, engine = make()
+    forward = torch.arange(32.0).expand(4, -1)
+    monkeypatch.setattr(
+        objective.ema, "score", lambda encoded, grid, seen: forward if seen is None else -forward
+    )
+    batches = [random_batch((4, 32, 32))]
+    found, again = (measure_levers(objective, engine, batches, [0.5], seed) for seed in (0, 1))
+    assert found["all/overlap"] == 1
+    assert found["random scores/overlap"] == pytest.approx(12 / 32, abs=0.25)
+    for view in VIEWS.keys() - {"all"}:
+        assert found[f"{view}/overlap"] == 0
+        assert found[f"{view}/ranking"] == pytest.approx(1 - found["all/ranking"])
+    assert found["all/ranking"] != again["all/ranking"]
+    part, full = (
+        found[f"{share}/relative_error"] / again[f"{share}/relative_error"] for share in (0.5, 1.0)
+    )
+    assert part == pytest.approx(1, abs=0.05) == full
+    assert part != full
+    assert objective.teacher_sees == "all"
+
+
 def test_relative_error_of_predicting_the_mean_is_one(monkeypatch):
     student, objective, engine = make(strategy="random", predictor="none")
     torch.nn.init.zeros_(student.reconstructor.head.weight)
@@ -223,7 +300,10 @@ def test_relative_error_of_predicting_the_mean_is_one(monkeypatch):
 LONG, SHORT = TokenGrid(4, 4, 4), TokenGrid(1, 4, 4)
 
 
-def make_mixed(unit="token", predictor="relative", target="pixels", class_token=False):
+LEVERS = {"teacher_sees": "checkerboard", "decoded_share": 0.5}
+
+
+def make_mixed(unit="token", predictor="relative", target="pixels", class_token=False, **levers):
     """One model and one objective for clips of 4 frames and, as ``images``, of one."""
     torch.manual_seed(0)
     size, patch = TransformerSize(32, 2, 4), (1, 8, 8)
@@ -250,6 +330,7 @@ def make_mixed(unit="token", predictor="relative", target="pixels", class_token=
         predictor_weight=1.0,
         ema=None if predictor == "none" else make_ema(student),
         momentum=MomentumSchedule("warmup", 0.0, 0.99),
+        **levers,
     )
     optimizer = make_adamw(parameter_groups(student, 0.05), betas=(0.9, 0.95))
     return student, objective, TorchEngine(student, optimizer, device=CPU)
@@ -287,6 +368,7 @@ def lines_run(work):
         {"unit": "tube", "class_token": True},
         {"predictor": "absolute", "target": "ema"},
         {"predictor": "none"},
+        LEVERS,
     ],
 )
 def test_one_time_step_and_several_run_the_same_lines(options):

@@ -89,6 +89,37 @@ def test_scores_for_all_tokens_do_not_run_the_reconstructor():
     score_all(model, torch.rand(1, 3, 4, 32, 32))
 
 
+@pytest.mark.parametrize("class_token", [False, True])
+def test_hidden_tokens_are_scored_as_the_student_scores_them(class_token):
+    """What a teacher computes that sees a part of the clip."""
+    model, clips = make(shape_of(class_token=class_token)), torch.rand(2, 3, 4, 32, 32)
+    mask = random_mask(model, ratio=0.5)
+    scores = model.score(model.encode(clips, mask=mask), model.grid, mask)
+    assert scores.shape == (2, model.grid.num_tokens)
+    torch.testing.assert_close(scores.gather(1, mask.masked_ids), model(clips, mask).difficulty)
+    nothing = TokenMask.from_masked(torch.zeros_like(mask.masked), 0)
+    all_seen = model.score(model.encode(clips, mask=nothing), model.grid, nothing)
+    torch.testing.assert_close(all_seen, score_all(model, clips))
+
+
+def test_decoders_read_only_the_tokens_that_are_predicted():
+    model, clips = make(), torch.rand(2, 3, 4, 32, 32)
+    mask = random_mask(model)
+    thin = mask.thinned(torch.rand(2, model.grid.num_tokens), 5)
+    read = [
+        seen_by(decoder.blocks[0]) for decoder in (model.reconstructor, model.difficulty_decoder)
+    ]
+    prediction = model(clips, thin)
+    assert [tokens[0].shape[1] for tokens in read] == [mask.visible_ids.shape[1] + 5] * 2
+    assert prediction.content.shape[:2] == prediction.difficulty.shape == (2, 5)
+    for clip in range(2):
+        kept = torch.cat([mask.visible_ids[clip], thin.masked_ids[clip]]).sort().values
+        codes = read[0][0][clip] - model.positions("decoder_pos_embed", model.grid)[kept]
+        is_hidden = torch.isin(kept, thin.masked_ids[clip])
+        expected = model.mask_token[0].expand(5, -1)
+        torch.testing.assert_close(codes[is_hidden], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_model_without_predictor_says_so():
     model = make(predictor=False)
     assert model(torch.rand(2, 3, 4, 32, 32), random_mask(model)).difficulty is None

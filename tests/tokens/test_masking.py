@@ -120,7 +120,25 @@ def test_merge_undoes_take(grid, data):
     merged = mask.merge(mask.take_visible(tokens), mask.take_masked(tokens))
 
     assert torch.equal(merged, tokens)
+    assert torch.equal(mask.take_merged(merged), mask.take_masked(tokens))
+    thin = mask.thinned(torch.rand(2, grid.num_tokens), num_masked // 2)
+    kept = thin.merge(thin.take_visible(tokens), thin.take_masked(tokens))
+    assert torch.equal(thin.take_merged(kept), thin.take_masked(tokens))
+    left_out = mask.masked & ~torch.zeros_like(mask.masked).scatter(1, thin.masked_ids, value=True)
+    assert torch.equal(kept.flatten(0, 1), tokens[~left_out])
     assert torch.equal(mask.masked.sum(dim=1), torch.full((2,), num_masked))
+
+
+def test_each_hidden_token_and_each_pair_is_predicted_equally_often():
+    masked = torch.tensor([[True, False, True, True, False, True]])
+    mask = TokenMask.from_masked(masked.expand(9000, -1), 4)
+    thin = mask.thinned(uniform(torch.arange(9000), 6, "test"), 2)
+    assert torch.equal(thin.masked, mask.masked)
+    assert torch.equal(thin.visible_ids, mask.visible_ids)
+    assert (thin.masked_ids.diff() > 0).all()
+    pairs, counts = thin.masked_ids.unique(dim=0, return_counts=True)
+    assert pairs.tolist() == [[*pair] for pair in itertools.combinations([0, 2, 3, 5], 2)]
+    assert (counts - 1500).abs().max() < 4 * (9000 * 1 / 6 * 5 / 6) ** 0.5
 
 
 @given(grid=grids)
