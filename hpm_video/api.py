@@ -195,8 +195,7 @@ class Model:
     def _need(self, kind: type[Any], what: str) -> Any:
         if not isinstance(self.trained, kind):
             raise CheckpointError(
-                f"{self.trained.path} is of a {self.trained.kind}, and {what} need"
-                f"{'s' if what.startswith('a ') else ''} a "
+                f"{self.trained.path} is of a {self.trained.kind}; {what} can only be had of a "
                 f"{'classifier' if kind is TrainedClassifier else 'masked autoencoder'}"
             )
         return self.trained

@@ -3,7 +3,6 @@
 import fcntl
 import gc
 import importlib
-import itertools
 import multiprocessing
 import os
 import runpy
@@ -11,7 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from multiprocessing import forkserver
 from pathlib import Path
 from tempfile import mkstemp
@@ -80,7 +79,7 @@ def pytest_runtest_makereport():
     return report
 
 
-pytest_plugins = ["painted_videos"]  # of tests/fixtures
+pytest_plugins = ["painted_videos", "pool_clock"]  # of tests/fixtures
 ROOT = Path(__file__).parent.parent
 CONFIG = (
     AUTOENCODER
@@ -390,35 +389,3 @@ def run_tool(start_program, start_job):
         return next(filter(None, codes), 0), "".join(outputs)
 
     return run
-
-
-class PoolClock:
-    """The clock of the pools in this process. It stands still, and no load of the machine makes a
-    job late, but for ``steps``: what further looks at it add, in seconds."""
-
-    def __init__(self):
-        self.now, self.steps = 0.0, iter(())
-
-    def monotonic(self) -> float:
-        self.now += next(self.steps, 0.0)
-        return self.now
-
-    def run_while_one_hangs(self, folder: Path) -> None:
-        """Processes that hang leave a file PID.hangs there. Of a pool of one process no healthy
-        job is late then."""
-
-        def hanging() -> bool:
-            for mark in folder.glob("*.hangs"):
-                with suppress(ProcessLookupError):
-                    os.kill(int(mark.stem), 0)
-                    return True
-            return False
-
-        self.steps = (float(hanging()) for _ in itertools.count())
-
-
-@pytest.fixture
-def pool_clock(monkeypatch) -> PoolClock:
-    clock = PoolClock()
-    monkeypatch.setattr("hpm_video.workers.pool.time", clock)
-    return clock

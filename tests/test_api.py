@@ -104,7 +104,7 @@ def test_features_difficulty_and_masks_of_clips(model, frames):
     assert not torch.equal(drawn[0], drawn[2])
     with pytest.raises(ValueError, match="takes clips of 4 frames, got 2"):
         model.features(frames[:2])
-    with pytest.raises(CheckpointError, match="need a classifier"):
+    with pytest.raises(CheckpointError, match="had of a classifier"):
         model.probabilities(frames)
 
 
@@ -128,7 +128,7 @@ def test_a_classifier_names_what_it_sees(finetuned_run, labelled_videos, finishe
     assert found.shape == (6, 3)
     assert found.sum(axis=1) == pytest.approx(1)
     assert (found.argmax(axis=1) == [0, 0, 1, 1, 2, 2]).mean() >= 0.5
-    with pytest.raises(CheckpointError, match="need a masked autoencoder"):
+    with pytest.raises(CheckpointError, match="had of a masked autoencoder"):
         classifier.difficulty(CLIP)
 
 

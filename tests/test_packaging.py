@@ -28,6 +28,15 @@ def test_requirements_of_the_tests() -> None:
     assert requirements("tests/requirements.txt") == listed("dev")
 
 
-def test_only_the_package_is_installed() -> None:
-    assert 'include = ["hpm_video*"]' in (ROOT / "pyproject.toml").read_text()
+def test_the_package_is_installed_whole_and_nothing_else() -> None:
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("hpm_video/**/*.py")
+    }
+    configs = {
+        f"hpm_video.{path.parent.relative_to(ROOT)}" for path in ROOT.glob("configs/*/*.yaml")
+    }
+    beside = {"hpm_video.configs", "hpm_video.programs"} | {
+        name.replace("/", ".") for name in configs
+    }
+    assert listed("packages") == found | beside
     assert (ROOT / "hpm_video" / "py.typed").is_file()

@@ -1,6 +1,7 @@
 """The one sequence around ``fit``: from a task to a run that is trained to its end."""
 
 import logging
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.checks import ConfigError
+from hpm_video.data.clips import VideoClips
 from hpm_video.data.loader import clip_batches, end_workers
 from hpm_video.data.mixture import Places, deal_out
 from hpm_video.files.failures import BadFiles
@@ -110,16 +112,8 @@ def train(
         engine.load_optimizer_state(read_optimizer(directory.newest, config.model.patch_size))
     if processes.is_first:
         record_start(directory.path, facts, start, directory.state.get("facts", {}))
-    clips, bad_files = task.training_clips(), dict[str, BadFiles]()
-    for stream, (name, source) in zip(clips, data.sources.items(), strict=True):
-        bad_files[name] = BadFiles(
-            directory.path / (f"bad_files_{name}.csv" if name else "bad_files.csv"),
-            num_files=len(source.train),
-            max_bad_share=config.data.max_bad_share,
-            writes=processes.is_first,
-        )
-        bad_files[name].check()
-        stream.bad |= bad_files[name].failures
+    clips = task.training_clips()
+    bad_files = open_bad_files(task, clips, directory, writes=processes.is_first)
     order, reading = deal_out(config.weights, updates), Reading.of(config.data)
     places = Places(order, plan.batch_size, start, rank=processes.rank, processes=plan.processes)
     try:
@@ -157,6 +151,23 @@ def train(
                 fit(engine, objective, batches, schedule_of(config.recipe), state, start=start)
     finally:
         end_workers()
+
+
+def open_bad_files(
+    task: Task, clips: Sequence[VideoClips], directory: RunDirectory, *, writes: bool
+) -> dict[str, BadFiles]:
+    """Open the list of each source, and tell its clips not to try those files again."""
+    bad_files = {}
+    for stream, (name, source) in zip(clips, task.data.sources.items(), strict=True):
+        bad_files[name] = BadFiles(
+            directory.path / (f"bad_files_{name}.csv" if name else "bad_files.csv"),
+            num_files=len(source.train),
+            max_bad_share=task.config.data.max_bad_share,
+            writes=writes,
+        )
+        bad_files[name].check()
+        stream.bad |= bad_files[name].failures
+    return bad_files
 
 
 def open_meter(task: Task, engine: Engine) -> Meter:
