@@ -1,16 +1,14 @@
-"""Measure speed: python tools/bench.py update|loader|decoding|losses [OPTIONS].
+"""Measure speed: python tools/bench.py update|gpu|loader|decoding|losses [OPTIONS].
 
 Alternatives take turns, and medians are shown: ratios hold on other machines, times do not.
 """
 
 import argparse
-import gc
 import inspect
 import json
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -18,22 +16,26 @@ from typing import Any
 
 import pandas as pd
 import torch
-from bench_ways import (  # type: ignore[import-not-found] # beside this file
-    LOSSES,
-    loss_step,
-    ways_to_decode,
+from bench_updates import (  # type: ignore[import-not-found] # beside this file
+    Rows,
+    Tables,
+    add_arguments,
+    compare,
+    describe,
+    gpu,
+    update,
 )
+from bench_ways import LOSSES, loss_step, ways_to_decode  # type: ignore[import-not-found]
 from tqdm import tqdm
 
 from hpm_video.config.choices import DecoderChoice, DecoderName
-from hpm_video.config.loading import load_any_config, load_config
+from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.data.reading import Request, Views
 from hpm_video.decoding.locations import is_image
 from hpm_video.decoding.reader import DecoderError
 from hpm_video.decoding.registry import available_decoders, open_video
 from hpm_video.files.failures import TooManyBadFiles
-from hpm_video.files.wording import counted, plural
 from hpm_video.preparation.benchmark import (
     IN_WORKERS,
     Trial,
@@ -49,28 +51,15 @@ from hpm_video.preparation.loader_advice import (
     verdict,
     workers_to_try,
 )
-from hpm_video.runs.autotune import TIMED_CLIPS, trial_update
 from hpm_video.runs.console import above_zero, add_options, make_parser, positive, run
 from hpm_video.runs.finetuning import Finetuning
 from hpm_video.runs.pretraining import Pretraining
 from hpm_video.training.device import (
-    AUTOCAST,
-    Precision,
     choose_device,
-    choose_precision,
     time_updates,
 )
 from hpm_video.training.memory import measure_update
 from hpm_video.workers.room import RoomError, usable_cores
-
-TURNS = 3  # number of measurements of each precision
-WHY = {
-    "cuda": "bf16 where the GPU is made for it",
-    "mps": "always on this kind of device",
-    "cpu": "on a CPU bf16 only where it measures faster by a tenth (measured anew)",
-}
-Rows = list[dict[str, Any]]
-Tables = Iterator[tuple[str, Rows]]  # titles and rows in the order of measurement
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
@@ -103,7 +92,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, None)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add: dict[str, Callable[..., object]] = {}
-    for measure in (update, loader, decoding, losses):
+    for measure in (update, gpu, loader, decoding, losses):
         command = commands.add_parser(
             measure.__name__,
             help=str(measure.__doc__).splitlines()[0],
@@ -113,14 +102,9 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         command.set_defaults(measure=measure)
         add_options(command, output={"metavar": "FILE.csv|FILE.json", "help": "write tables there"})
         add[measure.__name__] = command.add_argument
-    configs = {"update": "a file of configs/pretrain", "loader": "a config, or RUN/config.yaml"}
-    for name, which in configs.items():
-        add[name]("config", type=Path, metavar="CONFIG", help=which)
-        changes = {"metavar": "section.key=value", "help": "changes of the config"}
-        add[name]("overrides", nargs="*", **changes)
-    of_update = f"clips per update; default: at most {TIMED_CLIPS}"
-    add["update"]("--clips", type=positive, help=of_update)
-    add["update"]("--repeats", type=positive, default=5, help="timed updates per turn (5)")
+    add_arguments(commands.choices["update"], commands.choices["gpu"])
+    add["loader"]("config", type=Path, metavar="CONFIG", help="a config, or RUN/config.yaml")
+    add["loader"]("overrides", nargs="*", metavar="section.key=value")
     for name in ("loader", "decoding"):
         add[name]("--decoders", metavar="NAME,NAME", help="by default all that load")
     tried = "numbers of decoding processes to try, for all --processes together"
@@ -147,61 +131,6 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     words = sys.argv[1:] if command_line is None else command_line
     chosen = commands.choices.get(words[0] if words else "")
     return chosen.parse_intermixed_args(words[1:]) if chosen else parser.parse_args(words)
-
-
-def compare(ways: Mapping[str, Callable[[int], float]], turns: int, *, warmup: int = 0) -> Rows:
-    """Make a row of each way: its median time, and how many times faster than the first it is.
-
-    Each is timed once in a turn. Those of the ``warmup`` do not count.
-    """
-    seconds = [{name: way(turn) for name, way in ways.items()} for turn in range(warmup + turns)]
-    medians = {name: statistics.median(turn[name] for turn in seconds[warmup:]) for name in ways}
-    first = next(iter(medians.values()))
-    return [
-        {"way": name, "ms": 1000 * median, "times as fast": first / median}
-        for name, median in medians.items()
-    ]
-
-
-def update(arguments: argparse.Namespace) -> Tables:
-    """Time whole updates of pre-training, in fp32 and in bf16 autocast.
-
-    Student forward and backward, optimizer step and teacher, on random pixels; no video is decoded.
-    It uses the last epoch, in which the teacher scores if it ever does.
-    """
-    config = load_config(PretrainConfig, arguments.config, arguments.overrides)
-    device = choose_device(config.engine.device)
-    if config.engine.threads is not None:
-        torch.set_num_threads(config.engine.threads)
-    clips = arguments.clips or min(config.recipe.batch_size * config.data.repeats, TIMED_CLIPS)
-    peaks = dict.fromkeys(AUTOCAST, 0)
-
-    def measure(precision: Precision, _turn: int) -> float:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        made = trial_update(Pretraining(config), device, precision, clips)
-        seconds = time_updates(made, device, warmup=1, repeats=arguments.repeats)
-        if device.type == "cuda":
-            peaks[precision] = max(peaks[precision], torch.cuda.max_memory_allocated(device))
-        del made
-        gc.collect()  # an optimizer holds itself, and with it the model: one is held at a time
-        return seconds
-
-    rows = compare({name: partial(measure, name) for name in AUTOCAST}, TURNS)
-    for row in rows:
-        row["clips/s"] = 1000 * clips / row["ms"]
-        if device.type == "cuda":
-            row["peak memory, GB"] = peaks[row["way"]] / 1e9
-    yield f"updates of {clips} {plural(clips, 'clip')}, {describe(device)}", rows
-    taken = choose_precision(
-        device, lambda name: trial_update(Pretraining(config), device, name, clips)
-    )
-    print(f"engine.precision=auto takes {taken} here: {WHY.get(device.type, WHY['cpu'])}")
-
-
-def describe(device: torch.device) -> str:
-    """Name a device and its number of threads."""
-    return f"{device.type} with {counted(torch.get_num_threads(), 'thread')}"
 
 
 def losses(arguments: argparse.Namespace) -> Tables:

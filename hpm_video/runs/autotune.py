@@ -12,6 +12,7 @@ import torch
 
 from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.checks import ConfigError
+from hpm_video.config.schema import PretrainConfig
 from hpm_video.config.training import CompileMode
 from hpm_video.data.batch import ClipBatch
 from hpm_video.runs.data import describe_training, planned_data
@@ -123,11 +124,16 @@ def cost_of_clips(task: Task) -> Callable[[str, Progress], float]:
     model = replace(task.config.model, checkpoint_activations=False)
     plain.config = replace(task.config, model=model)
     make = partial(trial_update, plain, torch.device("cpu"), "fp32", 2)
+    # Models of features are made of a file, by timm, which looks at values.
+    of_a_file = isinstance(task.config, PretrainConfig) and task.config.mining.feature_kind
 
     def cost(source: str, progress: Progress) -> float:
         key = source, task.phase(source, progress)
         if key not in found:
-            flop = count_flop(lambda: replace(make(source=source), progress=progress))
+            update = partial(make, source=source)
+            flop = count_flop(
+                lambda: replace(update(), progress=progress), with_data=bool(of_a_file)
+            )
             found[key] = flop / 2
         return found[key]
 

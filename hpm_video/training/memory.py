@@ -9,13 +9,13 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -172,23 +172,16 @@ def simulate_update(make_update: Callable[[], Callable[[], object]]) -> Simulate
         return measure_update(make_update)
 
 
-def count_flop(make_update: Callable[[], Callable[[], object]]) -> int:
-    """Make an update and run it on tensors that have no data. -> its FLOP, 2 per multiply-add
+def count_flop(make_update: Callable[[], Callable[[], object]], *, with_data: bool = False) -> int:
+    """Make an update and run it, by default without data. -> its FLOP, 2 per multiply-add
 
     Matrix products and convolutions count, and of attention its two products forward and four
     backward, whatever the kernels compute again.
     """
-
-    def count() -> int:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            make_update()()
-        return int(counter.get_total_flops())
-
-    try:
-        with without_data():
-            return count()
-    except DataDependentOutputException:  # timm's models look at values while they are built
-        return count()
+    tensors = nullcontext() if with_data else without_data()
+    with tensors, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        make_update()()
+    return int(counter.get_total_flops())
 
 
 @contextmanager

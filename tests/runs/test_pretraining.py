@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -119,6 +120,27 @@ def test_killed_and_started_again_ends_with_the_same_bits(
     assert [line["update"] for line in lines_of(run, "train")] == list(range(1, 29))
     assert_same_state(run, finished_run)
     assert not list((run / "checkpoints").glob(".writing*"))
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++"))), reason="no C++ compiler")
+def test_compiled_and_killed_among_batches_of_two_shapes_it_ends_with_the_same_bits(
+    pretrain, finished_run, videos, tmp_path
+):
+    compiled = ["engine.compile=blocks", "mining.predictor=none", "masking.strategy=random"]
+    compiled += [f"mix.short.data.train={videos / 'train'}", "mix.short.data.num_frames=2"]
+    compiled += ["mix.short.weight=0.5", "mix.short.masking.strategy=random", "recipe.epochs=4"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    output = finish(pretrain(whole, *compiled))
+    assert "compiling (engine.compile=blocks)" in output
+    assert re.search(r"compiling took \d+\.\d s", output)
+    finish(pretrain(run, *compiled, place="update"), code=-signal.SIGKILL)
+    assert read_state(checkpoints_in(run / "checkpoints")[-1])["update"] == 5
+    assert "may differ" not in finish(pretrain(run, *compiled))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        ours, theirs = (folder / "checkpoints" / "last" / name for folder in (run, whole))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+    eager = load_file(finished_run / "checkpoints" / "last" / "model.safetensors")
+    assert set(load_file(ours.with_name("model.safetensors"))) < set(eager)
 
 
 def test_killed_at_the_very_end_names_its_checkpoints_at_the_next_start(

@@ -10,6 +10,9 @@ import pytest
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.decoding.registry import available_decoders
+from hpm_video.runs.autotune import cost_of_clips
+from hpm_video.runs.pretraining import Pretraining
+from hpm_video.training.progress import Progress
 
 pytestmark = pytest.mark.slow
 
@@ -80,18 +83,47 @@ def test_blockwise_ranking_loss_is_the_same_and_takes_less_memory(tool, tmp_path
 def test_updates_are_timed_in_both_precisions(tool, write_config, tmp_path):
     path, table = write_config("tiny", **TINY, **HPM), tmp_path / "table.json"
     arguments = ("--clips", 2, "--repeats", 1, "--output", table)
-    output = tool("bench", "update", path, *arguments, "seed=1")
-    assert output.startswith("\nupdates of 2 clips, cpu with 1 thread")
-    full, half = row(output, "fp32"), row(output, "bf16")
-    for milliseconds, _, clips_per_second in (full, half):
+    output = tool("bench", "update", path, *arguments, "--against", "masking.ratio=0.5", "seed=1")
+    assert "\nupdates of 2 clips, cpu with 1 thread\n" in output
+    full, half = row(output, "tiny, fp32"), row(output, "tiny, bf16")
+    for milliseconds, _, clips_per_second, *_ in (full, half):
         assert_quotient(clips_per_second, 2000, milliseconds)
     assert_quotient(half[1], full[0], half[0])
     assert re.search(r"^engine.precision=auto takes (fp32|bf16) here: ", output, re.M)
-    (rows,) = json.loads(table.read_text()).values()
-    assert [(line["way"], round(line["ms"], 2)) for line in rows] == [
-        ("fp32", full[0]),
-        ("bf16", half[0]),
+    assert re.search(r"^100 % MFU in bf16: .* TFLOP/s, by a product of two large", output, re.M)
+    tables = json.loads(table.read_text())
+    rows = tables["updates of 2 clips, cpu with 1 thread"]
+    assert [line["way"] for line in rows] == [
+        f"{name}, {precision}"
+        for name in ("tiny", "plain", "masking.ratio=0.5")
+        for precision in ("fp32", "bf16")
     ]
+    assert [round(line["ms"], 2) for line in rows[:2]] == [full[0], half[0]]
+    flop = [line["TFLOP/s"] / line["clips/s"] for line in rows]
+    assert flop[0] == pytest.approx(flop[1])
+    assert flop[2] < flop[0] < flop[4], "a plain update costs less, more visible tokens more"
+    parts = {line["part"].strip(): line["ms"] for line in tables["parts of an update, tiny, fp32"]}
+    assert parts["forward pass: all of it"] > parts["student"] > 0
+    assert parts["teacher: all of it"] > parts["encoder"] > 0
+    assert {"backward pass", "optimizer", "moving average", "ranking loss"} < parts.keys()
+    kernels = tables["kernels of an update, tiny, bf16"]
+    assert {"matrix products", "attention", "copies and casts"} < {k["kernels"] for k in kernels}
+    assert sum(kind["share, %"] for kind in kernels) == pytest.approx(100)
+
+
+def test_the_cost_of_a_clip_is_that_of_the_shapes(count_flops, write_config):
+    """Two counts that know nothing of each other: of a real update, and of passes of the models."""
+    path = write_config("tiny", **TINY, **HPM)
+    plain = ["masking.strategy=random", "mining.predictor=none"]
+    again = "model.checkpoint_activations=true"  # what is computed again does not count
+    first, last = Progress(0, 0.0, 2), Progress(9, 1.5, 2)
+    for overrides in ([], plain):
+        config = load_config(PretrainConfig, path, overrides)
+        student, teacher = count_flops.count(config)
+        cost = cost_of_clips(Pretraining(load_config(PretrainConfig, path, [*overrides, again])))
+        assert cost("", last) / 2e9 == pytest.approx(student + teacher)
+        picks = config.mask_rule("").num_picked(0, 2) > 0
+        assert cost("", first) / 2e9 == pytest.approx(student + picks * teacher)
 
 
 def test_decoding_is_timed_against_the_straightforward_way(tool, videos):

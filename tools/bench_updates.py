@@ -1,0 +1,282 @@
+"""Updates that tools/bench.py measures: their time, use of the device and memory, their parts."""
+
+import argparse
+import gc
+import re
+import shlex
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, get_args
+from unittest.mock import patch
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from hpm_video.config.loading import load_any_config
+from hpm_video.config.schema import PretrainConfig
+from hpm_video.config.training import CompileMode
+from hpm_video.mining import objective as mining
+from hpm_video.runs.autotune import (
+    TIMED_CLIPS,
+    Trial,
+    cost_of_clips,
+    last_epoch,
+    trial_update,
+)
+from hpm_video.runs.console import positive
+from hpm_video.runs.finetuning import Finetuning, resolve
+from hpm_video.runs.pretraining import Pretraining
+from hpm_video.runs.task import Task
+from hpm_video.training.device import (
+    AUTOCAST,
+    Precision,
+    choose_device,
+    choose_precision,
+    peak_flops,
+    product_flops,
+    time_updates,
+    wait_for,
+)
+from hpm_video.training.fast import choose_compiling
+
+Rows = list[dict[str, Any]]
+Tables = Iterator[tuple[str, Rows]]  # titles and rows in the order of measurement
+TURNS = 3
+CONFIGS = Path(__file__).parents[1] / "configs" / "pretrain"
+MEASURED = {"k400_hpm_b": 64, "k400_hpm_l": 32, "in1k_hpm_b": 256}  # and their clips per update
+PLAIN = ("mining.predictor=none", "masking.strategy=random")
+WHY = {
+    "mps": "always on this kind of device",
+    "cpu": "on a CPU bf16 only where it measures faster by a tenth (measured anew)",
+}
+KERNELS = {  # what their names contain; of several kinds the first counts
+    "attention": "attention|fmha|flash|sdp",
+    "matrix products": "gemm|nvjet|cutlass|xmma|mm$|mkl|linear",
+    "fused by the compiler": "triton|cpp_fused",
+    "norms, GELU and softmax": "norm|gelu|softmax",
+    "copies and casts": "copy|memcpy|memset|cat",
+}
+
+
+def add_arguments(update: argparse.ArgumentParser, gpu: argparse.ArgumentParser) -> None:
+    """Add the options of both commands."""
+    add = update.add_argument
+    add("config", type=Path, metavar="CONFIG", help="a file of configs/")
+    add("overrides", nargs="*", metavar="section.key=value")
+    add("--clips", type=positive, help=f"clips per update; default: at most {TIMED_CLIPS}")
+    add("--repeats", type=positive, default=5, help="timed updates per turn (5)")
+    words = "'section.key=value ...' or 'CONFIG section.key=value ...'"
+    against = f"also time the config with other values, or another one: {words}"
+    add("--against", action="append", default=[], metavar="WORDS", help=against)
+    for name, known in (("--precision", [*AUTOCAST]), ("--compile", get_args(CompileMode))):
+        add(name, action="append", choices=known, help="which to time; may be given several times")
+    gpu.set_defaults(overrides=[], against=[], precision=None, compile=None, repeats=5)
+
+
+def compare(ways: Mapping[str, Callable[[int], float]], turns: int, *, warmup: int = 0) -> Rows:
+    """Make a row of each way: its median time, and how many times faster than the first it is.
+
+    Each is timed once in a turn. Those of the ``warmup`` do not count.
+    """
+    seconds = [{name: way(turn) for name, way in ways.items()} for turn in range(warmup + turns)]
+    medians = {name: statistics.median(turn[name] for turn in seconds[warmup:]) for name in ways}
+    first = next(iter(medians.values()))
+    return [
+        {"way": name, "ms": 1000 * median, "times as fast": first / median}
+        for name, median in medians.items()
+    ]
+
+
+def update(arguments: argparse.Namespace) -> Tables:
+    """Time whole updates by a config, and what an update consists of.
+
+    Student forward and backward, optimizer step and teacher, on random pixels; no video is decoded.
+    It uses the last epoch, in which the teacher scores if it ever does. By default in bf16 on a
+    GPU, eager and compiled, elsewhere eager in fp32 and bf16. A config with a teacher is compared
+    with a plain masked autoencoder of the same shape; --against adds others.
+    """
+    tasks = tasks_to_compare(arguments)
+    task = next(iter(tasks.values()))
+    how, clips = task.config.engine, arguments.clips
+    device = choose_device(how.device)
+    if how.threads is not None:
+        torch.set_num_threads(how.threads)
+    if clips is None:
+        recipes = [(each.config.recipe, each.config.data) for each in tasks.values()]
+        clips = min(TIMED_CLIPS, *(recipe.batch_size * data.repeats for recipe, data in recipes))
+    is_gpu = device.type == "cuda"
+    precisions = arguments.precision or (["bf16"] if is_gpu else [*AUTOCAST])
+    modes = arguments.compile or (["off", "blocks"] if is_gpu else ["off"])
+    modes = [mode for mode in modes if choose_compiling(replace(how, compile=mode), device) == mode]
+    ways = {
+        f"{name}, {precision}{'' if mode == 'off' else f', compiled ({mode})'}": Updates(
+            tasks[name], device, precision, clips, mode
+        )
+        for name, precision, mode in product(tasks, precisions, modes)
+    }
+    timed = {name: partial(way.measure, arguments.repeats) for name, way in ways.items()}
+    rows = compare(timed, TURNS)
+    add_speed(rows, [*ways.values()])
+    yield f"updates of {clips} clip{'s' * (clips != 1)}, {describe(device)}", rows
+    for name, way in ways.items():
+        if way.task is task:
+            yield f"parts of an update, {name}", way.parts(arguments.repeats)
+            yield f"kernels of an update, {name}", way.kernels()
+    if not is_gpu:
+        taken = choose_precision(device, partial(trial_update, task, device, clips=clips))
+        print(f"engine.precision=auto takes {taken} here: {WHY[device.type]}")
+
+
+def add_speed(rows: Rows, ways: Sequence["Updates"]) -> None:
+    """Add clips per second, use of the device and memory to rows of ways in the same order."""
+    device, is_gpu = ways[0].device, ways[0].device.type == "cuda"
+    peaks = {precision: peak_flops(device, precision) for precision in {w.precision for w in ways}}
+    costs = {task: cost_of_clips(task)("", last_epoch(task)) for task in {w.task for w in ways}}
+    for row, way in zip(rows, ways, strict=True):
+        clips = 1000 * way.clips / row["ms"]
+        flops, peak = clips * costs[way.task], peaks[way.precision][0]
+        row |= {"clips/s": clips, "TFLOP/s": flops / 1e12, "MFU, %": 100 * flops / peak}
+        if is_gpu:
+            row["peak memory, GB"] = way.memory
+    for precision, (peak, source) in sorted(peaks.items()):
+        print(f"100 % MFU in {precision}: {peak / 1e12:.3g} TFLOP/s, by {source}")
+        if is_gpu:
+            reached = product_flops(device, precision) / 1e12
+            print(f"a product of two large matrices reaches {reached:.3g} TFLOP/s now")
+
+
+def gpu(arguments: argparse.Namespace) -> Tables:
+    """Measure updates by three configs on a GPU, in about five minutes, for docs/speed.md."""
+    for name, clips in MEASURED.items():
+        arguments.config, arguments.clips = CONFIGS / f"{name}.yaml", clips
+        yield from ((f"{name}: {title}", rows) for title, rows in update(arguments))
+
+
+def tasks_to_compare(arguments: argparse.Namespace) -> dict[str, Task]:
+    """Open what is compared, by names: the config, a plain counterpart, and each --against."""
+    name, given = arguments.config.stem, [str(arguments.config), *arguments.overrides]
+    tasks = {name: open_task(given)}
+    if tasks[name].ema == "teacher":
+        tasks["plain"] = open_task([*given, *PLAIN])
+    for words in map(shlex.split, arguments.against):
+        is_config = words[:1] and "=" not in words[0]
+        tasks[" ".join(words)] = open_task(words if is_config else [*given, *words])
+    return tasks
+
+
+def describe(device: torch.device) -> str:
+    """Name a device, a CPU with its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    count = torch.get_num_threads()
+    return f"{device.type} with {count} thread{'s' * (count != 1)}"
+
+
+def open_task(words: Sequence[str]) -> Task:
+    """Open a config, a file with overrides, as something to train on random pixels."""
+    config = load_any_config(Path(words[0]), words[1:])
+    if isinstance(config, PretrainConfig):
+        return Pretraining(config)
+    return Finetuning(resolve(config, config.model.num_classes or 2))
+
+
+@dataclass
+class Updates:
+    """Updates by a config in one way."""
+
+    task: Task
+    device: torch.device
+    precision: Precision
+    clips: int
+    compiled: CompileMode
+    memory = 0.0
+    """The most that tensors took at once, in GB of 10^9 bytes; only known of a GPU."""
+
+    def make(self) -> Trial:
+        """Make an update."""
+        return trial_update(
+            self.task, self.device, self.precision, self.clips, compiled=self.compiled
+        )
+
+    def measure(self, repeats: int, _turn: int) -> float:
+        """Return the median seconds of an update."""
+        is_gpu = self.device.type == "cuda"
+        if is_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        update = self.make()
+        seconds = time_updates(update, self.device, warmup=2, repeats=repeats)
+        if is_gpu:
+            self.memory = torch.cuda.max_memory_allocated(self.device) / 1e9
+        del update
+        gc.collect()  # an optimizer holds itself, and with it the model: one is held at a time
+        return seconds
+
+    def parts(self, repeats: int) -> Rows:
+        """Time the parts of an update, each by itself: the device is waited for between them."""
+        trial, seconds = self.make(), defaultdict[str, list[float]](list)
+        engine, objective = trial.engine, trial.objective
+
+        def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*inputs: Any, **options: Any) -> Any:
+                wait_for(self.device)
+                began = time.perf_counter()
+                result = call(*inputs, **options)
+                wait_for(self.device)
+                seconds[name].append(time.perf_counter() - began)
+                return result
+
+            return run
+
+        forward = "forward pass: all of it"
+        with ExitStack() as stack:
+            for owner, name, part in (
+                (objective, "normalised", "  normalisation"),
+                (objective, "run_teacher", "  teacher: all of it"),
+                (getattr(objective, "ema", None), "encode", "    encoder"),
+                (objective, "errors", "  targets and errors"),
+                (mining, "ranking_loss", "  ranking loss"),
+            ):
+                if hasattr(owner, name):
+                    new = timed(part, getattr(owner, name))
+                    stack.enter_context(patch.object(owner, name, new))
+            for _ in range(1 + repeats):
+                with engine.autocast():
+                    losses = timed(forward, objective.losses)(
+                        timed("  student", engine), trial.batch, trial.progress
+                    )
+                timed("backward pass", engine.backward)(losses.total)
+                timed("optimizer", engine.step)()
+                timed("moving average", objective.after_update)(engine.model, trial.progress)
+        names = [forward, *(name for name in seconds if name != forward)]
+        return [{"part": name, "ms": 1000 * statistics.median(seconds[name][1:])} for name in names]
+
+    def kernels(self) -> Rows:
+        """Add up the time of the kernels of an update by their kinds."""
+        trial, is_gpu = self.make(), self.device.type == "cuda"
+        for _ in range(2):
+            trial()
+        wait_for(self.device)
+        kind = DeviceType.CUDA if is_gpu else DeviceType.CPU
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_gpu else [])]
+        with profile(activities=activities) as profiler:
+            trial()
+            wait_for(self.device)
+        spent = Counter[str]()
+        for event in profiler.key_averages():
+            if event.device_type == kind:
+                found = (k for k, names in KERNELS.items() if re.search(names, event.key.lower()))
+                own = event.self_device_time_total if is_gpu else event.self_cpu_time_total
+                spent[next(found, "everything else")] += own / 1000
+        total = sum(spent.values())
+        return [
+            {"kernels": name, "ms": ms, "share, %": 100 * ms / total}
+            for name, ms in spent.most_common()
+        ]
