@@ -1,4 +1,4 @@
-"""Measure speed: python tools/bench.py update|loader|decoding|losses [OPTIONS].
+"""Measure speed: python tools/bench.py update|loader|decoding|losses|fidelity [OPTIONS].
 
 Alternatives take turns, and medians are shown: ratios hold on other machines, times do not.
 """
@@ -18,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from bench_fidelity import add_arguments, fidelity  # type: ignore[import-not-found]
 from bench_ways import (  # type: ignore[import-not-found] # beside this file
     LOSSES,
     loss_step,
@@ -102,7 +103,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, None)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add: dict[str, Callable[..., object]] = {}
-    for measure in (update, loader, decoding, losses):
+    for measure in (update, loader, decoding, losses, fidelity):
         command = commands.add_parser(
             measure.__name__,
             help=str(measure.__doc__).splitlines()[0],
@@ -142,6 +143,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     add["losses"]("--turns", type=positive, default=2, help="turns in which each is timed (2)")
     add["losses"]("--repeats", type=positive, default=3, help="timed calls per turn (3)")
     add["losses"]("--threads", type=positive, help="CPU threads; default: torch's choice")
+    add_arguments(commands.choices["fidelity"])
     words = sys.argv[1:] if command_line is None else command_line
     chosen = commands.choices.get(words[0] if words else "")
     return chosen.parse_intermixed_args(words[1:]) if chosen else parser.parse_args(words)

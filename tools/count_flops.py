@@ -10,12 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
-from hpm_video.mining.objective import thin
 from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.runs.console import make_parser, run
 from hpm_video.tokens.masking import TokenMask
-from hpm_video.tokens.views import mask_of_view
 
 
 def main() -> int:
@@ -58,6 +56,9 @@ def count_source(
     clip = torch.empty(1, config.model.channels, *config.sources[source].clip_size)
     num_masked = rule.num_masked * rule.grid.num_tokens // rule.num_units
     mask = TokenMask.from_masked(torch.ones(1, rule.grid.num_tokens).bool(), num_masked)
+    from hpm_video.mining.objective import thin
+    from hpm_video.tokens.views import mask_of_view
+
     mask = thin(mask, torch.zeros(1).long(), config.mining.decoded_share, "")
     seen = mask_of_view(config.mining.teacher_sees, rule.grid, "meta")
     with FlopCounterMode(display=False) as student:
