@@ -52,7 +52,6 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Of its run directory."""
         return f"{self.start}-{self.labels or 'all'}-lr{self.base_lr:g}-seed{self.seed}"
 
 
@@ -161,18 +160,16 @@ def write_few(manifest: Manifest, count: int, seed: int, path: Path) -> int:
 
 def table(trials: Sequence[Trial]) -> str:
     """Mean over seeds at each learning rate, and each start at the best of its own."""
-    lines = ["labels of each class | start      | base_lr | top-1 of each seed | mean"]
     frame = pd.DataFrame([asdict(trial) for trial in trials])
-    for (labels, start), rows in frame.groupby(["labels", "start"], sort=False):
-        by_rate = rows.groupby("base_lr", sort=False)["top1"]
-        best = by_rate.mean().idxmax()
-        for lr, found in by_rate:
-            shown = " ".join(f"{top1:.3f}" for top1 in found)
-            lines.append(
-                f"{labels or 'all':>20} | {start:10} | {lr:7.2g} | {shown:18} | "
-                f"{found.mean():.3f}{'  <- best' if lr == best else ''}"
-            )
-    return "\n".join(lines)
+    frame["labels"] = frame["labels"].replace(0, "all")
+    by_rate = frame.groupby(["labels", "start", "base_lr"], sort=False)["top1"]
+    rows = by_rate.agg(["mean", list]).reset_index()
+    best = rows.groupby(["labels", "start"])["mean"].idxmax()
+    rows[""] = ["<- best" if row in [*best] else "" for row in rows.index]
+    rows["list"] = [" ".join(f"{top1:.3f}" for top1 in found) for found in rows["list"]]
+    return rows.rename(columns={"list": "top-1 of each seed"}).to_string(
+        index=False, formatters={"base_lr": "{:.2g}".format, "mean": "{:.3f}".format}
+    )
 
 
 if __name__ == "__main__":

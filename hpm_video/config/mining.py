@@ -64,7 +64,7 @@ class MiningConfig:
     """Momentum at the beginning of the paper's ramp."""
     last_momentum: float = 0.9999
     teacher_sees: View = "all"
-    """Tokens that the teacher's encoder sees; it scores all. ``checkerboard``: half of them,
+    """Tokens that the teacher's encoder sees; all get a score. ``checkerboard``: half of them,
     ``quarter``: every second of every second row, other rows in the next time step; or all tokens
     of ``every_second_step`` or ``every_fourth_step`` in time."""
     decoded_share: float = 1.0

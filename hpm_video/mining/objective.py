@@ -22,7 +22,7 @@ from hpm_video.models.masked_autoencoder import MaskedAutoencoder, Prediction
 from hpm_video.randomness import uniform
 from hpm_video.tokens.masking import MaskRule, TokenMask
 from hpm_video.tokens.pixels import normalise
-from hpm_video.tokens.views import View, mask_of_view
+from hpm_video.tokens.views import View, mask_of_view, standardise_by_view
 from hpm_video.training.ema import EmaUpdate, MomentumSchedule, WithEma, ema_update_module
 from hpm_video.training.objective import Losses, Model
 from hpm_video.training.progress import Progress
@@ -130,6 +130,8 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
             seen = mask_of_view(self.teacher_sees, grid, clips.device)
             encoded = teacher.encode(clips, mask=seen)
             scores = teacher.score(encoded, grid, seen).float() if difficulty else None
+            if scores is not None and seen is not None:
+                scores = standardise_by_view(scores, seen)
         return TeacherOutput(scores, teacher.of_clip(encoded) if self.target.of_teacher else None)
 
     def _features(self, batch: ClipBatch, output: "TeacherOutput") -> Tensor | None:

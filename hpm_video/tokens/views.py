@@ -1,10 +1,10 @@
 """Regular parts of a clip, for a teacher whose encoder does not see all of it."""
 
-from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hpm_video.tokens.grid import Size3, TokenGrid
 from hpm_video.tokens.masking import TokenMask
@@ -27,13 +27,22 @@ def mask_of_view(view: View, grid: TokenGrid, device: torch.device | str) -> Tok
     if view == "all":
         return None
     hidden = _is_hidden(view, grid, torch.arange(grid.num_tokens, device=device))
-    return TokenMask.from_masked(hidden.unsqueeze(0), _count_hidden(view, grid))
+    count = int(_is_hidden(view, grid, np.arange(grid.num_tokens)).sum())  # without the device
+    return TokenMask.from_masked(hidden.unsqueeze(0), count)
 
 
-@lru_cache
-def _count_hidden(view: View, grid: TokenGrid) -> int:
-    """Count on the host: the device would have to be waited for."""
-    return int(_is_hidden(view, grid, np.arange(grid.num_tokens)).sum())
+def standardise_by_view(scores: Tensor, mask: TokenMask) -> Tensor:
+    """Standardise the scores of a clip over the seen tokens, and over the others: (B, N) -> (B, N)
+
+    A loss predictor learns to order hidden tokens. What it says of seen ones has another offset and
+    spread, so that without this most of the hardest tokens would be of one kind.
+    """
+    kinds = torch.stack([~mask.masked, mask.masked]).to(scores.dtype)
+    count = kinds.sum(dim=-1, keepdim=True).clamp(min=1)
+    mean = (kinds * scores).sum(dim=-1, keepdim=True) / count
+    deviations = kinds * (scores - mean)
+    spread = (deviations.square().sum(dim=-1, keepdim=True) / count).sqrt()
+    return (deviations / spread.clamp(min=1e-12)).sum(dim=0)
 
 
 def _is_hidden(view: View, grid: TokenGrid, tokens: Any) -> Any:

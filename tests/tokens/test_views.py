@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpm_video.tokens.grid import TokenGrid
-from hpm_video.tokens.views import VIEWS, mask_of_view
+from hpm_video.tokens.views import VIEWS, mask_of_view, standardise_by_view
 
 grids = st.builds(TokenGrid, *[st.integers(1, 9)] * 3)
 PARTS = sorted(VIEWS.keys() - {"all"})
@@ -56,3 +56,23 @@ def test_steps_are_seen_whole_or_not_at_all_and_a_single_one_is():
 
 def test_all_tokens_need_no_mask():
     assert mask_of_view("all", VIDEO, "cpu") is None
+
+
+def test_scores_of_seen_and_hidden_tokens_get_one_scale():
+    mask = mask_of_view("quarter", VIDEO, "cpu")
+    true = torch.randn(3, VIDEO.num_tokens, generator=torch.Generator().manual_seed(0))
+    found = standardise_by_view(torch.where(mask.masked, true, 7 + 0.1 * true), mask)
+    torch.testing.assert_close(found, standardise_by_view(true, mask), rtol=1e-3, atol=1e-4)
+    picked = found.topk(392, dim=1).indices
+    assert mask.masked[0, picked].float().mean() == pytest.approx(0.75, abs=0.04)
+    for part in (found[~mask.masked.expand(3, -1)], found[mask.masked.expand(3, -1)]):
+        of_clip = part.view(3, -1)
+        torch.testing.assert_close(of_clip.mean(dim=1), torch.zeros(3), rtol=0, atol=1e-5)
+        torch.testing.assert_close(of_clip.std(dim=1, correction=0), torch.ones(3))
+
+
+@pytest.mark.parametrize("scores", [torch.rand(2, 12), torch.ones(2, 12)])
+def test_one_scale_where_all_tokens_are_seen_or_all_scores_are_equal(scores):
+    mask = mask_of_view("every_fourth_step", TokenGrid(1, 3, 4), "cpu")
+    found = standardise_by_view(scores, mask)
+    assert torch.equal(found.argsort(dim=1, stable=True), scores.argsort(dim=1, stable=True))

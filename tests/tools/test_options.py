@@ -83,13 +83,7 @@ def answers():
     return {each["program"]: each for each in found}
 
 
-MEASURES = pytest.mark.xfail(reason="its measurements are imported first", strict=True)
-
-
-@pytest.mark.parametrize(
-    "program",
-    [pytest.param(each, marks=MEASURES if "bench" in each else ()) for each in PROGRAMS],
-)
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_help_and_a_misspelt_option_do_not_wait_for_torch(answers, program):
     answer = answers[program]
     assert answer["codes"] == [0, 2]

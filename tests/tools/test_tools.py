@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,29 @@ def test_the_cost_of_a_clip_is_that_of_the_shapes(count_flops, write_config):
         assert cost("", first) / 2e9 == pytest.approx(student + picks * teacher)
 
 
+def test_levers_are_compared_on_a_checkpoint(tool, finished_run, videos, tmp_path):
+    data, table = videos / "validation", tmp_path / "table.json"
+    options = ("--clips", 3, "--seeds", 2, "--device", "cpu", "--output", table)
+    output = tool("bench", "fidelity", finished_run, data, *options)
+    assert "3 clips, 2 sets of masks" in output
+    (rows,) = json.loads(table.read_text()).values()
+    exact, *others = rows
+    assert (exact["teacher sees"], exact["decoded share"], exact["of exact"]) == ("all", 1, 1)
+    assert exact["overlap"] == "1.000 +- 0.000"
+    assert len(others) == 10
+    for line in others:
+        assert line["of exact"] == line["GMAC"] / exact["GMAC"] < 1
+
+
+def test_a_checkpoint_that_picks_nothing_has_no_levers(tool, finished_run, videos, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree((finished_run / "checkpoints" / "last").resolve(), checkpoint)
+    config = checkpoint / "config.yaml"
+    config.write_text(config.read_text().replace("easy_to_hard", "random"))
+    error = tool("bench", "fidelity", checkpoint, videos / "validation", code=2)
+    assert "masking.strategy=random, so its teacher picks nothing" in error
+
+
 def test_decoding_is_timed_against_the_straightforward_way(tool, videos):
     video = next((videos / "train").iterdir())
     output = tool("bench", "decoding", video, "--repeats", 1, "--views", "1x1")
@@ -206,11 +230,19 @@ def test_multiply_adds_are_those_of_the_shapes(tool, write_config):
     encoder = 12 * blocks(visible, 1024) + visible * 1024 * 512
     decoder = blocks(tokens, 512) + masked * 512 * values
     predictor = blocks(tokens, 512) + masked * 512
-    teacher = tokens * (values + 512) * 1024 + 12 * blocks(tokens, 1024)
-    teacher += blocks(tokens, 512) + tokens * 512
+    scoring = blocks(tokens, 512) + tokens * 512
+
+    def teacher(seen):
+        return seen * (values + 512) * 1024 + 12 * blocks(seen, 1024) + scoring
+
     # Backward, a product costs two of its size; that of the pixels one, for they get no gradient.
     plain = 2 * embed + 3 * (encoder + decoder)
     assert row(output, "plain") == pytest.approx([plain / 1e9, 0], abs=0.051)
     hpm = plain + 3 * predictor
-    assert row(output, "hpm") == pytest.approx([hpm / 1e9, teacher / 1e9], abs=0.051)
+    assert row(output, "hpm") == pytest.approx([hpm / 1e9, teacher(tokens) / 1e9], abs=0.051)
+    levers = ("mining.teacher_sees=checkerboard", "mining.decoded_share=0.5")
+    output = tool("count_flops", paths[1], "--set", *levers)
+    decoders = 2 * blocks(visible + masked // 2, 512) + masked // 2 * 512 * (values + 1)
+    fast = 2 * embed + 3 * (encoder + decoders)
+    assert row(output, "hpm") == pytest.approx([fast / 1e9, teacher(tokens // 2) / 1e9], abs=0.051)
     assert plain > 10e9

@@ -1,0 +1,101 @@
+"""What ``tools/bench.py fidelity`` measures: how near cheaper updates come to the exact one."""
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from count_flops import count  # type: ignore[import-not-found] # beside this file
+
+from hpm_video.config.checks import ConfigError
+from hpm_video.config.loading import load_config
+from hpm_video.config.schema import PretrainConfig
+from hpm_video.data.manifest import read_manifest
+from hpm_video.mining.fidelity import RANDOM, measure_levers
+from hpm_video.recognition.inference import CLIPS_PER_PASS, Reading, find_failures
+from hpm_video.runs.console import add_options, positive
+from hpm_video.runs.pretraining import load_run
+from hpm_video.tokens.views import VIEWS
+from hpm_video.training.device import choose_device, inference_precision
+from hpm_video.training.distributed import Processes
+from hpm_video.training.engine import Runner
+
+SHARES = (0.75, 0.5, 0.25)
+LEVERS = (
+    *((view, 1.0) for view in VIEWS),
+    (RANDOM, 1.0),
+    *(("all", share) for share in SHARES),
+    ("checkerboard", 0.5),
+    ("quarter", 0.5),
+)
+"""What the teacher's encoder sees, and the share of the hidden tokens that the student decodes."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what :func:`fidelity` takes."""
+    parser.add_argument("checkpoint", type=Path, help="checkpoint folder of pre-training")
+    parser.add_argument(
+        "data", type=Path, help="a list or a folder of videos that it was not trained on"
+    )
+    costs = "count the GMAC of this config; default: the checkpoint's"
+    parser.add_argument("--costs", type=Path, metavar="CONFIG", help=costs)
+    parser.add_argument("--clips", type=positive, default=160, help="at most (160)")
+    parser.add_argument("--seeds", type=positive, default=3, help="sets of random masks (3)")
+    add_options(parser, "device", "root")
+
+
+def fidelity(arguments: argparse.Namespace) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Measure what each lever of a cheaper update costs in fidelity, and what it saves.
+
+    Ranking accuracy of the teacher against the true error, overlap of the tokens that it picks with
+    those of a teacher that sees all, error and ranking of the student on the tokens that it
+    decodes: mean and standard deviation over sets of random masks. GMAC of an update in which the
+    teacher scores. Nothing is trained.
+    """
+    device = choose_device(arguments.device)
+    config, student, objective = load_run(arguments.checkpoint, device)
+    if not objective.masks[""].strategy.picks:
+        raise ConfigError(
+            f"{arguments.checkpoint} was trained with masking.strategy={config.masking.strategy}, "
+            f"so its teacher picks nothing; give a checkpoint of HPM"
+        )
+    costs = load_config(PretrainConfig, arguments.costs, []) if arguments.costs else config
+    reading = Reading.of(config.data)
+    manifest = read_manifest(arguments.data, arguments.root).spread(arguments.clips)
+    clips = reading.clips(manifest, config.data)
+    find_failures(clips, reading, Processes())
+    with closing(reading.batches(clips, range(len(clips)), CLIPS_PER_PASS)) as read:
+        batches = list(read)
+    runner = Runner(student, device, inference_precision(device))
+    found = [
+        measure_levers(objective, runner, batches, SHARES, seed) for seed in range(arguments.seeds)
+    ]
+
+    def spread(name: str) -> str:
+        values = [measures[name] for measures in found]
+        return f"{statistics.mean(values):.3f} +- {statistics.pstdev(values):.3f}"
+
+    rows: list[dict[str, Any]] = []
+    for view, share in LEVERS:
+        seen: Any = "all" if view == RANDOM else view
+        mining = replace(costs.mining, teacher_sees=seen, decoded_share=share)
+        of_student, of_teacher = count(replace(costs, mining=mining))
+        gmac = of_student + (0 if view == RANDOM else of_teacher)
+        exact = rows[0]["GMAC"] if rows else gmac
+        rows.append(
+            {
+                "teacher sees": view,
+                "decoded share": share,
+                "teacher ranking": spread(f"{view}/ranking"),
+                "overlap": spread(f"{view}/overlap"),
+                "student ranking": spread(f"{share}/student_ranking"),
+                "relative error": spread(f"{share}/relative_error"),
+                "GMAC": gmac,
+                "of exact": gmac / exact,
+            }
+        )
+    cost_of = arguments.costs or arguments.checkpoint
+    yield f"{len(clips)} clips, {arguments.seeds} sets of masks; GMAC of {cost_of}", rows
