@@ -26,6 +26,7 @@ from hpm_video.data import reading as dataset
 from hpm_video.runs import run as runs
 from hpm_video.runs.finetuning import finetune
 from hpm_video.runs.pretraining import pretrain
+from hpm_video.training import fast
 from hpm_video.training import run as training_run
 from hpm_video.training.deepspeed_engine import DeepSpeedEngine
 from hpm_video.training.distributed import joined_processes
@@ -33,6 +34,8 @@ from hpm_video.training.engine import TorchEngine, batch_statistics
 from hpm_video.training.run import Run
 from hpm_video.training.stop import Interrupted
 
+TRACED = {"dynamic": False, "backend": "aot_eager"}
+"""In place of ``fast.HOW``: what is compiled is traced, and runs by torch's own kernels."""
 PROGRAMS = {"pretrain": (PretrainConfig, pretrain), "finetune": (FinetuneConfig, finetune)}
 
 
@@ -208,6 +211,7 @@ def run_case(case, processes):
     schema, program = PROGRAMS[case["program"]]
     seen = {}
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(fast, "HOW", TRACED))
         if not case["curves"]:
             stack.enter_context(without_curves())
         for name in case["listen"]:

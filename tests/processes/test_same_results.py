@@ -161,6 +161,8 @@ def variants(jobs):
         "offload3": (*zero3, "engine.offload=all", USUAL),
         "own1": (*zero1, own["own1"]),
         "again-ddp": again,
+        "compiled-ddp": (*again, "engine.compile=blocks"),
+        "compiled-zero2": (*zero2, "engine.compile=blocks"),
         "again-zero3": (*again, *zero3, own["own3"]),
         "ema-zero3": ("mining.target=ema", *zero3, own["own3"]),
     }
@@ -342,10 +344,24 @@ def test_bf16_is_near(jobs, engine):
     assert max(of_precision.values()) > 10 * SAME, "it is bfloat16"
 
 
-@pytest.mark.parametrize("name", ["offload2", "offload3", "own1", "again-ddp", "again-zero3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "offload2",
+        "offload3",
+        "own1",
+        "again-ddp",
+        "again-zero3",
+        "compiled-ddp",
+        "compiled-zero2",
+    ],
+)
 def test_other_ways_of_computing_the_same(jobs, name):
-    """Offload, the user's own settings of DeepSpeed, activations that are computed again."""
+    """Offload, the user's own settings of DeepSpeed, activations that are computed again, blocks
+    that are traced as if to compile them."""
     jobs.seen(name)
+    engine = json.loads((jobs.run(name) / "starts.jsonl").read_text())["engine"]
+    assert engine.endswith(", compiled (blocks)") == name.startswith("compiled")
     assert_same(jobs.run(name), jobs.run("video"))
 
 
