@@ -12,30 +12,30 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PHYSICAL_LINES = 25_444
-CODE_LINES = 17_818
+PHYSICAL_LINES = 26_358
+CODE_LINES = 18_574
 LINES = {
-    ".": 82,
-    "datasets": 1253,
-    "hpm_video": 73,
-    "hpm_video/config": 1176,
-    "hpm_video/data": 1873,
-    "hpm_video/decoding": 1364,
-    "hpm_video/files": 425,
-    "hpm_video/mining": 1190,
-    "hpm_video/models": 888,
-    "hpm_video/preparation": 2918,
-    "hpm_video/recognition": 1560,
-    "hpm_video/runs": 2022,
-    "hpm_video/tokens": 395,
-    "hpm_video/training": 2633,
-    "hpm_video/weights": 2438,
-    "hpm_video/workers": 679,
-    "tests": 1505,
-    "tools": 2970,
+    ".": 85,
+    "datasets": 1249,
+    "hpm_video": 491,
+    "hpm_video/config": 1158,
+    "hpm_video/data": 1734,
+    "hpm_video/decoding": 1387,
+    "hpm_video/files": 536,
+    "hpm_video/mining": 1276,
+    "hpm_video/models": 926,
+    "hpm_video/preparation": 2661,
+    "hpm_video/recognition": 1542,
+    "hpm_video/runs": 2158,
+    "hpm_video/tokens": 473,
+    "hpm_video/training": 2821,
+    "hpm_video/weights": 2226,
+    "hpm_video/workers": 676,
+    "tests": 1564,
+    "tools": 3395,
 }
 """Physical lines of each folder; "." is the scripts at the root."""
-MODULES_AT_THE_ROOT = 2
+MODULES_AT_THE_ROOT = 4
 README_LINES = 220
 LONGEST_FILE = 400
 LONGER_FILES = {}

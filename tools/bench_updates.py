@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.config.training import CompileMode
+from hpm_video.files.wording import counted
 from hpm_video.mining import objective as mining
 from hpm_video.runs.autotune import (
     TIMED_CLIPS,
@@ -125,7 +126,7 @@ def update(arguments: argparse.Namespace) -> Tables:
     timed = {name: partial(way.measure, arguments.repeats) for name, way in ways.items()}
     rows = compare(timed, TURNS)
     add_speed(rows, [*ways.values()])
-    yield f"updates of {clips} clip{'s' * (clips != 1)}, {describe(device)}", rows
+    yield f"updates of {counted(clips, 'clip')}, {describe(device)}", rows
     for name, way in ways.items():
         if way.task is task:
             yield f"parts of an update, {name}", way.parts(arguments.repeats)
@@ -177,7 +178,7 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     count = torch.get_num_threads()
-    return f"{device.type} with {count} thread{'s' * (count != 1)}"
+    return f"{device.type} with {counted(count, 'thread')}"
 
 
 def open_task(words: Sequence[str]) -> Task:
