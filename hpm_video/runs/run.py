@@ -120,19 +120,15 @@ def train(
     order, reading = deal_out(config.weights, updates), Reading.of(config.data)
     places = Places(order, plan.batch_size, start, rank=processes.rank, processes=count)
     try:
-        with (
-            listen_for_stop(patient=count > 1) as stop,
-            closing(
-                clip_batches(
-                    clips,
-                    places,
-                    batch_size=plan.micro_batch,
-                    workers=reading.workers,
-                    limits=reading.limits,
-                    pin=session.device.type == "cuda",
-                )
-            ) as batches,
-        ):
+        batches = clip_batches(
+            clips,
+            places,
+            batch_size=plan.micro_batch,
+            workers=reading.workers,
+            limits=reading.limits,
+            pin=session.device.type == "cuda",
+        )
+        with listen_for_stop(patient=count > 1) as stop, closing(batches):
             state = Run(
                 directory.path,
                 data.timeline,
@@ -143,12 +139,11 @@ def train(
                 evaluation,
                 bad_files,
                 stop,
+                open_meter(task, engine),
                 start=start,
                 stored={"facts": facts, "data": data.fingerprint},
                 best=directory.state.get("best", {}),
             )
-            if session.device.type == "cuda":
-                state.meter = open_meter(task, engine)
             with closing(state):
                 state.measure_beginning()
                 fit(engine, objective, batches, schedule_of(config.recipe), state, start=start)
@@ -157,7 +152,9 @@ def train(
 
 
 def open_meter(task: Task, engine: Engine) -> Meter:
-    """Open a meter that knows what an update costs, and how fast the device could be."""
+    """Open a meter that on a GPU knows what a clip costs, and how fast the device could be."""
+    if engine.device.type != "cuda":
+        return Meter(engine.device, engine.processes)
     cost, timeline = cost_of_clips(task), task.data.timeline
     peak, source = peak_flops(engine.device, engine.precision)
     flop = [cost(name, timeline.at(0)) / 1e9 for name in task.config.sources]
