@@ -226,38 +226,41 @@ class Updates:
         engine, objective = trial.engine, trial.objective
 
         def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+            spent = seconds[name]  # in the order of the calls of this function
+
             def run(*inputs: Any, **options: Any) -> Any:
                 wait_for(self.device)
                 began = time.perf_counter()
                 result = call(*inputs, **options)
                 wait_for(self.device)
-                seconds[name].append(time.perf_counter() - began)
+                spent.append(time.perf_counter() - began)
                 return result
 
             return run
 
-        forward = "forward pass: all of it"
+        forward = timed("forward pass: all of it", objective.losses)
         with ExitStack() as stack:
             for owner, name, part in (
-                (objective, "normalised", "  normalisation"),
-                (objective, "run_teacher", "  teacher: all of it"),
-                (getattr(objective, "ema", None), "encode", "    encoder"),
-                (objective, "errors", "  targets and errors"),
-                (mining, "ranking_loss", "  ranking loss"),
+                (objective, "normalised", "normalisation"),
+                (objective, "run_teacher", "teacher: all of it"),
+                (getattr(objective, "ema", None), "encode", "encoder"),
+                (objective, "errors", "targets and errors"),
+                (mining, "ranking_loss", "ranking loss"),
             ):
                 if hasattr(owner, name):
                     new = timed(part, getattr(owner, name))
                     stack.enter_context(patch.object(owner, name, new))
+            student, backward = timed("student", engine), timed("backward pass", engine.backward)
+            step = timed("optimizer", engine.step)
+            follow = timed("moving average", objective.after_update)
             for _ in range(1 + repeats):
                 with engine.autocast():
-                    losses = timed(forward, objective.losses)(
-                        timed("  student", engine), trial.batch, trial.progress
-                    )
-                timed("backward pass", engine.backward)(losses.total)
-                timed("optimizer", engine.step)()
-                timed("moving average", objective.after_update)(engine.model, trial.progress)
-        names = [forward, *(name for name in seconds if name != forward)]
-        return [{"part": name, "ms": 1000 * statistics.median(seconds[name][1:])} for name in names]
+                    losses = forward(student, trial.batch, trial.progress)
+                backward(losses.total)
+                step()
+                follow(engine.model, trial.progress)
+        medians = {part: statistics.median(each[1:]) for part, each in seconds.items() if each}
+        return [{"part": part, "ms": 1000 * median} for part, median in medians.items()]
 
     def kernels(self) -> Rows:
         """Add up the time of the kernels of an update by their kinds."""
@@ -267,7 +270,7 @@ class Updates:
         wait_for(self.device)
         kind = DeviceType.CUDA if is_gpu else DeviceType.CPU
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_gpu else [])]
-        with profile(activities=activities) as profiler:
+        with profile(activities=activities, acc_events=True) as profiler:
             trial()
             wait_for(self.device)
         spent = Counter[str]()

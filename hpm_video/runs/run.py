@@ -117,19 +117,15 @@ def train(
     order, reading = deal_out(config.weights, updates), Reading.of(config.data)
     places = Places(order, plan.batch_size, start, rank=processes.rank, processes=plan.processes)
     try:
-        with (
-            listen_for_stop(patient=plan.processes > 1) as stop,
-            closing(
-                clip_batches(
-                    clips,
-                    places,
-                    batch_size=plan.micro_batch,
-                    workers=reading.workers,
-                    limits=reading.limits,
-                    pin=engine.device.type == "cuda",
-                )
-            ) as batches,
-        ):
+        batches = clip_batches(
+            clips,
+            places,
+            batch_size=plan.micro_batch,
+            workers=reading.workers,
+            limits=reading.limits,
+            pin=engine.device.type == "cuda",
+        )
+        with listen_for_stop(patient=plan.processes > 1) as stop, closing(batches):
             state = Run(
                 directory.path,
                 data.timeline,
@@ -140,12 +136,11 @@ def train(
                 evaluation,
                 bad_files,
                 stop,
+                open_meter(task, engine),
                 start=start,
                 stored={"facts": facts, "data": data.fingerprint},
                 best=directory.state.get("best", {}),
             )
-            if engine.device.type == "cuda":
-                state.meter = open_meter(task, engine)
             with closing(state):
                 state.measure_beginning(draws=directory.lacks_pictures)
                 fit(engine, objective, batches, schedule_of(config.recipe), state, start=start)
@@ -171,7 +166,9 @@ def open_bad_files(
 
 
 def open_meter(task: Task, engine: Engine) -> Meter:
-    """Open a meter that knows what an update costs, and how fast the device could be."""
+    """Open a meter that on a GPU knows what a clip costs, and how fast the device could be."""
+    if engine.device.type != "cuda":
+        return Meter(engine.device, engine.processes)
     cost, timeline = cost_of_clips(task), task.data.timeline
     peak, source = peak_flops(engine.device, engine.precision)
     flop = [cost(name, timeline.at(0)) / 1e9 for name in task.config.sources]

@@ -69,6 +69,7 @@ class Run:
     bad_files: Mapping[str, BadFiles]
     """Bad files by the name of their source."""
     stop: StopRequest
+    meter: Meter
     _: KW_ONLY
     start: int
     """The update that the run begins or goes on with."""
@@ -79,7 +80,6 @@ class Run:
 
     def __post_init__(self) -> None:
         writes, updates = self.engine.processes.is_first, self.timeline.num_updates
-        self.meter = Meter(self.engine.device, self.engine.processes)
         self._metrics = MetricsLog(
             self.folder, self.logging, first_update=self.start, writes=writes
         )
