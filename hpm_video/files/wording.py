@@ -3,7 +3,7 @@
 
 def plural(count: int, noun: str) -> str:
     """Return a noun as it stands behind a number."""
-    return noun if count == 1 else noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
+    return noun if count == 1 else noun + ("es" if noun.endswith(("s", "x", "sh", "tch")) else "s")
 
 
 def counted(count: int, noun: str) -> str:

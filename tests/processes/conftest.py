@@ -111,7 +111,7 @@ class Jobs:
         """Run the cases one after the other, in the same processes."""
         path = self.folder / "cases.json"
         path.write_text(json.dumps(cases))
-        programs = self.start_job(processes, JOB, path, self.folder)
+        programs = self.start_job(processes, JOB, path, self.folder, WITH_CURVES="yes")
         for program in programs:
             self.output += f"\n{program.communicate()[0]}\ncode {program.returncode}"
 

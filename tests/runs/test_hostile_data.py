@@ -40,9 +40,10 @@ class Frame:
 class VideoReader:
     def __init__(self, path, num_threads=1):
         self.path, self.at = str(path), 0
+        self.tried = not os.path.exists(self.path)  # the video by which a decoder is tried
 
     def __len__(self):
-        return 2 if self.path.endswith(".y4m") else 12
+        return 2 if self.tried else 12
 
     def next(self):
         self.at += 1
@@ -54,7 +55,7 @@ class VideoReader:
         eaten = []
         while "eats" in self.path:
             eaten.append(np.ones(2**22, np.uint8))
-        if self.path.endswith(".y4m"):
+        if self.tried:
             return Frame(np.full((64, 64, 3), (0, 50, 200)[self.at], np.uint8))
         draw = np.random.default_rng([self.at, *os.path.basename(self.path).encode()])
         return Frame(draw.integers(256, size=(40, 40, 3), dtype=np.uint8))

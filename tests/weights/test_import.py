@@ -134,32 +134,6 @@ def test_recognised_in_any_wrapper_and_under_any_prefix(official, name, prefix, 
     assert {*found.names.values(), *found.left_out} <= official[name].keys()
 
 
-@pytest.mark.parametrize("name", ["videomae", "vit_classifier"])
-def test_a_model_in_a_module_that_has_more(official, name):
-    """As Lightning saves one, with a loss or metrics beside the model."""
-    state = {f"net.inner.{key}": value for key, value in official[name].items()}
-    found = recognise(Source("file", {"": state | {"criterion.weight": torch.ones(3)}}))
-    assert (found.family.name, found.prefix) == (name, "net.inner.")
-    assert found.tensors.keys() == official[name].keys()
-    assert found.outside == ("criterion.weight",)
-
-
-def test_of_several_models_one_is_chosen_by_its_prefix(official):
-    state = official["videomae"]
-    both = {f"{model}.{key}": state[key] for model in ("student", "teacher") for key in state}
-    source = Source("file", {"": both})
-    with pytest.raises(CheckpointError, match=r"'student\.' or 'teacher\.'; choose with --prefix"):
-        recognise(source)
-    for prefix in ("teacher", "teacher."):
-        found = recognise(source, prefix=prefix)
-        assert found.prefix == "teacher."
-        assert found.tensors["mask_token"] is both["teacher.mask_token"]
-    with pytest.raises(
-        CheckpointError, match=r"no weights whose names begin with 'other\.' of a f"
-    ):
-        recognise(source, prefix="other")
-
-
 @pytest.mark.parametrize("wrapper", WRAPPED)
 def test_wrappers_in_a_file(official, saved, wrapper):
     path = saved(WRAPPED[wrapper](official["videomae"]))
