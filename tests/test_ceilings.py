@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PHYSICAL_LINES = 26_358
-CODE_LINES = 18_574
+CODE_LINES = 18_573
 LINES = {
     ".": 85,
     "datasets": 1249,
@@ -26,13 +26,13 @@ LINES = {
     "hpm_video/models": 926,
     "hpm_video/preparation": 2661,
     "hpm_video/recognition": 1542,
-    "hpm_video/runs": 2158,
+    "hpm_video/runs": 2155,
     "hpm_video/tokens": 473,
     "hpm_video/training": 2821,
     "hpm_video/weights": 2226,
     "hpm_video/workers": 676,
     "tests": 1564,
-    "tools": 3395,
+    "tools": 3398,
 }
 """Physical lines of each folder; "." is the scripts at the root."""
 MODULES_AT_THE_ROOT = 4
