@@ -182,7 +182,7 @@ def make_parser() -> argparse.ArgumentParser:
     port = number("MASTER_PORT", 1, 2**16 - 1)
     free = "free port on machine 0; default: 29500, or any port with one machine"
     add("--master-port", "MASTER_PORT", port, free)
-    add("--hostfile", "HOSTFILE", Path, "file with the machines and processes, instead of the options above")
+    add("--hostfile", "HOSTFILE", Path, "file with the machines and processes, see above")
     grace = number("HPM_GRACE", 0)
     add("--grace", "HPM_GRACE", grace, "seconds to save in after a stop; default: 300")
     once = "start the program once, with --dry-run and the number of processes"

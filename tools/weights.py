@@ -89,7 +89,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     add("--decoder", type=positive, nargs=3, metavar=sizes, help=fresh)
     as_said = "value for a clip; default: from the file, or else {}"
     add("--num-frames", type=positive, metavar="T", help=as_said.format("16"))
-    size = as_said.format("as its positions have it")
+    size = as_said.format("the size of its positions")
     add("--frame-size", type=positive, nargs=2, metavar=("H", "W"), help=size)
     add("--frame-stride", type=positive, metavar="FRAMES", help=as_said.format("4"))
     add("--target", choices=("raw", "joint", "per_channel"), help="target of pre-training")
