@@ -1,4 +1,4 @@
-"""The command ``hpm-video``: each program of tools/ is a subcommand of the same name."""
+"""The command ``hpm-video``: each program in tools/ is a subcommand of the same name."""
 
 import ast
 import re
@@ -8,11 +8,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PROGRAMS = HERE / "programs" if (HERE / "programs").is_dir() else HERE.parent / "tools"
-"""In an installed package they lie within it, in the repository beside it."""
+"""An installed package contains the programs; in the repository they are beside it."""
 
 
 def describe() -> dict[str, str]:
-    """Return the name of each program, as it is typed, and what it does."""
+    """Return the name of each program, as the user types it, and what it does."""
     found = {}
     for path in sorted(PROGRAMS.glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -23,7 +23,7 @@ def describe() -> dict[str, str]:
 
 
 def main() -> None:
-    """Run a program with the rest of the command line, or list them all."""
+    """Run a program with the rest of the command line, or list all programs."""
     programs, (name, *rest) = describe(), sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         width = max(map(len, programs))

@@ -1,7 +1,7 @@
 """The package from Python: trained models on clips and video files, and runs from your program.
 
-Clips are arrays of numpy or torch with the axes T H W C or C T H W, one clip or a batch of them
-(B in front), of uint8 from 0 to 255 or of floats from 0 to 1.
+Clips are numpy arrays or torch tensors with the axes T H W C or C T H W, with B in front for a
+batch. They hold uint8 from 0 to 255 or floats from 0 to 1.
 """
 
 from collections.abc import Sequence
@@ -62,7 +62,7 @@ class Model:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes in the order of their probabilities; none of pre-training."""
+        """The names of the classes in the order of their probabilities; empty for pre-training."""
         return self.trained.label_names
 
     @property
@@ -79,16 +79,16 @@ class Model:
     def features(
         self, clips: Clips, *, layers: Sequence[int] | None = None, layout: Layout | None = None
     ) -> Tensor | tuple[Tensor, ...]:
-        """Features of clips, float32 on the device of the model.
+        """Compute features of clips, float32 on the device of the model.
 
         Returns:
-            One vector for each clip, (B, D): the class token, or where there is none the mean of
-            the tokens; of a classifier the input of its head. With ``layers``, the tokens behind
-            each of these blocks of the encoder (0 is the first, -1 the last), (B, N, D) each,
-            without a class token and before the final norm.
+            One vector for each clip, (B, D): the class token, or the mean of the tokens if there is
+            none; for a classifier, the input of its head. With ``layers``, the output of each of
+            these blocks of the encoder (0 is the first, -1 the last), (B, N, D) each, without the
+            class token and before the final norm.
 
         Raises:
-            ValueError, TypeError: the clips are not such as the model takes, or no such block.
+            ValueError, TypeError: the model does not take such clips, or has no such block.
         """
         pixels = self._clips(clips, layout)
         if layers is None:
@@ -96,7 +96,7 @@ class Model:
         return self._inference.layers(pixels, layers)
 
     def probabilities(self, clips: Clips, *, layout: Layout | None = None) -> Tensor:
-        """The softmax of a classifier over :attr:`classes`: -> (B, classes) float32
+        """Compute the softmax of a classifier over :attr:`classes`: -> (B, classes) float32
 
         Raises:
             CheckpointError: the model is not a classifier.
@@ -105,9 +105,9 @@ class Model:
         return self._inference.probabilities(self._clips(clips, layout))
 
     def difficulty(self, clips: Clips, *, layout: Layout | None = None) -> Tensor:
-        """How hard the teacher expects each token to be to reconstruct: -> (B, T', H', W') float32
+        """Predict how hard each token is to reconstruct: -> (B, T', H', W') float32
 
-        Only the order within a clip has a meaning.
+        The teacher predicts it. Only the order within a clip is meaningful.
 
         Raises:
             CheckpointError: the model has no teacher with a loss predictor.
@@ -126,11 +126,11 @@ class Model:
         """Draw a mask for each clip by the rule of its pre-training: -> (B, T', H', W') bool
 
         Args:
-            clips: as everywhere; True in the result is a hidden token.
+            clips: as for :meth:`features`. In the result, True marks a hidden token.
             hard_fraction: share of the hidden units that is picked by difficulty, in [0, 1]; by
-                default as in the last epoch. 0 is a random mask.
-            seed: of the draws; a clip's place in the batch goes into its draw.
-            layout: of the axes, where it cannot be told.
+                default as in the last epoch. 0 gives a random mask.
+            seed: determines the mask of a clip, together with its place in the batch.
+            layout: order of the axes, needed if the shape does not show it.
         """
         config = self._need(TrainedAutoencoder, "a mask").config
         rule = config.mask_rule("")
@@ -152,12 +152,12 @@ class Model:
         decoder: DecoderChoice = "auto",
         workers: int = 0,
     ) -> NDArray[np.float64]:
-        """Features of video files, averaged over their views: -> (files, D)
+        """Compute features of video files, averaged over their views: -> (files, D)
 
-        ``clips`` in time times ``crops`` in space are read of each, as in validation.
+        Of each file, ``clips`` in time times ``crops`` in space are read as in validation.
 
         Raises:
-            BadFilesError: a file does not decode; all of them are named.
+            BadFilesError: files do not decode; the message names all of them.
         """
         reading = Reading(decoder, workers)
         return self._over(self._inference.pooled, files, Views(clips, crops), reading)
@@ -171,12 +171,12 @@ class Model:
         decoder: DecoderChoice = "auto",
         workers: int = 0,
     ) -> NDArray[np.float64]:
-        """Class probabilities of video files, averaged over their views: -> (files, classes)
+        """Compute class probabilities of video files, averaged over views: -> (files, classes)
 
-        By default over the views that the config tests with.
+        By default, the views are those with which the config tests.
 
         Raises:
-            BadFilesError: a file does not decode; all of them are named.
+            BadFilesError: files do not decode; the message names all of them.
             CheckpointError: the model is not a classifier.
         """
         test = self._need(TrainedClassifier, "probabilities").config.test
@@ -195,8 +195,8 @@ class Model:
     def _need(self, kind: type[Any], what: str) -> Any:
         if not isinstance(self.trained, kind):
             raise CheckpointError(
-                f"{self.trained.path} is of a {self.trained.kind}; {what} can only be had of a "
-                f"{'classifier' if kind is TrainedClassifier else 'masked autoencoder'}"
+                f"{self.trained.path} holds a {self.trained.kind}; {what} can only be given "
+                f"by a {'classifier' if kind is TrainedClassifier else 'masked autoencoder'}"
             )
         return self.trained
 
@@ -215,7 +215,7 @@ class Model:
         if pixels.shape[2] != data.num_frames:
             raise ValueError(
                 f"this model takes clips of {data.num_frames} frames, got {pixels.shape[2]}; "
-                f"choose so many, or give the file to features_of or probabilities_of"
+                f"give as many, or give the file to features_of or probabilities_of"
             )
         if tuple(pixels.shape[3:]) == tuple(data.frame_size):
             return pixels
@@ -224,16 +224,16 @@ class Model:
 
 
 def to_pixels(given: Clips, channels: int, layout: Layout | None = None) -> Tensor:
-    """One clip or a batch in either layout -> (B, C, T, H, W) uint8
+    """Convert one clip or a batch, in either layout: -> (B, C, T, H, W) uint8
 
     Raises:
-        ValueError: the layout cannot be told, there are other channels, or floats beyond [0, 1].
-        TypeError: neither uint8 nor floats.
+        ValueError: the layout is ambiguous, the channels do not fit, or floats exceed [0, 1].
+        TypeError: the values are neither uint8 nor floats.
     """
     pixels = torch.as_tensor(given)
     pixels = pixels[None] if pixels.ndim == 4 else pixels
     if pixels.ndim != 5:
-        raise ValueError(f"clips have 4 axes, or 5 of a batch, got {tuple(pixels.shape)}")
+        raise ValueError(f"a clip has 4 axes and a batch has 5, got {tuple(pixels.shape)}")
     fits = {"CTHW": pixels.shape[1] == channels, "THWC": pixels.shape[4] == channels}
     found = [name for name, fit in fits.items() if fit and layout in (None, name)]
     if len(found) != 1:
@@ -248,8 +248,8 @@ def to_pixels(given: Clips, channels: int, layout: Layout | None = None) -> Tens
     if pixels.is_floating_point():
         if not bool(((pixels >= 0) & (pixels <= 1)).all()):
             raise ValueError(
-                f"floats of pixels lie in [0, 1], got {pixels.min():g} to {pixels.max():g}; give "
-                f"uint8 for 0 to 255, and pixels before any normalisation"
+                f"pixels as floats lie in [0, 1], got {pixels.min():g} to {pixels.max():g}; give "
+                f"uint8 for 0 to 255, and do not normalise them before"
             )
         pixels = (255 * pixels).round().to(torch.uint8)
     if pixels.dtype != torch.uint8:
@@ -269,13 +269,13 @@ def load(
     Args:
         source: a run, for its last checkpoint; a checkpoint folder; imported weights; a single file
             that ``tools/weights.py export`` made; or ``user/name`` on the Hugging Face Hub.
-        weights: ``student`` or ``teacher`` of pre-training; ``model`` or ``average`` of a
-            classifier. By default the student, or those that the classifier was tested with.
+        weights: ``student`` or ``teacher`` for pre-training; ``model`` or ``average`` for a
+            classifier. The default is the student, or the weights that the classifier tested.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` ...
-        precision: ``auto`` is bf16 on a GPU that is made for it, otherwise fp32.
+        precision: ``auto`` is bf16 on a GPU that supports it, otherwise fp32.
 
     Raises:
-        CheckpointError, ConfigError: there is no such model, or no such weights.
+        CheckpointError, ConfigError: there is no such model, or it has no such weights.
         DeviceError: there is no such device.
     """
     path = Path(source).expanduser()
@@ -292,7 +292,7 @@ def _download(name: str) -> Path:
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError as error:
         raise CheckpointError(
-            f"there is no {name} here, and to look for it on the Hub takes huggingface_hub: "
+            f"there is no {name} here, and looking for it on the Hub needs huggingface_hub: "
             f"pip install huggingface_hub"
         ) from error
     try:
@@ -306,8 +306,8 @@ def load_config(name: str | Path, *overrides: str) -> Config:
     """Load a config: ``load_config("k400_hpm_b", "data.train=my.csv", "recipe.epochs=100")``.
 
     Args:
-        name: that of a config that is shipped, or the path of a file.
-        overrides: ``section.key=value`` each.
+        name: the name of a shipped config, or the path of a file.
+        overrides: each is ``section.key=value``.
 
     Raises:
         ConfigError: there is no such config, or a value breaks a rule.
@@ -318,10 +318,10 @@ def load_config(name: str | Path, *overrides: str) -> Config:
 def build_model(
     config: Config, num_classes: int | None = None
 ) -> MaskedAutoencoder | ClipClassifier:
-    """Build the model of a config with random weights; ``num_classes``: of a classifier.
+    """Build the model of a config with random weights. A classifier needs ``num_classes``.
 
     Raises:
-        ConfigError: a classifier without ``num_classes``.
+        ConfigError: ``num_classes`` is missing for a classifier.
     """
     if isinstance(config, PretrainConfig):
         return build_student(config)
@@ -331,15 +331,15 @@ def build_model(
 
 
 def build_objective(config: PretrainConfig, student: MaskedAutoencoder) -> HardPatchesMining:
-    """Build the objective of pre-training, with a teacher that is a copy of ``student``."""
+    """Build the objective of pre-training. Its teacher starts as a copy of ``student``."""
     teacher = make_ema(student) if config.mining.has_teacher else None
     device = student.mask_token.device
     return objective_of(config, teacher, build_target(config, device))
 
 
 def train(config: Config) -> Path:
-    """Pre-train or fine-tune, or go on with the run in ``config.output_dir``. -> its directory
+    """Pre-train or fine-tune, or resume the run in ``config.output_dir``. -> its directory
 
-    The one loop of the shell commands, in this process.
+    This is the loop of the shell commands, in this process.
     """
     return pretrain(config) if isinstance(config, PretrainConfig) else finetune(config)

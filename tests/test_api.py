@@ -51,7 +51,7 @@ def test_a_layout_that_cannot_be_told_is_asked_for():
     ("given", "error", "message"),
     [
         (CLIP[..., :2], ValueError, "do not have 3 channels"),
-        (CLIP[0], ValueError, "4 axes, or 5 of a batch"),
+        (CLIP[0], ValueError, "4 axes and a batch has 5"),
         (CLIP.astype(np.int64), TypeError, "uint8 or floats, got torch.int64"),
         (CLIP / 2, ValueError, r"lie in \[0, 1\], got 0 to 127.5"),
         (np.full(CLIP.shape, np.nan), ValueError, "got nan"),
@@ -104,7 +104,7 @@ def test_features_difficulty_and_masks_of_clips(model, frames):
     assert not torch.equal(drawn[0], drawn[2])
     with pytest.raises(ValueError, match="takes clips of 4 frames, got 2"):
         model.features(frames[:2])
-    with pytest.raises(CheckpointError, match="had of a classifier"):
+    with pytest.raises(CheckpointError, match="given by a classifier"):
         model.probabilities(frames)
 
 
@@ -128,7 +128,7 @@ def test_a_classifier_names_what_it_sees(finetuned_run, labelled_videos, finishe
     assert found.shape == (6, 3)
     assert found.sum(axis=1) == pytest.approx(1)
     assert (found.argmax(axis=1) == [0, 0, 1, 1, 2, 2]).mean() >= 0.5
-    with pytest.raises(CheckpointError, match="had of a masked autoencoder"):
+    with pytest.raises(CheckpointError, match="given by a masked autoencoder"):
         classifier.difficulty(CLIP)
 
 

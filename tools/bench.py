@@ -1,14 +1,14 @@
 """Measure speed: python tools/bench.py COMMAND [OPTIONS].
 
-Alternatives take turns, and medians are shown: ratios hold on other machines, times do not.
+Alternatives take turns, and medians are shown. Ratios carry over to other machines; times do not.
 
 commands (COMMAND --help says more):
-  update    whole updates of pre-training: configs, precisions, compiled or not, and their parts
-  gpu       all that docs/speed.md states of a GPU, in a few minutes
-  loader    what the loader gives, phase by phase, and whether a run would wait for it
-  decoding  ways to make clips out of a video
+  update    whole updates: configs, precisions, compiled or eager, and the parts of an update
+  gpu       the updates in docs/speed.md, on a GPU, in about five minutes
+  loader    speed of data loading, phase by phase, and whether a run would wait for data
+  decoding  ways to make clips from a video
   losses    time and memory of the ranking loss
-  fidelity  what cheaper updates save, and how near they come to the exact one
+  fidelity  what cheaper updates save, and how close they come to exact ones
 """
 
 import sys
@@ -20,7 +20,7 @@ COMMANDS = ("update", "gpu", "loader", "decoding", "losses", "fidelity")
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
-    """Measure. -> the exit code"""
+    """Run a measurement. -> the exit code"""
     words = sys.argv[1:] if command_line is None else command_line
     if words and words[0] in COMMANDS:
         from bench_commands import run_command  # type: ignore[import-not-found] # beside this file

@@ -1,4 +1,4 @@
-"""The commands of tools/bench.py: the options of all, and measuring loader, decoding and losses."""
+"""The commands of tools/bench.py: all options, and measurements of loader, decoding and losses."""
 
 import argparse
 import inspect
@@ -61,7 +61,7 @@ from hpm_video.workers.room import RoomError, usable_cores
 
 
 def run_command(words: Sequence[str]) -> int:
-    """Measure, print tables, and write them where --output says. -> the exit code"""
+    """Measure, print tables, and write them to --output if it is given. -> the exit code"""
     arguments = parse_arguments(words)
     tables: dict[str, Rows] = {}
 
@@ -98,13 +98,13 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(measure=measure)
-        add_options(command, output={"metavar": "FILE.csv|FILE.json", "help": "write tables there"})
+        add_options(command, output={"metavar": "FILE.csv|FILE.json", "help": "write tables to it"})
         add[measure.__name__] = command.add_argument
     add_arguments(commands.choices["update"], commands.choices["gpu"])
     add["loader"]("config", type=Path, metavar="CONFIG", help="a config, or RUN/config.yaml")
     add["loader"]("overrides", nargs="*", metavar="section.key=value")
     for name in ("loader", "decoding"):
-        add[name]("--decoders", metavar="NAME,NAME", help="by default all that load")
+        add[name]("--decoders", metavar="NAME,NAME", help="default: all that work")
     tried = "numbers of decoding processes to try, for all --processes together"
     add["loader"]("--workers", type=several, metavar="N,N", help=tried)
     processes = (
@@ -112,9 +112,9 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
         "number of GPUs, or of processes of the run if that is less"
     )
     add["loader"]("--processes", type=positive, metavar="N", help=processes)
-    needs = "per second, for all GPUs here together"
+    needs = "clips per second that all GPUs here together would train"
     add["loader"]("--needs", type=above_zero, metavar="CLIPS", help=needs)
-    measured = "videos whose phases are measured (48)"
+    measured = "videos whose phases are timed (48)"
     add["loader"]("--clips", type=positive, default=48, help=measured)
     add["loader"]("--seconds", type=above_zero, default=8.0, metavar="S", help="per trial (8)")
     add_options(commands.choices["decoding"], views={"default": (5, 3)})
@@ -133,8 +133,8 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
 def losses(arguments: argparse.Namespace) -> Tables:
     """Measure time and memory of the ranking loss, forward and backward.
 
-    The package computes it in blocks of rows of token pairs; the plain form holds B x M x M
-    tensors. Memory is the peak of the tensors alive at one time.
+    The package computes it in blocks of rows of token pairs; the plain form holds tensors of
+    B x M x M. Memory is the peak of the tensors that exist at the same time.
     """
     device = choose_device(arguments.device)
     if arguments.threads is not None:
@@ -156,15 +156,15 @@ def losses(arguments: argparse.Namespace) -> Tables:
 def decoding(arguments: argparse.Namespace) -> Tables:
     """Time how a video becomes clips, compared with the straightforward way.
 
-    A training clip and all views of a test, with each decoder (see tools/bench_ways.py). One
-    process, one thread; the file is in memory after the first turn, which does not count.
+    Makes a training clip and all views of a test with each decoder (see tools/bench_ways.py), in
+    one process and one thread. After the first turn, which does not count, the file is cached.
     """
     torch.set_num_threads(1)
     decoders = choose_decoders(arguments.decoders)
     with open_video(arguments.video):  # says clearly what is wrong with it
         pass
     if "decord" not in available_decoders():
-        print("decord is not installed: the straightforward way takes whole frames of PyAV")
+        print("decord is not installed: the straightforward way uses PyAV, with whole frames")
 
     def measure(way: Callable[[Request], object], turn: int) -> float:
         request, began = Request(arguments.video, -1, -1, ((turn,),)), time.perf_counter()
@@ -184,9 +184,7 @@ def choose_decoders(names: str | None, first: Sequence[DecoderChoice] = ()) -> l
     for word in names.split(","):
         if word not in there:
             names_there = ", ".join(there) or "none"
-            raise DecoderError(
-                f"--decoders: {word!r} is not there, of those that work: {names_there}"
-            )
+            raise DecoderError(f"--decoders: {word!r} is not one of those that work: {names_there}")
     return [name for word in names.split(",") for name in there if name == word]
 
 
@@ -195,7 +193,7 @@ def loader(arguments: argparse.Namespace) -> Tables:
 
     Measures the phases of a training clip (reading, decoding, augmenting, collating, copying),
     tries decoders and numbers of processes, names the bottleneck and recommends settings. With the
-    config of a run, RUN/config.yaml, its log shows how many clips per second its GPUs could train.
+    config of a run, RUN/config.yaml, its log shows how many clips/s its GPUs could train.
     """
     config = load_any_config(arguments.config, arguments.overrides)
     task = Pretraining(config) if isinstance(config, PretrainConfig) else Finetuning(config)
@@ -235,19 +233,19 @@ def loader(arguments: argparse.Namespace) -> Tables:
     if needs is None and past is not None:
         needs = past[1] * processes
         print(
-            f"processes of the run: {past[0]}; {processes} of them train up to {needs:.1f} clips/s "
-            "by its log, without waiting for data"
+            f"processes of the run: {past[0]}; by its log {processes} of them would train up to "
+            f"{needs:.1f} clips/s without waiting for data"
         )
     if needs is not None:
         print(verdict(rate, needs))
 
 
 def row_of(trial: Trial, numbers: Sequence[int]) -> dict[str, Any]:
-    """Make a row of a decoder: its rates and refused files."""
+    """Make the row of a decoder: its rates and refused files."""
     row: dict[str, Any] = {"decoder": trial.decoder or "images"}
     row |= {str(workers): trial.rates.get(workers) for workers in numbers}
     if isinstance(trial.error, RoomError):
-        row["remark"] = "no room for some"
+        row["remark"] = "no memory for some"
     if trial.refused:
         tried = len(trial.files | trial.refused.keys())
         first = next(iter(trial.refused.values()))

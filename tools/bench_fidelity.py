@@ -1,4 +1,4 @@
-"""What ``tools/bench.py fidelity`` measures: how near cheaper updates come to the exact one."""
+"""What ``tools/bench.py fidelity`` measures: how close cheaper updates come to exact ones."""
 
 import argparse
 import statistics
@@ -31,29 +31,29 @@ LEVERS = (
     ("checkerboard", 0.5),
     ("quarter", 0.5),
 )
-"""What the teacher's encoder sees, and the share of the hidden tokens that the student decodes."""
+"""What the teacher's encoder sees, and the share of hidden tokens that the student decodes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what :func:`fidelity` takes."""
+    """Add the options of :func:`fidelity`."""
     parser.add_argument("checkpoint", type=Path, help="checkpoint folder of pre-training")
     parser.add_argument(
-        "data", type=Path, help="a list or a folder of videos that it was not trained on"
+        "data", type=Path, help="manifest or folder of videos that it was not trained on"
     )
-    costs = "count the GMAC of this config; default: the checkpoint's"
+    costs = "config whose GMAC are counted; default: the checkpoint's"
     parser.add_argument("--costs", type=Path, metavar="CONFIG", help=costs)
-    parser.add_argument("--clips", type=positive, default=160, help="at most (160)")
+    parser.add_argument("--clips", type=positive, default=160, help="clips at most (160)")
     parser.add_argument("--seeds", type=positive, default=3, help="sets of random masks (3)")
     add_options(parser, "device", "root")
 
 
 def fidelity(arguments: argparse.Namespace) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Measure what each lever of a cheaper update costs in fidelity, and what it saves.
+    """Measure what cheaper updates cost in fidelity, and what they save.
 
-    Ranking accuracy of the teacher against the true error, overlap of the tokens that it picks with
-    those of a teacher that sees all, error and ranking of the student on the tokens that it
-    decodes: mean and standard deviation over sets of random masks. GMAC of an update in which the
-    teacher scores. Nothing is trained.
+    Prints the ranking accuracy of the teacher; the overlap of the tokens that it picks with those
+    of a teacher that sees all tokens; and the ranking accuracy and error of the student on the
+    tokens that it decodes. Each is a mean and a standard deviation over sets of random masks. GMAC
+    are those of an update in which the teacher scores. Nothing is trained.
     """
     device = choose_device(arguments.device)
     config, student, objective = load_run(arguments.checkpoint, device)

@@ -1,4 +1,4 @@
-"""Updates that tools/bench.py measures: their time, use of the device and memory, their parts."""
+"""Updates that tools/bench.py measures: time, use of the device, memory, and the parts of each."""
 
 import argparse
 import gc
@@ -56,9 +56,9 @@ MEASURED = {"k400_hpm_b": 64, "k400_hpm_l": 32, "in1k_hpm_b": 256}  # and their 
 PLAIN = ("mining.predictor=none", "masking.strategy=random")
 WHY = {
     "mps": "always on this kind of device",
-    "cpu": "on a CPU bf16 only where it measures faster by a tenth (measured anew)",
+    "cpu": "on a CPU, bf16 only if it is at least a tenth faster (measured again)",
 }
-KERNELS = {  # what their names contain; of several kinds the first counts
+KERNELS = {  # patterns of their names; the first kind that matches counts
     "attention": "attention|fmha|flash|sdp",
     "matrix products": "gemm|nvjet|cutlass|xmma|mm$|mkl|linear",
     "fused by the compiler": "triton|cpp_fused",
@@ -75,17 +75,17 @@ def add_arguments(update: argparse.ArgumentParser, gpu: argparse.ArgumentParser)
     add("--clips", type=positive, help=f"clips per update; default: at most {TIMED_CLIPS}")
     add("--repeats", type=positive, default=5, help="timed updates per turn (5)")
     words = "'section.key=value ...' or 'CONFIG section.key=value ...'"
-    against = f"also time the config with other values, or another one: {words}"
+    against = f"also time the config with other values, or another config: {words}"
     add("--against", action="append", default=[], metavar="WORDS", help=against)
     for name, known in (("--precision", [*AUTOCAST]), ("--compile", get_args(CompileMode))):
-        add(name, action="append", choices=known, help="which to time; may be given several times")
+        add(name, action="append", choices=known, help="to time; may be given several times")
     gpu.set_defaults(overrides=[], against=[], precision=None, compile=None, repeats=5)
 
 
 def compare(ways: Mapping[str, Callable[[int], float]], turns: int, *, warmup: int = 0) -> Rows:
-    """Make a row of each way: its median time, and how many times faster than the first it is.
+    """Make a row for each way: its median time, and how many times as fast as the first it is.
 
-    Each is timed once in a turn. Those of the ``warmup`` do not count.
+    Each is timed once in a turn. The first ``warmup`` turns do not count.
     """
     seconds = [{name: way(turn) for name, way in ways.items()} for turn in range(warmup + turns)]
     medians = {name: statistics.median(turn[name] for turn in seconds[warmup:]) for name in ways}
@@ -97,12 +97,13 @@ def compare(ways: Mapping[str, Callable[[int], float]], turns: int, *, warmup: i
 
 
 def update(arguments: argparse.Namespace) -> Tables:
-    """Time whole updates by a config, and what an update consists of.
+    """Time whole updates by a config, and the parts of an update.
 
-    Student forward and backward, optimizer step and teacher, on random pixels; no video is decoded.
-    It uses the last epoch, in which the teacher scores if it ever does. By default in bf16 on a
-    GPU, eager and compiled, elsewhere eager in fp32 and bf16. A config with a teacher is compared
-    with a plain masked autoencoder of the same shape; --against adds others.
+    An update is the student's forward and backward pass, the optimizer step and the teacher, on
+    random pixels; no video is decoded. It belongs to the last epoch, in which the teacher scores if
+    it ever does. By default updates are timed in bf16 on a GPU, eager and compiled, and elsewhere
+    eager in fp32 and bf16. A config with a teacher is compared with a plain masked autoencoder of
+    the same shape; --against adds others.
     """
     tasks = tasks_to_compare(arguments)
     task = next(iter(tasks.values()))
@@ -137,7 +138,7 @@ def update(arguments: argparse.Namespace) -> Tables:
 
 
 def add_speed(rows: Rows, ways: Sequence["Updates"]) -> None:
-    """Add clips per second, use of the device and memory to rows of ways in the same order."""
+    """Add clips/s, use of the device and memory to the rows, which are in the order of ``ways``."""
     device, is_gpu = ways[0].device, ways[0].device.type == "cuda"
     peaks = {precision: peak_flops(device, precision) for precision in {w.precision for w in ways}}
     costs = {task: cost_of_clips(task)("", last_epoch(task)) for task in {w.task for w in ways}}
@@ -155,14 +156,14 @@ def add_speed(rows: Rows, ways: Sequence["Updates"]) -> None:
 
 
 def gpu(arguments: argparse.Namespace) -> Tables:
-    """Measure updates by three configs on a GPU, in about five minutes, for docs/speed.md."""
+    """Measure the updates of docs/speed.md by three configs on a GPU, in about five minutes."""
     for name, clips in MEASURED.items():
         arguments.config, arguments.clips = CONFIGS / f"{name}.yaml", clips
         yield from ((f"{name}: {title}", rows) for title, rows in update(arguments))
 
 
 def tasks_to_compare(arguments: argparse.Namespace) -> dict[str, Task]:
-    """Open what is compared, by names: the config, a plain counterpart, and each --against."""
+    """Open the tasks to compare, by name: the config, its plain counterpart, each --against."""
     name, given = arguments.config.stem, [str(arguments.config), *arguments.overrides]
     tasks = {name: open_task(given)}
     if tasks[name].ema == "teacher":
@@ -174,7 +175,7 @@ def tasks_to_compare(arguments: argparse.Namespace) -> dict[str, Task]:
 
 
 def describe(device: torch.device) -> str:
-    """Name a device, a CPU with its number of threads."""
+    """Name a device; for a CPU, with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     count = torch.get_num_threads()
@@ -182,7 +183,7 @@ def describe(device: torch.device) -> str:
 
 
 def open_task(words: Sequence[str]) -> Task:
-    """Open a config, a file with overrides, as something to train on random pixels."""
+    """Open a config with overrides as a task that can train on random pixels."""
     config = load_any_config(Path(words[0]), words[1:])
     if isinstance(config, PretrainConfig):
         return Pretraining(config)
@@ -191,7 +192,7 @@ def open_task(words: Sequence[str]) -> Task:
 
 @dataclass
 class Updates:
-    """Updates by a config in one way."""
+    """Updates by a config, computed in one way."""
 
     task: Task
     device: torch.device
@@ -199,10 +200,10 @@ class Updates:
     clips: int
     compiled: CompileMode
     memory = 0.0
-    """The most that tensors took at once, in GB of 10^9 bytes; only known of a GPU."""
+    """Peak memory of tensors in GB of 10^9 bytes; known only on a GPU."""
 
     def make(self) -> Trial:
-        """Make an update."""
+        """Make a trial update."""
         return trial_update(
             self.task, self.device, self.precision, self.clips, compiled=self.compiled
         )
@@ -217,11 +218,11 @@ class Updates:
         if is_gpu:
             self.memory = torch.cuda.max_memory_allocated(self.device) / 1e9
         del update
-        gc.collect()  # an optimizer holds itself, and with it the model: one is held at a time
+        gc.collect()  # an optimizer refers to itself and holds the model: keep one at a time
         return seconds
 
     def parts(self, repeats: int) -> Rows:
-        """Time the parts of an update, each by itself: the device is waited for between them."""
+        """Time each part of an update by itself, and wait for the device between parts."""
         trial, seconds = self.make(), defaultdict[str, list[float]](list)
         engine, objective = trial.engine, trial.objective
 
@@ -263,7 +264,7 @@ class Updates:
         return [{"part": part, "ms": 1000 * median} for part, median in medians.items()]
 
     def kernels(self) -> Rows:
-        """Add up the time of the kernels of an update by their kinds."""
+        """Sum up the time of the kernels of an update by kind."""
         trial, is_gpu = self.make(), self.device.type == "cuda"
         for _ in range(2):
             trial()

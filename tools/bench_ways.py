@@ -1,8 +1,8 @@
 """The ways that tools/bench.py compares: making clips from a file, and computing the ranking loss.
 
-For a training clip the straightforward way crops and resizes whole frames one by one, with Pillow,
+For a training clip, the straightforward way crops and resizes whole frames one by one with Pillow,
 and stacks them as standardised float32; for a test it opens the file once per view. Our readers
-read and resize only the part that the crop shows, in one go, and keep it as uint8.
+read and resize only the part that the crop shows, all frames at once, and keep it as uint8.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ Way = Callable[[Request], object]
 
 
 def ways_to_decode(decoders: Sequence[DecoderName], views: Views) -> dict[str, dict[str, Way]]:
-    """Return the ways to make each, the straightforward one first."""
+    """Return the ways to make a training clip and the views of a test, the plain one first."""
     train: dict[str, Way] = {"straightforward": clip_plainly}
     test: dict[str, Way] = {"straightforward": partial(views_plainly, views)}
     for name in decoders:
@@ -47,7 +47,7 @@ def ways_to_decode(decoders: Sequence[DecoderName], views: Views) -> dict[str, d
 
 
 def clip_plainly(request: Request) -> Tensor:
-    """Make one clip of whole frames: -> (C, T, h, w) float32"""
+    """Make one clip from whole frames: -> (C, T, h, w) float32"""
     draw = generator("clip", *request.keys[0])
     frames = read_plainly(request.path, lambda count: draw_frames(CLIP, count, draw))
     box = multi_scale_box(frames.shape[1], frames.shape[2], CLIP.frame_size, draw)
@@ -66,7 +66,7 @@ def views_plainly(views: Views, request: Request) -> Tensor:
 
 
 def read_plainly(path: str, choose: Callable[[int], NDArray[np.int64]]) -> Frames:
-    """Read whole frames by decord as its documentation shows it, or else by PyAV."""
+    """Read whole frames with decord, as its documentation shows, or else with PyAV."""
     if "decord" in available_decoders():
         import decord
 
@@ -91,7 +91,7 @@ def with_pillow(frames: Frames, box: Box) -> Tensor:
 
 
 def loss_step(form: str, clips: int, tokens: int, device: torch.device) -> Callable[[], float]:
-    """Return a step that goes forward and backward through the loss, always of the same tokens."""
+    """Return a step that computes the loss and its gradient, always for the same tokens."""
     draw = torch.Generator().manual_seed(0)
     scores = torch.randn(clips, tokens, generator=draw).to(device).requires_grad_()
     errors = torch.rand(clips, tokens, generator=draw).to(device)

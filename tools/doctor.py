@@ -1,6 +1,6 @@
-"""Say what is installed and what can be used here: python tools/doctor.py.
+"""Report what is installed and what works here: python tools/doctor.py.
 
-Anything that is missing comes with the command that installs it.
+For anything that is missing it names the command that installs it.
 """
 
 import importlib.metadata
@@ -15,19 +15,19 @@ import hpm_video
 from hpm_video.runs.console import exit_codes, make_parser, run
 
 OPTIONAL = {"deepspeed": "ZeRO on several GPUs", "decord": "another decoder"}
-"""Extras of the package, and what they are for."""
+"""Optional extras of the package, and their purpose."""
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Print the report. -> the exit code"""
-    codes = exit_codes("everything needed is here", "something that every run needs is missing")
+    codes = exit_codes("nothing is missing", "something that every run needs is missing")
     make_parser(__doc__, codes).parse_args(command_line)
     missing: list[str] = []
     return run(lambda: missing.extend(report())) or (2 if missing else 0)
 
 
 def report() -> list[str]:
-    """Print what is here. -> what is missing and not optional"""
+    """Print the whole report. -> what is missing and not optional"""
     import torch
 
     from hpm_video.training.device import choose_device, inference_precision
@@ -57,7 +57,7 @@ def report_libraries() -> list[str]:
 
 
 def requirements() -> list[str]:
-    """What an installed package states of itself, or the repository in its file."""
+    """Return the requirements of the installed package, or those in the repository's file."""
     try:
         stated = importlib.metadata.requires("hpm-video") or []
     except importlib.metadata.PackageNotFoundError:
@@ -67,7 +67,7 @@ def requirements() -> list[str]:
 
 
 def report_decoders() -> list[str]:
-    """Print which decoders read a test video. -> a line if none does"""
+    """Print which decoders can read a test video. -> "a decoder" if none can"""
     from hpm_video.decoding.registry import DECODERS, what_is_wrong
 
     print("\ndecoders of videos (images need none)")

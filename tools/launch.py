@@ -14,7 +14,7 @@ when asked to stop, it gives processes 30 seconds to save and end, and then exit
 The processes find each other by the variables that torchrun sets, so torchrun can start the same
 programs. This one prints nothing while all goes well, ends with the exit code of the program, and
 names the process that made the job fail. An option that is not given is taken from the environment
-variable whose name stands behind it below.
+variable that its help names in capitals.
 """
 
 import argparse
@@ -165,7 +165,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Make the parser. What is not given is read from the variable that stands for it."""
+    """Make the parser. An option that is not given is read from its environment variable."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -177,12 +177,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--processes", "GPUS", number("GPUS", 1), "processes on this machine; default: 1")
     add("--nodes", "NNODES", number("NNODES", 1), "machines, with --processes on each; default: 1")
     rank = number("NODE_RANK", 0)
-    add("--node-rank", "NODE_RANK", rank, "which machine this is, from 0 on")
+    add("--node-rank", "NODE_RANK", rank, "number of this machine, from 0")
     add("--master-addr", "MASTER_ADDR", str, "name or address of machine 0")
     port = number("MASTER_PORT", 1, 2**16 - 1)
-    free = "a free one on machine 0; default: 29500, of a machine alone any"
+    free = "free port on machine 0; default: 29500, or any port with one machine"
     add("--master-port", "MASTER_PORT", port, free)
-    add("--hostfile", "HOSTFILE", Path, "what says machines and processes instead, see above")
+    add("--hostfile", "HOSTFILE", Path, "file with the machines and processes, see above")
     grace = number("HPM_GRACE", 0)
     add("--grace", "HPM_GRACE", grace, "seconds to save in after a stop; default: 300")
     once = "start the program once, with --dry-run and the number of processes"

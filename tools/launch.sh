@@ -32,8 +32,8 @@ $1
   $run section.key=value ...                the demo with other settings
   $run CONFIG [section.key=value ...]       a configuration of yours or of configs/
   $run ... --dry-run [--files=N] [--clips-per-second=N]
-      what such a run would do and need; with N files where there are no lists of videos yet, and
-      its hours at a speed of all processes together
+      what such a run would do and need; --files stands for lists of videos that are not there yet,
+      and --clips-per-second, the speed of all processes together, adds the hours of the run
 ${3:+
 $3}
 The first start makes a Python environment in .venv and cuts the demo's clips.
@@ -46,13 +46,13 @@ Several processes, each on a GPU of its own, or on the CPU where there are no GP
 
   GPUS=8 $run           on this machine
   GPUS=8 NNODES=2 NODE_RANK=0 MASTER_ADDR=NODE0 $run
-      the same line on each of two machines, with its own NODE_RANK; MASTER_PORT is 29500 unless
-      given
-  HOSTFILE=FILE $run    on the machines of FILE, one in each line such as
-      "node0 slots=8"; by DeepSpeed's launcher on others than this one
-  sbatch tools/slurm/job.sbatch     by slurm, see the comments there
+      on two machines: start this line on each, with its own NODE_RANK; MASTER_PORT is 29500 by
+      default
+  HOSTFILE=FILE $run    on the machines in FILE, which has one line for each,
+      such as "node0 slots=8"; DeepSpeed's launcher starts machines other than this one
+  sbatch tools/slurm/job.sbatch     under slurm; see the comments in that file
 
-After SIGTERM or Ctrl-C they have HPM_GRACE seconds (300) to save.
+After SIGTERM or Ctrl-C the processes have HPM_GRACE seconds (300 by default) to save the state.
 TEXT
 }
 

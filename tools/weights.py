@@ -77,19 +77,19 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add options for facts that a file may lack."""
     add = parser.add_argument
     add("--entry", metavar="KEY", help="key of the state dict, if a file has several")
-    begins = "how the names of the model begin, if a file has several; default: as the model's do"
+    begins = "prefix of a model's tensor names, if a file has several; default: detected"
     add("--prefix", metavar="TEXT", help=begins)
-    alone = "leave out decoder or head: for pre-training, with a decoder that starts fresh"
+    alone = "leave out the decoder or head: to pre-train with a decoder that starts fresh"
     add("--encoder-only", action="store_true", help=alone)
-    heads = "of the attention of the {}; the weights do not show it"
+    heads = "attention heads of the {}, a number that the weights do not show"
     add("--heads", type=positive, metavar="N", help=heads.format("encoder"))
     add("--decoder-heads", type=positive, metavar="N", help=heads.format("decoder"))
     fresh = "of a decoder that starts fresh; default: the papers' choice for this encoder"
     sizes = ("WIDTH", "DEPTH", "HEADS")
     add("--decoder", type=positive, nargs=3, metavar=sizes, help=fresh)
-    as_said = "of a clip; default: as the file says, or else {}"
+    as_said = "value for a clip; default: from the file, or else {}"
     add("--num-frames", type=positive, metavar="T", help=as_said.format("16"))
-    size = as_said.format("as its positions have it")
+    size = as_said.format("the size of its positions")
     add("--frame-size", type=positive, nargs=2, metavar=("H", "W"), help=size)
     add("--frame-stride", type=positive, metavar="FRAMES", help=as_said.format("4"))
     add("--target", choices=("raw", "joint", "per_channel"), help="target of pre-training")

@@ -64,9 +64,9 @@ class MiningConfig:
     """Momentum at the beginning of the paper's ramp."""
     last_momentum: float = 0.9999
     teacher_sees: View = "all"
-    """Tokens that the teacher's encoder sees; all get a score. ``checkerboard``: half of them,
-    ``quarter``: every second of every second row, other rows in the next time step; or all tokens
-    of ``every_second_step`` or ``every_fourth_step`` in time."""
+    """Tokens that the teacher's encoder sees; all get a score. ``checkerboard``: half of them;
+    ``quarter``: every second token of every second row, other rows in the next time step;
+    ``every_second_step``, ``every_fourth_step``: all tokens of these time steps."""
     decoded_share: float = 1.0
     """Share of the hidden tokens that the student predicts, drawn anew for each clip. The losses of
     reconstruction and ranking are then unbiased estimates of those over all hidden tokens."""
@@ -78,9 +78,9 @@ class MiningConfig:
         if self.teacher_sees != "all" and (self.target == "ema" or self.predictor == "none"):
             needs = "features of all tokens" if self.target == "ema" else "no scores"
             raise ConfigError(
-                f"mining.teacher_sees={self.teacher_sees} is for a teacher that only scores, and "
-                f"mining.target={self.target} with predictor={self.predictor} takes {needs} of "
-                f"it; take mining.teacher_sees=all"
+                f"mining.teacher_sees={self.teacher_sees} is for a teacher that only scores, but "
+                f"mining.target={self.target} with mining.predictor={self.predictor} needs {needs} "
+                f"from it; take mining.teacher_sees=all"
             )
         if self.feature_kind and self.feature_weights is None:
             raise ConfigError(

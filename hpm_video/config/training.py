@@ -83,9 +83,9 @@ class EngineConfig:
     precision: Precision = "auto"
     """``auto``: bf16 autocast where the device is made for it. Weights are always fp32."""
     compile: CompileMode | Literal["auto"] = "auto"
-    """What ``torch.compile`` makes faster: nothing, each transformer block, or all blocks of an
-    encoder or decoder at once, which takes longer to start. ``auto``: blocks on a CUDA GPU, unless
-    weights are sharded."""
+    """What ``torch.compile`` compiles: nothing (``off``), each transformer block, or all blocks of
+    an encoder or decoder at once (``model``), which takes longer to start. ``auto``: blocks on a
+    CUDA GPU unless weights are sharded, otherwise nothing."""
     micro_batch: int | None = None
     """Videos per forward pass of a process; by default on a GPU as many as fit, elsewhere all of
     its share. The batch must be a multiple of it times the number of processes."""
@@ -103,7 +103,7 @@ class EngineConfig:
                 )
         if self.compile in ("blocks", "model") and self.name == "deepspeed" and self.stage == 3:
             raise ConfigError(
-                f"engine.compile={self.compile} cannot be had with engine.zero_stage=3, in which "
+                f"engine.compile={self.compile} does not work with engine.zero_stage=3, in which "
                 f"blocks gather their weights while they run; take engine.compile=auto, or a lower "
                 f"stage"
             )

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, and what a process that was killed leaves of others."""
+"""Files that are either complete or absent, and the removal of what killed processes left."""
 
 import fcntl
 import os
@@ -14,7 +14,7 @@ from typing import TextIO
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """A file to write beside ``path``, renamed at the end, so that ``path`` is always complete."""
+    """Yield a file beside ``path``, renamed to it at the end: ``path`` is complete or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside_path = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
@@ -25,10 +25,10 @@ def written_beside(path: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what :func:`written_beside` left in a folder, and below it, in killed processes."""
+    """Delete what killed processes left of :func:`written_beside` in a folder and below it."""
     for part in folder.rglob(".*.part*"):
         pid = part.name.rpartition(".part")[0].rpartition(".")[2]
-        with suppress(ValueError, OverflowError, PermissionError):  # it is of somebody else
+        with suppress(ValueError, OverflowError, PermissionError):  # another user's process
             try:
                 os.kill(int(pid), 0)
             except ProcessLookupError:
@@ -37,9 +37,9 @@ def remove_unfinished(folder: Path) -> None:
 
 @cache
 def temporary_folder() -> Path:
-    """The folder for temporary files of this process, which is deleted when it ends.
+    """Return the folder for temporary files of this process, which is deleted when it ends.
 
-    Those that killed processes left are deleted here: nobody holds their locks any more.
+    Folders that killed processes left are deleted first: nobody holds their locks any more.
     """
     for left in Path(tempfile.gettempdir()).glob("hpmv-*"):
         with suppress(OSError):
@@ -52,7 +52,7 @@ def temporary_folder() -> Path:
     with suppress(OSError):  # some disks have no locks
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / "to be locked").rename(folder / "lock")
-    # Later than multiprocessing, which keeps its sockets in there.
+    # After multiprocessing has ended, which keeps its sockets in this folder.
     Finalize(None, _delete, (folder, lock), exitpriority=-200)
     return folder
 

@@ -1,4 +1,4 @@
-"""Text that comes from files of others, on a terminal and in tables for people."""
+"""Safe printing of text from other people's files, on a terminal and in tables for people."""
 
 import os
 import re
@@ -12,17 +12,17 @@ _FORMULA = re.compile(r"\s*[=+@-]")
 
 
 def printable(text: str) -> str:
-    """Escape what controls a terminal, but for line breaks and tabs, or has no character."""
+    """Escape characters that control a terminal, except line breaks and tabs, and surrogates."""
     return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def harmless(cell: object) -> object:
-    """A cell of a table, where it is text with an apostrophe before what a spreadsheet computes."""
+    """Put an apostrophe before the text of a cell if a spreadsheet would compute it."""
     return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell
 
 
 class Console:
-    """Standard output without control characters. When its reader is gone the program goes on."""
+    """Standard output without control characters; the program continues if nobody reads it."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -31,12 +31,12 @@ class Console:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write text, or where nobody reads it any more nothing."""
+        """Write text, or nothing if nobody reads it any more."""
         self._unless_closed(lambda: self._stream.write(printable(text)))
         return len(text)
 
     def flush(self) -> None:
-        """Hand over what was written."""
+        """Flush what was written."""
         self._unless_closed(self._stream.flush)
 
     def _unless_closed(self, act: Callable[[], object]) -> None:

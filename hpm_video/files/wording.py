@@ -1,9 +1,9 @@
-"""Words of messages."""
+"""Words in messages."""
 
 
 def plural(count: int, noun: str) -> str:
-    """Return a noun as it stands behind a number."""
-    return noun if count == 1 else noun + ("es" if noun.endswith(("s", "x", "sh", "tch")) else "s")
+    """Return a noun in the form that follows a number: "class", "classes", "epochs", "batches"."""
+    return noun if count == 1 else noun + ("es" if noun.endswith(("s", "x", "tch", "sh")) else "s")
 
 
 def counted(count: int, noun: str) -> str:

@@ -1,8 +1,8 @@
-"""How near a cheaper update comes to the exact one: what its teacher ranks and its student learns.
+"""How close cheaper updates come to exact ones, in the teacher's ranking and the student's errors.
 
-Levers leave out a part of the work of an update. They are compared on one trained model, so nothing
-is trained: the teacher's scores are held against true errors and against those of a teacher that
-sees everything, and the student's errors against those under full decoders.
+A lever leaves out part of the work of an update. Levers are compared on one trained model, without
+training it: the teacher's scores are compared with the true errors and with the scores of a teacher
+that sees everything, and the student's errors with those of full decoders.
 """
 
 import copy
@@ -33,10 +33,10 @@ def measure_levers(
 ) -> Measures:
     """Measure each view of the teacher, and each share of the hidden tokens that is decoded.
 
-    ``VIEW/ranking``: as the teacher's in validation, under ``NUM_MASKS`` random masks of each clip,
-    which ``seed`` draws. ``VIEW/overlap``: share of the tokens that it picks which the teacher
-    that sees all picks too. Beside the views there are ``random scores``, which need no teacher.
-    ``SHARE/relative_error`` and ``SHARE/student_ranking``: as in validation, of the decoded tokens.
+    ``VIEW/ranking``: the teacher's, as in validation, under ``NUM_MASKS`` random masks of each
+    clip, which ``seed`` determines. ``VIEW/overlap``: share of the tokens picked by a teacher that
+    sees everything that are also picked under the view. ``random scores`` need no teacher.
+    ``SHARE/relative_error``, ``SHARE/student_ranking``: as in validation, on the decoded tokens.
     """
     counts, purposes = Counts(student.device), [f"fidelity {seed} {i}" for i in range(NUM_MASKS)]
     for cpu_batch in batches:
@@ -66,7 +66,7 @@ def measure_levers(
 def pick(rule: MaskRule, difficulty: Tensor) -> Tensor:
     """Return the tokens that are hidden for their difficulty: (B, N) -> (B, N) bool
 
-    In the epoch in which most are.
+    It takes the epoch in which their number is largest.
     """
     strategy = rule.strategy
     count = int(rule.num_masked * max(strategy.first_fraction, strategy.last_fraction))

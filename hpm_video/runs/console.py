@@ -1,7 +1,7 @@
 """Command lines and exit codes of the programs in ``tools/``.
 
-What takes long to import is imported once the command line is read: torch takes seconds, which
-neither a help text nor a misspelt option is worth.
+Modules that take long to import are imported after the command line is read: torch takes seconds,
+for which neither a help text nor the error for a misspelt option should have to wait.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def make_parser(about: str | None, exit_codes: str | None = EXIT_CODES) -> argpa
 
 
 def add_config(parser: argparse.ArgumentParser, which: str) -> None:
-    """Add a config, ``which`` one, and overrides of it: to be read by ``parse_intermixed_args``."""
+    """Add a config, described by ``which``, and overrides. Read with ``parse_intermixed_args``."""
     parser.add_argument("config", type=Path, metavar="CONFIG", help=which)
     changes = "changes of the config, such as recipe.epochs=100"
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=changes)
@@ -151,18 +151,18 @@ def add_config(parser: argparse.ArgumentParser, which: str) -> None:
 def parse_training(
     about: str | None, command_line: Sequence[str] | None = None
 ) -> argparse.Namespace:
-    """Read the command line of a program that trains by a config."""
+    """Read the command line of a program that trains from a config."""
     parser = make_parser(about)
     add_config(parser, "a file of configs/, or a config of yours")
     plan = "print the plan of the batch and the memory that it needs on GPUs, and exit"
     parser.add_argument("--dry-run", action="store_true", help=plan)
     of_dry_run = parser.add_argument_group("with --dry-run")
     add = of_dry_run.add_argument
-    add("--processes", type=positive, default=1, metavar="N", help="GPUS x NNODES of the run")
-    files = "training files (of the main source), where there is no list of them yet"
+    add("--processes", type=positive, default=1, metavar="N", help="of the run: GPUS x NNODES")
+    files = "number of training files (of the main source), if there is no list of them yet"
     add("--files", type=positive, metavar="N", help=files)
-    speed = "clips that all processes train per second, as tools/bench.py update measures for one"
-    add("--clips-per-second", type=above_zero, metavar="N", help=f"{speed}: tells the hours")
+    speed = "clips per second of all processes (tools/bench.py update measures them for one)"
+    add("--clips-per-second", type=above_zero, metavar="N", help=f"{speed}: adds the hours")
     return parser.parse_intermixed_args(command_line)
 
 

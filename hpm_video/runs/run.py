@@ -173,7 +173,7 @@ def open_meter(task: Task, engine: Engine) -> Meter:
     peak, source = peak_flops(engine.device, engine.precision)
     flop = [cost(name, timeline.at(0)) / 1e9 for name in task.config.sources]
     log.info(
-        "%s GFLOP a clip; 100 %% MFU are %.0f TFLOP/s (%s, by %s)",
+        "%s GFLOP per clip; 100 %% MFU is %.0f TFLOP/s (%s, by %s)",
         ", ".join(f"{each:.0f}" for each in flop),
         peak / 1e12,
         engine.precision,

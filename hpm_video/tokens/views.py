@@ -1,4 +1,4 @@
-"""Regular parts of a clip, for a teacher whose encoder does not see all of it."""
+"""Views: regular parts of a clip, for a teacher whose encoder does not see all tokens."""
 
 from typing import Any, Literal
 
@@ -18,24 +18,24 @@ VIEWS: dict[View, tuple[Size3, int]] = {
     "every_second_step": ((1, 0, 0), 2),
     "every_fourth_step": ((1, 0, 0), 4),
 }
-"""Factors of time step, row and column, and a modulus: a token is seen where their sum leaves a
-certain remainder. A new view is an entry here and in its Literal."""
+"""Factors of time step, row and column, and a modulus. A token is seen if the sum of the products
+has a certain remainder. A new view is an entry here and in ``View``."""
 
 
 def mask_of_view(view: View, grid: TokenGrid, device: torch.device | str) -> TokenMask | None:
-    """Return the mask of what a view leaves out, one for all clips (B = 1); none of ``all``."""
+    """Return the mask of what a view leaves out, one for all clips (B = 1), or None for ``all``."""
     if view == "all":
         return None
     hidden = _is_hidden(view, grid, torch.arange(grid.num_tokens, device=device))
-    count = int(_is_hidden(view, grid, np.arange(grid.num_tokens)).sum())  # without the device
+    count = int(_is_hidden(view, grid, np.arange(grid.num_tokens)).sum())  # without waiting for it
     return TokenMask.from_masked(hidden.unsqueeze(0), count)
 
 
 def standardise_by_view(scores: Tensor, mask: TokenMask) -> Tensor:
-    """Standardise the scores of a clip over the seen tokens, and over the others: (B, N) -> (B, N)
+    """Standardise the scores of a clip separately for seen and unseen tokens: (B, N) -> (B, N)
 
-    A loss predictor learns to order hidden tokens. What it says of seen ones has another offset and
-    spread, so that without this most of the hardest tokens would be of one kind.
+    A loss predictor learns to order hidden tokens. Its scores for seen tokens have another offset
+    and spread; without this step most of the hardest tokens would be of one kind.
     """
     kinds = torch.stack([~mask.masked, mask.masked]).to(scores.dtype)
     count = kinds.sum(dim=-1, keepdim=True).clamp(min=1)
@@ -46,10 +46,10 @@ def standardise_by_view(scores: Tensor, mask: TokenMask) -> Tensor:
 
 
 def _is_hidden(view: View, grid: TokenGrid, tokens: Any) -> Any:
-    """Positions in the grid, in numpy or torch: (N,) -> (N,) bool"""
+    """Whether a view hides the tokens at these indices, in numpy or torch: (N,) -> (N,) bool"""
     (of_step, of_row, of_column), modulus = VIEWS[view]
     step = tokens // grid.tokens_per_step
     row = tokens // grid.width % grid.height
     column = tokens % grid.width
-    seen = (modulus - 1) // 2 % grid.time  # so that some token is, however short the clip
+    seen = (modulus - 1) // 2 % grid.time  # some token is seen in any clip, however short
     return (of_step * step + of_row * row + of_column * column) % modulus != seen

@@ -1,7 +1,7 @@
-"""Compiling, the one place for it.
+"""Compiling, in one place.
 
-A model checkpoints its activations itself, is compiled here, in place, and only then wrapped by an
-engine. Checkpoints know nothing of it.
+A model checkpoints its own activations, is compiled here in place, and is wrapped by an engine only
+then. Checkpoints are the same with and without compiling.
 """
 
 import logging
@@ -20,17 +20,17 @@ from hpm_video.training.distributed import first_to_say
 log = logging.getLogger(__name__)
 
 HOW: dict[str, Any] = {"dynamic": False, "options": {"deterministic": True}}
-"""Kernels depend on the shapes that they are called with, not on those of batches before, and none
-is chosen by its measured speed: a run that goes on computes the same bits."""
+"""Kernels depend only on the shapes that they are called with, not on those of earlier batches, and
+none is chosen by its measured speed: a resumed run computes the same bits."""
 GRAPHS = 64
-"""Shapes and modes of the same code beyond which torch no longer compiles: it stops at 8 otherwise.
+"""For so many shapes and modes of the same code torch compiles; by default it stops at 8.
 """
 OF_OBJECTIVES = ("normalised", "errors")
-"""Methods of objectives that are compiled, where they have them."""
+"""Methods of objectives that are compiled, if an objective has them."""
 
 
 def choose_compiling(how: EngineConfig, device: torch.device) -> CompileMode:
-    """Return what is compiled by ``engine.compile``: nothing where nothing can be."""
+    """Return what ``engine.compile`` compiles on a device; ``off`` if there is no compiler."""
     mode = how.compile
     if mode == "auto":
         shards_weights = how.name == "deepspeed" and how.stage == 3
@@ -42,21 +42,21 @@ def choose_compiling(how: EngineConfig, device: torch.device) -> CompileMode:
             reason = str(error).strip().splitlines()[0]
             if first_to_say(f"no compiler: {reason}"):
                 log.warning(
-                    "engine.compile=%s: nothing is compiled, which is slower and computes the "
-                    "same, for there is no working compiler here (%s); engine.compile=off says so",
+                    "engine.compile=%s: nothing is compiled, for there is no working compiler here "
+                    "(%s). This is slower; engine.compile=off avoids this message",
                     how.compile,
                     reason,
                 )
             return "off"
         log.info(
-            "compiling (engine.compile=%s): the first updates take longer, the others less time",
+            "compiling (engine.compile=%s): the first updates take longer, later ones are faster",
             mode,
         )
     return mode
 
 
 def _compile_something(device: torch.device) -> None:
-    """Compile a tiny block forward and backward, which needs all that a large one needs."""
+    """Compile a tiny block, forward and backward, which needs what a large one needs."""
     with torch.device("meta"):  # it draws no weights
         block = Block(TransformerSize(8, 1, 1))
     block.to_empty(device=device)
@@ -65,13 +65,13 @@ def _compile_something(device: torch.device) -> None:
 
 
 def make_fast(mode: CompileMode, *parts: object) -> None:
-    """Compile blocks or stacks of them, and what objectives compute beside models, in place."""
+    """Compile blocks or stacks of blocks, and methods of objectives, in place."""
     if mode == "off":
         return
     import torch._dynamo.config as dynamo  # it takes a second
 
     dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
-    dynamo.optimize_ddp = False  # it would cut blocks into pieces, to send gradients meanwhile
+    dynamo.optimize_ddp = False  # it would cut blocks into pieces to send gradients early
     for part in parts:
         for module in part.modules() if isinstance(part, nn.Module) else ():
             if mode == "blocks" and isinstance(module, Block):
@@ -88,11 +88,11 @@ def _compile_method(owner: object, name: str) -> None:
 
 
 def as_written(mode: CompileMode) -> AbstractContextManager[object]:
-    """Return a context in which what is compiled runs as it is written: for shapes seen rarely."""
+    """Return a context in which compiled code runs eagerly, for shapes that are rare."""
     return nullcontext() if mode == "off" else torch.compiler.set_stance("force_eager")
 
 
 def compile_seconds() -> float:
-    """Return how long this process has compiled so far."""
+    """Return for how many seconds this process has compiled so far."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return dynamo.calculate_time_spent()["total_wall_time"] if dynamo else 0.0

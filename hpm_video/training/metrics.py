@@ -1,4 +1,4 @@
-"""Metrics of training, and where they go: lines of JSON, TensorBoard."""
+"""Metrics of training, and where they are written: lines of JSON, TensorBoard."""
 
 import json
 import logging
@@ -32,10 +32,10 @@ class MetricsError(ExpectedError, ValueError):
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``; a last one that was cut off is left out.
+    """Read the lines of ``metrics.jsonl``, without a last line that was cut off.
 
     Raises:
-        MetricsError: a line is not of metrics.
+        MetricsError: a line does not hold metrics.
     """
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     if lines and not lines[-1].endswith("}"):
@@ -49,7 +49,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if not isinstance(record, dict) or type(record.get("update")) is not int:
             raise MetricsError(
                 f"{path}, line {number} is {line[:60]!r}, and must be a JSON object with the "
-                f"number of an update; delete the line, or move the file away to go on without it"
+                f"number of an update; delete the line, or move the file away to start without it"
             )
         if record.get("kind") == "held_out":  # as it was called one version ago
             record["kind"] = "validation"
@@ -58,7 +58,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class HostEvent:
-    """A moment on the host, like one of ``torch.cuda.Event``."""
+    """A moment on the host, with the methods of ``torch.cuda.Event``."""
 
     def record(self) -> None:
         self._seconds = time.perf_counter()
@@ -70,8 +70,8 @@ class HostEvent:
 class Meter:
     """Losses, speed and waiting between two lines of metrics.
 
-    Sums stay on the device until :meth:`read`, which alone waits for it, and copies all of them at
-    once. It reads sums of all processes, and all must call it.
+    Sums stay on the device until :meth:`read` copies all of them at once; only :meth:`read` waits
+    for the device. It gathers the sums of all processes, so all must call it.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Meter:
         cost: Callable[[str, int], float] | None = None,
         peak: float = math.inf,
     ) -> None:
-        """``cost``: FLOP of a clip of a source in an update; ``peak``: FLOP/s of the device."""
+        """``cost``: FLOP per clip, by source and update; ``peak``: FLOP/s of the device."""
         self._device, self._processes, self._cost, self._peak = device, processes, cost, peak
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._files: dict[int, list[str]] = {}
@@ -100,9 +100,9 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time that the device has nothing to do in here as waiting for data.
+        """Count the time in this context in which the device is idle as waiting for data.
 
-        A GPU that is still busy with what the host gave it before reaches both events at once.
+        A GPU that is still busy with earlier work reaches both events at the same time.
         """
         began, ended = self._event(), self._event()
         began.record()
@@ -112,7 +112,7 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the time spent in here: validation, pictures, saving."""
+        """Leave out the time spent in this context: validation, pictures, saving."""
         began = time.perf_counter()
         yield
         self.left_out += time.perf_counter() - began
@@ -163,11 +163,11 @@ class Meter:
             )
 
     def read(self) -> dict[str, float]:
-        """Means since the last reading, clips per second, and the share of time spent waiting.
+        """Read means since the last call, clips per second, and the share of time spent waiting.
 
-        Of several processes the waiting of the one that waits longest: the others wait for it. On a
-        GPU also the TFLOP/s of each, the share of the device's that this is (MFU), and the most
-        memory, in GB of 10^9 bytes, that tensors of any process had.
+        Waiting is that of the process that waits longest, since the others wait for it. On GPUs
+        there are also the mean TFLOP/s of a GPU, their share of the peak (MFU), and the peak memory
+        of tensors in any process, in GB of 10^9 bytes.
         """
         first_bad, *sums = torch.stack(
             [value.float() for value in (self._first_bad, *self._sums.values())]
@@ -200,20 +200,20 @@ class Meter:
 
 
 class Tracker(Protocol):
-    """Where metrics go beside ``metrics.jsonl``."""
+    """Where metrics are written in addition to ``metrics.jsonl``."""
 
     def write(self, kind: str, update: int, values: Mapping[str, float]) -> None:
         """Take the values of one line."""
 
     def flush(self) -> None:
-        """Make sure that what was written so far outlives the process."""
+        """Make sure that everything written so far survives the process."""
 
     def close(self) -> None:
-        """Write what was not written yet."""
+        """Write what is not written yet, and end."""
 
 
 class TensorBoard:
-    """Metrics as TensorBoard reads them."""
+    """A tracker that writes metrics for TensorBoard."""
 
     def __init__(self, folder: Path, first_update: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -227,8 +227,8 @@ class TensorBoard:
 
 
 TRACKERS: dict[str, Callable[[Path, int], Tracker]] = {"tensorboard": TensorBoard}
-"""Trackers by the key in ``logging`` that turns them on. Each is given a folder of the run, and the
-number of updates that were made. An entry, and a field of ``LoggingConfig``, add a tracker."""
+"""Trackers by the key in ``logging`` that turns them on. Each gets a folder of the run, and the
+number of updates made so far. A new tracker is an entry here and a field of ``LoggingConfig``."""
 
 
 class MetricsLog:
@@ -237,9 +237,9 @@ class MetricsLog:
     def __init__(
         self, run_dir: Path, how: LoggingConfig, *, first_update: int, writes: bool = True
     ) -> None:
-        """Go on before ``first_update``; what an interrupted run wrote beyond it is dropped.
+        """Continue at ``first_update``; lines of an interrupted run beyond it are dropped.
 
-        ``writes``: of several processes that measure the same, one writes it down.
+        ``writes``: whether this process writes; of several that measure the same, one does.
         """
         self._path = run_dir / "metrics.jsonl"
         self._writes = writes
@@ -257,7 +257,7 @@ class MetricsLog:
             ]
 
     def write(self, kind: str, update: int, epoch: float, values: dict[str, float]) -> None:
-        """Add one line. ``update`` counts the updates that were made."""
+        """Add one line. ``update`` is the number of updates made so far."""
         if not self._writes:
             return
         line = {"kind": kind, "update": update, "epoch": round(epoch, 4), **values}
@@ -268,21 +268,21 @@ class MetricsLog:
 
 
 class WaitingWarning:
-    """Warns once, with the remedy, that a run mostly waits for its data: three lines in a row."""
+    """Warns once, with a remedy, if a run waits for data in three lines of metrics in a row."""
 
     def __init__(self, config: Path) -> None:
         self._config = config
-        self._in_a_row = -1  # without the first line of a run, when workers start
+        self._in_a_row = -1  # the first line of a run does not count: workers start
 
     def look(self, data_wait: float) -> None:
-        """Note the share of time that went into waiting since the last line."""
-        waits = data_wait > 0.3 or not 0 <= self._in_a_row < 3  # after 3 it counts on, in silence
+        """Note the share of time spent waiting since the last line."""
+        waits = data_wait > 0.3 or not 0 <= self._in_a_row < 3  # beyond 3 it counts silently
         self._in_a_row = self._in_a_row + 1 if waits else 0
         if self._in_a_row == 3:
             log.warning(
-                "%.0f%% of the time goes into waiting for data. What holds it up, and how many "
-                "data.workers would do: python tools/bench.py loader %s. Often it is decoding: "
-                "tools/transcode.py makes videos small and quick to seek in",
+                "%.0f%% of the time goes into waiting for data. To see why, and how many "
+                "data.workers would suffice: python tools/bench.py loader %s. If it is decoding, "
+                "tools/transcode.py makes videos small and fast to read",
                 100 * data_wait,
                 self._config,
             )

@@ -226,7 +226,7 @@ def test_a_value_that_cannot_be_run_is_named_with_its_rule(override, words):
 )
 def test_a_teacher_that_does_more_or_less_than_scoring_sees_all(override, words):
     overrides = ["masking.strategy=random", override, "mining.teacher_sees=checkerboard"]
-    with pytest.raises(ConfigError, match=f"{words} of it; take mining.teacher_sees=all"):
+    with pytest.raises(ConfigError, match=f"{words} from it; take mining.teacher_sees=all"):
         load_config(PretrainConfig, DEMO, overrides)
     load_config(PretrainConfig, DEMO, [*overrides[:2], "mining.decoded_share=0.5"])
 

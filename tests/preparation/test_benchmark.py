@@ -399,4 +399,4 @@ def test_the_tool_tells_rates_a_recommendation_and_whether_gpus_starve(
 def test_a_decoder_that_is_not_there_is_refused(config_file, bench):
     code, output = bench("loader", config_file, "--decoders", "ffmpeg")
     assert code == 2
-    assert "--decoders: 'ffmpeg' is not there, of those that work: " in output
+    assert "--decoders: 'ffmpeg' is not one of those that work: " in output

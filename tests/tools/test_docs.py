@@ -46,7 +46,7 @@ def test_the_pages_have_commands():
 
 @pytest.mark.parametrize("words", starts(), ids=" ".join)
 def test_a_start_with_a_config_can_be_made(words):
-    config = load_any_config(ROOT / words[1], [word for word in words[2:] if word != "--dry-run"])
+    config = load_any_config(ROOT / words[1], [word for word in words[2:] if word[:2] != "--"])
     start = Path(config.init_weights or "")
     source = ROOT / "configs" / "pretrain" / f"{start.parts[1]}.yaml" if start.parts[1:] else ROOT
     if isinstance(config, FinetuneConfig) and source.is_file():

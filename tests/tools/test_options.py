@@ -131,6 +131,7 @@ def test_plurals_are_made_by_one_function():
     found = {path: own.findall(path.read_text()) for path in sources if path.stem != "wording"}
     assert {path: words for path, words in found.items() if words} == {}
     assert [counted(n, "class") for n in (0, 1, 2)] == ["0 classes", "1 class", "2 classes"]
+    assert [counted(2, noun) for noun in ("batch", "epoch")] == ["2 batches", "2 epochs"]
 
 
 def test_there_are_programs():

@@ -1,4 +1,4 @@
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -217,8 +217,6 @@ def test_the_largest_update_is_simulated_with_no_memory_of_its_size():
         parameters = sum(p.numel() for p in build_student(config).parameters())
     # What does not depend on the clips: weights in bfloat16, which autocast keeps.
     assert activations.fixed == pytest.approx(2 * parameters, rel=0.05)
-    saved = replace(config, model=replace(config.model, checkpoint_activations=True))
-    assert simulate_update(update_of(saved, 8, "bf16")).activations < 0.5 * activations.of(8)
 
 
 GROWTH = """
