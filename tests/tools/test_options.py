@@ -1,5 +1,6 @@
 """Command lines of all programs: what they say of themselves, and that they say it soon."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -131,6 +132,16 @@ def test_plurals_are_made_by_one_function():
     found = {path: own.findall(path.read_text()) for path in sources if path.stem != "wording"}
     assert {path: words for path, words in found.items() if words} == {}
     assert [counted(n, "class") for n in (0, 1, 2)] == ["0 classes", "1 class", "2 classes"]
+
+
+def test_the_doctor_lists_what_is_there_where_torch_is_not(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    doctor = importlib.import_module("doctor")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert doctor.main([]) == 2
+    shown = capsys.readouterr().out
+    assert re.search(r"^  einops +\d", shown, re.MULTILINE)
+    assert "error: import of torch" in shown
 
 
 def test_there_are_programs():
