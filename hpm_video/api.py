@@ -222,8 +222,8 @@ class Model:
 
     def _difficulty(self, pixels: Tensor) -> Tensor:
         """What the teacher sees of clips is what it saw in pre-training: -> (B, N)"""
-        teacher = self._teacher
-        return teacher.difficulty(pixels, self.trained.config.mining.teacher_sees)
+        config = self._need(TrainedAutoencoder, "difficulty").config
+        return self._teacher.difficulty(pixels, config.mining.teacher_sees)
 
     def _clips(self, given: Clips, layout: Layout | None) -> Tensor:
         """-> (B, C, T, H, W) uint8"""
