@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hpm_video import __main__ as commands
 from hpm_video.files.wording import counted
 
 ROOT = Path(__file__).parents[2]
@@ -142,6 +143,13 @@ def test_the_doctor_lists_what_is_there_where_torch_is_not(monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert re.search(r"^  einops +\d", shown, re.MULTILINE)
     assert "error: import of torch" in shown
+
+
+def test_a_command_that_is_not_there_is_a_wrong_input(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hpm-video", "pretrian"])
+    with pytest.raises(SystemExit, match="2"):
+        commands.main()
+    assert capsys.readouterr().err.startswith("error: there is no command pretrian")
 
 
 def test_there_are_programs():
