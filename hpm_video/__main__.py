@@ -31,7 +31,8 @@ def main() -> None:
         print("\n".join(["usage: hpm-video COMMAND ... (COMMAND --help says more)", "", *rows]))  # noqa: T201
         return
     if name.replace("_", "-") not in programs:
-        sys.exit(f"error: there is no command {name}; hpm-video --help lists them")
+        sys.stderr.write(f"error: there is no command {name}; hpm-video --help lists them\n")
+        sys.exit(2)
     sys.argv = [f"hpm-video {name}", *rest]
     sys.path.insert(0, str(PROGRAMS))
     sys.exit(import_module(name.replace("-", "_")).main())

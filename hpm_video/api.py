@@ -4,7 +4,7 @@ Clips are numpy arrays or torch tensors with the axes T H W C or C T H W, with B
 batch. They hold uint8 from 0 to 255 or floats from 0 to 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -22,6 +22,7 @@ from hpm_video.data.manifest import NOT_STATED, UNLABELLED, Manifest
 from hpm_video.data.reading import Views
 from hpm_video.data.transforms import view_crops
 from hpm_video.files.weights import CheckpointError
+from hpm_video.files.wording import counted
 from hpm_video.mining.objective import HardPatchesMining
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.from_config import build_classifier, build_student
@@ -39,12 +40,13 @@ from hpm_video.runs.finetuning import finetune
 from hpm_video.runs.pretraining import build_objective as objective_of
 from hpm_video.runs.pretraining import build_target, pretrain
 from hpm_video.tokens.grid import TokenGrid
-from hpm_video.training.device import Precision, choose_device, inference_precision
+from hpm_video.training.device import AUTOCAST, Precision, choose_device, inference_precision
 from hpm_video.training.distributed import Processes
 from hpm_video.training.ema import make_ema
 
 Config = PretrainConfig | FinetuneConfig
 Clips = NDArray[Any] | Tensor
+Files = str | Path | Iterable[str | Path]
 Layout = Literal["THWC", "CTHW"]
 
 
@@ -112,7 +114,7 @@ class Model:
         Raises:
             CheckpointError: the model has no teacher with a loss predictor.
         """
-        scores = self._teacher.difficulty(self._clips(clips, layout))
+        scores = self._difficulty(self._clips(clips, layout))
         return scores.unflatten(1, self.grid.shape)
 
     def mask(
@@ -138,33 +140,34 @@ class Model:
         if not 0 <= fraction <= 1:
             raise ValueError(f"hard_fraction must lie in [0, 1], got {hard_fraction}")
         pixels, num_picked = self._clips(clips, layout), int(rule.num_masked * fraction)
-        difficulty = self._teacher.difficulty(pixels) if num_picked else None
+        difficulty = self._difficulty(pixels) if num_picked else None
         keys = torch.tensor([key_of("mask", seed, place) for place in range(len(pixels))])
         priority = uniform(keys.to(self.device), rule.num_units, "mask")
         return rule.draw(difficulty, priority, num_picked).masked.unflatten(1, self.grid.shape)
 
     def features_of(
         self,
-        files: Sequence[str | Path],
+        files: Files,
         *,
         clips: int = 1,
         crops: int = 1,
         decoder: DecoderChoice = "auto",
         workers: int = 0,
     ) -> NDArray[np.float64]:
-        """Compute features of video files, averaged over their views: -> (files, D)
+        """Compute features of one or several video files, averaged over views: -> (files, D)
 
         Of each file, ``clips`` in time times ``crops`` in space are read as in validation.
 
         Raises:
             BadFilesError: files do not decode; the message names all of them.
+            ValueError: there are no files.
         """
         reading = Reading(decoder, workers)
         return self._over(self._inference.pooled, files, Views(clips, crops), reading)
 
     def probabilities_of(
         self,
-        files: Sequence[str | Path],
+        files: Files,
         *,
         clips: int | None = None,
         crops: int | None = None,
@@ -177,6 +180,7 @@ class Model:
 
         Raises:
             BadFilesError: files do not decode; the message names all of them.
+            ValueError: there are no files.
             CheckpointError: the model is not a classifier.
         """
         test = self._need(TrainedClassifier, "probabilities").config.test
@@ -185,10 +189,12 @@ class Model:
         return self._over(self._inference.probabilities, files, views, reading)
 
     def _over(
-        self, values: Any, files: Sequence[str | Path], views: Views, reading: Reading
+        self, values: Any, files: Files, views: Views, reading: Reading
     ) -> NDArray[np.float64]:
-        count = len(files)
-        manifest = Manifest(tuple(map(str, files)), (UNLABELLED,) * count, (NOT_STATED,) * count)
+        paths = (str(files),) if isinstance(files, str | Path) else tuple(map(str, files))
+        if not (count := len(paths)):
+            raise ValueError("no files are given; a pattern may have found none")
+        manifest = Manifest(paths, (UNLABELLED,) * count, (NOT_STATED,) * count)
         clips = reading.clips(manifest, self.trained.data, views)
         return over_videos(values, clips, reading, Processes())
 
@@ -205,8 +211,19 @@ class Model:
         config = self._need(TrainedAutoencoder, "difficulty").config
         if config.mining.predictor == "none":
             raise CheckpointError(f"{self.trained.path} was trained without a loss predictor")
-        teacher = open_trained(self.trained.path, TrainedAutoencoder, "teacher").build()
+        try:
+            teacher = open_trained(self.trained.path, TrainedAutoencoder, "teacher").build()
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"the teacher says what is hard, and {self.trained.path} has none that can be "
+                f"used; load the checkpoint folder of a run ({error})"
+            ) from error
         return Inference(teacher.to(self.device), self.trained.data, self.device, self.precision)
+
+    def _difficulty(self, pixels: Tensor) -> Tensor:
+        """What the teacher sees of clips is what it saw in pre-training: -> (B, N)"""
+        config = self._need(TrainedAutoencoder, "difficulty").config
+        return self._teacher.difficulty(pixels, config.mining.teacher_sees)
 
     def _clips(self, given: Clips, layout: Layout | None) -> Tensor:
         """-> (B, C, T, H, W) uint8"""
@@ -214,8 +231,9 @@ class Model:
         pixels = to_pixels(given, channels, layout)
         if pixels.shape[2] != data.num_frames:
             raise ValueError(
-                f"this model takes clips of {data.num_frames} frames, got {pixels.shape[2]}; "
-                f"give as many, or give the file to features_of or probabilities_of"
+                f"this model takes clips of {counted(data.num_frames, 'frame')}, got "
+                f"{pixels.shape[2]}; "
+                f"choose so many, or give the file to features_of or probabilities_of"
             )
         if tuple(pixels.shape[3:]) == tuple(data.frame_size):
             return pixels
@@ -230,10 +248,14 @@ def to_pixels(given: Clips, channels: int, layout: Layout | None = None) -> Tens
         ValueError: the layout is ambiguous, the channels do not fit, or floats exceed [0, 1].
         TypeError: the values are neither uint8 nor floats.
     """
-    pixels = torch.as_tensor(given)
+    # Copied, for torch takes neither reversed axes (BGR to RGB) nor what cannot be written to.
+    pixels = given if isinstance(given, Tensor) else torch.from_numpy(np.array(given))
     pixels = pixels[None] if pixels.ndim == 4 else pixels
     if pixels.ndim != 5:
-        raise ValueError(f"a clip has 4 axes and a batch has 5, got {tuple(pixels.shape)}")
+        raise ValueError(
+            f"clips have 4 axes, or 5 of a batch, got {tuple(pixels.shape)}; an image is a clip "
+            f"of one frame: image[None]"
+        )
     fits = {"CTHW": pixels.shape[1] == channels, "THWC": pixels.shape[4] == channels}
     found = [name for name, fit in fits.items() if fit and layout in (None, name)]
     if len(found) != 1:
@@ -281,6 +303,8 @@ def load(
     path = Path(source).expanduser()
     if not path.exists() and str(source).count("/") == 1 and not str(source).startswith((".", "~")):
         path = _download(str(source))
+    if precision not in ("auto", *AUTOCAST):
+        raise ConfigError(f"precision must be auto, fp32 or bf16, got {precision!r}")
     place = choose_device(device)
     chosen = inference_precision(place) if precision == "auto" else precision
     return Model(open_trained(path, TrainedModel, weights), place, chosen)
@@ -297,7 +321,7 @@ def _download(name: str) -> Path:
         ) from error
     try:
         return Path(snapshot_download(name))
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError, ValueError) as error:  # ValueError: it is no name there
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"there is no {name} here, nor on the Hub ({reason})") from error
 

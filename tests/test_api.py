@@ -10,14 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 import hpm_video
 from hpm_video.api import to_pixels
 from hpm_video.config.checks import ConfigError
+from hpm_video.config.loading import save_config
+from hpm_video.data.batch import ClipBatch
 from hpm_video.decoding.registry import open_video
 from hpm_video.files.weights import CheckpointError
 
 ROOT = Path(__file__).parents[1]
+PARTS = ("encoder", "decoder")
 CLIP = np.random.default_rng(0).integers(0, 256, (4, 6, 8, 3), dtype=np.uint8)
 
 
@@ -39,6 +44,14 @@ def test_pixels_are_the_same_in_every_form(given):
     assert torch.equal(to_pixels(first, 3), expected)
 
 
+def test_arrays_that_torch_refuses_are_copied():
+    read_only = CLIP.copy()
+    read_only.setflags(write=False)
+    assert torch.equal(to_pixels(read_only, 3), to_pixels(CLIP, 3))
+    assert torch.equal(to_pixels(CLIP[..., ::-1], 3), to_pixels(CLIP, 3).flip(1))
+    assert torch.equal(to_pixels([*CLIP], 3), to_pixels(CLIP, 3))
+
+
 def test_a_layout_that_cannot_be_told_is_asked_for():
     square = np.zeros((3, 6, 8, 3), np.uint8)
     with pytest.raises(ValueError, match="3 at both ends: name the axes"):
@@ -51,7 +64,7 @@ def test_a_layout_that_cannot_be_told_is_asked_for():
     ("given", "error", "message"),
     [
         (CLIP[..., :2], ValueError, "do not have 3 channels"),
-        (CLIP[0], ValueError, "4 axes and a batch has 5"),
+        (CLIP[0], ValueError, r"4 axes, or 5 of a batch, got \(6, 8, 3\); an image is a clip of"),
         (CLIP.astype(np.int64), TypeError, "uint8 or floats, got torch.int64"),
         (CLIP / 2, ValueError, r"lie in \[0, 1\], got 0 to 127.5"),
         (np.full(CLIP.shape, np.nan), ValueError, "got nan"),
@@ -70,6 +83,73 @@ def test_configs_are_found_by_name():
         hpm_video.load_config("demo")
     with pytest.raises(ConfigError, match="there is no config file nothing"):
         hpm_video.load_config("nothing")
+
+
+@pytest.fixture
+def untrained(tmp_path):
+    """Make a checkpoint with random weights of a tiny model, and load it."""
+
+    def make(*overrides, teacher=True):
+        sizes = [f"model.{part}={{dim: 16, depth: 1, num_heads: 2}}" for part in PARTS]
+        config = hpm_video.load_config("pretrain/demo", *sizes, *overrides)
+        folder = tmp_path / "checkpoint"
+        folder.mkdir()
+        save_config(config, folder / "config.yaml")
+        (folder / "state.json").write_text('{"update": 0}')
+        weights = hpm_video.build_model(config).state_dict()
+        for name in ("model", "teacher")[: 1 + teacher]:
+            save_file(weights, folder / f"{name}.safetensors")
+        return hpm_video.load(folder, device="cpu")
+
+    return make
+
+
+def clips_of(model):
+    size = (model.config.data.num_frames, *model.config.data.frame_size, 3)
+    return np.random.default_rng(0).integers(0, 256, (2, *size), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("view", ["all", "checkerboard"])
+def test_a_teacher_sees_of_clips_what_it_saw_in_training(untrained, view):
+    model = untrained(f"mining.teacher_sees={view}")
+    clips = clips_of(model)
+    teacher = hpm_video.load(model.trained.path, "teacher", device="cpu").trained.build()
+    objective = hpm_video.build_objective(model.config, teacher)
+    batch = ClipBatch(to_pixels(clips, 3), torch.zeros(2), torch.zeros(2), ("",) * 2, ())
+    expected = objective.difficulty(batch).unflatten(1, model.grid.shape)
+    assert torch.allclose(model.difficulty(clips), expected, atol=1e-6)
+
+
+def test_without_a_teacher_nothing_is_hard(untrained):
+    model = untrained(teacher=False)
+    clips = clips_of(model)
+    with pytest.raises(CheckpointError, match=r"the teacher says what is hard, and .* has none"):
+        model.difficulty(clips)
+    assert model.mask(clips, hard_fraction=0).shape == (2, *model.grid.shape)
+
+
+def test_files_are_one_or_several_of_any_kind(untrained, tmp_path):
+    model, file = untrained("data.num_frames=1", "model.patch_size=[1,8,8]"), tmp_path / "image.png"
+    Image.fromarray(clips_of(model)[0, 0]).save(file)
+    found = model.features_of([file])
+    for given in (file, str(file), tmp_path.glob("*.png")):
+        assert np.array_equal(model.features_of(given), found)
+    with pytest.raises(ValueError, match="no files are given"):
+        model.features_of(tmp_path.glob("*.mp4"))
+    with pytest.raises(ValueError, match="takes clips of 1 frame, got 2;"):
+        model.features(clips_of(model)[:, 0])
+
+
+def test_what_cannot_be_loaded(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="precision must be auto, fp32 or bf16, got 'fp16'"):
+        hpm_video.load(tmp_path, precision="fp16")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="wait for its first checkpoint"):
+        hpm_video.load(tmp_path / "run")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("my runs/demo", "/nothing"):
+        with pytest.raises(CheckpointError, match=f"there is no {name} here"):
+            hpm_video.load(name)
 
 
 @pytest.fixture(scope="module")

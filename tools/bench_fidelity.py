@@ -63,6 +63,13 @@ def fidelity(arguments: argparse.Namespace) -> Iterator[tuple[str, list[dict[str
             f"so its teacher picks nothing; give a checkpoint of HPM"
         )
     costs = load_config(PretrainConfig, arguments.costs, []) if arguments.costs else config
+    for path, one in (arguments.checkpoint, config), (arguments.costs, costs):
+        if one.mining.target == "ema" or one.mining.predictor == "none":
+            raise ConfigError(
+                f"{path} has mining.target={one.mining.target} and predictor="
+                f"{one.mining.predictor}, so its teacher has to see all tokens, or there is none: "
+                f"no lever can be compared"
+            )
     reading = Reading.of(config.data)
     manifest = read_manifest(arguments.data, arguments.root).spread(arguments.clips)
     clips = reading.clips(manifest, config.data)

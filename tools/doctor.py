@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import hpm_video
-from hpm_video.runs.console import exit_codes, make_parser, run
 
 OPTIONAL = {"deepspeed": "ZeRO on several GPUs", "decord": "another decoder"}
 """Optional extras of the package, and their purpose."""
@@ -20,10 +19,17 @@ OPTIONAL = {"deepspeed": "ZeRO on several GPUs", "decord": "another decoder"}
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Print the report. -> the exit code"""
-    codes = exit_codes("nothing is missing", "something that every run needs is missing")
-    make_parser(__doc__, codes).parse_args(command_line)
     missing: list[str] = []
-    return run(lambda: missing.extend(report())) or (2 if missing else 0)
+    try:
+        from hpm_video.runs.console import exit_codes, make_parser, run
+
+        codes = exit_codes("nothing is missing", "something that every run needs is missing")
+        make_parser(__doc__, codes).parse_args(command_line)
+        return run(lambda: missing.extend(report())) or (2 if missing else 0)
+    except ImportError as error:
+        report_libraries()
+        print(f"\nerror: {error}; install what is missing, then this says more")
+        return 2
 
 
 def report() -> list[str]:

@@ -68,8 +68,9 @@ class MiningConfig:
     ``quarter``: every second token of every second row, other rows in the next time step;
     ``every_second_step``, ``every_fourth_step``: all tokens of these time steps."""
     decoded_share: float = 1.0
-    """Share of the hidden tokens that the student predicts, drawn anew for each clip. The losses of
-    reconstruction and ranking are then unbiased estimates of those over all hidden tokens."""
+    """Share of the hidden tokens that the student predicts, two at least, drawn anew for each clip.
+    The losses of reconstruction and ranking are then unbiased estimates of those over all of them.
+    """
 
     def __post_init__(self) -> None:
         check("mining", self, CHANCE, "first_momentum", "last_momentum")

@@ -23,7 +23,7 @@ from hpm_video.data.reading import ClipReader, Request, Views
 from hpm_video.decoding.reader import DecodeError
 from hpm_video.decoding.registry import open_video
 from hpm_video.files.failures import Failure
-from hpm_video.workers.pool import USUAL, Answer, Limits, Pool
+from hpm_video.workers.pool import NAME, USUAL, Answer, Limits, Pool
 from hpm_video.workers.room import check_room
 
 JOB_BYTES = 2**20
@@ -251,7 +251,8 @@ class PartReader:
 
 
 def end_workers() -> None:
-    """Kill the processes that are still there: one may hang in native code for ever."""
+    """Kill the processes of pools that are still there: one may hang in native code for ever."""
     for child in multiprocessing.active_children():
-        child.kill()
-        child.join(timeout=2)
+        if child.name == NAME:
+            child.kill()
+            child.join(timeout=2)

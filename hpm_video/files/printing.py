@@ -51,7 +51,10 @@ class Console:
 
 @contextmanager
 def console() -> Iterator[None]:
-    """Print through a :class:`Console`."""
+    """Print through a :class:`Console`; where a stream was closed before the start, nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123 - until the end
     stream: Any = Console(sys.stdout)
     with redirect_stdout(stream):
         yield

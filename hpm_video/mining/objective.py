@@ -179,9 +179,10 @@ class TeacherOutput(NamedTuple):
 
 
 def thin(mask: TokenMask, keys: Tensor, share: float, purpose: str) -> TokenMask:
-    """Leave a share of the hidden tokens to be predicted, at least one."""
-    count = math.ceil(share * mask.masked_ids.shape[1])
-    if count == mask.masked_ids.shape[1]:
+    """Leave a share of the hidden tokens to be predicted, at least two: one has no order."""
+    hidden = mask.masked_ids.shape[1]
+    count = min(max(math.ceil(share * hidden), 2), hidden)
+    if count == hidden:
         return mask
     return mask.thinned(uniform(keys, mask.masked.shape[1], purpose), count)
 

@@ -27,6 +27,7 @@ from hpm_video.models.encoder import ClipEncoder
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.recognition.trained_model import TrainedClassifier, TrainedModel
 from hpm_video.tokens.pixels import normalise
+from hpm_video.tokens.views import View, mask_of_view, standardise_by_view
 from hpm_video.training.device import AUTOCAST, Precision
 from hpm_video.training.distributed import Processes
 from hpm_video.workers.pool import GIB, USUAL, Limits
@@ -237,13 +238,16 @@ class Inference:
                 hooks.callback(hook.remove)
             return self._in_passes(stacked, clips).unbind(1)
 
-    def difficulty(self, clips: Tensor) -> Tensor:
-        """The scores of a teacher with a loss predictor: -> (B, N) float32"""
+    def difficulty(self, clips: Tensor, view: View = "all") -> Tensor:
+        """The scores of a teacher with a loss predictor that sees a view: -> (B, N) float32"""
         teacher = self.model
         assert isinstance(teacher, MaskedAutoencoder)
 
         def scores(part: Tensor) -> Tensor:
-            return teacher.score(teacher.encode(part), teacher.grid_of(part))
+            grid = teacher.grid_of(part)
+            seen = mask_of_view(view, grid, part.device)
+            found = teacher.score(teacher.encode(part, mask=seen), grid, seen).float()
+            return found if seen is None else standardise_by_view(found, seen)
 
         return self._in_passes(scores, clips)
 

@@ -221,6 +221,11 @@ def open_trained(
     if (last := path / "checkpoints" / "last").is_dir():
         log.info("%s is the directory of a run: its last checkpoint is taken, %s", path, last)
         path = last
+    elif (path / "checkpoints").is_dir():
+        raise CheckpointError(
+            f"{path} is the directory of a run without checkpoints/last; wait for its first "
+            f"checkpoint, or give the folder of one"
+        )
     with as_folder(path) as folder:
         config = load_any_config(folder / "config.yaml", overrides)
         kind = TrainedAutoencoder if isinstance(config, PretrainConfig) else TrainedClassifier

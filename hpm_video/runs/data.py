@@ -84,7 +84,7 @@ def open_data(config: RunConfig) -> RunData:
 
 def planned_data(config: RunConfig, files: int) -> RunData:
     """What :func:`open_data` returns, of so many training files that need not be there yet."""
-    classes = isinstance(config, FinetuneConfig) and config.model.num_classes or 1
+    classes = (isinstance(config, FinetuneConfig) and config.model.num_classes) or 2
     labels = tuple(i % classes for i in range(files))
     unknown = Manifest(("",) * files, labels, (NOT_STATED,) * files)
     sources = dict.fromkeys(config.sources, SourceData(unknown, None))

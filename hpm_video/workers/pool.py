@@ -46,6 +46,8 @@ REAPING = 30
 """Seconds until the exit code of a process is known: the server that forked it looks first."""
 TICK = 0.25
 """Seconds between two looks at the clock."""
+NAME = "hpm_video decoding"
+"""Name of the processes of pools, by which they are told from those of the program around."""
 GIB = 2**30
 
 
@@ -217,7 +219,7 @@ class _Worker:
             self.connection, theirs = self.context.Pipe()
             watched, self._life = self.context.Pipe(duplex=False)
             given = theirs, watched, self._shared, self.result_bytes, self.work, self.limits.memory
-            process = self.context.Process(target=serve, args=given, daemon=True)
+            process = self.context.Process(target=serve, args=given, daemon=True, name=NAME)
             with _no_script():
                 process.start()
         except OSError as error:

@@ -15,7 +15,7 @@ from tiny_runs import alive
 
 from hpm_video.config.data import DataConfig
 from hpm_video.data.clips import ValidationClips, VideoClips
-from hpm_video.data.loader import clip_batches
+from hpm_video.data.loader import clip_batches, end_workers
 from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.data.mixture import Place
 from hpm_video.data.reading import Views
@@ -24,7 +24,7 @@ from hpm_video.decoding.reader import DecodeError
 from hpm_video.decoding.registry import available_decoders
 from hpm_video.files.failures import BadFiles, Failure, TooManyBadFiles
 from hpm_video.workers import room
-from hpm_video.workers.pool import GIB, Limits
+from hpm_video.workers.pool import GIB, NAME, Limits
 from hpm_video.workers.room import RoomError
 
 pytestmark = pytest.mark.slow
@@ -325,6 +325,25 @@ def test_what_is_read_ahead_must_fit(folder, monkeypatch):
     monkeypatch.setattr(room, "memory_left", lambda: 2**20)
     with pytest.raises(RoomError, match=r"need \d+ MiB of memory .* and 1 MiB are left"):
         clip_batches(clips, places(range(1000)), **options)
+
+
+def test_processes_of_the_program_around_a_run_live_on(monkeypatch):
+    ended = []
+
+    class Child:
+        def __init__(self, name):
+            self.name = name
+
+        def kill(self):
+            ended.append(self.name)
+
+        def join(self, timeout):
+            pass
+
+    children = [Child("Process-1"), Child(NAME)]
+    monkeypatch.setattr("multiprocessing.active_children", lambda: children)
+    end_workers()
+    assert ended == [NAME]
 
 
 RUN = """

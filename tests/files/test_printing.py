@@ -7,6 +7,7 @@ import pytest
 from hpm_video.files.errors import ExpectedError
 from hpm_video.files.printing import harmless, printable
 from hpm_video.runs.console import run
+from hpm_video.workers.progress_bar import ProgressBar
 
 HOSTILE = "a\x1b[2J\x9b1m\r\u202eb\udcff"
 ESCAPED = "a\\x1b[2J\\x9b1m\\r\\u202eb\\udcff"
@@ -34,6 +35,21 @@ def test_output_logs_and_errors_escape(capsys, monkeypatch):
     assert captured.out == f"{ESCAPED}\n{ESCAPED}\n"
     assert captured.err == f"\nerror: {ESCAPED}\n"
     assert isinstance(sys.stdout, io.TextIOBase)
+
+
+def test_streams_that_were_closed_before_the_start_take_everything(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)  # as python has it after >&-
+    monkeypatch.setattr(logging.getLogger("hpm_video"), "propagate", False)
+
+    def command():
+        sys.stdout.write("nobody\n")
+        ProgressBar(2, "things").advance()
+        raise ExpectedError("nobody")
+
+    assert run(command) == 2
+    for name in ("stdout", "stderr"):
+        getattr(sys, name).close()
 
 
 @pytest.mark.parametrize("cell", ["=1", "+1", "-1", "@a", " =1", "\t=1"])

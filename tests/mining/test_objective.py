@@ -205,6 +205,15 @@ def test_losses_of_a_share_of_the_hidden_tokens_are_unbiased(share):
         assert (part - full).mean().abs() < 4 * error
 
 
+@pytest.mark.parametrize("predictor", ["relative", "absolute"])
+def test_however_small_the_share_two_tokens_are_compared(predictor):
+    student, objective, _ = make(predictor=predictor, decoded_share=0.001)
+    losses = objective.losses(student, random_batch((4, 32, 32)), FIRST)
+    losses.total.backward()
+    assert losses.parts["prediction"] > 0
+    assert student.patch_embed.proj.weight.grad.isfinite().all()
+
+
 def test_masks_depend_on_the_keys_of_the_clips_alone():
     _, objective, engine = make()
     batch = random_batch((4, 32, 32))

@@ -524,7 +524,7 @@ def test_the_tool_draws_an_image_as_its_source_is_masked(
         (["--hard-fraction", "2"], "--hard-fraction must lie in [0, 1]"),
     ],
 )
-def test_the_tool_sayswhat_is_wrong_with_an_option(
+def test_the_tool_says_what_is_wrong_with_an_option(
     show_masks: ModuleType,
     checkpoint: Path,
     video: Path,
@@ -541,7 +541,7 @@ def test_the_tool_sayswhat_is_wrong_with_an_option(
     assert message in capsys.readouterr().err
 
 
-def test_the_tool_sayswhat_is_wrong_with_a_file(
+def test_the_tool_says_what_is_wrong_with_a_file(
     show_masks: ModuleType, checkpoint: Path, video: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def error_of(*arguments: Path) -> str:

@@ -190,6 +190,13 @@ def test_a_dry_run_goes_without_lists_and_tells_the_hours(capsys):
     assert "640 files to train on" in output
 
 
+def test_a_dry_run_goes_without_lists_where_only_these_have_the_classes(capsys):
+    config = CONFIGS / "finetune" / "demo.yaml"
+    code, output = dry_run(capsys, "finetune", config, "data.train=none.csv", "--files", 30)
+    assert code == 0, output
+    assert "30 files to train on (none.csv)" in output
+
+
 def test_a_dry_run_of_zero_shows_what_is_spread(manifest, capsys):
     config = CONFIGS / "pretrain" / "k400_hpm_s.yaml"
     overrides = [WIDE, SHALLOW, f"data.train={manifest}", "data.validation=null"]

@@ -1,5 +1,6 @@
 """Command lines of all programs: what they say of themselves, and that they say it soon."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hpm_video import __main__ as commands
 from hpm_video.files.wording import counted
 
 ROOT = Path(__file__).parents[2]
@@ -132,6 +134,23 @@ def test_plurals_are_made_by_one_function():
     assert {path: words for path, words in found.items() if words} == {}
     assert [counted(n, "class") for n in (0, 1, 2)] == ["0 classes", "1 class", "2 classes"]
     assert [counted(2, noun) for noun in ("batch", "epoch")] == ["2 batches", "2 epochs"]
+
+
+def test_the_doctor_lists_what_is_there_where_torch_is_not(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    doctor = importlib.import_module("doctor")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert doctor.main([]) == 2
+    shown = capsys.readouterr().out
+    assert re.search(r"^  einops +\d", shown, re.MULTILINE)
+    assert "error: import of torch" in shown
+
+
+def test_a_command_that_is_not_there_is_a_wrong_input(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hpm-video", "pretrian"])
+    with pytest.raises(SystemExit, match="2"):
+        commands.main()
+    assert capsys.readouterr().err.startswith("error: there is no command pretrian")
 
 
 def test_there_are_programs():

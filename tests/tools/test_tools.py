@@ -150,6 +150,16 @@ def test_a_checkpoint_that_picks_nothing_has_no_levers(tool, finished_run, video
     assert "masking.strategy=random, so its teacher picks nothing" in error
 
 
+def test_costs_without_levers_are_refused_before_anything_is_measured(
+    tool, finished_run, videos, write_config
+):
+    costs = write_config("ema", **TINY, **HPM)
+    costs.write_text(costs.read_text().replace("mining: {", "mining: {target: ema, "))
+    options = ("--costs", costs, "--device", "cpu")
+    error = tool("bench", "fidelity", finished_run, videos / "validation", *options, code=2)
+    assert f"{costs} has mining.target=ema and predictor=relative" in error
+
+
 def test_decoding_is_timed_against_the_straightforward_way(tool, videos):
     video = next((videos / "train").iterdir())
     output = tool("bench", "decoding", video, "--repeats", 1, "--views", "1x1")
