@@ -184,7 +184,12 @@ def test_a_dry_run_goes_without_lists_and_tells_the_hours(capsys):
     assert "planned for a GPU in each process, whatever this machine has" in output
     assert "15,360 clips at 0.5 per second: 8.53 hours" in output
     code, output = dry_run(
-        capsys, "finetune", CONFIGS / "finetune" / "ssv2_s.yaml", *sizes, *options
+        capsys,
+        "finetune",
+        CONFIGS / "finetune" / "ssv2_s.yaml",
+        "init_weights=null",
+        *sizes,
+        *options,
     )
     assert code == 0, output
     assert "640 files to train on" in output
