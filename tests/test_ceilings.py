@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PHYSICAL_LINES = 26_412
-CODE_LINES = 18_618
+PHYSICAL_LINES = 26_410
+CODE_LINES = 18_616
 LINES = {
     ".": 85,
     "datasets": 1249,
@@ -27,12 +27,12 @@ LINES = {
     "hpm_video/preparation": 2661,
     "hpm_video/recognition": 1551,
     "hpm_video/runs": 2155,
-    "hpm_video/tokens": 473,
+    "hpm_video/tokens": 475,
     "hpm_video/training": 2821,
     "hpm_video/weights": 2226,
     "hpm_video/workers": 678,
     "tests": 1564,
-    "tools": 3410,
+    "tools": 3406,
 }
 """Physical lines of each folder; "." is the scripts at the root."""
 MODULES_AT_THE_ROOT = 4

@@ -52,10 +52,7 @@ from hpm_video.preparation.loader_advice import (
 from hpm_video.runs.console import above_zero, add_options, make_parser, positive, run
 from hpm_video.runs.finetuning import Finetuning
 from hpm_video.runs.pretraining import Pretraining
-from hpm_video.training.device import (
-    choose_device,
-    time_updates,
-)
+from hpm_video.training.device import choose_device, time_updates
 from hpm_video.training.memory import measure_update
 from hpm_video.workers.room import RoomError, usable_cores
 
@@ -93,7 +90,6 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     for measure in (update, gpu, loader, decoding, losses, fidelity):
         command = commands.add_parser(
             measure.__name__,
-            help=str(measure.__doc__).splitlines()[0],
             description=inspect.getdoc(measure),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

@@ -129,9 +129,9 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
             grid = teacher.grid_of(clips)
             seen = mask_of_view(self.teacher_sees, grid, clips.device)
             encoded = teacher.encode(clips, mask=seen)
-            scores = teacher.score(encoded, grid, seen).float() if difficulty else None
-            if scores is not None and seen is not None:
-                scores = standardise_by_view(scores, seen)
+            scores = None
+            if difficulty:
+                scores = standardise_by_view(teacher.score(encoded, grid, seen).float(), seen)
         return TeacherOutput(scores, teacher.of_clip(encoded) if self.target.of_teacher else None)
 
     def _features(self, batch: ClipBatch, output: "TeacherOutput") -> Tensor | None:

@@ -246,8 +246,8 @@ class Inference:
         def scores(part: Tensor) -> Tensor:
             grid = teacher.grid_of(part)
             seen = mask_of_view(view, grid, part.device)
-            found = teacher.score(teacher.encode(part, mask=seen), grid, seen).float()
-            return found if seen is None else standardise_by_view(found, seen)
+            found = teacher.score(teacher.encode(part, mask=seen), grid, seen)
+            return standardise_by_view(found.float(), seen)
 
         return self._in_passes(scores, clips)
 

@@ -31,12 +31,14 @@ def mask_of_view(view: View, grid: TokenGrid, device: torch.device | str) -> Tok
     return TokenMask.from_masked(hidden.unsqueeze(0), count)
 
 
-def standardise_by_view(scores: Tensor, mask: TokenMask) -> Tensor:
+def standardise_by_view(scores: Tensor, mask: TokenMask | None) -> Tensor:
     """Standardise the scores of a clip separately for seen and unseen tokens: (B, N) -> (B, N)
 
     A loss predictor learns to order hidden tokens. Its scores for seen tokens have another offset
     and spread; without this step most of the hardest tokens would be of one kind.
     """
+    if mask is None:
+        return scores
     kinds = torch.stack([~mask.masked, mask.masked]).to(scores.dtype)
     count = kinds.sum(dim=-1, keepdim=True).clamp(min=1)
     mean = (kinds * scores).sum(dim=-1, keepdim=True) / count
