@@ -14,12 +14,12 @@ from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.data.manifest import read_manifest
-from hpm_video.mining.fidelity import RANDOM, measure_levers
+from hpm_video.mining.fidelity import RANDOM, ROUNDED, measure_levers
 from hpm_video.recognition.inference import CLIPS_PER_PASS, Reading, find_failures
 from hpm_video.runs.console import add_options, positive
 from hpm_video.runs.pretraining import load_run
 from hpm_video.tokens.views import VIEWS
-from hpm_video.training.device import choose_device, inference_precision
+from hpm_video.training.device import choose_device
 from hpm_video.training.distributed import Processes
 from hpm_video.training.engine import Runner
 
@@ -27,11 +27,13 @@ SHARES = (0.75, 0.5, 0.25)
 LEVERS = (
     *((view, 1.0) for view in VIEWS),
     (RANDOM, 1.0),
+    *((name, name) for name in ROUNDED),
     *(("all", share) for share in SHARES),
     ("checkerboard", 0.5),
     ("quarter", 0.5),
 )
-"""What the teacher's encoder sees, and the share of hidden tokens that the student decodes."""
+"""What the teacher's encoder sees, and the share of hidden tokens that the student decodes; a name
+of :data:`ROUNDED` stands for both."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +78,7 @@ def fidelity(arguments: argparse.Namespace) -> Iterator[tuple[str, list[dict[str
     find_failures(clips, reading, Processes())
     with closing(reading.batches(clips, range(len(clips)), CLIPS_PER_PASS)) as read:
         batches = list(read)
-    runner = Runner(student, device, inference_precision(device))
+    runner = Runner(student, device, "fp32")
     found = [
         measure_levers(objective, runner, batches, SHARES, seed) for seed in range(arguments.seeds)
     ]
@@ -87,15 +89,16 @@ def fidelity(arguments: argparse.Namespace) -> Iterator[tuple[str, list[dict[str
 
     rows: list[dict[str, Any]] = []
     for view, share in LEVERS:
-        seen: Any = "all" if view == RANDOM else view
-        mining = replace(costs.mining, teacher_sees=seen, decoded_share=share)
+        seen: Any = view if view in VIEWS else "all"
+        decoded = share if isinstance(share, float) else 1.0
+        mining = replace(costs.mining, teacher_sees=seen, decoded_share=decoded)
         of_student, of_teacher = count(replace(costs, mining=mining))
         gmac = of_student + (0 if view == RANDOM else of_teacher)
         exact = rows[0]["GMAC"] if rows else gmac
         rows.append(
             {
                 "teacher sees": view,
-                "decoded share": share,
+                "decoded share": decoded,
                 "teacher ranking": spread(f"{view}/ranking"),
                 "overlap": spread(f"{view}/overlap"),
                 "student ranking": spread(f"{share}/student_ranking"),

@@ -86,6 +86,9 @@ class EngineConfig:
     """What ``torch.compile`` compiles: nothing (``off``), each transformer block, or all blocks of
     an encoder or decoder at once (``model``), which takes longer to start. ``auto``: blocks on a
     CUDA GPU unless weights are sharded, otherwise nothing."""
+    residual: Literal["fp32", "bf16"] = "fp32"
+    """Precision between the blocks of a transformer. ``bf16`` needs precision=bf16 or auto, and
+    changes nothing where auto takes fp32. Norms and losses are always computed in fp32."""
     micro_batch: int | None = None
     """Videos per forward pass of a process; by default on a GPU as many as fit, elsewhere all of
     its share. The batch must be a multiple of it times the number of processes."""
@@ -106,6 +109,11 @@ class EngineConfig:
                 f"engine.compile={self.compile} does not work with engine.zero_stage=3, in which "
                 f"blocks gather their weights while they run; take engine.compile=auto, or a lower "
                 f"stage"
+            )
+        if self.residual == "bf16" and self.precision == "fp32":
+            raise ConfigError(
+                "engine.residual=bf16 does not work with engine.precision=fp32; take "
+                "engine.precision=bf16, or leave engine.residual out"
             )
         needed = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
         if self.stage < needed:

@@ -59,11 +59,11 @@ class Block(nn.Module):
         attended = self.attn(self.norm1(tokens))
         if scales is not None:
             attended = attended * scales[:, 0, None, None]
-        tokens = tokens + attended
+        tokens = tokens + attended.type_as(tokens)
         passed = self.mlp(self.norm2(tokens))
         if scales is not None:
             passed = passed * scales[:, 1, None, None]
-        out: Tensor = tokens + passed
+        out: Tensor = tokens + passed.type_as(tokens)
         return out
 
 
@@ -88,6 +88,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(size) for _ in self.rates)  # alike: compiled only once
         self.norm = nn.LayerNorm(size.dim, eps=LAYER_NORM_EPS) if final_norm else nn.Identity()
         self.drop_path = drop_path
+        self.bf16_residual = False
         self.checkpoint_activations = checkpoint_activations
 
     def draws(self, keys: Tensor | None) -> Tensor | None:
@@ -98,6 +99,8 @@ class Transformer(nn.Module):
 
     def run_blocks(self, tokens: Tensor, draws: Tensor | None = None) -> Tensor:
         """All but the norm: (B, N, D), (B, 2 depth) draws or none to drop nothing -> (B, N, D)"""
+        if self.bf16_residual and torch.is_autocast_enabled(tokens.device.type):
+            tokens = tokens.bfloat16()
         for i, (block, rate) in enumerate(zip(self.blocks, self.rates, strict=True)):
             scales = None
             if draws is not None:

@@ -84,7 +84,7 @@ def trial_update(
         model = task.model()
     ema = None if task.ema is None else make_ema(model).to(device)
     model = model.to(device)
-    make_fast(compiled, model, ema)
+    make_fast(compiled, model, ema, residual=config.engine.residual)
     engine = TorchEngine(
         model,
         task.optimizer(model),

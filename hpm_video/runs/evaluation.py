@@ -47,7 +47,8 @@ def evaluate_run(
     trained = open_trained(checkpoint, TrainedClassifier, how.weights)
     device = choose_device(config.engine.device, processes.count)
     classifier = Inference.load(trained, device, precision)
-    make_fast(choose_compiling(config.engine, device), classifier.model)
+    engine = config.engine
+    make_fast(choose_compiling(engine, device), classifier.model, residual=engine.residual)
     what = {
         "checkpoint": str(run_dir / "checkpoints" / checkpoint.name),
         "chosen_as": how.checkpoint,

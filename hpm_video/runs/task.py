@@ -161,7 +161,7 @@ def make_engine(
     """
     how, optimizer = task.config.engine, task.optimizer(model)
     compiled = choose_compiling(how, device)
-    make_fast(compiled, model, ema)
+    make_fast(compiled, model, ema, residual=how.residual)
     common: dict[str, Any] = {
         "device": device,
         "clip_grad": task.config.recipe.clip_grad,

@@ -6,6 +6,7 @@ then. Checkpoints are the same with and without compiling.
 
 import logging
 import sys
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -64,10 +65,16 @@ def _compile_something(device: torch.device) -> None:
     block(torch.zeros(2, 2, 8, device=device)).sum().backward()
 
 
-def make_fast(mode: CompileMode, *parts: object) -> None:
-    """Compile blocks or stacks of blocks, and methods of objectives, in place."""
+def make_fast(mode: CompileMode, *parts: object, residual: str = "fp32") -> None:
+    """Compile blocks or stacks of blocks, and methods of objectives, in place.
+
+    ``residual``: as in :func:`set_residual`.
+    """
+    set_residual(residual, *parts)
     if mode == "off":
         return
+    # Products of fp32 matrices stay exact: they are few where autocast is on.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
     import torch._dynamo.config as dynamo  # it takes a second
 
     dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
@@ -81,6 +88,14 @@ def make_fast(mode: CompileMode, *parts: object) -> None:
         for name in OF_OBJECTIVES:
             if hasattr(part, name):
                 _compile_method(part, name)
+
+
+def set_residual(precision: str, *parts: object) -> None:
+    """Set what ``engine.residual`` says in every transformer of ``parts``."""
+    for part in parts:
+        for module in part.modules() if isinstance(part, nn.Module) else ():
+            if isinstance(module, Transformer):
+                module.bf16_residual = precision == "bf16"
 
 
 def _compile_method(owner: object, name: str) -> None:

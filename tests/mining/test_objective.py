@@ -275,7 +275,7 @@ def test_trivial_rankers_see_what_their_names_say():
 
 def test_levers_are_held_against_the_exact_method(monkeypatch):
     """A teacher that, unless it sees all, ranks in the opposite order."""
-    _, objective, engine = make()
+    student, objective, engine = make()
     forward = torch.arange(32.0).expand(4, -1)
     monkeypatch.setattr(
         objective.ema, "score", lambda encoded, grid, seen: forward if seen is None else -forward
@@ -285,6 +285,8 @@ def test_levers_are_held_against_the_exact_method(monkeypatch):
     assert found["all/overlap"] == 1
     assert found["random scores/overlap"] == pytest.approx(12 / 32, abs=0.25)
     assert found["checkerboard/overlap"] == 0
+    assert found["all, in bf16/relative_error"] == pytest.approx(found["1.0/relative_error"], 0.02)
+    assert not student.reconstructor.bf16_residual
     backward = 1 - found["all/ranking"]
     assert found["checkerboard/ranking"] == pytest.approx(backward, abs=0.02)
     assert found["all/ranking"] != again["all/ranking"]

@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(
         not torch.cuda.is_available() and not REQUIRED, reason="no CUDA device, or no -m gpu"
     ),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),  # its compiler's own
 ]
 
 

@@ -125,6 +125,35 @@ def test_what_is_traced_computes_the_same(traced, mode, precision, overrides):
         assert error < tolerance or gradient.norm() < 1e-5, name
 
 
+@pytest.mark.parametrize(
+    ("precision", "residual", "expected"),
+    [
+        ("bf16", "bf16", torch.bfloat16),
+        ("bf16", "fp32", torch.float32),
+        ("fp32", "fp32", torch.float32),
+    ],
+)
+def test_what_flows_between_blocks_has_the_precision_of_the_config(precision, residual, expected):
+    overrides = ["engine.precision=auto", f"engine.residual={residual}"]
+    update, seen = trial(*overrides, precision=precision), []
+    for model in (update.engine.model, update.objective.ema):
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.register_forward_hook(lambda _, inputs, out: seen.extend((*inputs, out)))
+    losses, gradients = losses_and_gradients(update)
+    assert {tensor.dtype for tensor in seen if tensor is not None and tensor.ndim == 3} == {
+        expected
+    }
+    assert {losses.total.dtype, *(grad.dtype for grad in gradients.values())} == {torch.float32}
+    full = losses_and_gradients(trial())[0].total
+    assert losses.total.item() == pytest.approx(full.item(), rel=0.01)
+
+
+def test_a_bf16_residual_stream_needs_mixed_precision():
+    with pytest.raises(ValueError, match="engine.residual=bf16 does not work .* take engine.prec"):
+        EngineConfig(precision="fp32", residual="bf16")
+
+
 def test_blocks_that_are_alike_are_traced_once(traced):
     update = trial(compiled="blocks")
     update()
