@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(
         not torch.cuda.is_available() and not REQUIRED, reason="no CUDA device, or no -m gpu"
     ),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),  # its compiler's own
+    pytest.mark.filterwarnings("default"),  # torch's own, while it traces
 ]
 
 
