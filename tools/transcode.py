@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import asdict, fields
 from fractions import Fraction
 from pathlib import Path
+from typing import get_args
 
 from tqdm import tqdm
 
@@ -21,6 +22,7 @@ import hpm_video
 from hpm_video.data.manifest import read_listing, read_manifest
 from hpm_video.files.failures import BadFilesError
 from hpm_video.files.wording import counted
+from hpm_video.preparation.encode import Tune
 from hpm_video.preparation.prepared_folder import Estimate, PreparedFolder
 from hpm_video.preparation.transcode import Recipe
 from hpm_video.runs.console import (
@@ -63,8 +65,15 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     add("--short-side", type=even, default=320, metavar="PIXELS", help=smaller)
     by_time = "frames per second, chosen by time; default: every frame once, at the average rate"
     add("--fps", type=rate, metavar="N", help=by_time)
+    fewer = (
+        "keep the first frame and every N-th after it; the column kept_every tells training, whose "
+        "data.frame_stride still counts frames of the source and must be a multiple of N"
+    )
+    add("--keep-every", type=positive, default=1, metavar="N", help=fewer)
     add("--key-frames", type=positive, default=12, metavar="N", help="at most N apart (default 12)")
     add("--crf", type=whole_number(0, 51), default=20, metavar="0-51", help="of H.264 (default 20)")
+    tune = "H.264 that is cheap to decode (fastdecode, the default), or as before that (none)"
+    add("--tune", choices=get_args(Tune), default="fastdecode", help=tune)
     quality = whole_number(1, 100)
     add("--quality", type=quality, default=90, metavar="1-100", help="JPEG (default 90)")
     add("--shard-size", type=above_zero, default=1.0, metavar="GB", help="(default 1)")
@@ -81,6 +90,10 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(command_line)
     if arguments.copy and arguments.form != "shards":
         parser.error("--copy packs files into shards: add --to shards")
+    if arguments.keep_every > 1 and (arguments.copy or arguments.fps):
+        parser.error("--keep-every chooses frames: leave out --copy and --fps")
+    if arguments.copy or arguments.form == "frames":
+        arguments.tune = "none"  # nothing is encoded as H.264
     arguments.shard_bytes = round(arguments.shard_size * GB)
     return arguments
 

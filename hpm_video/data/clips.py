@@ -11,7 +11,7 @@ from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.data import DataConfig
 from hpm_video.data import reading
 from hpm_video.data.batch import Sample
-from hpm_video.data.manifest import Manifest
+from hpm_video.data.manifest import Manifest, ManifestError
 from hpm_video.data.reading import MIDDLE, Request, Views
 from hpm_video.data.transforms import ClipTransform
 from hpm_video.decoding.locations import is_image
@@ -31,6 +31,7 @@ class Clips(ABC):
     def __init__(
         self, manifest: Manifest, reader: reading.ClipReader, clips_per_sample: int
     ) -> None:
+        check_strides(reader.data, manifest)
         self.manifest = manifest
         self.reader = reader
         self.bad: dict[str, Failure] = {}
@@ -142,7 +143,8 @@ class VideoClips(Clips):
                     for repeat in range(self._repeats)
                 )
                 known = self.manifest.num_frames[index]
-                return Request(path, self.manifest.labels[index], known, keys)
+                kept_every = self.manifest.kept_every.get(path, 1)
+                return Request(path, self.manifest.labels[index], known, keys, kept_every)
             passed[path] = self.bad[path]
             if len(passed) > tolerated(len(self), self.max_bad_share):
                 break
@@ -179,10 +181,27 @@ class ValidationClips(Clips):
         label = self.manifest.labels[position]
         if path not in self.bad:
             keys = ((self._seed, "held out", position),) * self.views.count
-            return Request(path, label, self.manifest.num_frames[position], keys)
+            known, kept_every = self.manifest.num_frames, self.manifest.kept_every.get(path, 1)
+            return Request(path, label, known[position], keys, kept_every)
         if not self._report_failures:
             raise DecodeError(self.bad[path].reason, path)
         return replace(self._nothing, label=label, file=path, failures=(self.bad[path],))
+
+
+def check_strides(data: DataConfig, manifest: Manifest) -> None:
+    """Make sure that clips ask for frames that files hold of which every N-th frame was kept.
+
+    Raises:
+        ManifestError: a stride is no multiple of N.
+    """
+    for file, number in manifest.kept_every.items() if data.sampling == "dense" else ():
+        for name in ("frame_stride", "max_frame_stride"):
+            if (stride := getattr(data, name)) and stride % number:
+                raise ManifestError(
+                    f"{file} holds one of every {number} frames of its video, as kept_every in the "
+                    f"manifest says, and data.{name} is {stride}. Make it a multiple of {number}, "
+                    "or prepare the video with another --keep-every: tools/transcode.py"
+                )
 
 
 def decoder_for(decoder: DecoderChoice, manifest: Manifest) -> DecoderChoice:

@@ -16,7 +16,7 @@ from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.data import DataConfig
 from hpm_video.data import reading
 from hpm_video.data.batch import ClipBatch, Sample, collate
-from hpm_video.data.clips import Clips, Slot, decoder_for
+from hpm_video.data.clips import Clips, Slot, check_strides, decoder_for
 from hpm_video.data.manifest import Manifest
 from hpm_video.data.mixture import Place
 from hpm_video.data.reading import ClipReader, Request, Views
@@ -201,7 +201,11 @@ def stream_parts(
     """
     decoder = decoder_for(data.decoder, manifest)
     reader = PartReader(data, views, decoder, max(1, clips_per_part // views.crops))
-    jobs = [(place, (manifest.files[place], manifest.num_frames[place])) for place in places]
+    check_strides(data, manifest)
+    jobs = [
+        (place, (file, manifest.num_frames[place], manifest.kept_every.get(file, 1)))
+        for place, file in ((place, manifest.files[place]) for place in places)
+    ]
     if workers == 0:
         for place, job in jobs:
             yield from ((place, part) for part in reader(job))
@@ -234,14 +238,18 @@ class PartReader:
     def part_bytes(self) -> int:
         return self.clips_per_part * self.views.crops * (reading.clip_bytes(self.data) + 8)
 
-    def __call__(self, job: tuple[str, int]) -> Iterator[Part | Failure]:
-        """Read a video, its path and known number of frames given; a failure ends its parts."""
-        (path, stated), crops, count = job, self.views.crops, self.clips_per_part
+    def __call__(self, job: tuple[str, int, int]) -> Iterator[Part | Failure]:
+        """Read a video; a failure ends its parts.
+
+        ``job``: path, known number of frames, and N where it holds every N-th frame of a video.
+        """
+        (path, stated, kept_every), crops, count = job, self.views.crops, self.clips_per_part
+        data = reading.thinned(self.data, kept_every)
         try:
             with open_video(path, self.decoder) as video:
                 num_frames = video.frames_stated(stated)
-                table = reading.view_frames(self.data, num_frames, self.views)
-                clips = reading.read_views(self.data, video, table, crops)
+                table = reading.view_frames(data, num_frames, self.views)
+                clips = reading.read_views(data, video, table, crops)
                 for first in range(0, len(table), count):
                     starts = np.repeat(table[first : first + count, 0], crops)
                     part = torch.cat([*islice(clips, count)])

@@ -25,9 +25,9 @@ VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 _SUFFIXES = f"one of {' '.join(VIDEO_SUFFIXES)} (videos) or {' '.join(IMAGE_SUFFIXES)} (images)"
 _EXPECTED = (
     "Expected is a CSV file whose first line names its columns: path, and where wanted label, "
-    "label_name, num_frames and verdict; or a list without such a line, of 'file label', "
-    "'file 0 -1' (unlabelled), 'file num_frames label' or 'file' alone, where the name of the file "
-    f"ends in {_SUFFIXES}"
+    "label_name, num_frames, kept_every and verdict; or a list without such a line, of 'file "
+    "label', 'file 0 -1' (unlabelled), 'file num_frames label' or 'file' alone, where the name of "
+    f"the file ends in {_SUFFIXES}"
 )
 _SEPARATOR = r"(?:[ \t]*[,;][ \t]*|[ \t]+)"
 _LIST_LINE = re.compile(
@@ -35,7 +35,7 @@ _LIST_LINE = re.compile(
     rf"(?P<numbers>(?:{_SEPARATOR}-?\d+(?:\.0+)?)*)",
     re.IGNORECASE,
 )
-_COLUMNS = ("path", "label", "label_name", "num_frames", "verdict")
+_COLUMNS = ("path", "label", "label_name", "num_frames", "kept_every", "verdict")
 _PATHS = ("video_path", "file_path", "filepath", "file_name", "filename", "video", "file")
 """What others call the column of files, where there is none called path."""
 _INTEGER = re.compile(r"-?\d{1,15}(?:\.0+)?")
@@ -84,6 +84,8 @@ class Manifest:
     """Name of each class, where the manifest names classes."""
     has_class_folders: bool = field(default=False, compare=False)
     """Whether classes are folders, numbered in the order of their names."""
+    kept_every: Mapping[str, int] = field(default_factory=dict)
+    """Files that hold only every N-th frame of a video, with that N, at least 2."""
 
     def __len__(self) -> int:
         return len(self.files)
@@ -112,7 +114,8 @@ def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
     """Read a list of videos or images, or find those of a folder.
 
     - A CSV file (by commas, semicolons or tabs) whose first line names its columns: ``path`` and,
-      each optional, ``label``, ``label_name``, ``num_frames`` and ``verdict``. An empty cell says
+      each optional, ``label``, ``label_name``, ``num_frames``, ``kept_every`` (N where the file
+      holds every N-th frame of a video) and ``verdict``. An empty cell says
       nothing; other columns are ignored. Files whose verdict is ``bad`` are left out, and the log
       counts them. A path may be of any kind that :mod:`hpm_video.decoding.locations` has.
     - A list without such a line, as VideoMAE and its descendants use: see :func:`_meaning`. The
@@ -136,7 +139,8 @@ def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
     labels, num_frames = _integers(listing, "label", 0), _integers(listing, "num_frames", 1)
     names = _label_names(listing, labels)
     has_class_folders = listing.source.is_dir() and "label" in listing.table
-    manifest = Manifest(listing.files, labels, num_frames, names, has_class_folders)
+    kept_every = _kept_every(listing)
+    manifest = Manifest(listing.files, labels, num_frames, names, has_class_folders, kept_every)
     kept = []
     for row, verdict in enumerate(listing.column("verdict")):
         if verdict not in ("", *VERDICTS):
@@ -292,6 +296,15 @@ def _integers(listing: Listing, column: str, least: int) -> tuple[int, ...]:
             raise _bad_row(listing, row, why)
         numbers.append(number)
     return tuple(numbers)
+
+
+def _kept_every(listing: Listing) -> dict[str, int]:
+    found: dict[str, int] = {}
+    numbers = _integers(listing, "kept_every", 1)
+    for row, (file, number) in enumerate(zip(listing.files, numbers, strict=True)):
+        if found.setdefault(file, number) != number:
+            raise _bad_row(listing, row, "this file had another kept_every in a line before")
+    return {file: number for file, number in found.items() if number > 1}
 
 
 def _label_names(listing: Listing, labels: Sequence[int]) -> tuple[str, ...] | None:

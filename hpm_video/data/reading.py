@@ -9,7 +9,7 @@ frame of each of ``num_frames`` equal parts.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -148,6 +148,8 @@ class Request:
     """Frames that the file is known to have, -1 where that is unknown."""
     keys: tuple[tuple[int | str, ...], ...]
     """Keys that the random draws of each clip derive from."""
+    kept_every: int = 1
+    """N where the file holds only every N-th frame of a video."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,9 @@ class ClipReader(ABC):
 
     def __call__(self, request: Request) -> Sample:
         """Read the clips. Raises DecodeError as :func:`read_frames` does."""
+        if request.kept_every > 1:
+            data = thinned(self.data, request.kept_every)
+            return replace(self, data=data)(replace(request, kept_every=1))
         with open_video(request.path, self.decoder) as video:
             clips = self.read(video, video.frames_stated(request.num_frames), request)
         keys = tuple(key_of(*key) for key in request.keys)
@@ -258,6 +263,15 @@ def read_frames(data: DataConfig, video: VideoReader, indices: Indices) -> NDArr
             "choose a reader that gives others (data.decoder)"
         )
     return frames
+
+
+def thinned(data: DataConfig, kept_every: int) -> DataConfig:
+    """Return what a file needs that holds every N-th frame, so that clips span the same time.
+
+    Strides count frames of the video; N divides them.
+    """
+    stride, longest = data.frame_stride // kept_every, data.max_frame_stride
+    return replace(data, frame_stride=stride, max_frame_stride=longest and longest // kept_every)
 
 
 def prepare_decoder(decoder: DecoderChoice) -> None:

@@ -3,7 +3,7 @@
 import io
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, cast
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from hpm_video.decoding.containers import refuse_others
+from hpm_video.decoding.mp4 import read_index
 from hpm_video.decoding.orientation import orientation_of
 from hpm_video.decoding.reader import (
     TRANSCODE,
@@ -33,6 +34,7 @@ UNTIMED = ("avi", "mpeg", "mpegvideo")
 """Containers whose presentation times are made up by the demuxer, or missing."""
 _TRIED = 24  # frames that are decoded at once where packets leave doubts about the first ones
 _SEEK_SAVES = 8  # frames that must not need decoding to make a seek worth while
+_UNPROBED = {"probesize": "32", "fpsprobesize": "0", "skip_frame": "all"}
 MIRRORED = "it is mirrored"
 _MARKS_UNUSED = ("h264", "mpeg4")
 """Codecs that mark the frames to which no other one refers. In HEVC such a mark is void where there
@@ -40,11 +42,12 @@ are temporal layers; the decoders of the others do not skip frames at a word."""
 
 
 def open_container(
-    source: str | bytes,
+    source: str | bytes, *, probes: bool = True
 ) -> "tuple[av.container.InputContainer, av.VideoStream]":
     """Open the path of a video, or its bytes, and find the stream that FFmpeg ranks best.
 
-    FFmpeg can open nothing else on its behalf, and decodes on one thread.
+    FFmpeg can open nothing else on its behalf, and decodes on one thread. Where it does not probe,
+    it decodes nothing to find out more than the container says.
 
     Raises:
         DecodeError: it is no video, or there is no decoder for it.
@@ -60,7 +63,8 @@ def open_container(
             options={
                 "protocol_whitelist": "none" if isinstance(source, bytes) else "file",
                 "format_whitelist": FORMATS,
-            },
+            }
+            | ({} if probes else _UNPROBED),
         )
     except (av.error.InvalidDataError, av.error.EOFError, av.error.ArgumentError) as error:
         raise DecodeError(
@@ -119,6 +123,8 @@ class PyavReader(VideoReader):
         self._skipped: set[int] = set()
         self._keys: list[tuple[int, int | None]] = []  # times of presentation and of decoding
         self._times: list[int] = []
+        # Without one, all packets are gone through.
+        self._listing = read_index(source, head)
         self._open()
         try:
             self._index()
@@ -127,7 +133,7 @@ class PyavReader(VideoReader):
             raise
 
     def _open(self) -> None:
-        self._container, self._stream = open_container(self._source)
+        self._container, self._stream = open_container(self._source, probes=not self._listing)
         self._is_at_start = True
         self._codec = self._stream.codec_context
 
@@ -135,12 +141,11 @@ class PyavReader(VideoReader):
         """Find out from its packets which frames there are, in general without decoding them."""
         count = 0
         if self._container.format.name not in UNTIMED:
-            for packet in self._demux():
-                if packet.size and not packet.is_discard:
-                    count += 1
-                    if packet.pts is not None:
-                        self._times.append(packet.pts)
-                        self._keys += [(packet.pts, packet.dts)] * packet.is_keyframe
+            for pts, dts, is_key in self._packets():
+                count += 1
+                if pts is not None:
+                    self._times.append(pts)
+                    self._keys += [(pts, dts)] * is_key
             if not count:
                 raise DecodeError("it has no frames")
         stored, self._times = self._times, sorted(set(self._times))
@@ -159,6 +164,24 @@ class PyavReader(VideoReader):
         self._may_skip = self._ordered and (
             self._codec.name in _MARKS_UNUSED or self._has_one_layer()
         )
+
+    def _packets(self) -> Sequence[tuple[int | None, int | None, bool]]:
+        """Return the times of presentation and decoding of each packet, and whether it is a key."""
+        if self._listing:
+            is_alone = len(self._container.streams.video) == 1
+            listed = self._listing.packets([*self._stream.index_entries]) if is_alone else []
+            times = [pts for pts, _, _ in listed]
+            # Only frames out of order prove that the decoder knows how many it has to hold back.
+            if any(is_key for *_, is_key in listed) and times != sorted(times):
+                return listed
+            self._listing = None
+            self._container.close()
+            self._open()
+        return [
+            (packet.pts, packet.dts, packet.is_keyframe)
+            for packet in self._demux()
+            if packet.size and not packet.is_discard
+        ]
 
     @property
     def times(self) -> list[int]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpm_video.data.manifest import Listing, Manifest
-from hpm_video.decoding.locations import TarMember, is_frame_folder
+from hpm_video.decoding.locations import TarMember, is_frame_folder, is_image
 from hpm_video.decoding.video_stream import SIMPLEST
 from hpm_video.files.failures import Failure
 from hpm_video.preparation.findings import COLUMNS as CHECK_COLUMNS
@@ -37,8 +37,13 @@ from hpm_video.workers.progress_bar import ProgressBar
 
 MOST_TRIALS = 8  # limit on the files that an estimate tries; of fewer than 80 files, a tenth
 PROPERTIES = ("num_frames", "width", "height", "fps", "key_frame_distance")
+ADDED = {"keep_every": 1, "tune": "none"}  # settings that folders of earlier versions lack
 COLUMNS = ("path", "label", "label_name", *PROPERTIES)
-STALE = {*COLUMNS, *CHECK_COLUMNS}  # columns of the source's manifest that do not hold for outputs
+STALE = {
+    *COLUMNS,
+    *CHECK_COLUMNS,
+    "kept_every",
+}  # columns of the source's manifest that do not hold for outputs
 UNRELATED = ("hpm_video",)  # settings that may differ between the starts of one folder
 TRIAL_SECONDS = 20.0  # seconds of each file in an estimate
 HEADERS = 3 * 1024  # estimate of the bytes that a tar adds to a sample
@@ -73,6 +78,13 @@ class PreparedFolder:
         self._rates, self._verdicts = cells["fps"], cells["verdict"]
         # Further columns of the manifest, which hold for outputs as well.
         self._others = {name: column for name, column in cells.items() if name not in STALE}
+        if recipe.fps is None and (recipe.keep_every > 1 or manifest.kept_every):
+            self._others["kept_every"] = [
+                ""
+                if is_image(place)
+                else str(manifest.kept_every.get(place, 1) * recipe.keep_every)
+                for place in manifest.files
+            ]
         self._base = str(base)
         dots, nests = recipe.form != "shards", recipe.form != "frames"
         self.names = output_names(manifest.files, self._base, dots=dots, nests=nests)
@@ -95,7 +107,9 @@ class PreparedFolder:
 
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Claim the folder for these settings (see :func:`claim`), and find out what is done."""
-        self._journal = claim(self.path, settings, holds="prepared data", unrelated=UNRELATED)
+        self._journal = claim(
+            self.path, settings, holds="prepared data", unrelated=UNRELATED, added=ADDED
+        )
         remove(str(self._unfinished))
         self._unfinished.mkdir()
         for record in self._journal.read():

@@ -23,7 +23,7 @@ from hpm_video.decoding.registry import choose_decoder, open_video
 from hpm_video.decoding.video_stream import USUAL_RATE, Timed, VideoStream
 from hpm_video.files.failures import Failure
 from hpm_video.preparation.check import AGAIN, examine
-from hpm_video.preparation.encode import Resizer, VideoWriter, fitted_size, picture_of
+from hpm_video.preparation.encode import Resizer, Tune, VideoWriter, fitted_size, picture_of
 from hpm_video.preparation.findings import stamp_of
 from hpm_video.preparation.jobs import Steps, attempt
 
@@ -40,12 +40,14 @@ class Recipe:
 
     form: Literal["files", "frames", "shards"]
     short_side: int  # pixels, even; smaller frames keep their size
-    fps: Fraction | None  # frames per second; none keeps every frame
+    fps: Fraction | None  # frames per second; none keeps the source's
     key_frames: int  # largest distance of key frames
     crf: int
     quality: int  # JPEG quality
     shard_bytes: int  # largest size of a shard of more than one sample
     copy: bool  # pack files into shards unchanged
+    tune: Tune = "fastdecode"
+    keep_every: int = 1  # N keeps the first frame, and every N-th from there on
 
     def suffix(self, place: str) -> str:
         """Return the end of an output's name."""
@@ -112,14 +114,14 @@ class Transcoder:
         with contextlib.closing(_open_source(job)) as source:
             yield from source.survey()
             rate = source.rate or USUAL_RATE
-            fps = self.recipe.fps or rate
+            fps = self.recipe.fps or rate / self.recipe.keep_every
             selected: Iterator[Timed] = islice(source.frames(), job.num_frames)
             if job.cut:
                 selected = takewhile(lambda timed: timed.time <= (job.cut or 0), selected)
             frames = (
                 at_rate(selected, fps, rate)
                 if self.recipe.fps
-                else (timed.frame for timed in selected)
+                else (timed.frame for timed in islice(selected, 0, None, self.recipe.keep_every))
             )
             first = next(frames, None)
             if first is None:
@@ -143,8 +145,8 @@ class Transcoder:
     def _write_video(
         self, path: str, frames: Iterator["VideoFrame"], size: Size, fps: Fraction
     ) -> Steps[int]:
-        resizer, crf, gop = Resizer(size), self.recipe.crf, self.recipe.key_frames
-        with VideoWriter(Path(path), size, fps=fps, crf=crf, gop=gop, faststart=True) as writer:
+        resizer, to = Resizer(size), self.recipe
+        with VideoWriter(Path(path), size, fps, to.crf, to.key_frames, True, to.tune) as writer:
             for frame in frames:
                 small = resizer.yuv(frame)
                 if not writer.count:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import av.logging
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from hpm_video.preparation.encode import write_video
+from hpm_video.preparation.encode import Tune, write_video
 
 
 @pytest.fixture
@@ -28,9 +29,10 @@ def moving(num_frames: int) -> list[NDArray[np.uint8]]:
 
 
 @pytest.mark.usefixtures("log_level")
-def test_x264_runs_the_code_that_was_chosen(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tune", get_args(Tune))
+def test_x264_runs_the_code_that_was_chosen(tmp_path: Path, tune: Tune) -> None:
     with av.logging.Capture() as log:
-        write_video(tmp_path / "a.mp4", moving(1))
+        write_video(tmp_path / "a.mp4", moving(1), tune=tune)
     told = [message for _, _, message in log]
     assert not [message for message in told if "Error parsing" in message]
     (line,) = [message for message in told if "cpu capabilities" in message]
@@ -41,9 +43,29 @@ def test_x264_runs_the_code_that_was_chosen(tmp_path: Path) -> None:
     assert "AVX512" not in sets
 
 
-def test_the_same_frames_give_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tune", get_args(Tune))
+def test_the_same_frames_give_the_same_bytes(tmp_path: Path, tune: Tune) -> None:
     """With AVX-512 code one of 8 to 20 files was another one."""
     frames = moving(60)
     for number in range(40):
-        write_video(tmp_path / f"{number}.mp4", frames)
+        write_video(tmp_path / f"{number}.mp4", frames, tune=tune)
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
+def test_no_frame_refers_to_three_of_four_in_files_for_fast_decoding(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", moving(26), gop=12, tune="fastdecode")
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        is_used = {
+            packet.pts * packet.time_base * 25: bytes(packet)[4] & 0x60 > 0
+            for packet in container.demux(video=0)
+            if packet.size and not packet.is_keyframe
+        }
+    assert [int(number) for number in sorted(is_used) if is_used[number]] == [
+        4,
+        8,
+        11,
+        16,
+        20,
+        23,
+        25,
+    ]

@@ -19,14 +19,17 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
 from hpm_video.config.data import DataConfig
-from hpm_video.data.clips import VideoClips
-from hpm_video.data.manifest import read_listing, read_manifest
-from hpm_video.data.transforms import MultiScaleCrop
+from hpm_video.data.clips import ValidationClips, VideoClips
+from hpm_video.data.loader import stream_parts
+from hpm_video.data.manifest import ManifestError, read_listing, read_manifest
+from hpm_video.data.reading import Views
+from hpm_video.data.transforms import Box, ClipTransform, MultiScaleCrop
 from hpm_video.decoding.locations import TarMember
 from hpm_video.decoding.registry import open_video
 from hpm_video.decoding.video_stream import Timed, VideoStream
@@ -409,6 +412,48 @@ def test_fps_takes_frames_by_time_also_of_uneven_ones(start, source, tmp_path):
     wanted = [max(i for i, time in enumerate(shown) if time <= moment) for moment in due]
     assert numbers_of(frames) == wanted
     assert rows_of(tmp_path / "out")[0]["fps"] == "10"
+
+
+def test_clips_of_every_second_frame_span_the_same_time(start, tmp_path):
+    write_source(tmp_path / "a.mp4", frames=41)
+    (tmp_path / "list.csv").write_text("path,kept_every,fps\na.mp4,,25\n")
+    frames = [*range(0, 41, 2)]
+    for form in ("files", "frames", "shards"):
+        start(tmp_path / "list.csv", tmp_path / form, "--to", form, "--keep-every", "2")
+        (row,) = rows_of(tmp_path / form)
+        (place,) = read_manifest(tmp_path / form / "manifest.csv").files
+        assert numbers_of(read_all(place)) == frames
+        assert (row["kept_every"], row["fps"], row["num_frames"]) == ("2", "12.5", "21")
+    start(tmp_path / "files" / "manifest.csv", tmp_path / "again", "--keep-every", "3")
+    assert [row["kept_every"] for row in rows_of(tmp_path / "again")] == ["6"]
+    start(tmp_path / "files" / "manifest.csv", tmp_path / "by_time", "--fps", "5")
+    assert "kept_every" not in rows_of(tmp_path / "by_time")[0]
+
+    for stride, longest, apart in [(4, None, {4}), (2, 6, {2, 4, 6})]:
+        data = DataConfig(num_frames=4, frame_size=(64, 96), repeats=30, decoder="pyav")
+        data = replace(data, frame_stride=stride, max_frame_stride=longest)
+        manifest = read_manifest(tmp_path / "files" / "manifest.csv")
+        clips = VideoClips(manifest, data, WholeFrame(), seed=3)[0].clips
+        numbers = [numbers_of(clip.permute(1, 2, 3, 0).numpy()) for clip in clips]
+        assert {b - a for clip in numbers for a, b in pairwise(clip)} == apart
+        views = ValidationClips(manifest, data, seed=3)[0].clips
+        assert numbers_of(views[0].permute(1, 2, 3, 0).numpy())[1] % stride == 0
+        ((_, part),) = stream_parts(manifest, [0], data, Views(first=1), clips_per_part=1)
+        shown = numbers_of(part.clips[0].permute(1, 2, 3, 0).numpy())
+        assert shown == [*range(2, 2 + 4 * stride, stride)]
+    data = replace(data, frame_stride=6, max_frame_stride=9)
+    wanted = r"a\.mp4 holds one of every 2 frames .* data.max_frame_stride is 9. Make it a multiple"
+    for refused in (
+        lambda: VideoClips(manifest, data, WholeFrame(), seed=3),
+        lambda: next(stream_parts(manifest, [0], data, Views(), clips_per_part=1)),
+    ):
+        with pytest.raises(ManifestError, match=wanted):
+            refused()
+
+
+class WholeFrame(ClipTransform):
+    def draw(self, size, frame_size, draw):
+        return Box(0, 0, *size), lambda frames: torch.from_numpy(frames).permute(3, 0, 1, 2)
 
 
 def test_stream_and_reader_agree(tmp_path):
@@ -848,6 +893,30 @@ def test_other_settings_are_refused_by_name(tool, source, tmp_path, capsys):
     assert contents(output) == before
 
 
+def test_a_folder_of_an_earlier_version_goes_on_as_it_began(start, tmp_path, capsys):
+    """It has nothing of two settings, and must not hold files of two kinds."""
+    write_source(tmp_path / "in" / "a.mp4")
+    start(tmp_path / "in", tmp_path / "out", "--tune", "none")
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    of_before = {name: settings[name] for name in settings if name not in ("tune", "keep_every")}
+    (tmp_path / "out" / "settings.json").write_text(json.dumps(of_before))
+    before = contents(tmp_path / "out")
+    write_source(tmp_path / "in" / "b.mp4")
+    capsys.readouterr()
+    start(tmp_path / "in", tmp_path / "out", code=2)
+    assert (
+        "  tune: none -> fastdecode\nGive a new folder, or the settings" in capsys.readouterr().err
+    )
+    start(tmp_path / "in", tmp_path / "out", "--keep-every", "2", "--tune", "none", code=2)
+    assert "  keep_every: 1 -> 2\n" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
+    start(tmp_path / "in", tmp_path / "out", "--tune", "none")
+    assert before.items() - contents(tmp_path / "out").items() == {
+        ("manifest.csv", before["manifest.csv"])
+    }
+    assert len(rows_of(tmp_path / "out")) == 2
+
+
 def test_a_folder_of_something_else_is_left_alone(start, source, tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("important")
     start(source, tmp_path, code=2)
@@ -1128,6 +1197,8 @@ def test_write_video_takes_a_fraction_and_puts_the_index_in_front(tmp_path):
         ("--quality", "0"),
         ("--shard-size", "inf"),
         ("--copy",),
+        ("--keep-every", "2", "--fps", "5"),
+        ("--keep-every", "2", "--to", "shards", "--copy"),
     ],
 )
 def test_wrong_arguments_are_refused(tool, wrong):
