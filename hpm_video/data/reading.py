@@ -2,14 +2,17 @@
 
 An image is a video of one frame. A dense clip takes frames at a stride and spans
 ``num_frames * stride`` of them. In a video shorter than that it starts at the first frame, and the
-last frame that the stride reaches repeats. A clip of segments spans the whole video: it takes one
-frame of each of ``num_frames`` equal parts.
+last frame that the stride reaches repeats. With ``data.fps`` the stride follows from the frame rate
+of the video and need not be whole: it leads to moments, and the frames are those that are shown
+nearest to them. A clip of segments spans the whole video: it takes one frame of each of
+``num_frames`` equal parts. Where a section of a file is meant, it is the video.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +23,17 @@ from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.data import DataConfig
 from hpm_video.data.batch import Sample
 from hpm_video.data.transforms import ClipTransform, cut, view_crops
+from hpm_video.decoding.locations import Section, is_frame_folder
 from hpm_video.decoding.reader import DecodeError, DecoderError, VideoReader
 from hpm_video.decoding.registry import choose_decoder, open_video
 from hpm_video.files.failures import Failure
 from hpm_video.randomness import generator, key_of
 
 Indices = NDArray[np.int64]
+Positions = NDArray[Any]
+"""Numbers of frames; not whole ones where a stride is not."""
+ROUNDED = 0.5
+"""Seconds by which a section may end after the video: lists often have whole seconds."""
 FIRST_RUN = 32
 """Frames that are read at first, before it is known how large they are."""
 RUN_BYTES = 2**27
@@ -56,22 +64,83 @@ class Views:
 MIDDLE = Views()
 
 
-def draw_frames(data: DataConfig, num_video_frames: int, draw: np.random.Generator) -> Indices:
-    """Draw the frames of a training clip: -> (T,)"""
+@dataclass(frozen=True)
+class Footage:
+    """The frames of a file that clips may be taken from."""
+
+    first: int
+    count: int
+    stride: float | None = None
+    """From one frame of a clip to the next, where time decides."""
+    seconds: NDArray[np.float64] | None = None
+    """(count,) when each frame is shown."""
+
+    @classmethod
+    def of(cls, data: DataConfig, video: VideoReader, request: "Request") -> "Footage":
+        """Find the frames of the section that is requested, or of the whole file.
+
+        Raises:
+            DecodeError: the section is not in the video, or times matter and nothing states them.
+        """
+        section, count = Section.parse(request.path), video.frames_stated(request.num_frames)
+        if data.fps is None and not section.mark:
+            return cls(0, count)
+        if is_frame_folder(section.file) and request.fps:
+            seconds = np.arange(count) / request.fps
+        else:
+            seconds = video.seconds(count)
+        length = seconds[-1] * count / max(count - 1, 1)
+        first, end = np.searchsorted(seconds, (section.start, section.end)).tolist()
+        if first >= end or length + ROUNDED < section.end < np.inf:
+            until = "its end" if section.end == np.inf else f"{section.end:g} s"
+            raise DecodeError(
+                f"it lasts {length:.2f} s, so it has no section from {section.start:g} s to {until}"
+            )
+        seconds, count, stride = seconds[first:end], end - first, None
+        if data.fps is not None:  # rounded, for times in a file are
+            stride = round((count - 1) / ((seconds[-1] - seconds[0]) * data.fps or 1), 6) or 1.0
+        return cls(first, count, stride, seconds)
+
+    def draw(self, data: DataConfig, draw: np.random.Generator) -> Indices:
+        """Draw the frames of a training clip: -> (T,)"""
+        return self._frames_at(draw_frames(data, self.count, draw, self.stride))
+
+    def views(self, data: DataConfig, views: Views) -> Indices:
+        """Choose frames as :func:`view_frames` does: -> (clips, T)"""
+        return self._frames_at(view_frames(data, self.count, views, self.stride))
+
+    def _frames_at(self, positions: Positions) -> Indices:
+        """Return the numbers of frames in the file, of positions at a steady frame rate."""
+        if self.seconds is None or self.stride is None or self.count == 1:
+            return (self.first + positions).astype(np.int64)
+        begin, last = self.seconds[[0, -1]]
+        moments = begin + positions * (last - begin) / (self.count - 1)
+        between = (self.seconds[1:] + self.seconds[:-1]) / 2
+        return self.first + np.searchsorted(between, moments)
+
+
+def draw_frames(
+    data: DataConfig, num_video_frames: int, draw: np.random.Generator, stride: float | None = None
+) -> Positions:
+    """Draw the frames of a training clip, by default at a stride of the config: -> (T,)"""
     if data.sampling == "segments":
         return train_segments(num_video_frames, draw.random(data.num_frames).tolist())
-    longest = data.max_frame_stride or data.frame_stride
-    stride = int(draw.integers(data.frame_stride, longest, endpoint=True))
+    if stride is None:
+        shortest = data.frame_stride or 1
+        longest = data.max_frame_stride or shortest
+        stride = int(draw.integers(shortest, longest, endpoint=True))
     return train_indices(num_video_frames, data.num_frames, stride, draw.random())
 
 
-def view_frames(data: DataConfig, num_video_frames: int, views: Views) -> Indices:
+def view_frames(
+    data: DataConfig, num_video_frames: int, views: Views, stride: float | None = None
+) -> Positions:
     """Choose the frames of each clip of the views of a video: -> (clips, T), the first ascending
 
     Raises:
         DecodeError: the video ends before the clip that was asked for.
     """
-    num_frames, stride = data.num_frames, data.frame_stride
+    num_frames, stride = data.num_frames, stride or data.frame_stride or 1
     if views.first is not None:
         if views.first >= num_video_frames:
             last = num_video_frames - 1
@@ -85,11 +154,10 @@ def view_frames(data: DataConfig, num_video_frames: int, views: Views) -> Indice
 
 
 def train_indices(
-    num_video_frames: int, num_frames: int, stride: int, start_draw: float
-) -> Indices:
+    num_video_frames: int, num_frames: int, stride: float, start_draw: float
+) -> Positions:
     """Choose a dense clip; ``start_draw`` in [0, 1) says where: -> (num_frames,)"""
-    starts = max(num_video_frames - num_frames * stride + 1, 1)
-    first = int(start_draw * starts)
+    first = int(start_draw * (_spare(num_video_frames, num_frames, stride) + 1))
     return _dense(num_video_frames, num_frames, stride, [first]).reshape(num_frames)
 
 
@@ -100,12 +168,14 @@ def train_segments(num_video_frames: int, frame_draws: Sequence[float]) -> Indic
     return np.minimum(indices, num_video_frames - 1)  # a draw just below 1 may be rounded up
 
 
-def view_indices(num_video_frames: int, num_frames: int, stride: int, num_views: int) -> Indices:
+def view_indices(
+    num_video_frames: int, num_frames: int, stride: float, num_views: int
+) -> Positions:
     """Choose dense clips that start evenly spread over the video: -> (num_views, num_frames)
 
     The first starts with the video and the last ends with it; a single one is in the middle.
     """
-    spare = max(num_video_frames - num_frames * stride, 0)
+    spare = _spare(num_video_frames, num_frames, stride)
     starts = [view * spare // max(num_views - 1, 1) for view in range(num_views)]
     return _dense(num_video_frames, num_frames, stride, starts if num_views > 1 else [spare // 2])
 
@@ -121,33 +191,56 @@ def view_segments(num_video_frames: int, num_frames: int, num_views: int) -> Ind
     return indices
 
 
-def window_indices(num_video_frames: int, num_frames: int, stride: int, every: int) -> Indices:
+def window_indices(num_video_frames: int, num_frames: int, stride: float, every: int) -> Positions:
     """Choose the dense clips of a window that slides over the video: -> (windows, num_frames)
 
     They start at 0, ``every``, 2 ``every`` ... as long as they fit. Where the last of these does
     not end with the video, one more does.
     """
-    spare = max(num_video_frames - num_frames * stride, 0)
+    spare = _spare(num_video_frames, num_frames, stride)
     return _dense(num_video_frames, num_frames, stride, [*range(0, spare, every), spare])
 
 
-def _dense(num_video_frames: int, num_frames: int, stride: int, starts: Sequence[int]) -> Indices:
+def _spare(num_video_frames: int, num_frames: int, stride: float) -> int:
+    """Return the last frame that a clip which fits into the video may begin with."""
+    return int(max(num_video_frames - num_frames * stride, 0))
+
+
+def _dense(
+    num_video_frames: int, num_frames: int, stride: float, starts: Sequence[int]
+) -> Positions:
     first = np.asarray(starts, dtype=np.int64)[:, None]
     last_reached = (num_video_frames - 1 - first) // stride
-    indices: Indices = first + stride * np.minimum(np.arange(num_frames), last_reached)
-    return indices
+    positions: Positions = first + stride * np.minimum(np.arange(num_frames), last_reached)
+    return positions
 
 
 @dataclass(frozen=True)
 class Request:
-    """One file, and what is to be taken from it. Small: it goes to the process that decodes."""
+    """One row of a manifest, and what is to be taken from it. Small: it goes to another process."""
 
     path: str
+    """Place of the file, or of the section of it that is meant."""
     label: int
     num_frames: int
     """Frames that the file is known to have, -1 where that is unknown."""
     keys: tuple[tuple[int | str, ...], ...]
     """Keys that the random draws of each clip derive from."""
+    fps: float = 0.0
+    """Frames per second that a folder of frames stands for, 0 where that is unknown."""
+
+
+@contextmanager
+def open_request(
+    data: DataConfig, decoder: DecoderChoice, request: Request
+) -> Iterator[tuple[VideoReader, Footage]]:
+    """Open the file of a request, and find the frames that its clips may be taken from.
+
+    Raises:
+        DecodeError: as :func:`open_video` and :meth:`Footage.of`.
+    """
+    with open_video(Section.parse(request.path).file, decoder) as video:
+        yield video, Footage.of(data, video, request)
 
 
 @dataclass(frozen=True)
@@ -164,13 +257,13 @@ class ClipReader(ABC):
 
     def __call__(self, request: Request) -> Sample:
         """Read the clips. Raises DecodeError as :func:`read_frames` does."""
-        with open_video(request.path, self.decoder) as video:
-            clips = self.read(video, video.frames_stated(request.num_frames), request)
+        with open_request(self.data, self.decoder, request) as (video, footage):
+            clips = self.read(video, footage, request)
         keys = tuple(key_of(*key) for key in request.keys)
         return Sample(clips, keys, request.label, request.path, source=self.source)
 
     @abstractmethod
-    def read(self, video: VideoReader, num_frames: int, request: Request) -> Tensor:
+    def read(self, video: VideoReader, footage: Footage, request: Request) -> Tensor:
         """Read the clips of an open video: -> (R, C, T, H, W) uint8"""
 
 
@@ -185,9 +278,9 @@ class TrainReader(ClipReader):
         super().prepare()
         self.transform.prepare()
 
-    def read(self, video: VideoReader, num_frames: int, request: Request) -> Tensor:
+    def read(self, video: VideoReader, footage: Footage, request: Request) -> Tensor:
         draws = [generator("clip", *key) for key in request.keys]
-        clips = [draw_frames(self.data, num_frames, draw) for draw in draws]
+        clips = [footage.draw(self.data, draw) for draw in draws]
         if self.same_frames:
             clips = clips[:1] * len(clips)
         distinct = np.unique(np.concatenate(clips))
@@ -206,8 +299,8 @@ class EvalReader(ClipReader):
 
     views: Views
 
-    def read(self, video: VideoReader, num_frames: int, request: Request) -> Tensor:  # noqa: ARG002 - nothing is drawn
-        table = view_frames(self.data, num_frames, self.views)
+    def read(self, video: VideoReader, footage: Footage, request: Request) -> Tensor:  # noqa: ARG002 - nothing is drawn
+        table = footage.views(self.data, self.views)
         return torch.cat([*read_views(self.data, video, table, self.views.crops)])
 
 

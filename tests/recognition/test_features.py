@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hpm_video.config.data import DataConfig, PretrainDataConfig
 from hpm_video.config.loading import load_config, save_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
-from hpm_video.data import loader, reading
+from hpm_video.data import reading
 from hpm_video.data.clips import ValidationClips
 from hpm_video.data.loader import stream_parts
 from hpm_video.data.manifest import Manifest, read_manifest
@@ -240,7 +240,7 @@ class LongVideo:
 
 
 def test_a_long_video_is_read_in_runs_and_each_frame_once(monkeypatch):
-    monkeypatch.setattr(loader, "open_video", LongVideo)
+    monkeypatch.setattr(reading, "open_video", LongVideo)
     monkeypatch.setattr(reading, "FIRST_RUN", 5)
     monkeypatch.setattr(reading, "RUN_BYTES", 20 * 8 * 8 * 3)
     LongVideo.reads.clear()
@@ -285,6 +285,24 @@ def test_by_default_a_vector_for_the_middle_clip(main, pretrained, source, tmp_p
     assert "features of 5 videos, 5 of them new" in printed
     (line,) = [line for line in printed.splitlines() if "np.load" in line]
     assert eval(line.split("=")[1].split("#")[0], {"np": np}).shape == (1, DIM)
+
+
+def test_sections_of_a_video_have_features_of_their_own(main, pretrained, source, tmp_path):
+    rows, output = "part_0/v_0.mp4,0.2,\npart_0/v_0.mp4,,0.4\n", tmp_path / "out"
+    source.write_text(f"path,start,end\n{rows}")
+    assert main(pretrained, source, output, "--window-stride", 2, "--frame-stride", 1) == 0
+    found = index_of(output)
+    assert [Path(row["path"]).name for row in found] == ["v_0.mp4#t=0.2", "v_0.mp4#t=,0.4"]
+    assert len({row["file"] for row in found}) == 2
+    assert [row["num_frames"] for row in found] == ["12", "12"], "those of the file"
+    with open_video(found[0]["path"].partition("#")[0]) as video:
+        first, end = np.searchsorted(video.seconds(12), (0.2, 0.4)).tolist()
+    starts = [np.load(output / row["starts"]).tolist() for row in found]
+    assert starts == [
+        [*range(first, 8, 2), *([8] if (8 - first) % 2 else [])] or [first],
+        [*range(0, end - 4, 2), end - 4],
+    ]
+    assert read_manifest(output / "index.csv").files == read_manifest(source).files
 
 
 def test_views_and_tokens(main, pretrained, source, tmp_path):
@@ -593,7 +611,7 @@ def test_no_video_decodes(main, pretrained, tmp_path, capsys):
 def test_a_video_that_breaks_in_its_middle_leaves_nothing(
     main, pretrained, source, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(loader, "open_video", LongVideo)
+    monkeypatch.setattr(reading, "open_video", LongVideo)
     (tmp_path / "list.csv").write_text("path\nwhole.mp4\nbroken.mp4\n")
     output = tmp_path / "out"
     assert main(pretrained, tmp_path / "list.csv", output, "--window-stride", 40) == 2
