@@ -21,11 +21,10 @@ from hpm_video.config.choices import DecoderName
 from hpm_video.config.data import DataConfig
 from hpm_video.data.reading import (
     EvalReader,
+    Footage,
     Request,
     TrainReader,
     Views,
-    draw_frames,
-    view_frames,
 )
 from hpm_video.data.transforms import Box, MultiScaleCrop, multi_scale_box, view_boxes
 from hpm_video.decoding.reader import Frames
@@ -65,7 +64,7 @@ def several_clips(reader: Way, together: bool, request: Request) -> None:  # noq
 def clip_plainly(request: Request) -> Tensor:
     """Make one clip from whole frames: -> (C, T, h, w) float32"""
     draw = generator("clip", *request.keys[0])
-    frames = read_plainly(request.path, lambda count: draw_frames(CLIP, count, draw))
+    frames = read_plainly(request.path, lambda count: Footage(0, count).draw(CLIP, draw))
     box = multi_scale_box(frames.shape[1], frames.shape[2], CLIP.frame_size, draw)
     return with_pillow(frames, box)
 
@@ -74,7 +73,7 @@ def views_plainly(views: Views, request: Request) -> Tensor:
     """Open the file for each view: -> (R, C, T, h, w) float32"""
     made = []
     for clip, crop in product(range(views.clips), range(views.crops)):
-        choose = partial(lambda clip, count: view_frames(CLIP, count, views)[clip], clip)
+        choose = partial(lambda clip, count: Footage(0, count).views(CLIP, views)[clip], clip)
         frames = read_plainly(request.path, choose)
         boxes = view_boxes(frames.shape[1], frames.shape[2], CLIP.frame_size, views.crops)
         made.append(with_pillow(frames, boxes[crop]))

@@ -181,11 +181,6 @@ class Part:
     num_frames: int
     """Frames of the file."""
 
-    @property
-    def starts(self) -> NDArray[np.int64]:
-        """(R,) first frame of each."""
-        return self.frames[:, 0]
-
 
 def stream_parts(
     manifest: Manifest,

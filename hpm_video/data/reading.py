@@ -103,11 +103,33 @@ class Footage:
 
     def draw(self, data: DataConfig, draw: np.random.Generator) -> Indices:
         """Draw the frames of a training clip: -> (T,)"""
-        return self._frames_at(draw_frames(data, self.count, draw, self.stride))
+        count, stride = self.count, self.stride
+        if data.sampling == "segments":
+            return self.first + train_segments(count, draw.random(data.num_frames).tolist())
+        if stride is None:
+            shortest = data.frame_stride or 1
+            longest = data.max_frame_stride or shortest
+            stride = int(draw.integers(shortest, longest, endpoint=True))
+        return self._frames_at(train_indices(count, data.num_frames, stride, draw.random()))
 
     def views(self, data: DataConfig, views: Views) -> Indices:
-        """Choose frames as :func:`view_frames` does: -> (clips, T)"""
-        return self._frames_at(view_frames(data, self.count, views, self.stride))
+        """Choose the frames of each clip of the views: -> (clips, T), the first ascending
+
+        Raises:
+            DecodeError: the video ends before the clip that was asked for.
+        """
+        count, length, stride = self.count, data.num_frames, self.stride or data.frame_stride or 1
+        if views.first is not None:
+            if views.first >= count:
+                raise DecodeError(
+                    f"its clip must begin in frames 0 to {count - 1}, not in {views.first}"
+                )
+            return self._frames_at(_dense(count, length, stride, [views.first]))
+        if views.every is not None:
+            return self._frames_at(window_indices(count, length, stride, views.every))
+        if data.sampling == "segments":
+            return self.first + view_segments(count, length, views.clips)
+        return self._frames_at(view_indices(count, length, stride, views.clips))
 
     def _frames_at(self, positions: Positions) -> Indices:
         """Return the numbers of frames in the file, of positions at a steady frame rate."""
@@ -117,40 +139,6 @@ class Footage:
         moments = begin + positions * (last - begin) / (self.count - 1)
         between = (self.seconds[1:] + self.seconds[:-1]) / 2
         return self.first + np.searchsorted(between, moments)
-
-
-def draw_frames(
-    data: DataConfig, num_video_frames: int, draw: np.random.Generator, stride: float | None = None
-) -> Positions:
-    """Draw the frames of a training clip, by default at a stride of the config: -> (T,)"""
-    if data.sampling == "segments":
-        return train_segments(num_video_frames, draw.random(data.num_frames).tolist())
-    if stride is None:
-        shortest = data.frame_stride or 1
-        longest = data.max_frame_stride or shortest
-        stride = int(draw.integers(shortest, longest, endpoint=True))
-    return train_indices(num_video_frames, data.num_frames, stride, draw.random())
-
-
-def view_frames(
-    data: DataConfig, num_video_frames: int, views: Views, stride: float | None = None
-) -> Positions:
-    """Choose the frames of each clip of the views of a video: -> (clips, T), the first ascending
-
-    Raises:
-        DecodeError: the video ends before the clip that was asked for.
-    """
-    num_frames, stride = data.num_frames, stride or data.frame_stride or 1
-    if views.first is not None:
-        if views.first >= num_video_frames:
-            last = num_video_frames - 1
-            raise DecodeError(f"its clip must begin in frames 0 to {last}, not in {views.first}")
-        return _dense(num_video_frames, num_frames, stride, [views.first])
-    if views.every is not None:
-        return window_indices(num_video_frames, num_frames, stride, views.every)
-    if data.sampling == "segments":
-        return view_segments(num_video_frames, num_frames, views.clips)
-    return view_indices(num_video_frames, num_frames, stride, views.clips)
 
 
 def train_indices(

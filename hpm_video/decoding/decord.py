@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpm_video.decoding.containers import MATROSKA, MP4, exact_container
-from hpm_video.decoding.pyav import only_here, seconds_of
+from hpm_video.decoding.pyav import PyavReader, only_here
 from hpm_video.decoding.reader import TRANSCODE, DecodeError, FrameByFrame, Frames
 
 _EXACT_ON = (MP4, MATROSKA, "AVI", "FLV", "ASF", "YUV4MPEG")
@@ -37,7 +37,8 @@ class DecordReader(FrameByFrame):
         self._frame: Frames | None = None
 
     def seconds(self, count: int) -> NDArray[np.float64]:
-        return seconds_of(self.path, self._source, count)
+        with PyavReader(self.path, self._source, b"") as reader:
+            return reader.seconds(count)
 
     def _count(self) -> int:
         return len(self._reader)

@@ -105,12 +105,6 @@ def only_here(source: str | bytes) -> str:
     return ""
 
 
-def seconds_of(path: str, source: str | bytes, count: int) -> NDArray[np.float64]:
-    """Return what :meth:`PyavReader.seconds` does, for a video that another decoder reads."""
-    with PyavReader(path, source, b"") as reader:
-        return reader.seconds(count)
-
-
 class PyavReader(VideoReader):
     """Seeks to the key frame before the first frame that is wanted, and decodes from there on.
 

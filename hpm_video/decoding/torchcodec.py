@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpm_video.decoding.containers import MATROSKA, MP4, exact_container
-from hpm_video.decoding.pyav import MIRRORED, only_here, seconds_of
+from hpm_video.decoding.pyav import MIRRORED, PyavReader, only_here
 from hpm_video.decoding.reader import TRANSCODE, DecodeError, Frames, VideoReader, size_change
 
 _EXACT_ON = (MP4, MATROSKA, "FLV", "ASF", "GIF", "YUV4MPEG")
@@ -33,7 +33,8 @@ class TorchcodecReader(VideoReader):
         )
 
     def seconds(self, count: int) -> NDArray[np.float64]:
-        return seconds_of(self.path, self._source, count)
+        with PyavReader(self.path, self._source, b"") as reader:
+            return reader.seconds(count)
 
     def _count(self) -> int:
         return len(self._decoder)

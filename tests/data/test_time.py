@@ -233,7 +233,7 @@ def test_a_section_outside_of_its_video_is_an_error_of_its_row_alone(files):
 def test_windows_slide_over_a_section_and_know_their_frames_in_the_file(files):
     manifest = Manifest((f"{files}/steady.mp4#t=0.4,1.2",), (0,), (-1,))
     parts = [p for _, p in stream_parts(manifest, [0], STRIDE, Views(every=5), clips_per_part=2)]
-    assert np.concatenate([part.starts for part in parts]).tolist() == [10, 15, 20, 22]
+    assert np.concatenate([part.frames[:, 0] for part in parts]).tolist() == [10, 15, 20, 22]
 
 
 # --- Length ---------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from hpm_video.data.clips import ValidationClips
 from hpm_video.data.loader import stream_parts
 from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.data.reading import Views, window_indices
-from hpm_video.data.transforms import centre_box, crop_and_resize
+from hpm_video.data.transforms import centre_box, cut, resize
 from hpm_video.decoding.reader import DecodeError
 from hpm_video.decoding.registry import open_video
 from hpm_video.files.failures import BadFilesError, Failure
@@ -135,7 +135,7 @@ def contents(output):
 def clip_of(video, indices, size=(32, 32)):
     with open_video(str(video)) as reader:
         frames = reader.read(indices)
-    return crop_and_resize(frames, centre_box(*frames.shape[1:3], size), size)
+    return resize(cut(frames, centre_box(*frames.shape[1:3], size)), size, "bilinear")
 
 
 # --- Which windows ------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def test_a_long_video_is_read_in_runs_and_each_frame_once(monkeypatch):
     assert read == np.unique(windows).tolist(), "the manifest knows how many frames there are"
     clips = torch.cat([part.clips for part in found])
     assert clips[:, 0, :, 0, 0].tolist() == (windows % 251).tolist()
-    assert np.concatenate([part.starts for part in found]).tolist() == windows[:, 0].tolist()
+    assert np.concatenate([part.frames[:, 0] for part in found]).tolist() == windows[:, 0].tolist()
     assert {len(part.clips) for part in found[:-1]} == {7}
 
 

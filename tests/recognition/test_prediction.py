@@ -14,7 +14,7 @@ from hpm_video.config.loading import load_config, save_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data import loader
 from hpm_video.data.reading import view_indices
-from hpm_video.data.transforms import crop_and_resize, view_boxes
+from hpm_video.data.transforms import cut, resize, view_boxes
 from hpm_video.decoding.registry import open_video
 from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.recognition.inference import Inference
@@ -93,7 +93,7 @@ def by_hand(checkpoint, video, clips, crops, weights="model"):
         for indices in view_indices(reader.num_frames, 4, 1, clips):
             frames = reader.read(indices)
             for box in view_boxes(frames.shape[1], frames.shape[2], (32, 24), crops):
-                clip = crop_and_resize(frames, box, (32, 24))
+                clip = resize(cut(frames, box), (32, 24), "bilinear")
                 sums += classifier.probabilities(clip[None])[0].double().numpy()
     return sums / (clips * crops)
 
