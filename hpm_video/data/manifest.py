@@ -68,10 +68,6 @@ class Listing:
             return [""] * len(self)
         return [cell.strip() for cell in self.table[name].tolist()]
 
-    def write(self, columns: Mapping[str, Sequence[str]], path: Path) -> None:
-        """Write a manifest with further columns; those that are there already are replaced."""
-        write_manifest(self.table.assign(**columns), path)
-
 
 @dataclass(frozen=True)
 class Manifest:

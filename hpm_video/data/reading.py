@@ -103,14 +103,14 @@ class Footage:
 
     def draw(self, data: DataConfig, draw: np.random.Generator) -> Indices:
         """Draw the frames of a training clip: -> (T,)"""
-        count, stride = self.count, self.stride
+        stride = self.stride
         if data.sampling == "segments":
-            return self.first + train_segments(count, draw.random(data.num_frames).tolist())
+            return self.first + train_segments(self.count, draw.random(data.num_frames).tolist())
         if stride is None:
             shortest = data.frame_stride or 1
             longest = data.max_frame_stride or shortest
             stride = int(draw.integers(shortest, longest, endpoint=True))
-        return self._frames_at(train_indices(count, data.num_frames, stride, draw.random()))
+        return self._frames_at(Dense(self.count, data.num_frames, stride).drawn(draw.random()))
 
     def views(self, data: DataConfig, views: Views) -> Indices:
         """Choose the frames of each clip of the views: -> (clips, T), the first ascending
@@ -118,18 +118,19 @@ class Footage:
         Raises:
             DecodeError: the video ends before the clip that was asked for.
         """
-        count, length, stride = self.count, data.num_frames, self.stride or data.frame_stride or 1
+        dense = Dense(self.count, data.num_frames, self.stride or data.frame_stride or 1)
         if views.first is not None:
-            if views.first >= count:
+            if views.first >= self.count:
+                last = self.count - 1
                 raise DecodeError(
-                    f"its clip must begin in frames 0 to {count - 1}, not in {views.first}"
+                    f"its clip must begin in frames 0 to {last}, not in {views.first}"
                 )
-            return self._frames_at(_dense(count, length, stride, [views.first]))
+            return self._frames_at(dense.at([views.first]))
         if views.every is not None:
-            return self._frames_at(window_indices(count, length, stride, views.every))
+            return self._frames_at(dense.windows(views.every))
         if data.sampling == "segments":
-            return self.first + view_segments(count, length, views.clips)
-        return self._frames_at(view_indices(count, length, stride, views.clips))
+            return self.first + view_segments(self.count, data.num_frames, views.clips)
+        return self._frames_at(dense.views(views.clips))
 
     def _frames_at(self, positions: Positions) -> Indices:
         """Return the numbers of frames in the file, of positions at a steady frame rate."""
@@ -141,12 +142,47 @@ class Footage:
         return self.first + np.searchsorted(between, moments)
 
 
-def train_indices(
-    num_video_frames: int, num_frames: int, stride: float, start_draw: float
-) -> Positions:
-    """Choose a dense clip; ``start_draw`` in [0, 1) says where: -> (num_frames,)"""
-    first = int(start_draw * (_spare(num_video_frames, num_frames, stride) + 1))
-    return _dense(num_video_frames, num_frames, stride, [first]).reshape(num_frames)
+@dataclass(frozen=True)
+class Dense:
+    """The dense clips of a video: so many frames, at a stride."""
+
+    num_video_frames: int
+    num_frames: int
+    stride: float
+
+    @property
+    def spare(self) -> int:
+        """The last frame that a clip which fits into the video may begin with."""
+        return int(max(self.num_video_frames - self.num_frames * self.stride, 0))
+
+    def drawn(self, draw: float) -> Positions:
+        """Choose a training clip; ``draw`` in [0, 1) says where it begins: -> (num_frames,)"""
+        return self.at([int(draw * (self.spare + 1))])[0]
+
+    def views(self, count: int) -> Positions:
+        """Choose clips that start evenly spread over the video: -> (count, num_frames)
+
+        The first starts with the video and the last ends with it; a single one is in the middle.
+        """
+        starts = [view * self.spare // max(count - 1, 1) for view in range(count)]
+        return self.at(starts if count > 1 else [self.spare // 2])
+
+    def windows(self, every: int) -> Positions:
+        """Choose the clips of a window that slides over the video: -> (windows, num_frames)
+
+        They start at 0, ``every``, 2 ``every`` ... as long as they fit. Where the last of these
+        does not end with the video, one more does.
+        """
+        return self.at([*range(0, self.spare, every), self.spare])
+
+    def at(self, starts: Sequence[int]) -> Positions:
+        """Return the clips that begin with these frames: -> (clips, num_frames)"""
+        first = np.asarray(starts, dtype=np.int64)[:, None]
+        last_reached = (self.num_video_frames - 1 - first) // self.stride
+        positions: Positions = first + self.stride * np.minimum(
+            np.arange(self.num_frames), last_reached
+        )
+        return positions
 
 
 def train_segments(num_video_frames: int, frame_draws: Sequence[float]) -> Indices:
@@ -154,18 +190,6 @@ def train_segments(num_video_frames: int, frame_draws: Sequence[float]) -> Indic
     places = np.arange(len(frame_draws)) + np.asarray(frame_draws, dtype=np.float64)
     indices = np.floor(num_video_frames * places / len(frame_draws)).astype(np.int64)
     return np.minimum(indices, num_video_frames - 1)  # a draw just below 1 may be rounded up
-
-
-def view_indices(
-    num_video_frames: int, num_frames: int, stride: float, num_views: int
-) -> Positions:
-    """Choose dense clips that start evenly spread over the video: -> (num_views, num_frames)
-
-    The first starts with the video and the last ends with it; a single one is in the middle.
-    """
-    spare = _spare(num_video_frames, num_frames, stride)
-    starts = [view * spare // max(num_views - 1, 1) for view in range(num_views)]
-    return _dense(num_video_frames, num_frames, stride, starts if num_views > 1 else [spare // 2])
 
 
 def view_segments(num_video_frames: int, num_frames: int, num_views: int) -> Indices:
@@ -177,30 +201,6 @@ def view_segments(num_video_frames: int, num_frames: int, num_views: int) -> Ind
     places = np.arange(num_frames) * num_views + np.arange(num_views)[:, None]
     indices: Indices = num_video_frames * places // (num_frames * num_views)
     return indices
-
-
-def window_indices(num_video_frames: int, num_frames: int, stride: float, every: int) -> Positions:
-    """Choose the dense clips of a window that slides over the video: -> (windows, num_frames)
-
-    They start at 0, ``every``, 2 ``every`` ... as long as they fit. Where the last of these does
-    not end with the video, one more does.
-    """
-    spare = _spare(num_video_frames, num_frames, stride)
-    return _dense(num_video_frames, num_frames, stride, [*range(0, spare, every), spare])
-
-
-def _spare(num_video_frames: int, num_frames: int, stride: float) -> int:
-    """Return the last frame that a clip which fits into the video may begin with."""
-    return int(max(num_video_frames - num_frames * stride, 0))
-
-
-def _dense(
-    num_video_frames: int, num_frames: int, stride: float, starts: Sequence[int]
-) -> Positions:
-    first = np.asarray(starts, dtype=np.int64)[:, None]
-    last_reached = (num_video_frames - 1 - first) // stride
-    positions: Positions = first + stride * np.minimum(np.arange(num_frames), last_reached)
-    return positions
 
 
 @dataclass(frozen=True)

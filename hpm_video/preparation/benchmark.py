@@ -66,9 +66,10 @@ class _TimedTransform(ClipTransform):
 
 def fits_into_memory(clips: Sequence[VideoClips]) -> tuple[bool, str]:
     """Say whether the system keeps all files in memory once they have been read. -> that, words"""
-    num_files, num_bytes, memory = sum(map(len, clips)), 0.0, memory_left()
+    num_files, num_bytes, memory = 0, 0.0, memory_left()
     for stream in clips:
-        files = [Section.parse(file).file for file in stream.manifest.files]
+        files = [*dict.fromkeys(Section.parse(file).file for file in stream.manifest.files)]
+        num_files += len(files)
         some = files[:: -(-len(files) // SAMPLED_SIZES)]
         num_bytes += len(files) * sum(stamp_of(path).bytes or 0 for path in some) / len(some)
     data = f"files: {num_files:,}, of about {max(1, num_bytes / MIB):,.0f} MiB, which"

@@ -13,7 +13,7 @@ import torch
 from hpm_video.config.loading import load_config, save_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data import loader
-from hpm_video.data.reading import view_indices
+from hpm_video.data.reading import Dense
 from hpm_video.data.transforms import cut, resize, view_boxes
 from hpm_video.decoding.registry import open_video
 from hpm_video.models.from_config import build_classifier, build_student
@@ -90,7 +90,7 @@ def by_hand(checkpoint, video, clips, crops, weights="model"):
     classifier = Inference.load(trained, torch.device("cpu"), "fp32")
     sums = np.zeros(len(NAMES))
     with open_video(str(video)) as reader:
-        for indices in view_indices(reader.num_frames, 4, 1, clips):
+        for indices in Dense(reader.num_frames, 4, 1).views(clips):
             frames = reader.read(indices)
             for box in view_boxes(frames.shape[1], frames.shape[2], (32, 24), crops):
                 clip = resize(cut(frames, box), (32, 24), "bilinear")
