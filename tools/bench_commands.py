@@ -152,8 +152,9 @@ def losses(arguments: argparse.Namespace) -> Tables:
 def decoding(arguments: argparse.Namespace) -> Tables:
     """Time how a video becomes clips, compared with the straightforward way.
 
-    Makes a training clip and all views of a test with each decoder (see tools/bench_ways.py), in
-    one process and one thread. After the first turn, which does not count, the file is cached.
+    Makes a training clip and all views of a test with each decoder (see tools/bench_ways.py), and
+    with the first one 4 training clips out of one pass (data.repeats) and one by one. All in one
+    process and one thread. After the first turn, which does not count, the file is cached.
     """
     torch.set_num_threads(1)
     decoders = choose_decoders(arguments.decoders)

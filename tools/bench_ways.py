@@ -6,6 +6,7 @@ read and resize only the part that the crop shows, all frames at once, and keep 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -20,11 +21,10 @@ from hpm_video.config.choices import DecoderName
 from hpm_video.config.data import DataConfig
 from hpm_video.data.reading import (
     EvalReader,
+    Footage,
     Request,
     TrainReader,
     Views,
-    draw_frames,
-    view_frames,
 )
 from hpm_video.data.transforms import Box, MultiScaleCrop, multi_scale_box, view_boxes
 from hpm_video.decoding.reader import Frames
@@ -33,23 +33,38 @@ from hpm_video.mining.losses import ranking_loss
 from hpm_video.randomness import generator
 
 CLIP = DataConfig(num_frames=16, frame_stride=4, frame_size=(224, 224))
+REPEATS = 4
 Way = Callable[[Request], object]
 
 
 def ways_to_decode(decoders: Sequence[DecoderName], views: Views) -> dict[str, dict[str, Way]]:
-    """Return the ways to make a training clip and the views of a test, the plain one first."""
+    """Return the ways to make a training clip and the views of a test, the plain one first.
+
+    And, with the first decoder, the ways to make several clips of one file.
+    """
     train: dict[str, Way] = {"straightforward": clip_plainly}
     test: dict[str, Way] = {"straightforward": partial(views_plainly, views)}
     for name in decoders:
         train[name] = TrainReader(CLIP, name, "", MultiScaleCrop(flip=False), same_frames=False)
         test[name] = EvalReader(CLIP, name, "", views)
-    return {"train": train, "test": test}
+    ways = {"one by one": False, "in one pass": True}
+    several: dict[str, Way] = {
+        name: partial(several_clips, train[decoders[0]], one) for name, one in ways.items()
+    }
+    return {"train": train, "test": test, f"{REPEATS} training clips": several}
+
+
+def several_clips(reader: Way, together: bool, request: Request) -> None:  # noqa: FBT001 - by partial
+    """Make clips of a file with starts of their own, out of one pass or of a pass each."""
+    keys = tuple((*request.keys[0], repeat) for repeat in range(REPEATS))
+    for chosen in [keys] if together else [(key,) for key in keys]:
+        reader(replace(request, keys=chosen))
 
 
 def clip_plainly(request: Request) -> Tensor:
     """Make one clip from whole frames: -> (C, T, h, w) float32"""
     draw = generator("clip", *request.keys[0])
-    frames = read_plainly(request.path, lambda count: draw_frames(CLIP, count, draw))
+    frames = read_plainly(request.path, lambda count: Footage(0, count).draw(CLIP, draw))
     box = multi_scale_box(frames.shape[1], frames.shape[2], CLIP.frame_size, draw)
     return with_pillow(frames, box)
 
@@ -58,7 +73,7 @@ def views_plainly(views: Views, request: Request) -> Tensor:
     """Open the file for each view: -> (R, C, T, h, w) float32"""
     made = []
     for clip, crop in product(range(views.clips), range(views.crops)):
-        choose = partial(lambda clip, count: view_frames(CLIP, count, views)[clip], clip)
+        choose = partial(lambda clip, count: Footage(0, count).views(CLIP, views)[clip], clip)
         frames = read_plainly(request.path, choose)
         boxes = view_boxes(frames.shape[1], frames.shape[2], CLIP.frame_size, views.crops)
         made.append(with_pillow(frames, boxes[crop]))

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from hpm_video.data.manifest import Listing, ManifestError, read_listing
+from hpm_video.data.manifest import Listing, ManifestError, read_listing, write_manifest
 from hpm_video.data.places import unwritable
 from hpm_video.decoding.locations import is_frame_folder, is_image
 from hpm_video.decoding.registry import choose_decoder
@@ -151,7 +151,7 @@ def write(listing: Listing, findings: Sequence[Finding], out: Path, *, rooted: b
     is_beside = listing.source.is_file() and out.parent == listing.source.parent
     if not is_beside and not rooted:
         columns["path"] = [file.removeprefix(f"{out.parent}/") for file in listing.files]
-    listing.write(columns, out)
+    write_manifest(listing.table.assign(**columns), out)
     with written_beside(out.with_suffix(".png")) as picture:
         title = f"{listing.source.name}, {counted(len(listing), 'file')}"
         plot(findings, title).savefig(picture, format="png", dpi=110)

@@ -112,14 +112,19 @@ def find_videos(paths: Sequence[str]) -> Manifest:
     Raises:
         ManifestError: a folder or manifest cannot be read, or has no videos.
     """
-    found: dict[str, None] = {}
+    found: dict[str, float] = {}  # frames per second by path, 0 where unknown
     for path in paths:
         several = Path(path).is_dir() or path.lower().endswith(LISTS)
-        for file in read_manifest(path).files if several else [path]:
+        listed = read_manifest(path) if several else Manifest((path,), (), ())
+        for file in listed.files:
             place = Path(file).absolute()
             is_here = place.is_relative_to(Path.cwd())
-            found[str(place.relative_to(Path.cwd()) if is_here else file)] = None
-    return Manifest((*found,), (UNLABELLED,) * len(found), (NOT_STATED,) * len(found))
+            slash = "/" * file.endswith("/")  # of a folder of frames
+            here = f"{place.relative_to(Path.cwd())}{slash}" if is_here else file
+            found[here] = listed.fps.get(file, 0.0)
+    labels, counts = ((each,) * len(found) for each in (UNLABELLED, NOT_STATED))
+    fps = {file: rate for file, rate in found.items() if rate}
+    return Manifest((*found,), labels, counts, fps=fps)
 
 
 def print_top(path: str, top: Sequence[dict[str, Any]]) -> None:

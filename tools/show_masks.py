@@ -129,21 +129,21 @@ def read_clip(arguments: argparse.Namespace, data: DataConfig) -> tuple[ClipBatc
     from hpm_video.data.batch import ClipBatch
     from hpm_video.data.loader import stream_parts
     from hpm_video.data.manifest import NOT_STATED, UNLABELLED, Manifest
-    from hpm_video.data.reading import Views, view_frames
+    from hpm_video.data.reading import Views
     from hpm_video.decoding.pyav import open_container
     from hpm_video.decoding.reader import DecodeError
     from hpm_video.files.failures import Failure
     from hpm_video.randomness import key_of
 
     path, views = str(arguments.video), Views(first=arguments.start)
-    stride = arguments.frame_stride or data.frame_stride
-    data = replace(data, sampling="dense", frame_stride=stride, max_frame_stride=None)
-    data = replace(data, decoder=arguments.decoder)
+    data = replace(data, sampling="dense", max_frame_stride=None, decoder=arguments.decoder)
+    if arguments.frame_stride:
+        data = replace(data, frame_stride=arguments.frame_stride, fps=None)
     one = Manifest((path,), (UNLABELLED,), (NOT_STATED,))
     ((_, part),) = stream_parts(one, [0], data, views, clips_per_part=1, workers=1)
     if isinstance(part, Failure):
         raise DecodeError(part.reason, path)
-    (indices,), rate = view_frames(data, part.num_frames, views), 0.0
+    (indices,), rate = part.frames, 0.0
     if part.num_frames > 1:
         container, stream = open_container(path)
         with container:

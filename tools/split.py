@@ -2,8 +2,8 @@
 
 Writes train.csv and validation.csv, with all columns of the list, and paths that are right wherever
 the two lie. About the same share of every class is chosen, by a seed. Files of one group, such as
-clips cut from one video, are never on both sides, nor are files of equal content if
-tools/check_videos.py has noted it.
+clips cut from one video, are never on both sides, nor are sections of one file (columns start and
+end), nor files of equal content if tools/check_videos.py has noted it.
 """
 
 import argparse
@@ -60,7 +60,8 @@ def split(arguments: argparse.Namespace) -> None:
     elif arguments.group != "none":
         groups = groups_by_column(listing, arguments.group)
         origin = f"grouped by the column {arguments.group}"
-    joined = joined_groups(groups, listing.column("content"))
+    contents = zip(listing.column("content"), listing.files, strict=True)
+    joined = joined_groups(groups, [content or file for content, file in contents])
     chosen = choose_validation(labels, joined, share, arguments.seed)
     table = listing.table.assign(path=listing.files)
     for path, rows in zip(targets, (~chosen, chosen), strict=True):

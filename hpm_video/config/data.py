@@ -28,10 +28,12 @@ class DataConfig:
     root: str | None = unrelated(default=None)
     """Folder that relative paths of the manifests start from; by default the manifest's own."""
     num_frames: int = 16
-    frame_stride: int = 4
-    """Frames of the video from one frame of the clip to the next."""
+    frame_stride: int | None = None
+    """Frames of the video from one frame of the clip to the next; 4, unless ``fps`` is set."""
     max_frame_stride: int | None = None
     """Largest stride, where each training clip draws its own from frame_stride on."""
+    fps: float | None = None
+    """Frames per second of a clip, whatever the rate of the video: in place of a stride."""
     frame_size: tuple[int, int] = (224, 224)
     """Height and width of a clip in pixels."""
     interpolation: Interpolation = "bilinear"
@@ -45,6 +47,9 @@ class DataConfig:
     repeats: int = 1
     """Clips taken from each decoded video: in pre-training of frames of their own, in fine-tuning
     augmented copies of the same frames. A batch counts videos."""
+    clips_per_minute: float | None = None
+    """Samples that an epoch takes of each training video per minute of its length, at least one.
+    The manifest must state the length of every video. By default each gives one sample."""
     flip: bool = False
     """Whether half of the training clips are mirrored: never where labels depend on direction, as
     those of Something-Something do."""
@@ -67,17 +72,32 @@ class DataConfig:
     def __post_init__(self) -> None:
         check("data", self, at_least(1), "num_frames", "frame_stride", "repeats", "frame_size")
         check("data", self, at_least(0), "workers")
-        check("data", self, POSITIVE, "seconds_per_file", "memory_per_worker", "std")
+        positive = ("seconds_per_file", "memory_per_worker", "std", "fps", "clips_per_minute")
+        check("data", self, POSITIVE, *positive)
         check("data", self, SHARE, "max_bad_share")
         crop = at_least(max(self.frame_size), f"data.frame_size ({self.frame_size})")
         check("data", self, crop, "validation_short_side")
-        stride = at_least(self.frame_stride, f"data.frame_stride ({self.frame_stride})")
-        check("data", self, stride, "max_frame_stride")
-        if self.sampling == "segments" and self.max_frame_stride is not None:
+        if self.fps is not None and (self.frame_stride or self.max_frame_stride):
             raise ConfigError(
-                f"data.sampling=segments takes no stride, but data.max_frame_stride is "
-                f"{self.max_frame_stride}; leave it out"
+                f"data.fps={self.fps:g} takes frames by time, so no stride can be set, but "
+                f"data.frame_stride is {self.frame_stride} and data.max_frame_stride is "
+                f"{self.max_frame_stride}; make both null, or leave data.fps out"
             )
+        if self.fps is None and self.frame_stride is None:
+            object.__setattr__(self, "frame_stride", 4)
+        stride = at_least(self.frame_stride or 1, f"data.frame_stride ({self.frame_stride})")
+        check("data", self, stride, "max_frame_stride")
+        for key in ("max_frame_stride", "fps"):
+            if self.sampling == "segments" and (value := getattr(self, key)) is not None:
+                raise ConfigError(
+                    f"data.sampling=segments takes no stride, but data.{key} is {value}; leave it "
+                    f"out"
+                )
+
+    @property
+    def pace(self) -> str:
+        """How far apart the frames of a clip are, in words."""
+        return f"stride {self.frame_stride}" if self.fps is None else f"{self.fps:g} frames/s"
 
     @property
     def channels(self) -> int:

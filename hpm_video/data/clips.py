@@ -14,7 +14,7 @@ from hpm_video.data.batch import Sample
 from hpm_video.data.manifest import Manifest, ManifestError
 from hpm_video.data.reading import MIDDLE, Request, Views
 from hpm_video.data.transforms import ClipTransform
-from hpm_video.decoding.locations import is_image
+from hpm_video.decoding.locations import Section, is_frame_folder, is_image
 from hpm_video.decoding.reader import DecodeError
 from hpm_video.decoding.registry import check_name, choose_decoder
 from hpm_video.files.failures import Failure, TooManyBadFiles, tolerated
@@ -31,7 +31,7 @@ class Clips(ABC):
     def __init__(
         self, manifest: Manifest, reader: reading.ClipReader, clips_per_sample: int
     ) -> None:
-        check_strides(reader.data, manifest)
+        check_pace(reader.data, manifest)
         self.manifest = manifest
         self.reader = reader
         self.bad: dict[str, Failure] = {}
@@ -118,6 +118,7 @@ class VideoClips(Clips):
         reader = reading.TrainReader(data, decoder, source, transform, same_frames)
         super().__init__(manifest, reader, data.repeats)
         self.max_bad_share, self._repeats = data.max_bad_share, data.repeats
+        self._num_files = manifest.num_files
         # The name of a source tells its draws from those of another; the main one has none.
         self._key = (seed, source) if source else (seed,)
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.arange(0))
@@ -142,13 +143,11 @@ class VideoClips(Clips):
                     (*self._key, epoch, index, repeat, *instead_of)
                     for repeat in range(self._repeats)
                 )
-                known = self.manifest.num_frames[index]
-                kept_every = self.manifest.kept_every.get(path, 1)
-                return Request(path, self.manifest.labels[index], known, keys, kept_every)
+                return request_of(self.manifest, index, keys)
             passed[path] = self.bad[path]
-            if len(passed) > tolerated(len(self), self.max_bad_share):
+            if len(passed) > tolerated(self._num_files, self.max_bad_share):
                 break
-        raise TooManyBadFiles([*passed.values()], len(self), self.max_bad_share)
+        raise TooManyBadFiles([*passed.values()], self._num_files, self.max_bad_share)
 
 
 class ValidationClips(Clips):
@@ -177,31 +176,50 @@ class ValidationClips(Clips):
 
     def request(self, position: int) -> Request | Sample:
         """Return a file; of a bad one an empty sample, or raise if failures are not reported."""
-        path = self.manifest.files[position]  # an IndexError ends a loop over the samples
-        label = self.manifest.labels[position]
+        keys = ((self._seed, "held out", position),) * self.views.count
+        request = request_of(self.manifest, position, keys)  # its IndexError ends a loop
+        path = request.path
         if path not in self.bad:
-            keys = ((self._seed, "held out", position),) * self.views.count
-            known, kept_every = self.manifest.num_frames, self.manifest.kept_every.get(path, 1)
-            return Request(path, label, known[position], keys, kept_every)
+            return request
         if not self._report_failures:
             raise DecodeError(self.bad[path].reason, path)
-        return replace(self._nothing, label=label, file=path, failures=(self.bad[path],))
+        return replace(self._nothing, label=request.label, file=path, failures=(self.bad[path],))
 
 
-def check_strides(data: DataConfig, manifest: Manifest) -> None:
-    """Make sure that clips ask for frames that files hold of which every N-th frame was kept.
+def request_of(
+    manifest: Manifest, row: int, keys: tuple[tuple[int | str, ...], ...] = ()
+) -> Request:
+    """Return the request for clips of a row of a manifest, so many as there are keys."""
+    path = manifest.files[row]
+    fps, kept_every = manifest.fps.get(path, 0.0), manifest.kept_every.get(path, 1)
+    return Request(path, manifest.labels[row], manifest.num_frames[row], keys, fps, kept_every)
+
+
+def check_pace(data: DataConfig, manifest: Manifest) -> None:
+    """Make sure that all files have the frames that clips at the config's pace are made of.
 
     Raises:
-        ManifestError: a stride is no multiple of N.
+        ManifestError: an image is to have times, or a folder of frames whose rate is not stated; a
+            stride is no multiple of N, where a file holds every N-th frame of its video.
     """
     for file, number in manifest.kept_every.items() if data.sampling == "dense" else ():
         for name in ("frame_stride", "max_frame_stride"):
-            if (stride := getattr(data, name)) and stride % number:
+            if data.fps is None and (stride := getattr(data, name) or number) % number:
                 raise ManifestError(
                     f"{file} holds one of every {number} frames of its video, as kept_every in the "
                     f"manifest says, and data.{name} is {stride}. Make it a multiple of {number}, "
                     "or prepare the video with another --keep-every: tools/transcode.py"
                 )
+    for file in manifest.files:
+        if data.fps is None and "#t=" not in file:
+            continue
+        place = Section.parse(file).file
+        if is_image(place) or (is_frame_folder(place) and file not in manifest.fps):
+            raise ManifestError(
+                f"{file} has no frame rate, which data.fps and the columns start and end of a "
+                "manifest need. Of a folder of frames state it in a column fps; take images out, "
+                "or leave out data.fps, start and end for them"
+            )
 
 
 def decoder_for(decoder: DecoderChoice, manifest: Manifest) -> DecoderChoice:

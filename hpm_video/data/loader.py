@@ -16,12 +16,11 @@ from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.data import DataConfig
 from hpm_video.data import reading
 from hpm_video.data.batch import ClipBatch, Sample, collate
-from hpm_video.data.clips import Clips, Slot, check_strides, decoder_for
+from hpm_video.data.clips import Clips, Slot, check_pace, decoder_for, request_of
 from hpm_video.data.manifest import Manifest
 from hpm_video.data.mixture import Place
 from hpm_video.data.reading import ClipReader, Request, Views
 from hpm_video.decoding.reader import DecodeError
-from hpm_video.decoding.registry import open_video
 from hpm_video.files.failures import Failure
 from hpm_video.workers.pool import NAME, USUAL, Answer, Limits, Pool
 from hpm_video.workers.room import check_room
@@ -175,11 +174,12 @@ class Part:
 
     clips: Tensor
     """(R, C, T, H, W) uint8, the crops of a clip next to each other."""
-    starts: NDArray[np.int64]
-    """(R,) first frame of each."""
+    frames: NDArray[np.int64]
+    """(R, T) the frames of each, by their numbers in the file."""
     num_views: int
-    """Views of the whole video, which has ``num_frames``."""
+    """Views of the whole video, or of the section that is meant of it."""
     num_frames: int
+    """Frames of the file."""
 
 
 def stream_parts(
@@ -201,11 +201,8 @@ def stream_parts(
     """
     decoder = decoder_for(data.decoder, manifest)
     reader = PartReader(data, views, decoder, max(1, clips_per_part // views.crops))
-    check_strides(data, manifest)
-    jobs = [
-        (place, (file, manifest.num_frames[place], manifest.kept_every.get(file, 1)))
-        for place, file in ((place, manifest.files[place]) for place in places)
-    ]
+    check_pace(data, manifest)
+    jobs = [(place, request_of(manifest, place)) for place in places]
     if workers == 0:
         for place, job in jobs:
             yield from ((place, part) for part in reader(job))
@@ -214,7 +211,7 @@ def stream_parts(
     check_room(workers, shared=JOBS_HELD * workers * size, batches=size)
     with Pool(reader, workers, limits, result_bytes=size, depth=JOBS_HELD) as pool:
         for place, job in jobs:
-            pool.submit(place, job, path=job[0], attempts=ATTEMPTS)
+            pool.submit(place, job, path=job.path, attempts=ATTEMPTS)
         left = len(jobs)
         while left:
             place, part, is_last = pool.next()
@@ -236,26 +233,23 @@ class PartReader:
 
     @property
     def part_bytes(self) -> int:
-        return self.clips_per_part * self.views.crops * (reading.clip_bytes(self.data) + 8)
+        of_view = reading.clip_bytes(self.data) + 8 * self.data.num_frames
+        return self.clips_per_part * self.views.crops * of_view
 
-    def __call__(self, job: tuple[str, int, int]) -> Iterator[Part | Failure]:
-        """Read a video; a failure ends its parts.
-
-        ``job``: path, known number of frames, and N where it holds every N-th frame of a video.
-        """
-        (path, stated, kept_every), crops, count = job, self.views.crops, self.clips_per_part
-        data = reading.thinned(self.data, kept_every)
+    def __call__(self, request: Request) -> Iterator[Part | Failure]:
+        """Read a video; a failure ends its parts."""
+        crops, count = self.views.crops, self.clips_per_part
         try:
-            with open_video(path, self.decoder) as video:
-                num_frames = video.frames_stated(stated)
-                table = reading.view_frames(data, num_frames, self.views)
-                clips = reading.read_views(data, video, table, crops)
+            with reading.open_request(self.data, self.decoder, request) as (video, footage):
+                num_frames = video.frames_stated(request.num_frames)
+                table = footage.views(self.data, self.views)
+                clips = reading.read_views(self.data, video, table, crops)
                 for first in range(0, len(table), count):
-                    starts = np.repeat(table[first : first + count, 0], crops)
+                    frames = np.repeat(table[first : first + count], crops, axis=0)
                     part = torch.cat([*islice(clips, count)])
-                    yield Part(part, starts, len(table) * crops, num_frames)
+                    yield Part(part, frames, len(table) * crops, num_frames)
         except DecodeError as error:
-            yield Failure(path, error.reason)
+            yield Failure(request.path, error.reason)
 
 
 def end_workers() -> None:

@@ -4,16 +4,18 @@ import csv
 import hashlib
 import io
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
 import pandas as pd
 
 from hpm_video.data import places
-from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Section
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.errors import ExpectedError, read_text
 from hpm_video.files.wording import counted
@@ -25,9 +27,9 @@ VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 _SUFFIXES = f"one of {' '.join(VIDEO_SUFFIXES)} (videos) or {' '.join(IMAGE_SUFFIXES)} (images)"
 _EXPECTED = (
     "Expected is a CSV file whose first line names its columns: path, and where wanted label, "
-    "label_name, num_frames, kept_every and verdict; or a list without such a line, of 'file "
-    "label', 'file 0 -1' (unlabelled), 'file num_frames label' or 'file' alone, where the name of "
-    f"the file ends in {_SUFFIXES}"
+    "label_name, num_frames, kept_every, start, end, fps and verdict; or a list without such a "
+    "line, of 'file label', 'file 0 -1' (unlabelled), 'file num_frames label' or 'file' alone, "
+    f"where the name of the file ends in {_SUFFIXES}"
 )
 _SEPARATOR = r"(?:[ \t]*[,;][ \t]*|[ \t]+)"
 _LIST_LINE = re.compile(
@@ -35,11 +37,15 @@ _LIST_LINE = re.compile(
     rf"(?P<numbers>(?:{_SEPARATOR}-?\d+(?:\.0+)?)*)",
     re.IGNORECASE,
 )
-_COLUMNS = ("path", "label", "label_name", "num_frames", "kept_every", "verdict")
+_COLUMNS = (
+    *("path", "label", "label_name", "num_frames", "kept_every", "start", "end", "fps"),
+    "verdict",
+)
 _PATHS = ("video_path", "file_path", "filepath", "file_name", "filename", "video", "file")
 """What others call the column of files, where there is none called path."""
 _INTEGER = re.compile(r"-?\d{1,15}(?:\.0+)?")
 """A cell of pandas may be 3.0 where another row of the column is empty."""
+_SECONDS = re.compile(r"\d+(?:\.\d*)?", re.ASCII)
 
 
 class ManifestError(ExpectedError, ValueError):
@@ -65,17 +71,14 @@ class Listing:
             return [""] * len(self)
         return [cell.strip() for cell in self.table[name].tolist()]
 
-    def write(self, columns: Mapping[str, Sequence[str]], path: Path) -> None:
-        """Write a manifest with further columns; those that are there already are replaced."""
-        write_manifest(self.table.assign(**columns), path)
-
 
 @dataclass(frozen=True)
 class Manifest:
     """Video or image files, and what is known of each of them."""
 
     files: tuple[str, ...]
-    """Absolute paths, or places of the other kinds that :mod:`hpm_video.decoding.locations` has."""
+    """Absolute paths, or places of the other kinds that :mod:`hpm_video.decoding.locations` has.
+    Where rows are sections of videos, so are these: they tell the rows apart."""
     labels: tuple[int, ...]
     """Class of each file, -1 where it has none."""
     num_frames: tuple[int, ...]
@@ -84,11 +87,18 @@ class Manifest:
     """Name of each class, where the manifest names classes."""
     has_class_folders: bool = field(default=False, compare=False)
     """Whether classes are folders, numbered in the order of their names."""
+    fps: Mapping[str, float] = field(default_factory=dict)
+    """Frames per second of files, as far as the manifest states them."""
     kept_every: Mapping[str, int] = field(default_factory=dict)
     """Files that hold only every N-th frame of a video, with that N, at least 2."""
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def num_files(self) -> int:
+        """The number of different files, or sections of files."""
+        return len({*self.files})
 
     @property
     def digest(self) -> str:
@@ -100,6 +110,26 @@ class Manifest:
         """Keep at most ``count`` of the files, evenly over a list that may be sorted by class."""
         taken = min(count, len(self))
         return self.of([i * len(self) // taken for i in range(taken)])
+
+    def by_length(self, per_minute: float) -> "Manifest":
+        """Repeat each row so many times per minute of its video, at least once.
+
+        Raises:
+            ManifestError: the length of a video is not known.
+        """
+        rows = list[int]()
+        for row, (file, frames) in enumerate(zip(self.files, self.num_frames, strict=True)):
+            section, fps = Section.parse(file), self.fps.get(file)
+            whole = frames / fps if fps and frames > 0 else math.inf
+            seconds = min(section.end, whole) - section.start
+            if not math.isfinite(seconds):
+                raise ManifestError(
+                    f"data.clips_per_minute needs the length of every video, but the manifest does "
+                    f"not state num_frames and fps of {file}. Write these columns: "
+                    f"tools/check_videos.py"
+                )
+            rows += [row] * max(1, round(per_minute * seconds / 60))
+        return self.of(rows)
 
     def of(self, rows: Sequence[int]) -> "Manifest":
         return replace(
@@ -115,9 +145,10 @@ def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
 
     - A CSV file (by commas, semicolons or tabs) whose first line names its columns: ``path`` and,
       each optional, ``label``, ``label_name``, ``num_frames``, ``kept_every`` (N where the file
-      holds every N-th frame of a video) and ``verdict``. An empty cell says
-      nothing; other columns are ignored. Files whose verdict is ``bad`` are left out, and the log
-      counts them. A path may be of any kind that :mod:`hpm_video.decoding.locations` has.
+      holds every N-th frame of a video), ``start`` and ``end`` (seconds: a row is then a section of
+      its file), ``fps`` and ``verdict``. An empty cell says nothing;
+      other columns are ignored. Files whose verdict is ``bad`` are left out, and the log counts
+      them. A path may be of any kind that :mod:`hpm_video.decoding.locations` has.
     - A list without such a line, as VideoMAE and its descendants use: see :func:`_meaning`. The
       numbers at the end of a line are split off, so a path may hold spaces; it may be quoted. Other
       lines that begin with ``#`` are comments.
@@ -139,8 +170,12 @@ def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
     labels, num_frames = _integers(listing, "label", 0), _integers(listing, "num_frames", 1)
     names = _label_names(listing, labels)
     has_class_folders = listing.source.is_dir() and "label" in listing.table
-    kept_every = _kept_every(listing)
-    manifest = Manifest(listing.files, labels, num_frames, names, has_class_folders, kept_every)
+    files = _sections(listing)
+    rates = pd.to_numeric(pd.Series(listing.column("fps")), errors="coerce").tolist()
+    fps = {file: rate for file, rate in zip(files, rates, strict=True) if 0 < rate < math.inf}
+    every = zip(files, _integers(listing, "kept_every", 1), strict=True)
+    kept_every = {file: number for file, number in every if number > 1}
+    manifest = Manifest(files, labels, num_frames, names, has_class_folders, fps, kept_every)
     kept = []
     for row, verdict in enumerate(listing.column("verdict")):
         if verdict not in ("", *VERDICTS):
@@ -286,6 +321,22 @@ def _meaning(source: Path, line: int, row: str, numbers: list[str]) -> tuple[str
             raise _bad_line(source, line, row, why)
 
 
+def _sections(listing: Listing) -> tuple[str, ...]:
+    """Return the place of each row, of a section where its cells ``start`` and ``end`` say so."""
+    if not {"start", "end"} & {*listing.table.columns}:
+        return listing.files
+    found = []
+    cells = zip(listing.files, listing.column("start"), listing.column("end"), strict=True)
+    for row, (file, *ends) in enumerate(cells):
+        are_seconds = all(not cell or _SECONDS.fullmatch(cell) for cell in ends)
+        if not are_seconds or float(ends[0] or 0) >= float(ends[1] or math.inf):
+            why = "start and end must be seconds, the end after the start, or empty"
+            raise _bad_row(listing, row, why)
+        start, end = (cell and np.format_float_positional(float(cell), trim="-") for cell in ends)
+        found.append(f"{file}#t={start}{end and ','}{end}" if start or end else file)
+    return tuple(found)
+
+
 def _integers(listing: Listing, column: str, least: int) -> tuple[int, ...]:
     """Read a column of numbers, -1 where a cell is empty or there is no such column."""
     numbers = []
@@ -296,15 +347,6 @@ def _integers(listing: Listing, column: str, least: int) -> tuple[int, ...]:
             raise _bad_row(listing, row, why)
         numbers.append(number)
     return tuple(numbers)
-
-
-def _kept_every(listing: Listing) -> dict[str, int]:
-    found: dict[str, int] = {}
-    numbers = _integers(listing, "kept_every", 1)
-    for row, (file, number) in enumerate(zip(listing.files, numbers, strict=True)):
-        if found.setdefault(file, number) != number:
-            raise _bad_row(listing, row, "this file had another kept_every in a line before")
-    return {file: number for file, number in found.items() if number > 1}
 
 
 def _label_names(listing: Listing, labels: Sequence[int]) -> tuple[str, ...] | None:

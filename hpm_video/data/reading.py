@@ -2,14 +2,17 @@
 
 An image is a video of one frame. A dense clip takes frames at a stride and spans
 ``num_frames * stride`` of them. In a video shorter than that it starts at the first frame, and the
-last frame that the stride reaches repeats. A clip of segments spans the whole video: it takes one
-frame of each of ``num_frames`` equal parts.
+last frame that the stride reaches repeats. With ``data.fps`` the stride follows from the frame rate
+of the video and need not be whole: it leads to moments, and the frames are those that are shown
+nearest to them. A clip of segments spans the whole video: it takes one frame of each of
+``num_frames`` equal parts. Where a section of a file is meant, it is the video.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +23,17 @@ from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.data import DataConfig
 from hpm_video.data.batch import Sample
 from hpm_video.data.transforms import ClipTransform, cut, view_crops
+from hpm_video.decoding.locations import Section, is_frame_folder
 from hpm_video.decoding.reader import DecodeError, DecoderError, VideoReader
 from hpm_video.decoding.registry import choose_decoder, open_video
 from hpm_video.files.failures import Failure
 from hpm_video.randomness import generator, key_of
 
 Indices = NDArray[np.int64]
+Positions = NDArray[Any]
+"""Numbers of frames; not whole ones where a stride is not."""
+ROUNDED = 0.5
+"""Seconds by which a section may end after the video: lists often have whole seconds."""
 FIRST_RUN = 32
 """Frames that are read at first, before it is known how large they are."""
 RUN_BYTES = 2**27
@@ -56,41 +64,129 @@ class Views:
 MIDDLE = Views()
 
 
-def draw_frames(data: DataConfig, num_video_frames: int, draw: np.random.Generator) -> Indices:
-    """Draw the frames of a training clip: -> (T,)"""
-    if data.sampling == "segments":
-        return train_segments(num_video_frames, draw.random(data.num_frames).tolist())
-    longest = data.max_frame_stride or data.frame_stride
-    stride = int(draw.integers(data.frame_stride, longest, endpoint=True))
-    return train_indices(num_video_frames, data.num_frames, stride, draw.random())
+@dataclass(frozen=True)
+class Footage:
+    """The frames of a file that clips may be taken from."""
+
+    first: int
+    count: int
+    stride: float | None = None
+    """From one frame of a clip to the next, where time decides."""
+    kept_every: int = 1
+    """Strides of a config count the frames of a video of which the file holds every N-th."""
+    seconds: NDArray[np.float64] | None = None
+    """(count,) when each frame is shown."""
+
+    @classmethod
+    def of(cls, data: DataConfig, video: VideoReader, request: "Request") -> "Footage":
+        """Find the frames of the section that is requested, or of the whole file.
+
+        Raises:
+            DecodeError: the section is not in the video, or times matter and nothing states them.
+        """
+        section, count = Section.parse(request.path), video.frames_stated(request.num_frames)
+        if data.fps is None and not section.mark:
+            return cls(0, count, kept_every=request.kept_every)
+        if is_frame_folder(section.file) and request.fps:
+            seconds = np.arange(count) / request.fps
+        else:
+            seconds = video.seconds(count)
+        length = seconds[-1] * count / max(count - 1, 1)
+        first, end = np.searchsorted(seconds, (section.start, section.end)).tolist()
+        if first >= end or length + ROUNDED < section.end < np.inf:
+            until = "its end" if section.end == np.inf else f"{section.end:g} s"
+            raise DecodeError(
+                f"it lasts {length:.2f} s, so it has no section from {section.start:g} s to {until}"
+            )
+        seconds, count, stride = seconds[first:end], end - first, None
+        if data.fps is not None:  # rounded, for times in a file are
+            stride = round((count - 1) / ((seconds[-1] - seconds[0]) * data.fps or 1), 6) or 1.0
+        return cls(first, count, stride, request.kept_every, seconds)
+
+    def draw(self, data: DataConfig, draw: np.random.Generator) -> Indices:
+        """Draw the frames of a training clip: -> (T,)"""
+        stride = self.stride
+        if data.sampling == "segments":
+            return self.first + train_segments(self.count, draw.random(data.num_frames).tolist())
+        if stride is None:
+            shortest = data.frame_stride or 1
+            longest = data.max_frame_stride or shortest
+            ends = shortest // self.kept_every, longest // self.kept_every
+            stride = int(draw.integers(*ends, endpoint=True))
+        return self._frames_at(Dense(self.count, data.num_frames, stride).drawn(draw.random()))
+
+    def views(self, data: DataConfig, views: Views) -> Indices:
+        """Choose the frames of each clip of the views: -> (clips, T), the first ascending
+
+        Raises:
+            DecodeError: the video ends before the clip that was asked for.
+        """
+        stride = self.stride or (data.frame_stride or 1) // self.kept_every
+        dense = Dense(self.count, data.num_frames, stride)
+        if views.first is not None:
+            if views.first >= self.count:
+                last = self.count - 1
+                raise DecodeError(
+                    f"its clip must begin in frames 0 to {last}, not in {views.first}"
+                )
+            return self._frames_at(dense.at([views.first]))
+        if views.every is not None:
+            return self._frames_at(dense.windows(views.every))
+        if data.sampling == "segments":
+            return self.first + view_segments(self.count, data.num_frames, views.clips)
+        return self._frames_at(dense.views(views.clips))
+
+    def _frames_at(self, positions: Positions) -> Indices:
+        """Return the numbers of frames in the file, of positions at a steady frame rate."""
+        if self.seconds is None or self.stride is None or self.count == 1:
+            return (self.first + positions).astype(np.int64)
+        begin, last = self.seconds[[0, -1]]
+        moments = begin + positions * (last - begin) / (self.count - 1)
+        between = (self.seconds[1:] + self.seconds[:-1]) / 2
+        return self.first + np.searchsorted(between, moments)
 
 
-def view_frames(data: DataConfig, num_video_frames: int, views: Views) -> Indices:
-    """Choose the frames of each clip of the views of a video: -> (clips, T), the first ascending
+@dataclass(frozen=True)
+class Dense:
+    """The dense clips of a video: so many frames, at a stride."""
 
-    Raises:
-        DecodeError: the video ends before the clip that was asked for.
-    """
-    num_frames, stride = data.num_frames, data.frame_stride
-    if views.first is not None:
-        if views.first >= num_video_frames:
-            last = num_video_frames - 1
-            raise DecodeError(f"its clip must begin in frames 0 to {last}, not in {views.first}")
-        return _dense(num_video_frames, num_frames, stride, [views.first])
-    if views.every is not None:
-        return window_indices(num_video_frames, num_frames, stride, views.every)
-    if data.sampling == "segments":
-        return view_segments(num_video_frames, num_frames, views.clips)
-    return view_indices(num_video_frames, num_frames, stride, views.clips)
+    num_video_frames: int
+    num_frames: int
+    stride: float
 
+    @property
+    def spare(self) -> int:
+        """The last frame that a clip which fits into the video may begin with."""
+        return int(max(self.num_video_frames - self.num_frames * self.stride, 0))
 
-def train_indices(
-    num_video_frames: int, num_frames: int, stride: int, start_draw: float
-) -> Indices:
-    """Choose a dense clip; ``start_draw`` in [0, 1) says where: -> (num_frames,)"""
-    starts = max(num_video_frames - num_frames * stride + 1, 1)
-    first = int(start_draw * starts)
-    return _dense(num_video_frames, num_frames, stride, [first]).reshape(num_frames)
+    def drawn(self, draw: float) -> Positions:
+        """Choose a training clip; ``draw`` in [0, 1) says where it begins: -> (num_frames,)"""
+        return self.at([int(draw * (self.spare + 1))])[0]
+
+    def views(self, count: int) -> Positions:
+        """Choose clips that start evenly spread over the video: -> (count, num_frames)
+
+        The first starts with the video and the last ends with it; a single one is in the middle.
+        """
+        starts = [view * self.spare // max(count - 1, 1) for view in range(count)]
+        return self.at(starts if count > 1 else [self.spare // 2])
+
+    def windows(self, every: int) -> Positions:
+        """Choose the clips of a window that slides over the video: -> (windows, num_frames)
+
+        They start at 0, ``every``, 2 ``every`` ... as long as they fit. Where the last of these
+        does not end with the video, one more does.
+        """
+        return self.at([*range(0, self.spare, every), self.spare])
+
+    def at(self, starts: Sequence[int]) -> Positions:
+        """Return the clips that begin with these frames: -> (clips, num_frames)"""
+        first = np.asarray(starts, dtype=np.int64)[:, None]
+        last_reached = (self.num_video_frames - 1 - first) // self.stride
+        positions: Positions = first + self.stride * np.minimum(
+            np.arange(self.num_frames), last_reached
+        )
+        return positions
 
 
 def train_segments(num_video_frames: int, frame_draws: Sequence[float]) -> Indices:
@@ -98,16 +194,6 @@ def train_segments(num_video_frames: int, frame_draws: Sequence[float]) -> Indic
     places = np.arange(len(frame_draws)) + np.asarray(frame_draws, dtype=np.float64)
     indices = np.floor(num_video_frames * places / len(frame_draws)).astype(np.int64)
     return np.minimum(indices, num_video_frames - 1)  # a draw just below 1 may be rounded up
-
-
-def view_indices(num_video_frames: int, num_frames: int, stride: int, num_views: int) -> Indices:
-    """Choose dense clips that start evenly spread over the video: -> (num_views, num_frames)
-
-    The first starts with the video and the last ends with it; a single one is in the middle.
-    """
-    spare = max(num_video_frames - num_frames * stride, 0)
-    starts = [view * spare // max(num_views - 1, 1) for view in range(num_views)]
-    return _dense(num_video_frames, num_frames, stride, starts if num_views > 1 else [spare // 2])
 
 
 def view_segments(num_video_frames: int, num_frames: int, num_views: int) -> Indices:
@@ -121,35 +207,34 @@ def view_segments(num_video_frames: int, num_frames: int, num_views: int) -> Ind
     return indices
 
 
-def window_indices(num_video_frames: int, num_frames: int, stride: int, every: int) -> Indices:
-    """Choose the dense clips of a window that slides over the video: -> (windows, num_frames)
-
-    They start at 0, ``every``, 2 ``every`` ... as long as they fit. Where the last of these does
-    not end with the video, one more does.
-    """
-    spare = max(num_video_frames - num_frames * stride, 0)
-    return _dense(num_video_frames, num_frames, stride, [*range(0, spare, every), spare])
-
-
-def _dense(num_video_frames: int, num_frames: int, stride: int, starts: Sequence[int]) -> Indices:
-    first = np.asarray(starts, dtype=np.int64)[:, None]
-    last_reached = (num_video_frames - 1 - first) // stride
-    indices: Indices = first + stride * np.minimum(np.arange(num_frames), last_reached)
-    return indices
-
-
 @dataclass(frozen=True)
 class Request:
-    """One file, and what is to be taken from it. Small: it goes to the process that decodes."""
+    """One row of a manifest, and what is to be taken from it. Small: it goes to another process."""
 
     path: str
+    """Place of the file, or of the section of it that is meant."""
     label: int
     num_frames: int
     """Frames that the file is known to have, -1 where that is unknown."""
     keys: tuple[tuple[int | str, ...], ...]
     """Keys that the random draws of each clip derive from."""
+    fps: float = 0.0
+    """Frames per second that a folder of frames stands for, 0 where that is unknown."""
     kept_every: int = 1
     """N where the file holds only every N-th frame of a video."""
+
+
+@contextmanager
+def open_request(
+    data: DataConfig, decoder: DecoderChoice, request: Request
+) -> Iterator[tuple[VideoReader, Footage]]:
+    """Open the file of a request, and find the frames that its clips may be taken from.
+
+    Raises:
+        DecodeError: as :func:`open_video` and :meth:`Footage.of`.
+    """
+    with open_video(Section.parse(request.path).file, decoder) as video:
+        yield video, Footage.of(data, video, request)
 
 
 @dataclass(frozen=True)
@@ -166,16 +251,13 @@ class ClipReader(ABC):
 
     def __call__(self, request: Request) -> Sample:
         """Read the clips. Raises DecodeError as :func:`read_frames` does."""
-        if request.kept_every > 1:
-            data = thinned(self.data, request.kept_every)
-            return replace(self, data=data)(replace(request, kept_every=1))
-        with open_video(request.path, self.decoder) as video:
-            clips = self.read(video, video.frames_stated(request.num_frames), request)
+        with open_request(self.data, self.decoder, request) as (video, footage):
+            clips = self.read(video, footage, request)
         keys = tuple(key_of(*key) for key in request.keys)
         return Sample(clips, keys, request.label, request.path, source=self.source)
 
     @abstractmethod
-    def read(self, video: VideoReader, num_frames: int, request: Request) -> Tensor:
+    def read(self, video: VideoReader, footage: Footage, request: Request) -> Tensor:
         """Read the clips of an open video: -> (R, C, T, H, W) uint8"""
 
 
@@ -190,9 +272,9 @@ class TrainReader(ClipReader):
         super().prepare()
         self.transform.prepare()
 
-    def read(self, video: VideoReader, num_frames: int, request: Request) -> Tensor:
+    def read(self, video: VideoReader, footage: Footage, request: Request) -> Tensor:
         draws = [generator("clip", *key) for key in request.keys]
-        clips = [draw_frames(self.data, num_frames, draw) for draw in draws]
+        clips = [footage.draw(self.data, draw) for draw in draws]
         if self.same_frames:
             clips = clips[:1] * len(clips)
         distinct = np.unique(np.concatenate(clips))
@@ -211,8 +293,8 @@ class EvalReader(ClipReader):
 
     views: Views
 
-    def read(self, video: VideoReader, num_frames: int, request: Request) -> Tensor:  # noqa: ARG002 - nothing is drawn
-        table = view_frames(self.data, num_frames, self.views)
+    def read(self, video: VideoReader, footage: Footage, request: Request) -> Tensor:  # noqa: ARG002 - nothing is drawn
+        table = footage.views(self.data, self.views)
         return torch.cat([*read_views(self.data, video, table, self.views.crops)])
 
 
@@ -263,15 +345,6 @@ def read_frames(data: DataConfig, video: VideoReader, indices: Indices) -> NDArr
             "choose a reader that gives others (data.decoder)"
         )
     return frames
-
-
-def thinned(data: DataConfig, kept_every: int) -> DataConfig:
-    """Return what a file needs that holds every N-th frame, so that clips span the same time.
-
-    Strides count frames of the video; N divides them.
-    """
-    stride, longest = data.frame_stride // kept_every, data.max_frame_stride
-    return replace(data, frame_stride=stride, max_frame_stride=longest and longest // kept_every)
 
 
 def prepare_decoder(decoder: DecoderChoice) -> None:

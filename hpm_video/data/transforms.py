@@ -131,13 +131,13 @@ def view_crops(frames: NDArray[np.uint8], data: DataConfig, count: int) -> list[
     frame_size, short = data.frame_size, data.validation_short_side
     if short is None:
         boxes = view_boxes(height, width, frame_size, count)
-        return [crop_and_resize(frames, box, frame_size, data.interpolation) for box in boxes]
+        return [resize(cut(frames, box), frame_size, data.interpolation) for box in boxes]
     middle = _middle(height, width, (min(height, LONGEST * width), min(width, LONGEST * height)))
     # Rounded as torchvision's Resize does.
     scaled = (short, int(short * middle.width / middle.height))
     if middle.height >= middle.width:
         scaled = (int(short * middle.height / middle.width), short)
-    resized = crop_and_resize(frames, middle, scaled, data.interpolation)
+    resized = resize(cut(frames, middle), scaled, data.interpolation)
     middle = _middle(*scaled, frame_size)
     boxes = _spread(middle, *scaled, count)
     along = ("left", "top")[scaled[0] >= scaled[1]]  # the longer side alone
@@ -146,16 +146,6 @@ def view_crops(frames: NDArray[np.uint8], data: DataConfig, count: int) -> list[
         resized[:, :, box.top : box.top + box.height, box.left : box.left + box.width]
         for box in boxes
     ]
-
-
-def crop_and_resize(
-    frames: NDArray[np.uint8],
-    box: Box,
-    frame_size: tuple[int, int],
-    interpolation: Interpolation = "bilinear",
-) -> Tensor:
-    """Cut out a box and resize it, antialiased: (T, H, W, C) -> (C, T, h, w) uint8"""
-    return resize(cut(frames, box), frame_size, interpolation)
 
 
 def cut(frames: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:

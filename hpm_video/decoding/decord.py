@@ -3,8 +3,11 @@
 import io
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hpm_video.decoding.containers import MATROSKA, MP4, exact_container
-from hpm_video.decoding.pyav import only_here
+from hpm_video.decoding.pyav import PyavReader, only_here
 from hpm_video.decoding.reader import TRANSCODE, DecodeError, FrameByFrame, Frames
 
 _EXACT_ON = (MP4, MATROSKA, "AVI", "FLV", "ASF", "YUV4MPEG")
@@ -32,6 +35,10 @@ class DecordReader(FrameByFrame):
         self._reader: Any = self._open_video(source, num_threads=1)
         self._next = 0
         self._frame: Frames | None = None
+
+    def seconds(self, count: int) -> NDArray[np.float64]:
+        with PyavReader(self.path, self._source, b"") as reader:
+            return reader.seconds(count)
 
     def _count(self) -> int:
         return len(self._reader)

@@ -8,8 +8,12 @@ A place is one string, of which there are three kinds:
 - a member of a tar file, such as a shard in the layout of webdataset: the path of the tar, the name
   of the member, and how many bytes lie before it and in it:
   ``/data/shard.tar::class/a.mp4@1536+20480``.
+
+A section of a video is its place and then the seconds from which and up to which it goes, either
+of which may be missing: ``/data/a.mp4#t=5,12.5``, as in web addresses.
 """
 
+import math
 import os
 import re
 import stat
@@ -31,6 +35,11 @@ IMAGE_SUFFIXES = tuple(f".{name}" for name in _IMAGES.split())
 _MEMBER = re.compile(
     r"(?P<tar>.+?\.tar)::(?P<name>.+)@(?P<offset>[0-9]{1,18})\+(?P<size>[0-9]{1,18})",
     re.DOTALL | re.IGNORECASE,
+)
+_SECONDS = r"\d+(?:\.\d+)?"
+_SECTION = re.compile(
+    rf"(?P<file>.+)(?P<mark>#t=(?=[\d,])(?P<start>{_SECONDS})?(?:,(?P<end>{_SECONDS}))?)",
+    re.DOTALL | re.ASCII,
 )
 _CHANGED = "the tar file has changed since its manifest was written. Write the manifest anew"
 
@@ -81,6 +90,24 @@ class TarMember:
         return info.isreg() and info.size == self.size and (not plain or info.name == self.name)
 
 
+@dataclass(frozen=True)
+class Section:
+    """A place, and which part of the video there is meant."""
+
+    file: str
+    mark: str = ""  # what follows the file in the place of a section, nothing where it is all of it
+    start: float = 0.0  # in seconds from the first frame on
+    end: float = math.inf  # without the frame that is shown then
+
+    @classmethod
+    def parse(cls, place: str) -> Self:
+        """Read a place of any kind."""
+        if "#t=" not in place or not (match := _SECTION.fullmatch(place)):
+            return cls(place)
+        start, end = float(match["start"] or 0), float(match["end"] or math.inf)
+        return cls(match["file"], match["mark"], start, end)
+
+
 def read_bytes(place: str, count: int = -1) -> bytes:
     """Read the first bytes of a file or of a member of a tar, by default all.
 
@@ -117,9 +144,14 @@ def _opened(path: str) -> BinaryIO:
 
 
 def base_name(place: str) -> str:
-    """Return the last part of a place's path, for a member of a tar that of its name in there."""
-    member = TarMember.parse(place)
-    return (member.name if member else place).rstrip("/").rpartition("/")[2]
+    """Return the last part of a place's path, for a member of a tar that of its name in there.
+
+    A section keeps its seconds.
+    """
+    section = Section.parse(place)
+    member = TarMember.parse(section.file)
+    path = member.name if member else section.file
+    return path.rstrip("/").rpartition("/")[2] + section.mark
 
 
 def is_frame_folder(place: str) -> bool:

@@ -1,14 +1,17 @@
 """Videos with PyAV: exact on every container tried, and the first choice."""
 
 import io
+import os
+from array import array
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hpm_video.decoding.containers import refuse_others
 from hpm_video.decoding.mp4 import read_index
@@ -36,6 +39,13 @@ _TRIED = 24  # frames that are decoded at once where packets leave doubts about 
 _SEEK_SAVES = 8  # frames that must not need decoding to make a seek worth while
 _UNPROBED = {"probesize": "32", "fpsprobesize": "0", "skip_frame": "all"}
 MIRRORED = "it is mirrored"
+LONG = 5000
+"""Frames from which on the index of a video is remembered for the next clip out of it."""
+INDICES_HELD = 64
+_INDICES: dict[tuple[str, int, int], dict[str, Any]] = {}
+"""What :meth:`PyavReader._index` found out, by path, size and time of the last change."""
+_OF_AN_INDEX = ("_times", "_keys", "_key_times", "_ordered", "_num_frames", "_may_skip")
+_OF_AN_INDEX += ("_counts_by_decoding", "repeats")
 _MARKS_UNUSED = ("h264", "mpeg4")
 """Codecs that mark the frames to which no other one refers. In HEVC such a mark is void where there
 are temporal layers; the decoders of the others do not skip frames at a word."""
@@ -127,7 +137,7 @@ class PyavReader(VideoReader):
         self._listing = read_index(source, head)
         self._open()
         try:
-            self._index()
+            self._find_index()
         except BaseException:
             self.close()
             raise
@@ -136,6 +146,22 @@ class PyavReader(VideoReader):
         self._container, self._stream = open_container(self._source, probes=not self._listing)
         self._is_at_start = True
         self._codec = self._stream.codec_context
+
+    def _find_index(self) -> None:
+        """Index the packets, or remember that: it means to read the file, of hours of video."""
+        key = None
+        if isinstance(self._source, str):
+            state = os.stat(self._source)  # noqa: PTH116 - a path is a string in here
+            key = (self._source, state.st_size, state.st_mtime_ns)
+        if known := key and _INDICES.get(key):
+            vars(self).update(known)
+            return
+        self._index()
+        if key and self._ordered and len(self._times) > LONG:
+            found = {name: getattr(self, name) for name in _OF_AN_INDEX}
+            _INDICES[key] = found | {"_times": array("q", self._times)}  # a fifth of a list
+            if len(_INDICES) > INDICES_HELD:
+                del _INDICES[next(iter(_INDICES))]
 
     def _index(self) -> None:
         """Find out from its packets which frames there are, in general without decoding them."""
@@ -187,6 +213,19 @@ class PyavReader(VideoReader):
     def times(self) -> list[int]:
         """Presentation times of the frames, rising; none where they do not tell the order."""
         return self._times if self._ordered else []
+
+    def seconds(self, count: int) -> NDArray[np.float64]:
+        times = self._times
+        if not self._ordered:  # those of decoding are evenly spaced, and leave gaps where it does
+            packets = self._packets_from(None)
+            times = sorted(p.dts for p in packets if p.size and p.dts is not None)
+            self._at = None
+        tick, rate = self._stream.time_base, self._stream.average_rate
+        if tick and len(times) >= count:
+            return (np.asarray(times[:count]) - times[0]) * tick.numerator / tick.denominator
+        if not rate:
+            raise DecodeError(f"its container states no frame rate. {TRANSCODE}", self.path)
+        return np.arange(count) * rate.denominator / rate.numerator
 
     def _leaves_doubts(self, stored: list[int]) -> bool:
         """Whether it may begin inside a group, or its times may lie. ``stored``: of the packets"""

@@ -84,6 +84,14 @@ class VideoReader(ABC):
             frames = self._decode(distinct.tolist())
         return frames if np.array_equal(where, np.arange(len(frames))) else frames[where]
 
+    def seconds(self, count: int) -> NDArray[np.float64]:  # noqa: ARG002 - images have no times
+        """Say when each of the first ``count`` frames is shown, the first at 0: -> (count,)
+
+        Raises:
+            DecodeError: it does not state that.
+        """
+        raise DecodeError("it states no times of its frames", self.path)
+
     def frames_stated(self, stated: int) -> int:
         """Return how many of ``stated`` frames there are, without decoding. -1: of all"""
         if stated <= 0:

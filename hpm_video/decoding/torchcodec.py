@@ -3,8 +3,11 @@
 import re
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hpm_video.decoding.containers import MATROSKA, MP4, exact_container
-from hpm_video.decoding.pyav import MIRRORED, only_here
+from hpm_video.decoding.pyav import MIRRORED, PyavReader, only_here
 from hpm_video.decoding.reader import TRANSCODE, DecodeError, Frames, VideoReader, size_change
 
 _EXACT_ON = (MP4, MATROSKA, "FLV", "ASF", "GIF", "YUV4MPEG")
@@ -24,9 +27,14 @@ class TorchcodecReader(VideoReader):
             VideoDecoder,
         )
 
+        self._source = source
         self._decoder: Any = VideoDecoder(
             source, seek_mode="exact", num_ffmpeg_threads=1, dimension_order="NHWC"
         )
+
+    def seconds(self, count: int) -> NDArray[np.float64]:
+        with PyavReader(self.path, self._source, b"") as reader:
+            return reader.seconds(count)
 
     def _count(self) -> int:
         return len(self._decoder)

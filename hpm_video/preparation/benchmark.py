@@ -19,7 +19,7 @@ from hpm_video.data.loader import clip_batches
 from hpm_video.data.mixture import Place, Places, deal_out
 from hpm_video.data.reading import TrainReader
 from hpm_video.data.transforms import Box, Change, ClipTransform
-from hpm_video.decoding.locations import frames_in, is_frame_folder, read_bytes
+from hpm_video.decoding.locations import Section, frames_in, is_frame_folder, read_bytes
 from hpm_video.decoding.reader import DecodeError
 from hpm_video.files.failures import Failure, TooManyBadFiles
 from hpm_video.preparation.findings import stamp_of
@@ -66,9 +66,10 @@ class _TimedTransform(ClipTransform):
 
 def fits_into_memory(clips: Sequence[VideoClips]) -> tuple[bool, str]:
     """Say whether the system keeps all files in memory once they have been read. -> that, words"""
-    num_files, num_bytes, memory = sum(map(len, clips)), 0.0, memory_left()
+    num_files, num_bytes, memory = 0, 0.0, memory_left()
     for stream in clips:
-        files = stream.manifest.files
+        files = [*dict.fromkeys(Section.parse(file).file for file in stream.manifest.files)]
+        num_files += len(files)
         some = files[:: -(-len(files) // SAMPLED_SIZES)]
         num_bytes += len(files) * sum(stamp_of(path).bytes or 0 for path in some) / len(some)
     data = f"files: {num_files:,}, of about {max(1, num_bytes / MIB):,.0f} MiB, which"
@@ -79,6 +80,7 @@ def fits_into_memory(clips: Sequence[VideoClips]) -> tuple[bool, str]:
 
 def read_all(path: str) -> int:
     """Read a file, a member of a tar or a folder of frames. -> the number of bytes"""
+    path = Section.parse(path).file
     with suppress(DecodeError, OSError):
         files = map(str, frames_in(path)) if is_frame_folder(path) else [path]
         return sum(len(read_bytes(file)) for file in files)

@@ -136,8 +136,10 @@ def known_of(out: Path, root: Path | None) -> dict[str, Finding]:
 
 def find_rows(listing: Listing, found: Mapping[str, Finding]) -> Iterator[Finding]:
     """Yield the finding of each row, with doubts about the row in addition to those of the file."""
-    different: defaultdict[str, list[int]] = defaultdict(list)  # rows by digest of their files
+    # Rows by the digest of their files, and the section of it that they are.
+    different: defaultdict[tuple[str, tuple[str, str]], list[int]] = defaultdict(list)
     paths, labels, counts = map(listing.column, ("path", "label", "num_frames"))
+    sections = [*zip(listing.column("start"), listing.column("end"), strict=True)]
     for row, file in enumerate(listing.files):
         finding = found[file]
         if finding.verdict == "bad":
@@ -147,7 +149,7 @@ def find_rows(listing: Listing, found: Mapping[str, Finding]) -> Iterator[Findin
         stated = _count_of(counts[row])
         if finding.num_frames and stated and stated != finding.num_frames:
             doubts.append(f"said {stated} frames, there are {finding.num_frames}: corrected")
-        alike = different[finding.content] if finding.content else []
+        alike = different[finding.content, sections[row]] if finding.content else []
         same = next((each for each in alike if same_content(file, listing.files[each])), None)
         if same is None:
             alike.append(row)

@@ -68,11 +68,12 @@ class PreparedFolder:
         """``listing``: source of ``manifest``; ``base``: outputs are named by paths below it."""
         self.path = path.absolute()
         self.recipe = recipe
-        self.manifest = manifest
         self.outputs: dict[str, Output] = {}  # by place, as are the others
         self.failures: dict[str, Failure] = {}
         self.changed = 0  # number of files whose source or label has changed since they were done
         kept = [row for row, verdict in enumerate(listing.column("verdict")) if verdict != "bad"]
+        # Of sections the whole file is prepared: they are columns that stay as they are.
+        self.manifest = replace(manifest, files=tuple(listing.files[row] for row in kept))
         cells = {n: listing.column(n) for n in (*listing.table.columns, "fps", "verdict")}
         cells = {name: [column[row] for row in kept] for name, column in cells.items()}
         self._rates, self._verdicts = cells["fps"], cells["verdict"]
@@ -87,9 +88,9 @@ class PreparedFolder:
             ]
         self._base = str(base)
         dots, nests = recipe.form != "shards", recipe.form != "frames"
-        self.names = output_names(manifest.files, self._base, dots=dots, nests=nests)
+        self.names = output_names(self.manifest.files, self._base, dots=dots, nests=nests)
         self._of_name = {name: place for place, name in self.names.items()}
-        self._row = {place: row for row, place in reversed([*enumerate(manifest.files)])}
+        self._row = {place: row for row, place in reversed([*enumerate(self.manifest.files)])}
         self._shards: dict[str, dict[str, Any]] = {}  # existing shards as the journal has them
         # Shards of which some content has changed: the rest is packed anew, and they go.
         self._outdated: set[str] = set()

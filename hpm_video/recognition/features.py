@@ -121,7 +121,7 @@ def extract(
                 features = _features(encoder, layout, part, folder.manifest.files[place])
                 if place not in growing:
                     growing[place] = folder.begin(place, part.num_views)
-                growing[place].add(features, part.starts)
+                growing[place].add(features, part.frames[:, 0])
                 if is_last := growing[place].views == part.num_views:
                     folder.finish(place, growing.pop(place), part.num_frames)
                 bar.advance(len(part.clips), is_last=is_last)

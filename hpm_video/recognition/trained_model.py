@@ -54,6 +54,7 @@ class ClipChoice:
             data,
             num_frames=self.num_frames or data.num_frames,
             frame_stride=self.frame_stride or data.frame_stride,
+            fps=None if self.frame_stride else data.fps,
             max_frame_stride=None,
             frame_size=size,  # and the short side in proportion
             validation_short_side=short_side
@@ -130,6 +131,7 @@ class TrainedModel(ABC):
             "weights_sha256": weights_digest(self.path, self.file),
             "num_frames": self.data.num_frames,
             "sampling": self.data.sampling,
+            **({"fps": self.data.fps} if self.data.fps else {}),
             "frame_stride": self.data.frame_stride,
             "frame_size": list(self.data.frame_size),
         }

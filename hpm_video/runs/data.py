@@ -68,6 +68,8 @@ def open_data(config: RunConfig) -> RunData:
             )
         key = f"{key_of_source(name)}data"
         train = open_manifest(data, data.train, f"{key}.train")
+        if data.clips_per_minute is not None:
+            train = train.by_length(data.clips_per_minute)
         validation = None
         if data.validation is not None:
             validation = open_manifest(data, data.validation, f"{key}.validation")
@@ -125,10 +127,11 @@ def describe_training(config: RunConfig, data: RunData, plan: BatchPlan, model: 
     lines = []
     for name, source in data.sources.items():
         given, repeats = config.sources[name], config.sources[name].repeats
+        often = f"{len(source.train)} samples per epoch, " if given.clips_per_minute else ""
         measured = f"{len(source.validation)} ({given.validation})" if source.validation else "none"
         lines.append(
-            f"{name or 'data'}: {counted(len(source.train), 'file')} to train on ({given.train}), "
-            f"{counted(repeats, 'clip')} of each; validation on {measured}"
+            f"{name or 'data'}: {counted(source.train.num_files, 'file')} to train on "
+            f"({given.train}), {often}{counted(repeats, 'clip')} of each; validation on {measured}"
         )
     epochs, updates = config.recipe.epochs, data.timeline.num_updates
     return [

@@ -89,9 +89,9 @@ def describe_pass(count: int, views: Views, trained: TrainedModel, inference: In
     """Describe the views, videos and model of a pass."""
     data = inference.data
     which = f"{views.clips} x {views.crops} {plural(views.count, 'view')}"
-    apart = f"at stride {data.frame_stride}" if data.sampling == "dense" else "spread over it"
+    apart = f"at {data.pace}" if data.sampling == "dense" else "spread over it"
     if views.every is not None:
-        which, apart = f"a clip every {views.every} frames", f"at stride {data.frame_stride}"
+        which, apart = f"a clip every {views.every} frames", f"at {data.pace}"
     height, width = data.frame_size
     return (
         f"{counted(count, 'video')}, {which} of each: {counted(data.num_frames, 'frame')} of "

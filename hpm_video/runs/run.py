@@ -156,7 +156,7 @@ def open_bad_files(
     for stream, (name, source) in zip(clips, task.data.sources.items(), strict=True):
         bad_files[name] = BadFiles(
             directory.path / (f"bad_files_{name}.csv" if name else "bad_files.csv"),
-            num_files=len(source.train),
+            num_files=source.train.num_files,
             max_bad_share=task.config.data.max_bad_share,
             writes=writes,
         )

@@ -85,7 +85,7 @@ def inspect(path: Path, overrides: Overrides | None = None) -> list[str]:
     return [
         f"ours: {state}",
         *_describe_model(model),
-        f"positions {config.model.positions}, frame stride {config.data.frame_stride}",
+        f"positions {config.model.positions}, frames at {config.data.pace}",
         f"{sum(value.numel() for value in model.tensors.values()):,} parameters",
         f"licence: {licence_of(model.origin)}",
     ]

@@ -7,12 +7,14 @@ import torch
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.choices import DEFAULT_MODELS, TransformerSize
+from hpm_video.config.data import DataConfig
 from hpm_video.config.loading import load_any_config, load_config, result_differences, save_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data.augment import Augmentation
 from hpm_video.data.transforms import MultiScaleCrop
 from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.models.positions import position_table
+from hpm_video.recognition.trained_model import ClipChoice
 from hpm_video.runs.autotune import trial_update
 from hpm_video.runs.finetuning import Finetuning
 from hpm_video.runs.pretraining import Pretraining, build_objective, build_target
@@ -173,6 +175,9 @@ def test_misspelt_key_is_an_error_that_knows_better():
         ("mining.predictor=none", "masking.strategy=random"),
         ("data.frame_size=[50,48]", "height .* got 50 .* 48 and 56"),
         ("data.max_frame_stride=0", "at least data.frame_stride"),
+        ("data.fps=8", "data.fps=8 takes frames by time.*data.frame_stride is 1 .*make both null"),
+        ("data.fps=0", "data.fps must be positive, got 0"),
+        ("data.clips_per_minute=0", "data.clips_per_minute must be positive, got 0"),
         ("data.mean=[0.5]", "each of the 3 channels"),
         ("engine.micro_batch=3", "must divide .*, got 3; take engine.micro_batch=2 or 4"),
         ("recipe.epochs=many", "many"),
@@ -466,6 +471,10 @@ def test_fine_tuning_on_images_sees_them_as_the_official_one_does(name):
         # the clips of a video
         (["data.sampling=segments", "data.max_frame_stride=9"], "takes no stride.*is 9; leave"),
         (["data.sampling=sparse"], "sparse"),
+        (
+            ["data.sampling=segments", "data.frame_stride=null", "data.fps=5"],
+            "segments takes no stride, but data.fps is 5.0; leave",
+        ),
         (["data.repeats=0"], "repeats must be at least 1, got 0"),
         (["data.frame_size=[50,48]"], "height .* got 50 .* 48 and 56"),
         # the model
@@ -561,6 +570,7 @@ def test_a_value_that_no_classifier_can_be_run_with_is_named_with_its_rule(overr
         ["model.pooling=attentive", "model.frozen=true", "recipe.average_momentum=0.9"],
         ["test.weights=average", "recipe.average_momentum=0.9"],
         ["data.sampling=segments", "data.frame_stride=6"],
+        ["data.frame_stride=null", "data.fps=7.5"],
         ["recipe.layer_decay=1", "recipe.optimizer=sgd"],
         ["model.pretrained_grid=[1,1,1]"],
         ["model.pooling=class_token", "model.class_token=true", "model.frozen=true"],
@@ -569,6 +579,18 @@ def test_a_value_that_no_classifier_can_be_run_with_is_named_with_its_rule(overr
 )
 def test_what_a_rule_lets_through(overrides):
     load_classifier(FINETUNE_DEMO, overrides)
+
+
+def test_the_stride_is_4_unless_clips_have_a_rate(tmp_path):
+    strides = [DataConfig().frame_stride, DataConfig(frame_stride=2).frame_stride]
+    assert [*strides, DataConfig(fps=8).frame_stride] == [4, 2, None]
+    for overrides in (["data.frame_stride=null"], ["data.frame_stride=null", "data.fps=8"]):
+        config = load_classifier(FINETUNE_DEMO, overrides)
+        save_config(config, tmp_path / "config.yaml")
+        assert load_classifier(tmp_path / "config.yaml") == config
+    assert config.data.pace == "8 frames/s"
+    assert ClipChoice(frame_stride=3).of(config.data).pace == "stride 3"
+    assert ClipChoice().of(config.data).pace == "8 frames/s"
 
 
 @pytest.mark.parametrize(

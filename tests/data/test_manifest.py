@@ -222,7 +222,8 @@ def test_cells_are_text_and_nothing_else(tmp_path):
 def test_a_listing_is_written_with_further_columns(tmp_path):
     listed(tmp_path, 'label,path,extra\n1,"a,b.mp4",x\n,c.mp4,\n')
     listing = read_listing(tmp_path / "list.csv")
-    listing.write({"label": ["7", ""], "verdict": ["fine", "bad"]}, tmp_path / "out.csv")
+    columns = {"label": ["7", ""], "verdict": ["fine", "bad"]}
+    write_manifest(listing.table.assign(**columns), tmp_path / "out.csv")
     assert (tmp_path / "out.csv").read_text() == (
         'label,path,extra,verdict\n7,"a,b.mp4",x,fine\n,c.mp4,,bad\n'
     )

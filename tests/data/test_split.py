@@ -76,6 +76,19 @@ def test_the_program_writes_two_lists_that_are_read(call_tool, tmp_path):
         set(read_listing(out / f"{name}.csv").column("origin")) for name in ("train", "validation")
     ]
     assert not origins[0] & origins[1]
+    sections = "path,start,camera\n" + "".join(f"{n // 3}.mp4,{n},{n % 2}\n" for n in range(30))
+    (tmp_path / "sections.csv").write_text(sections)
+    for group in ("camera", "none"):
+        there = tmp_path / group
+        given = ("--group", group, "--share", "0.3", "--output", there)
+        code, output = call_tool("split", tmp_path / "sections.csv", *given)
+        if group == "camera":  # every file is of both cameras
+            assert code == 2
+            assert "no group of files is small enough" in output
+    sides = [read_listing(there / f"{name}.csv") for name in ("train", "validation")]
+    assert not {*sides[0].files} & {*sides[1].files}
+    assert [len(side) for side in sides] == [21, 9]
+    assert read_manifest(there / "train.csv").num_files == 21
     for more, reason in ((), "is there already"), (("--group", "video"), "no column 'video'"):
         folder = out if not more else tmp_path
         code, output = call_tool("split", *command[:1], *more, "--output", folder)

@@ -16,8 +16,9 @@ from hpm_video.data.transforms import (
     Box,
     MultiScaleCrop,
     centre_box,
-    crop_and_resize,
+    cut,
     multi_scale_box,
+    resize,
     view_boxes,
     view_crops,
 )
@@ -144,7 +145,7 @@ def test_a_rectangular_target_scales_the_largest_box_of_its_shape():
 )
 def test_resizing_agrees_with_pillow(box, frame_size):
     frames = np.random.default_rng(0).integers(0, 256, (2, 120, 160, 3), dtype=np.uint8)
-    clip = crop_and_resize(frames, box, frame_size)
+    clip = resize(cut(frames, box), frame_size, "bilinear")
     assert clip.shape == (3, 2, *frame_size)
     assert clip.dtype == torch.uint8
     assert clip.is_contiguous()
@@ -159,7 +160,7 @@ def test_resizing_agrees_with_pillow(box, frame_size):
 
 def test_a_crop_of_the_right_size_keeps_its_pixels():
     frames = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
-    clip = crop_and_resize(frames, Box(2, 5, 10, 12), (10, 12))
+    clip = resize(cut(frames, Box(2, 5, 10, 12)), (10, 12), "bilinear")
     assert np.array_equal(clip.permute(1, 2, 3, 0).numpy(), frames[:, 2:12, 5:17])
 
 
@@ -168,7 +169,7 @@ def test_a_multi_scale_crop_is_its_box_mirrored_in_about_half_of_the_clips_if_wa
     flips = 0
     for seed in range(200):
         box = multi_scale_box(40, 60, (16, 24), generator("clip", seed))
-        expected = crop_and_resize(frames, box, (16, 24))
+        expected = resize(cut(frames, box), (16, 24), "bilinear")
         plain = MultiScaleCrop(flip=False)(frames, (16, 24), generator("clip", seed))
         assert torch.equal(plain, expected)
         clip = MultiScaleCrop(flip=True)(frames, (16, 24), generator("clip", seed))
@@ -235,14 +236,14 @@ def test_without_a_short_side_crops_are_resized_boxes(interpolation, size, count
     frames = noise(*size)
     crops = crops_of(frames, (20, 28), count, None, interpolation)
     boxes = view_boxes(*size, (20, 28), count)
-    expected = [crop_and_resize(frames, box, (20, 28), interpolation) for box in boxes]
+    expected = [resize(cut(frames, box), (20, 28), interpolation) for box in boxes]
     assert all(torch.equal(crop, one) for crop, one in zip(crops, expected, strict=True))
 
 
 @pytest.mark.parametrize(("size", "axis"), [((37, 80), -1), ((80, 37), -2)])
 def test_crops_by_the_short_side_are_spread_from_end_to_end(size, axis):
     frames = noise(*size)
-    whole = crop_and_resize(frames, Box(0, 0, *size), (24, 51) if axis == -1 else (51, 24))
+    whole = resize(cut(frames, Box(0, 0, *size)), (24, 51) if axis == -1 else (51, 24), "bilinear")
     crops = crops_of(frames, (24, 24), 4, 24, "bilinear")
     for crop, start in zip(crops, (0, 9, 18, 27), strict=True):
         assert torch.equal(crop, whole.narrow(axis, start, 24))
@@ -270,7 +271,7 @@ def test_frames_of_an_extreme_shape_do_not_become_huge(size, monkeypatch):
 def test_bicubic_pixels_stay_in_their_range():
     frames = np.zeros((1, 20, 20, 3), np.uint8)
     frames[:, :, 10:] = 255
-    clip = crop_and_resize(frames, Box(0, 0, 20, 20), (41, 41), "bicubic")
+    clip = resize(cut(frames, Box(0, 0, 20, 20)), (41, 41), "bicubic")
     dark, light = clip[..., :18], clip[..., -18:]
     assert dark.max() < 30, "nothing below 0 comes out on top"
     assert light.min() > 225
@@ -283,4 +284,4 @@ def test_a_multi_scale_crop_is_resized_as_told(interpolation):
     clip = MultiScaleCrop(flip=False, interpolation=interpolation)(
         frames, (16, 24), generator("clip", 1)
     )
-    assert torch.equal(clip, crop_and_resize(frames, box, (16, 24), interpolation))
+    assert torch.equal(clip, resize(cut(frames, box), (16, 24), interpolation))

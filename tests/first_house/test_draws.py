@@ -25,7 +25,7 @@ from hpm_video.data.batch import ClipBatch
 from hpm_video.data.clips import ValidationClips, VideoClips
 from hpm_video.data.manifest import Manifest, read_manifest
 from hpm_video.data.mixture import Places, deal_out
-from hpm_video.data.reading import draw_frames
+from hpm_video.data.reading import Footage
 from hpm_video.data.transforms import MultiScaleCrop
 from hpm_video.decoding.locations import base_name, natural_order
 from hpm_video.mining.objective import named
@@ -127,7 +127,7 @@ def clips():
             "segments": four(frame_stride=1, sampling="segments"),
         }.items():
             draw = generator("clip", *key)
-            frames = draw_frames(data, 100, draw).tolist()
+            frames = Footage(0, 100).draw(data, draw).tolist()
             found[f"{name} {key}"] = [frames, draw.random()]
         for name, size in SIZES.items():
             box, change = MultiScaleCrop(flip=True).draw(size, (32, 48), generator("clip", *key))

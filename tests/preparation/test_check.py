@@ -784,6 +784,13 @@ def test_rows_are_judged_one_by_one(tmp_path):
     )
 
 
+def test_sections_of_a_file_are_no_copies_of_each_other(tmp_path):
+    columns = {"path": ["a"] * 4, "start": ["", "5", "9.5", "5"], "end": ["", "9.5", "", "9.5"]}
+    listing = Listing(tmp_path, pd.DataFrame(columns, dtype=str), ("/a",) * 4)
+    rows = list(find_rows(listing, {"/a": Finding("fine", num_frames=300, content="1")}))
+    assert [row.verdict for row in rows] == ["fine", "fine", "fine", "suspicious"]
+
+
 def test_reasons_are_counted_by_kind():
     findings = [
         Finding("bad", ("it took longer than 60 s: x",)),

@@ -483,6 +483,20 @@ def test_size_is_even_and_never_larger(size, short_side, fitted):
     assert fitted_size(size, short_side) == fitted
 
 
+def test_of_sections_the_whole_file_is_prepared_once(start, source, tmp_path):
+    listed = tmp_path / "sections.csv"
+    rows = "".join(f"{source.parent}/b/uneven.mkv,{ends}\n" for ends in ("0,0.5", "0.5,", ","))
+    listed.write_text(f"path,start,end\n{rows}")
+    start(listed, tmp_path / "out", "--to", "frames")
+    found = rows_of(tmp_path / "out")
+    assert len({row["path"] for row in found}) == 1
+    assert [(row["start"], row["end"]) for row in found] == [("0", "0.5"), ("0.5", ""), ("", "")]
+    manifest = read_manifest(tmp_path / "out" / "manifest.csv")
+    data = DataConfig(num_frames=4, fps=8, frame_size=(32, 32))
+    clips = ValidationClips(manifest, data, seed=0)
+    assert len({clips[row].clips.numpy().tobytes() for row in range(3)}) == 3
+
+
 # --- The same samples from all forms ------------------------------------------------------------
 
 

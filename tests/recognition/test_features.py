@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from hpm_video.config.data import DataConfig, PretrainDataConfig
 from hpm_video.config.loading import load_config, save_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
-from hpm_video.data import loader, reading
+from hpm_video.data import reading
 from hpm_video.data.clips import ValidationClips
 from hpm_video.data.loader import stream_parts
 from hpm_video.data.manifest import Manifest, read_manifest
-from hpm_video.data.reading import Views, window_indices
-from hpm_video.data.transforms import centre_box, crop_and_resize
+from hpm_video.data.reading import Dense, Views
+from hpm_video.data.transforms import centre_box, cut, resize
 from hpm_video.decoding.reader import DecodeError
 from hpm_video.decoding.registry import open_video
 from hpm_video.files.failures import BadFilesError, Failure
@@ -135,7 +135,7 @@ def contents(output):
 def clip_of(video, indices, size=(32, 32)):
     with open_video(str(video)) as reader:
         frames = reader.read(indices)
-    return crop_and_resize(frames, centre_box(*frames.shape[1:3], size), size)
+    return resize(cut(frames, centre_box(*frames.shape[1:3], size)), size, "bilinear")
 
 
 # --- Which windows ------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def clip_of(video, indices, size=(32, 32)):
     ],
 )
 def test_windows_of_4_frames_at_stride_2(frames, every, starts):
-    windows = window_indices(frames, 4, 2, every)
+    windows = Dense(frames, 4, 2).windows(every)
     assert windows[:, 0].tolist() == starts
     last = frames - 1
     assert windows.tolist() == [
@@ -170,7 +170,7 @@ def test_windows_of_4_frames_at_stride_2(frames, every, starts):
     every=st.integers(1, 60),
 )
 def test_windows_cover_the_video(frames, num_frames, stride, every):
-    windows = window_indices(frames, num_frames, stride, every)
+    windows = Dense(frames, num_frames, stride).windows(every)
     span = num_frames * stride
     starts = windows[:, 0]
     assert windows.dtype == np.int64
@@ -240,7 +240,7 @@ class LongVideo:
 
 
 def test_a_long_video_is_read_in_runs_and_each_frame_once(monkeypatch):
-    monkeypatch.setattr(loader, "open_video", LongVideo)
+    monkeypatch.setattr(reading, "open_video", LongVideo)
     monkeypatch.setattr(reading, "FIRST_RUN", 5)
     monkeypatch.setattr(reading, "RUN_BYTES", 20 * 8 * 8 * 3)
     LongVideo.reads.clear()
@@ -249,11 +249,11 @@ def test_a_long_video_is_read_in_runs_and_each_frame_once(monkeypatch):
     found = [part for _, part in parts_of(manifest, data, Views(every=3), clips_per_part=7)]
     assert [len(run) for run in LongVideo.reads[:-1]] == [5] + [20] * (len(LongVideo.reads) - 2)
     read = [frame for run in LongVideo.reads for frame in run]
-    windows = window_indices(900, 4, 2, 3)
+    windows = Dense(900, 4, 2).windows(3)
     assert read == np.unique(windows).tolist(), "the manifest knows how many frames there are"
     clips = torch.cat([part.clips for part in found])
     assert clips[:, 0, :, 0, 0].tolist() == (windows % 251).tolist()
-    assert np.concatenate([part.starts for part in found]).tolist() == windows[:, 0].tolist()
+    assert np.concatenate([part.frames[:, 0] for part in found]).tolist() == windows[:, 0].tolist()
     assert {len(part.clips) for part in found[:-1]} == {7}
 
 
@@ -285,6 +285,24 @@ def test_by_default_a_vector_for_the_middle_clip(main, pretrained, source, tmp_p
     assert "features of 5 videos, 5 of them new" in printed
     (line,) = [line for line in printed.splitlines() if "np.load" in line]
     assert eval(line.split("=")[1].split("#")[0], {"np": np}).shape == (1, DIM)
+
+
+def test_sections_of_a_video_have_features_of_their_own(main, pretrained, source, tmp_path):
+    rows, output = "part_0/v_0.mp4,0.2,\npart_0/v_0.mp4,,0.4\n", tmp_path / "out"
+    source.write_text(f"path,start,end\n{rows}")
+    assert main(pretrained, source, output, "--window-stride", 2, "--frame-stride", 1) == 0
+    found = index_of(output)
+    assert [Path(row["path"]).name for row in found] == ["v_0.mp4#t=0.2", "v_0.mp4#t=,0.4"]
+    assert len({row["file"] for row in found}) == 2
+    assert [row["num_frames"] for row in found] == ["12", "12"], "those of the file"
+    with open_video(found[0]["path"].partition("#")[0]) as video:
+        first, end = np.searchsorted(video.seconds(12), (0.2, 0.4)).tolist()
+    starts = [np.load(output / row["starts"]).tolist() for row in found]
+    assert starts == [
+        [*range(first, 8, 2), *([8] if (8 - first) % 2 else [])] or [first],
+        [*range(0, end - 4, 2), end - 4],
+    ]
+    assert read_manifest(output / "index.csv").files == read_manifest(source).files
 
 
 def test_views_and_tokens(main, pretrained, source, tmp_path):
@@ -593,7 +611,7 @@ def test_no_video_decodes(main, pretrained, tmp_path, capsys):
 def test_a_video_that_breaks_in_its_middle_leaves_nothing(
     main, pretrained, source, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(loader, "open_video", LongVideo)
+    monkeypatch.setattr(reading, "open_video", LongVideo)
     (tmp_path / "list.csv").write_text("path\nwhole.mp4\nbroken.mp4\n")
     output = tmp_path / "out"
     assert main(pretrained, tmp_path / "list.csv", output, "--window-stride", 40) == 2

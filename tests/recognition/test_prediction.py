@@ -13,8 +13,8 @@ import torch
 from hpm_video.config.loading import load_config, save_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data import loader
-from hpm_video.data.reading import view_indices
-from hpm_video.data.transforms import crop_and_resize, view_boxes
+from hpm_video.data.reading import Dense
+from hpm_video.data.transforms import cut, resize, view_boxes
 from hpm_video.decoding.registry import open_video
 from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.recognition.inference import Inference
@@ -90,10 +90,10 @@ def by_hand(checkpoint, video, clips, crops, weights="model"):
     classifier = Inference.load(trained, torch.device("cpu"), "fp32")
     sums = np.zeros(len(NAMES))
     with open_video(str(video)) as reader:
-        for indices in view_indices(reader.num_frames, 4, 1, clips):
+        for indices in Dense(reader.num_frames, 4, 1).views(clips):
             frames = reader.read(indices)
             for box in view_boxes(frames.shape[1], frames.shape[2], (32, 24), crops):
-                clip = crop_and_resize(frames, box, (32, 24))
+                clip = resize(cut(frames, box), (32, 24), "bilinear")
                 sums += classifier.probabilities(clip[None])[0].double().numpy()
     return sums / (clips * crops)
 
@@ -172,6 +172,39 @@ def test_the_videos_of_a_manifest(main, classifier, validation, tmp_path):
     assert main(classifier, listed, validation[0], "--json", out, "--views", "1x1") == 0
     of_video, _ = written(out)
     assert list(of_video) == [str(validation[1]), str(validation[0])]
+
+
+def test_sections_of_one_video_have_predictions_of_their_own(
+    main, classifier, validation, tmp_path, capsys, monkeypatch
+):
+    with open_video(str(validation[0])) as video:
+        half, length = video.seconds(video.num_frames)[[6, 11]]
+    listed, out = tmp_path / "list.csv", tmp_path / "out.json"
+    video = validation[0]
+    listed.write_text(f"path,start,end\n{video},,\n{video},,{half}\n{video},{half},\n{video},99,\n")
+    given = (listed, f"{video}#t=0,{half}")
+    assert main(classifier, *given, "--json", out, "--views", "1x1", "--workers", 1) == 2
+    of_video, found = written(out)
+    names = [str(video), f"{video}#t=,{half:g}", f"{video}#t={half:g}", f"{video}#t=0,{half:g}"]
+    assert list(of_video) == names
+    tops = [tuple(row["probability"] for row in top) for top in of_video.values()]
+    assert len({*tops}) == 3
+    assert tops[1] == tops[3]
+    assert [bad["path"] for bad in found["bad_files"]] == [f"{video}#t=99"]
+    assert f"it lasts {length * 12 / 11:.2f} s, so it has no section from 99 s" in (
+        capsys.readouterr().err
+    )
+
+
+def test_folders_of_frames_keep_their_rate_and_their_slash(
+    main, classifier, videos, tmp_path, monkeypatch
+):
+    module = main.__closure__[0].cell_contents
+    (tmp_path / "list.csv").write_text("path,fps\na/,12.5\nb/,\n")
+    monkeypatch.chdir(tmp_path)
+    manifest = module.find_videos(["list.csv"])
+    assert manifest.files == ("a/", "b/")
+    assert manifest.fps == {"a/": 12.5}
 
 
 def test_workers_change_nothing(main, classifier, videos, tmp_path):

@@ -11,8 +11,8 @@ import torch
 from hpm_video.config.loading import load_config, save_config
 from hpm_video.config.schema import FinetuneConfig
 from hpm_video.data.manifest import Manifest, ManifestError, write_manifest
-from hpm_video.data.reading import Views, view_indices
-from hpm_video.data.transforms import crop_and_resize, view_boxes
+from hpm_video.data.reading import Dense, Views
+from hpm_video.data.transforms import cut, resize, view_boxes
 from hpm_video.decoding.registry import open_video
 from hpm_video.files.failures import BadFilesError
 from hpm_video.files.weights import CheckpointError
@@ -167,10 +167,10 @@ def naive_scores(recogniser, manifest, views):
     spec, table = recogniser.data, []
     for file in manifest.files:
         with open_video(file, "auto") as video:
-            clips = view_indices(video.num_frames, spec.num_frames, spec.frame_stride, views.clips)
+            clips = Dense(video.num_frames, spec.num_frames, spec.frame_stride).views(views.clips)
             frames = [video.read(indices) for indices in clips]
         boxes = view_boxes(*frames[0].shape[1:3], spec.frame_size, views.crops)
-        crops = [crop_and_resize(f, box, spec.frame_size) for f in frames for box in boxes]
+        crops = [resize(cut(f, box), spec.frame_size, "bilinear") for f in frames for box in boxes]
         logits = [
             recogniser.model(normalise(crop[None], recogniser.data.mean, recogniser.data.std))[0]
             for crop in crops

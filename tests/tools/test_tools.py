@@ -166,7 +166,9 @@ def test_costs_without_levers_are_refused_before_anything_is_measured(
 def test_decoding_is_timed_against_the_straightforward_way(tool, videos):
     video = next((videos / "train").iterdir())
     output = tool("bench", "decoding", video, "--repeats", 1, "--views", "1x1")
-    assert re.findall(r"^(train|test)$", output, re.M) == ["train", "test"]
+    tables = ["train", "test", "4 training clips"]
+    assert re.findall(rf"^({'|'.join(tables)})$", output, re.M) == tables
+    assert re.search(r"^ *one by one .*\n *in one pass +[\d.]+ +[\d.]+$", output, re.M)
     for way in ("straightforward", *available_decoders()):
         assert len(re.findall(rf"^ *{way} +[\d.]+ +[\d.]+$", output, re.M)) == 2, output
 
