@@ -55,7 +55,7 @@ class Sender:
         """Begin to copy a batch, whose place stays taken for that long. -> the copy, its end"""
         with torch.cuda.stream(self._stream):
             copy = batch.to(self._device)
-        event = self._stream.record_event()
+        event = self._stream.record_event(torch.cuda.Event(blocking=True))
         self._sent.append((event, batch))
         return copy, event
 

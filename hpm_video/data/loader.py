@@ -40,8 +40,13 @@ ATTEMPTS = 2
 READY = 1
 """Complete batches that wait for the run."""
 
+ELSEWHERE = torch.empty(0)
+"""In the place of clips that lie in a batch's buffer already."""
+
 Job = tuple[int, Request, int, int]
 """A file: the number of its source, what is to be read, where in the shared memory, its bytes."""
+Result = tuple[int, ...] | Sample | Failure
+"""What came of it; where its clips lie in the shared memory, only their keys."""
 ReadPool = Pool[list[Job]]
 
 
@@ -102,17 +107,17 @@ class _ReadAll:
         for reader in self.readers:
             reader.prepare()
 
-    def __call__(self, jobs: Sequence[Job]) -> list[Sample | Failure]:
+    def __call__(self, jobs: Sequence[Job]) -> list[Result]:
         return [self._read(*job) for job in jobs]
 
-    def _read(self, source: int, request: Request, start: int, size: int) -> Sample | Failure:
+    def _read(self, source: int, request: Request, start: int, size: int) -> Result:
         read = reading.read_or_fail(self.readers[source], request)
         # Clips of another size than is usual come through a pipe.
         if isinstance(read, Failure) or read.clips.numel() != size:
             return read
         place = torch.frombuffer(self.shared, dtype=torch.uint8, count=size, offset=start)
         place.view(read.clips.shape).copy_(read.clips)
-        return replace(read, clips=read.clips[:0])
+        return read.keys
 
 
 class _Batches:
@@ -157,13 +162,15 @@ class _Batches:
     def _finish(self, slots: Sequence[Slot], array: NDArray[np.uint8]) -> ClipBatch:
         """Make a batch of a full buffer, or of a copy where nothing else could be read into."""
         samples, size = [slot.result() for slot in slots], slots[0].clips.sample_bytes
-        pixels, shape = torch.from_numpy(array)[: len(slots) * size], samples[0].clips.shape[1:]
-        shared = [len(sample.clips) < len(sample.keys) for sample in samples]
+        pixels = torch.from_numpy(array)[: len(slots) * size]
+        clips = pixels.view(-1, *slots[0].clips.clip_shape)
+        shared = [sample.clips is ELSEWHERE for sample in samples]
         if all(shared):
-            clips, can_go_on = pixels.view(-1, *shape), self._begun or self._buffers.free
+            can_go_on = self._begun or self._buffers.free
             return collate(samples, clips if can_go_on else clips.clone())
-        found = zip(samples, shared, pixels.split(size), strict=True)
-        return collate([replace(s, clips=p.view(-1, *shape)) if is_ else s for s, is_, p in found])
+        places = clips.chunk(len(slots))
+        found = zip(samples, shared, places, strict=True)
+        return collate([replace(s, clips=place) if is_ else s for s, is_, place in found])
 
     def _submit(self, asked: Sequence[tuple[Slot, int]], *, first: bool = False) -> None:
         jobs = [
@@ -183,6 +190,10 @@ class _Batches:
                 return
             results = [results]
         for (slot, start), result in zip(asked, results, strict=True):
+            request = slot.request
+            if isinstance(result, tuple) and request is not None:
+                of_file = request.label, request.path
+                result = Sample(ELSEWHERE, result, *of_file, source=slot.clips.source)
             slot.put(result)
             if slot.request is not None:
                 self._submit([(slot, start)], first=True)
