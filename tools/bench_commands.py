@@ -17,6 +17,7 @@ from bench_fidelity import fidelity  # type: ignore[import-not-found]
 from bench_updates import (  # type: ignore[import-not-found] # beside this file
     Rows,
     Tables,
+    Updates,
     add_arguments,
     compare,
     describe,
@@ -43,6 +44,7 @@ from hpm_video.preparation.benchmark import (
 )
 from hpm_video.preparation.loader_advice import (
     choose_setting,
+    explain,
     past_speed,
     processes_here,
     recommend,
@@ -52,7 +54,9 @@ from hpm_video.preparation.loader_advice import (
 from hpm_video.runs.console import above_zero, add_options, make_parser, positive, run
 from hpm_video.runs.finetuning import Finetuning
 from hpm_video.runs.pretraining import Pretraining
-from hpm_video.training.device import choose_device, time_updates
+from hpm_video.runs.task import Task
+from hpm_video.training.device import choose_device, inference_precision, time_updates
+from hpm_video.training.fast import choose_compiling
 from hpm_video.training.memory import measure_update
 from hpm_video.workers.room import RoomError, usable_cores
 
@@ -188,9 +192,10 @@ def choose_decoders(names: str | None, first: Sequence[DecoderChoice] = ()) -> l
 def loader(arguments: argparse.Namespace) -> Tables:
     """Test whether data loading keeps up with the GPUs.
 
-    Measures the phases of a training clip (reading, decoding, augmenting, collating, copying),
-    tries decoders and numbers of processes, names the bottleneck and recommends settings. With the
-    config of a run, RUN/config.yaml, its log shows how many clips/s its GPUs could train.
+    Tries decoders and numbers of processes, measures the phases of a training clip (reading,
+    decoding, augmenting, assembling, copying), names the bottleneck and recommends settings. How
+    many clips/s the GPUs could train is known from the log of a run, with its RUN/config.yaml, or
+    measured on random pixels.
     """
     config = load_any_config(arguments.config, arguments.overrides)
     task = Pretraining(config) if isinstance(config, PretrainConfig) else Finetuning(config)
@@ -206,18 +211,9 @@ def loader(arguments: argparse.Namespace) -> Tables:
     batch_size = min(config.engine.micro_batch or config.recipe.batch_size, 32)
     in_memory, files = fits_into_memory(clips)
     print(f"training processes: {processes}, cores: {usable_cores()}\n{files}")
+    torch.set_num_threads(1)  # as in a process that decodes
     limits = {"batch_size": batch_size, "seconds": arguments.seconds}
-    trials = Trials(clips, config.weights, in_memory=in_memory, **limits)
-    phases, decoder = trials.phases(arguments.clips, device, decoders)
-    total = sum(phases.values())
-    by = f", by {decoder}" if decoder else ""
-    shared = f" ({config.data.repeats} of each video)" if config.data.repeats > 1 else ""
-    rows: Rows = []
-    for name, seconds in phases.items():
-        where = "in a worker" if name in IN_WORKERS else "in the run"
-        share = f"{seconds / total:.0%}"
-        rows.append({"phase": name, "where": where, "ms": 1000 * seconds, "share": share})
-    yield f"one clip{by}{shared}", rows
+    trials = Trials(clips, config.weights, device, in_memory=in_memory, **limits)
     tried = [Trial(decoder) for decoder in decoders]
     numbers = workers_to_try(arguments.workers, processes)
     for trial, workers in tqdm([*product(tried, numbers)], "trials", leave=False, disable=None):
@@ -225,7 +221,19 @@ def loader(arguments: argparse.Namespace) -> Tables:
             trials.read(trial, workers)
     yield "clips/s by the number of workers", [row_of(trial, numbers) for trial in tried]
     taken, rate = choose_setting(tried, max(stream.reader.data.max_bad_share for stream in clips))
+    decoder, workers = taken
+    trial = tried[decoders.index(decoder)]
+    phases = trials.phases(arguments.clips, decoder)
+    phases["assembling"] = trial.assembling[workers]
+    by = f", by {decoder}" if decoder else ""
+    shared = f" ({config.data.repeats} of each video)" if config.data.repeats > 1 else ""
+    where = dict.fromkeys(IN_WORKERS, "in a worker")
+    where |= {"assembling": "in the run", "copying": "to the GPU"}
+    rows = [{"phase": name, "where": where[name], "ms": 1000 * phases[name]} for name in where]
+    yield f"one clip{by}{shared}", rows
     print(f"\n{recommend(taken, rate, phases, processes)}")
+    beside = trial.worker_seconds[workers]
+    print("\n".join(explain(rate, phases, workers, beside, usable_cores())))
     needs = arguments.needs
     if needs is None and past is not None:
         needs = past[1] * processes
@@ -233,8 +241,22 @@ def loader(arguments: argparse.Namespace) -> Tables:
             f"processes of the run: {past[0]}; by its log {processes} of them would train up to "
             f"{needs:.1f} clips/s without waiting for data"
         )
-    if needs is not None:
+    elif needs is None and device.type != "cpu":
+        needs = processes * rate_of_updates(task, device, batch_size * config.data.repeats)
+        print(f"on random pixels updates take {needs:.1f} clips/s")
+    if needs is None:
+        print("--needs=CLIPS says whether that is enough, as does the log of a run on GPUs")
+    else:
         print(verdict(rate, needs))
+
+
+def rate_of_updates(task: Task, device: torch.device, clips: int) -> float:
+    """Measure the clips per second of updates on random pixels by one process."""
+    task.resolve()
+    precision = task.config.engine.precision
+    precision = inference_precision(device) if precision == "auto" else precision
+    compiled = choose_compiling(task.config.engine, device)
+    return clips / float(Updates(task, device, precision, clips, compiled).measure(3, 0))
 
 
 def row_of(trial: Trial, numbers: Sequence[int]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Samples of videos, and batches of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,24 +41,18 @@ class ClipBatch:
 
     def to(self, device: torch.device | str) -> "ClipBatch":
         """Move the tensors to a device; the host does not wait where memory is pinned."""
-        non_blocking = self.clips.is_pinned()
-        return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "ClipBatch":
-        """Move the tensors to memory that a GPU can fetch from while the host goes on."""
-        return self._with(Tensor.pin_memory)
-
-    def _with(self, change: Callable[[Tensor], Tensor]) -> "ClipBatch":
-        return replace(
-            self, clips=change(self.clips), keys=change(self.keys), labels=change(self.labels)
+        clips, keys, labels = (
+            tensor.to(device, non_blocking=self.clips.is_pinned())
+            for tensor in (self.clips, self.keys, self.labels)
         )
+        return replace(self, clips=clips, keys=keys, labels=labels)
 
 
-def collate(samples: Sequence[Sample]) -> ClipBatch:
-    """Make one batch of samples of one source."""
+def collate(samples: Sequence[Sample], clips: Tensor | None = None) -> ClipBatch:
+    """Make one batch of samples of one source. ``clips``: where theirs are side by side already."""
     (source,) = {sample.source for sample in samples}
     return ClipBatch(
-        clips=torch.cat([sample.clips for sample in samples]),
+        clips=torch.cat([sample.clips for sample in samples]) if clips is None else clips,
         keys=torch.tensor([key for sample in samples for key in sample.keys]),
         labels=torch.tensor([sample.label for sample in samples for _ in sample.keys]),
         files=tuple(sample.file for sample in samples for _ in sample.keys),

@@ -36,6 +36,8 @@ class Clips(ABC):
         self.reader = reader
         self.bad: dict[str, Failure] = {}
         """Files that are known not to decode: they are not tried again."""
+        self.source = reader.source
+        self.clip_shape = (reader.data.channels, *reader.data.clip_size)
         self.sample_bytes = clips_per_sample * reading.clip_bytes(reader.data)
         """Bytes of the pixels of a sample, at most."""
 

@@ -4,8 +4,10 @@ import multiprocessing
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.data import DataConfig
 from hpm_video.data import reading
 from hpm_video.data.batch import ClipBatch, Sample, collate
+from hpm_video.data.buffers import Buffers, Sender
 from hpm_video.data.clips import Clips, Slot, check_pace, decoder_for, request_of
 from hpm_video.data.manifest import Manifest
 from hpm_video.data.mixture import Place
@@ -36,8 +39,14 @@ ATTEMPTS = 2
 READY = 1
 """Complete batches that wait for the run."""
 
-ReadPool = Pool[list[tuple[int, Request]]]
-"""A pool whose jobs are files, each with the number of its source."""
+ELSEWHERE = torch.empty(0)
+"""In the place of clips that lie in a batch's buffer already."""
+
+Job = tuple[int, Request, int, int]
+"""A file: the number of its source, what is to be read, where in the shared memory, its bytes."""
+Result = tuple[int, ...] | Sample | Failure
+"""What came of it; where its clips lie in the shared memory, only their keys."""
+ReadPool = Pool[list[Job]]
 
 
 def clip_batches(
@@ -46,7 +55,7 @@ def clip_batches(
     *,
     batch_size: int,
     workers: int,
-    pin: bool = False,
+    gpu: torch.device | None = None,
     limits: Limits = USUAL,
 ) -> Generator[ClipBatch, None, None]:
     """Read the samples at ``places`` of the streams in batches, in that order.
@@ -54,35 +63,36 @@ def clip_batches(
     Those of a whole training run make one iterator: its processes live as long as it does, and go
     on from one epoch to the next without a pause. Closing it ends them. ``batch_size`` counts
     videos. Without ``workers`` this process decodes, and a file on which it hangs or crashes ends
-    the run. ``pin``: batches lie in memory that a GPU can fetch from.
+    the run.
+
+    Processes write the clips into shared memory, and a batch is a view of it. On a CPU its place is
+    written to again once no tensor refers to it any more: who keeps batches holds up those that are
+    read ahead. With ``gpu`` the batches lie there, copied while the run is at earlier ones.
     """
     if workers == 0 or not places:
-        return _read_here(streams, places, batch_size, pin=pin)
+        return _read_here(streams, places, batch_size)
     sample_bytes = max(stream.sample_bytes for stream in streams)
     group = min(max(1, JOB_BYTES // sample_bytes), JOB_FILES)
     workers = min(workers, -(-len(places) // group))
     ahead = 2 + 2 * workers * group // batch_size
-    check_room(
-        workers,
-        shared=JOBS_HELD * workers * group * sample_bytes,
-        batches=(ahead + READY + 2) * batch_size * sample_bytes,
-    )
-    read = _ReadAll(tuple(stream.reader for stream in streams))
-    options = {"result_bytes": group * sample_bytes, "depth": JOBS_HELD}
+    count = min(ahead + READY + 2, -(-len(places) // batch_size))  # the run has one or two
+    batch_bytes = batch_size * sample_bytes
+    check_room(workers, shared=count * batch_bytes, batches=batch_bytes)
+    buffers = Buffers(count, batch_bytes)
+    read = _ReadAll(tuple(stream.reader for stream in streams), buffers.shared)
     return _in_background(
-        lambda: Pool(read, workers, limits, **options),
-        lambda pool: _Batches(pool, streams, group).read(places, batch_size, ahead),
-        pin=pin,
+        lambda: Pool(read, workers, limits, depth=JOBS_HELD),
+        lambda pool: _Batches(pool, streams, buffers, group).read(places, batch_size, ahead),
+        lambda: closing(Sender(gpu, buffers.shared)) if gpu else nullcontext(),
     )
 
 
 def _read_here(
-    streams: Sequence[Clips], places: Iterable[Place], batch_size: int, *, pin: bool
+    streams: Sequence[Clips], places: Iterable[Place], batch_size: int
 ) -> Generator[ClipBatch, None, None]:
     left = iter(places)
     while chosen := list(islice(left, batch_size)):
-        batch = collate([streams[place.source][place.position] for place in chosen])
-        yield batch.pin_memory() if pin else batch
+        yield collate([streams[place.source][place.position] for place in chosen])
 
 
 @dataclass(frozen=True)
@@ -90,80 +100,131 @@ class _ReadAll:
     """The work of a process: reads some files, each by the reader of its source."""
 
     readers: tuple[ClipReader, ...]
+    shared: Any
 
     def prepare(self) -> None:
         for reader in self.readers:
             reader.prepare()
 
-    def __call__(self, jobs: Sequence[tuple[int, Request]]) -> list[Sample | Failure]:
-        return [reading.read_or_fail(self.readers[source], request) for source, request in jobs]
+    def __call__(self, jobs: Sequence[Job]) -> list[Result]:
+        return [self._read(*job) for job in jobs]
+
+    def _read(self, source: int, request: Request, start: int, size: int) -> Result:
+        read = reading.read_or_fail(self.readers[source], request)
+        # Clips of another size than is usual come through a pipe.
+        if isinstance(read, Failure) or read.clips.numel() != size:
+            return read
+        place = torch.frombuffer(self.shared, dtype=torch.uint8, count=size, offset=start)
+        place.view(read.clips.shape).copy_(read.clips)
+        return read.keys
 
 
 class _Batches:
     """Batches in order, of samples that a pool reads in any order."""
 
-    def __init__(self, pool: ReadPool, streams: Sequence[Clips], group: int) -> None:
+    def __init__(
+        self, pool: ReadPool, streams: Sequence[Clips], buffers: Buffers, group: int
+    ) -> None:
         """``group``: samples of a job."""
-        self._pool, self._streams, self._group = pool, streams, group
+        self._pool, self._streams, self._buffers, self._group = pool, streams, buffers, group
+        self._begun = deque[tuple[list[Slot], NDArray[np.uint8]]]()
 
     def read(self, places: Iterable[Place], batch_size: int, ahead: int) -> Iterator[ClipBatch]:
         """Read so many batches ahead. Raises what the streams raise, at that batch's turn."""
-        left, begun = iter(places), deque[list[Slot]]()
+        left = iter(places)
         while True:
-            while len(begun) < ahead and (chosen := list(islice(left, batch_size))):
-                batch = [Slot(self._streams[place.source], place.position) for place in chosen]
-                asked = [slot for slot in batch if slot.request is not None]
-                for start in range(0, len(asked), self._group):
-                    self._submit(asked[start : start + self._group])
-                begun.append(batch)
-            if not begun:
+            while (
+                len(self._begun) < ahead
+                and self._buffers.free
+                and (chosen := list(islice(left, batch_size)))
+            ):
+                self._begin(chosen)
+            if not self._begun:
                 return
-            batch = begun.popleft()
-            for slot in batch:
+            for slot in self._begun[0][0]:
                 while slot.request is not None:
                     self._take(self._pool.next())
-            yield collate([slot.result() for slot in batch])
+            yield self._finish(*self._begun.popleft())  # and refer to it no more
 
-    def _submit(self, slots: Sequence[Slot], *, first: bool = False) -> None:
-        jobs = [(self._streams.index(s.clips), s.request) for s in slots if s.request is not None]
+    def _begin(self, chosen: Sequence[Place]) -> None:
+        start, array = self._buffers.take()
+        batch = [Slot(self._streams[place.source], place.position) for place in chosen]
+        self._begun.append((batch, array))
+        asked = [
+            (slot, start + number * slot.clips.sample_bytes)
+            for number, slot in enumerate(batch)
+            if slot.request is not None
+        ]
+        for first in range(0, len(asked), self._group):
+            self._submit(asked[first : first + self._group])
+
+    def _finish(self, slots: Sequence[Slot], array: NDArray[np.uint8]) -> ClipBatch:
+        """Make a batch of a full buffer, or of a copy where nothing else could be read into."""
+        samples, size = [slot.result() for slot in slots], slots[0].clips.sample_bytes
+        pixels = torch.from_numpy(array)[: len(slots) * size]
+        clips = pixels.view(-1, *slots[0].clips.clip_shape)
+        shared = [sample.clips is ELSEWHERE for sample in samples]
+        if all(shared):
+            can_go_on = self._begun or self._buffers.free
+            return collate(samples, clips if can_go_on else clips.clone())
+        places = clips.chunk(len(slots))
+        found = zip(samples, shared, places, strict=True)
+        return collate([replace(s, clips=place) if is_ else s for s, is_, place in found])
+
+    def _submit(self, asked: Sequence[tuple[Slot, int]], *, first: bool = False) -> None:
+        jobs = [
+            (self._streams.index(slot.clips), slot.request, start, slot.clips.sample_bytes)
+            for slot, start in asked
+            if slot.request is not None
+        ]
         attempts = ATTEMPTS if len(jobs) == 1 else 1
-        self._pool.submit(slots, jobs, path=jobs[0][1].path, first=first, attempts=attempts)
+        self._pool.submit(asked, jobs, path=jobs[0][1].path, first=first, attempts=attempts)
 
     def _take(self, answer: Answer) -> None:
-        slots, results = answer.tag, answer.result
+        asked, results = answer.tag, answer.result
         if isinstance(results, Failure):
-            if len(slots) > 1:  # one of them did it: each by itself
-                for slot in reversed(slots):
-                    self._submit([slot], first=True)
+            if len(asked) > 1:  # one of them did it: each by itself
+                for one in reversed(asked):
+                    self._submit([one], first=True)
                 return
             results = [results]
-        for slot, result in zip(slots, results, strict=True):
+        for (slot, start), result in zip(asked, results, strict=True):
+            request = slot.request
+            if isinstance(result, tuple) and request is not None:
+                of_file = request.label, request.path
+                result = Sample(ELSEWHERE, result, *of_file, source=slot.clips.source)
             slot.put(result)
             if slot.request is not None:
-                self._submit([slot], first=True)
+                self._submit([(slot, start)], first=True)
 
 
 def _in_background(
-    begin: Callable[[], ReadPool], read: Callable[[ReadPool], Iterator[ClipBatch]], *, pin: bool
+    begin: Callable[[], ReadPool],
+    read: Callable[[ReadPool], Iterator[ClipBatch]],
+    open_sender: Callable[[], AbstractContextManager[Sender | None]],
 ) -> Generator[ClipBatch, None, None]:
     """Yield batches that a thread puts together while the run is at the one before."""
-    # A thread begins on GPU 0: to pin memory there would take some of a GPU of another process.
-    device = torch.cuda.current_device() if pin else None
-    with begin() as pool, ThreadPoolExecutor(1, "batches") as thread:
+    with (
+        begin() as pool,
+        open_sender() as sender,
+        ThreadPoolExecutor(1, "batches", sender.begin if sender else None) as thread,
+    ):
         batches = read(pool)
 
-        def produce() -> ClipBatch | None:
+        def produce() -> tuple[ClipBatch, Any] | None:
+            if sender:
+                sender.wait()
             batch = next(batches, None)
-            if batch is None or device is None:
-                return batch
-            torch.cuda.set_device(device)
-            return batch.pin_memory()
+            if batch is None:
+                return None
+            return sender.send(batch) if sender else (batch, None)
 
         ready = deque(thread.submit(produce) for _ in range(READY + 1))
         try:
-            while (batch := ready.popleft().result()) is not None:
+            while (produced := ready.popleft().result()) is not None:
                 ready.append(thread.submit(produce))
-                yield batch
+                yield sender.receive(*produced) if sender else produced[0]
+                del produced
         finally:
             pool.stop()
 

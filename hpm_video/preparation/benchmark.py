@@ -1,11 +1,14 @@
 """Measure how training clips are read, phase by phase and by several processes."""
 
 import copy
+import multiprocessing
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from itertools import groupby, islice
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,20 +16,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpm_video.config.choices import DecoderName
-from hpm_video.data.batch import Sample, collate
+from hpm_video.data.batch import Sample
 from hpm_video.data.clips import VideoClips
 from hpm_video.data.loader import clip_batches
-from hpm_video.data.mixture import Place, Places, deal_out
+from hpm_video.data.mixture import Places, deal_out
 from hpm_video.data.reading import TrainReader
 from hpm_video.data.transforms import Box, Change, ClipTransform
 from hpm_video.decoding.locations import Section, frames_in, is_frame_folder, read_bytes
 from hpm_video.decoding.reader import DecodeError
 from hpm_video.files.failures import Failure, TooManyBadFiles
 from hpm_video.preparation.findings import stamp_of
+from hpm_video.workers.pool import NAME
 from hpm_video.workers.room import RoomError, memory_left
 
 IN_WORKERS = ("reading", "decoding", "augmenting")
-IN_THE_RUN = ("collating", "copying")
+COPIES = 10  # number of batches whose transfer to a GPU is timed
 NUM_PLACES = 4 * 10**6  # number of videos in the order that trials read
 READ_AHEAD = 1_000  # upper bound on the videos that a trial reads ahead without counting them
 WARMED_UP, SECONDS_OF_WARMUP = 2_000, 5.0  # limits of what is read into memory before a trial
@@ -34,7 +38,8 @@ SAMPLED_SIZES = 200  # number of files from whose sizes the total is estimated
 MIB = 2**20
 
 Phases = Mapping[str, float]
-"""Seconds per clip of each phase, in one process. Copying is the transfer to a GPU."""
+"""Seconds per clip of each phase: in a process that decodes alone; assembling, the work of the run
+itself; copying, from pinned memory to a GPU."""
 
 
 @contextmanager
@@ -89,10 +94,13 @@ def read_all(path: str) -> int:
 
 @dataclass
 class Trial:
-    """Result of reading with one decoder."""
+    """Result of reading with one decoder, by the number of processes."""
 
     decoder: DecoderName | None  # none for images
-    rates: dict[int, float] = field(default_factory=dict)  # clips per second, by processes
+    rates: dict[int, float] = field(default_factory=dict)  # clips per second
+    assembling: dict[int, float] = field(default_factory=dict)  # seconds of the run per clip
+    worker_seconds: dict[int, float] = field(default_factory=dict)
+    """Seconds of the processes' cores per clip; 0 where the system does not tell."""
     files: set[str] = field(default_factory=set)
     refused: dict[str, Failure] = field(default_factory=dict)
     error: TooManyBadFiles | RoomError | None = None  # the last reason why a rate is missing
@@ -105,13 +113,14 @@ class Trials:
         self,
         clips: Sequence[VideoClips],
         weights: Sequence[float],
+        device: torch.device,
         *,
         in_memory: bool,
         batch_size: int,
         seconds: float,
     ) -> None:
         """``weights``: of the sources. ``in_memory``: what is read has been read before."""
-        self.clips, self.in_memory = clips, in_memory
+        self.clips, self.device, self.in_memory = clips, device, in_memory
         self.batch_size, self.seconds = batch_size, seconds
         self._sources = deal_out(weights, NUM_PLACES // batch_size)
         self._next_batch = 0
@@ -127,26 +136,15 @@ class Trials:
             if self._next_batch > 0.9 * len(self._sources):
                 self._next_batch = 0
 
-    def phases(
-        self, count: int, device: torch.device, decoders: Sequence[DecoderName | None]
-    ) -> tuple[Phases, DecoderName | None]:
-        """Measure the phases with the first decoder that decodes any file. -> phases, decoder"""
-        places = list(islice(self.places(), count))
-        self.advance(count)
-        for decoder in decoders[:-1]:
-            with suppress(DecodeError):
-                return self.measure_phases(places, device, decoder), decoder
-        return self.measure_phases(places, device, decoders[-1]), decoders[-1]
-
-    def measure_phases(
-        self, places: Sequence[Place], device: torch.device, decoder: DecoderName | None = None
-    ) -> Phases:
-        """Time each phase of the clips at ``places`` in this process, without bad files.
+    def phases(self, count: int, decoder: DecoderName | None = None) -> dict[str, float]:
+        """Time each phase of the next ``count`` videos but assembling, in this process alone.
 
         DecodeError: none of the files decodes.
         """
+        places = list(islice(self.places(), count))
+        self.advance(count)
         streams = [_fresh(stream, decoder) for stream in self.clips]
-        seconds = dict.fromkeys(IN_WORKERS + IN_THE_RUN, 0.0)
+        seconds = dict.fromkeys(IN_WORKERS, 0.0)
         samples: list[Sample] = []
         failure: DecodeError | OSError | None = None
         for place in places:
@@ -165,16 +163,10 @@ class Trials:
         if not samples:
             raise DecodeError(f"none of the first {len(places)} files decodes. The last: {failure}")
         seconds["decoding"] -= seconds["augmenting"]
-        for _, of_source in groupby(samples, key=lambda sample: sample.source):
-            while batch := list(islice(of_source, self.batch_size)):
-                with timed(seconds, "collating"):
-                    collated = collate(batch)
-                if device.type == "cuda":
-                    with timed(seconds, "copying"):
-                        collated.to(device)
-                        torch.cuda.synchronize(device)
-        count = sum(len(sample.clips) for sample in samples)
-        return {phase: total / count for phase, total in seconds.items()}
+        num_clips = sum(len(sample.clips) for sample in samples)
+        found = {phase: total / num_clips for phase, total in seconds.items()}
+        copied = samples[0].clips.repeat(self.batch_size, 1, 1, 1, 1)
+        return found | {"copying": copy_seconds(copied, self.device)}
 
     def read(self, trial: Trial, workers: int) -> None:
         """Read with that many processes, and add the result to ``trial``."""
@@ -188,17 +180,20 @@ class Trials:
         streams = [_fresh(stream, trial.decoder) for stream in self.clips]
         count, videos = 0, READ_AHEAD
         try:
-            batches = clip_batches(streams, places, batch_size=self.batch_size, workers=workers)
-            with closing(batches):
+            gpu = self.device if self.device.type == "cuda" else None
+            options = {"batch_size": self.batch_size, "workers": workers, "gpu": gpu}
+            with closing(clip_batches(streams, places, **options)) as batches:
                 trial.files.update(next(batches).files)
-                began = time.perf_counter()
+                began, own, others = time.perf_counter(), time.process_time(), worker_seconds()
                 for batch in batches:
                     trial.files.update(batch.files)
                     count += len(batch.clips)
                     videos += len(batch.files)
                     if time.perf_counter() > began + self.seconds:
                         break
-            trial.rates[workers] = count / (time.perf_counter() - began)
+                trial.rates[workers] = count / (time.perf_counter() - began)
+                trial.assembling[workers] = (time.process_time() - own) / count
+                trial.worker_seconds[workers] = (worker_seconds() - others) / count
         except (RoomError, TooManyBadFiles) as error:
             trial.error = error
             if isinstance(error, TooManyBadFiles):
@@ -206,6 +201,32 @@ class Trials:
         for stream in streams:
             trial.refused |= stream.bad
         self.advance(videos)
+
+
+def copy_seconds(clips: Tensor, device: torch.device) -> float:
+    """Return the seconds in which a GPU fetches a clip from pinned memory, by its own clock."""
+    if device.type != "cuda":
+        return 0.0
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    pinned = clips.pin_memory()
+    pinned.to(device, non_blocking=True)  # the first one takes memory
+    began.record()
+    for _ in range(COPIES):
+        pinned.to(device, non_blocking=True)
+    ended.record()
+    ended.synchronize()
+    return began.elapsed_time(ended) / 1000 / COPIES / len(clips)
+
+
+def worker_seconds() -> float:
+    """Return the seconds of cores that the processes of pools have taken so far, by /proc."""
+    ticks = 0
+    for child in multiprocessing.active_children():
+        with suppress(OSError):
+            if child.name == NAME:
+                words = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+                ticks += int(words[11]) + int(words[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def reader_of(stream: VideoClips) -> TrainReader:

@@ -10,7 +10,8 @@ import torch
 
 from hpm_video.config.choices import DecoderName
 from hpm_video.files.failures import tolerated
-from hpm_video.preparation.benchmark import IN_THE_RUN, IN_WORKERS, Phases, Trial
+from hpm_video.files.wording import counted
+from hpm_video.preparation.benchmark import IN_WORKERS, Phases, Trial
 from hpm_video.workers.room import usable_cores
 
 REMEDIES = {
@@ -20,13 +21,14 @@ REMEDIES = {
     "take more clips of each decoded video; more cores decode more",
     "augmenting": "RandAugment and large crops take their time: transcode to a smaller short side, "
     "or take more data.workers",
-    "collating": "batches are put together in one thread of the run: more processes (GPUs) with a "
-    "smaller micro-batch each, or smaller clips",
-    "copying": "the way to the GPU is slow: more GPUs with a smaller micro-batch each",
+    "assembling": "one thread of the run hands out files and puts batches together: more processes "
+    "(GPUs), or more data.repeats",
+    "copying": "the way to the GPU is slow, which smaller clips use less",
 }
 ENOUGH = 0.95  # share of the best rate at which fewer processes are preferred
 RECENT_LINES = 20  # number of lines of a run's metrics from which its speed is taken
-BUSY = 0.5  # load of the one thread that collates above which it may limit a trial
+BUSY = 0.5  # load of the one thread that assembles above which it may limit a trial
+UNEXPLAINED = 0.25  # share by which a measured rate may differ from the expected one
 Setting = tuple[DecoderName | None, int]
 """A decoder (none for images) and the number of decoding processes."""
 
@@ -89,11 +91,17 @@ def choose_setting(trials: Sequence[Trial], max_bad_share: float) -> tuple[Setti
     return chosen, rates[chosen]
 
 
+def seconds_per_clip(phases: Phases, workers: int) -> dict[str, float]:
+    """Return how long a clip keeps what works at the same time busy, by its longest phase."""
+    longest = max(IN_WORKERS, key=lambda name: phases[name])
+    decoding = sum(phases[name] for name in IN_WORKERS) / workers
+    return {longest: decoding, "assembling": phases["assembling"], "copying": phases["copying"]}
+
+
 def bottleneck(phases: Phases, workers: int) -> str:
     """Return the phase that holds up the others when so many processes decode."""
-    in_workers, in_the_run = (sum(phases[name] for name in of) for of in (IN_WORKERS, IN_THE_RUN))
-    slower = IN_THE_RUN if in_the_run > in_workers / workers else IN_WORKERS
-    return max(slower, key=lambda name: phases[name])
+    seconds = seconds_per_clip(phases, workers)
+    return max(seconds, key=lambda name: seconds[name])
 
 
 def recommend(setting: Setting, rate: float, phases: Phases, processes: int) -> str:
@@ -103,19 +111,49 @@ def recommend(setting: Setting, rate: float, phases: Phases, processes: int) -> 
     named = f"data.decoder={decoder} " if decoder else ""
     shared = f" for each of {processes} processes, {workers} in all" if processes > 1 else ""
     lines = [f"take {named}data.workers={each}{shared}: {rate:.1f} clips/s"]
-    if processes > 1 and rate * phases["collating"] > BUSY:
+    if processes > 1 and rate * phases["assembling"] > BUSY:
         lines.append(
-            "(one thread collated these batches; each process has its own: the rate may be higher)"
+            "(one thread assembled these batches; each process has its own: the rate may be higher)"
         )
     phase = bottleneck(phases, each)
     return "\n".join([*lines, f"the bottleneck is {phase}: {REMEDIES[phase]}"])
 
 
+def explain(
+    rate: float, phases: Phases, workers: int, worker_seconds: float, cores: int
+) -> list[str]:
+    """Compare a measured rate with the one that the phases allow, and explain the difference.
+
+    ``worker_seconds``: of a process's core per clip, 0 if unknown.
+    """
+    expected = 1 / max(seconds_per_clip(phases, workers).values())
+    lines = [f"by the phases, each timed alone, {expected:.1f} clips/s; measured: {rate:.1f}"]
+    if rate > (1 + UNEXPLAINED) * expected:
+        return [
+            *lines,
+            "the files that were timed alone take longer than most: time more (--clips)",
+        ]
+    if rate >= (1 - UNEXPLAINED) * expected:
+        return lines
+    alone, idle = sum(phases[name] for name in IN_WORKERS), 1 - rate * worker_seconds / workers
+    if workers >= cores:
+        lines.append(f"{counted(workers, 'process')} and the run share {counted(cores, 'core')}")
+    if worker_seconds > (1 + UNEXPLAINED) * alone:
+        lines.append(
+            f"side by side a clip takes {1000 * worker_seconds:.1f} ms of a core, alone "
+            f"{1000 * alone:.1f}: two threads share a core, or memory is the limit"
+        )
+    if worker_seconds and idle > UNEXPLAINED:
+        lines.append(
+            f"the processes stand still {idle:.0%} of the time: they wait for a core, the disk or "
+            "the run"
+        )
+    return lines
+
+
 def verdict(rate: float, needs: float) -> str:
     """Say whether GPUs would wait for data."""
+    given = f"the loader gives {rate:.1f} clips/s, the update takes {needs:.1f}: "
     if rate >= needs:
-        return f"enough for GPUs that train {needs:.1f} clips/s: {rate / needs:.1f} times as much"
-    return (
-        f"GPUs that could train {needs:.1f} clips/s would starve: they would wait for data "
-        f"{1 - rate / needs:.0%} of the time"
-    )
+        return f"{given}{rate / needs:.1f} times what is needed"
+    return f"{given}it would wait for data {1 - rate / needs:.0%} of the time"

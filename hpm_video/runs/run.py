@@ -123,7 +123,7 @@ def train(
             batch_size=plan.micro_batch,
             workers=reading.workers,
             limits=reading.limits,
-            pin=engine.device.type == "cuda",
+            gpu=engine.device if engine.device.type == "cuda" else None,
         )
         with listen_for_stop(patient=plan.processes > 1) as stop, closing(batches):
             state = Run(

@@ -37,9 +37,10 @@ def check_room(workers: int, shared: int, batches: int) -> None:
         if there is not None and needed > there:
             each = f" in each of {processes} processes" if needed > shared else ""
             raise RoomError(
-                f"data.workers={workers}{each} need {_mib(needed)} of shared memory (two jobs "
-                f"each), and {SHARED} has {_mib(there)}. Give it more (docker run --shm-size=..., "
-                "mount -o remount,size=...), or take fewer with data.workers, or smaller clips"
+                f"data.workers={workers}{each} need {_mib(needed)} of shared memory for what is "
+                f"read ahead, and {SHARED} has {_mib(there)}. Give it more (docker run "
+                "--shm-size=..., mount -o remount,size=...), or take a smaller micro-batch "
+                "(engine.micro_batch), fewer data.workers, or smaller clips"
             )
     left = memory_left()
     if left is not None and shared + batches > left:

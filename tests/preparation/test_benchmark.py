@@ -7,7 +7,9 @@ import os
 import re
 import shutil
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -16,24 +18,29 @@ import torch
 from tiny_runs import CLASSIFIER, ENGINE
 
 from hpm_video.config.data import DataConfig
+from hpm_video.config.loading import load_config
+from hpm_video.config.schema import PretrainConfig
+from hpm_video.data.batch import collate
 from hpm_video.data.clips import VideoClips
 from hpm_video.data.manifest import read_manifest
-from hpm_video.data.mixture import Place
 from hpm_video.data.transforms import ClipTransform, MultiScaleCrop
 from hpm_video.decoding.reader import DecodeError
 from hpm_video.decoding.registry import available_decoders
 from hpm_video.files.failures import Failure, TooManyBadFiles
 from hpm_video.preparation import loader_advice
 from hpm_video.preparation.benchmark import (
-    IN_THE_RUN,
     IN_WORKERS,
     NUM_PLACES,
     Trial,
     Trials,
+    copy_seconds,
     fits_into_memory,
     read_all,
+    worker_seconds,
 )
 from hpm_video.preparation.findings import stamp_of
+from hpm_video.runs.pretraining import Pretraining
+from hpm_video.workers.pool import NAME
 from hpm_video.workers.room import RoomError
 
 pytestmark = pytest.mark.slow
@@ -92,36 +99,70 @@ def clips_of(folder, transform=CROP, count=1):
     return [stream]
 
 
-def places(count):
-    return [Place(0, position) for position in range(count)]
-
-
 class Clock:
     """A millisecond passes between two looks at it, and what is added."""
 
-    now = 0.0
+    now = spent = 0.0
 
     def perf_counter(self):
         self.now += 1e-3
         return self.now
 
+    def process_time(self):
+        return self.spent
+
     monotonic = perf_counter
 
 
 def test_time_is_put_down_to_its_phase_and_counted_per_clip(videos, monkeypatch):
-    cpu, clock = torch.device("cpu"), Clock()
+    clock = Clock()
     monkeypatch.setattr("hpm_video.preparation.benchmark.time", clock)
     for count in (1, 2):
         trials = trials_of(clips_of(videos / "train", Slow(clock), count), in_memory=True)
-        slow = trials.measure_phases(places(6), cpu)
+        slow = trials.phases(6)
         assert slow["augmenting"] == pytest.approx(TAKEN + 1e-3), "of each clip, not of each video"
-        assert loader_advice.bottleneck(slow, 1) == "augmenting"
         assert slow["copying"] == 0.0
-        assert min(slow[name] for name in ("reading", "decoding", "collating")) > 0
+        assert min(slow[name] for name in ("reading", "decoding")) > 0
+
+
+@pytest.mark.parametrize("slow", ["reading", "decoding", "augmenting", "assembling", "copying"])
+def test_the_bottleneck_is_what_is_slow(slow, videos, monkeypatch):
+    """By a clock that only the slow part moves; the processes of a trial are pretended."""
+    clock = Clock()
+    module = "hpm_video.preparation.benchmark"
+    clips = clips_of(videos / "train", Slow(clock) if slow == "augmenting" else CROP)
+    reader = type(clips[0].reader)
+
+    def taking(name, call):
+        def timed(*arguments, **options):
+            clock.now += TAKEN if slow == name else 0
+            return call(*arguments, **options)
+
+        return timed
+
+    def assembled(streams, places, *, batch_size, **_):
+        left = iter(places)
+        for _ in range(10):
+            samples = [streams[0][place.position] for place in islice(left, batch_size)]
+            clock.now += 1.0
+            clock.spent += batch_size * (TAKEN if slow == "assembling" else 1e-3)
+            yield collate(samples)
+
+    monkeypatch.setattr(f"{module}.time", clock)
+    monkeypatch.setattr(f"{module}.read_all", taking("reading", read_all))
+    monkeypatch.setattr(reader, "__call__", taking("decoding", reader.__call__))
+    monkeypatch.setattr(f"{module}.copy_seconds", lambda *_: TAKEN if slow == "copying" else 1e-3)
+    monkeypatch.setattr(f"{module}.clip_batches", assembled)
+    trials, trial = trials_of(clips, seconds=5.0), Trial("pyav")
+    trials.read(trial, 2)
+    phases = trials.phases(6) | {"assembling": trial.assembling[2]}
+    assert loader_advice.bottleneck(phases, 2) == slow
+    advice = loader_advice.recommend(("pyav", 2), trial.rates[2], phases, 1)
+    assert f"the bottleneck is {slow}: " in advice
 
 
 def test_the_bottleneck_depends_on_the_number_of_workers():
-    phases = {"reading": 1, "decoding": 6, "augmenting": 2, "collating": 0.5, "copying": 1}
+    phases = {"reading": 1, "decoding": 6, "augmenting": 2, "assembling": 0.5, "copying": 1.5}
     assert [loader_advice.bottleneck(phases, workers) for workers in (1, 5, 7, 100)] == [
         "decoding",
         "decoding",
@@ -131,18 +172,104 @@ def test_the_bottleneck_depends_on_the_number_of_workers():
     assert loader_advice.bottleneck(phases | {"reading": 7}, 1) == "reading"
 
 
+PHASES = {
+    "reading": 1e-3,
+    "decoding": 2e-2,
+    "augmenting": 3e-3,
+    "assembling": 2e-4,
+    "copying": 1e-4,
+}
+"""Of 24 ms in a process: 15 of them give 625 clips/s."""
+
+
+@pytest.mark.parametrize(
+    ("rate", "workers", "taken", "words"),
+    [
+        (600.0, 15, 0.025, []),
+        (480.0, 15, 0.03, []),
+        (800.0, 15, 0.018, ["take longer than most"]),
+        (400.0, 15, 0.0368, ["takes 36.8 ms of a core, alone 24.0: two threads share a core"]),
+        (200.0, 15, 0.024, ["the processes stand still 68% of the time"]),
+        (200.0, 15, 0.0, []),
+        (250.0, 16, 0.033, ["16 processes and the run share 16 cores", "33.0 ms", "still 48%"]),
+    ],
+)
+def test_a_rate_that_the_phases_do_not_explain_is_explained(rate, workers, taken, words):
+    first, *lines = loader_advice.explain(rate, PHASES, workers, taken, 16)
+    assert re.fullmatch(rf"by the phases, .* [\d.]+ clips/s; measured: {rate}", first)
+    assert len(lines) == len(words)
+    assert all(word in line for word, line in zip(words, lines, strict=True))
+
+
+def test_the_run_and_the_copies_limit_what_many_processes_give():
+    for name, longest in (("assembling", 0.01), ("copying", 0.02)):
+        (first,) = loader_advice.explain(1 / longest, PHASES | {name: longest}, 15, 0.0, 16)
+        assert f"alone, {1 / longest:.1f} clips/s" in first
+
+
 def trials_of(clips, *, batch_size=4, seconds=0.05, in_memory=False):
-    return Trials(clips, [1.0], in_memory=in_memory, batch_size=batch_size, seconds=seconds)
+    cpu = torch.device("cpu")
+    return Trials(clips, [1.0], cpu, in_memory=in_memory, batch_size=batch_size, seconds=seconds)
 
 
 def test_a_rate_is_that_of_the_clips(videos):
     trial = Trial(available_decoders()[0])
     trials_of(clips_of(videos / "train", count=2)).read(trial, 1)
     assert trial.rates[1] > 1
+    assert 0 < trial.assembling[1] < 1
+    assert 0 <= trial.worker_seconds[1] < 10
     assert trial.files
     assert trial.files <= set(map(str, (videos / "train").iterdir()))
     assert not trial.refused
     assert trial.error is None
+
+
+def test_the_time_of_processes_is_that_of_their_cores(monkeypatch):
+    class Child(NamedTuple):
+        name: str
+        pid: int
+
+    def seconds_of(*children):
+        monkeypatch.setattr("multiprocessing.active_children", lambda: children)
+        return worker_seconds()
+
+    before = sum(os.times()[:2])
+    found = seconds_of(
+        Child(NAME, os.getpid()), Child(NAME, 2**30), Child("of others", os.getpid())
+    )
+    assert before - 0.1 <= found <= sum(os.times()[:2]) + 0.1
+    assert seconds_of() == 0
+
+
+def test_copies_are_timed_on_the_gpu_from_pinned_memory_after_the_first(monkeypatch):
+    done = []
+
+    class Event:
+        def __init__(self, *, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("event")
+
+        def synchronize(self):
+            done.append("waited")
+
+        def elapsed_time(self, _):
+            return 80.0
+
+    class Clips(list):
+        def pin_memory(self):
+            done.append("pinned")
+            return self
+
+        def to(self, _, *, non_blocking):
+            assert non_blocking
+            done.append("copied")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert copy_seconds(Clips(range(4)), torch.device("cuda")) == pytest.approx(0.002)
+    assert done == ["pinned", "copied", "event", *["copied"] * 10, "event", "waited"]
+    assert copy_seconds(Clips(range(4)), torch.device("cpu")) == 0
 
 
 def manifest_of(folder, *files):
@@ -157,12 +284,11 @@ def test_files_that_are_missing_or_no_files_are_left_out_of_phases(videos, tmp_p
     clips = clips_of(
         manifest_of(tmp_path, tmp_path / "gone.mp4", tmp_path / "pipe.mp4", *good), count=1
     )
-    cpu = torch.device("cpu")
     for in_memory in (False, True):
-        assert trials_of(clips, in_memory=in_memory).measure_phases(places(5), cpu)["decoding"] > 0
+        assert trials_of(clips, in_memory=in_memory).phases(5)["decoding"] > 0
     clips = clips_of(manifest_of(tmp_path, tmp_path / "gone.mp4"))
     with pytest.raises(DecodeError, match=r"none of the first 1 files decodes.*gone\.mp4"):
-        trials_of(clips).measure_phases(places(1), cpu)
+        trials_of(clips).phases(1)
 
 
 def write_transport_stream(path, seed):
@@ -231,13 +357,14 @@ def test_where_all_decoders_refuse_the_files_it_is_a_wrong_input(
     code, output = bench("loader", config_file, f"data.train={transport_streams}", *arguments)
     assert code == 2
     assert "Traceback" not in output
-    assert "error: none of the first 3 files decodes" in output
+    assert re.search(r"error: \d+ of 6 files do not decode", output)
 
 
 def test_a_decoder_that_refuses_too_many_of_the_files_it_tried_is_not_recommended():
     def trial(decoder, rates, refused):
         failures = {f"bad {n}": Failure(f"bad {n}", "no") for n in range(refused)}
-        return Trial(decoder, rates, {str(number) for number in range(20 - refused)}, failures)
+        files = {str(number) for number in range(20 - refused)}
+        return Trial(decoder, rates, files=files, refused=failures)
 
     few, many = trial("pyav", {1: 5.0}, 10), trial("decord", {1: 50.0, 2: 60.0}, 11)
     assert loader_advice.choose_setting([few, many], 0.5) == (("pyav", 1), 5.0)
@@ -309,7 +436,7 @@ def test_numbers_that_are_tried_come_out_even(monkeypatch):
 
 
 def test_settings_are_those_of_each_process():
-    phases = {"reading": 1, "decoding": 6, "augmenting": 2, "collating": 0.5, "copying": 0.5}
+    phases = {"reading": 1, "decoding": 6, "augmenting": 2, "assembling": 0.6, "copying": 0.5}
     trials = [Trial("pyav", {8: 40.0, 16: 100.0}), Trial("decord", {32: 101.0})]
     setting, rate = loader_advice.choose_setting(trials, 0.5)
     assert (setting, rate) == (("pyav", 16), 100.0)
@@ -318,7 +445,7 @@ def test_settings_are_those_of_each_process():
     assert "may be higher" in advice
     assert "the bottleneck is decoding" in advice, "with 2 workers to each process"
     advice = loader_advice.recommend(setting, 100.0, phases, 1)
-    assert "data.workers=16: 100.0 clips/s\nthe bottleneck is collating" in advice
+    assert "data.workers=16: 100.0 clips/s\nthe bottleneck is assembling" in advice
 
 
 def write_run(folder, starts, lines):
@@ -365,10 +492,13 @@ def test_the_tool_tells_what_several_processes_take_and_gpus_need(labelled_video
 
 def test_gpus_wait_where_they_train_faster():
     assert (
-        loader_advice.verdict(50, 40)
-        == "enough for GPUs that train 40.0 clips/s: 1.2 times as much"
+        loader_advice.verdict(700, 420)
+        == "the loader gives 700.0 clips/s, the update takes 420.0: 1.7 times what is needed"
     )
-    assert loader_advice.verdict(40, 50).endswith("they would wait for data 20% of the time")
+    assert loader_advice.verdict(40, 50) == (
+        "the loader gives 40.0 clips/s, the update takes 50.0: "
+        "it would wait for data 20% of the time"
+    )
 
 
 def test_the_tool_tells_rates_a_recommendation_and_whether_gpus_starve(
@@ -381,19 +511,37 @@ def test_the_tool_tells_rates_a_recommendation_and_whether_gpus_starve(
     arguments = ("--seconds", "0.05", "--workers", "1,2", "--clips", "3", "--output", table)
     code, output = bench("loader", config, *arguments)
     assert code == 0, output
-    for phase in ("reading", "decoding", "augmenting", "collating", "copying"):
+    for phase in ("reading", "decoding", "augmenting", "assembling", "copying"):
         assert re.search(rf"^ *{phase} ", output, re.MULTILINE), phase
     written = [
         row["phase"] or row["decoder"] for row in csv.DictReader(table.read_text().splitlines())
     ]
-    assert written == [*IN_WORKERS, *IN_THE_RUN, *available_decoders()]
+    assert written == [*available_decoders(), *IN_WORKERS, "assembling", "copying"]
     for decoder in available_decoders():
         rates = re.search(rf"^ *{decoder} +([\d.]+) +([\d.]+)$", output, re.MULTILINE)
         assert rates, output
         assert min(map(float, rates.groups())) > 0
     assert re.search(r"^take data.decoder=\w+ data.workers=[12]: [\d.]+ clips/s$", output, re.M)
     assert "the bottleneck is " in output
-    assert re.search(r"GPUs that (could )?train [\d.]+ clips/s", output), "it knows the run's need"
+    assert "by its log 1 of them would train up to" in output
+    assert re.search(r"^the loader gives [\d.]+ clips/s, the update takes [\d.]+: ", output, re.M)
+
+
+def test_on_a_gpu_without_a_log_the_need_is_measured_and_on_a_cpu_it_is_asked_for(
+    config_file, bench, monkeypatch
+):
+    arguments = ("--seconds", "0.05", "--workers", "1", "--clips", "3", "--decoders", "pyav")
+    code, output = bench("loader", config_file, *arguments)
+    assert code == 0, output
+    assert "--needs=CLIPS says whether" in output
+    commands = importlib.import_module("bench_commands")
+    task = Pretraining(load_config(PretrainConfig, config_file, []))
+    assert commands.rate_of_updates(task, torch.device("cpu"), 4) > 1
+    monkeypatch.setattr(commands, "choose_device", lambda _: torch.device("meta"))
+    monkeypatch.setattr(commands, "rate_of_updates", lambda *_: 0.5)
+    code, output = bench("loader", config_file, *arguments, "--processes", "2")
+    assert "on random pixels updates take 1.0 clips/s" in output
+    assert "the update takes 1.0: " in output
 
 
 def test_a_decoder_that_is_not_there_is_refused(config_file, bench):
