@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hpm_video.decoding.reader import DecodeError
-from hpm_video.files.atomic import remove_unfinished, written_beside
+from hpm_video.files.atomic import remove_unfinished, write_json, written_beside
 from hpm_video.files.errors import ExpectedError
 from hpm_video.files.failures import Failure
 from hpm_video.files.printing import harmless
@@ -139,8 +139,7 @@ def claim(
         )
     journal = Journal(folder / JOURNAL)
     remove_unfinished(folder)
-    with written_beside(path) as beside:
-        beside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    write_json(path, settings)
     return journal
 
 

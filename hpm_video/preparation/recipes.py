@@ -16,7 +16,7 @@ from hpm_video.data.manifest import UNLABELLED
 from hpm_video.data.places import unwritable
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.errors import ExpectedError
-from hpm_video.files.printing import console, printable
+from hpm_video.files.printing import printable, safe_output
 from hpm_video.files.wording import counted
 from hpm_video.preparation.sources import Kind, RecipeError, Split, Videos, stem
 
@@ -35,7 +35,7 @@ class Prepared(NamedTuple):
     notes: Sequence[str] = ()  # further lines of the report
 
 
-@console()
+@safe_output()
 def run_recipe(
     about: str | None,
     script: str,

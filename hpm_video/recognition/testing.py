@@ -1,6 +1,5 @@
 """Tests of a classifier on videos: each once, over all of its views, and none replaced."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 
 from hpm_video.data.manifest import Manifest
 from hpm_video.data.reading import Views
-from hpm_video.files.atomic import written_beside
+from hpm_video.files.atomic import write_json
 from hpm_video.preparation.jobs import write_report
 from hpm_video.recognition.confusion import draw_confusion
 from hpm_video.recognition.inference import Inference, Reading, over_videos
@@ -144,8 +143,7 @@ def write_results(
         folder / "confusion.png",
         title=str(folder),  # run, checkpoint, weights, views and list, unless the user named it
     )
-    with written_beside(folder / "result.json") as path:
-        path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(folder / "result.json", result)
 
 
 def confusion_counts(scores: Scores) -> NDArray[np.int64]:
