@@ -104,42 +104,48 @@ def read_binary(folder: Path, source: Path) -> tuple[list[str], dict[str, Pictur
 
 
 def write_split(split: str, pictures: Pictures, names: Sequence[str], output: Path) -> Split:
-    """Write the missing images of a split."""
+    """Write the missing images of a split.
+
+    Raises:
+        RecipeError: another image is there.
+    """
     found: list[tuple[Clip, Path]] = []
     for number, (picture, label) in enumerate(zip(*pictures, strict=True)):
         shown = f"{names[label]}/{number:05}.png"
-        path = output / SPLITS[split] / shown
-        write_picture(path, picture)
+        path, same = output / SPLITS[split] / shown, True
+        if path.exists():
+            try:
+                with Image.open(path) as image:
+                    same = np.array_equal(np.asarray(image), picture)
+            except (OSError, SyntaxError):
+                same = False
+        else:
+            with written_beside(path) as beside:
+                Image.fromarray(picture).save(beside, "PNG")
+        if not same:
+            raise RecipeError(
+                f"{path} is there and is another picture than that of the archive. Move the images "
+                "away that are there, or name another folder by --output"
+            )
         found.append((Clip("", shown, (shown,), names[label], label), path))
     return Split(split, found)
 
 
-def write_picture(path: Path, picture: NDArray[np.uint8]) -> None:
-    """Write a PNG, unless it exists.
-
-    Raises:
-        RecipeError: the file exists and differs.
-    """
-    if not path.exists():
-        with written_beside(path) as beside:
-            Image.fromarray(picture).save(beside, "PNG")
-        return
-    try:
-        with Image.open(path) as image:
-            same = np.array_equal(np.asarray(image), picture)
-    except (OSError, SyntaxError):
-        same = False
-    if not same:
-        raise RecipeError(
-            f"{path} is there and is another picture than that of the archive. Move the images "
-            "away that are there, or name another folder by --output"
-        )
-
-
-def prepare_folders(source: Path, suffix: str | None) -> Prepared:
-    """Find the images of class folders."""
+def prepare(options: argparse.Namespace) -> Prepared:
+    """Write the images of an archive, or find those of class folders."""
+    source, output = options.source, options.output.absolute()
+    with tempfile.TemporaryDirectory(dir=temporary_folder()) as temporary:
+        folder = Path(temporary) if source.is_file() else source
+        if source.is_file():
+            unpack(source, folder)
+        for meta, read in {META: read_pickles, BINARY_META: read_binary}.items():
+            for found in (*folder.glob(meta), *folder.glob(f"*/{meta}")):
+                names, pictures = read(found.parent, source)
+                return Prepared(names, [write_split(s, pictures[s], names, output) for s in SPLITS])
+    if not all((source / folder).is_dir() for folder in SPLITS.values()):
+        raise RecipeError(f"{source} is none of what is published: name {PUBLISHED}")
     images = {
-        name: Videos(source / folder, folder_and_name, suffix=suffix, kind="image")
+        name: Videos(source / folder, folder_and_name, suffix=options.suffix, kind="image")
         for name, folder in SPLITS.items()
     }
     there = {file.parent.name for file in images["train"].files}
@@ -147,24 +153,6 @@ def prepare_folders(source: Path, suffix: str | None) -> Prepared:
     remedy = "Training and test images must have the same classes"
     splits = [split_of(name, every, classes, None, "", remedy) for name, every in images.items()]
     return Prepared(classes.names, splits)
-
-
-def prepare(options: argparse.Namespace) -> Prepared:
-    """Write the images of an archive, or find those of class folders."""
-    source, output = options.source, options.output.absolute()
-    with tempfile.TemporaryDirectory(dir=temporary_folder()) as temporary:
-        if source.is_file():
-            unpack(source, Path(temporary))
-        folder = Path(temporary) if source.is_file() else source
-        metas = [*folder.glob(META), *folder.glob(f"*/{META}")]
-        metas += [*folder.glob(BINARY_META), *folder.glob(f"*/{BINARY_META}")]
-        if metas:
-            read = read_pickles if metas[0].name == META else read_binary
-            names, pictures = read(metas[0].parent, source)
-            return Prepared(names, [write_split(s, pictures[s], names, output) for s in SPLITS])
-    if all((source / folder).is_dir() for folder in SPLITS.values()):
-        return prepare_folders(source, options.suffix)
-    raise RecipeError(f"{source} is none of what is published: name {PUBLISHED}")
 
 
 main = partial(run_recipe, __doc__, __file__, OPTIONS, prepare, kind="image")
