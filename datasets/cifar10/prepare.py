@@ -22,17 +22,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hpm_video.files.atomic import temporary_folder, written_beside
+from hpm_video.preparation import sources
 from hpm_video.preparation.recipes import Prepared, run_recipe
-from hpm_video.preparation.sources import (
-    UNPACK,
-    Classes,
-    Clip,
-    RecipeError,
-    Split,
-    Videos,
-    folder_and_name,
-    split_of,
-)
+from hpm_video.preparation.sources import RecipeError
 
 OPTIONS = {
     "source": {"type": Path, "metavar": "SOURCE", "help": "archive, or a folder; see README.md"}
@@ -45,7 +37,7 @@ PIXELS = 3 * SIDE * SIDE
 PUBLISHED = (
     "cifar-10-python.tar.gz, cifar-10-binary.tar.gz, the folder cifar-10-batches-py or "
     "cifar-10-batches-bin, or a folder that holds train/<class>/ and test/<class>/. Other archives "
-    f"are unpacked first, in a folder of .tar files by: {UNPACK}"
+    f"are unpacked first, in a folder of .tar files by: {sources.UNPACK}"
 )
 
 Pictures = tuple[NDArray[np.uint8], Sequence[int]]  # images (N, H, W, 3) and their labels
@@ -103,13 +95,15 @@ def read_binary(folder: Path, source: Path) -> tuple[list[str], dict[str, Pictur
     return names, pictures
 
 
-def write_split(split: str, pictures: Pictures, names: Sequence[str], output: Path) -> Split:
+def write_split(
+    split: str, pictures: Pictures, names: Sequence[str], output: Path
+) -> sources.Split:
     """Write the missing images of a split.
 
     Raises:
         RecipeError: another image is there.
     """
-    found: list[tuple[Clip, Path]] = []
+    found: list[tuple[sources.Clip, Path]] = []
     for number, (picture, label) in enumerate(zip(*pictures, strict=True)):
         shown = f"{names[label]}/{number:05}.png"
         path, same = output / SPLITS[split] / shown, True
@@ -127,8 +121,8 @@ def write_split(split: str, pictures: Pictures, names: Sequence[str], output: Pa
                 f"{path} is there and is another picture than that of the archive. Move the images "
                 "away that are there, or name another folder by --output"
             )
-        found.append((Clip("", shown, (shown,), names[label], label), path))
-    return Split(split, found)
+        found.append((sources.Clip("", shown, (shown,), names[label], label), path))
+    return sources.Split(split, found)
 
 
 def prepare(options: argparse.Namespace) -> Prepared:
@@ -145,13 +139,17 @@ def prepare(options: argparse.Namespace) -> Prepared:
     if not all((source / folder).is_dir() for folder in SPLITS.values()):
         raise RecipeError(f"{source} is none of what is published: name {PUBLISHED}")
     images = {
-        name: Videos(source / folder, folder_and_name, suffix=options.suffix, kind="image")
+        name: sources.Videos(
+            source / folder, sources.folder_and_name, suffix=options.suffix, kind="image"
+        )
         for name, folder in SPLITS.items()
     }
     there = {file.parent.name for file in images["train"].files}
-    classes = Classes(sorted(there), str(images["train"].folder))
+    classes = sources.Classes(sorted(there), str(images["train"].folder))
     remedy = "Training and test images must have the same classes"
-    splits = [split_of(name, every, classes, None, "", remedy) for name, every in images.items()]
+    splits = [
+        sources.split_of(name, every, classes, None, "", remedy) for name, every in images.items()
+    ]
     return Prepared(classes.names, splits)
 
 

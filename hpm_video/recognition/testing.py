@@ -14,7 +14,7 @@ from hpm_video.files.atomic import write_json
 from hpm_video.preparation.jobs import write_report
 from hpm_video.recognition.confusion import draw_confusion
 from hpm_video.recognition.inference import Inference, Reading, over_videos
-from hpm_video.recognition.labels import check_labels, check_same_names, numbered_as
+from hpm_video.recognition.labels import check_classes, numbered_as
 from hpm_video.recognition.trained_model import TrainedClassifier
 from hpm_video.training.distributed import Processes
 
@@ -72,8 +72,7 @@ def score_videos(
         ManifestError: a video has no label, or one that the classifier does not know.
     """
     manifest = numbered_as(label_names, manifest)
-    check_labels(manifest, len(label_names), "the videos of the test")
-    check_same_names(label_names, manifest)
+    check_classes(manifest, label_names, "the videos of the test")
     clips = reading.clips(manifest, classifier.data, views)
     values, per_pass = classifier.probabilities, classifier.clips_per_pass
     return Scores(manifest, over_videos(values, clips, reading, processes, per_pass))

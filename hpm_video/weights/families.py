@@ -167,7 +167,6 @@ class State:
         return self.names.get(name) or self.family.names(name)[0]
 
     def leave_out(self, beginnings: tuple[str, ...], why: str) -> None:
-        """Take out tensors by how their names begin."""
         for name in [each for each in self.tensors if each.startswith(beginnings)]:
             del self.tensors[name]
             self.left_out[self.called(name)] = why
@@ -186,14 +185,10 @@ def _check_numbers(name: str, value: Tensor) -> None:
 
 def renamed(name: str, beginnings: Pairs, inner: Pairs) -> str:
     """Return a name with the first beginning and the first part within that fit replaced."""
-    for old, new in beginnings:
-        if name.startswith(old):
-            name = new + name.removeprefix(old)
-            break
-    for old, new in inner:
-        if old in name:
-            return name.replace(old, new, 1)
-    return name
+    old, new = next((pair for pair in beginnings if name.startswith(pair[0])), ("", ""))
+    name = new + name.removeprefix(old)
+    old, new = next((pair for pair in inner if pair[0] in name), ("", ""))
+    return name.replace(old, new, 1)
 
 
 # --- The table ------------------------------------------------------------------------------------

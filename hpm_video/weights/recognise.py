@@ -1,11 +1,14 @@
-"""Whose weights a file holds, by the names of its tensors."""
+"""Whose weights a file holds, by the names of its tensors, and those of frozen image models."""
 
 import os
 import re
+from pathlib import Path
+
+import torch
 
 from hpm_video.files.weights import CheckpointError
-from hpm_video.weights.families import FAMILIES, KERNEL, Family, State
-from hpm_video.weights.files import Source, Tensors
+from hpm_video.weights.families import FAMILIES, KERNEL, Family, State, renamed
+from hpm_video.weights.files import Source, Tensors, read_source
 
 WRAPPERS = ("state_dict", "model_state", "module", "model", "")
 """Keys of the state dict in a file, the first that is there is taken."""
@@ -94,3 +97,62 @@ def list_shapes(tensors: Tensors, most: int = 12) -> list[str]:
         kinds.setdefault(re.sub(r"\.\d+\.", ".N.", name), tuple(value.shape))
     shown = [f"{name} {shape}" for name, shape in list(kinds.items())[:most]]
     return [*shown, f"and {len(kinds) - most} more kinds of names"][: len(kinds)]
+
+
+# --- Frozen image models, by the names of timm ----------------------------------------------------
+
+OF_TOWERS = ("teacher", "state_dict", "model", "")
+"""Keys of the state dict in a file of an image model, the first that is there is taken."""
+CLIP_NAMES = (
+    ("visual.class_embedding", "cls_token"),
+    ("visual.positional_embedding", "pos_embed"),
+    ("visual.conv1.", "patch_embed.proj."),
+    ("visual.ln_pre.", "norm_pre."),
+    ("visual.transformer.resblocks.", "blocks."),
+    ("visual.ln_post.", "norm."),
+    ("visual.proj", "head.weight"),
+)
+"""Beginnings of names in the layout of OpenAI and OpenCLIP, and timm's."""
+CLIP_BLOCKS = (
+    (".ln_1.", ".norm1."),
+    (".ln_2.", ".norm2."),
+    (".attn.in_proj_", ".attn.qkv."),
+    (".attn.out_proj.", ".attn.proj."),
+    (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."),
+)
+"""The same of parts of names within blocks."""
+
+
+def read_image_tower(path: Path) -> Tensors:
+    """The weights of the image model in a file, in the layout of timm, DINO, OpenAI or OpenCLIP.
+
+    The file is .safetensors, or .pth, .pt or .bin of tensors: a state dict, or one under "teacher",
+    "state_dict" or "model". Unknown names stay.
+
+    Raises:
+        CheckpointError: the file cannot be read safely, or holds none.
+    """
+    entries = read_source(path).entries
+    entry = next((name for name in OF_TOWERS if name in entries), None)
+    if entry is None:
+        raise CheckpointError(
+            f"{path} must hold a state dict alone, or one under "
+            f"{', '.join(map(repr, OF_TOWERS[:-1]))}, got {', '.join(map(repr, entries))}; save "
+            f"the model's state_dict()"
+        )
+    weights = {name.removeprefix("module."): value for name, value in entries[entry].items()}
+    if "visual.class_embedding" not in weights:
+        return {name.removeprefix("backbone."): value for name, value in weights.items()}
+    found = {
+        renamed(name, CLIP_NAMES, CLIP_BLOCKS): value
+        for name, value in weights.items()
+        if name.startswith("visual.")  # the rest is the text tower
+    }
+    found["cls_token"] = found["cls_token"].view(1, 1, -1)
+    if "pos_embed" in found:
+        found["pos_embed"] = found["pos_embed"].unsqueeze(0)
+    if "head.weight" in found:
+        found["head.weight"] = found["head.weight"].T
+        found["head.bias"] = torch.zeros(len(found["head.weight"]))
+    return found
