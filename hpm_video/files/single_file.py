@@ -45,17 +45,6 @@ def as_folder(path: Path) -> Iterator[Path]:
         return
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path} is no checkpoint of this package. {OF_ANOTHER_PROJECT}")
-    metadata = _metadata_of(path)
-    with tempfile.TemporaryDirectory(dir=temporary_folder()) as temporary:
-        folder = Path(temporary)
-        for text in TEXTS:
-            if text in metadata:
-                (folder / text).write_text(metadata[text], encoding="utf-8")
-        (folder / f"{metadata['weights']}.safetensors").symlink_to(path.resolve())
-        yield folder
-
-
-def _metadata_of(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as stored:
             metadata: dict[str, str] = stored.metadata() or {}
@@ -68,4 +57,10 @@ def _metadata_of(path: Path) -> dict[str, str]:
             f"that it lies in, or make one file of it all:\n"
             f"  python tools/weights.py export FOLDER FILE.safetensors --to file"
         )
-    return metadata
+    with tempfile.TemporaryDirectory(dir=temporary_folder()) as temporary:
+        folder = Path(temporary)
+        for text in TEXTS:
+            if text in metadata:
+                (folder / text).write_text(metadata[text], encoding="utf-8")
+        (folder / f"{metadata['weights']}.safetensors").symlink_to(path.resolve())
+        yield folder

@@ -78,13 +78,6 @@ class Family:
             ours.append(f"{SCORE}weight")
         return {self.names(name)[0] for name in ours}
 
-    def fits(self, tensors: Tensors) -> bool:
-        """Whether tensors with these names may be of this family."""
-        marked = tensors.keys() >= self.marks
-        # No VideoMAE has a class token; by their names alone some models of ours might be one.
-        strange = self.conventions == "videomae" and "cls_token" in tensors
-        return marked and not strange and tensors[self.names(KERNEL)[0]].ndim == self.axes
-
     def read(self, stored: Tensors) -> "State":
         """Return the tensors of a file by our names, copied, in single precision.
 
@@ -324,3 +317,15 @@ _TABLE: tuple[Family, ...] = (
     Family("ours", "pre-training with this package", "autoencoder", axes=5),
 )
 FAMILIES = {family.name: family for family in _TABLE}
+
+
+def families_of(tensors: Tensors) -> list[Family]:
+    """Return the most specific families that tensors fit. No VideoMAE has a class token."""
+    fit = [
+        family
+        for family in FAMILIES.values()
+        if tensors.keys() >= family.marks
+        and tensors[family.names(KERNEL)[0]].ndim == family.axes
+        and not (family.conventions == "videomae" and "cls_token" in tensors)
+    ]
+    return [family for family in fit if not any(family.marks < other.marks for other in fit)]

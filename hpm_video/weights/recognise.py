@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from hpm_video.files.weights import CheckpointError
-from hpm_video.weights.families import FAMILIES, KERNEL, Family, State, renamed
+from hpm_video.weights.families import FAMILIES, KERNEL, State, families_of, renamed
 from hpm_video.weights.files import Source, Tensors, read_source
 
 WRAPPERS = ("state_dict", "model_state", "module", "model", "")
@@ -35,18 +35,17 @@ def recognise(source: Source, entry: str | None = None, prefix: str | None = Non
     if entry is None and not known and len(entries) > 1:
         raise CheckpointError(f"it holds several state dicts: {there}; choose with --entry")
     entry = [*known, *entries][0] if entry is None else entry
-    tensors, outside = entries[entry], list[str]()
+    every = tensors = entries[entry]
     if prefix is not None:
-        outside = [name for name in tensors if not name.startswith(prefix)]
-        tensors = {name: value for name, value in tensors.items() if name.startswith(prefix)}
+        tensors = {name: value for name, value in every.items() if name.startswith(prefix)}
     prefixes = _prefixes(tensors) if prefix is None else [prefix]
     stripped = {each: _stripped(tensors, each) for each in prefixes}
-    fit = [(each, family) for each in prefixes for family in _fitting(stripped[each])]
+    fit = [(each, family) for each in prefixes for family in families_of(stripped[each])]
     if not fit:
         raise CheckpointError(
             f"it holds weights of no family that is known ({', '.join(FAMILIES)}). Its tensors"
             f"{f' under {entry!r}' if entry else ''}:\n  "
-            + "\n  ".join(list_shapes(entries[entry]))
+            + "\n  ".join(list_shapes(every))
             + "\nKnown are plain vision transformers alone, without layer scale, relative "
             "positions or registers. --prefix reads only the names that begin with it."
         )
@@ -61,6 +60,7 @@ def recognise(source: Source, entry: str | None = None, prefix: str | None = Non
         )
     state = family.read(stripped[prefix])
     state.entry, state.prefix = entry, prefix
+    outside = [name for name in every if name not in tensors]
     state.left_out |= dict.fromkeys(outside, "it does not begin with the prefix")
     return state
 
@@ -82,12 +82,6 @@ def _stripped(tensors: Tensors, prefix: str) -> Tensors:
         for name, value in tensors.items()
     }
     return found if len(found) == len(tensors) else {}
-
-
-def _fitting(tensors: Tensors) -> list[Family]:
-    """Return the most specific families that the tensors fit."""
-    fit = [family for family in FAMILIES.values() if family.fits(tensors)]
-    return [family for family in fit if not any(family.marks < other.marks for other in fit)]
 
 
 def list_shapes(tensors: Tensors, most: int = 12) -> list[str]:
