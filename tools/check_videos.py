@@ -23,30 +23,16 @@ from hpm_video.decoding.locations import is_frame_folder, is_image
 from hpm_video.decoding.registry import choose_decoder
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.wording import counted
+from hpm_video.preparation import check_manifest, check_report
 from hpm_video.preparation.check import ANEW
-from hpm_video.preparation.check_manifest import (
-    Checker,
-    FindingJournal,
-    check_files,
-    find_rows,
-    known_of,
-)
-from hpm_video.preparation.check_report import plot, summary
-from hpm_video.preparation.findings import Finding, columns_of
-from hpm_video.runs.console import (
-    above_zero,
-    add_options,
-    exit_codes,
-    make_parser,
-    positive,
-    run,
-    shortest,
-)
+from hpm_video.preparation.findings import columns_of
+from hpm_video.runs import console
+from hpm_video.runs.console import shortest
 from hpm_video.workers.pool import GIB, Limits
 from hpm_video.workers.room import default_workers
 
 SOME_ARE_BAD = 3
-EXIT_CODES = exit_codes(
+EXIT_CODES = console.exit_codes(
     "it is done, and every file can be used (suspicious ones too)",
     "a wrong input: the message says which, and what to do",
     "3    it is done, and some files are bad",
@@ -55,15 +41,7 @@ EXIT_CODES = exit_codes(
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Check, and report the findings."""
-    arguments = parse_arguments(command_line)
-    num_bad: list[int] = []
-    code = run(lambda: num_bad.append(check(arguments)))
-    return SOME_ARE_BAD if code == 0 and any(num_bad) else code
-
-
-def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = make_parser(__doc__, EXIT_CODES)
+    parser = console.make_parser(__doc__, EXIT_CODES)
     add = parser.add_argument
     add("manifest", type=Path, help="manifest, or folder of videos or images")
     add("--again", action="store_true", help="decode all files again; resumes if interrupted")
@@ -73,13 +51,16 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         "help": "or --out; default: NAME.checked.csv beside the manifest. If it exists, files "
         "that the same decoder could use and that have not changed since are not decoded again",
     }
-    workers = {"type": positive, **processes}
+    workers = {"type": console.positive, **processes}
     decoder = {"help": "the one that training will use"}
     shared = ("root", "seconds", "memory")
-    add_options(parser, *shared, output=checked, workers=workers, decoder=decoder)
+    console.add_options(parser, *shared, output=checked, workers=workers, decoder=decoder)
     in_all = "for a whole file, even if it makes progress (default 3600)"
-    add("--seconds-in-all", type=above_zero, default=3600.0, metavar="LIMIT", help=in_all)
-    return parser.parse_args(command_line)
+    limit = {"type": console.above_zero, "default": 3600.0, "metavar": "LIMIT"}
+    add("--seconds-in-all", help=in_all, **limit)
+    arguments, num_bad = parser.parse_args(command_line), list[int]()
+    code = console.run(lambda: num_bad.append(check(arguments)))
+    return SOME_ARE_BAD if code == 0 and any(num_bad) else code
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -88,37 +69,44 @@ def check(arguments: argparse.Namespace) -> int:
     Raises:
         ManifestError, DecoderError, OSError: a wrong input.
     """
-    listing = read_listing(arguments.manifest, arguments.root)
-    out = output_path(listing, arguments.output)
+    root, workers = arguments.root, arguments.workers
+    listing = read_listing(arguments.manifest, root)
+    source, out = listing.source, output_path(listing, arguments.output)
     if not all(is_image(file) or is_frame_folder(file) for file in listing.files):
         arguments.decoder = choose_decoder(arguments.decoder)
     limits = Limits(arguments.seconds, round(arguments.memory * GIB))
-    checker = Checker(arguments.workers, limits, arguments.decoder, arguments.seconds_in_all)
-    known = {} if arguments.again else known_of(out, arguments.root)
+    checker = check_manifest.Checker(workers, limits, arguments.decoder, arguments.seconds_in_all)
+    known = {} if arguments.again else check_manifest.known_of(out, root)
     partial = [out.with_name(f"{out.name}{end}.partial") for end in ("", ".again")]
-    with closing(FindingJournal(partial[arguments.again])) as journal:
+    with closing(check_manifest.FindingJournal(partial[arguments.again])) as journal:
         same = checker.unchanged(listing.files, known | journal.findings)
+        unchanged = f", {len(same)} of which have not changed since their check" if same else ""
         print(
-            f"{counted(len({*listing.files}), 'file')} of {shortest(listing.source)}"
-            f"{f', {len(same)} of which have not changed since their check' if same else ''}; "
-            f"{counted(arguments.workers, 'process')}; a file "
-            f"may take {arguments.memory:g} GiB, and {limits.seconds:g} s without a further frame"
+            f"{counted(len({*listing.files}), 'file')} of {shortest(source)}{unchanged}; "
+            f"{counted(workers, 'process')}; a file may take {arguments.memory:g} GiB, and "
+            f"{limits.seconds:g} s without a further frame"
         )
         try:
-            found = check_files(listing.files, same, journal, checker)
+            found = check_manifest.check_files(listing.files, same, journal, checker)
         except KeyboardInterrupt:
             print(f"\nThe findings so far are kept in {journal.path}: the same command goes on.")
             raise
-        findings = [*find_rows(listing, found)]
-        write(listing, findings, out, rooted=arguments.root is not None)
+        findings = [*check_manifest.find_rows(listing, found)]
+        columns, picture = columns_of(findings), out.with_suffix(".png")
+        if root is None and not (source.is_file() and out.parent == source.parent):
+            columns["path"] = [file.removeprefix(f"{out.parent}/") for file in listing.files]
+        write_manifest(listing.table.assign(**columns), out)
+        title = f"{source.name}, {counted(len(listing), 'file')}"
+        with written_beside(picture) as beside:
+            check_report.plot(findings, title).savefig(beside, format="png", dpi=110)
         for path in partial:
             path.unlink(missing_ok=True)
-    print(f"\n{summary(listing.files, findings)}")
-    print(f"\nwrote {shortest(out)}\n      {shortest(out.with_suffix('.png'))}")
+    print(f"\n{check_report.summary(listing.files, findings)}")
+    print(f"\nwrote {shortest(out)}\n      {shortest(picture)}")
     print(f"To train on what can be used: data.train={shortest(out)}")
     if any(ANEW in reason for finding in findings for reason in finding.reasons):
-        root = f" --root {shortest(arguments.root)}" if arguments.root else ""
-        command = f"python tools/transcode.py {shortest(listing.source)} OUT{root}"
+        rooted = f" --root {shortest(root)}" if root else ""
+        command = f"python tools/transcode.py {shortest(source)} OUT{rooted}"
         print(f"To encode files anew, of damaged ones what is good: {command}")
     return sum(finding.verdict == "bad" for finding in findings)
 
@@ -143,18 +131,6 @@ def output_path(listing: Listing, out: Path | None) -> Path:
         if why := unwritable(file):
             raise ManifestError(f"the path {file!r} {why}, as a manifest is: rename its folders")
     return out
-
-
-def write(listing: Listing, findings: Sequence[Finding], out: Path, *, rooted: bool) -> None:
-    """Write the new manifest and its picture. ``rooted``: paths start from a given root."""
-    columns = columns_of(findings)
-    is_beside = listing.source.is_file() and out.parent == listing.source.parent
-    if not is_beside and not rooted:
-        columns["path"] = [file.removeprefix(f"{out.parent}/") for file in listing.files]
-    write_manifest(listing.table.assign(**columns), out)
-    with written_beside(out.with_suffix(".png")) as picture:
-        title = f"{listing.source.name}, {counted(len(listing), 'file')}"
-        plot(findings, title).savefig(picture, format="png", dpi=110)
 
 
 if __name__ == "__main__":

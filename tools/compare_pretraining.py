@@ -9,7 +9,6 @@ both are a little optimistic. An interrupted comparison resumes where it stopped
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -21,17 +20,8 @@ import pandas as pd
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.data.manifest import Manifest, write_manifest
-from hpm_video.files.atomic import written_beside
-from hpm_video.runs.console import (
-    EXIT_CODES,
-    above_zero,
-    add_config,
-    add_options,
-    make_parser,
-    not_negative,
-    positive,
-    run,
-)
+from hpm_video.files.atomic import write_json
+from hpm_video.runs import console
 
 if TYPE_CHECKING:
     from hpm_video.config.schema import FinetuneConfig
@@ -57,20 +47,21 @@ class Trial:
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Run what was not run yet, and print the comparison."""
-    parser = make_parser(__doc__, EXIT_CODES)
-    add_config(parser, "a file of configs/finetune or configs/probe")
-    add = parser.add_argument
+    parser = console.make_parser(__doc__, console.EXIT_CODES)
+    console.add_config(parser, "a file of configs/finetune or configs/probe")
+    add, count = parser.add_argument, console.not_negative
     labels = "videos per class; 0 (default): all"
-    add("--labels", type=not_negative, nargs="+", default=[0], metavar="N", help=labels)
+    add("--labels", type=count, nargs="+", default=[0], metavar="N", help=labels)
     rates = "default: 1/2, 1 and 2 times the config's"
-    add("--base-lrs", type=above_zero, nargs="+", metavar="LR", help=rates)
+    add("--base-lrs", type=console.above_zero, nargs="+", metavar="LR", help=rates)
     seeds = "of the runs (default 0 1 2)"
-    add("--seeds", type=not_negative, nargs="+", default=[0, 1, 2], metavar="N", help=seeds)
-    add("--updates", type=positive, metavar="N", help="per run; default: the config's epochs")
+    add("--seeds", type=count, nargs="+", default=[0, 1, 2], metavar="N", help=seeds)
+    updates = "per run; default: the config's epochs"
+    add("--updates", type=console.positive, metavar="N", help=updates)
     add("--starts", nargs="+", choices=STARTS, default=STARTS, help="default: both")
-    add_options(parser, output={"required": True, "help": "folder of the runs"})
+    console.add_options(parser, output={"required": True, "help": "folder of the runs"})
     arguments = parser.parse_intermixed_args(command_line)
-    return run(lambda: compare(arguments))
+    return console.run(lambda: compare(arguments))
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -90,10 +81,8 @@ def compare(arguments: argparse.Namespace) -> None:
             "a comparison needs init_weights, and videos to test on: data.validation or "
             "test.manifest"
         )
-    least = min(
-        Counter(open_manifest(config.data, config.data.train, "data.train").labels).values()
-    )
-    if max(arguments.labels) > least:
+    labels = open_manifest(config.data, config.data.train, "data.train").labels
+    if max(arguments.labels) > (least := min(Counter(labels).values())):
         raise ConfigError(
             f"--labels must be at most the videos of the smallest class, {least}, got "
             f"{max(arguments.labels)}"
@@ -107,8 +96,7 @@ def compare(arguments: argparse.Namespace) -> None:
         for start in arguments.starts
     ]
     print(f"\n{table(trials)}")
-    with written_beside(arguments.output / "comparison.json") as path:
-        path.write_text(json.dumps([asdict(trial) for trial in trials], indent=1) + "\n")
+    write_json(arguments.output / "comparison.json", [asdict(trial) for trial in trials])
     print(f"\nwrote {arguments.output / 'comparison.json'}")
 
 

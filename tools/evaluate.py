@@ -17,7 +17,7 @@ from hpm_video.config.checks import ConfigError
 from hpm_video.config.choices import OF_CLASSIFIER
 from hpm_video.data.manifest import read_manifest
 from hpm_video.runs.console import add_options, make_parser, run_processes
-from hpm_video.runs.options import add_model_options, describe_pass, open_inference, reading_of
+from hpm_video.runs.options import add_model_options, open_classifier, reading_of
 
 if TYPE_CHECKING:
     from hpm_video.training.distributed import Processes
@@ -32,9 +32,8 @@ def main(command_line: Sequence[str] | None = None) -> int:
     of_bad = "count videos that do not decode as wrong, instead of stopping with a list of them"
     add("--exclude-bad-files", action="store_true", help=of_bad)
     add("--overwrite", action="store_true", help="replace an earlier result in --output")
-    add_options(
-        parser, "views", "root", output={"help": "default: evaluations/NAME in the run's folder"}
-    )
+    output = {"help": "default: evaluations/NAME in the run's folder"}
+    add_options(parser, "views", "root", output=output)
     arguments = parser.parse_args(command_line)
     return run_processes(lambda processes: evaluate(arguments, processes))
 
@@ -46,42 +45,28 @@ def evaluate(arguments: argparse.Namespace, processes: Processes) -> None:
         ConfigError, CheckpointError, ManifestError, DeviceError: the test cannot be run.
         BadFilesError: videos do not decode.
     """
-    from hpm_video.data.reading import Views
-    from hpm_video.recognition.testing import (
-        describe,
-        describe_test,
-        score_videos,
-        summarise,
-        write_results,
-    )
-    from hpm_video.recognition.trained_model import TrainedClassifier
+    from hpm_video.recognition import testing
 
-    manifest = read_manifest(arguments.manifest, arguments.root)
-    trained, classifier = open_inference(arguments, TrainedClassifier, processes.count)
-    checkpoint = trained.path.resolve()
-    name = f"{checkpoint.name}-{arguments.manifest.stem}"
-    output: Path = arguments.output or checkpoint.parent.parent / "evaluations" / name
+    manifest, excludes = arguments.manifest, arguments.exclude_bad_files
+    videos = read_manifest(manifest, arguments.root)
+    trained, classifier, views, pass_ahead = open_classifier(arguments, videos, processes.count)
+    checkpoint, names = trained.path.resolve(), trained.label_names
+    of_run = checkpoint.parent.parent / "evaluations" / f"{checkpoint.name}-{manifest.stem}"
+    output: Path = arguments.output or of_run
     if (output / "result.json").exists() and not arguments.overwrite:
         raise ConfigError(f"{output} holds a result already; take another --output, or --overwrite")
-    test, names = trained.config.test, trained.label_names
-    views = Views(*arguments.views or (test.clips, test.crops))
     if processes.is_first:
-        logging.getLogger().info(describe_pass(len(manifest), views, trained, classifier))
-    reading = reading_of(arguments, exclude_bad_files=arguments.exclude_bad_files)
-    scores = score_videos(classifier, names, manifest, views, reading, processes)
-    if not processes.is_first:
-        return
-    what = {
-        "checkpoint": str(checkpoint),
-        "manifest": str(arguments.manifest.absolute()),
-        "exclude_bad_files": arguments.exclude_bad_files,
-        **describe_test(trained, classifier, manifest, views),
-    }
-    result = {"test": what, **summarise(scores, names)}
-    write_results(output, scores, result, names)
-    print(
-        f"\n{describe(result)}\n\nwrote result.json, predictions.csv and confusion.png to {output}"
-    )
+        logging.getLogger().info(pass_ahead)
+    reading = reading_of(arguments, exclude_bad_files=excludes)
+    scores = testing.score_videos(classifier, names, videos, views, reading, processes)
+    if processes.is_first:
+        of_files = {"checkpoint": str(checkpoint), "manifest": str(manifest.absolute())}
+        how = testing.describe_test(trained, classifier, videos, views)
+        what = {**of_files, "exclude_bad_files": excludes, **how}
+        result = {"test": what, **testing.summarise(scores, names)}
+        testing.write_results(output, scores, result, names)
+        print(f"\n{testing.describe(result)}\n")
+        print(f"wrote result.json, predictions.csv and confusion.png to {output}")
 
 
 if __name__ == "__main__":

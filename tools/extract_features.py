@@ -4,25 +4,19 @@ OUTPUT gets one file per video, features/NAME.npy of (views, D), or with --token
 index.csv maps files to videos. The first frames of sliding windows are in starts/.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import hpm_video
 from hpm_video.config.choices import OF_CLASSIFIER, OF_PRETRAINING
 from hpm_video.data.manifest import read_manifest
-from hpm_video.files.failures import BadFilesError, Failure
+from hpm_video.files.failures import BadFilesError
 from hpm_video.files.wording import counted
 from hpm_video.runs.console import add_options, exit_codes, make_parser, positive, run, shortest
 from hpm_video.runs.options import add_model_options, describe_pass, open_inference, reading_of
-
-if TYPE_CHECKING:
-    from hpm_video.recognition.features import FeatureFolder
 
 EXIT_CODES = exit_codes(
     "the features of every video are there",
@@ -64,6 +58,8 @@ def write_features(arguments: argparse.Namespace) -> None:
         BadFilesError: some videos do not decode; the others have features.
         CheckpointError, ConfigError, ManifestError, DeviceError, OSError: a wrong input.
     """
+    import numpy as np
+
     from hpm_video.data.clips import decoder_for
     from hpm_video.data.reading import Views
     from hpm_video.recognition.features import FeatureFolder, Layout, describe, extract
@@ -79,58 +75,37 @@ def write_features(arguments: argparse.Namespace) -> None:
     source = arguments.source.absolute()
     base = (arguments.root or (source if source.is_dir() else source.parent)).absolute()
     folder = FeatureFolder(arguments.output, manifest, base, layout)
-    folder.claim(
-        {
-            "hpm_video": hpm_video.__version__,
-            **describe(trained, encoder, layout),
-            "source": str(source),
-            "root": str(base),
-            "decoder": arguments.decoder,
-        }
-    )
+    of_files = {"source": str(source), "root": str(base), "decoder": arguments.decoder}
+    version = {"hpm_video": hpm_video.__version__}
+    folder.claim(version | describe(trained, encoder, layout) | of_files)
     before, missing = len(folder), len(folder.missing())
     if before:
         print(f"{before} of {counted(before + missing, 'video')} are there already")
     if missing:
         print(describe_pass(missing, views, trained, encoder))
     workers = reading_of(arguments).workers
-    failures = extract(encoder, folder, decoder=arguments.decoder, workers=workers)
-    report(folder, before, failures)
-    if failures:
-        raise BadFilesError(
-            failures,
-            len(set(manifest.files)),
-            f"They are listed in {folder.bad_files}, and the same command tries them again",
-        )
-
-
-def report(folder: FeatureFolder, before: int, failures: Sequence[Failure]) -> None:
-    """Print what was written, and how to load it."""
-    import numpy as np
-
-    layout = folder.layout
-    print(
+    bad = extract(encoder, folder, decoder=arguments.decoder, workers=workers)
+    shape = ", ".join(map(str, layout.view_shape))
+    lines = [
         f"\nDone: features of {counted(len(folder), 'video')}, {len(folder) - before} of them new"
-        + (f"; without {len(failures)} that do not decode" if failures else "")
-    )
-    of_view = ", ".join(map(str, layout.view_shape))
-    print(
-        f"  features      {folder.path}/features  (views, {of_view}) {layout.dtype} for each video"
-    )
-    if layout.windows:
-        print(f"  first frames  {folder.path}/starts  (views,) int64")
-    print(f"  index         {folder.path}/index.csv")
-    if failures:
-        print(f"  not decoded   {folder.bad_files}")
-    bad = {failure.path for failure in failures}
-    video = next((file for file in folder.manifest.files if file not in bad), None)
-    if video is None:
-        return
-    path = folder.features_of(video)
-    print(f"\nTo load those of {shortest(video)}:")
-    print(f"  features = np.load({str(path)!r})  # {np.load(path, mmap_mode='r').shape}")
-    if layout.windows:
-        print(f"  starts = np.load({str(folder.starts_of(video))!r})")
+        + (f"; without {len(bad)} that do not decode" if bad else ""),
+        f"  features      {folder.path}/features  (views, {shape}) {layout.dtype} for each video",
+        *[f"  first frames  {folder.path}/starts  (views,) int64"] * layout.windows,
+        f"  index         {folder.path}/index.csv",
+        *[f"  not decoded   {folder.bad_files}"] * bool(bad),
+    ]
+    failed = {failure.path for failure in bad}
+    if video := next((file for file in manifest.files if file not in failed), None):
+        path = folder.features_of(video)
+        lines += [
+            f"\nTo load those of {shortest(video)}:",
+            f"  features = np.load({str(path)!r})  # {np.load(path, mmap_mode='r').shape}",
+            *[f"  starts = np.load({str(folder.starts_of(video))!r})"] * layout.windows,
+        ]
+    print("\n".join(lines))
+    if bad:
+        remedy = f"They are listed in {folder.bad_files}, and the same command tries them again"
+        raise BadFilesError(bad, len(set(manifest.files)), remedy)
 
 
 if __name__ == "__main__":

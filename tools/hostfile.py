@@ -66,7 +66,7 @@ def run_on_hosts(
     threads: int,
     asked: Callable[[], signal.Signals | None],
 ) -> int:
-    """Start the processes and wait for them. -> the exit code
+    """Start the processes, wait for them, and pass a stop on once. -> the exit code
 
     ``threads`` of each process; ``asked``: which signal this launcher was sent.
     """
@@ -80,6 +80,7 @@ def run_on_hosts(
         options += ["--master_addr", address]
     # For the shell of another machine; DeepSpeed itself quotes arguments with spaces.
     quoted = [text if " " in text else shlex.quote(text) for text in program[1:]]
+    passed_on = False
     with tempfile.NamedTemporaryFile("w") as variables:
         variables.write(variables_of_nodes(environment))
         variables.flush()
@@ -88,7 +89,18 @@ def run_on_hosts(
             env={**environment, "DS_ENV_FILE": variables.name},
             start_new_session=True,
         )
-        return wait(runner, asked)
+        while runner.poll() is None:
+            time.sleep(0.05)
+            if not passed_on and (number := asked()) is not None:
+                passed_on = True
+                sys.stderr.write(f"\n{number.name}: the processes save and end, within 30 s\n")
+                runner.send_signal(signal.SIGTERM)
+    code = runner.returncode
+    if code < 0 or code > 192:  # the second is how DeepSpeed exits with minus a signal
+        name = signal.Signals(-code if code < 0 else 256 - code).name
+        sys.stderr.write(f"\nerror: a process was killed by {name}; the job is ended. {AGAIN}\n")
+        return 1
+    return code
 
 
 def variables_of_nodes(environment: Mapping[str, str]) -> str:
@@ -105,20 +117,3 @@ def variables_of_nodes(environment: Mapping[str, str]) -> str:
         if users.is_file():
             lines += [line for line in users.read_text().splitlines() if "=" in line]
     return "\n".join(lines) + "\n"
-
-
-def wait(runner: subprocess.Popen[bytes], asked: Callable[[], signal.Signals | None]) -> int:
-    """Wait for DeepSpeed's launcher, and pass a stop on once. -> the exit code"""
-    passed_on = False
-    while runner.poll() is None:
-        time.sleep(0.05)
-        if not passed_on and (number := asked()) is not None:
-            passed_on = True
-            sys.stderr.write(f"\n{number.name}: the processes save and end, within 30 s\n")
-            runner.send_signal(signal.SIGTERM)
-    code = runner.returncode
-    if code < 0 or code > 192:  # the second is how DeepSpeed exits with minus a signal
-        name = signal.Signals(-code if code < 0 else 256 - code).name
-        sys.stderr.write(f"\nerror: a process was killed by {name}; the job is ended. {AGAIN}\n")
-        return 1
-    return code

@@ -97,10 +97,8 @@ class Worker:
         if self.process.poll() is None:
             self.sent.add(number)
             with suppress(ProcessLookupError):
-                if number == signal.SIGKILL:
-                    os.killpg(self.process.pid, number)
-                else:
-                    self.process.send_signal(number)
+                whole_group = number == signal.SIGKILL
+                (os.killpg if whole_group else os.kill)(self.process.pid, number)
 
     @property
     def code(self) -> int:
@@ -158,7 +156,11 @@ def main(command_line: Sequence[str] | None = None) -> int:
         return int(run_on_hosts(given.hostfile, hosts, command, threads, lambda: requests.first))
     with closing(socket.socket()) as place:
         if job.nodes == 1 and given.master_port is None:
-            job = replace(job, port=reserve_port(place))
+            # A port that no other job of this machine gets while it is open. It does not listen,
+            # so the first process, which does, may take the same.
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            place.bind(("127.0.0.1", 0))
+            job = replace(job, port=place.getsockname()[1])
         workers = start(job, [sys.executable, "-u", *command])
         ended = watch(workers, requests, 300 if given.grace is None else given.grace)
     return conclude(job, ended, requests)
@@ -242,17 +244,6 @@ def threads_per_process(processes: int) -> int:
     return max(1, cores // processes)
 
 
-def reserve_port(place: socket.socket) -> int:
-    """Reserve a port that no other job of this machine gets while ``place`` is open.
-
-    It does not listen, so the first process, which does, may take the same port.
-    """
-    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    place.bind(("127.0.0.1", 0))
-    port: int = place.getsockname()[1]
-    return port
-
-
 def start(job: Job, command: Sequence[str]) -> list[Worker]:
     """Start the processes of this machine, each in its own session, which no Ctrl-C reaches."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -302,37 +293,33 @@ def watch(workers: Sequence[Worker], requests: Requests, grace: float) -> list[W
 
 
 def conclude(job: Job, ended: Sequence[Worker], requests: Requests) -> int:
-    """Report what made the job fail, if it did. -> the exit code"""
-    failed = [worker for worker in ended if worker.failed]
+    """Report what made the job fail and the remedy, if it did. -> the exit code"""
+    failed, here = [worker for worker in ended if worker.failed], socket.gethostname()
     if failed:
         cause = min(failed, key=lambda worker: -worker.code not in FAULTS)  # the earliest of both
         reported = any(worker.rank == 0 and worker.code == WRONG_INPUT for worker in failed)
         if cause.code != WRONG_INPUT or not reported:  # by the first process
-            sys.stderr.write(f"\nerror: {describe(job, cause)}\n")
+            what = f"ended with code {cause.code}, and the job with it"
+            if cause.code < 0:
+                name = signal.Signals(-cause.code).name
+                perhaps = ", for instance by the out-of-memory killer" if name == "SIGKILL" else ""
+                what = f"was killed by {name}{perhaps}; the job is ended. {AGAIN}"
+            count = job.processes * job.nodes
+            who = f"rank {cause.rank} of {count} (pid {cause.process.pid} on {here})"
+            sys.stderr.write(f"\nerror: {who} {what}\n")
         return max(cause.code, 0) or 1
     killed = [str(worker.rank) for worker in ended if -worker.code == signal.SIGKILL]
     if killed:
         why = "was stopped by a second Ctrl-C" if requests.insists else "did not end in time"
         sys.stderr.write(
-            f"\nerror: the job {why}; killed: rank {', '.join(killed)} on {socket.gethostname()}. "
-            f"{AGAIN}. HPM_GRACE=SECONDS gives more time to save.\n"
+            f"\nerror: the job {why}; killed: rank {', '.join(killed)} on {here}. {AGAIN}. "
+            f"HPM_GRACE=SECONDS gives more time to save.\n"
         )
         return 130 if requests.insists else 1
     codes = {worker.code for worker in ended}
     stopped = [code for code in STOPPED if code in codes]
     died = [128 - code for code in sorted(codes) if code < 0]  # before it could save
     return [*stopped, *died, 0][0]
-
-
-def describe(job: Job, cause: Worker) -> str:
-    """Describe what happened to the process that made the job fail, and the remedy."""
-    where = f"(pid {cause.process.pid} on {socket.gethostname()})"
-    who = f"rank {cause.rank} of {job.processes * job.nodes} {where}"
-    if cause.code > 0:
-        return f"{who} ended with code {cause.code}, and the job with it"
-    name = signal.Signals(-cause.code).name
-    perhaps = ", for instance by the out-of-memory killer" if name == "SIGKILL" else ""
-    return f"{who} was killed by {name}{perhaps}; the job is ended. {AGAIN}"
 
 
 if __name__ == "__main__":

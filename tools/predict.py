@@ -3,7 +3,6 @@
 The most probable classes come first.
 """
 
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -14,10 +13,10 @@ import numpy as np
 
 from hpm_video.config.choices import OF_CLASSIFIER
 from hpm_video.data.manifest import NOT_STATED, UNLABELLED, Manifest, read_manifest
-from hpm_video.files.atomic import written_beside
+from hpm_video.files.atomic import write_json
 from hpm_video.files.failures import BadFilesError, Failure
 from hpm_video.runs.console import add_options, exit_codes, make_parser, positive, run
-from hpm_video.runs.options import add_model_options, describe_pass, open_inference, reading_of
+from hpm_video.runs.options import add_model_options, open_classifier, reading_of
 
 EXIT_CODES = exit_codes(
     "every video has a prediction",
@@ -51,39 +50,36 @@ def name_actions(arguments: Namespace) -> None:
         BadFilesError: some videos do not decode; the others have predictions.
         CheckpointError, ConfigError, ManifestError, DeviceError, OSError: a wrong input.
     """
-    from hpm_video.data.clips import decoder_for
-    from hpm_video.data.reading import Views
     from hpm_video.recognition.inference import each_video
-    from hpm_video.recognition.trained_model import TrainedClassifier
 
     if arguments.json is not None and arguments.json.is_dir():
         raise IsADirectoryError(f"--json {arguments.json} is a folder; give a file in it")
     manifest = find_videos(arguments.videos)
-    decoder_for(arguments.decoder, manifest)
-    trained, classifier = open_inference(arguments, TrainedClassifier)
-    test = trained.config.test
-    views = Views(*arguments.views or (test.clips, test.crops))
-    pass_ahead = describe_pass(len(manifest), views, trained, classifier)
+    trained, classifier, views, pass_ahead = open_classifier(arguments, manifest)
     print(pass_ahead + ("\n" if arguments.top == 1 else ""))
     reading = reading_of(arguments, exclude_bad_files=True)
     clips = reading.clips(manifest, classifier.data, views)
     found: list[dict[str, Any]] = []
-    failures: list[Failure] = []
+    bad: list[Failure] = []
     # One video at a time, so that each is printed as soon as it is read.
     for place, value in each_video(
         classifier.probabilities, clips, range(len(manifest)), reading, max_clips=1
     ):
         if isinstance(value, Failure):
-            failures.append(value)
+            bad.append(value)
             continue
         # Of equally probable classes, those of lower number first.
         best = np.argsort(-value, kind="stable")[: arguments.top].tolist()
-        top = [
-            {"label": i, "name": trained.label_names[i], "probability": float(value[i])}
-            for i in best
-        ]
-        print_top(manifest.files[place], top)
-        found.append({"path": str(Path(manifest.files[place]).absolute()), "top": top})
+        names = trained.label_names
+        top = [{"label": i, "name": names[i], "probability": float(value[i])} for i in best]
+        path = manifest.files[place]
+        if len(top) == 1:
+            lines = [f"{top[0]['probability']:7.1%}  {top[0]['name']:20}  {path}"]
+        else:
+            width = max(len(names[i]) for i in best)
+            lines = ["", path, *(f"  {names[i]:{width}}  {value[i]:6.1%}" for i in best)]
+        print("\n".join(lines), flush=True)
+        found.append({"path": str(Path(path).absolute()), "top": top})
     if arguments.json is not None:
         content = {
             "checkpoint": str(arguments.checkpoint.resolve()),
@@ -93,15 +89,12 @@ def name_actions(arguments: Namespace) -> None:
             "clips": views.clips,
             "crops": views.crops,
             "videos": found,
-            "bad_files": [
-                {"path": str(Path(bad.path).absolute()), "reason": bad.reason} for bad in failures
-            ],
+            "bad_files": [{"path": str(Path(b.path).absolute()), "reason": b.reason} for b in bad],
         }
-        with written_beside(arguments.json) as beside:
-            beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.json, content)
         print(f"\nwrote {arguments.json}")
-    if failures:
-        raise BadFilesError(failures, len(manifest), "Encode them anew, or leave them out.")
+    if bad:
+        raise BadFilesError(bad, len(manifest), "Encode them anew, or leave them out.")
 
 
 def find_videos(paths: Sequence[str]) -> Manifest:
@@ -125,16 +118,6 @@ def find_videos(paths: Sequence[str]) -> Manifest:
     labels, counts = ((each,) * len(found) for each in (UNLABELLED, NOT_STATED))
     fps = {file: rate for file, rate in found.items() if rate}
     return Manifest((*found,), labels, counts, fps=fps)
-
-
-def print_top(path: str, top: Sequence[dict[str, Any]]) -> None:
-    """Print the most probable classes of a video below its path; one class alone, in one line."""
-    if len(top) == 1:
-        print(f"{top[0]['probability']:7.1%}  {top[0]['name']:20}  {path}", flush=True)
-        return
-    width = max(len(guess["name"]) for guess in top)
-    rows = [f"  {guess['name']:{width}}  {guess['probability']:6.1%}" for guess in top]
-    print("\n".join(["", path, *rows]), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.choices import OF_PRETRAINING
 from hpm_video.data.manifest import read_manifest
-from hpm_video.files.atomic import written_beside
+from hpm_video.files.atomic import write_json
 from hpm_video.recognition.labels import names_of_both
 from hpm_video.runs.console import add_options, make_parser, positive, run
 from hpm_video.runs.options import add_model_options, clip_choice, open_inference, reading_of
@@ -77,63 +77,52 @@ def probe(arguments: argparse.Namespace) -> None:
             f"{path} holds the result of another probe (other {', '.join(differing)}); take "
             f"another --output, or delete it"
         )
-    results: dict[str, Any] = {}
-    if cached := [kind for kind in arguments.probes if kind in CACHED]:
-        results = probe_cached(arguments, cached)
-    for kind in arguments.probes:
-        if kind in TRAINED:
-            results[kind] = probe_trained(arguments, kind, arguments.output / kind)
+    results = probe_cached(arguments) if {*CACHED} & {*arguments.probes} else {}
+    for kind in (kind for kind in arguments.probes if kind in TRAINED):
+        results[kind] = probe_trained(arguments, kind)
     print(f"\n{'probe':28} top-1   top-5   (chance {results[next(iter(results))]['chance']:.3f})")
     for name, result in results.items():
         print(f"{name:28} {result['top1']:.3f}   {result['top5']:.3f}")
     if path:
-        table = {"settings": settings, "probes": results}
-        with written_beside(path) as beside:
-            beside.write_text(json.dumps(table, indent=1) + "\n")
+        write_json(path, {"settings": settings, "probes": results})
         print(f"\nwrote {path}")
 
 
-def probe_cached(arguments: argparse.Namespace, kinds: Sequence[str]) -> dict[str, Any]:
+def probe_cached(arguments: argparse.Namespace) -> dict[str, Any]:
     """Nearest neighbours and logistic regression on the clip in the middle of each video."""
-    from hpm_video.recognition.probes import (
-        FOLDS,
-        FeatureTable,
-        logistic_regression,
-        nearest_neighbours,
-    )
+    from hpm_video.recognition import probes
     from hpm_video.recognition.testing import summarise
     from hpm_video.recognition.trained_model import TrainedAutoencoder
 
     (_, encoder), reading = open_inference(arguments, TrainedAutoencoder), reading_of(arguments)
     paths = (arguments.train, arguments.validation)
     manifests = [read_manifest(path, arguments.root) for path in paths]
-    names = names_of_both(*manifests)
-    if "knn" in kinds and max(arguments.neighbours) > len(manifests[0]):
+    names, count, neighbours = names_of_both(*manifests), len(manifests[0]), arguments.neighbours
+    if "knn" in arguments.probes and max(neighbours) > count:
         raise ConfigError(
-            f"--neighbours must be at most the number of training videos, {len(manifests[0])}, "
-            f"got {max(arguments.neighbours)}"
+            f"--neighbours must be at most the number of training videos, {count}, got "
+            f"{max(neighbours)}"
         )
-    if "logistic" in kinds and len(manifests[0]) < FOLDS:
+    if "logistic" in arguments.probes and count < probes.FOLDS:
         raise ConfigError(
-            f"logistic regression is cross-validated in {FOLDS} parts and needs as many training "
-            f"videos, got {len(manifests[0])}; leave it out: --probes knn"
+            f"logistic regression is cross-validated in {probes.FOLDS} parts and needs as many "
+            f"training videos, got {count}; leave it out: --probes knn"
         )
     train, validation = (
-        FeatureTable.of(encoder, reading.clips(manifest, encoder.data), reading)
+        probes.FeatureTable.of(encoder, reading.clips(manifest, encoder.data), reading)
         for manifest in manifests
     )
     results = {}
-    if "knn" in kinds:
-        found = nearest_neighbours(train, validation, len(names), arguments.neighbours)
-        for k, scores in found.items():
-            results[f"{k} nearest neighbours"] = summarise(scores, names)
-    if "logistic" in kinds:
-        penalty, scores = logistic_regression(train, validation, len(names))
+    if "knn" in arguments.probes:
+        found = probes.nearest_neighbours(train, validation, len(names), neighbours)
+        results = {f"{k} nearest neighbours": summarise(found[k], names) for k in found}
+    if "logistic" in arguments.probes:
+        penalty, scores = probes.logistic_regression(train, validation, len(names))
         results["logistic regression"] = {"penalty": penalty, **summarise(scores, names)}
     return results
 
 
-def probe_trained(arguments: argparse.Namespace, kind: str, output: Path) -> dict[str, Any]:
+def probe_trained(arguments: argparse.Namespace, kind: str) -> dict[str, Any]:
     """Train a head on the frozen encoder, by the loop of fine-tuning."""
     from hpm_video.config.loading import load_config
     from hpm_video.config.schema import FinetuneConfig
@@ -142,17 +131,11 @@ def probe_trained(arguments: argparse.Namespace, kind: str, output: Path) -> dic
 
     config = load_config(FinetuneConfig, ROOT / "configs" / "probe" / f"{kind}.yaml", arguments.set)
     config = for_checkpoint(config, arguments.checkpoint, arguments.weights)
+    data = {n: getattr(arguments, n) for n in ("train", "validation", "root", "workers", "decoder")}
     config = replace(
         config,
-        output_dir=str(output),
-        data=replace(
-            clip_choice(arguments).of(config.data),
-            train=arguments.train,
-            validation=arguments.validation,
-            root=arguments.root,
-            workers=arguments.workers,
-            decoder=arguments.decoder,
-        ),
+        output_dir=str(arguments.output / kind),
+        data=replace(clip_choice(arguments).of(config.data), **data),
         engine=replace(config.engine, device=arguments.device, precision=arguments.precision),
     )
     result = evaluate_run(config, finetune(config))

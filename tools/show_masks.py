@@ -15,14 +15,7 @@ from typing import TYPE_CHECKING
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.data import DataConfig
-from hpm_video.runs.console import (
-    above_zero,
-    add_options,
-    make_parser,
-    not_negative,
-    positive,
-    run,
-)
+from hpm_video.runs import console
 
 if TYPE_CHECKING:
     from hpm_video.data.batch import ClipBatch
@@ -32,7 +25,7 @@ ANIMATIONS = {"gif": (".gif",), "mp4": (".mp4",), "both": (".gif", ".mp4"), "non
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Draw, and report what was written."""
-    parser = make_parser(__doc__)
+    parser = console.make_parser(__doc__)
     add = parser.add_argument
     add("checkpoint", type=Path, help="checkpoint folder of a pre-training run")
     add("video", type=Path, help="a video or an image")
@@ -40,23 +33,23 @@ def main(command_line: Sequence[str] | None = None) -> int:
     of_target = "weights of the model whose features are the target; default: as in the run"
     add("--feature-weights", type=Path, metavar="PATH", help=of_target)
     start = "first frame, from 0; default: a middle clip"
-    add("--start", type=not_negative, metavar="FRAME", help=start)
+    add("--start", type=console.not_negative, metavar="FRAME", help=start)
     stride = "from one frame of the clip to the next; default: the run's"
-    add("--frame-stride", "--stride", type=positive, metavar="FRAMES", help=stride)
+    add("--frame-stride", "--stride", type=console.positive, metavar="FRAMES", help=stride)
     masks = "masks that the true error is averaged over (default 10)"
-    add("--masks", type=positive, default=10, metavar="N", help=masks)
+    add("--masks", type=console.positive, default=10, metavar="N", help=masks)
     hard = "share of the hidden patches picked by difficulty; default: as at the end of the run"
     add("--hard-fraction", type=float, metavar="SHARE", help=hard)
     blind = "estimate mean and contrast of hidden patches from visible ones, not from the input"
     add("--without-ground-truth", action="store_true", help=blind)
     add("--animation", choices=ANIMATIONS, default="gif", help="files of it (default gif)")
     fps = "frames per second of the animation (default 3)"
-    add("--fps", type=above_zero, default=3.0, metavar="N", help=fps)
+    add("--fps", type=console.above_zero, default=3.0, metavar="N", help=fps)
     add("--strip", action="store_true", help="also all views in one row, as a small wide picture")
     output = {"default": Path("pictures"), "help": "folder to write to (default pictures)"}
-    add_options(parser, "device", "decoder", output=output)
+    console.add_options(parser, "device", "decoder", output=output)
     arguments = parser.parse_args(command_line)
-    return run(lambda: show_masks(arguments))
+    return console.run(lambda: show_masks(arguments))
 
 
 def show_masks(arguments: argparse.Namespace) -> None:
@@ -66,13 +59,7 @@ def show_masks(arguments: argparse.Namespace) -> None:
         CheckpointError, ConfigError: the checkpoint or an argument cannot be used.
         DecodeError, DecoderError: the video cannot be read.
     """
-    from hpm_video.mining.pictures import (
-        draw_animation,
-        draw_sheet,
-        draw_strip,
-        save_animation,
-        save_sheet,
-    )
+    from hpm_video.mining import pictures
     from hpm_video.mining.study import study_clips
     from hpm_video.runs.pretraining import load_run
     from hpm_video.training.device import choose_device
@@ -106,17 +93,17 @@ def show_masks(arguments: argparse.Namespace) -> None:
     if path.exists() and path.samefile(arguments.video):
         raise ConfigError(f"the sheet would overwrite {path} itself; name another folder: --output")
     title = f"{arguments.checkpoint}, {arguments.video.name}"
-    save_sheet(draw_sheet(study, title=title, moments=moments), path)
+    pictures.save_sheet(pictures.draw_sheet(study, title=title, moments=moments), path)
     print(f"wrote {path}")
     if arguments.strip:
-        strip = arguments.output / f"{name}-strip.png"
-        save_sheet(draw_strip(study), strip)
+        strip = path.with_name(f"{name}-strip.png")
+        pictures.save_sheet(pictures.draw_strip(study), strip)
         print(f"wrote {strip}")
     if ANIMATIONS[arguments.animation] and study.grid.time > 1:
-        frames = draw_animation(study, title=title, moments=moments)
+        frames = pictures.draw_animation(study, title=title, moments=moments)
         for suffix in ANIMATIONS[arguments.animation]:
-            save_animation(frames, arguments.output / f"{name}{suffix}", arguments.fps)
-            print(f"wrote {arguments.output / name}{suffix}")
+            pictures.save_animation(frames, path.with_name(name + suffix), arguments.fps)
+            print(f"wrote {path.with_name(name + suffix)}")
 
 
 def read_clip(arguments: argparse.Namespace, data: DataConfig) -> tuple[ClipBatch, list[str]]:
@@ -149,15 +136,9 @@ def read_clip(arguments: argparse.Namespace, data: DataConfig) -> tuple[ClipBatc
         with container:
             rate = float(stream.average_rate or 0)
     moments = [f"frame {i}" + (f", {i / rate:.2f} s" if rate else "") for i in indices]
-    batch = ClipBatch(
-        clips=part.clips,
-        keys=torch.tensor([key_of("show masks", arguments.video.name)]),
-        labels=torch.tensor([UNLABELLED]),
-        files=(path,),
-        failures=(),
-        source=arguments.source,
-    )
-    return batch, moments
+    keys = torch.tensor([key_of("show masks", arguments.video.name)])
+    labels = torch.tensor([UNLABELLED])
+    return ClipBatch(part.clips, keys, labels, (path,), (), arguments.source), moments
 
 
 if __name__ == "__main__":

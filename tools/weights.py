@@ -15,7 +15,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hpm_video.config.choices import OF_CLASSIFIER, OF_PRETRAINING, TransformerSize
 from hpm_video.recognition.labels import read_label_names
@@ -29,12 +29,6 @@ FORMATS = ("transformers", "timm", "mae", "videomae", "hpm", "onnx", "file")
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Import, export or inspect, and print the result."""
-    arguments = parse_arguments(command_line)
-    return run(lambda: arguments.command(arguments))
-
-
-def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
     parser = make_parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="import | export | inspect")
     reads = commands.add_parser("import", help="make a checkpoint folder from a file or folder")
@@ -61,16 +55,16 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
         "largest difference between our model and the other's, as a share of the largest value "
         "(default: %(default)s)"
     )
+    limit: dict[str, Any] = {"type": above_zero, "default": 1e-4, "metavar": "SHARE"}
     for compares in (reads, writes):
-        compares.add_argument(
-            "--tolerance", type=above_zero, default=1e-4, metavar="SHARE", help=largest
-        )
+        compares.add_argument("--tolerance", help=largest, **limit)
         compares.add_argument("--no-parity", action="store_true", help="skip this slow comparison")
     looks = commands.add_parser("inspect", help="describe a file or folder")
     looks.set_defaults(command=inspect_file)
     looks.add_argument("source", type=Path, help="file of weights, or folder of a model or run")
     add_overrides(looks)
-    return parser.parse_args(command_line)
+    arguments = parser.parse_args(command_line)
+    return run(lambda: arguments.command(arguments))
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -22,17 +22,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hpm_video.files.atomic import temporary_folder, written_beside
+from hpm_video.preparation import sources
 from hpm_video.preparation.recipes import Prepared, run_recipe
-from hpm_video.preparation.sources import (
-    UNPACK,
-    Classes,
-    Clip,
-    RecipeError,
-    Split,
-    Videos,
-    folder_and_name,
-    split_of,
-)
+from hpm_video.preparation.sources import RecipeError
 
 OPTIONS = {
     "source": {"type": Path, "metavar": "SOURCE", "help": "archive, or a folder; see README.md"}
@@ -45,7 +37,7 @@ PIXELS = 3 * SIDE * SIDE
 PUBLISHED = (
     "cifar-10-python.tar.gz, cifar-10-binary.tar.gz, the folder cifar-10-batches-py or "
     "cifar-10-batches-bin, or a folder that holds train/<class>/ and test/<class>/. Other archives "
-    f"are unpacked first, in a folder of .tar files by: {UNPACK}"
+    f"are unpacked first, in a folder of .tar files by: {sources.UNPACK}"
 )
 
 Pictures = tuple[NDArray[np.uint8], Sequence[int]]  # images (N, H, W, 3) and their labels
@@ -103,68 +95,62 @@ def read_binary(folder: Path, source: Path) -> tuple[list[str], dict[str, Pictur
     return names, pictures
 
 
-def write_split(split: str, pictures: Pictures, names: Sequence[str], output: Path) -> Split:
-    """Write the missing images of a split."""
-    found: list[tuple[Clip, Path]] = []
-    for number, (picture, label) in enumerate(zip(*pictures, strict=True)):
-        shown = f"{names[label]}/{number:05}.png"
-        path = output / SPLITS[split] / shown
-        write_picture(path, picture)
-        found.append((Clip("", shown, (shown,), names[label], label), path))
-    return Split(split, found)
-
-
-def write_picture(path: Path, picture: NDArray[np.uint8]) -> None:
-    """Write a PNG, unless it exists.
+def write_split(
+    split: str, pictures: Pictures, names: Sequence[str], output: Path
+) -> sources.Split:
+    """Write the missing images of a split.
 
     Raises:
-        RecipeError: the file exists and differs.
+        RecipeError: another image is there.
     """
-    if not path.exists():
-        with written_beside(path) as beside:
-            Image.fromarray(picture).save(beside, "PNG")
-        return
-    try:
-        with Image.open(path) as image:
-            same = np.array_equal(np.asarray(image), picture)
-    except (OSError, SyntaxError):
-        same = False
-    if not same:
-        raise RecipeError(
-            f"{path} is there and is another picture than that of the archive. Move the images "
-            "away that are there, or name another folder by --output"
-        )
-
-
-def prepare_folders(source: Path, suffix: str | None) -> Prepared:
-    """Find the images of class folders."""
-    images = {
-        name: Videos(source / folder, folder_and_name, suffix=suffix, kind="image")
-        for name, folder in SPLITS.items()
-    }
-    there = {file.parent.name for file in images["train"].files}
-    classes = Classes(sorted(there), str(images["train"].folder))
-    remedy = "Training and test images must have the same classes"
-    splits = [split_of(name, every, classes, None, "", remedy) for name, every in images.items()]
-    return Prepared(classes.names, splits)
+    found: list[tuple[sources.Clip, Path]] = []
+    for number, (picture, label) in enumerate(zip(*pictures, strict=True)):
+        shown = f"{names[label]}/{number:05}.png"
+        path, same = output / SPLITS[split] / shown, True
+        if path.exists():
+            try:
+                with Image.open(path) as image:
+                    same = np.array_equal(np.asarray(image), picture)
+            except (OSError, SyntaxError):
+                same = False
+        else:
+            with written_beside(path) as beside:
+                Image.fromarray(picture).save(beside, "PNG")
+        if not same:
+            raise RecipeError(
+                f"{path} is there and is another picture than that of the archive. Move the images "
+                "away that are there, or name another folder by --output"
+            )
+        found.append((sources.Clip("", shown, (shown,), names[label], label), path))
+    return sources.Split(split, found)
 
 
 def prepare(options: argparse.Namespace) -> Prepared:
     """Write the images of an archive, or find those of class folders."""
     source, output = options.source, options.output.absolute()
     with tempfile.TemporaryDirectory(dir=temporary_folder()) as temporary:
-        if source.is_file():
-            unpack(source, Path(temporary))
         folder = Path(temporary) if source.is_file() else source
-        metas = [*folder.glob(META), *folder.glob(f"*/{META}")]
-        metas += [*folder.glob(BINARY_META), *folder.glob(f"*/{BINARY_META}")]
-        if metas:
-            read = read_pickles if metas[0].name == META else read_binary
-            names, pictures = read(metas[0].parent, source)
-            return Prepared(names, [write_split(s, pictures[s], names, output) for s in SPLITS])
-    if all((source / folder).is_dir() for folder in SPLITS.values()):
-        return prepare_folders(source, options.suffix)
-    raise RecipeError(f"{source} is none of what is published: name {PUBLISHED}")
+        if source.is_file():
+            unpack(source, folder)
+        for meta, read in {META: read_pickles, BINARY_META: read_binary}.items():
+            for found in (*folder.glob(meta), *folder.glob(f"*/{meta}")):
+                names, pictures = read(found.parent, source)
+                return Prepared(names, [write_split(s, pictures[s], names, output) for s in SPLITS])
+    if not all((source / folder).is_dir() for folder in SPLITS.values()):
+        raise RecipeError(f"{source} is none of what is published: name {PUBLISHED}")
+    images = {
+        name: sources.Videos(
+            source / folder, sources.folder_and_name, suffix=options.suffix, kind="image"
+        )
+        for name, folder in SPLITS.items()
+    }
+    there = {file.parent.name for file in images["train"].files}
+    classes = sources.Classes(sorted(there), str(images["train"].folder))
+    remedy = "Training and test images must have the same classes"
+    splits = [
+        sources.split_of(name, every, classes, None, "", remedy) for name, every in images.items()
+    ]
+    return Prepared(classes.names, splits)
 
 
 main = partial(run_recipe, __doc__, __file__, OPTIONS, prepare, kind="image")

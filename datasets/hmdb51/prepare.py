@@ -12,17 +12,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from hpm_video.preparation import sources
 from hpm_video.preparation.recipes import REQUIRED_FOLDER, Prepared, run_recipe
-from hpm_video.preparation.sources import (
-    Classes,
-    Clip,
-    RecipeError,
-    Videos,
-    class_key,
-    folder_key,
-    match,
-    matches_of,
-)
+from hpm_video.preparation.sources import RecipeError
 
 OPTIONS = {
     "--videos": {"help": "folder of the class folders", **REQUIRED_FOLDER},
@@ -33,7 +25,7 @@ LINE = re.compile(r"(?P<name>\S.*?)\s+(?P<use>[012])")  # names hold all sorts o
 NEEDED = "the name of a video and then 0 (unused), 1 (training) or 2 (testing)"
 
 
-def read_classes(lists: Path) -> Classes:
+def read_classes(lists: Path) -> sources.Classes:
     """Find the classes that have lists, sorted by name."""
     end = re.compile(r"_test_split[123]\.txt")
     names = sorted(
@@ -44,13 +36,13 @@ def read_classes(lists: Path) -> Classes:
             f"there are no lists such as brush_hair_test_split1.txt in {lists.absolute()}. Name "
             "the folder testTrainMulti_7030_splits, which test_train_splits.rar holds, by --lists"
         )
-    return Classes(names, str(lists))
+    return sources.Classes(names, str(lists))
 
 
 def prepare(options: argparse.Namespace) -> Prepared:
     """Read the lists, and find the file of each video."""
     classes = read_classes(options.lists)
-    videos = Videos(options.videos, folder_key, suffix=options.suffix)
+    videos = sources.Videos(options.videos, sources.folder_key, suffix=options.suffix)
     classes.folders(videos)  # each class has one
     expected = (
         f"Looked in {videos.folder} for <class>/<name of the video>, with any suffix of a video. "
@@ -58,16 +50,18 @@ def prepare(options: argparse.Namespace) -> Prepared:
     )
     splits = []
     for number in (1, 2, 3):
-        clips: dict[str, list[Clip]] = {"0": [], "1": [], "2": []}
+        clips: dict[str, list[sources.Clip]] = {"0": [], "1": [], "2": []}
         for name in classes.names:
             path = options.lists / LIST.format(name=name, number=number)
-            for place, found in matches_of(path, LINE, NEEDED):
-                key = f"{class_key(name)}/{Path(found['name']).stem}"
-                clips[found["use"]].append(Clip(place, f"{name}/{found['name']}", (key,), name))
+            for place, found in sources.matches_of(path, LINE, NEEDED):
+                key = f"{sources.class_key(name)}/{Path(found['name']).stem}"
+                clips[found["use"]].append(
+                    sources.Clip(place, f"{name}/{found['name']}", (key,), name)
+                )
         for clip in clips["0"]:
             videos.find(clip)  # it is listed, though not used
         lists = {f"train_split{number}": clips["1"], f"test_split{number}": clips["2"]}
-        splits += match(lists, videos, classes, expected)
+        splits += sources.match(lists, videos, classes, expected)
     return Prepared(classes.names, splits)
 
 

@@ -16,19 +16,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from hpm_video.preparation import sources
 from hpm_video.preparation.recipes import FILE, FOLDER, Prepared, open_splits, run_recipe
-from hpm_video.preparation.sources import (
-    Classes,
-    Clip,
-    RecipeError,
-    Videos,
-    cells_of,
-    folder_and_name,
-    lines_of,
-    matches_of,
-    read_list_text,
-    split_of,
-)
+from hpm_video.preparation.sources import RecipeError
 
 SPLITS = ("train", "validation")
 LABELS_HELP = "their classes, where they do not lie in class folders"
@@ -65,7 +55,7 @@ def read_names(path: Path) -> dict[str, str]:
     """Map wnids to names, from lines ``n01440764 tench, Tinca tinca`` in any order."""
     needed = "a wnid and its name as in LOC_synset_mapping.txt ('n01440764 tench, Tinca tinca')"
     names: dict[str, str] = {}
-    for place, found in matches_of(path, NAME_LINE, needed):
+    for place, found in sources.matches_of(path, NAME_LINE, needed):
         if found["wnid"] in names:
             raise RecipeError(f"{place}: {found['wnid']} has a line already. Remove one")
         names[found["wnid"]] = found["name"] or ""
@@ -81,7 +71,7 @@ def read_ids(path: Path) -> dict[int, str]:
         "the IDs"
     )
     ids: dict[int, str] = {}
-    rows = [*matches_of(path, ID_LINE, needed)]
+    rows = [*sources.matches_of(path, ID_LINE, needed)]
     for number, (place, found) in enumerate(rows, start=1):
         ilsvrc_id = int(found["id"] or found["id_"] or number)
         wnid = found["wnid"] or found["wnid_"] or found["alone"]
@@ -99,23 +89,23 @@ def read_ids(path: Path) -> dict[int, str]:
     return ids
 
 
-def read_labels(path: Path, ids: Mapping[int, str] | None, split: str) -> list[Clip]:
+def read_labels(path: Path, ids: Mapping[int, str] | None, split: str) -> list[sources.Clip]:
     """Read the images of a list, named by their paths; a class is a wnid or a number.
 
     A list without names has a line for each validation image, ILSVRC2012_val_00000001 and so on.
     """
-    lines = lines_of(path)
+    lines = sources.lines_of(path)
     if not lines:
         raise RecipeError(f"{path} is empty. Download it again")
     if set(KAGGLE_COLUMNS) <= set(lines[0][1].split(",")):
-        table = cells_of(path, KAGGLE_COLUMNS)
+        table = sources.cells_of(path, KAGGLE_COLUMNS)
         return [  # the first word of PredictionString is the wnid
             clip_of(place, f"{cells['ImageId']}.JPEG", cells["PredictionString"].partition(" ")[0])
             for place, cells in table
         ]
     if not all(LABEL_LINE.fullmatch(row) for _, row in lines):
         needed = "'<image>.JPEG <number or wnid of the class>', as in train.txt and val.txt"
-        found = matches_of(path, LIST_LINE, needed)
+        found = sources.matches_of(path, LIST_LINE, needed)
         return [clip_of(place, row["path"], row["label"]) for place, row in found]
     if split == "train":
         raise RecipeError(f"{path} names no images. Give a list of 'path label' for training")
@@ -134,17 +124,17 @@ def read_labels(path: Path, ids: Mapping[int, str] | None, split: str) -> list[C
     return clips
 
 
-def clip_of(place: str, path: str, class_name: str) -> Clip:
+def clip_of(place: str, path: str, class_name: str) -> sources.Clip:
     """Make a clip of an image, which is found by its name alone."""
-    return Clip(place, path, (Path(path).stem,), class_name)
+    return sources.Clip(place, path, (Path(path).stem,), class_name)
 
 
 def find_classes(
     names: Collection[str] | None,
     ids: Mapping[int, str] | None,
-    train: Videos | None,
-    listed: Sequence[Clip],
-) -> Classes:
+    train: sources.Videos | None,
+    listed: Sequence[sources.Clip],
+) -> sources.Classes:
     """Find all classes: from a list of classes, or from list or folders of the training split."""
     if names is not None:
         wnids, source = {*names}, "--names"
@@ -165,10 +155,10 @@ def find_classes(
             "elsewhere: give --train with class folders or wnids in its list, or --names with "
             "LOC_synset_mapping.txt or the labels.txt that was written with the training split"
         )
-    return Classes(sorted(wnids), source)
+    return sources.Classes(sorted(wnids), source)
 
 
-def with_wnids(clips: Sequence[Clip], classes: Classes) -> list[Clip]:
+def with_wnids(clips: Sequence[sources.Clip], classes: sources.Classes) -> list[sources.Clip]:
     """Name the classes of the images of a list. Numbers count the sorted wnids from 0."""
     named = []
     num_classes = len(classes.names)
@@ -191,18 +181,20 @@ def with_wnids(clips: Sequence[Clip], classes: Classes) -> list[Clip]:
     return named
 
 
-def standing_labels(output: Path, classes: Classes, written: Collection[str]) -> list[str] | None:
+def standing_labels(
+    output: Path, classes: sources.Classes, written: Collection[str]
+) -> list[str] | None:
     """Return the lines of a matching ``labels.txt`` that another manifest needs."""
     stays = [name for name in SPLITS if name not in written and (output / f"{name}.csv").is_file()]
     if not stays or not (output / "labels.txt").is_file():
         return None
-    lines = read_list_text(output / "labels.txt").splitlines()
+    lines = sources.read_list_text(output / "labels.txt").splitlines()
     return lines if [line.partition(" ")[0] for line in lines] == [*classes.names] else None
 
 
 def prepare(options: argparse.Namespace) -> Prepared:
     """Read the lists, and find the file of each image."""
-    folders, lists = open_splits(options, SPLITS, "labels", folder_and_name, "image")
+    folders, lists = open_splits(options, SPLITS, "labels", sources.folder_and_name, "image")
     names = read_names(options.names) if options.names else None
     ids = read_ids(options.ids) if options.ids else None
     listed = {name: read_labels(path, ids, name) for name, path in lists.items()}
@@ -212,7 +204,7 @@ def prepare(options: argparse.Namespace) -> Prepared:
         clips = with_wnids(listed[name], classes) if name in listed else None
         expected = f"Looked in {images.folder} and its folders for those names, with any suffix"
         remedy = (RIGHT_FOLDERS if clips is None else WRONG_LIST).format(name=name)
-        splits.append(split_of(name, images, classes, clips, expected, remedy))
+        splits.append(sources.split_of(name, images, classes, clips, expected, remedy))
     notes = []
     if len(classes.names) != NUM_CLASSES:
         notes.append(

@@ -19,19 +19,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from hpm_video.preparation import sources
 from hpm_video.preparation.recipes import FILE, FOLDER, Prepared, open_splits, run_recipe
-from hpm_video.preparation.sources import (
-    Classes,
-    Clip,
-    RecipeError,
-    Split,
-    Videos,
-    cells_of,
-    folder_key,
-    read_list_text,
-    split_of,
-    stem,
-)
+from hpm_video.preparation.sources import RecipeError
 
 SPLITS = ("train", "validation", "test")
 SPELLED = {"val": "validation", "valid": "validation", "validate": "validation"}
@@ -60,14 +50,14 @@ EXPECTED = (
 )
 
 
-def read_clips(path: Path, split: str) -> list[Clip]:
+def read_clips(path: Path, split: str) -> list[sources.Clip]:
     """Read a CSV, which must be of that split and, except for a test, labelled.
 
     The keys of a clip are the name that download scripts give to its file, and its YouTube id.
     """
     columns = ("label", "youtube_id", "time_start", "time_end")[split == "test" :]
     clips = []
-    for place, cells in cells_of(path, columns):
+    for place, cells in sources.cells_of(path, columns):
         if empty := [name for name in columns if not cells[name]]:
             raise RecipeError(f"{place}: {empty[0]} is empty. Download the CSV again")
         given = cells.get("split", "").lower()
@@ -86,48 +76,52 @@ def read_clips(path: Path, split: str) -> list[Clip]:
         class_name, youtube_id = cells.get("label", ""), cells["youtube_id"]
         file_name = f"{youtube_id}_{start:06}_{end:06}"
         shown = f"{class_name}/{file_name}" if class_name else file_name
-        clips.append(Clip(place, shown, (file_name, youtube_id), class_name))
+        clips.append(sources.Clip(place, shown, (file_name, youtube_id), class_name))
     return clips
 
 
 def find_classes(
-    options: argparse.Namespace, clips: list[Clip] | None, train: Videos | None
-) -> Classes:
+    options: argparse.Namespace, clips: list[sources.Clip] | None, train: sources.Videos | None
+) -> sources.Classes:
     """Find the classes of all splits: from a list, the training CSV or the training folders.
 
     ``clips`` are those of the training CSV.
     """
     if options.labels:
-        names = [name.strip() for name in read_list_text(options.labels).rstrip().splitlines()]
+        names = [
+            name.strip() for name in sources.read_list_text(options.labels).rstrip().splitlines()
+        ]
         if not all(names) or not names:
             raise RecipeError(f"{options.labels}: need the name of a class in every line")
-        return Classes(names, str(options.labels))
+        return sources.Classes(names, str(options.labels))
     if clips is not None:
-        return Classes(sorted({clip.class_name for clip in clips}), str(options.train_csv))
+        return sources.Classes(sorted({clip.class_name for clip in clips}), str(options.train_csv))
     if train is None:
         raise RecipeError(
             "the numbers of the classes come from the training split: give --train-csv (without "
             "--train the CSV serves for that alone), or --labels with the labels.txt written then"
         )
     parents = {file.parent for file in train.files} - {train.folder}
-    return Classes(sorted({folder.name for folder in parents}), str(train.folder))
+    return sources.Classes(sorted({folder.name for folder in parents}), str(train.folder))
 
 
 def prepare(options: argparse.Namespace) -> Prepared:
     """Read the lists, and find the file of each video."""
-    folders, lists = open_splits(options, SPLITS, "csv", folder_key)
+    folders, lists = open_splits(options, SPLITS, "csv", sources.folder_key)
     check_options(options, folders, lists)
     clips = {name: read_clips(path, name) for name, path in lists.items()}
     classes = find_classes(options, clips.get("train"), folders.get("train"))
-    replacements = [Videos(one, stem, suffix=options.suffix) for one in options.replacements]
+    replacements = [
+        sources.Videos(one, sources.stem, suffix=options.suffix) for one in options.replacements
+    ]
     for videos, others in product(dict.fromkeys(folders.values()), reversed(replacements)):
         videos.replace(others)
     replacing = {file for others in replacements for file in others.files}
-    splits: list[Split] = []
+    splits: list[sources.Split] = []
     notes: list[str] = []
     for name, videos in folders.items():
         if name not in clips:
-            splits.append(split_of(name, videos, classes, None, "", RIGHT_FOLDERS))
+            splits.append(sources.split_of(name, videos, classes, None, "", RIGHT_FOLDERS))
             continue
         beside = [clip for other in clips if folders.get(other) is videos for clip in clips[other]]
         count = Counter(clip.keys[1] for clip in beside)  # an id alone need not identify a clip
@@ -136,7 +130,7 @@ def prepare(options: argparse.Namespace) -> Prepared:
             for clip in clips[name]
         ]
         expected = EXPECTED.format(folder=videos.folder, name=name)
-        split = split_of(name, videos, classes, listed, expected, RIGHT_CSV)
+        split = sources.split_of(name, videos, classes, listed, expected, RIGHT_CSV)
         splits.append(split)
         if used := sum(file in replacing for _, file in split.found):
             notes.append(f"{name}: replacements taken: {used}")
@@ -150,7 +144,7 @@ def prepare(options: argparse.Namespace) -> Prepared:
 
 
 def check_options(
-    options: argparse.Namespace, folders: Mapping[str, Videos], lists: Mapping[str, Path]
+    options: argparse.Namespace, folders: Mapping[str, sources.Videos], lists: Mapping[str, Path]
 ) -> None:
     """Make sure that the options do not contradict each other."""
     if options.replacements and (absent := [name for name in folders if name not in lists]):

@@ -13,16 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hpm_video.preparation import sources
 from hpm_video.preparation.recipes import REQUIRED_FOLDER, Prepared, run_recipe
-from hpm_video.preparation.sources import (
-    Classes,
-    Clip,
-    RecipeError,
-    Videos,
-    match,
-    read_list_text,
-    stem,
-)
+from hpm_video.preparation.sources import RecipeError
 
 SPLITS = ("train", "validation", "test")
 OPTIONS = {
@@ -46,7 +39,7 @@ def find_list(lists: Path, name: str) -> Path | None:
 def read_json(path: Path, kind: type, needed: str) -> Any:
     """Read a file whose content must be of a type and not empty."""
     try:
-        content = json.loads(read_list_text(path))
+        content = json.loads(sources.read_list_text(path))
     except json.JSONDecodeError as error:
         raise RecipeError(
             f"{path}, line {error.lineno}: not JSON ({error.msg}). Download it again"
@@ -56,7 +49,7 @@ def read_json(path: Path, kind: type, needed: str) -> Any:
     return content
 
 
-def read_classes(path: Path) -> Classes:
+def read_classes(path: Path) -> sources.Classes:
     """Read the names of the classes in the order of their numbers."""
     content = read_json(path, dict, '{"name of a class": "number", ...}')
     numbers = {str(number): name for name, number in content.items()}
@@ -66,10 +59,10 @@ def read_classes(path: Path) -> Classes:
             f"{path}: need each of the numbers 0 to {len(content) - 1} once for {len(content)} "
             f"classes; in excess or missing: {', '.join(wrong)}. Download it again"
         )
-    return Classes([numbers[number] for number in order], str(path))
+    return sources.Classes([numbers[number] for number in order], str(path))
 
 
-def read_list(path: Path, *, labelled: bool) -> list[Clip]:
+def read_list(path: Path, *, labelled: bool) -> list[sources.Clip]:
     """Read the clips of a list.
 
     A template is the name of a class with brackets around what stands for an object:
@@ -87,7 +80,7 @@ def read_list(path: Path, *, labelled: bool) -> list[Clip]:
             raise RecipeError(f"{place}: need {needed}, got {entry!r}. Download it again")
         template = str(entry["template"]) if labelled else ""
         name, class_name = str(entry["id"]), template.replace("[", "").replace("]", "")
-        clips.append(Clip(f"{place} (id {name})", name, (name,), class_name))
+        clips.append(sources.Clip(f"{place} (id {name})", name, (name,), class_name))
     return clips
 
 
@@ -105,14 +98,14 @@ def prepare(options: argparse.Namespace) -> Prepared:
             "labels' download by --lists"
         )
     classes = read_classes(source)
-    videos = Videos(options.videos, stem, suffix=options.suffix)
+    videos = sources.Videos(options.videos, sources.stem, suffix=options.suffix)
     expected = (
         f"Looked in {videos.folder} and its folders for <id>.webm, or another suffix of a video. "
         "Extract the download and name the folder 20bn-something-something-v2 by --videos"
     )
     clips = {name: read_list(path, labelled=name != "test") for name, path in there.items()}
     notes = [f"{name}: there is no list of it" for name in paths if name not in there]
-    return Prepared(classes.names, match(clips, videos, classes, expected), notes)
+    return Prepared(classes.names, sources.match(clips, videos, classes, expected), notes)
 
 
 main = partial(run_recipe, __doc__, __file__, OPTIONS, prepare)

@@ -1,6 +1,7 @@
 """Files that are either complete or absent, and the removal of what killed processes left."""
 
 import fcntl
+import json
 import os
 import shutil
 import tempfile
@@ -22,6 +23,12 @@ def written_beside(path: Path) -> Iterator[Path]:
         beside_path.replace(path)
     finally:
         beside_path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write plain values, completely or not at all."""
+    with written_beside(path) as beside:
+        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -39,7 +39,8 @@ class BadFilesError(ExpectedError):
         rows = [f"  {failure}" for failure in failures[:MOST_LISTED]]
         if len(rows) < len(failures):
             rows.append(f"  and {len(failures) - len(rows)} more")
-        first = f"{_decode_not(failures, num_files, 'video')}:"
+        do = "does" if len(failures) == 1 else "do"
+        first = f"{len(failures)} of {counted(num_files, 'video')} {do} not decode:"
         super().__init__("\n".join([first, *rows, remedy]))
 
 
@@ -48,9 +49,11 @@ class TooManyBadFiles(ExpectedError):  # noqa: N818 - it says what is wrong
 
     def __init__(self, failures: Sequence[Failure], num_files: int, max_bad_share: float) -> None:
         first = "\n".join(f"  {failure}" for failure in failures[:3])
+        do = "does" if len(failures) == 1 else "do"
         super().__init__(
-            f"{_decode_not(failures, num_files, 'file')}, and data.max_bad_share "
-            f"{max_bad_share:g} allows {tolerated(num_files, max_bad_share)}. The first:\n{first}\n"
+            f"{len(failures)} of {counted(num_files, 'file')} {do} not decode, and "
+            f"data.max_bad_share {max_bad_share:g} allows {tolerated(num_files, max_bad_share)}. "
+            f"The first:\n{first}\n"
             "If all fail alike, look at the path (data.root) and the disk; otherwise take them out "
             "of the manifest, encode them anew, or raise data.max_bad_share. Files noted in the "
             "run's bad_files.csv count: delete it once they are repaired"
@@ -64,42 +67,34 @@ def tolerated(num_files: int, max_bad_share: float) -> int:
     return max(1, int(num_files * max_bad_share + 1e-6))  # 100 * .29 is 28.999...
 
 
-def _decode_not(failures: Sequence[Failure], count: int, noun: str) -> str:
-    verb = "does" if len(failures) == 1 else "do"
-    return f"{len(failures)} of {counted(count, noun)} {verb} not decode"
-
-
-def read_failures(path: Path) -> list[Failure]:
-    """Read a list of bad files, CSV with the columns path and reason; none where there is no file.
-
-    Raises:
-        OSError: it cannot be read, or is no such list.
-    """
-    if not path.exists():
-        return []
-    try:
-        with path.open(newline="", **TEXT) as file:
-            rows = [row for row in csv.reader(file) if len(row) == 2][1:]
-    except csv.Error as error:
-        raise OSError(
-            f"{path} is no list of bad files ({error}); delete it: they are found again"
-        ) from error
-    return [Failure(name, reason) for name, reason in rows]
-
-
 class BadFiles:
     """The files of a run that did not decode: each once, in a list on disk."""
 
     def __init__(
         self, path: Path, *, num_files: int, max_bad_share: float, writes: bool = True
     ) -> None:
-        """``writes``: of several processes that note the same failures, one writes them down."""
+        """Open the list, CSV with the columns path and reason, if there is one.
+
+        ``writes``: of several processes that note the same failures, one writes them down.
+
+        Raises:
+            OSError: it cannot be read, or is no such list.
+        """
         self._path = path
         self._writes = writes
         self._num_files = num_files
         self._max_bad_share = max_bad_share
-        self.failures = {failure.path: failure for failure in read_failures(path)}
+        self.failures: dict[str, Failure] = {}
         """By path."""
+        try:
+            if path.exists():
+                with path.open(newline="", **TEXT) as file:
+                    rows = [row for row in csv.reader(file) if len(row) == 2][1:]
+                self.failures = {name: Failure(name, reason) for name, reason in rows}
+        except csv.Error as error:
+            raise OSError(
+                f"{path} is no list of bad files ({error}); delete it: they are found again"
+            ) from error
 
     def __len__(self) -> int:
         return len(self.failures)

@@ -21,7 +21,7 @@ def harmless(cell: object) -> object:
     return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell
 
 
-class Console:
+class SafeOutput:
     """Standard output without control characters; the program continues if nobody reads it."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -50,11 +50,11 @@ class Console:
 
 
 @contextmanager
-def console() -> Iterator[None]:
-    """Print through a :class:`Console`; where a stream was closed before the start, nowhere."""
+def safe_output() -> Iterator[None]:
+    """Print through :class:`SafeOutput`; where a stream was closed before the start, nowhere."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123 - until the end
-    stream: Any = Console(sys.stdout)
+    stream: Any = SafeOutput(sys.stdout)
     with redirect_stdout(stream):
         yield

@@ -28,11 +28,6 @@ def write_single_file(
     file: Path, tensors: Mapping[str, Tensor], name: str, kind: str, texts: Mapping[str, str]
 ) -> None:
     """Write one model. ``name``: of its file in a folder; ``kind``: what it is, in words."""
-    odd = [text for text in texts if text not in TEXTS]
-    if odd or name not in NAMES:
-        raise ValueError(
-            f"a single file has the texts {TEXTS} and weights of {NAMES}, got {odd} and {name}"
-        )
     on_cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     metadata = {"format": "pt", "kind": f"{KIND} {kind}", "weights": name, **texts}
     save_file(on_cpu, file, metadata=metadata)
@@ -50,17 +45,6 @@ def as_folder(path: Path) -> Iterator[Path]:
         return
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path} is no checkpoint of this package. {OF_ANOTHER_PROJECT}")
-    metadata = _metadata_of(path)
-    with tempfile.TemporaryDirectory(dir=temporary_folder()) as temporary:
-        folder = Path(temporary)
-        for text in TEXTS:
-            if text in metadata:
-                (folder / text).write_text(metadata[text], encoding="utf-8")
-        (folder / f"{metadata['weights']}.safetensors").symlink_to(path.resolve())
-        yield folder
-
-
-def _metadata_of(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as stored:
             metadata: dict[str, str] = stored.metadata() or {}
@@ -73,4 +57,10 @@ def _metadata_of(path: Path) -> dict[str, str]:
             f"that it lies in, or make one file of it all:\n"
             f"  python tools/weights.py export FOLDER FILE.safetensors --to file"
         )
-    return metadata
+    with tempfile.TemporaryDirectory(dir=temporary_folder()) as temporary:
+        folder = Path(temporary)
+        for text in TEXTS:
+            if text in metadata:
+                (folder / text).write_text(metadata[text], encoding="utf-8")
+        (folder / f"{metadata['weights']}.safetensors").symlink_to(path.resolve())
+        yield folder

@@ -11,6 +11,7 @@ from pathlib import Path
 from hpm_video.config.choices import DecoderChoice
 from hpm_video.data.manifest import Listing, ManifestError, read_listing
 from hpm_video.decoding.locations import is_frame_folder, is_image
+from hpm_video.files.failures import Failure
 from hpm_video.preparation.check import examine
 from hpm_video.preparation.findings import (
     OF_THE_MANIFEST,
@@ -20,7 +21,7 @@ from hpm_video.preparation.findings import (
     stamp_of,
 )
 from hpm_video.preparation.jobs import Journal, paced, run_jobs
-from hpm_video.workers.pool import GIB, Limits, Lost
+from hpm_video.workers.pool import Limits
 from hpm_video.workers.progress_bar import ProgressBar
 
 IMAGE_DECODER = "pillow"
@@ -33,19 +34,18 @@ _REMEDIES = {  # by a part of the reason
 
 
 class FindingJournal(Journal):
-    """Journal of a check: the finding of each file."""
+    """Journal of a check: the finding of each file, unless it exceeded the limits of this start."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.findings: dict[str, Finding] = {}
         for record in self.read():
             with contextlib.suppress(KeyError, ValueError, TypeError):  # of another version
-                limits = tuple(record["limits"]) if record["limits"] else None
-                self.findings[record["file"]] = replace(Finding.of(record), limits=limits)
+                if not record.get("limits"):  # as earlier versions noted them
+                    self.findings[record["file"]] = Finding.of(record)
 
     def note(self, file: str, finding: Finding) -> None:
-        """Append the finding of a file."""
-        self.append({"file": file, "limits": finding.limits, **finding.cells()})
+        self.append({"file": file, **finding.cells()})
 
 
 @dataclass(frozen=True)
@@ -57,47 +57,34 @@ class Checker:
     decoder: DecoderChoice = "auto"
     seconds_in_all: float = 3600.0  # per file; ``limits`` has the seconds without a further frame
 
-    def __call__(self, file: str) -> Iterator[Finding | None]:
-        """Check a file."""
+    def __call__(self, file: str) -> Iterator[Finding | Failure | None]:
         end = time.monotonic() + self.seconds_in_all
         for result in paced(examine(file, self.decoder)):
             if result is None and time.monotonic() > end:
-                yield self.given_up(file, f"it took longer than {self.seconds_in_all:g} s in all")
+                yield Failure(file, f"it took longer than {self.seconds_in_all:g} s in all")
                 return
             yield result
-
-    @property
-    def allowed(self) -> tuple[float, float, float]:
-        """Limits of a file: seconds without a further frame, GiB, and seconds in all."""
-        return self.limits.seconds, self.limits.memory / GIB, self.seconds_in_all
-
-    def accepts(self, finding: Finding) -> bool:
-        """Whether it would have the same finding of an unchanged file."""
-        same_limits = finding.limits in (None, self.allowed)
-        return finding.decoder in (self.decoder, IMAGE_DECODER) and same_limits
 
     def unchanged(self, files: Iterable[str], known: Mapping[str, Finding]) -> dict[str, Finding]:
         """Return the known findings that still hold, which need not be decoded again."""
         there = {file: known[file] for file in files if file in known}
+        decoders = (self.decoder, IMAGE_DECODER)
         return {
             file: finding
             for file, finding in there.items()
-            if self.accepts(finding) and finding.stamp == stamp_of(file)
+            if finding.decoder in decoders and finding.stamp == stamp_of(file)
         }
 
-    def finding(self, file: str, result: Finding | Lost) -> Finding:
-        """Return the finding of a file, whose process may have been lost."""
-        if isinstance(result, Lost):
-            late = f"no further frame came in {self.limits.seconds:g} s"
-            result = self.given_up(file, late if "took longer" in result.reason else result.reason)
+    def finding(self, file: str, result: Finding | Failure) -> Finding:
+        """Return the finding of a file, which may have exceeded its limits."""
+        if isinstance(result, Failure):
+            reason = result.reason
+            if "took longer" in reason and "in all" not in reason:
+                reason = f"no further frame came in {self.limits.seconds:g} s"
+            remedy = next(what for part, what in _REMEDIES.items() if part in reason)
+            result = Finding("bad", (f"{reason}: {remedy}",), **vars(stamp_of(file)))
         is_still = is_image(file) or is_frame_folder(file)
         return replace(result, decoder=IMAGE_DECODER if is_still else self.decoder)
-
-    def given_up(self, file: str, reason: str) -> Finding:
-        """Return the finding that a file exceeded its limits."""
-        remedy = next(what for part, what in _REMEDIES.items() if part in reason)
-        found = Finding("bad", (f"{reason}: {remedy}",), limits=self.allowed)
-        return replace(found, **vars(stamp_of(file)))
 
 
 def check_files(
@@ -113,7 +100,8 @@ def check_files(
     ):
         for file, result in results:
             found[file] = check.finding(file, result)
-            journal.note(file, found[file])
+            if not isinstance(result, Failure):
+                journal.note(file, found[file])
             num_bad += found[file].verdict == "bad"
             bar.advance(note=f"{num_bad} bad")
     return found
@@ -141,13 +129,13 @@ def find_rows(listing: Listing, found: Mapping[str, Finding]) -> Iterator[Findin
     paths, labels, counts = map(listing.column, ("path", "label", "num_frames"))
     sections = [*zip(listing.column("start"), listing.column("end"), strict=True)]
     for row, file in enumerate(listing.files):
-        finding = found[file]
+        finding, doubts, stated = found[file], list[str](), 0
         if finding.verdict == "bad":
             yield finding
             continue
-        doubts = []
-        stated = _count_of(counts[row])
-        if finding.num_frames and stated and stated != finding.num_frames:
+        with contextlib.suppress(ValueError, OverflowError):
+            stated = int(float(counts[row]))  # pandas writes 3.0 beside empty cells
+        if finding.num_frames and stated > 0 and stated != finding.num_frames:
             doubts.append(f"said {stated} frames, there are {finding.num_frames}: corrected")
         alike = different[finding.content, sections[row]] if finding.content else []
         same = next((each for each in alike if same_content(file, listing.files[each])), None)
@@ -163,11 +151,3 @@ def find_rows(listing: Listing, found: Mapping[str, Finding]) -> Iterator[Findin
             reasons = (*finding.reasons, *(OF_THE_MANIFEST + doubt for doubt in doubts))
             finding = replace(finding, verdict="suspicious", reasons=reasons)
         yield finding
-
-
-def _count_of(cell: str) -> int:
-    """Parse a number of frames, 0 if empty. Pandas writes 3.0 beside empty cells."""
-    try:
-        return max(int(float(cell)), 0)
-    except (ValueError, OverflowError):
-        return 0

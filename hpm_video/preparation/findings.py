@@ -85,7 +85,7 @@ def _pieces(file: str) -> Iterator[bytes]:
 class Finding:
     """Properties and verdict of a file; none where unknown.
 
-    Each but ``limits`` is a column of a manifest, see ``tools/check_videos.py``.
+    Each is a column of a manifest, see ``tools/check_videos.py``.
     """
 
     verdict: Verdict
@@ -103,11 +103,9 @@ class Finding:
     modified: str = ""
     content: str = ""
     decoder: str = ""
-    limits: tuple[float, ...] | None = None  # exceeded: seconds without a frame, GiB, seconds
 
     @property
     def stamp(self) -> Stamp:
-        """Stamp of the file when it was checked."""
         return Stamp(self.bytes, self.modified)
 
     def cells(self) -> dict[str, str]:
@@ -140,9 +138,7 @@ class Finding:
 
 _TEXT = ("codec", "pixel_format", "modified", "content", "decoder")
 _DIGITS = {"duration": 3, "fps": 4}  # decimal places of the columns of real numbers
-_OF_A_FILE = tuple(
-    each.name for each in fields(Finding) if each.name not in ("verdict", "reasons", "limits")
-)
+_OF_A_FILE = tuple(each.name for each in fields(Finding)[2:])
 COLUMNS = (*_OF_A_FILE, "verdict", "reason")  # columns that a check appends to a manifest
 
 

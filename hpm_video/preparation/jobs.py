@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hpm_video.decoding.reader import DecodeError
-from hpm_video.files.atomic import remove_unfinished, written_beside
+from hpm_video.files.atomic import remove_unfinished, write_json, written_beside
 from hpm_video.files.errors import ExpectedError
 from hpm_video.files.failures import Failure
 from hpm_video.files.printing import harmless
@@ -54,20 +54,16 @@ def attempt(steps: Steps[Result], place: str, temporary: str) -> Iterator[Result
 
     ``temporary``: a file that is deleted if it is left.
     """
-
-    def guarded() -> Steps[Result | Failure]:
-        remove(temporary)  # of an attempt whose process was lost
-        try:
-            return (yield from steps)
-        except MemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - native libraries raise anything
-            is_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
-            return (DiskFailure if is_disk else Failure)(place, reason_of(error))
-        finally:
-            remove(temporary)
-
-    return paced(guarded())
+    remove(temporary)  # of an attempt whose process was lost
+    try:
+        yield from paced(steps)
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - native libraries raise anything
+        is_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
+        yield (DiskFailure if is_disk else Failure)(place, reason_of(error))
+    finally:
+        remove(temporary)
 
 
 class Journal:
@@ -78,10 +74,11 @@ class Journal:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+", encoding="utf-8")
+        self.close = self._file.close
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            self._file.close()
+            self.close()
             raise BlockingIOError(
                 f"another program writes to {path}: wait for its end, or name another output"
             ) from error
@@ -101,13 +98,8 @@ class Journal:
         return records
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write a record."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-
-    def close(self) -> None:
-        """Release the journal."""
-        self._file.close()
 
 
 def claim(
@@ -146,8 +138,7 @@ def claim(
         )
     journal = Journal(folder / JOURNAL)
     remove_unfinished(folder)
-    with written_beside(path) as beside:
-        beside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    write_json(path, settings)
     return journal
 
 

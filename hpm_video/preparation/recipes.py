@@ -8,7 +8,7 @@ import argparse
 import csv
 import io
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from hpm_video.data.manifest import UNLABELLED
 from hpm_video.data.places import unwritable
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.errors import ExpectedError
-from hpm_video.files.printing import console, printable
+from hpm_video.files.printing import printable, safe_output
 from hpm_video.files.wording import counted
 from hpm_video.preparation.sources import Kind, RecipeError, Split, Videos, stem
 
@@ -35,7 +35,7 @@ class Prepared(NamedTuple):
     notes: Sequence[str] = ()  # further lines of the report
 
 
-@console()
+@safe_output()
 def run_recipe(
     about: str | None,
     script: str,
@@ -111,44 +111,35 @@ def write(output: Path, names: Sequence[str], splits: Sequence[Split]) -> None:
     """
     content = {"labels.txt": "".join(f"{name}\n" for name in names)}
     for split in splits:
+        stream = io.StringIO(newline="")
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for clip, file in split.found:
+            if why := unwritable(str(file)):
+                raise RecipeError(f"the name of the file {str(file)!r} {why}. Rename it")
+            path = file.relative_to(output) if file.is_relative_to(output) else file
+            known = ("", "") if clip.label == UNLABELLED else (clip.label, names[clip.label])
+            writer.writerow((path, *known))
         content[f"missing_{split.name}.txt"] = "".join(f"{clip.name}\n" for clip in split.missing)
-        content[f"{split.name}.csv"] = _manifest_text(output, names, split)
-    for file in (str(file) for split in splits for _, file in split.found):
-        if why := unwritable(file):
-            raise RecipeError(f"the name of the file {file!r} {why}. Rename it")
+        content[f"{split.name}.csv"] = stream.getvalue()
     labels = output / "labels.txt"
-    if labels.exists() and labels.read_bytes() != content[labels.name].encode():
-        _check_other_manifests(output, content)
+    others = [path for path in sorted(output.glob("*.csv")) if path.name not in content]
+    same = not labels.exists() or labels.read_bytes() == content[labels.name].encode()
+    for path in others if not same else ():
+        with path.open("rb") as stream_of_other:
+            is_manifest = stream_of_other.readline() == (",".join(COLUMNS) + "\n").encode()
+        if is_manifest:
+            raise RecipeError(
+                f"{path} has the numbers of {labels}, which names other classes than this run. "
+                "Prepare all splits at once, name another folder by --output, or delete that "
+                "manifest"
+            )
     for name, text in content.items():
         if not text:
             (output / name).unlink(missing_ok=True)  # no file is missing any more
             continue
         with written_beside(output / name) as beside:
             beside.write_text(text, encoding="utf-8", newline="")
-
-
-def _manifest_text(output: Path, names: Sequence[str], split: Split) -> str:
-    stream = io.StringIO(newline="")
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for clip, file in split.found:
-        path = file.relative_to(output) if file.is_relative_to(output) else file
-        known = ("", "") if clip.label == UNLABELLED else (clip.label, names[clip.label])
-        writer.writerow((path, *known))
-    return stream.getvalue()
-
-
-def _check_other_manifests(output: Path, written: Iterable[str]) -> None:
-    """Make sure that no other manifest there numbers the classes differently."""
-    for path in sorted(output.glob("*.csv")):
-        with path.open("rb") as stream:
-            is_manifest = stream.readline() == (",".join(COLUMNS) + "\n").encode()
-        if is_manifest and path.name not in written:
-            raise RecipeError(
-                f"{path} has the numbers of {output / 'labels.txt'}, which names other classes "
-                "than this run. Prepare all splits at once, name another folder by --output, or "
-                "delete that manifest"
-            )
 
 
 def report(output: Path, prepared: Prepared, kind: Kind) -> str:

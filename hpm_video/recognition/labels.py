@@ -23,18 +23,24 @@ def read_label_names(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def check_labels(manifest: Manifest, num_classes: int, what: str) -> None:
-    """Make sure that every video has a class.
+def check_classes(manifest: Manifest, names: Sequence[str], what: str) -> None:
+    """Make sure that every video has a class, and that the manifest numbers them as ``names`` does.
 
     Raises:
-        ManifestError: one has none, or one beyond ``num_classes``.
+        ManifestError: a video has none, or one beyond ``names``, or a class has another name.
     """
     for file, label in zip(manifest.files, manifest.labels, strict=True):
-        if not 0 <= label < num_classes:
+        if not 0 <= label < len(names):
             has = "no label" if label < 0 else f"label {label}"
             raise ManifestError(
-                f"{what} need labels from 0 to {num_classes - 1}, but {file} has {has}; give a "
+                f"{what} need labels from 0 to {len(names) - 1}, but {file} has {has}; give a "
                 f"manifest with a column label, or a folder of class folders"
+            )
+    for label, (own, other) in enumerate(zip(names, manifest.label_names or (), strict=False)):
+        if own != other and str(label) not in (own, other):
+            raise ManifestError(
+                f"class {label} is {own!r} for training and {other!r} in the validation manifest; "
+                f"both must number the classes alike"
             )
 
 
@@ -73,26 +79,11 @@ def names_of_both(train: Manifest, validation: Manifest) -> tuple[str, ...]:
             "the training videos are all of one class, or have no labels; give at least two classes"
         )
     names = with_numbers(train.label_names or (), count)
-    check_labels(train, len(names), "the training videos")
-    check_labels(validation, len(names), "the validation videos")
-    check_same_names(names, validation)
+    check_classes(train, names, "the training videos")
+    check_classes(validation, names, "the validation videos")
     return names
 
 
 def with_numbers(names: tuple[str, ...], count: int) -> tuple[str, ...]:
     """Return names of at least ``count`` classes: those without one get their number."""
     return names + tuple(str(label) for label in range(len(names), count))
-
-
-def check_same_names(names: Sequence[str], validation: Manifest) -> None:
-    """Make sure that a manifest numbers the classes as ``names`` does.
-
-    Raises:
-        ManifestError: a class has another name.
-    """
-    for label, (own, other) in enumerate(zip(names, validation.label_names or (), strict=False)):
-        if own != other and str(label) not in (own, other):
-            raise ManifestError(
-                f"class {label} is {own!r} for training and {other!r} in the validation manifest; "
-                f"both must number the classes alike"
-            )

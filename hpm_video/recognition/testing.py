@@ -1,6 +1,5 @@
 """Tests of a classifier on videos: each once, over all of its views, and none replaced."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,11 @@ from numpy.typing import NDArray
 
 from hpm_video.data.manifest import Manifest
 from hpm_video.data.reading import Views
-from hpm_video.files.atomic import written_beside
+from hpm_video.files.atomic import write_json
 from hpm_video.preparation.jobs import write_report
 from hpm_video.recognition.confusion import draw_confusion
 from hpm_video.recognition.inference import Inference, Reading, over_videos
-from hpm_video.recognition.labels import check_labels, check_same_names, numbered_as
+from hpm_video.recognition.labels import check_classes, numbered_as
 from hpm_video.recognition.trained_model import TrainedClassifier
 from hpm_video.training.distributed import Processes
 
@@ -73,8 +72,7 @@ def score_videos(
         ManifestError: a video has no label, or one that the classifier does not know.
     """
     manifest = numbered_as(label_names, manifest)
-    check_labels(manifest, len(label_names), "the videos of the test")
-    check_same_names(label_names, manifest)
+    check_classes(manifest, label_names, "the videos of the test")
     clips = reading.clips(manifest, classifier.data, views)
     values, per_pass = classifier.probabilities, classifier.clips_per_pass
     return Scores(manifest, over_videos(values, clips, reading, processes, per_pass))
@@ -144,8 +142,7 @@ def write_results(
         folder / "confusion.png",
         title=str(folder),  # run, checkpoint, weights, views and list, unless the user named it
     )
-    with written_beside(folder / "result.json") as path:
-        path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(folder / "result.json", result)
 
 
 def confusion_counts(scores: Scores) -> NDArray[np.int64]:

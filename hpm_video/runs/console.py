@@ -22,7 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from hpm_video.config.data import DataConfig
 from hpm_video.decoding.registry import decoder_choices
 from hpm_video.files.errors import ExpectedError
-from hpm_video.files.printing import console, printable
+from hpm_video.files.printing import printable, safe_output
 from hpm_video.training.stop import Interrupted
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ EXIT_CODES = (
 )
 
 
-@console()
+@safe_output()
 def run(command: Callable[[], None]) -> int:
     """Run ``command``, and report errors. -> the exit code, see ``EXIT_CODES``"""
     from torch import OutOfMemoryError

@@ -207,8 +207,7 @@ def find_label_names(config: FinetuneConfig, data: SourceData) -> tuple[str, ...
         )
     for manifest, key in (data.train, "data.train"), (data.validation, "data.validation"):
         if manifest is not None:
-            labels.check_labels(manifest, len(names), f"the videos of {key}")
-            labels.check_same_names(names, manifest)
+            labels.check_classes(manifest, names, f"the videos of {key}")
     used = set(data.train.labels)
     if without := [name for label, name in enumerate(names) if label not in used]:
         log.warning("no training video of %d classes: %s", len(without), ", ".join(without[:10]))

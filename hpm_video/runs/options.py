@@ -11,9 +11,15 @@ from hpm_video.files.wording import counted, plural
 from hpm_video.runs.console import add_options, positive
 
 if TYPE_CHECKING:
+    from hpm_video.data.manifest import Manifest
     from hpm_video.data.reading import Views
     from hpm_video.recognition.inference import Inference, Reading
-    from hpm_video.recognition.trained_model import ClipChoice, Trained, TrainedModel
+    from hpm_video.recognition.trained_model import (
+        ClipChoice,
+        Trained,
+        TrainedClassifier,
+        TrainedModel,
+    )
 
 
 def add_model_options(
@@ -74,6 +80,25 @@ def open_inference(
     device, precision = choose_device(arguments.device, processes), arguments.precision
     chosen = inference_precision(device) if precision == "auto" else precision
     return trained, Inference.load(trained, device, chosen)
+
+
+def open_classifier(
+    arguments: argparse.Namespace, manifest: Manifest, processes: int = 1
+) -> tuple[TrainedClassifier, Inference, Views, str]:
+    """Open the classifier that the arguments name. -> with the views, and the pass in words
+
+    Raises:
+        CheckpointError, ConfigError, DecoderError, DeviceError: it cannot be used here.
+    """
+    from hpm_video.data.clips import decoder_for
+    from hpm_video.data.reading import Views
+    from hpm_video.recognition.trained_model import TrainedClassifier
+
+    decoder_for(arguments.decoder, manifest)
+    trained, classifier = open_inference(arguments, TrainedClassifier, processes)
+    test = trained.config.test
+    views = Views(*arguments.views or (test.clips, test.crops))
+    return trained, classifier, views, describe_pass(len(manifest), views, trained, classifier)
 
 
 def reading_of(arguments: argparse.Namespace, *, exclude_bad_files: bool = False) -> Reading:

@@ -43,7 +43,7 @@ from hpm_video.training.objective import Objective
 from hpm_video.training.optim import Tensors, make_adamw, parameter_groups
 from hpm_video.training.progress import Progress
 from hpm_video.training.run import Evaluation
-from hpm_video.weights.image_tower import read_image_tower
+from hpm_video.weights.recognise import read_image_tower
 
 log = logging.getLogger(__name__)
 

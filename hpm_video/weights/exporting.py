@@ -2,22 +2,21 @@
 
 import json
 import logging
-import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from hpm_video.files.atomic import write_json
 from hpm_video.files.single_file import write_single_file
 from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition.trained_model import TrainedModel, open_trained
 from hpm_video.weights import express, verify
 from hpm_video.weights.express import Expressed, To
 from hpm_video.weights.families import licence_of
-from hpm_video.weights.importing import import_weights, staged, texts_of, write_json
+from hpm_video.weights.importing import import_weights, staged, texts_of
 from hpm_video.weights.inspect import describe_left_out
 from hpm_video.weights.verify import ParityReport, against, is_installed
 
@@ -26,24 +25,20 @@ LARGEST_ONNX = 1_900_000_000
 TO_INSTALL = ("onnx", "onnxscript", "onnxruntime")
 
 
-def _write_own(model: TrainedModel, _: Expressed, file: Path) -> list[str]:
-    write_single_file(file, model.tensors, model.file, model.kind, texts_of(model))
-    return []
-
-
-def _write_transformers(model: TrainedModel, expressed: Expressed, folder: Path) -> list[str]:
+def _write_transformers(model: TrainedModel, expressed: Expressed, folder: Path) -> None:
     if not is_installed("transformers"):
         raise CheckpointError("it writes such a folder itself: pip install transformers")
     kind, data = expressed.family.transformers_class, model.config.data
-    of_clips, (height, width) = kind.startswith("VideoMAE"), data.frame_size
+    (height, width), short_side = data.frame_size, data.validation_short_side
     config = express.transformers_config(model, kind)
     made: Any = verify.of_transformers(kind, None, config, expressed.tensors)
     made.save_pretrained(folder)
+    # Bit's resizes the shorter side and cuts out the middle, ViT's own resizes to a square.
+    processor = "VideoMAE" if kind.startswith("VideoMAE") else "Bit"
     preprocessor = {
-        # Bit's resizes the shorter side and cuts out the middle, ViT's own resizes to a square.
-        "image_processor_type": f"{'VideoMAE' if of_clips else 'Bit'}ImageProcessor",
+        "image_processor_type": f"{processor}ImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": data.validation_short_side or max(height, width)},
+        "size": {"shortest_edge": short_side or max(height, width)},
         "resample": {"bilinear": 2, "bicubic": 3}[data.interpolation],  # PIL's numbers
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
@@ -54,10 +49,9 @@ def _write_transformers(model: TrainedModel, expressed: Expressed, folder: Path)
         "image_std": list(data.std),
     }
     write_json(folder / "preprocessor_config.json", preprocessor)
-    return []
 
 
-def _write_timm(model: TrainedModel, expressed: Expressed, folder: Path) -> list[str]:
+def _write_timm(model: TrainedModel, expressed: Expressed, folder: Path) -> None:
     import timm
 
     logging.getLogger("timm").setLevel(logging.WARNING)
@@ -80,42 +74,33 @@ def _write_timm(model: TrainedModel, expressed: Expressed, folder: Path) -> list
     names = {"model_config": {"label_names": list(model.label_names)}} if model.label_names else {}
     options: dict[str, Any] = {"model_args": arguments, "safe_serialization": True} | names
     timm.models.save_for_hf(theirs, str(folder), **options)
-    return []
 
 
-def _write_pickle(model: TrainedModel, expressed: Expressed, file: Path) -> list[str]:
+def _write_pickle(model: TrainedModel, expressed: Expressed, file: Path) -> None:
     """Write plain values alone: the weights, and the facts of a run. HPM has a teacher too."""
-    facts, notes = express.facts_of(model), list[str]()
-    content: dict[str, Any] = {"model": expressed.tensors, "args": facts}
+    content: dict[str, Any] = {"model": expressed.tensors, "args": express.facts_of(model)}
     if expressed.family.name == "hpm":
         teacher = model.tensors if model.teacher is None else model.teacher
         second = express.express(replace(model, held=teacher), "hpm")
         student = {f"module.{name}": value for name, value in expressed.tensors.items()}
-        content = {"state_dict": student, "ema_state_dict": second.tensors}
-        content |= {"model": model.kind, "args": facts}
-        values = model.config.model.channels * math.prod(model.config.model.patch_size)
-        notes.append(
-            f"the one output of the loss predictor is written {values} times, as the official "
-            f"model has it, which averages them: the same score but for rounding"
-            + ("; it has no teacher: that is a copy" if model.teacher is None else "")
-        )
+        content |= {"state_dict": student, "ema_state_dict": second.tensors, "model": model.kind}
     torch.save(content, file)
-    return notes
 
 
-def _write_onnx(model: TrainedModel, _: Expressed, file: Path) -> list[str]:
+def _write_onnx(model: TrainedModel, _: Expressed, file: Path) -> None:
     """Write a classifier as a program for onnxruntime: clips -> logits, of any number of clips."""
     if missing := [name for name in TO_INSTALL[:2] if not is_installed(name)]:
         raise CheckpointError(
             f"to write ONNX needs {' and '.join(missing)}: pip install {' '.join(TO_INSTALL)}"
         )
+    clips = torch.zeros(2, model.config.model.channels, *model.config.data.clip_size)
     logging.disable(logging.WARNING)  # the exporter's messages on its steps and deprecations
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program: Any = torch.onnx.export(
                 model.build(),
-                (torch.zeros(2, model.config.model.channels, *model.config.data.clip_size),),
+                (clips,),
                 input_names=["clips"],
                 output_names=["logits"],
                 dynamic_shapes={"clips": {0: torch.export.Dim("batch", min=1)}},
@@ -125,15 +110,11 @@ def _write_onnx(model: TrainedModel, _: Expressed, file: Path) -> list[str]:
             )
     finally:
         logging.disable(logging.NOTSET)
-    facts = {
-        "kind": model.kind,
-        "labels": list(model.label_names),
-        "clips": express.facts_of(model),
-    }
+    facts = {"labels": list(model.label_names), "clips": express.facts_of(model)}
+    facts |= {"kind": model.kind}
     program.model.metadata_props.update({name: json.dumps(each) for name, each in facts.items()})
     size = sum(tensor.nbytes for tensor in model.tensors.values())
     program.save(file, external_data=size > LARGEST_ONNX)
-    return []
 
 
 def _check_onnx(model: TrainedModel, file: Path) -> ParityReport:
@@ -150,15 +131,6 @@ def _check_onnx(model: TrainedModel, file: Path) -> ParityReport:
     return against(outputs, model, f"onnxruntime {onnxruntime.__version__}", clips=3)
 
 
-def _check_pickle(model: TrainedModel, file: Path) -> ParityReport:
-    """Read a file of another project with our importer, and compare that with a library's."""
-    imported = import_weights(file)
-    other, back = verify.compare(imported), imported.model.build()
-    report = against(back, model, f"our importer and {other.with_what}", of="{} read back")
-    found = (*report.differences, *other.differences)
-    return replace(other, with_what=report.with_what, differences=found)
-
-
 def _check(to: To, model: TrainedModel, expressed: Expressed, out: Path) -> ParityReport:
     """Load what was written back, and compare it with the model."""
     if to == "onnx":
@@ -171,42 +143,34 @@ def _check(to: To, model: TrainedModel, expressed: Expressed, out: Path) -> Pari
     if to == "file":
         back = open_trained(out, TrainedModel, model.weights).build()
         return against(back, model, "this package, from the file alone")
-    return _check_pickle(model, out)
+    # What our importer reads is compared with the model, and with a library's.
+    imported = import_weights(out)
+    other, back = verify.compare(imported), imported.model.build()
+    report = against(back, model, f"our importer and {other.with_what}", of="{} read back")
+    found = (*report.differences, *other.differences)
+    return replace(other, with_what=report.with_what, differences=found)
 
 
 class Format(NamedTuple):
     """A format that models are exported to; ``ending`` is empty where it is a folder."""
 
     title: str
-    ending: str
-    write: Callable[[TrainedModel, Expressed, Path], list[str]]
-    """Returns notes on what it does not hold, or holds otherwise."""
+    ending: str = ""
 
 
 FORMATS: dict[To, Format] = {
     "transformers": Format(
-        "a folder of transformers: VideoMAE, or of images with a class token ViTMAE or ViT",
-        "",
-        _write_transformers,
+        "a folder of transformers: VideoMAE, or of images with a class token ViTMAE or ViT"
     ),
-    "timm": Format(
-        "a folder of timm, of images: a classifier or the encoder alone", "", _write_timm
-    ),
+    "timm": Format("a folder of timm, of images: a classifier or the encoder alone"),
     "mae": Format(
         "a file with MAE's names, of images: what ViTDet in Detectron2 and MMSegmentation read",
         ".pth",
-        _write_pickle,
     ),
-    "videomae": Format("a file with VideoMAE's names", ".pth", _write_pickle),
-    "hpm": Format(
-        "a file of official HPM, of images: student, teacher and loss predictor",
-        ".pth",
-        _write_pickle,
-    ),
-    "onnx": Format("a program for onnxruntime, of a classifier", ".onnx", _write_onnx),
-    "file": Format(
-        "one file of this package: weights, config and labels", ".safetensors", _write_own
-    ),
+    "videomae": Format("a file with VideoMAE's names", ".pth"),
+    "hpm": Format("a file of official HPM, of images: student, teacher and loss predictor", ".pth"),
+    "onnx": Format("a program for onnxruntime, of a classifier", ".onnx"),
+    "file": Format("one file of this package: weights, config and labels", ".safetensors"),
 }
 
 
@@ -217,7 +181,6 @@ class Exported:
     expressed: Expressed
     parity: ParityReport
     files: tuple[Path, ...]
-    notes: tuple[str, ...]
     lines: list[str]
 
 
@@ -247,18 +210,22 @@ def export(
     model = replace(model, held=model.tensors)
     expressed, parity = express.express(model, to), verify.NOT_ASKED
     with staged(out) as writing:
-        more = chosen.write(model, expressed, writing / out.name)
-        notes = (*expressed.notes, *more)
+        there = writing / out.name
+        if to == "file":
+            write_single_file(there, model.tensors, model.file, model.kind, texts_of(model))
+        else:
+            folders = {"transformers": _write_transformers, "timm": _write_timm}
+            (folders | {"onnx": _write_onnx}).get(to, _write_pickle)(model, expressed, there)
         if not skip:
             wrong = "what was exported computes something else than our model, and is not kept"
-            parity = _check(to, model, expressed, writing / out.name).judged(wrong, tolerance)
+            parity = _check(to, model, expressed, there).judged(wrong, tolerance)
         table = parity.as_table() | {
             "format": to,
             "checkpoint": str(model.path.absolute()),
             "weights": model.weights,
             "update": model.update,
             "left_out": expressed.left_out,
-            "remarks": notes,
+            "remarks": expressed.notes,
             "licence": licence,
         }
         write_json(writing / parity_file.relative_to(out.parent), table)
@@ -266,9 +233,9 @@ def export(
     lines = [
         f"{model.kind} as {chosen.title}",
         *describe_left_out(expressed.left_out),
-        *notes,
+        *expressed.notes,
         *parity.lines(),
         f"licence: {licence}",
         f"wrote {', '.join(map(str, files))}",
     ]
-    return Exported(expressed, parity, files, notes, lines)
+    return Exported(expressed, parity, files, lines)

@@ -1,5 +1,6 @@
 """Models of ours as those of other projects: tensors, and the configs beside them."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -124,9 +125,13 @@ def express(model: TrainedModel, to: To) -> Expressed:
 
 def by_names_of(family: Family, model: TrainedModel) -> Expressed:
     """Return a model by the names of a family, whether or not this has such models."""
-    tensors, notes = dict(model.tensors), []
-    if model.pooling == "batch_norm":
-        _fold_batch_norm(tensors)
+    tensors, notes = dict(model.tensors), list[str]()
+    if model.pooling == "batch_norm":  # a head alone computes the same in use
+        names = ("running_mean", "running_var", "num_batches_tracked")
+        mean, var, _ = (tensors.pop(f"head_norm.{name}").double() for name in names)
+        weight = tensors["head.weight"].double() / (var + BATCH_NORM_EPS).sqrt()
+        tensors["head.bias"] = (tensors["head.bias"].double() - weight @ mean).float()
+        tensors["head.weight"] = weight.float()
         notes.append("the batch norm before the head is folded into the head")
     if family.conventions == "mae":
         first = int(model.config.model.class_token)
@@ -138,6 +143,13 @@ def by_names_of(family: Family, model: TrainedModel) -> Expressed:
     reasons = {name: _no_place(family, name, value) for name, value in tensors.items()}
     kept = {name: tensors[name] for name, why in reasons.items() if why in ("", NO_KEY_BIAS)}
     left_out = {name: why for name, why in reasons.items() if why and name not in TABLES}
+    if family.name == "hpm":
+        count = model.config.model.channels * math.prod(model.config.model.patch_size)
+        notes.append(
+            f"the one output of the loss predictor is written {count} times, as the official model "
+            f"has it, which averages them: the same score but for rounding"
+            + ("; it has no teacher: that is a copy" if model.teacher is None else "")
+        )
     return Expressed(family, family.write(kept), left_out, tuple(notes))
 
 
@@ -149,15 +161,6 @@ def _no_place(family: Family, name: str, value: Tensor) -> str:
         return "it belongs to the decoder, and this is an encoder"
     keys = name.endswith(".attn.qkv.bias") and not family.key_bias and value.chunk(3)[1].any()
     return NO_KEY_BIAS if keys else ""
-
-
-def _fold_batch_norm(tensors: Tensors) -> None:
-    """Make a head behind a batch norm a head alone, which computes the same in use."""
-    names = [f"head_norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")]
-    mean, var, _ = (tensors.pop(name).double() for name in names)
-    weight = tensors["head.weight"].double() / (var + BATCH_NORM_EPS).sqrt()
-    tensors["head.bias"] = (tensors["head.bias"].double() - weight @ mean).float()
-    tensors["head.weight"] = weight.float()
 
 
 # --- What lies beside the tensors -----------------------------------------------------------------

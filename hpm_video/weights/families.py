@@ -78,13 +78,6 @@ class Family:
             ours.append(f"{SCORE}weight")
         return {self.names(name)[0] for name in ours}
 
-    def fits(self, tensors: Tensors) -> bool:
-        """Whether tensors with these names may be of this family."""
-        marked = tensors.keys() >= self.marks
-        # No VideoMAE has a class token; by their names alone some models of ours might be one.
-        strange = self.conventions == "videomae" and "cls_token" in tensors
-        return marked and not strange and tensors[self.names(KERNEL)[0]].ndim == self.axes
-
     def read(self, stored: Tensors) -> "State":
         """Return the tensors of a file by our names, copied, in single precision.
 
@@ -167,7 +160,6 @@ class State:
         return self.names.get(name) or self.family.names(name)[0]
 
     def leave_out(self, beginnings: tuple[str, ...], why: str) -> None:
-        """Take out tensors by how their names begin."""
         for name in [each for each in self.tensors if each.startswith(beginnings)]:
             del self.tensors[name]
             self.left_out[self.called(name)] = why
@@ -186,14 +178,10 @@ def _check_numbers(name: str, value: Tensor) -> None:
 
 def renamed(name: str, beginnings: Pairs, inner: Pairs) -> str:
     """Return a name with the first beginning and the first part within that fit replaced."""
-    for old, new in beginnings:
-        if name.startswith(old):
-            name = new + name.removeprefix(old)
-            break
-    for old, new in inner:
-        if old in name:
-            return name.replace(old, new, 1)
-    return name
+    old, new = next((pair for pair in beginnings if name.startswith(pair[0])), ("", ""))
+    name = new + name.removeprefix(old)
+    old, new = next((pair for pair in inner if pair[0] in name), ("", ""))
+    return name.replace(old, new, 1)
 
 
 # --- The table ------------------------------------------------------------------------------------
@@ -329,3 +317,15 @@ _TABLE: tuple[Family, ...] = (
     Family("ours", "pre-training with this package", "autoencoder", axes=5),
 )
 FAMILIES = {family.name: family for family in _TABLE}
+
+
+def families_of(tensors: Tensors) -> list[Family]:
+    """Return the most specific families that tensors fit. No VideoMAE has a class token."""
+    fit = [
+        family
+        for family in FAMILIES.values()
+        if tensors.keys() >= family.marks
+        and tensors[family.names(KERNEL)[0]].ndim == family.axes
+        and not (family.conventions == "videomae" and "cls_token" in tensors)
+    ]
+    return [family for family in fit if not any(family.marks < other.marks for other in fit)]

@@ -56,50 +56,41 @@ def read_source(path: Path) -> Source:
     Raises:
         CheckpointError: there is none, it is incomplete, or it holds objects that are not allowed.
     """
-    path = file = path.expanduser()
+    path = path.expanduser()
     if path.name in FILES_OF_A_FOLDER and (path.parent / "config.json").is_file():
         path = path.parent
-    if path.is_dir():
-        files = [path / name for name in FILES_OF_A_FOLDER if (path / name).is_file()]
-        if not files:
-            raise CheckpointError(
-                f"{path} holds no weights (none of {', '.join(FILES_OF_A_FOLDER)}); give a folder "
-                f"that save_pretrained wrote, in one file of weights, or that file itself"
-            )
-        file = files[0]
-    source = _sort(path, _read_file(file))
-    for entry, tensors in source.entries.items():
-        for name in (entry, *tensors):
-            if not name.isprintable():
-                raise CheckpointError(
-                    f"{path} has a tensor of the name {name!r}, with characters that control a "
-                    f"terminal; no model has such names"
-                )
-    if not path.is_dir():
-        return source
-    config, pixels = (_read_json(path / f"{n}.json") for n in ("config", "preprocessor_config"))
-    return replace(source, config=config, arguments=pixels)
-
-
-def _read_file(file: Path) -> object:
+    file = next((path / name for name in FILES_OF_A_FOLDER if (path / name).is_file()), path)
+    if file.is_dir():
+        raise CheckpointError(
+            f"{path} holds no weights (none of {', '.join(FILES_OF_A_FOLDER)}); give a folder that "
+            f"save_pretrained wrote, in one file of weights, or that file itself"
+        )
     if not file.is_file():
         raise CheckpointError(
             f"{file} does not exist; give a file of weights or the folder of a model. Nothing is "
             f"downloaded, so fetch it beforehand"
         )
-    if file.suffix in PICKLED:
-        return _read_pickle(file)
-    if file.suffix != ".safetensors":
+    if file.suffix not in (".safetensors", *PICKLED):
         raise CheckpointError(
             f"weights must be a file of {', '.join(('.safetensors', *PICKLED))}, or a folder with "
             f"a config.json, got {file}"
         )
     try:
-        return load_file(file)
+        source = _sort(path, _read_pickle(file) if file.suffix in PICKLED else load_file(file))
     except SafetensorError as error:
         raise CheckpointError(
             f"{file} is not a complete safetensors file: {error}; fetch it anew"
         ) from error
+    names = {name for entry, tensors in source.entries.items() for name in (entry, *tensors)}
+    if odd := sorted(name for name in names if not name.isprintable()):
+        raise CheckpointError(
+            f"{path} has a tensor of the name {odd[0]!r}, with characters that control a terminal; "
+            f"no model has such names"
+        )
+    if not path.is_dir():
+        return source
+    config, pixels = (_read_json(path / f"{n}.json") for n in ("config", "preprocessor_config"))
+    return replace(source, config=config, arguments=pixels)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -129,34 +120,33 @@ def _read_pickle(path: Path) -> object:
     """Return what is in a file of torch.save, of either format; no code in it is run."""
     # VideoMAE and MAE keep the options of a run in a Namespace.
     allowed: list[Any] = [argparse.Namespace, *((_SetAside, f"numpy.{name}") for name in NUMPY)]
-    zipped = zipfile.is_zipfile(path)
+    zipped, size = zipfile.is_zipfile(path), path.stat().st_size
     members = zipfile.ZipFile(path).infolist() if zipped else []
-    if (inflated := sum(member.file_size for member in members)) > path.stat().st_size:
+    if (inflated := sum(member.file_size for member in members)) > size:
         raise CheckpointError(
-            f"{path} has {path.stat().st_size:,} bytes, and what is packed in it {inflated:,}. "
-            f"torch.save compresses nothing, so somebody else packed it; if you trust it, unpack "
-            f"it and pack it anew without compression (zip -0)"
+            f"{path} has {size:,} bytes, and what is packed in it {inflated:,}. torch.save "
+            f"compresses nothing, so somebody else packed it; if you trust it, unpack it and pack "
+            f"it anew without compression (zip -0)"
         )
     try:
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of protocols, before it is refused
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # noqa: BLE001 - of many kinds, where a file is broken
-        named = re.search(r"GLOBAL (\S+)|[Uu]nsupported class (\S+)", str(error))
         # What torch says of other files may be the advice to run what is in them.
-        wrong = (
-            f"is not a complete file of torch.save with weights alone ({type(error).__name__}): "
-            f"fetch it anew. If it is a program of TorchScript that you trust, save its weights: "
-            f'torch.save(torch.jit.load("{path.name}", map_location="cpu").state_dict(), '
-            f'"weights.pth"), and give weights.pth'
-        )
-        if named:
-            wrong = (
-                f"holds an object of {(named[1] or named[2]).rstrip('.,')}, and only tensors, "
-                f"plain values and argparse.Namespace are read: anything else could run code. If "
-                f"you trust the file, load it where it was made and save the state dict alone"
-            )
-        raise CheckpointError(f"{path} {wrong}") from error
+        if named := re.search(r"GLOBAL (\S+)|[Uu]nsupported class (\S+)", str(error)):
+            raise CheckpointError(
+                f"{path} holds an object of {(named[1] or named[2]).rstrip('.,')}, and only "
+                f"tensors, plain values and argparse.Namespace are read: anything else could run "
+                f"code. If you trust the file, load it where it was made and save the state dict "
+                f"alone"
+            ) from error
+        raise CheckpointError(
+            f"{path} is not a complete file of torch.save with weights alone "
+            f"({type(error).__name__}): fetch it anew. If it is a program of TorchScript that you "
+            f'trust, save its weights: torch.save(torch.jit.load("{path.name}", '
+            f'map_location="cpu").state_dict(), "weights.pth"), and give weights.pth'
+        ) from error
 
 
 def _sort(path: Path, content: object) -> Source:
@@ -173,19 +163,13 @@ def _sort(path: Path, content: object) -> Source:
         )
     beside: list[str] = []
     for key, value in table.items():
-        if tensors := entries.get(str(key)):
-            beside += [f"{key}.{name}" for name in value if name not in tensors]
-        else:
-            beside.append(str(key) if str(key).isprintable() else repr(key))
+        tensors, shown = entries.get(str(key)), str(key) if str(key).isprintable() else repr(key)
+        beside += [f"{key}.{name}" for name in value if name not in tensors] if tensors else [shown]
     epoch, arguments = table.get("epoch"), table.get("args")
     arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
-    return Source(
-        path,
-        entries,
-        arguments=dict(arguments) if isinstance(arguments, Mapping) else {},
-        epoch=epoch if isinstance(epoch, int) else None,
-        beside=tuple(beside),
-    )
+    arguments = dict(arguments) if isinstance(arguments, Mapping) else {}
+    epoch = epoch if isinstance(epoch, int) else None
+    return Source(path, entries, arguments=arguments, epoch=epoch, beside=tuple(beside))
 
 
 def _tensors_of(value: object) -> Tensors:

@@ -93,10 +93,6 @@ def _label_names(value: Any) -> tuple[str, ...]:
     return names
 
 
-def _pixels(value: Any) -> tuple[float, ...]:
-    return tuple(map(float, value))
-
-
 FACTS: dict[str, tuple[tuple[str, ...], Callable[[Any], Any]]] = {
     "heads": (("num_attention_heads", "num_heads"), _count),
     "decoder_heads": (("decoder_num_attention_heads",), _count),
@@ -105,8 +101,8 @@ FACTS: dict[str, tuple[tuple[str, ...], Callable[[Any], Any]]] = {
     "frame_stride": (("sampling_rate",), _count),
     "target": (("norm_pix_loss", "normlize_target"), bool),
     "label_names": (("id2label", "label_names"), _label_names),
-    "mean": (("image_mean", "mean"), _pixels),
-    "std": (("image_std", "std"), _pixels),
+    "mean": (("image_mean", "mean"), lambda value: tuple(map(float, value))),
+    "std": (("image_std", "std"), lambda value: tuple(map(float, value))),
 }
 """Names of each fact in other projects, and how it is read."""
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import config_text
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
+from hpm_video.files.atomic import write_json
 from hpm_video.files.single_file import NAMES, as_folder
 from hpm_video.files.weights import CheckpointError, misfits
 from hpm_video.models.from_config import check_sizes
@@ -269,8 +270,3 @@ def texts_of(model: TrainedModel) -> dict[str, str]:
         "origin.json": model.origin,
     }
     return {name: text for name, text in found.items() if text}
-
-
-def write_json(path: Path, table: dict[str, Any]) -> None:
-    """Write a table as JSON."""
-    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

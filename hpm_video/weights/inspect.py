@@ -77,10 +77,9 @@ def inspect(path: Path, overrides: Overrides | None = None) -> list[str]:
         return describe(import_weights(path, overrides))
     names: dict[str, WeightsOf] = {"teacher": "teacher", "average": "average"}
     model = open_trained(folder, TrainedModel, names.get(path.stem))
-    config = model.config
+    config, origin = model.config, json.loads(model.origin) if model.origin else None
     state = f"{model.kind} of a run of {counted(config.recipe.epochs, 'epoch')}"
-    if model.origin:
-        origin = json.loads(model.origin)
+    if origin:
         state = f"{model.weights}, imported from {origin['source']} ({origin['family']})"
     return [
         f"ours: {state}",

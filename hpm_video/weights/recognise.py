@@ -1,11 +1,14 @@
-"""Whose weights a file holds, by the names of its tensors."""
+"""Whose weights a file holds, by the names of its tensors, and those of frozen image models."""
 
 import os
 import re
+from pathlib import Path
+
+import torch
 
 from hpm_video.files.weights import CheckpointError
-from hpm_video.weights.families import FAMILIES, KERNEL, Family, State
-from hpm_video.weights.files import Source, Tensors
+from hpm_video.weights.families import FAMILIES, KERNEL, State, families_of, renamed
+from hpm_video.weights.files import Source, Tensors, read_source
 
 WRAPPERS = ("state_dict", "model_state", "module", "model", "")
 """Keys of the state dict in a file, the first that is there is taken."""
@@ -32,18 +35,17 @@ def recognise(source: Source, entry: str | None = None, prefix: str | None = Non
     if entry is None and not known and len(entries) > 1:
         raise CheckpointError(f"it holds several state dicts: {there}; choose with --entry")
     entry = [*known, *entries][0] if entry is None else entry
-    tensors, outside = entries[entry], list[str]()
+    every = tensors = entries[entry]
     if prefix is not None:
-        outside = [name for name in tensors if not name.startswith(prefix)]
-        tensors = {name: value for name, value in tensors.items() if name.startswith(prefix)}
+        tensors = {name: value for name, value in every.items() if name.startswith(prefix)}
     prefixes = _prefixes(tensors) if prefix is None else [prefix]
     stripped = {each: _stripped(tensors, each) for each in prefixes}
-    fit = [(each, family) for each in prefixes for family in _fitting(stripped[each])]
+    fit = [(each, family) for each in prefixes for family in families_of(stripped[each])]
     if not fit:
         raise CheckpointError(
             f"it holds weights of no family that is known ({', '.join(FAMILIES)}). Its tensors"
             f"{f' under {entry!r}' if entry else ''}:\n  "
-            + "\n  ".join(list_shapes(entries[entry]))
+            + "\n  ".join(list_shapes(every))
             + "\nKnown are plain vision transformers alone, without layer scale, relative "
             "positions or registers. --prefix reads only the names that begin with it."
         )
@@ -58,6 +60,7 @@ def recognise(source: Source, entry: str | None = None, prefix: str | None = Non
         )
     state = family.read(stripped[prefix])
     state.entry, state.prefix = entry, prefix
+    outside = [name for name in every if name not in tensors]
     state.left_out |= dict.fromkeys(outside, "it does not begin with the prefix")
     return state
 
@@ -81,12 +84,6 @@ def _stripped(tensors: Tensors, prefix: str) -> Tensors:
     return found if len(found) == len(tensors) else {}
 
 
-def _fitting(tensors: Tensors) -> list[Family]:
-    """Return the most specific families that the tensors fit."""
-    fit = [family for family in FAMILIES.values() if family.fits(tensors)]
-    return [family for family in fit if not any(family.marks < other.marks for other in fit)]
-
-
 def list_shapes(tensors: Tensors, most: int = 12) -> list[str]:
     """List names and shapes of the first tensors, those of all blocks as one."""
     kinds: dict[str, tuple[int, ...]] = {}
@@ -94,3 +91,62 @@ def list_shapes(tensors: Tensors, most: int = 12) -> list[str]:
         kinds.setdefault(re.sub(r"\.\d+\.", ".N.", name), tuple(value.shape))
     shown = [f"{name} {shape}" for name, shape in list(kinds.items())[:most]]
     return [*shown, f"and {len(kinds) - most} more kinds of names"][: len(kinds)]
+
+
+# --- Frozen image models, by the names of timm ----------------------------------------------------
+
+OF_TOWERS = ("teacher", "state_dict", "model", "")
+"""Keys of the state dict in a file of an image model, the first that is there is taken."""
+CLIP_NAMES = (
+    ("visual.class_embedding", "cls_token"),
+    ("visual.positional_embedding", "pos_embed"),
+    ("visual.conv1.", "patch_embed.proj."),
+    ("visual.ln_pre.", "norm_pre."),
+    ("visual.transformer.resblocks.", "blocks."),
+    ("visual.ln_post.", "norm."),
+    ("visual.proj", "head.weight"),
+)
+"""Beginnings of names in the layout of OpenAI and OpenCLIP, and timm's."""
+CLIP_BLOCKS = (
+    (".ln_1.", ".norm1."),
+    (".ln_2.", ".norm2."),
+    (".attn.in_proj_", ".attn.qkv."),
+    (".attn.out_proj.", ".attn.proj."),
+    (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."),
+)
+"""The same of parts of names within blocks."""
+
+
+def read_image_tower(path: Path) -> Tensors:
+    """The weights of the image model in a file, in the layout of timm, DINO, OpenAI or OpenCLIP.
+
+    The file is .safetensors, or .pth, .pt or .bin of tensors: a state dict, or one under "teacher",
+    "state_dict" or "model". Unknown names stay.
+
+    Raises:
+        CheckpointError: the file cannot be read safely, or holds none.
+    """
+    entries = read_source(path).entries
+    entry = next((name for name in OF_TOWERS if name in entries), None)
+    if entry is None:
+        raise CheckpointError(
+            f"{path} must hold a state dict alone, or one under "
+            f"{', '.join(map(repr, OF_TOWERS[:-1]))}, got {', '.join(map(repr, entries))}; save "
+            f"the model's state_dict()"
+        )
+    weights = {name.removeprefix("module."): value for name, value in entries[entry].items()}
+    if "visual.class_embedding" not in weights:
+        return {name.removeprefix("backbone."): value for name, value in weights.items()}
+    found = {
+        renamed(name, CLIP_NAMES, CLIP_BLOCKS): value
+        for name, value in weights.items()
+        if name.startswith("visual.")  # the rest is the text tower
+    }
+    found["cls_token"] = found["cls_token"].view(1, 1, -1)
+    if "pos_embed" in found:
+        found["pos_embed"] = found["pos_embed"].unsqueeze(0)
+    if "head.weight" in found:
+        found["head.weight"] = found["head.weight"].T
+        found["head.bias"] = torch.zeros(len(found["head.weight"]))
+    return found

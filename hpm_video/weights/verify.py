@@ -74,7 +74,6 @@ class ParityReport:
         return all(found.share <= self.tolerance for found in self.differences)
 
     def lines(self) -> list[str]:
-        """Return lines for the terminal."""
         lines = [
             f"parity with {self.with_what}, {of}: largest difference {largest:.1e} of values up to "
             f"{largest_value:.2g}"
@@ -84,9 +83,8 @@ class ParityReport:
         return [*lines, *unchecked, *self.notes]
 
     def as_table(self) -> dict[str, Any]:
-        """Return plain values for a file."""
-        table = {**vars(self), "holds": self.holds}
-        return table | {"differences": [each._asdict() for each in self.differences]}
+        differences = [each._asdict() for each in self.differences]
+        return {**vars(self), "holds": self.holds, "differences": differences}
 
     def judged(self, what: str, tolerance: float) -> "ParityReport":
         """Return the report, if no difference is above the tolerance.
@@ -95,12 +93,12 @@ class ParityReport:
             CheckpointError: one is; ``what`` computes something else then.
         """
         report = replace(self, tolerance=tolerance)
-        if not report.holds:
-            lines = "\n  ".join(report.lines())
-            raise CheckpointError(
-                f"{what}:\n  {lines}\nmore than {tolerance:g} of the largest value is too much"
-            )
-        return report
+        if report.holds:
+            return report
+        lines = "\n  ".join(report.lines())
+        raise CheckpointError(
+            f"{what}:\n  {lines}\nmore than {tolerance:g} of the largest value is too much"
+        )
 
 
 NOT_ASKED = ParityReport(not_checked="it was not asked for")
@@ -124,9 +122,8 @@ def against(
         version = importlib.import_module(library).__version__
         title = f"{library} {version}: {type(peer).__name__}"
         if others := _set_eps(peer):
-            usual = " and ".join(f"{eps:g}" for eps in sorted(others))
-            told = f"{title} has eps {usual} in layer norms"
-            notes = (f"{told}; for equality set .eps = {LAYER_NORM_EPS:g}",)
+            usual, eps = " and ".join(f"{eps:g}" for eps in sorted(others)), LAYER_NORM_EPS
+            notes = (f"{title} has eps {usual} in layer norms; for equality set .eps = {eps:g}",)
     trial, found = trial_of(model, clips), []
     ours = outputs_of(model.build(), trial)
     for name, value in outputs_of(peer, trial).items():
@@ -148,13 +145,13 @@ def _set_eps(model: nn.Module) -> set[float]:
 def trial_of(model: TrainedModel, clips: int = 1) -> Trial:
     """Return clips of noise, and a mask of the share that a model was trained with."""
     config, grid = model.config, model.grid
-    generator = torch.Generator().manual_seed(1)
-    noise = torch.rand(clips, grid.num_tokens, generator=generator)
     ratio = model.pretraining.masking.ratio if model.pretraining else 0.5
-    num_masked = count_masked(grid.num_tokens, ratio, "hpm")
-    rule = MaskRule(grid, "token", num_masked, STRATEGIES["random"])
+    rule = MaskRule(
+        grid, "token", count_masked(grid.num_tokens, ratio, "hpm"), STRATEGIES["random"]
+    )
     size = (clips, config.model.channels, *config.data.clip_size)
     frames = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(clips, grid.num_tokens, generator=torch.Generator().manual_seed(1))
     return Trial(frames, noise, rule.draw(None, noise, num_picked=0))
 
 
@@ -332,12 +329,9 @@ def _made_anew(model: TrainedModel, of: str, *, encoder: bool) -> ParityReport:
     report = against(made(model.tensors), model, of=of)
     if family.conventions == "mae" and "difficulty_decoder.norm.weight" in model.tensors:
         # HPM's loss predictor is the decoder of one more model.
-        swapped = Tensors()
-        for name, value in model.tensors.items():
-            if name.startswith("difficulty_decoder."):
-                content = name.replace("difficulty_decoder", "reconstructor")
-                swapped[content] = value.expand_as(model.tensors[content])
-        second = made(model.tensors | swapped)
+        own, begins = model.tensors, "difficulty_decoder."
+        content = {name: name.replace(begins, "reconstructor.") for name in own if begins in name}
+        second = made(own | {new: own[name].expand_as(own[new]) for name, new in content.items()})
         _set_eps(second)
 
         def difficulty(trial: Trial) -> Outputs:

@@ -14,7 +14,7 @@ from torch import nn
 from hpm_video.config.choices import DEFAULT_MODELS
 from hpm_video.files.weights import CheckpointError
 from hpm_video.models.feature_model import feature_width, load_feature_model
-from hpm_video.weights.image_tower import read_image_tower
+from hpm_video.weights.recognise import read_image_tower
 
 TINY = "test_vit.r160_in1k"  # 64 wide, patches of 16, frames of 160
 TINY_GRID = (10, 10)

@@ -58,7 +58,7 @@ def make(demo: ModuleType, folder: Path) -> Path:
         write_video(folder / name, [texture(seed)] * 70, crf=4)
         digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
         footage.append(demo.Footage(name, digest, train=((0, 29),), validation=((40, 69),)))
-    demo.check_footage(folder, footage)
+    demo.find_footage(folder, folder, footage)
     demo.make(folder, folder / "out", footage=footage, per_label=COUNTS)
     return folder / "out"
 

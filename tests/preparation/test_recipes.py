@@ -1009,7 +1009,7 @@ def test_imagenet_archives_must_be_unpacked(run: Run) -> None:
         str(Path("in/train").absolute()),
         'for f in *.tar; do mkdir "${f%.tar}" && tar -xf "$f" -C "${f%.tar}" && rm "$f"; done',
     )
-    loop = load("cifar10").UNPACK
+    loop = load("cifar10").sources.UNPACK
     for name in ("imagenet1k", "cifar10"):
         assert f"    {loop}\n" in (ROOT / "datasets" / name / "README.md").read_text()
 

@@ -4,8 +4,7 @@ import pytest
 
 from hpm_video.data.manifest import Manifest, ManifestError, read_manifest
 from hpm_video.recognition.labels import (
-    check_labels,
-    check_same_names,
+    check_classes,
     names_of_both,
     numbered_as,
     read_label_names,
@@ -44,14 +43,14 @@ def test_a_file_of_names_that_is_none(tmp_path):
 
 
 def test_labels_in_range_pass():
-    check_labels(manifest_of(0, 2, 1), 3, "the videos")
+    check_classes(manifest_of(0, 2, 1), "abc", "the videos")
 
 
 @pytest.mark.parametrize(("label", "has"), [(-1, "no label"), (3, "label 3")])
 def test_a_label_out_of_range_is_named_with_its_file(label, has):
     expected = f"the videos of X need labels from 0 to 2, but /v/1.mp4 has {has}; give"
     with pytest.raises(ManifestError, match=expected):
-        check_labels(manifest_of(0, label, 2), 3, "the videos of X")
+        check_classes(manifest_of(0, label, 2), "abc", "the videos of X")
 
 
 def test_classes_without_a_name_are_called_by_their_number():
@@ -62,14 +61,14 @@ def test_classes_without_a_name_are_called_by_their_number():
 
 def test_manifests_must_number_the_classes_alike():
     for names in (None, ("a",), ("a", "b"), ("a", "1"), ("0", "b"), ("a", "b", "c")):
-        check_same_names(("a", "b"), manifest_of(0, 1, names=names))
-    check_same_names(("0", "1"), manifest_of(0, 1, names=("a", "b")))
+        check_classes(manifest_of(0, 1, names=names), "ab", "the videos")
+    check_classes(manifest_of(0, 1, names=("a", "b")), "01", "the videos")
     with pytest.raises(
         ManifestError, match="class 1 is 'b' for training and 'c' in the validation"
     ):
-        check_same_names(("a", "b"), manifest_of(0, 1, names=("a", "c")))
+        check_classes(manifest_of(0, 1, names=("a", "c")), "ab", "the videos")
     with pytest.raises(ManifestError, match="class 0 is 'a' .* 'b' .* number the classes alike"):
-        check_same_names(("a", "b"), manifest_of(0, 1, names=("b", "a")))
+        check_classes(manifest_of(0, 1, names=("b", "a")), "ab", "the videos")
 
 
 def test_names_of_two_manifests():

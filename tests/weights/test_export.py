@@ -685,7 +685,7 @@ def test_official_hpm_has_student_teacher_and_a_head_of_all_values(checkpoint, t
     (folder / "teacher.safetensors").unlink()
     if weights == "student":
         copied = export(load_model(folder), tmp_path / "alone.pth", "hpm", 1e-5)
-        assert "that is a copy" in copied.notes[0]
+        assert "that is a copy" in copied.expressed.notes[0]
 
 
 def test_given_positions_go_out_and_come_back(checkpoint, tmp_path):
