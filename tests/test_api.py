@@ -27,7 +27,7 @@ CLIP = np.random.default_rng(0).integers(0, 256, (4, 6, 8, 3), dtype=np.uint8)
 
 
 def test_the_public_names_stay():
-    names = ["Model", "build_model", "build_objective", "load", "load_config", "train"]
+    names = ["Model", "build_model", "build_objective", "load", "load_config", "register", "train"]
     assert hpm_video.__all__ == names
     assert all(hasattr(hpm_video, name) for name in names)
     assert set(names) <= set(dir(hpm_video))
