@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "torchvision": {"data/augment.py"},
     "wandb": {"training/trackers.py"},
     "mlflow": {"training/trackers.py"},
-    "huggingface_hub": {"api.py"},
+    "huggingface_hub": {"weights/hub.py"},
     "sklearn": {"recognition/probes.py", "recognition/testing.py"},
     "timm": {
         "data/augment.py",
