@@ -20,14 +20,16 @@ if TYPE_CHECKING:
         load_config,
         train,
     )
+    from hpm_video.files.plugins import register
 
 __version__ = "0.1.0"
-__all__ = ["Model", "build_model", "build_objective", "load", "load_config", "train"]
+__all__ = ["Model", "build_model", "build_objective", "load", "load_config", "register", "train"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module("hpm_video.api"), name)
+        module = "files.plugins" if name == "register" else "api"
+        return getattr(import_module(f"hpm_video.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -43,6 +43,7 @@ from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.device import AUTOCAST, Precision, choose_device, inference_precision
 from hpm_video.training.distributed import Processes
 from hpm_video.training.ema import make_ema
+from hpm_video.weights.hub import download, push_to_hub, save_pretrained
 
 Config = PretrainConfig | FinetuneConfig
 Clips = NDArray[Any] | Tensor
@@ -61,6 +62,30 @@ class Model:
 
     def __repr__(self) -> str:
         return f"<{self.trained.kind} of {self.trained.path} on {self.device}>"
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> "Model":
+        """Load a trained model as :func:`load` does."""
+        return load(source, **options)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the model with its config and a model card, for :func:`load`. -> the folder
+
+        Raises:
+            CheckpointError: the folder has files already.
+        """
+        return save_pretrained(self.trained, Path(folder).expanduser())
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Upload what :meth:`save_pretrained` writes to the Hugging Face Hub. -> the address
+
+        The config and the card name the lists of videos as the config of the run does, with their
+        paths. A repository that is not there is made.
+
+        Raises:
+            CheckpointError: huggingface_hub is missing, or the Hub cannot be reached or refuses it.
+        """
+        return push_to_hub(self.trained, repo_id, private=private)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -302,28 +327,12 @@ def load(
     """
     path = Path(source).expanduser()
     if not path.exists() and str(source).count("/") == 1 and not str(source).startswith((".", "~")):
-        path = _download(str(source))
+        path = download(str(source))
     if precision not in ("auto", *AUTOCAST):
         raise ConfigError(f"precision must be auto, fp32 or bf16, got {precision!r}")
     place = choose_device(device)
     chosen = inference_precision(place) if precision == "auto" else precision
     return Model(open_trained(path, TrainedModel, weights), place, chosen)
-
-
-def _download(name: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError
-    except ImportError as error:
-        raise CheckpointError(
-            f"there is no {name} here, and looking for it on the Hub needs huggingface_hub: "
-            f"pip install huggingface_hub"
-        ) from error
-    try:
-        return Path(snapshot_download(name))
-    except (HfHubHTTPError, OSError, ValueError) as error:  # ValueError: it is no name there
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"there is no {name} here, nor on the Hub ({reason})") from error
 
 
 def load_config(name: str | Path, *overrides: str) -> Config:

@@ -95,7 +95,7 @@ data:
 masking: {{ratio: 0.75}}
 mining: {{momentum: warmup, last_momentum: 0.9}}
 recipe: {{epochs: 8, batch_size: 4, base_lr: 0.1, min_lr: 0, warmup_epochs: 1}}
-logging: {{every_updates: 1, validate_every_epochs: 4, picture_every_epochs: 8, tensorboard: false}}
+logging: {{every_updates: 1, validate_every_epochs: 4, picture_every_epochs: 8, trackers: [jsonl]}}
 checkpoint: {{every_updates: 5, keep_last: 1, keep_every_epochs: 4}}
 """
     + ENGINE
@@ -112,7 +112,7 @@ recipe:
   layer_decay: 0.9
   average_momentum: 0.8
 augmentation: {{area: [0.5, 1.0], rand_augment: rand-m3-n1, mix_probability: 0.5, mixup: 0.2}}
-logging: {{every_updates: 1, validate_every_epochs: 10, tensorboard: false}}
+logging: {{every_updates: 1, validate_every_epochs: 10, trackers: [jsonl]}}
 checkpoint: {{every_updates: 5, keep_last: 1}}
 test: {{clips: 2, crops: 2, weights: average}}
 """

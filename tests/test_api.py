@@ -1,11 +1,18 @@
 """The package from Python and as an installed wheel."""
 
+import base64
+import hashlib
+import importlib
+import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import venv
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -27,7 +34,7 @@ CLIP = np.random.default_rng(0).integers(0, 256, (4, 6, 8, 3), dtype=np.uint8)
 
 
 def test_the_public_names_stay():
-    names = ["Model", "build_model", "build_objective", "load", "load_config", "train"]
+    names = ["Model", "build_model", "build_objective", "load", "load_config", "register", "train"]
     assert hpm_video.__all__ == names
     assert all(hasattr(hpm_video, name) for name in names)
     assert set(names) <= set(dir(hpm_video))
@@ -150,6 +157,117 @@ def test_what_cannot_be_loaded(tmp_path, monkeypatch):
     for name in ("my runs/demo", "/nothing"):
         with pytest.raises(CheckpointError, match=f"there is no {name} here"):
             hpm_video.load(name)
+
+
+def test_a_saved_model_is_loaded_with_its_teacher_and_describes_itself(untrained, tmp_path):
+    model = untrained()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    run = model.trained.path.rename(tmp_path / "run" / "checkpoints" / "update-00000000")
+    model = hpm_video.load(run, device="cpu")
+    line = {"relative_error": 0.7, "student_ranking": 0.66, "student_ranking_by_motion": 0.57}
+    line = {"kind": "validation", "update": 0, "epoch": 0.0, **line}
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "run" / "curves.png").write_bytes(b"picture")
+    saved = model.save_pretrained(tmp_path / "mine")
+    clips, again = clips_of(model), hpm_video.Model.from_pretrained(saved, device="cpu")
+    assert torch.equal(again.features(clips), model.features(clips))
+    assert torch.equal(again.difficulty(clips), model.difficulty(clips))
+    assert again.config == model.config
+    card = (saved / "README.md").read_text()
+    assert "| relative_error |  | 0.7 | 1 |" in card
+    assert "| student_ranking |  | 0.66 | 0.57 |" in card
+    assert 'hpm_video.load("mine")' in card
+    assert "![Curves of the run](curves.png)" in card
+    assert "this project's code is Apache-2.0" in card
+    assert "masking:\n" in card
+    with pytest.raises(CheckpointError, match="mine has files already"):
+        model.save_pretrained(saved)
+
+
+def test_the_card_has_the_licence_of_imported_weights_that_a_run_began_with(untrained, tmp_path):
+    (tmp_path / "origin.json").write_text('{"licence": "CC-BY-NC 4.0"}')
+    model = untrained(f"init_weights={tmp_path}")
+    card = (model.save_pretrained(tmp_path / "mine") / "README.md").read_text()
+    assert "CC-BY-NC 4.0" in card
+
+
+class LoopbackHub(BaseHTTPRequestHandler):
+    """As much of the Hub as one upload and one download need."""
+
+    stored: ClassVar[dict[str, bytes]] = {}
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path.endswith("/preupload/main"):
+            names = [each["path"] for each in json.loads(body)["files"]]
+            mode = {"uploadMode": "regular", "shouldIgnore": False}
+            self.answer({"files": [{"path": name, **mode} for name in names]})
+        elif self.path.endswith("/commit/main"):
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    content = base64.b64decode(line["value"]["content"])
+                    self.stored[line["value"]["path"]] = content
+            self.answer(
+                {"commitUrl": f"http://{self.headers['Host']}/me/mine", "commitOid": "0" * 40}
+            )
+        else:
+            self.answer({"url": f"http://{self.headers['Host']}/me/mine"})
+
+    def do_GET(self):
+        _, found, name = self.path.partition("/resolve/" + "0" * 40 + "/")
+        if found:
+            self.answer(self.stored[name])
+        elif "/tree/" in self.path:
+            sizes = {name: len(content) for name, content in self.stored.items()}
+            file = {"type": "file", "oid": "0" * 40}
+            self.answer([{"path": name, "size": size, **file} for name, size in sizes.items()])
+        else:
+            files = [{"rfilename": name} for name in self.stored]
+            self.answer({"id": "me/mine", "sha": "0" * 40, "siblings": files})
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def answer(self, content):
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", hashlib.sha256(data).hexdigest())
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_model_goes_to_the_hub_and_comes_back(untrained, tmp_path, monkeypatch):
+    constants = importlib.import_module("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    model = untrained()
+    with HTTPServer(("127.0.0.1", 0), LoopbackHub) as server:
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", "of nobody")
+        with pytest.raises(
+            CheckpointError, match=r"cannot be uploaded to the Hub .*: hf auth login"
+        ):
+            model.push_to_hub("me/mine")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            assert model.push_to_hub("me/mine").startswith(address)
+            again = hpm_video.load("me/mine", device="cpu")
+        finally:
+            server.shutdown()
+            thread.join()
+    clips = clips_of(model)
+    assert torch.equal(again.features(clips), model.features(clips))
+    assert 'hpm_video.load("me/mine")' in LoopbackHub.stored["README.md"].decode()
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,9 @@ MAY_IMPORT = {
     "onnx": {"weights/exporting.py"},
     "onnxruntime": {"weights/exporting.py"},
     "torchvision": {"data/augment.py"},
+    "wandb": {"training/trackers.py"},
+    "mlflow": {"training/trackers.py"},
+    "huggingface_hub": {"weights/hub.py"},
     "sklearn": {"recognition/probes.py", "recognition/testing.py"},
     "timm": {
         "data/augment.py",

@@ -13,7 +13,13 @@ from pathlib import Path
 
 import hpm_video
 
-OPTIONAL = {"deepspeed": "ZeRO on several GPUs", "decord": "another decoder"}
+OPTIONAL = {
+    "deepspeed": "ZeRO on several GPUs",
+    "decord": "another decoder",
+    "huggingface_hub": "the Hugging Face Hub",
+    "wandb": "logging.trackers",
+    "mlflow-skinny": "logging.trackers",
+}
 """Optional extras of the package, and their purpose."""
 
 

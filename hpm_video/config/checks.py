@@ -1,10 +1,11 @@
 """Checks that the sections of a config share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import field
 from typing import Any
 
 from hpm_video.files.errors import ExpectedError
+from hpm_video.files.plugins import REGISTERED, Kind
 
 Rule = tuple[str, Callable[[Any], bool]]
 """What a value must do, in words, and whether it does."""
@@ -36,6 +37,19 @@ def check(section: str, config: object, rule: Rule, *names: str) -> None:
         values = value if isinstance(value, tuple | list) else (value,)
         if value is not None and not all(map(holds, values)):
             raise ConfigError(f"{section}.{name} must {words}, got {value}")
+
+
+def check_names(section: str, config: object, name: str, kind: Kind, own: Iterable[str]) -> None:
+    """Refuse a name, or one of several, that is neither in ``own`` nor registered."""
+    value = getattr(config, name)
+    known = dict.fromkeys([*own, *(each for of, each in REGISTERED if of == kind)])
+    if wrong := [
+        each for each in ([value] if isinstance(value, str) else value) if each not in known
+    ]:
+        raise ConfigError(
+            f"{section}.{name} must be one of {', '.join(known)}, got {wrong[0]}; "
+            f"hpm_video.register({kind!r}, ...) adds others"
+        )
 
 
 def check_range(section: str, config: object, name: str, most: float | None = None) -> None:

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig, SourceConfig
 from hpm_video.files.errors import read_text
+from hpm_video.files.plugins import load_plugins
 
 Config = TypeVar("Config")
 log = logging.getLogger(__name__)
@@ -28,7 +29,9 @@ def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> C
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, a value is of the wrong
             type or breaks a rule of the schema.
+        PluginError: a plugin, whose names the config may have, cannot be loaded.
     """
+    load_plugins()
     _read(path)
     odd = [override for override in overrides if "=" not in override]
     if odd:
@@ -87,6 +90,8 @@ def _checked(value: Any, source: str, key: str = "") -> Any:
     found = {}
     for old, each in value.items():
         name = NEW_NAMES.get(old, old)
+        if (key, old) == ("logging", "tensorboard"):  # a switch, one version ago
+            name, each = "trackers", ["jsonl", "tensorboard"][: 1 + bool(each)]
         if name != old:
             log.warning("%s: %s is called %s now", source, old, name)
         is_off = name == "compile" and each is False  # which is how YAML reads the word off

@@ -1,9 +1,18 @@
 """The sections on what is hidden and what is predicted."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, cast, get_args
 
 from hpm_video.config import choices
-from hpm_video.config.checks import CHANCE, SHARE, ConfigError, at_least, check, unrelated
+from hpm_video.config.checks import (
+    CHANCE,
+    SHARE,
+    ConfigError,
+    at_least,
+    check,
+    check_names,
+    unrelated,
+)
 from hpm_video.tokens import masking
 from hpm_video.tokens.patches import TargetKind
 from hpm_video.tokens.views import View
@@ -18,8 +27,9 @@ class MaskingConfig:
     """Share of the mask units that are hidden."""
     count_rule: masking.CountRule = "hpm"
     """Integer rule: ``hpm`` shows int(units (1 - ratio)), ``videomae`` hides int(ratio units)."""
-    strategy: masking.StrategyName = "easy_to_hard"
-    """Preset of the three fields below: random, easy_to_hard, hard_to_easy, hardest, easiest."""
+    strategy: str = "easy_to_hard"
+    """Preset of the three fields below: random, easy_to_hard, hard_to_easy, hardest, easiest, or
+    a registered one."""
     pick: masking.Pick | None = None
     """Whether the ``hardest`` or the ``easiest`` units are hidden; by default as in the preset."""
     first_fraction: float | None = None
@@ -30,30 +40,31 @@ class MaskingConfig:
     def __post_init__(self) -> None:
         check("masking", self, ("lie between 0 and 1", lambda ratio: 0 < ratio < 1), "ratio")
         check("masking", self, SHARE, "first_fraction", "last_fraction")
+        check_names("masking", self, "strategy", "mask_strategy", masking.STRATEGIES)
 
     @property
     def mask_strategy(self) -> masking.MaskStrategy:
         """The preset of ``strategy`` with what replaces parts of it."""
-        preset = masking.STRATEGIES[self.strategy]
-        first, last = self.first_fraction, self.last_fraction
-        return masking.MaskStrategy(
-            pick=self.pick or preset.pick,
-            first_fraction=preset.first_fraction if first is None else first,
-            last_fraction=preset.last_fraction if last is None else last,
-        )
+        names = ("pick", "first_fraction", "last_fraction")
+        given: dict[str, Any] = {name: getattr(self, name) for name in names}
+        changed = {name: value for name, value in given.items() if value is not None}
+        return replace(masking.STRATEGIES[self.strategy], **changed)
 
 
 @dataclass(frozen=True)
 class MiningConfig:
     """What is predicted, and how the teacher follows."""
 
-    target: choices.Target = "per_channel"
+    target: str = "per_channel"
     """Pixels: ``raw``, standardised ``joint``-ly (MAE) or ``per_channel`` (VideoMAE). Features: of
-    the teacher's encoder (``ema``), or of a ``dino`` or ``clip`` model for images."""
+    the teacher's encoder (``ema``), or of a ``dino`` or ``clip`` model for images. Or a
+    registered target."""
     feature_model: str | None = None
     """timm's name of the ``dino`` or ``clip`` model; by default ViT-B/16."""
     feature_weights: str | None = unrelated(default=None)
     """File of its weights, which is never downloaded. A run that goes on needs the same weights."""
+    objective: str = "hpm"
+    """``hpm``: hard patches mining, or a subclass of it that was registered."""
     predictor: choices.PredictorObjective = "relative"
     """Ranking of errors, regression on errors, or no loss predictor: a masked autoencoder."""
     predictor_weight: float = 1.0
@@ -73,6 +84,8 @@ class MiningConfig:
     """
 
     def __post_init__(self) -> None:
+        check_names("mining", self, "target", "target", get_args(choices.Target))
+        check_names("mining", self, "objective", "objective", ["hpm"])
         check("mining", self, CHANCE, "first_momentum", "last_momentum")
         check("mining", self, at_least(0), "predictor_weight")
         check("mining", self, ("lie in (0, 1]", lambda share: 0 < share <= 1), "decoded_share")
@@ -97,7 +110,8 @@ class MiningConfig:
     @property
     def feature_kind(self) -> choices.FeatureKind | None:
         """The kind of model whose features are the target, where it is another model's."""
-        return self.target if self.target in choices.DEFAULT_MODELS else None
+        is_model = self.target in choices.DEFAULT_MODELS
+        return cast("choices.FeatureKind", self.target) if is_model else None
 
     @property
     def feature_name(self) -> str:
@@ -108,8 +122,7 @@ class MiningConfig:
     @property
     def pixel_kind(self) -> TargetKind | None:
         """How pixels are standardised, where they are the target."""
-        others = {"ema", *choices.DEFAULT_MODELS}
-        return None if self.target in others else self.target  # type: ignore[return-value]
+        return cast("TargetKind", self.target) if self.target in get_args(TargetKind) else None
 
     @property
     def has_teacher(self) -> bool:

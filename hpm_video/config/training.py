@@ -3,7 +3,15 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from hpm_video.config.checks import CHANCE, POSITIVE, POSITIVE_OR_NONE, ConfigError, at_least, check
+from hpm_video.config.checks import (
+    CHANCE,
+    POSITIVE,
+    POSITIVE_OR_NONE,
+    ConfigError,
+    at_least,
+    check,
+    check_names,
+)
 from hpm_video.config.choices import Precision
 
 CompileMode = Literal["off", "blocks", "model"]
@@ -23,6 +31,8 @@ class RecipeConfig:
     warmup_epochs: float = 40
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
+    optimizer: str = "adamw"
+    """``adamw``, ``sgd`` (its momentum is the first of ``betas``), or one that was registered."""
     clip_grad: float | None = None
     """Largest norm of the gradient; without it the gradient is not clipped."""
 
@@ -30,6 +40,7 @@ class RecipeConfig:
         check("recipe", self, at_least(1), "epochs", "batch_size")
         check("recipe", self, at_least(0), "weight_decay")
         check("recipe", self, CHANCE, "betas")
+        check_names("recipe", self, "optimizer", "optimizer", ("adamw", "sgd"))
         check("recipe", self, POSITIVE_OR_NONE, "clip_grad")
         in_run = f"lie in [0, recipe.epochs = {self.epochs}]"
         check("recipe", self, (in_run, lambda epochs: 0 <= epochs <= self.epochs), "warmup_epochs")
@@ -49,8 +60,6 @@ class FinetuneRecipe(RecipeConfig):
     min_lr: float = 1e-6
     warmup_epochs: float = 5
     betas: tuple[float, float] = (0.9, 0.999)
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """``sgd``: its momentum is the first of ``betas``."""
     layer_decay: float = 1.0
     """Each layer's learning rate, as a share of that of the layer above it."""
     average_momentum: float | None = None
@@ -140,10 +149,14 @@ class LoggingConfig:
     """Validation clips that are measured at most, evenly over the manifest."""
     picture_every_epochs: float = 100
     """Epochs between two picture sheets (one more at the end)."""
-    tensorboard: bool = True
+    trackers: tuple[str, ...] = ("jsonl", "tensorboard")
+    """Where metrics and pictures go: jsonl (metrics.jsonl, of which curves and reports are made),
+    tensorboard, wandb, mlflow, and registered ones."""
 
     def __post_init__(self) -> None:
         check("logging", self, at_least(1), "every_updates", "validation_clips")
+        own = ("jsonl", "tensorboard", "wandb", "mlflow")
+        check_names("logging", self, "trackers", "tracker", own)
         check("logging", self, POSITIVE, "validate_every_epochs", "picture_every_epochs")
 
 

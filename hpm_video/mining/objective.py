@@ -169,6 +169,10 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
         return self.run_teacher(self.normalised(batch), difficulty=True).difficulty
 
 
+OBJECTIVES: dict[str, type[HardPatchesMining]] = {"hpm": HardPatchesMining}
+"""Objectives by ``mining.objective``."""
+
+
 class TeacherOutput(NamedTuple):
     """What the teacher computes; none where it is not needed."""
 

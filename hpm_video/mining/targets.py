@@ -3,6 +3,8 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -152,3 +154,10 @@ class FeatureTarget(Target):
         """Error of predicting the mean direction of the clip's targets: (B, M, P) -> (B, M)"""
         mean = F.normalize(target.float(), dim=-1).mean(dim=1, keepdim=True)
         return direction_errors(mean.expand_as(target), target)
+
+
+TARGETS: dict[str, Callable[[Size3, tuple[float, ...], tuple[float, ...]], Target]] = {
+    **{kind: partial(PixelTarget, kind=kind) for kind in get_args(TargetKind)},
+    "ema": partial(FeatureTarget, model=None),
+}
+"""Targets by ``mining.target``, but those that need the weights of another model."""

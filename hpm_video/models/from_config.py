@@ -12,6 +12,7 @@ from hpm_video.config.choices import TransformerSize
 from hpm_video.config.data import DataConfig
 from hpm_video.config.model import EncoderConfig
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
+from hpm_video.files.plugins import REGISTERED
 from hpm_video.files.weights import CheckpointError
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.encoder import ClipEncoder
@@ -137,4 +138,6 @@ def _target_width(config: PretrainConfig) -> int | None:
             return feature_width(mining.feature_kind, mining.feature_name)
         except ValueError as error:
             raise ConfigError(f"mining.feature_model: {error}") from error
-    return config.model.encoder.dim if mining.target == "ema" else None
+    if mining.target == "ema":
+        return config.model.encoder.dim
+    return getattr(REGISTERED.get(("target", mining.target)), "width", None)

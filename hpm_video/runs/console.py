@@ -22,6 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from hpm_video.config.data import DataConfig
 from hpm_video.decoding.registry import decoder_choices
 from hpm_video.files.errors import ExpectedError
+from hpm_video.files.plugins import PluginError, load_plugins
 from hpm_video.files.printing import printable, safe_output
 from hpm_video.training.stop import Interrupted
 
@@ -136,9 +137,18 @@ def _tell(message: str) -> None:
 
 
 def make_parser(about: str | None, exit_codes: str | None = EXIT_CODES) -> argparse.ArgumentParser:
-    """Make a parser whose help shows ``about``, such as a program's docstring, as it stands."""
+    """Make a parser whose help shows ``about``, such as a program's docstring, as it stands.
+
+    Every program begins with it, so this is where plugins are loaded: options may name what they
+    register.
+    """
     form = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=about, epilog=exit_codes, formatter_class=form)
+    parser = argparse.ArgumentParser(description=about, epilog=exit_codes, formatter_class=form)
+    try:
+        load_plugins()
+    except PluginError as error:
+        parser.error(str(error))
+    return parser
 
 
 def add_config(parser: argparse.ArgumentParser, which: str) -> None:
@@ -285,7 +295,6 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
         "help": "auto (default): bf16 on a GPU that is made for it, otherwise fp32",
     },
     "decoder": {
-        "choices": decoder_choices(),
         "default": "auto",
         "help": "auto (default): the preferred one of those that are installed",
     },
@@ -319,4 +328,5 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
 def add_options(parser: argparse.ArgumentParser, *names: str, **changed: dict[str, Any]) -> None:
     """Add shared options. ``changed``: settings that differ from the shared ones."""
     for name in (*names, *changed):
-        parser.add_argument(f"--{name}", **SHARED_OPTIONS[name] | changed.get(name, {}))
+        choices: dict[str, Any] = {"choices": decoder_choices()} if name == "decoder" else {}
+        parser.add_argument(f"--{name}", **SHARED_OPTIONS[name] | choices | changed.get(name, {}))

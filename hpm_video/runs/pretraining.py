@@ -17,9 +17,9 @@ from hpm_video.data.batch import collate
 from hpm_video.data.clips import ValidationClips
 from hpm_video.data.transforms import ClipTransform, MultiScaleCrop
 from hpm_video.files.weights import load_weights
-from hpm_video.mining.objective import HardPatchesMining, named
+from hpm_video.mining.objective import OBJECTIVES, HardPatchesMining, named
 from hpm_video.mining.pictures import write_pictures
-from hpm_video.mining.targets import FeatureTarget, PixelTarget, Target
+from hpm_video.mining.targets import TARGETS, FeatureTarget, Target
 from hpm_video.mining.validation import Measures, describe, measure
 from hpm_video.models.encoder import ClipEncoder
 from hpm_video.models.feature_model import load_feature_model
@@ -40,7 +40,7 @@ from hpm_video.training.distributed import Processes
 from hpm_video.training.ema import MomentumSchedule
 from hpm_video.training.engine import Engine, Runner
 from hpm_video.training.objective import Objective
-from hpm_video.training.optim import Tensors, make_adamw, parameter_groups
+from hpm_video.training.optim import OPTIMIZERS, Tensors, parameter_groups
 from hpm_video.training.progress import Progress
 from hpm_video.training.run import Evaluation
 from hpm_video.weights.recognise import read_image_tower
@@ -59,10 +59,8 @@ def build_target(config: PretrainConfig, device: torch.device) -> Target:
     """
     mining, patch_size = config.mining, config.model.patch_size
     look = (patch_size, config.data.mean, config.data.std)
-    if mining.pixel_kind is not None:
-        return PixelTarget(*look, mining.pixel_kind)
     if mining.feature_kind is None:
-        return FeatureTarget(*look, None)
+        return TARGETS[mining.target](*look)
     assert mining.feature_weights is not None
     path = Path(mining.feature_weights).expanduser()
     try:
@@ -93,7 +91,7 @@ def build_objective(
     by_engine: dict[str, Any] = {}
     if engine is not None:
         by_engine = {"gathered": engine.gathered, "ema_update": engine.ema_update}
-    return HardPatchesMining(
+    return OBJECTIVES[mining.objective](
         {name: config.mask_rule(name) for name in config.sources},
         target,
         predictor=mining.predictor,
@@ -167,7 +165,7 @@ class Pretraining(Task):
         assert isinstance(model, MaskedAutoencoder)
         recipe = self.config.recipe
         groups = parameter_groups(model, recipe.weight_decay, also_decayed=model.decayed_tokens)
-        return make_adamw(groups, betas=recipe.betas)
+        return OPTIMIZERS[recipe.optimizer](groups, betas=recipe.betas)
 
     def transforms(self) -> dict[str, ClipTransform]:
         found: dict[str, ClipTransform] = {}

@@ -31,6 +31,7 @@ from hpm_video.training.provenance import gather_facts, record_start
 from hpm_video.training.run import Evaluation, Run
 from hpm_video.training.schedules import schedule_of
 from hpm_video.training.stop import listen_for_stop
+from hpm_video.training.trackers import check_trackers
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ def run(task: Task, processes: Processes = Processes()) -> Path:  # noqa: B008 -
         And what ``fit`` raises.
     """
     updates = task.data.timeline.num_updates
+    check_trackers(task.config.logging.trackers)
     with locked(task.config, processes) as directory:
         task.resolve(directory)
         device = choose_device_of(task, directory, processes)

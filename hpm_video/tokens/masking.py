@@ -19,7 +19,6 @@ from hpm_video.tokens.grid import Size3, TokenGrid
 MaskUnit = Literal["token", "tube"]
 CountRule = Literal["hpm", "videomae"]
 Pick = Literal["hardest", "easiest"]
-StrategyName = Literal["random", "easy_to_hard", "hard_to_easy", "hardest", "easiest"]
 
 UNITS: dict[MaskUnit, Callable[[TokenGrid], Size3]] = {
     "token": lambda _: (1, 1, 1),
@@ -61,8 +60,16 @@ class MaskStrategy:
         span = self.last_fraction - self.first_fraction
         return self.first_fraction + span * (epoch + 1) / epochs
 
+    def choose(
+        self, difficulty: Tensor | None, priority: Tensor, num_masked: int, num_picked: int
+    ) -> Tensor:
+        """Choose the hidden units, as :func:`choose_masked` does: -> (B, U) bool"""
+        if difficulty is not None and self.pick == "easiest":
+            difficulty = -difficulty
+        return choose_masked(difficulty, priority, num_masked, num_picked)
 
-STRATEGIES: dict[StrategyName, MaskStrategy] = {
+
+STRATEGIES: dict[str, MaskStrategy] = {
     "random": MaskStrategy("hardest", 0.0, 0.0),
     "easy_to_hard": MaskStrategy("hardest", 0.0, 0.5),
     "hard_to_easy": MaskStrategy("hardest", 0.5, 0.0),
@@ -98,9 +105,7 @@ class MaskRule:
             ValueError: ``num_picked`` is not 0 and there is no difficulty to pick by.
         """
         scores = None if difficulty is None else tokens_to_units(difficulty, self.grid, self.unit)
-        if scores is not None and self.strategy.pick == "easiest":
-            scores = -scores
-        units = choose_masked(scores, priority, self.num_masked, num_picked)
+        units = self.strategy.choose(scores, priority, self.num_masked, num_picked)
         tokens_per_unit = self.grid.num_tokens // self.num_units
         masked = units_to_tokens(units, self.grid, self.unit)
         return TokenMask.from_masked(masked, self.num_masked * tokens_per_unit)

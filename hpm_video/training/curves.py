@@ -74,6 +74,8 @@ def plot_curves(metrics: Path, picture: Path, panels: Sequence[Panel] = PANELS) 
         MetricsError: a line is not of metrics.
         ValueError: the file holds none of the keys that ``panels`` show.
     """
+    if not metrics.is_file():  # logging.trackers is without jsonl
+        return
     table = read_metrics(metrics)
     shown = [panel for panel in panels if _matching(panel.keys, table)]
     if not shown:

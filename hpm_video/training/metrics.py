@@ -1,21 +1,19 @@
-"""Metrics of training, and where they are written: lines of JSON, TensorBoard."""
+"""Metrics of training: how they are measured, and the lines in which they are written."""
 
 import json
 import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hpm_video.config.training import LoggingConfig
-from hpm_video.files.atomic import written_beside
 from hpm_video.files.errors import ExpectedError
 from hpm_video.training.distributed import Processes
 from hpm_video.training.objective import Losses
@@ -197,74 +195,6 @@ class Meter:
             values["tflops_per_gpu"], values["mfu"] = flops_of_one / 1e12, flops_of_one / self._peak
             values["peak_memory_gb"] = max(memories) / 1e9
         return values
-
-
-class Tracker(Protocol):
-    """Where metrics are written in addition to ``metrics.jsonl``."""
-
-    def write(self, kind: str, update: int, values: Mapping[str, float]) -> None:
-        """Take the values of one line."""
-
-    def flush(self) -> None:
-        """Make sure that everything written so far survives the process."""
-
-    def close(self) -> None:
-        """Write what is not written yet, and end."""
-
-
-class TensorBoard:
-    """A tracker that writes metrics for TensorBoard."""
-
-    def __init__(self, folder: Path, first_update: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder), purge_step=first_update and first_update + 1)
-        self.flush, self.close = self._writer.flush, self._writer.close
-
-    def write(self, kind: str, update: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(f"{kind}/{name}", value, update)
-
-
-TRACKERS: dict[str, Callable[[Path, int], Tracker]] = {"tensorboard": TensorBoard}
-"""Trackers by the key in ``logging`` that turns them on. Each gets a folder of the run, and the
-number of updates made so far. A new tracker is an entry here and a field of ``LoggingConfig``."""
-
-
-class MetricsLog:
-    """The metrics of a run, in ``metrics.jsonl`` and for trackers."""
-
-    def __init__(
-        self, run_dir: Path, how: LoggingConfig, *, first_update: int, writes: bool = True
-    ) -> None:
-        """Continue at ``first_update``; lines of an interrupted run beyond it are dropped.
-
-        ``writes``: whether this process writes; of several that measure the same, one does.
-        """
-        self._path = run_dir / "metrics.jsonl"
-        self._writes = writes
-        self.trackers: list[Tracker] = []
-        if writes:
-            if self._path.is_file():
-                lines = read_lines(self._path) if first_update else []
-                kept = [line for line in lines if line["update"] <= first_update]
-                with written_beside(self._path) as beside:
-                    beside.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
-            self.trackers = [
-                make(run_dir / name, first_update)
-                for name, make in TRACKERS.items()
-                if getattr(how, name)
-            ]
-
-    def write(self, kind: str, update: int, epoch: float, values: dict[str, float]) -> None:
-        """Add one line. ``update`` is the number of updates made so far."""
-        if not self._writes:
-            return
-        line = {"kind": kind, "update": update, "epoch": round(epoch, 4), **values}
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        for tracker in self.trackers:
-            tracker.write(kind, update, values)
 
 
 class WaitingWarning:

@@ -58,8 +58,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": make_adamw,
     "sgd": lambda groups, betas: torch.optim.SGD(groups, lr=0.0, momentum=betas[0]),
 }
-"""Optimizers by ``recipe.optimizer``; their learning rate is set before every update. An entry, and
-its name in the type of that field, add one."""
+"""Optimizers by ``recipe.optimizer``; their learning rate is set before every update."""
 
 
 @dataclass(frozen=True)

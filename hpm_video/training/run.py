@@ -23,9 +23,10 @@ from hpm_video.training.checkpoint import (
 from hpm_video.training.curves import plot_curves
 from hpm_video.training.engine import Engine
 from hpm_video.training.fast import as_written, compile_seconds
-from hpm_video.training.metrics import Meter, MetricsLog, WaitingWarning
+from hpm_video.training.metrics import Meter, WaitingWarning
 from hpm_video.training.progress import Progress, Timeline
 from hpm_video.training.stop import Interrupted, StopRequest
+from hpm_video.training.trackers import MetricsLog
 from hpm_video.workers.progress_bar import ProgressBar
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class Run:
     def __post_init__(self) -> None:
         writes, updates = self.engine.processes.is_first, self.timeline.num_updates
         self._metrics = MetricsLog(
-            self.folder, self.logging, first_update=self.start, writes=writes
+            self.folder, self.logging.trackers, first_update=self.start, writes=writes
         )
         self._bar = ProgressBar(updates, "updates", first=self.start, silent=not writes)
         self._waiting = WaitingWarning(self.folder / "config.yaml")
@@ -91,8 +92,7 @@ class Run:
 
     def close(self) -> None:
         """Write the metrics that were not written yet."""
-        for tracker in self._metrics.trackers:
-            tracker.close()
+        self._metrics.close()
         self._bar.close()
 
     def measure_beginning(self, *, draws: bool = False) -> None:
@@ -162,8 +162,6 @@ class Run:
                 state={"update": done, "keep": keep, "best": self.best, **self.stored},
                 attached=[path for path in map(self.folder.joinpath, ATTACHED) if path.exists()],
             )
-            for tracker in self._metrics.trackers:
-                tracker.flush()
             point_to_newest_and_best(folder)
             best = checkpoint_path(folder, self.best.get("update", done))
             remove_superseded(folder, self.saving.keep_last, [best])
@@ -245,6 +243,8 @@ class Run:
         if self.evaluation.draw:
             self.evaluation.draw(done)
         if self.engine.processes.is_first:
+            sheet = checkpoint_path(self.folder, done).name
+            self._metrics.pictures(self.folder / "pictures", done, sheet)
             (self.folder / UNDRAWN).unlink(missing_ok=True)
             if done < self.timeline.num_updates:  # at the end: once it is complete
                 plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")

@@ -32,6 +32,7 @@ from typing_extensions import Self
 from hpm_video.files.atomic import temporary_folder
 from hpm_video.files.errors import ExpectedError
 from hpm_video.files.failures import Failure
+from hpm_video.files.plugins import decoders
 from hpm_video.workers.process import serve, unpacked
 
 Job = TypeVar("Job")
@@ -219,6 +220,7 @@ class _Worker:
             self.connection, theirs = self.context.Pipe()
             watched, self._life = self.context.Pipe(duplex=False)
             given = theirs, watched, self._shared, self.result_bytes, self.work, self.limits.memory
+            given = (*given, decoders())
             process = self.context.Process(target=serve, args=given, daemon=True, name=NAME)
             with _no_script():
                 process.start()

@@ -9,7 +9,7 @@ import pickle
 import signal
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from itertools import accumulate, pairwise
 from multiprocessing.connection import Connection
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from hpm_video.files.plugins import Kind, register
 
 
 def serve(
@@ -26,8 +28,9 @@ def serve(
     result_bytes: int,
     work: Any,
     memory: int,
+    registered: Sequence[tuple[Kind, str, Any]],
 ) -> None:
-    """The process: does one job after the other."""
+    """The process: does one job after the other, with the decoders that were registered."""
     import torch  # the server has it; the run needs it for jobs alone
 
     # Terminals and schedulers signal all processes of a run; it saves, and then ends this one.
@@ -36,6 +39,8 @@ def serve(
     _end_with_the_run(watched)
     torch.set_num_threads(1)
     _limit_memory(memory)
+    for kind, name, thing in registered:
+        register(kind, name, thing)
     if hasattr(work, "prepare"):
         work.prepare()
     inbox: deque[Any] = deque()

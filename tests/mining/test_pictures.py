@@ -39,7 +39,7 @@ from hpm_video.models.masked_autoencoder import MaskedAutoencoder, Prediction
 from hpm_video.preparation.encode import write_video
 from hpm_video.randomness import uniform
 from hpm_video.tokens.grid import Size3, TokenGrid
-from hpm_video.tokens.masking import STRATEGIES, MaskRule, StrategyName, TokenMask, count_masked
+from hpm_video.tokens.masking import STRATEGIES, MaskRule, TokenMask, count_masked
 from hpm_video.tokens.patches import TargetKind, patchify
 from hpm_video.training.ema import MomentumSchedule
 from hpm_video.training.engine import TorchEngine
@@ -68,7 +68,7 @@ def make_objective(
     patch: Size3 = PATCH,
     *,
     kind: TargetKind = "per_channel",
-    strategy: StrategyName = "easy_to_hard",
+    strategy: str = "easy_to_hard",
     predictor: bool = True,
 ) -> tuple[HardPatchesMining, MaskedAutoencoder]:
     grid = TokenGrid.of_clip(size, patch)

@@ -24,7 +24,7 @@ recipe: {{epochs: 3, batch_size: 4, base_lr: 0.1, min_lr: 0, warmup_epochs: 1, c
 knn: {{every_epochs: 2, k: 3}}
 """
 COMMON = """
-logging: {{every_updates: 1, validate_every_epochs: 9, picture_every_epochs: 9, tensorboard: false}}
+logging: {{every_updates: 1, validate_every_epochs: 9, picture_every_epochs: 9, trackers: [jsonl]}}
 checkpoint: {{every_updates: 100, keep_last: 1}}
 """
 CONFIGS = {

@@ -26,7 +26,7 @@ model:
 data: {num_frames: 4, frame_stride: 1, frame_size: [32, 32], workers: 0}
 recipe: {epochs: 1, batch_size: 4, warmup_epochs: 0}
 engine: {precision: fp32, threads: 1, device: cpu}
-logging: {every_updates: 1, tensorboard: false}
+logging: {every_updates: 1, trackers: [jsonl]}
 """
 
 

@@ -303,7 +303,7 @@ def test_probes_of_a_pretrained_encoder(finished_run, labelled_videos, call_tool
         "engine.threads=1",
         "test.clips=1",
         "recipe.base_lr=1",
-        "logging.tensorboard=false",
+        "logging.trackers=[jsonl]",
     )
     assert code == 0, said
     found = json.loads((output / "probe.json").read_text())["probes"]

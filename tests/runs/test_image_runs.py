@@ -30,7 +30,7 @@ TINY = "test_vit.r160_in1k"  # 64 wide, patches of 16, images of 160
 TINTS = ("red", "green", "blue")
 COMMON = """
 engine: {precision: fp32, threads: 1, device: cpu}
-logging: {every_updates: 1, validate_every_epochs: 4, picture_every_epochs: 8, tensorboard: false}
+logging: {every_updates: 1, validate_every_epochs: 4, picture_every_epochs: 8, trackers: [jsonl]}
 checkpoint: {every_updates: 5}
 """
 MODEL = """

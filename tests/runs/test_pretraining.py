@@ -285,7 +285,7 @@ def test_the_shell_script_runs_it_from_anywhere(config_file, tmp_path):
     script = Path(__file__).parents[2] / "run_pretrain.sh"
     run = tmp_path / "run"
     output = subprocess.run(
-        [script, config_file.name, f"output_dir={run}", "logging.tensorboard=true"],
+        [script, config_file.name, f"output_dir={run}", "logging.trackers=[jsonl,tensorboard]"],
         cwd=config_file.parent,
         env=os.environ | {"HPM_PYTHON": sys.executable},
         text=True,

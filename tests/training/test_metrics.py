@@ -6,12 +6,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
-from hpm_video.config.training import LoggingConfig
 from hpm_video.runs.autotune import trial_update
 from hpm_video.runs.pretraining import Pretraining
 from hpm_video.training.memory import without_data
-from hpm_video.training.metrics import Meter, MetricsLog, WaitingWarning, read_lines
+from hpm_video.training.metrics import Meter, WaitingWarning, read_lines
 from hpm_video.training.objective import Losses
+from hpm_video.training.trackers import MetricsLog
 
 DEMO = Path(__file__).parents[2] / "configs" / "pretrain" / "demo.yaml"
 
@@ -146,9 +146,8 @@ def test_a_run_that_waits_for_its_data_says_so_once(caplog):
 
 def test_a_run_that_begins_anew_keeps_no_line_of_before(tmp_path):
     """It measures before its first update, and has one such line then."""
-    how = LoggingConfig(tensorboard=False)
     for first, updates in ((0, (0, 1, 2)), (0, (0, 1)), (1, (2,))):
-        metrics = MetricsLog(tmp_path, how, first_update=first)
+        metrics = MetricsLog(tmp_path, ["jsonl"], first_update=first)
         for update in updates:
             metrics.write("validation", update, update / 10, {"loss": 1.0})
     assert [line["update"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2]

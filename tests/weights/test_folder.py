@@ -49,7 +49,7 @@ masking: {{ratio: 0.75}}
 mining: {{momentum: warmup, last_momentum: 0.9}}
 recipe: {{epochs: 2, batch_size: 7, base_lr: 0.01, min_lr: 0, warmup_epochs: 1}}
 engine: {{precision: fp32, threads: 1, device: cpu}}
-logging: {{tensorboard: false}}
+logging: {{trackers: [jsonl]}}
 """
 
 

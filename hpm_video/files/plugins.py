@@ -1,0 +1,97 @@
+"""Things that other programs add to this package by name, for configs to choose."""
+
+import pickle
+import re
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, Literal, get_args
+
+from hpm_video.files.errors import ExpectedError
+
+Kind = Literal["mask_strategy", "target", "objective", "decoder", "tracker", "optimizer"]
+TABLES: dict[Kind, tuple[str, str]] = {
+    "mask_strategy": ("tokens.masking", "STRATEGIES"),
+    "target": ("mining.targets", "TARGETS"),
+    "objective": ("mining.objective", "OBJECTIVES"),
+    "decoder": ("decoding.registry", "DECODERS"),
+    "tracker": ("training.trackers", "TRACKERS"),
+    "optimizer": ("training.optim", "OPTIMIZERS"),
+}
+"""Module and name of the table of each kind, which is imported when something is added to it."""
+GROUP = "hpm_video.plugins"
+"""The group of entry points, each of which is a function that calls :func:`register`."""
+REGISTERED: dict[tuple[Kind, str], Any] = {}
+"""What was added, by kind and name."""
+
+
+class PluginError(ExpectedError, RuntimeError):
+    """A plugin cannot be loaded. The message names it and the reason."""
+
+
+def register(kind: Kind, name: str, thing: Any) -> None:
+    """Add something that configs then choose by its name.
+
+    The thing, by its kind, and the key of the config that then takes its name:
+
+    - ``mask_strategy`` (``masking.strategy``): a ``MaskStrategy``.
+    - ``target`` (``mining.target``): makes a ``Target`` of ``patch_size``, ``mean`` and ``std``.
+      Its attribute ``width`` is the number of values for each token, if not that of its patch.
+    - ``objective`` (``mining.objective``): a subclass of ``HardPatchesMining``.
+    - ``decoder`` (``data.decoder``): a ``Decoder`` whose reader is defined in a module.
+    - ``tracker`` (``logging.trackers``): makes a ``Tracker`` of the run's directory and the number
+      of updates made so far.
+    - ``optimizer`` (``recipe.optimizer``): makes an optimizer of parameter groups and ``betas``.
+
+    For the shell commands, call it in a function that your package names as an entry point of the
+    group ``hpm_video.plugins``.
+
+    Raises:
+        ValueError: there is no such kind, the name is taken or not a name, or a process that
+            decodes could not import the reader of a decoder.
+    """
+    if kind not in TABLES:
+        raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+    module, table_name = TABLES[kind]
+    table = getattr(import_module(f"hpm_video.{module}"), table_name)
+    if not re.fullmatch(r"[A-Za-z]\w*", name) or name in (*table, "auto"):
+        known = ", ".join(table)
+        raise ValueError(
+            f"a new {kind} needs a name of letters, digits and _ that is not taken ({known}), got "
+            f"{name!r}"
+        )
+    if kind == "decoder" and _is_local(thing):
+        raise ValueError(
+            f"the reader of the decoder {name} must be a class of a module, which the processes "
+            f"that decode import, not of a notebook or script; move it to a file"
+        )
+    table[name] = REGISTERED[kind, name] = thing
+
+
+def _is_local(thing: Any) -> bool:
+    try:
+        return b"__main__" in pickle.dumps(thing)
+    except (pickle.PicklingError, AttributeError, TypeError):  # of a function, say
+        return True
+
+
+def decoders() -> list[tuple[Kind, str, Any]]:
+    """Return what was registered that processes that decode need."""
+    return [(kind, name, of) for (kind, name), of in REGISTERED.items() if kind == "decoder"]
+
+
+@cache
+def load_plugins() -> None:
+    """Call the entry points of all installed packages, once in a process.
+
+    Raises:
+        PluginError: one cannot be imported, or raises an error.
+    """
+    for point in entry_points(group=GROUP):
+        try:
+            point.load()()
+        except Exception as error:  # noqa: PERF203 - a few, once
+            raise PluginError(
+                f"the plugin {point.name} ({point.value}) cannot be loaded; mend its package or "
+                f"uninstall it. {type(error).__name__}: {error}"
+            ) from error
