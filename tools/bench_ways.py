@@ -24,9 +24,11 @@ from hpm_video.data.reading import (
     TrainReader,
     Views,
     draw_frames,
+    thinned,
     view_frames,
 )
 from hpm_video.data.transforms import Box, MultiScaleCrop, multi_scale_box, view_boxes
+from hpm_video.decoding.locations import is_frame_folder
 from hpm_video.decoding.reader import Frames
 from hpm_video.decoding.registry import available_decoders, open_video
 from hpm_video.mining.losses import ranking_loss
@@ -39,6 +41,8 @@ Way = Callable[[Request], object]
 def ways_to_decode(decoders: Sequence[DecoderName], views: Views) -> dict[str, dict[str, Way]]:
     """Return the ways to make a training clip and the views of a test, the plain one first."""
     train: dict[str, Way] = {"straightforward": clip_plainly}
+    if "torchcodec" in decoders:
+        train["torchcodec's own resizing"] = clip_by_torchcodec
     test: dict[str, Way] = {"straightforward": partial(views_plainly, views)}
     for name in decoders:
         train[name] = TrainReader(CLIP, name, "", MultiScaleCrop(flip=False), same_frames=False)
@@ -49,7 +53,8 @@ def ways_to_decode(decoders: Sequence[DecoderName], views: Views) -> dict[str, d
 def clip_plainly(request: Request) -> Tensor:
     """Make one clip from whole frames: -> (C, T, h, w) float32"""
     draw = generator("clip", *request.keys[0])
-    frames = read_plainly(request.path, lambda count: draw_frames(CLIP, count, draw))
+    data = thinned(CLIP, request.kept_every)
+    frames = read_plainly(request.path, lambda count: draw_frames(data, count, draw))
     box = multi_scale_box(frames.shape[1], frames.shape[2], CLIP.frame_size, draw)
     return with_pillow(frames, box)
 
@@ -58,16 +63,31 @@ def views_plainly(views: Views, request: Request) -> Tensor:
     """Open the file for each view: -> (R, C, T, h, w) float32"""
     made = []
     for clip, crop in product(range(views.clips), range(views.crops)):
-        choose = partial(lambda clip, count: view_frames(CLIP, count, views)[clip], clip)
+        data = thinned(CLIP, request.kept_every)
+        choose = partial(
+            lambda data, clip, count: view_frames(data, count, views)[clip], data, clip
+        )
         frames = read_plainly(request.path, choose)
         boxes = view_boxes(frames.shape[1], frames.shape[2], CLIP.frame_size, views.crops)
         made.append(with_pillow(frames, boxes[crop]))
     return torch.stack(made)
 
 
+def clip_by_torchcodec(request: Request) -> Tensor:
+    """Make one clip from whole frames that the decoder resizes: -> (T, C, h, w) uint8"""
+    from torchcodec.decoders import VideoDecoder  # type: ignore[import-not-found]
+    from torchcodec.transforms import Resize  # type: ignore[import-not-found]
+
+    resizing = [Resize(CLIP.frame_size)]
+    decoder = VideoDecoder(request.path, num_ffmpeg_threads=1, transforms=resizing)
+    data, draw = thinned(CLIP, request.kept_every), generator("clip", *request.keys[0])
+    clip: Tensor = decoder.get_frames_at(draw_frames(data, len(decoder), draw).tolist()).data
+    return clip
+
+
 def read_plainly(path: str, choose: Callable[[int], NDArray[np.int64]]) -> Frames:
-    """Read whole frames with decord, as its documentation shows, or else with PyAV."""
-    if "decord" in available_decoders():
+    """Read whole frames with decord, as its documentation shows, or else with PyAV or Pillow."""
+    if "decord" in available_decoders() and not is_frame_folder(path):
         import decord
 
         reader = decord.VideoReader(path, num_threads=1)
