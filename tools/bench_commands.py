@@ -5,6 +5,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -30,6 +31,8 @@ from tqdm import tqdm
 from hpm_video.config.choices import DecoderChoice, DecoderName
 from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import PretrainConfig
+from hpm_video.data.clips import request_of
+from hpm_video.data.manifest import read_manifest
 from hpm_video.data.reading import Request, Views
 from hpm_video.decoding.locations import is_image
 from hpm_video.decoding.reader import DecoderError
@@ -118,7 +121,8 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     add["loader"]("--clips", type=positive, default=48, help=measured)
     add["loader"]("--seconds", type=above_zero, default=8.0, metavar="S", help="per trial (8)")
     add_options(commands.choices["decoding"], views={"default": (5, 3)})
-    add["decoding"]("video", metavar="VIDEO", help="a video file")
+    videos = "a video, a folder of frames (ends in /), or a manifest: its first file is taken"
+    add["decoding"]("videos", nargs="+", metavar="VIDEO", help=videos)
     add["decoding"]("--repeats", type=positive, default=15, help="measurements per way (15)")
     add_options(commands.choices["losses"], "device")
     add["losses"]("--clips", type=positive, default=32, help="clips per call (32)")
@@ -154,27 +158,48 @@ def losses(arguments: argparse.Namespace) -> Tables:
 
 
 def decoding(arguments: argparse.Namespace) -> Tables:
-    """Time how a video becomes clips, compared with the straightforward way.
+    """Time how videos become clips, compared with the straightforward way.
 
     Makes a training clip and all views of a test with each decoder (see tools/bench_ways.py), and
     with the first one 4 training clips out of one pass (data.repeats) and one by one. All in one
-    process and one thread. After the first turn, which does not count, the file is cached.
+    process and one thread. After the first turn, which does not count, the files are cached.
+    Several files show what preparing one is worth: "as the first" says how many times as fast as
+    the first of them each is, read in the same way.
     """
     torch.set_num_threads(1)
     decoders = choose_decoders(arguments.decoders)
-    with open_video(arguments.video):  # says clearly what is wrong with it
-        pass
+    requests = [(name, first_request(name)) for name in arguments.videos]
+    for _, request in requests:
+        with open_video(request.path):  # says clearly what is wrong with it
+            pass
     if "decord" not in available_decoders():
         print("decord is not installed: the straightforward way uses PyAV, with whole frames")
 
-    def measure(way: Callable[[Request], object], turn: int) -> float:
-        request, began = Request(arguments.video, -1, -1, ((turn,),)), time.perf_counter()
+    def measure(way: Callable[[Request], object], request: Request, turn: int) -> float:
+        request, began = replace(request, keys=((turn,),)), time.perf_counter()
         way(request)
         return time.perf_counter() - began
 
     for task, made in ways_to_decode(decoders, Views(*arguments.views)).items():
-        timed = {name: partial(measure, way) for name, way in made.items()}
-        yield task, compare(timed, arguments.repeats, warmup=1)
+        pairs = list(product(requests, made.items()))
+        timed = {
+            str(number): partial(measure, way, request)
+            for number, ((_, request), (_, way)) in enumerate(pairs)
+        }
+        rows = compare(timed, arguments.repeats, warmup=1)
+        for number, (row, ((file, _), (way, _))) in enumerate(zip(rows, pairs, strict=True)):
+            row["way"] = way
+            if len(requests) > 1:
+                row["as the first"] = rows[number % len(made)]["ms"] / row["ms"]
+                row["file"] = file
+        yield task, rows
+
+
+def first_request(name: str) -> Request:
+    """Return the request for a file, or for the first one of a manifest."""
+    if not name.endswith(".csv"):
+        return Request(name, -1, -1, ())
+    return request_of(read_manifest(name), 0)
 
 
 def choose_decoders(names: str | None, first: Sequence[DecoderChoice] = ()) -> list[DecoderName]:

@@ -27,6 +27,7 @@ from hpm_video.data.reading import (
     Views,
 )
 from hpm_video.data.transforms import Box, MultiScaleCrop, multi_scale_box, view_boxes
+from hpm_video.decoding.locations import is_frame_folder
 from hpm_video.decoding.reader import Frames
 from hpm_video.decoding.registry import available_decoders, open_video
 from hpm_video.mining.losses import ranking_loss
@@ -43,6 +44,8 @@ def ways_to_decode(decoders: Sequence[DecoderName], views: Views) -> dict[str, d
     And, with the first decoder, the ways to make several clips of one file.
     """
     train: dict[str, Way] = {"straightforward": clip_plainly}
+    if "torchcodec" in decoders:
+        train["torchcodec's own resizing"] = clip_by_torchcodec
     test: dict[str, Way] = {"straightforward": partial(views_plainly, views)}
     for name in decoders:
         train[name] = TrainReader(CLIP, name, "", MultiScaleCrop(flip=False), same_frames=False)
@@ -61,10 +64,15 @@ def several_clips(reader: Way, together: bool, request: Request) -> None:  # noq
         reader(replace(request, keys=chosen))
 
 
+def footage(request: Request, count: int) -> Footage:
+    """Return so many frames of the file that is requested."""
+    return Footage(0, count, kept_every=request.kept_every)
+
+
 def clip_plainly(request: Request) -> Tensor:
     """Make one clip from whole frames: -> (C, T, h, w) float32"""
     draw = generator("clip", *request.keys[0])
-    frames = read_plainly(request.path, lambda count: Footage(0, count).draw(CLIP, draw))
+    frames = read_plainly(request.path, lambda count: footage(request, count).draw(CLIP, draw))
     box = multi_scale_box(frames.shape[1], frames.shape[2], CLIP.frame_size, draw)
     return with_pillow(frames, box)
 
@@ -73,16 +81,28 @@ def views_plainly(views: Views, request: Request) -> Tensor:
     """Open the file for each view: -> (R, C, T, h, w) float32"""
     made = []
     for clip, crop in product(range(views.clips), range(views.crops)):
-        choose = partial(lambda clip, count: Footage(0, count).views(CLIP, views)[clip], clip)
+        choose = partial(lambda clip, count: footage(request, count).views(CLIP, views)[clip], clip)
         frames = read_plainly(request.path, choose)
         boxes = view_boxes(frames.shape[1], frames.shape[2], CLIP.frame_size, views.crops)
         made.append(with_pillow(frames, boxes[crop]))
     return torch.stack(made)
 
 
+def clip_by_torchcodec(request: Request) -> Tensor:
+    """Make one clip from whole frames that the decoder resizes: -> (T, C, h, w) uint8"""
+    from torchcodec.decoders import VideoDecoder  # type: ignore[import-not-found]
+    from torchcodec.transforms import Resize  # type: ignore[import-not-found]
+
+    resizing = [Resize(CLIP.frame_size)]
+    decoder = VideoDecoder(request.path, num_ffmpeg_threads=1, transforms=resizing)
+    indices = footage(request, len(decoder)).draw(CLIP, generator("clip", *request.keys[0]))
+    clip: Tensor = decoder.get_frames_at(indices.tolist()).data
+    return clip
+
+
 def read_plainly(path: str, choose: Callable[[int], NDArray[np.int64]]) -> Frames:
-    """Read whole frames with decord, as its documentation shows, or else with PyAV."""
-    if "decord" in available_decoders():
+    """Read whole frames with decord, as its documentation shows, or else with PyAV or Pillow."""
+    if "decord" in available_decoders() and not is_frame_folder(path):
         import decord
 
         reader = decord.VideoReader(path, num_threads=1)

@@ -173,6 +173,30 @@ def test_decoding_is_timed_against_the_straightforward_way(tool, videos):
         assert len(re.findall(rf"^ *{way} +[\d.]+ +[\d.]+$", output, re.M)) == 2, output
 
 
+def test_prepared_files_are_timed_beside_untouched_ones(tool, videos, tmp_path):
+    first = next((videos / "train").iterdir())
+    prepared = tmp_path / "manifest.csv"
+    prepared.write_text(f"path,kept_every\n{first},4\n")
+    options = (
+        "--repeats",
+        1,
+        "--views",
+        "1x1",
+        "--decoders",
+        "pyav",
+        "--output",
+        tmp_path / "t.json",
+    )
+    tool("bench", "decoding", first, prepared, *options)
+    for rows in json.loads((tmp_path / "t.json").read_text()).values():
+        of = {(row["file"], row["way"]): row for row in rows}
+        assert [*of] == [
+            (str(file), way) for file in (first, prepared) for way in ("straightforward", "pyav")
+        ]
+        for (_, way), row in of.items():
+            assert row["as the first"] == pytest.approx(of[str(first), way]["ms"] / row["ms"])
+
+
 def test_a_misspelt_key_is_one_line(tool):
     error = tool("bench", "update", "configs/pretrain/demo.yaml", "recipe.epoch=3", code=2)
     assert error.strip().startswith("error: ")
