@@ -49,6 +49,7 @@ def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> C
                 f"{path} leaves {open_keys[0]} to you: give {open_keys[0]}=VALUE, or "
                 f"{open_keys[0]}=null for none"
             )
+        _leave_out_usual_stride(given)
         _check_sources(given)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
     except ConfigError:
@@ -99,6 +100,14 @@ def _checked(value: Any, source: str, key: str = "") -> Any:
             "off" if is_off else _checked(each, source, f"{key}.{name}" if key else str(name))
         )
     return found
+
+
+def _leave_out_usual_stride(given: Any) -> None:
+    """Give clips whose frames are chosen by time no stride, unless a stride is set too."""
+    for value in [*given.values()] if OmegaConf.is_dict(given) else ():
+        _leave_out_usual_stride(value)
+        if OmegaConf.is_dict(value) and value.get("fps") is not None:
+            value.setdefault("frame_stride", None)
 
 
 def _check_sources(given: Any) -> None:

@@ -589,6 +589,13 @@ def test_the_stride_is_4_unless_clips_have_a_rate(tmp_path):
         save_config(config, tmp_path / "config.yaml")
         assert load_classifier(tmp_path / "config.yaml") == config
     assert config.data.pace == "8 frames/s"
+    (tmp_path / "timed.yaml").write_text(
+        "data: {fps: 8}\nmasking: {ratio: 0.75}\nmix: {more: {data: {fps: 5, num_frames: 8}}}"
+    )
+    timed = load_config(PretrainConfig, tmp_path / "timed.yaml", [])
+    assert [data.pace for data in timed.sources.values()] == ["8 frames/s", "5 frames/s"]
+    with pytest.raises(ConfigError, match=r"mix\.more: data\.fps=5 takes .* but .* is 4 and"):
+        load_config(PretrainConfig, tmp_path / "timed.yaml", ["mix.more.data.frame_stride=4"])
     assert ClipChoice(frame_stride=3).of(config.data).pace == "stride 3"
     assert ClipChoice().of(config.data).pace == "8 frames/s"
 
