@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "transformers": {"weights/verify.py"},
     "onnx": {"weights/exporting.py"},
     "onnxruntime": {"weights/exporting.py"},
-    "torchvision": {"data/augment.py"},
+    "torchvision": {"data/augment.py", "decoding/image.py"},
     "wandb": {"training/trackers.py"},
     "mlflow": {"training/trackers.py"},
     "huggingface_hub": {"weights/hub.py"},

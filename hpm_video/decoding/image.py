@@ -1,4 +1,4 @@
-"""Images, each a video of one frame, and folders of frames: with Pillow."""
+"""Images, each a video of one frame, and folders of frames: with Pillow, JPEGs by libjpeg-turbo."""
 
 import contextlib
 import io
@@ -25,9 +25,15 @@ _IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 class ImageReader(VideoReader):
     """The one frame of an image."""
 
-    def __init__(self, path: str, data: bytes) -> None:
+    def __init__(self, path: str, data: bytes, *, of_video: bool = False) -> None:
+        """``of_video``: it is one of many, and pixels of a JPEG come from torchvision.
+
+        They are the same, in a little more than half the time, but torchvision's libjpeg prints a
+        line about each that is damaged.
+        """
         super().__init__(path)
         self._frames: Frames | None = None
+        self._data = data if of_video else b""
         with _pillow():
             self.image = _open_image(data)
             count = 1 if self.image.format == "MPO" else getattr(self.image, "n_frames", 1)
@@ -48,10 +54,23 @@ class ImageReader(VideoReader):
     def _decode(self, indices: list[int]) -> Frames:  # noqa: ARG002 - it is one
         if self._frames is None:
             with _pillow():
-                self.image.load()
-                upright = orientation_of_image(self.image).apply(_rgb(self.image))
+                pixels = self._pixels()
+                upright = orientation_of_image(self.image).apply(pixels)
                 self._frames = np.ascontiguousarray(upright)[None]
         return self._frames
+
+    def _pixels(self) -> Frames:
+        """-> (H, W, 3)"""
+        if self._data and self.image.format == "JPEG" and self.image.mode in ("RGB", "L"):
+            import torch
+            from torchvision.io import ImageReadMode, decode_jpeg  # type: ignore[import-untyped]
+
+            with contextlib.suppress(RuntimeError):  # Pillow says what is wrong with it
+                data = torch.frombuffer(self._data, dtype=torch.uint8)
+                pixels = decode_jpeg(data, ImageReadMode.RGB)  # type: ignore[no-untyped-call]
+                return np.asarray(pixels.permute(1, 2, 0))
+        self.image.load()
+        return _rgb(self.image)
 
     def close(self) -> None:
         self.image.close()
@@ -72,7 +91,7 @@ class FrameFolder(FrameByFrame):
     def _frame_at(self, index: int) -> Frames:
         file = self._files[index]
         try:
-            with ImageReader(str(file), read_bytes(str(file))) as image:
+            with ImageReader(str(file), read_bytes(str(file)), of_video=True) as image:
                 picture: Frames = image.read([0])[0]
                 return picture
         except DecodeError as error:
@@ -142,7 +161,7 @@ def _has_end(data: bytes) -> bool:
 def _rgb(image: "Image.Image") -> Frames:
     """-> (H, W, 3)"""
     if not image.mode.startswith("I"):
-        return np.array(image.convert("RGB"))
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     # 16 bits, which Pillow would cut off at 255 instead of scaling them.
     grey = np.asarray(image).astype(np.int64)
     if grey.min() < 0 or grey.max() > 65535:

@@ -1,6 +1,6 @@
 """Frames out of videos and images: the only way to read them, with PyAV, torchcodec or decord.
 
-An image is a video of one frame, and needs Pillow alone; so do folders of frames. Frame i is the
+An image is a video of one frame; it and folders of frames need no decoder of videos. Frame i is the
 i-th in the order of presentation, whatever the decoder; docs/decoders.md says why PyAV comes first.
 A file cannot make a decoder open others: what is no container of frames is refused.
 """

@@ -101,6 +101,32 @@ def test_a_jpeg_is_what_pillow_makes_of_it(tmp_path):
     assert np.abs(read(path).astype(int) - colours()).mean() < 8
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "options", [{"subsampling": 0}, {"subsampling": 2}, {"progressive": True}, {"orientation": 6}]
+)
+def test_a_jpeg_is_the_same_as_an_image_and_as_a_frame(tmp_path, mode, options):
+    exif = Image.Exif()
+    exif[ORIENTATION] = options.get("orientation", 1)
+    (tmp_path / "a").mkdir()
+    picture = Image.fromarray(colours()).convert(mode)
+    path = saved(tmp_path / "a" / "1.jpg", picture, exif=exif, **options)
+    with open_video(f"{tmp_path}/a/") as video:
+        assert np.array_equal(video.read([0])[0], read(path))
+
+
+def test_a_damaged_frame_is_what_pillow_makes_of_it(tmp_path, capfd):
+    data = bytearray(saved(tmp_path / "a.jpg", colours(64, 64), quality=100).read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 200] = bytes(range(200))
+    (tmp_path / "a.jpg").write_bytes(data)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "1.jpg").write_bytes(data)
+    with open_video(f"{tmp_path}/b/") as video:
+        assert np.array_equal(video.read([0])[0], read(tmp_path / "a.jpg"))
+    assert "Corrupt JPEG data" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("format_", ["JPEG", "TIFF"])
 def test_cmyk(tmp_path, format_):
     """Cyan 255 - red, and so on, with no black: a red corner stays red."""
