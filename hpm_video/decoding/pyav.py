@@ -365,15 +365,19 @@ class PyavReader(VideoReader):
             yield number, frame
 
     def _packets_from(self, key: tuple[int, int | None] | None) -> "Packets":
-        # Some containers seek by the time of presentation, some by that of decoding.
-        for time in key or ():
+        # Some containers seek by the time of presentation, some by that of decoding, which Matroska
+        # does not state where frames are reordered, and FFmpeg does not know after a seek.
+        presented, decoded = key or (None, None)
+        for time in (presented, decoded):
             if time is None:
                 continue
             self._container.seek(time, stream=self._stream, backward=True)
             packets = self._demux()
             first = next(packets)
-            latest = (key and key[1]) or 0
-            if first.is_keyframe and first.dts is not None and first.dts <= latest:
+            at, latest = first.dts, decoded or 0
+            if at is None:
+                at, latest = first.pts, presented or 0
+            if first.is_keyframe and at is not None and at <= latest:
                 yield first
                 yield from packets
                 return

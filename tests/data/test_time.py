@@ -303,3 +303,17 @@ def test_the_packets_of_a_long_file_are_gone_through_once(monkeypatch, tmp_path,
     assert len(footage(paths[1], STRIDE).views(STRIDE, whole)) == len(expected) - 20, (
         "it has changed"
     )
+
+
+@pytest.mark.parametrize("name", ["steady.mp4", "uneven.mp4", "uneven.mkv"])
+def test_a_clip_late_in_a_file_is_read_from_the_key_frame_before_it(
+    monkeypatch, files, name, numbers_of
+):
+    packets, demux = [], PyavReader._demux
+    monkeypatch.setattr(
+        PyavReader, "_demux", lambda self: (packets.append(each) or each for each in demux(self))
+    )
+    with PyavReader(f"{files}/{name}", f"{files}/{name}", b"") as video:
+        packets.clear()
+        assert numbers_of(video.read([42, 40, 44])) == [42, 40, 44]
+    assert len(packets) < 20, "key frames are 12 apart"
