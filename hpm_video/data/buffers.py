@@ -20,7 +20,9 @@ log = logging.getLogger(__name__)
 class Buffers:
     """Buffers of batches, in memory that other processes write to.
 
-    A buffer is free when nothing refers to its array: no batch that is read, no tensor of one.
+    A buffer is free when nothing refers to its array: no batch that is read, no tensor of one, no
+    copy to a GPU. No process writes to it then, for a batch is read when each of its jobs is done,
+    or its process dead.
     """
 
     def __init__(self, count: int, size: int) -> None:

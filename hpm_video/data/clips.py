@@ -62,8 +62,9 @@ class Clips(ABC):
 class Slot:
     """A sample while it is read: where a file does not decode, the next request replaces it."""
 
-    def __init__(self, clips: Clips, position: int) -> None:
-        self.clips = clips
+    def __init__(self, clips: Clips, position: int, start: int = 0) -> None:
+        """``start``: where its clips go in shared memory."""
+        self.clips, self.start = clips, start
         self._position = position
         self._failures: tuple[Failure, ...] = ()
         self._state = self._ask()

@@ -140,6 +140,7 @@ class _Batches:
             ):
                 self._begin(chosen)
             if not self._begun:
+                assert self._buffers.free, "places are left, and no buffer"
                 return
             for slot in self._begun[0][0]:
                 while slot.request is not None:
@@ -148,13 +149,12 @@ class _Batches:
 
     def _begin(self, chosen: Sequence[Place]) -> None:
         start, array = self._buffers.take()
-        batch = [Slot(self._streams[place.source], place.position) for place in chosen]
+        batch = list[Slot]()
+        for number, place in enumerate(chosen):
+            clips = self._streams[place.source]
+            batch.append(Slot(clips, place.position, start + number * clips.sample_bytes))
         self._begun.append((batch, array))
-        asked = [
-            (slot, start + number * slot.clips.sample_bytes)
-            for number, slot in enumerate(batch)
-            if slot.request is not None
-        ]
+        asked = [slot for slot in batch if slot.request is not None]
         for first in range(0, len(asked), self._group):
             self._submit(asked[first : first + self._group])
 
@@ -171,31 +171,30 @@ class _Batches:
         found = zip(samples, shared, places, strict=True)
         return collate([replace(s, clips=place) if is_ else s for s, is_, place in found])
 
-    def _submit(self, asked: Sequence[tuple[Slot, int]], *, first: bool = False) -> None:
+    def _submit(self, slots: Sequence[Slot], *, first: bool = False) -> None:
         jobs = [
-            (self._streams.index(slot.clips), slot.request, start, slot.clips.sample_bytes)
-            for slot, start in asked
+            (self._streams.index(slot.clips), slot.request, slot.start, slot.clips.sample_bytes)
+            for slot in slots
             if slot.request is not None
         ]
         attempts = ATTEMPTS if len(jobs) == 1 else 1
-        self._pool.submit(asked, jobs, path=jobs[0][1].path, first=first, attempts=attempts)
+        self._pool.submit(slots, jobs, path=jobs[0][1].path, first=first, attempts=attempts)
 
     def _take(self, answer: Answer) -> None:
-        asked, results = answer.tag, answer.result
+        slots, results = answer.tag, answer.result
         if isinstance(results, Failure):
-            if len(asked) > 1:  # one of them did it: each by itself
-                for one in reversed(asked):
-                    self._submit([one], first=True)
+            if len(slots) > 1:  # one of them did it: each by itself
+                for slot in reversed(slots):
+                    self._submit([slot], first=True)
                 return
             results = [results]
-        for (slot, start), result in zip(asked, results, strict=True):
-            request = slot.request
-            if isinstance(result, tuple) and request is not None:
-                of_file = request.label, request.path
-                result = Sample(ELSEWHERE, result, *of_file, source=slot.clips.source)
+        for slot, result in zip(slots, results, strict=True):
+            if isinstance(result, tuple):
+                asked, source = slot.request, slot.clips.source
+                result = Sample(ELSEWHERE, result, asked.label, asked.path, source=source)
             slot.put(result)
             if slot.request is not None:
-                self._submit([(slot, start)], first=True)
+                self._submit([slot], first=True)
 
 
 def _in_background(

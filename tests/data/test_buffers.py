@@ -100,6 +100,13 @@ def test_batches_are_views_of_a_few_buffers(shared):
     assert len(places) == sizeof(shared[0]) / (4 * SIZE) < 10
 
 
+def test_room_is_looked_for_before_whole_batches_take_it(shared, monkeypatch):
+    asked = []
+    monkeypatch.setattr(loader, "check_room", lambda *_, **room: asked.append((room, len(shared))))
+    batches_of(clips_of())
+    assert asked == [({"shared": sizeof(shared[0]), "batches": 4 * SIZE}, 0)]
+
+
 @pytest.mark.parametrize("kept", [slice(None), slice(3, 4), slice(0, 0)])
 def test_a_buffer_is_written_to_again_when_no_view_of_its_batch_is_left(shared, kept):
     """Whatever the consumer keeps; where it keeps all, what follows are copies."""
