@@ -34,8 +34,7 @@ class Trial:
     """One run of the comparison, and what it reached."""
 
     start: str
-    labels: int
-    """Videos of each class; 0: all that there are."""
+    labels: int  # videos of each class; 0: all that there are
     base_lr: float
     seed: int
     top1: float = float("nan")

@@ -36,14 +36,12 @@ from typing import Any
 from hostfile import AGAIN, is_here, read_hostfile, run_on_hosts  # type: ignore[import-not-found]
 
 WRONG_INPUT = 2
-STOPPED = (75, 130)
-"""Exit codes of a program that has stopped on request with its state saved."""
+STOPPED = (75, 130)  # exit codes of a program that has stopped on request with its state saved
 POLL = 0.05
 SETTLE = 10.0
 """Seconds in which the others may end by themselves after an error of one process: often all found
 the same one, and the first is about to print it."""
-ENDING = 10.0
-"""Seconds from SIGTERM to SIGKILL for the others of a job that cannot go on."""
+ENDING = 10.0  # seconds from SIGTERM to SIGKILL for the others of a job that cannot go on
 FAULTS = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 """Signals that a broken connection to another process does not cause, as it may SIGABRT."""
 EPILOG = f"""exit codes:

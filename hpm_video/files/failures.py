@@ -12,12 +12,10 @@ from hpm_video.files.wording import counted
 
 log = logging.getLogger(__name__)
 
-MOST_LISTED = 100
-"""Files that an error names."""
+MOST_LISTED = 100  # files that an error names
 
 
-TEXT: Any = {"encoding": "utf-8", "errors": "surrogateescape"}
-"""Names of files need not be UTF-8."""
+TEXT: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # names of files need not be UTF-8
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,7 @@ class BadFiles:
         self._writes = writes
         self._num_files = num_files
         self._max_bad_share = max_bad_share
-        self.failures: dict[str, Failure] = {}
-        """By path."""
+        self.failures: dict[str, Failure] = {}  # by path
         try:
             if path.exists():
                 with path.open(newline="", **TEXT) as file:

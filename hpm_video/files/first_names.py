@@ -33,8 +33,7 @@ JOINED = (".attn.k_bias", ".attn.v_bias")
 """Names of what is now a part of ``attn.qkv.bias``; VideoMAE's blocks had no bias on keys."""
 TOKENS = ("cls_token", "mask_token", "attn_pool.latent")
 """Parameters that were vectors, and are (1, 1, D)."""
-TABLES = ("pos_embed", "decoder_pos_embed")
-"""Positions that were (N, D), and are (1, N, D)."""
+TABLES = ("pos_embed", "decoder_pos_embed")  # positions that were (N, D), and are (1, N, D)
 
 
 class ByCurrentNames(Mapping[str, Tensor]):

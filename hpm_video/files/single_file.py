@@ -17,11 +17,9 @@ from torch import Tensor
 from hpm_video.files.atomic import temporary_folder
 from hpm_video.files.weights import OF_ANOTHER_PROJECT, CheckpointError
 
-KIND = "hpm_video"
-"""How the ``kind`` of such a file begins."""
+KIND = "hpm_video"  # how the ``kind`` of such a file begins
 TEXTS = ("config.yaml", "state.json", "labels.txt", "origin.json")
-NAMES = ("model", "teacher", "average")
-"""Names of files of weights in a checkpoint folder."""
+NAMES = ("model", "teacher", "average")  # names of files of weights in a checkpoint folder
 
 
 def write_single_file(

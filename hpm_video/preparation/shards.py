@@ -124,7 +124,12 @@ def output_names(
     taken: set[str] = set()
     above: set[str] = set()
     for place in dict.fromkeys(places):
-        wish = _relative(place, base)
+        member = TarMember.parse(place)
+        wish = _from_base(member.tar if member else place, base)
+        if member:
+            inside = os.path.normpath("/" + member.name).lstrip("/")
+            wish = f"{wish[: -len('.tar')]}/{inside}"
+        wish = wish if is_frame_folder(place) else wish[: -len(suffix_of(place)) or None]
         name = _cleaned(wish, dots)
         folded = name.casefold()
         clashes = folded in taken
@@ -138,16 +143,6 @@ def output_names(
         above.update(_folders(folded))
         names[place] = name
     return names
-
-
-def _relative(place: str, base: str) -> str:
-    """Return a relative path without a suffix and without ``..``."""
-    if member := TarMember.parse(place):
-        inside = os.path.normpath("/" + member.name).lstrip("/")
-        path = f"{_from_base(member.tar, base)[: -len('.tar')]}/{inside}"
-    else:
-        path = _from_base(place, base)
-    return path if is_frame_folder(place) else path[: -len(suffix_of(place)) or None]
 
 
 def _from_base(path: str, base: str) -> str:

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
@@ -107,17 +108,25 @@ class Videos:
         suffix: str | None = None,
         kind: Kind = "video",
     ) -> None:
-        self.folder = folder.absolute()
-        self.key = key
-        self.kind = kind
+        self.folder, self.key, self.kind = folder.absolute(), key, kind
         if not self.folder.is_dir():
             raise RecipeError(f"there is no folder {self.folder}. Name the folder of the {kind}s")
         if suffix is not None and suffix.lower() not in SUFFIXES[kind]:
             raise RecipeError(f"--suffix must be one of {' '.join(SUFFIXES[kind])}, got {suffix!r}")
         every = files_below(self.folder)
         own = [name for name in every if name.lower().endswith(SUFFIXES[kind])]
+        if not own and (archives := sorted(self.folder.rglob("*.tar"))):
+            raise RecipeError(
+                f"there are no {kind}s in {self.folder}, but {counted(len(archives), 'archive')}, "
+                f"such as {archives[0]}. Unpack them first, in the folder {archives[0].parent}: "
+                f"{UNPACK}"
+            )
         if not own:
-            raise self._nothing(every)
+            but = f", but files of another kind, such as {Path(every[0]).name}" if every else ""
+            raise RecipeError(
+                f"there are no {kind}s in {self.folder}{but}. Name the folder of the {kind}s "
+                f"({' '.join(SUFFIXES[kind])})"
+            )
         self.other_kind = len(every) - len(own)
         wanted = suffix.lower() if suffix else ""
         self.files = tuple(self.folder / name for name in own if name.lower().endswith(wanted))
@@ -153,23 +162,8 @@ class Videos:
         """Return the files that no clip asked for."""
         return [file for file in self.files if file not in self._asked]
 
-    def _nothing(self, others: Sequence[str]) -> RecipeError:
-        """Explain why there are no files of the kind, but perhaps of the other one."""
-        if archives := sorted(self.folder.rglob("*.tar")):
-            return RecipeError(
-                f"there are no {self.kind}s in {self.folder}, but "
-                f"{counted(len(archives), 'archive')}, such as {archives[0]}. Unpack them first, "
-                f"in the folder {archives[0].parent}: {UNPACK}"
-            )
-        but = f", but files of another kind, such as {Path(others[0]).name}" if others else ""
-        return RecipeError(
-            f"there are no {self.kind}s in {self.folder}{but}. Name the folder of the {self.kind}s "
-            f"({' '.join(SUFFIXES[self.kind])})"
-        )
 
-
-stem = attrgetter("stem")
-"""The key for files that are known by their name without the suffix."""
+stem = attrgetter("stem")  # the key for files that are known by their name without the suffix
 
 
 def folder_and_name(file: Path) -> str:
@@ -187,9 +181,7 @@ def class_key(name: str) -> str:
     return "".join(letter for letter in name.casefold() if letter.isalnum()) or name
 
 
-def read_list_text(path: Path) -> str:
-    """Read a list as text."""
-    return read_text(path, RecipeError, "download it again")
+read_list_text = partial(read_text, wrong=RecipeError, hint="download it again")
 
 
 def lines_of(path: Path) -> list[tuple[str, str]]:

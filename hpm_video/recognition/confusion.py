@@ -21,16 +21,13 @@ SHARES = LinearSegmentedColormap.from_list("shares", ["#ffffff", "#0d3f7f"]).wit
 )
 """White to blue: sRGB values are about even to the eye, so a straight line between two is too."""
 
-MOST_NAMED = 60
-"""Classes up to which their names stand at the axes."""
+MOST_NAMED = 60  # classes up to which their names stand at the axes
 MOST_COUNTED = 30
 """Classes up to which counts stand in the cells; above, the most confused pairs are listed."""
 MOST_LISTED = 40
-LONGEST_NAME, LONGEST_LISTED = 24, 34
-"""Characters of a name at the axes, and in the list."""
+LONGEST_NAME, LONGEST_LISTED = 24, 34  # characters of a name at the axes, and in the list
 DPI = 144
-LETTER = 0.6
-"""Width of a letter, in sizes of its font."""
+LETTER = 0.6  # width of a letter, in sizes of its font
 
 
 def draw_confusion(counts: Counts, label_names: Sequence[str], path: Path, *, title: str) -> None:

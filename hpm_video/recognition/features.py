@@ -51,11 +51,9 @@ class Layout:
     """Which features are extracted of each video, and how a file holds them."""
 
     views: Views
-    tokens: bool
-    """All tokens of the last layer, instead of one vector for each view."""
+    tokens: bool  # all tokens of the last layer, instead of one vector for each view
     dtype: DType
-    view_shape: tuple[int, ...]
-    """(D,), or with tokens (N, D)."""
+    view_shape: tuple[int, ...]  # (D,), or with tokens (N, D)
 
     @classmethod
     def of(cls, encoder: Inference, views: Views, dtype: DType, *, tokens: bool) -> "Layout":

@@ -43,8 +43,7 @@ REPAIR = (
     "wrong, and the result says how many they are"
 )
 
-Values = Callable[[Tensor], Tensor]
-"""(B, C, T, H, W) uint8 on any device -> (B, values)"""
+Values = Callable[[Tensor], Tensor]  # (B, C, T, H, W) uint8 on any device -> (B, values)
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,8 @@ class Reading:
 
     decoder: DecoderChoice = "auto"
     workers: int = 0
-    exclude_bad_files: bool = False
-    """Otherwise a file that does not decode is an error."""
-    limits: Limits = USUAL
-    """Of a process that decodes."""
+    exclude_bad_files: bool = False  # otherwise a file that does not decode is an error
+    limits: Limits = USUAL  # of a process that decodes
 
     @classmethod
     def of(cls, data: DataConfig, *, exclude_bad_files: bool = False) -> "Reading":
@@ -188,10 +185,8 @@ def over_videos(
 class Inference:
     """A model on a device, with the clips that it takes: (B, C, T, H, W) uint8 on any device."""
 
-    model: ClipEncoder
-    """On ``device``."""
-    data: DataConfig
-    """How its clips are made."""
+    model: ClipEncoder  # on ``device``
+    data: DataConfig  # how its clips are made
     device: torch.device
     precision: Precision
     clips_per_pass: int = CLIPS_PER_PASS

@@ -21,14 +21,12 @@ from hpm_video.training.distributed import Processes
 Array = NDArray[np.floating[Any]]
 Labels = NDArray[np.int64]
 
-NEIGHBOURS = (10, 20, 100, 200)
-"""Numbers of neighbours that are customary."""
+NEIGHBOURS = (10, 20, 100, 200)  # numbers of neighbours that are customary
 TEMPERATURE = 0.07
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Penalties of logistic regression, chosen from by cross-validation on the training videos."""
 FOLDS = 3
-TOLERANCE = 1e-8
-"""Largest entry of the objective's gradient at which a fit is finished."""
+TOLERANCE = 1e-8  # largest entry of the objective's gradient at which a fit is finished
 MAX_STEPS = 3000
 
 

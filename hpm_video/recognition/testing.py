@@ -18,10 +18,8 @@ from hpm_video.recognition.labels import check_classes, numbered_as
 from hpm_video.recognition.trained_model import TrainedClassifier
 from hpm_video.training.distributed import Processes
 
-TOP = 5
-"""The label is among so many; of no more classes that tells nothing, and is not reported."""
-MANY_CLASSES = 30
-"""From so many on, the terminal shows only the best and the worst."""
+TOP = 5  # the label is among so many; of no more classes that tells nothing, and is not reported
+MANY_CLASSES = 30  # from so many on, the terminal shows only the best and the worst
 
 
 @dataclass(frozen=True)

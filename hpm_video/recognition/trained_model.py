@@ -72,15 +72,12 @@ class TrainedModel(ABC):
     path: Path
     weights: WeightsOf
     update: int
-    data: DataConfig
-    """The clips that the encoder is to see."""
+    data: DataConfig  # the clips that the encoder is to see
     config: AnyConfig
     """Of a classifier with the grid of pre-training, and the weights that were chosen."""
     label_names: tuple[str, ...] = ()
-    origin: str = ""
-    """The text of origin.json, where the weights were imported."""
-    held: dict[str, Tensor] | None = None
-    """Its weights, where they are in memory."""
+    origin: str = ""  # the text of origin.json, where the weights were imported
+    held: dict[str, Tensor] | None = None  # its weights, where they are in memory
 
     @property
     def file(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -278,13 +279,12 @@ def above_zero(text: str) -> float:
 
 def parse_views(text: str) -> tuple[int, int]:
     """Parse views such as ``5x3``: 5 clips of each video, and 3 crops of each clip."""
-    clips, _, crops = text.partition("x")
-    try:
-        return positive(clips), positive(crops)
-    except argparse.ArgumentTypeError:
+    found = re.fullmatch(r"0*([1-9]\d*)x0*([1-9]\d*)", text)
+    if found is None:
         raise argparse.ArgumentTypeError(
             f"views are clips x crops, at least 1x1, such as 5x3; got {text!r}"
-        ) from None
+        )
+    return int(found[1]), int(found[2])
 
 
 SHARED_OPTIONS: dict[str, dict[str, Any]] = {

@@ -68,14 +68,12 @@ def open_inference(
     clips = clip_choice(arguments)
     trained = open_trained(arguments.checkpoint, wanted, arguments.weights, clips=clips)
     if trained.data.sampling == "segments" and bool(clips.frame_stride) != bool(windows):
+        rule = "where --frame-stride plays no part; leave it out"
+        if windows:
+            rule = "so its windows have no frame stride; give --frame-stride"
         raise ConfigError(
             f"{trained.path} was trained on clips that span the whole video "
-            f"(data.sampling=segments), "
-            + (
-                "so its windows have no frame stride; give --frame-stride"
-                if windows
-                else "where --frame-stride plays no part; leave it out"
-            )
+            f"(data.sampling=segments), {rule}"
         )
     device, precision = choose_device(arguments.device, processes), arguments.precision
     chosen = inference_precision(device) if precision == "auto" else precision

@@ -29,10 +29,8 @@ class Expressed:
 
     family: Family
     tensors: Tensors
-    left_out: dict[str, str]
-    """Parts of ours that have no place there, each with the reason."""
-    notes: tuple[str, ...]
-    """What differs there, with the same result."""
+    left_out: dict[str, str]  # parts of ours that have no place there, each with the reason
+    notes: tuple[str, ...]  # what differs there, with the same result
 
 
 def family_for(model: TrainedModel, to: To) -> Family:

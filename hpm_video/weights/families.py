@@ -35,22 +35,17 @@ class Family:
     name: str
     title: str
     holds: Holds
-    axes: Literal[4, 5] = 4
-    """Of the kernel of the patches: 4 of images, 5 of clips."""
+    axes: Literal[4, 5] = 4  # of the kernel of the patches: 4 of images, 5 of clips
     transformers_class: str = ""
-    renames: Pairs = ()
-    """Beginnings of names there and here; the first that fits is taken."""
-    inner: Pairs = ()
-    """The same of parts of names within blocks."""
+    renames: Pairs = ()  # beginnings of names there and here; the first that fits is taken
+    inner: Pairs = ()  # the same of parts of names within blocks
     split: tuple[str, ...] = ()
     """Kinds of tensors ("weight", "bias") that queries, keys and values have one by one."""
     key_bias: bool = True
     """Whether keys have a bias there. It shifts all scores of a query alike: softmax ignores it."""
-    left_out: str = ""
-    """Regular expression of names that have no place here."""
+    left_out: str = ""  # regular expression of names that have no place here
     conventions: Conventions = "mae"
-    target: TargetKind = "joint"
-    """What pre-training predicts, unless the file says otherwise."""
+    target: TargetKind = "joint"  # what pre-training predicts, unless the file says otherwise
     pixels: tuple[tuple[float, ...], ...] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     """Their mean and standard deviation, unless the file says otherwise."""
 
@@ -148,12 +143,9 @@ class State:
     """Their names in the file, of several parts that of the first."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Names in the file that have no place here, each with the reason."""
-    eps: float = 0.0
-    """The distance of numbers near 1 where they are stored."""
-    entry: str = ""
-    """The key of the state dict in the file."""
-    prefix: str = ""
-    """What was taken off the names, or off those of a part."""
+    eps: float = 0.0  # the distance of numbers near 1 where they are stored
+    entry: str = ""  # the key of the state dict in the file
+    prefix: str = ""  # what was taken off the names, or off those of a part
 
     def called(self, name: str) -> str:
         """Return the name of a tensor of ours in the file."""

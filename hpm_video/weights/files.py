@@ -39,13 +39,11 @@ class Source:
     path: Path
     entries: dict[str, Tensors]
     """State dicts by their key in the file; ``""`` where the file is one itself."""
-    config: dict[str, Any] = field(default_factory=dict)
-    """The content of config.json."""
+    config: dict[str, Any] = field(default_factory=dict)  # the content of config.json
     arguments: dict[str, Any] = field(default_factory=dict)
     """Options of the run that wrote it, or the content of preprocessor_config.json."""
     epoch: int | None = None
-    beside: tuple[str, ...] = ()
-    """Keys of what else is in the file, such as the optimizer's state."""
+    beside: tuple[str, ...] = ()  # keys of what else is in the file, such as the optimizer's state
 
 
 def read_source(path: Path) -> Source:

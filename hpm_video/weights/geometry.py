@@ -54,14 +54,11 @@ FRESH_DECODERS: dict[Conventions, dict[int, TransformerSize]] = {
 class Overrides:
     """What a user says of a file; ``None`` where it is to be as it stands there."""
 
-    entry: str | None = None
-    """Key of the state dict in the file."""
-    prefix: str | None = None
-    """How the names of the wanted tensors begin."""
+    entry: str | None = None  # key of the state dict in the file
+    prefix: str | None = None  # how the names of the wanted tensors begin
     encoder_only: bool = False
     """Leave out a decoder or a head: what is imported is to be pre-trained."""
-    decoder: TransformerSize | None = None
-    """Size of a decoder that starts fresh."""
+    decoder: TransformerSize | None = None  # size of a decoder that starts fresh
     heads: int | None = None
     decoder_heads: int | None = None
     num_frames: int | None = None
@@ -156,8 +153,7 @@ class Inference:
         """
         self.state, self.family, self.tensors = state, state.family, state.tensors
         self.facts = read_facts(source, given)
-        self.assumed: list[str] = []
-        """Defaults for facts that are not in the file."""
+        self.assumed: list[str] = []  # defaults for facts that are not in the file
         self.label_names: tuple[str, ...] = ()
         self.config = self._config()
 

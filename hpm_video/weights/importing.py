@@ -46,15 +46,13 @@ class Imported:
 
     source: Source
     state: State
-    model: TrainedModel
-    """Its weights are those of the file alone."""
+    model: TrainedModel  # its weights are those of the file alone
     teacher: Tensors | None
     left_out: dict[str, str]
     """Tensors and other parts of the file that are not taken, each with the reason."""
     fresh: tuple[str, ...]
     """Tensors of our model that the file lacks, and that start with random weights."""
-    assumed: tuple[str, ...]
-    """Defaults for facts that are not in the file."""
+    assumed: tuple[str, ...]  # defaults for facts that are not in the file
 
     @property
     def family(self) -> Family:

@@ -23,8 +23,7 @@ from hpm_video.weights.families import FAMILIES
 from hpm_video.weights.files import Tensors
 from hpm_video.weights.importing import OF_TEACHER, Imported
 
-TOLERANCE = 1e-4
-"""Largest difference in single precision, as a share of the largest value."""
+TOLERANCE = 1e-4  # largest difference in single precision, as a share of the largest value
 Outputs = dict[str, Tensor]
 UNUSED = r"pooler|embeddings\.mask_token|\.key\.bias$"
 """Tensors of transformers that change nothing of what is compared."""
@@ -47,8 +46,7 @@ class Difference(NamedTuple):
 
     of: str
     largest: float
-    largest_value: float
-    """Of the other implementation."""
+    largest_value: float  # of the other implementation
 
     @property
     def share(self) -> float:
@@ -60,11 +58,9 @@ class Difference(NamedTuple):
 class ParityReport:
     """The result of a comparison."""
 
-    with_what: str = ""
-    """The other implementation; empty where there was none."""
+    with_what: str = ""  # the other implementation; empty where there was none
     differences: tuple[Difference, ...] = ()
-    not_checked: str = ""
-    """Why nothing, or not everything, was compared."""
+    not_checked: str = ""  # why nothing, or not everything, was compared
     notes: tuple[str, ...] = ()
     tolerance: float = TOLERANCE
 
