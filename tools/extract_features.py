@@ -1,7 +1,9 @@
 """Write features of videos: python tools/extract_features.py CHECKPOINT SOURCE OUTPUT.
 
 OUTPUT gets one file per video, features/NAME.npy of (views, D), or with --tokens (views, N, D);
-index.csv maps files to videos. The first frames of sliding windows are in starts/.
+index.csv maps files to videos. The first frames of sliding windows are in starts/. With --npz,
+features.npz has all of it in arrays: X (videos, D), the mean over the views; y, the label of each
+video, -1 for none; names of the classes; files.
 """
 
 from __future__ import annotations
@@ -48,12 +50,15 @@ def main(command_line: Sequence[str] | None = None) -> int:
     windows = "instead of --clips: a clip every FRAMES frames, over the whole video"
     add("--window-stride", type=positive, metavar="FRAMES", help=windows)
     add("--tokens", action="store_true", help="every token of the last layer, not one vector")
+    add("--npz", action="store_true", help="also write features.npz: X, y, names and files")
     add("--dtype", choices=("float32", "float16"), default="float32", help="of the features")
     add("--clips-per-pass", type=positive, metavar="N", help="fewer take less memory (default 32)")
     add_options(parser, "root")
     arguments = parser.parse_args(command_line)
     if arguments.window_stride and (arguments.clips or arguments.crops):
         parser.error("--window-stride looks at every video in windows: leave out --clips, --crops")
+    if arguments.npz and (arguments.window_stride or arguments.tokens):
+        parser.error("--npz has one vector for each video: leave out --window-stride, --tokens")
     return run(lambda: write_features(arguments))
 
 
@@ -96,6 +101,8 @@ def write_features(arguments: argparse.Namespace) -> None:
     workers = reading_of(arguments).workers
     failures = extract(encoder, folder, decoder=arguments.decoder, workers=workers)
     report(folder, before, failures)
+    if arguments.npz:
+        write_npz(folder, failures)
     if failures:
         raise BadFilesError(
             failures,
@@ -131,6 +138,25 @@ def report(folder: FeatureFolder, before: int, failures: Sequence[Failure]) -> N
     print(f"  features = np.load({str(path)!r})  # {np.load(path, mmap_mode='r').shape}")
     if layout.windows:
         print(f"  starts = np.load({str(folder.starts_of(video))!r})")
+
+
+def write_npz(folder: FeatureFolder, failures: Sequence[Failure]) -> None:
+    """Write the features of all videos that decode as one file, and print its path."""
+    import numpy as np
+
+    from hpm_video.files.atomic import written_beside
+
+    manifest, bad = folder.manifest, {failure.path for failure in failures}
+    labels = {
+        file: y for file, y in zip(manifest.files, manifest.labels, strict=True) if file not in bad
+    }
+    if not labels:
+        return
+    means = [np.load(folder.features_of(file)).mean(axis=0, dtype=np.float32) for file in labels]
+    path, names = folder.path / "features.npz", np.array(manifest.label_names or (), dtype=str)
+    with written_beside(path) as file:
+        np.savez(file, X=np.stack(means), y=[*labels.values()], names=names, files=[*labels])
+    print(f"  in one file   {path}")
 
 
 if __name__ == "__main__":
