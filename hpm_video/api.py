@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.choices import DecoderChoice
-from hpm_video.config.loading import find_config, load_any_config
+from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data.manifest import NOT_STATED, UNLABELLED, Manifest
 from hpm_video.data.reading import Views
@@ -345,7 +345,7 @@ def load_config(name: str | Path, *overrides: str) -> Config:
     Raises:
         ConfigError: there is no such config, or a value breaks a rule.
     """
-    return load_any_config(find_config(name), overrides)
+    return load_any_config(Path(name), overrides)
 
 
 def build_model(

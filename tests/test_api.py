@@ -26,7 +26,9 @@ from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import save_config
 from hpm_video.data.batch import ClipBatch
 from hpm_video.decoding.registry import open_video
+from hpm_video.files.plugins import REGISTERED
 from hpm_video.files.weights import CheckpointError
+from hpm_video.tokens.masking import STRATEGIES
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("encoder", "decoder")
@@ -364,6 +366,36 @@ def test_the_page_on_python_runs(finished_run, finetuned_run, videos, config_fil
     for name, stands_for in names.items():
         program = program.replace(name, stands_for)
     exec(compile(program, "docs/python.md", "exec"), {"__name__": "__main__"})  # noqa: S102
+    del REGISTERED["mask_strategy", "sampled"], STRATEGIES["sampled"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_curves")
+def test_the_notebook_runs(finished_run, labelled_videos, config_file, tmp_path, monkeypatch):
+    """Each cell in turn, on a tiny model and videos; magic commands are Jupyter's."""
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    names = {
+        "runs/demo": str(finished_run),
+        "datasets/demo/train.csv": str(labelled_videos / "train"),
+        "datasets/demo/validation.csv": str(labelled_videos / "validation"),
+        "pretrain/demo": str(config_file),
+        "runs/notebook": str(tmp_path / "run"),
+        "batch_size: 24": "batch_size: 4",
+        'plt.imread(run / "curves.png")': "[[0]]",
+    }
+    notebook = json.loads((ROOT / "docs" / "notebook.ipynb").read_text(encoding="utf-8"))
+    space = {"__name__": "__main__"}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            source = re.sub(r"^%.*$", "", cell["source"], flags=re.MULTILINE)
+            for name, stands_for in names.items():
+                source = source.replace(name, stands_for)
+            exec(compile(source, cell["id"], "exec"), space)  # noqa: S102
+    del REGISTERED["mask_strategy", "sampled"], STRATEGIES["sampled"]
+    with np.load(tmp_path / "run" / "features.npz") as table:
+        assert table["X"].shape == (9, 16)
+        assert table["names"].tolist() == ["blue", "green", "red"]
+    assert space["accuracy"] >= 0.5
 
 
 @pytest.mark.slow

@@ -39,7 +39,8 @@ $3}
 The first start makes a Python environment in .venv and cuts the demo's clips.
 HPM_PYTHON=/path/to/python $run uses an environment that you have and installs nothing.
 
-CONFIG is looked up from the current folder, then from the root of the repository.
+CONFIG is the name of a configuration in configs/, such as demo, or a file, which is looked up from
+the current folder, then from the root of the repository.
 Paths inside a configuration or an override start from the root of the repository.
 
 Several processes, each on a GPU of its own, or on the CPU where there are no GPUs:
@@ -85,11 +86,16 @@ choose_config() {
   done
   set -- ${overrides[@]+"${overrides[@]}"}
   if (($# == 0)) || [[ $1 =~ $override && ! -f $1 ]]; then return; fi
+  local kind="${config%/*}"
   config="$1"
   shift
   overrides=("$@")
   if [[ -f $config ]]; then
     config="$(cd -- "$(dirname -- "$config")" && pwd)/$(basename -- "$config")"
+  elif [[ -f $root/$kind/$config.yaml ]]; then
+    config="$kind/$config.yaml"
+  elif [[ -f $root/configs/$config.yaml ]]; then
+    config="configs/$config.yaml"
   elif [[ ! -f $root/$config ]]; then
     refuse "no configuration $config, neither in $PWD nor in $root"
   fi

@@ -26,12 +26,15 @@ NEW_NAMES = {"held_out_short_side": "validation_short_side"}
 def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> Config:
     """Merge the schema's defaults, the YAML file and the ``section.key=value`` overrides.
 
+    ``path``: as :func:`find_config` takes it.
+
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, a value is of the wrong
             type or breaks a rule of the schema.
         PluginError: a plugin, whose names the config may have, cannot be loaded.
     """
     load_plugins()
+    path = find_config(path)
     _read(path)
     odd = [override for override in overrides if "=" not in override]
     if odd:
@@ -156,6 +159,7 @@ def load_any_config(path: Path, overrides: Sequence[str] = ()) -> PretrainConfig
     Raises:
         ConfigError: there is no such file, or it is not such a config.
     """
+    path = find_config(path)
     if re.search(r"^masking:", _read(path), re.MULTILINE):
         return load_config(PretrainConfig, path, overrides)
     return load_config(FinetuneConfig, path, overrides)

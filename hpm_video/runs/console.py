@@ -164,7 +164,7 @@ def parse_training(
 ) -> argparse.Namespace:
     """Read the command line of a program that trains from a config."""
     parser = make_parser(about)
-    add_config(parser, "a file of configs/, or a config of yours")
+    add_config(parser, "a config by its name (k400_hpm_b) or file")
     plan = "print the plan of the batch and the memory that it needs on GPUs, and exit"
     parser.add_argument("--dry-run", action="store_true", help=plan)
     of_dry_run = parser.add_argument_group("with --dry-run")
@@ -188,12 +188,12 @@ def train(
     ``arguments``: of :func:`parse_training`. ``finish`` is called after the run in each of its
     processes.
     """
-    from hpm_video.config.loading import find_config, load_config
+    from hpm_video.config.loading import load_config
     from hpm_video.runs.autotune import describe_run
     from hpm_video.runs.run import run as run_task
 
     def command(processes: Processes) -> None:
-        config = load_config(schema, find_config(arguments.config), arguments.overrides)
+        config = load_config(schema, arguments.config, arguments.overrides)
         say_what_stays(config.data, arguments.overrides)
         task = make_task(config)
         if arguments.dry_run:
@@ -224,8 +224,8 @@ def say_what_stays(data: DataConfig, overrides: Sequence[str]) -> None:
 
 def list_files(run_dir: Path, checkpoint: Path, others: Mapping[str, Path]) -> str:
     """List the files of a run that exist."""
-    names = {"config": "config.yaml", "metrics": "metrics.jsonl", "curves": "curves.png"}
-    own = {name: run_dir / file for name, file in names.items()}
+    names = ("config.yaml", "metrics.jsonl", "curves.png", "report.html")
+    own = {name.partition(".")[0]: run_dir / name for name in names}
     files = {"checkpoint": checkpoint, **own, **others}
     rows = (f"  {name:18}{path}" for name, path in files.items() if path.exists())
     return "\n".join(["\nDone. The run left:", *rows])

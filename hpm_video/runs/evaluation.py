@@ -11,6 +11,7 @@ from hpm_video.recognition import testing
 from hpm_video.recognition.inference import Inference, Reading
 from hpm_video.recognition.trained_model import TrainedClassifier, open_trained
 from hpm_video.runs.data import open_manifest
+from hpm_video.runs.report import write_report
 from hpm_video.training.checkpoint import read_state
 from hpm_video.training.device import Precision, choose_device
 from hpm_video.training.distributed import Processes
@@ -68,6 +69,7 @@ def evaluate_run(
     result = {"folder": str(folder), "test": what, **testing.summarise(scores, names)}
     if processes.is_first:
         testing.write_results(folder, scores, result, names)
+        write_report(run_dir)
     return result
 
 

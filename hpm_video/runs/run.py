@@ -17,6 +17,7 @@ from hpm_video.recognition.inference import Reading
 from hpm_video.runs.autotune import choose_plan, cost_of_clips, precision_of
 from hpm_video.runs.data import describe_training
 from hpm_video.runs.directory import RunDirectory, check_same_run, claim, locked
+from hpm_video.runs.report import write_report
 from hpm_video.runs.task import Task, make_engine, make_models
 from hpm_video.training.checkpoint import read_optimizer
 from hpm_video.training.curves import plot_curves
@@ -72,6 +73,7 @@ def run(task: Task, processes: Processes = Processes()) -> Path:  # noqa: B008 -
             train(task, directory, plan, engine, objective, evaluation)
         if processes.is_first:
             plot_curves(directory.path / "metrics.jsonl", directory.path / "curves.png")
+            write_report(directory.path)
     return directory.path
 
 

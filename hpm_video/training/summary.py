@@ -52,7 +52,7 @@ def tests_of(run: Path) -> Rows:
     for path in sorted(run.glob("test/*/result.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         tops = [f"{name} {result[name]:.3g}" for name in ("top1", "top5") if name in result]
-        rows.append((f"test {path.parent.name}", ", ".join(tops)))
+        rows.append((path.parent.name, ", ".join(tops)))
     return rows
 
 
@@ -68,7 +68,7 @@ def cost_of(lines: Sequence[dict[str, Any]], clips_per_update: int) -> Rows:
         return []
     spent = f"{hours:.3g} hours" if hours >= 1 else f"{60 * hours:.3g} minutes"
     return [
-        ("updates", f"{done:,} ({epoch:.4g} epochs)"),
+        ("updates", f"{done:,} ({epoch:.4g} {'epoch' if epoch == 1 else 'epochs'})"),
         ("training clips", f"{done * clips_per_update:,}"),
         ("time of the updates", spent),
     ]

@@ -92,7 +92,7 @@ def model_card(trained: TrainedModel, name: str, *, curves: bool) -> str:
     state = read_state(trained.path) if (trained.path / "state.json").is_file() else {}
     lines = [line for line in lines_of(run) if line["update"] <= trained.update]
     measures: Rows = [("measure", "at the start", "now", "baseline"), *measures_of(lines, classes)]
-    tests = "".join(f"\n\n{test}: {result}" for test, result in tests_of(run))
+    tests = "".join(f"\n\nTest {test}: {result}" for test, result in tests_of(run))
     data, origin = config.data, trained.origin
     if config.init_weights and not origin:
         imported = Path(config.init_weights).expanduser() / "origin.json"

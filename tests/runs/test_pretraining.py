@@ -59,7 +59,14 @@ def assert_same_state(run, reference):
 
 def test_a_run_leaves_everything(finished_run):
     names = {path.name for path in finished_run.iterdir()}
-    assert names >= {"checkpoints", "config.yaml", "metrics.jsonl", "curves.png", "pictures"}
+    assert names >= {
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "curves.png",
+        "pictures",
+        "report.html",
+    }
     assert [line["update"] for line in lines_of(finished_run, "train")] == list(range(1, 29))
     assert {"loss", "reconstruction", "prediction", "lr", "clips_per_second", "data_wait"} <= set(
         lines_of(finished_run, "train")[0]

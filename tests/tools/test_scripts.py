@@ -139,6 +139,13 @@ def test_config_is_looked_up_from_the_callers_folder_first(clone: Clone) -> None
     assert clone.starts() == [[str(clone.root), "tools/pretrain.py", str(mine)]]
 
 
+def test_a_config_is_found_by_its_name(clone: Clone) -> None:
+    lists = ["data.train=a", "data.validation=b"]
+    for name, found in (("demo", DEMO), ("finetune/demo", FINETUNE)):
+        assert clone.run("run_pretrain.sh", name, *lists).returncode == 0
+        assert clone.starts()[-1] == [str(clone.root), "tools/pretrain.py", found, *lists]
+
+
 def test_demo_data_is_made_once(clone: Clone) -> None:
     for split in ("train", "validation"):
         clone.write(f"datasets/demo/{split}.csv", "path,label\n")
