@@ -7,7 +7,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -67,7 +67,7 @@ class ImageReader(VideoReader):
 
             with contextlib.suppress(RuntimeError):  # Pillow says what is wrong with it
                 data = torch.frombuffer(self._data, dtype=torch.uint8)
-                pixels = decode_jpeg(data, ImageReadMode.RGB)  # type: ignore[no-untyped-call]
+                pixels: Any = decode_jpeg(data, ImageReadMode.RGB)
                 return np.asarray(pixels.permute(1, 2, 0))
         self.image.load()
         return _rgb(self.image)
