@@ -44,9 +44,9 @@ class Sender:
 
     def __init__(self, device: torch.device, shared: Any) -> None:
         """``shared``: memory that batches are views of."""
-        self._device, self._shared = device, shared
         self._stream = torch.cuda.Stream(device)
-        self._pinned = pin(shared, device)
+        self._device, self._shared = self._stream.device, shared  # now with its index
+        self._pinned = pin(shared, self._device)
         self._sent = deque[tuple[Any, ClipBatch]]()
 
     def begin(self) -> None:
@@ -93,7 +93,7 @@ def pin(shared: Any, device: torch.device) -> bool:
         if int(error) == 0:
             return True
         with suppress(RuntimeError):  # which takes the error with it
-            torch.zeros(1, device=device)
+            torch.zeros(1, device=device).add_(1)
     log.warning(
         "%.0f MiB of shared memory could not be pinned (%s): copies to the GPU take longer. Allow "
         "more locked memory (ulimit -l, docker run --ulimit memlock=-1)",

@@ -56,10 +56,10 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(folder, monkeypatch, caplog, pi
 
     monkeypatch.setattr(loader, "Buffers", Noted)
     monkeypatch.setattr(loader, "JOB_BYTES", 1)  # a job for each sample: few buffers
-    gpu, kept = torch.device("cuda", 0), []
+    gpu, kept = torch.device("cuda"), []
     for batch in batches_of(folder, workers=3, gpu=gpu):
         torch.cuda._sleep(20_000_000)
-        assert batch.clips.device == gpu
+        assert batch.clips.is_cuda
         kept.append((batch.clips.float().mul(2), batch.keys + 0, batch.files))  # once it is awake
     for (clips, keys, files), expected in zip(kept, batches_of(folder, workers=0), strict=True):
         assert torch.equal(clips.cpu(), expected.clips.float() * 2)
