@@ -376,7 +376,8 @@ def test_the_notebook_runs(finished_run, labelled_videos, config_file, tmp_path,
     monkeypatch.setenv("MPLBACKEND", "agg")
     names = {
         "runs/demo": str(finished_run),
-        "datasets/demo/train.csv": str(labelled_videos / "train"),
+        "datasets/demo/{name}.csv": f"{labelled_videos}/{{name}}",
+        '("train_images", "validation_images")': '("train", "validation")',
         "datasets/demo/validation.csv": str(labelled_videos / "validation"),
         "pretrain/demo": str(config_file),
         "runs/notebook": str(tmp_path / "run"),
