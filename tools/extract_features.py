@@ -19,7 +19,7 @@ from hpm_video.data.manifest import read_manifest
 from hpm_video.files.failures import BadFilesError
 from hpm_video.files.wording import counted
 from hpm_video.runs.console import add_options, exit_codes, make_parser, positive, run, shortest
-from hpm_video.runs.options import add_model_options, describe_pass, open_inference, reading_of
+from hpm_video.runs.options import add_model_options, open_inference, reading_of
 
 if TYPE_CHECKING:
     from hpm_video.recognition.features import FeatureFolder
@@ -72,6 +72,7 @@ def write_features(arguments: argparse.Namespace) -> None:
     from hpm_video.data.clips import decoder_for
     from hpm_video.data.reading import Views
     from hpm_video.recognition.features import FeatureFolder, Layout, describe, extract
+    from hpm_video.recognition.inference import describe_pass
     from hpm_video.recognition.trained_model import TrainedModel
 
     manifest = read_manifest(arguments.source, arguments.root)

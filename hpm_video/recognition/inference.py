@@ -23,6 +23,7 @@ from hpm_video.data.mixture import Place
 from hpm_video.data.reading import MIDDLE, Views
 from hpm_video.files.failures import BadFilesError, Failure
 from hpm_video.files.weights import CheckpointError
+from hpm_video.files.wording import counted, plural
 from hpm_video.models.encoder import ClipEncoder
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.recognition.trained_model import TrainedClassifier, TrainedModel
@@ -261,3 +262,18 @@ class Inference:
                 outputs.append(values(normalise(pixels, self.data.mean, self.data.std)).float())
         self.model.train(was_training)
         return torch.cat(outputs)
+
+
+def describe_pass(count: int, views: Views, trained: TrainedModel, inference: Inference) -> str:
+    """Describe the views, videos and model of a pass."""
+    data = inference.data
+    which = f"{views.clips} x {views.crops} {plural(views.count, 'view')}"
+    apart = f"at {data.pace}" if data.sampling == "dense" else "spread over it"
+    if views.every is not None:
+        which, apart = f"a clip every {views.every} frames", f"at {data.pace}"
+    height, width = data.frame_size
+    return (
+        f"{counted(count, 'video')}, {which} of each: {counted(data.num_frames, 'frame')} of "
+        f"{height} x {width} {apart}; {trained.weights} of update {trained.update}; "
+        f"{inference.device.type}, {inference.precision}"
+    )

@@ -281,9 +281,8 @@ def parse_views(text: str) -> tuple[int, int]:
     """Parse views such as ``5x3``: 5 clips of each video, and 3 crops of each clip."""
     found = re.fullmatch(r"0*([1-9]\d*)x0*([1-9]\d*)", text)
     if found is None:
-        raise argparse.ArgumentTypeError(
-            f"views are clips x crops, at least 1x1, such as 5x3; got {text!r}"
-        )
+        rule = "views are clips x crops, at least 1x1, such as 5x3"
+        raise argparse.ArgumentTypeError(f"{rule}; got {text!r}")
     return int(found[1]), int(found[2])
 
 

@@ -7,19 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpm_video.files.wording import counted, plural
 from hpm_video.runs.console import add_options, positive
 
 if TYPE_CHECKING:
     from hpm_video.data.manifest import Manifest
     from hpm_video.data.reading import Views
     from hpm_video.recognition.inference import Inference, Reading
-    from hpm_video.recognition.trained_model import (
-        ClipChoice,
-        Trained,
-        TrainedClassifier,
-        TrainedModel,
-    )
+    from hpm_video.recognition.trained_model import ClipChoice, Trained, TrainedClassifier
 
 
 def add_model_options(
@@ -68,9 +62,8 @@ def open_inference(
     clips = clip_choice(arguments)
     trained = open_trained(arguments.checkpoint, wanted, arguments.weights, clips=clips)
     if trained.data.sampling == "segments" and bool(clips.frame_stride) != bool(windows):
-        rule = "where --frame-stride plays no part; leave it out"
-        if windows:
-            rule = "so its windows have no frame stride; give --frame-stride"
+        rule = "so its windows have no frame stride; give --frame-stride"
+        rule = rule if windows else "where --frame-stride plays no part; leave it out"
         raise ConfigError(
             f"{trained.path} was trained on clips that span the whole video "
             f"(data.sampling=segments), {rule}"
@@ -90,6 +83,7 @@ def open_classifier(
     """
     from hpm_video.data.clips import decoder_for
     from hpm_video.data.reading import Views
+    from hpm_video.recognition.inference import describe_pass
     from hpm_video.recognition.trained_model import TrainedClassifier
 
     decoder_for(arguments.decoder, manifest)
@@ -106,18 +100,3 @@ def reading_of(arguments: argparse.Namespace, *, exclude_bad_files: bool = False
 
     workers = default_workers() if arguments.workers is None else arguments.workers
     return Reading(arguments.decoder, workers, exclude_bad_files)
-
-
-def describe_pass(count: int, views: Views, trained: TrainedModel, inference: Inference) -> str:
-    """Describe the views, videos and model of a pass."""
-    data = inference.data
-    which = f"{views.clips} x {views.crops} {plural(views.count, 'view')}"
-    apart = f"at {data.pace}" if data.sampling == "dense" else "spread over it"
-    if views.every is not None:
-        which, apart = f"a clip every {views.every} frames", f"at {data.pace}"
-    height, width = data.frame_size
-    return (
-        f"{counted(count, 'video')}, {which} of each: {counted(data.num_frames, 'frame')} of "
-        f"{height} x {width} {apart}; {trained.weights} of update {trained.update}; "
-        f"{inference.device.type}, {inference.precision}"
-    )
