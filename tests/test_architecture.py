@@ -23,7 +23,12 @@ MAY_IMPORT = {
         "decoding/video_stream.py",
     },
     "omegaconf": {"config/loading.py"},
-    "pandas": {"data/manifest.py", "preparation/check_report.py", "training/curves.py"},
+    "pandas": {
+        "data/manifest.py",
+        "mining/pictures.py",
+        "preparation/check_report.py",
+        "training/curves.py",
+    },
     "argparse": {
         "runs/console.py",
         "runs/options.py",

@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -85,12 +86,8 @@ def to_ranks(scores: Scores) -> Scores:
     Equal scores share a place, NaN stays. Ranks, because errors and predicted difficulties have
     different scales, and training fits only the order of one to that of the other.
     """
-    known = ~np.isnan(scores)
-    _, place, counts = np.unique(scores[known], return_inverse=True, return_counts=True)
-    middle = counts.cumsum() - (counts + 1) / 2
-    ranks = np.full_like(scores, np.nan)
-    ranks[known] = middle[place] / max(known.sum() - 1, 1)
-    return ranks
+    ranks = pd.Series(scores).rank() - 1
+    return (ranks / max(ranks.count() - 1, 1)).to_numpy(scores.dtype)
 
 
 def _heat_map(scores: Scores, study: Study) -> Frames:
@@ -108,10 +105,9 @@ def _draw_mask(study: Study) -> Frames:
 
 def _upsample(values: NDArray[Value], study: Study) -> NDArray[Value]:
     """Give every pixel its token's value: (N, K) -> (T, H, W, K)"""
-    grid, patch = study.grid, study.patch_size
-    lattice = values.reshape(grid.time, grid.height, grid.width, -1)
-    for axis in range(3):
-        lattice = lattice.repeat(patch[axis], axis=axis)
+    lattice = values.reshape(*study.grid.shape, -1)
+    for axis, size in enumerate(study.patch_size):
+        lattice = lattice.repeat(size, axis=axis)
     return lattice
 
 

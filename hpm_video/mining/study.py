@@ -162,8 +162,7 @@ def statistics_from_visible(
     A mean weighted by distance ** -4 in steps of the grid: with a power of at most 3, the many
     patches far away would outweigh the few near ones.
     """
-    sizes = (grid.time, grid.height, grid.width)
-    axes = [torch.arange(size, device=mask.masked.device) for size in sizes]
+    axes = [torch.arange(size, device=mask.masked.device) for size in grid.shape]
     places = torch.cartesian_prod(*axes).float()
     weights = torch.cdist(places[mask.masked_ids], places[mask.visible_ids]) ** -4
     weights = weights / weights.sum(dim=-1, keepdim=True)

@@ -52,6 +52,9 @@ class Target(ABC):
         """Targets of the hidden tokens: (B, C, T, H, W) uint8, (B, N, P) -> (B, M, P)
 
         ``features`` of all tokens, where it takes any: the teacher's, or those of :meth:`features`.
+
+        Raises:
+            ValueError: it takes features, and there are none.
         """
 
     @abstractmethod
@@ -100,17 +103,14 @@ class PixelTarget(Target):
 
     @override
     def of(self, clips: Tensor, mask: TokenMask, features: Tensor | None = None) -> Tensor:
-        """Targets of the hidden tokens: (B, C, T, H, W) uint8 -> (B, M, P)"""
         return standardise(self.patches(clips, mask), self.kind, len(self.mean))
 
     @override
     def errors(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """Mean squared error of each token: (B, M, P), (B, M, P) -> (B, M) float32"""
         return reconstruction_errors(predicted, target)
 
     @override
     def baseline_errors(self, target: Tensor) -> Tensor:
-        """Error of predicting the mean of each patch and channel: (B, M, P) -> (B, M)"""
         return patch_mean_errors(target, len(self.mean))
 
 
@@ -130,28 +130,20 @@ class FeatureTarget(Target):
     @override
     @torch.no_grad()
     def features(self, clips: Tensor) -> Tensor | None:
-        """Features of all tokens: (B, C, T, H, W) uint8 -> (B, N, P)"""
         return None if self.model is None else self.model(clips)
 
     @override
     def of(self, clips: Tensor, mask: TokenMask, features: Tensor | None = None) -> Tensor:
-        """Features of the hidden tokens: (B, C, T, H, W) uint8, (B, N, P) -> (B, M, P)
-
-        Raises:
-            ValueError: there are no features.
-        """
         if features is None:
             raise ValueError("targets are features, and none were computed for these clips")
         return mask.take_masked(features.float())
 
     @override
     def errors(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """2 - 2 cos of predicted and true features: (B, M, P), (B, M, P) -> (B, M) float32"""
         return direction_errors(predicted, target)
 
     @override
     def baseline_errors(self, target: Tensor) -> Tensor:
-        """Error of predicting the mean direction of the clip's targets: (B, M, P) -> (B, M)"""
         mean = F.normalize(target.float(), dim=-1).mean(dim=1, keepdim=True)
         return direction_errors(mean.expand_as(target), target)
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import matplotlib
@@ -13,7 +12,6 @@ PAPER: Colour = (255, 255, 255)
 INK: Colour = (28, 28, 32)
 
 
-@lru_cache(maxsize=16)
 def font_of(file: str, size: int) -> ImageFont.FreeTypeFont:
     """A font that matplotlib ships."""
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", file), size)

@@ -33,8 +33,7 @@ def grid_of_units(grid: TokenGrid, unit: MaskUnit) -> TokenGrid:
     Raises:
         ValueError: they do not divide the grid.
     """
-    size = (grid.time, grid.height, grid.width)
-    return TokenGrid.of_clip(size, UNITS[unit](grid))
+    return TokenGrid.of_clip(grid.shape, UNITS[unit](grid))
 
 
 @dataclass(frozen=True)

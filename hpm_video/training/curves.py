@@ -1,8 +1,6 @@
 """The curves of a run, drawn from its metrics: small multiples, one question each."""
 
-import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -20,8 +17,6 @@ from hpm_video.training.metrics import read_lines
 
 LONG = 60
 """Points of a curve from which on noise is smoothed, over a twentieth of them."""
-LONGEST_TITLE = 110
-"""In characters."""
 
 
 @dataclass(frozen=True)
@@ -65,26 +60,24 @@ PANELS = (
 )
 
 
-def plot_curves(metrics: Path, picture: Path, panels: Sequence[Panel] = PANELS) -> None:
+def plot_curves(metrics: Path, picture: Path) -> None:
     """Draw the metrics of a run (JSON lines) as PNG, over epochs where they are known.
-
-    The title is the run's directory, and the command that started it where it is noted there.
 
     Raises:
         MetricsError: a line is not of metrics.
-        ValueError: the file holds none of the keys that ``panels`` show.
+        ValueError: the file holds none of the keys that :data:`PANELS` show.
     """
     if not metrics.is_file():  # logging.trackers is without jsonl
         return
     table = read_metrics(metrics)
-    shown = [panel for panel in panels if _matching(panel.keys, table)]
+    shown = [panel for panel in PANELS if _matching(panel.keys, table)]
     if not shown:
         raise ValueError(f"{metrics} holds nothing to draw: it has {[*table] or 'no values'}")
     columns = 2 if len(shown) in (2, 4) else min(3, len(shown))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(5.2 * columns, 0.4 + 3.3 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(_title(metrics.parent), parse_math=False)
+    run = metrics.parent.resolve()
+    figure.suptitle(f"{run.parent.name}/{run.name}", parse_math=False)
     axis, last = "update", f"update {table['update'].iloc[-1]:.0f}"
     if "epoch" in table and table["epoch"].notna().all():
         axis, last = "epoch", f"epoch {table['epoch'].iloc[-1]:.4g} is {last}"
@@ -95,15 +88,6 @@ def plot_curves(metrics: Path, picture: Path, panels: Sequence[Panel] = PANELS) 
         _draw_panel(axes, panel, table.set_index(axis))
     with written_beside(picture) as file:
         figure.savefig(file, format="png", dpi=110)
-
-
-def _title(run: Path) -> str:
-    title = f"{run.resolve().parent.name}/{run.resolve().name}"
-    starts = run / "starts.jsonl"
-    lines = starts.read_text(encoding="utf-8").splitlines() if starts.exists() else []
-    with suppress(ValueError, LookupError, TypeError):  # a picture is no place to fail for a title
-        title += f": {json.loads(lines[-1])['command']}"
-    return title if len(title) <= LONGEST_TITLE else f"{title[: LONGEST_TITLE - 1]}…"
 
 
 def read_metrics(path: Path) -> pd.DataFrame:

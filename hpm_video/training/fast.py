@@ -24,8 +24,7 @@ HOW: dict[str, Any] = {"dynamic": False, "options": {"deterministic": True}}
 """Kernels depend only on the shapes that they are called with, not on those of earlier batches, and
 none is chosen by its measured speed: a resumed run computes the same bits."""
 GRAPHS = 64
-"""For so many shapes and modes of the same code torch compiles; by default it stops at 8.
-"""
+"""For so many shapes and modes of the same code torch compiles; by default it stops at 8."""
 OF_OBJECTIVES = ("normalised", "errors")
 """Methods of objectives that are compiled, if an objective has them."""
 

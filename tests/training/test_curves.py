@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from hpm_video.training.curves import Panel, plot_curves, read_metrics
+from hpm_video.training.curves import plot_curves, read_metrics
 
 
 def write(path: Path, records: list[dict[str, object]]) -> Path:
@@ -50,11 +50,10 @@ def test_keys_that_never_occur_have_no_panel(tmp_path: Path) -> None:
     assert widths[1] == 3 * widths[0]
 
 
-def test_another_method_adds_panels(tmp_path: Path) -> None:
+def test_what_no_panel_shows_is_refused(tmp_path: Path) -> None:
     metrics = write(tmp_path / "m.jsonl", [{"kind": "validation", "update": 1, "top1": 0.5}])
     plot_curves(metrics, tmp_path / "accuracy.png")
     metrics = write(tmp_path / "m.jsonl", [{"kind": "validation", "update": 1, "other": 0.5}])
-    plot_curves(metrics, tmp_path / "other.png", panels=[Panel("Other", ("oth*",))])
     with pytest.raises(ValueError, match="nothing to draw.*other"):
         plot_curves(metrics, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
@@ -80,27 +79,13 @@ def labels_of(axes: Axes) -> list[str]:
     return [text.get_text() for text in legend.get_texts()]
 
 
-def test_the_title_names_run_and_command(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_the_title_names_the_run(tmp_path: Path, drawn: list[Figure]) -> None:
     (tmp_path / "mine").mkdir()
     metrics = write(tmp_path / "mine" / "metrics.jsonl", make_records(40))
-    command = "tools/pretrain.py a.yaml " + 30 * "x$y "
-    write(tmp_path / "mine" / "starts.jsonl", [{"command": "before"}, {"command": command}])
     plot_curves(metrics, tmp_path / "curves.png")
     (figure,) = drawn
-    title = figure.get_suptitle()
-    assert title.startswith(f"{tmp_path.name}/mine: tools/pretrain.py a.yaml")
-    assert len(title) == 110
+    assert figure.get_suptitle() == f"{tmp_path.name}/mine"
     assert {axes.get_xlabel() for axes in figure.axes} == {"epoch (epoch 4 is update 40)"}
-
-
-@pytest.mark.parametrize("starts", ["", '{"comm', "{}\n", "3\n"])
-def test_starts_that_cannot_be_read_leave_the_title_short(
-    tmp_path: Path, drawn: list[Figure], starts: str
-) -> None:
-    metrics = write(tmp_path / "metrics.jsonl", make_records(2))
-    (tmp_path / "starts.jsonl").write_text(starts)
-    plot_curves(metrics, tmp_path / "curves.png")
-    assert drawn[0].get_suptitle() == f"{tmp_path.parent.name}/{tmp_path.name}"
 
 
 def test_no_curve_is_drawn_twice(tmp_path: Path, drawn: list[Figure]) -> None:
