@@ -28,11 +28,11 @@ from hpm_video.mining import objective as mining
 from hpm_video.runs.autotune import (
     TIMED_CLIPS,
     Trial,
-    cost_of_clips,
     last_epoch,
     trial_update,
 )
-from hpm_video.runs.console import positive
+from hpm_video.runs.console import add_config, positive
+from hpm_video.runs.cost import cost_of_clips
 from hpm_video.runs.finetuning import Finetuning, resolve
 from hpm_video.runs.pretraining import Pretraining
 from hpm_video.runs.task import Task
@@ -54,10 +54,6 @@ TURNS = 3
 CONFIGS = Path(__file__).parents[1] / "configs" / "pretrain"
 MEASURED = {"k400_hpm_b": 64, "k400_hpm_l": 32, "in1k_hpm_b": 256}  # and their clips per update
 PLAIN = ("mining.predictor=none", "masking.strategy=random")
-WHY = {
-    "mps": "always on this kind of device",
-    "cpu": "on a CPU, bf16 only if it is at least a tenth faster (measured again)",
-}
 KERNELS = {  # patterns of their names; the first kind that matches counts
     "attention": "attention|fmha|flash|sdp",
     "matrix products": "gemm|nvjet|cutlass|xmma|mm$|mkl|linear",
@@ -70,8 +66,7 @@ KERNELS = {  # patterns of their names; the first kind that matches counts
 def add_arguments(update: argparse.ArgumentParser, gpu: argparse.ArgumentParser) -> None:
     """Add the options of both commands."""
     add = update.add_argument
-    add("config", type=Path, metavar="CONFIG", help="a file of configs/")
-    add("overrides", nargs="*", metavar="section.key=value")
+    add_config(update, "a file of configs/")
     add("--clips", type=positive, help=f"clips per update; default: at most {TIMED_CLIPS}")
     add("--repeats", type=positive, default=5, help="timed updates per turn (5)")
     words = "'section.key=value ...' or 'CONFIG section.key=value ...'"
@@ -134,14 +129,16 @@ def update(arguments: argparse.Namespace) -> Tables:
             yield f"kernels of an update, {name}", way.kernels()
     if not is_gpu:
         taken = choose_precision(device, partial(trial_update, task, device, clips=clips))
-        print(f"engine.precision=auto takes {taken} here: {WHY[device.type]}")
+        print(f"engine.precision=auto takes {taken} here: on a CPU, bf16 if it is a tenth faster")
 
 
 def add_speed(rows: Rows, ways: Sequence["Updates"]) -> None:
     """Add clips/s, use of the device and memory to the rows, which are in the order of ``ways``."""
     device, is_gpu = ways[0].device, ways[0].device.type == "cuda"
     peaks = {precision: peak_flops(device, precision) for precision in {w.precision for w in ways}}
-    costs = {task: cost_of_clips(task)("", last_epoch(task)) for task in {w.task for w in ways}}
+    costs = {
+        task: cost_of_clips(task.config)("", last_epoch(task)) for task in {w.task for w in ways}
+    }
     for row, way in zip(rows, ways, strict=True):
         clips = 1000 * way.clips / row["ms"]
         flops, peak = clips * costs[way.task], peaks[way.precision][0]

@@ -101,7 +101,6 @@ class Worker:
     @property
     def code(self) -> int:
         """The exit code, or minus the signal that killed it."""
-        assert self.process.returncode is not None
         return self.process.returncode
 
     @property

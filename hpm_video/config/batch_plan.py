@@ -77,4 +77,5 @@ def _nearest(value: int, possible: Sequence[int]) -> str:
 
 
 def _and_be_a(multiple: int, what: str = "") -> str:
-    return "" if multiple == 1 else f", {what}being a multiple of {multiple} (videos are paired)"
+    why = "mixup and CutMix pair videos, and a batch norm needs two"
+    return "" if multiple == 1 else f", {what}being a multiple of {multiple} ({why})"

@@ -4,9 +4,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 Conventions = Literal["videomae", "mae"]
-"""What models of the two papers differ in beside their sizes. ``mae``: the layer from encoder to
-decoders has a bias, patch embedding and tokens start as there (xavier-uniform; normal with standard
-deviation 0.02), and pre-training decays the tokens."""
 
 
 @dataclass(frozen=True)
@@ -30,19 +27,8 @@ class TransformerSize:
 
 
 Init = Literal["truncated_normal", "xavier"]
-"""How linear layers start: ``truncated_normal`` with standard deviation 0.02, as in VideoMAE's
-fine-tuning, or ``xavier``-uniform, as in pre-training and for narrow models from scratch."""
 Pooling = Literal["mean_norm", "class_token", "batch_norm", "attentive"]
-"""How the tokens of a clip become one vector. ``mean_norm``: their mean, then a layer norm, for
-fine-tuning; there is none before it. ``class_token``: that token, normed. ``batch_norm``: the
-normed class token, or without one the mean of normed tokens, each value standardised over the
-batch, for a linear probe. ``attentive``: a query that learns which of the normed tokens to look at,
-a class token among them. Means leave the class token out."""
 Positions = Literal["sequence", "space_time", "given"]
-"""``sequence``: one sinusoid over the flattened token index, as in VideoMAE. ``space_time``: codes
-of column and row, as in MAE, plus one of time; nearby tokens then look alike along every axis.
-``given``: a table that is kept with the weights, such as one that another project learned; it
-starts as ``space_time`` and stays as it is."""
 FeatureKind = Literal["dino", "clip"]
 """Which tokens are the features. ``dino``: those after the final norm. ``clip``: those after the
 final norm and the projection into the space that images share with texts."""
@@ -56,7 +42,6 @@ DecoderChoice = str
 """A name, or ``auto`` for the first that can be used."""
 Sampling = Literal["dense", "segments"]
 Interpolation = Literal["bilinear", "bicubic"]
-"""How pixels are resized; antialiased, and what bicubic takes beyond 0..255 is cut off."""
 PredictorObjective = Literal["relative", "absolute", "none"]
 WeightsOf = Literal["student", "teacher", "model", "average", "untrained"]
 """Student or teacher of pre-training; a classifier (``model``) or the average of its weights; or

@@ -16,12 +16,14 @@ class EncoderConfig:
     """Frames, height and width of a patch."""
     channels: int = 3
     positions: Positions = "sequence"
-    """Fixed position codes: VideoMAE's over the ``sequence``, MAE's in ``space_time``, or ``given``
-    with imported weights that have others."""
+    """Fixed codes: ``sequence``, over the token index as in VideoMAE; ``space_time``, of column and
+    row as in MAE, plus one of time; or ``given``, kept with imported weights that have others."""
     class_token: bool = False
     """Whether a learned token for the whole clip goes through encoder and decoders."""
     conventions: Conventions = "videomae"
-    """Biases and initial weights: ``videomae``, or ``mae`` as the official image models."""
+    """What models of the two papers differ in beside their sizes. ``mae``: the layer from encoder
+    to decoders has a bias, patch embedding and tokens start as there (xavier-uniform; normal with
+    standard deviation 0.02), and pre-training decays the tokens."""
     drop_path: float = 0.0
     """Chance of dropping a residual branch of the encoder's last block; it rises from 0."""
     checkpoint_activations: bool = unrelated(default=False)
@@ -62,12 +64,16 @@ class ClassifierConfig(EncoderConfig):
     """Tokens along time, height and width in pre-training, in which positions are given. By
     default those of ``init_weights``, and without these the clip's own."""
     pooling: Pooling = "mean_norm"
-    """``mean_norm`` or ``class_token`` for fine-tuning, ``batch_norm`` for a linear probe,
-    ``attentive``."""
+    """How the tokens of a clip become one vector. ``mean_norm``: their mean, then a layer norm, for
+    fine-tuning; there is none before it. ``class_token``: that token, normed. ``batch_norm``: the
+    normed class token, or without one the mean of normed tokens, each value standardised over the
+    batch, for a linear probe. ``attentive``: a query that learns which of the normed tokens to look
+    at, a class token among them. Means leave the class token out."""
     frozen: bool = False
     """Whether the encoder stays as it is, so that only pooling and head learn."""
     init: Init = "truncated_normal"
-    """How what does not come from ``init_weights`` starts; ``xavier`` for narrow models."""
+    """How linear layers that are not of ``init_weights`` start: ``truncated_normal`` with standard
+    deviation 0.02, as in VideoMAE, or ``xavier``-uniform, for narrow models."""
     head_dropout: float = 0.0
     head_init_scale: float = 0.001
 

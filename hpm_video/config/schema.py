@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hpm_video.config import training
-from hpm_video.config.batch_plan import plan_batches
+from hpm_video.config.batch_plan import BatchPlan, micro_batches, plan_batches
 from hpm_video.config.checks import ConfigError, unrelated
 from hpm_video.config.data import AugmentationConfig, DataConfig, PretrainDataConfig
 from hpm_video.config.mining import MaskingConfig, MiningConfig
@@ -37,7 +37,21 @@ class RunConfig:
     model: EncoderConfig = field(default_factory=EncoderConfig)
 
     def __post_init__(self) -> None:
-        plan_batches(self.recipe.batch_size, 1, self.engine.micro_batch)
+        self.plan(1)
+
+    @property
+    def multiple(self) -> int:
+        """What the number of videos of a forward pass must be a multiple of."""
+        return 1
+
+    def plan(self, processes: int, micro_batch: int | None = None) -> BatchPlan:
+        """Plan an update with the engine's micro-batch or another."""
+        chosen = micro_batch or self.engine.micro_batch
+        return plan_batches(self.recipe.batch_size, processes, chosen, multiple=self.multiple)
+
+    def micro_batches(self, processes: int) -> list[int]:
+        """Return all sizes of a micro-batch that are possible, ascending."""
+        return micro_batches(self.recipe.batch_size, processes, self.multiple)
 
     @property
     def sources(self) -> Mapping[str, DataConfig]:
@@ -126,7 +140,7 @@ class PretrainConfig(RunConfig):
         """Return the rule by which the clips of a source are masked, or raise a ConfigError."""
         masking = self.maskings[source]
         at = f"mix.{source}." if source else ""
-        grid = _grid_of(self.sources[source], self.model, at)
+        grid = grid_of(self.sources[source], self.model, at)
         try:
             units = grid_of_units(grid, masking.unit).num_tokens
             num_masked = count_masked(units, masking.ratio, masking.count_rule)
@@ -165,23 +179,11 @@ class FinetuneConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _grid_of(self.data, self.model)
+        grid_of(self.data, self.model)
         if self.augmentation.rand_augment is not None and self.model.channels != 3:
             raise ConfigError(
                 f"augmentation.rand_augment changes colours, so model.channels must be 3, got "
                 f"{self.model.channels}; take augmentation.rand_augment=null"
-            )
-        micro_batch = self.engine.micro_batch or self.recipe.batch_size
-        if self.augmentation.mixes and micro_batch % 2:
-            raise ConfigError(
-                f"mixing pairs the videos of a forward pass, so their number must be even, got "
-                f"{micro_batch}; take an even engine.micro_batch (or recipe.batch_size), or "
-                f"augmentation.mixup=0 augmentation.cutmix=0"
-            )
-        if self.model.pooling == "batch_norm" and micro_batch * self.data.repeats < 2:
-            raise ConfigError(
-                "model.pooling=batch_norm standardises over the clips of a forward pass, and needs "
-                "two at least; take a larger engine.micro_batch"
             )
         if self.test.weights == "average" and self.recipe.average_momentum is None:
             raise ConfigError(
@@ -196,8 +198,13 @@ class FinetuneConfig(RunConfig):
         if self.test.checkpoint == "best" and self.data.validation is None:
             raise ConfigError("test.checkpoint=best needs data.validation to tell which is best")
 
+    @property
+    def multiple(self) -> int:
+        needs_two_clips = self.model.pooling == "batch_norm" and self.data.repeats == 1
+        return 2 if self.augmentation.mixes or needs_two_clips else 1
 
-def _grid_of(data: DataConfig, model: EncoderConfig, at: str = "") -> TokenGrid:
+
+def grid_of(data: DataConfig, model: EncoderConfig, at: str = "") -> TokenGrid:
     """Return the grid of tokens of a clip, or raise a ConfigError where grid or channels misfit."""
     if model.channels != len(data.mean) or len(data.mean) != len(data.std):
         raise ConfigError(

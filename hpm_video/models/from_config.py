@@ -10,8 +10,7 @@ import torch
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.choices import TransformerSize
 from hpm_video.config.data import DataConfig
-from hpm_video.config.model import EncoderConfig
-from hpm_video.config.schema import FinetuneConfig, PretrainConfig
+from hpm_video.config.schema import FinetuneConfig, PretrainConfig, grid_of
 from hpm_video.files.plugins import REGISTERED
 from hpm_video.files.weights import CheckpointError
 from hpm_video.models.classifier import ClipClassifier
@@ -75,35 +74,21 @@ def source_grid_of(config: AnyConfig) -> Size3:
         return config.model.pretrained_grid
     sizes = [data.clip_size for data in config.sources.values()]
     grids = [TokenGrid.of_clip(size, config.model.patch_size) for size in sizes]
-    time, height, width = (
-        max(getattr(grid, axis) for grid in grids) for axis in ("time", "height", "width")
-    )
+    time, height, width = map(max, zip(*(grid.shape for grid in grids), strict=True))
     return time, height, width
-
-
-def grid_of(model: EncoderConfig, data: DataConfig) -> TokenGrid:
-    """The grid of tokens of a clip.
-
-    Raises:
-        ConfigError: the patches do not fit the clips.
-    """
-    try:
-        return TokenGrid.of_clip(data.clip_size, model.patch_size)
-    except ValueError as error:
-        raise ConfigError(f"these clips do not fit the model: {error}") from error
 
 
 def build_classifier(config: FinetuneConfig, num_classes: int) -> ClipClassifier:
     """The model of a config, its weights drawn from the seed."""
     model, source = config.model, config.model.pretrained_grid
-    grid, source_grid = grid_of(model, config.data), source and TokenGrid(*source)
+    grid, source_grid = grid_of(config.data, model), source and TokenGrid(*source)
     with initial_weights(config.seed):
         return ClipClassifier(model, num_classes, grid, source_grid)
 
 
 def build_student(config: PretrainConfig) -> MaskedAutoencoder:
     """The model of a config, its weights drawn from the seed."""
-    grid, *others = (grid_of(config.model, data) for data in config.sources.values())
+    grid, *others = (grid_of(data, config.model) for data in config.sources.values())
     with initial_weights(config.seed):
         return MaskedAutoencoder(
             config.model,
@@ -117,7 +102,7 @@ def build_student(config: PretrainConfig) -> MaskedAutoencoder:
 
 def build_encoder(config: PretrainConfig, data: DataConfig) -> ClipEncoder:
     """The encoder of pre-training alone, for other clips, its weights drawn from the seed."""
-    grid, source = grid_of(config.model, data), TokenGrid(*source_grid_of(config))
+    grid, source = grid_of(data, config.model), TokenGrid(*source_grid_of(config))
     with initial_weights(config.seed):
         return ClipEncoder(config.model, grid, source_grid=source, init="xavier")
 

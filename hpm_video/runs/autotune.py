@@ -4,30 +4,26 @@ import gc
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.checks import ConfigError
-from hpm_video.config.schema import PretrainConfig
 from hpm_video.config.training import CompileMode
 from hpm_video.data.batch import ClipBatch
 from hpm_video.runs.data import describe_training, planned_data
 from hpm_video.runs.directory import RunDirectory
 from hpm_video.runs.task import Task
-from hpm_video.training.deepspeed_settings import sharding_of
+from hpm_video.training.deepspeed_settings import settings_of
 from hpm_video.training.device import Precision, choose_precision
 from hpm_video.training.distributed import Processes
 from hpm_video.training.ema import make_ema
 from hpm_video.training.engine import TorchEngine
 from hpm_video.training.fast import make_fast
 from hpm_video.training.memory import (
-    ActivationBytes,
-    Sharding,
-    count_flop,
+    activation_bytes,
     describe_memory,
     simulate_update,
     training_memory,
@@ -95,7 +91,7 @@ def trial_update(
     )
     objective = task.objective(ema, device, engine)
     make_fast(compiled, objective)
-    clips += -clips % task.multiple
+    clips += -clips % task.config.multiple
     data = config.sources[source]
     batch = ClipBatch(
         torch.randint(256, (clips, data.channels, *data.clip_size), dtype=torch.uint8),
@@ -114,32 +110,6 @@ def last_epoch(task: Task) -> Progress:
     return Progress(1, epochs - 0.5, epochs)
 
 
-def cost_of_clips(task: Task) -> Callable[[str, Progress], float]:
-    """Return a function that gives the FLOP of a clip of a source at a moment of the run.
-
-    Of forward and backward pass and of the teacher; activations that are computed again for the
-    backward pass do not count.
-    """
-    plain, found = copy(task), dict[object, float]()
-    model = replace(task.config.model, checkpoint_activations=False)
-    plain.config = replace(task.config, model=model)
-    make = partial(trial_update, plain, torch.device("cpu"), "fp32", 2)
-    # Models of features are made of a file, by timm, which looks at values.
-    of_a_file = isinstance(task.config, PretrainConfig) and task.config.mining.feature_kind
-
-    def cost(source: str, progress: Progress) -> float:
-        key = source, task.phase(source, progress)
-        if key not in found:
-            update = partial(make, source=source)
-            flop = count_flop(
-                lambda: replace(update(), progress=progress), with_data=bool(of_a_file)
-            )
-            found[key] = flop / 2
-        return found[key]
-
-    return cost
-
-
 def choose_plan(
     task: Task, device: torch.device, processes: Processes, precision: Precision
 ) -> BatchPlan:
@@ -149,14 +119,16 @@ def choose_plan(
     weights of the run lie there too meanwhile, which leaves room for what engines keep besides.
     """
     if task.config.engine.micro_batch is not None or device.type != "cuda":
-        return task.plan(processes.count)
+        return task.config.plan(processes.count)
     torch.cuda.set_per_process_memory_fraction(GPU_SHARE, device)
     try:
-        largest = find_micro_batch(task, device, precision, task.micro_batches(processes.count))
+        largest = find_micro_batch(
+            task, device, precision, task.config.micro_batches(processes.count)
+        )
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
         torch.cuda.reset_accumulated_memory_stats(device)
-    return task.plan(processes.count, min(processes.gather([largest])))
+    return task.config.plan(processes.count, min(processes.gather([largest])))
 
 
 def find_micro_batch(
@@ -238,15 +210,16 @@ def describe_run(
     count = sum(p.numel() for p in parameters)
     learning = sum(p.numel() for p in parameters if p.requires_grad)
     ema = 0 if task.ema is None else count
-    plans = [task.plan(processes)]
+    plans = [config.plan(processes)]
     if config.engine.micro_batch is None:  # any that is possible
-        plans = [task.plan(processes, size) for size in task.micro_batches(processes)]
+        plans = [config.plan(processes, size) for size in config.micro_batches(processes)]
     precision: Precision = "fp32" if config.engine.precision == "fp32" else "bf16"
-    sharding, clip_grad = Sharding(processes, None), config.recipe.clip_grad
+    zero, clip_grad = None, config.recipe.clip_grad
     if config.engine.name == "deepspeed":
-        sharding = sharding_of(config.engine, plans[-1], clip_grad=clip_grad, precision=precision)
-    memory = training_memory(learning, ema + count - learning, sharding)
-    activations = _activations(task, precision)
+        settings = settings_of(config.engine, plans[-1], clip_grad=clip_grad, precision=precision)
+        zero = settings["zero_optimization"]
+    memory = training_memory(learning, ema + count - learning, processes, zero)
+    per_file, fixed = _activations(task, precision)
     follows = f", and {ema / 1e6:.1f} M more that follow them" if ema else ""
     model = f"{count / 1e6:.1f} M parameters{follows}; activations in {precision}"
     device = "a GPU" if config.engine.device == "auto" else config.engine.device
@@ -262,20 +235,20 @@ def describe_run(
         lines.append(f"{clips:,.0f} clips at {clips_per_second:g} per second: {hours:.3g} hours")
     lines += [
         "",
-        describe_memory(memory, activations.of(plans[-1].micro_batch)),
+        describe_memory(memory, fixed + per_file * plans[-1].micro_batch),
         "",
         "engine.micro_batch   passes per update   GB on the device",
     ]
     for plan in plans:
-        needed = (memory.device.total + activations.of(plan.micro_batch)) / 1e9
+        needed = (sum(memory.device.values()) + fixed + per_file * plan.micro_batch) / 1e9
         lines.append(f"{plan.micro_batch:18}{plan.accumulate:20}{needed:19.1f}")
     if config.engine.micro_batch is None:
         lines.append("a run on GPUs finds the largest of these that fits")
     return "\n".join(lines)
 
 
-def _activations(task: Task, precision: Precision) -> ActivationBytes:
-    """Return the activations of the source that needs most per file."""
+def _activations(task: Task, precision: Precision) -> tuple[float, float]:
+    """Return the activations of the source that needs most per file: per file, and besides."""
     update = partial(trial_update, task, torch.device("cpu"), precision)
     found = []
     for source, data in task.config.sources.items():
@@ -283,5 +256,5 @@ def _activations(task: Task, precision: Precision) -> ActivationBytes:
             files: simulate_update(partial(update, files * data.repeats, source=source))
             for files in SIMULATED
         }
-        found.append(ActivationBytes.through(simulated))
-    return max(found, key=lambda one: one.per_clip)
+        found.append(activation_bytes(simulated))
+    return max(found)

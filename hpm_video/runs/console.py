@@ -210,8 +210,8 @@ def train(
 def say_what_stays(data: DataConfig, overrides: Sequence[str]) -> None:
     """Warn where one of the two lists was given, and the other is still that of the config."""
     given = {override.partition("=")[0] for override in overrides}
-    for name, other in ("data.train", "data.validation"), ("data.validation", "data.train"):
-        stays = data.train if other == "data.train" else data.validation
+    lists = [("data.train", data.train), ("data.validation", data.validation)]
+    for (name, _), (other, stays) in (lists, lists[::-1]):
         if name in given and other not in given and stays is not None:
             log.warning(
                 "%s was given, and %s is still the config's, %s; if that is not meant, give %s",

@@ -60,13 +60,13 @@ def open_data(config: RunConfig) -> RunData:
     """
     sources = {}
     for name, data in config.sources.items():
+        key = f"{key_of_source(name)}data"
         check_name(data.decoder)
         if not data.train:
-            key = f"{key_of_source(name)}data.train"
             raise ConfigError(
-                f"{key} is not set; give a manifest, or a folder of videos or images: {key}=PATH"
+                f"{key}.train is not set; give a manifest, or a folder of videos or images: "
+                f"{key}.train=PATH"
             )
-        key = f"{key_of_source(name)}data"
         train = open_manifest(data, data.train, f"{key}.train")
         if data.clips_per_minute is not None:
             train = train.by_length(data.clips_per_minute)
@@ -88,7 +88,7 @@ def planned_data(config: RunConfig, files: int) -> RunData:
     """What :func:`open_data` returns, of so many training files that need not be there yet."""
     classes = (isinstance(config, FinetuneConfig) and config.model.num_classes) or 2
     labels = tuple(i % classes for i in range(files))
-    unknown = Manifest(("",) * files, labels, (NOT_STATED,) * files)
+    unknown = Manifest(tuple(map(str, range(files))), labels, (NOT_STATED,) * files)
     sources = dict.fromkeys(config.sources, SourceData(unknown, None))
     return RunData(sources, _timeline(config, files))
 
@@ -140,6 +140,5 @@ def describe_training(config: RunConfig, data: RunData, plan: BatchPlan, model: 
         f"{counted(plan.batch_size, 'file')} per update = {plan.micro_batch} per forward pass x "
         f"{counted(plan.accumulate, 'pass')} x {counted(plan.processes, 'process')}",
         f"{counted(epochs, 'epoch')} = {counted(updates, 'update')}, {updates / epochs:.4g} per "
-        f"epoch; "
-        f"peak learning rate {schedule_of(config.recipe).peak:.2e}",
+        f"epoch; peak learning rate {schedule_of(config.recipe).peak:.2e}",
     ]

@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import nn
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.data import DataConfig
@@ -34,7 +33,6 @@ from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.distributed import Processes
 from hpm_video.training.ema import MomentumSchedule
 from hpm_video.training.engine import Engine
-from hpm_video.training.objective import Objective
 from hpm_video.training.optim import OPTIMIZERS, Tensors, layer_decay_of, parameter_groups
 from hpm_video.training.run import Evaluation
 
@@ -49,7 +47,7 @@ def finetune(config: FinetuneConfig, processes: Processes = Processes()) -> Path
     return run(Finetuning(config), processes)
 
 
-class Finetuning(Task):
+class Finetuning(Task[ClipClassifier, Classification]):
     """Classification of clips."""
 
     config: FinetuneConfig
@@ -73,13 +71,6 @@ class Finetuning(Task):
         """The name of each class."""
         return find_label_names(self.config, self.data.main)
 
-    @property
-    def multiple(self) -> int:
-        """Mixing pairs the videos of a forward pass, and a batch norm needs two clips at least."""
-        config = self.config
-        needs_two_clips = config.model.pooling == "batch_norm" and config.data.repeats == 1
-        return 2 if config.augmentation.mixes or needs_two_clips else 1
-
     def resolve(self, directory: RunDirectory | None = None) -> None:
         self.config = resolve(self.config, len(self.label_names), directory)
 
@@ -99,8 +90,7 @@ class Finetuning(Task):
         assert self.config.model.num_classes is not None
         return build_classifier(self.config, self.config.model.num_classes)
 
-    def initialise(self, model: nn.Module) -> Tensors | None:
-        assert isinstance(model, ClipClassifier)
+    def initialise(self, model: ClipClassifier) -> Tensors | None:
         given = self.config.init_weights
         if given is None:
             log.info("no init_weights: the model starts from scratch")
@@ -108,8 +98,7 @@ class Finetuning(Task):
             load_pretrained(model, Path(given).expanduser(), self.config, self.label_names)
         return None
 
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        assert isinstance(model, ClipClassifier)
+    def optimizer(self, model: ClipClassifier) -> torch.optim.Optimizer:
         recipe = self.config.recipe
         scale = layer_decay_of(model.layer_of, model.num_layers, recipe.layer_decay)
         groups = parameter_groups(model, recipe.weight_decay, scale)
@@ -123,9 +112,8 @@ class Finetuning(Task):
         }
 
     def objective(
-        self, ema: nn.Module | None, _device: torch.device, engine: Engine | None = None
+        self, ema: ClipClassifier | None, _device: torch.device, engine: Engine | None = None
     ) -> Classification:
-        assert ema is None or isinstance(ema, ClipClassifier)
         config, how = self.config, self.config.augmentation
         assert config.model.num_classes is not None
         momentum = config.recipe.average_momentum or 0.0
@@ -150,9 +138,8 @@ class Finetuning(Task):
             **({"ema_update": engine.ema_update} if engine else {}),
         )
 
-    def evaluation(self, _folder: Path, objective: Objective, engine: Engine) -> Evaluation:
+    def evaluation(self, _folder: Path, objective: Classification, engine: Engine) -> Evaluation:
         """Measure the accuracy on one view of each validation video, a share in each process."""
-        assert isinstance(objective, Classification)
         config, processes = self.config, engine.processes
         if self.data.main.validation is None:
             log.info("no data.validation: nothing is measured during training")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_any_config, result_differences
-from hpm_video.config.model import EncoderConfig
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.files.weights import OF_ANOTHER_PROJECT, CheckpointError
 
@@ -47,14 +46,12 @@ def check_same_model(
     Raises:
         ConfigError: it is another one. Every difference is named.
     """
-    theirs, ours = (
-        EncoderConfig(**{name: getattr(model, name) for name in SAME_ENCODER})
-        for model in (source.model, config.model)
-    )
-    different = result_differences(theirs, ours, "model.")
+    same, different = [*SAME_ENCODER], []
     if isinstance(config, PretrainConfig) and isinstance(source, PretrainConfig):
-        decoders = source.model.decoder, config.model.decoder
-        different += result_differences(*decoders, "model.decoder.")
+        same.append("decoder")
+    for name in same:
+        theirs, ours = getattr(source.model, name), getattr(config.model, name)
+        different += result_differences(theirs, ours, f"model.{name}.")
     if different:
         raise ConfigError(
             f"the model of init_weights={config.init_weights} is another one (its -> here):\n  "

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.schema import PretrainConfig
@@ -39,9 +38,7 @@ from hpm_video.training.checkpoint import read_weights
 from hpm_video.training.distributed import Processes
 from hpm_video.training.ema import MomentumSchedule
 from hpm_video.training.engine import Engine, Runner
-from hpm_video.training.objective import Objective
 from hpm_video.training.optim import OPTIMIZERS, Tensors, parameter_groups
-from hpm_video.training.progress import Progress
 from hpm_video.training.run import Evaluation
 from hpm_video.weights.recognise import read_image_tower
 
@@ -128,7 +125,7 @@ def pretrain(config: PretrainConfig, processes: Processes = Processes()) -> Path
     return run(Pretraining(config), processes)
 
 
-class Pretraining(Task):
+class Pretraining(Task[MaskedAutoencoder, HardPatchesMining]):
     """Hard patches mining; without a loss predictor, a plain masked autoencoder."""
 
     config: PretrainConfig
@@ -143,7 +140,7 @@ class Pretraining(Task):
     def model(self) -> MaskedAutoencoder:
         return build_student(self.config)
 
-    def initialise(self, model: nn.Module) -> Tensors | None:
+    def initialise(self, model: MaskedAutoencoder) -> Tensors | None:
         """Put ``init_weights`` into the student, and return the teacher's where they lie beside."""
         given = self.config.init_weights
         if given is None:
@@ -161,8 +158,7 @@ class Pretraining(Task):
         log.info("the teacher is %s", "of there too" if stored else "a copy of the student")
         return read_weights(source, patch_size, "teacher") if stored else None
 
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        assert isinstance(model, MaskedAutoencoder)
+    def optimizer(self, model: MaskedAutoencoder) -> torch.optim.Optimizer:
         recipe = self.config.recipe
         groups = parameter_groups(model, recipe.weight_decay, also_decayed=model.decayed_tokens)
         return OPTIMIZERS[recipe.optimizer](groups, betas=recipe.betas)
@@ -177,18 +173,12 @@ class Pretraining(Task):
         return found
 
     def objective(
-        self, ema: nn.Module | None, device: torch.device, engine: Engine | None = None
+        self, ema: MaskedAutoencoder | None, device: torch.device, engine: Engine | None = None
     ) -> HardPatchesMining:
-        assert ema is None or isinstance(ema, MaskedAutoencoder)
         return build_objective(self.config, ema, build_target(self.config, device), engine)
 
-    def phase(self, source: str, progress: Progress) -> bool:
-        """Return whether the teacher scores the clips of a source."""
-        return self.config.mask_rule(source).num_picked(progress.epoch, progress.epochs) > 0
-
-    def evaluation(self, folder: Path, objective: Objective, engine: Engine) -> Evaluation:
+    def evaluation(self, folder: Path, objective: HardPatchesMining, engine: Engine) -> Evaluation:
         """Measure clips of each source, a share in each process, draw some, and probe features."""
-        assert isinstance(objective, HardPatchesMining)
         config, processes = self.config, engine.processes
         probe = _neighbour_probe(config, processes, engine) if config.knn.train else None
         reading = Reading.of(config.data)

@@ -14,7 +14,8 @@ from hpm_video.data.loader import clip_batches, end_workers
 from hpm_video.data.mixture import Places, deal_out
 from hpm_video.files.failures import BadFiles
 from hpm_video.recognition.inference import Reading
-from hpm_video.runs.autotune import choose_plan, cost_of_clips, precision_of
+from hpm_video.runs.autotune import choose_plan, precision_of
+from hpm_video.runs.cost import cost_of_clips
 from hpm_video.runs.data import describe_training
 from hpm_video.runs.directory import RunDirectory, check_same_run, claim, locked
 from hpm_video.runs.report import write_report
@@ -80,7 +81,7 @@ def run(task: Task, processes: Processes = Processes()) -> Path:  # noqa: B008 -
 def choose_device_of(task: Task, directory: RunDirectory, processes: Processes) -> torch.device:
     """Choose the device, and make sure that a run in the directory can go on here."""
     config = task.config
-    task.plan(processes.count)
+    config.plan(processes.count)
     device = choose_device(config.engine.device, processes.count)
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
@@ -173,7 +174,7 @@ def open_meter(task: Task, engine: Engine) -> Meter:
     """Open a meter that on a GPU knows what a clip costs, and how fast the device could be."""
     if engine.device.type != "cuda":
         return Meter(engine.device, engine.processes)
-    cost, timeline = cost_of_clips(task), task.data.timeline
+    cost, timeline = cost_of_clips(task.config), task.data.timeline
     peak, source = peak_flops(engine.device, engine.precision)
     flop = [cost(name, timeline.at(0)) / 1e9 for name in task.config.sources]
     log.info(

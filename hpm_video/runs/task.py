@@ -4,12 +4,12 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
-from hpm_video.config.batch_plan import BatchPlan, micro_batches, plan_batches
+from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.schema import RunConfig
 from hpm_video.data.clips import VideoClips
 from hpm_video.data.transforms import ClipTransform
@@ -25,11 +25,13 @@ from hpm_video.training.engine import Engine, TorchEngine
 from hpm_video.training.fast import choose_compiling, make_fast
 from hpm_video.training.objective import Objective
 from hpm_video.training.optim import Tensors
-from hpm_video.training.progress import Progress
 from hpm_video.training.run import Evaluation
 
+Model = TypeVar("Model", bound=nn.Module)
+Goal = TypeVar("Goal", bound=Objective)
 
-class Task(ABC):
+
+class Task(ABC, Generic[Model, Goal]):
     """What a run trains. A new kind of training is a new task: :func:`run` is the same for all."""
 
     config: RunConfig
@@ -60,21 +62,6 @@ class Task(ABC):
             for name, source in self.config.sources.items()
         ]
 
-    @property
-    def multiple(self) -> int:
-        """What the number of videos of a forward pass must be a multiple of."""
-        return 1
-
-    def plan(self, processes: int, micro_batch: int | None = None) -> BatchPlan:
-        """Plan an update with the config's micro-batch or another."""
-        chosen = micro_batch or self.config.engine.micro_batch
-        batch_size = self.config.recipe.batch_size
-        return plan_batches(batch_size, processes, chosen, multiple=self.multiple)
-
-    def micro_batches(self, processes: int) -> list[int]:
-        """Return all sizes of a micro-batch that are possible, ascending."""
-        return micro_batches(self.config.recipe.batch_size, processes, self.multiple)
-
     def resolve(self, directory: RunDirectory | None = None) -> None:  # noqa: B027 - nothing is open
         """Fill in what the config left open, as a run in ``directory`` did."""
 
@@ -87,18 +74,18 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def model(self) -> nn.Module:
+    def model(self) -> Model:
         """Build the model with its random weights, on the default device."""
 
     @abstractmethod
-    def initialise(self, model: nn.Module) -> Tensors | None:
+    def initialise(self, model: Model) -> Tensors | None:
         """Put the weights that the run starts from into ``model``.
 
         Returns those of the moving average, if they differ from the model's.
         """
 
     @abstractmethod
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+    def optimizer(self, model: Model) -> torch.optim.Optimizer:
         """Make the optimizer of its parameters."""
 
     @abstractmethod
@@ -107,16 +94,12 @@ class Task(ABC):
 
     @abstractmethod
     def objective(
-        self, ema: nn.Module | None, device: torch.device, engine: Engine | None = None
-    ) -> Objective:
+        self, ema: Model | None, device: torch.device, engine: Engine | None = None
+    ) -> Goal:
         """Make what is minimised. ``engine`` holds ``ema``, if any engine does."""
 
-    def phase(self, source: str, progress: Progress) -> object:  # noqa: ARG002
-        """Return what the cost of a clip of a source depends on, where it changes in a run."""
-        return None
-
     @abstractmethod
-    def evaluation(self, folder: Path, objective: Objective, engine: Engine) -> Evaluation:
+    def evaluation(self, folder: Path, objective: Goal, engine: Engine) -> Evaluation:
         """Return what is measured during training, and drawn to the run's ``folder``.
 
         Raises:
@@ -126,8 +109,8 @@ class Task(ABC):
 
 
 def make_models(
-    task: Task, device: torch.device, newest: Path | None
-) -> tuple[nn.Module, nn.Module | None]:
+    task: Task[Model, Goal], device: torch.device, newest: Path | None
+) -> tuple[Model, Model | None]:
     """Make model and moving average of a run that stands at a checkpoint, or else at its start."""
     model = task.model()
     if newest is None:

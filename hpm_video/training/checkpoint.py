@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from functools import cache, partial
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -279,18 +279,15 @@ def read_optimizer(checkpoint: Path, patch_size: Size3) -> OptimizerState:
     _verify(path)
     try:
         stored: Any = safe_open(path, framework="pt")
-        names: dict[str, list[str]] = {}
+        keys: dict[str, dict[str, str]] = {}
         for key in stored.keys():  # noqa: SIM118 - it is no mapping
             kind, name = key.split(".", 1)
-            names.setdefault(kind, []).append(name)
-
-        def read(kind: str, name: str) -> Tensor:
-            value: Tensor = stored.get_tensor(f"{kind}.{name}")
-            return value
-
+            keys.setdefault(kind, {})[name] = key
         moments = {
-            kind: ByCurrentNames(of_kind, partial(read, kind), patch_size)
-            for kind, of_kind in names.items()
+            kind: ByCurrentNames(
+                own, lambda name, own=own: stored.get_tensor(own[name]), patch_size
+            )
+            for kind, own in keys.items()
         }
         return OptimizerState(int(stored.metadata()["step"]), moments)
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:

@@ -9,7 +9,6 @@ from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.training import EngineConfig
 from hpm_video.training.device import Precision
 from hpm_video.training.engine import EngineError
-from hpm_video.training.memory import Sharding
 
 Settings = dict[str, Any]
 USUAL: Settings = {
@@ -30,19 +29,13 @@ USUAL: Settings = {
 }
 """What the user's file may change."""
 REMEDIES = {
-    "train_batch_size": "recipe.batch_size",
-    "train_micro_batch_size_per_gpu": "engine.micro_batch",
+    "train_": "recipe.batch_size and engine.micro_batch",
     "gradient_accumulation_steps": "engine.micro_batch and the number of processes",
     "gradient_clipping": "recipe.clip_grad",
     "zero_optimization": "engine.zero_stage and engine.offload",
-    "zero_optimization.stage": "engine.zero_stage",
-    "zero_optimization.offload_optimizer.device": "engine.offload",
-    "zero_optimization.offload_param.device": "engine.offload",
-    "torch_autocast": "engine.precision",
-    "fp16": "engine.precision",
-    "bf16": "engine.precision",
+    "": "engine.precision",
 }
-"""The keys of the config that a user's file must not contradict."""
+"""Keys of the config that a user's file must not contradict, by the beginning of its own key."""
 OF_THE_RECIPE = "but that is part of the recipe; leave it out and set recipe.* of the config"
 NOT_FOLLOWED = "which shards or rounds weights in a way that a teacher cannot follow; leave it out"
 REFUSED = {
@@ -103,22 +96,6 @@ def _read_settings(path: Path) -> Settings:
     return own
 
 
-def sharding_of(
-    how: EngineConfig, plan: BatchPlan, *, clip_grad: float | None, precision: Precision
-) -> Sharding:
-    """How DeepSpeed spreads what it keeps in memory."""
-    zero = settings_of(how, plan, clip_grad=clip_grad, precision=precision)["zero_optimization"]
-    return Sharding(
-        plan.processes,
-        how.stage,
-        offload_optimizer=how.offload != "none",
-        offload_parameters=how.offload == "all",
-        reduce=int(zero["reduce_bucket_size"]),
-        live=int(max(zero["stage3_max_live_parameters"], zero["stage3_max_reuse_distance"])),
-        prefetch=int(zero["stage3_prefetch_bucket_size"]),
-    )
-
-
 def _merged(decided: Settings, own: Settings, at: str = "", *, own_wins: bool = False) -> Settings:
     """Return ``own`` with everything that is decided, which it must not contradict or else wins."""
     merged = dict(own)
@@ -131,7 +108,7 @@ def _merged(decided: Settings, own: Settings, at: str = "", *, own_wins: bool = 
             merged[key] = value
         elif not own_wins:
             name = f"{at}{key}"
-            remedy = REMEDIES.get(name) or REMEDIES[name.split(".")[0]]
+            remedy = next(each for start, each in REMEDIES.items() if name.startswith(start))
             raise EngineError(
                 f"engine.deepspeed says {name}={there!r}, and the run {value!r}; leave it out of "
                 f'the file (or write "auto"), and set {remedy}'

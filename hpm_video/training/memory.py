@@ -9,121 +9,94 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 WHOLE_GRADIENT = 500_000_000
 """Elements that DeepSpeed's stage 0 copies together to reduce them; no setting changes it."""
 BYTES = 4
 """Size of a value: weights, gradients and each of Adam's two moments are float32."""
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """How the state is spread over processes, and what of it is kept in the memory of the host."""
-
-    processes: int
-    zero_stage: int | None
-    """0 to 3; none: plain torch, where every process holds everything."""
-    offload_optimizer: bool = False
-    offload_parameters: bool = False
-    reduce: int = 500_000_000
-    """Elements of DeepSpeed's buffers, here and below; by default its own. ``reduce_bucket_size``:
-    a buffer of so many gradients is allocated, however small the model."""
-    live: int = 1_000_000_000
-    """``stage3_max_live_parameters`` and ``stage3_max_reuse_distance``: a model that is smaller
-    stays gathered from its forward to its backward pass."""
-    prefetch: int = 50_000_000
-    """``stage3_prefetch_bucket_size``: gathered ahead, and copied once more on arrival."""
-
-
-@dataclass(frozen=True)
-class StateBytes:
-    """The parts of what one process keeps."""
-
-    weights: float = 0
-    master: float = 0
-    moments: float = 0
-    gradients: float = 0
-    teacher: float = 0
-    buffers: float = 0
-
-    @property
-    def total(self) -> float:
-        return sum(map(float, asdict(self).values()))
+Parts = dict[str, float]
 
 
 class TrainingMemory(NamedTuple):
-    """What one process keeps on its device and on the host, apart from activations."""
+    """Bytes that one process keeps on its device and on the host, by part; without activations."""
 
-    device: StateBytes
-    host: StateBytes = StateBytes()
+    device: Parts
+    host: Parts
 
 
-def training_memory(parameters: int, teacher: int, sharding: Sharding) -> TrainingMemory:
+def training_memory(
+    parameters: int, teacher: int, processes: int, zero: Mapping[str, Any] | None = None
+) -> TrainingMemory:
     """Compute what a student and a teacher with so many parameters keep, at the most of an update.
+
+    ``zero``: the section zero_optimization of DeepSpeed's configuration; without it, plain torch.
 
     For several forward passes per update; one alone needs less where gradients are shared out.
     Stages 1 and 2 follow ``stage_1_and_2.py``: a process has all weights, and beside them the
     master copy of its partition. Stage 1 sums all gradients and reduces them through a bucket, then
     copies its partition out. Stage 2 has the sum of its partition, and as much again: of the pass
     that ends (``grads_in_partition``), or for the optimizer (``flatten``).
+
+    Stage 3 follows ``stage3.py``, with a teacher that is shared out alike, and gathered when it is
+    asked. The master copy is one here too: that the float32 shard could be taken instead is meant
+    there, but a device is compared with its name, and these are never equal. Not all at once: the
+    teacher is gathered; the student is, and the bucket copied to be reduced; the gradient of the
+    partition is copied for the optimizer.
     """
-    stage, weights, ema = sharding.zero_stage, BYTES * parameters, BYTES * teacher
-    own, bucket = weights / sharding.processes, BYTES * sharding.reduce
-    if stage in (None, 0):
+    weights, ema = BYTES * parameters, BYTES * teacher
+    if zero is None or zero["stage"] == 0:
         # DDP's gradients are views of its buckets; DeepSpeed's stage 0 copies them to reduce them.
-        buffers = 0 if stage is None else min(weights, BYTES * WHOLE_GRADIENT)
-        return TrainingMemory(StateBytes(weights, 0, 2 * weights, weights, ema, buffers))
-    if stage == 3:
-        return _memory_of_stage_3(weights, ema, sharding)
-    if not sharding.offload_optimizer:
-        gradients, buffers = (weights, max(bucket, own)) if stage == 1 else (2 * own, bucket)
-        return TrainingMemory(StateBytes(weights, own, 2 * own, gradients, ema, buffers))
-    # On the host: the gradient of the master copy, in stage 2 also the sum over passes, and the
-    # buffer through which new weights return.
-    return TrainingMemory(
-        StateBytes(weights, 0, 0, weights if stage == 1 else 0, ema, bucket),
-        StateBytes(0, own, 2 * own, own if stage == 1 else 2 * own, 0, own),
+        buffers = 0 if zero is None else min(weights, BYTES * WHOLE_GRADIENT)
+        return TrainingMemory(_parts(weights, 0, 2 * weights, weights, ema, buffers), {})
+    stage, own, share = zero["stage"], weights / processes, ema / processes
+    bucket = BYTES * zero["reduce_bucket_size"]  # allocated, however small the model
+    offloads, offloads_weights = (
+        zero.get(f"offload_{what}", {}).get("device", "none") != "none"
+        for what in ("optimizer", "param")
     )
+    if stage < 3:
+        if not offloads:
+            gradients, buffers = (weights, max(bucket, own)) if stage == 1 else (2 * own, bucket)
+            return TrainingMemory(_parts(weights, own, 2 * own, gradients, ema, buffers), {})
+        # On the host: the gradient of the master copy, in stage 2 also the sum over passes, and the
+        # buffer through which new weights return.
+        return TrainingMemory(
+            _parts(weights, 0, 0, weights if stage == 1 else 0, ema, bucket),
+            _parts(0, own, 2 * own, own if stage == 1 else 2 * own, 0, own),
+        )
+    # A smaller model stays gathered from its forward to its backward pass; what is gathered ahead
+    # is copied once more on arrival.
+    live = BYTES * max(zero["stage3_max_live_parameters"], zero["stage3_max_reuse_distance"])
+    prefetch = BYTES * zero["stage3_prefetch_bucket_size"]
+    passes = max(min(weights, live) + min(weights, prefetch) + min(weights, bucket), ema)
+    on, off = ((0, 0), (own, share)) if offloads_weights else ((own, share), (0, 0))
+    if offloads:
+        return TrainingMemory(
+            _parts(on[0], 0, 0, 0, on[1], bucket + passes),
+            _parts(off[0], own, 2 * own, 2 * own, off[1], 0),
+        )
+    device = _parts(on[0], own, 2 * own, own, on[1], bucket + max(passes, own))
+    return TrainingMemory(device, _parts(off[0], 0, 0, 0, off[1], 0))
 
 
-def _memory_of_stage_3(weights: int, teacher: int, sharding: Sharding) -> TrainingMemory:
-    """Follow ``stage3.py``, with a teacher that is shared out alike, and gathered when it is asked.
-
-    The master copy is one here too: that the float32 shard could be taken instead is meant there,
-    but a device is compared with its name, and these are never equal. Not all at once: the teacher
-    is gathered; the student is, and the bucket copied to be reduced; the gradient of the partition
-    is copied for the optimizer.
-    """
-    own = weights / sharding.processes
-    sizes = sharding.reduce, sharding.live, sharding.prefetch
-    bucket, live, prefetch = (BYTES * size for size in sizes)
-    passes = max(min(weights, live) + min(weights, prefetch) + min(weights, bucket), teacher)
-    shards = own, teacher / sharding.processes
-    on, off = ((0, 0), shards) if sharding.offload_parameters else (shards, (0, 0))
-    if sharding.offload_optimizer:
-        device = StateBytes(on[0], teacher=on[1], buffers=bucket + passes)
-        return TrainingMemory(device, StateBytes(off[0], own, 2 * own, 2 * own, off[1]))
-    buffers = bucket + max(passes, own)
-    device = StateBytes(on[0], own, 2 * own, own, on[1], buffers)
-    return TrainingMemory(device, StateBytes(off[0], teacher=off[1]))
+def _parts(*sizes: float) -> Parts:
+    names = ("weights", "master", "moments", "gradients", "teacher", "buffers")
+    return dict(zip(names, sizes, strict=True))
 
 
 def describe_memory(memory: TrainingMemory, activations: float) -> str:
     """A table of what each process keeps, in GB of 10^9 bytes, for the terminal."""
-    device = asdict(memory.device) | {"activations": activations}
-    host = asdict(memory.host) | {"activations": 0.0}
-    rows = [(name, device[name], host[name]) for name in device if device[name] or host[name]]
+    device, host = memory.device | {"activations": activations}, memory.host
+    rows = [(name, size, host.get(name, 0)) for name, size in device.items()]
+    rows = [row for row in rows if any(row[1:])]
     rows.append(("together", sum(device.values()), sum(host.values())))
     lines = [f"{'GB of each process':20}{'device':>10}{'host':>10}"]
     lines += [f"{name:20}{on / 1e9:10.2f}{off / 1e9:10.2f}" for name, on, off in rows]
@@ -144,22 +117,14 @@ class SimulatedMemory(NamedTuple):
         return self.peak - self.resident
 
 
-class ActivationBytes(NamedTuple):
-    """What a forward pass keeps for the backward pass."""
+def activation_bytes(measured: Mapping[int, SimulatedMemory]) -> tuple[float, float]:
+    """What forward passes keep, by two simulations with so many clips. -> per clip, and besides
 
-    fixed: float
-    """Independent of the clips: copies of the weights in bfloat16."""
-    per_clip: float
-
-    @classmethod
-    def through(cls, measured: Mapping[int, SimulatedMemory]) -> "ActivationBytes":
-        """The line through two simulations, by their numbers of clips."""
-        (few, first), (many, second) = sorted(measured.items())
-        per_clip = (second.activations - first.activations) / (many - few)
-        return cls(first.activations - few * per_clip, per_clip)
-
-    def of(self, clips: int) -> float:
-        return self.fixed + self.per_clip * clips
+    What does not depend on the clips are copies of the weights in bfloat16.
+    """
+    (few, first), (many, second) = sorted(measured.items())
+    per_clip = (second.activations - first.activations) / (many - few)
+    return per_clip, first.activations - few * per_clip
 
 
 def simulate_update(make_update: Callable[[], Callable[[], object]]) -> SimulatedMemory:
@@ -170,18 +135,6 @@ def simulate_update(make_update: Callable[[], Callable[[], object]]) -> Simulate
     """
     with without_data():
         return measure_update(make_update)
-
-
-def count_flop(make_update: Callable[[], Callable[[], object]], *, with_data: bool = False) -> int:
-    """Make an update and run it, by default without data. -> its FLOP, 2 per multiply-add
-
-    Matrix products and convolutions count, and of attention its two products forward and four
-    backward, whatever the kernels compute again.
-    """
-    tensors = nullcontext() if with_data else without_data()
-    with tensors, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        make_update()()
-    return int(counter.get_total_flops())
 
 
 @contextmanager
@@ -201,7 +154,7 @@ def measure_update(make_update: Callable[[], Callable[[], object]]) -> Simulated
         update = make_update()
         update()  # makes the optimizer's states
         gc.collect()
-        resident = live.forget_peak()
+        resident = live.peak = live.now
         update()
         return SimulatedMemory(resident, live.peak)
 
@@ -218,11 +171,6 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-
-    def forget_peak(self) -> int:
-        """Look for the peak from now on. -> the bytes held now"""
-        self.peak = self.now
-        return self.now
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,15 +123,16 @@ class Run:
         if done % how.every_updates == 0 or last:
             self._write_line(done, settings, last=last)
         with self._aside():
-            keep = self._due(update, self.saving.keep_every_epochs)
+            passes = partial(self.timeline.passes, update)
+            keep = passes(self.saving.keep_every_epochs or math.inf)
             improved = False
-            if evaluation.validate and (last or self._due(update, how.validate_every_epochs)):
+            if evaluation.validate and (last or passes(how.validate_every_epochs)):
                 found = self._measure("validation", done, evaluation.validate, evaluation.describe)
                 improved = self._note_score(done, found[evaluation.score])
-            if evaluation.probe and (last or self._due(update, evaluation.probe_every_epochs)):
+            if evaluation.probe and (last or passes(evaluation.probe_every_epochs)):
                 self._measure("probe", done, evaluation.probe, describe_probe)
             stop = self._asked_to_stop()
-            pictured = last or self._due(update, how.picture_every_epochs)
+            pictured = last or passes(how.picture_every_epochs)
             if pictured and evaluation.draw and self.engine.processes.is_first:
                 (self.folder / UNDRAWN).write_text(checkpoint_path(self.folder, done).name)
             if last or keep or improved or stop or done % self.saving.every_updates == 0:
@@ -174,7 +176,6 @@ class Run:
             self._share_failures()
 
     def _share_failures(self) -> None:
-        """Record what failed in any process."""
         found = self.engine.processes.gather(self._failures)
         self._failures = []
         for name, files in self.bad_files.items():
@@ -217,9 +218,6 @@ class Run:
         asked = answer()
         return signal.Signals(asked) if asked else None
 
-    def _due(self, update: int, every_epochs: float | None) -> bool:
-        return every_epochs is not None and self.timeline.passes(update, every_epochs)
-
     def _measure(
         self, kind: str, done: int, measure: Callable[[], Measures], describe: Describe
     ) -> Measures:
@@ -231,7 +229,6 @@ class Run:
         return measures
 
     def _note_score(self, done: int, score: float) -> bool:
-        """Whether a score is the best so far."""
         sign = -1 if self.evaluation.more_is_better else 1
         improved = not self.best or sign * score < sign * self.best["score"]
         if improved:

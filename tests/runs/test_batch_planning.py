@@ -102,23 +102,23 @@ def test_on_a_cpu_a_process_takes_its_share_in_one_pass_unless_told_otherwise():
 
 def test_what_does_not_come_out_even_names_what_does():
     with pytest.raises(ConfigError, match=r"batch_size=3 or 6, or processes=2 or 4"):
-        Pretraining(config_of()).plan(3)
+        config_of().plan(3)
     with pytest.raises(ConfigError, match=r"got 4; take engine.micro_batch=2"):
-        Pretraining(config_of("engine.micro_batch=4")).plan(2)
+        config_of("engine.micro_batch=4").plan(2)
 
 
 def test_mixing_and_batch_norms_need_pairs():
     path = CONFIGS / "finetune" / "k400_b.yaml"
     given = ["data.train=x", "init_weights=x", "data.validation=null"]
     config = load_config(FinetuneConfig, path, given)
-    assert Finetuning(config).multiple == 2
+    assert config.multiple == 2
     with pytest.raises(ConfigError, match=r"multiple of 2"):
-        Finetuning(config).plan(384)
+        config.plan(384)
     without = load_config(
         FinetuneConfig, path, [*given, "augmentation.mixup=0", "augmentation.cutmix=0"]
     )
-    assert Finetuning(without).multiple == 1
-    assert Finetuning(without).plan(384).micro_batch == 1
+    assert without.multiple == 1
+    assert without.plan(384).micro_batch == 1
 
 
 def program(name):

@@ -4,14 +4,19 @@ import importlib.util
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.decoding.registry import available_decoders
-from hpm_video.runs.autotune import cost_of_clips
+from hpm_video.runs.autotune import trial_update
+from hpm_video.runs.cost import cost_of_clips
 from hpm_video.runs.pretraining import Pretraining
 from hpm_video.training.progress import Progress
 
@@ -113,18 +118,21 @@ def test_updates_are_timed_in_both_precisions(tool, write_config, tmp_path):
 
 
 def test_the_cost_of_a_clip_is_that_of_the_shapes(count_flops, write_config):
-    """Two counts that know nothing of each other: of a real update, and of passes of the models."""
+    """A real update of two clips multiplies and adds as often."""
     path = write_config("tiny", **TINY, **HPM)
     plain = ["masking.strategy=random", "mining.predictor=none"]
     again = "model.checkpoint_activations=true"  # what is computed again does not count
     first, last = Progress(0, 0.0, 2), Progress(9, 1.5, 2)
-    for overrides in ([], plain):
+    for overrides in ([], plain, ["mining.target=ema"]):
         config = load_config(PretrainConfig, path, overrides)
         student, teacher = count_flops.count(config)
-        cost = cost_of_clips(Pretraining(load_config(PretrainConfig, path, [*overrides, again])))
+        cost = cost_of_clips(load_config(PretrainConfig, path, [*overrides, again]))
         assert cost("", last) / 2e9 == pytest.approx(student + teacher)
-        picks = config.mask_rule("").num_picked(0, 2) > 0
-        assert cost("", first) / 2e9 == pytest.approx(student + picks * teacher)
+        update = trial_update(Pretraining(config), torch.device("cpu"), "fp32", 2)
+        for progress in (first, last):
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                replace(update, progress=progress)()
+            assert counter.get_total_flops() / 2 == pytest.approx(cost("", progress))
 
 
 def test_levers_are_compared_on_a_checkpoint(tool, finished_run, videos, tmp_path):

@@ -1,4 +1,3 @@
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +13,9 @@ from hpm_video.runs.autotune import trial_update
 from hpm_video.runs.finetuning import Finetuning, resolve
 from hpm_video.runs.pretraining import Pretraining
 from hpm_video.training.memory import (
-    ActivationBytes,
     LiveStorages,
-    Sharding,
     SimulatedMemory,
+    activation_bytes,
     describe_memory,
     measure_update,
     simulate_update,
@@ -28,6 +26,19 @@ pytestmark = pytest.mark.slow
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CPU = torch.device("cpu")
+
+
+def zero(stage, reduce=500_000_000, live=10**9, prefetch=50_000_000, offload=()):
+    """DeepSpeed's section, by default with its own sizes."""
+    return {
+        "stage": stage,
+        "reduce_bucket_size": reduce,
+        "stage3_max_live_parameters": live,
+        "stage3_max_reuse_distance": live // 2,
+        "stage3_prefetch_bucket_size": prefetch,
+    } | {f"offload_{what}": {"device": "cpu"} for what in offload}
+
+
 SMALL = {"reduce": 1000, "live": 4000, "prefetch": 500}
 
 
@@ -43,8 +54,8 @@ def update_of(config, clips, precision="fp32", task=Pretraining):
 
 
 def test_without_zero_all_is_held_in_float32():
-    memory = training_memory(100, 100, Sharding(8, None))
-    assert asdict(memory.device) == {
+    memory = training_memory(100, 100, 8)
+    assert memory.device == {
         "weights": 400,
         "master": 0,
         "moments": 800,
@@ -52,8 +63,7 @@ def test_without_zero_all_is_held_in_float32():
         "teacher": 400,
         "buffers": 0,
     }
-    assert memory.device.total == 2000
-    assert memory.host.total == 0
+    assert not memory.host
 
 
 PER_PARAMETER = {  # of 8 processes: weights, master, moments, gradients, teacher
@@ -66,8 +76,8 @@ PER_PARAMETER = {  # of 8 processes: weights, master, moments, gradients, teache
 
 @pytest.mark.parametrize("stage", PER_PARAMETER)
 def test_state_of_each_stage(stage):
-    memory = training_memory(8000, 8000, Sharding(8, stage, **SMALL))
-    *parts, _ = asdict(memory.device).values()
+    memory = training_memory(8000, 8000, 8, zero(stage, **SMALL))
+    *parts, _ = memory.device.values()
     assert tuple(part / 8000 for part in parts) == PER_PARAMETER[stage]
 
 
@@ -81,12 +91,13 @@ def test_state_of_each_stage(stage):
     ],
 )
 def test_buffers_of_each_stage(stage, buffers):
-    assert training_memory(8000, 0, Sharding(8, stage, **SMALL)).device.buffers == buffers
+    memory = training_memory(8000, 0, 8, zero(stage, **SMALL))
+    assert memory.device["buffers"] == buffers
 
 
 def test_a_small_model_is_gathered_whole_and_its_bucket_is_as_large_as_any():
-    buffers = training_memory(300, 0, Sharding(8, 3, **SMALL)).device.buffers
-    assert buffers == 4 * (1000 + 300 + 300 + 300)
+    memory = training_memory(300, 0, 8, zero(3, **SMALL))
+    assert memory.device["buffers"] == 4 * (1000 + 300 + 300 + 300)
 
 
 @given(
@@ -96,31 +107,31 @@ def test_a_small_model_is_gathered_whole_and_its_bucket_is_as_large_as_any():
 )
 def test_offloading_moves_state_to_the_host_and_loses_none(parameters, processes, how):
     stage, also_parameters = how
-    kept = training_memory(parameters, parameters, Sharding(processes, stage))
-    moved = training_memory(
-        parameters, parameters, Sharding(processes, stage, True, also_parameters)
-    )
+    both, offload = (parameters, parameters), ("optimizer", *["param"] * also_parameters)
+    kept = training_memory(*both, processes, zero(stage))
+    moved = training_memory(*both, processes, zero(stage, offload=offload))
     for name in ("weights", "master", "moments", "teacher"):
-        on, off = getattr(moved.device, name), getattr(moved.host, name)
-        assert on + off == getattr(kept.device, name)
-    assert not moved.device.master + moved.device.moments
-    assert bool(moved.device.weights) != also_parameters
-    assert moved.device.total < kept.device.total
+        assert moved.device[name] + moved.host[name] == kept.device[name]
+    assert not moved.device["master"] + moved.device["moments"]
+    assert bool(moved.device["weights"]) != also_parameters
+    assert sum(moved.device.values()) < sum(kept.device.values())
 
 
 @given(st.integers(10**7, 10**10), st.integers(2, 4096))
 def test_with_small_buffers_every_further_stage_needs_less(parameters, processes):
     small = {"reduce": 1, "live": 1, "prefetch": 0}
     sizes = [
-        training_memory(parameters, parameters, Sharding(processes, stage, **small)).device.total
+        sum(
+            training_memory(parameters, parameters, processes, zero(stage, **small)).device.values()
+        )
         for stage in (0, 1, 2, 3)
     ]
     assert sizes == sorted(sizes, reverse=True)
 
 
 def test_table_for_the_terminal():
-    sharding = Sharding(8, 2, offload_optimizer=True, reduce=25_000_000, live=1, prefetch=1)
-    memory = training_memory(100_000_000, 100_000_000, sharding)
+    offloaded = zero(2, reduce=25_000_000, offload=["optimizer"])
+    memory = training_memory(100_000_000, 100_000_000, 8, offloaded)
     assert describe_memory(memory, 2.5e9) == "\n".join(
         [
             "GB of each process      device      host",
@@ -153,7 +164,7 @@ def test_each_storage_is_counted_once_and_until_it_is_freed():
         assert live.now == 4000  # the view holds it
         del view
         assert live.now == 0
-        assert live.forget_peak() == live.peak == 0
+        assert live.peak == 7960
 
 
 def test_a_simulation_holds_no_memory_and_leaves_no_trace():
@@ -165,8 +176,7 @@ def test_a_simulation_holds_no_memory_and_leaves_no_trace():
 
 def test_activations_are_on_the_line_through_two_simulations():
     measured = {4: SimulatedMemory(100, 100 + 30), 2: SimulatedMemory(100, 100 + 20)}
-    assert ActivationBytes.through(measured) == ActivationBytes(fixed=10, per_clip=5)
-    assert ActivationBytes.through(measured).of(10) == 60
+    assert activation_bytes(measured) == (5, 10)
 
 
 @pytest.mark.parametrize(
@@ -199,24 +209,24 @@ def test_what_is_resident_and_what_gradients_need_is_the_formula():
     with torch.device("meta"):
         model = build_student(config)
     parameters = sum(p.numel() for p in model.parameters())
-    state = training_memory(parameters, parameters, Sharding(1, None)).device
+    state = training_memory(parameters, parameters, 1).device
     simulated = simulate_update(update_of(config, 1))
     positions = sum(4 * table.numel() for table in model.buffers())
     batch = 3 * 2**20  # and counters of the optimizer
-    resident = state.total - state.gradients
+    resident = sum(state.values()) - state["gradients"]
     assert resident + 2 * positions <= simulated.resident < resident + 2 * positions + batch
-    assert state.gradients <= simulated.activations < 1.1 * state.gradients
+    assert state["gradients"] <= simulated.activations < 1.1 * state["gradients"]
 
 
 def test_the_largest_update_is_simulated_with_no_memory_of_its_size():
     config = load_pretraining("k400_hpm_b")
     measured = {clips: simulate_update(update_of(config, clips, "bf16")) for clips in (8, 16)}
-    activations = ActivationBytes.through(measured)
-    assert activations.per_clip == pytest.approx(283e6, rel=0.02)
+    per_clip, fixed = activation_bytes(measured)
+    assert per_clip == pytest.approx(283e6, rel=0.02)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_student(config).parameters())
     # What does not depend on the clips: weights in bfloat16, which autocast keeps.
-    assert activations.fixed == pytest.approx(2 * parameters, rel=0.05)
+    assert fixed == pytest.approx(2 * parameters, rel=0.05)
 
 
 GROWTH = """

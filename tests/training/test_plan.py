@@ -90,8 +90,8 @@ def test_what_a_refusal_says_to_take_is_taken(batch, processes, micro, multiple)
         (
             (24, 8, None),
             2,
-            "each share being a multiple of 2 (videos are paired), got 24; take "
-            "recipe.batch_size=16 or 32, or processes=6 or 12",
+            "each share being a multiple of 2 (mixup and CutMix pair videos, and a batch "
+            "norm needs two), got 24; take recipe.batch_size=16 or 32, or processes=6 or 12",
         ),
         ((3, 1, None), 2, "got 3; take recipe.batch_size=2 or 4"),
         (
@@ -103,7 +103,8 @@ def test_what_a_refusal_says_to_take_is_taken(batch, processes, micro, multiple)
         (
             (12, 1, 3),
             2,
-            "being a multiple of 2 (videos are paired), got 3; take engine.micro_batch=2 or 4",
+            "being a multiple of 2 (mixup and CutMix pair videos, and a batch "
+            "norm needs two), got 3; take engine.micro_batch=2 or 4",
         ),
         ((12, 1, 0), 1, "got 0; take engine.micro_batch=1"),
         ((12, 1, 24), 1, "got 24; take engine.micro_batch=12"),
