@@ -28,9 +28,11 @@ def unplugged(monkeypatch):
     """Nothing that a test registers stays."""
     monkeypatch.setattr(plugins, "entry_points", lambda group: ())
     plugins.load_plugins.cache_clear()
+    plugins._plug_in.cache_clear()
     before = set(plugins.REGISTERED)
     yield
     plugins.load_plugins.cache_clear()
+    plugins._plug_in.cache_clear()
     for kind, name in set(plugins.REGISTERED) - before:
         module, table = plugins.TABLES[kind]
         del plugins.REGISTERED[kind, name]
@@ -122,8 +124,8 @@ def test_a_decoder_of_a_script_is_refused(monkeypatch):
             hpm_video.register("decoder", "mine", Decoder(local, "numpy", ""))
 
 
-def entry_point(value):
-    return lambda group: [EntryPoint("mine", value, group)]
+def entry_point(*values):
+    return lambda group: [EntryPoint("mine", value, group) for value in values]
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -153,3 +155,13 @@ def test_a_plugin_that_fails_is_named(monkeypatch, call_tool, capsys):
     assert "the plugin mine (painted_decoder:nothing) cannot be loaded" in capsys.readouterr().err
     with pytest.raises(plugins.PluginError, match="AttributeError: .*nothing"):
         hpm_video.load_config("pretrain/demo")
+
+
+def test_the_plugin_that_fails_is_named_each_time(monkeypatch):
+    both = entry_point("painted_decoder:plug_in", "painted_decoder:nothing")
+    monkeypatch.setattr(plugins, "entry_points", both)
+    for _ in range(2):
+        with pytest.raises(
+            plugins.PluginError, match=r"painted_decoder:nothing\) cannot be loaded"
+        ):
+            hpm_video.load_config("pretrain/demo")
