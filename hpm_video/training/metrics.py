@@ -44,10 +44,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:
             record = None
-        if not isinstance(record, dict) or type(record.get("update")) is not int:
+        values = {**record} if isinstance(record, dict) else {}
+        named, counted = type(values.pop("kind", None)) is str, type(values.get("update")) is int
+        if not named or not counted or not {*map(type, values.values())} <= {int, float}:
             raise MetricsError(
-                f"{path}, line {number} is {line[:60]!r}, and must be a JSON object with the "
-                f"number of an update; delete the line, or move the file away to start without it"
+                f"{path}, line {number} is {line[:60]!r}, and must be a JSON object with its kind, "
+                f"the number of an update, and numbers; delete the line, or move the file away to "
+                f"start without it"
             )
         if record.get("kind") == "held_out":  # as it was called one version ago
             record["kind"] = "validation"
