@@ -20,7 +20,7 @@ from hpm_video.mining.targets import PixelTarget
 from hpm_video.preparation.encode import write_video
 from hpm_video.recognition.inference import Reading
 from hpm_video.tokens.masking import MaskStrategy
-from hpm_video.training.trackers import TRACKERS
+from hpm_video.training.trackers import TRACKERS, check_trackers
 
 
 @pytest.fixture(autouse=True)
@@ -67,14 +67,13 @@ CHOICES = [
     ("mask_strategy", "masking.strategy", Sampled("hardest", 0.0, 1.0)),
     ("target", "mining.target", FirstValues),
     ("objective", "mining.objective", Halved),
-    ("tracker", "logging.trackers", TRACKERS["jsonl"]),
     ("optimizer", "recipe.optimizer", lambda groups, betas: torch.optim.Adamax(groups, 0, betas)),
 ]
 
 
 @pytest.mark.parametrize(("kind", "key", "thing"), CHOICES)
 def test_a_config_takes_registered_names_alone(kind, key, thing):
-    given = f"{key}=[mine]" if kind == "tracker" else f"{key}=mine"
+    given = f"{key}=mine"
     with pytest.raises(ConfigError, match=rf"{key} must be one of [\w, ]+, got mine; hpm_video.re"):
         hpm_video.load_config("pretrain/demo", given)
     hpm_video.register(kind, "mine", thing)
@@ -83,6 +82,19 @@ def test_a_config_takes_registered_names_alone(kind, key, thing):
         hpm_video.load_config("pretrain/demo", given.replace("mine", "other"))
     with pytest.raises(ValueError, match=r"that is not taken \([\w, ]+\), got 'mine'"):
         hpm_video.register(kind, "mine", thing)
+
+
+def test_a_run_needs_its_trackers_and_its_config_is_read_without_them(tmp_path, call_tool):
+    given = "logging.trackers=[mine]"
+    config = hpm_video.load_config("pretrain/demo", given)
+    message = r"logging.trackers must be one of jsonl, tensorboard, wandb, mlflow, got mine; hpm_v"
+    with pytest.raises(ConfigError, match=message):
+        check_trackers(config.logging)
+    code, output = call_tool("pretrain", "pretrain/demo", given, "--dry-run", "--files", 24)
+    assert code == 2
+    assert "got mine; hpm_video.register('tracker', ...) adds others" in output
+    hpm_video.register("tracker", "mine", TRACKERS["jsonl"])
+    check_trackers(config.logging)
 
 
 def test_strategy_target_and_objective_are_those_that_train():
