@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         del lines[-1]
     found = []
     for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        values = {**record} if isinstance(record, dict) else {}
+        record: dict[str, Any] = {}
+        with suppress(ValueError, TypeError):  # it is no JSON, or no object
+            record = dict(json.loads(line))
+        values = {**record}
         named, counted = type(values.pop("kind", None)) is str, type(values.get("update")) is int
         if not named or not counted or not {*map(type, values.values())} <= {int, float}:
             raise MetricsError(
