@@ -79,8 +79,9 @@ class Model:
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Upload what :meth:`save_pretrained` writes to the Hugging Face Hub. -> the address
 
-        The config and the card name the lists of videos as the config of the run does, with their
-        paths. A repository that is not there is made.
+        The paths in the config of the run, such as those of lists of videos, go along, and of
+        imported weights the path of their file. A repository that is not there is made. In one
+        that is there, the model of before is replaced, and other files stay.
 
         Raises:
             CheckpointError: huggingface_hub is missing, or the Hub cannot be reached or refuses it.

@@ -184,6 +184,8 @@ def test_a_saved_model_is_loaded_with_its_teacher_and_describes_itself(untrained
     assert "masking:\n" in card
     with pytest.raises(CheckpointError, match="mine has files already"):
         model.save_pretrained(saved)
+    with pytest.raises(CheckpointError, match="README.md has files already"):
+        model.save_pretrained(saved / "README.md")
 
 
 def test_the_card_has_the_licence_of_imported_weights_that_a_run_began_with(untrained, tmp_path):
@@ -209,6 +211,8 @@ class LoopbackHub(BaseHTTPRequestHandler):
                 if line["key"] == "file":
                     content = base64.b64decode(line["value"]["content"])
                     self.stored[line["value"]["path"]] = content
+                elif line["key"] == "deletedFile":
+                    del self.stored[line["value"]["path"]]
             self.answer(
                 {"commitUrl": f"http://{self.headers['Host']}/me/mine", "commitOid": "0" * 40}
             )
@@ -259,6 +263,9 @@ def test_a_model_goes_to_the_hub_and_comes_back(untrained, tmp_path, monkeypatch
         ):
             model.push_to_hub("me/mine")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        LoopbackHub.stored.update(
+            {"average.safetensors": b"of another model", "notes.txt": b"mine"}
+        )
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -270,6 +277,16 @@ def test_a_model_goes_to_the_hub_and_comes_back(untrained, tmp_path, monkeypatch
     clips = clips_of(model)
     assert torch.equal(again.features(clips), model.features(clips))
     assert 'hpm_video.load("me/mine")' in LoopbackHub.stored["README.md"].decode()
+    assert "average.safetensors" not in LoopbackHub.stored
+    assert LoopbackHub.stored["notes.txt"] == b"mine"
+
+
+def test_the_card_has_measures_of_the_own_run_alone(untrained, tmp_path):
+    saved = untrained().save_pretrained(tmp_path / "models" / "mine")
+    line = {"kind": "validation", "update": 0, "epoch": 0.0, "relative_error": 0.7}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    again = hpm_video.load(saved, device="cpu").save_pretrained(tmp_path / "again")
+    assert "No validation was recorded." in (again / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")

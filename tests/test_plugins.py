@@ -20,7 +20,7 @@ from hpm_video.mining.targets import PixelTarget
 from hpm_video.preparation.encode import write_video
 from hpm_video.recognition.inference import Reading
 from hpm_video.tokens.masking import MaskStrategy
-from hpm_video.training.trackers import TRACKERS
+from hpm_video.training.trackers import TRACKERS, check_trackers
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +28,11 @@ def unplugged(monkeypatch):
     """Nothing that a test registers stays."""
     monkeypatch.setattr(plugins, "entry_points", lambda group: ())
     plugins.load_plugins.cache_clear()
+    plugins._plug_in.cache_clear()
     before = set(plugins.REGISTERED)
     yield
     plugins.load_plugins.cache_clear()
+    plugins._plug_in.cache_clear()
     for kind, name in set(plugins.REGISTERED) - before:
         module, table = plugins.TABLES[kind]
         del plugins.REGISTERED[kind, name]
@@ -65,14 +67,13 @@ CHOICES = [
     ("mask_strategy", "masking.strategy", Sampled("hardest", 0.0, 1.0)),
     ("target", "mining.target", FirstValues),
     ("objective", "mining.objective", Halved),
-    ("tracker", "logging.trackers", TRACKERS["jsonl"]),
     ("optimizer", "recipe.optimizer", lambda groups, betas: torch.optim.Adamax(groups, 0, betas)),
 ]
 
 
 @pytest.mark.parametrize(("kind", "key", "thing"), CHOICES)
 def test_a_config_takes_registered_names_alone(kind, key, thing):
-    given = f"{key}=[mine]" if kind == "tracker" else f"{key}=mine"
+    given = f"{key}=mine"
     with pytest.raises(ConfigError, match=rf"{key} must be one of [\w, ]+, got mine; hpm_video.re"):
         hpm_video.load_config("pretrain/demo", given)
     hpm_video.register(kind, "mine", thing)
@@ -81,6 +82,19 @@ def test_a_config_takes_registered_names_alone(kind, key, thing):
         hpm_video.load_config("pretrain/demo", given.replace("mine", "other"))
     with pytest.raises(ValueError, match=r"that is not taken \([\w, ]+\), got 'mine'"):
         hpm_video.register(kind, "mine", thing)
+
+
+def test_a_run_needs_its_trackers_and_its_config_is_read_without_them(tmp_path, call_tool):
+    given = "logging.trackers=[mine]"
+    config = hpm_video.load_config("pretrain/demo", given)
+    message = r"logging.trackers must be one of jsonl, tensorboard, wandb, mlflow, got mine; hpm_v"
+    with pytest.raises(ConfigError, match=message):
+        check_trackers(config.logging)
+    code, output = call_tool("pretrain", "pretrain/demo", given, "--dry-run", "--files", 24)
+    assert code == 2
+    assert "got mine; hpm_video.register('tracker', ...) adds others" in output
+    hpm_video.register("tracker", "mine", TRACKERS["jsonl"])
+    check_trackers(config.logging)
 
 
 def test_strategy_target_and_objective_are_those_that_train():
@@ -122,8 +136,8 @@ def test_a_decoder_of_a_script_is_refused(monkeypatch):
             hpm_video.register("decoder", "mine", Decoder(local, "numpy", ""))
 
 
-def entry_point(value):
-    return lambda group: [EntryPoint("mine", value, group)]
+def entry_point(*values):
+    return lambda group: [EntryPoint("mine", value, group) for value in values]
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -153,3 +167,13 @@ def test_a_plugin_that_fails_is_named(monkeypatch, call_tool, capsys):
     assert "the plugin mine (painted_decoder:nothing) cannot be loaded" in capsys.readouterr().err
     with pytest.raises(plugins.PluginError, match="AttributeError: .*nothing"):
         hpm_video.load_config("pretrain/demo")
+
+
+def test_the_plugin_that_fails_is_named_each_time(monkeypatch):
+    both = entry_point("painted_decoder:plug_in", "painted_decoder:nothing")
+    monkeypatch.setattr(plugins, "entry_points", both)
+    for _ in range(2):
+        with pytest.raises(
+            plugins.PluginError, match=r"painted_decoder:nothing\) cannot be loaded"
+        ):
+            hpm_video.load_config("pretrain/demo")

@@ -151,12 +151,11 @@ class LoggingConfig:
     """Epochs between two picture sheets (one more at the end)."""
     trackers: tuple[str, ...] = ("jsonl", "tensorboard")
     """Where metrics and pictures go: jsonl (metrics.jsonl, of which curves and reports are made),
-    tensorboard, wandb, mlflow, and registered ones."""
+    tensorboard, wandb, mlflow, and registered ones. A run makes sure that they are there; a model
+    is read without them."""
 
     def __post_init__(self) -> None:
         check("logging", self, at_least(1), "every_updates", "validation_clips")
-        own = ("jsonl", "tensorboard", "wandb", "mlflow")
-        check_names("logging", self, "trackers", "tracker", own)
         check("logging", self, POSITIVE, "validate_every_epochs", "picture_every_epochs")
 
 

@@ -4,7 +4,7 @@ import pickle
 import re
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, get_args
 
 from hpm_video.files.errors import ExpectedError
@@ -89,9 +89,15 @@ def load_plugins() -> None:
     """
     for point in entry_points(group=GROUP):
         try:
-            point.load()()
+            _plug_in(point)
         except Exception as error:  # noqa: PERF203 - a few, once
             raise PluginError(
                 f"the plugin {point.name} ({point.value}) cannot be loaded; mend its package or "
                 f"uninstall it. {type(error).__name__}: {error}"
             ) from error
+
+
+@cache
+def _plug_in(point: EntryPoint) -> None:
+    """Call an entry point, once also where another one fails and all are loaded again."""
+    point.load()()

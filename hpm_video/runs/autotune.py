@@ -30,6 +30,7 @@ from hpm_video.training.memory import (
 )
 from hpm_video.training.objective import Losses, Objective
 from hpm_video.training.progress import Progress
+from hpm_video.training.trackers import check_trackers
 
 TIMED_CLIPS = 8
 """At most so many clips make the updates that are timed to choose a precision."""
@@ -201,6 +202,7 @@ def describe_run(
     ``files``: so many are trained on, whether or not the lists are there. ``clips_per_second``: of
     all processes together.
     """
+    check_trackers(task.config.logging)
     if files is not None:
         task.data = planned_data(task.config, files)
     task.resolve()

@@ -12,7 +12,7 @@ from hpm_video.files.atomic import written_beside
 from hpm_video.files.failures import BadFiles
 from hpm_video.files.wording import counted
 from hpm_video.recognition.labels import read_label_names
-from hpm_video.training.summary import Rows, cost_of, lines_of, measures_of, tests_of
+from hpm_video.training.summary import Rows, cost_of, lines_of, measures_of, starts_of, tests_of
 
 MOST_SHEETS = 8
 """Sheets of pictures of each source that are shown, spread over the run."""
@@ -64,10 +64,7 @@ def write_report(run: Path) -> Path:
     config, lines = load_any_config(run / "config.yaml"), lines_of(run)
     listed = run / "labels.txt"
     names = read_label_names(listed) if listed.is_file() else ()
-    starts = run / "starts.jsonl"
-    facts = (
-        [json.loads(line) for line in starts.read_text().splitlines()] if starts.exists() else []
-    )
+    facts = starts_of(run)
     repeats = config.data.repeats
     cost = cost_of(lines, config.recipe.batch_size * repeats)
     lists: Rows = [
@@ -110,7 +107,7 @@ def write_report(run: Path) -> Path:
     )
     path = run / "report.html"
     with written_beside(path) as file:
-        file.write_text(page, encoding="utf-8")
+        file.write_text(page, encoding="utf-8", errors="backslashreplace")  # of names of files
     return path
 
 

@@ -51,7 +51,7 @@ def run(task: Task, processes: Processes = Processes()) -> Path:  # noqa: B008 -
         And what ``fit`` raises.
     """
     updates = task.data.timeline.num_updates
-    check_trackers(task.config.logging.trackers)
+    check_trackers(task.config.logging)
     with locked(task.config, processes) as directory:
         task.resolve(directory)
         device = choose_device_of(task, directory, processes)

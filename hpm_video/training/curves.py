@@ -61,18 +61,17 @@ PANELS = (
 
 
 def plot_curves(metrics: Path, picture: Path) -> None:
-    """Draw the metrics of a run (JSON lines) as PNG, over epochs where they are known.
+    """Draw what :data:`PANELS` show of a run's metrics (JSON lines) as PNG, over epochs if known.
 
     Raises:
         MetricsError: a line is not of metrics.
-        ValueError: the file holds none of the keys that :data:`PANELS` show.
     """
     if not metrics.is_file():  # logging.trackers is without jsonl
         return
     table = read_metrics(metrics)
     shown = [panel for panel in PANELS if _matching(panel.keys, table)]
-    if not shown:
-        raise ValueError(f"{metrics} holds nothing to draw: it has {[*table] or 'no values'}")
+    if not shown:  # nothing is measured yet
+        return
     columns = 2 if len(shown) in (2, 4) else min(3, len(shown))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(5.2 * columns, 0.4 + 3.3 * rows), layout="constrained")

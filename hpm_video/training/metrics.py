@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         del lines[-1]
     found = []
     for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or type(record.get("update")) is not int:
+        record: dict[str, Any] = {}
+        with suppress(ValueError, TypeError):  # it is no JSON, or no object
+            record = dict(json.loads(line))
+        values = {**record}
+        named, counted = type(values.pop("kind", None)) is str, type(values.get("update")) is int
+        if not named or not counted or not {*map(type, values.values())} <= {int, float}:
             raise MetricsError(
-                f"{path}, line {number} is {line[:60]!r}, and must be a JSON object with the "
-                f"number of an update; delete the line, or move the file away to start without it"
+                f"{path}, line {number} is {line[:60]!r}, and must be a JSON object with its kind, "
+                f"the number of an update, and numbers; delete the line, or move the file away to "
+                f"start without it"
             )
         if record.get("kind") == "held_out":  # as it was called one version ago
             record["kind"] = "validation"

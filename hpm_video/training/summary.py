@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +51,27 @@ def tests_of(run: Path) -> Rows:
     """Tabulate the tests of a classifier: name and accuracies."""
     rows: Rows = []
     for path in sorted(run.glob("test/*/result.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        tops = [f"{name} {result[name]:.3g}" for name in ("top1", "top5") if name in result]
-        rows.append((path.parent.name, ", ".join(tops)))
+        with suppress(ValueError):  # it was cut off
+            result = json.loads(path.read_text(encoding="utf-8"))
+            tops = [f"{name} {result[name]:.3g}" for name in ("top1", "top5") if name in result]
+            rows.append((path.parent.name, ", ".join(tops)))
     return rows
+
+
+def starts_of(run: Path) -> list[dict[str, Any]]:
+    """Return the starts of a run with what it ran with, without those that were cut off."""
+    path, found = run / "starts.jsonl", []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def cost_of(lines: Sequence[dict[str, Any]], clips_per_update: int) -> Rows:
     """Tabulate updates, epochs, clips, and the hours that their updates took."""
     done, hours, epoch = 0, 0.0, 0.0
     for line in lines:
-        if line["kind"] == "train":
+        if line.keys() >= {"clips_per_second", "epoch"}:
             clips = (line["update"] - done) * clips_per_update
             hours += clips / max(line["clips_per_second"], 1e-9) / 3600
             done, epoch = line["update"], line["epoch"]

@@ -15,7 +15,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from hpm_video.config.checks import ConfigError
+from hpm_video.config.checks import ConfigError, check_names
+from hpm_video.config.training import LoggingConfig
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.errors import ExpectedError
 from hpm_video.training.metrics import read_lines
@@ -171,9 +172,13 @@ INSTALL = {"mlflow": "mlflow-skinny"}
 """Names of packages that differ from those of their modules."""
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """Make sure that the libraries of trackers are there; otherwise that is a ConfigError."""
-    for name in names:
+def check_trackers(config: LoggingConfig) -> None:
+    """Make sure that the trackers and their libraries are there; otherwise that is a ConfigError.
+
+    The config alone does not: a run goes on, and a model is read, where a tracker is gone.
+    """
+    check_names("logging", config, "trackers", "tracker", TRACKERS)
+    for name in config.trackers:
         library = getattr(TRACKERS[name], "library", None)
         if library and find_spec(library) is None:
             raise ConfigError(

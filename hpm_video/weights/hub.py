@@ -50,6 +50,12 @@ model = hpm_video.load({source})
 {config}```
 """
 
+WRITTEN = ["curves.png", "labels.txt", "origin.json"] + [
+    f"{name}.safetensors" for name in ("model", "teacher", "average")
+]
+"""Files that one model has and another does not: an upload takes those of the one before it away.
+"""
+
 
 def save_pretrained(trained: TrainedModel, folder: Path, name: str = "") -> Path:
     """Write a model as a folder that ``hpm_video.load`` reads, with a model card. -> the folder
@@ -62,8 +68,8 @@ def save_pretrained(trained: TrainedModel, folder: Path, name: str = "") -> Path
     Raises:
         CheckpointError: the folder has files already, or the weights cannot be read.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} has files already; give another folder, or delete them")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise CheckpointError(f"{folder} has files already, or is one; give another folder")
     weights = {trained.file: trained.tensors}
     if not trained.is_classifier and trained.teacher is not None:
         weights["teacher"] = trained.teacher
@@ -82,8 +88,9 @@ def save_pretrained(trained: TrainedModel, folder: Path, name: str = "") -> Path
 
 
 def _run_of(trained: TrainedModel) -> Path:
-    """The directory of the run that a checkpoint folder lies in, whether or not it is one."""
-    return trained.path.resolve().parent.parent
+    """The directory of the run that a checkpoint folder is of; otherwise the model's own."""
+    folder = trained.path.resolve().parent
+    return folder.parent if folder.name == "checkpoints" else trained.path
 
 
 def model_card(trained: TrainedModel, name: str, *, curves: bool) -> str:
@@ -129,6 +136,8 @@ def _table(rows: Rows) -> str:
 def push_to_hub(trained: TrainedModel, repo_id: str, *, private: bool = False) -> str:
     """Upload what :func:`save_pretrained` writes, in one commit. -> the address
 
+    What it wrote there before is replaced; other files of the repository stay.
+
     Raises:
         CheckpointError: huggingface_hub is missing, or the Hub cannot be reached or refuses it.
     """
@@ -138,7 +147,9 @@ def push_to_hub(trained: TrainedModel, repo_id: str, *, private: bool = False) -
         try:
             address = api.create_repo(repo_id, private=private, exist_ok=True)
             message = f"Upload a {trained.kind}"
-            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
+            api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=WRITTEN
+            )
         except Exception as error:  # of its client for HTTP, which differs between versions
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CheckpointError(
@@ -157,7 +168,7 @@ def download(name: str) -> Path:
     try:
         return Path(hub.snapshot_download(name))
     except (hub.errors.HfHubHTTPError, OSError, ValueError) as error:  # it is no name there
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"there is no {name} here, nor on the Hub ({reason})") from error
 
 

@@ -83,6 +83,30 @@ def test_a_report_of_a_run_that_has_just_begun(run, call_tool):
     assert page.titles == ["Data", "Config", "every setting"]
 
 
+def test_files_that_were_cut_off_and_odd_names_do_not_end_a_run(run):
+    (run / "starts.jsonl").write_text('{"first_update": 0, "time": "noon", "command": "x"}\n{"fi')
+    for name, text in {"cut": '{"top1"', "whole": '{"top1": 0.5}'}.items():
+        (run / "test" / name).mkdir(parents=True)
+        (run / "test" / name / "result.json").write_text(text)
+    (run / "bad_files.csv").write_bytes(b"path,reason\n\xff.mp4,no frames\n")
+    cells = "|".join(Page(write_report(run).read_text(encoding="utf-8")).cells)
+    assert "whole|top1 0.5" in cells
+    assert "cut" not in cells
+    assert "0|noon|x" in cells
+    assert r"\udcff.mp4|no frames" in cells
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"update": 3}', '{"update": 3, "kind": "probe", "x": null}', '{"update": 3, "kind": 1}'],
+)
+def test_a_line_that_is_not_of_metrics_is_named(run, line, call_tool):
+    (run / "metrics.jsonl").write_text(f"{line}\n")
+    code, output = call_tool("report", run)
+    assert code == 2
+    assert "line 1 is" in output
+
+
 def test_what_is_no_run_has_no_report(tmp_path):
     with pytest.raises(ConfigError, match="there is no config file"):
         write_report(tmp_path)

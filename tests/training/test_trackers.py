@@ -7,6 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
+from hpm_video.config.training import LoggingConfig
 from hpm_video.training import trackers
 from hpm_video.training.metrics import read_lines
 from hpm_video.training.trackers import TRACKERS, MetricsLog, check_trackers
@@ -121,9 +122,9 @@ def test_one_process_alone_writes(run):
 
 def test_a_library_that_is_missing_is_found_before_a_run(monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    check_trackers(["jsonl", "tensorboard"])
+    check_trackers(LoggingConfig())
     with pytest.raises(ConfigError, match="has mlflow, which needs mlflow: pip install mlflow-ski"):
-        check_trackers(["jsonl", "mlflow"])
+        check_trackers(LoggingConfig(trackers=("jsonl", "mlflow")))
 
 
 @pytest.mark.parametrize(("switch", "expected"), [("true", 2), ("false", 1)])
