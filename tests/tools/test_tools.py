@@ -185,22 +185,13 @@ def test_prepared_files_are_timed_beside_untouched_ones(tool, videos, tmp_path):
     first = next((videos / "train").iterdir())
     prepared = tmp_path / "manifest.csv"
     prepared.write_text(f"path,kept_every\n{first},4\n")
-    options = (
-        "--repeats",
-        1,
-        "--views",
-        "1x1",
-        "--decoders",
-        "pyav",
-        "--output",
-        tmp_path / "t.json",
-    )
-    tool("bench", "decoding", first, prepared, *options)
-    for rows in json.loads((tmp_path / "t.json").read_text()).values():
+    options = ("--repeats", 1, "--views", "1x1", "--decoders", "pyav")
+    tool("bench", "decoding", first, prepared, *options, "--output", tmp_path / "t.json")
+    single, several = ["straightforward", "pyav"], ["one by one", "in one pass"]
+    tables = json.loads((tmp_path / "t.json").read_text()).values()
+    for rows, ways in zip(tables, (single, single, several), strict=True):
         of = {(row["file"], row["way"]): row for row in rows}
-        assert [*of] == [
-            (str(file), way) for file in (first, prepared) for way in ("straightforward", "pyav")
-        ]
+        assert [*of] == [(str(file), way) for file in (first, prepared) for way in ways]
         for (_, way), row in of.items():
             assert row["as the first"] == pytest.approx(of[str(first), way]["ms"] / row["ms"])
 

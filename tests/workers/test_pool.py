@@ -351,7 +351,7 @@ def test_a_process_that_gets_ready_after_the_pool_was_closed_ends_in_silence(cap
     run, watched = context.Pipe()
     room = context.RawArray("B", 8)
     ours.close()
-    process = context.Process(target=serve, args=(theirs, watched, room, 8, abs, GIB))
+    process = context.Process(target=serve, args=(theirs, watched, room, 8, abs, GIB, []))
     process.start()
     process.join()
     assert process.exitcode == 0
