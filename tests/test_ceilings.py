@@ -12,27 +12,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PHYSICAL_LINES = 26_410
-CODE_LINES = 18_616
+PHYSICAL_LINES = 27_575
+CODE_LINES = 19_490
 LINES = {
     ".": 85,
-    "datasets": 1249,
-    "hpm_video": 516,
-    "hpm_video/config": 1159,
-    "hpm_video/data": 1735,
-    "hpm_video/decoding": 1387,
-    "hpm_video/files": 539,
-    "hpm_video/mining": 1277,
-    "hpm_video/models": 926,
-    "hpm_video/preparation": 2661,
-    "hpm_video/recognition": 1551,
-    "hpm_video/runs": 2155,
-    "hpm_video/tokens": 475,
-    "hpm_video/training": 2821,
-    "hpm_video/weights": 2226,
-    "hpm_video/workers": 678,
-    "tests": 1564,
-    "tools": 3406,
+    "datasets": 1202,
+    "docs": 14,
+    "hpm_video": 528,
+    "hpm_video/config": 1243,
+    "hpm_video/data": 2066,
+    "hpm_video/decoding": 1610,
+    "hpm_video/files": 628,
+    "hpm_video/mining": 1287,
+    "hpm_video/models": 917,
+    "hpm_video/preparation": 2704,
+    "hpm_video/recognition": 1540,
+    "hpm_video/runs": 2331,
+    "hpm_video/tokens": 479,
+    "hpm_video/training": 2992,
+    "hpm_video/weights": 2317,
+    "hpm_video/workers": 686,
+    "tests": 1580,
+    "tools": 3366,
 }
 """Physical lines of each folder; "." is the scripts at the root."""
 MODULES_AT_THE_ROOT = 4

@@ -37,9 +37,8 @@ _LIST_LINE = re.compile(
     rf"(?P<numbers>(?:{_SEPARATOR}-?\d+(?:\.0+)?)*)",
     re.IGNORECASE,
 )
-_COLUMNS = (
-    *("path", "label", "label_name", "num_frames", "kept_every", "start", "end", "fps"),
-    "verdict",
+_COLUMNS = tuple(
+    "path label label_name num_frames kept_every start end fps verdict".split()  # noqa: SIM905
 )
 _PATHS = ("video_path", "file_path", "filepath", "file_name", "filename", "video", "file")
 """What others call the column of files, where there is none called path."""
