@@ -282,10 +282,11 @@ def test_a_model_goes_to_the_hub_and_comes_back(untrained, tmp_path, monkeypatch
 
 
 def test_the_card_has_measures_of_the_own_run_alone(untrained, tmp_path):
-    saved = untrained().save_pretrained(tmp_path / "models" / "mine")
+    saved = untrained().save_pretrained(tmp_path / "models" / 'my "best"')
     line = {"kind": "validation", "update": 0, "epoch": 0.0, "relative_error": 0.7}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     again = hpm_video.load(saved, device="cpu").save_pretrained(tmp_path / "again")
+    assert r'hpm_video.load("my \"best\"")' in (saved / "README.md").read_text()
     assert "No validation was recorded." in (again / "README.md").read_text()
 
 

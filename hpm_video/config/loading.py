@@ -35,7 +35,8 @@ def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> C
     """
     load_plugins()
     path = find_config(path)
-    _read(path)
+    if is_of_pretraining(path) and schema is FinetuneConfig:
+        raise ConfigError(f"{path} is a config of pre-training; take one of fine-tuning")
     odd = [override for override in overrides if "=" not in override]
     if odd:
         raise ConfigError(f"an override must look like section.key=value, got {odd[0]!r}")
@@ -160,9 +161,14 @@ def load_any_config(path: Path, overrides: Sequence[str] = ()) -> PretrainConfig
         ConfigError: there is no such file, or it is not such a config.
     """
     path = find_config(path)
-    if re.search(r"^masking:", _read(path), re.MULTILINE):
+    if is_of_pretraining(path):
         return load_config(PretrainConfig, path, overrides)
     return load_config(FinetuneConfig, path, overrides)
+
+
+def is_of_pretraining(path: Path) -> bool:
+    """Whether a config has the section masking. Raises ConfigError: there is no such file."""
+    return re.search(r"^masking:", _read(path), re.MULTILINE) is not None
 
 
 def save_config(config: object, path: Path) -> None:

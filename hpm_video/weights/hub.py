@@ -1,5 +1,6 @@
 """Models as folders with a model card, and on the Hugging Face Hub."""
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -119,7 +120,7 @@ def model_card(trained: TrainedModel, name: str, *, curves: bool) -> str:
         tag="classifier" if classes else "masked-autoencoder",
         name=name,
         kind=trained.kind,
-        source=f'"{name}"{chosen}',
+        source=json.dumps(name, ensure_ascii=False) + chosen,
         use=f'{call.removesuffix("_of")} = model.{call}(["my_video.mp4"])',
         measures=(_table(measures) if measures[1:] else "No validation was recorded.") + tests,
         training=_table([("", ""), *training]) + shown,

@@ -733,3 +733,8 @@ def test_a_config_that_is_not_utf_8_is_named(load, tmp_path):
     path.write_bytes("output_dir: Größe\n".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"config.yaml is not text in UTF-8: byte 14 is 0xf6"):
         load(path, [])
+
+
+def test_a_config_of_pretraining_is_named_where_one_of_finetuning_is_needed():
+    with pytest.raises(ConfigError, match="k400_hpm_b.yaml is a config of pre-training; take one"):
+        load_config(FinetuneConfig, Path("k400_hpm_b"), [])
