@@ -25,16 +25,16 @@ from bench_updates import (  # type: ignore[import-not-found] # beside this file
     gpu,
     update,
 )
-from bench_ways import LOSSES, loss_step, ways_to_decode  # type: ignore[import-not-found]
+from bench_ways import CLIP, LOSSES, loss_step, ways_to_decode  # type: ignore[import-not-found]
 from tqdm import tqdm
 
 from hpm_video.config.choices import DecoderChoice, DecoderName
 from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import PretrainConfig
-from hpm_video.data.clips import request_of
+from hpm_video.data.clips import check_pace, request_of
 from hpm_video.data.manifest import read_manifest
 from hpm_video.data.reading import Request, Views
-from hpm_video.decoding.locations import is_image
+from hpm_video.decoding.locations import Section, is_image
 from hpm_video.decoding.reader import DecoderError
 from hpm_video.decoding.registry import available_decoders, open_video
 from hpm_video.files.failures import TooManyBadFiles
@@ -196,10 +196,12 @@ def decoding(arguments: argparse.Namespace) -> Tables:
 
 
 def first_request(name: str) -> Request:
-    """Return the request for a file, or for the first one of a manifest."""
-    if not name.endswith(".csv"):
-        return Request(name, -1, -1, ())
-    return request_of(read_manifest(name), 0)
+    """Return the request for a whole file, or for the first one of a manifest."""
+    request = Request(name, -1, -1, ())
+    if name.endswith(".csv"):
+        check_pace(CLIP, manifest := read_manifest(name).of([0]))
+        request = request_of(manifest, 0)
+    return replace(request, path=Section.parse(request.path).file)
 
 
 def choose_decoders(names: str | None, first: Sequence[DecoderChoice] = ()) -> list[DecoderName]:

@@ -1,5 +1,6 @@
 """Checks that the sections of a config share."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import field
 from typing import Any
@@ -12,6 +13,7 @@ Rule = tuple[str, Callable[[Any], bool]]
 SHARE: Rule = ("lie in [0, 1]", lambda value: 0 <= value <= 1)
 CHANCE: Rule = ("lie in [0, 1)", lambda value: 0 <= value < 1)
 POSITIVE: Rule = ("be positive", lambda value: value > 0)
+FINITE: Rule = ("be positive and finite", lambda value: 0 < value < math.inf)
 POSITIVE_OR_NONE: Rule = ("be positive, or null for none", lambda value: value > 0)
 
 

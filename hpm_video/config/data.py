@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from hpm_video.config.checks import (
     CHANCE,
+    FINITE,
     POSITIVE,
     SHARE,
     ConfigError,
@@ -72,8 +73,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         check("data", self, at_least(1), "num_frames", "frame_stride", "repeats", "frame_size")
         check("data", self, at_least(0), "workers")
-        positive = ("seconds_per_file", "memory_per_worker", "std", "fps", "clips_per_minute")
-        check("data", self, POSITIVE, *positive)
+        check("data", self, POSITIVE, "seconds_per_file", "memory_per_worker", "std")
+        check("data", self, FINITE, "fps", "clips_per_minute")
         check("data", self, SHARE, "max_bad_share")
         crop = at_least(max(self.frame_size), f"data.frame_size ({self.frame_size})")
         check("data", self, crop, "validation_short_side")

@@ -61,7 +61,9 @@ class ImageReader(VideoReader):
 
     def _pixels(self) -> Frames:
         """-> (H, W, 3)"""
-        if self._data and self.image.format == "JPEG" and self.image.mode in ("RGB", "L"):
+        is_plain = self.image.format == "JPEG" and self.image.mode in ("RGB", "L")
+        # Where steps of a progressive one are missing, each version of libjpeg smooths otherwise.
+        if self._data and is_plain and "progressive" not in self.image.info:
             import torch
             from torchvision.io import ImageReadMode, decode_jpeg  # type: ignore[import-untyped]
 

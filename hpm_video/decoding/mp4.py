@@ -56,7 +56,8 @@ def read_index(source: str | bytes, head: bytes) -> Index | None:
     offsets = [*_boxes(tables[0], "ctts")] if len(tables) == 1 else []
     if len(offsets) != 1 or (len(offsets[0]) - 8) % 8:
         return None
-    runs = np.frombuffer(offsets[0], ">u4", offset=8).reshape(-1, 2)
+    count = int.from_bytes(offsets[0][4:8], "big")
+    runs = np.frombuffer(offsets[0], ">u4", offset=8).reshape(-1, 2)[:count]
     return None if runs.max(initial=0) >= 2**31 else Index(runs, size)  # below zero
 
 

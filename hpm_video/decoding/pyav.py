@@ -128,12 +128,10 @@ class PyavReader(VideoReader):
         self._frames: Numbered = iter(())
         self._at: int | None = None
         self._wanted: set[int] = set()
-        self._last_wanted = 0
-        self._skips = False
+        self._last_wanted, self._skips = 0, False
         self._skipped: set[int] = set()
         self._keys: list[tuple[int, int | None]] = []  # times of presentation and of decoding
         self._times: list[int] = []
-        # Without one, all packets are gone through.
         self._listing = read_index(source, head)
         self._open()
         try:
@@ -187,9 +185,8 @@ class PyavReader(VideoReader):
         may_seek = self._ordered and self._codec.pix_fmt != "pal8"
         self._keys = sorted(self._keys) if may_seek else []
         self._key_times = [pts for pts, _ in self._keys]
-        self._may_skip = self._ordered and (
-            self._codec.name in _MARKS_UNUSED or self._has_one_layer()
-        )
+        marks_unused = self._codec.name in _MARKS_UNUSED or self._has_one_layer()
+        self._may_skip = self._ordered and marks_unused
 
     def _packets(self) -> Sequence[tuple[int | None, int | None, bool]]:
         """Return the times of presentation and decoding of each packet, and whether it is a key."""
@@ -368,16 +365,15 @@ class PyavReader(VideoReader):
         # Some containers seek by the time of presentation, some by that of decoding, which Matroska
         # does not state where frames are reordered, and FFmpeg does not know after a seek.
         presented, decoded = key or (None, None)
-        for time in (presented, decoded):
-            if time is None:
+        for time in (time for time in key or () if time is not None):
+            try:
+                self._container.seek(time, stream=self._stream, backward=True)
+            except PermissionError:  # FFmpeg's -1: its index has no key frame so early
                 continue
-            self._container.seek(time, stream=self._stream, backward=True)
             packets = self._demux()
             first = next(packets)
-            at, latest = first.dts, decoded or 0
-            if at is None:
-                at, latest = first.pts, presented or 0
-            if first.is_keyframe and at is not None and at <= latest:
+            at, latest = (first.pts, presented) if first.dts is None else (first.dts, decoded)
+            if first.is_keyframe and at is not None and at <= (latest or 0):
                 yield first
                 yield from packets
                 return

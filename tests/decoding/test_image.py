@@ -127,6 +127,15 @@ def test_a_damaged_frame_is_what_pillow_makes_of_it(tmp_path, capfd):
     assert "Corrupt JPEG data" in capfd.readouterr().err
 
 
+def test_a_progressive_frame_that_lacks_steps_is_what_pillow_makes_of_it(tmp_path):
+    (tmp_path / "b").mkdir()
+    data = saved(tmp_path / "a.jpg", colours(64, 64), progressive=True).read_bytes()
+    for path in (tmp_path / "a.jpg", tmp_path / "b" / "1.jpg"):
+        path.write_bytes(data[: len(data) // 4] + b"\xff\xd9")
+    with open_video(f"{tmp_path}/b/") as video:
+        assert np.array_equal(video.read([0])[0], read(tmp_path / "a.jpg"))
+
+
 @pytest.mark.parametrize("format_", ["JPEG", "TIFF"])
 def test_cmyk(tmp_path, format_):
     """Cyan 255 - red, and so on, with no black: a red corner stays red."""

@@ -401,3 +401,25 @@ def test_an_index_of_edits_is_not_used(tmp_path, write_painted):
     count, is_used = read_twice(path)
     assert count < 40
     assert not is_used
+
+
+def test_entries_of_an_index_beyond_their_stated_number_are_not_believed(tmp_path, videos):
+    data = bytearray(videos["b_frames.mp4"].read_bytes())
+    place = data.index(b"ctts") + 8
+    data[place : place + 4] = (int.from_bytes(data[place : place + 4], "big") - 3).to_bytes(
+        4, "big"
+    )
+    (tmp_path / "a.mp4").write_bytes(data)
+    assert not read_twice(tmp_path / "a.mp4")[1]
+
+
+def test_key_frames_that_only_packets_know_are_not_sought(tmp_path, videos):
+    """The list of key frames lacks the first ones: FFmpeg refuses to seek, and it is not needed."""
+    data = bytearray(videos["short_groups.mp4"].read_bytes())
+    place = data.index(b"stss") + 8
+    count = int.from_bytes(data[place : place + 4], "big")
+    data[place + 4 : place + 8 + 4 * (count - 1)] = b"".join(
+        (36 + n // count).to_bytes(4, "big") for n in range(count)
+    )
+    (tmp_path / "a.mp4").write_bytes(data)
+    read_twice(tmp_path / "a.mp4")

@@ -38,6 +38,7 @@ from hpm_video.preparation.benchmark import (
     read_all,
     worker_seconds,
 )
+from hpm_video.preparation.encode import write_video
 from hpm_video.preparation.findings import stamp_of
 from hpm_video.runs.pretraining import Pretraining
 from hpm_video.workers.pool import NAME
@@ -542,6 +543,18 @@ def test_on_a_gpu_without_a_log_the_need_is_measured_and_on_a_cpu_it_is_asked_fo
     code, output = bench("loader", config_file, *arguments, "--processes", "2")
     assert "on random pixels updates take 1.0 clips/s" in output
     assert "the update takes 1.0: " in output
+
+
+def test_decoding_is_measured_on_whole_files_at_a_stride_that_they_hold(tmp_path, bench):
+    write_video(tmp_path / "a.mp4", [np.zeros((48, 64, 3), np.uint8)] * 20)
+    (tmp_path / "list.csv").write_text("path,start,end\na.mp4,0.2,0.4\n")
+    arguments = ("--repeats", "1", "--views", "1x1", "--decoders", "pyav")
+    code, output = bench("decoding", tmp_path / "list.csv", *arguments)
+    assert code == 0, output
+    (tmp_path / "list.csv").write_text("path,kept_every\na.mp4,12\n")
+    code, output = bench("decoding", tmp_path / "list.csv", *arguments)
+    assert code == 2
+    assert "a.mp4 holds one of every 12 frames of its video" in output
 
 
 def test_a_decoder_that_is_not_there_is_refused(config_file, bench):
