@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PHYSICAL_LINES = 27_575
-CODE_LINES = 19_490
+PHYSICAL_LINES = 27_585
+CODE_LINES = 19_497
 LINES = {
     ".": 85,
     "datasets": 1202,
     "docs": 14,
     "hpm_video": 528,
-    "hpm_video/config": 1243,
-    "hpm_video/data": 2066,
-    "hpm_video/decoding": 1610,
+    "hpm_video/config": 1252,
+    "hpm_video/data": 2065,
+    "hpm_video/decoding": 1609,
     "hpm_video/files": 628,
     "hpm_video/mining": 1287,
     "hpm_video/models": 917,
@@ -30,10 +30,10 @@ LINES = {
     "hpm_video/runs": 2331,
     "hpm_video/tokens": 479,
     "hpm_video/training": 2992,
-    "hpm_video/weights": 2317,
+    "hpm_video/weights": 2318,
     "hpm_video/workers": 686,
     "tests": 1580,
-    "tools": 3366,
+    "tools": 3368,
 }
 """Physical lines of each folder; "." is the scripts at the root."""
 MODULES_AT_THE_ROOT = 4
