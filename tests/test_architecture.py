@@ -26,7 +26,6 @@ MAY_IMPORT = {
     "pandas": {
         "data/manifest.py",
         "mining/pictures.py",
-        "preparation/check_report.py",
         "training/curves.py",
     },
     "argparse": {

@@ -2,8 +2,7 @@
 
 Each video, image or folder of frames is decoded completely, in processes that are stopped if a file
 makes them hang, crash or take too much memory. The findings are extra columns of a new manifest,
-CHECKED.csv. Training on it skips bad files and never requests frames that do not exist. CHECKED.png
-shows lengths, sizes and verdicts.
+CHECKED.csv. Training on it skips bad files and never requests frames that do not exist.
 
 Columns: num_frames (readable ones, whatever the header says), duration (s), fps, width, height
 (upright), codec, pixel_format, key_frame_distance (frames, at most), rotation (degrees clockwise
@@ -21,11 +20,11 @@ from hpm_video.data.manifest import Listing, ManifestError, read_listing, write_
 from hpm_video.data.places import unwritable
 from hpm_video.decoding.locations import is_frame_folder, is_image
 from hpm_video.decoding.registry import choose_decoder
-from hpm_video.files.atomic import written_beside
 from hpm_video.files.wording import counted
-from hpm_video.preparation import check_manifest, check_report
+from hpm_video.preparation import check_manifest
 from hpm_video.preparation.check import ANEW
-from hpm_video.preparation.findings import columns_of
+from hpm_video.preparation.findings import COLUMNS
+from hpm_video.preparation.jobs import Journal
 from hpm_video.runs import console
 from hpm_video.runs.console import shortest
 from hpm_video.workers.pool import GIB, Limits
@@ -44,7 +43,6 @@ def main(command_line: Sequence[str] | None = None) -> int:
     parser = console.make_parser(__doc__, EXIT_CODES)
     add = parser.add_argument
     add("manifest", type=Path, help="manifest, or folder of videos or images")
-    add("--again", action="store_true", help="decode all files again; resumes if interrupted")
     processes = {"default": default_workers(), "help": "processes (default here: %(default)s)"}
     checked = {
         "metavar": "CHECKED.csv",
@@ -72,37 +70,33 @@ def check(arguments: argparse.Namespace) -> int:
     root, workers = arguments.root, arguments.workers
     listing = read_listing(arguments.manifest, root)
     source, out = listing.source, output_path(listing, arguments.output)
+    decoder = arguments.decoder
     if not all(is_image(file) or is_frame_folder(file) for file in listing.files):
-        arguments.decoder = choose_decoder(arguments.decoder)
+        decoder = choose_decoder(decoder)
     limits = Limits(arguments.seconds, round(arguments.memory * GIB))
-    checker = check_manifest.Checker(workers, limits, arguments.decoder, arguments.seconds_in_all)
-    known = {} if arguments.again else check_manifest.known_of(out, root)
-    partial = [out.with_name(f"{out.name}{end}.partial") for end in ("", ".again")]
-    with closing(check_manifest.FindingJournal(partial[arguments.again])) as journal:
-        same = checker.unchanged(listing.files, known | journal.findings)
+    checker = check_manifest.Checker(decoder, arguments.seconds_in_all)
+    known = check_manifest.known_of(out, root)
+    with closing(Journal(out.with_name(f"{out.name}.partial"))) as journal:
+        known |= check_manifest.noted_in(journal)
+        same = check_manifest.unchanged(listing.files, known, decoder)
         unchanged = f", {len(same)} of which have not changed since their check" if same else ""
-        print(
-            f"{counted(len({*listing.files}), 'file')} of {shortest(source)}{unchanged}; "
-            f"{counted(workers, 'process')}; a file may take {arguments.memory:g} GiB, and "
-            f"{limits.seconds:g} s without a further frame"
-        )
+        files = counted(len({*listing.files}), "file")
+        print(f"{files} of {shortest(source)}{unchanged}; {counted(workers, 'process')}")
         try:
-            found = check_manifest.check_files(listing.files, same, journal, checker)
+            found = check_manifest.check_files(
+                listing.files, same, journal, checker, workers, limits
+            )
         except KeyboardInterrupt:
             print(f"\nThe findings so far are kept in {journal.path}: the same command goes on.")
             raise
         findings = [*check_manifest.find_rows(listing, found)]
-        columns, picture = columns_of(findings), out.with_suffix(".png")
+        rows = [finding.cells() for finding in findings]
+        columns = {name: [row[name] for row in rows] for name in COLUMNS}
         if root is None and not (source.is_file() and out.parent == source.parent):
             columns["path"] = [file.removeprefix(f"{out.parent}/") for file in listing.files]
         write_manifest(listing.table.assign(**columns), out)
-        title = f"{source.name}, {counted(len(listing), 'file')}"
-        with written_beside(picture) as beside:
-            check_report.plot(findings, title).savefig(beside, format="png", dpi=110)
-        for path in partial:
-            path.unlink(missing_ok=True)
-    print(f"\n{check_report.summary(listing.files, findings)}")
-    print(f"\nwrote {shortest(out)}\n      {shortest(picture)}")
+        journal.path.unlink()
+    print(f"\n{check_manifest.summary(listing.files, findings)}\n\nwrote {shortest(out)}")
     print(f"To train on what can be used: data.train={shortest(out)}")
     if any(ANEW in reason for finding in findings for reason in finding.reasons):
         rooted = f" --root {shortest(root)}" if root else ""
@@ -121,11 +115,10 @@ def output_path(listing: Listing, out: Path | None) -> Path:
     source = listing.source
     stem = source.name if source.is_dir() else source.stem
     out = (out or source.with_name(f"{stem}.checked.csv")).absolute()
-    if out.suffix != ".csv":
-        raise ManifestError(f"--output {out} must end in .csv: it is a table with named columns")
-    if out == source or (out.exists() and source.exists() and out.samefile(source)):
+    if out.suffix != ".csv" or (out.exists() and source.exists() and out.samefile(source)):
         raise ManifestError(
-            f"--output {out} is the manifest that is read, which stays as it is; give another name"
+            f"--output {out} must end in .csv, and be another file than the manifest that is read, "
+            "which stays as it is; give another name"
         )
     for file in listing.files:
         if why := unwritable(file):

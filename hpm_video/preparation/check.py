@@ -13,16 +13,15 @@ from hpm_video.config.choices import DecoderChoice
 from hpm_video.decoding.image import ImageReader
 from hpm_video.decoding.locations import frames_in, is_frame_folder, is_image, read_bytes
 from hpm_video.decoding.orientation import orientation_of_image, upright_size
-from hpm_video.decoding.reader import DecodeError, Size, VideoReader, as_decode_error
+from hpm_video.decoding.reader import DecodeError, VideoReader, as_decode_error
 from hpm_video.decoding.registry import open_video
 from hpm_video.decoding.video_stream import VideoStream
-from hpm_video.preparation.findings import BETWEEN_REASONS, Finding, content_of, stamp_of
+from hpm_video.files.wording import counted
+from hpm_video.preparation.findings import BETWEEN_REASONS, Finding, digest_of, stamp_of
 from hpm_video.preparation.jobs import Steps
 
 SHORTEST = 16  # frames of a usual clip; shorter videos are suspicious
 FARTHEST = 250  # limit of the key-frame distance: the default of encoders; 12 is better here
-SMALLEST = 32  # limit of a side, in pixels
-NARROWEST = 4.0  # limit of the aspect ratio, long side to short side
 UNEVEN_SHARE = 0.05  # share of the gaps between frames that may differ by more than ``UNEVEN``
 UNEVEN = 0.1  # tolerance as a share of the median gap
 TICKS = 1.6  # tolerance in ticks of the container's clock, which rounds times
@@ -40,13 +39,13 @@ def examine(file: str, decoder: DecoderChoice) -> Steps[Finding]:
         with as_decode_error(file), open_video(file, decoder) as reader:
             check = _check_images if is_frame_folder(file) or is_image(file) else _check_video
             finding = yield from check(reader, file)
-            finding = replace(finding, content=content_of(file))
+            finding = replace(finding, content=(yield from digest_of(file)))
     except DecodeError as error:
         finding = Finding("bad", (error.reason,))
     # Each on one line, and without the separator of reasons.
     short = (re.sub(r"\[Errno -?\d+\] ", "", reason) for reason in finding.reasons)
     reasons = tuple(" ".join(each.split()).replace(BETWEEN_REASONS, ", ") for each in short)
-    return replace(finding, reasons=reasons, bytes=stamp.bytes, modified=stamp.modified)
+    return replace(finding, reasons=reasons, **stamp._asdict())
 
 
 def _check_images(reader: VideoReader, file: str) -> Steps[Finding]:
@@ -72,8 +71,7 @@ def _check_images(reader: VideoReader, file: str) -> Steps[Finding]:
             rotation=orientation_of_image(still.image).degrees,
             key_frame_distance=1,
         )
-    doubts = [*doubts_of_size((height, width))]
-    doubts += [*doubts_of_length(sound)] if is_frame_folder(file) else []
+    doubts = [*doubts_of_length(sound)] if is_frame_folder(file) else []
     return _with_verdict(finding, doubts, count, why, f"{AGAIN}, or {ANEW}")
 
 
@@ -103,7 +101,7 @@ def _check_video(reader: VideoReader, file: str) -> Steps[Finding]:
         key_frame_distance=stream.key_distance,
         rotation=stream.rotation,
     )
-    doubts = [*doubts_of_stream(stream), *doubts_of_size(stream.size), *doubts_of_length(sound)]
+    doubts = [*doubts_of_stream(stream), *doubts_of_length(sound)]
     if stream.times and reader.num_frames != count:
         doubts.append(
             f"the decoder that is to be used counts {reader.num_frames} frames, PyAV {count}"
@@ -159,7 +157,7 @@ def doubts_of_stream(stream: VideoStream) -> Iterator[str]:
             f"slow: {ANEW}"
         )
     if stream.left_out:
-        some = f"{stream.left_out} frames" if stream.left_out > 1 else "frame"
+        some = counted(stream.left_out, "frame")
         yield f"its first {some} cannot be decoded (it begins inside a group), and will be left out"
     if not stream.has_order:
         yield f"its times do not tell the order of its frames, so reading is slow: {ANEW}"
@@ -184,22 +182,11 @@ def doubts_of_gaps(gaps: NDArray[np.float64], tick: float) -> Iterator[str]:
         )
 
 
-def doubts_of_size(size: Size) -> Iterator[str]:
-    """Yield a doubt where height and width are unusual."""
-    short, long = sorted(size)
-    named = f"{size[1]} x {size[0]} pixels"
-    if short < SMALLEST:
-        yield f"{named}, a side of less than {SMALLEST}: look whether that is meant"
-    elif long > NARROWEST * short:
-        yield f"{named}, {long / short:.1f} times as long as wide, of which crops show a small part"
-
-
 def doubts_of_length(num_frames: int) -> Iterator[str]:
     """Yield a doubt where a video has few frames."""
-    if num_frames == 1:
-        yield "a video of 1 frame: where a still is meant, save it as an image"
-    elif num_frames < SHORTEST:
-        yield f"{num_frames} frames, fewer than a clip of {SHORTEST}: some are shown repeatedly"
+    if num_frames < SHORTEST:
+        some = counted(num_frames, "frame")
+        yield f"{some}, fewer than a clip of {SHORTEST}: some are shown repeatedly"
 
 
 def _with_verdict(

@@ -1,61 +1,42 @@
 """Check of all files of a manifest in parallel, resumable, with a verdict for each row."""
 
 import contextlib
+import re
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hpm_video.config.choices import DecoderChoice
-from hpm_video.data.manifest import Listing, ManifestError, read_listing
+from hpm_video.data.manifest import VERDICTS, Listing, ManifestError, read_listing
 from hpm_video.decoding.locations import is_frame_folder, is_image
 from hpm_video.files.failures import Failure
+from hpm_video.files.wording import counted
 from hpm_video.preparation.check import examine
 from hpm_video.preparation.findings import (
+    DIGEST_BYTES,
     OF_THE_MANIFEST,
     Finding,
+    Stamp,
     read_findings,
-    same_content,
     stamp_of,
 )
 from hpm_video.preparation.jobs import Journal, paced, run_jobs
 from hpm_video.workers.pool import Limits
 from hpm_video.workers.progress_bar import ProgressBar
 
-IMAGE_DECODER = "pillow"
-_REMEDIES = {  # by a part of the reason
-    "s in all": "where it is only long, check it with more --seconds-in-all",
-    "no further frame": "where only the disk is slow, check it with more --seconds",
-    "needs more memory": "where it is only large, check it with more --memory",
-    "": "leave it out, or get it anew",
-}
-
-
-class FindingJournal(Journal):
-    """Journal of a check: the finding of each file, unless it exceeded the limits of this start."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.findings: dict[str, Finding] = {}
-        for record in self.read():
-            with contextlib.suppress(KeyError, ValueError, TypeError):  # of another version
-                if not record.get("limits"):  # as earlier versions noted them
-                    self.findings[record["file"]] = Finding.of(record)
-
-    def note(self, file: str, finding: Finding) -> None:
-        self.append({"file": file, **finding.cells()})
+MORE = "where it is only large or slow, give more --memory, --seconds or --seconds-in-all"
+REASONS_SHOWN = 8
 
 
 @dataclass(frozen=True)
 class Checker:
-    """Work of a process that checks files, and the limits that a file has."""
+    """Work of a process that checks files."""
 
-    workers: int
-    limits: Limits = Limits()
     decoder: DecoderChoice = "auto"
-    seconds_in_all: float = 3600.0  # per file; ``limits`` has the seconds without a further frame
+    seconds_in_all: float = 3600.0  # limit for a file, even if it makes progress
 
     def __call__(self, file: str) -> Iterator[Finding | Failure | None]:
         end = time.monotonic() + self.seconds_in_all
@@ -65,46 +46,10 @@ class Checker:
                 return
             yield result
 
-    def unchanged(self, files: Iterable[str], known: Mapping[str, Finding]) -> dict[str, Finding]:
-        """Return the known findings that still hold, which need not be decoded again."""
-        there = {file: known[file] for file in files if file in known}
-        decoders = (self.decoder, IMAGE_DECODER)
-        return {
-            file: finding
-            for file, finding in there.items()
-            if finding.decoder in decoders and finding.stamp == stamp_of(file)
-        }
 
-    def finding(self, file: str, result: Finding | Failure) -> Finding:
-        """Return the finding of a file, which may have exceeded its limits."""
-        if isinstance(result, Failure):
-            reason = result.reason
-            if "took longer" in reason and "in all" not in reason:
-                reason = f"no further frame came in {self.limits.seconds:g} s"
-            remedy = next(what for part, what in _REMEDIES.items() if part in reason)
-            result = Finding("bad", (f"{reason}: {remedy}",), **vars(stamp_of(file)))
-        is_still = is_image(file) or is_frame_folder(file)
-        return replace(result, decoder=IMAGE_DECODER if is_still else self.decoder)
-
-
-def check_files(
-    files: Iterable[str], unchanged: Mapping[str, Finding], journal: FindingJournal, check: Checker
-) -> dict[str, Finding]:
-    """Check files but those that are ``unchanged``, and note it in the journal. -> all findings"""
-    found = {**unchanged}
-    left = {file: file for file in files if file not in unchanged}
-    num_bad = sum(finding.verdict == "bad" for finding in unchanged.values())
-    with (
-        closing(ProgressBar(len(found) + len(left), "files", first=len(found))) as bar,
-        closing(run_jobs(check, left, check.workers, check.limits)) as results,
-    ):
-        for file, result in results:
-            found[file] = check.finding(file, result)
-            if not isinstance(result, Failure):
-                journal.note(file, found[file])
-            num_bad += found[file].verdict == "bad"
-            bar.advance(note=f"{num_bad} bad")
-    return found
+def decoder_for(file: str, decoder: str) -> str:
+    """Return the decoder that reads a file where videos are read by ``decoder``."""
+    return "pillow" if is_image(file) or is_frame_folder(file) else decoder
 
 
 def known_of(out: Path, root: Path | None) -> dict[str, Finding]:
@@ -117,17 +62,73 @@ def known_of(out: Path, root: Path | None) -> dict[str, Finding]:
     found = read_findings(read_listing(out, root))
     if not found:
         raise ManifestError(
-            f"{out} is there, and is no manifest that this program wrote; give another --out"
+            f"{out} is there, and is no manifest that this program wrote; give another --output"
         )
     return {file: finding for file, finding in found.items() if finding.verdict != "bad"}
 
 
+def noted_in(journal: Journal) -> dict[str, Finding]:
+    """Return the findings of an interrupted check."""
+    noted = {}
+    for record in journal.read():
+        with contextlib.suppress(KeyError, ValueError, TypeError):  # of another version
+            noted[record["file"]] = Finding.of(record)
+    return noted
+
+
+def unchanged(
+    files: Iterable[str], known: Mapping[str, Finding], decoder: str
+) -> dict[str, Finding]:
+    """Return the known findings that still hold, so that the files need not be decoded again."""
+    return {
+        file: known[file]
+        for file in files
+        if file in known
+        and known[file].decoder == decoder_for(file, decoder)
+        and Stamp(known[file].bytes, known[file].modified) == stamp_of(file)
+        # Earlier versions hashed a part of each file.
+        and len(known[file].content) in (0, 2 * DIGEST_BYTES)
+    }
+
+
+def check_files(
+    files: Iterable[str],
+    same: Mapping[str, Finding],
+    journal: Journal,
+    check: Checker,
+    workers: int,
+    limits: Limits,
+) -> dict[str, Finding]:
+    """Check all files except those that are the ``same`` as before. -> the findings of all
+
+    Each is noted in the journal, unless it exceeded the limits of this start.
+    """
+    found = {**same}
+    left = {file: file for file in files if file not in same}
+    num_bad = sum(finding.verdict == "bad" for finding in same.values())
+    with (
+        closing(ProgressBar(len(found) + len(left), "files", first=len(found))) as bar,
+        closing(run_jobs(check, left, workers, limits)) as results,
+    ):
+        for file, result in results:
+            decoder = decoder_for(file, check.decoder)
+            if isinstance(result, Failure):
+                reason = f"{result.reason}: {MORE}"
+                stamp = stamp_of(file)._asdict()
+                found[file] = Finding("bad", (reason,), decoder=decoder, **stamp)
+            else:
+                found[file] = replace(result, decoder=decoder)
+                journal.append({"file": file, **found[file].cells()})
+            num_bad += found[file].verdict == "bad"
+            bar.advance(note=f"{num_bad} bad")
+    return found
+
+
 def find_rows(listing: Listing, found: Mapping[str, Finding]) -> Iterator[Finding]:
     """Yield the finding of each row, with doubts about the row in addition to those of the file."""
-    # Rows by the digest of their files, and the section of it that they are.
-    different: defaultdict[tuple[str, tuple[str, str]], list[int]] = defaultdict(list)
+    first: dict[tuple[str, str, str], int] = {}  # the first row of each content and section
     paths, labels, counts = map(listing.column, ("path", "label", "num_frames"))
-    sections = [*zip(listing.column("start"), listing.column("end"), strict=True)]
+    starts, ends = map(listing.column, ("start", "end"))
     for row, file in enumerate(listing.files):
         finding, doubts, stated = found[file], list[str](), 0
         if finding.verdict == "bad":
@@ -137,11 +138,8 @@ def find_rows(listing: Listing, found: Mapping[str, Finding]) -> Iterator[Findin
             stated = int(float(counts[row]))  # pandas writes 3.0 beside empty cells
         if finding.num_frames and stated > 0 and stated != finding.num_frames:
             doubts.append(f"said {stated} frames, there are {finding.num_frames}: corrected")
-        alike = different[finding.content, sections[row]] if finding.content else []
-        same = next((each for each in alike if same_content(file, listing.files[each])), None)
-        if same is None:
-            alike.append(row)
-        else:
+        same = first.setdefault((finding.content, starts[row], ends[row]), row)
+        if finding.content and same != row:
             differ = f" with label {labels[same]} instead of {labels[row]}"
             doubts.append(
                 f"has the same content as {paths[same]}"
@@ -151,3 +149,30 @@ def find_rows(listing: Listing, found: Mapping[str, Finding]) -> Iterator[Findin
             reasons = (*finding.reasons, *(OF_THE_MANIFEST + doubt for doubt in doubts))
             finding = replace(finding, verdict="suspicious", reasons=reasons)
         yield finding
+
+
+def summary(files: Sequence[str], findings: Sequence[Finding]) -> str:
+    """Summarise the findings: verdicts, the most common reasons, and what can be used.
+
+    ``files``: the file of each finding.
+    """
+    verdicts = Counter(finding.verdict for finding in findings)
+    lines = [", ".join(f"{verdicts[verdict]} {verdict}" for verdict in VERDICTS)]
+    counts: Counter[tuple[str, str]] = Counter()
+    examples: dict[tuple[str, str], tuple[str, str]] = {}
+    for file, finding in zip(files, findings, strict=True):
+        for reason in finding.reasons:
+            # Without its numbers, names and remedy.
+            kind = finding.verdict, re.sub(r"\d[\d.]*", "#", re.split(r": | \(| as ", reason)[0])
+            counts[kind] += 1
+            examples.setdefault(kind, (reason, file))
+    for kind, count in counts.most_common(REASONS_SHOWN):
+        reason, file = examples[kind]
+        lines += [f"  {count:6} {kind[0]}: {reason}", f"         {file}"]
+    if len(counts) > REASONS_SHOWN:
+        lines.append("  others: see the column reason")
+    usable = [finding for finding in findings if finding.verdict != "bad"]
+    hours = sum(finding.duration or 0 for finding in usable) / 3600
+    frames = sum(finding.num_frames or 0 for finding in usable)
+    lines.append(f"  usable: {counted(len(usable), 'file')}, {hours:.2f} hours, {frames} frames")
+    return "\n".join(lines)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import av
 import numpy as np
@@ -27,10 +27,6 @@ _FINE: Any = Interpolation.BICUBIC
 for _name in {"ACCURATE_RND", "FULL_CHR_H_INT"} & {*Interpolation.__members__}:  # from av 18 on
     _FINE |= Interpolation[_name]
 _RGB_MATRIX = 0
-Tune = Literal["fastdecode", "none"]
-"""What files are made for. ``fastdecode``: less than half the time to decode at a little more size.
-x264's tune of that name, and always three frames in a row to which no other frame refers: reading
-every fourth frame decodes half of them at most."""
 
 
 def write_video(  # noqa: PLR0913 - what is written, and how
@@ -40,15 +36,13 @@ def write_video(  # noqa: PLR0913 - what is written, and how
     fps: int | Fraction = 25,
     crf: int = 20,
     gop: int = 12,
-    faststart: bool = False,
-    tune: Tune = "none",
+    quick: bool = False,
 ) -> int:
     """Encode RGB frames of (H, W, 3) uint8, H and W even; return their number.
 
     ``crf`` is the quality, from 0 (lossless but for the halved colour planes) to 51; ``gop`` the
-    distance of key frames, which a decoder that seeks has to go through; ``faststart`` puts the
-    index in front, so that readers on a network need not fetch the end. The file is written
-    atomically.
+    distance of key frames, which a decoder that seeks has to go through; ``quick`` makes the file
+    quick to read, see :class:`VideoWriter`. The file is written atomically.
     """
     source = iter(frames)
     first = next(source, None)
@@ -58,7 +52,7 @@ def write_video(  # noqa: PLR0913 - what is written, and how
     size = first.shape[0], first.shape[1]
     with (
         written_beside(Path(path)) as beside,
-        VideoWriter(beside, size, fps, crf, gop, faststart, tune) as writer,
+        VideoWriter(beside, size, fps, crf, gop, quick) as writer,
     ):
         for frame in chain([first], source):
             _check(frame, first.shape)
@@ -73,25 +67,30 @@ def picture_of(frame: NDArray[np.uint8]) -> av.VideoFrame:
 
 @dataclass
 class VideoWriter:
-    """Writes a video file frame by frame, as :func:`write_video`; complete after ``with``."""
+    """Writes a video file frame by frame, as :func:`write_video`; complete after ``with``.
+
+    One that is quick to read has its index in front, so that readers on a network need not fetch
+    the end, and takes less than half the time to decode at a little more size: x264's tune
+    ``fastdecode``, and always three frames in a row to which no other frame refers, so that reading
+    every fourth frame decodes half of them at most.
+    """
 
     path: Path
     size: Size  # even height and width
     fps: int | Fraction
     crf: int
     gop: int
-    faststart: bool
-    tune: Tune
+    quick: bool
     count: int = 0  # number of frames written
 
     def __post_init__(self) -> None:
-        index = {"movflags": "+faststart"} if self.faststart else {}
+        index = {"movflags": "+faststart"} if self.quick else {}
         self._container = av.open(str(self.path), "w", format="mp4", options=index)
         # One thread: with several, rate control and so the bytes depend on their number.
         options = {"crf": str(self.crf), "preset": "veryfast", "threads": "1"}
         parameters = _instruction_sets()
-        if self.tune == "fastdecode":
-            options["tune"] = self.tune
+        if self.quick:
+            options["tune"] = "fastdecode"
             parameters += ["bframes=3", "b-adapt=0", "b-pyramid=none"]
         options["x264-params"] = ":".join(parameters)
         self._stream = self._container.add_stream("libx264", rate=self.fps, options=options)

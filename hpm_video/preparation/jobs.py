@@ -108,19 +108,16 @@ def claim(
     *,
     holds: str,
     unrelated: Collection[str],
-    added: Mapping[str, Any] | None = None,
 ) -> Journal:
     """Claim a folder, which need not exist, as the output of a job. -> its journal
 
     ``settings``: all that determines the content; ``unrelated``: names of those that may differ
-    from one start to the next; ``added``: what was done before a setting existed. ``holds``: a name
-    for the content, for errors. FileExistsError: it holds something else, or content of other
-    settings; BlockingIOError: another program writes.
+    from one start to the next; ``holds``: a name for the content, for errors. FileExistsError: it
+    holds something else, or content of other settings; BlockingIOError: another program writes.
     """
     path = folder / SETTINGS
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        before = {name: value for name, value in (added or {}).items() if name in settings} | before
         differ = [
             f"  {name}: {before.get(name)} -> {settings.get(name)}"
             for name in {**before, **settings}

@@ -14,63 +14,44 @@ Each output is complete or absent.
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, fields, replace
 from fractions import Fraction
-from math import ceil
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from hpm_video.data.manifest import Listing, Manifest
+from hpm_video.data.manifest import read_listing, read_manifest
 from hpm_video.decoding.locations import TarMember, is_frame_folder, is_image
 from hpm_video.decoding.video_stream import SIMPLEST
 from hpm_video.files.failures import Failure
 from hpm_video.preparation.findings import COLUMNS as CHECK_COLUMNS
-from hpm_video.preparation.findings import stamp_of
+from hpm_video.preparation.findings import Stamp, stamp_of
 from hpm_video.preparation.jobs import Journal, claim, remove, run_jobs, write_report, write_table
 from hpm_video.preparation.shards import Sample, Shard, output_names, pack_shard, suffix_of
 from hpm_video.preparation.transcode import Job, Output, Recipe, Transcoder
 from hpm_video.workers.pool import Limits
 from hpm_video.workers.progress_bar import ProgressBar
 
-MOST_TRIALS = 8  # limit on the files that an estimate tries; of fewer than 80 files, a tenth
 PROPERTIES = ("num_frames", "width", "height", "fps", "key_frame_distance")
-ADDED = {"keep_every": 1, "tune": "none"}  # settings that folders of earlier versions lack
 COLUMNS = ("path", "label", "label_name", *PROPERTIES)
-STALE = {
-    *COLUMNS,
-    *CHECK_COLUMNS,
-    "kept_every",
-}  # columns of the source's manifest that do not hold for outputs
+# Columns of the source's manifest that do not hold for outputs.
+STALE = {*COLUMNS, *CHECK_COLUMNS, "kept_every"}
 UNRELATED = ("hpm_video",)  # settings that may differ between the starts of one folder
-TRIAL_SECONDS = 20.0  # seconds of each file in an estimate
 HEADERS = 3 * 1024  # estimate of the bytes that a tar adds to a sample
-
-
-class Estimate(NamedTuple):
-    """Estimate of size and time for all files, from trials with some of them."""
-
-    tried: int  # number of successful trials
-    files: int
-    before: int  # total bytes of the sources
-    after: int  # total bytes of the outputs
-    seconds: float  # time that one process would take
 
 
 class PreparedFolder:
     """A folder of outputs, and what its journal says of them."""
 
-    def __init__(
-        self, path: Path, recipe: Recipe, manifest: Manifest, listing: Listing, base: Path
-    ) -> None:
-        """``listing``: source of ``manifest``; ``base``: outputs are named by paths below it."""
+    def __init__(self, path: Path, recipe: Recipe, source: Path, root: Path | None) -> None:
+        """``source``: a manifest or a folder, whose paths start from ``root``."""
         self.path = path.absolute()
         self.recipe = recipe
         self.outputs: dict[str, Output] = {}  # by place, as are the others
         self.failures: dict[str, Failure] = {}
-        self.changed = 0  # number of files whose source or label has changed since they were done
+        manifest, listing = read_manifest(source, root), read_listing(source, root)
         kept = [row for row, verdict in enumerate(listing.column("verdict")) if verdict != "bad"]
         # Of sections the whole file is prepared: they are columns that stay as they are.
         self.manifest = replace(manifest, files=tuple(listing.files[row] for row in kept))
@@ -86,10 +67,10 @@ class PreparedFolder:
                 else str(manifest.kept_every.get(place, 1) * recipe.keep_every)
                 for place in manifest.files
             ]
-        self._base = str(base)
+        base = root or (source if source.is_dir() else source.parent)
+        self.base = str(base.absolute())
         dots, nests = recipe.form != "shards", recipe.form != "frames"
-        self.names = output_names(self.manifest.files, self._base, dots=dots, nests=nests)
-        self._of_name = {name: place for place, name in self.names.items()}
+        self.names = output_names(self.manifest.files, self.base, dots=dots, nests=nests)
         self._row = {place: row for row, place in reversed([*enumerate(self.manifest.files)])}
         self._shards: dict[str, dict[str, Any]] = {}  # existing shards as the journal has them
         # Shards of which some content has changed: the rest is packed anew, and they go.
@@ -108,9 +89,7 @@ class PreparedFolder:
 
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Claim the folder for these settings (see :func:`claim`), and find out what is done."""
-        self._journal = claim(
-            self.path, settings, holds="prepared data", unrelated=UNRELATED, added=ADDED
-        )
+        self._journal = claim(self.path, settings, holds="prepared data", unrelated=UNRELATED)
         remove(str(self._unfinished))
         self._unfinished.mkdir()
         for record in self._journal.read():
@@ -125,77 +104,38 @@ class PreparedFolder:
                 output = Output(**{name: record[name] for name in known})
                 self.outputs[record["place"]] = output
                 self._packed.pop(record["place"], None)  # a shard has what it was before
-        self._drop_what_changed()
+        self.outputs = {p: made for p, made in self.outputs.items() if self._is_done(p, made)}
+        self._packed = {p: member for p, member in self._packed.items() if p in self.outputs}
+        self._outdated = {name for name in self._shards if not self._is_current(name)}
 
-    def _drop_what_changed(self) -> None:
-        """Forget outputs whose source, label or file has changed."""
-        members = {
-            name: {place for place, *_ in record["members"] if place in self.names}
-            for name, record in self._shards.items()
-        }
-        relabelled = {
-            place
-            for name, record in self._shards.items()
-            for (place, *_), label in zip(record["members"], record.get("labels", ()), strict=False)
-            if place in members[name] and self._shard_of(place) == name
-            if (*label,) != self._label(self._row[place])
-        }
-        changed = {place for place in self.outputs if self._has_changed(place)}
-        self.changed = len(changed | relabelled)
-        for place in [*self.outputs]:
-            if place in changed or not self._is_there(place):
-                del self.outputs[place]
-        self._packed = {p: where for p, where in self._packed.items() if p in self.outputs}
-        self._outdated = {
-            name
-            for name, places in members.items()
-            if any(self._shard_of(place) != name for place in places)
-            or places & relabelled
-            or self._shards[name].get("outdated")  # of an earlier version
-        }
+    def _is_done(self, place: str, made: Output) -> bool:
+        """Whether the source of an output has not changed, and the output is still there.
 
-    def _has_changed(self, place: str) -> bool:
-        """Whether a source has changed. A missing one may have been deleted on purpose."""
-        made, stamp = self.outputs[place], stamp_of(place)
-        noted = made.source_modified or stamp.modified  # older journals lack it
-        now = (stamp.bytes, stamp.modified)
-        return stamp.bytes is not None and (made.source_bytes, noted) != now
-
-    def _is_there(self, place: str) -> bool:
-        """Whether an output is still there. Frames are only counted: there may be millions."""
+        A missing source may have been deleted on purpose. Frames are only counted: there may be
+        millions.
+        """
+        if stamp_of(place) not in (Stamp(), Stamp(made.source_bytes, made.source_modified)):
+            return False
         if place in self._packed:
             return True
         output = place if self.recipe.copy else self._output(place)
         if is_frame_folder(output):
             names = os.listdir(output) if Path(output).is_dir() else []  # noqa: PTH208 - quick
-            return sum(name.endswith(".jpg") for name in names) == self.outputs[place].num_frames
-        return stamp_of(output).bytes == self.outputs[place].bytes
+            return sum(name.endswith(".jpg") for name in names) == made.num_frames
+        return stamp_of(output).bytes == made.bytes
+
+    def _is_current(self, shard: str) -> bool:
+        """Whether what a shard holds of this manifest is unchanged, and labelled as there."""
+        record = self._shards[shard]
+        return all(
+            self._shard_of(place) == shard and label == [*self._label(self._row[place])]
+            for (place, *_), label in zip_longest(record["members"], record.get("labels", ()))
+            if place in self.names
+        )
 
     def missing(self) -> list[str]:
         """Return the places without an output, each once, in the order of the manifest."""
-        if self.recipe.copy:
-            reason = "a folder of frames cannot be packed as it is; leave out --copy"
-            folders = filter(is_frame_folder, self.names)
-            self.failures = {place: Failure(place, reason) for place in folders}
-        return [p for p in self.names if p not in self.outputs and p not in self.failures]
-
-    def estimate(self, places: Sequence[str], workers: int, limits: Limits) -> Estimate:
-        """Estimate the cost of ``places``, in proportion to their bytes, by trials with a few."""
-        before = sum(stamp_of(place).bytes or 0 for place in places)
-        if self.recipe.copy:
-            return Estimate(len(places), len(places), before, before, 0.0)
-        count = min(MOST_TRIALS, ceil(len(places) / 10))
-        chosen = [places[i * len(places) // count] for i in range(count)]
-        there = self._unfinished if self._unfinished.is_dir() else None
-        with tempfile.TemporaryDirectory(prefix="transcode-", dir=there) as temporary:
-            jobs = {place: self.job(place, Path(temporary)) for place in chosen}
-            results = [*run_jobs(Transcoder(self.recipe), jobs, workers, limits)]
-        made = [each for _, each in results if isinstance(each, Output) and each.share > 0]
-        source = sum(output.source_bytes for output in made)
-        scale = before / source if source else 0.0
-        after = round(scale * sum(output.bytes / output.share for output in made))
-        seconds = scale * sum(output.seconds / output.share for output in made)
-        return Estimate(len(made), len(places), before, after, seconds)
+        return [place for place in self.names if place not in self.outputs]
 
     def make(self, places: Sequence[str], workers: int, limits: Limits) -> None:
         """Make outputs, and record them. Raises as :func:`run_jobs`."""
@@ -215,35 +155,32 @@ class PreparedFolder:
 
     def pack(self, workers: int, limits: Limits) -> None:
         """Write the shards that are missing, and record them. OSError: one cannot be written."""
-        jobs = {shard.target: shard for shard in self.unpacked_shards()}
+        groups = self.unpacked()
+        jobs = {name: self.shard(name, places) for name, places in groups.items()}
         # Nothing is decoded, and a large file is copied in one step: it may take longer.
         limits = replace(limits, seconds=10 * limits.seconds)
         with (
             closing(ProgressBar(len(jobs), "shards", "MB/s")) as bar,
             closing(run_jobs(pack_shard, jobs, workers, limits)) as results,
         ):
-            for target, result in results:
+            for name, result in results:
                 if isinstance(result, Failure):
-                    remove(jobs[target].temporary)
-                    raise OSError(f"{target} cannot be written: {result.reason}")
-                self._note_shard(jobs[target], result)
+                    remove(jobs[name].temporary)
+                    raise OSError(f"{jobs[name].target} cannot be written: {result.reason}")
+                self._note_shard(name, groups[name], result)
                 bar.advance(sum(member.size for member in result) / 1e6)
 
-    def job(self, place: str, trial: Path | None = None) -> Job:
-        """Make the job of a place; as a ``trial``, for its first seconds in that folder."""
+    def job(self, place: str) -> Job:
+        """Make the job of a place."""
         row = self._row[place]
-        name, count = f"{row}{self.recipe.suffix(place)}", self.manifest.num_frames[row]
+        count, fps = self.manifest.num_frames[row], None
         # A check counts the frames that training can read; of the others some can be mended.
         is_wanted = count > 0 and (self.recipe.copy or not self._verdicts[row])
-        stated: dict[str, Any] = {"num_frames": count} if is_wanted else {}
         with contextlib.suppress(ValueError, ZeroDivisionError):
             rate = Fraction(self._rates[row])
-            if 0 < rate < 1000:
-                stated["fps"] = rate.limit_denominator(SIMPLEST)
-        if trial is not None:
-            temporary, target = f"{trial}/temporary-{name}", f"{trial}/{name}"
-            return Job(place, temporary, target, **stated, cut=TRIAL_SECONDS)
-        return Job(place, f"{self._unfinished}/{name}", self._output(place), **stated)
+            fps = rate.limit_denominator(SIMPLEST) if 0 < rate < 1000 else None
+        temporary = f"{self._unfinished}/{row}{self.recipe.suffix(place)}"
+        return Job(place, temporary, self._output(place), fps, count if is_wanted else None)
 
     def note(self, place: str, output: Output) -> None:
         """Record an output."""
@@ -254,35 +191,34 @@ class PreparedFolder:
         assert self._journal is not None, "the folder is claimed before anything is written to it"
         self._journal.append(record)
 
-    def unpacked_shards(self) -> list[Shard]:
-        """Return the shards that are still to be written, each as full as allowed."""
-        shards: list[list[Sample]] = []
+    def unpacked(self) -> dict[str, list[str]]:
+        """Return the places of each shard that is still to be written, as full as allowed."""
+        groups: list[list[str]] = []
         room = 0
         for place in self.names:
             if place not in self.outputs or self._is_packed(place):
                 continue
             size = self.outputs[place].bytes + HEADERS
-            if not shards or size > room:
-                shards.append([])
+            if not groups or size > room:
+                groups.append([])
                 room = self.recipe.shard_bytes
-            shards[-1].append(self._sample(place))
+            groups[-1].append(place)
             room -= size
         first = max((int(name[6:12]) + 1 for name in self._shards), default=0)
-        names = [f"shard-{number:06d}.tar" for number in range(first, first + len(shards))]
-        return [
-            Shard(f"{self._unfinished}/{name}", f"{self.path}/{name}", tuple(samples))
-            for name, samples in zip(names, shards, strict=True)
-        ]
+        return {f"shard-{number:06d}.tar": group for number, group in enumerate(groups, first)}
 
-    def _note_shard(self, shard: Shard, members: Sequence[TarMember]) -> None:
+    def shard(self, name: str, places: Sequence[str]) -> Shard:
+        """Make the job of a shard."""
+        samples = tuple(map(self._sample, places))
+        return Shard(f"{self._unfinished}/{name}", f"{self.path}/{name}", samples)
+
+    def _note_shard(self, name: str, places: Sequence[str], members: Sequence[TarMember]) -> None:
         """Record a shard, and delete the files that it was made of."""
-        name = Path(shard.target).name
-        places = [self._of_name[sample.key] for sample in shard.samples]
         packed = dict(zip(places, members, strict=True))
         self._packed |= packed
         self._shards[name] = {
             "shard": name,
-            "bytes": Path(shard.target).stat().st_size,
+            "bytes": (self.path / name).stat().st_size,
             "members": [[place, it.name, it.offset, it.size] for place, it in packed.items()],
             "labels": [self._label(self._row[place]) for place in places],
         }
@@ -340,7 +276,7 @@ class PreparedFolder:
         label, name = self._label(self._row[place])
         info: dict[str, Any] = {
             "num_frames": self.outputs[place].num_frames,
-            "source": place.removeprefix(self._base.rstrip("/") + "/"),
+            "source": place.removeprefix(self.base.rstrip("/") + "/"),
         }
         info |= {"label": label} if label >= 0 else {}
         info |= {"label_name": name} if name else {}

@@ -1,16 +1,11 @@
-"""Transcoding of one file, to be small and quick to read.
+"""Transcoding of one file, to be small and quick to read: work for a pool, frame by frame."""
 
-Work for :class:`hpm_video.workers.pool.Pool`, frame by frame. A file is done when its output has
-been opened and decoded again.
-"""
-
-import contextlib
 import shutil
-import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import chain, islice, takewhile
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,11 +14,11 @@ from PIL import Image
 from hpm_video.decoding.locations import base_name, frames_in, is_frame_folder, is_image
 from hpm_video.decoding.orientation import upright_size
 from hpm_video.decoding.reader import DecodeError, Size
-from hpm_video.decoding.registry import choose_decoder, open_video
+from hpm_video.decoding.registry import open_video
 from hpm_video.decoding.video_stream import USUAL_RATE, Timed, VideoStream
 from hpm_video.files.failures import Failure
-from hpm_video.preparation.check import AGAIN, examine
-from hpm_video.preparation.encode import Resizer, Tune, VideoWriter, fitted_size, picture_of
+from hpm_video.preparation.check import AGAIN
+from hpm_video.preparation.encode import Resizer, VideoWriter, fitted_size, picture_of
 from hpm_video.preparation.findings import stamp_of
 from hpm_video.preparation.jobs import Steps, attempt
 
@@ -46,7 +41,6 @@ class Recipe:
     quality: int  # JPEG quality
     shard_bytes: int  # largest size of a shard of more than one sample
     copy: bool  # pack files into shards unchanged
-    tune: Tune = "fastdecode"
     keep_every: int = 1  # N keeps the first frame, and every N-th from there on
 
     def suffix(self, place: str) -> str:
@@ -65,7 +59,6 @@ class Job:
     target: str
     fps: Fraction | None = None  # frame rate of a folder of frames, if its manifest has it
     num_frames: int | None = None  # number of frames to read from the start, if the manifest has it
-    cut: float | None = None  # in a trial, the number of seconds to read from the start
 
 
 @dataclass(frozen=True)
@@ -78,46 +71,34 @@ class Output:
     fps: float  # 0 for an image
     key_frame_distance: int
     bytes: int
-    seconds: float = 0.0  # duration of the job
     source_bytes: int = 0
     source_modified: str = ""  # time of the source's last change before it was read
-    share: float = 1.0  # share of the video that a trial read
     note: str = ""  # anything odd about the source
 
 
 @dataclass(frozen=True)
 class Transcoder:
-    """Work of a process: writes outputs by a recipe, and moves each to its target once checked."""
+    """Work of a process: writes outputs by a recipe, and moves each to its target."""
 
     recipe: Recipe
-
-    def prepare(self) -> None:
-        """Load what jobs need, before they are timed."""
-        choose_decoder("pyav")  # it decodes a test video
 
     def __call__(self, job: Job) -> Iterator[Output | Failure | None]:
         """Do a job."""
         return attempt(self._do(job), job.place, job.temporary)
 
     def _do(self, job: Job) -> Steps[Output]:
-        began, stamp = time.perf_counter(), stamp_of(job.place)
+        stamp = stamp_of(job.place)
         output = yield from _probe(job) if self.recipe.copy else self._transcode(job)
-        return replace(
-            output,
-            fps=0.0 if is_image(job.place) else output.fps,
-            seconds=time.perf_counter() - began,
-            source_bytes=stamp.bytes or 0,
-            source_modified=stamp.modified,
-        )
+        fps = 0.0 if is_image(job.place) else output.fps
+        size, time = stamp.bytes or 0, stamp.modified
+        return replace(output, fps=fps, source_bytes=size, source_modified=time)
 
     def _transcode(self, job: Job) -> Steps[Output]:
-        with contextlib.closing(_open_source(job)) as source:
+        with closing(_open_source(job)) as source:
             yield from source.survey()
             rate = source.rate or USUAL_RATE
             fps = self.recipe.fps or rate / self.recipe.keep_every
-            selected: Iterator[Timed] = islice(source.frames(), job.num_frames)
-            if job.cut:
-                selected = takewhile(lambda timed: timed.time <= (job.cut or 0), selected)
+            selected = islice(source.frames(), job.num_frames)
             frames = (
                 at_rate(selected, fps, rate)
                 if self.recipe.fps
@@ -128,34 +109,37 @@ class Transcoder:
                 why = f"none of its frames can be read ({source.damage}): {AGAIN}"
                 raise ValueError(why if source.damage else "it has no frames")
             size = fitted_size(upright_size(first), self.recipe.short_side)
-            all_frames = chain([first], frames)
-            if job.target.endswith(".mp4"):
-                count = yield from self._write_video(job.temporary, all_frames, size, fps)
-            else:
-                count = yield from self._write_pictures(job.temporary, all_frames, size)
-        output = yield from check(job.temporary, count, size, fps)
+            write = self._write_video if job.target.endswith(".mp4") else self._write_pictures
+            count, distance = yield from write(job.temporary, chain([first], frames), size, fps)
         Path(job.target).parent.mkdir(parents=True, exist_ok=True)
         if is_frame_folder(job.target):  # a killed run may have left one
             shutil.rmtree(job.target, ignore_errors=True)
         Path(job.temporary).replace(job.target)
-        if job.cut:
-            return replace(output, share=min(1.0, float(job.cut * rate) / source.num_frames))
-        return replace(output, note=_losses(source, job.num_frames))
+        written, note = stamp_of(job.target).bytes or 0, _losses(source, job.num_frames)
+        return Output(count, *size, float(fps), distance, written, note=note)
 
     def _write_video(
         self, path: str, frames: Iterator["VideoFrame"], size: Size, fps: Fraction
-    ) -> Steps[int]:
+    ) -> Steps[tuple[int, int]]:
+        """Write a video. -> the number of frames, and the largest distance of key frames"""
         resizer, to = Resizer(size), self.recipe
-        with VideoWriter(Path(path), size, fps, to.crf, to.key_frames, True, to.tune) as writer:
+        with VideoWriter(Path(path), size, fps, to.crf, to.key_frames, True) as writer:
             for frame in frames:
                 small = resizer.yuv(frame)
                 if not writer.count:
                     writer.describe_colours(small)
                 writer.write(small)
                 yield
-        return writer.count
+        with closing(VideoStream(path)) as written:
+            yield from written.survey()
+        if written.num_frames != writer.count:
+            raise ValueError(f"{written.num_frames} frames were written instead of {writer.count}")
+        return writer.count, written.key_distance
 
-    def _write_pictures(self, path: str, frames: Iterator["VideoFrame"], size: Size) -> Steps[int]:
+    def _write_pictures(
+        self, path: str, frames: Iterator["VideoFrame"], size: Size, _: Fraction
+    ) -> Steps[tuple[int, int]]:
+        """Write an image, or a folder of frames, of which each is a key frame."""
         resizer, count = Resizer(size), 0
         if is_frame_folder(path):
             Path(path).mkdir()
@@ -164,38 +148,21 @@ class Transcoder:
             picture = Image.fromarray(resizer.rgb(frame))
             picture.save(path + name, "JPEG", quality=self.recipe.quality)
             yield
-        return count
+        return count, 1
 
 
 def _probe(job: Job) -> Steps[Output]:
     """Open a file that is packed unchanged, and decode its first frame."""
-    rate, distance = Fraction(0), 1
-    if not is_image(job.place):
-        with contextlib.closing(_open_source(job)) as source:
-            yield from source.survey()
-            rate, distance = source.rate or USUAL_RATE, source.key_distance
+    if is_frame_folder(job.place):
+        raise ValueError("a folder of frames cannot be packed as it is; leave out --copy")
+    with closing(_open_source(job)) as source:
+        yield from source.survey()
     with open_video(job.place, "pyav") as video:
         height, width = video.read([0]).shape[1:3]
         count = min(job.num_frames or video.num_frames, video.num_frames)
     size = stamp_of(job.place).bytes or 0
-    return Output(count, height, width, float(rate), distance, size)
-
-
-def check(place: str, num_frames: int, size: Size, fps: Fraction) -> Steps[Output]:
-    """Decode all of an output; where it is not as expected, that is a ValueError."""
-    found = yield from examine(place, "pyav")
-    if found.verdict == "bad":
-        raise ValueError(f"what was written cannot be read: {'; '.join(found.reasons)}")
-    wanted = f"{num_frames} frames of {size[1]} x {size[0]}"
-    written = f"{found.num_frames} frames of {found.width} x {found.height}"
-    if written != wanted:
-        raise ValueError(f"what was written is {written} instead of {wanted}")
-    if num_frames > 1 and found.fps and abs(found.fps / float(fps) - 1) > 1e-3:
-        raise ValueError(
-            f"what was written has {found.fps:g} frames a second instead of {float(fps):g}"
-        )
-    distance = found.key_frame_distance or 1
-    return Output(num_frames, *size, float(fps), distance, found.bytes or 0)
+    rate = float(source.rate or USUAL_RATE)
+    return Output(count, height, width, rate, source.key_distance, size)
 
 
 def at_rate(

@@ -382,7 +382,7 @@ def test_the_index_of_a_file_says_what_its_packets_do(videos, name):
 def test_an_index_is_used_if_all_packets_are_there(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
     frames = [np.roll(noise, number, axis=1) for number in range(36)]
-    write_video(tmp_path / "a.mp4", frames, faststart=True, tune="fastdecode")
+    write_video(tmp_path / "a.mp4", frames, quick=True)
     assert read_twice(tmp_path / "a.mp4") == (36, True)
     data = (tmp_path / "a.mp4").read_bytes()
     (tmp_path / "a.mp4").write_bytes(data[: len(data) * 2 // 3])
