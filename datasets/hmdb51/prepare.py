@@ -9,63 +9,60 @@ See README.md there.
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from hpm_video.preparation import sources
-from hpm_video.preparation.recipes import REQUIRED_FOLDER, Prepared, run_recipe
-from hpm_video.preparation.sources import RecipeError
+from hpm_video.preparation import recipes
+from hpm_video.preparation.recipes import REQUIRED_FOLDER, Clip, Files, RecipeError, class_key
 
 OPTIONS = {
     "--videos": {"help": "folder of the class folders", **REQUIRED_FOLDER},
     "--lists": {"help": "folder testTrainMulti_7030_splits", **REQUIRED_FOLDER},
 }
-LIST = "{name}_test_split{number}.txt"
+FIRST_LIST = "_test_split1.txt"
 LINE = re.compile(r"(?P<name>\S.*?)\s+(?P<use>[012])")  # names hold all sorts of characters
 NEEDED = "the name of a video and then 0 (unused), 1 (training) or 2 (testing)"
 
 
-def read_classes(lists: Path) -> sources.Classes:
-    """Find the classes that have lists, sorted by name."""
-    end = re.compile(r"_test_split[123]\.txt")
+def key_of(file: Path) -> str:
+    """Return the class and the name: names repeat from class to class."""
+    return f"{class_key(file.parent.name)}/{file.stem}"
+
+
+def prepare(options: argparse.Namespace) -> tuple[Sequence[str], list[recipes.Split]]:
+    """Read the lists, and find the file of each video. The classes that have lists are sorted."""
     names = sorted(
-        {end.sub("", path.name) for path in lists.glob("*.txt") if end.search(path.name)}
+        path.name.removesuffix(FIRST_LIST) for path in options.lists.glob(f"*{FIRST_LIST}")
     )
     if not names:
         raise RecipeError(
-            f"there are no lists such as brush_hair_test_split1.txt in {lists.absolute()}. Name "
-            "the folder testTrainMulti_7030_splits, which test_train_splits.rar holds, by --lists"
+            f"there are no lists such as brush_hair{FIRST_LIST} in {options.lists.absolute()}. "
+            "Name the folder testTrainMulti_7030_splits, which test_train_splits.rar holds, by "
+            "--lists"
         )
-    return sources.Classes(names, str(lists))
-
-
-def prepare(options: argparse.Namespace) -> Prepared:
-    """Read the lists, and find the file of each video."""
-    classes = read_classes(options.lists)
-    videos = sources.Videos(options.videos, sources.folder_key, suffix=options.suffix)
-    classes.folders(videos)  # each class has one
+    classes = recipes.Classes(names, str(options.lists))
+    videos = Files(options.videos, options.suffix, key=key_of)
     expected = (
         f"Looked in {videos.folder} for <class>/<name of the video>, with any suffix of a video. "
         "Extract hmdb51_org.rar, then the archive of each class, and name that folder by --videos"
     )
     splits = []
     for number in (1, 2, 3):
-        clips: dict[str, list[sources.Clip]] = {"0": [], "1": [], "2": []}
+        clips: dict[str, list[Clip]] = {"0": [], "1": [], "2": []}
         for name in classes.names:
-            path = options.lists / LIST.format(name=name, number=number)
-            for place, found in sources.matches_of(path, LINE, NEEDED):
-                key = f"{sources.class_key(name)}/{Path(found['name']).stem}"
-                clips[found["use"]].append(
-                    sources.Clip(place, f"{name}/{found['name']}", (key,), name)
-                )
+            path = options.lists / f"{name}_test_split{number}.txt"
+            for place, found in recipes.matches_of(path, LINE, NEEDED):
+                shown = f"{name}/{found['name']}"
+                clips[found["use"]].append(Clip(place, shown, (key_of(Path(shown)),), name))
         for clip in clips["0"]:
             videos.find(clip)  # it is listed, though not used
         lists = {f"train_split{number}": clips["1"], f"test_split{number}": clips["2"]}
-        splits += sources.match(lists, videos, classes, expected)
-    return Prepared(classes.names, splits)
+        splits += recipes.match(lists, videos, classes, expected)
+    return classes.names, splits
 
 
-main = partial(run_recipe, __doc__, __file__, OPTIONS, prepare)
+main = partial(recipes.run_recipe, __doc__, __file__, OPTIONS, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

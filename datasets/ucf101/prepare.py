@@ -9,11 +9,12 @@ See README.md there.
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from hpm_video.preparation.recipes import REQUIRED_FOLDER, Prepared, run_recipe
-from hpm_video.preparation.sources import Classes, Clip, RecipeError, Videos, match, matches_of
+from hpm_video.preparation import recipes
+from hpm_video.preparation.recipes import REQUIRED_FOLDER, Classes, Clip, Files, RecipeError
 
 OPTIONS = {
     "--videos": {"help": "folder UCF-101 of the videos", **REQUIRED_FOLDER},
@@ -36,7 +37,7 @@ def key_of(path: Path) -> str:
 def read_classes(path: Path) -> Classes:
     """Read the classes of classInd.txt in its order."""
     names: list[str] = []
-    for place, found in matches_of(path, CLASS, "'1 <name of the class>'"):
+    for place, found in recipes.matches_of(path, CLASS, "'1 <name of the class>'"):
         names.append(found["name"])
         if int(found["number"]) != len(names):
             raise RecipeError(f"{place}: need '{len(names)} <name of the class>'")
@@ -47,7 +48,7 @@ def read_list(lists: Path, use: str, number: int, classes: Classes) -> list[Clip
     """Read the clips of a list."""
     path, (form, more) = lists / f"{use}list{number:02}.txt", FORMS[use]
     clips = []
-    for place, found in matches_of(path, form, f"'<class>/<video>.avi{more}'"):
+    for place, found in recipes.matches_of(path, form, f"'<class>/<video>.avi{more}'"):
         label = classes.label(found["folder"], place)
         if more and int(found["number"]) != label + 1:
             raise RecipeError(
@@ -59,10 +60,10 @@ def read_list(lists: Path, use: str, number: int, classes: Classes) -> list[Clip
     return clips
 
 
-def prepare(options: argparse.Namespace) -> Prepared:
+def prepare(options: argparse.Namespace) -> tuple[Sequence[str], list[recipes.Split]]:
     """Read the lists, and find the file of each video."""
     classes = read_classes(options.lists / "classInd.txt")
-    videos = Videos(options.videos, key_of, suffix=options.suffix)
+    videos = Files(options.videos, options.suffix, key=key_of)
     expected = (
         f"Looked in {videos.folder} and its folders for that name, whatever its case, with any "
         "suffix of a video. Extract UCF101.rar and name the folder UCF-101 by --videos"
@@ -72,11 +73,11 @@ def prepare(options: argparse.Namespace) -> Prepared:
         lists = {
             f"{use}_split{number}": read_list(options.lists, use, number, classes) for use in FORMS
         }
-        splits += match(lists, videos, classes, expected)
-    return Prepared(classes.names, splits)
+        splits += recipes.match(lists, videos, classes, expected)
+    return classes.names, splits
 
 
-main = partial(run_recipe, __doc__, __file__, OPTIONS, prepare)
+main = partial(recipes.run_recipe, __doc__, __file__, OPTIONS, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,38 +1,245 @@
-"""Manifests of published data sets, and a report about them.
+"""Manifests of published data sets: their lists, the files of their clips, and a report.
 
-``datasets/<name>/prepare.py`` reads the lists of its data set and finds the file of each clip
-(:mod:`hpm_video.preparation.sources`); :func:`run_recipe` does the rest.
+``datasets/<name>/prepare.py`` reads the lists of its data set; the rest is here.
 """
 
 import argparse
 import csv
 import io
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 from hpm_video.data.manifest import UNLABELLED
-from hpm_video.data.places import unwritable
+from hpm_video.data.places import files_below, unwritable
+from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from hpm_video.files.atomic import written_beside
-from hpm_video.files.errors import ExpectedError
+from hpm_video.files.errors import ExpectedError, read_text
 from hpm_video.files.printing import printable, safe_output
 from hpm_video.files.wording import counted
-from hpm_video.preparation.sources import Kind, RecipeError, Split, Videos, stem
 
+Kind = Literal["video", "image"]  # kind of the files of a data set, also a word for messages
+SUFFIXES: dict[Kind, tuple[str, ...]] = {"video": VIDEO_SUFFIXES, "image": IMAGE_SUFFIXES}
 FOLDER: dict[str, Any] = {"type": Path, "metavar": "DIR"}  # settings of options that name one
 FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
 REQUIRED_FOLDER = {"required": True, **FOLDER}
-COLUMNS = ("path", "label", "label_name")
+HEADER = "path,label,label_name\n"
 NAMED_IN_REPORT = 5
 
 
-class Prepared(NamedTuple):
-    """Result of a recipe."""
+class RecipeError(ExpectedError):
+    """Manifests cannot be made. The message has the fault, its place and the remedy."""
 
-    class_names: Sequence[str]
-    splits: Sequence[Split]
-    notes: Sequence[str] = ()  # further lines of the report
+
+@dataclass(frozen=True)
+class Clip:
+    """An entry of a data set's list."""
+
+    place: str  # file and line
+    name: str  # name in reports
+    keys: tuple[str, ...]  # of its file, the best first, which no other clip of a list has
+    class_name: str = ""  # empty where the list has no classes
+
+
+@dataclass(frozen=True)
+class Split:
+    """Files of a split with their labels, and the names of clips without a file."""
+
+    name: str
+    found: Sequence[tuple[Path, int]]
+    missing: Sequence[str]
+    files: "Files | None" = None  # where they were looked for
+
+
+class Classes:
+    """Names of classes, which are found by any spelling that keeps the letters and digits.
+
+    Downloads change spaces, capitals, apostrophes and brackets. Two names that differ in nothing
+    else are a RecipeError.
+    """
+
+    def __init__(self, names: Iterable[str], source: str) -> None:
+        self.names = tuple(names)
+        self.source = source
+        self.labels: dict[str, int] = {}  # by key
+        for label, name in enumerate(self.names):
+            earlier = self.labels.setdefault(class_key(name), label)
+            if earlier != label:
+                raise RecipeError(
+                    f"{source}: the classes {self.names[earlier]!r} and {name!r} are spelled alike "
+                    "but for case, spaces and punctuation, by which folders are not told apart. "
+                    "Give a class one name"
+                )
+
+    def label(self, name: str, place: str) -> int:
+        """Return the number of a class that is named at ``place``, in any spelling."""
+        label = self.labels.get(class_key(name))
+        if label is None:
+            raise RecipeError(
+                f"{place}: the class {name!r} is not one of the {len(self.names)} classes of "
+                f"{self.source}. Lists and names of classes must be of one release"
+            )
+        return label
+
+
+class Files:
+    """Videos or images below a folder by key, and which of them are listed."""
+
+    def __init__(
+        self,
+        folder: Path,
+        suffix: str | None = None,
+        kind: Kind = "video",
+        key: Callable[[Path], str] = attrgetter("stem"),
+    ) -> None:
+        self.folder, self.kind = folder.absolute(), kind
+        suffixes = (suffix,) if suffix else SUFFIXES[kind]
+        names = files_below(self.folder) if self.folder.is_dir() else []
+        self.files = [self.folder / name for name in names if name.lower().endswith(suffixes)]
+        if not self.files:
+            raise RecipeError(
+                f"there are no {kind}s ({' '.join(suffixes)}) in {self.folder}. Name the folder of "
+                f"the {kind}s, in which archives are unpacked"
+            )
+        self._by_key: dict[str, list[Path]] = defaultdict(list)
+        for file in self.files:
+            self._by_key[key(file)].append(file)
+        self._asked: set[Path] = set()
+
+    def find(self, clip: Clip) -> Path | None:
+        """Return the file of a clip, by the first of its keys that any file has."""
+        files = next((self._by_key[key] for key in clip.keys if key in self._by_key), [])
+        if len(files) > 1:
+            raise RecipeError(
+                f"{clip.place}: there are {len(files)} files for {clip.name}: {files[0]} and "
+                f"{files[1]}. There must be one: move the others away, or take files of one "
+                f"kind alone, as with --suffix {files[0].suffix}"
+            )
+        self._asked.update(files)
+        return files[0] if files else None
+
+    def unlisted(self) -> list[str]:
+        """Return the files that no clip asked for, from the folder on."""
+        left = [file for file in self.files if file not in self._asked]
+        return [str(file.relative_to(self.folder)) for file in left]
+
+
+def class_key(name: str) -> str:
+    """Reduce a class name to its letters and digits in lower case."""
+    return "".join(letter for letter in name.casefold() if letter.isalnum()) or name
+
+
+read_list_text = partial(read_text, wrong=RecipeError, hint="download it again")
+
+
+def matches_of(
+    path: Path, pattern: re.Pattern[str], needed: str
+) -> Iterator[tuple[str, re.Match[str]]]:
+    """Match every non-empty line of a list, with its place. ``needed`` is its format in errors."""
+    for number, row in enumerate(read_list_text(path).splitlines(), start=1):
+        place = f"{path}, line {number}"
+        if found := pattern.fullmatch(row.strip()):
+            yield place, found
+        elif row.strip():
+            raise RecipeError(f"{place}: need {needed}, got {row!r}. Download the list again")
+
+
+def cells_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the rows of a CSV file that has ``columns``, each with its place."""
+    reader = csv.DictReader(io.StringIO(read_list_text(path), newline=""), skipinitialspace=True)
+    header = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+    if absent := [name for name in columns if header.count(name) != 1]:
+        raise RecipeError(
+            f"{path}, line 1: need each of the columns {','.join(columns)} once; missing or "
+            f"repeated: {','.join(absent)}; got {','.join(header)!r}. Download the list again"
+        )
+    for row in reader:
+        place = f"{path}, line {reader.line_num}"
+        if None in row or None in row.values():
+            raise RecipeError(
+                f"{place}: need {len(header)} columns as in the first line. A name with a comma is "
+                "put into quotes"
+            )
+        yield place, {name: cell.strip() for name, cell in row.items()}
+
+
+def open_splits(
+    options: argparse.Namespace, names: Sequence[str], list_option: str, kind: Kind = "video"
+) -> tuple[dict[str, Files], dict[str, Path]]:
+    """Open the folders of splits, such as --train, and take their lists, such as --train-csv.
+
+    The list of the first split may come without a folder, for its classes. Splits may share a
+    folder.
+    """
+    given, every = vars(options), [f"--{name}" for name in names]
+    folders = {name: given[name].absolute() for name in names if given[name]}
+    lists = {name: path for name in names if (path := given.get(f"{name}_{list_option}"))}
+    if not folders:
+        raise RecipeError(f"name the folder of at least one split: {', '.join(every)}")
+    if absent := [name for name in lists if name not in folders and name != names[0]]:
+        raise RecipeError(f"--{absent[0]}-{list_option} needs --{absent[0]}, its folder")
+    opened = {folder: Files(folder, options.suffix, kind) for folder in {*folders.values()}}
+    return {name: opened[folder] for name, folder in folders.items()}, lists
+
+
+def match(
+    lists: Mapping[str, Sequence[Clip]], files: Files, classes: Classes, expected: str
+) -> list[Split]:
+    """Find the file and the label of each clip of some splits, which share no clip.
+
+    ``expected`` says in errors where files should be and how they are named. An unknown class, a
+    clip that is listed twice, a file in the folder of another class, and a split without any file
+    are errors.
+    """
+    places: dict[str, str] = {}
+    splits = []
+    for name, clips in lists.items():
+        found, missing = list[tuple[Path, int]](), list[str]()
+        for clip in clips:
+            if (earlier := places.setdefault(clip.keys[0], clip.place)) != clip.place:
+                raise RecipeError(
+                    f"{clip.place}: {clip.name} is listed already in {earlier}. "
+                    "It must have one line: remove one of them"
+                )
+            label = classes.label(clip.class_name, clip.place) if clip.class_name else UNLABELLED
+            file = files.find(clip)
+            if file is None:
+                missing.append(clip.name)
+                continue
+            own = None if file.parent == files.folder else class_key(file.parent.name)
+            if clip.class_name and classes.labels.get(own or "", label) != label:
+                raise RecipeError(
+                    f"{clip.place}: {clip.name} is of class {classes.names[label]!r}, and its file "
+                    f"lies in the folder of another class: {file}. List and folders must be of one "
+                    "release"
+                )
+            found.append((file, label))
+        if not found:
+            example = f", such as {missing[0]}" if missing else ""
+            listed = counted(len(clips), files.kind)
+            raise RecipeError(f"none of the {listed} of {name} was found{example}. {expected}")
+        splits.append(Split(name, found, missing, files))
+    return splits
+
+
+def class_folders(name: str, files: Files, classes: Classes) -> Split:
+    """Make a split of all files, by the folders of their classes."""
+    if any(file.parent == files.folder for file in files.files):
+        raise RecipeError(
+            f"{files.folder} holds {files.kind}s outside of class folders. Name the folder of the "
+            f"class folders, or give the list of {name}"
+        )
+    label_of = {
+        folder: classes.label(folder.name, f"the folder {folder}, which holds {files.kind}s")
+        for folder in sorted({file.parent for file in files.files})
+    }
+    return Split(name, [(file, label_of[file.parent]) for file in files.files], ())
 
 
 @safe_output()
@@ -40,12 +247,12 @@ def run_recipe(
     about: str | None,
     script: str,
     options: Mapping[str, dict[str, Any]],
-    prepare: Callable[[argparse.Namespace], Prepared],
+    prepare: Callable[[argparse.Namespace], tuple[Sequence[str], Sequence[Split]]],
     arguments: Sequence[str] | None = None,
     *,
     kind: Kind = "video",
 ) -> int:
-    """Run ``prepare``, and write and report its result. -> the exit code
+    """Run ``prepare``, which gives classes and splits, and write and report them. -> the exit code
 
     ``about``: the docstring of the recipe; ``script``: its file, beside which the output goes by
     default; ``options``: its own options, as ``add_argument`` takes them; ``kind``: of its files.
@@ -56,84 +263,41 @@ def run_recipe(
         add(name, **settings)
     where = "where manifests and labels.txt go, by default beside this script"
     add("--output", default=Path(script).resolve().parent, help=where, **FOLDER)
-    add("--suffix", metavar=".EXT", help=f"take only {kind}s with this suffix")
+    suffix = {"type": str.lower, "choices": SUFFIXES[kind], "metavar": ".EXT"}
+    add("--suffix", help=f"take only {kind}s with this suffix", **suffix)
     add("--strict", action="store_true", help=f"exit with 2 if any {kind} is missing")
     given = parser.parse_args(arguments)
     try:
-        prepared = prepare(given)
-        write(given.output.absolute(), prepared.class_names, prepared.splits)
+        names, splits = prepare(given)
+        write(given.output.absolute(), names, splits)
     except (ExpectedError, OSError) as error:
         sys.stderr.write(printable(f"error: {error}\n"))
         return 2
-    sys.stdout.write(f"{report(given.output.absolute(), prepared, kind)}\n")
-    return 2 if given.strict and any(split.missing for split in prepared.splits) else 0
-
-
-def open_splits(
-    options: argparse.Namespace,
-    names: Sequence[str],
-    list_option: str,
-    key: Callable[[Path], str],
-    kind: Kind = "video",
-) -> tuple[dict[str, Videos], dict[str, Path]]:
-    """Open the folders of splits, such as --train, and take their lists, such as --train-csv.
-
-    The list of the first split may come without a folder, for its classes. ``key``: of files that
-    no list names. Splits may share a folder.
-    """
-    given = {name: vars(options)[name] for name in names}
-    every = {name: vars(options)[f"{name}_{list_option}"] for name in names}
-    lists: dict[str, Path] = {name: path for name, path in every.items() if path}
-    if not any(given.values()):
-        *first, last = (f"--{name}" for name in names)
-        raise RecipeError(f"name the folder of at least one split: {', '.join(first)} or {last}")
-    if absent := [name for name in names[1:] if lists.get(name) and not given[name]]:
-        raise RecipeError(
-            f"--{absent[0]}-{list_option} needs --{absent[0]}, the folder of its {kind}s"
-        )
-    opened: dict[tuple[Path, bool], Videos] = {}
-    folders = {}
-    for name, folder in given.items():
-        if folder:
-            place = (folder.resolve(), name in lists)
-            if place not in opened:
-                by = stem if name in lists else key
-                opened[place] = Videos(folder, by, suffix=options.suffix, kind=kind)
-            folders[name] = opened[place]
-    return folders, lists
+    sys.stdout.write(f"{report(given.output.absolute(), names, splits, kind)}\n")
+    return 2 if given.strict and any(split.missing for split in splits) else 0
 
 
 def write(output: Path, names: Sequence[str], splits: Sequence[Split]) -> None:
     """Write ``labels.txt``, and for each split a manifest and a list of missing files.
 
     Paths are relative where a file lies below ``output``, otherwise absolute. Nothing is written
-    where another manifest there numbers the classes differently, or the name of a file is not text.
+    where another file would be overwritten, where another manifest there numbers the classes
+    differently, or where the name of a file is not text.
     """
     content = {"labels.txt": "".join(f"{name}\n" for name in names)}
     for split in splits:
-        stream = io.StringIO(newline="")
+        stream = io.StringIO(HEADER, newline="")
+        stream.seek(0, io.SEEK_END)
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for clip, file in split.found:
+        for file, label in split.found:
             if why := unwritable(str(file)):
                 raise RecipeError(f"the name of the file {str(file)!r} {why}. Rename it")
             path = file.relative_to(output) if file.is_relative_to(output) else file
-            known = ("", "") if clip.label == UNLABELLED else (clip.label, names[clip.label])
+            known = ("", "") if label == UNLABELLED else (label, names[label])
             writer.writerow((path, *known))
-        content[f"missing_{split.name}.txt"] = "".join(f"{clip.name}\n" for clip in split.missing)
+        content[f"missing_{split.name}.txt"] = "".join(f"{name}\n" for name in split.missing)
         content[f"{split.name}.csv"] = stream.getvalue()
-    labels = output / "labels.txt"
-    others = [path for path in sorted(output.glob("*.csv")) if path.name not in content]
-    same = not labels.exists() or labels.read_bytes() == content[labels.name].encode()
-    for path in others if not same else ():
-        with path.open("rb") as stream_of_other:
-            is_manifest = stream_of_other.readline() == (",".join(COLUMNS) + "\n").encode()
-        if is_manifest:
-            raise RecipeError(
-                f"{path} has the numbers of {labels}, which names other classes than this run. "
-                "Prepare all splits at once, name another folder by --output, or delete that "
-                "manifest"
-            )
+    _check_what_is_there(output, content)
     for name, text in content.items():
         if not text:
             (output / name).unlink(missing_ok=True)  # no file is missing any more
@@ -142,39 +306,42 @@ def write(output: Path, names: Sequence[str], splits: Sequence[Split]) -> None:
             beside.write_text(text, encoding="utf-8", newline="")
 
 
-def report(output: Path, prepared: Prepared, kind: Kind) -> str:
+def _check_what_is_there(output: Path, content: Mapping[str, str]) -> None:
+    labels = output / "labels.txt"
+    same = not labels.exists() or labels.read_bytes() == content[labels.name].encode()
+    for path in sorted(output.glob("*.csv")):
+        with path.open("rb") as there:
+            is_manifest = there.readline() == HEADER.encode()
+        if path.name in content and not is_manifest:
+            raise RecipeError(
+                f"{path} is no manifest of a data set, and would be overwritten. Move it away, or "
+                "name another folder by --output"
+            )
+        if path.name not in content and is_manifest and not same:
+            raise RecipeError(
+                f"{path} has the numbers of {labels}, which names other classes than this run. "
+                "Prepare all splits at once, name another folder by --output, or delete that "
+                "manifest"
+            )
+
+
+def report(output: Path, names: Sequence[str], splits: Sequence[Split], kind: Kind) -> str:
     """Report found, missing and unlisted files."""
-    lines = [f"{counted(len(prepared.class_names), 'class')}: {output / 'labels.txt'}"]
-    for split in prepared.splits:
+    lines = [f"{counted(len(names), 'class')}: {output / 'labels.txt'}"]
+    for split in splits:
         found, missing = len(split.found), len(split.missing)
         lines.append(
             f"{split.name}: {counted(found + missing, kind)} listed, {found} found, {missing} "
             f"missing: {output / split.name}.csv"
         )
         if missing:
-            some = _some([clip.name for clip in split.missing])
-            lines.append(f"  missing: {some}; all in {output}/missing_{split.name}.txt")
-        if not split.listed:
-            lines.append("  without a list, so what is missing is not known")
-        labels = {clip.label for clip, _ in split.found}
-        empty = [name for label, name in enumerate(prepared.class_names) if label not in labels]
-        without = f"classes without any {kind}: {_some(empty) or 'none'}"
-        lines.append(f"  {'without labels' if labels == {UNLABELLED} else without}")
-    for folder in dict.fromkeys(split.videos for split in prepared.splits if split.videos):
-        unlisted = [str(file.relative_to(folder.folder)) for file in folder.unlisted()]
+            some = ", ".join(split.missing[:NAMED_IN_REPORT])
+            lines.append(f"  such as {some}; all in {output}/missing_{split.name}.txt")
+    for files in dict.fromkeys(split.files for split in splits if split.files):
+        unlisted = files.unlisted()
         lines.append(
             f"on disk, but in none of these lists: {len(unlisted)} of "
-            f"{counted(len(folder.files), kind)} in {folder.folder}"
-            f"{': ' * bool(unlisted)}{_some(unlisted)}"
+            f"{counted(len(files.files), kind)} in {files.folder}"
+            f"{': ' * bool(unlisted)}{', '.join(unlisted[:NAMED_IN_REPORT])}"
         )
-        if folder.other_kind:
-            other = "image" if kind == "video" else "video"
-            lines.append(f"left out: {counted(folder.other_kind, other)} in {folder.folder}")
-    text = "\n".join([*lines, *prepared.notes])
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # names that are not text
-
-
-def _some(names: Sequence[str]) -> str:
-    """Name the first few, and count the others."""
-    more = len(names) - NAMED_IN_REPORT
-    return ", ".join(names[:NAMED_IN_REPORT]) + (f" and {more} more" if more > 0 else "")
+    return "\n".join(lines)

@@ -115,7 +115,6 @@ def test_as_a_user_starts_them() -> None:
         "ucf101": ucf_arguments(),
         "hmdb51": hmdb_arguments(),
         "imagenet1k": imagenet_arguments(),
-        "cifar10": [cifar_archive(cifar_files("binary"))],
     }
     commands = []
     for name, arguments in starts.items():
@@ -142,10 +141,10 @@ def test_as_a_user_starts_them() -> None:
         names = Path("out", name, "labels.txt").read_text().splitlines()
         assert len(names) >= 2
         written = sorted(Path("out", name).glob("*.csv"))
-        assert len(written) == manifests.get(name, 2)
+        assert len(written) == manifests[name]
         for path in written:
             manifest = read_manifest(path)
-            kind = "image" if name in ("imagenet1k", "cifar10") else "video"
+            kind = "image" if name == "imagenet1k" else "video"
             assert all(Path(file).is_file() for file in manifest.files)
             listed = counted(len(manifest), kind)
             found = f"{path.stem}: {listed} listed, {len(manifest)} found, 0 missing"
@@ -212,8 +211,6 @@ def test_kinetics_class_folders_with_lists(run: Run) -> None:
     )
     assert Path("out/train.csv").read_text().startswith("path,label,label_name\n/")
     assert "validation: 2 videos listed, 2 found, 0 missing" in outcome.out
-    assert "classes without any video: abseiling\n" in outcome.out
-    assert "classes without any video: none\n" in outcome.out
     assert sorted(path.name for path in Path("out").iterdir()) == [
         "labels.txt",
         "train.csv",
@@ -232,7 +229,6 @@ def test_kinetics_class_folders_without_lists_give_the_same_numbers(run: Run) ->
         "k/val/riding or walking with horse/rrrrrrrrrr9_000007_000017.mp4": 1,
     }
     assert len(read_manifest("out/train.csv")) == 4
-    assert "without a list, so what is missing is not known" in outcome.out
 
 
 @pytest.mark.parametrize(
@@ -253,41 +249,32 @@ def test_kinetics_folders_are_known_by_letters_and_digits(run: Run, folder: str,
     assert Path("out/labels.txt").read_text() == Path("names.txt").read_text()
 
 
-def test_kinetics_flat_as_mirrored_with_replacements_and_missing_ones(run: Run) -> None:
+def test_kinetics_flat_as_mirrored_with_missing_ones(run: Run) -> None:
     ids = [f"abcdefghij{i}" for i in range(9)]
     touch(
         f"k400/train/{ids[0]}_000010_000020.mp4",
         f"k400/train/{ids[1]}.mp4",  # the id alone, one clip of it
         f"k400/train/{ids[2]}.mp4",  # the id alone, two clips of it
         "k400/train/unknown-one_000000_000010.mp4",
-        f"k400/replacement/deep/{ids[0]}_000010_000020.mp4",
-        f"k400/replacement/deep/{ids[8]}_000001_000011.mp4",  # lost in train
-        "k400/replacement/deep/other-split_000001_000011.mp4",
     )
     rows = [f"juggling,{ids[0]},10,20,train,0", f"juggling,{ids[1]},5.0,15.0,train,0"]
     rows += [f"juggling,{ids[2]},{start},{start + 10},train,0" for start in (0, 50)]
     rows += [f"bowling,{one},1,11,train,0" for one in ids[3:]]
     text("train.csv", HEADER + "\n".join(rows) + "\n")
     arguments = ["--train", "k400/train", "--train-csv", "train.csv"]
-    arguments += ["--replacements", "k400/replacement"]
     outcome = run("kinetics400", *arguments)
     assert outcome.code == 0, outcome.err
     assert listed("out/train.csv") == {
-        f"k400/replacement/deep/{ids[0]}_000010_000020.mp4": 1,
+        f"k400/train/{ids[0]}_000010_000020.mp4": 1,
         f"k400/train/{ids[1]}.mp4": 1,
-        f"k400/replacement/deep/{ids[8]}_000001_000011.mp4": 0,
     }
     missing = [f"juggling/{ids[2]}_000000_000010", f"juggling/{ids[2]}_000050_000060"]
-    missing += [f"bowling/{one}_000001_000011" for one in ids[3:8]]
+    missing += [f"bowling/{one}_000001_000011" for one in ids[3:]]
     assert Path("out/missing_train.txt").read_text().splitlines() == missing
-    assert "train: 10 videos listed, 3 found, 7 missing" in outcome.out
-    assert f"missing: {', '.join(missing[:5])} and 2 more; all in " in outcome.out
-    assert "train: replacements taken: 2\n" in outcome.out
-    assert f"have several clips, left out: 1, such as {ids[2]}\n" in outcome.out
+    assert "train: 10 videos listed, 2 found, 8 missing" in outcome.out
+    assert f"such as {', '.join(missing[:5])}; all in " in outcome.out
     assert "on disk, but in none of these lists: 2 of 4 videos" in outcome.out
     assert "unknown-one_000000_000010.mp4" in outcome.out
-    alone = run("kinetics400", "--train", "k400/train", *arguments[4:], output="other")
-    assert "--replacements needs --train-csv" in alone.err
     assert run("kinetics400", *arguments, "--strict").code == 2
     for one in missing:
         touch(f"k400/train/{one.split('/')[1]}.mp4")
@@ -312,7 +299,6 @@ def test_kinetics_test_list_without_labels_and_splits_in_one_folder(run: Run) ->
     assert outcome.code == 0, outcome.err
     assert listed("out/test.csv") == {"zumba/ccccccccccc.mp4": -1}
     assert listed("out/train.csv") == {"zumba/aaaaaaaaaaa_000000_000010.mp4": 0}
-    assert "  without labels\n" in outcome.out
     assert "on disk, but in none of these lists: 2 of 4 videos" in outcome.out
     assert outcome.out.count("on disk") == 1
 
@@ -343,9 +329,13 @@ def test_kinetics_paths_are_relative_below_the_output(run: Run) -> None:
         ("youtube_id,time_start,time_end\naaaaaaaaaaa,0,10\n", 1, "missing or repeated: label;"),
         ("", 1, "youtube_id,time_start,time_end"),
         (HEADER + "zumba,aaaaaaaaaaa,0,10,train\n", 2, "need 6 columns"),
-        (HEADER + "zumba,aaaaaaaaaaa,zero,10,train,0\n", 2, "'zero'"),
-        (HEADER + "\n,aaaaaaaaaaa,0,10,train,0\n", 3, "label is empty"),
-        (HEADER + "zumba,,0,10,train,0\n", 2, "youtube_id is empty"),
+        (
+            HEADER + "zumba,aaaaaaaaaaa,zero,10,train,0\n",
+            2,
+            "the times in seconds, got 'zumba,aaaaaaaaaaa,zero,10'",
+        ),
+        (HEADER + "\n,aaaaaaaaaaa,0,10,train,0\n", 3, "got ',aaaaaaaaaaa,0,10'"),
+        (HEADER + "zumba,,0,10,train,0\n", 2, "got 'zumba,,0,10'"),
         (HEADER + "zumba,aaaaaaaaaaa,0,10,val,0\n", 2, "of the validation split"),
         (
             HEADER + "zumba,aaaaaaaaaaa,0,10,train,0\nbowling,aaaaaaaaaaa,0,10,train,0\n",
@@ -372,18 +362,17 @@ def test_kinetics_what_does_not_fit_is_refused(run: Run) -> None:
     touch("k/train/zumba/zzzzzzzzzz1_000010_000020.webm")
     two = ("2 files for zumba/zzzzzzzzzz1_000010_000020", "000020.mp4", "000020.webm", "--suffix")
     refused(run("kinetics400", *arguments), "k/annotations/train.csv, line 2", *two)
-    refused(run("kinetics400", "--train", "k/train"), "2 files for zumba/zzzzzzzzzz1", "--suffix")
     Path("k/train/zumba/zzzzzzzzzz1_000010_000020.webm").unlink()
 
     touch("k/train/Zumba_/zzzzzzzzzz2_000000_000010.mp4")
-    refused(run("kinetics400", *arguments), "k/train/Zumba_ and ", "both of class 'zumba'")
     refused(run("kinetics400", "--train", "k/train"), "'Zumba_' and 'zumba'")
     Path("k/train/Zumba_/zzzzzzzzzz2_000000_000010.mp4").unlink()
 
     moved = "k/val/abseiling/zzzzzzzzzz9_000001_000011.mp4"
     touch(moved)
     Path("k/val/zumba/zzzzzzzzzz9_000001_000011.mp4").unlink()
-    refused(run("kinetics400", *arguments), "another class", moved, "'zumba'", "val.csv, line 2")
+    wrong = ("the folder of another class", moved, "'zumba'", "val.csv, line 2")
+    refused(run("kinetics400", *arguments), *wrong)
 
 
 def test_kinetics_two_spellings_of_a_class_in_a_list_are_refused(run: Run) -> None:
@@ -399,35 +388,31 @@ def test_kinetics_nothing_found_says_what_was_looked_for(run: Run) -> None:
     refused(
         run("kinetics400", *arguments),
         "none of the 4 videos of train was found, such as zumba/zzzzzzzzzz1_000010_000020",
-        "k/annotations/train.csv, line 2",
         "<youtube_id>_<time_start>_<time_end>",
         "Name the folder of this split by --train",
     )
-    refused(run("kinetics400", "--train", "nowhere"), "there is no folder", "nowhere")
+    refused(run("kinetics400", "--train", "nowhere"), "there are no videos", "nowhere")
     Path("empty").mkdir()
-    refused(run("kinetics400", "--train", "empty"), "there are no videos in", "empty")
+    refused(run("kinetics400", "--train", "empty"), "there are no videos (", "empty")
     refused(run("kinetics400", "--train-csv", "k/annotations/train.csv"), "--train, --validation")
     refused(run("kinetics400", "--train", "k/train", "--train-csv", "no.csv"), "no.csv")
     touch("flat/aaaaaaaaaaa_000000_000010.mp4")
-    refused(run("kinetics400", "--train", "flat"), "flat/aaaaaaaaaaa", "give the CSV")
+    refused(run("kinetics400", "--train", "flat"), "flat holds videos outside", "give the list")
 
 
 def test_kinetics_thumbnails_beside_the_videos_are_left_out(run: Run) -> None:
     arguments = kinetics_arguments()
-    assert "left out" not in run("kinetics400", *arguments).out
+    assert run("kinetics400", *arguments).code == 0
     before = listed("out/train.csv")
-    thumbnail = "k/train/zumba/zzzzzzzzzz1_000010_000020.jpg"
-    touch(thumbnail, "k/train/zumba/other.webp")
-    for chosen in ((), ("--suffix", ".mp4")):
+    touch("k/train/zumba/zzzzzzzzzz1_000010_000020.jpg", "k/train/zumba/other.webp")
+    for chosen in ((), ("--suffix", ".MP4")):
         outcome = run("kinetics400", *arguments, *chosen)
         assert outcome.code == 0, outcome.err
-        assert outcome.out.count("left out: ") == 1
-        assert f"\nleft out: 2 images in {Path('k/train').absolute()}\n" in outcome.out
         kept = [file for file in before if not chosen or file.lower().endswith(".mp4")]
         assert listed("out/train.csv") == {file: before[file] for file in kept}
     alone = run("kinetics400", "--train", "k/train", output="alone")  # class folders
     assert alone.code == 0, alone.err
-    assert thumbnail not in listed("alone/train.csv")
+    assert listed("alone/train.csv") == before
 
 
 def test_kinetics_what_lies_there_is_not_spoiled(run: Run) -> None:
@@ -442,11 +427,12 @@ def test_kinetics_what_lies_there_is_not_spoiled(run: Run) -> None:
     assert run("kinetics400", "--train", "b").code == 0  # all that there is, anew
     assert Path("out/labels.txt").read_text() == "jump\nrun\n"
 
-    text("csv/train.csv", HEADER)
+    published = HEADER + "run,1,0,10,train,0\n"
+    text("csv/train.csv", published)
     outcome = run("kinetics400", "--train", "a", "--train-csv", "csv/train.csv", output="csv")
     assert outcome.code == 2
-    assert "would overwrite the CSV of the release" in outcome.err
-    assert Path("csv/train.csv").read_text() == HEADER
+    assert "csv/train.csv is no manifest of a data set, and would be overwritten" in outcome.err
+    assert Path("csv/train.csv").read_text() == published
 
 
 def test_a_name_that_is_not_text_is_refused_or_shown_escaped(run: Run) -> None:
@@ -513,7 +499,6 @@ def test_ssv2_as_downloaded(run: Run, prefix: str) -> None:
     )
     assert Path("out/missing_train.txt").read_text() == "42\n"
     assert "train: 3 videos listed, 2 found, 1 missing" in outcome.out
-    assert "classes without any video: Pretending to take something from somewhere\n" in outcome.out
     assert "none of these lists: 1 of 6 videos" in outcome.out
     assert outcome.out.splitlines()[-1].endswith(": 999.webm")
     assert run("ssv2", *arguments, "--strict").code == 2
@@ -523,20 +508,14 @@ def test_ssv2_transcoded_and_only_some_splits(run: Run) -> None:
     arguments = ssv2_arguments()
     touch("20bn-something-something-v2/mp4/7.mp4", "20bn-something-something-v2/mp4/78687.MP4")
     refused(run("ssv2", *arguments), "labels/train.json, entry 1", "2 files for 78687", "--suffix")
-    refused(run("ssv2", *arguments, "--suffix", "mp4"), "--suffix must be one of", "got 'mp4'")
-    refused(run("ssv2", *arguments, "--suffix", ".avi"), "there are no videos .avi", "Leave out")
-    outcome = run("ssv2", *arguments, "--suffix", ".mp4", "--splits", "train")
+    refused(run("ssv2", *arguments, "--suffix", ".avi"), "there are no videos (.avi) in ")
+    for name in ("validation", "test"):
+        Path(f"labels/{name}.json").rename(f"{name}.json")
+    outcome = run("ssv2", *arguments, "--suffix", ".mp4")
     assert outcome.code == 0, outcome.err
     folder = "20bn-something-something-v2/mp4"
     assert listed("out/train.csv") == {f"{folder}/78687.MP4": 1, f"{folder}/7.mp4": 0}
-    assert not Path("out/validation.csv").exists()
-    Path("labels/test.json").unlink()
-    outcome = run("ssv2", *arguments, "--suffix", ".webm")
-    assert outcome.code == 0, outcome.err
-    assert "test: there is no list of it" in outcome.out
-    outcome = run("ssv2", *arguments, "--suffix", ".webm", "--splits", "train", "test")
-    assert outcome.code == 2
-    assert "test.json" in outcome.err
+    assert sorted(path.name for path in Path("out").glob("*.csv")) == ["train.csv"]
 
 
 @pytest.mark.parametrize(
@@ -547,11 +526,11 @@ def test_ssv2_transcoded_and_only_some_splits(run: Run) -> None:
             json.dumps([ssv2_entry(7, "Holding [something]")]),
             ("train.json, entry 1 (id 7)", "'Holding something'", "labels.json"),
         ),
-        ("train", '[{"id": "7"}]', ("train.json, entry 1", '"template"')),
+        ("train", '[{"id": "7"}]', ("train.json, entry 1", "'template'")),
         ("train", '[\n{"id": "7",}\n]', ("train.json, line 2", "not JSON")),
         ("train", '{"id": "7"}', ("train.json: need a list",)),
         ("test", '[{"id": "3"}, {"id": "3"}]', ("test.json, entry 2", "test.json, entry 1")),
-        ("test", '[{"ID": "3"}]', ("test.json, entry 1", '"id"')),
+        ("test", '[{"ID": "3"}]', ("test.json, entry 1", "'id'")),
         ("labels", '{"a": "0", "b": "2"}', ("labels.json", "0 to 1", "missing: 1, 2")),
         ("labels", '{"a": "0", "b": "0"}', ("labels.json", "0 to 1", "missing: 1")),
         ("labels", '["a"]', ("labels.json", "need")),
@@ -575,8 +554,6 @@ def test_ssv2_nothing_found(run: Run) -> None:
         "--videos",
     )
     refused(run("ssv2", *arguments[:2], "--lists", "elsewhere"), "labels.json", "--lists")
-    text("labels/something-something-v2-train.json", "[]")
-    refused(run("ssv2", *arguments), "two releases")
 
 
 # --- UCF101 ---------------------------------------------------------------------------------------
@@ -643,7 +620,6 @@ def test_ucf_case_is_of_no_account_and_what_is_missing_is_named(run: Run) -> Non
     assert Path("out/missing_train_split1.txt").read_text() == name
     assert not Path("out/missing_test_split1.txt").exists()
     assert "test_split2: 2 videos listed, 1 found, 1 missing" in outcome.out
-    assert "classes without any video: HandstandPushups\n" in outcome.out
     assert "none of these lists: 1 of 6 videos" in outcome.out
     assert run("ucf101", *arguments, "--strict").code == 2
 
@@ -660,7 +636,7 @@ def test_ucf_case_is_of_no_account_and_what_is_missing_is_named(run: Run) -> Non
             "ApplyEyeMakeup/v_ApplyEyeMakeup_g02_c01.avi\n",
             ("line 1", "listed already in lists/trainlist01.txt, line 1"),
         ),
-        ("testlist01", "", ("the list of test_split1 holds no videos",)),
+        ("testlist01", "", ("none of the 0 videos of test_split1 was found",)),
         ("classInd", "0 ApplyEyeMakeup\n", ("line 1", "need '1 <name of the class>'")),
         ("classInd", "1 A\n3 B\n", ("line 2", "need '2 <name of the class>'")),
     ],
@@ -739,7 +715,6 @@ def test_hmdb_other_spellings_missing_and_unlisted_videos(run: Run) -> None:
     )
     assert Path("out/missing_train_split2.txt").exists()
     assert not Path("out/missing_train_split1.txt").exists()
-    assert "classes without any video: swing_baseball\n" in outcome.out
     assert "none of these lists: 1 of 8 videos" in outcome.out
     assert outcome.out.endswith("swing_baseball/b_0.avi\n")
     assert run("hmdb51", *arguments, "--strict").code == 2
@@ -747,9 +722,6 @@ def test_hmdb_other_spellings_missing_and_unlisted_videos(run: Run) -> None:
 
 def test_hmdb_what_does_not_fit_is_refused(run: Run) -> None:
     arguments = hmdb_arguments()
-    touch("hmdb51_org/brush hair/c_0.avi")
-    refused(run("hmdb51", *arguments), "both of class 'brush_hair'")
-    Path("hmdb51_org/brush hair/c_0.avi").unlink()
     touch("hmdb51_org/brush_hair/b_0.mp4")
     refused(run("hmdb51", *arguments), "2 files for brush_hair/b_0.avi", "--suffix")
     Path("hmdb51_org/brush_hair/b_0.mp4").unlink()
@@ -779,11 +751,8 @@ def test_hmdb_what_does_not_fit_is_refused(run: Run) -> None:
 
 WNIDS = ("n01440764", "n01443537", "n15075141")
 NAMES = "n01440764 tench, Tinca tinca\nn01443537 goldfish\nn15075141 toilet tissue\n"
-# As in the development kit, whose order is not the sorted one.
-MAP = "n15075141 1 toilet_tissue\nn01440764 2 tench\nn01443537 3 goldfish\n"
 VALIDATION = {f"ILSVRC2012_val_0000000{i}": label for i, label in enumerate((2, 0, 1, 2), start=1)}
 FLAT = {f"in/val/{name}.JPEG": label for name, label in VALIDATION.items()}
-GROUND_TRUTH = "1\n2\n3\n1\n"
 
 
 def imagenet_arguments() -> list[str]:
@@ -814,35 +783,22 @@ def test_imagenet_class_folders(run: Run) -> None:
     }
     assert read_manifest("out/train.csv").label_names == WNIDS
     assert "train: 6 images listed, 6 found, 0 missing" in outcome.out
-    assert "classes without any image: none" in outcome.out
-    assert "3 classes, not the 1000 of ImageNet-1k" in outcome.out
     assert "video" not in outcome.out.replace(str(Path.cwd()), "")
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "more"),
+    ("name", "content"),
     [
-        ("val.txt", "".join(f"{name}.JPEG {i}\n" for name, i in VALIDATION.items()), []),
-        ("val.txt", "".join(f"val/{n}.JPEG\t{WNIDS[i]}\n" for n, i in VALIDATION.items()), []),
+        ("val.txt", "".join(f"val/{n}.JPEG\t{WNIDS[i]}\n" for n, i in VALIDATION.items())),
         (
             "LOC_val_solution.csv",
             "ImageId,PredictionString\n"
             + "".join(f"{n},{WNIDS[i]} 85 1 499 272 n99999999 3\n" for n, i in VALIDATION.items()),
-            [],
         ),
-        ("synset_labels.txt", "".join(f"{WNIDS[i]}\n" for i in VALIDATION.values()), []),
-        ("ILSVRC2012_validation_ground_truth.txt", GROUND_TRUTH, [MAP]),
-        ("ground_truth.txt", GROUND_TRUTH, ["2 n01440764 tench\n1 n15075141 x\n3 n01443537\n"]),
-        ("ground_truth.txt", GROUND_TRUTH, ["n15075141 toilet tissue\nn01440764\nn01443537\n"]),
     ],
 )
-def test_imagenet_a_flat_validation_folder(
-    run: Run, name: str, content: str, more: list[str]
-) -> None:
+def test_imagenet_a_flat_validation_folder(run: Run, name: str, content: str) -> None:
     arguments = [*flat_arguments(), "--validation-labels", text(name, content)]
-    if more:
-        refused(run("imagenet1k", *arguments), name, "development kit", "--ids")
-        arguments += ["--ids", text("map.txt", more[0])]
     outcome = run("imagenet1k", *arguments, "--names", text("LOC_synset_mapping.txt", NAMES))
     assert outcome.code == 0, outcome.err
     assert listed("out/validation.csv") == FLAT
@@ -855,80 +811,33 @@ def test_imagenet_a_flat_validation_folder(
     assert Path("out/missing_validation.txt").read_text().startswith("ILSVRC2012_val_00000002")
 
 
-def test_imagenet_ids_in_sorted_order_are_taken_where_they_are_numbered(run: Run) -> None:
-    ids = text("map.txt", "".join(f"{i} {wnid}\n" for i, wnid in enumerate(WNIDS, start=1)))
-    labels = text("truth.txt", "".join(f"{label + 1}\n" for label in VALIDATION.values()))
-    outcome = run("imagenet1k", *flat_arguments(), "--ids", ids, "--validation-labels", labels)
-    assert outcome.code == 0, outcome.err
-    assert listed("out/validation.csv") == FLAT
-
-
-def test_imagenet_lists_of_training_images(run: Run) -> None:
-    arguments = imagenet_arguments()
-    rows = [(f"{wnid}/{wnid}_7.JPEG", label) for label, wnid in enumerate(WNIDS)]
-    text("train.txt", "".join(f"{path} {label}\n" for path, label in rows))
-    outcome = run("imagenet1k", *arguments, "--train-labels", "train.txt")
-    assert outcome.code == 0, outcome.err
-    assert listed("out/train.csv") == {f"in/train/{path}": label for path, label in rows}
-    assert "none of these lists: 3 of 6 images" in outcome.out
-    solution = "".join(f"{Path(path).stem},{WNIDS[label]} 1 2 3 4\n" for path, label in rows)
-    text("LOC_train_solution.csv", "ImageId,PredictionString\n" + solution)
-    outcome = run("imagenet1k", *arguments, "--train-labels", "LOC_train_solution.csv")
-    assert outcome.code == 0, outcome.err
-    assert listed("out/train.csv") == {f"in/train/{path}": label for path, label in rows}
-
-
 @pytest.mark.parametrize(
     ("option", "content", "parts"),
     [
+        ("--validation-labels", "a.JPEG 3\n", ("line 1", "'<image>.JPEG <wnid>'", "'a.JPEG 3'")),
+        ("--validation-labels", "a.JPEG n00000001\n", ("line 1", "'n00000001'", "3 classes of")),
+        ("--validation-labels", "a.JPEG n01440764\n", ("none of the 1 image of val", "in/val")),
+        ("--validation-labels", "\n", ("none of the 0 images of validation",)),
         (
             "--validation-labels",
-            "ILSVRC2012_val_00000001.JPEG 3\n",
-            ("line 1", "label 3", "0 to 2"),
-        ),
-        ("--validation-labels", "a\nb\n", ("line 1", "need '<image>.JPEG <number or wnid")),
-        ("--validation-labels", "\n", ("is empty",)),
-        (
-            "--validation-labels",
-            "a.JPEG n00000001\n",
-            ("line 1", "'n00000001'", "the 3 classes of"),
-        ),
-        ("--validation-labels", "a.JPEG 0\n", ("none of the 1 image of validation", "in/val")),
-        ("--validation-labels", "a.JPEG 0\nb/a.JPEG 1\n", ("line 2", "listed already in")),
-        (
-            "--validation-labels",
-            "ImageId,PredictionString\nILSVRC2012_val_00000001,\n",
-            ("line 2", "the class ''"),
-        ),
-        ("--train-labels", "1\n2\n", ("names no images",)),
-        (
-            "--train-labels",
-            "n01440764/n01440764_7.JPEG 1\nn01443537/a.JPEG 1\n",
-            ("line 1", "says class 1", "n01440764, which is 0", "sorted"),
+            "a.JPEG n01440764\nb/a.JPEG n01440764\n",
+            ("line 2", "listed already in"),
         ),
         ("--names", "tench\n", ("line 1", "LOC_synset_mapping.txt", "'tench'")),
-        ("--names", "n01440764 a\nn01440764 b\n", ("line 2", "n01440764 has a line already")),
-        ("--ids", NAMES, ("sorted order without numbers", "map_clsloc.txt")),
-        ("--ids", MAP + "n00000004 3 x\n", ("line 4", "ID 3", "already")),
-        ("--ids", MAP + "n00000004 5 x\n", ("each ID from 1 to 4",)),
-        ("--ids", "one two\n", ("line 1", "'n02119789 1 kit_fox'")),
     ],
 )
 def test_imagenet_what_does_not_fit_names_file_and_line(
     run: Run, option: str, content: str, parts: tuple[str, ...]
 ) -> None:
     arguments = [*flat_arguments(), option, text("list.txt", content)]
-    if option != "--validation-labels":
-        arguments += ["--validation-labels", text("val.txt", f"{next(iter(VALIDATION))}.JPEG 2\n")]
     refused(run("imagenet1k", *arguments), *parts)
 
 
 def test_imagenet_what_cannot_be_known_is_refused(run: Run) -> None:
     arguments = flat_arguments()
-    refused(run("imagenet1k", *arguments), "in no folder named like", "--validation-labels")
-    refused(run("imagenet1k"), "--train or --validation")
-    refused(run("imagenet1k", *arguments, "--ids", text("meta.mat", "x")), "meta.mat", "README.md")
-    val = text("val.txt", f"{next(iter(VALIDATION))}.JPEG 2\n")
+    refused(run("imagenet1k", *arguments), "outside of class folders", "the list of validation")
+    refused(run("imagenet1k"), "--train, --validation")
+    val = text("val.txt", f"{next(iter(VALIDATION))}.JPEG {WNIDS[2]}\n")
     flat = ["--validation", "in/val", "--validation-labels", val]
     refused(run("imagenet1k", *flat), "the numbers of the classes come from", "--names")
     refused(run("imagenet1k", "--train", "in/train", *flat[2:]), "needs --validation")
@@ -939,26 +848,26 @@ def test_imagenet_what_cannot_be_known_is_refused(run: Run) -> None:
 
 def test_imagenet_class_folders_must_say_what_a_list_says(run: Run) -> None:
     arguments = imagenet_arguments()
-    val = text("val.txt", f"{next(iter(VALIDATION))}.JPEG 1\n")
+    val = text("val.txt", f"{next(iter(VALIDATION))}.JPEG {WNIDS[1]}\n")
     refused(
         run("imagenet1k", *arguments, "--validation-labels", val),
         "val.txt, line 1",
-        "class 1, 'n01443537'",
+        "class 'n01443537'",
         "in/val/n15075141",
-        "--validation-labels",
+        "the folder of another class",
     )
+    touch("in/train/others/a.JPEG")
+    refused(run("imagenet1k", *arguments), "in/train/others", "the class 'others' is not one of")
 
 
 def test_imagenet_videos_in_the_place_of_images(run: Run) -> None:
     arguments = imagenet_arguments()
-    touch("clips/n01440764/a.mp4")
-    refused(run("imagenet1k", "--train", "clips"), "there are no images in", "such as a.mp4")
-    refused(run("imagenet1k", *arguments[2:], "--suffix", ".mp4"), "--suffix must be one of .bmp")
-    refused(run("imagenet1k", "--train", "nowhere"), "Name the folder of the images")
+    touch("clips/n01440764/a.mp4", "tars/n01440764.tar")
+    for folder in ("clips", "nowhere", "tars"):
+        refused(run("imagenet1k", "--train", folder), "there are no images (", "are unpacked")
     touch("in/train/n01440764/a.mp4")
     outcome = run("imagenet1k", *arguments)
     assert outcome.code == 0, outcome.err
-    assert f"left out: 1 video in {Path('in/train').absolute()}\n" in outcome.out
     assert len(listed("out/train.csv")) == 6
 
 
@@ -970,48 +879,23 @@ def test_imagenet_names_that_repeat_between_classes(run: Run) -> None:
     assert outcome.code == 0, outcome.err
     expected = {file: WNIDS.index(Path(file).parent.name) for file in files}
     assert listed("out/train.csv") == expected | {f"in/{WNIDS[0]}/sketch_0.png": 0}
-    rows = text("list.txt", f"{WNIDS[0]}/sketch_0.JPEG 0\n")  # of a list the name alone counts
-    twice = run("imagenet1k", "--train", "in", "--train-labels", rows)
+    rows = text("list.txt", f"{WNIDS[0]}/sketch_0.JPEG {WNIDS[0]}\n")  # there the name counts
+    twice = run("imagenet1k", "--train", "in", "--validation", "in", "--validation-labels", rows)
     assert twice.code == 2
     assert "there are 4 files for sketch_0.JPEG" in twice.err
 
 
-@pytest.mark.parametrize("named_first", [False, True])
-def test_imagenet_one_split_after_the_other(run: Run, named_first: bool) -> None:
-    """Names may come with either: the wnids say whether the numbers are the same."""
+def test_imagenet_one_split_after_the_other(run: Run) -> None:
     train, validation = imagenet_arguments()[:2], imagenet_arguments()[2:]
     names = ["--names", text("LOC_synset_mapping.txt", NAMES)]
-    alone = ["--names", text("wnids.txt", "\n".join(WNIDS))]
-    assert run("imagenet1k", *train, *(names if named_first else [])).code == 0
-    before = Path("out/labels.txt").read_text()
-    outcome = run("imagenet1k", *validation, *(alone if named_first else names))
-    assert outcome.code == 0, outcome.err
-    assert Path("out/labels.txt").read_text() == before
-    assert "labels.txt has the same wnids already" in outcome.out
+    assert run("imagenet1k", *train, *names).code == 0
+    assert run("imagenet1k", *validation, "--names", "out/labels.txt").code == 0
     shown = read_manifest("out/validation.csv").label_names
-    assert shown == read_manifest("out/train.csv").label_names == tuple(before.splitlines())
-    outcome = run("imagenet1k", *train, *validation, *names)
-    assert Path("out/labels.txt").read_text() == NAMES
-    assert "already" not in outcome.out
+    assert shown == read_manifest("out/train.csv").label_names == tuple(NAMES.splitlines())
     fewer = text("fewer.txt", NAMES + "n99999999 more\n")
     outcome = run("imagenet1k", *validation, "--names", fewer)
     assert outcome.code == 2
     assert "train.csv has the numbers of" in outcome.err
-
-
-def test_imagenet_archives_must_be_unpacked(run: Run) -> None:
-    touch("in/train/n01440764.tar", "in/train/n01443537.tar")
-    refused(
-        run("imagenet1k", "--train", "in"),
-        "no images in",
-        "2 archives",
-        "Unpack them first",
-        str(Path("in/train").absolute()),
-        'for f in *.tar; do mkdir "${f%.tar}" && tar -xf "$f" -C "${f%.tar}" && rm "$f"; done',
-    )
-    loop = load("cifar10").sources.UNPACK
-    for name in ("imagenet1k", "cifar10"):
-        assert f"    {loop}\n" in (ROOT / "datasets" / name / "README.md").read_text()
 
 
 # --- CIFAR-10 -------------------------------------------------------------------------------------
@@ -1043,24 +927,15 @@ def pickled_by_python_2(pixels: np.ndarray, labels: list[int]) -> bytes:
     return b"\x80\x02}(" + string(b"data") + array + string(b"labels") + numbers + b"u."
 
 
-def cifar_files(version: str) -> dict[str, bytes]:
-    files = {}
-    for name in BATCHES:
-        pixels, labels = cifar_batch(name)
-        rows = np.concatenate([np.array(labels, np.uint8)[:, None], pixels], axis=1)
-        files |= {
-            "binary": {f"{name}.bin": rows.tobytes()},
-            "python": {name: pickled_by_python_2(pixels, labels)},
-        }[version]
-    if version == "binary":
-        return files | {"batches.meta.txt": "\n".join([*CIFAR_NAMES, ""]).encode()}
+def cifar_files() -> dict[str, bytes]:
+    files = {name: pickled_by_python_2(*cifar_batch(name)) for name in BATCHES}
     return files | {"batches.meta": pickle.dumps({"label_names": CIFAR_NAMES}, 2)}
 
 
 @pytest.fixture
 def published(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let these files be those that are published."""
-    sums = {name: hashlib.md5(data).hexdigest() for name, data in cifar_files("python").items()}
+    sums = {name: hashlib.md5(data).hexdigest() for name, data in cifar_files().items()}
     meta = CIFAR10.meta | {"md5": sums["batches.meta"]}
     monkeypatch.setattr(CIFAR10, "train_list", [[name, sums[name]] for name in BATCHES[:5]])
     monkeypatch.setattr(CIFAR10, "test_list", [[name, sums[name]] for name in BATCHES[5:]])
@@ -1070,7 +945,7 @@ def published(monkeypatch: pytest.MonkeyPatch) -> None:
 def cifar_archive(files: dict[str, bytes], path: str = "cifar.tar.gz") -> str:
     with tarfile.open(path, "w:gz") as archive:
         for name, data in reversed(files.items()):
-            member = tarfile.TarInfo(f"cifar-10-batches-xy/{name}")
+            member = tarfile.TarInfo(f"{CIFAR10.base_folder}/{name}")
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
     return path
@@ -1095,11 +970,10 @@ def check_cifar() -> None:
 
 
 @pytest.mark.usefixtures("published")
-@pytest.mark.parametrize("version", ["python", "binary"])
 @pytest.mark.parametrize("form", ["archive", "folder", "folder above"])
-def test_cifar_as_published(run: Run, version: str, form: str) -> None:
-    files = cifar_files(version)
-    folder = Path("root/cifar-10-batches-" + ("bin" if version == "binary" else "py"))
+def test_cifar_as_published(run: Run, form: str) -> None:
+    files = cifar_files()
+    folder = Path("root/cifar-10-batches-py")
     folder.mkdir(parents=True)
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -1112,28 +986,9 @@ def test_cifar_as_published(run: Run, version: str, form: str) -> None:
     assert not list(Path("out").rglob("*.part*"))
 
 
-def test_cifar_class_folders(run: Run) -> None:
-    for split in ("train", "test"):
-        touch(*(f"c/{split}/{name}/0001.jpg" for name in CIFAR_NAMES), f"c/{split}/bird/2.png")
-    outcome = run("cifar10", "c")
-    assert outcome.code == 0, outcome.err
-    assert listed("out/validation.csv") == {
-        "c/test/airplane/0001.jpg": 0,
-        "c/test/automobile/0001.jpg": 1,
-        "c/test/bird/0001.jpg": 2,
-        "c/test/bird/2.png": 2,
-    }
-    assert sorted(path.name for path in Path("out").iterdir()) == [
-        "labels.txt",
-        "train.csv",
-        "validation.csv",
-    ]
-    touch("c/test/cat/1.png")
-    assert "in no folder named like one of the 3 classes" in run("cifar10", "c").err
-
-
+@pytest.mark.usefixtures("published")
 def test_cifar_goes_on_and_overwrites_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = cifar_archive(cifar_files("binary"))
+    source = cifar_archive(cifar_files())
     write = Image.Image.save
 
     def fail(self: Image.Image, path: Path, form: str) -> None:
@@ -1167,50 +1022,30 @@ class Harmful:
 
 @pytest.mark.usefixtures("published")
 @pytest.mark.parametrize(
-    ("name", "content", "part"),
+    ("name", "content"),
     [
-        ("data_batch_2", pickle.dumps(Harmful(), 2), "data_batch_2 is not the published one"),
-        ("batches.meta", pickle.dumps({"label_names": Harmful()}), "batches.meta is not the"),
-        ("test_batch", b"", "test_batch is not the published one"),
-        ("data_batch_5", None, "data_batch_5 is missing"),
+        ("data_batch_2", pickle.dumps(Harmful(), 2)),
+        ("batches.meta", pickle.dumps({"label_names": Harmful()})),
+        ("test_batch", b""),
+        ("data_batch_5", None),
     ],
 )
 def test_cifar_pickles_that_are_not_published_are_refused(
-    run: Run, name: str, content: bytes | None, part: str
+    run: Run, name: str, content: bytes | None
 ) -> None:
-    files = cifar_files("python")
+    files = cifar_files()
     if content is None:
         del files[name]
     else:
         files[name] = content
-    refused(run("cifar10", cifar_archive(files)), part, "Download it again")
+    refused(run("cifar10", cifar_archive(files)), "cifar.tar.gz is not what is published", "MD5")
     assert not Path("harmed").exists()
 
 
 def test_cifar_what_is_none_of_it(run: Run) -> None:
-    files = cifar_files("binary")
-    files["data_batch_1.bin"] += b"x"
-    refused(run("cifar10", cifar_archive(files)), "data_batch_1.bin", "3073 bytes", "6147")
-    files["data_batch_1.bin"] = b"\x03" + bytes(3072)
-    refused(run("cifar10", cifar_archive(files)), "data_batch_1.bin", "a label of 0 to 2")
-    del files["batches.meta.txt"]
-    refused(run("cifar10", cifar_archive(files)), "cifar.tar.gz is none of what is published")
-    data = Path(cifar_archive(cifar_files("binary"))).read_bytes()
+    data = Path(cifar_archive(cifar_files())).read_bytes()
     Path("cut.tar.gz").write_bytes(data[: len(data) // 2])
-    refused(run("cifar10", "cut.tar.gz"), "cut.tar.gz cannot be read", "Download it again")
     text("a.zip", "no archive")
-    refused(
-        run("cifar10", "a.zip"),
-        "a.zip cannot be read",
-        "cifar-10-python.tar.gz, cifar-10-binary.tar.gz",
-        "unpacked",
-    )
-    touch("t/train/bird.tar", "t/test/bird.tar")
-    refused(run("cifar10", "t"), "no images in", "1 archive, such", "for f in *.tar; do")
-    for name in ("bird.tar", "cifar-10-python.tar.gz"):
-        touch(f"tars {name}/{name}")
-        outcome = run("cifar10", f"tars {name}")
-        refused(outcome, f"tars {name} is none of what is published", "for f in *.tar")
     touch("c/train/bird/1.png")
-    refused(run("cifar10", "c"), "none of what is published", "cifar-10-python.tar.gz")
-    refused(run("cifar10", "nowhere"), "nowhere is none of what is published")
+    for name in ("cut.tar.gz", "a.zip", "c", "nowhere"):
+        refused(run("cifar10", name), f"{name} is not what is published", "cifar-10-python.tar.gz")
