@@ -3,7 +3,7 @@
 #
 #   source "$root/tools/launch.sh"
 #   prepare_run DEFAULT "$@"     # sets config, overrides and python, or ends the script
-#   start PROGRAM ARGUMENT ...   # in as many processes as GPUS, NNODES and HOSTFILE say
+#   start PROGRAM ARGUMENT ...   # in as many processes as GPUS and NNODES say
 #   finish PROGRAM ARGUMENT ...  # the same, in place of the script
 
 # shellcheck source=tools/environment.sh
@@ -17,7 +17,6 @@ dry_run=""
 prepare_run() {
   choose_config "$@"
   prepare_environment
-  if [[ -n ${HOSTFILE:-} && $HOSTFILE != /* ]]; then HOSTFILE="$PWD/$HOSTFILE"; fi
   cd -- "$root"
   make_demo_data
 }
@@ -49,8 +48,6 @@ Several processes, each on a GPU of its own, or on the CPU where there are no GP
   GPUS=8 NNODES=2 NODE_RANK=0 MASTER_ADDR=NODE0 $run
       on two machines: start this line on each, with its own NODE_RANK; MASTER_PORT is 29500 by
       default
-  HOSTFILE=FILE $run    on the machines in FILE, which has one line for each,
-      such as "node0 slots=8"; DeepSpeed's launcher starts machines other than this one
   sbatch tools/slurm/job.sbatch     under slurm; see the comments in that file
 
 After SIGTERM or Ctrl-C the processes have HPM_GRACE seconds (300 by default) to save the state.
