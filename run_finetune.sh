@@ -3,7 +3,6 @@ set -euo pipefail
 
 usage() {
   usage_of_run "Fine-tune a pre-trained encoder for action or image recognition, then test it." \
-    "a demo of some minutes, CPU or GPU" \
     "The demo starts from the weights of ./run_pretrain.sh and runs that first where they are missing."
 }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 set -euo pipefail
 
-usage() { usage_of_run "Pre-train with Hard Patches Mining." "a demo of a few minutes, CPU or GPU"; }
+usage() { usage_of_run "Pre-train with Hard Patches Mining."; }
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source=tools/launch.sh

@@ -1,7 +1,8 @@
 """The package from Python: trained models on clips and video files, and runs from your program.
 
 Clips are numpy arrays or torch tensors with the axes T H W C or C T H W, with B in front for a
-batch. They hold uint8 from 0 to 255 or floats from 0 to 1.
+batch. They hold uint8 from 0 to 255 or floats from 0 to 1. Frames of another size than the model's
+are resized and cropped as in validation; their number must be the model's.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,7 +29,7 @@ from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.randomness import key_of, uniform
-from hpm_video.recognition.inference import Inference, Reading, over_videos
+from hpm_video.recognition.inference import Inference, Reading, Values, over_videos
 from hpm_video.recognition.trained_model import (
     TrainedAutoencoder,
     TrainedClassifier,
@@ -48,7 +49,6 @@ from hpm_video.weights.hub import download, push_to_hub, save_pretrained
 Config = PretrainConfig | FinetuneConfig
 Clips = NDArray[Any] | Tensor
 Files = str | Path | Iterable[str | Path]
-Layout = Literal["THWC", "CTHW"]
 
 
 class Model:
@@ -99,13 +99,11 @@ class Model:
         return self._inference.model.grid
 
     @overload
-    def features(self, clips: Clips, *, layout: Layout | None = None) -> Tensor: ...
+    def features(self, clips: Clips) -> Tensor: ...
     @overload
+    def features(self, clips: Clips, *, layers: Sequence[int]) -> tuple[Tensor, ...]: ...
     def features(
-        self, clips: Clips, *, layers: Sequence[int], layout: Layout | None = None
-    ) -> tuple[Tensor, ...]: ...
-    def features(
-        self, clips: Clips, *, layers: Sequence[int] | None = None, layout: Layout | None = None
+        self, clips: Clips, *, layers: Sequence[int] | None = None
     ) -> Tensor | tuple[Tensor, ...]:
         """Compute features of clips, float32 on the device of the model.
 
@@ -118,21 +116,21 @@ class Model:
         Raises:
             ValueError, TypeError: the model does not take such clips, or has no such block.
         """
-        pixels = self._clips(clips, layout)
+        pixels = self._pixels(clips)
         if layers is None:
             return self._inference.pooled(pixels)
         return self._inference.layers(pixels, layers)
 
-    def probabilities(self, clips: Clips, *, layout: Layout | None = None) -> Tensor:
+    def probabilities(self, clips: Clips) -> Tensor:
         """Compute the softmax of a classifier over :attr:`classes`: -> (B, classes) float32
 
         Raises:
             CheckpointError: the model is not a classifier.
         """
         self._need(TrainedClassifier, "probabilities")
-        return self._inference.probabilities(self._clips(clips, layout))
+        return self._inference.probabilities(self._pixels(clips))
 
-    def difficulty(self, clips: Clips, *, layout: Layout | None = None) -> Tensor:
+    def difficulty(self, clips: Clips) -> Tensor:
         """Predict how hard each token is to reconstruct: -> (B, T', H', W') float32
 
         The teacher predicts it. Only the order within a clip is meaningful.
@@ -140,17 +138,9 @@ class Model:
         Raises:
             CheckpointError: the model has no teacher with a loss predictor.
         """
-        scores = self._difficulty(self._clips(clips, layout))
-        return scores.unflatten(1, self.grid.shape)
+        return self._difficulty(self._pixels(clips)).unflatten(1, self.grid.shape)
 
-    def mask(
-        self,
-        clips: Clips,
-        *,
-        hard_fraction: float | None = None,
-        seed: int = 0,
-        layout: Layout | None = None,
-    ) -> Tensor:
+    def mask(self, clips: Clips, *, hard_fraction: float | None = None, seed: int = 0) -> Tensor:
         """Draw a mask for each clip by the rule of its pre-training: -> (B, T', H', W') bool
 
         Args:
@@ -158,14 +148,12 @@ class Model:
             hard_fraction: share of the hidden units that is picked by difficulty, in [0, 1]; by
                 default as in the last epoch. 0 gives a random mask.
             seed: determines the mask of a clip, together with its place in the batch.
-            layout: order of the axes, needed if the shape does not show it.
         """
-        config = self._need(TrainedAutoencoder, "a mask").config
-        rule = config.mask_rule("")
+        rule = self._need(TrainedAutoencoder, "a mask").config.mask_rule("")
         fraction = rule.strategy.last_fraction if hard_fraction is None else hard_fraction
         if not 0 <= fraction <= 1:
             raise ValueError(f"hard_fraction must lie in [0, 1], got {hard_fraction}")
-        pixels, num_picked = self._clips(clips, layout), int(rule.num_masked * fraction)
+        pixels, num_picked = self._pixels(clips), int(rule.num_masked * fraction)
         difficulty = self._difficulty(pixels) if num_picked else None
         keys = torch.tensor([key_of("mask", seed, place) for place in range(len(pixels))])
         priority = uniform(keys.to(self.device), rule.num_units, "mask")
@@ -188,8 +176,8 @@ class Model:
             BadFilesError: files do not decode; the message names all of them.
             ValueError: there are no files.
         """
-        reading = Reading(decoder, workers)
-        return self._over(self._inference.pooled, files, Views(clips, crops), reading)
+        values, views = self._inference.pooled, Views(clips, crops)
+        return self._over_files(values, files, views, Reading(decoder, workers))
 
     def probabilities_of(
         self,
@@ -210,12 +198,12 @@ class Model:
             CheckpointError: the model is not a classifier.
         """
         test = self._need(TrainedClassifier, "probabilities").config.test
+        values = self._inference.probabilities
         views = Views(clips or test.clips, crops or test.crops)
-        reading = Reading(decoder, workers)
-        return self._over(self._inference.probabilities, files, views, reading)
+        return self._over_files(values, files, views, Reading(decoder, workers))
 
-    def _over(
-        self, values: Any, files: Files, views: Views, reading: Reading
+    def _over_files(
+        self, values: Values, files: Files, views: Views, reading: Reading
     ) -> NDArray[np.float64]:
         paths = (str(files),) if isinstance(files, str | Path) else tuple(map(str, files))
         if not (count := len(paths)):
@@ -237,61 +225,42 @@ class Model:
         config = self._need(TrainedAutoencoder, "difficulty").config
         if config.mining.predictor == "none":
             raise CheckpointError(f"{self.trained.path} was trained without a loss predictor")
-        try:
-            teacher = open_trained(self.trained.path, TrainedAutoencoder, "teacher").build()
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"the teacher says what is hard, and {self.trained.path} has none that can be "
-                f"used; load the checkpoint folder of a run ({error})"
-            ) from error
+        teacher = open_trained(self.trained.path, TrainedAutoencoder, "teacher").build()
         return Inference(teacher.to(self.device), self.trained.data, self.device, self.precision)
 
     def _difficulty(self, pixels: Tensor) -> Tensor:
-        """What the teacher sees of clips is what it saw in pre-training: -> (B, N)"""
+        """Let the teacher see of clips what it saw in pre-training: -> (B, N)"""
         config = self._need(TrainedAutoencoder, "difficulty").config
         return self._teacher.difficulty(pixels, config.mining.teacher_sees)
 
-    def _clips(self, given: Clips, layout: Layout | None) -> Tensor:
-        """-> (B, C, T, H, W) uint8"""
-        data, channels = self.trained.data, self.config.model.channels
-        pixels = to_pixels(given, channels, layout)
-        if pixels.shape[2] != data.num_frames:
-            raise ValueError(
-                f"this model takes clips of {counted(data.num_frames, 'frame')}, got "
-                f"{pixels.shape[2]}; "
-                f"choose so many, or give the file to features_of or probabilities_of"
-            )
+    def _pixels(self, clips: Clips) -> Tensor:
+        """Return clips of the model's size: -> (B, C, T, H, W) uint8"""
+        data = self.trained.data
+        pixels = to_pixels(clips, data.channels, data.num_frames)
         if tuple(pixels.shape[3:]) == tuple(data.frame_size):
             return pixels
         frames = pixels.permute(0, 2, 3, 4, 1).cpu().numpy()
         return torch.stack([view_crops(clip, data, 1)[0] for clip in frames])
 
 
-def to_pixels(given: Clips, channels: int, layout: Layout | None = None) -> Tensor:
-    """Convert one clip or a batch, in either layout: -> (B, C, T, H, W) uint8
+def to_pixels(given: Clips, channels: int, num_frames: int) -> Tensor:
+    """Convert one clip or a batch, in either order of the axes: -> (B, C, T, H, W) uint8
 
     Raises:
-        ValueError: the layout is ambiguous, the channels do not fit, or floats exceed [0, 1].
+        ValueError: the axes do not fit, or floats exceed [0, 1].
         TypeError: the values are neither uint8 nor floats.
     """
     # Copied, for torch takes neither reversed axes (BGR to RGB) nor what cannot be written to.
     pixels = given if isinstance(given, Tensor) else torch.from_numpy(np.array(given))
     pixels = pixels[None] if pixels.ndim == 4 else pixels
-    if pixels.ndim != 5:
+    first, second, *_, last = pixels.shape[1:] if pixels.ndim == 5 else (0, 0, 0)
+    channels_first = (first, second) == (channels, num_frames)
+    channels_last = (first, last) == (num_frames, channels)
+    if channels_first == channels_last:
         raise ValueError(
-            f"clips have 4 axes, or 5 of a batch, got {tuple(pixels.shape)}; an image is a clip "
-            f"of one frame: image[None]"
-        )
-    fits = {"CTHW": pixels.shape[1] == channels, "THWC": pixels.shape[4] == channels}
-    found = [name for name, fit in fits.items() if fit and layout in (None, name)]
-    if len(found) != 1:
-        raise ValueError(
-            f"clips of shape {tuple(pixels.shape)} "
-            + (
-                f"have {channels} at both ends: name the axes, layout='THWC' or layout='CTHW'"
-                if found
-                else f"do not have {channels} channels first (C T H W) or last (T H W C)"
-            )
+            f"clips have the axes T H W C or C T H W, or B before them, with "
+            f"{counted(num_frames, 'frame')} and {counted(channels, 'channel')}, got "
+            f"{tuple(pixels.shape)}; an image is a clip of one frame: image[None]"
         )
     if pixels.is_floating_point():
         if not bool(((pixels >= 0) & (pixels <= 1)).all()):
@@ -302,7 +271,7 @@ def to_pixels(given: Clips, channels: int, layout: Layout | None = None) -> Tens
         pixels = (255 * pixels).round().to(torch.uint8)
     if pixels.dtype != torch.uint8:
         raise TypeError(f"pixels are uint8 or floats, got {pixels.dtype}")
-    return pixels if found == ["CTHW"] else pixels.permute(0, 4, 1, 2, 3).contiguous()
+    return pixels if channels_first else pixels.permute(0, 4, 1, 2, 3).contiguous()
 
 
 def load(

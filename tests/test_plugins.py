@@ -163,7 +163,7 @@ def test_a_command_knows_what_plugins_register(monkeypatch, call_tool):
 def test_a_plugin_that_fails_is_named(monkeypatch, call_tool, capsys):
     monkeypatch.setattr(plugins, "entry_points", entry_point("painted_decoder:nothing"))
     with pytest.raises(SystemExit, match="2"):
-        call_tool("count_flops", "demo")
+        call_tool("bench", "flops", "demo")
     assert "the plugin mine (painted_decoder:nothing) cannot be loaded" in capsys.readouterr().err
     with pytest.raises(plugins.PluginError, match="AttributeError: .*nothing"):
         hpm_video.load_config("pretrain/demo")

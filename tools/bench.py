@@ -1,36 +1,49 @@
-"""Measure speed: python tools/bench.py COMMAND [OPTIONS].
+"""Measure speed: python tools/bench.py COMMAND ... (COMMAND --help says more).
 
-Alternatives take turns, and medians are shown. Ratios carry over to other machines; times do not.
-
-commands (COMMAND --help says more):
-  update    whole updates: configs, precisions, compiled or eager, and the parts of an update
-  gpu       the updates in docs/speed.md, on a GPU, in about five minutes
-  loader    speed of data loading, phase by phase, and whether a run would wait for data
-  decoding  ways to make clips from a video
-  losses    time and memory of the ranking loss
-  fidelity  what cheaper updates save, and how close they come to exact ones
+update    time of whole updates: configs, precisions, compiled or eager, and their parts
+loader    speed of data loading, and whether a run would wait for data
+flops     multiply-adds of an update, counted from the shapes
+fidelity  what cheaper updates save, and how close they come to exact ones
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
 
-from hpm_video.runs.console import make_parser
+from hpm_video.files.atomic import write_json
+from hpm_video.runs.console import add_options, exit_codes, make_parser, run
 
-COMMANDS = ("update", "gpu", "loader", "decoding", "losses", "fidelity")
+COMMANDS = ("update", "loader", "flops", "fidelity")
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
-    """Run a measurement. -> the exit code"""
-    words = sys.argv[1:] if command_line is None else command_line
-    if words and words[0] in COMMANDS:
-        from bench_commands import run_command  # type: ignore[import-not-found] # beside this file
+    """Measure, print tables, and write them to --output if it is given. -> the exit code"""
+    parser = make_parser(__doc__, exit_codes())
+    add = parser.add_argument
+    add("command", choices=COMMANDS, metavar="COMMAND", help="one of those above")
+    add("options", nargs=argparse.REMAINDER, metavar="...", help="options of the command")
+    given = parser.parse_args(command_line)
+    command = import_module(f"bench_{given.command}")  # beside this file; it imports torch
+    of_command = make_parser(command.__doc__, exit_codes())
+    of_command.prog = f"{parser.prog} {given.command}"
+    command.add_arguments(of_command)
+    add_options(of_command, output={"metavar": "FILE.json", "help": "write the tables to it"})
+    arguments = of_command.parse_intermixed_args(given.options)
+    return run(lambda: measure(command, arguments))
 
-        code: int = run_command(words)
-        return code
-    parser = make_parser(__doc__, None)
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those above")
-    parser.parse_args(words)
-    return 2
+
+def measure(command: ModuleType, arguments: argparse.Namespace) -> None:
+    """Print the tables of a command, each when it is measured, and write them."""
+    import pandas as pd
+
+    tables = {}
+    for title, rows in command.measure(arguments):
+        print(f"\n{title}\n{pd.DataFrame(rows).to_string(index=False, float_format='%.2f')}")
+        tables[title] = rows
+    if arguments.output is not None:
+        write_json(arguments.output, tables)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,10 @@
-"""What ``tools/bench.py fidelity`` measures: how close cheaper updates come to exact ones."""
+"""Measure what cheaper updates cost in fidelity, and what they save: bench.py fidelity ...
+
+Prints the ranking accuracy of the teacher; the overlap of the tokens that it picks with those of a
+teacher that sees all tokens; and the ranking accuracy and error of the student on the tokens that
+it decodes. Each is a mean and a standard deviation over sets of random masks. GMAC are those of an
+update in which the teacher scores. Nothing is trained.
+"""
 
 import argparse
 import statistics
@@ -8,13 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from count_flops import count  # type: ignore[import-not-found] # beside this file
+from bench_flops import count  # type: ignore[import-not-found] # beside this file
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.data.manifest import read_manifest
-from hpm_video.mining.fidelity import RANDOM, ROUNDED, measure_levers
+from hpm_video.mining.fidelity import RANDOM, measure_levers
 from hpm_video.recognition.inference import CLIPS_PER_PASS, Reading, find_failures
 from hpm_video.runs.console import add_options, positive
 from hpm_video.runs.pretraining import load_run
@@ -25,46 +31,36 @@ from hpm_video.training.engine import Runner
 
 SHARES = (0.75, 0.5, 0.25)
 LEVERS = (
-    *((view, 1.0) for view in VIEWS),
-    (RANDOM, 1.0),
-    *((name, name) for name in ROUNDED),
+    *((view, 1.0) for view in (*VIEWS, RANDOM)),
     *(("all", share) for share in SHARES),
     ("checkerboard", 0.5),
     ("quarter", 0.5),
 )
-"""What the teacher's encoder sees, and the share of hidden tokens that the student decodes; a name
-of :data:`ROUNDED` stands for both."""
+"""What the teacher's encoder sees, and the share of hidden tokens that the student decodes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of :func:`fidelity`."""
-    parser.add_argument("checkpoint", type=Path, help="checkpoint folder of pre-training")
-    parser.add_argument(
-        "data", type=Path, help="manifest or folder of videos that it was not trained on"
-    )
+    """Add the options of the command."""
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="checkpoint folder of pre-training")
+    add("data", type=Path, help="manifest or folder of videos that it was not trained on")
     costs = "config whose GMAC are counted; default: the checkpoint's"
-    parser.add_argument("--costs", type=Path, metavar="CONFIG", help=costs)
-    parser.add_argument("--clips", type=positive, default=160, help="clips at most (160)")
-    parser.add_argument("--seeds", type=positive, default=3, help="sets of random masks (3)")
+    add("--costs", type=Path, metavar="CONFIG", help=costs)
+    add("--clips", type=positive, default=160, help="clips at most (160)")
+    add("--seeds", type=positive, default=3, help="sets of random masks (3)")
     add_options(parser, "device", "root")
 
 
-def fidelity(arguments: argparse.Namespace) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Measure what cheaper updates cost in fidelity, and what they save.
-
-    Prints the ranking accuracy of the teacher; the overlap of the tokens that it picks with those
-    of a teacher that sees all tokens; and the ranking accuracy and error of the student on the
-    tokens that it decodes. Each is a mean and a standard deviation over sets of random masks. GMAC
-    are those of an update in which the teacher scores. Nothing is trained.
-    """
+def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Make one table, with a row for each lever."""
     device = choose_device(arguments.device)
     config, student, objective = load_run(arguments.checkpoint, device)
+    costs = load_config(PretrainConfig, arguments.costs, []) if arguments.costs else config
     if not objective.masks[""].strategy.picks:
         raise ConfigError(
             f"{arguments.checkpoint} was trained with masking.strategy={config.masking.strategy}, "
             f"so its teacher picks nothing; give a checkpoint of HPM"
         )
-    costs = load_config(PretrainConfig, arguments.costs, []) if arguments.costs else config
     for path, one in (arguments.checkpoint, config), (arguments.costs, costs):
         if one.mining.target == "ema" or one.mining.predictor == "none":
             raise ConfigError(
@@ -90,21 +86,19 @@ def fidelity(arguments: argparse.Namespace) -> Iterator[tuple[str, list[dict[str
     rows: list[dict[str, Any]] = []
     for view, share in LEVERS:
         seen: Any = view if view in VIEWS else "all"
-        decoded = share if isinstance(share, float) else 1.0
-        mining = replace(costs.mining, teacher_sees=seen, decoded_share=decoded)
+        mining = replace(costs.mining, teacher_sees=seen, decoded_share=share)
         of_student, of_teacher = count(replace(costs, mining=mining))
         gmac = of_student + (0 if view == RANDOM else of_teacher)
-        exact = rows[0]["GMAC"] if rows else gmac
         rows.append(
             {
                 "teacher sees": view,
-                "decoded share": decoded,
+                "decoded share": share,
                 "teacher ranking": spread(f"{view}/ranking"),
                 "overlap": spread(f"{view}/overlap"),
                 "student ranking": spread(f"{share}/student_ranking"),
                 "relative error": spread(f"{share}/relative_error"),
                 "GMAC": gmac,
-                "of exact": gmac / exact,
+                "of exact": gmac / (rows[0]["GMAC"] if rows else gmac),
             }
         )
     cost_of = arguments.costs or arguments.checkpoint

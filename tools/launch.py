@@ -5,12 +5,6 @@
 On several machines, the same line on each of them, with its own --node-rank:
     python tools/launch.py --processes 8 --nodes 2 --node-rank 0 --master-addr NODE0 PROGRAM ...
 
-On the machines of a hostfile, one line per machine with its processes, such as "node0 slots=8":
-    python tools/launch.py --hostfile FILE PROGRAM ...
-
-If it names other machines than this one, DeepSpeed's launcher starts them, see tools/hostfile.py:
-when asked to stop, it gives processes 30 seconds to save and end, and then exits with 1.
-
 The processes find each other by the variables that torchrun sets, so torchrun can start the same
 programs. This one prints nothing while all goes well, ends with the exit code of the program, and
 names the process that made the job fail. An option that is not given is taken from the environment
@@ -26,14 +20,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
-
-from hostfile import AGAIN, is_here, read_hostfile, run_on_hosts  # type: ignore[import-not-found]
 
 WRONG_INPUT = 2
 STOPPED = (75, 130)  # exit codes of a program that has stopped on request with its state saved
@@ -44,6 +34,7 @@ the same one, and the first is about to print it."""
 ENDING = 10.0  # seconds from SIGTERM to SIGKILL for the others of a job that cannot go on
 FAULTS = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 """Signals that a broken connection to another process does not cause, as it may SIGABRT."""
+AGAIN = "Start the same command again: it goes on from the last checkpoint"
 EPILOG = f"""exit codes:
   that of the program if its processes end by themselves, such as 0, 2, or 75 and 130 for a
   stop with the state saved. 1 if one is killed by a signal, or does not end when asked to.
@@ -57,38 +48,21 @@ how a job ends:
 """
 
 
-@dataclass(frozen=True)
-class Job:
-    """Number of processes, and the address where they meet."""
-
-    processes: int
-    nodes: int = 1
-    node_rank: int = 0
-    address: str = "127.0.0.1"
-    port: int = 29500
-
-    def environment(self, local_rank: int) -> dict[str, str]:
-        """Return the environment of a process of this machine."""
-        own = {
-            "RANK": self.node_rank * self.processes + local_rank,
-            "LOCAL_RANK": local_rank,
-            "WORLD_SIZE": self.processes * self.nodes,
-            "LOCAL_WORLD_SIZE": self.processes,
-            "GROUP_RANK": self.node_rank,
-            "MASTER_ADDR": self.address,
-            "MASTER_PORT": self.port,
-        }
-        threads = {"OMP_NUM_THREADS": str(threads_per_process(self.processes))}
-        return {**threads, **os.environ, **{name: str(value) for name, value in own.items()}}
-
-
-@dataclass
 class Worker:
-    """A process of this machine."""
+    """A process of this machine, in a session of its own, which no Ctrl-C reaches."""
 
-    rank: int
-    process: subprocess.Popen[bytes]
-    sent: set[int] = field(default_factory=set)
+    def __init__(self, rank: int, command: Sequence[str], variables: dict[str, str]) -> None:
+        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+        def follow_launcher() -> None:
+            if libc is not None:
+                libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: stop when the launcher is killed
+
+        self.rank = rank
+        self.process = subprocess.Popen(
+            command, env=variables, start_new_session=True, preexec_fn=follow_launcher
+        )
+        self.sent = set[int]()
 
     def send(self, number: int) -> None:
         """Signal the process, if it still runs; with SIGKILL, also those that it started."""
@@ -135,128 +109,101 @@ class Requests:
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Start the processes and wait for them. -> the exit code, see ``EPILOG``"""
-    parser = make_parser()
-    given = parser.parse_args(command_line)
-    try:
-        hosts = read_hostfile(given.hostfile, reach=not given.dry_run) if given.hostfile else {}
-        job = read_job(given, hosts)
-    except (ValueError, OSError) as error:
-        parser.exit(WRONG_INPUT, f"error: {error}\n")
-    command, count = [given.program, *given.arguments], job.processes * job.nodes
+    given = read_options(command_line)
+    command, count = [given.program, *given.arguments], given.processes * given.nodes
     if given.dry_run:
         command += ["--dry-run", "--processes", str(count)]
-    if given.dry_run or (count == 1 and not hosts):  # a signal then reaches the program itself
-        os.execv(sys.executable, [sys.executable, "-u", *command])
+    command = [sys.executable, "-u", *command]
+    if given.dry_run or count == 1:  # a signal then reaches the program itself
+        os.execv(sys.executable, command)
     requests = Requests()
-    if hosts and not is_here(hosts):
-        threads = threads_per_process(max(hosts.values()))
-        return int(run_on_hosts(given.hostfile, hosts, command, threads, lambda: requests.first))
     with closing(socket.socket()) as place:
-        if job.nodes == 1 and given.master_port is None:
+        port = given.master_port or 29500
+        if given.nodes == 1 and given.master_port is None:
             # A port that no other job of this machine gets while it is open. It does not listen,
             # so the first process, which does, may take the same.
             place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             place.bind(("127.0.0.1", 0))
-            job = replace(job, port=place.getsockname()[1])
-        workers = start(job, [sys.executable, "-u", *command])
-        ended = watch(workers, requests, 300 if given.grace is None else given.grace)
-    return conclude(job, ended, requests)
+            port = place.getsockname()[1]
+        workers = [
+            Worker(given.node_rank * given.processes + local_rank, command, variables)
+            for local_rank, variables in enumerate(variables_of_processes(given, port))
+        ]
+        ended = watch(workers, requests, given.grace)
+    return conclude(count, ended, requests)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Make the parser. An option that is not given is read from its environment variable."""
+def read_options(command_line: Sequence[str] | None) -> argparse.Namespace:
+    """Read and check the command line. An option not given is read from its variable."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
-    def add(name: str, variable: str, kind: Callable[[str], Any], about: str) -> None:
-        default = os.environ.get(variable) or None
+    def add(
+        name: str, variable: str, kind: Callable[[str], object], default: object, about: str
+    ) -> None:
+        default = os.environ.get(variable) or default
         parser.add_argument(name, type=kind, default=default, metavar=variable, help=about)
 
-    add("--processes", "GPUS", number("GPUS", 1), "processes on this machine; default: 1")
-    add("--nodes", "NNODES", number("NNODES", 1), "machines, with --processes on each; default: 1")
+    add("--processes", "GPUS", number("GPUS", 1), 1, "processes on this machine; default: 1")
+    add("--nodes", "NNODES", number("NNODES", 1), 1, "machines, --processes on each; default: 1")
     rank = number("NODE_RANK", 0)
-    add("--node-rank", "NODE_RANK", rank, "number of this machine, from 0")
-    add("--master-addr", "MASTER_ADDR", str, "name or address of machine 0")
-    port = number("MASTER_PORT", 1, 2**16 - 1)
+    add("--node-rank", "NODE_RANK", rank, None, "number of this machine, from 0")
+    add("--master-addr", "MASTER_ADDR", str, None, "name or address of machine 0")
     free = "free port on machine 0; default: 29500, or any port with one machine"
-    add("--master-port", "MASTER_PORT", port, free)
-    add("--hostfile", "HOSTFILE", Path, "file with the machines and processes, see above")
-    grace = number("HPM_GRACE", 0)
-    add("--grace", "HPM_GRACE", grace, "seconds to save in after a stop; default: 300")
+    add("--master-port", "MASTER_PORT", number("MASTER_PORT", 1), None, free)
+    saving = "seconds to save in after a stop; default: 300"
+    add("--grace", "HPM_GRACE", number("HPM_GRACE", 0), 300, saving)
     once = "start the program once, with --dry-run and the number of processes"
     parser.add_argument("--dry-run", action="store_true", help=once)
     parser.add_argument("program", help="a Python file")
     of_program = "arguments of the program"
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help=of_program)
-    return parser
+    given = parser.parse_args(command_line)
+    if not Path(given.program).is_file():
+        parser.error(f"no program {given.program} in {Path.cwd()}; name a Python file")
+    if given.nodes == 1 or given.dry_run:
+        given.node_rank, given.master_addr = 0, "127.0.0.1"
+    elif given.node_rank not in range(given.nodes) or given.master_addr is None:
+        parser.error(
+            f"--nodes {given.nodes} (NNODES) needs --node-rank (NODE_RANK), from 0 to "
+            f"{given.nodes - 1}, and --master-addr (MASTER_ADDR), the name or address of machine 0"
+        )
+    return given
 
 
-def number(variable: str, least: int, most: float = math.inf) -> Callable[[str], int]:
-    """Make a parser of whole numbers in a range, for an option or its variable."""
+def number(variable: str, least: int) -> Callable[[str], int]:
+    """Make a parser of whole numbers for an option, or for the variable that stands for it."""
 
     def parse(text: str) -> int:
-        if text.isdecimal() and least <= int(text) <= most:
+        if text.isdecimal() and int(text) >= least:
             return int(text)
-        allowed = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-        raise argparse.ArgumentTypeError(f"({variable}) must be a whole number {allowed}: {text}")
+        rule = f"({variable}) must be a whole number of at least {least}: {text}"
+        raise argparse.ArgumentTypeError(rule)
 
     return parse
 
 
-def read_job(given: argparse.Namespace, hosts: Mapping[str, int]) -> Job:
-    """Make the job that the options describe.
-
-    Raises:
-        ValueError: the options do not fit each other.
-    """
-    if not Path(given.program).is_file():
-        raise ValueError(f"no program {given.program} in {Path.cwd()}; name a Python file")
-    if hosts and (given.processes or given.nodes or given.node_rank is not None):
-        raise ValueError(
-            "--hostfile (HOSTFILE) says machines and processes: leave out --processes (GPUS), "
-            "--nodes (NNODES) and --node-rank (NODE_RANK)"
-        )
-    processes, nodes = sum(hosts.values()) or given.processes or 1, given.nodes or 1
-    port = given.master_port or 29500
-    if nodes == 1 or given.dry_run:
-        return Job(processes, nodes, port=port)
-    if given.node_rank is None or given.master_addr is None:
-        raise ValueError(
-            f"--nodes {nodes} (NNODES) needs --node-rank (NODE_RANK), 0 on the first machine, and "
-            "--master-addr (MASTER_ADDR), the first machine's name or address"
-        )
-    if given.node_rank >= nodes:
-        raise ValueError(
-            f"--node-rank {given.node_rank} (NODE_RANK) must be in 0 to {nodes - 1}: there are "
-            f"--nodes {nodes}"
-        )
-    return Job(processes, nodes, given.node_rank, given.master_addr, port)
-
-
-def threads_per_process(processes: int) -> int:
-    """Return the number of usable cores per process."""
+def variables_of_processes(given: argparse.Namespace, port: int) -> list[dict[str, str]]:
+    """Return the environment of each process of this machine."""
     has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return max(1, cores // processes)
-
-
-def start(job: Job, command: Sequence[str]) -> list[Worker]:
-    """Start the processes of this machine, each in its own session, which no Ctrl-C reaches."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-    def follow_launcher() -> None:
-        if libc is not None:
-            libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: stop when the launcher is killed
-
-    workers = []
-    for local_rank in range(job.processes):
-        environment = job.environment(local_rank)
-        process = subprocess.Popen(
-            command, env=environment, start_new_session=True, preexec_fn=follow_launcher
-        )
-        workers.append(Worker(int(environment["RANK"]), process))
-    return workers
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // given.processes))}
+    shared = {
+        "WORLD_SIZE": given.processes * given.nodes,
+        "LOCAL_WORLD_SIZE": given.processes,
+        "GROUP_RANK": given.node_rank,
+        "MASTER_ADDR": given.master_addr,
+        "MASTER_PORT": port,
+    }
+    own = [
+        {"RANK": given.node_rank * given.processes + local_rank, "LOCAL_RANK": local_rank}
+        for local_rank in range(given.processes)
+    ]
+    return [
+        {**threads, **os.environ, **{name: str(value) for name, value in (shared | each).items()}}
+        for each in own
+    ]
 
 
 def watch(workers: Sequence[Worker], requests: Requests, grace: float) -> list[Worker]:
@@ -289,19 +236,18 @@ def watch(workers: Sequence[Worker], requests: Requests, grace: float) -> list[W
     return ended
 
 
-def conclude(job: Job, ended: Sequence[Worker], requests: Requests) -> int:
-    """Report what made the job fail and the remedy, if it did. -> the exit code"""
-    failed, here = [worker for worker in ended if worker.failed], socket.gethostname()
+def conclude(count: int, ended: Sequence[Worker], requests: Requests) -> int:
+    """Name the process that made the job fail, if one did. -> the exit code"""
+    here = socket.gethostname()
+    failed = [worker for worker in ended if worker.failed]
     if failed:
         cause = min(failed, key=lambda worker: -worker.code not in FAULTS)  # the earliest of both
-        reported = any(worker.rank == 0 and worker.code == WRONG_INPUT for worker in failed)
-        if cause.code != WRONG_INPUT or not reported:  # by the first process
-            what = f"ended with code {cause.code}, and the job with it"
-            if cause.code < 0:
-                name = signal.Signals(-cause.code).name
-                perhaps = ", for instance by the out-of-memory killer" if name == "SIGKILL" else ""
-                what = f"was killed by {name}{perhaps}; the job is ended. {AGAIN}"
-            count = job.processes * job.nodes
+        what = f"ended with code {cause.code}, and the job with it"
+        if cause.code < 0:
+            name = signal.Signals(-cause.code).name
+            perhaps = ", for instance by the out-of-memory killer" if name == "SIGKILL" else ""
+            what = f"was killed by {name}{perhaps}; the job is ended. {AGAIN}"
+        if cause.code != WRONG_INPUT:  # which the program itself tells
             who = f"rank {cause.rank} of {count} (pid {cause.process.pid} on {here})"
             sys.stderr.write(f"\nerror: {who} {what}\n")
         return max(cause.code, 0) or 1
@@ -313,10 +259,8 @@ def conclude(job: Job, ended: Sequence[Worker], requests: Requests) -> int:
             f"HPM_GRACE=SECONDS gives more time to save.\n"
         )
         return 130 if requests.insists else 1
-    codes = {worker.code for worker in ended}
-    stopped = [code for code in STOPPED if code in codes]
-    died = [128 - code for code in sorted(codes) if code < 0]  # before it could save
-    return [*stopped, *died, 0][0]
+    codes = [worker.code if worker.code >= 0 else 128 - worker.code for worker in ended]
+    return max(codes, key=lambda code: (code in STOPPED, code))  # some died before they could save
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 #
 #   source "$root/tools/launch.sh"
 #   prepare_run DEFAULT "$@"     # sets config, overrides and python, or ends the script
-#   start PROGRAM ARGUMENT ...   # in as many processes as GPUS, NNODES and HOSTFILE say
+#   start PROGRAM ARGUMENT ...   # in as many processes as GPUS and NNODES say
 #   finish PROGRAM ARGUMENT ...  # the same, in place of the script
 
 # shellcheck source=tools/environment.sh
@@ -17,25 +17,23 @@ dry_run=""
 prepare_run() {
   choose_config "$@"
   prepare_environment
-  if [[ -n ${HOSTFILE:-} && $HOSTFILE != /* ]]; then HOSTFILE="$PWD/$HOSTFILE"; fi
   cd -- "$root"
   make_demo_data
 }
 
-# usage_of_run ABOUT DEMO [MORE]
+# usage_of_run ABOUT [MORE]
 usage_of_run() {
   local run="./${0##*/}"
   cat <<TEXT
 $1
 
-  $run                                      $2
-  $run section.key=value ...                the demo with other settings
+  $run [section.key=value ...]              a demo of some minutes, CPU or GPU
   $run CONFIG [section.key=value ...]       a configuration of yours or of configs/
   $run ... --dry-run [--files=N] [--clips-per-second=N]
       what such a run would do and need; --files stands for lists of videos that are not there yet,
       and --clips-per-second, the speed of all processes together, adds the hours of the run
-${3:+
-$3}
+${2:+
+$2}
 The first start makes a Python environment in .venv and cuts the demo's clips.
 HPM_PYTHON=/path/to/python $run uses an environment that you have and installs nothing.
 
@@ -47,10 +45,7 @@ Several processes, each on a GPU of its own, or on the CPU where there are no GP
 
   GPUS=8 $run           on this machine
   GPUS=8 NNODES=2 NODE_RANK=0 MASTER_ADDR=NODE0 $run
-      on two machines: start this line on each, with its own NODE_RANK; MASTER_PORT is 29500 by
-      default
-  HOSTFILE=FILE $run    on the machines in FILE, which has one line for each,
-      such as "node0 slots=8"; DeepSpeed's launcher starts machines other than this one
+      on two machines: start this line on each, with its own NODE_RANK
   sbatch tools/slurm/job.sbatch     under slurm; see the comments in that file
 
 After SIGTERM or Ctrl-C the processes have HPM_GRACE seconds (300 by default) to save the state.
@@ -76,11 +71,7 @@ choose_config() {
         ;;
       --dry-run) dry_run=yes ;;
       --files=* | --clips-per-second=*) options+=("$argument") ;;
-      -*)
-        printf 'error: unknown option %s\n\n' "$argument" >&2
-        usage >&2
-        exit 2
-        ;;
+      -*) refuse "unknown option $argument; --help lists all" ;;
       *) overrides+=("$argument") ;;
     esac
   done
@@ -88,8 +79,7 @@ choose_config() {
   if (($# == 0)) || [[ $1 =~ $override && ! -f $1 ]]; then return; fi
   local kind="${config%/*}"
   config="$1"
-  shift
-  overrides=("$@")
+  overrides=("${@:2}")
   if [[ -f $config ]]; then
     config="$(cd -- "$(dirname -- "$config")" && pwd)/$(basename -- "$config")"
   elif [[ -f $root/$kind/$config.yaml ]]; then

@@ -13,17 +13,14 @@ import torch
 from torch import Tensor
 
 from hpm_video.data.batch import ClipBatch
-from hpm_video.mining.objective import HardPatchesMining, StudentOutput, average_errors
+from hpm_video.mining.objective import HardPatchesMining, average_errors
 from hpm_video.mining.validation import NUM_MASKS, Counts, Measures
 from hpm_video.randomness import uniform
 from hpm_video.tokens.masking import MaskRule
 from hpm_video.tokens.views import VIEWS
 from hpm_video.training.engine import Runner
-from hpm_video.training.fast import set_residual
 
 RANDOM = "random scores"
-ROUNDED = {"all, in bf16": "fp32", "all, in bf16 with engine.residual=bf16": "bf16"}
-"""The exact update in mixed precision, and its ``engine.residual``."""
 
 
 @torch.no_grad()
@@ -38,8 +35,7 @@ def measure_levers(
 
     ``VIEW/ranking``: the teacher's, as in validation, under ``NUM_MASKS`` random masks of each
     clip, which ``seed`` determines. ``VIEW/overlap``: share of the tokens picked by a teacher that
-    sees everything that are also picked under the view. ``random scores`` need no teacher. All is
-    computed in the precision of ``student``, but what :data:`ROUNDED` names.
+    sees everything that are also picked under the view. ``random scores`` need no teacher.
     ``SHARE/relative_error``, ``SHARE/student_ranking``: as in validation, on the decoded tokens.
     """
     counts, purposes = Counts(student.device), [f"fidelity {seed} {i}" for i in range(NUM_MASKS)]
@@ -47,7 +43,7 @@ def measure_levers(
         batch = cpu_batch.to(student.device)
         rule, scores = objective.masks[batch.source], dict[str, Tensor]()
         with student.autocast():
-            outputs: dict[float | str, list[StudentOutput]] = {
+            outputs = {
                 share: objective.evaluate(student, batch, purposes, decoded_share=share)
                 for share in {1.0, *shares}
             }
@@ -57,14 +53,6 @@ def measure_levers(
                 found = seeing.difficulty(batch)
                 assert found is not None
                 scores[view] = found
-        for name, residual in ROUNDED.items():
-            set_residual(residual, student.model, objective.ema)
-            with Runner(student.model, student.device, "bf16").autocast():
-                outputs[name] = objective.evaluate(student, batch, purposes)
-                rounded = objective.difficulty(batch)
-            assert rounded is not None
-            scores[name] = rounded
-        set_residual("fp32", student.model, objective.ema)
         scores[RANDOM] = uniform(batch.keys, rule.grid.num_tokens, f"random scores {seed}")
         for share, found_of_share in outputs.items():
             counts.add_outputs(f"{share}/", found_of_share)

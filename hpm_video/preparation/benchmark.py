@@ -1,14 +1,11 @@
-"""Measure how training clips are read, phase by phase and by several processes."""
+"""Measure how training clips are read: in phases, and by several processes."""
 
 import copy
-import multiprocessing
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpm_video.config.choices import DecoderName
-from hpm_video.data.batch import Sample
 from hpm_video.data.clips import VideoClips
 from hpm_video.data.loader import clip_batches
 from hpm_video.data.mixture import Places, deal_out
@@ -24,22 +20,13 @@ from hpm_video.data.reading import TrainReader
 from hpm_video.data.transforms import Box, Change, ClipTransform
 from hpm_video.decoding.locations import Section, frames_in, is_frame_folder, read_bytes
 from hpm_video.decoding.reader import DecodeError
-from hpm_video.files.failures import Failure, TooManyBadFiles
-from hpm_video.preparation.findings import stamp_of
-from hpm_video.workers.pool import NAME
-from hpm_video.workers.room import RoomError, memory_left
+from hpm_video.files.failures import Failure, TooManyBadFiles, tolerated
+from hpm_video.workers.room import RoomError
 
-IN_WORKERS = ("reading", "decoding", "augmenting")
-COPIES = 10  # number of batches whose transfer to a GPU is timed
+PHASES = ("reading", "decoding", "augmenting")
 NUM_PLACES = 4 * 10**6  # number of videos in the order that trials read
 READ_AHEAD = 1_000  # upper bound on the videos that a trial reads ahead without counting them
-WARMED_UP, SECONDS_OF_WARMUP = 2_000, 5.0  # limits of what is read into memory before a trial
-SAMPLED_SIZES = 200  # number of files from whose sizes the total is estimated
-MIB = 2**20
-
-Phases = Mapping[str, float]
-"""Seconds per clip of each phase: in a process that decodes alone; assembling, the work of the run
-itself; copying, from pinned memory to a GPU."""
+ENOUGH = 0.95  # share of the best rate at which fewer processes are preferred
 
 
 @contextmanager
@@ -69,45 +56,19 @@ class _TimedTransform(ClipTransform):
         return box, timed_change
 
 
-def fits_into_memory(clips: Sequence[VideoClips]) -> tuple[bool, str]:
-    """Say whether the system keeps all files in memory once they have been read. -> that, words"""
-    num_files, num_bytes, memory = 0, 0.0, memory_left()
-    for stream in clips:
-        files = [*dict.fromkeys(Section.parse(file).file for file in stream.manifest.files)]
-        num_files += len(files)
-        some = files[:: -(-len(files) // SAMPLED_SIZES)]
-        num_bytes += len(files) * sum(stamp_of(path).bytes or 0 for path in some) / len(some)
-    data = f"files: {num_files:,}, of about {max(1, num_bytes / MIB):,.0f} MiB, which"
-    if memory is not None and num_bytes < memory / 2:
-        return True, f"{data} fit into memory: read from there, as after the first epoch"
-    return False, f"{data} may not fit into memory: read from the disk, each once, as in training"
-
-
-def read_all(path: str) -> int:
-    """Read a file, a member of a tar or a folder of frames. -> the number of bytes"""
-    path = Section.parse(path).file
-    with suppress(DecodeError, OSError):
-        files = map(str, frames_in(path)) if is_frame_folder(path) else [path]
-        return sum(len(read_bytes(file)) for file in files)
-    return 0
-
-
 @dataclass
 class Trial:
     """Result of reading with one decoder, by the number of processes."""
 
     decoder: DecoderName | None  # none for images
     rates: dict[int, float] = field(default_factory=dict)  # clips per second
-    assembling: dict[int, float] = field(default_factory=dict)  # seconds of the run per clip
-    worker_seconds: dict[int, float] = field(default_factory=dict)
-    """Seconds of the processes' cores per clip; 0 where the system does not tell."""
     files: set[str] = field(default_factory=set)
     refused: dict[str, Failure] = field(default_factory=dict)
     error: TooManyBadFiles | RoomError | None = None  # the last reason why a rate is missing
 
 
 class Trials:
-    """Read the clips of a training run for some seconds, again and again."""
+    """Read the clips of a training run, each time other videos, as in its first epoch."""
 
     def __init__(
         self,
@@ -115,12 +76,11 @@ class Trials:
         weights: Sequence[float],
         device: torch.device,
         *,
-        in_memory: bool,
         batch_size: int,
         seconds: float,
     ) -> None:
-        """``weights``: of the sources. ``in_memory``: what is read has been read before."""
-        self.clips, self.device, self.in_memory = clips, device, in_memory
+        """``weights``: of the sources. ``seconds``: how long a trial takes."""
+        self.clips, self.gpu = clips, device if device.type == "cuda" else None
         self.batch_size, self.seconds = batch_size, seconds
         self._sources = deal_out(weights, NUM_PLACES // batch_size)
         self._next_batch = 0
@@ -129,62 +89,41 @@ class Trials:
         """Return the videos to read next, in order."""
         return Places(self._sources, self.batch_size, self._next_batch)
 
-    def advance(self, count: int) -> None:
-        """Skip ``count`` videos: those that are read from the disk must not be read twice."""
-        if not self.in_memory:
-            self._next_batch += -(-count // self.batch_size)
-            if self._next_batch > 0.9 * len(self._sources):
-                self._next_batch = 0
-
     def phases(self, count: int, decoder: DecoderName | None = None) -> dict[str, float]:
-        """Time each phase of the next ``count`` videos but assembling, in this process alone.
+        """Return the seconds per clip of each phase, of ``count`` videos in this process alone.
 
-        DecodeError: none of the files decodes.
+        Raises:
+            DecodeError: none of the files decodes.
         """
-        places = list(islice(self.places(), count))
-        self.advance(count)
         streams = [_fresh(stream, decoder) for stream in self.clips]
-        seconds = dict.fromkeys(IN_WORKERS, 0.0)
-        samples: list[Sample] = []
-        failure: DecodeError | OSError | None = None
-        for place in places:
+        seconds = dict.fromkeys(PHASES, 0.0)
+        num_clips, failure = 0, "there are none"
+        for place in islice(self.places(), count):
             request = streams[place.source].request(place.position)
             reader = reader_of(streams[place.source])
             reader = replace(reader, transform=_TimedTransform(reader.transform, seconds))
             try:
-                if self.in_memory:
-                    read_all(request.path)
                 with timed(seconds, "reading"):
                     read_all(request.path)
                 with timed(seconds, "decoding"):
-                    samples.append(reader(request))
+                    num_clips += len(reader(request).clips)
             except (DecodeError, OSError) as error:
-                failure = error
-        if not samples:
-            raise DecodeError(f"none of the first {len(places)} files decodes. The last: {failure}")
+                failure = str(error)
+        self._advance(count)
+        if not num_clips:
+            raise DecodeError(f"none of the first {count} files decodes. The last: {failure}")
         seconds["decoding"] -= seconds["augmenting"]
-        num_clips = sum(len(sample.clips) for sample in samples)
-        found = {phase: total / num_clips for phase, total in seconds.items()}
-        copied = samples[0].clips.repeat(self.batch_size, 1, 1, 1, 1)
-        return found | {"copying": copy_seconds(copied, self.device)}
+        return {phase: total / num_clips for phase, total in seconds.items()}
 
     def read(self, trial: Trial, workers: int) -> None:
         """Read with that many processes, and add the result to ``trial``."""
-        places, began = self.places(), time.monotonic()
-        warmed_up = islice(places, WARMED_UP if self.in_memory else 0)
-        requests = (self.clips[each.source].request(each.position) for each in warmed_up)
-        for path in dict.fromkeys(request.path for request in requests):
-            read_all(path)
-            if time.monotonic() > began + SECONDS_OF_WARMUP:
-                break
         streams = [_fresh(stream, trial.decoder) for stream in self.clips]
+        options = {"batch_size": self.batch_size, "workers": workers, "gpu": self.gpu}
         count, videos = 0, READ_AHEAD
         try:
-            gpu = self.device if self.device.type == "cuda" else None
-            options = {"batch_size": self.batch_size, "workers": workers, "gpu": gpu}
-            with closing(clip_batches(streams, places, **options)) as batches:
+            with closing(clip_batches(streams, self.places(), **options)) as batches:
                 trial.files.update(next(batches).files)
-                began, own, others = time.perf_counter(), time.process_time(), worker_seconds()
+                began = time.perf_counter()
                 for batch in batches:
                     trial.files.update(batch.files)
                     count += len(batch.clips)
@@ -192,41 +131,45 @@ class Trials:
                     if time.perf_counter() > began + self.seconds:
                         break
                 trial.rates[workers] = count / (time.perf_counter() - began)
-                trial.assembling[workers] = (time.process_time() - own) / count
-                trial.worker_seconds[workers] = (worker_seconds() - others) / count
         except (RoomError, TooManyBadFiles) as error:
             trial.error = error
             if isinstance(error, TooManyBadFiles):
                 trial.rates.clear()
         for stream in streams:
             trial.refused |= stream.bad
-        self.advance(videos)
+        self._advance(videos)
+
+    def _advance(self, videos: int) -> None:
+        """Skip videos: what was read before comes from memory, faster than in a first epoch."""
+        self._next_batch += -(-videos // self.batch_size)
 
 
-def copy_seconds(clips: Tensor, device: torch.device) -> float:
-    """Return the seconds in which a GPU fetches a clip from pinned memory, by its own clock."""
-    if device.type != "cuda":
-        return 0.0
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    pinned = clips.pin_memory()
-    pinned.to(device, non_blocking=True)  # the first one takes memory
-    began.record()
-    for _ in range(COPIES):
-        pinned.to(device, non_blocking=True)
-    ended.record()
-    ended.synchronize()
-    return began.elapsed_time(ended) / 1000 / COPIES / len(clips)
+def choose_setting(trials: Sequence[Trial], max_bad_share: float) -> tuple[Trial, int]:
+    """Return the decoder and the fewest processes that are nearly as fast as the best.
+
+    Decoders that refuse more files than training tolerates are left out, unless all do. Raises the
+    error of a trial where none has a rate.
+    """
+    measured = [trial for trial in trials if trial.rates]
+    if not measured:
+        raise next(trial.error for trial in trials if trial.error)
+    usable = [
+        trial
+        for trial in measured
+        if len(trial.refused) <= tolerated(len(trial.files | trial.refused.keys()), max_bad_share)
+    ]
+    settings = [(trial, workers) for trial in usable or measured for workers in trial.rates]
+    best = max(trial.rates[workers] for trial, workers in settings)
+    enough = [(t, workers) for t, workers in settings if t.rates[workers] >= ENOUGH * best]
+    return min(enough, key=lambda setting: (setting[1], -setting[0].rates[setting[1]]))
 
 
-def worker_seconds() -> float:
-    """Return the seconds of cores that the processes of pools have taken so far, by /proc."""
-    ticks = 0
-    for child in multiprocessing.active_children():
-        with suppress(OSError):
-            if child.name == NAME:
-                words = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-                ticks += int(words[11]) + int(words[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+def read_all(path: str) -> None:
+    """Read a file, a member of a tar or a folder of frames."""
+    path = Section.parse(path).file
+    with suppress(DecodeError, OSError):
+        for file in map(str, frames_in(path)) if is_frame_folder(path) else [path]:
+            read_bytes(file)
 
 
 def reader_of(stream: VideoClips) -> TrainReader:

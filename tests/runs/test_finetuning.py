@@ -341,9 +341,9 @@ def test_an_untrained_encoder_to_compare_with(finished_run):
 
 def test_a_comparison_of_starts(finetune_config, run_tool, tmp_path):
     output = tmp_path / "comparison"
-    arguments = ["compare_pretraining", finetune_config, "--output", output, "--updates", "3"]
-    arguments += ["--labels", "2", "--base-lrs", "0.1", "0.2", "--seeds", "0"]
-    code, said = run_tool(*arguments)
+    arguments = ["compare_pretraining", finetune_config, "recipe.epochs=2"]
+    arguments += ["recipe.warmup_epochs=0.5", "--base-lrs", "0.1", "0.2", "--seeds", "0"]
+    code, said = run_tool(*arguments, "--output", output)
     assert code == 0, said
     trials = json.loads((output / "comparison.json").read_text())
     assert [(trial["start"], trial["base_lr"]) for trial in trials] == [
@@ -353,16 +353,14 @@ def test_a_comparison_of_starts(finetune_config, run_tool, tmp_path):
         ("scratch", 0.2),
     ]
     for trial in trials:
-        run = output / f"{trial['start']}-2-lr{trial['base_lr']:g}-seed0"
+        run = output / f"{trial['start']}-lr{trial['base_lr']:g}-seed0"
         assert result_of(folder_tested(run))["top1"] == trial["top1"]
-        assert "6 files to train on" in said
-    assert len(read_manifest(output / "train-2-seed0.csv")) == 6
     assert said.count("<- best") == 2
     assert said.count("start from weights of") == 2
     assert said.count("the model starts from scratch") == 2
-    again = run_tool(*arguments)[1]
+    again = run_tool(*arguments, "--output", output)[1]
     assert again.count("is complete: 3 updates were made") == 4
-    assert again.splitlines()[-8:] == said.splitlines()[-8:]
+    assert again[again.index("top-1 of each seed") :] == said[said.index("top-1 of each seed") :]
 
 
 def test_a_run_goes_on_where_its_first_weights_are_gone(

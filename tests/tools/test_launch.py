@@ -32,9 +32,9 @@ WHO = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
 # takes seconds. TOLD is what each writes down, ADDED how torch does it.
 TOLD = """
 import json, os, socket, sys, time
-names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "HPM_MARK")
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
 found = {name: os.environ.get(name) for name in names}
-found |= {"total": total(), "arguments": sys.argv[1:], "path": sys.path}
+found |= {"total": total(), "arguments": sys.argv[1:]}
 open(os.environ["FOUND"] + f"/{os.environ['RANK']}.json", "w").write(json.dumps(found))
 """
 MEET = (
@@ -242,21 +242,21 @@ def launch_with(settle, ending, processes, program):
 
 
 def test_others_of_one_that_fails_may_have_their_say(tmp_path, started):
-    text = "if rank == 1: sys.exit(2)\nwait_for_end_of(1)\nprint('the message')\nsys.exit(1)"
+    text = "if rank == 1: sys.exit(3)\nwait_for_end_of(1)\nprint('the message')\nsys.exit(1)"
     program = write_program(tmp_path, ENDS + text)
     job = started(launch_with(FOREVER, FOREVER, 2, program), FOUND=tmp_path)
     status, out, err = finish(job)
-    assert (status, out) == (2, "the message\n")
+    assert (status, out) == (3, "the message\n")
     assert "rank 1 of 2 (pid " in err
-    assert "ended with code 2, and the job with it" in err
+    assert "ended with code 3, and the job with it" in err
 
 
 def test_others_of_one_that_fails_are_ended(tmp_path, started):
-    program = write_program(tmp_path, ENDS + "if rank == 1: sys.exit(2)\nwait_for_end_of(0)")
+    program = write_program(tmp_path, ENDS + "if rank == 1: sys.exit(3)\nwait_for_end_of(0)")
     job = started(launch_with(0, FOREVER, 2, program), FOUND=tmp_path)
     status, _, err = finish(job)
-    assert status == 2
-    assert "ended with code 2, and the job with it" in err
+    assert status == 3
+    assert "ended with code 3, and the job with it" in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
@@ -429,127 +429,6 @@ def test_torchrun_starts_the_same_programs(tmp_path, started):
     job = started([*command, "--nproc-per-node", 2, program], FOUND=tmp_path)
     assert finish(job)[0] == 0
     assert [one["total"] for one in read_found(tmp_path)] == [3, 3]
-
-
-# --- A hostfile ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hostfile(tmp_path):
-    path = tmp_path / "my hosts"
-    path.write_text("# this machine\nlocalhost slots=2\n")
-    return path
-
-
-def test_hostfile(tmp_path, started, hostfile):
-    program = write_program(tmp_path, MEET)
-    command = [sys.executable, LAUNCH, "--hostfile", hostfile, program, "a b", "--dry-run"]
-    job = started(command, FOUND=tmp_path, HPM_MARK="mine")
-    status, _, err = finish(job)
-    assert status == 0, err
-    found = read_found(tmp_path)
-    assert [(one["RANK"], one["LOCAL_RANK"], one["total"]) for one in found] == [
-        ("0", "0", 3),
-        ("1", "1", 3),
-    ]
-    assert found[0]["arguments"] == ["a b", "--dry-run"]
-    assert (found[0]["HPM_MARK"], found[0]["LOCAL_WORLD_SIZE"]) == ("mine", "2")
-
-
-@pytest.mark.parametrize(("ending", "code"), [("stop", 75), ("kill", 1)])
-def test_how_a_job_of_a_hostfile_ends(tmp_path, started, hostfile, ending, code):
-    program = write_program(tmp_path, WHO + STOPPABLE)
-    job = started([sys.executable, LAUNCH, "--hostfile", hostfile, program], FOUND=tmp_path)
-    pids = [int(wait_for(tmp_path / f"ready{rank}")) for rank in (0, 1)]
-    if ending == "stop":
-        job.terminate()
-    else:
-        os.kill(pids[1], signal.SIGKILL)
-    status, _, err = finish(job)
-    assert status == code, err
-    assert ("was killed by SIGKILL" in err) == (ending == "kill")
-    if ending == "stop":
-        assert [(tmp_path / f"asked{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
-
-
-# Stand for ssh and for pdsh, which runs one line on every machine with %n for its number.
-SSH = "#!/usr/bin/env bash\necho 127.0.0.1\n"
-PDSH = """#!/usr/bin/env bash
-while [[ $1 == -* ]]; do
-  case "$1" in -w) IFS=, read -ra hosts <<<"$2"; shift 2 ;; -f) shift 2 ;; *) shift ;; esac
-done
-line="$*"
-for number in "${!hosts[@]}"; do
-  env -i PATH="$PATH" HOME="$HOME" FOUND="$FOUND" bash -c "${line//%n/$number}" &
-  started+=("$!")
-done
-worst=0
-for one in "${started[@]}"; do
-  code=0; wait "$one" || code=$?
-  if ((code > worst)); then worst=$code; fi
-done
-exit "$worst"
-"""
-
-
-def test_hostfile_of_two_machines(tmp_path, started, hostfile, reserve_port):
-    """The real launcher of DeepSpeed; the two machines are this one, without its variables."""
-    pytest.importorskip("deepspeed")
-    hostfile.write_text("node0 slots=1\nnode1 slots=1\n")
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for name, text in (("ssh", SSH), ("pdsh", PDSH)):
-        (tools / name).write_text(text)
-        (tools / name).chmod(0o755)
-    (tmp_path / ".deepspeed_env").write_text("OMP_NUM_THREADS=5\n")
-    program = write_program(tmp_path, MEET)
-    job = started(
-        [
-            sys.executable,
-            LAUNCH,
-            "--hostfile",
-            hostfile,
-            program,
-            "a b",
-            "size=[2,3]",
-            "name=$HOME(1)",
-        ],
-        FOUND=tmp_path,
-        HPM_MARK="my mark",
-        PATH=f"{tools}:{os.environ['PATH']}",
-        PYTHONPATH="/my/path",
-        MASTER_PORT=reserve_port(),
-        CWD=tmp_path,
-        HOME=tmp_path / "home",
-    )
-    status, _, err = finish(job)
-    assert status == 0, err
-    found = read_found(tmp_path)
-    assert [(one["RANK"], one["total"]) for one in found] == [("0", 3), ("1", 3)]
-    for one in found:
-        assert one["arguments"] == ["a b", "size=[2,3]", "name=$HOME(1)"]
-        assert (one["HPM_MARK"], one["OMP_NUM_THREADS"]) == ("my mark", "5")
-        assert "/my/path" in one["path"]
-        assert one["path"].count(str(tmp_path)) == 1  # the program's own folder
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("node0\n", "'node0' is no host; write a line such as 'node0 slots=8'"),
-        ("\n", "names no host"),
-        ("a slots=1\na slots=1\n", "names a twice"),
-        ("a slots=1\nb slots=1\n", "no program pdsh"),
-    ],
-)
-def test_mistaken_hostfile(tmp_path, started, text, message):
-    path = tmp_path / "hosts"
-    path.write_text(text)
-    program = write_program(tmp_path, "print('started')")
-    job = started([sys.executable, LAUNCH, "--hostfile", path, program], PATH=tmp_path)
-    status, out, err = finish(job)
-    assert (status, out) == (2, "")
-    assert message in err
 
 
 # --- Slurm --------------------------------------------------------------------------------------

@@ -20,19 +20,18 @@ FILES = (
     "pyproject.toml",
     "tests/requirements.txt",
     "tools/environment.sh",
-    "tools/hostfile.py",
     "tools/launch.py",
     "tools/launch.sh",
 )
 # What says how many processes to start.
-PROCESSES = {"GPUS", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "HOSTFILE"}
+PROCESSES = {"GPUS", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
 # Stands for Python: says yes to the checks (-c) and writes down what else it is started with, of
 # the launcher what that starts.
 RECORDER = """#!/usr/bin/env bash
 if [[ $1 == -c ]]; then exit 0; fi
 [[ $1 != tools/launch.py ]] || shift
-printf '%s\\n' "$PWD" "$@" ${HOSTFILE:+"hosts: $HOSTFILE"} -- >>"$RECORD"
+printf '%s\\n' "$PWD" "$@" -- >>"$RECORD"
 if [[ $1 == tools/* ]]; then exit "${EXIT_CODE:-0}"; fi
 """
 
@@ -244,11 +243,6 @@ def test_the_launcher_starts_all_programs(clone: Clone) -> None:
         ["tools/launch.py", *PRETRAIN_FIRST],
         ["tools/launch.py", "tools/finetune.py", FINETUNE],
     ]
-
-
-def test_a_hostfile_is_looked_up_from_the_callers_folder(clone: Clone) -> None:
-    assert clone.run("run_pretrain.sh", *OTHER[1:], env={"HOSTFILE": "my hosts"}).returncode == 0
-    assert clone.starts()[0][-1] == f"hosts: {clone.elsewhere}/my hosts"
 
 
 def test_a_dry_run_may_go_without_data(clone: Clone) -> None:

@@ -1,6 +1,6 @@
-"""The measuring tools, started as a user starts them, at tiny sizes."""
+"""The measuring tool, at tiny sizes."""
 
-import importlib.util
+import importlib
 import json
 import re
 import shutil
@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
-from hpm_video.decoding.registry import available_decoders
 from hpm_video.runs.autotune import trial_update
 from hpm_video.runs.cost import cost_of_clips
 from hpm_video.runs.pretraining import Pretraining
@@ -41,11 +40,11 @@ HPM = {"strategy": "easy_to_hard", "predictor": "relative"}
 
 
 @pytest.fixture
-def tool(run_tool):
-    """Run ``tools/NAME.py``. -> its output"""
+def bench(call_tool):
+    """Run ``tools/bench.py``. -> its output"""
 
-    def start(name, *arguments, code=0):
-        ended, output = run_tool(name, *arguments)
+    def start(*arguments, code=0):
+        ended, output = call_tool("bench", *arguments)
         assert ended == code, output
         return output
 
@@ -74,28 +73,15 @@ def assert_quotient(found, above, below):
     assert least - 0.006 <= found <= most + 0.006
 
 
-def test_blockwise_ranking_loss_is_the_same_and_takes_less_memory(tool, tmp_path):
-    sizes = ("--clips", 8, "--tokens", 600, "--turns", 1, "--repeats", 1, "--device", "cpu")
-    output = tool("bench", "losses", *sizes, "--threads", 1, "--output", tmp_path / "t.json")
-    plain, blockwise = (row(output, name) for name in ("plain", "blockwise"))
-    (rows,) = json.loads((tmp_path / "t.json").read_text()).values()
-    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-5)
-    tensor = 8 * 600 * 600 * 4 / 1e6  # B x M x M in float32; the plain form holds several
-    assert plain[2] > 2 * tensor
-    assert blockwise[2] < 2 * tensor
-    assert_quotient(blockwise[1], plain[0], blockwise[0])
-
-
-def test_updates_are_timed_in_both_precisions(tool, write_config, tmp_path):
+def test_updates_are_timed_in_both_precisions(bench, write_config, tmp_path):
     path, table = write_config("tiny", **TINY, **HPM), tmp_path / "table.json"
     arguments = ("--clips", 2, "--repeats", 1, "--output", table)
-    output = tool("bench", "update", path, *arguments, "--against", "masking.ratio=0.5", "seed=1")
+    output = bench("update", path, *arguments, "--against", "masking.ratio=0.5", "seed=1")
     assert "\nupdates of 2 clips, cpu with 1 thread\n" in output
     full, half = row(output, "tiny, fp32"), row(output, "tiny, bf16")
     for milliseconds, _, clips_per_second, *_ in (full, half):
         assert_quotient(clips_per_second, 2000, milliseconds)
     assert_quotient(half[1], full[0], half[0])
-    assert re.search(r"^engine.precision=auto takes (fp32|bf16) here: ", output, re.M)
     assert re.search(r"^100 % MFU in bf16: .* TFLOP/s, by a product of two large", output, re.M)
     tables = json.loads(table.read_text())
     rows = tables["updates of 2 clips, cpu with 1 thread"]
@@ -112,12 +98,9 @@ def test_updates_are_timed_in_both_precisions(tool, write_config, tmp_path):
     assert parts["forward pass: all of it"] > parts["student"] > 0
     assert parts["teacher: all of it"] > parts["encoder"] > 0
     assert {"backward pass", "optimizer", "moving average", "ranking loss"} < parts.keys()
-    kernels = tables["kernels of an update, tiny, bf16"]
-    assert {"matrix products", "attention", "copies and casts"} < {k["kernels"] for k in kernels}
-    assert sum(kind["share, %"] for kind in kernels) == pytest.approx(100)
 
 
-def test_the_cost_of_a_clip_is_that_of_the_shapes(count_flops, write_config):
+def test_the_cost_of_a_clip_is_that_of_the_shapes(count, write_config):
     """A real update of two clips multiplies and adds as often."""
     path = write_config("tiny", **TINY, **HPM)
     plain = ["masking.strategy=random", "mining.predictor=none"]
@@ -125,7 +108,7 @@ def test_the_cost_of_a_clip_is_that_of_the_shapes(count_flops, write_config):
     first, last = Progress(0, 0.0, 2), Progress(9, 1.5, 2)
     for overrides in ([], plain, ["mining.target=ema"]):
         config = load_config(PretrainConfig, path, overrides)
-        student, teacher = count_flops.count(config)
+        student, teacher = count(config)
         cost = cost_of_clips(load_config(PretrainConfig, path, [*overrides, again]))
         assert cost("", last) / 2e9 == pytest.approx(student + teacher)
         update = trial_update(Pretraining(config), torch.device("cpu"), "fp32", 2)
@@ -135,84 +118,54 @@ def test_the_cost_of_a_clip_is_that_of_the_shapes(count_flops, write_config):
             assert counter.get_total_flops() / 2 == pytest.approx(cost("", progress))
 
 
-def test_levers_are_compared_on_a_checkpoint(tool, finished_run, videos, tmp_path):
+def test_levers_are_compared_on_a_checkpoint(bench, finished_run, videos, tmp_path):
     data, table = videos / "validation", tmp_path / "table.json"
     options = ("--clips", 3, "--seeds", 2, "--device", "cpu", "--output", table)
-    output = tool("bench", "fidelity", finished_run, data, *options)
+    output = bench("fidelity", finished_run, data, *options)
     assert "3 clips, 2 sets of masks" in output
     (rows,) = json.loads(table.read_text()).values()
     exact, *others = rows
     assert (exact["teacher sees"], exact["decoded share"], exact["of exact"]) == ("all", 1, 1)
     assert exact["overlap"] == "1.000 +- 0.000"
-    assert len(others) == 12
-    rounded = [line for line in others if "bf16" in line["teacher sees"]]
-    assert len(rounded) == 2
+    assert len(others) == 10
     for line in others:
-        assert line["of exact"] == line["GMAC"] / exact["GMAC"]
-        assert (line["of exact"] == 1) == (line in rounded)
+        assert line["of exact"] == line["GMAC"] / exact["GMAC"] < 1
 
 
-def test_a_checkpoint_that_picks_nothing_has_no_levers(tool, finished_run, videos, tmp_path):
+def test_a_checkpoint_that_picks_nothing_has_no_levers(bench, finished_run, videos, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree((finished_run / "checkpoints" / "last").resolve(), checkpoint)
     config = checkpoint / "config.yaml"
     config.write_text(config.read_text().replace("easy_to_hard", "random"))
-    error = tool("bench", "fidelity", checkpoint, videos / "validation", code=2)
+    error = bench("fidelity", checkpoint, videos / "validation", code=2)
     assert "masking.strategy=random, so its teacher picks nothing" in error
 
 
 def test_costs_without_levers_are_refused_before_anything_is_measured(
-    tool, finished_run, videos, write_config
+    bench, finished_run, videos, write_config
 ):
     costs = write_config("ema", **TINY, **HPM)
     costs.write_text(costs.read_text().replace("mining: {", "mining: {target: ema, "))
     options = ("--costs", costs, "--device", "cpu")
-    error = tool("bench", "fidelity", finished_run, videos / "validation", *options, code=2)
+    error = bench("fidelity", finished_run, videos / "validation", *options, code=2)
     assert f"{costs} has mining.target=ema and predictor=relative" in error
 
 
-def test_decoding_is_timed_against_the_straightforward_way(tool, videos):
-    video = next((videos / "train").iterdir())
-    output = tool("bench", "decoding", video, "--repeats", 1, "--views", "1x1")
-    tables = ["train", "test", "4 training clips"]
-    assert re.findall(rf"^({'|'.join(tables)})$", output, re.M) == tables
-    assert re.search(r"^ *one by one .*\n *in one pass +[\d.]+ +[\d.]+$", output, re.M)
-    for way in ("straightforward", *available_decoders()):
-        assert len(re.findall(rf"^ *{way} +[\d.]+ +[\d.]+$", output, re.M)) == 2, output
-
-
-def test_prepared_files_are_timed_beside_untouched_ones(tool, videos, tmp_path):
-    first = next((videos / "train").iterdir())
-    prepared = tmp_path / "manifest.csv"
-    prepared.write_text(f"path,kept_every\n{first},4\n")
-    options = ("--repeats", 1, "--views", "1x1", "--decoders", "pyav")
-    tool("bench", "decoding", first, prepared, *options, "--output", tmp_path / "t.json")
-    single, several = ["straightforward", "pyav"], ["one by one", "in one pass"]
-    tables = json.loads((tmp_path / "t.json").read_text()).values()
-    for rows, ways in zip(tables, (single, single, several), strict=True):
-        of = {(row["file"], row["way"]): row for row in rows}
-        assert [*of] == [(str(file), way) for file in (first, prepared) for way in ways]
-        for (_, way), row in of.items():
-            assert row["as the first"] == pytest.approx(of[str(first), way]["ms"] / row["ms"])
-
-
-def test_a_misspelt_key_is_one_line(tool):
-    error = tool("bench", "update", "configs/pretrain/demo.yaml", "recipe.epoch=3", code=2)
+def test_a_misspelt_key_is_one_line(bench):
+    error = bench("update", "configs/pretrain/demo.yaml", "recipe.epoch=3", code=2)
     assert error.strip().startswith("error: ")
     assert "recipe.epoch" in error
     assert error.strip().count("\n") == 0
 
 
 @pytest.fixture
-def count_flops():
-    path = ROOT / "tools" / "count_flops.py"
-    specification = importlib.util.spec_from_file_location("count_flops_tool", path)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+def count(monkeypatch):
+    """Count the multiply-adds of a config."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    return importlib.import_module("bench_flops").count
 
 
-def test_multiply_adds_of_several_sources_are_averaged_by_their_weights(count_flops, write_config):
+def test_multiply_adds_of_several_sources_are_averaged_by_their_weights(count, write_config):
     path = write_config("tiny", **TINY, **HPM)
     mixed = load_config(
         PretrainConfig,
@@ -228,36 +181,32 @@ def test_multiply_adds_of_several_sources_are_averaged_by_their_weights(count_fl
     clips, of_images = (load_config(PretrainConfig, path, extra) for extra in ([], images))
     expected = [
         0.8 * of_clip + 0.2 * of_image
-        for of_clip, of_image in zip(
-            count_flops.count(clips), count_flops.count(of_images), strict=True
-        )
+        for of_clip, of_image in zip(count(clips), count(of_images), strict=True)
     ]
-    assert count_flops.count(mixed) == pytest.approx(expected)
-    assert count_flops.count(of_images)[0] > 1.1 * count_flops.count(clips)[0]
+    assert count(mixed) == pytest.approx(expected)
+    assert count(of_images)[0] > 1.1 * count(clips)[0]
 
 
-def test_a_teacher_that_is_the_target_is_counted_without_its_decoder(count_flops, write_config):
+def test_a_teacher_that_is_the_target_is_counted_without_its_decoder(count, write_config):
     path = write_config("tiny", **TINY, **HPM)
-    scores = count_flops.count(load_config(PretrainConfig, path, []))[1]
+    scores = count(load_config(PretrainConfig, path, []))[1]
     features = ["masking.strategy=random", "mining.predictor=none", "mining.target=ema"]
-    encodes = count_flops.count(load_config(PretrainConfig, path, features))[1]
+    encodes = count(load_config(PretrainConfig, path, features))[1]
     pixels = [*features[:2], "mining.target=raw"]
-    assert count_flops.count(load_config(PretrainConfig, path, pixels))[1] == 0
+    assert count(load_config(PretrainConfig, path, pixels))[1] == 0
     assert 0 < encodes < scores
 
 
-def test_multiply_adds_of_the_page_on_scaling_are_those_of_its_config(count_flops):
+def test_multiply_adds_of_the_page_on_scaling_are_those_of_its_config(count):
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     told = re.search(r"(\d+) GMAC per clip for the student and (\d+)", page)
     config = load_config(PretrainConfig, ROOT / "configs" / "pretrain" / "k400_hpm_b.yaml", [])
-    assert [int(number) for number in told.groups()] == pytest.approx(
-        count_flops.count(config), abs=0.51
-    )
+    assert [int(number) for number in told.groups()] == pytest.approx(count(config), abs=0.51)
 
 
-def test_multiply_adds_are_those_of_the_shapes(tool, write_config):
+def test_multiply_adds_are_those_of_the_shapes(bench, write_config):
     paths = [write_config("plain", **WIDE, **PLAIN), write_config("hpm", **WIDE, **HPM)]
-    output = tool("count_flops", *paths)
+    output = bench("flops", *paths)
     tokens, visible, masked, values = 128, 32, 96, 3 * 2 * 8 * 8
 
     def blocks(num_tokens, dim):
@@ -279,7 +228,7 @@ def test_multiply_adds_are_those_of_the_shapes(tool, write_config):
     hpm = plain + 3 * predictor
     assert row(output, "hpm") == pytest.approx([hpm / 1e9, teacher(tokens) / 1e9], abs=0.051)
     levers = ("mining.teacher_sees=checkerboard", "mining.decoded_share=0.5")
-    output = tool("count_flops", paths[1], "--set", *levers)
+    output = bench("flops", paths[1], "--set", *levers)
     decoders = 2 * blocks(visible + masked // 2, 512) + masked // 2 * 512 * (values + 1)
     fast = 2 * embed + 3 * (encoder + decoders)
     assert row(output, "hpm") == pytest.approx([fast / 1e9, teacher(tokens // 2) / 1e9], abs=0.051)

@@ -1,36 +1,35 @@
-"""Updates that tools/bench.py measures: time, use of the device, memory, and the parts of each."""
+"""Time whole updates by a config, and the parts of an update: bench.py update CONFIG ...
+
+An update is the student's forward and backward pass, the optimizer step and the teacher, on random
+pixels; no video is decoded. It belongs to the last epoch, in which the teacher scores if it ever
+does. Alternatives take turns, and medians are shown: ratios carry over to other machines, times do
+not. By default updates are timed in bf16 on a GPU, eager and compiled, and elsewhere eager in fp32
+and bf16. A config with a teacher is compared with a plain masked autoencoder of the same shape;
+--against adds others.
+"""
 
 import argparse
 import gc
-import re
 import shlex
 import statistics
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 from unittest.mock import patch
 
 import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.config.training import CompileMode
 from hpm_video.files.wording import counted
 from hpm_video.mining import objective as mining
-from hpm_video.runs.autotune import (
-    TIMED_CLIPS,
-    Trial,
-    last_epoch,
-    trial_update,
-)
+from hpm_video.runs.autotune import TIMED_CLIPS, Trial, last_epoch, trial_update
 from hpm_video.runs.console import add_config, positive
 from hpm_video.runs.cost import cost_of_clips
 from hpm_video.runs.finetuning import Finetuning, resolve
@@ -40,33 +39,21 @@ from hpm_video.training.device import (
     AUTOCAST,
     Precision,
     choose_device,
-    choose_precision,
     peak_flops,
-    product_flops,
     time_updates,
     wait_for,
 )
 from hpm_video.training.fast import choose_compiling
 
 Rows = list[dict[str, Any]]
-Tables = Iterator[tuple[str, Rows]]  # titles and rows in the order of measurement
 TURNS = 3
-CONFIGS = Path(__file__).parents[1] / "configs" / "pretrain"
-MEASURED = {"k400_hpm_b": 64, "k400_hpm_l": 32, "in1k_hpm_b": 256}  # and their clips per update
 PLAIN = ("mining.predictor=none", "masking.strategy=random")
-KERNELS = {  # patterns of their names; the first kind that matches counts
-    "attention": "attention|fmha|flash|sdp",
-    "matrix products": "gemm|nvjet|cutlass|xmma|mm$|mkl|linear",
-    "fused by the compiler": "triton|cpp_fused",
-    "norms, GELU and softmax": "norm|gelu|softmax",
-    "copies and casts": "copy|memcpy|memset|cat",
-}
 
 
-def add_arguments(update: argparse.ArgumentParser, gpu: argparse.ArgumentParser) -> None:
-    """Add the options of both commands."""
-    add = update.add_argument
-    add_config(update, "a file of configs/")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    add = parser.add_argument
+    add_config(parser, "a file of configs/")
     add("--clips", type=positive, help=f"clips per update; default: at most {TIMED_CLIPS}")
     add("--repeats", type=positive, default=5, help="timed updates per turn (5)")
     words = "'section.key=value ...' or 'CONFIG section.key=value ...'"
@@ -74,32 +61,10 @@ def add_arguments(update: argparse.ArgumentParser, gpu: argparse.ArgumentParser)
     add("--against", action="append", default=[], metavar="WORDS", help=against)
     for name, known in (("--precision", [*AUTOCAST]), ("--compile", get_args(CompileMode))):
         add(name, action="append", choices=known, help="to time; may be given several times")
-    gpu.set_defaults(overrides=[], against=[], precision=None, compile=None, repeats=5)
 
 
-def compare(ways: Mapping[str, Callable[[int], float]], turns: int, *, warmup: int = 0) -> Rows:
-    """Make a row for each way: its median time, and how many times as fast as the first it is.
-
-    Each is timed once in a turn. The first ``warmup`` turns do not count.
-    """
-    seconds = [{name: way(turn) for name, way in ways.items()} for turn in range(warmup + turns)]
-    medians = {name: statistics.median(turn[name] for turn in seconds[warmup:]) for name in ways}
-    first = next(iter(medians.values()))
-    return [
-        {"way": name, "ms": 1000 * median, "times as fast": first / median}
-        for name, median in medians.items()
-    ]
-
-
-def update(arguments: argparse.Namespace) -> Tables:
-    """Time whole updates by a config, and the parts of an update.
-
-    An update is the student's forward and backward pass, the optimizer step and the teacher, on
-    random pixels; no video is decoded. It belongs to the last epoch, in which the teacher scores if
-    it ever does. By default updates are timed in bf16 on a GPU, eager and compiled, and elsewhere
-    eager in fp32 and bf16. A config with a teacher is compared with a plain masked autoencoder of
-    the same shape; --against adds others.
-    """
+def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, Rows]]:
+    """Make a table of the updates, and one of the parts of each update by the config itself."""
     tasks = tasks_to_compare(arguments)
     task = next(iter(tasks.values()))
     how, clips = task.config.engine, arguments.clips
@@ -119,44 +84,16 @@ def update(arguments: argparse.Namespace) -> Tables:
         )
         for name, precision, mode in product(tasks, precisions, modes)
     }
-    timed = {name: partial(way.measure, arguments.repeats) for name, way in ways.items()}
-    rows = compare(timed, TURNS)
-    add_speed(rows, [*ways.values()])
-    yield f"updates of {counted(clips, 'clip')}, {describe(device)}", rows
+    turns = [
+        {name: way.measure(arguments.repeats) for name, way in ways.items()} for _ in range(TURNS)
+    ]
+    medians = {name: statistics.median(turn[name] for turn in turns) for name in ways}
+    where = torch.cuda.get_device_name(device) if is_gpu else device.type
+    threads = "" if is_gpu else f" with {counted(torch.get_num_threads(), 'thread')}"
+    yield f"updates of {counted(clips, 'clip')}, {where}{threads}", rows_of(ways, medians)
     for name, way in ways.items():
         if way.task is task:
             yield f"parts of an update, {name}", way.parts(arguments.repeats)
-            yield f"kernels of an update, {name}", way.kernels()
-    if not is_gpu:
-        taken = choose_precision(device, partial(trial_update, task, device, clips=clips))
-        print(f"engine.precision=auto takes {taken} here: on a CPU, bf16 if it is a tenth faster")
-
-
-def add_speed(rows: Rows, ways: Sequence["Updates"]) -> None:
-    """Add clips/s, use of the device and memory to the rows, which are in the order of ``ways``."""
-    device, is_gpu = ways[0].device, ways[0].device.type == "cuda"
-    peaks = {precision: peak_flops(device, precision) for precision in {w.precision for w in ways}}
-    costs = {
-        task: cost_of_clips(task.config)("", last_epoch(task)) for task in {w.task for w in ways}
-    }
-    for row, way in zip(rows, ways, strict=True):
-        clips = 1000 * way.clips / row["ms"]
-        flops, peak = clips * costs[way.task], peaks[way.precision][0]
-        row |= {"clips/s": clips, "TFLOP/s": flops / 1e12, "MFU, %": 100 * flops / peak}
-        if is_gpu:
-            row["peak memory, GB"] = way.memory
-    for precision, (peak, source) in sorted(peaks.items()):
-        print(f"100 % MFU in {precision}: {peak / 1e12:.3g} TFLOP/s, by {source}")
-        if is_gpu:
-            reached = product_flops(device, precision) / 1e12
-            print(f"a product of two large matrices reaches {reached:.3g} TFLOP/s now")
-
-
-def gpu(arguments: argparse.Namespace) -> Tables:
-    """Measure the updates of docs/speed.md by three configs on a GPU, in about five minutes."""
-    for name, clips in MEASURED.items():
-        arguments.config, arguments.clips = CONFIGS / f"{name}.yaml", clips
-        yield from ((f"{name}: {title}", rows) for title, rows in update(arguments))
 
 
 def tasks_to_compare(arguments: argparse.Namespace) -> dict[str, Task]:
@@ -171,20 +108,36 @@ def tasks_to_compare(arguments: argparse.Namespace) -> dict[str, Task]:
     return tasks
 
 
-def describe(device: torch.device) -> str:
-    """Name a device; for a CPU, with its number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    count = torch.get_num_threads()
-    return f"{device.type} with {counted(count, 'thread')}"
-
-
 def open_task(words: Sequence[str]) -> Task:
     """Open a config with overrides as a task that can train on random pixels."""
     config = load_any_config(Path(words[0]), words[1:])
     if isinstance(config, PretrainConfig):
         return Pretraining(config)
     return Finetuning(resolve(config, config.model.num_classes or 2))
+
+
+def rows_of(ways: "dict[str, Updates]", medians: dict[str, float]) -> Rows:
+    """Make a row for each way: its time, how many times as fast as the first it is, and speeds."""
+    some = next(iter(ways.values()))
+    peaks = {p: peak_flops(some.device, p) for p in {way.precision for way in ways.values()}}
+    for precision, (peak, source) in sorted(peaks.items()):
+        print(f"100 % MFU in {precision}: {peak / 1e12:.3g} TFLOP/s, by {source}")
+    costs = {
+        task: cost_of_clips(task.config)("", last_epoch(task))
+        for task in {way.task for way in ways.values()}
+    }
+    first = next(iter(medians.values()))
+    rows: Rows = []
+    for name, way in ways.items():
+        seconds = medians[name]
+        flops = way.clips / seconds * costs[way.task]
+        row = {"way": name, "ms": 1000 * seconds, "times as fast": first / seconds}
+        row |= {"clips/s": way.clips / seconds, "TFLOP/s": flops / 1e12}
+        row["MFU, %"] = 100 * flops / peaks[way.precision][0]
+        if way.device.type == "cuda":
+            row["peak memory, GB"] = way.memory
+        rows.append(row)
+    return rows
 
 
 @dataclass
@@ -205,7 +158,7 @@ class Updates:
             self.task, self.device, self.precision, self.clips, compiled=self.compiled
         )
 
-    def measure(self, repeats: int, _turn: int) -> float:
+    def measure(self, repeats: int) -> float:
         """Return the median seconds of an update."""
         is_gpu = self.device.type == "cuda"
         if is_gpu:
@@ -259,26 +212,3 @@ class Updates:
                 follow(engine.model, trial.progress)
         medians = {part: statistics.median(each[1:]) for part, each in seconds.items() if each}
         return [{"part": part, "ms": 1000 * median} for part, median in medians.items()]
-
-    def kernels(self) -> Rows:
-        """Sum up the time of the kernels of an update by kind."""
-        trial, is_gpu = self.make(), self.device.type == "cuda"
-        for _ in range(2):
-            trial()
-        wait_for(self.device)
-        kind = DeviceType.CUDA if is_gpu else DeviceType.CPU
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_gpu else [])]
-        with profile(activities=activities, acc_events=True) as profiler:
-            trial()
-            wait_for(self.device)
-        spent = Counter[str]()
-        for event in profiler.key_averages():
-            if event.device_type == kind:
-                found = (k for k, names in KERNELS.items() if re.search(names, event.key.lower()))
-                own = event.self_device_time_total if is_gpu else event.self_cpu_time_total
-                spent[next(found, "everything else")] += own / 1000
-        total = sum(spent.values())
-        return [
-            {"kernels": name, "ms": ms, "share, %": 100 * ms / total}
-            for name, ms in spent.most_common()
-        ]

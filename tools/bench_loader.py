@@ -1,0 +1,141 @@
+"""Test whether data loading keeps up with the GPUs: bench.py loader CONFIG ...
+
+Tries decoders and numbers of decoding processes, each time on other videos, and times the phases of
+a training clip by the best decoder in one process. The last line says which share of the clips that
+the GPUs could train the loader gives: --needs says how many these are; otherwise updates on random
+pixels are measured on a GPU.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from bench_update import Updates  # type: ignore[import-not-found] # beside this file
+from tqdm import tqdm
+
+from hpm_video.config.choices import DecoderName
+from hpm_video.config.loading import load_any_config
+from hpm_video.config.schema import PretrainConfig
+from hpm_video.data.clips import VideoClips
+from hpm_video.decoding.locations import is_image
+from hpm_video.decoding.reader import DecoderError
+from hpm_video.decoding.registry import available_decoders
+from hpm_video.files.failures import TooManyBadFiles
+from hpm_video.preparation.benchmark import Trial, Trials, choose_setting, reader_of
+from hpm_video.runs.console import above_zero, add_config, positive
+from hpm_video.runs.finetuning import Finetuning
+from hpm_video.runs.pretraining import Pretraining
+from hpm_video.runs.task import Task
+from hpm_video.training.device import choose_device, inference_precision
+from hpm_video.training.fast import choose_compiling
+from hpm_video.workers.room import RoomError, usable_cores
+
+Rows = list[dict[str, Any]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    add = parser.add_argument
+    add_config(parser, "a config, or RUN/config.yaml")
+    add("--decoders", metavar="NAME,NAME", help="default: all that work")
+    tried = "numbers of decoding processes to try, for all --processes together"
+    add("--workers", type=several, metavar="N,N", help=tried)
+    processes = (
+        "training processes on this machine, one per GPU, which share its cores; default: the "
+        "number of GPUs, or 1"
+    )
+    add("--processes", type=positive, metavar="N", help=processes)
+    needs = "clips per second that all GPUs here together would train"
+    add("--needs", type=above_zero, metavar="CLIPS", help=needs)
+    measured = "videos whose phases are timed (48)"
+    add("--clips", type=positive, default=48, help=measured)
+    add("--seconds", type=above_zero, default=8.0, metavar="S", help="per trial (8)")
+
+
+def several(text: str) -> list[int]:
+    """Parse numbers such as 1,2,4."""
+    return [positive(word) for word in text.split(",")]
+
+
+def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, Rows]]:
+    """Make tables of the rates and of the phases of a clip, and print what to take."""
+    config = load_any_config(arguments.config, arguments.overrides)
+    task = Pretraining(config) if isinstance(config, PretrainConfig) else Finetuning(config)
+    clips = task.training_clips()
+    device = choose_device(config.engine.device)
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 1
+    processes = arguments.processes or gpus
+    batch_size = min(config.engine.micro_batch or config.recipe.batch_size, 32)
+    trials = Trials(clips, config.weights, device, batch_size=batch_size, seconds=arguments.seconds)
+    tried = [Trial(decoder) for decoder in choose_decoders(arguments.decoders, clips)]
+    numbers = workers_to_try(arguments.workers, processes)
+    torch.set_num_threads(1)  # as in a process that decodes
+    for trial, workers in tqdm([*product(tried, numbers)], "trials", leave=False, disable=None):
+        if not isinstance(trial.error, TooManyBadFiles):
+            trials.read(trial, workers)
+    yield "clips/s by the number of workers", [row_of(trial, numbers) for trial in tried]
+    trial, workers = choose_setting(tried, config.data.max_bad_share)
+    decoder, rate = trial.decoder, trial.rates[workers]
+    phases = trials.phases(arguments.clips, decoder)
+    by = f", by {decoder}" if decoder else ""
+    rows = [{"phase": name, "ms": 1000 * seconds} for name, seconds in phases.items()]
+    yield f"one clip in one process{by}", rows
+    named = f"data.decoder={decoder} " if decoder else ""
+    each = f" for each of {processes} processes" if processes > 1 else ""
+    print(f"\ntake {named}data.workers={max(1, workers // processes)}{each}: {rate:.1f} clips/s")
+    needs = arguments.needs
+    if needs is None and device.type != "cpu":
+        needs = processes * rate_of_updates(task, device, batch_size * config.data.repeats)
+    if needs is None:
+        print("--needs=CLIPS says whether that is enough")
+    else:
+        print(f"that is {rate / needs:.0%} of the {needs:.1f} clips/s that the updates could take")
+
+
+def choose_decoders(names: str | None, clips: Sequence[VideoClips]) -> Sequence[DecoderName | None]:
+    """Return the named decoders, by default all, beginning with the config's. Images need none."""
+    if all(is_image(path) for stream in clips for path in stream.manifest.files):
+        return [None]
+    there = available_decoders()
+    if names is None:
+        own = [reader_of(stream).decoder for stream in clips]
+        return sorted(there, key=lambda name: name not in own)
+    named = names.split(",")
+    if missing := [word for word in named if word not in there]:
+        works = ", ".join(there) or "none"
+        raise DecoderError(f"--decoders: {missing[0]!r} is not one of those that work: {works}")
+    return [name for name in there if name in named]
+
+
+def workers_to_try(given: Sequence[int] | None, processes: int) -> list[int]:
+    """Return numbers of decoding processes to share evenly: 1, 2, 4 ... each, up to the cores."""
+    most = max(1, usable_cores() // processes)
+    usual = [*(2**power for power in range(20) if 2**power < most), most]
+    each = usual if given is None else [max(1, count // processes) for count in given]
+    return sorted({count * processes for count in each})
+
+
+def row_of(trial: Trial, numbers: Sequence[int]) -> dict[str, Any]:
+    """Make the row of a decoder: its rates and refused files."""
+    row: dict[str, Any] = {"decoder": trial.decoder or "images"}
+    row |= {str(workers): trial.rates.get(workers) for workers in numbers}
+    if isinstance(trial.error, RoomError):
+        row["remark"] = "no memory for some"
+    if trial.refused:
+        count = len(trial.files | trial.refused.keys())
+        first = next(iter(trial.refused.values()))
+        row["remark"] = (
+            f"refuses {len(trial.refused)} of {count} files, such as {first.path}: {first.reason}"
+        )
+    return row
+
+
+def rate_of_updates(task: Task, device: torch.device, clips: int) -> float:
+    """Measure the clips per second of updates on random pixels by one process."""
+    task.resolve()
+    precision = task.config.engine.precision
+    precision = inference_precision(device) if precision == "auto" else precision
+    compiled = choose_compiling(task.config.engine, device)
+    return clips / float(Updates(task, device, precision, clips, compiled).measure(3))
