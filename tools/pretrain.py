@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpm_video.runs.console import list_files, next_step, parse_training, train
+from hpm_video.runs.console import describe_end, parse_training, train
 
 if TYPE_CHECKING:
     from hpm_video.config.schema import PretrainConfig
@@ -26,17 +26,12 @@ def main(command_line: Sequence[str] | None = None) -> int:
     return train(arguments, PretrainConfig, Pretraining, report_results)
 
 
-def report_results(run_dir: Path, config: PretrainConfig, processes: Processes) -> None:
-    """Report the files of the run, and the next step."""
-    if not processes.is_first:
-        return
-    best = run_dir / "checkpoints" / "best"
-    checkpoint = best if best.exists() else run_dir / "checkpoints" / "last"
-    bad_files = {path.stem: path for path in sorted(run_dir.glob("bad_files*.csv"))}
-    pictures = {"TensorBoard": run_dir / "tensorboard", "pictures": run_dir / "pictures"}
-    print(list_files(run_dir, checkpoint, pictures | bad_files))
-    print("\nNext, see what it finds hard:")
-    print(next_step("show_masks", checkpoint, config.data, config.data.validation))
+def report_results(run_dir: Path, _config: PretrainConfig, processes: Processes) -> None:
+    """Report where the results are, and the next step."""
+    if processes.is_first:
+        best = run_dir / "checkpoints" / "best"
+        checkpoint = best if best.exists() else run_dir / "checkpoints" / "last"
+        print(describe_end(run_dir, checkpoint, "show_masks"))
 
 
 if __name__ == "__main__":

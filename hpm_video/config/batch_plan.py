@@ -4,7 +4,6 @@ The batch is the recipe's, and the same for any number of processes: each takes 
 it, in passes of ``micro_batch`` videos.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hpm_video.config.checks import ConfigError
@@ -34,15 +33,14 @@ def plan_batches(
     ``multiple``: what a forward pass takes a multiple of, such as 2 where mixup pairs videos.
 
     Raises:
-        ConfigError: it does not come out even. The message names the nearest values that do.
+        ConfigError: it does not come out even.
     """
     possible = micro_batches(batch_size, processes, multiple)
     if micro_batch is not None and micro_batch not in possible:
         raise ConfigError(
-            f"engine.micro_batch must divide the {possible[-1]} videos of each process "
-            f"(recipe.batch_size={batch_size} over processes={processes})"
-            f"{_and_be_a(multiple)}, got {micro_batch}; take "
-            f"engine.micro_batch={_nearest(micro_batch, possible)}"
+            f"engine.micro_batch must be one of {', '.join(map(str, possible))} where "
+            f"recipe.batch_size={batch_size} spreads over processes={processes}"
+            f"{_why(multiple)}, got {micro_batch}"
         )
     return BatchPlan(batch_size, processes, possible[-1] if micro_batch is None else micro_batch)
 
@@ -54,28 +52,14 @@ def micro_batches(batch_size: int, processes: int, multiple: int = 1) -> list[in
     """
     unit = processes * multiple
     if batch_size % unit:
-        batches = range(unit, batch_size + unit + 1, unit)
-        counts = [n for n in _divisors(batch_size) if batch_size // n % multiple == 0]
-        other = f", or processes={_nearest(processes, counts)}" if counts else ""
         raise ConfigError(
-            f"recipe.batch_size must spread evenly over processes={processes} (GPUS x NNODES)"
-            f"{_and_be_a(multiple, 'each share ')}, got {batch_size}; take "
-            f"recipe.batch_size={_nearest(batch_size, batches)}{other}"
+            f"recipe.batch_size must be a multiple of {unit} for processes={processes} (GPUS x "
+            f"NNODES){_why(multiple)}, got {batch_size}; take recipe.batch_size="
+            f"{batch_size + -batch_size % unit}, or another number of processes"
         )
-    return [size for size in _divisors(batch_size // processes) if size % multiple == 0]
+    share = batch_size // processes
+    return [size for size in range(multiple, share + 1, multiple) if share % size == 0]
 
 
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
-def _nearest(value: int, possible: Sequence[int]) -> str:
-    """Name the nearest of ascending ``possible`` below and above a value."""
-    below = [size for size in possible if size <= value][-1:]
-    above = [size for size in possible if size > value][:1]
-    return " or ".join(map(str, [*below, *above]))
-
-
-def _and_be_a(multiple: int, what: str = "") -> str:
-    why = "mixup and CutMix pair videos, and a batch norm needs two"
-    return "" if multiple == 1 else f", {what}being a multiple of {multiple} ({why})"
+def _why(multiple: int) -> str:
+    return "" if multiple == 1 else " and passes of pairs (for mixup, CutMix or a batch norm)"

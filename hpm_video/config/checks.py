@@ -1,24 +1,34 @@
-"""Checks that the sections of a config share."""
+"""Rules for the values of a config, which stand in the types of its fields."""
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, get_args, get_type_hints
 
 from hpm_video.files.errors import ExpectedError
 from hpm_video.files.plugins import REGISTERED, Kind
 
-Rule = tuple[str, Callable[[Any], bool]]
-"""What a value must do, in words, and whether it does."""
-SHARE: Rule = ("lie in [0, 1]", lambda value: 0 <= value <= 1)
-CHANCE: Rule = ("lie in [0, 1)", lambda value: 0 <= value < 1)
-POSITIVE: Rule = ("be positive", lambda value: value > 0)
-FINITE: Rule = ("be positive and finite", lambda value: 0 < value < math.inf)
-POSITIVE_OR_NONE: Rule = ("be positive, or null for none", lambda value: value > 0)
-
 
 class ConfigError(ExpectedError, ValueError):
     """A configuration that cannot be run. The message names the value, the rule and the remedy."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must do, in words, and whether it does."""
+
+    words: str
+    holds: Callable[[Any], object]
+
+
+AT_LEAST_0 = Rule("be at least 0", lambda value: value >= 0)
+Count = Annotated[int, Rule("be at least 1", lambda value: value >= 1)]
+NotNegative = Annotated[float, AT_LEAST_0]
+Positive = Annotated[float, Rule("be positive", lambda value: value > 0)]
+Finite = Annotated[float, Rule("be positive and finite", lambda value: 0 < value < math.inf)]
+Share = Annotated[float, Rule("lie in [0, 1]", lambda value: 0 <= value <= 1)]
+Chance = Annotated[float, Rule("lie in [0, 1)", lambda value: 0 <= value < 1)]
+PositiveShare = Annotated[float, Rule("lie in (0, 1]", lambda value: 0 < value <= 1)]
 
 
 def unrelated(default: Any) -> Any:
@@ -26,39 +36,40 @@ def unrelated(default: Any) -> Any:
     return field(default=default, metadata={"changes_result": False})
 
 
-def at_least(least: int, name: str = "") -> Rule:
-    """Return the rule that a value must not be below ``least``, which messages call ``name``."""
-    return f"be at least {name or least}", lambda value: value >= least
+def check_fields(section: str, config: object) -> None:
+    """Refuse a value that breaks a rule of its field's type."""
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        for rule in _rules_of(hint):
+            check(f"{section}.{name}", getattr(config, name), rule.words, rule.holds)
 
 
-def check(section: str, config: object, rule: Rule, *names: str) -> None:
-    """Refuse fields whose value, or one of their values, breaks the rule. None is no value."""
-    words, holds = rule
-    for name in names:
-        value = getattr(config, name)
-        values = value if isinstance(value, tuple | list) else (value,)
-        if value is not None and not all(map(holds, values)):
-            raise ConfigError(f"{section}.{name} must {words}, got {value}")
+def _rules_of(hint: Any) -> list[Rule]:
+    """Return the rules of a type and of the types that it is made of."""
+    own = [each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Rule)]
+    return own + [rule for part in get_args(hint) for rule in _rules_of(part)]
+
+
+def check(key: str, value: Any, words: str, holds: Callable[[Any], object]) -> None:
+    """Refuse a value, or one of several, for which a rule does not hold. None is no value."""
+    values = value if isinstance(value, tuple | list) else (value,)
+    if value is not None and not all(map(holds, values)):
+        raise ConfigError(f"{key} must {words}, got {value}")
 
 
 def check_names(section: str, config: object, name: str, kind: Kind, own: Iterable[str]) -> None:
     """Refuse a name, or one of several, that is neither in ``own`` nor registered."""
-    value = getattr(config, name)
+    given = getattr(config, name)
     known = dict.fromkeys([*own, *(each for of, each in REGISTERED if of == kind)])
-    if wrong := [
-        each for each in ([value] if isinstance(value, str) else value) if each not in known
-    ]:
-        raise ConfigError(
-            f"{section}.{name} must be one of {', '.join(known)}, got {wrong[0]}; "
-            f"hpm_video.register({kind!r}, ...) adds others"
-        )
+    for each in [given] if isinstance(given, str) else given:
+        if each not in known:
+            raise ConfigError(
+                f"{section}.{name} must be one of {', '.join(known)}, got {each}; "
+                f"hpm_video.register({kind!r}, ...) adds others"
+            )
 
 
-def check_range(section: str, config: object, name: str, most: float | None = None) -> None:
+def check_range(key: str, value: tuple[float, float], most: float = math.inf) -> None:
     """Refuse two numbers that are not positive, do not rise, or exceed ``most``."""
-    low, high = getattr(config, name)
-    if not 0 < low <= high or (most is not None and high > most):
-        limit = "" if most is None else f", at most {most}"
-        raise ConfigError(
-            f"{section}.{name} must be two rising positive numbers{limit}, got {(low, high)}"
-        )
+    low, high = value
+    if not 0 < low <= high <= most:
+        raise ConfigError(f"{key} must be two rising positive numbers up to {most}, got {value}")

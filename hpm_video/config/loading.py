@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +17,14 @@ from hpm_video.files.errors import read_text
 from hpm_video.files.plugins import load_plugins
 
 Config = TypeVar("Config")
-log = logging.getLogger(__name__)
-NEW_NAMES = {"held_out_short_side": "validation_short_side"}
-"""Keys that had another name in the version before this one."""
+NEW_NAMES = {"held_out_short_side": "validation_short_side", "tensorboard": "trackers"}
+"""Keys that had another name in earlier runs."""
+SWITCHES = {
+    ("compile", False): "off",  # which is how YAML reads that word
+    ("trackers", False): ["jsonl"],
+    ("trackers", True): ["jsonl", "tensorboard"],
+}
+"""What the values of keys that are no switches mean."""
 
 
 def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> Config:
@@ -35,24 +39,15 @@ def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> C
     """
     load_plugins()
     path = find_config(path)
-    if is_of_pretraining(path) and schema is FinetuneConfig:
-        raise ConfigError(f"{path} is a config of pre-training; take one of fine-tuning")
-    odd = [override for override in overrides if "=" not in override]
-    if odd:
+    if odd := [override for override in overrides if "=" not in override]:
         raise ConfigError(f"an override must look like section.key=value, got {odd[0]!r}")
     try:
-        given: Any = OmegaConf.create(_checked(OmegaConf.load(path), str(path)))
+        given: Any = OmegaConf.create(_checked(OmegaConf.create(_read(path)), str(path)))
         for override in overrides:
             part = _checked(OmegaConf.from_dotlist([override]), "the command line")
             given = OmegaConf.merge(given, part)
-            if override in ("mix={}", "mix=null"):
-                given.mix = {}
-        open_keys = sorted(OmegaConf.missing_keys(given))
-        if open_keys:
-            raise ConfigError(
-                f"{path} leaves {open_keys[0]} to you: give {open_keys[0]}=VALUE, or "
-                f"{open_keys[0]}=null for none"
-            )
+        if open_keys := sorted(OmegaConf.missing_keys(given)):
+            raise ConfigError(f"{path} leaves {open_keys[0]} to you: give {open_keys[0]}=VALUE")
         _leave_out_usual_stride(given)
         _check_sources(given)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
@@ -75,18 +70,16 @@ def _read(path: Path) -> str:
 
 
 def _checked(value: Any, source: str, key: str = "") -> Any:
-    """Return the contents of a config with today's names of keys.
+    """Return the contents of a config with today's names of keys, or refuse ``${...}``.
 
-    ``${...}`` is refused: OmegaConf would replace it by what stands elsewhere, such as in the
-    environment of whoever reads a config of somebody else.
+    OmegaConf would replace it by what stands elsewhere, such as in the environment of whoever reads
+    a config of somebody else.
     """
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value)
     if isinstance(value, str) and "${" in value:
         raise ConfigError(
-            f"{source} has {key}={value}, but ${{...}} is not filled in, neither from the "
-            f"environment nor from other keys; write the value itself (a shell fills in "
-            f'{key}="$NAME")'
+            f"{source} has {key}={value}, but ${{...}} is not filled in; write the value itself"
         )
     if isinstance(value, list):
         return [_checked(each, source, f"{key}[{number}]") for number, each in enumerate(value)]
@@ -95,14 +88,8 @@ def _checked(value: Any, source: str, key: str = "") -> Any:
     found = {}
     for old, each in value.items():
         name = NEW_NAMES.get(old, old)
-        if (key, old) == ("logging", "tensorboard"):  # a switch, one version ago
-            name, each = "trackers", ["jsonl", "tensorboard"][: 1 + bool(each)]
-        if name != old:
-            log.warning("%s: %s is called %s now", source, old, name)
-        is_off = name == "compile" and each is False  # which is how YAML reads the word off
-        found[name] = (
-            "off" if is_off else _checked(each, source, f"{key}.{name}" if key else str(name))
-        )
+        now = SWITCHES.get((name, each), each) if isinstance(each, bool) else each
+        found[name] = _checked(now, source, f"{key}.{name}" if key else str(name))
     return found
 
 

@@ -1,15 +1,17 @@
 """The sections on what is hidden and what is predicted."""
 
 from dataclasses import dataclass, replace
-from typing import Any, cast, get_args
+from typing import Annotated, Any, cast, get_args
 
 from hpm_video.config import choices
 from hpm_video.config.checks import (
-    CHANCE,
-    SHARE,
+    Chance,
     ConfigError,
-    at_least,
-    check,
+    NotNegative,
+    PositiveShare,
+    Rule,
+    Share,
+    check_fields,
     check_names,
     unrelated,
 )
@@ -23,7 +25,7 @@ class MaskingConfig:
     """How many tokens are hidden, in what units, and which of them for being hard."""
 
     unit: masking.MaskUnit = "token"
-    ratio: float = 0.9
+    ratio: Annotated[float, Rule("lie between 0 and 1", lambda ratio: 0 < ratio < 1)] = 0.9
     """Share of the mask units that are hidden."""
     count_rule: masking.CountRule = "hpm"
     """Integer rule: ``hpm`` shows int(units (1 - ratio)), ``videomae`` hides int(ratio units)."""
@@ -32,14 +34,13 @@ class MaskingConfig:
     a registered one."""
     pick: masking.Pick | None = None
     """Whether the ``hardest`` or the ``easiest`` units are hidden; by default as in the preset."""
-    first_fraction: float | None = None
+    first_fraction: Share | None = None
     """alpha_0, the share of hidden units that are picked at first; by default the preset's."""
-    last_fraction: float | None = None
+    last_fraction: Share | None = None
     """alpha_T, that share in the last epoch; by default the preset's."""
 
     def __post_init__(self) -> None:
-        check("masking", self, ("lie between 0 and 1", lambda ratio: 0 < ratio < 1), "ratio")
-        check("masking", self, SHARE, "first_fraction", "last_fraction")
+        check_fields("masking", self)
         check_names("masking", self, "strategy", "mask_strategy", masking.STRATEGIES)
 
     @property
@@ -67,34 +68,31 @@ class MiningConfig:
     """``hpm``: hard patches mining, or a subclass of it that was registered."""
     predictor: choices.PredictorObjective = "relative"
     """Ranking of errors, regression on errors, or no loss predictor: a masked autoencoder."""
-    predictor_weight: float = 1.0
+    predictor_weight: NotNegative = 1.0
     momentum: choices.MomentumKind = "paper"
     """Teacher's momentum: ``paper`` ramps linearly over 100 epochs, ``warmup`` is
     min(last_momentum, (1 + n) / (10 + n)) at update n, for runs too short for the paper's."""
-    first_momentum: float = 0.999
+    first_momentum: Chance = 0.999
     """Momentum at the beginning of the paper's ramp."""
-    last_momentum: float = 0.9999
+    last_momentum: Chance = 0.9999
     teacher_sees: View = "all"
     """Tokens that the teacher's encoder sees; all get a score. ``checkerboard``: half of them;
     ``quarter``: every second token of every second row, other rows in the next time step;
     ``every_second_step``, ``every_fourth_step``: all tokens of these time steps."""
-    decoded_share: float = 1.0
+    decoded_share: PositiveShare = 1.0
     """Share of the hidden tokens that the student predicts, two at least, drawn anew for each clip.
     The losses of reconstruction and ranking are then unbiased estimates of those over all of them.
     """
 
     def __post_init__(self) -> None:
+        check_fields("mining", self)
         check_names("mining", self, "target", "target", get_args(choices.Target))
         check_names("mining", self, "objective", "objective", ["hpm"])
-        check("mining", self, CHANCE, "first_momentum", "last_momentum")
-        check("mining", self, at_least(0), "predictor_weight")
-        check("mining", self, ("lie in (0, 1]", lambda share: 0 < share <= 1), "decoded_share")
         if self.teacher_sees != "all" and (self.target == "ema" or self.predictor == "none"):
-            needs = "features of all tokens" if self.target == "ema" else "no scores"
             raise ConfigError(
-                f"mining.teacher_sees={self.teacher_sees} is for a teacher that only scores, but "
-                f"mining.target={self.target} with mining.predictor={self.predictor} needs {needs} "
-                f"from it; take mining.teacher_sees=all"
+                f"mining.teacher_sees={self.teacher_sees} is for a teacher that only scores, got "
+                f"mining.target={self.target} with mining.predictor={self.predictor}; take "
+                f"mining.teacher_sees=all"
             )
         if self.feature_kind and self.feature_weights is None:
             raise ConfigError(
@@ -103,8 +101,8 @@ class MiningConfig:
             )
         if not self.feature_kind and (self.feature_model or self.feature_weights):
             raise ConfigError(
-                f"mining.feature_model and feature_weights go with mining.target="
-                f"{' or '.join(choices.DEFAULT_MODELS)}, and it is {self.target}; leave them out"
+                f"mining.feature_model and mining.feature_weights are for mining.target=dino or "
+                f"clip, got {self.target}; leave them out"
             )
 
     @property

@@ -1,8 +1,9 @@
 """The sections that describe a model."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from hpm_video.config.checks import CHANCE, ConfigError, at_least, check, unrelated
+from hpm_video.config.checks import Chance, ConfigError, Count, Rule, check_fields, unrelated
 from hpm_video.config.choices import Conventions, Init, Pooling, Positions, TransformerSize
 from hpm_video.tokens.grid import Size3
 
@@ -14,7 +15,7 @@ class EncoderConfig:
     encoder: TransformerSize = field(default_factory=lambda: TransformerSize(768, 12, 12))
     patch_size: Size3 = (2, 16, 16)
     """Frames, height and width of a patch."""
-    channels: int = 3
+    channels: Count = 3
     positions: Positions = "sequence"
     """Fixed codes: ``sequence``, over the token index as in VideoMAE; ``space_time``, of column and
     row as in MAE, plus one of time; or ``given``, kept with imported weights that have others."""
@@ -24,15 +25,14 @@ class EncoderConfig:
     """What models of the two papers differ in beside their sizes. ``mae``: the layer from encoder
     to decoders has a bias, patch embedding and tokens start as there (xavier-uniform; normal with
     standard deviation 0.02), and pre-training decays the tokens."""
-    drop_path: float = 0.0
+    drop_path: Chance = 0.0
     """Chance of dropping a residual branch of the encoder's last block; it rises from 0."""
     checkpoint_activations: bool = unrelated(default=False)
     """Compute the blocks again in the backward pass instead of keeping what they computed."""
 
     def __post_init__(self) -> None:
-        check("model", self, at_least(1), "channels")
+        check_fields("model", self)
         self._check_positions(self.encoder)
-        check("model", self, CHANCE, "drop_path")
 
     def _check_positions(self, size: TransformerSize) -> None:
         if self.positions != "sequence" and size.dim % 4:
@@ -57,10 +57,10 @@ class ModelConfig(EncoderConfig):
 class ClassifierConfig(EncoderConfig):
     """The classifier: an encoder and a head."""
 
-    drop_path: float = 0.1
-    num_classes: int | None = None
+    drop_path: Chance = 0.1
+    num_classes: Annotated[int, Rule("be at least 2", lambda count: count >= 2)] | None = None
     """Classes; by default as many as the training manifest has."""
-    pretrained_grid: Size3 | None = None
+    pretrained_grid: tuple[Count, Count, Count] | None = None
     """Tokens along time, height and width in pre-training, in which positions are given. By
     default those of ``init_weights``, and without these the clip's own."""
     pooling: Pooling = "mean_norm"
@@ -74,21 +74,15 @@ class ClassifierConfig(EncoderConfig):
     init: Init = "truncated_normal"
     """How linear layers that are not of ``init_weights`` start: ``truncated_normal`` with standard
     deviation 0.02, as in VideoMAE, or ``xavier``-uniform, for narrow models."""
-    head_dropout: float = 0.0
+    head_dropout: Chance = 0.0
     head_init_scale: float = 0.001
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check("model", self, CHANCE, "head_dropout")
-        check("model", self, at_least(2), "num_classes")
-        check("model", self, at_least(1), "pretrained_grid")
         if self.frozen and self.pooling == "mean_norm":
             raise ConfigError(
-                "model.frozen=true keeps the encoder's own norm, which model.pooling=mean_norm "
-                "leaves out; take model.pooling=batch_norm (linear probe) or attentive"
+                "model.frozen=true needs the encoder's norm, which model.pooling=mean_norm leaves "
+                "out; take model.pooling=batch_norm (linear probe) or attentive"
             )
         if self.pooling == "class_token" and not self.class_token:
-            raise ConfigError(
-                "model.pooling=class_token needs model.class_token=true, which pre-training must "
-                "have had; or take mean_norm, batch_norm or attentive"
-            )
+            raise ConfigError("model.pooling=class_token needs model.class_token=true")

@@ -75,10 +75,7 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
-            raise ConfigError(
-                f"weight must be positive and finite, got {self.weight}; mix.NAME=null leaves a "
-                f"source out"
-            )
+            raise ConfigError(f"weight must be positive and finite, got {self.weight}")
 
 
 @dataclass(frozen=True)
@@ -102,14 +99,14 @@ class PretrainConfig(RunConfig):
         super().__post_init__()
         if self.mining.feature_kind and self.model.channels != 3:
             raise ConfigError(
-                f"mining.target={self.mining.target} sees colours, so model.channels must be 3, "
-                f"got {self.model.channels}; take another target"
+                f"mining.target={self.mining.target} needs model.channels=3, got "
+                f"{self.model.channels}"
             )
         self._check_source("", self.data)
         for name, source in self.mix.items():
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
                 raise ConfigError(
-                    f"a source in mix needs a name of letters, digits, _ and -, got {name!r}"
+                    f"a name in mix must be of letters, digits, _ and -, got {name!r}"
                 )
             self._check_source(name, source.data)
 
@@ -117,24 +114,16 @@ class PretrainConfig(RunConfig):
         at = f"mix.{name}." if name else ""
         if self.mask_rule(name).strategy.picks and self.mining.predictor == "none":
             raise ConfigError(
-                f"{at}masking.strategy={self.maskings[name].strategy} picks patches by their "
-                f"predicted difficulty, but mining.predictor is none; take "
-                f"{at}masking.strategy=random, or a predictor (relative, absolute)"
+                f"{at}masking.strategy={self.maskings[name].strategy} needs a predictor, and "
+                f"mining.predictor is none; take {at}masking.strategy=random"
             )
-        usual = DataConfig()
         for key in ("workers", "max_bad_share", "label_names") if at else ():
-            if getattr(data, key) != getattr(usual, key):
-                raise ConfigError(
-                    f"{at}data.{key} plays no part, one value holds for all sources: give "
-                    f"data.{key}"
-                )
+            if getattr(data, key) != getattr(DataConfig(), key):
+                raise ConfigError(f"{at}data.{key} plays no part; give data.{key} for all sources")
         for key in ("mean", "std", *(["frame_size"] if self.mining.feature_kind else [])):
             own, main = getattr(data, key), getattr(self.data, key)
             if own != main:
-                raise ConfigError(
-                    f"{at}data.{key} must be data.{key}, {main}, got {own} "
-                    f"(mining.target={self.mining.target})"
-                )
+                raise ConfigError(f"{at}data.{key} must be data.{key}={main}, got {own}")
 
     def mask_rule(self, source: str) -> MaskRule:
         """Return the rule by which the clips of a source are masked, or raise a ConfigError."""
@@ -182,21 +171,18 @@ class FinetuneConfig(RunConfig):
         grid_of(self.data, self.model)
         if self.augmentation.rand_augment is not None and self.model.channels != 3:
             raise ConfigError(
-                f"augmentation.rand_augment changes colours, so model.channels must be 3, got "
-                f"{self.model.channels}; take augmentation.rand_augment=null"
+                f"augmentation.rand_augment needs model.channels=3, got {self.model.channels}; "
+                f"take augmentation.rand_augment=null"
             )
         if self.test.weights == "average" and self.recipe.average_momentum is None:
-            raise ConfigError(
-                "test.weights=average needs an average: set recipe.average_momentum, for example "
-                "0.9999"
-            )
+            raise ConfigError("test.weights=average needs recipe.average_momentum, such as 0.9999")
         if self.recipe.average_momentum is not None and self.model.pooling == "batch_norm":
             raise ConfigError(
-                "recipe.average_momentum averages weights, not the statistics of "
+                "recipe.average_momentum does not average the statistics of "
                 "model.pooling=batch_norm; leave one of them out"
             )
         if self.test.checkpoint == "best" and self.data.validation is None:
-            raise ConfigError("test.checkpoint=best needs data.validation to tell which is best")
+            raise ConfigError("test.checkpoint=best needs data.validation")
 
     @property
     def multiple(self) -> int:

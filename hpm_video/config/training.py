@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hpm_video.config.checks import (
-    CHANCE,
-    POSITIVE,
-    POSITIVE_OR_NONE,
+    Chance,
     ConfigError,
-    at_least,
+    Count,
+    NotNegative,
+    Positive,
+    PositiveShare,
     check,
+    check_fields,
     check_names,
 )
 from hpm_video.config.choices import Precision
@@ -21,54 +23,44 @@ CompileMode = Literal["off", "blocks", "model"]
 class RecipeConfig:
     """The optimizer and its schedule."""
 
-    epochs: int = 800
-    batch_size: int = 2048
+    epochs: Count = 800
+    batch_size: Count = 2048
     """Videos per update, over all processes and micro-batches."""
-    base_lr: float = 1.5e-4
+    base_lr: Positive = 1.5e-4
     """Peak learning rate for 256 videos per update; it is scaled with batch_size."""
-    min_lr: float = 1e-5
+    min_lr: NotNegative = 1e-5
     """Learning rate at the end, scaled likewise."""
     warmup_epochs: float = 40
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: NotNegative = 0.05
+    betas: tuple[Chance, Chance] = (0.9, 0.95)
     optimizer: str = "adamw"
     """``adamw``, ``sgd`` (its momentum is the first of ``betas``), or one that was registered."""
-    clip_grad: float | None = None
+    clip_grad: Positive | None = None
     """Largest norm of the gradient; without it the gradient is not clipped."""
 
     def __post_init__(self) -> None:
-        check("recipe", self, at_least(1), "epochs", "batch_size")
-        check("recipe", self, at_least(0), "weight_decay")
-        check("recipe", self, CHANCE, "betas")
+        check_fields("recipe", self)
         check_names("recipe", self, "optimizer", "optimizer", ("adamw", "sgd"))
-        check("recipe", self, POSITIVE_OR_NONE, "clip_grad")
-        in_run = f"lie in [0, recipe.epochs = {self.epochs}]"
-        check("recipe", self, (in_run, lambda epochs: 0 <= epochs <= self.epochs), "warmup_epochs")
-        if self.base_lr <= 0 or not 0 <= self.min_lr <= self.base_lr:
-            raise ConfigError(
-                f"need 0 <= recipe.min_lr <= recipe.base_lr, got {self.min_lr} and {self.base_lr}"
-            )
+        in_run, warmup = f"lie in [0, recipe.epochs={self.epochs}]", self.warmup_epochs
+        check("recipe.warmup_epochs", warmup, in_run, lambda epochs: 0 <= epochs <= self.epochs)
+        below = f"be at most recipe.base_lr={self.base_lr}"
+        check("recipe.min_lr", self.min_lr, below, lambda lr: lr <= self.base_lr)
 
 
 @dataclass(frozen=True)
 class FinetuneRecipe(RecipeConfig):
     """The optimizer of a classifier. The defaults are VideoMAE's."""
 
-    epochs: int = 100
-    batch_size: int = 512
-    base_lr: float = 1e-3
-    min_lr: float = 1e-6
+    epochs: Count = 100
+    batch_size: Count = 512
+    base_lr: Positive = 1e-3
+    min_lr: NotNegative = 1e-6
     warmup_epochs: float = 5
-    betas: tuple[float, float] = (0.9, 0.999)
-    layer_decay: float = 1.0
+    betas: tuple[Chance, Chance] = (0.9, 0.999)
+    layer_decay: PositiveShare = 1.0
     """Each layer's learning rate, as a share of that of the layer above it."""
-    average_momentum: float | None = None
+    average_momentum: Chance | None = None
     """Momentum of an exponential moving average (EMA) of the weights; without it none is kept."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check("recipe", self, ("lie in (0, 1]", lambda share: 0 < share <= 1), "layer_decay")
-        check("recipe", self, CHANCE, "average_momentum")
 
 
 @dataclass(frozen=True)
@@ -98,32 +90,25 @@ class EngineConfig:
     residual: Literal["fp32", "bf16"] = "fp32"
     """Precision between the blocks of a transformer. ``bf16`` needs precision=bf16 or auto, and
     changes nothing where auto takes fp32. Norms and losses are always computed in fp32."""
-    micro_batch: int | None = None
+    micro_batch: Count | None = None
     """Videos per forward pass of a process; by default on a GPU as many as fit, elsewhere all of
     its share. The batch must be a multiple of it times the number of processes."""
-    threads: int | None = None
+    threads: Count | None = None
     """Threads of the CPU's matrix products; by default torch's choice."""
 
     def __post_init__(self) -> None:
-        check("engine", self, at_least(1), "micro_batch", "threads")
+        check_fields("engine", self)
         for name in ("zero_stage", "deepspeed", "offload"):
             value = getattr(self, name)
             if self.name != "deepspeed" and value not in (None, "none"):
-                raise ConfigError(
-                    f"engine.{name}={value} is for DeepSpeed, and engine.name is {self.name}; "
-                    f"take engine.name=deepspeed, or leave it out"
-                )
+                raise ConfigError(f"engine.{name}={value} needs engine.name=deepspeed")
         if self.compile in ("blocks", "model") and self.name == "deepspeed" and self.stage == 3:
             raise ConfigError(
-                f"engine.compile={self.compile} does not work with engine.zero_stage=3, in which "
-                f"blocks gather their weights while they run; take engine.compile=auto, or a lower "
-                f"stage"
+                f"engine.compile={self.compile} does not work with engine.zero_stage=3; take "
+                f"engine.compile=auto, or a lower stage"
             )
         if self.residual == "bf16" and self.precision == "fp32":
-            raise ConfigError(
-                "engine.residual=bf16 does not work with engine.precision=fp32; take "
-                "engine.precision=bf16, or leave engine.residual out"
-            )
+            raise ConfigError("engine.residual=bf16 needs engine.precision=bf16 or auto, got fp32")
         needed = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
         if self.stage < needed:
             raise ConfigError(
@@ -141,13 +126,13 @@ class EngineConfig:
 class LoggingConfig:
     """What a run writes, and how often."""
 
-    every_updates: int = 20
+    every_updates: Count = 20
     """Updates between two lines of metrics."""
-    validate_every_epochs: float = 20
+    validate_every_epochs: Positive = 20
     """Epochs between two validations (one more at the end)."""
-    validation_clips: int = 512
+    validation_clips: Count = 512
     """Validation clips that are measured at most, evenly over the manifest."""
-    picture_every_epochs: float = 100
+    picture_every_epochs: Positive = 100
     """Epochs between two picture sheets (one more at the end)."""
     trackers: tuple[str, ...] = ("jsonl", "tensorboard")
     """Where metrics and pictures go: jsonl (metrics.jsonl, of which curves and reports are made),
@@ -155,22 +140,20 @@ class LoggingConfig:
     is read without them."""
 
     def __post_init__(self) -> None:
-        check("logging", self, at_least(1), "every_updates", "validation_clips")
-        check("logging", self, POSITIVE, "validate_every_epochs", "picture_every_epochs")
+        check_fields("logging", self)
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """When the state of a run is saved, and which of the saved states are kept."""
 
-    every_updates: int = 1000
-    keep_last: int = 2
-    keep_every_epochs: float | None = None
+    every_updates: Count = 1000
+    keep_last: Count = 2
+    keep_every_epochs: Positive | None = None
     """The first checkpoint after each multiple of this is kept forever."""
 
     def __post_init__(self) -> None:
-        check("checkpoint", self, at_least(1), "every_updates", "keep_last")
-        check("checkpoint", self, POSITIVE_OR_NONE, "keep_every_epochs")
+        check_fields("checkpoint", self)
 
 
 @dataclass(frozen=True)
@@ -179,21 +162,21 @@ class EvaluationConfig:
 
     manifest: str | None = None
     """Manifest of the videos to test on; by default ``data.validation``."""
-    clips: int = 5
+    clips: Count = 5
     """Clips of each video, spread over it."""
-    crops: int = 3
+    crops: Count = 3
     """Crops of each clip, along its longer side."""
     checkpoint: Literal["last", "best"] = "last"
     """``best`` is best on ``data.validation``: no fair choice where that is tested on as well."""
     weights: Literal["model", "average"] = "model"
     """``average``: the EMA, see ``recipe.average_momentum``. Validation uses the same."""
-    clips_per_pass: int = 32
+    clips_per_pass: Count = 32
     """Clips of one forward pass."""
     exclude_bad_files: bool = False
     """Count videos that do not decode as wrong, instead of stopping with a list of them."""
 
     def __post_init__(self) -> None:
-        check("test", self, at_least(1), "clips", "crops", "clips_per_pass")
+        check_fields("test", self)
 
 
 @dataclass(frozen=True)
@@ -205,19 +188,18 @@ class KnnConfig:
     Without it nothing is measured."""
     validation: str | None = None
     """Labelled manifest or folder of the videos to classify."""
-    every_epochs: float = 20
+    every_epochs: Positive = 20
     """Epochs between two measurements (one more at the end)."""
-    videos: int = 2000
+    videos: Count = 2000
     """Videos of each manifest that are used at most, evenly over it."""
-    k: int = 20
+    k: Count = 20
     """Neighbours that vote."""
-    temperature: float = 0.07
+    temperature: Positive = 0.07
 
     def __post_init__(self) -> None:
-        check("knn", self, at_least(1), "videos", "k")
-        check("knn", self, POSITIVE, "every_epochs", "temperature")
+        check_fields("knn", self)
         if (self.train is None) != (self.validation is None):
             raise ConfigError(
-                "knn.train and knn.validation belong together: give both, or neither, got "
-                f"{self.train} and {self.validation}"
+                f"knn.train={self.train} and knn.validation={self.validation} belong together: "
+                f"give both, or neither"
             )

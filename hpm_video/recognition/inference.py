@@ -39,9 +39,8 @@ log = logging.getLogger(__name__)
 
 CLIPS_PER_PASS = 32
 REPAIR = (
-    "Repair them, or take them out of the manifest. A test can leave them out knowingly "
-    "(test.exclude_bad_files=true, tools/evaluate.py --exclude-bad-files): they then count as "
-    "wrong, and the result says how many they are"
+    "Repair them, or take them out of the manifest; with test.exclude_bad_files=true or "
+    "--exclude-bad-files they count as wrong instead"
 )
 
 Values = Callable[[Tensor], Tensor]  # (B, C, T, H, W) uint8 on any device -> (B, values)
@@ -266,12 +265,11 @@ class Inference:
 
 def describe_pass(count: int, views: Views, trained: TrainedModel, inference: Inference) -> str:
     """Describe the views, videos and model of a pass."""
-    data = inference.data
+    data, (height, width) = inference.data, inference.data.frame_size
     which = f"{views.clips} x {views.crops} {plural(views.count, 'view')}"
-    apart = f"at {data.pace}" if data.sampling == "dense" else "spread over it"
-    if views.every is not None:
-        which, apart = f"a clip every {views.every} frames", f"at {data.pace}"
-    height, width = data.frame_size
+    which = which if views.every is None else f"a clip every {views.every} frames"
+    is_spread = data.sampling == "segments" and views.every is None
+    apart = "spread over it" if is_spread else f"at {data.pace}"
     return (
         f"{counted(count, 'video')}, {which} of each: {counted(data.num_frames, 'frame')} of "
         f"{height} x {width} {apart}; {trained.weights} of update {trained.update}; "

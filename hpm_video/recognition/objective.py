@@ -8,6 +8,7 @@ it takes seconds, and pre-training never mixes.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hpm_video.config.data import AugmentationConfig
 from hpm_video.data.batch import ClipBatch
 from hpm_video.decoding.locations import base_name
 from hpm_video.randomness import global_generators, key_of
@@ -66,30 +67,17 @@ class Mixing:
     All clips of a batch are mixed alike, and all frames of a clip: one share, or one box.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        mixup: float,
-        cutmix: float,
-        probability: float,
-        switch_probability: float,
-        label_smoothing: float,
-    ) -> None:
-        """Shares are drawn from Beta(a, a), where a is ``mixup`` or ``cutmix``; 0 is without it.
-
-        A batch is mixed with ``probability``. With both kinds, ``switch_probability`` is that of
-        CutMix. Labels are smoothed whether or not the batch is mixed.
-        """
+    def __init__(self, num_classes: int, how: AugmentationConfig) -> None:
+        """Labels are smoothed whether or not a batch is mixed."""
         from timm.data.mixup import Mixup
 
         self._mixup = Mixup(  # type: ignore[no-untyped-call]
-            mixup_alpha=mixup,
-            cutmix_alpha=cutmix,
-            prob=probability,
-            switch_prob=switch_probability,
+            mixup_alpha=how.mixup,
+            cutmix_alpha=how.cutmix,
+            prob=how.mix_probability,
+            switch_prob=how.cutmix_probability,
             mode="batch",
-            label_smoothing=label_smoothing,
+            label_smoothing=how.label_smoothing,
             num_classes=num_classes,
         )
 

@@ -1,4 +1,7 @@
-"""Tests of a classifier on videos: each once, over all of its views, and none replaced."""
+"""Tests of a classifier on videos: each once, over all of its views, and none replaced.
+
+K is the number of classes.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,20 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from hpm_video.data.manifest import Manifest
 from hpm_video.data.reading import Views
-from hpm_video.files.atomic import write_json
+from hpm_video.files.atomic import write_json, written_beside
 from hpm_video.preparation.jobs import write_report
-from hpm_video.recognition.confusion import draw_confusion
 from hpm_video.recognition.inference import Inference, Reading, over_videos
 from hpm_video.recognition.labels import check_classes, numbered_as
 from hpm_video.recognition.trained_model import TrainedClassifier
 from hpm_video.training.distributed import Processes
 
 TOP = 5  # the label is among so many; of no more classes that tells nothing, and is not reported
-MANY_CLASSES = 30  # from so many on, the terminal shows only the best and the worst
+MOST_NAMED = 30  # classes up to which the terminal and the picture show each by its name
+LONGEST_NAME = 30
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Scores:
 
     manifest: Manifest
     probabilities: NDArray[np.float64]
-    """(videos, classes), mean of the softmax over the views; NaN for those that do not decode."""
+    """(videos, K), mean of the softmax over the views; NaN for those that do not decode."""
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -37,15 +41,13 @@ class Scores:
 
     @property
     def ranks(self) -> NDArray[np.int64]:
-        """How many classes are more probable than the true one: (videos,), all for one excluded.
+        """How many classes are more probable than the true one: (videos,), K for one excluded.
 
         Of equally probable classes, those of lower number come first.
         """
-        count = self.probabilities.shape[1]
-        of_label = np.take_along_axis(self.probabilities, self.labels[:, None], axis=1)
-        earlier = np.arange(count) < self.labels[:, None]
-        ahead = (self.probabilities > of_label) | ((self.probabilities == of_label) & earlier)
-        ranks: NDArray[np.int64] = np.where(self.excluded, count, ahead.sum(axis=1))
+        order = np.argsort(-self.probabilities, axis=1, kind="stable")
+        places = (order == self.labels[:, None]).argmax(axis=1)
+        ranks: NDArray[np.int64] = np.where(self.excluded, self.probabilities.shape[1], places)
         return ranks
 
     @property
@@ -110,11 +112,9 @@ def summarise(scores: Scores, label_names: Sequence[str]) -> dict[str, Any]:
         "top1": float((ranks == 0).mean()),
         "top5": float((ranks < min(TOP, num_classes)).mean()),
         "chance": float(1 / there.sum()),
-        "largest_class": float(counts.max() / counts.sum()),
         "mean_class_top1": float((correct[there] / counts[there]).mean()),
         "videos": len(labels),
         "excluded": int(scores.excluded.sum()),
-        "excluded_files": [scores.manifest.files[i] for i in np.flatnonzero(scores.excluded)],
         "classes": per_class,
     }
 
@@ -134,23 +134,47 @@ def write_results(
             predicted = [best, label_names[best], int(best == label), *np.round(row, 6)]
         rows.append([file, label, label_names[label], *predicted])
     write_report(folder / "predictions.csv", header, rows)
-    draw_confusion(
-        confusion_counts(scores),
-        label_names,
-        folder / "confusion.png",
-        title=str(folder),  # run, checkpoint, weights, views and list, unless the user named it
-    )
+    # The folder names run, checkpoint, weights, views and list, unless the user named it.
+    title = f"{folder}\ntop-1 {result['top1']:.1%} of {result['videos']} videos"
+    draw_confusion(confusion_counts(scores), label_names, folder / "confusion.png", title=title)
     write_json(folder / "result.json", result)
 
 
 def confusion_counts(scores: Scores) -> NDArray[np.int64]:
-    """Videos by true (rows) and predicted class, without those excluded: -> (classes, classes)"""
+    """Videos by true (rows) and predicted class, without those excluded: -> (K, K)"""
     from sklearn.metrics import confusion_matrix
 
     there, classes = ~scores.excluded, np.arange(scores.probabilities.shape[1])
     predicted = scores.probabilities[there].argmax(axis=1)
     counts: NDArray[np.int64] = confusion_matrix(scores.labels[there], predicted, labels=classes)
     return counts
+
+
+def draw_confusion(
+    counts: NDArray[np.int64], label_names: Sequence[str], path: Path, *, title: str
+) -> None:
+    """Draw how often each true class (row) was predicted as each class (column), as PNG.
+
+    (K, K), K names. Colours show shares of a row. Few classes have their names and counts.
+    """
+    side = 4 + min(len(counts), MOST_NAMED) / 4
+    figure = Figure((side, side), dpi=144, layout="constrained")
+    axes = figure.subplots()
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, label="share of the true class", shrink=0.7)
+    axes.set_title(title, fontsize=8, wrap=True, parse_math=False)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    if len(counts) <= MOST_NAMED:
+        names = [" ".join(name.split())[:LONGEST_NAME] for name in label_names]
+        axes.set_xticks(range(len(counts)), names, rotation=90, parse_math=False)
+        axes.set_yticks(range(len(counts)), names, parse_math=False)
+        for row, column in zip(*counts.nonzero(), strict=True):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            number = str(counts[row, column])
+            axes.text(column, row, number, ha="center", va="center", color=colour, fontsize=7)
+    with written_beside(path) as file:
+        figure.savefig(file, format="png")
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -162,14 +186,8 @@ def describe(result: dict[str, Any]) -> str:
     ]
     if result["excluded"]:
         rows.append(f"  {result['excluded']} of them do not decode: excluded, and counted as wrong")
-    tested = [row for row in result["classes"] if row["videos"]]
-    shown = {"": tested}
-    if len(tested) > MANY_CLASSES:
-        ordered = sorted(tested, key=lambda row: row["top1"])
-        shown = {"  the hardest classes:": ordered[:5], "  the easiest:": ordered[:-6:-1]}
-    for heading, classes in shown.items():
-        rows += [heading] if heading else []
-        for one in classes:
-            right = f"({one['correct']} of {one['videos']})"
-            rows.append(f"  {one['name']:24} {one['top1']:6.1%}  {right}")
+    tested = [one for one in result["classes"] if one["videos"]]
+    for one in tested if len(tested) <= MOST_NAMED else ():
+        right = f"({one['correct']} of {one['videos']})"
+        rows.append(f"  {one['name']:24} {one['top1']:6.1%}  {right}")
     return "\n".join(rows)

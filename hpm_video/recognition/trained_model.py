@@ -32,7 +32,11 @@ from hpm_video.training.checkpoint import read_state, read_weights, weights_dige
 
 log = logging.getLogger(__name__)
 
-OF_DECODERS = ("mask_token", "decoder_embed.", "decoder_pos_embed", "reconstructor.") + (
+OF_DECODERS = (
+    "mask_token",
+    "decoder_embed.",
+    "decoder_pos_embed",
+    "reconstructor.",
     "difficulty_decoder.",
 )
 """Weights of a masked autoencoder that are not its encoder's."""
@@ -217,66 +221,51 @@ def open_trained(
         ConfigError, CheckpointError: it is not a complete checkpoint of that kind, or has no such
             weights.
     """
-    if (last := path / "checkpoints" / "last").is_dir():
-        log.info("%s is the directory of a run: its last checkpoint is taken, %s", path, last)
-        path = last
-    elif (path / "checkpoints").is_dir():
-        raise CheckpointError(
-            f"{path} is the directory of a run without checkpoints/last; wait for its first "
-            f"checkpoint, or give the folder of one"
-        )
+    if (path / "checkpoints").is_dir():
+        path = path / "checkpoints" / "last"
+        log.info("a run was given: its last checkpoint is taken, %s", path)
     with as_folder(path) as folder:
         config = load_any_config(folder / "config.yaml", overrides)
-        kind = TrainedAutoencoder if isinstance(config, PretrainConfig) else TrainedClassifier
+        kind: Any = TrainedAutoencoder if isinstance(config, PretrainConfig) else TrainedClassifier
         if not issubclass(kind, wanted):
-            raise CheckpointError(_OF_OTHER_KIND[kind].format(path=path))
-        chosen, origin = _choose(path, folder, config, weights), folder / "origin.json"
-        labels, names = folder / "labels.txt", tuple[str, ...]()
+            raise CheckpointError(_WRONG_KIND[kind].format(path=path))
+        weights, names = _choose(path, folder, config, weights), tuple[str, ...]()
         if kind is TrainedClassifier:
-            if not labels.is_file():
-                raise CheckpointError(
-                    f"{path} is no checkpoint of a classifier: it has no labels.txt, the name of "
-                    f"class i in line i; put that file there"
-                )
-            names = read_label_names(labels)
+            names = read_label_names(folder / "labels.txt")
         held = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         check_sizes(config, len(names), held, path)
-        update = read_state(folder)["update"]
-        data = clips.of(config.data)
+        update, data = read_state(folder)["update"], clips.of(config.data)
         if isinstance(config, FinetuneConfig):
             config = replace(
                 config,
-                test=replace(config.test, weights="average" if chosen == "average" else "model"),
+                test=replace(config.test, weights="average" if weights == "average" else "model"),
                 data=data,
                 model=replace(config.model, pretrained_grid=source_grid_of(config)),
             )
+        origin = folder / "origin.json"
         text = origin.read_text(encoding="utf-8") if origin.is_file() else ""
-        made: Any = kind
-        found = made(path, chosen, update, data, config, names, text)
+        found = kind(path, weights, update, data, config, names, text)
     assert isinstance(found, wanted)
     return found
 
 
-_OF_OTHER_KIND: dict[type[TrainedModel], str] = {
-    TrainedAutoencoder: """{path} is no checkpoint of a classifier, but of pre-training; train one:
-  ./run_finetune.sh CONFIG init_weights={path}
-(see configs/README.md), and give RUN/checkpoints/last of that run""",
-    TrainedClassifier: "{path} is of a classifier, not of pre-training; give a checkpoint of "
-    "./run_pretrain.sh, such as runs/demo/checkpoints/last",
+_WRONG_KIND: dict[type[TrainedModel], str] = {
+    TrainedAutoencoder: "{path} is of pre-training, and a classifier is needed; train one: "
+    "./run_finetune.sh CONFIG init_weights={path}",
+    TrainedClassifier: "{path} is of a classifier, and one of pre-training is needed; give a "
+    "checkpoint of ./run_pretrain.sh",
 }
 
 
 def _choose(path: Path, folder: Path, config: AnyConfig, asked: WeightsOf | None) -> WeightsOf:
     if isinstance(config, PretrainConfig):
-        kind, known, usual = "pre-training", (*OF_PRETRAINING, "untrained"), OF_PRETRAINING[0]
+        known, chosen = (*OF_PRETRAINING, "untrained"), asked or OF_PRETRAINING[0]
     else:
-        kind, known, usual = "a classifier", OF_CLASSIFIER, config.test.weights
-    chosen: WeightsOf = asked or usual
+        known, chosen = OF_CLASSIFIER, asked or config.test.weights
     there = [name for name in known if (folder / f"{_file_of(name)}.safetensors").is_file()]
     if chosen not in known or (there and chosen not in (*there, "untrained")):
         raise CheckpointError(
-            f"{path} is of {kind} and has no weights of {chosen!r}; take --weights "
-            f"{' or '.join(there or known)}"
+            f"{path} has no weights of {chosen!r}; take --weights {' or '.join(there or known)}"
         )
     return chosen
 

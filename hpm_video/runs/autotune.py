@@ -114,18 +114,16 @@ def last_epoch(task: Task) -> Progress:
 def choose_plan(
     task: Task, device: torch.device, processes: Processes, precision: Precision
 ) -> BatchPlan:
-    """Plan an update as the config says, or on a GPU by trial.
+    """Plan an update as the config says, or on a GPU by trial: all take what fits everywhere.
 
-    Each process tries updates of plain torch on its GPU, and all take what fits everywhere. The
-    weights of the run lie there too meanwhile, which leaves room for what engines keep besides.
+    The weights of the run lie there too meanwhile, which leaves room for what engines keep besides.
     """
     if task.config.engine.micro_batch is not None or device.type != "cuda":
         return task.config.plan(processes.count)
     torch.cuda.set_per_process_memory_fraction(GPU_SHARE, device)
+    sizes = task.config.micro_batches(processes.count)
     try:
-        largest = find_micro_batch(
-            task, device, precision, task.config.micro_batches(processes.count)
-        )
+        largest = find_micro_batch(task, device, precision, sizes)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
         torch.cuda.reset_accumulated_memory_stats(device)
@@ -149,9 +147,7 @@ def find_micro_batch(
 
 
 def largest_fitting(sizes: Sequence[int], run_once: Callable[[int], None]) -> int:
-    """Find the largest of ascending ``sizes`` for whose run the device has the memory.
-
-    The smallest is tried first, then the middle of what is left open. What a run left is freed.
+    """Find by bisection the largest of ascending ``sizes`` that the device has the memory to run.
 
     Raises:
         ConfigError: not even the smallest fits.
@@ -171,9 +167,8 @@ def largest_fitting(sizes: Sequence[int], run_once: Callable[[int], None]) -> in
 
     if not fits(sizes[0]):
         raise ConfigError(
-            f"a forward and backward pass of engine.micro_batch={sizes[0]} does not fit the "
-            f"device, and no smaller one is possible; take model.checkpoint_activations=true, a "
-            f"higher engine.zero_stage, smaller or shorter clips, or more processes"
+            f"engine.micro_batch={sizes[0]} does not fit the device, and none smaller is possible; "
+            f"take model.checkpoint_activations=true, smaller clips, or more processes"
         )
     return sizes[bisect_left(sizes, 1, lo=1, key=lambda size: int(not fits(size))) - 1]
 
@@ -206,46 +201,35 @@ def describe_run(
     if files is not None:
         task.data = planned_data(task.config, files)
     task.resolve()
-    config = task.config
+    config, engine = task.config, task.config.engine
     with torch.device("meta"):
         parameters = [*task.model().parameters()]
     count = sum(p.numel() for p in parameters)
     learning = sum(p.numel() for p in parameters if p.requires_grad)
     ema = 0 if task.ema is None else count
-    plans = [config.plan(processes)]
-    if config.engine.micro_batch is None:  # any that is possible
-        plans = [config.plan(processes, size) for size in config.micro_batches(processes)]
-    precision: Precision = "fp32" if config.engine.precision == "fp32" else "bf16"
+    sizes = [engine.micro_batch] if engine.micro_batch else config.micro_batches(processes)
+    plans = [config.plan(processes, size) for size in sizes]
+    precision: Precision = "fp32" if engine.precision == "fp32" else "bf16"
     zero, clip_grad = None, config.recipe.clip_grad
-    if config.engine.name == "deepspeed":
-        settings = settings_of(config.engine, plans[-1], clip_grad=clip_grad, precision=precision)
+    if engine.name == "deepspeed":
+        settings = settings_of(engine, plans[-1], clip_grad=clip_grad, precision=precision)
         zero = settings["zero_optimization"]
     memory = training_memory(learning, ema + count - learning, processes, zero)
     per_file, fixed = _activations(task, precision)
-    follows = f", and {ema / 1e6:.1f} M more that follow them" if ema else ""
-    model = f"{count / 1e6:.1f} M parameters{follows}; activations in {precision}"
-    device = "a GPU" if config.engine.device == "auto" else config.engine.device
-    lines = [
-        *describe_training(config, task.data, plans[-1], model),
-        f"planned for {device} in each process, whatever this machine has",
-    ]
+    of_ema = f", and {ema / 1e6:.1f} M more of the {task.ema}" if ema else ""
+    model = f"{count / 1e6:.1f} M parameters{of_ema}; activations in {precision}"
+    lines = describe_training(config, task.data, plans[-1], model)
     if clips_per_second is not None:
         shares = zip(config.weights, config.sources.values(), strict=True)
         of_file = sum(share * source.repeats for share, source in shares) / sum(config.weights)
         clips = task.data.timeline.num_updates * config.recipe.batch_size * of_file
         hours = clips / clips_per_second / 3600
         lines.append(f"{clips:,.0f} clips at {clips_per_second:g} per second: {hours:.3g} hours")
-    lines += [
-        "",
-        describe_memory(memory, fixed + per_file * plans[-1].micro_batch),
-        "",
-        "engine.micro_batch   passes per update   GB on the device",
-    ]
+    lines += ["", describe_memory(memory, fixed + per_file * plans[-1].micro_batch), ""]
+    lines.append("engine.micro_batch   passes per update   GB on the device")
     for plan in plans:
         needed = (sum(memory.device.values()) + fixed + per_file * plan.micro_batch) / 1e9
         lines.append(f"{plan.micro_batch:18}{plan.accumulate:20}{needed:19.1f}")
-    if config.engine.micro_batch is None:
-        lines.append("a run on GPUs finds the largest of these that fits")
     return "\n".join(lines)
 
 
@@ -254,9 +238,6 @@ def _activations(task: Task, precision: Precision) -> tuple[float, float]:
     update = partial(trial_update, task, torch.device("cpu"), precision)
     found = []
     for source, data in task.config.sources.items():
-        simulated = {
-            files: simulate_update(partial(update, files * data.repeats, source=source))
-            for files in SIMULATED
-        }
-        found.append(activation_bytes(simulated))
+        made = {n: partial(update, n * data.repeats, source=source) for n in SIMULATED}
+        found.append(activation_bytes({n: simulate_update(each) for n, each in made.items()}))
     return max(found)

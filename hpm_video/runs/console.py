@@ -14,13 +14,12 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from hpm_video.config.data import DataConfig
 from hpm_video.decoding.registry import decoder_choices
 from hpm_video.files.errors import ExpectedError
 from hpm_video.files.plugins import PluginError, load_plugins
@@ -50,14 +49,11 @@ def exit_codes(
     return "\n  ".join(["exit codes:", *lines, f"130  {stopped}\n"])
 
 
-EXIT_CODES = (
-    exit_codes(
-        "it is done",
-        "a wrong input: the message says which, and what to do",
-        "75   stopped by SIGTERM, the state is saved: start the same command again",
-        stopped="stopped by Ctrl-C, the state is saved: start the same command again",
-    )
-    + "Of several processes the job ends with the code of the one that failed (torchrun: with 1).\n"
+EXIT_CODES = exit_codes(
+    "it is done",
+    "a wrong input: the message says which, and what to do",
+    "75   stopped by SIGTERM, the state is saved: start the same command again",
+    stopped="stopped by Ctrl-C, the state is saved: start the same command again",
 )
 
 
@@ -194,7 +190,6 @@ def train(
 
     def command(processes: Processes) -> None:
         config = load_config(schema, arguments.config, arguments.overrides)
-        say_what_stays(config.data, arguments.overrides)
         task = make_task(config)
         if arguments.dry_run:
             plan = describe_run(
@@ -207,41 +202,12 @@ def train(
     return run_processes(command)
 
 
-def say_what_stays(data: DataConfig, overrides: Sequence[str]) -> None:
-    """Warn where one of the two lists was given, and the other is still that of the config."""
-    given = {override.partition("=")[0] for override in overrides}
-    lists = [("data.train", data.train), ("data.validation", data.validation)]
-    for (name, _), (other, stays) in (lists, lists[::-1]):
-        if name in given and other not in given and stays is not None:
-            log.warning(
-                "%s was given, and %s is still the config's, %s; if that is not meant, give %s",
-                name,
-                other,
-                stays,
-                f"{other}=LIST" + (", or null for none" if other == "data.validation" else ""),
-            )
-
-
-def list_files(run_dir: Path, checkpoint: Path, others: Mapping[str, Path]) -> str:
-    """List the files of a run that exist."""
-    names = ("config.yaml", "metrics.jsonl", "curves.png", "report.html")
-    own = {name.partition(".")[0]: run_dir / name for name in names}
-    files = {"checkpoint": checkpoint, **own, **others}
-    rows = (f"  {name:18}{path}" for name, path in files.items() if path.exists())
-    return "\n".join(["\nDone. The run left:", *rows])
-
-
-def next_step(tool: str, checkpoint: Path, data: DataConfig, manifest: str | None) -> str:
-    """Return a command that shows what a model does with the first video of a manifest."""
-    from hpm_video.runs.data import open_manifest
-
-    video = "VIDEO"
-    if manifest is not None:
-        video = shortest(open_manifest(data, manifest, "data.validation").files[0])
-    paths = [shortest(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    variable = f"PYTHONPATH={os.pathsep.join(paths)} " if paths else ""
-    python = shortest(sys.executable)
-    return f"  {variable}{python} tools/{tool}.py {shortest(checkpoint)} {video}"
+def describe_end(run_dir: Path, checkpoint: Path, tool: str) -> str:
+    """Return where the report of a run is, and the command that shows what its model does."""
+    return (
+        f"\nDone. The run on one page: {run_dir / 'report.html'}\n"
+        f"Next: python tools/{tool}.py {shortest(checkpoint)} VIDEO"
+    )
 
 
 def shortest(path: Path | str) -> str:

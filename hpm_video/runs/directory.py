@@ -70,10 +70,7 @@ def check_output_dir(config: RunConfig) -> Path:
 
 @contextmanager
 def locked(config: RunConfig, processes: Processes) -> Iterator[RunDirectory]:
-    """Keep other runs out of the run's directory: what is read there holds as long as this lasts.
-
-    The first process does it, and makes the directory; the others wait until it is done. Of a run
-    that never began nothing is left.
+    """Keep other runs out of the run's directory. Of a run that never began nothing is left.
 
     Raises:
         ConfigError: there can be no run, or another one trains there.

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,8 @@ def evaluate_run(
 ) -> dict[str, Any] | None:
     """Test a finished run as its config says. -> the result, none without a manifest to test on
 
-    Each process tests a share of the videos. The result is written to a folder in ``test/`` that
-    is named by what is tested and how. The same test of the same weights and videos is not
-    repeated.
+    The result is written to a folder in ``test/`` that is named by what is tested and how. The same
+    test of the same weights and videos is not repeated.
 
     Raises:
         BadFilesError: videos do not decode.
@@ -74,16 +74,11 @@ def evaluate_run(
 
 
 def _result_before(path: Path, what: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the result of the same test, if it was written. That of another test is removed."""
-    if not path.is_file():
-        return None
-    try:
-        before: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # it was cut off
-        before = None
-    if isinstance(before, dict) and before.get("test") == what:
-        return before
-    path.unlink()  # of other weights or videos: what lies there is not to be mixed
+    """Return the result of the same test, if it was written."""
+    with suppress(OSError, ValueError):
+        before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if before.get("test") == what:
+            return before
     return None
 
 

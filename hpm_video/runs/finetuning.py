@@ -117,21 +117,11 @@ class Finetuning(Task[ClipClassifier, Classification]):
         config, how = self.config, self.config.augmentation
         assert config.model.num_classes is not None
         momentum = config.recipe.average_momentum or 0.0
-        mixing = None
-        if how.mixes:
-            mixing = Mixing(
-                config.model.num_classes,
-                mixup=how.mixup,
-                cutmix=how.cutmix,
-                probability=how.mix_probability,
-                switch_probability=how.cutmix_probability,
-                label_smoothing=how.label_smoothing,
-            )
         return Classification(
             mean=config.data.mean,
             std=config.data.std,
             label_smoothing=how.label_smoothing,
-            mixing=mixing,
+            mixing=Mixing(config.model.num_classes, how) if how.mixes else None,
             ema=ema,
             momentum=MomentumSchedule("paper", momentum, momentum),
             seed=config.seed,

@@ -175,29 +175,29 @@ def test_misspelt_key_is_an_error_that_knows_better():
         ("mining.predictor=none", "masking.strategy=random"),
         ("data.frame_size=[50,48]", "height .* got 50 .* 48 and 56"),
         ("data.max_frame_stride=0", "at least data.frame_stride"),
-        ("data.fps=8", "data.fps=8 takes frames by time.*data.frame_stride is 1 .*make both null"),
+        ("data.fps=8", "data.fps=8 takes frames by time: make data.frame_stride=1 and .* null"),
         ("data.fps=0", "data.fps must be positive and finite, got 0"),
         ("data.fps=inf", "data.fps must be positive and finite, got inf"),
         ("data.clips_per_minute=inf", "clips_per_minute must be positive and finite, got inf"),
         ("data.clips_per_minute=0", "clips_per_minute must be positive and finite, got 0"),
         ("data.mean=[0.5]", "each of the 3 channels"),
-        ("engine.micro_batch=3", "must divide .*, got 3; take engine.micro_batch=2 or 4"),
+        ("engine.micro_batch=3", "must be one of 1, 2, 4.*, got 3"),
         ("recipe.epochs=many", "many"),
         ("recipe.warmup_epochs=99", "warmup_epochs must lie in"),
-        ("recipe.min_lr=1", "min_lr <= recipe.base_lr"),
+        ("recipe.min_lr=1", "min_lr must be at most recipe.base_lr="),
         ("model.encoder.num_heads=5", "got dim 96, depth 3, num_heads 5"),
         ("model.conventions=beit", "beit"),
         ("data.crop=centre", "centre"),
         (
             "data.crop_area=[0,1]",
-            r"crop_area must be two rising positive numbers, at most 1, got \(0",
+            r"crop_area must be two rising positive numbers up to 1, got \(0",
         ),
         ("data.crop_area=[0.5,0.2]", r"crop_area must be two rising .* \(0.5, 0.2\)"),
         ("data.interpolation=nearest", "nearest"),
-        ("data.validation_short_side=47", r"at least data.frame_size \(\(48, 48\)\), got 47"),
+        ("data.validation_short_side=47", r"at least data.frame_size \(48, 48\), got 47"),
         ("mining.target=dino", "needs the weights of vit_base_patch16_224.dino: give mining.feat"),
-        ("mining.feature_weights=a.pth", "go with mining.target=dino or clip, and it is per_ch"),
-        ("mining.feature_model=vit", "go with mining.target=dino or clip"),
+        ("mining.feature_weights=a.pth", "are for mining.target=dino or clip, got per_channel"),
+        ("mining.feature_model=vit", "are for mining.target=dino or clip"),
         ("mining.target=pixels", "pixels"),
         ("mining.teacher_sees=half", "half"),
         ("mining.decoded_share=0", r"mining.decoded_share must lie in \(0, 1\], got 0"),
@@ -213,7 +213,7 @@ def test_misspelt_key_is_an_error_that_knows_better():
         ("mix.images.masking.ratio=2", "mix.images: masking.ratio must lie"),
         ("mix.images.data.frames=2", "full_key: mix.images.data.frames"),
         ("mix.images.data.num_frames=1", "mix.images.data.num_frames, .* got 1 with patch 2"),
-        ("mix.images.data.mean=[0,0,0]", r"mix.images.data.mean must be data.mean, .*got \(0"),
+        ("mix.images.data.mean=[0,0,0]", r"mix.images.data.mean must be data.mean=.*, got \(0"),
         ("mix.images.data.std=[1,1]", "mix.images.data.std need a value for each of the 3"),
         ("mix.images.masking.ratio=0.999999", "mix.images.masking.ratio: .* hides 6272 of 6272"),
         ("mix.images.knn.k=3", "knn"),
@@ -226,13 +226,10 @@ def test_a_value_that_cannot_be_run_is_named_with_its_rule(override, words):
         load_config(PretrainConfig, DEMO, [override])
 
 
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [("mining.target=ema", "features of all tokens"), ("mining.predictor=none", "no scores")],
-)
-def test_a_teacher_that_does_more_or_less_than_scoring_sees_all(override, words):
+@pytest.mark.parametrize("override", ["mining.target=ema", "mining.predictor=none"])
+def test_a_teacher_that_does_more_or_less_than_scoring_sees_all(override):
     overrides = ["masking.strategy=random", override, "mining.teacher_sees=checkerboard"]
-    with pytest.raises(ConfigError, match=f"{words} from it; take mining.teacher_sees=all"):
+    with pytest.raises(ConfigError, match="a teacher that only scores.* mining.teacher_sees=all"):
         load_config(PretrainConfig, DEMO, overrides)
     load_config(PretrainConfig, DEMO, [*overrides[:2], "mining.decoded_share=0.5"])
 
@@ -312,11 +309,10 @@ def test_what_differs_in_a_source_is_named():
     ]
 
 
-@pytest.mark.parametrize(("override", "left"), [("mix={}", ()), ("mix.images=null", ())])
-def test_a_source_can_be_left_out(override, left):
+def test_a_source_can_be_left_out():
     path = DEMO.with_name("demo_mixed.yaml")
     assert [*load_config(PretrainConfig, path, []).mix] == ["images"]
-    assert (*load_config(PretrainConfig, path, [override]).mix,) == left
+    assert [*load_config(PretrainConfig, path, ["mix.images=null"]).mix] == []
 
 
 @pytest.mark.parametrize("positions", ["sequence", "space_time"])
@@ -371,14 +367,13 @@ def test_the_short_side_of_validation_frames_may_be_that_of_the_crop():
         config = load_config(PretrainConfig, DEMO, [f"data.validation_short_side={side}"])
         assert config.data.validation_short_side == side
     wide = ["data.frame_size=[32,48]", "data.validation_short_side=40"]
-    with pytest.raises(ConfigError, match=r"\(\(32, 48\)\), got 40"):
+    with pytest.raises(ConfigError, match=r"\(32, 48\), got 40"):
         load_config(PretrainConfig, DEMO, wide)
 
 
-def test_keys_are_read_by_their_names_of_one_version_ago(caplog):
+def test_keys_of_earlier_runs_are_read():
     old = "data.held_out_short_side=60"
     assert load_config(PretrainConfig, DEMO, [old]).data.validation_short_side == 60
-    assert "held_out_short_side is called validation_short_side now" in caplog.text
     of_images = "mix.images.data.held_out_short_side=64"
     mixed = load_config(PretrainConfig, DEMO.with_name("demo_mixed.yaml"), [of_images])
     assert mixed.mix["images"].data.validation_short_side == 64
@@ -471,11 +466,14 @@ def test_fine_tuning_on_images_sees_them_as_the_official_one_does(name):
     ("overrides", "words"),
     [
         # the clips of a video
-        (["data.sampling=segments", "data.max_frame_stride=9"], "takes no stride.*is 9; leave"),
+        (
+            ["data.sampling=segments", "data.max_frame_stride=9"],
+            "takes no data.max_frame_stride=9; leave",
+        ),
         (["data.sampling=sparse"], "sparse"),
         (
             ["data.sampling=segments", "data.frame_stride=null", "data.fps=5"],
-            "segments takes no stride, but data.fps is 5.0; leave",
+            "segments takes no data.fps=5.0; leave",
         ),
         (["data.repeats=0"], "repeats must be at least 1, got 0"),
         (["data.frame_size=[50,48]"], "height .* got 50 .* 48 and 56"),
@@ -486,7 +484,7 @@ def test_fine_tuning_on_images_sees_them_as_the_official_one_does(name):
         (["model.frozen=true"], "pooling=mean_norm leaves out; take model.pooling=batch_norm"),
         (["model.pooling=max"], "max"),
         (["model.init=zero"], "zero"),
-        (["model.pooling=class_token"], "needs model.class_token=true, which pre-training must"),
+        (["model.pooling=class_token"], "pooling=class_token needs model.class_token=true"),
         (["data.validation_short_side=47"], r"at least data.frame_size .*got 47"),
         (["data.crop=random_resized"], "crop"),
         (["model.head_dropout=1"], r"model.head_dropout must lie in \[0, 1\), got 1"),
@@ -500,11 +498,11 @@ def test_fine_tuning_on_images_sees_them_as_the_official_one_does(name):
                 "data.std=[0.5]",
                 "augmentation.rand_augment=rand-m7-n4",
             ],
-            "rand_augment changes colours, .* got 1; take augmentation.rand_augment=null",
+            "rand_augment needs model.channels=3, got 1; take augmentation.rand_augment=null",
         ),
         (
             ["model.pooling=batch_norm", "engine.micro_batch=1"],
-            "a batch norm needs two.*, got 1; take engine.micro_batch=2",
+            "must be one of 2, .* pairs .*batch norm.*, got 1",
         ),
         # the recipe
         (["recipe.layer_decay=0"], r"layer_decay must lie in \(0, 1\], got 0"),
@@ -513,28 +511,28 @@ def test_fine_tuning_on_images_sees_them_as_the_official_one_does(name):
         (["recipe.optimizer=lion"], "lion"),
         (
             ["recipe.average_momentum=0.9", "model.pooling=batch_norm"],
-            "not the statistics of model.pooling=batch_norm; leave one of them out",
+            "not average the statistics of model.pooling=batch_norm; leave one of them out",
         ),
-        (["engine.micro_batch=3"], "must divide .*, got 3; take engine.micro_batch=2 or 4"),
+        (["engine.micro_batch=3"], "must be one of 1, 2, 4.*, got 3"),
         (["init_from=pupil"], "pupil"),
         # the augmentation
         (["augmentation.area=[0,1]"], r"area must be two rising positive .* got \(0"),
         (["augmentation.area=[0.9,0.5]"], r"area must be two rising .* \(0.9, 0.5\)"),
-        (["augmentation.area=[0.5,1.5]"], r"at most 1, got \(0.5, 1.5\)"),
+        (["augmentation.area=[0.5,1.5]"], r"up to 1, got \(0.5, 1.5\)"),
         (["augmentation.ratio=[2,1]"], r"ratio must be two rising .* \(2"),
         (["augmentation.erasing=1.5"], r"erasing must lie in \[0, 1\], got 1.5"),
         (["augmentation.mix_probability=-1"], r"mix_probability must lie in \[0, 1\], got -1"),
         (["augmentation.cutmix_probability=2"], r"cutmix_probability must lie in .* got 2"),
         (["augmentation.mixup=-1"], "augmentation.mixup must be at least 0, got -1.0"),
         (["augmentation.label_smoothing=1"], r"label_smoothing must lie in \[0, 1\), got 1"),
-        (["augmentation.rand_augment=strong"], "augmentation.rand_augment is .*strong"),
+        (["augmentation.rand_augment=strong"], "rand_augment must be timm's string.*got strong"),
         (
             ["augmentation.mixup=0.8", "engine.micro_batch=1"],
-            r"multiple of 2 \(mixup and CutMix pair videos.*got 1; take engine.micro_batch=2",
+            r"must be one of 2, .* pairs \(for mixup, CutMix .*got 1",
         ),
         (
             ["augmentation.cutmix=1", "recipe.batch_size=9", "data.repeats=2"],
-            "multiple of 2 .*, got 9; take recipe.batch_size=8 or 10",
+            "multiple of 2 .*, got 9; take recipe.batch_size=10",
         ),
         # the test
         (["test.clips=0"], "clips must be at least 1, got 0"),
@@ -543,7 +541,7 @@ def test_fine_tuning_on_images_sees_them_as_the_official_one_does(name):
         (["test.checkpoint=worst"], "worst"),
         (
             ["test.weights=average", "recipe.average_momentum=null"],
-            "needs an average: set recipe.average_momentum",
+            "test.weights=average needs recipe.average_momentum",
         ),
         (
             ["test.checkpoint=best", "data.validation=null"],
@@ -595,7 +593,7 @@ def test_the_stride_is_4_unless_clips_have_a_rate(tmp_path):
     )
     timed = load_config(PretrainConfig, tmp_path / "timed.yaml", [])
     assert [data.pace for data in timed.sources.values()] == ["8 frames/s", "5 frames/s"]
-    with pytest.raises(ConfigError, match=r"mix\.more: data\.fps=5 takes .* but .* is 4 and"):
+    with pytest.raises(ConfigError, match=r"mix\.more: data\.fps=5 takes .*frame_stride=4 and"):
         load_config(PretrainConfig, tmp_path / "timed.yaml", ["mix.more.data.frame_stride=4"])
     assert ClipChoice(frame_stride=3).of(config.data).pace == "stride 3"
     assert ClipChoice().of(config.data).pace == "8 frames/s"
@@ -604,8 +602,8 @@ def test_the_stride_is_4_unless_clips_have_a_rate(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["knn.train=a.csv"], "give both, or neither, got a.csv and None"),
-        (["knn.validation=a.csv"], "give both, or neither, got None and a.csv"),
+        (["knn.train=a.csv"], "knn.train=a.csv and knn.validation=None belong together"),
+        (["knn.validation=a.csv"], "knn.train=None and knn.validation=a.csv belong together"),
         (["knn.k=0"], "k must be at least 1, got 0"),
         (["knn.videos=0"], "videos must be at least 1, got 0"),
         (["knn.every_epochs=0"], "must be positive, got 0"),
@@ -633,9 +631,7 @@ def test_how_a_classifier_is_tested_changes_no_result_of_training():
 
 def test_a_value_that_is_left_to_the_user_must_be_given():
     path = FINETUNE_DEMO.with_name("k400_b.yaml")
-    with pytest.raises(
-        ConfigError, match="leaves init_weights to you: give init_weights=VALUE, or"
-    ):
+    with pytest.raises(ConfigError, match="leaves init_weights to you: give init_weights=VALUE"):
         load_config(FinetuneConfig, path, [])
     assert load_config(FinetuneConfig, path, ["init_weights=X"]).init_weights == "X"
     assert load_config(FinetuneConfig, path, ["init_weights=null"]).init_weights is None
@@ -737,6 +733,7 @@ def test_a_config_that_is_not_utf_8_is_named(load, tmp_path):
         load(path, [])
 
 
-def test_a_config_of_pretraining_is_named_where_one_of_finetuning_is_needed():
-    with pytest.raises(ConfigError, match="k400_hpm_b.yaml is a config of pre-training; take one"):
+def test_a_config_is_found_by_its_name():
+    assert load_config(PretrainConfig, Path("k400_hpm_b"), []).output_dir == "runs/k400_hpm_b"
+    with pytest.raises(ConfigError, match="'decoder' not in 'ClassifierConfig'"):
         load_config(FinetuneConfig, Path("k400_hpm_b"), [])

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from hpm_video.config.choices import TransformerSize
-from hpm_video.config.data import DataConfig
+from hpm_video.config.data import AugmentationConfig, DataConfig
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data.augment import Augmentation
@@ -204,9 +204,7 @@ def mixing():
         mean=(0.5,) * 3,
         std=(0.5,) * 3,
         label_smoothing=0.0,
-        mixing=Mixing(
-            2, mixup=0.8, cutmix=1.0, probability=1.0, switch_probability=0.5, label_smoothing=0.0
-        ),
+        mixing=Mixing(2, AugmentationConfig(mixup=0.8, cutmix=1.0, label_smoothing=0.0)),
         seed=3,
     )
     pixels = torch.zeros(2, 3, 1, 16, 16, dtype=torch.uint8)

@@ -113,8 +113,8 @@ def test_a_file_that_is_no_object_is_named(tmp_path, text):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"offload": "optimizer"}, "engine.offload=optimizer is for DeepSpeed"),
-        ({"zero_stage": 2}, "engine.zero_stage=2 is for DeepSpeed"),
+        ({"offload": "optimizer"}, "engine.offload=optimizer needs engine.name=deepspeed"),
+        ({"zero_stage": 2}, "engine.zero_stage=2 needs engine.name=deepspeed"),
         (
             {"name": "deepspeed", "zero_stage": 0, "offload": "optimizer"},
             "engine.offload=optimizer needs engine.zero_stage=1 or higher, got 0",

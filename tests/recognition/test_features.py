@@ -703,10 +703,8 @@ def test_a_long_name_fits_a_file_system():
 
 def test_weights_are_those_of_the_kind(main, pretrained, classifier, source, tmp_path, capsys):
     wrong = {
-        (pretrained, "average"): "is of pre-training and has no weights of 'average'; take "
-        "--weights student or teacher",
-        (classifier, "student"): "is of a classifier and has no weights of 'student'; take "
-        "--weights model",
+        (pretrained, "average"): "has no weights of 'average'; take --weights student or teacher",
+        (classifier, "student"): "has no weights of 'student'; take --weights model",
         (classifier, "average"): "take --weights model",
     }
     for (checkpoint, weights), message in wrong.items():

@@ -8,21 +8,15 @@ from hypothesis import strategies as st
 from timm.data.mixup import Mixup
 from torch.nn import functional as F
 
+from hpm_video.config.data import AugmentationConfig
 from hpm_video.randomness import global_generators
 from hpm_video.recognition.objective import Mixing
 
 CLASSES = 7
 
 
-def mixing(mixup=0.8, cutmix=1.0, probability=1.0, switch_probability=0.5, label_smoothing=0.1):
-    return Mixing(
-        CLASSES,
-        mixup=mixup,
-        cutmix=cutmix,
-        probability=probability,
-        switch_probability=switch_probability,
-        label_smoothing=label_smoothing,
-    )
+def mixing(**options):
+    return Mixing(CLASSES, AugmentationConfig(**options))
 
 
 def batch(size=4, num_frames=3, height=12, width=10, seed=0):
@@ -32,14 +26,14 @@ def batch(size=4, num_frames=3, height=12, width=10, seed=0):
 
 
 @pytest.mark.parametrize(
-    "kind", [{"cutmix": 0.0}, {"mixup": 0.0}, {}, {"probability": 0.5, "label_smoothing": 0.0}]
+    "kind", [{"cutmix": 0.0}, {"mixup": 0.0}, {}, {"mix_probability": 0.5, "label_smoothing": 0.0}]
 )
 def test_each_frame_is_mixed_as_timm_mixes_an_image(kind):
-    settings = {"mixup": 0.8, "cutmix": 1.0, "probability": 1.0, "label_smoothing": 0.1} | kind
+    settings = {"mixup": 0.8, "cutmix": 1.0, "mix_probability": 1.0, "label_smoothing": 0.1} | kind
     theirs = Mixup(
         settings["mixup"],
         settings["cutmix"],
-        prob=settings["probability"],
+        prob=settings["mix_probability"],
         label_smoothing=settings["label_smoothing"],
         num_classes=CLASSES,
     )
@@ -86,7 +80,7 @@ def test_mixup_takes_the_shares_of_the_labels():
 
 def test_both_kinds_occur_as_often_as_asked():
     clips, labels = batch(num_frames=1)
-    ours = mixing(switch_probability=0.25, probability=0.8)
+    ours = mixing(cutmix_probability=0.25, mix_probability=0.8)
     kinds = {"mixup": 0, "cutmix": 0, "neither": 0}
     for key in range(600):
         unchanged = (ours(clips, labels, key)[0] == clips).float().mean()
@@ -120,7 +114,7 @@ def test_targets_sum_to_1_and_the_arguments_stay(size, num_frames, sides, smooth
 
 def test_without_mixing_the_targets_are_smoothed_labels():
     clips, labels = batch()
-    mixed, targets = mixing(probability=0.0)(clips, labels, 0)
+    mixed, targets = mixing(mix_probability=0.0)(clips, labels, 0)
     assert torch.equal(mixed, clips)
     logits = torch.randn((4, CLASSES), generator=torch.Generator().manual_seed(1))
     expected = F.cross_entropy(logits, labels, label_smoothing=0.1)

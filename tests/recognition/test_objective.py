@@ -6,6 +6,7 @@ from geometry import Geometry
 from torch.nn import functional as F
 
 from hpm_video.config.choices import TransformerSize
+from hpm_video.config.data import AugmentationConfig
 from hpm_video.data.batch import ClipBatch
 from hpm_video.recognition.objective import Classification, Mixing
 from hpm_video.tokens.grid import TokenGrid
@@ -49,8 +50,7 @@ def make(label_smoothing=0.0, **options):
 
 
 def mixing(**options):
-    settings = {"mixup": 0.8, "cutmix": 1.0, "probability": 1.0, "switch_probability": 0.5}
-    return Mixing(CLASSES, **(settings | {"label_smoothing": 0.1} | options))
+    return Mixing(CLASSES, AugmentationConfig(**options))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])

@@ -368,14 +368,14 @@ def test_a_checkpoint_of_something_else_is_named(checkpoint, tmp_path):
     for path in checkpoint.iterdir():
         if path.name not in ("average.safetensors", "labels.txt"):
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(CheckpointError, match=r"no labels.txt, the name of class i in line i; put"):
+    with pytest.raises(ManifestError, match=r"labels.txt cannot be read"):
         load(tmp_path)
     with pytest.raises(CheckpointError, match=r"has no weights of .average.; take --weights model"):
         load(tmp_path, "average")
     (tmp_path / "labels.txt").write_text("one\ntwo\n")
     with pytest.raises(CheckpointError, match=r"head.weight has shape \(3, 16\).* \(2, 16\)"):
         load(tmp_path)
-    with pytest.raises(CheckpointError, match="is of a classifier, not of pre-training; give a"):
+    with pytest.raises(CheckpointError, match="is of a classifier, and one of pre-training is"):
         open_trained(checkpoint, TrainedAutoencoder)
 
 

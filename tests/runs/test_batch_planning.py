@@ -101,9 +101,11 @@ def test_on_a_cpu_a_process_takes_its_share_in_one_pass_unless_told_otherwise():
 
 
 def test_what_does_not_come_out_even_names_what_does():
-    with pytest.raises(ConfigError, match=r"batch_size=3 or 6, or processes=2 or 4"):
+    with pytest.raises(
+        ConfigError, match=r"batch_size must be a multiple of 3 .* take recipe.batch_size=6"
+    ):
         config_of().plan(3)
-    with pytest.raises(ConfigError, match=r"got 4; take engine.micro_batch=2"):
+    with pytest.raises(ConfigError, match=r"micro_batch must be one of 1, 2 where .* got 4"):
         config_of("engine.micro_batch=4").plan(2)
 
 
@@ -112,7 +114,7 @@ def test_mixing_and_batch_norms_need_pairs():
     given = ["data.train=x", "init_weights=x", "data.validation=null"]
     config = load_config(FinetuneConfig, path, given)
     assert config.multiple == 2
-    with pytest.raises(ConfigError, match=r"multiple of 2"):
+    with pytest.raises(ConfigError, match=r"passes of pairs"):
         config.plan(384)
     without = load_config(
         FinetuneConfig, path, [*given, "augmentation.mixup=0", "augmentation.cutmix=0"]
@@ -181,7 +183,6 @@ def test_a_dry_run_goes_without_lists_and_tells_the_hours(capsys):
     assert code == 0, output
     assert "640 files to train on (none.csv), 3 clips of each" in output
     assert "8 epochs = 80 updates" in output
-    assert "planned for a GPU in each process, whatever this machine has" in output
     assert "15,360 clips at 0.5 per second: 8.53 hours" in output
     code, output = dry_run(
         capsys,
@@ -249,7 +250,7 @@ def test_a_dry_run_refuses_what_the_run_would(manifest, capsys):
         3,
     )
     assert code == 2
-    assert output.count("recipe.batch_size must spread evenly over processes=3") == 1
+    assert output.count("recipe.batch_size must be a multiple of 3 for processes=3") == 1
 
 
 def test_an_update_of_a_classifier_pairs_its_clips(videos):

@@ -100,7 +100,11 @@ def test_a_reader_of_other_channels_is_named(videos, config_file):
     ("schema", "key", "message"),
     [
         (FinetuneConfig, "data.repeats=1", "take augmentation.rand_augment=null"),
-        (PretrainConfig, "mining={target: clip, feature_weights: x}", "take another target"),
+        (
+            PretrainConfig,
+            "mining={target: clip, feature_weights: x}",
+            "target=clip needs model.channels=3",
+        ),
     ],
 )
 def test_what_sees_colours_is_refused(config_file, schema, key, message):

@@ -81,7 +81,7 @@ def test_a_run_leaves_everything(finished_run):
     assert {"hpm_video", "commit", "torch", "decoders", "device", "command"} <= set(start)
     output = (finished_run.parent / "output.txt").read_text()
     assert "tools/show_masks.py" in output
-    assert str(finished_run / "curves.png") in output
+    assert str(finished_run / "report.html") in output
 
 
 def test_last_best_and_every_fourth_epoch_are_kept(finished_run):

@@ -6,7 +6,6 @@ from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.data.manifest import ManifestError
-from hpm_video.runs.console import say_what_stays
 from hpm_video.runs.data import describe_training, open_data, open_manifest
 
 
@@ -61,21 +60,3 @@ def test_a_missing_list_is_named_by_its_key_and_by_what_makes_it(config_of, tmp_
         open_data(config)
     with pytest.raises(ManifestError, match=r"^knn\.train: there is no"):
         open_manifest(config.data, "none.csv", "knn.train")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        ([], ""),
-        (["data.train=x", "data.validation=y"], ""),
-        (["data.train=x", "data.validation=null"], ""),
-        (["data.root=x"], ""),
-        (["data.train=x"], "data.train was given, and data.validation is still the config's"),
-        (["data.validation=x"], "data.validation was given, and data.train is still the config's"),
-    ],
-)
-def test_a_list_that_stays_the_configs_is_named(config_of, caplog, overrides, said):
-    config = config_of("a", "c")
-    say_what_stays(config.data, overrides)
-    assert said in caplog.text
-    assert bool(said) == bool(caplog.text)
