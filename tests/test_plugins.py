@@ -2,18 +2,15 @@
 
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
-from types import ModuleType
 from typing import ClassVar
 
 import numpy as np
-import painted_decoder
 import pytest
 import torch
 
 import hpm_video
 from hpm_video.config.checks import ConfigError
 from hpm_video.data.manifest import Manifest
-from hpm_video.decoding.registry import Decoder
 from hpm_video.files import plugins
 from hpm_video.mining.objective import HardPatchesMining
 from hpm_video.mining.targets import PixelTarget
@@ -28,11 +25,9 @@ def unplugged(monkeypatch):
     """Nothing that a test registers stays."""
     monkeypatch.setattr(plugins, "entry_points", lambda group: ())
     plugins.load_plugins.cache_clear()
-    plugins._plug_in.cache_clear()
     before = set(plugins.REGISTERED)
     yield
     plugins.load_plugins.cache_clear()
-    plugins._plug_in.cache_clear()
     for kind, name in set(plugins.REGISTERED) - before:
         module, table = plugins.TABLES[kind]
         del plugins.REGISTERED[kind, name]
@@ -126,16 +121,6 @@ def test_what_cannot_be_registered(kind, name, message):
         hpm_video.register(kind, name, None)
 
 
-def test_a_decoder_of_a_script_is_refused(monkeypatch):
-    script = ModuleType("__main__")
-    reader = type("Reader", (painted_decoder.TwoColours,), {"__module__": "__main__"})
-    script.Reader = reader
-    monkeypatch.setitem(plugins.import_module("sys").modules, "__main__", script)
-    for local in (reader, lambda *_: None):
-        with pytest.raises(ValueError, match="mine must be a class of a module"):
-            hpm_video.register("decoder", "mine", Decoder(local, "numpy", ""))
-
-
 def entry_point(*values):
     return lambda group: [EntryPoint("mine", value, group) for value in values]
 
@@ -167,13 +152,3 @@ def test_a_plugin_that_fails_is_named(monkeypatch, call_tool, capsys):
     assert "the plugin mine (painted_decoder:nothing) cannot be loaded" in capsys.readouterr().err
     with pytest.raises(plugins.PluginError, match="AttributeError: .*nothing"):
         hpm_video.load_config("pretrain/demo")
-
-
-def test_the_plugin_that_fails_is_named_each_time(monkeypatch):
-    both = entry_point("painted_decoder:plug_in", "painted_decoder:nothing")
-    monkeypatch.setattr(plugins, "entry_points", both)
-    for _ in range(2):
-        with pytest.raises(
-            plugins.PluginError, match=r"painted_decoder:nothing\) cannot be loaded"
-        ):
-            hpm_video.load_config("pretrain/demo")

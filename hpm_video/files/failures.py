@@ -13,8 +13,6 @@ from hpm_video.files.wording import counted
 log = logging.getLogger(__name__)
 
 MOST_LISTED = 100  # files that an error names
-
-
 TEXT: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # names of files need not be UTF-8
 
 
@@ -32,30 +30,29 @@ class Failure:
 class BadFilesError(ExpectedError):
     """Some of many videos do not decode. The message names them, and says what to do."""
 
-    def __init__(self, failures: Sequence[Failure], num_files: int, remedy: str) -> None:
+    def __init__(
+        self, failures: Sequence[Failure], num_files: int, remedy: str, noun: str = "video"
+    ) -> None:
         self.failures = tuple(failures)
         rows = [f"  {failure}" for failure in failures[:MOST_LISTED]]
         if len(rows) < len(failures):
             rows.append(f"  and {len(failures) - len(rows)} more")
         do = "does" if len(failures) == 1 else "do"
-        first = f"{len(failures)} of {counted(num_files, 'video')} {do} not decode:"
+        first = f"{len(failures)} of {counted(num_files, noun)} {do} not decode:"
         super().__init__("\n".join([first, *rows, remedy]))
 
 
-class TooManyBadFiles(ExpectedError):  # noqa: N818 - it says what is wrong
-    """More files do not decode than the data allows. The message names the first few."""
+class TooManyBadFiles(BadFilesError):  # noqa: N818 - it says what is wrong
+    """More files do not decode than the data allows."""
 
     def __init__(self, failures: Sequence[Failure], num_files: int, max_bad_share: float) -> None:
-        first = "\n".join(f"  {failure}" for failure in failures[:3])
-        do = "does" if len(failures) == 1 else "do"
-        super().__init__(
-            f"{len(failures)} of {counted(num_files, 'file')} {do} not decode, and "
+        remedy = (
             f"data.max_bad_share {max_bad_share:g} allows {tolerated(num_files, max_bad_share)}. "
-            f"The first:\n{first}\n"
             "If all fail alike, look at the path (data.root) and the disk; otherwise take them out "
             "of the manifest, encode them anew, or raise data.max_bad_share. Files noted in the "
             "run's bad_files.csv count: delete it once they are repaired"
         )
+        super().__init__(failures, num_files, remedy, "file")
 
 
 def tolerated(num_files: int, max_bad_share: float) -> int:
@@ -74,27 +71,14 @@ class BadFiles:
         """Open the list, CSV with the columns path and reason, if there is one.
 
         ``writes``: of several processes that note the same failures, one writes them down.
-
-        Raises:
-            OSError: it cannot be read, or is no such list.
         """
-        self._path = path
-        self._writes = writes
-        self._num_files = num_files
-        self._max_bad_share = max_bad_share
+        self._path, self._writes = path, writes
+        self._num_files, self._max_bad_share = num_files, max_bad_share
         self.failures: dict[str, Failure] = {}  # by path
-        try:
-            if path.exists():
-                with path.open(newline="", **TEXT) as file:
-                    rows = [row for row in csv.reader(file) if len(row) == 2][1:]
-                self.failures = {name: Failure(name, reason) for name, reason in rows}
-        except csv.Error as error:
-            raise OSError(
-                f"{path} is no list of bad files ({error}); delete it: they are found again"
-            ) from error
-
-    def __len__(self) -> int:
-        return len(self.failures)
+        if path.exists():
+            with path.open(newline="", **TEXT) as file:
+                rows = [row for row in csv.reader(file) if len(row) == 2][1:]
+            self.failures = {name: Failure(name, reason) for name, reason in rows}
 
     def note(self, failures: Iterable[Failure]) -> None:
         """Write down the failures of a batch.
@@ -108,11 +92,10 @@ class BadFiles:
             rows = [(failure.path, failure.reason) for failure in new.values()]
             with self._path.open("a", newline="", **TEXT) as file:
                 csv.writer(file).writerows([*header, *rows])
-            for number, failure in enumerate(new.values(), start=len(self) + 1):
+            for number, failure in enumerate(new.values(), start=len(self.failures) + 1):
                 log.warning("bad file %d (%s has all): %s", number, self._path.name, failure)
-        if new:
-            self.failures |= new
-            self.check()
+        self.failures |= new
+        self.check()
 
     def check(self) -> None:
         """Make sure that there are not too many.
@@ -120,5 +103,5 @@ class BadFiles:
         Raises:
             TooManyBadFiles: there are more bad files than the data allows.
         """
-        if len(self) > tolerated(self._num_files, self._max_bad_share):
+        if len(self.failures) > tolerated(self._num_files, self._max_bad_share):
             raise TooManyBadFiles([*self.failures.values()], self._num_files, self._max_bad_share)

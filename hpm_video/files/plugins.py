@@ -1,10 +1,9 @@
 """Things that other programs add to this package by name, for configs to choose."""
 
-import pickle
 import re
 from functools import cache
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import Any, Literal, get_args
 
 from hpm_video.files.errors import ExpectedError
@@ -38,7 +37,8 @@ def register(kind: Kind, name: str, thing: Any) -> None:
     - ``target`` (``mining.target``): makes a ``Target`` of ``patch_size``, ``mean`` and ``std``.
       Its attribute ``width`` is the number of values for each token, if not that of its patch.
     - ``objective`` (``mining.objective``): a subclass of ``HardPatchesMining``.
-    - ``decoder`` (``data.decoder``): a ``Decoder`` whose reader is defined in a module.
+    - ``decoder`` (``data.decoder``): a ``Decoder`` whose reader is defined in a module, which the
+      processes that decode import, not in a notebook or script.
     - ``tracker`` (``logging.trackers``): makes a ``Tracker`` of the run's directory and the number
       of updates made so far.
     - ``optimizer`` (``recipe.optimizer``): makes an optimizer of parameter groups and ``betas``.
@@ -47,32 +47,18 @@ def register(kind: Kind, name: str, thing: Any) -> None:
     group ``hpm_video.plugins``.
 
     Raises:
-        ValueError: there is no such kind, the name is taken or not a name, or a process that
-            decodes could not import the reader of a decoder.
+        ValueError: there is no such kind, or the name is taken or not a name.
     """
     if kind not in TABLES:
         raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
     module, table_name = TABLES[kind]
     table = getattr(import_module(f"hpm_video.{module}"), table_name)
     if not re.fullmatch(r"[A-Za-z]\w*", name) or name in (*table, "auto"):
-        known = ", ".join(table)
         raise ValueError(
-            f"a new {kind} needs a name of letters, digits and _ that is not taken ({known}), got "
-            f"{name!r}"
-        )
-    if kind == "decoder" and _is_local(thing):
-        raise ValueError(
-            f"the reader of the decoder {name} must be a class of a module, which the processes "
-            f"that decode import, not of a notebook or script; move it to a file"
+            f"a new {kind} needs a name of letters, digits and _ that is not taken "
+            f"({', '.join(table)}), got {name!r}"
         )
     table[name] = REGISTERED[kind, name] = thing
-
-
-def _is_local(thing: Any) -> bool:
-    try:
-        return b"__main__" in pickle.dumps(thing)
-    except (pickle.PicklingError, AttributeError, TypeError):  # of a function, say
-        return True
 
 
 def decoders() -> list[tuple[Kind, str, Any]]:
@@ -89,15 +75,9 @@ def load_plugins() -> None:
     """
     for point in entry_points(group=GROUP):
         try:
-            _plug_in(point)
+            point.load()()
         except Exception as error:  # noqa: PERF203 - a few, once
             raise PluginError(
                 f"the plugin {point.name} ({point.value}) cannot be loaded; mend its package or "
                 f"uninstall it. {type(error).__name__}: {error}"
             ) from error
-
-
-@cache
-def _plug_in(point: EntryPoint) -> None:
-    """Call an entry point, once also where another one fails and all are loaded again."""
-    point.load()()

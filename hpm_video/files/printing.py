@@ -32,14 +32,14 @@ class SafeOutput:
 
     def write(self, text: str) -> int:
         """Write text, or nothing if nobody reads it any more."""
-        self._unless_closed(lambda: self._stream.write(printable(text)))
+        self._try(lambda: self._stream.write(printable(text)))
         return len(text)
 
     def flush(self) -> None:
         """Flush what was written."""
-        self._unless_closed(self._stream.flush)
+        self._try(self._stream.flush)
 
-    def _unless_closed(self, act: Callable[[], object]) -> None:
+    def _try(self, act: Callable[[], object]) -> None:
         try:
             act()
         except BrokenPipeError:

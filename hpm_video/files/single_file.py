@@ -1,8 +1,7 @@
 """A model in one file of safetensors, with all texts of its checkpoint folder.
 
-The metadata of the file holds the texts that lie beside the weights in a folder, by their names:
-config.yaml, state.json and, of a classifier, labels.txt, of imported weights origin.json; under
-``weights`` the name that the file of weights has there; under ``kind`` what it is.
+The metadata of the file holds those texts by the names of their files; under ``weights`` the name
+that the file of weights has there; under ``kind`` what it is.
 """
 
 import tempfile
@@ -41,19 +40,19 @@ def as_folder(path: Path) -> Iterator[Path]:
     if not path.is_file():
         yield path
         return
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path} is no checkpoint of this package. {OF_ANOTHER_PROJECT}")
     try:
         with safe_open(path, framework="pt") as stored:
             metadata: dict[str, str] = stored.metadata() or {}
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{path} is not a complete safetensors file: {error}. {OF_ANOTHER_PROJECT}"
+        ) from error
     ours = metadata.get("kind", "").startswith(KIND) and metadata.get("weights") in NAMES
     if not ours or not {"config.yaml", "state.json"} <= metadata.keys():
         raise CheckpointError(
             f"{path} holds weights without the config that they need; give the checkpoint folder "
-            f"that it lies in, or make one file of it all:\n"
-            f"  python tools/weights.py export FOLDER FILE.safetensors --to file"
+            f"that it lies in, or make one file of it all: python tools/weights.py export FOLDER "
+            f"FILE.safetensors --to file"
         )
     with tempfile.TemporaryDirectory(dir=temporary_folder()) as temporary:
         folder = Path(temporary)

@@ -6,9 +6,8 @@ one of memory. A process that goes beyond is killed and replaced, and its job co
 :class:`Lost`; the jobs behind it are given to others.
 
 The processes are forked from a server that has imported what they need and has done nothing else
-(``forkserver`` of multiprocessing): they take over no thread, no lock and no GPU of a run, so a new
-one can begin at any time. Nor do they import the script that runs: the work of a pool is defined in
-a module.
+(``forkserver`` of multiprocessing): they take over no thread, lock or GPU of a run, so a new one
+can begin at any time. They do not import the script that runs.
 """
 
 import contextlib
@@ -21,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_byte
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.util import Finalize
 from types import ModuleType
@@ -42,13 +41,13 @@ START_SECONDS = 300
 STARTS = 3
 """Times that a process may fail to start before the run ends."""
 SAFE_BYTES = 2**15
-"""Jobs of so many bytes find room in the buffer of a pipe, also two of them."""
+"""Two jobs of this size fit into the buffer of a pipe."""
 REAPING = 30
 """Seconds until the exit code of a process is known: the server that forked it looks first."""
 TICK = 0.25
 """Seconds between two looks at the clock."""
 NAME = "hpm_video decoding"
-"""Name of the processes of pools, by which they are told from those of the program around."""
+"""Name of the processes of pools."""
 GIB = 2**30
 
 
@@ -94,8 +93,7 @@ class Pool(Generic[Job]):
 
     ``work`` must be picklable: a function of a module, or an object of a class of one. It returns
     one result, or an iterator of several. Arrays and CPU tensors in a result come through shared
-    memory. Its module is imported once, before processes are forked. Where it has a method
-    ``prepare``, each process calls that once, and no limit counts the time it takes: for imports.
+    memory. If it has a method ``prepare``, each process calls that once, without a limit of time.
     """
 
     def __init__(
@@ -107,22 +105,23 @@ class Pool(Generic[Job]):
         result_bytes: int = 0,
         depth: int = 2,
     ) -> None:
-        """``workers``: processes, at least 1.
+        """Start so many ``workers``, at least 1.
 
-        ``result_bytes``: of the arrays in a result, at most; larger ones come through a pipe,
-        slowly. ``depth``: jobs that a process holds, those that it has not begun included.
+        ``result_bytes``: of the arrays in a result; larger ones come through a pipe, slowly.
+        ``depth``: jobs that a process holds. With 2 it finds the next one when it is done, however
+        long the run takes to answer.
         """
         self._limits = limits
         self._jobs: deque[_Job] = deque()
         self._clock = 0.0
         self._stopped = threading.Event()
         context = multiprocessing.get_context("forkserver")
-        # Of its sockets a killed run would leave a folder for ever, where it makes one by itself.
+        # A folder that is deleted even after a kill, for the sockets of multiprocessing.
         own: Any = multiprocessing.current_process()
         own._config.setdefault("tempdir", str(temporary_folder()))  # noqa: SLF001
         context.set_forkserver_preload(["torch", serve.__module__, work.__module__])
         self._workers: list[_Worker] = []
-        # Before multiprocessing waits, as the interpreter exits, for processes that would not end.
+        # At exit, before multiprocessing waits for processes that would not end.
         self._finalizer = Finalize(self, _kill, args=(self._workers,), exitpriority=10)
         for _ in range(workers):
             self._workers.append(_Worker(context, work, limits, result_bytes, depth))
@@ -143,8 +142,7 @@ class Pool(Generic[Job]):
         """Have a job done, before all that wait with ``first``.
 
         ``path``: of the file that it is about, for its failure. ``attempts``: how often it may be
-        begun. A process can also be killed by others, and a disk stand still for a while: a second
-        attempt tells that from what a job does by itself.
+        begun, for a process may be lost through no fault of its job.
         """
         add = self._jobs.appendleft if first else self._jobs.append
         add(_Job(tag, pickle.dumps(job), path, attempts))
@@ -161,7 +159,7 @@ class Pool(Generic[Job]):
             self._feed()
             began = time.monotonic()
             ready = wait([worker.connection for worker in self._workers], timeout=TICK)
-            # While this process stood still the others may have too: that counts as two looks.
+            # While this process stood still, the others may have too.
             self._clock += min(time.monotonic() - began, 2 * TICK)
             for worker in self._workers:
                 answer = worker.receive(self._clock) if worker.connection in ready else None
@@ -191,71 +189,64 @@ class _Job:
     has_results: bool = False
 
 
-@dataclass(eq=False)
 class _Worker:
     """A process, as the pool sees it; a new one takes over where it ends."""
 
-    context: Any
-    work: Any
-    limits: Limits
-    result_bytes: int
-    depth: int
-    held: deque[_Job] = field(default_factory=deque)
-    process: Any = None
-    connection: Any = None
-    _life: Any = None
-    returned: list[_Job] = field(default_factory=list)
-    """Jobs that a process which ended had not begun, or that may be begun once more."""
-    _failed_starts: int = 0
-    _since: float | None = None  # when it began what it is at; of one that starts not yet known
-    _ready: bool = False
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self, context: Any, work: Any, limits: Limits, result_bytes: int, depth: int
+    ) -> None:
+        self._context, self._work, self._limits = context, work, limits
+        self._result_bytes, self._depth = result_bytes, depth
         # A file without a name: nothing is left of it, however this process ends.
-        self._shared = self.context.RawArray(c_byte, max(self.result_bytes * self.depth, 1))
+        self._shared = context.RawArray(c_byte, max(result_bytes * depth, 1))
+        self.held: deque[_Job] = deque()
+        self.returned: list[_Job] = []
+        """Jobs that a process which ended had not begun, or that may be begun once more."""
+        self._failed_starts = 0
         self._start()
 
     def _start(self) -> None:
         try:
-            self.connection, theirs = self.context.Pipe()
-            watched, self._life = self.context.Pipe(duplex=False)
-            given = theirs, watched, self._shared, self.result_bytes, self.work, self.limits.memory
-            given = (*given, decoders())
-            process = self.context.Process(target=serve, args=given, daemon=True, name=NAME)
+            self.connection, theirs = self._context.Pipe()
+            watched, self._life = self._context.Pipe(duplex=False)
+            given = theirs, watched, self._shared, self._result_bytes, self._work
+            given = (*given, self._limits.memory, decoders())
+            process = self._context.Process(target=serve, args=given, daemon=True, name=NAME)
             with _no_script():
                 process.start()
         except OSError as error:
             raise PoolError(
-                f"a process that decodes cannot be started: {error}. Where that is about open "
-                "files, allow more (ulimit -n); where about a long path, set TMPDIR to a shorter "
-                "one; otherwise take fewer with data.workers"
+                f"a process that decodes cannot be started: {error}. Allow more open files "
+                "(ulimit -n), set TMPDIR to a shorter path, or lower data.workers"
             ) from error
         theirs.close()
         watched.close()
-        self.process, self._ready, self._since = process, False, None
+        self.process, self._ready = process, False
+        self._since: float | None = None
+        """When it began what it is at; not known yet of one that starts."""
 
     def takes(self, job: _Job) -> bool:
         """Whether it can be given a job now.
 
-        To send a large one waits until the process reads it: which must wait for nothing else then.
+        Sending a large one waits until the process reads it, so that must be idle.
         """
         if len(job.data) > SAFE_BYTES:
             return self._ready and not self.held
-        return len(self.held) < self.depth
+        return len(self.held) < self._depth
 
     def begin(self, job: _Job, clock: float) -> None:
         slots = {held.slot for held in self.held}
-        job.slot = next(slot for slot in range(self.depth) if slot not in slots)
+        job.slot = next(slot for slot in range(self._depth) if slot not in slots)
         if not self.held:
             self._since = clock
         self.held.append(job)
-        with contextlib.suppress(OSError):  # where it is gone, that is found when it is listened to
+        with contextlib.suppress(OSError):  # if it is gone, receive() finds that
             self.connection.send(("job", job.slot, job.data))
 
     def is_late(self, clock: float) -> bool:
         if self._since is None or (self._ready and not self.held):
             return False
-        return clock - self._since > (self.limits.seconds if self._ready else START_SECONDS)
+        return clock - self._since > (self._limits.seconds if self._ready else START_SECONDS)
 
     def receive(self, clock: float) -> Answer | None:
         """Take a message of the process; where it ended, a new one takes its place."""
@@ -275,7 +266,7 @@ class _Worker:
             return self.give_up(content[0])
         header, sizes, more = content
         job.has_results = True
-        place = memoryview(self._shared).cast("B")[job.slot * self.result_bytes :]
+        place = memoryview(self._shared).cast("B")[job.slot * self._result_bytes :]
         result = unpacked(header, sizes, place)
         if more:
             with contextlib.suppress(OSError):
@@ -289,18 +280,22 @@ class _Worker:
 
         ``reason``: none where the process ended by itself.
         """
-        ended = self._end(by_itself=reason is None)
-        why = reason or f"the process that decoded it ended {ended}"
+        if reason is None:
+            self.process.join(timeout=REAPING)
+            code = self.process.exitcode
+            is_killed = code is not None and code < 0
+            how = f"by {signal.Signals(-code).name}" if is_killed else f"with exit code {code}"
+            reason = f"the process that decoded it ended {how}"
+        self.kill()
+        self.process.join(timeout=2)  # one that reads from a dead disk does not even end then
         job = self.held.popleft() if self.held and self._ready else None
         self.returned += self.held
         self.held.clear()
-        if not self._ready:
-            self._failed_starts += 1
+        self._failed_starts += not self._ready
         if self._failed_starts >= STARTS:
             raise PoolError(
-                f"a process that decodes did not start, {STARTS} times: "
-                f"{reason or f'it ended {ended}'}. What it printed stands above; "
-                "data.workers=0 decodes in the run's own process"
+                f"a process that decodes did not start, {STARTS} times: {reason}. What it printed "
+                "stands above; data.workers=0 decodes in the run's own process"
             )
         self._start()
         if job is None:
@@ -309,37 +304,17 @@ class _Worker:
         if job.attempts > 0 and not job.has_results:
             self.returned.insert(0, job)
             return None
-        return Answer(job.tag, Lost(job.path, why), is_last=True)
-
-    def _end(self, *, by_itself: bool) -> str:
-        """Kill it. -> how it ended"""
-        self.connection.close()
-        self._life.close()
-        if by_itself:
-            self.process.join(timeout=REAPING)
-        code = self.process.exitcode
-        self.process.kill()
-        # One in the middle of reading from a dead disk does not even end when killed: then nobody
-        # waits for it.
-        self.process.join(timeout=2)
-        self.process = None
-        if code is None or code >= 0:
-            return f"with exit code {code}"
-        name = signal.Signals(-code).name
-        hint = ", as a system does that has no memory left" if name == "SIGKILL" else ""
-        return f"by {name}{hint}"
+        return Answer(job.tag, Lost(job.path, reason), is_last=True)
 
     def kill(self) -> None:
-        if self.process is not None:
-            self.process.kill()  # before it finds that nobody listens, and prints a traceback
-        for thing in (self.connection, self._life):
-            if thing is not None:
-                thing.close()
+        self.process.kill()  # before it finds that nobody listens, and prints a traceback
+        self.connection.close()
+        self._life.close()
 
 
 @contextlib.contextmanager
 def _no_script() -> Iterator[None]:
-    """Without this a new process imports the script that runs, and all that the script imports."""
+    """Keep a new process from importing the script that runs, and all that the script imports."""
     script = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:
@@ -353,5 +328,4 @@ def _kill(workers: Sequence[_Worker]) -> None:
         with contextlib.suppress(OSError):
             worker.kill()
     for worker in workers:
-        if worker.process is not None:
-            worker.process.join(timeout=2)
+        worker.process.join(timeout=2)

@@ -6,17 +6,15 @@ What it finds goes to the run through a pipe, its arrays through memory that bot
 import fcntl
 import os
 import pickle
+import resource
 import signal
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from io import BytesIO
-from itertools import accumulate, pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from hpm_video.files.plugins import Kind, register
 
@@ -30,12 +28,11 @@ def serve(
     memory: int,
     registered: Sequence[tuple[Kind, str, Any]],
 ) -> None:
-    """The process: does one job after the other, with the decoders that were registered."""
+    """Do one job after the other, with the decoders that were registered."""
     import torch  # the server has it; the run needs it for jobs alone
 
-    # Terminals and schedulers signal all processes of a run; it saves, and then ends this one.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # the run saves, and then ends this process
+        signal.signal(number, signal.SIG_IGN)
     _end_with_the_run(watched)
     torch.set_num_threads(1)
     _limit_memory(memory)
@@ -92,20 +89,17 @@ def _end_with_the_run(watched: Connection) -> None:
 def _limit_memory(memory: int) -> None:
     """Limit the memory of this process alone; larger requests fail. Without /proc: no limit."""
     try:
-        import resource
-
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except (ImportError, OSError):
+        status = Path("/proc/self/status").read_text(encoding="ascii").split()
+    except OSError:
         return
-    (now,) = (int(line.split()[1]) for line in status.splitlines() if line.startswith("VmData:"))
+    limit = 1024 * int(status[status.index("VmData:") + 1]) + memory
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = now * 1024 + memory
-    soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    if hard == resource.RLIM_INFINITY or limit < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors go as arrays do: their numbers are left out and copied as they are."""
+    """A pickler that takes a tensor for an array, whose numbers can be left out and copied."""
 
     def reducer_override(self, thing: Any) -> Any:
         import torch
@@ -115,30 +109,31 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-def packed(result: Any, place: memoryview) -> tuple[bytes, list[int] | None]:
-    """A result without its arrays, and the sizes of those, which are written to ``place``.
+def packed(result: Any, place: memoryview) -> tuple[bytes, list[Any]]:
+    """Return a result without its arrays, and the sizes of those, which are written to ``place``.
 
-    Where they are too large for it, the result with its arrays, and none.
+    If they are too large for it, their bytes instead of their sizes.
     """
     buffers: list[pickle.PickleBuffer] = []
-    header = _pickled(result, buffers.append)
-    raw = [buffer.raw() for buffer in buffers]
-    sizes = [each.nbytes for each in raw]
-    if sum(sizes) > place.nbytes:
-        return _pickled(result), None
-    for each, (start, end) in zip(raw, pairwise([0, *accumulate(sizes)]), strict=True):
-        place[start:end] = each
-    return header, sizes
+    header = BytesIO()
+    _Pickler(header, 5, buffer_callback=buffers.append).dump(result)
+    arrays = [buffer.raw() for buffer in buffers]
+    if sum(each.nbytes for each in arrays) > place.nbytes:
+        return header.getvalue(), [bytes(each) for each in arrays]
+    start = 0
+    for each in arrays:
+        place[start : start + each.nbytes] = each
+        start += each.nbytes
+    return header.getvalue(), [each.nbytes for each in arrays]
 
 
-def _pickled(result: Any, take_buffer: Callable[[pickle.PickleBuffer], Any] | None = None) -> bytes:
-    stream = BytesIO()
-    _Pickler(stream, 5, buffer_callback=take_buffer).dump(result)
-    return stream.getvalue()
-
-
-def unpacked(header: bytes, sizes: list[int] | None, place: memoryview) -> Any:
-    """The result, its arrays copied: the place is written to again."""
-    ends = [0, *accumulate(sizes or ())]
-    buffers = [np.frombuffer(place[a:b], np.uint8).copy() for a, b in pairwise(ends)]
+def unpacked(header: bytes, arrays: list[Any], place: memoryview) -> Any:
+    """Return the result, its arrays copied: the place is written to again."""
+    buffers, start = [], 0
+    for each in arrays:
+        if isinstance(each, bytes):
+            buffers.append(bytearray(each))
+        else:
+            buffers.append(bytearray(place[start : start + each]))
+            start += each
     return pickle.loads(header, buffers=buffers)  # noqa: S301 - of a process of our own

@@ -11,7 +11,6 @@ from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.decoding.reader import DecoderError
-from hpm_video.files.failures import BadFiles
 from hpm_video.files.weights import CheckpointError
 from hpm_video.runs.finetuning import finetune
 from hpm_video.runs.pretraining import load_run, pretrain
@@ -142,13 +141,6 @@ def test_a_line_that_is_not_of_metrics_is_named(start, run, newest, line, monkey
     shutil.rmtree(newest)
     with pytest.raises(MetricsError, match=r"metrics.jsonl, line 1 is"):
         start(run)
-
-
-def test_a_damaged_list_of_bad_files_is_named(tmp_path):
-    path = tmp_path / "bad_files.csv"
-    path.write_text(f"path,reason\n{'a' * 200_000},b\n")
-    with pytest.raises(OSError, match=r"bad_files.csv is no list of bad files .*delete it"):
-        BadFiles(path, num_files=1, max_bad_share=1.0)
 
 
 def without_checksums(checkpoint):
