@@ -24,7 +24,6 @@ from typing import BinaryIO
 
 from typing_extensions import Self
 
-from hpm_video.decoding.containers import HEAD
 from hpm_video.decoding.reader import DecodeError
 
 _VIDEOS = "3gp avi flv m4v mkv mov mp4 mpeg mpg mts ogv ts webm wmv"
@@ -125,15 +124,15 @@ def read_bytes(place: str, count: int = -1) -> bytes:
     return data
 
 
-def source_of(place: str) -> tuple[str | bytes, bytes]:
-    """Return what decoders open, the path of a file or the bytes of a member, and its first bytes.
+def source_of(place: str) -> str | bytes:
+    """Return what decoders open: the path of a file, or the bytes of a member of a tar.
 
     Raises as :func:`read_bytes`.
     """
     if TarMember.parse(place):
-        data = read_bytes(place)
-        return data, data[:HEAD]
-    return os.path.abspath(place), read_bytes(place, HEAD)  # noqa: PTH100
+        return read_bytes(place)
+    read_bytes(place, 1)
+    return os.path.abspath(place)  # noqa: PTH100
 
 
 def _opened(path: str) -> BinaryIO:
