@@ -172,9 +172,7 @@ def test_rows_of_one_file_are_told_apart_by_their_seconds(files):
     assert listed(files, "path,label,start,end\n" + empty) == whole
 
 
-@pytest.mark.parametrize(
-    "cells", ["2,1", "1,1", "-1,", "x,", ",0", "nan,", "1e3,", "inf,", ",0:10"]
-)
+@pytest.mark.parametrize("cells", ["2,1", "1,1", "-1,", "x,", ",0", "nan,", "inf,", ",0:10"])
 def test_seconds_that_are_none_are_named_with_their_line(files, cells):
     with pytest.raises(ManifestError, match="line 3: start and end must be seconds, the end after"):
         listed(files, f"path,start,end\nsteady.mp4,0,1\nsteady.mp4,{cells}\n")
