@@ -8,12 +8,12 @@ from numpy.typing import NDArray
 
 from hpm_video.decoding.exact import check_exact
 from hpm_video.decoding.pyav import PyavReader
-from hpm_video.decoding.reader import DecodeError, FrameByFrame, Frames
+from hpm_video.decoding.reader import DecodeError, Frames, VideoReader
 
 _EXACT_ON = ("mov", "matroska", "avi", "flv", "asf", "yuv4mpegpipe")
 
 
-class DecordReader(FrameByFrame):
+class DecordReader(VideoReader):
     """Decodes from the first frame on, for decord's seeks are not exact. It turns upright."""
 
     def __init__(self, path: str, source: str | bytes) -> None:
@@ -40,6 +40,9 @@ class DecordReader(FrameByFrame):
 
     def _count(self) -> int:
         return len(self._reader)
+
+    def _decode(self, indices: list[int]) -> Frames:
+        return self._stacked(map(self._frame_at, indices))
 
     def _frame_at(self, index: int) -> Frames:
         if index < self._next - 1:

@@ -3,7 +3,6 @@
 import io
 import os
 from bisect import bisect_left, bisect_right
-from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,14 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpm_video.decoding.orientation import orientation_of
-from hpm_video.decoding.reader import (
-    TRANSCODE,
-    DecodeError,
-    Frames,
-    NoSuchFrame,
-    Stack,
-    VideoReader,
-)
+from hpm_video.decoding.reader import TRANSCODE, DecodeError, Frames, NoSuchFrame, VideoReader
 
 if TYPE_CHECKING:
     import av
@@ -239,20 +231,23 @@ class PyavReader(VideoReader):
             ) from error
 
     def _read(self, indices: list[int]) -> Frames:
-        stack = Stack(len(indices), self._size)
         if not self._may_have(indices[-1]):
             raise self._ends_before(indices[-1])
-        times = self._index.times[indices].tolist() if self._is_timed else indices
-        for run in self._runs(times):
-            if not self._take(run, stack, skip=self._index.may_skip):
+        frames: list[Frames] = []
+        for run in self._runs(self._index.times[indices].tolist() if self._is_timed else indices):
+            taken = self._take(run, skip=self._index.may_skip)
+            if len(taken) < len(run):
                 self._at = None  # from a key frame on, and with all frames: it may be damaged
-                if not self._take(run, stack, skip=False):
-                    if indices[-1] >= self.num_frames:
-                        raise self._ends_before(indices[-1])
-                    break
-        frames = stack.frames()
-        self._size = stack.size
-        return frames
+                taken = self._take(run, skip=False)
+            frames += taken
+            if len(taken) < len(run):
+                if indices[-1] >= self.num_frames:
+                    raise self._ends_before(indices[-1])
+                raise DecodeError(
+                    f"only {len(frames)} of {len(indices)} frames came out of the decoder. "
+                    f"{TRANSCODE}"
+                )
+        return self._stacked(frames)
 
     def _ends_before(self, index: int) -> NoSuchFrame:
         return NoSuchFrame(
@@ -284,32 +279,27 @@ class PyavReader(VideoReader):
         place = bisect_right(keys, time, key=lambda key: key[0])
         return keys[place - 1] if place else None
 
-    def _take(self, run: list[int], stack: Stack, *, skip: bool) -> bool:
-        """Decode the frames of a run. -> whether they all came; otherwise none is taken"""
-        before = stack.filled
+    def _take(self, run: list[int], *, skip: bool) -> list[Frames]:
+        """Decode the frames of a run, as many as come: -> (H, W, 3) each"""
         # Whether the run comes next, or soon, from where decoding stopped.
         ahead = self._at is not None and self._at < run[0] and not self._is_far(self._at, run[0])
         if not ahead or not self._skipped.isdisjoint(run):
             self._start_at(self._key_before(run[0]))
         self._wanted, self._last_wanted, self._skips = set(run), run[-1], skip
-        missing, repeats = deque(run), self._index.repeats and not skip
+        repeats = self.repeats and not skip
+        taken: list[Frames] = []
         last: av.VideoFrame | None = None
         for number, frame in self._frames:
-            while repeats and last and missing and missing[0] < (number or 0):
-                self._put(last, stack)
-                missing.popleft()
-            if missing and number == missing[0]:
-                self._put(frame, stack)
-                missing.popleft()
-            if not missing:
-                return True
+            while repeats and last and len(taken) < len(run) and run[len(taken)] < (number or 0):
+                taken.append(self._pixels(last))
+            if len(taken) < len(run) and number == run[len(taken)]:
+                taken.append(self._pixels(frame))
+            if len(taken) == len(run):
+                return taken
             last = frame
         if repeats and last:
-            for _ in missing:
-                self._put(last, stack)
-            return True
-        stack.filled = before
-        return False
+            taken += [self._pixels(last)] * (len(run) - len(taken))
+        return taken
 
     def _start_at(self, key: tuple[int, int | None] | None) -> None:
         """Let frames come from a key frame on, or from the first frame."""
@@ -363,14 +353,14 @@ class PyavReader(VideoReader):
         self._is_at_start = False
         return self._container.demux(self._stream)
 
-    def _put(self, frame: "av.VideoFrame", stack: Stack) -> None:
-        """Add a frame to the stack, upright."""
+    def _pixels(self, frame: "av.VideoFrame") -> Frames:
+        """Convert a frame, upright: -> (H, W, 3)"""
         # In one thread, since the loader's workers take the cores.
         rgb = self._reformatter.reformat(frame, format="rgb24", threads=1)
         plane = rgb.planes[0]
         values = np.frombuffer(cast("memoryview", plane), np.uint8).reshape(-1, plane.line_size)
         pixels = values[: rgb.height, : 3 * rgb.width].reshape(rgb.height, rgb.width, 3)
-        stack.add(orientation_of(frame).apply(pixels))
+        return orientation_of(frame).apply(pixels)
 
     def close(self) -> None:
         self._frames = iter(())

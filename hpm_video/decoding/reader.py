@@ -2,7 +2,7 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -110,6 +110,17 @@ class VideoReader(ABC):
     def _decode(self, indices: list[int]) -> Frames:
         """Frames of ascending indices, none twice."""
 
+    def _stacked(self, frames: Iterable[Frames]) -> Frames:
+        """Put frames into one array, which have the size of all: (H, W, C) each -> (K, H, W, C)"""
+        found = []
+        for frame in frames:
+            size = frame.shape[0], frame.shape[1]
+            self._size = self._size or size
+            if size != self._size:
+                raise size_change(self._size, size)
+            found.append(frame)
+        return np.stack(found)
+
     @abstractmethod
     def close(self) -> None:
         """Free what the decoder holds."""
@@ -119,52 +130,6 @@ class VideoReader(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class FrameByFrame(VideoReader):
-    """A video of which one frame after the other is read."""
-
-    @abstractmethod
-    def _frame_at(self, index: int) -> Frames:
-        """A frame, upright: -> (H, W, C)"""
-
-    def _decode(self, indices: list[int]) -> Frames:
-        stack = Stack(len(indices), self._size)
-        for index in indices:
-            stack.add(self._frame_at(index))
-        self._size = stack.size
-        return stack.frames()
-
-
-class Stack:
-    """Frames as they come out of a decoder, in one array: they are all of one size."""
-
-    def __init__(self, count: int, size: Size | None) -> None:
-        """``size``: of the frames, where others were read before."""
-        self._count = count
-        self.size = size
-        self.filled = 0
-        self._frames: Frames | None = None
-
-    def add(self, frame: Frames) -> None:
-        """Take the next frame, upright: (H, W, C)"""
-        size = (frame.shape[0], frame.shape[1])
-        if self.size is None:
-            self.size = size
-        if size != self.size:
-            raise size_change(self.size, size)
-        if self._frames is None:
-            self._frames = np.empty((self._count, *frame.shape), dtype=np.uint8)
-        self._frames[self.filled] = frame
-        self.filled += 1
-
-    def frames(self) -> Frames:
-        """All of them: (K, H, W, C)"""
-        if self._frames is None or self.filled < self._count:
-            raise DecodeError(
-                f"only {self.filled} of {self._count} frames came out of the decoder. {TRANSCODE}"
-            )
-        return self._frames
 
 
 def size_change(before: Size, size: Size) -> DecodeError:
