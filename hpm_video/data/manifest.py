@@ -18,7 +18,6 @@ from hpm_video.data import places
 from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Section
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.errors import ExpectedError, read_text
-from hpm_video.files.wording import counted
 
 UNLABELLED = NOT_STATED = -1
 Verdict = Literal["fine", "suspicious", "bad"]
@@ -31,20 +30,11 @@ _EXPECTED = (
     "line, of 'file label', 'file 0 -1' (unlabelled), 'file num_frames label' or 'file' alone, "
     f"where the name of the file ends in {_SUFFIXES}"
 )
-_SEPARATOR = r"(?:[ \t]*[,;][ \t]*|[ \t]+)"
 _LIST_LINE = re.compile(
-    rf"(?P<path>\"(?:[^\"]|\"\")+\"|.*(?:{'|'.join(map(re.escape, places.MEDIA_SUFFIXES))}))"
-    rf"(?P<numbers>(?:{_SEPARATOR}-?\d+(?:\.0+)?)*)",
+    rf"(?P<path>.*(?:{'|'.join(map(re.escape, places.MEDIA_SUFFIXES))}))"
+    r"(?P<numbers>(?:[ \t,;]+-?\d+)*)",
     re.IGNORECASE,
 )
-_COLUMNS = tuple(
-    "path label label_name num_frames kept_every start end fps verdict".split()  # noqa: SIM905
-)
-_PATHS = ("video_path", "file_path", "filepath", "file_name", "filename", "video", "file")
-"""What others call the column of files, where there is none called path."""
-_INTEGER = re.compile(r"-?\d{1,15}(?:\.0+)?")
-"""A cell of pandas may be 3.0 where another row of the column is empty."""
-_SECONDS = re.compile(r"\d+(?:\.\d*)?", re.ASCII)
 
 
 class ManifestError(ExpectedError, ValueError):
@@ -142,15 +132,14 @@ class Manifest:
 def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
     """Read a list of videos or images, or find those of a folder.
 
-    - A CSV file (by commas, semicolons or tabs) whose first line names its columns: ``path`` and,
-      each optional, ``label``, ``label_name``, ``num_frames``, ``kept_every`` (N where the file
-      holds every N-th frame of a video), ``start`` and ``end`` (seconds: a row is then a section of
-      its file), ``fps`` and ``verdict``. An empty cell says nothing;
-      other columns are ignored. Files whose verdict is ``bad`` are left out, and the log counts
-      them. A path may be of any kind that :mod:`hpm_video.decoding.locations` has.
+    - A CSV file whose first line names its columns: ``path`` and, each optional, ``label``,
+      ``label_name``, ``num_frames``, ``kept_every`` (N where the file holds every N-th frame of a
+      video), ``start`` and ``end`` (seconds: a row is then a section of its file), ``fps`` and
+      ``verdict``. An empty cell says nothing; other columns are ignored. Files whose verdict is
+      ``bad`` are left out, and the log counts them. A path may be of any kind that
+      :mod:`hpm_video.decoding.locations` has.
     - A list without such a line, as VideoMAE and its descendants use: see :func:`_meaning`. The
-      numbers at the end of a line are split off, so a path may hold spaces; it may be quoted. Other
-      lines that begin with ``#`` are comments.
+      numbers at the end of a line are split off, so a path may hold spaces.
     - A folder of class folders, where each file lies in a folder directly below: the classes are
       the sorted names of those folders.
     - Any other folder: all videos in it, or all images, however deep, unlabelled. Those whose names
@@ -166,21 +155,19 @@ def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
             are bad, or a folder holds videos and images.
     """
     listing = read_listing(path, root)
-    labels, num_frames = _integers(listing, "label", 0), _integers(listing, "num_frames", 1)
+    labels, num_frames = _whole_numbers(listing, "label", 0), _whole_numbers(listing, "num_frames")
     names = _label_names(listing, labels)
     has_class_folders = listing.source.is_dir() and "label" in listing.table
     files = _sections(listing)
     rates = pd.to_numeric(pd.Series(listing.column("fps")), errors="coerce").tolist()
     fps = {file: rate for file, rate in zip(files, rates, strict=True) if 0 < rate < math.inf}
-    every = zip(files, _integers(listing, "kept_every", 1), strict=True)
+    every = zip(files, _whole_numbers(listing, "kept_every"), strict=True)
     kept_every = {file: number for file, number in every if number > 1}
     manifest = Manifest(files, labels, num_frames, names, has_class_folders, fps, kept_every)
-    kept = []
-    for row, verdict in enumerate(listing.column("verdict")):
-        if verdict not in ("", *VERDICTS):
-            raise _bad_row(listing, row, f"verdict must be one of {', '.join(VERDICTS)} or empty")
-        if verdict != "bad":
-            kept.append(row)
+    verdicts = pd.Series(listing.column("verdict"))
+    wrong = np.flatnonzero(~verdicts.isin(["", *VERDICTS]))
+    _refuse(listing, wrong.tolist(), f"verdict must be one of {', '.join(VERDICTS)} or empty")
+    kept = np.flatnonzero(verdicts != "bad").tolist()
     if not kept:
         raise ManifestError(
             f"all {len(manifest)} files of {listing.source} are bad, as its column verdict has it, "
@@ -212,13 +199,8 @@ def read_listing(path: Path | str, root: Path | str | None = None) -> Listing:
             f"directory, {Path.cwd()}"
         )
     text = read_text(source, ManifestError, _EXPECTED)
-    first_line = text.partition("\n")[0]
-    for separator in ",;\t":
-        if columns := _columns(first_line, separator):
-            table = _read_table(source, text, columns, separator)
-            break
-    else:
-        table = _read_list(source, text)
+    header = [cell.strip() for cell in text.partition("\n")[0].split(",")]
+    table = _read_table(source, text, header) if "path" in header else _read_list(source, text)
     if table.empty:
         raise ManifestError(f"{source} lists no videos or images. {_EXPECTED}")
     base, files = Path(root).absolute() if root else source.parent, list[str]()
@@ -241,34 +223,25 @@ def _bad_line(source: Path, line: object, row: str, why: str) -> ManifestError:
     return ManifestError(f"{source}, line {line}: {why}, got {row!r}. {_EXPECTED}")
 
 
-def _bad_row(listing: Listing, row: int, why: str) -> ManifestError:
-    cells = ",".join(listing.table.iloc[row])
-    return _bad_line(listing.source, listing.table.index[row], cells, why)
+def _refuse(listing: Listing, rows: Sequence[int], why: str) -> None:
+    """Raise a ManifestError that names the first of these rows, if there are any."""
+    if len(rows):
+        cells = ",".join(listing.table.iloc[rows[0]])
+        raise _bad_line(listing.source, listing.table.index[rows[0]], cells, why)
 
 
-def _columns(line: str, separator: str) -> list[str]:
-    """Return the columns that a first line names, as we spell them; none where it has no files."""
-    cells = [cell.strip() for cell in next(csv.reader([line], delimiter=separator), [])]
-    names = [cell.lower() if cell.lower() in _COLUMNS else cell for cell in cells]
-    others = [cell for cell in cells if cell.lower() in _PATHS]
-    if "path" not in names and len(others) == 1 and len(cells) > 1:
-        names[cells.index(others[0])] = "path"
-    return names if "path" in names else []
-
-
-def _read_table(source: Path, text: str, header: list[str], separator: str) -> pd.DataFrame:
-    lines, rows = [], []
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+def _read_table(source: Path, text: str, header: list[str]) -> pd.DataFrame:
+    if len({*header}) < len(header):
+        raise _bad_line(source, 1, ",".join(header), "a column appears more than once")
+    reader = csv.reader(io.StringIO(text, newline=""))
     next(reader)
-    if repeated := sorted({name for name in header if header.count(name) > 1}):
-        raise _bad_line(source, 1, ",".join(header), f"columns {repeated} appear more than once")
+    rows = {}
     for row in filter(None, reader):
         if len(row) != len(header):
             why = f"need {len(header)} columns as in the first line ({','.join(header)})"
             raise _bad_line(source, reader.line_num, ",".join(row), why)
-        lines.append(reader.line_num)
-        rows.append(row)
-    return pd.DataFrame(rows, columns=header, index=lines, dtype=str)
+        rows[reader.line_num] = row
+    return pd.DataFrame.from_dict(rows, orient="index", columns=header, dtype=str)
 
 
 def _read_list(source: Path, text: str) -> pd.DataFrame:
@@ -276,22 +249,17 @@ def _read_list(source: Path, text: str) -> pd.DataFrame:
     rows: dict[int, tuple[str, ...]] = {}
     columns = None
     for line, row in enumerate(text.splitlines(), start=1):
-        match = _LIST_LINE.fullmatch(row.strip())
-        if not match and (not row.strip() or row.startswith("#")):
+        if not row.strip():
             continue
-        if not match:
+        if not (match := _LIST_LINE.fullmatch(row.strip())):
             why = "need the path of a video or an image and then whole numbers"
-            if line == 1 and not re.search(r"\d|/", row):
-                why += ", or a first line that names columns, of which one is path"
-            raise _bad_line(source, line, row.strip(), f"{why} (folders of frames are not read)")
-        numbers = re.sub(r"[,;]|\.0+\b", " ", match["numbers"]).split()
+            raise _bad_line(source, line, row, f"{why} (folders of frames are not read)")
+        numbers = re.findall(r"-?\d+", match["numbers"])
         columns = len(numbers) if columns is None else columns
         if len(numbers) != columns:
             why = f"need {1 + columns} columns as in the lines before"
             raise _bad_line(source, line, row, why)
-        path = match["path"]
-        path = path[1:-1].replace('""', '"') if path[0] == '"' else path
-        rows[line] = (path, *_meaning(source, line, row, numbers))
+        rows[line] = (match["path"], *_meaning(source, line, row, numbers))
     names = ["path", "label", "num_frames"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=names, dtype=str)
 
@@ -324,28 +292,30 @@ def _sections(listing: Listing) -> tuple[str, ...]:
     """Return the place of each row, of a section where its cells ``start`` and ``end`` say so."""
     if not {"start", "end"} & {*listing.table.columns}:
         return listing.files
+    cells = [pd.Series(listing.column(name)) for name in ("start", "end")]
+    starts = pd.to_numeric(cells[0].replace("", "0"), errors="coerce")
+    ends = pd.to_numeric(cells[1].replace("", "inf"), errors="coerce")
+    is_right = (starts >= 0) & (starts < ends) & (starts < math.inf)
+    why = "start and end must be seconds, the end after the start, or empty"
+    _refuse(listing, np.flatnonzero(~is_right).tolist(), why)
     found = []
-    cells = zip(listing.files, listing.column("start"), listing.column("end"), strict=True)
-    for row, (file, *ends) in enumerate(cells):
-        are_seconds = all(not cell or _SECONDS.fullmatch(cell) for cell in ends)
-        if not are_seconds or float(ends[0] or 0) >= float(ends[1] or math.inf):
-            why = "start and end must be seconds, the end after the start, or empty"
-            raise _bad_row(listing, row, why)
-        start, end = (cell and np.format_float_positional(float(cell), trim="-") for cell in ends)
-        found.append(f"{file}#t={start}{end and ','}{end}" if start or end else file)
+    for file, start, end in zip(listing.files, *cells, strict=True):
+        first, last = (
+            cell and np.format_float_positional(float(cell), trim="-") for cell in (start, end)
+        )
+        found.append(f"{file}#t={first}{last and ','}{last}" if first or last else file)
     return tuple(found)
 
 
-def _integers(listing: Listing, column: str, least: int) -> tuple[int, ...]:
+def _whole_numbers(listing: Listing, column: str, least: int = 1) -> tuple[int, ...]:
     """Read a column of numbers, -1 where a cell is empty or there is no such column."""
-    numbers = []
-    for row, cell in enumerate(listing.column(column)):
-        number = -1 if not cell else int(float(cell)) if _INTEGER.fullmatch(cell) else None
-        if number is None or (number < least and number != -1):
-            why = f"{column} must be a whole number of at least {least}, or -1 for none"
-            raise _bad_row(listing, row, why)
-        numbers.append(number)
-    return tuple(numbers)
+    cells = pd.Series(listing.column(column))
+    # A cell may be 3.0, as pandas writes it where another row of the column is empty.
+    numbers = pd.to_numeric(cells.replace("", "-1"), errors="coerce")
+    is_right = (numbers == -1) | (numbers >= least) & (numbers % 1 == 0)
+    why = f"{column} must be a whole number of at least {least}, or -1 for none"
+    _refuse(listing, np.flatnonzero(~is_right).tolist(), why)
+    return tuple(numbers.astype(int).tolist())
 
 
 def _label_names(listing: Listing, labels: Sequence[int]) -> tuple[str, ...] | None:
@@ -360,14 +330,21 @@ def _label_names(listing: Listing, labels: Sequence[int]) -> tuple[str, ...] | N
     for row, (label, cell) in enumerate(zip(labels, listing.column("label_name"), strict=True)):
         name = " ".join(cell.split())  # on one line, as a list of names can hold it
         if label >= 0 and name and names.setdefault(label, name) != name:
-            raise _bad_row(listing, row, "this label had another label_name in a line before")
+            _refuse(listing, [row], "this label had another label_name in a line before")
     return tuple(names.get(label, str(label)) for label in range(max(labels) + 1))
 
 
 def _read_folder(folder: Path) -> Listing:
     if why := places.unwritable(str(folder)):
         raise ManifestError(f"the path of the folder {str(folder)!r} {why}; rename it")
-    found = places.listable_files(folder)
+    every = places.files_below(folder)
+    found = [name for name in every if not places.unwritable(name)]
+    if odd := [name for name in every if places.unwritable(name)]:
+        places.log_once(
+            logging.WARNING,
+            f"{len(odd)} of {len(every)} files in {folder} are left out, for no manifest can hold "
+            f"their names. Rename them, or their folders: {odd[0]!r} {places.unwritable(odd[0])}",
+        )
     if not found:
         raise ManifestError(
             f"there are no videos in {folder}, and no images; looked, in its folders too, for "
@@ -376,14 +353,14 @@ def _read_folder(folder: Path) -> Listing:
     images = sum(name.lower().endswith(IMAGE_SUFFIXES) for name in found)
     if 0 < images < len(found):
         raise ManifestError(
-            f"{folder} holds both, {counted(len(found) - images, 'video')} and "
-            f"{counted(images, 'image')}, and nothing tells which of them are meant. Move one kind "
-            "to another folder, or write a manifest of the files that are meant"
+            f"of {len(found)} files in {folder}, {images} are images and the others are videos, "
+            "and nothing tells which are meant. Move one kind to another folder, or write a "
+            "manifest of the files that are meant"
         )
     columns = {"path": found}
     if all(name.count("/") == 1 for name in found):
         classes = [name.partition("/")[0] for name in found]
-        labels = {name: str(label) for label, name in enumerate(sorted(set(classes)))}
+        labels = {name: str(label) for label, name in enumerate(sorted({*classes}))}
         columns |= {"label": [labels[name] for name in classes], "label_name": classes}
     start = str(folder).rstrip("/") + "/"
     return Listing(folder, pd.DataFrame(columns, dtype=str), tuple(start + name for name in found))

@@ -12,8 +12,6 @@ from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES, TarMemb
 log = logging.getLogger(__name__)
 
 MEDIA_SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
-ODD_NAMES_SHOWN = 10
-_FORBIDDEN = {"\0": "a null character", "\n": "a line break", "\r": "a line break"}
 _ODD = ("/.", "//", "::")
 
 
@@ -58,9 +56,8 @@ def _climbs(path: str) -> bool:
 
 def unwritable(path: str) -> str:
     """Say why no manifest can hold a path; the text is empty where one can."""
-    for character, name in _FORBIDDEN.items():
-        if character in path:
-            return f"holds {name}"
+    if any(character in path for character in "\0\n\r"):
+        return "holds a line break or a null character"
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -72,21 +69,6 @@ def unwritable(path: str) -> str:
 def log_once(level: int, message: str) -> None:
     """Log what is found again when a program reads a list or a folder again."""
     log.log(level, "%s", message)
-
-
-def listable_files(folder: Path) -> list[str]:
-    """Return those of :func:`files_below` that a manifest can name; the others are logged."""
-    every = files_below(folder)
-    reasons = {name: why for name in every if (why := unwritable(name))}
-    if reasons:
-        shown = [f"{name!r} {why}" for name, why in reasons.items()][:ODD_NAMES_SHOWN]
-        more = f"; and {len(reasons) - len(shown)} more" if len(reasons) > len(shown) else ""
-        log_once(
-            logging.WARNING,
-            f"{len(reasons)} of {len(every)} files in {folder} are left out, for no manifest can "
-            f"hold their names. Rename them, or their folders: {'; '.join(shown)}{more}",
-        )
-    return [name for name in every if name not in reasons]
 
 
 def files_below(folder: Path) -> list[str]:

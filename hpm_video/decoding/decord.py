@@ -6,21 +6,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpm_video.decoding.containers import MATROSKA, MP4, exact_container
-from hpm_video.decoding.pyav import PyavReader, only_here
-from hpm_video.decoding.reader import TRANSCODE, DecodeError, FrameByFrame, Frames
+from hpm_video.decoding.exact import check_exact
+from hpm_video.decoding.pyav import PyavReader
+from hpm_video.decoding.reader import DecodeError, Frames, VideoReader
 
-_EXACT_ON = (MP4, MATROSKA, "AVI", "FLV", "ASF", "YUV4MPEG")
+_EXACT_ON = ("mov", "matroska", "avi", "flv", "asf", "yuv4mpegpipe")
 
 
-class DecordReader(FrameByFrame):
+class DecordReader(VideoReader):
     """Decodes from the first frame on, for decord's seeks are not exact. It turns upright."""
 
-    def __init__(self, path: str, source: str | bytes, head: bytes) -> None:
+    def __init__(self, path: str, source: str | bytes) -> None:
         super().__init__(path)
-        exact_container(head, "decord", _EXACT_ON)
-        if why := only_here(source):
-            raise DecodeError(f"{why}, which decord gets wrong and PyAV does not. {TRANSCODE}")
+        check_exact(source, "decord", _EXACT_ON, shows_all=True)
         import torch  # noqa: F401, I001 - decord before torch can hang a DataLoader (decord#251)
         import decord
 
@@ -37,11 +35,14 @@ class DecordReader(FrameByFrame):
         self._frame: Frames | None = None
 
     def seconds(self, count: int) -> NDArray[np.float64]:
-        with PyavReader(self.path, self._source, b"") as reader:
+        with PyavReader(self.path, self._source) as reader:
             return reader.seconds(count)
 
     def _count(self) -> int:
         return len(self._reader)
+
+    def _decode(self, indices: list[int]) -> Frames:
+        return self._stacked(map(self._frame_at, indices))
 
     def _frame_at(self, index: int) -> Frames:
         if index < self._next - 1:

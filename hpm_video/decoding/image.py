@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import re
 import struct
 import warnings
 import zlib
@@ -13,7 +12,7 @@ import numpy as np
 
 from hpm_video.decoding.locations import frames_in, read_bytes
 from hpm_video.decoding.orientation import orientation_of_image
-from hpm_video.decoding.reader import DecodeError, FrameByFrame, Frames, VideoReader
+from hpm_video.decoding.reader import DecodeError, Frames, VideoReader
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,13 +38,8 @@ class ImageReader(VideoReader):
             count = 1 if self.image.format == "MPO" else getattr(self.image, "n_frames", 1)
         if count != 1:
             raise DecodeError(
-                f"it holds {count} pictures, an animation or several pages, and which of them is "
-                "meant cannot be told. Save one of them as an image, or all of them as a video"
-            )
-        if self.image.mode == "F":
-            raise DecodeError(
-                "its pixels are floating point numbers, and nothing says which of them is white. "
-                "Save it with 8 or 16 bits"
+                f"it holds {count} pictures, and nothing says which is meant. Save one of them as "
+                "an image, or all of them as a video"
             )
 
     def _count(self) -> int:
@@ -78,7 +72,7 @@ class ImageReader(VideoReader):
         self.image.close()
 
 
-class FrameFolder(FrameByFrame):
+class FrameFolder(VideoReader):
     """The images of a folder as the frames of a video."""
 
     def __init__(self, path: str) -> None:
@@ -89,6 +83,9 @@ class FrameFolder(FrameByFrame):
 
     def _count(self) -> int:
         return len(self._files)
+
+    def _decode(self, indices: list[int]) -> Frames:
+        return self._stacked(map(self._frame_at, indices))
 
     def _frame_at(self, index: int) -> Frames:
         file = self._files[index]
@@ -113,10 +110,7 @@ def _pillow() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Image.DecompressionBombError as error:
-        pixels, limit, *_ = [*re.findall(r"\d+", str(error)), "too many", "limit"]
-        raise DecodeError(
-            f"it has {pixels} pixels, more than Pillow's limit, {limit}. Shrink it"
-        ) from error
+        raise DecodeError(f"it has too many pixels: {error}. Shrink it") from error
     except (OSError, SyntaxError, EOFError, struct.error, zlib.error) as error:
         if "not available" in str(error):  # a codec that this Pillow was built without
             raise
@@ -132,12 +126,11 @@ def _open_image(data: bytes) -> "Image.Image":
     except UnidentifiedImageError as error:
         raise DecodeError(
             f"it is no image of the formats {', '.join(_IMAGE_FORMATS)}, or it is cut off or "
-            "damaged; download it again, or save it in one of them"
+            "damaged; download it again"
         ) from error
     if image.format in ("JPEG", "MPO") and not _has_end(data):
         raise DecodeError(
-            "it is cut off: the mark of its end is missing. Download it again or, where it looks "
-            "whole, open it and save it again"
+            "it is cut off: the mark of its end is missing. Download it again, or save it again"
         )
     if image.format == "PNG":
         image.verify()  # the sums, at which decoding does not look; it ends with the file
@@ -162,13 +155,14 @@ def _has_end(data: bytes) -> bool:
 
 def _rgb(image: "Image.Image") -> Frames:
     """-> (H, W, 3)"""
-    if not image.mode.startswith("I"):
+    if image.mode[0] not in "IF":
         return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     # 16 bits, which Pillow would cut off at 255 instead of scaling them.
-    grey = np.asarray(image).astype(np.int64)
-    if grey.min() < 0 or grey.max() > 65535:
+    grey = np.asarray(image)
+    if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
         raise DecodeError(
-            f"its values go from {grey.min()} to {grey.max()}, not from 0 to 65535 as those of "
-            "16 bits, and nothing says which of them is white. Save it with 8 or 16 bits"
+            f"its values are {grey.dtype} from {grey.min():g} to {grey.max():g}, and nothing says "
+            "which is white. Save it with 8 or 16 bits"
         )
+    grey = grey.astype(np.int64)
     return np.repeat(((grey * 255 + 32767) // 65535).astype(np.uint8)[..., None], 3, axis=-1)

@@ -17,6 +17,7 @@ import math
 import os
 import re
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tarfile import BLOCKSIZE, HeaderError, TarInfo
@@ -24,7 +25,6 @@ from typing import BinaryIO
 
 from typing_extensions import Self
 
-from hpm_video.decoding.containers import HEAD
 from hpm_video.decoding.reader import DecodeError
 
 _VIDEOS = "3gp avi flv m4v mkv mov mp4 mpeg mpg mts ogv ts webm wmv"
@@ -41,14 +41,13 @@ _SECTION = re.compile(
     rf"(?P<file>.+)(?P<mark>#t=(?=[\d,])(?P<start>{_SECONDS})?(?:,(?P<end>{_SECONDS}))?)",
     re.DOTALL | re.ASCII,
 )
-_CHANGED = "the tar file has changed since its manifest was written. Write the manifest anew"
 
 
 @dataclass(frozen=True)
 class TarMember:
     """A file within a tar file."""
 
-    tar: str  # path; it ends in .tar, and does not hold ``.tar::`` before that
+    tar: str  # its path
     name: str  # of the member, of any characters
     offset: int  # bytes of the tar in front of the member's own
     size: int  # the member's own bytes
@@ -71,23 +70,25 @@ class TarMember:
             FileNotFoundError: there is no such tar file.
         """
         with _opened(self.tar) as file:
-            if self.offset < BLOCKSIZE or file.seek(0, 2) < self.offset + self.size:
-                raise DecodeError(f"the tar file has no such bytes: {_CHANGED}", str(self))
-            file.seek(self.offset - BLOCKSIZE)
-            header, data = file.read(BLOCKSIZE), file.read(self.size)
-        if not self._begins_after(header):
-            raise DecodeError(f"that file does not start there: {_CHANGED}", str(self))
-        return data
+            is_inside = BLOCKSIZE <= self.offset <= file.seek(0, 2) - self.size
+            file.seek(max(self.offset - BLOCKSIZE, 0))
+            if not is_inside or not self._begins_after(file.read(BLOCKSIZE)):
+                raise DecodeError(
+                    "that file does not lie there: the tar file has changed since its manifest was "
+                    "written. Write the manifest anew",
+                    str(self),
+                )
+            return file.read(self.size)
 
     def _begins_after(self, header: bytes) -> bool:
         """Whether a block of the tar is the header of this member, as far as one block tells."""
-        try:
+        with suppress(HeaderError):
             info = TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except HeaderError:
-            return False
-        # Longer and other names continue in blocks in front of it.
-        plain = self.name.isascii() and len(self.name) <= 100
-        return info.isreg() and info.size == self.size and (not plain or info.name == self.name)
+            # Longer and other names continue in blocks in front of it.
+            is_plain = self.name.isascii() and len(self.name) <= 100
+            is_it = info.name == self.name or not is_plain
+            return is_it and info.isreg() and info.size == self.size
+        return False
 
 
 @dataclass(frozen=True)
@@ -125,15 +126,15 @@ def read_bytes(place: str, count: int = -1) -> bytes:
     return data
 
 
-def source_of(place: str) -> tuple[str | bytes, bytes]:
-    """Return what decoders open, the path of a file or the bytes of a member, and its first bytes.
+def source_of(place: str) -> str | bytes:
+    """Return what decoders open: the path of a file, or the bytes of a member of a tar.
 
     Raises as :func:`read_bytes`.
     """
     if TarMember.parse(place):
-        data = read_bytes(place)
-        return data, data[:HEAD]
-    return os.path.abspath(place), read_bytes(place, HEAD)  # noqa: PTH100
+        return read_bytes(place)
+    read_bytes(place, 1)
+    return os.path.abspath(place)  # noqa: PTH100
 
 
 def _opened(path: str) -> BinaryIO:

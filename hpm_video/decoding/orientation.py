@@ -39,17 +39,6 @@ class Orientation(NamedTuple):
         return pixels[:: -1 if self.mirrored_y else 1, :: -1 if self.mirrored_x else 1]
 
 
-_EXIF = {
-    2: Orientation(mirrored_x=True),
-    3: Orientation(mirrored_x=True, mirrored_y=True),
-    4: Orientation(mirrored_y=True),
-    5: Orientation(transposed=True),
-    6: Orientation(transposed=True, mirrored_x=True),
-    7: Orientation(transposed=True, mirrored_x=True, mirrored_y=True),
-    8: Orientation(transposed=True, mirrored_y=True),
-}
-
-
 def orientation_of_image(image: "Image.Image") -> Orientation:
     """Read the orientation of an image from its EXIF data; damaged data do not matter.
 
@@ -58,7 +47,8 @@ def orientation_of_image(image: "Image.Image") -> Orientation:
     from PIL import ExifTags
 
     with suppress(Exception):
-        return _EXIF[image.getexif()[ExifTags.Base.Orientation]]
+        code = image.getexif()[ExifTags.Base.Orientation]
+        return Orientation(code in (5, 6, 7, 8), code in (2, 3, 6, 7), code in (3, 4, 7, 8))
     return Orientation()
 
 

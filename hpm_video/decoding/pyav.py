@@ -2,28 +2,18 @@
 
 import io
 import os
-from array import array
 from bisect import bisect_left, bisect_right
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hpm_video.decoding.containers import refuse_others
-from hpm_video.decoding.mp4 import read_index
 from hpm_video.decoding.orientation import orientation_of
-from hpm_video.decoding.reader import (
-    TRANSCODE,
-    DecodeError,
-    Frames,
-    NoSuchFrame,
-    Stack,
-    VideoReader,
-)
+from hpm_video.decoding.reader import TRANSCODE, DecodeError, Frames, NoSuchFrame, VideoReader
 
 if TYPE_CHECKING:
     import av
@@ -37,27 +27,37 @@ UNTIMED = ("avi", "mpeg", "mpegvideo")
 """Containers whose presentation times are made up by the demuxer, or missing."""
 _TRIED = 24  # frames that are decoded at once where packets leave doubts about the first ones
 _SEEK_SAVES = 8  # frames that must not need decoding to make a seek worth while
-_UNPROBED = {"probesize": "32", "fpsprobesize": "0", "skip_frame": "all"}
-MIRRORED = "it is mirrored"
-LONG = 5000
-"""Frames from which on the index of a video is remembered for the next clip out of it."""
-INDICES_HELD = 64
-_INDICES: dict[tuple[str, int, int], dict[str, Any]] = {}
-"""What :meth:`PyavReader._index` found out, by path, size and time of the last change."""
-_OF_AN_INDEX = ("_times", "_keys", "_key_times", "_ordered", "_num_frames", "_may_skip")
-_OF_AN_INDEX += ("_counts_by_decoding", "repeats")
 _MARKS_UNUSED = ("h264", "mpeg4")
 """Codecs that mark the frames to which no other one refers. In HEVC such a mark is void where there
 are temporal layers; the decoders of the others do not skip frames at a word."""
+INDICES_HELD = 64
+
+
+@dataclass(frozen=True)
+class Index:
+    """The frames of a video and how to reach them, as far as its packets say."""
+
+    times: NDArray[np.int64]
+    """Presentation times of the frames, rising; none where times do not tell their order."""
+    keys: list[tuple[int, int | None]]
+    """Times of presentation and decoding of the key frames that may be sought, rising."""
+    repeats: bool
+    """Whether a packet without a frame shows the one before again: the picture is the same."""
+    may_skip: bool
+    """Whether frames to which no other one refers may be left out."""
+
+
+_INDICES: dict[tuple[str, int, int], Index] = {}
+"""The last ones found, by path, size and time of the last change: to index a video means to read
+all of it, and further clips of a long one need not wait for that again."""
 
 
 def open_container(
-    source: str | bytes, *, probes: bool = True
+    source: str | bytes,
 ) -> "tuple[av.container.InputContainer, av.VideoStream]":
     """Open the path of a video, or its bytes, and find the stream that FFmpeg ranks best.
 
-    FFmpeg can open nothing else on its behalf, and decodes on one thread. Where it does not probe,
-    it decodes nothing to find out more than the container says.
+    FFmpeg can open nothing else on its behalf, and decodes on one thread.
 
     Raises:
         DecodeError: it is no video, or there is no decoder for it.
@@ -73,12 +73,12 @@ def open_container(
             options={
                 "protocol_whitelist": "none" if isinstance(source, bytes) else "file",
                 "format_whitelist": FORMATS,
-            }
-            | ({} if probes else _UNPROBED),
+            },
         )
     except (av.error.InvalidDataError, av.error.EOFError, av.error.ArgumentError) as error:
         raise DecodeError(
-            f"it is no video, or it is cut off or damaged: {error.strerror}. Download it again"
+            f"it is no video of a container that is read ({FORMATS}), or it is cut off or damaged: "
+            f"{error.strerror}. Download it again, or convert it: ffmpeg -i FILE FILE.mp4"
         ) from error
     stream = cast("av.VideoStream | None", container.streams.best("video"))
     if stream is None or av.stream.Disposition.attached_pic in stream.disposition:
@@ -94,21 +94,6 @@ def open_container(
     return container, stream
 
 
-def only_here(source: str | bytes) -> str:
-    """Say what a file has that other decoders get wrong; nothing where it has none."""
-    container, stream = open_container(source)
-    with container:
-        if stream is not (tracks := container.streams.video)[0]:
-            return f"it has {len(tracks)} video streams, and the first is not the one"
-        if container.format.name.startswith("mov"):
-            entries = [*stream.index_entries]
-            if len(entries) < stream.frames or any(entry.is_discard for entry in entries):
-                return "its container says that some frames are not to be shown"
-        for frame in container.decode(stream):
-            return MIRRORED if orientation_of(frame).is_mirrored else ""
-    return ""
-
-
 class PyavReader(VideoReader):
     """Seeks to the key frame before the first frame that is wanted, and decodes from there on.
 
@@ -117,11 +102,10 @@ class PyavReader(VideoReader):
     or where the container has none by counting from the first.
     """
 
-    def __init__(self, path: str, source: str | bytes, head: bytes) -> None:
+    def __init__(self, path: str, source: str | bytes) -> None:
         from av.video.reformatter import VideoReformatter
 
         super().__init__(path)
-        refuse_others(head)
         self._source = source
         # One for all frames: making one takes longer than converting a small frame.
         self._reformatter = VideoReformatter()
@@ -130,90 +114,70 @@ class PyavReader(VideoReader):
         self._wanted: set[int] = set()
         self._last_wanted, self._skips = 0, False
         self._skipped: set[int] = set()
-        self._keys: list[tuple[int, int | None]] = []  # times of presentation and of decoding
-        self._times: list[int] = []
-        self._listing = read_index(source, head)
         self._open()
         try:
-            self._find_index()
+            self._index = self._known_index()
         except BaseException:
             self.close()
             raise
+        self._num_frames = len(self._index.times) or None
+        self._counts_by_decoding = not self._num_frames
 
     def _open(self) -> None:
-        self._container, self._stream = open_container(self._source, probes=not self._listing)
+        self._container, self._stream = open_container(self._source)
         self._is_at_start = True
         self._codec = self._stream.codec_context
 
-    def _find_index(self) -> None:
-        """Index the packets, or remember that: it means to read the file, of hours of video."""
-        key = None
-        if isinstance(self._source, str):
-            state = os.stat(self._source)  # noqa: PTH116 - a path is a string in here
-            key = (self._source, state.st_size, state.st_mtime_ns)
-        if known := key and _INDICES.get(key):
-            vars(self).update(known)
-            return
-        self._index()
-        if key and self._ordered and len(self._times) > LONG:
-            found = {name: getattr(self, name) for name in _OF_AN_INDEX}
-            _INDICES[key] = found | {"_times": array("q", self._times)}  # a fifth of a list
+    def _known_index(self) -> Index:
+        if isinstance(self._source, bytes):
+            return self._find_index()
+        state = os.stat(self._source)  # noqa: PTH116 - a path is a string in here
+        key = (self._source, state.st_size, state.st_mtime_ns)
+        if key not in _INDICES:
+            _INDICES[key] = self._find_index()
             if len(_INDICES) > INDICES_HELD:
                 del _INDICES[next(iter(_INDICES))]
+        return _INDICES[key]
 
-    def _index(self) -> None:
+    def _find_index(self) -> Index:
         """Find out from its packets which frames there are, in general without decoding them."""
-        count = 0
-        if self._container.format.name not in UNTIMED:
-            for pts, dts, is_key in self._packets():
-                count += 1
-                if pts is not None:
-                    self._times.append(pts)
-                    self._keys += [(pts, dts)] * is_key
-            if not count:
-                raise DecodeError("it has no frames")
-        stored, self._times = self._times, sorted(set(self._times))
-        self._ordered = 0 < count == len(self._times)
-        if self._ordered and self._leaves_doubts(stored):
-            self._try_beginning()
-            count = len(self._times)
-        self.repeats = self._ordered and not self._codec.has_b_frames
-        """Whether a packet without a frame shows the one before again: the picture is the same."""
-        self._counts_by_decoding = not self._ordered
-        self._num_frames = count if self._ordered else None
+        nothing = Index(np.arange(0), [], repeats=False, may_skip=False)
+        if self._container.format.name in UNTIMED:
+            return nothing
+        packets = [packet for packet in self._demux() if packet.size and not packet.is_discard]
+        if not packets:
+            raise DecodeError("it has no frames")
+        stored = [packet.pts for packet in packets if packet.pts is not None]
+        times = np.unique(np.array(stored, np.int64))
+        keys = [(packet.pts, packet.dts) for packet in packets if packet.is_keyframe]
+        keys = sorted((pts, dts) for pts, dts in keys if pts is not None)
+        has_b_frames = self._codec.has_b_frames
+        if len(times) < len(packets):
+            return nothing
+        begins_inside = not keys or times[0] < keys[0][0]
+        if begins_inside or (has_b_frames and stored == times.tolist()):
+            first = self._first_that_comes()
+            if first is None:
+                return nothing
+            times, keys = times[times >= first], [key for key in keys if key[0] >= first]
         # A palette comes with the first packet alone, and is lost with a seek.
-        may_seek = self._ordered and self._codec.pix_fmt != "pal8"
-        self._keys = sorted(self._keys) if may_seek else []
-        self._key_times = [pts for pts, _ in self._keys]
-        marks_unused = self._codec.name in _MARKS_UNUSED or self._has_one_layer()
-        self._may_skip = self._ordered and marks_unused
-
-    def _packets(self) -> Sequence[tuple[int | None, int | None, bool]]:
-        """Return the times of presentation and decoding of each packet, and whether it is a key."""
-        if self._listing:
-            is_alone = len(self._container.streams.video) == 1
-            listed = self._listing.packets([*self._stream.index_entries]) if is_alone else []
-            times = [pts for pts, _, _ in listed]
-            # Only frames out of order prove that the decoder knows how many it has to hold back.
-            if any(is_key for *_, is_key in listed) and times != sorted(times):
-                return listed
-            self._listing = None
-            self._container.close()
-            self._open()
-        return [
-            (packet.pts, packet.dts, packet.is_keyframe)
-            for packet in self._demux()
-            if packet.size and not packet.is_discard
-        ]
+        keys = [] if self._codec.pix_fmt == "pal8" else keys
+        may_skip = self._codec.name in _MARKS_UNUSED or self._has_one_layer()
+        return Index(times, keys, repeats=not has_b_frames, may_skip=may_skip)
 
     @property
     def times(self) -> list[int]:
         """Presentation times of the frames, rising; none where they do not tell the order."""
-        return self._times if self._ordered else []
+        return self._index.times.tolist()
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a packet without a frame shows the one before again."""
+        return self._index.repeats
 
     def seconds(self, count: int) -> NDArray[np.float64]:
-        times = self._times
-        if not self._ordered:  # those of decoding are evenly spaced, and leave gaps where it does
+        times = self.times
+        if not times:  # those of decoding are evenly spaced, and leave gaps where it does
             packets = self._packets_from(None)
             times = sorted(p.dts for p in packets if p.size and p.dts is not None)
             self._at = None
@@ -224,24 +188,24 @@ class PyavReader(VideoReader):
             raise DecodeError(f"its container states no frame rate. {TRANSCODE}", self.path)
         return np.arange(count) * rate.denominator / rate.numerator
 
-    def _leaves_doubts(self, stored: list[int]) -> bool:
-        """Whether it may begin inside a group, or its times may lie. ``stored``: of the packets"""
-        begins_inside = not self._keys or self._times[0] < self._keys[0][0]
-        return begins_inside or (self._codec.has_b_frames and stored == self._times)
+    def _first_that_comes(self) -> int | None:
+        """Return the time of the first frame that can be decoded, none if the times may lie.
 
-    def _try_beginning(self) -> None:
-        """Believe the decoder about the first frames: which come, and in which order."""
+        Which of the first frames come, and in which order, only the decoder knows where a video may
+        begin inside a group, or states times in the order of its packets.
+        """
         import av
 
-        frames = self._by_number(self._packets_from(None))
         came: list[int | None] = []
         with suppress(av.error.InvalidDataError):  # it is met again where it is in the way
+            frames = self._by_number(self._packets_from(None))
             came += (frame.pts for _, frame in islice(frames, _TRIED))
         known = [time for time in came if time is not None]
-        self._ordered = known == came == sorted(set(known))
-        if known and self._ordered:
-            self._times = self._times[bisect_left(self._times, known[0]) :]
-            self._keys = [key for key in self._keys if key[0] >= known[0]]
+        return known[0] if known and known == came == sorted(set(known)) else None
+
+    @property
+    def _is_timed(self) -> bool:
+        return len(self._index.times) > 0
 
     def _has_one_layer(self) -> bool:
         """Whether it is HEVC, of which the record in the container says so."""
@@ -267,20 +231,23 @@ class PyavReader(VideoReader):
             ) from error
 
     def _read(self, indices: list[int]) -> Frames:
-        stack = Stack(len(indices), self._size)
         if not self._may_have(indices[-1]):
             raise self._ends_before(indices[-1])
-        times = [self._times[index] for index in indices] if self._ordered else indices
-        for run in self._runs(times):
-            if not self._take(run, stack, skip=self._may_skip):
+        frames: list[Frames] = []
+        for run in self._runs(self._index.times[indices].tolist() if self._is_timed else indices):
+            taken = self._take(run, skip=self._index.may_skip)
+            if len(taken) < len(run):
                 self._at = None  # from a key frame on, and with all frames: it may be damaged
-                if not self._take(run, stack, skip=False):
-                    if indices[-1] >= self.num_frames:
-                        raise self._ends_before(indices[-1])
-                    break
-        frames = stack.frames()
-        self._size = stack.size
-        return frames
+                taken = self._take(run, skip=False)
+            frames += taken
+            if len(taken) < len(run):
+                if indices[-1] >= self.num_frames:
+                    raise self._ends_before(indices[-1])
+                raise DecodeError(
+                    f"only {len(frames)} of {len(indices)} frames came out of the decoder. "
+                    f"{TRANSCODE}"
+                )
+        return self._stacked(frames)
 
     def _ends_before(self, index: int) -> NoSuchFrame:
         return NoSuchFrame(
@@ -300,45 +267,45 @@ class PyavReader(VideoReader):
 
     def _is_far(self, at: int, time: int) -> bool:
         """Whether a seek to a time saves frames on the way to it."""
-        key = bisect_right(self._key_times, time) - 1 if self._ordered else -1
-        if key < 0 or self._key_times[key] <= at:
+        key = self._key_before(time)
+        if key is None or key[0] <= at:
             return False
-        passed = bisect_left(self._times, self._key_times[key]) - bisect_right(self._times, at)
-        return passed > _SEEK_SAVES
+        times = self._index.times
+        return bisect_left(times, key[0]) - bisect_right(times, at) > _SEEK_SAVES
 
-    def _take(self, run: list[int], stack: Stack, *, skip: bool) -> bool:
-        """Decode the frames of a run. -> whether they all came; otherwise none is taken"""
-        before = stack.filled
+    def _key_before(self, time: int) -> tuple[int, int | None] | None:
+        """Return the last key frame up to a time, if there is one."""
+        keys = self._index.keys
+        place = bisect_right(keys, time, key=lambda key: key[0])
+        return keys[place - 1] if place else None
+
+    def _take(self, run: list[int], *, skip: bool) -> list[Frames]:
+        """Decode the frames of a run, as many as come: -> (H, W, 3) each"""
         # Whether the run comes next, or soon, from where decoding stopped.
         ahead = self._at is not None and self._at < run[0] and not self._is_far(self._at, run[0])
         if not ahead or not self._skipped.isdisjoint(run):
-            key = bisect_right(self._key_times, run[0]) - 1
-            self._start_at(self._keys[key] if key >= 0 else None)
+            self._start_at(self._key_before(run[0]))
         self._wanted, self._last_wanted, self._skips = set(run), run[-1], skip
-        missing, repeats = deque(run), self.repeats and not skip
+        repeats = self.repeats and not skip
+        taken: list[Frames] = []
         last: av.VideoFrame | None = None
         for number, frame in self._frames:
-            while repeats and last and missing and missing[0] < (number or 0):
-                self._put(last, stack)
-                missing.popleft()
-            if missing and number == missing[0]:
-                self._put(frame, stack)
-                missing.popleft()
-            if not missing:
-                return True
+            while repeats and last and len(taken) < len(run) and run[len(taken)] < (number or 0):
+                taken.append(self._pixels(last))
+            if len(taken) < len(run) and number == run[len(taken)]:
+                taken.append(self._pixels(frame))
+            if len(taken) == len(run):
+                return taken
             last = frame
         if repeats and last:
-            for _ in missing:
-                self._put(last, stack)
-            return True
-        stack.filled = before
-        return False
+            taken += [self._pixels(last)] * (len(run) - len(taken))
+        return taken
 
     def _start_at(self, key: tuple[int, int | None] | None) -> None:
         """Let frames come from a key frame on, or from the first frame."""
         self._at, self._skipped, self._skips = None, set(), False
         packets = self._packets_from(key)
-        self._frames = self._by_time(packets) if self._ordered else self._by_number(packets)
+        self._frames = self._by_time(packets) if self._is_timed else self._by_number(packets)
 
     def _by_time(self, packets: "Packets") -> "Numbered":
         for packet in packets:
@@ -386,14 +353,14 @@ class PyavReader(VideoReader):
         self._is_at_start = False
         return self._container.demux(self._stream)
 
-    def _put(self, frame: "av.VideoFrame", stack: Stack) -> None:
-        """Add a frame to the stack, upright."""
+    def _pixels(self, frame: "av.VideoFrame") -> Frames:
+        """Convert a frame, upright: -> (H, W, 3)"""
         # In one thread, since the loader's workers take the cores.
         rgb = self._reformatter.reformat(frame, format="rgb24", threads=1)
         plane = rgb.planes[0]
         values = np.frombuffer(cast("memoryview", plane), np.uint8).reshape(-1, plane.line_size)
         pixels = values[: rgb.height, : 3 * rgb.width].reshape(rgb.height, rgb.width, 3)
-        stack.add(orientation_of(frame).apply(pixels))
+        return orientation_of(frame).apply(pixels)
 
     def close(self) -> None:
         self._frames = iter(())

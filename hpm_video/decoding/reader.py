@@ -2,10 +2,8 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
-from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,6 +110,17 @@ class VideoReader(ABC):
     def _decode(self, indices: list[int]) -> Frames:
         """Frames of ascending indices, none twice."""
 
+    def _stacked(self, frames: Iterable[Frames]) -> Frames:
+        """Put frames into one array, which have the size of all: (H, W, C) each -> (K, H, W, C)"""
+        found = []
+        for frame in frames:
+            size = frame.shape[0], frame.shape[1]
+            self._size = self._size or size
+            if size != self._size:
+                raise size_change(self._size, size)
+            found.append(frame)
+        return np.stack(found)
+
     @abstractmethod
     def close(self) -> None:
         """Free what the decoder holds."""
@@ -121,52 +130,6 @@ class VideoReader(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class FrameByFrame(VideoReader):
-    """A video of which one frame after the other is read."""
-
-    @abstractmethod
-    def _frame_at(self, index: int) -> Frames:
-        """A frame, upright: -> (H, W, C)"""
-
-    def _decode(self, indices: list[int]) -> Frames:
-        stack = Stack(len(indices), self._size)
-        for index in indices:
-            stack.add(self._frame_at(index))
-        self._size = stack.size
-        return stack.frames()
-
-
-class Stack:
-    """Frames as they come out of a decoder, in one array: they are all of one size."""
-
-    def __init__(self, count: int, size: Size | None) -> None:
-        """``size``: of the frames, where others were read before."""
-        self._count = count
-        self.size = size
-        self.filled = 0
-        self._frames: Frames | None = None
-
-    def add(self, frame: Frames) -> None:
-        """Take the next frame, upright: (H, W, C)"""
-        size = (frame.shape[0], frame.shape[1])
-        if self.size is None:
-            self.size = size
-        if size != self.size:
-            raise size_change(self.size, size)
-        if self._frames is None:
-            self._frames = np.empty((self._count, *frame.shape), dtype=np.uint8)
-        self._frames[self.filled] = frame
-        self.filled += 1
-
-    def frames(self) -> Frames:
-        """All of them: (K, H, W, C)"""
-        if self._frames is None or self.filled < self._count:
-            raise DecodeError(
-                f"only {self.filled} of {self._count} frames came out of the decoder. {TRANSCODE}"
-            )
-        return self._frames
 
 
 def size_change(before: Size, size: Size) -> DecodeError:
@@ -185,19 +148,9 @@ def as_decode_error(path: str) -> Iterator[None]:
     except MemoryError:  # it says nothing about the file
         raise
     except FileNotFoundError as error:
-        raise DecodeError(f"there is no such file{_other_spelling(path)}", path) from error
+        raise DecodeError("there is no such file", path) from error
     except IsADirectoryError as error:
         why = "it is a folder. Where its images are the frames of a video, end its path in a slash"
         raise DecodeError(why, path) from error
     except Exception as error:  # noqa: BLE001 - native libraries raise anything
         raise DecodeError(f"{type(error).__name__}: {error}"[:500], path) from error
-
-
-def _other_spelling(path: str) -> str:
-    """Name a file that is there and differs in how its name is spelled only."""
-    spellings = [path.replace("\\", "/"), *(normalize(form, path) for form in ("NFC", "NFD"))]
-    for other in spellings:
-        if other != path and Path(other).exists():
-            how = "slashes" if "\\" in path else "the same letters in other characters of Unicode"
-            return f", but there is {other!r}, spelled with {how}; write it so in the manifest"
-    return ""

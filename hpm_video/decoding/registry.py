@@ -23,8 +23,8 @@ from hpm_video.decoding.torchcodec import TorchcodecReader
 class Decoder:
     """What reads videos."""
 
-    reader: Callable[[str, str | bytes, bytes], VideoReader]
-    """Opens a video, given its place, its path or bytes, and its first bytes."""
+    reader: Callable[[str, str | bytes], VideoReader]
+    """Opens a video, given its place, and its path or its bytes."""
     library: str  # the module that it needs, which tells its version
     install: str  # how to install that
 
@@ -57,7 +57,7 @@ def open_video(place: str, decoder: DecoderChoice = "auto") -> VideoReader:
     reader = None if is_still else DECODERS[choose_decoder(decoder)].reader
     with as_decode_error(place):
         if reader:
-            return reader(place, *source_of(place))
+            return reader(place, source_of(place))
         if is_frame_folder(place):
             return FrameFolder(place)
         return ImageReader(place, read_bytes(place))
@@ -107,7 +107,7 @@ def what_is_wrong(name: DecoderName) -> str:
     frames = [b"FRAME\n" + bytes([y]) * 64 * 64 + bytes([128]) * 2 * 32 * 32 for y in luma]
     data = b"YUV4MPEG2 W64 H64 F25:1 Ip C420jpeg\n" + b"".join(frames)
     try:
-        with DECODERS[name].reader("grey.y4m", data, data) as reader:
+        with DECODERS[name].reader("grey.y4m", data) as reader:
             colours = reader.read([0, 1])[..., :3]  # a reader may give further channels
             grey = colours.mean(axis=(1, 2, 3))
     except Exception as error:  # noqa: BLE001 - a broken installation raises anything

@@ -6,23 +6,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpm_video.decoding.containers import MATROSKA, MP4, exact_container
-from hpm_video.decoding.pyav import MIRRORED, PyavReader, only_here
-from hpm_video.decoding.reader import TRANSCODE, DecodeError, Frames, VideoReader, size_change
+from hpm_video.decoding.exact import check_exact
+from hpm_video.decoding.pyav import PyavReader
+from hpm_video.decoding.reader import Frames, VideoReader, size_change
 
-_EXACT_ON = (MP4, MATROSKA, "FLV", "ASF", "GIF", "YUV4MPEG")
-
+_EXACT_ON = ("mov", "matroska", "flv", "asf", "gif", "yuv4mpegpipe")
 _OTHER_SIZE = re.compile(r"tensor of shape (\d+)x(\d+)x3, got \[(\d+), (\d+), 3\]")
 
 
 class TorchcodecReader(VideoReader):
     """Goes through all packets first, and seeks then. It turns upright."""
 
-    def __init__(self, path: str, source: str | bytes, head: bytes) -> None:
+    def __init__(self, path: str, source: str | bytes) -> None:
         super().__init__(path)
-        exact_container(head, "torchcodec", _EXACT_ON)
-        if (why := only_here(source)) == MIRRORED:
-            raise DecodeError(f"{why}, which torchcodec gets wrong and PyAV does not. {TRANSCODE}")
+        check_exact(source, "torchcodec", _EXACT_ON, shows_all=False)
         from torchcodec.decoders import (  # type: ignore[import-not-found, unused-ignore]
             VideoDecoder,
         )
@@ -33,7 +30,7 @@ class TorchcodecReader(VideoReader):
         )
 
     def seconds(self, count: int) -> NDArray[np.float64]:
-        with PyavReader(self.path, self._source, b"") as reader:
+        with PyavReader(self.path, self._source) as reader:
             return reader.seconds(count)
 
     def _count(self) -> int:

@@ -41,8 +41,8 @@ class VideoStream:
         """Open a file, or a member of a tar. Raises as :class:`PyavReader`."""
         import av
 
-        self._file, head = source_of(place)
-        with PyavReader(place, self._file, head) as reader:
+        self._file = source_of(place)
+        with PyavReader(place, self._file) as reader:
             self.times, self._repeats = reader.times, reader.repeats
         self._open()
         stream, container = self._stream, self._container

@@ -4,7 +4,9 @@ A study of a clip is drawn as a sheet (PNG) or as an animation (GIF, MP4).
 """
 
 import math
+import textwrap
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -12,26 +14,17 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from hpm_video.data.batch import ClipBatch
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.wording import counted
 from hpm_video.mining.objective import HardPatchesMining
 from hpm_video.mining.study import Frames, Scores, Study, study_clips
-from hpm_video.mining.typesetting import (
-    PAPER,
-    Colour,
-    beside,
-    draw_text,
-    font_of,
-    pad,
-    shorten,
-    stack,
-)
 from hpm_video.training.engine import Runner
 
 Value = TypeVar("Value", bound=np.generic)
+Colour = tuple[int, int, int]
 
 MAX_COLUMNS = 8
 WIDTH = 1200
@@ -40,7 +33,12 @@ LARGEST_CELL = 280
 """... unless a frame became larger than this by it. Frames are enlarged by a whole factor."""
 TINT = 0.75
 """Weight of the colour of a hidden patch; the rest is the patch itself."""
-FAINT_INK: Colour = (96, 96, 104)
+GAP, MARGIN, SIDE = 6, 24, 220
+"""Pixels between frames, around a sheet, and for the titles of its rows."""
+LINE, LETTER = 20, 9
+"""Pixels of a line of text, and of a letter in it."""
+PAPER: Colour = (255, 255, 255)
+INK: Colour = (28, 28, 32)
 HIDDEN: Colour = (196, 198, 203)
 PICKED: Colour = (214, 116, 82)
 UNKNOWN: Colour = (226, 228, 232)
@@ -111,27 +109,6 @@ def _upsample(values: NDArray[Value], study: Study) -> NDArray[Value]:
     return lattice
 
 
-class Style:
-    """Sizes in pixels and fonts of a picture with so many frames in a row."""
-
-    gap = 6
-    """Between neighbouring frames."""
-    margin = 24
-
-    def __init__(self, study: Study, columns: int) -> None:
-        height, width = study.frames.shape[1:3]
-        factor = math.ceil(min(WIDTH / columns, LARGEST_CELL) / width)
-        self.cell = (width * factor, height * factor)
-        self.text = 15 if self.cell[0] < 200 else 19
-        self.bold = font_of("DejaVuSans-Bold.ttf", self.text)
-        self.regular = font_of("DejaVuSans.ttf", self.text)
-        self.small = font_of("DejaVuSans.ttf", self.text - 2)
-
-    def enlarge(self, frame: NDArray[np.uint8]) -> Image.Image:
-        """Make each pixel a square: (H, W, 3) -> an image as large as a cell"""
-        return Image.fromarray(frame).resize(self.cell, Image.Resampling.NEAREST)
-
-
 def draw_sheet(
     studies: Study | Sequence[Study],
     times: Sequence[int] = (),
@@ -151,45 +128,53 @@ def draw_sheet(
         moments: the name of each frame of a clip; by default "frame 1" and so on.
     """
     studies = [studies] if isinstance(studies, Study) else list(studies)
-    lines: list[list[tuple[Study, Sequence[int]]]] = []
-    free = 0
-    for study in studies:
-        steps = study.grid.time
-        columns = np.linspace(0, steps - 1, min(steps, MAX_COLUMNS))
-        shown = times or [round(column) * study.patch_size[0] for column in columns]
-        if len(shown) > free:
-            lines.append([])
-            free = MAX_COLUMNS
-        lines[-1].append((study, shown))
-        free -= len(shown)
-    style = Style(studies[0], max(sum(len(shown) for _, shown in line) for line in lines))
-    side = 14 * style.text
-    titles = [
-        stack([draw_text(panel.title, style.bold, width=side), note], 3)
-        for panel in make_panels(studies[0])
-        for note in [draw_text(panel.note, style.small, FAINT_INK, width=side)]
-    ]
-    drawn = [[_draw_block(*block, moments, style) for block in line] for line in lines]
-    body = stack([_draw_line(line, titles, style) for line in drawn], 2 * style.margin)
-    legend = _draw_legend(studies, style)
+    steps, step = studies[0].grid.time, studies[0].patch_size[0]
+    spread = np.linspace(0, steps - 1, min(steps, MAX_COLUMNS))
+    times = times or [round(column) * step for column in spread]
+    in_a_line = min(max(1, MAX_COLUMNS // len(times)), len(studies))
+    cell = _cell_of(studies[0], in_a_line * len(times))
+    lines = []
+    for first in range(0, len(studies), in_a_line):
+        panels = make_panels(studies[first])
+        titles = [draw_text(f"{panel.title}\n{panel.note}", SIDE, cell[1]) for panel in panels]
+        of_line = studies[first : first + in_a_line]
+        blocks = [_draw_block(study, times, moments, cell) for study in of_line]
+        lines.append(beside([stack(titles, GAP), *blocks], MARGIN))
+    body, legend = stack(lines, 2 * MARGIN), _draw_legend(studies)
     width = max(body.width, legend.width)
-    head = [draw_text(title, style.bold, width=width), _draw_caption(studies, width, style)]
-    notes = [draw_text(note, style.small, FAINT_INK, width=width) for note in _footnotes(studies)]
-    parts = [stack(head, style.gap), body, stack([legend, *notes], style.gap)]
-    return pad(stack(parts, style.margin), style.margin)
+    head = draw_text("\n".join([title, *_captions(studies)]), width)
+    notes = draw_text("\n".join(_footnotes(studies)), width)
+    return pad(stack([head, body, legend, notes], MARGIN), MARGIN)
+
+
+def _draw_block(
+    study: Study, times: Sequence[int], moments: Sequence[str], cell: tuple[int, int]
+) -> Image.Image:
+    """Draw the name of a study, the names of its frames, and its views."""
+    views = [
+        beside([_enlarged(panel.frames[time], cell) for time in times], GAP)
+        for panel in make_panels(study)
+    ]
+    accuracy = study.ranking_accuracy
+    ranking = "" if accuracy is None else f"\nranking {accuracy:.2f}"
+    head = [draw_text(study.name[: views[0].width // LETTER] + ranking, views[0].width)]
+    if study.grid.time > 1:
+        names = [moments[time] if moments else f"frame {time + 1}" for time in times]
+        head.append(beside([draw_text(name, cell[0]) for name in names], GAP))
+    return stack([*head, *views], GAP)
 
 
 def draw_strip(study: Study) -> Image.Image:
     """Draw the views of a clip side by side, at its first, middle and last time step."""
     steps = sorted({0, study.grid.time // 2, study.grid.time - 1})
     panels = make_panels(study)
-    style = Style(study, len(panels) * len(steps))
-    times = [step * study.patch_size[0] for step in steps]
+    cell = _cell_of(study, len(panels) * len(steps))
     views = []
     for panel in panels:
-        row = beside([style.enlarge(panel.frames[time]) for time in times], 1)
-        views.append(stack([draw_text(panel.title, style.bold), row], style.gap))
-    return pad(beside(views, 2 * style.gap), style.gap)
+        frames = [panel.frames[step * study.patch_size[0]] for step in steps]
+        row = beside([_enlarged(frame, cell) for frame in frames], 1)
+        views.append(stack([draw_text(panel.title), row], GAP))
+    return pad(beside(views, 2 * GAP), GAP)
 
 
 def draw_animation(
@@ -201,72 +186,43 @@ def draw_animation(
     ]
 
 
-def _draw_line(
-    blocks: Sequence[Image.Image], titles: Sequence[Image.Image], style: Style
-) -> Image.Image:
-    """Studies side by side, with the titles of their rows at the left."""
-    line = beside(blocks, 3 * style.gap)
-    row = style.cell[1] + style.gap
-    first = line.height + style.gap - len(titles) * row
-    column = Image.new("RGB", (titles[0].width, line.height), PAPER)
-    for index, title in enumerate(titles):
-        column.paste(title, (0, first + index * row + (style.cell[1] - title.height) // 2))
-    return beside([column, line], style.margin)
+def _cell_of(study: Study, columns: int) -> tuple[int, int]:
+    """Choose the size of a frame among so many in a row: -> width, height"""
+    height, width = study.frames.shape[1:3]
+    factor = math.ceil(min(WIDTH / columns, LARGEST_CELL) / width)
+    return width * factor, height * factor
 
 
-def _draw_block(
-    study: Study, shown: Sequence[int], moments: Sequence[str], style: Style
-) -> Image.Image:
-    rows = [
-        beside([style.enlarge(panel.frames[time]) for time in shown], style.gap)
-        for panel in make_panels(study)
-    ]
-    width = rows[0].width
-    head = [draw_text(shorten(study.name, width, style.bold), style.bold, width=width)]
-    if study.ranking_accuracy is not None:
-        head.append(draw_text(f"ranking {study.ranking_accuracy:.2f}", style.regular, width=width))
-    if study.grid.time > 1:
-        names = moments or [f"frame {time + 1}" for time in range(len(study.frames))]
-        labels = [
-            draw_text(names[time], style.small, FAINT_INK, width=style.cell[0]) for time in shown
-        ]
-        rows = [beside(labels, style.gap), *rows]
-    return stack([stack(head, 2), *rows], style.gap)
+def _enlarged(frame: NDArray[np.uint8], cell: tuple[int, int]) -> Image.Image:
+    """Make each pixel a square: (H, W, 3) -> an image as large as a cell"""
+    return Image.fromarray(frame).resize(cell, Image.Resampling.NEAREST)
 
 
-def _draw_caption(studies: Sequence[Study], width: int, style: Style) -> Image.Image:
+def _captions(studies: Sequence[Study]) -> list[str]:
     facts = []
     for study in studies:
         masked, picked, total = study.masked.sum(), study.picked.sum(), len(study.masked)
         why = f"{picked} of them because the teacher finds them {study.pick}"
-        facts.append(
-            f"{masked} of {total} patches hidden ({masked / total:.0%}), "
-            f"{why if picked else 'at random'}"
-        )
-    return draw_text("\n".join(dict.fromkeys(facts)), style.regular, width=width)
+        why = why if picked else "at random"
+        facts.append(f"{masked} of {total} patches hidden ({masked / total:.0%}), {why}")
+    return list(dict.fromkeys(facts))
 
 
 def _kind(study: Study) -> str:
     return "clip" if len(study.frames) > 1 else "image"
 
 
-def _draw_legend(studies: Sequence[Study], style: Style) -> Image.Image:
-    scale = COLOURS(np.linspace(0, 1, 256), bytes=True)[None, :, :3]
-    bar = Image.fromarray(scale).resize((9 * style.text, style.text))
-    low, high = (
-        draw_text(words, style.small)
-        for words in ("easiest", f"hardest patch of the {_kind(studies[0])}")
-    )
-    keys = [beside([low, bar, high], style.gap)]
+def _draw_legend(studies: Sequence[Study]) -> Image.Image:
+    scale = COLOURS(np.linspace(0, 1, 128), bytes=True)[None, :, :3]
+    bar = Image.fromarray(scale).resize((128, 16))
+    low, high = draw_text("easiest"), draw_text(f"hardest patch of the {_kind(studies[0])}")
     swatches = [(HIDDEN, "hidden at random")]
     if any(study.picked.any() for study in studies):
         swatches.append((PICKED, f"hidden for being {studies[0].pick}"))
     if any(np.isnan(study.true_error).any() for study in studies):
         swatches.append((UNKNOWN, "error unknown: no random mask hid it"))
-    for colour, words in swatches:
-        square = Image.new("RGB", (style.text, style.text), colour)
-        keys.append(beside([square, draw_text(words, style.small)], style.gap))
-    return beside(keys, style.margin)
+    keys = [[Image.new("RGB", (16, 16), colour), draw_text(words)] for colour, words in swatches]
+    return beside([beside(key, GAP) for key in ([low, bar, high], *keys)], MARGIN)
 
 
 def _footnotes(studies: Sequence[Study]) -> list[str]:
@@ -288,6 +244,54 @@ def _footnotes(studies: Sequence[Study]) -> list[str]:
             "true error; guessing gives 0.50."
         )
     return notes
+
+
+def draw_text(text: str, width: int | None = None, height: int | None = None) -> Image.Image:
+    """Draw text on white: as large as it comes, or wrapped and cut to a size in pixels."""
+    font = _font()
+    lines = text.split("\n")
+    if width is not None:
+        lines = [part for line in lines for part in textwrap.wrap(line, width // LETTER)]
+    size = (
+        width or math.ceil(max(font.getlength(line) for line in lines)),
+        height or LINE * len(lines),
+    )
+    image = Image.new("RGB", size, PAPER)
+    for number, line in enumerate(lines):
+        ImageDraw.Draw(image).text((0, LINE * number), line, font=font, fill=INK)
+    return image
+
+
+@lru_cache
+def _font() -> ImageFont.FreeTypeFont:
+    file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    return ImageFont.truetype(file, 15)
+
+
+def stack(images: Sequence[Image.Image], gap: int) -> Image.Image:
+    """Put images one below the other, at the left edge."""
+    height = sum(image.height + gap for image in images) - gap
+    canvas, top = Image.new("RGB", (max(image.width for image in images), height), PAPER), 0
+    for image in images:
+        canvas.paste(image, (0, top))
+        top += image.height + gap
+    return canvas
+
+
+def beside(images: Sequence[Image.Image], gap: int) -> Image.Image:
+    """Put images one beside the other, at the lower edge."""
+    width, height = sum(image.width + gap for image in images) - gap, max(i.height for i in images)
+    canvas, left = Image.new("RGB", (width, height), PAPER), 0
+    for image in images:
+        canvas.paste(image, (left, height - image.height))
+        left += image.width + gap
+    return canvas
+
+
+def pad(image: Image.Image, margin: int) -> Image.Image:
+    """Add a white margin, and make the sides even, as H.264 wants them."""
+    border = (margin, margin, margin + image.width % 2, margin + image.height % 2)
+    return ImageOps.expand(image, border, PAPER)
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:

@@ -172,9 +172,7 @@ def test_rows_of_one_file_are_told_apart_by_their_seconds(files):
     assert listed(files, "path,label,start,end\n" + empty) == whole
 
 
-@pytest.mark.parametrize(
-    "cells", ["2,1", "1,1", "-1,", "x,", ",0", "nan,", "1e3,", "inf,", ",0:10"]
-)
+@pytest.mark.parametrize("cells", ["2,1", "1,1", "-1,", "x,", ",0", "nan,", "inf,", ",0:10"])
 def test_seconds_that_are_none_are_named_with_their_line(files, cells):
     with pytest.raises(ManifestError, match="line 3: start and end must be seconds, the end after"):
         listed(files, f"path,start,end\nsteady.mp4,0,1\nsteady.mp4,{cells}\n")
@@ -280,27 +278,26 @@ def test_clips_out_of_one_pass_have_the_pixels_of_clips_read_one_by_one(files, d
 # --- Long files -----------------------------------------------------------------------------------
 
 
-def test_the_packets_of_a_long_file_are_gone_through_once(monkeypatch, tmp_path, write_painted):
-    indexed, index = [], PyavReader._index
-    monkeypatch.setattr(PyavReader, "_index", lambda self: (indexed.append(self.path), index(self)))
-    monkeypatch.setattr(pyav, "LONG", 30)
-    monkeypatch.setattr(pyav, "INDICES_HELD", 1)
+def test_the_packets_of_a_file_are_gone_through_once(monkeypatch, tmp_path, write_painted):
+    indexed, index = [], PyavReader._find_index
+    monkeypatch.setattr(
+        PyavReader, "_find_index", lambda self: indexed.append(self.path) or index(self)
+    )
+    monkeypatch.setattr(pyav, "INDICES_HELD", 2)
     monkeypatch.setattr(pyav, "_INDICES", {})
-    short, *paths = [tmp_path / f"{n}.mkv" for n in range(3)]
-    for path in (short, *paths):
-        write_painted(path, frames=60 if path in paths else 20)
-    manifest = Manifest(tuple(f"{path}" for path in (*paths[:1], short)), (0, 0), (-1, -1))
+    paths = [write_painted(tmp_path / f"{n}.mkv", frames=60) for n in range(3)]
+    manifest = Manifest(tuple(f"{path}" for path in paths[:2]), (0, 0), (-1, -1))
     clips, data = training(manifest, STRIDE), replace(TIMED, repeats=3)
     first = [clips[position].clips for position in range(12)]
-    assert sorted(Path(path).name for path in indexed) == ["0.mkv"] * 6 + ["1.mkv"]
+    assert sorted(Path(path).name for path in indexed) == ["0.mkv", "1.mkv"]
     pyav._INDICES.clear()
     assert all(torch.equal(training(manifest, STRIDE)[n].clips, first[n]) for n in range(12))
     timed, whole = training(manifest, data), Views(every=1)
     assert torch.equal(timed[0].clips, training(manifest, data)[0].clips)
-    expected = footage(paths[1], STRIDE).views(STRIDE, whole)
-    assert len(pyav._INDICES) == 1, "the last one"
-    write_painted(paths[1], frames=40)
-    assert len(footage(paths[1], STRIDE).views(STRIDE, whole)) == len(expected) - 20, (
+    expected = footage(paths[2], STRIDE).views(STRIDE, whole)
+    assert len(pyav._INDICES) == 2, "the last ones"
+    write_painted(paths[2], frames=40)
+    assert len(footage(paths[2], STRIDE).views(STRIDE, whole)) == len(expected) - 20, (
         "it has changed"
     )
 
@@ -313,7 +310,7 @@ def test_a_clip_late_in_a_file_is_read_from_the_key_frame_before_it(
     monkeypatch.setattr(
         PyavReader, "_demux", lambda self: (packets.append(each) or each for each in demux(self))
     )
-    with PyavReader(f"{files}/{name}", f"{files}/{name}", b"") as video:
+    with PyavReader(f"{files}/{name}", f"{files}/{name}") as video:
         packets.clear()
         assert numbers_of(video.read([42, 40, 44])) == [42, 40, 44]
     assert len(packets) < 20, "key frames are 12 apart"

@@ -301,7 +301,7 @@ def test_a_file_that_is_cut_off(tmp_path, format_, options, share):
 def test_a_jpeg_without_its_end_says_what_to_do(tmp_path):
     path = tmp_path / "a.jpg"
     path.write_bytes(whole("JPEG")[:-2])
-    with pytest.raises(DecodeError, match=r"end is missing\. Download it again .* save it again"):
+    with pytest.raises(DecodeError, match=r"end is missing\. Download it again, or save it again"):
         read(path)
 
 
@@ -382,11 +382,8 @@ def test_a_large_picture_is_read_without_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", HEIGHT * WIDTH - 1)
     assert np.array_equal(read(path), colours())
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", HEIGHT * WIDTH // 2 - 1)
-    limit = HEIGHT * WIDTH // 2 * 2 - 2
-    reason = f"it has {HEIGHT * WIDTH} pixels, more than Pillow's limit, {limit}. Shrink it"
-    with pytest.raises(DecodeError) as caught:
+    with pytest.raises(DecodeError, match=f"too many pixels.*{HEIGHT * WIDTH} pixels.*Shrink it"):
         read(path)
-    assert caught.value.reason == reason
 
 
 @pytest.mark.parametrize("format_", ["PNG", "WEBP", "TIFF", "GIF"])
@@ -410,9 +407,9 @@ def test_a_telephones_pictures_give_the_first(tmp_path):
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        (np.linspace(0, 1, 12, dtype=np.float32), "floating point numbers"),
-        (np.arange(12, dtype=np.int32) * 10000, "go from 0 to 110000, not from 0 to 65535"),
-        (np.arange(12, dtype=np.int32) - 5, "go from -5 to 6"),
+        (np.linspace(0, 1, 12, dtype=np.float32), "its values are float32 from 0 to 1"),
+        (np.arange(12, dtype=np.int32) * 10000, "its values are int32 from 0 to 110000"),
+        (np.arange(12, dtype=np.int32) - 5, "from -5 to 6, and nothing says which is white"),
     ],
 )
 def test_pixels_whose_range_is_unknown(tmp_path, values, reason):

@@ -305,19 +305,12 @@ def test_other_decoders_turn_videos_alike_and_mirror_none(tmp_path, decoder):
 
 
 @pytest.mark.parametrize(
-    ("suffix", "codec", "what"),
-    [
-        ("ivf", "libvpx", "IVF"),
-        ("nut", "mpeg4", "NUT"),
-        ("mxf", "mpeg2video", "MXF"),
-        ("h264", "libx264", "a raw stream of H.264"),
-        ("hevc", "libx265", "a raw stream of HEVC"),
-    ],
+    ("suffix", "codec"), [("ivf", "libvpx"), ("h264", "libx264"), ("mxf", "mpeg2video")]
 )
-def test_a_container_that_is_not_read_is_named_with_what_helps(tmp_path, suffix, codec, what):
+def test_a_container_that_is_not_read_is_refused_with_what_helps(tmp_path, suffix, codec):
     path = write(tmp_path / f"video.{suffix}", codec)
     for decoder in available_decoders():
-        with pytest.raises(DecodeError, match=f"it is {what}, .* ffmpeg -i FILE .*FILE.m"):
+        with pytest.raises(DecodeError, match="no video of a container.* ffmpeg -i FILE FILE.mp4"):
             open_video(str(path), decoder)
 
 
@@ -546,27 +539,3 @@ def test_a_copy_stands_upright_as_its_source_does(tmp_path, matrix, run_tool):
     found = read_all(Path(copied))[7]
     assert found.shape == expected.shape
     assert np.abs(found - expected).mean() < 6
-
-
-@pytest.mark.parametrize(
-    ("name", "asked", "how"),
-    [
-        ("clips/a.mp4", "clips\\a.mp4", "slashes"),
-        (
-            "caf\N{LATIN SMALL LETTER E WITH ACUTE}.mp4",
-            "cafe\N{COMBINING ACUTE ACCENT}.mp4",
-            "Unicode",
-        ),
-        (
-            "cafe\N{COMBINING ACUTE ACCENT}.mp4",
-            "caf\N{LATIN SMALL LETTER E WITH ACUTE}.mp4",
-            "Unicode",
-        ),
-    ],
-)
-def test_a_file_of_another_spelling_is_pointed_out(tmp_path, name, asked, how):
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    path.touch()
-    with pytest.raises(DecodeError, match=rf"no such file, but there is .*{how}.*in the manifest"):
-        open_video(f"{tmp_path}/{asked}")

@@ -65,7 +65,7 @@ def stream_of(monkeypatch):
                 pass
 
         monkeypatch.setattr(video_stream, "PyavReader", Reader)
-        monkeypatch.setattr(video_stream, "source_of", lambda place: (place, b""))
+        monkeypatch.setattr(video_stream, "source_of", lambda place: place)
         monkeypatch.setattr(video_stream, "open_container", lambda _: (container, stream))
         made = VideoStream("a.mp4")
         list(made.survey())

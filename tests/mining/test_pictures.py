@@ -334,7 +334,7 @@ def test_an_image_has_no_numbers_of_frames_and_is_called_one(texts: list[str]) -
 def test_a_sheet_says_what_was_studied_and_which_frames(texts: list[str]) -> None:
     moments = [f"{i} s" for i in range(4)]
     sheet = draw_sheet(make_study((4, 16, 16)), title="a run, a video", moments=moments)
-    assert texts.count("a run, a video") == 1
+    assert sum(text.startswith("a run, a video\n") for text in texts) == 1
     assert [text for text in texts if text in moments] == ["0 s", "2 s"]
     assert sheet.width > 2 * pictures.LARGEST_CELL
 
