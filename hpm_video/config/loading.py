@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import re
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ Config = TypeVar("Config")
 log = logging.getLogger(__name__)
 NEW_NAMES = {"held_out_short_side": "validation_short_side"}
 """Keys that had another name in the version before this one."""
+defaults_of = functools.cache(OmegaConf.structured)
+"""A schema as OmegaConf sees it. To make one takes longer than all else of loading a config."""
 
 
 def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> Config:
@@ -44,7 +47,7 @@ def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> C
         given: Any = OmegaConf.create(_checked(OmegaConf.load(path), str(path)))
         for override in overrides:
             part = _checked(OmegaConf.from_dotlist([override]), "the command line")
-            given = OmegaConf.merge(given, part)
+            given.merge_with(part)
             if override in ("mix={}", "mix=null"):
                 given.mix = {}
         open_keys = sorted(OmegaConf.missing_keys(given))
@@ -55,7 +58,7 @@ def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> C
             )
         _leave_out_usual_stride(given)
         _check_sources(given)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
+        config = OmegaConf.to_object(OmegaConf.merge(defaults_of(schema), given))
     except ConfigError:
         raise
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
@@ -123,7 +126,7 @@ def _check_sources(given: Any) -> None:
             continue
         with contextlib.suppress(OmegaConfBaseException):  # which names the key by itself, later
             try:
-                OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), values))
+                OmegaConf.to_object(OmegaConf.merge(defaults_of(SourceConfig), values))
             except ConfigError as error:
                 raise ConfigError(f"mix.{name}: {error}") from error
 
