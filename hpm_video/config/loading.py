@@ -179,9 +179,9 @@ def save_config(config: object, path: Path) -> None:
     path.write_text(config_text(config))
 
 
-def config_text(config: object) -> str:
+def config_text(config: Any) -> str:
     """Return every value of a config, as :func:`save_config` writes it."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
 
 
 def result_differences(old: Any, new: Any, prefix: str = "") -> list[str]:

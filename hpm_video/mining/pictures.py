@@ -293,7 +293,7 @@ def _footnotes(studies: Sequence[Study]) -> list[str]:
 def save_sheet(sheet: Image.Image, path: Path) -> None:
     """Write a sheet as PNG."""
     with written_beside(path) as file:
-        sheet.save(file, optimize=True)
+        sheet.save(file)
 
 
 def save_animation(images: Sequence[Image.Image], path: Path, fps: float) -> None:
