@@ -9,6 +9,7 @@ root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 source "$root/tools/environment.sh"
 prepare_environment tests
 cd -- "$root"
+unset PYTHONDONTWRITEBYTECODE # without bytecode each of many processes compiles all modules anew
 
 step() {
   printf '\n== %s\n' "$1" >&2

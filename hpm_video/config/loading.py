@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ SWITCHES = {
     ("trackers", True): ["jsonl", "tensorboard"],
 }
 """What the values of keys that are no switches mean."""
+defaults_of = functools.cache(OmegaConf.structured)
+"""A schema as OmegaConf sees it. To make one takes longer than all else of loading a config."""
 
 
 def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> Config:
@@ -45,12 +48,12 @@ def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> C
         given: Any = OmegaConf.create(_checked(OmegaConf.create(_read(path)), str(path)))
         for override in overrides:
             part = _checked(OmegaConf.from_dotlist([override]), "the command line")
-            given = OmegaConf.merge(given, part)
+            given.merge_with(part)
         if open_keys := sorted(OmegaConf.missing_keys(given)):
             raise ConfigError(f"{path} leaves {open_keys[0]} to you: give {open_keys[0]}=VALUE")
         _leave_out_usual_stride(given)
         _check_sources(given)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
+        config = OmegaConf.to_object(OmegaConf.merge(defaults_of(schema), given))
     except ConfigError:
         raise
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
@@ -110,7 +113,7 @@ def _check_sources(given: Any) -> None:
             continue
         with contextlib.suppress(OmegaConfBaseException):  # which names the key by itself, later
             try:
-                OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), values))
+                OmegaConf.to_object(OmegaConf.merge(defaults_of(SourceConfig), values))
             except ConfigError as error:
                 raise ConfigError(f"mix.{name}: {error}") from error
 
@@ -163,9 +166,9 @@ def save_config(config: object, path: Path) -> None:
     path.write_text(config_text(config))
 
 
-def config_text(config: object) -> str:
+def config_text(config: Any) -> str:
     """Return every value of a config, as :func:`save_config` writes it."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
 
 
 def result_differences(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -297,7 +297,7 @@ def pad(image: Image.Image, margin: int) -> Image.Image:
 def save_sheet(sheet: Image.Image, path: Path) -> None:
     """Write a sheet as PNG."""
     with written_beside(path) as file:
-        sheet.save(file, optimize=True)
+        sheet.save(file)
 
 
 def save_animation(images: Sequence[Image.Image], path: Path, fps: float) -> None:

@@ -1,15 +1,11 @@
 """Small runs of two processes over gloo and their references of one, in as few starts as can be."""
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from tiny_runs import AUTOENCODER, CLASSIFIER, ENGINE, noisy_clip, write_all, write_classes
 
-JOB = Path(__file__).parent / "job.py"
 PRETRAINING = """
 data:
   train: {train}
@@ -20,8 +16,8 @@ data:
   workers: 0
 masking: {{ratio: 0.75, first_fraction: 0.3, last_fraction: 0.6}}
 mining: {{momentum: warmup, last_momentum: 0.9}}
-recipe: {{epochs: 3, batch_size: 4, base_lr: 0.1, min_lr: 0, warmup_epochs: 1, clip_grad: {clip}}}
-knn: {{every_epochs: 2, k: 3}}
+recipe: {{epochs: 2, batch_size: 4, base_lr: 0.1, min_lr: 0, warmup_epochs: 1, clip_grad: {clip}}}
+knn: {{every_epochs: 1, k: 3}}
 """
 COMMON = """
 logging: {{every_updates: 1, validate_every_epochs: 9, picture_every_epochs: 9, trackers: [jsonl]}}
@@ -39,7 +35,7 @@ CONFIGS = {
     "classes": CLASSIFIER
     + """
 recipe:
-  epochs: 5
+  epochs: 4
   batch_size: 4
   base_lr: 0.1
   warmup_epochs: 1
@@ -70,7 +66,7 @@ def small_data(make_once) -> Path:
 
 @pytest.fixture(scope="session")
 def small_configs(small_data, tmp_path_factory) -> dict[str, Path]:
-    """Of each kind of run its config: 10 updates of 4 videos or images, or 11."""
+    """Of each kind of run its config: 7 updates of 4 videos or images, or 9."""
     folder = tmp_path_factory.mktemp("small configs")
 
     values = {
@@ -84,55 +80,3 @@ def small_configs(small_data, tmp_path_factory) -> dict[str, Path]:
         config = (text + ENGINE + COMMON).format(**values[kind])
         (folder / f"{kind}.yaml").write_text(config)
     return {kind: folder / f"{kind}.yaml" for kind in CONFIGS}
-
-
-@dataclass
-class Jobs:
-    """What the cases of all jobs left."""
-
-    folder: Path
-    configs: dict[str, Path]
-    start_job: Callable
-    output: str = ""
-
-    def case(self, name, kind, *overrides, run=None, listen=(), stop=None, curves=False):
-        """A run in the folder ``run``, by default ``name``, see job.py."""
-        return {
-            "name": name,
-            "program": "finetune" if kind in ("classes", "probe") else "pretrain",
-            "config": str(self.configs[kind]),
-            "overrides": [f"output_dir={self.run(run or name)}", *overrides],
-            "listen": list(listen),
-            "stop": stop,
-            "curves": curves,
-        }
-
-    def start(self, processes, cases):
-        """Run the cases one after the other, in the same processes."""
-        path = self.folder / "cases.json"
-        path.write_text(json.dumps(cases))
-        programs = self.start_job(processes, JOB, path, self.folder, WITH_CURVES="yes")
-        for program in programs:
-            self.output += f"\n{program.communicate()[0]}\ncode {program.returncode}"
-
-    def run(self, name) -> Path:
-        """The directory of a run."""
-        return self.folder / "runs" / name
-
-    def seen(self, name, rank=0):
-        """What a process saw of a case."""
-        path = self.folder / f"{name}-{rank}.json"
-        assert path.exists(), f"{name} did not end:\n{self.output[-8000:]}"
-        return json.loads(path.read_text())
-
-
-@pytest.fixture(scope="session")
-def new_jobs(small_configs, start_job, tmp_path_factory):
-    """Makes an empty :class:`Jobs`."""
-
-    def make(name):
-        folder = tmp_path_factory.mktemp(name)
-        (folder / "runs").mkdir()
-        return Jobs(folder, small_configs, start_job)
-
-    return make

@@ -11,45 +11,33 @@ import math
 import os
 import signal
 import sys
-import time
 import weakref
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
+from tiny_runs import TRACED
 from torch import distributed
 from torch.profiler import ProfilerActivity, profile
 
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data import reading as dataset
-from hpm_video.runs import run as runs
 from hpm_video.runs.finetuning import finetune
 from hpm_video.runs.pretraining import pretrain
 from hpm_video.training import fast
-from hpm_video.training import run as training_run
 from hpm_video.training.deepspeed_engine import DeepSpeedEngine
 from hpm_video.training.distributed import joined_processes
 from hpm_video.training.engine import TorchEngine, batch_statistics
 from hpm_video.training.run import Run
 from hpm_video.training.stop import Interrupted
 
-TRACED = {"dynamic": False, "backend": "aot_eager"}
-"""In place of ``fast.HOW``: what is compiled is traced, and runs by torch's own kernels."""
 PROGRAMS = {"pretrain": (PretrainConfig, pretrain), "finetune": (FinetuneConfig, finetune)}
 
 
 def replaced(owner, name, make):
     """``owner.name`` becomes what ``make`` makes of it, for a while."""
     return mock.patch.object(owner, name, make(getattr(owner, name)))
-
-
-def without_curves():
-    """Curves are drawn slowly, by the first process alone: in a few cases, not in all."""
-    stack = ExitStack()
-    for module in (runs, training_run):
-        stack.enter_context(replaced(module, "plot_curves", lambda _: lambda *paths: None))
-    return stack
 
 
 def listened(owner, name, look):
@@ -212,19 +200,15 @@ def run_case(case, processes):
     seen = {}
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(fast, "HOW", TRACED))
-        if not case["curves"]:
-            stack.enter_context(without_curves())
         for name in case["listen"]:
             stack.enter_context(LISTENERS[name](seen))
         if case["stop"] is not None:
             stack.enter_context(stop_after(case["stop"]))
-        began = time.perf_counter()
         config = load_config(schema, Path(case["config"]), case["overrides"])
         try:
             program(config, processes)
         except Interrupted as stop:
             seen["interrupted"] = [str(stop), stop.exit_code]
-        seen["seconds"] = time.perf_counter() - began
     return seen
 
 

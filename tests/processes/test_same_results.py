@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from hpm_video.training.checkpoint import checkpoints_in, read_optimizer
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.slow
 
+JOB = Path(__file__).parent / "job.py"
 SAME = 1e-5
 HALF_A_BIT = 2**-9
 """The largest relative error of rounding to bfloat16, which keeps 8 bits of a number."""
@@ -23,47 +26,54 @@ USUAL_ROUNDINGS = 34
 """One after another, from pixels to a gradient: the embedding, six products and a GELU in each of
 two blocks, the layer between them and the head, forward and backward. Stage 3 has DeepSpeed's own
 linear layer, of which there are 11 in that row, and it rounds before it adds the bias as well."""
-SPREAD = Path(__file__).parent / "spread.json"
+SPREAD = f"engine.deepspeed={Path(__file__).parent / 'spread.json'}"
 """Otherwise such small parameters are never spread, nor let go of between their uses."""
+OWN = f"engine.deepspeed={Path(__file__).parent / 'own.json'}"
+ONE_BY_ONE = "engine.micro_batch=1"
+"""Two passes per update in each of two processes; otherwise one."""
 ENGINES = {
     "ddp": (),
     **{f"zero{n}": ("engine.name=deepspeed", f"engine.zero_stage={n}") for n in range(4)},
 }
-ENGINES["zero3"] = (*ENGINES["zero3"], f"engine.deepspeed={SPREAD}")
-USUAL = "engine.deepspeed=null"
+ENGINES["zero3"] = (*ENGINES["zero3"], SPREAD)
+WAYS = {
+    **ENGINES,
+    **{f"{engine}-2": (*ENGINES[engine], ONE_BY_ONE) for engine in ENGINES},
+    "compiled-ddp": ("engine.compile=blocks",),
+    "compiled-zero2": (*ENGINES["zero2"], "engine.compile=blocks"),
+    "own1-2": (*ENGINES["zero1"], OWN, ONE_BY_ONE),
+    "offload2": (*ENGINES["zero2"], "engine.offload=optimizer"),
+    "offload3": (*ENGINES["zero3"], "engine.offload=all", "engine.deepspeed=null"),
+}
+"""Names of engines, with offload, settings of the user's own and blocks that are compiled."""
 REDUCE_ONCE = ("ddp", "zero0", "zero1")
 """ZeRO 2 and 3 keep no whole gradients to wait with: they reduce in every pass, by design."""
 IN_BF16 = ("ddp", "zero1", "zero3")
 KINDS = ("video", "images", "classes")
-EQUAL = (  # every engine on videos; on other data and runs the chains below try more of them
-    *(("video", engine, 2) for engine in ENGINES),
-    ("video", "ddp", 1),
-    ("images", "ddp", 1),
-    ("classes", "ddp", 2),
-    ("classes", "zero2", 2),
-)
-"""Kind of run, engine, passes per update."""
-LOOKS = ("ddp", "zero3")
+EQUAL = {
+    "video-ddp-2": "video",
+    "video-zero3-2": "video",
+    "again-ddp": "video",
+    "again-zero3": "ema",
+    "images-ddp": "images",
+    "classes-zero2-2": "classes",
+}
+"""Names of uninterrupted runs, and of the run of one process that computes the same."""
+LOOKS = ("video-ddp-2", "video-zero3-2")
 """Of whole weights, and of such that are spread."""
 NO_TRUE_GRADIENT = ("difficulty_decoder.head.bias", "difficulty_decoder.norm.bias")
 """They move all scores of a clip alike, and the ranking loss asks for their order alone. Their
 gradient is the rounding of a sum that is zero, which Adam scales up to a step like any other. The
 same holds for the keys' part of attention's biases, which the softmax does not see."""
-OWN = {
-    "own1": {
-        "zero_optimization": {"reduce_bucket_size": 100000, "overlap_comm": False},
-        "train_batch_size": "auto",
-    },
-    "own3": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
-}
-CHAINS = {  # how many processes, which engine, in which update the last of them gets SIGTERM
-    "a": ("video", [(2, "zero3", 1), (2, "zero1", 4), (1, "ddp", None)]),
-    "b": ("video", [(1, "ddp", 1), (2, "zero2", 4), (2, "zero3", None)]),
-    "c": ("video", [(2, "zero0", 1), (2, "ddp", 4), (1, "ddp", None)]),
-    "e": ("classes", [(2, "zero3", 1), (2, "zero1", 4), (1, "ddp", None)]),
-    "f": ("images", [(1, "ddp", 1), (2, "zero3", 4), (2, "zero2", None)]),
+CHAINS = {  # how many processes, in which way, in which update the last of them gets SIGTERM
+    "c": ("video", [(2, "zero0-2", 1), (2, "compiled-ddp", 4), (1, "zero1", None)]),
     "g": ("probe", [(2, "zero1", 1), (2, "ddp", None)]),
+    "b": ("video", [(1, "ddp", 1), (2, "compiled-zero2", 4), (2, "zero3", None)]),
+    "a": ("video", [(2, "offload3", 1), (2, "own1-2", 4), (1, "ddp", None)]),
+    "e": ("classes", [(2, "zero3", 1), (2, "zero1", 4), (1, "zero3", None)]),
+    "f": ("images", [(1, "ddp", 1), (2, "zero3", 4), (2, "offload2", None)]),
 }
+"""Those without stage 3 first."""
 READ = """
 import sys
 from pathlib import Path
@@ -78,137 +88,125 @@ assert not {"torch", "deepspeed", "hpm_video"} & set(sys.modules)
 """
 
 
-def micro_batch(accumulate, share=2):
-    return f"engine.micro_batch={share // accumulate}"
+@dataclass
+class Jobs:
+    """What the cases of all jobs left."""
+
+    folder: Path
+    configs: dict[str, Path]
+    start_job: Callable
+    output: str = ""
+
+    def case(self, name, kind, *overrides, run=None, listen=(), stop=None):
+        """A run in the folder ``run``, by default ``name``, see job.py."""
+        return {
+            "name": name,
+            "program": "finetune" if kind in ("classes", "probe") else "pretrain",
+            "config": str(self.configs[kind]),
+            "overrides": [f"output_dir={self.run(run or name)}", *overrides],
+            "listen": list(listen),
+            "stop": stop,
+        }
+
+    def start(self, processes, cases):
+        """Run the cases one after the other, in the same processes."""
+        path = self.folder / "cases.json"
+        path.write_text(json.dumps(cases))
+        programs = self.start_job(processes, JOB, path, self.folder)
+        for program in programs:
+            self.output += f"\n{program.communicate()[0]}\ncode {program.returncode}"
+
+    def run(self, name) -> Path:
+        """The directory of a run."""
+        return self.folder / "runs" / name
+
+    def seen(self, name, rank=0):
+        """What a process saw of a case."""
+        path = self.folder / f"{name}-{rank}.json"
+        assert path.exists(), f"{name} did not end:\n{self.output[-8000:]}"
+        return json.loads(path.read_text())
 
 
 @pytest.fixture(scope="module")
-def jobs(new_jobs, small_data):
+def jobs(small_configs, small_data, start_job, tmp_path_factory):
     """All cases, in three starts: what one process does first, what two do, what one does last.
 
     What comes after stage 3 in the same process has DeepSpeed's own linear layer, which rounds
     bfloat16 otherwise: it comes last.
     """
-    made = new_jobs("same results")
-    made.configs["probe"] = probe_config(made)
+    folder = tmp_path_factory.mktemp("same results")
+    made = Jobs(folder, small_configs | {"probe": probe_config(small_configs, folder)}, start_job)
     looks = [f"knn.{split}={small_data / 'labelled' / split}" for split in ("train", "validation")]
-    looks += ["logging.validate_every_epochs=2"]
+    looks += ["logging.validate_every_epochs=1"]
+    bf16 = ("engine.precision=bf16", "engine.micro_batch=2")
+    again = "model.checkpoint_activations=true"
     made.start(
         1,
         [
-            made.case("video", "video", *looks, listen=["files", "opened"], curves=True),
+            made.case("video", "video", *looks, listen=["files", "opened"]),
             made.case("images", "images"),
             made.case("classes", "classes"),
-            made.case("bf16", "video", "engine.precision=bf16", micro_batch(2)),
+            made.case("bf16", "video", *bf16),
             made.case("probe", "probe", "engine.micro_batch=2"),
             made.case("ema", "video", "mining.target=ema"),
-            *parts_of_chains(made, 1, CHAINS, first=True),
+            *parts_of_chains(made, 1, first=True),
         ],
     )
     bad = put_a_bad_file(made, small_data)
-    cases = [*equal_cases(made, looks), *variants(made), *counted_cases(made)]
-    cases += [made.case("bad-two", "video", *bad, listen=["opened"])]
-    spread = [case for case in cases if set(ENGINES["zero3"]) <= set(case["overrides"])]
-    spread_chains = [name for name in CHAINS if "zero3" in str(CHAINS[name])]
+    three = ("recipe.batch_size=6", "recipe.epochs=1", ONE_BY_ONE)
+    shares = ["files", "opened"]
+    zero3 = WAYS["zero3"]
     made.start(
         2,
         [
-            *(case for case in cases if case not in spread),
-            *parts_of_chains(made, 2, set(CHAINS) - set(spread_chains)),
-            *spread,
-            *parts_of_chains(made, 2, spread_chains),
+            made.case("video-ddp-2", "video", ONE_BY_ONE, *looks, listen=shares),
+            made.case("again-ddp", "video", again, listen=shares),
+            made.case("images-ddp", "images"),
+            made.case("classes-zero2-2", "classes", *WAYS["zero2-2"], listen=["wholes"]),
+            made.case("bf16-ddp", "video", *bf16),
+            made.case("bf16-zero1", "video", *bf16, *WAYS["zero1"]),
+            *(
+                made.case(f"reduced-{name}", "images", *three, *WAYS[name], listen=["reductions"])
+                for name in REDUCE_ONCE
+            ),
+            made.case("probe-ddp", "probe", listen=["statistics"]),
+            made.case("bad-two", "video", *bad, listen=["opened"]),
+            *parts_of_chains(made, 2),
+            made.case("bf16-zero3", "video", *bf16, *zero3),
+            made.case(
+                "video-zero3-2", "video", ONE_BY_ONE, *zero3, *looks, listen=[*shares, "wholes"]
+            ),
+            made.case(
+                "again-zero3", "video", again, "mining.target=ema", *zero3, listen=["settings"]
+            ),
+            made.case("probe-zero3", "probe", *zero3, listen=["statistics"]),
         ],
     )
-    made.start(
-        1,
-        [
-            made.case("bad-one", "video", *bad),
-            *parts_of_chains(made, 1, CHAINS, first=False),
-            made.case("alone-zero1", "video", *ENGINES["zero1"]),
-            made.case("alone-zero3", "video", *ENGINES["zero3"], USUAL, micro_batch(2, share=4)),
-        ],
-    )
+    made.start(1, [made.case("bad-one", "video", *bad), *parts_of_chains(made, 1, first=False)])
     return made
 
 
-def equal_cases(jobs, looks):
-    """Kinds of runs by several engines, with and without accumulation; some look meanwhile."""
-    return [
-        jobs.case(
-            f"{kind}-{engine}-{accumulate}",
-            kind,
-            micro_batch(accumulate),
-            *ENGINES[engine],
-            *(looks if (kind, accumulate) == ("video", 2) and engine in LOOKS else ()),
-            listen=["files", "opened", "wholes"] if kind == "video" else (),
-            curves=(kind, accumulate) == ("video", 2) and engine in LOOKS,
-        )
-        for kind, engine, accumulate in EQUAL
-    ]
-
-
-def variants(jobs):
-    """Other ways to compute the same."""
-    own = {}
-    for name, settings in OWN.items():
-        path = jobs.folder / f"{name}.settings"
-        path.write_text(json.dumps(settings))
-        own[name] = f"engine.deepspeed={path}"
-    again = ("model.checkpoint_activations=true", micro_batch(2))
-    zero1, zero2, zero3 = (ENGINES[f"zero{stage}"] for stage in (1, 2, 3))
-    overrides = {
-        "offload2": (*zero2, "engine.offload=optimizer"),
-        "offload3": (*zero3, "engine.offload=all", USUAL),
-        "own1": (*zero1, own["own1"]),
-        "again-ddp": again,
-        "compiled-ddp": (*again, "engine.compile=blocks"),
-        "compiled-zero2": (*zero2, "engine.compile=blocks"),
-        "again-zero3": (*again, *zero3, own["own3"]),
-        "ema-zero3": ("mining.target=ema", *zero3, own["own3"]),
-    }
-    for name in IN_BF16:
-        engine = ENGINES[name]
-        overrides[f"bf16-{name}"] = ("engine.precision=bf16", micro_batch(2), *engine)
-    listen = {"offload2", "offload3", "own1", "again-zero3"}
-    return [
-        jobs.case(name, "video", *chosen, listen=["settings"] if name in listen else ())
-        for name, chosen in overrides.items()
-    ]
-
-
-def counted_cases(jobs):
-    """Cases of three passes per update, and such with a batch norm."""
-    three = ("recipe.batch_size=6", "recipe.epochs=1", "engine.micro_batch=1")
-    return [
-        jobs.case(f"reduced-{name}", "images", *three, *engine, listen=["reductions"])
-        for name, engine in ENGINES.items()
-        if name in REDUCE_ONCE
-    ] + [
-        jobs.case(f"probe-{name}", "probe", *ENGINES[name], listen=["statistics"])
-        for name in ("ddp", "zero3")
-    ]
-
-
-def parts_of_chains(jobs, processes, chains, first=None):
+def parts_of_chains(jobs, processes, first=None):
     """The parts of chains that so many processes run: their first ones, the others, or all."""
     return [
         jobs.case(
             f"{chain}{n}",
-            CHAINS[chain][0],
-            *ENGINES[engine],
+            kind,
+            *WAYS[way],
             "checkpoint.keep_last=9",
             run=chain,
             stop=stop,
+            listen=["settings"],
         )
-        for chain in sorted(chains)
-        for n, (count, engine, stop) in enumerate(CHAINS[chain][1])
+        for chain, (kind, parts) in CHAINS.items()
+        for n, (count, way, stop) in enumerate(parts)
         if count == processes and first in (None, n == 0)
     ]
 
 
-def probe_config(jobs):
+def probe_config(configs, folder):
     """A linear probe, made of the config for fine-tuning."""
-    text = jobs.configs["classes"].read_text()
+    text = configs["classes"].read_text()
     for before, after in {
         "init: xavier": "pooling: batch_norm\n  frozen: true\n  init: xavier",
         "head_dropout: 0.2": "head_init_scale: 1.0",
@@ -220,7 +218,7 @@ def probe_config(jobs):
     }.items():
         assert before in text
         text = text.replace(before, after)
-    path = jobs.folder / "probe.yaml"
+    path = folder / "probe.yaml"
     path.write_text(text)
     return path
 
@@ -294,23 +292,23 @@ def assert_same(run, reference, tolerance=SAME, **options):
     assert not wrong
 
 
-@pytest.mark.parametrize(("kind", "engine", "accumulate"), EQUAL)
-def test_two_processes_compute_what_one_does(jobs, kind, engine, accumulate):
-    name = f"{kind}-{engine}-{accumulate}"
+@pytest.mark.parametrize(("name", "reference"), EQUAL.items())
+def test_two_processes_compute_what_one_does(jobs, name, reference):
+    """Whole or spread, with activations kept or computed again; other engines: see the chains."""
     jobs.seen(name)
-    assert_same(jobs.run(name), jobs.run(kind))
+    assert_same(jobs.run(name), jobs.run(reference))
 
 
 def test_the_updates_that_are_compared_mine_and_clip(jobs):
     for kind in KINDS:
         lines = [line for line in lines_of(jobs.run(kind)) if line["kind"] == "train"]
         assert [line["update"] for line in lines] == [*range(1, len(lines) + 1)]
-        assert len(lines) >= 10
+        assert len(lines) >= 7
         if kind != "classes":
             assert min(line["hard_fraction"] for line in lines) > 0.3
         if kind != "images":
             limit = {"video": 0.15, "classes": 1.0}[kind]
-            assert sum(line["gradient_norm"] > limit for line in lines) > 5
+            assert sum(line["gradient_norm"] > limit for line in lines) > 3
     start = load_file(jobs.run("b") / "checkpoints" / "update-00000002" / "model.safetensors")
     end = load_file(newest(jobs.run("b")) / "model.safetensors")
     assert max((end[name] - start[name]).abs().max() for name in end) > 100 * SAME
@@ -344,50 +342,17 @@ def test_bf16_is_near(jobs, engine):
     assert max(of_precision.values()) > 10 * SAME, "it is bfloat16"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "offload2",
-        "offload3",
-        "own1",
-        "again-ddp",
-        "again-zero3",
-        "compiled-ddp",
-        "compiled-zero2",
-    ],
-)
-def test_other_ways_of_computing_the_same(jobs, name):
-    """Offload, the user's own settings of DeepSpeed, activations that are computed again, blocks
-    that are traced as if to compile them."""
-    jobs.seen(name)
-    engine = json.loads((jobs.run(name) / "starts.jsonl").read_text())["engine"]
-    assert engine.endswith(", compiled (blocks)") == name.startswith("compiled")
-    assert_same(jobs.run(name), jobs.run("video"))
-
-
-def test_features_of_a_teacher_whose_weights_are_spread(jobs):
-    jobs.seen("ema-zero3")
-    assert_same(jobs.run("ema-zero3"), jobs.run("ema"))
-
-
-@pytest.mark.parametrize("stage", [1, 3])
-def test_zero_in_one_process(jobs, stage):
-    jobs.seen(f"alone-zero{stage}")
-    assert_same(jobs.run(f"alone-zero{stage}"), jobs.run("video"))
-
-
 def test_settings_reach_deepspeed(jobs):
     for rank in (0, 1):
-        settings = {
-            name: jobs.seen(name, rank)["settings"]
-            for name in ("offload2", "offload3", "own1", "again-zero3")
-        }
-        assert settings["offload2"]["offload"] == ["cpu", "none"]
-        assert settings["offload3"]["offload"] == ["cpu", "cpu"]
-        assert settings["own1"]["reduce_bucket_size"] == 100000
-        assert settings["again-zero3"]["kept_whole_below"] == 0
-        assert settings["offload3"]["kept_whole_below"] > 0
-        for found in settings.values():
+        offload2, offload3, own1, spread = (
+            jobs.seen(name, rank)["settings"] for name in ("f2", "a0", "a1", "again-zero3")
+        )
+        assert offload2["offload"] == ["cpu", "none"]
+        assert offload3["offload"] == ["cpu", "cpu"]
+        assert own1["reduce_bucket_size"] == 100000
+        assert spread["kept_whole_below"] == 0
+        assert offload3["kept_whole_below"] > 0
+        for found in (offload3, own1, spread):
             assert (found["train_batch_size"], found["gradient_clipping"]) == (4, 0.15)
 
 
@@ -406,8 +371,7 @@ def test_gradients_are_reduced_once_per_update(jobs, engine):
 def test_processes_share_the_batches_of_one(jobs):
     """And open no file of each other's share, validation files included."""
     alone = jobs.seen("video")
-    for _, engine, accumulate in (case for case in EQUAL if case[0] == "video"):
-        name = f"video-{engine}-{accumulate}"
+    for name, accumulate in (("video-ddp-2", 2), ("video-zero3-2", 2), ("again-ddp", 1)):
         shares = [jobs.seen(name, rank) for rank in (0, 1)]
         batches = [joined_passes(share["files"], accumulate) for share in shares]
         assert [a + b for a, b in zip(*batches, strict=True)] == alone["files"]
@@ -415,7 +379,7 @@ def test_processes_share_the_batches_of_one(jobs):
             trained = [file for batch in share for file in batch]
             assert [file for file in seen["opened"] if "/videos/train/" in file] == trained
         # Of validation files the first draws all, and otherwise each is read by one process.
-        looks = engine in LOOKS and accumulate == 2
+        looks = name in LOOKS
         for folder in ("/labelled/", "/videos/validation/"):
             once = [{f for f in seen["opened"] if folder in f} for seen in shares]
             if looks or folder != "/labelled/":
@@ -455,6 +419,9 @@ def test_a_run_goes_on_with_another_number_of_processes_and_another_engine(jobs,
     stored = [path.name for path in checkpoints_in(jobs.run(chain) / "checkpoints")]
     assert stored[:-1] == [f"update-{update:08d}" for update in reached]
     assert all(4 * update % (9 if kind in ("classes", "probe") else 14) for update in reached)
+    starts = (jobs.run(chain) / "starts.jsonl").read_text().splitlines()
+    compiled = [json.loads(start)["engine"].endswith(", compiled (blocks)") for start in starts]
+    assert compiled == [way.startswith("compiled") for _, way, _ in parts]
     # Running averages are those of two processes.
     assert_same(jobs.run(chain), jobs.run("probe-ddp" if kind == "probe" else kind))
     updates = [line["update"] for line in lines_of(jobs.run(chain)) if line["kind"] == "train"]
@@ -500,13 +467,13 @@ def test_one_parameter_at_a_time_is_whole_while_stage_3_saves(jobs):
         joined = jobs.seen("video-zero3-2", rank)["joined"]
         assert max(others for _, others in joined) == 0
         assert max(size for size, _ in joined) < sum(size for size, _ in joined) / 10
-        assert not jobs.seen("video-zero2-2", rank)["joined"]
+        assert not jobs.seen("classes-zero2-2", rank)["joined"]
 
 
-@pytest.mark.parametrize("engine", LOOKS)
-def test_looking_is_logged_once_and_the_same(jobs, engine):
+@pytest.mark.parametrize("name", LOOKS)
+def test_looking_is_logged_once_and_the_same(jobs, name):
     """Held-out measures, neighbours, pictures: by all processes together, told by the first."""
-    run = jobs.run(f"video-{engine}-2")
+    run = jobs.run(name)
     events = [(line["kind"], line["update"]) for line in lines_of(run)]
     assert events == [(line["kind"], line["update"]) for line in lines_of(jobs.run("video"))]
     assert len(set(events)) == len(events)
@@ -516,5 +483,4 @@ def test_looking_is_logged_once_and_the_same(jobs, engine):
     assert [path.name for path in (run / "pictures").glob("*.png")] == [
         path.name for path in (jobs.run("video") / "pictures").glob("*.png")
     ]
-    assert (run / "curves.png").stat().st_size > 1000
     assert len((run / "starts.jsonl").read_text().splitlines()) == 1
