@@ -3,7 +3,7 @@
 import io
 import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from hpm_video.decoding.mp4 import read_listing
 from hpm_video.decoding.orientation import orientation_of
 from hpm_video.decoding.reader import TRANSCODE, DecodeError, Frames, NoSuchFrame, VideoReader
 
@@ -27,6 +28,7 @@ UNTIMED = ("avi", "mpeg", "mpegvideo")
 """Containers whose presentation times are made up by the demuxer, or missing."""
 _TRIED = 24  # frames that are decoded at once where packets leave doubts about the first ones
 _SEEK_SAVES = 8  # frames that must not need decoding to make a seek worth while
+_UNPROBED = {"probesize": "32", "fpsprobesize": "0", "skip_frame": "all"}
 _MARKS_UNUSED = ("h264", "mpeg4")
 """Codecs that mark the frames to which no other one refers. In HEVC such a mark is void where there
 are temporal layers; the decoders of the others do not skip frames at a word."""
@@ -53,11 +55,12 @@ all of it, and further clips of a long one need not wait for that again."""
 
 
 def open_container(
-    source: str | bytes,
+    source: str | bytes, *, probes: bool = True
 ) -> "tuple[av.container.InputContainer, av.VideoStream]":
     """Open the path of a video, or its bytes, and find the stream that FFmpeg ranks best.
 
-    FFmpeg can open nothing else on its behalf, and decodes on one thread.
+    FFmpeg can open nothing else on its behalf, and decodes on one thread. Where it does not probe,
+    it decodes nothing to find out more than the container says.
 
     Raises:
         DecodeError: it is no video, or there is no decoder for it.
@@ -73,7 +76,8 @@ def open_container(
             options={
                 "protocol_whitelist": "none" if isinstance(source, bytes) else "file",
                 "format_whitelist": FORMATS,
-            },
+            }
+            | ({} if probes else _UNPROBED),
         )
     except (av.error.InvalidDataError, av.error.EOFError, av.error.ArgumentError) as error:
         raise DecodeError(
@@ -114,6 +118,7 @@ class PyavReader(VideoReader):
         self._wanted: set[int] = set()
         self._last_wanted, self._skips = 0, False
         self._skipped: set[int] = set()
+        self._listing = read_listing(source)
         self._open()
         try:
             self._index = self._known_index()
@@ -124,7 +129,7 @@ class PyavReader(VideoReader):
         self._counts_by_decoding = not self._num_frames
 
     def _open(self) -> None:
-        self._container, self._stream = open_container(self._source)
+        self._container, self._stream = open_container(self._source, probes=not self._listing)
         self._is_at_start = True
         self._codec = self._stream.codec_context
 
@@ -144,13 +149,12 @@ class PyavReader(VideoReader):
         nothing = Index(np.arange(0), [], repeats=False, may_skip=False)
         if self._container.format.name in UNTIMED:
             return nothing
-        packets = [packet for packet in self._demux() if packet.size and not packet.is_discard]
+        packets = self._packets()
         if not packets:
             raise DecodeError("it has no frames")
-        stored = [packet.pts for packet in packets if packet.pts is not None]
+        stored = [pts for pts, _, _ in packets if pts is not None]
         times = np.unique(np.array(stored, np.int64))
-        keys = [(packet.pts, packet.dts) for packet in packets if packet.is_keyframe]
-        keys = sorted((pts, dts) for pts, dts in keys if pts is not None)
+        keys = sorted((pts, dts) for pts, dts, is_key in packets if is_key and pts is not None)
         has_b_frames = self._codec.has_b_frames
         if len(times) < len(packets):
             return nothing
@@ -164,6 +168,24 @@ class PyavReader(VideoReader):
         keys = [] if self._codec.pix_fmt == "pal8" else keys
         may_skip = self._codec.name in _MARKS_UNUSED or self._has_one_layer()
         return Index(times, keys, repeats=not has_b_frames, may_skip=may_skip)
+
+    def _packets(self) -> Sequence[tuple[int | None, int | None, bool]]:
+        """Return the times of presentation and decoding of each packet, and whether it is a key."""
+        if self._listing:
+            is_alone = len(self._container.streams.video) == 1
+            listed = self._listing.packets([*self._stream.index_entries]) if is_alone else []
+            times = [pts for pts, _, _ in listed]
+            # Only frames out of order prove that the decoder knows how many it has to hold back.
+            if any(is_key for *_, is_key in listed) and times != sorted(times):
+                return listed
+            self._listing = None
+            self._container.close()
+            self._open()
+        return [
+            (packet.pts, packet.dts, packet.is_keyframe)
+            for packet in self._demux()
+            if packet.size and not packet.is_discard
+        ]
 
     @property
     def times(self) -> list[int]:

@@ -7,6 +7,7 @@ import av
 import numpy as np
 import pytest
 
+from hpm_video.decoding import pyav
 from hpm_video.decoding import registry as decode
 from hpm_video.decoding.reader import DecodeError, DecoderError
 from hpm_video.decoding.registry import (
@@ -15,6 +16,7 @@ from hpm_video.decoding.registry import (
     decoder_versions,
     open_video,
 )
+from hpm_video.preparation.encode import write_video
 
 DECODERS = [
     pytest.param(
@@ -352,3 +354,76 @@ def test_decoders_are_imported_when_they_are_used():
     code += "print({'av', 'decord', 'torchcodec'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def read_twice(path):
+    """What the index of a file leads to, if it is used, and what its packets do."""
+    found = []
+    for reads in (pyav.read_listing, lambda source: None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pyav, "read_listing", reads)
+            patch.setattr(pyav, "_INDICES", {})
+            video = pyav.PyavReader(str(path), str(path))
+        with video:
+            frames = video.read(range(0, video.num_frames, 3))
+            found.append((video.times, video.repeats, frames, video._listing is not None))
+    (times, repeats, frames, is_used), (*same, as_packets, _) = found
+    assert (times, repeats) == (*same,)
+    assert np.array_equal(frames, as_packets)
+    return len(times), is_used
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_the_index_of_a_file_says_what_its_packets_do(videos, name):
+    """Not where frames are in order: the decoder might still hold some of them back."""
+    usable = {"b_frames", "variable_rate", "late_start", "long_group", "short_groups"}
+    usable |= {"open_groups", "odd_size"}
+    assert read_twice(videos[name])[1] is (
+        name.endswith(".mp4") and name.removesuffix(".mp4") in usable
+    )
+
+
+def test_an_index_is_used_if_all_packets_are_there(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    frames = [np.roll(noise, number, axis=1) for number in range(36)]
+    write_video(tmp_path / "a.mp4", frames, quick=True)
+    assert read_twice(tmp_path / "a.mp4") == (36, True)
+    data = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "a.mp4").write_bytes(data[: len(data) * 2 // 3])
+    with open_video(str(tmp_path / "a.mp4"), "pyav") as video:
+        assert video._listing is None
+        assert 0 < video.num_frames < 36
+
+
+def test_an_index_of_edits_is_not_used(tmp_path, write_painted):
+    path = write_painted(tmp_path / "a.mp4")
+    data = bytearray(path.read_bytes())
+    place = data.index(b"elst") + 12  # behind version and count, duration; then the first time
+    began = int.from_bytes(data[place + 4 : place + 8], "big")
+    data[place + 4 : place + 8] = (began + 6400).to_bytes(4, "big")  # some frames are left out
+    path.write_bytes(data)
+    count, is_used = read_twice(path)
+    assert count < 40
+    assert not is_used
+
+
+def test_entries_of_an_index_beyond_their_stated_number_are_not_believed(tmp_path, videos):
+    data = bytearray(videos["b_frames.mp4"].read_bytes())
+    place = data.index(b"ctts") + 8
+    data[place : place + 4] = (int.from_bytes(data[place : place + 4], "big") - 3).to_bytes(
+        4, "big"
+    )
+    (tmp_path / "a.mp4").write_bytes(data)
+    assert not read_twice(tmp_path / "a.mp4")[1]
+
+
+def test_key_frames_that_only_packets_know_are_not_sought(tmp_path, videos):
+    """The list of key frames lacks the first ones: FFmpeg refuses to seek, and it is not needed."""
+    data = bytearray(videos["short_groups.mp4"].read_bytes())
+    place = data.index(b"stss") + 8
+    count = int.from_bytes(data[place : place + 4], "big")
+    data[place + 4 : place + 8 + 4 * (count - 1)] = b"".join(
+        (36 + n // count).to_bytes(4, "big") for n in range(count)
+    )
+    (tmp_path / "a.mp4").write_bytes(data)
+    read_twice(tmp_path / "a.mp4")
