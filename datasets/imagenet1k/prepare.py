@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from hpm_video.preparation import recipes
-from hpm_video.preparation.recipes import FILE, FOLDER, Classes, Clip, RecipeError
+from hpm_video.preparation.recipes import FILE, FOLDER, Classes, Clip, Files, RecipeError
 
 SPLITS = ("train", "validation")
 LABELS_HELP = "LOC_val_solution.csv, or lines of an image and its wnid, for a flat folder"
@@ -52,7 +52,13 @@ def read_labels(path: Path) -> list[Clip]:
 
 def prepare(options: argparse.Namespace) -> tuple[Sequence[str], list[recipes.Split]]:
     """Read the lists, and find the file of each image."""
-    folders, lists = recipes.open_splits(options, SPLITS, "labels", "image")
+    given = {name: vars(options)[name] for name in SPLITS if vars(options)[name]}
+    if not given or (options.validation_labels and not options.validation):
+        raise RecipeError(
+            "name the folder of --train, of --validation, or both; --validation-labels needs "
+            "--validation"
+        )
+    folders = {name: Files(folder, options.suffix, "image") for name, folder in given.items()}
     names = read_names(options.names) if options.names else {}
     if not names and "train" in folders:
         parents = {file.parent.name for file in folders["train"].files}
@@ -66,9 +72,9 @@ def prepare(options: argparse.Namespace) -> tuple[Sequence[str], list[recipes.Sp
     classes = Classes(sorted(names), str(options.names or folders["train"].folder))
     splits = []
     for name, images in folders.items():
-        if name in lists:
+        if name == "validation" and options.validation_labels:
             expected = f"Looked in {images.folder} and its folders for those names"
-            listed = {name: read_labels(lists[name])}
+            listed = {name: read_labels(options.validation_labels)}
             splits += recipes.match(listed, images, classes, expected)
         else:
             splits.append(recipes.class_folders(name, images, classes))

@@ -22,13 +22,14 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from hpm_video.data.manifest import read_listing, read_manifest
+from hpm_video.data.manifest import read_listing, read_manifest, write_manifest
 from hpm_video.decoding.locations import TarMember, is_frame_folder, is_image
 from hpm_video.decoding.video_stream import SIMPLEST
 from hpm_video.files.failures import Failure
+from hpm_video.files.wording import counted
 from hpm_video.preparation.findings import COLUMNS as CHECK_COLUMNS
 from hpm_video.preparation.findings import Stamp, stamp_of
-from hpm_video.preparation.jobs import Journal, claim, remove, run_jobs, write_report, write_table
+from hpm_video.preparation.jobs import Journal, claim, remove, run_jobs, write_report
 from hpm_video.preparation.shards import Sample, Shard, output_names, pack_shard, suffix_of
 from hpm_video.preparation.transcode import Job, Output, Recipe, Transcoder
 from hpm_video.workers.pool import Limits
@@ -55,27 +56,27 @@ class PreparedFolder:
         kept = [row for row, verdict in enumerate(listing.column("verdict")) if verdict != "bad"]
         # Of sections the whole file is prepared: they are columns that stay as they are.
         self.manifest = replace(manifest, files=tuple(listing.files[row] for row in kept))
-        cells = {n: listing.column(n) for n in (*listing.table.columns, "fps", "verdict")}
-        cells = {name: [column[row] for row in kept] for name, column in cells.items()}
-        self._rates, self._verdicts = cells["fps"], cells["verdict"]
+        rates, verdicts = listing.column("fps"), listing.column("verdict")
+        self._rates = [rates[row] for row in kept]
+        self._verdicts = [verdicts[row] for row in kept]
         # Further columns of the manifest, which hold for outputs as well.
-        self._others = {name: column for name, column in cells.items() if name not in STALE}
+        others = [name for name in listing.table.columns if name not in STALE]
+        self._others = listing.table[others].iloc[kept]
         if recipe.fps is None and (recipe.keep_every > 1 or manifest.kept_every):
-            self._others["kept_every"] = [
+            kept_every = [
                 ""
                 if is_image(place)
                 else str(manifest.kept_every.get(place, 1) * recipe.keep_every)
                 for place in manifest.files
             ]
+            self._others = self._others.assign(kept_every=kept_every)
         base = root or (source if source.is_dir() else source.parent)
         self.base = str(base.absolute())
         dots, nests = recipe.form != "shards", recipe.form != "frames"
         self.names = output_names(self.manifest.files, self.base, dots=dots, nests=nests)
         self._row = {place: row for row, place in reversed([*enumerate(self.manifest.files)])}
-        self._shards: dict[str, dict[str, Any]] = {}  # existing shards as the journal has them
-        # Shards of which some content has changed: the rest is packed anew, and they go.
-        self._outdated: set[str] = set()
-        self._packed: dict[str, TarMember] = {}  # by place; in a shard that may be outdated
+        self._packed: dict[str, TarMember] = {}  # by place
+        self._shards: dict[str, dict[str, Any]] = {}  # by name, as the journal has them
         self._journal: Journal | None = None
         self._unfinished = self.path / ".unfinished"
         self._parts = self.path / ".parts"
@@ -88,50 +89,59 @@ class PreparedFolder:
             self._journal.close()
 
     def claim(self, settings: Mapping[str, Any]) -> None:
-        """Claim the folder for these settings (see :func:`claim`), and find out what is done."""
+        """Claim the folder for these settings (see :func:`claim`), and find out what is done.
+
+        FileExistsError: its shards hold files that have changed since, or that have other labels.
+        """
         self._journal = claim(self.path, settings, holds="prepared data", unrelated=UNRELATED)
         remove(str(self._unfinished))
         self._unfinished.mkdir()
         for record in self._journal.read():
-            if shard := Path(record.get("shard", "")).name:
-                path = self.path / shard
-                if path.is_file() and path.stat().st_size == record["bytes"]:
-                    self._shards[shard] = record
-                    for place, *where in record["members"]:
-                        self._packed[place] = TarMember(shard, *where)
-            elif record.get("name") and self.names.get(record["place"]) == record["name"]:
-                known = {each.name for each in fields(Output)} & record.keys()
-                output = Output(**{name: record[name] for name in known})
-                self.outputs[record["place"]] = output
-                self._packed.pop(record["place"], None)  # a shard has what it was before
-        self.outputs = {p: made for p, made in self.outputs.items() if self._is_done(p, made)}
-        self._packed = {p: member for p, member in self._packed.items() if p in self.outputs}
-        self._outdated = {name for name in self._shards if not self._is_current(name)}
+            if "shard" in record:
+                self._shards[Path(record["shard"]).name] = record
+            elif self.names.get(record["place"]) == record["name"]:
+                values = {each.name: record[each.name] for each in fields(Output)}
+                self.outputs[record["place"]] = Output(**values)
+        if outdated := self._find_packed():
+            raise FileExistsError(
+                f"the shards of {self.path} hold {counted(len(outdated), 'file')} of another time "
+                f"or with another label, such as {outdated[0]}. Give a new folder; to change "
+                "labels alone, pack these shards again: their manifest.csv with new labels, and "
+                "--copy"
+            )
+        self.outputs = {
+            place: output
+            for place, output in self.outputs.items()
+            if place in self._packed or (self._is_there(place) and not self._has_changed(place))
+        }
 
-    def _is_done(self, place: str, made: Output) -> bool:
-        """Whether the source of an output has not changed, and the output is still there.
+    def _find_packed(self) -> list[str]:
+        """Find what the shards hold. -> the places of what is out of date there"""
+        outdated = []
+        for name, record in [*self._shards.items()]:
+            path = self.path / name
+            if not path.is_file() or path.stat().st_size != record["bytes"]:
+                del self._shards[name]
+                continue
+            for (place, *where), label in zip_longest(record["members"], record.get("labels", ())):
+                if place in self.outputs:
+                    self._packed[place] = TarMember(name, *where)
+                    if label != [*self._label(self._row[place])] or self._has_changed(place):
+                        outdated.append(place)
+        return outdated
 
-        A missing source may have been deleted on purpose. Frames are only counted: there may be
-        millions.
-        """
-        if stamp_of(place) not in (Stamp(), Stamp(made.source_bytes, made.source_modified)):
-            return False
-        if place in self._packed:
-            return True
-        output = place if self.recipe.copy else self._output(place)
+    def _has_changed(self, place: str) -> bool:
+        """Whether a source has changed. A missing one may have been deleted on purpose."""
+        made = self.outputs[place]
+        return stamp_of(place) not in (Stamp(), Stamp(made.source_bytes, made.source_modified))
+
+    def _is_there(self, place: str) -> bool:
+        """Whether an output is still there. Frames are only counted: there may be millions."""
+        made, output = self.outputs[place], place if self.recipe.copy else self._output(place)
         if is_frame_folder(output):
             names = os.listdir(output) if Path(output).is_dir() else []  # noqa: PTH208 - quick
             return sum(name.endswith(".jpg") for name in names) == made.num_frames
         return stamp_of(output).bytes == made.bytes
-
-    def _is_current(self, shard: str) -> bool:
-        """Whether what a shard holds of this manifest is unchanged, and labelled as there."""
-        record = self._shards[shard]
-        return all(
-            self._shard_of(place) == shard and label == [*self._label(self._row[place])]
-            for (place, *_), label in zip_longest(record["members"], record.get("labels", ()))
-            if place in self.names
-        )
 
     def missing(self) -> list[str]:
         """Return the places without an output, each once, in the order of the manifest."""
@@ -167,8 +177,10 @@ class PreparedFolder:
                 if isinstance(result, Failure):
                     remove(jobs[name].temporary)
                     raise OSError(f"{jobs[name].target} cannot be written: {result.reason}")
-                self._note_shard(name, groups[name], result)
+                self._note_shard(name, dict(zip(groups[name], result, strict=True)))
                 bar.advance(sum(member.size for member in result) / 1e6)
+        if not self.unpacked():
+            remove(str(self._parts))
 
     def job(self, place: str) -> Job:
         """Make the job of a place."""
@@ -196,7 +208,7 @@ class PreparedFolder:
         groups: list[list[str]] = []
         room = 0
         for place in self.names:
-            if place not in self.outputs or self._is_packed(place):
+            if place not in self.outputs or place in self._packed:
                 continue
             size = self.outputs[place].bytes + HEADERS
             if not groups or size > room:
@@ -212,40 +224,31 @@ class PreparedFolder:
         samples = tuple(map(self._sample, places))
         return Shard(f"{self._unfinished}/{name}", f"{self.path}/{name}", samples)
 
-    def _note_shard(self, name: str, places: Sequence[str], members: Sequence[TarMember]) -> None:
+    def _note_shard(self, name: str, packed: Mapping[str, TarMember]) -> None:
         """Record a shard, and delete the files that it was made of."""
-        packed = dict(zip(places, members, strict=True))
         self._packed |= packed
         self._shards[name] = {
             "shard": name,
             "bytes": (self.path / name).stat().st_size,
             "members": [[place, it.name, it.offset, it.size] for place, it in packed.items()],
-            "labels": [self._label(self._row[place]) for place in places],
+            "labels": [self._label(self._row[place]) for place in packed],
         }
         self._note(self._shards[name])
         if not self.recipe.copy:
-            for place in places:
+            for place in packed:
                 remove(self._output(place))
 
     def write_lists(self) -> None:
         """Write ``manifest.csv`` in the order of the source, and ``failed.csv``."""
-        places = enumerate(self.manifest.files)
-        rows = [self._cells(row, place) for row, place in places if self._path_of(place)]
-        write_table(self.path / "manifest.csv", [*COLUMNS, *self._others], rows)
+        rows = [row for row, place in enumerate(self.manifest.files) if place in self.outputs]
+        cells = zip(*map(self._cells, rows), strict=True) if rows else [()] * len(COLUMNS)
+        columns = dict(zip(COLUMNS, map(list, cells), strict=True))
+        table = self._others.iloc[rows].assign(**columns)
+        write_manifest(table[[*COLUMNS, *self._others.columns]], self.path / "manifest.csv")
         failed, reasons = self.path / "failed.csv", self.failures.values()
         failed.unlink(missing_ok=True)
         if reasons:
             write_report(failed, ("path", "reason"), ((bad.path, bad.reason) for bad in reasons))
-        if self._shards and all(map(self._is_packed, self.outputs)):
-            remove(str(self._parts))
-            for name in self._outdated:
-                remove(str(self.path / name))
-
-    def _shard_of(self, place: str) -> str:
-        return self._packed[place].tar if place in self._packed else ""
-
-    def _is_packed(self, place: str) -> bool:
-        return place in self._packed and self._shard_of(place) not in self._outdated
 
     def _label(self, row: int) -> tuple[int, str]:
         names, label = self.manifest.label_names or (), self.manifest.labels[row]
@@ -257,20 +260,14 @@ class PreparedFolder:
         root = self._parts if self.recipe.form == "shards" else self.path / folder
         return f"{root}/{self.names[place]}{suffix}"
 
-    def _path_of(self, place: str) -> str | None:
-        """Path of an output relative to the folder, if it is there."""
-        if place not in self.outputs:
-            return None
-        if self.recipe.form != "shards":
-            return self._output(place).removeprefix(f"{self.path}/")
-        return str(self._packed[place]) if self._is_packed(place) else None
-
-    def _cells(self, row: int, place: str) -> list[object]:
+    def _cells(self, row: int) -> list[object]:
+        """Return the cells of ``COLUMNS`` in a row of the manifest."""
+        place = self.manifest.files[row]
         (label, name), output = self._label(row), self.outputs[place]
+        path = self._packed.get(place) or self._output(place).removeprefix(f"{self.path}/")
         fps = f"{output.fps:.4f}".rstrip("0").rstrip(".") if output.fps else ""
         properties = [fps if each == "fps" else getattr(output, each) for each in PROPERTIES]
-        others = [column[row] for column in self._others.values()]
-        return [self._path_of(place), label if label >= 0 else "", name, *properties, *others]
+        return [str(path), label if label >= 0 else "", name, *properties]
 
     def _sample(self, place: str) -> Sample:
         label, name = self._label(self._row[place])
@@ -280,10 +277,7 @@ class PreparedFolder:
         }
         info |= {"label": label} if label >= 0 else {}
         info |= {"label_name": name} if name else {}
-        suffix, path = self.recipe.suffix(place), self._output(place)
         if self.recipe.copy:
-            suffix, path = suffix_of(place), place
-        if place in self._packed:
-            member = self._packed[place]
-            path = str(replace(member, tar=f"{self.path}/{member.tar}"))
-        return Sample(self.names[place], path, suffix, label, info)
+            return Sample(self.names[place], place, suffix_of(place), label, info)
+        suffix, output = self.recipe.suffix(place), self._output(place)
+        return Sample(self.names[place], output, suffix, label, info)

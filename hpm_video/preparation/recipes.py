@@ -169,38 +169,21 @@ def cells_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str
         yield place, {name: cell.strip() for name, cell in row.items()}
 
 
-def open_splits(
-    options: argparse.Namespace, names: Sequence[str], list_option: str, kind: Kind = "video"
-) -> tuple[dict[str, Files], dict[str, Path]]:
-    """Open the folders of splits, such as --train, and take their lists, such as --train-csv.
-
-    The list of the first split may come without a folder, for its classes. Splits may share a
-    folder.
-    """
-    given, every = vars(options), [f"--{name}" for name in names]
-    folders = {name: given[name].absolute() for name in names if given[name]}
-    lists = {name: path for name in names if (path := given.get(f"{name}_{list_option}"))}
-    if not folders:
-        raise RecipeError(f"name the folder of at least one split: {', '.join(every)}")
-    if absent := [name for name in lists if name not in folders and name != names[0]]:
-        raise RecipeError(f"--{absent[0]}-{list_option} needs --{absent[0]}, its folder")
-    opened = {folder: Files(folder, options.suffix, kind) for folder in {*folders.values()}}
-    return {name: opened[folder] for name, folder in folders.items()}, lists
-
-
 def match(
     lists: Mapping[str, Sequence[Clip]], files: Files, classes: Classes, expected: str
 ) -> list[Split]:
     """Find the file and the label of each clip of some splits, which share no clip.
 
     ``expected`` says in errors where files should be and how they are named. An unknown class, a
-    clip that is listed twice, a file in the folder of another class, and a split without any file
-    are errors.
+    clip that is listed twice, an empty list, and a file in the folder of another class are errors,
+    and so it is if no file is found at all.
     """
     places: dict[str, str] = {}
     splits = []
     for name, clips in lists.items():
         found, missing = list[tuple[Path, int]](), list[str]()
+        if not clips:
+            raise RecipeError(f"the list of {name} is empty. Download it again")
         for clip in clips:
             if (earlier := places.setdefault(clip.keys[0], clip.place)) != clip.place:
                 raise RecipeError(
@@ -220,11 +203,11 @@ def match(
                     "release"
                 )
             found.append((file, label))
-        if not found:
-            example = f", such as {missing[0]}" if missing else ""
-            listed = counted(len(clips), files.kind)
-            raise RecipeError(f"none of the {listed} of {name} was found{example}. {expected}")
         splits.append(Split(name, found, missing, files))
+    if not any(split.found for split in splits):
+        missing = [name for split in splits for name in split.missing]
+        listed = counted(len(missing), files.kind)
+        raise RecipeError(f"none of the {listed} was found, such as {missing[0]}. {expected}")
     return splits
 
 
@@ -280,9 +263,10 @@ def run_recipe(
 def write(output: Path, names: Sequence[str], splits: Sequence[Split]) -> None:
     """Write ``labels.txt``, and for each split a manifest and a list of missing files.
 
-    Paths are relative where a file lies below ``output``, otherwise absolute. Nothing is written
-    where another file would be overwritten, where another manifest there numbers the classes
-    differently, or where the name of a file is not text.
+    A split without any file gets no manifest. Paths are relative where a file lies below
+    ``output``, otherwise absolute. Nothing is written where another file would be overwritten,
+    where another manifest there numbers the classes differently, or where the name of a file is
+    not text.
     """
     content = {"labels.txt": "".join(f"{name}\n" for name in names)}
     for split in splits:
@@ -296,7 +280,8 @@ def write(output: Path, names: Sequence[str], splits: Sequence[Split]) -> None:
             known = ("", "") if label == UNLABELLED else (label, names[label])
             writer.writerow((path, *known))
         content[f"missing_{split.name}.txt"] = "".join(f"{name}\n" for name in split.missing)
-        content[f"{split.name}.csv"] = stream.getvalue()
+        if split.found:
+            content[f"{split.name}.csv"] = stream.getvalue()
     _check_what_is_there(output, content)
     for name, text in content.items():
         if not text:
@@ -330,9 +315,10 @@ def report(output: Path, names: Sequence[str], splits: Sequence[Split], kind: Ki
     lines = [f"{counted(len(names), 'class')}: {output / 'labels.txt'}"]
     for split in splits:
         found, missing = len(split.found), len(split.missing)
+        where = f": {output / split.name}.csv" if found else ""
         lines.append(
             f"{split.name}: {counted(found + missing, kind)} listed, {found} found, {missing} "
-            f"missing: {output / split.name}.csv"
+            f"missing{where}"
         )
         if missing:
             some = ", ".join(split.missing[:NAMED_IN_REPORT])

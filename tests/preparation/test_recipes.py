@@ -167,27 +167,18 @@ def kinetics_arguments() -> list[str]:
         "k/val/riding or walking with horse/rrrrrrrrrr9_000007_000017.mp4",
     )
     text(
-        "k/annotations/train.csv",
+        "lists/train.csv",
         HEADER + "zumba,zzzzzzzzzz1,10,20,train,0\n"
         "abseiling,-aaaaaaaaa1,3,13,train,1\n"
         '"riding or walking with horse",rrrrrrrrrr1,0,10,train,0\n'
         "abseiling,_aaaaaaaaa2,100,110,train,0\n",
     )
     text(
-        "k/annotations/val.csv",
+        "lists/val.csv",
         HEADER + "zumba,zzzzzzzzzz9,1,11,val,0\n"
         "riding or walking with horse,rrrrrrrrrr9,7,17,val,0\n",
     )
-    return [
-        "--train",
-        "k/train",
-        "--train-csv",
-        "k/annotations/train.csv",
-        "--validation",
-        "k/val",
-        "--validation-csv",
-        "k/annotations/val.csv",
-    ]
+    return ["--videos", "k", "--lists", "lists"]
 
 
 def test_kinetics_class_folders_with_lists(run: Run) -> None:
@@ -218,19 +209,6 @@ def test_kinetics_class_folders_with_lists(run: Run) -> None:
     ]
 
 
-def test_kinetics_class_folders_without_lists_give_the_same_numbers(run: Run) -> None:
-    kinetics_arguments()
-    outcome = run("kinetics400", "--train", "k/train", "--validation", "k/val")
-    assert outcome.code == 0, outcome.err
-    assert Path("out/labels.txt").read_text() == "abseiling\nriding_or_walking_with_horse\nzumba\n"
-    assert listed("out/train.csv")["k/train/zumba/zzzzzzzzzz1_000010_000020.mp4"] == 2
-    assert listed("out/validation.csv") == {
-        "k/val/zumba/zzzzzzzzzz9_000001_000011.mp4": 2,
-        "k/val/riding or walking with horse/rrrrrrrrrr9_000007_000017.mp4": 1,
-    }
-    assert len(read_manifest("out/train.csv")) == 4
-
-
 @pytest.mark.parametrize(
     ("folder", "name"),
     [
@@ -240,13 +218,20 @@ def test_kinetics_class_folders_without_lists_give_the_same_numbers(run: Run) ->
     ],
 )
 def test_kinetics_folders_are_known_by_letters_and_digits(run: Run, folder: str, name: str) -> None:
-    touch(f"v/{folder}/a.mp4")
-    text("names.txt", f"abseiling\n{name}\n")
-    outcome = run("kinetics400", "--validation", "v", "--labels", "names.txt")
+    touch(f"v/{folder}/aaaaaaaaaaa.mp4")
+    text("lists/train.csv", HEADER + f"abseiling,bbbbbbbbbbb,0,10,train,0\n{name},c,0,10,train,0\n")
+    val = HEADER + "abseiling,aaaaaaaaaaa,0,10,val,0\n"
+    arguments = ["--videos", "v", "--lists", "lists"]
+    text("lists/validate.csv", val)
+    wrong = ("the folder of another class", f"v/{folder}/aaaaaaaaaaa.mp4", "'abseiling'")
+    refused(run("kinetics400", *arguments), "validate.csv, line 2", *wrong)
+    text("lists/validate.csv", val.replace("abseiling", name))
+    outcome = run("kinetics400", *arguments)
     assert outcome.code == 0, outcome.err
-    assert listed("out/validation.csv") == {f"v/{folder}/a.mp4": 1}
+    assert listed("out/validation.csv") == {f"v/{folder}/aaaaaaaaaaa.mp4": 1}
     assert read_manifest("out/validation.csv").label_names == ("0", name)
-    assert Path("out/labels.txt").read_text() == Path("names.txt").read_text()
+    assert "train: 2 videos listed, 0 found, 2 missing\n" in outcome.out
+    assert not Path("out/train.csv").exists()
 
 
 def test_kinetics_flat_as_mirrored_with_missing_ones(run: Run) -> None:
@@ -260,8 +245,8 @@ def test_kinetics_flat_as_mirrored_with_missing_ones(run: Run) -> None:
     rows = [f"juggling,{ids[0]},10,20,train,0", f"juggling,{ids[1]},5.0,15.0,train,0"]
     rows += [f"juggling,{ids[2]},{start},{start + 10},train,0" for start in (0, 50)]
     rows += [f"bowling,{one},1,11,train,0" for one in ids[3:]]
-    text("train.csv", HEADER + "\n".join(rows) + "\n")
-    arguments = ["--train", "k400/train", "--train-csv", "train.csv"]
+    text("lists/train.csv", HEADER + "\n".join(rows) + "\n")
+    arguments = ["--videos", "k400", "--lists", "lists"]
     outcome = run("kinetics400", *arguments)
     assert outcome.code == 0, outcome.err
     assert listed("out/train.csv") == {
@@ -283,19 +268,18 @@ def test_kinetics_flat_as_mirrored_with_missing_ones(run: Run) -> None:
     assert not Path("out/missing_train.txt").exists()  # it would be of the run before
 
 
-def test_kinetics_test_list_without_labels_and_splits_in_one_folder(run: Run) -> None:
+def test_kinetics_test_list_without_labels_and_ids_of_two_splits(run: Run) -> None:
     # The folder of all videos makes no class of them, whatever its name.
     touch("zumba/aaaaaaaaaaa_000000_000010.mp4", "zumba/bbbbbbbbbbb.mp4", "zumba/ccccccccccc.mp4")
-    text("tr.csv", HEADER + "dodgeball,aaaaaaaaaaa,0,10,train,0\nzumba,bbbbbbbbbbb,0,10,train,0\n")
+    train = "dodgeball,aaaaaaaaaaa,0,10,train,0\nzumba,bbbbbbbbbbb,0,10,train,0\n"
+    text("lists/train.csv", HEADER + train)
     touch("zumba/aaaaaaaaaaa.mp4")  # there is a better name
     # The id of a training clip: zumba/bbbbbbbbbbb.mp4 could be either.
     text(
-        "te.csv",
+        "lists/test.csv",
         "youtube_id,time_start,time_end,split\nccccccccccc,3,13,test\nbbbbbbbbbbb,90,99,test\n",
     )
-    arguments = ["--train", "zumba", "--train-csv", "tr.csv"]
-    arguments += ["--test", "zumba", "--test-csv", "te.csv"]
-    outcome = run("kinetics400", *arguments)
+    outcome = run("kinetics400", "--videos", "zumba", "--lists", "lists")
     assert outcome.code == 0, outcome.err
     assert listed("out/test.csv") == {"zumba/ccccccccccc.mp4": -1}
     assert listed("out/train.csv") == {"zumba/aaaaaaaaaaa_000000_000010.mp4": 0}
@@ -303,19 +287,10 @@ def test_kinetics_test_list_without_labels_and_splits_in_one_folder(run: Run) ->
     assert outcome.out.count("on disk") == 1
 
 
-def test_kinetics_validation_alone_takes_numbers_of_the_training_list(run: Run) -> None:
-    kinetics_arguments()
-    arguments = ["--validation", "k/val", "--validation-csv", "k/annotations/val.csv"]
-    refused(run("kinetics400", *arguments), "--train-csv", "--labels")
-    outcome = run("kinetics400", *arguments, "--train-csv", "k/annotations/train.csv")
-    assert outcome.code == 0, outcome.err
-    assert listed("out/validation.csv")["k/val/zumba/zzzzzzzzzz9_000001_000011.mp4"] == 2
-    assert not Path("out/train.csv").exists()
-
-
 def test_kinetics_paths_are_relative_below_the_output(run: Run) -> None:
     touch("out/videos/a b/x.mp4", "out/videos/c/y, z.mp4")
-    assert run("kinetics400", "--train", "out/videos").code == 0
+    text("lists/train.csv", HEADER + 'a b,x,0,10,train,0\nc,"y, z",0,10,train,0\n')
+    assert run("kinetics400", "--videos", "out/videos", "--lists", "lists").code == 0
     assert Path("out/train.csv").read_text() == (
         'path,label,label_name\nvideos/a b/x.mp4,0,a b\n"videos/c/y, z.mp4",1,c\n'
     )
@@ -336,11 +311,10 @@ def test_kinetics_paths_are_relative_below_the_output(run: Run) -> None:
         ),
         (HEADER + "\n,aaaaaaaaaaa,0,10,train,0\n", 3, "got ',aaaaaaaaaaa,0,10'"),
         (HEADER + "zumba,,0,10,train,0\n", 2, "got 'zumba,,0,10'"),
-        (HEADER + "zumba,aaaaaaaaaaa,0,10,val,0\n", 2, "of the validation split"),
         (
             HEADER + "zumba,aaaaaaaaaaa,0,10,train,0\nbowling,aaaaaaaaaaa,0,10,train,0\n",
             3,
-            "listed already in list.csv, line 2",
+            "listed already in lists/train.csv, line 2",
         ),
     ],
 )
@@ -348,56 +322,39 @@ def test_kinetics_a_malformed_list_names_file_and_line(
     run: Run, content: str, line: int, reason: str
 ) -> None:
     touch("train/aaaaaaaaaaa_000000_000010.mp4")
-    text("list.csv", content)
-    outcome = run("kinetics400", "--train", "train", "--train-csv", "list.csv")
-    refused(outcome, f"error: list.csv, line {line}: ", reason)
+    text("lists/train.csv", content)
+    outcome = run("kinetics400", "--videos", "train", "--lists", "lists")
+    refused(outcome, f"error: lists/train.csv, line {line}: ", reason)
 
 
 def test_kinetics_what_does_not_fit_is_refused(run: Run) -> None:
     arguments = kinetics_arguments()
-    text("other.csv", HEADER + "bowling,zzzzzzzzzz9,1,11,val,0\n")
-    unknown = run("kinetics400", *arguments[:6], "--validation-csv", "other.csv")
-    refused(unknown, "other.csv, line 2", "'bowling'", "k/annotations/train.csv")
-
     touch("k/train/zumba/zzzzzzzzzz1_000010_000020.webm")
     two = ("2 files for zumba/zzzzzzzzzz1_000010_000020", "000020.mp4", "000020.webm", "--suffix")
-    refused(run("kinetics400", *arguments), "k/annotations/train.csv, line 2", *two)
+    refused(run("kinetics400", *arguments), "lists/train.csv, line 2", *two)
     Path("k/train/zumba/zzzzzzzzzz1_000010_000020.webm").unlink()
-
-    touch("k/train/Zumba_/zzzzzzzzzz2_000000_000010.mp4")
-    refused(run("kinetics400", "--train", "k/train"), "'Zumba_' and 'zumba'")
-    Path("k/train/Zumba_/zzzzzzzzzz2_000000_000010.mp4").unlink()
-
-    moved = "k/val/abseiling/zzzzzzzzzz9_000001_000011.mp4"
-    touch(moved)
-    Path("k/val/zumba/zzzzzzzzzz9_000001_000011.mp4").unlink()
-    wrong = ("the folder of another class", moved, "'zumba'", "val.csv, line 2")
-    refused(run("kinetics400", *arguments), *wrong)
-
-
-def test_kinetics_two_spellings_of_a_class_in_a_list_are_refused(run: Run) -> None:
-    touch("v/aaaaaaaaaaa_000000_000010.mp4")
+    text("lists/val.csv", HEADER + "bowling,zzzzzzzzzz9,1,11,val,0\n")
+    refused(run("kinetics400", *arguments), "lists/val.csv, line 2", "'bowling'", "of lists.")
     rows = "tap_dancing,aaaaaaaaaaa,0,10,train,0\ntap dancing,bbbbbbbbbbb,0,10,train,0\n"
-    outcome = run("kinetics400", "--train", "v", "--train-csv", text("list.csv", HEADER + rows))
-    refused(outcome, "list.csv", "'tap dancing' and 'tap_dancing'")
+    text("lists/train.csv", HEADER + rows)
+    refused(run("kinetics400", *arguments), "lists: ", "'tap dancing' and 'tap_dancing'")
+    text("lists/train.csv", HEADER)
+    refused(run("kinetics400", *arguments), "the list of train is empty")
 
 
 def test_kinetics_nothing_found_says_what_was_looked_for(run: Run) -> None:
-    kinetics_arguments()
-    arguments = ["--train", "k/val", "--train-csv", "k/annotations/train.csv"]
+    arguments = kinetics_arguments()
+    touch("other/a.mp4")
     refused(
-        run("kinetics400", *arguments),
-        "none of the 4 videos of train was found, such as zumba/zzzzzzzzzz1_000010_000020",
+        run("kinetics400", "--videos", "other", *arguments[2:]),
+        "none of the 6 videos was found, such as zumba/zzzzzzzzzz1_000010_000020",
         "<youtube_id>_<time_start>_<time_end>",
-        "Name the folder of this split by --train",
+        "by --videos",
     )
-    refused(run("kinetics400", "--train", "nowhere"), "there are no videos", "nowhere")
-    Path("empty").mkdir()
-    refused(run("kinetics400", "--train", "empty"), "there are no videos (", "empty")
-    refused(run("kinetics400", "--train-csv", "k/annotations/train.csv"), "--train, --validation")
-    refused(run("kinetics400", "--train", "k/train", "--train-csv", "no.csv"), "no.csv")
-    touch("flat/aaaaaaaaaaa_000000_000010.mp4")
-    refused(run("kinetics400", "--train", "flat"), "flat holds videos outside", "give the list")
+    for folder in ("nowhere", "lists"):
+        outcome = run("kinetics400", "--videos", folder, *arguments[2:])
+        refused(outcome, "there are no videos (", folder)
+    refused(run("kinetics400", *arguments[:2], "--lists", "k"), "no train.csv", "by --lists")
 
 
 def test_kinetics_thumbnails_beside_the_videos_are_left_out(run: Run) -> None:
@@ -410,40 +367,39 @@ def test_kinetics_thumbnails_beside_the_videos_are_left_out(run: Run) -> None:
         assert outcome.code == 0, outcome.err
         kept = [file for file in before if not chosen or file.lower().endswith(".mp4")]
         assert listed("out/train.csv") == {file: before[file] for file in kept}
-    alone = run("kinetics400", "--train", "k/train", output="alone")  # class folders
-    assert alone.code == 0, alone.err
-    assert listed("alone/train.csv") == before
 
 
 def test_kinetics_what_lies_there_is_not_spoiled(run: Run) -> None:
     touch("a/run/1.mp4", "a/walk/2.mp4", "b/jump/3.mp4", "b/run/4.mp4")
-    assert run("kinetics400", "--train", "a").code == 0
+    text("a/train.csv", HEADER + "run,1,0,10,train,0\nwalk,2,0,10,train,0\n")
+    jump = HEADER + "jump,3,0,10,train,0\n"
+    text("b/train.csv", jump)
+    text("b/val.csv", HEADER + "jump,4,0,10,val,0\n")
+    assert run("kinetics400", "--videos", "a", "--lists", "a").code == 0
+    Path("out/train.csv").rename("out/mine.csv")
     before = {path.name: path.read_text() for path in Path("out").iterdir()}
-    text("other.txt", "jump\nrun\n")
-    outcome = run("kinetics400", "--validation", "b", "--labels", "other.txt")
+    Path("b/val.csv").unlink()
+    outcome = run("kinetics400", "--videos", "b", "--lists", "b")
     assert outcome.code == 2
-    assert "out/train.csv has the numbers of" in outcome.err
+    assert "out/mine.csv has the numbers of" in outcome.err
     assert {path.name: path.read_text() for path in Path("out").iterdir()} == before
-    assert run("kinetics400", "--train", "b").code == 0  # all that there is, anew
-    assert Path("out/labels.txt").read_text() == "jump\nrun\n"
+    Path("out/mine.csv").unlink()
+    assert run("kinetics400", "--videos", "b", "--lists", "b").code == 0
+    assert Path("out/labels.txt").read_text() == "jump\n"
 
-    published = HEADER + "run,1,0,10,train,0\n"
-    text("csv/train.csv", published)
-    outcome = run("kinetics400", "--train", "a", "--train-csv", "csv/train.csv", output="csv")
+    outcome = run("kinetics400", "--videos", "b", "--lists", "b", output="b")
     assert outcome.code == 2
-    assert "csv/train.csv is no manifest of a data set, and would be overwritten" in outcome.err
-    assert Path("csv/train.csv").read_text() == published
+    assert "b/train.csv is no manifest of a data set, and would be overwritten" in outcome.err
+    assert Path("b/train.csv").read_text() == jump
 
 
 def test_a_name_that_is_not_text_is_refused_or_shown_escaped(run: Run) -> None:
     try:
-        touch("a/run/1.mp4", "a/run/" + os.fsdecode(b"caf\xe9.mp4"), "a/walk/2.mp4")
+        touch("a/run/1.mp4", "a/run/" + os.fsdecode(b"caf\xe9.mp4"))
     except OSError:
         pytest.skip("this file system knows no such names")
-    refused(run("kinetics400", "--train", "a"), "not text in UTF-8", "Rename it")
-    Path("a/run/1.mp4").rename("a/run/aaaaaaaaaaa.mp4")
-    text("list.csv", HEADER + "run,aaaaaaaaaaa,0,10,train,0\n")
-    outcome = run("kinetics400", "--train", "a", "--train-csv", "list.csv")
+    text("list/train.csv", HEADER + "run,1,0,10,train,0\nrun,caf\N{REPLACEMENT CHARACTER},0,1,,0\n")
+    outcome = run("kinetics400", "--videos", "a", "--lists", "list")
     assert outcome.code == 0
     assert "run/caf\\udce9.mp4" in outcome.out
 
@@ -549,7 +505,7 @@ def test_ssv2_nothing_found(run: Run) -> None:
     touch("elsewhere/a.webm")
     refused(
         run("ssv2", "--videos", "elsewhere", "--lists", "labels"),
-        "none of the 3 videos of train was found, such as 78687",
+        "none of the 6 videos was found, such as 78687",
         "<id>.webm",
         "--videos",
     )
@@ -636,7 +592,7 @@ def test_ucf_case_is_of_no_account_and_what_is_missing_is_named(run: Run) -> Non
             "ApplyEyeMakeup/v_ApplyEyeMakeup_g02_c01.avi\n",
             ("line 1", "listed already in lists/trainlist01.txt, line 1"),
         ),
-        ("testlist01", "", ("none of the 0 videos of test_split1 was found",)),
+        ("testlist01", "", ("the list of test_split1 is empty",)),
         ("classInd", "0 ApplyEyeMakeup\n", ("line 1", "need '1 <name of the class>'")),
         ("classInd", "1 A\n3 B\n", ("line 2", "need '2 <name of the class>'")),
     ],
@@ -655,7 +611,7 @@ def test_ucf_nothing_found_no_list_and_two_files(run: Run) -> None:
     touch("elsewhere/a.avi")
     refused(
         run("ucf101", "--videos", "elsewhere", "--lists", "lists"),
-        "none of the 4 videos of train_split1 was found",
+        "none of the 6 videos was found",
         "UCF101.rar",
     )
     touch("UCF-101/copy/v_applyeyemakeup_g01_c01.avi")
@@ -741,7 +697,7 @@ def test_hmdb_what_does_not_fit_is_refused(run: Run) -> None:
     touch("elsewhere/b_0.avi")
     refused(
         run("hmdb51", "--videos", "elsewhere", *arguments[2:]),
-        "none of the 2 videos of train_split1 was found",
+        "none of the 4 videos was found",
         "<class>/<name of the video>",
         "hmdb51_org.rar",
     )
@@ -816,8 +772,8 @@ def test_imagenet_a_flat_validation_folder(run: Run, name: str, content: str) ->
     [
         ("--validation-labels", "a.JPEG 3\n", ("line 1", "'<image>.JPEG <wnid>'", "'a.JPEG 3'")),
         ("--validation-labels", "a.JPEG n00000001\n", ("line 1", "'n00000001'", "3 classes of")),
-        ("--validation-labels", "a.JPEG n01440764\n", ("none of the 1 image of val", "in/val")),
-        ("--validation-labels", "\n", ("none of the 0 images of validation",)),
+        ("--validation-labels", "a.JPEG n01440764\n", ("none of the 1 image was", "in/val")),
+        ("--validation-labels", "\n", ("the list of validation is empty",)),
         (
             "--validation-labels",
             "a.JPEG n01440764\nb/a.JPEG n01440764\n",
@@ -836,7 +792,7 @@ def test_imagenet_what_does_not_fit_names_file_and_line(
 def test_imagenet_what_cannot_be_known_is_refused(run: Run) -> None:
     arguments = flat_arguments()
     refused(run("imagenet1k", *arguments), "outside of class folders", "the list of validation")
-    refused(run("imagenet1k"), "--train, --validation")
+    refused(run("imagenet1k"), "name the folder of --train, of --validation")
     val = text("val.txt", f"{next(iter(VALIDATION))}.JPEG {WNIDS[2]}\n")
     flat = ["--validation", "in/val", "--validation-labels", val]
     refused(run("imagenet1k", *flat), "the numbers of the classes come from", "--names")

@@ -693,10 +693,7 @@ def later(path):
     os.utime(path, ns=(moment, moment))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [("--to", "files"), ("--to", "frames"), ("--to", "shards"), ("--to", "shards", "--copy")],
-)
+@pytest.mark.parametrize("options", [("--to", "files"), ("--to", "frames")])
 def test_outputs_of_sources_that_changed_are_made_again(start, tmp_path, capsys, options):
     output = tmp_path / "out"
     (tmp_path / "list.csv").write_text("path,label\na.mp4,0\nb.mp4,1\n")
@@ -720,58 +717,40 @@ def test_outputs_of_sources_that_changed_are_made_again(start, tmp_path, capsys,
     assert contents(output) == written
 
 
+@pytest.mark.parametrize("options", [(), ("--copy",)])
+def test_shards_of_which_something_changed_are_refused(start, tmp_path, capsys, options):
+    output, (listed, again) = tmp_path / "out", ("path,label\na.mp4,0\n", "path,label\na.mp4,7\n")
+    (tmp_path / "list.csv").write_text(listed)
+    source = write_source(tmp_path / "a.mp4")
+    arguments = (tmp_path / "list.csv", output, "--to", "shards", *options)
+    start(*arguments)
+    written = contents(output)
+    (tmp_path / "list.csv").write_text(again)
+    start(*arguments, code=2)
+    assert f"or with another label, such as {source}. " in capsys.readouterr().err
+    # As that message says.
+    manifest = output / "manifest.csv"
+    (output / "new.csv").write_text(manifest.read_text().replace(",0,,20", ",7,,20"))
+    start(output / "new.csv", tmp_path / "new", "--to", "shards", "--copy")
+    assert read_manifest(tmp_path / "new" / "manifest.csv").labels == (7,)
+    (row,) = labelled(output)
+    (now,) = labelled(tmp_path / "new")
+    assert TarMember.parse(row[1]).read() == TarMember.parse(now[1]).read()
+    (output / "new.csv").unlink()
+
+    (tmp_path / "list.csv").write_text(listed)
+    start(*arguments)
+    later(source)
+    start(*arguments, code=2)
+    assert "hold 1 file of another time" in capsys.readouterr().err
+    source.unlink()  # what is made of it stays
+    start(*arguments)
+    assert "0 of them new" in capsys.readouterr().out
+    assert contents(output) == written
+
+
 def labelled(output):
     return zip(rows_of(output), read_manifest(output / "manifest.csv").files, strict=True)
-
-
-def test_a_shard_with_a_label_that_changed_is_packed_anew(start, tmp_path, capsys):
-    """Nothing is encoded again, and of a run that was stopped in between nothing is left."""
-    output = tmp_path / "out"
-    (tmp_path / "list.csv").write_text("path,label\na.mp4,0\nb.mp4,1\n")
-    for name in "ab":
-        write_source(tmp_path / f"{name}.mp4")
-    start(tmp_path / "list.csv", output, "--to", "shards")
-    first, journal = output / "shard-000000.tar", (output / "journal.jsonl").read_text()
-    old = first.read_bytes()
-    (tmp_path / "list.csv").write_text("path,label\na.mp4,7\nb.mp4,1\n")
-    for _ in range(2):
-        capsys.readouterr()
-        start(tmp_path / "list.csv", output, "--to", "shards")
-        assert "0 of them new" in capsys.readouterr().out
-        assert [path.name for path in output.glob("*.tar")] == ["shard-000001.tar"]
-        with tarfile.open(output / "shard-000001.tar") as tar:
-            labels = [tar.extractfile(f"{name}.cls").read() for name in "ab"]
-            assert json.load(tar.extractfile("a.json"))["label"] == 7
-        assert labels == [b"7", b"1"]
-        assert [numbers_of(read_all(place)) for _, place in labelled(output)] == [[*range(20)]] * 2
-        # As if it had been killed before it deleted the old one.
-        first.write_bytes(old)
-        with (output / "journal.jsonl").open("r+") as file:
-            now = file.read()
-            file.seek(0)
-            file.write(journal + now)
-
-
-def test_a_shard_of_a_run_that_was_killed_after_a_change_is_not_taken_for_good(start, tmp_path):
-    output = tmp_path / "out"
-    (tmp_path / "list.csv").write_text("path\na.mp4\nb.mp4\n")
-    for name in "ab":
-        write_source(tmp_path / f"{name}.mp4")
-    start(tmp_path / "list.csv", output, "--to", "shards")
-    write_source(tmp_path / "a.mp4", frames=9)
-    later(tmp_path / "a.mp4")
-    recipe = Recipe("shards", 40, None, 5, 12, 90, 10**9, copy=False)
-    settings = json.loads((output / "settings.json").read_text())
-    for changed in (1, 0):
-        with folder_of(tmp_path, ["a.mp4", "b.mp4"], recipe) as folder:
-            folder.claim(settings)
-            assert len(folder.missing()) == changed
-            if changed:  # made, and not packed yet
-                job = folder.job(str(tmp_path / "a.mp4"))
-                folder.note(job.place, [*Transcoder(recipe)(job)][-1])
-    start(tmp_path / "list.csv", output, "--to", "shards")
-    assert [row["num_frames"] for row in rows_of(output)] == ["9", "20"]
-    assert [path.name for path in output.glob("*.tar")] == ["shard-000001.tar"]
 
 
 def test_going_on_with_folders_of_frames_looks_at_no_single_frame(
