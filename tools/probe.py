@@ -66,7 +66,7 @@ def probe(arguments: argparse.Namespace) -> None:
     """Run the probes, print a line for each, and write ``probe.json`` where there is an output.
 
     Raises:
-        ConfigError, CheckpointError, ManifestError, BadFilesError: it cannot be done.
+        ConfigError: the output has other results.
     """
     settings = {name: getattr(arguments, name) for name in SETTINGS}
     settings["checkpoint"] = str(arguments.checkpoint.resolve())

@@ -311,17 +311,14 @@ def test_without_any_python(clone: Clone, tmp_path: Path) -> None:
         (tools / name).symlink_to(found)
     result = clone.run("run_pretrain.sh", env={"HPM_PYTHON": "", "PATH": str(tools)})
     assert result.returncode == 1
-    assert "no Python 3.10 to 3.13 found" in result.stderr
+    assert "no Python 3.10 to 3.13 with" in result.stderr
 
     # As Debian's python3 is without python3-venv.
-    (tools / "python3").write_text(
-        f"#!{tools}/bash\n"
-        "[[ $2 != *ensurepip* ]] || exit 1\nif [[ $2 == *print* ]]; then echo 3.11; fi\n"
-    )
+    (tools / "python3").write_text(f"#!{tools}/bash\n[[ $2 != *ensurepip* ]]\n")
     (tools / "python3").chmod(0o755)
     result = clone.run("run_pretrain.sh", env={"HPM_PYTHON": "", "PATH": str(tools)})
     assert result.returncode == 1
-    assert "sudo apt-get install python3.11-venv" in result.stderr
+    assert "sudo apt-get install python3-venv" in result.stderr
     assert not (clone.root / ".venv").exists()
 
 
