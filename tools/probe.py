@@ -10,7 +10,6 @@ attentive  a learned query attends over the tokens, see configs/probe/attentive.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -66,17 +65,11 @@ def probe(arguments: argparse.Namespace) -> None:
     """Run the probes, print a line for each, and write ``probe.json`` where there is an output.
 
     Raises:
-        ConfigError: the output has other results.
+        ConfigError: the output has results.
     """
-    settings = {name: getattr(arguments, name) for name in SETTINGS}
-    settings["checkpoint"] = str(arguments.checkpoint.resolve())
     path = arguments.output and arguments.output / "probe.json"
-    before = json.loads(path.read_text())["settings"] if path and path.is_file() else settings
-    if differing := [name for name in settings if before.get(name) != settings[name]]:
-        raise ConfigError(
-            f"{path} holds the result of another probe (other {', '.join(differing)}); take "
-            f"another --output, or delete it"
-        )
+    if path and path.is_file():
+        raise ConfigError(f"{path} holds a result already; take another --output, or delete it")
     results = probe_cached(arguments) if {*CACHED} & {*arguments.probes} else {}
     for kind in (kind for kind in arguments.probes if kind in TRAINED):
         results[kind] = probe_trained(arguments, kind)
@@ -84,6 +77,8 @@ def probe(arguments: argparse.Namespace) -> None:
     for name, result in results.items():
         print(f"{name:28} {result['top1']:.3f}   {result['top5']:.3f}")
     if path:
+        settings = {name: getattr(arguments, name) for name in SETTINGS}
+        settings["checkpoint"] = str(arguments.checkpoint.resolve())
         write_json(path, {"settings": settings, "probes": results})
         print(f"\nwrote {path}")
 
