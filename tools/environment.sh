@@ -63,11 +63,7 @@ print(*(name for name in sys.argv[1:] if find_spec(name) is None), sep="\n  ")' 
   local place="$repository/build/import"
   mkdir -p -- "$place"
   ln -sfn -- ../../hpm_video "$place/hpm_video"
-  case ":${PYTHONPATH:-}:" in
-    *":$place:"*) ;;
-    :build/import:) export PYTHONPATH="$place" ;;
-    *) export PYTHONPATH="$place${PYTHONPATH:+:$PYTHONPATH}" ;;
-  esac
+  export PYTHONPATH="$place${PYTHONPATH:+:$PYTHONPATH}"
 }
 
 # Identifies what a part of the environment was made from, and its folder, which an editable install

@@ -24,7 +24,6 @@ from hpm_video.recognition.labels import names_of_both
 from hpm_video.runs.console import add_options, make_parser, positive, run
 from hpm_video.runs.options import add_model_options, clip_choice, open_inference, reading_of
 
-ROOT = Path(__file__).resolve().parent.parent
 CACHED = ("knn", "logistic")
 TRAINED = ("linear", "linear_images", "attentive")
 NEIGHBOURS = (10, 20, 100, 200)  # which are customary
@@ -124,7 +123,7 @@ def probe_trained(arguments: argparse.Namespace, kind: str) -> dict[str, Any]:
     from hpm_video.runs.evaluation import describe_evaluation, evaluate_run
     from hpm_video.runs.finetuning import finetune, for_checkpoint
 
-    config = load_config(FinetuneConfig, ROOT / "configs" / "probe" / f"{kind}.yaml", arguments.set)
+    config = load_config(FinetuneConfig, Path(f"probe/{kind}"), arguments.set)
     config = for_checkpoint(config, arguments.checkpoint, arguments.weights)
     data = {n: getattr(arguments, n) for n in ("train", "validation", "root", "workers", "decoder")}
     config = replace(
