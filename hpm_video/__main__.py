@@ -1,6 +1,5 @@
 """The command ``hpm-video``: each program in tools/ is a subcommand of the same name."""
 
-import ast
 import re
 import sys
 from importlib import import_module
@@ -15,10 +14,10 @@ def describe() -> dict[str, str]:
     """Return the name of each program, as the user types it, and what it does."""
     found = {}
     for path in sorted(PROGRAMS.glob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        text = (ast.get_docstring(tree) or "").splitlines()
-        if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
-            found[path.stem.replace("_", "-")] = re.sub("[:?]? python .*", "", text[0])
+        text = path.read_text(encoding="utf-8")
+        if "\ndef main(" in text:
+            about = text.partition("\n")[0].strip('"')
+            found[path.stem.replace("_", "-")] = re.sub("[:?]? python .*", "", about)
     return found
 
 

@@ -138,7 +138,9 @@ class Model:
         Raises:
             CheckpointError: the model has no teacher with a loss predictor.
         """
-        return self._difficulty(self._pixels(clips)).unflatten(1, self.grid.shape)
+        teacher_sees = self._need(TrainedAutoencoder, "difficulty").config.mining.teacher_sees
+        scores = self._teacher.difficulty(self._pixels(clips), teacher_sees)
+        return scores.unflatten(1, self.grid.shape)
 
     def mask(self, clips: Clips, *, hard_fraction: float | None = None, seed: int = 0) -> Tensor:
         """Draw a mask for each clip by the rule of its pre-training: -> (B, T', H', W') bool
@@ -154,7 +156,7 @@ class Model:
         if not 0 <= fraction <= 1:
             raise ValueError(f"hard_fraction must lie in [0, 1], got {hard_fraction}")
         pixels, num_picked = self._pixels(clips), int(rule.num_masked * fraction)
-        difficulty = self._difficulty(pixels) if num_picked else None
+        difficulty = self.difficulty(pixels).flatten(1) if num_picked else None
         keys = torch.tensor([key_of("mask", seed, place) for place in range(len(pixels))])
         priority = uniform(keys.to(self.device), rule.num_units, "mask")
         return rule.draw(difficulty, priority, num_picked).masked.unflatten(1, self.grid.shape)
@@ -193,8 +195,7 @@ class Model:
         By default, the views are those with which the config tests.
 
         Raises:
-            BadFilesError: files do not decode; the message names all of them.
-            ValueError: there are no files.
+            BadFilesError, ValueError: as of :meth:`features_of`.
             CheckpointError: the model is not a classifier.
         """
         test = self._need(TrainedClassifier, "probabilities").config.test
@@ -227,11 +228,6 @@ class Model:
             raise CheckpointError(f"{self.trained.path} was trained without a loss predictor")
         teacher = open_trained(self.trained.path, TrainedAutoencoder, "teacher").build()
         return Inference(teacher.to(self.device), self.trained.data, self.device, self.precision)
-
-    def _difficulty(self, pixels: Tensor) -> Tensor:
-        """Let the teacher see of clips what it saw in pre-training: -> (B, N)"""
-        config = self._need(TrainedAutoencoder, "difficulty").config
-        return self._teacher.difficulty(pixels, config.mining.teacher_sees)
 
     def _pixels(self, clips: Clips) -> Tensor:
         """Return clips of the model's size: -> (B, C, T, H, W) uint8"""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import venv
+import zipfile
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -435,7 +436,8 @@ def test_a_wheel_has_commands_and_configs(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     venv.create(tmp_path / "env", symlinks=True)
     (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
-    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
+    with zipfile.ZipFile(wheel) as archive:  # as pip installs what has no scripts
+        archive.extractall(site)
     libraries = Path(torch.__file__).parents[1]
     (site / "libraries.pth").write_text(f"{libraries}\n")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

@@ -61,13 +61,13 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, list[dict[str,
             f"{arguments.checkpoint} was trained with masking.strategy={config.masking.strategy}, "
             f"so its teacher picks nothing; give a checkpoint of HPM"
         )
-    for path, one in (arguments.checkpoint, config), (arguments.costs, costs):
-        if one.mining.target == "ema" or one.mining.predictor == "none":
-            raise ConfigError(
-                f"{path} has mining.target={one.mining.target} and predictor="
-                f"{one.mining.predictor}, so its teacher has to see all tokens, or there is none: "
-                f"no lever can be compared"
-            )
+    replace(config.mining, teacher_sees="quarter")  # an error where its teacher must see all
+    gmac = []
+    for view, share in LEVERS:
+        seen: Any = view if view in VIEWS else "all"
+        mining = replace(costs.mining, teacher_sees=seen, decoded_share=share)
+        of_student, of_teacher = count(replace(costs, mining=mining))
+        gmac.append(of_student + (0 if view == RANDOM else of_teacher))
     reading = Reading.of(config.data)
     manifest = read_manifest(arguments.data, arguments.root).spread(arguments.clips)
     clips = reading.clips(manifest, config.data)
@@ -83,23 +83,18 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, list[dict[str,
         values = [measures[name] for measures in found]
         return f"{statistics.mean(values):.3f} +- {statistics.pstdev(values):.3f}"
 
-    rows: list[dict[str, Any]] = []
-    for view, share in LEVERS:
-        seen: Any = view if view in VIEWS else "all"
-        mining = replace(costs.mining, teacher_sees=seen, decoded_share=share)
-        of_student, of_teacher = count(replace(costs, mining=mining))
-        gmac = of_student + (0 if view == RANDOM else of_teacher)
-        rows.append(
-            {
-                "teacher sees": view,
-                "decoded share": share,
-                "teacher ranking": spread(f"{view}/ranking"),
-                "overlap": spread(f"{view}/overlap"),
-                "student ranking": spread(f"{share}/student_ranking"),
-                "relative error": spread(f"{share}/relative_error"),
-                "GMAC": gmac,
-                "of exact": gmac / (rows[0]["GMAC"] if rows else gmac),
-            }
-        )
+    rows = [
+        {
+            "teacher sees": view,
+            "decoded share": share,
+            "teacher ranking": spread(f"{view}/ranking"),
+            "overlap": spread(f"{view}/overlap"),
+            "student ranking": spread(f"{share}/student_ranking"),
+            "relative error": spread(f"{share}/relative_error"),
+            "GMAC": cost,
+            "of exact": cost / gmac[0],
+        }
+        for (view, share), cost in zip(LEVERS, gmac, strict=True)
+    ]
     cost_of = arguments.costs or arguments.checkpoint
     yield f"{len(clips)} clips, {arguments.seeds} sets of masks; GMAC of {cost_of}", rows

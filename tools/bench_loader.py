@@ -1,9 +1,8 @@
 """Test whether data loading keeps up with the GPUs: bench.py loader CONFIG ...
 
-Tries decoders and numbers of decoding processes, each time on other videos, and times the phases of
-a training clip by the best decoder in one process. The last line says which share of the clips that
-the GPUs could train the loader gives: --needs says how many these are; otherwise updates on random
-pixels are measured on a GPU.
+Tries numbers of decoding processes, each time on other videos, with all decoders that work unless
+data.decoder names one, and times the phases of a training clip by the best one in one process. The
+last line says which share of the clips that the GPUs could train (--needs) the loader gives.
 """
 
 import argparse
@@ -12,24 +11,19 @@ from itertools import product
 from typing import Any
 
 import torch
-from bench_update import Updates  # type: ignore[import-not-found] # beside this file
 from tqdm import tqdm
 
 from hpm_video.config.choices import DecoderName
 from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import PretrainConfig
-from hpm_video.data.clips import VideoClips
 from hpm_video.decoding.locations import is_image
-from hpm_video.decoding.reader import DecoderError
-from hpm_video.decoding.registry import available_decoders
+from hpm_video.decoding.registry import available_decoders, choose_decoder
 from hpm_video.files.failures import TooManyBadFiles
-from hpm_video.preparation.benchmark import Trial, Trials, choose_setting, reader_of
+from hpm_video.preparation.benchmark import Trial, Trials, choose_setting
 from hpm_video.runs.console import above_zero, add_config, positive
 from hpm_video.runs.finetuning import Finetuning
 from hpm_video.runs.pretraining import Pretraining
-from hpm_video.runs.task import Task
-from hpm_video.training.device import choose_device, inference_precision
-from hpm_video.training.fast import choose_compiling
+from hpm_video.training.device import choose_device
 from hpm_video.workers.room import RoomError, usable_cores
 
 Rows = list[dict[str, Any]]
@@ -39,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add = parser.add_argument
     add_config(parser, "a config, or RUN/config.yaml")
-    add("--decoders", metavar="NAME,NAME", help="default: all that work")
     tried = "numbers of decoding processes to try, for all --processes together"
     add("--workers", type=several, metavar="N,N", help=tried)
     processes = (
@@ -47,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "number of GPUs, or 1"
     )
     add("--processes", type=positive, metavar="N", help=processes)
-    needs = "clips per second that all GPUs here together would train"
+    needs = "clips/s that all GPUs here together could train (bench.py update measures one)"
     add("--needs", type=above_zero, metavar="CLIPS", help=needs)
     measured = "videos whose phases are timed (48)"
     add("--clips", type=positive, default=48, help=measured)
@@ -69,7 +62,12 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, Rows]]:
     processes = arguments.processes or gpus
     batch_size = min(config.engine.micro_batch or config.recipe.batch_size, 32)
     trials = Trials(clips, config.weights, device, batch_size=batch_size, seconds=arguments.seconds)
-    tried = [Trial(decoder) for decoder in choose_decoders(arguments.decoders, clips)]
+    decoders: Sequence[DecoderName | None] = available_decoders()
+    if all(is_image(path) for stream in clips for path in stream.manifest.files):
+        decoders = [None]
+    elif config.data.decoder != "auto":
+        decoders = [choose_decoder(config.data.decoder)]
+    tried = [Trial(decoder) for decoder in decoders]
     numbers = workers_to_try(arguments.workers, processes)
     torch.set_num_threads(1)  # as in a process that decodes
     for trial, workers in tqdm([*product(tried, numbers)], "trials", leave=False, disable=None):
@@ -85,28 +83,11 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, Rows]]:
     named = f"data.decoder={decoder} " if decoder else ""
     each = f" for each of {processes} processes" if processes > 1 else ""
     print(f"\ntake {named}data.workers={max(1, workers // processes)}{each}: {rate:.1f} clips/s")
-    needs = arguments.needs
-    if needs is None and device.type != "cpu":
-        needs = processes * rate_of_updates(task, device, batch_size * config.data.repeats)
-    if needs is None:
+    if arguments.needs is None:
         print("--needs=CLIPS says whether that is enough")
     else:
-        print(f"that is {rate / needs:.0%} of the {needs:.1f} clips/s that the updates could take")
-
-
-def choose_decoders(names: str | None, clips: Sequence[VideoClips]) -> Sequence[DecoderName | None]:
-    """Return the named decoders, by default all, beginning with the config's. Images need none."""
-    if all(is_image(path) for stream in clips for path in stream.manifest.files):
-        return [None]
-    there = available_decoders()
-    if names is None:
-        own = [reader_of(stream).decoder for stream in clips]
-        return sorted(there, key=lambda name: name not in own)
-    named = names.split(",")
-    if missing := [word for word in named if word not in there]:
-        works = ", ".join(there) or "none"
-        raise DecoderError(f"--decoders: {missing[0]!r} is not one of those that work: {works}")
-    return [name for name in there if name in named]
+        share = rate / arguments.needs
+        print(f"that is {share:.0%} of the {arguments.needs:.1f} clips/s that GPUs could train")
 
 
 def workers_to_try(given: Sequence[int] | None, processes: int) -> list[int]:
@@ -130,12 +111,3 @@ def row_of(trial: Trial, numbers: Sequence[int]) -> dict[str, Any]:
             f"refuses {len(trial.refused)} of {count} files, such as {first.path}: {first.reason}"
         )
     return row
-
-
-def rate_of_updates(task: Task, device: torch.device, clips: int) -> float:
-    """Measure the clips per second of updates on random pixels by one process."""
-    task.resolve()
-    precision = task.config.engine.precision
-    precision = inference_precision(device) if precision == "auto" else precision
-    compiled = choose_compiling(task.config.engine, device)
-    return clips / float(Updates(task, device, precision, clips, compiled).measure(3))

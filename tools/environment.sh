@@ -35,16 +35,13 @@ is_supported() {
   "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
 }
 
-# --- An environment that the user already has ---------------------------------------------------
-
-# Nothing is installed there. A folder with the package alone makes it importable; from the root of
+# An environment that the user already has: nothing is installed there. A folder with the package alone makes it importable; from the root of
 # the repository, `datasets` would shadow the library of that name.
 use_given_environment() {
   python="$(command -v -- "$HPM_PYTHON" || true)"
   if [[ -z $python || -d $python ]]; then
     fail "HPM_PYTHON=$HPM_PYTHON is no program" \
-      "Name a Python interpreter, for instance HPM_PYTHON=\$(command -v python3)," \
-      "or leave HPM_PYTHON out: then an environment is made in .venv."
+      "Name a Python interpreter, or leave HPM_PYTHON out: then .venv is made."
   fi
   if [[ $python != /* ]]; then python="$PWD/$python"; fi
   is_supported "$python" || fail "HPM_PYTHON=$HPM_PYTHON is not Python 3.10 to 3.13"
@@ -66,14 +63,8 @@ print(*(name for name in sys.argv[1:] if find_spec(name) is None), sep="\n  ")' 
   local place="$repository/build/import"
   mkdir -p -- "$place"
   ln -sfn -- ../../hpm_video "$place/hpm_video"
-  case ":${PYTHONPATH:-}:" in
-    *":$place:"*) ;;
-    :build/import:) export PYTHONPATH="$place" ;;
-    *) export PYTHONPATH="$place${PYTHONPATH:+:$PYTHONPATH}" ;;
-  esac
+  export PYTHONPATH="$place${PYTHONPATH:+:$PYTHONPATH}"
 }
-
-# --- The environment of the repository ----------------------------------------------------------
 
 # Identifies what a part of the environment was made from, and its folder, which an editable install
 # names.
@@ -123,33 +114,25 @@ make_environment() {
 
 # The newest supported Python that can make environments.
 find_python() {
-  local name path incapable="" version
+  local name path
   for name in python3.13 python3.12 python3.11 python3.10 python3 python; do
     path="$(command -v "$name")" && is_supported "$path" || continue
     if "$path" -c 'import venv, ensurepip' 2>/dev/null; then
       printf '%s\n' "$path"
       return
     fi
-    incapable="${incapable:-$name}"
   done
-  if [[ -n $incapable ]]; then
-    version="$("$incapable" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
-    fail "Python $version is here, but not its modules venv and ensurepip" \
-      "On Debian and Ubuntu: sudo apt-get install python$version-venv" \
-      "Or name a Python whose environment has everything: HPM_PYTHON=/path/to/python $0"
-  fi
-  fail "no Python 3.10 to 3.13 found (looked for python3.13 to python3.10, python3, python)" \
-    "Install one, or name one that has everything: HPM_PYTHON=/path/to/python $0"
+  fail "no Python 3.10 to 3.13 with its modules venv and ensurepip was found" \
+    "Install one (Debian and Ubuntu: sudo apt-get install python3-venv)," \
+    "or name one that has everything: HPM_PYTHON=/path/to/python $0"
 }
 
 # Locks descriptor 9 until this shell and all its children have closed it. (By Python, because macOS
 # has no program flock.)
 lock() {
   exec 9<>"$repository/requirements.txt"
-  if "$1" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null; then
-    return
-  fi
-  say "another start is making the environment; waiting for it"
+  "$1" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null ||
+    say "another start is making the environment; waiting for it"
   "$1" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' 2>/dev/null ||
     say "warning: this file system has no locks; start only one at a time until .venv is made"
 }
@@ -157,11 +140,7 @@ lock() {
 pip_install() {
   local options=(--disable-pip-version-check --no-input)
   if [[ ! -t 2 ]]; then options+=(--quiet); fi
-  "$python" -m pip install "${options[@]}" "$@" >&2
-}
-
-not_installed() {
-  fail "could not install $1" \
+  "$python" -m pip install "${options[@]}" "$@" >&2 || fail "could not install $*" \
     "Start again to go on from here: what is installed or downloaded already is kept."
 }
 
@@ -169,20 +148,20 @@ install_package() {
   local deepspeed tools=("setuptools>=77,<82" wheel ninja packaging py-cpuinfo)
   say "installing requirements.txt into .venv, once: 5 GB with torch for GPUs;"
   say "a few minutes with a fast network, half an hour with a slow one"
-  pip_install --upgrade pip "${tools[@]}" || not_installed "pip and setuptools"
+  pip_install --upgrade pip "${tools[@]}"
   grep -v '^deepspeed' "$repository/requirements.txt" >"$environment/requirements.txt"
-  pip_install -r "$environment/requirements.txt" || not_installed requirements.txt
+  pip_install -r "$environment/requirements.txt"
   # After torch, which its build imports. It is optional: the default engine is plain torch.
   deepspeed="$(grep '^deepspeed' "$repository/requirements.txt")"
   say "building deepspeed (under a minute)"
-  if ! pip_install --no-build-isolation "$deepspeed"; then
+  if ! (pip_install --no-build-isolation "$deepspeed"); then
     say "warning: deepspeed did not build; engine.name=deepspeed will not work, all else does"
     say "to try again: '$python' -m pip install --no-build-isolation '$deepspeed'"
   fi
-  pip_install --no-deps --no-build-isolation -e "$repository" || not_installed "the package itself"
+  pip_install --no-deps --no-build-isolation -e "$repository"
 }
 
 install_tests() {
   say "installing what the tests need (about a minute)"
-  pip_install -r "$repository/tests/requirements.txt" || not_installed tests/requirements.txt
+  pip_install -r "$repository/tests/requirements.txt"
 }

@@ -20,7 +20,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from types import FrameType
@@ -139,21 +139,17 @@ def read_options(command_line: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
-    def add(
-        name: str, variable: str, kind: Callable[[str], object], default: object, about: str
-    ) -> None:
+    def add(name: str, variable: str, kind: type, default: object, about: str) -> None:
         default = os.environ.get(variable) or default
         parser.add_argument(name, type=kind, default=default, metavar=variable, help=about)
 
-    add("--processes", "GPUS", number("GPUS", 1), 1, "processes on this machine; default: 1")
-    add("--nodes", "NNODES", number("NNODES", 1), 1, "machines, --processes on each; default: 1")
-    rank = number("NODE_RANK", 0)
-    add("--node-rank", "NODE_RANK", rank, None, "number of this machine, from 0")
+    add("--processes", "GPUS", int, 1, "processes on this machine; default: 1")
+    add("--nodes", "NNODES", int, 1, "machines, with --processes on each; default: 1")
+    add("--node-rank", "NODE_RANK", int, None, "number of this machine, from 0")
     add("--master-addr", "MASTER_ADDR", str, None, "name or address of machine 0")
     free = "free port on machine 0; default: 29500, or any port with one machine"
-    add("--master-port", "MASTER_PORT", number("MASTER_PORT", 1), None, free)
-    saving = "seconds to save in after a stop; default: 300"
-    add("--grace", "HPM_GRACE", number("HPM_GRACE", 0), 300, saving)
+    add("--master-port", "MASTER_PORT", int, None, free)
+    add("--grace", "HPM_GRACE", float, 300.0, "seconds to save in after a stop; default: 300")
     once = "start the program once, with --dry-run and the number of processes"
     parser.add_argument("--dry-run", action="store_true", help=once)
     parser.add_argument("program", help="a Python file")
@@ -162,6 +158,11 @@ def read_options(command_line: Sequence[str] | None) -> argparse.Namespace:
     given = parser.parse_args(command_line)
     if not Path(given.program).is_file():
         parser.error(f"no program {given.program} in {Path.cwd()}; name a Python file")
+    if given.processes < 1 or given.nodes < 1:
+        parser.error(
+            f"--processes {given.processes} (GPUS) and --nodes {given.nodes} (NNODES) must be at "
+            "least 1"
+        )
     if given.nodes == 1 or given.dry_run:
         given.node_rank, given.master_addr = 0, "127.0.0.1"
     elif given.node_rank not in range(given.nodes) or given.master_addr is None:
@@ -170,18 +171,6 @@ def read_options(command_line: Sequence[str] | None) -> argparse.Namespace:
             f"{given.nodes - 1}, and --master-addr (MASTER_ADDR), the name or address of machine 0"
         )
     return given
-
-
-def number(variable: str, least: int) -> Callable[[str], int]:
-    """Make a parser of whole numbers for an option, or for the variable that stands for it."""
-
-    def parse(text: str) -> int:
-        if text.isdecimal() and int(text) >= least:
-            return int(text)
-        rule = f"({variable}) must be a whole number of at least {least}: {text}"
-        raise argparse.ArgumentTypeError(rule)
-
-    return parse
 
 
 def variables_of_processes(given: argparse.Namespace, port: int) -> list[dict[str, str]]:

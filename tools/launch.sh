@@ -27,28 +27,20 @@ usage_of_run() {
   cat <<TEXT
 $1
 
-  $run [section.key=value ...]              a demo of some minutes, CPU or GPU
-  $run CONFIG [section.key=value ...]       a configuration of yours or of configs/
+  $run [section.key=value ...]    a demo of some minutes, CPU or GPU
+  $run CONFIG [section.key=value ...]    a file, or the name of one in configs/
   $run ... --dry-run [--files=N] [--clips-per-second=N]
       what such a run would do and need; --files stands for lists of videos that are not there yet,
       and --clips-per-second, the speed of all processes together, adds the hours of the run
+  HPM_PYTHON=/path/to/python $run ...    in your environment, not in .venv
+  GPUS=8 $run ...    in 8 processes, each on a GPU of its own
+  GPUS=8 NNODES=2 NODE_RANK=0 MASTER_ADDR=NODE0 $run ...
+      on two machines: start this line on each, with its own NODE_RANK
+  sbatch tools/slurm/job.sbatch    under slurm; see the comments in that file
 ${2:+
 $2}
-The first start makes a Python environment in .venv and cuts the demo's clips.
-HPM_PYTHON=/path/to/python $run uses an environment that you have and installs nothing.
-
-CONFIG is the name of a configuration in configs/, such as demo, or a file, which is looked up from
-the current folder, then from the root of the repository.
-Paths inside a configuration or an override start from the root of the repository.
-
-Several processes, each on a GPU of its own, or on the CPU where there are no GPUs:
-
-  GPUS=8 $run           on this machine
-  GPUS=8 NNODES=2 NODE_RANK=0 MASTER_ADDR=NODE0 $run
-      on two machines: start this line on each, with its own NODE_RANK
-  sbatch tools/slurm/job.sbatch     under slurm; see the comments in that file
-
-After SIGTERM or Ctrl-C the processes have HPM_GRACE seconds (300 by default) to save the state.
+Paths inside a configuration or an override start from the root of the repository. After SIGTERM or
+Ctrl-C the processes have HPM_GRACE seconds (300 by default) to save the state.
 TEXT
 }
 

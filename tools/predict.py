@@ -48,7 +48,6 @@ def name_actions(arguments: Namespace) -> None:
 
     Raises:
         BadFilesError: some videos do not decode; the others have predictions.
-        CheckpointError, ConfigError, ManifestError, DeviceError, OSError: a wrong input.
     """
     from hpm_video.recognition.inference import each_video
 
@@ -100,24 +99,20 @@ def name_actions(arguments: Namespace) -> None:
 def find_videos(paths: Sequence[str]) -> Manifest:
     """Return the given videos and those of the given folders and manifests, each once.
 
-    Paths are relative where a video lies in the working directory.
-
     Raises:
         ManifestError: a folder or manifest cannot be read, or has no videos.
     """
-    found: dict[str, float] = {}  # frames per second by path, 0 where unknown
+    files: dict[str, None] = {}  # as an ordered set
+    fps: dict[str, float] = {}
+    kept_every: dict[str, int] = {}
     for path in paths:
         several = Path(path).is_dir() or path.lower().endswith(LISTS)
         listed = read_manifest(path) if several else Manifest((path,), (), ())
-        for file in listed.files:
-            place = Path(file).absolute()
-            is_here = place.is_relative_to(Path.cwd())
-            slash = "/" * file.endswith("/")  # of a folder of frames
-            here = f"{place.relative_to(Path.cwd())}{slash}" if is_here else file
-            found[here] = listed.fps.get(file, 0.0)
-    labels, counts = ((each,) * len(found) for each in (UNLABELLED, NOT_STATED))
-    fps = {file: rate for file, rate in found.items() if rate}
-    return Manifest((*found,), labels, counts, fps=fps)
+        files |= dict.fromkeys(listed.files)
+        fps |= listed.fps
+        kept_every |= listed.kept_every
+    labels, counts = ((each,) * len(files) for each in (UNLABELLED, NOT_STATED))
+    return Manifest((*files,), labels, counts, fps=fps, kept_every=kept_every)
 
 
 if __name__ == "__main__":

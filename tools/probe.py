@@ -10,7 +10,6 @@ attentive  a learned query attends over the tokens, see configs/probe/attentive.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +24,6 @@ from hpm_video.recognition.labels import names_of_both
 from hpm_video.runs.console import add_options, make_parser, positive, run
 from hpm_video.runs.options import add_model_options, clip_choice, open_inference, reading_of
 
-ROOT = Path(__file__).resolve().parent.parent
 CACHED = ("knn", "logistic")
 TRAINED = ("linear", "linear_images", "attentive")
 NEIGHBOURS = (10, 20, 100, 200)  # which are customary
@@ -66,17 +64,11 @@ def probe(arguments: argparse.Namespace) -> None:
     """Run the probes, print a line for each, and write ``probe.json`` where there is an output.
 
     Raises:
-        ConfigError, CheckpointError, ManifestError, BadFilesError: it cannot be done.
+        ConfigError: the output has results.
     """
-    settings = {name: getattr(arguments, name) for name in SETTINGS}
-    settings["checkpoint"] = str(arguments.checkpoint.resolve())
     path = arguments.output and arguments.output / "probe.json"
-    before = json.loads(path.read_text())["settings"] if path and path.is_file() else settings
-    if differing := [name for name in settings if before.get(name) != settings[name]]:
-        raise ConfigError(
-            f"{path} holds the result of another probe (other {', '.join(differing)}); take "
-            f"another --output, or delete it"
-        )
+    if path and path.is_file():
+        raise ConfigError(f"{path} holds a result already; take another --output, or delete it")
     results = probe_cached(arguments) if {*CACHED} & {*arguments.probes} else {}
     for kind in (kind for kind in arguments.probes if kind in TRAINED):
         results[kind] = probe_trained(arguments, kind)
@@ -84,6 +76,8 @@ def probe(arguments: argparse.Namespace) -> None:
     for name, result in results.items():
         print(f"{name:28} {result['top1']:.3f}   {result['top5']:.3f}")
     if path:
+        settings = {name: getattr(arguments, name) for name in SETTINGS}
+        settings["checkpoint"] = str(arguments.checkpoint.resolve())
         write_json(path, {"settings": settings, "probes": results})
         print(f"\nwrote {path}")
 
@@ -129,7 +123,7 @@ def probe_trained(arguments: argparse.Namespace, kind: str) -> dict[str, Any]:
     from hpm_video.runs.evaluation import describe_evaluation, evaluate_run
     from hpm_video.runs.finetuning import finetune, for_checkpoint
 
-    config = load_config(FinetuneConfig, ROOT / "configs" / "probe" / f"{kind}.yaml", arguments.set)
+    config = load_config(FinetuneConfig, Path(f"probe/{kind}"), arguments.set)
     config = for_checkpoint(config, arguments.checkpoint, arguments.weights)
     data = {n: getattr(arguments, n) for n in ("train", "validation", "root", "workers", "decoder")}
     config = replace(

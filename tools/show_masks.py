@@ -56,8 +56,7 @@ def show_masks(arguments: argparse.Namespace) -> None:
     """Write the requested pictures.
 
     Raises:
-        CheckpointError, ConfigError: the checkpoint or an argument cannot be used.
-        DecodeError, DecoderError: the video cannot be read.
+        ConfigError: an argument cannot be used.
     """
     from hpm_video.mining import pictures
     from hpm_video.mining.study import study_clips
@@ -65,9 +64,7 @@ def show_masks(arguments: argparse.Namespace) -> None:
     from hpm_video.training.device import choose_device
 
     if not arguments.video.is_file():
-        is_folder = arguments.video.is_dir()
-        wrong = "is a folder; name one video or image in it" if is_folder else "does not exist"
-        raise ConfigError(f"{arguments.video} {wrong}")
+        raise ConfigError(f"{arguments.video} is not a file; name a video or an image")
     if not 0 <= (arguments.hard_fraction or 0) <= 1:
         raise ConfigError(f"--hard-fraction must lie in [0, 1], got {arguments.hard_fraction}")
     device = choose_device(arguments.device)
@@ -117,7 +114,6 @@ def read_clip(arguments: argparse.Namespace, data: DataConfig) -> tuple[ClipBatc
     from hpm_video.data.loader import stream_parts
     from hpm_video.data.manifest import NOT_STATED, UNLABELLED, Manifest
     from hpm_video.data.reading import Views
-    from hpm_video.decoding.pyav import open_container
     from hpm_video.decoding.reader import DecodeError
     from hpm_video.files.failures import Failure
     from hpm_video.randomness import key_of
@@ -130,12 +126,7 @@ def read_clip(arguments: argparse.Namespace, data: DataConfig) -> tuple[ClipBatc
     ((_, part),) = stream_parts(one, [0], data, views, clips_per_part=1, workers=1)
     if isinstance(part, Failure):
         raise DecodeError(part.reason, path)
-    (indices,), rate = part.frames, 0.0
-    if part.num_frames > 1:
-        container, stream = open_container(path)
-        with container:
-            rate = float(stream.average_rate or 0)
-    moments = [f"frame {i}" + (f", {i / rate:.2f} s" if rate else "") for i in indices]
+    moments = [f"frame {index}" for index in part.frames[0]]
     keys = torch.tensor([key_of("show masks", arguments.video.name)])
     labels = torch.tensor([UNLABELLED])
     return ClipBatch(part.clips, keys, labels, (path,), (), arguments.source), moments

@@ -550,8 +550,10 @@ def test_the_tool_says_what_is_wrong_with_a_file(
         assert error.startswith("\nerror: ")
         return error
 
-    assert "no.mp4 does not exist" in error_of(checkpoint, video.with_name("no.mp4"))
-    assert "is a folder; name one video or image in it" in error_of(checkpoint, video.parent)
+    assert "no.mp4 is not a file; name a video or an image" in error_of(
+        checkpoint, video.with_name("no.mp4")
+    )
+    assert "is not a file; name a video" in error_of(checkpoint, video.parent)
     assert "--source a is for runs that mix sources" in error_of(checkpoint, video, "--source", "a")
     assert "cannot decode" in error_of(checkpoint, checkpoint / "config.yaml")
     content = bytearray(video.read_bytes())

@@ -129,15 +129,12 @@ def test_probabilities_are_the_mean_over_the_views(
     assert found["weights"] == how.get("weights", "model")
 
 
-def test_each_video_has_a_block_with_the_most_probable_first(
-    main, classifier, validation, capsys, monkeypatch
-):
-    monkeypatch.chdir(validation[0].parent)
+def test_each_video_has_a_block_with_the_most_probable_first(main, classifier, validation, capsys):
     assert main(classifier, *validation[:2], "--top", 2, "--device", "cpu") == 0
     header, *blocks = capsys.readouterr().out.rstrip("\n").split("\n\n")
     clips = "2 x 1 views of each: 4 frames of 32 x 24 at stride 1"
     assert header == f"2 videos, {clips}; model of update 7; cpu, fp32"
-    assert [block.splitlines()[0] for block in blocks] == [v.name for v in validation[:2]]
+    assert [block.splitlines()[0] for block in blocks] == [*map(str, validation[:2])]
     for block, video in zip(blocks, validation, strict=False):
         expected = np.sort(by_hand(classifier, video, 2, 1))[::-1]
         rows = block.splitlines()[1:]
@@ -196,15 +193,14 @@ def test_sections_of_one_video_have_predictions_of_their_own(
     )
 
 
-def test_folders_of_frames_keep_their_rate_and_their_slash(
-    main, classifier, videos, tmp_path, monkeypatch
-):
+def test_files_of_a_manifest_keep_their_rate_their_pace_and_their_slash(main, tmp_path):
     module = main.__closure__[0].cell_contents
-    (tmp_path / "list.csv").write_text("path,fps\na/,12.5\nb/,\n")
-    monkeypatch.chdir(tmp_path)
-    manifest = module.find_videos(["list.csv"])
-    assert manifest.files == ("a/", "b/")
-    assert manifest.fps == {"a/": 12.5}
+    (tmp_path / "list.csv").write_text("path,fps,kept_every\na/,12.5,1\nb/,,4\n")
+    manifest = module.find_videos([str(tmp_path / "list.csv")])
+    a, b = f"{tmp_path}/a/", f"{tmp_path}/b/"
+    assert manifest.files == (a, b)
+    assert manifest.fps == {a: 12.5}
+    assert manifest.kept_every == {b: 4}
 
 
 def test_workers_change_nothing(main, classifier, videos, tmp_path):

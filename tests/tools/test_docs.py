@@ -101,18 +101,18 @@ def stand_in(videos, labelled_videos, finished_run, finetuned_run, start_program
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", commands("python tools/"), ids=" ".join)
-def test_a_command_can_be_run(words, run_tool, stand_in, tmp_path):
+def test_a_command_can_be_run(words, call_tool, capsys, stand_in, tmp_path):
     tool, *arguments = words[1].removeprefix("tools/"), *words[2:]
     if any(mark in " ".join(words) for mark in NOT_RUN):
-        code, output = run_tool(tool.removesuffix(".py"), *_verbs(arguments), "--help")
-        missing = [word for word in arguments if word.startswith("--") and word not in output]
-        assert code == 0, output
-        assert not missing, output
+        with pytest.raises(SystemExit, match="0"):
+            call_tool(tool.removesuffix(".py"), *_verbs(arguments), "--help")
+        output = capsys.readouterr().out
+        assert [word for word in arguments if word[:2] == "--" and word not in output] == []
         return
     given = [word for argument in arguments for word in stand_in(tool, argument)]
     given += ["--output", str(tmp_path)] if tool in ("show_masks.py", "split.py") else []
     given += ["--share", "0.4"] if tool == "split.py" else []  # of three videos of a class
-    code, output = run_tool(tool.removesuffix(".py"), *given)
+    code, output = call_tool(tool.removesuffix(".py"), *given)
     assert code == 0, output
 
 

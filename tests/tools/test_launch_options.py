@@ -45,11 +45,11 @@ def test_variables_stand_for_options(job_of):
 @pytest.mark.parametrize(
     ("options", "variables", "message"),
     [
-        ((), {"GPUS": "0"}, "(GPUS) must be a whole number of at least 1: 0"),
-        ((), {"GPUS": "2.5"}, "(GPUS) must be a whole number"),
-        ((), {"NNODES": "-1"}, "(NNODES) must be a whole number"),
-        ((), {"HPM_GRACE": "long"}, "(HPM_GRACE) must be a whole number of at least 0: long"),
-        (("--processes", "0"), {}, "argument --processes: (GPUS) must be"),
+        ((), {"GPUS": "0"}, "--processes 0 (GPUS) and --nodes 1 (NNODES) must be at least 1"),
+        ((), {"GPUS": "2.5"}, "argument --processes: invalid int value: '2.5'"),
+        ((), {"NNODES": "-1"}, "--nodes -1 (NNODES) must be at least 1"),
+        ((), {"HPM_GRACE": "long"}, "argument --grace: invalid float value: 'long'"),
+        (("--processes", "0"), {}, "--processes 0 (GPUS) and"),
         (("--nodes", "2"), {}, "(NNODES) needs --node-rank (NODE_RANK), from 0 to 1, and"),
         (("--nodes", "2", "--node-rank", "0"), {}, "--master-addr (MASTER_ADDR)"),
         (

@@ -311,17 +311,14 @@ def test_without_any_python(clone: Clone, tmp_path: Path) -> None:
         (tools / name).symlink_to(found)
     result = clone.run("run_pretrain.sh", env={"HPM_PYTHON": "", "PATH": str(tools)})
     assert result.returncode == 1
-    assert "no Python 3.10 to 3.13 found" in result.stderr
+    assert "no Python 3.10 to 3.13 with" in result.stderr
 
     # As Debian's python3 is without python3-venv.
-    (tools / "python3").write_text(
-        f"#!{tools}/bash\n"
-        "[[ $2 != *ensurepip* ]] || exit 1\nif [[ $2 == *print* ]]; then echo 3.11; fi\n"
-    )
+    (tools / "python3").write_text(f"#!{tools}/bash\n[[ $2 != *ensurepip* ]]\n")
     (tools / "python3").chmod(0o755)
     result = clone.run("run_pretrain.sh", env={"HPM_PYTHON": "", "PATH": str(tools)})
     assert result.returncode == 1
-    assert "sudo apt-get install python3.11-venv" in result.stderr
+    assert "sudo apt-get install python3-venv" in result.stderr
     assert not (clone.root / ".venv").exists()
 
 
@@ -341,15 +338,12 @@ def test_package_is_found_from_anywhere_and_the_datasets_folder_is_not(clone: Cl
     assert clone.root not in search
 
 
-@pytest.mark.parametrize("before", ["", "{place}", "build/import", "/mine", "/mine:{place}"])
-def test_the_place_of_the_package_is_given_once(clone: Clone, before: str) -> None:
-    place = f"{clone.root}/build/import"
+@pytest.mark.parametrize("before", ["", "/mine"])
+def test_the_place_of_the_package_comes_before_what_is_given(clone: Clone, before: str) -> None:
     clone.python.write_text('#!/usr/bin/env bash\n[[ $1 == -c ]] || echo "$PYTHONPATH"\n')
-    result = clone.run(
-        "run_pretrain.sh", *OTHER[1:], env={"PYTHONPATH": before.format(place=place)}
-    )
-    paths = result.stdout.strip().split(":")
-    assert sorted(paths) == sorted({place, *(["/mine"] if "mine" in before else [])})
+    result = clone.run("run_pretrain.sh", *OTHER[1:], env={"PYTHONPATH": before})
+    expected = [f"{clone.root}/build/import", *([before] if before else [])]
+    assert result.stdout.strip().split(":") == expected
 
 
 def test_signals_reach_python(clone: Clone) -> None:
