@@ -57,7 +57,6 @@ SEES_A_CONFIG = {
     "recognition/trained_model.py",
     "weights/geometry.py",
     "weights/importing.py",
-    "weights/inspect.py",
 }
 NO_SCHEMA = {"choices", "checks", "batch_plan"}
 """Modules of config/ that everybody may import: they know no section."""

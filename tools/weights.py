@@ -4,7 +4,7 @@ import   make a checkpoint folder from a file of HPM, MAE, VideoMAE, VideoMAE V2
          from a folder written by transformers: for init_weights=FOLDER, and for the other tools
 export   write a checkpoint of a run for others: transformers, timm, MAE, VideoMAE, HPM, ONNX, or as
          one file
-inspect  print family, sizes and licence of the weights in a file
+inspect  print what an import would do: family, sizes and licence of the weights in a file
 
 No code in a file is run, and nothing is downloaded.
 """
@@ -59,9 +59,9 @@ def main(command_line: Sequence[str] | None = None) -> int:
     for compares in (reads, writes):
         compares.add_argument("--tolerance", help=largest, **limit)
         compares.add_argument("--no-parity", action="store_true", help="skip this slow comparison")
-    looks = commands.add_parser("inspect", help="describe a file or folder")
+    looks = commands.add_parser("inspect", help="print what an import would do")
     looks.set_defaults(command=inspect_file)
-    looks.add_argument("source", type=Path, help="file of weights, or folder of a model or run")
+    looks.add_argument("source", type=Path, help="file of weights, or folder of a model")
     add_overrides(looks)
     arguments = parser.parse_args(command_line)
     return run(lambda: arguments.command(arguments))
@@ -109,8 +109,7 @@ def overrides_by(arguments: argparse.Namespace) -> Overrides:
 def import_file(arguments: argparse.Namespace) -> None:
     """Write a checkpoint folder, unless the imported model computes something else."""
     from hpm_video.files.weights import CheckpointError
-    from hpm_video.weights.importing import import_weights, write_folder
-    from hpm_video.weights.inspect import describe
+    from hpm_video.weights.importing import describe, import_weights, write_folder
     from hpm_video.weights.verify import NOT_ASKED, compare
 
     if arguments.folder.exists():
@@ -137,9 +136,9 @@ def export_checkpoint(arguments: argparse.Namespace) -> None:
 
 def inspect_file(arguments: argparse.Namespace) -> None:
     """Print what a file or folder holds."""
-    from hpm_video.weights.inspect import inspect
+    from hpm_video.weights.importing import describe, import_weights
 
-    print("\n".join(inspect(arguments.source, overrides_by(arguments))))
+    print("\n".join(describe(import_weights(arguments.source, overrides_by(arguments)))))
 
 
 if __name__ == "__main__":

@@ -81,6 +81,8 @@ def load_feature_model(
             not the student's, or do not divide the frames.
         CheckpointError: the weights do not fit the model.
     """
+    from timm.models.vision_transformer import _convert_openai_clip
+
     model = _make(kind, name)
     own = tuple(model.patch_embed.patch_size)
     if own != patch_size[1:]:
@@ -90,6 +92,8 @@ def load_feature_model(
             f"{theirs}; give the student patches of {theirs}, or take a model with {ours}"
         )
     TokenGrid.of_clip((patch_size[0], *frame_size), patch_size)
+    if "visual.class_embedding" in weights:  # OpenAI's and OpenCLIP's names
+        weights = _convert_openai_clip(dict(weights), model)
     load_weights(model, weights, source, may_leave=("head.",) if kind == "dino" else ())
     if isinstance(model.head, nn.Linear) and model.head.bias.any():
         raise CheckpointError(

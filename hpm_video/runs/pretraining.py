@@ -40,7 +40,7 @@ from hpm_video.training.ema import MomentumSchedule
 from hpm_video.training.engine import Engine, Runner
 from hpm_video.training.optim import OPTIMIZERS, Tensors, parameter_groups
 from hpm_video.training.run import Evaluation
-from hpm_video.weights.recognise import read_image_tower
+from hpm_video.weights.files import read_image_tower
 
 log = logging.getLogger(__name__)
 

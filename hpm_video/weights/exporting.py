@@ -5,7 +5,7 @@ import logging
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -14,27 +14,35 @@ from hpm_video.files.single_file import write_single_file
 from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition.trained_model import TrainedModel, open_trained
 from hpm_video.weights import express, verify
-from hpm_video.weights.express import Expressed, To
+from hpm_video.weights.express import To
 from hpm_video.weights.families import licence_of
-from hpm_video.weights.importing import import_weights, staged, texts_of
-from hpm_video.weights.inspect import describe_left_out
+from hpm_video.weights.files import Tensors
+from hpm_video.weights.importing import describe_left_out, import_weights, staged, texts_of
 from hpm_video.weights.verify import ParityReport, against, is_installed
 
-LARGEST_ONNX = 1_900_000_000
-"""Largest weights in bytes in one file of ONNX; larger ones lie in a second file."""
-TO_INSTALL = ("onnx", "onnxscript", "onnxruntime")
+NEEDS: dict[To, tuple[str, ...]] = {
+    "transformers": ("transformers",),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+}
+"""Libraries that write or check a format, where this package does not require them anyway."""
+ENDINGS: dict[To, str] = {
+    "transformers": "",
+    "timm": "",
+    "mae": ".pth",
+    "videomae": ".pth",
+    "hpm": ".pth",
+    "onnx": ".onnx",
+    "file": ".safetensors",
+}
+"""How the names of files end; those of folders have none."""
 
 
-def _write_transformers(model: TrainedModel, expressed: Expressed, folder: Path) -> None:
-    if not is_installed("transformers"):
-        raise CheckpointError("it writes such a folder itself: pip install transformers")
-    kind, data = expressed.family.transformers_class, model.config.data
+def _write_transformers(model: TrainedModel, tensors: Tensors, folder: Path) -> None:
+    verify.as_transformers(model, tensors).save_pretrained(folder)
+    data = model.config.data
     (height, width), short_side = data.frame_size, data.validation_short_side
-    config = express.transformers_config(model, kind)
-    made: Any = verify.of_transformers(kind, None, config, expressed.tensors)
-    made.save_pretrained(folder)
     # Bit's resizes the shorter side and cuts out the middle, ViT's own resizes to a square.
-    processor = "VideoMAE" if kind.startswith("VideoMAE") else "Bit"
+    processor = "Bit" if model.config.model.class_token else "VideoMAE"
     preprocessor = {
         "image_processor_type": f"{processor}ImageProcessor",
         "do_resize": True,
@@ -51,15 +59,15 @@ def _write_transformers(model: TrainedModel, expressed: Expressed, folder: Path)
     write_json(folder / "preprocessor_config.json", preprocessor)
 
 
-def _write_timm(model: TrainedModel, expressed: Expressed, folder: Path) -> None:
+def _write_timm(model: TrainedModel, tensors: Tensors, folder: Path) -> None:
     import timm
 
     logging.getLogger("timm").setLevel(logging.WARNING)
     name, arguments = express.timm_arguments(model)
-    data, theirs = model.config.data, verify.as_timm(model, expressed.tensors)
+    data, theirs = model.config.data, verify.as_timm(model, tensors)
     size, short_side = max(data.frame_size), data.validation_short_side
     # Without the tag and the licence of the weights that timm has for such a model.
-    theirs.pretrained_cfg = {  # type: ignore[assignment]
+    theirs.pretrained_cfg = {
         "architecture": name,
         "num_classes": len(model.label_names),
         "input_size": (model.config.model.channels, *data.frame_size),
@@ -71,28 +79,28 @@ def _write_timm(model: TrainedModel, expressed: Expressed, folder: Path) -> None
         "first_conv": "patch_embed.proj",
         "classifier": "head",
     }
-    names = {"model_config": {"label_names": list(model.label_names)}} if model.label_names else {}
-    options: dict[str, Any] = {"model_args": arguments, "safe_serialization": True} | names
-    timm.models.save_for_hf(theirs, str(folder), **options)
+    names = {"label_names": list(model.label_names)} if model.label_names else {}
+    timm.models.save_for_hf(
+        theirs, str(folder), names, model_args=arguments, safe_serialization=True
+    )
 
 
-def _write_pickle(model: TrainedModel, expressed: Expressed, file: Path) -> None:
-    """Write plain values alone: the weights, and the facts of a run. HPM has a teacher too."""
-    content: dict[str, Any] = {"model": expressed.tensors, "args": express.facts_of(model)}
-    if expressed.family.name == "hpm":
-        teacher = model.tensors if model.teacher is None else model.teacher
-        second = express.express(replace(model, held=teacher), "hpm")
-        student = {f"module.{name}": value for name, value in expressed.tensors.items()}
-        content |= {"state_dict": student, "ema_state_dict": second.tensors, "model": model.kind}
+def _write_pickle(model: TrainedModel, tensors: Tensors, file: Path, to: To) -> None:
+    """Write plain values alone: the weights, and the facts of a run; of HPM the teacher, too."""
+    names: Any = "videomae" if to == "videomae" else "mae"
+    state = express.official(tensors, names)
+    content: dict[str, Any] = {"model": state, "args": express.facts_of(model)}
+    if to == "hpm":
+        content["state_dict"] = {f"module.{name}": value for name, value in state.items()}
+        content["model"] = model.kind
+        if model.teacher is not None:
+            teacher, _ = express.express(replace(model, held=model.teacher), to)
+            content["ema_state_dict"] = express.official(teacher, names)
     torch.save(content, file)
 
 
-def _write_onnx(model: TrainedModel, _: Expressed, file: Path) -> None:
+def _write_onnx(model: TrainedModel, file: Path) -> None:
     """Write a classifier as a program for onnxruntime: clips -> logits, of any number of clips."""
-    if missing := [name for name in TO_INSTALL[:2] if not is_installed(name)]:
-        raise CheckpointError(
-            f"to write ONNX needs {' and '.join(missing)}: pip install {' '.join(TO_INSTALL)}"
-        )
     clips = torch.zeros(2, model.config.model.channels, *model.config.data.clip_size)
     logging.disable(logging.WARNING)  # the exporter's messages on its steps and deprecations
     try:
@@ -113,73 +121,55 @@ def _write_onnx(model: TrainedModel, _: Expressed, file: Path) -> None:
     facts = {"labels": list(model.label_names), "clips": express.facts_of(model)}
     facts |= {"kind": model.kind}
     program.model.metadata_props.update({name: json.dumps(each) for name, each in facts.items()})
-    size = sum(tensor.nbytes for tensor in model.tensors.values())
-    program.save(file, external_data=size > LARGEST_ONNX)
+    program.save(file)
 
 
-def _check_onnx(model: TrainedModel, file: Path) -> ParityReport:
-    if not is_installed("onnxruntime"):
-        return ParityReport(not_checked="onnxruntime is not installed (pip install onnxruntime)")
-    import onnxruntime  # type: ignore[import-untyped, unused-ignore]
+def _write(to: To, model: TrainedModel, tensors: Tensors, out: Path) -> None:
+    if to == "file":
+        write_single_file(out, model.tensors, model.file, model.kind, texts_of(model))
+    elif to == "onnx":
+        _write_onnx(model, out)
+    elif to == "timm":
+        _write_timm(model, tensors, out)
+    elif to == "transformers":
+        _write_transformers(model, tensors, out)
+    else:
+        _write_pickle(model, tensors, out, to)
 
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
 
-    def outputs(trial: verify.Trial) -> verify.Outputs:
-        (logits,) = session.run(["logits"], {"clips": trial.clips.numpy()})
-        return {"logits": torch.from_numpy(logits)}
-
-    return against(outputs, model, f"onnxruntime {onnxruntime.__version__}", clips=3)
-
-
-def _check(to: To, model: TrainedModel, expressed: Expressed, out: Path) -> ParityReport:
+def _check(to: To, model: TrainedModel, out: Path) -> ParityReport:
     """Load what was written back, and compare it with the model."""
     if to == "onnx":
-        return _check_onnx(model, out)
+        import onnxruntime  # type: ignore[import-untyped, unused-ignore]
+
+        session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+
+        def logits(trial: verify.Trial) -> verify.Outputs:
+            return {"logits": torch.from_numpy(*session.run(None, {"clips": trial.clips.numpy()}))}
+
+        found = verify.differences(model, logits, clips=3)
+        return ParityReport(f"onnxruntime {onnxruntime.__version__}", found)
     if to == "timm":
-        channels = model.config.model.channels
-        return against(verify.of_timm(out, in_chans=channels), model)
+        peer = verify.from_folder(out, in_chans=model.config.model.channels)
+        return against(peer, model)
     if to == "transformers":
-        return against(verify.of_transformers(expressed.family.transformers_class, out), model)
+        return against(verify.from_folder(out, express.transformers_class(model)), model)
     if to == "file":
-        back = open_trained(out, TrainedModel, model.weights).build()
-        return against(back, model, "this package, from the file alone")
-    # What our importer reads is compared with the model, and with a library's.
-    imported = import_weights(out)
-    other, back = verify.compare(imported), imported.model.build()
-    report = against(back, model, f"our importer and {other.with_what}", of="{} read back")
-    found = (*report.differences, *other.differences)
-    return replace(other, with_what=report.with_what, differences=found)
-
-
-class Format(NamedTuple):
-    """A format that models are exported to; ``ending`` is empty where it is a folder."""
-
-    title: str
-    ending: str = ""
-
-
-FORMATS: dict[To, Format] = {
-    "transformers": Format(
-        "a folder of transformers: VideoMAE, or of images with a class token ViTMAE or ViT"
-    ),
-    "timm": Format("a folder of timm, of images: a classifier or the encoder alone"),
-    "mae": Format(
-        "a file with MAE's names, of images: what ViTDet in Detectron2 and MMSegmentation read",
-        ".pth",
-    ),
-    "videomae": Format("a file with VideoMAE's names", ".pth"),
-    "hpm": Format("a file of official HPM, of images: student, teacher and loss predictor", ".pth"),
-    "onnx": Format("a program for onnxruntime, of a classifier", ".onnx"),
-    "file": Format("one file of this package: weights, config and labels", ".safetensors"),
-}
+        back, report = open_trained(out, TrainedModel, model.weights), ParityReport("this package")
+    else:  # what our importer reads is compared with the model, and with a library's
+        imported = import_weights(out)
+        back, report = imported.model, verify.compare(imported)
+        report = replace(report, with_what=f"our importer and {report.with_what}")
+    own = verify.differences(model, lambda trial: verify.outputs_of(back.build(), trial))
+    return replace(report, differences=(*own, *report.differences))
 
 
 @dataclass(frozen=True)
 class Exported:
     """The result of an export, and what to print of it."""
 
-    expressed: Expressed
     parity: ParityReport
+    left_out: dict[str, str]
     files: tuple[Path, ...]
     lines: list[str]
 
@@ -200,42 +190,38 @@ def export(
         CheckpointError: it exists already, the format cannot express the model, a library is
             missing, the disk does not take it, or what was written computes something else.
     """
-    chosen, licence = FORMATS[to], licence_of(model.origin)
-    if out.suffix != chosen.ending and chosen.ending:
-        raise CheckpointError(f"--to {to} writes a file that ends in {chosen.ending}, got {out}")
-    parity_file = out.with_name(f"{out.name}.parity.json") if chosen.ending else out / "parity.json"
+    ending, licence = ENDINGS[to], licence_of(model.origin)
+    if ending and out.suffix != ending:
+        raise CheckpointError(f"--to {to} writes a file that ends in {ending}, got {out}")
+    parity_file = out.with_name(f"{out.name}.parity.json") if ending else out / "parity.json"
     for path in (out, parity_file):
         if path.exists() or path.is_symlink():
             raise CheckpointError(f"{path} exists already; give another name, or delete it")
+    if not all(is_installed(name) for name in NEEDS.get(to, ())):
+        raise CheckpointError(f"--to {to} needs more libraries: pip install {' '.join(NEEDS[to])}")
     model = replace(model, held=model.tensors)
-    expressed, parity = express.express(model, to), verify.NOT_ASKED
+    (tensors, left_out), parity = express.express(model, to), verify.NOT_ASKED
     with staged(out) as writing:
         there = writing / out.name
-        if to == "file":
-            write_single_file(there, model.tensors, model.file, model.kind, texts_of(model))
-        else:
-            folders = {"transformers": _write_transformers, "timm": _write_timm}
-            (folders | {"onnx": _write_onnx}).get(to, _write_pickle)(model, expressed, there)
+        _write(to, model, tensors, there)
         if not skip:
             wrong = "what was exported computes something else than our model, and is not kept"
-            parity = _check(to, model, expressed, there).judged(wrong, tolerance)
+            parity = _check(to, model, there).judged(wrong, tolerance)
         table = parity.as_table() | {
             "format": to,
             "checkpoint": str(model.path.absolute()),
             "weights": model.weights,
             "update": model.update,
-            "left_out": expressed.left_out,
-            "remarks": expressed.notes,
+            "left_out": left_out,
             "licence": licence,
         }
         write_json(writing / parity_file.relative_to(out.parent), table)
         files = tuple(out.parent / path.name for path in sorted(writing.iterdir()))
     lines = [
-        f"{model.kind} as {chosen.title}",
-        *describe_left_out(expressed.left_out),
-        *expressed.notes,
+        f"{model.kind} for {to}",
+        *describe_left_out(left_out),
         *parity.lines(),
         f"licence: {licence}",
         f"wrote {', '.join(map(str, files))}",
     ]
-    return Exported(expressed, parity, files, lines)
+    return Exported(parity, left_out, files, lines)

@@ -1,92 +1,73 @@
 """Models of ours as those of other projects: tensors, and the configs beside them."""
 
-import math
-from dataclasses import dataclass
+import re
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from hpm_video.config.choices import Positions, TransformerSize
+from hpm_video.config.choices import Pooling, Positions, TransformerSize
 from hpm_video.files.weights import CheckpointError
 from hpm_video.models.from_config import source_grid_of
 from hpm_video.models.positions import position_table, resize_positions
 from hpm_video.models.vit import LAYER_NORM_EPS
 from hpm_video.recognition.trained_model import OF_DECODERS, TrainedModel
 from hpm_video.tokens.grid import TokenGrid
-from hpm_video.weights.families import FAMILIES, TABLES, Family
+from hpm_video.weights.families import SCORE, TABLES
 from hpm_video.weights.files import Tensors
 
 To = Literal["transformers", "timm", "mae", "videomae", "hpm", "onnx", "file"]
-POSITIONS_OF = "positions as model.positions={} computes them for {} of the size of pre-training"
-BATCH_NORM_EPS = 1e-6
 NO_KEY_BIAS = "in part: a bias on keys, which this has not; the softmax ignores it"
+OFFICIAL: dict[str, tuple[tuple[str, str], ...]] = {
+    "videomae": ((r"^reconstructor\.", "decoder."), (r"^decoder_embed\.", "encoder_to_decoder.")),
+    "mae": (
+        (r"^(reconstructor|difficulty_decoder)\.head\.", r"\1.pred."),
+        (r"^reconstructor\.", "decoder_"),
+        (r"^difficulty_decoder\.(\w+)\.", r"decoder_\1_losspred."),
+    ),
+}
+"""Parts of our names and of those in files of other projects, replaced one after the other."""
 
 
-@dataclass(frozen=True)
-class Expressed:
-    """A model of ours by the names of another project."""
-
-    family: Family
-    tensors: Tensors
-    left_out: dict[str, str]  # parts of ours that have no place there, each with the reason
-    notes: tuple[str, ...]  # what differs there, with the same result
-
-
-def family_for(model: TrainedModel, to: To) -> Family:
-    """Return what a model becomes. In transformers a class token is MAE's, and none VideoMAE's."""
-    if to in ("hpm", "onnx", "file"):
-        return FAMILIES["hpm" if to == "hpm" else "ours"]
-    name: str = {"timm": "vit", "transformers": "transformers_videomae"}.get(to, to)
-    if to == "transformers" and model.config.model.class_token:
-        name = "transformers_vit" if model.is_classifier else "transformers_vitmae"
-    if model.is_classifier:
-        return FAMILIES[f"{'vit' if name == 'mae' else name}_classifier"]
-    return FAMILIES[name]
+def becomes_videomae(model: TrainedModel, to: To) -> bool:
+    """Whether it is a VideoMAE there. In transformers those without a class token are."""
+    return to == "videomae" or (to == "transformers" and not model.config.model.class_token)
 
 
 def obstacles(model: TrainedModel, to: To) -> list[str]:
-    """Return why a model cannot be expressed; empty where it can."""
-    config, pooling, size = model.config.model, model.pooling, model.config.data.clip_size
-    if to == "onnx" and not model.is_classifier:
-        return ["it takes classifiers: ./run_finetune.sh CONFIG init_weights=CHECKPOINT makes one"]
-    if to in ("onnx", "file"):
+    """Return what a format takes and a model is not; empty where it can be expressed."""
+    if to == "file":
         return []
-    family, (_, height, width) = family_for(model, to), config.patch_size
-    pixels = model.pretraining is None or model.pretraining.mining.pixel_kind
-    of_vit = family.name == "transformers_vit_classifier"
-    checks: list[tuple[object, str]] = [
-        (to == "videomae" or height == width, "square patches"),
-        (to == "timm" or pixels, "decoders of pixels, not of features (mining.target)"),
+    config, pretraining = model.config.model, model.pretraining
+    frames, height, width = model.config.data.clip_size
+    video = becomes_videomae(model, to)
+    image = to != "onnx" and not video
+    vit = image and to == "transformers" and model.is_classifier
+    mae = image and to != "timm" and not vit
+    usual: Positions = "sequence" if video else "space_time"
+    conventions = "videomae" if video else "mae"
+    poolings: list[Pooling] = ["mean_norm", "class_token"]
+    if video or vit:
+        poolings = ["class_token" if vit else "mean_norm"]
+    placed = (mae and config.positions == "given") or _has_positions(model, usual)
+    pixels = pretraining is None or pretraining.mining.pixel_kind
+    own_bias = model.is_classifier or config.conventions == conventions
+    rules: list[tuple[bool, object, str]] = [  # where it applies, whether it fits, what is taken
+        (to == "onnx", model.is_classifier, "classifiers"),
+        (image, frames == config.patch_size[0] == 1, "images, not clips of several frames"),
+        (video, not config.class_token, "models without a class token"),
+        (mae or vit, config.class_token, "models with a class token"),
+        (to != "videomae", config.patch_size[1] == config.patch_size[2], "square patches"),
+        (mae and to == "transformers", height == width, "square frames"),
+        (video or mae, pixels, "targets of pixels, not of features (mining.target)"),
+        (video or mae, placed, f"model.positions={usual}, for clips of the size of pre-training"),
+        (video or mae, own_bias, f"model.conventions={conventions}"),
+        (video or image, model.pooling in (None, *poolings), f"model.pooling={poolings}"),
+        (to == "hpm", f"{SCORE}weight" in model.tensors, "models with a loss predictor"),
     ]
-    if family.conventions == "videomae":
-        biased = config.conventions == "mae" and not model.is_classifier
-        checks += [
-            (not config.class_token, "no class token (in transformers, of images alone)"),
-            (_has_positions(model, "sequence"), POSITIONS_OF.format("sequence", "clips")),
-            (pooling in (None, "mean_norm"), "heads on the normed mean (model.pooling=mean_norm)"),
-            (not biased, "no bias from encoder to decoder (model.conventions=videomae)"),
-        ]
-    else:
-        free = to == "timm" or of_vit or config.positions == "given"
-        placed = free or _has_positions(model, "space_time")
-        on_token = not of_vit or pooling in ("class_token", "batch_norm")
-        square = to != "transformers" or of_vit or size[1] == size[2]
-        predicts = to != "hpm" or "difficulty_decoder.head.weight" in model.tensors
-        checks += [
-            (size[0] == config.patch_size[0] == 1, "images, not clips of several frames"),
-            (to == "timm" or config.class_token, "models with a class token"),
-            (placed, POSITIONS_OF.format("space_time", "images")),
-            (on_token, "heads on the class token (model.pooling), and --to timm others"),
-            (pooling != "attentive", "no pooling by attention (model.pooling=attentive)"),
-            (predicts, "models with a loss predictor, and --to mae those without"),
-            (square, "square frames"),
-        ]
-    every = "--to file takes every model, --to onnx every classifier"
-    return [f"it takes {what}; {every}" for fits, what in checks if not fits]
+    return [taken for applies, fits, taken in rules if applies and not fits]
 
 
-def _tables_of(model: TrainedModel) -> Tensors:
+def tables_of(model: TrainedModel) -> Tensors:
     """Return the positions of the tokens of a model's clips: -> (1, N, D), of its decoder too"""
     kind, source = model.config.model.positions, TokenGrid(*source_grid_of(model.config))
     sizes = [model.config.model.encoder]
@@ -105,60 +86,65 @@ def _tables_of(model: TrainedModel) -> Tensors:
 def _has_positions(model: TrainedModel, kind: Positions) -> bool:
     """Whether its tokens have the positions that a model of this kind has of its own clips."""
     usual = position_table(model.grid, model.config.model.encoder.dim, kind)
-    return (_tables_of(model)[TABLES[0]] - usual).abs().max().item() <= 1e-5
+    return (tables_of(model)[TABLES[0]] - usual).abs().max().item() <= 1e-5
 
 
-def express(model: TrainedModel, to: To) -> Expressed:
-    """Return a model by the names of another project.
+def with_tables(model: TrainedModel) -> Tensors:
+    """Return the tensors of a model with its positions, in tables with a row for a class token."""
+    first = int(model.config.model.class_token)
+    tables = {
+        name: torch.cat([torch.zeros_like(table[:, :first]), table], dim=1)
+        for name, table in tables_of(model).items()
+    }
+    return model.tensors | tables
+
+
+def express(model: TrainedModel, to: To) -> tuple[Tensors, dict[str, str]]:
+    """Return what a format holds of a model, by our names, and what it has no place for, and why.
 
     Raises:
         CheckpointError: it cannot be expressed there. Every reason is given.
     """
-    family, wrong = family_for(model, to), obstacles(model, to)
-    if wrong:
-        first = f"{model.path} cannot become what --to {to} writes:"
-        raise CheckpointError("\n  ".join([first, *wrong]))
-    return Expressed(family, {}, {}, ()) if family.name == "ours" else by_names_of(family, model)
-
-
-def by_names_of(family: Family, model: TrainedModel) -> Expressed:
-    """Return a model by the names of a family, whether or not this has such models."""
-    tensors, notes = dict(model.tensors), list[str]()
-    if model.pooling == "batch_norm":  # a head alone computes the same in use
-        names = ("running_mean", "running_var", "num_batches_tracked")
-        mean, var, _ = (tensors.pop(f"head_norm.{name}").double() for name in names)
-        weight = tensors["head.weight"].double() / (var + BATCH_NORM_EPS).sqrt()
-        tensors["head.bias"] = (tensors["head.bias"].double() - weight @ mean).float()
-        tensors["head.weight"] = weight.float()
-        notes.append("the batch norm before the head is folded into the head")
-    if family.conventions == "mae":
-        first = int(model.config.model.class_token)
-        for name, table in _tables_of(model).items():
-            tensors[name] = torch.cat([torch.zeros_like(table[:, :first]), table], dim=1)
-        if family.holds == "autoencoder" and "decoder_embed.bias" not in tensors:
-            tensors["decoder_embed.bias"] = torch.zeros(len(tensors["decoder_embed.weight"]))
-            notes.append("a bias that this has and ours has not is 0 (decoder_embed.bias)")
-    reasons = {name: _no_place(family, name, value) for name, value in tensors.items()}
-    kept = {name: tensors[name] for name, why in reasons.items() if why in ("", NO_KEY_BIAS)}
-    left_out = {name: why for name, why in reasons.items() if why and name not in TABLES}
-    if family.name == "hpm":
-        count = model.config.model.channels * math.prod(model.config.model.patch_size)
-        notes.append(
-            f"the one output of the loss predictor is written {count} times, as the official model "
-            f"has it, which averages them: the same score but for rounding"
-            + ("; it has no teacher: that is a copy" if model.teacher is None else "")
+    if wrong := obstacles(model, to):
+        raise CheckpointError(
+            f"{model.path} cannot become what --to {to} writes: it takes {', and '.join(wrong)}. "
+            f"--to file takes every model, --to onnx every classifier"
         )
-    return Expressed(family, family.write(kept), left_out, tuple(notes))
+    if to in ("onnx", "file"):
+        return model.tensors, {}
+    drops = OF_DECODERS if to == "timm" else () if to == "hpm" else ("difficulty_decoder.",)
+    every = with_tables(model)
+    kept = {name: value for name, value in every.items() if not name.startswith(drops)}
+    left_out = {name: "the format has no such part" for name in every if name not in kept}
+    if becomes_videomae(model, to):
+        kept = {name: value for name, value in kept.items() if name not in TABLES}
+        biases = (each for each in kept if each.endswith(".attn.qkv.bias"))
+        left_out |= {each: NO_KEY_BIAS for each in biases if kept[each].chunk(3)[1].any()}
+    return kept, left_out
 
 
-def _no_place(family: Family, name: str, value: Tensor) -> str:
-    """Return why a family has no place for a tensor, or for a part of it."""
-    if name.startswith("difficulty_decoder.") and family.name != "hpm":
-        return "the loss predictor is of hard patches mining alone"
-    if name.startswith(OF_DECODERS) and family.holds != "autoencoder":
-        return "it belongs to the decoder, and this is an encoder"
-    keys = name.endswith(".attn.qkv.bias") and not family.key_bias and value.chunk(3)[1].any()
-    return NO_KEY_BIAS if keys else ""
+def official(tensors: Tensors, of: Literal["mae", "videomae"]) -> Tensors:
+    """Return tensors by the names in files of MAE or HPM, or of VideoMAE, and in their shapes."""
+    found: Tensors = {}
+    for ours, value in tensors.items():
+        name = ours
+        for pattern, replacement in OFFICIAL[of]:
+            name = re.sub(pattern, replacement, name)
+        if of == "mae" and ours.startswith(SCORE):  # one output for each value of a patch
+            outputs = len(tensors["reconstructor.head.bias"])
+            found[name] = value.expand(outputs, *value.shape[1:]).contiguous()
+        elif of == "mae":
+            found[name] = value.flatten(1, 2) if value.ndim == 5 else value
+        else:
+            if "mask_token" in tensors and re.match(r"(patch_embed|blocks|norm)\.", name):
+                name = f"encoder.{name}"
+            if name.endswith(".qkv.bias"):
+                query, _, values = value.chunk(3)
+                begins = name.removesuffix("qkv.bias")
+                found |= {f"{begins}q_bias": query.clone(), f"{begins}v_bias": values.clone()}
+            else:
+                found[name] = value
+    return found
 
 
 # --- What lies beside the tensors -----------------------------------------------------------------
@@ -184,7 +170,14 @@ def facts_of(model: TrainedModel) -> dict[str, Any]:
     return facts
 
 
-def transformers_config(model: TrainedModel, kind: str) -> dict[str, Any]:
+def transformers_class(model: TrainedModel) -> str:
+    """Return the name of the class of transformers that a model becomes."""
+    if becomes_videomae(model, "transformers"):
+        return f"VideoMAEFor{'VideoClassification' if model.is_classifier else 'PreTraining'}"
+    return "ViTForImageClassification" if model.is_classifier else "ViTMAEForPreTraining"
+
+
+def transformers_config(model: TrainedModel) -> dict[str, Any]:
     """Return ``config.json`` of a model of transformers."""
     config, facts = model.config, facts_of(model)
     table: dict[str, Any] = _sizes(config.model.encoder, "") | {
@@ -193,13 +186,13 @@ def transformers_config(model: TrainedModel, kind: str) -> dict[str, Any]:
         "num_channels": config.model.channels,
         "layer_norm_eps": LAYER_NORM_EPS,
     }
-    if kind.startswith("VideoMAE"):
+    if becomes_videomae(model, "transformers"):
         table |= {"num_frames": config.data.num_frames, "tubelet_size": config.model.patch_size[0]}
         table["use_mean_pooling"] = model.is_classifier
     if pretraining := model.pretraining:
         table |= _sizes(pretraining.model.decoder, "decoder_")
         table["norm_pix_loss"] = facts["norm_pix_loss"]
-        if not kind.startswith("VideoMAE"):
+        if config.model.class_token:
             table["mask_ratio"] = pretraining.masking.ratio
     else:
         table["id2label"] = dict(enumerate(model.label_names))

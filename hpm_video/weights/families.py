@@ -1,14 +1,16 @@
-"""Families of weights that are read and written: their marks, names, axes and licences.
+"""Weights of other projects by our names, and whose they are.
 
-Our names are timm's. A family holds what is called otherwise in its files, and which of three
-operations lie between them: queries, keys and values are several tensors there, the patch kernel
-has no axis of time, or the score is the mean of many outputs.
+Our names are timm's. One table reads the names of all other projects, since none of them means by a
+name what another does not. What a file holds, and whose it is, then follows from the tensors alone.
 """
 
 import json
+import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from itertools import islice
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,184 +18,113 @@ from torch import Tensor
 from hpm_video.config.choices import Conventions
 from hpm_video.files.weights import CheckpointError
 from hpm_video.tokens.patches import TargetKind
-from hpm_video.weights.files import Tensors
+from hpm_video.weights.files import Source, Tensors
 
-Pairs = tuple[tuple[str, str], ...]
-Holds = Literal["autoencoder", "encoder", "classifier"]
-KERNEL, SCORE = "patch_embed.proj.weight", "difficulty_decoder.head."
+KERNEL, CONTENT = "patch_embed.proj.weight", "reconstructor.head.weight"
+SCORE = "difficulty_decoder.head."
 TABLES = ("pos_embed", "decoder_pos_embed")
 SUMMED = ("pos_embed_spatial", "pos_embed_temporal", "pos_embed_class")
-"""Tables of positions that add up to one of all tokens, and its row for the class token."""
-QKV = re.compile(r"(.+\.attn\.)qkv\.(weight|bias)")
-MARKS = {"autoencoder": ["reconstructor.head.weight"], "classifier": ["head.weight"], "encoder": []}
+"""Tables of mae_st that add up to one of all tokens, and its row for the class token."""
+NAMES = (
+    # MAE and HPM
+    (r"^decoder_(blocks|norm|pred)_losspred\.", r"difficulty_decoder.\1."),
+    (r"^decoder_(blocks|norm|pred)\.", r"reconstructor.\1."),
+    # VideoMAE
+    (r"^decoder\.(blocks|norm|head)\.", r"reconstructor.\1."),
+    (r"^encoder_to_decoder\.", "decoder_embed."),
+    (r"\.attn\.([qv])_bias$", r".attn.\1.bias"),
+    # transformers, in files and in memory
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^(encoder\.layer|layers)\.", "blocks."),
+    (r"^layernorm\.", "norm."),
+    (r"^classifier\.", "head."),
+    (r"^decoder\.(decoder_layers|decoder_encoder\.layer)\.", "reconstructor.blocks."),
+    (r"^decoder\.decoder_(norm|pred)\.", r"reconstructor.\1."),
+    (r"^decoder\.(decoder_embed|decoder_pos_embed|mask_token)", r"\1"),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.(attention\.query|q_proj)\.", ".attn.q."),
+    (r"\.attention\.(attention\.key|k_proj)\.", ".attn.k."),
+    (r"\.attention\.(attention\.value|v_proj)\.", ".attn.v."),
+    (r"\.attention\.attention\.([qv])_bias$", r".attn.\1.bias"),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    # both of the above
+    (r"^(reconstructor|difficulty_decoder)\.pred\.", r"\1.head."),
+)
+"""Parts of their names and of ours, replaced one after the other."""
+KERNELS = re.compile(r"(|.*\.)(patch_embed\.proj|embeddings\.patch_embeddings\.projection)\.weight")
+NO_PLACE = r"pooler\..+|embeddings\.mask_token"
+OF_MAE_ST = rf"{NO_PLACE}|decoder_.+|mask_token|pred_head\..+"
+"""Names that have no place in our models. The decoder of mae_st has a class token of its own."""
+WRAPPERS = ("state_dict", "model_state", "module", "model", "")
+"""Keys of the state dict in a file; the first that is there is taken."""
 
 
-@dataclass(frozen=True)
-class Family:
+class Family(NamedTuple):
     """Checkpoints of one kind of one project."""
 
     name: str
-    title: str
-    holds: Holds
-    axes: Literal[4, 5] = 4  # of the kernel of the patches: 4 of images, 5 of clips
+    holds: Literal["autoencoder", "encoder", "classifier"]
     transformers_class: str = ""
-    renames: Pairs = ()  # beginnings of names there and here; the first that fits is taken
-    inner: Pairs = ()  # the same of parts of names within blocks
-    split: tuple[str, ...] = ()
-    """Kinds of tensors ("weight", "bias") that queries, keys and values have one by one."""
-    key_bias: bool = True
-    """Whether keys have a bias there. It shifts all scores of a query alike: softmax ignores it."""
-    left_out: str = ""  # regular expression of names that have no place here
-    conventions: Conventions = "mae"
-    target: TargetKind = "joint"  # what pre-training predicts, unless the file says otherwise
     pixels: tuple[tuple[float, ...], ...] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     """Their mean and standard deviation, unless the file says otherwise."""
+
+    @property
+    def conventions(self) -> Conventions:
+        return "videomae" if "videomae" in self.name else "mae"
+
+    @property
+    def target(self) -> TargetKind:
+        """What pre-training predicts, unless the file says otherwise."""
+        if self.name in ("hpm", "transformers_vitmae"):
+            return "raw"
+        return "per_channel" if self.conventions == "videomae" else "joint"
 
     @property
     def licence(self) -> str:
         """What is known of their licence."""
         return next(text for begins, text in LICENCES.items() if self.name.startswith(begins))
 
-    def names(self, ours: str) -> list[str]:
-        """Return their names of a tensor of ours, or of its parts."""
-        parts, qkv = [ours], QKV.fullmatch(ours)
-        if qkv and qkv[2] in self.split:
-            every = "qv" if qkv[2] == "bias" and not self.key_bias else "qkv"
-            parts = [f"{qkv[1]}{part}.{qkv[2]}" for part in every]
-        back = [tuple((own, other) for other, own in p) for p in (self.renames, self.inner)]
-        return [renamed(part, back[0], back[1]) for part in parts]
-
-    @property
-    def marks(self) -> set[str]:
-        """Names of tensors that distinguish the family from others."""
-        ours = [KERNEL, *MARKS[self.holds]]
-        if not self.transformers_class:  # whose names of queries depend on its version
-            ours.append("blocks.0.attn.qkv.weight")
-        if self.name == "hpm":
-            ours.append(f"{SCORE}weight")
-        return {self.names(name)[0] for name in ours}
-
-    def read(self, stored: Tensors) -> "State":
-        """Return the tensors of a file by our names, copied, in single precision.
-
-        Raises:
-            CheckpointError: one is given twice, in part, or is of no use.
-        """
-        state = State(self)
-        for name, value in stored.items():
-            _check_numbers(name, value)
-            ours = renamed(name, self.renames, self.inner)
-            if re.fullmatch(self.left_out, name):
-                state.left_out[name] = "our model has no such part"
-            elif ours in state.tensors:
-                raise CheckpointError(f"{name} is given twice, by {state.names[ours]}")
-            else:
-                state.tensors[ours], state.names[ours] = value.float().clone(), name
-                state.eps = max(state.eps, torch.finfo(value.dtype).eps)
-        self._join(state.tensors, state.names)
-        return state
-
-    def _join(self, tensors: Tensors, names: dict[str, str]) -> None:
-        """Make parts of tensors those of our model."""
-        if self.axes == 4:
-            tensors[KERNEL] = tensors[KERNEL].unsqueeze(2)
-        for name in [each for each in tensors if re.search(r"\.attn\.q\.(weight|bias)$", each)]:
-            query, key, value, fused = (
-                name.replace(".q.", f".{n}.") for n in ("q", "k", "v", "qkv")
-            )
-            if name.endswith("bias") and not self.key_bias:
-                tensors.setdefault(key, torch.zeros_like(tensors[query]))
-            shape = tensors[query].shape
-            parts = (tensors.pop(part, None) for part in (query, key, value))
-            found = [part for part in parts if part is not None and part.shape == shape]
-            if len(found) < 3:
-                there = ", ".join(self.names(fused))
-                raise CheckpointError(f"missing, or not of one shape: {there}")
-            tensors[fused] = torch.cat(found)
-            names[fused] = names[query]
-        if self.name == "hpm":
-            # The difficulty of official HPM is the mean of outputs for each value of a patch.
-            values = tensors["reconstructor.head.weight"].shape[:1]
-            for name in [each for each in tensors if each.startswith(SCORE)]:
-                if tensors[name].shape[:1] == values:
-                    tensors[name] = tensors[name].double().mean(dim=0, keepdim=True).float()
-
-    def write(self, tensors: Tensors) -> Tensors:
-        """Return tensors of ours as a file of theirs has them."""
-        found: Tensors = {}
-        for name, value in tensors.items():
-            names = self.names(name)
-            if self.name == "hpm" and name.startswith(SCORE):
-                value = value.expand(len(tensors["reconstructor.head.bias"]), *value.shape[1:])
-            elif self.axes == 4 and name == KERNEL:  # frames of a patch are channels of an image
-                value = value.flatten(1, 2)
-            pieces = (value,) if len(names) == 1 else value.chunk(3)
-            pieces = pieces[::2] if len(names) == 2 else pieces
-            found |= {each: part.contiguous() for each, part in zip(names, pieces, strict=True)}
-        return found
-
-
-@dataclass
-class State:
-    """The tensors of a state dict by our names."""
-
-    family: Family
-    tensors: Tensors = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
-    """Their names in the file, of several parts that of the first."""
-    left_out: dict[str, str] = field(default_factory=dict)
-    """Names in the file that have no place here, each with the reason."""
-    eps: float = 0.0  # the distance of numbers near 1 where they are stored
-    entry: str = ""  # the key of the state dict in the file
-    prefix: str = ""  # what was taken off the names, or off those of a part
-
-    def called(self, name: str) -> str:
-        """Return the name of a tensor of ours in the file."""
-        return self.names.get(name) or self.family.names(name)[0]
-
-    def leave_out(self, beginnings: tuple[str, ...], why: str) -> None:
-        for name in [each for each in self.tensors if each.startswith(beginnings)]:
-            del self.tensors[name]
-            self.left_out[self.called(name)] = why
-
-
-def _check_numbers(name: str, value: Tensor) -> None:
-    dense = value.layout == torch.strided and not value.is_quantized
-    if value.is_meta or not value.numel() or not dense or not value.is_floating_point():
-        raise CheckpointError(
-            f"{name} must be a plain tensor of real floating-point numbers, got {value.numel()} of "
-            f"{value.dtype} on {value.device}, {value.layout}"
-        )
-    if not value.isfinite().all():
-        raise CheckpointError(f"{name} has numbers that are not finite; it is of no use")
-
-
-def renamed(name: str, beginnings: Pairs, inner: Pairs) -> str:
-    """Return a name with the first beginning and the first part within that fit replaced."""
-    old, new = next((pair for pair in beginnings if name.startswith(pair[0])), ("", ""))
-    name = new + name.removeprefix(old)
-    old, new = next((pair for pair in inner if pair[0] in name), ("", ""))
-    return name.replace(old, new, 1)
-
-
-# --- The table ------------------------------------------------------------------------------------
 
 NON_COMMERCIAL = "CC-BY-NC 4.0: no commercial use, name the authors"
 LICENCES = {
     "hpm": "HPM's code is Apache-2.0 and derived from MAE, which is CC-BY-NC 4.0; of the weights "
     "its authors say nothing: take them as CC-BY-NC 4.0",
-    "mae_st": f"Meta's weights of MAE for video are {NON_COMMERCIAL}",
-    "mae": f"MAE's weights are {NON_COMMERCIAL}",
+    "mae": f"Meta's weights of MAE, for images and for video, are {NON_COMMERCIAL}",
     "vit": "MAE's encoders and fine-tuned models have these names too, and MAE's weights are "
     f"{NON_COMMERCIAL}; of timm's models each has its own licence, see its card",
     "videomae": f"the weights of VideoMAE and VideoMAE V2 are {NON_COMMERCIAL}",
-    "transformers_videomae": f"if these descend from VideoMAE: its weights are {NON_COMMERCIAL}",
-    "transformers_vitmae": f"if these descend from MAE: its weights are {NON_COMMERCIAL}",
-    "transformers_vit": "each model has its own licence, see its card; if these descend from MAE: "
-    f"its weights are {NON_COMMERCIAL}",
+    "transformers": "each model has its own licence, see its card; if these descend from MAE or "
+    f"VideoMAE: its weights are {NON_COMMERCIAL}",
     "ours": "that of what it was trained on and began with; this project's code is Apache-2.0",
 }
 """What is known of the licences of weights, by how the names of families begin."""
+_TABLE = (
+    Family("hpm", "autoencoder"),
+    Family("mae", "autoencoder"),
+    Family("vit", "encoder"),  # of MAE or timm
+    Family("vit_classifier", "classifier"),
+    Family("mae_st", "encoder", pixels=((0.45,) * 3, (0.225,) * 3)),
+    Family("videomae", "autoencoder"),  # the second version has the same names
+    Family("videomae_encoder", "encoder"),
+    Family("videomae_classifier", "classifier"),
+    Family("transformers_videomae", "autoencoder", "VideoMAEForPreTraining"),
+    Family("transformers_videomae_encoder", "encoder", "VideoMAEModel"),
+    Family("transformers_videomae_classifier", "classifier", "VideoMAEForVideoClassification"),
+    Family("transformers_vitmae", "autoencoder", "ViTMAEForPreTraining"),
+    Family("transformers_vit_encoder", "encoder", "ViTModel"),
+    Family(
+        "transformers_vit_classifier",
+        "classifier",
+        "ViTForImageClassification",
+        ((0.5,) * 3, (0.5,) * 3),
+    ),
+)
+FAMILIES = {family.name: family for family in _TABLE}
 
 
 def licence_of(origin: str) -> str:
@@ -201,123 +132,166 @@ def licence_of(origin: str) -> str:
     return str((json.loads(origin) if origin else {}).get("licence", LICENCES["ours"]))
 
 
-def _decoder(there: str, ours: str) -> Pairs:
-    parts = {"blocks": "blocks", "norm": "norm", "pred": "head"}
-    return tuple((there.format(part), f"{ours}.{name}.") for part, name in parts.items())
+def by_our_names(theirs: Iterable[str], prefix: str) -> dict[str, str]:
+    """Return our names of tensors by theirs. ``prefix``: of an encoder, such as "module.encoder."
+
+    What all names begin with is taken off the others.
+    """
+    theirs = [*theirs]
+    common = os.path.commonprefix(theirs)
+    common = common[: common.rfind(".") + 1]
+    found = {}
+    for name in theirs:
+        ours = name.removeprefix(prefix if name.startswith(prefix) else common)
+        for pattern, replacement in NAMES:
+            ours = re.sub(pattern, replacement, ours)
+        found[name] = ours
+    return found
 
 
-MAE = _decoder("decoder_{}.", "reconstructor")
-HPM = _decoder("decoder_{}_losspred.", "difficulty_decoder")
-MAE_ST: dict[str, Any] = {
-    "axes": 5,
-    "split": ("weight", "bias"),
-    "left_out": r"decoder_.+|mask_token|pred_head\..+",  # a decoder with a class token of its own
-    "pixels": ((0.45,) * 3, (0.225,) * 3),
-}
-VIDEOMAE: dict[str, Any] = {
-    "axes": 5,
-    "inner": ((".attn.q_bias", ".attn.q.bias"), (".attn.v_bias", ".attn.v.bias")),
-    "split": ("bias",),
-    "key_bias": False,
-    "conventions": "videomae",
-    "target": "per_channel",
-}
-VERSIONS = ", first or second version"
-TO_DECODER = ("encoder_to_decoder.", "decoder_embed.")
-DECODER = ("decoder.", "reconstructor.")
-OF_VIDEOMAE = (TO_DECODER, ("decoder.decoder_layers.", "reconstructor.blocks."), DECODER)
-OF_MAE = (
-    ("decoder.decoder_layers.", "reconstructor.blocks."),
-    ("decoder.decoder_encoder.layer.", "reconstructor.blocks."),
-    *_decoder("decoder.decoder_{}.", "reconstructor"),
-    ("decoder.", ""),
-)
-IN_BLOCKS: Pairs = (
-    (".layernorm_before.", ".norm1."),
-    (".layernorm_after.", ".norm2."),
-    (".attention.attention.query.", ".attn.q."),
-    (".attention.attention.key.", ".attn.k."),
-    (".attention.attention.value.", ".attn.v."),
-    (".attention.output.dense.", ".attn.proj."),
-    (".intermediate.dense.", ".mlp.fc1."),
-    (".output.dense.", ".mlp.fc2."),
-    # Of models in memory in transformers 5:
-    (".attention.q_proj.", ".attn.q."),
-    (".attention.k_proj.", ".attn.k."),
-    (".attention.v_proj.", ".attn.v."),
-    (".attention.o_proj.", ".attn.proj."),
-)
+def prefixes_of(theirs: Iterable[str]) -> list[str]:
+    """Return what stands before the kernel of each patch embedding: of an encoder each."""
+    return [match[1] for name in theirs if (match := KERNELS.fullmatch(name))]
 
 
-def _of_transformers(
-    name: str, kind: str, holds: Holds, prefix: str, others: Pairs = (), **layout: Any
-) -> Family:
-    encoder = (
-        (f"{prefix}embeddings.patch_embeddings.projection.", "patch_embed.proj."),
-        (f"{prefix}embeddings.cls_token", "cls_token"),
-        (f"{prefix}embeddings.position_embeddings", "pos_embed"),
-        (f"{prefix}encoder.layer.", "blocks."),
-        (f"{prefix}layers.", "blocks."),
-        (f"{prefix}layernorm.", "norm."),
-        ("classifier.", "head."),
-    )
-    inner, left_out = IN_BLOCKS, r"(vit\.)?(pooler\..+|embeddings\.mask_token)"
-    if name.startswith("videomae"):
-        biases = ((f".attention.attention.{part}_bias", f".attn.{part}.bias") for part in "qv")
-        inner, layout, left_out = (*biases, *IN_BLOCKS), VIDEOMAE | layout, ""
-    layout |= {"inner": inner, "split": ("weight", "bias"), "left_out": left_out}
-    title, renames = f"{kind} of transformers", (*encoder, *others)
-    return Family(
-        f"transformers_{name}", title, holds, transformers_class=kind, renames=renames, **layout
-    )
+@dataclass
+class State:
+    """The tensors of a state dict by our names, copied, in single precision."""
+
+    prefix: str  # what was taken off the names of the encoder
+    entry: str = ""  # the key of the state dict in the file
+    family: Family = FAMILIES["vit"]
+    tensors: Tensors = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    """In the file, of several parts that of the first."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Names in the file that have no place here, each with the reason."""
+    eps: float = 0.0  # the distance of numbers near 1 where they are stored
+
+    def called(self, name: str) -> str:
+        """Return the name of a tensor in the file, or ours where it has none."""
+        return self.names.get(name, name)
+
+    def leave_out(self, beginnings: tuple[str, ...], why: str) -> None:
+        for name in [each for each in self.tensors if each.startswith(beginnings)]:
+            del self.tensors[name]
+            self.left_out[self.called(name)] = why
 
 
-_TABLE: tuple[Family, ...] = (
-    Family("hpm", "official HPM of images", "autoencoder", renames=MAE + HPM, target="raw"),
-    Family("mae", "MAE pre-training", "autoencoder", renames=MAE),
-    Family("vit", "encoder of MAE or timm's ViT", "encoder"),
-    Family("vit_classifier", "classifier of images: MAE fine-tuned, or timm's ViT", "classifier"),
-    Family("mae_st", "encoder of Meta's MAE for video", "encoder", **MAE_ST),
-    Family(
-        "videomae",
-        f"VideoMAE pre-training{VERSIONS}",
-        "autoencoder",
-        renames=(TO_DECODER, DECODER, ("mask_token", "mask_token"), ("encoder.", "")),
-        **VIDEOMAE,
-    ),
-    Family("videomae_encoder", f"encoder of VideoMAE{VERSIONS}", "encoder", **VIDEOMAE),
-    Family(
-        "videomae_classifier",
-        f"VideoMAE fine-tuned or distilled{VERSIONS}",
-        "classifier",
-        **VIDEOMAE,
-    ),
-    _of_transformers("videomae", "VideoMAEForPreTraining", "autoencoder", "videomae.", OF_VIDEOMAE),
-    _of_transformers(
-        "videomae_classifier", "VideoMAEForVideoClassification", "classifier", "videomae."
-    ),
-    _of_transformers("videomae_encoder", "VideoMAEModel", "encoder", ""),
-    _of_transformers("vitmae", "ViTMAEForPreTraining", "autoencoder", "vit.", OF_MAE, target="raw"),
-    _of_transformers(
-        "vit_classifier",
-        "ViTForImageClassification",
-        "classifier",
-        "vit.",
-        pixels=((0.5,) * 3,) * 2,
-    ),
-    _of_transformers("vit_encoder", "ViTModel", "encoder", ""),
-    Family("ours", "pre-training with this package", "autoencoder", axes=5),
-)
-FAMILIES = {family.name: family for family in _TABLE}
+def recognise(source: Source, entry: str | None = None, prefix: str | None = None) -> State:
+    """Read weights by our names, and find their family.
+
+    The prefix of an encoder is taken off. A head may lie beside it without that prefix.
+
+    Args:
+        source: the content of a file.
+        entry: the key of a state dict, where the file has several.
+        prefix: how the names of the wanted model begin, where others lie beside it.
+
+    Raises:
+        CheckpointError: it is of no known family, or holds several models; or a tensor is given
+            twice, in part, or is of no use.
+    """
+    entry = _entry_of(source, entry)
+    every = source.entries[entry]
+    stored = {name: value for name, value in every.items() if name.startswith(prefix or "")}
+    if CONTENT in stored:
+        raise CheckpointError("it is of this package already: give its folder as init_weights")
+    prefixes = prefixes_of(stored)
+    if len(prefixes) > 1:
+        raise CheckpointError(
+            f"it holds several models, whose names begin with {' or '.join(map(repr, prefixes))}; "
+            f"choose with --prefix, or save the state dict of one model alone"
+        )
+    begins = prefixes[0] if prefixes else ""
+    state = _read(stored, begins)
+    state.entry = entry
+    outside = (name for name in every if name not in stored)
+    state.left_out |= dict.fromkeys(outside, "it does not begin with the prefix")
+    family = _family_of(state)
+    if family is None:
+        shapes = (f"{name} {tuple(value.shape)}" for name, value in islice(every.items(), 12))
+        raise CheckpointError(
+            f"it is none of {', '.join(FAMILIES)}: plain vision transformers, without layer scale, "
+            f"relative positions or registers. Its first tensors:\n  " + "\n  ".join(shapes)
+        )
+    state.family, tensors = family, state.tensors
+    if tensors[KERNEL].ndim == 4:  # of images
+        tensors[KERNEL] = tensors[KERNEL].unsqueeze(2)
+    # The difficulty of official HPM is the mean of outputs for each value of a patch.
+    for name in [each for each in tensors if each.startswith(SCORE) and CONTENT in tensors]:
+        if tensors[name].shape[:1] == tensors[CONTENT].shape[:1]:
+            tensors[name] = tensors[name].double().mean(dim=0, keepdim=True).float()
+    return state
 
 
-def families_of(tensors: Tensors) -> list[Family]:
-    """Return the most specific families that tensors fit. No VideoMAE has a class token."""
-    fit = [
-        family
-        for family in FAMILIES.values()
-        if tensors.keys() >= family.marks
-        and tensors[family.names(KERNEL)[0]].ndim == family.axes
-        and not (family.conventions == "videomae" and "cls_token" in tensors)
-    ]
-    return [family for family in fit if not any(family.marks < other.marks for other in fit)]
+def _entry_of(source: Source, asked: str | None) -> str:
+    """Return the key of the wanted state dict."""
+    there = ", ".join(map(repr, source.entries))
+    known = [name for name in WRAPPERS if name in source.entries]
+    if asked is not None and asked not in source.entries:
+        raise CheckpointError(f"it has no state dict {asked!r}, but {there}")
+    if asked is None and not known and len(source.entries) > 1:
+        raise CheckpointError(f"it holds several state dicts: {there}; choose with --entry")
+    return [*known, *source.entries][0] if asked is None else asked
+
+
+def _read(stored: Tensors, prefix: str) -> State:
+    """Take the tensors of a state dict by our names, where each has a place."""
+    state, ours = State(prefix), by_our_names(stored, prefix)
+    no_place = OF_MAE_ST if f"{prefix}{SUMMED[0]}" in stored else NO_PLACE
+    for name, value in stored.items():
+        _check_numbers(name, value)
+        if re.fullmatch(no_place, name.removeprefix(prefix)):
+            state.left_out[name] = "our model has no such part"
+        elif ours[name] in state.tensors:
+            raise CheckpointError(f"{name} is given twice, by {state.names[ours[name]]}")
+        else:
+            state.tensors[ours[name]], state.names[ours[name]] = value.float().clone(), name
+            state.eps = max(state.eps, torch.finfo(value.dtype).eps)
+    _join_queries_keys_and_values(state.tensors, state.names)
+    return state
+
+
+def _check_numbers(name: str, value: Tensor) -> None:
+    plain = value.layout == torch.strided and not value.is_quantized and not value.is_meta
+    if not plain or not value.is_floating_point() or not value.numel():
+        raise CheckpointError(f"{name} must hold real floating-point numbers, got {value!r:.80}")
+    if not value.isfinite().all():
+        raise CheckpointError(f"{name} has numbers that are not finite; it is of no use")
+
+
+def _join_queries_keys_and_values(tensors: Tensors, names: dict[str, str]) -> None:
+    """Make one tensor of three. A missing bias on keys is 0: the softmax ignores it anyway."""
+    for query in [each for each in tensors if each.endswith((".attn.q.weight", ".attn.q.bias"))]:
+        key, value, fused = (query.replace(".q.", f".{part}.") for part in ("k", "v", "qkv"))
+        if query.endswith("bias"):
+            tensors.setdefault(key, torch.zeros_like(tensors[query]))
+        shape = tensors[query].shape
+        parts = (tensors.pop(name, None) for name in (query, key, value))
+        found = [part for part in parts if part is not None and part.shape == shape]
+        if len(found) < 3 or fused in tensors:
+            raise CheckpointError(
+                f"missing, given twice, or not of one shape: {query}, {key}, {value}"
+            )
+        tensors[fused], names[fused] = torch.cat(found), names[query]
+
+
+def _family_of(state: State) -> Family | None:
+    """Return whose tensors they are; none where they are of nobody who is known."""
+    tensors, of_transformers = state.tensors, "embeddings." in state.names.get(KERNEL, "")
+    axes = tensors[KERNEL].ndim if KERNEL in tensors else 0
+    if axes not in (4, 5) or "blocks.0.attn.qkv.weight" not in tensors:
+        return None
+    if SUMMED[0] in tensors:
+        return FAMILIES["mae_st"]
+    if axes == 5 and "cls_token" in tensors:  # VideoMAE has none
+        return None
+    holds = "classifier" if "head.weight" in tensors else "encoder"
+    holds = "autoencoder" if CONTENT in tensors else holds
+    name = "videomae" if axes == 5 else "vit"
+    if (axes, holds) == (4, "autoencoder"):
+        mines = f"{SCORE}weight" in tensors
+        name = "vitmae" if of_transformers else "hpm" if mines else "mae"
+    name = f"transformers_{name}" if of_transformers else name
+    return FAMILIES.get(f"{name}_{holds}") or FAMILIES[name]

@@ -58,15 +58,11 @@ def read_source(path: Path) -> Source:
     if path.name in FILES_OF_A_FOLDER and (path.parent / "config.json").is_file():
         path = path.parent
     file = next((path / name for name in FILES_OF_A_FOLDER if (path / name).is_file()), path)
-    if file.is_dir():
-        raise CheckpointError(
-            f"{path} holds no weights (none of {', '.join(FILES_OF_A_FOLDER)}); give a folder that "
-            f"save_pretrained wrote, in one file of weights, or that file itself"
-        )
     if not file.is_file():
+        what = "holds no weights" if file.is_dir() else "does not exist"
         raise CheckpointError(
-            f"{file} does not exist; give a file of weights or the folder of a model. Nothing is "
-            f"downloaded, so fetch it beforehand"
+            f"{file} {what}; give a file of weights, or a folder with one of "
+            f"{', '.join(FILES_OF_A_FOLDER)}. Nothing is downloaded, so fetch it beforehand"
         )
     if file.suffix not in (".safetensors", *PICKLED):
         raise CheckpointError(
@@ -79,12 +75,6 @@ def read_source(path: Path) -> Source:
         raise CheckpointError(
             f"{file} is not a complete safetensors file: {error}; fetch it anew"
         ) from error
-    names = {name for entry, tensors in source.entries.items() for name in (entry, *tensors)}
-    if odd := sorted(name for name in names if not name.isprintable()):
-        raise CheckpointError(
-            f"{path} has a tensor of the name {odd[0]!r}, with characters that control a terminal; "
-            f"no model has such names"
-        )
     if not path.is_dir():
         return source
     config, pixels = (_read_json(path / f"{n}.json") for n in ("config", "preprocessor_config"))
@@ -99,9 +89,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a table in JSON; fetch it anew")
     return content
-
-
-# --- Pickles --------------------------------------------------------------------------------------
 
 
 class _SetAside:
@@ -122,9 +109,8 @@ def _read_pickle(path: Path) -> object:
     members = zipfile.ZipFile(path).infolist() if zipped else []
     if (inflated := sum(member.file_size for member in members)) > size:
         raise CheckpointError(
-            f"{path} has {size:,} bytes, and what is packed in it {inflated:,}. torch.save "
-            f"compresses nothing, so somebody else packed it; if you trust it, unpack it and pack "
-            f"it anew without compression (zip -0)"
+            f"{path} has {size:,} bytes, and what is packed in it {inflated:,}; torch.save "
+            f"compresses nothing. If you trust it, pack it anew without compression (zip -0)"
         )
     try:
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
@@ -141,9 +127,7 @@ def _read_pickle(path: Path) -> object:
             ) from error
         raise CheckpointError(
             f"{path} is not a complete file of torch.save with weights alone "
-            f"({type(error).__name__}): fetch it anew. If it is a program of TorchScript that you "
-            f'trust, save its weights: torch.save(torch.jit.load("{path.name}", '
-            f'map_location="cpu").state_dict(), "weights.pth"), and give weights.pth'
+            f"({type(error).__name__}): fetch it anew, or save the state_dict() of its model alone"
         ) from error
 
 
@@ -159,10 +143,9 @@ def _sort(path: Path, content: object) -> Source:
             f"{path} must hold a state dict, got {', '.join(kinds) or type(content).__name__}; "
             f"save the model's state_dict()"
         )
-    beside: list[str] = []
-    for key, value in table.items():
-        tensors, shown = entries.get(str(key)), str(key) if str(key).isprintable() else repr(key)
-        beside += [f"{key}.{name}" for name in value if name not in tensors] if tensors else [shown]
+    beside = [str(key) for key in table if str(key) not in entries]
+    for entry, tensors in entries.items():
+        beside += [f"{entry}.{name}" for name in table.get(entry, {}) if name not in tensors]
     epoch, arguments = table.get("epoch"), table.get("args")
     arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
     arguments = dict(arguments) if isinstance(arguments, Mapping) else {}
@@ -176,3 +159,22 @@ def _tensors_of(value: object) -> Tensors:
         return {}
     tensors = {name: item for name, item in value.items() if isinstance(item, Tensor)}
     return tensors if 2 * len(tensors) > len(value) else {}
+
+
+def read_image_tower(path: Path) -> Tensors:
+    """Return the weights of the image model in a file, by the names of timm, DINO or OpenAI's CLIP.
+
+    The file holds a state dict, or one under "teacher", "state_dict" or "model".
+
+    Raises:
+        CheckpointError: the file cannot be read safely, or holds none.
+    """
+    entries = read_source(path).entries
+    entry = next((name for name in ("teacher", "state_dict", "model", "") if name in entries), None)
+    if entry is None:
+        raise CheckpointError(
+            f"{path} must hold a state dict alone, or one under 'teacher', 'state_dict' or "
+            f"'model', got {', '.join(map(repr, entries))}; save the model's state_dict()"
+        )
+    weights = {name.removeprefix("module."): value for name, value in entries[entry].items()}
+    return {name.removeprefix("backbone."): value for name, value in weights.items()}

@@ -7,12 +7,11 @@ the same, and compute something else.
 
 import math
 import re
-import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hpm_video.config.choices import Conventions, Interpolation, Pooling, TransformerSize
+from hpm_video.config.choices import Conventions, Pooling, TransformerSize
 from hpm_video.config.data import DataConfig, PretrainDataConfig
 from hpm_video.config.mining import MaskingConfig, MiningConfig
 from hpm_video.config.model import ClassifierConfig, ModelConfig
@@ -21,7 +20,7 @@ from hpm_video.config.training import EvaluationConfig
 from hpm_video.files.weights import CheckpointError
 from hpm_video.tokens.grid import Size3, TokenGrid
 from hpm_video.tokens.patches import TargetKind
-from hpm_video.weights.families import KERNEL, SUMMED, TABLES, State
+from hpm_video.weights.families import CONTENT, KERNEL, SCORE, SUMMED, TABLES, State
 from hpm_video.weights.files import Source
 
 ONLY: dict[str, tuple[Any, ...]] = {
@@ -34,7 +33,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
 """Keys in a config.json of transformers or timm, and the values that they may have."""
 ENCODER_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
 """Heads of the known encoders by their width."""
-FRESH_DECODERS: dict[Conventions, dict[int, TransformerSize]] = {
+DECODERS: dict[Conventions, dict[int, TransformerSize]] = {
     "videomae": {
         384: TransformerSize(192, 4, 3),
         768: TransformerSize(384, 4, 6),
@@ -45,9 +44,6 @@ FRESH_DECODERS: dict[Conventions, dict[int, TransformerSize]] = {
     "mae": dict.fromkeys((768, 1024, 1280), TransformerSize(512, 8, 16)),
 }
 """The papers' decoders for encoders of these widths."""
-
-
-# --- Facts ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -68,40 +64,39 @@ class Overrides:
     label_names: tuple[str, ...] | None = None
 
 
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError("a whole number of at least 1")
-    return value
-
-
-def _size(value: Any) -> tuple[int, int]:
-    """One number stands for height and width, which may follow the number of channels."""
-    height, width = value[-2:] if isinstance(value, list | tuple) and value[1:] else (value, value)
-    return _count(height), _count(width)
-
-
-def _label_names(value: Any) -> tuple[str, ...]:
-    if isinstance(value, Mapping):
-        by_number = {str(key): name for key, name in value.items()}
-        value = [by_number.get(str(i), "") for i in range(len(by_number))]
-    names = tuple(map(str, value))
-    if not all(name.isprintable() and name.strip() == name != "" for name in names):
-        raise ValueError("names in one line for classes from 0 on")
-    return names
-
-
-FACTS: dict[str, tuple[tuple[str, ...], Callable[[Any], Any]]] = {
-    "heads": (("num_attention_heads", "num_heads"), _count),
-    "decoder_heads": (("decoder_num_attention_heads",), _count),
-    "num_frames": (("num_frames",), _count),
-    "frame_size": (("img_size", "image_size", "input_size"), _size),
-    "frame_stride": (("sampling_rate",), _count),
-    "target": (("norm_pix_loss", "normlize_target"), bool),
-    "label_names": (("id2label", "label_names"), _label_names),
-    "mean": (("image_mean", "mean"), lambda value: tuple(map(float, value))),
-    "std": (("image_std", "std"), lambda value: tuple(map(float, value))),
+FACTS: dict[str, tuple[str, ...]] = {
+    "heads": ("num_attention_heads", "num_heads"),
+    "decoder_heads": ("decoder_num_attention_heads",),
+    "num_frames": ("num_frames",),
+    "frame_size": ("img_size", "image_size", "input_size"),
+    "frame_stride": ("sampling_rate",),
+    "target": ("norm_pix_loss", "normlize_target"),
+    "label_names": ("id2label", "label_names"),
+    "mean": ("image_mean", "mean"),
+    "std": ("image_std", "std"),
 }
-"""Names of each fact in other projects, and how it is read."""
+"""Names of each fact in other projects."""
+
+
+def _checked(fact: str, value: Any) -> Any:
+    """Return a fact as our configs have it, or raise an error of what it is not."""
+    if fact in ("mean", "std"):
+        return tuple(map(float, value))
+    if fact == "target":
+        return bool(value)
+    if fact == "label_names":
+        by_number = (
+            value if isinstance(value, Mapping) else {str(i): n for i, n in enumerate(value)}
+        )
+        names = tuple(str(by_number.get(str(i), "")) for i in range(len(by_number)))
+        if not all(name.isprintable() and name.strip() == name != "" for name in names):
+            raise ValueError("names in one line for classes from 0 on")
+        return names
+    # Of a size, one number stands for height and width, which may follow the number of channels.
+    numbers = value[-2:] if fact == "frame_size" and isinstance(value, list | tuple) else [value]
+    if not numbers or any(type(each) is not int or each < 1 for each in numbers):
+        raise ValueError("whole numbers of at least 1")
+    return (numbers[0], numbers[-1]) if fact == "frame_size" else value
 
 
 def read_facts(source: Source, given: Overrides) -> dict[str, Any]:
@@ -120,26 +115,17 @@ def read_facts(source: Source, given: Overrides) -> dict[str, Any]:
     if not isinstance(eps, float) or not 0 < eps <= 1e-5:
         wrong["layer_norm_eps"] = eps
     if wrong:
-        told = ", ".join(f"{key}={value!r}" for key, value in wrong.items())
-        raise CheckpointError(
-            f"its config.json has values that no model of this package can have: {told}"
-        )
-    facts: dict[str, Any] = {"pool": arguments.get("global_pool", config.get("global_pool"))}
-    values = source.arguments | pretrained | more | config | arguments
-    for fact, (names, read) in FACTS.items():
+        raise CheckpointError(f"its config.json has values that no model here can have: {wrong}")
+    facts: dict[str, Any] = {"pool": every.get("global_pool")}
+    values = source.arguments | pretrained | more | every
+    for fact, names in FACTS.items():
         name = next((name for name in names if values.get(name) is not None), "")
         try:
-            facts[fact] = read(values[name]) if name else None
-        except (AttributeError, TypeError, ValueError) as rule:
-            raise CheckpointError(
-                f"its {name} must be {rule}, got {reprlib.repr(values[name])}; give the right one "
-                f"by an option"
-            ) from rule
+            facts[fact] = _checked(fact, values[name]) if name else None
+        except (TypeError, ValueError) as rule:
+            raise CheckpointError(f"its {name} must be {rule}, got {values[name]!r:.80}") from rule
     facts |= {name: value for name, value in vars(given).items() if value is not None}
     return {name: value for name, value in facts.items() if value is not None}
-
-
-# --- The config -----------------------------------------------------------------------------------
 
 
 class Inference:
@@ -158,17 +144,15 @@ class Inference:
         self.config = self._config()
 
     def _config(self) -> PretrainConfig | FinetuneConfig:
-        family, first = self.family, "cls_token" in self.tensors
-        if not first and family.name.startswith(("hpm", "mae")):
-            raise CheckpointError("missing cls_token")
+        family, mines = self.family, f"{SCORE}weight" in self.tensors
         dim, channels, *patch = self.shape_of(KERNEL, 5)
         patch_size: Size3 = (patch[0], patch[1], patch[2])
         model: dict[str, Any] = {
-            "encoder": self.size_of("encoder", dim),
+            "encoder": self.size_of("encoder", "", dim),
             "patch_size": patch_size,
             "channels": channels,
             "positions": "space_time" if family.conventions == "mae" else "sequence",
-            "class_token": first,
+            "class_token": "cls_token" in self.tensors,
             "conventions": family.conventions,
         }
         classifies = family.holds == "classifier" and not self.facts["encoder_only"]
@@ -186,7 +170,6 @@ class Inference:
                 model=ClassifierConfig(**model),
                 test=EvaluationConfig() if grid.time > 1 else EvaluationConfig(clips=1, crops=1),
             )
-        mines = "difficulty_decoder.head.weight" in self.tensors
         target = self.choose("target", "target", family.target)
         if target is True:
             target = "joint" if family.conventions == "mae" else "per_channel"
@@ -208,33 +191,18 @@ class Inference:
 
     def shape_of(self, name: str, axes: int) -> tuple[int, ...]:
         """Return the shape of a tensor that a family must have, with so many axes."""
-        if name not in self.tensors or self.tensors[name].ndim != axes:
-            shape = [tuple(each.shape) for key, each in self.tensors.items() if key == name]
-            raise CheckpointError(
-                f"missing {self.state.called(name)}, or not of {axes} axes, got {shape or 'none'}"
-            )
-        return tuple(self.tensors[name].shape)
+        shape = tuple(self.tensors[name].shape) if name in self.tensors else None
+        if shape is None or len(shape) != axes:
+            called = self.state.called(name)
+            raise CheckpointError(f"missing {called}, or not of {axes} axes, got {shape}")
+        return shape
 
-    def decoder(self, dim: int) -> TransformerSize:
-        """Return the size of the decoder, or of one that starts fresh."""
-        if self.family.holds == "autoencoder" and not self.facts["encoder_only"]:
-            return self.size_of("decoder", self.shape_of("reconstructor.head.weight", 2)[-1])
-        usual = FRESH_DECODERS[self.family.conventions].get(dim)
-        found: TransformerSize | None = self.facts.get("decoder", usual)
-        if found is None:
-            raise CheckpointError(
-                f"it has no decoder, and none is known for an encoder of width {dim}; give the "
-                f"size of one that starts fresh: --decoder WIDTH DEPTH HEADS"
-            )
-        return found
-
-    def size_of(self, part: str, dim: int) -> TransformerSize:
-        """Return the size of the encoder, or of the decoder."""
-        begins, fact, known = "", "heads", ENCODER_HEADS
+    def size_of(self, part: str, begins: str, dim: int) -> TransformerSize:
+        """Return the size of the encoder, or of the decoder, whose names begin so."""
+        fact, known = "heads", ENCODER_HEADS
         if part == "decoder":
-            begins, fact = "reconstructor.", "decoder_heads"
-            decoders = FRESH_DECODERS[self.family.conventions].values()
-            known = {each.dim: each.num_heads for each in decoders}
+            decoders = DECODERS[self.family.conventions].values()
+            fact, known = "decoder_heads", {each.dim: each.num_heads for each in decoders}
         if fact not in self.facts and dim not in known:
             raise CheckpointError(
                 f"weights do not show the number of heads, and the {part} of width {dim} is none "
@@ -246,12 +214,25 @@ class Inference:
         heads = self.choose(f"heads of the {part}", fact, known.get(dim))
         return TransformerSize(dim, depth, heads, None if wide == 4 * dim else wide)
 
+    def decoder(self, dim: int) -> TransformerSize:
+        """Return the size of the decoder, or of one that starts fresh."""
+        if self.family.holds == "autoencoder" and not self.facts["encoder_only"]:
+            return self.size_of("decoder", "reconstructor.", self.shape_of(CONTENT, 2)[-1])
+        usual = DECODERS[self.family.conventions].get(dim)
+        found: TransformerSize | None = self.facts.get("decoder", usual)
+        if found is None:
+            raise CheckpointError(
+                f"it has no decoder, and none is known for an encoder of width {dim}; give the "
+                f"size of one that starts fresh: --decoder WIDTH DEPTH HEADS"
+            )
+        return found
+
     def clip_size(self, patch_size: Size3) -> Size3:
         """Return frames and pixels of the clips that the model was trained on."""
         time, height, width = patch_size
         given, steps, tokens = self.facts.get("frame_size"), 0, 0
-        if set(SUMMED) & self.tensors.keys():
-            _, steps, tokens = (self.shape_of(name, 3)[1] for name in reversed(SUMMED))
+        if SUMMED[0] in self.tensors:
+            tokens, steps = (self.shape_of(name, 3)[1] for name in SUMMED[:2])
         elif self.family.conventions == "mae":
             rows = self.shape_of(TABLES[0], 3)[1]
             # timm's models may have no row for a class token: the others then fill the square.
@@ -261,7 +242,9 @@ class Inference:
         square = side and side * side == tokens
         usual = (side * height, side * width) if square else (224, 224)
         size = usual if square and given is None else self.choose("frame size", "frame_size", usual)
-        frames = 1 if self.family.axes == 4 else steps * time
+        frames = steps * time
+        if self.family.conventions == "mae" and not steps:
+            frames = 1
         return (frames or self.choose("number of frames", "num_frames", 16), size[0], size[1])
 
     def pooling(self) -> Pooling:
@@ -276,10 +259,9 @@ class Inference:
                 self.assumed.append("head on the class token")
             return "class_token"
         raise CheckpointError(
-            f"a head here stands on the normed mean of the tokens (fc_norm alone), or on the class "
-            f"token (norm alone), and this has {' and '.join(sorted(norms)) or 'no norm'}, "
-            f"{'a' if first else 'no'} class token and global_pool={pool!r}: its head looks at "
-            f"something else. Take its encoder alone: --encoder-only"
+            f"a head here stands on the normed mean of the tokens (fc_norm, global_pool=avg) or on "
+            f"the class token (norm, global_pool=token); this has {sorted(norms)} and "
+            f"global_pool={pool!r}. Take its encoder alone: --encoder-only"
         )
 
     def data(self, clip_size: Size3) -> dict[str, Any]:
@@ -287,7 +269,7 @@ class Inference:
         image, facts, (mean, std) = clip_size[0] == 1, self.facts, self.family.pixels
         if not {"mean", "std"} <= facts.keys():
             self.assumed.append(f"mean {mean} and standard deviation {std} of the pixels")
-        usual: Interpolation = "bicubic" if image else "bilinear"
+        usual = "bicubic" if image else "bilinear"
         short_side = round(max(clip_size) * 256 / 224) if image else None
         self.assumed.append(f"resizing {usual}, of a short side of {short_side or 'the clip'}")
         return {

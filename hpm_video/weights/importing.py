@@ -1,8 +1,10 @@
 """Import of weights of other projects by the names of this one."""
 
 import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,10 +31,16 @@ from hpm_video.recognition.trained_model import (
 )
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.checkpoint import checksums_of, flush, on_host, sha256_of
-from hpm_video.weights.families import SUMMED, TABLES, Family, State
+from hpm_video.weights.families import (
+    CONTENT,
+    SUMMED,
+    TABLES,
+    Family,
+    State,
+    recognise,
+)
 from hpm_video.weights.files import Source, Tensors, read_source
 from hpm_video.weights.geometry import Inference, Overrides
-from hpm_video.weights.recognise import recognise
 
 SAME_POSITIONS = 1e-3
 """Largest difference between computed tables of positions, beside the rounding of the file."""
@@ -71,35 +79,34 @@ def import_weights(path: Path, overrides: Overrides | None = None) -> Imported:
         CheckpointError: the file cannot be read safely, is of no known family, or does not fit:
             each tensor that is unknown, missing or of another shape is named.
     """
-    given, title = overrides or Overrides(), ""
-    source = Source(path, {}) if folder_of(path) else read_source(path)
+    given = overrides or Overrides()
+    if _is_ours(path):
+        raise CheckpointError(f"{path} is of this package already: give it as init_weights")
+    source = read_source(path)
     try:
-        states = [recognise(source, given.entry, given.prefix)] if source.entries else []
-        if not states or states[0].family.name == "ours":
-            raise CheckpointError("it is of this package already: give its folder as init_weights")
-        family, alone = states[0].family, given.entry or given.prefix or given.encoder_only
-        title = f" ({family.title})"
+        states = [recognise(source, given.entry, given.prefix)]
+        alone = given.entry or given.prefix or given.encoder_only
         beside = source.entries.keys() - {states[0].entry}
-        if TEACHER in beside and family.holds == "autoencoder" and not alone:
+        if TEACHER in beside and states[0].family.holds == "autoencoder" and not alone:
             teacher = recognise(source, TEACHER)
-            states += [teacher] if teacher.family is family else []
-        return _imported(source, states, given)
+            states += [teacher] if teacher.family is states[0].family else []
+        return _fit(source, states, given)
     except (CheckpointError, ConfigError, ValueError) as error:
-        raise CheckpointError(f"{path}{title}: {error}") from error
+        raise CheckpointError(f"{path}: {error}") from error
 
 
-def folder_of(path: Path) -> Path | None:
-    """Return the checkpoint folder or single file of this package that a path is, or lies in."""
+def _is_ours(path: Path) -> bool:
+    """Whether it is a checkpoint folder or single file of this package, or lies in a folder."""
     folder = path if path.is_dir() else path.parent
-    if (path.is_dir() or path.stem in NAMES) and (folder / "config.yaml").is_file():
-        return folder
-    if path.is_file() and path.suffix == ".safetensors":
-        with suppress(CheckpointError), as_folder(path):
-            return path
-    return None
+    if path.is_dir() or path.stem in NAMES:
+        return (folder / "config.yaml").is_file()
+    with suppress(CheckpointError), as_folder(path):
+        return path.is_file()
+    return False
 
 
-def _imported(source: Source, states: list[State], given: Overrides) -> Imported:
+def _fit(source: Source, states: list[State], given: Overrides) -> Imported:
+    """Infer the model of which the first of the states is, and fit them all to it."""
     state, *of_teacher = states
     inferred = Inference(source, state, given)
     may_lack: tuple[str, ...] = ()
@@ -125,10 +132,10 @@ def _imported(source: Source, states: list[State], given: Overrides) -> Imported
             hint = "--encoder-only leaves out a head"
             if each.prefix:
                 hint += f", --prefix {each.prefix} all names that do not begin with it"
-            lines = [f"its tensors are not those of our model ({hint}):", *wrong]
-            raise CheckpointError("\n  ".join(lines))
+            lines = [f"the tensors of {each.family.name} are not those of our model ({hint}):"]
+            raise CheckpointError("\n  ".join([*lines, *wrong]))
     left_out = state.left_out | dict.fromkeys(source.beside, "no weights")
-    others = source.entries.keys() - {state.entry, *(each.entry for each in of_teacher)}
+    others = source.entries.keys() - {each.entry for each in states}
     left_out |= dict.fromkeys(sorted(others), "another state dict; choose it with --entry")
     for each in of_teacher:
         left_out |= {f"{OF_TEACHER}{name}": why for name, why in each.left_out.items()}
@@ -144,8 +151,8 @@ def _with_positions(
     if config.model.conventions == "videomae":  # which has none in its files
         return config
     grid = TokenGrid.of_clip(config.data.clip_size, config.model.patch_size)
-    sizes, farthest, learned = {TABLES[0]: config.model.encoder.dim}, 0.0, False
-    if isinstance(config, PretrainConfig) and "reconstructor.head.weight" in states[0].tensors:
+    sizes, learned = {TABLES[0]: config.model.encoder.dim}, False
+    if isinstance(config, PretrainConfig) and CONTENT in states[0].tensors:
         sizes[TABLES[1]] = config.model.decoder.dim
     for state in states:
         if SUMMED[0] in state.tensors:
@@ -155,14 +162,12 @@ def _with_positions(
         for table, dim in sizes.items():
             ours = position_table(grid, dim, config.model.positions).unsqueeze(0)
             distance = _to_own_positions(state, table, ours)
-            farthest = max(farthest, distance)
             learned |= distance > SAME_POSITIONS + state.eps
     if learned:
         given: Any = replace(config.model, positions="given")
         return replace(config, model=given)
     for state in states:
-        why = f"computed here, with the same numbers (largest difference {farthest:.1e})"
-        state.leave_out(TABLES, why)
+        state.leave_out(TABLES, "computed here, with the same numbers")
     return config
 
 
@@ -186,6 +191,43 @@ def _to_own_positions(state: State, table: str, ours: Tensor) -> float:
         )
     state.tensors[table] = found
     return (found - ours).abs().max().item()
+
+
+# --- What a file holds, in words ------------------------------------------------------------------
+
+
+def describe(imported: Imported) -> list[str]:
+    """Return family, sizes, licence and all that is not the file's own, in lines."""
+    state, config = imported.state, imported.model.config
+    lines = [
+        imported.family.name,
+        f"{config.model}",
+        f"{config.data.num_frames} frames of {config.data.frame_size}",
+        f"licence: {imported.family.licence}",
+    ]
+    if state.prefix:
+        lines.append(f"names begin with {state.prefix!r}, which is left out")
+    if imported.teacher is not None:
+        lines.append("a teacher is beside them, and is taken too")
+    if imported.assumed:
+        lines.append(f"not in the file, defaults taken: {'; '.join(imported.assumed)}")
+    if imported.fresh:
+        lines.append(f"start fresh: {_grouped(imported.fresh)}")
+    return [*lines, *describe_left_out(imported.left_out)]
+
+
+def describe_left_out(left_out: dict[str, str]) -> list[str]:
+    """Return lines on what is left out, and why."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        reasons.setdefault(reason, []).append(name)
+    return [f"left out: {_grouped(names)}: {why}" for why, names in reasons.items()]
+
+
+def _grouped(names: Iterable[str]) -> str:
+    """List the names of tensors, those of all blocks as one."""
+    kinds = Counter(re.sub(r"((^|[._])(blocks\w*|layers?))\.\d+\..*", r"\1", n) for n in names)
+    return ", ".join(f"{n} ({count} tensors)" if count > 1 else n for n, count in kinds.items())
 
 
 # --- Files that are complete or absent ------------------------------------------------------------
@@ -244,19 +286,28 @@ def write_folder(imported: Imported, folder: Path, parity: dict[str, Any]) -> No
         "left_out": imported.left_out,
         "start_fresh": list(imported.fresh),
     }
+    drawn = model.make().state_dict() if imported.fresh else {}
+    weights = {"model": drawn | model.tensors}
+    if imported.teacher is not None:
+        weights["teacher"] = imported.teacher
     with staged(folder) as staging:
         writing = staging / folder.name
-        writing.mkdir()
-        drawn = model.make().state_dict() if imported.fresh else {}
-        save_file(on_host(drawn | model.tensors), writing / "model.safetensors")
-        if imported.teacher is not None:
-            save_file(on_host(imported.teacher), writing / "teacher.safetensors")
-        for name, text in texts_of(model).items():
-            (writing / name).write_text(text, encoding="utf-8")
-        state = {"update": 0, "imported_from": imported.family.name}
-        write_json(writing / "state.json", {**state, "sha256": checksums_of(writing)})
+        write_model(writing, model, weights, imported_from=imported.family.name)
         write_json(writing / "origin.json", origin)
         write_json(writing / "parity.json", parity)
+
+
+def write_model(
+    folder: Path, model: TrainedModel, weights: dict[str, Tensors], **state: str
+) -> None:
+    """Write a checkpoint folder. ``state``: what its state.json has beside update and checksums."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, tensors in weights.items():
+        save_file(on_host(tensors), folder / f"{name}.safetensors", metadata={"format": "pt"})
+    for name, text in texts_of(model).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    sums = {"sha256": checksums_of(folder)}
+    write_json(folder / "state.json", {"update": model.update, **state, **sums})
 
 
 def texts_of(model: TrainedModel) -> dict[str, str]:

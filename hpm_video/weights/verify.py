@@ -1,9 +1,8 @@
 """Models of ours as those of libraries, and the comparison of what both compute."""
 
 import importlib.util
-import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,15 +16,15 @@ from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.models.vit import LAYER_NORM_EPS
 from hpm_video.recognition.trained_model import TrainedModel
-from hpm_video.tokens.masking import STRATEGIES, MaskRule, TokenMask, count_masked
+from hpm_video.tokens.masking import TokenMask, choose_masked, count_masked
 from hpm_video.weights import express
-from hpm_video.weights.families import FAMILIES
-from hpm_video.weights.files import Tensors
+from hpm_video.weights.families import by_our_names, prefixes_of
+from hpm_video.weights.files import FILES_OF_A_FOLDER, Tensors
 from hpm_video.weights.importing import OF_TEACHER, Imported
 
 TOLERANCE = 1e-4  # largest difference in single precision, as a share of the largest value
 Outputs = dict[str, Tensor]
-UNUSED = r"pooler|embeddings\.mask_token|\.key\.bias$"
+UNUSED = re.compile(r"pooler|embeddings\.mask_token|\.key\.bias$")
 """Tensors of transformers that change nothing of what is compared."""
 
 
@@ -35,10 +34,6 @@ class Trial(NamedTuple):
     clips: Tensor
     noise: Tensor
     mask: TokenMask
-
-
-Peer = nn.Module | Callable[[Trial], Outputs]
-"""A model of ours or of a library, or what computes the outputs of one."""
 
 
 class Difference(NamedTuple):
@@ -100,77 +95,40 @@ class ParityReport:
 NOT_ASKED = ParityReport(not_checked="it was not asked for")
 
 
-def against(
-    peer: Peer, model: TrainedModel, title: str = "", *, clips: int = 1, of: str = "{}"
-) -> ParityReport:
-    """Compare what a model and another implementation compute of clips of noise.
-
-    Args:
-        peer: the other one. The eps of its layer norms is set to ours, as no config can.
-        model: ours.
-        title: of the other one, where it is no model of a library.
-        clips: how many.
-        of: format of the outputs' names.
-    """
-    notes: tuple[str, ...] = ()
-    if isinstance(peer, nn.Module) and not title:
-        library = type(peer).__module__.partition(".")[0]
-        version = importlib.import_module(library).__version__
-        title = f"{library} {version}: {type(peer).__name__}"
-        if others := _set_eps(peer):
-            usual, eps = " and ".join(f"{eps:g}" for eps in sorted(others)), LAYER_NORM_EPS
-            notes = (f"{title} has eps {usual} in layer norms; for equality set .eps = {eps:g}",)
-    trial, found = trial_of(model, clips), []
-    ours = outputs_of(model.build(), trial)
-    for name, value in outputs_of(peer, trial).items():
-        if name in ours:
-            largest = (ours[name] - value).abs().max().item()
-            found.append(Difference(of.format(name), largest, value.abs().max().item()))
-    return ParityReport(title, tuple(found), notes=notes)
+def is_installed(library: str) -> bool:
+    """Whether a library can be imported."""
+    return importlib.util.find_spec(library) is not None
 
 
-def _set_eps(model: nn.Module) -> set[float]:
-    """Set the eps of all layer norms to ours. -> others that they had"""
-    norms = [each for each in model.modules() if isinstance(each, nn.LayerNorm)]
-    others = {norm.eps for norm in norms} - {LAYER_NORM_EPS}
-    for norm in norms:
-        norm.eps = LAYER_NORM_EPS
-    return others
+# --- What models compute --------------------------------------------------------------------------
 
 
 def trial_of(model: TrainedModel, clips: int = 1) -> Trial:
     """Return clips of noise, and a mask of the share that a model was trained with."""
-    config, grid = model.config, model.grid
+    tokens, size = model.grid.num_tokens, model.config.data.clip_size
     ratio = model.pretraining.masking.ratio if model.pretraining else 0.5
-    rule = MaskRule(
-        grid, "token", count_masked(grid.num_tokens, ratio, "hpm"), STRATEGIES["random"]
-    )
-    size = (clips, config.model.channels, *config.data.clip_size)
-    frames = torch.randn(size, generator=torch.Generator().manual_seed(0))
-    noise = torch.rand(clips, grid.num_tokens, generator=torch.Generator().manual_seed(1))
-    return Trial(frames, noise, rule.draw(None, noise, num_picked=0))
+    count, draw = count_masked(tokens, ratio, "hpm"), torch.Generator().manual_seed(0)
+    frames = torch.randn(clips, model.config.model.channels, *size, generator=draw)
+    noise = torch.rand(clips, tokens, generator=draw)
+    mask = TokenMask.from_masked(choose_masked(None, noise, count, 0), count)
+    return Trial(frames, noise, mask)
 
 
 @torch.no_grad()
-def outputs_of(peer: Peer, trial: Trial) -> Outputs:
+def outputs_of(model: Any, trial: Trial) -> Outputs:
     """Return the outputs of a model of ours, of timm or of transformers, by what they are."""
-    if not isinstance(peer, nn.Module):
-        return peer(trial)
-    model: Any = peer.eval()
     if isinstance(model, ClipClassifier):
         return {"logits": model(trial.clips)}
     if isinstance(model, MaskedAutoencoder):
         predicted, tokens = model(trial.clips, trial.mask), model.encode(trial.clips)
-        found = {"tokens": tokens, "hidden patches": predicted.content}
-        if predicted.difficulty is not None:
-            found["difficulty"] = predicted.difficulty
-        return found | {"features": model.pool(tokens)}
+        scores = {} if predicted.difficulty is None else {"difficulty": predicted.difficulty}
+        return {"tokens": tokens, "hidden patches": predicted.content, **scores}
     if hasattr(model, "forward_features"):  # of timm; time steps lie below each other
         time = model.patch_embed.proj.in_channels // trial.clips.shape[1]
         images = rearrange(trial.clips, "b c (t p) h w -> b (c p) (t h) w", p=time)
         if model.num_classes:
             return {"logits": model(images)}
-        return {"tokens": model.forward_features(images), "features": model(images)}
+        return {"tokens": model.forward_features(images)}
     return _outputs_of_transformers(model, trial)
 
 
@@ -179,96 +137,130 @@ def _outputs_of_transformers(model: Any, trial: Trial) -> Outputs:
     frames, decodes = trial.clips.squeeze(2), kind.endswith("ForPreTraining")
     if kind.startswith("VideoMAE"):
         frames = trial.clips.transpose(1, 2)
-    elif kind.startswith("ViTMAE"):
+    if kind.endswith("Classification"):
+        return {"logits": model(frames).logits}
+    found: Outputs = {}
+    if kind.startswith("ViTMAE"):
         settings, (count, tokens) = encoder.embeddings.config, trial.noise.shape
-        hidden = int(trial.mask.masked[0].sum())
         if decodes:
+            hidden = trial.mask.masked_ids.shape[1]
             settings.mask_ratio = (hidden - 0.5) / tokens  # what stays is cut to whole
-            predicted = trial.mask.take_masked(model(frames, noise=trial.noise).logits)
+            logits = model(frames, noise=trial.noise).logits
+            found["hidden patches"] = trial.mask.take_masked(logits)
         settings.mask_ratio = 0.0
         in_order = torch.linspace(0, 1, tokens).expand(count, -1)
-        found = {"tokens": encoder(frames, noise=in_order).last_hidden_state}
-        return found | ({"hidden patches": predicted} if decodes else {})
-    found = {"tokens": encoder(frames).last_hidden_state}
+        return found | {"tokens": encoder(frames, noise=in_order).last_hidden_state}
     if decodes:
         # Its loss, which is not asked for, takes three channels where it normalises.
         model.config.norm_pix_loss = False
         found["hidden patches"] = model(frames, bool_masked_pos=trial.mask.masked).logits
-    if kind.endswith("Classification"):
-        found["logits"] = model(frames).logits
-    return found
+    return found | {"tokens": encoder(frames).last_hidden_state}
+
+
+def differences(
+    model: TrainedModel, theirs: Callable[[Trial], Outputs], of: str = "{}", *, clips: int = 1
+) -> tuple[Difference, ...]:
+    """Compare what a model of ours and another compute of clips of noise.
+
+    ``of``: format of the outputs' names.
+    """
+    trial = trial_of(model, clips)
+    ours, found = outputs_of(model.build(), trial), []
+    for name, value in theirs(trial).items():
+        largest = (ours[name] - value).abs().max().item()
+        found.append(Difference(of.format(name), largest, value.abs().max().item()))
+    return tuple(found)
+
+
+def against(peer: nn.Module, model: TrainedModel, of: str = "{}") -> ParityReport:
+    """Compare a model of a library and ours.
+
+    The eps of its layer norms is set to ours, as no config reaches them all.
+    """
+    library = type(peer).__module__.partition(".")[0]
+    version = importlib.import_module(library).__version__
+    title, notes, norms = f"{library} {version}: {type(peer).__name__}", tuple[str, ...](), set()
+    for module in peer.modules():
+        if isinstance(module, nn.LayerNorm):
+            norms.add(module.eps)
+            module.eps = LAYER_NORM_EPS
+    if others := norms - {LAYER_NORM_EPS}:
+        usual, eps = " and ".join(f"{eps:g}" for eps in sorted(others)), LAYER_NORM_EPS
+        notes = (f"{title} has eps {usual} in layer norms; for equality set .eps = {eps:g}",)
+    found = differences(model, lambda trial: outputs_of(peer.eval(), trial), of)
+    return ParityReport(title, found, notes=notes)
 
 
 # --- Models of libraries --------------------------------------------------------------------------
 
 
-def is_installed(library: str) -> bool:
-    """Whether a library can be imported."""
-    return importlib.util.find_spec(library) is not None
+def filled(peer: nn.Module, tensors: Tensors) -> nn.Module:
+    """Give a model of timm or transformers all of its weights. ``tensors``: by our names."""
+    own = peer.state_dict()
+    (prefix,) = prefixes_of(own)
+    state: Tensors = {}
+    for theirs, ours in by_our_names(own, prefix).items():
+        if part := re.fullmatch(r"(.+\.attn\.)([qkv])(\..+)", ours):
+            pieces = tensors[f"{part[1]}qkv{part[3]}"].chunk(3)
+            state[theirs] = pieces["qkv".index(part[2])]
+        else:  # frames of a patch are channels of an image
+            state[theirs] = tensors[ours].reshape(own[theirs].shape)
+    peer.load_state_dict(state)
+    return peer.eval()
 
 
-def of_transformers(
-    kind: str,
-    folder: Path | None = None,
-    config: Mapping[str, Any] | None = None,
-    tensors: Tensors | None = None,
-) -> nn.Module:
-    """Return a model of transformers: of a folder, or of a config and tensors.
-
-    Raises:
-        CheckpointError: it finds tensors that are missing or left over, or of other shapes.
-    """
-    import transformers
-
-    logging: Any = transformers.utils.logging
-    made: Any = getattr(transformers, kind)
-    options: dict[str, Any] = {"add_pooling_layer": False} if kind == "ViTModel" else {}
-    if config is not None:
-        options |= {"config": made.config_class.from_dict(dict(config)), "state_dict": tensors}
-    logging.set_verbosity_error()  # without its advice
-    logging.disable_progress_bar()
-    options |= {"dtype": torch.float32, "output_loading_info": True, "local_files_only": True}
-    model, found = made.from_pretrained(folder, **options)
-    assert isinstance(model, nn.Module)
-    misfits = [
-        f"{key}: {wrong}"
-        for key, names in found.items()
-        if (wrong := sorted(str(name) for name in names if not re.search(UNUSED, str(name))))
-    ]
-    if misfits:
-        raise CheckpointError(f"transformers does not take these weights: {'; '.join(misfits)}")
-    return model
+def as_transformers(model: TrainedModel, tensors: Tensors) -> Any:
+    """Return a model of transformers with these weights, of the size of a model."""
+    made = getattr(_transformers(), express.transformers_class(model))
+    config = made.config_class.from_dict(express.transformers_config(model))
+    return filled(made(config), tensors)
 
 
-def of_timm(folder: Path, **options: Any) -> nn.Module:
-    """Return the model in a folder that timm saved.
-
-    Raises:
-        CheckpointError: timm has no such model, or does not take these weights.
-    """
-    import timm
-
-    there = f"local-dir:{folder}"
-    try:
-        return timm.create_model(there, pretrained=True, **options)
-    except pickle.UnpicklingError:  # earlier versions read no safetensors so
-        weights = str(folder / "model.safetensors")
-        return timm.create_model(there, checkpoint_path=weights, **options)
-    except (RuntimeError, TypeError) as error:
-        raise CheckpointError(
-            f"timm {timm.__version__} does not make the model of {folder}: {error}; where it is "
-            f"right, import it with --no-parity"
-        ) from error
-
-
-def as_timm(model: TrainedModel, tensors: Tensors) -> nn.Module:
+def as_timm(model: TrainedModel, tensors: Tensors) -> Any:
     """Return a vision transformer of timm with these weights, of the size of a model."""
     import timm
 
     name, arguments = express.timm_arguments(model)
-    made: nn.Module = timm.create_model(name, pretrained=False, **arguments)
-    made.load_state_dict(tensors)
-    return made
+    return filled(timm.create_model(name, pretrained=False, **arguments), tensors)
+
+
+def from_folder(folder: Path, kind: str = "", **options: Any) -> nn.Module:
+    """Return the model in a folder that transformers saved, or timm where it has no ``kind``.
+
+    Raises:
+        CheckpointError: the library has no such model, or does not take these weights.
+    """
+    if not kind:
+        import timm
+
+        weights = next(folder / name for name in FILES_OF_A_FOLDER if (folder / name).is_file())
+        try:
+            return timm.create_model(f"local-dir:{folder}", checkpoint_path=weights, **options)
+        except (RuntimeError, TypeError) as error:
+            raise CheckpointError(
+                f"timm {timm.__version__} does not make the model of {folder}: {error}; where it "
+                f"is right, import it with --no-parity"
+            ) from error
+    if kind == "ViTModel":
+        options["add_pooling_layer"] = False
+    model, found = getattr(_transformers(), kind).from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, **options
+    )
+    names = [f"{key}: {name}" for key, names in found.items() for name in names]
+    if wrong := [name for name in names if not UNUSED.search(name)]:
+        raise CheckpointError(f"transformers does not take these weights: {'; '.join(wrong)}")
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _transformers() -> Any:
+    """Return the library, which says nothing but errors."""
+    import transformers
+
+    logging: Any = transformers.utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return transformers
 
 
 def compare(imported: Imported, tolerance: float = TOLERANCE) -> ParityReport:
@@ -288,51 +280,45 @@ def compare(imported: Imported, tolerance: float = TOLERANCE) -> ParityReport:
     kind = imported.family.transformers_class if config else ""
     if kind == "ViTModel" and config.get("model_type") == "vit_mae":
         kind = "ViTMAEModel"
-    if "architecture" in config:
-        reports = [against(of_timm(source.path), complete)]
-    elif kind and is_installed("transformers"):
-        reports = [against(of_transformers(kind, source.path), complete)]
+    if "architecture" in config or (kind and is_installed("transformers")):
+        reports = [against(from_folder(source.path, kind), complete)]
     else:
         encoder = bool(imported.fresh or model.is_classifier)
         missing = [] if is_installed("transformers") else ["transformers is not installed"]
-        if not encoder and (wrong := express.obstacles(model, "transformers") or missing):
-            encoder, lacks = True, f"the decoder: {wrong[0].partition(';')[0]}"
+        if not encoder and (wrong := missing or express.obstacles(model, "transformers")):
+            encoder, lacks = True, f"the decoder: {wrong[0]}"
         reports = [_made_anew(complete, "{}", encoder=encoder)]
         if imported.teacher is not None:
             teacher = replace(model, held=drawn | imported.teacher)
             reports.append(_made_anew(teacher, f"{OF_TEACHER}{{}}", encoder=encoder))
-    left_out = ("hidden patches", "difficulty", "features") if imported.fresh else ("features",)
     every = [found for report in reports for found in report.differences]
-    found = tuple(each for each in every if not each.of.endswith(left_out))
+    found = tuple(each for each in every if not (imported.fresh and each.of == "hidden patches"))
     told = "the imported model computes something else than the original"
     return replace(reports[0], differences=found, not_checked=lacks).judged(told, tolerance)
 
 
 def _made_anew(model: TrainedModel, of: str, *, encoder: bool) -> ParityReport:
     """Compare a model with one of a library that gets its weights, or those of its encoder."""
-    heads = "not verified: the number of heads, which weights do not show"
     if encoder:
-        tensors = express.by_names_of(FAMILIES["vit"], model).tensors  # a head keeps its name
-        report = against(as_timm(model, tensors), model, of=of)
-        return replace(report, notes=(*report.notes, heads))
-    family = express.family_for(model, "transformers")
-    config = express.transformers_config(model, family.transformers_class)
-
-    def made(tensors: Tensors) -> nn.Module:
-        there = express.by_names_of(family, replace(model, held=tensors)).tensors
-        return of_transformers(family.transformers_class, None, config, there)
-
-    report = against(made(model.tensors), model, of=of)
-    if family.conventions == "mae" and "difficulty_decoder.norm.weight" in model.tensors:
-        # HPM's loss predictor is the decoder of one more model.
-        own, begins = model.tensors, "difficulty_decoder."
-        content = {name: name.replace(begins, "reconstructor.") for name in own if begins in name}
-        second = made(own | {new: own[name].expand_as(own[new]) for name, new in content.items()})
-        _set_eps(second)
-
-        def difficulty(trial: Trial) -> Outputs:
-            return {"difficulty": outputs_of(second, trial)["hidden patches"].mean(dim=-1)}
-
-        more = against(difficulty, model, report.with_what, of=of).differences
-        report = replace(report, differences=(*report.differences, *more))
+        report = against(as_timm(model, express.with_tables(model)), model, of)
+    else:
+        tensors, _ = express.express(model, "transformers")
+        peer = as_transformers(model, tensors)
+        report = against(peer, model, of)
+        own = {name for name in model.tensors if name.startswith("difficulty_decoder.")}
+        # HPM's loss predictor becomes the decoder of the other model.
+        for name in own:
+            content = name.replace("difficulty_decoder.", "reconstructor.")
+            tensors[content] = model.tensors[name].expand_as(tensors[content])
+        if own:
+            filled(peer, tensors)
+            scores = differences(
+                model,
+                lambda trial: {
+                    "difficulty": outputs_of(peer, trial)["hidden patches"].mean(dim=-1)
+                },
+                of,
+            )
+            report = replace(report, differences=(*report.differences, *scores))
+    heads = "not verified: the number of heads, which weights do not show"
     return replace(report, notes=(*report.notes, heads))

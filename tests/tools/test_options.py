@@ -111,12 +111,12 @@ def test_an_option_takes_the_same_everywhere(answers):
 def test_what_the_command_lines_repeat_is_what_the_package_has(answers):
     """To import it there would take seconds."""
     from hpm_video.recognition.probes import NEIGHBOURS
-    from hpm_video.weights.exporting import FORMATS
+    from hpm_video.weights.exporting import ENDINGS
     from hpm_video.weights.verify import TOLERANCE
 
     found = {each["names"][0]: each for each in answers["tools/weights.py"]["options"]}
     assert (found["--to"]["choices"], found["--tolerance"]["default"]) == (
-        [*FORMATS],
+        [*ENDINGS],
         str(TOLERANCE),
     )
     found = {each["names"][0]: each for each in answers["tools/probe.py"]["options"]}

@@ -14,8 +14,7 @@ from hpm_video.files.weights import CheckpointError
 from hpm_video.models.positions import resize_positions
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.weights.geometry import Overrides
-from hpm_video.weights.importing import import_weights
-from hpm_video.weights.inspect import describe
+from hpm_video.weights.importing import describe, import_weights
 from hpm_video.weights.verify import compare
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
@@ -81,12 +80,12 @@ def test_the_config_of_timm_decides_what_is_imported(of_timm, arguments):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ({"qkv_bias": False}, "qkv_bias=False"),
+        ({"qkv_bias": False}, "qkv_bias': False"),
         ({"global_pool": "avg", "fc_norm": False}, "global_pool='avg'.*--encoder-only"),
         ({"global_pool": "max"}, "global_pool='max'"),
         ({"global_pool": "avgmax"}, "global_pool='avgmax'"),
-        ({"act_layer": "relu"}, "act_layer='relu'"),
-        ({"act_layer": "gelu_tanh"}, "act_layer='gelu_tanh'"),
+        ({"act_layer": "relu"}, "act_layer': 'relu'"),
+        ({"act_layer": "gelu_tanh"}, "act_layer': 'gelu_tanh'"),
     ],
 )
 def test_a_config_of_timm_that_ours_cannot_have_is_refused(of_timm, arguments, told):
@@ -157,19 +156,19 @@ def of_transformers(tmp_path):
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"hidden_act": "relu"}, "hidden_act='relu'"),
-        ({"qv_bias": False}, "qv_bias=False"),
-        ({"layer_norm_eps": 0.1}, "layer_norm_eps=0.1"),
-        ({"layer_norm_eps": "small"}, "layer_norm_eps='small'"),
-        ({"model_type": "timesformer"}, "model_type='timesformer'"),
+        ({"hidden_act": "relu"}, "hidden_act': 'relu'"),
+        ({"qv_bias": False}, "qv_bias': False"),
+        ({"layer_norm_eps": 0.1}, "layer_norm_eps': 0.1"),
+        ({"layer_norm_eps": "small"}, "layer_norm_eps': 'small'"),
+        ({"model_type": "timesformer"}, "model_type': 'timesformer'"),
         ({"id2label": {"0": "a", "2": "b", "5": "c"}}, "from 0 on, got .*'b'"),
         ({"id2label": {"zero": "a", "1": "b", "2": "c"}}, "from 0 on"),
         ({"id2label": {"0": "a\nb", "1": "c", "2": "d"}}, "one line"),
         ({"id2label": {"0": "a", "1": "", "2": "d"}}, "one line"),
         ({"id2label": {"0": "a", "1": "c ", "2": "d"}}, "one line"),
-        ({"num_frames": "x"}, "num_frames must be a whole number of at least 1, got 'x'"),
-        ({"num_frames": 4.0}, "num_frames must be a whole number"),
-        ({"image_size": [32, "a"]}, "image_size must be a whole number"),
+        ({"num_frames": "x"}, "num_frames must be whole numbers of at least 1, got 'x'"),
+        ({"num_frames": 4.0}, "num_frames must be whole numbers"),
+        ({"image_size": [32, "a"]}, "image_size must be whole numbers"),
         ({"num_attention_heads": [3]}, r"num_attention_heads must be .* got \[3\]"),
     ],
 )
@@ -216,7 +215,7 @@ def test_computed_positions_in_half_precision_are_no_learned_ones(
     imported = import_weights(tmp_path / "half.pth", GIVEN)
     assert imported.model.config.model.positions == "space_time"
     assert compare(imported, 1e-5).holds
-    assert "largest difference" in imported.left_out["pos_embed"]
+    assert "computed here" in imported.left_out["pos_embed"]
 
 
 def test_the_teacher_is_compared_and_keeps_its_positions(layouts_of, tmp_path):
@@ -254,7 +253,8 @@ def test_a_part_with_a_prefix_beside_a_head_without(layouts_of, tmp_path, prefix
     }
     torch.save({"model": mixed}, tmp_path / "a.pth")
     imported = import_weights(tmp_path / "a.pth", GIVEN)
-    assert {*imported.state.names.values()} == state.keys()
+    assert {*imported.state.names.values()} <= mixed.keys()
+    assert imported.model.tensors.keys() <= imported.state.names.keys()
     assert f"names begin with {prefix!r}, which is left out" in describe(imported)
 
 
@@ -263,7 +263,7 @@ def test_mae_without_a_class_token_is_refused(layouts_of, tmp_path):
     for name in ("cls_token", "pos_embed", "decoder_pos_embed"):
         del state[name]
     torch.save({"model": state}, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match="missing cls_token"):
+    with pytest.raises(CheckpointError, match="missing pos_embed"):
         import_weights(tmp_path / "a.pth", GIVEN)
 
 
