@@ -46,7 +46,7 @@ class Sender:
         """``shared``: memory that batches are views of."""
         self._stream = torch.cuda.Stream(device)
         self._device, self._shared = self._stream.device, shared  # now with its index
-        self._pinned = pin(shared, self._device)
+        self._pinned = self._pin()
         self._sent = deque[tuple[Any, ClipBatch]]()
 
     def begin(self) -> None:
@@ -81,23 +81,23 @@ class Sender:
             cudart: Any = torch.cuda.cudart()
             cudart.cudaHostUnregister(addressof(self._shared))
 
+    def _pin(self) -> bool:
+        """Have the memory stay where it is, so that a GPU copies from it by itself, if that goes.
 
-def pin(shared: Any, device: torch.device) -> bool:
-    """Have memory stay where it is, so that a GPU copies from it by itself. -> whether it does
-
-    Where the system does not allow it the run goes on without, and says so.
-    """
-    cudart: Any = torch.cuda.cudart()
-    with torch.cuda.device(device):
-        error = cudart.cudaHostRegister(addressof(shared), sizeof(shared), 0)
-        if int(error) == 0:
-            return True
-        with suppress(RuntimeError):  # which takes the error with it
-            torch.zeros(1, device=device).add_(1)
-    log.warning(
-        "%.0f MiB of shared memory could not be pinned (%s): copies to the GPU take longer. Allow "
-        "more locked memory (ulimit -l, docker run --ulimit memlock=-1)",
-        sizeof(shared) / 2**20,
-        cudart.cudaGetErrorString(error),
-    )
-    return False
+        Where the system does not allow it the run goes on without, and says so.
+        """
+        cudart: Any = torch.cuda.cudart()
+        size = sizeof(self._shared)
+        with torch.cuda.device(self._device):
+            error = cudart.cudaHostRegister(addressof(self._shared), size, 0)
+            if int(error) == 0:
+                return True
+            with suppress(RuntimeError):  # which takes the error with it
+                torch.zeros(1, device=self._device).add_(1)
+        log.warning(
+            "%.0f MiB of shared memory could not be pinned (%s): copies to the GPU take longer. "
+            "Allow more locked memory (ulimit -l, docker run --ulimit memlock=-1)",
+            size / 2**20,
+            cudart.cudaGetErrorString(error),
+        )
+        return False

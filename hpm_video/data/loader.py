@@ -42,10 +42,10 @@ READY = 1
 ELSEWHERE = torch.empty(0)
 """In the place of clips that lie in a batch's buffer already."""
 
-Job = tuple[int, Request, int, int]
-"""A file: the number of its source, what is to be read, where in the shared memory, its bytes."""
-Result = tuple[int, ...] | Sample | Failure
-"""What came of it; where its clips lie in the shared memory, only their keys."""
+Job = tuple[int, Request, int]
+"""A file: the number of its source, what is to be read, and where in the shared memory."""
+Result = tuple[int, ...] | Failure
+"""The keys of its clips, which lie in the shared memory then, or why there are none."""
 ReadPool = Pool[list[Job]]
 
 
@@ -109,11 +109,11 @@ class _ReadAll:
     def __call__(self, jobs: Sequence[Job]) -> list[Result]:
         return [self._read(*job) for job in jobs]
 
-    def _read(self, source: int, request: Request, start: int, size: int) -> Result:
+    def _read(self, source: int, request: Request, start: int) -> Result:
         read = reading.read_or_fail(self.readers[source], request)
-        # Clips of another size than is usual come through a pipe.
-        if isinstance(read, Failure) or read.clips.numel() != size:
+        if isinstance(read, Failure):
             return read
+        size = read.clips.numel()
         place = torch.frombuffer(self.shared, dtype=torch.uint8, count=size, offset=start)
         place.view(read.clips.shape).copy_(read.clips)
         return read.keys
@@ -148,11 +148,12 @@ class _Batches:
             yield self._finish(*self._begun.popleft())  # and refer to it no more
 
     def _begin(self, chosen: Sequence[Place]) -> None:
+        clips = self._streams[chosen[0].source]  # a batch is of one source
         start, array = self._buffers.take()
-        batch = list[Slot]()
-        for number, place in enumerate(chosen):
-            clips = self._streams[place.source]
-            batch.append(Slot(clips, place.position, start + number * clips.sample_bytes))
+        batch = [
+            Slot(clips, place.position, start + number * clips.sample_bytes)
+            for number, place in enumerate(chosen)
+        ]
         self._begun.append((batch, array))
         asked = [slot for slot in batch if slot.request is not None]
         for first in range(0, len(asked), self._group):
@@ -160,20 +161,18 @@ class _Batches:
 
     def _finish(self, slots: Sequence[Slot], array: NDArray[np.uint8]) -> ClipBatch:
         """Make a batch of a full buffer, or of a copy where nothing else could be read into."""
-        samples, size = [slot.result() for slot in slots], slots[0].clips.sample_bytes
-        pixels = torch.from_numpy(array)[: len(slots) * size]
-        clips = pixels.view(-1, *slots[0].clips.clip_shape)
-        shared = [sample.clips is ELSEWHERE for sample in samples]
-        if all(shared):
+        samples, clips = [slot.result() for slot in slots], slots[0].clips
+        pixels = torch.from_numpy(array)[: len(slots) * clips.sample_bytes]
+        pixels = pixels.view(-1, *clips.clip_shape)
+        if all(sample.keys for sample in samples):
             can_go_on = self._begun or self._buffers.free
-            return collate(samples, clips if can_go_on else clips.clone())
-        places = clips.chunk(len(slots))
-        found = zip(samples, shared, places, strict=True)
-        return collate([replace(s, clips=place) if is_ else s for s, is_, place in found])
+            return collate(samples, pixels if can_go_on else pixels.clone())
+        parts = zip(samples, pixels.chunk(len(slots)), strict=True)  # of a failure there is nothing
+        return collate([replace(one, clips=part[: len(one.keys)]) for one, part in parts])
 
     def _submit(self, slots: Sequence[Slot], *, first: bool = False) -> None:
         jobs = [
-            (self._streams.index(slot.clips), slot.request, slot.start, slot.clips.sample_bytes)
+            (self._streams.index(slot.clips), slot.request, slot.start)
             for slot in slots
             if slot.request is not None
         ]

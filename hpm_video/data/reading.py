@@ -81,8 +81,7 @@ class Footage:
     def of(cls, data: DataConfig, video: VideoReader, request: "Request") -> "Footage":
         """Find the frames of the section that is requested, or of the whole file.
 
-        Raises:
-            DecodeError: the section is not in the video, or times matter and nothing states them.
+        Raises DecodeError if it is not in the video, or times matter and nothing states them.
         """
         section, count = Section.parse(request.path), video.frames_stated(request.num_frames)
         if data.fps is None and not section.mark:
@@ -105,9 +104,9 @@ class Footage:
 
     def draw(self, data: DataConfig, draw: np.random.Generator) -> Indices:
         """Draw the frames of a training clip: -> (T,)"""
-        stride = self.stride
         if data.sampling == "segments":
             return self.first + train_segments(self.count, draw.random(data.num_frames).tolist())
+        stride = self.stride
         if stride is None:
             shortest = data.frame_stride or 1
             longest = data.max_frame_stride or shortest
@@ -118,18 +117,16 @@ class Footage:
     def views(self, data: DataConfig, views: Views) -> Indices:
         """Choose the frames of each clip of the views: -> (clips, T), the first ascending
 
-        Raises:
-            DecodeError: the video ends before the clip that was asked for.
+        Raises DecodeError if the video ends before the clip that was asked for.
         """
         stride = self.stride or (data.frame_stride or 1) // self.kept_every
-        dense = Dense(self.count, data.num_frames, stride)
-        if views.first is not None:
-            if views.first >= self.count:
-                last = self.count - 1
-                raise DecodeError(
-                    f"its clip must begin in frames 0 to {last}, not in {views.first}"
-                )
-            return self._frames_at(dense.at([views.first]))
+        dense, first = Dense(self.count, data.num_frames, stride), views.first
+        if first is not None and first >= self.count:
+            raise DecodeError(
+                f"its clip must begin in frames 0 to {self.count - 1}, not in {first}"
+            )
+        if first is not None:
+            return self._frames_at(dense.at([first]))
         if views.every is not None:
             return self._frames_at(dense.windows(views.every))
         if data.sampling == "segments":
@@ -183,10 +180,8 @@ class Dense:
         """Return the clips that begin with these frames: -> (clips, num_frames)"""
         first = np.asarray(starts, dtype=np.int64)[:, None]
         last_reached = (self.num_video_frames - 1 - first) // self.stride
-        positions: Positions = first + self.stride * np.minimum(
-            np.arange(self.num_frames), last_reached
-        )
-        return positions
+        steps: Positions = np.minimum(np.arange(self.num_frames), last_reached)
+        return first + self.stride * steps
 
 
 def train_segments(num_video_frames: int, frame_draws: Sequence[float]) -> Indices:
@@ -230,8 +225,7 @@ def open_request(
 ) -> Iterator[tuple[VideoReader, Footage]]:
     """Open the file of a request, and find the frames that its clips may be taken from.
 
-    Raises:
-        DecodeError: as :func:`open_video` and :meth:`Footage.of`.
+    Raises DecodeError as :func:`open_video` and :meth:`Footage.of` do.
     """
     with open_video(Section.parse(request.path).file, decoder) as video:
         yield video, Footage.of(data, video, request)

@@ -47,15 +47,12 @@ def groups_by_name(files: Sequence[str], labels: Sequence[str]) -> list[str] | N
 
 def groups_by_column(listing: Listing, column: str) -> list[str]:
     """Read the group of each file from a column, every cell of which must be filled."""
-    if column not in listing.table:
-        raise ManifestError(
-            f"{listing.source} has no column {column!r} to group by; its columns are "
-            f"{[*listing.table]}"
-        )
     groups = listing.column(column)
     if "" in groups:
-        line = listing.table.index[groups.index("")]
-        raise ManifestError(f"{listing.source}, line {line}: the column {column!r} is empty")
+        raise ManifestError(
+            f"{listing.source} needs a column {column!r} with the group of every file, but row "
+            f"{groups.index('') + 1} has none there; its columns are {[*listing.table]}"
+        )
     return groups
 
 
@@ -81,10 +78,8 @@ def choose_validation(
     """Choose whole groups for validation, of every class about the same share: -> (files,)
 
     Groups are taken in random order, by the seed, each where it brings the classes nearer to their
-    shares. ``labels`` are all equal where files have no classes; ``share`` is in (0, 0.5].
-
-    Raises:
-        ManifestError: no group is small enough to be taken.
+    shares. ``labels`` are all equal where files have no classes; ``share`` is in (0, 0.5]. Raises
+    ManifestError if no group is small enough to be taken.
     """
     numbers = np.unique(labels, return_inverse=True)[1]
     total = np.bincount(numbers)

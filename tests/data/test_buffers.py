@@ -123,14 +123,6 @@ def test_a_replaced_file_lies_in_the_place_of_the_bad_one(shared):
     assert {len(batch.clips) for batch in batches} == {8}
 
 
-def test_clips_of_another_size_than_is_usual_come_as_they_are(shared):
-    large = replace(DATA, frame_size=(8, 8))
-    streams = clips_of(reader=lambda request: read(request, large))
-    first = next(batches_of(streams))
-    assert first.clips.shape == (8, 3, 2, 8, 8)
-    assert is_intact(first)
-
-
 def test_sources_of_smaller_clips_share_the_buffers(shared):
     small = replace(DATA, frame_size=(2, 2))
     manifest = Manifest(FILES[:6], (-1,) * 6, (-1,) * 6)

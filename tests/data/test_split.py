@@ -89,7 +89,7 @@ def test_the_program_writes_two_lists_that_are_read(call_tool, tmp_path):
     assert not {*sides[0].files} & {*sides[1].files}
     assert [len(side) for side in sides] == [21, 9]
     assert read_manifest(there / "train.csv").num_files == 21
-    for more, reason in ((), "is there already"), (("--group", "video"), "no column 'video'"):
+    for more, reason in ((), "is there already"), (("--group", "video"), "needs a column 'video'"):
         folder = out if not more else tmp_path
         code, output = call_tool("split", *command[:1], *more, "--output", folder)
         assert code == 2
