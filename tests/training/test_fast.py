@@ -24,8 +24,8 @@ pytestmark = pytest.mark.filterwarnings("default")  # torch's own, while it trac
 DEMO = Path(__file__).parents[2] / "configs" / "pretrain" / "demo.yaml"
 CPU = torch.device("cpu")
 SMALL = (
-    "model.encoder={dim: 32, depth: 3, num_heads: 2}",
-    "model.decoder={dim: 16, depth: 2, num_heads: 2}",
+    "model.encoder={dim: 32, depth: 2, num_heads: 2}",
+    "model.decoder={dim: 16, depth: 1, num_heads: 2}",
     "model.drop_path=0.2",
 )
 
@@ -103,13 +103,17 @@ def test_without_a_compiler_a_run_goes_on_and_says_so_once(monkeypatch, caplog):
     assert "no working compiler here (Failed to find C compiler.)" in said.getMessage()
 
 
-@pytest.mark.parametrize("mode", ["blocks", "model"])
+EMA = ("mining.target=ema", "mining.predictor=absolute")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("precision", "overrides"),
+    ("mode", "precision", "overrides"),
     [
-        ("fp32", ()),
-        ("bf16", ("model.checkpoint_activations=true",)),
-        ("fp32", ("mining.target=ema", "mining.predictor=absolute")),
+        ("blocks", "fp32", ("model.checkpoint_activations=true",)),
+        ("blocks", "bf16", ()),
+        ("model", "fp32", EMA),
+        ("model", "bf16", ("model.checkpoint_activations=true",)),
     ],
 )
 def test_what_is_traced_computes_the_same(traced, mode, precision, overrides):
@@ -154,6 +158,7 @@ def test_a_bf16_residual_stream_needs_mixed_precision():
         EngineConfig(precision="fp32", residual="bf16")
 
 
+@pytest.mark.slow
 def test_blocks_that_are_alike_are_traced_once(traced):
     update = trial(compiled="blocks")
     update()
@@ -167,6 +172,7 @@ def test_blocks_that_are_alike_are_traced_once(traced):
     assert graphs() == first, "other models of the same shape"
 
 
+@pytest.mark.slow
 def test_another_shape_is_traced_apart_and_seldom_ones_not_at_all(traced):
     update = trial(compiled="blocks")
     update()
@@ -189,6 +195,7 @@ def test_checkpoints_know_nothing_of_it_and_copies_are_not_compiled():
     assert copy.deepcopy(compiled).blocks[0]._compiled_call_impl is None
 
 
+@pytest.mark.slow
 def test_a_simulation_sees_no_compiled_module(traced):
     """Whatever the config says: to call one without data would crash the process."""
     sizes = [
