@@ -34,12 +34,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Fine-tune and test from both starts, then print and write the comparison.
-
-    Raises:
-        ConfigError: the config has no weights to start from, or no videos to test on.
-        And what ``finetune`` and ``evaluate_run`` raise.
-    """
+    """Fine-tune and test from both starts, then print and write the comparison."""
     from hpm_video.config.loading import load_config
     from hpm_video.config.schema import FinetuneConfig
     from hpm_video.runs.evaluation import evaluate_run

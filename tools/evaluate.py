@@ -39,12 +39,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
 
 def evaluate(arguments: argparse.Namespace, processes: Processes) -> None:
-    """Test the checkpoint. The first process writes and prints.
-
-    Raises:
-        ConfigError, CheckpointError, ManifestError, DeviceError: the test cannot be run.
-        BadFilesError: videos do not decode.
-    """
+    """Test the checkpoint. The first process writes and prints."""
     from hpm_video.recognition import testing
 
     manifest, excludes = arguments.manifest, arguments.exclude_bad_files

@@ -52,11 +52,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
 
 def write_features(arguments: argparse.Namespace) -> None:
-    """Extract the features, and report.
-
-    Raises:
-        BadFilesError: some videos do not decode; the others have features.
-    """
+    """Extract the features, and report."""
     from hpm_video.data.clips import decoder_for
     from hpm_video.data.reading import Views
     from hpm_video.recognition.features import FeatureFolder, Layout, describe, extract

@@ -44,11 +44,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
 
 def name_actions(arguments: Namespace) -> None:
-    """Print the predictions, one video after the other.
-
-    Raises:
-        BadFilesError: some videos do not decode; the others have predictions.
-    """
+    """Print the predictions, one video after the other."""
     from hpm_video.recognition.inference import each_video
 
     if arguments.json is not None and arguments.json.is_dir():
@@ -97,11 +93,7 @@ def name_actions(arguments: Namespace) -> None:
 
 
 def find_videos(paths: Sequence[str]) -> Manifest:
-    """Return the given videos and those of the given folders and manifests, each once.
-
-    Raises:
-        ManifestError: a folder or manifest cannot be read, or has no videos.
-    """
+    """Return the given videos and those of the given folders and manifests, each once."""
     files: dict[str, None] = {}  # as an ordered set
     fps: dict[str, float] = {}
     kept_every: dict[str, int] = {}

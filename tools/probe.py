@@ -61,11 +61,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
 
 def probe(arguments: argparse.Namespace) -> None:
-    """Run the probes, print a line for each, and write ``probe.json`` where there is an output.
-
-    Raises:
-        ConfigError: the output has results.
-    """
+    """Run the probes, print a line for each, and write ``probe.json`` where there is an output."""
     path = arguments.output and arguments.output / "probe.json"
     if path and path.is_file():
         raise ConfigError(f"{path} holds a result already; take another --output, or delete it")

@@ -53,11 +53,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
 
 def show_masks(arguments: argparse.Namespace) -> None:
-    """Write the requested pictures.
-
-    Raises:
-        ConfigError: an argument cannot be used.
-    """
+    """Write the requested pictures."""
     from hpm_video.mining import pictures
     from hpm_video.mining.study import study_clips
     from hpm_video.runs.pretraining import load_run
