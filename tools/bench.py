@@ -1,7 +1,10 @@
 """Measure speed: python tools/bench.py COMMAND ... (COMMAND --help says more).
 
 update    time of whole updates: configs, precisions, compiled or eager, and their parts
-loader    speed of data loading, and whether a run would wait for data
+gpu       the updates in docs/speed.md, on a GPU, in about five minutes
+loader    speed of data loading, phase by phase, and whether a run would wait for data
+decoding  time of clips and views by file and decoder
+losses    time and memory of the ranking loss
 flops     multiply-adds of an update, counted from the shapes
 fidelity  what cheaper updates save, and how close they come to exact ones
 """
@@ -15,7 +18,7 @@ from types import ModuleType
 from hpm_video.files.atomic import write_json
 from hpm_video.runs.console import add_options, exit_codes, make_parser, run
 
-COMMANDS = ("update", "loader", "flops", "fidelity")
+COMMANDS = ("update", "gpu", "loader", "decoding", "losses", "flops", "fidelity")
 
 
 def main(command_line: Sequence[str] | None = None) -> int:

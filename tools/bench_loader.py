@@ -1,8 +1,9 @@
 """Test whether data loading keeps up with the GPUs: bench.py loader CONFIG ...
 
 Tries numbers of decoding processes, each time on other videos, with all decoders that work unless
-data.decoder names one, and times the phases of a training clip by the best one in one process. The
-last line says which share of the clips that the GPUs could train (--needs) the loader gives.
+data.decoder names one, and times the phases of a training clip by the best one: reading, decoding
+and augmenting by one process alone, assembling in the run, and copying to a GPU. Says which phase
+limits the rate, and how many clips/s updates take in comparison; on a GPU that is measured.
 """
 
 import argparse
@@ -11,6 +12,7 @@ from itertools import product
 from typing import Any
 
 import torch
+from bench_update import Updates  # type: ignore[import-not-found] # beside this file
 from tqdm import tqdm
 
 from hpm_video.config.choices import DecoderName
@@ -19,11 +21,13 @@ from hpm_video.config.schema import PretrainConfig
 from hpm_video.decoding.locations import is_image
 from hpm_video.decoding.registry import available_decoders, choose_decoder
 from hpm_video.files.failures import TooManyBadFiles
-from hpm_video.preparation.benchmark import Trial, Trials, choose_setting
+from hpm_video.preparation.benchmark import Trial, Trials, choose_setting, explain
 from hpm_video.runs.console import above_zero, add_config, positive
 from hpm_video.runs.finetuning import Finetuning
 from hpm_video.runs.pretraining import Pretraining
-from hpm_video.training.device import choose_device
+from hpm_video.runs.task import Task
+from hpm_video.training.device import choose_device, inference_precision
+from hpm_video.training.fast import choose_compiling
 from hpm_video.workers.room import RoomError, usable_cores
 
 Rows = list[dict[str, Any]]
@@ -40,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "number of GPUs, or 1"
     )
     add("--processes", type=positive, metavar="N", help=processes)
-    needs = "clips/s that all GPUs here together could train (bench.py update measures one)"
+    needs = "clips/s that updates take on all GPUs here; default: measured on a GPU"
     add("--needs", type=above_zero, metavar="CLIPS", help=needs)
     measured = "videos whose phases are timed (48)"
     add("--clips", type=positive, default=48, help=measured)
@@ -77,17 +81,35 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, Rows]]:
     trial, workers = choose_setting(tried, config.data.max_bad_share)
     decoder, rate = trial.decoder, trial.rates[workers]
     phases = trials.phases(arguments.clips, decoder)
+    phases["assembling"] = trial.assembling[workers]
     by = f", by {decoder}" if decoder else ""
     rows = [{"phase": name, "ms": 1000 * seconds} for name, seconds in phases.items()]
-    yield f"one clip in one process{by}", rows
+    yield f"one clip{by}", rows
     named = f"data.decoder={decoder} " if decoder else ""
     each = f" for each of {processes} processes" if processes > 1 else ""
     print(f"\ntake {named}data.workers={max(1, workers // processes)}{each}: {rate:.1f} clips/s")
-    if arguments.needs is None:
-        print("--needs=CLIPS says whether that is enough")
-    else:
-        share = rate / arguments.needs
-        print(f"that is {share:.0%} of the {arguments.needs:.1f} clips/s that GPUs could train")
+    print(explain(rate, phases, workers, usable_cores()))
+    needs = arguments.needs
+    if needs is None and device.type == "cuda":
+        needs = processes * rate_of_updates(task, device, batch_size * config.data.repeats)
+    print(verdict(rate, needs) if needs else "--needs=CLIPS says whether that is enough")
+
+
+def rate_of_updates(task: Task, device: torch.device, clips: int) -> float:
+    """Measure the clips per second of updates on random pixels by one process."""
+    task.resolve()
+    precision = task.config.engine.precision
+    precision = inference_precision(device) if precision == "auto" else precision
+    compiled = choose_compiling(task.config.engine, device)
+    return clips / float(Updates(task, device, precision, clips, compiled).measure(3))
+
+
+def verdict(rate: float, needs: float) -> str:
+    """Say whether GPUs would wait for data."""
+    given = f"the loader gives {rate:.1f} clips/s, the update takes {needs:.1f}: "
+    if rate >= needs:
+        return f"{given}{rate / needs:.1f} times what is needed"
+    return f"{given}it would wait for data {1 - rate / needs:.0%} of the time"
 
 
 def workers_to_try(given: Sequence[int] | None, processes: int) -> list[int]:

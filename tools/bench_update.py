@@ -10,10 +10,11 @@ and bf16. A config with a teacher is compared with a plain masked autoencoder of
 
 import argparse
 import gc
+import re
 import shlex
 import statistics
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ from typing import Any, get_args
 from unittest.mock import patch
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import PretrainConfig
@@ -47,6 +50,13 @@ from hpm_video.training.fast import choose_compiling
 
 Rows = list[dict[str, Any]]
 TURNS = 3
+KERNELS = {  # patterns of their names; the first kind that matches counts
+    "attention": "attention|fmha|flash|sdp",
+    "matrix products": "gemm|nvjet|cutlass|xmma|mm$|mkl|linear",
+    "fused by the compiler": "triton|cpp_fused",
+    "norms, GELU and softmax": "norm|gelu|softmax",
+    "copies and casts": "copy|memcpy|memset|cat",
+}
 PLAIN = ("mining.predictor=none", "masking.strategy=random")
 
 
@@ -94,6 +104,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, Rows]]:
     for name, way in ways.items():
         if way.task is task:
             yield f"parts of an update, {name}", way.parts(arguments.repeats)
+            yield f"kernels of an update, {name}", way.kernels()
 
 
 def tasks_to_compare(arguments: argparse.Namespace) -> dict[str, Task]:
@@ -212,3 +223,26 @@ class Updates:
                 follow(engine.model, trial.progress)
         medians = {part: statistics.median(each[1:]) for part, each in seconds.items() if each}
         return [{"part": part, "ms": 1000 * median} for part, median in medians.items()]
+
+    def kernels(self) -> Rows:
+        """Sum up the time of the kernels of an update by kind."""
+        trial, is_gpu = self.make(), self.device.type == "cuda"
+        for _ in range(2):
+            trial()
+        wait_for(self.device)
+        kind = DeviceType.CUDA if is_gpu else DeviceType.CPU
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_gpu else [])]
+        with profile(activities=activities, acc_events=True) as profiler:
+            trial()
+            wait_for(self.device)
+        spent = Counter[str]()
+        for event in profiler.key_averages():
+            if event.device_type == kind:
+                found = (k for k, names in KERNELS.items() if re.search(names, event.key.lower()))
+                own = event.self_device_time_total if is_gpu else event.self_cpu_time_total
+                spent[next(found, "everything else")] += own / 1000
+        total = sum(spent.values())
+        return [
+            {"kernels": name, "ms": ms, "share, %": 100 * ms / total}
+            for name, ms in spent.most_common()
+        ]

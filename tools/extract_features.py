@@ -1,14 +1,17 @@
 """Write features of videos: python tools/extract_features.py CHECKPOINT SOURCE OUTPUT.
 
 OUTPUT gets one file per video, features/NAME.npy of (views, D), or with --tokens (views, N, D);
-index.csv maps files to videos. The first frames of sliding windows are in starts/.
+index.csv maps files to videos. The first frames of sliding windows are in starts/. With --npz,
+features.npz has all of it in arrays: X (videos, D), the mean over the views; y, the label of each
+video, -1 for none; names of the classes; files.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hpm_video
 from hpm_video.config.choices import OF_CLASSIFIER, OF_PRETRAINING
@@ -17,6 +20,9 @@ from hpm_video.files.failures import BadFilesError
 from hpm_video.files.wording import counted
 from hpm_video.runs.console import add_options, exit_codes, make_parser, positive, run
 from hpm_video.runs.options import add_model_options, open_inference, reading_of
+
+if TYPE_CHECKING:
+    from hpm_video.recognition.features import FeatureFolder
 
 EXIT_CODES = exit_codes(
     "the features of every video are there",
@@ -42,12 +48,15 @@ def main(command_line: Sequence[str] | None = None) -> int:
     windows = "instead of --clips: a clip every FRAMES frames, over the whole video"
     add("--window-stride", type=positive, metavar="FRAMES", help=windows)
     add("--tokens", action="store_true", help="every token of the last layer, not one vector")
+    add("--npz", action="store_true", help="also write features.npz: X, y, names and files")
     add("--dtype", choices=("float32", "float16"), default="float32", help="of the features")
     add("--clips-per-pass", type=positive, metavar="N", help="fewer take less memory (default 32)")
     add_options(parser, "root")
     arguments = parser.parse_args(command_line)
     if arguments.window_stride and (arguments.clips or arguments.crops):
         parser.error("--window-stride looks at every video in windows: leave out --clips, --crops")
+    if arguments.npz and (arguments.window_stride or arguments.tokens):
+        parser.error("--npz has one vector for each video: leave out --window-stride, --tokens")
     return run(lambda: write_features(arguments))
 
 
@@ -86,9 +95,30 @@ def write_features(arguments: argparse.Namespace) -> None:
     if layout.windows:
         print(f"  {folder.path}/starts  (views,) int64, the first frame of each")
     print(f"  {folder.path}/index.csv  the files of each video")
+    if arguments.npz:
+        write_npz(folder, {failure.path for failure in bad})
     if bad:
         remedy = f"They are listed in {folder.bad_files}, and the same command tries them again"
         raise BadFilesError(bad, len(set(manifest.files)), remedy)
+
+
+def write_npz(folder: "FeatureFolder", bad: Container[str]) -> None:
+    """Write the features of all but bad videos as one file, and print its path."""
+    import numpy as np
+
+    from hpm_video.files.atomic import written_beside
+
+    manifest = folder.manifest
+    labels = {
+        file: y for file, y in zip(manifest.files, manifest.labels, strict=True) if file not in bad
+    }
+    if not labels:
+        return
+    means = [np.load(folder.features_of(file)).mean(axis=0, dtype=np.float32) for file in labels]
+    path, names = folder.path / "features.npz", np.array(manifest.label_names or (), dtype=str)
+    with written_beside(path) as file:
+        np.savez(file, X=np.stack(means), y=[*labels.values()], names=names, files=[*labels])
+    print(f"  in one file   {path}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -21,11 +21,14 @@ from hpm_video.data.transforms import Box, Change, ClipTransform
 from hpm_video.decoding.locations import Section, frames_in, is_frame_folder, read_bytes
 from hpm_video.decoding.reader import DecodeError
 from hpm_video.files.failures import Failure, TooManyBadFiles, tolerated
+from hpm_video.files.wording import counted
 from hpm_video.workers.room import RoomError
 
 PHASES = ("reading", "decoding", "augmenting")
 NUM_PLACES = 4 * 10**6  # number of videos in the order that trials read
 READ_AHEAD = 1_000  # upper bound on the videos that a trial reads ahead without counting them
+COPIES = 10  # batches whose transfer to a GPU is timed
+UNEXPLAINED = 0.25  # share by which a measured rate may differ from the expected one
 ENOUGH = 0.95  # share of the best rate at which fewer processes are preferred
 
 
@@ -62,6 +65,7 @@ class Trial:
 
     decoder: DecoderName | None  # none for images
     rates: dict[int, float] = field(default_factory=dict)  # clips per second
+    assembling: dict[int, float] = field(default_factory=dict)  # seconds of the run per clip
     files: set[str] = field(default_factory=set)
     refused: dict[str, Failure] = field(default_factory=dict)
     error: TooManyBadFiles | RoomError | None = None  # the last reason why a rate is missing
@@ -92,6 +96,8 @@ class Trials:
     def phases(self, count: int, decoder: DecoderName | None = None) -> dict[str, float]:
         """Return the seconds per clip of each phase, of ``count`` videos in this process alone.
 
+        With a GPU, also of copying from pinned memory, by its own clock.
+
         Raises:
             DecodeError: none of the files decodes.
         """
@@ -106,14 +112,18 @@ class Trials:
                 with timed(seconds, "reading"):
                     read_all(request.path)
                 with timed(seconds, "decoding"):
-                    num_clips += len(reader(request).clips)
+                    sample = reader(request)
+                num_clips += len(sample.clips)
             except (DecodeError, OSError) as error:
                 failure = str(error)
         self._advance(count)
         if not num_clips:
             raise DecodeError(f"none of the first {count} files decodes. The last: {failure}")
         seconds["decoding"] -= seconds["augmenting"]
-        return {phase: total / num_clips for phase, total in seconds.items()}
+        found = {phase: total / num_clips for phase, total in seconds.items()}
+        if self.gpu is not None:
+            found["copying"] = copy_seconds(sample.clips[:1], self.batch_size, self.gpu)
+        return found
 
     def read(self, trial: Trial, workers: int) -> None:
         """Read with that many processes, and add the result to ``trial``."""
@@ -123,7 +133,7 @@ class Trials:
         try:
             with closing(clip_batches(streams, self.places(), **options)) as batches:
                 trial.files.update(next(batches).files)
-                began = time.perf_counter()
+                began, own = time.perf_counter(), time.process_time()
                 for batch in batches:
                     trial.files.update(batch.files)
                     count += len(batch.clips)
@@ -131,6 +141,7 @@ class Trials:
                     if time.perf_counter() > began + self.seconds:
                         break
                 trial.rates[workers] = count / (time.perf_counter() - began)
+                trial.assembling[workers] = (time.process_time() - own) / count
         except (RoomError, TooManyBadFiles) as error:
             trial.error = error
             if isinstance(error, TooManyBadFiles):
@@ -162,6 +173,39 @@ def choose_setting(trials: Sequence[Trial], max_bad_share: float) -> tuple[Trial
     best = max(trial.rates[workers] for trial, workers in settings)
     enough = [(t, workers) for t, workers in settings if t.rates[workers] >= ENOUGH * best]
     return min(enough, key=lambda setting: (setting[1], -setting[0].rates[setting[1]]))
+
+
+def copy_seconds(clip: Tensor, batch_size: int, gpu: torch.device) -> float:
+    """Return the seconds in which a GPU fetches a clip of a batch: (1, C, T, H, W)"""
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    pinned = clip.repeat(batch_size, 1, 1, 1, 1).pin_memory()
+    pinned.to(gpu, non_blocking=True)  # the first one takes memory
+    began.record()
+    for _ in range(COPIES):
+        pinned.to(gpu, non_blocking=True)
+    ended.record()
+    ended.synchronize()
+    return began.elapsed_time(ended) / 1000 / COPIES / batch_size
+
+
+def explain(rate: float, seconds: Mapping[str, float], workers: int, cores: int) -> str:
+    """Compare a measured rate with the one that the phases allow, and name the bottleneck.
+
+    ``seconds``: per clip, of each phase of a process that decodes, of assembling, and of copying.
+    """
+    in_workers = {phase: seconds[phase] for phase in PHASES}
+    busy = {phase: value for phase, value in seconds.items() if phase not in in_workers}
+    busy[max(in_workers, key=in_workers.__getitem__)] = sum(in_workers.values()) / workers
+    bottleneck = max(busy, key=busy.__getitem__)
+    expected = 1 / busy[bottleneck]
+    line = f"by the phases {expected:.1f} clips/s, limited by {bottleneck}; measured: {rate:.1f}"
+    if rate < (1 - UNEXPLAINED) * expected and workers >= cores:
+        return f"{line}, since {workers} processes and the run share {counted(cores, 'core')}"
+    if rate < (1 - UNEXPLAINED) * expected:
+        return f"{line}: side by side, processes wait for the disk or for memory"
+    if rate > (1 + UNEXPLAINED) * expected:
+        return f"{line}: the files that were timed alone take longer than most (see --clips)"
+    return line
 
 
 def read_all(path: str) -> None:

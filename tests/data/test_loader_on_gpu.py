@@ -15,6 +15,7 @@ from hpm_video.data.loader import clip_batches
 from hpm_video.data.manifest import read_manifest
 from hpm_video.data.mixture import Place
 from hpm_video.data.transforms import MultiScaleCrop
+from hpm_video.preparation.benchmark import copy_seconds
 
 REQUIRED = os.environ.get("HPM_REQUIRE_GPU") == "1"
 pytestmark = [
@@ -79,3 +80,8 @@ def test_memory_is_pinned_until_the_sender_is_closed():
     assert part.is_pinned()
     sender.close()
     assert not part.is_pinned()
+
+
+def test_the_transfer_of_a_clip_is_timed_by_the_gpu():
+    clip = torch.zeros(1, 3, 16, 224, 224, dtype=torch.uint8)
+    assert 1e-6 < copy_seconds(clip, 8, torch.device("cuda", 0)) < 0.1

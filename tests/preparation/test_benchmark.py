@@ -21,7 +21,15 @@ from hpm_video.decoding.reader import DecodeError
 from hpm_video.decoding.registry import available_decoders
 from hpm_video.files.failures import Failure, TooManyBadFiles
 from hpm_video.preparation import benchmark
-from hpm_video.preparation.benchmark import PHASES, Trial, Trials, choose_setting, read_all
+from hpm_video.preparation.benchmark import (
+    PHASES,
+    Trial,
+    Trials,
+    choose_setting,
+    explain,
+    read_all,
+)
+from hpm_video.preparation.encode import write_video
 from hpm_video.workers.room import RoomError
 
 pytestmark = pytest.mark.slow
@@ -178,7 +186,7 @@ def test_a_decoder_that_refuses_the_files_is_told_and_the_others_go_on(
     arguments = ("--seconds", "0.05", "--workers", "1", "--clips", "3")
     code, output = loader(config_file, f"data.train={transport_streams}", *arguments)
     assert code == 0, output
-    assert re.search(r"^one clip in one process, by pyav$", output, re.M), output
+    assert re.search(r"^one clip, by pyav$", output, re.M), output
     assert re.search(r"^ *decord +NaN +refuses \d of \d files, such as .*\.ts: ", output, re.M), (
         output
     )
@@ -250,6 +258,77 @@ def test_nothing_is_read_twice(videos):
     assert trials.places()[0].position > after_trial
 
 
+SECONDS = {"reading": 1, "decoding": 6, "augmenting": 3, "copying": 1, "assembling": 2}
+
+
+@pytest.mark.parametrize(
+    ("slow", "workers", "rate", "why"),
+    [
+        ({}, 4, 1 / 2.5, "limited by decoding"),
+        ({}, 5, 1 / 2, "limited by "),
+        ({}, 100, 1 / 2, "limited by assembling"),
+        ({"reading": 7}, 1, 1 / 16, "limited by reading"),
+        ({"copying": 3}, 100, 1 / 3, "limited by copying"),
+    ],
+)
+def test_the_phase_that_keeps_the_others_waiting_is_named(slow, workers, rate, why):
+    line = explain(rate, SECONDS | slow, workers, 200)
+    assert line.startswith(f"by the phases {rate:.1f} clips/s, {why}")
+    assert line.endswith(f"measured: {rate:.1f}"), "nothing is to be explained"
+
+
+@pytest.mark.parametrize(
+    ("rate", "workers", "cores", "why"),
+    [
+        (0.2, 4, 4, ", since 4 processes and the run share 4 cores"),
+        (0.2, 4, 5, ": side by side, processes wait for the disk or for memory"),
+        (0.6, 4, 4, ": the files that were timed alone take longer than most"),
+        (0.31, 4, 4, ""),
+        (0.49, 4, 4, ""),
+    ],
+)
+def test_a_rate_that_the_phases_do_not_explain_is_explained(rate, workers, cores, why):
+    line = explain(rate, SECONDS, workers, cores)
+    assert line.partition(f"measured: {rate:.1f}")[2].startswith(why)
+    assert why or line.endswith(f"measured: {rate:.1f}")
+
+
+def test_what_updates_need_is_measured_and_compared(commands, config_file):
+    task = commands.Pretraining(commands.load_any_config(Path(config_file), []))
+    assert commands.rate_of_updates(task, torch.device("cpu"), 4) > 1
+    assert commands.verdict(700, 420).endswith("takes 420.0: 1.7 times what is needed")
+    assert commands.verdict(210, 420).endswith("it would wait for data 50% of the time")
+
+
+@pytest.mark.parametrize("every", [1, 12])
+def test_decoding_is_measured_on_whole_files_at_a_stride_that_they_hold(tmp_path, call_tool, every):
+    write_video(tmp_path / "a.mp4", [np.zeros((48, 64, 3), np.uint8)] * 20)
+    (tmp_path / "list.csv").write_text(f"path,start,end,kept_every\na.mp4,0.2,0.4,{every}\n")
+    options = ("--repeats", "1", "--views", "1x1", "--clips", "2", "--output", tmp_path / "a.json")
+    code, output = call_tool("bench", "decoding", tmp_path / "list.csv", *options)
+    if every == 12:
+        assert code == 2
+        assert "a.mp4#t=0.2,0.4 holds one of every 12 frames" in output
+        return
+    assert code == 0, output
+    tables = json.loads((tmp_path / "a.json").read_text())
+    assert {name: len(rows) for name, rows in tables.items()} == {
+        "a training clip": (count := len(available_decoders())),
+        "2 training clips": 2 * count,
+        "a test of 1 x 1 views": count,
+    }
+    assert all(row["ms"] > 0 for rows in tables.values() for row in rows)
+
+
+def test_forms_of_the_loss_agree(tmp_path, call_tool):
+    table = tmp_path / "a.json"
+    sizes = ("--clips", "2", "--tokens", "300", "--turns", "1", "--repeats", "1")
+    assert call_tool("bench", "losses", *sizes, "--output", table)[0] == 0
+    ((plain, blockwise),) = json.loads(table.read_text()).values()
+    assert blockwise["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    assert blockwise["peak memory, MB"] < plain["peak memory, MB"]
+
+
 def test_numbers_that_are_tried_come_out_even(commands, monkeypatch):
     monkeypatch.setattr(commands, "usable_cores", lambda: 48)
     assert commands.workers_to_try(None, 1) == [1, 2, 4, 8, 16, 32, 48]
@@ -273,7 +352,7 @@ def test_the_tool_tells_what_several_processes_take(labelled_videos, loader, tmp
     assert code == 0, output
     taken = r"^take data.decoder=\w+ data.workers=1 for each of 2 processes: [\d.]+ clips/s$"
     assert re.search(taken, output, re.M)
-    assert "that is 0% of the 1000000000.0 clips/s that GPUs could train" in output
+    assert "the update takes 1000000000.0: it would wait for data 100% of the time" in output
 
 
 def test_the_tool_tells_rates_phases_and_what_to_take(config_file, loader, tmp_path):
@@ -284,9 +363,10 @@ def test_the_tool_tells_rates_phases_and_what_to_take(config_file, loader, tmp_p
     rates, phases = json.loads(table.read_text()).values()
     assert [row["decoder"] for row in rates] == [*available_decoders()]
     assert all(row["1"] > 0 and row["2"] > 0 for row in rates)
-    assert [row["phase"] for row in phases] == [*PHASES]
+    assert [row["phase"] for row in phases] == [*PHASES, "assembling"]
     assert all(row["ms"] > 0 for row in phases)
     found = re.search(r"^take data.decoder=(\w+) data.workers=(\d): ([\d.]+) ", output, re.M)
     rate = {row["decoder"]: row for row in rates}[found[1]][found[2]]
     assert float(found[3]) == pytest.approx(rate, abs=0.06)
+    assert re.search(r"^by the phases [\d.]+ clips/s, limited by \w+; measured: ", output, re.M)
     assert "--needs=CLIPS says whether that is enough" in output

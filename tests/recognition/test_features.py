@@ -302,6 +302,19 @@ def test_sections_of_a_video_have_features_of_their_own(main, pretrained, source
     assert read_manifest(output / "index.csv").files == read_manifest(source).files
 
 
+def test_one_file_has_the_mean_of_the_views_with_labels_and_names(
+    main, pretrained, source, tmp_path
+):
+    output = tmp_path / "out"
+    assert main(pretrained, source, output, "--clips", 2, "--npz") == 0
+    with np.load(output / "features.npz") as table:
+        assert table["y"].tolist() == [0, 1, 0, 1, 0]
+        assert table["names"].tolist() == ["class 0", "class 1"]
+        assert table["files"].tolist() == [*read_manifest(source).files]
+        for row, features in zip(index_of(output), table["X"], strict=True):
+            assert np.allclose(np.load(output / row["file"]).mean(axis=0), features, atol=1e-6)
+
+
 def test_views_and_tokens(main, pretrained, source, tmp_path):
     size = ("--clips", 2, "--crops", 3)
     assert main(pretrained, source, tmp_path / "pooled", *size) == 0
@@ -724,6 +737,8 @@ def test_clips_that_span_the_video_have_no_stride(main, source, tmp_path, capsys
     [
         (("--window-stride", "2", "--clips", "3"), "leave out --clips, --crops"),
         (("--window-stride", "2", "--crops", "3"), "leave out --clips, --crops"),
+        (("--window-stride", "2", "--npz"), "--npz has one vector for each video"),
+        (("--tokens", "--npz"), "leave out --window-stride, --tokens"),
         (("--clips", "0"), "at least 1, got '0'"),
         (("--num-frames", "x"), "at least 1, got 'x'"),
         (("--dtype", "float64"), "invalid choice"),

@@ -98,6 +98,9 @@ def test_updates_are_timed_in_both_precisions(bench, write_config, tmp_path):
     assert parts["forward pass: all of it"] > parts["student"] > 0
     assert parts["teacher: all of it"] > parts["encoder"] > 0
     assert {"backward pass", "optimizer", "moving average", "ranking loss"} < parts.keys()
+    kernels = tables["kernels of an update, tiny, fp32"]
+    assert sum(line["share, %"] for line in kernels) == pytest.approx(100)
+    assert {"matrix products", "attention"} < {line["kernels"] for line in kernels}
 
 
 def test_the_cost_of_a_clip_is_that_of_the_shapes(count, write_config):
@@ -148,7 +151,7 @@ def test_costs_without_levers_are_refused_before_anything_is_measured(
     costs.write_text(costs.read_text().replace("mining: {", "mining: {target: ema, "))
     options = ("--costs", costs, "--device", "cpu")
     error = bench("fidelity", finished_run, videos / "validation", *options, code=2)
-    assert "mining.target=ema with mining.predictor=relative needs" in error
+    assert "mining.target=ema with mining.predictor=relative" in error
 
 
 def test_a_misspelt_key_is_one_line(bench):
