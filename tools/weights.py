@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpm_video.config.choices import OF_CLASSIFIER, OF_PRETRAINING, TransformerSize
-from hpm_video.recognition.labels import read_label_names
 from hpm_video.runs.console import above_zero, make_parser, positive, run, shortest
 
 if TYPE_CHECKING:
     from hpm_video.weights.geometry import Overrides
 
-FORMATS = ("transformers", "timm", "mae", "videomae", "hpm", "onnx", "file")
+FORMATS = ("transformers", "timm", "onnx", "file", "mae", "videomae", "hpm")
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
@@ -85,10 +84,6 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     add("--num-frames", type=positive, metavar="T", help=as_said.format("16"))
     size = as_said.format("the size of its positions")
     add("--frame-size", type=positive, nargs=2, metavar=("H", "W"), help=size)
-    add("--frame-stride", type=positive, metavar="FRAMES", help=as_said.format("4"))
-    add("--target", choices=("raw", "joint", "per_channel"), help="target of pre-training")
-    labels = "names of the classes: class i in line i"
-    add("--labels", type=Path, dest="label_names", metavar="FILE", help=labels)
 
 
 def overrides_by(arguments: argparse.Namespace) -> Overrides:
@@ -98,7 +93,6 @@ def overrides_by(arguments: argparse.Namespace) -> Overrides:
 
     given = {name: getattr(arguments, name) for name in vars(Overrides())}
     given["frame_size"] = arguments.frame_size and tuple(arguments.frame_size)
-    given["label_names"] = arguments.label_names and read_label_names(arguments.label_names)
     try:
         given["decoder"] = arguments.decoder and TransformerSize(*arguments.decoder)
     except ValueError as error:

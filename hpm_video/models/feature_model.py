@@ -5,7 +5,6 @@ a file that the user gives: nothing is ever downloaded. timm is imported when a 
 takes seconds, and training on pixels needs none of it.
 """
 
-import difflib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -124,10 +123,9 @@ def _make(kind: FeatureKind, name: str, **options: int) -> "VisionTransformer":
     module = "vision_transformer"
     known = timm.list_models(module=module) + timm.list_models(module=module, pretrained=True)
     if name not in known:
-        close = difflib.get_close_matches(name, known) or [DEFAULT_MODELS[kind]]
         raise ValueError(
             f"timm {timm.__version__} has no plain vision transformer {name!r}, with a token for "
-            f"each patch; take {' or '.join(close)}"
+            f"each patch; take {DEFAULT_MODELS[kind]} or another size of it"
         )
     sizes: dict[str, Any] = options | ({"num_classes": 0} if kind == "dino" else {})
     with global_generators(0):  # for initial weights, none of which stays

@@ -15,25 +15,20 @@ from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition.trained_model import TrainedModel, open_trained
 from hpm_video.weights import express, verify
 from hpm_video.weights.express import To
-from hpm_video.weights.families import licence_of
+from hpm_video.weights.families import SCORE, licence_of
 from hpm_video.weights.files import Tensors
-from hpm_video.weights.importing import describe_left_out, import_weights, staged, texts_of
-from hpm_video.weights.verify import ParityReport, against, is_installed
+from hpm_video.weights.importing import (
+    describe_left_out,
+    import_weights,
+    staged,
+    texts_of,
+)
+from hpm_video.weights.verify import ParityReport, is_installed
 
-NEEDS: dict[To, tuple[str, ...]] = {
-    "transformers": ("transformers",),
-    "onnx": ("onnx", "onnxscript", "onnxruntime"),
-}
+NEEDS = {"transformers": ["transformers"], "onnx": ["onnx", "onnxscript", "onnxruntime"]}
 """Libraries that write or check a format, where this package does not require them anyway."""
-ENDINGS: dict[To, str] = {
-    "transformers": "",
-    "timm": "",
-    "mae": ".pth",
-    "videomae": ".pth",
-    "hpm": ".pth",
-    "onnx": ".onnx",
-    "file": ".safetensors",
-}
+ENDINGS: dict[To, str] = {"transformers": "", "timm": "", "onnx": ".onnx", "file": ".safetensors"}
+ENDINGS |= {"mae": ".pth", "videomae": ".pth", "hpm": ".pth"}
 """How the names of files end; those of folders have none."""
 
 
@@ -87,6 +82,8 @@ def _write_timm(model: TrainedModel, tensors: Tensors, folder: Path) -> None:
 
 def _write_pickle(model: TrainedModel, tensors: Tensors, file: Path, to: To) -> None:
     """Write plain values alone: the weights, and the facts of a run; of HPM the teacher, too."""
+    if to == "hpm" and f"{SCORE}weight" not in tensors:
+        raise CheckpointError("HPM takes models with a loss predictor")
     names: Any = "videomae" if to == "videomae" else "mae"
     state = express.official(tensors, names)
     content: dict[str, Any] = {"model": state, "args": express.facts_of(model)}
@@ -101,6 +98,8 @@ def _write_pickle(model: TrainedModel, tensors: Tensors, file: Path, to: To) -> 
 
 def _write_onnx(model: TrainedModel, file: Path) -> None:
     """Write a classifier as a program for onnxruntime: clips -> logits, of any number of clips."""
+    if not model.is_classifier:
+        raise CheckpointError("a program takes classifiers")
     clips = torch.zeros(2, model.config.model.channels, *model.config.data.clip_size)
     logging.disable(logging.WARNING)  # the exporter's messages on its steps and deprecations
     try:
@@ -124,44 +123,57 @@ def _write_onnx(model: TrainedModel, file: Path) -> None:
     program.save(file)
 
 
-def _write(to: To, model: TrainedModel, tensors: Tensors, out: Path) -> None:
+def _write(to: To, model: TrainedModel, out: Path) -> dict[str, str]:
+    """Write a model. -> what the format has no place for, and why"""
     if to == "file":
         write_single_file(out, model.tensors, model.file, model.kind, texts_of(model))
-    elif to == "onnx":
+        return {}
+    if to == "onnx":
         _write_onnx(model, out)
-    elif to == "timm":
+        return {}
+    frames = model.config.data.num_frames
+    if to in ("timm", "mae", "hpm") and frames > 1:
+        raise CheckpointError(f"it takes images, not clips of {frames} frames")
+    tensors, left_out = express.express(model, to)
+    if to == "timm":
         _write_timm(model, tensors, out)
     elif to == "transformers":
         _write_transformers(model, tensors, out)
     else:
         _write_pickle(model, tensors, out, to)
+    return left_out
 
 
-def _check(to: To, model: TrainedModel, out: Path) -> ParityReport:
-    """Load what was written back, and compare it with the model."""
+def _check(to: To, model: TrainedModel, out: Path, tolerance: float, *, skip: bool) -> ParityReport:
+    """Read back what was written: it must compute the same, here and in a library.
+
+    ``skip``: not in a library.
+    """
+    imported, library = None, "this package"
     if to == "onnx":
+        if skip:
+            return verify.NOT_ASKED
         import onnxruntime  # type: ignore[import-untyped, unused-ignore]
 
         session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+        library = f"onnxruntime {onnxruntime.__version__}"
 
-        def logits(trial: verify.Trial) -> verify.Outputs:
+        def outputs(trial: verify.Trial) -> verify.Outputs:
             return {"logits": torch.from_numpy(*session.run(None, {"clips": trial.clips.numpy()}))}
+    else:
+        imported = None if to == "file" else import_weights(out)
+        back = imported.complete if imported else open_trained(out, TrainedModel, model.weights)
+        same = back.build()
 
-        found = verify.differences(model, logits, clips=3)
-        return ParityReport(f"onnxruntime {onnxruntime.__version__}", found)
-    if to == "timm":
-        peer = verify.from_folder(out, in_chans=model.config.model.channels)
-        return against(peer, model)
-    if to == "transformers":
-        return against(verify.from_folder(out, express.transformers_class(model)), model)
-    if to == "file":
-        back, report = open_trained(out, TrainedModel, model.weights), ParityReport("this package")
-    else:  # what our importer reads is compared with the model, and with a library's
-        imported = import_weights(out)
-        back, report = imported.model, verify.compare(imported)
-        report = replace(report, with_what=f"our importer and {report.with_what}")
-    own = verify.differences(model, lambda trial: verify.outputs_of(back.build(), trial))
-    return replace(report, differences=(*own, *report.differences))
+        def outputs(trial: verify.Trial) -> verify.Outputs:
+            return verify.outputs_of(same, trial)
+
+    found = verify.differences(model, outputs, clips=3, encoder_alone=to == "timm")
+    report = ParityReport(library, found).judged(tolerance)
+    if imported is None or skip:
+        return report
+    other = verify.compare(imported, tolerance)
+    return replace(other, differences=(*report.differences, *other.differences))
 
 
 @dataclass(frozen=True)
@@ -187,8 +199,8 @@ def export(
     Nothing is left behind where that fails. ``skip``: do not compare.
 
     Raises:
-        CheckpointError: it exists already, the format cannot express the model, a library is
-            missing, the disk does not take it, or what was written computes something else.
+        CheckpointError: it exists already, a library is missing, the disk does not take it, or what
+            was written is read back as another model or computes something else.
     """
     ending, licence = ENDINGS[to], licence_of(model.origin)
     if ending and out.suffix != ending:
@@ -197,16 +209,20 @@ def export(
     for path in (out, parity_file):
         if path.exists() or path.is_symlink():
             raise CheckpointError(f"{path} exists already; give another name, or delete it")
-    if not all(is_installed(name) for name in NEEDS.get(to, ())):
+    if not all(is_installed(name) for name in NEEDS.get(to, [])):
         raise CheckpointError(f"--to {to} needs more libraries: pip install {' '.join(NEEDS[to])}")
     model = replace(model, held=model.tensors)
-    (tensors, left_out), parity = express.express(model, to), verify.NOT_ASKED
     with staged(out) as writing:
         there = writing / out.name
-        _write(to, model, tensors, there)
-        if not skip:
-            wrong = "what was exported computes something else than our model, and is not kept"
-            parity = _check(to, model, there).judged(wrong, tolerance)
+        try:
+            left_out = _write(to, model, there)
+            parity = _check(to, model, there, tolerance, skip=skip)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{model.path} cannot become what --to {to} writes: "
+                f"{str(error).replace(f'{there}: ', '')}\n"
+                f"--to file takes every model, and --to onnx every classifier"
+            ) from error
         table = parity.as_table() | {
             "format": to,
             "checkpoint": str(model.path.absolute()),

@@ -5,8 +5,7 @@ from typing import Any, Literal
 
 import torch
 
-from hpm_video.config.choices import Pooling, Positions, TransformerSize
-from hpm_video.files.weights import CheckpointError
+from hpm_video.config.choices import TransformerSize
 from hpm_video.models.from_config import source_grid_of
 from hpm_video.models.positions import position_table, resize_positions
 from hpm_video.models.vit import LAYER_NORM_EPS
@@ -33,42 +32,11 @@ def becomes_videomae(model: TrainedModel, to: To) -> bool:
     return to == "videomae" or (to == "transformers" and not model.config.model.class_token)
 
 
-def obstacles(model: TrainedModel, to: To) -> list[str]:
-    """Return what a format takes and a model is not; empty where it can be expressed."""
-    if to == "file":
-        return []
-    config, pretraining = model.config.model, model.pretraining
-    frames, height, width = model.config.data.clip_size
-    video = becomes_videomae(model, to)
-    image = to != "onnx" and not video
-    vit = image and to == "transformers" and model.is_classifier
-    mae = image and to != "timm" and not vit
-    usual: Positions = "sequence" if video else "space_time"
-    conventions = "videomae" if video else "mae"
-    poolings: list[Pooling] = ["mean_norm", "class_token"]
-    if video or vit:
-        poolings = ["class_token" if vit else "mean_norm"]
-    placed = (mae and config.positions == "given") or _has_positions(model, usual)
-    pixels = pretraining is None or pretraining.mining.pixel_kind
-    own_bias = model.is_classifier or config.conventions == conventions
-    rules: list[tuple[bool, object, str]] = [  # where it applies, whether it fits, what is taken
-        (to == "onnx", model.is_classifier, "classifiers"),
-        (image, frames == config.patch_size[0] == 1, "images, not clips of several frames"),
-        (video, not config.class_token, "models without a class token"),
-        (mae or vit, config.class_token, "models with a class token"),
-        (to != "videomae", config.patch_size[1] == config.patch_size[2], "square patches"),
-        (mae and to == "transformers", height == width, "square frames"),
-        (video or mae, pixels, "targets of pixels, not of features (mining.target)"),
-        (video or mae, placed, f"model.positions={usual}, for clips of the size of pre-training"),
-        (video or mae, own_bias, f"model.conventions={conventions}"),
-        (video or image, model.pooling in (None, *poolings), f"model.pooling={poolings}"),
-        (to == "hpm", f"{SCORE}weight" in model.tensors, "models with a loss predictor"),
-    ]
-    return [taken for applies, fits, taken in rules if applies and not fits]
-
-
 def tables_of(model: TrainedModel) -> Tensors:
-    """Return the positions of the tokens of a model's clips: -> (1, N, D), of its decoder too"""
+    """Return the positions of the tokens of a model's clips, of its decoder too.
+
+    -> (1, N, D), or one row more where a class token goes first
+    """
     kind, source = model.config.model.positions, TokenGrid(*source_grid_of(model.config))
     sizes = [model.config.model.encoder]
     if model.pretraining:
@@ -79,41 +47,15 @@ def tables_of(model: TrainedModel) -> Tensors:
             own = resize_positions(model.tensors[table][0], source, model.grid)
         else:
             own = position_table(model.grid, size.dim, kind, source)
-        found[table] = own.unsqueeze(0)
+        first = torch.zeros(int(model.config.model.class_token), size.dim)
+        found[table] = torch.cat([first, own]).unsqueeze(0)
     return found
 
 
-def _has_positions(model: TrainedModel, kind: Positions) -> bool:
-    """Whether its tokens have the positions that a model of this kind has of its own clips."""
-    usual = position_table(model.grid, model.config.model.encoder.dim, kind)
-    return (tables_of(model)[TABLES[0]] - usual).abs().max().item() <= 1e-5
-
-
-def with_tables(model: TrainedModel) -> Tensors:
-    """Return the tensors of a model with its positions, in tables with a row for a class token."""
-    first = int(model.config.model.class_token)
-    tables = {
-        name: torch.cat([torch.zeros_like(table[:, :first]), table], dim=1)
-        for name, table in tables_of(model).items()
-    }
-    return model.tensors | tables
-
-
 def express(model: TrainedModel, to: To) -> tuple[Tensors, dict[str, str]]:
-    """Return what a format holds of a model, by our names, and what it has no place for, and why.
-
-    Raises:
-        CheckpointError: it cannot be expressed there. Every reason is given.
-    """
-    if wrong := obstacles(model, to):
-        raise CheckpointError(
-            f"{model.path} cannot become what --to {to} writes: it takes {', and '.join(wrong)}. "
-            f"--to file takes every model, --to onnx every classifier"
-        )
-    if to in ("onnx", "file"):
-        return model.tensors, {}
+    """Return what a format holds of a model, by our names, and what it has no place for."""
     drops = OF_DECODERS if to == "timm" else () if to == "hpm" else ("difficulty_decoder.",)
-    every = with_tables(model)
+    every = model.tensors | tables_of(model)
     kept = {name: value for name, value in every.items() if not name.startswith(drops)}
     left_out = {name: "the format has no such part" for name in every if name not in kept}
     if becomes_videomae(model, to):

@@ -69,20 +69,22 @@ class Family(NamedTuple):
 
     name: str
     holds: Literal["autoencoder", "encoder", "classifier"]
-    transformers_class: str = ""
-    pixels: tuple[tuple[float, ...], ...] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    """Their mean and standard deviation, unless the file says otherwise."""
 
     @property
     def conventions(self) -> Conventions:
-        return "videomae" if "videomae" in self.name else "mae"
+        return "videomae" if self.name.startswith("videomae") else "mae"
 
     @property
     def target(self) -> TargetKind:
         """What pre-training predicts, unless the file says otherwise."""
-        if self.name in ("hpm", "transformers_vitmae"):
-            return "raw"
-        return "per_channel" if self.conventions == "videomae" else "joint"
+        return "raw" if self.name == "hpm" else TARGETS[self.conventions]
+
+    @property
+    def pixels(self) -> tuple[tuple[float, ...], ...]:
+        """Their mean and standard deviation, unless the file says otherwise."""
+        if self.name == "mae_st":
+            return (0.45,) * 3, (0.225,) * 3
+        return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     @property
     def licence(self) -> str:
@@ -90,41 +92,32 @@ class Family(NamedTuple):
         return next(text for begins, text in LICENCES.items() if self.name.startswith(begins))
 
 
+FAMILIES = {
+    name: Family(name, holds)
+    for name, holds in (
+        ("hpm", "autoencoder"),
+        ("mae", "autoencoder"),
+        ("vit", "encoder"),  # of MAE, timm or transformers
+        ("vit_classifier", "classifier"),
+        ("mae_st", "encoder"),
+        ("videomae", "autoencoder"),  # the second version and transformers' are alike
+        ("videomae_encoder", "encoder"),
+        ("videomae_classifier", "classifier"),
+    )
+}
+TARGETS: dict[Conventions, TargetKind] = {"mae": "joint", "videomae": "per_channel"}
+"""What the two projects predict if they normalise."""
 NON_COMMERCIAL = "CC-BY-NC 4.0: no commercial use, name the authors"
+CARD = "other models with these names each have their own licence, see their cards"
 LICENCES = {
     "hpm": "HPM's code is Apache-2.0 and derived from MAE, which is CC-BY-NC 4.0; of the weights "
     "its authors say nothing: take them as CC-BY-NC 4.0",
     "mae": f"Meta's weights of MAE, for images and for video, are {NON_COMMERCIAL}",
-    "vit": "MAE's encoders and fine-tuned models have these names too, and MAE's weights are "
-    f"{NON_COMMERCIAL}; of timm's models each has its own licence, see its card",
-    "videomae": f"the weights of VideoMAE and VideoMAE V2 are {NON_COMMERCIAL}",
-    "transformers": "each model has its own licence, see its card; if these descend from MAE or "
-    f"VideoMAE: its weights are {NON_COMMERCIAL}",
+    "vit": f"MAE's weights, fine-tuned ones too, are {NON_COMMERCIAL}; {CARD}",
+    "videomae": f"the weights of VideoMAE and VideoMAE V2 are {NON_COMMERCIAL}; {CARD}",
     "ours": "that of what it was trained on and began with; this project's code is Apache-2.0",
 }
 """What is known of the licences of weights, by how the names of families begin."""
-_TABLE = (
-    Family("hpm", "autoencoder"),
-    Family("mae", "autoencoder"),
-    Family("vit", "encoder"),  # of MAE or timm
-    Family("vit_classifier", "classifier"),
-    Family("mae_st", "encoder", pixels=((0.45,) * 3, (0.225,) * 3)),
-    Family("videomae", "autoencoder"),  # the second version has the same names
-    Family("videomae_encoder", "encoder"),
-    Family("videomae_classifier", "classifier"),
-    Family("transformers_videomae", "autoencoder", "VideoMAEForPreTraining"),
-    Family("transformers_videomae_encoder", "encoder", "VideoMAEModel"),
-    Family("transformers_videomae_classifier", "classifier", "VideoMAEForVideoClassification"),
-    Family("transformers_vitmae", "autoencoder", "ViTMAEForPreTraining"),
-    Family("transformers_vit_encoder", "encoder", "ViTModel"),
-    Family(
-        "transformers_vit_classifier",
-        "classifier",
-        "ViTForImageClassification",
-        ((0.5,) * 3, (0.5,) * 3),
-    ),
-)
-FAMILIES = {family.name: family for family in _TABLE}
 
 
 def licence_of(origin: str) -> str:
@@ -208,7 +201,7 @@ def recognise(source: Source, entry: str | None = None, prefix: str | None = Non
     state.entry = entry
     outside = (name for name in every if name not in stored)
     state.left_out |= dict.fromkeys(outside, "it does not begin with the prefix")
-    family = _family_of(state)
+    family = _family_of(state.tensors)
     if family is None:
         shapes = (f"{name} {tuple(value.shape)}" for name, value in islice(every.items(), 12))
         raise CheckpointError(
@@ -277,21 +270,21 @@ def _join_queries_keys_and_values(tensors: Tensors, names: dict[str, str]) -> No
         tensors[fused], names[fused] = torch.cat(found), names[query]
 
 
-def _family_of(state: State) -> Family | None:
+def _family_of(tensors: Tensors) -> Family | None:
     """Return whose tensors they are; none where they are of nobody who is known."""
-    tensors, of_transformers = state.tensors, "embeddings." in state.names.get(KERNEL, "")
     axes = tensors[KERNEL].ndim if KERNEL in tensors else 0
     if axes not in (4, 5) or "blocks.0.attn.qkv.weight" not in tensors:
         return None
     if SUMMED[0] in tensors:
         return FAMILIES["mae_st"]
-    if axes == 5 and "cls_token" in tensors:  # VideoMAE has none
+    decodes = any(name.startswith("reconstructor.") for name in tensors)
+    first = "cls_token" in tensors
+    if axes == 4 and decodes:
+        name = "hpm" if f"{SCORE}weight" in tensors else "mae"
+        return FAMILIES[name] if first else None
+    if axes == 5 and first:  # VideoMAE has none
         return None
-    holds = "classifier" if "head.weight" in tensors else "encoder"
-    holds = "autoencoder" if CONTENT in tensors else holds
-    name = "videomae" if axes == 5 else "vit"
-    if (axes, holds) == (4, "autoencoder"):
-        mines = f"{SCORE}weight" in tensors
-        name = "vitmae" if of_transformers else "hpm" if mines else "mae"
-    name = f"transformers_{name}" if of_transformers else name
-    return FAMILIES.get(f"{name}_{holds}") or FAMILIES[name]
+    name = "vit" if axes == 4 else "videomae" if decodes else "videomae_encoder"
+    if "head.weight" in tensors and not decodes:
+        name = f"{name.partition('_')[0]}_classifier"
+    return FAMILIES[name]

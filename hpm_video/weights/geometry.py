@@ -19,8 +19,7 @@ from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.config.training import EvaluationConfig
 from hpm_video.files.weights import CheckpointError
 from hpm_video.tokens.grid import Size3, TokenGrid
-from hpm_video.tokens.patches import TargetKind
-from hpm_video.weights.families import CONTENT, KERNEL, SCORE, SUMMED, TABLES, State
+from hpm_video.weights.families import CONTENT, KERNEL, SCORE, SUMMED, TABLES, TARGETS, State
 from hpm_video.weights.files import Source
 
 ONLY: dict[str, tuple[Any, ...]] = {
@@ -33,17 +32,11 @@ ONLY: dict[str, tuple[Any, ...]] = {
 """Keys in a config.json of transformers or timm, and the values that they may have."""
 ENCODER_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
 """Heads of the known encoders by their width."""
-DECODERS: dict[Conventions, dict[int, TransformerSize]] = {
-    "videomae": {
-        384: TransformerSize(192, 4, 3),
-        768: TransformerSize(384, 4, 6),
-        1024: TransformerSize(512, 12, 8),
-        1280: TransformerSize(640, 12, 8),
-        1408: TransformerSize(512, 4, 8),
-    },
-    "mae": dict.fromkeys((768, 1024, 1280), TransformerSize(512, 8, 16)),
+DECODER_HEADS: dict[Conventions, dict[int, int]] = {
+    "videomae": {192: 3, 384: 6, 512: 8, 640: 8},
+    "mae": {512: 16},
 }
-"""The papers' decoders for encoders of these widths."""
+"""The same of the known decoders."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +52,6 @@ class Overrides:
     decoder_heads: int | None = None
     num_frames: int | None = None
     frame_size: tuple[int, int] | None = None
-    frame_stride: int | None = None
-    target: TargetKind | None = None
-    label_names: tuple[str, ...] | None = None
 
 
 FACTS: dict[str, tuple[str, ...]] = {
@@ -148,7 +138,7 @@ class Inference:
         dim, channels, *patch = self.shape_of(KERNEL, 5)
         patch_size: Size3 = (patch[0], patch[1], patch[2])
         model: dict[str, Any] = {
-            "encoder": self.size_of("encoder", "", dim),
+            "encoder": self.size_of("heads", "", dim, ENCODER_HEADS),
             "patch_size": patch_size,
             "channels": channels,
             "positions": "space_time" if family.conventions == "mae" else "sequence",
@@ -157,7 +147,7 @@ class Inference:
         }
         classifies = family.holds == "classifier" and not self.facts["encoder_only"]
         if not classifies:
-            model["decoder"] = self.decoder(dim)
+            model["decoder"] = self.decoder(model["encoder"])
         size = self.clip_size(patch_size)
         grid, data = TokenGrid.of_clip(size, patch_size), self.data(size)
         if classifies:
@@ -172,7 +162,7 @@ class Inference:
             )
         target = self.choose("target", "target", family.target)
         if target is True:
-            target = "joint" if family.conventions == "mae" else "per_channel"
+            target = TARGETS[family.conventions]
         masking = MaskingConfig(ratio=0.9 if grid.time > 1 else 0.75)
         data["crop"] = "multi_scale" if grid.time > 1 else "random_resized"
         return PretrainConfig(
@@ -197,34 +187,30 @@ class Inference:
             raise CheckpointError(f"missing {called}, or not of {axes} axes, got {shape}")
         return shape
 
-    def size_of(self, part: str, begins: str, dim: int) -> TransformerSize:
-        """Return the size of the encoder, or of the decoder, whose names begin so."""
-        fact, known = "heads", ENCODER_HEADS
-        if part == "decoder":
-            decoders = DECODERS[self.family.conventions].values()
-            fact, known = "decoder_heads", {each.dim: each.num_heads for each in decoders}
+    def size_of(self, fact: str, begins: str, dim: int, known: dict[int, int]) -> TransformerSize:
+        """Return the size of the encoder or decoder whose names begin so."""
         if fact not in self.facts and dim not in known:
             raise CheckpointError(
-                f"weights do not show the number of heads, and the {part} of width {dim} is none "
-                f"of the known ({', '.join(map(str, known))}); give --{fact.replace('_', '-')}"
+                f"weights do not show the number of heads, and the width {dim} is none of the "
+                f"known ({', '.join(map(str, known))}); give --{fact.replace('_', '-')}"
             )
         found = (re.match(rf"{re.escape(begins)}blocks\.(\d+)\.", each) for each in self.tensors)
         depth = max((int(match[1]) + 1 for match in found if match), default=0)
         wide = self.shape_of(f"{begins}blocks.0.mlp.fc1.weight", 2)[0]
-        heads = self.choose(f"heads of the {part}", fact, known.get(dim))
+        heads = self.choose(fact.replace("_", " "), fact, known.get(dim))
         return TransformerSize(dim, depth, heads, None if wide == 4 * dim else wide)
 
-    def decoder(self, dim: int) -> TransformerSize:
-        """Return the size of the decoder, or of one that starts fresh."""
+    def decoder(self, encoder: TransformerSize) -> TransformerSize:
+        """Return the size of the decoder, or of one that starts fresh, as the papers choose it."""
+        conventions = self.family.conventions
         if self.family.holds == "autoencoder" and not self.facts["encoder_only"]:
-            return self.size_of("decoder", "reconstructor.", self.shape_of(CONTENT, 2)[-1])
-        usual = DECODERS[self.family.conventions].get(dim)
-        found: TransformerSize | None = self.facts.get("decoder", usual)
-        if found is None:
-            raise CheckpointError(
-                f"it has no decoder, and none is known for an encoder of width {dim}; give the "
-                f"size of one that starts fresh: --decoder WIDTH DEPTH HEADS"
-            )
+            known, width = DECODER_HEADS[conventions], self.shape_of(CONTENT, 2)[-1]
+            return self.size_of("decoder_heads", "reconstructor.", width, known)
+        usual = TransformerSize(512, 8, 16)
+        if conventions == "videomae":
+            depth = 4 if encoder.depth <= 12 else 12
+            usual = TransformerSize(encoder.dim // 2, depth, max(1, encoder.num_heads // 2))
+        found: TransformerSize = self.facts.get("decoder", usual)
         return found
 
     def clip_size(self, patch_size: Size3) -> Size3:
@@ -255,7 +241,7 @@ class Inference:
         if norms == {"fc_norm"} and pool in (None, "avg"):
             return "mean_norm"
         if norms == {"norm"} and first and pool in (None, "token"):
-            if pool is None and not self.family.transformers_class:
+            if pool is None:
                 self.assumed.append("head on the class token")
             return "class_token"
         raise CheckpointError(

@@ -67,6 +67,28 @@ class Imported:
         """Whose weights they are."""
         return self.state.family
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """The content of origin.json."""
+        return {
+            "family": self.family.name,
+            "source": str(self.source.path.absolute()),
+            "state_dict": self.state.entry,
+            "prefix": self.state.prefix,
+            "teacher": self.teacher is not None,
+            "epoch": self.source.epoch,
+            "licence": self.family.licence,
+            "assumed": list(self.assumed),
+            "left_out": self.left_out,
+            "start_fresh": list(self.fresh),
+        }
+
+    @property
+    def complete(self) -> TrainedModel:
+        """The model with random weights where the file lacks some."""
+        drawn = self.model.make().state_dict() if self.fresh else {}
+        return replace(self.model, held=drawn | self.model.tensors)
+
 
 def import_weights(path: Path, overrides: Overrides | None = None) -> Imported:
     """Read the weights of a file or folder of another project.
@@ -96,10 +118,9 @@ def import_weights(path: Path, overrides: Overrides | None = None) -> Imported:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether it is a checkpoint folder or single file of this package, or lies in a folder."""
-    folder = path if path.is_dir() else path.parent
+    """Whether it is a checkpoint of this package: a folder, its weights, or a single file."""
     if path.is_dir() or path.stem in NAMES:
-        return (folder / "config.yaml").is_file()
+        return ((path if path.is_dir() else path.parent) / "config.yaml").is_file()
     with suppress(CheckpointError), as_folder(path):
         return path.is_file()
     return False
@@ -197,23 +218,15 @@ def _to_own_positions(state: State, table: str, ours: Tensor) -> float:
 
 
 def describe(imported: Imported) -> list[str]:
-    """Return family, sizes, licence and all that is not the file's own, in lines."""
-    state, config = imported.state, imported.model.config
-    lines = [
-        imported.family.name,
+    """Return the model, its licence and all that is not the file's own, in lines."""
+    config = imported.model.config
+    told = imported.origin | {"start_fresh": _grouped(imported.fresh), "left_out": None}
+    return [
         f"{config.model}",
         f"{config.data.num_frames} frames of {config.data.frame_size}",
-        f"licence: {imported.family.licence}",
+        *(f"{name.replace('_', ' ')}: {value}" for name, value in told.items() if value),
+        *describe_left_out(imported.left_out),
     ]
-    if state.prefix:
-        lines.append(f"names begin with {state.prefix!r}, which is left out")
-    if imported.teacher is not None:
-        lines.append("a teacher is beside them, and is taken too")
-    if imported.assumed:
-        lines.append(f"not in the file, defaults taken: {'; '.join(imported.assumed)}")
-    if imported.fresh:
-        lines.append(f"start fresh: {_grouped(imported.fresh)}")
-    return [*lines, *describe_left_out(imported.left_out)]
 
 
 def describe_left_out(left_out: dict[str, str]) -> list[str]:
@@ -270,30 +283,16 @@ def write_folder(imported: Imported, folder: Path, parity: dict[str, Any]) -> No
     Raises:
         CheckpointError: the folder exists, or the disk does not take it.
     """
-    model, path = imported.model, imported.source.path
-    files = [path]
-    if path.is_dir():
-        files = [p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".bin", ".json")]
-    origin = {
-        "family": imported.family.name,
-        "source": str(path.absolute()),
-        "sha256": {file.name: sha256_of(file) for file in files},
-        "state_dict": imported.state.entry,
-        "prefix": imported.state.prefix,
-        "epoch": imported.source.epoch,
-        "licence": imported.family.licence,
-        "assumed": list(imported.assumed),
-        "left_out": imported.left_out,
-        "start_fresh": list(imported.fresh),
-    }
-    drawn = model.make().state_dict() if imported.fresh else {}
-    weights = {"model": drawn | model.tensors}
+    path = imported.source.path
+    inside = (p for p in sorted(path.glob("*")) if p.suffix in (".safetensors", ".bin", ".json"))
+    sums = {file.name: sha256_of(file) for file in (inside if path.is_dir() else [path])}
+    weights = {"model": imported.complete.tensors}
     if imported.teacher is not None:
         weights["teacher"] = imported.teacher
     with staged(folder) as staging:
         writing = staging / folder.name
-        write_model(writing, model, weights, imported_from=imported.family.name)
-        write_json(writing / "origin.json", origin)
+        write_model(writing, imported.model, weights, imported_from=imported.family.name)
+        write_json(writing / "origin.json", imported.origin | {"sha256": sums})
         write_json(writing / "parity.json", parity)
 
 

@@ -11,10 +11,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from hpm_video.files.weights import CheckpointError
+from hpm_video.files.weights import CheckpointError, misfits
 from hpm_video.models.classifier import ClipClassifier
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.models.vit import LAYER_NORM_EPS
 from hpm_video.recognition.trained_model import TrainedModel
 from hpm_video.tokens.masking import TokenMask, choose_masked, count_masked
 from hpm_video.weights import express
@@ -24,6 +23,8 @@ from hpm_video.weights.importing import OF_TEACHER, Imported
 
 TOLERANCE = 1e-4  # largest difference in single precision, as a share of the largest value
 Outputs = dict[str, Tensor]
+KIND = re.compile(r"\['((VideoMAE|ViT|ViTMAE)(Model|For\w+))'\]")
+"""Architectures in a config.json of transformers that are compared."""
 UNUSED = re.compile(r"pooler|embeddings\.mask_token|\.key\.bias$")
 """Tensors of transformers that change nothing of what is compared."""
 
@@ -77,19 +78,20 @@ class ParityReport:
         differences = [each._asdict() for each in self.differences]
         return {**vars(self), "holds": self.holds, "differences": differences}
 
-    def judged(self, what: str, tolerance: float) -> "ParityReport":
+    def judged(self, tolerance: float) -> "ParityReport":
         """Return the report, if no difference is above the tolerance.
 
         Raises:
-            CheckpointError: one is; ``what`` computes something else then.
+            CheckpointError: one is.
         """
         report = replace(self, tolerance=tolerance)
-        if report.holds:
-            return report
-        lines = "\n  ".join(report.lines())
-        raise CheckpointError(
-            f"{what}:\n  {lines}\nmore than {tolerance:g} of the largest value is too much"
-        )
+        if not report.holds:
+            lines = "\n  ".join(report.lines())
+            raise CheckpointError(
+                f"it computes something else than our model:\n  {lines}\nmore than "
+                f"{tolerance:g} of the largest value is too much"
+            )
+        return report
 
 
 NOT_ASKED = ParityReport(not_checked="it was not asked for")
@@ -158,62 +160,88 @@ def _outputs_of_transformers(model: Any, trial: Trial) -> Outputs:
 
 
 def differences(
-    model: TrainedModel, theirs: Callable[[Trial], Outputs], of: str = "{}", *, clips: int = 1
+    model: TrainedModel,
+    theirs: Callable[[Trial], Outputs],
+    of: str = "{}",
+    *,
+    clips: int = 1,
+    encoder_alone: bool = False,
 ) -> tuple[Difference, ...]:
     """Compare what a model of ours and another compute of clips of noise.
 
     ``of``: format of the outputs' names.
+
+    Raises:
+        CheckpointError: the other one does not take the clips of ours.
     """
     trial = trial_of(model, clips)
     ours, found = outputs_of(model.build(), trial), []
-    for name, value in theirs(trial).items():
+    try:
+        others = theirs(trial)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"it does not take the same clips: {error}") from error
+    left_out = {"hidden patches"} if encoder_alone else set[str]()
+    for name in (name for name in ours if name in others.keys() - left_out):
+        value = others[name]
+        if value.shape != ours[name].shape:
+            raise CheckpointError(f"its {name} have another shape: {tuple(value.shape)}")
         largest = (ours[name] - value).abs().max().item()
         found.append(Difference(of.format(name), largest, value.abs().max().item()))
     return tuple(found)
 
 
-def against(peer: nn.Module, model: TrainedModel, of: str = "{}") -> ParityReport:
-    """Compare a model of a library and ours.
-
-    The eps of its layer norms is set to ours, as no config reaches them all.
-    """
+def against(
+    peer: nn.Module, model: TrainedModel, of: str = "{}", *, encoder_alone: bool = False
+) -> ParityReport:
+    """Compare a model of a library and ours."""
     library = type(peer).__module__.partition(".")[0]
     version = importlib.import_module(library).__version__
-    title, notes, norms = f"{library} {version}: {type(peer).__name__}", tuple[str, ...](), set()
-    for module in peer.modules():
-        if isinstance(module, nn.LayerNorm):
-            norms.add(module.eps)
-            module.eps = LAYER_NORM_EPS
-    if others := norms - {LAYER_NORM_EPS}:
-        usual, eps = " and ".join(f"{eps:g}" for eps in sorted(others)), LAYER_NORM_EPS
-        notes = (f"{title} has eps {usual} in layer norms; for equality set .eps = {eps:g}",)
-    found = differences(model, lambda trial: outputs_of(peer.eval(), trial), of)
-    return ParityReport(title, found, notes=notes)
+    found = differences(
+        model, lambda trial: outputs_of(peer.eval(), trial), of, encoder_alone=encoder_alone
+    )
+    return ParityReport(f"{library} {version}: {type(peer).__name__}", found)
 
 
 # --- Models of libraries --------------------------------------------------------------------------
 
 
 def filled(peer: nn.Module, tensors: Tensors) -> nn.Module:
-    """Give a model of timm or transformers all of its weights. ``tensors``: by our names."""
+    """Give a model of timm or transformers all of its weights. ``tensors``: by our names.
+
+    Raises:
+        CheckpointError: it has other tensors.
+    """
     own = peer.state_dict()
     (prefix,) = prefixes_of(own)
-    state: Tensors = {}
-    for theirs, ours in by_our_names(own, prefix).items():
-        if part := re.fullmatch(r"(.+\.attn\.)([qkv])(\..+)", ours):
-            pieces = tensors[f"{part[1]}qkv{part[3]}"].chunk(3)
-            state[theirs] = pieces["qkv".index(part[2])]
-        else:  # frames of a patch are channels of an image
-            state[theirs] = tensors[ours].reshape(own[theirs].shape)
+    theirs, state = {ours: name for name, ours in by_our_names(own, prefix).items()}, Tensors()
+    for ours, value in tensors.items():
+        pieces = {ours: value}
+        if ours not in theirs and ".attn.qkv." in ours:
+            parts = (ours.replace(".qkv.", f".{part}.") for part in "qkv")
+            pieces = dict(zip(parts, value.chunk(3), strict=True))
+        for part, piece in pieces.items():
+            name = theirs.get(part, part)
+            if name in own and own[name].numel() == piece.numel():
+                state[name] = piece.reshape(own[name].shape)  # frames of a patch are channels there
+            elif not part.endswith(".attn.k.bias"):
+                state[name] = piece
+    if wrong := misfits(own, state):
+        raise CheckpointError(f"its tensors are not those of {type(peer).__name__}: {wrong}")
     peer.load_state_dict(state)
     return peer.eval()
 
 
 def as_transformers(model: TrainedModel, tensors: Tensors) -> Any:
     """Return a model of transformers with these weights, of the size of a model."""
-    made = getattr(_transformers(), express.transformers_class(model))
-    config = made.config_class.from_dict(express.transformers_config(model))
-    return filled(made(config), tensors)
+    kind = "ViTForImageClassification" if model.is_classifier else "ViTMAEForPreTraining"
+    if express.becomes_videomae(model, "transformers"):
+        kind = f"VideoMAEFor{'VideoClassification' if model.is_classifier else 'PreTraining'}"
+    made = getattr(_transformers(), kind)
+    try:
+        peer = made(made.config_class.from_dict(express.transformers_config(model)))
+    except RuntimeError as error:
+        raise CheckpointError(f"there is no {kind} of its sizes: {error}") from error
+    return filled(peer, tensors)
 
 
 def as_timm(model: TrainedModel, tensors: Tensors) -> Any:
@@ -224,25 +252,25 @@ def as_timm(model: TrainedModel, tensors: Tensors) -> Any:
     return filled(timm.create_model(name, pretrained=False, **arguments), tensors)
 
 
-def from_folder(folder: Path, kind: str = "", **options: Any) -> nn.Module:
-    """Return the model in a folder that transformers saved, or timm where it has no ``kind``.
+def from_folder(folder: Path, config: dict[str, Any]) -> nn.Module:
+    """Return the model in a folder that transformers or timm saved. ``config``: its config.json
 
     Raises:
         CheckpointError: the library has no such model, or does not take these weights.
     """
-    if not kind:
+    if "architecture" in config:
         import timm
 
         weights = next(folder / name for name in FILES_OF_A_FOLDER if (folder / name).is_file())
         try:
-            return timm.create_model(f"local-dir:{folder}", checkpoint_path=weights, **options)
+            return timm.create_model(f"local-dir:{folder}", checkpoint_path=weights)
         except (RuntimeError, TypeError) as error:
             raise CheckpointError(
                 f"timm {timm.__version__} does not make the model of {folder}: {error}; where it "
                 f"is right, import it with --no-parity"
             ) from error
-    if kind == "ViTModel":
-        options["add_pooling_layer"] = False
+    (kind,) = config["architectures"]
+    options: dict[str, Any] = {"add_pooling_layer": False} if kind == "ViTModel" else {}
     model, found = getattr(_transformers(), kind).from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, **options
     )
@@ -273,52 +301,47 @@ def compare(imported: Imported, tolerance: float = TOLERANCE) -> ParityReport:
     Raises:
         CheckpointError: they differ by more than the tolerance, or the library takes no such model.
     """
-    model, source, lacks = imported.model, imported.source, ""
-    drawn = model.make().state_dict() if imported.fresh else {}
-    complete = replace(model, held=drawn | model.tensors)
+    model, source, alone = imported.model, imported.source, bool(imported.fresh)
     config = {} if "norm.weight" in imported.fresh else source.config
-    kind = imported.family.transformers_class if config else ""
-    if kind == "ViTModel" and config.get("model_type") == "vit_mae":
-        kind = "ViTMAEModel"
-    if "architecture" in config or (kind and is_installed("transformers")):
-        reports = [against(from_folder(source.path, kind), complete)]
-    else:
-        encoder = bool(imported.fresh or model.is_classifier)
-        missing = [] if is_installed("transformers") else ["transformers is not installed"]
-        if not encoder and (wrong := missing or express.obstacles(model, "transformers")):
-            encoder, lacks = True, f"the decoder: {wrong[0]}"
-        reports = [_made_anew(complete, "{}", encoder=encoder)]
-        if imported.teacher is not None:
-            teacher = replace(model, held=drawn | imported.teacher)
-            reports.append(_made_anew(teacher, f"{OF_TEACHER}{{}}", encoder=encoder))
-    every = [found for report in reports for found in report.differences]
-    found = tuple(each for each in every if not (imported.fresh and each.of == "hidden patches"))
-    told = "the imported model computes something else than the original"
-    return replace(reports[0], differences=found, not_checked=lacks).judged(told, tolerance)
+    known = KIND.fullmatch(str(config.get("architectures"))) and is_installed("transformers")
+    if known or "architecture" in config:
+        peer = from_folder(source.path, config)
+        return against(peer, imported.complete, encoder_alone=alone).judged(tolerance)
+    alone = alone or model.is_classifier
+    report = _made_anew(imported.complete, "{}", encoder_alone=alone)
+    if imported.teacher is not None:
+        teacher = replace(model, held=imported.teacher)
+        more = _made_anew(teacher, f"{OF_TEACHER}{{}}", encoder_alone=alone).differences
+        report = replace(report, differences=(*report.differences, *more))
+    return report.judged(tolerance)
 
 
-def _made_anew(model: TrainedModel, of: str, *, encoder: bool) -> ParityReport:
+def _made_anew(model: TrainedModel, of: str, *, encoder_alone: bool) -> ParityReport:
     """Compare a model with one of a library that gets its weights, or those of its encoder."""
-    if encoder:
-        report = against(as_timm(model, express.with_tables(model)), model, of)
-    else:
-        tensors, _ = express.express(model, "transformers")
-        peer = as_transformers(model, tensors)
-        report = against(peer, model, of)
-        own = {name for name in model.tensors if name.startswith("difficulty_decoder.")}
-        # HPM's loss predictor becomes the decoder of the other model.
-        for name in own:
-            content = name.replace("difficulty_decoder.", "reconstructor.")
-            tensors[content] = model.tensors[name].expand_as(tensors[content])
-        if own:
-            filled(peer, tensors)
-            scores = differences(
-                model,
-                lambda trial: {
-                    "difficulty": outputs_of(peer, trial)["hidden patches"].mean(dim=-1)
-                },
-                of,
-            )
-            report = replace(report, differences=(*report.differences, *scores))
-    heads = "not verified: the number of heads, which weights do not show"
-    return replace(report, notes=(*report.notes, heads))
+    heads, lacks = ("not verified: the number of heads, which weights do not show",), ""
+    if not encoder_alone:
+        try:
+            return replace(_with_decoder(model, of), notes=heads)
+        except (CheckpointError, ImportError) as error:
+            lacks = f"the decoder ({error})"
+    peer = as_timm(model, express.express(model, "timm")[0])
+    return replace(against(peer, model, of), notes=heads, not_checked=lacks)
+
+
+def _with_decoder(model: TrainedModel, of: str) -> ParityReport:
+    tensors, _ = express.express(model, "transformers")
+    peer = as_transformers(model, tensors)
+    report = against(peer, model, of)
+    own = {name for name in model.tensors if name.startswith("difficulty_decoder.")}
+    if not own:
+        return report
+    # HPM's loss predictor becomes the decoder of the other model.
+    for name in own:
+        content = name.replace("difficulty_decoder.", "reconstructor.")
+        tensors[content] = model.tensors[name].expand_as(tensors[content])
+    filled(peer, tensors)
+
+    def scores(trial: Trial) -> Outputs:
+        return {"difficulty": outputs_of(peer, trial)["hidden patches"].mean(dim=-1)}
+
+    return replace(report, differences=(*report.differences, *differences(model, scores, of)))

@@ -224,7 +224,6 @@ def test_width_is_that_of_the_loaded_model(kind, name, request):
 @pytest.mark.parametrize(
     ("kind", "name", "message"),
     [
-        ("dino", "vit_base_patch16_224_dino", r"no plain vision .*; take vit_base_patch16_224"),
         ("dino", "vit_base_patch16_224.dinos", r"take vit_base_patch16_224\.dino "),
         ("dino", "hf-hub:timm/vit_base_patch16_224.dino", "no plain vision transformer 'hf-hub:"),
         ("dino", "resnet18", "no plain vision transformer 'resnet18'.*; take"),
