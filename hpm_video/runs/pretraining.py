@@ -148,7 +148,9 @@ class Pretraining(Task[MaskedAutoencoder, HardPatchesMining]):
         source, patch_size = Path(given).expanduser(), self.config.model.patch_size
         weights = read_weights(source, patch_size)
         lacking = load_weights(model, weights, source, may_lack=("difficulty_decoder.",))
-        log.info("start from the weights of %s; %d tensors start fresh", source, len(lacking))
+        log.info("start from the weights of %s", source)
+        if lacking:
+            log.info("which lack a loss predictor: its %d tensors start fresh", len(lacking))
         if self.ema is None:
             return None
         stored = (source / "teacher.safetensors").is_file()
