@@ -211,7 +211,7 @@ class Model:
             raise ValueError("no files are given; a pattern may have found none")
         manifest = Manifest(paths, (UNLABELLED,) * count, (NOT_STATED,) * count)
         clips = reading.clips(manifest, self.trained.data, views)
-        return over_videos(values, clips, reading, Processes())
+        return over_videos(values, clips, reading, Processes()).values
 
     def _need(self, kind: type[Any], what: str) -> Any:
         if not isinstance(self.trained, kind):

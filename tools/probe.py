@@ -20,7 +20,7 @@ from hpm_video.config.checks import ConfigError
 from hpm_video.config.choices import OF_PRETRAINING
 from hpm_video.data.manifest import read_manifest
 from hpm_video.files.atomic import write_json
-from hpm_video.recognition.labels import names_of_both
+from hpm_video.recognition.labels import class_names, numbered_as
 from hpm_video.runs.console import add_options, make_parser, positive, run
 from hpm_video.runs.options import add_model_options, clip_choice, open_inference, reading_of
 
@@ -81,13 +81,16 @@ def probe(arguments: argparse.Namespace) -> None:
 def probe_cached(arguments: argparse.Namespace) -> dict[str, Any]:
     """Nearest neighbours and logistic regression on the clip in the middle of each video."""
     from hpm_video.recognition import probes
+    from hpm_video.recognition.inference import over_videos
     from hpm_video.recognition.testing import summarise
     from hpm_video.recognition.trained_model import TrainedAutoencoder
+    from hpm_video.training.distributed import Processes
 
     (_, encoder), reading = open_inference(arguments, TrainedAutoencoder), reading_of(arguments)
     paths = (arguments.train, arguments.validation)
     manifests = [read_manifest(path, arguments.root) for path in paths]
-    names, count, neighbours = names_of_both(*manifests), len(manifests[0]), arguments.neighbours
+    manifests[1] = numbered_as(manifests[0].label_names, manifests[1])
+    names, count, neighbours = class_names(*manifests), len(manifests[0]), arguments.neighbours
     if "knn" in arguments.probes and max(neighbours) > count:
         raise ConfigError(
             f"--neighbours must be at most the number of training videos, {count}, got "
@@ -98,10 +101,8 @@ def probe_cached(arguments: argparse.Namespace) -> dict[str, Any]:
             f"logistic regression is cross-validated in {probes.FOLDS} parts and needs as many "
             f"training videos, got {count}; leave it out: --probes knn"
         )
-    train, validation = (
-        probes.FeatureTable.of(encoder, reading.clips(manifest, encoder.data), reading)
-        for manifest in manifests
-    )
+    clips = [reading.clips(manifest, encoder.data) for manifest in manifests]
+    train, validation = (over_videos(encoder.pooled, each, reading, Processes()) for each in clips)
     results = {}
     if "knn" in arguments.probes:
         found = probes.nearest_neighbours(train, validation, len(names), neighbours)

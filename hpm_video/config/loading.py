@@ -67,7 +67,7 @@ def _read(path: Path) -> str:
     if not path.is_file():
         raise ConfigError(
             f"there is no config file {path}; give a config, or a checkpoint folder of a run, such "
-            f"as RUN/checkpoints/last (configs/README.md lists the configs)"
+            f"as RUN/checkpoints/last"
         )
     return read_text(path, ConfigError)
 
@@ -145,20 +145,15 @@ def find_config(name: Path | str) -> Path:
 
 
 def load_any_config(path: Path, overrides: Sequence[str] = ()) -> PretrainConfig | FinetuneConfig:
-    """Load the config of a run of either kind: that of pre-training has a section masking.
+    """Load a config of either kind: that of pre-training has a section masking.
 
     Raises:
         ConfigError: there is no such file, or it is not such a config.
     """
     path = find_config(path)
-    if is_of_pretraining(path):
+    if re.search(r"^masking:", _read(path), re.MULTILINE):
         return load_config(PretrainConfig, path, overrides)
     return load_config(FinetuneConfig, path, overrides)
-
-
-def is_of_pretraining(path: Path) -> bool:
-    """Whether a config has the section masking. Raises ConfigError: there is no such file."""
-    return re.search(r"^masking:", _read(path), re.MULTILINE) is not None
 
 
 def save_config(config: object, path: Path) -> None:

@@ -80,11 +80,7 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
-    """Everything that a pre-training run depends on.
-
-    It may start from the weights of a masked autoencoder (the loss predictor starts fresh, the
-    teacher as a copy of the student) or of an earlier run of this kind.
-    """
+    """Everything that a pre-training run depends on."""
 
     data: PretrainDataConfig = field(default_factory=PretrainDataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -153,10 +149,7 @@ class PretrainConfig(RunConfig):
 
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
-    """Everything that a fine-tuning run depends on, or a probe that is trained.
-
-    It may start from the encoder of a pre-training run, or from a classifier.
-    """
+    """Everything that a fine-tuning run depends on, or a probe that is trained."""
 
     model: ClassifierConfig = field(default_factory=ClassifierConfig)
     recipe: training.FinetuneRecipe = field(default_factory=training.FinetuneRecipe)

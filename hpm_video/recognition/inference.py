@@ -77,39 +77,6 @@ class Reading:
         )
 
 
-def find_failures(clips: ValidationClips, reading: Reading, processes: Processes) -> None:
-    """Decode validation clips once, so that a bad file can stop a run before it begins.
-
-    Each process decodes its share, and all learn what failed.
-
-    Raises:
-        BadFilesError: files do not decode, and are not to be excluded.
-        DecodeError: likewise, where ``clips`` do not report failures.
-    """
-    known = set(clips.bad)
-    with closing(reading.batches(clips, processes.share(len(clips)))) as batches:
-        failures = processes.gather([failure for batch in batches for failure in batch.failures])
-    _leave_out(failures, clips, known, processes, allowed=reading.exclude_bad_files)
-
-
-def _leave_out(
-    failures: list[Failure],
-    clips: ValidationClips,
-    known: set[str],
-    processes: Processes,
-    *,
-    allowed: bool,
-) -> None:
-    """Name the failures that were not known, and let no process try those files again."""
-    failures.sort(key=lambda bad: bad.path)
-    if failures and not allowed:
-        raise BadFilesError(failures, len(clips), REPAIR)
-    for failure in failures if processes.is_first else ():
-        if failure.path not in known:
-            log.warning("left out: %s", failure)
-    clips.bad |= {failure.path: failure for failure in failures}
-
-
 def each_video(
     values: Values,
     clips: ValidationClips,
@@ -142,16 +109,36 @@ def each_video(
                     yield position, next(means)
 
 
+@dataclass(frozen=True)
+class VideoValues:
+    """What a model computes of the videos of a manifest, in its order."""
+
+    manifest: Manifest
+    values: NDArray[np.float64]
+    """(videos, values), the mean over the views of each; NaN for those that do not decode."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """(videos,)"""
+        return np.asarray(self.manifest.labels, dtype=np.int64)
+
+    @property
+    def excluded(self) -> NDArray[np.bool_]:
+        """(videos,) which of them did not decode."""
+        gone: NDArray[np.bool_] = np.isnan(self.values[:, 0])
+        return gone
+
+
 def over_videos(
     values: Values,
     clips: ValidationClips,
     reading: Reading,
     processes: Processes,
     max_clips: int = CLIPS_PER_PASS,
-) -> NDArray[np.float64]:
+) -> VideoValues:
     """Return the values of each video, averaged over its views.
 
-    Each process computes its share, and all get (videos, values), NaN for a video that failed.
+    Each process computes its share, and all get all of them.
 
     Raises:
         BadFilesError: videos do not decode, and are not to be excluded or are all that there are.
@@ -165,9 +152,14 @@ def over_videos(
             bar.advance()
     found = processes.gather(own)
     failures = [value for _, value in found if isinstance(value, Failure)]
+    failures.sort(key=lambda failure: failure.path)
     means = {place: value for place, value in found if not isinstance(value, Failure)}
-    allowed = reading.exclude_bad_files and len(means) > 0
-    _leave_out(failures, clips, known, processes, allowed=allowed)
+    if failures and not (reading.exclude_bad_files and means):
+        raise BadFilesError(failures, len(clips), REPAIR)
+    for failure in failures if processes.is_first else ():
+        if failure.path not in known:
+            log.warning("left out: %s", failure)
+    clips.bad |= {failure.path: failure for failure in failures}  # no process tries them again
     table = np.full((len(clips), len(next(iter(means.values())))), np.nan)
     for place, mean in means.items():
         if not np.isfinite(mean).all():
@@ -178,7 +170,17 @@ def over_videos(
             )
         table[place] = mean
     assert len(means) + len(failures) == len(clips)
-    return table
+    return VideoValues(clips.manifest, table)
+
+
+def find_failures(clips: ValidationClips, reading: Reading, processes: Processes) -> None:
+    """Decode validation clips once, so that a bad file can stop a run before it begins.
+
+    Raises:
+        BadFilesError: as :func:`over_videos`.
+        DecodeError: likewise, where ``clips`` do not report failures.
+    """
+    over_videos(lambda batch: torch.zeros(len(batch), 1), clips, reading, processes)
 
 
 @dataclass(frozen=True)

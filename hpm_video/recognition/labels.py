@@ -56,34 +56,45 @@ def numbered_as(names: Sequence[str] | None, manifest: Manifest) -> Manifest:
     if further := [name for name in own if name not in names]:
         raise ManifestError(
             f"of the class folders beside {manifest.files[0]}, {len(further)} of {len(own)} are no "
-            f"classes of training, first {further[0]!r}; the classes are "
-            f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+            f"classes of training, first {further[0]!r}; move them out"
         )
-    if absent := [name for name in names if name not in own]:
-        shown = ", ".join(absent[:10])
-        log.info("classes without a folder of validation videos: %d, %s", len(absent), shown)
     number = [names.index(name) for name in own]
     labels = tuple(number[label] for label in manifest.labels)
     return replace(manifest, labels=labels, label_names=tuple(names))
 
 
-def names_of_both(train: Manifest, validation: Manifest) -> tuple[str, ...]:
-    """Return the class names of two manifests that must number the classes alike.
+def class_names(
+    train: Manifest,
+    validation: Manifest | None,
+    *,
+    count: int | None = None,
+    file: str | None = None,
+) -> tuple[str, ...]:
+    """Return the name of each class: from a file, the training manifest, or else its number.
+
+    ``count``: of the classes, where it is known.
 
     Raises:
-        ManifestError: a video has no label, or the manifests disagree.
+        ManifestError: a video has no label or one beyond the classes, or names or numbers differ.
     """
-    count = max(*train.labels, *validation.labels) + 1
-    if len(set(train.labels)) < 2:
+    if file is not None:
+        names = read_label_names(Path(file).expanduser())
+    else:
+        names, found = train.label_names or (), count or max(train.labels, default=-1) + 1
+        names += tuple(str(label) for label in range(len(names), found))
+    if count is not None and len(names) != count:
         raise ManifestError(
-            "the training videos are all of one class, or have no labels; give at least two classes"
+            f"model.num_classes is {count}, but there are names for {len(names)} classes; take "
+            f"model.num_classes={len(names)}, or other data.label_names"
         )
-    names = with_numbers(train.label_names or (), count)
+    if len(names) < 2:
+        raise ManifestError(
+            f"a classifier needs two classes at least, and the training videos have {len(names)}; "
+            f"give a manifest with a column label, or a folder of class folders"
+        )
     check_classes(train, names, "the training videos")
-    check_classes(validation, names, "the validation videos")
+    if validation is not None:
+        check_classes(validation, names, "the validation videos")
+    if without := [name for label, name in enumerate(names) if label not in {*train.labels}]:
+        log.warning("no training video of %d classes: %s", len(without), ", ".join(without[:10]))
     return names
-
-
-def with_numbers(names: tuple[str, ...], count: int) -> tuple[str, ...]:
-    """Return names of at least ``count`` classes: those without one get their number."""
-    return names + tuple(str(label) for label in range(len(names), count))

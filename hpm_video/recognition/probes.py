@@ -5,18 +5,13 @@ it is needed: it takes a second, and training needs none of it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hpm_video.data.clips import ValidationClips
-from hpm_video.data.manifest import Manifest
 from hpm_video.randomness import generator
-from hpm_video.recognition.inference import Inference, Reading, over_videos
-from hpm_video.recognition.testing import Scores
-from hpm_video.training.distributed import Processes
+from hpm_video.recognition.inference import VideoValues
 
 Array = NDArray[np.floating[Any]]
 Labels = NDArray[np.int64]
@@ -30,53 +25,33 @@ TOLERANCE = 1e-8  # largest entry of the objective's gradient at which a fit is 
 MAX_STEPS = 3000
 
 
-@dataclass(frozen=True)
-class FeatureTable:
-    """Features of the videos of a manifest."""
+def samples_of(features: VideoValues) -> tuple[Array, Labels]:
+    """Features and labels of the V videos that decode: (V, D), (V,)"""
+    there = ~features.excluded
+    return features.values[there], features.labels[there]
 
-    manifest: Manifest
-    features: NDArray[np.float64]
-    """(videos, D), the mean over the views of each; NaN for a video that does not decode."""
 
-    @classmethod
-    def of(
-        cls,
-        encoder: Inference,
-        clips: ValidationClips,
-        reading: Reading,
-        processes: Processes = Processes(),  # noqa: B008 - it is frozen
-    ) -> "FeatureTable":
-        """Compute them, each by one of the processes. Raises as :func:`over_videos`."""
-        per_pass = encoder.clips_per_pass
-        return cls(clips.manifest, over_videos(encoder.pooled, clips, reading, processes, per_pass))
-
-    @property
-    def samples(self) -> tuple[Array, Labels]:
-        """Features and labels of the V videos that have features: (V, D), (V,)"""
-        there = ~np.isnan(self.features[:, 0])
-        return self.features[there], np.asarray(self.manifest.labels)[there]
-
-    def scores(self, probabilities: Array) -> Scores:
-        """Put the probabilities of the videos that have features in the manifest's order."""
-        table = np.full((len(self.manifest), probabilities.shape[1]), np.nan)
-        table[~np.isnan(self.features[:, 0])] = probabilities
-        return Scores(self.manifest, table)
+def as_scores(features: VideoValues, probabilities: Array) -> VideoValues:
+    """Put the probabilities of the videos that decode in the order of the manifest."""
+    table = np.full((len(features.values), probabilities.shape[1]), np.nan)
+    table[~features.excluded] = probabilities
+    return VideoValues(features.manifest, table)
 
 
 def nearest_neighbours(
-    train: FeatureTable,
-    test: FeatureTable,
+    train: VideoValues,
+    test: VideoValues,
     num_classes: int,
     neighbours: Sequence[int] = NEIGHBOURS,
     temperature: float = TEMPERATURE,
-) -> dict[int, Scores]:
+) -> dict[int, VideoValues]:
     """Classify by votes of the nearest training videos: -> scores for each number of neighbours
 
     Raises ValueError where there are fewer training videos than neighbours.
     """
-    (bank, labels), (queries, _) = train.samples, test.samples
+    (bank, labels), (queries, _) = samples_of(train), samples_of(test)
     found = knn_probabilities(queries, bank, labels, neighbours, num_classes, temperature)
-    return {k: test.scores(probabilities) for k, probabilities in found.items()}
+    return {k: as_scores(test, probabilities) for k, probabilities in found.items()}
 
 
 def knn_probabilities(
@@ -109,54 +84,49 @@ def knn_probabilities(
 
 
 def logistic_regression(
-    train: FeatureTable, test: FeatureTable, num_classes: int
-) -> tuple[float, Scores]:
+    train: VideoValues, test: VideoValues, num_classes: int
+) -> tuple[float, VideoValues]:
     """Classify by multinomial logistic regression, solved to the optimum: -> penalty and scores
 
     The penalty on the weights is chosen by cross-validation on the training videos alone.
     """
-    (samples, labels), (queries, _) = train.samples, test.samples
+    (samples, labels), (queries, _) = samples_of(train), samples_of(test)
     penalty = choose_penalty(samples, labels, PENALTIES)
-    (probabilities,) = logistic_probabilities(samples, labels, queries, [penalty], num_classes)
-    return penalty, test.scores(probabilities)
+    found = logistic_probabilities(samples, labels, queries, penalty, num_classes)
+    return penalty, as_scores(test, found)
 
 
 def logistic_probabilities(
-    features: Array, labels: Labels, queries: Array, penalties: Sequence[float], num_classes: int
-) -> list[Array]:
-    """Probabilities by the best classifier for each penalty: (S, D), (S,), (Q, D) -> (Q, K) each
+    features: Array, labels: Labels, queries: Array, penalty: float, num_classes: int
+) -> Array:
+    """Probabilities by the best linear classifier: (S, D), (S,), (Q, D) -> (Q, K)
 
     It minimises mean cross-entropy + penalty / 2 * sum of squared weights, which is convex: its
     minimum depends on no learning rate, schedule or start. Features are standardised over the
-    samples, so their scales do not matter; biases are not penalised. A class without samples has
-    probability 0. A fit begins where that for the penalty before ended, which saves steps.
+    samples; biases are not penalised. A class without samples has probability 0.
     """
     from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    scaler = StandardScaler().fit(features)
-    samples, asked = scaler.transform(features), scaler.transform(queries)
-    model = LogisticRegression(tol=TOLERANCE, max_iter=MAX_STEPS, warm_start=True)
     present = np.unique(labels)
+    probabilities = np.zeros((len(queries), num_classes))
+    if len(present) == 1:
+        probabilities[:, present] = 1
+        return probabilities
     # C weighs the sum of cross-entropies against half the squares. Of two classes scikit-learn
     # learns one row of weights, the difference of ours: half the penalty is the same minimum.
-    unit = (2 if len(present) == 2 else 1) / len(samples)
-    found: list[Array] = []
-    for penalty in penalties:
-        probabilities = np.zeros((len(asked), num_classes))
-        if len(present) == 1:
-            probabilities[:, present] = 1
-        else:
-            model.set_params(C=unit / penalty).fit(samples, labels)
-            probabilities[:, present] = model.predict_proba(asked)
-        found.append(probabilities)
-    return found
+    weight = (2 if len(present) == 2 else 1) / (penalty * len(labels))
+    model = LogisticRegression(C=weight, tol=TOLERANCE, max_iter=MAX_STEPS)
+    pipeline = make_pipeline(StandardScaler(), model).fit(features, labels)
+    probabilities[:, present] = pipeline.predict_proba(queries)
+    return probabilities
 
 
 def choose_penalty(
     features: Array, labels: Labels, penalties: Sequence[float], *, seed: int = 0
 ) -> float:
-    """The penalty with the highest accuracy on left-out training samples, of equals the largest.
+    """Choose the penalty that is best on left-out training samples, of equals the largest.
 
     (S, D), (S,) int -> one of ``penalties``
 
@@ -164,13 +134,18 @@ def choose_penalty(
     be independent of each other: one for each video, not several clips of it.
     """
     fold_of, count = split_in_folds(labels, FOLDS, seed), int(labels.max()) + 1
-    falling = sorted(set(penalties), reverse=True)
-    correct = np.zeros(len(falling), dtype=np.int64)
-    for fold in range(FOLDS):
-        kept, out = fold_of != fold, fold_of == fold
-        fits = logistic_probabilities(features[kept], labels[kept], features[out], falling, count)
-        correct += [(fit.argmax(axis=1) == labels[out]).sum() for fit in fits]
-    return falling[correct.argmax()]  # the first of equals
+
+    def correct(penalty: float) -> int:
+        found = 0
+        for fold in range(FOLDS):
+            kept, out = fold_of != fold, fold_of == fold
+            fit = logistic_probabilities(
+                features[kept], labels[kept], features[out], penalty, count
+            )
+            found += int((fit.argmax(axis=1) == labels[out]).sum())
+        return found
+
+    return max(sorted(penalties, reverse=True), key=correct)  # the first of equals
 
 
 def split_in_folds(labels: ArrayLike, folds: int, seed: int) -> Labels:

@@ -4,7 +4,6 @@ K is the number of classes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from hpm_video.data.manifest import Manifest
 from hpm_video.data.reading import Views
 from hpm_video.files.atomic import write_json, written_beside
 from hpm_video.preparation.jobs import write_report
-from hpm_video.recognition.inference import Inference, Reading, over_videos
+from hpm_video.recognition.inference import Inference, Reading, VideoValues, over_videos
 from hpm_video.recognition.labels import check_classes, numbered_as
 from hpm_video.recognition.trained_model import TrainedClassifier
 from hpm_video.training.distributed import Processes
@@ -26,35 +25,15 @@ MOST_NAMED = 30  # classes up to which the terminal and the picture show each by
 LONGEST_NAME = 30
 
 
-@dataclass(frozen=True)
-class Scores:
-    """The probabilities of a classifier for the videos of a manifest, in its order."""
+def ranks_of(scores: VideoValues) -> NDArray[np.int64]:
+    """Count the classes that are more probable than the true one: -> (videos,), K for one excluded
 
-    manifest: Manifest
-    probabilities: NDArray[np.float64]
-    """(videos, K), mean of the softmax over the views; NaN for those that do not decode."""
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """(videos,)"""
-        return np.asarray(self.manifest.labels, dtype=np.int64)
-
-    @property
-    def ranks(self) -> NDArray[np.int64]:
-        """How many classes are more probable than the true one: (videos,), K for one excluded.
-
-        Of equally probable classes, those of lower number come first.
-        """
-        order = np.argsort(-self.probabilities, axis=1, kind="stable")
-        places = (order == self.labels[:, None]).argmax(axis=1)
-        ranks: NDArray[np.int64] = np.where(self.excluded, self.probabilities.shape[1], places)
-        return ranks
-
-    @property
-    def excluded(self) -> NDArray[np.bool_]:
-        """(videos,) which of them did not decode."""
-        gone: NDArray[np.bool_] = np.isnan(self.probabilities[:, 0])
-        return gone
+    Of equally probable classes, those of lower number come first.
+    """
+    order = np.argsort(-scores.values, axis=1, kind="stable")
+    places = (order == scores.labels[:, None]).argmax(axis=1)
+    ranks: NDArray[np.int64] = np.where(scores.excluded, scores.values.shape[1], places)
+    return ranks
 
 
 def score_videos(
@@ -64,8 +43,8 @@ def score_videos(
     views: Views,
     reading: Reading,
     processes: Processes,
-) -> Scores:
-    """Test a classifier on every video of a manifest, each by one of the processes.
+) -> VideoValues:
+    """Compute the probabilities of every video of a manifest, each by one of the processes.
 
     Raises:
         BadFilesError: videos do not decode, and are not to be excluded.
@@ -75,7 +54,7 @@ def score_videos(
     check_classes(manifest, label_names, "the videos of the test")
     clips = reading.clips(manifest, classifier.data, views)
     values, per_pass = classifier.probabilities, classifier.clips_per_pass
-    return Scores(manifest, over_videos(values, clips, reading, processes, per_pass))
+    return over_videos(values, clips, reading, processes, per_pass)
 
 
 def describe_test(
@@ -92,9 +71,9 @@ def describe_test(
     }
 
 
-def summarise(scores: Scores, label_names: Sequence[str]) -> dict[str, Any]:
+def summarise(scores: VideoValues, label_names: Sequence[str]) -> dict[str, Any]:
     """Return the accuracies over all videos of the manifest; an excluded one counts as wrong."""
-    labels, ranks, num_classes = scores.labels, scores.ranks, len(label_names)
+    labels, ranks, num_classes = scores.labels, ranks_of(scores), len(label_names)
     counts = np.bincount(labels, minlength=num_classes)
     correct = np.bincount(labels[ranks == 0], minlength=num_classes)
     per_class = [
@@ -120,14 +99,14 @@ def summarise(scores: Scores, label_names: Sequence[str]) -> dict[str, Any]:
 
 
 def write_results(
-    folder: Path, scores: Scores, result: dict[str, Any], label_names: Sequence[str]
+    folder: Path, scores: VideoValues, result: dict[str, Any], label_names: Sequence[str]
 ) -> None:
     """Write ``predictions.csv``, ``confusion.png`` and, last, ``result.json``."""
     header = ["path", "label", "label_name", "prediction", "prediction_name", "correct"]
     header += [f"probability of {name}" for name in label_names]
     rows: list[list[object]] = []
     listed = scores.manifest
-    for file, label, row in zip(listed.files, listed.labels, scores.probabilities, strict=True):
+    for file, label, row in zip(listed.files, listed.labels, scores.values, strict=True):
         predicted: list[object] = ["", "", 0, *[""] * len(row)]
         if not np.isnan(row[0]):  # otherwise it is excluded, and has no prediction
             best = int(row.argmax())
@@ -140,12 +119,12 @@ def write_results(
     write_json(folder / "result.json", result)
 
 
-def confusion_counts(scores: Scores) -> NDArray[np.int64]:
+def confusion_counts(scores: VideoValues) -> NDArray[np.int64]:
     """Videos by true (rows) and predicted class, without those excluded: -> (K, K)"""
     from sklearn.metrics import confusion_matrix
 
-    there, classes = ~scores.excluded, np.arange(scores.probabilities.shape[1])
-    predicted = scores.probabilities[there].argmax(axis=1)
+    there, classes = ~scores.excluded, np.arange(scores.values.shape[1])
+    predicted = scores.values[there].argmax(axis=1)
     counts: NDArray[np.int64] = confusion_matrix(scores.labels[there], predicted, labels=classes)
     return counts
 

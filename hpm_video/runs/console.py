@@ -49,12 +49,7 @@ def exit_codes(
     return "\n  ".join(["exit codes:", *lines, f"130  {stopped}\n"])
 
 
-EXIT_CODES = exit_codes(
-    "it is done",
-    "a wrong input: the message says which, and what to do",
-    "75   stopped by SIGTERM, the state is saved: start the same command again",
-    stopped="stopped by Ctrl-C, the state is saved: start the same command again",
-)
+EXIT_CODES = exit_codes() + "  75   stopped by SIGTERM; a run resumes with the same command\n"
 
 
 @safe_output()
@@ -93,11 +88,7 @@ def run(command: Callable[[], None]) -> int:
 
 
 def run_processes(command: Callable[[Processes], None]) -> int:
-    """Run ``command`` in each of the processes that a launcher started. -> the exit code
-
-    The first one logs. An error of all processes is printed once; an error of one process, by that
-    process.
-    """
+    """Run ``command`` in each of the processes that a launcher started. -> the exit code"""
     from hpm_video.training.distributed import (
         is_first_process,
         is_one_of_several,
@@ -134,11 +125,7 @@ def _tell(message: str) -> None:
 
 
 def make_parser(about: str | None, exit_codes: str | None = EXIT_CODES) -> argparse.ArgumentParser:
-    """Make a parser whose help shows ``about``, such as a program's docstring, as it stands.
-
-    Every program begins with it, so this is where plugins are loaded: options may name what they
-    register.
-    """
+    """Load plugins, whose names options may have, and make a parser with ``about`` as its help."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=about, epilog=exit_codes, formatter_class=form)
     try:
@@ -181,8 +168,7 @@ def train(
 ) -> int:
     """Run a program that trains by a config, or describe its plan. -> the exit code
 
-    ``arguments``: of :func:`parse_training`. ``finish`` is called after the run in each of its
-    processes.
+    ``finish`` is called after the run in each of its processes.
     """
     from hpm_video.config.loading import load_config
     from hpm_video.runs.autotune import describe_run
@@ -259,19 +245,16 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
         "default": "auto",
         "help": "auto (default): bf16 on a GPU that is made for it, otherwise fp32",
     },
-    "decoder": {
-        "default": "auto",
-        "help": "auto (default): the preferred one of those that are installed",
-    },
+    "decoder": {"default": "auto", "help": "auto (default): the preferred one of those installed"},
     "workers": {
         "type": not_negative,
         "metavar": "N",
-        "help": "processes that decode; default: one for each core but one",
+        "help": "decoding processes; default: cores - 1",
     },
     "views": {
         "type": parse_views,
         "metavar": "CLIPSxCROPS",
-        "help": "views of each video that are averaged over, such as 5x3",
+        "help": "views of a video, such as 5x3",
     },
     "output": {"type": Path},
     "root": {"type": Path, "help": "where paths in the manifest start; default: its own folder"},

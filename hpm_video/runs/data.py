@@ -37,8 +37,7 @@ class SourceData:
 class RunData:
     """The videos of a run, and how long it is."""
 
-    sources: dict[str, SourceData]
-    """Sources by name; the main one is ``""`` and comes first."""
+    sources: dict[str, SourceData]  # by name; the main one is ``""`` and comes first
     timeline: Timeline
 
     @property
@@ -64,8 +63,7 @@ def open_data(config: RunConfig) -> RunData:
         check_name(data.decoder)
         if not data.train:
             raise ConfigError(
-                f"{key}.train is not set; give a manifest, or a folder of videos or images: "
-                f"{key}.train=PATH"
+                f"{key}.train is not set; give a manifest or folder: {key}.train=PATH"
             )
         train = open_manifest(data, data.train, f"{key}.train")
         if data.clips_per_minute is not None:
@@ -75,8 +73,8 @@ def open_data(config: RunConfig) -> RunData:
             validation = open_manifest(data, data.validation, f"{key}.validation")
         if validation and (shared := len({*train.files} & {*validation.files})):
             log.warning(
-                "%d of the %d validation files are training files too: measures on them say "
-                "nothing about other videos (tools/split.py makes two lists of one)",
+                "%d of the %d validation files are training files too; tools/split.py makes two "
+                "lists of one",
                 shared,
                 len(validation),
             )
@@ -107,11 +105,7 @@ def key_of_source(name: str) -> str:
 
 
 def open_manifest(data: DataConfig, path: str, key: str) -> Manifest:
-    """Read one of the manifests of a config, or the videos of a folder.
-
-    Raises:
-        ManifestError: it cannot be used. ``key`` of the config, which names it, is in the message.
-    """
+    """Read the list or folder that ``key`` of a config names. Raises a ManifestError with it."""
     place = Path(path).expanduser()
     try:
         return read_manifest(place, None if data.root is None else Path(data.root).expanduser())

@@ -55,7 +55,7 @@ class RunDirectory:
 def check_output_dir(config: RunConfig) -> Path:
     """Return the directory of a run, or raise a ConfigError if it is unset or holds no run."""
     if not config.output_dir:
-        raise ConfigError("output_dir is not set; give the run a directory: output_dir=runs/NAME")
+        raise ConfigError("output_dir is not set; give output_dir=runs/NAME")
     folder = Path(config.output_dir).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir={folder} is a file; name a folder")
@@ -111,12 +111,8 @@ def check_same_run(directory: RunDirectory, config: RunConfig, data: RunData) ->
         return
     checkpoint.check_name(directory.newest)
     stored = load_any_config(directory.newest / "config.yaml")
-    there, here = (type(each).__name__ for each in (stored, config))
-    if there != here:
-        raise ConfigError(
-            f"{directory.path} holds a run of another kind ({there}, this is a {here}); take "
-            f"another output_dir"
-        )
+    if type(stored) is not type(config):
+        raise ConfigError(f"{directory.path} holds another kind of run; take another output_dir")
     differences = result_differences(stored, config)
     before = directory.state["data"]
     if not differences and before != data.fingerprint:
@@ -129,7 +125,7 @@ def check_same_run(directory: RunDirectory, config: RunConfig, data: RunData) ->
         raise ConfigError(
             f"{directory.path} holds a run of another config:\n  "
             + "\n  ".join(differences)
-            + "\nTake another output_dir, or the values of before to go on with that run."
+            + "\nTake another output_dir, or the values of before."
         )
 
 
@@ -155,7 +151,7 @@ def note_weights(
     if before is not None and before != now:
         raise ConfigError(
             f"{directory.path} began with other weights than {key}={given} holds now; take another "
-            f"output_dir, give the weights of before, or delete this run to begin anew"
+            f"output_dir, or give the weights of before"
         )
     return {path.name: f"{now}\n"}
 

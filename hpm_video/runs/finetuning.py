@@ -22,9 +22,9 @@ from hpm_video.models.from_config import build_classifier, source_grid_of
 from hpm_video.recognition import labels
 from hpm_video.recognition.inference import Inference, Reading, find_failures, over_videos
 from hpm_video.recognition.objective import Classification, Mixing
-from hpm_video.recognition.testing import TOP, Scores, summarise
+from hpm_video.recognition.testing import TOP, summarise
 from hpm_video.recognition.trained_model import OF_DECODERS, OF_POOLING
-from hpm_video.runs.data import RunData, SourceData, open_data
+from hpm_video.runs.data import RunData, open_data
 from hpm_video.runs.directory import RunDirectory, note_weights
 from hpm_video.runs.init_weights import SAME_ENCODER, config_beside
 from hpm_video.runs.run import run
@@ -69,7 +69,9 @@ class Finetuning(Task[ClipClassifier, Classification]):
     @cached_property
     def label_names(self) -> tuple[str, ...]:
         """The name of each class."""
-        return find_label_names(self.config, self.data.main)
+        main, count = self.data.main, self.config.model.num_classes
+        file = self.config.data.label_names
+        return labels.class_names(main.train, main.validation, count=count, file=file)
 
     def resolve(self, directory: RunDirectory | None = None) -> None:
         self.config = resolve(self.config, len(self.label_names), directory)
@@ -107,9 +109,8 @@ class Finetuning(Task[ClipClassifier, Classification]):
     def transforms(self) -> dict[str, ClipTransform]:
         how, data = self.config.augmentation, self.config.data
         look = (data.mean, data.std, data.interpolation)
-        return {
-            "": Augmentation(how.area, how.ratio, data.flip, how.rand_augment, how.erasing, *look)
-        }
+        crop = Augmentation(how.area, how.ratio, data.flip, how.rand_augment, how.erasing, *look)
+        return {"": crop}
 
     def objective(
         self, ema: ClipClassifier | None, _device: torch.device, engine: Engine | None = None
@@ -132,7 +133,6 @@ class Finetuning(Task[ClipClassifier, Classification]):
         """Measure the accuracy on one view of each validation video, a share in each process."""
         config, processes = self.config, engine.processes
         if self.data.main.validation is None:
-            log.info("no data.validation: nothing is measured during training")
             return Evaluation()
         manifest = self.data.main.validation.spread(config.logging.validation_clips)
         reading = Reading.of(config.data, exclude_bad_files=config.test.exclude_bad_files)
@@ -149,46 +149,13 @@ class Finetuning(Task[ClipClassifier, Classification]):
                     model, config.data, engine.device, engine.precision, per_pass
                 )
                 found = over_videos(classifier.probabilities, clips, reading, processes, per_pass)
-            scores = Scores(manifest, found)
-            result = summarise(scores, names)
-            of_label = np.take_along_axis(found, scores.labels[:, None], axis=1)
+            result = summarise(found, names)
+            of_label = np.take_along_axis(found.values, found.labels[:, None], axis=1)
             cross_entropy = float(-np.nanmean(np.log(np.maximum(of_label, 1e-12))))
             tops = {name: result[name] for name in ("top1", "top5")[: 1 + (len(names) > TOP)]}
             return tops | {"cross_entropy": cross_entropy}
 
         return Evaluation(validate, score="top1", more_is_better=True, describe=_describe_measures)
-
-
-def find_label_names(config: FinetuneConfig, data: SourceData) -> tuple[str, ...]:
-    """Return the name of each class: from the config's file, the manifest, or else its number.
-
-    Raises:
-        ConfigError: they do not fit the number of classes of the config.
-        ManifestError: a video has no label or one beyond them, or the manifests disagree.
-    """
-    count = config.model.num_classes
-    if config.data.label_names is not None:
-        names = labels.read_label_names(Path(config.data.label_names).expanduser())
-    else:
-        found = max(data.train.labels, default=-1) + 1
-        names = labels.with_numbers(data.train.label_names or (), count or found)
-    if count is not None and len(names) != count:
-        raise ConfigError(
-            f"model.num_classes is {count}, but there are names for {len(names)} classes; take "
-            f"model.num_classes={len(names)}, or other data.label_names"
-        )
-    if len(names) < 2:
-        raise ConfigError(
-            f"a classifier needs two classes at least, and {config.data.train} has {len(names)}; "
-            f"give a manifest with a column label, or a folder of class folders"
-        )
-    for manifest, key in (data.train, "data.train"), (data.validation, "data.validation"):
-        if manifest is not None:
-            labels.check_classes(manifest, names, f"the videos of {key}")
-    used = set(data.train.labels)
-    if without := [name for label, name in enumerate(names) if label not in used]:
-        log.warning("no training video of %d classes: %s", len(without), ", ".join(without[:10]))
-    return names
 
 
 def resolve(
@@ -237,10 +204,7 @@ def for_checkpoint(
 def load_pretrained(
     model: ClipClassifier, source: Path, config: FinetuneConfig, label_names: Sequence[str]
 ) -> None:
-    """Put the encoder of a masked autoencoder, or a classifier, into ``model``.
-
-    The head of a classifier is taken if its classes are the same; otherwise it starts fresh.
-    """
+    """Put an encoder or a classifier into ``model``, the head where the classes are the same."""
     stored = read_weights(source, config.model.patch_size, WEIGHTS_FILES[config.init_from])
     own, listed = model.state_dict(), source / "labels.txt"
     head = stored.get("head.weight")
@@ -261,12 +225,9 @@ def load_pretrained(
     whose = "" if config.init_from == "student" else f"the {config.init_from}'s "
     log.info("start from %sweights of %s", whose, source)
     log.info("  start fresh: %s", ", ".join(fresh) or "none")
-    left = dict.fromkeys(
-        key.split(".")[0] if key.startswith(OF_DECODERS) else key
-        for key in stored
-        if key not in weights or key not in own
-    )
-    log.info("  left out: %s", ", ".join(left) or "none")
+    left = [key for key in stored if key not in weights or key not in own]
+    parts = dict.fromkeys(k.split(".")[0] if k.startswith(OF_DECODERS) else k for k in left)
+    log.info("  left out: %s", ", ".join(parts) or "none")
 
 
 def _describe_measures(measures: dict[str, float]) -> str:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_any_config, result_differences
-from hpm_video.config.schema import FinetuneConfig, PretrainConfig
+from hpm_video.config.schema import PretrainConfig
 from hpm_video.files.weights import OF_ANOTHER_PROJECT, CheckpointError
+from hpm_video.models.from_config import AnyConfig
 
 log = logging.getLogger(__name__)
 
@@ -14,9 +15,7 @@ SAME_ENCODER = ("encoder", "patch_size", "channels", "positions", "class_token",
 """Fields of a model's config that must equal those of its weights."""
 
 
-def config_beside(
-    config: PretrainConfig | FinetuneConfig,
-) -> PretrainConfig | FinetuneConfig | None:
+def config_beside(config: AnyConfig) -> AnyConfig | None:
     """The config of the run that initial weights are of; none where they are of no run.
 
     Raises:
@@ -36,9 +35,7 @@ def config_beside(
     return beside
 
 
-def check_same_model(
-    config: PretrainConfig | FinetuneConfig, source: PretrainConfig | FinetuneConfig
-) -> None:
+def check_same_model(config: AnyConfig, source: AnyConfig) -> None:
     """Make sure that the encoder of ``source``, and of pre-training the decoder, is that here.
 
     Weights alone do not tell how many heads there are, or where the positions are.

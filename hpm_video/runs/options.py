@@ -37,7 +37,7 @@ def add_model_options(
 
 
 def clip_choice(arguments: argparse.Namespace) -> ClipChoice:
-    """Return the chosen clips."""
+    """Return which clips the model is to see."""
     from hpm_video.recognition.trained_model import ClipChoice
 
     size = arguments.frame_size
@@ -62,11 +62,9 @@ def open_inference(
     clips = clip_choice(arguments)
     trained = open_trained(arguments.checkpoint, wanted, arguments.weights, clips=clips)
     if trained.data.sampling == "segments" and bool(clips.frame_stride) != bool(windows):
-        rule = "so its windows have no frame stride; give --frame-stride"
-        rule = rule if windows else "where --frame-stride plays no part; leave it out"
+        remedy = "give --frame-stride for windows" if windows else "leave out --frame-stride"
         raise ConfigError(
-            f"{trained.path} was trained on clips that span the whole video "
-            f"(data.sampling=segments), {rule}"
+            f"{trained.path} has data.sampling=segments, which has no stride; {remedy}"
         )
     device, precision = choose_device(arguments.device, processes), arguments.precision
     chosen = inference_precision(device) if precision == "auto" else precision

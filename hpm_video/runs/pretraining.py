@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hpm_video.config.checks import ConfigError
+from hpm_video.config.checks import ConfigError, check
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.data.augment import Augmentation
 from hpm_video.data.batch import collate
@@ -24,12 +24,18 @@ from hpm_video.models.encoder import ClipEncoder
 from hpm_video.models.feature_model import load_feature_model
 from hpm_video.models.from_config import build_student
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
-from hpm_video.recognition.inference import CLIPS_PER_PASS, Inference, Reading, find_failures
-from hpm_video.recognition.labels import names_of_both, numbered_as
-from hpm_video.recognition.probes import FeatureTable, nearest_neighbours
+from hpm_video.recognition.inference import (
+    CLIPS_PER_PASS,
+    Inference,
+    Reading,
+    find_failures,
+    over_videos,
+)
+from hpm_video.recognition.labels import class_names, numbered_as
+from hpm_video.recognition.probes import nearest_neighbours
 from hpm_video.recognition.testing import summarise
 from hpm_video.recognition.trained_model import TrainedAutoencoder, open_trained
-from hpm_video.runs.data import key_of_source, open_manifest
+from hpm_video.runs.data import open_manifest
 from hpm_video.runs.directory import RunDirectory, note_weights
 from hpm_video.runs.init_weights import config_beside
 from hpm_video.runs.run import run
@@ -49,11 +55,7 @@ PICTURED_CLIPS = 4
 
 
 def build_target(config: PretrainConfig, device: torch.device) -> Target:
-    """Build what is to be reconstructed.
-
-    Raises:
-        CheckpointError, ConfigError: the weights of a feature model cannot be used.
-    """
+    """Build what is to be reconstructed."""
     mining, patch_size = config.mining, config.model.patch_size
     look = (patch_size, config.data.mean, config.data.std)
     if mining.feature_kind is None:
@@ -107,9 +109,6 @@ def load_run(
     """Load config, student, and the objective with the teacher from a checkpoint folder.
 
     ``overrides`` of the config: such as where the weights of a feature model are now.
-
-    Raises:
-        ConfigError, CheckpointError: the folder is not a complete checkpoint of pre-training.
     """
     trained = open_trained(checkpoint, TrainedAutoencoder, overrides=overrides)
     config, student, teacher = trained.config, trained.build(), None
@@ -185,7 +184,6 @@ class Pretraining(Task[MaskedAutoencoder, HardPatchesMining]):
         measured: dict[str, ValidationClips] = {}
         for name, source in self.data.sources.items():
             if source.validation is None:
-                log.info("no %sdata.validation: its clips are not measured", key_of_source(name))
                 continue
             measured[name] = self._validation_clips(name, config.logging.validation_clips)
             find_failures(measured[name], reading, processes)
@@ -259,18 +257,14 @@ def _neighbour_probe(
     assert how.train is not None
     assert how.validation is not None
     lists = {"knn.train": how.train, "knn.validation": how.validation}
-    manifests = [
+    train, validation = (
         open_manifest(config.data, path, key).spread(how.videos) for key, path in lists.items()
-    ]
-    manifests[1] = numbered_as(manifests[0].label_names, manifests[1])
-    names = names_of_both(*manifests)
-    if how.k > len(manifests[0]):
-        raise ConfigError(
-            f"knn.k must be at most the number of videos of knn.train, {len(manifests[0])}, got "
-            f"{how.k}"
-        )
+    )
+    validation = numbered_as(train.label_names, validation)
+    names = class_names(train, validation)
+    check("knn.k", how.k, f"be at most {len(train)}, as knn.train", lambda k: k <= len(train))
     reading = Reading.of(config.data)
-    both = [reading.clips(manifest, config.data) for manifest in manifests]
+    both = [reading.clips(manifest, config.data) for manifest in (train, validation)]
     for clips in both:
         find_failures(clips, reading, processes)
 
@@ -278,10 +272,8 @@ def _neighbour_probe(
         with engine.gathered(engine.model) as student:
             assert isinstance(student, ClipEncoder)
             encoder = Inference(student, config.data, engine.device, engine.precision)
-            train, validation = (
-                FeatureTable.of(encoder, clips, reading, processes) for clips in both
-            )
-        scores = nearest_neighbours(train, validation, len(names), [how.k], how.temperature)[how.k]
+            bank, asked = (over_videos(encoder.pooled, each, reading, processes) for each in both)
+        scores = nearest_neighbours(bank, asked, len(names), [how.k], how.temperature)[how.k]
         return {"knn_top1": summarise(scores, names)["top1"]}
 
     return probe

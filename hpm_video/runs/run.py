@@ -41,14 +41,8 @@ log = logging.getLogger(__name__)
 def run(task: Task, processes: Processes = Processes()) -> Path:  # noqa: B008 - it is frozen
     """Train a task, or resume the run in its output directory. -> that directory
 
-    Whatever can be wrong is found before the directory is written to.
-
-    Raises:
-        ConfigError: the config cannot be run, or the directory holds a run of another one.
-        ManifestError: the data cannot be read.
-        CheckpointError: weights cannot be read, or do not fit.
-        DeviceError, EngineError: the engine cannot be had.
-        And what ``fit`` raises.
+    Whatever can be wrong is found before the directory is written to: an ExpectedError says what.
+    Raises what ``fit`` raises, too.
     """
     updates = task.data.timeline.num_updates
     check_trackers(task.config.logging)
@@ -104,7 +98,7 @@ def train(
     objective: Objective,
     evaluation: Evaluation,
 ) -> None:
-    """Train from where the directory stands to the end. Raises what ``fit`` raises."""
+    """Train from where the directory stands to the end."""
     config, data, processes = task.config, task.data, engine.processes
     start, updates = directory.update, data.timeline.num_updates
     size = f"{engine.num_parameters / 1e6:.1f} M parameters"
@@ -172,21 +166,14 @@ def open_bad_files(
 
 def open_meter(task: Task, engine: Engine) -> Meter:
     """Open a meter that on a GPU knows what a clip costs, and how fast the device could be."""
-    if engine.device.type != "cuda":
-        return Meter(engine.device, engine.processes)
-    cost, timeline = cost_of_clips(task.config), task.data.timeline
-    peak, source = peak_flops(engine.device, engine.precision)
-    flop = [cost(name, timeline.at(0)) / 1e9 for name in task.config.sources]
-    log.info(
-        "%s GFLOP per clip; 100 %% MFU is %.0f TFLOP/s (%s, by %s)",
-        ", ".join(f"{each:.0f}" for each in flop),
-        peak / 1e12,
-        engine.precision,
-        source,
-    )
-    return Meter(
-        engine.device,
-        engine.processes,
-        cost=lambda name, update: cost(name, timeline.at(update)),
-        peak=peak,
-    )
+    device, processes, timeline = engine.device, engine.processes, task.data.timeline
+    if device.type != "cuda":
+        return Meter(device, processes)
+    clip_cost = cost_of_clips(task.config)
+    peak, source = peak_flops(device, engine.precision)
+    log.info("100 %% MFU is %.0f TFLOP/s (%s, by %s)", peak / 1e12, engine.precision, source)
+
+    def cost(name: str, update: int) -> float:
+        return clip_cost(name, timeline.at(update))
+
+    return Meter(device, processes, cost=cost, peak=peak)

@@ -69,8 +69,7 @@ class Task(ABC, Generic[Model, Goal]):
     def notes(self, directory: RunDirectory) -> dict[str, str]:
         """Return the files that the run directory keeps of the run's start: text by name.
 
-        Raises:
-            ConfigError: the run there began otherwise.
+        Raises a ConfigError where the run there began otherwise.
         """
 
     @abstractmethod
@@ -79,10 +78,7 @@ class Task(ABC, Generic[Model, Goal]):
 
     @abstractmethod
     def initialise(self, model: Model) -> Tensors | None:
-        """Put the weights that the run starts from into ``model``.
-
-        Returns those of the moving average, if they differ from the model's.
-        """
+        """Put ``init_weights`` into ``model``. -> those of the EMA, if they differ"""
 
     @abstractmethod
     def optimizer(self, model: Model) -> torch.optim.Optimizer:
@@ -102,22 +98,19 @@ class Task(ABC, Generic[Model, Goal]):
     def evaluation(self, folder: Path, objective: Goal, engine: Engine) -> Evaluation:
         """Return what is measured during training, and drawn to the run's ``folder``.
 
-        Raises:
-            ConfigError, ManifestError: the videos to measure on cannot be used.
-            DecodeError: one of them does not decode.
+        Raises where the videos to measure on cannot be used.
         """
 
 
 def make_models(
     task: Task[Model, Goal], device: torch.device, newest: Path | None
 ) -> tuple[Model, Model | None]:
-    """Make model and moving average of a run that stands at a checkpoint, or else at its start."""
-    model = task.model()
+    """Make model and EMA of a run that stands at a checkpoint, or else at its start."""
+    model, patch_size = task.model(), task.config.model.patch_size
     if newest is None:
-        source = Path(task.config.init_weights or "")
-        averages = task.initialise(model)
+        source, averages = Path(task.config.init_weights or ""), task.initialise(model)
     else:
-        source, patch_size = newest, task.config.model.patch_size
+        source = newest
         load_weights(model, read_weights(newest, patch_size), newest)
         averages = None if task.ema is None else read_weights(newest, patch_size, task.ema)
     ema = None
@@ -138,10 +131,7 @@ def make_engine(
     device: torch.device,
     processes: Processes,
 ) -> Engine:
-    """Make the engine that updates ``model``, which is on ``device`` as ``ema`` is.
-
-    Both are made fast, and ``ema`` is sharded as the model is.
-    """
+    """Make the engine that updates ``model``, fast, and shards ``ema`` as the model."""
     how, optimizer = task.config.engine, task.optimizer(model)
     compiled = choose_compiling(how, device)
     make_fast(compiled, model, ema, residual=how.residual)

@@ -726,7 +726,10 @@ def test_clips_that_span_the_video_have_no_stride(main, source, tmp_path, capsys
     )
     output = tmp_path / "out"
     assert main(checkpoint, source, output, "--frame-stride", 2) == 2
-    assert "where --frame-stride plays no part; leave it out" in capsys.readouterr().err
+    assert (
+        "data.sampling=segments, which has no stride; leave out --frame-stride"
+        in capsys.readouterr().err
+    )
     assert main(checkpoint, source, output, "--window-stride", 2) == 2
     assert "give --frame-stride" in capsys.readouterr().err
     assert main(checkpoint, source, output, "--window-stride", 2, "--frame-stride", 1) == 0

@@ -1,14 +1,10 @@
-import logging
-
 import pytest
 
 from hpm_video.data.manifest import Manifest, ManifestError, read_manifest
 from hpm_video.recognition.labels import (
     check_classes,
-    names_of_both,
     numbered_as,
     read_label_names,
-    with_numbers,
 )
 
 
@@ -53,12 +49,6 @@ def test_a_label_out_of_range_is_named_with_its_file(label, has):
         check_classes(manifest_of(0, label, 2), "abc", "the videos of X")
 
 
-def test_classes_without_a_name_are_called_by_their_number():
-    assert with_numbers(("a", "b"), 4) == ("a", "b", "2", "3")
-    assert with_numbers(("a", "b"), 1) == ("a", "b")
-    assert with_numbers((), 2) == ("0", "1")
-
-
 def test_manifests_must_number_the_classes_alike():
     for names in (None, ("a",), ("a", "b"), ("a", "1"), ("0", "b"), ("a", "b", "c")):
         check_classes(manifest_of(0, 1, names=names), "ab", "the videos")
@@ -69,19 +59,6 @@ def test_manifests_must_number_the_classes_alike():
         check_classes(manifest_of(0, 1, names=("a", "c")), "ab", "the videos")
     with pytest.raises(ManifestError, match="class 0 is 'a' .* 'b' .* number the classes alike"):
         check_classes(manifest_of(0, 1, names=("b", "a")), "ab", "the videos")
-
-
-def test_names_of_two_manifests():
-    train = manifest_of(0, 1, names=("a", "b"))
-    assert names_of_both(train, manifest_of(1, 0)) == ("a", "b")
-    assert names_of_both(train, manifest_of(1, 3)) == ("a", "b", "2", "3")
-    assert names_of_both(manifest_of(0, 2), manifest_of(1)) == ("0", "1", "2")
-    with pytest.raises(ManifestError, match="the training videos need labels"):
-        names_of_both(manifest_of(0, -1), manifest_of(1))
-    with pytest.raises(ManifestError, match="the validation videos need labels"):
-        names_of_both(train, manifest_of(1, -1))
-    with pytest.raises(ManifestError, match="number the classes alike"):
-        names_of_both(train, manifest_of(1, 0, names=("b", "a")))
 
 
 def test_names_of_a_manifest_survive_a_file_of_lines(tmp_path):
@@ -95,15 +72,13 @@ def test_names_of_a_manifest_survive_a_file_of_lines(tmp_path):
     assert read_label_names(tmp_path / "labels.txt") == names
 
 
-def test_class_folders_are_numbered_as_those_of_training(tmp_path, caplog):
+def test_class_folders_are_numbered_as_those_of_training(tmp_path):
     for place in ("train/jump/a.mp4", "train/run/b.mp4", "train/walk/c.mp4", "val/walk/d.mp4"):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).touch()
     train, validation = (read_manifest(tmp_path / name) for name in ("train", "val"))
-    with caplog.at_level(logging.INFO):
-        numbered = numbered_as(train.label_names, validation)
+    numbered = numbered_as(train.label_names, validation)
     assert (numbered.labels, numbered.label_names) == ((2,), ("jump", "run", "walk"))
-    assert "without a folder of validation videos: 2, jump, run" in caplog.text
     with pytest.raises(ManifestError, match="2 of 3 are no classes of training, first 'jump'"):
         numbered_as(validation.label_names, train)
     (tmp_path / "list.csv").write_text("path,label,label_name\nd.mp4,0,walk\n")

@@ -14,12 +14,12 @@ from hpm_video.data.reading import Views
 from hpm_video.files.failures import BadFilesError, Failure
 from hpm_video.files.weights import CheckpointError
 from hpm_video.recognition import inference
-from hpm_video.recognition.inference import each_video, find_failures, over_videos
+from hpm_video.recognition.inference import VideoValues, each_video, find_failures, over_videos
 from hpm_video.recognition.testing import (
-    Scores,
     confusion_counts,
     describe,
     draw_confusion,
+    ranks_of,
     summarise,
     write_results,
 )
@@ -94,7 +94,7 @@ def score(manifest, *, views=2, batch_size=2, processes=1, exclude=True, values=
         def gather(self, items):
             return ends
 
-    return over_videos(values, clips, reading, Gathered(), batch_size * views)
+    return over_videos(values, clips, reading, Gathered(), batch_size * views).values
 
 
 def naive(manifest, views):
@@ -226,7 +226,7 @@ def test_values_of_any_width_and_precision():
 
 def scores_of(rows, labels):
     table = np.array([[np.nan] * len(rows[0]) if row is None else row for row in rows], float)
-    return Scores(manifest_of([f"v{i}" for i in range(len(rows))], labels), table)
+    return VideoValues(manifest_of([f"v{i}" for i in range(len(rows))], labels), table)
 
 
 def one_hot(label, classes):
@@ -235,7 +235,7 @@ def one_hot(label, classes):
 
 def test_ranks_count_the_classes_ahead():
     scores = scores_of([[0.1, 0.6, 0.3]] * 3, (0, 1, 2))
-    assert scores.ranks.tolist() == [2, 0, 1]
+    assert ranks_of(scores).tolist() == [2, 0, 1]
     assert not scores.excluded.any()
 
 
@@ -243,9 +243,9 @@ def test_of_equally_probable_classes_the_first_is_ahead_as_argmax_has_it():
     rows = [[0.4, 0.4, 0.2], [0.2, 0.4, 0.4], [1 / 3] * 3]
     for label, expected in ((0, [0, 2, 0]), (1, [1, 0, 1]), (2, [2, 1, 2])):
         scores = scores_of(rows, (label,) * 3)
-        assert scores.ranks.tolist() == expected
-        predicted = scores.probabilities.argmax(axis=1)
-        assert ((scores.ranks == 0) == (predicted == label)).all()
+        assert ranks_of(scores).tolist() == expected
+        predicted = scores.values.argmax(axis=1)
+        assert ((ranks_of(scores) == 0) == (predicted == label)).all()
 
 
 @given(
@@ -266,7 +266,7 @@ def test_ranks_are_places_in_a_stable_sort(videos):
         sorted(range(len(row)), key=lambda i, row=row: -row[i]).index(label)
         for row, label in videos
     ]
-    assert scores.ranks.tolist() == expected
+    assert ranks_of(scores).tolist() == expected
 
 
 def test_a_summary_by_hand():
@@ -298,7 +298,7 @@ def test_a_summary_by_hand():
 
 def test_an_excluded_video_is_counted_and_wrong():
     scores = scores_of([one_hot(0, 7), None, one_hot(1, 7)], (0, 0, 1))
-    assert scores.ranks.tolist() == [0, 7, 0]
+    assert ranks_of(scores).tolist() == [0, 7, 0]
     result = summarise(scores, [str(i) for i in range(7)])
     assert result["top1"] == pytest.approx(2 / 3)
     assert result["top5"] == pytest.approx(2 / 3)
@@ -339,7 +339,7 @@ NAMES = ("jump, high", 'the "moonwalk"', "plain")
 def test_results_are_read_back(tmp_path):
     manifest = Manifest(('/v/a, "b".mp4', "/v/gone.mp4", "/v/ü.mp4"), (0, 1, 2), (-1,) * 3)
     table = np.array([[0.5, 0.25, 0.25], [np.nan] * 3, [0.123456789, 0.6, 0.276543211]])
-    scores = Scores(manifest, table)
+    scores = VideoValues(manifest, table)
     result = {"test": {"clips": 5}, **summarise(scores, NAMES)}
     folder = tmp_path / "not there yet" / "test"
     write_results(folder, scores, result, NAMES)
@@ -410,7 +410,7 @@ def test_the_terminal_sees_every_class_unless_there_are_many():
 def test_no_name_is_a_formula_to_a_spreadsheet(tmp_path):
     names = ["=1+1", "@SUM(A1)", "plain"]
     manifest = Manifest(("-a.mp4", "/v/b.mp4"), (0, 1), (-1,) * 2)
-    scores = Scores(manifest, np.array([[0.5, 0.25, 0.25], [0.2, 0.7, 0.1]]))
+    scores = VideoValues(manifest, np.array([[0.5, 0.25, 0.25], [0.2, 0.7, 0.1]]))
     write_results(tmp_path, scores, summarise(scores, names), names)
     header, first, second = (tmp_path / "predictions.csv").read_text().splitlines()
     assert header.endswith("probability of =1+1,probability of @SUM(A1),probability of plain")

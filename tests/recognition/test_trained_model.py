@@ -184,7 +184,7 @@ def test_scores_of_videos_are_means_over_their_views(recogniser, manifest, views
     scores = score(recogniser, manifest, views)
     assert scores.manifest is manifest
     expected = naive_scores(recogniser, manifest, views)
-    np.testing.assert_allclose(scores.probabilities, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(scores.values, expected, rtol=1e-4, atol=1e-6)
     assert expected.std(axis=0).min() > 0.01, "videos differ"
 
 
@@ -192,7 +192,7 @@ def test_more_views_than_a_batch_has_clips(recogniser, manifest):
     few = Manifest(manifest.files[:2], (0, 1), (-1, -1))
     scores = score(recogniser, few, Views(13, 5))
     expected = naive_scores(recogniser, few, Views(13, 5))
-    np.testing.assert_allclose(scores.probabilities, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(scores.values, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_workers_change_nothing(recogniser, with_bad_files):
@@ -200,7 +200,7 @@ def test_workers_change_nothing(recogniser, with_bad_files):
         score(recogniser, with_bad_files, VIEWS, Reading("auto", workers, True))
         for workers in (0, 2)
     )
-    np.testing.assert_array_equal(alone.probabilities, with_workers.probabilities)
+    np.testing.assert_array_equal(alone.values, with_workers.values)
 
 
 def test_bad_files_stop_a_test_or_are_excluded(recogniser, manifest, with_bad_files):
@@ -212,7 +212,7 @@ def test_bad_files_stop_a_test_or_are_excluded(recogniser, manifest, with_bad_fi
     scores = score(recogniser, with_bad_files, VIEWS, reading)
     assert np.flatnonzero(scores.excluded).tolist() == [0, 4, 5]
     whole = score(recogniser, manifest, VIEWS)
-    np.testing.assert_array_equal(scores.probabilities[~scores.excluded], whole.probabilities)
+    np.testing.assert_array_equal(scores.values[~scores.excluded], whole.values)
 
 
 @pytest.mark.parametrize(("label", "words"), [(-1, "no label"), (3, "label 3"), (99, "label 99")])
@@ -259,7 +259,7 @@ with joined_processes() as processes:
         manifest = read_manifest(folder / f"{name}.csv")
         reading = Reading(exclude_bad_files=name == "bad")
         scores = score_videos(classifier, names, manifest, Views(2, 2), reading, processes)
-        results[name] = scores.probabilities.tolist()
+        results[name] = scores.values.tolist()
     try:
         score_videos(classifier, names, manifest, Views(2, 2), Reading(), processes)
     except BadFilesError as error:
@@ -288,7 +288,7 @@ def test_two_processes_find_what_one_finds(
         for name, listed in manifests.items():
             reading = Reading(exclude_bad_files=name == "bad")
             alone = score(recogniser, listed, VIEWS, reading)
-            np.testing.assert_array_equal(np.array(found[name]), alone.probabilities)
+            np.testing.assert_array_equal(np.array(found[name]), alone.values)
         with pytest.raises(BadFilesError) as caught:
             score(recogniser, with_bad_files, VIEWS)
         assert found["error"] == str(caught.value)

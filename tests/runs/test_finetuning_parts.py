@@ -14,10 +14,9 @@ from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.data.manifest import Manifest, ManifestError
 from hpm_video.files.weights import CheckpointError
 from hpm_video.models.from_config import build_classifier, build_student
-from hpm_video.runs.data import SourceData
+from hpm_video.recognition.labels import class_names
 from hpm_video.runs.finetuning import (
     Finetuning,
-    find_label_names,
     load_pretrained,
     resolve,
 )
@@ -303,7 +302,8 @@ def manifest_of(*labels, names=None):
 
 
 def names_of(config, train, validation=None):
-    return find_label_names(config, SourceData(train, validation))
+    count, file = config.model.num_classes, config.data.label_names
+    return class_names(train, validation, count=count, file=file)
 
 
 def test_names_come_from_the_manifest_or_are_numbers(load):
@@ -326,31 +326,31 @@ def test_names_of_a_file_are_held_against_the_manifest(load, tmp_path):
     assert names_of(config, train, manifest_of(2)) == ("run, fast", "jump", "stand")
     for count in (2, 4):
         wrong = load(FinetuneConfig, f"data.label_names={path}", f"model.num_classes={count}")
-        with pytest.raises(ConfigError, match=f"is {count}, but .* for 3 .*num_classes=3"):
+        with pytest.raises(ManifestError, match=f"is {count}, but .* for 3 .*num_classes=3"):
             names_of(wrong, train)
 
 
 def test_more_names_than_classes_are_refused(load):
     config = load(FinetuneConfig, "model.num_classes=2")
-    with pytest.raises(ConfigError, match="is 2, but there are names for 3 classes"):
+    with pytest.raises(ManifestError, match="is 2, but there are names for 3 classes"):
         names_of(config, manifest_of(0, 1, 2, names=("a", "b", "c")))
 
 
 @pytest.mark.parametrize("labels", [(-1, -1), (0, 0)])
 def test_a_classifier_needs_two_classes(load, labels):
-    with pytest.raises(ConfigError, match="two classes at least, and LIST has .* column label"):
+    with pytest.raises(ManifestError, match="two classes at least, .* column label"):
         names_of(load(FinetuneConfig), manifest_of(*labels))
 
 
 def test_labels_that_are_missing_or_beyond_the_classes_are_refused(load):
     config, train = load(FinetuneConfig), manifest_of(0, 1, 1)
-    with pytest.raises(ManifestError, match=r"data.train need labels .*/v/1.mp4 has no label"):
+    with pytest.raises(ManifestError, match=r"training videos need labels .*/v/1.mp4 has no label"):
         names_of(config, manifest_of(0, -1, 2))
-    with pytest.raises(ManifestError, match=r"data.train .*/v/2.mp4 has label 2"):
+    with pytest.raises(ManifestError, match=r"training videos .*/v/2.mp4 has label 2"):
         names_of(load(FinetuneConfig, "model.num_classes=2"), manifest_of(0, 1, 2))
-    with pytest.raises(ManifestError, match=r"data.validation .*/v/1.mp4 has no label"):
+    with pytest.raises(ManifestError, match=r"validation videos .*/v/1.mp4 has no label"):
         names_of(config, train, manifest_of(0, -1))
-    with pytest.raises(ManifestError, match=r"data.validation .* 0 to 1, .*/v/0.mp4 has label 4"):
+    with pytest.raises(ManifestError, match=r"validation videos .* 0 to 1, .*/v/0.mp4 has label 4"):
         names_of(config, train, manifest_of(4))
 
 
