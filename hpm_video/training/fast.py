@@ -1,8 +1,4 @@
-"""Compiling, in one place.
-
-A model checkpoints its own activations, is compiled here in place, and is wrapped by an engine only
-then. Checkpoints are the same with and without compiling.
-"""
+"""Compiling, in place, before an engine wraps the model. Checkpoints are the same without it."""
 
 import logging
 import sys
@@ -16,7 +12,6 @@ from torch import nn
 from hpm_video.config.choices import TransformerSize
 from hpm_video.config.training import CompileMode, EngineConfig
 from hpm_video.models.vit import Block, Transformer
-from hpm_video.training.distributed import first_to_say
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +19,7 @@ HOW: dict[str, Any] = {"dynamic": False, "options": {"deterministic": True}}
 """Kernels depend only on the shapes that they are called with, not on those of earlier batches, and
 none is chosen by its measured speed: a resumed run computes the same bits."""
 GRAPHS = 64
-"""For so many shapes and modes of the same code torch compiles; by default it stops at 8."""
+"""Shapes and modes for which torch compiles the same code; by default 8."""
 OF_OBJECTIVES = ("normalised", "errors")
 """Methods of objectives that are compiled, if an objective has them."""
 
@@ -40,18 +35,9 @@ def choose_compiling(how: EngineConfig, device: torch.device) -> CompileMode:
             _compile_something(device)
         except (RuntimeError, OSError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
-            if first_to_say(f"no compiler: {reason}"):
-                log.warning(
-                    "engine.compile=%s: nothing is compiled, for there is no working compiler here "
-                    "(%s). This is slower; engine.compile=off avoids this message",
-                    how.compile,
-                    reason,
-                )
+            log.warning("nothing is compiled: there is no working compiler here (%s)", reason)
             return "off"
-        log.info(
-            "compiling (engine.compile=%s): the first updates take longer, later ones are faster",
-            mode,
-        )
+        log.info("compiling (engine.compile=%s): the first updates take longer", mode)
     return mode
 
 
@@ -65,10 +51,7 @@ def _compile_something(device: torch.device) -> None:
 
 
 def make_fast(mode: CompileMode, *parts: object, residual: str = "fp32") -> None:
-    """Compile blocks or stacks of blocks, and methods of objectives, in place.
-
-    ``residual``: as in :func:`set_residual`.
-    """
+    """Compile blocks or stacks of blocks, and methods of objectives, in place."""
     set_residual(residual, *parts)
     if mode == "off":
         return
