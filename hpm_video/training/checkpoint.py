@@ -1,12 +1,11 @@
 """The state of a run on disk: complete or absent, and readable without this package.
 
 A checkpoint is a folder ``update-00001600`` of
-    model.safetensors, teacher.safetensors   weights, as any safetensors reader takes them (of a
-                                             classifier: model and, if kept, average)
+    model.safetensors, teacher.safetensors   weights (of a classifier: model and average)
     optimizer.safetensors                    what resuming needs beside them, by parameter
     state.json                               the next update, the best score, what wrote it, and the
                                              SHA-256 of each file above
-    config.yaml                              the experiment, so that the folder speaks for itself
+    config.yaml                              the experiment
     labels.txt                               of a classifier: the name of class i in line i
 It is written under another name and renamed once it is on the disk.
 """
@@ -181,11 +180,7 @@ def _verify(file: Path) -> None:
     if not (file.parent / "state.json").is_file() or os.environ.get("LOCAL_RANK", "0") != "0":
         return
     written = read_state(file.parent).get("sha256", {}).get(file.name)
-    if written is None:
-        return
-    if not file.is_file():
-        raise _damaged(file, "is missing")
-    if (now := sha256_of(file)) != written:
+    if written is not None and file.is_file() and (now := sha256_of(file)) != written:
         raise _damaged(
             file,
             f"has the SHA-256 {now}, not {written} as when it was written (if you changed it "
@@ -195,13 +190,11 @@ def _verify(file: Path) -> None:
 
 def point_to_newest_and_best(folder: Path) -> None:
     """Make ``last`` and ``best`` agree with the newest checkpoint."""
-    saved = checkpoints_in(folder)
-    if not saved:
-        return
-    point_to(folder / "last", saved[-1])
-    best = read_state(saved[-1]).get("best", {})
-    if best and checkpoint_path(folder, best["update"]).exists():
-        point_to(folder / "best", checkpoint_path(folder, best["update"]))
+    for newest in checkpoints_in(folder)[-1:]:
+        point_to(folder / "last", newest)
+        best = read_state(newest).get("best")
+        if best and checkpoint_path(folder, best["update"]).exists():
+            point_to(folder / "best", checkpoint_path(folder, best["update"]))
 
 
 def _write_optimizer(state: OptimizerState, path: Path) -> None:
@@ -244,7 +237,8 @@ def read_weights(path: Path, patch_size: Size3, name: str = "model") -> dict[str
     Raises:
         CheckpointError: there is no such file, it is not one of safetensors, or it is damaged.
     """
-    file = _weights_file(path, name, verify=True)
+    file = _weights_file(path, name)
+    _verify(file)
     try:
         return by_current_names(load_file(file), patch_size)
     except (SafetensorError, KeyError) as error:
@@ -264,10 +258,8 @@ def weights_digest(path: Path, name: str = "model") -> str:
     return sha256_of(_weights_file(path, name))
 
 
-def _weights_file(path: Path, name: str, *, verify: bool = False) -> Path:
+def _weights_file(path: Path, name: str) -> Path:
     file = path / f"{name}.safetensors" if path.is_dir() else path
-    if verify:
-        _verify(file)
     if not file.is_file():
         raise CheckpointError(
             f"{file} does not exist; give a checkpoint folder of a run (it holds "

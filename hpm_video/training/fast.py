@@ -3,6 +3,7 @@
 import logging
 import sys
 import warnings
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -61,12 +62,12 @@ def make_fast(mode: CompileMode, *parts: object, residual: str = "fp32") -> None
 
     dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
     dynamo.optimize_ddp = False  # it would cut blocks into pieces to send gradients early
+    for module in _modules(parts):
+        if mode == "blocks" and isinstance(module, Block):
+            module.compile(**HOW)
+        elif mode == "model" and isinstance(module, Transformer):
+            _compile_method(module, "run_blocks")
     for part in parts:
-        for module in part.modules() if isinstance(part, nn.Module) else ():
-            if mode == "blocks" and isinstance(module, Block):
-                module.compile(**HOW)
-            elif mode == "model" and isinstance(module, Transformer):
-                _compile_method(module, "run_blocks")
         for name in OF_OBJECTIVES:
             if hasattr(part, name):
                 _compile_method(part, name)
@@ -74,10 +75,13 @@ def make_fast(mode: CompileMode, *parts: object, residual: str = "fp32") -> None
 
 def set_residual(precision: str, *parts: object) -> None:
     """Set what ``engine.residual`` says in every transformer of ``parts``."""
-    for part in parts:
-        for module in part.modules() if isinstance(part, nn.Module) else ():
-            if isinstance(module, Transformer):
-                module.bf16_residual = precision == "bf16"
+    for module in _modules(parts):
+        if isinstance(module, Transformer):
+            module.bf16_residual = precision == "bf16"
+
+
+def _modules(parts: Iterable[object]) -> list[nn.Module]:
+    return [each for part in parts if isinstance(part, nn.Module) for each in part.modules()]
 
 
 def _compile_method(owner: object, name: str) -> None:

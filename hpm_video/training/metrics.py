@@ -142,9 +142,9 @@ class Meter:
         Raises:
             NonFiniteLossError: one was not. The message has the update and the files of its batch.
         """
-        self._refuse_bad(int(self._first_bad))
+        self._check(int(self._first_bad))
 
-    def _refuse_bad(self, own: int) -> None:
+    def _check(self, own: int) -> None:
         found = [update for update in self._processes.gather([own]) if update >= 0]
         files, self._files = self._files, {}
         if found:
@@ -167,10 +167,9 @@ class Meter:
         first_bad, *sums = torch.stack(
             [value.float() for value in (self._first_bad, *self._sums.values())]
         ).tolist()
-        self._refuse_bad(int(first_bad))
-        own = {
-            name: (total, self._counts[name]) for name, total in zip(self._sums, sums, strict=True)
-        }
+        self._check(int(first_bad))
+        counted = zip(sums, self._counts.values(), strict=True)
+        own = dict(zip(self._sums, counted, strict=True))
         seconds = max(time.perf_counter() - self._began - self.left_out, 1e-9)
         waited = sum(began.elapsed_time(ended) for began, ended in self._waits) / 1000
         memory = 0

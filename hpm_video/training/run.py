@@ -123,7 +123,7 @@ class Run:
                 found = self._measure("validation", done, evaluation.validate, evaluation.describe)
                 improved = self._note_score(done, found[evaluation.score])
             if evaluation.probe and (last or passes(evaluation.probe_every_epochs)):
-                self._measure("probe", done, evaluation.probe, describe_probe)
+                self._measure("probe", done, evaluation.probe, _describe_probe)
             stop = self._asked_to_stop()
             # Before the state is saved: a run that is killed meanwhile comes here again.
             if last or passes(how.picture_every_epochs):
@@ -238,8 +238,6 @@ class Run:
         self.engine.processes.wait()
 
 
-def describe_probe(measures: Measures) -> str:
-    """Describe what was measured of frozen features."""
-    return "frozen features: " + ", ".join(
-        f"{name} {value:.3f}" for name, value in measures.items()
-    )
+def _describe_probe(measures: Measures) -> str:
+    found = (f"{name} {value:.3f}" for name, value in measures.items())
+    return f"frozen features: {', '.join(found)}"

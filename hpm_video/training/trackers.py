@@ -43,7 +43,7 @@ class Tracker(Protocol):
         """Write what is not written yet, and end."""
 
 
-class JsonLines:
+class JsonLines(Tracker):
     """A tracker that writes ``metrics.jsonl``, without the lines of an interrupted run."""
 
     def __init__(self, run_dir: Path, first_update: int) -> None:
@@ -56,12 +56,6 @@ class JsonLines:
     def write(self, kind: str, update: int, values: Mapping[str, float]) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps({"kind": kind, "update": update, **values}) + "\n")
-
-    def picture(self, name: str, update: int, path: Path) -> None:
-        """Pictures stay where they are."""
-
-    def close(self) -> None:
-        """Every line is written already."""
 
 
 class TensorBoard:
@@ -122,14 +116,14 @@ class Mlflow:
         from mlflow import MlflowClient
         from mlflow.entities import Metric
 
-        self._client, self._metric = MlflowClient(), Metric
+        self._client: Any = MlflowClient()
+        self._metric = Metric
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         known = self._client.get_experiment_by_name(name)
         experiment = known.experiment_id if known else self._client.create_experiment(name)
 
         def start() -> str:
-            run: Any = self._client.create_run(experiment, run_name=run_dir.name)
-            return str(run.info.run_id)
+            return str(self._client.create_run(experiment, run_name=run_dir.name).info.run_id)
 
         self._id = _remembered(run_dir / "mlflow.id", first_update, start)
         self._client.update_run(self._id, status="RUNNING")

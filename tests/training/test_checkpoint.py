@@ -253,6 +253,26 @@ def test_checkpoints_elsewhere_are_unlinked_but_not_deleted(tmp_path, config):
     assert (kept / "state.json").is_file()
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"{",
+        b"\xff{}",
+        b"{}",
+        b"[]",
+        b'{"update": 7}',
+        b'{"update": "7", "facts": {}, "data": "", "best": {}}',
+        b'{"update": 7, "facts": {}, "data": "", "best": {}}',
+    ],
+)
+def test_a_state_that_says_too_little_is_no_state_of_a_run(tmp_path, text):
+    checkpoint = checkpoint_path(tmp_path, 7)
+    checkpoint.mkdir()
+    (checkpoint / "state.json").write_bytes(text)
+    with pytest.raises(CheckpointError, match=r"state.json cannot be read, or lacks .*delete it"):
+        read_state(checkpoint, of_run=True)
+
+
 def test_a_flipped_bit_is_an_error_in_the_first_process_of_a_machine(tmp_path, config, monkeypatch):
     save(tmp_path, 1, config)
     (checkpoint,) = checkpoints_in(tmp_path)
@@ -265,7 +285,7 @@ def test_a_flipped_bit_is_an_error_in_the_first_process_of_a_machine(tmp_path, c
     assert read_weights(checkpoint, PATCH)
     monkeypatch.setenv("LOCAL_RANK", "0")
     file.unlink()
-    with pytest.raises(CheckpointError, match="model.safetensors is missing"):
+    with pytest.raises(CheckpointError, match="model.safetensors does not exist"):
         read_weights(checkpoint, PATCH)
 
 
