@@ -5,7 +5,7 @@ Only names tell such a file: those of today are left as they are.
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from einops import rearrange
@@ -36,54 +36,30 @@ TOKENS = ("cls_token", "mask_token", "attn_pool.latent")
 TABLES = ("pos_embed", "decoder_pos_embed")  # positions that were (N, D), and are (1, N, D)
 
 
-class ByCurrentNames(Mapping[str, Tensor]):
-    """Weights, or moments of an optimizer, each read when it is asked for."""
+def by_current_names(
+    stored: Mapping[str, Tensor], patch_size: tuple[int, int, int]
+) -> dict[str, Tensor]:
+    """Return weights, or moments of an optimizer, concatenated, permuted or reshaped as of today.
 
-    def __init__(
-        self,
-        names: Collection[str],
-        read: Callable[[str], Tensor],
-        patch_size: tuple[int, int, int],
-    ) -> None:
-        """Take the names in a file, which may be of either kind, and how a tensor is read.
-
-        ``patch_size``: time, height and width of a patch, which its flat weights do not tell.
-        """
-        self._stored = set(names)
-        self._read = read
-        self._patch_size = patch_size
-        self._names = {current_name(name): name for name in names if not name.endswith(JOINED)}
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names  # without reading it
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Read one: concatenated, permuted or reshaped, as its name wants it."""
-        stored = self._names[name]
-        value = self._read(stored)
-        if stored.endswith(".q_bias"):
-            keys = stored.replace("q_bias", "k_bias")
-            key_bias = self._read(keys) if keys in self._stored else torch.zeros_like(value)
-            return torch.cat([value, key_bias, self._read(stored.replace("q_bias", "v_bias"))])
-        if name == "patch_embed.proj.weight" and value.ndim == 2:
-            return self._to_convolution(value)
-        if (name in TOKENS and value.ndim == 1) or (name in TABLES and value.ndim == 2):
-            return value.reshape(1, -1, value.shape[-1])
-        return value
-
-    def _to_convolution(self, weight: Tensor) -> Tensor:
-        """(D, P), or as it is where patches are others -> (D, C, T, H, W)"""
-        time, height, width = self._patch_size
-        if weight.shape[1] % math.prod(self._patch_size):
-            return weight
-        flat = "d (t h w c) -> d c t h w"
-        return rearrange(weight, flat, t=time, h=height, w=width).contiguous()
+    ``patch_size``: time, height and width of a patch, which its flat weights do not tell.
+    """
+    time, height, width = patch_size
+    found = {}
+    for old, value in stored.items():
+        if old.endswith(JOINED):
+            continue
+        name = current_name(old)
+        if old.endswith(".q_bias"):
+            keys = stored.get(old.replace("q_bias", "k_bias"), torch.zeros_like(value))
+            value = torch.cat([value, keys, stored[old.replace("q_bias", "v_bias")]])
+        elif name == "patch_embed.proj.weight" and value.ndim == 2:
+            if value.shape[1] % math.prod(patch_size) == 0:  # otherwise the patches are others
+                flat = "d (t h w c) -> d c t h w"
+                value = rearrange(value, flat, t=time, h=height, w=width).contiguous()
+        elif (name in TOKENS and value.ndim == 1) or (name in TABLES and value.ndim == 2):
+            value = value.reshape(1, -1, value.shape[-1])
+        found[name] = value
+    return found
 
 
 def current_name(name: str) -> str:

@@ -16,7 +16,6 @@ from hpm_video.files.atomic import remove_unfinished, written_beside
 from hpm_video.runs.data import RunData, key_of_source
 from hpm_video.training import checkpoint
 from hpm_video.training.distributed import Processes
-from hpm_video.training.run import UNDRAWN
 
 HASHES = {"init_weights.sha256", "feature_weights.sha256"}
 RUN_FILES = {".lock", "checkpoints", "config.yaml", "labels.txt"} | HASHES
@@ -30,16 +29,12 @@ class RunDirectory:
     path: Path
     newest: Path | None
     """The newest complete checkpoint."""
-    lacks_pictures: bool = False
-    """Whether the run was killed before the pictures of that checkpoint were drawn."""
 
     @classmethod
     def at(cls, path: Path) -> "RunDirectory":
         """Look at a directory."""
         newest = next(reversed(checkpoint.checkpoints_in(path / "checkpoints")), None)
-        undrawn = path / UNDRAWN
-        lacks = newest is not None and undrawn.is_file() and undrawn.read_text() == newest.name
-        return cls(path, newest, lacks)
+        return cls(path, newest)
 
     @cached_property
     def state(self) -> dict[str, Any]:
@@ -109,7 +104,6 @@ def check_same_run(directory: RunDirectory, config: RunConfig, data: RunData) ->
     """
     if directory.newest is None:
         return
-    checkpoint.check_name(directory.newest)
     stored = load_any_config(directory.newest / "config.yaml")
     if type(stored) is not type(config):
         raise ConfigError(f"{directory.path} holds another kind of run; take another output_dir")

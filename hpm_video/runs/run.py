@@ -50,7 +50,7 @@ def run(task: Task, processes: Processes = Processes()) -> Path:  # noqa: B008 -
         task.resolve(directory)
         device = choose_device_of(task, directory, processes)
         notes = task.notes(directory)
-        is_complete = directory.update == updates and not directory.lacks_pictures
+        is_complete = directory.update == updates
         if not is_complete:
             model, ema = make_models(task, device, directory.newest)
             precision = precision_of(task, directory, device, processes)
@@ -141,7 +141,7 @@ def train(
                 best=directory.state.get("best", {}),
             )
             with closing(state):
-                state.measure_beginning(draws=directory.lacks_pictures)
+                state.measure_beginning()
                 fit(engine, objective, batches, schedule_of(config.recipe), state, start=start)
     finally:
         end_workers()

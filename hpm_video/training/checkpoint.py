@@ -1,25 +1,21 @@
 """The state of a run on disk: complete or absent, and readable without this package.
 
 A checkpoint is a folder ``update-00001600`` of
-    model.safetensors, teacher.safetensors   weights, as any safetensors reader takes them (of a
-                                             classifier: model and, if kept, average)
+    model.safetensors, teacher.safetensors   weights (of a classifier: model and average)
     optimizer.safetensors                    what resuming needs beside them, by parameter
     state.json                               the next update, the best score, what wrote it, and the
                                              SHA-256 of each file above
-    config.yaml                              the experiment, so that the folder speaks for itself
+    config.yaml                              the experiment
     labels.txt                               of a classifier: the name of class i in line i
 It is written under another name and renamed once it is on the disk.
 """
 
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from functools import cache
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hpm_video.files.first_names import ByCurrentNames
+from hpm_video.files.first_names import by_current_names
 from hpm_video.files.weights import OF_ANOTHER_PROJECT, CheckpointError
 from hpm_video.tokens.grid import Size3
 from hpm_video.training.optim import OptimizerState
 
-log = logging.getLogger(__name__)
 NAME = re.compile("update-[0-9]{8}")
 """Name of a checkpoint's folder; its number is the update in its ``state.json``."""
 UNFINISHED = ".writing-"
@@ -49,7 +44,7 @@ def save_checkpoint(
 ) -> None:
     """Write one checkpoint, complete or not at all, with copies of the files ``attached``.
 
-    ``weights``: of each module, by its name. What stands at ``folder`` is moved aside.
+    ``weights``: of each module, by its name.
 
     Raises:
         CheckpointError: the weights are not finite, or the disk does not take them. What was
@@ -73,8 +68,6 @@ def save_checkpoint(
         for path in attached:
             shutil.copyfile(path, writing / path.name)
         flush(writing)
-        if os.path.lexists(folder):
-            _move_aside(folder)
         writing.rename(folder)
         flush(folder.parent, recursive=False)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -85,10 +78,10 @@ def save_checkpoint(
         ) from error
 
 
-def checkpoints_in(folder: Path, *, complete: bool = True) -> list[Path]:
-    """The checkpoints of a run, oldest first; also what only has the name of one, if asked for."""
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first; without a ``state.json`` it is none."""
     named = sorted(path for path in folder.glob("*") if NAME.fullmatch(path.name))
-    return [path for path in named if not complete or (path / "state.json").is_file()]
+    return [path for path in named if (path / "state.json").is_file()]
 
 
 def checkpoint_path(folder: Path, update: int) -> Path:
@@ -106,35 +99,17 @@ def remove_superseded(folder: Path, keep_last: int, keep_also: Iterable[Path]) -
 
 
 def mend(folder: Path) -> None:
-    """Put the checkpoints of a run in order: what interrupted saves left, and what users did.
-
-    What has the name of a checkpoint and is none would stand in the way of one: it is moved aside.
+    """Delete what interrupted saves left of checkpoints, and make sure of the others.
 
     Raises:
-        CheckpointError: a checkpoint is damaged, or has the name of another.
+        CheckpointError: what has the name of a checkpoint is none, is damaged or is another one.
     """
     for path in folder.glob(f"{UNFINISHED}*"):
         _delete(path)
-    for path in checkpoints_in(folder, complete=False):
-        if (path / "state.json").is_file():
-            check_name(path)
-        else:
-            _move_aside(path)
+    for path in folder.glob("*"):
+        if NAME.fullmatch(path.name):
+            read_state(path)
     point_to_newest_and_best(folder)
-
-
-def check_name(checkpoint: Path) -> None:
-    """Refuse a checkpoint of a run that is not of the update that it is named by.
-
-    Raises:
-        CheckpointError: it is not, or cannot be read.
-    """
-    right = checkpoint_path(checkpoint.parent, read_state(checkpoint)["update"]).name
-    if right != checkpoint.name:
-        raise CheckpointError(
-            f"{checkpoint} says in its state.json that it is {right}, and would be taken for "
-            f"another state of the run; move it out of {checkpoint.parent}"
-        )
 
 
 def _delete(path: Path) -> None:
@@ -144,27 +119,15 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _move_aside(path: Path) -> None:
-    """Rename what stands in the way of a checkpoint or of a name for one."""
-    ends = ("" if n == 1 else f"-{n}" for n in count(1))
-    places = (path.with_name(f"moved-aside-{path.name}{end}") for end in ends)
-    aside = next(place for place in places if not os.path.lexists(place))
-    path.rename(aside)
-    log.warning(
-        "%s stood in the way of a checkpoint of this run; it is now %s, and may be deleted if "
-        "nothing in it is needed",
-        path,
-        aside.name,
-    )
-
-
 def point_to(link: Path, target: Path) -> None:
     """Make ``link`` a symbolic link to its neighbour ``target``, at once."""
+    if link.exists() and not link.is_symlink():
+        raise CheckpointError(
+            f"{link} must be a link to a checkpoint, and is a copy of one; delete it to go on"
+        )
     fresh = link.with_name(f"{UNFINISHED}{link.name}")
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(target.name)
-    if os.path.lexists(link) and not link.is_symlink():  # a copy made without symbolic links
-        _move_aside(link)
     fresh.replace(link)
 
 
@@ -172,27 +135,18 @@ def read_state(checkpoint: Path, *, of_run: bool = False) -> dict[str, Any]:
     """The ``state.json`` of a checkpoint. ``of_run``: it must be one that a run wrote.
 
     Raises:
-        CheckpointError: it cannot be read, or lacks something.
+        CheckpointError: it cannot be read, lacks something, or is of another checkpoint.
     """
     path = checkpoint / "state.json"
     try:
-        state: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(path, f"cannot be read ({error})") from error
-    if not isinstance(state, dict):
-        raise _damaged(path, f"must hold a JSON object, not {json.dumps(state)[:40]}")
-    needed = {"update": int, "sha256": dict}
-    if of_run:
-        needed |= {"facts": dict, "data": str, "best": dict}
-    found = {"sha256": {}, **state}
-    wrong = [name for name, kind in needed.items() if type(found.get(name)) is not kind]
-    if of_run and not wrong:
-        inner = {"facts": ["precision"], "best": ["update", "score"] if state["best"] else []}
-        wrong = [
-            f"{part}.{name}" for part in inner for name in inner[part] if name not in state[part]
-        ]
-    if wrong:
-        raise _damaged(path, f"lacks {', '.join(wrong)}")
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        name = checkpoint_path(checkpoint.parent, state["update"]).name
+        if of_run:
+            _ = state["facts"]["precision"], state["data"], state["best"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _damaged(path, f"cannot be read, or lacks something ({error!r})") from error
+    if NAME.fullmatch(checkpoint.name) and checkpoint.name != name:
+        raise _damaged(path, f"says that it is {name}")
     return state
 
 
@@ -225,15 +179,8 @@ def _verify(file: Path) -> None:
     """
     if not (file.parent / "state.json").is_file() or os.environ.get("LOCAL_RANK", "0") != "0":
         return
-    state = read_state(file.parent)
-    if "facts" in state and "sha256" not in state:
-        _say_unverified(file.parent.resolve())
-    written = state.get("sha256", {}).get(file.name)
-    if written is None:
-        return
-    if not file.is_file():
-        raise _damaged(file, "is missing")
-    if (now := sha256_of(file)) != written:
+    written = read_state(file.parent).get("sha256", {}).get(file.name)
+    if written is not None and file.is_file() and (now := sha256_of(file)) != written:
         raise _damaged(
             file,
             f"has the SHA-256 {now}, not {written} as when it was written (if you changed it "
@@ -241,20 +188,13 @@ def _verify(file: Path) -> None:
         )
 
 
-@cache
-def _say_unverified(checkpoint: Path) -> None:
-    log.info("%s was written before checksums were kept: its files are not checked", checkpoint)
-
-
 def point_to_newest_and_best(folder: Path) -> None:
     """Make ``last`` and ``best`` agree with the newest checkpoint."""
-    saved = checkpoints_in(folder)
-    if not saved:
-        return
-    point_to(folder / "last", saved[-1])
-    best = read_state(saved[-1]).get("best", {})
-    if best and checkpoint_path(folder, best["update"]).exists():
-        point_to(folder / "best", checkpoint_path(folder, best["update"]))
+    for newest in checkpoints_in(folder)[-1:]:
+        point_to(folder / "last", newest)
+        best = read_state(newest).get("best")
+        if best and checkpoint_path(folder, best["update"]).exists():
+            point_to(folder / "best", checkpoint_path(folder, best["update"]))
 
 
 def _write_optimizer(state: OptimizerState, path: Path) -> None:
@@ -269,29 +209,24 @@ def _write_optimizer(state: OptimizerState, path: Path) -> None:
 def read_optimizer(checkpoint: Path, patch_size: Size3) -> OptimizerState:
     """The optimizer's state, whatever engine wrote it, by the names of today.
 
-    Its tensors are read when they are asked for: with many processes on a machine, all of them in
-    each would be many times the size of the model.
+    A file is mapped into memory: a process takes the room of the tensors that it uses.
 
     Raises:
         CheckpointError: the file is missing or damaged.
     """
     path = checkpoint / OPTIMIZER
     _verify(path)
+    moments: dict[str, dict[str, Tensor]] = {}
     try:
-        stored: Any = safe_open(path, framework="pt")
-        keys: dict[str, dict[str, str]] = {}
-        for key in stored.keys():  # noqa: SIM118 - it is no mapping
+        with safe_open(path, framework="pt") as stored:
+            step = int(stored.metadata()["step"])
+        for key, value in load_file(path).items():
             kind, name = key.split(".", 1)
-            keys.setdefault(kind, {})[name] = key
-        moments = {
-            kind: ByCurrentNames(
-                own, lambda name, own=own: stored.get_tensor(own[name]), patch_size
-            )
-            for kind, own in keys.items()
-        }
-        return OptimizerState(int(stored.metadata()["step"]), moments)
+            moments.setdefault(kind, {})[name] = value
+        current = {kind: by_current_names(own, patch_size) for kind, own in moments.items()}
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise _damaged(path, f"is not complete ({str(error).splitlines()[0]})") from error
+    return OptimizerState(step, current)
 
 
 def read_weights(path: Path, patch_size: Size3, name: str = "model") -> dict[str, Tensor]:
@@ -302,10 +237,10 @@ def read_weights(path: Path, patch_size: Size3, name: str = "model") -> dict[str
     Raises:
         CheckpointError: there is no such file, it is not one of safetensors, or it is damaged.
     """
-    file = _weights_file(path, name, verify=True)
+    file = _weights_file(path, name)
+    _verify(file)
     try:
-        stored = load_file(file)
-        return dict(ByCurrentNames(stored, stored.__getitem__, patch_size))
+        return by_current_names(load_file(file), patch_size)
     except (SafetensorError, KeyError) as error:
         if (file.parent / "state.json").is_file():
             raise _damaged(file, f"is not complete ({error})") from error
@@ -323,10 +258,8 @@ def weights_digest(path: Path, name: str = "model") -> str:
     return sha256_of(_weights_file(path, name))
 
 
-def _weights_file(path: Path, name: str, *, verify: bool = False) -> Path:
+def _weights_file(path: Path, name: str) -> Path:
     file = path / f"{name}.safetensors" if path.is_dir() else path
-    if verify:
-        _verify(file)
     if not file.is_file():
         raise CheckpointError(
             f"{file} does not exist; give a checkpoint folder of a run (it holds "
@@ -341,10 +274,7 @@ def on_host(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def flush(path: Path, *, recursive: bool = True) -> None:
-    """Wait until files and their names are on the disk; who may read the folder may read them.
-
-    (safetensors writes files that their owner alone may read.)
-    """
+    """Wait until files and their names are on the disk; who may read the folder may read them."""
     for item in [*(path.iterdir() if recursive else ()), path]:
         if item.is_file():
             item.chmod(path.stat().st_mode & 0o666)

@@ -111,8 +111,13 @@ class DeepSpeedEngine(Engine):
         if self.stage < 3:
             yield module
         elif module is self.model:
-            with _filled(self._skeleton, self._gathered_weights(module), module) as plain:
-                yield plain.to(self.device)
+            skeleton = self._skeleton.train(module.training)
+            places = dict(chain(skeleton.named_buffers(), skeleton.named_parameters()))
+            for name, value in self._gathered_weights(module):
+                places[name].data = value
+            yield skeleton.to(self.device)
+            for parameter in skeleton.parameters():
+                parameter.data = parameter.data.new_empty(0)
         else:
             with self._deepspeed.zero.GatheredParameters(list(module.parameters())):
                 yield module
@@ -227,8 +232,8 @@ def import_deepspeed(device: torch.device) -> Any:
     except Exception as error:
         raise EngineError(
             f"engine.name=deepspeed needs the package deepspeed, which does not import here "
-            f"({error}). Install it after torch: pip install --no-build-isolation "
-            f"deepspeed==0.19.8; or take engine.name=torch, which computes the same"
+            f"({error}): pip install --no-build-isolation deepspeed==0.19.8; or take "
+            f"engine.name=torch, which computes the same"
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     accelerator = deepspeed.accelerator.get_accelerator()
@@ -236,25 +241,8 @@ def import_deepspeed(device: torch.device) -> Any:
     if device.type != kind or device.index not in (None, number):  # it chooses by itself
         raise EngineError(
             f"DeepSpeed computes on {kind}:{number} here, not on engine.device={device}; take "
-            f"engine.device=auto, and say with CUDA_VISIBLE_DEVICES which GPUs there are (none: "
-            f"CUDA_VISIBLE_DEVICES= )"
+            f"engine.device=auto, and choose GPUs with CUDA_VISIBLE_DEVICES"
         )
     # It would be compiled at the start of the first run on a CPU, and gloo does the same.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-@contextmanager
-def _filled(
-    skeleton: nn.Module, weights: Iterator[tuple[str, Tensor]], model: nn.Module
-) -> Iterator[nn.Module]:
-    """The skeleton with weights, and with what else the model has in its buffers."""
-    places = dict(chain(skeleton.named_buffers(), skeleton.named_parameters()))
-    for name, value in weights:
-        places[name].data = value
-    skeleton.train(model.training)
-    try:
-        yield skeleton
-    finally:
-        for parameter in skeleton.parameters():
-            parameter.data = parameter.data.new_empty(0)

@@ -28,28 +28,6 @@ USUAL: Settings = {
     },
 }
 """What the user's file may change."""
-REMEDIES = {
-    "train_": "recipe.batch_size and engine.micro_batch",
-    "gradient_accumulation_steps": "engine.micro_batch and the number of processes",
-    "gradient_clipping": "recipe.clip_grad",
-    "zero_optimization": "engine.zero_stage and engine.offload",
-    "": "engine.precision",
-}
-"""Keys of the config that a user's file must not contradict, by the beginning of its own key."""
-OF_THE_RECIPE = "but that is part of the recipe; leave it out and set recipe.* of the config"
-NOT_FOLLOWED = "which shards or rounds weights in a way that a teacher cannot follow; leave it out"
-REFUSED = {
-    "optimizer": OF_THE_RECIPE,
-    "scheduler": OF_THE_RECIPE,
-    "zero_optimization.zero_hpz_partition_size": NOT_FOLLOWED,
-    "zero_optimization.zero_quantized_weights": NOT_FOLLOWED,
-    "zero_optimization.zero_quantized_nontrainable_weights": NOT_FOLLOWED,
-    "zero_optimization.zero_quantized_gradients": NOT_FOLLOWED,
-    "zero_optimization.mics_shard_size": NOT_FOLLOWED,
-    "zero_optimization.offload_optimizer.ratio": "and a part of the optimizer's state could not be "
-    "saved; leave it out",
-}
-"""What the user's file must not have."""
 
 
 def settings_of(
@@ -66,51 +44,62 @@ def settings_of(
         "train_batch_size": plan.batch_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulate,
-        # DeepSpeed clips at 1 where this is not said.
-        "gradient_clipping": clip_grad or 0.0,
+        "gradient_clipping": clip_grad or 0.0,  # it clips at 1 unless told otherwise
+        "optimizer": {"type": None},  # it gets the recipe's
+        "scheduler": {"type": None},
         "zero_optimization": {
             "stage": how.stage,
-            "offload_optimizer": {"device": "none" if how.offload == "none" else "cpu"},
+            # With a smaller ratio, a part of the optimizer's state could not be saved.
+            "offload_optimizer": {"device": "none" if how.offload == "none" else "cpu", "ratio": 1},
             "offload_param": {"device": "cpu" if how.offload == "all" else "none"},
+            # These shard or round weights in a way that a teacher cannot follow.
+            "zero_hpz_partition_size": 1,
+            "zero_quantized_weights": False,
+            "zero_quantized_nontrainable_weights": False,
+            "zero_quantized_gradients": False,
         },
         "torch_autocast": {"enabled": is_bf16, **({"dtype": "bfloat16"} if is_bf16 else {})},
         "fp16": {"enabled": False},
         "bf16": {"enabled": False},
     }
-    return _merged(decided, _merged(USUAL, own, own_wins=True))
+    _refuse_contradictions(own, decided)
+    return _merged(_merged(USUAL, own), decided)
 
 
 def _read_settings(path: Path) -> Settings:
+    """Read the user's file, without what it leaves open as ``auto``."""
+
+    def given(part: Settings) -> Settings:
+        return {key: value for key, value in part.items() if value != "auto"}
+
     try:
-        own = json.loads(path.read_text(encoding="utf-8"))
+        own = json.loads(path.read_text(encoding="utf-8"), object_hook=given)
     except (OSError, ValueError) as error:
         raise EngineError(f"cannot read engine.deepspeed={path}: {error}") from error
     if not isinstance(own, dict):
         raise EngineError(f"engine.deepspeed={path} must hold a JSON object")
-    for name, why in REFUSED.items():
-        value: Any = own
-        for key in name.split("."):
-            value = value.get(key) if isinstance(value, Mapping) else None
-        if value is not None and not (name.endswith("ratio") and value == 1):
-            raise EngineError(f"engine.deepspeed has {name}, {why}")
     return own
 
 
-def _merged(decided: Settings, own: Settings, at: str = "", *, own_wins: bool = False) -> Settings:
-    """Return ``own`` with everything that is decided, which it must not contradict or else wins."""
-    merged = dict(own)
+def _refuse_contradictions(
+    own: Mapping[str, Any], decided: Mapping[str, Any], at: str = ""
+) -> None:
     for key, value in decided.items():
-        there = own.get(key, "auto")
-        if isinstance(value, dict) and (isinstance(there, Mapping) or key not in own):
-            inner = dict(own.get(key, {}))
-            merged[key] = _merged(value, inner, f"{at}{key}.", own_wins=own_wins)
-        elif key not in own or there in ("auto", value):
-            merged[key] = value
-        elif not own_wins:
-            name = f"{at}{key}"
-            remedy = next(each for start, each in REMEDIES.items() if name.startswith(start))
+        there = own.get(key, value)
+        if isinstance(value, Mapping) and isinstance(there, Mapping):
+            _refuse_contradictions(there, value, f"{at}{key}.")
+        elif there != value:
             raise EngineError(
-                f"engine.deepspeed says {name}={there!r}, and the run {value!r}; leave it out of "
-                f'the file (or write "auto"), and set {remedy}'
+                f"engine.deepspeed says {at}{key}={there!r}, and the run {value!r}; leave it out "
+                'of the file (or write "auto"): it follows from the recipe, the number of '
+                "processes and engine.micro_batch, precision, zero_stage and offload of the config"
             )
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> Settings:
+    """Return the settings of both, of which ``above`` wins."""
+    merged = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], Mapping) and isinstance(above[key], Mapping):
+            merged[key] = _merged(below[key], above[key])
     return merged

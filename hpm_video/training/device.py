@@ -26,7 +26,7 @@ PEAKS = {
 
 
 class DeviceError(ExpectedError, ValueError):
-    """A device that is not here."""
+    """A device that cannot be used."""
 
 
 def choose_device(name: str, processes: int = 1) -> torch.device:
@@ -37,18 +37,13 @@ def choose_device(name: str, processes: int = 1) -> torch.device:
     Raises:
         DeviceError: there is no such device here, or all processes would share one.
     """
-    if processes > 1 and name not in ("auto", "cpu"):
-        if name != "cuda":
-            raise DeviceError(
-                f"engine.device={name} cannot be the device of {processes} processes; take auto, "
-                f"which gives each a GPU of its own where there are some, or cpu"
-            )
-        name = "auto" if torch.cuda.is_available() else name
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
+        if processes > 1 and name not in ("cpu", "cuda"):
+            raise RuntimeError(f"{processes} processes would share it")
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -104,11 +99,7 @@ def inference_precision(device: torch.device) -> Precision:
 def choose_precision(
     device: torch.device, make_update: Callable[[Precision], Callable[[], object]]
 ) -> Precision:
-    """bf16 where a GPU is made for it; on other devices only if whole updates measure faster.
-
-    Large matrix products are faster in bf16 on many CPUs, and yet a small model's update, with all
-    its conversions, may be slower.
-    """
+    """bf16 where a GPU is made for it; on a CPU only if whole updates measure faster."""
     if device.type in ("cuda", "mps"):
         return inference_precision(device)
     full = time_updates(make_update("fp32"), device, warmup=1, repeats=3)

@@ -21,8 +21,8 @@ Item = TypeVar("Item")
 PATIENCE = timedelta(hours=6)
 """How long a process waits for the others where one works alone, or has more to do."""
 SILENCE = timedelta(minutes=30)
-"""How long it waits for the others in the middle of an update. A process that ends closes its
-connections and is noticed at once; this is for a machine that vanishes."""
+"""How long it waits for the others in an update, should a machine vanish. The end of a process is
+noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Processes:
         return self.gather([compute()] if self.is_first else [])[0]
 
     def ask(self, value: int) -> Callable[[], int]:
-        """Ask for the largest value that any process gives; the answer is waited for when called.
+        """Ask for the largest value of all processes; calling the result waits for it.
 
         All processes must ask, and take their answers in the same order.
         """
@@ -175,8 +175,8 @@ def _join() -> Processes:
         if local >= torch.cuda.device_count():
             raise ProcessesError(
                 f"this machine has {torch.cuda.device_count()} GPUs, and process {local + 1} of "
-                f"it finds none left; start as many processes as there are GPUs, or hide them "
-                f"(CUDA_VISIBLE_DEVICES= ) to compute on the CPU"
+                f"it finds none left; start fewer processes, or hide the GPUs "
+                f"(CUDA_VISIBLE_DEVICES= )"
             )
         torch.cuda.set_device(local)
     # With gloo each process has a connection to each other one.
@@ -190,8 +190,7 @@ def _join() -> Processes:
         where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise ProcessesError(
             f"this process could not join the others at {where} (MASTER_ADDR, MASTER_PORT): "
-            f"{error}\nThe port must be free there, and reached from all machines. If names of "
-            f"machines do not lead to the network between them, GLOO_SOCKET_IFNAME and "
-            f"NCCL_SOCKET_IFNAME name its interface."
+            f"{error}\nThe port must be free there, and reached from all machines; "
+            f"GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface."
         ) from error
     return Processes(distributed.get_rank(), distributed.get_world_size(), hosts)

@@ -55,9 +55,8 @@ class Engine(Runner, ABC):
     One call of ``backward`` and one of ``step`` per micro-batch; ``step`` returns True when it
     updated the weights, which is every ``accumulate`` calls. The loss of an update is the mean over
     its micro-batches and over all processes. Methods that return complete weights or states are
-    called by all processes; the first one gets them.
-
-    Methods that are not abstract are right for an engine whose processes all have all weights.
+    called by all processes; the first one gets them. Those that are not abstract are right for an
+    engine whose processes all have all weights.
     """
 
     name: str

@@ -1,12 +1,9 @@
-"""Compiling, in one place.
-
-A model checkpoints its own activations, is compiled here in place, and is wrapped by an engine only
-then. Checkpoints are the same with and without compiling.
-"""
+"""Compiling, in place, before an engine wraps the model. Checkpoints are the same without it."""
 
 import logging
 import sys
 import warnings
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,7 +13,6 @@ from torch import nn
 from hpm_video.config.choices import TransformerSize
 from hpm_video.config.training import CompileMode, EngineConfig
 from hpm_video.models.vit import Block, Transformer
-from hpm_video.training.distributed import first_to_say
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +20,7 @@ HOW: dict[str, Any] = {"dynamic": False, "options": {"deterministic": True}}
 """Kernels depend only on the shapes that they are called with, not on those of earlier batches, and
 none is chosen by its measured speed: a resumed run computes the same bits."""
 GRAPHS = 64
-"""For so many shapes and modes of the same code torch compiles; by default it stops at 8."""
+"""Shapes and modes for which torch compiles the same code; by default 8."""
 OF_OBJECTIVES = ("normalised", "errors")
 """Methods of objectives that are compiled, if an objective has them."""
 
@@ -40,18 +36,9 @@ def choose_compiling(how: EngineConfig, device: torch.device) -> CompileMode:
             _compile_something(device)
         except (RuntimeError, OSError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
-            if first_to_say(f"no compiler: {reason}"):
-                log.warning(
-                    "engine.compile=%s: nothing is compiled, for there is no working compiler here "
-                    "(%s). This is slower; engine.compile=off avoids this message",
-                    how.compile,
-                    reason,
-                )
+            log.warning("nothing is compiled: there is no working compiler here (%s)", reason)
             return "off"
-        log.info(
-            "compiling (engine.compile=%s): the first updates take longer, later ones are faster",
-            mode,
-        )
+        log.info("compiling (engine.compile=%s): the first updates take longer", mode)
     return mode
 
 
@@ -65,10 +52,7 @@ def _compile_something(device: torch.device) -> None:
 
 
 def make_fast(mode: CompileMode, *parts: object, residual: str = "fp32") -> None:
-    """Compile blocks or stacks of blocks, and methods of objectives, in place.
-
-    ``residual``: as in :func:`set_residual`.
-    """
+    """Compile blocks or stacks of blocks, and methods of objectives, in place."""
     set_residual(residual, *parts)
     if mode == "off":
         return
@@ -78,12 +62,12 @@ def make_fast(mode: CompileMode, *parts: object, residual: str = "fp32") -> None
 
     dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
     dynamo.optimize_ddp = False  # it would cut blocks into pieces to send gradients early
+    for module in _modules(parts):
+        if mode == "blocks" and isinstance(module, Block):
+            module.compile(**HOW)
+        elif mode == "model" and isinstance(module, Transformer):
+            _compile_method(module, "run_blocks")
     for part in parts:
-        for module in part.modules() if isinstance(part, nn.Module) else ():
-            if mode == "blocks" and isinstance(module, Block):
-                module.compile(**HOW)
-            elif mode == "model" and isinstance(module, Transformer):
-                _compile_method(module, "run_blocks")
         for name in OF_OBJECTIVES:
             if hasattr(part, name):
                 _compile_method(part, name)
@@ -91,10 +75,13 @@ def make_fast(mode: CompileMode, *parts: object, residual: str = "fp32") -> None
 
 def set_residual(precision: str, *parts: object) -> None:
     """Set what ``engine.residual`` says in every transformer of ``parts``."""
-    for part in parts:
-        for module in part.modules() if isinstance(part, nn.Module) else ():
-            if isinstance(module, Transformer):
-                module.bf16_residual = precision == "bf16"
+    for module in _modules(parts):
+        if isinstance(module, Transformer):
+            module.bf16_residual = precision == "bf16"
+
+
+def _modules(parts: Iterable[object]) -> list[nn.Module]:
+    return [each for part in parts if isinstance(part, nn.Module) for each in part.modules()]
 
 
 def _compile_method(owner: object, name: str) -> None:

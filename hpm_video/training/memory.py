@@ -1,8 +1,7 @@
 """What training keeps in memory: by formula for the state, by a run without data for the rest.
 
-How much of weights, gradients, moments and teacher a process keeps follows from ZeRO (Rajbhandari
-et al., SC 2020, section 3) and from what DeepSpeed 0.19.8 really holds, which is more: the tests
-compare the formulas with its tensors.
+The formulas follow from ZeRO (Rajbhandari et al., SC 2020, section 3) and from what DeepSpeed
+0.19.8 really holds, which is more: the tests compare them with its tensors.
 """
 
 import gc
@@ -39,17 +38,14 @@ def training_memory(
 
     ``zero``: the section zero_optimization of DeepSpeed's configuration; without it, plain torch.
 
-    For several forward passes per update; one alone needs less where gradients are shared out.
-    Stages 1 and 2 follow ``stage_1_and_2.py``: a process has all weights, and beside them the
-    master copy of its partition. Stage 1 sums all gradients and reduces them through a bucket, then
-    copies its partition out. Stage 2 has the sum of its partition, and as much again: of the pass
-    that ends (``grads_in_partition``), or for the optimizer (``flatten``).
+    For several forward passes per update. Stages 1 and 2 follow ``stage_1_and_2.py``: a process has
+    all weights, and the master copy of its partition. Stage 1 sums all gradients and reduces them
+    through a bucket, then copies its partition out. Stage 2 has the sum of its partition, and as
+    much again: of the pass that ends, or for the optimizer.
 
-    Stage 3 follows ``stage3.py``, with a teacher that is shared out alike, and gathered when it is
-    asked. The master copy is one here too: that the float32 shard could be taken instead is meant
-    there, but a device is compared with its name, and these are never equal. Not all at once: the
-    teacher is gathered; the student is, and the bucket copied to be reduced; the gradient of the
-    partition is copied for the optimizer.
+    Stage 3 follows ``stage3.py``; the teacher is sharded alike. Not all at once: the teacher is
+    gathered; the student is, and the bucket copied to be reduced; the gradient of the partition is
+    copied for the optimizer.
     """
     weights, ema = BYTES * parameters, BYTES * teacher
     if zero is None or zero["stage"] == 0:
@@ -93,13 +89,14 @@ def _parts(*sizes: float) -> Parts:
 
 
 def describe_memory(memory: TrainingMemory, activations: float) -> str:
-    """A table of what each process keeps, in GB of 10^9 bytes, for the terminal."""
-    device, host = memory.device | {"activations": activations}, memory.host
-    rows = [(name, size, host.get(name, 0)) for name, size in device.items()]
-    rows = [row for row in rows if any(row[1:])]
-    rows.append(("together", sum(device.values()), sum(host.values())))
+    """Tabulate what each process keeps, in GB of 10^9 bytes."""
+    device = {**memory.device, "activations": activations}
+    host = {name: memory.host.get(name, 0.0) for name in device}
+    device["together"], host["together"] = sum(device.values()), sum(host.values())
     lines = [f"{'GB of each process':20}{'device':>10}{'host':>10}"]
-    lines += [f"{name:20}{on / 1e9:10.2f}{off / 1e9:10.2f}" for name, on, off in rows]
+    for name, size in device.items():
+        if size or host[name]:
+            lines.append(f"{name:20}{size / 1e9:10.2f}{host[name] / 1e9:10.2f}")
     return "\n".join(lines)
 
 
@@ -130,8 +127,7 @@ def activation_bytes(measured: Mapping[int, SimulatedMemory]) -> tuple[float, fl
 def simulate_update(make_update: Callable[[], Callable[[], object]]) -> SimulatedMemory:
     """Make an update and run it twice on tensors that have shapes and no data.
 
-    Nothing of their size is allocated, whatever the size of the model. The update must be for a
-    CPU, unless there is a GPU here: autograd asks the device itself.
+    The update must be for a CPU, unless there is a GPU here: autograd asks the device itself.
     """
     with without_data():
         return measure_update(make_update)
@@ -160,10 +156,9 @@ def measure_update(make_update: Callable[[], Callable[[], object]]) -> Simulated
 
 
 class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes that tensors hold which were made while it was entered.
+    """Counts the bytes of tensors that are made while it is entered, not those inside an operation.
 
-    Memory inside of an operation is not seen. (The MemTracker of torch 2.11 cannot take its place:
-    it fails where a module is frozen, as a teacher is.)
+    (The MemTracker of torch 2.11 fails where a module is frozen, as a teacher is.)
     """
 
     def __init__(self) -> None:

@@ -1,12 +1,11 @@
 """Metrics of training: how they are measured, and the lines in which they are written."""
 
 import json
-import logging
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from hpm_video.files.errors import ExpectedError
 from hpm_video.training.distributed import Processes
 from hpm_video.training.objective import Losses
 
-log = logging.getLogger(__name__)
-
 
 class NonFiniteLossError(ExpectedError, RuntimeError):
     """A loss or a gradient is not finite."""
@@ -30,35 +27,33 @@ class MetricsError(ExpectedError, ValueError):
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of ``metrics.jsonl``, without a last line that was cut off.
+    """Read the lines of ``metrics.jsonl``, if there is one, without a last one that was cut off.
 
     Raises:
         MetricsError: a line does not hold metrics.
     """
+    if not path.is_file():
+        return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     if lines and not lines[-1].endswith("}"):
         del lines[-1]
     found = []
     for number, line in enumerate(lines, start=1):
-        record: dict[str, Any] = {}
-        with suppress(ValueError, TypeError):  # it is no JSON, or no object
+        try:
             record = dict(json.loads(line))
-        values = {**record}
-        named, counted = type(values.pop("kind", None)) is str, type(values.get("update")) is int
-        if not named or not counted or not {*map(type, values.values())} <= {int, float}:
+            kind, update = str(record.pop("kind")), int(record.pop("update"))
+            _ = [float(value) for value in record.values()]
+            found.append({"kind": kind, "update": update, **record})
+        except (ValueError, TypeError, KeyError) as error:  # noqa: PERF203 - one ends it
             raise MetricsError(
-                f"{path}, line {number} is {line[:60]!r}, and must be a JSON object with its kind, "
-                f"the number of an update, and numbers; delete the line, or move the file away to "
-                f"start without it"
-            )
-        if record.get("kind") == "held_out":  # as it was called one version ago
-            record["kind"] = "validation"
-        found.append(record)
+                f"{path}, line {number} is {line[:60]!r}, and must be a JSON object with kind, "
+                f"update and numbers; delete the line, or move the file away to start without it"
+            ) from error
     return found
 
 
 class HostEvent:
-    """A moment on the host, with the methods of ``torch.cuda.Event``."""
+    """A moment on the host, in place of a ``torch.cuda.Event``."""
 
     def record(self) -> None:
         self._seconds = time.perf_counter()
@@ -147,19 +142,19 @@ class Meter:
         Raises:
             NonFiniteLossError: one was not. The message has the update and the files of its batch.
         """
-        self._refuse_bad(int(self._first_bad))
+        self._check(int(self._first_bad))
 
-    def _refuse_bad(self, own: int) -> None:
+    def _check(self, own: int) -> None:
         found = [update for update in self._processes.gather([own]) if update >= 0]
-        own_files, self._files = self._files, {}
+        files, self._files = self._files, {}
         if found:
             update = min(found)
-            files = self._processes.gather(own_files.get(update, []) if own == update else [])
+            listed = self._processes.gather(files.get(update, []) if own == update else [])
             raise NonFiniteLossError(
                 f"the loss or the gradient of update {update} is not a finite number; the last "
                 f"checkpoint is from before. Try a lower recipe.base_lr, recipe.clip_grad, or "
                 f"engine.precision=fp32. The files of its batch:\n  "
-                + "\n  ".join(dict.fromkeys(files))
+                + "\n  ".join(dict.fromkeys(listed))
             )
 
     def read(self) -> dict[str, float]:
@@ -172,10 +167,9 @@ class Meter:
         first_bad, *sums = torch.stack(
             [value.float() for value in (self._first_bad, *self._sums.values())]
         ).tolist()
-        self._refuse_bad(int(first_bad))
-        means = {
-            name: (total, self._counts[name]) for name, total in zip(self._sums, sums, strict=True)
-        }
+        self._check(int(first_bad))
+        counted = zip(sums, self._counts.values(), strict=True)
+        own = dict(zip(self._sums, counted, strict=True))
         seconds = max(time.perf_counter() - self._began - self.left_out, 1e-9)
         waited = sum(began.elapsed_time(ended) for began, ended in self._waits) / 1000
         memory = 0
@@ -183,38 +177,16 @@ class Meter:
             memory = torch.cuda.max_memory_allocated(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
         rates = self._clips / seconds, waited / seconds, self._flop / seconds, memory
-        everyone = self._processes.gather([(means, rates)])
+        everyone = self._processes.gather([(own, rates)])
         self._restart()
+        values = {}
+        for name in own:
+            totals, counts = zip(*(each[name] for each, _ in everyone), strict=True)
+            values[name] = sum(totals) / sum(counts)
         clips, waits, flops, memories = zip(*(rates for _, rates in everyone), strict=True)
-        values = {
-            name: sum(own[name][0] for own, _ in everyone)
-            / sum(own[name][1] for own, _ in everyone)
-            for name in means
-        }
         values |= {"clips_per_second": sum(clips), "data_wait": max(waits)}
         if self._cost is not None:
             flops_of_one = sum(flops) / len(flops)
             values["tflops_per_gpu"], values["mfu"] = flops_of_one / 1e12, flops_of_one / self._peak
             values["peak_memory_gb"] = max(memories) / 1e9
         return values
-
-
-class WaitingWarning:
-    """Warns once, with a remedy, if a run waits for data in three lines of metrics in a row."""
-
-    def __init__(self, config: Path) -> None:
-        self._config = config
-        self._in_a_row = -1  # the first line of a run does not count: workers start
-
-    def look(self, data_wait: float) -> None:
-        """Note the share of time spent waiting since the last line."""
-        waits = data_wait > 0.3 or not 0 <= self._in_a_row < 3  # beyond 3 it counts silently
-        self._in_a_row = self._in_a_row + 1 if waits else 0
-        if self._in_a_row == 3:
-            log.warning(
-                "%.0f%% of the time goes into waiting for data. To see why, and how many "
-                "data.workers would suffice: python tools/bench.py loader %s. If it is decoding, "
-                "tools/transcode.py makes videos small and fast to read",
-                100 * data_wait,
-                self._config,
-            )

@@ -19,7 +19,7 @@ from hpm_video.decoding.registry import decoder_versions
 
 log = logging.getLogger(__name__)
 Facts = dict[str, Any]
-CHANGE_NO_BIT = {"hpm_video", "commit", "python", "command", "host", "time"}
+CHANGE_NO_BIT = {"hpm_video", "commit", "python", "command", "time"}
 """Facts on which the last bits of a result do not depend."""
 
 
@@ -42,16 +42,14 @@ def gather_facts(device: torch.device, precision: str, engine: str, plan: BatchP
         "micro_batch": plan.micro_batch,
         "accumulate": plan.accumulate,
         "command": shlex.join(sys.argv),
-        "host": platform.node(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
 
 def record_start(run_dir: Path, facts: Facts, first_update: int, before: Facts) -> None:
-    """Add a line to ``starts.jsonl`` of the run directory: one for each time it was started.
+    """Add a line to ``starts.jsonl`` of the run directory, one for each start.
 
-    Where the run goes on, it is logged which facts differ from those ``before`` and decide the last
-    bits.
+    If the run goes on, facts that differ from those ``before`` and decide the last bits are logged.
     """
     for name, now in facts.items() if before else ():
         then = before.get(name)

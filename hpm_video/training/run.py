@@ -24,7 +24,7 @@ from hpm_video.training.checkpoint import (
 from hpm_video.training.curves import plot_curves
 from hpm_video.training.engine import Engine
 from hpm_video.training.fast import as_written, compile_seconds
-from hpm_video.training.metrics import Meter, WaitingWarning
+from hpm_video.training.metrics import Meter
 from hpm_video.training.progress import Progress, Timeline
 from hpm_video.training.stop import Interrupted, StopRequest
 from hpm_video.training.trackers import MetricsLog
@@ -33,10 +33,8 @@ from hpm_video.workers.progress_bar import ProgressBar
 log = logging.getLogger(__name__)
 Measures = dict[str, float]
 Describe = Callable[[Measures], str]
-UNDRAWN = ".undrawn"
-"""A file of the run directory with the name of a checkpoint, until its pictures are drawn."""
 ATTACHED = ("config.yaml", "labels.txt")
-"""Files of the run directory of which each checkpoint holds a copy, so that it stands alone."""
+"""Files of the run directory of which each checkpoint holds a copy."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Evaluation:
 
 @dataclass
 class Run:
-    """The state of a run that is not the model's."""
+    """The state of a run beside the model, and what is done between updates."""
 
     folder: Path
     timeline: Timeline
@@ -86,25 +84,20 @@ class Run:
             self.folder, self.logging.trackers, first_update=self.start, writes=writes
         )
         self._bar = ProgressBar(updates, "updates", first=self.start, silent=not writes)
-        self._waiting = WaitingWarning(self.folder / "config.yaml")
         self._failures: list[tuple[str, Failure]] = []
         self._compiled = compile_seconds()
         self._answer: Callable[[], int] = int
 
     def close(self) -> None:
-        """Write the metrics that were not written yet."""
+        """Close trackers and progress bar."""
         self._metrics.close()
         self._bar.close()
 
-    def measure_beginning(self, *, draws: bool = False) -> None:
+    def measure_beginning(self) -> None:
         """Measure on validation clips what a run begins with.
 
-        Curves have a start by it, and validation that fails does so before any work. ``draws``:
-        pictures of what it goes on with, which were not drawn before.
+        Curves have a start by it, and validation that fails does so before any work.
         """
-        if draws:
-            with self.meter.paused():
-                self.draw(self.start)
         if self.start == 0 and self.evaluation.validate:
             with self._aside():
                 self._measure("validation", 0, self.evaluation.validate, self.evaluation.describe)
@@ -130,15 +123,13 @@ class Run:
                 found = self._measure("validation", done, evaluation.validate, evaluation.describe)
                 improved = self._note_score(done, found[evaluation.score])
             if evaluation.probe and (last or passes(evaluation.probe_every_epochs)):
-                self._measure("probe", done, evaluation.probe, describe_probe)
+                self._measure("probe", done, evaluation.probe, _describe_probe)
             stop = self._asked_to_stop()
-            pictured = last or passes(how.picture_every_epochs)
-            if pictured and evaluation.draw and self.engine.processes.is_first:
-                (self.folder / UNDRAWN).write_text(checkpoint_path(self.folder, done).name)
+            # Before the state is saved: a run that is killed meanwhile comes here again.
+            if last or passes(how.picture_every_epochs):
+                self.draw(done)
             if last or keep or improved or stop or done % self.saving.every_updates == 0:
                 self.save(done, keep=keep)
-            if pictured:
-                self.draw(done)
         if stop and not last:
             raise Interrupted(stop, done)
 
@@ -205,7 +196,6 @@ class Run:
                 f"{values['peak_memory_gb']:.1f} GB"
             )
         self._bar.show(shown, at_once=last)
-        self._waiting.look(values["data_wait"])
 
     def _asked_to_stop(self) -> signal.Signals | None:
         """Whether any process was, as all of them know in the same update.
@@ -237,19 +227,17 @@ class Run:
 
     def draw(self, done: int) -> None:
         """Draw pictures after ``done`` updates, and the curves."""
+        self.meter.check()
         if self.evaluation.draw:
             self.evaluation.draw(done)
         if self.engine.processes.is_first:
             sheet = checkpoint_path(self.folder, done).name
             self._metrics.pictures(self.folder / "pictures", done, sheet)
-            (self.folder / UNDRAWN).unlink(missing_ok=True)
             if done < self.timeline.num_updates:  # at the end: once it is complete
                 plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
         self.engine.processes.wait()
 
 
-def describe_probe(measures: Measures) -> str:
-    """Describe what was measured of frozen features."""
-    return "frozen features: " + ", ".join(
-        f"{name} {value:.3f}" for name, value in measures.items()
-    )
+def _describe_probe(measures: Measures) -> str:
+    found = (f"{name} {value:.3f}" for name, value in measures.items())
+    return f"frozen features: {', '.join(found)}"

@@ -13,8 +13,7 @@ Rows = list[tuple[str, ...]]
 
 def lines_of(run: Path) -> list[dict[str, Any]]:
     """Return the metrics of a run; none without ``metrics.jsonl``. Raises MetricsError."""
-    path = run / "metrics.jsonl"
-    return read_lines(path) if path.is_file() else []
+    return read_lines(run / "metrics.jsonl")
 
 
 def measures_of(lines: Sequence[dict[str, Any]], num_classes: int = 0) -> Rows:
@@ -22,18 +21,23 @@ def measures_of(lines: Sequence[dict[str, Any]], num_classes: int = 0) -> Rows:
 
     The baseline is the best ranking that needs no model, the mean of each patch, or chance.
     """
-    measured = [line for line in lines if line["kind"] in ("validation", "probe")]
     found: dict[str, list[float]] = {}
-    for line in measured:
-        for name in line.keys() - {"kind", "update", "epoch"}:
-            found.setdefault(name, []).append(float(line[name]))
+    for line in lines:
+        if line["kind"] in ("validation", "probe"):
+            for name, value in line.items():
+                if name not in ("kind", "update", "epoch"):
+                    found.setdefault(name, []).append(float(value))
     last = {name: values[-1] for name, values in found.items()}
-    rows: Rows = []
-    for name in {name: None for line in measured for name in line}:
-        if name in found and "ranking_by_" not in name:
-            before = f"{found[name][0]:.3g}" if len(found[name]) > 1 else ""
-            rows.append((name, before, f"{last[name]:.3g}", _baseline(name, last, num_classes)))
-    return rows
+    return [
+        (
+            name,
+            f"{values[0]:.3g}" if len(values) > 1 else "",
+            f"{values[-1]:.3g}",
+            _baseline(name, last, num_classes),
+        )
+        for name, values in found.items()
+        if "ranking_by_" not in name
+    ]
 
 
 def _baseline(name: str, last: dict[str, float], num_classes: int) -> str:
@@ -68,18 +72,17 @@ def starts_of(run: Path) -> list[dict[str, Any]]:
 
 
 def cost_of(lines: Sequence[dict[str, Any]], clips_per_update: int) -> Rows:
-    """Tabulate updates, epochs, clips, and the hours that their updates took."""
-    done, hours, epoch = 0, 0.0, 0.0
+    """Tabulate updates, training clips, and the hours that the updates took."""
+    done, hours = 0, 0.0
     for line in lines:
-        if line.keys() >= {"clips_per_second", "epoch"}:
+        if "clips_per_second" in line:
             clips = (line["update"] - done) * clips_per_update
             hours += clips / max(line["clips_per_second"], 1e-9) / 3600
-            done, epoch = line["update"], line["epoch"]
+            done = line["update"]
     if not done:
         return []
-    spent = f"{hours:.3g} hours" if hours >= 1 else f"{60 * hours:.3g} minutes"
     return [
-        ("updates", f"{done:,} ({epoch:.4g} {'epoch' if epoch == 1 else 'epochs'})"),
+        ("updates", f"{done:,}"),
         ("training clips", f"{done * clips_per_update:,}"),
-        ("time of the updates", spent),
+        ("hours of the updates", f"{hours:.3g}"),
     ]

@@ -23,16 +23,14 @@ from hpm_video.training.metrics import read_lines
 
 log = logging.getLogger(__name__)
 PROJECT = "hpm_video"
-"""Name of the project in W&B and of the experiment in MLflow, unless the environment has another.
-"""
+"""Default name of the project in W&B and of the experiment in MLflow."""
 
 
 class Tracker(Protocol):
     """Where a run writes its metrics. An entry of ``TRACKERS`` makes it.
 
     It is given the directory of the run, which has its config.yaml, and the number of updates made
-    so far: what it may hold beyond them is of an interrupted run. An error leaves it out of the
-    run, which goes on.
+    so far: what it holds beyond them is of an interrupted run. After an error it gets nothing more.
     """
 
     def write(self, kind: str, update: int, values: Mapping[str, float]) -> None:
@@ -45,26 +43,19 @@ class Tracker(Protocol):
         """Write what is not written yet, and end."""
 
 
-class JsonLines:
+class JsonLines(Tracker):
     """A tracker that writes ``metrics.jsonl``, without the lines of an interrupted run."""
 
     def __init__(self, run_dir: Path, first_update: int) -> None:
         self._path = run_dir / "metrics.jsonl"
-        if self._path.is_file():
-            lines = read_lines(self._path) if first_update else []
-            kept = [line for line in lines if line["update"] <= first_update]
-            with written_beside(self._path) as beside:
-                beside.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+        lines = read_lines(self._path) if first_update else []
+        kept = [line for line in lines if line["update"] <= first_update]
+        with written_beside(self._path) as beside:
+            beside.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
 
     def write(self, kind: str, update: int, values: Mapping[str, float]) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps({"kind": kind, "update": update, **values}) + "\n")
-
-    def picture(self, name: str, update: int, path: Path) -> None:
-        """Pictures stay where they are."""
-
-    def close(self) -> None:
-        """Every line is written already."""
 
 
 class TensorBoard:
@@ -94,8 +85,6 @@ class TensorBoard:
 class WeightsAndBiases:
     """A tracker for W&B. Its own environment variables choose server, project and mode."""
 
-    library = "wandb"
-
     def __init__(self, run_dir: Path, first_update: int) -> None:
         import wandb
 
@@ -123,20 +112,18 @@ class WeightsAndBiases:
 class Mlflow:
     """A tracker for MLflow. Its own environment variables choose server and experiment."""
 
-    library = "mlflow"
-
     def __init__(self, run_dir: Path, first_update: int) -> None:
         from mlflow import MlflowClient
         from mlflow.entities import Metric
 
-        self._client, self._metric = MlflowClient(), Metric
+        self._client: Any = MlflowClient()
+        self._metric = Metric
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         known = self._client.get_experiment_by_name(name)
         experiment = known.experiment_id if known else self._client.create_experiment(name)
 
         def start() -> str:
-            run: Any = self._client.create_run(experiment, run_name=run_dir.name)
-            return str(run.info.run_id)
+            return str(self._client.create_run(experiment, run_name=run_dir.name).info.run_id)
 
         self._id = _remembered(run_dir / "mlflow.id", first_update, start)
         self._client.update_run(self._id, status="RUNNING")
@@ -167,23 +154,21 @@ TRACKERS: dict[str, Callable[[Path, int], Tracker]] = {
     "wandb": WeightsAndBiases,
     "mlflow": Mlflow,
 }
-"""Trackers by their names in ``logging.trackers``; ``library``: the module that one imports."""
-INSTALL = {"mlflow": "mlflow-skinny"}
-"""Names of packages that differ from those of their modules."""
+"""Trackers by their names in ``logging.trackers``."""
+PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
+"""Packages that trackers need beside those of this project, by the names of their modules."""
 
 
 def check_trackers(config: LoggingConfig) -> None:
     """Make sure that the trackers and their libraries are there; otherwise that is a ConfigError.
 
-    The config alone does not: a run goes on, and a model is read, where a tracker is gone.
+    The config alone does not: a model is read where a tracker is gone.
     """
     check_names("logging", config, "trackers", "tracker", TRACKERS)
     for name in config.trackers:
-        library = getattr(TRACKERS[name], "library", None)
-        if library and find_spec(library) is None:
+        if name in PACKAGES and find_spec(name) is None:
             raise ConfigError(
-                f"logging.trackers has {name}, which needs {library}: pip install "
-                f"{INSTALL.get(library, library)}, or leave it out"
+                f"logging.trackers has {name}: pip install {PACKAGES[name]}, or leave it out"
             )
 
 
@@ -208,22 +193,21 @@ class MetricsLog:
     def write(self, kind: str, update: int, epoch: float, values: Mapping[str, float]) -> None:
         """Add one line. ``update`` is the number of updates made so far."""
         line = {"epoch": round(epoch, 4), **values}
-        for name, tracker in [*self._trackers.items()]:
-            with self._tolerating(name):
-                tracker.write(kind, update, line)
+        self._each(lambda tracker: tracker.write(kind, update, line))
 
     def pictures(self, folder: Path, update: int, sheet: str) -> None:
         """Hand over what was drawn to ``folder`` and the folders in it under one name."""
         for path in sorted(folder.rglob(f"{sheet}.png")):
-            for name, tracker in [*self._trackers.items()]:
-                with self._tolerating(name):
-                    shown = path.parent.relative_to(folder.parent).as_posix()
-                    tracker.picture(shown, update, path)
+            name = path.parent.relative_to(folder.parent).as_posix()
+            self._each(lambda tracker, name=name, path=path: tracker.picture(name, update, path))
 
     def close(self) -> None:
+        self._each(lambda tracker: tracker.close())
+
+    def _each(self, tell: Callable[[Tracker], None]) -> None:
         for name, tracker in [*self._trackers.items()]:
             with self._tolerating(name):
-                tracker.close()
+                tell(tracker)
 
     @contextmanager
     def _tolerating(self, name: str) -> Iterator[None]:

@@ -79,12 +79,12 @@ def test_attached_files_are_copied_and_one_that_is_not_there_leaves_nothing(tmp_
 def test_what_was_not_finished_is_never_picked_up(tmp_path, config):
     save(tmp_path, 7, config)
     (tmp_path / ".writing-update-00000009").mkdir()
-    checkpoint_path(tmp_path, 8).mkdir()
-    assert [path.name for path in checkpoints_in(tmp_path)] == ["update-00000007"]
     mend(tmp_path)
     assert not list(tmp_path.glob(".writing*"))
-    assert not checkpoint_path(tmp_path, 8).exists()
-    assert (tmp_path / "moved-aside-update-00000008").is_dir()
+    checkpoint_path(tmp_path, 8).mkdir()
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["update-00000007"]
+    with pytest.raises(CheckpointError, match="update-00000008 is not a complete .*delete it"):
+        mend(tmp_path)
 
 
 def test_newest_marked_and_best_survive(tmp_path, config):
@@ -201,37 +201,35 @@ def test_a_name_points_elsewhere_at_once(tmp_path, config):
     assert load_file(tmp_path / "last" / "model.safetensors")
 
 
-def test_what_stands_in_the_way_is_moved_aside_and_kept(tmp_path, config, caplog):
+@pytest.mark.parametrize("kind", ["folder", "file", "dangling link", "checkpoint"])
+def test_what_stands_in_the_way_is_not_overwritten(tmp_path, config, kind):
     obstacle = checkpoint_path(tmp_path, 7)
-    for number, kind in enumerate(("folder", "file", "dangling link", "checkpoint"), start=1):
-        if kind == "folder":
-            obstacle.mkdir()
-            (obstacle / "model.safetensors").write_text("a part")
-        elif kind == "file":
-            obstacle.write_text("mine")
-        elif kind == "dangling link":
-            obstacle.symlink_to("nowhere")
-        save(tmp_path, 7, config, run=number)
-        assert checkpoints_in(tmp_path) == [obstacle]
-        assert read_state(obstacle)["run"] == number
-        assert f"{obstacle} stood in the way" in caplog.messages[-1]
-        if kind != "checkpoint":
-            shutil.rmtree(obstacle)
-    aside = [tmp_path / f"moved-aside-update-00000007{end}" for end in ("", "-2", "-3")]
-    assert (aside[0] / "model.safetensors").read_text() == "a part"
-    assert aside[1].read_text() == "mine"
-    assert aside[2].readlink() == Path("nowhere")
+    if kind == "folder":
+        obstacle.mkdir()
+        (obstacle / "model.safetensors").write_text("a part")
+    elif kind == "file":
+        obstacle.write_text("mine")
+    elif kind == "dangling link":
+        obstacle.symlink_to("nowhere")
+    else:
+        save(tmp_path, 7, config, run=1)
+    before = obstacle.lstat()
+    with pytest.raises(CheckpointError, match="cannot write the checkpoint"):
+        save(tmp_path, 7, config, run=2)
+    assert obstacle.lstat() == before
+    assert kind != "checkpoint" or read_state(obstacle)["run"] == 1
 
 
-def test_a_folder_named_last_or_best_is_moved_aside(tmp_path, config):
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_a_folder_named_last_or_best_is_refused(tmp_path, config, name):
     """As a copy without symbolic links has it."""
     save(tmp_path, 1, config, best={"update": 1, "score": 0})
-    for name in ("last", "best"):
-        shutil.copytree(checkpoint_path(tmp_path, 1), tmp_path / name)
+    shutil.copytree(checkpoint_path(tmp_path, 1), tmp_path / name)
+    with pytest.raises(CheckpointError, match=rf"{name} must be a link .*delete it"):
+        mend(tmp_path)
+    shutil.rmtree(tmp_path / name)
     mend(tmp_path)
-    for name in ("last", "best"):
-        assert (tmp_path / name).readlink() == Path("update-00000001")
-        assert read_state(tmp_path / f"moved-aside-{name}")["update"] == 1
+    assert (tmp_path / name).readlink() == Path("update-00000001")
 
 
 def test_other_names_are_no_checkpoints_and_stay(tmp_path, config):
@@ -255,6 +253,26 @@ def test_checkpoints_elsewhere_are_unlinked_but_not_deleted(tmp_path, config):
     assert (kept / "state.json").is_file()
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"{",
+        b"\xff{}",
+        b"{}",
+        b"[]",
+        b'{"update": 7}',
+        b'{"update": "7", "facts": {}, "data": "", "best": {}}',
+        b'{"update": 7, "facts": {}, "data": "", "best": {}}',
+    ],
+)
+def test_a_state_that_says_too_little_is_no_state_of_a_run(tmp_path, text):
+    checkpoint = checkpoint_path(tmp_path, 7)
+    checkpoint.mkdir()
+    (checkpoint / "state.json").write_bytes(text)
+    with pytest.raises(CheckpointError, match=r"state.json cannot be read, or lacks .*delete it"):
+        read_state(checkpoint, of_run=True)
+
+
 def test_a_flipped_bit_is_an_error_in_the_first_process_of_a_machine(tmp_path, config, monkeypatch):
     save(tmp_path, 1, config)
     (checkpoint,) = checkpoints_in(tmp_path)
@@ -267,7 +285,7 @@ def test_a_flipped_bit_is_an_error_in_the_first_process_of_a_machine(tmp_path, c
     assert read_weights(checkpoint, PATCH)
     monkeypatch.setenv("LOCAL_RANK", "0")
     file.unlink()
-    with pytest.raises(CheckpointError, match="model.safetensors is missing"):
+    with pytest.raises(CheckpointError, match="model.safetensors does not exist"):
         read_weights(checkpoint, PATCH)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hpm_video.files.first_names import ByCurrentNames
+from hpm_video.files.first_names import by_current_names
 from hpm_video.training.checkpoint import read_optimizer, read_weights
 
 PATCH = (2, 4, 4)
@@ -37,7 +37,7 @@ RESHAPED = {
 
 
 def current(stored):
-    return dict(ByCurrentNames(stored, stored.__getitem__, PATCH))
+    return by_current_names(stored, PATCH)
 
 
 def test_names_of_before_become_timms_and_those_stay():

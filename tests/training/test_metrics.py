@@ -9,7 +9,7 @@ from hpm_video.config.schema import PretrainConfig
 from hpm_video.runs.autotune import trial_update
 from hpm_video.runs.pretraining import Pretraining
 from hpm_video.training.memory import without_data
-from hpm_video.training.metrics import Meter, WaitingWarning, read_lines
+from hpm_video.training.metrics import Meter, read_lines
 from hpm_video.training.objective import Losses
 from hpm_video.training.trackers import MetricsLog
 
@@ -129,21 +129,6 @@ def test_nothing_is_read_from_the_device_but_once_for_a_line(monkeypatch):
     assert len(reads) == 1
 
 
-def test_a_run_that_waits_for_its_data_says_so_once(caplog):
-    def warnings_of(*shares):
-        caplog.clear()
-        waiting = WaitingWarning(Path("runs/mine/config.yaml"))
-        for share in shares:
-            waiting.look(share)
-        return [record.getMessage() for record in caplog.records]
-
-    assert warnings_of(0.9, 0.1, 0.1, 0.1) == [], "workers begin"
-    assert warnings_of(0.9, 0.5, 0.5, 0.2, 0.5, 0.5) == [], "it goes by"
-    (said,) = warnings_of(0.0, 0.5, 0.5, 0.42, 0.5, 0.5, 0.5, 0.5)
-    assert said.startswith("42% of the time goes into waiting for data.")
-    assert "tools/bench.py loader runs/mine/config.yaml" in said
-
-
 def test_a_run_that_begins_anew_keeps_no_line_of_before(tmp_path):
     """It measures before its first update, and has one such line then."""
     for first, updates in ((0, (0, 1, 2)), (0, (0, 1)), (1, (2,))):
@@ -151,8 +136,3 @@ def test_a_run_that_begins_anew_keeps_no_line_of_before(tmp_path):
         for update in updates:
             metrics.write("validation", update, update / 10, {"loss": 1.0})
     assert [line["update"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2]
-
-
-def test_lines_of_validation_are_read_by_their_kind_of_one_version_ago(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"kind": "held_out", "update": 3}\n')
-    assert read_lines(tmp_path / "metrics.jsonl") == [{"kind": "validation", "update": 3}]
