@@ -103,8 +103,7 @@ class Manifest:
     def by_length(self, per_minute: float) -> "Manifest":
         """Repeat each row so many times per minute of its video, at least once.
 
-        Raises:
-            ManifestError: the length of a video is not known.
+        Raises ManifestError if the length of a video is not known.
         """
         rows = list[int]()
         for row, (file, frames) in enumerate(zip(self.files, self.num_frames, strict=True)):
@@ -199,7 +198,8 @@ def read_listing(path: Path | str, root: Path | str | None = None) -> Listing:
             f"directory, {Path.cwd()}"
         )
     text = read_text(source, ManifestError, _EXPECTED)
-    header = [cell.strip() for cell in text.partition("\n")[0].split(",")]
+    first_line = text.partition("\n")[0]
+    header = [cell.strip() for cell in next(csv.reader([first_line]), [])]
     table = _read_table(source, text, header) if "path" in header else _read_list(source, text)
     if table.empty:
         raise ManifestError(f"{source} lists no videos or images. {_EXPECTED}")

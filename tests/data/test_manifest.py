@@ -280,6 +280,7 @@ def test_a_manifest_without_videos(tmp_path, text):
     "text",
     [
         "path, label\na b.mp4,1.0\nc.mp4,0\n",
+        '"path","label"\n"a b.mp4","1"\n"c.mp4","0"\n',
         "a b.mp4;1\nc.mp4;0\n",
         "\ufeffpath,label\r\na b.mp4,1\r\nc.mp4,0\r\n",
     ],
