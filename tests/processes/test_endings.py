@@ -144,9 +144,7 @@ def assert_same(run, unbroken):
             assert (found[key] - expected[key]).abs().max() < 1e-4, f"{name} {key}"
 
 
-def test_stopped_then_one_killed_then_gone_on(
-    start, start_job, small_configs, unbroken, tmp_path
-):
+def test_stopped_then_one_killed_then_gone_on(start, start_job, small_configs, unbroken, tmp_path):
     """Stopped as the launcher and a scheduler do it: with a signal to each process."""
     run, waiter = tmp_path / "run", tmp_path / "waiter.py"
     waiter.write_text(WAITER.format(tools=str(ROOT / "tools")))
