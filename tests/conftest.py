@@ -43,12 +43,15 @@ def pytest_configure(config):
 LONGEST = (
     "test_pretraining",
     "test_finetuning",
+    "test_export",
     "test_check",
     "test_transcode",
     "test_docs",
     "test_loader",
     "test_launch",
     "test_image_runs",
+    "test_endings",
+    "test_memory",
 )
 """Files that take long. Beside them test_same_results took 215 s, beside others 100 s."""
 

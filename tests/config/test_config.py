@@ -65,11 +65,18 @@ TOKENS = {
 """Of a clip, by the name of a config or the data it begins with; 1568 otherwise."""
 
 
+def shallow(config):
+    """With two blocks in the encoder; the first house's tests build them all."""
+    encoder = replace(config.model.encoder, depth=2)
+    return replace(config, model=replace(config.model, encoder=encoder))
+
+
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_every_shipped_config_loads_round_trips_and_builds(path, tmp_path):
     config = load_config(PretrainConfig, path, [])
     save_config(config, tmp_path / "used.yaml")
     assert load_config(PretrainConfig, tmp_path / "used.yaml", []) == config
+    config = shallow(config)
     with torch.device("meta"):
         student = build_student(config)
         target = build_target(config, torch.device("meta"))
@@ -397,7 +404,7 @@ def test_every_config_of_a_classifier_loads_round_trips_and_builds(path, tmp_pat
     config = load_classifier(path)
     save_config(config, tmp_path / "used.yaml")
     assert load_any_config(tmp_path / "used.yaml") == config
-    classes = config.model.num_classes or 8
+    config, classes = shallow(config), config.model.num_classes or 8
     with torch.device("meta"):
         model = build_classifier(config, classes)
         Finetuning(config).optimizer(model)

@@ -5,6 +5,7 @@ is a whole run by hpm_video.runs.pretraining or hpm_video.runs.finetuning; nothi
 replaced, some of it is listened to.
 """
 
+import gc
 import json
 import logging
 import math
@@ -16,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
+import torch
 from tiny_runs import TRACED
 from torch import distributed
 from torch.profiler import ProfilerActivity, profile
@@ -26,7 +28,7 @@ from hpm_video.data import reading as dataset
 from hpm_video.runs.finetuning import finetune
 from hpm_video.runs.pretraining import pretrain
 from hpm_video.training import fast
-from hpm_video.training.deepspeed_engine import DeepSpeedEngine
+from hpm_video.training.deepspeed_engine import DeepSpeedEngine, import_deepspeed
 from hpm_video.training.distributed import joined_processes
 from hpm_video.training.engine import TorchEngine, batch_statistics
 from hpm_video.training.run import Run
@@ -213,6 +215,8 @@ def run_case(case, processes):
 
 
 def main(cases, folder):
+    import_deepspeed(torch.device("cpu"))
+    gc.freeze()  # to look through what is imported takes longer than an update
     with joined_processes() as processes:
         if processes.is_first:
             logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)

@@ -144,15 +144,17 @@ def assert_same(run, unbroken):
             assert (found[key] - expected[key]).abs().max() < 1e-4, f"{name} {key}"
 
 
-def test_stopped_then_one_killed_then_gone_on(start, small_configs, unbroken, tmp_path):
+def test_stopped_then_one_killed_then_gone_on(start, start_job, small_configs, unbroken, tmp_path):
+    """Stopped as the launcher and a scheduler do it: with a signal to each process."""
     run, waiter = tmp_path / "run", tmp_path / "waiter.py"
     waiter.write_text(WAITER.format(tools=str(ROOT / "tools")))
     command = (small_configs["video"], f"output_dir={run}", *LONG)
 
-    stopped = start(waiter, *command, WAIT_AT="2")
-    wait_until_saved(run, stopped, 2)
-    stopped.terminate()
-    output = finish(stopped, code=75)
+    stopped = start_job(2, waiter, *command, WAIT_AT="2")
+    wait_until_saved(run, stopped[0], 2)
+    for process in stopped:
+        os.kill(process.pid, signal.SIGTERM)
+    output = "".join(finish(process, code=75) for process in stopped)
     assert f"stopped by SIGTERM before update {saved(run)}; the state is saved" in output
     assert output.count("stopped by SIGTERM") == 1
     assert "Traceback" not in output

@@ -21,6 +21,7 @@ PROGRAMS = [
 ANSWERS = """
 import argparse, contextlib, importlib.util, io, json, os, sys
 from pathlib import Path
+import av, numpy, omegaconf, pandas, tqdm.contrib.logging  # once for all; torch is in none
 
 def parsers_of(parser):
     yield parser
