@@ -12,7 +12,6 @@ from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.decoding.reader import DecoderError
 from hpm_video.files.weights import CheckpointError
-from hpm_video.runs.directory import RunDirectory
 from hpm_video.runs.finetuning import finetune
 from hpm_video.runs.pretraining import load_run, pretrain
 from hpm_video.training.checkpoint import checkpoints_in, read_state
