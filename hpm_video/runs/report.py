@@ -24,13 +24,15 @@ PAGE = Template("""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
 <style>
+:root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; }
+table, pre { display: block; overflow-x: auto; border-collapse: collapse; }
 th, td { text-align: left; vertical-align: top; padding: .25rem 1rem .25rem 0; }
-th { font-weight: normal; color: #64646c; }
-tr { border-bottom: 1px solid #d8d8de; }
+th { font-weight: normal; opacity: .7; }
+tr { border-bottom: 1px solid #8885; }
 img { max-width: 100%; }
 </style>
 </head>
@@ -62,7 +64,7 @@ def write_report(run: Path) -> Path:
         "Curves": _images([run / "curves.png"]),
         "Confusion matrix": _images(sorted(run.glob("test/*/confusion.png"))),
         "What is hidden and reconstructed": _sheets(run / "pictures"),
-        "Bad files": _bad_files(run),
+        "Data": _bad_files(run),
         "Cost": _table(cost_of(lines, config.recipe.batch_size * config.data.repeats)),
         "Environment of the last start": _table(facts),
         "Config": f"<pre>{escape(config_text(config))}</pre>",
@@ -117,4 +119,4 @@ def _bad_files(run: Path) -> str:
         rows: Rows = [(each.path, each.reason) for each in failures[:MOST_FILES]]
         shown += f"<p>{counted(len(failures), 'file')} did not decode ({escape(path.name)}):</p>"
         shown += _table(rows, "file", "reason")
-    return shown
+    return shown or "<p>No file of the training data failed to decode.</p>"
