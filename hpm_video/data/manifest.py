@@ -23,6 +23,8 @@ UNLABELLED = NOT_STATED = -1
 Verdict = Literal["fine", "suspicious", "bad"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 """The verdicts of ``tools/check_videos.py``."""
+LARGEST = 1e15
+"""Limit of the numbers in a manifest."""
 _SUFFIXES = f"one of {' '.join(VIDEO_SUFFIXES)} (videos) or {' '.join(IMAGE_SUFFIXES)} (images)"
 _EXPECTED = (
     "Expected is a CSV file whose first line names its columns: path, and where wanted label, "
@@ -294,8 +296,8 @@ def _sections(listing: Listing) -> tuple[str, ...]:
         return listing.files
     cells = [pd.Series(listing.column(name)) for name in ("start", "end")]
     starts = pd.to_numeric(cells[0].replace("", "0"), errors="coerce")
-    ends = pd.to_numeric(cells[1].replace("", "inf"), errors="coerce")
-    is_right = (starts >= 0) & (starts < ends) & (starts < math.inf)
+    ends = pd.to_numeric(cells[1].replace("", str(LARGEST)), errors="coerce")
+    is_right = (starts >= 0) & (starts < ends) & (ends <= LARGEST)
     why = "start and end must be seconds, the end after the start, or empty"
     _refuse(listing, np.flatnonzero(~is_right).tolist(), why)
     found = []
@@ -312,7 +314,8 @@ def _whole_numbers(listing: Listing, column: str, least: int = 1) -> tuple[int, 
     cells = pd.Series(listing.column(column))
     # A cell may be 3.0, as pandas writes it where another row of the column is empty.
     numbers = pd.to_numeric(cells.replace("", "-1"), errors="coerce")
-    is_right = (numbers == -1) | (numbers >= least) & (numbers % 1 == 0)
+    is_whole = (numbers % 1 == 0) & (numbers < LARGEST)
+    is_right = (numbers == -1) | (numbers >= least) & is_whole
     why = f"{column} must be a whole number of at least {least}, or -1 for none"
     _refuse(listing, np.flatnonzero(~is_right).tolist(), why)
     return tuple(numbers.astype(int).tolist())

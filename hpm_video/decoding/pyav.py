@@ -160,7 +160,7 @@ class PyavReader(VideoReader):
             return nothing
         begins_inside = not keys or times[0] < keys[0][0]
         if begins_inside or (has_b_frames and stored == times.tolist()):
-            first = self._first_that_comes()
+            first = self._first_that_comes(otherwise=times[0])
             if first is None:
                 return nothing
             times, keys = times[times >= first], [key for key in keys if key[0] >= first]
@@ -210,8 +210,10 @@ class PyavReader(VideoReader):
             raise DecodeError(f"its container states no frame rate. {TRANSCODE}", self.path)
         return np.arange(count) * rate.denominator / rate.numerator
 
-    def _first_that_comes(self) -> int | None:
+    def _first_that_comes(self, otherwise: int) -> int | None:
         """Return the time of the first frame that can be decoded, none if the times may lie.
+
+        ``otherwise``: where the beginning is damaged, and none comes that could tell.
 
         Which of the first frames come, and in which order, only the decoder knows where a video may
         begin inside a group, or states times in the order of its packets.
@@ -223,7 +225,7 @@ class PyavReader(VideoReader):
             frames = self._by_number(self._packets_from(None))
             came += (frame.pts for _, frame in islice(frames, _TRIED))
         known = [time for time in came if time is not None]
-        return known[0] if known and known == came == sorted(set(known)) else None
+        return [*known, otherwise][0] if known == came == sorted(set(known)) else None
 
     @property
     def _is_timed(self) -> bool:

@@ -3,7 +3,9 @@
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,9 +150,17 @@ def as_decode_error(path: str) -> Iterator[None]:
     except MemoryError:  # it says nothing about the file
         raise
     except FileNotFoundError as error:
-        raise DecodeError("there is no such file", path) from error
+        raise DecodeError(f"there is no such file{_other_spelling(path)}", path) from error
     except IsADirectoryError as error:
         why = "it is a folder. Where its images are the frames of a video, end its path in a slash"
         raise DecodeError(why, path) from error
     except Exception as error:  # noqa: BLE001 - native libraries raise anything
         raise DecodeError(f"{type(error).__name__}: {error}"[:500], path) from error
+
+
+def _other_spelling(path: str) -> str:
+    """Name a file that is there, and whose name differs only in how it is spelled."""
+    for other in (path.replace("\\", "/"), normalize("NFC", path), normalize("NFD", path)):
+        if other != path and Path(other).exists():
+            return f", but there is {other!r}, with slashes or with other characters of Unicode"
+    return ""

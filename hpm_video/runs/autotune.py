@@ -219,6 +219,8 @@ def describe_run(
     of_ema = f", and {ema / 1e6:.1f} M more of the {task.ema}" if ema else ""
     model = f"{count / 1e6:.1f} M parameters{of_ema}; activations in {precision}"
     lines = describe_training(config, task.data, plans[-1], model)
+    device = "a GPU" if engine.device == "auto" else engine.device
+    lines.append(f"planned for {device} in each process, whatever this machine has")
     if clips_per_second is not None:
         shares = zip(config.weights, config.sources.values(), strict=True)
         of_file = sum(share * source.repeats for share, source in shares) / sum(config.weights)

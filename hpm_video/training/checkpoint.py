@@ -12,10 +12,12 @@ It is written under another name and renamed once it is on the disk.
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from hpm_video.files.weights import OF_ANOTHER_PROJECT, CheckpointError
 from hpm_video.tokens.grid import Size3
 from hpm_video.training.optim import OptimizerState
 
+log = logging.getLogger(__name__)
 NAME = re.compile("update-[0-9]{8}")
 """Name of a checkpoint's folder; its number is the update in its ``state.json``."""
 UNFINISHED = ".writing-"
@@ -179,13 +182,21 @@ def _verify(file: Path) -> None:
     """
     if not (file.parent / "state.json").is_file() or os.environ.get("LOCAL_RANK", "0") != "0":
         return
-    written = read_state(file.parent).get("sha256", {}).get(file.name)
+    state = read_state(file.parent)
+    if "facts" in state and "sha256" not in state:
+        _say_unverified(file.parent.resolve())
+    written = state.get("sha256", {}).get(file.name)
     if written is not None and file.is_file() and (now := sha256_of(file)) != written:
         raise _damaged(
             file,
             f"has the SHA-256 {now}, not {written} as when it was written (if you changed it "
             f"on purpose, take its line out of state.json)",
         )
+
+
+@cache
+def _say_unverified(checkpoint: Path) -> None:
+    log.info("%s was written before checksums were kept: its files are not checked", checkpoint)
 
 
 def point_to_newest_and_best(folder: Path) -> None:

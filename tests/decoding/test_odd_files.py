@@ -20,6 +20,7 @@ from hpm_video.data.manifest import read_manifest
 from hpm_video.decoding.reader import DecodeError
 from hpm_video.decoding.registry import available_decoders, open_video
 from hpm_video.preparation.check import examine
+from hpm_video.preparation.encode import write_video
 from hpm_video.preparation.jobs import paced
 from hpm_video.preparation.transcode import Job, Output, Recipe, Transcoder
 
@@ -539,3 +540,35 @@ def test_a_copy_stands_upright_as_its_source_does(tmp_path, matrix, run_tool):
     found = read_all(Path(copied))[7]
     assert found.shape == expected.shape
     assert np.abs(found - expected).mean() < 6
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("clips/a.mp4", "clips\\a.mp4"),
+        ("caf\N{LATIN SMALL LETTER E WITH ACUTE}.mp4", "cafe\N{COMBINING ACUTE ACCENT}.mp4"),
+        ("cafe\N{COMBINING ACUTE ACCENT}.mp4", "caf\N{LATIN SMALL LETTER E WITH ACUTE}.mp4"),
+    ],
+)
+def test_a_file_of_another_spelling_is_pointed_out(tmp_path, name, asked):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    with pytest.raises(DecodeError, match="no such file, but there is .*Unicode"):
+        open_video(f"{tmp_path}/{asked}")
+
+
+def test_frames_behind_a_damaged_beginning_are_read(tmp_path):
+    path = tmp_path / "video.mp4"
+    noise = np.random.default_rng(0).integers(0, 255, (36, 32, 32, 3), dtype=np.uint8)
+    write_video(path, noise, gop=12)  # without B-frames, which leaves doubts about the order
+    expected = read_all(path)
+    with av.open(str(path)) as container:
+        packets = [(each.pos, each.size) for each in container.demux(video=0) if each.size]
+    content = bytearray(path.read_bytes())
+    for start, size in packets[:12]:
+        content[start : start + size] = bytes(size)
+    path.write_bytes(content)
+    with open_video(str(path), "pyav") as video:
+        assert video.num_frames == 36
+        assert np.array_equal(video.read([24, 30]), expected[[24, 30]])

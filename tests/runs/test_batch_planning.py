@@ -167,6 +167,7 @@ def test_a_dry_run_tells_the_plan_and_leaves_nothing(manifest, tmp_path, capsys)
     assert code == 0, output
     assert "64 files per update = 8 per forward pass x 1 pass x 8 processes" in output
     assert "activations in bf16" in output
+    assert "planned for a GPU in each process, whatever this machine has" in output
     table = table_of(output)
     assert {size: passes for size, (passes, _) in table.items()} == {1: 8, 2: 4, 4: 2, 8: 1}
     needed = [gigabytes for _, gigabytes in table.values()]

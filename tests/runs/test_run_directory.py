@@ -174,10 +174,12 @@ def test_weights_of_a_damaged_checkpoint_begin_no_run_and_are_not_shown(start, n
         load_run(newest, "cpu")
 
 
-def test_a_checkpoint_of_before_checksums_goes_on(start, run, newest):
+def test_a_checkpoint_of_before_checksums_goes_on_and_is_told_once(start, run, newest, caplog):
     shutil.rmtree(newest)
     without_checksums(newest.with_name(UPDATES[0]))
-    start(run)
+    with caplog.at_level("INFO"):
+        start(run)
+    assert len([text for text in caplog.messages if "before checksums were kept" in text]) == 1
     assert names_in(run) == UPDATES
     assert read_state(newest)["sha256"].keys() == {
         f"{name}.safetensors" for name in ("model", "teacher", "optimizer")
