@@ -5,9 +5,10 @@ makes them hang, crash or take too much memory. The findings are extra columns o
 CHECKED.csv. Training on it skips bad files and never requests frames that do not exist.
 
 Columns: num_frames (readable ones, whatever the header says), duration (s), fps, width, height
-(upright), codec, pixel_format, key_frame_distance (frames, at most), rotation (degrees clockwise
-that set it upright), bytes, modified, content (equal for identical files), decoder (for which
-num_frames holds), verdict (fine, suspicious or bad) and reason. All other columns stay as they are.
+(upright), codec, pixel_format and rotation (degrees clockwise that set it upright) of a video,
+key_frame_distance (frames, at most), bytes, modified, content (equal for identical files), decoder
+(for which num_frames holds), verdict (fine, suspicious or bad) and reason. All other columns stay
+as they are.
 """
 
 import argparse
@@ -41,8 +42,7 @@ EXIT_CODES = console.exit_codes(
 def main(command_line: Sequence[str] | None = None) -> int:
     """Check, and report the findings."""
     parser = console.make_parser(__doc__, EXIT_CODES)
-    add = parser.add_argument
-    add("manifest", type=Path, help="manifest, or folder of videos or images")
+    parser.add_argument("manifest", type=Path, help="manifest, or folder of videos or images")
     processes = {"default": default_workers(), "help": "processes (default here: %(default)s)"}
     checked = {
         "metavar": "CHECKED.csv",
@@ -53,9 +53,6 @@ def main(command_line: Sequence[str] | None = None) -> int:
     decoder = {"help": "the one that training will use"}
     shared = ("root", "seconds", "memory")
     console.add_options(parser, *shared, output=checked, workers=workers, decoder=decoder)
-    in_all = "for a whole file, even if it makes progress (default 3600)"
-    limit = {"type": console.above_zero, "default": 3600.0, "metavar": "LIMIT"}
-    add("--seconds-in-all", help=in_all, **limit)
     arguments, num_bad = parser.parse_args(command_line), list[int]()
     code = console.run(lambda: num_bad.append(check(arguments)))
     return SOME_ARE_BAD if code == 0 and any(num_bad) else code
@@ -74,7 +71,7 @@ def check(arguments: argparse.Namespace) -> int:
     if not all(is_image(file) or is_frame_folder(file) for file in listing.files):
         decoder = choose_decoder(decoder)
     limits = Limits(arguments.seconds, round(arguments.memory * GIB))
-    checker = check_manifest.Checker(decoder, arguments.seconds_in_all)
+    checker = check_manifest.Checker(decoder)
     known = check_manifest.known_of(out, root)
     with closing(Journal(out.with_name(f"{out.name}.partial"))) as journal:
         known |= check_manifest.noted_in(journal)

@@ -115,7 +115,7 @@ def prepare(arguments: argparse.Namespace) -> None:
                 print(f"{counted(len(missing), 'file')}{done}, {workers}", flush=True)
                 folder.make(missing, arguments.workers, limits)
             if recipe.form == "shards":
-                folder.pack(arguments.workers, limits)
+                folder.pack()
         except KeyboardInterrupt:
             done = f"{len(folder.outputs)} of {counted(len(folder.names), 'file')} are done"
             print(f"\n{done}; the same command goes on", flush=True)

@@ -77,7 +77,7 @@ def write_split(split: str, data: Any, output: Path) -> Split:
                 f"{path} is there and is another picture than that of the archive. Move the images "
                 "away that are there, or name another folder by --output"
             )
-    return Split(split, found, ())
+    return Split(split, found)
 
 
 def prepare(options: argparse.Namespace) -> tuple[Sequence[str], list[Split]]:

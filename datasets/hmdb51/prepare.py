@@ -55,8 +55,6 @@ def prepare(options: argparse.Namespace) -> tuple[Sequence[str], list[recipes.Sp
             for place, found in recipes.matches_of(path, LINE, NEEDED):
                 shown = f"{name}/{found['name']}"
                 clips[found["use"]].append(Clip(place, shown, (key_of(Path(shown)),), name))
-        for clip in clips["0"]:
-            videos.find(clip)  # it is listed, though not used
         lists = {f"train_split{number}": clips["1"], f"test_split{number}": clips["2"]}
         splits += recipes.match(lists, videos, classes, expected)
     return classes.names, splits

@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpm_video.config.choices import DecoderChoice
-from hpm_video.decoding.image import ImageReader
-from hpm_video.decoding.locations import frames_in, is_frame_folder, is_image, read_bytes
-from hpm_video.decoding.orientation import orientation_of_image, upright_size
+from hpm_video.decoding.locations import is_frame_folder, is_image
+from hpm_video.decoding.orientation import upright_size
 from hpm_video.decoding.reader import DecodeError, VideoReader, as_decode_error
 from hpm_video.decoding.registry import open_video
 from hpm_video.decoding.video_stream import VideoStream
@@ -59,18 +58,8 @@ def _check_images(reader: VideoReader, file: str) -> Steps[Finding]:
         except DecodeError as error:
             sound, why = number, error.reason
             break
-    first = str(frames_in(file)[0]) if is_frame_folder(file) else file
-    with ImageReader(first, read_bytes(first)) as still:
-        finding = Finding(
-            "fine",
-            num_frames=sound,
-            height=height,
-            width=width,
-            codec=(still.image.format or "").lower(),
-            pixel_format=still.image.mode,
-            rotation=orientation_of_image(still.image).degrees,
-            key_frame_distance=1,
-        )
+    size = {"height": height, "width": width}
+    finding = Finding("fine", num_frames=sound, **size, key_frame_distance=1)
     doubts = [*doubts_of_length(sound)] if is_frame_folder(file) else []
     return _with_verdict(finding, doubts, count, why, f"{AGAIN}, or {ANEW}")
 

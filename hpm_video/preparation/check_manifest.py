@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -27,7 +26,7 @@ from hpm_video.preparation.jobs import Journal, paced, run_jobs
 from hpm_video.workers.pool import Limits
 from hpm_video.workers.progress_bar import ProgressBar
 
-MORE = "where it is only large or slow, give more --memory, --seconds or --seconds-in-all"
+MORE = "where it is only large or slow, give more --memory or --seconds"
 REASONS_SHOWN = 8
 
 
@@ -36,15 +35,9 @@ class Checker:
     """Work of a process that checks files."""
 
     decoder: DecoderChoice = "auto"
-    seconds_in_all: float = 3600.0  # limit for a file, even if it makes progress
 
-    def __call__(self, file: str) -> Iterator[Finding | Failure | None]:
-        end = time.monotonic() + self.seconds_in_all
-        for result in paced(examine(file, self.decoder)):
-            if result is None and time.monotonic() > end:
-                yield Failure(file, f"it took longer than {self.seconds_in_all:g} s in all")
-                return
-            yield result
+    def __call__(self, file: str) -> Iterator[Finding | None]:
+        return paced(examine(file, self.decoder))
 
 
 def decoder_for(file: str, decoder: str) -> str:

@@ -184,8 +184,6 @@ def write_report(path: Path, header: Sequence[str], rows: Iterable[Iterable[obje
 
 def reason_of(error: Exception) -> str:
     """Return on one line why a file failed."""
-    if isinstance(error, FileNotFoundError):
-        return "there is no such file"
     if isinstance(error, DecodeError):
         return error.reason
     reason = str(getattr(error, "strerror", None) or error)  # without the path

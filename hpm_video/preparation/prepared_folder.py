@@ -30,7 +30,7 @@ from hpm_video.files.wording import counted
 from hpm_video.preparation.findings import COLUMNS as CHECK_COLUMNS
 from hpm_video.preparation.findings import Stamp, stamp_of
 from hpm_video.preparation.jobs import Journal, claim, remove, run_jobs, write_report
-from hpm_video.preparation.shards import Sample, Shard, output_names, pack_shard, suffix_of
+from hpm_video.preparation.shards import Sample, output_names, suffix_of, write_shard
 from hpm_video.preparation.transcode import Job, Output, Recipe, Transcoder
 from hpm_video.workers.pool import Limits
 from hpm_video.workers.progress_bar import ProgressBar
@@ -163,24 +163,29 @@ class PreparedFolder:
                     self.failures[place] = Failure(place, result.reason)
                     bar.advance(0)
 
-    def pack(self, workers: int, limits: Limits) -> None:
-        """Write the shards that are missing, and record them. OSError: one cannot be written."""
+    def pack(self) -> None:
+        """Write the shards that are missing, record them, and delete what they were made of.
+
+        OSError: one cannot be written. What is done stays.
+        """
         groups = self.unpacked()
-        jobs = {name: self.shard(name, places) for name, places in groups.items()}
-        # Nothing is decoded, and a large file is copied in one step: it may take longer.
-        limits = replace(limits, seconds=10 * limits.seconds)
-        with (
-            closing(ProgressBar(len(jobs), "shards", "MB/s")) as bar,
-            closing(run_jobs(pack_shard, jobs, workers, limits)) as results,
-        ):
-            for name, result in results:
-                if isinstance(result, Failure):
-                    remove(jobs[name].temporary)
-                    raise OSError(f"{jobs[name].target} cannot be written: {result.reason}")
-                self._note_shard(name, dict(zip(groups[name], result, strict=True)))
-                bar.advance(sum(member.size for member in result) / 1e6)
-        if not self.unpacked():
-            remove(str(self._parts))
+        with closing(ProgressBar(len(groups), "shards", "MB/s")) as bar:
+            for name, places in groups.items():
+                members = write_shard(self.path / name, [self._sample(place) for place in places])
+                packed = dict(zip(places, members, strict=True))
+                self._packed |= packed
+                where = [[place, it.name, it.offset, it.size] for place, it in packed.items()]
+                self._shards[name] = {
+                    "shard": name,
+                    "bytes": (self.path / name).stat().st_size,
+                    "members": where,
+                    "labels": [self._label(self._row[place]) for place in places],
+                }
+                self._note(self._shards[name])
+                for place in () if self.recipe.copy else places:
+                    remove(self._output(place))
+                bar.advance(sum(member.size for member in members) / 1e6)
+        remove(str(self._parts))
 
     def job(self, place: str) -> Job:
         """Make the job of a place."""
@@ -219,25 +224,6 @@ class PreparedFolder:
         first = max((int(name[6:12]) + 1 for name in self._shards), default=0)
         return {f"shard-{number:06d}.tar": group for number, group in enumerate(groups, first)}
 
-    def shard(self, name: str, places: Sequence[str]) -> Shard:
-        """Make the job of a shard."""
-        samples = tuple(map(self._sample, places))
-        return Shard(f"{self._unfinished}/{name}", f"{self.path}/{name}", samples)
-
-    def _note_shard(self, name: str, packed: Mapping[str, TarMember]) -> None:
-        """Record a shard, and delete the files that it was made of."""
-        self._packed |= packed
-        self._shards[name] = {
-            "shard": name,
-            "bytes": (self.path / name).stat().st_size,
-            "members": [[place, it.name, it.offset, it.size] for place, it in packed.items()],
-            "labels": [self._label(self._row[place]) for place in packed],
-        }
-        self._note(self._shards[name])
-        if not self.recipe.copy:
-            for place in packed:
-                remove(self._output(place))
-
     def write_lists(self) -> None:
         """Write ``manifest.csv`` in the order of the source, and ``failed.csv``."""
         rows = [row for row, place in enumerate(self.manifest.files) if place in self.outputs]
@@ -270,14 +256,7 @@ class PreparedFolder:
         return [str(path), label if label >= 0 else "", name, *properties]
 
     def _sample(self, place: str) -> Sample:
-        label, name = self._label(self._row[place])
-        info: dict[str, Any] = {
-            "num_frames": self.outputs[place].num_frames,
-            "source": place.removeprefix(self.base.rstrip("/") + "/"),
-        }
-        info |= {"label": label} if label >= 0 else {}
-        info |= {"label_name": name} if name else {}
+        label, _ = self._label(self._row[place])
         if self.recipe.copy:
-            return Sample(self.names[place], place, suffix_of(place), label, info)
-        suffix, output = self.recipe.suffix(place), self._output(place)
-        return Sample(self.names[place], output, suffix, label, info)
+            return Sample(self.names[place], place, suffix_of(place), label)
+        return Sample(self.names[place], self._output(place), self.recipe.suffix(place), label)

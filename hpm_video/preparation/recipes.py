@@ -53,15 +53,13 @@ class Split:
 
     name: str
     found: Sequence[tuple[Path, int]]
-    missing: Sequence[str]
-    files: "Files | None" = None  # where they were looked for
+    missing: Sequence[str] = ()
 
 
 class Classes:
     """Names of classes, which are found by any spelling that keeps the letters and digits.
 
-    Downloads change spaces, capitals, apostrophes and brackets. Two names that differ in nothing
-    else are a RecipeError.
+    Downloads change the others. Two names that differ in nothing else are a RecipeError.
     """
 
     def __init__(self, names: Iterable[str], source: str) -> None:
@@ -69,12 +67,10 @@ class Classes:
         self.source = source
         self.labels: dict[str, int] = {}  # by key
         for label, name in enumerate(self.names):
-            earlier = self.labels.setdefault(class_key(name), label)
-            if earlier != label:
+            if (earlier := self.labels.setdefault(class_key(name), label)) != label:
                 raise RecipeError(
-                    f"{source}: the classes {self.names[earlier]!r} and {name!r} are spelled alike "
-                    "but for case, spaces and punctuation, by which folders are not told apart. "
-                    "Give a class one name"
+                    f"{source}: the classes {self.names[earlier]!r} and {name!r} differ in case, "
+                    "spaces or punctuation alone. Give a class one name"
                 )
 
     def label(self, name: str, place: str) -> int:
@@ -89,7 +85,7 @@ class Classes:
 
 
 class Files:
-    """Videos or images below a folder by key, and which of them are listed."""
+    """Videos or images below a folder by key."""
 
     def __init__(
         self,
@@ -110,7 +106,6 @@ class Files:
         self._by_key: dict[str, list[Path]] = defaultdict(list)
         for file in self.files:
             self._by_key[key(file)].append(file)
-        self._asked: set[Path] = set()
 
     def find(self, clip: Clip) -> Path | None:
         """Return the file of a clip, by the first of its keys that any file has."""
@@ -121,13 +116,7 @@ class Files:
                 f"{files[1]}. There must be one: move the others away, or take files of one "
                 f"kind alone, as with --suffix {files[0].suffix}"
             )
-        self._asked.update(files)
         return files[0] if files else None
-
-    def unlisted(self) -> list[str]:
-        """Return the files that no clip asked for, from the folder on."""
-        left = [file for file in self.files if file not in self._asked]
-        return [str(file.relative_to(self.folder)) for file in left]
 
 
 def class_key(name: str) -> str:
@@ -203,7 +192,7 @@ def match(
                     "release"
                 )
             found.append((file, label))
-        splits.append(Split(name, found, missing, files))
+        splits.append(Split(name, found, missing))
     if not any(split.found for split in splits):
         missing = [name for split in splits for name in split.missing]
         listed = counted(len(missing), files.kind)
@@ -222,7 +211,7 @@ def class_folders(name: str, files: Files, classes: Classes) -> Split:
         folder: classes.label(folder.name, f"the folder {folder}, which holds {files.kind}s")
         for folder in sorted({file.parent for file in files.files})
     }
-    return Split(name, [(file, label_of[file.parent]) for file in files.files], ())
+    return Split(name, [(file, label_of[file.parent]) for file in files.files])
 
 
 @safe_output()
@@ -311,7 +300,7 @@ def _check_what_is_there(output: Path, content: Mapping[str, str]) -> None:
 
 
 def report(output: Path, names: Sequence[str], splits: Sequence[Split], kind: Kind) -> str:
-    """Report found, missing and unlisted files."""
+    """Report found and missing files."""
     lines = [f"{counted(len(names), 'class')}: {output / 'labels.txt'}"]
     for split in splits:
         found, missing = len(split.found), len(split.missing)
@@ -323,11 +312,4 @@ def report(output: Path, names: Sequence[str], splits: Sequence[Split], kind: Ki
         if missing:
             some = ", ".join(split.missing[:NAMED_IN_REPORT])
             lines.append(f"  such as {some}; all in {output}/missing_{split.name}.txt")
-    for files in dict.fromkeys(split.files for split in splits if split.files):
-        unlisted = files.unlisted()
-        lines.append(
-            f"on disk, but in none of these lists: {len(unlisted)} of "
-            f"{counted(len(files.files), kind)} in {files.folder}"
-            f"{': ' * bool(unlisted)}{', '.join(unlisted[:NAMED_IN_REPORT])}"
-        )
     return "\n".join(lines)

@@ -1,24 +1,22 @@
 """Tar files in the layout of webdataset, and names of outputs.
 
 The files of a sample follow each other in a tar and share a key, the name up to the first dot:
-``class/a.cls`` (the class, if it has one), ``class/a.json`` (metadata) and
-``class/a.mp4``. The same samples give the same bytes.
+``class/a.cls`` (the class, if it has one) and ``class/a.mp4``. The same samples give the same
+bytes.
 """
 
 import hashlib
 import io
-import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO
 
 from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES, TarMember, is_frame_folder
-from hpm_video.files.failures import Failure
-from hpm_video.preparation.jobs import Steps, attempt
+from hpm_video.files.atomic import written_beside
 
 LONGEST_PART = 150  # limit of the bytes in a part of a name; file systems take 255
 UNSAFE = r"[\0-\x1f\x7f-\x9f\\\ud800-\udfff]"  # control characters and those that are not text
@@ -32,42 +30,23 @@ class Sample:
     place: str  # path of a file, or member of another tar
     suffix: str  # suffix of the member, such as ``.mp4``
     label: int  # -1 where it has none
-    info: Mapping[str, Any]  # content of the JSON file
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Samples of one tar file."""
-
-    temporary: str  # path to write to first
-    target: str
-    samples: tuple[Sample, ...]
-
-
-def pack_shard(shard: Shard) -> Iterator[list[TarMember] | Failure | None]:
-    """Work of a process: write a shard. -> the member of each sample"""
-    return attempt(write_shard(shard), shard.target, shard.temporary)
-
-
-def write_shard(shard: Shard) -> Steps[list[TarMember]]:
-    """Write a tar file, and move it to its place. -> the member of each sample"""
-    names = [sample.key + sample.suffix for sample in shard.samples]
-    with tarfile.open(shard.temporary, "w", format=tarfile.PAX_FORMAT) as tar:
-        for sample, name in zip(shard.samples, names, strict=True):
-            texts = {".cls": str(sample.label)} if sample.label >= 0 else {}
-            texts[".json"] = json.dumps(dict(sample.info), sort_keys=True)
-            for suffix, text in texts.items():
-                _add(tar, sample.key + suffix, io.BytesIO(text.encode()))
-            member = TarMember.parse(sample.place)
-            with io.BytesIO(member.read()) if member else Path(sample.place).open("rb") as source:
-                _add(tar, name, source)
-            yield
-    with tarfile.open(shard.temporary, "r:") as tar:
-        written = {member.name: member for member in tar}
-    Path(shard.temporary).replace(shard.target)
-    tar_name = Path(shard.target).name
+def write_shard(path: Path, samples: Sequence[Sample]) -> list[TarMember]:
+    """Write a tar file atomically. -> the member of each sample"""
+    names = [sample.key + sample.suffix for sample in samples]
+    with written_beside(path) as beside:
+        with tarfile.open(beside, "w", format=tarfile.PAX_FORMAT) as tar:
+            for sample, name in zip(samples, names, strict=True):
+                if sample.label >= 0:
+                    _add(tar, f"{sample.key}.cls", io.BytesIO(str(sample.label).encode()))
+                member = TarMember.parse(sample.place)
+                with io.BytesIO(member.read()) if member else Path(sample.place).open("rb") as file:
+                    _add(tar, name, file)
+        with tarfile.open(beside, "r:") as tar:
+            written = {member.name: member for member in tar}
     members = [written[name] for name in names]
-    return [TarMember(tar_name, each.name, each.offset_data, each.size) for each in members]
+    return [TarMember(path.name, each.name, each.offset_data, each.size) for each in members]
 
 
 def _add(tar: tarfile.TarFile, name: str, file: IO[bytes]) -> None:

@@ -258,8 +258,6 @@ def test_kinetics_flat_as_mirrored_with_missing_ones(run: Run) -> None:
     assert Path("out/missing_train.txt").read_text().splitlines() == missing
     assert "train: 10 videos listed, 2 found, 8 missing" in outcome.out
     assert f"such as {', '.join(missing[:5])}; all in " in outcome.out
-    assert "on disk, but in none of these lists: 2 of 4 videos" in outcome.out
-    assert "unknown-one_000000_000010.mp4" in outcome.out
     assert run("kinetics400", *arguments, "--strict").code == 2
     for one in missing:
         touch(f"k400/train/{one.split('/')[1]}.mp4")
@@ -283,8 +281,6 @@ def test_kinetics_test_list_without_labels_and_ids_of_two_splits(run: Run) -> No
     assert outcome.code == 0, outcome.err
     assert listed("out/test.csv") == {"zumba/ccccccccccc.mp4": -1}
     assert listed("out/train.csv") == {"zumba/aaaaaaaaaaa_000000_000010.mp4": 0}
-    assert "on disk, but in none of these lists: 2 of 4 videos" in outcome.out
-    assert outcome.out.count("on disk") == 1
 
 
 def test_kinetics_paths_are_relative_below_the_output(run: Run) -> None:
@@ -393,15 +389,14 @@ def test_kinetics_what_lies_there_is_not_spoiled(run: Run) -> None:
     assert Path("b/train.csv").read_text() == jump
 
 
-def test_a_name_that_is_not_text_is_refused_or_shown_escaped(run: Run) -> None:
+def test_a_name_that_is_not_text_is_refused(run: Run) -> None:
     try:
-        touch("a/run/1.mp4", "a/run/" + os.fsdecode(b"caf\xe9.mp4"))
+        touch("a/" + os.fsdecode(b"caf\xe9") + "/1.mp4")
     except OSError:
         pytest.skip("this file system knows no such names")
-    text("list/train.csv", HEADER + "run,1,0,10,train,0\nrun,caf\N{REPLACEMENT CHARACTER},0,1,,0\n")
+    text("list/train.csv", HEADER + "run,1,0,10,train,0\n")
     outcome = run("kinetics400", "--videos", "a", "--lists", "list")
-    assert outcome.code == 0
-    assert "run/caf\\udce9.mp4" in outcome.out
+    refused(outcome, "caf\\udce9", "not text in UTF-8", "Rename it")
 
 
 # --- Something-Something V2 -----------------------------------------------------------------------
@@ -441,7 +436,7 @@ def ssv2_arguments(prefix: str = "") -> list[str]:
 def test_ssv2_as_downloaded(run: Run, prefix: str) -> None:
     arguments = ssv2_arguments(prefix)
     Path("20bn-something-something-v2/42.webm").unlink()
-    touch("20bn-something-something-v2/999.webm")
+    touch("20bn-something-something-v2/999.webm")  # in no list
     outcome = run("ssv2", *arguments)
     assert outcome.code == 0, outcome.err
     folder = "20bn-something-something-v2"
@@ -455,8 +450,6 @@ def test_ssv2_as_downloaded(run: Run, prefix: str) -> None:
     )
     assert Path("out/missing_train.txt").read_text() == "42\n"
     assert "train: 3 videos listed, 2 found, 1 missing" in outcome.out
-    assert "none of these lists: 1 of 6 videos" in outcome.out
-    assert outcome.out.splitlines()[-1].endswith(": 999.webm")
     assert run("ssv2", *arguments, "--strict").code == 2
 
 
@@ -551,7 +544,6 @@ def test_ucf_three_splits(run: Run) -> None:
             **{f"{eyes}_g0{group}_c01.avi": 0 for group in others},
             **{f"{hands}Pushups_g0{group}_c01.avi": 1 for group in others},
         }
-    assert "none of these lists: 0 of 6 videos" in outcome.out
     assert read_manifest("out/test_split2.csv").label_names == (
         "ApplyEyeMakeup",
         "HandstandPushups",
@@ -576,7 +568,6 @@ def test_ucf_case_is_of_no_account_and_what_is_missing_is_named(run: Run) -> Non
     assert Path("out/missing_train_split1.txt").read_text() == name
     assert not Path("out/missing_test_split1.txt").exists()
     assert "test_split2: 2 videos listed, 1 found, 1 missing" in outcome.out
-    assert "none of these lists: 1 of 6 videos" in outcome.out
     assert run("ucf101", *arguments, "--strict").code == 2
 
 
@@ -652,10 +643,9 @@ def test_hmdb_three_splits_and_odd_names(run: Run) -> None:
             f"hmdb51_org/swing_baseball/{HMDB_NAMES['swing_baseball'][place]}": 1,
         }
     assert "train_split1: 2 videos listed, 2 found, 0 missing" in outcome.out
-    assert "none of these lists: 0 of 8 videos" in outcome.out
 
 
-def test_hmdb_other_spellings_missing_and_unlisted_videos(run: Run) -> None:
+def test_hmdb_other_spellings_and_missing_videos(run: Run) -> None:
     arguments = hmdb_arguments()
     Path("hmdb51_org/brush_hair").rename("away")
     Path("hmdb51_org/Brush Hair").mkdir()
@@ -671,8 +661,6 @@ def test_hmdb_other_spellings_missing_and_unlisted_videos(run: Run) -> None:
     )
     assert Path("out/missing_train_split2.txt").exists()
     assert not Path("out/missing_train_split1.txt").exists()
-    assert "none of these lists: 1 of 8 videos" in outcome.out
-    assert outcome.out.endswith("swing_baseball/b_0.avi\n")
     assert run("hmdb51", *arguments, "--strict").code == 2
 
 

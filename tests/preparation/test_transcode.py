@@ -39,7 +39,7 @@ from hpm_video.preparation.encode import fitted_size, write_video
 from hpm_video.preparation.findings import stamp_of
 from hpm_video.preparation.jobs import DiskFailure, remove
 from hpm_video.preparation.prepared_folder import PreparedFolder
-from hpm_video.preparation.shards import Sample, Shard, output_names, pack_shard, write_shard
+from hpm_video.preparation.shards import Sample, output_names, write_shard
 from hpm_video.preparation.transcode import Job, Output, Recipe, Transcoder, at_rate
 from hpm_video.workers.pool import Answer, Limits
 
@@ -281,25 +281,17 @@ def test_shards_have_the_layout_of_webdataset(outputs):
         data = {member.name: tar.extractfile(member).read() for member in members}
     assert [member.name for member in members] == [
         "a/plain_one.cls",
-        "a/plain_one.json",
         "a/plain_one.mp4",
         "a/turned.cls",
-        "a/turned.json",
         "a/turned.mp4",
         "b/odd.cls",
-        "b/odd.json",
         "b/odd.mp4",
-        "b/uneven.json",
         "b/uneven.mp4",
         "b/small.cls",
-        "b/small.json",
         "b/small.mp4",
     ]
     assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in members} == {(0, 0, 0, "", "")}
     assert data["b/odd.cls"] == b"1"
-    assert json.loads(data["b/odd.json"]) == {
-        **{"label": 1, "label_name": "to go", "num_frames": 18, "source": "b/odd.mkv"}
-    }
     files = outputs / "files" / "videos"
     assert data["b/odd.mp4"] == (files / "b" / "odd.mp4").read_bytes()
     for place in read_manifest(outputs / "shards" / "manifest.csv").files:
@@ -602,10 +594,6 @@ def test_a_playlist_does_not_open_other_files(tmp_path):
 # --- Shards -------------------------------------------------------------------------------------
 
 
-def packable(path, key="a/b", **info):
-    return Sample(key, str(path), ".mp4", 3, {"num_frames": 2, **info})
-
-
 def test_shards_are_split_by_size_and_always_the_same(start, source, tmp_path):
     for name in ("one", "two"):
         start(source, tmp_path / name, "--to", "shards", "--shard-size", "0.00002", code=2)
@@ -622,9 +610,8 @@ def test_long_and_foreign_names_are_readable(tmp_path):
     video = tmp_path / "v.mp4"
     video.write_bytes(b"0123456789")
     keys = ["x" * 140 + "/" + "y" * 140, "Straße/été", "a b/c@d+e::f"]
-    samples = [packable(video, key, source="ü\n\t") for key in keys]
-    shard = Shard(f"{tmp_path}/beside.tar", f"{tmp_path}/s.tar", tuple(samples))
-    packed = [*_results(write_shard(shard))][-1]
+    samples = [Sample(key, str(video), ".mp4", 3) for key in keys]
+    packed = write_shard(tmp_path / "s.tar", samples)
     for key, where in zip(keys, packed, strict=True):
         member = TarMember.parse(f"{tmp_path}/s.tar::{where.name}@{where.offset}+{where.size}")
         assert member.name == f"{key}.mp4"
@@ -674,7 +661,7 @@ def test_what_is_repaired_is_added(start, source, tmp_path):
     (tmp_path / "list.csv").write_text("path\na.mp4\nb.mp4\n")
     write_source(tmp_path / "a.mp4")
     start(tmp_path / "list.csv", output, "--to", "shards", code=2)
-    assert failed_in(output) == {"b.mp4": "there is no such file"}
+    assert failed_in(output) == {"b.mp4": "FileNotFoundError: No such file or directory"}
     first = (output / "shard-000000.tar").read_bytes()
     write_source(tmp_path / "b.mp4", frames=9)
     start(tmp_path / "list.csv", output, "--to", "shards")
@@ -811,8 +798,9 @@ def test_going_on_needs_no_encoder_that_gives_the_same_bytes(start, tmp_path, ca
         jobs = [folder.job(place) for place in folder.missing()]
         old = [last_of(job, before) for job in jobs]
         folder.note(jobs[0].place, old[0])  # and the second one is there without a note
-        for name, places in folder.unpacked().items():  # nor is there one of the first's shard
-            list(pack_shard(folder.shard(name, places)))
+        lost = folder.unpacked() if form == "shards" else {}
+        for name, places in lost.items():  # nor is there a note of the first one's shard
+            write_shard(folder.path / name, [folder._sample(place) for place in places])
     remove(jobs[0].target)
     capsys.readouterr()
     start(tmp_path / "list.csv", tmp_path / "out", "--to", form)
@@ -1035,11 +1023,6 @@ def test_an_output_that_is_not_what_it_should_be_is_no_row(tmp_path, monkeypatch
     assert isinstance(failed, Failure)
     assert "instead of" in failed.reason
     assert [each.name for each in tmp_path.iterdir()] == ["a.mp4"]
-
-
-def _results(generator):
-    """Everything that it yields, and what it returns."""
-    yield (yield from generator)
 
 
 def test_a_file_that_is_cut_off_is_told(tmp_path):
