@@ -71,13 +71,17 @@ class BadFiles:
         """Open the list, CSV with the columns path and reason, if there is one.
 
         ``writes``: of several processes that note the same failures, one writes them down.
+        Raises an OSError if it is no such list.
         """
         self._path, self._writes = path, writes
         self._num_files, self._max_bad_share = num_files, max_bad_share
         self.failures: dict[str, Failure] = {}  # by path
         if path.exists():
-            with path.open(newline="", **TEXT) as file:
-                rows = [row for row in csv.reader(file) if len(row) == 2][1:]
+            try:
+                with path.open(newline="", **TEXT) as file:
+                    rows = [row for row in csv.reader(file) if len(row) == 2][1:]
+            except csv.Error as error:
+                raise OSError(f"{path} is no list of bad files ({error}); delete it") from error
             self.failures = {name: Failure(name, reason) for name, reason in rows}
 
     def note(self, failures: Iterable[Failure]) -> None:

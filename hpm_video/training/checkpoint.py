@@ -144,6 +144,8 @@ def read_state(checkpoint: Path, *, of_run: bool = False) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         name = checkpoint_path(checkpoint.parent, state["update"]).name
+        if best := state.get("best"):
+            _ = best["update"], best["score"]
         if of_run:
             _ = state["facts"]["precision"], state["data"], state["best"]
     except (OSError, ValueError, TypeError, KeyError) as error:

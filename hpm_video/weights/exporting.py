@@ -134,6 +134,8 @@ def _write(to: To, model: TrainedModel, out: Path) -> dict[str, str]:
     frames = model.config.data.num_frames
     if to in ("timm", "mae", "hpm") and frames > 1:
         raise CheckpointError(f"it takes images, not clips of {frames} frames")
+    if to != "timm" and model.pretraining and not model.pretraining.mining.pixel_kind:
+        raise CheckpointError("it takes decoders of pixels, not of features (mining.target)")
     tensors, left_out = express.express(model, to)
     if to == "timm":
         _write_timm(model, tensors, out)

@@ -11,6 +11,7 @@ from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
 from hpm_video.decoding.reader import DecoderError
+from hpm_video.files.failures import BadFiles
 from hpm_video.files.weights import CheckpointError
 from hpm_video.runs.finetuning import finetune
 from hpm_video.runs.pretraining import load_run, pretrain
@@ -184,6 +185,13 @@ def test_a_checkpoint_of_before_checksums_goes_on_and_is_told_once(start, run, n
     assert read_state(newest)["sha256"].keys() == {
         f"{name}.safetensors" for name in ("model", "teacher", "optimizer")
     }
+
+
+def test_a_damaged_list_of_bad_files_is_named(tmp_path):
+    path = tmp_path / "bad_files.csv"
+    path.write_text(f"path,reason\n{'a' * 200_000},b\n")
+    with pytest.raises(OSError, match=r"bad_files.csv is no list of bad files .*delete it"):
+        BadFiles(path, num_files=1, max_bad_share=1.0)
 
 
 def test_a_misspelt_decoder_leaves_nothing(config_file, tmp_path):

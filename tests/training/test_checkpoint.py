@@ -263,6 +263,7 @@ def test_checkpoints_elsewhere_are_unlinked_but_not_deleted(tmp_path, config):
         b'{"update": 7}',
         b'{"update": "7", "facts": {}, "data": "", "best": {}}',
         b'{"update": 7, "facts": {}, "data": "", "best": {}}',
+        b'{"update": 7, "facts": {"precision": ""}, "data": "", "best": {"score": 1}}',
     ],
 )
 def test_a_state_that_says_too_little_is_no_state_of_a_run(tmp_path, text):

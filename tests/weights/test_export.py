@@ -413,7 +413,14 @@ REFUSED = {
     "a bias": ("clips", ("model.conventions=mae",), False, "videomae", "left over encoder_to_d"),
     "no bias": ("images", ("model.conventions=videomae",), False, "mae", "missing decoder_embed"),
     "no class token": ("images", ("model.class_token=false",), False, "mae", "none of"),
-    "features": ("clips", ("mining.target=ema",), False, "videomae", r"decoder\.head\.weight has"),
+    "features": ("clips", ("mining.target=ema",), False, "videomae", "not of features"),
+    "features as wide as a patch": (
+        "images",
+        ("mining.target=ema", "model.encoder={dim: 192, depth: 2, num_heads: 4}"),
+        False,
+        "mae",
+        "not of features",
+    ),
     "clips in timm": ("clips", (), True, "timm", "takes images"),
     "clips in MAE": ("clips", (), False, "mae", "not clips of 4 frames"),
     "clips of other frames": (
