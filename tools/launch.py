@@ -158,6 +158,8 @@ def read_options(command_line: Sequence[str] | None) -> argparse.Namespace:
     given = parser.parse_args(command_line)
     if not Path(given.program).is_file():
         parser.error(f"no program {given.program} in {Path.cwd()}; name a Python file")
+    if os.environ.get("HOSTFILE"):
+        parser.error("HOSTFILE is not read here; docs/gpus.md shows how to start several machines")
     if given.processes < 1 or given.nodes < 1:
         parser.error(
             f"--processes {given.processes} (GPUS) and --nodes {given.nodes} (NNODES) must be at "

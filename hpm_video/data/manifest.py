@@ -18,6 +18,7 @@ from hpm_video.data import places
 from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Section
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.errors import ExpectedError, read_text
+from hpm_video.files.wording import counted
 
 UNLABELLED = NOT_STATED = -1
 Verdict = Literal["fine", "suspicious", "bad"]
@@ -33,10 +34,14 @@ _EXPECTED = (
     f"where the name of the file ends in {_SUFFIXES}"
 )
 _LIST_LINE = re.compile(
-    rf"(?P<path>.*(?:{'|'.join(map(re.escape, places.MEDIA_SUFFIXES))}))"
-    r"(?P<numbers>(?:[ \t,;]+-?\d+)*)",
+    rf"(?P<path>\"(?:[^\"]|\"\")+\"|.*(?:{'|'.join(map(re.escape, places.MEDIA_SUFFIXES))}))"
+    r"(?P<numbers>(?:[ \t,;]+-?\d+(?:\.0+)?)*)",
     re.IGNORECASE,
 )
+_OTHERS = ("label", "label_name", "num_frames", "kept_every", "start", "end", "fps", "verdict")
+_COLUMNS = ("path", *_OTHERS)
+_PATHS = ("video_path", "file_path", "filepath", "file_name", "filename", "video", "file")
+"""What others call the column of files, where there is none called path."""
 
 
 class ManifestError(ExpectedError, ValueError):
@@ -133,14 +138,15 @@ class Manifest:
 def read_manifest(path: Path | str, root: Path | str | None = None) -> Manifest:
     """Read a list of videos or images, or find those of a folder.
 
-    - A CSV file whose first line names its columns: ``path`` and, each optional, ``label``,
-      ``label_name``, ``num_frames``, ``kept_every`` (N where the file holds every N-th frame of a
-      video), ``start`` and ``end`` (seconds: a row is then a section of its file), ``fps`` and
-      ``verdict``. An empty cell says nothing; other columns are ignored. Files whose verdict is
-      ``bad`` are left out, and the log counts them. A path may be of any kind that
-      :mod:`hpm_video.decoding.locations` has.
+    - A CSV file (by commas, semicolons or tabs) whose first line names its columns: ``path`` and,
+      each optional, ``label``, ``label_name``, ``num_frames``, ``kept_every`` (N where the file
+      holds every N-th frame of a video), ``start`` and ``end`` (seconds: a row is then a section of
+      its file), ``fps`` and ``verdict``. An empty cell says nothing; other columns are ignored.
+      Files whose verdict is ``bad`` are left out, and the log counts them. A path may be of any
+      kind that :mod:`hpm_video.decoding.locations` has.
     - A list without such a line, as VideoMAE and its descendants use: see :func:`_meaning`. The
-      numbers at the end of a line are split off, so a path may hold spaces.
+      numbers at the end of a line are split off, so a path may hold spaces; it may be quoted. Other
+      lines that begin with ``#`` are comments.
     - A folder of class folders, where each file lies in a folder directly below: the classes are
       the sorted names of those folders.
     - Any other folder: all videos in it, or all images, however deep, unlabelled. Those whose names
@@ -201,8 +207,12 @@ def read_listing(path: Path | str, root: Path | str | None = None) -> Listing:
         )
     text = read_text(source, ManifestError, _EXPECTED)
     first_line = text.partition("\n")[0]
-    header = [cell.strip() for cell in next(csv.reader([first_line]), [])]
-    table = _read_table(source, text, header) if "path" in header else _read_list(source, text)
+    for separator in ",;\t":
+        if columns := _columns(first_line, separator):
+            table = _read_table(source, text, columns, separator)
+            break
+    else:
+        table = _read_list(source, text)
     if table.empty:
         raise ManifestError(f"{source} lists no videos or images. {_EXPECTED}")
     base, files = Path(root).absolute() if root else source.parent, list[str]()
@@ -232,10 +242,20 @@ def _refuse(listing: Listing, rows: Sequence[int], why: str) -> None:
         raise _bad_line(listing.source, listing.table.index[rows[0]], cells, why)
 
 
-def _read_table(source: Path, text: str, header: list[str]) -> pd.DataFrame:
+def _columns(line: str, separator: str) -> list[str]:
+    """Return the columns that a first line names, as we spell them; none where it has no files."""
+    cells = [cell.strip() for cell in next(csv.reader([line], delimiter=separator), [])]
+    names = [cell.lower() if cell.lower() in _COLUMNS else cell for cell in cells]
+    others = [cell for cell in cells if cell.lower() in _PATHS]
+    if "path" not in names and len(others) == 1 and len(cells) > 1:
+        names[cells.index(others[0])] = "path"
+    return names if "path" in names else []
+
+
+def _read_table(source: Path, text: str, header: list[str], separator: str) -> pd.DataFrame:
     if len({*header}) < len(header):
         raise _bad_line(source, 1, ",".join(header), "a column appears more than once")
-    reader = csv.reader(io.StringIO(text, newline=""))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     next(reader)
     rows = {}
     for row in filter(None, reader):
@@ -251,17 +271,22 @@ def _read_list(source: Path, text: str) -> pd.DataFrame:
     rows: dict[int, tuple[str, ...]] = {}
     columns = None
     for line, row in enumerate(text.splitlines(), start=1):
-        if not row.strip():
+        match = _LIST_LINE.fullmatch(row.strip())
+        if not match and (not row.strip() or row.startswith("#")):
             continue
-        if not (match := _LIST_LINE.fullmatch(row.strip())):
+        if not match:
             why = "need the path of a video or an image and then whole numbers"
+            if line == 1 and not re.search(r"\d|/", row):
+                why += ", or a first line that names columns, of which one is path"
             raise _bad_line(source, line, row, f"{why} (folders of frames are not read)")
-        numbers = re.findall(r"-?\d+", match["numbers"])
+        numbers = re.sub(r"[,;]|\.0+\b", " ", match["numbers"]).split()
         columns = len(numbers) if columns is None else columns
         if len(numbers) != columns:
             why = f"need {1 + columns} columns as in the lines before"
             raise _bad_line(source, line, row, why)
-        rows[line] = (match["path"], *_meaning(source, line, row, numbers))
+        path = match["path"]
+        path = path[1:-1].replace('""', '"') if path[0] == '"' else path
+        rows[line] = (path, *_meaning(source, line, row, numbers))
     names = ["path", "label", "num_frames"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=names, dtype=str)
 
@@ -356,9 +381,9 @@ def _read_folder(folder: Path) -> Listing:
     images = sum(name.lower().endswith(IMAGE_SUFFIXES) for name in found)
     if 0 < images < len(found):
         raise ManifestError(
-            f"of {len(found)} files in {folder}, {images} are images and the others are videos, "
-            "and nothing tells which are meant. Move one kind to another folder, or write a "
-            "manifest of the files that are meant"
+            f"{folder} holds both, {counted(len(found) - images, 'video')} and "
+            f"{counted(images, 'image')}, and nothing tells which of them are meant. Move one kind "
+            "to another folder, or write a manifest of the files that are meant"
         )
     columns = {"path": found}
     if all(name.count("/") == 1 for name in found):

@@ -255,8 +255,8 @@ def test_a_folder_as_a_listing(tmp_path):
         ("path,label,label_name\na,0,run\nb,0,walk\n", 3, "another label_name"),
         ("a.mp4 1\nb.mp4 one\n", 2, "need the path of a video or an image and then whole numbers"),
         ("a.mp4 1\nframes/b 30 1\n", 2, "folders of frames are not read"),
-        ("clip,label\na.mp4,1\n", 1, "need the path of a video or an image"),
-        ("path;label\na.mp4;1\n", 1, "need the path of a video or an image"),
+        ("clip,label\na.mp4,1\n", 1, "a first line that names columns, of which one is path"),
+        ("video,file,label\na.mp4,b.mp4,1\n", 1, "columns, of which one is path"),
         ("a.mp4 1\nb.mp4 0 -1\n", 2, "need 2 columns as in the lines before"),
         ("a.mp4 0 300\n", 1, "cannot tell what these numbers mean"),
         ("a.mp4 5 -1\n", 1, "cannot tell what these numbers mean"),
@@ -282,6 +282,14 @@ def test_a_manifest_without_videos(tmp_path, text):
 @pytest.mark.parametrize(
     "text",
     [
+        "path;label\na b.mp4;1\nc.mp4;0\n",
+        "path\tlabel\na b.mp4\t1\nc.mp4\t0\n",
+        "Path,Label\na b.mp4,1\nc.mp4,0\n",
+        "video_path,label\na b.mp4,1\nc.mp4,0\n",
+        "label,file_name\n1,a b.mp4\n0,c.mp4\n",
+        '"a b.mp4",1\n"c.mp4",0\n',
+        "a b.mp4 1.0\nc.mp4 0.0\n",
+        "# made by hand\na b.mp4 1\n# more\nc.mp4 0\n",
         "path, label\na b.mp4,1.0\nc.mp4,0\n",
         '"path","label"\n"a b.mp4","1"\n"c.mp4","0"\n',
         "a b.mp4;1\nc.mp4;0\n",
@@ -299,8 +307,8 @@ def test_lists_as_others_write_them(tmp_path, text, encoding):
 
 
 def test_a_path_keeps_what_looks_like_syntax(tmp_path):
-    listed_files = listed(tmp_path, "#1.mp4 0\na 'b' .mp4 1\nc;d.mp4 0\n").files
-    assert [Path(file).name for file in listed_files] == ["#1.mp4", "a 'b' .mp4", "c;d.mp4"]
+    listed_files = listed(tmp_path, '#1.mp4 0\n"a ""b"" .mp4" 1\nc;d.mp4 0\n').files
+    assert [Path(file).name for file in listed_files] == ["#1.mp4", 'a "b" .mp4', "c;d.mp4"]
     table = listed(tmp_path, "path,file\na.mp4,b.mp4\n")
     assert table.files == (f"{tmp_path}/a.mp4",)
 
@@ -376,7 +384,7 @@ def test_files_of_a_folder_are_sorted_folder_by_folder(tmp_path):
 
 def test_a_folder_of_videos_and_images(tmp_path):
     touch(tmp_path, "run/a.mp4", "run/a.jpg", "walk/b.avi", "walk/c.avi")
-    with pytest.raises(ManifestError, match=r"of 4 files .* 1 are images .*or write a manifest"):
+    with pytest.raises(ManifestError, match=r"3 videos and 1 image.*or write a manifest"):
         read_manifest(tmp_path)
     assert files_below(tmp_path) == ["run/a.jpg", "run/a.mp4", "walk/b.avi", "walk/c.avi"]
     (tmp_path / "run/a.jpg").unlink()

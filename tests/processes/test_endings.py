@@ -202,7 +202,7 @@ def test_a_wrong_input_is_told_once(environment, small_configs, tmp_path):
         check=False,
     )
     assert done.returncode == 2, done.stdout
-    assert "take recipe.batch_size=4 or 6" in done.stdout
+    assert "got 5; take recipe.batch_size=6" in done.stdout
     assert done.stdout.count("error:") == 1
     assert "Traceback" not in done.stdout
 

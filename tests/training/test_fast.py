@@ -154,7 +154,7 @@ def test_what_flows_between_blocks_has_the_precision_of_the_config(precision, re
 
 
 def test_a_bf16_residual_stream_needs_mixed_precision():
-    with pytest.raises(ValueError, match="engine.residual=bf16 does not work .* take engine.prec"):
+    with pytest.raises(ValueError, match="engine.residual=bf16 needs engine.precision"):
         EngineConfig(precision="fp32", residual="bf16")
 
 
