@@ -57,7 +57,8 @@ def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> C
     except ConfigError:
         raise
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
-        reason = str(error).strip().replace("\n", "; ")
+        lines = [line.strip() for line in str(error).splitlines()]
+        reason = "; ".join(line for line in lines if line and "_type=" not in line)
         raise ConfigError(f"cannot use {path} {' '.join(overrides)}: {reason}") from error
     assert isinstance(config, schema)
     return config
