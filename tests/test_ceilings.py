@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PHYSICAL_LINES = 24_497
-CODE_LINES = 17_064
+PHYSICAL_LINES = 24_513
+CODE_LINES = 17_077
 LINES = {
     ".": 85,
     "datasets": 898,
@@ -29,8 +29,8 @@ LINES = {
     "hpm_video/recognition": 1349,
     "hpm_video/runs": 2110,
     "hpm_video/tokens": 479,
-    "hpm_video/training": 2759,
-    "hpm_video/weights": 1986,
+    "hpm_video/training": 2758,
+    "hpm_video/weights": 2003,
     "hpm_video/workers": 629,
     "tests": 1515,
     "tools": 2714,

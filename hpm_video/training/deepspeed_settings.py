@@ -57,7 +57,6 @@ def settings_of(
             "zero_quantized_weights": False,
             "zero_quantized_nontrainable_weights": False,
             "zero_quantized_gradients": False,
-            "mics_shard_size": -1,
         },
         "torch_autocast": {"enabled": is_bf16, **({"dtype": "bfloat16"} if is_bf16 else {})},
         "fp16": {"enabled": False},

@@ -16,6 +16,7 @@ from hpm_video.weights.importing import texts_of, write_model
 CARD = """---
 library_name: hpm-video
 pipeline_tag: {task}
+tags: [hpm-video]
 ---
 
 # {name}
@@ -33,7 +34,7 @@ print(model.{call}(["my_video.mp4"]))
 
 {measures}
 
-## Cost
+## Data and cost
 
 {cost}
 
@@ -101,16 +102,26 @@ def model_card(trained: TrainedModel, name: str) -> str:
         source=json.dumps(name, ensure_ascii=False) + teacher,
         call="probabilities_of" if trained.is_classifier else "features_of",
         measures=_table([("measure", "at the start", "now", "baseline"), *measures])
-        + _table([("test", "result"), *tests_of(run)]),
-        cost=_table([("", ""), *cost_of(lines, config.recipe.batch_size * config.data.repeats)]),
+        + _table([("test", "result"), *tests_of(run)]),  # a blank line parts the tables
+        cost=_table(
+            [
+                ("", ""),
+                ("data", config.data.train),
+                ("starts from", config.init_weights or "random weights"),
+                *cost_of(lines, config.recipe.batch_size * config.data.repeats),
+            ]
+        ),
         licence=licence_of(origin),
         config=texts_of(trained)["config.yaml"],
     )
 
 
 def _table(rows: Rows) -> str:
+    """Write rows below a head, if there are any."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:], ""])
+    if len(rows) == 1:
+        return ""
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:], "", ""])
 
 
 def push_to_hub(trained: TrainedModel, repo_id: str, *, private: bool = False) -> str:
@@ -132,7 +143,8 @@ def push_to_hub(trained: TrainedModel, repo_id: str, *, private: bool = False) -
             )
         except Exception as error:  # of its client for HTTP, which differs between versions
             raise CheckpointError(
-                f"{repo_id} cannot be uploaded to the Hub ({error}); to log in: hf auth login"
+                f"{repo_id} cannot be uploaded to the Hub ({_first_line(error)}); to log in: hf "
+                "auth login"
             ) from error
     return str(address)
 
@@ -147,7 +159,12 @@ def download(name: str) -> Path:
     try:
         return Path(hub.snapshot_download(name))
     except (hub.errors.HfHubHTTPError, OSError, ValueError) as error:  # it is no name there
-        raise CheckpointError(f"there is no {name} here, nor on the Hub ({error})") from error
+        reason = _first_line(error)
+        raise CheckpointError(f"there is no {name} here, nor on the Hub ({reason})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _library() -> Any:

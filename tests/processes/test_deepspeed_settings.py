@@ -92,10 +92,6 @@ def test_a_file_adds_and_may_leave_open_or_repeat(settings):
             "zero_optimization.offload_optimizer.ratio=0.5",
         ),
         (
-            {"zero_optimization": {"mics_shard_size": 2}},
-            "zero_optimization.mics_shard_size=2",
-        ),
-        (
             {"zero_optimization": {"zero_quantized_weights": True}},
             "zero_optimization.zero_quantized_weights=True",
         ),
