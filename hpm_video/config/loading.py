@@ -42,6 +42,8 @@ def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> C
     """
     load_plugins()
     path = find_config(path)
+    if schema is FinetuneConfig and re.search(r"^masking:", _read(path), re.MULTILINE):
+        raise ConfigError(f"{path} is a config of pre-training; take one of fine-tuning")
     if odd := [override for override in overrides if "=" not in override]:
         raise ConfigError(f"an override must look like section.key=value, got {odd[0]!r}")
     try:

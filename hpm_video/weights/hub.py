@@ -102,7 +102,8 @@ def model_card(trained: TrainedModel, name: str) -> str:
         source=json.dumps(name, ensure_ascii=False) + teacher,
         call="probabilities_of" if trained.is_classifier else "features_of",
         measures=_table([("measure", "at the start", "now", "baseline"), *measures])
-        + _table([("test", "result"), *tests_of(run)]),  # a blank line parts the tables
+        + _table([("test", "result"), *tests_of(run)])
+        or "No validation was recorded.\n",
         cost=_table(
             [
                 ("", ""),

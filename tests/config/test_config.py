@@ -744,3 +744,8 @@ def test_a_config_is_found_by_its_name():
     assert load_config(PretrainConfig, Path("k400_hpm_b"), []).output_dir == "runs/k400_hpm_b"
     with pytest.raises(ConfigError, match="'decoder' not in 'ClassifierConfig'"):
         load_config(FinetuneConfig, Path("k400_hpm_b"), [])
+
+
+def test_a_config_of_the_other_kind_is_told():
+    with pytest.raises(ConfigError, match="is a config of pre-training; take one of fine-tuning"):
+        load_config(FinetuneConfig, ROOT / "configs/pretrain/demo.yaml", [])
