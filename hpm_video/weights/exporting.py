@@ -198,7 +198,7 @@ def export(
 ) -> Exported:
     """Write a model as another project reads it, load it back there, and compare.
 
-    Nothing is left behind where that fails. ``skip``: do not compare.
+    Nothing is left behind where that fails. ``skip``: do not compare in a library.
 
     Raises:
         CheckpointError: it exists already, a library is missing, the disk does not take it, or what
