@@ -742,7 +742,7 @@ def test_a_config_that_is_not_utf_8_is_named(load, tmp_path):
 
 def test_a_config_is_found_by_its_name():
     assert load_config(PretrainConfig, Path("k400_hpm_b"), []).output_dir == "runs/k400_hpm_b"
-    with pytest.raises(ConfigError, match="'decoder' not in 'ClassifierConfig'"):
+    with pytest.raises(ConfigError, match="k400_hpm_b.yaml is a config of pre-training"):
         load_config(FinetuneConfig, Path("k400_hpm_b"), [])
 
 
