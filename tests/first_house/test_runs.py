@@ -33,6 +33,9 @@ their terms' norm, and a backward pass is a few such sums, of at most 1e4 terms,
 other: 6e-6 each where terms cancel little."""
 FLOOR = 1e-7
 """Of the norm of all gradients: what is left where terms cancel."""
+STANDARDISED = 20
+"""An absolute loss predictor learns standardised errors, whose rounding is multiplied by mean /
+standard deviation. Processors that round otherwise gave up to 4e-5 of a gradient."""
 LATER = 1e-4
 """Of a loss, 20 updates later; an order of sums alone moves them by 1e-5."""
 NO_TRUE_GRADIENT = (
@@ -147,6 +150,8 @@ def test_an_update_is_that_of_the_first_house(run, first_house, first_names):
     assert found.keys() == stored.keys()
     for name, value in found.items():
         allowed = ROUNDING * stored[name].norm()
+        if run == "zero3" and "difficulty_decoder" in name:
+            allowed *= STANDARDISED
         if name.startswith("gradient"):
             allowed += FLOOR * told["losses"]["gradient_norm"]
         elif name.endswith(NO_TRUE_GRADIENT):
