@@ -157,7 +157,7 @@ def test_what_cannot_be_loaded(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="precision must be auto, fp32 or bf16, got 'fp16'"):
         hpm_video.load(tmp_path, precision="fp16")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="there is no config file .*checkpoints/last"):
+    with pytest.raises(ConfigError, match="there is no folder .*checkpoints/last"):
         hpm_video.load(tmp_path / "run")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("my runs/demo", "/nothing"):

@@ -7,10 +7,12 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from painted_decoder import TwoColours
 
 import hpm_video
 from hpm_video.config.checks import ConfigError
 from hpm_video.data.manifest import Manifest
+from hpm_video.decoding.registry import Decoder
 from hpm_video.files import plugins
 from hpm_video.mining.objective import HardPatchesMining
 from hpm_video.mining.targets import PixelTarget
@@ -119,6 +121,14 @@ def test_strategy_target_and_objective_are_those_that_train():
 def test_what_cannot_be_registered(kind, name, message):
     with pytest.raises(ValueError, match=message):
         hpm_video.register(kind, name, None)
+
+
+def test_a_reader_of_a_notebook_is_refused_for_workers_cannot_import_it(monkeypatch):
+    monkeypatch.setattr(TwoColours, "__module__", "__main__")
+    with pytest.raises(
+        ValueError, match="cannot import TwoColours from a notebook or script; define it"
+    ):
+        hpm_video.register("decoder", "mine", Decoder(TwoColours, "av", "pip install av"))
 
 
 def entry_point(*values):

@@ -42,12 +42,11 @@ def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> C
     """
     load_plugins()
     path = find_config(path)
-    if schema is FinetuneConfig and re.search(r"^masking:", _read(path), re.MULTILINE):
-        raise ConfigError(f"{path} is a config of pre-training; take one of fine-tuning")
     if odd := [override for override in overrides if "=" not in override]:
         raise ConfigError(f"an override must look like section.key=value, got {odd[0]!r}")
     try:
         given: Any = OmegaConf.create(_checked(OmegaConf.create(_read(path)), str(path)))
+        _check_kind(schema, given, path)
         for override in overrides:
             part = _checked(OmegaConf.from_dotlist([override]), "the command line")
             given.merge_with(part)
@@ -61,18 +60,29 @@ def load_config(schema: type[Config], path: Path, overrides: Sequence[str]) -> C
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
         reason = "; ".join(line for line in lines if line and "_type=" not in line)
-        raise ConfigError(f"cannot use {path} {' '.join(overrides)}: {reason}") from error
+        raise ConfigError(f"cannot use {' '.join((str(path), *overrides))}: {reason}") from error
     assert isinstance(config, schema)
     return config
 
 
 def _read(path: Path) -> str:
     if not path.is_file():
+        absent = f"config file {path}" if path.parent.is_dir() else f"folder {path.parent}"
         raise ConfigError(
-            f"there is no config file {path}; give a config, or a checkpoint folder of a run, such "
-            f"as RUN/checkpoints/last"
+            f"there is no {absent}; give a config, or a checkpoint folder of a run, such as "
+            f"RUN/checkpoints/last"
         )
     return read_text(path, ConfigError)
+
+
+def _check_kind(schema: type, given: Any, path: Path) -> None:
+    """Refuse a config whose sections only the other kind of config has."""
+    kinds = {PretrainConfig: "pre-training", FinetuneConfig: "fine-tuning"}
+    sections = {kind: {each.name for each in dataclasses.fields(kind)} for kind in kinds}
+    for other in kinds.keys() - {schema} if schema in kinds else ():
+        its, own = sections[other] - sections[schema], sections[schema] - sections[other]
+        if its & given.keys() and not own & given.keys():
+            raise ConfigError(f"{path} is a config of {kinds[other]}; take one of {kinds[schema]}")
 
 
 def _checked(value: Any, source: str, key: str = "") -> Any:
@@ -110,6 +120,8 @@ def _leave_out_usual_stride(given: Any) -> None:
 def _check_sources(given: Any) -> None:
     """Leave out further sources that are null, and check each by itself: errors then name it."""
     mix: Any = given.get("mix") if OmegaConf.is_dict(given) else None
+    if mix is None and "mix" in given:
+        raise ConfigError("mix must name sources, got null; mix.NAME=null leaves one of them out")
     for name, values in [*mix.items()] if OmegaConf.is_dict(mix) else ():
         if values is None:
             del mix[name]

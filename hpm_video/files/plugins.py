@@ -47,7 +47,8 @@ def register(kind: Kind, name: str, thing: Any) -> None:
     group ``hpm_video.plugins``.
 
     Raises:
-        ValueError: there is no such kind, or the name is taken or not a name.
+        ValueError: there is no such kind, the name is taken or not a name, or the reader of a
+            decoder is in no module.
     """
     if kind not in TABLES:
         raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
@@ -57,6 +58,11 @@ def register(kind: Kind, name: str, thing: Any) -> None:
         raise ValueError(
             f"a new {kind} needs a name of letters, digits and _ that is not taken "
             f"({', '.join(table)}), got {name!r}"
+        )
+    if kind == "decoder" and thing.reader.__module__ == "__main__":
+        raise ValueError(
+            f"the processes that decode cannot import {thing.reader.__qualname__} from a notebook "
+            "or script; define it in a module"
         )
     table[name] = REGISTERED[kind, name] = thing
 

@@ -122,10 +122,12 @@ def describe_training(config: RunConfig, data: RunData, plan: BatchPlan, model: 
     for name, source in data.sources.items():
         given, repeats = config.sources[name], config.sources[name].repeats
         often = f"{len(source.train)} samples per epoch, " if given.clips_per_minute else ""
-        measured = f"{len(source.validation)} ({given.validation})" if source.validation else "none"
+        measured = ", no validation"
+        if source.validation:
+            measured = f"; validation on {len(source.validation)} ({given.validation})"
         lines.append(
             f"{name or 'data'}: {counted(source.train.num_files, 'file')} to train on "
-            f"({given.train}), {often}{counted(repeats, 'clip')} of each; validation on {measured}"
+            f"({given.train}), {often}{counted(repeats, 'clip')} of each{measured}"
         )
     epochs, updates = config.recipe.epochs, data.timeline.num_updates
     return [

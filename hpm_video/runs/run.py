@@ -48,6 +48,7 @@ def run(task: Task, processes: Processes = Processes()) -> Path:  # noqa: B008 -
     check_trackers(task.config.logging)
     with locked(task.config, processes) as directory:
         task.resolve(directory)
+        clips = task.training_clips()
         device = choose_device_of(task, directory, processes)
         notes = task.notes(directory)
         is_complete = directory.update == updates
@@ -65,7 +66,7 @@ def run(task: Task, processes: Processes = Processes()) -> Path:  # noqa: B008 -
         if is_complete:
             log.info("%s is complete: %d updates were made", directory.path, directory.update)
         else:
-            train(task, directory, plan, engine, objective, evaluation)
+            train(task, clips, directory, plan, engine, objective, evaluation)
         if processes.is_first:
             plot_curves(directory.path / "metrics.jsonl", directory.path / "curves.png")
             write_report(directory.path)
@@ -92,6 +93,7 @@ def choose_device_of(task: Task, directory: RunDirectory, processes: Processes) 
 
 def train(
     task: Task,
+    clips: Sequence[VideoClips],
     directory: RunDirectory,
     plan: BatchPlan,
     engine: Engine,
@@ -111,7 +113,6 @@ def train(
         engine.load_optimizer_state(read_optimizer(directory.newest, config.model.patch_size))
     if processes.is_first:
         record_start(directory.path, facts, start, directory.state.get("facts", {}))
-    clips = task.training_clips()
     bad_files = open_bad_files(task, clips, directory, writes=processes.is_first)
     order, reading = deal_out(config.weights, updates), Reading.of(config.data)
     places = Places(order, plan.batch_size, start, rank=processes.rank, processes=plan.processes)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 
 from hpm_video.config.choices import TransformerSize
+from hpm_video.files.weights import CheckpointError
 from hpm_video.models.from_config import source_grid_of
 from hpm_video.models.positions import position_table, resize_positions
 from hpm_video.models.vit import LAYER_NORM_EPS
@@ -53,10 +54,16 @@ def tables_of(model: TrainedModel) -> Tensors:
 
 
 def express(model: TrainedModel, to: To) -> tuple[Tensors, dict[str, str]]:
-    """Return what a format holds of a model, by our names, and what it has no place for."""
+    """Return what a format holds of a model, by our names, and what it has no place for.
+
+    Raises a CheckpointError if the format computes other positions.
+    """
     drops = OF_DECODERS if to == "timm" else () if to == "hpm" else ("difficulty_decoder.",)
     every = model.tensors | tables_of(model)
     kept = {name: value for name, value in every.items() if not name.startswith(drops)}
+    kind = model.config.model.positions
+    if becomes_videomae(model, to) and kind != "sequence":
+        raise CheckpointError(f"VideoMAE has model.positions=sequence alone, not {kind}")
     left_out = {name: "the format has no such part" for name in every if name not in kept}
     if becomes_videomae(model, to):
         kept = {name: value for name, value in kept.items() if name not in TABLES}

@@ -652,9 +652,7 @@ def test_the_kind_of_a_config_is_told_from_the_file(tmp_path):
         assert load_any_config(tmp_path / "config.yaml") == config
         changed = load_any_config(tmp_path / "config.yaml", ["seed=5"])
         assert changed == replace(config, seed=5)
-    with pytest.raises(
-        ConfigError, match=r"there is no .*none/config.yaml; give .*checkpoints/last"
-    ):
+    with pytest.raises(ConfigError, match=r"there is no folder .*none; give .*checkpoints/last"):
         load_any_config(tmp_path / "none" / "config.yaml")
     (tmp_path / "config.yaml").write_text("colour: blue\n")
     with pytest.raises(ConfigError, match="colour"):
@@ -749,3 +747,10 @@ def test_a_config_is_found_by_its_name():
 def test_a_config_of_the_other_kind_is_told():
     with pytest.raises(ConfigError, match="is a config of pre-training; take one of fine-tuning"):
         load_config(FinetuneConfig, ROOT / "configs/pretrain/demo.yaml", [])
+    with pytest.raises(ConfigError, match="is a config of fine-tuning; take one of pre-training"):
+        load_config(PretrainConfig, ROOT / "configs/finetune/k400_b.yaml", [])
+
+
+def test_sources_that_are_null_name_the_remedy():
+    with pytest.raises(ConfigError, match="mix must name sources, got null; mix.NAME=null"):
+        load_config(PretrainConfig, ROOT / "configs/pretrain/demo_mixed.yaml", ["mix=null"])

@@ -10,6 +10,7 @@ from tiny_runs import flip_a_bit
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import FinetuneConfig, PretrainConfig
+from hpm_video.data.manifest import ManifestError
 from hpm_video.decoding.reader import DecoderError
 from hpm_video.files.failures import BadFiles
 from hpm_video.files.weights import CheckpointError
@@ -199,5 +200,16 @@ def test_a_misspelt_decoder_leaves_nothing(config_file, tmp_path):
     overrides = ["data.decoder=pyva", f"output_dir={output_dir}"]
     config = load_config(PretrainConfig, config_file, overrides)
     with pytest.raises(DecoderError, match="must be one of auto, .*pyav.*, got pyva"):
+        pretrain(config)
+    assert not output_dir.exists()
+
+
+def test_a_stride_that_a_file_does_not_have_leaves_nothing(config_file, videos, tmp_path):
+    output_dir, thinned = tmp_path / "run", tmp_path / "thinned.csv"
+    files = sorted(videos.rglob("*.mp4"))
+    thinned.write_text("path,kept_every\n" + "".join(f"{file},3\n" for file in files))
+    overrides = [f"data.train={thinned}", "data.frame_stride=2", f"output_dir={output_dir}"]
+    config = load_config(PretrainConfig, config_file, overrides)
+    with pytest.raises(ManifestError, match="holds one of every 3 frames"):
         pretrain(config)
     assert not output_dir.exists()
