@@ -80,9 +80,10 @@ def open_container(
             | ({} if probes else _UNPROBED),
         )
     except (av.error.InvalidDataError, av.error.EOFError, av.error.ArgumentError) as error:
+        known = FORMATS.replace(",", ", ")
         raise DecodeError(
-            f"it is no video of a container that is read ({FORMATS}), or it is cut off or damaged: "
-            f"{error.strerror}. Download it again, or convert it: ffmpeg -i FILE FILE.mp4"
+            f"it is no video of a container that is read ({known}), or it is cut off or damaged: "
+            f"{error.strerror}. Download it again, or convert it: ffmpeg -i FILE NEW.mp4"
         ) from error
     stream = cast("av.VideoStream | None", container.streams.best("video"))
     if stream is None or av.stream.Disposition.attached_pic in stream.disposition:
@@ -92,7 +93,7 @@ def open_container(
         container.close()
         raise DecodeError(
             "there is no decoder here for its codec. Encode it anew with a program that has one, "
-            "such as the FFmpeg of the system: ffmpeg -i FILE FILE.mp4"
+            "such as the FFmpeg of the system: ffmpeg -i FILE NEW.mp4"
         )
     stream.codec_context.thread_count = 1
     return container, stream

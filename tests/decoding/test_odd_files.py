@@ -311,7 +311,7 @@ def test_other_decoders_turn_videos_alike_and_mirror_none(tmp_path, decoder):
 def test_a_container_that_is_not_read_is_refused_with_what_helps(tmp_path, suffix, codec):
     path = write(tmp_path / f"video.{suffix}", codec)
     for decoder in available_decoders():
-        with pytest.raises(DecodeError, match="no video of a container.* ffmpeg -i FILE FILE.mp4"):
+        with pytest.raises(DecodeError, match="no video of a container.* ffmpeg -i FILE NEW.mp4"):
             open_video(str(path), decoder)
 
 
