@@ -93,8 +93,9 @@ def checkpoint_path(folder: Path, update: int) -> Path:
 
 
 def remove_superseded(folder: Path, keep_last: int) -> None:
-    """Delete all but the newest ``keep_last`` checkpoints, those marked to keep, and ``best``."""
-    best = (folder / "best").resolve().name
+    """Point to the newest and the best; keep them, the newest ``keep_last`` and those marked."""
+    point_to_newest_and_best(folder)
+    best = (folder / "best").readlink().name if (folder / "best").is_symlink() else ""
     for path in checkpoints_in(folder)[:-keep_last]:
         if path.name != best and not read_state(path).get("keep", False):
             # Under another name: half deleted, it is no checkpoint.

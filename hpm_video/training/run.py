@@ -15,12 +15,7 @@ from torch import nn
 from hpm_video.config.training import CheckpointConfig, LoggingConfig
 from hpm_video.data.batch import ClipBatch
 from hpm_video.files.failures import BadFiles, Failure
-from hpm_video.training.checkpoint import (
-    checkpoint_path,
-    point_to_newest_and_best,
-    remove_superseded,
-    save_checkpoint,
-)
+from hpm_video.training.checkpoint import checkpoint_path, remove_superseded, save_checkpoint
 from hpm_video.training.curves import plot_curves
 from hpm_video.training.engine import Engine
 from hpm_video.training.fast import as_written, compile_seconds
@@ -146,7 +141,6 @@ class Run:
                 state=self.state,
                 attached=[path for path in map(self.folder.joinpath, ATTACHED) if path.exists()],
             )
-            point_to_newest_and_best(folder)
             remove_superseded(folder, self.saving.keep_last)
         self.engine.processes.wait()
 

@@ -89,8 +89,7 @@ def test_what_was_not_finished_is_never_picked_up(tmp_path, config):
 
 def test_newest_marked_and_best_survive(tmp_path, config):
     for update in range(6):
-        save(tmp_path, update, config, keep=update == 1)
-    point_to(tmp_path / "best", checkpoint_path(tmp_path, 2))
+        save(tmp_path, update, config, keep=update == 1, best={"update": 2, "score": 0})
     remove_superseded(tmp_path, 2)
     assert [int(path.name[-1]) for path in checkpoints_in(tmp_path)] == [1, 2, 4, 5]
 
