@@ -130,9 +130,10 @@ def simulate_update(make_update: Callable[[], Callable[[], object]]) -> Simulate
 @contextmanager
 def without_data() -> Iterator[None]:
     """Let tensors have shapes alone. To ask one for a value is an error."""
-    mode = _OneFakeMode()
+    mode: Any = FakeTensorMode()  # type: ignore[no-untyped-call]
+    mode.__deepcopy__ = lambda _: mode  # a teacher is a deep copy of a student
     # It would remember each tensor by a weak reference, and ``Module.to`` refuses those.
-    mode.fake_tensor_converter.set_tensor_memo = lambda *_: None  # type: ignore[method-assign]
+    mode.fake_tensor_converter.set_tensor_memo = lambda *_: None
     with mode, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         yield
@@ -181,10 +182,3 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive[place] = weakref.ref(storage, freed)
         self.now += size
         self.peak = max(self.peak, self.now)
-
-
-class _OneFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
-    """A mode whose tensors can be copied deeply, as a teacher is made of a student."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_OneFakeMode":
-        return self

@@ -71,8 +71,8 @@ class Run:
 
     def __post_init__(self) -> None:
         writes, updates = self.engine.processes.is_first, self.timeline.num_updates
-        start, trackers = self.state["update"], self.logging.trackers
-        self._metrics = MetricsLog(self.folder, trackers, first_update=start, writes=writes)
+        start, trackers = self.state["update"], self.logging.trackers if writes else ()
+        self._metrics = MetricsLog(self.folder, trackers, first_update=start)
         self._bar = ProgressBar(updates, "updates", first=start, silent=not writes)
         self._failures: list[tuple[str, Failure]] = []
         self._compiled = compile_seconds()

@@ -5,7 +5,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -172,16 +172,14 @@ def check_trackers(config: LoggingConfig) -> None:
 class MetricsLog:
     """What a run writes to its trackers; one that fails is left out from then on."""
 
-    def __init__(
-        self, run_dir: Path, names: Sequence[str], *, first_update: int, writes: bool = True
-    ) -> None:
-        """Continue at ``first_update``. ``writes``: this process does, of several that measure.
+    def __init__(self, run_dir: Path, names: Iterable[str], *, first_update: int) -> None:
+        """Continue at ``first_update``.
 
         Raises:
             MetricsError: ``metrics.jsonl`` of an earlier start cannot be read.
         """
         self._trackers: dict[str, Tracker] = {}
-        for name in names if writes else ():
+        for name in names:
             with self._tolerating(name):
                 self._trackers[name] = TRACKERS[name](run_dir, first_update)
 

@@ -113,12 +113,6 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning(run, monkeypatch, cap
     assert len(read_lines(run / "metrics.jsonl")) == 2
 
 
-def test_one_process_alone_writes(run):
-    log = MetricsLog(run, ["jsonl"], first_update=0, writes=False)
-    log.write("train", 1, 0.0, {"loss": 1.0})
-    assert not (run / "metrics.jsonl").exists()
-
-
 def test_a_library_that_is_missing_is_found_before_a_run(monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     check_trackers(LoggingConfig())
