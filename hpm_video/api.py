@@ -289,7 +289,7 @@ def load(
 
     Raises:
         CheckpointError, ConfigError: there is no such model, or it has no such weights.
-        DeviceError: there is no such device.
+        EngineError: there is no such device.
     """
     path = Path(source).expanduser()
     if not path.exists() and str(source).count("/") == 1 and not str(source).startswith((".", "~")):

@@ -16,7 +16,7 @@ from hpm_video.data.batch import ClipBatch
 from hpm_video.runs.data import describe_training, planned_data
 from hpm_video.runs.directory import RunDirectory
 from hpm_video.runs.task import Task
-from hpm_video.training.deepspeed_settings import settings_of
+from hpm_video.training.deepspeed_engine import settings_of
 from hpm_video.training.device import Precision, choose_precision
 from hpm_video.training.distributed import Processes
 from hpm_video.training.ema import make_ema

@@ -13,8 +13,8 @@ from hpm_video.data.manifest import NOT_STATED, Manifest, ManifestError, read_ma
 from hpm_video.decoding.locations import base_name
 from hpm_video.decoding.registry import check_name
 from hpm_video.files.wording import counted
+from hpm_video.training.optim import schedule_of
 from hpm_video.training.progress import Timeline
-from hpm_video.training.schedules import schedule_of
 
 log = logging.getLogger(__name__)
 

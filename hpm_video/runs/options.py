@@ -52,7 +52,7 @@ def open_inference(
     ``windows``: frames from one clip to the next, where the clips are windows over whole videos.
 
     Raises:
-        CheckpointError, ConfigError, DeviceError: it cannot be used here.
+        CheckpointError, ConfigError, EngineError: it cannot be used here.
     """
     from hpm_video.config.checks import ConfigError
     from hpm_video.recognition.inference import Inference
@@ -77,7 +77,7 @@ def open_classifier(
     """Open the classifier that the arguments name. -> with the views, and the pass in words
 
     Raises:
-        CheckpointError, ConfigError, DecoderError, DeviceError: it cannot be used here.
+        CheckpointError, ConfigError, DecoderError, EngineError: it cannot be used here.
     """
     from hpm_video.data.clips import decoder_for
     from hpm_video.data.reading import Views

@@ -29,9 +29,9 @@ from hpm_video.training.fast import make_fast
 from hpm_video.training.loop import fit
 from hpm_video.training.metrics import Meter
 from hpm_video.training.objective import Objective
+from hpm_video.training.optim import schedule_of
 from hpm_video.training.provenance import gather_facts, record_start
 from hpm_video.training.run import Evaluation, Run
-from hpm_video.training.schedules import schedule_of
 from hpm_video.training.stop import listen_for_stop
 from hpm_video.training.trackers import check_trackers
 
@@ -103,6 +103,7 @@ def train(
     """Train from where the directory stands to the end."""
     config, data, processes = task.config, task.data, engine.processes
     start, updates = directory.update, data.timeline.num_updates
+    best = directory.state.get("best", {})
     size = f"{engine.num_parameters / 1e6:.1f} M parameters"
     model = f"{size} on {engine.device.type} in {engine.precision}, by {engine.name}"
     log.info("\n".join(describe_training(config, data, plan, model)))
@@ -137,9 +138,7 @@ def train(
                 bad_files,
                 stop,
                 open_meter(task, engine),
-                start=start,
-                stored={"facts": facts, "data": data.fingerprint},
-                best=directory.state.get("best", {}),
+                {"update": start, "best": best, "facts": facts, "data": data.fingerprint},
             )
             with closing(state):
                 state.measure_beginning()

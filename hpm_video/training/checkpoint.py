@@ -92,11 +92,12 @@ def checkpoint_path(folder: Path, update: int) -> Path:
     return folder / f"update-{update:08d}"
 
 
-def remove_superseded(folder: Path, keep_last: int, keep_also: Iterable[Path]) -> None:
-    """Delete all but the newest ``keep_last`` checkpoints, those marked to keep, and the given."""
-    kept = set(keep_also)
+def remove_superseded(folder: Path, keep_last: int) -> None:
+    """Point to the newest and the best; keep them, the newest ``keep_last`` and those marked."""
+    point_to_newest_and_best(folder)
+    best = (folder / "best").readlink().name if (folder / "best").is_symlink() else ""
     for path in checkpoints_in(folder)[:-keep_last]:
-        if path not in kept and not read_state(path).get("keep", False):
+        if path.name != best and not read_state(path).get("keep", False):
             # Under another name: half deleted, it is no checkpoint.
             _delete(path.rename(path.with_name(f"{UNFINISHED}{path.name}")))
 
@@ -169,7 +170,7 @@ def checksums_of(folder: Path) -> dict[str, str]:
 
 
 def sha256_of(file: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
+    """The SHA-256 of a file, in hexadecimal."""
     found = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(2**20):
@@ -178,10 +179,7 @@ def sha256_of(file: Path) -> str:
 
 
 def _verify(file: Path) -> None:
-    """Refuse a file of a checkpoint that is not as it was written; others are taken as they are.
-
-    Of the processes on a machine only the first reads the whole file for that.
-    """
+    """Refuse a file of a checkpoint that is not as it was written, in a machine's first process."""
     if not (file.parent / "state.json").is_file() or os.environ.get("LOCAL_RANK", "0") != "0":
         return
     state = read_state(file.parent)

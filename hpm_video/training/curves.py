@@ -50,13 +50,8 @@ def plot_curves(metrics: Path, picture: Path) -> None:
 
 
 def read_metrics(path: Path) -> pd.DataFrame:
-    """Return finite numbers, a row for each record and a column for each key, in order of updates.
-
-    Of repeated records the last counts: a run may have gone back.
-    """
-    records = {(record["kind"], record["update"]): record for record in read_lines(path)}
-    rows = sorted(records.values(), key=lambda record: int(record["update"]))
-    table = pd.DataFrame(rows).apply(pd.to_numeric, errors="coerce")
+    """Return finite numbers, a row for each line and a column for each key."""
+    table = pd.DataFrame(read_lines(path)).apply(pd.to_numeric, errors="coerce")
     finite: pd.DataFrame = table.replace([np.inf, -np.inf], np.nan)
     return finite.dropna(axis="columns", how="all")
 

@@ -6,11 +6,13 @@ The only user of deepspeed.
 """
 
 import copy
+import json
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +22,30 @@ from typing_extensions import override
 
 from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.training import EngineConfig
-from hpm_video.training.deepspeed_settings import settings_of
+from hpm_video.training.device import EngineError, Precision
 from hpm_video.training.distributed import make_sure_of_group
 from hpm_video.training.ema import ema_update
-from hpm_video.training.engine import Engine, EngineError, on_first
+from hpm_video.training.engine import Engine, on_first
 from hpm_video.training.optim import OptimizerState, Tensors
+
+Settings = dict[str, Any]
+USUAL: Settings = {
+    "steps_per_print": None,
+    "zero_allow_untested_optimizer": True,  # SGD
+    "zero_force_ds_cpu_optimizer": False,
+    # Or gradients of matrix products would be averaged in bfloat16, which DDP does not do.
+    "torch_autocast": {"lower_precision_safe_modules": []},
+    "zero_optimization": {
+        # Elements. DeepSpeed's own sizes (500, 50, 1000 and 1000 million) are made for models of
+        # many thousand million parameters: buffers would hold more than all of a ViT-H, and stage 3
+        # would keep its weights gathered from the forward to the backward pass.
+        "reduce_bucket_size": 50_000_000,
+        "stage3_prefetch_bucket_size": 20_000_000,
+        "stage3_max_live_parameters": 60_000_000,
+        "stage3_max_reuse_distance": 60_000_000,
+    },
+}
+"""What the user's file may change."""
 
 
 class DeepSpeedEngine(Engine):
@@ -40,11 +61,7 @@ class DeepSpeedEngine(Engine):
         clip_grad: float | None = None,
         **common: Any,
     ) -> None:
-        """Take a model, the optimizer of its parameters, and what :class:`Engine` takes.
-
-        Raises:
-            EngineError: deepspeed is not installed, or does not take these settings.
-        """
+        """Take what :class:`TorchEngine` takes; an EngineError says what DeepSpeed does not."""
         super().__init__(model, accumulate=plan.accumulate, **common)
         self.stage = how.stage
         self.name = f"DeepSpeed, ZeRO stage {self.stage}"
@@ -53,8 +70,7 @@ class DeepSpeedEngine(Engine):
         self._skeleton = model
         if self.stage == 3:  # a copy without weights
             empty = {
-                id(p): nn.Parameter(p.data.new_empty(0), p.requires_grad)
-                for p in model.parameters()
+                id(p): nn.Parameter(p.new_empty(0), p.requires_grad) for p in model.parameters()
             }
             self._skeleton = copy.deepcopy(model, memo=dict(empty))
         make_sure_of_group()
@@ -124,17 +140,14 @@ class DeepSpeedEngine(Engine):
 
     @override
     def ema_update(self, module: nn.Module, model: nn.Module, momentum: float) -> None:
-        if self.stage < 3:
-            super().ema_update(module, model, momentum)
-            return
-        both: Any = (module.parameters(), model.parameters())
-        average, current = ([parameter.ds_tensor for parameter in held] for held in both)
+        average, current = (
+            [getattr(parameter, "ds_tensor", parameter) for parameter in each.parameters()]
+            for each in (module, model)
+        )
         ema_update(average, current, momentum)
 
     @override
     def weights(self, module: nn.Module) -> Tensors:
-        if self.stage < 3:
-            return super().weights(module)
         return on_first(self.processes, self._gathered_weights(module))
 
     @override
@@ -142,14 +155,13 @@ class DeepSpeedEngine(Engine):
         if self.stage == 0:
             return super().optimizer_state()
         self._link_moments()
-        states = list(self.optimizer.optimizer.state.values())
-        step = int(states[0].get("step", 0)) if states else 0
+        state = next(iter(self.optimizer.optimizer.state.values()), {})
         moments = {
             kind: on_first(self.processes, self._gathered_moments(kind))
-            for kind, value in (states[0].items() if states else ())
+            for kind, value in state.items()
             if kind != "step" and value is not None
         }
-        return OptimizerState(step, moments)
+        return OptimizerState(int(state.get("step", 0)), moments)
 
     @override
     def load_optimizer_state(self, state: OptimizerState) -> None:
@@ -188,24 +200,86 @@ class DeepSpeedEngine(Engine):
         tools.safe_set_local_optimizer_state(parameter, own, kind)
 
     def _gathered_weights(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Yield sharded parameters one by one; all processes must take all of them."""
-        parameters: dict[str, Any] = dict(module.named_parameters())
-        for name, value in module.state_dict().items():
-            sharded = parameters.get(name)
-            yield name, value if sharded is None else self._join(sharded.ds_tensor, sharded)
+        """Yield all weights, one by one; all processes must take all of them."""
+        for name, value in module.state_dict(keep_vars=True).items():
+            yield name, self._join(value) if hasattr(value, "ds_tensor") else value
 
     def _gathered_moments(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        tools = self._deepspeed.utils
+        moment_of = self._deepspeed.utils.safe_get_full_optimizer_state
         for name, parameter in self.model.named_parameters():
-            if self.stage < 3 and parameter.requires_grad:
-                yield name, tools.safe_get_full_optimizer_state(parameter, kind)
-            elif parameter.requires_grad:
-                own = tools.safe_get_local_optimizer_state(parameter, kind)
-                yield name, self._join(own, parameter)
+            if parameter.requires_grad:
+                yield name, moment_of(parameter, kind)
 
-    def _join(self, shard: Tensor, parameter: Any) -> Tensor:
-        joined = self.processes.gather_shards(shard.detach())
+    def _join(self, parameter: Any) -> Tensor:
+        joined = self.processes.gather_shards(parameter.ds_tensor.detach())
         return joined[: parameter.ds_numel].view(parameter.ds_shape)
+
+
+def settings_of(
+    how: EngineConfig, plan: BatchPlan, *, clip_grad: float | None, precision: Precision
+) -> Settings:
+    """Return the configuration that DeepSpeed gets.
+
+    Raises:
+        EngineError: the user's file cannot be read, or contradicts the run.
+    """
+    own = {} if how.deepspeed is None else _read_settings(Path(how.deepspeed).expanduser())
+    decided: Settings = {
+        "train_batch_size": plan.batch_size,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulate,
+        "gradient_clipping": clip_grad or 0.0,  # it clips at 1 unless told otherwise
+        "optimizer": {"type": None},  # it gets the recipe's
+        "scheduler": {"type": None},
+        "zero_optimization": {
+            "stage": how.stage,
+            # With a smaller ratio, a part of the optimizer's state could not be saved.
+            "offload_optimizer": {"device": "none" if how.offload == "none" else "cpu", "ratio": 1},
+            "offload_param": {"device": "cpu" if how.offload == "all" else "none"},
+            # These shard or round weights in a way that a teacher cannot follow.
+            "zero_hpz_partition_size": 1,
+            "zero_quantized_weights": False,
+            "zero_quantized_nontrainable_weights": False,
+            "zero_quantized_gradients": False,
+        },
+        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": False},
+    }
+    return _merged(_merged(USUAL, own), decided, refuse=True)
+
+
+def _read_settings(path: Path) -> Settings:
+    """Read the user's file, without what it leaves open as ``auto``."""
+
+    def given(part: Settings) -> Settings:
+        return {key: value for key, value in part.items() if value != "auto"}
+
+    try:
+        own = json.loads(path.read_text(encoding="utf-8"), object_hook=given)
+    except (OSError, ValueError) as error:
+        raise EngineError(f"cannot read engine.deepspeed={path}: {error}") from error
+    if not isinstance(own, dict):
+        raise EngineError(f"engine.deepspeed={path} must hold a JSON object")
+    return own
+
+
+def _merged(below: Settings, above: Settings, *, refuse: bool = False, at: str = "") -> Settings:
+    """Return the settings of both. Where they differ ``above`` wins, or that is refused."""
+    merged = dict(below)
+    for key, value in above.items():
+        there = below.get(key, value)
+        if isinstance(value, dict) and isinstance(there, dict):
+            merged[key] = _merged(there, value, refuse=refuse, at=f"{at}{key}.")
+        elif refuse and there != value:
+            raise EngineError(
+                f"engine.deepspeed says {at}{key}={there!r}, and the run {value!r}; leave it out "
+                'of the file (or write "auto"): it follows from the recipe, the number of '
+                "processes and engine.micro_batch, precision, zero_stage and offload of the config"
+            )
+        else:
+            merged[key] = value
+    return merged
 
 
 @contextmanager

@@ -25,17 +25,15 @@ PEAKS = {
 """TFLOP/s of dense bf16 matrix products by the data sheets, by words of a device's name."""
 
 
-class DeviceError(ExpectedError, ValueError):
-    """A device that cannot be used."""
+class EngineError(ExpectedError, RuntimeError):
+    """An engine, its device or its processes cannot be used as asked."""
 
 
 def choose_device(name: str, processes: int = 1) -> torch.device:
-    """The device of that name; ``auto`` is an accelerator where there is one, else the CPU.
-
-    Of several processes each has a GPU of its own, which is the current one.
+    """The device of that name, of a GPU the current one; ``auto``: an accelerator, else the CPU.
 
     Raises:
-        DeviceError: there is no such device here, or all processes would share one.
+        EngineError: there is no such device here, or several processes would share it.
     """
     if name in ("auto", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
@@ -47,7 +45,7 @@ def choose_device(name: str, processes: int = 1) -> torch.device:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise DeviceError(
+        raise EngineError(
             f"engine.device={name} cannot be used here ({reason}); take auto, or cpu"
         ) from error
     return torch.device(name)
@@ -80,14 +78,10 @@ def peak_flops(device: torch.device, precision: Precision) -> tuple[float, str]:
     listed = [peak for key, peak in PEAKS.items() if words.issuperset(key.split())]
     if listed and precision == "bf16":
         return 1e12 * listed[0], f"the data sheet of {name}"
-    return product_flops(device, precision), f"a product of two large matrices on {name}"
-
-
-def product_flops(device: torch.device, precision: Precision) -> float:
-    """Measure the FLOP/s of a product of two square matrices."""
     size = 512 if device.type == "cpu" else 8192
     matrix = torch.randn(size, size, device=device, dtype=AUTOCAST[precision])
-    return 2 * size**3 / time_updates(lambda: matrix @ matrix, device)
+    seconds = time_updates(lambda: matrix @ matrix, device)
+    return 2 * size**3 / seconds, f"a product of two large matrices on {name}"
 
 
 def inference_precision(device: torch.device) -> Precision:

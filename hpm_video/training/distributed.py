@@ -10,10 +10,10 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 from torch._C._distributed_c10d import HashStore
 
-from hpm_video.files.errors import ExpectedError
+from hpm_video.training.device import EngineError
 from hpm_video.training.stop import Interrupted
 
 log = logging.getLogger(__name__)
@@ -29,8 +29,7 @@ noticed at once."""
 class Processes:
     """The processes of a job, and which of them this is. By default this one is alone.
 
-    What is exchanged goes through the hosts' memories (gloo), but for the tensors of
-    :meth:`gather_shards`, :meth:`average_` and :meth:`replicate`, which stay on their device.
+    Items go through the hosts' memories (gloo); tensors stay on their device.
     """
 
     rank: int = 0
@@ -63,22 +62,6 @@ class Processes:
         """What the first process computes, in each of them; the others wait for it."""
         return self.gather([compute()] if self.is_first else [])[0]
 
-    def ask(self, value: int) -> Callable[[], int]:
-        """Ask for the largest value of all processes; calling the result waits for it.
-
-        All processes must ask, and take their answers in the same order.
-        """
-        if self.count == 1:
-            return lambda: value
-        given, largest = torch.tensor(value), distributed.ReduceOp.MAX
-        work = distributed.all_reduce(given, largest, group=self._hosts, async_op=True)
-
-        def answer() -> int:
-            work.wait()
-            return int(given)
-
-        return answer
-
     def gather_shards(self, shard: Tensor) -> Tensor:
         """The shards of all processes one after the other: (n,) each -> (count n,)"""
         if self.count == 1:
@@ -92,18 +75,6 @@ class Processes:
         for tensor in tensors if self.count > 1 else ():
             distributed.all_reduce(tensor)
             tensor.div_(self.count)
-
-    def replicate(self, model: nn.Module) -> nn.Module:
-        """A module that runs ``model`` and averages its gradients over all processes."""
-        if self.count == 1:
-            return model
-        return nn.parallel.DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
-
-
-class ProcessesError(ExpectedError, RuntimeError):
-    """Processes cannot work together. The message gives the reason and the remedy."""
 
 
 def is_first_process() -> bool:
@@ -153,7 +124,7 @@ def joined_processes() -> Iterator[Processes]:
     Where there are GPUs, each process of a machine takes one.
 
     Raises:
-        ProcessesError: there are more processes on this machine than GPUs, or no others are found.
+        EngineError: there are more processes on this machine than GPUs, or no others are found.
     """
     gpus, stop = torch.cuda.device_count(), None
     if gpus > 1 and not is_one_of_several() and "GPUS" not in os.environ:
@@ -173,7 +144,7 @@ def _join() -> Processes:
     if torch.cuda.is_available():
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
-            raise ProcessesError(
+            raise EngineError(
                 f"this machine has {torch.cuda.device_count()} GPUs, and process {local + 1} of "
                 f"it finds none left; start fewer processes, or hide the GPUs "
                 f"(CUDA_VISIBLE_DEVICES= )"
@@ -188,7 +159,7 @@ def _join() -> Processes:
         hosts = distributed.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-        raise ProcessesError(
+        raise EngineError(
             f"this process could not join the others at {where} (MASTER_ADDR, MASTER_PORT): "
             f"{error}\nThe port must be free there, and reached from all machines; "
             f"GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface."

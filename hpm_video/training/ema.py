@@ -69,9 +69,7 @@ class WithEma(Generic[Module]):
         ema_update: EmaUpdate = ema_update_module,
     ) -> None:
         """``ema_update``: of an engine that shards weights."""
-        self.ema = ema
-        self._momentum = momentum
-        self._ema_update = ema_update
+        self.ema, self._momentum, self._ema_update = ema, momentum, ema_update
 
     @property
     def auxiliary_modules(self) -> dict[str, nn.Module]:

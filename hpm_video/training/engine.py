@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from hpm_video.config.training import CompileMode
-from hpm_video.files.errors import ExpectedError
 from hpm_video.training.device import AUTOCAST, Precision
 from hpm_video.training.distributed import Processes
 from hpm_video.training.ema import ema_update
@@ -40,13 +38,8 @@ class Runner:
 
 def batch_statistics(model: nn.Module) -> list[Tensor]:
     """Running averages of batch norms, which each process takes of its own clips."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    both = (value for norm in norms for value in (norm.running_mean, norm.running_var))
-    return [value for value in both if value is not None]
-
-
-class EngineError(ExpectedError, RuntimeError):
-    """An engine cannot be used as asked. The message gives the reason and the remedy."""
+    names = ("running_mean", "running_var")
+    return [value for name, value in model.named_buffers() if name.endswith(names)]
 
 
 class Engine(Runner, ABC):
@@ -154,8 +147,12 @@ class TorchEngine(Engine):
         """Take a model, the optimizer of its parameters, and what :class:`Engine` takes."""
         super().__init__(model, **common)
         self.name = "plain torch" if self.processes.count == 1 else "plain torch, DDP"
-        self._runner = self.processes.replicate(model)
-        self._is_replicated = isinstance(self._runner, nn.parallel.DistributedDataParallel)
+        self._runner: Any = model
+        self._is_replicated = self.processes.count > 1
+        if self._is_replicated:
+            self._runner = nn.parallel.DistributedDataParallel(
+                model, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         self.optimizer = optimizer
         self._clip_grad = clip_grad
         self._micro_steps = 0

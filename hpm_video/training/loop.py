@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from hpm_video.data.batch import ClipBatch
 from hpm_video.training.engine import Engine
 from hpm_video.training.objective import Objective
+from hpm_video.training.optim import Schedule
 from hpm_video.training.run import Run
-from hpm_video.training.schedules import Schedule
 
 
 def fit(

@@ -37,15 +37,12 @@ def training_memory(
     """Compute what a student and a teacher with so many parameters keep, at the most of an update.
 
     ``zero``: the section zero_optimization of DeepSpeed's configuration; without it, plain torch.
-
-    For several forward passes per update. Stages 1 and 2 follow ``stage_1_and_2.py``: a process has
-    all weights, and the master copy of its partition. Stage 1 sums all gradients and reduces them
-    through a bucket, then copies its partition out. Stage 2 has the sum of its partition, and as
-    much again: of the pass that ends, or for the optimizer.
-
-    Stage 3 follows ``stage3.py``; the teacher is sharded alike. Not all at once: the teacher is
-    gathered; the student is, and the bucket copied to be reduced; the gradient of the partition is
-    copied for the optimizer.
+    For several forward passes per update. In stages 1 and 2 a process has all weights, and the
+    master copy of its partition. Stage 1 sums all gradients and reduces them through a bucket, then
+    copies its partition out. Stage 2 has the sum of its partition, and as much again: of the pass
+    that ends, or for the optimizer. In stage 3 the teacher is sharded alike; not all at once, the
+    teacher is gathered; the student is, and the bucket copied to be reduced; the gradient of the
+    partition is copied for the optimizer.
     """
     weights, ema = BYTES * parameters, BYTES * teacher
     if zero is None or zero["stage"] == 0:
@@ -115,10 +112,7 @@ class SimulatedMemory(NamedTuple):
 
 
 def activation_bytes(measured: Mapping[int, SimulatedMemory]) -> tuple[float, float]:
-    """What forward passes keep, by two simulations with so many clips. -> per clip, and besides
-
-    What does not depend on the clips are copies of the weights in bfloat16.
-    """
+    """What forward passes keep, by two simulations: -> per clip, and besides (bfloat16 weights)"""
     (few, first), (many, second) = sorted(measured.items())
     per_clip = (second.activations - first.activations) / (many - few)
     return per_clip, first.activations - few * per_clip
@@ -127,7 +121,7 @@ def activation_bytes(measured: Mapping[int, SimulatedMemory]) -> tuple[float, fl
 def simulate_update(make_update: Callable[[], Callable[[], object]]) -> SimulatedMemory:
     """Make an update and run it twice on tensors that have shapes and no data.
 
-    The update must be for a CPU, unless there is a GPU here: autograd asks the device itself.
+    It must be for a CPU, unless there is a GPU here: autograd asks the device itself.
     """
     with without_data():
         return measure_update(make_update)
@@ -136,16 +130,17 @@ def simulate_update(make_update: Callable[[], Callable[[], object]]) -> Simulate
 @contextmanager
 def without_data() -> Iterator[None]:
     """Let tensors have shapes alone. To ask one for a value is an error."""
-    mode = _OneFakeMode()
+    mode: Any = FakeTensorMode()  # type: ignore[no-untyped-call]
+    mode.__deepcopy__ = lambda _: mode  # a teacher is a deep copy of a student
     # It would remember each tensor by a weak reference, and ``Module.to`` refuses those.
-    mode.fake_tensor_converter.set_tensor_memo = lambda *_: None  # type: ignore[method-assign]
+    mode.fake_tensor_converter.set_tensor_memo = lambda *_: None
     with mode, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         yield
 
 
 def measure_update(make_update: Callable[[], Callable[[], object]]) -> SimulatedMemory:
-    """The same with what tensors really hold."""
+    """Make an update and run it twice, with what tensors really hold."""
     with LiveStorages() as live:
         update = make_update()
         update()  # makes the optimizer's states
@@ -187,10 +182,3 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive[place] = weakref.ref(storage, freed)
         self.now += size
         self.peak = max(self.peak, self.now)
-
-
-class _OneFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
-    """A mode whose tensors can be copied deeply, as a teacher is made of a student."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_OneFakeMode":
-        return self

@@ -65,8 +65,7 @@ class HostEvent:
 class Meter:
     """Losses, speed and waiting between two lines of metrics.
 
-    Sums stay on the device until :meth:`read` copies all of them at once; only :meth:`read` waits
-    for the device. It gathers the sums of all processes, so all must call it.
+    Sums stay on the device until :meth:`read`, which all processes must call, copies them at once.
     """
 
     def __init__(
@@ -95,10 +94,8 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time in this context in which the device is idle as waiting for data.
-
-        A GPU that is still busy with earlier work reaches both events at the same time.
-        """
+        """Count the time in this context in which the device is idle as waiting for data."""
+        # A GPU that is still busy with earlier work reaches both events at the same time.
         began, ended = self._event(), self._event()
         began.record()
         yield
@@ -137,11 +134,7 @@ class Meter:
         self._first_bad = torch.where(bad, update, self._first_bad)
 
     def check(self) -> None:
-        """Make sure that every loss so far was finite.
-
-        Raises:
-            NonFiniteLossError: one was not. The message has the update and the files of its batch.
-        """
+        """Raise a NonFiniteLossError, with the batch's files, where a loss so far is not finite."""
         self._check(int(self._first_bad))
 
     def _check(self, own: int) -> None:
@@ -160,9 +153,9 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Read means since the last call, clips per second, and the share of time spent waiting.
 
-        Waiting is that of the process that waits longest, since the others wait for it. On GPUs
-        there are also the mean TFLOP/s of a GPU, their share of the peak (MFU), and the peak memory
-        of tensors in any process, in GB of 10^9 bytes.
+        That is of the process that waits longest: the others wait for it. On GPUs there are also
+        the mean TFLOP/s of one, their share of the peak (MFU), and the peak memory in any process,
+        in GB of 10^9 bytes.
         """
         first_bad, *sums = torch.stack(
             [value.float() for value in (self._first_bad, *self._sums.values())]

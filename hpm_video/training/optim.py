@@ -1,11 +1,15 @@
-"""Optimizers, and which parameters they decay and how fast they train them."""
+"""Optimizers, their learning rate over a run, and which parameters they decay."""
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hpm_video.config.training import RecipeConfig
+from hpm_video.training.progress import Progress
 
 Tensors = dict[str, Tensor]
 Groups = list[dict[str, Any]]
@@ -19,11 +23,10 @@ def parameter_groups(
     lr_scale: Callable[[str], float] | None = None,
     also_decayed: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Groups of parameters of one weight decay and one share of the learning rate (``lr_scale``).
+    """Groups of parameters that learn, of one weight decay and one share of the learning rate.
 
-    Weights decay; biases, norms and tokens do not, but for tokens whose names are in
-    ``also_decayed``. Parameters that do not learn are in no group. ``lr_scale`` gives the share by
-    the name of a parameter; without it, all learn alike.
+    ``lr_scale`` gives the share by the name of a parameter. Weights decay; biases, norms and tokens
+    do not, but for those ``also_decayed``.
     """
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -41,10 +44,9 @@ def parameter_groups(
 def layer_decay_of(
     layer_of: Callable[[str], int], num_layers: int, decay: float
 ) -> Callable[[str], float]:
-    """Share of the learning rate by depth: decay^(num_layers - 1 - layer), 1 for the last layer.
+    """Share of the learning rate by depth, as VideoMAE and BEiT fine-tune: 1 for the last layer.
 
-    VideoMAE and BEiT fine-tune so: the patch embedding is layer 0, block k layer k + 1, norm and
-    head the last.
+    The patch embedding is layer 0, block k layer k + 1, norm and head the last.
     """
     return lambda name: decay ** (num_layers - 1 - layer_of(name))
 
@@ -59,6 +61,29 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda groups, betas: torch.optim.SGD(groups, lr=0.0, momentum=betas[0]),
 }
 """Optimizers by ``recipe.optimizer``; their learning rate is set before every update."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate: linear warm-up from 0, then half a cosine, at the fractional epoch."""
+
+    peak: float
+    final: float
+    warmup_epochs: float
+
+    def at(self, progress: Progress) -> float:
+        """The learning rate of the update that follows ``progress``."""
+        epoch, epochs = progress.exact_epoch, progress.epochs
+        if epoch < self.warmup_epochs:
+            return self.peak * epoch / self.warmup_epochs
+        done = min((epoch - self.warmup_epochs) / max(epochs - self.warmup_epochs, 1e-9), 1.0)
+        return self.final + (self.peak - self.final) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def schedule_of(recipe: RecipeConfig) -> Schedule:
+    """The schedule of a recipe, whose rates are for 256 videos per update (Goyal et al., 2017)."""
+    scale = recipe.batch_size / 256
+    return Schedule(recipe.base_lr * scale, recipe.min_lr * scale, recipe.warmup_epochs)
 
 
 @dataclass(frozen=True)

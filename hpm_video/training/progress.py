@@ -22,10 +22,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Timeline:
-    """A run as a stream of videos, cut into batches.
+    """A run as a stream of videos, one shuffled pass over the data after another, cut into batches.
 
-    The stream is one shuffled pass over the data after another. A batch may reach from one pass
-    into the next, so each video is seen exactly once per epoch and none is dropped or padded.
+    A batch may reach from one pass into the next: each video is seen exactly once per epoch and
+    none is dropped or padded.
     """
 
     num_videos: int
@@ -50,5 +50,5 @@ class Timeline:
 
     def passes(self, update: int, every_epochs: float) -> bool:
         """Whether ``update`` completes a multiple of ``every_epochs`` epochs."""
-        seen = [n * self.batch_size / self.num_videos for n in (update, update + 1)]
-        return int(seen[1] / every_epochs) > int(seen[0] / every_epochs)
+        before, after = (self.at(number).exact_epoch for number in (update, update + 1))
+        return int(after / every_epochs) > int(before / every_epochs)

@@ -47,10 +47,7 @@ def gather_facts(device: torch.device, precision: str, engine: str, plan: BatchP
 
 
 def record_start(run_dir: Path, facts: Facts, first_update: int, before: Facts) -> None:
-    """Add a line to ``starts.jsonl`` of the run directory, one for each start.
-
-    If the run goes on, facts that differ from those ``before`` and decide the last bits are logged.
-    """
+    """Add a line to ``starts.jsonl``, and warn of facts that were other ``before``."""
     for name, now in facts.items() if before else ():
         then = before.get(name)
         if name not in CHANGE_NO_BIT and then != now:

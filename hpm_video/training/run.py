@@ -5,7 +5,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,7 @@ from torch import nn
 from hpm_video.config.training import CheckpointConfig, LoggingConfig
 from hpm_video.data.batch import ClipBatch
 from hpm_video.files.failures import BadFiles, Failure
-from hpm_video.training.checkpoint import (
-    checkpoint_path,
-    point_to_newest_and_best,
-    remove_superseded,
-    save_checkpoint,
-)
+from hpm_video.training.checkpoint import checkpoint_path, remove_superseded, save_checkpoint
 from hpm_video.training.curves import plot_curves
 from hpm_video.training.engine import Engine
 from hpm_video.training.fast import as_written, compile_seconds
@@ -70,23 +65,17 @@ class Run:
     """Bad files by the name of their source."""
     stop: StopRequest
     meter: Meter
-    _: KW_ONLY
-    start: int
-    """The update that the run begins or goes on with."""
-    stored: dict[str, Any]
-    """What else the state of every checkpoint has: what the run runs with, and its data."""
-    best: dict[str, Any]
-    """Update and score of the best checkpoint so far; empty: there is none."""
+    state: dict[str, Any]
+    """``state.json`` of the next checkpoint: the update that the run begins or goes on with, the
+    best checkpoint so far (empty: there is none), what the run runs with, and its data."""
 
     def __post_init__(self) -> None:
         writes, updates = self.engine.processes.is_first, self.timeline.num_updates
-        self._metrics = MetricsLog(
-            self.folder, self.logging.trackers, first_update=self.start, writes=writes
-        )
-        self._bar = ProgressBar(updates, "updates", first=self.start, silent=not writes)
+        start, trackers = self.state["update"], self.logging.trackers if writes else ()
+        self._metrics = MetricsLog(self.folder, trackers, first_update=start)
+        self._bar = ProgressBar(updates, "updates", first=start, silent=not writes)
         self._failures: list[tuple[str, Failure]] = []
         self._compiled = compile_seconds()
-        self._answer: Callable[[], int] = int
 
     def close(self) -> None:
         """Close trackers and progress bar."""
@@ -94,51 +83,47 @@ class Run:
         self._bar.close()
 
     def measure_beginning(self) -> None:
-        """Measure on validation clips what a run begins with.
-
-        Curves have a start by it, and validation that fails does so before any work.
-        """
-        if self.start == 0 and self.evaluation.validate:
+        """Measure what a run begins with: validation that fails does so before any work."""
+        if self.state["update"] == 0 and self.evaluation.validate:
             with self._aside():
                 self._measure("validation", 0, self.evaluation.validate, self.evaluation.describe)
 
     def after_update(self, progress: Progress, settings: dict[str, float]) -> None:
-        """Log, measure, draw, save and stop, where it is time to.
-
-        All processes do the same at the same time; the first one writes.
+        """Log, measure, draw, save and stop, where it is time to, in all processes alike.
 
         Raises:
             NonFiniteLossError, TooManyBadFiles, CheckpointError, Interrupted: see ``fit``.
         """
         update, done = progress.update, progress.update + 1
-        last, evaluation, how = done == self.timeline.num_updates, self.evaluation, self.logging
+        last, evaluation = done == self.timeline.num_updates, self.evaluation
+        how, saving = self.logging, self.saving
+        # Whether any process was asked to: all of them stop in the same update.
+        stop = max(self.engine.processes.gather([self.stop.received or 0]))
         self._bar.count()
         if done % how.every_updates == 0 or last:
             self._write_line(done, settings, last=last)
         with self._aside():
             passes = partial(self.timeline.passes, update)
-            keep = passes(self.saving.keep_every_epochs or math.inf)
+            keep = passes(saving.keep_every_epochs or math.inf)
             improved = False
             if evaluation.validate and (last or passes(how.validate_every_epochs)):
                 found = self._measure("validation", done, evaluation.validate, evaluation.describe)
                 improved = self._note_score(done, found[evaluation.score])
             if evaluation.probe and (last or passes(evaluation.probe_every_epochs)):
                 self._measure("probe", done, evaluation.probe, _describe_probe)
-            stop = self._asked_to_stop()
             # Before the state is saved: a run that is killed meanwhile comes here again.
             if last or passes(how.picture_every_epochs):
                 self.draw(done)
-            if last or keep or improved or stop or done % self.saving.every_updates == 0:
+            if last or keep or improved or stop or done % saving.every_updates == 0:
                 self.save(done, keep=keep)
         if stop and not last:
-            raise Interrupted(stop, done)
+            raise Interrupted(signal.Signals(stop), done)
 
     def save(self, done: int, *, keep: bool = False) -> None:
         """Save the state after ``done`` updates.
 
         Raises:
-            NonFiniteLossError: a loss since the last look at them was not a number: nothing is
-                saved.
+            NonFiniteLossError: a loss was not a number: nothing is saved.
             CheckpointError: it cannot be written.
         """
         self.meter.check()
@@ -146,18 +131,17 @@ class Run:
         modules = {"model": self.engine.model, **self.auxiliary_modules}
         weights = {name: self.engine.weights(module) for name, module in modules.items()}
         optimizer = self.engine.optimizer_state()
+        self.state |= {"update": done, "keep": keep}
         if self.engine.processes.is_first:
             folder = self.folder / "checkpoints"
             save_checkpoint(
                 checkpoint_path(folder, done),
                 weights,
                 optimizer=optimizer,
-                state={"update": done, "keep": keep, "best": self.best, **self.stored},
+                state=self.state,
                 attached=[path for path in map(self.folder.joinpath, ATTACHED) if path.exists()],
             )
-            point_to_newest_and_best(folder)
-            best = checkpoint_path(folder, self.best.get("update", done))
-            remove_superseded(folder, self.saving.keep_last, [best])
+            remove_superseded(folder, self.saving.keep_last)
         self.engine.processes.wait()
 
     def note_failures(self, batch: ClipBatch) -> None:
@@ -197,17 +181,6 @@ class Run:
             )
         self._bar.show(shown, at_once=last)
 
-    def _asked_to_stop(self) -> signal.Signals | None:
-        """Whether any process was, as all of them know in the same update.
-
-        Several processes look at what was asked in the update before, so that nobody waits.
-        """
-        answer = self.engine.processes.ask(self.stop.received or 0)
-        if self.engine.processes.count > 1:
-            answer, self._answer = self._answer, answer
-        asked = answer()
-        return signal.Signals(asked) if asked else None
-
     def _measure(
         self, kind: str, done: int, measure: Callable[[], Measures], describe: Describe
     ) -> Measures:
@@ -219,10 +192,10 @@ class Run:
         return measures
 
     def _note_score(self, done: int, score: float) -> bool:
-        sign = -1 if self.evaluation.more_is_better else 1
-        improved = not self.best or sign * score < sign * self.best["score"]
+        sign, best = -1 if self.evaluation.more_is_better else 1, self.state["best"]
+        improved = not best or sign * score < sign * best["score"]
         if improved:
-            self.best = {"update": done, "score": score, "measure": self.evaluation.score}
+            self.state["best"] = {"update": done, "score": score, "measure": self.evaluation.score}
         return improved
 
     def draw(self, done: int) -> None:
@@ -231,8 +204,7 @@ class Run:
         if self.evaluation.draw:
             self.evaluation.draw(done)
         if self.engine.processes.is_first:
-            sheet = checkpoint_path(self.folder, done).name
-            self._metrics.pictures(self.folder / "pictures", done, sheet)
+            self._metrics.pictures(self.folder / "pictures", done)
             if done < self.timeline.num_updates:  # at the end: once it is complete
                 plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
         self.engine.processes.wait()

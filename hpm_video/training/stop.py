@@ -27,8 +27,7 @@ class StopRequest:
 def listen_for_stop(*, patient: bool = False) -> Iterator[StopRequest]:
     """Turn SIGTERM and SIGINT into a request that the loop reads between two updates.
 
-    ``patient``: where a scheduler, a launcher and a terminal may all pass on the same signal, to be
-    asked twice is no reason to give up.
+    ``patient``: to be asked twice is no reason to give up, as by a scheduler and by a launcher.
     """
     request = StopRequest()
 

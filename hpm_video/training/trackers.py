@@ -5,7 +5,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,10 +27,10 @@ PROJECT = "hpm_video"
 
 
 class Tracker(Protocol):
-    """Where a run writes its metrics. An entry of ``TRACKERS`` makes it.
+    """Where a run writes its metrics. After an error it gets nothing more.
 
-    It is given the directory of the run, which has its config.yaml, and the number of updates made
-    so far: what it holds beyond them is of an interrupted run. After an error it gets nothing more.
+    An entry of ``TRACKERS`` makes it of the run's directory, which has its config.yaml, and of the
+    number of updates made so far: what it holds beyond them is of an interrupted run.
     """
 
     def write(self, kind: str, update: int, values: Mapping[str, float]) -> None:
@@ -160,10 +160,7 @@ PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
 
 
 def check_trackers(config: LoggingConfig) -> None:
-    """Make sure that the trackers and their libraries are there; otherwise that is a ConfigError.
-
-    The config alone does not: a model is read where a tracker is gone.
-    """
+    """Raise a ConfigError where trackers or their libraries are missing, which only a run needs."""
     check_names("logging", config, "trackers", "tracker", TRACKERS)
     for name in config.trackers:
         if name in PACKAGES and find_spec(name) is None:
@@ -175,18 +172,14 @@ def check_trackers(config: LoggingConfig) -> None:
 class MetricsLog:
     """What a run writes to its trackers; one that fails is left out from then on."""
 
-    def __init__(
-        self, run_dir: Path, names: Sequence[str], *, first_update: int, writes: bool = True
-    ) -> None:
+    def __init__(self, run_dir: Path, names: Iterable[str], *, first_update: int) -> None:
         """Continue at ``first_update``.
-
-        ``writes``: whether this process writes; of several that measure the same, one does.
 
         Raises:
             MetricsError: ``metrics.jsonl`` of an earlier start cannot be read.
         """
         self._trackers: dict[str, Tracker] = {}
-        for name in names if writes else ():
+        for name in names:
             with self._tolerating(name):
                 self._trackers[name] = TRACKERS[name](run_dir, first_update)
 
@@ -195,9 +188,9 @@ class MetricsLog:
         line = {"epoch": round(epoch, 4), **values}
         self._each(lambda tracker: tracker.write(kind, update, line))
 
-    def pictures(self, folder: Path, update: int, sheet: str) -> None:
-        """Hand over what was drawn to ``folder`` and the folders in it under one name."""
-        for path in sorted(folder.rglob(f"{sheet}.png")):
+    def pictures(self, folder: Path, update: int) -> None:
+        """Hand over what was drawn after ``update`` to ``folder`` and the folders in it."""
+        for path in sorted(folder.rglob(f"update-{update:08d}.png")):
             name = path.parent.relative_to(folder.parent).as_posix()
             self._each(lambda tracker, name=name, path=path: tracker.picture(name, update, path))
 

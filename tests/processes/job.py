@@ -110,15 +110,15 @@ def reductions(seen):
 
 @contextmanager
 def whole_tensors(seen):
-    """Of every parameter or moment that is put together while a checkpoint is saved: its size, and
-    how many values of others are still there."""
+    """Of every parameter that is put together while a checkpoint is saved: its size, and how many
+    values of others are still there."""
     seen["joined"] = []
     alive, saving = {}, []
 
     def join(original):
-        def call(self, shard, parameter):
+        def call(self, parameter):
             others = sum(alive.values())
-            whole = original(self, shard, parameter)
+            whole = original(self, parameter)
             if saving:
                 number = len(seen["joined"])
                 alive[number] = whole.numel()

@@ -7,8 +7,8 @@ import pytest
 from hpm_video.config.batch_plan import BatchPlan
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.training import EngineConfig
-from hpm_video.training.deepspeed_settings import settings_of
-from hpm_video.training.engine import EngineError
+from hpm_video.training.deepspeed_engine import settings_of
+from hpm_video.training.device import EngineError
 
 PLAN = BatchPlan(batch_size=24, processes=2, micro_batch=4)
 

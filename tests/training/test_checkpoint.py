@@ -89,8 +89,8 @@ def test_what_was_not_finished_is_never_picked_up(tmp_path, config):
 
 def test_newest_marked_and_best_survive(tmp_path, config):
     for update in range(6):
-        save(tmp_path, update, config, keep=update == 1)
-    remove_superseded(tmp_path, 2, [checkpoint_path(tmp_path, 2)])
+        save(tmp_path, update, config, keep=update == 1, best={"update": 2, "score": 0})
+    remove_superseded(tmp_path, 2)
     assert [int(path.name[-1]) for path in checkpoints_in(tmp_path)] == [1, 2, 4, 5]
 
 
@@ -248,7 +248,7 @@ def test_checkpoints_elsewhere_are_unlinked_but_not_deleted(tmp_path, config):
     kept = checkpoint_path(tmp_path / "other disk", 1)
     checkpoint_path(tmp_path, 1).symlink_to(kept)
     save(tmp_path, 2, config)
-    remove_superseded(tmp_path, 1, [])
+    remove_superseded(tmp_path, 1)
     assert checkpoints_in(tmp_path) == [checkpoint_path(tmp_path, 2)]
     assert (kept / "state.json").is_file()
 

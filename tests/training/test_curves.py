@@ -106,14 +106,6 @@ def test_a_panel_has_the_curves_of_its_keys_and_their_last_values(
     ]
 
 
-def test_a_run_that_went_back_shows_what_it_did_last(tmp_path: Path) -> None:
-    records = [{"kind": "train", "update": u, "loss": v} for u, v in [(1, 5), (2, 4), (3, 9)]]
-    records += [{"kind": "validation", "update": 2, "loss": 7}, {"kind": "train", "update": 2}]
-    table = read_metrics(write(tmp_path / "metrics.jsonl", records))
-    assert table["update"].tolist() == [1, 2, 2, 3]
-    np.testing.assert_array_equal(table["loss"], [5, np.nan, 7, 9])
-
-
 def test_a_line_that_was_cut_off_is_left_out_only_at_the_end(tmp_path: Path) -> None:
     path = write(tmp_path / "metrics.jsonl", make_records(2))
     whole = path.read_text()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hpm_video.training import device
-from hpm_video.training.device import choose_device, choose_precision, time_updates
+from hpm_video.training.device import EngineError, choose_device, choose_precision, time_updates
 from hpm_video.training.engine import TorchEngine
 
 
@@ -32,7 +32,7 @@ def test_updates_are_really_run():
 
 
 def test_a_device_that_is_not_here_is_named():
-    with pytest.raises(ValueError, match="engine.device=warp cannot be used here"):
+    with pytest.raises(EngineError, match="engine.device=warp cannot be used here"):
         choose_device("warp")
     assert choose_device("cpu") == torch.device("cpu")
 

@@ -5,9 +5,9 @@ from datetime import timedelta
 import pytest
 import torch
 
+from hpm_video.training.device import EngineError
 from hpm_video.training.distributed import (
     Processes,
-    ProcessesError,
     first_to_say,
     is_first_process,
     joined_processes,
@@ -44,10 +44,7 @@ def test_a_process_alone_has_everything_and_waits_for_nobody():
     assert alone.is_first
     assert alone.gather([1, 2]) == [1, 2]
     assert alone.of_first(lambda: "x") == "x"
-    assert alone.ask(15)() == 15
     assert torch.equal(alone.gather_shards(torch.ones(3)), torch.ones(3))
-    model = torch.nn.Linear(1, 1)
-    assert alone.replicate(model) is model
 
 
 def test_before_processes_have_joined_the_first_one_tells(monkeypatch):
@@ -78,7 +75,7 @@ def test_more_processes_than_gpus_are_refused(four_gpus, monkeypatch):
     for name, value in (("WORLD_SIZE", "5"), ("RANK", "4"), ("LOCAL_RANK", "4")):
         monkeypatch.setenv(name, value)
     told = "this machine has 4 GPUs, and process 5 of it finds none left"
-    with pytest.raises(ProcessesError, match=told), joined_processes():
+    with pytest.raises(EngineError, match=told), joined_processes():
         pass
 
 
@@ -90,5 +87,5 @@ def test_a_process_that_finds_no_others_says_where_it_looked(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("hpm_video.training.distributed.SILENCE", timedelta(seconds=2))
     told = r"(?s)no-such-host\.invalid:29511 .*GLOO_SOCKET_IFNAME"
-    with pytest.raises(ProcessesError, match=told), joined_processes():
+    with pytest.raises(EngineError, match=told), joined_processes():
         pass

@@ -8,18 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpm_video.config.choices import TransformerSize
+from hpm_video.config.training import RecipeConfig
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.training.ema import MomentumSchedule, ema_update_module, make_ema
 from hpm_video.training.loop import fit
 from hpm_video.training.metrics import Meter
 from hpm_video.training.optim import (
     OPTIMIZERS,
+    Schedule,
     layer_decay_of,
     make_adamw,
     parameter_groups,
+    schedule_of,
 )
 from hpm_video.training.progress import Progress, Timeline
-from hpm_video.training.schedules import WarmupCosine, scaled_lr
 
 
 def at(epoch, epochs=800, update=0):
@@ -27,7 +29,7 @@ def at(epoch, epochs=800, update=0):
 
 
 def test_learning_rate_warms_up_from_0_and_falls_to_the_last():
-    schedule = WarmupCosine(peak=1.2e-3, final=8e-5, warmup_epochs=40)
+    schedule = Schedule(peak=1.2e-3, final=8e-5, warmup_epochs=40)
     assert schedule.at(at(0)) == 0
     assert schedule.at(at(20)) == pytest.approx(6e-4)
     assert schedule.at(at(40)) == pytest.approx(1.2e-3)
@@ -38,12 +40,15 @@ def test_learning_rate_warms_up_from_0_and_falls_to_the_last():
 
 
 def test_no_warmup_and_nothing_but_warmup():
-    assert WarmupCosine(1.0, 0.0, 0).at(at(0, 4)) == 1
-    assert WarmupCosine(1.0, 0.0, 4).at(at(3, 4)) == 0.75
+    assert Schedule(1.0, 0.0, 0).at(at(0, 4)) == 1
+    assert Schedule(1.0, 0.0, 4).at(at(3, 4)) == 0.75
 
 
 def test_learning_rate_scales_with_the_batch():
-    assert scaled_lr(1.5e-4, 2048) == pytest.approx(1.2e-3)
+    recipe = RecipeConfig(batch_size=2048, base_lr=1.5e-4, min_lr=1e-5, warmup_epochs=3)
+    schedule = schedule_of(recipe)
+    assert (schedule.peak, schedule.final) == pytest.approx((1.2e-3, 8e-5))
+    assert schedule.warmup_epochs == 3
 
 
 def test_momentum_of_the_paper():
@@ -120,7 +125,7 @@ def test_the_loop_gives_each_group_its_share_of_the_learning_rate():
     timeline = Timeline(8, 2, 2)
     meter = Meter(torch.device("cpu"))
     run = SimpleNamespace(timeline=timeline, meter=meter, after_update=after_update)
-    schedule = WarmupCosine(peak=1.0, final=0.1, warmup_epochs=1)
+    schedule = Schedule(peak=1.0, final=0.1, warmup_epochs=1)
     fit(engine, objective, iter(()), schedule, run, start=3)
     expected = [schedule.at(timeline.at(update)) for update in range(3, 8)]
     assert expected[0] == 0.75

@@ -29,7 +29,7 @@ def write(run, name, first, updates):
     log = MetricsLog(run, [name], first_update=first)
     for update in updates:
         log.write("train", update, update / 10, {"loss": 1.0 / update})
-    log.pictures(run / "pictures", 2, "update-00000002")
+    log.pictures(run / "pictures", 2)
     log.close()
 
 
@@ -103,7 +103,7 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning(run, monkeypatch, cap
     log = MetricsLog(run, ["dead", "broken", "jsonl"], first_update=0)
     for update in (1, 2):
         log.write("train", update, 0.0, {"loss": 1.0})
-    log.pictures(run / "pictures", 2, "update-00000002")
+    log.pictures(run / "pictures", 2)
     log.close()
     assert [record.getMessage().split(",")[0] for record in caplog.records] == [
         "the tracker dead failed",
@@ -111,12 +111,6 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning(run, monkeypatch, cap
     ]
     assert "OSError: the server is gone" in caplog.text
     assert len(read_lines(run / "metrics.jsonl")) == 2
-
-
-def test_one_process_alone_writes(run):
-    log = MetricsLog(run, ["jsonl"], first_update=0, writes=False)
-    log.write("train", 1, 0.0, {"loss": 1.0})
-    assert not (run / "metrics.jsonl").exists()
 
 
 def test_a_library_that_is_missing_is_found_before_a_run(monkeypatch):
