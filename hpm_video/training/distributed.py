@@ -62,6 +62,22 @@ class Processes:
         """What the first process computes, in each of them; the others wait for it."""
         return self.gather([compute()] if self.is_first else [])[0]
 
+    def ask(self, value: int) -> Callable[[], int]:
+        """Ask for the largest value of all processes; calling the result waits for it.
+
+        All processes must ask, and take their answers in the same order.
+        """
+        if self.count == 1:
+            return lambda: value
+        given, largest = torch.tensor(value), distributed.ReduceOp.MAX
+        work = distributed.all_reduce(given, largest, group=self._hosts, async_op=True)
+
+        def answer() -> int:
+            work.wait()
+            return int(given)
+
+        return answer
+
     def gather_shards(self, shard: Tensor) -> Tensor:
         """The shards of all processes one after the other: (n,) each -> (count n,)"""
         if self.count == 1:

@@ -76,6 +76,7 @@ class Run:
         self._bar = ProgressBar(updates, "updates", first=start, silent=not writes)
         self._failures: list[tuple[str, Failure]] = []
         self._compiled = compile_seconds()
+        self._answer: Callable[[], int] = int
 
     def close(self) -> None:
         """Close trackers and progress bar."""
@@ -97,8 +98,6 @@ class Run:
         update, done = progress.update, progress.update + 1
         last, evaluation = done == self.timeline.num_updates, self.evaluation
         how, saving = self.logging, self.saving
-        # Whether any process was asked to: all of them stop in the same update.
-        stop = max(self.engine.processes.gather([self.stop.received or 0]))
         self._bar.count()
         if done % how.every_updates == 0 or last:
             self._write_line(done, settings, last=last)
@@ -111,13 +110,14 @@ class Run:
                 improved = self._note_score(done, found[evaluation.score])
             if evaluation.probe and (last or passes(evaluation.probe_every_epochs)):
                 self._measure("probe", done, evaluation.probe, _describe_probe)
+            stop = self._asked_to_stop()
             # Before the state is saved: a run that is killed meanwhile comes here again.
             if last or passes(how.picture_every_epochs):
                 self.draw(done)
             if last or keep or improved or stop or done % saving.every_updates == 0:
                 self.save(done, keep=keep)
         if stop and not last:
-            raise Interrupted(signal.Signals(stop), done)
+            raise Interrupted(stop, done)
 
     def save(self, done: int, *, keep: bool = False) -> None:
         """Save the state after ``done`` updates.
@@ -180,6 +180,17 @@ class Run:
                 f"{values['peak_memory_gb']:.1f} GB"
             )
         self._bar.show(shown, at_once=last)
+
+    def _asked_to_stop(self) -> signal.Signals | None:
+        """Whether any process was, as all of them know in the same update.
+
+        Several processes look at what was asked in the update before, so that nobody waits.
+        """
+        answer = self.engine.processes.ask(self.stop.received or 0)
+        if self.engine.processes.count > 1:
+            answer, self._answer = self._answer, answer
+        asked = answer()
+        return signal.Signals(asked) if asked else None
 
     def _measure(
         self, kind: str, done: int, measure: Callable[[], Measures], describe: Describe

@@ -412,8 +412,8 @@ def test_a_run_goes_on_with_another_number_of_processes_and_another_engine(jobs,
         assert [one.get("interrupted") for one in seen] == [seen[0].get("interrupted")] * count
         if stop is None:
             assert "interrupted" not in seen[0]
-        else:  # what the last process was asked all know in the same update
-            reached.append(stop + 1)
+        else:  # what the last process was asked all know one update later
+            reached.append(stop + count)
             said = f"stopped by SIGTERM before update {reached[-1]}"
             assert seen[0]["interrupted"] == [said, 75]
     stored = [path.name for path in checkpoints_in(jobs.run(chain) / "checkpoints")]

@@ -44,6 +44,7 @@ def test_a_process_alone_has_everything_and_waits_for_nobody():
     assert alone.is_first
     assert alone.gather([1, 2]) == [1, 2]
     assert alone.of_first(lambda: "x") == "x"
+    assert alone.ask(15)() == 15
     assert torch.equal(alone.gather_shards(torch.ones(3)), torch.ones(3))
 
 
