@@ -24,19 +24,19 @@ prepare_environment() {
   export PYTHONUNBUFFERED=1
   if [[ -n ${HPM_PYTHON:-} ]]; then
     use_given_environment "$@"
-    return
+  else
+    unset PYTHONPATH PYTHONHOME
+    python="$environment/bin/python"
+    is_complete "$@" || make_environment "$@"
   fi
-  unset PYTHONPATH PYTHONHOME
-  python="$environment/bin/python"
-  is_complete "$@" || make_environment "$@"
 }
 
 is_supported() {
   "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
 }
 
-# An environment that the user already has: nothing is installed there. A folder with the package alone makes it importable; from the root of
-# the repository, `datasets` would shadow the library of that name.
+# An environment that the user already has: nothing is installed there. A folder with the package
+# alone makes it importable; from the root, `datasets` would shadow the library of that name.
 use_given_environment() {
   python="$(command -v -- "$HPM_PYTHON" || true)"
   if [[ -z $python || -d $python ]]; then
@@ -78,11 +78,6 @@ has_stamp() {
   [[ -f $environment/complete-$1 && "$(<"$environment/complete-$1")" == "$(fingerprint "$1")" ]]
 }
 
-write_stamp() {
-  fingerprint "$1" >"$environment/complete-$1.new"
-  mv -f -- "$environment/complete-$1.new" "$environment/complete-$1"
-}
-
 is_complete() {
   local part
   for part in package "$@"; do has_stamp "$part" || return 1; done
@@ -103,7 +98,7 @@ make_environment() {
       if ! has_stamp "$part"; then
         rm -f -- "$environment/complete-$part"
         "install_$part"
-        write_stamp "$part"
+        fingerprint "$part" >"$environment/complete-$part"
       fi
     done
     say "done in $SECONDS s: $environment"
@@ -138,10 +133,9 @@ lock() {
 }
 
 pip_install() {
-  local options=(--disable-pip-version-check --no-input)
-  if [[ ! -t 2 ]]; then options+=(--quiet); fi
-  "$python" -m pip install "${options[@]}" "$@" >&2 || fail "could not install $*" \
-    "Start again to go on from here: what is installed or downloaded already is kept."
+  "$python" -m pip install --disable-pip-version-check --no-input "$@" >&2 ||
+    fail "could not install $*" \
+      "Start again to go on from here: what is installed or downloaded already is kept."
 }
 
 install_package() {

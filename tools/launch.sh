@@ -2,17 +2,11 @@
 # Shared by the launch scripts. To be sourced by one that defines `root` and `usage`:
 #
 #   source "$root/tools/launch.sh"
-#   prepare_run DEFAULT "$@"     # sets config, overrides and python, or ends the script
-#   start PROGRAM ARGUMENT ...   # in as many processes as GPUS and NNODES say
-#   finish PROGRAM ARGUMENT ...  # the same, in place of the script
+#   prepare_run DEFAULT "$@"    # or ends the script
+#   "$python" tools/launch.py PROGRAM "${arguments[@]}"    # of which the first is the configuration
 
 # shellcheck source=tools/environment.sh
 source "$root/tools/environment.sh"
-
-config=""
-overrides=()
-options=() # of the program
-dry_run=""
 
 prepare_run() {
   choose_config "$@"
@@ -50,51 +44,36 @@ refuse() {
   exit 2
 }
 
-# Takes the first argument for the configuration, unless it is an override.
+# Takes the first argument that is no option and no override for the configuration.
 choose_config() {
-  config="$1"
-  shift
-  local argument override='^[A-Za-z_][A-Za-z0-9_.]*='
-  for argument in "$@"; do
-    case "$argument" in
-      -h | --help)
-        usage
-        exit 0
-        ;;
-      --dry-run) dry_run=yes ;;
-      --files=* | --clips-per-second=*) options+=("$argument") ;;
-      -*) refuse "unknown option $argument; --help lists all" ;;
-      *) overrides+=("$argument") ;;
-    esac
+  local argument config="" others=() override='^[A-Za-z_][A-Za-z0-9_.]*='
+  for argument in "${@:2}"; do
+    if [[ $argument == -h || $argument == --help ]]; then
+      usage
+      exit 0
+    elif [[ -n $config || $argument == -* || $argument =~ $override ]]; then
+      others+=("$argument")
+    elif [[ -f $argument ]]; then
+      config="$(cd -- "$(dirname -- "$argument")" && pwd)/$(basename -- "$argument")"
+    elif [[ -f $root/${1%/*}/$argument.yaml ]]; then
+      config="${1%/*}/$argument.yaml"
+    elif [[ -f $root/configs/$argument.yaml ]]; then
+      config="configs/$argument.yaml"
+    elif [[ -f $root/$argument ]]; then
+      config="$argument"
+    else
+      refuse "no configuration $argument, neither in $PWD nor in $root"
+    fi
   done
-  set -- ${overrides[@]+"${overrides[@]}"}
-  if (($# == 0)) || [[ $1 =~ $override && ! -f $1 ]]; then return; fi
-  local kind="${config%/*}"
-  config="$1"
-  overrides=("${@:2}")
-  if [[ -f $config ]]; then
-    config="$(cd -- "$(dirname -- "$config")" && pwd)/$(basename -- "$config")"
-  elif [[ -f $root/$kind/$config.yaml ]]; then
-    config="$kind/$config.yaml"
-  elif [[ -f $root/configs/$config.yaml ]]; then
-    config="configs/$config.yaml"
-  elif [[ ! -f $root/$config ]]; then
-    refuse "no configuration $config, neither in $PWD nor in $root"
-  fi
-}
-
-start() { "$python" tools/launch.py "$@"; }
-
-finish() {
-  exec "$python" tools/launch.py ${dry_run:+--dry-run} "$@" ${options[@]+"${options[@]}"}
+  arguments=("${config:-$1}" ${others[@]+"${others[@]}"})
 }
 
 # prepare.py writes the manifests last: where they exist, the clips and images are complete.
 make_demo_data() {
-  local manifest given=" ${overrides[*]-} ${options[*]-}"
+  local manifest given=" ${arguments[*]}"
   if [[ $given == *" data.train="* && $given == *" data.validation="* ]]; then return; fi
   if [[ $given == *" --files="* ]]; then return; fi
-  for manifest in $(grep -o 'datasets/demo/[A-Za-z0-9_]*\.csv' "$config" || true); do
+  for manifest in $(grep -o 'datasets/demo/[A-Za-z0-9_]*\.csv' "${arguments[0]}" || true); do
     if [[ ! -f $manifest ]]; then
       "$python" datasets/demo/prepare.py
       return
