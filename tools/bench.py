@@ -16,20 +16,20 @@ from importlib import import_module
 from types import ModuleType
 
 from hpm_video.files.atomic import write_json
-from hpm_video.runs.console import add_options, exit_codes, make_parser, run
+from hpm_video.runs.console import add_options, make_parser, run
 
 COMMANDS = ("update", "gpu", "loader", "decoding", "losses", "flops", "fidelity")
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Measure, print tables, and write them to --output if it is given. -> the exit code"""
-    parser = make_parser(__doc__, exit_codes())
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("command", choices=COMMANDS, metavar="COMMAND", help="one of those above")
     add("options", nargs=argparse.REMAINDER, metavar="...", help="options of the command")
     given = parser.parse_args(command_line)
     command = import_module(f"bench_{given.command}")  # beside this file; it imports torch
-    of_command = make_parser(command.__doc__, exit_codes())
+    of_command = make_parser(command.__doc__)
     of_command.prog = f"{parser.prog} {given.command}"
     command.add_arguments(of_command)
     add_options(of_command, output={"metavar": "FILE.json", "help": "write the tables to it"})

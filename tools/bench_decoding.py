@@ -7,16 +7,16 @@ what the others are compared with: put the untouched video before a prepared one
 """
 
 import argparse
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import count, product
 from typing import Any
 
 import torch
+from bench_update import medians_of_turns  # type: ignore[import-not-found] # beside this file
 
 from hpm_video.config.data import DataConfig
 from hpm_video.data.clips import check_pace, request_of
@@ -43,32 +43,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Make a table for each kind of clips."""
     torch.set_num_threads(1)
-    count, test_views = arguments.clips, Views(*arguments.views)
-    kinds: dict[str, dict[tuple[str, str], Callable[[int], object]]] = defaultdict(dict)
-    ones, several = kinds["a training clip"], kinds[f"{count} training clips"]
+    clips, test_views = arguments.clips, Views(*arguments.views)
+    kinds: dict[str, dict[tuple[str, str], Callable[[], float]]] = defaultdict(dict)
+    ones, several = kinds["a training clip"], kinds[f"{clips} training clips"]
     tests = kinds[f"a test of {test_views.clips} x {test_views.crops} views"]
     for video, decoder in product(arguments.videos, available_decoders()):
         request = first_request(video)
         train = TrainReader(CLIP, decoder, "", MultiScaleCrop(flip=False), same_frames=False)
         test = EvalReader(CLIP, decoder, "", test_views)
-        ones[video, decoder] = partial(read, train, request, 1)
-        several[video, f"{decoder}, one by one"] = partial(read, train, request, 1, times=count)
-        several[video, f"{decoder}, in one pass"] = partial(read, train, request, count)
-        tests[video, decoder] = partial(read, test, request, 1)
+        ones[video, decoder] = partial(read, train, request, 1, count())
+        one_by_one = partial(read, train, request, 1, count(), times=clips)
+        several[video, f"{decoder}, one by one"] = one_by_one
+        several[video, f"{decoder}, in one pass"] = partial(read, train, request, clips, count())
+        tests[video, decoder] = partial(read, test, request, 1, count())
     for kind, ways in kinds.items():
-        turns = [
-            {way: seconds_of(partial(make, turn)) for way, make in ways.items()}
-            for turn in range(1 + arguments.repeats)
-        ]
-        medians = {way: statistics.median(turn[way] for turn in turns[1:]) for way in ways}
+        medians_of_turns(ways, 1)
+        medians = medians_of_turns(ways, arguments.repeats)
         first = next(iter(medians.values()))
-        yield (
-            kind,
-            [
-                {"file": file, "way": way, "ms": 1000 * median, "times as fast": first / median}
-                for (file, way), median in medians.items()
-            ],
-        )
+        rows = [
+            {"file": file, "way": way, "ms": 1000 * median, "times as fast": first / median}
+            for (file, way), median in medians.items()
+        ]
+        yield kind, rows
 
 
 def first_request(name: str) -> Request:
@@ -84,15 +80,15 @@ def first_request(name: str) -> Request:
     return replace(request, path=Section.parse(request.path).file)
 
 
-def read(reader: ClipReader, request: Request, count: int, turn: int, *, times: int = 1) -> None:
-    """Read so many clips out of one pass, and that several times; each turn draws others."""
+def read(
+    reader: ClipReader, request: Request, clips: int, turns: Iterator[int], *, times: int = 1
+) -> float:
+    """Read clips out of one pass, and that several times; each of the ``turns`` draws others.
+
+    Returns the seconds of the processor, which other programs disturb less.
+    """
+    turn, began = next(turns), time.process_time()
     for again in range(times):
-        keys = tuple((turn, again, number) for number in range(count))
+        keys = tuple((turn, again, number) for number in range(clips))
         reader(replace(request, keys=keys))
-
-
-def seconds_of(call: Callable[[], object]) -> float:
-    """Return the seconds of the processor, which other programs disturb less."""
-    began = time.process_time()
-    call()
     return time.process_time() - began

@@ -8,11 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hpm_video.config.loading import load_any_config
-from hpm_video.config.schema import RunConfig
-from hpm_video.runs.cost import count_flop
+from hpm_video.runs.cost import count_gmac
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,13 +24,6 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, Sequence[dict[
     """Make one table, with a row for each config."""
     rows = []
     for path in arguments.config:
-        student, teacher = count(load_any_config(path, arguments.set))
+        student, teacher = count_gmac(load_any_config(path, arguments.set))
         rows.append({"config": path.stem, "student": student, "teacher": teacher})
     yield "GMAC per clip and update", rows
-
-
-def count(config: RunConfig) -> tuple[float, float]:
-    """Count GMAC of student and teacher, averaged over the sources by their weights."""
-    costs = [count_flop(config, source) for source in config.sources]
-    of_student, of_teacher = np.average(costs, axis=0, weights=config.weights) / 2e9
-    return of_student, of_teacher

@@ -37,23 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add = parser.add_argument
     add_config(parser, "a config, or RUN/config.yaml")
-    tried = "numbers of decoding processes to try, for all --processes together"
-    add("--workers", type=several, metavar="N,N", help=tried)
-    processes = (
-        "training processes on this machine, one per GPU, which share its cores; default: the "
-        "number of GPUs, or 1"
-    )
+    tried = "decoding processes to try, of all --processes together; may be given several times"
+    add("--workers", type=positive, action="append", metavar="N", help=tried)
+    processes = "training processes that share this machine; default: one per GPU, or 1"
     add("--processes", type=positive, metavar="N", help=processes)
     needs = "clips/s that updates take on all GPUs here; default: measured on a GPU"
     add("--needs", type=above_zero, metavar="CLIPS", help=needs)
-    measured = "videos whose phases are timed (48)"
-    add("--clips", type=positive, default=48, help=measured)
+    add("--clips", type=positive, default=48, help="videos whose phases are timed (48)")
     add("--seconds", type=above_zero, default=8.0, metavar="S", help="per trial (8)")
-
-
-def several(text: str) -> list[int]:
-    """Parse numbers such as 1,2,4."""
-    return [positive(word) for word in text.split(",")]
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, Rows]]:
@@ -82,9 +73,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, Rows]]:
     decoder, rate = trial.decoder, trial.rates[workers]
     phases = trials.phases(arguments.clips, decoder)
     phases["assembling"] = trial.assembling[workers]
-    by = f", by {decoder}" if decoder else ""
     rows = [{"phase": name, "ms": 1000 * seconds} for name, seconds in phases.items()]
-    yield f"one clip{by}", rows
+    yield f"one clip, by {decoder}" if decoder else "one clip", rows
     named = f"data.decoder={decoder} " if decoder else ""
     each = f" for each of {processes} processes" if processes > 1 else ""
     print(f"\ntake {named}data.workers={max(1, workers // processes)}{each}: {rate:.1f} clips/s")
@@ -127,9 +117,7 @@ def row_of(trial: Trial, numbers: Sequence[int]) -> dict[str, Any]:
     if isinstance(trial.error, RoomError):
         row["remark"] = "no memory for some"
     if trial.refused:
-        count = len(trial.files | trial.refused.keys())
-        first = next(iter(trial.refused.values()))
-        row["remark"] = (
-            f"refuses {len(trial.refused)} of {count} files, such as {first.path}: {first.reason}"
-        )
+        count, first = len(trial.files | trial.refused.keys()), next(iter(trial.refused.values()))
+        refuses = f"refuses {len(trial.refused)} of {count} files"
+        row["remark"] = f"{refuses}, such as {first.path}: {first.reason}"
     return row

@@ -6,12 +6,12 @@ tensors that exist at the same time.
 """
 
 import argparse
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
+from bench_update import medians_of_turns  # type: ignore[import-not-found] # beside this file
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -26,45 +26,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--clips", type=positive, default=32, help="clips per call (32)")
     add("--tokens", type=positive, default=1412, help="hidden tokens per clip (1412)")
-    add("--turns", type=positive, default=2, help="turns in which each is timed (2)")
-    add("--repeats", type=positive, default=3, help="timed calls per turn (3)")
+    add("--repeats", type=positive, default=6, help="timed calls of each (6)")
     add_options(parser, "device")
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Make one table, with a row for each form of the loss."""
     device, size = choose_device(arguments.device), (arguments.clips, arguments.tokens)
-    steps = {name: partial(make_step, loss, size, device) for name, loss in LOSSES.items()}
-    turns = [
-        {
-            name: time_updates(make(), device, warmup=1, repeats=arguments.repeats)
-            for name, make in steps.items()
-        }
-        for _ in range(arguments.turns)
-    ]
-    rows = []
-    for name, make in steps.items():
-        ms = 1000 * statistics.median(turn[name] for turn in turns)
-        memory = measure_update(make).activations / 1e6
-        rows.append({"form": name, "ms": ms, "peak memory, MB": memory, "loss": make()()})
-    yield f"ranking loss of {size[0]} clips x {size[1]} tokens, {device.type}", rows
-
-
-def make_step(
-    loss: Callable[[Tensor, Tensor], Tensor], size: tuple[int, int], device: torch.device
-) -> Callable[[], float]:
-    """Return a step that computes the loss and its gradient, always for the same tokens."""
     draw = torch.Generator().manual_seed(0)
     scores = torch.randn(size, generator=draw).to(device).requires_grad_()
     errors = torch.rand(size, generator=draw).to(device)
 
-    def step() -> float:
+    def step(name: str) -> float:
         scores.grad = None
-        value = loss(scores, errors)
+        value = LOSSES[name](scores, errors)
         torch.autograd.backward(value)
         return float(value.detach())  # waits for the device
 
-    return step
+    def row_of(name: str) -> dict[str, Any]:
+        memory = measure_update(lambda: partial(step, name)).activations / 1e6
+        ms = 1000 * medians[name]
+        return {"form": name, "ms": ms, "peak memory, MB": memory, "loss": step(name)}
+
+    ways = {
+        name: partial(time_updates, partial(step, name), device, warmup=1, repeats=1)
+        for name in LOSSES
+    }
+    medians = medians_of_turns(ways, arguments.repeats)
+    rows = [row_of(name) for name in LOSSES]
+    yield f"ranking loss of {size[0]} clips x {size[1]} tokens, {device.type}", rows
 
 
 def plain_ranking_loss(scores: Tensor, errors: Tensor) -> Tensor:

@@ -15,17 +15,18 @@ import shlex
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 from unittest.mock import patch
 
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from hpm_video.config.loading import load_any_config
 from hpm_video.config.schema import PretrainConfig
@@ -49,6 +50,7 @@ from hpm_video.training.device import (
 from hpm_video.training.fast import choose_compiling
 
 Rows = list[dict[str, Any]]
+Name = TypeVar("Name")
 TURNS = 3
 KERNELS = {  # patterns of their names; the first kind that matches counts
     "attention": "attention|fmha|flash|sdp",
@@ -56,6 +58,7 @@ KERNELS = {  # patterns of their names; the first kind that matches counts
     "fused by the compiler": "triton|cpp_fused",
     "norms, GELU and softmax": "norm|gelu|softmax",
     "copies and casts": "copy|memcpy|memset|cat",
+    "everything else": "",
 }
 PLAIN = ("mining.predictor=none", "masking.strategy=random")
 
@@ -64,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add = parser.add_argument
     add_config(parser, "a file of configs/")
-    add("--clips", type=positive, help=f"clips per update; default: at most {TIMED_CLIPS}")
+    add("--clips", type=positive, default=TIMED_CLIPS, help=f"per update ({TIMED_CLIPS})")
     add("--repeats", type=positive, default=5, help="timed updates per turn (5)")
     words = "'section.key=value ...' or 'CONFIG section.key=value ...'"
     against = f"also time the config with other values, or another config: {words}"
@@ -76,14 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, Rows]]:
     """Make a table of the updates, and one of the parts of each update by the config itself."""
     tasks = tasks_to_compare(arguments)
-    task = next(iter(tasks.values()))
-    how, clips = task.config.engine, arguments.clips
+    task, clips = next(iter(tasks.values())), arguments.clips
+    how = task.config.engine
     device = choose_device(how.device)
     if how.threads is not None:
         torch.set_num_threads(how.threads)
-    if clips is None:
-        recipes = [(each.config.recipe, each.config.data) for each in tasks.values()]
-        clips = min(TIMED_CLIPS, *(recipe.batch_size * data.repeats for recipe, data in recipes))
     is_gpu = device.type == "cuda"
     precisions = arguments.precision or (["bf16"] if is_gpu else [*AUTOCAST])
     modes = arguments.compile or (["off", "blocks"] if is_gpu else ["off"])
@@ -94,10 +94,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, Rows]]:
         )
         for name, precision, mode in product(tasks, precisions, modes)
     }
-    turns = [
-        {name: way.measure(arguments.repeats) for name, way in ways.items()} for _ in range(TURNS)
-    ]
-    medians = {name: statistics.median(turn[name] for turn in turns) for name in ways}
+    measured = {name: partial(way.measure, arguments.repeats) for name, way in ways.items()}
+    medians = medians_of_turns(measured, TURNS)
     where = torch.cuda.get_device_name(device) if is_gpu else device.type
     threads = "" if is_gpu else f" with {counted(torch.get_num_threads(), 'thread')}"
     yield f"updates of {counted(clips, 'clip')}, {where}{threads}", rows_of(ways, medians)
@@ -127,25 +125,27 @@ def open_task(words: Sequence[str]) -> Task:
     return Finetuning(resolve(config, config.model.num_classes or 2))
 
 
+def medians_of_turns(ways: Mapping[Name, Callable[[], float]], turns: int) -> dict[Name, float]:
+    """Measure all ways in turns, so that what else the machine does meets all of them alike."""
+    found = [{name: measure_once() for name, measure_once in ways.items()} for _ in range(turns)]
+    return {name: statistics.median(turn[name] for turn in found) for name in ways}
+
+
 def rows_of(ways: "dict[str, Updates]", medians: dict[str, float]) -> Rows:
     """Make a row for each way: its time, how many times as fast as the first it is, and speeds."""
-    some = next(iter(ways.values()))
-    peaks = {p: peak_flops(some.device, p) for p in {way.precision for way in ways.values()}}
-    for precision, (peak, source) in sorted(peaks.items()):
+    kinds = {way.precision: way.device for way in ways.values()}
+    peaks = {precision: peak_flops(device, precision) for precision, device in kinds.items()}
+    for precision, (peak, source) in peaks.items():
         print(f"100 % MFU in {precision}: {peak / 1e12:.3g} TFLOP/s, by {source}")
-    costs = {
-        task: cost_of_clips(task.config)("", last_epoch(task))
-        for task in {way.task for way in ways.values()}
-    }
-    first = next(iter(medians.values()))
     rows: Rows = []
     for name, way in ways.items():
-        seconds = medians[name]
-        flops = way.clips / seconds * costs[way.task]
-        row = {"way": name, "ms": 1000 * seconds, "times as fast": first / seconds}
-        row |= {"clips/s": way.clips / seconds, "TFLOP/s": flops / 1e12}
+        per_second = way.clips / medians[name]
+        flops = per_second * cost_of_clips(way.task.config)("", last_epoch(way.task))
+        faster = next(iter(medians.values())) / medians[name]
+        row = {"way": name, "ms": 1000 * medians[name], "times as fast": faster}
+        row |= {"clips/s": per_second, "TFLOP/s": flops / 1e12}
         row["MFU, %"] = 100 * flops / peaks[way.precision][0]
-        if way.device.type == "cuda":
+        if way.memory:
             row["peak memory, GB"] = way.memory
         rows.append(row)
     return rows
@@ -187,8 +187,8 @@ class Updates:
         trial, seconds = self.make(), defaultdict[str, list[float]](list)
         engine, objective = trial.engine, trial.objective
 
-        def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-            spent = seconds[name]  # in the order of the calls of this function
+        def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+            spent = seconds[part]  # in the order of the calls of this function
 
             def run(*inputs: Any, **options: Any) -> Any:
                 wait_for(self.device)
@@ -200,27 +200,24 @@ class Updates:
 
             return run
 
-        forward = timed("forward pass: all of it", objective.losses)
         with ExitStack() as stack:
             for owner, name, part in (
+                (objective, "losses", "forward pass: all of it"),
                 (objective, "normalised", "normalisation"),
                 (objective, "run_teacher", "teacher: all of it"),
                 (getattr(objective, "ema", None), "encode", "encoder"),
                 (objective, "errors", "targets and errors"),
                 (mining, "ranking_loss", "ranking loss"),
+                (engine.model, "forward", "student"),
+                (engine, "backward", "backward pass"),
+                (engine, "step", "optimizer"),
+                (objective, "after_update", "moving average"),
             ):
                 if hasattr(owner, name):
                     new = timed(part, getattr(owner, name))
                     stack.enter_context(patch.object(owner, name, new))
-            student, backward = timed("student", engine), timed("backward pass", engine.backward)
-            step = timed("optimizer", engine.step)
-            follow = timed("moving average", objective.after_update)
             for _ in range(1 + repeats):
-                with engine.autocast():
-                    losses = forward(student, trial.batch, trial.progress)
-                backward(losses.total)
-                step()
-                follow(engine.model, trial.progress)
+                trial()
         medians = {part: statistics.median(each[1:]) for part, each in seconds.items() if each}
         return [{"part": part, "ms": 1000 * median} for part, median in medians.items()]
 
@@ -230,19 +227,17 @@ class Updates:
         for _ in range(2):
             trial()
         wait_for(self.device)
-        kind = DeviceType.CUDA if is_gpu else DeviceType.CPU
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_gpu else [])]
-        with profile(activities=activities, acc_events=True) as profiler:
+        with profile(acc_events=True) as profiler:
             trial()
             wait_for(self.device)
         spent = Counter[str]()
         for event in profiler.key_averages():
-            if event.device_type == kind:
-                found = (k for k, names in KERNELS.items() if re.search(names, event.key.lower()))
+            if event.device_type == (DeviceType.CUDA if is_gpu else DeviceType.CPU):
+                key = event.key.lower()
+                kind = next(kind for kind, names in KERNELS.items() if re.search(names, key))
                 own = event.self_device_time_total if is_gpu else event.self_cpu_time_total
-                spent[next(found, "everything else")] += own / 1000
-        total = sum(spent.values())
+                spent[kind] += own / 1000
         return [
-            {"kernels": name, "ms": ms, "share, %": 100 * ms / total}
-            for name, ms in spent.most_common()
+            {"kernels": kind, "ms": ms, "share, %": 100 * ms / spent.total()}
+            for kind, ms in spent.most_common()
         ]

@@ -85,7 +85,6 @@ is_complete() {
 }
 
 make_environment() {
-  trap 'say "interrupted; the next start goes on from here"; exit 130' INT
   local base part
   base="$(find_python)"
   lock "$base"
@@ -104,7 +103,6 @@ make_environment() {
     say "done in $SECONDS s: $environment"
   fi
   exec 9>&-
-  trap - INT
 }
 
 # The newest supported Python that can make environments.

@@ -18,21 +18,16 @@ from hpm_video.config.choices import OF_CLASSIFIER, OF_PRETRAINING
 from hpm_video.data.manifest import read_manifest
 from hpm_video.files.failures import BadFilesError
 from hpm_video.files.wording import counted
-from hpm_video.runs.console import add_options, exit_codes, make_parser, positive, run
+from hpm_video.runs.console import add_options, make_parser, positive, run
 from hpm_video.runs.options import add_model_options, open_inference, reading_of
 
 if TYPE_CHECKING:
     from hpm_video.recognition.features import FeatureFolder
 
-EXIT_CODES = exit_codes(
-    "the features of every video are there",
-    "a wrong input, or some videos do not decode: they are listed, the others have features",
-)
-
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Extract, and report what was written."""
-    parser = make_parser(__doc__, EXIT_CODES)
+    parser = make_parser(__doc__)
     add_model_options(
         parser,
         "checkpoint folder of a run, pre-training or fine-tuning",

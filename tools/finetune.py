@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpm_video.runs.console import describe_end, parse_training, train
+from hpm_video.runs.console import parse_training, train
 
 if TYPE_CHECKING:
     from hpm_video.config.schema import FinetuneConfig
@@ -26,17 +26,17 @@ def main(command_line: Sequence[str] | None = None) -> int:
     return train(arguments, FinetuneConfig, Finetuning, test_and_report)
 
 
-def test_and_report(run_dir: Path, config: FinetuneConfig, processes: Processes) -> None:
-    """Test, and report accuracies, where the results are, and the next step."""
+def test_and_report(
+    run_dir: Path, config: FinetuneConfig, processes: Processes
+) -> tuple[str, Path]:
+    """Test, and report the results. -> the tool to try next, and its checkpoint"""
     from hpm_video.runs.evaluation import describe_evaluation, evaluate_run
 
     result = evaluate_run(config, run_dir, processes)
-    if not processes.is_first:
-        return
-    if result is not None:
+    if result is not None and processes.is_first:
         print(f"\nTested {describe_evaluation(result)}")
         print(f"result.json, predictions.csv and confusion.png are in {result['folder']}")
-    print(describe_end(run_dir, run_dir / "checkpoints" / config.test.checkpoint, "predict"))
+    return "predict", run_dir / "checkpoints" / config.test.checkpoint
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ prepare_run() {
   make_demo_data
 }
 
-# usage_of_run ABOUT [MORE]
 usage_of_run() {
   local run="./${0##*/}"
   cat <<TEXT
@@ -31,17 +30,10 @@ $1
   GPUS=8 NNODES=2 NODE_RANK=0 MASTER_ADDR=NODE0 $run ...
       on two machines: start this line on each, with its own NODE_RANK
   sbatch tools/slurm/job.sbatch    under slurm; see the comments in that file
-${2:+
-$2}
+
 Paths inside a configuration or an override start from the root of the repository. After SIGTERM or
 Ctrl-C the processes have HPM_GRACE seconds (300 by default) to save the state.
 TEXT
-}
-
-# Ends the script with an error about the input.
-refuse() {
-  printf 'error: %s\n' "$1" >&2
-  exit 2
 }
 
 # Takes the first argument that is no option and no override for the configuration.
@@ -59,10 +51,8 @@ choose_config() {
       config="${1%/*}/$argument.yaml"
     elif [[ -f $root/configs/$argument.yaml ]]; then
       config="configs/$argument.yaml"
-    elif [[ -f $root/$argument ]]; then
-      config="$argument"
     else
-      refuse "no configuration $argument, neither in $PWD nor in $root"
+      config="$argument" # below the root, or the program tells that there is none
     fi
   done
   arguments=("${config:-$1}" ${others[@]+"${others[@]}"})
@@ -73,7 +63,7 @@ make_demo_data() {
   local manifest given=" ${arguments[*]}"
   if [[ $given == *" data.train="* && $given == *" data.validation="* ]]; then return; fi
   if [[ $given == *" --files="* ]]; then return; fi
-  for manifest in $(grep -o 'datasets/demo/[A-Za-z0-9_]*\.csv' "${arguments[0]}" || true); do
+  for manifest in $(grep -so 'datasets/demo/[A-Za-z0-9_]*\.csv' "${arguments[0]}" || true); do
     if [[ ! -f $manifest ]]; then
       "$python" datasets/demo/prepare.py
       return

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpm_video.runs.console import describe_end, parse_training, train
+from hpm_video.runs.console import parse_training, train
 
 if TYPE_CHECKING:
     from hpm_video.config.schema import PretrainConfig
@@ -18,20 +18,18 @@ if TYPE_CHECKING:
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
-    """Run, and report the results."""
+    """Run, and say what to try next."""
     arguments = parse_training(__doc__, command_line)
     from hpm_video.config.schema import PretrainConfig
     from hpm_video.runs.pretraining import Pretraining
 
-    return train(arguments, PretrainConfig, Pretraining, report_results)
+    return train(arguments, PretrainConfig, Pretraining, next_step)
 
 
-def report_results(run_dir: Path, _config: PretrainConfig, processes: Processes) -> None:
-    """Report where the results are, and the next step."""
-    if processes.is_first:
-        best = run_dir / "checkpoints" / "best"
-        checkpoint = best if best.exists() else run_dir / "checkpoints" / "last"
-        print(describe_end(run_dir, checkpoint, "show_masks"))
+def next_step(run_dir: Path, _config: PretrainConfig, _processes: Processes) -> tuple[str, Path]:
+    """Return the tool to try next, and its checkpoint."""
+    best = run_dir / "checkpoints" / "best"
+    return "show_masks", best if best.exists() else best.with_name("last")
 
 
 if __name__ == "__main__":

@@ -27,9 +27,6 @@ from hpm_video.runs.options import add_model_options, clip_choice, open_inferenc
 CACHED = ("knn", "logistic")
 TRAINED = ("linear", "linear_images", "attentive")
 NEIGHBOURS = (10, 20, 100, 200)  # which are customary
-OF_DATA = ("weights", "train", "validation", "root", "num_frames", "frame_stride", "frame_size")
-SETTINGS = ("checkpoint", *OF_DATA, "probes", "neighbours", "set")
-"""Options that determine the results."""
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
@@ -72,8 +69,8 @@ def probe(arguments: argparse.Namespace) -> None:
     for name, result in results.items():
         print(f"{name:28} {result['top1']:.3f}   {result['top5']:.3f}")
     if path:
-        settings = {name: getattr(arguments, name) for name in SETTINGS}
-        settings["checkpoint"] = str(arguments.checkpoint.resolve())
+        settings = vars(arguments) | {"checkpoint": str(arguments.checkpoint.resolve())}
+        settings["output"] = str(arguments.output)
         write_json(path, {"settings": settings, "probes": results})
         print(f"\nwrote {path}")
 

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from hpm_video.runs.task import Task
     from hpm_video.training.distributed import Processes
 
-log = logging.getLogger(__name__)
 Config = TypeVar("Config", bound="RunConfig")
 
 FAULT = 1
@@ -40,16 +39,17 @@ WRONG_INPUT = 2
 
 def exit_codes(
     done: str = "it is done",
-    wrong_input: str = "a wrong input: the message says which, and what to do",
+    wrong_input: str = "a wrong input, or files that do not decode: the message says which",
     *others: str,
-    stopped: str = "stopped by Ctrl-C: start the same command again",
 ) -> str:
     """List the exit codes of a program. ``others``: further lines."""
     lines = [f"0    {done}", "1    a fault of this program", f"2    {wrong_input}", *others]
-    return "\n  ".join(["exit codes:", *lines, f"130  {stopped}\n"])
+    lines.append("75   a run was stopped by SIGTERM: start the same command again")
+    lines.append("130  stopped by Ctrl-C: start the same command again\n")
+    return "\n  ".join(["exit codes:", *lines])
 
 
-EXIT_CODES = exit_codes() + "  75   stopped by SIGTERM; a run resumes with the same command\n"
+EXIT_CODES = exit_codes()
 
 
 @safe_output()
@@ -124,7 +124,7 @@ def _tell(message: str) -> None:
         sys.stderr.write(printable(message))
 
 
-def make_parser(about: str | None, exit_codes: str | None = EXIT_CODES) -> argparse.ArgumentParser:
+def make_parser(about: str | None, exit_codes: str = EXIT_CODES) -> argparse.ArgumentParser:
     """Load plugins, whose names options may have, and make a parser with ``about`` as its help."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=about, epilog=exit_codes, formatter_class=form)
@@ -164,11 +164,12 @@ def train(
     arguments: argparse.Namespace,
     schema: type[Config],
     make_task: Callable[[Config], Task],
-    finish: Callable[[Path, Config, Processes], None],
+    finish: Callable[[Path, Config, Processes], tuple[str, Path]],
 ) -> int:
     """Run a program that trains by a config, or describe its plan. -> the exit code
 
-    ``finish`` is called after the run in each of its processes.
+    ``finish`` is called after the run in each of its processes. It returns what to try next: a
+    tool, and the checkpoint to give it.
     """
     from hpm_video.config.loading import load_config
     from hpm_video.runs.autotune import describe_run
@@ -182,18 +183,16 @@ def train(
                 task, arguments.processes, arguments.files, arguments.clips_per_second
             )
             sys.stdout.write(f"{plan}\n")
-        else:
-            finish(run_task(task, processes), config, processes)
+            return
+        run_dir = run_task(task, processes)
+        tool, checkpoint = finish(run_dir, config, processes)
+        if processes.is_first:
+            sys.stdout.write(
+                f"\nDone. The run on one page: {run_dir / 'report.html'}\n"
+                f"Next: python tools/{tool}.py {shortest(checkpoint)} VIDEO\n"
+            )
 
     return run_processes(command)
-
-
-def describe_end(run_dir: Path, checkpoint: Path, tool: str) -> str:
-    """Return where the report of a run is, and the command that shows what its model does."""
-    return (
-        f"\nDone. The run on one page: {run_dir / 'report.html'}\n"
-        f"Next: python tools/{tool}.py {shortest(checkpoint)} VIDEO"
-    )
 
 
 def shortest(path: Path | str) -> str:
@@ -246,16 +245,8 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
         "help": "auto (default): bf16 on a GPU that is made for it, otherwise fp32",
     },
     "decoder": {"default": "auto", "help": "auto (default): the preferred one of those installed"},
-    "workers": {
-        "type": not_negative,
-        "metavar": "N",
-        "help": "decoding processes; default: cores - 1",
-    },
-    "views": {
-        "type": parse_views,
-        "metavar": "CLIPSxCROPS",
-        "help": "views of a video, such as 5x3",
-    },
+    "workers": {"type": not_negative, "metavar": "N", "help": "decoding processes (cores - 1)"},
+    "views": {"type": parse_views, "metavar": "CLIPSxCROPS", "help": "of a video, such as 5x3"},
     "output": {"type": Path},
     "root": {"type": Path, "help": "where paths in the manifest start; default: its own folder"},
     "seconds": {

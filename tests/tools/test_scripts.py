@@ -266,13 +266,14 @@ def test_help(clone: Clone) -> None:
     assert "./run_pretrain.sh CONFIG [section.key=value ...]" in result.stdout
 
 
-@pytest.mark.parametrize("script", ["run_pretrain.sh", "run_finetune.sh"])
+@pytest.mark.parametrize("program", ["pretrain", "finetune"])
 @pytest.mark.parametrize("others", [[], ["--dry-run"]])
-def test_a_config_that_is_not_there(clone: Clone, script: str, others: Sequence[str]) -> None:
-    result = clone.run(script, *others, "configs/none.yaml")
-    assert result.returncode == 2
-    assert "no configuration configs/none.yaml" in result.stderr
-    assert not clone.record.exists()
+def test_a_config_that_is_not_there_is_the_programs_to_tell(
+    clone: Clone, program: str, others: list[str]
+) -> None:
+    assert clone.run(f"run_{program}.sh", *others, "configs/none.yaml").returncode == 0
+    start = [f"tools/{program}.py", "configs/none.yaml", *others]
+    assert clone.starts() == [[str(clone.root), *start]]
 
 
 def test_given_python_without_the_modules(clone: Clone) -> None:
