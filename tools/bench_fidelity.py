@@ -1,10 +1,4 @@
-"""Measure what cheaper updates cost in fidelity, and what they save: bench.py fidelity ...
-
-Prints the ranking accuracy of the teacher; the overlap of the tokens that it picks with those of a
-teacher that sees all tokens; and the ranking accuracy and error of the student on the tokens that
-it decodes. Each is a mean and a standard deviation over sets of random masks. GMAC are those of an
-update in which the teacher scores. Nothing is trained.
-"""
+"""The command of bench.py that measures levers: fidelity."""
 
 import argparse
 import statistics
@@ -38,8 +32,8 @@ LEVERS = (
 """What the teacher's encoder sees, and the share of hidden tokens that the student decodes."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
+def fidelity_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``fidelity``."""
     add = parser.add_argument
     add("checkpoint", type=Path, help="checkpoint folder of pre-training")
     add("data", type=Path, help="manifest or folder of videos that it was not trained on")
@@ -50,8 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, "device", "root")
 
 
-def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Make one table, with a row for each lever."""
+def bench_fidelity(arguments: argparse.Namespace) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Measure what cheaper updates cost in fidelity, and what they save: bench.py fidelity ...
+
+    Prints the ranking accuracy of the teacher; the overlap of the tokens that it picks with those
+    of a teacher that sees all tokens; and the ranking accuracy and error of the student on the
+    tokens that it decodes. Each is a mean and a standard deviation over sets of random masks. GMAC
+    are those of an update in which the teacher scores. Nothing is trained.
+    """
     device = choose_device(arguments.device)
     config, student, objective = load_run(arguments.checkpoint, device)
     costs = load_config(PretrainConfig, arguments.costs, []) if arguments.costs else config

@@ -1,12 +1,4 @@
-"""Time whole updates by a config, and the parts of an update: bench.py update CONFIG ...
-
-An update is the student's forward and backward pass, the optimizer step and the teacher, on random
-pixels; no video is decoded. It belongs to the last epoch, in which the teacher scores if it ever
-does. Alternatives take turns, and medians are shown: ratios carry over to other machines, times do
-not. By default updates are timed in bf16 on a GPU, eager and compiled, and elsewhere eager in fp32
-and bf16. A config with a teacher is compared with a plain masked autoencoder of the same shape;
---against adds others.
-"""
+"""The commands of bench.py that measure updates: update, gpu, losses and flops."""
 
 import argparse
 import gc
@@ -25,17 +17,20 @@ from typing import Any, TypeVar, get_args
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 from torch.autograd import DeviceType
+from torch.nn.functional import softplus
 from torch.profiler import profile
 
-from hpm_video.config.loading import load_any_config
+from hpm_video.config.loading import find_config, load_any_config
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.config.training import CompileMode
 from hpm_video.files.wording import counted
 from hpm_video.mining import objective as mining
+from hpm_video.mining.losses import ranking_loss
 from hpm_video.runs.autotune import TIMED_CLIPS, Trial, last_epoch, trial_update
-from hpm_video.runs.console import add_config, positive
-from hpm_video.runs.cost import cost_of_clips
+from hpm_video.runs.console import add_config, add_options, positive
+from hpm_video.runs.cost import cost_of_clips, count_gmac
 from hpm_video.runs.finetuning import Finetuning, resolve
 from hpm_video.runs.pretraining import Pretraining
 from hpm_video.runs.task import Task
@@ -48,6 +43,7 @@ from hpm_video.training.device import (
     wait_for,
 )
 from hpm_video.training.fast import choose_compiling
+from hpm_video.training.memory import measure_update
 
 Rows = list[dict[str, Any]]
 Name = TypeVar("Name")
@@ -63,8 +59,8 @@ KERNELS = {  # patterns of their names; the first kind that matches counts
 PLAIN = ("mining.predictor=none", "masking.strategy=random")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
+def update_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``update``."""
     add = parser.add_argument
     add_config(parser, "a file of configs/")
     add("--clips", type=positive, default=TIMED_CLIPS, help=f"per update ({TIMED_CLIPS})")
@@ -76,8 +72,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(name, action="append", choices=known, help="to time; may be given several times")
 
 
-def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, Rows]]:
-    """Make a table of the updates, and one of the parts of each update by the config itself."""
+def bench_update(arguments: argparse.Namespace) -> Iterator[tuple[str, Rows]]:
+    """Time whole updates by a config, and the parts of an update: bench.py update CONFIG ...
+
+    An update is the student's forward and backward pass, the optimizer step and the teacher, on
+    random pixels; no video is decoded. It belongs to the last epoch, in which the teacher scores if
+    it ever does. Alternatives take turns, and medians are shown: ratios carry over to other
+    machines, times do not. By default updates are timed in bf16 on a GPU, eager and compiled, and
+    elsewhere eager in fp32 and bf16. A config with a teacher is compared with a plain masked
+    autoencoder of the same shape; --against adds others.
+    """
     tasks = tasks_to_compare(arguments)
     task, clips = next(iter(tasks.values())), arguments.clips
     how = task.config.engine
@@ -241,3 +245,91 @@ class Updates:
             {"kernels": kind, "ms": ms, "share, %": 100 * ms / spent.total()}
             for kind, ms in spent.most_common()
         ]
+
+
+def gpu_options(parser: argparse.ArgumentParser) -> None:
+    """Set what ``update`` can be told."""
+    parser.set_defaults(overrides=[], against=[], precision=None, compile=None, repeats=5)
+
+
+def bench_gpu(arguments: argparse.Namespace) -> Iterator[tuple[str, Rows]]:
+    """Measure the updates in docs/speed.md on a GPU, in about five minutes: bench.py gpu.
+
+    That is `bench.py update` for ViT-B and ViT-L on video, and for ViT-B on images.
+    """
+    for name, clips in {"k400_hpm_b": 64, "k400_hpm_l": 32, "in1k_hpm_b": 256}.items():
+        arguments.config, arguments.clips = find_config(name), clips
+        for title, rows in bench_update(arguments):
+            yield f"{name}: {title}", rows
+
+
+def losses_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``losses``."""
+    add = parser.add_argument
+    add("--clips", type=positive, default=32, help="clips per call (32)")
+    add("--tokens", type=positive, default=1412, help="hidden tokens per clip (1412)")
+    add("--repeats", type=positive, default=6, help="timed calls of each (6)")
+    add_options(parser, "device")
+
+
+def bench_losses(arguments: argparse.Namespace) -> Iterator[tuple[str, Rows]]:
+    """Measure time and memory of the ranking loss, forward and backward: bench.py losses.
+
+    The package computes it in blocks of rows of token pairs; the plain form, as the loss is
+    defined, holds tensors of B x M x M. They take turns, and medians are shown. Memory is the peak
+    of the tensors that exist at the same time.
+    """
+    forms = {"plain": plain_ranking_loss, "blockwise": ranking_loss}
+    device, size = choose_device(arguments.device), (arguments.clips, arguments.tokens)
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randn(size, generator=draw).to(device).requires_grad_()
+    errors = torch.rand(size, generator=draw).to(device)
+
+    def step(name: str) -> float:
+        scores.grad = None
+        value = forms[name](scores, errors)
+        torch.autograd.backward(value)
+        return float(value.detach())  # waits for the device
+
+    def row_of(name: str) -> dict[str, Any]:
+        memory = measure_update(lambda: partial(step, name)).activations / 1e6
+        ms = 1000 * medians[name]
+        return {"form": name, "ms": ms, "peak memory, MB": memory, "loss": step(name)}
+
+    ways = {
+        name: partial(time_updates, partial(step, name), device, warmup=1, repeats=1)
+        for name in forms
+    }
+    medians = medians_of_turns(ways, arguments.repeats)
+    rows = [row_of(name) for name in forms]
+    yield f"ranking loss of {size[0]} clips x {size[1]} tokens, {device.type}", rows
+
+
+def plain_ranking_loss(scores: Tensor, errors: Tensor) -> Tensor:
+    """Compute the same loss as it is defined: (B, M), (B, M) -> ()
+
+    -log sigmoid(s_i - s_j), which is softplus(s_j - s_i), averaged over ordered pairs e_i > e_j.
+    """
+    counted = errors[:, :, None] > errors[:, None, :]
+    wrong_by = scores[:, None, :] - scores[:, :, None]
+    return (softplus(wrong_by) * counted).sum() / counted.sum().clamp(min=1)
+
+
+def flops_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``flops``."""
+    add = parser.add_argument
+    add("config", type=Path, nargs="+", metavar="CONFIG", help="such as configs/pretrain/demo.yaml")
+    changes = "changes of all the configs, such as data.num_frames=8"
+    add("--set", nargs="+", default=[], metavar="section.key=value", help=changes)
+
+
+def bench_flops(arguments: argparse.Namespace) -> Iterator[tuple[str, Rows]]:
+    """Count the multiply-adds of one clip's update from the shapes: bench.py flops CONFIG ...
+
+    Forward and backward pass of the student, and the teacher, in an epoch in which it scores.
+    """
+    rows: Rows = []
+    for path in arguments.config:
+        student, teacher = count_gmac(load_any_config(path, arguments.set))
+        rows.append({"config": path.stem, "student": student, "teacher": teacher})
+    yield "GMAC per clip and update", rows

@@ -47,7 +47,7 @@ def loader(call_tool):
 @pytest.fixture
 def commands(monkeypatch):
     monkeypatch.syspath_prepend(TOOLS)
-    return importlib.import_module("bench_loader")
+    return importlib.import_module("bench_data")
 
 
 class Slow(ClipTransform):
