@@ -46,7 +46,7 @@ use_given_environment() {
   if [[ $python != /* ]]; then python="$PWD/$python"; fi
   is_supported "$python" || fail "HPM_PYTHON=$HPM_PYTHON is not Python 3.10 to 3.13"
   local modules=(torch einops numpy pandas omegaconf yaml safetensors matplotlib PIL
-    tensorboard tqdm av torchvision timm)
+    tensorboard tqdm av torchvision timm sklearn)
   local missing command="'$python' -m pip install -r '$repository/requirements.txt'"
   if [[ ${1:-} == tests ]]; then
     modules+=(pytest pytest_timeout xdist hypothesis transformers onnx onnxscript onnxruntime ruff pyrefly)
@@ -66,16 +66,14 @@ print(*(name for name in sys.argv[1:] if find_spec(name) is None), sep="\n  ")' 
   export PYTHONPATH="$place${PYTHONPATH:+:$PYTHONPATH}"
 }
 
-# Identifies what a part of the environment was made from, and its folder, which an editable install
-# names.
+# Identifies what the environment was made from, and its folder, which an editable install names.
 fingerprint() {
-  local files=(requirements.txt pyproject.toml)
-  if [[ $1 == tests ]]; then files=(tests/requirements.txt); fi
-  (cd -- "$repository" && pwd && cat -- "${files[@]}") | cksum
+  (cd -- "$repository" && pwd && cat -- requirements.txt pyproject.toml tests/requirements.txt) |
+    cksum
 }
 
 has_stamp() {
-  [[ -f $environment/complete-$1 && "$(<"$environment/complete-$1")" == "$(fingerprint "$1")" ]]
+  [[ -f $environment/complete-$1 && "$(<"$environment/complete-$1")" == "$(fingerprint)" ]]
 }
 
 is_complete() {
@@ -97,7 +95,7 @@ make_environment() {
       if ! has_stamp "$part"; then
         rm -f -- "$environment/complete-$part"
         "install_$part"
-        fingerprint "$part" >"$environment/complete-$part"
+        fingerprint >"$environment/complete-$part"
       fi
     done
     say "done in $SECONDS s: $environment"

@@ -87,9 +87,6 @@ def write_features(arguments: argparse.Namespace) -> None:
     new = f"{len(folder) - before} of them new"
     print(f"\nDone: features of {counted(len(folder), 'video')}, {new}")
     print(f"  {folder.path}/features  (views, {shape}) {layout.dtype} for each video")
-    if layout.windows:
-        print(f"  {folder.path}/starts  (views,) int64, the first frame of each")
-    print(f"  {folder.path}/index.csv  the files of each video")
     if arguments.npz:
         write_npz(folder, {failure.path for failure in bad})
     if bad:

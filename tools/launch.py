@@ -5,10 +5,9 @@
 On several machines, the same line on each of them, with its own --node-rank:
     python tools/launch.py --processes 8 --nodes 2 --node-rank 0 --master-addr NODE0 PROGRAM ...
 
-The processes find each other by the variables that torchrun sets, so torchrun can start the same
-programs. This one prints nothing while all goes well, ends with the exit code of the program, and
-names the process that made the job fail. An option that is not given is taken from the environment
-variable that its help names in capitals.
+The processes find each other by the variables of torchrun, which can start the same programs. This
+one prints nothing while all goes well, and names the process that made the job fail. An option that
+is not given is taken from the environment variable that its help names in capitals.
 """
 
 import argparse

@@ -22,9 +22,8 @@ $1
 
   $run [section.key=value ...]    a demo of some minutes, CPU or GPU
   $run CONFIG [section.key=value ...]    a file, or the name of one in configs/
-  $run ... --dry-run [--files=N] [--clips-per-second=N]
-      what such a run would do and need; --files stands for lists of videos that are not there yet,
-      and --clips-per-second, the speed of all processes together, adds the hours of the run
+  $run ... --dry-run    what such a run would do and need; --files=N stands for lists of videos
+      that are not there yet, and --clips-per-second=N, of all processes together, adds the hours
   HPM_PYTHON=/path/to/python $run ...    in your environment, not in .venv
   GPUS=8 $run ...    in 8 processes, each on a GPU of its own
   GPUS=8 NNODES=2 NODE_RANK=0 MASTER_ADDR=NODE0 $run ...

@@ -71,12 +71,9 @@ def run(command: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         sys.stdout.write("\nstopped\n")
         return 130
-    except OutOfMemoryError as error:
-        remedy = "engine.micro_batch, test.clips_per_pass or --clips-per-pass"
-        _tell(f"\nerror: {error}\nTake fewer clips per pass: {remedy}.\n")
-        return WRONG_INPUT
-    except (ExpectedError, OSError) as error:
-        _tell(f"\nerror: {error}\n")
+    except (ExpectedError, OSError, OutOfMemoryError) as error:
+        fewer = "Take fewer clips: engine.micro_batch, test.clips_per_pass or --clips-per-pass.\n"
+        _tell(f"\nerror: {error}\n{fewer if isinstance(error, OutOfMemoryError) else ''}")
         return WRONG_INPUT
     except RuntimeError as error:
         if not lost_contact(error):
@@ -89,29 +86,25 @@ def run(command: Callable[[], None]) -> int:
 
 def run_processes(command: Callable[[Processes], None]) -> int:
     """Run ``command`` in each of the processes that a launcher started. -> the exit code"""
-    from hpm_video.training.distributed import (
-        is_first_process,
-        is_one_of_several,
-        joined_processes,
-    )
+    from hpm_video.training import distributed
 
     def joined() -> None:
-        with joined_processes() as processes:
+        with distributed.joined_processes() as processes:
             command(processes)
 
     try:
         code = run(joined)
     except Exception:
-        if not is_one_of_several():
+        if not distributed.is_one_of_several():
             raise
         traceback.print_exc()
         code = FAULT
-    if code in (FAULT, WRONG_INPUT) and is_one_of_several():
+    if code in (FAULT, WRONG_INPUT) and distributed.is_one_of_several():
         # To end as usual may wait for the others, who wait for this one.
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        if is_first_process():  # it can still be asked whether a message was printed
+        if distributed.is_first_process():  # it can still be asked whether a message was printed
             time.sleep(2)
         os._exit(code)
     return code
