@@ -10,10 +10,7 @@ from itertools import count, product
 from typing import Any
 
 import torch
-from bench_update import (  # type: ignore[import-not-found] # beside this file
-    Updates,
-    medians_of_turns,
-)
+from bench_update import medians_of_turns  # type: ignore[import-not-found] # beside this file
 from tqdm import tqdm
 
 from hpm_video.config.choices import DecoderName
@@ -28,11 +25,12 @@ from hpm_video.decoding.locations import Section, is_image
 from hpm_video.decoding.registry import available_decoders, choose_decoder
 from hpm_video.files.failures import TooManyBadFiles
 from hpm_video.preparation.benchmark import Trial, Trials, choose_setting, explain
+from hpm_video.runs.autotune import trial_update
 from hpm_video.runs.console import above_zero, add_config, add_options, positive
 from hpm_video.runs.finetuning import Finetuning
 from hpm_video.runs.pretraining import Pretraining
 from hpm_video.runs.task import Task
-from hpm_video.training.device import choose_device, inference_precision
+from hpm_video.training.device import choose_device, inference_precision, time_updates
 from hpm_video.training.fast import choose_compiling
 from hpm_video.workers.room import RoomError, usable_cores
 
@@ -105,7 +103,8 @@ def rate_of_updates(task: Task, device: torch.device, clips: int) -> float:
     precision = task.config.engine.precision
     precision = inference_precision(device) if precision == "auto" else precision
     compiled = choose_compiling(task.config.engine, device)
-    return clips / float(Updates(task, device, precision, clips, compiled).measure(3))
+    update = trial_update(task, device, precision, clips, compiled=compiled)
+    return clips / time_updates(update, device, repeats=3)
 
 
 def verdict(rate: float, needs: float) -> str:

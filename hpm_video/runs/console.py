@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -27,11 +27,7 @@ from hpm_video.files.printing import printable, safe_output
 from hpm_video.training.stop import Interrupted
 
 if TYPE_CHECKING:
-    from hpm_video.config.schema import RunConfig
-    from hpm_video.runs.task import Task
     from hpm_video.training.distributed import Processes
-
-Config = TypeVar("Config", bound="RunConfig")
 
 FAULT = 1
 WRONG_INPUT = 2
@@ -153,37 +149,37 @@ def parse_training(
     return parser.parse_intermixed_args(command_line)
 
 
-def train(
-    arguments: argparse.Namespace,
-    schema: type[Config],
-    make_task: Callable[[Config], Task],
-    finish: Callable[[Path, Config, Processes], tuple[str, Path]],
-) -> int:
-    """Run a program that trains by a config, or describe its plan. -> the exit code
-
-    ``finish`` is called after the run in each of its processes. It returns what to try next: a
-    tool, and the checkpoint to give it.
-    """
+def train(about: str | None, command_line: Sequence[str] | None, *, finetunes: bool) -> int:
+    """Run the program that pre-trains, or that fine-tunes and tests. -> the exit code"""
+    arguments = parse_training(about, command_line)
     from hpm_video.config.loading import load_config
+    from hpm_video.config.schema import FinetuneConfig, PretrainConfig
     from hpm_video.runs.autotune import describe_run
+    from hpm_video.runs.evaluation import describe_evaluation, evaluate_run
+    from hpm_video.runs.finetuning import Finetuning
+    from hpm_video.runs.pretraining import Pretraining
     from hpm_video.runs.run import run as run_task
 
     def command(processes: Processes) -> None:
+        schema = FinetuneConfig if finetunes else PretrainConfig
         config = load_config(schema, arguments.config, arguments.overrides)
-        task = make_task(config)
+        task = Finetuning(config) if isinstance(config, FinetuneConfig) else Pretraining(config)
         if arguments.dry_run:
-            plan = describe_run(
-                task, arguments.processes, arguments.files, arguments.clips_per_second
-            )
-            sys.stdout.write(f"{plan}\n")
+            sizes = (arguments.processes, arguments.files, arguments.clips_per_second)
+            sys.stdout.write(f"{describe_run(task, *sizes)}\n")
             return
         run_dir = run_task(task, processes)
-        tool, checkpoint = finish(run_dir, config, processes)
+        best = run_dir / "checkpoints" / "best"
+        checkpoint, tool = best if best.exists() else best.with_name("last"), "show_masks"
+        if isinstance(config, FinetuneConfig):
+            checkpoint, tool = best.with_name(config.test.checkpoint), "predict"
+            result = evaluate_run(config, run_dir, processes)
+            if result is not None and processes.is_first:
+                files = f"result.json, predictions.csv and confusion.png are in {result['folder']}"
+                sys.stdout.write(f"\nTested {describe_evaluation(result)}\n{files}\n")
         if processes.is_first:
-            sys.stdout.write(
-                f"\nDone. The run on one page: {run_dir / 'report.html'}\n"
-                f"Next: python tools/{tool}.py {shortest(checkpoint)} VIDEO\n"
-            )
+            sys.stdout.write(f"\nDone. The run on one page: {run_dir / 'report.html'}\n")
+            sys.stdout.write(f"Next: python tools/{tool}.py {shortest(checkpoint)} VIDEO\n")
 
     return run_processes(command)
 
