@@ -18,17 +18,14 @@ from hpm_video.files.failures import BadFilesError, Failure
 from hpm_video.runs.console import add_options, make_parser, positive, run
 from hpm_video.runs.options import add_model_options, open_classifier, reading_of
 
-CHECKPOINT = (
-    "checkpoint folder of a fine-tuning run, one file made from it by tools/weights.py export "
-    "--to file"
-)
 LISTS = (".csv", ".tsv", ".txt")
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Predict, and print what is most probable."""
     parser = make_parser(__doc__)
-    add_model_options(parser, CHECKPOINT, OF_CLASSIFIER)
+    checkpoint = "checkpoint of a fine-tuning run, a file of tools/weights.py export --to file"
+    add_model_options(parser, checkpoint, OF_CLASSIFIER)
     add = parser.add_argument
     which = f"a video, a folder for all videos in it, or a manifest ({', '.join(LISTS)})"
     add("videos", nargs="+", metavar="VIDEO", help=which)

@@ -7,8 +7,6 @@ linear     the linear probe of the papers: SGD with augmentation, see configs/pr
 attentive  a learned query attends over the tokens, see configs/probe/attentive.yaml
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

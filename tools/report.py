@@ -1,7 +1,5 @@
 """Write the report of a run, one HTML file: python tools/report.py RUN ..."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

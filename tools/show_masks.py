@@ -4,8 +4,6 @@ The paper's Figure 2, also for video: input, true error averaged over random mas
 the teacher predicts, a mask drawn from it, and the reconstruction.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
@@ -98,7 +96,7 @@ def show_masks(arguments: argparse.Namespace) -> None:
         print(f"wrote {animation}")
 
 
-def read_clip(arguments: argparse.Namespace, data: DataConfig) -> tuple[ClipBatch, list[str]]:
+def read_clip(arguments: argparse.Namespace, data: DataConfig) -> tuple["ClipBatch", list[str]]:
     """Read the clip that the arguments name, as a batch of one. -> with the name of each frame
 
     Another process decodes it, with limits of time and memory.
