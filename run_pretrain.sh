@@ -7,4 +7,4 @@ root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source=tools/launch.sh
 source "$root/tools/launch.sh"
 prepare_run configs/pretrain/demo.yaml "$@"
-finish tools/pretrain.py "$config" ${overrides[@]+"${overrides[@]}"}
+exec "$python" tools/launch.py tools/pretrain.py "${arguments[@]}"

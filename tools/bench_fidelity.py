@@ -1,10 +1,4 @@
-"""Measure what cheaper updates cost in fidelity, and what they save: bench.py fidelity ...
-
-Prints the ranking accuracy of the teacher; the overlap of the tokens that it picks with those of a
-teacher that sees all tokens; and the ranking accuracy and error of the student on the tokens that
-it decodes. Each is a mean and a standard deviation over sets of random masks. GMAC are those of an
-update in which the teacher scores. Nothing is trained.
-"""
+"""The command of bench.py that measures levers: fidelity."""
 
 import argparse
 import statistics
@@ -14,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench_flops import count  # type: ignore[import-not-found] # beside this file
-
 from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
@@ -23,6 +15,7 @@ from hpm_video.data.manifest import read_manifest
 from hpm_video.mining.fidelity import RANDOM, measure_levers
 from hpm_video.recognition.inference import CLIPS_PER_PASS, Reading, find_failures
 from hpm_video.runs.console import add_options, positive
+from hpm_video.runs.cost import count_gmac
 from hpm_video.runs.pretraining import load_run
 from hpm_video.tokens.views import VIEWS
 from hpm_video.training.device import choose_device
@@ -39,8 +32,8 @@ LEVERS = (
 """What the teacher's encoder sees, and the share of hidden tokens that the student decodes."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
+def fidelity_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``fidelity``."""
     add = parser.add_argument
     add("checkpoint", type=Path, help="checkpoint folder of pre-training")
     add("data", type=Path, help="manifest or folder of videos that it was not trained on")
@@ -51,8 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, "device", "root")
 
 
-def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Make one table, with a row for each lever."""
+def bench_fidelity(arguments: argparse.Namespace) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Measure what cheaper updates cost in fidelity, and what they save: bench.py fidelity ...
+
+    Prints the ranking accuracy of the teacher; the overlap of the tokens that it picks with those
+    of a teacher that sees all tokens; and the ranking accuracy and error of the student on the
+    tokens that it decodes. Each is a mean and a standard deviation over sets of random masks. GMAC
+    are those of an update in which the teacher scores. Nothing is trained.
+    """
     device = choose_device(arguments.device)
     config, student, objective = load_run(arguments.checkpoint, device)
     costs = load_config(PretrainConfig, arguments.costs, []) if arguments.costs else config
@@ -64,9 +63,9 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, list[dict[str,
     replace(config.mining, teacher_sees="quarter")  # an error where its teacher must see all
     gmac = []
     for view, share in LEVERS:
-        seen: Any = view if view in VIEWS else "all"
+        seen: Any = "all" if view == RANDOM else view
         mining = replace(costs.mining, teacher_sees=seen, decoded_share=share)
-        of_student, of_teacher = count(replace(costs, mining=mining))
+        of_student, of_teacher = count_gmac(replace(costs, mining=mining))
         gmac.append(of_student + (0 if view == RANDOM else of_teacher))
     reading = Reading.of(config.data)
     manifest = read_manifest(arguments.data, arguments.root).spread(arguments.clips)
@@ -74,10 +73,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, list[dict[str,
     find_failures(clips, reading, Processes())
     with closing(reading.batches(clips, range(len(clips)), CLIPS_PER_PASS)) as read:
         batches = list(read)
-    runner = Runner(student, device, "fp32")
-    found = [
-        measure_levers(objective, runner, batches, SHARES, seed) for seed in range(arguments.seeds)
-    ]
+    runner, seeds = Runner(student, device, "fp32"), range(arguments.seeds)
+    found = [measure_levers(objective, runner, batches, SHARES, seed) for seed in seeds]
 
     def spread(name: str) -> str:
         values = [measures[name] for measures in found]

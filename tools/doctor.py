@@ -48,13 +48,13 @@ def report_libraries() -> bool:
     print("\nlibraries")
     try:
         stated = importlib.metadata.requires("hpm-video") or []
-        needed = [line for line in stated if "extra ==" not in line or line.startswith(OPTIONAL)]
     except importlib.metadata.PackageNotFoundError:
-        lines = (Path(__file__).parents[1] / "requirements.txt").read_text().splitlines()
-        needed = [line for line in lines if line.strip() and not line.startswith(("#", "-"))]
+        stated = (Path(__file__).parents[1] / "requirements.txt").read_text().splitlines()
     complete = True
-    for requirement in needed:
+    for requirement in stated:
         name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+        if not name or ("extra ==" in requirement and name not in OPTIONAL):
+            continue
         optional = " (optional)" if name in OPTIONAL else ""
         try:
             print(f"  {name:18} {importlib.metadata.version(name)}{optional}")

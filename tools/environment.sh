@@ -24,19 +24,19 @@ prepare_environment() {
   export PYTHONUNBUFFERED=1
   if [[ -n ${HPM_PYTHON:-} ]]; then
     use_given_environment "$@"
-    return
+  else
+    unset PYTHONPATH PYTHONHOME
+    python="$environment/bin/python"
+    is_complete "$@" || make_environment "$@"
   fi
-  unset PYTHONPATH PYTHONHOME
-  python="$environment/bin/python"
-  is_complete "$@" || make_environment "$@"
 }
 
 is_supported() {
   "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
 }
 
-# An environment that the user already has: nothing is installed there. A folder with the package alone makes it importable; from the root of
-# the repository, `datasets` would shadow the library of that name.
+# An environment that the user already has: nothing is installed there. A folder with the package
+# alone makes it importable; from the root, `datasets` would shadow the library of that name.
 use_given_environment() {
   python="$(command -v -- "$HPM_PYTHON" || true)"
   if [[ -z $python || -d $python ]]; then
@@ -46,7 +46,7 @@ use_given_environment() {
   if [[ $python != /* ]]; then python="$PWD/$python"; fi
   is_supported "$python" || fail "HPM_PYTHON=$HPM_PYTHON is not Python 3.10 to 3.13"
   local modules=(torch einops numpy pandas omegaconf yaml safetensors matplotlib PIL
-    tensorboard tqdm av torchvision timm)
+    tensorboard tqdm av torchvision timm sklearn)
   local missing command="'$python' -m pip install -r '$repository/requirements.txt'"
   if [[ ${1:-} == tests ]]; then
     modules+=(pytest pytest_timeout xdist hypothesis transformers onnx onnxscript onnxruntime ruff pyrefly)
@@ -55,8 +55,7 @@ use_given_environment() {
   # Importing them all would take ten seconds.
   missing="$("$python" -c 'import sys
 from importlib.util import find_spec
-print(*(name for name in sys.argv[1:] if find_spec(name) is None), sep="\n  ")' "${modules[@]}")" ||
-    fail "the environment of HPM_PYTHON=$HPM_PYTHON could not be checked"
+print(*(name for name in sys.argv[1:] if find_spec(name) is None), sep="\n  ")' "${modules[@]}")"
   [[ -z $missing ]] || fail "the environment of HPM_PYTHON=$HPM_PYTHON lacks modules:" "$missing" \
     "This installs them:" "$command" \
     "(where deepspeed, which is optional, does not build: leave out its line)"
@@ -66,21 +65,14 @@ print(*(name for name in sys.argv[1:] if find_spec(name) is None), sep="\n  ")' 
   export PYTHONPATH="$place${PYTHONPATH:+:$PYTHONPATH}"
 }
 
-# Identifies what a part of the environment was made from, and its folder, which an editable install
-# names.
+# Identifies what the environment was made from, and its folder, which an editable install names.
 fingerprint() {
-  local files=(requirements.txt pyproject.toml)
-  if [[ $1 == tests ]]; then files=(tests/requirements.txt); fi
-  (cd -- "$repository" && pwd && cat -- "${files[@]}") | cksum
+  (cd -- "$repository" && pwd && cat -- requirements.txt pyproject.toml tests/requirements.txt) |
+    cksum
 }
 
 has_stamp() {
-  [[ -f $environment/complete-$1 && "$(<"$environment/complete-$1")" == "$(fingerprint "$1")" ]]
-}
-
-write_stamp() {
-  fingerprint "$1" >"$environment/complete-$1.new"
-  mv -f -- "$environment/complete-$1.new" "$environment/complete-$1"
+  [[ -f $environment/complete-$1 && "$(<"$environment/complete-$1")" == "$(fingerprint)" ]]
 }
 
 is_complete() {
@@ -90,7 +82,6 @@ is_complete() {
 }
 
 make_environment() {
-  trap 'say "interrupted; the next start goes on from here"; exit 130' INT
   local base part
   base="$(find_python)"
   lock "$base"
@@ -103,13 +94,12 @@ make_environment() {
       if ! has_stamp "$part"; then
         rm -f -- "$environment/complete-$part"
         "install_$part"
-        write_stamp "$part"
+        fingerprint >"$environment/complete-$part"
       fi
     done
     say "done in $SECONDS s: $environment"
   fi
   exec 9>&-
-  trap - INT
 }
 
 # The newest supported Python that can make environments.
@@ -138,10 +128,9 @@ lock() {
 }
 
 pip_install() {
-  local options=(--disable-pip-version-check --no-input)
-  if [[ ! -t 2 ]]; then options+=(--quiet); fi
-  "$python" -m pip install "${options[@]}" "$@" >&2 || fail "could not install $*" \
-    "Start again to go on from here: what is installed or downloaded already is kept."
+  "$python" -m pip install --disable-pip-version-check --no-input "$@" >&2 ||
+    fail "could not install $*" \
+      "Start again to go on from here: what is installed or downloaded already is kept."
 }
 
 install_package() {

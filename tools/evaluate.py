@@ -4,10 +4,7 @@ With several processes, each of which tests a share of the videos:
     python tools/launch.py --processes 4 tools/evaluate.py CHECKPOINT MANIFEST
 """
 
-from __future__ import annotations
-
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +35,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
     return run_processes(lambda processes: evaluate(arguments, processes))
 
 
-def evaluate(arguments: argparse.Namespace, processes: Processes) -> None:
+def evaluate(arguments: argparse.Namespace, processes: "Processes") -> None:
     """Test the checkpoint. The first process writes and prints."""
     from hpm_video.recognition import testing
 
@@ -51,7 +48,7 @@ def evaluate(arguments: argparse.Namespace, processes: Processes) -> None:
     if (output / "result.json").exists() and not arguments.overwrite:
         raise ConfigError(f"{output} holds a result already; take another --output, or --overwrite")
     if processes.is_first:
-        logging.getLogger().info(pass_ahead)
+        print(pass_ahead)
     reading = reading_of(arguments, exclude_bad_files=excludes)
     scores = testing.score_videos(classifier, names, videos, views, reading, processes)
     if processes.is_first:

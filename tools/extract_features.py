@@ -18,21 +18,16 @@ from hpm_video.config.choices import OF_CLASSIFIER, OF_PRETRAINING
 from hpm_video.data.manifest import read_manifest
 from hpm_video.files.failures import BadFilesError
 from hpm_video.files.wording import counted
-from hpm_video.runs.console import add_options, exit_codes, make_parser, positive, run
+from hpm_video.runs.console import add_options, make_parser, positive, run
 from hpm_video.runs.options import add_model_options, open_inference, reading_of
 
 if TYPE_CHECKING:
     from hpm_video.recognition.features import FeatureFolder
 
-EXIT_CODES = exit_codes(
-    "the features of every video are there",
-    "a wrong input, or some videos do not decode: they are listed, the others have features",
-)
-
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Extract, and report what was written."""
-    parser = make_parser(__doc__, EXIT_CODES)
+    parser = make_parser(__doc__)
     add_model_options(
         parser,
         "checkpoint folder of a run, pre-training or fine-tuning",
@@ -92,9 +87,6 @@ def write_features(arguments: argparse.Namespace) -> None:
     new = f"{len(folder) - before} of them new"
     print(f"\nDone: features of {counted(len(folder), 'video')}, {new}")
     print(f"  {folder.path}/features  (views, {shape}) {layout.dtype} for each video")
-    if layout.windows:
-        print(f"  {folder.path}/starts  (views,) int64, the first frame of each")
-    print(f"  {folder.path}/index.csv  the files of each video")
     if arguments.npz:
         write_npz(folder, {failure.path for failure in bad})
     if bad:

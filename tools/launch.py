@@ -5,10 +5,9 @@
 On several machines, the same line on each of them, with its own --node-rank:
     python tools/launch.py --processes 8 --nodes 2 --node-rank 0 --master-addr NODE0 PROGRAM ...
 
-The processes find each other by the variables that torchrun sets, so torchrun can start the same
-programs. This one prints nothing while all goes well, ends with the exit code of the program, and
-names the process that made the job fail. An option that is not given is taken from the environment
-variable that its help names in capitals.
+The processes find each other by the variables of torchrun, which can start the same programs. This
+one prints nothing while all goes well, and names the process that made the job fail. An option that
+is not given is taken from the environment variable that its help names in capitals.
 """
 
 import argparse
@@ -23,7 +22,6 @@ import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from types import FrameType
 
 WRONG_INPUT = 2
 STOPPED = (75, 130)  # exit codes of a program that has stopped on request with its state saved
@@ -51,14 +49,14 @@ how a job ends:
 class Worker:
     """A process of this machine, in a session of its own, which no Ctrl-C reaches."""
 
-    def __init__(self, rank: int, command: Sequence[str], variables: dict[str, str]) -> None:
+    def __init__(self, command: Sequence[str], variables: dict[str, str]) -> None:
         libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
         def follow_launcher() -> None:
             if libc is not None:
                 libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: stop when the launcher is killed
 
-        self.rank = rank
+        self.rank = int(variables["RANK"])
         self.process = subprocess.Popen(
             command, env=variables, start_new_session=True, preexec_fn=follow_launcher
         )
@@ -91,32 +89,25 @@ class Worker:
         return SETTLE if self.code > 0 else 0.0
 
 
-class Requests:
-    """Signals that this launcher has received."""
-
-    def __init__(self) -> None:
-        self.first: signal.Signals | None = None
-        self.insists = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
-                signal.signal(number, self._note)
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.insists = self.first is not None and number == signal.SIGINT
-        if self.first is None:  # a terminal that closes asks as a scheduler does
-            self.first = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+def note_signals() -> list[int]:
+    """Return the signals that this launcher has received, a list that grows."""
+    received: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, lambda number, _frame: received.append(number))
+    return received
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Start the processes and wait for them. -> the exit code, see ``EPILOG``"""
     given = read_options(command_line)
-    command, count = [given.program, *given.arguments], given.processes * given.nodes
+    count = given.processes * given.nodes
+    command = [sys.executable, "-u", given.program, *given.arguments]
     if given.dry_run:
-        command += ["--dry-run", "--processes", str(count)]
-    command = [sys.executable, "-u", *command]
+        command += ["--processes", str(count)]
     if given.dry_run or count == 1:  # a signal then reaches the program itself
         os.execv(sys.executable, command)
-    requests = Requests()
+    received = note_signals()
     with closing(socket.socket()) as place:
         port = given.master_port or 29500
         if given.nodes == 1 and given.master_port is None:
@@ -126,11 +117,11 @@ def main(command_line: Sequence[str] | None = None) -> int:
             place.bind(("127.0.0.1", 0))
             port = place.getsockname()[1]
         workers = [
-            Worker(given.node_rank * given.processes + local_rank, command, variables)
-            for local_rank, variables in enumerate(variables_of_processes(given, port))
+            Worker(command, variables_of(given, port, local_rank))
+            for local_rank in range(given.processes)
         ]
-        ended = watch(workers, requests, given.grace)
-    return conclude(count, ended, requests)
+        ended = watch(workers, received, given.grace)
+    return conclude(count, ended, insists=signal.SIGINT in received[1:])
 
 
 def read_options(command_line: Sequence[str] | None) -> argparse.Namespace:
@@ -150,16 +141,13 @@ def read_options(command_line: Sequence[str] | None) -> argparse.Namespace:
     free = "free port on machine 0; default: 29500, or any port with one machine"
     add("--master-port", "MASTER_PORT", int, None, free)
     add("--grace", "HPM_GRACE", float, 300.0, "seconds to save in after a stop; default: 300")
-    once = "start the program once, with --dry-run and the number of processes"
-    parser.add_argument("--dry-run", action="store_true", help=once)
     parser.add_argument("program", help="a Python file")
-    of_program = "arguments of the program"
+    of_program = "its arguments; with --dry-run among them it starts once and is told --processes"
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help=of_program)
     given = parser.parse_args(command_line)
+    given.dry_run = "--dry-run" in given.arguments
     if not Path(given.program).is_file():
         parser.error(f"no program {given.program} in {Path.cwd()}; name a Python file")
-    if os.environ.get("HOSTFILE"):
-        parser.error("HOSTFILE is not read here; docs/gpus.md shows how to start several machines")
     if given.processes < 1 or given.nodes < 1:
         parser.error(
             f"--processes {given.processes} (GPUS) and --nodes {given.nodes} (NNODES) must be at "
@@ -175,41 +163,40 @@ def read_options(command_line: Sequence[str] | None) -> argparse.Namespace:
     return given
 
 
-def variables_of_processes(given: argparse.Namespace, port: int) -> list[dict[str, str]]:
-    """Return the environment of each process of this machine."""
+def variables_of(given: argparse.Namespace, port: int, local_rank: int) -> dict[str, str]:
+    """Return the environment of a process of this machine."""
     has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    threads = {"OMP_NUM_THREADS": str(max(1, cores // given.processes))}
-    shared = {
+    of_job = {
+        "RANK": given.node_rank * given.processes + local_rank,
+        "LOCAL_RANK": local_rank,
         "WORLD_SIZE": given.processes * given.nodes,
         "LOCAL_WORLD_SIZE": given.processes,
-        "GROUP_RANK": given.node_rank,
         "MASTER_ADDR": given.master_addr,
         "MASTER_PORT": port,
     }
-    own = [
-        {"RANK": given.node_rank * given.processes + local_rank, "LOCAL_RANK": local_rank}
-        for local_rank in range(given.processes)
-    ]
-    return [
-        {**threads, **os.environ, **{name: str(value) for name, value in (shared | each).items()}}
-        for each in own
-    ]
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // given.processes))}
+    return threads | os.environ | {name: str(value) for name, value in of_job.items()}
 
 
-def watch(workers: Sequence[Worker], requests: Requests, grace: float) -> list[Worker]:
-    """Wait until all have ended, and enforce it. -> the processes in the order of their ends"""
+def watch(workers: Sequence[Worker], received: Sequence[int], grace: float) -> list[Worker]:
+    """Wait until all have ended, and enforce it. -> the processes in the order of their ends
+
+    ``received``: signals to this launcher, as they come.
+    """
     ended: list[Worker] = []
     passed_on = False
     ask_at = kill_at = math.inf
     while alive := [worker for worker in workers if worker not in ended]:
         time.sleep(POLL)
         now = time.monotonic()
-        if requests.first is not None and not passed_on:
+        if received and not passed_on:
             passed_on = True
-            sys.stderr.write(f"\n{requests.first.name}: the processes save and end\n")
+            # A terminal that closes asks as a scheduler does.
+            asked = signal.SIGINT if received[0] == signal.SIGINT else signal.SIGTERM
+            sys.stderr.write(f"\n{asked.name}: the processes save and end\n")
             for worker in alive:
-                worker.send(requests.first)
+                worker.send(asked)
             kill_at = min(kill_at, now + grace)
         gone = [worker for worker in alive if worker.process.poll() is not None]
         # Of processes that ended at one time, the cause comes first.
@@ -219,7 +206,7 @@ def watch(workers: Sequence[Worker], requests: Requests, grace: float) -> list[W
             patience = worker.patience(grace)
             ask_at = min(ask_at, now + patience)
             kill_at = min(kill_at, now + patience + ENDING)
-        must_end = now >= kill_at or requests.insists
+        must_end = now >= kill_at or signal.SIGINT in received[1:]
         if now >= ask_at or must_end:
             ask_at = math.inf
             for worker in alive:
@@ -227,8 +214,11 @@ def watch(workers: Sequence[Worker], requests: Requests, grace: float) -> list[W
     return ended
 
 
-def conclude(count: int, ended: Sequence[Worker], requests: Requests) -> int:
-    """Name the process that made the job fail, if one did. -> the exit code"""
+def conclude(count: int, ended: Sequence[Worker], *, insists: bool) -> int:
+    """Name the process that made the job fail, if one did. -> the exit code
+
+    ``insists``: whether Ctrl-C came again.
+    """
     here = socket.gethostname()
     failed = [worker for worker in ended if worker.failed]
     if failed:
@@ -244,12 +234,12 @@ def conclude(count: int, ended: Sequence[Worker], requests: Requests) -> int:
         return max(cause.code, 0) or 1
     killed = [str(worker.rank) for worker in ended if -worker.code == signal.SIGKILL]
     if killed:
-        why = "was stopped by a second Ctrl-C" if requests.insists else "did not end in time"
+        why = "was stopped by a second Ctrl-C" if insists else "did not end in time"
         sys.stderr.write(
             f"\nerror: the job {why}; killed: rank {', '.join(killed)} on {here}. {AGAIN}. "
             f"HPM_GRACE=SECONDS gives more time to save.\n"
         )
-        return 130 if requests.insists else 1
+        return 130 if insists else 1
     codes = [worker.code if worker.code >= 0 else 128 - worker.code for worker in ended]
     return max(codes, key=lambda code: (code in STOPPED, code))  # some died before they could save
 

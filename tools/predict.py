@@ -1,6 +1,6 @@
 """Name the action in videos: python tools/predict.py CHECKPOINT VIDEO [VIDEO ...].
 
-The most probable classes come first.
+The most probable classes come first. Videos that do not decode are listed at the end.
 """
 
 import sys
@@ -15,24 +15,17 @@ from hpm_video.config.choices import OF_CLASSIFIER
 from hpm_video.data.manifest import NOT_STATED, UNLABELLED, Manifest, read_manifest
 from hpm_video.files.atomic import write_json
 from hpm_video.files.failures import BadFilesError, Failure
-from hpm_video.runs.console import add_options, exit_codes, make_parser, positive, run
+from hpm_video.runs.console import add_options, make_parser, positive, run
 from hpm_video.runs.options import add_model_options, open_classifier, reading_of
 
-EXIT_CODES = exit_codes(
-    "every video has a prediction",
-    "a wrong input, or some videos do not decode: they are listed, the others have predictions",
-)
-CHECKPOINT = (
-    "checkpoint folder of a fine-tuning run, one file made from it by tools/weights.py export "
-    "--to file"
-)
 LISTS = (".csv", ".tsv", ".txt")
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Predict, and print what is most probable."""
-    parser = make_parser(__doc__, EXIT_CODES)
-    add_model_options(parser, CHECKPOINT, OF_CLASSIFIER)
+    parser = make_parser(__doc__)
+    checkpoint = "checkpoint of a fine-tuning run, a file of tools/weights.py export --to file"
+    add_model_options(parser, checkpoint, OF_CLASSIFIER)
     add = parser.add_argument
     which = f"a video, a folder for all videos in it, or a manifest ({', '.join(LISTS)})"
     add("videos", nargs="+", metavar="VIDEO", help=which)
@@ -46,6 +39,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
 def name_actions(arguments: Namespace) -> None:
     """Print the predictions, one video after the other."""
     from hpm_video.recognition.inference import each_video
+    from hpm_video.recognition.testing import describe_test
 
     if arguments.json is not None and arguments.json.is_dir():
         raise IsADirectoryError(f"--json {arguments.json} is a folder; give a file in it")
@@ -78,11 +72,7 @@ def name_actions(arguments: Namespace) -> None:
     if arguments.json is not None:
         content = {
             "checkpoint": str(arguments.checkpoint.resolve()),
-            "update": trained.update,
-            "weights": trained.weights,
-            "precision": classifier.precision,
-            "clips": views.clips,
-            "crops": views.crops,
+            **describe_test(trained, classifier, manifest, views),
             "videos": found,
             "bad_files": [{"path": str(Path(b.path).absolute()), "reason": b.reason} for b in bad],
         }

@@ -7,8 +7,6 @@ linear     the linear probe of the papers: SGD with augmentation, see configs/pr
 attentive  a learned query attends over the tokens, see configs/probe/attentive.yaml
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
@@ -27,9 +25,6 @@ from hpm_video.runs.options import add_model_options, clip_choice, open_inferenc
 CACHED = ("knn", "logistic")
 TRAINED = ("linear", "linear_images", "attentive")
 NEIGHBOURS = (10, 20, 100, 200)  # which are customary
-OF_DATA = ("weights", "train", "validation", "root", "num_frames", "frame_stride", "frame_size")
-SETTINGS = ("checkpoint", *OF_DATA, "probes", "neighbours", "set")
-"""Options that determine the results."""
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
@@ -72,8 +67,8 @@ def probe(arguments: argparse.Namespace) -> None:
     for name, result in results.items():
         print(f"{name:28} {result['top1']:.3f}   {result['top5']:.3f}")
     if path:
-        settings = {name: getattr(arguments, name) for name in SETTINGS}
-        settings["checkpoint"] = str(arguments.checkpoint.resolve())
+        settings = vars(arguments) | {"checkpoint": str(arguments.checkpoint.resolve())}
+        settings["output"] = str(arguments.output)
         write_json(path, {"settings": settings, "probes": results})
         print(f"\nwrote {path}")
 

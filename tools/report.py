@@ -1,17 +1,15 @@
 """Write the report of a run, one HTML file: python tools/report.py RUN ..."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpm_video.runs.console import exit_codes, make_parser, run
+from hpm_video.runs.console import make_parser, run
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Write the reports, and print their paths. -> the exit code"""
-    parser = make_parser(__doc__, exit_codes())
+    parser = make_parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directory of a run")
     arguments = parser.parse_args(command_line)
 

@@ -4,8 +4,6 @@ The paper's Figure 2, also for video: input, true error averaged over random mas
 the teacher predicts, a mask drawn from it, and the reconstruction.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
@@ -20,7 +18,7 @@ from hpm_video.runs import console
 if TYPE_CHECKING:
     from hpm_video.data.batch import ClipBatch
 
-ANIMATIONS = {"gif": (".gif",), "mp4": (".mp4",), "both": (".gif", ".mp4"), "none": ()}
+FRAMES_PER_SECOND = 3  # of an animation
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
@@ -42,9 +40,8 @@ def main(command_line: Sequence[str] | None = None) -> int:
     add("--hard-fraction", type=float, metavar="SHARE", help=hard)
     blind = "estimate mean and contrast of hidden patches from visible ones, not from the input"
     add("--without-ground-truth", action="store_true", help=blind)
-    add("--animation", choices=ANIMATIONS, default="gif", help="files of it (default gif)")
-    fps = "frames per second of the animation (default 3)"
-    add("--fps", type=console.above_zero, default=3.0, metavar="N", help=fps)
+    forms = ("gif", "mp4", "none")
+    add("--animation", choices=forms, default="gif", help="kind of its file (default gif)")
     add("--strip", action="store_true", help="also all views in one row, as a small wide picture")
     output = {"default": Path("pictures"), "help": "folder to write to (default pictures)"}
     console.add_options(parser, "device", "decoder", output=output)
@@ -92,14 +89,14 @@ def show_masks(arguments: argparse.Namespace) -> None:
         strip = path.with_name(f"{name}-strip.png")
         pictures.save_sheet(pictures.draw_strip(study), strip)
         print(f"wrote {strip}")
-    if ANIMATIONS[arguments.animation] and study.grid.time > 1:
+    if arguments.animation != "none" and study.grid.time > 1:
+        animation = path.with_name(f"{name}.{arguments.animation}")
         frames = pictures.draw_animation(study, title=title, moments=moments)
-        for suffix in ANIMATIONS[arguments.animation]:
-            pictures.save_animation(frames, path.with_name(name + suffix), arguments.fps)
-            print(f"wrote {path.with_name(name + suffix)}")
+        pictures.save_animation(frames, animation, FRAMES_PER_SECOND)
+        print(f"wrote {animation}")
 
 
-def read_clip(arguments: argparse.Namespace, data: DataConfig) -> tuple[ClipBatch, list[str]]:
+def read_clip(arguments: argparse.Namespace, data: DataConfig) -> tuple["ClipBatch", list[str]]:
     """Read the clip that the arguments name, as a batch of one. -> with the name of each frame
 
     Another process decodes it, with limits of time and memory.

@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -27,12 +27,7 @@ from hpm_video.files.printing import printable, safe_output
 from hpm_video.training.stop import Interrupted
 
 if TYPE_CHECKING:
-    from hpm_video.config.schema import RunConfig
-    from hpm_video.runs.task import Task
     from hpm_video.training.distributed import Processes
-
-log = logging.getLogger(__name__)
-Config = TypeVar("Config", bound="RunConfig")
 
 FAULT = 1
 WRONG_INPUT = 2
@@ -40,16 +35,17 @@ WRONG_INPUT = 2
 
 def exit_codes(
     done: str = "it is done",
-    wrong_input: str = "a wrong input: the message says which, and what to do",
+    wrong_input: str = "a wrong input, or files that do not decode: the message says which",
     *others: str,
-    stopped: str = "stopped by Ctrl-C: start the same command again",
 ) -> str:
     """List the exit codes of a program. ``others``: further lines."""
     lines = [f"0    {done}", "1    a fault of this program", f"2    {wrong_input}", *others]
-    return "\n  ".join(["exit codes:", *lines, f"130  {stopped}\n"])
+    lines.append("75   a run was stopped by SIGTERM: start the same command again")
+    lines.append("130  stopped by Ctrl-C: start the same command again\n")
+    return "\n  ".join(["exit codes:", *lines])
 
 
-EXIT_CODES = exit_codes() + "  75   stopped by SIGTERM; a run resumes with the same command\n"
+EXIT_CODES = exit_codes()
 
 
 @safe_output()
@@ -71,12 +67,9 @@ def run(command: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         sys.stdout.write("\nstopped\n")
         return 130
-    except OutOfMemoryError as error:
-        remedy = "engine.micro_batch, test.clips_per_pass or --clips-per-pass"
-        _tell(f"\nerror: {error}\nTake fewer clips per pass: {remedy}.\n")
-        return WRONG_INPUT
-    except (ExpectedError, OSError) as error:
-        _tell(f"\nerror: {error}\n")
+    except (ExpectedError, OSError, OutOfMemoryError) as error:
+        fewer = "Take fewer clips: engine.micro_batch, test.clips_per_pass or --clips-per-pass.\n"
+        _tell(f"\nerror: {error}\n{fewer if isinstance(error, OutOfMemoryError) else ''}")
         return WRONG_INPUT
     except RuntimeError as error:
         if not lost_contact(error):
@@ -89,29 +82,25 @@ def run(command: Callable[[], None]) -> int:
 
 def run_processes(command: Callable[[Processes], None]) -> int:
     """Run ``command`` in each of the processes that a launcher started. -> the exit code"""
-    from hpm_video.training.distributed import (
-        is_first_process,
-        is_one_of_several,
-        joined_processes,
-    )
+    from hpm_video.training import distributed
 
     def joined() -> None:
-        with joined_processes() as processes:
+        with distributed.joined_processes() as processes:
             command(processes)
 
     try:
         code = run(joined)
     except Exception:
-        if not is_one_of_several():
+        if not distributed.is_one_of_several():
             raise
         traceback.print_exc()
         code = FAULT
-    if code in (FAULT, WRONG_INPUT) and is_one_of_several():
+    if code in (FAULT, WRONG_INPUT) and distributed.is_one_of_several():
         # To end as usual may wait for the others, who wait for this one.
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        if is_first_process():  # it can still be asked whether a message was printed
+        if distributed.is_first_process():  # it can still be asked whether a message was printed
             time.sleep(2)
         os._exit(code)
     return code
@@ -124,7 +113,7 @@ def _tell(message: str) -> None:
         sys.stderr.write(printable(message))
 
 
-def make_parser(about: str | None, exit_codes: str | None = EXIT_CODES) -> argparse.ArgumentParser:
+def make_parser(about: str | None, exit_codes: str = EXIT_CODES) -> argparse.ArgumentParser:
     """Load plugins, whose names options may have, and make a parser with ``about`` as its help."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=about, epilog=exit_codes, formatter_class=form)
@@ -160,40 +149,39 @@ def parse_training(
     return parser.parse_intermixed_args(command_line)
 
 
-def train(
-    arguments: argparse.Namespace,
-    schema: type[Config],
-    make_task: Callable[[Config], Task],
-    finish: Callable[[Path, Config, Processes], None],
-) -> int:
-    """Run a program that trains by a config, or describe its plan. -> the exit code
-
-    ``finish`` is called after the run in each of its processes.
-    """
+def train(about: str | None, command_line: Sequence[str] | None, *, finetunes: bool) -> int:
+    """Run the program that pre-trains, or that fine-tunes and tests. -> the exit code"""
+    arguments = parse_training(about, command_line)
     from hpm_video.config.loading import load_config
+    from hpm_video.config.schema import FinetuneConfig, PretrainConfig
     from hpm_video.runs.autotune import describe_run
+    from hpm_video.runs.evaluation import describe_evaluation, evaluate_run
+    from hpm_video.runs.finetuning import Finetuning
+    from hpm_video.runs.pretraining import Pretraining
     from hpm_video.runs.run import run as run_task
 
     def command(processes: Processes) -> None:
+        schema = FinetuneConfig if finetunes else PretrainConfig
         config = load_config(schema, arguments.config, arguments.overrides)
-        task = make_task(config)
+        task = Finetuning(config) if isinstance(config, FinetuneConfig) else Pretraining(config)
         if arguments.dry_run:
-            plan = describe_run(
-                task, arguments.processes, arguments.files, arguments.clips_per_second
-            )
-            sys.stdout.write(f"{plan}\n")
-        else:
-            finish(run_task(task, processes), config, processes)
+            sizes = (arguments.processes, arguments.files, arguments.clips_per_second)
+            sys.stdout.write(f"{describe_run(task, *sizes)}\n")
+            return
+        run_dir = run_task(task, processes)
+        best = run_dir / "checkpoints" / "best"
+        checkpoint, tool = best if best.exists() else best.with_name("last"), "show_masks"
+        if isinstance(config, FinetuneConfig):
+            checkpoint, tool = best.with_name(config.test.checkpoint), "predict"
+            result = evaluate_run(config, run_dir, processes)
+            if result is not None and processes.is_first:
+                files = f"result.json, predictions.csv and confusion.png are in {result['folder']}"
+                sys.stdout.write(f"\nTested {describe_evaluation(result)}\n{files}\n")
+        if processes.is_first:
+            sys.stdout.write(f"\nDone. The run on one page: {run_dir / 'report.html'}\n")
+            sys.stdout.write(f"Next: python tools/{tool}.py {shortest(checkpoint)} VIDEO\n")
 
     return run_processes(command)
-
-
-def describe_end(run_dir: Path, checkpoint: Path, tool: str) -> str:
-    """Return where the report of a run is, and the command that shows what its model does."""
-    return (
-        f"\nDone. The run on one page: {run_dir / 'report.html'}\n"
-        f"Next: python tools/{tool}.py {shortest(checkpoint)} VIDEO"
-    )
 
 
 def shortest(path: Path | str) -> str:
@@ -246,16 +234,8 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
         "help": "auto (default): bf16 on a GPU that is made for it, otherwise fp32",
     },
     "decoder": {"default": "auto", "help": "auto (default): the preferred one of those installed"},
-    "workers": {
-        "type": not_negative,
-        "metavar": "N",
-        "help": "decoding processes; default: cores - 1",
-    },
-    "views": {
-        "type": parse_views,
-        "metavar": "CLIPSxCROPS",
-        "help": "views of a video, such as 5x3",
-    },
+    "workers": {"type": not_negative, "metavar": "N", "help": "decoding processes (cores - 1)"},
+    "views": {"type": parse_views, "metavar": "CLIPSxCROPS", "help": "of a video, such as 5x3"},
     "output": {"type": Path},
     "root": {"type": Path, "help": "where paths in the manifest start; default: its own folder"},
     "seconds": {

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -45,16 +47,21 @@ def count_flop(config: RunConfig, source: str = "", *, picks: bool = True) -> tu
     return student.get_total_flops(), teacher.get_total_flops()
 
 
+def count_gmac(config: RunConfig) -> tuple[float, float]:
+    """Count GMAC of a clip for student and teacher, averaged over the sources by their weights."""
+    costs = [count_flop(config, source) for source in config.sources]
+    of_student, of_teacher = np.average(costs, axis=0, weights=config.weights) / 2e9
+    return of_student, of_teacher
+
+
 def cost_of_clips(config: RunConfig) -> Callable[[str, Progress], float]:
     """Return a function that gives the FLOP of a clip of a source at a moment of the run."""
-    found: dict[tuple[str, bool], float] = {}
+    count = cache(partial(count_flop, config))
 
     def cost(source: str, progress: Progress) -> float:
         picks = isinstance(config, PretrainConfig) and (
             config.mask_rule(source).num_picked(progress.epoch, progress.epochs) > 0
         )
-        if (source, picks) not in found:
-            found[source, picks] = sum(count_flop(config, source, picks=picks))
-        return found[source, picks]
+        return sum(count(source, picks=picks))
 
     return cost

@@ -47,7 +47,7 @@ def loader(call_tool):
 @pytest.fixture
 def commands(monkeypatch):
     monkeypatch.syspath_prepend(TOOLS)
-    return importlib.import_module("bench_loader")
+    return importlib.import_module("bench_data")
 
 
 class Slow(ClipTransform):
@@ -322,7 +322,7 @@ def test_decoding_is_measured_on_whole_files_at_a_stride_that_they_hold(tmp_path
 
 def test_forms_of_the_loss_agree(tmp_path, call_tool):
     table = tmp_path / "a.json"
-    sizes = ("--clips", "2", "--tokens", "300", "--turns", "1", "--repeats", "1")
+    sizes = ("--clips", "2", "--tokens", "300", "--repeats", "1")
     assert call_tool("bench", "losses", *sizes, "--output", table)[0] == 0
     ((plain, blockwise),) = json.loads(table.read_text()).values()
     assert blockwise["loss"] == pytest.approx(plain["loss"], rel=1e-5)
@@ -357,7 +357,18 @@ def test_the_tool_tells_what_several_processes_take(labelled_videos, loader, tmp
 
 def test_the_tool_tells_rates_phases_and_what_to_take(config_file, loader, tmp_path):
     table = tmp_path / "tables" / "rates.json"
-    arguments = ("--seconds", "0.05", "--workers", "1,2", "--clips", "3", "--output", table)
+    arguments = (
+        "--seconds",
+        "0.05",
+        "--workers",
+        "1",
+        "--workers",
+        "2",
+        "--clips",
+        "3",
+        "--output",
+        table,
+    )
     code, output = loader(config_file, *arguments)
     assert code == 0, output
     rates, phases = json.loads(table.read_text()).values()

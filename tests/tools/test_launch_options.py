@@ -76,15 +76,15 @@ def test_a_program_that_is_not_there(launch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "variables", "more"),
+    ("given", "variables", "more"),
     [
-        ((), {}, None),
-        ((), {"GPUS": "1"}, None),
-        (("--dry-run",), {}, "1"),
-        (("--dry-run",), {"GPUS": "8", "NNODES": "8"}, "64"),
+        ((), {}, ()),
+        ((), {"GPUS": "1"}, ()),
+        (("--dry-run",), {}, ("--processes", "1")),
+        (("--dry-run",), {"GPUS": "8", "NNODES": "8"}, ("--processes", "64")),
     ],
 )
-def test_one_process_takes_the_launchers_place(launch, monkeypatch, options, variables, more):
+def test_one_process_takes_the_launchers_place(launch, monkeypatch, given, variables, more):
     """Also a dry run of many: without the machines that the run itself needs."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -97,7 +97,6 @@ def test_one_process_takes_the_launchers_place(launch, monkeypatch, options, var
 
     monkeypatch.setattr(os, "execv", replace)
     with pytest.raises(ReplacedError) as replaced:
-        launch.main([*options, PROGRAM, "a b"])
-    of_dry_run = [] if more is None else ["--dry-run", "--processes", more]
-    command = [sys.executable, "-u", PROGRAM, "a b", *of_dry_run]
+        launch.main([PROGRAM, "a b", *given])
+    command = [sys.executable, "-u", PROGRAM, "a b", *given, *more]
     assert replaced.value.args[0] == (sys.executable, command)

@@ -1,6 +1,5 @@
 """The measuring tool, at tiny sizes."""
 
-import importlib
 import json
 import re
 import shutil
@@ -15,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.runs.autotune import trial_update
-from hpm_video.runs.cost import cost_of_clips
+from hpm_video.runs.cost import cost_of_clips, count_gmac
 from hpm_video.runs.pretraining import Pretraining
 from hpm_video.training.progress import Progress
 
@@ -103,7 +102,7 @@ def test_updates_are_timed_in_both_precisions(bench, write_config, tmp_path):
     assert {"matrix products", "attention"} < {line["kernels"] for line in kernels}
 
 
-def test_the_cost_of_a_clip_is_that_of_the_shapes(count, write_config):
+def test_the_cost_of_a_clip_is_that_of_the_shapes(write_config):
     """A real update of two clips multiplies and adds as often."""
     path = write_config("tiny", **TINY, **HPM)
     plain = ["masking.strategy=random", "mining.predictor=none"]
@@ -111,7 +110,7 @@ def test_the_cost_of_a_clip_is_that_of_the_shapes(count, write_config):
     first, last = Progress(0, 0.0, 2), Progress(9, 1.5, 2)
     for overrides in ([], plain, ["mining.target=ema"]):
         config = load_config(PretrainConfig, path, overrides)
-        student, teacher = count(config)
+        student, teacher = count_gmac(config)
         cost = cost_of_clips(load_config(PretrainConfig, path, [*overrides, again]))
         assert cost("", last) / 2e9 == pytest.approx(student + teacher)
         update = trial_update(Pretraining(config), torch.device("cpu"), "fp32", 2)
@@ -161,14 +160,7 @@ def test_a_misspelt_key_is_one_line(bench):
     assert error.strip().count("\n") == 0
 
 
-@pytest.fixture
-def count(monkeypatch):
-    """Count the multiply-adds of a config."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    return importlib.import_module("bench_flops").count
-
-
-def test_multiply_adds_of_several_sources_are_averaged_by_their_weights(count, write_config):
+def test_multiply_adds_of_several_sources_are_averaged_by_their_weights(write_config):
     path = write_config("tiny", **TINY, **HPM)
     mixed = load_config(
         PretrainConfig,
@@ -184,27 +176,27 @@ def test_multiply_adds_of_several_sources_are_averaged_by_their_weights(count, w
     clips, of_images = (load_config(PretrainConfig, path, extra) for extra in ([], images))
     expected = [
         0.8 * of_clip + 0.2 * of_image
-        for of_clip, of_image in zip(count(clips), count(of_images), strict=True)
+        for of_clip, of_image in zip(count_gmac(clips), count_gmac(of_images), strict=True)
     ]
-    assert count(mixed) == pytest.approx(expected)
-    assert count(of_images)[0] > 1.1 * count(clips)[0]
+    assert count_gmac(mixed) == pytest.approx(expected)
+    assert count_gmac(of_images)[0] > 1.1 * count_gmac(clips)[0]
 
 
-def test_a_teacher_that_is_the_target_is_counted_without_its_decoder(count, write_config):
+def test_a_teacher_that_is_the_target_is_counted_without_its_decoder(write_config):
     path = write_config("tiny", **TINY, **HPM)
-    scores = count(load_config(PretrainConfig, path, []))[1]
+    scores = count_gmac(load_config(PretrainConfig, path, []))[1]
     features = ["masking.strategy=random", "mining.predictor=none", "mining.target=ema"]
-    encodes = count(load_config(PretrainConfig, path, features))[1]
+    encodes = count_gmac(load_config(PretrainConfig, path, features))[1]
     pixels = [*features[:2], "mining.target=raw"]
-    assert count(load_config(PretrainConfig, path, pixels))[1] == 0
+    assert count_gmac(load_config(PretrainConfig, path, pixels))[1] == 0
     assert 0 < encodes < scores
 
 
-def test_multiply_adds_of_the_page_on_scaling_are_those_of_its_config(count):
+def test_multiply_adds_of_the_page_on_scaling_are_those_of_its_config():
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     told = re.search(r"(\d+) GMAC per clip for the student and (\d+)", page)
     config = load_config(PretrainConfig, ROOT / "configs" / "pretrain" / "k400_hpm_b.yaml", [])
-    assert [int(number) for number in told.groups()] == pytest.approx(count(config), abs=0.51)
+    assert [int(number) for number in told.groups()] == pytest.approx(count_gmac(config), abs=0.51)
 
 
 def test_multiply_adds_are_those_of_the_shapes(bench, write_config):
