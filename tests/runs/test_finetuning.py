@@ -337,6 +337,30 @@ def test_an_untrained_encoder_to_compare_with(finished_run):
     assert not torch.allclose(features["student"], features["teacher"], atol=1e-3)
 
 
+def test_a_comparison_of_starts(finetune_config, run_tool, tmp_path):
+    output = tmp_path / "comparison"
+    arguments = ["compare_pretraining", finetune_config, "recipe.epochs=2"]
+    arguments += ["recipe.warmup_epochs=0.5", "--base-lrs", "0.1", "0.2", "--seeds", "0"]
+    code, said = run_tool(*arguments, "--output", output)
+    assert code == 0, said
+    trials = json.loads((output / "comparison.json").read_text())
+    assert [(trial["start"], trial["base_lr"]) for trial in trials] == [
+        ("pretrained", 0.1),
+        ("scratch", 0.1),
+        ("pretrained", 0.2),
+        ("scratch", 0.2),
+    ]
+    for trial in trials:
+        run = output / f"{trial['start']}-lr{trial['base_lr']:g}-seed0"
+        assert result_of(folder_tested(run))["top1"] == trial["top1"]
+    assert said.count("<- best") == 2
+    assert said.count("start from weights of") == 2
+    assert said.count("the model starts from scratch") == 2
+    again = run_tool(*arguments, "--output", output)[1]
+    assert again.count("is complete: 3 updates were made") == 4
+    assert again[again.index("top-1 of each seed") :] == said[said.index("top-1 of each seed") :]
+
+
 def test_a_run_goes_on_where_its_first_weights_are_gone(
     finetune, finetuned_run, finished_run, tmp_path
 ):

@@ -19,7 +19,7 @@ PAGES = (
     ROOT / "configs" / "README.md",
     *sorted(ROOT.glob("datasets/*/README.md")),
 )
-NOT_RUN = ("--processes", "probe.py", "bench.py")
+NOT_RUN = ("compare_pretraining.py", "--processes", "probe.py", "bench.py")
 """In commands that need more data or time than a test has: their options alone are looked up."""
 
 
