@@ -37,9 +37,7 @@ def read_clips(path: Path, split: str) -> list[Clip]:
     reader = csv.DictReader(text, skipinitialspace=True)
     header = reader.fieldnames or ()
     if not {*columns} <= {*header}:
-        raise RecipeError(
-            f"{path}, line 1: {needed} {','.join(header)!r}. Download the CSV again"
-        )
+        raise RecipeError(f"{path}, line 1: {needed} {','.join(header)!r}. Download the CSV again")
     clips = []
     for row in reader:
         place = f"{path}, line {reader.line_num}"

@@ -227,7 +227,7 @@ def run_recipe(
     except (ExpectedError, OSError) as error:
         sys.stderr.write(printable(f"error: {error}\n"))
         return 2
-    print(report(given.output, names, splits, kind))
+    sys.stdout.write(f"{report(given.output, names, splits, kind)}\n")
     return 2 if given.strict and any(split.missing for split in splits) else 0
 
 
