@@ -14,21 +14,21 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
-
-from hpm_video.data.manifest import UNLABELLED, write_manifest
+from hpm_video.data.manifest import UNLABELLED
 from hpm_video.data.places import files_below, unwritable
 from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.errors import ExpectedError, read_text
 from hpm_video.files.printing import printable, safe_output
 from hpm_video.files.wording import counted
+from hpm_video.preparation.jobs import write_table
 
 Kind = Literal["video", "image"]  # kind of the files of a data set, also a word for messages
 SUFFIXES: dict[Kind, tuple[str, ...]] = {"video": VIDEO_SUFFIXES, "image": IMAGE_SUFFIXES}
 FOLDER: dict[str, Any] = {"type": Path, "metavar": "DIR"}  # settings of options that name one
 FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
 REQUIRED_FOLDER = {"required": True, **FOLDER}
+Rows = list[tuple[object, ...]]
 COLUMNS = ("path", "label", "label_name")
 NAMED_IN_REPORT = 5
 
@@ -240,11 +240,11 @@ def write(output: Path, names: Sequence[str], splits: Sequence[Split]) -> None:
     not text.
     """
     lists = {"labels.txt": names} | {f"missing_{each.name}.txt": each.missing for each in splits}
-    tables = {f"{each.name}.csv": _table(output, names, each) for each in splits if each.found}
+    tables = {f"{each.name}.csv": _rows(output, names, each) for each in splits if each.found}
     texts = {name: "".join(f"{line}\n" for line in lines) for name, lines in lists.items()}
     _check_what_is_there(output, texts["labels.txt"], tables)
-    for name, table in tables.items():
-        write_manifest(table, output / name)
+    for name, rows in tables.items():
+        write_table(output / name, COLUMNS, rows)
     for name, text in texts.items():
         if not text:
             (output / name).unlink(missing_ok=True)  # no file is missing any more
@@ -253,17 +253,17 @@ def write(output: Path, names: Sequence[str], splits: Sequence[Split]) -> None:
             beside.write_text(text, encoding="utf-8", newline="")
 
 
-def _table(output: Path, names: Sequence[str], split: Split) -> pd.DataFrame:
-    rows = []
+def _rows(output: Path, names: Sequence[str], split: Split) -> Rows:
+    rows: Rows = []
     for file, label in split.found:
         if why := unwritable(str(file)):
             raise RecipeError(f"the name of the file {str(file)!r} {why}. Rename it")
         path = file.relative_to(output) if file.is_relative_to(output) else file
         rows.append((path, *(("", "") if label == UNLABELLED else (label, names[label]))))
-    return pd.DataFrame(rows, columns=[*COLUMNS])
+    return rows
 
 
-def _check_what_is_there(output: Path, classes: str, tables: Mapping[str, pd.DataFrame]) -> None:
+def _check_what_is_there(output: Path, classes: str, tables: Mapping[str, Rows]) -> None:
     labels = output / "labels.txt"
     same = not labels.exists() or labels.read_bytes() == classes.encode()
     for path in sorted(output.glob("*.csv")):
