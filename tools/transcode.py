@@ -9,13 +9,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, fields
+from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
 
 from tqdm import tqdm
 
-import hpm_video
 from hpm_video.files.failures import BadFilesError
 from hpm_video.files.wording import counted
 from hpm_video.preparation.prepared_folder import PreparedFolder
@@ -94,26 +93,17 @@ def prepare(arguments: argparse.Namespace) -> None:
         ManifestError, OSError: a wrong input, or a disk that is full.
     """
     recipe = Recipe(**{each.name: getattr(arguments, each.name) for each in fields(Recipe)})
-    source = arguments.source.absolute()
     limits = Limits(arguments.seconds, round(arguments.memory * GIB))
-    with closing(PreparedFolder(arguments.output, recipe, source, arguments.root)) as folder:
-        has_h264 = recipe.form != "frames" and not recipe.copy
-        settings = {
-            "hpm_video": hpm_video.__version__,
-            "source": str(source),
-            "root": folder.base,
-            **asdict(recipe),
-            "fps": recipe.fps and str(recipe.fps),
-            "tune": "fastdecode" if has_h264 else "none",
-        }
-        folder.claim(settings)
+    source, root = arguments.source.absolute(), arguments.root
+    with closing(PreparedFolder(arguments.output, recipe, source, root)) as folder:
+        folder.claim()
         there, missing = len(folder.outputs), folder.missing()
         try:
             if missing:
                 done = f" ({there} more are done)" if there else ""
                 workers = counted(arguments.workers, "process")
                 print(f"{counted(len(missing), 'file')}{done}, {workers}", flush=True)
-                folder.make(missing, arguments.workers, limits)
+                folder.make(arguments.workers, limits)
             if recipe.form == "shards":
                 folder.pack()
         except KeyboardInterrupt:

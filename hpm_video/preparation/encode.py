@@ -38,7 +38,7 @@ def write_video(  # noqa: PLR0913 - what is written, and how
     gop: int = 12,
     quick: bool = False,
 ) -> int:
-    """Encode RGB frames of (H, W, 3) uint8, H and W even; return their number.
+    """Encode RGB frames of (H, W, 3) uint8, H and W even and the same for all; return their number.
 
     ``crf`` is the quality, from 0 (lossless but for the halved colour planes) to 51; ``gop`` the
     distance of key frames, which a decoder that seeks has to go through; ``quick`` makes the file
@@ -48,14 +48,12 @@ def write_video(  # noqa: PLR0913 - what is written, and how
     first = next(source, None)
     if first is None:
         raise ValueError("a video needs at least one frame, got none")
-    _check(first, first.shape)
     size = first.shape[0], first.shape[1]
     with (
         written_beside(Path(path)) as beside,
         VideoWriter(beside, size, fps, crf, gop, quick) as writer,
     ):
         for frame in chain([first], source):
-            _check(frame, first.shape)
             writer.write(picture_of(frame))
     return writer.count
 
@@ -169,13 +167,3 @@ def _instruction_sets() -> list[str]:
 
     has_avx2 = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # AVX2 or AVX512
     return ["asm=SSSE3"] if has_avx2 else []
-
-
-def _check(frame: NDArray[Any], shape: tuple[int, ...]) -> None:
-    is_rgb = frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3
-    if not is_rgb or frame.shape != shape or shape[0] % 2 or shape[1] % 2:
-        raise ValueError(
-            f"a frame must be (height, width, 3) uint8, got {frame.shape} {frame.dtype}; all must "
-            f"be of one size, {shape} as the first, and height and width must be even (colour is "
-            "stored at half resolution): crop or pad them"
-        )

@@ -14,14 +14,14 @@ Each output is complete or absent.
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, fields, replace
 from fractions import Fraction
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import hpm_video
 from hpm_video.data.manifest import read_listing, read_manifest, write_manifest
 from hpm_video.decoding.locations import TarMember, is_frame_folder, is_image
 from hpm_video.decoding.video_stream import SIMPLEST
@@ -39,7 +39,6 @@ PROPERTIES = ("num_frames", "width", "height", "fps", "key_frame_distance")
 COLUMNS = ("path", "label", "label_name", *PROPERTIES)
 # Columns of the source's manifest that do not hold for outputs.
 STALE = {*COLUMNS, *CHECK_COLUMNS, "kept_every"}
-UNRELATED = ("hpm_video",)  # settings that may differ between the starts of one folder
 HEADERS = 3 * 1024  # estimate of the bytes that a tar adds to a sample
 
 
@@ -48,32 +47,36 @@ class PreparedFolder:
 
     def __init__(self, path: Path, recipe: Recipe, source: Path, root: Path | None) -> None:
         """``source``: a manifest or a folder, whose paths start from ``root``."""
-        self.path = path.absolute()
-        self.recipe = recipe
+        self.path, self.recipe = path.absolute(), recipe
         self.outputs: dict[str, Output] = {}  # by place, as are the others
         self.failures: dict[str, Failure] = {}
         manifest, listing = read_manifest(source, root), read_listing(source, root)
-        kept = [row for row, verdict in enumerate(listing.column("verdict")) if verdict != "bad"]
+        verdicts = listing.column("verdict")
+        kept = [row for row, verdict in enumerate(verdicts) if verdict != "bad"]
+        self._is_checked = [verdicts[row] != "" for row in kept]
+        self._rates = [manifest.fps.get(file) for file in manifest.files]
         # Of sections the whole file is prepared: they are columns that stay as they are.
         self.manifest = replace(manifest, files=tuple(listing.files[row] for row in kept))
-        rates, verdicts = listing.column("fps"), listing.column("verdict")
-        self._rates = [rates[row] for row in kept]
-        self._verdicts = [verdicts[row] for row in kept]
         # Further columns of the manifest, which hold for outputs as well.
         others = [name for name in listing.table.columns if name not in STALE]
         self._others = listing.table[others].iloc[kept]
         if recipe.fps is None and (recipe.keep_every > 1 or manifest.kept_every):
             kept_every = [
-                ""
-                if is_image(place)
-                else str(manifest.kept_every.get(place, 1) * recipe.keep_every)
+                "" if is_image(place) else manifest.kept_every.get(place, 1) * recipe.keep_every
                 for place in manifest.files
             ]
             self._others = self._others.assign(kept_every=kept_every)
         base = root or (source if source.is_dir() else source.parent)
-        self.base = str(base.absolute())
-        dots, nests = recipe.form != "shards", recipe.form != "frames"
-        self.names = output_names(self.manifest.files, self.base, dots=dots, nests=nests)
+        self._settings = {
+            "hpm_video": hpm_video.__version__,
+            "source": str(source),
+            "root": str(base.absolute()),
+            **asdict(recipe),
+            "fps": recipe.fps and str(recipe.fps),
+            "tune": "none" if recipe.form == "frames" or recipe.copy else "fastdecode",
+        }
+        dots = recipe.form != "shards"
+        self.names = output_names(self.manifest.files, str(base.absolute()), dots=dots)
         self._row = {place: row for row, place in reversed([*enumerate(self.manifest.files)])}
         self._packed: dict[str, TarMember] = {}  # by place
         self._shards: dict[str, dict[str, Any]] = {}  # by name, as the journal has them
@@ -88,17 +91,19 @@ class PreparedFolder:
                 self._unfinished.rmdir()
             self._journal.close()
 
-    def claim(self, settings: Mapping[str, Any]) -> None:
+    def claim(self) -> None:
         """Claim the folder for these settings (see :func:`claim`), and find out what is done.
 
         FileExistsError: its shards hold files that have changed since, or that have other labels.
         """
-        self._journal = claim(self.path, settings, holds="prepared data", unrelated=UNRELATED)
+        self._journal = claim(
+            self.path, self._settings, holds="prepared data", unrelated=("hpm_video",)
+        )
         remove(str(self._unfinished))
         self._unfinished.mkdir()
         for record in self._journal.read():
             if "shard" in record:
-                self._shards[Path(record["shard"]).name] = record
+                self._shards[record["shard"]] = record
             elif self.names.get(record["place"]) == record["name"]:
                 values = {each.name: record[each.name] for each in fields(Output)}
                 self.outputs[record["place"]] = Output(**values)
@@ -123,7 +128,7 @@ class PreparedFolder:
             if not path.is_file() or path.stat().st_size != record["bytes"]:
                 del self._shards[name]
                 continue
-            for (place, *where), label in zip_longest(record["members"], record.get("labels", ())):
+            for (place, *where), label in zip(record["members"], record["labels"], strict=True):
                 if place in self.outputs:
                     self._packed[place] = TarMember(name, *where)
                     if label != [*self._label(self._row[place])] or self._has_changed(place):
@@ -147,9 +152,9 @@ class PreparedFolder:
         """Return the places without an output, each once, in the order of the manifest."""
         return [place for place in self.names if place not in self.outputs]
 
-    def make(self, places: Sequence[str], workers: int, limits: Limits) -> None:
-        """Make outputs, and record them. Raises as :func:`run_jobs`."""
-        jobs = {place: self.job(place) for place in places}
+    def make(self, workers: int, limits: Limits) -> None:
+        """Make the outputs that are missing, and record them. Raises as :func:`run_jobs`."""
+        jobs = {place: self.job(place) for place in self.missing()}
         with (
             closing(ProgressBar(len(jobs), "files", "frames/s")) as bar,
             closing(run_jobs(Transcoder(self.recipe), jobs, workers, limits)) as results,
@@ -190,13 +195,11 @@ class PreparedFolder:
     def job(self, place: str) -> Job:
         """Make the job of a place."""
         row = self._row[place]
-        count, fps = self.manifest.num_frames[row], None
+        count, rate = self.manifest.num_frames[row], self._rates[row]
         # A check counts the frames that training can read; of the others some can be mended.
-        is_wanted = count > 0 and (self.recipe.copy or not self._verdicts[row])
-        with contextlib.suppress(ValueError, ZeroDivisionError):
-            rate = Fraction(self._rates[row])
-            fps = rate.limit_denominator(SIMPLEST) if 0 < rate < 1000 else None
+        is_wanted = count > 0 and (self.recipe.copy or not self._is_checked[row])
         temporary = f"{self._unfinished}/{row}{self.recipe.suffix(place)}"
+        fps = Fraction(rate).limit_denominator(SIMPLEST) if rate and rate < 1000 else None
         return Job(place, temporary, self._output(place), fps, count if is_wanted else None)
 
     def note(self, place: str, output: Output) -> None:
@@ -227,8 +230,10 @@ class PreparedFolder:
     def write_lists(self) -> None:
         """Write ``manifest.csv`` in the order of the source, and ``failed.csv``."""
         rows = [row for row, place in enumerate(self.manifest.files) if place in self.outputs]
-        cells = zip(*map(self._cells, rows), strict=True) if rows else [()] * len(COLUMNS)
-        columns = dict(zip(COLUMNS, map(list, cells), strict=True))
+        cells = [self._cells(row) for row in rows]
+        columns: dict[str, Any] = {
+            name: [each[i] for each in cells] for i, name in enumerate(COLUMNS)
+        }
         table = self._others.iloc[rows].assign(**columns)
         write_manifest(table[[*COLUMNS, *self._others.columns]], self.path / "manifest.csv")
         failed, reasons = self.path / "failed.csv", self.failures.values()

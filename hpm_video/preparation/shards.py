@@ -64,18 +64,16 @@ def suffix_of(place: str) -> str:
     return next(end for end in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, "") if name.endswith(end))
 
 
-def output_names(
-    places: Sequence[str], base: str, *, dots: bool = True, nests: bool = True
-) -> dict[str, str]:
+def output_names(places: Sequence[str], base: str, *, dots: bool = True) -> dict[str, str]:
     """Name the output of each place: a relative path without a suffix that is safe to write to.
 
     It is the path below ``base``, or the full path of a place elsewhere, and never contains ``..``.
-    Of two names that differ in letter case at most, the first stays as it is, so that names do not
-    change when places are appended. The others get a part of their place's digest, and so do those
-    with characters that are no good in a name.
+    No name lies below another, which may be a folder of frames. Of two that do, or that differ in
+    letter case at most, the first stays as it is, so that names do not change when places are
+    appended. The others get a part of their place's digest, and so do those with characters that
+    are no good in a name.
 
     Without ``dots`` the last part has no dot, which webdataset takes for the start of the suffix.
-    Without ``nests`` no name lies below another, which may be a folder of frames.
     """
     names: dict[str, str] = {}
     taken: set[str] = set()
@@ -84,12 +82,10 @@ def output_names(
         wish = _wish(place, base)
         name = _cleaned(wish, dots)
         folded = name.casefold()
-        clashes = folded in taken
-        if not nests:
-            clashes = clashes or folded in above or not taken.isdisjoint(_folders(folded))
+        clashes = folded in taken or folded in above or not taken.isdisjoint(_folders(folded))
         if clashes or name.replace(".", "_") != wish.replace(".", "_"):
             mark = hashlib.sha256(place.encode("utf-8", "surrogateescape")).hexdigest()[:10]
-            name = f"{name if nests else _cleaned(name.replace('/', '+'), dots)}-{mark}"
+            name = f"{_cleaned(name.replace('/', '+'), dots)}-{mark}"
             folded = name.casefold()
         taken.add(folded)
         above.update(_folders(folded))

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -281,16 +282,10 @@ class TestWriteVideo:
 
     @pytest.mark.parametrize(
         ("frames", "message"),
-        [
-            ([], "at least one frame"),
-            ([np.zeros((9, 8, 3), np.uint8)], "must be even"),
-            ([np.zeros((8, 8), np.uint8)], "uint8, got"),
-            ([np.zeros((8, 8, 3), np.float32)], "float32"),
-            ([np.zeros((8, 8, 3), np.uint8), np.zeros((8, 6, 3), np.uint8)], "of one size"),
-        ],
+        [([], "at least one frame"), ([np.zeros((8, 8, 3), np.float32)], "float32")],
     )
     def test_bad_frames_are_refused_and_leave_nothing(
-        self, tmp_path: Path, frames: list[NDArray[np.uint8]], message: str
+        self, tmp_path: Path, frames: list[NDArray[Any]], message: str
     ) -> None:
         with pytest.raises(ValueError, match=message):
             write_video(tmp_path / "a.mp4", frames)

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import hashlib
 import importlib.util
-import json
 import os
 import shutil
 import signal
@@ -558,7 +557,7 @@ def test_names_differ_and_the_first_keeps_its_own():
     assert names[places[1]].startswith("a-")
     assert names[places[2]].startswith("A-")
     assert names.items() <= output_names([*places, "/d/a.wmv"], "/d").items()
-    folders = output_names(["/d/a.mp4", "/d/a/b.mp4", "/d/c/d.mp4", "/d/c.mp4"], "/d", nests=False)
+    folders = output_names(["/d/a.mp4", "/d/a/b.mp4", "/d/c/d.mp4", "/d/c.mp4"], "/d")
     assert [name.partition("-")[0] for name in folders.values()] == ["a", "a+b", "c/d", "c"]
     assert output_names(["/d/v.1/a.b.c.mp4"], "/d", dots=False) == {"/d/v.1/a.b.c.mp4": "v.1/a_b_c"}
 
@@ -566,11 +565,10 @@ def test_names_differ_and_the_first_keeps_its_own():
 @given(
     st.lists(st.text("aAé./\\ \udc80-", max_size=6).map(lambda text: f"/d/{text}.mp4"), max_size=8),
     st.booleans(),
-    st.booleans(),
 )
-@example(["/d/a.mp4", "/d/" + "é" * 300 + ".mp4", "/d/..mp4", "/d/...mp4"], True, False)
-def test_no_name_leaves_the_folder(places, dots, nests):
-    names = output_names(places, "/d", dots=dots, nests=nests)
+@example(["/d/a.mp4", "/d/" + "é" * 300 + ".mp4", "/d/..mp4", "/d/...mp4"], True)
+def test_no_name_leaves_the_folder(places, dots):
+    names = output_names(places, "/d", dots=dots)
     assert set(names) == set(places)
     for name in names.values():
         parts = name.split("/")
@@ -579,8 +577,7 @@ def test_no_name_leaves_the_folder(places, dots, nests):
         assert dots or "." not in parts[-1]
     folded = [name.casefold() for name in names.values()]
     assert len({*folded}) == len(folded)
-    if not nests:
-        assert not any(a.startswith(b + "/") for a in folded for b in folded)
+    assert not any(a.startswith(b + "/") for a in folded for b in folded)
 
 
 def test_a_playlist_does_not_open_other_files(tmp_path):
@@ -791,10 +788,9 @@ def test_going_on_needs_no_encoder_that_gives_the_same_bytes(start, tmp_path, ca
     write_source(tmp_path / "b.mp4", frames=9)
     (tmp_path / "list.csv").write_text("path\na.mp4\nb.mp4\n")
     start(tmp_path / "list.csv", tmp_path / "out", "--to", form)
-    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
     shutil.rmtree(tmp_path / "out")
     with folder_of(tmp_path, ["a.mp4", "b.mp4"], now) as folder:
-        folder.claim(settings)
+        folder.claim()
         jobs = [folder.job(place) for place in folder.missing()]
         old = [last_of(job, before) for job in jobs]
         folder.note(jobs[0].place, old[0])  # and the second one is there without a note
@@ -839,9 +835,9 @@ def folder_of(path, files, recipe=RECIPE):
 
 def test_two_programs_do_not_write_to_one_folder(tmp_path):
     with folder_of(tmp_path, ["a.mp4"]) as first, folder_of(tmp_path, ["a.mp4"]) as second:
-        first.claim({})
+        first.claim()
         with pytest.raises(BlockingIOError, match="another program"):
-            second.claim({})
+            second.claim()
 
 
 HOSTILE = """
@@ -882,8 +878,8 @@ def test_a_file_that_hangs_or_crashes_is_listed_and_the_others_are_done(
         write_source(tmp_path / name)
     monkeypatch.setattr(prepared_folder, "Transcoder", lambda recipe: work)
     with folder_of(tmp_path, names) as folder:
-        folder.claim({})
-        folder.make(folder.missing(), 1, Limits(seconds=3))
+        folder.claim()
+        folder.make(1, Limits(seconds=3))
         folder.write_lists()
     failed = failed_in(tmp_path / "out")
     assert failed["hangs.mp4"] == "it took longer than 3 s"
@@ -1002,9 +998,9 @@ def test_a_full_disk_ends_the_run(tmp_path, monkeypatch, form):
     pool = SimpleNamespace(submit=lambda *_: None, next=lambda: broken)
     monkeypatch.setattr(jobs, "Pool", lambda *_, **__: contextlib.nullcontext(pool))
     with folder_of(tmp_path, ["a.mp4"]) as folder:
-        folder.claim({})
+        folder.claim()
         with pytest.raises(OSError, match="No space left on device. What is done stays"):
-            folder.make(folder.missing(), 1, Limits())
+            folder.make(1, Limits())
 
 
 def test_an_output_that_is_not_what_it_should_be_is_no_row(tmp_path, monkeypatch):
