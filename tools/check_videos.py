@@ -77,11 +77,7 @@ def check(arguments: argparse.Namespace) -> int:
         before = f", {len(same)} of which have not changed since their check" if same else ""
         files = counted(len({*listing.files}), "file")
         print(f"{files} of {shortest(source)}{before}; {counted(workers, 'process')}")
-        try:
-            found = check_files(listing.files, same, journal, Checker(decoder), workers, limits)
-        except KeyboardInterrupt:
-            print(f"\nThe findings so far are kept in {journal.path}: the same command goes on.")
-            raise
+        found = check_files(listing.files, same, journal, Checker(decoder), workers, limits)
         findings = [*find_rows(listing, found)]
         rows = [finding.cells() for finding in findings]
         columns = {name: [row[name] for row in rows] for name in COLUMNS}

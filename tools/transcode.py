@@ -56,7 +56,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     add("--to", choices=forms, default="files", dest="form", help="see above (default files)")
     add("--copy", action="store_true", help="with --to shards: pack the files as they are")
     smaller = "of larger frames (default 320); smaller ones keep their size, odd sides lose a pixel"
-    add("--short-side", type=even, default=320, metavar="PIXELS", help=smaller)
+    add("--short-side", type=positive, default=320, metavar="PIXELS", help=smaller)
     by_time = "frames per second, chosen by time; default: every frame once, at the average rate"
     add("--fps", type=rate, metavar="N", help=by_time)
     fewer = (
@@ -98,18 +98,13 @@ def prepare(arguments: argparse.Namespace) -> None:
     with closing(PreparedFolder(arguments.output, recipe, source, root)) as folder:
         folder.claim()
         there, missing = len(folder.outputs), folder.missing()
-        try:
-            if missing:
-                done = f" ({there} more are done)" if there else ""
-                workers = counted(arguments.workers, "process")
-                print(f"{counted(len(missing), 'file')}{done}, {workers}", flush=True)
-                folder.make(arguments.workers, limits)
-            if recipe.form == "shards":
-                folder.pack()
-        except KeyboardInterrupt:
-            done = f"{len(folder.outputs)} of {counted(len(folder.names), 'file')} are done"
-            print(f"\n{done}; the same command goes on", flush=True)
-            raise
+        if missing:
+            done = f" ({there} more are done)" if there else ""
+            workers = counted(arguments.workers, "process")
+            print(f"{counted(len(missing), 'file')}{done}, {workers}", flush=True)
+            folder.make(arguments.workers, limits)
+        if recipe.form == "shards":
+            folder.pack()
         folder.write_lists()
         report(folder, len(folder.outputs) - there)
 
@@ -134,16 +129,6 @@ def report(folder: PreparedFolder, new: int) -> None:
         listed = f"They are listed in {folder.path / 'failed.csv'}"
         remedy = f"{listed}, and the same command tries them again"
         raise BadFilesError([*folder.failures.values()], len(folder.names), remedy)
-
-
-def even(text: str) -> int:
-    """Parse an even number of at least 2."""
-    value = positive(text)
-    if value % 2:
-        raise argparse.ArgumentTypeError(
-            f"must be even (colour is stored at half resolution), got {text!r}"
-        )
-    return value
 
 
 def rate(text: str) -> Fraction:

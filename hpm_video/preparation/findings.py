@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -205,18 +205,17 @@ def summary(files: Sequence[str], findings: Sequence[Finding]) -> str:
     """
     verdicts = Counter(finding.verdict for finding in findings)
     lines = [", ".join(f"{verdicts[verdict]} {verdict}" for verdict in VERDICTS)]
-    counts: Counter[tuple[str, str]] = Counter()
-    examples: dict[tuple[str, str], tuple[str, str]] = {}
+    kinds: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
     for file, finding in zip(files, findings, strict=True):
         for reason in finding.reasons:
             # Without its numbers, names and remedy.
-            kind = finding.verdict, re.sub(r"\d[\d.]*", "#", re.split(r": | \(| as ", reason)[0])
-            counts[kind] += 1
-            examples.setdefault(kind, (reason, file))
-    for kind, count in counts.most_common(REASONS_SHOWN):
-        reason, file = examples[kind]
-        lines += [f"  {count:6} {kind[0]}: {reason}", f"         {file}"]
-    if len(counts) > REASONS_SHOWN:
+            kind = re.sub(r"\d[\d.]*", "#", re.split(r": | \(| as ", reason)[0])
+            kinds[finding.verdict, kind].append((reason, file))
+    common = sorted(kinds.items(), key=lambda kind: len(kind[1]), reverse=True)
+    for (verdict, _), found in common[:REASONS_SHOWN]:
+        reason, file = found[0]
+        lines += [f"  {len(found):6} {verdict}: {reason}", f"         {file}"]
+    if len(common) > REASONS_SHOWN:
         lines.append("  others: see the column reason")
     usable = [finding for finding in findings if finding.verdict != "bad"]
     hours = sum(finding.duration or 0 for finding in usable) / 3600

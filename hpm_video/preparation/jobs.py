@@ -49,12 +49,8 @@ def paced(steps: Steps[Result]) -> Iterator[Result | None]:
         yield end.value
 
 
-def attempt(steps: Steps[Result], place: str, temporary: str) -> Iterator[Result | Failure | None]:
-    """Yield as :func:`paced` the result of the steps, or the failure of ``place``.
-
-    ``temporary``: a file that is deleted if it is left.
-    """
-    remove(temporary)  # of an attempt whose process was lost
+def attempt(steps: Steps[Result], place: str) -> Iterator[Result | Failure | None]:
+    """Yield as :func:`paced` the result of the steps, or the failure of ``place``."""
     try:
         yield from paced(steps)
     except MemoryError:
@@ -62,8 +58,6 @@ def attempt(steps: Steps[Result], place: str, temporary: str) -> Iterator[Result
     except Exception as error:  # noqa: BLE001 - native libraries raise anything
         is_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
         yield (DiskFailure if is_disk else Failure)(place, reason_of(error))
-    finally:
-        remove(temporary)
 
 
 class Journal:
@@ -103,11 +97,7 @@ class Journal:
 
 
 def claim(
-    folder: Path,
-    settings: Mapping[str, Any],
-    *,
-    holds: str,
-    unrelated: Collection[str],
+    folder: Path, settings: Mapping[str, Any], *, holds: str, unrelated: Collection[str]
 ) -> Journal:
     """Claim a folder, which need not exist, as the output of a job. -> its journal
 
@@ -130,8 +120,7 @@ def claim(
             )
     elif folder.exists() and any(entry.name != JOURNAL for entry in folder.iterdir()):
         raise FileExistsError(
-            f"{folder} is not empty, and no folder of {holds} (it has no {SETTINGS}); give a new "
-            f"folder"
+            f"{folder} is not empty, and no folder of {holds} (it has no {SETTINGS}); give another"
         )
     journal = Journal(folder / JOURNAL)
     remove_unfinished(folder)
@@ -192,10 +181,9 @@ def reason_of(error: Exception) -> str:
     return " ".join(reason.split())[:500]
 
 
-def remove(place: str) -> None:
+def remove(place: Path | str) -> None:
     """Delete a file or a folder, if it is there."""
-    with contextlib.suppress(FileNotFoundError):
-        if Path(place).is_dir():
-            shutil.rmtree(place)
-        else:
-            Path(place).unlink()
+    if Path(place).is_dir():
+        shutil.rmtree(place)
+    else:
+        Path(place).unlink(missing_ok=True)

@@ -12,11 +12,10 @@ and, by the chosen format,
 Each output is complete or absent.
 """
 
-import contextlib
 import os
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, astuple, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -82,13 +81,11 @@ class PreparedFolder:
         self._shards: dict[str, dict[str, Any]] = {}  # by name, as the journal has them
         self._journal: Journal | None = None
         self._unfinished = self.path / ".unfinished"
-        self._parts = self.path / ".parts"
 
     def close(self) -> None:
         """Release the folder."""
         if self._journal is not None:
-            with contextlib.suppress(OSError):  # it is empty, unless this run was stopped
-                self._unfinished.rmdir()
+            remove(self._unfinished)
             self._journal.close()
 
     def claim(self) -> None:
@@ -99,7 +96,7 @@ class PreparedFolder:
         self._journal = claim(
             self.path, self._settings, holds="prepared data", unrelated=("hpm_video",)
         )
-        remove(str(self._unfinished))
+        remove(self._unfinished)
         self._unfinished.mkdir()
         for record in self._journal.read():
             if "shard" in record:
@@ -179,18 +176,17 @@ class PreparedFolder:
                 members = write_shard(self.path / name, [self._sample(place) for place in places])
                 packed = dict(zip(places, members, strict=True))
                 self._packed |= packed
-                where = [[place, it.name, it.offset, it.size] for place, it in packed.items()]
                 self._shards[name] = {
                     "shard": name,
                     "bytes": (self.path / name).stat().st_size,
-                    "members": where,
+                    "members": [[place, *astuple(it)[1:]] for place, it in packed.items()],
                     "labels": [self._label(self._row[place]) for place in places],
                 }
                 self._note(self._shards[name])
                 for place in () if self.recipe.copy else places:
                     remove(self._output(place))
                 bar.advance(sum(member.size for member in members) / 1e6)
-        remove(str(self._parts))
+        remove(self.path / ".parts")
 
     def job(self, place: str) -> Job:
         """Make the job of a place."""
@@ -236,10 +232,10 @@ class PreparedFolder:
         }
         table = self._others.iloc[rows].assign(**columns)
         write_manifest(table[[*COLUMNS, *self._others.columns]], self.path / "manifest.csv")
-        failed, reasons = self.path / "failed.csv", self.failures.values()
+        failed = self.path / "failed.csv"
         failed.unlink(missing_ok=True)
-        if reasons:
-            write_report(failed, ("path", "reason"), ((bad.path, bad.reason) for bad in reasons))
+        if self.failures:
+            write_report(failed, ("path", "reason"), map(astuple, self.failures.values()))
 
     def _label(self, row: int) -> tuple[int, str]:
         names, label = self.manifest.label_names or (), self.manifest.labels[row]
@@ -248,8 +244,8 @@ class PreparedFolder:
     def _output(self, place: str) -> str:
         suffix = self.recipe.suffix(place)
         folder = {".jpg": "images", ".mp4": "videos", "/": "frames"}[suffix]
-        root = self._parts if self.recipe.form == "shards" else self.path / folder
-        return f"{root}/{self.names[place]}{suffix}"
+        folder = ".parts" if self.recipe.form == "shards" else folder
+        return f"{self.path}/{folder}/{self.names[place]}{suffix}"
 
     def _cells(self, row: int) -> list[object]:
         """Return the cells of ``COLUMNS`` in a row of the manifest."""

@@ -259,7 +259,8 @@ def _rows(output: Path, names: Sequence[str], split: Split) -> Rows:
         if why := unwritable(str(file)):
             raise RecipeError(f"the name of the file {str(file)!r} {why}. Rename it")
         path = file.relative_to(output) if file.is_relative_to(output) else file
-        rows.append((path, *(("", "") if label == UNLABELLED else (label, names[label]))))
+        known = ("", "") if label == UNLABELLED else (label, names[label])
+        rows.append((path, *known))
     return rows
 
 

