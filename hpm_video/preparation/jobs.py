@@ -15,9 +15,8 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hpm_video.decoding.reader import DecodeError
+from hpm_video.decoding.reader import DecodeError, as_decode_error
 from hpm_video.files.atomic import remove_unfinished, write_json, written_beside
-from hpm_video.files.errors import ExpectedError
 from hpm_video.files.failures import Failure
 from hpm_video.files.printing import harmless
 from hpm_video.workers.pool import Limits, Lost, Pool
@@ -52,12 +51,12 @@ def paced(steps: Steps[Result]) -> Iterator[Result | None]:
 def attempt(steps: Steps[Result], place: str) -> Iterator[Result | Failure | None]:
     """Yield as :func:`paced` the result of the steps, or the failure of ``place``."""
     try:
-        yield from paced(steps)
-    except MemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 - native libraries raise anything
-        is_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
-        yield (DiskFailure if is_disk else Failure)(place, reason_of(error))
+        with as_decode_error(place):
+            yield from paced(steps)
+    except DecodeError as error:
+        cause = error.__cause__
+        is_disk = isinstance(cause, OSError) and cause.errno in DISK_ERRORS
+        yield (DiskFailure if is_disk else Failure)(place, error.reason)
 
 
 class Journal:
@@ -169,16 +168,6 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Iterable[objec
 def write_report(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
     """Write a table that only people read: no text in it is a formula to a spreadsheet."""
     write_table(path, [*map(str, map(harmless, header))], (map(harmless, row) for row in rows))
-
-
-def reason_of(error: Exception) -> str:
-    """Return on one line why a file failed."""
-    if isinstance(error, DecodeError):
-        return error.reason
-    reason = str(getattr(error, "strerror", None) or error)  # without the path
-    if type(error) is not ValueError and not isinstance(error, ExpectedError):
-        reason = f"{type(error).__name__}: {reason}"
-    return " ".join(reason.split())[:500]
 
 
 def remove(place: Path | str) -> None:

@@ -106,7 +106,7 @@ class Transcoder:
             first = next(frames, None)
             if first is None:
                 why = f"none of its frames can be read ({source.damage}): {AGAIN}"
-                raise ValueError(why if source.damage else "it has no frames")
+                raise DecodeError(why if source.damage else "it has no frames")
             size = fitted_size(upright_size(first), self.recipe.short_side)
             write = self._write_video if job.target.endswith(".mp4") else self._write_pictures
             count, distance = yield from write(job.temporary, chain([first], frames), size, fps)
@@ -131,7 +131,7 @@ class Transcoder:
         with closing(VideoStream(path)) as written:
             yield from written.survey()
         if written.num_frames != writer.count:
-            raise ValueError(f"{written.num_frames} frames were written instead of {writer.count}")
+            raise DecodeError(f"{written.num_frames} frames were written instead of {writer.count}")
         return writer.count, written.key_distance
 
     def _write_pictures(
@@ -152,7 +152,7 @@ class Transcoder:
 def _probe(job: Job) -> Steps[Output]:
     """Open a file that is packed unchanged, and decode its first frame."""
     if is_frame_folder(job.place):
-        raise ValueError("a folder of frames cannot be packed as it is; leave out --copy")
+        raise DecodeError("a folder of frames cannot be packed as it is; leave out --copy")
     with closing(_open_source(job)) as source:
         yield from source.survey()
     with open_video(job.place, "pyav") as video:
@@ -176,7 +176,7 @@ def at_rate(
         if held is None:
             due += following.time
         elif (shown := following.time - held.time) > LONGEST_STILL:
-            raise ValueError(
+            raise DecodeError(
                 f"its times are wrong: a frame would be shown for {float(shown):.0f} s"
             )
         while held and due < following.time:
