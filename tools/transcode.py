@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from hpm_video.decoding.video_stream import SIMPLEST
 from hpm_video.files.failures import BadFilesError
 from hpm_video.files.wording import counted
 from hpm_video.preparation.prepared_folder import PreparedFolder
@@ -58,7 +59,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     smaller = "of larger frames (default 320); smaller ones keep their size, odd sides lose a pixel"
     add("--short-side", type=positive, default=320, metavar="PIXELS", help=smaller)
     by_time = "frames per second, chosen by time; default: every frame once, at the average rate"
-    add("--fps", type=rate, metavar="N", help=by_time)
+    add("--fps", type=above_zero, metavar="N", help=by_time)
     fewer = (
         "keep the first frame and every N-th after it; the column kept_every tells training, whose "
         "data.frame_stride still counts frames of the source and must be a multiple of N"
@@ -82,6 +83,8 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     if arguments.keep_every > 1 and (arguments.copy or arguments.fps):
         parser.error("--keep-every chooses frames: leave out --copy and --fps")
     arguments.shard_bytes = round(arguments.shard_size * GB)
+    if arguments.fps:
+        arguments.fps = Fraction(arguments.fps).limit_denominator(SIMPLEST)
     return arguments
 
 
@@ -129,17 +132,6 @@ def report(folder: PreparedFolder, new: int) -> None:
         listed = f"They are listed in {folder.path / 'failed.csv'}"
         remedy = f"{listed}, and the same command tries them again"
         raise BadFilesError([*folder.failures.values()], len(folder.names), remedy)
-
-
-def rate(text: str) -> Fraction:
-    """Parse a frame rate such as 25, 12.5 or 30000/1001."""
-    try:
-        value = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        value = Fraction(0)
-    if not 0 < value <= 1000:
-        raise argparse.ArgumentTypeError(f"must be such as 25, 12.5 or 30000/1001, got {text!r}")
-    return value.limit_denominator(1001)
 
 
 if __name__ == "__main__":

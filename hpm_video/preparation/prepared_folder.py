@@ -8,28 +8,35 @@ It holds
 and, by the chosen format,
     videos/NAME.mp4     or for an image images/NAME.jpg
     frames/NAME/        a folder of 000000.jpg, 000001.jpg ...
-    shard-000000.tar    and so on; the samples lie in the order of the manifest
+    shard-000000.tar    and so on, in the layout of webdataset
 Each output is complete or absent.
+
+In a shard the samples lie in the order of the manifest. The files of one follow each other and
+share a key, the name up to the first dot: ``class/a.cls`` (the class, if it has one) and
+``class/a.mp4``. The same samples give the same bytes.
 """
 
+import io
 import os
-from collections.abc import Mapping
+import tarfile
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, astuple, fields, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import hpm_video
 from hpm_video.data.manifest import read_listing, read_manifest, write_manifest
 from hpm_video.decoding.locations import TarMember, is_frame_folder, is_image
 from hpm_video.decoding.video_stream import SIMPLEST
+from hpm_video.files.atomic import written_beside
 from hpm_video.files.failures import Failure
 from hpm_video.files.wording import counted
 from hpm_video.preparation.findings import COLUMNS as CHECK_COLUMNS
 from hpm_video.preparation.findings import Stamp, stamp_of
 from hpm_video.preparation.jobs import Journal, claim, remove, run_jobs, write_report
-from hpm_video.preparation.shards import Sample, output_names, suffix_of, write_shard
+from hpm_video.preparation.output_names import output_names, suffix_of
 from hpm_video.preparation.transcode import Job, Output, Recipe, Transcoder
 from hpm_video.workers.pool import Limits
 from hpm_video.workers.progress_bar import ProgressBar
@@ -54,6 +61,10 @@ class PreparedFolder:
         kept = [row for row, verdict in enumerate(verdicts) if verdict != "bad"]
         self._is_checked = [verdicts[row] != "" for row in kept]
         self._rates = [manifest.fps.get(file) for file in manifest.files]
+        names = manifest.label_names or ()
+        self._labels = [
+            (label, names[label] if 0 <= label < len(names) else "") for label in manifest.labels
+        ]
         # Of sections the whole file is prepared: they are columns that stay as they are.
         self.manifest = replace(manifest, files=tuple(listing.files[row] for row in kept))
         # Further columns of the manifest, which hold for outputs as well.
@@ -128,7 +139,7 @@ class PreparedFolder:
             for (place, *where), label in zip(record["members"], record["labels"], strict=True):
                 if place in self.outputs:
                     self._packed[place] = TarMember(name, *where)
-                    if label != [*self._label(self._row[place])] or self._has_changed(place):
+                    if label != [*self._labels[self._row[place]]] or self._has_changed(place):
                         outdated.append(place)
         return outdated
 
@@ -173,20 +184,37 @@ class PreparedFolder:
         groups = self.unpacked()
         with closing(ProgressBar(len(groups), "shards", "MB/s")) as bar:
             for name, places in groups.items():
-                members = write_shard(self.path / name, [self._sample(place) for place in places])
-                packed = dict(zip(places, members, strict=True))
+                packed = self._write_shard(self.path / name, places)
                 self._packed |= packed
                 self._shards[name] = {
                     "shard": name,
                     "bytes": (self.path / name).stat().st_size,
                     "members": [[place, *astuple(it)[1:]] for place, it in packed.items()],
-                    "labels": [self._label(self._row[place]) for place in places],
+                    "labels": [self._labels[self._row[place]] for place in places],
                 }
                 self._note(self._shards[name])
                 for place in () if self.recipe.copy else places:
                     remove(self._output(place))
-                bar.advance(sum(member.size for member in members) / 1e6)
+                bar.advance(sum(member.size for member in packed.values()) / 1e6)
         remove(self.path / ".parts")
+
+    def _write_shard(self, path: Path, places: Sequence[str]) -> dict[str, TarMember]:
+        """Write a tar file atomically. -> the member of each place"""
+        names = {}
+        with written_beside(path) as beside:
+            with tarfile.open(beside, "w", format=tarfile.PAX_FORMAT) as tar:
+                for place in places:
+                    key, (label, _) = self.names[place], self._labels[self._row[place]]
+                    source = place if self.recipe.copy else self._output(place)
+                    member = TarMember.parse(source)
+                    names[place] = key + suffix_of(source)
+                    if label >= 0:
+                        _add(tar, f"{key}.cls", io.BytesIO(str(label).encode()))
+                    with io.BytesIO(member.read()) if member else Path(source).open("rb") as file:
+                        _add(tar, names[place], file)
+            with tarfile.open(beside, "r:") as tar:
+                written = {each.name: (each.offset_data, each.size) for each in tar}
+        return {place: TarMember(path.name, name, *written[name]) for place, name in names.items()}
 
     def job(self, place: str) -> Job:
         """Make the job of a place."""
@@ -237,10 +265,6 @@ class PreparedFolder:
         if self.failures:
             write_report(failed, ("path", "reason"), map(astuple, self.failures.values()))
 
-    def _label(self, row: int) -> tuple[int, str]:
-        names, label = self.manifest.label_names or (), self.manifest.labels[row]
-        return label, names[label] if 0 <= label < len(names) else ""
-
     def _output(self, place: str) -> str:
         suffix = self.recipe.suffix(place)
         folder = {".jpg": "images", ".mp4": "videos", "/": "frames"}[suffix]
@@ -250,14 +274,16 @@ class PreparedFolder:
     def _cells(self, row: int) -> list[object]:
         """Return the cells of ``COLUMNS`` in a row of the manifest."""
         place = self.manifest.files[row]
-        (label, name), output = self._label(row), self.outputs[place]
+        (label, name), output = self._labels[row], self.outputs[place]
         path = self._packed.get(place) or self._output(place).removeprefix(f"{self.path}/")
         fps = f"{output.fps:.4f}".rstrip("0").rstrip(".") if output.fps else ""
         properties = [fps if each == "fps" else getattr(output, each) for each in PROPERTIES]
         return [str(path), label if label >= 0 else "", name, *properties]
 
-    def _sample(self, place: str) -> Sample:
-        label, _ = self._label(self._row[place])
-        if self.recipe.copy:
-            return Sample(self.names[place], place, suffix_of(place), label)
-        return Sample(self.names[place], self._output(place), self.recipe.suffix(place), label)
+
+def _add(tar: tarfile.TarFile, name: str, file: IO[bytes]) -> None:
+    """Append a file without times and owners, by which equal shards would differ."""
+    header = tarfile.TarInfo(name)
+    header.size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    tar.addfile(header, file)

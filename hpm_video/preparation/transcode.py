@@ -33,7 +33,7 @@ class Recipe:
     """Format and quality of the outputs."""
 
     form: Literal["files", "frames", "shards"]
-    short_side: int  # pixels, even; smaller frames keep their size
+    short_side: int  # pixels; smaller frames keep their size
     fps: Fraction | None  # frames per second; none keeps the source's
     key_frames: int  # largest distance of key frames
     crf: int

@@ -38,8 +38,8 @@ from hpm_video.preparation import encode, findings, jobs, prepared_folder
 from hpm_video.preparation.encode import fitted_size, write_video
 from hpm_video.preparation.findings import stamp_of
 from hpm_video.preparation.jobs import DiskFailure, remove
+from hpm_video.preparation.output_names import output_names
 from hpm_video.preparation.prepared_folder import PreparedFolder
-from hpm_video.preparation.shards import Sample, output_names, write_shard
 from hpm_video.preparation.transcode import Job, Output, Recipe, Transcoder, at_rate
 from hpm_video.workers.pool import Answer, Limits
 
@@ -606,13 +606,19 @@ def test_shards_are_split_by_size_and_always_the_same(start, source, tmp_path):
 
 
 def test_long_and_foreign_names_are_readable(tmp_path):
-    video = tmp_path / "v.mp4"
-    video.write_bytes(b"0123456789")
     keys = ["x" * 140 + "/" + "y" * 140, "Straße/été", "a b/c@d+e::f"]
-    samples = [Sample(key, str(video), ".mp4", 3) for key in keys]
-    packed = write_shard(tmp_path / "s.tar", samples)
-    for key, where in zip(keys, packed, strict=True):
-        member = TarMember.parse(f"{tmp_path}/s.tar::{where.name}@{where.offset}+{where.size}")
+    for key in keys:
+        (tmp_path / key).parent.mkdir(parents=True)
+        (tmp_path / f"{key}.mp4").write_bytes(b"0123456789")
+    copy = replace(RECIPE, form="shards", copy=True)
+    with folder_of(tmp_path, [f"{key}.mp4" for key in keys], copy) as folder:
+        folder.claim()
+        for place in folder.missing():
+            folder.note(place, Output(1, 2, 2, 25.0, 1, 10))
+        folder.pack()
+        folder.write_lists()
+    for key, row in zip(keys, rows_of(tmp_path / "out"), strict=True):
+        member = TarMember.parse(f"{tmp_path}/out/{row['path']}")
         assert member.name == f"{key}.mp4"
         assert member.read() == b"0123456789"
 
@@ -798,7 +804,7 @@ def test_going_on_needs_no_encoder_that_gives_the_same_bytes(start, tmp_path, ca
         folder.note(jobs[0].place, old[0])  # and the second one is there without a note
         lost = folder.unpacked() if form == "shards" else {}
         for name, places in lost.items():  # nor is there a note of the first one's shard
-            write_shard(folder.path / name, [folder._sample(place) for place in places])
+            folder._write_shard(folder.path / name, places)
     remove(jobs[0].target)
     capsys.readouterr()
     start(tmp_path / "list.csv", tmp_path / "out", "--to", form)

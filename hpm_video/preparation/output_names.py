@@ -1,60 +1,15 @@
-"""Tar files in the layout of webdataset, and names of outputs.
-
-The files of a sample follow each other in a tar and share a key, the name up to the first dot:
-``class/a.cls`` (the class, if it has one) and ``class/a.mp4``. The same samples give the same
-bytes.
-"""
+"""Names of outputs."""
 
 import hashlib
-import io
 import os
 import re
-import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import IO
+from pathlib import PurePosixPath
 
 from hpm_video.decoding.locations import IMAGE_SUFFIXES, VIDEO_SUFFIXES, TarMember, is_frame_folder
-from hpm_video.files.atomic import written_beside
 
 LONGEST_PART = 150  # limit of the bytes in a part of a name; file systems take 255
 UNSAFE = r"[\0-\x1f\x7f-\x9f\\\ud800-\udfff]"  # control characters and those that are not text
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A sample that is to be packed."""
-
-    key: str
-    place: str  # path of a file, or member of another tar
-    suffix: str  # suffix of the member, such as ``.mp4``
-    label: int  # -1 where it has none
-
-
-def write_shard(path: Path, samples: Sequence[Sample]) -> list[TarMember]:
-    """Write a tar file atomically. -> the member of each sample"""
-    names = [sample.key + sample.suffix for sample in samples]
-    with written_beside(path) as beside:
-        with tarfile.open(beside, "w", format=tarfile.PAX_FORMAT) as tar:
-            for sample, name in zip(samples, names, strict=True):
-                if sample.label >= 0:
-                    _add(tar, f"{sample.key}.cls", io.BytesIO(str(sample.label).encode()))
-                member = TarMember.parse(sample.place)
-                with io.BytesIO(member.read()) if member else Path(sample.place).open("rb") as file:
-                    _add(tar, name, file)
-        with tarfile.open(beside, "r:") as tar:
-            written = {member.name: member for member in tar}
-    members = [written[name] for name in names]
-    return [TarMember(path.name, each.name, each.offset_data, each.size) for each in members]
-
-
-def _add(tar: tarfile.TarFile, name: str, file: IO[bytes]) -> None:
-    """Append a file without times and owners, by which equal shards would differ."""
-    header = tarfile.TarInfo(name)
-    header.size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    tar.addfile(header, file)
 
 
 def suffix_of(place: str) -> str:
