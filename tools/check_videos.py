@@ -23,7 +23,7 @@ from hpm_video.decoding.locations import is_frame_folder, is_image
 from hpm_video.decoding.registry import choose_decoder
 from hpm_video.files.wording import counted
 from hpm_video.preparation.check import ANEW, Checker, check_files
-from hpm_video.preparation.findings import COLUMNS, find_rows, noted_in, read_findings, unchanged
+from hpm_video.preparation.findings import COLUMNS, find_rows, findings_in, read_findings, unchanged
 from hpm_video.preparation.findings import summary as summary_of
 from hpm_video.preparation.jobs import Journal
 from hpm_video.runs import console
@@ -73,7 +73,7 @@ def check(arguments: argparse.Namespace) -> int:
     limits = Limits(arguments.seconds, round(arguments.memory * GIB))
     known = read_findings(out, root)
     with closing(Journal(out.with_name(f"{out.name}.partial"))) as journal:
-        same = unchanged(listing.files, known | noted_in(journal), decoder)
+        same = unchanged(listing.files, known | findings_in(journal.read()), decoder)
         before = f", {len(same)} of which have not changed since their check" if same else ""
         files = counted(len({*listing.files}), "file")
         print(f"{files} of {shortest(source)}{before}; {counted(workers, 'process')}")

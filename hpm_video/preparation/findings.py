@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from hpm_video.data.manifest import VERDICTS, Listing, ManifestError, Verdict, read_listing
 from hpm_video.decoding.locations import TarMember, frames_in, is_frame_folder, is_image
 from hpm_video.files.wording import counted
-from hpm_video.preparation.jobs import Journal, Steps
+from hpm_video.preparation.jobs import Steps
 
 BETWEEN_REASONS = "; "
 OF_THE_MANIFEST = "the manifest "
@@ -142,20 +142,17 @@ def read_findings(checked: Path, root: Path | None = None) -> dict[str, Finding]
         raise ManifestError(
             f"{checked} is there, and is no manifest that this program wrote; give another --output"
         )
-    found = {}
-    for file, *cells in zip(listing.files, *map(listing.column, COLUMNS), strict=True):
-        with suppress(ValueError):
-            found[file] = Finding.of(dict(zip(COLUMNS, cells, strict=True)))
+    found = findings_in(listing.table.assign(file=listing.files).to_dict("records"))
     return {file: finding for file, finding in found.items() if finding.verdict != "bad"}
 
 
-def noted_in(journal: Journal) -> dict[str, Finding]:
-    """Return the findings of an interrupted check."""
-    noted = {}
-    for record in journal.read():
-        with suppress(KeyError, ValueError, TypeError):  # of another version
-            noted[record["file"]] = Finding.of(record)
-    return noted
+def findings_in(records: Iterable[Mapping[Any, Any]]) -> dict[str, Finding]:
+    """Read findings by ``file`` from rows or from a journal, without those of another version."""
+    found = {}
+    for record in records:
+        with suppress(KeyError, ValueError, TypeError):
+            found[record["file"]] = Finding.of(record)
+    return found
 
 
 def unchanged(

@@ -234,10 +234,8 @@ def run_recipe(
 def write(output: Path, names: Sequence[str], splits: Sequence[Split]) -> None:
     """Write ``labels.txt``, and for each split a manifest and a list of missing files.
 
-    A split without any file gets no manifest. Paths are relative where a file lies below
-    ``output``, otherwise absolute. Nothing is written where another file would be overwritten,
-    where another manifest there numbers the classes differently, or where the name of a file is
-    not text.
+    Paths are relative below ``output``, otherwise absolute. Nothing is written where another file
+    would be overwritten, another manifest numbers the classes differently, or a name is not text.
     """
     lists = {"labels.txt": names} | {f"missing_{each.name}.txt": each.missing for each in splits}
     tables = {f"{each.name}.csv": _rows(output, names, each) for each in splits if each.found}

@@ -38,7 +38,7 @@ from hpm_video.preparation.findings import (
     COLUMNS,
     Finding,
     find_rows,
-    noted_in,
+    findings_in,
     read_findings,
     stamp_of,
     summary,
@@ -443,7 +443,7 @@ def findings_of(checker, files, folder, limits):
         found = check_files(files, {}, journal, checker, 1, limits)
     ended = {file: finding for file, finding in found.items() if finding.verdict != "bad"}
     with closing(Journal(folder / "journal")) as journal:
-        assert noted_in(journal) == ended, "what exceeded the limits is tried again"
+        assert findings_in(journal.read()) == ended, "what exceeded the limits is tried again"
     return {Path(file).stem: finding for file, finding in found.items()}
 
 
@@ -671,10 +671,10 @@ def test_findings_survive_a_journal_and_a_manifest(tmp_path):
         file.write('[1]\n{"file": "/older", "verdict": "fine", "reasons": []}\n')
         file.write('{"file": "/c", "verdict"')
     with closing(Journal(tmp_path / "j")) as journal:
-        assert noted_in(journal) == {"/a": FULL, "/é\udce9": bad}
+        assert findings_in(journal.read()) == {"/a": FULL, "/é\udce9": bad}
         journal.append({"file": "/d", **FULL.cells()})
     with closing(Journal(tmp_path / "j")) as journal:
-        assert noted_in(journal)["/d"] == FULL
+        assert findings_in(journal.read())["/d"] == FULL
     of_a_row = replace(FULL, reasons=("one", "the manifest said 7 frames, there are 30: corrected"))
     findings = [FULL, of_a_row, Finding("fine"), Finding("bad", ("why",))]
     only = replace(FULL, reasons=("the manifest said 7 frames, there are 30: corrected",))
