@@ -22,9 +22,9 @@ from hpm_video.data.places import unwritable
 from hpm_video.decoding.locations import is_frame_folder, is_image
 from hpm_video.decoding.registry import choose_decoder
 from hpm_video.files.wording import counted
-from hpm_video.preparation import check_manifest
-from hpm_video.preparation.check import ANEW
-from hpm_video.preparation.findings import COLUMNS
+from hpm_video.preparation.check import ANEW, Checker, check_files
+from hpm_video.preparation.findings import COLUMNS, find_rows, findings_in, read_findings, unchanged
+from hpm_video.preparation.findings import summary as summary_of
 from hpm_video.preparation.jobs import Journal
 from hpm_video.runs import console
 from hpm_video.runs.console import shortest
@@ -71,29 +71,21 @@ def check(arguments: argparse.Namespace) -> int:
     if not all(is_image(file) or is_frame_folder(file) for file in listing.files):
         decoder = choose_decoder(decoder)
     limits = Limits(arguments.seconds, round(arguments.memory * GIB))
-    checker = check_manifest.Checker(decoder)
-    known = check_manifest.known_of(out, root)
+    known = read_findings(out, root)
     with closing(Journal(out.with_name(f"{out.name}.partial"))) as journal:
-        known |= check_manifest.noted_in(journal)
-        same = check_manifest.unchanged(listing.files, known, decoder)
-        unchanged = f", {len(same)} of which have not changed since their check" if same else ""
+        same = unchanged(listing.files, known | findings_in(journal.read()), decoder)
+        before = f", {len(same)} of which have not changed since their check" if same else ""
         files = counted(len({*listing.files}), "file")
-        print(f"{files} of {shortest(source)}{unchanged}; {counted(workers, 'process')}")
-        try:
-            found = check_manifest.check_files(
-                listing.files, same, journal, checker, workers, limits
-            )
-        except KeyboardInterrupt:
-            print(f"\nThe findings so far are kept in {journal.path}: the same command goes on.")
-            raise
-        findings = [*check_manifest.find_rows(listing, found)]
+        print(f"{files} of {shortest(source)}{before}; {counted(workers, 'process')}")
+        found = check_files(listing.files, same, journal, Checker(decoder), workers, limits)
+        findings = [*find_rows(listing, found)]
         rows = [finding.cells() for finding in findings]
         columns = {name: [row[name] for row in rows] for name in COLUMNS}
         if root is None and not (source.is_file() and out.parent == source.parent):
             columns["path"] = [file.removeprefix(f"{out.parent}/") for file in listing.files]
         write_manifest(listing.table.assign(**columns), out)
         journal.path.unlink()
-    print(f"\n{check_manifest.summary(listing.files, findings)}\n\nwrote {shortest(out)}")
+    print(f"\n{summary_of(listing.files, findings)}\n\nwrote {shortest(out)}")
     print(f"To train on what can be used: data.train={shortest(out)}")
     if any(ANEW in reason for finding in findings for reason in finding.reasons):
         rooted = f" --root {shortest(root)}" if root else ""

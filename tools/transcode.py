@@ -9,13 +9,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, fields
+from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
 
 from tqdm import tqdm
 
-import hpm_video
+from hpm_video.decoding.video_stream import SIMPLEST
 from hpm_video.files.failures import BadFilesError
 from hpm_video.files.wording import counted
 from hpm_video.preparation.prepared_folder import PreparedFolder
@@ -57,9 +57,9 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     add("--to", choices=forms, default="files", dest="form", help="see above (default files)")
     add("--copy", action="store_true", help="with --to shards: pack the files as they are")
     smaller = "of larger frames (default 320); smaller ones keep their size, odd sides lose a pixel"
-    add("--short-side", type=even, default=320, metavar="PIXELS", help=smaller)
+    add("--short-side", type=positive, default=320, metavar="PIXELS", help=smaller)
     by_time = "frames per second, chosen by time; default: every frame once, at the average rate"
-    add("--fps", type=rate, metavar="N", help=by_time)
+    add("--fps", type=above_zero, metavar="N", help=by_time)
     fewer = (
         "keep the first frame and every N-th after it; the column kept_every tells training, whose "
         "data.frame_stride still counts frames of the source and must be a multiple of N"
@@ -83,6 +83,8 @@ def parse_arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     if arguments.keep_every > 1 and (arguments.copy or arguments.fps):
         parser.error("--keep-every chooses frames: leave out --copy and --fps")
     arguments.shard_bytes = round(arguments.shard_size * GB)
+    if arguments.fps:
+        arguments.fps = Fraction(arguments.fps).limit_denominator(SIMPLEST)
     return arguments
 
 
@@ -94,32 +96,18 @@ def prepare(arguments: argparse.Namespace) -> None:
         ManifestError, OSError: a wrong input, or a disk that is full.
     """
     recipe = Recipe(**{each.name: getattr(arguments, each.name) for each in fields(Recipe)})
-    source = arguments.source.absolute()
     limits = Limits(arguments.seconds, round(arguments.memory * GIB))
-    with closing(PreparedFolder(arguments.output, recipe, source, arguments.root)) as folder:
-        has_h264 = recipe.form != "frames" and not recipe.copy
-        settings = {
-            "hpm_video": hpm_video.__version__,
-            "source": str(source),
-            "root": folder.base,
-            **asdict(recipe),
-            "fps": recipe.fps and str(recipe.fps),
-            "tune": "fastdecode" if has_h264 else "none",
-        }
-        folder.claim(settings)
+    source, root = arguments.source.absolute(), arguments.root
+    with closing(PreparedFolder(arguments.output, recipe, source, root)) as folder:
+        folder.claim()
         there, missing = len(folder.outputs), folder.missing()
-        try:
-            if missing:
-                done = f" ({there} more are done)" if there else ""
-                workers = counted(arguments.workers, "process")
-                print(f"{counted(len(missing), 'file')}{done}, {workers}", flush=True)
-                folder.make(missing, arguments.workers, limits)
-            if recipe.form == "shards":
-                folder.pack()
-        except KeyboardInterrupt:
-            done = f"{len(folder.outputs)} of {counted(len(folder.names), 'file')} are done"
-            print(f"\n{done}; the same command goes on", flush=True)
-            raise
+        if missing:
+            done = f" ({there} more are done)" if there else ""
+            workers = counted(arguments.workers, "process")
+            print(f"{counted(len(missing), 'file')}{done}, {workers}", flush=True)
+            folder.make(arguments.workers, limits)
+        if recipe.form == "shards":
+            folder.pack()
         folder.write_lists()
         report(folder, len(folder.outputs) - there)
 
@@ -144,27 +132,6 @@ def report(folder: PreparedFolder, new: int) -> None:
         listed = f"They are listed in {folder.path / 'failed.csv'}"
         remedy = f"{listed}, and the same command tries them again"
         raise BadFilesError([*folder.failures.values()], len(folder.names), remedy)
-
-
-def even(text: str) -> int:
-    """Parse an even number of at least 2."""
-    value = positive(text)
-    if value % 2:
-        raise argparse.ArgumentTypeError(
-            f"must be even (colour is stored at half resolution), got {text!r}"
-        )
-    return value
-
-
-def rate(text: str) -> Fraction:
-    """Parse a frame rate such as 25, 12.5 or 30000/1001."""
-    try:
-        value = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        value = Fraction(0)
-    if not 0 < value <= 1000:
-        raise argparse.ArgumentTypeError(f"must be such as 25, 12.5 or 30000/1001, got {text!r}")
-    return value.limit_denominator(1001)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from hpm_video.files.atomic import temporary_folder, written_beside
@@ -53,38 +52,18 @@ def read(source: Path) -> dict[str, Any]:
             ) from error
 
 
-def write_split(split: str, data: Any, output: Path) -> Split:
-    """Write the missing images of a split.
-
-    Raises:
-        RecipeError: another image is there.
-    """
-    found: list[tuple[Path, int]] = []
-    for number, (pixels, label) in enumerate(zip(data.data, data.targets, strict=True)):
-        path = output / SPLITS[split] / data.classes[label] / f"{number:05}.png"
-        found.append((path, label))
-        if not path.exists():
-            with written_beside(path) as beside:
-                Image.fromarray(pixels).save(beside, "PNG")
-            continue
-        try:
-            with Image.open(path) as image:
-                same = np.array_equal(np.asarray(image), pixels)
-        except (OSError, SyntaxError):
-            same = False
-        if not same:
-            raise RecipeError(
-                f"{path} is there and is another picture than that of the archive. Move the images "
-                "away that are there, or name another folder by --output"
-            )
-    return Split(split, found)
-
-
 def prepare(options: argparse.Namespace) -> tuple[Sequence[str], list[Split]]:
     """Write the images of both splits."""
-    read_splits, output = read(options.source), options.output.absolute()
-    splits = [write_split(split, data, output) for split, data in read_splits.items()]
-    return read_splits["train"].classes, splits
+    sources, splits = read(options.source), []
+    for split, data in sources.items():
+        found: list[tuple[Path, int]] = []
+        for number, (pixels, label) in enumerate(zip(data.data, data.targets, strict=True)):
+            path = options.output / SPLITS[split] / data.classes[label] / f"{number:05}.png"
+            with written_beside(path) as beside:
+                Image.fromarray(pixels).save(beside, "PNG")
+            found.append((path, label))
+        splits.append(Split(split, found))
+    return sources["train"].classes, splits
 
 
 main = partial(run_recipe, __doc__, __file__, OPTIONS, prepare, kind="image")

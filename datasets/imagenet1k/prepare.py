@@ -24,10 +24,9 @@ OPTIONS = {
     "--validation-labels": {"help": LABELS_HELP, **FILE},
     "--names": {"help": "LOC_synset_mapping.txt: wnids and names", **FILE},
 }
-KAGGLE = "ImageId,PredictionString"
 WNID = re.compile(r"n\d{8}")
 NAME_LINE = re.compile(r"(?P<wnid>n\d{8})(?:\s+(?P<name>\S.*))?")
-LIST_LINE = re.compile(r"(?P<path>\S.*?)[\s,]+(?P<wnid>n\d{8})(?: .*)?")
+LIST_LINE = re.compile(r"(?P<path>\S.*?)[\s,]+(?P<wnid>n\d{8})(?: .*)?|ImageId,PredictionString")
 
 
 def read_names(path: Path) -> dict[str, str]:
@@ -41,11 +40,10 @@ def read_names(path: Path) -> dict[str, str]:
 
 def read_labels(path: Path) -> list[Clip]:
     """Read images and their wnids. A line of Kaggle's has boxes behind the wnid."""
-    form = re.compile(f"{LIST_LINE.pattern}|{KAGGLE}")
     needed = "'<image>,<wnid> ...' as in LOC_val_solution.csv, or '<image>.JPEG <wnid>'"
     return [
         Clip(place, Path(row["path"]).name, (Path(row["path"]).stem,), row["wnid"])
-        for place, row in recipes.matches_of(path, form, needed)
+        for place, row in recipes.matches_of(path, LIST_LINE, needed)
         if row["wnid"]
     ]
 

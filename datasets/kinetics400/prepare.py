@@ -7,6 +7,8 @@ videos are there. See README.md there.
 """
 
 import argparse
+import csv
+import io
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -30,16 +32,23 @@ def read_clips(path: Path, split: str) -> list[Clip]:
     The keys of a clip are the name that download scripts give to its file, and its YouTube id.
     """
     columns = ("label", "youtube_id", "time_start", "time_end")[split == "test" :]
+    needed = f"need {','.join(columns)}, the times in seconds, got"
+    text = io.StringIO(recipes.read_list_text(path), newline="")
+    reader = csv.DictReader(text, skipinitialspace=True)
+    header = reader.fieldnames or ()
+    if not {*columns} <= {*header}:
+        raise RecipeError(f"{path}, line 1: {needed} {','.join(header)!r}. Download the CSV again")
     clips = []
-    for place, cells in recipes.cells_of(path, columns):
+    for row in reader:
+        place = f"{path}, line {reader.line_num}"
+        cells = {name: (row[name] or "").strip() for name in columns}
         try:
             start, end = (int(float(cells[name])) for name in ("time_start", "time_end"))
         except (ValueError, OverflowError):
             start = end = -1
-        if start < 0 or not all(cells[name] for name in columns):
+        if start < 0 or not all(cells.values()):
             raise RecipeError(
-                f"{place}: need {','.join(columns)}, the times in seconds, got "
-                f"{','.join(cells[name] for name in columns)!r}. Download the CSV again"
+                f"{place}: {needed} {','.join(cells.values())!r}. Download the CSV again"
             )
         class_name, youtube_id = cells.get("label", ""), cells["youtube_id"]
         file_name = f"{youtube_id}_{start:06}_{end:06}"

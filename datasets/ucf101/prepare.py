@@ -21,12 +21,8 @@ OPTIONS = {
     "--lists": {"help": "folder ucfTrainTestlist", **REQUIRED_FOLDER},
 }
 CLASS = re.compile(r"(?P<number>\d+)\s+(?P<name>\S.*)")
-VIDEO = r"(?P<folder>[^/]+)/(?P<name>[^/]*\.[A-Za-z0-9]+)"
-FORMS = {
-    "train": (re.compile(VIDEO + r"\s+(?P<number>\d+)"), " <number of the class>"),
-    "test": (re.compile(VIDEO), ""),
-}
-"""Formats of the lines, and what follows the video in them."""
+VIDEO = re.compile(r"(?P<folder>[^/]+)/(?P<name>[^/]*\.[A-Za-z0-9]+)(?:\s+\d+)?")
+"""Of a line for training, the number of the class follows, which its name says too."""
 
 
 def key_of(path: Path) -> str:
@@ -44,17 +40,10 @@ def read_classes(path: Path) -> Classes:
     return Classes(names, str(path))
 
 
-def read_list(lists: Path, use: str, number: int, classes: Classes) -> list[Clip]:
+def read_list(path: Path) -> list[Clip]:
     """Read the clips of a list."""
-    path, (form, more) = lists / f"{use}list{number:02}.txt", FORMS[use]
     clips = []
-    for place, found in recipes.matches_of(path, form, f"'<class>/<video>.avi{more}'"):
-        label = classes.label(found["folder"], place)
-        if more and int(found["number"]) != label + 1:
-            raise RecipeError(
-                f"{place}: says class {found['number']}, but {found['folder']} is {label + 1} in "
-                f"{classes.source}. All lists must be of one release"
-            )
+    for place, found in recipes.matches_of(path, VIDEO, "'<class>/<video>.avi'"):
         name = f"{found['folder']}/{found['name']}"
         clips.append(Clip(place, name, (key_of(Path(name)),), found["folder"]))
     return clips
@@ -71,7 +60,8 @@ def prepare(options: argparse.Namespace) -> tuple[Sequence[str], list[recipes.Sp
     splits = []
     for number in (1, 2, 3):
         lists = {
-            f"{use}_split{number}": read_list(options.lists, use, number, classes) for use in FORMS
+            f"{use}_split{number}": read_list(options.lists / f"{use}list{number:02}.txt")
+            for use in ("train", "test")
         }
         splits += recipes.match(lists, videos, classes, expected)
     return classes.names, splits

@@ -1,6 +1,7 @@
 """Measure how training clips are read: in phases, and by several processes."""
 
 import copy
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -34,12 +35,10 @@ ENOUGH = 0.95  # share of the best rate at which fewer processes are preferred
 
 @contextmanager
 def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Add the time that is spent inside to that of the phase."""
+    """Add the time that is spent inside to that of the phase, unless it fails."""
     began = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[phase] += time.perf_counter() - began
+    yield
+    seconds[phase] += time.perf_counter() - began
 
 
 @dataclass(frozen=True)
@@ -101,12 +100,11 @@ class Trials:
         Raises:
             DecodeError: none of the files decodes.
         """
-        streams = [_fresh(stream, decoder) for stream in self.clips]
         seconds = dict.fromkeys(PHASES, 0.0)
         num_clips, failure = 0, "there are none"
         for place in islice(self.places(), count):
-            request = streams[place.source].request(place.position)
-            reader = reader_of(streams[place.source])
+            stream = self.clips[place.source]
+            reader, request = reader_of(stream, decoder), stream.request(place.position)
             reader = replace(reader, transform=_TimedTransform(reader.transform, seconds))
             try:
                 with timed(seconds, "reading"):
@@ -127,7 +125,9 @@ class Trials:
 
     def read(self, trial: Trial, workers: int) -> None:
         """Read with that many processes, and add the result to ``trial``."""
-        streams = [_fresh(stream, trial.decoder) for stream in self.clips]
+        streams = [copy.copy(stream) for stream in self.clips]
+        for stream in streams:
+            stream.bad, stream.reader = {}, reader_of(stream, trial.decoder)
         options = {"batch_size": self.batch_size, "workers": workers, "gpu": self.gpu}
         count, videos = 0, READ_AHEAD
         try:
@@ -152,7 +152,7 @@ class Trials:
 
     def _advance(self, videos: int) -> None:
         """Skip videos: what was read before comes from memory, faster than in a first epoch."""
-        self._next_batch += -(-videos // self.batch_size)
+        self._next_batch += math.ceil(videos / self.batch_size)
 
 
 def choose_setting(trials: Sequence[Trial], max_bad_share: float) -> tuple[Trial, int]:
@@ -216,16 +216,7 @@ def read_all(path: str) -> None:
             read_bytes(file)
 
 
-def reader_of(stream: VideoClips) -> TrainReader:
-    """Return the reader of a stream's training clips."""
+def reader_of(stream: VideoClips, decoder: DecoderName | None) -> TrainReader:
+    """Return the reader of a stream's training clips, with another decoder if one is named."""
     assert isinstance(stream.reader, TrainReader)
-    return stream.reader
-
-
-def _fresh(stream: VideoClips, decoder: DecoderName | None) -> VideoClips:
-    """Copy a stream with another decoder, and without the failures that it has noted."""
-    fresh = copy.copy(stream)
-    fresh.bad = {}
-    if decoder is not None:
-        fresh.reader = replace(reader_of(stream), decoder=decoder)
-    return fresh
+    return stream.reader if decoder is None else replace(stream.reader, decoder=decoder)

@@ -1,9 +1,9 @@
-"""Check of one file: its properties, and whether all of it decodes."""
+"""Check of files: their properties, and whether all of each decodes."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -15,9 +15,18 @@ from hpm_video.decoding.orientation import upright_size
 from hpm_video.decoding.reader import DecodeError, VideoReader, as_decode_error
 from hpm_video.decoding.registry import open_video
 from hpm_video.decoding.video_stream import VideoStream
+from hpm_video.files.failures import Failure
 from hpm_video.files.wording import counted
-from hpm_video.preparation.findings import BETWEEN_REASONS, Finding, digest_of, stamp_of
-from hpm_video.preparation.jobs import Steps
+from hpm_video.preparation.findings import (
+    BETWEEN_REASONS,
+    Finding,
+    decoder_for,
+    digest_of,
+    stamp_of,
+)
+from hpm_video.preparation.jobs import Journal, Steps, paced, run_jobs
+from hpm_video.workers.pool import Limits
+from hpm_video.workers.progress_bar import ProgressBar
 
 SHORTEST = 16  # frames of a usual clip; shorter videos are suspicious
 FARTHEST = 250  # limit of the key-frame distance: the default of encoders; 12 is better here
@@ -26,9 +35,51 @@ UNEVEN = 0.1  # tolerance as a share of the median gap
 TICKS = 1.6  # tolerance in ticks of the container's clock, which rounds times
 ANEW = "encode it anew with tools/transcode.py"
 AGAIN = "download it again"
+MORE = "where it is only large or slow, give more --memory or --seconds"
 
 _GIVEN_UP = (0, 1, 2, 4, 8, 16, 32)  # frames to give up where the last before damage are no use
 _REORDERED = 24  # limit of the frames by which a frame of a wrong time may come too early
+
+
+@dataclass(frozen=True)
+class Checker:
+    """Work of a process that checks files."""
+
+    decoder: DecoderChoice = "auto"
+
+    def __call__(self, file: str) -> Iterator[Finding | None]:
+        return paced(examine(file, self.decoder))
+
+
+def check_files(
+    files: Iterable[str],
+    same: Mapping[str, Finding],
+    journal: Journal,
+    check: Checker,
+    workers: int,
+    limits: Limits,
+) -> dict[str, Finding]:
+    """Check all files except those that are the ``same`` as before. -> the findings of all
+
+    Each is noted in the journal, unless it exceeded the limits of this start.
+    """
+    found = {**same}
+    left = {file: file for file in files if file not in same}
+    num_bad = sum(finding.verdict == "bad" for finding in same.values())
+    with (
+        closing(ProgressBar(len(found) + len(left), "files", first=len(found))) as bar,
+        closing(run_jobs(check, left, workers, limits)) as results,
+    ):
+        for file, result in results:
+            is_lost, finding = isinstance(result, Failure), result
+            if is_lost:
+                finding = Finding("bad", (f"{result.reason}: {MORE}",), **stamp_of(file)._asdict())
+            found[file] = replace(finding, decoder=decoder_for(file, check.decoder))
+            if not is_lost:
+                journal.append({"file": file, **found[file].cells()})
+            num_bad += found[file].verdict == "bad"
+            bar.advance(note=f"{num_bad} bad")
+    return found
 
 
 def examine(file: str, decoder: DecoderChoice) -> Steps[Finding]:

@@ -29,33 +29,18 @@ for _name in {"ACCURATE_RND", "FULL_CHR_H_INT"} & {*Interpolation.__members__}: 
 _RGB_MATRIX = 0
 
 
-def write_video(  # noqa: PLR0913 - what is written, and how
-    path: Path | str,
-    frames: Iterable[NDArray[np.uint8]],
-    *,
-    fps: int | Fraction = 25,
-    crf: int = 20,
-    gop: int = 12,
-    quick: bool = False,
-) -> int:
-    """Encode RGB frames of (H, W, 3) uint8, H and W even; return their number.
+def write_video(path: Path | str, frames: Iterable[NDArray[np.uint8]], **settings: Any) -> int:
+    """Encode RGB frames of (H, W, 3) uint8, H and W even and the same for all; return their number.
 
-    ``crf`` is the quality, from 0 (lossless but for the halved colour planes) to 51; ``gop`` the
-    distance of key frames, which a decoder that seeks has to go through; ``quick`` makes the file
-    quick to read, see :class:`VideoWriter`. The file is written atomically.
+    ``settings``: those of :class:`VideoWriter`. The file is written atomically.
     """
     source = iter(frames)
     first = next(source, None)
     if first is None:
         raise ValueError("a video needs at least one frame, got none")
-    _check(first, first.shape)
     size = first.shape[0], first.shape[1]
-    with (
-        written_beside(Path(path)) as beside,
-        VideoWriter(beside, size, fps, crf, gop, quick) as writer,
-    ):
+    with written_beside(Path(path)) as beside, VideoWriter(beside, size, **settings) as writer:
         for frame in chain([first], source):
-            _check(frame, first.shape)
             writer.write(picture_of(frame))
     return writer.count
 
@@ -67,20 +52,20 @@ def picture_of(frame: NDArray[np.uint8]) -> av.VideoFrame:
 
 @dataclass
 class VideoWriter:
-    """Writes a video file frame by frame, as :func:`write_video`; complete after ``with``.
+    """Writes a video file frame by frame; complete after ``with``.
 
-    One that is quick to read has its index in front, so that readers on a network need not fetch
-    the end, and takes less than half the time to decode at a little more size: x264's tune
-    ``fastdecode``, and always three frames in a row to which no other frame refers, so that reading
-    every fourth frame decodes half of them at most.
+    A ``quick`` one has its index in front, so that readers on a network need not fetch the end, and
+    takes less than half the time to decode at a little more size: x264's tune ``fastdecode``, and
+    always three frames in a row to which no other frame refers, so that reading every fourth frame
+    decodes half of them at most.
     """
 
     path: Path
     size: Size  # even height and width
-    fps: int | Fraction
-    crf: int
-    gop: int
-    quick: bool
+    fps: int | Fraction = 25
+    crf: int = 20  # quality, from 0 (lossless but for the halved colour planes) to 51
+    gop: int = 12  # distance of key frames, which a decoder that seeks has to go through
+    quick: bool = False
     count: int = 0  # number of frames written
 
     def __post_init__(self) -> None:
@@ -169,13 +154,3 @@ def _instruction_sets() -> list[str]:
 
     has_avx2 = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # AVX2 or AVX512
     return ["asm=SSSE3"] if has_avx2 else []
-
-
-def _check(frame: NDArray[Any], shape: tuple[int, ...]) -> None:
-    is_rgb = frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3
-    if not is_rgb or frame.shape != shape or shape[0] % 2 or shape[1] % 2:
-        raise ValueError(
-            f"a frame must be (height, width, 3) uint8, got {frame.shape} {frame.dtype}; all must "
-            f"be of one size, {shape} as the first, and height and width must be even (colour is "
-            "stored at half resolution): crop or pad them"
-        )

@@ -1,21 +1,25 @@
-"""Findings about files, as columns of a manifest."""
+"""Findings about files, as columns of a manifest, and what they say about its rows."""
 
-import contextlib
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hpm_video.data.manifest import VERDICTS, Listing, Verdict
-from hpm_video.decoding.locations import TarMember, frames_in, is_frame_folder
+from hpm_video.data.manifest import VERDICTS, Listing, ManifestError, Verdict, read_listing
+from hpm_video.decoding.locations import TarMember, frames_in, is_frame_folder, is_image
+from hpm_video.files.wording import counted
 from hpm_video.preparation.jobs import Steps
 
 BETWEEN_REASONS = "; "
 OF_THE_MANIFEST = "the manifest "
 """Beginning of a reason that concerns a row of a manifest rather than the file alone."""
 DIGEST_BYTES = 16
+REASONS_SHOWN = 8
 
 
 class Stamp(NamedTuple):
@@ -121,12 +125,97 @@ _OF_A_FILE = tuple(each.name for each in fields(Finding)[2:])
 COLUMNS = (*_OF_A_FILE, "verdict", "reason")  # columns that a check appends to a manifest
 
 
-def read_findings(listing: Listing) -> dict[str, Finding]:
-    """Read the valid findings of a checked manifest by file, without reasons of rows alone."""
-    if not {*COLUMNS} - {"decoder"} <= {*listing.table.columns}:  # older ones do not have it
+def decoder_for(file: str, decoder: str) -> str:
+    """Return the decoder that reads a file where videos are read by ``decoder``."""
+    return "pillow" if is_image(file) or is_frame_folder(file) else decoder
+
+
+def read_findings(checked: Path, root: Path | None = None) -> dict[str, Finding]:
+    """Read what an earlier check found about files, except bad ones, which are checked again.
+
+    A file that no check has written is a ManifestError.
+    """
+    if not checked.exists():
         return {}
+    listing = read_listing(checked, root)
+    if not {*COLUMNS} <= {*listing.table.columns}:
+        raise ManifestError(
+            f"{checked} is there, and is no manifest that this program wrote; give another --output"
+        )
+    found = findings_in(listing.table.assign(file=listing.files).to_dict("records"))
+    return {file: finding for file, finding in found.items() if finding.verdict != "bad"}
+
+
+def findings_in(records: Iterable[Mapping[Any, Any]]) -> dict[str, Finding]:
+    """Read findings by ``file`` from rows or from a journal, without those of another version."""
     found = {}
-    for file, *cells in zip(listing.files, *map(listing.column, COLUMNS), strict=True):
-        with contextlib.suppress(ValueError, KeyError):
-            found[file] = Finding.of(dict(zip(COLUMNS, cells, strict=True)))
+    for record in records:
+        with suppress(KeyError, ValueError, TypeError):
+            found[record["file"]] = Finding.of(record)
     return found
+
+
+def unchanged(
+    files: Iterable[str], known: Mapping[str, Finding], decoder: str
+) -> dict[str, Finding]:
+    """Return the known findings that still hold, so that the files need not be decoded again."""
+    return {
+        file: known[file]
+        for file in files
+        if file in known
+        and known[file].decoder == decoder_for(file, decoder)
+        and Stamp(known[file].bytes, known[file].modified) == stamp_of(file)
+    }
+
+
+def find_rows(listing: Listing, found: Mapping[str, Finding]) -> Iterator[Finding]:
+    """Yield the finding of each row, with doubts about the row in addition to those of the file."""
+    first: dict[tuple[str, str, str], int] = {}  # the first row of each content and section
+    paths, labels, counts = map(listing.column, ("path", "label", "num_frames"))
+    starts, ends = map(listing.column, ("start", "end"))
+    for row, file in enumerate(listing.files):
+        finding, doubts, stated = found[file], list[str](), 0
+        if finding.verdict == "bad":
+            yield finding
+            continue
+        with suppress(ValueError, OverflowError):
+            stated = int(float(counts[row]))  # pandas writes 3.0 beside empty cells
+        if finding.num_frames and stated > 0 and stated != finding.num_frames:
+            doubts.append(f"said {stated} frames, there are {finding.num_frames}: corrected")
+        same = first.setdefault((finding.content, starts[row], ends[row]), row)
+        if finding.content and same != row:
+            differ = f" with label {labels[same]} instead of {labels[row]}"
+            doubts.append(
+                f"has the same content as {paths[same]}"
+                f"{differ if labels[same] != labels[row] else ''}: leave one of them out"
+            )
+        if doubts:
+            reasons = (*finding.reasons, *(OF_THE_MANIFEST + doubt for doubt in doubts))
+            finding = replace(finding, verdict="suspicious", reasons=reasons)
+        yield finding
+
+
+def summary(files: Sequence[str], findings: Sequence[Finding]) -> str:
+    """Summarise the findings: verdicts, the most common reasons, and what can be used.
+
+    ``files``: the file of each finding.
+    """
+    verdicts = Counter(finding.verdict for finding in findings)
+    lines = [", ".join(f"{verdicts[verdict]} {verdict}" for verdict in VERDICTS)]
+    kinds: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
+    for file, finding in zip(files, findings, strict=True):
+        for reason in finding.reasons:
+            # Without its numbers, names and remedy.
+            kind = re.sub(r"\d[\d.]*", "#", re.split(r": | \(| as ", reason)[0])
+            kinds[finding.verdict, kind].append((reason, file))
+    common = sorted(kinds.items(), key=lambda kind: len(kind[1]), reverse=True)
+    for (verdict, _), found in common[:REASONS_SHOWN]:
+        reason, file = found[0]
+        lines += [f"  {len(found):6} {verdict}: {reason}", f"         {file}"]
+    if len(common) > REASONS_SHOWN:
+        lines.append("  others: see the column reason")
+    usable = [finding for finding in findings if finding.verdict != "bad"]
+    hours = sum(finding.duration or 0 for finding in usable) / 3600
+    frames = sum(finding.num_frames or 0 for finding in usable)
+    lines.append(f"  usable: {counted(len(usable), 'file')}, {hours:.2f} hours, {frames} frames")
+    return "\n".join(lines)

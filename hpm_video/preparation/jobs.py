@@ -15,9 +15,8 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hpm_video.decoding.reader import DecodeError
+from hpm_video.decoding.reader import DecodeError, as_decode_error
 from hpm_video.files.atomic import remove_unfinished, write_json, written_beside
-from hpm_video.files.errors import ExpectedError
 from hpm_video.files.failures import Failure
 from hpm_video.files.printing import harmless
 from hpm_video.workers.pool import Limits, Lost, Pool
@@ -49,21 +48,15 @@ def paced(steps: Steps[Result]) -> Iterator[Result | None]:
         yield end.value
 
 
-def attempt(steps: Steps[Result], place: str, temporary: str) -> Iterator[Result | Failure | None]:
-    """Yield as :func:`paced` the result of the steps, or the failure of ``place``.
-
-    ``temporary``: a file that is deleted if it is left.
-    """
-    remove(temporary)  # of an attempt whose process was lost
+def attempt(steps: Steps[Result], place: str) -> Iterator[Result | Failure | None]:
+    """Yield as :func:`paced` the result of the steps, or the failure of ``place``."""
     try:
-        yield from paced(steps)
-    except MemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 - native libraries raise anything
-        is_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
-        yield (DiskFailure if is_disk else Failure)(place, reason_of(error))
-    finally:
-        remove(temporary)
+        with as_decode_error(place):
+            yield from paced(steps)
+    except DecodeError as error:
+        cause = error.__cause__
+        is_disk = isinstance(cause, OSError) and cause.errno in DISK_ERRORS
+        yield (DiskFailure if is_disk else Failure)(place, error.reason)
 
 
 class Journal:
@@ -103,11 +96,7 @@ class Journal:
 
 
 def claim(
-    folder: Path,
-    settings: Mapping[str, Any],
-    *,
-    holds: str,
-    unrelated: Collection[str],
+    folder: Path, settings: Mapping[str, Any], *, holds: str, unrelated: Collection[str]
 ) -> Journal:
     """Claim a folder, which need not exist, as the output of a job. -> its journal
 
@@ -130,8 +119,7 @@ def claim(
             )
     elif folder.exists() and any(entry.name != JOURNAL for entry in folder.iterdir()):
         raise FileExistsError(
-            f"{folder} is not empty, and no folder of {holds} (it has no {SETTINGS}); give a new "
-            f"folder"
+            f"{folder} is not empty, and no folder of {holds} (it has no {SETTINGS}); give another"
         )
     journal = Journal(folder / JOURNAL)
     remove_unfinished(folder)
@@ -182,20 +170,9 @@ def write_report(path: Path, header: Sequence[str], rows: Iterable[Iterable[obje
     write_table(path, [*map(str, map(harmless, header))], (map(harmless, row) for row in rows))
 
 
-def reason_of(error: Exception) -> str:
-    """Return on one line why a file failed."""
-    if isinstance(error, DecodeError):
-        return error.reason
-    reason = str(getattr(error, "strerror", None) or error)  # without the path
-    if type(error) is not ValueError and not isinstance(error, ExpectedError):
-        reason = f"{type(error).__name__}: {reason}"
-    return " ".join(reason.split())[:500]
-
-
-def remove(place: str) -> None:
+def remove(place: Path | str) -> None:
     """Delete a file or a folder, if it is there."""
-    with contextlib.suppress(FileNotFoundError):
-        if Path(place).is_dir():
-            shutil.rmtree(place)
-        else:
-            Path(place).unlink()
+    if Path(place).is_dir():
+        shutil.rmtree(place)
+    else:
+        Path(place).unlink(missing_ok=True)

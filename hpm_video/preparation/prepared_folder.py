@@ -8,29 +8,35 @@ It holds
 and, by the chosen format,
     videos/NAME.mp4     or for an image images/NAME.jpg
     frames/NAME/        a folder of 000000.jpg, 000001.jpg ...
-    shard-000000.tar    and so on; the samples lie in the order of the manifest
+    shard-000000.tar    and so on, in the layout of webdataset
 Each output is complete or absent.
+
+In a shard the samples lie in the order of the manifest. The files of one follow each other and
+share a key, the name up to the first dot: ``class/a.cls`` (the class, if it has one) and
+``class/a.mp4``. The same samples give the same bytes.
 """
 
-import contextlib
+import io
 import os
+import tarfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, astuple, fields, replace
 from fractions import Fraction
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import hpm_video
 from hpm_video.data.manifest import read_listing, read_manifest, write_manifest
 from hpm_video.decoding.locations import TarMember, is_frame_folder, is_image
 from hpm_video.decoding.video_stream import SIMPLEST
+from hpm_video.files.atomic import written_beside
 from hpm_video.files.failures import Failure
 from hpm_video.files.wording import counted
 from hpm_video.preparation.findings import COLUMNS as CHECK_COLUMNS
 from hpm_video.preparation.findings import Stamp, stamp_of
 from hpm_video.preparation.jobs import Journal, claim, remove, run_jobs, write_report
-from hpm_video.preparation.shards import Sample, output_names, suffix_of, write_shard
+from hpm_video.preparation.output_names import output_names, suffix_of
 from hpm_video.preparation.transcode import Job, Output, Recipe, Transcoder
 from hpm_video.workers.pool import Limits
 from hpm_video.workers.progress_bar import ProgressBar
@@ -39,7 +45,6 @@ PROPERTIES = ("num_frames", "width", "height", "fps", "key_frame_distance")
 COLUMNS = ("path", "label", "label_name", *PROPERTIES)
 # Columns of the source's manifest that do not hold for outputs.
 STALE = {*COLUMNS, *CHECK_COLUMNS, "kept_every"}
-UNRELATED = ("hpm_video",)  # settings that may differ between the starts of one folder
 HEADERS = 3 * 1024  # estimate of the bytes that a tar adds to a sample
 
 
@@ -48,57 +53,65 @@ class PreparedFolder:
 
     def __init__(self, path: Path, recipe: Recipe, source: Path, root: Path | None) -> None:
         """``source``: a manifest or a folder, whose paths start from ``root``."""
-        self.path = path.absolute()
-        self.recipe = recipe
+        self.path, self.recipe = path.absolute(), recipe
         self.outputs: dict[str, Output] = {}  # by place, as are the others
         self.failures: dict[str, Failure] = {}
         manifest, listing = read_manifest(source, root), read_listing(source, root)
-        kept = [row for row, verdict in enumerate(listing.column("verdict")) if verdict != "bad"]
+        verdicts = listing.column("verdict")
+        kept = [row for row, verdict in enumerate(verdicts) if verdict != "bad"]
+        self._is_checked = [verdicts[row] != "" for row in kept]
+        self._rates = [manifest.fps.get(file) for file in manifest.files]
+        names = manifest.label_names or ()
+        self._labels = [
+            (label, names[label] if 0 <= label < len(names) else "") for label in manifest.labels
+        ]
         # Of sections the whole file is prepared: they are columns that stay as they are.
         self.manifest = replace(manifest, files=tuple(listing.files[row] for row in kept))
-        rates, verdicts = listing.column("fps"), listing.column("verdict")
-        self._rates = [rates[row] for row in kept]
-        self._verdicts = [verdicts[row] for row in kept]
         # Further columns of the manifest, which hold for outputs as well.
         others = [name for name in listing.table.columns if name not in STALE]
         self._others = listing.table[others].iloc[kept]
         if recipe.fps is None and (recipe.keep_every > 1 or manifest.kept_every):
             kept_every = [
-                ""
-                if is_image(place)
-                else str(manifest.kept_every.get(place, 1) * recipe.keep_every)
+                "" if is_image(place) else manifest.kept_every.get(place, 1) * recipe.keep_every
                 for place in manifest.files
             ]
             self._others = self._others.assign(kept_every=kept_every)
         base = root or (source if source.is_dir() else source.parent)
-        self.base = str(base.absolute())
-        dots, nests = recipe.form != "shards", recipe.form != "frames"
-        self.names = output_names(self.manifest.files, self.base, dots=dots, nests=nests)
+        self._settings = {
+            "hpm_video": hpm_video.__version__,
+            "source": str(source),
+            "root": str(base.absolute()),
+            **asdict(recipe),
+            "fps": recipe.fps and str(recipe.fps),
+            "tune": "none" if recipe.form == "frames" or recipe.copy else "fastdecode",
+        }
+        dots = recipe.form != "shards"
+        self.names = output_names(self.manifest.files, str(base.absolute()), dots=dots)
         self._row = {place: row for row, place in reversed([*enumerate(self.manifest.files)])}
         self._packed: dict[str, TarMember] = {}  # by place
         self._shards: dict[str, dict[str, Any]] = {}  # by name, as the journal has them
         self._journal: Journal | None = None
         self._unfinished = self.path / ".unfinished"
-        self._parts = self.path / ".parts"
 
     def close(self) -> None:
         """Release the folder."""
         if self._journal is not None:
-            with contextlib.suppress(OSError):  # it is empty, unless this run was stopped
-                self._unfinished.rmdir()
+            remove(self._unfinished)
             self._journal.close()
 
-    def claim(self, settings: Mapping[str, Any]) -> None:
+    def claim(self) -> None:
         """Claim the folder for these settings (see :func:`claim`), and find out what is done.
 
         FileExistsError: its shards hold files that have changed since, or that have other labels.
         """
-        self._journal = claim(self.path, settings, holds="prepared data", unrelated=UNRELATED)
-        remove(str(self._unfinished))
+        self._journal = claim(
+            self.path, self._settings, holds="prepared data", unrelated=("hpm_video",)
+        )
+        remove(self._unfinished)
         self._unfinished.mkdir()
         for record in self._journal.read():
             if "shard" in record:
-                self._shards[Path(record["shard"]).name] = record
+                self._shards[record["shard"]] = record
             elif self.names.get(record["place"]) == record["name"]:
                 values = {each.name: record[each.name] for each in fields(Output)}
                 self.outputs[record["place"]] = Output(**values)
@@ -123,10 +136,10 @@ class PreparedFolder:
             if not path.is_file() or path.stat().st_size != record["bytes"]:
                 del self._shards[name]
                 continue
-            for (place, *where), label in zip_longest(record["members"], record.get("labels", ())):
+            for (place, *where), label in zip(record["members"], record["labels"], strict=True):
                 if place in self.outputs:
                     self._packed[place] = TarMember(name, *where)
-                    if label != [*self._label(self._row[place])] or self._has_changed(place):
+                    if label != [*self._labels[self._row[place]]] or self._has_changed(place):
                         outdated.append(place)
         return outdated
 
@@ -147,9 +160,9 @@ class PreparedFolder:
         """Return the places without an output, each once, in the order of the manifest."""
         return [place for place in self.names if place not in self.outputs]
 
-    def make(self, places: Sequence[str], workers: int, limits: Limits) -> None:
-        """Make outputs, and record them. Raises as :func:`run_jobs`."""
-        jobs = {place: self.job(place) for place in places}
+    def make(self, workers: int, limits: Limits) -> None:
+        """Make the outputs that are missing, and record them. Raises as :func:`run_jobs`."""
+        jobs = {place: self.job(place) for place in self.missing()}
         with (
             closing(ProgressBar(len(jobs), "files", "frames/s")) as bar,
             closing(run_jobs(Transcoder(self.recipe), jobs, workers, limits)) as results,
@@ -171,32 +184,46 @@ class PreparedFolder:
         groups = self.unpacked()
         with closing(ProgressBar(len(groups), "shards", "MB/s")) as bar:
             for name, places in groups.items():
-                members = write_shard(self.path / name, [self._sample(place) for place in places])
-                packed = dict(zip(places, members, strict=True))
+                packed = self._write_shard(self.path / name, places)
                 self._packed |= packed
-                where = [[place, it.name, it.offset, it.size] for place, it in packed.items()]
                 self._shards[name] = {
                     "shard": name,
                     "bytes": (self.path / name).stat().st_size,
-                    "members": where,
-                    "labels": [self._label(self._row[place]) for place in places],
+                    "members": [[place, *astuple(it)[1:]] for place, it in packed.items()],
+                    "labels": [self._labels[self._row[place]] for place in places],
                 }
                 self._note(self._shards[name])
                 for place in () if self.recipe.copy else places:
                     remove(self._output(place))
-                bar.advance(sum(member.size for member in members) / 1e6)
-        remove(str(self._parts))
+                bar.advance(sum(member.size for member in packed.values()) / 1e6)
+        remove(self.path / ".parts")
+
+    def _write_shard(self, path: Path, places: Sequence[str]) -> dict[str, TarMember]:
+        """Write a tar file atomically. -> the member of each place"""
+        names = {}
+        with written_beside(path) as beside:
+            with tarfile.open(beside, "w", format=tarfile.PAX_FORMAT) as tar:
+                for place in places:
+                    key, (label, _) = self.names[place], self._labels[self._row[place]]
+                    source = place if self.recipe.copy else self._output(place)
+                    member = TarMember.parse(source)
+                    names[place] = key + suffix_of(source)
+                    if label >= 0:
+                        _add(tar, f"{key}.cls", io.BytesIO(str(label).encode()))
+                    with io.BytesIO(member.read()) if member else Path(source).open("rb") as file:
+                        _add(tar, names[place], file)
+            with tarfile.open(beside, "r:") as tar:
+                written = {each.name: (each.offset_data, each.size) for each in tar}
+        return {place: TarMember(path.name, name, *written[name]) for place, name in names.items()}
 
     def job(self, place: str) -> Job:
         """Make the job of a place."""
         row = self._row[place]
-        count, fps = self.manifest.num_frames[row], None
+        count, rate = self.manifest.num_frames[row], self._rates[row]
         # A check counts the frames that training can read; of the others some can be mended.
-        is_wanted = count > 0 and (self.recipe.copy or not self._verdicts[row])
-        with contextlib.suppress(ValueError, ZeroDivisionError):
-            rate = Fraction(self._rates[row])
-            fps = rate.limit_denominator(SIMPLEST) if 0 < rate < 1000 else None
+        is_wanted = count > 0 and (self.recipe.copy or not self._is_checked[row])
         temporary = f"{self._unfinished}/{row}{self.recipe.suffix(place)}"
+        fps = Fraction(rate).limit_denominator(SIMPLEST) if rate and rate < 1000 else None
         return Job(place, temporary, self._output(place), fps, count if is_wanted else None)
 
     def note(self, place: str, output: Output) -> None:
@@ -227,36 +254,36 @@ class PreparedFolder:
     def write_lists(self) -> None:
         """Write ``manifest.csv`` in the order of the source, and ``failed.csv``."""
         rows = [row for row, place in enumerate(self.manifest.files) if place in self.outputs]
-        cells = zip(*map(self._cells, rows), strict=True) if rows else [()] * len(COLUMNS)
-        columns = dict(zip(COLUMNS, map(list, cells), strict=True))
+        cells = [self._cells(row) for row in rows]
+        columns: dict[str, Any] = {
+            name: [each[i] for each in cells] for i, name in enumerate(COLUMNS)
+        }
         table = self._others.iloc[rows].assign(**columns)
         write_manifest(table[[*COLUMNS, *self._others.columns]], self.path / "manifest.csv")
-        failed, reasons = self.path / "failed.csv", self.failures.values()
+        failed = self.path / "failed.csv"
         failed.unlink(missing_ok=True)
-        if reasons:
-            write_report(failed, ("path", "reason"), ((bad.path, bad.reason) for bad in reasons))
-
-    def _label(self, row: int) -> tuple[int, str]:
-        names, label = self.manifest.label_names or (), self.manifest.labels[row]
-        return label, names[label] if 0 <= label < len(names) else ""
+        if self.failures:
+            write_report(failed, ("path", "reason"), map(astuple, self.failures.values()))
 
     def _output(self, place: str) -> str:
         suffix = self.recipe.suffix(place)
         folder = {".jpg": "images", ".mp4": "videos", "/": "frames"}[suffix]
-        root = self._parts if self.recipe.form == "shards" else self.path / folder
-        return f"{root}/{self.names[place]}{suffix}"
+        folder = ".parts" if self.recipe.form == "shards" else folder
+        return f"{self.path}/{folder}/{self.names[place]}{suffix}"
 
     def _cells(self, row: int) -> list[object]:
         """Return the cells of ``COLUMNS`` in a row of the manifest."""
         place = self.manifest.files[row]
-        (label, name), output = self._label(row), self.outputs[place]
+        (label, name), output = self._labels[row], self.outputs[place]
         path = self._packed.get(place) or self._output(place).removeprefix(f"{self.path}/")
         fps = f"{output.fps:.4f}".rstrip("0").rstrip(".") if output.fps else ""
         properties = [fps if each == "fps" else getattr(output, each) for each in PROPERTIES]
         return [str(path), label if label >= 0 else "", name, *properties]
 
-    def _sample(self, place: str) -> Sample:
-        label, _ = self._label(self._row[place])
-        if self.recipe.copy:
-            return Sample(self.names[place], place, suffix_of(place), label)
-        return Sample(self.names[place], self._output(place), self.recipe.suffix(place), label)
+
+def _add(tar: tarfile.TarFile, name: str, file: IO[bytes]) -> None:
+    """Append a file without times and owners, by which equal shards would differ."""
+    header = tarfile.TarInfo(name)
+    header.size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    tar.addfile(header, file)

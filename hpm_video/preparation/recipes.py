@@ -4,8 +4,6 @@
 """
 
 import argparse
-import csv
-import io
 import re
 import sys
 from collections import defaultdict
@@ -23,13 +21,15 @@ from hpm_video.files.atomic import written_beside
 from hpm_video.files.errors import ExpectedError, read_text
 from hpm_video.files.printing import printable, safe_output
 from hpm_video.files.wording import counted
+from hpm_video.preparation.jobs import write_table
 
 Kind = Literal["video", "image"]  # kind of the files of a data set, also a word for messages
 SUFFIXES: dict[Kind, tuple[str, ...]] = {"video": VIDEO_SUFFIXES, "image": IMAGE_SUFFIXES}
 FOLDER: dict[str, Any] = {"type": Path, "metavar": "DIR"}  # settings of options that name one
 FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
 REQUIRED_FOLDER = {"required": True, **FOLDER}
-HEADER = "path,label,label_name\n"
+Rows = list[tuple[object, ...]]
+COLUMNS = ("path", "label", "label_name")
 NAMED_IN_REPORT = 5
 
 
@@ -85,7 +85,7 @@ class Classes:
 
 
 class Files:
-    """Videos or images below a folder by key."""
+    """Videos or images below a folder, which are found by ``key``, by default their stems."""
 
     def __init__(
         self,
@@ -113,8 +113,8 @@ class Files:
         if len(files) > 1:
             raise RecipeError(
                 f"{clip.place}: there are {len(files)} files for {clip.name}: {files[0]} and "
-                f"{files[1]}. There must be one: move the others away, or take files of one "
-                f"kind alone, as with --suffix {files[0].suffix}"
+                f"{files[1]}. Move the others away, or take those of one kind alone, as with "
+                f"--suffix {files[0].suffix}"
             )
         return files[0] if files else None
 
@@ -137,25 +137,6 @@ def matches_of(
             yield place, found
         elif row.strip():
             raise RecipeError(f"{place}: need {needed}, got {row!r}. Download the list again")
-
-
-def cells_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the rows of a CSV file that has ``columns``, each with its place."""
-    reader = csv.DictReader(io.StringIO(read_list_text(path), newline=""), skipinitialspace=True)
-    header = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-    if absent := [name for name in columns if header.count(name) != 1]:
-        raise RecipeError(
-            f"{path}, line 1: need each of the columns {','.join(columns)} once; missing or "
-            f"repeated: {','.join(absent)}; got {','.join(header)!r}. Download the list again"
-        )
-    for row in reader:
-        place = f"{path}, line {reader.line_num}"
-        if None in row or None in row.values():
-            raise RecipeError(
-                f"{place}: need {len(header)} columns as in the first line. A name with a comma is "
-                "put into quotes"
-            )
-        yield place, {name: cell.strip() for name, cell in row.items()}
 
 
 def match(
@@ -239,40 +220,30 @@ def run_recipe(
     add("--suffix", help=f"take only {kind}s with this suffix", **suffix)
     add("--strict", action="store_true", help=f"exit with 2 if any {kind} is missing")
     given = parser.parse_args(arguments)
+    given.output = given.output.absolute()
     try:
         names, splits = prepare(given)
-        write(given.output.absolute(), names, splits)
+        write(given.output, names, splits)
     except (ExpectedError, OSError) as error:
         sys.stderr.write(printable(f"error: {error}\n"))
         return 2
-    sys.stdout.write(f"{report(given.output.absolute(), names, splits, kind)}\n")
+    sys.stdout.write(f"{report(given.output, names, splits, kind)}\n")
     return 2 if given.strict and any(split.missing for split in splits) else 0
 
 
 def write(output: Path, names: Sequence[str], splits: Sequence[Split]) -> None:
     """Write ``labels.txt``, and for each split a manifest and a list of missing files.
 
-    A split without any file gets no manifest. Paths are relative where a file lies below
-    ``output``, otherwise absolute. Nothing is written where another file would be overwritten,
-    where another manifest there numbers the classes differently, or where the name of a file is
-    not text.
+    Paths are relative below ``output``, otherwise absolute. Nothing is written where another file
+    would be overwritten, another manifest numbers the classes differently, or a name is not text.
     """
-    content = {"labels.txt": "".join(f"{name}\n" for name in names)}
-    for split in splits:
-        stream = io.StringIO(HEADER, newline="")
-        stream.seek(0, io.SEEK_END)
-        writer = csv.writer(stream, lineterminator="\n")
-        for file, label in split.found:
-            if why := unwritable(str(file)):
-                raise RecipeError(f"the name of the file {str(file)!r} {why}. Rename it")
-            path = file.relative_to(output) if file.is_relative_to(output) else file
-            known = ("", "") if label == UNLABELLED else (label, names[label])
-            writer.writerow((path, *known))
-        content[f"missing_{split.name}.txt"] = "".join(f"{name}\n" for name in split.missing)
-        if split.found:
-            content[f"{split.name}.csv"] = stream.getvalue()
-    _check_what_is_there(output, content)
-    for name, text in content.items():
+    lists = {"labels.txt": names} | {f"missing_{each.name}.txt": each.missing for each in splits}
+    tables = {f"{each.name}.csv": _rows(output, names, each) for each in splits if each.found}
+    texts = {name: "".join(f"{line}\n" for line in lines) for name, lines in lists.items()}
+    _check_what_is_there(output, texts["labels.txt"], tables)
+    for name, rows in tables.items():
+        write_table(output / name, COLUMNS, rows)
+    for name, text in texts.items():
         if not text:
             (output / name).unlink(missing_ok=True)  # no file is missing any more
             continue
@@ -280,18 +251,29 @@ def write(output: Path, names: Sequence[str], splits: Sequence[Split]) -> None:
             beside.write_text(text, encoding="utf-8", newline="")
 
 
-def _check_what_is_there(output: Path, content: Mapping[str, str]) -> None:
+def _rows(output: Path, names: Sequence[str], split: Split) -> Rows:
+    rows: Rows = []
+    for file, label in split.found:
+        if why := unwritable(str(file)):
+            raise RecipeError(f"the name of the file {str(file)!r} {why}. Rename it")
+        path = file.relative_to(output) if file.is_relative_to(output) else file
+        known = ("", "") if label == UNLABELLED else (label, names[label])
+        rows.append((path, *known))
+    return rows
+
+
+def _check_what_is_there(output: Path, classes: str, tables: Mapping[str, Rows]) -> None:
     labels = output / "labels.txt"
-    same = not labels.exists() or labels.read_bytes() == content[labels.name].encode()
+    same = not labels.exists() or labels.read_bytes() == classes.encode()
     for path in sorted(output.glob("*.csv")):
         with path.open("rb") as there:
-            is_manifest = there.readline() == HEADER.encode()
-        if path.name in content and not is_manifest:
+            is_manifest = there.readline() == f"{','.join(COLUMNS)}\n".encode()
+        if path.name in tables and not is_manifest:
             raise RecipeError(
                 f"{path} is no manifest of a data set, and would be overwritten. Move it away, or "
                 "name another folder by --output"
             )
-        if path.name not in content and is_manifest and not same:
+        if path.name not in tables and is_manifest and not same:
             raise RecipeError(
                 f"{path} has the numbers of {labels}, which names other classes than this run. "
                 "Prepare all splits at once, name another folder by --output, or delete that "
@@ -304,11 +286,9 @@ def report(output: Path, names: Sequence[str], splits: Sequence[Split], kind: Ki
     lines = [f"{counted(len(names), 'class')}: {output / 'labels.txt'}"]
     for split in splits:
         found, missing = len(split.found), len(split.missing)
+        listed = f"{split.name}: {counted(found + missing, kind)} listed, {found} found"
         where = f": {output / split.name}.csv" if found else ""
-        lines.append(
-            f"{split.name}: {counted(found + missing, kind)} listed, {found} found, {missing} "
-            f"missing{where}"
-        )
+        lines.append(f"{listed}, {missing} missing{where}")
         if missing:
             some = ", ".join(split.missing[:NAMED_IN_REPORT])
             lines.append(f"  such as {some}; all in {output}/missing_{split.name}.txt")

@@ -1,6 +1,5 @@
 """Transcoding of one file, to be small and quick to read: work for a pool, frame by frame."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from hpm_video.files.failures import Failure
 from hpm_video.preparation.check import AGAIN
 from hpm_video.preparation.encode import Resizer, VideoWriter, fitted_size, picture_of
 from hpm_video.preparation.findings import stamp_of
-from hpm_video.preparation.jobs import Steps, attempt
+from hpm_video.preparation.jobs import Steps, attempt, remove
 
 if TYPE_CHECKING:
     from hpm_video.decoding.video_stream import VideoFrame
@@ -34,7 +33,7 @@ class Recipe:
     """Format and quality of the outputs."""
 
     form: Literal["files", "frames", "shards"]
-    short_side: int  # pixels, even; smaller frames keep their size
+    short_side: int  # pixels; smaller frames keep their size
     fps: Fraction | None  # frames per second; none keeps the source's
     key_frames: int  # largest distance of key frames
     crf: int
@@ -84,16 +83,16 @@ class Transcoder:
 
     def __call__(self, job: Job) -> Iterator[Output | Failure | None]:
         """Do a job."""
-        return attempt(self._do(job), job.place, job.temporary)
+        return attempt(self._do(job), job.place)
 
     def _do(self, job: Job) -> Steps[Output]:
-        stamp = stamp_of(job.place)
+        size, time = stamp_of(job.place)
         output = yield from _probe(job) if self.recipe.copy else self._transcode(job)
         fps = 0.0 if is_image(job.place) else output.fps
-        size, time = stamp.bytes or 0, stamp.modified
-        return replace(output, fps=fps, source_bytes=size, source_modified=time)
+        return replace(output, fps=fps, source_bytes=size or 0, source_modified=time)
 
     def _transcode(self, job: Job) -> Steps[Output]:
+        remove(job.temporary)  # of an attempt whose process was lost
         with closing(_open_source(job)) as source:
             yield from source.survey()
             rate = source.rate or USUAL_RATE
@@ -107,13 +106,12 @@ class Transcoder:
             first = next(frames, None)
             if first is None:
                 why = f"none of its frames can be read ({source.damage}): {AGAIN}"
-                raise ValueError(why if source.damage else "it has no frames")
+                raise DecodeError(why if source.damage else "it has no frames")
             size = fitted_size(upright_size(first), self.recipe.short_side)
             write = self._write_video if job.target.endswith(".mp4") else self._write_pictures
             count, distance = yield from write(job.temporary, chain([first], frames), size, fps)
         Path(job.target).parent.mkdir(parents=True, exist_ok=True)
-        if is_frame_folder(job.target):  # a killed run may have left one
-            shutil.rmtree(job.target, ignore_errors=True)
+        remove(job.target)  # a killed run may have left a folder
         Path(job.temporary).replace(job.target)
         written, note = stamp_of(job.target).bytes or 0, _losses(source, job.num_frames)
         return Output(count, *size, float(fps), distance, written, note=note)
@@ -133,7 +131,7 @@ class Transcoder:
         with closing(VideoStream(path)) as written:
             yield from written.survey()
         if written.num_frames != writer.count:
-            raise ValueError(f"{written.num_frames} frames were written instead of {writer.count}")
+            raise DecodeError(f"{written.num_frames} frames were written instead of {writer.count}")
         return writer.count, written.key_distance
 
     def _write_pictures(
@@ -154,7 +152,7 @@ class Transcoder:
 def _probe(job: Job) -> Steps[Output]:
     """Open a file that is packed unchanged, and decode its first frame."""
     if is_frame_folder(job.place):
-        raise ValueError("a folder of frames cannot be packed as it is; leave out --copy")
+        raise DecodeError("a folder of frames cannot be packed as it is; leave out --copy")
     with closing(_open_source(job)) as source:
         yield from source.survey()
     with open_video(job.place, "pyav") as video:
@@ -178,7 +176,7 @@ def at_rate(
         if held is None:
             due += following.time
         elif (shown := following.time - held.time) > LONGEST_STILL:
-            raise ValueError(
+            raise DecodeError(
                 f"its times are wrong: a frame would be shown for {float(shown):.0f} s"
             )
         while held and due < following.time:

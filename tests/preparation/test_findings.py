@@ -6,8 +6,7 @@ import pandas as pd
 import pytest
 
 from hpm_video.data.manifest import Listing
-from hpm_video.preparation.check_manifest import find_rows
-from hpm_video.preparation.findings import Finding, digest_of
+from hpm_video.preparation.findings import Finding, digest_of, find_rows
 from hpm_video.preparation.jobs import paced
 
 LONG = bytes(range(256)) * 8000

@@ -296,10 +296,10 @@ def test_kinetics_paths_are_relative_below_the_output(run: Run) -> None:
 @pytest.mark.parametrize(
     ("content", "line", "reason"),
     [
-        ("label,id,time_start,time_end\nzumba,aaaaaaaaaaa,0,10\n", 1, "repeated: youtube_id;"),
-        ("youtube_id,time_start,time_end\naaaaaaaaaaa,0,10\n", 1, "missing or repeated: label;"),
+        ("label,id,time_start,time_end\nzumba,aaaaaaaaaaa,0,10\n", 1, "need label,youtube_id,"),
+        ("youtube_id,time_start,time_end\naaaaaaaaaaa,0,10\n", 1, "got 'youtube_id,time_start,"),
         ("", 1, "youtube_id,time_start,time_end"),
-        (HEADER + "zumba,aaaaaaaaaaa,0,10,train\n", 2, "need 6 columns"),
+        (HEADER + "zumba,aaaaaaaaaaa\n", 2, "got 'zumba,aaaaaaaaaaa,,'"),
         (
             HEADER + "zumba,aaaaaaaaaaa,zero,10,train,0\n",
             2,
@@ -574,8 +574,6 @@ def test_ucf_case_is_of_no_account_and_what_is_missing_is_named(run: Run) -> Non
 @pytest.mark.parametrize(
     ("name", "content", "parts"),
     [
-        ("trainlist01", "ApplyEyeMakeup/v_a.avi 2\n", ("line 1", "says class 2", "is 1 in")),
-        ("trainlist01", "ApplyEyeMakeup/v_a.avi\n", ("line 1", "<number of the class>")),
         ("trainlist02", "\nWalking/v_a.avi 1\n", ("line 2", "'Walking'", "2 classes")),
         ("testlist03", "v_ApplyEyeMakeup_g03_c01.avi\n", ("line 1", "<class>/<video>.avi")),
         (
@@ -931,7 +929,7 @@ def test_cifar_as_published(run: Run, form: str) -> None:
 
 
 @pytest.mark.usefixtures("published")
-def test_cifar_goes_on_and_overwrites_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar_starts_anew_where_it_was_stopped(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     source = cifar_archive(cifar_files())
     write = Image.Image.save
 
@@ -944,19 +942,12 @@ def test_cifar_goes_on_and_overwrites_nothing(run: Run, monkeypatch: pytest.Monk
     outcome = run("cifar10", source)
     assert outcome == (2, "", "error: no space left\n")
     assert not list(Path("out").glob("*.csv"))
-    there = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.png")}
+    there = sorted(Path("out").rglob("*.png"))
     assert len(there) == 3
+    there[0].write_bytes(b"half a picture")
     monkeypatch.setattr(Image.Image, "save", write)
     assert run("cifar10", source).code == 0
     check_cifar()
-    assert {path: path.stat().st_mtime_ns for path in there} == there
-    other = sorted(there)[0]
-    for content in (Path(sorted(there)[1]).read_bytes(), b"my own"):
-        other.write_bytes(content)
-        outcome = run("cifar10", source)
-        assert outcome.code == 2
-        assert f"{other.absolute()} is there and is another picture" in outcome.err
-        assert other.read_bytes() == content
 
 
 class Harmful:
