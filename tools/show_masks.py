@@ -45,7 +45,6 @@ def main(command_line: Sequence[str] | None = None) -> int:
     add("--animation", choices=ANIMATIONS, default="gif", help="files of it (default gif)")
     fps = "frames per second of the animation (default 3)"
     add("--fps", type=console.above_zero, default=3.0, metavar="N", help=fps)
-    add("--strip", action="store_true", help="also all views in one row, as a small wide picture")
     output = {"default": Path("pictures"), "help": "folder to write to (default pictures)"}
     console.add_options(parser, "device", "decoder", output=output)
     arguments = parser.parse_args(command_line)
@@ -88,10 +87,6 @@ def show_masks(arguments: argparse.Namespace) -> None:
     title = f"{arguments.checkpoint}, {arguments.video.name}"
     pictures.save_sheet(pictures.draw_sheet(study, title=title, moments=moments), path)
     print(f"wrote {path}")
-    if arguments.strip:
-        strip = path.with_name(f"{name}-strip.png")
-        pictures.save_sheet(pictures.draw_strip(study), strip)
-        print(f"wrote {strip}")
     if ANIMATIONS[arguments.animation] and study.grid.time > 1:
         frames = pictures.draw_animation(study, title=title, moments=moments)
         for suffix in ANIMATIONS[arguments.animation]:
