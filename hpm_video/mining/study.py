@@ -62,9 +62,9 @@ class Study:
         """Share of pairs of tokens that the teacher puts in the order of their true error."""
         if self.difficulty is None:
             return None
-        both = (self.difficulty, self.true_error)
-        pairs = count_ordered_pairs(*(torch.from_numpy(values)[None] for values in both))
-        return float(pairs.correct / pairs.total) if pairs.total else None
+        scores, errors = map(torch.from_numpy, (self.difficulty, self.true_error))
+        correct, total = count_ordered_pairs(scores[None], errors[None])
+        return float(correct / total) if total else None
 
 
 @torch.no_grad()

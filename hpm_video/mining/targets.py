@@ -18,12 +18,13 @@ from hpm_video.tokens.masking import TokenMask
 from hpm_video.tokens.patches import (
     PatchStatistics,
     TargetKind,
+    normalise,
     patch_mean_errors,
     patch_statistics,
     patchify,
     standardise,
+    to_unit_range,
 )
-from hpm_video.tokens.pixels import normalise, to_unit_range
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from hpm_video.config.choices import DEFAULT_MODELS, FeatureKind
 from hpm_video.files.weights import CheckpointError, load_weights
 from hpm_video.randomness import global_generators
 from hpm_video.tokens.grid import Size3, TokenGrid
-from hpm_video.tokens.pixels import normalise
+from hpm_video.tokens.patches import normalise
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer

@@ -27,7 +27,7 @@ from hpm_video.files.wording import counted, plural
 from hpm_video.models.encoder import ClipEncoder
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.recognition.trained_model import TrainedClassifier, TrainedModel
-from hpm_video.tokens.pixels import normalise
+from hpm_video.tokens.patches import normalise
 from hpm_video.tokens.views import View, mask_of_view, standardise_by_view
 from hpm_video.training.device import AUTOCAST, Precision
 from hpm_video.training.distributed import Processes

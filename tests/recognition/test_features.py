@@ -30,7 +30,7 @@ from hpm_video.preparation.encode import write_video
 from hpm_video.recognition.features import FeatureFolder, Layout, file_names
 from hpm_video.recognition.inference import Inference
 from hpm_video.recognition.trained_model import ClipChoice, TrainedModel, open_trained
-from hpm_video.tokens.pixels import normalise
+from hpm_video.tokens.patches import normalise
 from hpm_video.training.checkpoint import save_checkpoint
 from hpm_video.training.optim import OptimizerState
 
