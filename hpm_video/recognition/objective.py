@@ -44,7 +44,7 @@ class Classification(WithEma[nn.Module]):
         self._seed = seed
 
     def settings(self, progress: Progress) -> dict[str, float]:  # noqa: ARG002
-        """What the schedules say at ``progress``, for the log: nothing changes."""
+        """Nothing: there are no schedules."""
         return {}
 
     def losses(self, student: Model, batch: ClipBatch, progress: Progress) -> Losses:
