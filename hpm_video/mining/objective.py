@@ -32,12 +32,9 @@ class StudentOutput(NamedTuple):
     """Predictions and errors of the student on a batch under one random mask."""
 
     mask: TokenMask
-    difficulty: Tensor | None
-    """(B, M) predicted by the student; none without a predictor."""
-    errors: Tensor
-    """(B, M) reconstruction errors."""
-    baseline_errors: Tensor
-    """(B, M) errors of the baseline of the :class:`Target`."""
+    difficulty: Tensor | None  # (B, M) predicted by the student; none without a predictor
+    errors: Tensor  # (B, M) of the reconstruction
+    baseline_errors: Tensor  # (B, M) of the baseline of the target
 
 
 class HardPatchesMining(WithEma[MaskedAutoencoder]):

@@ -66,14 +66,11 @@ class ClipClassifier(ClipEncoder):
     def pool(self, tokens: Tensor) -> Tensor:
         """What the head sees of each clip: (B, ., D) -> (B, D)"""
         if self.pooling == "attentive":
-            pooled: Tensor = self.attn_pool(tokens)
-        elif self.pooling == "mean_norm":
-            pooled = self.fc_norm(self.of_clip(tokens).mean(dim=1))
-        elif self.pooling == "batch_norm":
-            pooled = self.head_norm(super().pool(tokens).float())
-        else:
-            pooled = super().pool(tokens)
-        return pooled
+            return self.attn_pool(tokens)
+        if self.pooling == "mean_norm":
+            return self.fc_norm(self.of_clip(tokens).mean(dim=1))
+        pooled = super().pool(tokens)
+        return self.head_norm(pooled.float()) if self.pooling == "batch_norm" else pooled
 
 
 class AttentivePooling(nn.Module):

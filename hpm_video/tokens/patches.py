@@ -22,11 +22,7 @@ class PatchStatistics(NamedTuple):
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
-    """0..255 -> 0..1: (...) uint8 -> (...) float32
-
-    Raises:
-        TypeError: they are of another type, of which nothing tells the range.
-    """
+    """0..255 -> 0..1: (...) uint8 -> (...) float32. TypeError: of others the range is not known."""
     if pixels.dtype != torch.uint8:
         raise TypeError(
             f"pixels must be uint8, from 0 to 255, got {pixels.dtype}; where they are numbers from "
@@ -38,10 +34,7 @@ def to_unit_range(pixels: Tensor) -> Tensor:
 def normalise(
     pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...], *, channel_axis: int = 1
 ) -> Tensor:
-    """Pixels in [0, 1] less their ``mean``, divided by ``std``: (..., C, ...) uint8 -> float32
-
-    ``mean`` and ``std`` have a value for each channel.
-    """
+    """Pixels in [0, 1] less the mean of a channel, by its std: (..., C, ...) uint8 -> float32"""
     shape = [1] * pixels.ndim
     shape[channel_axis] = len(mean)
     centre = _on_device(mean, pixels.device).view(shape)

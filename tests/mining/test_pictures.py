@@ -148,11 +148,9 @@ def test_hidden_pixels_give_nothing_away_without_ground_truth() -> None:
     changed = batch.clips.clone()
     changed[0, :, torch.from_numpy(hidden)] = 7
     predicted = torch.randn(1, mask.masked_ids.shape[1], 3 * 2 * 8 * 8)
-    for ground_truth, same in (False, True), (True, False):
+    for source, same in ("visible", True), ("input", False):
         first, second = (
-            reconstruct(
-                predicted, clips, mask, objective.target, ground_truth_statistics=ground_truth
-            )
+            reconstruct(predicted, clips, mask, objective.target, source)
             for clips in (batch.clips, changed)
         )
         assert torch.equal(first, second) == same
