@@ -20,8 +20,6 @@ from hpm_video.runs import console
 if TYPE_CHECKING:
     from hpm_video.data.batch import ClipBatch
 
-ANIMATIONS = {"gif": (".gif",), "mp4": (".mp4",), "both": (".gif", ".mp4"), "none": ()}
-
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Draw, and report what was written."""
@@ -42,7 +40,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
     add("--hard-fraction", type=float, metavar="SHARE", help=hard)
     blind = "estimate mean and contrast of hidden patches from visible ones, not from the input"
     add("--without-ground-truth", action="store_true", help=blind)
-    add("--animation", choices=ANIMATIONS, default="gif", help="files of it (default gif)")
+    add("--animation", choices=("mp4", "none"), default="mp4", help="file of it (default mp4)")
     fps = "frames per second of the animation (default 3)"
     add("--fps", type=console.above_zero, default=3.0, metavar="N", help=fps)
     output = {"default": Path("pictures"), "help": "folder to write to (default pictures)"}
@@ -81,17 +79,17 @@ def show_masks(arguments: argparse.Namespace) -> None:
     )
     name = arguments.video.stem + (f"-{arguments.source}" if arguments.source else "")
     name += "-without-ground-truth" if arguments.without_ground_truth else ""
-    path = arguments.output / f"{name}.png"
-    if path.exists() and path.samefile(arguments.video):
-        raise ConfigError(f"the sheet would overwrite {path} itself; name another folder: --output")
+    path, film = (arguments.output / f"{name}.{suffix}" for suffix in ("png", "mp4"))
+    if any(each.exists() and each.samefile(arguments.video) for each in (path, film)):
+        raise ConfigError(
+            f"a picture would overwrite {arguments.video} itself; name another folder: --output"
+        )
     title = f"{arguments.checkpoint}, {arguments.video.name}"
     pictures.save_sheet(pictures.draw_sheet(study, title=title, moments=moments), path)
     print(f"wrote {path}")
-    if ANIMATIONS[arguments.animation] and study.grid.time > 1:
-        frames = pictures.draw_animation(study, title=title, moments=moments)
-        for suffix in ANIMATIONS[arguments.animation]:
-            pictures.save_animation(frames, path.with_name(name + suffix), arguments.fps)
-            print(f"wrote {path.with_name(name + suffix)}")
+    if arguments.animation == "mp4" and study.grid.time > 1:
+        pictures.save_animation(study, film, fps=arguments.fps, title=title, moments=moments)
+        print(f"wrote {film}")
 
 
 def read_clip(arguments: argparse.Namespace, data: DataConfig) -> tuple[ClipBatch, list[str]]:

@@ -1,6 +1,6 @@
 """The paper's Figure 2, for clips too: error, difficulty, mask and reconstruction.
 
-A study of a clip is drawn as a sheet (PNG) or as an animation (GIF, MP4).
+A study of a clip is drawn as a sheet (PNG) or as an animation (MP4).
 """
 
 import math
@@ -145,7 +145,7 @@ def draw_sheet(
         axes = figure.add_subplot(lines, in_a_line, place + 1, frame_on=False)
         axes.imshow(_views_of(study, times))
         _write_names(axes, study, names, beside=place % in_a_line == 0)
-    head = printable("\n".join([title, *_captions(studies)]))
+    head = printable(f"{title}\n{_caption(studies[0])}")
     figure.text(0, 1 + DOWN / sheet_height, head, parse_math=False)
     keys = [Patch(color=f"#{bytes(colour).hex()}", label=words) for colour, words in _keys(studies)]
     figure.legend(handles=keys, loc="upper left", bbox_to_anchor=(0, 0), ncols=6, frameon=False)
@@ -182,27 +182,26 @@ def _write_names(axes: Axes, study: Study, names: Sequence[str], *, beside: bool
     axes.set_title(name + ranking, loc="left", fontsize="medium", parse_math=False)
 
 
-def draw_animation(
-    study: Study, *, title: str = "", moments: Sequence[str] = ()
-) -> list[Image.Image]:
-    """Draw a sheet for each frame of a clip, with even sides, as H.264 wants them."""
+def save_animation(
+    study: Study, path: Path, *, fps: float, title: str = "", moments: Sequence[str] = ()
+) -> None:
+    """Draw a sheet for each frame of a clip, as MP4."""
+    from hpm_video.preparation.encode import write_video  # which loads av
+
     images = []
     for time in range(len(study.frames)):
         file = BytesIO()
         _save(draw_sheet(study, [time], title=title, moments=moments), file)
-        image = Image.open(file).convert("RGB")
-        images.append(image.crop((0, 0, image.width // 2 * 2, image.height // 2 * 2)))
-    return images
+        image = np.asarray(Image.open(file).convert("RGB"))
+        images.append(image[: len(image) // 2 * 2, : image.shape[1] // 2 * 2])  # for H.264
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path, images, fps=max(1, round(fps)))
 
 
-def _captions(studies: Sequence[Study]) -> list[str]:
-    facts = []
-    for study in studies:
-        masked, picked, total = study.masked.sum(), study.picked.sum(), len(study.masked)
-        why = f"{picked} of them because the teacher finds them {study.pick}"
-        why = why if picked else "at random"
-        facts.append(f"{masked} of {total} patches hidden ({masked / total:.0%}), {why}")
-    return list(dict.fromkeys(facts))
+def _caption(study: Study) -> str:
+    masked, picked, total = study.masked.sum(), study.picked.sum(), len(study.masked)
+    why = f"{picked} of them because the teacher finds them {study.pick}" if picked else "at random"
+    return f"{masked} of {total} patches hidden ({masked / total:.0%}), {why}"
 
 
 def _kind(study: Study) -> str:
@@ -253,28 +252,6 @@ def save_sheet(sheet: Figure, path: Path) -> None:
 
 def _save(sheet: Figure, file: Path | BytesIO) -> None:
     sheet.savefig(file, format="png", bbox_inches="tight", pad_inches=0.2)
-
-
-def save_animation(images: Sequence[Image.Image], path: Path, fps: float) -> None:
-    """Write an animation as MP4 where ``path`` ends so, otherwise as GIF."""
-    if path.suffix == ".mp4":
-        from hpm_video.preparation.encode import write_video  # which loads av
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_video(path, (np.asarray(image) for image in images), fps=max(1, round(fps)))
-        return
-    # One palette for all images: with one each, colours that stay would flicker.
-    every = Image.fromarray(np.concatenate([np.asarray(image) for image in images]))
-    palette = every.quantize(256, dither=Image.Dither.NONE)
-    first, *others = (image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images)
-    with written_beside(path) as file:
-        first.save(
-            file,
-            save_all=True,
-            append_images=others,
-            duration=max(20, round(100 / fps) * 10),  # in ms; viewers slow down below 20
-            loop=0,
-        )
 
 
 def write_pictures(

@@ -156,5 +156,4 @@ def _to_frames(clip: Tensor) -> Frames:
     """(C, T, H, W) uint8 -> (T, H, W, 3); other than three channels are averaged to grey"""
     if len(clip) != 3:
         clip = repeat(clip.float().mean(dim=0).round().to(torch.uint8), "t h w -> c t h w", c=3)
-    frames: Frames = rearrange(clip, "c t h w -> t h w c").cpu().numpy()
-    return frames
+    return rearrange(clip, "c t h w -> t h w c").cpu().numpy()

@@ -60,8 +60,7 @@ class ClipClassifier(ClipEncoder):
         if keys is not None and self.head_dropout > 0:
             kept = uniform(keys, pooled.shape[1], "head dropout") >= self.head_dropout
             pooled = pooled * kept / (1 - self.head_dropout)
-        logits: Tensor = self.head(pooled)
-        return logits
+        return self.head(pooled)
 
     def pool(self, tokens: Tensor) -> Tensor:
         """What the head sees of each clip: (B, ., D) -> (B, D)"""
@@ -97,8 +96,7 @@ class AttentivePooling(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, D) -> (B, D)"""
         pooled = self.attend(self.norm1(tokens))
-        out: Tensor = pooled + self.mlp(self.norm2(pooled))
-        return out
+        return pooled + self.mlp(self.norm2(pooled))
 
     def attend(self, tokens: Tensor) -> Tensor:
         """The attention alone, over tokens that are normed: (B, N, D) -> (B, D)"""
@@ -108,5 +106,4 @@ class AttentivePooling(nn.Module):
             for values in (self.q(query), self.k(tokens), self.v(tokens))
         )
         heads = F.scaled_dot_product_attention(q, k, v)
-        out: Tensor = self.proj(rearrange(heads, "b h 1 d -> b (h d)"))
-        return out
+        return self.proj(rearrange(heads, "b h 1 d -> b (h d)"))

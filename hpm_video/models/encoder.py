@@ -113,8 +113,7 @@ class ClipEncoder(Transformer):
         if self.cls_token is not None:
             first = self.cls_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
             tokens = torch.cat([first, tokens], dim=1)
-        out: Tensor = self.norm(self.run_blocks(tokens, self.draws(keys)))
-        return out
+        return self.norm(self.run_blocks(tokens, self.draws(keys)))
 
     def grid_of(self, clips: Tensor) -> TokenGrid:
         """(B, C, T, H, W) -> the grid of their tokens"""

@@ -43,8 +43,7 @@ class Decoder(Transformer):
             # Only the order of scores counts, and bf16 would make many of them equal. Mixed
             # precision leaves a product and a sum alone.
             return (tokens.float().unsqueeze(-2) * self.head.weight).sum(-1) + self.head.bias
-        out: Tensor = self.head(tokens)
-        return out
+        return self.head(tokens)
 
 
 class MaskedAutoencoder(ClipEncoder):
@@ -109,8 +108,7 @@ class MaskedAutoencoder(ClipEncoder):
         if self.difficulty_decoder is None:
             raise ValueError("this model has no loss predictor, so it cannot score tokens")
         sequence = self._sequence(encoded, grid, mask)
-        scores: Tensor = self.difficulty_decoder(sequence, self.num_prefix, None).squeeze(-1)
-        return scores
+        return self.difficulty_decoder(sequence, self.num_prefix, None).squeeze(-1)
 
     def _sequence(self, encoded: Tensor, grid: TokenGrid, mask: TokenMask | None) -> Tensor:
         """What decoders read: the class token, then tokens and mask tokens at their positions."""
