@@ -12,7 +12,7 @@ from hpm_video.config.checks import ConfigError
 from hpm_video.config.loading import load_config
 from hpm_video.config.schema import PretrainConfig
 from hpm_video.data.manifest import read_manifest
-from hpm_video.mining.fidelity import RANDOM, measure_levers
+from hpm_video.mining.validation import RANDOM, measure_levers
 from hpm_video.recognition.inference import CLIPS_PER_PASS, Reading, find_failures
 from hpm_video.runs.console import add_options, positive
 from hpm_video.runs.cost import count_gmac

@@ -40,9 +40,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
     add("--hard-fraction", type=float, metavar="SHARE", help=hard)
     blind = "estimate mean and contrast of hidden patches from visible ones, not from the input"
     add("--without-ground-truth", action="store_true", help=blind)
-    forms = ("gif", "mp4", "none")
-    add("--animation", choices=forms, default="gif", help="kind of its file (default gif)")
-    add("--strip", action="store_true", help="also all views in one row, as a small wide picture")
+    add("--animation", choices=("mp4", "none"), default="mp4", help="file of it (default mp4)")
     output = {"default": Path("pictures"), "help": "folder to write to (default pictures)"}
     console.add_options(parser, "device", "decoder", output=output)
     arguments = parser.parse_args(command_line)
@@ -53,6 +51,7 @@ def show_masks(arguments: argparse.Namespace) -> None:
     """Write the requested pictures."""
     from hpm_video.mining import pictures
     from hpm_video.mining.study import study_clips
+    from hpm_video.preparation.encode import write_video
     from hpm_video.runs.pretraining import load_run
     from hpm_video.training.device import choose_device
 
@@ -79,21 +78,18 @@ def show_masks(arguments: argparse.Namespace) -> None:
     )
     name = arguments.video.stem + (f"-{arguments.source}" if arguments.source else "")
     name += "-without-ground-truth" if arguments.without_ground_truth else ""
-    path = arguments.output / f"{name}.png"
-    if path.exists() and path.samefile(arguments.video):
-        raise ConfigError(f"the sheet would overwrite {path} itself; name another folder: --output")
+    path, film = (arguments.output / f"{name}.{suffix}" for suffix in ("png", "mp4"))
+    if any(each.exists() and each.samefile(arguments.video) for each in (path, film)):
+        raise ConfigError(
+            f"a picture would overwrite {arguments.video} itself; name another folder: --output"
+        )
     title = f"{arguments.checkpoint}, {arguments.video.name}"
     pictures.save_sheet(pictures.draw_sheet(study, title=title, moments=moments), path)
     print(f"wrote {path}")
-    if arguments.strip:
-        strip = path.with_name(f"{name}-strip.png")
-        pictures.save_sheet(pictures.draw_strip(study), strip)
-        print(f"wrote {strip}")
-    if arguments.animation != "none" and study.grid.time > 1:
-        animation = path.with_name(f"{name}.{arguments.animation}")
-        frames = pictures.draw_animation(study, title=title, moments=moments)
-        pictures.save_animation(frames, animation, FRAMES_PER_SECOND)
-        print(f"wrote {animation}")
+    if arguments.animation == "mp4" and study.grid.time > 1:
+        sheets = pictures.draw_animation(study, title=title, moments=moments)
+        write_video(film, sheets, fps=FRAMES_PER_SECOND)
+        print(f"wrote {film}")
 
 
 def read_clip(arguments: argparse.Namespace, data: DataConfig) -> tuple["ClipBatch", list[str]]:

@@ -1,7 +1,7 @@
 """The losses of pre-training, and the ranking accuracy of a loss predictor."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +11,6 @@ ROWS = 128
 """Rows of the matrix of pairs that are held at a time."""
 LARGEST = 1e20
 """Largest loss of a pair, so that a sum over pairs stays finite for any finite scores."""
-
-
-class PairCounts(NamedTuple):
-    """Pairs of tokens with different errors, and how many are predicted in their order."""
-
-    correct: Tensor
-    """() float; a pair with equal scores counts half."""
-    total: Tensor
-    """() int"""
 
 
 def reconstruction_errors(predicted: Tensor, target: Tensor) -> Tensor:
@@ -60,11 +51,12 @@ def regression_loss(scores: Tensor, errors: Tensor) -> Tensor:
     return F.mse_loss(scores.float(), target)
 
 
-def count_ordered_pairs(scores: Tensor, errors: Tensor) -> PairCounts:
-    """How many pairs of tokens of a clip are scored in the order of their errors.
+def count_ordered_pairs(scores: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of tokens of a clip that are scored in the order of their errors, and all pairs.
 
-    (B, M), (B, M) -> (), (). The ranking accuracy is correct / total; guessing gives 0.5. A token
-    whose error or score is NaN is in no pair.
+    (B, M), (B, M) -> () float, () int. Equal scores count half, equal errors are no pair, and a
+    token whose error or score is NaN is in none. The ranking accuracy is the ratio; guessing gives
+    0.5.
     """
     errors = errors.float().masked_fill(scores.isnan(), float("nan"))
     errors, order = errors.sort(dim=1, descending=True)
@@ -76,7 +68,7 @@ def count_ordered_pairs(scores: Tensor, errors: Tensor) -> PairCounts:
         tied = scores[:, harder, None] == scores[:, None, easier]
         correct += (counted & right).sum() + 0.5 * (counted & tied).sum()
         total += counted.sum()
-    return PairCounts(correct, total)
+    return correct, total
 
 
 class _SortedRankingLoss(torch.autograd.Function):

@@ -21,7 +21,7 @@ from hpm_video.mining.targets import Target
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder, Prediction
 from hpm_video.randomness import uniform
 from hpm_video.tokens.masking import MaskRule, TokenMask
-from hpm_video.tokens.pixels import normalise
+from hpm_video.tokens.patches import normalise
 from hpm_video.tokens.views import View, mask_of_view, standardise_by_view
 from hpm_video.training.ema import EmaUpdate, MomentumSchedule, WithEma, ema_update_module
 from hpm_video.training.objective import Losses, Model
@@ -32,12 +32,9 @@ class StudentOutput(NamedTuple):
     """Predictions and errors of the student on a batch under one random mask."""
 
     mask: TokenMask
-    difficulty: Tensor | None
-    """(B, M) predicted by the student; none without a predictor."""
-    errors: Tensor
-    """(B, M) reconstruction errors."""
-    baseline_errors: Tensor
-    """(B, M) errors of the baseline of the :class:`Target`."""
+    difficulty: Tensor | None  # (B, M) predicted by the student; none without a predictor
+    errors: Tensor  # (B, M) of the reconstruction
+    baseline_errors: Tensor  # (B, M) of the baseline of the target
 
 
 class HardPatchesMining(WithEma[MaskedAutoencoder]):
@@ -92,12 +89,12 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
         """The losses of the student on one batch: L_rec + L_pred."""
         rule, clips = self.masks[batch.source], self.normalised(batch)
         num_picked = rule.num_picked(progress.epoch, progress.epochs)
-        output = self.run_teacher(clips, difficulty=num_picked > 0)
+        difficulty, tokens = self.run_teacher(clips, difficulty=num_picked > 0)
         priority = uniform(batch.keys, rule.num_units, "mask")
-        mask = rule.draw(output.difficulty, priority, num_picked)
+        mask = rule.draw(difficulty, priority, num_picked)
         mask = thin(mask, batch.keys, self.decoded_share, "decoded")
         prediction: Prediction = student(clips, mask, keys=batch.keys)
-        features = self._features(batch, output)
+        features = tokens if self.target.of_teacher else self.target.features(batch.clips)
         errors = self.errors(prediction.content, batch.clips, mask, features)
         total = errors.mean()
         parts = {named(batch.source, "reconstruction"): total}
@@ -119,11 +116,16 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
         return self.target.errors(content, self.target.of(clips, mask, features))
 
     @torch.no_grad()
-    def run_teacher(self, clips: Tensor, *, difficulty: bool) -> "TeacherOutput":
-        """Encode normalised clips with the teacher, once, and score all tokens where asked to."""
+    def run_teacher(
+        self, clips: Tensor, *, difficulty: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Encode normalised clips with the teacher, once, and score all tokens where asked to.
+
+        -> (B, N) float32 scores, (B, N, D) tokens of its encoder; none where they are not needed
+        """
         difficulty = difficulty and self.predictor != "none"
         if self.ema is None or not (difficulty or self.target.of_teacher):
-            return TeacherOutput(None, None)
+            return None, None
         with self._gathered(self.ema) as teacher:
             assert isinstance(teacher, MaskedAutoencoder)
             grid = teacher.grid_of(clips)
@@ -132,11 +134,7 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
             scores = None
             if difficulty:
                 scores = standardise_by_view(teacher.score(encoded, grid, seen).float(), seen)
-        return TeacherOutput(scores, teacher.of_clip(encoded) if self.target.of_teacher else None)
-
-    def _features(self, batch: ClipBatch, output: "TeacherOutput") -> Tensor | None:
-        """Features of all tokens, where the target is made of them: -> (B, N, P)"""
-        return output.tokens if self.target.of_teacher else self.target.features(batch.clips)
+        return scores, teacher.of_clip(encoded) if self.target.of_teacher else None
 
     @torch.no_grad()
     def evaluate(
@@ -147,12 +145,10 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
         *,
         decoded_share: float = 1.0,
     ) -> list[StudentOutput]:
-        """Reconstruct a batch under random masks, each of which depends on its keys and a purpose.
-
-        -> an output for each of ``purposes``; by default of all hidden tokens
-        """
+        """Reconstruct a batch under a random mask for each purpose: -> an output for each"""
         rule, clips = self.masks[batch.source], self.normalised(batch)
-        features = self._features(batch, self.run_teacher(clips, difficulty=False))
+        _, tokens = self.run_teacher(clips, difficulty=False)
+        features = tokens if self.target.of_teacher else self.target.features(batch.clips)
         found = []
         for purpose in purposes:
             mask = rule.draw(None, uniform(batch.keys, rule.num_units, purpose), num_picked=0)
@@ -166,20 +162,11 @@ class HardPatchesMining(WithEma[MaskedAutoencoder]):
 
     def difficulty(self, batch: ClipBatch) -> Tensor | None:
         """The teacher's scores of all tokens: (B, N); none without a predictor."""
-        return self.run_teacher(self.normalised(batch), difficulty=True).difficulty
+        return self.run_teacher(self.normalised(batch), difficulty=True)[0]
 
 
 OBJECTIVES: dict[str, type[HardPatchesMining]] = {"hpm": HardPatchesMining}
 """Objectives by ``mining.objective``."""
-
-
-class TeacherOutput(NamedTuple):
-    """What the teacher computes; none where it is not needed."""
-
-    difficulty: Tensor | None
-    """(B, N) float32"""
-    tokens: Tensor | None
-    """(B, N, D) from its encoder."""
 
 
 def thin(mask: TokenMask, keys: Tensor, share: float, purpose: str) -> TokenMask:

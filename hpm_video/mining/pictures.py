@@ -1,47 +1,47 @@
 """The paper's Figure 2, for clips too: error, difficulty, mask and reconstruction.
 
-A study of a clip is drawn as a sheet (PNG) or as an animation (GIF, MP4).
+A study of a clip is drawn as a sheet (PNG) or as an animation (MP4).
 """
 
 import math
 import textwrap
 from collections.abc import Sequence
-from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import matplotlib
 import numpy as np
 import pandas as pd
+from einops import rearrange
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 
 from hpm_video.data.batch import ClipBatch
 from hpm_video.files.atomic import written_beside
+from hpm_video.files.printing import printable
 from hpm_video.files.wording import counted
 from hpm_video.mining.objective import HardPatchesMining
 from hpm_video.mining.study import Frames, Scores, Study, study_clips
 from hpm_video.training.engine import Runner
 
 Value = TypeVar("Value", bound=np.generic)
-Colour = tuple[int, int, int]
 
 MAX_COLUMNS = 8
-WIDTH = 1200
-"""Of all frames of a line in pixels, at least, ..."""
-LARGEST_CELL = 280
-"""... unless a frame became larger than this by it. Frames are enlarged by a whole factor."""
+WIDTH, LARGEST_CELL = 12.0, 2.6
+"""Inches of all frames of a line, and at most of one frame."""
+ACROSS, DOWN = 0.3, 0.75
+"""Inches from one clip to the next; the names of a clip and its frames stand above it."""
+LETTERS, LETTERS_BESIDE = 10, 24
+"""Letters in an inch of text, and in a line beside a view."""
 TINT = 0.75
 """Weight of the colour of a hidden patch; the rest is the patch itself."""
-GAP, MARGIN, SIDE = 6, 24, 220
-"""Pixels between frames, around a sheet, and for the titles of its rows."""
-LINE, LETTER = 20, 9
-"""Pixels of a line of text, and of a letter in it."""
-PAPER: Colour = (255, 255, 255)
-INK: Colour = (28, 28, 32)
-HIDDEN: Colour = (196, 198, 203)
-PICKED: Colour = (214, 116, 82)
-UNKNOWN: Colour = (226, 228, 232)
+HIDDEN = (196, 198, 203)
+PICKED = (214, 116, 82)
+UNKNOWN = (226, 228, 232)
 """The colour of tokens whose error is not known, because no mask hid them."""
 COLOURS = matplotlib.colormaps["inferno"].with_extremes(bad=f"#{bytes(UNKNOWN).hex()}")
 """The colours of ranks from 0 to 1."""
@@ -115,7 +115,7 @@ def draw_sheet(
     *,
     title: str = "",
     moments: Sequence[str] = (),
-) -> Image.Image:
+) -> Figure:
     """Views as rows and time steps as columns, for one clip or several of one model.
 
     Short clips stand side by side, as long as their columns fit.
@@ -131,98 +131,93 @@ def draw_sheet(
     steps, step = studies[0].grid.time, studies[0].patch_size[0]
     spread = np.linspace(0, steps - 1, min(steps, MAX_COLUMNS))
     times = times or [round(column) * step for column in spread]
+    names = [moments[time] if moments else f"frame {time + 1}" for time in times]
     in_a_line = min(max(1, MAX_COLUMNS // len(times)), len(studies))
-    cell = _cell_of(studies[0], in_a_line * len(times))
-    lines = []
-    for first in range(0, len(studies), in_a_line):
-        panels = make_panels(studies[first])
-        titles = [draw_text(f"{panel.title}\n{panel.note}", SIDE, cell[1]) for panel in panels]
-        of_line = studies[first : first + in_a_line]
-        blocks = [_draw_block(study, times, moments, cell) for study in of_line]
-        lines.append(beside([stack(titles, GAP), *blocks], MARGIN))
-    body, legend = stack(lines, 2 * MARGIN), _draw_legend(studies)
-    width = max(body.width, legend.width)
-    head = draw_text("\n".join([title, *_captions(studies)]), width)
-    notes = draw_text("\n".join(_footnotes(studies)), width)
-    return pad(stack([head, body, legend, notes], MARGIN), MARGIN)
+    lines = math.ceil(len(studies) / in_a_line)
+    clip_width = min(WIDTH / in_a_line, LARGEST_CELL * len(times))
+    height, width = _views_of(studies[0], times).shape[:2]
+    clip_height = clip_width * height / width
+    sheet_width = (clip_width + ACROSS) * in_a_line - ACROSS
+    sheet_height = (clip_height + DOWN) * lines - DOWN
+    figure = Figure((sheet_width, sheet_height), dpi=144)
+    figure.subplots_adjust(0, 0, 1, 1, wspace=ACROSS / clip_width, hspace=DOWN / clip_height)
+    for place, study in enumerate(studies):
+        axes = figure.add_subplot(lines, in_a_line, place + 1, frame_on=False)
+        axes.imshow(_views_of(study, times))
+        _write_names(axes, study, names, beside=place % in_a_line == 0)
+    head = printable(f"{title}\n{_caption(studies[0])}")
+    figure.text(0, 1 + DOWN / sheet_height, head, parse_math=False)
+    keys = [Patch(color=f"#{bytes(colour).hex()}", label=words) for colour, words in _keys(studies)]
+    figure.legend(handles=keys, loc="upper left", bbox_to_anchor=(0, 0), ncols=6, frameon=False)
+    letters = round(max(sheet_width, 8) * LETTERS)
+    notes = "\n".join(textwrap.fill(note, letters) for note in _footnotes(studies))
+    figure.text(0, -0.5 / sheet_height, notes, va="top")
+    return figure
 
 
-def _draw_block(
-    study: Study, times: Sequence[int], moments: Sequence[str], cell: tuple[int, int]
-) -> Image.Image:
-    """Draw the name of a study, the names of its frames, and its views."""
-    views = [
-        beside([_enlarged(panel.frames[time], cell) for time in times], GAP)
+def _views_of(study: Study, times: Sequence[int]) -> Frames:
+    """Some frames of a clip side by side, one row for each view: -> (H', W', 3)"""
+    views = np.stack([panel.frames[[*times]] for panel in make_panels(study)])
+    gap = math.ceil(views.shape[2] / 32)
+    spaced = np.pad(views, [(0, 0), (0, 0), (0, gap), (0, gap), (0, 0)], constant_values=255)
+    rows: Frames = rearrange(spaced, "v t h w c -> (v h) (t w) c")
+    return rows[:-gap, :-gap]
+
+
+def _write_names(axes: Axes, study: Study, names: Sequence[str], *, beside: bool) -> None:
+    """Name a clip and its frames above it, and where asked to its views beside it."""
+    height, width = axes.images[0].get_size()
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    lefts = np.arange(len(names)) * width / len(names)
+    axes.set_xticks(lefts, names if study.grid.time > 1 else [""], ha="left")
+    titles = [
+        f"{panel.title}\n{textwrap.fill(panel.note, LETTERS_BESIDE)}"
         for panel in make_panels(study)
     ]
+    middles = (np.arange(len(titles)) + 0.5) * height / len(titles)
+    axes.set_yticks(middles, titles if beside else [""] * len(titles))
     accuracy = study.ranking_accuracy
     ranking = "" if accuracy is None else f"\nranking {accuracy:.2f}"
-    head = [draw_text(study.name[: views[0].width // LETTER] + ranking, views[0].width)]
-    if study.grid.time > 1:
-        names = [moments[time] if moments else f"frame {time + 1}" for time in times]
-        head.append(beside([draw_text(name, cell[0]) for name in names], GAP))
-    return stack([*head, *views], GAP)
-
-
-def draw_strip(study: Study) -> Image.Image:
-    """Draw the views of a clip side by side, at its first, middle and last time step."""
-    steps = sorted({0, study.grid.time // 2, study.grid.time - 1})
-    panels = make_panels(study)
-    cell = _cell_of(study, len(panels) * len(steps))
-    views = []
-    for panel in panels:
-        frames = [panel.frames[step * study.patch_size[0]] for step in steps]
-        row = beside([_enlarged(frame, cell) for frame in frames], 1)
-        views.append(stack([draw_text(panel.title), row], GAP))
-    return pad(beside(views, 2 * GAP), GAP)
+    name = printable(study.name)[: len(names) * LETTERS_BESIDE]
+    axes.set_title(name + ranking, loc="left", fontsize="medium", parse_math=False)
 
 
 def draw_animation(
     study: Study, *, title: str = "", moments: Sequence[str] = ()
-) -> list[Image.Image]:
-    """Draw a sheet for each frame of a clip."""
-    return [
-        draw_sheet(study, [time], title=title, moments=moments) for time in range(len(study.frames))
-    ]
+) -> list[NDArray[np.uint8]]:
+    """Draw a sheet for each frame of a clip: (H, W, 3) each, H and W even"""
+    images = []
+    for time in range(len(study.frames)):
+        file = BytesIO()
+        _save(draw_sheet(study, [time], title=title, moments=moments), file)
+        image = np.asarray(Image.open(file).convert("RGB"))
+        images.append(image[: len(image) // 2 * 2, : image.shape[1] // 2 * 2])  # for H.264
+    return images
 
 
-def _cell_of(study: Study, columns: int) -> tuple[int, int]:
-    """Choose the size of a frame among so many in a row: -> width, height"""
-    height, width = study.frames.shape[1:3]
-    factor = math.ceil(min(WIDTH / columns, LARGEST_CELL) / width)
-    return width * factor, height * factor
-
-
-def _enlarged(frame: NDArray[np.uint8], cell: tuple[int, int]) -> Image.Image:
-    """Make each pixel a square: (H, W, 3) -> an image as large as a cell"""
-    return Image.fromarray(frame).resize(cell, Image.Resampling.NEAREST)
-
-
-def _captions(studies: Sequence[Study]) -> list[str]:
-    facts = []
-    for study in studies:
-        masked, picked, total = study.masked.sum(), study.picked.sum(), len(study.masked)
-        why = f"{picked} of them because the teacher finds them {study.pick}"
-        why = why if picked else "at random"
-        facts.append(f"{masked} of {total} patches hidden ({masked / total:.0%}), {why}")
-    return list(dict.fromkeys(facts))
+def _caption(study: Study) -> str:
+    masked, picked, total = study.masked.sum(), study.picked.sum(), len(study.masked)
+    why = f"{picked} of them because the teacher finds them {study.pick}" if picked else "at random"
+    return f"{masked} of {total} patches hidden ({masked / total:.0%}), {why}"
 
 
 def _kind(study: Study) -> str:
     return "clip" if len(study.frames) > 1 else "image"
 
 
-def _draw_legend(studies: Sequence[Study]) -> Image.Image:
-    scale = COLOURS(np.linspace(0, 1, 128), bytes=True)[None, :, :3]
-    bar = Image.fromarray(scale).resize((128, 16))
-    low, high = draw_text("easiest"), draw_text(f"hardest patch of the {_kind(studies[0])}")
-    swatches = [(HIDDEN, "hidden at random")]
+def _keys(studies: Sequence[Study]) -> list[tuple[Sequence[int], str]]:
+    """The colours, from 0 to 255, and what they mean."""
+    ranks = COLOURS([0.0, 0.5, 1.0], bytes=True)
+    hardest = f"hardest patch of the {_kind(studies[0])}"
+    keys = [
+        *zip(ranks, ("easiest", "middling", hardest), strict=True),
+        (HIDDEN, "hidden at random"),
+    ]
     if any(study.picked.any() for study in studies):
-        swatches.append((PICKED, f"hidden for being {studies[0].pick}"))
+        keys.append((PICKED, f"hidden for being {studies[0].pick}"))
     if any(np.isnan(study.true_error).any() for study in studies):
-        swatches.append((UNKNOWN, "error unknown: no random mask hid it"))
-    keys = [[Image.new("RGB", (16, 16), colour), draw_text(words)] for colour, words in swatches]
-    return beside([beside(key, GAP) for key in ([low, bar, high], *keys)], MARGIN)
+        keys.append((UNKNOWN, "error unknown: no random mask hid it"))
+    return keys
 
 
 def _footnotes(studies: Sequence[Study]) -> list[str]:
@@ -246,79 +241,14 @@ def _footnotes(studies: Sequence[Study]) -> list[str]:
     return notes
 
 
-def draw_text(text: str, width: int | None = None, height: int | None = None) -> Image.Image:
-    """Draw text on white: as large as it comes, or wrapped and cut to a size in pixels."""
-    font = _font()
-    lines = text.split("\n")
-    if width is not None:
-        lines = [part for line in lines for part in textwrap.wrap(line, width // LETTER)]
-    size = (
-        width or math.ceil(max(font.getlength(line) for line in lines)),
-        height or LINE * len(lines),
-    )
-    image = Image.new("RGB", size, PAPER)
-    for number, line in enumerate(lines):
-        ImageDraw.Draw(image).text((0, LINE * number), line, font=font, fill=INK)
-    return image
-
-
-@lru_cache
-def _font() -> ImageFont.FreeTypeFont:
-    file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-    return ImageFont.truetype(file, 15)
-
-
-def stack(images: Sequence[Image.Image], gap: int) -> Image.Image:
-    """Put images one below the other, at the left edge."""
-    height = sum(image.height + gap for image in images) - gap
-    canvas, top = Image.new("RGB", (max(image.width for image in images), height), PAPER), 0
-    for image in images:
-        canvas.paste(image, (0, top))
-        top += image.height + gap
-    return canvas
-
-
-def beside(images: Sequence[Image.Image], gap: int) -> Image.Image:
-    """Put images one beside the other, at the lower edge."""
-    width, height = sum(image.width + gap for image in images) - gap, max(i.height for i in images)
-    canvas, left = Image.new("RGB", (width, height), PAPER), 0
-    for image in images:
-        canvas.paste(image, (left, height - image.height))
-        left += image.width + gap
-    return canvas
-
-
-def pad(image: Image.Image, margin: int) -> Image.Image:
-    """Add a white margin, and make the sides even, as H.264 wants them."""
-    border = (margin, margin, margin + image.width % 2, margin + image.height % 2)
-    return ImageOps.expand(image, border, PAPER)
-
-
-def save_sheet(sheet: Image.Image, path: Path) -> None:
+def save_sheet(sheet: Figure, path: Path) -> None:
     """Write a sheet as PNG."""
     with written_beside(path) as file:
-        sheet.save(file)
+        _save(sheet, file)
 
 
-def save_animation(images: Sequence[Image.Image], path: Path, fps: float) -> None:
-    """Write an animation as MP4 where ``path`` ends so, otherwise as GIF."""
-    if path.suffix == ".mp4":
-        from hpm_video.preparation.encode import write_video  # which loads av
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_video(path, (np.asarray(image) for image in images), fps=max(1, round(fps)))
-        return
-    # One palette for all images: with one each, colours that stay would flicker.
-    palette = stack(images, 0).quantize(256, dither=Image.Dither.NONE)
-    first, *others = (image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images)
-    with written_beside(path) as file:
-        first.save(
-            file,
-            save_all=True,
-            append_images=others,
-            duration=max(20, round(100 / fps) * 10),  # in ms; viewers slow down below 20
-            loop=0,
-        )
+def _save(sheet: Figure, file: Path | BytesIO) -> None:
+    sheet.savefig(file, format="png", bbox_inches="tight", pad_inches=0.2)
 
 
 def write_pictures(

@@ -21,12 +21,9 @@ from hpm_video.tokens.patches import PatchStatistics, TargetKind, patchify, unpa
 from hpm_video.tokens.views import View
 from hpm_video.training.objective import Model
 
-Frames = NDArray[np.uint8]
-"""(T, H, W, 3)"""
-Scores = NDArray[np.float32]
-"""(N,)"""
-Flags = NDArray[np.bool_]
-"""(N,)"""
+Frames = NDArray[np.uint8]  # (T, H, W, 3)
+Scores = NDArray[np.float32]  # (N,)
+Flags = NDArray[np.bool_]  # (N,)
 StatisticsSource = Literal["none", "input", "visible"]
 """Where mean and contrast of a reconstructed patch come from: raw pixels need none; the hidden
 patch itself; or the visible patches around it, which gives nothing away."""
@@ -40,21 +37,15 @@ class Study:
     grid: TokenGrid
     patch_size: Size3
     frames: Frames
-    true_error: Scores
-    """Mean over the masks in which the token was hidden; NaN where it never was."""
-    difficulty: Scores | None
-    """The teacher's scores; none without a predictor."""
+    true_error: Scores  # mean over the masks in which the token was hidden; NaN where it never was
+    difficulty: Scores | None  # the teacher's scores; none without a predictor
     teacher_sees: View
     masked: Flags
-    picked: Flags
-    """Which of the hidden tokens are hidden for their difficulty."""
-    reconstruction: Frames | None
-    """Made from that mask; visible patches are the input's. None where features are predicted."""
+    picked: Flags  # which of the hidden tokens are hidden for their difficulty
+    reconstruction: Frames | None  # made from that mask; none where features are predicted
     pick: Pick
-    num_masks: int
-    """Random masks that the true error is averaged over."""
-    target: TargetKind | None
-    """None where features are predicted, not pixels."""
+    num_masks: int  # random masks that the true error is averaged over
+    target: TargetKind | None  # none where features are predicted, not pixels
     statistics: StatisticsSource
 
     @property
@@ -62,9 +53,9 @@ class Study:
         """Share of pairs of tokens that the teacher puts in the order of their true error."""
         if self.difficulty is None:
             return None
-        both = (self.difficulty, self.true_error)
-        pairs = count_ordered_pairs(*(torch.from_numpy(values)[None] for values in both))
-        return float(pairs.correct / pairs.total) if pairs.total else None
+        scores, errors = map(torch.from_numpy, (self.difficulty, self.true_error))
+        correct, total = count_ordered_pairs(scores[None], errors[None])
+        return float(correct / total) if total else None
 
 
 @torch.no_grad()
@@ -79,15 +70,9 @@ def study_clips(
 ) -> list[Study]:
     """Study each clip of a batch. Draws are keyed by the clip, so a picture can be made again.
 
-    Args:
-        objective: what was trained, with its teacher.
-        student: the model, or an engine that runs it.
-        batch: clips, where the models are.
-        num_masks: random masks that the true error is averaged over.
-        hard_fraction: share of the hidden units that is picked by difficulty; by default as at
-            the end of training. Without a teacher masks are random.
-        ground_truth_statistics: give each reconstructed patch the mean and the contrast of the
-            hidden one; otherwise of the visible patches around it.
+    ``hard_fraction``: share of the hidden units that is picked by difficulty; by default as at the
+    end of training. Without a teacher masks are random. ``ground_truth_statistics``: give each
+    reconstructed patch mean and contrast of the hidden one, else of the visible ones around it.
     """
     rule, target = objective.masks[batch.source], objective.target
     fraction = rule.strategy.last_fraction if hard_fraction is None else hard_fraction
@@ -96,15 +81,12 @@ def study_clips(
     priority = uniform(batch.keys, rule.num_units, "picture")
     mask = rule.draw(difficulty, priority, num_picked)
     picked = replace(rule, num_masked=num_picked).draw(difficulty, priority, num_picked).masked
-    pixels, filled = (target if isinstance(target, PixelTarget) else None), None
-    source: StatisticsSource = "none"
-    if pixels is not None:
-        if pixels.kind != "raw":
-            source = "input" if ground_truth_statistics else "visible"
+    source: StatisticsSource = "input" if ground_truth_statistics else "visible"
+    kind, filled = None, None
+    if isinstance(target, PixelTarget):
+        kind = target.kind
         predicted = student(objective.normalised(batch), mask).content
-        filled = reconstruct(
-            predicted, batch.clips, mask, pixels, ground_truth_statistics=ground_truth_statistics
-        )
+        filled = reconstruct(predicted, batch.clips, mask, target, source)
     outputs = objective.evaluate(student, batch, (f"picture {i}" for i in range(num_masks)))
     true_errors = average_errors(outputs)
     return [
@@ -121,8 +103,8 @@ def study_clips(
             reconstruction=None if filled is None else _to_frames(filled[i]),
             pick=rule.strategy.pick,
             num_masks=num_masks,
-            target=None if pixels is None else pixels.kind,
-            statistics=source,
+            target=kind,
+            statistics="none" if kind in (None, "raw") else source,
         )
         for i in range(len(batch.clips))
     ]
@@ -133,18 +115,19 @@ def reconstruct(
     clips: Tensor,
     mask: TokenMask,
     target: PixelTarget,
-    *,
-    ground_truth_statistics: bool,
+    source: StatisticsSource,
 ) -> Tensor:
     """Fill the hidden patches of clips with what was predicted for them.
 
     (B, M, P) predicted targets, (B, C, T, H, W) uint8 -> (B, C, T, H, W) uint8
     """
-    grid = TokenGrid.of_clip((clips.shape[2], clips.shape[3], clips.shape[4]), target.patch_size)
-    patches = target.patches(clips)
-    if ground_truth_statistics:
-        statistics = target.statistics(mask.take_masked(patches))
-    else:
+    time, height, width = clips.shape[2:]
+    grid, patches = (
+        TokenGrid.of_clip((time, height, width), target.patch_size),
+        target.patches(clips),
+    )
+    statistics = target.statistics(mask.take_masked(patches))
+    if source == "visible":
         visible = target.statistics(mask.take_visible(patches))
         with torch.autocast(clips.device.type, enabled=False):
             statistics = statistics_from_visible(visible, mask, grid)
@@ -173,5 +156,4 @@ def _to_frames(clip: Tensor) -> Frames:
     """(C, T, H, W) uint8 -> (T, H, W, 3); other than three channels are averaged to grey"""
     if len(clip) != 3:
         clip = repeat(clip.float().mean(dim=0).round().to(torch.uint8), "t h w -> c t h w", c=3)
-    frames: Frames = rearrange(clip, "c t h w -> t h w c").cpu().numpy()
-    return frames
+    return rearrange(clip, "c t h w -> t h w c").cpu().numpy()

@@ -18,12 +18,13 @@ from hpm_video.tokens.masking import TokenMask
 from hpm_video.tokens.patches import (
     PatchStatistics,
     TargetKind,
+    normalise,
     patch_mean_errors,
     patch_statistics,
     patchify,
     standardise,
+    to_unit_range,
 )
-from hpm_video.tokens.pixels import normalise, to_unit_range
 
 
 @dataclass(frozen=True)
@@ -31,20 +32,14 @@ class Target(ABC):
     """What is reconstructed of hidden tokens, and the error of a reconstruction."""
 
     patch_size: Size3
-    mean: tuple[float, ...]
-    """For each channel, with which pixels in [0, 1] are normalised for models."""
+    mean: tuple[float, ...]  # of each channel, for the normalisation of pixels in [0, 1]
     std: tuple[float, ...]
 
-    baseline = ""
-    """The simplest good prediction, whose error is to be beaten."""
-    of_teacher = False
-    """Whether it consists of the tokens of the teacher's encoder."""
+    baseline = ""  # the simplest good prediction, whose error is to be beaten
+    of_teacher = False  # whether it consists of the tokens of the teacher's encoder
 
     def features(self, clips: Tensor) -> Tensor | None:  # noqa: ARG002
-        """Features of all tokens by another model, where the target needs one.
-
-        (B, C, T, H, W) uint8 -> (B, N, P)
-        """
+        """Features by another model, where there is one: (B, C, T, H, W) uint8 -> (B, N, P)"""
         return None
 
     @abstractmethod
@@ -52,9 +47,6 @@ class Target(ABC):
         """Targets of the hidden tokens: (B, C, T, H, W) uint8, (B, N, P) -> (B, M, P)
 
         ``features`` of all tokens, where it takes any: the teacher's, or those of :meth:`features`.
-
-        Raises:
-            ValueError: it takes features, and there are none.
         """
 
     @abstractmethod
@@ -75,10 +67,7 @@ class PixelTarget(Target):
     baseline = "the patch mean"
 
     def patches(self, clips: Tensor, mask: TokenMask | None = None) -> Tensor:
-        """Patches that targets are made of: (B, C, T, H, W) uint8 -> (B, N or M, P) float32
-
-        Of the hidden tokens where a mask is given, of all of them otherwise.
-        """
+        """Patches, of hidden tokens if masked: (B, C, T, H, W) uint8 -> (B, N or M, P) float32"""
         patches = patchify(clips, self.patch_size)
         if mask is not None:
             patches = mask.take_masked(patches)
@@ -118,8 +107,8 @@ class PixelTarget(Target):
 class FeatureTarget(Target):
     """The direction of a model's feature of each token: an ablation of the paper."""
 
+    # (B, C, T, H, W) uint8 -> (B, N, P); none: the teacher's own encoder (the paper's EMA)
     model: Callable[[Tensor], Tensor] | None
-    """(B, C, T, H, W) uint8 -> (B, N, P); none: the teacher's own encoder (the paper's EMA)."""
 
     baseline = "the mean direction"
 

@@ -5,9 +5,11 @@ are the hardest, and no network is needed to find them. So student and teacher a
 trivial rankers of the patches. A predictor has learned something where it beats the best of them.
 """
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from einops import rearrange, reduce
@@ -16,19 +18,20 @@ from torch import Tensor
 from hpm_video.data.batch import ClipBatch
 from hpm_video.mining.losses import count_ordered_pairs
 from hpm_video.mining.objective import HardPatchesMining, StudentOutput, average_errors
+from hpm_video.randomness import uniform
 from hpm_video.tokens.grid import Size3
-from hpm_video.tokens.patches import patchify
-from hpm_video.tokens.pixels import to_unit_range
+from hpm_video.tokens.masking import MaskRule
+from hpm_video.tokens.patches import patchify, to_unit_range
+from hpm_video.tokens.views import VIEWS
 from hpm_video.training.distributed import Processes
 from hpm_video.training.engine import Runner
 
 Measures = dict[str, float]
 NUM_MASKS = 10
 """Random masks of each clip, as many as the paper averages true errors over in its Figure 2."""
-TRIVIAL = "ranking_by_"
-"""Prefix of the measures of rankers that need no model, measured as the teacher is."""
-TRIVIAL_FOR_STUDENT = "student_ranking_by_"
-"""The same, measured as the student is."""
+TRIVIAL, TRIVIAL_FOR_STUDENT = "ranking_by_", "student_ranking_by_"
+"""Prefixes of the measures of rankers that need no model, measured as teacher and student are."""
+RANDOM = "random scores"
 
 
 @torch.no_grad()
@@ -94,6 +97,55 @@ class Counts:
         for name, sums in processes.gather([(n, s.tolist()) for n, s in self._sums.items()]):
             totals[name] = [before + more for before, more in zip(totals[name], sums, strict=True)]
         return {name: part / total if total else math.nan for name, (part, total) in totals.items()}
+
+
+@torch.no_grad()
+def measure_levers(
+    objective: HardPatchesMining,
+    student: Runner,
+    batches: Iterable[ClipBatch],
+    shares: Sequence[float],
+    seed: int,
+) -> Measures:
+    """Measure how close cheaper updates come to exact ones, on one model that is not trained.
+
+    They are each view of the teacher, and each share of the hidden tokens that is decoded.
+    ``VIEW/ranking``: the teacher's, as in validation, under ``NUM_MASKS`` random masks of each
+    clip, which ``seed`` determines. ``VIEW/overlap``: share of the tokens picked by a teacher that
+    sees everything that are also picked under the view. ``random scores`` need no teacher.
+    ``SHARE/relative_error``, ``SHARE/student_ranking``: as in validation, on the decoded tokens.
+    """
+    counts, purposes = Counts(student.device), [f"fidelity {seed} {i}" for i in range(NUM_MASKS)]
+    for cpu_batch in batches:
+        batch = cpu_batch.to(student.device)
+        rule, scores = objective.masks[batch.source], dict[str, Tensor]()
+        with student.autocast():
+            outputs = {
+                share: objective.evaluate(student, batch, purposes, decoded_share=share)
+                for share in {1.0, *shares}
+            }
+            for view in VIEWS:
+                seeing = copy.copy(objective)
+                seeing.teacher_sees = view
+                found = seeing.difficulty(batch)
+                assert found is not None
+                scores[view] = found
+        scores[RANDOM] = uniform(batch.keys, rule.grid.num_tokens, f"random scores {seed}")
+        for share, found_of_share in outputs.items():
+            counts.add_outputs(f"{share}/", found_of_share)
+        errors, hard = average_errors(outputs[1.0]), pick(rule, scores["all"])
+        for name, difficulty in scores.items():
+            counts.add_pairs(f"{name}/ranking", difficulty, errors)
+            counts.add(f"{name}/overlap", (pick(rule, difficulty) & hard).sum(), hard.sum())
+    return counts.ratios()
+
+
+def pick(rule: MaskRule, difficulty: Tensor) -> Tensor:
+    """The tokens hidden for their difficulty in the epoch of most: (B, N) -> (B, N) bool"""
+    strategy = rule.strategy
+    count = int(rule.num_masked * max(strategy.first_fraction, strategy.last_fraction))
+    no_draws = difficulty.new_zeros(len(difficulty), rule.num_units)
+    return replace(rule, num_masked=count).draw(difficulty, no_draws, count).masked
 
 
 def trivial_difficulties(clips: Tensor, patch_size: Size3) -> dict[str, Tensor]:

@@ -60,20 +60,16 @@ class ClipClassifier(ClipEncoder):
         if keys is not None and self.head_dropout > 0:
             kept = uniform(keys, pooled.shape[1], "head dropout") >= self.head_dropout
             pooled = pooled * kept / (1 - self.head_dropout)
-        logits: Tensor = self.head(pooled)
-        return logits
+        return self.head(pooled)
 
     def pool(self, tokens: Tensor) -> Tensor:
         """What the head sees of each clip: (B, ., D) -> (B, D)"""
         if self.pooling == "attentive":
-            pooled: Tensor = self.attn_pool(tokens)
-        elif self.pooling == "mean_norm":
-            pooled = self.fc_norm(self.of_clip(tokens).mean(dim=1))
-        elif self.pooling == "batch_norm":
-            pooled = self.head_norm(super().pool(tokens).float())
-        else:
-            pooled = super().pool(tokens)
-        return pooled
+            return self.attn_pool(tokens)
+        if self.pooling == "mean_norm":
+            return self.fc_norm(self.of_clip(tokens).mean(dim=1))
+        pooled = super().pool(tokens)
+        return self.head_norm(pooled.float()) if self.pooling == "batch_norm" else pooled
 
 
 class AttentivePooling(nn.Module):
@@ -100,8 +96,7 @@ class AttentivePooling(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, D) -> (B, D)"""
         pooled = self.attend(self.norm1(tokens))
-        out: Tensor = pooled + self.mlp(self.norm2(pooled))
-        return out
+        return pooled + self.mlp(self.norm2(pooled))
 
     def attend(self, tokens: Tensor) -> Tensor:
         """The attention alone, over tokens that are normed: (B, N, D) -> (B, D)"""
@@ -111,5 +106,4 @@ class AttentivePooling(nn.Module):
             for values in (self.q(query), self.k(tokens), self.v(tokens))
         )
         heads = F.scaled_dot_product_attention(q, k, v)
-        out: Tensor = self.proj(rearrange(heads, "b h 1 d -> b (h d)"))
-        return out
+        return self.proj(rearrange(heads, "b h 1 d -> b (h d)"))

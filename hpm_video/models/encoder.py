@@ -17,7 +17,7 @@ from hpm_video.tokens.patches import patchify
 
 
 class PatchEmbed(nn.Module):
-    """A convolution from patch to patch, computed on patches that are cut already."""
+    """A convolution by patches, computed on patches that are cut already."""
 
     def __init__(self, channels: int, patch_size: Size3, dim: int) -> None:
         super().__init__()
@@ -45,15 +45,10 @@ class ClipEncoder(Transformer):
         final_norm: bool = True,
         init: Init | None = "truncated_normal",
     ) -> None:
-        """Build the layers, and draw initial weights.
+        """Build the layers for clips of ``grid`` or ``other_grids``, and draw initial weights.
 
-        Args:
-            settings: the model's section of a config.
-            grid: tokens of a clip.
-            source_grid: grid of pre-training, in which tokens have their positions; default: grid.
-            other_grids: of further kinds of clips, whose tokens have their positions alike.
-            final_norm: whether a norm follows the blocks.
-            init: none where a class that builds on this one calls :meth:`init_encoder`.
+        ``source_grid``: of pre-training, in which tokens have their positions; default: ``grid``.
+        ``init``: none where a class that builds on this one calls :meth:`init_encoder`.
         """
         dim = settings.encoder.dim
         patch_embed = PatchEmbed(settings.channels, settings.patch_size, dim)  # drawn first
@@ -83,11 +78,7 @@ class ClipEncoder(Transformer):
             self.register_buffer(f"{name}_{grid}", table, persistent=False)
 
     def positions(self, name: str, grid: TokenGrid) -> Tensor:
-        """The positions of the tokens of a grid, in encoder or decoders: -> (N, D)
-
-        Raises:
-            ValueError: the model was not made for this grid.
-        """
+        """The positions of the tokens of a grid, in encoder or decoders: -> (N, D)"""
         if self.settings.positions == "given":
             return resize_positions(self.get_buffer(name)[0], self.source_grid, grid)
         if grid not in self.grids:
@@ -122,13 +113,12 @@ class ClipEncoder(Transformer):
         if self.cls_token is not None:
             first = self.cls_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
             tokens = torch.cat([first, tokens], dim=1)
-        out: Tensor = self.norm(self.run_blocks(tokens, self.draws(keys)))
-        return out
+        return self.norm(self.run_blocks(tokens, self.draws(keys)))
 
     def grid_of(self, clips: Tensor) -> TokenGrid:
         """(B, C, T, H, W) -> the grid of their tokens"""
-        size = (clips.shape[2], clips.shape[3], clips.shape[4])
-        return TokenGrid.of_clip(size, self.settings.patch_size)
+        time, height, width = clips.shape[2:]
+        return TokenGrid.of_clip((time, height, width), self.settings.patch_size)
 
     def pool(self, tokens: Tensor) -> Tensor:
         """One vector for each clip: the class token, or else the mean: (B, ., D) -> (B, D)"""

@@ -1,8 +1,7 @@
 """Frozen image models, whose features of each patch the student predicts instead of its pixels.
 
 The paper's ablation with DINO and CLIP. The models are timm's, by name, and their weights come from
-a file that the user gives: nothing is ever downloaded. timm is imported when a model is made: it
-takes seconds, and training on pixels needs none of it.
+a file that the user gives: nothing is ever downloaded. timm is imported late: it takes seconds.
 """
 
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from hpm_video.config.choices import DEFAULT_MODELS, FeatureKind
 from hpm_video.files.weights import CheckpointError, load_weights
 from hpm_video.randomness import global_generators
 from hpm_video.tokens.grid import Size3, TokenGrid
-from hpm_video.tokens.pixels import normalise
+from hpm_video.tokens.patches import normalise
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -53,11 +52,7 @@ class FeatureModel(nn.Module):
 
 @cache
 def feature_width(kind: FeatureKind, name: str) -> int:
-    """D of the features of a timm model, known without its weights.
-
-    Raises:
-        ValueError: timm has no such model, or one without features of this kind.
-    """
+    """D of the features of a timm model, known without its weights. Raises as :func:`_make`."""
     return _width(_make(kind, name, depth=1))
 
 
@@ -72,12 +67,11 @@ def load_feature_model(
 ) -> FeatureModel:
     """The timm model ``name`` with the weights of the file ``source``, for the clips of a student.
 
-    The weights have timm's names and must fit the model as timm has it. For frames of another size
-    its positions are then resampled by timm: bicubic, anti-aliased.
+    The weights have the names of timm, OpenAI or OpenCLIP. For frames of another size timm
+    resamples the positions: bicubic, anti-aliased.
 
     Raises:
-        ValueError: timm has no such model, or one without features of this kind; its patches are
-            not the student's, or do not divide the frames.
+        ValueError: as :func:`_make`, or its patches are not the student's, or do not divide frames.
         CheckpointError: the weights do not fit the model.
     """
     from timm.models.vision_transformer import _convert_openai_clip
@@ -91,7 +85,7 @@ def load_feature_model(
             f"{theirs}; give the student patches of {theirs}, or take a model with {ours}"
         )
     TokenGrid.of_clip((patch_size[0], *frame_size), patch_size)
-    if "visual.class_embedding" in weights:  # OpenAI's and OpenCLIP's names
+    if "visual.class_embedding" in weights:
         weights = _convert_openai_clip(dict(weights), model)
     load_weights(model, weights, source, may_leave=("head.",) if kind == "dino" else ())
     if isinstance(model.head, nn.Linear) and model.head.bias.any():
@@ -111,11 +105,10 @@ def _width(model: "VisionTransformer") -> int:
 def _make(kind: FeatureKind, name: str, **options: int) -> "VisionTransformer":
     """The model with initial weights. One of DINO gets no head, one of CLIP its projection.
 
-    ``options`` replace sizes that timm has for it. Names that are not among timm's own are refused,
-    such as those that make it fetch something.
+    ``options`` replace timm's sizes. Names that make timm fetch something are refused, too.
 
     Raises:
-        ValueError: as :func:`feature_width`.
+        ValueError: timm has no such model, or one without features of this kind.
     """
     import timm
     from timm.models.vision_transformer import VisionTransformer
@@ -130,19 +123,12 @@ def _make(kind: FeatureKind, name: str, **options: int) -> "VisionTransformer":
     sizes: dict[str, Any] = options | ({"num_classes": 0} if kind == "dino" else {})
     with global_generators(0):  # for initial weights, none of which stays
         model: Any = timm.create_model(name, pretrained=False, **sizes)
-    lacking = None
-    if not isinstance(model, VisionTransformer):  # a switch of timm's makes others of all names
-        lacking = f"timm makes a {type(model).__name__} of it"
-    elif isinstance(model.norm, nn.Identity):
-        lacking = "it norms the mean of its tokens, not the tokens"
-    elif kind == "clip" and not (
-        isinstance(model.head, nn.Linear) and isinstance(model.norm_pre, nn.LayerNorm)
-    ):
-        lacking = "CLIP's have a norm before the blocks and a projection behind them"
-    if lacking:
+    is_normed = isinstance(model, VisionTransformer) and isinstance(model.norm, nn.LayerNorm)
+    is_clip = isinstance(model.head, nn.Linear) and isinstance(model.norm_pre, nn.LayerNorm)
+    if not is_normed or (kind == "clip" and not is_clip):
         raise ValueError(
-            f"{name!r} has no features of kind {kind!r}: {lacking}; take "
-            f"{DEFAULT_MODELS[kind]!r} or another size of it"
+            f"{name!r} has no features of kind {kind!r}: tokens are normed behind the blocks, and "
+            f"those of CLIP before them too, and projected; take {DEFAULT_MODELS[kind]!r} or "
+            f"another size of it"
         )
-    made: VisionTransformer = model
-    return made
+    return model

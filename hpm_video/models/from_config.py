@@ -21,17 +21,13 @@ from hpm_video.randomness import key_of
 from hpm_video.tokens.grid import Size3, TokenGrid
 
 AnyConfig = PretrainConfig | FinetuneConfig
-ANY_SIZE = 2**30
-"""Bytes that any part of a model or its clips may take, however small its file of weights is."""
+ANY_SIZE = 2**30  # bytes that any part of a model or its clips may take, whatever its weights
 
 
 def check_sizes(config: AnyConfig, classes: int, held: int, path: Path) -> None:
-    """Make sure that a config takes no more memory than the weights that it came with.
+    """Raise a CheckpointError where a config takes more memory than its weights, and much.
 
     ``classes``: of the head; ``held``: bytes of the weights, which are those of ``path``.
-
-    Raises:
-        CheckpointError: a size is larger, and beyond :data:`ANY_SIZE`.
     """
     model, views, dim = config.model, 1, config.model.encoder.dim
     patch, widths = model.channels * prod(model.patch_size), [dim]
@@ -67,8 +63,8 @@ def _bytes_of_blocks(size: TransformerSize) -> int:
 def source_grid_of(config: AnyConfig) -> Size3:
     """The grid that tokens have their positions in: of the pre-training a run is or began with.
 
-    Tokens along time, height and width; of several kinds of clips the most along each axis, so that
-    no two tokens of a clip are closer than they are in a grid of their own.
+    Of several kinds of clips it has the most tokens along each axis, so that no two tokens of a
+    clip are closer than they are in a grid of their own.
     """
     if isinstance(config, FinetuneConfig) and config.model.pretrained_grid is not None:
         return config.model.pretrained_grid
@@ -82,14 +78,14 @@ def build_classifier(config: FinetuneConfig, num_classes: int) -> ClipClassifier
     """The model of a config, its weights drawn from the seed."""
     model, source = config.model, config.model.pretrained_grid
     grid, source_grid = grid_of(config.data, model), source and TokenGrid(*source)
-    with initial_weights(config.seed):
+    with _initial_weights(config.seed):
         return ClipClassifier(model, num_classes, grid, source_grid)
 
 
 def build_student(config: PretrainConfig) -> MaskedAutoencoder:
     """The model of a config, its weights drawn from the seed."""
     grid, *others = (grid_of(data, config.model) for data in config.sources.values())
-    with initial_weights(config.seed):
+    with _initial_weights(config.seed):
         return MaskedAutoencoder(
             config.model,
             grid,
@@ -103,12 +99,12 @@ def build_student(config: PretrainConfig) -> MaskedAutoencoder:
 def build_encoder(config: PretrainConfig, data: DataConfig) -> ClipEncoder:
     """The encoder of pre-training alone, for other clips, its weights drawn from the seed."""
     grid, source = grid_of(data, config.model), TokenGrid(*source_grid_of(config))
-    with initial_weights(config.seed):
+    with _initial_weights(config.seed):
         return ClipEncoder(config.model, grid, source_grid=source, init="xavier")
 
 
 @contextmanager
-def initial_weights(seed: int) -> Iterator[None]:
+def _initial_weights(seed: int) -> Iterator[None]:
     """Draw by the seed of a config, and leave torch's own generator as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key_of(seed, "weights"))

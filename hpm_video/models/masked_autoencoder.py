@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,10 +19,8 @@ from hpm_video.tokens.masking import TokenMask
 class Prediction(NamedTuple):
     """The predictions for the hidden tokens."""
 
-    content: Tensor
-    """(B, M, P) what each token shows: values of its patch, or whatever the target is made of."""
-    difficulty: Tensor | None
-    """(B, M) predicted reconstruction error, on a scale of its own; none without a predictor."""
+    content: Tensor  # (B, M, P): values of patches, or whatever the target is made of
+    difficulty: Tensor | None  # (B, M), on a scale of its own; none without a predictor
 
 
 class Decoder(Transformer):
@@ -44,16 +43,14 @@ class Decoder(Transformer):
             # Only the order of scores counts, and bf16 would make many of them equal. Mixed
             # precision leaves a product and a sum alone.
             return (tokens.float().unsqueeze(-2) * self.head.weight).sum(-1) + self.head.bias
-        out: Tensor = self.head(tokens)
-        return out
+        return self.head(tokens)
 
 
 class MaskedAutoencoder(ClipEncoder):
     """Encodes the visible tokens and predicts the hidden ones.
 
     The asymmetric encoder and decoder of MAE and VideoMAE; hard patches mining adds a loss
-    predictor, a decoder of the same size, which reads the same embedded sequence and shares no
-    weight after it.
+    predictor, a decoder of the same size that reads the same embedded sequence.
     """
 
     def __init__(
@@ -70,16 +67,14 @@ class MaskedAutoencoder(ClipEncoder):
         super().__init__(
             settings, grid, source_grid=source_grid, other_grids=other_grids, init=None
         )
-        decoder, recompute = settings.decoder, settings.checkpoint_activations
+        decoder = settings.decoder
+        make = partial(Decoder, decoder, checkpoint_activations=settings.checkpoint_activations)
         self.patch_values = settings.channels * math.prod(settings.patch_size)
         bias = settings.conventions == "mae"
         self.decoder_embed = nn.Linear(settings.encoder.dim, decoder.dim, bias=bias)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder.dim))
-        out = target_width or self.patch_values
-        self.reconstructor = Decoder(decoder, out, checkpoint_activations=recompute)
-        self.difficulty_decoder: Decoder | None = None
-        if predictor:
-            self.difficulty_decoder = Decoder(decoder, 1, checkpoint_activations=recompute)
+        self.reconstructor = make(target_width or self.patch_values)
+        self.difficulty_decoder = make(1) if predictor else None
         self.add_positions("decoder_pos_embed", decoder.dim)
         self._init_decoders()
 
@@ -113,14 +108,10 @@ class MaskedAutoencoder(ClipEncoder):
         if self.difficulty_decoder is None:
             raise ValueError("this model has no loss predictor, so it cannot score tokens")
         sequence = self._sequence(encoded, grid, mask)
-        scores: Tensor = self.difficulty_decoder(sequence, self.num_prefix, None).squeeze(-1)
-        return scores
+        return self.difficulty_decoder(sequence, self.num_prefix, None).squeeze(-1)
 
     def _sequence(self, encoded: Tensor, grid: TokenGrid, mask: TokenMask | None) -> Tensor:
-        """What both decoders read: tokens of the clip, mask tokens for hidden ones, at positions.
-
-        The class token goes first.
-        """
+        """What decoders read: the class token, then tokens and mask tokens at their positions."""
         embedded = self.decoder_embed(encoded)
         tokens, positions = self.of_clip(embedded), self.positions("decoder_pos_embed", grid)
         if mask is None:

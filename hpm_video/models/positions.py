@@ -18,10 +18,9 @@ from hpm_video.tokens.grid import TokenGrid
 def position_table(
     grid: TokenGrid, dim: int, kind: Positions, source: TokenGrid | None = None
 ) -> Tensor:
-    """The fixed code of every token of a grid: -> (N, D)
+    """The fixed code of every token of a grid, placed in the grid of pre-training: -> (N, D)
 
-    ``source`` is the grid of pre-training, in which tokens are placed; by default their own. A
-    table that will be given starts as ``space_time``.
+    By default that is the same grid. A table that will be given starts as ``space_time``.
     """
     return (sequence if kind == "sequence" else space_time)(grid, dim, source or grid)
 
@@ -29,8 +28,7 @@ def position_table(
 def resize_positions(table: Tensor, source: TokenGrid, grid: TokenGrid) -> Tensor:
     """Interpolate the codes of a grid from those of another: (N of source, D) -> (N, D)
 
-    Bicubic and antialiased within a time step, as timm does, and linear over time; the centre of a
-    token stays at the same share along every axis.
+    Bicubic and antialiased within a time step, as timm does, and linear over time.
     """
     space = grid.height, grid.width
     if space != (source.height, source.width):

@@ -33,8 +33,7 @@ class Attention(nn.Module):
             self.qkv(tokens), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads
         )
         heads = F.scaled_dot_product_attention(q, k, v)
-        out: Tensor = self.proj(rearrange(heads, "b h n d -> b n (h d)"))
-        return out
+        return self.proj(rearrange(heads, "b h n d -> b n (h d)"))
 
 
 def make_mlp(dim: int, hidden: int) -> nn.Sequential:
@@ -63,8 +62,7 @@ class Block(nn.Module):
         passed = self.mlp(self.norm2(tokens))
         if scales is not None:
             passed = passed * scales[:, 1, None, None]
-        out: Tensor = tokens + passed.type_as(tokens)
-        return out
+        return tokens + passed.type_as(tokens)
 
 
 class Transformer(nn.Module):

@@ -41,8 +41,7 @@ DType = Literal["float32", "float16"]
 UNRELATED = ("hpm_video", "checkpoint", "device", "decoder")
 """Settings that are recorded, but may differ between the starts of one folder."""
 LONGEST_NAME = 150
-BETWEEN_FOLDERS = "+"
-UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
+UNSAFE = re.compile(r"[^A-Za-z0-9._/-]")
 COLUMNS = ("path", "file", "label", "label_name", "num_frames", "views")
 
 
@@ -69,10 +68,12 @@ class Layout:
 def describe(trained: TrainedModel, encoder: Inference, layout: Layout) -> dict[str, Any]:
     """Return everything that determines features, for the settings of a folder."""
     data, views = encoder.data, layout.views
-    chosen = {"clips": views.clips, "crops": views.crops}
+    chosen: dict[str, Any] = {"clips": views.clips, "crops": views.crops}
+    if layout.windows:
+        chosen = {"window_stride": views.every}
     return {
         **trained.describe(),
-        **({"window_stride": views.every} if layout.windows else chosen),
+        **chosen,
         "checkpoint": str(trained.path.resolve()),
         "features": "tokens" if layout.tokens else "pooled",
         "dtype": layout.dtype,
@@ -118,7 +119,8 @@ def extract(
                     continue
                 features = _features(encoder, layout, part, folder.manifest.files[place])
                 if place not in growing:
-                    growing[place] = folder.begin(place, part.num_views)
+                    path = folder.features_of(folder.manifest.files[place])
+                    growing[place] = GrowingFile(path, part.num_views, layout)
                 growing[place].add(features, part.frames[:, 0])
                 if is_last := growing[place].views == part.num_views:
                     folder.finish(place, growing.pop(place), part.num_frames)
@@ -153,8 +155,7 @@ class FeatureFolder:
         self.manifest = manifest
         self.layout = layout
         self._names = file_names(manifest.files, base)
-        self._entries: dict[str, tuple[int, int]] = {}
-        """Numbers of frames and views of each video that is done."""
+        self._entries: dict[str, tuple[int, int]] = {}  # frames and views of each that is done
 
     def __len__(self) -> int:
         """Videos whose features are there."""
@@ -167,12 +168,7 @@ class FeatureFolder:
         return self.path / "starts" / f"{self._names[video]}.npy"
 
     def claim(self, settings: Mapping[str, Any]) -> None:
-        """Lock the folder for these settings, and find the features that are there already.
-
-        Raises:
-            FileExistsError: it holds something else.
-            BlockingIOError: another program writes to it.
-        """
+        """Lock the folder for these settings as :func:`jobs.claim`, and find what is there."""
         self._journal = claim(self.path, settings, holds="features", unrelated=UNRELATED)
         self.close = weakref.finalize(self, self._journal.close)
         self.bad_files.unlink(missing_ok=True)  # they are tried again
@@ -188,9 +184,6 @@ class FeatureFolder:
         first = {video: place for place, video in reversed([*enumerate(self.manifest.files)])}
         return sorted(place for video, place in first.items() if video not in self._entries)
 
-    def begin(self, place: int, views: int) -> "GrowingFile":
-        return GrowingFile(self.features_of(self.manifest.files[place]), views, self.layout)
-
     def finish(self, place: int, growing: "GrowingFile", num_frames: int) -> None:
         video = self.manifest.files[place]
         if self.layout.windows:
@@ -203,29 +196,25 @@ class FeatureFolder:
     def write_index(self) -> None:
         """Write ``index.csv`` in the order of the manifest."""
         rows: list[list[object]] = []
-        last = ["starts"] * self.layout.windows
         names = self.manifest.label_names or ()
         for video, label in zip(self.manifest.files, self.manifest.labels, strict=True):
             if video in self._entries:
                 name = names[label] if 0 <= label < len(names) else ""
                 file = f"{self._names[video]}.npy"
-                starts = [f"{folder}/{file}" for folder in last]
-                entry = self._entries[video]
-                rows.append([video, f"features/{file}", label, name, *entry, *starts])
-        write_table(self.path / "index.csv", [*COLUMNS, *last], rows)
+                rows.append([video, f"features/{file}", label, name, *self._entries[video]])
+                rows[-1] += [f"starts/{file}"] * self.layout.windows
+        header = [*COLUMNS, *["starts"] * self.layout.windows]
+        write_table(self.path / "index.csv", header, rows)
 
     def _is_there(self, video: str, views: int) -> bool:
         """Whether the arrays are there; a file that is cut short does not map."""
-        expected: list[tuple[Path, tuple[int, ...], str]]
-        shape = (views, *self.layout.view_shape)
-        expected = [(self.features_of(video), shape, self.layout.dtype)]
-        expected += [(self.starts_of(video), (views,), "int64")] * self.layout.windows
         try:
-            arrays = [np.load(path, mmap_mode="r") for path, *_ in expected]
+            features = np.load(self.features_of(video), mmap_mode="r")
+            starts = np.load(self.starts_of(video)) if self.layout.windows else range(views)
         except (OSError, ValueError, EOFError):
             return False
-        found = [(array.shape, str(array.dtype)) for array in arrays]
-        return found == [(shape, dtype) for _, shape, dtype in expected]
+        found = features.shape, str(features.dtype), len(starts)
+        return found == ((views, *self.layout.view_shape), self.layout.dtype, views)
 
 
 class GrowingFile:
@@ -254,19 +243,19 @@ class GrowingFile:
 
 
 def file_names(files: Iterable[str], base: Path) -> dict[str, str]:
-    """Return a file name for each video that no other video has: -> by path
+    """Return a file name for each video that no other video has: its path from ``base`` on.
 
-    It is the path from ``base`` on. Where that will not do (odd characters, too many characters,
-    or another path that differs only in capitals) a part of the digest of the path follows.
+    Where that will not do (odd characters, too many characters, or another path that differs only
+    in capitals) a part of the digest of the path follows.
     """
     start = str(base).rstrip("/") + "/"
     paths = {file: str(Path(file)).removeprefix(start) for file in files}
     alike = Counter(path.casefold() for path in paths.values())
     names = {}
     for file, path in paths.items():
-        name = BETWEEN_FOLDERS.join(UNSAFE.sub("_", part) for part in path.split("/"))
-        same = name.replace(BETWEEN_FOLDERS, "/") == path
-        if not same or len(name) > LONGEST_NAME or alike[path.casefold()] > 1:
+        name = UNSAFE.sub("_", path).replace("/", "+")
+        is_same = name.replace("+", "/") == path
+        if not is_same or len(name) > LONGEST_NAME or alike[path.casefold()] > 1:
             mark = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:10]
             name = f"{name[-LONGEST_NAME:]}-{mark}"
         names[file] = name

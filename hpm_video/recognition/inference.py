@@ -4,14 +4,15 @@ import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
+from einops import reduce
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpm_video.config.choices import DecoderChoice
 from hpm_video.config.data import DataConfig
@@ -27,7 +28,7 @@ from hpm_video.files.wording import counted, plural
 from hpm_video.models.encoder import ClipEncoder
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.recognition.trained_model import TrainedClassifier, TrainedModel
-from hpm_video.tokens.pixels import normalise
+from hpm_video.tokens.patches import normalise
 from hpm_video.tokens.views import View, mask_of_view, standardise_by_view
 from hpm_video.training.device import AUTOCAST, Precision
 from hpm_video.training.distributed import Processes
@@ -88,24 +89,21 @@ def each_video(
 
     Unless bad files are excluded, only further failures are wanted after the first one.
     """
-    left = iter(positions)
-    failed = False
+    left, failed, views = iter(positions), False, clips.views.count
     with closing(reading.batches(clips, positions, max_clips)) as batches:
         for batch in batches:
             failures = {failure.path: failure for failure in batch.failures}
             failed = failed or bool(failures)
-            wanted = len(batch.clips) > 0 and (reading.exclude_bad_files or not failed)
-            if wanted:
+            means = None
+            if len(batch.clips) and (reading.exclude_bad_files or not failed):
                 with torch.no_grad():
-                    of_views = values(batch.clips).double().cpu().numpy()
-                shape = (-1, clips.views.count, of_views.shape[1])
-                means = iter(of_views.reshape(shape).mean(axis=1))
-            of_batch = len(batch.clips) // clips.views.count + len(batch.failures)
-            for position in islice(left, of_batch):
+                    of_views = values(batch.clips).double()
+                means = iter(reduce(of_views, "(b r) k -> b k", "mean", r=views).cpu().numpy())
+            for position in islice(left, len(batch.clips) // views + len(batch.failures)):
                 file = clips.manifest.files[position]
                 if file in failures:
                     yield position, failures[file]
-                elif wanted:
+                elif means is not None:
                     yield position, next(means)
 
 
@@ -123,10 +121,9 @@ class VideoValues:
         return np.asarray(self.manifest.labels, dtype=np.int64)
 
     @property
-    def excluded(self) -> NDArray[np.bool_]:
-        """(videos,) which of them did not decode."""
-        gone: NDArray[np.bool_] = np.isnan(self.values[:, 0])
-        return gone
+    def excluded(self) -> Any:
+        """(videos,) bool, which of them did not decode."""
+        return np.isnan(self.values[:, 0])
 
 
 def over_videos(
@@ -136,9 +133,7 @@ def over_videos(
     processes: Processes,
     max_clips: int = CLIPS_PER_PASS,
 ) -> VideoValues:
-    """Return the values of each video, averaged over its views.
-
-    Each process computes its share, and all get all of them.
+    """Return the values of each video, averaged over its views. All processes share the work.
 
     Raises:
         BadFilesError: videos do not decode, and are not to be excluded or are all that there are.
@@ -151,8 +146,7 @@ def over_videos(
             own.append(video)
             bar.advance()
     found = processes.gather(own)
-    failures = [value for _, value in found if isinstance(value, Failure)]
-    failures.sort(key=lambda failure: failure.path)
+    failures = sorted((it for _, it in found if isinstance(it, Failure)), key=attrgetter("path"))
     means = {place: value for place, value in found if not isinstance(value, Failure)}
     if failures and not (reading.exclude_bad_files and means):
         raise BadFilesError(failures, len(clips), REPAIR)
@@ -162,24 +156,19 @@ def over_videos(
     clips.bad |= {failure.path: failure for failure in failures}  # no process tries them again
     table = np.full((len(clips), len(next(iter(means.values())))), np.nan)
     for place, mean in means.items():
+        table[place] = mean
         if not np.isfinite(mean).all():
             raise CheckpointError(
                 f"the output of the model for {clips.manifest.files[place]} is not finite: its "
                 f"weights have diverged, or bf16 does not hold them. Take an earlier checkpoint, "
                 f"or fp32"
             )
-        table[place] = mean
     assert len(means) + len(failures) == len(clips)
     return VideoValues(clips.manifest, table)
 
 
 def find_failures(clips: ValidationClips, reading: Reading, processes: Processes) -> None:
-    """Decode validation clips once, so that a bad file can stop a run before it begins.
-
-    Raises:
-        BadFilesError: as :func:`over_videos`.
-        DecodeError: likewise, where ``clips`` do not report failures.
-    """
+    """Decode validation clips once, so that a bad file stops a run, as a BadFilesError, early."""
     over_videos(lambda batch: torch.zeros(len(batch), 1), clips, reading, processes)
 
 
@@ -195,9 +184,8 @@ class Inference:
 
     @classmethod
     def load(cls, trained: TrainedModel, device: torch.device, precision: Precision) -> "Inference":
-        clips = CLIPS_PER_PASS
-        if isinstance(trained, TrainedClassifier):
-            clips = trained.config.test.clips_per_pass
+        is_tested = isinstance(trained, TrainedClassifier)
+        clips = trained.config.test.clips_per_pass if is_tested else CLIPS_PER_PASS
         return cls(trained.encoder().to(device), trained.data, device, precision, clips)
 
     def tokens(self, clips: Tensor) -> Tensor:
@@ -220,18 +208,18 @@ class Inference:
         depth = len(self.model.blocks)
         if odd := [block for block in blocks if not -depth <= block < depth]:
             raise ValueError(f"the encoder has the blocks 0 to {depth - 1}, got {odd[0]}")
-        outputs: dict[int, Tensor] = {}
-
-        def keep(block: int, *called: Any) -> None:
-            outputs[block] = self.model.of_clip(called[-1])
+        outputs: dict[nn.Module, Tensor] = {}
 
         def stacked(part: Tensor) -> Tensor:
             self.model.encode(part)
-            return torch.stack([outputs[block % depth] for block in blocks], dim=1)
+            wanted = [outputs[self.model.blocks[block]] for block in blocks]
+            return torch.stack([self.model.of_clip(tokens) for tokens in wanted], dim=1)
 
         with ExitStack() as hooks:
-            for block in {block % depth for block in blocks}:
-                hook = self.model.blocks[block].register_forward_hook(partial(keep, block))
+            for block in blocks:
+                hook = self.model.blocks[block].register_forward_hook(
+                    lambda module, _, tokens: outputs.update({module: tokens})
+                )
                 hooks.callback(hook.remove)
             return self._in_passes(stacked, clips).unbind(1)
 
@@ -268,10 +256,10 @@ class Inference:
 def describe_pass(count: int, views: Views, trained: TrainedModel, inference: Inference) -> str:
     """Describe the views, videos and model of a pass."""
     data, (height, width) = inference.data, inference.data.frame_size
-    which = f"{views.clips} x {views.crops} {plural(views.count, 'view')}"
-    which = which if views.every is None else f"a clip every {views.every} frames"
-    is_spread = data.sampling == "segments" and views.every is None
-    apart = "spread over it" if is_spread else f"at {data.pace}"
+    which, apart = f"a clip every {views.every} frames", f"at {data.pace}"
+    if views.every is None:
+        which = f"{views.clips} x {views.crops} {plural(views.count, 'view')}"
+        apart = "spread over it" if data.sampling == "segments" else apart
     return (
         f"{counted(count, 'video')}, {which} of each: {counted(data.num_frames, 'frame')} of "
         f"{height} x {width} {apart}; {trained.weights} of update {trained.update}; "

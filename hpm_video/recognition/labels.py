@@ -12,11 +12,7 @@ log = logging.getLogger(__name__)
 
 
 def read_label_names(path: Path) -> tuple[str, ...]:
-    """Read a list of class names: that of class i in line i.
-
-    Raises:
-        ManifestError: there is no such file, or it is not such a list.
-    """
+    """Read a list of class names, that of class i in line i. ManifestError: it is no such list."""
     names = [name.strip() for name in read_text(path, ManifestError).rstrip().splitlines()]
     if not all(names) or not names:
         raise ManifestError(f"{path} must have the name of class i in line i, and no empty line")
@@ -24,11 +20,7 @@ def read_label_names(path: Path) -> tuple[str, ...]:
 
 
 def check_classes(manifest: Manifest, names: Sequence[str], what: str) -> None:
-    """Make sure that every video has a class, and that the manifest numbers them as ``names`` does.
-
-    Raises:
-        ManifestError: a video has none, or one beyond ``names``, or a class has another name.
-    """
+    """Raise a ManifestError unless every video has a class, numbered as ``names`` does."""
     for file, label in zip(manifest.files, manifest.labels, strict=True):
         if not 0 <= label < len(names):
             has = "no label" if label < 0 else f"label {label}"
@@ -45,11 +37,7 @@ def check_classes(manifest: Manifest, names: Sequence[str], what: str) -> None:
 
 
 def numbered_as(names: Sequence[str] | None, manifest: Manifest) -> Manifest:
-    """Number classes that are folders as ``names`` does, where they may lack some of them.
-
-    Raises:
-        ManifestError: a folder is none of those classes.
-    """
+    """Number class folders as ``names`` does; they may lack some. ManifestError: one is none."""
     if not (names and manifest.has_class_folders and manifest.label_names):
         return manifest
     own = manifest.label_names
@@ -72,10 +60,7 @@ def class_names(
 ) -> tuple[str, ...]:
     """Return the name of each class: from a file, the training manifest, or else its number.
 
-    ``count``: of the classes, where it is known.
-
-    Raises:
-        ManifestError: a video has no label or one beyond the classes, or names or numbers differ.
+    ``count``: of the classes, where it is known. ManifestError: labels or names do not fit.
     """
     if file is not None:
         names = read_label_names(Path(file).expanduser())

@@ -12,7 +12,7 @@ from hpm_video.config.data import AugmentationConfig
 from hpm_video.data.batch import ClipBatch
 from hpm_video.decoding.locations import base_name
 from hpm_video.randomness import global_generators, key_of
-from hpm_video.tokens.pixels import normalise
+from hpm_video.tokens.patches import normalise
 from hpm_video.training.ema import EmaUpdate, MomentumSchedule, WithEma, ema_update_module
 from hpm_video.training.objective import Losses, Model
 from hpm_video.training.progress import Progress
@@ -44,7 +44,7 @@ class Classification(WithEma[nn.Module]):
         self._seed = seed
 
     def settings(self, progress: Progress) -> dict[str, float]:  # noqa: ARG002
-        """What the schedules say at ``progress``, for the log: nothing changes."""
+        """Nothing: there are no schedules."""
         return {}
 
     def losses(self, student: Model, batch: ClipBatch, progress: Progress) -> Losses:

@@ -16,10 +16,8 @@ from hpm_video.recognition.inference import VideoValues
 Array = NDArray[np.floating[Any]]
 Labels = NDArray[np.int64]
 
-NEIGHBOURS = (10, 20, 100, 200)  # numbers of neighbours that are customary
 TEMPERATURE = 0.07
-PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Penalties of logistic regression, chosen from by cross-validation on the training videos."""
+PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of logistic regression, to choose from
 FOLDS = 3
 TOLERANCE = 1e-8  # largest entry of the objective's gradient at which a fit is finished
 MAX_STEPS = 3000
@@ -42,13 +40,10 @@ def nearest_neighbours(
     train: VideoValues,
     test: VideoValues,
     num_classes: int,
-    neighbours: Sequence[int] = NEIGHBOURS,
+    neighbours: Sequence[int],
     temperature: float = TEMPERATURE,
 ) -> dict[int, VideoValues]:
-    """Classify by votes of the nearest training videos: -> scores for each number of neighbours
-
-    Raises ValueError where there are fewer training videos than neighbours.
-    """
+    """Classify by votes of the nearest training videos: -> scores for each number of neighbours"""
     (bank, labels), (queries, _) = samples_of(train), samples_of(test)
     found = knn_probabilities(queries, bank, labels, neighbours, num_classes, temperature)
     return {k: as_scores(test, probabilities) for k, probabilities in found.items()}
@@ -65,8 +60,7 @@ def knn_probabilities(
     """Class shares for each number of neighbours: (Q, D), (S, D), (S,) -> (Q, K) each
 
     The k samples of the bank that are nearest by cosine similarity vote for their class, each with
-    exp(similarity / temperature); a row of shares sums to 1. The similarities are computed once, in
-    chunks of bounded size. Of samples that are equally near, any may be the last one that votes.
+    exp(similarity / temperature); a row of shares sums to 1.
     """
     from sklearn.neighbors import NearestNeighbors
 
@@ -86,10 +80,7 @@ def knn_probabilities(
 def logistic_regression(
     train: VideoValues, test: VideoValues, num_classes: int
 ) -> tuple[float, VideoValues]:
-    """Classify by multinomial logistic regression, solved to the optimum: -> penalty and scores
-
-    The penalty on the weights is chosen by cross-validation on the training videos alone.
-    """
+    """Classify by multinomial logistic regression, solved to the optimum: -> penalty and scores"""
     (samples, labels), (queries, _) = samples_of(train), samples_of(test)
     penalty = choose_penalty(samples, labels, PENALTIES)
     found = logistic_probabilities(samples, labels, queries, penalty, num_classes)
@@ -123,17 +114,12 @@ def logistic_probabilities(
     return probabilities
 
 
-def choose_penalty(
-    features: Array, labels: Labels, penalties: Sequence[float], *, seed: int = 0
-) -> float:
+def choose_penalty(features: Array, labels: Labels, penalties: Sequence[float]) -> float:
     """Choose the penalty that is best on left-out training samples, of equals the largest.
 
-    (S, D), (S,) int -> one of ``penalties``
-
-    Each fold of the samples is left out once, and holds an equal share of every class. Rows must
-    be independent of each other: one for each video, not several clips of it.
+    Each fold of the (S, D) samples is left out once, and holds an equal share of every class.
     """
-    fold_of, count = split_in_folds(labels, FOLDS, seed), int(labels.max()) + 1
+    fold_of, count = split_in_folds(labels, FOLDS, seed=0), int(labels.max()) + 1
 
     def correct(penalty: float) -> int:
         found = 0

@@ -32,8 +32,7 @@ def ranks_of(scores: VideoValues) -> NDArray[np.int64]:
     """
     order = np.argsort(-scores.values, axis=1, kind="stable")
     places = (order == scores.labels[:, None]).argmax(axis=1)
-    ranks: NDArray[np.int64] = np.where(scores.excluded, scores.values.shape[1], places)
-    return ranks
+    return np.where(scores.excluded, scores.values.shape[1], places)
 
 
 def score_videos(
@@ -52,9 +51,8 @@ def score_videos(
     """
     manifest = numbered_as(label_names, manifest)
     check_classes(manifest, label_names, "the videos of the test")
-    clips = reading.clips(manifest, classifier.data, views)
-    values, per_pass = classifier.probabilities, classifier.clips_per_pass
-    return over_videos(values, clips, reading, processes, per_pass)
+    clips, per_pass = reading.clips(manifest, classifier.data, views), classifier.clips_per_pass
+    return over_videos(classifier.probabilities, clips, reading, processes, per_pass)
 
 
 def describe_test(
@@ -80,11 +78,13 @@ def summarise(scores: VideoValues, label_names: Sequence[str]) -> dict[str, Any]
         {
             "label": label,
             "name": name,
-            "videos": int(counts[label]),
-            "correct": int(correct[label]),
-            "top1": float(correct[label] / counts[label]) if counts[label] else None,
+            "videos": videos,
+            "correct": right,
+            "top1": right / videos if videos else None,
         }
-        for label, name in enumerate(label_names)
+        for label, (name, videos, right) in enumerate(
+            zip(label_names, counts.tolist(), correct.tolist(), strict=True)
+        )
     ]
     there = counts > 0
     return {
@@ -105,12 +105,12 @@ def write_results(
     header = ["path", "label", "label_name", "prediction", "prediction_name", "correct"]
     header += [f"probability of {name}" for name in label_names]
     rows: list[list[object]] = []
-    listed = scores.manifest
-    for file, label, row in zip(listed.files, listed.labels, scores.values, strict=True):
-        predicted: list[object] = ["", "", 0, *[""] * len(row)]
-        if not np.isnan(row[0]):  # otherwise it is excluded, and has no prediction
-            best = int(row.argmax())
-            predicted = [best, label_names[best], int(best == label), *np.round(row, 6)]
+    files, labels = scores.manifest.files, scores.manifest.labels
+    for file, label, row in zip(files, labels, scores.values, strict=True):
+        best = int(row.argmax())
+        predicted = [best, label_names[best], int(best == label), *np.round(row, 6)]
+        if np.isnan(row[0]):  # it is excluded
+            predicted = ["", "", 0, *[""] * len(row)]
         rows.append([file, label, label_names[label], *predicted])
     write_report(folder / "predictions.csv", header, rows)
     # The folder names run, checkpoint, weights, views and list, unless the user named it.
@@ -125,8 +125,7 @@ def confusion_counts(scores: VideoValues) -> NDArray[np.int64]:
 
     there, classes = ~scores.excluded, np.arange(scores.values.shape[1])
     predicted = scores.values[there].argmax(axis=1)
-    counts: NDArray[np.int64] = confusion_matrix(scores.labels[there], predicted, labels=classes)
-    return counts
+    return np.asarray(confusion_matrix(scores.labels[there], predicted, labels=classes))
 
 
 def draw_confusion(

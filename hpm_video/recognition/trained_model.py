@@ -68,17 +68,13 @@ class ClipChoice:
 
 @dataclass(frozen=True)
 class TrainedModel(ABC):
-    """A model in a checkpoint folder, a single file or memory.
-
-    Its weights are read when they are needed.
-    """
+    """A model in a checkpoint folder, a single file or memory; its weights are read when needed."""
 
     path: Path
     weights: WeightsOf
     update: int
     data: DataConfig  # the clips that the encoder is to see
-    config: AnyConfig
-    """Of a classifier with the grid of pre-training, and the weights that were chosen."""
+    config: AnyConfig  # of a classifier with the grid of pre-training and the chosen weights
     label_names: tuple[str, ...] = ()
     origin: str = ""  # the text of origin.json, where the weights were imported
     held: dict[str, Tensor] | None = None  # its weights, where they are in memory
@@ -90,15 +86,15 @@ class TrainedModel(ABC):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        if self.held is not None:
-            return self.held
-        return read_weights(self.path, self.config.model.patch_size, self.file)
+        return self._read(self.file) if self.held is None else self.held
 
     @property
     def teacher(self) -> dict[str, Tensor] | None:
         """The weights of a teacher beside a student's."""
-        there, patch_size = self.path / "teacher.safetensors", self.config.model.patch_size
-        return read_weights(self.path, patch_size, "teacher") if there.is_file() else None
+        return self._read("teacher") if (self.path / "teacher.safetensors").is_file() else None
+
+    def _read(self, file: str) -> dict[str, Tensor]:
+        return read_weights(self.path, self.config.model.patch_size, file)
 
     @property
     def is_classifier(self) -> bool:
@@ -161,6 +157,10 @@ class TrainedAutoencoder(TrainedModel):
     """A masked autoencoder of pre-training."""
 
     config: PretrainConfig
+    instead = (
+        "is of pre-training, and a classifier is needed; train one: "
+        "./run_finetune.sh CONFIG init_weights={}"
+    )
 
     def make(self) -> MaskedAutoencoder:
         return build_student(self.config)
@@ -188,6 +188,10 @@ class TrainedClassifier(TrainedModel):
     """A classifier of fine-tuning."""
 
     config: FinetuneConfig
+    instead = (
+        "is of a classifier, and one of pre-training is needed; give a checkpoint of "
+        "./run_pretrain.sh"
+    )
 
     def make(self) -> ClipClassifier:
         return build_classifier(self.config, len(self.label_names))
@@ -228,20 +232,17 @@ def open_trained(
         config = load_any_config(folder / "config.yaml", overrides)
         kind: Any = TrainedAutoencoder if isinstance(config, PretrainConfig) else TrainedClassifier
         if not issubclass(kind, wanted):
-            raise CheckpointError(_WRONG_KIND[kind].format(path=path))
-        weights, names = _choose(path, folder, config, weights), tuple[str, ...]()
-        if kind is TrainedClassifier:
-            names = read_label_names(folder / "labels.txt")
+            raise CheckpointError(f"{path} {kind.instead.format(path)}")
+        weights = _choose(path, folder, config, weights)
+        is_classifier = isinstance(config, FinetuneConfig)
+        names = read_label_names(folder / "labels.txt") if is_classifier else ()
         held = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         check_sizes(config, len(names), held, path)
         update, data = read_state(folder)["update"], clips.of(config.data)
         if isinstance(config, FinetuneConfig):
-            config = replace(
-                config,
-                test=replace(config.test, weights="average" if weights == "average" else "model"),
-                data=data,
-                model=replace(config.model, pretrained_grid=source_grid_of(config)),
-            )
+            test = replace(config.test, weights="average" if weights == "average" else "model")
+            model = replace(config.model, pretrained_grid=source_grid_of(config))
+            config = replace(config, test=test, data=data, model=model)
         origin = folder / "origin.json"
         text = origin.read_text(encoding="utf-8") if origin.is_file() else ""
         found = kind(path, weights, update, data, config, names, text)
@@ -249,18 +250,9 @@ def open_trained(
     return found
 
 
-_WRONG_KIND: dict[type[TrainedModel], str] = {
-    TrainedAutoencoder: "{path} is of pre-training, and a classifier is needed; train one: "
-    "./run_finetune.sh CONFIG init_weights={path}",
-    TrainedClassifier: "{path} is of a classifier, and one of pre-training is needed; give a "
-    "checkpoint of ./run_pretrain.sh",
-}
-
-
 def _choose(path: Path, folder: Path, config: AnyConfig, asked: WeightsOf | None) -> WeightsOf:
-    if isinstance(config, PretrainConfig):
-        known, chosen = (*OF_PRETRAINING, "untrained"), asked or OF_PRETRAINING[0]
-    else:
+    known, chosen = (*OF_PRETRAINING, "untrained"), asked or OF_PRETRAINING[0]
+    if isinstance(config, FinetuneConfig):
         known, chosen = OF_CLASSIFIER, asked or config.test.weights
     there = [name for name in known if (folder / f"{_file_of(name)}.safetensors").is_file()]
     if chosen not in known or (there and chosen not in (*there, "untrained")):

@@ -1,4 +1,4 @@
-"""Patches of clips, and targets made of their pixels: raw or standardised."""
+"""Pixels normalised for models, patches of clips, and targets made of them."""
 
 from typing import Literal, NamedTuple
 
@@ -19,6 +19,31 @@ class PatchStatistics(NamedTuple):
 
     mean: Tensor
     scale: Tensor
+
+
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """0..255 -> 0..1: (...) uint8 -> (...) float32. TypeError: of others the range is not known."""
+    if pixels.dtype != torch.uint8:
+        raise TypeError(
+            f"pixels must be uint8, from 0 to 255, got {pixels.dtype}; where they are numbers from "
+            "0 to 1, give (255 * pixels).round().to(torch.uint8)"
+        )
+    return pixels.to(torch.float32) / 255
+
+
+def normalise(
+    pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...], *, channel_axis: int = 1
+) -> Tensor:
+    """Pixels in [0, 1] less the mean of a channel, by its std: (..., C, ...) uint8 -> float32"""
+    shape = [1] * pixels.ndim
+    shape[channel_axis] = len(mean)
+    centre = _on_device(mean, pixels.device).view(shape)
+    return (to_unit_range(pixels) - centre) / _on_device(std, pixels.device).view(shape)
+
+
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Fill values in on the device: copying them would make the host wait for it."""
+    return torch.stack([torch.full((), value, device=device) for value in values])
 
 
 def patchify(clips: Tensor, patch_size: Size3) -> Tensor:

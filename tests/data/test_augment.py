@@ -18,7 +18,7 @@ from hpm_video.config.data import TIMMS_STRING, AugmentationConfig
 from hpm_video.data.augment import Augmentation, random_box
 from hpm_video.data.transforms import Box
 from hpm_video.randomness import global_generators
-from hpm_video.tokens.pixels import normalise
+from hpm_video.tokens.patches import normalise
 
 RAND_AUGMENT = "rand-m7-n4-mstd0.5-inc1"
 AREA, RATIO = (0.08, 1.0), (0.75, 1.333)

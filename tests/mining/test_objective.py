@@ -9,10 +9,9 @@ from geometry import Geometry
 import hpm_video
 from hpm_video.config.choices import TransformerSize
 from hpm_video.data.batch import ClipBatch
-from hpm_video.mining.fidelity import measure_levers
 from hpm_video.mining.objective import HardPatchesMining, named
 from hpm_video.mining.targets import FeatureTarget, PixelTarget
-from hpm_video.mining.validation import measure, trivial_difficulties
+from hpm_video.mining.validation import measure, measure_levers, trivial_difficulties
 from hpm_video.models.masked_autoencoder import Prediction
 from hpm_video.runs.pretraining import describe_sources
 from hpm_video.tokens.grid import TokenGrid

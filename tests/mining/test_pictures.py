@@ -4,11 +4,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 import torch
 from geometry import Geometry
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,7 +28,6 @@ from hpm_video.mining.pictures import (
     draw_animation,
     draw_sheet,
     make_panels,
-    save_animation,
     save_sheet,
     to_ranks,
     write_pictures,
@@ -106,6 +106,14 @@ def pixels_of(flags: np.ndarray, study: Study) -> np.ndarray:
     return np.kron(lattice, np.ones(study.patch_size, dtype=int)).astype(bool)
 
 
+def images_of(sheet: Figure) -> list[np.ndarray]:
+    return [np.asarray(axes.images[0].get_array()) for axes in sheet.axes]
+
+
+def texts_of(sheet: Figure) -> list[str]:
+    return list(dict.fromkeys(text.get_text() for text in sheet.findobj(Text)))
+
+
 # What is measured
 
 
@@ -138,11 +146,9 @@ def test_hidden_pixels_give_nothing_away_without_ground_truth() -> None:
     changed = batch.clips.clone()
     changed[0, :, torch.from_numpy(hidden)] = 7
     predicted = torch.randn(1, mask.masked_ids.shape[1], 3 * 2 * 8 * 8)
-    for ground_truth, same in (False, True), (True, False):
+    for source, same in ("visible", True), ("input", False):
         first, second = (
-            reconstruct(
-                predicted, clips, mask, objective.target, ground_truth_statistics=ground_truth
-            )
+            reconstruct(predicted, clips, mask, objective.target, source)
             for clips in (batch.clips, changed)
         )
         assert torch.equal(first, second) == same
@@ -181,7 +187,7 @@ def test_the_error_is_averaged_over_the_masks_that_hide_a_token() -> None:
 def test_an_error_is_unknown_where_no_mask_hid_the_token() -> None:
     study = make_study(num_masks=1)
     assert np.isnan(study.true_error).sum() == study.grid.num_tokens - study.masked.sum()
-    assert draw_sheet(study).size[0] > 0
+    assert images_of(draw_sheet(study))
 
 
 def test_the_mask_hides_the_hardest_and_says_which() -> None:
@@ -213,7 +219,7 @@ def test_a_plain_masked_autoencoder_has_no_prediction_and_a_random_mask() -> Non
         "Mask",
         "Reconstruction",
     ]
-    assert draw_sheet(study).size[0] > 0
+    assert images_of(draw_sheet(study))
 
 
 def test_clips_are_studied_alike_alone_and_in_a_batch() -> None:
@@ -271,22 +277,15 @@ def test_any_size_is_drawn(size: Size3, patch: Size3) -> None:
     for panel in make_panels(study):
         assert panel.frames.shape == (*size, 3)
         assert panel.frames.dtype == np.uint8
-    images = draw_animation(study)
-    assert len(images) == size[0]
-    assert len({image.size for image in images}) == 1
-    assert all(side % 2 == 0 for side in images[0].size)
-    assert draw_sheet([study] * 3).size[0] > 0
+    assert len(images_of(draw_sheet([study] * 3))) == 3
 
 
 def test_a_sheet_shows_the_frames_themselves() -> None:
-    study = make_study((2, 16, 16))
-    sheet = np.asarray(draw_sheet(study))
-    frame = study.frames[0].repeat(18, axis=0).repeat(18, axis=1)  # 16 -> 288 pixels
-    windows = np.lib.stride_tricks.sliding_window_view(sheet[..., 0], 288, axis=1)
-    rows, columns = np.nonzero((windows == frame[0, :, 0]).all(axis=-1))
-    assert len(rows)
-    top, left = rows[0], columns[0]
-    np.testing.assert_array_equal(sheet[top : top + 288, left : left + 288], frame)
+    study = make_study((4, 16, 24))
+    (image,) = images_of(draw_sheet(study, [1, 2]))
+    np.testing.assert_array_equal(image[:16, :24], study.frames[1])
+    np.testing.assert_array_equal(image[:16, -24:], study.frames[2])
+    np.testing.assert_array_equal(image[-16:, :24], study.reconstruction[1])
 
 
 def test_the_mask_shows_visible_patches_and_tints_those_hidden_for_being_hard() -> None:
@@ -308,42 +307,26 @@ def test_an_error_that_is_not_known_is_not_drawn_as_one() -> None:
     assert not (errors[~unknown] == pictures.UNKNOWN).all(axis=-1).any()
 
 
-@pytest.fixture
-def texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What pictures say."""
-    texts: list[str] = []
-    original = pictures.draw_text
-
-    def noted(text: str, *arguments: Any, **options: Any) -> Image.Image:
-        texts.append(text)
-        return original(text, *arguments, **options)
-
-    monkeypatch.setattr(pictures, "draw_text", noted)
-    return texts
-
-
-def test_an_image_has_no_numbers_of_frames_and_is_called_one(texts: list[str]) -> None:
-    draw_sheet(make_study((1, 16, 16), (1, 8, 8)))
+def test_an_image_has_no_numbers_of_frames_and_is_called_one() -> None:
+    texts = texts_of(draw_sheet(make_study((1, 16, 16), (1, 8, 8))))
     assert not [text for text in texts if text.startswith("frame ") or "clip" in text[6:]]
     assert "hardest patch of the image" in texts
-    draw_sheet(make_study((4, 16, 16)))
+    texts = texts_of(draw_sheet(make_study((4, 16, 16))))
     assert [text for text in texts if text.startswith("frame ")] == ["frame 1", "frame 3"]
     assert "hardest patch of the clip" in texts
 
 
-def test_a_sheet_says_what_was_studied_and_which_frames(texts: list[str]) -> None:
+def test_a_sheet_says_what_was_studied_and_which_frames(tmp_path: Path) -> None:
     moments = [f"{i} s" for i in range(4)]
-    sheet = draw_sheet(make_study((4, 16, 16)), title="a run, a video", moments=moments)
-    assert sum(text.startswith("a run, a video\n") for text in texts) == 1
+    odd = dataclasses.replace(make_study((4, 16, 16)), name="a $x_{ \udcff\x1b[2J name")
+    sheet = draw_sheet(odd, title="a run, a $video_{", moments=moments)
+    texts = texts_of(sheet)
+    assert sum(text.startswith("a run, a $video_{\n") for text in texts) == 1
     assert [text for text in texts if text in moments] == ["0 s", "2 s"]
-    assert sheet.width > 2 * pictures.LARGEST_CELL
-
-
-def test_a_strip_has_all_views_side_by_side(texts: list[str]) -> None:
-    study = make_study((8, 16, 16))
-    strip = pictures.draw_strip(study)
-    assert texts == [panel.title for panel in make_panels(study)]
-    assert strip.width > 8 * strip.height
+    assert any(text.startswith(r"a $x_{ \udcff\x1b[2J name") for text in texts)
+    save_sheet(sheet, tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.width > 2 * pictures.LARGEST_CELL * sheet.dpi
 
 
 def test_where_features_are_predicted_nothing_is_reconstructed() -> None:
@@ -360,8 +343,7 @@ def test_where_features_are_predicted_nothing_is_reconstructed() -> None:
         assert titles == ["Input", "True error", "Predicted difficulty", "Mask"]
         assert np.nanmax(one.true_error) <= 4
     assert any("2 - 2 cos" in note for note in pictures._footnotes(studies))
-    assert draw_sheet(studies).size[0] > 0
-    assert len(draw_animation(studies[0])) == VIDEO[0]
+    assert len(images_of(draw_sheet(studies))) == len(studies)
 
 
 def test_clips_of_a_source_are_studied_by_its_own_rule() -> None:
@@ -388,36 +370,27 @@ def test_a_sheet_is_written_in_one_go(tmp_path: Path, monkeypatch: pytest.Monkey
     path = tmp_path / "new folder" / "sheet.png"
     sheet = draw_sheet(make_study())
     save_sheet(sheet, path)
-    with Image.open(path) as image:
-        assert image.size == sheet.size
     whole = path.read_bytes()
 
-    def fail(self: Image.Image, file: Path, **options: object) -> None:
+    def fail(self: Figure, file: Path, **options: object) -> None:
         Path(file).write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(Image.Image, "save", fail)
+    monkeypatch.setattr(Figure, "savefig", fail)
     with pytest.raises(OSError, match="no space"):
         save_sheet(sheet, path)
     assert path.read_bytes() == whole
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_animations_hold_every_frame(tmp_path: Path) -> None:
-    study = make_study()
-    still = dataclasses.replace(study, frames=np.repeat(study.frames[:1], len(study.frames), 0))
-    images = draw_animation(still)
-    save_animation(images, tmp_path / "clip.gif", fps=5)
-    save_animation(images, tmp_path / "clip.mp4", fps=5)
-    with Image.open(tmp_path / "clip.gif") as gif:
-        assert gif.n_frames == len(study.frames)  # type: ignore[attr-defined]
-        assert gif.info["duration"] == 200
-        assert gif.size == images[0].size
-    with av.open(str(tmp_path / "clip.mp4")) as video:
-        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
-    assert len(frames) == len(study.frames)
-    assert frames[0].shape == np.asarray(images[0]).shape
-    assert len(list(tmp_path.iterdir())) == 2
+@pytest.mark.parametrize("size", [VIDEO, (3, 16, 40)])
+def test_animations_hold_every_frame(tmp_path: Path, size: Size3) -> None:
+    study = make_study(size, (1, 8, 8))
+    sheets = draw_animation(study, title="a title")
+    assert len(sheets) == len(study.frames)
+    assert all(side % 2 == 0 for side in sheets[0].shape[:2])
+    assert len({sheet.shape for sheet in sheets}) == 1
+    assert any((sheet != sheets[0]).any() for sheet in sheets)
 
 
 def test_training_writes_the_sheet_of_a_batch(tmp_path: Path) -> None:
@@ -483,14 +456,12 @@ def test_the_tool_writes_what_it_says(
 ) -> None:
     output = video.parent / "pictures"
     options = ["--output", str(output), "--masks", "2", "--device", "cpu"]
-    for form in ("gif", "mp4"):
-        assert show_masks.main([str(checkpoint), str(video), "--animation", form, *options]) == 0
-        written = [f"wrote {output / name}" for name in ("a video.png", f"a video.{form}")]
-        assert capsys.readouterr().out.splitlines() == written
-    names = ["a video.png", "a video.gif", "a video.mp4"]
+    assert show_masks.main([str(checkpoint), str(video), *options]) == 0
+    names = ["a video.png", "a video.mp4"]
+    assert capsys.readouterr().out.splitlines() == [f"wrote {output / name}" for name in names]
     options += ["--animation", "none", "--without-ground-truth", "--start", "9", "--stride", "1"]
-    assert show_masks.main([str(checkpoint), str(video), "--strip", *options]) == 0
-    names += ["a video-without-ground-truth.png", "a video-without-ground-truth-strip.png"]
+    assert show_masks.main([str(checkpoint), str(video), *options]) == 0
+    names += ["a video-without-ground-truth.png"]
     assert sorted(path.name for path in output.iterdir()) == sorted(names)
 
 
@@ -545,7 +516,7 @@ def test_the_tool_says_what_is_wrong_with_an_option(
 def test_the_tool_says_what_is_wrong_with_a_file(
     show_masks: ModuleType, checkpoint: Path, video: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def error_of(*arguments: Path) -> str:
+    def error_of(*arguments: Path | str) -> str:
         assert show_masks.main([str(argument) for argument in arguments]) == 2
         error = capsys.readouterr().err
         assert error.startswith("\nerror: ")
@@ -555,6 +526,8 @@ def test_the_tool_says_what_is_wrong_with_a_file(
         checkpoint, video.with_name("no.mp4")
     )
     assert "is not a file; name a video" in error_of(checkpoint, video.parent)
+    beside = (checkpoint, video, "--output", video.parent, "--masks", "1")
+    assert f"a picture would overwrite {video} itself" in error_of(*beside)
     assert "--source a is for runs that mix sources" in error_of(checkpoint, video, "--source", "a")
     assert "cannot decode" in error_of(checkpoint, checkpoint / "config.yaml")
     content = bytearray(video.read_bytes())

@@ -6,7 +6,7 @@ from geometry import Geometry
 
 from hpm_video.config.choices import TransformerSize
 from hpm_video.tokens.grid import TokenGrid
-from hpm_video.tokens.pixels import normalise
+from hpm_video.tokens.patches import normalise
 from hpm_video.training.optim import layer_decay_of, parameter_groups
 
 CLIP, PATCH, SIZE, CLASSES = (4, 32, 32), (2, 16, 16), TransformerSize(48, 3, 4), 7

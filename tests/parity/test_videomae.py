@@ -9,8 +9,7 @@ from hpm_video.mining.losses import reconstruction_errors
 from hpm_video.models.masked_autoencoder import MaskedAutoencoder
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import TokenMask, choose_masked, units_to_tokens
-from hpm_video.tokens.patches import patchify, standardise
-from hpm_video.tokens.pixels import normalise
+from hpm_video.tokens.patches import normalise, patchify, standardise
 
 videomae = pytest.importorskip("transformers.models.videomae")
 

@@ -12,7 +12,7 @@ from hpm_video.config.choices import TransformerSize
 from hpm_video.mining.targets import PixelTarget
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.masking import STRATEGIES, MaskRule, count_masked
-from hpm_video.tokens.pixels import normalise
+from hpm_video.tokens.patches import normalise
 
 vitmae = pytest.importorskip("transformers.models.vit_mae")
 

@@ -27,10 +27,10 @@ from hpm_video.decoding.registry import open_video
 from hpm_video.files.failures import BadFilesError, Failure
 from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.preparation.encode import write_video
-from hpm_video.recognition.features import FeatureFolder, Layout, file_names
+from hpm_video.recognition.features import FeatureFolder, GrowingFile, Layout, file_names
 from hpm_video.recognition.inference import Inference
 from hpm_video.recognition.trained_model import ClipChoice, TrainedModel, open_trained
-from hpm_video.tokens.pixels import normalise
+from hpm_video.tokens.patches import normalise
 from hpm_video.training.checkpoint import save_checkpoint
 from hpm_video.training.optim import OptimizerState
 
@@ -492,7 +492,7 @@ def test_half_a_line_spoils_nothing(tmp_path):
     journal.write_text('{"path": "/v/a.mp4", "num_fr')
     folder = claimed()
     assert index.read_text() == header
-    growing = folder.begin(1, views=1)
+    growing = GrowingFile(folder.features_of("/v/b.mp4"), 1, folder.layout)
     growing.add(np.ones((1, 2), np.float32), np.zeros(1, np.int64))
     folder.finish(1, growing, num_frames=9)
     folder.close()

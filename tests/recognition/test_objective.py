@@ -10,7 +10,7 @@ from hpm_video.config.data import AugmentationConfig
 from hpm_video.data.batch import ClipBatch
 from hpm_video.recognition.objective import Classification, Mixing
 from hpm_video.tokens.grid import TokenGrid
-from hpm_video.tokens.pixels import normalise
+from hpm_video.tokens.patches import normalise
 from hpm_video.training.ema import MomentumSchedule, make_ema
 from hpm_video.training.engine import TorchEngine
 from hpm_video.training.metrics import Meter

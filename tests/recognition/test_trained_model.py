@@ -27,7 +27,7 @@ from hpm_video.recognition.trained_model import (
     open_trained,
 )
 from hpm_video.tokens.grid import TokenGrid
-from hpm_video.tokens.pixels import normalise
+from hpm_video.tokens.patches import normalise
 from hpm_video.training.checkpoint import save_checkpoint
 from hpm_video.training.distributed import Processes, joined_processes
 from hpm_video.training.optim import OptimizerState

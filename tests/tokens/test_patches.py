@@ -4,13 +4,13 @@ from torch.nn import functional as F
 
 from hpm_video.tokens.grid import TokenGrid
 from hpm_video.tokens.patches import (
+    normalise,
     patch_mean_errors,
     patch_statistics,
     patchify,
     standardise,
     unpatchify,
 )
-from hpm_video.tokens.pixels import normalise
 
 PATCH = (2, 4, 8)
 CLIP = (4, 8, 24)  # rectangular

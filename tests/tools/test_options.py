@@ -111,7 +111,6 @@ def test_an_option_takes_the_same_everywhere(answers):
 
 def test_what_the_command_lines_repeat_is_what_the_package_has(answers):
     """To import it there would take seconds."""
-    from hpm_video.recognition.probes import NEIGHBOURS
     from hpm_video.weights.exporting import ENDINGS
     from hpm_video.weights.verify import TOLERANCE
 
@@ -121,7 +120,7 @@ def test_what_the_command_lines_repeat_is_what_the_package_has(answers):
         str(TOLERANCE),
     )
     found = {each["names"][0]: each for each in answers["tools/probe.py"]["options"]}
-    assert found["--neighbours"]["default"] == str([*NEIGHBOURS])
+    assert found["--neighbours"]["default"] == "[10, 20, 100, 200]"
 
 
 def test_plurals_are_made_by_one_function():

@@ -17,7 +17,7 @@ from hpm_video.files.single_file import as_folder
 from hpm_video.files.weights import CheckpointError
 from hpm_video.models.from_config import build_classifier, build_student
 from hpm_video.recognition.trained_model import TrainedModel, open_trained
-from hpm_video.tokens.pixels import normalise
+from hpm_video.tokens.patches import normalise
 from hpm_video.weights.exporting import ENDINGS, export
 from hpm_video.weights.express import express
 from hpm_video.weights.geometry import Overrides
