@@ -62,11 +62,11 @@ TOKENS = {
     **{"demo": 108, "demo_mixed": 108, "demo_images": 64},
     **{"cifar10": 64, "in1k": 196, "in1k_hpm_h": 256},
 }
-"""Of a clip, by the name of a config or the data it begins with; 1568 otherwise."""
+"""Tokens of a clip, by the name of a config or of the data that it starts with; otherwise 1568."""
 
 
 def shallow(config):
-    """With two blocks in the encoder; the first house's tests build them all."""
+    """The config with two blocks in the encoder; tests/first_house builds them all."""
     encoder = replace(config.model.encoder, depth=2)
     return replace(config, model=replace(config.model, encoder=encoder))
 
@@ -390,7 +390,7 @@ def test_keys_of_earlier_runs_are_read():
 
 
 def load_classifier(path, overrides=()):
-    """A config of a classifier; where the pre-trained weights are left open, from scratch."""
+    """A classifier's config; from scratch where it leaves the pre-trained weights open."""
     open_weights = ["init_weights=null"] if "init_weights: ???" in path.read_text() else []
     return load_config(FinetuneConfig, path, [*open_weights, *overrides])
 

@@ -1,4 +1,4 @@
-"""Clips by time: ``data.fps``, sections of files, and long videos that count by their length."""
+"""Clips by time: ``data.fps``, sections of files, and samples in proportion to a video's length."""
 
 from dataclasses import replace
 from functools import partial
@@ -27,7 +27,7 @@ STRIDE = DataConfig(num_frames=4, frame_stride=2, frame_size=(64, 96))
 TIMED = replace(STRIDE, frame_stride=None, fps=12.5)
 RNG = np.random.default_rng(3)
 UNEVEN = np.cumsum(RNG.integers(10, 120, 60)).tolist()
-"""Milliseconds of the frames of a video without a steady rate."""
+"""The times of the frames of a video without a steady rate, in milliseconds."""
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_frames_of_a_variable_rate_are_those_nearest_in_time(files, name):
     for key in range(40):
         draw, again = generator("clip", key), generator("clip", key)
         clip = found.draw(data, draw)
-        # The clip begins anywhere, and the next frames follow an eighth of a second each later.
+        # The clip begins anywhere, and each further frame is an eighth of a second later.
         begin = times[-1] / 59 * int(again.random() * (int(60 - 4 * found.stride) + 1))
         wanted = begin + np.arange(4) / 8
         distances = np.abs(times[:, None] - wanted)

@@ -1,4 +1,4 @@
-"""Odd videos, damaged ones, and files that are none, under every decoder."""
+"""Odd videos, damaged ones, and files that are no videos, under every decoder."""
 
 import json
 import os
@@ -63,10 +63,10 @@ REFUSED = {
         "both_trimmed.mp4",
     },
 }
-"""Odd files that a decoder would get wrong, and that its reader leaves alone."""
+"""Odd files that a decoder would read wrongly, so that its reader refuses them."""
 TOLERANCE = {"odd_halved.avi": 24, "ten_bit.mp4": 12, "alpha_prores.mov": 1}
-"""Largest difference between two decoders, away from edges, where their colour conversions differ:
-colours at half size in frames of odd size, and 10 bits to 8. Elsewhere none."""
+"""The largest difference between two decoders, away from edges. Their colour conversions differ for
+colours at half resolution in frames of odd size, and from 10 bits to 8; otherwise there is none."""
 GROWING = ("growing.mp4", "growing.mkv", "growing.ts")
 TRIMMED = {"start_trimmed.mp4", "end_trimmed.mp4", "both_trimmed.mp4"}
 SURVIVE = """
@@ -215,7 +215,7 @@ def hostile_files(
 
 
 def reference(path: Path) -> np.ndarray:
-    """All frames one after the other, as PyAV's documentation shows it."""
+    """All frames in order, read as PyAV's documentation shows."""
     with av.open(str(path)) as container:
         container.streams.video[0].thread_count = 1
         return np.stack(
@@ -275,7 +275,7 @@ def test_edit_lists_that_leave_out_frames_are_seen(odd_files):
     "what", [b"<MPD", b"\n<SmoothStreamingMedia ", b"<?xml?><compositionPlaylist"]
 )
 def test_a_video_that_begins_like_a_list_is_left_to_pyav(odd_files, tmp_path, what):
-    """Another FFmpeg may take it for one."""
+    """Another version of FFmpeg might take it for a list."""
     (tmp_path / "a.mp4").write_bytes(b"AAAAfree" + what + odd_files["plain.mp4"].read_bytes())
     assert refusal_of(tmp_path / "a.mp4")
 
@@ -283,7 +283,7 @@ def test_a_video_that_begins_like_a_list_is_left_to_pyav(odd_files, tmp_path, wh
 @pytest.mark.parametrize("decoder", [name for name in DECODERS if name != "decord"])
 @pytest.mark.parametrize("indices", [[3, 25], range(40)])
 def test_frames_that_change_size(hostile_files, decoder, indices):
-    """decord scales them to the size of the first, and does not say so."""
+    """decord is left out: it silently scales all frames to the size of the first."""
     with (
         open_video(str(hostile_files["growing.mp4"]), decoder) as video,
         pytest.raises(DecodeError, match=r"change size, from 64x64 to 96x96\. Encode it anew: too"),
@@ -292,9 +292,9 @@ def test_frames_that_change_size(hostile_files, decoder, indices):
 
 
 def test_files_that_name_others_are_refused(list_files, monkeypatch):
-    """Whatever the first bytes look like: FFmpeg is told to leave other files alone."""
+    """Whatever the first bytes look like, FFmpeg must not open other files."""
     monkeypatch.chdir(list_files["concat.mp4"].parent)
-    with av.open("concat.mp4") as container:  # it would follow
+    with av.open("concat.mp4") as container:  # FFmpeg by itself follows the list
         assert sum(1 for _ in container.decode(video=0)) == 5
     for path in list_files.values():
         for decoder in DECODERS:
@@ -312,7 +312,7 @@ def test_a_lack_of_memory_says_nothing_about_a_file(error):
 
 
 def test_frames_are_counted_only_when_they_must_be(odd_files, monkeypatch, numbers_of):
-    """To count those of AVI files means to decode them all."""
+    """Counting the frames of an AVI file means decoding all of them."""
     counted = []
     count = decode_pyav.PyavReader._count
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Streams whose packets are made up: which frames count as sound, as repeated and as lost."""
+"""Streams of made-up packets: which frames count as sound, as repeated and as lost."""
 
 from fractions import Fraction
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from hpm_video.preparation.check import _sound_frames
 
 
 def packet(time, *frames, error=None, is_corrupt=False, is_key=False, dts=None, size=9):
-    """A packet after which the decoder gives frames of these times; negative ones are damaged."""
+    """A packet that decodes to frames with these times; negative ones are damaged."""
 
     def decode():
         if error:

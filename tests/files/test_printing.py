@@ -39,7 +39,7 @@ def test_output_logs_and_errors_escape(capsys, monkeypatch):
 
 def test_streams_that_were_closed_before_the_start_take_everything(monkeypatch):
     for name in ("stdout", "stderr"):
-        monkeypatch.setattr(sys, name, None)  # as python has it after >&-
+        monkeypatch.setattr(sys, name, None)  # as Python sets them after >&-
     monkeypatch.setattr(logging.getLogger("hpm_video"), "propagate", False)
 
     def command():

@@ -1,4 +1,4 @@
-"""What DeepSpeed is told: the run's own settings, and a user's file beside them."""
+"""DeepSpeed's settings: those of the run, and a user's file beside them."""
 
 import json
 
@@ -15,7 +15,7 @@ PLAN = BatchPlan(batch_size=24, processes=2, micro_batch=4)
 
 @pytest.fixture
 def settings(tmp_path):
-    """What DeepSpeed is told, of a file with ``own`` settings of the user's."""
+    """Make DeepSpeed's settings with a file that holds the user's ``own``."""
 
     def make(own=None, stage=2, clip_grad=0.5, precision="fp32", offload="none"):
         path = tmp_path / "settings.json"

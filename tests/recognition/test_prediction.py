@@ -85,7 +85,7 @@ def validation(videos):
 
 
 def by_hand(checkpoint, video, clips, crops, weights="model"):
-    """Mean of the softmax over the views, one pass for each."""
+    """The mean of the softmax over the views, with one pass for each."""
     trained = open_trained(checkpoint, TrainedClassifier, weights)
     classifier = Inference.load(trained, torch.device("cpu"), "fp32")
     sums = np.zeros(len(NAMES))
