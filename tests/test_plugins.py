@@ -1,4 +1,4 @@
-"""What programs of users add by name, from Python and for the commands."""
+"""Parts that users register by name, from Python and for the commands."""
 
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
@@ -22,7 +22,7 @@ from hpm_video.training.trackers import TRACKERS, check_trackers
 
 @pytest.fixture(autouse=True)
 def unplugged(monkeypatch):
-    """Nothing that a test registers stays."""
+    """Undo all registrations of a test."""
     monkeypatch.setattr(plugins, "entry_points", lambda group: ())
     plugins.load_plugins.cache_clear()
     before = set(plugins.REGISTERED)
@@ -36,7 +36,7 @@ def unplugged(monkeypatch):
 
 @dataclass(frozen=True)
 class Sampled(MaskStrategy):
-    """Hides the units of the lowest draws, whatever is hard."""
+    """Hides the units with the lowest draws, whatever their difficulty."""
 
     def choose(self, difficulty, priority, num_masked, num_picked):
         lowest = priority.argsort(dim=1)[:, :num_masked]

@@ -151,8 +151,8 @@ def test_a_header_that_promises_more_is_told(stream_of):
     packets = [packet(4 * number) for number in range(26)]
     assert not stream_of(*packets, header=(26, 104)).cut_off()
     assert not stream_of(*packets, header=(30, 104)).cut_off(), "an edit list"
-    told = "its header promises 50 frames in 2 s, and it holds 26 frames in 1 s"
-    assert stream_of(*packets, header=(50, 200)).cut_off() == told
+    message = "its header promises 50 frames in 2 s, and it holds 26 frames in 1 s"
+    assert stream_of(*packets, header=(50, 200)).cut_off() == message
     assert not stream_of(*packets, header=(0, 200)).cut_off()
-    told = "its header promises 9 s, and it holds 26 frames in 1 s"
-    assert stream_of(*packets, header=(0, 900)).cut_off() == told
+    message = "its header promises 9 s, and it holds 26 frames in 1 s"
+    assert stream_of(*packets, header=(0, 900)).cut_off() == message

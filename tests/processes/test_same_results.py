@@ -414,8 +414,8 @@ def test_a_run_goes_on_with_another_number_of_processes_and_another_engine(jobs,
             assert "interrupted" not in seen[0]
         else:  # all processes know of the signal one update later
             reached.append(stop + count)
-            said = f"stopped by SIGTERM before update {reached[-1]}"
-            assert seen[0]["interrupted"] == [said, 75]
+            message = f"stopped by SIGTERM before update {reached[-1]}"
+            assert seen[0]["interrupted"] == [message, 75]
     stored = [path.name for path in checkpoints_in(jobs.run(chain) / "checkpoints")]
     assert stored[:-1] == [f"update-{update:08d}" for update in reached]
     assert all(4 * update % (9 if kind in ("classes", "probe") else 14) for update in reached)

@@ -275,8 +275,8 @@ def test_by_default_a_vector_for_the_middle_clip(main, pretrained, source, tmp_p
         clip = clip_of(row["path"], range(4, 8))
         assert np.array_equal(features, encoder.pooled(clip[None]).numpy())
     settings = json.loads((output / "settings.json").read_text())
-    told = {name: settings[name] for name in ("update", "weights", "clips", "crops", "dtype")}
-    assert told == {"update": 7, "weights": "student", "clips": 1, "crops": 1, "dtype": "float32"}
+    origin = {name: settings[name] for name in ("update", "weights", "clips", "crops", "dtype")}
+    assert origin == {"update": 7, "weights": "student", "clips": 1, "crops": 1, "dtype": "float32"}
     assert not (output / "bad_files.csv").exists()
     assert read_manifest(output / "index.csv") == replace(
         read_manifest(source), num_frames=(12,) * 5

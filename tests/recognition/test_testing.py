@@ -305,9 +305,9 @@ def test_an_excluded_video_is_counted_and_wrong():
     assert result["mean_class_top1"] == pytest.approx((1 / 2 + 1) / 2)
     assert (result["videos"], result["excluded"]) == (3, 1)
     assert confusion_counts(scores).sum() == 2
-    told = describe(result)
-    assert "on 3 videos" in told
-    assert "1 of them do not decode: excluded, and counted as wrong" in told
+    text = describe(result)
+    assert "on 3 videos" in text
+    assert "1 of them do not decode: excluded, and counted as wrong" in text
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 5])
@@ -395,13 +395,13 @@ def test_the_confusion_of_any_classes_is_drawn_whatever_they_are_called(tmp_path
 def test_the_terminal_sees_every_class_unless_there_are_many():
     few = [one_hot(0, 4)] * 3 + [one_hot(2, 4)]
     result = summarise(scores_of(few, (0, 0, 1, 2)), [f"class {i}" for i in range(4)])
-    told = describe(result)
-    assert "top-1 0.750, mean over classes" in told
-    assert "chance 0.333" in told
+    text = describe(result)
+    assert "top-1 0.750, mean over classes" in text
+    assert "chance 0.333" in text
     for line in ("class 0", "class 1", "class 2"):
-        assert line in told
-    assert "class 3" not in told, "it was not tested"
-    assert "(0 of 1)" in told
+        assert line in text
+    assert "class 3" not in text, "it was not tested"
+    assert "(0 of 1)" in text
     rows = [one_hot(i if i % 2 else 0, 40) for i in range(40)]
     many = describe(summarise(scores_of(rows, tuple(range(40))), [f"class {i}" for i in range(40)]))
     assert "\n" not in many

@@ -1,4 +1,4 @@
-"""How a batch is spread: found by trial where a GPU's memory ends, and told by a dry run."""
+"""How a batch is split: tried out where a GPU's memory is limited, and shown by a dry run."""
 
 import importlib.util
 import math
@@ -30,7 +30,7 @@ TINY = (
 )
 WIDE = "model.encoder={dim: 768, depth: 2, num_heads: 12}"
 SHALLOW = "model.decoder={dim: 192, depth: 1, num_heads: 3}"
-"""As wide as a ViT-B, so that there is something to tell in GB, and simulated in seconds."""
+"""The width of a ViT-B gives amounts worth showing in GB, and takes seconds to simulate."""
 CPU = torch.device("cpu")
 SIZES = [1, 2, 3, 4, 6, 8, 12, 24]
 
@@ -41,7 +41,7 @@ def config_of(*overrides):
 
 @pytest.fixture
 def tried(monkeypatch):
-    """Real updates, of which those of more clips of a source than its limit find no memory."""
+    """Real updates that run out of memory with more clips of a source than its limit."""
     clips_tried, limits = [], {}
 
     def make(task, device, precision, clips, *, source, **options):
@@ -138,7 +138,7 @@ def dry_run(capsys, tool, *arguments):
 
 
 def table_of(output):
-    """Micro-batch -> passes per update, GB."""
+    """{micro-batch: (passes per update, GB)}"""
     rows = re.findall(r"^ +(\d+) +(\d+) +([\d.]+)$", output, re.MULTILINE)
     return {int(size): (int(passes), float(needed)) for size, passes, needed in rows}
 

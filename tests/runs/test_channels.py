@@ -1,4 +1,4 @@
-"""Clips of other channels than RGB: an entry in the registry of decoders is all that they need."""
+"""Clips with other channels than RGB need only an entry in the registry of decoders."""
 
 import json
 
@@ -31,7 +31,7 @@ logging: {every_updates: 1, trackers: [jsonl]}
 
 
 class GreyReader(PyavReader):
-    """Gives the green of a video as its one channel."""
+    """Gives only the green channel of a video."""
 
     def _decode(self, indices):
         return super()._decode(indices)[..., 1:2]

@@ -1,4 +1,4 @@
-"""Command lines of all programs: what they say of themselves, and that they say it soon."""
+"""Command lines of all programs: help and error messages, and that these come quickly."""
 
 import importlib
 import json
@@ -72,12 +72,12 @@ for path in sys.argv[1:]:
 """
 OF_ITS_OWN = {"--clips", "--decoder", "--labels", "--output", "--processes", "--seconds"}
 OF_ITS_OWN |= {"--tokens", "--train", "--validation", "--workers"}
-"""Names that mean something else in another program, or take more there."""
+"""Options that differ in meaning, or in allowed values, between programs."""
 
 
 @pytest.fixture(scope="module")
 def answers():
-    """What each program answers to --help and to a misspelt option."""
+    """The output of each program for --help and for a misspelt option."""
     command = [sys.executable, "-c", ANSWERS, *PROGRAMS]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert ended.returncode == 0, ended.stderr
@@ -110,7 +110,7 @@ def test_an_option_takes_the_same_everywhere(answers):
 
 
 def test_what_the_command_lines_repeat_is_what_the_package_has(answers):
-    """To import it there would take seconds."""
+    """Importing the package there would take seconds."""
     from hpm_video.recognition.probes import NEIGHBOURS
     from hpm_video.weights.exporting import ENDINGS
     from hpm_video.weights.verify import TOLERANCE

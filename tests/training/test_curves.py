@@ -61,7 +61,7 @@ def test_where_no_panel_shows_anything_nothing_is_drawn(tmp_path: Path) -> None:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Figures that were saved."""
+    """The figures that have been saved."""
     figures: list[Figure] = []
     save = Figure.savefig
 

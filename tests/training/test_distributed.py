@@ -1,4 +1,4 @@
-"""What processes say to each other, as far as one process can show it; see tests/processes."""
+"""Communication of processes, as far as one process can show it; see also tests/processes."""
 
 from datetime import timedelta
 
@@ -77,18 +77,18 @@ def test_a_process_that_leaves_gpus_idle_says_so_unless_it_is_wanted(
 def test_more_processes_than_gpus_are_refused(four_gpus, monkeypatch):
     for name, value in (("WORLD_SIZE", "5"), ("RANK", "4"), ("LOCAL_RANK", "4")):
         monkeypatch.setenv(name, value)
-    told = "this machine has 4 GPUs, and process 5 of it finds none left"
-    with pytest.raises(ProcessesError, match=told), joined_processes():
+    message = "this machine has 4 GPUs, and process 5 of it finds none left"
+    with pytest.raises(ProcessesError, match=message), joined_processes():
         pass
 
 
 @pytest.mark.slow
 def test_a_process_that_finds_no_others_says_where_it_looked(monkeypatch):
-    given = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
-    given |= {"MASTER_ADDR": "there-is-no-such-host.invalid", "MASTER_PORT": "29511"}
-    for name, value in given.items():
+    variables = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
+    variables |= {"MASTER_ADDR": "there-is-no-such-host.invalid", "MASTER_PORT": "29511"}
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("hpm_video.training.distributed.SILENCE", timedelta(seconds=2))
-    told = r"(?s)no-such-host\.invalid:29511 .*GLOO_SOCKET_IFNAME"
-    with pytest.raises(ProcessesError, match=told), joined_processes():
+    message = r"(?s)no-such-host\.invalid:29511 .*GLOO_SOCKET_IFNAME"
+    with pytest.raises(ProcessesError, match=message), joined_processes():
         pass

@@ -1,4 +1,4 @@
-"""Names and layouts of before, which tests/first_house holds against whole runs."""
+"""Old names and layouts of weights. tests/first_house checks them on whole runs."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_the_patch_embedding_becomes_the_weight_of_a_convolution(channels):
 
 @pytest.mark.parametrize("with_keys", [False, True])
 def test_biases_of_queries_keys_and_values_are_joined(with_keys, tmp_path):
-    """Alike of weights and of moments, whose keys' part starts at 0 where there was none."""
+    """This holds for weights and for moments, whose missing keys' part starts at 0."""
     q, k, v = torch.rand(3, 4)
     at = "reconstructor.transformer.blocks.3.attn."
     stored = {f"{at}q_bias": q, f"{at}v_bias": v, **({f"{at}k_bias": k} if with_keys else {})}
