@@ -358,7 +358,7 @@ def test_which_targets_need_a_teacher(target, predictor, needs_one, pixels):
     assert config.mining.feature_kind is None
 
 
-def test_a_feature_model_is_named_by_its_kind_unless_told():
+def test_a_feature_model_is_named_by_its_kind_unless_the_config_names_one():
     given = ["mining.feature_weights=w.pth"]
     for kind in ("dino", "clip"):
         mining = load_config(PretrainConfig, DEMO, [f"mining.target={kind}", *given]).mining
@@ -746,6 +746,6 @@ def test_a_config_is_found_by_its_name():
         load_config(FinetuneConfig, Path("k400_hpm_b"), [])
 
 
-def test_a_config_of_the_other_kind_is_told():
+def test_a_config_of_the_other_kind_is_refused():
     with pytest.raises(ConfigError, match="is a config of pre-training; take one of fine-tuning"):
         load_config(FinetuneConfig, ROOT / "configs/pretrain/demo.yaml", [])

@@ -314,10 +314,7 @@ def test_a_box_of_plausible_size_is_erased_anywhere():
     assert 0.01 < shares.min() < 0.06
     assert 0.27 < shares.max() < 0.37
     assert abs(shares.mean() - (0.02 + 1 / 3) / 2) < 0.02
-    for side in (
-        boxes.mean((0, 1)),
-        boxes.mean((0, 2)),
-    ):  # every row and column, the edges less often
+    for side in (boxes.mean((0, 1)), boxes.mean((0, 2))):  # all rows and columns, edges less often
         assert 0 < side.min() < side.max() < 0.75
 
 

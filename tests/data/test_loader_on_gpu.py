@@ -60,9 +60,7 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(folder, monkeypatch, caplog, pi
     for batch in batches_of(folder, workers=3, gpu=gpu):
         torch.cuda._sleep(20_000_000)
         assert batch.clips.is_cuda
-        kept.append(
-            (batch.clips.float().mul(2), batch.keys + 0, batch.files)
-        )  # when the GPU wakes up
+        kept.append((batch.clips.float().mul(2), batch.keys + 0, batch.files))  # when it wakes up
     for (clips, keys, files), expected in zip(kept, batches_of(folder, workers=0), strict=True):
         assert torch.equal(clips.cpu(), expected.clips.float() * 2)
         assert torch.equal(keys.cpu(), expected.keys)

@@ -81,9 +81,7 @@ def test_views_begin_with_the_video_end_with_it_and_are_even(
     assert views.shape == (num_views, num_frames)
     assert views[0, 0] == 0
     spare = max(num_video_frames - num_frames * stride, 0)
-    assert (
-        views[-1, 0] == spare
-    )  # the num_frames x stride frames that the clip spans end with the video
+    assert views[-1, 0] == spare  # its span of num_frames x stride frames ends with the video
     ideal = [Fraction(view * spare, num_views - 1) for view in range(num_views)]
     assert all(0 <= at - start < 1 for at, start in zip(ideal, views[:, 0].tolist(), strict=True))
 

@@ -53,7 +53,7 @@ def test_files_of_equal_content_join_their_groups():
 
 
 @pytest.mark.parametrize(("labels", "groups"), [("ab", [1, 2]), ("aaab", [1, 1, 1, 1])])
-def test_what_cannot_be_split_is_said(labels, groups):
+def test_what_cannot_be_split_is_refused(labels, groups):
     with pytest.raises(ManifestError, match="no group of files is small enough for a share of 0.5"):
         choose_validation(list(labels), groups, 0.5, seed=0)
 

@@ -278,7 +278,7 @@ def test_bicubic_pixels_stay_in_their_range():
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_a_multi_scale_crop_is_resized_as_told(interpolation):
+def test_a_multi_scale_crop_is_resized_with_the_given_interpolation(interpolation):
     frames = noise(40, 60)
     box = multi_scale_box(40, 60, (16, 24), generator("clip", 1))
     clip = MultiScaleCrop(flip=False, interpolation=interpolation)(

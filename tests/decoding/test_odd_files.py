@@ -488,13 +488,13 @@ def test_the_command_that_a_check_prints_mends_the_files(tmp_path, run_tool):
     (folder / "sizes.ts").write_bytes((folder / "one.ts").read_bytes() + two.read_bytes())
     (folder / "one.ts").unlink()
     two.unlink()
-    code, told = run_tool("check_videos", folder)
-    assert code == 3, told
-    (command,) = re.findall("python tools/transcode.py (.*)", told)
+    code, printed = run_tool("check_videos", folder)
+    assert code == 3, printed
+    (command,) = re.findall("python tools/transcode.py (.*)", printed)
     arguments = [f"{tmp_path}/out" if it == "OUT" else it for it in shlex.split(command)]
-    code, told = run_tool("transcode", *arguments, "--short-side", HEIGHT)
-    assert code == 0, told
-    assert "frames are lost" in told
+    code, printed = run_tool("transcode", *arguments, "--short-side", HEIGHT)
+    assert code == 0, printed
+    assert "frames are lost" in printed
     counts = {
         Path(file).stem: len(read_all(Path(file)))
         for file in read_manifest(tmp_path / "out" / "manifest.csv").files
@@ -503,10 +503,10 @@ def test_the_command_that_a_check_prints_mends_the_files(tmp_path, run_tool):
     assert 26 >= counts["middle"] > 16
     assert COUNT > counts["end"] > 26
     # Also from the checked list, which leaves out the bad files.
-    code, told = run_tool(
+    code, printed = run_tool(
         "transcode", f"{folder}.checked.csv", tmp_path / "again", "--short-side", HEIGHT
     )
-    assert code == 0, told
+    assert code == 0, printed
     again = {
         Path(file).stem: len(read_all(Path(file)))
         for file in read_manifest(tmp_path / "again" / "manifest.csv").files

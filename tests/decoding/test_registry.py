@@ -146,9 +146,7 @@ def test_videos_are_turned_upright(tmp_path, write_painted, matrix, quarter_turn
     with open_video(str(path), decoder) as video:
         lying = video.read([0, 1])
     data = bytearray(path.read_bytes())
-    place = (
-        data.index(b"tkhd") + 44
-    )  # the matrix follows the times, the track's number and its layer
+    place = data.index(b"tkhd") + 44  # the matrix, after the times, the track and its layer
     a, b, c, d = (value << 16 for value in matrix)
     data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
@@ -403,9 +401,7 @@ def test_an_index_is_used_if_all_packets_are_there(tmp_path):
 def test_an_index_of_edits_is_not_used(tmp_path, write_painted):
     path = write_painted(tmp_path / "a.mp4")
     data = bytearray(path.read_bytes())
-    place = (
-        data.index(b"elst") + 12
-    )  # after the version, the count and the duration comes the first time
+    place = data.index(b"elst") + 12  # the first time, after version, count and duration
     began = int.from_bytes(data[place + 4 : place + 8], "big")
     data[place + 4 : place + 8] = (began + 6400).to_bytes(4, "big")  # this skips some frames
     path.write_bytes(data)

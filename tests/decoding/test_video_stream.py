@@ -147,7 +147,7 @@ def test_the_rate_is_that_of_the_times(stream_of):
     assert stream_of(packet(0), rate=None).rate is None
 
 
-def test_a_header_that_promises_more_is_told(stream_of):
+def test_a_header_that_promises_more_is_reported(stream_of):
     packets = [packet(4 * number) for number in range(26)]
     assert not stream_of(*packets, header=(26, 104)).cut_off()
     assert not stream_of(*packets, header=(30, 104)).cut_off(), "an edit list"

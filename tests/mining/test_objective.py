@@ -273,7 +273,7 @@ def test_trivial_rankers_see_what_their_names_say():
     assert set(image) == {"variance", "flatness"}
 
 
-def test_levers_are_held_against_the_exact_method(monkeypatch):
+def test_levers_are_compared_with_the_exact_method(monkeypatch):
     """The teacher ranks in the opposite order unless it sees all tokens."""
     student, objective, engine = make()
     forward = torch.arange(32.0).expand(4, -1)
@@ -448,7 +448,7 @@ def test_a_mixture_is_learned_by_heart():
         assert after.parts[part] < 0.9 * before.parts[part]
 
 
-def test_measures_of_several_sources_are_told_one_after_the_other():
+def test_measures_of_several_sources_are_reported_one_after_the_other():
     measures = {
         "relative_error": 0.5,
         "teacher_ranking": 0.75,

@@ -356,7 +356,7 @@ CLIPS = (2, 3, 4, 32, 32)
 
 @pytest.mark.parametrize("conventions", ["videomae", "mae"])
 @pytest.mark.parametrize("positions", ["sequence", "space_time"])
-def test_a_class_token_changes_no_shape_of_what_is_said_of_the_clip(conventions, positions):
+def test_a_class_token_changes_no_shape_of_the_outputs(conventions, positions):
     shape = shape_of(class_token=True, conventions=conventions, positions=positions)
     model, clips = make(shape), torch.rand(CLIPS)
     mask = random_mask(model)

@@ -101,9 +101,7 @@ def test_time_is_put_down_to_its_phase_and_counted_per_clip(videos, monkeypatch)
     for count in (1, 2):
         slow = trials_of(clips_of(videos / "train", Slow(clock), count)).phases(6)
         assert [*slow] == [*PHASES]
-        assert slow["augmenting"] == pytest.approx(TAKEN + 1e-3), (
-            "the time of a clip, not of a video"
-        )
+        assert slow["augmenting"] == pytest.approx(TAKEN + 1e-3), "of each clip, not of each video"
         assert min(slow[name] for name in ("reading", "decoding")) > 0
 
 
@@ -182,7 +180,7 @@ def test_a_trial_leaves_the_clips_as_they_are_and_knows_of_no_other(transport_st
 
 
 @needs_both
-def test_a_decoder_that_refuses_the_files_is_told_and_the_others_go_on(
+def test_a_decoder_that_refuses_the_files_is_reported_and_the_others_go_on(
     config_file, transport_streams, loader
 ):
     arguments = ("--seconds", "0.05", "--workers", "1", "--clips", "3")
@@ -344,7 +342,7 @@ def test_the_fewest_processes_that_are_nearly_as_fast_are_taken():
     assert choose_setting(trials, 0.5) == (trials[0], 16)
 
 
-def test_the_tool_tells_what_several_processes_take(labelled_videos, loader, tmp_path):
+def test_the_tool_reports_what_several_processes_take(labelled_videos, loader, tmp_path):
     config = tmp_path / "finetune.yaml"
     folders = {name: labelled_videos / name for name in ("train", "validation")}
     recipe = "init_weights: null\naugmentation: {{rand_augment: null}}\n"
@@ -357,7 +355,7 @@ def test_the_tool_tells_what_several_processes_take(labelled_videos, loader, tmp
     assert "the update takes 1000000000.0: it would wait for data 100% of the time" in output
 
 
-def test_the_tool_tells_rates_phases_and_what_to_take(config_file, loader, tmp_path):
+def test_the_tool_reports_rates_phases_and_what_to_take(config_file, loader, tmp_path):
     table = tmp_path / "tables" / "rates.json"
     arguments = ("--seconds", "0.05", "--workers", "1,2", "--clips", "3", "--output", table)
     code, output = loader(config_file, *arguments)

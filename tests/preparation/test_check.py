@@ -305,7 +305,7 @@ def test_the_summary_counts_verdicts_reasons_and_what_is_usable(checked):
     assert summary(["/a"], [Finding("bad", ("why",))]).endswith("0 files, 0.00 hours, 0 frames")
 
 
-def test_training_leaves_out_what_is_bad_and_is_told_the_true_counts(checked, folder):
+def test_training_leaves_out_what_is_bad_and_gets_the_true_counts(checked, folder):
     manifest = read_manifest(folder / "list.checked.csv")
     bad = sum(verdict == "bad" for verdict, _, _ in EXPECTED.values())
     assert len(manifest) == len(EXPECTED) - bad
@@ -776,7 +776,7 @@ def test_a_run_over_a_checked_manifest_leaves_out_the_bad(check, videos, pretrai
     }
 
 
-def test_where_there_is_no_terminal_a_line_is_told_now_and_then(monkeypatch, caplog):
+def test_without_a_terminal_a_line_is_logged_now_and_then(monkeypatch, caplog):
     monkeypatch.setattr(progress_bar, "SECONDS_BETWEEN_LINES", 0.0)
     with caplog.at_level("INFO"), closing(ProgressBar(4, "files")) as bar:
         bar.advance(note="0 bad")

@@ -35,7 +35,7 @@ def files(tmp_path) -> dict[str, str]:
     return places
 
 
-def test_only_rows_of_the_same_content_are_said_to_have_it(files):
+def test_only_rows_of_the_same_content_are_reported_so(files):
     names = ["hollow", "whole", "copy", "packed hollow.mp4", "whole", "packed whole.mp4"]
     table = pd.DataFrame({"path": names, "label": list("001011")}, dtype=str)
     places = tuple(files[name] for name in names)

@@ -365,7 +365,7 @@ def test_kinetics_thumbnails_beside_the_videos_are_left_out(run: Run) -> None:
         assert listed("out/train.csv") == {file: before[file] for file in kept}
 
 
-def test_kinetics_what_lies_there_is_not_spoiled(run: Run) -> None:
+def test_kinetics_existing_files_are_not_spoiled(run: Run) -> None:
     touch("a/run/1.mp4", "a/walk/2.mp4", "b/jump/3.mp4", "b/run/4.mp4")
     text("a/train.csv", HEADER + "run,1,0,10,train,0\nwalk,2,0,10,train,0\n")
     jump = HEADER + "jump,3,0,10,train,0\n"
@@ -550,7 +550,7 @@ def test_ucf_three_splits(run: Run) -> None:
     )
 
 
-def test_ucf_case_is_of_no_account_and_what_is_missing_is_named(run: Run) -> None:
+def test_ucf_case_does_not_matter_and_what_is_missing_is_named(run: Run) -> None:
     arguments = ucf_arguments()
     Path("UCF-101/HandstandPushups").rename("UCF-101/HandStandPushups")
     folder = Path("UCF-101/HandStandPushups")
@@ -986,7 +986,7 @@ def test_cifar_pickles_that_are_not_published_are_refused(
     assert not Path("harmed").exists()
 
 
-def test_cifar_what_is_none_of_it(run: Run) -> None:
+def test_cifar_other_files_are_refused(run: Run) -> None:
     data = Path(cifar_archive(cifar_files())).read_bytes()
     Path("cut.tar.gz").write_bytes(data[: len(data) // 2])
     text("a.zip", "no archive")

@@ -1025,7 +1025,7 @@ def test_an_output_that_is_not_what_it_should_be_is_no_row(tmp_path, monkeypatch
     assert [each.name for each in tmp_path.iterdir()] == ["a.mp4"]
 
 
-def test_a_file_that_is_cut_off_is_told(tmp_path):
+def test_a_file_that_is_cut_off_is_reported(tmp_path):
     path = write_source(tmp_path / "a.mp4", frames=60)
     write_video(path, [painted(i) for i in range(60)], quick=True)
     data = path.read_bytes()

@@ -34,7 +34,7 @@ def test_the_run_decides(settings):
     assert found["gradient_clipping"] == 0.5
     assert found["zero_optimization"]["stage"] == 2
     assert not found["torch_autocast"]["enabled"]
-    assert settings(clip_grad=None)["gradient_clipping"] == 0.0, "DeepSpeed clips if not told"
+    assert settings(clip_grad=None)["gradient_clipping"] == 0.0, "by default DeepSpeed clips"
     autocast = settings(precision="bf16")["torch_autocast"]
     assert (autocast["enabled"], autocast["dtype"]) == (True, "bfloat16")
     spread = settings(stage=3, offload="all")["zero_optimization"]

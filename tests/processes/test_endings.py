@@ -191,7 +191,7 @@ def test_killed_while_the_other_saves(start_job, small_configs, unbroken, tmp_pa
     assert_same(run, unbroken)
 
 
-def test_a_wrong_input_is_told_once(environment, small_configs, tmp_path):
+def test_a_wrong_input_is_reported_once(environment, small_configs, tmp_path):
     arguments = [small_configs["video"], f"output_dir={tmp_path / 'run'}", "recipe.batch_size=5"]
     done = subprocess.run(
         [ROOT / "run_pretrain.sh", *arguments],
@@ -207,7 +207,7 @@ def test_a_wrong_input_is_told_once(environment, small_configs, tmp_path):
     assert "Traceback" not in done.stdout
 
 
-def test_a_wrong_file_of_one_process_is_told(start_job, small_configs, small_data, tmp_path):
+def test_a_wrong_file_of_one_process_is_reported(start_job, small_configs, small_data, tmp_path):
     """The file is in the second half of the first batch, which the second process reads."""
     config, folder = small_configs["video"], tmp_path / "train"
     shutil.copytree(small_data / "videos" / "train", folder)

@@ -263,7 +263,7 @@ def test_no_average_was_kept(main, classifier, validation, tmp_path, capsys):
     assert "take --weights model" in capsys.readouterr().err
 
 
-def test_wrong_inputs_are_told_before_anything_is_computed(
+def test_wrong_inputs_are_reported_before_anything_is_computed(
     main, classifier, validation, tmp_path, capsys
 ):
     (tmp_path / "empty").mkdir()

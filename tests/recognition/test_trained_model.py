@@ -274,9 +274,7 @@ def test_two_processes_find_what_one_finds(
 ):
     import pandas as pd
 
-    one = Manifest(
-        manifest.files[:1], manifest.labels[:1], (-1,)
-    )  # the second process gets nothing
+    one = Manifest(manifest.files[:1], manifest.labels[:1], (-1,))  # the second gets nothing
     manifests = {"whole": manifest, "one": one, "bad": with_bad_files}
     for name, listed in manifests.items():
         table = pd.DataFrame({"path": listed.files, "label": listed.labels})

@@ -94,7 +94,7 @@ def test_where_nothing_fits_the_remedies_are_named(tried):
         find(config_of(), SIZES, _=0)
 
 
-def test_on_a_cpu_a_process_takes_its_share_in_one_pass_unless_told_otherwise():
+def test_on_a_cpu_a_process_takes_its_share_in_one_pass_by_default():
     for overrides, expected in (((), 4), (("engine.micro_batch=2",), 2)):
         task = Pretraining(config_of(*overrides))
         assert choose_plan(task, CPU, Processes(), "fp32").micro_batch == expected

@@ -177,7 +177,7 @@ def test_an_encoder_of_another_size_is_refused_before_anything_is_written(start,
     assert not run.exists()
 
 
-def test_evaluate_says_what_the_run_said_over_any_number_of_processes(
+def test_evaluate_agrees_with_the_run_on_any_number_of_processes(
     finetuned_run, labelled_videos, run_tool, tmp_path
 ):
     checkpoint = finetuned_run / "checkpoints" / "last"
@@ -392,7 +392,7 @@ def test_another_manifest_under_the_same_name_is_tested_anew(
     assert result_of(folder_tested(run))["videos"] == 5
 
 
-def test_nearest_neighbours_during_pretraining_are_told_and_change_nothing(
+def test_nearest_neighbours_during_pretraining_are_reported_and_change_nothing(
     config_file, finished_run, labelled_videos, without_curves, tmp_path, caplog
 ):
     run = tmp_path / "run"

@@ -250,9 +250,7 @@ def test_the_grid_of_pretraining_is_taken_from_beside_the_weights(load, pretrain
 
     assert grid(f"init_weights={pretrained}") == (2, 4, 3)
     assert grid(f"init_weights={pretrained}", "data.num_frames=8") == (2, 4, 3)
-    assert grid(f"init_weights={classified}") == (8, 14, 14), (
-        "the grid that the classifier itself began with"
-    )
+    assert grid(f"init_weights={classified}") == (8, 14, 14), "that of its own start"
     assert grid(f"init_weights={pretrained}", "model.pretrained_grid=[1,2,2]") == (1, 2, 2)
     assert grid(f"init_weights={pretrained / 'model.safetensors'}") == (2, 4, 3)
     assert grid("data.num_frames=8") is None
@@ -317,7 +315,7 @@ def test_names_come_from_the_manifest_or_are_numbers(load):
     assert names_of(five, manifest_of(0, 1)) == ("0", "1", "2", "3", "4")
 
 
-def test_names_of_a_file_are_held_against_the_manifest(load, tmp_path):
+def test_names_of_a_file_are_compared_with_the_manifest(load, tmp_path):
     path = tmp_path / "names.txt"
     path.write_text("run, fast\njump\nstand\n")
     config = load(FinetuneConfig, f"data.label_names={path}")

@@ -155,15 +155,13 @@ def test_tools_take_images(image_run, images, call_tool, tmp_path):
     checkpoint = image_run / "checkpoints" / "last"
     one = images / "validation" / "red" / "1.JPEG"
     png = images / "validation" / "red" / "0.png"
-    code, output = call_tool("show_masks", checkpoint, png, "--output", png.parent)
+    code, text = call_tool("show_masks", checkpoint, png, "--output", png.parent)
     assert code == 2
-    assert "would overwrite" in output
-    code, output = call_tool("show_masks", checkpoint, one, "--output", tmp_path / "pictures")
-    assert (code, [path.name for path in (tmp_path / "pictures").iterdir()]) == (0, ["1.png"]), (
-        output
-    )
+    assert "would overwrite" in text
+    code, text = call_tool("show_masks", checkpoint, one, "--output", tmp_path / "pictures")
+    assert (code, [path.name for path in (tmp_path / "pictures").iterdir()]) == (0, ["1.png"]), text
     few = ("recipe.epochs=2", "recipe.warmup_epochs=1", "recipe.batch_size=6")
-    code, output = call_tool(
+    code, text = call_tool(
         "probe",
         checkpoint,
         "--train",
@@ -184,7 +182,7 @@ def test_tools_take_images(image_run, images, call_tool, tmp_path):
         "engine.micro_batch=6",
         "engine.threads=1",
     )
-    assert code == 0, output
+    assert code == 0, text
     probes = json.loads((tmp_path / "probe" / "probe.json").read_text())["probes"]
     assert [*probes] == ["3 nearest neighbours", "linear_images"]
     assert probes["3 nearest neighbours"]["top1"] >= 4 / 6, "three tints are easy"

@@ -95,7 +95,7 @@ def test_a_state_that_says_too_little_is_named_with_the_remedy(start, run, newes
         start(run)
 
 
-def test_an_older_checkpoint_that_cannot_be_read_is_told_before_training(start, run, newest):
+def test_an_older_checkpoint_that_cannot_be_read_is_reported_before_training(start, run, newest):
     shutil.rmtree(newest)
     before = newest.with_name(UPDATES[0])
     shutil.copytree(before, newest.with_name("update-00000002"))
@@ -175,7 +175,7 @@ def test_weights_of_a_damaged_checkpoint_begin_no_run_and_are_not_shown(start, n
         load_run(newest, "cpu")
 
 
-def test_a_checkpoint_of_before_checksums_goes_on_and_is_told_once(start, run, newest, caplog):
+def test_a_checkpoint_older_than_checksums_goes_on_and_is_reported_once(start, run, newest, caplog):
     shutil.rmtree(newest)
     without_checksums(newest.with_name(UPDATES[0]))
     with caplog.at_level("INFO"):

@@ -240,7 +240,7 @@ def launch_with(settle, ending, processes, program):
     return [sys.executable, "-c", LAUNCH_WITH, settle, ending, "--processes", processes, program]
 
 
-def test_others_of_one_that_fails_may_have_their_say(tmp_path, started):
+def test_when_one_fails_the_others_may_report(tmp_path, started):
     text = "if rank == 1: sys.exit(3)\nwait_for_end_of(1)\nprint('the message')\nsys.exit(1)"
     program = write_program(tmp_path, ENDS + text)
     job = started(launch_with(FOREVER, FOREVER, 2, program), FOUND=tmp_path)
@@ -250,7 +250,7 @@ def test_others_of_one_that_fails_may_have_their_say(tmp_path, started):
     assert "ended with code 3, and the job with it" in err
 
 
-def test_others_of_one_that_fails_are_ended(tmp_path, started):
+def test_when_one_fails_the_others_are_ended(tmp_path, started):
     program = write_program(tmp_path, ENDS + "if rank == 1: sys.exit(3)\nwait_for_end_of(0)")
     job = started(launch_with(0, FOREVER, 2, program), FOUND=tmp_path)
     status, _, err = finish(job)

@@ -171,7 +171,7 @@ def test_weights_fit_or_every_difference_is_named(tmp_path):
     assert not module[0].weight.any()
 
 
-def test_only_names_that_begin_as_told_may_be_missing_or_left(tmp_path):
+def test_only_names_with_given_prefixes_may_be_missing_or_left(tmp_path):
     module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
     weights = {"0.weight": torch.ones(2, 3), "0.bias": torch.ones(2), "head.bias": torch.ones(1)}
     fresh = load_weights(module, weights, tmp_path, may_lack=("1.",), may_leave=("head.",))

@@ -50,7 +50,7 @@ def test_a_process_alone_has_everything_and_waits_for_nobody():
     assert alone.replicate(model) is model
 
 
-def test_before_processes_have_joined_the_first_one_tells(monkeypatch):
+def test_before_processes_have_joined_the_first_one_reports(monkeypatch):
     for rank, tells in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)
         assert is_first_process() == first_to_say("anything") == tells

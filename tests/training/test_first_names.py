@@ -40,7 +40,7 @@ def current(stored):
     return by_current_names(stored, PATCH)
 
 
-def test_names_of_before_become_timms_and_those_stay():
+def test_old_names_become_timms_and_timms_stay():
     stored = {name: torch.rand(2) for name in PLAIN}
     found = current(stored)
     assert list(found) == list(PLAIN.values())

@@ -236,7 +236,7 @@ def test_the_teacher_is_compared_and_keeps_its_positions(layouts_of, tmp_path):
     assert {"difficulty", "of the teacher: difficulty", "of the teacher: tokens"} <= compared
 
 
-def test_heads_that_are_usual_are_told_and_said_not_to_be_verified(layouts_of, tmp_path):
+def test_usual_heads_are_assumed_and_reported_as_not_verified(layouts_of, tmp_path):
     pytest.importorskip("transformers")
     shapes = layouts_of.videomae_classifier((384, 1), (2, 8, 8), 3)
     torch.save({"model": layouts_of.fill(shapes)}, tmp_path / "a.pth")

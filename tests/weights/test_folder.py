@@ -365,7 +365,7 @@ def test_import_refuses_our_own(finished_run, run_tool, tmp_path):
     assert "give it as init_weights" in output
 
 
-def test_errors_are_told_without_a_traceback(files, run_tool, tmp_path):
+def test_errors_have_no_traceback(files, run_tool, tmp_path):
     code, output = run_tool("weights", "import", tmp_path / "none.pth", tmp_path / "x")
     assert code == 2
     assert "does not exist" in output

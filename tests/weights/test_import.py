@@ -337,7 +337,7 @@ def test_official_sizes_of_b(layouts_of, monkeypatch, name, count, parameters):
         assert len(model.label_names) == 400
 
 
-def test_what_is_assumed_is_told_and_arguments_of_the_run_are_read(official, saved):
+def test_assumptions_are_reported_and_arguments_of_the_run_are_read(official, saved):
     bare = import_weights(
         saved({"model": official["videomae"]}), Overrides(heads=4, decoder_heads=2)
     )
@@ -512,7 +512,7 @@ def test_a_head_on_something_else_is_refused(official, saved):
         import_weights(saved({"model": state}), GIVEN)
 
 
-def test_licences_are_told(official, saved):
+def test_licences_are_reported(official, saved):
     for name in OFFICIAL:
         imported = import_weights(saved({"model": official[name]}), given_for(name))
         assert "CC-BY-NC 4.0" in imported.family.licence
