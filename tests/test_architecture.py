@@ -177,7 +177,7 @@ def imported_from_above(path: Path) -> set[str]:
     return own_imports(path) - {own} - {name for names in ORDER[:level] for name in names}
 
 
-def test_no_room_without_a_name():
+def test_no_module_has_a_vague_name():
     vague = {"utils", "util", "misc", "common", "helpers"}
     folders = [SOURCE, *(ROOT / name for name in ("tools", "tests", "datasets"))]
     assert not [path for folder in folders for path in folder.rglob("*.py") if path.stem in vague]

@@ -197,11 +197,11 @@ def test_a_buffer_is_free_when_its_copy_has_passed(gpu):
     copy, first = send()
     assert copy.clips.device == META
     sender.wait()
-    assert list(ring.free) == [1, 2], "nobody waits for the only one"
+    assert list(ring.free) == [1, 2], "nothing waits for a single copy"
     send()
     sender.wait()
     assert first.passed
-    assert list(ring.free) == [2, 0], "the older one is waited for"
+    assert list(ring.free) == [2, 0], "it waits for the older one"
     _, third = send()
     third.passed = True
     sender.wait()

@@ -177,7 +177,7 @@ def test_copies_of_the_same_frames_differ_in_their_crops():
     (read,) = GreyVideo.read_frames
     assert len(read) == 4
     assert np.diff(read).tolist() == [2, 2, 2]
-    assert len({clip.numpy().tobytes() for clip in sample.clips}) > 3, "crops of their own"
+    assert len({clip.numpy().tobytes() for clip in sample.clips}) > 3, "each copy has its own crop"
     assert len(set(sample.keys)) == 6
     grey = training("0", repeats=6, same_frames=True)
     starts = set()
@@ -185,7 +185,7 @@ def test_copies_of_the_same_frames_differ_in_their_crops():
         clips = [frame_indices(clip) for clip in grey[position].clips]
         assert clips == clips[:1] * 6
         starts.add(clips[0][0])
-    assert len(starts) > 10, "every epoch another clip"
+    assert len(starts) > 10, "every epoch has another clip"
 
 
 def test_the_first_copy_is_what_a_single_one_would_be():

@@ -433,7 +433,7 @@ def test_bad_files_are_written_once_and_read_back(tmp_path):
     with pytest.raises(TooManyBadFiles, match=r"(?s)4 of 10 .* 0\.3 allows 3") as caught:
         resumed.note([failure(4)])
     assert failure(1).reason in str(caught.value)
-    assert len(path.read_text().splitlines()) == 5, "also the last one is on record"
+    assert len(path.read_text().splitlines()) == 5, "the last one is recorded too"
 
 
 @pytest.mark.parametrize(("share", "allowed"), [(0.01, 1), (0.0, 0)])

@@ -65,7 +65,7 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(folder, monkeypatch, caplog, pi
         assert torch.equal(clips.cpu(), expected.clips.float() * 2)
         assert torch.equal(keys.cpu(), expected.keys)
         assert files == expected.files
-    assert len(kept) > sizeof(made[0]) / (3 * 2 * 3 * 4 * 112 * 112), "buffers were used again"
+    assert len(kept) > sizeof(made[0]) / (3 * 2 * 3 * 4 * 112 * 112), "buffers were reused"
     assert len(caplog.messages) == (not pins)
     assert all("could not be pinned" in message for message in caplog.messages)
     torch.cuda.synchronize()

@@ -295,7 +295,7 @@ def test_the_packets_of_a_file_are_gone_through_once(monkeypatch, tmp_path, writ
     timed, whole = training(manifest, data), Views(every=1)
     assert torch.equal(timed[0].clips, training(manifest, data)[0].clips)
     expected = footage(paths[2], STRIDE).views(STRIDE, whole)
-    assert len(pyav._INDICES) == 2, "the last ones"
+    assert len(pyav._INDICES) == 2, "only the last ones are kept"
     write_painted(paths[2], frames=40)
     assert len(footage(paths[2], STRIDE).views(STRIDE, whole)) == len(expected) - 20, (
         "it has changed"

@@ -180,7 +180,7 @@ def test_a_multi_scale_crop_is_its_box_mirrored_in_about_half_of_the_clips_if_wa
     assert 75 < flips < 125
 
 
-# --- Held-out crops -----------------------------------------------------------------------------
+# --- Validation crops ----------------------------------------------------------------------------
 
 
 def noise(height, width, frames=2):
@@ -273,7 +273,7 @@ def test_bicubic_pixels_stay_in_their_range():
     frames[:, :, 10:] = 255
     clip = resize(cut(frames, Box(0, 0, 20, 20)), (41, 41), "bicubic")
     dark, light = clip[..., :18], clip[..., -18:]
-    assert dark.max() < 30, "nothing below 0 comes out on top"
+    assert dark.max() < 30, "values below 0 do not wrap around"
     assert light.min() > 225
 
 

@@ -287,7 +287,9 @@ def test_a_teacher_is_there_without_a_predictor_where_it_is_the_target():
     with torch.no_grad():
         student.mask_token.fill_(1)
     objective.after_update(student, Progress(0, 0, 1))
-    assert objective.ema.mask_token.max() > 0.8, "it follows: at first with momentum 0.1"
+    assert objective.ema.mask_token.max() > 0.8, (
+        "it follows the student, at first with momentum 0.1"
+    )
 
 
 @pytest.mark.parametrize(

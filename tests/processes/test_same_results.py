@@ -472,7 +472,7 @@ def test_one_parameter_at_a_time_is_whole_while_stage_3_saves(jobs):
 
 @pytest.mark.parametrize("name", LOOKS)
 def test_measures_and_pictures_are_logged_once_and_the_same(jobs, name):
-    """All processes compute held-out measures, neighbours and pictures; the first one logs them."""
+    """All processes compute validation measures, neighbours and pictures; the first logs them."""
     run = jobs.run(name)
     events = [(line["kind"], line["update"]) for line in lines_of(run)]
     assert events == [(line["kind"], line["update"]) for line in lines_of(jobs.run("video"))]

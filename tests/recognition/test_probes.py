@@ -181,7 +181,7 @@ def test_the_penalty_that_generalises_is_chosen():
                 features[kept], labels[kept], features[~kept], penalty, 2
             )
             correct[penalty] += int((found.argmax(axis=1) == labels[~kept]).sum())
-    assert len(set(correct.values())) > 1, "it matters"
+    assert len(set(correct.values())) > 1, "the choice matters"
     assert chosen == max(penalties, key=lambda penalty: (correct[penalty], penalty))
 
 

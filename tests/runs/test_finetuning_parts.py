@@ -250,7 +250,7 @@ def test_the_grid_of_pretraining_is_taken_from_beside_the_weights(load, pretrain
 
     assert grid(f"init_weights={pretrained}") == (2, 4, 3)
     assert grid(f"init_weights={pretrained}", "data.num_frames=8") == (2, 4, 3)
-    assert grid(f"init_weights={classified}") == (8, 14, 14), "that of its own start"
+    assert grid(f"init_weights={classified}") == (8, 14, 14), "the grid of its own config"
     assert grid(f"init_weights={pretrained}", "model.pretrained_grid=[1,2,2]") == (1, 2, 2)
     assert grid(f"init_weights={pretrained / 'model.safetensors'}") == (2, 4, 3)
     assert grid("data.num_frames=8") is None

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny_runs import alive
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +30,7 @@ FOREVER = 1e9
 
 WHO = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
 # The processes of a job add up their ranks through sockets, since importing torch takes seconds.
-# TOLD is what each of them writes down; ADDED does the same with torch.
+# TOLD is what each of them writes down; REDUCE adds up with torch.
 TOLD = """
 import json, os, socket, sys, time
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
@@ -162,16 +163,8 @@ def wait_for_looks(launcher):
         time.sleep(0.02)
 
 
-def runs(pid):
-    """Whether a process exists and is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def wait_for_end(pid):
-    while runs(pid):
+    while alive(pid):
         time.sleep(0.02)
 
 
@@ -350,7 +343,7 @@ def test_a_stop_that_lasts_too_long(tmp_path, started):
     assert status == 1
     assert "did not end in time; killed: rank 0, 1 on" in err
     assert "HPM_GRACE=SECONDS" in err
-    assert not any(map(runs, pids))
+    assert not any(map(alive, pids))
 
 
 def test_a_second_ctrl_c_ends_them_at_once(tmp_path, started):
@@ -365,7 +358,7 @@ def test_a_second_ctrl_c_ends_them_at_once(tmp_path, started):
     status, _, err = finish(job)
     assert status == 130
     assert "stopped by a second Ctrl-C" in err
-    assert not any(map(runs, pids))
+    assert not any(map(alive, pids))
 
 
 def test_the_first_may_save_while_others_have_ended(tmp_path, started):

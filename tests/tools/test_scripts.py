@@ -289,7 +289,7 @@ def test_given_python_without_the_modules(clone: Clone) -> None:
     assert f"'{clone.python}' -m pip install -r '{clone.root}/requirements.txt'" in result.stderr
 
 
-def test_given_python_that_is_none(clone: Clone) -> None:
+def test_given_python_that_does_not_exist(clone: Clone) -> None:
     result = clone.run("run_pretrain.sh", env={"HPM_PYTHON": "/no/such python"})
     assert result.returncode == 1
     assert "HPM_PYTHON=/no/such python is no program" in result.stderr

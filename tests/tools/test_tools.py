@@ -104,7 +104,7 @@ def test_updates_are_timed_in_both_precisions(bench, write_config, tmp_path):
 
 
 def test_the_cost_of_a_clip_is_that_of_the_shapes(count, write_config):
-    """A real update with two clips has the same number of multiply-adds."""
+    """A real update with two clips takes as many."""
     path = write_config("tiny", **TINY, **HPM)
     plain = ["masking.strategy=random", "mining.predictor=none"]
     again = "model.checkpoint_activations=true"  # recomputation does not count
@@ -163,7 +163,7 @@ def test_a_misspelt_key_is_one_line(bench):
 
 @pytest.fixture
 def count(monkeypatch):
-    """Count the multiply-adds of a config."""
+    """Count the GMAC of a config."""
     monkeypatch.syspath_prepend(ROOT / "tools")
     return importlib.import_module("bench_flops").count
 

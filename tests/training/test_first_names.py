@@ -63,7 +63,7 @@ def test_the_patch_embedding_becomes_the_weight_of_a_convolution(channels):
     flat = weight.permute(0, 2, 3, 4, 1).reshape(7, -1)
     found = current({"patch_embed.weight": flat})["patch_embed.proj.weight"]
     assert torch.equal(found, weight)
-    assert found.is_contiguous(), "fused optimizers take moments as they lie"
+    assert found.is_contiguous(), "fused optimizers depend on the layout of moments"
     other = torch.rand(7, 33)
     assert current({"patch_embed.weight": other})["patch_embed.proj.weight"] is other
 
