@@ -359,13 +359,13 @@ def test_which_targets_need_a_teacher(target, predictor, needs_one, pixels):
 
 
 def test_a_feature_model_is_named_by_its_kind_unless_the_config_names_one():
-    given = ["mining.feature_weights=w.pth"]
+    weights = ["mining.feature_weights=w.pth"]
     for kind in ("dino", "clip"):
-        mining = load_config(PretrainConfig, DEMO, [f"mining.target={kind}", *given]).mining
+        mining = load_config(PretrainConfig, DEMO, [f"mining.target={kind}", *weights]).mining
         assert (mining.feature_kind, mining.feature_name) == (kind, DEFAULT_MODELS[kind])
         assert (mining.pixel_kind, mining.has_teacher) == (None, True)
-    named = ["mining.target=dino", "mining.feature_model=vit_small_patch8_224.dino", *given]
-    name = load_config(PretrainConfig, DEMO, named).mining.feature_name
+    explicit = ["mining.target=dino", "mining.feature_model=vit_small_patch8_224.dino", *weights]
+    name = load_config(PretrainConfig, DEMO, explicit).mining.feature_name
     assert name == "vit_small_patch8_224.dino"
 
 

@@ -80,8 +80,8 @@ def test_the_program_writes_two_lists_that_are_read(call_tool, tmp_path):
     (tmp_path / "sections.csv").write_text(sections)
     for group in ("camera", "none"):
         there = tmp_path / group
-        given = ("--group", group, "--share", "0.3", "--output", there)
-        code, output = call_tool("split", tmp_path / "sections.csv", *given)
+        options = ("--group", group, "--share", "0.3", "--output", there)
+        code, output = call_tool("split", tmp_path / "sections.csv", *options)
         if group == "camera":  # both cameras have every file
             assert code == 2
             assert "no group of files is small enough" in output

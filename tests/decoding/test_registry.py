@@ -75,16 +75,16 @@ SKIPPING = {  # name -> options for writing it, and whether some of its frames c
 def skipping(tmp_path_factory, write_painted):
     folder = tmp_path_factory.mktemp("skipping")
     found = {}
-    for name, (how, skips) in SKIPPING.items():
-        how = {"size": (128, 128), "gop_size": 20} | how
-        found[name] = (write_painted(folder / name, **how), skips)
+    for name, (options, skips) in SKIPPING.items():
+        options = {"size": (128, 128), "gop_size": 20} | options
+        found[name] = (write_painted(folder / name, **options), skips)
     return found
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory, write_painted):
     folder = tmp_path_factory.mktemp("videos")
-    return {name: write_painted(folder / name, **how) for name, how in VIDEOS.items()}
+    return {name: write_painted(folder / name, **options) for name, options in VIDEOS.items()}
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

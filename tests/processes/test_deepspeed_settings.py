@@ -20,8 +20,9 @@ def settings(tmp_path):
     def make(own=None, stage=2, clip_grad=0.5, precision="fp32", offload="none"):
         path = tmp_path / "settings.json"
         path.write_text(json.dumps(own or {}))
-        how = EngineConfig(name="deepspeed", zero_stage=stage, offload=offload, deepspeed=str(path))
-        return settings_of(how, PLAN, clip_grad=clip_grad, precision=precision)
+        own_file = {"name": "deepspeed", "deepspeed": str(path)}
+        engine = EngineConfig(**own_file, zero_stage=stage, offload=offload)
+        return settings_of(engine, PLAN, clip_grad=clip_grad, precision=precision)
 
     return make
 
@@ -108,9 +109,9 @@ def test_a_file_that_is_no_object_is_named(tmp_path, text):
     path = tmp_path / "settings.json"
     if text is not None:
         path.write_text(text)
-    how = EngineConfig(name="deepspeed", deepspeed=str(path))
+    engine = EngineConfig(name="deepspeed", deepspeed=str(path))
     with pytest.raises(EngineError, match=r"engine\.deepspeed=.*settings\.json"):
-        settings_of(how, PLAN, clip_grad=None, precision="fp32")
+        settings_of(engine, PLAN, clip_grad=None, precision="fp32")
 
 
 @pytest.mark.parametrize(

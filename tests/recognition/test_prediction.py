@@ -179,8 +179,8 @@ def test_sections_of_one_video_have_predictions_of_their_own(
     listed, out = tmp_path / "list.csv", tmp_path / "out.json"
     video = validation[0]
     listed.write_text(f"path,start,end\n{video},,\n{video},,{half}\n{video},{half},\n{video},99,\n")
-    given = (listed, f"{video}#t=0,{half}")
-    assert main(classifier, *given, "--json", out, "--views", "1x1", "--workers", 1) == 2
+    inputs = (listed, f"{video}#t=0,{half}")
+    assert main(classifier, *inputs, "--json", out, "--views", "1x1", "--workers", 1) == 2
     of_video, found = written(out)
     names = [str(video), f"{video}#t=,{half:g}", f"{video}#t={half:g}", f"{video}#t=0,{half:g}"]
     assert list(of_video) == names

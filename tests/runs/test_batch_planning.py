@@ -111,13 +111,13 @@ def test_what_does_not_come_out_even_names_what_does():
 
 def test_mixing_and_batch_norms_need_pairs():
     path = CONFIGS / "finetune" / "k400_b.yaml"
-    given = ["data.train=x", "init_weights=x", "data.validation=null"]
-    config = load_config(FinetuneConfig, path, given)
+    overrides = ["data.train=x", "init_weights=x", "data.validation=null"]
+    config = load_config(FinetuneConfig, path, overrides)
     assert config.multiple == 2
     with pytest.raises(ConfigError, match=r"passes of pairs"):
         config.plan(384)
     without = load_config(
-        FinetuneConfig, path, [*given, "augmentation.mixup=0", "augmentation.cutmix=0"]
+        FinetuneConfig, path, [*overrides, "augmentation.mixup=0", "augmentation.cutmix=0"]
     )
     assert without.multiple == 1
     assert without.plan(384).micro_batch == 1
@@ -179,8 +179,8 @@ def test_a_dry_run_goes_without_lists_and_tells_the_hours(capsys):
     sizes = ["recipe.batch_size=64", "recipe.epochs=8", "recipe.warmup_epochs=1", WIDE]
     options = ["--files", 640, "--clips-per-second", 0.5]
     config = CONFIGS / "pretrain" / "k400_hpm_s.yaml"
-    given = [config, "data.train=none.csv", "data.repeats=3", *sizes, SHALLOW]
-    code, output = dry_run(capsys, "pretrain", *given, *options)
+    arguments = [config, "data.train=none.csv", "data.repeats=3", *sizes, SHALLOW]
+    code, output = dry_run(capsys, "pretrain", *arguments, *options)
     assert code == 0, output
     assert "640 files to train on (none.csv), 3 clips of each" in output
     assert "8 epochs = 80 updates" in output

@@ -60,9 +60,9 @@ def test_the_script_fine_tunes_and_tests(finetuned_run):
     assert result["chance"] == pytest.approx(1 / 3)
     assert result["videos"] == 6
     assert result["excluded"] == 0
-    how = result["test"]
-    assert (how["checkpoint"].rsplit("/")[-1], how["chosen_as"]) == ("update-00000030", "last")
-    assert (how["weights"], how["clips"], how["crops"]) == ("average", 2, 2)
+    test = result["test"]
+    assert (test["checkpoint"].rsplit("/")[-1], test["chosen_as"]) == ("update-00000030", "last")
+    assert (test["weights"], test["clips"], test["crops"]) == ("average", 2, 2)
     losses = [line["loss"] for line in lines_of(finetuned_run, "train")]
     assert len(losses) == 30
     assert np.mean(losses[-5:]) < np.mean(losses[:5])

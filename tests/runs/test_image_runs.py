@@ -226,8 +226,8 @@ def test_other_weights_of_a_feature_model_are_refused_and_moved_ones_taken(image
     options += ["model.patch_size=[1,16,16]", "checkpoint.every_updates=2"]
 
     def start(file: Path, *more: str) -> Path:
-        given = f"mining.feature_weights={file}"
-        return run_pretraining(load_images_config(tmp_path, images, *options, given, *more))
+        override = f"mining.feature_weights={file}"
+        return run_pretraining(load_images_config(tmp_path, images, *options, override, *more))
 
     run = start(files[0])
     newest = (run / "checkpoints" / "last").resolve()

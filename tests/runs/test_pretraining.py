@@ -34,8 +34,8 @@ def start(config_file, without_curves):
     """Start or continue pre-training in this process."""
 
     def run(folder, *overrides):
-        given = [f"output_dir={folder}", *overrides]
-        return run_pretraining(load_config(PretrainConfig, config_file, given))
+        options = [f"output_dir={folder}", *overrides]
+        return run_pretraining(load_config(PretrainConfig, config_file, options))
 
     return run
 

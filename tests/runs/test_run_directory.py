@@ -30,8 +30,8 @@ def start(config_file):
 
     def run(folder, *overrides):
         short = ("data.validation=null", "recipe.epochs=2", "checkpoint.keep_last=2")
-        given = [f"output_dir={folder}", *short, *overrides]
-        return pretrain(load_config(PretrainConfig, config_file, given))
+        options = [f"output_dir={folder}", *short, *overrides]
+        return pretrain(load_config(PretrainConfig, config_file, options))
 
     return run
 

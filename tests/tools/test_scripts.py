@@ -173,10 +173,10 @@ def test_demo_data_is_made_where_what_the_config_names_is_missing(
 
 
 def test_no_demo_data_is_made_where_both_lists_are_given(clone: Clone) -> None:
-    given = ("data.train=mine.csv", "data.validation=null")
-    assert clone.run("run_pretrain.sh", *given).returncode == 0
+    lists = ("data.train=mine.csv", "data.validation=null")
+    assert clone.run("run_pretrain.sh", *lists).returncode == 0
     assert [start[1] for start in clone.starts()] == ["tools/pretrain.py"]
-    assert clone.run("run_pretrain.sh", given[0]).returncode == 0
+    assert clone.run("run_pretrain.sh", lists[0]).returncode == 0
     assert [start[1] for start in clone.starts()][1:] == [*PREPARE, "tools/pretrain.py"]
 
 

@@ -65,9 +65,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     figures: list[Figure] = []
     save = Figure.savefig
 
-    def listen(figure: Figure, *given: object, **named: object) -> None:
+    def listen(figure: Figure, *arguments: object, **named: object) -> None:
         figures.append(figure)
-        save(figure, *given, **named)
+        save(figure, *arguments, **named)
 
     monkeypatch.setattr(Figure, "savefig", listen)
     return figures
