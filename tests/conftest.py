@@ -116,7 +116,7 @@ test: {{clips: 2, crops: 2, weights: average}}
 """
     + ENGINE
 )
-"""30 updates of 6 of the 9 videos, each of which is used twice."""
+"""30 updates with 6 of 9 videos, and two clips of each."""
 DISTURBED = """
 import os, signal, sys
 from hpm_video.training import checkpoint, run
@@ -222,9 +222,9 @@ class Program:
     """A program of the repository in its own process, forked from a server with all imports.
 
     Importing torch takes longer than most programs of the tests. The program's pools fork from the
-    same server, which does not get the signals to the program's group; with the environment
-    variable OWN_SERVER they have one that does. The interface is the part of ``subprocess.Popen``
-    that the tests use; standard output and errors are one text.
+    same server, and so do not get signals to the program's group, unless the environment variable
+    OWN_SERVER is set. The interface is the part of ``subprocess.Popen`` that the tests use;
+    standard output and errors are one text.
     """
 
     def __init__(self, arguments, environment, folder: Path) -> None:

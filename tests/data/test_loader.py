@@ -191,7 +191,7 @@ READERS = """
 
     @dataclass(frozen=True)
     class Hostile:
-        # A decoder that some files take down; they are known by their names.
+        # A decoder that crashes or hangs on some files, by their names.
 
         reader: Any
 
@@ -363,7 +363,7 @@ RUN = """
     Path(sys.argv[2]).write_text(" ".join(str(child.pid) for child in active_children()))
     while not stop:
         next(batches)
-    for _ in range(20):  # what was begun is ended in order: the workers live
+    for _ in range(20):  # it can end in order, as the workers live on
         next(batches)
     del batches
     sys.stdout.write("stopped in order\\n")

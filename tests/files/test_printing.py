@@ -13,7 +13,7 @@ HOSTILE = "a\x1b[2J\x9b1m\r\u202eb\udcff"
 ESCAPED = "a\\x1b[2J\\x9b1m\\r\\u202eb\\udcff"
 
 
-def test_what_controls_a_terminal_is_escaped_and_other_text_is_as_it_was():
+def test_what_controls_a_terminal_is_escaped_and_other_text_stays():
     assert printable(HOSTILE) == ESCAPED
     text = "tabs\tand\nlines, Žluťoučký kůň, 走る, نمی\u200cخواهم, 👩\u200d🚀"
     assert printable(text) == text

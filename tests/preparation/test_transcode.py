@@ -697,7 +697,7 @@ def test_outputs_of_sources_that_changed_are_made_again(start, tmp_path, capsys,
     after = {row["label"]: read_all(place) for row, place in labelled(output)}
     assert numbers_of(after["0"]) == list(range(9))
     assert (after["1"] == before["1"]).all()
-    (tmp_path / "b.mp4").unlink()  # what is made of it stays
+    (tmp_path / "b.mp4").unlink()  # its outputs stay
     written = contents(output)
     start(tmp_path / "list.csv", output, *options)
     assert "0 of them new" in capsys.readouterr().out
@@ -730,7 +730,7 @@ def test_shards_of_which_something_changed_are_refused(start, tmp_path, capsys, 
     later(source)
     start(*arguments, code=2)
     assert "hold 1 file of another time" in capsys.readouterr().err
-    source.unlink()  # what is made of it stays
+    source.unlink()  # its outputs stay
     start(*arguments)
     assert "0 of them new" in capsys.readouterr().out
     assert contents(output) == written
@@ -857,11 +857,11 @@ class Waiting(Transcoder):
 
 class Hostile(Transcoder):
     def __call__(self, job):
-        name = os.path.basename(job.place)  # the folder is named by the test
+        name = os.path.basename(job.place)  # the test chooses the folder's name
         if "hangs" in name:
             open(job.temporary, "wb").write(b"half a file")
             Path(job.place).with_name(f"{os.getpid()}.hangs").touch()
-            ctypes.PyDLL(None).sleep(10**6)  # it holds the lock of the interpreter
+            ctypes.PyDLL(None).sleep(10**6)  # with the interpreter's lock
         if "crashes" in name:
             os.abort()
         if "eats" in name:

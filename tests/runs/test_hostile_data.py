@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 DECORD = '''
-"""It paints frames of its own. Some files take it down; they are known by their names."""
+"""A decoder that makes up frames, and crashes or hangs on some files, by their names."""
 import ctypes
 import os
 
@@ -65,7 +65,7 @@ import os, sys
 from pathlib import Path
 from hpm_video.workers import pool
 
-class Clock:  # it runs while the one process that decodes hangs: no load makes other files late
+class Clock:  # it runs only while the single decoding process hangs, so no other file is late
     now, folder = 0.0, Path(sys.argv[1])
 
     def monotonic(self):

@@ -21,7 +21,7 @@ PROGRAMS = [
 ANSWERS = """
 import argparse, contextlib, importlib.util, io, json, os, sys
 from pathlib import Path
-import av, numpy, omegaconf, pandas, tqdm.contrib.logging  # once for all; torch is in none
+import av, numpy, omegaconf, pandas, tqdm.contrib.logging  # once; torch is in none
 
 def parsers_of(parser):
     yield parser
@@ -35,7 +35,7 @@ def remember(self, *arguments, original=argparse.ArgumentParser.parse_known_args
 
 argparse.ArgumentParser.parse_known_args = remember
 for path in sys.argv[1:]:
-    if os.fork():  # each program in a process of its own
+    if os.fork():  # each program in its own process
         os.wait()
         continue
     parsers, shown, codes = [], io.StringIO(), []

@@ -238,7 +238,7 @@ from hpm_video.config.loading import load_config
 from hpm_video.runs.autotune import trial_update
 from hpm_video.runs.pretraining import Pretraining
 
-# Large blocks (M_MMAP_THRESHOLD) go back to the system when they are freed: the peak is a peak.
+# Large blocks (M_MMAP_THRESHOLD) return to the system when freed, so the peak is a true one.
 ctypes.CDLL(None).mallopt(-3, 65536)
 torch.set_num_threads(1)
 config = load_config(PretrainConfig, Path(sys.argv[1]), sys.argv[2:])

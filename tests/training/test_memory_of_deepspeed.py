@@ -49,7 +49,7 @@ torch.set_num_threads(1)
 width, depth = map(int, sys.argv[1:3])
 deepspeed = import_deepspeed(torch.device("cpu"))  # which compiles nothing
 deepspeed.init_distributed("gloo", verbose=False)
-gc.freeze()  # what is imported: to look through it takes longer than an update
+gc.freeze()  # collecting garbage among all modules takes longer than an update
 
 class Deep(nn.Module):
     def __init__(self):
@@ -88,7 +88,7 @@ if os.environ["RANK"] == "0":
     with open(sys.argv[3], "w") as file:
         json.dump(found, file)
 sys.stdout.flush()
-os._exit(0)  # destroying process groups in order is not what is tested
+os._exit(0)  # destroying process groups in order is not tested here
 """
 
 

@@ -65,7 +65,7 @@ WORK = """
         def __reduce__(self):
             return os._exit, (7,)
 
-    def hang():  # in native code, with the interpreter's lock
+    def hang():  # in native code that holds the interpreter's lock
         ctypes.PyDLL(None).sleep(10**6)
 
     def hang_after(count):
@@ -300,7 +300,7 @@ RUN = """
     import time
     from pathlib import Path
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
     sys.path.insert(0, sys.argv[1])
     folder = Path(sys.argv[2])
     from work_of_a_pool import work
